@@ -1,0 +1,1 @@
+"""The backends that moecc ships, behind the entry point ``moecc.backends``."""

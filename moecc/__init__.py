@@ -1,0 +1,3 @@
+"""moecc: a compiler that turns dense Transformers into sparse mixtures of experts."""
+
+__version__ = "0.1.0"

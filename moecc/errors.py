@@ -1,0 +1,92 @@
+"""What moecc says when something is wrong, and the exit code that goes with it.
+
+An error is a list of problems, because an input is reported whole: every problem that can be
+seen is collected first, then raised once.  The class says whose fault it is, and with that the
+exit code of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: what, where, what was expected, what was found, a way out."""
+
+    what: str
+    where: str | None = None
+    expected: str | None = None
+    found: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        for label, text in (
+            ("expected", self.expected),
+            ("found", self.found),
+            ("hint", self.hint),
+        ):
+            if text is not None:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+
+class MoeccError(Exception):
+    """Base of every error that a user can cause; carries one or more problems."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        what: str | Iterable[Problem],
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        if isinstance(what, str):
+            self.problems: tuple[Problem, ...] = (Problem(what, where, expected, found, hint),)
+        else:
+            self.problems = tuple(what)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class InputError(MoeccError):
+    """Wrong for this input: a checkpoint, a config, a graph, a target that cannot say it."""
+
+    exit_code = 1
+
+
+class UsageError(MoeccError):
+    """Wrong by itself: an unknown pass, option, type or machine; top-k greater than experts."""
+
+    exit_code = 2
+
+
+class CheckError(MoeccError):
+    """A check of meaning failed: ``verify``, a manifest, ``--check``."""
+
+    exit_code = 3
+
+
+class MachineError(MoeccError):
+    """The machine: disk, memory, permission, time limit, a missing extra."""
+
+    exit_code = 4
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return a "did you mean" sentence for the closest of `choices`, or None."""
+    found = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"did you mean {found[0]!r}?" if found else None
+
+
+def printable(name: str, limit: int = 120) -> str:
+    """Escape control and bidirectional characters of a foreign name, and cap its length."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"

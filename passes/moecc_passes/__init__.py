@@ -1,0 +1,1 @@
+"""The passes that moecc ships, behind the entry point ``moecc.passes``."""
