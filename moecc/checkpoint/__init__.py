@@ -1,1 +1,1 @@
-"""moecc.checkpoint"""
+"""Checkpoints on disk: readers, the writer, the manifest."""

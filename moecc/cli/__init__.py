@@ -1,1 +1,1 @@
-"""moecc.cli"""
+"""The command line: one file a subcommand."""

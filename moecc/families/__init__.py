@@ -1,1 +1,1 @@
-"""moecc.families"""
+"""Model families: a config, a graph, and the names of its tensors."""

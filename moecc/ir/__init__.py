@@ -1,1 +1,1 @@
-"""moecc.ir"""
+"""The IR: types, operations, graphs, and their text."""

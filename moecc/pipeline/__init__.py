@@ -1,1 +1,1 @@
-"""moecc.pipeline"""
+"""Passes, pipeline strings, the registry and the instruments."""

@@ -1,1 +1,1 @@
-"""moecc.rewrite"""
+"""Rewriting: patterns, the matcher and its near misses, the driver."""

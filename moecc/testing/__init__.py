@@ -1,1 +1,1 @@
-"""moecc.testing"""
+"""Strategies, oracles and laws for testing passes, for users too."""

@@ -1,1 +1,1 @@
-"""moecc.weights"""
+"""Weights as typed expressions, and the evaluator that streams them."""

@@ -1,1 +1,1 @@
-"""moecc_backends.reference"""
+"""The reference interpreter: NumPy, float64, the meaning of every operation."""

@@ -1,1 +1,1 @@
-"""moecc_backends.xla"""
+"""The XLA backend: lowering through jax."""
