@@ -1,1 +1,31 @@
 """The IR: types, operations, graphs, and their text."""
+
+from moecc.ir import table as table
+from moecc.ir.builder import Builder as Builder
+from moecc.ir.dtypes import BF16 as BF16
+from moecc.ir.dtypes import DTYPES as DTYPES
+from moecc.ir.dtypes import F16 as F16
+from moecc.ir.dtypes import F32 as F32
+from moecc.ir.dtypes import F64 as F64
+from moecc.ir.dtypes import I32 as I32
+from moecc.ir.dtypes import I64 as I64
+from moecc.ir.dtypes import PRED as PRED
+from moecc.ir.dtypes import DType as DType
+from moecc.ir.graph import Graph as Graph
+from moecc.ir.graph import Node as Node
+from moecc.ir.graph import Value as Value
+from moecc.ir.ops import OPS as OPS
+from moecc.ir.ops import OpDef as OpDef
+from moecc.ir.parser import parse as parse
+from moecc.ir.printer import format_node as format_node
+from moecc.ir.printer import print_graph as print_graph
+from moecc.ir.scanner import ParseError as ParseError
+from moecc.ir.structure import clone as clone
+from moecc.ir.structure import equal as equal
+from moecc.ir.structure import fingerprint as fingerprint
+from moecc.ir.types import Axis as Axis
+from moecc.ir.types import Extent as Extent
+from moecc.ir.types import TensorType as TensorType
+from moecc.ir.types import tensor as tensor
+from moecc.ir.verify import VerifyError as VerifyError
+from moecc.ir.verify import verify as verify

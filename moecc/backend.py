@@ -1,0 +1,77 @@
+"""What a backend is, and how the core finds one without importing it.
+
+Backends register under the entry point ``moecc.backends``: a mapping from a name to a factory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import numpy as np
+
+from moecc.errors import UsageError, nearest
+from moecc.ir.dtypes import F32, DType
+from moecc.ir.graph import Graph
+
+Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+
+
+class Program(Protocol):
+    """A graph made ready to run."""
+
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the outputs by name.
+
+        Args:
+          params: the parameters by name, axes in the order of their types.
+          inputs: the inputs by name, likewise; symbolic sizes follow from their shapes.
+
+        Raises:
+          InputError: an array is missing or does not fit its type.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A way to run graphs."""
+
+    name: str
+
+    def compile(self, graph: Graph, *, dtype: DType = F32) -> Program:
+        """Return `graph` ready to run, computing in `dtype`."""
+        ...
+
+
+@cache
+def _factories() -> dict[str, Callable[[], Backend]]:
+    found: dict[str, Callable[[], Backend]] = {}
+    for point in entry_points(group="moecc.backends"):
+        for name, factory in point.load().items():
+            if name in found:
+                raise UsageError(f"two installed packages define the backend {name!r}")
+            found[name] = factory
+    return found
+
+
+def backend_names() -> list[str]:
+    """Return the names of the installed backends."""
+    return sorted(_factories())
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend `name`.
+
+    Raises:
+      UsageError: there is no such backend.
+      MachineError: it needs an extra that is not installed.
+    """
+    factory = _factories().get(name)
+    if factory is None:
+        raise UsageError(
+            f"unknown backend {name!r}",
+            hint=nearest(name, _factories()) or f"backends: {', '.join(backend_names())}",
+        )
+    return factory()

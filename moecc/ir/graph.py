@@ -1,0 +1,398 @@
+"""Graphs: values, nodes in topological order, named inputs, parameters and outputs.
+
+A graph is in SSA form: each value is defined once, by an input, a parameter or a node, and knows
+its users.  Nodes form a linked list, so that a rewrite inserts and erases in constant time and a
+pass over 50,000 nodes stays linear.  Outputs are the operands of one terminator node, so that
+"used as an output" is a use like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moecc.errors import InputError
+from moecc.ir.ops import Attrs, OpDef, op
+from moecc.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from moecc.weights.expr import Expr
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
+
+RETURN = OpDef("return", "Mark the outputs of a graph.", (), lambda _o, _a: (), variadic=True)
+"""The terminator: not in the table, never printed; its operands are the outputs."""
+
+
+class Value:
+    """A tensor in a graph.
+
+    Attributes:
+      name: unique in its graph; printed with ``%``.
+      type: its `TensorType`.
+      node: the node that defines it, or None for an input or a parameter.
+      users: how many operand slots of each node it fills, the terminator included.
+      weight: for a parameter, the expression that makes it.
+      loc: for a parameter, the place in the model that it belongs to.
+    """
+
+    __slots__ = ("graph", "index", "is_param", "loc", "name", "node", "type", "users", "weight")
+
+    def __init__(
+        self,
+        graph: Graph,
+        name: str,
+        type: TensorType,
+        *,
+        node: Node | None = None,
+        index: int = 0,
+        is_param: bool = False,
+        weight: Expr | None = None,
+        loc: str = "",
+    ) -> None:
+        self.graph = graph
+        self.name = name
+        self.type = type
+        self.node = node
+        self.index = index
+        self.users: dict[Node, int] = {}
+        self.is_param = is_param
+        self.weight = weight
+        self.loc = loc
+
+    def __repr__(self) -> str:
+        return f"%{self.name} : {self.type}"
+
+    @property
+    def is_output(self) -> bool:
+        """Whether the graph returns this value."""
+        return self.graph.terminator in self.users
+
+    @property
+    def only_user(self) -> Node | None:
+        """The one node that uses this value, in one operand, or None."""
+        if len(self.users) != 1:
+            return None
+        node, count = next(iter(self.users.items()))
+        return node if count == 1 and node is not self.graph.terminator else None
+
+    def replace_by(self, other: Value) -> None:
+        """Make every user of this value, the outputs included, use `other`."""
+        if other is self:
+            return
+        for node in list(self.users):
+            for i, operand in enumerate(node.operands):
+                if operand is self:
+                    node.set_operand(i, other)
+
+
+class Node:
+    """An operation applied to operands.
+
+    Attributes:
+      op: its entry in the operation table.
+      operands: the values it takes.
+      attrs: its attributes, complete.
+      results: the values it defines.
+      loc: the place in the model, ``layers.3.ffn``.
+      origin: the pass and rewrite that made it, ``upcycle/lift``; empty for an imported node.
+      alive: whether it is still in its graph.
+    """
+
+    __slots__ = (
+        "_next",
+        "_prev",
+        "alive",
+        "attrs",
+        "graph",
+        "loc",
+        "op",
+        "operands",
+        "origin",
+        "results",
+    )
+
+    def __init__(
+        self, graph: Graph, entry: OpDef, operands: Sequence[Value], attrs: dict[str, Any]
+    ) -> None:
+        self.graph = graph
+        self.op = entry
+        self.operands = list(operands)
+        self.attrs = attrs
+        self.results: tuple[Value, ...] = ()
+        self.loc = ""
+        self.origin = ""
+        self.alive = True
+        self._prev: Node = self
+        self._next: Node = self
+        for operand in self.operands:
+            operand.users[self] = operand.users.get(self, 0) + 1
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"%{v.name}" for v in self.operands)
+        return f"{self.op.name}({names}) @{self.loc}"
+
+    @property
+    def result(self) -> Value:
+        """The only result.
+
+        Raises:
+          ValueError: the node has more than one result.
+        """
+        (value,) = self.results
+        return value
+
+    @property
+    def mixes(self) -> tuple[str, ...]:
+        """The axes of its operands that this node mixes."""
+        return self.op.mixes(self.operands, self.attrs)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether nothing uses any of its results."""
+        return not any(v.users for v in self.results)
+
+    def set_operand(self, index: int, value: Value) -> None:
+        """Exchange operand `index` for `value`, keeping the use lists right."""
+        old = self.operands[index]
+        if old is value:
+            return
+        _drop_use(old, self)
+        self.operands[index] = value
+        value.users[self] = value.users.get(self, 0) + 1
+
+    def replace_by(self, *values: Value) -> None:
+        """Replace the results, in order, by `values`, and erase this node."""
+        for old, new in zip(self.results, values, strict=True):
+            old.replace_by(new)
+        self.erase()
+
+    def erase(self) -> None:
+        """Remove this node from its graph.
+
+        Raises:
+          ValueError: a result still has users.
+        """
+        if not self.is_dead:
+            raise ValueError(f"{self!r} still has users")
+        for operand in self.operands:
+            _drop_use(operand, self)
+        self.operands = []
+        for value in self.results:
+            self.graph._names.pop(value.name, None)
+        self._prev._next, self._next._prev = self._next, self._prev
+        self.alive = False
+        self.graph.node_count -= 1
+
+    def move_before(self, other: Node) -> None:
+        """Take this node out of the list and put it before `other`."""
+        self._prev._next, self._next._prev = self._next, self._prev
+        _link(self, other)
+
+
+def _drop_use(value: Value, node: Node) -> None:
+    left = value.users[node] - 1
+    if left:
+        value.users[node] = left
+    else:
+        del value.users[node]
+
+
+def _link(node: Node, before: Node) -> None:
+    node._prev, node._next = before._prev, before
+    before._prev._next = node
+    before._prev = node
+
+
+class Graph:
+    """A model: inputs, parameters, nodes in topological order, named outputs, attributes.
+
+    Attributes:
+      name: an identifier.
+      attrs: JSON values: the family, its config, the checkpoint the weights come from.
+      inputs: the inputs by name, in order.
+      params: the parameters by name, in order.
+      output_names: the names of the outputs, in the order of the terminator's operands.
+      node_count: the number of nodes.
+    """
+
+    def __init__(self, name: str = "model", attrs: Mapping[str, Any] | None = None) -> None:
+        self.name = name
+        self.attrs: dict[str, Any] = dict(attrs or {})
+        self.inputs: dict[str, Value] = {}
+        self.params: dict[str, Value] = {}
+        self.output_names: list[str] = []
+        self.node_count = 0
+        self._names: dict[str, Value] = {}
+        self._hints: dict[str, int] = {}
+        # The terminator is also the sentinel of the circular list of nodes.
+        self.terminator = Node(self, RETURN, (), {})
+
+    def __len__(self) -> int:
+        return self.node_count
+
+    def __iter__(self) -> Iterator[Node]:
+        return self.walk()
+
+    def walk(self, start: Node | None = None) -> Iterator[Node]:
+        """Yield the nodes in order; nodes may be erased and inserted meanwhile."""
+        node = start if start is not None else self.terminator._next
+        while node is not self.terminator:
+            following = node._next
+            yield node
+            # An erased node keeps its link, which leads on to the nodes that are left.
+            while not following.alive:
+                following = following._next
+            node = following
+
+    def walk_back(self) -> Iterator[Node]:
+        """Yield the nodes from last to first; nodes may be erased meanwhile."""
+        node = self.terminator._prev
+        while node is not self.terminator:
+            before = node._prev
+            yield node
+            while not before.alive:
+                before = before._prev
+            node = before
+
+    @property
+    def outputs(self) -> dict[str, Value]:
+        """The outputs by name."""
+        return dict(zip(self.output_names, self.terminator.operands, strict=True))
+
+    def value(self, name: str) -> Value:
+        """Return the value called `name`.
+
+        Raises:
+          KeyError: there is none.
+        """
+        return self._names[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def fresh(self, hint: str) -> str:
+        """Return a name that no value has: `hint`, or `hint` with a number."""
+        if hint not in self._names:
+            return hint
+        base = hint.rstrip("0123456789") or hint
+        number = self._hints.get(base, 1)
+        while f"{base}{number}" in self._names:
+            number += 1
+        self._hints[base] = number + 1
+        return f"{base}{number}"
+
+    def _define(self, value: Value) -> Value:
+        if value.name in self._names:
+            raise InputError(f"%{value.name} is defined twice", hint="give each value its own name")
+        if not _NAME.match(value.name):
+            raise InputError(f"{value.name!r} cannot be the name of a value")
+        self._names[value.name] = value
+        return value
+
+    def input(self, name: str, type: TensorType) -> Value:
+        """Add an input.
+
+        Raises:
+          InputError: the name is taken.
+        """
+        self.inputs[name] = self._define(Value(self, name, type))
+        return self.inputs[name]
+
+    def param(
+        self, name: str, type: TensorType, weight: Expr | None = None, *, loc: str = ""
+    ) -> Value:
+        """Add a parameter, made by `weight`.
+
+        Raises:
+          InputError: the name is taken.
+        """
+        value = Value(self, name, type, is_param=True, weight=weight, loc=loc)
+        self.params[name] = self._define(value)
+        return value
+
+    def erase_param(self, name: str) -> None:
+        """Remove a parameter that nothing uses.
+
+        Raises:
+          ValueError: it still has users.
+        """
+        if self.params[name].users:
+            raise ValueError(f"parameter %{name} still has users")
+        del self.params[name], self._names[name]
+
+    def rename(self, value: Value, name: str) -> None:
+        """Give `value` another name.
+
+        Raises:
+          InputError: the name is taken.
+        """
+        old, value.name = value.name, name
+        if old == name:
+            return
+        self._define(value)
+        del self._names[old]
+        for table in (self.inputs, self.params):
+            if table.get(old) is value:
+                items = [(name if v is value else k, v) for k, v in table.items()]
+                table.clear()
+                table.update(items)
+
+    def append(
+        self,
+        entry: OpDef | str,
+        operands: Iterable[Value],
+        attrs: Attrs | None = None,
+        *,
+        names: Sequence[str] = (),
+        loc: str = "",
+        origin: str = "",
+        before: Node | None = None,
+    ) -> Node:
+        """Add a node at the end, or before `before`, with inferred result types.
+
+        Args:
+          entry: the operation or its name.
+          operands: values of this graph.
+          attrs: attributes; missing ones take their defaults.
+          names: hints for the names of the results.
+          loc: the place in the model.
+          origin: the pass and rewrite that make it.
+          before: the node to insert in front of.
+
+        Raises:
+          InputError: operands or attributes do not suit the operation.
+        """
+        entry = op(entry) if isinstance(entry, str) else entry
+        operands = list(operands)
+        entry.check_arity(len(operands))
+        full = entry.complete(attrs or {})
+        types = entry.infer(operands, full)
+        node = Node(self, entry, operands, full)
+        node.loc, node.origin = loc, origin
+        hints = names or entry.results
+        node.results = tuple(
+            self._define(
+                Value(self, self.fresh(hints[min(i, len(hints) - 1)]), t, node=node, index=i)
+            )
+            for i, t in enumerate(types)
+        )
+        _link(node, before or self.terminator)
+        self.node_count += 1
+        return node
+
+    def set_output(self, name: str, value: Value) -> None:
+        """Return `value` under `name`, replacing what was returned under it."""
+        if name in self.output_names:
+            self.terminator.set_operand(self.output_names.index(name), value)
+            return
+        self.output_names.append(name)
+        self.terminator.operands.append(value)
+        value.users[self.terminator] = value.users.get(self.terminator, 0) + 1
+
+    def drop_output(self, name: str) -> None:
+        """Stop returning the output `name`."""
+        at = self.output_names.index(name)
+        _drop_use(self.terminator.operands[at], self.terminator)
+        del self.output_names[at], self.terminator.operands[at]

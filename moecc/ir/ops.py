@@ -1,0 +1,190 @@
+"""The operation table: one entry an operation, from which everything else is read.
+
+An entry says how the types of the results follow from the operands (`infer`), which axes the
+operation *mixes* (an element of the result needs other elements along them), and in which operands
+it is linear.  Lifting over an expert axis, raggedness, sharding, unreduced sums and the finding of
+FFN blocks all read these.  The meaning of an operation stands in the reference backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moecc.errors import InputError, Problem, nearest
+from moecc.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Value
+
+Attrs = Mapping[str, Any]
+"""Attributes of a node, complete: every attribute of the table entry has its value."""
+
+REQUIRED = object()
+"""Marks an attribute that has no default."""
+
+
+@dataclass(frozen=True)
+class Attr:
+    """An attribute of an operation.
+
+    Attributes:
+      kind: ``int``, ``float``, ``bool``, ``str``, ``axis`` (a name), ``axes`` (a tuple of names) or
+        ``sizes`` (a tuple of (name, size) pairs).
+      default: its value where the text says nothing, or REQUIRED.
+      choices: the only values allowed, for ``str``.
+      doc: what it means, in half a line.
+    """
+
+    kind: str
+    default: Any = REQUIRED
+    choices: tuple[str, ...] = ()
+    doc: str = ""
+
+
+Infer = Callable[[Sequence["Value"], Attrs], tuple[TensorType, ...]]
+Mixes = Callable[[Sequence["Value"], Attrs], tuple[str, ...]]
+
+
+def mixes_none(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+    """Return no axes: the operation works element by element."""
+    return ()
+
+
+@dataclass(frozen=True, eq=False)
+class OpDef:
+    """A row of the operation table.
+
+    Attributes:
+      name: what the IR prints.
+      doc: what the operation computes; the first line is the summary in ``docs/ir.md``.
+      operands: the names of the operands; with `variadic`, of those that must be there.
+      infer: result types from operands and attributes; raises InputError.
+      attrs: the attributes by name, in printing order.
+      results: hints for the names of the results.
+      mixes: the operand axes that the operation mixes.
+      linear: positions of the operands in which it is linear, the others held fixed.
+      jointly: whether it is linear only in all of `linear` together, as a sum is.
+      commutative: whether the operands may be exchanged.
+      variadic: whether more operands may follow.
+    """
+
+    name: str
+    doc: str
+    operands: tuple[str, ...]
+    infer: Infer
+    attrs: Mapping[str, Attr] = field(default_factory=dict)
+    results: tuple[str, ...] = ("v",)
+    mixes: Mixes = mixes_none
+    linear: tuple[int, ...] = ()
+    jointly: bool = False
+    commutative: bool = False
+    variadic: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> tuple[Callable[[str], OpDef], tuple[str]]:
+        # Table entries are compared by identity, so a copied graph must find the same one.
+        return op, (self.name,)
+
+    def complete(self, given: Attrs) -> dict[str, Any]:
+        """Return `given` checked against the table and completed with the defaults.
+
+        Raises:
+          InputError: an attribute is unknown, missing, or of the wrong kind.
+        """
+        if not given and not self.attrs:
+            return {}
+        problems = [self._unknown(name) for name in given if name not in self.attrs]
+        full: dict[str, Any] = {}
+        for name, spec in self.attrs.items():
+            value = given.get(name, spec.default)
+            if value is REQUIRED:
+                problems.append(Problem(f"{self.name} needs the attribute {name!r}"))
+                continue
+            full[name] = value
+            if name in given:
+                reason = _mismatch(spec, value)
+                if reason is None and spec.kind == "float":
+                    full[name] = float(value)
+                elif reason is not None:
+                    what = f"attribute {name!r} of {self.name} is wrong"
+                    problems.append(Problem(what, expected=reason, found=repr(value)))
+        if problems:
+            raise InputError(problems)
+        return full
+
+    def _unknown(self, name: str) -> Problem:
+        hint = nearest(name, self.attrs) or f"attributes: {', '.join(self.attrs) or 'none'}"
+        return Problem(f"{self.name} has no attribute {name!r}", hint=hint)
+
+    def check_arity(self, count: int) -> None:
+        """Raise InputError unless `count` operands suit this operation."""
+        enough = count >= len(self.operands) if self.variadic else count == len(self.operands)
+        if not enough:
+            names = ", ".join(self.operands) + (", …" if self.variadic else "")
+            raise InputError(
+                f"{self.name} takes other operands",
+                expected=f"{len(self.operands)} ({names})",
+                found=str(count),
+            )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(p, tuple) and len(p) == 2 and _is_name(p[0]) and isinstance(p[1], int | str)
+        for p in value
+    )
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "float": ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "str": ("a word", lambda v: isinstance(v, str)),
+    "axis": ("the name of an axis", _is_name),
+    "axes": (
+        "names of axes in parentheses",
+        lambda v: isinstance(v, tuple) and all(map(_is_name, v)),
+    ),
+    "sizes": ("axes with sizes, (head=9, head_dim=64)", _is_pairs),
+}
+
+
+def _mismatch(spec: Attr, value: Any) -> str | None:
+    """Return what was expected of `value`, or None if it fits."""
+    expected, fits = _KINDS[spec.kind]
+    if not fits(value):
+        return expected
+    if spec.choices and value not in spec.choices:
+        return f"one of {', '.join(spec.choices)}"
+    return None
+
+
+OPS: dict[str, OpDef] = {}
+
+
+def register(entry: OpDef) -> OpDef:
+    """Add `entry` to the table; two entries of one name are a bug in the caller."""
+    if entry.name in OPS:
+        raise ValueError(f"operation {entry.name!r} is defined twice")
+    OPS[entry.name] = entry
+    return entry
+
+
+def op(name: str) -> OpDef:
+    """Return the table entry `name`.
+
+    Raises:
+      InputError: there is no such operation; the nearest name is suggested.
+    """
+    entry = OPS.get(name)
+    if entry is None:
+        raise InputError(f"unknown operation {name!r}", hint=nearest(name, OPS))
+    return entry

@@ -1,0 +1,276 @@
+"""From text to a graph: the inverse of the printer, with errors that point at the place.
+
+A line that is wrong is reported and skipped, and so, silently, is what depends on it; all problems
+of a text are raised together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moecc.errors import InputError, Problem, nearest, printable
+from moecc.ir.graph import Graph, Value
+from moecc.ir.literals import parse_attrs, parse_type
+from moecc.ir.ops import OPS, OpDef, op
+from moecc.ir.printer import FORMAT
+from moecc.ir.scanner import ParseError, Scanner, Token
+from moecc.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from moecc.weights.expr import Expr
+
+MAX_PROBLEMS = 20
+
+
+class _Poisoned(Exception):
+    """The line uses a value whose own line was wrong; nothing new to report."""
+
+
+def parse(text: str, file: str = "<text>") -> Graph:
+    """Return the graph that `text` spells.
+
+    Args:
+      text: what `print_graph` prints; ``#`` starts a comment.
+      file: the name that messages give it.
+
+    Raises:
+      ParseError: with every problem found, up to a limit.
+    """
+    return _Parser(Scanner(text, file)).module()
+
+
+class _Parser:
+    def __init__(self, scanner: Scanner) -> None:
+        self.scan = scanner
+        self.graph = Graph()
+        self.problems: list[Problem] = []
+        self.poisoned: set[str] = set()
+        self.types: dict[str, TensorType] = {}
+        self.attrs: dict[tuple[OpDef, str], dict[str, Any]] = {}
+
+    def module(self) -> Graph:
+        scan = self.scan
+        scan.expect("name", "moecc", what="'moecc 1' at the start of the text")
+        version = scan.expect("number", what="the version of the format")
+        if version.text != str(FORMAT):
+            raise scan.error(
+                f"format {version.text} is not known", version.at, expected=str(FORMAT)
+            )
+        scan.expect("name", "graph")
+        self.graph.name = scan.expect("name", what="the name of the graph").text
+        scan.expect("punct", "{")
+        while not (scan.token.kind == "punct" and scan.token.text == "}"):
+            if scan.token.kind == "end":
+                self.problems.append(scan.problem("the graph has no closing brace", scan.token.at))
+                break
+            self.line()
+        else:
+            scan.advance()
+            if scan.token.kind != "end":
+                self.problems.append(scan.problem("text after the graph", scan.token.at))
+        if self.problems:
+            raise ParseError(self.problems)
+        return self.graph
+
+    def line(self) -> None:
+        """Parse one statement; on an error note it and go on with the next line."""
+        start = self.scan.token
+        try:
+            self.statement(start)
+        except ParseError as error:
+            self.problems.extend(error.problems)
+            self.recover(start)
+        except _Poisoned:
+            self.recover(start)
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise ParseError(self.problems)
+
+    def recover(self, start: Token) -> None:
+        text = self.scan.text
+        end = text.find("\n", start.at)
+        end = len(text) if end < 0 else end
+        head = text[start.at : end].split("=", 1)[0].split(":", 1)[0]
+        self.poisoned.update(w.strip(" ,")[1:] for w in head.split() if w.startswith("%"))
+        while True:
+            try:
+                self.scan.jump(end)
+                return
+            except ParseError as error:
+                self.problems.extend(error.problems)
+                end = text.find("\n", end + 1)
+                if end < 0 or len(self.problems) >= MAX_PROBLEMS:
+                    raise ParseError(self.problems) from None
+
+    def statement(self, start: Token) -> None:
+        if start.kind == "value":
+            self.node()
+            return
+        keyword = self.scan.expect("name", what="a statement").text
+        handler = {
+            "attr": self.attr,
+            "input": self.input,
+            "param": self.param,
+            "output": self.output,
+        }.get(keyword)
+        if handler is None:
+            hint = nearest(keyword, ("attr", "input", "param", "output"))
+            raise self.scan.error(f"unknown statement {printable(keyword)!r}", start.at, hint=hint)
+        handler()
+
+    def attr(self) -> None:
+        name = self.scan.expect("name", what="the name of an attribute").text
+        equals = self.scan.token
+        if equals.text != "=":
+            raise self.scan.error("expected =", equals.at)
+        # What follows is JSON, not our tokens, so step over the sign by hand.
+        self.scan.token = Token("json", "", equals.at + 1)
+        self.graph.attrs[name] = self.scan.json_line()
+
+    def input(self) -> None:
+        name = self.scan.expect("value", what="a value")
+        self.scan.expect("punct", ":")
+        type = self.type()
+        self.guarded(name.at, lambda: self.graph.input(name.text[1:], type))
+
+    def param(self) -> None:
+        scan = self.scan
+        name = scan.expect("value", what="a value")
+        scan.expect("punct", ":")
+        type = self.type()
+        weight = self.weight() if scan.token.text == "=" else None
+        loc, _ = self.loc()
+        self.guarded(name.at, lambda: self.graph.param(name.text[1:], type, weight, loc=loc))
+
+    def weight(self) -> Expr:
+        from moecc.weights.text import ExprSyntaxError, parse_expr
+
+        scan, start = self.scan, self.scan.token.at + 1
+        try:
+            weight, end = parse_expr(scan.text, start)
+        except ExprSyntaxError as error:
+            raise scan.error(str(error), min(error.offset, len(scan.text))) from None
+        except InputError as error:
+            raise self.at(error, start) from None
+        scan.jump(end)
+        return weight
+
+    def output(self) -> None:
+        name = self.scan.expect("name", what="the name of an output")
+        self.scan.expect("punct", "=")
+        value = self.operand()
+        if name.text in self.graph.output_names:
+            raise self.scan.error(f"output {name.text!r} is given twice", name.at)
+        self.graph.set_output(name.text, value)
+
+    def node(self) -> None:
+        scan, graph = self.scan, self.graph
+        results = [scan.advance()]
+        while scan.take("punct", ","):
+            results.append(scan.expect("value", what="a value"))
+        scan.expect("punct", "=")
+        word = scan.expect("name", what="an operation")
+        entry = OPS.get(word.text)
+        if entry is None:
+            raise self.at(_caught(lambda: op(word.text)), word.at)
+        operands: list[Value] = []
+        if scan.token.kind == "value":
+            operands.append(self.operand())
+            while scan.take("punct", ","):
+                operands.append(self.operand())
+        attrs = self.attributes(entry) if scan.token.kind == "attrs" else {}
+        scan.expect("punct", ":")
+        types_at = scan.token.at
+        types = [self.type()]
+        while scan.take("punct", ","):
+            types.append(self.type())
+        loc, origin = self.loc()
+        for token in results:
+            if token.text[1:] in graph:
+                raise scan.error(f"{token.text} is defined twice", token.at)
+        names = [t.text[1:] for t in results]
+        if len(set(names)) != len(names):
+            raise scan.error("a node defines one value twice", results[0].at)
+        made = self.guarded(
+            word.at,
+            lambda: graph.append(entry, operands, attrs, names=names, loc=loc, origin=origin),
+        )
+        inferred = [v.type for v in made.results]
+        if inferred != types:
+            for value in made.results:
+                self.poisoned.add(value.name)
+            raise scan.error(
+                f"the type of {word.text} does not follow from its operands",
+                types_at,
+                expected=", ".join(map(str, inferred)),
+                found=", ".join(map(str, types)),
+            )
+
+    def operand(self) -> Value:
+        token = self.scan.expect("value", what="a value")
+        name = token.text[1:]
+        if name in self.graph:
+            return self.graph.value(name)
+        if name in self.poisoned:
+            raise _Poisoned
+        hint = nearest(name, list(self.graph._names)[-200:])
+        raise self.scan.error(f"{token.text} is not defined", token.at, hint=hint)
+
+    def type(self) -> TensorType:
+        token = self.scan.expect("type", what="a type such as f32[batch=B]")
+        known = self.types.get(token.text)
+        if known is not None:
+            return known
+        try:
+            type = parse_type(token.text, self.lookup)
+        except InputError as error:
+            raise self.at(error, token.at) from None
+        except KeyError as error:
+            if error.args[0] in self.poisoned:
+                raise _Poisoned from None
+            raise self.scan.error(f"%{error.args[0]} is not defined", token.at) from None
+        if not type.extents:
+            self.types[token.text] = type
+        return type
+
+    def lookup(self, name: str) -> Value:
+        return self.graph.value(name)
+
+    def attributes(self, entry: OpDef) -> dict[str, Any]:
+        token = self.scan.advance()
+        key = (entry, token.text)
+        known = self.attrs.get(key)
+        if known is None:
+            known = self.guarded(token.at, lambda: parse_attrs(entry, token.text))
+            self.attrs[key] = known
+        return known
+
+    def loc(self) -> tuple[str, str]:
+        if self.scan.token.kind != "loc":
+            return "", ""
+        loc, origin = self.scan.advance().text[1:], ""
+        if self.scan.take("name", "by"):
+            origin = self.scan.expect("name", what="a pass and rewrite").text
+        return loc, origin
+
+    def at(self, error: InputError, at: int) -> ParseError:
+        """Return `error`, which knows no place, at offset `at`."""
+        return ParseError(
+            self.scan.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
+            for p in error.problems
+        )
+
+    def guarded(self, at: int, make: Any) -> Any:
+        try:
+            return make()
+        except ParseError:
+            raise
+        except InputError as error:
+            raise self.at(error, at) from None
+
+
+def _caught(action: Any) -> InputError:
+    try:
+        action()
+    except InputError as error:
+        return error
+    raise AssertionError("the action was expected to fail")

@@ -1,0 +1,140 @@
+"""Tokens of the text format, with their places, and errors that point at them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moecc.errors import InputError, Problem, printable
+
+_TOKEN = re.compile(
+    r"""
+    (?P<skip>(?:[ \t\r\n]+|\#[^\n]*)+)
+  | (?P<value>%[A-Za-z0-9_][A-Za-z0-9_.\-]*)
+  | (?P<type>[a-z][a-z0-9]*\[[^\]\n]*\](?:\ unreduced\([^)\n]*\))?)
+  | (?P<attrs>\{(?:[^{}"\n]|"(?:[^"\\\n]|\\.)*")*\})
+  | (?P<loc>@[^\s]*)
+  | (?P<name>[A-Za-z_][A-Za-z0-9_./\-]*)
+  | (?P<number>-?(?:inf|[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?))
+  | (?P<string>"(?:[^"\\\n]|\\.)*")
+  | (?P<punct>[{}=,:()])
+    """,
+    re.VERBOSE,
+)
+
+
+class ParseError(InputError):
+    """Text that is not a graph; each problem says line and column and shows the place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token: its kind, its text, and the offset at which it starts."""
+
+    kind: str
+    text: str
+    at: int
+
+
+class Scanner:
+    """Reads the tokens of `text` one after the other.
+
+    Attributes:
+      text: what is read.
+      file: its name in messages.
+      token: the token that comes next; its kind is ``end`` at the end.
+    """
+
+    def __init__(self, text: str, file: str = "<text>") -> None:
+        self.text = text
+        self.file = file
+        self.pos = 0
+        self.token = Token("end", "", 0)
+        self.advance()
+
+    def advance(self) -> Token:
+        """Return the token that came next, and read the one after it.
+
+        Raises:
+          ParseError: the text goes on with something that is no token.
+        """
+        before = self.token
+        match = _TOKEN.match(self.text, self.pos)
+        if match is not None and match.lastgroup == "skip":
+            self.pos = match.end()
+            match = _TOKEN.match(self.text, self.pos)
+        if match is None:
+            if self.pos < len(self.text):
+                raise self.error(f"unexpected character {self.text[self.pos]!r}", self.pos)
+            self.token = Token("end", "", self.pos)
+            return before
+        self.pos = match.end()
+        self.token = Token(match.lastgroup or "", match.group(), match.start())
+        return before
+
+    def jump(self, pos: int) -> None:
+        """Go on reading at offset `pos`."""
+        self.pos = pos
+        self.advance()
+
+    def expect(self, kind: str, text: str | None = None, what: str | None = None) -> Token:
+        """Return the next token, which must be of `kind` (and read `text`).
+
+        Raises:
+          ParseError: it is another one.
+        """
+        token = self.token
+        if token.kind != kind or (text is not None and token.text != text):
+            found = repr(printable(token.text, 40)) if token.text else "the end of the text"
+            raise self.error(f"expected {what or text or kind}, found {found}", token.at)
+        return self.advance()
+
+    def take(self, kind: str, text: str) -> bool:
+        """Read the next token if it is `text`, and say whether it was."""
+        if self.token.kind != kind or self.token.text != text:
+            return False
+        self.advance()
+        return True
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Return line and column, counted from 1, of the offset `at`."""
+        line = self.text.count("\n", 0, at) + 1
+        return line, at - (self.text.rfind("\n", 0, at) + 1) + 1
+
+    def problem(self, what: str, at: int, **more: str | None) -> Problem:
+        """Return a problem at offset `at`, with its line and a caret below the place."""
+        line, column = self.place(at)
+        start = self.text.rfind("\n", 0, at) + 1
+        end = self.text.find("\n", start)
+        whole = self.text[start : end if end >= 0 else len(self.text)]
+        # A long line is cut around the place, so that the caret stays on the screen.
+        cut = max(0, column - 61)
+        shown = printable(whole[cut : cut + 110], 110)
+        pad = len(printable(whole[cut : column - 1], 110)) if column > 1 else 0
+        excerpt = f"{line:5} | {shown}\n      | {' ' * pad}^"
+        return Problem(f"{what}\n{excerpt}", f"{self.file}:{line}:{column}", **more)
+
+    def error(self, what: str, at: int, **more: str | None) -> ParseError:
+        """Return a `ParseError` at offset `at`."""
+        return ParseError([self.problem(what, at, **more)])
+
+    def json_line(self) -> Any:
+        """Return the JSON value that fills the rest of the line after the last token read.
+
+        Raises:
+          ParseError: it is not JSON.
+        """
+        start = self.token.at
+        end = self.text.find("\n", start)
+        end = len(self.text) if end < 0 else end
+        try:
+            value = json.loads(self.text[start:end])
+        except (ValueError, RecursionError) as error:
+            at = start + getattr(error, "pos", 0)
+            raise self.error(
+                f"not JSON: {getattr(error, 'msg', 'nested too deeply')}", at
+            ) from None
+        self.jump(end)
+        return value

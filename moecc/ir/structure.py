@@ -1,0 +1,106 @@
+"""Copies of graphs, and equality and hash up to the names of values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+from moecc.ir.graph import Graph, Value
+from moecc.ir.types import Axis, Extent, TensorType
+
+
+def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
+    """Return `type` with its extents referring to the images of their values in `values`."""
+    if not type.extents:
+        return type
+    return type.with_axes(
+        Axis(a.name, Extent(a.size.kind, values.get(a.size.value, a.size.value)), a.mesh)
+        if isinstance(a.size, Extent)
+        else a
+        for a in type.axes
+    )
+
+
+def clone(graph: Graph) -> Graph:
+    """Return a copy of `graph` with the same names, sharing weight expressions."""
+    copy = Graph(graph.name, json.loads(json.dumps(graph.attrs)))
+    values: dict[Value, Value] = {}
+    for name, value in graph.inputs.items():
+        values[value] = copy.input(name, value.type)
+    for name, value in graph.params.items():
+        values[value] = copy.param(name, value.type, value.weight, loc=value.loc)
+    for node in graph:
+        names = [v.name for v in node.results]
+        made = copy.append(
+            node.op,
+            [values[v] for v in node.operands],
+            node.attrs,
+            names=names,
+            loc=node.loc,
+            origin=node.origin,
+        )
+        values.update(zip(node.results, made.results, strict=True))
+    for name, value in graph.outputs.items():
+        copy.set_output(name, values[value])
+    return copy
+
+
+def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
+    if not type.extents:
+        return type
+    axes = tuple(
+        (a.name, a.mesh, a.size.kind, numbers.get(a.size.value, -1))
+        if isinstance(a.size, Extent)
+        else a
+        for a in type.axes
+    )
+    return (type.dtype, axes, type.unreduced)
+
+
+def structure(graph: Graph) -> Iterator[object]:
+    """Yield what `graph` says, a statement at a time, with values by number instead of name.
+
+    The names of inputs, parameters and outputs count; those of other values, and locations, don't.
+    """
+    numbers: dict[Value, int] = {}
+    yield json.dumps(graph.attrs, sort_keys=True)
+    for name, value in graph.inputs.items():
+        numbers[value] = len(numbers)
+        yield ("input", name, value.type)
+    for name, value in graph.params.items():
+        numbers[value] = len(numbers)
+        yield ("param", name, value.type, value.weight)
+    for node in graph:
+        uses = tuple(numbers[v] for v in node.operands)
+        for value in node.results:
+            numbers[value] = len(numbers)
+        types = tuple(_type_key(v.type, numbers) for v in node.results)
+        yield (node.op.name, uses, tuple(node.attrs.items()), types)
+    yield tuple((n, numbers[v]) for n, v in graph.outputs.items())
+
+
+def equal(a: Graph, b: Graph) -> bool:
+    """Whether two graphs say the same, whatever their values are called."""
+    return a is b or list(structure(a)) == list(structure(b))
+
+
+def fingerprint(graph: Graph) -> str:
+    """Return a hash, as hexadecimal digits, that equal graphs share; stable between processes."""
+    digest = hashlib.sha256()
+    for statement in structure(graph):
+        digest.update(_stable(statement).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _stable(item: object) -> str:
+    if isinstance(item, tuple):
+        return f"({','.join(map(_stable, item))})"
+    return str(item) if not hasattr(item, "type") or isinstance(item, str) else _weight(item)
+
+
+def _weight(item: object) -> str:
+    from moecc.weights.text import format_expr
+
+    return format_expr(item)  # type: ignore[arg-type]

@@ -1,0 +1,5 @@
+"""The rows of the operation table; importing this package fills it."""
+
+from moecc.ir.table import attention, axes, contraction, elementwise, reduction, routing
+
+__all__ = ["attention", "axes", "contraction", "elementwise", "reduction", "routing"]

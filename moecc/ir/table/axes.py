@@ -1,0 +1,200 @@
+"""Operations that rename, split, merge, broadcast and pick axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from moecc.errors import InputError
+from moecc.ir.dtypes import I32
+from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.types import Axis, TensorType
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Value
+
+
+def _infer_rename(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    old = axis_of(type, attrs["axis"])
+    new = Axis(attrs["to"], old.size, old.mesh)
+    return (type.with_axes(no_duplicates(new if a is old else a for a in type.axes)),)
+
+
+register(
+    OpDef(
+        "rename",
+        "x with one axis under another name.",
+        ("x",),
+        _infer_rename,
+        attrs={"axis": Attr("axis", doc="the old name"), "to": Attr("axis", doc="the new name")},
+        linear=(0,),
+    )
+)
+
+
+def _infer_split(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    old = axis_of(type, attrs["axis"])
+    no_ragged(type, (old.name,), "cannot split")
+    into = tuple(Axis(n, s) for n, s in attrs["into"])
+    sizes = [a.size for a in into]
+    whole = prod(s for s in sizes if isinstance(s, int))
+    if not all(isinstance(s, int) for s in sizes) or whole != old.size:
+        raise InputError(
+            f"the axis {old.name!r} does not split so",
+            expected=f"sizes whose product is {old.size}",
+            found=", ".join(map(str, into)),
+        )
+    axes: list[Axis] = []
+    for a in type.axes:
+        axes.extend(into if a is old else (a,))
+    return (type.with_axes(no_duplicates(axes)),)
+
+
+register(
+    OpDef(
+        "split",
+        "x with one axis cut into several, the first outermost.",
+        ("x",),
+        _infer_split,
+        attrs={"axis": Attr("axis", doc="the axis"), "into": Attr("sizes", doc="the new axes")},
+        linear=(0,),
+    )
+)
+
+
+def _infer_merge(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    names: tuple[str, ...] = attrs["axes"]
+    parts = [axis_of(type, n) for n in names]
+    no_ragged(type, names, "cannot merge")
+    sizes = [a.size for a in parts if isinstance(a.size, int)]
+    if len(set(names)) != len(names) or not names or len(sizes) != len(parts):
+        raise InputError(
+            "only different axes of known size merge", found=", ".join(map(str, parts)) or "no axis"
+        )
+    merged = Axis(attrs["into"], prod(sizes))
+    axes = [merged if a.name == names[0] else a for a in type.axes if a.name not in names[1:]]
+    return (type.with_axes(no_duplicates(axes)),)
+
+
+register(
+    OpDef(
+        "merge",
+        "x with several axes made one, the first outermost.",
+        ("x",),
+        _infer_merge,
+        attrs={"axes": Attr("axes", doc="the axes"), "into": Attr("axis", doc="the new axis")},
+        linear=(0,),
+    )
+)
+
+
+def _infer_broadcast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    x, like = (v.type for v in operands)
+    for axis in x.axes:
+        same_size(axis_of(like, axis.name, "the operand that gives the axes"), axis)
+    return (like.with_dtype(x.dtype),)
+
+
+register(
+    OpDef(
+        "broadcast",
+        "x repeated along every axis that the second operand has.",
+        ("x", "like"),
+        _infer_broadcast,
+        linear=(0,),
+    )
+)
+
+
+def _infer_slice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    old = axis_of(type, attrs["axis"])
+    start, stop = attrs["start"], attrs["stop"]
+    if not isinstance(old.size, int) or not 0 <= start < stop <= old.size:
+        raise InputError(
+            f"cannot take [{start}, {stop}) of the axis {old.name!r}",
+            found=str(type),
+            expected="0 <= start < stop <= size, and a known size",
+        )
+    return (type.with_axes(Axis(a.name, stop - start) if a is old else a for a in type.axes),)
+
+
+register(
+    OpDef(
+        "slice",
+        "A range of x along one axis.",
+        ("x",),
+        _infer_slice,
+        mixes=mixes_axis,
+        linear=(0,),
+        attrs={
+            "axis": Attr("axis", doc="the axis"),
+            "start": Attr("int", doc="the first index"),
+            "stop": Attr("int", doc="the index after the last"),
+        },
+    )
+)
+
+
+def _infer_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    axis = axis_of(operands[0].type, attrs["axis"])
+    no_ragged(operands[0].type, (axis.name,), "no positions")
+    return (TensorType(I32, (axis,)),)
+
+
+register(
+    OpDef(
+        "positions",
+        "0, 1, 2 … along an axis of the operand.",
+        ("like",),
+        _infer_positions,
+        attrs={"axis": Attr("axis", doc="the axis")},
+        mixes=mixes_axis,
+    )
+)
+
+
+def _infer_embedding(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    table, ids = (v.type for v in operands)
+    need_kind(ids, "int", "the indices")
+    picked = axis_of(table, attrs["axis"], "the table")
+    rest = (a for a in table.axes if a is not picked)
+    return (table.with_axes(no_duplicates((*ids.axes, *rest))),)
+
+
+register(
+    OpDef(
+        "embedding",
+        "Rows of a table, picked by index.",
+        ("table", "ids"),
+        _infer_embedding,
+        attrs={"axis": Attr("axis", doc="the axis of the table that the indices run over")},
+        mixes=mixes_axis,
+        linear=(0,),
+    )
+)
+
+
+def _infer_one_hot(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    ids = operands[0].type
+    need_kind(ids, "int", "the indices")
+    ((name, size),) = attrs["into"]
+    from moecc.ir.dtypes import F32
+
+    return (TensorType(F32, no_duplicates((*ids.axes, Axis(name, size)))),)
+
+
+register(
+    OpDef(
+        "one_hot",
+        "1 at the index, 0 elsewhere, along a new axis.",
+        ("ids",),
+        _infer_one_hot,
+        attrs={"into": Attr("sizes", doc="the new axis and its size")},
+    )
+)

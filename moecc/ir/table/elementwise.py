@@ -1,0 +1,143 @@
+"""Elementwise operations, casts, selection, and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moecc.errors import InputError, nearest
+from moecc.ir.dtypes import DTYPES, PRED
+from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.rules import elementwise, float_elementwise, need_kind, same_dtype, widest
+from moecc.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Value
+
+UNARY = {
+    "silu": "x · sigmoid(x).",
+    "gelu": "x · Φ(x), with the error function.",
+    "gelu_tanh": "GELU by its tanh approximation (Hendrycks and Gimpel 2016).",
+    "relu": "max(x, 0).",
+    "sigmoid": "1 / (1 + exp(−x)).",
+    "tanh": "The hyperbolic tangent.",
+    "exp": "The exponential.",
+    "log": "The natural logarithm.",
+    "square": "x².",
+    "rsqrt": "1 / √x.",
+}
+
+for _name, _doc in UNARY.items():
+    register(OpDef(_name, _doc, ("x",), float_elementwise))
+
+register(OpDef("neg", "−x.", ("x",), elementwise, linear=(0,)))
+register(
+    OpDef(
+        "scale",
+        "x times a constant.",
+        ("x",),
+        float_elementwise,
+        attrs={"by": Attr("float", doc="the factor")},
+        linear=(0,),
+    )
+)
+register(OpDef("stop_gradient", "x, through which no gradient flows.", ("x",), elementwise))
+
+register(
+    OpDef("add", "a + b.", ("a", "b"), elementwise, linear=(0, 1), jointly=True, commutative=True)
+)
+register(OpDef("sub", "a − b.", ("a", "b"), elementwise, linear=(0, 1), jointly=True))
+register(OpDef("mul", "a · b.", ("a", "b"), elementwise, linear=(0, 1), commutative=True))
+register(OpDef("div", "a / b.", ("a", "b"), float_elementwise, linear=(0,)))
+register(OpDef("maximum", "The larger of a and b.", ("a", "b"), elementwise, commutative=True))
+register(OpDef("minimum", "The smaller of a and b.", ("a", "b"), elementwise, commutative=True))
+
+
+def _infer_cast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    dtype = DTYPES.get(attrs["dtype"])
+    if dtype is None:
+        raise InputError(
+            f"unknown element type {attrs['dtype']!r}", hint=nearest(attrs["dtype"], DTYPES)
+        )
+    return (operands[0].type.with_dtype(dtype),)
+
+
+register(
+    OpDef(
+        "cast",
+        "x in another element type, rounded to nearest even.",
+        ("x",),
+        _infer_cast,
+        attrs={"dtype": Attr("str", doc="the element type")},
+        linear=(0,),
+    )
+)
+
+
+def _infer_select(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    condition, *branches = (v.type for v in operands)
+    need_kind(condition, "bool", "the condition")
+    dtype = same_dtype(branches)
+    return (widest([*branches, condition]).with_dtype(dtype),)
+
+
+register(
+    OpDef(
+        "select",
+        "a where the condition holds, b elsewhere.",
+        ("condition", "a", "b"),
+        _infer_select,
+    )
+)
+
+
+def _infer_mask(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    x, keep = (v.type for v in operands)
+    need_kind(keep, "bool", "the mask")
+    if widest([x, keep]).names != x.names:
+        raise InputError(
+            "the mask has an axis that the operand lacks", expected=str(x), found=str(keep)
+        )
+    return (x,)
+
+
+register(
+    OpDef(
+        "mask",
+        "x where the mask keeps it, a constant elsewhere.",
+        ("x", "keep"),
+        _infer_mask,
+        attrs={"fill": Attr("float", float("-inf"), doc="what stands where nothing is kept")},
+    )
+)
+
+
+def _infer_compare(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    return (elementwise(operands, attrs)[0].with_dtype(PRED),)
+
+
+register(OpDef("less", "Whether a < b.", ("a", "b"), _infer_compare))
+register(OpDef("equal", "Whether a = b.", ("a", "b"), _infer_compare, commutative=True))
+
+
+def _infer_constant(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    dtype = DTYPES.get(attrs["dtype"])
+    if dtype is None:
+        raise InputError(
+            f"unknown element type {attrs['dtype']!r}", hint=nearest(attrs["dtype"], DTYPES)
+        )
+    return (TensorType(dtype),)
+
+
+register(
+    OpDef(
+        "constant",
+        "A scalar constant.",
+        (),
+        _infer_constant,
+        attrs={
+            "value": Attr("float", doc="its value"),
+            "dtype": Attr("str", "f32", doc="its type"),
+        },
+    )
+)

@@ -1,0 +1,118 @@
+"""Reductions and normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moecc.errors import InputError
+from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.rules import (
+    axis_of,
+    mixes_axis,
+    need_float,
+    no_ragged,
+    same_dtype,
+    same_size,
+)
+from moecc.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Value
+
+
+def _infer_reduce(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    need_float(type)
+    for name in attrs["axes"]:
+        axis_of(type, name)
+    no_ragged(type, attrs["axes"], "cannot reduce")
+    return (type.without(*attrs["axes"]),)
+
+
+def _mixes_axes(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+    return tuple(attrs["axes"])
+
+
+for _name, _doc, _linear in (
+    ("sum", "The sum over the named axes.", (0,)),
+    ("mean", "The mean over the named axes.", (0,)),
+    ("max", "The maximum over the named axes.", ()),
+    ("logsumexp", "log Σ exp(x) over the named axes, without overflow.", ()),
+):
+    register(
+        OpDef(
+            _name,
+            _doc,
+            ("x",),
+            _infer_reduce,
+            attrs={"axes": Attr("axes", doc="the axes")},
+            mixes=_mixes_axes,
+            linear=_linear,
+        )
+    )
+
+
+def _infer_softmax(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    need_float(type)
+    axis_of(type, attrs["axis"])
+    no_ragged(type, (attrs["axis"],), "cannot normalise")
+    return (type,)
+
+
+register(
+    OpDef(
+        "softmax",
+        "exp(x) over its sum along an axis.",
+        ("x",),
+        _infer_softmax,
+        attrs={"axis": Attr("axis", doc="the axis")},
+        mixes=mixes_axis,
+    )
+)
+
+
+def _infer_norm(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    x, *vectors = (v.type for v in operands)
+    need_float(x)
+    axis = axis_of(x, attrs["axis"])
+    no_ragged(x, (axis.name,), "cannot normalise")
+    same_dtype((x, *vectors))
+    for vector in vectors:
+        if vector.names != (axis.name,):
+            raise InputError(
+                "a norm is scaled by a vector along its own axis",
+                expected=f"one axis {axis}",
+                found=str(vector),
+            )
+        same_size(axis, vector[axis.name])
+    return (x,)
+
+
+_NORM = {
+    "axis": Attr("axis", doc="the axis"),
+    "eps": Attr("float", 1e-6, doc="added under the root"),
+}
+
+register(
+    OpDef(
+        "rms_norm",
+        "x / √(mean(x²) + eps) · scale (Zhang and Sennrich 2019).",
+        ("x", "scale"),
+        _infer_norm,
+        attrs=_NORM,
+        mixes=mixes_axis,
+        linear=(1,),
+    )
+)
+register(
+    OpDef(
+        "layer_norm",
+        "(x − mean) / √(variance + eps) · scale + bias (Ba et al. 2016).",
+        ("x", "scale", "bias"),
+        _infer_norm,
+        attrs=_NORM,
+        mixes=mixes_axis,
+    )
+)
