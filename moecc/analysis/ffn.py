@@ -1,0 +1,269 @@
+"""Finding feed-forward blocks by their dataflow, not by their names.
+
+A block goes from the model's width to an inner axis and back: one or more contractions of one
+value with parameters, elementwise operations, a contraction over the inner axis with a parameter,
+and possibly a bias.  Nothing in it mixes token axes, and nothing inside it is used outside.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from moecc.ir.graph import Graph, Node, Value
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class FFNBlock:
+    """A feed-forward block.
+
+    Attributes:
+      loc: its place in the model, ``layers.3.ffn``.
+      x: what goes in, ``[…tokens, embed]``.
+      output: what comes out, with the axes of `x`.
+      ups: the contractions of `x` with parameters, to the inner axis.
+      down: the contraction back.
+      nodes: all nodes of the block in order, `ups`, `down` and an output bias included.
+      outer: the name of the model's width, ``embed``.
+      inner: the name of the inner axis, ``mlp``.
+    """
+
+    loc: str
+    x: Value
+    output: Value
+    ups: tuple[Node, ...]
+    down: Node
+    nodes: tuple[Node, ...]
+    outer: str
+    inner: str
+
+    @property
+    def width(self) -> int:
+        """The number of neurons: the size of the inner axis."""
+        size = self.down.operands[0].type[self.inner].size
+        assert isinstance(size, int), "a parameter has the inner axis, so its size is known"
+        return size
+
+    @property
+    def embed(self) -> int:
+        """The size of the outer axis."""
+        size = self.x.type[self.outer].size
+        assert isinstance(size, int), "a parameter has the outer axis, so its size is known"
+        return size
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer, read from the location, or None."""
+        match = _LAYER.search(self.loc)
+        return int(match.group(1)) if match else None
+
+    @property
+    def params(self) -> tuple[Value, ...]:
+        """The parameters of the block, each once, in the order of use."""
+        found = (v for n in self.nodes for v in n.operands if v.is_param)
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def output_bias(self) -> Value | None:
+        """The parameter added to what `down` gives, or None."""
+        if self.output is self.down.result:
+            return None
+        (node,) = self.down.result.users
+        return next(v for v in node.operands if v.is_param)
+
+    def degrees(self) -> dict[Value, int | None]:
+        """Return how the hidden value scales with each weight of `ups`.
+
+        A degree d means that a·W for W, with a > 0, gives aᵈ times the hidden value; None means
+        that no d does, as when the weight's product goes through SiLU (lemma L3).
+        """
+        return {up.operands[1]: self._degree(up) for up in self.ups}
+
+    def _degree(self, up: Node) -> int | None:
+        degree: dict[Value, int | None] = {up.result: 1}
+        for node in self.nodes:
+            if node is self.down:
+                break
+            carried = [degree[v] for v in node.operands if v in degree]
+            if carried and node is not up:
+                degree[node.result] = _combine(node, degree)
+        return degree[self.down.operands[0]]
+
+
+@dataclass
+class Refusal:
+    """Why something that looks like a block is none: the reason and the place."""
+
+    loc: str
+    reason: str
+
+
+@dataclass
+class FFNSearch:
+    """The blocks of a graph, and what nearly was one."""
+
+    blocks: list[FFNBlock] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+# How elementwise operations of one operand change the degree of homogeneity.
+_POWERS = {"relu": 1, "scale": 1, "neg": 1, "square": 2, "cast": 1}
+
+
+def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
+    carried = [degree.get(v, 0) for v in node.operands]
+    if any(d is None for d in carried):
+        return None
+    known = [d for d in carried if d is not None]
+    if node.op.name == "mul":
+        return sum(known)
+    if node.op.name in _POWERS:
+        return known[0] * _POWERS[node.op.name]
+    if node.op.name in ("add", "sub", "maximum", "minimum") and len(set(known)) == 1:
+        return known[0]
+    return None
+
+
+def find_ffn_blocks(graph: Graph) -> FFNSearch:
+    """Return the feed-forward blocks of `graph`, first to last, with near misses."""
+    search = FFNSearch()
+    order = {node: i for i, node in enumerate(graph)}
+    for node in graph:
+        if _is_projection(node):
+            found = _block_of(node, order)
+            if isinstance(found, FFNBlock):
+                search.blocks.append(found)
+            elif found is not None:
+                search.refusals.append(found)
+    return search
+
+
+def _is_projection(node: Node) -> bool:
+    """Whether `node` contracts an activation with a parameter over a single axis."""
+    return node.op.name == "contract" and node.operands[1].is_param and len(node.attrs["over"]) == 1
+
+
+def _outer_axis(down: Node) -> str | None:
+    """Return the one axis that the weight of `down` adds, or None."""
+    inner = down.attrs["over"][0]
+    x = down.operands[0].type
+    added = [n for n in down.operands[1].type.names if n != inner and n not in x]
+    return added[0] if len(added) == 1 else None
+
+
+def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
+    """Return the block that ends in `down`, a near miss, or None where nothing looks like one."""
+    inner, outer = down.attrs["over"][0], _outer_axis(down)
+    if outer is None or down.operands[0].node is None:
+        return None
+    region = _walk_back(down, inner, outer)
+    if region is None:
+        return None
+    ups, inside, problem = region
+    if problem is not None:
+        return Refusal(down.loc, problem)
+    roots = {up.operands[0] for up in ups}
+    if len(roots) != 1:
+        names = ", ".join(f"%{v.name}" for v in roots)
+        return Refusal(down.loc, f"its contractions take different values: {names}")
+    (x,) = roots
+    if "expert" in x.type:
+        return Refusal(down.loc, "it is sparse already")
+    escaped = _escape(inside, down)
+    if escaped is not None:
+        return Refusal(down.loc, escaped)
+    bias = _bias_after(down, outer)
+    nodes = tuple(sorted(inside | {down} | ({bias} if bias else set()), key=order.__getitem__))
+    output = bias.result if bias else down.result
+    if x.type.by_name.keys() != output.type.by_name.keys():
+        return Refusal(down.loc, f"it does not lead from {outer!r} back to {outer!r}")
+    return FFNBlock(
+        loc=down.loc,
+        x=x,
+        output=output,
+        ups=tuple(n for n in nodes if n in ups),
+        down=down,
+        nodes=nodes,
+        outer=outer,
+        inner=inner,
+    )
+
+
+def _walk_back(
+    down: Node, inner: str, outer: str
+) -> tuple[list[Node], set[Node], str | None] | None:
+    """Return the contractions from `outer` that feed `down`, all nodes between, and a problem.
+
+    None where no such contraction is met: then `down` is no end of a block at all.
+    """
+    ups: list[Node] = []
+    inside: set[Node] = set()
+    problem: str | None = None
+    stack = [down.operands[0]]
+    while stack:
+        value = stack.pop()
+        node = value.node
+        if value.is_param or node in inside:
+            continue
+        if node is None:
+            problem = problem or f"%{value.name} comes in from outside"
+            continue
+        if _is_projection(node) and node.attrs["over"] == (outer,):
+            ups.append(node)
+            inside.add(node)
+        elif node.mixes or node.op.name not in _LIFTABLE:
+            problem = problem or f"%{value.name} = {node.op.name} is not elementwise"
+        else:
+            inside.add(node)
+            stack.extend(node.operands)
+    return (ups, inside, problem) if ups else None
+
+
+_LIFTABLE = frozenset(
+    (
+        "silu",
+        "gelu",
+        "gelu_tanh",
+        "relu",
+        "sigmoid",
+        "tanh",
+        "exp",
+        "log",
+        "square",
+        "rsqrt",
+        "neg",
+        "scale",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "maximum",
+        "minimum",
+        "cast",
+        "stop_gradient",
+    )
+)
+"""Elementwise operations, which an expert axis passes through as they are."""
+
+
+def _escape(inside: set[Node], down: Node) -> str | None:
+    """Return which value inside the block is used outside it, if one is."""
+    for node in inside:
+        for value in node.results:
+            for user in value.users:
+                if user is node.graph.terminator:
+                    return f"%{value.name} inside it is an output of the graph"
+                if user not in inside and user is not down:
+                    return f"%{value.name} inside it is also used by {user.op.name} @{user.loc}"
+    return None
+
+
+def _bias_after(down: Node, outer: str) -> Node | None:
+    """Return the node that adds a parameter along `outer` to the result of `down`, or None."""
+    user = down.result.only_user
+    if user is None or user.op.name != "add":
+        return None
+    other = user.operands[1] if user.operands[0] is down.result else user.operands[0]
+    return user if other.is_param and other.type.names == (outer,) else None
