@@ -1,0 +1,245 @@
+"""Opens and reads the files of a checkpoint without trusting them.
+
+A file is looked at before it is opened, so that a FIFO or a device never blocks; it is read by
+position, never mapped, because a mapped file that shrinks kills the process; and it must be the
+same file after a read as when its header was read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moecc.errors import InputError, MachineError, MoeccError, Problem
+
+OPEN_DESCRIPTORS = 16
+READ_BYTES = 64 << 20
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells one state of a file from another."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """Return the identity in a stat result."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
+    """Return the error to raise when the system refuses a file: InputError or MachineError."""
+    reason = error.strerror or str(error)
+    if error.errno in _ABSENT:
+        return InputError(f"cannot {doing} the file: {reason}", where=str(path))
+    hints = {
+        errno.EACCES: f"give this user the right to {doing} it",
+        errno.ENOSPC: "free some disk space",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    }
+    hint = hints.get(error.errno or 0)
+    return MachineError(f"cannot {doing} the file: {reason}", where=str(path), hint=hint)
+
+
+def identify(path: Path) -> Identity:
+    """Return the identity of a regular file, without opening it.
+
+    Raises:
+      InputError: there is no such file, or it is a folder, FIFO, device or socket.
+      MachineError: the system does not let us look.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise os_problem(error, path) from None
+    except ValueError:  # a NUL in the name
+        raise InputError("the name of the file is not usable", where=repr(str(path))) from None
+    _require_regular(status, path)
+    return Identity.of(status)
+
+
+def open_regular(path: Path) -> tuple[int, Identity]:
+    """Open a regular file for reading; return its descriptor and identity. Raises as `identify`."""
+    identify(path)
+    try:
+        # O_NONBLOCK: a FIFO put in place since the look would otherwise block for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise os_problem(error, path) from None
+    status = os.fstat(descriptor)
+    try:
+        _require_regular(status, path)
+    except InputError:
+        os.close(descriptor)
+        raise
+    return descriptor, Identity.of(status)
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill a byte buffer from `offset`.
+
+    Raises:
+      InputError: the file ends too early.
+      MachineError: the system cannot read it.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(descriptor, [buffer[done : done + READ_BYTES]], offset + done)
+        except OSError as error:
+            raise os_problem(error, path) from None
+        if count == 0:
+            raise InputError(
+                "the file ends in the middle of what was to be read",
+                where=str(path),
+                expected=f"at least {offset + len(buffer):,} bytes",
+                found=f"{offset + done:,} bytes",
+            )
+        done += count
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """Read a whole regular file of at most `limit_bytes`. Raises as `identify`."""
+    descriptor, identity = open_regular(path)
+    try:
+        if identity.size_bytes > limit_bytes:
+            raise InputError(
+                "the file is too large for what it should be",
+                where=str(path),
+                expected=f"at most {limit_bytes:,} bytes",
+                found=f"{identity.size_bytes:,} bytes",
+            )
+        data = bytearray(identity.size_bytes)
+        read_into(descriptor, memoryview(data), 0, path)
+    finally:
+        os.close(descriptor)
+    return bytes(data)
+
+
+def file_fault(path: Path, root: Path) -> Problem | None:
+    """Say why a file in folder `root` must not be opened, or None.
+
+    It must exist, be a regular file, and lie in the folder once symbolic links are followed; a
+    Hugging Face cache may link into the ``blobs`` of its own repository.
+    """
+    try:
+        identify(path)
+    except InputError as error:
+        return error.problems[0]
+    real, real_root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    if real.is_relative_to(real_root) or real.parent in _own_blobs(real_root):
+        return None
+    return Problem(
+        "the file is a symbolic link that leaves its folder",
+        where=str(path),
+        found=str(real),
+        hint="put the file itself into the folder",
+    )
+
+
+def _own_blobs(real_root: Path) -> list[Path]:
+    """Return the blob folder of the cache in which a snapshot folder lies, if it lies in one."""
+    return [above.parent / "blobs" for above in real_root.parents if above.name == "snapshots"][:1]
+
+
+class DescriptorPool:
+    """Reads by position from many files through a bounded number of descriptors; thread-safe."""
+
+    def __init__(self, limit: int = OPEN_DESCRIPTORS) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._users: dict[int, int] = {}
+        self._closed = False
+
+    def read_into(self, path: Path, identity: Identity, buffer: memoryview, offset: int) -> None:
+        """Fill a byte buffer from `offset` of a file that must still be the one identified.
+
+        Raises:
+          InputError: the file was cut, changed or replaced since.
+          MachineError: the system cannot read it.
+        """
+        with self._lease(path) as descriptor:
+            try:
+                read_into(descriptor, buffer, offset, path)
+            finally:
+                # Looked at after the read: a change during it must not pass.
+                self._require_same(path, identity, descriptor)
+
+    def close(self) -> None:
+        """Close what is open; a read that is under way finishes first."""
+        with self._lock:
+            self._closed = True
+            self._shrink(0)
+
+    def _require_same(self, path: Path, identity: Identity, descriptor: int) -> None:
+        if identify(path) == identity == Identity.of(os.fstat(descriptor)):
+            return
+        raise InputError(
+            "the file changed while it was being read",
+            where=str(path),
+            expected="the same file, size and time of change as when its header was read",
+            hint="wait until nothing writes to the checkpoint any more, then start again",
+        )
+
+    @contextmanager
+    def _lease(self, path: Path) -> Iterator[int]:
+        with self._lock:
+            descriptor = self._take(path)
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._users[descriptor] -= 1
+                self._shrink(0 if self._closed else self._limit)
+
+    def _take(self, path: Path) -> int:
+        if self._closed:
+            raise ValueError("the checkpoint is closed")
+        descriptor = self._open.get(path)
+        if descriptor is None:
+            self._shrink(self._limit - 1)
+            descriptor = open_regular(path)[0]
+            self._open[path] = descriptor
+            self._users[descriptor] = 0
+        self._open.move_to_end(path)
+        self._users[descriptor] += 1
+        return descriptor
+
+    def _shrink(self, limit: int) -> None:
+        """Close the least recently used descriptors that nobody reads from, down to `limit`."""
+        idle = [path for path, descriptor in self._open.items() if not self._users[descriptor]]
+        for path in idle[: max(0, len(self._open) - limit)]:
+            descriptor = self._open.pop(path)
+            del self._users[descriptor]
+            os.close(descriptor)
+
+
+def _require_regular(status: os.stat_result, path: Path) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    raise InputError(
+        "this is not a regular file",
+        where=str(path),
+        expected="a regular file",
+        found=kinds.get(stat.S_IFMT(status.st_mode), "something else"),
+    )

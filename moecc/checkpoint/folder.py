@@ -1,0 +1,184 @@
+"""Opens a Hugging Face folder: config.json, one safetensors file or shards with an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from moecc.checkpoint.companions import find_companions
+from moecc.checkpoint.files import DescriptorPool, Identity, file_fault, os_problem
+from moecc.checkpoint.index import compare_with_headers
+from moecc.checkpoint.jsonfile import read_json_object
+from moecc.checkpoint.layout import INDEX_NAME, choose_weights
+from moecc.checkpoint.problems import Problems, quoted
+from moecc.checkpoint.safetensors import Header, read_header
+from moecc.checkpoint.source import TensorInfo
+from moecc.errors import InputError, nearest
+
+CONFIG_NAME = "config.json"
+MAX_CONFIG_BYTES = 16 << 20
+
+
+class SafetensorsFolder:
+    """A checkpoint in a Hugging Face folder; see `moecc.checkpoint.source.Checkpoint`."""
+
+    format = "safetensors"
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        headers: dict[Path, Header],
+        companions: dict[str, Path],
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: info for header in headers.values() for name, info in header.tensors.items()}
+        )
+        self._identities: dict[Path, Identity] = {
+            file: header.identity for file, header in headers.items()
+        }
+        self._companions = companions
+        self._pool = DescriptorPool()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
+
+        Raises:
+          InputError: no such tensor, its file was cut, changed or replaced since it was opened, or
+            a boolean is neither 0 nor 1.
+          MachineError: the system cannot read it.
+          ValueError: rows beyond the tensor.
+        """
+        info = self._info(name)
+        shape, skipped = rows_of(info, start, stop)
+        values = np.empty(shape, info.dtype.numpy)
+        raw = values.reshape(-1).view(np.uint8)
+        if raw.size:
+            identity = self._identities[info.file]
+            self._pool.read_into(info.file, identity, raw.data, info.offset + skipped)
+        if info.dtype.kind == "bool" and raw.size and raw.max() > 1:
+            raise InputError(
+                "a boolean tensor has bytes other than 0 and 1",
+                where=f"{info.file}, tensor {quoted(name)}",
+                found=f"0x{int(raw.max()):02x}",
+            )
+        return values
+
+    def companions(self) -> dict[str, Path | bytes]:
+        """Return the files that an export copies byte for byte, by their name in the folder."""
+        return dict(self._companions)
+
+    def files(self) -> list[Path]:
+        """Return the weight files, the index where there is one, and the config."""
+        beside = [self.path / INDEX_NAME, self.path / CONFIG_NAME]
+        return [*self._identities, *(path for path in beside if path.exists())]
+
+    def close(self) -> None:
+        """Close the files."""
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            # Comparing with every name of a large model would take seconds.
+            similar = (known for known in self.tensors if abs(len(known) - len(name)) <= 4)
+            hint = nearest(name, islice(similar, 2000))
+            raise InputError(f"there is no tensor {quoted(name)}", where=str(self.path), hint=hint)
+        return info
+
+
+def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, ...], int]:
+    """Return the shape of rows [start, stop) of a tensor, and the bytes before them.
+
+    Raises:
+      ValueError: rows beyond the tensor, or rows of a tensor without axes.
+    """
+    if not info.shape:
+        if start or stop is not None:
+            raise ValueError(f"{info.name!r} has no axes, and therefore no rows")
+        return (), 0
+    rows = info.shape[0]
+    stop = rows if stop is None else stop
+    if not 0 <= start <= stop <= rows:
+        raise ValueError(f"rows {start} to {stop} of {info.name!r}, which has {rows}")
+    row_bytes = info.nbytes // rows if rows else 0
+    return (stop - start, *info.shape[1:]), start * row_bytes
+
+
+def open_folder(path: Path) -> SafetensorsFolder:
+    """Open a folder; config, index and all headers are checked, and no weight is read.
+
+    Raises:
+      InputError: with all problems of the folder.
+      MachineError: the system does not let us read it.
+    """
+    problems = Problems()
+    names = _list(path)
+    config = _read_config(path, problems)
+    index, shards = choose_weights(path, names, problems)
+    headers = _read_headers(path, shards, problems)
+    if index is not None:
+        compare_with_headers(index, headers, problems)
+    companions = find_companions(path, problems)
+    problems.raise_if_any()
+    return SafetensorsFolder(path, config, headers, companions)
+
+
+def _list(path: Path) -> set[str]:
+    try:
+        return set(os.listdir(path))
+    except OSError as error:
+        raise os_problem(error, path) from None
+
+
+def _read_config(path: Path, problems: Problems) -> dict[str, Any]:
+    file = path / CONFIG_NAME
+    if not os.path.lexists(file):
+        hint = "it comes with the weights; moecc needs it to know the architecture"
+        problems.add("the folder has no config.json", where=str(path), hint=hint)
+        return {}
+    if fault := file_fault(file, path):
+        problems.extend((fault,))
+        return {}
+    try:
+        return read_json_object(file, limit_bytes=MAX_CONFIG_BYTES)
+    except InputError as error:
+        problems.extend(error.problems)
+        return {}
+
+
+def _read_headers(path: Path, shards: list[str], problems: Problems) -> dict[Path, Header]:
+    headers = {}
+    for name in shards:
+        file = path / name
+        if not os.path.lexists(file):
+            hint = "fetch it again, or fetch the whole model again"
+            problems.add(f"the shard {quoted(name)} is missing", where=str(path), hint=hint)
+            continue
+        if fault := file_fault(file, path):
+            problems.extend((fault,))
+            continue
+        try:
+            headers[file] = read_header(file)
+        except InputError as error:
+            problems.extend(error.problems)
+    return headers

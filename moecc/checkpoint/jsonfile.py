@@ -1,0 +1,168 @@
+"""Reads JSON from files that nobody vouches for: bounded, and without second meanings.
+
+Python's own reader lets the last of two equal keys win and accepts NaN.  Here both are problems,
+and each is reported with its line and column.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moecc.checkpoint.files import read_bounded
+from moecc.checkpoint.problems import Problems, describe, quoted
+from moecc.errors import InputError
+
+MAX_DEPTH = 64
+_MAX_DIGITS = 400
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
+
+
+def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
+    """Read a JSON object from a regular file of at most `limit_bytes`.
+
+    Raises:
+      InputError: missing, not a regular file, too large, or not strict JSON; all problems at once.
+      MachineError: the file cannot be read.
+    """
+    value = parse_json(read_bounded(path, limit_bytes), str(path))
+    if not isinstance(value, dict):
+        raise InputError(
+            "the file is not a JSON object",
+            where=str(path),
+            expected="an object in braces",
+            found=describe(value),
+        )
+    return value
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse strict JSON in UTF-8, at most MAX_DEPTH levels deep.
+
+    Raises:
+      InputError: the first syntax error, or else every duplicate key and non-finite number.
+    """
+    text = _decode(data, where)
+    hooks = _Hooks()
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=hooks.pairs,
+            parse_float=hooks.number,
+            parse_constant=hooks.constant,
+        )
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}:{error.colno}"
+        raise InputError(f"not JSON: {error.msg}", where=place) from None
+    except RecursionError:
+        raise _too_deep(where) from None
+    except ValueError:  # the only one left: an integer of thousands of digits
+        hooks.suspicious = True
+        value = None
+    if hooks.suspicious:
+        _report(text, where)
+    if _deeper_than(value, MAX_DEPTH):
+        raise _too_deep(where)
+    return value
+
+
+class _Hooks:
+    """Notices duplicate keys and non-finite numbers while the C parser runs."""
+
+    def __init__(self) -> None:
+        self.suspicious = False
+
+    def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            self.suspicious = True
+        return made
+
+    def number(self, digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            self.suspicious = True
+        return value
+
+    def constant(self, name: str) -> float:
+        self.suspicious = True
+        return float(name)
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise InputError(
+            "the text is not UTF-8",
+            where=f"{where}:{line}:{column}",
+            found=f"byte 0x{data[error.start]:02x}",
+        ) from None
+
+
+def _report(text: str, where: str) -> None:
+    """Raise every duplicate key and unusable number of a text, with its place."""
+    problems = Problems()
+    line, counted = 1, 0
+    for position, what in _oddities(text):
+        line += text.count("\n", counted, position)
+        counted = position
+        column = position - text.rfind("\n", 0, position)
+        problems.add(what, where=f"{where}:{line}:{column}")
+    problems.raise_if_any()
+
+
+def _oddities(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the position of each duplicate key and unusable number of a well-formed text."""
+    open_keys: list[set[str] | None] = []  # None stands for an open list
+    previous = ""
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token in "{[":
+            open_keys.append(set() if token == "{" else None)
+        elif token in "}]":
+            open_keys.pop()
+        elif token[0] == '"':
+            keys = open_keys[-1] if open_keys else None
+            if keys is not None and previous in ("{", ","):
+                key = json.loads(token, strict=False)
+                if key in keys:
+                    yield match.start(), f"the key {quoted(key)} appears twice in one object"
+                keys.add(key)
+        elif token not in ",:" and (fault := _number_fault(token)):
+            yield match.start(), fault
+        previous = token
+
+
+def _number_fault(token: str) -> str | None:
+    if token in ("NaN", "Infinity", "-Infinity"):
+        return f"{token} is not a JSON number"
+    if token in ("true", "false", "null"):
+        return None
+    if token.lstrip("-").isdigit():
+        return f"a number of {len(token):,} digits" if len(token) > _MAX_DIGITS else None
+    return f"the number {describe(token)} is not finite" if math.isinf(float(token)) else None
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _too_deep(where: str) -> InputError:
+    return InputError(f"the JSON is nested more than {MAX_DEPTH} levels deep", where=where)
