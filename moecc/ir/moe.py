@@ -1,0 +1,87 @@
+"""The routing around an expert block, as both an imported model and a pass build it.
+
+A mixture-of-experts layer is the router's product, ``route``, ``place``, ``dispatch``, the expert's
+own operations lifted over the expert axis, and ``combine``.  Families and passes call the same
+functions, so that a graph that was upcycled and one that was read from disk are the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moecc.errors import InputError
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Value
+
+Finish = Callable[[Value], Value]
+"""Takes the experts' output rows back to the tokens."""
+
+
+def emit_routing(
+    builder: Builder,
+    x: Value,
+    router_weight: Value,
+    *,
+    experts: int,
+    top_k: int,
+    gates: str = "renormalised",
+    scale: float = 1.0,
+    tokens: tuple[str, ...] = ("batch", "seq"),
+    slots: str = "ragged",
+    **placement: Any,
+) -> tuple[Value, Finish]:
+    """Route `x` to `experts` experts; return their rows and the function that combines them.
+
+    Args:
+      builder: where the operations go.
+      x: the tokens, ``[*tokens, embed]``.
+      router_weight: ``[expert, embed]``.
+      experts: the number of experts, at least `top_k`.
+      top_k: experts per token.
+      gates: the gate convention, see ``route``.
+      scale: what the gates are multiplied by.
+      tokens: the axes of `x` that number tokens, outermost first.
+      slots: ``ragged`` (dropless) or ``capacity``.
+      placement: further attributes of ``place``: groups, capacity_factor, order and so on.
+
+    Returns:
+      The rows, ``[group, expert, slot, embed]``, and a function from the experts' output rows to
+      ``[*tokens, embed]``; it emits ``combine`` at the builder's place when it is called.
+
+    Raises:
+      InputError: operands or attributes do not suit one another.
+    """
+    over = tuple(n for n in router_weight.type.names if n in x.type and n not in tokens)
+    left = [a for a in router_weight.type.axes if a.name not in over]
+    if [(a.name, a.size) for a in left] != [("expert", experts)]:
+        raise InputError(
+            "the router has one row per expert",
+            where=f"%{router_weight.name}",
+            expected=f"an axis expert={experts} beside those of the tokens, {x.type}",
+            found=str(router_weight.type),
+        )
+    logits = builder.contract(x, router_weight, over=over, name="router")
+    chosen, weights = builder.route(logits, top_k=top_k, gates=gates, scale=scale)
+    place = builder.place(chosen, tokens=tokens, experts=experts, slots=slots, **placement)
+    rows = builder.dispatch(x, chosen, place)
+
+    def finish(rows_out: Value) -> Value:
+        combined: Value = builder.combine(rows_out, chosen, place, weights)
+        return combined
+
+    return rows, finish
+
+
+def emit_shared_gate(builder: Builder, x: Value, gate_weight: Value, shared: Value) -> Value:
+    """Return the output of a shared expert times sigmoid(x · gate), as Qwen2-MoE has it.
+
+    Args:
+      builder: where the operations go.
+      x: what the shared expert reads, ``[batch, seq, embed]``.
+      gate_weight: ``[embed]``.
+      shared: what it returns, ``[batch, seq, embed]``.
+    """
+    gate = builder.sigmoid(builder.contract(x, gate_weight, over=gate_weight.type.names))
+    gated: Value = builder.mul(gate, shared)
+    return gated
