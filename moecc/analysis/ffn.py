@@ -65,6 +65,13 @@ class FFNBlock:
         found = (v for n in self.nodes for v in n.operands if v.is_param)
         return tuple(dict.fromkeys(found))
 
+    def bias_of(self, up: Node) -> Value | None:
+        """The parameter added straight to what `up` gives, or None."""
+        for user in up.result.users:
+            if user.op.name == "add" and user is not self.nodes[-1]:
+                return next((v for v in user.operands if v.is_param), None)
+        return None
+
     @property
     def output_bias(self) -> Value | None:
         """The parameter added to what `down` gives, or None."""
@@ -121,9 +128,16 @@ def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
         return sum(known)
     if node.op.name in _POWERS:
         return known[0] * _POWERS[node.op.name]
+    if node.op.name == "add" and any(v.is_param for v in node.operands):
+        # A bias straight on the product is scaled with the weight, so it changes no degree.
+        return max(known) if all(v.is_param or _is_product(v) for v in node.operands) else None
     if node.op.name in ("add", "sub", "maximum", "minimum") and len(set(known)) == 1:
         return known[0]
     return None
+
+
+def _is_product(value: Value) -> bool:
+    return value.node is not None and value.node.op.name == "contract"
 
 
 def find_ffn_blocks(graph: Graph) -> FFNSearch:

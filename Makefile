@@ -1,0 +1,60 @@
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null)
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-all check lint format types docs bench wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with moecc and everything for development
+
+$(STAMP): pyproject.toml constraints.txt
+ifneq ($(UV),)
+	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+else
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+endif
+	@touch $(STAMP)
+
+demo: $(STAMP) ## upcycle SmolLM2-135M to a mixture of 8 experts, and prove that it is the same function
+	$(BIN)/python examples/upcycle_smollm2.py
+
+test: $(STAMP) ## the tests, in parallel, without the slow ones
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
+
+test-all: $(STAMP) ## every test, the slow ones included
+	$(BIN)/python -m pytest -q -n auto
+
+check: lint types test ## what CI runs, without the wheel
+
+lint: $(STAMP) ## ruff, over everything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy --strict over the three packages
+	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
+
+docs: $(STAMP) ## write the pages that are generated
+	$(BIN)/python -m moecc.pipeline.docs docs/passes.md
+
+bench: $(STAMP) ## the benchmarks, one after the other
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/passes.py
+	$(BIN)/python benchmarks/moe_layer.py
+	$(BIN)/python benchmarks/convert.py
+
+wheel: $(STAMP) ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean: ## remove .venv, caches and build products
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,112 @@
+"""What the gates of the chosen experts add up to, and what follows for the weights.
+
+With N experts in E = N/G virtual groups of G slices, a chosen group whose members have gate w adds
+w times the dense block, so the sparse block gives (Σ w / G) · s times it, where s scales the last
+matrix.  It equals the dense block where s = G / Σ w (lemmas L1 and L2 of ``docs/exactness.md``):
+for any router where Σ w is constant, and only for a zero router where it is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_CONSTANT = frozenset(("renormalised", "sigmoid-renormalised", "ones"))
+
+SAMPLES = 4096
+"""Random tokens from which the spread of Σ w is estimated."""
+
+
+@dataclass(frozen=True)
+class GateLaw:
+    """The sum of the gates under one convention.
+
+    Attributes:
+      gates: the convention, as the operation ``route`` spells it.
+      experts: N, the stored experts.
+      top_k: k, the experts a token goes to.
+      granularity: G, the slices of the dense block that make up one group.
+      gate_scale: what ``route`` multiplies the gates by.
+    """
+
+    gates: str
+    experts: int
+    top_k: int
+    granularity: int = 1
+    gate_scale: float = 1.0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the sum of the gates is the same for every router."""
+        return self.gates in _CONSTANT
+
+    @property
+    def total(self) -> float:
+        """The sum of the gates; where it is not constant, that of a zero router."""
+        n, k = self.experts, self.top_k
+        match self.gates:
+            case "renormalised" | "sigmoid-renormalised":
+                total = 1.0
+            case "softmax":
+                total = k / n
+            case "sigmoid":
+                total = k / 2
+            case "sparsemixer":
+                total = 1 / n + (1 / (n - 1) if k == 2 else 0.0)
+            case _:
+                total = float(k)
+        return total * self.gate_scale
+
+    @property
+    def weight_scale(self) -> float:
+        """The factor s = G / Σ w that an expert's matrices take together."""
+        return self.granularity / self.total
+
+    @property
+    def bias_scale(self) -> float:
+        """1 / Σ w, the factor that an output bias takes in every expert."""
+        return 1 / self.total
+
+    def predicted_error(self, logit_std: float) -> float:
+        """Return the root mean square of s · Σ w / G − 1 over tokens with normal logits.
+
+        This is the error of the block's output relative to itself.
+
+        Args:
+          logit_std: the standard deviation of the router's logits.
+        """
+        if self.is_constant or logit_std == 0:
+            return 0.0
+        rng = np.random.default_rng(0)
+        groups = rng.normal(0, logit_std, (SAMPLES, self.experts // self.granularity))
+        logits = np.repeat(groups, self.granularity, axis=1)
+        ratio = self._sums(logits) / self.total
+        return float(np.sqrt(np.mean((ratio - 1) ** 2)))
+
+    def _sums(self, logits: Array) -> Array:
+        """Return Σ w for each row of `logits`, ``[tokens, expert]``."""
+        best = -np.sort(-logits, axis=1, kind="stable")
+        k = self.top_k
+        gates: Array
+        if self.gates == "sigmoid":
+            gates = 1 / (1 + np.exp(-best[:, :k]))
+        elif self.gates == "sparsemixer":
+            gates = np.stack([_sparsemixer(best, i) for i in range(k)], axis=1)
+        else:
+            share = np.exp(best - best[:, :1])
+            gates = share[:, :k] / share.sum(1, keepdims=True)
+        sums: Array = gates.sum(1) * self.gate_scale
+        return sums
+
+
+def _sparsemixer(best: Array, chosen: int, jitter: float = 0.01) -> Array:
+    """Return the gate of the choice number `chosen` among the sorted logits `best` (PhiMoE)."""
+    left = best[:, chosen:]
+    top = left[:, :1]
+    near = (top - left) / np.maximum(np.abs(left), np.abs(top)).clip(1e-30) <= 2 * jitter
+    gate: Array = 1 / np.where(near, np.exp(left - top), 0).sum(1)
+    return gate

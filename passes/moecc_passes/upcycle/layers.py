@@ -1,0 +1,90 @@
+"""Which layers become sparse: the option ``layers`` of ``upcycle``.
+
+``all``; ``every:4`` is layers 3, 7, 11 … as Hugging Face's ``decoder_sparse_step`` counts;
+``first:half``, ``last:half``, ``first:6``, ``last:6``; a list ``3,7,11``; or a glob over locations,
+``layers.1*.ffn``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from moecc.analysis.ffn import FFNBlock
+from moecc.errors import InputError, Problem
+
+FORMS = (
+    "all, every:N, first:N, first:half, last:N, last:half, a list 3,7,11, or a glob layers.1*.ffn"
+)
+
+_COUNT = re.compile(r"(every|first|last):(\d+|half)\Z")
+_LIST = re.compile(r"\d+(?:,\d+)*\Z")
+
+
+def check_layers(spec: str) -> Problem | None:
+    """Return what is wrong with `spec` by itself, or None."""
+    if spec == "all" or _LIST.match(spec):
+        return None
+    match = _COUNT.match(spec)
+    if match is None:
+        if any(c in spec for c in "*?[.") and ":" not in spec:
+            return None
+        return Problem("layers cannot be read", expected=FORMS, found=spec)
+    word, count = match.groups()
+    if word == "every" and count == "half":
+        return Problem("every:half cannot be read", expected=FORMS, found=spec)
+    if count == "0":
+        return Problem(f"{word}:0 selects no layer", expected=FORMS, found=spec)
+    return None
+
+
+def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
+    """Return those of `blocks` that `spec` names.
+
+    Args:
+      blocks: the blocks found, in order.
+      spec: one of the forms above.
+      total: the number of layers of the model, sparse and odd ones included.
+
+    Raises:
+      InputError: a listed layer does not exist, or has no block.
+    """
+    numbered = {_number(block, i): block for i, block in enumerate(blocks)}
+    if _LIST.match(spec):
+        wanted = list(dict.fromkeys(int(part) for part in spec.split(",")))
+        missing = [n for n in wanted if n not in numbered]
+        if missing:
+            raise InputError(
+                f"no feed-forward block to convert in layer {', '.join(map(str, missing))}",
+                expected=f"layers with a dense block: {_ranges(sorted(numbered))}",
+                found=f"layers={spec}",
+            )
+        return [numbered[n] for n in sorted(wanted)]
+    if spec == "all":
+        return list(blocks)
+    match = _COUNT.match(spec)
+    if match is None:
+        return [b for b in blocks if fnmatchcase(b.loc, spec)]
+    word, text = match.groups()
+    count = total // 2 if text == "half" else int(text)
+    if word == "every":
+        return [b for n, b in numbered.items() if n % count == count - 1]
+    if word == "first":
+        return [b for n, b in numbered.items() if n < count]
+    return [b for n, b in numbered.items() if n >= total - count]
+
+
+def _number(block: FFNBlock, position: int) -> int:
+    return position if block.layer is None else block.layer
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return `numbers`, sorted, with runs shortened: 0-3, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) or "none"
