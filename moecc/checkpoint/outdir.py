@@ -1,0 +1,242 @@
+"""The folder that a conversion writes: refused early, filled aside, put in place whole.
+
+The new folder is filled under a temporary name beside the place where it will stand and renamed
+when it is complete.  Whoever looks meets the old folder, no folder, or the complete new one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moecc.checkpoint.files import os_problem
+from moecc.checkpoint.problems import Problems
+from moecc.errors import InputError, MachineError
+
+TEMPORARY_MARK = ".moecc-tmp-"
+_REPLACED_MARK = ".moecc-old-"
+_SPACE_MARGIN_BYTES = 16 << 20
+_PRIVATE = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlace:
+    """A checked place for an output folder.
+
+    Attributes:
+      folder: where it will stand, symbolic links followed.
+      replaces: whether an old folder with content stands there and will be replaced.
+    """
+
+    folder: Path
+    replaces: bool
+
+
+def check_output(
+    out: Path,
+    *,
+    inputs: Iterable[Path] = (),
+    force: bool = False,
+    needed_bytes: int = 0,
+) -> OutputPlace:
+    """Say whether a folder may be written, before anything is; nothing is created.
+
+    Args:
+      out: the folder to write.
+      inputs: folders and files that are read: the output must not touch them.
+      force: whether an existing folder may be replaced.
+      needed_bytes: what will be written.
+
+    Raises:
+      InputError: it is a file, not empty, equal to or inside an input or the other way about, the
+        working folder or a mount point, or has no parent; all problems at once.
+      MachineError: the parent cannot be written, or the disk is too small.
+    """
+    folder = Path(os.path.realpath(out))
+    problems = Problems()
+    if not folder.parent.is_dir():
+        hint = f"make it first: mkdir -p {folder.parent}"
+        problems.add("the parent of the output folder does not exist", where=str(out), hint=hint)
+    replaces = _check_existing(folder, out, force, problems)
+    for source in inputs:
+        _check_apart(folder, Path(os.path.realpath(source)), out, source, problems)
+    problems.raise_if_any(InputError)
+    _require_machine(folder, out, needed_bytes)
+    return OutputPlace(folder, replaces)
+
+
+@contextmanager
+def output_folder(
+    out: Path,
+    *,
+    inputs: Iterable[Path] = (),
+    force: bool = False,
+    needed_bytes: int = 0,
+) -> Iterator[Path]:
+    """Give a temporary folder to fill; put it in place at the end, or remove it on any failure.
+
+    Files must have been synchronised by whoever wrote them.  An old folder is replaced only once
+    the new one is complete.  Arguments and errors are those of `check_output`.
+    """
+    place = check_output(out, inputs=inputs, force=force, needed_bytes=needed_bytes)
+    temporary = _sibling(place.folder, TEMPORARY_MARK)
+    try:
+        mode = _make_private(temporary)
+        yield temporary
+        temporary.chmod(mode)
+        _synchronise_tree(temporary)
+        _put_in_place(temporary, place)
+    except BaseException:  # Ctrl-C included: nothing half-written stays
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_existing(folder: Path, out: Path, force: bool, problems: Problems) -> bool:
+    """Report why what stands at the output cannot be replaced; say whether it has content."""
+    where = str(out)
+    if not os.path.lexists(folder):
+        return False
+    if not folder.is_dir():
+        hint = "give the name of a new folder"
+        problems.add("the output is a file, not a folder", where=where, hint=hint)
+        return False
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        hint = "give the name of a new folder inside it"
+        problems.add("the output is the working folder or holds it", where=where, hint=hint)
+        return False
+    if os.path.ismount(folder):
+        hint = "give the name of a new folder inside it"
+        problems.add(
+            "the output is a mount point, which cannot be replaced", where=where, hint=hint
+        )
+        return False
+    content = _names(folder)
+    if content and not force:
+        problems.add(
+            "the output folder is not empty",
+            where=where,
+            found=f"{len(content):,} entries, {content[0]!r} among them",
+            hint="give another folder, or --force to replace it once the new one is complete",
+        )
+    return bool(content)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise os_problem(error, folder) from None
+
+
+def _check_apart(folder: Path, source: Path, out: Path, given: Path, problems: Problems) -> None:
+    """Report an output that equals an input, lies in it, or holds it."""
+    if _same(folder, source):
+        what = "the output is the input"
+    elif any(_same(above, source) for above in folder.parents):
+        what = "the output lies inside the input"
+    elif any(_same(above, folder) for above in source.parents):
+        what = "the input lies inside the output"
+    else:
+        return
+    hint = "give a folder apart from the input"
+    problems.add(what, where=str(out), found=f"the input {given}", hint=hint)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Compare two resolved paths, by inode where both exist (case-blind disks, bind mounts)."""
+    if one == other:
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _require_machine(folder: Path, out: Path, needed_bytes: int) -> None:
+    parent = folder.parent
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MachineError("no right to write into the parent of the output", where=str(out))
+    try:
+        free_bytes = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise os_problem(error, parent, "measure") from None
+    if free_bytes < needed_bytes + _SPACE_MARGIN_BYTES:
+        raise MachineError(
+            "the disk is too small for the output",
+            where=str(out),
+            expected=f"{needed_bytes + _SPACE_MARGIN_BYTES:,} bytes free",
+            found=f"{free_bytes:,} bytes free",
+            hint="free some space, or write to another disk; an old output counts until replaced",
+        )
+
+
+def _make_private(folder: Path) -> int:
+    """Make a folder that only this user can enter; return the mode that the umask would give."""
+    try:
+        folder.mkdir()
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        folder.chmod(_PRIVATE)
+    except OSError as error:
+        raise os_problem(error, folder, "make") from None
+    return mode
+
+
+def _sibling(folder: Path, mark: str) -> Path:
+    return folder.with_name(f"{folder.name}{mark}{secrets.token_hex(4)}")
+
+
+def _synchronise_tree(folder: Path) -> None:
+    """Make the names in a folder and its subfolders durable."""
+    for path, _, _ in os.walk(folder):
+        _synchronise(Path(path))
+
+
+def _synchronise(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise os_problem(error, folder, "synchronise") from None
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, place: OutputPlace) -> None:
+    if not place.replaces:
+        _rename_in(temporary, place.folder)
+        return
+    old = _sibling(place.folder, _REPLACED_MARK)
+    try:
+        os.rename(place.folder, old)
+        _rename_in(temporary, place.folder)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(place.folder):
+            os.rename(old, place.folder)
+        raise
+    # rmtree works on descriptors: a link that appears meanwhile is removed, never followed.
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(old):
+        raise MachineError(
+            "the new output is complete, but the one it replaced could not be deleted",
+            where=str(old),
+            hint="delete it yourself",
+        )
+
+
+def _rename_in(temporary: Path, folder: Path) -> None:
+    try:
+        os.rename(temporary, folder)  # also replaces an empty folder
+        _synchronise(folder.parent)
+    except OSError as error:
+        if os.path.isdir(folder) and os.listdir(folder):
+            raise InputError(
+                "the output folder was filled by something else in the meantime",
+                where=str(folder),
+            ) from None
+        raise os_problem(error, folder, "rename") from None

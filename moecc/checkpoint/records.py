@@ -1,0 +1,319 @@
+"""``moecc_manifest.json``: where a checkpoint came from, and the digest of everything in it.
+
+The last line of the file seals it: a SHA-256 of every byte before.  With it, one changed bit
+anywhere in a checkpoint is found, in the manifest as in the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import moecc
+from moecc.checkpoint.files import file_fault, read_bounded
+from moecc.checkpoint.jsonfile import parse_json
+from moecc.checkpoint.problems import Problems, describe, quoted
+from moecc.checkpoint.safetensors import name_fault
+from moecc.errors import CheckError, InputError
+from moecc.ir.dtypes import DTYPES
+
+MANIFEST_NAME = "moecc_manifest.json"
+SCHEMA = 1
+MAX_MANIFEST_BYTES = 256 << 20
+_SEAL = b',\n"seal": "'
+_TAIL = b'"\n}\n'
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that the bytes of a conversion can depend on."""
+    return {
+        "moecc": moecc.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "ml_dtypes": str(ml_dtypes.__version__),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A whole file: its size in bytes and the SHA-256 of its content."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFileRecord:
+    """A safetensors file: its size in bytes, and the SHA-256 of its header.
+
+    The header is everything before the data, the length included; the data are covered by the
+    digests of the tensors, and are hashed once.
+    """
+
+    size_bytes: int
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor: the SHA-256 of its bytes, its element type (``bf16``), shape and file name."""
+
+    sha256: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a written checkpoint.
+
+    Attributes:
+      pipeline: the passes, as a pipeline string.
+      seed: of the random numbers.
+      source: the last part of the source's path, or its preset.
+      source_files: the files that were read, by name.
+      family_from: the family of the source.
+      family_to: the family that was written.
+      dtype: the element type asked for, or ``as stored``.
+      preserves: the contract of the pipeline (``exact``, ``reassociation``, or the reason).
+      weights: the safetensors files, by name.
+      files: the other files, by name; the model card, which people edit, is not among them.
+      tensors: by name.
+      notes: what a reader should know, e.g. tensors with values that are not finite.
+      versions: of moecc and the libraries below it.
+      schema: version of this layout.
+    """
+
+    pipeline: str
+    seed: int
+    source: str
+    source_files: Mapping[str, FileRecord]
+    family_from: str
+    family_to: str
+    dtype: str
+    preserves: str
+    weights: Mapping[str, WeightFileRecord]
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, TensorRecord]
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=library_versions)
+    schema: int = SCHEMA
+
+
+def dump(manifest: Manifest) -> bytes:
+    """Return the content of ``moecc_manifest.json``: one line a tensor, sealed at the end."""
+    document = {
+        "schema": manifest.schema,
+        "versions": dict(manifest.versions),
+        "pipeline": manifest.pipeline,
+        "seed": manifest.seed,
+        "source": manifest.source,
+        "source_files": _plain(manifest.source_files),
+        "family_from": manifest.family_from,
+        "family_to": manifest.family_to,
+        "dtype": manifest.dtype,
+        "preserves": manifest.preserves,
+        "notes": list(manifest.notes),
+        "weights": _plain(manifest.weights),
+        "files": _plain(manifest.files),
+        "tensors": _plain(manifest.tensors),
+    }
+    lines = [f"{json.dumps(key)}: {_layout(value)}" for key, value in document.items()]
+    return _sealed(("{\n" + ",\n".join(lines)).encode())
+
+
+def load(folder: Path) -> Manifest:
+    """Read the manifest of a folder.
+
+    Raises:
+      InputError: there is none, or it is one of another version of moecc; all problems at once.
+      CheckError: it is not as moecc wrote it.
+      MachineError: it cannot be read.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        hint = "only folders that moecc wrote can be verified against a manifest"
+        raise InputError(f"the folder has no {MANIFEST_NAME}", where=str(folder), hint=hint)
+    if fault := file_fault(path, folder):
+        raise InputError((fault,))
+    data = read_bounded(path, MAX_MANIFEST_BYTES)
+    content = data[: max(0, data.rfind(_SEAL))]
+    if _sealed(content) != data:
+        what = "the manifest was changed after it was written: its seal does not fit its content"
+        raise CheckError(what, where=str(path), hint="fetch the file again")
+    return _Reader(parse_json(data, str(path)), str(path)).manifest()
+
+
+def _sealed(content: bytes) -> bytes:
+    return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + _TAIL
+
+
+def _plain(records: Mapping[str, FileRecord | WeightFileRecord | TensorRecord]) -> dict[str, Any]:
+    return {
+        name: {key: getattr(record, key) for key in record.__slots__}
+        for name, record in sorted(records.items())
+    }
+
+
+def _layout(value: Any) -> str:
+    """Print a value on one line, or a mapping of records with one line each."""
+    records = isinstance(value, dict) and any(isinstance(item, dict) for item in value.values())
+    if not records:
+        return json.dumps(value)
+    lines = (f" {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+class _Reader:
+    """Checks the fields of a manifest one by one, and collects every problem."""
+
+    def __init__(self, document: Any, where: str) -> None:
+        self.document = document
+        self.where = where
+        self.problems = Problems()
+
+    def manifest(self) -> Manifest:
+        """Return the manifest, or raise all its problems."""
+        self._require_known_schema()
+        self._refuse_strange_keys()
+        weights = self._weights()
+        made = Manifest(
+            pipeline=self._text("pipeline"),
+            seed=self._integer(self.document.get("seed"), "seed"),
+            source=self._text("source"),
+            source_files=self._files("source_files"),
+            family_from=self._text("family_from"),
+            family_to=self._text("family_to"),
+            dtype=self._text("dtype"),
+            preserves=self._text("preserves"),
+            weights=weights,
+            files=self._files("files"),
+            tensors=self._tensors(weights),
+            notes=self._notes(),
+            versions=self._versions(),
+        )
+        self.problems.raise_if_any(InputError)
+        return made
+
+    def _require_known_schema(self) -> None:
+        schema = self.document.get("schema") if isinstance(self.document, dict) else None
+        if type(schema) is int and schema == SCHEMA:
+            return
+        raise InputError(
+            "the manifest is of a version that this moecc does not read",
+            where=self.where,
+            expected=f'"schema": {SCHEMA}',
+            found=describe(schema),
+        )
+
+    def _refuse_strange_keys(self) -> None:
+        known = {item.name for item in fields(Manifest)} | {"seal"}
+        for key in self.document.keys() - known:
+            self.problems.add(f"the manifest has an unknown key {quoted(key)}", where=self.where)
+
+    def _wrong(self, key: str, expected: str, found: Any) -> None:
+        what = f"the manifest's {quoted(key)} is wrong"
+        self.problems.add(what, where=self.where, expected=expected, found=describe(found))
+
+    def _text(self, key: str) -> str:
+        value = self.document.get(key)
+        return value if isinstance(value, str) else self._no_text(key, value)
+
+    def _no_text(self, key: str, value: Any) -> str:
+        self._wrong(key, "a string", value)
+        return ""
+
+    def _integer(self, value: Any, key: str, *, least: int | None = None) -> int:
+        if type(value) is int and (least is None or value >= least):
+            return value
+        self._wrong(key, "a whole number", value)
+        return 0
+
+    def _sha256(self, value: Any, key: str) -> str:
+        digits = set(value) if isinstance(value, str) else set()
+        if isinstance(value, str) and len(value) == 64 and digits <= set("0123456789abcdef"):
+            return value
+        self._wrong(key, "64 hexadecimal digits", value)
+        return ""
+
+    def _records(self, key: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+        """Return those entries of a mapping that have exactly the fields of their record."""
+        value = self.document.get(key)
+        if not isinstance(value, dict):
+            self._wrong(key, "an object", value)
+            return {}
+        usable = {}
+        for name, item in value.items():
+            if isinstance(item, dict) and item.keys() == set(names):
+                usable[name] = item
+            else:
+                self._wrong(f"{key}.{name}", f"an object with {', '.join(names)}", item)
+        return usable
+
+    def _files(self, key: str) -> dict[str, FileRecord]:
+        records = {}
+        for name, item in self._records(key, FileRecord.__slots__).items():
+            self._require_inside(name, key)
+            size = self._integer(item["size_bytes"], f"{key}.{name}", least=0)
+            records[name] = FileRecord(size, self._sha256(item["sha256"], f"{key}.{name}"))
+        return records
+
+    def _weights(self) -> dict[str, WeightFileRecord]:
+        records = {}
+        for name, item in self._records("weights", WeightFileRecord.__slots__).items():
+            self._require_inside(name, "weights")
+            place = f"weights.{name}"
+            size = self._integer(item["size_bytes"], place, least=0)
+            records[name] = WeightFileRecord(size, self._sha256(item["header_sha256"], place))
+        return records
+
+    def _tensors(self, weights: Collection[str]) -> dict[str, TensorRecord]:
+        records = {}
+        for name, item in self._records("tensors", TensorRecord.__slots__).items():
+            place = f"tensors.{name}"
+            digest = self._sha256(item["sha256"], place)
+            dtype = self._one_of(item["dtype"], DTYPES, "an element type of moecc", place)
+            file = self._one_of(item["file"], weights, "a weight file", place)
+            records[name] = TensorRecord(digest, dtype, self._shape(item["shape"], place), file)
+        return records
+
+    def _one_of(self, value: Any, known: Collection[str], expected: str, place: str) -> str:
+        if isinstance(value, str) and value in known:
+            return value
+        self._wrong(place, expected, value)
+        return ""
+
+    def _shape(self, value: Any, place: str) -> tuple[int, ...]:
+        if isinstance(value, list):
+            return tuple(self._integer(size, place, least=0) for size in value)
+        self._wrong(place, "a list of sizes", value)
+        return ()
+
+    def _notes(self) -> tuple[str, ...]:
+        value = self.document.get("notes")
+        if isinstance(value, list) and all(isinstance(note, str) for note in value):
+            return tuple(value)
+        self._wrong("notes", "a list of strings", value)
+        return ()
+
+    def _versions(self) -> dict[str, str]:
+        value = self.document.get("versions")
+        if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+            return value
+        self._wrong("versions", "an object of strings", value)
+        return {}
+
+    def _require_inside(self, name: str, key: str) -> None:
+        """Report a file name that would lead out of the folder."""
+        path = PureWindowsPath(name)
+        if name_fault(name) or path.drive or path.root or ".." in path.parts or "\\" in name:
+            self._wrong(key, "names of files in the folder", name)
