@@ -1,0 +1,36 @@
+"""Typed configs of model families, read from and written to config.json.
+
+`parse_config` and `read_config` return the config of whichever family a file names; each config
+class has `from_json` and `to_json`.  Both spellings of transformers, 4 and 5, are read, and both
+are written side by side.
+"""
+
+from .base import ACTIVATIONS, DTYPES, DecoderConfig
+from .frequencies import attention_factor, rotary_frequencies
+from .llama import LlamaConfig, MistralConfig
+from .mixtral import MixtralConfig
+from .moe import MoeConfig
+from .parse import CONFIGS, parse_config, read_config
+from .qwen2 import Qwen2Config, Qwen2MoeConfig
+from .qwen3 import Qwen3Config, Qwen3MoeConfig
+from .rope import RopeConfig
+
+__all__ = [
+    "ACTIVATIONS",
+    "CONFIGS",
+    "DTYPES",
+    "DecoderConfig",
+    "LlamaConfig",
+    "MistralConfig",
+    "MixtralConfig",
+    "MoeConfig",
+    "Qwen2Config",
+    "Qwen2MoeConfig",
+    "Qwen3Config",
+    "Qwen3MoeConfig",
+    "RopeConfig",
+    "attention_factor",
+    "parse_config",
+    "read_config",
+    "rotary_frequencies",
+]

@@ -1,0 +1,179 @@
+"""Keys that do not shape the function: what an export keeps, what it drops, what is refused.
+
+Everything that a family does not read ends here.  A key that means something in another family
+is refused rather than carried along, because it would take effect after an export.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+from .reader import Reader, shown
+
+EXTRA_DEFAULTS: Mapping[str, object] = {
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.02,
+    "pad_token_id": None,
+    "use_cache": True,
+}
+"""Kept with their default where absent, because the defaults of two families may differ."""
+
+DROPPED = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "experts_implementation",
+        "max_window_layers",
+        "router_aux_loss_coef",
+        "transformers_version",
+    }
+)
+"""Where a file came from and how it ran, and settings that only another key gives a meaning."""
+
+OTHER_FAMILIES = frozenset(
+    {
+        # Keys that some family here reads.
+        "attention_bias",
+        "decoder_sparse_step",
+        "mlp_bias",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "output_router_logits",
+        "qkv_bias",
+        "router_jitter_noise",
+        "shared_expert_intermediate_size",
+        "sliding_window",
+        "use_sliding_window",
+        # Keys that change the function in families that moecc does not read.
+        "attention_multiplier",
+        "attn_logit_softcapping",
+        "clip_qkv",
+        "embedding_multiplier",
+        "final_logit_softcapping",
+        "first_k_dense_replace",
+        "layer_norm_eps",
+        "logits_scaling",
+        "n_routed_experts",
+        "n_shared_experts",
+        "no_rope_layers",
+        "per_layer_config",
+        "query_pre_attn_scalar",
+        "residual_multiplier",
+        "rope_interleaved",
+        "use_qk_norm",
+    }
+)
+
+MOST_EXTRA_VALUES = 200_000
+DEEPEST_EXTRA = 16
+
+
+def refuse_what_needs_other_code(reader: Reader, architecture: str) -> None:
+    """Refuse remote code, quantised weights and models with another head."""
+    reader.value("model_type")
+    if reader.value("auto_map") not in (None, {}):
+        what = "the checkpoint brings its own Python code, which moecc never runs"
+        hint = f"if the model is a plain {architecture}, remove auto_map"
+        reader.refuse("auto_map", what, expected="nothing", hint=hint)
+    if reader.value("quantization_config") is not None:
+        what = "the weights are quantised"
+        hint = (
+            "dequantise first: load with transformers, call model.dequantize(), save as bfloat16; "
+            "or take the unquantised checkpoint"
+        )
+        reader.refuse("quantization_config", what, expected="nothing", hint=hint)
+    named = reader.items("architectures")
+    if "architectures" not in reader.bad and any(name != architecture for name in named):
+        what = "another model class than this family's language model"
+        reader.refuse("architectures", what, expected=f"[{architecture!r}]")
+
+
+def read_extra(reader: Reader) -> dict[str, object]:
+    """Return the keys that an export keeps: everything not yet read, checked and copied."""
+    extra = _known_extra(reader)
+    for key in reader.data:
+        if key in OTHER_FAMILIES and key not in reader.used:
+            _refuse_unless_idle(reader, key)
+        elif key not in DROPPED and key not in reader.used:
+            extra[key] = reader.data[key]
+    unfit = {key: what for key, value in extra.items() if (what := unfit_for_json(value))}
+    for key, what in unfit.items():
+        reader.refuse(key, what, expected="a plain JSON value")
+    return {key: copy.deepcopy(value) for key, value in extra.items() if key not in unfit}
+
+
+def unfit_for_json(value: object) -> str | None:
+    """Say why `value` cannot be written as JSON again, or None; without recursion."""
+    level, seen = [value], 0
+    for _ in range(DEEPEST_EXTRA):
+        seen += len(level)
+        if seen > MOST_EXTRA_VALUES:
+            return f"more than {MOST_EXTRA_VALUES:,} values"
+        wrong = next((found for found in level if not _is_json(found)), level)
+        if wrong is not level:
+            return f"not a JSON value: {shown(wrong)}"
+        level = [inner for outer in level for inner in _members(outer)]
+        if not level:
+            return None
+    return f"nested more than {DEEPEST_EXTRA} deep"
+
+
+def _known_extra(reader: Reader) -> dict[str, object]:
+    extra: dict[str, object] = {
+        "initializer_range": reader.number("initializer_range", least=0),
+        "use_cache": reader.flag("use_cache"),
+    }
+    # transformers accepts null here and then drops nothing.
+    absent = reader.value("attention_dropout") is None
+    extra["attention_dropout"] = 0.0 if absent else reader.number("attention_dropout", least=0)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        extra[key] = _token_ids(reader, key)
+    return extra
+
+
+def _token_ids(reader: Reader, key: str) -> object:
+    value = reader.value(key)
+    several = isinstance(value, list) and key == "eos_token_id"
+    ids = value if isinstance(value, list) and several else [value]
+    if value is not None and not all(type(one) is int for one in ids):
+        expected = "a whole number" + (", a list of them" if key == "eos_token_id" else "")
+        reader.refuse(key, "not a token id", expected=f"{expected} or null")
+    return value
+
+
+def _refuse_unless_idle(reader: Reader, key: str) -> None:
+    value = reader.data[key]
+    switched_off = key == "sliding_window" and reader.data.get("use_sliding_window") is False
+    if value in (None, False, 0, [], {}) or switched_off:
+        return
+    what = "this family has no such key; transformers ignores it, other families would obey it"
+    hint = "remove it if the model ran with transformers, or correct model_type"
+    reader.refuse(key, what, expected="nothing", hint=hint)
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) for key in value)
+    return value is None or isinstance(value, str | bool | int | list)
+
+
+def _members(value: object) -> list[object]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return value if isinstance(value, list) else []

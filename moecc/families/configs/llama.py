@@ -1,0 +1,64 @@
+"""llama and mistral: the plain decoder, and the same with a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import DEFAULTS, DecoderConfig
+from .reader import KeyProblem, key_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(DecoderConfig):
+    """A llama: optional biases on all four attention projections and in the feed-forward block."""
+
+    model_type: ClassVar[str] = "llama"
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+    fixed: ClassVar[Mapping[str, bool]] = {"qk_norm": False}
+    bias_key: ClassVar[str | None] = "attention_bias"
+    defaults: ClassVar[Mapping[str, object]] = {
+        **DEFAULTS,
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield what does not fit together, or what this family cannot say."""
+        yield from super().checks()
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            what = "transformers 5 refuses such a llama, whatever its head_dim; a mistral it reads"
+            expected = f"a multiple of {self.num_attention_heads}"
+            keys = ("hidden_size", "num_attention_heads", "head_dim")
+            yield key_problem(what, expected, f"{self.hidden_size}", *keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistralConfig(DecoderConfig):
+    """A mistral: no biases, and one sliding window in every layer or in none."""
+
+    model_type: ClassVar[str] = "mistral"
+    architecture: ClassVar[str] = "MistralForCausalLM"
+    fixed: ClassVar[Mapping[str, bool]] = {
+        "qkv_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+    }
+    window_style: ClassVar[str] = "uniform"
+    defaults: ClassVar[Mapping[str, object]] = {
+        **DEFAULTS,
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }

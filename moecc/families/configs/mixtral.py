@@ -1,0 +1,75 @@
+"""mixtral: a mistral whose every feed-forward block is a mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .moe import MOE_DEFAULTS, MoeConfig
+from .reader import KeyProblem, Reader, key_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralConfig(MoeConfig):
+    """A mixtral: experts in every layer, gates always renormalised, no biases.
+
+    `intermediate_size` is the width of an expert; both size fields hold it.
+    """
+
+    model_type: ClassVar[str] = "mixtral"
+    architecture: ClassVar[str] = "MixtralForCausalLM"
+    fixed: ClassVar[Mapping[str, bool]] = {
+        "qkv_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+    }
+    window_style: ClassVar[str] = "uniform"
+    experts_keys: ClassVar[tuple[str, ...]] = ("num_local_experts",)
+    defaults: ClassVar[Mapping[str, object]] = {
+        **MOE_DEFAULTS,
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "norm_topk_prob": True,
+        "router_jitter_noise": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+    norm_topk_prob: bool = True
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield what does not fit together, or what this family cannot say."""
+        yield from super().checks()
+        if not self.norm_topk_prob:
+            what = "mixtral always divides the chosen gates by their sum"
+            yield key_problem(what, "true", "false", "norm_topk_prob")
+        if not all(self.sparse_layers):
+            dense = [i for i, sparse in enumerate(self.sparse_layers) if not sparse]
+            what = f"mixtral has experts in every layer; {dense[:8]} would be dense"
+            keys = ("mlp_only_layers", "decoder_sparse_step")
+            yield key_problem(what, "no dense layer", f"{len(dense)} of them", *keys)
+        if self.expert_intermediate_size != self.intermediate_size:
+            what = "mixtral has one width, that of its experts"
+            found = f"{self.expert_intermediate_size}"
+            yield key_problem(what, f"{self.intermediate_size}", found, "intermediate_size")
+
+    @classmethod
+    def _read_layout(cls, reader: Reader) -> dict[str, Any]:
+        return {
+            "expert_intermediate_size": reader.size("intermediate_size"),
+            "norm_topk_prob": reader.flag("norm_topk_prob"),
+            "router_jitter_noise": reader.number("router_jitter_noise", least=0),
+        }
+
+    def _write_layout(self) -> dict[str, object]:
+        return {"router_jitter_noise": self.router_jitter_noise}

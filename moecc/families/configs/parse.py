@@ -1,0 +1,72 @@
+"""From any config.json to the typed config of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from moecc.checkpoint.jsonfile import read_json_object
+from moecc.errors import InputError, nearest
+
+from .base import DecoderConfig
+from .llama import LlamaConfig, MistralConfig
+from .mixtral import MixtralConfig
+from .qwen2 import Qwen2Config, Qwen2MoeConfig
+from .qwen3 import Qwen3Config, Qwen3MoeConfig
+from .reader import one_of, shown
+
+CONFIGS: Mapping[str, type[DecoderConfig]] = {
+    config.model_type: config
+    for config in (
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        MixtralConfig,
+        Qwen2MoeConfig,
+        Qwen3MoeConfig,
+    )
+}
+"""The families that moecc reads and writes, by `model_type`."""
+
+LARGEST_FILE_BYTES = 16 * 1024 * 1024
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """Read and check `config.json` in a checkpoint folder.
+
+    Raises InputError for what is wrong with the file, MachineError where it cannot be read.
+    """
+    path = folder / "config.json"
+    return parse_config(read_json_object(path, limit_bytes=LARGEST_FILE_BYTES), str(path))
+
+
+def parse_config(data: Mapping[str, object], where: str = "config.json") -> DecoderConfig:
+    """Read a config of whichever family `model_type` names.
+
+    Raises InputError with every problem: an unknown family, a wrong type or size, keys that
+    contradict one another, weights that are quantised, a model that brings its own code.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError("not a config", where=where, expected="a JSON object", found=shown(data))
+    name = data.get("model_type")
+    config = CONFIGS.get(name) if isinstance(name, str) else None
+    if config is not None:
+        return config.from_json(data, where)
+    raise InputError(
+        "unknown family",
+        where=f"{where}: model_type",
+        expected=one_of(CONFIGS),
+        found=shown(name) if "model_type" in data else "nothing",
+        hint=_likely_family(name, data.get("architectures")),
+    )
+
+
+def _likely_family(name: object, architectures: object) -> str | None:
+    if isinstance(name, str):
+        return nearest(name, CONFIGS)
+    named = architectures if isinstance(architectures, list) else []
+    for model_type, config in CONFIGS.items():
+        if config.architecture in named:
+            return f"architectures says {config.architecture}: model_type {model_type!r}"
+    return None

@@ -1,0 +1,195 @@
+"""Typed values out of a foreign JSON object, with every problem kept instead of the first.
+
+A config comes from strangers.  The reader never raises for a wrong value: it notes the problem,
+answers with the default, and remembers the key as bad, so that reading goes on and the later
+checks can stay silent about values that were never there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from moecc.errors import Problem, nearest, printable
+
+# No published model comes near these; a size beyond them is a mistake or an attack, and would
+# otherwise be found only when memory runs out.
+LARGEST_SIZES: Mapping[str, int] = {
+    "vocab_size": 1 << 26,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 40,
+    "sliding_window": 1 << 40,
+    "max_window_layers": 1 << 40,
+    "original_max_position_embeddings": 1 << 40,
+    "num_experts": 1 << 16,
+    "num_local_experts": 1 << 16,
+    "num_experts_per_tok": 1 << 16,
+    "moe_intermediate_size": 1 << 24,
+    "shared_expert_intermediate_size": 1 << 24,
+    "decoder_sparse_step": 10_000,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyProblem(Problem):
+    """A problem that lies between several keys: silent when one of them is bad already."""
+
+    keys: tuple[str, ...] = ()
+
+
+def key_problem(what: str, expected: str | None, found: str, *keys: str) -> KeyProblem:
+    """Make a problem of the first of `keys`, silent where reading found any of them bad."""
+    return KeyProblem(what, keys[0], expected, found, None, keys)
+
+
+class Reader:
+    """Reads keys of one JSON object by type, and collects what is wrong with them."""
+
+    def __init__(self, data: Mapping[str, object], defaults: Mapping[str, object], where: str):
+        self.data = data
+        self.defaults = defaults
+        self.where = where
+        self.problems: list[Problem] = []
+        self.bad: set[str] = set()
+        self.used: set[str] = set()
+
+    def has(self, key: str) -> bool:
+        """Say whether the object states `key`, be it null."""
+        self.used.add(key)
+        return key in self.data
+
+    def value(self, key: str) -> object:
+        """Return what stands at `key`, or its default."""
+        return self.data[key] if self.has(key) else self.defaults.get(key)
+
+    def refuse(
+        self, key: str, what: str, *, expected: str | None = None, hint: str | None = None
+    ) -> None:
+        """Note that the value at `key` cannot be used."""
+        self.bad.add(key)
+        found = shown(self.data[key]) if key in self.data else "nothing"
+        self.problems.append(Problem(what, f"{self.where}: {key}", expected, found, hint))
+
+    def conflict(self, keys: tuple[str, ...], what: str, *, hint: str | None = None) -> None:
+        """Note that several keys contradict one another."""
+        self.bad.update(keys)
+        found = ", ".join(f"{key} = {shown(self.data[key])}" for key in keys if key in self.data)
+        where = f"{self.where}: {' / '.join(keys)}"
+        self.problems.append(Problem(what, where, "the same in each", found, hint))
+
+    def accept(self, problem: Problem) -> None:
+        """Keep a problem of the finished config, unless it follows from a bad key."""
+        if not isinstance(problem, KeyProblem):
+            self.problems.append(problem)
+        elif not self.bad.intersection(problem.keys):
+            self.problems.append(replace(problem, where=f"{self.where}: {problem.keys[0]}"))
+
+    def size(self, key: str, *, smallest: int = 1) -> int:
+        """Return a whole number of at least `smallest` and no absurd magnitude."""
+        found = self.value(key)
+        largest = LARGEST_SIZES[key]
+        if isinstance(found, int) and not isinstance(found, bool) and smallest <= found <= largest:
+            return found
+        self.refuse(key, "not a usable size", expected=f"a whole number, {smallest} to {largest:,}")
+        default = self.defaults.get(key)
+        return default if isinstance(default, int) else smallest
+
+    def optional_size(self, key: str) -> int | None:
+        """Return a size, or None where the object says null and there is no default."""
+        return None if self.value(key) is None else self.size(key)
+
+    def number(self, key: str, *, above: float | None = None, least: float | None = None) -> float:
+        """Return a finite number, greater than `above` or at least `least` where given."""
+        found = as_number(self.value(key))
+        if found is not None and not _out_of_range(found, above, least):
+            return found
+        bound = f" above {above:g}" if above is not None else ""
+        bound = f" of at least {least:g}" if least is not None else bound
+        self.refuse(key, "not a usable number", expected=f"a finite number{bound}")
+        default = self.defaults.get(key)
+        return float(default) if isinstance(default, int | float) else 1.0
+
+    def optional_number(self, key: str, *, above: float | None = None) -> float | None:
+        """Return a number, or None where the object says null or nothing."""
+        return None if self.value(key) is None else self.number(key, above=above)
+
+    def flag(self, key: str) -> bool:
+        """Return true or false."""
+        found = self.value(key)
+        if isinstance(found, bool):
+            return found
+        self.refuse(key, "neither true nor false", expected="true or false")
+        return self.defaults.get(key) is True
+
+    def choice(self, key: str, choices: Collection[str]) -> str:
+        """Return one of `choices`."""
+        found = self.value(key)
+        if isinstance(found, str) and found in choices:
+            return found
+        hint = nearest(found, choices) if isinstance(found, str) else None
+        self.refuse(key, "not supported", expected=one_of(choices), hint=hint)
+        default = self.defaults.get(key)
+        return default if isinstance(default, str) else next(iter(choices))
+
+    def items(self, key: str) -> tuple[object, ...]:
+        """Return the members of a list; null is the empty list."""
+        found = self.value(key)
+        if found is None:
+            return ()
+        if isinstance(found, list | tuple):
+            return tuple(found)
+        self.refuse(key, "not a list", expected="a list")
+        return ()
+
+    def mapping(self, key: str) -> Mapping[str, object] | None:
+        """Return an object, or None where it is absent, null or empty."""
+        found = self.value(key)
+        if found is None or found == {}:
+            return None
+        if isinstance(found, Mapping):
+            return found
+        self.refuse(key, "not an object", expected="an object or null")
+        return None
+
+
+def as_number(value: object) -> float | None:
+    """Return a JSON number as a finite float, or None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def one_of(choices: Collection[str]) -> str:
+    """Name the members of `choices` for an error message."""
+    return "one of " + ", ".join(sorted(choices))
+
+
+def shown(value: object) -> str:
+    """Describe a foreign JSON value in a few words, whatever its size or depth."""
+    if isinstance(value, str):
+        return f"the text {printable(value, 60)!r}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return str(value) if value.bit_length() < 200 else f"a number of {value.bit_length()} bits"
+    if isinstance(value, Mapping):
+        names = ", ".join(printable(str(name), 40) for name in list(value)[:6])
+        return f"an object with {len(value)} keys: {names}"
+    if isinstance(value, list | tuple):
+        simple = len(value) <= 8 and not any(isinstance(v, list | tuple | Mapping) for v in value)
+        return f"[{', '.join(map(shown, value))}]" if simple else f"a list of {len(value)}"
+    return repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
+
+
+def _out_of_range(number: float, above: float | None, least: float | None) -> bool:
+    return (above is not None and number <= above) or (least is not None and number < least)

@@ -1,0 +1,233 @@
+"""Rotary position embedding: what a config says of it, in both spellings of transformers.
+
+Version 4 writes `rope_theta` and `rope_scaling` side by side, version 5 one `rope_parameters`.
+Each version silently ignores the other's spelling, and version 5 lets `rope_scaling` win over
+`rope_parameters`, so two statements that differ are refused here and both are written on export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moecc.errors import nearest
+
+from .reader import KeyProblem, Reader, key_problem, one_of
+
+SCALING_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+REQUIRED_PARAMETERS = ("factor", "low_freq_factor", "high_freq_factor")
+# `finetuned` is a remark of the first YaRN checkpoints that no loader reads.
+OTHER_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned")
+KNOWN_KEYS = frozenset(OTHER_KEYS).union(*SCALING_PARAMETERS.values())
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Base period and scaling of the rotary embedding; fields of other scalings are None.
+
+    `original_max_position_embeddings` is always a number for `llama3` and `yarn`.  None in
+    `beta_fast` and `beta_slow` means 32 and 1; `truncate` rounds YaRN's correction range.
+    """
+
+    theta: float
+    type: str = "default"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def scaling(self) -> dict[str, object]:
+        """Return the parameters of the scaling, `rope_type` first, as both versions name them."""
+        named: dict[str, object] = {"rope_type": self.type}
+        for name in SCALING_PARAMETERS[self.type]:
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("truncate", True):
+                named[name] = value
+        return named
+
+    def to_json(self) -> dict[str, object]:
+        """Return the keys of version 4 and of version 5, which say the same."""
+        scaling = self.scaling()
+        return {
+            "rope_theta": self.theta,
+            "rope_scaling": None if self.type == "default" else scaling,
+            "rope_parameters": {"rope_theta": self.theta, **scaling},
+        }
+
+    def checks(self, head_dim: int) -> Iterator[KeyProblem]:
+        """Yield what cannot be computed for heads of width `head_dim`."""
+        if self.type not in SCALING_PARAMETERS:
+            expected = one_of(SCALING_PARAMETERS)
+            yield key_problem("unknown rope type", expected, self.type, *ROPE_KEYS)
+            return
+        yield from self._parameter_checks()
+        if self.theta <= (1 if self.type == "yarn" else 0):
+            bound = "greater than 1 for yarn, which divides by its logarithm, else than 0"
+            yield key_problem("rope_theta is too small", bound, f"{self.theta}", *ROPE_KEYS)
+        if self.type == "dynamic" and head_dim <= 2:
+            what = "dynamic scaling has the exponent head_dim / (head_dim - 2)"
+            yield key_problem(what, "head_dim above 2", f"{head_dim}", "head_dim", *ROPE_KEYS)
+
+    def _parameter_checks(self) -> Iterator[KeyProblem]:
+        used = SCALING_PARAMETERS[self.type]
+        for field in fields(self):
+            if field.name in ("theta", "type"):
+                continue
+            value = getattr(self, field.name)
+            if field.name not in used and value != field.default:
+                what = f"rope type {self.type} has no {field.name}"
+                yield key_problem(what, "nothing", f"{value}", *ROPE_KEYS)
+        needed = [*REQUIRED_PARAMETERS, "original_max_position_embeddings"]
+        for name in (name for name in needed if name in used and getattr(self, name) is None):
+            what = f"rope type {self.type} needs {name}"
+            yield key_problem(what, "a number above 0", "nothing", *ROPE_KEYS)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
+            what = "high_freq_factor must be above low_freq_factor"
+            yield key_problem(what, f"above {low}", f"{high}", *ROPE_KEYS)
+        if (self.beta_fast or 32) < (self.beta_slow or 1):
+            what = "beta_fast (32 where absent) must not be below beta_slow (1 where absent)"
+            yield key_problem(what, None, f"{self.beta_fast} and {self.beta_slow}", *ROPE_KEYS)
+
+
+def read_rope(reader: Reader, max_position_embeddings: int) -> RopeConfig:
+    """Read the rotary embedding from whichever spellings are there, refusing contradictions."""
+    _refuse_partial_rotary(reader)
+    stated = {key: part for key in ROPE_KEYS[1:] if (part := _part(reader, key)) is not None}
+    theta = _theta(reader, stated)
+    length = _original_length(reader, stated, max_position_embeddings)
+    read = {key: _rope(part, theta, length) for key, part in stated.items()}
+    for key, part in stated.items():
+        reader.problems.extend(part.problems)
+        reader.bad.update({key} if part.problems else ())
+    _refuse_contradiction(reader, read)
+    return next(iter(read.values()), RopeConfig(theta=theta))
+
+
+def _part(reader: Reader, key: str) -> Reader | None:
+    found = reader.mapping(key)
+    if found is None:
+        return None
+    part = Reader(found, {"rope_type": "default", "truncate": True}, f"{reader.where}: {key}")
+    for name in found:
+        if name not in KNOWN_KEYS:
+            hint = "one entry per layer type is not supported" if name.endswith("ention") else None
+            hint = hint or nearest(name, KNOWN_KEYS)
+            part.refuse(name, "unknown key", expected=one_of(KNOWN_KEYS), hint=hint)
+    _refuse_partial_rotary(part)
+    return part
+
+
+def _theta(reader: Reader, stated: Mapping[str, Reader]) -> float:
+    found: dict[str, float] = {}
+    for key, part in {"rope_theta": reader, **stated}.items():
+        if part.has("rope_theta"):
+            found[key] = part.number("rope_theta", above=0)
+    if not found:
+        return reader.number("rope_theta", above=0)
+    if len(set(found.values())) > 1:
+        stating = ", ".join(f"{value} in {key}" for key, value in found.items())
+        what = f"the base period is stated twice and differs: {stating}"
+        reader.conflict(tuple(found), what, hint="keep the one that the model was trained with")
+    return next(iter(found.values()))
+
+
+def _original_length(
+    reader: Reader, stated: Mapping[str, Reader], max_position_embeddings: int
+) -> int | None:
+    """Return the length that YaRN starts from where its own parameters do not say.
+
+    Version 5 prefers a key outside the rope parameters, version 4 ignores it.
+    """
+    key = "original_max_position_embeddings"
+    outside = reader.optional_size(key)
+    for name, part in stated.items():
+        uses = key in SCALING_PARAMETERS.get(str(_type_of(part)), ())
+        inside = part.data.get(key, max_position_embeddings)
+        if uses and outside is not None and outside != inside:
+            what = f"{key} stands outside {name}, where transformers 4 and 5 disagree about it"
+            reader.refuse(key, what, expected=f"{inside}", hint=f"move it into {name}")
+    return max_position_embeddings
+
+
+def _type_of(part: Reader) -> object:
+    return part.data.get("rope_type", part.data.get("type", "default"))
+
+
+def _rope(part: Reader, theta: float, original_length: int | None) -> RopeConfig:
+    if part.has("rope_type") and part.has("type") and part.value("rope_type") != part.value("type"):
+        part.conflict(("rope_type", "type"), "the scaling is named twice and differs")
+    key = "rope_type" if part.has("rope_type") or not part.has("type") else "type"
+    kind = part.choice(key, SCALING_PARAMETERS)
+    values: dict[str, Any] = {}
+    for name in SCALING_PARAMETERS[kind]:
+        if name in REQUIRED_PARAMETERS:
+            values[name] = part.number(name, above=0)
+        elif name not in ("truncate", "original_max_position_embeddings"):
+            values[name] = _optional(part, name)
+    length = part.optional_size("original_max_position_embeddings")
+    uses_length = "original_max_position_embeddings" in SCALING_PARAMETERS[kind]
+    if kind == "llama3" and length is None:
+        # Version 5 falls back to max_position_embeddings here, version 4 refuses.
+        part.refuse("original_max_position_embeddings", "llama3 needs it", expected="a size")
+    return RopeConfig(
+        theta=theta,
+        type=kind,
+        original_max_position_embeddings=(length or original_length) if uses_length else None,
+        truncate=part.flag("truncate") if kind == "yarn" else True,
+        **values,
+    )
+
+
+def _optional(part: Reader, name: str) -> float | None:
+    # transformers tests `mscale` for truth: zero there means the same as nothing.
+    if name.startswith("mscale") and part.value(name) == 0:
+        return None
+    return part.optional_number(name, above=0)
+
+
+def _refuse_contradiction(reader: Reader, read: Mapping[str, RopeConfig]) -> None:
+    if len(set(read.values())) > 1 and not reader.bad.intersection(read):
+        what = "rope_scaling and rope_parameters differ"
+        hint = "transformers 4 reads the first and 5 too, unless it is null; keep the right one"
+        reader.conflict(("rope_scaling", "rope_parameters"), what, hint=hint)
+    explicit_null = reader.has("rope_scaling") and reader.value("rope_scaling") is None
+    found = read.get("rope_parameters")
+    if explicit_null and found is not None and found.type != "default":
+        what = f"rope_scaling says none, rope_parameters says {found.type}"
+        hint = "remove rope_scaling, or write the scaling in both"
+        reader.conflict(("rope_scaling", "rope_parameters"), what, hint=hint)
+
+
+def _refuse_partial_rotary(reader: Reader) -> None:
+    if reader.value("partial_rotary_factor") not in (None, 1):
+        what = "only part of each head would be rotated, which these families cannot do"
+        reader.refuse("partial_rotary_factor", what, expected="1, or nothing")
