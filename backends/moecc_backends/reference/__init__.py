@@ -1,1 +1,15 @@
-"""The reference interpreter: NumPy, float64, the meaning of every operation."""
+"""The reference interpreter: NumPy, float64, the meaning of every operation.
+
+Importing this package fills the table of meanings; its files mirror `moecc.ir.table`.
+"""
+
+from moecc_backends.reference import (
+    attention,
+    axes,
+    contraction,
+    elementwise,
+    reduction,
+    routing,
+)
+
+__all__ = ["attention", "axes", "contraction", "elementwise", "reduction", "routing"]

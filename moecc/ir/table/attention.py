@@ -24,6 +24,11 @@ def _infer_rope(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ..
     return (TensorType(F32, axes), TensorType(F32, axes))
 
 
+def _mixes_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+    # Dynamic scaling looks at the largest position of all.
+    return operands[0].type.names if attrs["scaling"] == "dynamic" else ()
+
+
 ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 register(
@@ -47,6 +52,7 @@ register(
             "truncate": Attr("bool", True, doc="yarn: whether its bounds are rounded to integers"),
             "attention_factor": Attr("float", 1.0, doc="what both tables are multiplied by"),
         },
+        mixes=_mixes_positions,
     )
 )
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, nearest
-from moecc.ir.dtypes import DTYPES, PRED
+from moecc.ir.dtypes import DTYPES, PRED, DType
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.rules import elementwise, float_elementwise, need_kind, same_dtype, widest
+from moecc.ir.table.rules import (
+    arithmetic,
+    elementwise,
+    float_elementwise,
+    need_kind,
+    same_dtype,
+    widest,
+)
 from moecc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ UNARY = {
 for _name, _doc in UNARY.items():
     register(OpDef(_name, _doc, ("x",), float_elementwise))
 
-register(OpDef("neg", "−x.", ("x",), elementwise, linear=(0,)))
+register(OpDef("neg", "−x.", ("x",), arithmetic, linear=(0,)))
 register(
     OpDef(
         "scale",
@@ -44,13 +52,13 @@ register(
 register(OpDef("stop_gradient", "x, through which no gradient flows.", ("x",), elementwise))
 
 register(
-    OpDef("add", "a + b.", ("a", "b"), elementwise, linear=(0, 1), jointly=True, commutative=True)
+    OpDef("add", "a + b.", ("a", "b"), arithmetic, linear=(0, 1), jointly=True, commutative=True)
 )
-register(OpDef("sub", "a − b.", ("a", "b"), elementwise, linear=(0, 1), jointly=True))
-register(OpDef("mul", "a · b.", ("a", "b"), elementwise, linear=(0, 1), commutative=True))
+register(OpDef("sub", "a − b.", ("a", "b"), arithmetic, linear=(0, 1), jointly=True))
+register(OpDef("mul", "a · b.", ("a", "b"), arithmetic, linear=(0, 1), commutative=True))
 register(OpDef("div", "a / b.", ("a", "b"), float_elementwise, linear=(0,)))
-register(OpDef("maximum", "The larger of a and b.", ("a", "b"), elementwise, commutative=True))
-register(OpDef("minimum", "The smaller of a and b.", ("a", "b"), elementwise, commutative=True))
+register(OpDef("maximum", "The larger of a and b.", ("a", "b"), arithmetic, commutative=True))
+register(OpDef("minimum", "The smaller of a and b.", ("a", "b"), arithmetic, commutative=True))
 
 
 def _infer_cast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -65,7 +73,7 @@ def _infer_cast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ..
 register(
     OpDef(
         "cast",
-        "x in another element type, rounded to nearest even.",
+        "x in another element type, to nearest even; from a float to an integer, towards zero.",
         ("x",),
         _infer_cast,
         attrs={"dtype": Attr("str", doc="the element type")},
@@ -98,7 +106,16 @@ def _infer_mask(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ..
         raise InputError(
             "the mask has an axis that the operand lacks", expected=str(x), found=str(keep)
         )
+    _check_holds(x.dtype, attrs["fill"])
     return (x,)
+
+
+def _check_holds(dtype: DType, value: float) -> None:
+    """Raise InputError unless `value` is an element of the type `dtype`."""
+    whole = math.isfinite(value) and value == int(value)
+    if dtype.is_float or (dtype.kind == "int" and whole):
+        return
+    raise InputError(f"{value} is not a value of the type {dtype}")
 
 
 register(
@@ -126,6 +143,7 @@ def _infer_constant(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType
         raise InputError(
             f"unknown element type {attrs['dtype']!r}", hint=nearest(attrs["dtype"], DTYPES)
         )
+    _check_holds(dtype, attrs["value"])
     return (TensorType(dtype),)
 
 

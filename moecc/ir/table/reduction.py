@@ -64,7 +64,7 @@ def _infer_softmax(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType,
 register(
     OpDef(
         "softmax",
-        "exp(x) over its sum along an axis.",
+        "exp(x) over its sum along an axis; zeros where all of it is −∞, and nothing is seen.",
         ("x",),
         _infer_softmax,
         attrs={"axis": Attr("axis", doc="the axis")},

@@ -7,7 +7,9 @@ expert's own operations, lifted over the expert axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from math import ceil, floor, inf
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
@@ -49,7 +51,9 @@ def _infer_route(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
 register(
     OpDef(
         "route",
-        """The k experts with the largest logits, best first, and their gates; a tie takes the lowest.
+        """The k experts with the largest logits, best first, and their gates.
+
+        A tie takes the lowest expert.  The gate conventions are
 
         renormalised: softmax over the chosen logits. softmax: softmax over all, not renormalised.
         sigmoid-renormalised: sigmoid, renormalised. sigmoid: sigmoid as is. sparsemixer: each
@@ -84,7 +88,7 @@ def _infer_place(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     for name in ("experts", "groups"):
         if attrs[name] < 1:
             raise InputError(f"{name} must be at least 1", found=str(attrs[name]))
-    if attrs["slots"] == "capacity" and attrs["capacity_factor"] <= 0:
+    if attrs["slots"] == "capacity" and not 0 < attrs["capacity_factor"] < inf:
         raise InputError(
             "a capacity needs a positive capacity_factor", found=str(attrs["capacity_factor"])
         )
@@ -101,7 +105,8 @@ register(
         capacity: C = capacity_factor · tokens of a group / experts (convention `tokens`, the
         paper's) or that times top-k (`assignments`), rounded, at least `minimum`, at most the
         tokens of a group.  order: `choice` fills all first choices before any second (ST-MoE,
-        Appendix D); `token` goes token by token, and is strictly causal.""",
+        Appendix D); `token` goes token by token, and is strictly causal.  A choice that names no
+        expert, say −1, is dropped.""",
         ("experts",),
         _infer_place,
         results=("place",),
@@ -121,6 +126,28 @@ register(
         mixes=lambda _operands, attrs: tuple(attrs["tokens"]),
     )
 )
+
+
+_ROUNDINGS: dict[str, Callable[[Fraction], int]] = {"floor": floor, "round": round, "ceil": ceil}
+"""`round` takes a half to the even neighbour, as flaxformer does."""
+
+
+def capacity(attrs: Attrs, tokens: int, choices: int) -> int:
+    """Return the slots that a ``place`` with `attrs` gives each expert in a group.
+
+    The factor counts as the decimal number that is written, not as the float nearest to it, so
+    that 0.7 · 10 tokens are 7 slots everywhere.
+
+    Args:
+      attrs: of the ``place`` node.
+      tokens: the tokens of a group.
+      choices: the choices of a token.
+    """
+    exact = Fraction(repr(attrs["capacity_factor"])) * tokens / attrs["experts"]
+    if attrs["convention"] == "assignments":
+        exact *= choices
+    least: int = attrs["minimum"]
+    return min(max(_ROUNDINGS[attrs["rounding"]](exact), least), tokens)
 
 
 def placing(value: Value) -> Node:
@@ -174,7 +201,7 @@ def _mixes_tokens(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
 register(
     OpDef(
         "dispatch",
-        "The tokens, each in the slots that its choices were given.",
+        "The tokens, each in the slots that its choices were given; an empty slot holds zeros.",
         ("x", "experts", "place"),
         _infer_dispatch,
         results=("rows",),
@@ -190,6 +217,8 @@ def _infer_combine(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType,
     _check_choice(place, gates.type)
     for axis in slot_axes(place):
         same_size(axis_of(rows.type, axis.name, "the rows"), axis)
+    need_float(rows.type, "the rows")
+    need_float(gates.type, "the gates")
     tokens = placing(place).attrs["tokens"]
     inner = (a for a in rows.type.axes if a.name not in ("group", "expert", "slot"))
     outer = (a for a in place.type.axes if a.name in tokens)

@@ -103,6 +103,14 @@ def elementwise(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ..
     return (widest(types),)
 
 
+def arithmetic(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    """Infer an elementwise type, of operands that are numbers."""
+    for v in operands:
+        if v.type.dtype.kind not in ("float", "int"):
+            raise InputError("arithmetic needs numbers", found=str(v.type))
+    return elementwise(operands, attrs)
+
+
 def float_elementwise(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
     """Infer an elementwise type, of floating-point operands."""
     for v in operands:

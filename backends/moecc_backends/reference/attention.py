@@ -1,0 +1,96 @@
+"""The meaning of rotary positions and causal masks.
+
+The scalings of the frequencies are those that checkpoints of Hugging Face transformers are
+trained with: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama 3.1) and YaRN
+(Peng et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moecc_backends.reference.arrays import Array, Data, meaning
+
+
+@meaning("rope")
+def rope(positions: Array, *, axis: str, size: int, **scaling: Any) -> tuple[Array, Array]:
+    """Return cosines and sines of position times frequency; the second half repeats the first."""
+    length = int(positions.data.max(initial=0)) + 1
+    frequencies = _frequencies(size, length, scaling)
+    half = positions.data[..., None] * frequencies
+    angles = np.concatenate([half, half], -1)
+    axes = (*positions.axes, axis)
+    factor = scaling["attention_factor"]
+    return Array(np.cos(angles) * factor, axes), Array(np.sin(angles) * factor, axes)
+
+
+def _frequencies(size: int, length: int, scaling: Mapping[str, Any]) -> Data:
+    """Return the angle per position of each pair of entries, `[size / 2]`."""
+    kind, factor = scaling["scaling"], scaling["factor"]
+    theta = scaling["theta"]
+    if kind == "dynamic":
+        theta *= _dynamic_stretch(size, length, factor, scaling["original_context"])
+    plain = np.asarray(theta ** -(np.arange(0, size, 2) / size))
+    if kind == "linear":
+        return np.asarray(plain / factor)
+    if kind == "llama3":
+        return _llama3(plain, scaling)
+    if kind == "yarn":
+        keep = 1 - _yarn_ramp(size, scaling)
+        return np.asarray(plain / factor * (1 - keep) + plain * keep)
+    return plain
+
+
+def _dynamic_stretch(size: int, length: int, factor: float, context: int) -> float:
+    """Return what theta grows by at `length` positions; 1 within the original context."""
+    grown = factor * max(length, context) / context - (factor - 1)
+    return float(grown ** (size / (size - 2)))
+
+
+def _llama3(plain: Data, scaling: Mapping[str, Any]) -> Data:
+    """Slow frequencies are divided by the factor, fast ones kept, those between interpolated."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_context"] * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    return np.asarray(plain / scaling["factor"] * (1 - keep) + plain * keep)
+
+
+def _yarn_ramp(size: int, scaling: Mapping[str, Any]) -> Data:
+    """Return 0 where a frequency is kept, 1 where it is divided, and a ramp between."""
+    first = _yarn_entry(scaling["beta_fast"], size, scaling)
+    last = _yarn_entry(scaling["beta_slow"], size, scaling)
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    width = last - first if last != first else 0.001
+    return np.asarray(np.clip((np.arange(size // 2) - first) / width, 0, 1))
+
+
+def _yarn_entry(turns: float, size: int, scaling: Mapping[str, Any]) -> float:
+    """Return the entry, as a real number, that makes `turns` turns in the original context."""
+    wavelength = scaling["original_context"] / (turns * 2 * math.pi)
+    return size * math.log(wavelength) / (2 * math.log(scaling["theta"]))
+
+
+@meaning("rotate")
+def rotate(x: Array, cos: Array, sin: Array, *, axis: str) -> Array:
+    """Return x · cos + (−second half, first half) · sin along the axis."""
+    at = x.axes.index(axis)
+    first, second = np.split(x.data, 2, at)
+    turned = np.concatenate([-second, first], at)
+    return x.map(lambda d: d * cos.to(x.axes) + turned * sin.to(x.axes))
+
+
+@meaning("causal")
+def causal(query: Array, key: Array, *, window: int) -> Array:
+    """Return whether key ≤ query, and query − key < window if there is one."""
+    axes = (*query.axes, *key.axes)
+    behind = query.to(axes) - key.to(axes)
+    seen = behind >= 0
+    if window:
+        seen &= behind < window
+    return Array(np.asarray(seen), axes)

@@ -1,0 +1,23 @@
+"""The meaning of the one product of tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moecc_backends.reference.arrays import Array, meaning
+
+
+@meaning("contract")
+def contract(x: Array, w: Array, *, over: tuple[str, ...]) -> Array:
+    """Sum x · w over the axes `over`; every other axis that both have is a batch axis."""
+    result = [a for a in dict.fromkeys((*x.axes, *w.axes)) if a not in over]
+    number = {a: i for i, a in enumerate(dict.fromkeys((*x.axes, *w.axes)))}
+    product = np.einsum(
+        x.data,
+        [number[a] for a in x.axes],
+        w.data,
+        [number[a] for a in w.axes],
+        [number[a] for a in result],
+        optimize=True,
+    )
+    return Array(np.asarray(product), tuple(result))

@@ -1,0 +1,180 @@
+"""The interpreter: a graph, node by node, in NumPy and float64.
+
+It is the oracle: the plainest code that says what an operation means.  Values are computed in
+float64 whatever their declared type, so that two graphs that are equal in real arithmetic agree
+to 1e-12 or so; only a cast to a narrower type rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from moecc.backend import Arrays
+from moecc.errors import InputError, Problem, nearest
+from moecc.ir.dtypes import F64, DType
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.types import Extent
+from moecc.ir.verify import where
+from moecc_backends.reference.arrays import MEANINGS, Array, Data
+from moecc_backends.reference.elementwise import stored
+from moecc_backends.reference.routing import Placement, poisoned
+
+
+class ReferenceBackend:
+    """Runs graphs with the meaning of each operation, written down in NumPy."""
+
+    name = "reference"
+
+    def compile(self, graph: Graph, *, dtype: DType = F64) -> ReferenceProgram:
+        """Return `graph` ready to run; it is always computed in float64.
+
+        Raises:
+          InputError: an operation has no meaning here.
+        """
+        problems = [
+            Problem("the reference backend has no meaning for this operation", where(node))
+            for node in graph
+            if node.op.name not in MEANINGS
+        ]
+        if problems:
+            raise InputError(problems)
+        return ReferenceProgram(graph)
+
+
+@dataclass(frozen=True)
+class ReferenceProgram:
+    """A graph that the interpreter runs."""
+
+    graph: Graph
+
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, Data]:
+        """Return the outputs by name: floats as float64, others as their types say.
+
+        Raises:
+          InputError: an array is missing or does not fit its type, or an index is out of range.
+        """
+        outputs = self.graph.outputs
+        kept = set(outputs.values())
+        values = {v: a.data for v, a in self.trace(params, inputs) if v in kept}
+        return {
+            name: data if data.dtype == np.float64 else data.astype(value.type.dtype.numpy)
+            for name, value in outputs.items()
+            for data in (values[value],)
+        }
+
+    def trace(self, params: Arrays, inputs: Arrays) -> Iterator[tuple[Value, Array]]:
+        """Yield every input, used parameter and result with its array, in order of computation.
+
+        Raises:
+          InputError: as `run`.
+        """
+        given = bind(self.graph, params, inputs)
+        state = _State({}, {}, {v: sum(v.users.values()) for v in given})
+        for value in given:
+            if value.is_output:
+                yield value, state.load(value, given)
+        for node in self.graph:
+            for operand in node.operands:
+                if operand in given and operand not in state.arrays:
+                    yield operand, state.load(operand, given)
+            yield from state.step(node)
+
+
+@dataclass
+class _State:
+    """Arrays of the values that are still needed, and the placements, which are small."""
+
+    arrays: dict[Value, Array]
+    placements: dict[Value, Placement]
+    left: dict[Value, int]
+
+    def load(self, value: Value, given: Mapping[Value, Data]) -> Array:
+        """Return what was given for `value`, as the interpreter keeps it."""
+        dtype = value.type.dtype
+        data = stored(given[value], dtype)
+        self.arrays[value] = Array(data, value.type.names, dtype)
+        return self.arrays[value]
+
+    def step(self, node: Node) -> list[tuple[Value, Array]]:
+        """Return the results of `node`, and forget the operands that nothing else uses."""
+        operands = [self.arrays[v] for v in node.operands]
+        try:
+            with np.errstate(all="ignore"):
+                made = MEANINGS[node.op.name](*operands, **node.attrs)
+        except InputError as error:
+            raise InputError(replace(p, where=where(node)) for p in error.problems) from None
+        results = made if isinstance(made, tuple) else (made,)
+        pairs = list(zip(node.results, map(self.finish, results, node.results), strict=True))
+        for value, array in pairs:
+            self.left[value] = sum(value.users.values())
+            self.arrays[value] = array
+        for value in node.operands:
+            self.left[value] -= 1
+        for value in {*node.operands, *node.results}:
+            if not self.left[value]:
+                del self.arrays[value]
+        return pairs
+
+    def finish(self, array: Array, value: Value) -> Array:
+        """Return a result with its declared type, and with nothing beyond ragged extents."""
+        if array.placement is not None:
+            self.placements[value] = array.placement
+        ragged = value.type.ragged
+        if ragged is not None and isinstance(ragged.size, Extent):
+            array = poisoned(array, ragged.name, self.placements[ragged.size.value])
+        return replace(array, dtype=value.type.dtype)
+
+
+def bind(graph: Graph, params: Arrays, inputs: Arrays) -> dict[Value, Data]:
+    """Return the given arrays by value, checked against the types.
+
+    Raises:
+      InputError: with every array that is missing or does not fit.
+    """
+    problems: list[Problem] = []
+    sizes: dict[str, tuple[int, str]] = {}
+    bound: dict[Value, Data] = {}
+    for kind, values, arrays in (("input", graph.inputs, inputs), ("param", graph.params, params)):
+        for name, value in values.items():
+            here = f"{kind} %{name}"
+            if name not in arrays:
+                hint = nearest(name, arrays)
+                problems.append(Problem("no array is given", here, str(value.type), None, hint))
+                continue
+            bound[value] = np.asarray(arrays[name])
+            problems.extend(_misfits(value, bound[value], here, sizes))
+    if problems:
+        raise InputError(problems)
+    return bound
+
+
+def _misfits(
+    value: Value, data: Data, here: str, sizes: dict[str, tuple[int, str]]
+) -> Iterator[Problem]:
+    found = f"{data.dtype}[{', '.join(map(str, data.shape))}]"
+    # Keys are kept in unsigned integers, which NumPy cannot tell from numbers.
+    if _kind(data.dtype) != value.type.dtype.kind.replace("key", "int"):
+        yield Problem("the array has elements of another kind", here, str(value.type), found)
+    if data.ndim != value.type.rank:
+        yield Problem("the array has another number of axes", here, str(value.type), found)
+        return
+    for axis, size in zip(value.type.axes, data.shape, strict=True):
+        if isinstance(axis.size, int) and axis.size != size:
+            what = f"the axis {axis.name!r} has another size"
+            yield Problem(what, here, str(value.type), found)
+        if isinstance(axis.size, str):
+            known, first = sizes.setdefault(axis.size, (size, here))
+            if known != size:
+                what = f"the size {axis.size} is {known} in {first}"
+                yield Problem(what, here, str(value.type), found)
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """Return the kind of element, as `DType` names it, of a NumPy or ml_dtypes type."""
+    if dtype.kind == "V" and dtype.names is None and "float" in dtype.name:
+        return "float"
+    return {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(dtype.kind, dtype.name)
