@@ -1,0 +1,330 @@
+"""The tiny checkpoints that golden logits are made of: what each is, and what it is there for.
+
+Sizes are chosen so that a wrong reading shows: periods short enough that every rotary scaling
+changes the first 16 positions, windows shorter than the sequence, and in the `square` cases equal
+sizes for axes that must not be confused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SMALL: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WIDE_HEADS: dict[str, object] = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+"""Heads of width 16, whose eight frequencies fall on all sides of a scaling's borders."""
+
+SQUARE: dict[str, object] = {
+    "vocab_size": 16,
+    "intermediate_size": 8,
+    "num_key_value_heads": 4,
+}
+"""2 * mlp = heads * head_dim = vocab = embed = 16."""
+
+MIXTRAL: dict[str, object] = {"num_experts_per_tok": 2, "intermediate_size": 20}
+QWEN_MOE: dict[str, object] = {**MIXTRAL, "moe_intermediate_size": 12}
+
+SQUARE_MIXTRAL: dict[str, object] = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+}
+"""experts = 2 * mlp = heads * head_dim = vocab = embed = 8 (the experts are added per family)."""
+
+SQUARE_QWEN_MOE: dict[str, object] = {**SQUARE_MIXTRAL, "moe_intermediate_size": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint: a family, the keys that differ from SMALL, and how it is stored."""
+
+    family: str
+    why: str
+    keys: dict[str, object] = field(default_factory=dict)
+    dtype: str = "float32"
+    shard_bytes: int | None = None
+    major: int = 5
+
+    def config(self) -> dict[str, object]:
+        """Return the keyword arguments of the config class, in the spelling of version 4."""
+        return {**SMALL, **self.keys}
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+CASES: dict[str, Case] = {
+    "llama_gqa": Case(
+        "llama", "two query heads a key-value head, three layers", {"num_hidden_layers": 3}
+    ),
+    "llama_square_tied": Case(
+        "llama", "square matrices, tied embeddings", {**SQUARE, "tie_word_embeddings": True}
+    ),
+    "llama_square_mlp": Case(
+        "llama", "mlp = embed, untied square head", {**SQUARE, "intermediate_size": 16}
+    ),
+    "llama_biases_head_dim": Case(
+        "llama",
+        "biases on every projection, head_dim 6 where hidden / heads is 4",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 6},
+    ),
+    "llama_gelu_mqa": Case(
+        "llama",
+        "tanh GELU, one key-value head",
+        {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 1},
+    ),
+    "llama_linear": Case(
+        "llama",
+        "linear rotary scaling",
+        {**WIDE_HEADS, "rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    ),
+    "llama_dynamic": Case(
+        "llama",
+        "dynamic rotary scaling, in force because 16 tokens exceed 6 positions",
+        {
+            **WIDE_HEADS,
+            "max_position_embeddings": 6,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 3.0},
+        },
+    ),
+    "llama_llama3": Case(
+        "llama",
+        "llama3 rotary scaling, frequencies in all three bands",
+        {**WIDE_HEADS, "rope_scaling": LLAMA3},
+    ),
+    "llama_yarn": Case(
+        "llama", "YaRN with its default attention factor", {**WIDE_HEADS, "rope_scaling": YARN}
+    ),
+    "llama_yarn_options": Case(
+        "llama",
+        "YaRN with a stated attention factor, other betas, no rounding of the range",
+        {
+            **WIDE_HEADS,
+            "rope_scaling": {
+                **YARN,
+                "attention_factor": 1.3,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+            },
+        },
+    ),
+    "llama_yarn_mscale": Case(
+        "llama",
+        "YaRN whose attention factor is a ratio of two mscales",
+        {**WIDE_HEADS, "rope_scaling": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.3}},
+    ),
+    "llama_bfloat16": Case("llama", "stored as bfloat16", dtype="bfloat16"),
+    "llama_sharded": Case("llama", "several shards and an index", shard_bytes=6000),
+    "llama_v4": Case(
+        "llama",
+        "config in the spelling of transformers 4, llama3 scaling",
+        {**WIDE_HEADS, "rope_scaling": LLAMA3},
+        major=4,
+    ),
+    "mistral_window": Case(
+        "mistral", "sliding window of 5", {"sliding_window": 5, "num_hidden_layers": 3}
+    ),
+    "mistral_full_head_dim": Case(
+        "mistral",
+        "no window, head_dim 6, tied embeddings",
+        {"sliding_window": None, "head_dim": 6, "tie_word_embeddings": True},
+    ),
+    "qwen2_gqa_tied": Case(
+        "qwen2", "biases on q, k and v only, tied embeddings", {"tie_word_embeddings": True}
+    ),
+    "qwen2_window": Case(
+        "qwen2",
+        "sliding window of 4 from the third of four layers upwards",
+        {
+            "num_hidden_layers": 4,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen2_yarn": Case(
+        "qwen2",
+        "YaRN as Qwen2.5 uses it, one head as wide as embed",
+        {**WIDE_HEADS, "num_attention_heads": 1, "rope_scaling": YARN},
+    ),
+    "qwen2_square": Case("qwen2", "square matrices", SQUARE),
+    "qwen3_head_dim_tied": Case(
+        "qwen3", "q and k norms, head_dim 6, tied", {"head_dim": 6, "tie_word_embeddings": True}
+    ),
+    "qwen3_bias_window": Case(
+        "qwen3",
+        "attention biases on all four projections, window of 4 in the last layer, linear scaling",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 4,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 2,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    ),
+    "qwen3_square": Case("qwen3", "square matrices", {**SQUARE, "head_dim": 4}),
+    "mixtral_gqa": Case(
+        "mixtral",
+        "four experts, two a token",
+        {**MIXTRAL, "num_local_experts": 4, "rope_theta": 800.0},
+    ),
+    "mixtral_square": Case(
+        "mixtral", "square matrices and as many experts", {**SQUARE_MIXTRAL, "num_local_experts": 8}
+    ),
+    "mixtral_window_tied": Case(
+        "mixtral",
+        "sliding window of 5, tied embeddings, three experts of which all are chosen",
+        {
+            **MIXTRAL,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral_top1_head_dim": Case(
+        "mixtral",
+        "one expert a token (its gate is 1), head_dim 6",
+        {**MIXTRAL, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 6},
+    ),
+    "mixtral_sharded": Case(
+        "mixtral",
+        "experts of a layer in several shards",
+        {**MIXTRAL, "num_local_experts": 4},
+        shard_bytes=9000,
+    ),
+    "mixtral_bfloat16": Case(
+        "mixtral", "stored as bfloat16", {**MIXTRAL, "num_local_experts": 4}, dtype="bfloat16"
+    ),
+    "mixtral_v4": Case(
+        "mixtral",
+        "config in the spelling of transformers 4",
+        {**MIXTRAL, "num_local_experts": 4},
+        major=4,
+    ),
+    "qwen2_moe_plain": Case(
+        "qwen2_moe",
+        "gates not renormalised, shared expert",
+        {
+            **QWEN_MOE,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 18,
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen2_moe_step": Case(
+        "qwen2_moe",
+        "experts in every second of four layers, gates renormalised",
+        {
+            **QWEN_MOE,
+            "num_hidden_layers": 4,
+            "num_experts": 5,
+            "shared_expert_intermediate_size": 10,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "qwen2_moe_dense_layers": Case(
+        "qwen2_moe",
+        "first of three layers dense, no biases, tied embeddings",
+        {
+            **QWEN_MOE,
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "shared_expert_intermediate_size": 6,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+            "qkv_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_moe_square": Case(
+        "qwen2_moe",
+        "square matrices and as many experts, shared expert as wide as embed",
+        {**SQUARE_QWEN_MOE, "num_experts": 8, "shared_expert_intermediate_size": 8},
+    ),
+    "qwen3_moe_norm": Case(
+        "qwen3_moe",
+        "gates renormalised, head_dim 6",
+        {**QWEN_MOE, "num_experts": 4, "norm_topk_prob": True, "head_dim": 6},
+    ),
+    "qwen3_moe_plain": Case(
+        "qwen3_moe",
+        "gates not renormalised, second of three layers dense",
+        {
+            **QWEN_MOE,
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe_step": Case(
+        "qwen3_moe",
+        "experts in layer 3 of four (step 2, layer 1 excepted), attention biases, tied",
+        {
+            **QWEN_MOE,
+            "num_hidden_layers": 4,
+            "num_experts": 5,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe_square": Case(
+        "qwen3_moe",
+        "square matrices and as many experts",
+        {**SQUARE_QWEN_MOE, "num_experts": 8, "norm_topk_prob": True},
+    ),
+    "qwen3_moe_window": Case(
+        "qwen3_moe",
+        "window of 4 in every layer, YaRN",
+        {
+            **QWEN_MOE,
+            **WIDE_HEADS,
+            "num_experts": 4,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "rope_scaling": YARN,
+        },
+    ),
+    "qwen3_moe_v4": Case(
+        "qwen3_moe",
+        "config in the spelling of transformers 4 (num_experts), several shards",
+        {**QWEN_MOE, "num_experts": 4, "norm_topk_prob": True, "head_dim": 6},
+        shard_bytes=20_000,
+        major=4,
+    ),
+}

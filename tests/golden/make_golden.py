@@ -1,0 +1,254 @@
+"""Make the golden checkpoints and logits with Hugging Face transformers.
+
+Run from anywhere, with an interpreter that has torch and transformers (moecc itself is taken from
+the checkout; its dependencies are not needed):
+
+    python tests/golden/make_golden.py write            # the cases of that major version
+    python tests/golden/make_golden.py compare          # adds how far this version agrees
+
+The golden files were made by `write` under transformers 5.24.0, then `write` under 4.57.6 for the
+cases in the spelling of version 4, then `compare` under both.  Everything is a function of the
+case's name and keys: the same versions write the same bytes.
+
+What `logits.npy` holds: the model is read back from disk and evaluated with its weights in float64,
+and with every float32 that transformers' code asks for on the way (norms, softmax, rotary tables,
+router) replaced by float64.  The result is rounded once, to float32: relative error 6e-8 at most.
+`manifest.json` records how far plain float32 arithmetic is from that, in each version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from cases import CASES, Case  # noqa: E402
+
+from moecc.families.configs import parse_config  # noqa: E402
+
+MANIFEST = HERE / "manifest.json"
+VERSION = f"transformers {transformers.__version__}"
+MAJOR = int(transformers.__version__.split(".")[0])
+TOKENS_SHAPE = (2, 16)
+# Below this distance between the last chosen and the first other router logit, rounding could
+# choose another expert, and the golden value would say nothing about the arithmetic.
+SMALLEST_ROUTER_GAP = 5e-3
+
+
+class DoublePrecision(TorchFunctionMode):
+    """Gives float64 to code that asks for float32 by name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        named = {key: _widen(value) for key, value in (kwargs or {}).items()}
+        return func(*map(_widen, args), **named)
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def write(names: list[str]) -> None:
+    """Write the folders of the cases that belong to the running version."""
+    manifest = _read_manifest()
+    manifest["versions"][VERSION] = _versions()
+    for name in names:
+        if CASES[name].major == MAJOR:
+            manifest["cases"][name] = _write_case(name, CASES[name])
+            print(name, manifest["cases"][name]["smallest_router_gap"])
+    _write_manifest(manifest)
+
+
+def compare(names: list[str]) -> None:
+    """Record how far the running version is from the golden logits."""
+    manifest = _read_manifest()
+    for name in names:
+        golden = np.load(HERE / name / "logits.npy")
+        entry = manifest["cases"][name].setdefault("differences", {})
+        entry[VERSION] = {key: _shown(found) for key, found in _differences(name, golden).items()}
+        print(name, entry[VERSION])
+    manifest["versions"][VERSION] = _versions()
+    _write_manifest(manifest)
+
+
+def _write_case(name: str, case: Case) -> dict[str, Any]:
+    folder = HERE / name
+    tokens = _generator(name, "tokens").integers(0, case.config()["vocab_size"], TOKENS_SHAPE)
+    for attempt in range(200):
+        shutil.rmtree(folder, ignore_errors=True)
+        _save(folder, case, f"{name}/{attempt}")
+        logits, gap = _double_logits(_load(folder), tokens)
+        if gap is None or gap > SMALLEST_ROUTER_GAP:
+            break
+    else:
+        raise SystemExit(f"{name}: every attempt has a token near a tie between experts")
+    np.save(folder / "tokens.npy", tokens)
+    np.save(folder / "logits.npy", logits.astype(np.float32))
+    return {
+        "family": case.family,
+        "why": case.why,
+        "written_by": VERSION,
+        "attempt": attempt,
+        "smallest_router_gap": None if gap is None else f"{gap:.1e}",
+        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+    }
+
+
+def _save(folder: Path, case: Case, key: str) -> None:
+    config = AutoConfig.for_model(case.family, **json.loads(json.dumps(case.config())))
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            parameter.copy_(torch.from_numpy(_values(key, name, tuple(parameter.shape))))
+    model.to(getattr(torch, case.dtype))
+    model.save_pretrained(folder, max_shard_size=case.shard_bytes or "1GB")
+
+
+def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Draw a parameter: norms around 1, biases small but not 0, matrices of unit gain."""
+    drawn = _generator(key, name).standard_normal(shape)
+    if "norm" in name:
+        return 1 + 0.3 * drawn
+    if name.endswith("bias"):
+        return 0.3 * drawn
+    if "embed_tokens" in name:
+        return drawn
+    # The router's logits are spread out, so that few tokens lie near a tie.
+    gain = 2.0 if ".gate.weight" in name else 1.0
+    return gain * drawn / np.sqrt(shape[-1])
+
+
+def _load(source: Path, config: Any = None) -> Any:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    if MAJOR > 4:
+        model.set_experts_implementation("eager")
+    wrong = {key: found for key, found in report.items() if found}
+    if wrong:
+        raise SystemExit(f"{source}: {wrong}")
+    return model.eval()
+
+
+def _double_logits(
+    model: Any, tokens: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], float | None]:
+    """Return logits in float64 and the smallest distance of a routing decision from a tie."""
+    model = model.double()
+    gaps: list[float] = []
+    chosen = getattr(model.config, "num_experts_per_tok", 0)
+
+    def note_gap(_module: Any, _inputs: Any, output: Any) -> None:
+        scores = (output[0] if isinstance(output, tuple) else output).sort(descending=True).values
+        if chosen < scores.shape[-1]:
+            gaps.append((scores[..., chosen - 1] - scores[..., chosen]).min().item())
+
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.register_forward_hook(note_gap)
+    # Integer tensors take part in the dynamic scaling, and become what the default says.
+    torch.set_default_dtype(torch.float64)
+    with torch.no_grad(), DoublePrecision():
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+        logits = model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+    torch.set_default_dtype(torch.float32)
+    assert logits.dtype == torch.float64
+    return logits.numpy(), min(gaps, default=None)
+
+
+def _differences(name: str, golden: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Compare with the config that moecc writes, and with the folder's own config."""
+    folder = HERE / name
+    tokens = np.load(folder / "tokens.npy")
+    stated = json.loads((folder / "config.json").read_text())
+    spelled_twice = parse_config(stated).to_json()
+    config = AutoConfig.for_model(**spelled_twice)
+    with torch.no_grad():
+        single = _load(folder, config)(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+    found = {
+        "float64": _double_logits(_load(folder, config), tokens)[0],
+        "float32": single.numpy(),
+        "float64, config.json as it is": _as_it_is(folder, tokens),
+    }
+    largest = np.abs(golden).max()
+    return {key: float(np.abs(logits - golden).max() / largest) for key, logits in found.items()}
+
+
+def _as_it_is(folder: Path, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    try:
+        return _double_logits(_load(folder), tokens)[0]
+    except (SystemExit, RuntimeError) as error:
+        print(f"{folder.name}: {str(error)[:300]}")
+        return np.full((), np.inf)
+
+
+def _shown(difference: float) -> str:
+    return f"{difference:.1e}" if np.isfinite(difference) else "does not load"
+
+
+def _generator(*key: str) -> np.random.Generator:
+    digest = hashlib.sha256("\0".join(key).encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _read_manifest() -> dict[str, Any]:
+    if MANIFEST.exists():
+        found: dict[str, Any] = json.loads(MANIFEST.read_text())
+        return found
+    return {"schema": 1, "versions": {}, "cases": {}}
+
+
+def _write_manifest(manifest: dict[str, Any]) -> None:
+    manifest["cases"] = {
+        name: manifest["cases"][name] for name in CASES if name in manifest["cases"]
+    }
+    MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description="Make or compare golden checkpoints.")
+    parser.add_argument("action", choices=["write", "compare"])
+    parser.add_argument("names", nargs="*", default=list(CASES), help="cases; default: all")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    (write if arguments.action == "write" else compare)(arguments.names)
+
+
+if __name__ == "__main__":
+    main()
