@@ -20,7 +20,7 @@ from moecc_backends.reference.arrays import Array, Data, meaning
 def rope(positions: Array, *, axis: str, size: int, **scaling: Any) -> tuple[Array, Array]:
     """Return cosines and sines of position times frequency; the second half repeats the first."""
     length = int(positions.data.max(initial=0)) + 1
-    frequencies = _frequencies(size, length, scaling)
+    frequencies = frequencies(size, length, scaling)
     half = positions.data[..., None] * frequencies
     angles = np.concatenate([half, half], -1)
     axes = (*positions.axes, axis)
@@ -28,8 +28,14 @@ def rope(positions: Array, *, axis: str, size: int, **scaling: Any) -> tuple[Arr
     return Array(np.cos(angles) * factor, axes), Array(np.sin(angles) * factor, axes)
 
 
-def _frequencies(size: int, length: int, scaling: Mapping[str, Any]) -> Data:
-    """Return the angle per position of each pair of entries, `[size / 2]`."""
+def frequencies(size: int, length: int, scaling: Mapping[str, Any]) -> Data:
+    """Return the angle per position of each pair of entries, ``[size / 2]``.
+
+    Args:
+      size: the head dimension.
+      length: the number of positions, on which dynamic scaling depends.
+      scaling: the attributes of ``rope``.
+    """
     kind, factor = scaling["scaling"], scaling["factor"]
     theta = scaling["theta"]
     if kind == "dynamic":

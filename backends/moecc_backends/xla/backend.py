@@ -1,0 +1,196 @@
+"""The XLA backend: a graph as one pure function, or run segment by segment.
+
+`function` gives ``(params, inputs) → outputs`` for ``jax.jit`` and ``jax.grad``.  A `XlaProgram`
+runs the same lowering cut into segments, so that equal layers are compiled once and parameters
+are fetched, cast and freed layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moecc.backend import Arrays
+from moecc.errors import InputError, Problem, nearest
+from moecc.ir.dtypes import F32, DType
+from moecc.ir.graph import Graph, Node, Value
+from moecc_backends.xla import lower_moe as lower_moe
+from moecc_backends.xla import lower_plain as lower_plain
+from moecc_backends.xla.context import Context, lower_node
+from moecc_backends.xla.named import Named, Operand
+from moecc_backends.xla.segments import Segment, segments
+
+Tree = Mapping[str, jax.Array]
+
+
+def function(graph: Graph, *, dtype: DType = F32) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+    """Return `graph` as a pure function of parameters and inputs, by name.
+
+    Floating-point parameters and inputs are cast to `dtype`; norms, softmax and routing compute
+    in float32 (selective precision, ST-MoE §3.3), and floating-point outputs are float32.
+
+    Raises:
+      InputError: an operation has no lowering (when the function is traced).
+    """
+    nodes = list(graph)
+
+    def run(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
+        given = {v: inputs[n] for n, v in graph.inputs.items()}
+        given |= {v: params[n] for n, v in graph.params.items() if v.users}
+        values = trace(nodes, given, dtype)
+        return {n: finished(values[v], v) for n, v in graph.outputs.items()}
+
+    return run
+
+
+def trace(
+    nodes: list[Node], given: Mapping[Value, jax.Array], dtype: DType
+) -> dict[Value, Operand]:
+    """Return all values of `nodes`, lowered under the current trace from the `given` arrays."""
+    values: dict[Value, Operand] = {
+        v: Named(entered(array, dtype), v.type.names) for v, array in given.items()
+    }
+    context = Context(dtype.numpy, values)
+    for node in nodes:
+        results = lower_node(context, node, [values[v] for v in node.operands])
+        values.update(zip(node.results, results, strict=True))
+    return values
+
+
+def entered(array: jax.Array, dtype: DType) -> jax.Array:
+    """Return an array cast to the type of the computation if it is floating-point."""
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(dtype.numpy)
+    return array.astype(jnp.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array
+
+
+def finished(value: Operand, declared: Value) -> jax.Array:
+    """Return an output with its axes in the declared order, floats as float32 at least.
+
+    Raises:
+      InputError: the output is ragged.
+    """
+    if not isinstance(value, Named):
+        raise InputError("a ragged value cannot be returned", where=f"%{declared.name}")
+    array = value.to(declared.type.names).array
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array
+
+
+class XlaBackend:
+    """Runs graphs through XLA."""
+
+    name = "xla"
+
+    def compile(self, graph: Graph, *, dtype: DType = F32) -> XlaProgram:
+        """Return `graph` ready to run in `dtype`."""
+        return XlaProgram(graph, dtype)
+
+
+class XlaProgram:
+    """A graph cut into segments, each compiled once a structure.
+
+    Attributes:
+      graph: the graph.
+      dtype: the type of the computation.
+    """
+
+    def __init__(self, graph: Graph, dtype: DType) -> None:
+        self.graph = graph
+        self.dtype = dtype
+        self._segments = segments(graph)
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the outputs by name.
+
+        Parameters are looked up in `params` when their segment runs, so a mapping that makes them
+        on demand keeps only one layer in memory.
+
+        Raises:
+          InputError: an array is missing or does not fit its type.
+        """
+        self._check(inputs, params)
+        alive = {v: _device(inputs[n], v) for n, v in self.graph.inputs.items()}
+        returned = set(self.graph.outputs.values())
+        for segment in self._segments:
+            given = {v: alive[v] for v in segment.inputs}
+            weights = {v: _device(params[v.name], v) for v in segment.params}
+            alive.update(self._run(segment, given, weights))
+            for value in segment.last_uses:
+                if value not in returned:
+                    del alive[value]
+        for value in returned:
+            if value.is_param:
+                alive[value] = _device(params[value.name], value)
+        return {
+            n: np.asarray(finished(Named(alive[v], v.type.names), v))
+            for n, v in self.graph.outputs.items()
+        }
+
+    def _run(
+        self, segment: Segment, given: dict[Value, jax.Array], weights: dict[Value, jax.Array]
+    ) -> dict[Value, jax.Array]:
+        compiled = self._compiled.get(segment.key)
+        if compiled is None:
+            compiled = self._compiled[segment.key] = jax.jit(self._segment_function(segment))
+        arrays = [*given.values()], [*weights.values()]
+        results = compiled(*arrays)
+        return dict(zip(segment.outputs, results, strict=True))
+
+    def _segment_function(self, segment: Segment) -> Callable[..., list[jax.Array]]:
+        def run(given: list[jax.Array], weights: list[jax.Array]) -> list[jax.Array]:
+            named = dict(zip((*segment.inputs, *segment.params), (*given, *weights), strict=True))
+            values = trace(segment.nodes, named, self.dtype)
+            return [_boundary(values[v], v) for v in segment.outputs]
+
+        return run
+
+    def _check(self, inputs: Arrays, params: Arrays) -> None:
+        problems = [
+            Problem("no array is given", f"input %{n}", str(v.type), hint=nearest(n, inputs))
+            for n, v in self.graph.inputs.items()
+            if n not in inputs
+        ]
+        problems += [
+            Problem("no array is given", f"param %{n}", str(v.type))
+            for n, v in self.graph.params.items()
+            if v.users and n not in params
+        ]
+        sizes: dict[str, int] = {}
+        for name, value in self.graph.inputs.items():
+            if name in inputs:
+                problems += _misfit(value, np.shape(inputs[name]), sizes)
+        if problems:
+            raise InputError(problems)
+
+
+def _boundary(value: Operand, declared: Value) -> jax.Array:
+    assert isinstance(value, Named), f"the ragged value %{declared.name} crosses a segment"
+    return value.to(declared.type.names).array
+
+
+def _device(array: Any, value: Value) -> jax.Array:
+    problems = _misfit(value, np.shape(array), {})
+    if problems:
+        raise InputError(problems)
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        array = np.asarray(array).astype(np.int32)
+    return jnp.asarray(array)
+
+
+def _misfit(value: Value, shape: tuple[int, ...], sizes: dict[str, int]) -> list[Problem]:
+    kind = "param" if value.is_param else "input"
+    wanted = value.type.sizes
+    fits = len(wanted) == len(shape) and all(
+        (size == n) if isinstance(size, int) else sizes.setdefault(str(size), n) == n
+        for size, n in zip(wanted, shape, strict=True)
+    )
+    if fits:
+        return []
+    return [Problem("the array does not fit", f"{kind} %{value.name}", str(value.type), str(shape))]

@@ -1,0 +1,5 @@
+"""``python -m moecc``."""
+
+from moecc.cli.main import entry
+
+entry()

@@ -1,0 +1,120 @@
+"""Where output goes: the artefact to stdout, everything else to stderr; colour and progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from moecc.errors import MoeccError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Format(StrEnum):
+    """How a command reports: for people, or as one JSON object."""
+
+    human = "human"
+    json = "json"
+
+
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    print(text, file=sys.stderr)
+
+
+def report(kind: str, data: Mapping[str, Any], human: Callable[[], str], format: Format) -> None:
+    """Print a report to stdout.
+
+    Args:
+      kind: the name of the schema, ``inspect``; the JSON says ``"schema": "moecc.inspect/1"``.
+      data: the keys documented in ``docs/cli.md``.
+      human: makes the text for people.
+      format: which of the two.
+    """
+    if format is Format.json:
+        print(json.dumps({"schema": f"moecc.{kind}/1", **data}, indent=2, ensure_ascii=False))
+    else:
+        print(human())
+
+
+def use_colour(stream: Any = None) -> bool:
+    """Whether `stream` (stderr) is a terminal that wants colour."""
+    stream = stream or sys.stderr
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return bool(stream.isatty())
+
+
+def show_error(error: MoeccError) -> None:
+    """Print the problems of `error` to stderr, all of them."""
+    red, plain = ("\033[31m", "\033[0m") if use_colour() else ("", "")
+    for problem in error.problems:
+        say(f"{red}error:{plain} {problem}")
+
+
+class Bar:
+    """A progress bar on a terminal, shown once the work has taken a second; elsewhere nothing."""
+
+    def __init__(self, title: str, unit_bytes: bool = True) -> None:
+        self._title = title
+        self._unit_bytes = unit_bytes
+        self._start = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        if not sys.stderr.isatty() or time.monotonic() - self._start < 1:
+            return
+        if self._progress is None:
+            self._open(total)
+        assert self._progress is not None
+        self._progress.update(self._task, completed=done)
+
+    def _open(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+        columns = [TextColumn("{task.description}"), BarColumn()]
+        if self._unit_bytes:
+            columns.append(DownloadColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task(self._title, total=total)
+        self._progress.start()
+
+
+def size_text(count_bytes: float) -> str:
+    """Return a number of bytes for people: ``1.38 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count_bytes) < 1000:
+            return f"{count_bytes:.0f} B" if unit == "B" else f"{count_bytes:.2f} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.2f} TB"
+
+
+def count_text(count: float) -> str:
+    """Return a count for people: ``134.5 M``."""
+    for unit in ("", " K", " M", " B"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f} T"

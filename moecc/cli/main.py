@@ -1,0 +1,143 @@
+"""``moecc``: the commands, and the one place where errors become exit codes.
+
+Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of meaning failed,
+4 the machine, 70 a bug in moecc, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+
+import typer
+from typer.core import TyperGroup
+
+from moecc.cli.console import say, show_error
+from moecc.errors import MachineError, MoeccError, nearest
+
+EPILOG = (
+    "Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of meaning failed, "
+    "4 the machine, 70 a bug in moecc, 130 interrupted."
+)
+
+COMMANDS = ("inspect", "import", "opt", "convert", "verify", "run", "generate", "passes")
+"""The subcommands, in the order of ``--help``; each stands in a module ``moecc.cli.cmd_NAME``."""
+
+
+class Commands(TyperGroup):
+    """The group of commands, which suggests the nearest name for an unknown one."""
+
+    def resolve_command(self, ctx, args):  # type: ignore[no-untyped-def]
+        """Return the command that `args` names."""
+        name = args[0] if args else ""
+        if name and self.get_command(ctx, name) is None and not name.startswith("-"):
+            hint = nearest(name, self.commands) or f"commands: {', '.join(self.commands)}"
+            ctx.fail(f"no such command {name!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx):  # type: ignore[no-untyped-def]
+        """Return the names of the commands in their own order."""
+        return [c for c in COMMANDS if c in self.commands]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from moecc import __version__
+
+        print(f"moecc {__version__}")
+        raise typer.Exit
+
+
+def build_app() -> typer.Typer:
+    """Return the application with all its commands."""
+    app = typer.Typer(
+        cls=Commands,
+        add_completion=True,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        help="Turn dense Transformers into sparse ones, and say what that does to the function.",
+        epilog=EPILOG,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def root(
+        version: bool = typer.Option(
+            False, "--version", help="Print the version.", callback=_version, is_eager=True
+        ),
+    ) -> None:
+        pass
+
+    for name in COMMANDS:
+        importlib.import_module(f"moecc.cli.cmd_{name}").register(app)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit code; nothing escapes but SystemExit."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except MoeccError as error:
+        show_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        say("error: the machine has not enough memory for this")
+        return MachineError.exit_code
+    except OSError as error:
+        return _os_error(error)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a bug of ours
+        return _bug(error)
+
+
+def _run(argv: list[str]) -> int:
+    import click
+
+    app = typer.main.get_command(build_app())
+    try:
+        result = app.main(argv, prog_name="moecc", standalone_mode=False)
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        return error.exit_code
+    return result if isinstance(result, int) else 0
+
+
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+
+
+def _os_error(error: OSError) -> int:
+    where = f"{error.filename}: " if error.filename else ""
+    say(f"error: {where}{error.strerror or error}")
+    return MachineError.exit_code if error.errno in _MACHINE else 1
+
+
+def _bug(error: Exception) -> int:
+    path = getattr(error, "reproducer", None)
+    if path is None:
+        handle, path = tempfile.mkstemp(prefix="moecc-bug-", suffix=".txt")
+        with os.fdopen(handle, "w") as file:
+            file.write(f"moecc {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}")
+    say(f"error: a bug in moecc: {type(error).__name__}: {error}")
+    say(f"  what is needed to reproduce it is in {path}")
+    if os.environ.get("MOECC_DEBUG"):
+        traceback.print_exc()
+    return 70
+
+
+def entry() -> None:
+    """Run as the console script."""
+    sys.exit(main())

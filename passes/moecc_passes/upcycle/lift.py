@@ -1,0 +1,205 @@
+"""How the weights of a dense block become those of its experts.
+
+A dense matrix is cut along the inner axis into the neurons of the shared expert and the rest, the
+rest into G slices, and the slices are repeated E times, so that expert i holds slice i mod G.
+What the gates then ask for is multiplied in, and copies are perturbed where the options say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moecc.analysis.ffn import FFNBlock
+from moecc.ir.dtypes import F32, PRED
+from moecc.ir.graph import Value
+from moecc.ir.types import Axis, TensorType
+from moecc.weights import expr as weights
+from moecc.weights.expr import Expr
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the neurons of one block are divided.
+
+    Attributes:
+      inner: the name of the axis of neurons.
+      shared: the number of neurons of the shared expert, the first ones.
+      slices: G, the slices that the other neurons are cut into.
+      copies: E, how often each slice is stored.
+      width: the neurons of one expert.
+    """
+
+    inner: str
+    shared: int
+    slices: int
+    copies: int
+    width: int
+
+    @property
+    def experts(self) -> int:
+        """N = E · G, the stored experts."""
+        return self.copies * self.slices
+
+    @property
+    def dense(self) -> int:
+        """The neurons of the dense block."""
+        return self.shared + self.slices * self.width
+
+
+def shared_part(weight: Expr, division: Division) -> Expr:
+    """Return the part of a dense weight that belongs to the shared expert."""
+    if division.inner not in weight.type:
+        return weight
+    return weights.Slice(weight, division.inner, 0, division.shared)
+
+
+def lifted(weight: Expr, division: Division) -> Expr:
+    """Return a dense weight lifted over a leading axis ``expert``; an output bias is repeated."""
+    inner = division.inner
+    if inner not in weight.type:
+        return weights.Tile(weight, "expert", division.experts)
+    if division.shared:
+        weight = weights.Slice(weight, inner, division.shared, division.dense)
+    if division.slices == 1:
+        return weights.Tile(weight, "expert", division.copies)
+    names = weight.type.names
+    cut = weights.Split(weight, inner, (("part", division.slices), (inner, division.width)))
+    first = weights.Permute(cut, ("part", *names))
+    return weights.Merge(weights.Tile(first, "copy", division.copies), ("copy", "part"), "expert")
+
+
+def scaled(weight: Expr, factor: float) -> Expr:
+    """Return `weight` times `factor`."""
+    return weight if factor == 1 else weights.Scale(weight, factor)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Adds normal noise to every expert, each its own (Sparse Upcycling variants).
+
+    Attributes:
+      std: its standard deviation, absolute or in units of that of the dense tensor.
+      relative: which of the two.
+      seed: the seed of the conversion.
+    """
+
+    std: float
+    relative: bool
+    seed: int
+
+    def apply(self, value: Value, dense: Expr, experts: Expr) -> Expr:
+        """Return `experts`, made from `dense`, with noise."""
+        if self.std == 0:
+            return experts
+        key = weights.derive_key(self.seed, f"{value.name}/noise")
+        draw: Expr = weights.Normal(_floats(experts.type), std=self.std, mean=0.0, key=key)
+        if self.relative:
+            draw = weights.Mul(draw, weights.Moment("std", dense, None, ()))
+        return weights.Add(experts, draw)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Draws a share of the neurons of every expert anew (Drop-Upcycling, 2502.19261).
+
+    One index set serves all matrices of an expert.  The new entries are normal, with the mean and
+    standard deviation of those that they replace.
+
+    Attributes:
+      ratio: the share of neurons that are drawn anew.
+      seed: the seed of the conversion.
+      block: the location of the block, from which the index sets are keyed.
+      division: how the neurons are divided.
+    """
+
+    ratio: float
+    seed: int
+    block: str
+    division: Division
+
+    def apply(self, value: Value, dense: Expr, experts: Expr) -> Expr:
+        """Return `experts` with some neurons drawn anew."""
+        division = self.division
+        count = int(self.ratio * division.width)
+        if count == 0 or division.inner not in experts.type:
+            return experts
+        axes = (Axis("expert", division.experts), Axis(division.inner, division.width))
+        chosen = weights.Subset(
+            TensorType(PRED, axes), division.inner, count,
+            key=weights.derive_key(self.seed, f"{self.block}/drop"),
+        )
+        key = weights.derive_key(self.seed, f"{value.name}/drop")
+        normal = weights.Normal(_floats(experts.type), std=1.0, mean=0.0, key=key)
+        mean, std = (weights.Moment(m, experts, chosen, ("expert",)) for m in ("mean", "std"))
+        return weights.Select(chosen, weights.Add(weights.Mul(normal, std), mean), experts)
+
+
+def router_weight(
+    init: str, std: float, embed: Axis, division: Division, *, key: int, name: str = "expert"
+) -> Expr:
+    """Return the router's rows: one draw a group, repeated for the slices of the group.
+
+    Args:
+      init: normal, truncated-normal, uniform or zero.
+      std: the standard deviation of the entries.
+      embed: the axis of the model's width.
+      division: how many groups and slices there are.
+      key: the key of the draw.
+      name: the name of the axis of experts.
+    """
+    rows = division.copies
+    type = TensorType(F32, (Axis(name if division.slices == 1 else "copy", rows), embed))
+    draw: Expr
+    if init == "zero" or std == 0:
+        draw = weights.Full(0.0, type)
+    elif init == "uniform":
+        # A uniform distribution on [−a, a] has the standard deviation a / √3.
+        bound = std * 3**0.5
+        draw = weights.Uniform(type, low=-bound, high=bound, key=key)
+    elif init == "truncated-normal":
+        draw = weights.TruncatedNormal(type, std=std, key=key)
+    else:
+        draw = weights.Normal(type, std=std, mean=0.0, key=key)
+    if division.slices == 1:
+        return draw
+    repeated = weights.Tile(draw, "part", division.slices, position=1)
+    return weights.Merge(repeated, ("copy", "part"), name)
+
+
+def _floats(type: TensorType) -> TensorType:
+    return type.with_dtype(F32)
+
+
+def factors(block: FFNBlock, placement: str, scale: float) -> Mapping[Value, float] | str:
+    """Return what each matrix of `block` is multiplied by, or why `placement` does not suit it.
+
+    ``down`` puts the whole scale on the last matrix.  ``up-down`` puts √scale there and √scale on
+    the first matrix in which the hidden value is linear, which for SwiGLU is ``up`` and never
+    ``gate`` (lemma L3).  ``cube-root`` puts the cube root (with two matrices the square root) on
+    every matrix, as published (He et al. 2024); it is exact only for some activations.
+    """
+    down = block.down.operands[1]
+    ups = [up.operands[1] for up in block.ups]
+    if scale == 1:
+        return {}
+    if placement == "down":
+        return {down: scale}
+    if placement == "cube-root":
+        share = scale ** (1 / (len(ups) + 1))
+        return dict.fromkeys((*ups, down), share)
+    linear = [w for w, degree in block.degrees().items() if degree == 1]
+    if not linear:
+        return "no matrix before the activation can be scaled, because none goes in linearly"
+    return {linear[-1]: scale**0.5, down: scale**0.5}
+
+
+def is_exact(block: FFNBlock, factor: Mapping[Value, float], scale: float) -> bool:
+    """Whether the matrices multiplied by `factor` multiply the block by `scale`."""
+    total = factor.get(block.down.operands[1], 1.0)
+    for weight, degree in block.degrees().items():
+        share = factor.get(weight, 1.0)
+        if share != 1 and degree is None:
+            return False
+        total *= share ** (degree or 0)
+    return abs(total / scale - 1) < 1e-9
