@@ -19,6 +19,8 @@ from moecc.ir.ops import OpDef as OpDef
 from moecc.ir.parser import parse as parse
 from moecc.ir.printer import format_node as format_node
 from moecc.ir.printer import print_graph as print_graph
+from moecc.ir.replace import infer_again as infer_again
+from moecc.ir.replace import replace_value as replace_value
 from moecc.ir.scanner import ParseError as ParseError
 from moecc.ir.structure import clone as clone
 from moecc.ir.structure import equal as equal

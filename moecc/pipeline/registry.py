@@ -1,0 +1,175 @@
+"""Which passes there are: those of installed packages, and those of a user's own file.
+
+A package offers passes behind the entry point ``moecc.passes``: a mapping from a name to a factory
+that imports and returns the class, so that listing names imports nothing.  moecc's own passes come
+through the same door.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from moecc.errors import Problem, UsageError, nearest
+from moecc.pipeline.passes import Pass
+
+Factory = Callable[[], type[Pass]]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Passes by name.
+
+    Attributes:
+      factories: what imports each pass.
+      origins: the package or file that each comes from.
+    """
+
+    factories: Mapping[str, Factory]
+    origins: Mapping[str, str]
+
+    def names(self) -> list[str]:
+        """Return the names of all passes, sorted."""
+        return sorted(self.factories)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.factories
+
+    def get(self, name: str) -> type[Pass]:
+        """Return the pass called `name`.
+
+        Raises:
+          UsageError: there is none; the nearest name is suggested.
+        """
+        factory = self.factories.get(name)
+        if factory is None:
+            raise UsageError([unknown_pass(self, name)])
+        found = factory()
+        if found.name != name:
+            raise UsageError(
+                f"the pass registered as {name!r} calls itself {found.name!r}",
+                where=self.origins[name],
+            )
+        return found
+
+    def extended(self, factories: Mapping[str, Factory], origin: str) -> Registry:
+        """Return this registry with more passes.
+
+        Raises:
+          UsageError: a name is taken.
+        """
+        taken = [
+            Problem(
+                f"the pass {name!r} is defined twice",
+                origin,
+                found=f"another in {self.origins[name]}",
+                hint="rename one of them",
+            )
+            for name in factories
+            if name in self.factories
+        ]
+        if taken:
+            raise UsageError(taken)
+        return Registry(
+            {**self.factories, **factories}, {**self.origins, **dict.fromkeys(factories, origin)}
+        )
+
+    def with_file(self, path: Path) -> Registry:
+        """Return this registry with the passes that a Python file defines; the file is run.
+
+        Raises:
+          UsageError: it cannot be read or run, defines no pass, or a name is taken.
+        """
+        found = _passes_of(_run(path))
+        if not found:
+            raise UsageError(
+                "the file defines no pass", where=str(path), hint="a pass is a subclass of Pass"
+            )
+        return self.extended(found, str(path))
+
+
+@cache
+def installed() -> Registry:
+    """Return the passes of all installed packages.
+
+    Raises:
+      UsageError: two of them define a pass of one name.
+    """
+    registry = Registry({}, {})
+    for point in entry_points(group="moecc.passes"):
+        origin = point.dist.name if point.dist is not None else point.value
+        registry = registry.extended(point.load(), origin)
+    return registry
+
+
+def unknown_pass(registry: Registry, name: str) -> Problem:
+    """Return the problem that there is no pass `name`, with the nearest name."""
+    hint = nearest(name, registry.factories) or f"passes: {', '.join(registry.names())}"
+    return Problem(f"unknown pass {name!r}", hint=hint)
+
+
+def _run(path: Path) -> ModuleType:
+    """Run a Python file as a module of its own.
+
+    A failure is the user's to mend, whatever it is: it is reported with its line, not as a crash.
+    """
+    if not path.is_file():
+        raise UsageError("there is no such file", where=str(path))
+    name = f"moecc_loaded_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError("not a Python file", where=str(path), hint="its name ends in .py")
+    module = module_from_spec(spec)
+    # dataclasses looks the module up by name to resolve annotations.
+    sys.modules[name] = module
+    with _Blamed(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+class _Blamed:
+    """Turns an exception of a user's file into a `UsageError` that names file and line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception):
+            return
+        line = error.lineno if isinstance(error, SyntaxError) else _line_in(self.path, error)
+        place = f"{self.path}:{line}" if line else str(self.path)
+        raise UsageError(f"{type(error).__name__}: {error}", where=place) from error
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def _passes_of(module: ModuleType) -> dict[str, Factory]:
+    own = [
+        thing
+        for thing in vars(module).values()
+        if isinstance(thing, type)
+        and issubclass(thing, Pass)
+        and thing.__module__ == module.__name__
+        and hasattr(thing, "name")
+    ]
+    return {cls.name: _returning(cls) for cls in own}
+
+
+def _returning(cls: type[Pass]) -> Factory:
+    return lambda: cls

@@ -1,0 +1,270 @@
+"""The driver: applies rules wherever they match, until none does.
+
+A worklist starts with every node in order and grows by what a rewrite may have made match: the new
+nodes, the users of what was replaced, and the last users of what lost one.  So the work is linear
+in the graph and the rewrites.  Rules that undo each other would go on for ever; a bound in
+proportion to the graph stops them, and the error names the rules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from moecc.collector import collector_paused
+from moecc.errors import InputError
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ops import OpDef
+from moecc.ir.replace import replace_value
+from moecc.ir.verify import where
+from moecc.rewrite.match import Match, Misses, NearMiss, match
+from moecc.rewrite.pattern import Heads, OpPattern, roots
+from moecc.rewrite.rule import Rule
+
+REWRITES_PER_NODE = 16
+"""How many rewrites a node of the graph allows before the driver calls it a loop."""
+
+
+class RewriteLimitError(InputError):
+    """Rules that go on rewriting without end."""
+
+
+@dataclass
+class RuleStats:
+    """What a rule did: nodes tried, rewrites made, and the time of both in seconds."""
+
+    attempts: int = 0
+    hits: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class RewriteResult:
+    """What the driver did.
+
+    Attributes:
+      rewrites: how many rewrites it made.
+      rules: statistics by rule.
+      near_misses: the nearest miss of each rule, whether or not it matched elsewhere.
+    """
+
+    rewrites: int = 0
+    rules: dict[str, RuleStats] = field(default_factory=dict)
+    near_misses: list[NearMiss] = field(default_factory=list)
+
+
+def rewrite(
+    graph: Graph, rules: Sequence[Rule], *, origin: str, limit: int | None = None
+) -> RewriteResult:
+    """Apply `rules` to `graph`, in place, until none matches.
+
+    At a node the first rule that matches wins.  Nodes that a rewrite leaves without users are
+    erased; parameters are not.
+
+    Args:
+      graph: changed in place.
+      rules: in order of preference.
+      origin: the name of the pass.
+      limit: the most rewrites allowed; by default in proportion to the graph.
+
+    Raises:
+      RewriteLimitError: there were more.
+    """
+    with collector_paused():
+        return _Driver(graph, rules, origin, limit).run()
+
+
+def find(graph: Graph, rule: Rule, *, misses: Misses | None = None) -> Iterator[Match]:
+    """Yield the matches of `rule` in order, checked, without rewriting anything."""
+    candidates = [_Candidate(rule, pattern) for pattern in roots(rule.pattern)]
+    for node in graph:
+        for candidate in candidates:
+            found = candidate.find(node, misses) if node.op in candidate.pattern.ops else None
+            if found is not None:
+                yield found
+                break
+
+
+class _Candidate:
+    """A rule with one of the operation patterns that it may begin with."""
+
+    __slots__ = ("heads", "name", "pattern", "rule", "stats")
+
+    def __init__(self, rule: Rule, pattern: OpPattern, stats: RuleStats | None = None) -> None:
+        self.rule = rule
+        self.name = rule.name
+        self.pattern = pattern
+        self.stats = stats or RuleStats()
+        heads = [(i, p.heads) for i, p in enumerate(pattern.operands)]
+        self.heads: tuple[tuple[int, Heads], ...] = tuple((i, h) for i, h in heads if h is not None)
+
+    def rejects(self, node: Node) -> bool:
+        """Whether the operations that make the operands already rule a match out."""
+        operands = node.operands
+        if len(operands) < len(self.pattern.operands):
+            return True
+        if self.pattern.commutative:
+            made = [v.node.op if v.node is not None else None for v in operands]
+            return any(made[0] not in h and made[1] not in h for _, h in self.heads)
+        for i, heads in self.heads:
+            maker = operands[i].node
+            if (maker.op if maker is not None else None) not in heads:
+                return True
+        return False
+
+    def find(self, node: Node, misses: Misses | None) -> Match | None:
+        """Return a match that the rule's check accepts, or None, and note a near miss."""
+        if self.rejects(node):
+            # The matcher says why, once; a rule that fails everywhere must not be silent.
+            if misses is not None and misses.beats(self.name, 1):
+                match(self.pattern, node, misses, self.name)
+            return None
+        found = match(self.pattern, node, misses, self.name)
+        if found is None:
+            return None
+        reason = self.rule.check(found)
+        if reason is None:
+            return found
+        if misses is not None:
+            misses.note(self.name, node, reason, len(found.nodes) + 1)
+        return None
+
+
+class _RecordingBuilder(Builder):
+    """A builder that remembers what it made."""
+
+    def __init__(self, graph: Graph, **where: Any) -> None:
+        super().__init__(graph, **where)
+        self.made: list[Node] = []
+
+    def node(self, name: str, *operands: Value, names: tuple[str, ...] = (), **attrs: Any) -> Node:
+        node = super().node(name, *operands, names=names, **attrs)
+        self.made.append(node)
+        return node
+
+
+class _Driver:
+    def __init__(self, graph: Graph, rules: Sequence[Rule], origin: str, limit: int | None) -> None:
+        self.graph = graph
+        self.origin = origin
+        self.limit = 100 + REWRITES_PER_NODE * len(graph) if limit is None else limit
+        self.result = RewriteResult(rules={r.name: RuleStats() for r in rules})
+        self.misses = Misses()
+        self.index: dict[OpDef, list[_Candidate]] = {}
+        self.reach = 1
+        self.recent: Counter[str] = Counter()
+        for rule in rules:
+            for pattern in roots(rule.pattern):
+                candidate = _Candidate(rule, pattern, self.result.rules[rule.name])
+                self.reach = max(self.reach, pattern.depth - 1)
+                for entry in pattern.ops:
+                    self.index.setdefault(entry, []).append(candidate)
+        # A stack whose top is the first node, so that the graph is walked in order.
+        self.stack = [node for node in graph.walk_back() if node.op in self.index]
+        self.queued = set(self.stack)
+
+    def run(self) -> RewriteResult:
+        while self.stack:
+            node = self.stack.pop()
+            self.queued.discard(node)
+            if node.alive:
+                self.visit(node)
+        self.result.near_misses = list(self.misses.best.values())
+        return self.result
+
+    def visit(self, node: Node) -> None:
+        for candidate in self.index[node.op]:
+            stats = candidate.stats
+            stats.attempts += 1
+            start = perf_counter()
+            found = candidate.find(node, self.misses)
+            if found is not None:
+                self.apply(candidate.rule, found)
+                stats.hits += 1
+            stats.seconds += perf_counter() - start
+            if found is not None:
+                return
+
+    def apply(self, rule: Rule, found: Match) -> None:
+        self.count(rule)
+        root = found.root
+        origin = f"{self.origin}/{rule.name}"
+        builder = _RecordingBuilder(self.graph, loc=root.loc, origin=origin, before=root)
+        built = rule.build(found, builder)
+        values = built if isinstance(built, tuple) else (built,)
+        _check_values(origin, root, values, builder.made)
+        users = [user for old in root.results for user in old.users]
+        made = set(builder.made)
+        pairs = list(zip(root.results, values, strict=True))
+        names = [(new, old.name) for old, new in pairs if new.node in made]
+        for old, new in pairs:
+            replace_value(old, new)
+        self.erase_dead([*found.nodes, *builder.made])
+        for new, name in names:
+            # What takes the place of a value takes its name too: the text differs less.
+            if name not in self.graph:
+                self.graph.rename(new, name)
+        self.enqueue_users(users)
+        for node in reversed(builder.made):
+            self.enqueue(node)
+
+    def count(self, rule: Rule) -> None:
+        self.result.rewrites += 1
+        if self.result.rewrites > self.limit * 3 // 4:
+            self.recent[rule.name] += 1
+        if self.result.rewrites <= self.limit:
+            return
+        keep = ", ".join(f"{self.origin}/{n} ({c} times)" for n, c in self.recent.most_common(4))
+        raise RewriteLimitError(
+            f"{self.origin}: rewriting does not come to an end",
+            expected=f"at most {self.limit} rewrites of {len(self.graph)} nodes",
+            found=f"rules that keep firing: {keep}",
+            hint="a rule undoes another, or matches what it builds itself",
+        )
+
+    def erase_dead(self, nodes: Iterable[Node]) -> None:
+        """Erase those of `nodes` that nothing uses, and what only they used."""
+        left = list(nodes)
+        while left:
+            node = left.pop()
+            if not node.alive or not node.is_dead:
+                continue
+            operands = list(dict.fromkeys(node.operands))
+            node.erase()
+            for value in operands:
+                if value.node is not None:
+                    left.append(value.node)
+                if len(value.users) == 1:
+                    self.enqueue_users(value.users)
+
+    def enqueue(self, node: Node) -> None:
+        if node.alive and node.op in self.index and node not in self.queued:
+            self.stack.append(node)
+            self.queued.add(node)
+
+    def enqueue_users(self, users: Iterable[Node]) -> None:
+        """Enqueue `users` and theirs, as far as the deepest pattern reaches."""
+        level = list(dict.fromkeys(users))
+        for _ in range(self.reach):
+            for node in level:
+                self.enqueue(node)
+            level = list(dict.fromkeys(u for n in level for v in n.results for u in v.users))
+
+
+def _check_values(origin: str, root: Node, values: tuple[Value, ...], made: Sequence[Node]) -> None:
+    """Raise ValueError unless `values` can replace the results of `root`: a bug in the rule."""
+    if any(node in value.users for value in root.results for node in made):
+        raise ValueError(f"{origin} uses what it replaces, the results of {where(root)}")
+    if len(values) != len(root.results):
+        raise ValueError(
+            f"{origin} returns {len(values)} values for the {len(root.results)} of {where(root)}"
+        )
+    for old, new in zip(root.results, values, strict=True):
+        if new.node is root:
+            raise ValueError(f"{origin} returns a result of the node that it replaces, %{new.name}")
+        if new.type != old.type:
+            raise ValueError(f"{origin} replaces {old!r} by {new!r}, which is of another type")
