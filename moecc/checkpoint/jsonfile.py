@@ -151,7 +151,7 @@ def _number_fault(token: str) -> str | None:
 
 
 def _deeper_than(value: Any, limit: int) -> bool:
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(limit):
         level = [
             inner
@@ -159,9 +159,7 @@ def _deeper_than(value: Any, limit: int) -> bool:
             for inner in (outer.values() if type(outer) is dict else outer)
             if type(inner) is dict or type(inner) is list
         ]
-        if not level:
-            return False
-    return True
+    return bool(level)
 
 
 def _too_deep(where: str) -> InputError:

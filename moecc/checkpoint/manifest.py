@@ -29,6 +29,7 @@ from moecc.checkpoint.records import (
     dump,
     library_versions,
     load,
+    seal,
 )
 from moecc.checkpoint.safetensors import Header, read_header
 from moecc.checkpoint.source import TensorInfo
@@ -47,6 +48,7 @@ __all__ = [
     "file_records",
     "library_versions",
     "load",
+    "seal",
     "verify_manifest",
     "weight_file_record",
 ]

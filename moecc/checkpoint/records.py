@@ -128,7 +128,7 @@ def dump(manifest: Manifest) -> bytes:
         "tensors": _plain(manifest.tensors),
     }
     lines = [f"{json.dumps(key)}: {_layout(value)}" for key, value in document.items()]
-    return _sealed(("{\n" + ",\n".join(lines)).encode())
+    return seal(("{\n" + ",\n".join(lines)).encode())
 
 
 def load(folder: Path) -> Manifest:
@@ -147,13 +147,14 @@ def load(folder: Path) -> Manifest:
         raise InputError((fault,))
     data = read_bounded(path, MAX_MANIFEST_BYTES)
     content = data[: max(0, data.rfind(_SEAL))]
-    if _sealed(content) != data:
+    if seal(content) != data:
         what = "the manifest was changed after it was written: its seal does not fit its content"
         raise CheckError(what, where=str(path), hint="fetch the file again")
     return _Reader(parse_json(data, str(path)), str(path)).manifest()
 
 
-def _sealed(content: bytes) -> bytes:
+def seal(content: bytes) -> bytes:
+    """Append the line that seals the content of a manifest."""
     return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + _TAIL
 
 

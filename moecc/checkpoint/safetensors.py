@@ -307,9 +307,9 @@ class _Check:
                 hint="the download may be incomplete; fetch the file again",
             )
         elif last.end < self.buffer_bytes and self.spans_complete:
-            after = f"the last tensor, {quoted(last.name)}" if last.name else "the header"
+            after = f"the last tensor {quoted(last.name)}" if last.name else "the header"
             self.problems.add(
-                f"{self.buffer_bytes - last.end:,} bytes after {after}, belong to no tensor",
+                f"{self.buffer_bytes - last.end:,} bytes after {after} belong to no tensor",
                 where=str(self.path),
                 expected=f"a file of {self.data_start + last.end:,} bytes",
                 found=f"{self.identity.size_bytes:,} bytes",

@@ -1,0 +1,98 @@
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.checkpoint.jsonfile import MAX_DEPTH, parse_json, read_json_object
+from moecc.errors import InputError
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(JSON, st.sampled_from([None, 2]))
+def test_what_json_writes_is_read_back(value, indent):
+    assert parse_json(json.dumps(value, indent=indent).encode(), "x") == value
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_give_a_value_or_an_input_error(data):
+    try:
+        value = parse_json(data, "x")
+    except InputError:
+        return
+    assert json.loads(data) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"a": 1,\n "a": 2}', "x:2:2: the key 'a' appears twice"),
+        ('{"b": {"a": 1, "c": [], "a": 1}}', "x:1:25: the key 'a' appears twice"),
+        ('{"a": 1, "\\u0061": 2}', "x:1:10: the key 'a' appears twice"),
+        ('{"a":\n NaN}', "x:2:2: NaN is not"),
+        ('{"a": [1, -Infinity]}', "x:1:11: -Infinity is not"),
+        ('{"a": 1e400}', 'x:1:7: the number "1e400" is not finite'),
+        ('{"a": -1e999}', "x:1:7: the number"),
+        ('{"a": ' + "1" * 5000 + "}", "x:1:7: a number of 5,000 digits"),
+        ('{"a": 1', "x:1:8: not JSON"),
+        ('{"a": 1} x', "x:1:10: not JSON"),
+        ('{"a": "\x01"}', "x:1:8: not JSON"),
+        ("\ufeff{}", "x:1:1: not JSON"),
+        ("", "x:1:1: not JSON"),
+    ],
+)
+def test_a_fault_is_reported_with_line_and_column(text, place):
+    with pytest.raises(InputError) as caught:
+        parse_json(text.encode(), "x")
+    assert str(caught.value).startswith(place)
+
+
+def test_values_that_look_like_keys_are_not_duplicates():
+    text = '{"a": "b", "b": "a", "c": ["a", "a", "a"], "d": {"a": "a\\"a"}}'
+    assert parse_json(text.encode(), "x")["c"] == ["a", "a", "a"]
+
+
+def test_all_duplicates_and_odd_numbers_are_reported_at_once():
+    text = b'{"a": 1, "a": 2, "b": {"c": NaN, "c": Infinity}, "b": 1e999}'
+    with pytest.raises(InputError) as caught:
+        parse_json(text, "x")
+    assert len(caught.value.problems) == 6
+
+
+def test_bad_utf8_is_reported_with_its_place():
+    with pytest.raises(InputError, match=r"x:2:4: the text is not UTF-8\n  found: byte 0xff"):
+        parse_json(b'{"a":\n "b\xff"}', "x")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_deep_nesting_is_refused_quickly(opening):
+    closing = "]" if opening == "[" else "}"
+    started = time.perf_counter()
+    for depth in (MAX_DEPTH + 1, 100_000):
+        text = opening * depth + "1" + closing * depth
+        with pytest.raises(InputError, match="nested more than 64 levels"):
+            parse_json(text.encode(), "x")
+    text = opening * MAX_DEPTH + "1" + closing * MAX_DEPTH
+    assert parse_json(text.encode(), "x")
+    assert time.perf_counter() - started < 2
+
+
+def test_a_file_is_bounded_and_must_be_an_object(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"a": 1}')
+    assert read_json_object(file, limit_bytes=8) == {"a": 1}
+    with pytest.raises(InputError, match=r"too large.*\n  expected: at most 7 bytes"):
+        read_json_object(file, limit_bytes=7)
+    file.write_text("[1, 2]")
+    with pytest.raises(InputError, match="a list of 2 values"):
+        read_json_object(file, limit_bytes=100)

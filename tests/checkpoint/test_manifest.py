@@ -1,0 +1,311 @@
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from moecc.checkpoint import manifest as manifests
+from moecc.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    WeightFileRecord,
+    check_manifest,
+    dump,
+    file_digest,
+    file_records,
+    load,
+    verify_manifest,
+    weight_file_record,
+)
+from moecc.checkpoint.safetensors import read_header
+from moecc.errors import CheckError, InputError
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
+WORDS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8)
+PLAIN = st.from_regex(r"[a-z][a-z0-9_.]{0,8}", fullmatch=True).filter(lambda n: ".." not in n)
+FILES = st.dictionaries(PLAIN, st.builds(FileRecord, st.integers(0, 1 << 60), DIGESTS), max_size=3)
+
+
+@st.composite
+def any_manifest(draw):
+    weights = draw(
+        st.dictionaries(PLAIN, st.builds(WeightFileRecord, st.integers(0, 1 << 60), DIGESTS))
+    )
+    record = st.builds(
+        TensorRecord,
+        DIGESTS,
+        st.sampled_from(["bf16", "f8e4m3fn", "pred"]),
+        st.lists(st.integers(0, 9), max_size=3).map(tuple),
+        st.sampled_from(sorted(weights) or [""]),
+    )
+    return Manifest(
+        pipeline=draw(st.text()),
+        seed=draw(st.integers()),
+        source=draw(st.text()),
+        source_files=draw(FILES),
+        family_from="llama",
+        family_to="mixtral",
+        dtype="bf16",
+        preserves=draw(st.text()),
+        weights=weights,
+        files=draw(FILES),
+        tensors=draw(st.dictionaries(WORDS, record, max_size=4)) if weights else {},
+        notes=tuple(draw(st.lists(st.text(), max_size=2))),
+    )
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A small export with two shards and its manifest."""
+    random_numbers = np.random.default_rng(0)
+    tensors = {}
+    for number, name in enumerate(SHARDS):
+        arrays = {
+            f"layers.{number}.{part}": random_numbers.standard_normal((3, 4)).astype(np.float16)
+            for part in ("up", "down")
+        }
+        save_file(arrays, tmp_path / name, {"format": "pt"})
+        for tensor, array in arrays.items():
+            digest = hashlib.sha256(array.tobytes()).hexdigest()
+            tensors[tensor] = TensorRecord(digest, "f16", (3, 4), name)
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
+    names = ("config.json", "additional_chat_templates/tool.jinja")
+    made = Manifest(
+        pipeline="upcycle{experts=8 top-k=2}",
+        seed=7,
+        source="tiny",
+        source_files={"model.safetensors": FileRecord(3, "0" * 64)},
+        family_from="llama",
+        family_to="mixtral",
+        dtype="f16",
+        preserves="reassociation",
+        weights={name: weight_file_record(tmp_path / name) for name in SHARDS},
+        files=file_records({name: tmp_path / name for name in names}),
+        tensors=tensors,
+    )
+    (tmp_path / MANIFEST_NAME).write_bytes(dump(made))
+    return tmp_path
+
+
+def found(folder):
+    return [str(problem) for problem in verify_manifest(folder)]
+
+
+def test_digests_are_those_of_hashlib(tmp_path):
+    data = random.Random(0).randbytes(9_000_001)  # more than two chunks
+    (tmp_path / "a").write_bytes(data)
+    (tmp_path / "b").write_bytes(b"")
+    assert file_digest(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+    records = file_records([tmp_path / "a", tmp_path / "b"])
+    assert records["a"] == FileRecord(9_000_001, hashlib.sha256(data).hexdigest())
+    assert records["b"] == FileRecord(0, hashlib.sha256(b"").hexdigest())
+
+
+def test_the_digest_of_a_missing_file_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        file_digest(tmp_path / "a")
+
+
+@given(made=any_manifest())
+def test_a_manifest_is_read_back_as_written(tmp_path_factory, made):
+    folder = tmp_path_factory.mktemp("manifest")
+    (folder / MANIFEST_NAME).write_bytes(dump(made))
+    assert load(folder) == made
+    assert dump(load(folder)) == dump(made)
+
+
+def test_a_manifest_has_one_line_a_tensor_and_no_order_of_making(written):
+    made = load(written)
+    turned = dataclasses.replace(made, tensors=dict(reversed(made.tensors.items())))
+    assert dump(turned) == dump(made)
+    lines = dump(made).decode().splitlines()
+    assert sum("layers." in line for line in lines) == len(made.tensors)
+
+
+def test_an_untouched_folder_is_verified(written):
+    assert found(written) == []
+    check_manifest(written)
+
+
+def test_a_model_card_may_be_edited(written):
+    (written / "README.md").write_text("mine")
+    assert found(written) == []
+
+
+def test_every_flipped_bit_is_found(written):
+    """Flip each bit of the headers, of the small files, of the manifest; many of the data."""
+    random_numbers = random.Random(1)
+    flips = []
+    for name in (*SHARDS, "config.json", "additional_chat_templates/tool.jinja", MANIFEST_NAME):
+        bits = 8 * (written / name).stat().st_size
+        flips += [(name, bit) for bit in random_numbers.sample(range(bits), min(80, bits))]
+    missed = [flip for flip in flips if not _found_when_flipped(written, *flip)]
+    assert missed == []
+    assert found(written) == []
+
+
+def test_every_bit_of_a_manifest_is_sealed(written):
+    data = (written / MANIFEST_NAME).read_bytes()
+    tail = range(8 * (len(data) - 80), 8 * len(data))
+    for bit in [*range(0, 8 * len(data), 9), *tail]:  # 9: each bit of a byte has its turn
+        (written / MANIFEST_NAME).write_bytes(_flipped(data, bit))
+        with pytest.raises(CheckError, match="its seal does not fit"):
+            load(written)
+
+
+def _found_when_flipped(folder: Path, name: str, bit: int) -> bool:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(_flipped(data, bit))
+    try:
+        return any(name in str(problem) or "seal" in str(problem) for problem in found(folder))
+    finally:
+        (folder / name).write_bytes(data)
+
+
+def _flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << (bit % 8)
+    return bytes(changed)
+
+
+def test_each_damaged_tensor_is_named_and_no_other(written):
+    for name in SHARDS:
+        header = read_header(written / name)
+        with open(written / name, "r+b") as file:
+            file.seek(header.tensors[f"layers.{SHARDS.index(name)}.down"].offset + 5)
+            file.write(b"\xaa\xbb")
+    problems = found(written)
+    assert len(problems) == 2
+    for number in (0, 1):
+        assert any(f"'layers.{number}.down' differ" in problem for problem in problems)
+
+
+def test_missing_extra_and_changed_tensors_are_named(written):
+    save_file(
+        {
+            "layers.1.up": np.zeros((4, 3), np.float16),
+            "extra": np.zeros(2, np.float16),
+        },
+        written / SHARDS[1],
+        {"format": "pt"},
+    )
+    text = "\n".join(found(written))
+    assert f"{SHARDS[1]}: the header differs" in text
+    assert "the tensor 'layers.1.down' is missing" in text
+    assert "does not know the tensor 'extra'" in text
+    assert "the tensor 'layers.1.up' has another type or shape" in text
+    assert "expected: f16 [3, 4]\n  found: f16 [4, 3]" in text
+
+
+def test_another_type_of_the_same_size_is_named(written):
+    arrays = {f"layers.1.{part}": np.zeros((3, 4), np.int16) for part in ("up", "down")}
+    save_file(arrays, written / SHARDS[1], {"format": "pt"})
+    assert "expected: f16 [3, 4]\n  found: i16 [3, 4]" in "\n".join(found(written))
+
+
+def test_missing_and_extra_files_are_named(written):
+    (written / SHARDS[0]).unlink()
+    (written / "config.json").unlink()
+    (written / "model.safetensors").write_bytes(b"")
+    text = "\n".join(found(written))
+    assert f"the file '{SHARDS[0]}' is missing" in text
+    assert "the file 'config.json' is missing" in text
+    assert "does not know the weight file 'model.safetensors'" in text
+    assert text.count("cannot be checked") == 2
+
+
+def test_a_cut_shard_is_named(written):
+    data = (written / SHARDS[0]).read_bytes()
+    (written / SHARDS[0]).write_bytes(data[:-1])
+    assert "cut short" in found(written)[0]
+
+
+def test_all_differences_raise_one_check_error(written):
+    (written / "config.json").write_text("{}")
+    (written / SHARDS[0]).unlink()
+    with pytest.raises(CheckError) as caught:
+        check_manifest(written)
+    assert caught.value.exit_code == 3
+    assert len(caught.value.problems) == 4
+
+
+def test_every_damaged_tensor_of_many_is_named(tmp_path):
+    arrays = {f"t{i}": np.zeros(2, np.float32) for i in range(300)}
+    file = tmp_path / "model.safetensors"
+    save_file(arrays, file)
+    records = {name: TensorRecord("0" * 64, "f32", (2,), file.name) for name in arrays}
+    made = Manifest("", 0, "", {}, "a", "b", "f32", "", {file.name: weight_file_record(file)}, {},
+                    records)  # fmt: skip
+    (tmp_path / MANIFEST_NAME).write_bytes(dump(made))
+    assert len(found(tmp_path)) == 300
+
+
+def test_a_folder_without_a_manifest_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=f"no {MANIFEST_NAME}"):
+        verify_manifest(tmp_path)
+
+
+def test_a_manifest_of_another_schema_is_an_input_error(written):
+    made = dataclasses.replace(load(written), schema=2)
+    (written / MANIFEST_NAME).write_bytes(dump(made))
+    with pytest.raises(InputError, match=r'expected: "schema": 1\n  found: 2'):
+        verify_manifest(written)
+
+
+def resealed(folder, change):
+    """Change the document of a manifest, and seal it again as a forger would."""
+    document = json.loads((folder / MANIFEST_NAME).read_bytes())
+    del document["seal"]
+    change(document)
+    (folder / MANIFEST_NAME).write_bytes(manifests.seal(json.dumps(document)[:-1].encode()))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda d: d.pop("pipeline"), "'pipeline'"),
+        (lambda d: d.update(seed=True), "'seed'"),
+        (lambda d: d.update(seed=1.0), "'seed'"),
+        (lambda d: d.update(surprise=1), "unknown key 'surprise'"),
+        (lambda d: d.update(tensors=[]), "'tensors'"),
+        (lambda d: d.update(notes=[1]), "'notes'"),
+        (lambda d: d.update(versions={"moecc": 1}), "'versions'"),
+        (lambda d: d["tensors"].update(x=1), "'tensors.x'"),
+        (lambda d: d["tensors"]["layers.0.up"].update(dtype=["f16"]), "an element type of moecc"),
+        (lambda d: d["tensors"]["layers.0.up"].update(dtype="key2"), "an element type of moecc"),
+        (lambda d: d["tensors"]["layers.0.up"].update(shape="3"), "a list of sizes"),
+        (lambda d: d["tensors"]["layers.0.up"].update(shape=[-3]), "a whole number"),
+        (lambda d: d["tensors"]["layers.0.up"].update(sha256="0" * 63), "64 hexadecimal digits"),
+        (lambda d: d["tensors"]["layers.0.up"].update(sha256="G" * 64), "64 hexadecimal digits"),
+        (lambda d: d["tensors"]["layers.0.up"].update(file="../x.safetensors"), "a weight file"),
+        (lambda d: d["tensors"]["layers.0.up"].update(extra=1), "an object with sha256, dtype"),
+        (lambda d: d["files"].update({"../x": d["files"]["config.json"]}), "files in the folder"),
+        (lambda d: d["files"].update({"/etc/x": d["files"]["config.json"]}), "files in the folder"),
+        (lambda d: d["weights"].update({"a\\b": d["weights"][SHARDS[0]]}), "files in the folder"),
+        (lambda d: d["weights"][SHARDS[0]].update(size_bytes="1"), "a whole number"),
+    ],
+)
+def test_a_forged_manifest_is_still_read_strictly(written, change, what):
+    resealed(written, change)
+    with pytest.raises(InputError) as caught:
+        load(written)
+    assert what in str(caught.value)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(written, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "config.json"
+    (written / "config.json").rename(outside)
+    (written / "config.json").symlink_to(outside)
+    [problem] = found(written)
+    assert "leaves its folder" in problem

@@ -1,0 +1,249 @@
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from moecc.checkpoint.outdir import check_output, output_folder
+from moecc.errors import InputError, MachineError
+
+
+def refused(out, error=InputError, **arguments):
+    before = sorted(os.walk(out.parent)) if out.parent.is_dir() else None
+    with pytest.raises(error) as caught, output_folder(out, **arguments):
+        pytest.fail("the folder was given out")
+    assert before is None or sorted(os.walk(out.parent)) == before
+    return [str(problem) for problem in caught.value.problems]
+
+
+def fill(out, name, error=None, meanwhile=lambda: None, **arguments):
+    """Write one file into the output folder, let something happen, and perhaps fail."""
+    with output_folder(out, **arguments) as folder:
+        (folder / name).write_text(name)
+        meanwhile()
+        if error:
+            raise error
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("weights")
+    return folder
+
+
+def test_the_folder_appears_whole_at_the_end(tmp_path):
+    out = tmp_path / "out"
+    with output_folder(out) as folder:
+        assert folder.parent == tmp_path
+        assert folder.name.startswith("out.moecc-tmp-")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("a")
+        assert not out.exists()
+    assert (out / "sub" / "a").read_text() == "a"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "out").mkdir()
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+    assert os.listdir(tmp_path / "out") == ["a"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_stays_after_a_failure(tmp_path, error):
+    with pytest.raises(error):
+        fill(tmp_path / "out", "a", error)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002, 0o000])
+def test_the_mode_follows_the_umask(tmp_path, umask):
+    code = (
+        "import os, pathlib, sys\n"
+        "from moecc.checkpoint.outdir import output_folder\n"
+        f"os.umask({umask})\n"
+        "with output_folder(pathlib.Path(sys.argv[1])): pass\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=True)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+
+
+def test_a_folder_with_content_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("a")
+    [problem] = refused(tmp_path / "out")
+    assert "not empty" in problem
+    assert "'precious'" in problem
+    assert "--force" in problem
+
+
+def test_force_replaces_a_folder_only_when_the_new_one_is_complete(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with pytest.raises(RuntimeError):
+        fill(out, "new", RuntimeError, force=True)
+    assert os.listdir(out) == ["old"]
+    with output_folder(out, force=True) as folder:
+        (folder / "new").write_text("new")
+        assert os.listdir(out) == ["old"]
+    assert os.listdir(out) == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_replacing_follows_no_links(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_text("a")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "link").symlink_to(tmp_path / "precious")
+    with output_folder(out, force=True):
+        pass
+    assert os.listdir(tmp_path / "precious") == ["a"]
+    assert os.listdir(out) == []
+
+
+def test_a_link_as_output_stays_a_link(tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "disk" / "real" / "old").write_text("old")
+    (tmp_path / "out").symlink_to("disk/real")
+    with output_folder(tmp_path / "out", force=True) as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "new").write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert os.listdir(tmp_path / "disk" / "real") == ["new"]
+    assert os.listdir(tmp_path / "disk") == ["real"]
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_be_put_in_place(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    rename = os.rename
+
+    def fail(source, target):
+        if ".moecc-tmp-" in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(MachineError, match="Input/output"):
+        fill(out, "new", force=True)
+    assert os.listdir(out) == ["old"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_old_folder_that_cannot_be_deleted_is_said(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    with pytest.raises(MachineError, match="new output is complete"):
+        fill(out, "new", force=True)
+    assert os.listdir(out) == ["new"]
+
+
+def test_a_folder_filled_in_the_meantime_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+
+    def interfere():
+        out.mkdir()
+        (out / "other").write_text("other")
+
+    with pytest.raises(InputError, match="in the meantime"):
+        fill(out, "new", meanwhile=interfere)
+    assert os.listdir(out) == ["other"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_as_output_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    assert "a file, not a folder" in refused(tmp_path / "out", force=True)[0]
+
+
+def test_a_missing_parent_is_refused(tmp_path):
+    [problem] = refused(tmp_path / "no" / "out")
+    assert "parent of the output folder does not exist" in problem
+    assert "mkdir -p" in problem
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("source", "the output is the input"),
+        ("source/../source", "the output is the input"),
+        ("source/out", "the output lies inside the input"),
+        ("source/deep/out", "the output lies inside the input"),
+        ("link", "the output is the input"),
+        ("link/out", "the output lies inside the input"),
+        ("", "the input lies inside the output"),
+    ],
+)
+def test_output_and_input_stay_apart(tmp_path, source, name, what, force):
+    (source / "deep").mkdir()
+    (tmp_path / "link").symlink_to("source")
+    text = "\n".join(refused(tmp_path / name, inputs=[source], force=force))
+    assert what in text
+
+
+def test_an_input_that_is_a_link_is_followed(tmp_path, source):
+    (tmp_path / "link").symlink_to(source)
+    assert "is the input" in "\n".join(refused(source, inputs=[tmp_path / "link"], force=True))
+
+
+def test_a_file_as_input_inside_the_output_is_refused(tmp_path, source):
+    problems = refused(source, inputs=[source / "model.safetensors"], force=True)
+    assert "the input lies inside the output" in problems[0]
+
+
+def test_neighbours_with_a_common_beginning_are_apart(tmp_path, source):
+    with output_folder(tmp_path / "source-moe", inputs=[source]):
+        pass
+
+
+def test_all_problems_are_reported_at_once(tmp_path, source):
+    problems = refused(source, inputs=[source, source / "model.safetensors"])
+    assert len(problems) == 3
+
+
+def test_the_working_folder_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "sub")
+    for name in (".", ".."):
+        with pytest.raises(InputError, match="the working folder or holds it"):
+            check_output(type(tmp_path)(name), force=True)
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    assert "a mount point" in refused(tmp_path / "out")[0]
+
+
+def test_a_full_disk_is_known_beforehand(tmp_path):
+    needed = shutil.disk_usage(tmp_path).total * 2
+    [problem] = refused(tmp_path / "out", MachineError, needed_bytes=needed)
+    assert "the disk is too small" in problem
+    assert f"{needed + (16 << 20):,} bytes free" in problem
+
+
+def test_a_parent_without_the_right_to_write_is_the_machines_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "no right to write" in refused(tmp_path / "out", MachineError)[0]
+
+
+def test_a_name_that_is_too_long_is_the_machines_or_inputs_fault(tmp_path):
+    assert "File name too long" in refused(tmp_path / ("x" * 250))[0]
+
+
+def test_checking_creates_nothing(tmp_path):
+    place = check_output(tmp_path / "out", needed_bytes=1)
+    assert (place.folder, place.replaces) == (tmp_path / "out", False)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,305 @@
+import json
+import struct
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from moecc.checkpoint.safetensors import MAX_TENSORS, read_header
+from moecc.errors import InputError
+from moecc.ir.dtypes import BY_SAFETENSORS, F32
+
+SHARED_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+NAMES = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1).filter(
+    lambda name: name != "__metadata__"
+)
+SHAPES = st.lists(st.integers(0, 5), max_size=4)
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def problems(path):
+    with pytest.raises(InputError) as caught:
+        read_header(path)
+    return [str(problem) for problem in caught.value.problems]
+
+
+@st.composite
+def files(draw):
+    """Tensors as name → (dtype, shape, bytes), with metadata."""
+    tensors = {}
+    for name in draw(st.lists(NAMES, unique=True, max_size=6)):
+        dtype = draw(st.sampled_from(sorted(BY_SAFETENSORS)))
+        shape = draw(SHAPES)
+        size = int(np.prod(shape)) * BY_SAFETENSORS[dtype].itemsize_bytes
+        tensors[name] = (dtype, shape, draw(st.binary(min_size=size, max_size=size)))
+    return tensors, draw(st.dictionaries(NAMES, st.text(max_size=5), max_size=2))
+
+
+@SHARED_PATH
+@given(content=files())
+def test_what_the_safetensors_package_writes_is_read_the_same(tmp_path, content):
+    tensors, metadata = content
+    arrays = {
+        name: np.frombuffer(data, BY_SAFETENSORS[dtype].numpy).reshape(shape)
+        for name, (dtype, shape, data) in tensors.items()
+    }
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(save(arrays, metadata or None))
+    header = read_header(file)
+    assert header.metadata == metadata
+    assert header.tensors.keys() == tensors.keys()
+    whole = file.read_bytes()
+    for name, (dtype, shape, data) in tensors.items():
+        info = header.tensors[name]
+        assert (info.name, info.file, info.storage) == (name, file, "")
+        assert (info.dtype, info.shape) == (BY_SAFETENSORS[dtype], tuple(shape))
+        assert whole[info.offset : info.offset + info.nbytes] == data
+
+
+@settings(SHARED_PATH, max_examples=300)
+@given(data=st.binary(max_size=300))
+def test_random_bytes_only_raise_input_errors(tmp_path, data):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        read_header(file)
+    assert str(file) in str(caught.value)
+
+
+@settings(SHARED_PATH, max_examples=500)
+@given(data=st.data())
+def test_a_mutated_file_is_refused_or_still_covers_its_bytes(tmp_path, write_raw, data):
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a": entry("F32", (2, 2), (0, 16)),
+        "b.weight": entry("BF16", (3,), (16, 22)),
+        "c": entry("BOOL", (), (22, 23)),
+        "d": entry("I64", (0, 7), (23, 23)),
+    }
+    file = write_raw(tmp_path / "x.safetensors", header, bytes(23))
+    mutated = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(mutated) - 1))
+        mutated[position] = data.draw(st.integers(0, 255) | st.sampled_from(b'0-9"{}[],:.eN\\'))
+    del mutated[data.draw(st.integers(len(mutated) - 30, len(mutated))) :]
+    file.write_bytes(mutated)
+    started = time.perf_counter()
+    try:
+        tensors = read_header(file).tensors.values()
+    except InputError:
+        tensors = None
+    assert time.perf_counter() - started < 1
+    if tensors is not None:
+        spans = sorted((info.offset, info.offset + info.nbytes) for info in tensors)
+        ends = [8 + struct.unpack("<Q", mutated[:8])[0], *(end for _, end in spans)]
+        assert [begin for begin, _ in spans] == ends[:-1]
+        assert ends[-1] == len(mutated)
+
+
+def test_no_tensors_and_padding_are_fine(tmp_path, write_raw):
+    assert read_header(write_raw(tmp_path / "x", b"{}      ")).tensors == {}
+    header = read_header(write_raw(tmp_path / "y", {"a": entry()}, bytes(8)))
+    assert header.tensors["a"].dtype is F32
+    assert header.data_start_bytes + 8 == header.identity.size_bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "too small to have a header"),
+        (b"1234567", "too small to have a header"),
+        (struct.pack("<Q", 1 << 63) + b"{}", "header is too long"),
+        (struct.pack("<Q", 100_000_001) + b"{}", "header is too long"),
+        (struct.pack("<Q", 3) + b"{}", "longer than the file"),
+        (struct.pack("<Q", 0) + b"{}", "too short"),
+        (struct.pack("<Q", 3) + b" {}", "byte 0x20"),
+        (struct.pack("<Q", 5) + b"\xef\xbb\xbf{}", "byte 0xef"),
+        (struct.pack("<Q", 4) + b"{}\0\0", ":1:3: not JSON"),
+        (struct.pack("<Q", 4) + b"{}{}", ":1:3: not JSON"),
+        (struct.pack("<Q", 4) + b"[{}]", "not a JSON object"),
+        (struct.pack("<Q", 4) + b'{"\xff}', "not UTF-8"),
+        (struct.pack("<Q", 2) + b"{}x", "1 bytes after the header belong to no tensor"),
+        (b"\x80\x04\x95" + bytes(60), "a Python pickle"),
+        (b"PK\x03\x04\x14\0\0\0\0\0" + bytes(60), "a zip archive"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(60), "an HDF5 file"),
+        (b"GGUF\x03\0\0\0" + bytes(60), "a GGUF file"),
+        (b"\n<!DOCTYPE html><html><body>404", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    ],
+)
+def test_a_wrong_start_is_named(tmp_path, content, what):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    [problem] = problems(file)
+    assert what in problem
+    assert problem.startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "expected"),
+    [
+        # offsets
+        ({"a": entry(offsets=(0, 8)), "b": entry(offsets=(4, 12))}, 12, ["'a' and 'b' overlap"]),
+        ({"b": entry(offsets=(0, 8)), "a": entry(offsets=(0, 8))}, 8, ["'b' and 'a' overlap"]),
+        ({"a": entry(offsets=(0, 8)), "b": entry(offsets=(12, 20))}, 20,
+         ["a hole between the end of 'a' and the data of 'b'\n  found: bytes 8-12"]),
+        ({"a": entry(offsets=(4, 12))}, 12, ["hole between the end of the header and"]),
+        ({"a": entry()}, 9, ["1 bytes after the last tensor 'a' belong to no tensor"]),
+        ({"a": entry(), "b": entry(offsets=(8, 16))}, 15,
+         ["cut short: the data of 1 tensors, the first of them 'b'"]),
+        ({"a": entry(offsets=(8, 0))}, 8, ["offsets are not usable"]),
+        ({"a": entry(offsets=(-8, 0))}, 8, ["offsets are not usable\n  expected: two whole"]),
+        ({"a": entry(offsets=(0, 8.0))}, 8, ["found: 8.0"]),
+        ({"a": entry(offsets=(0, True))}, 8, ["found: true"]),
+        ({"a": entry(offsets=(0, "8"))}, 8, ['found: "8"']),
+        ({"a": entry(offsets=(0, 8, 8))}, 8, ["found: a list of 3 values"]),
+        ({"a": entry(offsets=(0, 1 << 63))}, 8, ["found: 9223372036854775808"]),
+        ({"a": entry(shape=(3,))}, 8,
+         ["contradict each other\n  expected: 12 bytes for F32 [3]\n  found: 8 bytes"]),
+        # shapes
+        ({"a": entry(shape=(-2,))}, 8, ["shape is not usable"]),
+        ({"a": entry(shape=(2.0,))}, 8, ["shape is not usable"]),
+        ({"a": entry(shape=(True, 2))}, 8, ["shape is not usable"]),
+        ({"a": entry(shape=("2",))}, 8, ["shape is not usable"]),
+        ({"a": {**entry(), "shape": 2}}, 8, ["shape is not usable"]),
+        ({"a": {**entry(), "shape": None}}, 8, ["found: null"]),
+        ({"a": entry(shape=[1] * 65)}, 8, ["shape is not usable"]),
+        ({"a": entry(shape=(1 << 32, 1 << 32))}, 8, ["too many elements"]),
+        ({"a": entry(shape=(0, 1 << 62, 1 << 62), offsets=(0, 0))}, 0, ["too many elements"]),
+        # element types
+        ({"a": entry("f32")}, 8, ["unknown", "did you mean 'F32'?"]),
+        ({"a": entry("F6_X")}, 8, ["unknown", "expected: one of F64, F32, F16, BF16"]),
+        ({"a": entry("F4", (4,), (0, 2))}, 2, ["packs several elements into a byte"]),
+        ({"a": entry("F8_E8M0", (2,), (0, 2))}, 2, ["does not compute with this element type"]),
+        ({"a": entry(3)}, 8, ["unknown", "found: 3"]),
+        ({"a": entry(["F32"])}, 8, ["unknown", "found: a list of 1 values"]),
+        # fields and names
+        ({"a": {"dtype": "F32", "shape": [2]}}, 8, ["wrong fields", "no data_offsets"]),
+        ({"a": {**entry(), "strides": [1]}}, 8, ["an extra 'strides'"]),
+        ({"a": [1]}, 0, ["entry of the tensor is not an object"]),
+        ({"a": None}, 0, ["entry of the tensor is not an object"]),
+        ({"": entry()}, 8, ["the name is empty"]),
+        ({"a\x1b[31m\n": entry()}, 8, ["'a\\x1b[31m\\n': the name has control"]),
+        ({"a\u202eb": entry()}, 8, ["'a\\u202eb': the name has control"]),
+        ({"\ud800": entry()}, 8, ["'\\ud800': the name has control"]),
+        ({"n" * 65536: entry()}, 8, ["longer than 1,024 characters"]),
+        ({"__metadata__": entry()}, 0, ["the metadata 'shape' is not a string",
+                                        "the metadata 'data_offsets' is not a string"]),
+        ({"__metadata__": []}, 0, ["the metadata is not an object"]),
+        ({"__metadata__": {"a": 1}}, 0, ["the metadata 'a' is not a string"]),
+    ],
+)  # fmt: skip
+def test_a_hostile_header_is_refused_and_the_place_named(
+    tmp_path, write_raw, header, size, expected
+):
+    found = problems(write_raw(tmp_path / "x.safetensors", header, bytes(size)))
+    text = "\n".join(found)
+    assert [part for part in expected if part not in text] == []
+    assert len(text) < 3000
+    assert text.isprintable() or "\n" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a": %s, "a": %s}',
+        b'{"a": %s, "\\u0061": %s}',
+        b'{"b": %s, "__metadata__": {"a": "1", "a": "2"}, "c": %s}',
+    ],
+)
+def test_duplicate_names_are_refused_although_the_offsets_coincide(tmp_path, write_raw, text):
+    one = json.dumps(entry()).encode()
+    other = json.dumps(entry("I32")).encode()
+    [problem] = problems(write_raw(tmp_path / "x", text % (one, other), bytes(8)))
+    assert "the key 'a' appears twice" in problem
+
+
+def test_a_duplicate_field_is_refused(tmp_path, write_raw):
+    text = b'{"a": {"dtype": "F32", "dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}'
+    [problem] = problems(write_raw(tmp_path / "x", text, bytes(8)))
+    assert "'dtype' appears twice" in problem
+
+
+def test_names_that_look_like_paths_are_only_names(tmp_path, write_raw):
+    file = write_raw(tmp_path / "x", {"../../etc/passwd": entry()}, bytes(8))
+    assert list(read_header(file).tensors) == ["../../etc/passwd"]
+
+
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path, write_raw):
+    header = {
+        "a": entry("F31"),
+        "b": entry(shape=(5,), offsets=(8, 16)),
+        "c": entry(offsets=(12, 20)),
+        "d": entry(offsets=(24, 32)),
+        "e\x00": entry(offsets=(32, 40)),
+        "__metadata__": {"format": 1},
+    }
+    found = problems(write_raw(tmp_path / "x", header, bytes(39)))
+    kinds = ["unknown", "contradict", "overlap", "hole", "control", "cut short", "not a string"]
+    assert [kind for kind in kinds if not any(kind in problem for problem in found)] == []
+    assert len(found) == len(kinds)
+
+
+def test_a_faulty_entry_does_not_make_holes(tmp_path, write_raw):
+    header = {"a": {"dtype": "F32"}, "b": entry(offsets=(8, 16))}
+    assert len(problems(write_raw(tmp_path / "x", header, bytes(24)))) == 1
+
+
+def test_a_hundred_thousand_tensors_are_read_in_seconds(tmp_path, write_raw):
+    count = 100_000
+    header = {
+        f"model.layers.{i // 1000}.mlp.experts.{i % 1000}.up_proj.weight": entry(
+            "BF16", (1, 1), (2 * i, 2 * i + 2)
+        )
+        for i in range(count)
+    }
+    file = write_raw(tmp_path / "x.safetensors", header, bytes(2 * count))
+    started = time.process_time()
+    assert len(read_header(file).tensors) == count
+    assert time.process_time() - started < 4
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than"),
+        (lambda: b'{"a":"' + b"x" * (17 << 20) + b'"}', "far too long for what it lists"),
+        (
+            lambda: b"{" + b",".join(b'"%d":{"data_offsets":0}' % i for i in range(MAX_TENSORS + 1))
+            + b"}",
+            "too many tensors",
+        ),
+        (lambda: b'{"a":{"dtype":"' + b"F" * (8 << 20) + b'"}}', "wrong fields"),
+        (lambda: b'{"' + b"\\u202e" * (2 << 20) + b'":1}', "not an object"),
+        (
+            lambda: b'{"a":{"dtype":"F32","data_offsets":[0,8],"shape":['
+            + b"9," * (1 << 20)
+            + b"9]}}",
+            "shape is not usable",
+        ),
+    ],
+    ids=["deep", "long", "many", "long-dtype", "long-name", "long-shape"],
+)  # fmt: skip
+def test_headers_made_to_cost_time_are_refused_quickly(tmp_path, write_raw, make, what):
+    file = write_raw(tmp_path / "x.safetensors", make(), bytes(8))
+    started = time.process_time()
+    found = problems(file)
+    assert time.process_time() - started < 2
+    assert any(what in problem for problem in found)
+    assert len("".join(found)) < 3000
+
+
+def test_every_element_type_has_the_size_that_ml_dtypes_gives_it():
+    for dtype in BY_SAFETENSORS.values():
+        assert dtype.numpy.itemsize == dtype.itemsize_bytes
+    assert BY_SAFETENSORS["F8_E4M3"].numpy == ml_dtypes.float8_e4m3fn
