@@ -15,6 +15,11 @@ from moecc.ir.graph import Graph, Node, Value
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
+def _layer_of(loc: str) -> int | None:
+    match = _LAYER.search(loc)
+    return int(match.group(1)) if match else None
+
+
 @dataclass(frozen=True)
 class FFNBlock:
     """A feed-forward block.
@@ -56,8 +61,7 @@ class FFNBlock:
     @property
     def layer(self) -> int | None:
         """The number of its layer, read from the location, or None."""
-        match = _LAYER.search(self.loc)
-        return int(match.group(1)) if match else None
+        return _layer_of(self.loc)
 
     @property
     def params(self) -> tuple[Value, ...]:
@@ -105,6 +109,11 @@ class Refusal:
 
     loc: str
     reason: str
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer, read from the location, or None."""
+        return _layer_of(self.loc)
 
 
 @dataclass

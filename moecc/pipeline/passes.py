@@ -103,6 +103,8 @@ class PassResult:
       remarks: what is worth telling, beyond what the context was told already.
       near_misses: what nearly matched, and why it did not.
       rules: statistics of the rewrite rules, by rule.
+      preserves: what this application does to the function, where the graph decides more than
+        the options could; None means what the pass declares.
     """
 
     changed: bool
@@ -111,6 +113,7 @@ class PassResult:
     remarks: list[Remark] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     rules: dict[str, RuleStats] = field(default_factory=dict)
+    preserves: Preserves | None = None
 
     @classmethod
     def of(cls, done: RewriteResult) -> PassResult:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from moecc.analysis.ffn import FFNBlock
 from moecc.ir.dtypes import F32, PRED
 from moecc.ir.graph import Value
 from moecc.ir.types import Axis, TensorType
-from moecc.weights import expr as weights
-from moecc.weights.expr import Expr
+from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select
+from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform, derive_key
+from moecc.weights.expr import Expr, Full
+from moecc.weights.movement import Merge, Permute, Slice, Split, Tile
+
+_MOMENTS: tuple[Literal["mean", "std"], ...] = ("mean", "std")
 
 
 @dataclass(frozen=True)
@@ -51,27 +56,27 @@ def shared_part(weight: Expr, division: Division) -> Expr:
     """Return the part of a dense weight that belongs to the shared expert."""
     if division.inner not in weight.type:
         return weight
-    return weights.Slice(weight, division.inner, 0, division.shared)
+    return Slice(weight, division.inner, 0, division.shared)
 
 
 def lifted(weight: Expr, division: Division) -> Expr:
     """Return a dense weight lifted over a leading axis ``expert``; an output bias is repeated."""
     inner = division.inner
     if inner not in weight.type:
-        return weights.Tile(weight, "expert", division.experts)
+        return Tile(weight, "expert", division.experts)
     if division.shared:
-        weight = weights.Slice(weight, inner, division.shared, division.dense)
+        weight = Slice(weight, inner, division.shared, division.dense)
     if division.slices == 1:
-        return weights.Tile(weight, "expert", division.copies)
+        return Tile(weight, "expert", division.copies)
     names = weight.type.names
-    cut = weights.Split(weight, inner, (("part", division.slices), (inner, division.width)))
-    first = weights.Permute(cut, ("part", *names))
-    return weights.Merge(weights.Tile(first, "copy", division.copies), ("copy", "part"), "expert")
+    cut = Split(weight, inner, (("part", division.slices), (inner, division.width)))
+    first = Permute(cut, ("part", *names))
+    return Merge(Tile(first, "copy", division.copies), ("copy", "part"), "expert")
 
 
 def scaled(weight: Expr, factor: float) -> Expr:
     """Return `weight` times `factor`."""
-    return weight if factor == 1 else weights.Scale(weight, factor)
+    return weight if factor == 1 else Scale(weight, factor)
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,11 @@ class Noise:
         """Return `experts`, made from `dense`, with noise."""
         if self.std == 0:
             return experts
-        key = weights.derive_key(self.seed, f"{value.name}/noise")
-        draw: Expr = weights.Normal(_floats(experts.type), std=self.std, mean=0.0, key=key)
+        key = derive_key(self.seed, f"{value.name}/noise")
+        draw: Expr = Normal(_floats(experts.type), std=self.std, mean=0.0, key=key)
         if self.relative:
-            draw = weights.Mul(draw, weights.Moment("std", dense, None, ()))
-        return weights.Add(experts, draw)
+            draw = Mul(draw, Moment("std", dense))
+        return Add(experts, draw)
 
 
 @dataclass(frozen=True)
@@ -125,14 +130,16 @@ class Drop:
         if count == 0 or division.inner not in experts.type:
             return experts
         axes = (Axis("expert", division.experts), Axis(division.inner, division.width))
-        chosen = weights.Subset(
-            TensorType(PRED, axes), division.inner, count,
-            key=weights.derive_key(self.seed, f"{self.block}/drop"),
+        chosen = Subset(
+            TensorType(PRED, axes),
+            division.inner,
+            count,
+            key=derive_key(self.seed, f"{self.block}/drop"),
         )
-        key = weights.derive_key(self.seed, f"{value.name}/drop")
-        normal = weights.Normal(_floats(experts.type), std=1.0, mean=0.0, key=key)
-        mean, std = (weights.Moment(m, experts, chosen, ("expert",)) for m in ("mean", "std"))
-        return weights.Select(chosen, weights.Add(weights.Mul(normal, std), mean), experts)
+        key = derive_key(self.seed, f"{value.name}/drop")
+        normal = Normal(_floats(experts.type), std=1.0, mean=0.0, key=key)
+        mean, std = (Moment(kind, experts, chosen, ("expert",)) for kind in _MOMENTS)
+        return Select(chosen, Add(Mul(normal, std), mean), experts)
 
 
 def router_weight(
@@ -152,19 +159,19 @@ def router_weight(
     type = TensorType(F32, (Axis(name if division.slices == 1 else "copy", rows), embed))
     draw: Expr
     if init == "zero" or std == 0:
-        draw = weights.Full(0.0, type)
+        draw = Full(0.0, type)
     elif init == "uniform":
         # A uniform distribution on [−a, a] has the standard deviation a / √3.
         bound = std * 3**0.5
-        draw = weights.Uniform(type, low=-bound, high=bound, key=key)
+        draw = Uniform(type, low=-bound, high=bound, key=key)
     elif init == "truncated-normal":
-        draw = weights.TruncatedNormal(type, std=std, key=key)
+        draw = TruncatedNormal(type, std=std, key=key)
     else:
-        draw = weights.Normal(type, std=std, mean=0.0, key=key)
+        draw = Normal(type, std=std, mean=0.0, key=key)
     if division.slices == 1:
         return draw
-    repeated = weights.Tile(draw, "part", division.slices, position=1)
-    return weights.Merge(repeated, ("copy", "part"), name)
+    repeated = Tile(draw, "part", division.slices, position=1)
+    return Merge(repeated, ("copy", "part"), name)
 
 
 def _floats(type: TensorType) -> TensorType:

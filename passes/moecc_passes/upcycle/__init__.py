@@ -1,0 +1,1 @@
+"""Dense feed-forward blocks to mixtures of experts: gates, layers, weights, and the rewrite."""

@@ -1,0 +1,317 @@
+"""The pass ``upcycle``: dense feed-forward blocks become mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Annotated, ClassVar, Literal
+
+from moecc.analysis.ffn import FFNBlock, FFNSearch, find_ffn_blocks
+from moecc.errors import InputError, Problem
+from moecc.ir.graph import Graph, Value
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
+from moecc.rewrite.match import NearMiss
+from moecc.weights.draws import derive_key
+from moecc.weights.expr import Expr
+from moecc_passes.upcycle.contract import (
+    drop_promise,
+    gates_promise,
+    noise_promise,
+    placement_promise,
+)
+from moecc_passes.upcycle.gates import GateLaw
+from moecc_passes.upcycle.layers import check_layers, select
+from moecc_passes.upcycle.lift import Division, Drop, Noise, factors, is_exact, router_weight
+from moecc_passes.upcycle.rewrite import Recipe, rewrite_block
+
+Perturb = Callable[[Value, Expr, Expr], Expr]
+"""Makes copies differ: from a parameter, its dense weight, and its lifted weight."""
+
+Gates = Literal[
+    "renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "switch", "sparsemixer", "ones"
+]
+
+
+@dataclass(frozen=True)
+class UpcyclePass(Pass):
+    """Turn dense feed-forward blocks into mixtures of experts that compute the same function.
+
+    Blocks are found by their dataflow.  Each of N experts gets a copy of the block, or with
+    ``granularity=G`` one of its G slices; gates that add up to one give the dense block back.
+
+    Before::
+
+        %a = contract %n, %gate {over=embed} : f32[batch=B, seq=S, mlp=1536]
+        %s = silu %a : …
+        %u = contract %n, %up {over=embed} : …
+        %m = mul %s, %u : …
+        %y = contract %m, %down {over=mlp} : f32[batch=B, seq=S, embed=576]
+
+    After ``upcycle{experts=8 top-k=2}``::
+
+        %router = contract %n, %w {over=embed} : f32[batch=B, seq=S, expert=8]
+        %e, %g = route %router {top_k=2} : i32[batch=B, seq=S, choice=2], f32[…]
+        %p = place %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2]
+        %x = dispatch %n, %e, %p : f32[group=1, expert=8, slot=ragged(%p), embed=576]
+        %a = contract %x, %gate {over=embed} : f32[group=1, expert=8, slot=ragged(%p), mlp=1536]
+        …
+        %y = combine %o, %e, %p, %g : f32[batch=B, seq=S, embed=576]
+
+    The lemmas behind its promise stand in ``docs/exactness.md``.
+    """
+
+    name: ClassVar[str] = "upcycle"
+    summary: ClassVar[str] = "turn dense feed-forward blocks into mixtures of experts"
+    must_match: ClassVar[bool] = True
+
+    experts: Annotated[int, "N, the experts stored"] = 8
+    top_k: Annotated[int, "k, the experts that a token goes to"] = 2
+    layers: Annotated[
+        str, "all, every:N, first:N|half, last:N|half, a list 3,7,11, or a glob over locations"
+    ] = "all"
+    granularity: Annotated[int, "G, the slices of a block that make up one virtual group"] = 1
+    shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
+    gates: Annotated[Gates, "the gate convention"] = "renormalised"
+    gate_scale: Annotated[float, "what the gates are multiplied by (routed scaling factor)"] = 1.0
+    scale_placement: Annotated[
+        Literal["down", "up-down", "cube-root"], "where the factor that gates ask for is put"
+    ] = "down"
+    init: Annotated[Literal["copy", "noise", "drop"], "how copies are made to differ"] = "copy"
+    noise_std: Annotated[float, "init=noise: the standard deviation"] = 0.01
+    noise: Annotated[
+        Literal["relative", "absolute"], "init=noise: whether std is in units of the tensor's own"
+    ] = "relative"
+    drop_ratio: Annotated[float, "init=drop: the share of neurons drawn anew"] = 0.5
+    router_init: Annotated[
+        Literal["normal", "truncated-normal", "uniform", "zero", "logit-std"],
+        "the router's weights; logit-std: normal, so that the logits have std router-std",
+    ] = "normal"
+    router_std: Annotated[float, "their standard deviation"] = 0.02
+    slots: Annotated[Literal["ragged", "capacity"], "dropless, or a bound on rows an expert"] = (
+        "ragged"
+    )
+    capacity_factor: Annotated[float, "slots=capacity: the capacity factor"] = 1.25
+    groups: Annotated[int, "slots=capacity: the token groups that capacity counts in"] = 1
+
+    @cached_property
+    def law(self) -> GateLaw:
+        """The sum of the gates under these options."""
+        return GateLaw(
+            self._route_gates, self.experts, self.top_k, self.granularity, self.gate_scale
+        )
+
+    @property
+    def _route_gates(self) -> str:
+        # Switch routing is the probability of the one expert chosen: softmax gates at top-1.
+        return "softmax" if self.gates == "switch" else self.gates
+
+    @property
+    def preserves(self) -> Preserves:
+        """What the options promise; `apply` adds what the model's width decides."""
+        return self._promise(logit_std=None)
+
+    def _promise(self, logit_std: float | None, matrices: int = 3) -> Preserves:
+        zero = self.router_init == "zero" or self.router_std == 0
+        promises = [gates_promise(self.law, 0.0 if zero else logit_std)]
+        if self.init == "noise" and self.noise_std:
+            relative = self.noise == "relative"
+            promises.append(noise_promise(self.noise_std, relative, self.top_k, matrices))
+        if self.init == "drop" and self.drop_ratio:
+            promises.append(drop_promise(self.drop_ratio, self.top_k))
+        if self.scale_placement == "cube-root" and abs(self.law.weight_scale - 1) > 1e-12:
+            promises.append(placement_promise(matrices, self.law.weight_scale))
+        if self.slots == "capacity":
+            why = f"a capacity factor of {self.capacity_factor:g} may drop choices"
+            promises.append(Preserves("approximate", why))
+        return weakest(promises)
+
+    def validate(self) -> list[Problem]:
+        """Return what is wrong with the options, whatever the model."""
+        problems = [*self._impossible(), *self._out_of_range()]
+        layers = check_layers(self.layers)
+        return [*problems, layers] if layers else problems
+
+    def _impossible(self) -> list[Problem]:
+        n, k, g = self.experts, self.top_k, self.granularity
+        found: list[Problem] = []
+        if n < 2:
+            found.append(Problem("a mixture has at least two experts", "experts", found=str(n)))
+        if k > n or k < 1:
+            found.append(
+                Problem(
+                    "top-k does not suit the experts", "top-k",
+                    f"1 <= top-k <= experts={n}", str(k),
+                    f"store more experts: experts={max(k, 2)}" if k > n else "top-k=1",
+                )
+            )  # fmt: skip
+        if g < 1:
+            found.append(Problem("granularity is at least 1", "granularity", found=str(g)))
+        elif k % g or n % g:
+            found.append(
+                Problem(
+                    "a token must go to whole virtual groups", "granularity",
+                    f"G that divides top-k={k} and experts={n}", str(g),
+                    f"top-k={-(-k // g) * g} experts={max(-(-n // g), -(-k // g)) * g} would do",
+                )
+            )  # fmt: skip
+        if self.gates == "switch" and k != 1:
+            found.append(
+                Problem("switch routing has one expert a token", "gates", "top-k=1", f"top-k={k}",
+                        "gates=softmax weighs several by their probabilities")
+            )  # fmt: skip
+        if self.gates == "sparsemixer" and k > 2:
+            found.append(
+                Problem("sparsemixer gates exist for one or two experts a token", "gates",
+                        "top-k<=2", f"top-k={k}", "gates=renormalised takes any top-k")
+            )  # fmt: skip
+        return found
+
+    def _out_of_range(self) -> list[Problem]:
+        checks = (
+            ("shared", 0 <= self.shared < 1, "0 <= shared < 1", self.shared),
+            ("drop-ratio", 0 <= self.drop_ratio <= 1, "0 <= drop-ratio <= 1", self.drop_ratio),
+            ("noise-std", self.noise_std >= 0, "noise-std >= 0", self.noise_std),
+            ("router-std", self.router_std >= 0, "router-std >= 0", self.router_std),
+            ("gate-scale", self.gate_scale > 0, "gate-scale > 0", self.gate_scale),
+            ("groups", self.groups >= 1, "groups >= 1", self.groups),
+            (
+                "capacity-factor", self.slots == "ragged" or self.capacity_factor > 0,
+                "capacity-factor > 0", self.capacity_factor,
+            ),
+        )  # fmt: skip
+        return [
+            Problem("an option is out of range", name, expected, str(found))
+            for name, fits, expected, found in checks
+            if not fits
+        ]
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Convert the blocks that ``layers`` selects.
+
+        Raises:
+          InputError: a selected layer has no block to convert, or its width does not divide; all
+            problems at once.
+        """
+        search = find_ffn_blocks(graph)
+        chosen = select(search.blocks, self.layers, _layers(search))
+        problems = [p for block in chosen if (p := self._misfit(block)) is not None]
+        if problems:
+            raise InputError(problems)
+        result = PassResult(changed=bool(chosen), matched=len(chosen))
+        result.near_misses = [NearMiss("upcycle", r.loc, r.reason) for r in search.refusals]
+        result.stats = {"blocks found": len(search.blocks), "blocks converted": len(chosen)}
+        promises = []
+        for block in chosen:
+            promises.append(self._promise(self._logit_std(block), len(block.ups) + 1))
+            rewrite_block(graph, block, self._recipe(block, ctx.seed))
+        result.preserves = weakest(dict.fromkeys(promises)) if promises else None
+        result.remarks = self._remarks(chosen)
+        for remark in result.remarks:
+            ctx.remark(remark)
+        return result
+
+    def _misfit(self, block: FFNBlock) -> Problem | None:
+        """Return why the neurons of `block` do not divide as the options ask, or None."""
+        shared = self.shared * block.width
+        if abs(shared - round(shared)) > 1e-6:
+            return Problem(
+                "the shared expert does not get a whole number of neurons", block.loc,
+                f"shared={round(shared) / block.width:.10g}, say",
+                f"{self.shared:g} of {block.width}",
+            )  # fmt: skip
+        routed = block.width - round(shared)
+        if routed % self.granularity:
+            fits = [g for g in range(1, routed + 1) if routed % g == 0 and self.top_k % g == 0]
+            return Problem(
+                f"the {routed} neurons do not divide into granularity={self.granularity} slices",
+                block.loc, f"G among {', '.join(map(str, fits))}", str(self.granularity),
+            )  # fmt: skip
+        chosen = factors(block, self.scale_placement, self.law.weight_scale)
+        if isinstance(chosen, str):
+            return Problem(chosen, block.loc, hint="scale-placement=down suits every block")
+        return None
+
+    def _division(self, block: FFNBlock) -> Division:
+        shared = round(self.shared * block.width)
+        return Division(
+            inner=block.inner,
+            shared=shared,
+            slices=self.granularity,
+            copies=self.experts // self.granularity,
+            width=(block.width - shared) // self.granularity,
+        )
+
+    def _recipe(self, block: FFNBlock, seed: int) -> Recipe:
+        division = self._division(block)
+        scale = self.law.weight_scale
+        chosen = factors(block, self.scale_placement, scale)
+        assert not isinstance(chosen, str), "checked before anything was changed"
+        assert is_exact(block, chosen, scale) or self.scale_placement == "cube-root"
+        kind = "normal" if self.router_init == "logit-std" else self.router_init
+        outer = block.x.type[block.outer]
+        key = derive_key(seed, f"{block.loc}/router")
+        slots: dict[str, object] = {"slots": self.slots}
+        if self.slots == "capacity":
+            slots |= {"capacity_factor": self.capacity_factor, "groups": self.groups}
+        return Recipe(
+            division=division,
+            router=router_weight(kind, self._router_std(block), outer, division, key=key),
+            top_k=self.top_k,
+            gates=self._route_gates,
+            gate_scale=self.gate_scale,
+            factors=chosen,
+            bias_factor=self.law.bias_scale,
+            perturb=self._perturb(block, division, seed),
+            slots=slots,
+        )
+
+    def _perturb(self, block: FFNBlock, division: Division, seed: int) -> Perturb:
+        if self.init == "noise":
+            return Noise(self.noise_std, self.noise == "relative", seed).apply
+        if self.init == "drop":
+            return Drop(self.drop_ratio, seed, block.loc, division).apply
+        return _unperturbed
+
+    def _router_std(self, block: FFNBlock) -> float:
+        # After a norm the router's input has unit mean square, up to the norm's own scale.
+        return (
+            self.router_std / sqrt(block.embed)
+            if self.router_init == "logit-std"
+            else (self.router_std)
+        )
+
+    def _logit_std(self, block: FFNBlock) -> float:
+        if self.router_init == "zero":
+            return 0.0
+        return self._router_std(block) * sqrt(block.embed)
+
+    def _remarks(self, blocks: list[FFNBlock]) -> list[Remark]:
+        remarks = [
+            Remark(b.loc, f"became {self.experts} experts, top-{self.top_k}") for b in blocks
+        ]
+        if self.top_k == 1 and self.gates == "renormalised":
+            remarks.append(
+                Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
+                           "gets no gradient from the loss; gates=switch or top-k=2 trains it")
+            )  # fmt: skip
+        if self.router_init == "zero":
+            remarks.append(
+                Remark("", "a zero router sends every token to the first experts, and ties last "
+                           "until something breaks them; use it to check, not to train")
+            )  # fmt: skip
+        if self.experts & (self.experts - 1):
+            remarks.append(Remark("", "some runtimes want a power of two of experts"))
+        return remarks
+
+
+def _unperturbed(value: Value, dense: Expr, experts: Expr) -> Expr:
+    return experts
+
+
+def _layers(search: FFNSearch) -> int:
+    """Return the number of layers, counted from the highest number that a location has."""
+    numbers = [b.layer for b in search.blocks if b.layer is not None]
+    sparse = [n for r in search.refusals if (n := r.layer) is not None]
+    return max([*numbers, *sparse], default=len(search.blocks) - 1) + 1
