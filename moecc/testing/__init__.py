@@ -1,1 +1,32 @@
-"""Strategies, oracles and laws for testing passes, for users too."""
+"""Strategies, oracles and laws for property tests of passes, moecc's own and a user's.
+
+    from hypothesis import given
+    from moecc.testing import graphs, laws
+
+The strategies need Hypothesis (``pip install 'moecc[testing]'``); the rest does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moecc.testing import laws as laws
+from moecc.testing.data import inputs_for as inputs_for
+from moecc.testing.data import params_for as params_for
+from moecc.testing.data import sizes_for as sizes_for
+from moecc.testing.generate import random_graph as random_graph
+from moecc.testing.oracle import assert_same as assert_same
+from moecc.testing.oracle import differences as differences
+from moecc.testing.oracle import run_reference as run_reference
+
+if TYPE_CHECKING:
+    from moecc.testing.strategies import graphs as graphs
+
+
+def __getattr__(name: str) -> Any:
+    # Hypothesis is optional, and takes a while to import.
+    if name == "graphs":
+        from moecc.testing.strategies import graphs
+
+        return graphs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

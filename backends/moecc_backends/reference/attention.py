@@ -20,8 +20,7 @@ from moecc_backends.reference.arrays import Array, Data, meaning
 def rope(positions: Array, *, axis: str, size: int, **scaling: Any) -> tuple[Array, Array]:
     """Return cosines and sines of position times frequency; the second half repeats the first."""
     length = int(positions.data.max(initial=0)) + 1
-    frequencies = frequencies(size, length, scaling)
-    half = positions.data[..., None] * frequencies
+    half = positions.data[..., None] * frequencies(size, length, scaling)
     angles = np.concatenate([half, half], -1)
     axes = (*positions.axes, axis)
     factor = scaling["attention_factor"]

@@ -1,0 +1,126 @@
+"""Random arrays for the inputs and parameters of a graph: by seed and name, the same everywhere.
+
+Two graphs that share a name get the same array for it, and two parameters made from the same
+source tensor are made from the same numbers, so that a graph can be compared with what a pass
+made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from moecc.ir.graph import Graph, Value
+from moecc.ir.types import TensorType
+
+Data = np.ndarray[Any, Any]
+Sizes = Mapping[str, int]
+
+MAX_SIZE = 4
+"""The largest size drawn for a variable, before groups of tokens ask for a multiple."""
+
+ANY_INDEX = 8
+"""Integers are below this where nothing says what they index."""
+
+_CARRIERS = ("rename", "split", "merge", "broadcast", "slice", "stop_gradient", "cast")
+"""Operations whose result has the elements of the first operand."""
+
+
+def generator(seed: int, *words: str) -> np.random.Generator:
+    """Return a generator that depends on `seed` and `words` alone."""
+    digest = hashlib.blake2b("\0".join(words).encode(), digest_size=8).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest, "little")])
+
+
+def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
+    """Return small sizes for the variables of `graph`, such that groups divide the tokens."""
+    values = [*graph.inputs.values(), *graph.params.values()]
+    names = {s for v in values for s in v.type.sizes if isinstance(s, str)}
+    sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
+    for node in graph:
+        if node.op.name == "place":
+            _make_divisible(
+                sizes, node.operands[0].type, node.attrs["tokens"], node.attrs["groups"]
+            )
+    return sizes
+
+
+def _make_divisible(
+    sizes: dict[str, int], type: TensorType, tokens: tuple[str, ...], groups: int
+) -> None:
+    each = TensorType(type.dtype, tuple(type[n] for n in tokens))
+    open_sizes = [s for s in each.sizes if isinstance(s, str)]
+    if open_sizes and prod(shape_of(each, sizes)) % groups:
+        sizes[open_sizes[0]] *= groups
+
+
+def shape_of(type: TensorType, sizes: Sizes) -> tuple[int, ...]:
+    """Return the shape of `type` under `sizes`; an extent counts as 1."""
+    return tuple(
+        sizes[s] if isinstance(s, str) else s if isinstance(s, int) else 1 for s in type.sizes
+    )
+
+
+def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Data]:
+    """Return random arrays for the inputs of `graph`.
+
+    Floats are normal with standard deviation 1; integers stay within the tables, one-hot axes and
+    experts that they index, and are 0 to 7 elsewhere.
+
+    Args:
+      graph: the graph.
+      seed: chooses the arrays, together with the name of the input.
+      sizes: the sizes of the variables; missing, they are drawn.
+    """
+    sizes = sizes_for(graph, seed) if sizes is None else sizes
+    return {n: _draw(v, seed, sizes) for n, v in graph.inputs.items()}
+
+
+def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Data]:
+    """Return random arrays for the parameters of `graph`.
+
+    A parameter with a weight expression is what the expression makes of random source tensors.
+
+    Args:
+      graph: the graph.
+      seed: chooses the arrays, together with the name of the parameter or source tensor.
+      sizes: the sizes of the variables; missing, they are drawn.
+    """
+    sizes = sizes_for(graph, seed) if sizes is None else sizes
+    return {n: _draw(v, seed, sizes) for n, v in graph.params.items()}
+
+
+def _draw(value: Value, seed: int, sizes: Sizes) -> Data:
+    dtype, shape = value.type.dtype, shape_of(value.type, sizes)
+    rng = generator(seed, "array", value.name)
+    if dtype.kind == "float":
+        return rng.standard_normal(shape).astype(dtype.numpy)
+    if dtype.kind == "bool":
+        return rng.random(shape) < 0.5
+    if dtype.kind == "key":
+        return rng.integers(0, 2**63, shape, dtype=np.uint64)
+    limit = min(_limits(value, sizes), default=ANY_INDEX)
+    return rng.integers(0, limit, shape).astype(dtype.numpy)
+
+
+def _limits(value: Value, sizes: Sizes) -> Iterator[int]:
+    """Yield what the elements of `value`, used as indices, must stay below."""
+    pending, seen = [value], {value}
+    while pending:
+        index = pending.pop()
+        for user in index.users:
+            if user.op.name == "embedding" and index is user.operands[1]:
+                table = user.operands[0].type
+                yield shape_of(table, sizes)[table.names.index(user.attrs["axis"])]
+            elif user.op.name == "one_hot":
+                yield user.attrs["into"][0][1]
+            elif user.op.name == "place":
+                yield user.attrs["experts"]
+            elif user.op.name in _CARRIERS and index is user.operands[0]:
+                fresh = [v for v in user.results if v not in seen]
+                pending += fresh
+                seen.update(fresh)

@@ -1,0 +1,197 @@
+"""Whether two graphs compute the same: the reference interpreter as the oracle.
+
+In float64 a correct rewrite of a small graph differs by about 1e-14 times the magnitude of what is
+summed, and a wrong one by 1e-7 or more, so the tolerance of 1e-12 separates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import lcm
+from typing import Any
+
+import numpy as np
+
+from moecc.backend import Arrays, get_backend
+from moecc.ir.graph import Graph, Value
+from moecc.ir.types import Extent
+from moecc.testing.data import Data, Sizes, generator, inputs_for, params_for, sizes_for
+
+TOLERANCE = 1e-12
+"""The difference allowed between equal outputs, times their magnitude (at least 1)."""
+
+PERTURBATION = 1e-13
+"""The relative change of the data that shows how far rounding errors are amplified."""
+
+
+def run_reference(
+    graph: Graph,
+    *,
+    seed: int = 0,
+    params: Arrays | None = None,
+    inputs: Arrays | None = None,
+) -> dict[str, Data]:
+    """Return the outputs of `graph` in the reference interpreter, on random data.
+
+    Args:
+      graph: the graph.
+      seed: chooses the parameters and inputs that are not given.
+      params: the parameters by name.
+      inputs: the inputs by name.
+
+    Raises:
+      InputError: the arrays do not fit the graph.
+    """
+    params = params_for(graph, seed) if params is None else params
+    inputs = inputs_for(graph, seed) if inputs is None else inputs
+    return get_backend("reference").compile(graph).run(params, inputs)
+
+
+def assert_same(
+    before: Graph,
+    after: Graph,
+    *,
+    seeds: Sequence[int] = (0,),
+    exact: bool = False,
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Check that two graphs have the same inputs and compute the same outputs.
+
+    Args:
+      before: the graph that is right.
+      after: the graph to compare.
+      seeds: one run on random data for each.
+      exact: whether the outputs must be equal bit for bit.
+      tolerance: the difference allowed otherwise, times the magnitude of the output.
+
+    Raises:
+      AssertionError: with each output that differs, where and how far.
+    """
+    found = [d for s in seeds for d in differences(before, after, s, exact, tolerance)]
+    if found:
+        raise AssertionError("the graphs do not compute the same\n" + "\n".join(found))
+
+
+def differences(
+    before: Graph,
+    after: Graph,
+    seed: int = 0,
+    exact: bool = False,
+    tolerance: float = TOLERANCE,
+    sizes: Sizes | None = None,
+) -> list[str]:
+    """Return what differs between two graphs on random data, a line for each output.
+
+    Where an output differs by more than the tolerance, `before` runs again on data that is changed
+    in the thirteenth digit: as far as that moves the output, rounding may have.
+
+    Args:
+      before: the graph that is right.
+      after: the graph to compare.
+      seed: chooses the data.
+      exact: whether the outputs must be equal bit for bit.
+      tolerance: the difference allowed otherwise, times the magnitude of the output.
+      sizes: the sizes of the variables; missing, they are drawn.
+    """
+    changed = list(_signature_changes(before, after))
+    if changed:
+        return changed
+    sizes = _common_sizes(before, after, seed) if sizes is None else sizes
+    inputs = inputs_for(before, seed, sizes)
+    params = params_for(before, seed, sizes)
+    expected = run_reference(before, params=params, inputs=inputs)
+    found = run_reference(after, params=params_for(after, seed, sizes), inputs=inputs)
+    if exact:
+        return list(_unequal(expected, found, seed))
+    allowed: dict[str, Any] = {n: tolerance * _magnitude(a) for n, a in expected.items()}
+    if not any(_beyond(expected, found, allowed, seed)):
+        return []
+    for name, moved in _amplified(before, params, inputs, expected).items():
+        allowed[name] = allowed[name] + moved
+    return list(_beyond(expected, found, allowed, seed))
+
+
+def _signature_changes(before: Graph, after: Graph) -> Iterator[str]:
+    for what, old, new in (
+        ("inputs", before.inputs, after.inputs),
+        ("outputs", before.outputs, after.outputs),
+    ):
+        expected, found = (", ".join(map(_signature, vs.items())) for vs in (old, new))
+        if expected != found:
+            yield f"the {what} differ\n  expected: {expected}\n  found: {found}"
+
+
+def _signature(item: tuple[str, Value]) -> str:
+    name, value = item
+    # An extent is named after a value, whose name does not matter.
+    axes = (f"{a.name}={a.size.kind if isinstance(a.size, Extent) else a.size}" for a in value.type)
+    return f"{name} : {value.type.dtype}[{', '.join(axes)}]"
+
+
+def _common_sizes(before: Graph, after: Graph, seed: int) -> dict[str, int]:
+    """Return sizes that suit both graphs: groups of tokens divide them in each."""
+    old, new = sizes_for(before, seed), sizes_for(after, seed)
+    return {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
+
+
+def _magnitude(data: Data) -> float:
+    if data.dtype.kind != "f":
+        return 0.0
+    finite = np.abs(data[np.isfinite(data)])
+    return max(1.0, float(finite.max(initial=0.0)))
+
+
+def _amplified(
+    graph: Graph, params: Arrays, inputs: Arrays, expected: Mapping[str, Data]
+) -> dict[str, Data]:
+    """Return how far each output moves under small changes of the data, at most."""
+    moved: dict[str, Data] = {}
+    for draw in range(2):
+        near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in (params, inputs)]
+        outputs = run_reference(graph, params=near[0], inputs=near[1])
+        for name, data in outputs.items():
+            step = _distance(expected[name], data)
+            moved[name] = np.maximum(moved.get(name, 0.0), step)
+    return moved
+
+
+def _nudged(data: Data, draw: int, name: str) -> Data:
+    if data.dtype.kind not in "fV":
+        return data
+    noise = generator(draw, "nudge", name).uniform(-1, 1, data.shape)
+    return np.asarray(data.astype(np.float64) * (1 + PERTURBATION * noise))
+
+
+def _distance(expected: Data, found: Data) -> Data:
+    """Return how far the arrays are apart: 0 where undefined, ∞ where only one is infinite."""
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    with np.errstate(all="ignore"):
+        apart = np.where(a == b, 0.0, np.abs(a - b))
+    # What is not a number before may be anything after; the reverse is a difference.
+    return np.where(np.isnan(a), 0.0, np.where(np.isnan(apart), np.inf, apart))
+
+
+def _unequal(expected: Mapping[str, Data], found: Mapping[str, Data], seed: int) -> Iterator[str]:
+    for name, a in expected.items():
+        if not np.array_equal(a, found[name], equal_nan=a.dtype.kind == "f"):
+            yield from _beyond({name: a}, found, {name: 0.0}, seed)
+            yield f"output {name}: not equal bit for bit (seed {seed})"
+
+
+def _beyond(
+    expected: Mapping[str, Data], found: Mapping[str, Data], allowed: Mapping[str, Any], seed: int
+) -> Iterator[str]:
+    for name, a in expected.items():
+        b = found[name]
+        if a.shape != b.shape:
+            yield f"output {name}: shape {a.shape} became {b.shape} (seed {seed})"
+            continue
+        over = _distance(a, b) - allowed[name]
+        if a.size == 0 or not (over > 0).any():
+            continue
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(over)), a.shape))
+        bound = float(np.broadcast_to(allowed[name], a.shape)[at])
+        yield (
+            f"output {name}{list(at)}: expected {a[at]!r}, found {b[at]!r}, "
+            f"allowed difference {bound:.3g} (seed {seed})"
+        )

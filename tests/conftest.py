@@ -1,0 +1,71 @@
+"""Settings that all tests share."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+from moecc.ir import Graph, verify
+from moecc.pipeline.passes import Context, Pass, PassResult
+
+# No deadline: the first example of a test pays for imports and caches.
+settings.register_profile("dev", deadline=None, max_examples=100)
+settings.register_profile(
+    "ci",
+    deadline=None,
+    max_examples=100,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("nightly", deadline=None, max_examples=5000, print_blob=True)
+# For tests that only ask whether a counterexample exists.
+settings.register_profile(
+    "find",
+    deadline=None,
+    max_examples=200,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+)
+settings.load_profile(os.environ.get("MOECC_HYPOTHESIS", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _verify_what_passes_produce() -> Iterator[None]:
+    """Verify the graph after every pass that a test applies, whether through a pipeline or not."""
+    patch = pytest.MonkeyPatch()
+    original = Pass.__init_subclass__
+
+    def verifying(apply: Any) -> Any:
+        @functools.wraps(apply)
+        def wrapped(self: Pass, graph: Graph, ctx: Context) -> PassResult:
+            result: PassResult = apply(self, graph, ctx)
+            verify(graph)
+            return result
+
+        return wrapped
+
+    def init_subclass(cls: type[Pass], **kwargs: Any) -> None:
+        original(**kwargs)
+        if "apply" in vars(cls):
+            patch.setattr(cls, "apply", verifying(cls.apply))
+
+    for cls in _subclasses(Pass):
+        if "apply" in vars(cls):
+            patch.setattr(cls, "apply", verifying(cls.apply))
+    patch.setattr(Pass, "__init_subclass__", classmethod(init_subclass))
+    yield
+    patch.undo()
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
