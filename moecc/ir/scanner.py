@@ -38,6 +38,21 @@ class Token:
     at: int
 
 
+def problem_at(text: str, file: str, what: str, at: int, **more: str | None) -> Problem:
+    """Return a problem at offset `at` of `text`, with its line and a caret below the place."""
+    line = text.count("\n", 0, at) + 1
+    start = text.rfind("\n", 0, at) + 1
+    column = at - start + 1
+    end = text.find("\n", start)
+    whole = text[start : end if end >= 0 else len(text)]
+    # A long line is cut around the place, so that the caret stays on the screen.
+    cut = max(0, column - 61)
+    shown = printable(whole[cut : cut + 110], 110)
+    pad = len(printable(whole[cut : column - 1], 110)) if column > 1 else 0
+    excerpt = f"{line:5} | {shown}\n      | {' ' * pad}^"
+    return Problem(f"{what}\n{excerpt}", f"{file}:{line}:{column}", **more)
+
+
 class Scanner:
     """Reads the tokens of `text` one after the other.
 
@@ -98,23 +113,9 @@ class Scanner:
         self.advance()
         return True
 
-    def place(self, at: int) -> tuple[int, int]:
-        """Return line and column, counted from 1, of the offset `at`."""
-        line = self.text.count("\n", 0, at) + 1
-        return line, at - (self.text.rfind("\n", 0, at) + 1) + 1
-
     def problem(self, what: str, at: int, **more: str | None) -> Problem:
         """Return a problem at offset `at`, with its line and a caret below the place."""
-        line, column = self.place(at)
-        start = self.text.rfind("\n", 0, at) + 1
-        end = self.text.find("\n", start)
-        whole = self.text[start : end if end >= 0 else len(self.text)]
-        # A long line is cut around the place, so that the caret stays on the screen.
-        cut = max(0, column - 61)
-        shown = printable(whole[cut : cut + 110], 110)
-        pad = len(printable(whole[cut : column - 1], 110)) if column > 1 else 0
-        excerpt = f"{line:5} | {shown}\n      | {' ' * pad}^"
-        return Problem(f"{what}\n{excerpt}", f"{self.file}:{line}:{column}", **more)
+        return problem_at(self.text, self.file, what, at, **more)
 
     def error(self, what: str, at: int, **more: str | None) -> ParseError:
         """Return a `ParseError` at offset `at`."""

@@ -1,0 +1,261 @@
+"""Pipelines, and their text: ``canonicalize,upcycle{experts=8 top-k=2 layers=3,7,11}``.
+
+    pipeline := item (',' item)*
+    item     := name ('{' option (' ' option)* '}')?
+    option   := name ('=' value)?
+    value    := piece (',' piece)*
+    piece    := characters other than space, comma, quote and brace, or a JSON string
+
+An option without a value is a flag that is set.  Everything that is wrong with a text is reported
+together, each problem with the place that it is about.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moecc.errors import Problem, UsageError, nearest, printable
+from moecc.ir.scanner import problem_at
+from moecc.pipeline.options import Option, Piece, choices, describe, options, read, split, write
+from moecc.pipeline.passes import Pass, Preserves, weakest
+from moecc.pipeline.registry import Registry, installed, unknown_pass
+
+_SPACE = re.compile(r"\s*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
+_SET = (Piece("true"),)
+_VALUE = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^\s{}"])+')
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in the order in which they run."""
+
+    passes: tuple[Pass, ...]
+
+    @classmethod
+    def parse(cls, text: str, registry: Registry | None = None, file: str = "pipeline") -> Pipeline:
+        """Return the pipeline that `text` spells, its options checked.
+
+        Args:
+          text: see the grammar of this module.
+          registry: the passes to choose from; by default those that are installed.
+          file: what messages call the text.
+
+        Raises:
+          UsageError: with everything that is wrong.
+        """
+        return cls(_Parser(text, file, installed() if registry is None else registry).passes())
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def __str__(self) -> str:
+        return ",".join(map(format_pass, self.passes))
+
+    @property
+    def preserves(self) -> Preserves:
+        """What the passes together do to the function."""
+        return weakest(p.preserves for p in self.passes)
+
+
+def format_pass(item: Pass) -> str:
+    """Return the text of one pass: its name, and the options that differ from their defaults."""
+    given = [(o, getattr(item, o.field)) for o in options(type(item)).values()]
+    parts = [_format_option(o, value) for o, value in given if o.required or value != o.default]
+    return f"{item.name}{{{' '.join(parts)}}}" if parts else item.name
+
+
+def _format_option(option: Option, value: Any) -> str:
+    return option.name if value is True else f"{option.name}={write(option.type, value)}"
+
+
+@dataclass
+class _Given:
+    """An option as the text gives it; a flag has no pieces."""
+
+    name: str
+    at: int
+    pieces: tuple[Piece, ...]
+    text: str
+
+
+@dataclass
+class _Item:
+    """A pass as the text gives it."""
+
+    name: str
+    at: int
+    given: list[_Given] = field(default_factory=list)
+
+
+class _SyntaxProblem(Exception):
+    """The text does not follow the grammar at an offset."""
+
+    def __init__(self, what: str, at: int) -> None:
+        super().__init__(what)
+        self.what = what
+        self.at = at
+
+
+class _Parser:
+    def __init__(self, text: str, file: str, registry: Registry) -> None:
+        self.text = text
+        self.file = file
+        self.registry = registry
+        self.problems: list[Problem] = []
+        self.at = 0
+        self.inside = False
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Return the passes, or raise UsageError with all problems."""
+        made = [self.make(item) for item in self.items()]
+        if self.problems:
+            raise UsageError(self.problems)
+        return tuple(p for p in made if p is not None)
+
+    def problem(self, what: str, at: int, **more: str | None) -> None:
+        self.problems.append(problem_at(self.text, self.file, what, at, **more))
+
+    def items(self) -> list[_Item]:
+        found: list[_Item] = []
+        while True:
+            try:
+                found.append(self.item())
+                self.skip()
+                if self.at < len(self.text):
+                    self.expect(",", "a comma before the next pass")
+                    continue
+            except _SyntaxProblem as error:
+                self.problem(error.what, error.at)
+                if self.recover():
+                    continue
+            return found
+
+    def recover(self) -> bool:
+        """Go to what follows the next comma outside braces, and say whether there is one."""
+        if self.inside:
+            end = self.text.find("}", self.at)
+            self.at = end + 1 if end >= 0 else len(self.text)
+        self.inside = False
+        comma = self.text.find(",", self.at)
+        self.at = comma + 1
+        return comma >= 0
+
+    def item(self) -> _Item:
+        self.skip()
+        start = self.at
+        item = _Item(self.name("the name of a pass"), start)
+        if not self.take("{"):
+            return item
+        self.inside = True
+        self.skip()
+        while not self.take("}"):
+            item.given.append(self.option())
+            self.skip()
+        self.inside = False
+        return item
+
+    def option(self) -> _Given:
+        at = self.at
+        name = self.name("the name of an option, or }")
+        if not self.take("="):
+            if self.at < len(self.text) and self.text[self.at] not in " \t\r\n}":
+                raise self.expected("=, a space or }")
+            return _Given(name, at, (), "no value")
+        start = self.at
+        match = _VALUE.match(self.text, start)
+        if match is None:
+            raise self.expected("a value")
+        self.at = match.end()
+        try:
+            return _Given(name, at, split(match.group()), match.group())
+        except ValueError as error:
+            self.at = start + error.args[0] if isinstance(error.args[0], int) else start
+            raise self.expected("a value without spaces, or in quotes") from None
+
+    def skip(self) -> None:
+        match = _SPACE.match(self.text, self.at)
+        self.at = match.end() if match is not None else self.at
+
+    def name(self, what: str) -> str:
+        match = _NAME.match(self.text, self.at)
+        if match is None:
+            raise self.expected(what)
+        self.at = match.end()
+        return match.group()
+
+    def take(self, mark: str) -> bool:
+        if not self.text.startswith(mark, self.at):
+            return False
+        self.at += len(mark)
+        return True
+
+    def expect(self, mark: str, what: str) -> None:
+        if not self.take(mark):
+            raise self.expected(what)
+
+    def expected(self, what: str) -> _SyntaxProblem:
+        rest = self.text[self.at : self.at + 1]
+        found = repr(printable(rest)) if rest else "the end of the text"
+        return _SyntaxProblem(f"expected {what}, found {found}", self.at)
+
+    def make(self, item: _Item) -> Pass | None:
+        """Return the pass that `item` spells, or None after noting what is wrong with it."""
+        if item.name not in self.registry:
+            problem = unknown_pass(self.registry, item.name)
+            self.problem(problem.what, item.at, hint=problem.hint)
+            return None
+        cls = self.registry.get(item.name)
+        before = len(self.problems)
+        values = self.values(cls, item)
+        if len(self.problems) > before:
+            return None
+        made = cls(**values)
+        places = {g.name: g.at for g in item.given}
+        for p in made.validate():
+            at = places.get(p.where or "", item.at)
+            self.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
+        return made
+
+    def values(self, cls: type[Pass], item: _Item) -> dict[str, Any]:
+        known, values = options(cls), {}
+        for given in item.given:
+            option = known.get(given.name)
+            if option is None:
+                hint = nearest(given.name, known) or f"options: {', '.join(known) or 'none'}"
+                self.problem(f"{item.name} has no option {given.name!r}", given.at, hint=hint)
+            elif option.field in values:
+                self.problem(f"option {given.name!r} is given twice", given.at)
+            else:
+                values[option.field] = self.value(option, given)
+        for option in known.values():
+            if option.required and option.field not in values:
+                self.problem(
+                    f"{item.name} needs the option {option.name!r}",
+                    item.at,
+                    expected=describe(option.type),
+                    hint=f"{item.name}{{{option.name}=…}}",
+                )
+        return values
+
+    def value(self, option: Option, given: _Given) -> Any:
+        try:
+            value = read(option.type, given.pieces or _SET)
+            if given.pieces or value is True:
+                return value
+        except ValueError:
+            pass
+        self.problem(
+            f"option {given.name!r} has a value of another type",
+            given.at,
+            expected=describe(option.type),
+            found=printable(given.text),
+            hint=nearest(given.text, choices(option.type)),
+        )
+        return None
