@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.problems import Problems, describe, quoted
-from moecc.errors import InputError
+from moecc.errors import InputError, Problem
 
 MAX_DEPTH = 64
-_MAX_DIGITS = 400
+MAX_VALUES = 1 << 20
+_MAX_DIGITS = 4300  # more than Python reads
+# Finding places takes a hundred times as long as parsing.
+_LOCATED_CHARACTERS = 1 << 20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 
 
@@ -40,12 +44,17 @@ def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
     return value
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes | bytearray, where: str, *, max_values: int = MAX_VALUES) -> Any:
     """Parse strict JSON in UTF-8, at most MAX_DEPTH levels deep.
 
     Raises:
-      InputError: the first syntax error, or else every duplicate key and non-finite number.
+      InputError: the first syntax error, or else every duplicate key and non-finite number; or
+        more than about `max_values` values, whose objects would fill the memory.
     """
+    values = sum(data.count(mark) for mark in (b"{", b"[", b","))
+    if values > max_values:
+        expected, found = f"at most about {max_values:,}", f"{values:,}"
+        raise InputError("too many JSON values", where=where, expected=expected, found=found)
     text = _decode(data, where)
     hooks = _Hooks()
     try:
@@ -60,40 +69,53 @@ def parse_json(data: bytes, where: str) -> Any:
         raise InputError(f"not JSON: {error.msg}", where=place) from None
     except RecursionError:
         raise _too_deep(where) from None
-    except ValueError:  # the only one left: an integer of thousands of digits
-        hooks.suspicious = True
+    except ValueError:  # the only one left: Python refuses to read so long an integer
+        hooks.faults.append("a number has thousands of digits")
         value = None
-    if hooks.suspicious:
-        _report(text, where)
+    if hooks.faults:
+        _report(text, where, hooks.faults)
     if _deeper_than(value, MAX_DEPTH):
         raise _too_deep(where)
     return value
 
 
 class _Hooks:
-    """Notices duplicate keys and non-finite numbers while the C parser runs."""
+    """Notices duplicate keys and unusable numbers while the C parser runs."""
 
     def __init__(self) -> None:
-        self.suspicious = False
+        self.faults: list[str] = []
 
     def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            self.suspicious = True
+            counts = Counter(key for key, _ in pairs)
+            self.faults += [_twice(key) for key, count in counts.items() if count > 1]
         return made
 
     def number(self, digits: str) -> float:
         value = float(digits)
         if math.isinf(value):
-            self.suspicious = True
+            self.faults.append(_not_finite(digits))
         return value
 
     def constant(self, name: str) -> float:
-        self.suspicious = True
+        self.faults.append(_no_number(name))
         return float(name)
 
 
-def _decode(data: bytes, where: str) -> str:
+def _twice(key: str) -> str:
+    return f"the key {quoted(key)} appears twice in one object"
+
+
+def _not_finite(digits: str) -> str:
+    return f"the number {describe(digits)} is not finite"
+
+
+def _no_number(name: str) -> str:
+    return f"{name} is not a JSON number"
+
+
+def _decode(data: bytes | bytearray, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -106,9 +128,12 @@ def _decode(data: bytes, where: str) -> str:
         ) from None
 
 
-def _report(text: str, where: str) -> None:
-    """Raise every duplicate key and unusable number of a text, with its place."""
+def _report(text: str, where: str, faults: list[str]) -> None:
+    """Raise every duplicate key and unusable number, with its place unless the text is long."""
     problems = Problems()
+    if len(text) > _LOCATED_CHARACTERS:
+        problems.extend(Problem(fault, where) for fault in faults)
+        problems.raise_if_any()
     line, counted = 1, 0
     for position, what in _oddities(text):
         line += text.count("\n", counted, position)
@@ -133,7 +158,7 @@ def _oddities(text: str) -> Iterator[tuple[int, str]]:
             if keys is not None and previous in ("{", ","):
                 key = json.loads(token, strict=False)
                 if key in keys:
-                    yield match.start(), f"the key {quoted(key)} appears twice in one object"
+                    yield match.start(), _twice(key)
                 keys.add(key)
         elif token not in ",:" and (fault := _number_fault(token)):
             yield match.start(), fault
@@ -142,12 +167,12 @@ def _oddities(text: str) -> Iterator[tuple[int, str]]:
 
 def _number_fault(token: str) -> str | None:
     if token in ("NaN", "Infinity", "-Infinity"):
-        return f"{token} is not a JSON number"
+        return _no_number(token)
     if token in ("true", "false", "null"):
         return None
     if token.lstrip("-").isdigit():
         return f"a number of {len(token):,} digits" if len(token) > _MAX_DIGITS else None
-    return f"the number {describe(token)} is not finite" if math.isinf(float(token)) else None
+    return _not_finite(token) if math.isinf(float(token)) else None
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

@@ -28,6 +28,7 @@ from moecc.ir.dtypes import DTYPES
 MANIFEST_NAME = "moecc_manifest.json"
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 256 << 20
+_MAX_VALUES = 1 << 22
 _SEAL = b',\n"seal": "'
 _TAIL = b'"\n}\n'
 
@@ -150,7 +151,7 @@ def load(folder: Path) -> Manifest:
     if seal(content) != data:
         what = "the manifest was changed after it was written: its seal does not fit its content"
         raise CheckError(what, where=str(path), hint="fetch the file again")
-    return _Reader(parse_json(data, str(path)), str(path)).manifest()
+    return _Reader(parse_json(data, str(path), max_values=_MAX_VALUES), str(path)).manifest()
 
 
 def seal(content: bytes) -> bytes:

@@ -30,9 +30,9 @@ MAX_NAME_CHARACTERS = 1024
 MAX_RANK = 64
 MAX_SIZE = (1 << 63) - 1
 _LENGTH_BYTES = 8
-# A header without an entry for each KiB is no header but a way to make a reader work.
-_FREE_HEADER_BYTES = 16 << 20
-_HEADER_BYTES_PER_TENSOR = 1 << 10
+# What goes beyond this for each tensor is no header, but a way to make a reader work.
+_FREE_HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 16 << 20, 512
+_FREE_VALUES, _VALUES_PER_TENSOR = 1 << 20, 16
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _SUB_BYTE = {"F4", "F6_E2M3", "F6_E3M2"}
 _LONGEST_DTYPE = 20
@@ -85,7 +85,7 @@ def _collector_paused() -> Iterator[None]:
         gc.enable()
 
 
-def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytes:
+def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytearray:
     head = bytearray(min(SNIFFED_BYTES, size_bytes))
     read_into(descriptor, memoryview(head), 0, path)
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
@@ -93,7 +93,7 @@ def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytes:
         raise _not_safetensors(path, bytes(head), *fault)
     raw = bytearray(length)
     read_into(descriptor, memoryview(raw), _LENGTH_BYTES, path)
-    return bytes(raw)
+    return raw
 
 
 def _length_fault(length: int, head: bytes, size_bytes: int) -> tuple[str, str, str] | None:
@@ -127,7 +127,7 @@ def _not_safetensors(path: Path, head: bytes, what: str, expected: str, found: s
     )
 
 
-def _parse(raw: bytes, path: Path) -> dict[str, Any]:
+def _parse(raw: bytearray, path: Path) -> dict[str, Any]:
     tensors = raw.count(b'"data_offsets"')
     if tensors > MAX_TENSORS:
         raise InputError(
@@ -142,7 +142,8 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
             where=str(path),
             found=f"{len(raw):,} bytes for {tensors:,} tensors",
         )
-    entries = parse_json(raw, f"{path} (header)")
+    max_values = _FREE_VALUES + _VALUES_PER_TENSOR * tensors
+    entries = parse_json(raw, f"{path} (header)", max_values=max_values)
     assert isinstance(entries, dict)  # it begins with a brace
     return entries
 

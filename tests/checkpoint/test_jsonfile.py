@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.checkpoint.jsonfile import MAX_DEPTH, parse_json, read_json_object
+from moecc.checkpoint.jsonfile import MAX_DEPTH, MAX_VALUES, parse_json, read_json_object
 from moecc.errors import InputError
 
 JSON = st.recursive(
@@ -96,3 +96,23 @@ def test_a_file_is_bounded_and_must_be_an_object(tmp_path):
     file.write_text("[1, 2]")
     with pytest.raises(InputError, match="a list of 2 values"):
         read_json_object(file, limit_bytes=100)
+
+
+def test_a_long_text_is_refused_without_places_but_quickly():
+    text = b'{"a": 1, "x": "' + b"x" * (8 << 20) + b'", "b": NaN, "c": 1e999, "a": 2}'
+    started = time.process_time()
+    with pytest.raises(InputError) as caught:
+        parse_json(text, "x")
+    assert time.process_time() - started < 1
+    assert [str(problem).split("\n")[0] for problem in caught.value.problems] == [
+        "x: NaN is not a JSON number",
+        'x: the number "1e999" is not finite',
+        "x: the key 'a' appears twice in one object",
+    ]
+
+
+@pytest.mark.parametrize("value", ["{}", "1", "[]"])
+def test_values_that_would_fill_the_memory_are_refused(value):
+    text = "[" + ",".join([value] * (MAX_VALUES + 1)) + "]"
+    with pytest.raises(InputError, match="too many JSON values"):
+        parse_json(text.encode(), "x")

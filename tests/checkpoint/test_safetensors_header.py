@@ -279,6 +279,11 @@ def test_a_hundred_thousand_tensors_are_read_in_seconds(tmp_path, write_raw):
             + b"}",
             "too many tensors",
         ),
+        (lambda: b'{"a":[' + b"{}," * (4 << 20) + b"{}]}", "too many JSON values"),
+        (
+            lambda: b"{" + b",".join([b'"a":{"data_offsets":[0,8]}'] * 200_000) + b"}",
+            "'a' appears twice",
+        ),
         (lambda: b'{"a":{"dtype":"' + b"F" * (8 << 20) + b'"}}', "wrong fields"),
         (lambda: b'{"' + b"\\u202e" * (2 << 20) + b'":1}', "not an object"),
         (
@@ -288,7 +293,7 @@ def test_a_hundred_thousand_tensors_are_read_in_seconds(tmp_path, write_raw):
             "shape is not usable",
         ),
     ],
-    ids=["deep", "long", "many", "long-dtype", "long-name", "long-shape"],
+    ids=["deep", "long", "many", "values", "same", "long-dtype", "long-name", "long-shape"],
 )  # fmt: skip
 def test_headers_made_to_cost_time_are_refused_quickly(tmp_path, write_raw, make, what):
     file = write_raw(tmp_path / "x.safetensors", make(), bytes(8))
