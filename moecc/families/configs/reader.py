@@ -74,7 +74,8 @@ class Reader:
         """Note that the value at `key` cannot be used."""
         self.bad.add(key)
         found = shown(self.data[key]) if key in self.data else "nothing"
-        self.problems.append(Problem(what, f"{self.where}: {key}", expected, found, hint))
+        where = f"{self.where}: {printable(key, 60)}"
+        self.problems.append(Problem(what, where, expected, found, hint))
 
     def conflict(self, keys: tuple[str, ...], what: str, *, hint: str | None = None) -> None:
         """Note that several keys contradict one another."""

@@ -1,0 +1,155 @@
+"""transformers reads what `to_json` writes with the values that the config holds.
+
+Runs where transformers is installed beside the tests, and in every interpreter that the environment
+variable MOECC_PARITY_PYTHON lists (separated as in PATH), say one with version 4 and one with 5.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.families.configs import (
+    CONFIGS,
+    DecoderConfig,
+    MoeConfig,
+    attention_factor,
+    parse_config,
+    rotary_frequencies,
+)
+
+pytestmark = pytest.mark.parity
+PROBE = Path(__file__).parent / "effective_values.py"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def interpreters() -> list[str]:
+    listed = [path for path in os.environ.get("MOECC_PARITY_PYTHON", "").split(os.pathsep) if path]
+    beside = [sys.executable] if importlib.util.find_spec("transformers") else []
+    return [*listed, *beside]
+
+
+VARIANTS: list[dict[str, Any]] = [
+    *({"model_type": name} for name in CONFIGS),
+    *({"model_type": name, "rope_theta": 5e5, "num_hidden_layers": 3} for name in CONFIGS),
+    *({"model_type": name, "rope_scaling": YARN, "rope_theta": 777.0} for name in CONFIGS),
+    *({"model_type": name, "dtype": "bfloat16", "tie_word_embeddings": True} for name in CONFIGS),
+    {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3}},
+    {
+        "model_type": "llama",
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2},
+        "max_position_embeddings": 50,
+    },
+    {
+        "model_type": "mixtral",
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8,
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    {
+        "model_type": "qwen3",
+        "rope_scaling": {
+            **YARN,
+            "beta_fast": 8,
+            "beta_slow": 0.5,
+            "truncate": False,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.2,
+        },
+    },
+    {"model_type": "qwen2", "rope_scaling": {**YARN, "attention_factor": 1.25}},
+    {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 64},
+    {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": None},
+    {"model_type": "mixtral", "sliding_window": 77, "num_local_experts": 5, "head_dim": 96},
+    {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 30,
+    },
+    {
+        "model_type": "qwen3",
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    {"model_type": "qwen3_moe", "use_sliding_window": True, "attention_bias": True},
+    {"model_type": "qwen3_moe", "num_local_experts": 16, "decoder_sparse_step": 2},
+    {"model_type": "qwen3_moe", "num_experts": 16, "mlp_only_layers": [0, 5], "head_dim": 128},
+    {"model_type": "qwen2_moe", "num_experts": 7, "qkv_bias": False, "norm_topk_prob": True},
+    {
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 2,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "sliding_attention"],
+    },
+]
+
+
+@pytest.mark.skipif(not interpreters(), reason="transformers is not installed")
+@pytest.mark.parametrize("python", interpreters())
+def test_transformers_takes_the_values_that_the_config_holds(python: str) -> None:
+    configs = [parse_config(variant) for variant in VARIANTS]
+    for config, found in zip(configs, ask(python, [c.to_json() for c in configs]), strict=True):
+        assert found == {**expected(config), **close(config, found)}
+
+
+@pytest.mark.skipif(not interpreters(), reason="transformers is not installed")
+@pytest.mark.parametrize("python", interpreters())
+def test_defaults_are_those_of_the_classes(python: str) -> None:
+    names = list(CONFIGS)
+    for name, found in zip(names, ask(python, [{"model_type": n} for n in names]), strict=True):
+        config = parse_config({"model_type": name})
+        assert found == {**expected(config), **close(config, found)}
+
+
+def ask(python: str, stated: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [python, str(PROBE)], input=json.dumps(stated), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def expected(config: DecoderConfig) -> dict[str, Any]:
+    names = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        *("rms_norm_eps", "hidden_act", "tie_word_embeddings", "head_dim", "dtype"),
+        *("qkv_bias", "output_bias", "mlp_bias"),
+    )
+    values: dict[str, Any] = {name: getattr(config, name) for name in names}
+    values["sliding_windows"] = list(config.sliding_windows)
+    values |= {"theta": config.rope.theta, "rope_type": config.rope.type}
+    if isinstance(config, MoeConfig):
+        values["num_experts"] = config.num_experts
+        values["experts_per_token"] = config.experts_per_token
+        values["sparse_layers"] = list(config.sparse_layers)
+    return values
+
+
+def close(config: DecoderConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary table that was found, if it is ours up to float32's rounding."""
+    if config.rope.type == "default":
+        return {}
+    length = config.max_position_embeddings
+    ours = rotary_frequencies(
+        config.rope, config.head_dim, max_position_embeddings=length, length=100
+    )
+    assert found["frequencies"] == pytest.approx(ours, rel=2e-6)
+    assert found["attention_factor"] == pytest.approx(attention_factor(config.rope), rel=1e-12)
+    return {key: found[key] for key in ("frequencies", "attention_factor")}

@@ -1,0 +1,285 @@
+"""Configs that are refused: each with its key, what was expected and a way out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.errors import InputError, MachineError
+from moecc.families.configs import (
+    CONFIGS,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    parse_config,
+    read_config,
+)
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+MOE: dict[str, Any] = {"num_experts_per_tok": 2}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+def small(family: str, **keys: Any) -> dict[str, Any]:
+    experts = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
+    moe = {experts.get(family, "num_experts"): 4, **MOE} if CONFIGS[family] in MOE_CLASSES else {}
+    return {"model_type": family, **SMALL, **moe, **keys}
+
+
+MOE_CLASSES = {MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig}
+
+
+def refusal(data: Any) -> InputError:
+    with pytest.raises(InputError) as caught:
+        parse_config(data)
+    return caught.value
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "negative size": (small("llama", hidden_size=-1), "hidden_size", "found: -1"),
+    "zero layers": (small("llama", num_hidden_layers=0), "num_hidden_layers", "found: 0"),
+    "absurd layers": (small("llama", num_hidden_layers=10**9), "num_hidden_layers", "10,000"),
+    "huge number": (small("llama", vocab_size=10**6000), "vocab_size", "bits"),
+    "text for a size": (small("llama", vocab_size="40"), "vocab_size", "the text '40'"),
+    "fraction for a size": (small("llama", vocab_size=40.0), "vocab_size", "found: 40.0"),
+    "truth for a size": (small("llama", vocab_size=True), "vocab_size", "found: true"),
+    "null for a size": (small("llama", hidden_size=None), "hidden_size", "found: null"),
+    "number for a truth": (small("llama", tie_word_embeddings=1), "tie_word_embeddings", "true or"),
+    "not a number": (small("llama", rms_norm_eps=math.nan), "rms_norm_eps", "finite"),
+    "overflowing": (small("llama", rope_theta=10**400), "rope_theta", "finite"),
+    "negative eps": (small("llama", rms_norm_eps=-1e-5), "rms_norm_eps", "at least 0"),
+    "undivided": (small("llama", hidden_size=18), "head_dim", "not a multiple of 4 heads"),
+    "undivided llama": (small("llama", hidden_size=18, head_dim=4), "hidden_size", "a mistral"),
+    "kv heads": (small("llama", num_key_value_heads=3), "num_key_value_heads", "divisor of 4"),
+    "more kv heads": (small("llama", num_key_value_heads=8), "num_key_value_heads", "divisor"),
+    "odd head_dim": (small("llama", head_dim=5), "head_dim", "even"),
+    "activation": (small("llama", hidden_act="sillu"), "hidden_act", "did you mean 'silu'?"),
+    "dtype": (small("llama", dtype="float8_e4m3fn"), "dtype", "one of bfloat16"),
+    "two dtypes": (small("llama", dtype="float16", torch_dtype="float32"), "dtype", "twice"),
+    "padding": (small("llama", pad_token_id=40), "pad_token_id", "outside the vocabulary"),
+    "token id": (small("llama", bos_token_id="<s>"), "bos_token_id", "not a token id"),
+    "quantised": (
+        small("llama", quantization_config={"quant_method": "gptq"}),
+        "quantization_config",
+        "dequantise first",
+    ),
+    "remote code": (small("llama", auto_map={"AutoModel": "m.M"}), "auto_map", "never runs"),
+    "another head": (
+        small("llama", architectures=["LlamaForSequenceClassification"]),
+        "architectures",
+        "LlamaForCausalLM",
+    ),
+    "two thetas": (
+        small("llama", rope_theta=1e4, rope_parameters={"rope_theta": 5e5}),
+        "rope_theta / rope_parameters",
+        "10000.0 in rope_theta, 500000.0 in rope_parameters",
+    ),
+    "two scalings": (
+        small("llama", rope_scaling=YARN, rope_parameters={"rope_type": "linear", "factor": 4}),
+        "rope_scaling / rope_parameters",
+        "differ",
+    ),
+    "no scaling and one": (
+        small("llama", rope_theta=1e4, rope_scaling=None, rope_parameters=YARN),
+        "rope_scaling / rope_parameters",
+        "says none",
+    ),
+    "rope type": (
+        small("llama", rope_scaling={"rope_type": "longrope", "factor": 2}),
+        "rope_type",
+        "one of default, dynamic, linear, llama3, yarn",
+    ),
+    "rope types": (
+        small("llama", rope_scaling={"rope_type": "linear", "type": "dynamic", "factor": 2}),
+        "rope_type / type",
+        "named twice",
+    ),
+    "rope key": (
+        small("llama", rope_scaling={"rope_type": "linear", "factor": 2, "facter": 2}),
+        "facter",
+        "did you mean 'factor'?",
+    ),
+    "no factor": (small("llama", rope_scaling={"type": "linear"}), "factor", "found: nothing"),
+    "rope by layer": (
+        small("qwen3", rope_parameters={"full_attention": {"rope_type": "default"}}),
+        "full_attention",
+        "per layer type",
+    ),
+    "llama3 bands": (
+        small("llama", rope_scaling={**LLAMA3, "high_freq_factor": 1.0}),
+        "rope_theta",
+        "above low_freq_factor",
+    ),
+    "llama3 length": (
+        small("llama", rope_scaling={**LLAMA3, "original_max_position_embeddings": None}),
+        "original_max_position_embeddings",
+        "llama3 needs it",
+    ),
+    "length outside": (
+        small("llama", rope_scaling=YARN, original_max_position_embeddings=32),
+        "original_max_position_embeddings",
+        "disagree",
+    ),
+    "partial rotary": (
+        small("llama", partial_rotary_factor=0.5),
+        "partial_rotary_factor",
+        "part of each head",
+    ),
+    "dynamic of two": (
+        small("llama", head_dim=2, rope_scaling={"type": "dynamic", "factor": 2}),
+        "head_dim",
+        "exponent",
+    ),
+    "window in llama": (small("llama", sliding_window=8), "sliding_window", "no such key"),
+    "window of none": (small("mistral", sliding_window=0), "sliding_window", "found: 0"),
+    "layer types": (
+        small("mistral", layer_types=["full_attention"] * 4),
+        "layer_types",
+        "same attention in every layer",
+    ),
+    "layer types short": (small("qwen2", layer_types=["full_attention"]), "layer_types", "1 ent"),
+    "layer types unknown": (
+        small("qwen2", layer_types=["chunked_attention"] * 4),
+        "layer_types",
+        "unknown kind",
+    ),
+    "sliding without window": (
+        small("qwen3", layer_types=["sliding_attention"] * 4),
+        "layer_types",
+        "without a window",
+    ),
+    "experts of a llama": (small("llama", num_local_experts=8), "num_local_experts", "no such"),
+    "two numbers of experts": (
+        small("qwen3_moe", num_experts=8, num_local_experts=4),
+        "num_experts / num_local_experts",
+        "num_experts = 8, num_local_experts = 4",
+    ),
+    "experts by another name": (
+        {"model_type": "qwen2_moe", **SMALL, **MOE, "num_local_experts": 4},
+        "num_local_experts",
+        "rename the key to num_experts",
+    ),
+    "mixtral by another name": (
+        {"model_type": "mixtral", **SMALL, **MOE, "num_experts": 4},
+        "num_experts",
+        "rename the key to num_local_experts",
+    ),
+    "no experts": (small("qwen3_moe", num_experts=0), "num_experts", "found: 0"),
+    "too many a token": (
+        small("mixtral", num_experts_per_tok=5),
+        "num_experts_per_tok",
+        "1 to 4",
+    ),
+    "step of none": (small("qwen3_moe", decoder_sparse_step=0), "decoder_sparse_step", "found: 0"),
+    "layer beyond": (small("qwen3_moe", mlp_only_layers=[4]), "mlp_only_layers", "0 to 3"),
+    "layers as text": (small("qwen3_moe", mlp_only_layers="0"), "mlp_only_layers", "not a list"),
+    "shared expert": (
+        small("qwen3_moe", shared_expert_intermediate_size=8),
+        "shared_expert_intermediate_size",
+        "no such key",
+    ),
+    "no shared expert": (
+        small("qwen2_moe", shared_expert_intermediate_size=0),
+        "shared_expert_intermediate_size",
+        "found: 0",
+    ),
+    "unnormalised mixtral": (small("mixtral", norm_topk_prob=False), "norm_topk_prob", "always"),
+    "wide qwen2_moe": (small("qwen2_moe", head_dim=6), "head_dim", "heads x head_dim = 16"),
+    "null head_dim": (small("qwen3", head_dim=None), "head_dim", "found: null"),
+    "null kv heads": (small("qwen3_moe", num_key_value_heads=None), "num_key_value_heads", "null"),
+    "deep": (small("llama", remark=eval("[" * 40 + "]" * 40)), "remark", "nested more than"),
+    "not JSON": (small("llama", remark={"a": [math.inf]}), "remark", "not a JSON value"),
+    "softcap": (small("llama", final_logit_softcapping=30.0), "final_logit_softcapping", "no such"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_key_and_reason(case: str) -> None:
+    data, key, reason = REFUSED[case]
+    error = refusal(data)
+    assert error.exit_code == 1
+    assert len(error.problems) == 1, error
+    assert str(error.problems[0].where).startswith("config.json: ")
+    assert key in str(error.problems[0].where)
+    assert reason in str(error)
+
+
+def test_all_problems_at_once_and_nothing_that_follows_from_them() -> None:
+    error = refusal(
+        small(
+            "qwen3_moe",
+            hidden_size="wide",
+            num_attention_heads=-4,
+            hidden_act="sillu",
+            rope_scaling={"rope_type": "yarm", "factor": -1},
+            quantization_config={},
+            num_experts=8,
+            num_local_experts=4,
+            num_experts_per_tok=9,
+            clip_qkv=5.0,
+        )
+    )
+    assert {str(problem.where).removeprefix("config.json: ") for problem in error.problems} == {
+        "hidden_size",
+        "num_attention_heads",
+        "hidden_act",
+        "rope_scaling: rope_type",
+        "quantization_config",
+        "num_experts / num_local_experts",
+        "clip_qkv",
+    }
+
+
+def test_unknown_families_are_named_with_the_nearest() -> None:
+    assert "did you mean 'mixtral'?" in str(refusal({"model_type": "mixtrel"}))
+    assert "one of llama, mistral, mixtral" in str(refusal({"model_type": "bert"}))
+    hint = "architectures says Qwen3ForCausalLM: model_type 'qwen3'"
+    assert hint in str(refusal({"architectures": ["Qwen3ForCausalLM"]}))
+    assert "the text" in str(refusal({"model_type": "x" * 10_000}))
+    for wrong in (None, [], "llama", 3, {"model_type": ["llama"]}, {"model_type": None}):
+        assert refusal(wrong).exit_code == 1
+
+
+def test_foreign_names_are_printed_escaped() -> None:
+    assert "\x1b" not in str(refusal(small("llama", hidden_act="\x1b[31mred")))
+    assert "\x1b" not in str(refusal(small("llama", rope_scaling={"\x1b[31m": 1})))
+
+
+def test_reading_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        read_config(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(small("llama")))
+    assert read_config(tmp_path) == parse_config(small("llama"))
+    path.write_text('{"model_type": "llama", "vocab_size": 0}')
+    with pytest.raises(InputError, match="vocab_size") as caught:
+        read_config(tmp_path)
+    assert str(path) in str(caught.value)
+    path.write_text('{"model_type": "llama", "model_type": "qwen2"}')
+    with pytest.raises(InputError, match="twice"):
+        read_config(tmp_path)
+
+
+def test_reading_fails_as_a_machine_s_fault_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("config.json")
+    with pytest.raises((InputError, MachineError)):
+        read_config(tmp_path)
