@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MachineError.exit_code
     except OSError as error:
         return _os_error(error)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a bug of ours
+    except Exception as error:
         return _bug(error)
 
 

@@ -1,0 +1,112 @@
+"""``moecc verify``: a model against its manifest, or against the model that it was made from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moecc.cli.console import Format
+from moecc.cli.options import FormatOption, InputsOption, ModelArgument, WeightsOption
+
+if TYPE_CHECKING:
+    from moecc.verification import Verdict
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @app.command(
+        "verify",
+        epilog="Examples: moecc verify smollm2-8x; moecc verify smollm2-8x --against smollm2",
+    )
+    def verify(
+        model: ModelArgument,
+        against: Annotated[
+            str | None,
+            typer.Option("--against", metavar="SOURCE", help="Compare logits with this model."),
+        ] = None,
+        inputs: InputsOption = None,
+        tolerance: Annotated[
+            float, typer.Option("--tolerance", help="Bound on max |Δlogit| / max |logit|.")
+        ] = 1e-5,
+        weights: WeightsOption = None,
+        format: FormatOption = Format.human,
+    ) -> None:
+        """Check MODEL: every tensor against the manifest, or with --against its logits.
+
+        Both models run in float32; the weights of SOURCE are first rounded to the type of MODEL's.
+        Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
+        """
+        if against is None:
+            _against_manifest(model, format)
+        else:
+            _against_source(model, against, inputs, tolerance, weights, format)
+
+
+def _against_manifest(model: str, format: Format) -> None:
+    from pathlib import Path
+
+    from moecc.checkpoint.manifest import check_manifest
+    from moecc.checkpoint.records import load
+    from moecc.cli.console import report
+    from moecc.errors import InputError
+
+    folder = Path(model)
+    if not folder.is_dir():
+        raise InputError(
+            "a manifest lies in a folder", where=model, hint="or give --against SOURCE"
+        )
+    check_manifest(folder)
+    manifest = load(folder)
+    data = {"model": model, "tensors": len(manifest.tensors), "passed": True}
+    report(
+        "verify-manifest", data,
+        lambda: f"{len(manifest.tensors)} tensors are those of the manifest", format,
+    )  # fmt: skip
+
+
+def _against_source(
+    model: str,
+    against: str,
+    inputs: str | None,
+    tolerance: float,
+    weights: str | None,
+    format: Format,
+) -> None:
+    from moecc.cli.console import report
+    from moecc.cli.files import read_tokens
+    from moecc.errors import CheckError, UsageError
+    from moecc.models import open_model
+    from moecc.verification import compare, vocabulary
+
+    if not tolerance >= 0:
+        raise UsageError("a tolerance is not negative", found=str(tolerance))
+    with open_model(model, weights=weights) as checked, open_model(against) as source:
+        tokens = None if inputs is None else read_tokens(inputs, vocabulary(source))
+        verdict = compare(checked, source, tokens=tokens, tolerance=tolerance)
+    report("verify", verdict.to_json(), lambda: verdict_text(verdict), format)
+    if not verdict.passed:
+        raise CheckError(
+            "the logits differ by more than the tolerance", where=model,
+            expected=f"at most {tolerance:g}", found=f"{verdict.difference.max_relative:.2e}",
+        )  # fmt: skip
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Return a verdict for people."""
+    found, (batch, seq) = verdict.difference, verdict.tokens
+    rows = [
+        f"{verdict.model} against {verdict.source}",
+        f"  {batch} x {seq} tokens, float32, the source's weights rounded to {verdict.dtype}",
+        f"  max |Δlogit| / max |logit|  {found.max_relative:.2e} (at most {verdict.tolerance:g})",
+        f"  KL divergence               {found.kl_nats:.2e} nats a token",
+        f"  top-1 agreement             {found.top1_agreement:.2%}",
+    ]
+    if verdict.rounding is not None:
+        rounding = verdict.rounding
+        rows.append(
+            f"  rounding the source to {verdict.dtype} alone changes {rounding.max_relative:.2e}, "
+            f"KL {rounding.kl_nats:.2e}, top-1 {rounding.top1_agreement:.2%}"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,43 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moecc.cli.console import Format
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A Hugging Face folder, a .gguf file, or preset:NAME.",
+        show_default=False,
+    ),
+]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder, a .gguf file, or a .moe graph that names its checkpoint.",
+        show_default=False,
+    ),
+]
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="For people, or one JSON object on stdout.")
+]
+
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", metavar="FOLDER", help="For a .moe file: the checkpoint, instead of its own."
+    ),
+]
+
+InputsOption = Annotated[
+    str | None,
+    typer.Option("--inputs", metavar="FILE.npy", help="Token ids, [batch, seq] or [seq]."),
+]

@@ -1,0 +1,149 @@
+"""Continuing a text, token by token, greedily or with a seeded temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecc.backend import Backend, get_backend
+from moecc.errors import InputError, MachineError
+from moecc.ir.dtypes import F32, DType
+from moecc.models import Model
+from moecc.verification import vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Array = np.ndarray[Any, Any]
+
+BUCKET = 32
+"""Lengths are rounded up to a multiple of this, so that few shapes are compiled."""
+
+
+class Kept(Mapping[str, Array]):
+    """Parameters that are made once and then kept, for a model that runs many times."""
+
+    def __init__(self, params: Mapping[str, Array]) -> None:
+        self._params = params
+        self._made: dict[str, Array] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._made:
+            self._made[name] = self._params[name]
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def load_tokenizer(model: Model) -> Tokenizer:
+    """Return the tokenizer that lies beside the weights of `model`.
+
+    Raises:
+      InputError: there is no ``tokenizer.json``.
+      MachineError: the extra ``tokenizers`` is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise MachineError(
+            "text needs the tokenizers library", hint="pip install 'moecc[tokenizers]'"
+        ) from None
+    companions = {} if model.checkpoint is None else model.checkpoint.companions()
+    found = companions.get("tokenizer.json")
+    if found is None:
+        raise InputError(
+            "no tokenizer.json beside the weights", where=model.name,
+            hint="moecc run takes token ids instead of text",
+        )  # fmt: skip
+    text = found.read_text("utf-8") if isinstance(found, Path) else found.decode()
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exceptions for what it cannot read
+        raise InputError(f"the tokenizer cannot be read: {error}", where=model.name) from None
+
+
+def continue_tokens(
+    model: Model,
+    tokens: list[int],
+    count: int,
+    *,
+    dtype: DType = F32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    backend: Backend | None = None,
+    stop: frozenset[int] = frozenset(),
+) -> Iterator[int]:
+    """Yield up to `count` tokens that follow `tokens`, ending before one of `stop`.
+
+    The whole sequence runs again for each token: simple, and the same graph that is exported.
+
+    Args:
+      model: the model.
+      tokens: the prompt, not empty.
+      count: the most tokens to add.
+      dtype: the type to compute in.
+      temperature: 0 takes the likeliest token, and more draws one.
+      seed: of the draws.
+      backend: the backend; xla by default.
+      stop: tokens that end the text.
+    """
+    program = (backend or get_backend("xla")).compile(model.graph, dtype=dtype)
+    params = Kept(model.params(dtype=dtype))
+    rng = np.random.default_rng(seed)
+    line = list(tokens)
+    for _ in range(count):
+        # Padding stands behind the text, where no token of a causal model sees it.
+        width = -(-len(line) // BUCKET) * BUCKET
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(line)] = line
+        logits = program.run(params, {"tokens": padded})["logits"][0, len(line) - 1]
+        token = _choose(logits, temperature, rng)
+        if token in stop:
+            return
+        line.append(token)
+        yield token
+
+
+def _choose(logits: Array, temperature: float, rng: np.random.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    share = np.exp(scaled - scaled.max())
+    return int(rng.choice(len(share), p=share / share.sum()))
+
+
+def generate(
+    model: Model, prompt: str, count: int, *, dtype: DType = F32, temperature: float = 0.0,
+    seed: int = 0,
+) -> str:  # fmt: skip
+    """Return the text with which `model` continues `prompt`.
+
+    Raises:
+      InputError: the prompt has no tokens, or a token that the model does not know.
+    """
+    tokenizer = load_tokenizer(model)
+    tokens = tokenizer.encode(prompt).ids
+    if not tokens:
+        raise InputError("the prompt has no tokens", hint="give some text to continue")
+    if max(tokens) >= vocabulary(model):
+        raise InputError("the tokenizer has tokens that the model does not know", where=model.name)
+    added = continue_tokens(
+        model, tokens, count, dtype=dtype, temperature=temperature, seed=seed,
+        stop=end_tokens(model),
+    )  # fmt: skip
+    return str(tokenizer.decode(list(added)))
+
+
+def end_tokens(model: Model) -> frozenset[int]:
+    """Return the ids that end a text, as the model's config says."""
+    config = {} if model.checkpoint is None else model.checkpoint.config
+    ends = config.get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [ends]
+    return frozenset(i for i in ids if isinstance(i, int))

@@ -1,0 +1,34 @@
+"""Published models by name: their configs, from which a graph is built without any weights."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from moecc.errors import UsageError, nearest
+
+PREFIX = "preset:"
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets."""
+    found = (f.name for f in files(__name__).iterdir() if f.name.endswith(".json"))
+    return sorted(name.removesuffix(".json") for name in found)
+
+
+def preset_config(name: str) -> dict[str, Any]:
+    """Return the config.json of a published model.
+
+    Args:
+      name: its name, with or without ``preset:``.
+
+    Raises:
+      UsageError: there is no such preset.
+    """
+    name = name.removeprefix(PREFIX)
+    if name not in preset_names():
+        hint = nearest(name, preset_names()) or f"presets: {', '.join(preset_names())}"
+        raise UsageError(f"unknown preset {name!r}", hint=hint)
+    config: dict[str, Any] = json.loads((files(__name__) / f"{name}.json").read_text())
+    return config
