@@ -149,6 +149,8 @@ def test_a_wrong_start_is_named(tmp_path, content, what):
         # offsets
         ({"a": entry(offsets=(0, 8)), "b": entry(offsets=(4, 12))}, 12, ["'a' and 'b' overlap"]),
         ({"b": entry(offsets=(0, 8)), "a": entry(offsets=(0, 8))}, 8, ["'b' and 'a' overlap"]),
+        ({"a": entry(shape=(6,), offsets=(0, 24)), "b": entry(offsets=(8, 16)),
+          "c": entry(offsets=(16, 24))}, 24, ["'a' and 'b' overlap", "'a' and 'c' overlap"]),
         ({"a": entry(offsets=(0, 8)), "b": entry(offsets=(12, 20))}, 20,
          ["a hole between the end of 'a' and the data of 'b'\n  found: bytes 8-12"]),
         ({"a": entry(offsets=(4, 12))}, 12, ["hole between the end of the header and"]),
