@@ -1,0 +1,289 @@
+"""A bounded reader of GGUF headers: nothing in the file is believed before it is checked.
+
+The format is a preamble (magic, version, two counts), metadata, one entry a tensor, padding, and
+the data (docs/gguf.md of the ggml project is its specification).  The usual Python reader hangs
+on a crafted file of 49 bytes and lets tensors overlap.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NoReturn
+
+from moecc.checkpoint.files import Identity, open_regular
+from moecc.checkpoint.gguf_cursor import Cursor
+from moecc.checkpoint.gguf_metadata import Value, read_metadata
+from moecc.checkpoint.gguf_storage import STORAGES, Storage, storage_label
+from moecc.checkpoint.problems import Problems, describe, quoted
+from moecc.checkpoint.safetensors import MAX_SIZE, name_fault
+from moecc.errors import InputError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_TENSORS = 1 << 15
+MAX_RANK = 4
+DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 16
+_PREAMBLE_BYTES = 4 + 4 + 8 + 8
+_LEAST_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+_U32 = struct.Struct("<I")
+_OLDER = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as GGUF has it.
+
+    Attributes:
+      name: its name in GGUF.
+      storage: how its elements are stored.
+      shape: its sizes, outermost first.
+      offset: where its first byte lies in the file.
+      nbytes: its size in the file, in bytes.
+    """
+
+    name: str
+    storage: Storage
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """A checked header.
+
+    Attributes:
+      path: the file.
+      version: the version of the format.
+      metadata: keys and values, in the order of the file.
+      tensors: what the file holds, by GGUF's names.
+      identity: the state of the file when its header was read.
+    """
+
+    path: Path
+    version: int
+    metadata: dict[str, Value]
+    tensors: dict[str, StoredTensor]
+    identity: Identity
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read and check the header of a GGUF file; no tensor data is read.
+
+    Raises:
+      InputError: with all problems of the header.
+      MachineError: the file cannot be read.
+    """
+    descriptor, identity = open_regular(path)
+    try:
+        return _Check(Cursor(descriptor, path, identity.size_bytes), identity).header()
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the header says of a tensor, before it is checked."""
+
+    name: str
+    dimensions: tuple[int, ...]
+    code: int
+    offset: int
+
+
+class _Check:
+    """One pass over a header, which collects every problem."""
+
+    def __init__(self, cursor: Cursor, identity: Identity) -> None:
+        self.cursor = cursor
+        self.path = cursor.path
+        self.identity = identity
+        self.problems = Problems()
+        self.unread: dict[int, list[str]] = {}
+
+    def header(self) -> GgufHeader:
+        """Return the checked header, or raise all its problems."""
+        version = self._preamble()
+        try:
+            tensor_count, key_count = self.cursor.length(), self.cursor.length()
+            metadata = read_metadata(self.cursor, key_count, self.identity, self.problems)
+            self._refuse_part(metadata)
+            entries = self._entries(tensor_count)
+        except InputError as error:
+            self._give_up(error)
+        data_start = self._data_start(metadata)
+        tensors = self._tensors(entries, data_start)
+        self._report_unread()
+        self._layout(list(tensors.values()), data_start)
+        self.problems.raise_if_any()
+        return GgufHeader(self.path, version, metadata, tensors, self.identity)
+
+    def _give_up(self, error: InputError) -> NoReturn:
+        self.problems.extend(error.problems)
+        raise InputError(self.problems.listed()) from None
+
+    def _preamble(self) -> int:
+        cursor = self.cursor
+        cursor.reading = "the preamble"
+        cursor.require(_PREAMBLE_BYTES)
+        magic = _U32.pack(cursor.number(_U32))
+        if magic != MAGIC:
+            older = _OLDER.get(magic)
+            found = f"the older {older} format" if older else f"the bytes {magic!r}"
+            hint = "convert the original model with a current llama.cpp" if older else None
+            raise cursor.error("this is not a GGUF file", expected="GGUF", found=found, hint=hint)
+        version = int(cursor.number(_U32))
+        if version in VERSIONS:
+            return version
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        big_endian = swapped in VERSIONS
+        raise cursor.error(
+            "the file is big-endian" if big_endian else "this version of GGUF is not read",
+            expected="little-endian GGUF" if big_endian else "version 2 or 3",
+            found=f"version {swapped}, big-endian" if big_endian else f"version {version}",
+            hint="convert it: gguf-convert-endian FILE little, of the gguf package"
+            if big_endian
+            else "convert the original model again, with a current llama.cpp",
+        )
+
+    def _refuse_part(self, metadata: dict[str, Value]) -> None:
+        parts = metadata.get("split.count", 0)
+        if not isinstance(parts, int) or parts <= 1:
+            return
+        number = metadata.get("split.no", 0)
+        found = f"part {number + 1} of {parts}" if isinstance(number, int) else f"{parts} parts"
+        raise InputError(
+            "this file is one part of a split model",
+            where=str(self.path),
+            expected="the whole model in one file",
+            found=found,
+            hint="join the parts: llama-gguf-split --merge FIRST_PART WHOLE",
+        )
+
+    def _entries(self, count: int) -> list[_Entry]:
+        cursor = self.cursor
+        cursor.reading = "the list of tensors"
+        if count > MAX_TENSORS or count * _LEAST_TENSOR_BYTES > cursor.left_bytes:
+            limit = min(MAX_TENSORS, cursor.left_bytes // _LEAST_TENSOR_BYTES)
+            expected = f"at most {limit:,} in a file of {cursor.size_bytes:,} bytes"
+            raise cursor.error("too many tensors", expected=expected, found=f"{count:,}")
+        if not count:
+            self.problems.add("the file has no tensors", where=str(self.path))
+        return [self._entry(index, count) for index in range(count)]
+
+    def _entry(self, index: int, count: int) -> _Entry:
+        cursor = self.cursor
+        cursor.reading = f"tensor {index + 1:,} of {count:,}"
+        name = cursor.text()
+        cursor.reading = f"tensor '{name}'"
+        rank = cursor.number(_U32)
+        if not 1 <= rank <= MAX_RANK:
+            # A rank that is wrong says nothing of where the next entry begins.
+            raise cursor.error("wrong number of axes", expected="1 to 4", found=f"{rank:,}")
+        dimensions = tuple(cursor.length() for _ in range(rank))
+        return _Entry(name, dimensions, cursor.number(_U32), cursor.length())
+
+    def _data_start(self, metadata: dict[str, Value]) -> int:
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        whole = type(alignment) is int and 1 <= alignment <= MAX_ALIGNMENT
+        if not isinstance(alignment, int) or not whole or alignment & (alignment - 1):
+            self.problems.add(
+                "the alignment of the data is not usable",
+                where=f"{self.path}, metadata key 'general.alignment'",
+                expected=f"a power of two up to {MAX_ALIGNMENT:,}",
+                found=describe(alignment) if isinstance(alignment, int | str) else "another type",
+            )
+            alignment = 1
+        self.alignment = alignment
+        return -(-self.cursor.offset // alignment) * alignment
+
+    def _tensors(self, entries: list[_Entry], data_start: int) -> dict[str, StoredTensor]:
+        tensors: dict[str, StoredTensor] = {}
+        for entry in entries:
+            if fault := name_fault(entry.name):
+                self._add(entry, fault, None, describe(entry.name))
+            if entry.name in tensors:
+                self._add(entry, "two tensors have this name", None, "a second entry")
+            tensor = self._tensor(entry, data_start)
+            if tensor is not None:
+                tensors[entry.name] = tensor
+        return tensors
+
+    def _tensor(self, entry: _Entry, data_start: int) -> StoredTensor | None:
+        storage = STORAGES.get(entry.code)
+        if storage is None:
+            self.unread.setdefault(entry.code, []).append(entry.name)
+        shape = self._shape(entry, storage)
+        if entry.offset % self.alignment or entry.offset > MAX_SIZE:
+            expected = f"a multiple of {self.alignment}, below 2^63"
+            self._add(entry, "the offset is not usable", expected, f"{entry.offset:,}")
+        elif storage is not None and shape is not None:
+            nbytes = prod(shape) // storage.block * storage.block_bytes
+            return StoredTensor(entry.name, storage, shape, data_start + entry.offset, nbytes)
+        return None
+
+    def _shape(self, entry: _Entry, storage: Storage | None) -> tuple[int, ...] | None:
+        sizes = entry.dimensions
+        found = f"{list(sizes)}, innermost first"
+        if min(sizes) < 1 or prod(sizes) > MAX_SIZE:
+            expected = "sizes of at least 1, with a product below 2^63"
+            self._add(entry, "the shape is not usable", expected, found)
+            return None
+        if storage is not None and sizes[0] % storage.block:
+            expected = (
+                f"rows of a multiple of {storage.block} elements, the block of {storage.name}"
+            )
+            self._add(entry, "the rows are not whole blocks", expected, found)
+            return None
+        if storage is not None and storage.is_quantised and len(sizes) == 1:
+            expected = "a vector in F32, F16 or BF16"
+            self._add(entry, "a vector is quantised", expected, storage.name)
+            return None
+        return sizes[::-1]
+
+    def _report_unread(self) -> None:
+        for code, names in self.unread.items():
+            self.problems.add(
+                "moecc does not read this type of storage",
+                where=f"{self.path}, {len(names):,} tensors, the first {quoted(names[0])}",
+                expected=f"one of {', '.join(storage.name for storage in STORAGES.values())}",
+                found=storage_label(code),
+                hint="take the same model in Q8_0, BF16 or F16",
+            )
+
+    def _layout(self, tensors: list[StoredTensor], data_start: int) -> None:
+        """Check that the data of each tensor lies in the file, and apart from the others'."""
+        size = self.identity.size_bytes
+        reach: StoredTensor | None = None
+        for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if reach is not None and tensor.offset < _end(reach):
+                what = f"the data of {quoted(reach.name)} and {quoted(tensor.name)} overlap"
+                spans = f"{reach.offset:,}-{_end(reach):,} and {tensor.offset:,}-{_end(tensor):,}"
+                self.problems.add(what, where=str(self.path), found=f"bytes {spans}")
+            if reach is None or _end(tensor) > _end(reach):
+                reach = tensor
+        if reach is None or _end(reach) <= size:
+            return
+        beyond = [tensor for tensor in tensors if _end(tensor) > size]
+        first = min(beyond, key=lambda tensor: tensor.offset)
+        self.problems.add(
+            f"the data of {len(beyond):,} tensors, the first of them {quoted(first.name)}, "
+            "end beyond the end of the file",
+            where=str(self.path),
+            expected=f"a file of {_end(reach):,} bytes",
+            found=f"{size:,} bytes",
+            hint="the download may be incomplete; fetch the file again",
+        )
+
+    def _add(self, entry: _Entry, what: str, expected: str | None, found: str) -> None:
+        where = f"{self.path}, tensor {quoted(entry.name)}"
+        self.problems.add(what, where=where, expected=expected, found=found)
+
+
+def _end(tensor: StoredTensor) -> int:
+    return tensor.offset + tensor.nbytes
