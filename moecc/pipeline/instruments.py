@@ -1,0 +1,176 @@
+"""Instruments: what to show of a pipeline while it runs.
+
+All but `DumpFolder` write to a stream that they are given, which is never standard output: that
+carries the artefact and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import unified_diff
+from pathlib import Path
+from typing import TextIO
+
+from moecc.errors import MachineError
+from moecc.ir.graph import Graph
+from moecc.ir.printer import print_graph
+from moecc.pipeline.runner import Instrument, PassRun, Report
+from moecc.pipeline.text import Pipeline
+
+
+@dataclass
+class PrintAfter(Instrument):
+    """Prints the graph after passes; what it prints parses.
+
+    Attributes:
+      which: ``all``, ``changed`` (passes that changed the graph), or names of passes.
+      stream: where to.
+    """
+
+    which: str | frozenset[str]
+    stream: TextIO
+
+    def after(self, run: PassRun, graph: Graph) -> None:
+        """Print the graph if it is wanted after this pass."""
+        if self.which == "changed":
+            wanted = run.result.changed
+        else:
+            wanted = self.which == "all" or run.item.name in self.which
+        if wanted:
+            self.stream.write(f"# after pass {run.title}\n{print_graph(graph)}")
+
+
+class DiffAfter(Instrument):
+    """Prints what each pass changed, as a unified diff of the text."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.before: list[str] = []
+        self.title = "input"
+
+    def start(self, graph: Graph, pipeline: Pipeline) -> None:
+        """Keep the text of the input."""
+        self.before = print_graph(graph).splitlines(keepends=True)
+
+    def after(self, run: PassRun, graph: Graph) -> None:
+        """Print the difference to the text before, and keep this one."""
+        text = print_graph(graph).splitlines(keepends=True)
+        self.stream.writelines(unified_diff(self.before, text, self.title, run.title))
+        self.before, self.title = text, run.title
+
+
+_DUMPED = re.compile(r"\d{3}_[a-z0-9-]+\.moe\Z")
+_MARK = "# moecc dump: "
+
+
+class DumpFolder(Instrument):
+    """Writes ``000_input.moe``, ``001_canonicalize.moe`` … into a folder.
+
+    Of an earlier run it deletes what it recognises, by name and first line, and nothing else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, graph: Graph, pipeline: Pipeline) -> None:
+        """Make the folder, clear it of an earlier run, and write the input.
+
+        Raises:
+          MachineError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if _DUMPED.match(path.name) and path.is_file() and _is_marked(path):
+                    path.unlink()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+        self.write("000_input.moe", f"input of {pipeline}", graph)
+
+    def after(self, run: PassRun, graph: Graph) -> None:
+        """Write the graph after a pass."""
+        self.write(f"{run.number:03}_{run.item.name}.moe", f"after pass {run.title}", graph)
+
+    def write(self, name: str, title: str, graph: Graph) -> None:
+        """Write one file."""
+        try:
+            text = f"{_MARK}{title}\n{print_graph(graph)}"
+            (self.folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(self.folder / name, error) from None
+
+
+def _is_marked(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_MARK)) == _MARK.encode()
+
+
+def _unwritable(path: Path, error: OSError) -> MachineError:
+    return MachineError(f"cannot be written: {error.strerror or error}", where=str(path))
+
+
+@dataclass
+class Timing(Instrument):
+    """Prints the time of each pass and of the verifier after it."""
+
+    stream: TextIO
+
+    def finish(self, report: Report) -> None:
+        """Print the table."""
+        total = sum(r.seconds + r.verify_seconds for r in report.runs)
+        rows = [("pass", "seconds", "verify", "share")]
+        for run in report.runs:
+            both = run.seconds + run.verify_seconds
+            share = f"{both / total:.0%}" if total else "-"
+            rows.append((run.title, f"{run.seconds:.4f}", f"{run.verify_seconds:.4f}", share))
+        rows.append(("total", f"{total:.4f}", "", ""))
+        self.stream.writelines(_table(rows))
+
+
+@dataclass
+class Statistics(Instrument):
+    """Prints what each pass counted, and its rules: hits, attempts and time."""
+
+    stream: TextIO
+
+    def finish(self, report: Report) -> None:
+        """Print a table for each pass."""
+        for run in report.runs:
+            result = run.result
+            state = "changed" if result.changed else "unchanged"
+            self.stream.write(f"pass {run.title}: {state}, {result.matched} matched\n")
+            counts = [n for n in result.stats if n not in result.rules]
+            rows = [(name, str(result.stats[name])) for name in counts]
+            self.stream.writelines(_table(rows))
+            rules = [
+                (name, f"{s.hits} hits", f"{s.attempts} attempts", f"{s.seconds * 1e3:.2f} ms")
+                for name, s in result.rules.items()
+                if s.attempts
+            ]
+            self.stream.writelines(_table(rules))
+
+
+@dataclass
+class Remarks(Instrument):
+    """Prints the remarks of each pass, and what nearly matched."""
+
+    stream: TextIO
+
+    def after(self, run: PassRun, graph: Graph) -> None:
+        """Print the remarks of this pass."""
+        for remark in run.remarks:
+            self.stream.write(f"remark: {run.item.name}: {remark}\n")
+        for miss in run.result.near_misses:
+            self.stream.write(f"missed: {run.item.name}: {miss}\n")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a table: the first column to the left, the others to the right."""
+    if not rows:
+        return
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for first, *others in rows:
+        cells = [c.rjust(w) for c, w in zip(others, widths[1:], strict=True)]
+        yield "  ".join(["  " + first.ljust(widths[0]), *cells]).rstrip() + "\n"

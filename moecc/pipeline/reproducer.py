@@ -1,0 +1,73 @@
+"""What happens when a pass crashes: the input, the pipeline and the seed are written to a file."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import ClassVar
+
+from moecc.errors import MoeccError
+from moecc.ir.graph import Graph
+from moecc.ir.printer import print_graph
+
+
+class PassCrash(MoeccError):
+    """A pass raised what no pass should: a bug, in the pass or in moecc."""
+
+    exit_code: ClassVar[int] = 70
+
+
+class Reproducer:
+    """Turns an unexpected exception inside it into a `PassCrash`, and keeps what led to it.
+
+    The text of the graph is taken when this is made, before any pass changes it.
+
+    Attributes:
+      current: the pass that is running, as messages call it.
+    """
+
+    def __init__(self, graph: Graph, pipeline: str, seed: int, folder: Path | None) -> None:
+        self.text = print_graph(graph) if folder is not None else ""
+        self.name = graph.name
+        self.pipeline = pipeline
+        self.seed = seed
+        self.folder = folder
+        self.current = ""
+
+    def __enter__(self) -> Reproducer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # What a user or the machine causes has messages of its own.
+        if not isinstance(error, Exception) or isinstance(error, MoeccError | MemoryError):
+            return
+        hint = None
+        if self.folder is not None:
+            hint = f"the input, the pipeline and the seed are in {self.write(error)}"
+        raise PassCrash(
+            f"the pass {self.current} crashed: {type(error).__name__}: {error}", hint=hint
+        ) from error
+
+    def write(self, error: Exception) -> Path:
+        """Write the reproducer and return its path; no existing file is overwritten."""
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while (path := self.folder / f"moecc-crash-{number}.moe").exists():
+            number += 1
+        path.write_text(self.content(error, path), encoding="utf-8")
+        return path
+
+    def content(self, error: Exception, path: Path) -> str:
+        """Return the text of the reproducer: a graph, after comments that say what happened."""
+        said = "".join(traceback.format_exception(error)).splitlines()
+        head = [
+            f"moecc reproducer: {self.current} crashed",
+            f"pipeline: {self.pipeline}",
+            f"seed: {self.seed}",
+            f"moecc opt {path.name} -p '{self.pipeline}' --seed {self.seed}",
+            "",
+            *said,
+        ]
+        comments = "\n".join(f"# {line}".rstrip() for line in head)
+        return f"{comments}\n{self.text}"

@@ -1,0 +1,214 @@
+"""Running a pipeline: every pass in order, the verifier after each, instruments watching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from moecc.collector import collector_paused
+from moecc.errors import CheckError, InputError, Problem, UsageError
+from moecc.ir.graph import Graph
+from moecc.ir.verify import VerifyError, verify
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
+from moecc.pipeline.reproducer import Reproducer
+from moecc.pipeline.text import Pipeline, format_pass
+
+MAX_NEAR_MISSES = 5
+"""How many near misses the error of a pass that matched nothing shows."""
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """One pass of a pipeline, run.
+
+    Attributes:
+      number: its position, from 1.
+      item: the pass.
+      result: what it says that it did.
+      remarks: its remarks, each once.
+      seconds: its time.
+      verify_seconds: the time of the verifier after it.
+    """
+
+    number: int
+    item: Pass
+    result: PassResult
+    remarks: tuple[Remark, ...]
+    seconds: float
+    verify_seconds: float
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.number} {format_pass(self.item)}"
+
+    @property
+    def preserves(self) -> Preserves:
+        """What it did to the function of this graph."""
+        return self.result.preserves or self.item.preserves
+
+
+@dataclass(frozen=True)
+class Report:
+    """A pipeline, run."""
+
+    runs: tuple[PassRun, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Whether any pass changed the graph."""
+        return any(r.result.changed for r in self.runs)
+
+    @property
+    def preserves(self) -> Preserves:
+        """What the passes together did to the function; those that changed nothing don't count."""
+        return weakest(r.preserves for r in self.runs if r.result.changed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        total = self.preserves
+        return {
+            "changed": self.changed,
+            "preserves": _promise_dict(total),
+            "passes": [_run_dict(run) for run in self.runs],
+        }
+
+
+def _promise_dict(promise: Preserves) -> dict[str, Any]:
+    return {
+        "kind": promise.kind,
+        "reason": promise.reason,
+        "predicted_error": promise.predicted_error,
+    }
+
+
+def _run_dict(run: PassRun) -> dict[str, Any]:
+    result = run.result
+    return {
+        "pass": format_pass(run.item),
+        "changed": result.changed,
+        "matched": result.matched,
+        "preserves": _promise_dict(run.preserves),
+        "statistics": result.stats,
+        "remarks": [{"where": r.where, "text": r.text} for r in run.remarks],
+        "near_misses": [
+            {"rule": m.rule, "where": m.where, "reason": m.reason} for m in result.near_misses
+        ],
+        "seconds": run.seconds,
+        "verify_seconds": run.verify_seconds,
+    }
+
+
+class Instrument:
+    """Watches a pipeline run; does nothing by itself."""
+
+    def start(self, graph: Graph, pipeline: Pipeline) -> None:
+        """See the graph before the first pass."""
+
+    def after(self, run: PassRun, graph: Graph) -> None:
+        """See the graph after a pass, verified."""
+
+    def finish(self, report: Report) -> None:
+        """See what all passes did."""
+
+
+def run_pipeline(
+    graph: Graph,
+    pipeline: Pipeline,
+    *,
+    context: Context | None = None,
+    instruments: Sequence[Instrument] = (),
+    crash_folder: Path | None = None,
+) -> Report:
+    """Run `pipeline` on `graph`, in place, and say what each pass did.
+
+    Args:
+      graph: changed in place; after an error it may be half changed.
+      pipeline: the passes.
+      context: the seed, and what else passes are given.
+      instruments: told before the first pass, after each, and at the end.
+      crash_folder: where a reproducer is written if a pass crashes; None writes none.
+
+    Raises:
+      UsageError: options contradict themselves; all problems at once.
+      InputError: the graph is not valid, or a pass that must match matched nothing.
+      CheckError: a pass left a graph that is not valid.
+      PassCrash: a pass raised something else.
+    """
+    context = Context() if context is None else context
+    problems = [p for item in pipeline for p in _named(item)]
+    if problems:
+        raise UsageError(problems)
+    verify(graph)
+    for instrument in instruments:
+        instrument.start(graph, pipeline)
+    runs: list[PassRun] = []
+    with (
+        collector_paused(),
+        Reproducer(graph, str(pipeline), context.seed, crash_folder) as reproducer,
+    ):
+        for number, item in enumerate(pipeline, 1):
+            reproducer.current = f"{number}, {item.name},"
+            run = run_pass(graph, item, context, number)
+            runs.append(run)
+            for instrument in instruments:
+                instrument.after(run, graph)
+    report = Report(tuple(runs))
+    for instrument in instruments:
+        instrument.finish(report)
+    return report
+
+
+def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> PassRun:
+    """Run one pass on `graph`, in place, and verify what it leaves.
+
+    Raises:
+      InputError: it must match and matched nothing.
+      CheckError: it left a graph that is not valid.
+    """
+    told: list[Remark] = []
+
+    def remark(said: Remark) -> None:
+        told.append(said)
+        context.remark(said)
+
+    start = perf_counter()
+    result = item.apply(graph, replace(context, remark=remark))
+    middle = perf_counter()
+    try:
+        verify(graph)
+    except VerifyError as error:
+        raise CheckError(
+            replace(p, where=f"after pass {number}, {item.name}: {p.where or 'the graph'}")
+            for p in error.problems
+        ) from None
+    end = perf_counter()
+    if item.must_match and not result.matched and not context.allow_unmatched:
+        raise InputError([_unmatched(item, result)])
+    remarks = tuple(dict.fromkeys([*told, *result.remarks]))
+    return PassRun(number, item, result, remarks, middle - start, end - middle)
+
+
+def _named(item: Pass) -> list[Problem]:
+    return [
+        replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
+        for p in item.validate()
+    ]
+
+
+def _unmatched(item: Pass, result: PassResult) -> Problem:
+    misses = sorted(result.near_misses, key=lambda m: -m.score)[:MAX_NEAR_MISSES]
+    left = len(result.near_misses) - len(misses)
+    lines = [f"\n    {m.where}: {m.reason}" for m in misses]
+    if left:
+        lines.append(f"\n    and {left} more")
+    found = f"what came nearest:{''.join(lines)}" if misses else "nothing like it"
+    return Problem(
+        "matched nothing, and must match",
+        item.name,
+        found=found,
+        hint="--allow-unmatched lets the pipeline go on without it",
+    )
