@@ -1,1 +1,72 @@
-"""Model families: a config, a graph, and the names of its tensors."""
+"""Model families: typed configs, their graphs, reading checkpoints, and writing other families.
+
+Everything here is imported on first use, so that the command line starts quickly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moecc.checkpoint.source import Checkpoint
+    from moecc.families.configs import DecoderConfig
+    from moecc.ir.dtypes import DType
+    from moecc.ir.graph import Graph
+
+    FAMILIES: Mapping[str, type[DecoderConfig]]
+
+
+def build(
+    config: DecoderConfig, dtype_of: Callable[[str], DType] | None = None, checkpoint: str = ""
+) -> Graph:
+    """Return the graph of `config`, from tokens to logits.
+
+    Args:
+      config: a typed config of any family.
+      dtype_of: the element type of each tensor on disk, by name; float32 where it is not given.
+      checkpoint: where the weights lie.
+    """
+    from moecc.families.decoder import build_decoder
+
+    return build_decoder(config, dtype_of, checkpoint)
+
+
+def import_checkpoint(checkpoint: Checkpoint) -> Graph:
+    """Return the graph of an opened checkpoint, all of whose tensors fit its config.
+
+    Raises:
+      InputError: the config or the tensors are faulty; all problems at once.
+    """
+    from moecc.families.importing import import_checkpoint
+
+    return import_checkpoint(checkpoint)
+
+
+def rebuild(attrs: Mapping[str, Any], shrink: bool = True) -> Graph:
+    """Return the graph whose attributes are `attrs`, unrewritten and with float32 weights.
+
+    Args:
+      attrs: the attributes of a graph that a family built.
+      shrink: whether to make its sizes small; layers, experts and top-k stay.
+
+    Raises:
+      InputError: the attributes hold no config.
+    """
+    from moecc.families.configs import parse_config
+    from moecc.families.decoder import build_decoder
+    from moecc.families.shrinking import shrink_config
+
+    config = parse_config(attrs.get("config", {}), "attr config")
+    return build_decoder(shrink_config(config) if shrink else config)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FAMILIES":
+        from moecc.families.configs import CONFIGS
+
+        return CONFIGS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["FAMILIES", "build", "import_checkpoint", "rebuild"]

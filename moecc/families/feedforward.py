@@ -1,0 +1,114 @@
+"""Feed-forward blocks: dense, and as a mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moecc.families.configs import DecoderConfig, MoeConfig
+from moecc.families.parameters import Parameters
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Value
+from moecc.ir.moe import emit_routing, emit_shared_gate
+
+ACTIVATION_OPS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+"""From a config's activation to the operation."""
+
+Matrix = Callable[[str], Value]
+Bias = Callable[[str], Value | None]
+
+
+def gated(builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias) -> Value:
+    """Emit ``down(act(gate(x)) · up(x))``; `matrix` and `bias` give the parameters by name.
+
+    The same operations serve a dense block and the experts, whose matrices and rows have an
+    expert axis more.
+    """
+
+    def linear(value: Value, name: str, over: str) -> Value:
+        y: Value = builder.contract(value, matrix(name), over=over, name=name)
+        shift = bias(name)
+        return y if shift is None else builder.add(y, shift)
+
+    gate = builder.node(ACTIVATION_OPS[act], linear(x, "gate", "embed")).result
+    hidden = builder.mul(gate, linear(x, "up", "embed"))
+    return linear(hidden, "down", "mlp")
+
+
+def feed_forward(
+    builder: Builder, x: Value, layer: int, config: DecoderConfig, params: Parameters
+) -> Value:
+    """Emit the feed-forward block of one layer on the normalised `x`, ``[batch, seq, embed]``."""
+    prefix = params.names.layer.format(layer=layer)
+    if isinstance(config, MoeConfig) and config.sparse_layers[layer]:
+        return _sparse(builder, x, prefix, config, params)
+    return _dense(builder, x, prefix + params.names.dense, config.intermediate_size, config, params)
+
+
+def _dense(
+    builder: Builder,
+    x: Value,
+    prefix: str,
+    width: int,
+    config: DecoderConfig,
+    params: Parameters,
+) -> Value:
+    axes = _axes(config.hidden_size, width)
+
+    def matrix(name: str) -> Value:
+        return params.plain(f"{prefix}{name}_proj.weight", builder.loc, **axes[name])
+
+    def bias(name: str) -> Value | None:
+        if not config.mlp_bias:
+            return None
+        out = next(iter(axes[name]))
+        return params.plain(f"{prefix}{name}_proj.bias", builder.loc, **{out: axes[name][out]})
+
+    return gated(builder, x, config.hidden_act, matrix, bias)
+
+
+def _axes(embed: int, mlp: int) -> dict[str, dict[str, int]]:
+    """Return the axes of the three matrices on disk: outputs first, as PyTorch keeps them."""
+    inward, back = {"mlp": mlp, "embed": embed}, {"embed": embed, "mlp": mlp}
+    return {"gate": inward, "up": inward, "down": back}
+
+
+def _sparse(
+    builder: Builder, x: Value, prefix: str, config: MoeConfig, params: Parameters
+) -> Value:
+    embed, experts = config.hidden_size, config.num_experts
+    rows, finish = emit_routing(
+        builder,
+        x,
+        params.router(prefix, builder.loc, expert=experts, embed=embed),
+        experts=experts,
+        top_k=config.experts_per_token,
+        gates="renormalised" if config.norm_topk_prob else "softmax",
+        tokens=("batch", "seq"),
+    )
+    axes = _axes(embed, config.expert_intermediate_size)
+
+    def expert(name: str) -> Value:
+        return params.expert(prefix, name, builder.loc, axes[name], experts)
+
+    out = finish(
+        gated(
+            builder,
+            rows,
+            config.hidden_act,
+            expert,
+            lambda name: None,
+        )
+    )
+    if config.shared_expert_intermediate_size is None:
+        return out
+    width = config.shared_expert_intermediate_size
+    shared_prefix = prefix + params.names.sparse + params.names.shared
+    shared = _dense(builder, x, shared_prefix, width, config, params)
+    gate = params.shared_gate(prefix, builder.loc, embed=embed)
+    both: Value = builder.add(out, emit_shared_gate(builder, x, gate, shared))
+    return both

@@ -1,0 +1,288 @@
+"""From an opened checkpoint to its graph, once every tensor has been held against the config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from moecc.checkpoint.source import Checkpoint, TensorInfo
+from moecc.errors import InputError, Problem, nearest, printable
+from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
+from moecc.families.decoder import build_decoder
+from moecc.families.names import FUSED_GATE_UP, names_of
+from moecc.ir.dtypes import F32, DType
+from moecc.ir.graph import Graph
+from moecc.ir.types import TensorType
+from moecc.weights.expr import sources
+
+MOST_PER_KIND = 20
+"""How many problems of one kind are listed one by one."""
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+_EXPERT = re.compile(r"(model\.layers\.\d{1,6}\.\w+\.experts\.)\d{1,6}(\.\w+\.weight)")
+_BUFFER = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z", re.DOTALL)
+_BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}
+_BLOCK_ROWS = 4096
+
+
+def import_checkpoint(checkpoint: Checkpoint) -> Graph:
+    """Return the graph of `checkpoint`, whose parameters read its tensors.
+
+    Names, shapes and element types are all checked against the config before any weight is read;
+    the only weights ever read here are those of an output matrix beside tied embeddings, to see
+    whether the two are one.
+
+    Raises:
+      InputError: the config is faulty, or the tensors do not fit it; all problems at once.
+      MachineError: the system cannot read a file.
+    """
+    config = parse_config(checkpoint.config, _config_place(checkpoint))
+    tensors = checkpoint.tensors
+    _check_magnitude(config, tensors, str(checkpoint.path))
+
+    def dtype_of(name: str) -> DType:
+        return tensors[name].dtype if name in tensors else F32
+
+    layout = _layout(config, tensors)
+    problems = list(_mixed_stacks(config, layout, tensors))
+    # Experts of several types cannot be stacked, and the other problems are still to be found.
+    types = None if problems else dtype_of
+    graph = build_decoder(config, types, str(checkpoint.path), layout=layout)
+    weights = (value.weight for value in graph.params.values() if value.weight is not None)
+    expected = {source.name: source.type for weight in weights for source in sources(weight)}
+    problems.extend(_problems(config, expected, tensors))
+    if problems:
+        place = str(checkpoint.path)
+        raise InputError(
+            Problem(
+                p.what, f"{place}: {p.where}" if p.where else place, p.expected, p.found, p.hint
+            )
+            for p in problems
+        )
+    if config.tie_word_embeddings and names_of(config.model_type).head in tensors:
+        _check_tied_head(config, checkpoint)
+    return graph
+
+
+def _config_place(checkpoint: Checkpoint) -> str:
+    folder = checkpoint.format == "safetensors"
+    return str(checkpoint.path / "config.json") if folder else str(checkpoint.path)
+
+
+def _layout(config: DecoderConfig, tensors: Mapping[str, TensorInfo]) -> str:
+    sparse = isinstance(config, MoeConfig)
+    fused = sparse and any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors)
+    return "fused" if fused else "experts"
+
+
+def _check_magnitude(config: DecoderConfig, tensors: Mapping[str, TensorInfo], place: str) -> None:
+    """Refuse a config that speaks of far more tensors than there are, before building its graph."""
+    blocks = config.num_hidden_layers
+    if isinstance(config, MoeConfig) and _layout(config, tensors) == "experts":
+        blocks += sum(config.sparse_layers) * config.num_experts
+    if blocks <= len(tensors) + 100:
+        return
+    layers = {int(m.group(1)) for m in map(_LAYER.match, tensors) if m}
+    raise InputError(
+        "config.json and the tensors cannot belong together",
+        where=place,
+        expected=f"{config.num_hidden_layers} layers, with experts {blocks} blocks",
+        found=f"{len(tensors)} tensors, in {len(layers)} layers",
+        hint="check num_hidden_layers and the number of experts",
+    )
+
+
+def _mixed_stacks(
+    config: DecoderConfig, layout: str, tensors: Mapping[str, TensorInfo]
+) -> Iterator[Problem]:
+    """Yield the matrices whose experts are of several element types."""
+    if not isinstance(config, MoeConfig) or layout != "experts":
+        return
+    found: dict[str, dict[str, str]] = {}
+    for name, info in tensors.items():
+        match = _EXPERT.fullmatch(name)
+        if match is not None:
+            found.setdefault(f"{match[1]}*{match[2]}", {})[str(info.dtype)] = name
+    for names, types in found.items():
+        if len(types) > 1:
+            shown = ", ".join(f"{dtype} ({name})" for dtype, name in types.items())
+            what = "the experts of a layer have several element types"
+            yield Problem(what, names, "one", shown, "convert the checkpoint to one type first")
+
+
+def _problems(
+    config: DecoderConfig, expected: Mapping[str, TensorType], tensors: Mapping[str, TensorInfo]
+) -> Iterator[Problem]:
+    head = names_of(config.model_type).head
+    allowed = {head} if config.tie_word_embeddings else set()
+    missing = [name for name in expected if name not in tensors]
+    extra = [
+        name
+        for name in tensors
+        if name not in expected and name not in allowed and not _BUFFER.match(name)
+    ]
+    prefix = _common_prefix(missing, extra, head)
+    if prefix is not None:
+        yield prefix
+        missing, extra = [name for name in missing if name == head], []
+    yield from _missing(missing, extra, expected, head)
+    yield from _extra(extra, missing, config)
+    yield from _capped(_unfit(expected, tensors), "tensors do not fit")
+
+
+def _common_prefix(missing: list[str], extra: list[str], head: str) -> Problem | None:
+    """Return a problem that explains all others: the names of a model without its head."""
+    bare = {name.removeprefix("model.") for name in missing if name != head}
+    if len(bare) < 2 or not bare <= set(extra):
+        return None
+    return Problem(
+        "the tensors are those of a base model: their names lack 'model.'",
+        expected=sorted(n for n in missing if n != head)[0],
+        found=printable(min(bare)),
+        hint="load it with transformers as a causal language model and save it again",
+    )
+
+
+def _missing(
+    missing: list[str], extra: list[str], expected: Mapping[str, TensorType], head: str
+) -> Iterator[Problem]:
+    whole, single = _whole_layers(missing, expected)
+    if whole:
+        layers = _ranges(whole)
+        hint = "num_hidden_layers in config.json, or an incomplete download?"
+        yield Problem(f"no tensor of the layers {layers}", "config.json", hint=hint)
+    if head in single:
+        single.remove(head)
+        yield Problem(
+            "there is no output matrix, and config.json does not tie it to the embedding",
+            head,
+            str(expected[head]),
+            hint='set "tie_word_embeddings": true if the model ties them',
+        )
+    # The search for a similar name takes time with each pair of names, so it is bounded.
+    candidates = extra[:200]
+    found = (
+        Problem("this tensor is missing", name, str(expected[name]), hint=nearest(name, candidates))
+        for name in single
+    )
+    yield from _capped(found, "tensors are missing")
+
+
+def _whole_layers(missing: Iterable[str], expected: Iterable[str]) -> tuple[list[int], list[str]]:
+    """Return the layers of which everything is missing, and the other names."""
+    absent = list(missing)
+    gone = set(absent)
+    present = {_layer_of(name) for name in expected if name not in gone}
+    whole = {layer for name in absent if (layer := _layer_of(name)) not in present} - {None}
+    layers = sorted(layer for layer in whole if layer is not None)
+    return layers, [name for name in absent if _layer_of(name) not in whole]
+
+
+def _layer_of(name: str) -> int | None:
+    match = _LAYER.match(name)
+    return int(match.group(1)) if match else None
+
+
+def _extra(extra: list[str], missing: list[str], config: DecoderConfig) -> Iterator[Problem]:
+    beyond = {
+        layer
+        for name in extra
+        if (layer := _layer_of(name)) is not None and layer >= config.num_hidden_layers
+    }
+    if beyond:
+        yield Problem(
+            f"there are tensors of the layers {_ranges(sorted(beyond))}",
+            "config.json",
+            f"layers below num_hidden_layers = {config.num_hidden_layers}",
+        )
+    candidates = missing[:200]
+    single = (name for name in extra if _layer_of(name) not in beyond)
+    found = (
+        Problem(
+            f"{config.model_type} has no such tensor",
+            printable(name),
+            hint=_bias_hint(name) or nearest(name, candidates),
+        )
+        for name in single
+    )
+    yield from _capped(found, "tensors are not the model's")
+
+
+def _bias_hint(name: str) -> str | None:
+    if not name.endswith(".bias"):
+        return None
+    key = next((key for part, key in _BIAS_KEYS.items() if f".{part}." in name), None)
+    return key and f"config.json says that there is no bias: {key}"
+
+
+def _unfit(
+    expected: Mapping[str, TensorType], tensors: Mapping[str, TensorInfo]
+) -> Iterator[Problem]:
+    for name, type in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            continue
+        if info.shape != type.shape:
+            yield _wrong_shape(name, type, info)
+        if not info.dtype.is_float:
+            hint = "a quantised checkpoint has to be dequantised first"
+            expected_dtype = "a floating-point type"
+            yield Problem(
+                "the tensor's elements are no weights", name, expected_dtype, str(info.dtype), hint
+            )
+
+
+def _wrong_shape(name: str, type: TensorType, info: TensorInfo) -> Problem:
+    sizes = ", ".join(map(str, type.axes))
+    turned = info.shape == type.shape[::-1]
+    hint = "it is transposed: outputs come first on disk" if turned else None
+    what = "the tensor has another shape than config.json says"
+    return Problem(what, name, f"[{sizes}]", str(list(info.shape)), hint)
+
+
+def _capped(problems: Iterable[Problem], rest: str) -> Iterator[Problem]:
+    """Yield the first problems, and one that counts the others."""
+    more = 0
+    for count, problem in enumerate(problems):
+        if count < MOST_PER_KIND:
+            yield problem
+        else:
+            more += 1
+    if more:
+        yield Problem(f"{more} more {rest}")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return ascending `numbers` with runs shortened: 0-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _check_tied_head(config: DecoderConfig, checkpoint: Checkpoint) -> None:
+    """Refuse an output matrix that differs from the embedding that it is said to be.
+
+    transformers 4 would drop it, transformers 5 would keep it.
+    """
+    names = names_of(config.model_type)
+    head, embedding = checkpoint.tensors[names.head], checkpoint.tensors[names.embedding]
+    place = f"{checkpoint.path}: {names.head}"
+    differs = Problem(
+        "config.json ties the output matrix to the embedding, and the two differ",
+        place,
+        f"{embedding.dtype} {list(embedding.shape)}, the content of {names.embedding}",
+        f"{head.dtype} {list(head.shape)}",
+        'set "tie_word_embeddings": false to keep both, or remove the tensor',
+    )
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        raise InputError([differs])
+    for start in range(0, head.shape[0], _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, head.shape[0])
+        ours = checkpoint.read(names.head, start, stop)
+        if ours.tobytes() != checkpoint.read(names.embedding, start, stop).tobytes():
+            found = f"a difference in rows {start} to {stop - 1}"
+            raise InputError([Problem(differs.what, place, differs.expected, found, differs.hint)])

@@ -1,0 +1,115 @@
+"""Parameters of a decoder: the graph's name, the axes on disk, and the expression that reads them.
+
+The name of a parameter is that of its tensor; experts, one tensor each on disk, are one stacked
+parameter, named as the checkpoint names them without the number of the expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moecc.errors import InputError
+from moecc.families.names import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, TensorNames
+from moecc.ir.dtypes import F32, DType
+from moecc.ir.graph import Graph, Value
+from moecc.ir.types import tensor
+from moecc.weights.expr import Expr, Source
+from moecc.weights.movement import Index, Slice, Stack
+
+DtypeOf = Callable[[str], DType]
+"""From the name of a tensor to its element type on disk."""
+
+LAYOUTS = ("experts", "fused")
+"""One tensor an expert, or the fused tensors of transformers 5."""
+
+
+def float32_of(name: str) -> DType:
+    """Return float32, whatever the tensor."""
+    return F32
+
+
+class Parameters:
+    """Makes the parameters of one graph; each name is made once and then found again.
+
+    Attributes:
+      graph: the graph that gets them.
+      names: the family's names.
+      dtype_of: the element type of each tensor on disk.
+      layout: one of `LAYOUTS`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        names: TensorNames,
+        dtype_of: DtypeOf = float32_of,
+        layout: str = "experts",
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise InputError(f"unknown layout {layout!r}", expected=" or ".join(LAYOUTS))
+        self.graph = graph
+        self.names = names
+        self.dtype_of = dtype_of
+        self.layout = layout
+
+    def plain(self, name: str, loc: str, **axes: int) -> Value:
+        """Return the parameter that is the tensor `name`, with axes in their order on disk."""
+        if name in self.graph.params:
+            return self.graph.params[name]
+        return self._param(name, loc, axes, self._source(name, **axes))
+
+    def router(self, layer: str, loc: str, *, expert: int, embed: int) -> Value:
+        """Return the router's matrix, ``[expert, embed]``."""
+        name = f"{layer}{self.names.sparse}{self.names.router}"
+        read = f"{layer}{FUSED_ROUTER}" if self.layout == "fused" else name
+        axes = {"expert": expert, "embed": embed}
+        return self._param(name, loc, axes, self._source(read, **axes))
+
+    def shared_gate(self, layer: str, loc: str, *, embed: int) -> Value:
+        """Return the gate of a shared expert, ``[embed]``; its first axis on disk has one entry."""
+        name = f"{layer}{self.names.sparse}{self.names.shared_gate}"
+        read = Index(self._source(name, shared=1, embed=embed), "shared", 0)
+        return self._param(name, loc, {"embed": embed}, read)
+
+    def expert(
+        self, layer: str, matrix: str, loc: str, axes: dict[str, int], experts: int
+    ) -> Value:
+        """Return one matrix of all experts, stacked.
+
+        Args:
+          layer: the prefix of the layer's tensors.
+          matrix: ``gate``, ``up`` or ``down``.
+          loc: the place in the model.
+          axes: the axes of one expert's matrix, in their order on disk.
+          experts: the number of experts.
+        """
+        word = getattr(self.names, matrix)
+        prefix = f"{layer}{self.names.sparse}"
+        read = (
+            self._fused(layer, matrix, experts, axes)
+            if self.layout == "fused"
+            else self._stacked(prefix + self.names.expert + f"{word}.weight", experts, axes)
+        )
+        name = f"{prefix}{self.names.stack}{word}.weight"
+        return self._param(name, loc, {"expert": experts, **axes}, read)
+
+    def _stacked(self, name: str, experts: int, axes: dict[str, int]) -> Expr:
+        parts = tuple(self._source(name.format(expert=e), **axes) for e in range(experts))
+        return Stack(parts, "expert")
+
+    def _fused(self, layer: str, matrix: str, experts: int, axes: dict[str, int]) -> Expr:
+        if matrix == "down":
+            return self._source(layer + FUSED_DOWN, expert=experts, **axes)
+        width = axes["mlp"]
+        both = self._source(layer + FUSED_GATE_UP, expert=experts, **{**axes, "mlp": 2 * width})
+        return (
+            Slice(both, "mlp", 0, width)
+            if matrix == "gate"
+            else Slice(both, "mlp", width, 2 * width)
+        )
+
+    def _source(self, name: str, **axes: int) -> Expr:
+        return Source(name, tensor(self.dtype_of(name), **axes))
+
+    def _param(self, name: str, loc: str, axes: dict[str, int], read: Expr) -> Value:
+        return self.graph.param(name, tensor(F32, **axes), read, loc=loc)

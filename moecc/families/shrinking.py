@@ -1,0 +1,87 @@
+"""The same model at small sizes, to be run in no time.
+
+What a pass may depend on stays: the layers and which of them are sparse, the experts and how many a
+token takes, the ratio of query to key heads, biases and norms, and of every size its small prime
+factors, so that what divided it (a granularity, a mesh) divides it still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from moecc.families.configs import DecoderConfig, MoeConfig
+
+MOST_VOCAB = 64
+MOST_MLP = 96
+MOST_EXPERT = 32
+MOST_HEADS = 4
+MOST_HEAD_DIM = 8
+SMALL_WINDOW = 3
+"""Less than a short test sequence, so that a window is felt."""
+
+
+def shrink_size(size: int, most: int) -> int:
+    """Return a number up to `most` made of prime factors of `size`: each once, then the rest.
+
+    A size up to `most` stays; one without a prime factor up to `most` becomes 1 or a small prime.
+    """
+    if size <= most:
+        return size
+    factors = list(_prime_factors(size, most))
+    distinct = sorted(set(factors))
+    repeated = list(factors)
+    for prime in distinct:
+        repeated.remove(prime)
+    small = 1
+    for prime in (*distinct, *repeated):
+        if small * prime <= most:
+            small *= prime
+    return small if small > 1 else _other_prime(most)
+
+
+def _prime_factors(size: int, most: int) -> Iterator[int]:
+    for prime in range(2, most + 1):
+        while size % prime == 0:
+            yield prime
+            size //= prime
+
+
+def _other_prime(most: int) -> int:
+    """Return a stand-in for a large prime: nothing common divides it."""
+    return next(p for p in (13, 7, 3, 1) if p <= most)
+
+
+def shrink_config(config: DecoderConfig) -> DecoderConfig:
+    """Return `config` with small sizes of the same structure."""
+    groups = config.num_attention_heads // config.num_key_value_heads
+    kv_heads = shrink_size(config.num_key_value_heads, MOST_HEADS)
+    heads = kv_heads * shrink_size(groups, MOST_HEADS)
+    head_dim = shrink_size(config.head_dim, MOST_HEAD_DIM)
+    width = config.num_attention_heads * config.head_dim
+    changes: dict[str, object] = {
+        "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
+        # Whether the heads fill the model's width is a matter of the family.
+        "hidden_size": heads * head_dim * (1 if width == config.hidden_size else 2),
+        "intermediate_size": shrink_size(config.intermediate_size, MOST_MLP),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "sliding_windows": tuple(w and min(w, SMALL_WINDOW) for w in config.sliding_windows),
+        "extra": {**config.extra, "pad_token_id": None},
+    }
+    if isinstance(config, MoeConfig):
+        changes.update(_expert_sizes(config))
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def _expert_sizes(config: MoeConfig) -> dict[str, object]:
+    width = shrink_size(config.expert_intermediate_size, MOST_EXPERT)
+    shared = config.shared_expert_intermediate_size
+    sizes: dict[str, object] = {"expert_intermediate_size": width}
+    if shared is not None:
+        sizes["shared_expert_intermediate_size"] = shrink_size(shared, MOST_MLP)
+    if config.expert_intermediate_size == config.intermediate_size:
+        # In mixtral the two are one number.
+        sizes["intermediate_size"] = width
+    return sizes
