@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
 from moecc.ir.ops import Attrs, OpDef, op
-from moecc.ir.types import TensorType
+from moecc.ir.types import TensorType, is_printable
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
@@ -199,6 +199,16 @@ def _drop_use(value: Value, node: Node) -> None:
         del value.users[node]
 
 
+def _check_type(name: str, type: TensorType) -> None:
+    if not is_printable(type):
+        raise InputError(
+            "the text cannot say this type",
+            where=f"%{name}",
+            expected="letters, digits and underscores in names, each name once, sizes not negative",
+            found=str(type),
+        )
+
+
 def _link(node: Node, before: Node) -> None:
     node._prev, node._next = before._prev, before
     before._prev._next = node
@@ -295,8 +305,9 @@ class Graph:
         """Add an input.
 
         Raises:
-          InputError: the name is taken.
+          InputError: the name is taken, or the text cannot say name or type.
         """
+        _check_type(name, type)
         self.inputs[name] = self._define(Value(self, name, type))
         return self.inputs[name]
 
@@ -306,8 +317,9 @@ class Graph:
         """Add a parameter, made by `weight`.
 
         Raises:
-          InputError: the name is taken.
+          InputError: the name is taken, or the text cannot say name or type.
         """
+        _check_type(name, type)
         value = Value(self, name, type, is_param=True, weight=weight, loc=loc)
         self.params[name] = self._define(value)
         return value

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from moecc.errors import InputError, nearest
 from moecc.ir.dtypes import DTYPES
 from moecc.ir.ops import Attr, OpDef
-from moecc.ir.types import Axis, Extent, Size, TensorType
+from moecc.ir.types import Axis, Extent, Size, TensorType, is_name
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Value
 
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?: unreduced\(([^)]*)\))?\Z")
-_AXIS = re.compile(r"([A-Za-z_]\w*)(?:@([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*))?=(.+)\Z")
+_AXIS = re.compile(r"([A-Za-z_]\w*)(?:@([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*))?=(.+)\Z", re.ASCII)
 _EXTENT = re.compile(r"(ragged|capacity|groups)\(%([A-Za-z0-9_.\-]+)\)\Z")
 _ATTR = re.compile(
     r"\s*([A-Za-z_]\w*)\s*=\s*"
@@ -58,9 +58,9 @@ def _parse_axis(text: str, lookup: Lookup) -> Axis:
 
 
 def _parse_size(text: str, lookup: Lookup) -> Size:
-    if text.isdecimal() and len(text) <= 18:
+    if text.isascii() and text.isdecimal() and len(text) <= 18:
         return int(text)
-    if text.isidentifier():
+    if is_name(text):
         return text
     match = _EXTENT.match(text)
     if match is None:
@@ -91,19 +91,30 @@ def parse_attrs(entry: OpDef, text: str) -> dict[str, Any]:
 
 
 def _parse_value(spec: Attr | None, text: str) -> Any:
-    if text[0] == "(":
-        return _parse_tuple(text[1:-1])
-    value = _parse_scalar(text)
-    # One axis needs no parentheses, so that {over=embed} reads well.
-    return (value,) if spec is not None and spec.kind == "axes" else value
+    kind = spec.kind if spec is not None else ""
+    if kind in ("str", "axis") and text[0] not in '("':
+        # A word is never taken for a number: an axis may well be called inf.
+        return text
+    if kind == "axes":
+        # One axis needs no parentheses, so that {over=embed} reads well.
+        return tuple(_parts(text[1:-1])) if text[0] == "(" else (text,)
+    return _parse_tuple(text[1:-1]) if text[0] == "(" else _parse_scalar(text)
+
+
+def _parts(inner: str) -> list[str]:
+    return [p.strip() for p in inner.split(",") if p.strip()]
 
 
 def _parse_tuple(inner: str) -> tuple[Any, ...]:
-    parts = [p.strip() for p in inner.split(",") if p.strip()]
+    parts = _parts(inner)
     if parts and all("=" in p for p in parts):
         pairs = (p.split("=", 1) for p in parts)
-        return tuple((n.strip(), _parse_scalar(s.strip())) for n, s in pairs)
+        return tuple((n.strip(), _parse_size_word(s.strip())) for n, s in pairs)
     return tuple(_parse_scalar(p) for p in parts)
+
+
+def _parse_size_word(text: str) -> Any:
+    return text if is_name(text) or not text else _parse_scalar(text)
 
 
 def _parse_scalar(text: str) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.types import TensorType
+from moecc.ir.types import TensorType, is_name, is_size, is_whole
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Value
@@ -108,7 +108,8 @@ class OpDef:
             if name in given:
                 reason = _mismatch(spec, value)
                 if reason is None and spec.kind == "float":
-                    full[name] = float(value)
+                    # −0.0 equals 0.0, so graphs that differ in it alone would be equal.
+                    full[name] = float(value) + 0.0
                 elif reason is not None:
                     what = f"attribute {name!r} of {self.name} is wrong"
                     problems.append(Problem(what, expected=reason, found=repr(value)))
@@ -132,26 +133,24 @@ class OpDef:
             )
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.isidentifier()
-
-
 def _is_pairs(value: Any) -> bool:
     return isinstance(value, tuple) and all(
-        isinstance(p, tuple) and len(p) == 2 and _is_name(p[0]) and isinstance(p[1], int | str)
-        for p in value
+        isinstance(p, tuple) and len(p) == 2 and is_name(p[0]) and is_size(p[1]) for p in value
     )
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
-    "float": ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
+    "int": ("a whole number", is_whole),
+    "float": (
+        "a number",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v == v,
+    ),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str": ("a word", lambda v: isinstance(v, str)),
-    "axis": ("the name of an axis", _is_name),
+    "axis": ("the name of an axis", is_name),
     "axes": (
         "names of axes in parentheses",
-        lambda v: isinstance(v, tuple) and all(map(_is_name, v)),
+        lambda v: isinstance(v, tuple) and all(map(is_name, v)),
     ),
     "sizes": ("axes with sizes, (head=9, head_dim=64)", _is_pairs),
 }

@@ -10,6 +10,7 @@ operation's meaning depends on it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,24 @@ from moecc.ir.dtypes import DType
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Value
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+def is_name(value: object) -> bool:
+    """Return whether `value` can name an axis, a mesh axis or a variable in the text."""
+    return isinstance(value, str) and _NAME.match(value) is not None
+
+
+def is_whole(value: object) -> bool:
+    """Return whether `value` is a whole number that the text can say: up to eighteen digits."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18
+
+
+def is_size(value: object) -> bool:
+    """Return whether `value` can be a fixed or symbolic size in the text."""
+    return is_name(value) or (isinstance(value, int) and is_whole(value) and value >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +167,20 @@ class TensorType:
     def __str__(self) -> str:
         text = f"{self.dtype}[{', '.join(map(str, self.axes))}]"
         return f"{text} unreduced({', '.join(self.unreduced)})" if self.unreduced else text
+
+
+def is_printable(type: TensorType) -> bool:
+    """Return whether the text can say `type`: names, sizes, and each name once.
+
+    Results of operations need no such check, because their axes come from operands and attributes.
+    """
+    mesh = [m for a in type.axes for m in a.mesh]
+    return (
+        len(set(type.names)) == len(type.names)
+        and len(set(mesh)) == len(mesh)
+        and all(map(is_name, (*type.names, *mesh, *type.unreduced)))
+        and all(isinstance(s, Extent) or is_size(s) for s in type.sizes)
+    )
 
 
 def tensor(dtype: DType, /, **sizes: Any) -> TensorType:

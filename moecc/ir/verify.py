@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.types import TensorType
 
 MAX_PROBLEMS = 20
+
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./\-]*\Z")
+_LOC = re.compile(r"\S+\Z")
 
 
 class VerifyError(InputError):
@@ -18,7 +24,7 @@ def verify(graph: Graph) -> None:
 
     Each value is defined once and before its uses; use lists agree with operands; attributes suit
     the table; types are those that follow from the operands; each parameter's axes are those of
-    its weight expression; at least one output.
+    its weight expression; names and locations are such as the text can say; at least one output.
 
     Raises:
       VerifyError: with all problems found, up to a limit.
@@ -32,15 +38,19 @@ def verify(graph: Graph) -> None:
         count += 1
         _check_node(node, defined, problems)
         defined.update(node.results)
-        if len(problems) >= MAX_PROBLEMS:
-            raise VerifyError(problems)
+        # Links that lead back would otherwise be followed for ever.
+        if len(problems) >= MAX_PROBLEMS or count > graph.node_count:
+            break
     _check_uses(graph.terminator, defined, problems)
+    problems.extend(_check_words(graph))
     if count != graph.node_count:
         problems.append(Problem(f"the graph counts {graph.node_count} nodes and has {count}"))
+    if len(graph._names) != len(defined):
+        problems.append(Problem("the graph has names for values that are not in it"))
     if not graph.output_names:
         problems.append(Problem("the graph has no output"))
     for value in defined:
-        problems.extend(_check_users(value, defined))
+        problems.extend(_check_value(value, graph, defined))
     if problems:
         raise VerifyError(problems[:MAX_PROBLEMS])
 
@@ -53,8 +63,33 @@ def where(node: Node) -> str:
     return f"{name}{node.op.name}{loc}{origin}"
 
 
+def _check_words(graph: Graph) -> Iterator[Problem]:
+    """Yield the names beside those of values and axes that would not read back as they are."""
+    for table in (graph.inputs, graph.params):
+        wrong = [(name, value) for name, value in table.items() if name != value.name]
+        yield from (Problem(f"%{v.name} is listed as %{n}") for n, v in wrong)
+    named = [("graph", graph.name), *(("attribute", n) for n in graph.attrs)]
+    named += [("output", n) for n in graph.output_names]
+    for what, name in named:
+        if not _WORD.match(name):
+            yield Problem(
+                f"{name!r} cannot be the name of the {what}", hint="letters, digits, _./-"
+            )
+    for value in graph.params.values():
+        if value.loc and not _LOC.match(value.loc):
+            yield Problem(f"the location {value.loc!r} has a space", f"param %{value.name}")
+
+
 def _check_node(node: Node, defined: set[Value], problems: list[Problem]) -> None:
     _check_uses(node, defined, problems)
+    if node._next._prev is not node or node._prev._next is not node:
+        problems.append(Problem("the links of the list of nodes disagree", where(node)))
+    if any(v.node is not node or v.index != i for i, v in enumerate(node.results)):
+        problems.append(Problem("a result belongs to another node", where(node)))
+    if node.loc and not _LOC.match(node.loc):
+        problems.append(Problem(f"the location {node.loc!r} has a space", where(node)))
+    if node.origin and not _WORD.match(node.origin):
+        problems.append(Problem(f"{node.origin!r} cannot name a pass and rewrite", where(node)))
     try:
         node.op.check_arity(len(node.operands))
         full = node.op.complete(node.attrs)
@@ -64,6 +99,10 @@ def _check_node(node: Node, defined: set[Value], problems: list[Problem]) -> Non
             Problem(p.what, where(node), p.expected, p.found, p.hint) for p in error.problems
         )
         return
+    if full != node.attrs:
+        problems.append(
+            Problem("the attributes are not complete", where(node), str(full), str(node.attrs))
+        )
     have = tuple(v.type for v in node.results)
     if have != types:
         problems.append(
@@ -91,21 +130,23 @@ def _check_uses(node: Node, defined: set[Value], problems: list[Problem]) -> Non
             problems.append(Problem(f"the use list of %{value.name} is wrong", where(node)))
 
 
-def _check_users(value: Value, defined: set[Value]) -> list[Problem]:
-    graph = value.graph
-    bad = [
-        Problem(f"%{value.name} lists a user that is not in the graph: {where(user)}")
-        for user in value.users
-        if user is not graph.terminator and not (user.alive and user.graph is graph)
-    ]
-    bad += [
-        Problem(f"the type of %{value.name} refers to %{e.value.name}, which is not in the graph")
-        for e in value.type.extents
-        if e.value not in defined
-    ]
+def _check_value(value: Value, graph: Graph, defined: set[Value]) -> Iterator[Problem]:
+    for user, times in value.users.items():
+        here = user is graph.terminator or (user.alive and user.graph is graph)
+        if not here:
+            yield Problem(f"%{value.name} lists a user that is not in the graph: {where(user)}")
+        elif times != sum(v is value for v in user.operands):
+            yield Problem(f"%{value.name} lists a user that does not use it: {where(user)}")
+    for extent in value.type.extents:
+        if extent.value not in defined:
+            other = extent.value.name
+            yield Problem(
+                f"the type of %{value.name} refers to %{other}, which is not in the graph"
+            )
+    if value.graph is not graph:
+        yield Problem(f"%{value.name} belongs to another graph")
     if value.name not in graph or graph.value(value.name) is not value:
-        bad.append(Problem(f"the name %{value.name} leads to another value"))
-    return bad
+        yield Problem(f"the name %{value.name} leads to another value")
 
 
 def _layout(type: TensorType) -> tuple[tuple[str, object], ...]:

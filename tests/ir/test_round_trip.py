@@ -1,0 +1,266 @@
+"""Text and graph say the same: parse(print(g)) == g, whatever the names, places and attributes."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.ir import (
+    DTYPES,
+    F32,
+    OPS,
+    Axis,
+    Builder,
+    Graph,
+    TensorType,
+    clone,
+    equal,
+    parse,
+    print_graph,
+    tensor,
+)
+from moecc.ir.literals import parse_type
+from moecc.testing import graphs, laws
+
+FIRST = string.ascii_letters + string.digits + "_"
+VALUE_NAMES = st.builds(
+    str.__add__, st.sampled_from(FIRST), st.text(FIRST + ".-", max_size=8)
+) | st.sampled_from(
+    ["0", "model.layers.0.mlp.up_proj.weight", "a-b", "x.", "_", "1e5", "inf", "by"]
+)
+WORDS = st.text(string.ascii_letters + string.digits + "._/{}:%=()[]\"'é→", min_size=1, max_size=12)
+ORIGINS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_./\-]{0,10}", fullmatch=True)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+IDENTIFIERS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
+
+
+@st.composite
+def decorated(draw: Any) -> Graph:
+    """Draw a graph with names, places, origins and attributes of every kind."""
+    graph = draw(graphs(dead=True))
+    graph.name = draw(ORIGINS)
+    graph.attrs = draw(st.dictionaries(IDENTIFIERS, JSON, max_size=3))
+    values = [*graph.params.values(), *(v for n in graph for v in n.results)]
+    for value in values[: draw(st.integers(0, 4))]:
+        name = draw(VALUE_NAMES)
+        if name not in graph:
+            graph.rename(value, name)
+    for node in list(graph)[: draw(st.integers(0, 3))]:
+        node.loc, node.origin = draw(WORDS | st.just("")), draw(ORIGINS | st.just(""))
+    for value in list(graph.params.values())[:1]:
+        value.loc = draw(WORDS | st.just(""))
+    return graph
+
+
+@given(graphs())
+def test_random_graphs_are_valid_and_round_trip(graph: Graph) -> None:
+    laws.check_graph(graph)
+
+
+@given(decorated())
+def test_names_places_and_attributes_round_trip(graph: Graph) -> None:
+    laws.check_graph(graph)
+    again = parse(print_graph(graph))
+    assert [(n.loc, n.origin) for n in again] == [(n.loc, n.origin) for n in graph]
+    assert [p.loc for p in again.params.values()] == [p.loc for p in graph.params.values()]
+    assert again.attrs == graph.attrs
+    assert again.name == graph.name
+
+
+@given(graphs(), st.sampled_from(["\n", "  ", "\t", "# remark\n", "\r\n"]))
+def test_white_space_and_comments_between_lines_say_nothing(graph: Graph, filler: str) -> None:
+    lines = print_graph(graph).splitlines()
+    assert equal(parse(f"\n{filler}".join(lines)), graph)
+
+
+SIZES = st.integers(0, 10**15) | IDENTIFIERS
+
+
+@st.composite
+def types(draw: Any) -> TensorType:
+    names = draw(st.lists(IDENTIFIERS, max_size=4, unique=True))
+    meshes = draw(st.lists(IDENTIFIERS, max_size=4, unique=True))
+    axes = []
+    for name in names:
+        count = draw(st.integers(0, len(meshes)))
+        axes.append(Axis(name, draw(SIZES), tuple(meshes[:count])))
+        meshes = meshes[count:]
+    dtype = draw(st.sampled_from(sorted(DTYPES)))
+    return TensorType(DTYPES[dtype], tuple(axes), tuple(meshes))
+
+
+@given(types())
+def test_types_round_trip(type: TensorType) -> None:
+    assert parse_type(str(type), lambda name: pytest.fail(name)) == type
+
+
+@given(types())
+def test_shardings_round_trip_in_a_graph(type: TensorType) -> None:
+    graph = Graph()
+    graph.set_output("y", Builder(graph).stop_gradient(graph.input("x", type)))
+    laws.check_round_trip(graph)
+    assert parse(print_graph(graph)).outputs["y"].type == type
+
+
+@given(st.floats(allow_nan=False))
+@example(math.inf)
+@example(-math.inf)
+@example(-0.0)
+@example(5e-324)
+@example(1.7976931348623157e308)
+def test_every_float_attribute_round_trips(value: float) -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B"))
+    graph.set_output("y", b.scale(x, by=value))
+    laws.check_round_trip(graph)
+    found = next(iter(parse(print_graph(graph)))).attrs["by"]
+    assert found == value
+
+
+def test_not_a_number_is_no_attribute() -> None:
+    # It equals nothing, not even itself, so a graph that has it would not equal its own copy.
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B"))
+    with pytest.raises(InputError, match="'by' of scale is wrong"):
+        Builder(graph).scale(x, by=math.nan)
+
+
+@given(st.integers(1 - 10**18, 10**18 - 1))
+def test_every_whole_number_attribute_round_trips(value: int) -> None:
+    graph = Graph()
+    b = Builder(graph)
+    at = b.positions(graph.input("x", tensor(F32, seq="S", kv_seq="T")), axis="seq")
+    keys = b.positions(graph.inputs["x"], axis="kv_seq")
+    graph.set_output("y", b.causal(at, keys, window=value))
+    laws.check_round_trip(graph)
+
+
+def test_a_whole_number_that_does_not_fit_is_refused() -> None:
+    graph = Graph()
+    at = graph.input("x", tensor(DTYPES["i32"], seq="S"))
+    keys = graph.input("y", tensor(DTYPES["i32"], kv_seq="S"))
+    with pytest.raises(InputError, match="'window' of causal is wrong"):
+        Builder(graph).causal(at, keys, window=10**18)
+
+
+@given(IDENTIFIERS)
+@example("true")
+@example("false")
+@example("inf")
+@example("nan")
+@example("e5")
+@example("unreduced")
+def test_every_axis_name_round_trips(name: str) -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", other_=4))
+    y = b.split(x, axis="other_", into=((name, 2), ("rest_", 2)))
+    z = b.sum(y, axes=(name,))
+    graph.set_output(
+        "y", b.merge(b.rename(y, axis=name, to="new_"), axes=("new_", "rest_"), into=name)
+    )
+    graph.set_output("z", z)
+    laws.check_graph(graph)
+
+
+@pytest.mark.parametrize("name", ["é", "a b", "a-b", "", "1a", "a\n"])
+def test_an_axis_name_that_the_text_cannot_say_is_refused(name: str) -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B", embed=4))
+    with pytest.raises(InputError):
+        Builder(graph).rename(x, axis="embed", to=name)
+
+
+@pytest.mark.parametrize(
+    "type",
+    [
+        TensorType(F32, (Axis("é", 4),)),
+        tensor(F32, batch="B-1"),
+        tensor(F32, batch=""),
+        tensor(F32, batch=-1),
+        tensor(F32, batch=10**18),
+        TensorType(F32, (Axis("a", 2), Axis("a", 2))),
+        TensorType(F32, (Axis("a", 2, ("x",)), Axis("b", 2, ("x",)))),
+        TensorType(F32, (Axis("a", 2, ("x*y",)),)),
+        TensorType(F32, (), ("a b",)),
+    ],
+    ids=str,
+)
+def test_a_type_that_the_text_cannot_say_is_refused(type: TensorType) -> None:
+    with pytest.raises(InputError, match="the text cannot say this type"):
+        Graph().input("x", type)
+    with pytest.raises(InputError, match="the text cannot say this type"):
+        Graph().param("x", type)
+
+
+@pytest.mark.parametrize("name", ["é", "a b", "", "-a", ".a", "a\n", "%a", "a{"])
+def test_a_value_name_that_the_text_cannot_say_is_refused(name: str) -> None:
+    with pytest.raises(InputError):
+        Graph().input(name, tensor(F32, batch="B"))
+
+
+def test_attributes_equal_to_their_defaults_are_not_printed() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B", expert=4))
+    graph.set_output("y", Builder(graph).route(x, top_k=2, gates="renormalised")[1])
+    line = next(s for s in print_graph(graph).splitlines() if "route" in s)
+    assert "{top_k=2}" in line
+
+
+def test_the_text_of_a_whole_graph() -> None:
+    graph = Graph("toy", {"family": "llama", "layers": 1})
+    b = Builder(graph, loc="layers.0.ffn", origin="test/make")
+    x = graph.input("x", tensor(F32, batch="B", embed=4))
+    w = graph.param("w_up", tensor(F32, mlp=6, embed=4), loc="layers.0.ffn")
+    graph.set_output("out", b.contract(x, w, over="embed", name="h"))
+    assert print_graph(graph) == (
+        "moecc 1\n"
+        "graph toy {\n"
+        '  attr family = "llama"\n'
+        "  attr layers = 1\n"
+        "  input %x : f32[batch=B, embed=4]\n"
+        "  param %w_up : f32[mlp=6, embed=4] @layers.0.ffn\n"
+        "  %h = contract %x, %w_up {over=embed} : f32[batch=B, mlp=6] @layers.0.ffn by test/make\n"
+        "  output out = %h\n"
+        "}\n"
+    )
+
+
+def test_an_extent_refers_to_its_place_by_name() -> None:
+    text = (
+        "moecc 1\ngraph g {\n"
+        "  input %x : f32[batch=B, embed=4]\n"
+        "  input %e : i32[batch=B, choice=2]\n"
+        "  %p.1 = place %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
+        "  %r = dispatch %x, %e, %p.1 : f32[group=1, expert=3, slot=ragged(%p.1), embed=4]\n"
+        "  output y = %r\n}\n"
+    )
+    graph = parse(text)
+    assert print_graph(graph) == text
+    (extent,) = graph.outputs["y"].type.extents
+    assert extent.value is graph.value("p.1")
+    assert clone(graph).outputs["y"].type.extents[0].value is not extent.value
+
+
+def test_attribute_text_survives_json() -> None:
+    graph = Graph("g", {"config": {"a": [1, 2.5, None, '\u2028 \n "}']}})
+    graph.set_output("x", graph.input("x", tensor(F32, batch="B")))
+    assert json.dumps(parse(print_graph(graph)).attrs) == json.dumps(graph.attrs)
+
+
+def test_the_table_prints_each_operation_under_its_own_name() -> None:
+    assert all(name == entry.name for name, entry in OPS.items())
