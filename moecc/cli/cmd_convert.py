@@ -1,0 +1,119 @@
+"""``moecc convert``: a checkpoint through a pipeline into another family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moecc.cli.console import Format
+from moecc.cli.options import FormatOption, SourceArgument
+
+if TYPE_CHECKING:
+    from moecc.conversion import Plan
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @app.command(
+        "convert",
+        epilog="Example: moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' "
+        "--to mixtral --dtype bf16",
+    )
+    def convert(
+        source: SourceArgument,
+        out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")],
+        pipeline: Annotated[
+            str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")
+        ],
+        to: Annotated[str, typer.Option("--to", metavar="FAMILY", help="The family to write.")],
+        dtype: Annotated[
+            str | None, typer.Option("--dtype", help="The type to write; else as stored.")
+        ] = None,
+        seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0,
+        max_shard_bytes: Annotated[
+            str, typer.Option("--max-shard-bytes", metavar="N", help="The limit of a shard.")
+        ] = "5000000000",
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Plan from headers, write nothing.")
+        ] = False,
+        load: Annotated[
+            list[str] | None,
+            typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
+        ] = None,
+        allow_nonfinite: Annotated[
+            bool, typer.Option("--allow-nonfinite", help="Record NaN and Inf, do not refuse.")
+        ] = False,
+        allow_unmatched: Annotated[
+            bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
+        ] = False,
+        force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+        format: FormatOption = Format.human,
+    ) -> None:
+        """Convert SOURCE and write it to the folder OUT.
+
+        Everything is checked from headers and configs before the first weight is read.
+        """
+        from moecc.checkpoint.outdir import check_output
+        from moecc.cli.console import Bar, report
+        from moecc.cli.pipelines import read_pipeline
+        from moecc.conversion import plan, write
+        from moecc.models import open_model
+        from moecc.settings import count_bytes, float_type
+
+        type = None if dtype is None else float_type(dtype)
+        limit = count_bytes(max_shard_bytes)
+        passes = read_pipeline(pipeline, load or [])
+        with open_model(source) as model:
+            planned = plan(
+                model, passes, to, dtype=type, seed=seed, allow_unmatched=allow_unmatched
+            )
+            data = planned.to_json()
+            place = [model.checkpoint.path] if model.checkpoint else []
+            check_output(Path(out), inputs=place, force=force, needed_bytes=planned.size_bytes)
+            if not dry_run:
+                with Bar("writing") as bar:
+                    write(
+                        planned, out, max_shard_bytes=limit, force=force,
+                        allow_nonfinite=allow_nonfinite, progress=bar,
+                    )  # fmt: skip
+        data |= {"out": out, "dry_run": dry_run}
+        report("convert", data, lambda: plan_text(planned, out, dry_run), format)
+
+
+def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
+    """Return what was planned, and written unless `dry_run`, for people."""
+    from moecc.cli.console import count_text, size_text
+
+    data = planned.to_json()
+    parameters = data["parameters"]
+    rows = [
+        f"{data['source']} ({data['family_from']}) -> {out} ({data['family_to']})",
+        f"  pipeline    {data['pipeline']}",
+        f"  preserves   {planned.preserves}",
+        f"  parameters  {count_text(parameters['total'])}, "
+        f"{count_text(parameters['active'])} active per token",
+        f"  FLOPs       {count_text(data['flops_per_token'])} per token",
+        f"  on disk     {size_text(data['size_bytes'])} in {data['tensors']} tensors, "
+        f"{data['dtype']}",
+        *(f"  remark      {r}" for r in _shortened(data["remarks"])),
+        "nothing was written (--dry-run)" if dry_run else f"written to {out}",
+    ]
+    return "\n".join(rows)
+
+
+def _shortened(remarks: list[str]) -> list[str]:
+    """Return the remarks with those of equal text at many places made one line."""
+    places: dict[str, list[str]] = {}
+    for remark in remarks:
+        where, _, text = remark.partition(": ")
+        key, place = (text, where) if where.startswith("layers.") else (remark, "")
+        places.setdefault(key, []).append(place)
+    return [
+        text if len(where) == 1 and not where[0]
+        else f"{where[0]}: {text}" if len(where) == 1
+        else f"{where[0]} … {where[-1]} ({len(where)}): {text}"
+        for text, where in places.items()
+    ]  # fmt: skip

@@ -1,0 +1,102 @@
+"""``moecc inspect``: what a model is, what of it can be upcycled, and where it could go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moecc.cli.console import Format
+from moecc.cli.options import FormatOption
+
+if TYPE_CHECKING:
+    from moecc.models import Model
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @app.command("inspect", epilog="Example: moecc inspect SmolLM2-135M --format json")
+    def inspect(
+        source: Annotated[
+            str,
+            typer.Argument(
+                metavar="SOURCE", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
+            ),
+        ],
+        format: FormatOption = Format.human,
+    ) -> None:
+        """Describe SOURCE from its headers; no weights are read.
+
+        Says the family, layers, parameters, the feed-forward blocks found and how many can be
+        upcycled, and which families could hold the result, with the reasons why others cannot.
+        """
+        from moecc.cli.console import report
+        from moecc.models import open_model
+
+        with open_model(source) as model:
+            data = inspection(model)
+        report("inspect", data, lambda: inspection_text(data), format)
+
+
+def inspection(model: Model) -> dict[str, Any]:
+    """Return what `moecc inspect` says of `model`, as JSON values."""
+    from moecc.analysis.ffn import find_ffn_blocks
+    from moecc.families.describe import describe
+    from moecc.families.export import possible_targets
+
+    graph = model.graph
+    facts = describe(graph)
+    search = find_ffn_blocks(graph)
+    return {
+        "source": model.name,
+        "format": model.checkpoint.format if model.checkpoint else None,
+        "dtype": model.dtype.name if model.checkpoint else None,
+        "family": graph.attrs.get("family"),
+        "layers": facts.layers,
+        "nodes": len(graph),
+        "parameters": {
+            "total": facts.parameters.total,
+            "active": facts.parameters.active,
+            "groups": dict(facts.parameters.groups),
+        },
+        "flops_per_token": facts.flops_per_token,
+        "ffn_blocks": {
+            "found": len(search.blocks) + len(search.refusals),
+            "convertible": len(search.blocks),
+            "refused": [{"where": r.loc, "reason": r.reason} for r in search.refusals],
+        },
+        "targets": {
+            name: {"fits": not reasons, "reasons": reasons}
+            for name, reasons in possible_targets(graph).items()
+        },
+    }
+
+
+def inspection_text(data: dict[str, Any]) -> str:
+    """Return an inspection for people."""
+    from moecc.cli.console import count_text
+
+    parameters, blocks = data["parameters"], data["ffn_blocks"]
+    groups = ", ".join(f"{k} {count_text(v)}" for k, v in parameters["groups"].items())
+    rows = [
+        f"{data['source']}: {data['family']}, {data['layers']} layers"
+        + (f", {data['format']}, {data['dtype']}" if data["format"] else ", no weights"),
+        f"  parameters  {count_text(parameters['total'])} ({groups})",
+        f"  active      {count_text(parameters['active'])} per token",
+        f"  FLOPs       {count_text(data['flops_per_token'])} per token",
+        f"  FFN blocks  {blocks['found']} found, {blocks['convertible']} can be upcycled",
+        *(f"    not {r['where']}: {r['reason']}" for r in _some(blocks["refused"])),
+        "  targets",
+    ]
+    for name, target in data["targets"].items():
+        rows.append(f"    {name:12} {'fits' if target['fits'] else 'does not fit'}")
+        rows += [f"        {reason}" for reason in target["reasons"]]
+    return "\n".join(rows)
+
+
+def _some(refused: list[dict[str, str]], limit: int = 4) -> list[dict[str, str]]:
+    if len(refused) <= limit:
+        return refused
+    more = {"where": "…", "reason": f"{len(refused) - limit} more"}
+    return [*refused[:limit], more]

@@ -1,0 +1,83 @@
+"""``moecc passes``: the registry, or one pass with its options."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moecc.cli.console import Format
+from moecc.cli.options import FormatOption
+
+if TYPE_CHECKING:
+    from moecc.pipeline.passes import Pass
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @app.command("passes", epilog="Example: moecc passes upcycle")
+    def passes(
+        name: Annotated[
+            str | None, typer.Argument(metavar="[NAME]", help="Show this pass alone.")
+        ] = None,
+        load: Annotated[
+            list[str] | None,
+            typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
+        ] = None,
+        format: FormatOption = Format.human,
+    ) -> None:
+        """List the passes, or show one: options, types, defaults, before and after."""
+        from moecc.cli.console import report
+        from moecc.cli.pipelines import registry_with
+
+        registry = registry_with(load or [])
+        if name is not None:
+            cls = registry.get(name)
+            report("pass", pass_json(cls), lambda: _one(cls), format)
+            return
+        classes = [registry.get(n) for n in registry.names()]
+        data = {"passes": [pass_json(cls) for cls in classes]}
+        report("passes", data, lambda: _all(classes), format)
+
+
+def pass_json(cls: type[Pass]) -> dict[str, Any]:
+    """Return a pass and its options as JSON values."""
+    from moecc.pipeline.options import describe, options
+
+    return {
+        "name": cls.name,
+        "summary": cls.summary,
+        "must_match": cls.must_match,
+        "options": [
+            {
+                "name": option.name,
+                "type": describe(option.type),
+                "default": None if option.required else option.default,
+                "required": option.required,
+                "doc": option.doc,
+            }
+            for option in options(cls).values()
+        ],
+    }
+
+
+def _all(classes: list[type[Pass]]) -> str:
+    width = max((len(c.name) for c in classes), default=0)
+    return "\n".join(f"{c.name:{width}}  {c.summary}" for c in classes)
+
+
+def _one(cls: type[Pass]) -> str:
+    from moecc.pipeline.options import describe, options, write
+
+    rows = [f"{cls.name}: {cls.summary}", ""]
+    for option in options(cls).values():
+        default = "required" if option.required else f"default {write(option.type, option.default)}"
+        rows.append(f"  {option.name}={describe(option.type)}  ({default})")
+        if option.doc:
+            rows.append(f"      {option.doc}")
+    if not options(cls):
+        rows.append("  no options")
+    rows += ["", inspect.getdoc(cls) or ""]
+    return "\n".join(rows).rstrip()

@@ -1,0 +1,36 @@
+"""Reading pipeline strings, with the passes of a user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moecc.pipeline.registry import Registry
+    from moecc.pipeline.text import Pipeline
+
+
+def registry_with(files: Sequence[str]) -> Registry:
+    """Return the installed passes and those that `files` define.
+
+    Raises:
+      UsageError: a file cannot be run or defines no pass, or a name is taken.
+    """
+    from moecc.pipeline.registry import installed
+
+    registry = installed()
+    for file in files:
+        registry = registry.with_file(Path(file))
+    return registry
+
+
+def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
+    """Return the pipeline that `text` says.
+
+    Raises:
+      UsageError: with every problem of the text.
+    """
+    from moecc.pipeline.text import Pipeline
+
+    return Pipeline.parse(text, registry_with(files))
