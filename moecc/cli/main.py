@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -103,18 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    import click
-
     app = typer.main.get_command(build_app())
     try:
         result = app.main(argv, prog_name="moecc", standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         raise KeyboardInterrupt from None
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show(sys.stderr)
-        return error.exit_code
+        return int(error.exit_code)
     return result if isinstance(result, int) else 0
 
+
+# Newer typers bring a copy of click, older ones use the package; both derive this from its base.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
