@@ -1,0 +1,142 @@
+"""Expressions that are drawn at random, by key and by the place of an element.
+
+Element number i of a draw, counted in the order of the draw's own axes, depends on the key and on
+i alone: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) gives
+the 64-bit word number i of the stream that the key opens.  So slicing, renaming, chunking and
+threads never change a byte.  Keys are fixed when the expression is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from moecc.ir.dtypes import F32
+from moecc.ir.types import TensorType
+from moecc.weights.expr import Expr, axis_of, check_finite, check_type, node, size
+
+KEY_BITS = 128
+
+
+def derive_key(seed: int, location: str) -> int:
+    """Return the key of a draw: 128 bits of the SHA-256 of the seed and of where it is used."""
+    text = f"moecc draw\0{seed}\0{location}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[: KEY_BITS // 8], "big")
+
+
+class Draw(Expr):
+    """Base of the expressions that are drawn.
+
+    Attributes:
+      key: which stream of random words.
+    """
+
+    key: int
+
+    def _check_draw(self, type: TensorType) -> TensorType:
+        check_type(self, type)
+        if type.dtype is not F32:
+            raise self.error("numbers are drawn in f32", found=str(type), hint="cast the draw")
+        return self._check_key(type)
+
+    def _check_key(self, type: TensorType) -> TensorType:
+        if not 0 <= self.key < 1 << KEY_BITS:
+            raise self.error(f"a key is a number of {KEY_BITS} bits", found=hex(self.key))
+        return type
+
+    def _normalise(self) -> None:
+        for name in ("std", "mean", "bound", "low", "high"):
+            if hasattr(self, name):
+                self._set(name, float(getattr(self, name)))
+
+
+@node
+class Normal(Draw):
+    """Normal numbers with a mean and a standard deviation."""
+
+    op = "normal"
+    type: TensorType
+    std: float
+    key: int
+    mean: float = 0.0
+
+    def _infer(self) -> TensorType:
+        check_finite(self, "the mean", self.mean)
+        _check_spread(self, self.std)
+        return self._check_draw(self.type)
+
+
+@node
+class TruncatedNormal(Draw):
+    """Normal numbers with mean 0 within `bound` standard deviations; `std` is that before the cut.
+
+    Drawn by inversion: nothing is rejected, so the place of an element still decides its value.
+    """
+
+    op = "truncated_normal"
+    type: TensorType
+    std: float
+    key: int
+    bound: float = 3.0
+
+    def _infer(self) -> TensorType:
+        _check_spread(self, self.std)
+        if not 0.0 < self.bound <= 8.0:
+            raise self.error("no such bound", expected="0 < bound <= 8", found=str(self.bound))
+        return self._check_draw(self.type)
+
+
+@node
+class Uniform(Draw):
+    """Numbers spread evenly over [low, high)."""
+
+    op = "uniform"
+    type: TensorType
+    low: float
+    high: float
+    key: int
+
+    def _infer(self) -> TensorType:
+        check_finite(self, "the lower bound", self.low)
+        check_finite(self, "the upper bound", self.high)
+        if self.low > self.high:
+            raise self.error("the bounds are the wrong way round")
+        check_finite(self, "the range", self.high - self.low)
+        return self._check_draw(self.type)
+
+
+@node
+class Subset(Draw):
+    """A random subset of `count` positions of `axis` for each position of the other axes.
+
+    The positions whose random words are the smallest.
+
+    Attributes:
+      type: of element type ``pred``.
+      axis: the axis whose positions are chosen.
+      count: how many are chosen.
+    """
+
+    op = "subset"
+    type: TensorType
+    axis: str
+    count: int
+    key: int
+
+    def _infer(self) -> TensorType:
+        check_type(self, self.type)
+        if self.type.dtype.kind != "bool":
+            raise self.error("a subset is of type pred", found=str(self.type))
+        axis_of(self, self, self.axis)
+        if not 0 <= self.count <= size(self.type[self.axis]):
+            raise self.error(
+                "no such number of positions",
+                expected=f"0 to {size(self.type[self.axis])}",
+                found=str(self.count),
+            )
+        return self._check_key(self.type)
+
+
+def _check_spread(expr: Expr, std: float) -> None:
+    check_finite(expr, "the standard deviation", std)
+    if std < 0.0:
+        raise expr.error("a standard deviation is not negative", found=str(std))

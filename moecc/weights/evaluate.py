@@ -1,0 +1,344 @@
+"""Evaluates weight expressions, any box of elements at a time, in bounded memory.
+
+Each node turns the box of its result that is wanted into boxes of its operands, down to rows of
+the tensors on disk and to words of random streams.  So a row of a stacked, permuted, sliced tensor
+costs that row, and the bytes do not depend on how the whole was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from moecc.ir.dtypes import DType
+from moecc.ir.types import TensorType
+from moecc.weights import moments, random
+from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.boxes import Box, align, extents, flat_boxes, project, row_blocks, whole
+from moecc.weights.draws import Draw, Normal, Subset, TruncatedNormal, Uniform
+from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.expr import sources as sources
+from moecc.weights.movement import (
+    Concat,
+    Index,
+    Merge,
+    Permute,
+    Rename,
+    Slice,
+    Split,
+    Stack,
+    Tile,
+)
+from moecc.weights.rounding import Array, first_nonfinite, round_to, widen
+from moecc.weights.simplify import simplify
+
+BLOCK_BYTES = 4 << 20
+
+
+class Reader(Protocol):
+    """Reads the tensors of a checkpoint: `moecc.checkpoint.source.Checkpoint.read`."""
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a tensor."""
+        ...
+
+
+def evaluate(
+    expr: Expr,
+    reader: Reader,
+    dtype: DType | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Array:
+    """Return what `expr` makes, or some of its rows.
+
+    Args:
+      expr: the expression; it is simplified first.
+      reader: reads the sources.
+      dtype: the element type wanted; the expression's own where it is None.
+      rows: the range [start, stop) of the first axis that is wanted; all where it is None.
+
+    Raises:
+      InputError: a source does not fit its type, or values overflow `dtype`.
+    """
+    wanted = simplify(expr if dtype is None else Cast(expr, dtype))
+    box = whole(wanted.type)
+    if rows is not None:
+        box = (rows, *box[1:])
+        if not wanted.type.axes or not 0 <= rows[0] <= rows[1] <= wanted.type.shape[0]:
+            raise ValueError(f"rows {rows} of {wanted.type}")
+    return np.array(Evaluator(reader).block(wanted, box), order="C")
+
+
+def materialise(expr: Expr, reader: Reader, dtype: DType | None = None) -> Array:
+    """Return all that `expr` makes, for tensors that are small. Raises as `evaluate`."""
+    return evaluate(expr, reader, dtype)
+
+
+def blocks(
+    expr: Expr, reader: Reader, dtype: DType | None = None, block_bytes: int = BLOCK_BYTES
+) -> Iterator[Array]:
+    """Yield what `expr` makes in contiguous pieces of at most about `block_bytes`, in order.
+
+    Raises:
+      InputError: a source does not fit its type, or values overflow `dtype`.
+    """
+    wanted = simplify(expr if dtype is None else Cast(expr, dtype))
+    evaluator = Evaluator(reader)
+    for box in row_blocks(wanted.type, block_bytes):
+        yield evaluator.block(wanted, box)
+
+
+def is_pure_copy(expr: Expr, dtype: DType | None = None) -> bool:
+    """Whether the bytes of `expr` are those of one tensor of the checkpoint, unchanged."""
+    return isinstance(same_bytes(simplify(expr if dtype is None else Cast(expr, dtype))), Source)
+
+
+def same_bytes(expr: Expr) -> Expr:
+    """Return the operand of `expr` that has the same bytes under other axes, or `expr` itself."""
+    while isinstance(expr, Rename | Split | Merge):
+        expr = expr.x
+    return expr
+
+
+class Evaluator:
+    """Evaluates expressions as they stand; safe to use from several threads.
+
+    Args:
+      reader: reads the sources.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._read = reader
+        self._moments = moments.Memory()
+
+    def block(self, expr: Expr, box: Box) -> Array:
+        """Return the elements of `expr` in `box`; the array may be read-only and not contiguous.
+
+        Raises:
+          InputError: a source does not fit its type, or values overflow a type.
+        """
+        if any(start == stop for start, stop in box):
+            return np.empty(extents(box), expr.type.dtype.numpy)
+        return _RULES[expr.__class__](self, expr, box)
+
+    # --- leaves
+
+    def _source(self, e: Source, box: Box) -> Array:
+        rows = self._read(e.name, *box[0]) if box else self._read(e.name)
+        expected = (*extents(box[:1]), *e.type.shape[1:])
+        if rows.shape != expected or rows.dtype != e.type.dtype.numpy:
+            raise e.error(
+                "the tensor in the checkpoint is of another type",
+                expected=f"{e.type.dtype}{list(expected)}",
+                found=f"{rows.dtype}{list(rows.shape)}",
+            )
+        return rows[(slice(None), *(slice(*ends) for ends in box[1:]))] if box else rows
+
+    def _full(self, e: Full, box: Box) -> Array:
+        dtype = e.type.dtype
+        value = round_to(np.array(e.value), dtype) if dtype.is_float else np.array(e.value)
+        return np.broadcast_to(value.astype(dtype.numpy), extents(box))
+
+    def _draw(self, e: Draw, box: Box) -> Array:
+        words = random.box_words(e.key, e.type.shape, box)
+        if isinstance(e, Normal):
+            return random.normal(words, e.mean, e.std)
+        if isinstance(e, TruncatedNormal):
+            return random.truncated_normal(words, e.std, e.bound)
+        assert isinstance(e, Uniform)
+        return random.uniform(words, e.low, e.high)
+
+    def _subset(self, e: Subset, box: Box) -> Array:
+        at = e.type.names.index(e.axis)
+        size = e.type.shape[at]
+        words = random.box_words(e.key, e.type.shape, (*box[:at], (0, size), *box[at + 1 :]))
+        order = np.argsort(words, axis=at, kind="stable")
+        chosen = np.zeros(words.shape, bool)
+        first = (slice(None),) * at + (slice(e.count),)
+        np.put_along_axis(chosen, order[first], True, axis=at)
+        return chosen[(slice(None),) * at + (slice(*box[at]),)]
+
+    # --- movement
+
+    def _tile(self, e: Tile, box: Box) -> Array:
+        at = e.position
+        x = self.block(e.x, box[:at] + box[at + 1 :])
+        return np.broadcast_to(np.expand_dims(x, at), extents(box))
+
+    def _stack(self, e: Stack, box: Box) -> Array:
+        at = e.position
+        inner = box[:at] + box[at + 1 :]
+        parts = e.xs[slice(*box[at])]
+        if len(parts) == 1:
+            return np.expand_dims(self.block(parts[0], inner), at)
+        made = np.empty(extents(box), e.type.dtype.numpy)
+        for i, x in enumerate(parts):
+            made[(slice(None),) * at + (i,)] = self.block(x, inner)
+        return made
+
+    def _concat(self, e: Concat, box: Box) -> Array:
+        at = e.type.names.index(e.axis)
+        start, stop = box[at]
+        parts = []
+        offset = 0
+        for x in e.xs:
+            size = x.type.shape[at]
+            ends = (max(start - offset, 0), min(stop - offset, size))
+            if ends[0] < ends[1]:
+                parts.append(self.block(x, (*box[:at], ends, *box[at + 1 :])))
+            offset += size
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=at)
+
+    def _index(self, e: Index, box: Box) -> Array:
+        at = e.x.type.names.index(e.axis)
+        x = self.block(e.x, (*box[:at], (e.at, e.at + 1), *box[at:]))
+        # The ellipsis makes an array of what would be a scalar.
+        return x[(slice(None),) * at + (0, ...)]
+
+    def _slice(self, e: Slice, box: Box) -> Array:
+        at = e.type.names.index(e.axis)
+        ends = (box[at][0] + e.start, box[at][1] + e.start)
+        return self.block(e.x, (*box[:at], ends, *box[at + 1 :]))
+
+    def _rename(self, e: Rename, box: Box) -> Array:
+        return self.block(e.x, box)
+
+    def _permute(self, e: Permute, box: Box) -> Array:
+        from_names = [e.order.index(name) for name in e.x.type.names]
+        x = self.block(e.x, tuple(box[i] for i in from_names))
+        return x.transpose([e.x.type.names.index(name) for name in e.order])
+
+    def _split(self, e: Split, box: Box) -> Array:
+        at = e.x.type.names.index(e.axis)
+        sizes = tuple(size for _, size in e.into)
+        before, inner, after = box[:at], box[at : at + len(sizes)], box[at + len(sizes) :]
+        lead = next((i for i, (a, b) in enumerate(inner) if b - a > 1), len(sizes) - 1)
+        full = tuple((0, size) for size in sizes[lead + 1 :])
+        if inner[lead + 1 :] != full and at == 0:
+            # Rows of the operand that nobody wants would be read from the disk.
+            rows = [
+                self._split(e, (*inner[:lead], (i, i + 1), *inner[lead + 1 :], *after))
+                for i in range(*inner[lead])
+            ]
+            return np.concatenate(rows, axis=lead)
+        wide = (*inner[: lead + 1], *full)
+        start = int(np.ravel_multi_index([a for a, _ in wide], sizes))
+        stop = int(np.ravel_multi_index([b - 1 for _, b in wide], sizes)) + 1
+        x = self.block(e.x, (*before, (start, stop), *after))
+        shaped = x.reshape(*extents(before), *extents(wide), *extents(after))
+        cut = tuple(slice(*ends) for ends in inner[lead + 1 :])
+        return shaped[(slice(None),) * (at + lead + 1) + cut]
+
+    def _merge(self, e: Merge, box: Box) -> Array:
+        at = e.type.names.index(e.into)
+        sizes = e.x.type.shape[at : at + len(e.axes)]
+        before, after = box[:at], box[at + 1 :]
+        parts = [
+            self.block(e.x, (*before, *inner, *after)).reshape(
+                *extents(before), -1, *extents(after)
+            )
+            for inner in flat_boxes(sizes, *box[at])
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=at)
+
+    # --- arithmetic
+
+    def _operand(self, x: Expr, type: TensorType, box: Box) -> Array:
+        """Return operand `x` of a node of `type`, with the axes of the node, some of size 1."""
+        values = self.block(x, project(box, type, x.type))
+        return align(values, x.type.names, type.names)
+
+    def _scale(self, e: Scale, box: Box) -> Array:
+        x = widen(self.block(e.x, box), e.type.dtype)
+        with self._overflow(e):
+            x *= x.dtype.type(e.factor)
+        return x
+
+    def _cast(self, e: Cast, box: Box) -> Array:
+        x = self.block(e.x, box)
+        made = round_to(x, e.dtype)
+        self._check_cast(e, x, made, box)
+        return made
+
+    def _check_cast(self, e: Cast, x: Array, made: Array, box: Box) -> None:
+        if first_nonfinite(made) is None:
+            return
+        over = np.isfinite(x) & ~np.isfinite(made)
+        if not over.any():
+            return
+        place = np.unravel_index(int(np.argmax(over)), over.shape)
+        index = [int(at) + start for at, (start, _) in zip(place, box, strict=True)]
+        raise e.error(
+            f"values overflow {e.dtype}",
+            found=f"{float(x[place])} at {index}",
+            hint="choose an element type of a larger range, bf16 or f32",
+        )
+
+    def _add(self, e: Add, box: Box) -> Array:
+        a, b = self._wide(e, box)
+        with self._overflow(e):
+            return np.asarray(a + b)
+
+    def _mul(self, e: Mul, box: Box) -> Array:
+        a, b = self._wide(e, box)
+        with self._overflow(e):
+            return np.asarray(a * b)
+
+    def _wide(self, e: Add | Mul, box: Box) -> tuple[Array, Array]:
+        a, b = (widen(self._operand(x, e.type, box), e.type.dtype) for x in e.operands)
+        return a, b
+
+    def _select(self, e: Select, box: Box) -> Array:
+        mask, a, b = (self._operand(x, e.type, box) for x in e.operands)
+        if e.a.type.dtype is not e.b.type.dtype:
+            a, b = (widen(x, e.type.dtype) for x in (a, b))
+        return np.broadcast_to(np.where(mask, a, b), extents(box))
+
+    def _moment(self, e: Moment, box: Box) -> Array:
+        return self._moments.moment(self.block, e, box).astype(e.type.dtype.numpy)
+
+    def _overflow(self, e: Expr) -> _Overflow:
+        return _Overflow(e)
+
+
+class _Overflow:
+    """Turns an overflow of arithmetic into an error; what was infinite before is not one."""
+
+    def __init__(self, expr: Expr) -> None:
+        self._expr = expr
+        self._state = np.errstate(over="raise", invalid="ignore", under="ignore")
+
+    def __enter__(self) -> None:
+        self._state.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._state.__exit__(None, None, None)
+        if kind is not None and issubclass(kind, FloatingPointError):
+            raise self._expr.error(f"values overflow {self._expr.type.dtype}") from None
+
+
+_RULES: dict[type[Expr], Callable[[Evaluator, Any, Box], Array]] = {
+    Source: Evaluator._source,
+    Full: Evaluator._full,
+    Normal: Evaluator._draw,
+    TruncatedNormal: Evaluator._draw,
+    Uniform: Evaluator._draw,
+    Subset: Evaluator._subset,
+    Tile: Evaluator._tile,
+    Stack: Evaluator._stack,
+    Concat: Evaluator._concat,
+    Index: Evaluator._index,
+    Slice: Evaluator._slice,
+    Split: Evaluator._split,
+    Merge: Evaluator._merge,
+    Rename: Evaluator._rename,
+    Permute: Evaluator._permute,
+    Scale: Evaluator._scale,
+    Cast: Evaluator._cast,
+    Add: Evaluator._add,
+    Mul: Evaluator._mul,
+    Select: Evaluator._select,
+    Moment: Evaluator._moment,
+}

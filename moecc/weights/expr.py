@@ -1,0 +1,311 @@
+"""A weight as a typed expression: the base of all its nodes, and the leaves.
+
+An expression says how a tensor is made of the tensors of a checkpoint.  It is immutable and
+interned: equal expressions are the same object, so comparing and hashing them costs nothing,
+whatever their depth.  Its type, with fixed sizes only, is computed and checked when it is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+from weakref import WeakValueDictionary
+
+import ml_dtypes
+import numpy as np
+
+from moecc.errors import InputError, printable
+from moecc.ir.dtypes import F32, F64, DType
+from moecc.ir.types import Axis, TensorType
+
+MAX_DEPTH = 100
+"""How deep expressions may nest: what walks over them may recurse."""
+
+MAX_NODES = 1_000_000
+"""How many nodes an expression may have when shared parts are counted at each use."""
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
+
+_table: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+class _Interned(type):
+    """Makes a class return the object that already stands for an equal expression."""
+
+    if not TYPE_CHECKING:  # mypy takes the signature of the dataclass
+
+        def __call__(cls, *args, **kwargs):
+            made = super().__call__(*args, **kwargs)
+            with _lock:
+                return _table.setdefault(made._key(), made)
+
+
+class Expr(metaclass=_Interned):
+    """A node of a weight expression.
+
+    Attributes:
+      type: the element type and the axes, in the order of the bytes, of what it makes.
+      operands: the expressions that it is made of, in the order of its fields.
+      depth: how deep it nests; a leaf has depth 1.
+      nodes: how many nodes it has, shared parts counted at each use.
+    """
+
+    op: ClassVar[str]
+    """The name in the text, ``tile``."""
+
+    type: TensorType
+    operands: tuple[Expr, ...]
+    depth: int
+    nodes: int
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        operands = tuple(_operands(self))
+        self._set("operands", operands)
+        self._set("depth", 1 + max((x.depth for x in operands), default=0))
+        self._set("nodes", 1 + sum(x.nodes for x in operands))
+        if self.depth > MAX_DEPTH:
+            # The text of this node is as deep as the node, so show its operand.
+            raise operands[0].error(f"the expression nests deeper than {MAX_DEPTH}")
+        if self.nodes > MAX_NODES:
+            raise operands[0].error(f"the expression has more than {MAX_NODES:,} nodes")
+        self._set("type", self._infer())
+
+    def _normalise(self) -> None:
+        """Bring the fields into the form in which equal expressions are the same."""
+
+    def _infer(self) -> TensorType:
+        """Check the fields and return the type. Raises: InputError."""
+        raise TypeError(f"{self.__class__.__name__} is not a node of its own")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+    def _key(self) -> tuple[Any, ...]:
+        # 0.0 equals -0.0, yet they make other bytes.
+        values = (v.hex() if isinstance(v, float) else v for v in self._fields())
+        return (self.__class__, *values)
+
+    def with_operands(self, *operands: Expr) -> Expr:
+        """Return this node over other operands, given in the order of `operands`."""
+        if operands == self.operands:
+            return self
+        rest = iter(operands)
+        fields = self.__dataclass_fields__
+        return self.__class__(*(_replaced(getattr(self, name), rest) for name in fields))
+
+    def error(
+        self,
+        what: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        hint: str | None = None,
+    ) -> InputError:
+        """Return an error that names this expression."""
+        where = f"weight expression {printable(str(self), 200)}"
+        return InputError(what, where=where, expected=expected, found=found, hint=hint)
+
+    def __str__(self) -> str:
+        from moecc.weights.text import format_expr
+
+        return format_expr(self)
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (self.__class__, self._fields())
+
+    def __copy__(self) -> Expr:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Expr:
+        return self
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def node(cls: type[T]) -> type[T]:
+    """Make `cls` the class of a node: fields, no equality but identity, the text as its repr."""
+    return dataclass(frozen=True, eq=False, repr=False)(cls)
+
+
+def _operands(expr: Expr) -> Iterator[Expr]:
+    for name in expr.__dataclass_fields__:
+        value = getattr(expr, name)
+        if isinstance(value, Expr):
+            yield value
+        elif isinstance(value, tuple):
+            yield from (v for v in value if isinstance(v, Expr))
+
+
+def _replaced(value: Any, rest: Iterator[Expr]) -> Any:
+    if isinstance(value, Expr):
+        return next(rest)
+    if isinstance(value, tuple) and value and isinstance(value[0], Expr):
+        return tuple(next(rest) for _ in value)
+    return value
+
+
+@node
+class Source(Expr):
+    """A tensor of the checkpoint, as stored.
+
+    Attributes:
+      name: its name in the checkpoint.
+      type: its element type on disk, its sizes, and names for its axes.
+    """
+
+    op = "source"
+    name: str
+    type: TensorType
+
+    def _infer(self) -> TensorType:
+        if not self.name:
+            raise self.error("a source has a name")
+        check_type(self, self.type)
+        return self.type
+
+
+@node
+class Full(Expr):
+    """One value everywhere.
+
+    Attributes:
+      value: the value; it is rounded to the element type.
+      type: what is filled.
+    """
+
+    op = "full"
+    value: float
+    type: TensorType
+
+    def _normalise(self) -> None:
+        self._set("value", float(self.value))
+
+    def _infer(self) -> TensorType:
+        check_type(self, self.type)
+        check_finite(self, "the value", self.value)
+        low, high = _limits(self.type.dtype)
+        if self.type.dtype.kind != "float" and not self.value.is_integer():
+            raise self.error(f"{self.type.dtype} holds no fractions", found=str(self.value))
+        if not low <= self.value <= high:
+            raise self.error(
+                f"{self.type.dtype} does not hold the value",
+                expected=f"{low} to {high}",
+                found=str(self.value),
+            )
+        return self.type
+
+
+def _limits(dtype: DType) -> tuple[float, float]:
+    if dtype.kind == "bool":
+        return 0, 1
+    if dtype.is_float:
+        limits = ml_dtypes.finfo(dtype.numpy)  # type: ignore[no-untyped-call]
+        return float(limits.min), float(limits.max)
+    # A float64 holds whole numbers up to here.
+    whole = np.iinfo(dtype.numpy)
+    return max(int(whole.min), -(2**53)), min(int(whole.max), 2**53)
+
+
+def check_type(expr: Expr, type: TensorType) -> None:
+    """Check that a leaf's `type` has fixed sizes, distinct names, and nothing of a mesh.
+
+    Raises:
+      InputError: it does not.
+    """
+    if type.dtype.kind == "key":
+        raise expr.error("a weight is never a random key")
+    if type.unreduced or any(a.mesh for a in type.axes):
+        raise expr.error("a weight expression knows no mesh", found=str(type))
+    for axis in type.axes:
+        check_name(expr, axis.name)
+        if not isinstance(axis.size, int) or axis.size < 0:
+            raise expr.error(f"axis {axis.name!r} has no fixed size", found=str(axis.size))
+    if len(set(type.names)) != len(type.names):
+        raise expr.error("two axes of one name", found=str(type))
+
+
+def check_name(expr: Expr, name: str) -> None:
+    """Check that `name` can name an axis. Raises: InputError."""
+    if not _NAME.fullmatch(name):
+        raise expr.error("not the name of an axis", found=repr(printable(name, 40)))
+
+
+def check_finite(expr: Expr, what: str, value: float) -> None:
+    """Check that a number of `expr` is finite. Raises: InputError."""
+    if not math.isfinite(value):
+        raise expr.error(f"{what} is not finite", found=str(value))
+
+
+def computed(expr: Expr, *operands: Expr) -> DType:
+    """Return the type in which arithmetic on `operands` is done: f32, or f64 where one is f64.
+
+    Raises:
+      InputError: an operand is not of floats.
+    """
+    for x in operands:
+        if not x.type.dtype.is_float:
+            raise expr.error("arithmetic needs floats", found=str(x.type))
+    return F64 if any(x.type.dtype is F64 for x in operands) else F32
+
+
+def axis_of(expr: Expr, x: Expr, name: str) -> int:
+    """Return the position of axis `name` of `x`. Raises: InputError where it has none."""
+    try:
+        return x.type.names.index(name)
+    except ValueError:
+        raise expr.error(
+            f"the operand has no axis {printable(name)!r}", found=str(x.type)
+        ) from None
+
+
+def size(axis: Axis) -> int:
+    """Return the size of an axis of a weight, which is always a number."""
+    assert isinstance(axis.size, int)
+    return axis.size
+
+
+def sources(expr: Expr) -> tuple[Source, ...]:
+    """Return the tensors of the checkpoint that `expr` is made of, each once, in order."""
+    return tuple(x for x in walk(expr) if isinstance(x, Source))
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """Yield the distinct nodes of `expr`, each after its operands."""
+    seen: set[Expr] = set()
+    stack: list[tuple[Expr, bool]] = [(expr, False)]
+    while stack:
+        x, done = stack.pop()
+        if done:
+            yield x
+        elif x not in seen:
+            seen.add(x)
+            stack.append((x, True))
+            stack.extend((y, False) for y in reversed(x.operands))
+
+
+def transform(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """Return `expr` with `change` applied to each node, operands first.
+
+    Args:
+      expr: what is transformed.
+      change: gets a node whose operands were changed; returns it, or another one.
+    """
+    made: dict[Expr, Expr] = {}
+    for x in walk(expr):
+        made[x] = change(x.with_operands(*(made[y] for y in x.operands)))
+    return made[expr]

@@ -1,0 +1,129 @@
+"""Means and standard deviations whose bytes do not depend on how the work is cut."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from moecc.ir.dtypes import F64
+from moecc.weights.arithmetic import Moment
+from moecc.weights.boxes import Box, align, project
+from moecc.weights.expr import Expr
+from moecc.weights.rounding import Array, widen
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+Block = Callable[[Expr, Box], Array]
+Ranges = dict[str, tuple[int, int]]
+
+_WORK_ELEMENTS = 1 << 19
+"""How many elements are widened to float64 at a time, 4 MiB."""
+
+_REMEMBERED = 4096
+_REMEMBERED_BYTES = 1 << 16
+
+
+class Memory:
+    """Computes moments, and remembers small results: each block of a tensor asks for them again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[Moment, Box], Floats] = OrderedDict()
+
+    def moment(self, block: Block, e: Moment, box: Box) -> Floats:
+        """Return a moment in float64, for the kept positions in `box`.
+
+        Args:
+          block: evaluates a box of an expression.
+          e: the moment.
+          box: a range of each kept axis.
+        """
+        with self._lock:
+            known = self._known.get((e, box))
+        if known is not None:
+            return known
+        if e.kind == "std":
+            centre = self.moment(block, Moment("mean", e.x, e.mask, e.keep), box)
+            made = np.asarray(np.sqrt(_mean(block, e, box, centre)))
+        else:
+            made = _mean(block, e, box, None)
+        if made.nbytes <= _REMEMBERED_BYTES:
+            self._remember((e, box), made)
+        return made
+
+    def _remember(self, key: tuple[Moment, Box], value: Floats) -> None:
+        with self._lock:
+            self._known[key] = value
+            if len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+
+
+def _mean(block: Block, e: Moment, box: Box, centre: Floats | None) -> Floats:
+    """Return the mean over the reduced axes of x, or of its squared distance from `centre`."""
+    kept = dict(zip(e.keep, box, strict=True))
+    reduced = tuple(name for name in e.x.type.names if name not in e.keep)
+    total, count = _Sums(block, e, centre).sums(kept, reduced)
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums the elements that count, axis after axis, the last first."""
+
+    block: Block
+    e: Moment
+    centre: Floats | None
+
+    def sums(self, kept: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
+        """Return sums and numbers of elements, with the axes of `kept` in their order."""
+        sizes = [self.e.x.type.shape[self.e.x.type.names.index(name)] for name in reduced]
+        elements = prod(stop - start for start, stop in kept.values()) * prod(sizes)
+        if not reduced or elements <= _WORK_ELEMENTS:
+            return self.direct(kept, reduced)
+        step = max(1, _WORK_ELEMENTS * sizes[0] // elements)
+        parts = [
+            self.sums({**kept, reduced[0]: (at, min(at + step, sizes[0]))}, reduced[1:])
+            for at in range(0, sizes[0], step)
+        ]
+        total = np.concatenate([part for part, _ in parts], axis=-1)
+        return _fold(total), np.concatenate([n for _, n in parts], axis=-1).sum(axis=-1)
+
+    def direct(self, kept: Ranges, reduced: tuple[str, ...]) -> tuple[Floats, Counts]:
+        x = self.e.x.type
+        box = tuple(kept.get(n, (0, size)) for n, size in zip(x.names, x.shape, strict=True))
+        order = (*kept, *reduced)
+        values = widen(align(self.block(self.e.x, box), x.names, order), F64)
+        if self.centre is not None:
+            values -= self.centre.reshape(self.centre.shape + (1,) * (x.rank - self.centre.ndim))
+            values *= values
+        counted = np.ones((1,) * x.rank, bool)
+        if self.e.mask is not None:
+            mask = self.e.mask.type
+            counted = align(self.block(self.e.mask, project(box, x, mask)), mask.names, order)
+            values = np.where(counted, values, 0.0)
+        count = np.broadcast_to(counted, values.shape).sum(
+            axis=tuple(range(len(kept), x.rank)), dtype=np.int64
+        )
+        for _ in reduced:
+            values = _fold(values)
+        return values, np.asarray(count)
+
+
+def _fold(values: Floats) -> Floats:
+    """Sum the last axis, halving it again and again.
+
+    A tree of additions that the length alone decides: `numpy.sum` may add in another order on
+    another processor.
+    """
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        odd = values[..., 2 * half :]
+        values = values[..., :half] + values[..., half : 2 * half]
+        values[..., : odd.shape[-1]] += odd
+    return values[..., 0] if values.shape[-1] else np.zeros(values.shape[:-1])

@@ -1,0 +1,246 @@
+"""Expressions that move data and compute nothing: the bytes of an element never change."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+
+from moecc.ir.types import Axis, TensorType
+from moecc.weights.expr import Expr, axis_of, check_name, node, size
+
+Sizes = tuple[tuple[str, int], ...]
+"""Names of axes with their sizes."""
+
+
+@node
+class Tile(Expr):
+    """Copies along a new axis: ``tile(x, expert=8)``.
+
+    Attributes:
+      x: what is copied.
+      axis: the name of the new axis.
+      size: how many copies.
+      position: where the new axis stands in the result.
+    """
+
+    op = "tile"
+    x: Expr
+    axis: str
+    size: int
+    position: int = 0
+
+    def _infer(self) -> TensorType:
+        if self.size < 1:
+            raise self.error("an axis needs at least one copy", found=str(self.size))
+        return _with_new_axis(self, self.x.type, Axis(self.axis, self.size), self.position)
+
+
+@node
+class Stack(Expr):
+    """Expressions of one type along a new axis: ``stack(x, y, axis=expert)``.
+
+    Attributes:
+      xs: what is stacked.
+      axis: the name of the new axis.
+      position: where the new axis stands in the result.
+    """
+
+    op = "stack"
+    xs: tuple[Expr, ...]
+    axis: str
+    position: int = 0
+
+    def _normalise(self) -> None:
+        self._set("xs", tuple(self.xs))
+
+    def _infer(self) -> TensorType:
+        if not self.xs:
+            raise self.error("nothing to stack")
+        first = self.xs[0].type
+        for x in self.xs[1:]:
+            if x.type != first:
+                raise self.error(
+                    "stacked expressions have one type", expected=str(first), found=str(x.type)
+                )
+        return _with_new_axis(self, first, Axis(self.axis, len(self.xs)), self.position)
+
+
+@node
+class Concat(Expr):
+    """Expressions one after the other along an axis that they have: ``concat(x, y, axis=mlp)``."""
+
+    op = "concat"
+    xs: tuple[Expr, ...]
+    axis: str
+
+    def _normalise(self) -> None:
+        self._set("xs", tuple(self.xs))
+
+    def _infer(self) -> TensorType:
+        if not self.xs:
+            raise self.error("nothing to concatenate")
+        first = self.xs[0].type
+        at = axis_of(self, self.xs[0], self.axis)
+        for x in self.xs[1:]:
+            same = x.type.names == first.names and x.type.dtype is first.dtype
+            if not same or _resized(x.type, at, 0) != _resized(first, at, 0):
+                raise self.error(
+                    f"concatenated expressions differ in axis {self.axis!r} only",
+                    expected=str(first),
+                    found=str(x.type),
+                )
+        return _resized(first, at, sum(size(x.type.axes[at]) for x in self.xs))
+
+
+@node
+class Index(Expr):
+    """One position of an axis, which disappears: ``index(x, expert=3)``."""
+
+    op = "index"
+    x: Expr
+    axis: str
+    at: int
+
+    def _infer(self) -> TensorType:
+        axis = self.x.type.axes[axis_of(self, self.x, self.axis)]
+        if not 0 <= self.at < size(axis):
+            raise self.error(
+                f"there is no position {self.at} on axis {self.axis!r}",
+                expected=f"0 to {size(axis) - 1}",
+            )
+        return self.x.type.without(self.axis)
+
+
+@node
+class Slice(Expr):
+    """Positions [start, stop) of an axis: ``slice(x, mlp=0:768)``."""
+
+    op = "slice"
+    x: Expr
+    axis: str
+    start: int
+    stop: int
+
+    def _infer(self) -> TensorType:
+        at = axis_of(self, self.x, self.axis)
+        if not 0 <= self.start < self.stop <= size(self.x.type.axes[at]):
+            raise self.error(
+                f"not a range of axis {self.axis!r}",
+                expected=f"0 <= start < stop <= {size(self.x.type.axes[at])}",
+                found=f"{self.start}:{self.stop}",
+            )
+        return _resized(self.x.type, at, self.stop - self.start)
+
+
+@node
+class Split(Expr):
+    """An axis as several, the first the slowest: ``split(x, mlp=(group=2, mlp=768))``."""
+
+    op = "split"
+    x: Expr
+    axis: str
+    into: Sizes
+
+    def _normalise(self) -> None:
+        self._set("into", tuple((n, s) for n, s in self.into))
+
+    def _infer(self) -> TensorType:
+        at = axis_of(self, self.x, self.axis)
+        whole = size(self.x.type.axes[at])
+        if not self.into or any(s < 1 for _, s in self.into):
+            raise self.error("the parts of an axis have sizes of at least 1")
+        if prod(s for _, s in self.into) != whole:
+            raise self.error(
+                f"the sizes of the parts do not multiply to that of axis {self.axis!r}",
+                expected=str(whole),
+                found=" * ".join(str(s) for _, s in self.into),
+            )
+        parts = tuple(Axis(n, s) for n, s in self.into)
+        return _renamed(self, _spliced(self.x.type, at, at + 1, parts))
+
+
+@node
+class Merge(Expr):
+    """Neighbouring axes as one, the inverse of `Split`: ``merge(x, (group, mlp)=mlp)``."""
+
+    op = "merge"
+    x: Expr
+    axes: tuple[str, ...]
+    into: str
+
+    def _normalise(self) -> None:
+        self._set("axes", tuple(self.axes))
+
+    def _infer(self) -> TensorType:
+        if not self.axes:
+            raise self.error("no axes to merge")
+        at = [axis_of(self, self.x, name) for name in self.axes]
+        if any(b != a + 1 for a, b in pairwise(at)):
+            raise self.error(
+                "merged axes are neighbours, in order",
+                found=str(self.x.type),
+                hint="permute the operand first",
+            )
+        merged = self.x.type.axes[at[0] : at[-1] + 1]
+        axis = Axis(self.into, prod(size(a) for a in merged))
+        return _renamed(self, _spliced(self.x.type, at[0], at[-1] + 1, (axis,)))
+
+
+@node
+class Rename(Expr):
+    """Another name for an axis: ``rename(x, mlp=inner)``."""
+
+    op = "rename"
+    x: Expr
+    old: str
+    new: str
+
+    def _infer(self) -> TensorType:
+        at = axis_of(self, self.x, self.old)
+        axis = Axis(self.new, self.x.type.axes[at].size)
+        return _renamed(self, _spliced(self.x.type, at, at + 1, (axis,)))
+
+
+@node
+class Permute(Expr):
+    """The axes in another order: ``permute(x, (embed, mlp))``."""
+
+    op = "permute"
+    x: Expr
+    order: tuple[str, ...]
+
+    def _normalise(self) -> None:
+        self._set("order", tuple(self.order))
+
+    def _infer(self) -> TensorType:
+        if sorted(self.order) != sorted(self.x.type.names):
+            raise self.error(
+                "the order names each axis once",
+                expected=", ".join(self.x.type.names),
+                found=", ".join(self.order),
+            )
+        return self.x.type.with_axes(self.x.type[name] for name in self.order)
+
+
+def _spliced(type: TensorType, start: int, stop: int, axes: tuple[Axis, ...]) -> TensorType:
+    return type.with_axes((*type.axes[:start], *axes, *type.axes[stop:]))
+
+
+def _resized(type: TensorType, at: int, size: int) -> TensorType:
+    return _spliced(type, at, at + 1, (Axis(type.axes[at].name, size),))
+
+
+def _renamed(expr: Expr, type: TensorType) -> TensorType:
+    for name in type.names:
+        check_name(expr, name)
+    if len(set(type.names)) != len(type.names):
+        raise expr.error("the result would have two axes of one name", found=str(type))
+    return type
+
+
+def _with_new_axis(expr: Expr, type: TensorType, axis: Axis, position: int) -> TensorType:
+    if not 0 <= position <= type.rank:
+        raise expr.error(
+            "no such position for the new axis", expected=f"0 to {type.rank}", found=str(position)
+        )
+    return _renamed(expr, _spliced(type, position, position, (axis,)))

@@ -1,0 +1,117 @@
+"""From one float type to another: exactly where that is possible, else rounded once, to even."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moecc.ir.dtypes import BF16, F16, F32, F64, DType
+
+Array = npt.NDArray[Any]
+
+_LOSSLESS = {
+    "f8e4m3fn": {"f16", "bf16", "f32", "f64"},
+    "f8e5m2": {"f16", "bf16", "f32", "f64"},
+    "f16": {"f32", "f64"},
+    "bf16": {"f32", "f64"},
+    "f32": {"f64"},
+    "f64": set(),
+}
+_EXPONENT: dict[np.dtype[Any], Any] = {
+    BF16.numpy: np.uint16(0x7F80),
+    F16.numpy: np.uint16(0x7C00),
+    F32.numpy: np.uint32(0x7F80_0000),
+    F64.numpy: np.uint64(0x7FF0 << 48),
+}
+_BLOCK = 1 << 16
+
+
+def is_lossless(source: DType, target: DType) -> bool:
+    """Whether every value of the float type `source` is one of `target`."""
+    return source is target or target.name in _LOSSLESS.get(source.name, ())
+
+
+def widen(values: Array, dtype: DType) -> Array:
+    """Return `values`, floats, in `dtype`, f32 or f64, which holds them exactly; always a copy."""
+    if values.dtype == BF16.numpy and dtype is F32:
+        # The bits of a bf16 are the upper half of those of the f32.
+        bits = values.view(np.uint16).astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return values.astype(dtype.numpy)
+
+
+def round_to(values: Array, dtype: DType) -> Array:
+    """Return floats rounded to `dtype`, to nearest, ties to even; infinite where they overflow."""
+    if values.dtype == dtype.numpy:
+        return values
+    if values.dtype == np.float64 and dtype not in (F32, F16):
+        values = _round_to_odd(values)
+    elif values.dtype.itemsize < 4:
+        values = widen(values, F32)
+    if dtype is BF16:
+        return _to_bf16(values.reshape(-1)).reshape(values.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(dtype.numpy)
+
+
+def _to_bf16(values: Array) -> Array:
+    """Round ``f32[n]`` to bf16 on the bits; a NaN stays one."""
+    bits = values.view(np.uint32)
+    # Half of what is cut off, and one less where the last bit that stays is 0: ties to even.
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    made: Array = rounded.astype(np.uint16).view(BF16.numpy)
+    nan = np.isnan(values)
+    if nan.any():
+        made[nan] = np.nan
+    return made
+
+
+def _round_to_odd(values: Array) -> Array:
+    """Return f64 as f32 with the last bit set where it is inexact: rounding again is then right.
+
+    Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Transactions on
+    Computers 57(4), 2008.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        near = values.astype(np.float32)
+    bits = np.atleast_1d(near).view(np.uint32)
+    back, wanted = np.atleast_1d(near.astype(np.float64)), np.atleast_1d(values)
+    even = (back != wanted) & (bits & np.uint32(1) == 0) & np.isfinite(wanted)
+    above = np.abs(back) > np.abs(wanted)
+    bits = np.where(even & above, bits - np.uint32(1), np.where(even, bits + np.uint32(1), bits))
+    return bits.view(np.float32).reshape(values.shape)
+
+
+def first_nonfinite(values: Array) -> int | None:
+    """Return the number, in row-major order, of the first NaN or infinity of an array, or None.
+
+    Element types without NaN and infinity have none.
+    """
+    if values.dtype.kind in "iub" or not values.size:
+        return None
+    flat = np.ascontiguousarray(values).reshape(-1)
+    exponent = _EXPONENT.get(flat.dtype)
+    if exponent is None:
+        return _first(~np.isfinite(flat))
+    bits = flat.view(exponent.dtype)
+    limit = exponent << exponent.dtype.type(1)
+    # Without its sign, a NaN or an infinity is at least the exponent of all ones.
+    work = np.empty(min(_BLOCK, bits.size), bits.dtype)
+    for at in range(0, bits.size, _BLOCK):
+        block = bits[at : at + _BLOCK]
+        shifted = np.left_shift(block, 1, out=work[: block.size])
+        if shifted.max() >= limit:
+            return at + int(np.argmax(shifted >= limit))
+    return None
+
+
+def _first(bad: Array) -> int | None:
+    at = int(np.argmax(bad))
+    return at if bad[at] else None

@@ -1,0 +1,392 @@
+"""Random expressions: what every one of them obeys."""
+
+from __future__ import annotations
+
+import zlib
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.ir.dtypes import BF16, DTYPES, F16, F32, F64, PRED, DType
+from moecc.ir.types import Axis, TensorType
+from moecc.weights import random
+from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.boxes import row_blocks
+from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
+from moecc.weights.evaluate import Evaluator, blocks, evaluate
+from moecc.weights.expr import Expr, Full, Source, walk
+from moecc.weights.movement import (
+    Concat,
+    Index,
+    Merge,
+    Permute,
+    Rename,
+    Slice,
+    Split,
+    Stack,
+    Tile,
+)
+from moecc.weights.simplify import simplify
+from moecc.weights.text import format_expr, parse_expr
+
+NAMES = ("expert", "mlp", "embed", "a", "b", "c", "d")
+FLOATS = (BF16, F16, F32, F64, DTYPES["f8e5m2"])
+FACTORS = (1.0, 2.0, 0.5, -4.0, 3.0, 2.0**0.5, 0.0)
+
+
+def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    """Read a source whose name spells its type; the values include zeros and subnormals."""
+    dtype, *sizes = name.split(",")
+    shape = tuple(map(int, sizes[:-1]))
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    values = rng.standard_normal(shape) * 2.0 ** rng.integers(-12, 4, shape)
+    values = np.where(rng.random(shape) < 0.2, rng.choice([0.0, -0.0, 2.0**-16], shape), values)
+    made = values.astype(np.float32).astype(DTYPES[dtype].numpy)
+    return made[start:stop] if shape else made
+
+
+def source(type: TensorType, salt: int) -> Source:
+    return Source(",".join([type.dtype.name, *map(str, type.shape), f"s{salt}"]), type)
+
+
+@st.composite
+def types(draw: st.DrawFn, dtypes: tuple[DType, ...] = FLOATS, most: int = 3) -> TensorType:
+    names = draw(st.permutations(NAMES))[: draw(st.integers(0, most))]
+    axes = tuple(Axis(n, draw(st.integers(1, 4))) for n in names)
+    return TensorType(draw(st.sampled_from(dtypes)), axes)
+
+
+@st.composite
+def leaves(draw: st.DrawFn, type: TensorType) -> Expr:
+    """Draw a leaf of `type`, cast where that takes it."""
+    key = draw(st.integers(0, 2)) << 100
+    if type.dtype is PRED:
+        if not type.axes or draw(st.integers(0, 4)) == 0:
+            return Full(draw(st.integers(0, 1)), type)
+        axis = draw(st.sampled_from(type.axes))
+        return Subset(type, axis.name, draw(st.integers(0, int(str(axis.size)))), key)
+    kind = draw(st.integers(0, 7))
+    f32 = type.with_dtype(F32)
+    drawn: Expr = source(type, kind)
+    if kind == 4:
+        return Full(draw(st.sampled_from((0.0, -0.0, 1.0, 1.5, -2.0))), type)
+    if kind == 5:
+        drawn = Normal(f32, 0.5, key, draw(st.sampled_from((0.0, 1.0))))
+    if kind == 6:
+        drawn = TruncatedNormal(f32, 0.5, key, 2.0)
+    if kind == 7:
+        drawn = Uniform(f32, -0.5, 1.0, key)
+    return drawn if drawn.type == type else Cast(drawn, type.dtype)
+
+
+def fresh(draw: st.DrawFn, x: Expr) -> str:
+    return draw(st.sampled_from([n for n in (*NAMES, "e", "f", "g", "h") if n not in x.type]))
+
+
+def part_of(draw: st.DrawFn, type: TensorType) -> TensorType:
+    """Draw a type with some of the axes of `type`, in another order."""
+    axes = draw(st.permutations(type.axes))
+    return type.with_axes(axes[: draw(st.integers(0, len(axes)))])
+
+
+@st.composite
+def grown(draw: st.DrawFn, x: Expr) -> Expr:
+    """Draw one node on top of `x`."""
+    options = ["tile", "stack", "scale", "cast", "add", "mul", "select"]
+    if x.type.axes:
+        options += ["concat", "index", "slice", "split", "merge", "rename", "permute", "moment"] * 2
+    kind = draw(st.sampled_from(options))
+    if kind in ("tile", "stack"):
+        at = draw(st.integers(0, x.type.rank))
+        if kind == "tile":
+            return Tile(x, fresh(draw, x), draw(st.integers(1, 4)), at)
+        others = draw(st.lists(leaves(x.type) | st.just(x), max_size=2))
+        return Stack((x, *others), fresh(draw, x), at)
+    if kind in ("add", "mul", "select"):
+        return draw(combined(x, kind))
+    if kind == "scale":
+        return Scale(x, draw(st.sampled_from(FACTORS)))
+    if kind == "cast":
+        return Cast(x, draw(st.sampled_from(FLOATS)))
+    if kind == "moment":
+        mask = draw(leaves(part_of(draw, x.type).with_dtype(PRED))) if draw(st.booleans()) else None
+        names = part_of(draw, x.type).names
+        return Moment(draw(st.sampled_from(("mean", "std"))), x, mask, names)
+    return draw(moved(x, kind))
+
+
+@st.composite
+def combined(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
+    y = draw(leaves(part_of(draw, x.type).with_dtype(draw(st.sampled_from(FLOATS)))))
+    if kind == "select":
+        mask = draw(leaves(part_of(draw, x.type).with_dtype(PRED)))
+        return Select(mask, x, y) if draw(st.booleans()) else Select(mask, y, x)
+    node = Add if kind == "add" else Mul
+    return node(x, y) if draw(st.booleans()) else node(y, x)
+
+
+@st.composite
+def moved(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
+    axis = draw(st.sampled_from(x.type.axes))
+    name, size = axis.name, int(str(axis.size))
+    if kind == "index":
+        return Index(x, name, draw(st.integers(0, size - 1)))
+    if kind == "slice":
+        start = draw(st.integers(0, size - 1))
+        return Slice(x, name, start, draw(st.integers(start + 1, size)))
+    if kind == "concat":
+        parts = [Slice(x, name, i, i + 1) for i in range(size)] + [x, draw(leaves(x.type))]
+        chosen = draw(st.lists(st.sampled_from(parts), min_size=1, max_size=3))
+        return Concat(tuple(chosen), name)
+    if kind == "rename":
+        return Rename(x, name, draw(st.sampled_from((fresh(draw, x), name))))
+    if kind == "permute":
+        return Permute(x, tuple(draw(st.permutations(x.type.names))))
+    if kind == "split":
+        first = draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
+        new = draw(st.permutations([n for n in (*NAMES, "e") if n not in x.type or n == name]))
+        return Split(x, name, ((new[0], first), (new[1], size // first)))
+    start = draw(st.integers(0, x.type.rank - 1))
+    axes = x.type.names[start : draw(st.integers(start + 1, x.type.rank))]
+    return Merge(x, axes, draw(st.sampled_from((fresh(draw, x), axes[0], axes[-1]))))
+
+
+@st.composite
+def exprs(draw: st.DrawFn, most: int = 7) -> Expr:
+    x: Expr = draw(leaves(draw(types())))
+    for _ in range(draw(st.integers(0, most))):
+        y = draw(grown(x))
+        if prod(y.type.shape) > 400 or y.type.rank > 6:
+            break
+        x = y
+    return x
+
+
+# --- the oracle: whole tensors, in the plainest way
+
+
+def naive(e: Expr) -> np.ndarray[Any, Any]:
+    with np.errstate(all="ignore"):
+        return _naive(e)
+
+
+def _naive(e: Expr) -> np.ndarray[Any, Any]:
+    x = [_naive(y) for y in e.operands]
+    n = e.type.names
+    match e:
+        case Source():
+            return read(e.name)
+        case Full():
+            return np.full(e.type.shape, e.value, np.float64).astype(e.type.dtype.numpy)
+        case Normal() | TruncatedNormal() | Uniform() | Subset():
+            return naive_draw(e)
+        case Tile():
+            return np.stack(x * e.size, axis=e.position)
+        case Stack():
+            return np.stack(x, axis=e.position)
+        case Concat():
+            return np.concatenate(x, axis=n.index(e.axis))
+        case Index():
+            return np.take(x[0], e.at, axis=e.x.type.names.index(e.axis))
+        case Slice():
+            return np.take(x[0], range(e.start, e.stop), axis=n.index(e.axis))
+        case Split() | Merge() | Rename():
+            return x[0].reshape(e.type.shape)
+        case Permute():
+            return np.transpose(x[0], [e.x.type.names.index(name) for name in e.order])
+        case Cast():
+            return naive_cast(x[0], e.dtype)
+        case Moment():
+            return naive_moment(e, *x)
+    wide = [naive_cast(v, e.type.dtype) if v.dtype != bool else v for v in x]
+    if isinstance(e, Scale):
+        return wide[0] * wide[0].dtype.type(e.factor)
+    a, b, *c = (spread(v, y.type, e.type) for v, y in zip(wide, e.operands, strict=True))
+    return a + b if isinstance(e, Add) else a * b if isinstance(e, Mul) else np.where(a, b, c[0])
+
+
+def spread(v: np.ndarray[Any, Any], small: TensorType, large: TensorType) -> np.ndarray[Any, Any]:
+    """Broadcast by looking up each element by the names of its axes."""
+    made = np.empty(large.shape, v.dtype)
+    for place in np.ndindex(large.shape):
+        by_name = dict(zip(large.names, place, strict=True))
+        made[place] = v[tuple(by_name[name] for name in small.names)]
+    return made
+
+
+def naive_cast(v: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+    if v.dtype == np.float64 and dtype not in (F64, F32, F16):
+        # Through extended precision there is no double rounding in these magnitudes.
+        return np.array([nearest(float(u), dtype) for u in v.ravel()], dtype.numpy).reshape(v.shape)
+    return v.astype(np.float32 if v.dtype.itemsize < 8 else np.float64).astype(dtype.numpy)
+
+
+def nearest(value: float, dtype: DType) -> Any:
+    """Round a float64, by trying the neighbours of a first guess."""
+    guess = np.array(value, np.float32).astype(dtype.numpy)
+    raw = np.uint16 if dtype.itemsize_bytes == 2 else np.uint8
+    bits = int(guess.view(raw))
+    near = [raw(bits + d).view(dtype.numpy) for d in (-1, 0, 1) if bits + d >= 0]
+    near = [v for v in near if np.isfinite(v) and np.signbit(v) == np.signbit(guess)]
+    best = min(abs(float(v) - value) for v in near)
+    ties = [v for v in near if abs(float(v) - value) == best]
+    return min(ties, key=lambda v: int(v.view(raw)) & 1)
+
+
+def naive_draw(e: Expr) -> np.ndarray[Any, Any]:
+    assert isinstance(e, Normal | TruncatedNormal | Uniform | Subset)
+    words = np.random.Philox(key=e.key).random_raw(prod(e.type.shape)).reshape(e.type.shape)
+    if isinstance(e, Subset):
+        rank = np.argsort(
+            np.argsort(words, axis=e.type.names.index(e.axis)), axis=e.type.names.index(e.axis)
+        )
+        return rank < e.count
+    if isinstance(e, Normal):
+        return random.normal(words, e.mean, e.std)
+    if isinstance(e, TruncatedNormal):
+        return random.truncated_normal(words, e.std, e.bound)
+    return random.uniform(words, e.low, e.high)
+
+
+def naive_moment(
+    e: Moment, x: np.ndarray[Any, Any], mask: np.ndarray[Any, Any] | None = None
+) -> np.ndarray[Any, Any]:
+    t = e.x.type
+    x = x.astype(np.float64)
+    held = np.ones(x.shape, bool)
+    if mask is not None and e.mask is not None:
+        held = spread(mask, e.mask.type, t)
+    order = [t.names.index(name) for name in e.keep]
+    order += [i for i in range(t.rank) if i not in order]
+    x, held = x.transpose(order), held.transpose(order)
+    made = np.zeros(e.type.shape, np.float64)
+    for place in np.ndindex(e.type.shape):
+        count = int(held[place].sum())
+        if count:
+            made[place] = tree(np.where(held[place], x[place], 0.0)) / count
+            if e.kind == "std":
+                square = np.where(held[place], (x[place] - made[place]) ** 2, 0.0)
+                made[place] = np.sqrt(tree(square) / count)
+    return made.astype(e.type.dtype.numpy)
+
+
+def tree(v: np.ndarray[Any, Any]) -> float:
+    """Sum by halves, the last axis first."""
+    if v.ndim:
+        flat = [tree(u) for u in v]
+        while len(flat) > 1:
+            half = len(flat) // 2
+            odd = flat[2 * half :]
+            flat = [a + b for a, b in zip(flat[:half], flat[half : 2 * half], strict=True)]
+            if odd:
+                flat[0] += odd[0]
+        return flat[0]
+    return float(v)
+
+
+def whole(e: Expr) -> np.ndarray[Any, Any]:
+    """Evaluate as it stands; what overflows is no case."""
+    try:
+        return Evaluator(read).block(e, tuple((0, n) for n in e.type.shape))
+    except InputError:
+        assume(False)
+        raise
+
+
+def same(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@given(exprs())
+def test_the_evaluator_agrees_with_whole_arrays(e: Expr) -> None:
+    assert same(whole(e), naive(e))
+
+
+@given(exprs())
+def test_simplifying_changes_no_byte(e: Expr) -> None:
+    simple = simplify(e)
+    assert simple.type == e.type
+    assert same(whole(simple), whole(e))
+    assert simplify(simple) is simple
+
+
+@given(exprs(), st.data())
+def test_rows_are_rows_of_the_whole(e: Expr, data: st.DataObject) -> None:
+    assume(e.type.axes)
+    full = whole(e)
+    cuts = data.draw(st.sets(st.integers(0, len(full)))) | {0, len(full)}
+    ordered = sorted(cuts)
+    rows = [evaluate(e, read, rows=(a, b)) for a, b in pairwise(ordered)]
+    assert same(np.concatenate(rows), full)
+
+
+@given(exprs(), st.data())
+def test_a_box_is_a_box_of_the_whole(e: Expr, data: st.DataObject) -> None:
+    box = []
+    for size in e.type.shape:
+        start = data.draw(st.integers(0, size - 1))
+        box.append((start, data.draw(st.integers(start, size))))
+    full = whole(e)
+    for x in (e, simplify(e)):
+        part = Evaluator(read).block(x, tuple(box))
+        assert same(part, full[tuple(slice(*ends) for ends in box)])
+
+
+@given(exprs(), st.integers(1, 600))
+def test_blocks_follow_on_one_another(e: Expr, block_bytes: int) -> None:
+    full = whole(e)
+    assert b"".join(b.tobytes() for b in blocks(e, read, None, block_bytes)) == full.tobytes()
+    limit = max(block_bytes, e.type.dtype.itemsize_bytes)
+    for box in row_blocks(e.type, block_bytes):
+        assert prod(b - a for a, b in box) * e.type.dtype.itemsize_bytes <= limit
+
+
+@given(exprs(), st.sampled_from(FLOATS))
+def test_the_type_asked_for_is_rounded_to_once(e: Expr, dtype: DType) -> None:
+    expected = whole(Cast(e, dtype))
+    assert same(evaluate(e, read, dtype), expected)
+
+
+@given(exprs())
+def test_text_comes_back(e: Expr) -> None:
+    text = format_expr(e)
+    assert "\n" not in text
+    padded = f"  {text} @layers.3"
+    parsed, end = parse_expr(padded)
+    assert parsed is e
+    assert padded[end:] == " @layers.3"
+
+
+@given(exprs(most=4), st.data())
+def test_an_index_of_anything_reads_nothing_more(e: Expr, data: st.DataObject) -> None:
+    """Pushing an index down never makes an expression read more rows."""
+    assume(e.type.axes and whole(e).size)
+    axis = data.draw(st.sampled_from(e.type.axes))
+    one = Index(e, axis.name, data.draw(st.integers(0, int(str(axis.size)) - 1)))
+
+    def cost(x: Expr) -> int:
+        rows = 0
+
+        def counting(name: str, start: int = 0, stop: int | None = None) -> Any:
+            nonlocal rows
+            got = read(name, start, stop)
+            rows += got.size
+            return got
+
+        Evaluator(counting).block(x, tuple((0, n) for n in x.type.shape))
+        return rows
+
+    assert cost(simplify(one)) <= cost(one)
+
+
+@settings(max_examples=50)
+@given(exprs())
+def test_every_part_is_interned(e: Expr) -> None:
+    for x in walk(e):
+        assert x.with_operands(*x.operands) is x
+        assert parse_expr(str(x))[0] is x
