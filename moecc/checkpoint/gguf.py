@@ -1,0 +1,296 @@
+"""Opens a GGUF file as if it were a Hugging Face folder: its names, its order of rows, its config.
+
+The blocks of quantised weights are turned into float32 when they are read, some rows at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from moecc.checkpoint.files import DescriptorPool
+from moecc.checkpoint.folder import rows_of
+from moecc.checkpoint.gguf_blocks import dequantise
+from moecc.checkpoint.gguf_config import Sizes, make_config
+from moecc.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
+from moecc.checkpoint.gguf_names import (
+    GGUF_FAMILIES,
+    ROPE_FACTORS,
+    GgufFamily,
+    first_expert,
+    hugging_face_name,
+    known_names,
+    turned_projection,
+)
+from moecc.checkpoint.gguf_storage import BY_NAME
+from moecc.checkpoint.gguf_tokenizer import tokenizer_files
+from moecc.checkpoint.problems import Problems, quoted
+from moecc.checkpoint.source import TensorInfo
+from moecc.errors import InputError, nearest, printable
+
+
+class GgufFile:
+    """A checkpoint in a GGUF file; see `moecc.checkpoint.source.Checkpoint`.
+
+    Attributes:
+      metadata: the keys and values at the front of the file.
+    """
+
+    format = "gguf"
+
+    def __init__(
+        self,
+        header: GgufHeader,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        head_dims: dict[str, int],
+        pool: DescriptorPool,
+    ) -> None:
+        self.path = header.path
+        self.config = config
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self.metadata = MappingProxyType(header.metadata)
+        self._identity = header.identity
+        self._head_dims = head_dims
+        self._pool = pool
+        self._turned: tuple[dict[str, bytes], str | None] | None = None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
+
+        Raises:
+          InputError: no such tensor, or the file was cut, changed or replaced since it was opened.
+          MachineError: the system cannot read it, or the `gguf` package is missing.
+          ValueError: rows beyond the tensor.
+        """
+        info = self._info(name)
+        shape, _ = rows_of(info, start, stop)
+        stop = start + shape[0]
+        head_dim = self._head_dims.get(name)
+        if head_dim is None or start == stop:
+            return self._stored(info, start, stop)
+        # The rows of a head are in another order on disk, so whole heads are read.
+        first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
+        heads = halves_from_neighbours(self._stored(info, first, last), head_dim)
+        return np.ascontiguousarray(heads[start - first : stop - first])
+
+    def companions(self) -> dict[str, Path | bytes]:
+        """Return the tokenizer and generation config, made from the metadata.
+
+        Without a tokenizer there is nothing, and `remarks` says why.
+
+        Raises:
+          MachineError: the file cannot be read.
+        """
+        return dict(self._tokenizer()[0])
+
+    def remarks(self) -> list[str]:
+        """Say what is lost in this file, or could not be taken from it. Raises as `companions`."""
+        remarks = []
+        stored = Counter(info.storage for info in self.tensors.values() if info.storage)
+        if stored:
+            kinds = ", ".join(f"{count} tensors in {name}" for name, count in stored.most_common())
+            remarks.append(f"the weights were quantised, which lost precision: {kinds}")
+        reason = self._tokenizer()[1]
+        if reason is not None:
+            remarks.append(f"no tokenizer could be made from this file: {reason}")
+        return remarks
+
+    def files(self) -> list[Path]:
+        """Return the file itself."""
+        return [self.path]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _stored(self, info: TensorInfo, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Read rows in the order of the file."""
+        shape, skipped = rows_of(info, start, stop)
+        raw = np.empty(shape[0] * (info.nbytes // info.shape[0]), np.uint8)
+        if raw.size:
+            self._pool.read_into(info.file, self._identity, raw.data, info.offset + skipped)
+        if not info.storage:
+            return raw.view(info.dtype.numpy).reshape(shape)
+        return dequantise(raw, BY_NAME[info.storage]).reshape(shape)
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            hint = nearest(name, islice(self.tensors, 2000))
+            raise InputError(f"there is no tensor {quoted(name)}", where=str(self.path), hint=hint)
+        return info
+
+    def _tokenizer(self) -> tuple[dict[str, bytes], str | None]:
+        if self._turned is None:
+            rows, length = self.config["vocab_size"], self.config["max_position_embeddings"]
+            try:
+                self._turned = tokenizer_files(self.metadata, rows, length), None
+            except InputError as error:
+                self._turned = {}, str(error.problems[0]).replace("\n ", ";")
+        return self._turned
+
+
+def halves_from_neighbours(rows: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+    """Reorder the rows [heads x head_dim, ...] of a query or key projection.
+
+    In the file the rotary embedding turns row 2i of a head against row 2i + 1; Hugging Face turns
+    row i against row i + head_dim / 2.
+    """
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
+    """Open a GGUF file; header and metadata are checked, and no weight is read.
+
+    Raises:
+      InputError: not a GGUF file, a faulty one, or a model that moecc cannot take; all problems.
+      MachineError: the system does not let us read it.
+    """
+    header = read_gguf_header(Path(path))
+    family = _family(header)
+    problems, pool = Problems(), DescriptorPool()
+    try:
+        names = _names(header, family, problems)
+        divisors = _rotary_divisors(header, pool, problems)
+        config, sizes = make_config(header, family, divisors, problems)
+        head_dims = _head_dims(header, names, family, sizes, problems)
+        _check_divisors(header, divisors, sizes, problems)
+        problems.raise_if_any()
+    except BaseException:
+        pool.close()
+        raise
+    tensors = {new: _info(header, header.tensors[old], new) for old, new in names.items()}
+    return GgufFile(header, config, tensors, head_dims, pool)
+
+
+def _family(header: GgufHeader) -> GgufFamily:
+    architecture = header.metadata.get("general.architecture")
+    expert = first_expert(header.tensors)
+    if not isinstance(architecture, str) or not architecture:
+        raise InputError(
+            "the file does not say what architecture it has",
+            where=f"{header.path}, metadata key 'general.architecture'",
+            expected=f"one of {', '.join(GGUF_FAMILIES)}",
+        )
+    experts = header.metadata.get(f"{architecture}.expert_count", 0)
+    if expert is not None or (type(experts) is int and experts > 0):
+        raise InputError(
+            "this model is already a mixture of experts",
+            where=str(header.path),
+            expected="a dense model",
+            found=f"{experts} experts" + (f", tensor {quoted(expert)}" if expert else ""),
+            hint="take the dense model that it was made from",
+        )
+    if architecture in GGUF_FAMILIES:
+        return GGUF_FAMILIES[architecture]
+    raise InputError(
+        "moecc does not read this architecture",
+        where=f"{header.path}, metadata key 'general.architecture'",
+        expected=f"one of {', '.join(GGUF_FAMILIES)}",
+        found=printable(architecture[:100]),
+        hint=nearest(architecture[:100], GGUF_FAMILIES),
+    )
+
+
+def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[str, str]:
+    """Return the Hugging Face name of each tensor; unknown tensors go to `problems`."""
+    names = {}
+    known = known_names(family)
+    for name in header.tensors:
+        new = hugging_face_name(name, family)
+        if new is not None:
+            names[name] = new
+        elif name != ROPE_FACTORS:
+            what = f"a dense {family.model_type} has no tensor {quoted(name)}"
+            problems.add(what, where=str(header.path), hint=nearest(name[:100], known))
+    return names
+
+
+def _rotary_divisors(
+    header: GgufHeader, pool: DescriptorPool, problems: Problems
+) -> np.ndarray[Any, Any] | None:
+    """Read what the rotary frequencies are divided by: half a head of numbers."""
+    stored = header.tensors.get(ROPE_FACTORS)
+    if stored is None:
+        return None
+    if stored.storage.name != "F32" or len(stored.shape) > 1 or stored.shape[0] > 1 << 16:
+        where = f"{header.path}, tensor {ROPE_FACTORS!r}"
+        found = f"{list(stored.shape)} in {stored.storage.name}"
+        problems.add("not a vector of divisors", where=where, expected="[d] in F32", found=found)
+        return None
+    raw = np.empty(stored.nbytes, np.uint8)
+    pool.read_into(header.path, header.identity, raw.data, stored.offset)
+    return raw.view(np.float32).astype(np.float64)
+
+
+def _check_divisors(
+    header: GgufHeader, divisors: np.ndarray[Any, Any] | None, sizes: Sizes, problems: Problems
+) -> None:
+    if divisors is not None and 2 * divisors.size != sizes.head_dim:
+        problems.add(
+            "the divisors of the rotary frequencies do not fit a head",
+            where=f"{header.path}, tensor {ROPE_FACTORS!r}",
+            expected=f"{sizes.head_dim / 2:g} for heads of width {sizes.head_dim}",
+            found=f"{divisors.size}",
+        )
+
+
+def _head_dims(
+    header: GgufHeader,
+    names: Mapping[str, str],
+    family: GgufFamily,
+    sizes: Sizes,
+    problems: Problems,
+) -> dict[str, int]:
+    """Return the width of a head for the tensors whose rows are stored in another order."""
+    if not family.pairs_neighbours:
+        return {}
+    head_dims = {}
+    for old, new in names.items():
+        turned = turned_projection(new)
+        if turned is None:
+            continue
+        heads = sizes.heads if turned == "q" else sizes.groups
+        rows = header.tensors[old].shape[0]
+        if rows != heads * sizes.head_dim or sizes.head_dim % 2:
+            problems.add(
+                "the rows are not whole heads of even width",
+                where=f"{header.path}, tensor {quoted(old)}",
+                expected=f"{heads} heads of width {sizes.head_dim}",
+                found=f"{rows:,} rows",
+            )
+        head_dims[new] = sizes.head_dim
+    return head_dims
+
+
+def _info(header: GgufHeader, stored: StoredTensor, name: str) -> TensorInfo:
+    storage = stored.storage
+    return TensorInfo(
+        name=name,
+        dtype=storage.dtype,
+        shape=stored.shape,
+        nbytes=stored.nbytes,
+        file=header.path,
+        offset=stored.offset,
+        storage=storage.name if storage.is_quantised else "",
+    )

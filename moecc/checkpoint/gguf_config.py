@@ -1,0 +1,157 @@
+"""Writes the config.json that a GGUF file stands for.
+
+Every key of the architecture must be understood: one that moecc has never heard of may change
+what the model computes, and is refused rather than dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moecc.checkpoint.gguf_header import GgufHeader, StoredTensor
+from moecc.checkpoint.gguf_keys import Keys, token_id
+from moecc.checkpoint.gguf_names import EMBEDDING, HEAD, GgufFamily
+from moecc.checkpoint.gguf_rope import read_rope
+from moecc.checkpoint.problems import Problems
+from moecc.errors import InputError
+
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attention.sliding_window": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "logit_scale": (0, 1),
+    "pooling_type": (0,),
+    "residual_scale": (0, 1),
+    "use_parallel_residual": (False,),
+}
+"""Keys that change what a model computes, with the values at which they do not."""
+
+_INERT = ("rope.scaling.finetuned", "tensor_data_layout")
+_TORCH_ORDER = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes that the order of rows in a file depends on."""
+
+    heads: int
+    groups: int
+    head_dim: int
+
+
+def make_config(
+    header: GgufHeader,
+    family: GgufFamily,
+    divisors: np.ndarray[Any, Any] | None,
+    problems: Problems,
+) -> tuple[dict[str, Any], Sizes]:
+    """Return config.json and the sizes of a head; everything wrong goes to `problems`."""
+    architecture = str(header.metadata["general.architecture"])
+    keys = Keys(header.metadata, architecture, header.path, problems)
+    hidden, context = keys.size("embedding_length"), keys.size("context_length")
+    sizes = _head_sizes(keys, hidden)
+    vocab = _vocabulary_size(keys, header)
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": keys.size("feed_forward_length"),
+        "num_hidden_layers": keys.size("block_count"),
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.groups,
+        "head_dim": sizes.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": context,
+        "rms_norm_eps": _epsilon(keys),
+        "tie_word_embeddings": HEAD not in header.tensors,
+        **read_rope(keys, context, divisors),
+        **_biases(family, header.tensors),
+        **_special_tokens(header, vocab, problems),
+        "torch_dtype": _torch_dtype(header.tensors),
+    }
+    _refuse_the_rest(keys)
+    return config, sizes
+
+
+def _head_sizes(keys: Keys, hidden: int) -> Sizes:
+    heads = keys.size("attention.head_count")
+    groups = keys.size("attention.head_count_kv", heads)
+    head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
+    if hidden % heads and keys.value("attention.key_length") is None:
+        keys.refuse("attention.head_count", f"does not divide the width {hidden:,}")
+    for other in ("attention.value_length", "rope.dimension_count"):
+        if keys.size(other, head_dim) != head_dim:
+            keys.refuse(other, "differs from the width of a head", expected=f"{head_dim}")
+    return Sizes(heads, groups, head_dim)
+
+
+def _vocabulary_size(keys: Keys, header: GgufHeader) -> int:
+    embedding = header.tensors.get(EMBEDDING)
+    if embedding is None:
+        problem = "the file has no token embedding"
+        keys.problems.add(problem, where=keys.where, expected=f"a tensor {EMBEDDING!r}")
+        return keys.size("vocab_size", 1)
+    rows = embedding.shape[0]
+    if keys.size("vocab_size", rows) != rows:
+        keys.refuse("vocab_size", "contradicts the token embedding", expected=f"{rows:,} rows")
+    return rows
+
+
+def _epsilon(keys: Keys) -> float:
+    name = "attention.layer_norm_rms_epsilon"
+    epsilon = keys.number(name, None)
+    if epsilon is None:
+        keys.refuse(name, "the file does not state the epsilon of the norms", expected="a number")
+    return epsilon or 0.0
+
+
+def _biases(family: GgufFamily, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
+    attention = any(name.endswith("attn_q.bias") for name in tensors)
+    if family.model_type == "llama":
+        mlp = any(name.endswith("ffn_down.bias") for name in tensors)
+        return {"attention_bias": attention, "mlp_bias": mlp}
+    return {"attention_bias": attention} if family.model_type == "qwen3" else {}
+
+
+def _special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[str, int | None]:
+    ids: dict[str, int | None] = {}
+    for name, word in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        try:
+            ids[f"{name}_token_id"] = token_id(header.metadata, word, vocab)
+        except InputError as error:
+            problem = error.problems[0]
+            where = f"{header.path}, metadata key {problem.where!r}"
+            problems.add(problem.what, where=where, expected=problem.expected, found=problem.found)
+    return ids
+
+
+def _torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
+    """Return the type that most elements are read as; what is quantised is read as float32."""
+    elements: Counter[str] = Counter()
+    for tensor in tensors.values():
+        size = tensor.nbytes // tensor.storage.block_bytes * tensor.storage.block
+        elements[str(tensor.storage.dtype.torch)] += size
+    return max(_TORCH_ORDER, key=lambda name: elements[name])
+
+
+def _refuse_the_rest(keys: Keys) -> None:
+    for name, values in _NEUTRAL.items():
+        value = keys.value(name)
+        if value is not None and value not in values:
+            expected = " or ".join(str(value) for value in values)
+            keys.refuse(name, "moecc does not read models with this", expected=expected)
+    for name in keys.unused():
+        if name not in _INERT:
+            what = "moecc does not know what this key does to the model"
+            keys.refuse(name, what, expected="only keys that moecc reads")

@@ -1,0 +1,264 @@
+"""Turns the vocabulary of a GGUF file into the tokenizer files of Hugging Face.
+
+GGUF keeps tokens, merges or scores, and a name for the rule that cuts text into words; the rule
+itself is in llama.cpp.  Here each name that moecc can vouch for is spelt out as the pre-tokenizer
+of a ``tokenizer.json``; for every other name there is no tokenizer rather than a nearly right one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+from moecc.checkpoint.gguf_keys import shown
+from moecc.checkpoint.gguf_metadata import Value
+from moecc.checkpoint.gguf_vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
+from moecc.errors import InputError
+
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_WORDS = _LLAMA3_WORDS.replace("{1,3}", "")
+_TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2_STEPS = ({"type": "ByteLevel", "use_regex": True},)
+_DIGIT_STEPS = ({"type": "Digits", "individual_digits": True}, *_GPT2_STEPS)
+
+
+def _split(words: str) -> tuple[dict[str, Any], ...]:
+    split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
+    return split, {"type": "ByteLevel", "use_regex": False}
+
+
+_PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
+    "gpt-2": _GPT2_STEPS,
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGIT_STEPS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _split(_LLAMA3_WORDS)),
+    "qwen2": _split(_QWEN2_WORDS),
+    "tekken": _split(_TEKKEN_WORDS),
+}
+# A word that is a token as a whole is taken as one, whatever the merges would make of it.
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_SPACE = "\u2581"
+_LONGEST_PIECE = 256
+
+
+def tokenizer_files(
+    metadata: Mapping[str, Value], rows: int, context_length: int
+) -> dict[str, bytes]:
+    """Return tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    Raises:
+      InputError: why there can be none.
+      MachineError: the file cannot be read.
+    """
+    vocabulary = read_vocabulary(metadata, rows)
+    turn = {"gpt2": _byte_level, "llama": _sentence_piece}[vocabulary.model]
+    config = _tokenizer_config(vocabulary, metadata, context_length)
+    return {
+        "tokenizer.json": _json(turn(vocabulary)),
+        "tokenizer_config.json": _json(config, indent=2),
+        "generation_config.json": _json(_generation_config(vocabulary), indent=2),
+    }
+
+
+def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
+    steps = _PRE_TOKENIZERS.get(vocabulary.pre)
+    if steps is None:
+        raise InputError(
+            "moecc does not know how this tokenizer cuts text into words",
+            where="tokenizer.ggml.pre",
+            expected=f"one of {', '.join(_PRE_TOKENIZERS)}",
+            found=shown(vocabulary.pre),
+        )
+    return {
+        **_frame(vocabulary),
+        "normalizer": {"type": "NFC"} if vocabulary.pre == "qwen2" else None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {**_BYTE_LEVEL, **step} if step["type"] == "ByteLevel" else step for step in steps
+            ],
+        },
+        "decoder": {**_BYTE_LEVEL, "use_regex": True},
+        "model": {
+            **_MODEL,
+            "ignore_merges": vocabulary.pre in _WHOLE_WORDS,
+            "vocab": vocabulary.index(),
+            "merges": vocabulary.merges,
+        },
+    }
+
+
+def _sentence_piece(vocabulary: Vocabulary) -> dict[str, Any]:
+    to_marks = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    to_spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    prefix = [{"type": "Prepend", "prepend": _SPACE}] if vocabulary.adds_space else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    decoders = [to_spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    unknown = vocabulary.special.get("unknown")
+    return {
+        **_frame(vocabulary),
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, to_marks]},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": decoders + (strip if vocabulary.adds_space else []),
+        },
+        "model": {
+            **_MODEL,
+            "unk_token": None if unknown is None else vocabulary.tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": vocabulary.types.count(BYTE) == 256,
+            "vocab": vocabulary.index(),
+            "merges": _merges_of_scores(vocabulary),
+        },
+    }
+
+
+_MODEL = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+
+
+def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Return every pair of pieces that makes a piece, the best score first.
+
+    SentencePiece merges the two neighbours that make the piece with the best score (Kudo and
+    Richardson 1808.06226, §3.1), which is what merges ranked by that score do.
+    """
+    scores = {
+        token: score
+        for token, score, kind in zip(
+            vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True
+        )
+        if kind == NORMAL and len(token) <= _LONGEST_PIECE
+    }
+    ranked = [
+        (-score, -cut, token)
+        for token, score in scores.items()
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    ranked.sort()
+    return [(token[:-cut], token[-cut:]) for _, cut, token in ranked]
+
+
+def _frame(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return what does not depend on the kind of the tokenizer."""
+    added = [
+        {
+            "id": number,
+            "content": vocabulary.tokens[number],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != USER_DEFINED,
+        }
+        for number, kind in enumerate(vocabulary.types)
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and vocabulary.tokens[number]
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "post_processor": _template(vocabulary),
+    }
+
+
+def _template(vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """Return the post-processor that puts the first and last token around a text."""
+    special = vocabulary.special
+    first = [special["bos"]] if vocabulary.adds_bos and "bos" in special else []
+    last = [special["eos"]] if vocabulary.adds_eos and "eos" in special else []
+    if not first and not last:
+        return None
+
+    def text(name: str, kind: int) -> list[dict[str, Any]]:
+        before, after = (
+            [{"SpecialToken": {"id": vocabulary.tokens[number], "type_id": kind}} for number in ids]
+            for ids in (first, last)
+        )
+        return [*before, {"Sequence": {"id": name, "type_id": kind}}, *after]
+
+    tokens = {vocabulary.tokens[number]: number for number in chain(first, last)}
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {
+            token: {"id": token, "ids": [number], "tokens": [token]}
+            for token, number in tokens.items()
+        },
+    }
+
+
+def _tokenizer_config(
+    vocabulary: Vocabulary, metadata: Mapping[str, Value], context_length: int
+) -> dict[str, Any]:
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        **{
+            f"{short}_token": vocabulary.tokens[vocabulary.special[name]]
+            for name, short in names.items()
+            if name in vocabulary.special
+        },
+    }
+    if (template := _chat_template(metadata)) is not None:
+        config["chat_template"] = template
+    return config
+
+
+def _chat_template(metadata: Mapping[str, Value]) -> str | list[dict[str, str]] | None:
+    """Return the template, or the list of named ones where there are several."""
+    start = "tokenizer.chat_template"
+    named = [
+        {"name": key[len(start) + 1 :], "template": value}
+        for key, value in metadata.items()
+        if key.startswith(f"{start}.") and isinstance(value, str)
+    ]
+    default = metadata.get(start)
+    if not isinstance(default, str):
+        return named or None
+    return [{"name": "default", "template": default}, *named] if named else default
+
+
+def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
+    ends = vocabulary.ends
+    ids = {
+        "bos_token_id": vocabulary.special.get("bos"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": vocabulary.special.get("padding"),
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()
