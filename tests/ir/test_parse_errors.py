@@ -1,0 +1,196 @@
+"""Whatever the text, the parser returns a graph or raises ParseError that points at the place."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from moecc.ir import Graph, ParseError, parse, print_graph, verify
+from moecc.testing import graphs, random_graph
+
+PLACE = re.compile(r"^<text>:(\d+):(\d+)$")
+
+
+def check_error(error: ParseError, text: str) -> None:
+    """Check that each problem has a line, a column and a caret below that place."""
+    assert error.problems
+    lines = text.split("\n")
+    for problem in error.problems:
+        match = PLACE.match(problem.where or "")
+        assert match, problem.where
+        line, column = int(match[1]), int(match[2])
+        assert 1 <= line <= len(lines)
+        assert 1 <= column <= len(lines[line - 1]) + 1
+        *_, excerpt, caret = problem.what.split("\n")
+        assert excerpt.startswith(f"{line:5} | ")
+        assert re.fullmatch(r"      \| *\^", caret)
+        assert len(caret) <= len(excerpt) + 1
+
+
+def parse_or_check(text: str) -> Graph | None:
+    """Return the graph, or check the error and how long it took to find."""
+    start = time.perf_counter()
+    try:
+        graph = parse(text)
+    except ParseError as error:
+        assert time.perf_counter() - start < 1
+        check_error(error, text)
+        return None
+    return graph
+
+
+@given(st.text(max_size=200))
+@example("")
+@example("moecc 1")
+@example("moecc 1\ngraph g {")
+@example("moecc 1\ngraph g {\n")
+@example("\x00")
+@example("moecc 1\ngraph g {\n  %")
+@example("moecc 1\ngraph g {\n  attr a = [\n}\n")
+@example("moecc 1\ngraph g {\n  attr a = " + "[" * 100_000 + "\n}\n")
+@example("moecc 1\ngraph g {\n  attr a = " + "9" * 5_000 + "\n}\n")
+@example("moecc 1\ngraph g {\n  param %w : f32[a=2] = \n}\n")
+def test_random_text(text: str) -> None:
+    parse_or_check(text)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_read_as_latin_1(data: bytes) -> None:
+    parse_or_check(data.decode("latin-1"))
+
+
+WORDS = """moecc 1 graph g { } attr input param output % %x %y = : , ( ) @ by f32[batch=B] f32[ ]
+{over= {over=embed} {} contract silu add place -> # ragged(%p) " \\ 9 -1 inf nan true unreduced(m)
+source("a" f32[slot=ragged(%p)] {into=(a=2,b)} {into=(=)} {axes=()} {axes=(a,,b)} {by=1e999}"""
+TOKENS = st.sampled_from([*WORDS.split(), "\n"])
+
+
+@given(st.lists(TOKENS, max_size=40), st.sampled_from(["", " ", "\n"]))
+def test_random_tokens(tokens: list[str], between: str) -> None:
+    parse_or_check("moecc 1\ngraph g {\n  input %x : f32[batch=B]\n" + between.join(tokens))
+
+
+@given(graphs(max_steps=4), st.data())
+def test_mutated_text(graph: Graph, data: st.DataObject) -> None:
+    text = print_graph(graph)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        drop = data.draw(st.integers(0, 5))
+        put = data.draw(st.text('%@{}()[]=:,#"\\ \nab0-.é\u202e', max_size=3))
+        text = text[:at] + put + text[at + drop :]
+    again = parse_or_check(text)
+    if again is not None and again.output_names:
+        verify(again)
+
+
+@given(graphs(max_steps=4), st.data())
+def test_a_missing_or_repeated_line(graph: Graph, data: st.DataObject) -> None:
+    lines = print_graph(graph).split("\n")
+    at = data.draw(st.integers(0, len(lines) - 2))
+    if data.draw(st.booleans()):
+        lines.insert(at, lines[at])
+    else:
+        del lines[at]
+    parse_or_check("\n".join(lines))
+
+
+@given(graphs(max_steps=4), st.data())
+def test_text_that_ends_early(graph: Graph, data: st.DataObject) -> None:
+    text = print_graph(graph)
+    cut = data.draw(st.integers(0, len(text) - 3))
+    assert parse_or_check(text[:cut]) is None
+
+
+def body(*lines: str) -> str:
+    head = ("moecc 1", "graph g {", "  input %x : f32[batch=B, embed=4]")
+    return "\n".join((*head, *(f"  {line}" for line in lines), "}", ""))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column", "message"),
+    [
+        (body("%y = silu %z : f32[batch=B]"), 4, 13, "%z is not defined"),
+        (body("%y = sulu %x : f32[batch=B]"), 4, 8, "unknown operation 'sulu'"),
+        (body("%y = silu %x : f32[batch=B]"), 4, 18, "does not follow from its operands"),
+        (body("%y = silu %x, %x : f32[batch=B]"), 4, 8, "silu takes other operands"),
+        (body("%y = scale %x {bye=2} : f32[batch=B]"), 4, 8, "scale has no attribute 'bye'"),
+        (body("%y = scale %x {by} : f32[batch=B]"), 4, 17, "not an attribute"),
+        (body("%y = scale %x {by=1, by=2} : f32[]"), 4, 17, "attribute 'by' is given twice"),
+        (body("%y = sum %x {axes=(a} : f32[]"), 4, 15, "not an attribute"),
+        (body("%y silu %x : f32[batch=B]"), 4, 6, "expected ="),
+        (body("%x = silu %x : f32[batch=B, embed=4]"), 4, 3, "%x is defined twice"),
+        (body("%a, %a = route %x : f32[]"), 4, 3, "a node defines one value twice"),
+        (body("input %y : f33[batch=B]"), 4, 14, "unknown element type 'f33'"),
+        (body("input %y : f32[batch]"), 4, 14, "not an axis"),
+        (body("input %y : f32[batch=4.5]"), 4, 14, "not a size"),
+        (body("input %y : f32[a=2, a=3]"), 4, 14, "two axes of one name"),
+        (body("input %y : f32[a@m=2, b@m=3]"), 4, 14, "a mesh axis appears twice"),
+        (body("input %y : f32[slot=ragged(%q)]"), 4, 14, "%q is not defined"),
+        (body("inptu %y : f32[]"), 4, 3, "unknown statement 'inptu'"),
+        (body("output y = %x", "output y = %x"), 5, 10, "output 'y' is given twice"),
+        (body("attr a = {"), 4, 13, "not JSON"),
+        ("moecc 2\ngraph g {\n}\n", 1, 7, "format 2 is not known"),
+        ("moeccc 1\n", 1, 1, "expected 'moecc 1' at the start of the text"),
+        ("moecc 1\ngraph g {\n}\nmore\n", 4, 1, "text after the graph"),
+        ("moecc 1\ngraph g {\n", 3, 1, "the graph has no closing brace"),
+        ("moecc 1\ngraph g {\n  $\n}\n", 3, 3, "unexpected character '$'"),
+    ],
+)
+def test_the_place_and_the_message(text: str, line: int, column: int, message: str) -> None:
+    with pytest.raises(ParseError) as caught:
+        parse(text, "model.moe")
+    first = caught.value.problems[0]
+    assert message in first.what
+    assert first.where == f"model.moe:{line}:{column}"
+
+
+def test_a_message_in_full() -> None:
+    with pytest.raises(ParseError) as caught:
+        parse(body("%y = silu %x : f32[batch=B, embed=4]", "%z = slu %y : f32[batch=B]"), "m.moe")
+    assert str(caught.value) == (
+        "m.moe:5:8: unknown operation 'slu'\n"
+        "    5 |   %z = slu %y : f32[batch=B]\n"
+        "      |        ^\n"
+        "  hint: did you mean 'silu'?"
+    )
+
+
+def test_every_wrong_line_is_reported_and_what_depends_on_it_is_not() -> None:
+    text = body(
+        "%a = sulu %x : f32[batch=B]",
+        "%b = silu %a : f32[batch=B]",
+        "%c = rulu %x : f32[batch=B]",
+        "%d = add %b, %c : f32[batch=B]",
+        "output y = %d",
+    )
+    with pytest.raises(ParseError) as caught:
+        parse(text)
+    assert [p.where for p in caught.value.problems] == ["<text>:4:8", "<text>:6:8"]
+
+
+def test_a_long_line_is_cut_around_the_place() -> None:
+    names = ", ".join(f"%v{i}" for i in range(2000))
+    with pytest.raises(ParseError) as caught:
+        parse(body(f"%y = add {names} : f32[batch=B]"))
+    assert all(len(row) < 130 for row in str(caught.value).split("\n"))
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    with pytest.raises(ParseError) as caught:
+        parse(body("%y = silu %x \x1b[31m\u202e : f32[batch=B]"))
+    assert "\x1b" not in str(caught.value)
+    assert "\u202e" not in str(caught.value)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10**6))
+def test_a_thousand_wrong_lines_are_read_quickly(seed: int) -> None:
+    lines = print_graph(random_graph(seed)).split("\n")
+    start = time.perf_counter()
+    with pytest.raises(ParseError):
+        parse("\n".join([*lines[:-2], *["%y = silu %z : f32[batch=B]"] * 1000]))
+    assert time.perf_counter() - start < 1
