@@ -172,8 +172,10 @@ class Node:
         """Remove this node from its graph.
 
         Raises:
-          ValueError: a result still has users.
+          ValueError: a result still has users, or the node was erased before.
         """
+        if not self.alive:
+            raise ValueError(f"{self!r} was erased before")
         if not self.is_dead:
             raise ValueError(f"{self!r} still has users")
         for operand in self.operands:
@@ -340,10 +342,15 @@ class Graph:
         Raises:
           InputError: the name is taken.
         """
-        old, value.name = value.name, name
+        old = value.name
         if old == name:
             return
-        self._define(value)
+        value.name = name
+        try:
+            self._define(value)
+        except InputError:
+            value.name = old
+            raise
         del self._names[old]
         for table in (self.inputs, self.params):
             if table.get(old) is value:

@@ -125,9 +125,8 @@ class GraphMachine(RuleBasedStateMachine):
     def erase_ahead_while_walking(self) -> None:
         for node in self.graph:
             assert node.alive
-            users = [u for v in node.results for u in v.users if u is not self.graph.terminator]
-            for user in users:
-                if user.is_dead:
+            for user in {u for v in node.results for u in v.users}:
+                if user is not self.graph.terminator and user.is_dead:
                     user.erase()
         self.forget_erased()
 
