@@ -7,17 +7,15 @@ made of it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
 
 import numpy as np
 
 from moecc.ir.graph import Graph, Value
 from moecc.ir.types import TensorType
+from moecc.testing.draws import Data, generator
 
-Data = np.ndarray[Any, Any]
 Sizes = Mapping[str, int]
 
 MAX_SIZE = 4
@@ -28,12 +26,6 @@ ANY_INDEX = 8
 
 _CARRIERS = ("rename", "split", "merge", "broadcast", "slice", "stop_gradient", "cast")
 """Operations whose result has the elements of the first operand."""
-
-
-def generator(seed: int, *words: str) -> np.random.Generator:
-    """Return a generator that depends on `seed` and `words` alone."""
-    digest = hashlib.blake2b("\0".join(words).encode(), digest_size=8).digest()
-    return np.random.default_rng([seed, int.from_bytes(digest, "little")])
 
 
 def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
@@ -91,7 +83,15 @@ def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[
       sizes: the sizes of the variables; missing, they are drawn.
     """
     sizes = sizes_for(graph, seed) if sizes is None else sizes
-    return {n: _draw(v, seed, sizes) for n, v in graph.params.items()}
+    return {n: _made(v, seed, sizes) for n, v in graph.params.items()}
+
+
+def _made(value: Value, seed: int, sizes: Sizes) -> Data:
+    if value.weight is None:
+        return _draw(value, seed, sizes)
+    from moecc.testing.weights import weight_for
+
+    return weight_for(value.weight, seed)
 
 
 def _draw(value: Value, seed: int, sizes: Sizes) -> Data:

@@ -9,6 +9,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Value
 from moecc.ir.types import Axis, TensorType
+from moecc.testing.weights import grow_weight
 
 T = TypeVar("T")
 
@@ -72,12 +73,16 @@ class Growth:
         return value
 
     def param(self, hint: str, axes: Iterable[Axis], dtype: DType) -> Value:
-        """Add a parameter, or return one of that type that is there already."""
+        """Add a parameter, or return one of that type that is there already.
+
+        A quarter of them is made by a weight expression.
+        """
         type = TensorType(dtype, tuple(axes))
         same = [v for v in self.graph.params.values() if v.type == type]
         if same and self.chance(15):
             return self.pick(same)
-        return self.graph.param(self.graph.fresh(hint), type, loc=self.builder.loc)
+        weight = grow_weight(self, type) if self.chance(25) else None
+        return self.graph.param(self.graph.fresh(hint), type, weight, loc=self.builder.loc)
 
     def constant(self, value: float, dtype: DType) -> Value:
         """Append a scalar constant."""

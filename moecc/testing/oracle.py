@@ -15,7 +15,8 @@ import numpy as np
 from moecc.backend import Arrays, get_backend
 from moecc.ir.graph import Graph, Value
 from moecc.ir.types import Extent
-from moecc.testing.data import Data, Sizes, generator, inputs_for, params_for, sizes_for
+from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
+from moecc.testing.draws import Data, generator
 
 TOLERANCE = 1e-12
 """The difference allowed between equal outputs, times their magnitude (at least 1)."""

@@ -1,0 +1,82 @@
+"""Random weight expressions for the parameters of random graphs, and random source tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moecc.ir.dtypes import F32, F64
+from moecc.ir.types import TensorType
+from moecc.testing.draws import Data, generator
+from moecc.weights.arithmetic import Cast, Scale
+from moecc.weights.draws import Normal
+from moecc.weights.evaluate import evaluate
+from moecc.weights.expr import Expr, Source, sources, transform
+from moecc.weights.movement import Permute, Stack, Tile
+
+if TYPE_CHECKING:
+    from moecc.testing.growth import Growth
+
+
+def grow_weight(g: Growth, type: TensorType) -> Expr:
+    """Return an expression that makes a tensor of `type`."""
+    kind = g.pick(("source", "tile", "permute", "stack", "scale", "normal"))
+    if kind == "tile" and type.axes:
+        axis = g.pick(type.axes)
+        part = _source(g, type.without(axis.name))
+        return Tile(part, axis.name, int(str(axis.size)), type.names.index(axis.name))
+    if kind == "stack" and type.axes:
+        axis = type.axes[0]
+        rest = type.without(axis.name)
+        return Stack(tuple(_source(g, rest) for _ in range(int(str(axis.size)))), axis.name)
+    if kind == "permute":
+        return Permute(_source(g, type.with_axes(type.axes[::-1])), type.names)
+    if kind == "scale":
+        return Scale(_source(g, type), g.pick((2.0, 0.5, -3.0)))
+    if kind == "normal":
+        return Normal(type.with_dtype(F32), 0.5, g.choices.below(4))
+    return _source(g, type)
+
+
+def _source(g: Growth, type: TensorType) -> Source:
+    # Few names, so that parameters of one type are sometimes tied.
+    sizes = "x".join(map(str, type.shape))
+    return Source(f"model.{g.choices.below(3)}.weight_{sizes}_{'_'.join(type.names)}", type)
+
+
+def weight_for(weight: Expr, seed: int) -> Data:
+    """Return what `weight` makes of random source tensors, in float64 throughout.
+
+    Casts between floats are left out: rounded to a narrow type, weights that are equal in real
+    arithmetic would differ.
+    """
+    return evaluate(transform(weight, _in_float64), _Sources(weight, seed))
+
+
+def _in_float64(expr: Expr) -> Expr:
+    if not expr.type.dtype.is_float or expr.type.dtype is F64:
+        return expr
+    if isinstance(expr, Source):
+        return Source(expr.name, expr.type.with_dtype(F64))
+    if isinstance(expr, Cast):
+        return expr.x
+    return Cast(expr, F64)
+
+
+class _Sources:
+    """Reads source tensors that depend on the seed and on their names alone."""
+
+    def __init__(self, weight: Expr, seed: int) -> None:
+        self.seed = seed
+        self.types = {s.name: s.type for s in sources(weight)}
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Data:
+        type = self.types[name]
+        rng = generator(self.seed, "source", name)
+        if not type.dtype.is_float:
+            whole = rng.integers(0, 2, type.shape).astype(type.dtype.numpy)
+        else:
+            # As stored: a checkpoint holds what its element type can say.
+            whole = rng.standard_normal(type.shape).astype(type.dtype.numpy).astype(np.float64)
+        return whole[start:stop] if type.axes else whole
