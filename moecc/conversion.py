@@ -130,7 +130,8 @@ def plan(
       UsageError: there is no such target.
       InputError: a pass cannot do its work on this model, or the target cannot say the result.
     """
-    from moecc.families.export import check_target, export_graph
+    from moecc.families.export import export_graph
+    from moecc.families.propose import check_target
     from moecc.pipeline.passes import Context
     from moecc.pipeline.runner import run_pipeline
 

@@ -43,7 +43,7 @@ def inspection(model: Model) -> dict[str, Any]:
     """Return what `moecc inspect` says of `model`, as JSON values."""
     from moecc.analysis.ffn import find_ffn_blocks
     from moecc.families.describe import describe
-    from moecc.families.export import possible_targets
+    from moecc.families.propose import target_fits
 
     graph = model.graph
     facts = describe(graph)
@@ -67,8 +67,8 @@ def inspection(model: Model) -> dict[str, Any]:
             "refused": [{"where": r.loc, "reason": r.reason} for r in search.refusals],
         },
         "targets": {
-            name: {"fits": not reasons, "reasons": reasons}
-            for name, reasons in possible_targets(graph).items()
+            name: {"fits": not reasons, "reasons": [str(r) for r in reasons]}
+            for name, reasons in target_fits(graph).items()
         },
     }
 
@@ -91,7 +91,7 @@ def inspection_text(data: dict[str, Any]) -> str:
     ]
     for name, target in data["targets"].items():
         rows.append(f"    {name:12} {'fits' if target['fits'] else 'does not fit'}")
-        rows += [f"        {reason}" for reason in target["reasons"]]
+        rows += [f"        {line}" for r in target["reasons"] for line in r.splitlines()]
     return "\n".join(rows)
 
 

@@ -61,6 +61,7 @@ def register(app: typer.Typer) -> None:
 
         The graph goes to stdout or -o, everything else to stderr.
         """
+        from moecc.cli.console import say
         from moecc.cli.files import check_writable, write_text
         from moecc.cli.pipelines import read_pipeline
         from moecc.ir.printer import print_graph
@@ -73,17 +74,13 @@ def register(app: typer.Typer) -> None:
             check_writable(output, force=force)
         watching = _instruments(print_after, diff, dump_dir, timing, stats, remarks)
         graph = read_graph(file)
+        context = Context(seed=seed, allow_unmatched=allow_unmatched)
         if check:
-            from moecc.pipeline.check import CheckPreserves
+            from moecc.pipeline.check import check_pipeline
 
-            watching.append(CheckPreserves(sys.stderr, seed=seed))
-        run_pipeline(
-            graph,
-            passes,
-            context=Context(seed=seed, allow_unmatched=allow_unmatched),
-            instruments=watching,
-            crash_folder=Path.cwd(),
-        )
+            for checked in check_pipeline(graph, passes, context=context):
+                say(f"checked: {checked}")
+        run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=Path.cwd())
         write_text(print_graph(graph), output, force=force)
 
 
