@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moecc.collector import collector_paused
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.ir.graph import Graph, Value
 from moecc.ir.literals import parse_attrs, parse_type
@@ -36,7 +37,8 @@ def parse(text: str, file: str = "<text>") -> Graph:
     Raises:
       ParseError: with every problem found, up to a limit.
     """
-    return _Parser(Scanner(text, file)).module()
+    with collector_paused():
+        return _Parser(Scanner(text, file)).module()
 
 
 class _Parser:
