@@ -57,6 +57,8 @@ class CanonicalizePass(Pass):
         """Apply the rules until none matches, then put operands in order."""
         result = PassResult.of(rewrite(graph, self.rules, origin=self.name))
         ordered = order_operands(graph)
+        if all(r.preserves == "exact" or not result.rules[r.name].hits for r in self.rules):
+            result.preserves = EXACT
         result.changed |= ordered > 0
         result.matched += ordered
         if ordered:

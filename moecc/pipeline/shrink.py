@@ -1,0 +1,221 @@
+"""A graph at reduced sizes, on which the reference interpreter can check what passes promise.
+
+A graph that a family has just built is built again from a smaller config.  Any other graph is
+shrunk by its size constraints: equal numbers stay equal, the parts of a split or merge still make
+up the whole, slices still cut at the same fractions, and experts and top-k stay.  Parameters become
+plain source tensors in float64, to be drawn at random: what a pass makes of them then agrees to the
+last digits, copies included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import gcd, prod
+from typing import TYPE_CHECKING, Any
+
+from moecc.errors import InputError
+from moecc.ir.dtypes import F64
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.types import Axis, TensorType
+
+if TYPE_CHECKING:
+    from moecc.weights.expr import Expr
+
+KEPT = 8
+"""Sizes up to this stay."""
+
+MAX_SIZE = 24
+"""The most that a free size is reduced to."""
+
+MAX_ELEMENTS = 4_000_000
+"""The most elements of all parameters together that the interpreter is asked to handle."""
+
+Form = tuple[int, tuple[int, ...]]
+"""A size as a product: a fixed factor, and sizes that are reduced themselves."""
+
+
+def reduced(graph: Graph) -> Graph:
+    """Return `graph` at reduced sizes, its parameters made from float64 sources.
+
+    Raises:
+      InputError: the graph is not reducible, with the reason.
+    """
+    again = _from_config(graph)
+    if again is not None:
+        return _with_float64_sources(again)
+    sizes = reduce_sizes(graph)
+    try:
+        small = _mapped(graph, sizes)
+    except InputError as error:
+        raise not_reducible(error.problems[0].what, error.problems[0].where) from None
+    count = sum(prod(s for s in v.type.sizes if isinstance(s, int)) for v in small.params.values())
+    if count > MAX_ELEMENTS:
+        largest = max((s for v in small.params.values() for s in v.type.sizes), key=_number)
+        raise not_reducible(f"{count:,} elements are left, and the size {largest} cannot shrink")
+    return small
+
+
+def not_reducible(why: str, where: str | None = None) -> InputError:
+    """Return the error that a graph cannot be reduced."""
+    return InputError(
+        f"the graph is not reducible, so it cannot be checked: {why}",
+        where=where,
+        hint="check the graph as `moecc import` writes it, before other passes",
+    )
+
+
+def _number(size: object) -> int:
+    return size if isinstance(size, int) else 0
+
+
+def _from_config(graph: Graph) -> Graph | None:
+    """Return the graph built from a reduced config, or None if the graph is not just built."""
+    if not {"family", "config"} <= set(graph.attrs):
+        return None
+    from moecc.families import rebuild
+
+    try:
+        whole = rebuild(graph.attrs, shrink=False)
+        small = rebuild(graph.attrs, shrink=True)
+    except InputError:
+        return None
+    # A rewritten graph keeps its config, but is not what the config builds any more.
+    return small if _skeleton(whole) == _skeleton(graph) else None
+
+
+def _skeleton(graph: Graph) -> list[tuple[str, str, int]]:
+    return [(n.op.name, n.loc, len(n.operands)) for n in graph]
+
+
+def _with_float64_sources(graph: Graph) -> Graph:
+    for value in graph.params.values():
+        value.weight = _float64(value.weight) if value.weight is not None else _source(value)
+    return graph
+
+
+def _source(value: Value) -> Expr | None:
+    from moecc.weights.expr import Source
+
+    if not value.type.is_static or not value.type.dtype.is_float:
+        return None
+    return Source(value.name, TensorType(F64, tuple(Axis(a.name, a.size) for a in value.type)))
+
+
+def _float64(weight: Expr) -> Expr:
+    """Return `weight` over sources in float64; expressions are not deep, so this may recurse."""
+    from moecc.weights.expr import Source
+
+    if isinstance(weight, Source) and weight.type.dtype.is_float:
+        return Source(weight.name, weight.type.with_dtype(F64))
+    return weight.with_operands(*map(_float64, weight.operands))
+
+
+def reduce_sizes(graph: Graph) -> dict[int, int]:
+    """Return a reduced size for each fixed size of `graph`.
+
+    Raises:
+      InputError: the constraints contradict each other.
+    """
+    from moecc.families.shrinking import shrink_size
+
+    pinned, forms = _constraints(graph)
+    numbers = {s for v in _values(graph) for s in v.type.sizes if isinstance(s, int)}
+    numbers |= {part for some in forms.values() for _, parts in some for part in parts}
+    sizes: dict[int, int] = {}
+    # The parts of a number are smaller, so they are settled before it.
+    for number in sorted(numbers | set(forms)):
+        made = {factor * prod(sizes[p] for p in parts) for factor, parts in forms.get(number, ())}
+        if number in pinned or number <= KEPT:
+            made.add(number)
+        if len(made) > 1:
+            raise not_reducible(f"the size {number} would have to be {_either(made)}")
+        sizes[number] = made.pop() if made else shrink_size(number, MAX_SIZE)
+    return sizes
+
+
+def _either(sizes: Iterable[int]) -> str:
+    return " and ".join(map(str, sorted(sizes)))
+
+
+def _values(graph: Graph) -> Iterable[Value]:
+    yield from graph.inputs.values()
+    yield from graph.params.values()
+    for node in graph:
+        yield from node.results
+
+
+def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
+    """Return the sizes that stay, and the products that sizes must be."""
+    pinned: set[int] = set()
+    forms: dict[int, set[Form]] = {}
+    cuts: dict[int, int] = {}
+    for node in graph:
+        if node.op.name in ("split", "merge"):
+            whole, parts = _product(node)
+            if len(parts) > 1:
+                forms.setdefault(whole, set()).add((1, parts))
+        elif node.op.name == "slice":
+            size = _number(node.operands[0].type[node.attrs["axis"]].size)
+            cuts[size] = gcd(cuts.get(size, size), node.attrs["start"], node.attrs["stop"])
+        elif node.op.name == "place":
+            pinned.add(node.attrs["experts"])
+        elif node.op.name == "route":
+            pinned.update({node.attrs["top_k"], _number(node.operands[0].type["expert"].size)})
+    for size, unit in cuts.items():
+        for count in range(1, size // unit + 1):
+            forms.setdefault(count * unit, set()).add((count, (unit,)))
+        forms[unit].discard((1, (unit,)))
+    return pinned, {n: some for n, some in forms.items() if some}
+
+
+def _product(node: Node) -> tuple[int, tuple[int, ...]]:
+    type = node.operands[0].type
+    if node.op.name == "split":
+        whole, parts = type[node.attrs["axis"]].size, [s for _, s in node.attrs["into"]]
+    else:
+        parts = [type[n].size for n in node.attrs["axes"]]
+        whole = node.result.type[node.attrs["into"]].size
+    # A part of size 1 makes the whole equal to another part, which then is the same number.
+    return _number(whole), tuple(p for p in map(_number, parts) if p > 1)
+
+
+def _mapped(graph: Graph, sizes: Mapping[int, int]) -> Graph:
+    small = Graph(graph.name, graph.attrs)
+    image: dict[Value, Value] = {}
+    for name, value in graph.inputs.items():
+        image[value] = small.input(name, _map_type(value.type, sizes))
+    for name, value in graph.params.items():
+        image[value] = small.param(name, _map_type(value.type, sizes), loc=value.loc)
+        image[value].weight = _source(image[value])
+    for node in graph:
+        made = small.append(
+            node.op,
+            [image[v] for v in node.operands],
+            _map_attrs(node, sizes),
+            names=[v.name for v in node.results],
+            loc=node.loc,
+            origin=node.origin,
+        )
+        image.update(zip(node.results, made.results, strict=True))
+    for name, value in graph.outputs.items():
+        small.set_output(name, image[value])
+    return small
+
+
+def _map_type(type: TensorType, sizes: Mapping[int, int]) -> TensorType:
+    return type.with_axes(
+        Axis(a.name, sizes[a.size], a.mesh) if isinstance(a.size, int) else a for a in type.axes
+    )
+
+
+def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, Any]:
+    attrs = dict(node.attrs)
+    for name, spec in node.op.attrs.items():
+        if spec.kind == "sizes":
+            attrs[name] = tuple((n, sizes.get(s, s)) for n, s in attrs[name])
+    if node.op.name == "rope":
+        attrs["size"] = sizes.get(attrs["size"], attrs["size"])
+    if node.op.name == "slice":
+        for end in ("start", "stop"):
+            attrs[end] = sizes[attrs[end]] if attrs[end] else 0
+    return attrs
