@@ -2,9 +2,9 @@
 
 A graph that a family has just built is built again from a smaller config.  Any other graph is
 shrunk by its size constraints: equal numbers stay equal, the parts of a split or merge still make
-up the whole, slices still cut at the same fractions, and experts and top-k stay.  Parameters become
-plain source tensors in float64, to be drawn at random: what a pass makes of them then agrees to the
-last digits, copies included.
+up the whole, slices still cut at the same fractions, and experts and top-k stay.  Its parameters
+become source tensors, which are drawn at random; parameters themselves cannot be, since those that
+a pass makes copies of each other would then differ.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from math import gcd, prod
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F64
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.types import Axis, TensorType
 
@@ -35,14 +34,14 @@ Form = tuple[int, tuple[int, ...]]
 
 
 def reduced(graph: Graph) -> Graph:
-    """Return `graph` at reduced sizes, its parameters made from float64 sources.
+    """Return `graph` at reduced sizes, its parameters made from sources.
 
     Raises:
       InputError: the graph is not reducible, with the reason.
     """
     again = _from_config(graph)
     if again is not None:
-        return _with_float64_sources(again)
+        return again
     sizes = reduce_sizes(graph)
     try:
         small = _mapped(graph, sizes)
@@ -87,27 +86,13 @@ def _skeleton(graph: Graph) -> list[tuple[str, str, int]]:
     return [(n.op.name, n.loc, len(n.operands)) for n in graph]
 
 
-def _with_float64_sources(graph: Graph) -> Graph:
-    for value in graph.params.values():
-        value.weight = _float64(value.weight) if value.weight is not None else _source(value)
-    return graph
-
-
 def _source(value: Value) -> Expr | None:
     from moecc.weights.expr import Source
 
     if not value.type.is_static or not value.type.dtype.is_float:
         return None
-    return Source(value.name, TensorType(F64, tuple(Axis(a.name, a.size) for a in value.type)))
-
-
-def _float64(weight: Expr) -> Expr:
-    """Return `weight` over sources in float64; expressions are not deep, so this may recurse."""
-    from moecc.weights.expr import Source
-
-    if isinstance(weight, Source) and weight.type.dtype.is_float:
-        return Source(weight.name, weight.type.with_dtype(F64))
-    return weight.with_operands(*map(_float64, weight.operands))
+    plain = TensorType(value.type.dtype, tuple(Axis(a.name, a.size) for a in value.type))
+    return Source(value.name, plain)
 
 
 def reduce_sizes(graph: Graph) -> dict[int, int]:
@@ -160,7 +145,8 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
         elif node.op.name == "place":
             pinned.add(node.attrs["experts"])
         elif node.op.name == "route":
-            pinned.update({node.attrs["top_k"], _number(node.operands[0].type["expert"].size)})
+            experts = node.operands[0].type[node.attrs["axis"]].size
+            pinned.update({node.attrs["top_k"], _number(experts)})
     for size, unit in cuts.items():
         for count in range(1, size // unit + 1):
             forms.setdefault(count * unit, set()).add((count, (unit,)))

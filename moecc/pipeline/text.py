@@ -1,6 +1,6 @@
 """Pipelines, and their text: ``canonicalize,upcycle{experts=8 top-k=2 layers=3,7,11}``.
 
-    pipeline := item (',' item)*
+    pipeline := (item (',' item)*)?
     item     := name ('{' option (' ' option)* '}')?
     option   := name ('=' value)?
     value    := piece (',' piece)*
@@ -124,6 +124,8 @@ class _Parser:
 
     def items(self) -> list[_Item]:
         found: list[_Item] = []
+        if not self.text.strip():
+            return found
         while True:
             try:
                 found.append(self.item())

@@ -1,0 +1,110 @@
+"""Writes ``docs/passes.md`` from the registry; a test holds that the file is current.
+
+python -m moecc.pipeline.docs docs/passes.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moecc.errors import UsageError
+from moecc.pipeline.options import Option, describe, options, write
+from moecc.pipeline.passes import Pass
+from moecc.pipeline.registry import Registry, installed
+
+HEAD = """# Passes
+
+Written by `make docs` from the passes themselves; `moecc passes NAME` shows the same. A pipeline
+names passes in the order in which they run: `canonicalize,upcycle{experts=8 top-k=2},cse,dce`.
+How to write one: [writing-a-pass.md](writing-a-pass.md).
+"""
+
+
+def render(registry: Registry | None = None) -> str:
+    """Return the reference of all passes as Markdown.
+
+    Args:
+      registry: the passes; by default those that are installed.
+    """
+    registry = installed() if registry is None else registry
+    classes = [registry.get(name) for name in registry.names()]
+    rows = [f"| [`{c.name}`](#{c.name}) | {c.summary} |" for c in classes]
+    table = "\n".join(["| pass | what it does |", "|---|---|", *rows])
+    return "\n".join([HEAD, table, *(f"\n{_section(c)}" for c in classes)]) + "\n"
+
+
+def _section(cls: type[Pass]) -> str:
+    said = list(_paragraphs(cls)) or [f"{cls.summary[0].upper()}{cls.summary[1:]}."]
+    parts = [f"## {cls.name}", *said]
+    if cls.must_match:
+        parts.append("Finding nothing to do is an error, unless `--allow-unmatched` is given.")
+    promise = _default_promise(cls)
+    if promise is not None:
+        parts.append(promise)
+    parts.append(_table(list(options(cls).values())))
+    return "\n\n".join(parts)
+
+
+def _default_promise(cls: type[Pass]) -> str | None:
+    """Return what a pass promises where no option is given, if it needs none."""
+    if any(option.required for option in options(cls).values()):
+        return None
+    return f"Preserves, without options: {cls().preserves}."
+
+
+def _table(some: list[Option]) -> str:
+    if not some:
+        return "No options."
+    rows = [
+        f"| `{o.name}` | {_cell(describe(o.type))} | {_default(o)} | {_cell(o.doc)} |" for o in some
+    ]
+    return "\n".join(["| option | value | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _default(option: Option) -> str:
+    return "required" if option.required else f"`{write(option.type, option.default)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _paragraphs(cls: type[Pass]) -> Iterator[str]:
+    """Yield the paragraphs of the docstring, its literal blocks fenced."""
+    # Without one of its own, a dataclass gets its signature for a docstring.
+    text = inspect.cleandoc(cls.__doc__ or "")
+    blocks = text.split("\n\n") if not text.startswith(f"{cls.__name__}(") else []
+    literal = False
+    for block in blocks:
+        if literal:
+            yield f"```\n{inspect.cleandoc(block)}\n```"
+            literal = False
+            continue
+        literal = block.endswith("::")
+        yield _markdown(block[:-1] if literal else block)
+
+
+def _markdown(text: str) -> str:
+    return text.replace("``", "`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page to the file that the command line names."""
+    parser = argparse.ArgumentParser(description="Write the reference of all passes.")
+    parser.add_argument("file", type=Path)
+    file: Path = parser.parse_args(arguments).file
+    try:
+        text = render()
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    file.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
