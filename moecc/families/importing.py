@@ -9,14 +9,12 @@ from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
 from moecc.families.decoder import build_decoder
+from moecc.families.listing import capped, ranges
 from moecc.families.names import FUSED_GATE_UP, names_of
 from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph
 from moecc.ir.types import TensorType
 from moecc.weights.expr import sources
-
-MOST_PER_KIND = 20
-"""How many problems of one kind are listed one by one."""
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 _EXPERT = re.compile(r"(model\.layers\.\d{1,6}\.\w+\.experts\.)\d{1,6}(\.\w+\.weight)")
@@ -127,7 +125,7 @@ def _problems(
         missing, extra = [name for name in missing if name == head], []
     yield from _missing(missing, extra, expected, head)
     yield from _extra(extra, missing, config)
-    yield from _capped(_unfit(expected, tensors), "tensors do not fit")
+    yield from capped(_unfit(expected, tensors), "tensors do not fit")
 
 
 def _common_prefix(missing: list[str], extra: list[str], head: str) -> Problem | None:
@@ -148,7 +146,7 @@ def _missing(
 ) -> Iterator[Problem]:
     whole, single = _whole_layers(missing, expected)
     if whole:
-        layers = _ranges(whole)
+        layers = ranges(whole)
         hint = "num_hidden_layers in config.json, or an incomplete download?"
         yield Problem(f"no tensor of the layers {layers}", "config.json", hint=hint)
     if head in single:
@@ -165,7 +163,7 @@ def _missing(
         Problem("this tensor is missing", name, str(expected[name]), hint=nearest(name, candidates))
         for name in single
     )
-    yield from _capped(found, "tensors are missing")
+    yield from capped(found, "tensors are missing")
 
 
 def _whole_layers(missing: Iterable[str], expected: Iterable[str]) -> tuple[list[int], list[str]]:
@@ -191,7 +189,7 @@ def _extra(extra: list[str], missing: list[str], config: DecoderConfig) -> Itera
     }
     if beyond:
         yield Problem(
-            f"there are tensors of the layers {_ranges(sorted(beyond))}",
+            f"there are tensors of the layers {ranges(sorted(beyond))}",
             "config.json",
             f"layers below num_hidden_layers = {config.num_hidden_layers}",
         )
@@ -205,7 +203,7 @@ def _extra(extra: list[str], missing: list[str], config: DecoderConfig) -> Itera
         )
         for name in single
     )
-    yield from _capped(found, "tensors are not the model's")
+    yield from capped(found, "tensors are not the model's")
 
 
 def _bias_hint(name: str) -> str | None:
@@ -238,29 +236,6 @@ def _wrong_shape(name: str, type: TensorType, info: TensorInfo) -> Problem:
     hint = "it is transposed: outputs come first on disk" if turned else None
     what = "the tensor has another shape than config.json says"
     return Problem(what, name, f"[{sizes}]", str(list(info.shape)), hint)
-
-
-def _capped(problems: Iterable[Problem], rest: str) -> Iterator[Problem]:
-    """Yield the first problems, and one that counts the others."""
-    more = 0
-    for count, problem in enumerate(problems):
-        if count < MOST_PER_KIND:
-            yield problem
-        else:
-            more += 1
-    if more:
-        yield Problem(f"{more} more {rest}")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return ascending `numbers` with runs shortened: 0-3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _check_tied_head(config: DecoderConfig, checkpoint: Checkpoint) -> None:

@@ -274,7 +274,7 @@ PLAIN_KEYS = (
 )
 FEATURE_NAMES = {
     "qkv_bias": "biases on the query, key and value projections",
-    "output_bias": "a bias on the attention's output projection",
+    "output_bias": "bias on the attention's output projection",
     "mlp_bias": "biases in the feed-forward block",
     "qk_norm": "norms of the queries and keys",
 }

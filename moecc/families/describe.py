@@ -1,0 +1,162 @@
+"""What a model is made of: parameters by group, in total and active, and FLOPs per token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from moecc.families.experts import ExpertLayer, expert_layers, layer_number
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.types import TensorType
+
+GROUPS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Counts of parameters.
+
+    Attributes:
+      total: all that are stored.
+      active: those that one token meets: of the experts only the chosen ones.
+      groups: the total by group, those of `GROUPS` that there are.
+    """
+
+    total: int
+    active: int
+    groups: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A model in numbers.
+
+    Attributes:
+      family: the family that it was imported as, or empty.
+      layers: the number of layers.
+      parameters: how many there are.
+      flops_per_token: of all products with parameters, a multiplication and an addition each.
+      attention_flops_per_token: what attention adds for each position that a token looks at.
+      expert_layers: the mixtures of experts.
+    """
+
+    family: str
+    layers: int
+    parameters: Parameters
+    flops_per_token: int
+    attention_flops_per_token: int
+    expert_layers: tuple[ExpertLayer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as JSON values."""
+        return {**asdict(self), "expert_layers": [asdict(layer) for layer in self.expert_layers]}
+
+
+def describe(graph: Graph) -> Description:
+    """Count what `graph` holds and computes; nothing is read or run."""
+    linear, attention = flops(graph)
+    numbers = {layer_number(node.loc) for node in graph} - {None}
+    return Description(
+        family=str(graph.attrs.get("family", "")),
+        layers=len(numbers),
+        parameters=count_parameters(graph),
+        flops_per_token=linear,
+        attention_flops_per_token=attention,
+        expert_layers=tuple(expert_layers(graph)),
+    )
+
+
+def count_parameters(graph: Graph) -> Parameters:
+    """Count the parameters of `graph`; a tied one counts once."""
+    groups = dict.fromkeys(GROUPS, 0)
+    total = active = 0
+    for value in graph.params.values():
+        size = _elements(value.type)
+        total += size
+        active += round(size * _active_share(value))
+        groups[_group(value)] += size
+    return Parameters(total, active, {name: count for name, count in groups.items() if count})
+
+
+def flops(graph: Graph) -> tuple[int, int]:
+    """Return FLOPs per token: those of a fixed number, and those for each position attended to.
+
+    Products alone are counted, two operations each.  Experts count as often as a token chooses.
+    """
+    tokens = {axis.name for value in graph.inputs.values() for axis in value.type}
+    fixed = per_position = 0.0
+    for node in graph:
+        if node.op.name != "contract":
+            continue
+        axes = {a.name: a.size for v in node.operands for a in v.type}
+        rows = next((v for v in node.operands if "slot" in v.type), None)
+        times = 1.0
+        if rows is not None:
+            times = _choices(rows)
+            axes = {n: s for n, s in axes.items() if n not in ("group", "expert", "slot")}
+        work = (
+            2 * times * prod(s for n, s in axes.items() if isinstance(s, int) and n not in tokens)
+        )
+        if any(isinstance(s, str) and n not in tokens for n, s in axes.items()):
+            per_position += work
+        else:
+            fixed += work
+    return round(fixed), round(per_position)
+
+
+def _elements(type: TensorType) -> int:
+    return prod(size for size in type.sizes if isinstance(size, int))
+
+
+def _active_share(value: Value) -> float:
+    """Return the share of a parameter that a token meets: k of E experts, or all of it."""
+    shares = [min(1.0, _choices(rows) / experts) for rows, experts in _expert_uses(value)]
+    return max(shares) if shares and len(shares) == len(value.users) else 1.0
+
+
+def _expert_uses(value: Value) -> Iterator[tuple[Value, int]]:
+    """Yield the rows that meet an experts' parameter, and the number of experts."""
+    experts = value.type["expert"].size if "expert" in value.type else None
+    for node in value.users:
+        rows = next((v for v in node.operands if "slot" in v.type), None)
+        if rows is not None and isinstance(experts, int):
+            yield rows, experts
+
+
+def _choices(rows: Value) -> float:
+    """Return how many rows there are for each token: the choices, or what a capacity allows."""
+    extent = next(iter(rows.type.extents))
+    place = extent.value.node
+    assert place is not None, "an extent refers to the result of a place operation"
+    attrs = place.attrs
+    choices: int = prod(
+        a.size
+        for a in extent.value.type
+        if a.name not in attrs["tokens"] and isinstance(a.size, int)
+    )
+    if attrs["slots"] == "ragged":
+        return choices
+    factor: float = attrs["capacity_factor"]
+    bound = factor * choices if attrs["convention"] == "assignments" else factor
+    return min(bound, float(attrs["experts"]))
+
+
+def _group(value: Value) -> str:
+    """Return the group of a parameter, by what is done with it."""
+    uses = {_use(node, value) for node in value.users}
+    return next((group for group in GROUPS if group in uses), "other")
+
+
+def _use(node: Node, value: Value) -> str:
+    if node.op.name == "embedding":
+        return "embedding"
+    if node.op.name.endswith("_norm"):
+        return "norm"
+    if any("slot" in v.type for v in node.operands):
+        return "experts"
+    if any(user.op.name == "route" for result in node.results for user in result.users):
+        return "router"
+    place = value.loc.rpartition(".")[2]
+    return place if place in ("attention", "ffn", "head") else "other"

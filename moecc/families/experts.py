@@ -1,0 +1,119 @@
+"""The expert layers of a graph, found by their operations and told apart by their locations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from moecc.ir.graph import Graph, Node, Value
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """What a config has to say about one mixture of experts.
+
+    Attributes:
+      loc: its place in the model.
+      experts: the number of experts.
+      top_k: experts per token.
+      gates: the gate convention.
+      scale: what the gates are multiplied by.
+      slots: ``ragged`` (dropless) or ``capacity``.
+      groups: the number of token groups.
+      width: the neurons of one expert, 0 where they could not be made out.
+      shared: the neurons of a shared expert, 0 where there is none.
+      shared_gate: whether the shared expert stands behind a sigmoid gate.
+    """
+
+    loc: str
+    experts: int
+    top_k: int
+    gates: str = "renormalised"
+    scale: float = 1.0
+    slots: str = "ragged"
+    groups: int = 1
+    width: int = 0
+    shared: int = 0
+    shared_gate: bool = False
+
+    def without_place(self) -> ExpertLayer:
+        """Return the same layer without its location, to be compared with others."""
+        return replace(self, loc="")
+
+    def __str__(self) -> str:
+        shared = f", shared {self.shared}" if self.shared else ""
+        gates = self.gates if self.scale == 1 else f"{self.gates} x {self.scale:g}"
+        return f"{self.experts} experts of {self.width}, top-{self.top_k}, {gates}{shared}"
+
+
+def layer_number(loc: str) -> int | None:
+    """Return the number of the layer that a location names, or None."""
+    match = _LAYER.search(loc)
+    return int(match.group(1)) if match else None
+
+
+def expert_layers(graph: Graph) -> list[ExpertLayer]:
+    """Return the expert layers of `graph`, in order."""
+    return [_layer_of(route) for route in graph if route.op.name == "route"]
+
+
+def _layer_of(route: Node) -> ExpertLayer:
+    size = route.operands[0].type[route.attrs["axis"]].size
+    place = next(_users(route.results[0], "place"), None)
+    dispatch = next(_users(place.result, "dispatch"), None) if place else None
+    combine = next(_users(route.results[1], "combine"), None)
+    shared, gated = _shared(combine) if combine else (0, False)
+    return ExpertLayer(
+        loc=route.loc,
+        experts=size if isinstance(size, int) else 0,
+        top_k=route.attrs["top_k"],
+        gates=route.attrs["gates"],
+        scale=route.attrs["scale"],
+        slots=place.attrs["slots"] if place else "ragged",
+        groups=place.attrs["groups"] if place else 1,
+        width=_width(dispatch.result) if dispatch else 0,
+        shared=shared,
+        shared_gate=gated,
+    )
+
+
+def _users(value: Value, name: str) -> Iterator[Node]:
+    return (node for node in value.users if node.op.name == name)
+
+
+def _width(rows: Value) -> int:
+    """Return the size of the axis that the experts' first matrices lead to."""
+    for node in _users(rows, "contract"):
+        for axis in node.result.type:
+            if axis.name not in rows.type and isinstance(axis.size, int):
+                return axis.size
+    return 0
+
+
+def _shared(combine: Node) -> tuple[int, bool]:
+    """Return the width of the expert that is added to the combined ones, and whether it is gated.
+
+    What the residual adds is itself a sum, or the embedding, and never a product.
+    """
+    for add in _users(combine.result, "add"):
+        for other in add.operands:
+            node = other.node
+            if node is None or node is combine:
+                continue
+            if node.op.name == "contract":
+                return _inner(node), False
+            if node.op.name == "mul":
+                products = [v.node for v in node.operands if v.node is not None]
+                gated = any(n.op.name == "sigmoid" for n in products)
+                widths = [_inner(n) for n in products if n.op.name == "contract"]
+                return max(widths, default=0), gated
+    return 0, False
+
+
+def _inner(down: Node) -> int:
+    sizes: Mapping[str, object] = {a.name: a.size for a in down.operands[0].type}
+    size = sizes.get(down.attrs["over"][0])
+    return size if isinstance(size, int) else 0

@@ -1,0 +1,73 @@
+"""Writing a graph as a checkpoint of a family: its config, and an expression for each tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moecc.errors import InputError
+from moecc.families.configs import DecoderConfig
+from moecc.families.decoder import build_decoder
+from moecc.families.inverting import tensors_of
+from moecc.families.matching import match_parameters
+from moecc.families.propose import check_target as check_target
+from moecc.families.propose import propose as propose
+from moecc.families.propose import target_fits as target_fits
+from moecc.families.propose import targets as targets
+from moecc.ir.graph import Graph
+from moecc.ir.types import Size
+from moecc.weights.expr import Expr
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a checkpoint of another family consists of.
+
+    Attributes:
+      config: the typed config.
+      tensors: the tensors by their names on disk, in the order of the model, with the expressions
+        that make them; each name once.
+    """
+
+    config: DecoderConfig
+    tensors: list[tuple[str, Expr]]
+
+    @property
+    def config_json(self) -> dict[str, Any]:
+        """config.json, with the keys of transformers 4 and 5 side by side."""
+        return self.config.to_json()
+
+
+def export_graph(graph: Graph, target: str) -> Export:
+    """Return `graph` as a checkpoint of the family `target`; no weight is read.
+
+    The target builds its own graph for the proposed config, and that graph is mapped onto `graph`
+    from the outputs, so what is written is what the target computes.
+
+    Raises:
+      UsageError: there is no such family.
+      InputError: the family cannot say the graph; all reasons, or the places where the two part.
+    """
+    config = propose(graph, target)
+    if not isinstance(config, DecoderConfig):
+        raise InputError(config)
+    batch, seq = _token_sizes(graph)
+    wanted = build_decoder(config, batch=batch, seq=seq)
+    weights = match_parameters(wanted, graph)
+    tensors: dict[str, Expr] = {}
+    for value in wanted.params.values():
+        assert value.weight is not None, "a family builds no parameter without a weight"
+        tensors.update(tensors_of(value.weight, weights[value]))
+    return Export(config, list(tensors.items()))
+
+
+def _token_sizes(graph: Graph) -> tuple[Size, Size]:
+    """Return what `graph` calls the sizes of its tokens, or has fixed them to."""
+    tokens = graph.inputs.get("tokens")
+    if tokens is None or set(tokens.type.names) != {"batch", "seq"}:
+        raise InputError(
+            "a language model takes tokens, and the graph does not",
+            expected="input %tokens : i32[batch=B, seq=S]",
+            found=", ".join(map(repr, graph.inputs.values())) or "no input",
+        )
+    return tokens.type["batch"].size, tokens.type["seq"].size

@@ -1,0 +1,87 @@
+"""From the weight of a parameter back to the tensors that a family reads it from.
+
+A family reads a parameter by moving data only: it stacks, cuts, renames or turns tensors.  Each of
+these can be undone, so an expression for the parameter gives one for every tensor.
+"""
+
+from __future__ import annotations
+
+from moecc.weights.expr import Expr, Source
+from moecc.weights.movement import (
+    Concat,
+    Index,
+    Merge,
+    Permute,
+    Rename,
+    Slice,
+    Split,
+    Stack,
+    Tile,
+)
+from moecc.weights.simplify import simplify
+
+Pair = tuple[Expr, Expr]
+
+
+def tensors_of(read: Expr, made: Expr) -> list[tuple[str, Expr]]:
+    """Return the tensors of `read`, how a family reads a parameter, if the parameter is `made`.
+
+    Returns:
+      The names of the tensors and an expression for each, simplified.
+
+    Raises:
+      ValueError: `read` is not made of movements that can be undone.
+    """
+    tensors: list[tuple[str, Expr]] = []
+    stack: list[Pair] = [(read, made)]
+    while stack:
+        pattern, value = stack.pop()
+        if isinstance(pattern, Source):
+            tensors.append((pattern.name, simplify(value)))
+        else:
+            stack.extend(reversed(_undone(pattern, value)))
+    return tensors
+
+
+def _undone(pattern: Expr, value: Expr) -> list[Pair]:
+    """Return each operand of `pattern` with what it must be if `pattern` is `value`."""
+    match pattern:
+        case Stack():
+            return [(x, _at(value, pattern.axis, i)) for i, x in enumerate(pattern.xs)]
+        case Concat():
+            return _cut(pattern, value)
+        case Index() if pattern.x.type[pattern.axis].size == 1:
+            position = pattern.x.type.names.index(pattern.axis)
+            return [(pattern.x, Stack((value,), pattern.axis, position))]
+        case Permute():
+            return [(pattern.x, Permute(value, pattern.x.type.names))]
+        case Rename():
+            return [(pattern.x, Rename(value, pattern.new, pattern.old))]
+        case Split():
+            names = tuple(name for name, _ in pattern.into)
+            return [(pattern.x, Merge(value, names, pattern.axis))]
+        case Merge():
+            sizes = zip(pattern.axes, (pattern.x.type[a].size for a in pattern.axes), strict=True)
+            into = tuple((name, size) for name, size in sizes if isinstance(size, int))
+            return [(pattern.x, Split(value, pattern.into, into))]
+    raise ValueError(f"{pattern} cannot be undone")
+
+
+def _at(value: Expr, axis: str, position: int) -> Expr:
+    """Return one position of an axis; the common cases at once, the others are simplified later."""
+    if isinstance(value, Stack) and value.axis == axis:
+        return value.xs[position]
+    if isinstance(value, Tile) and value.axis == axis:
+        return value.x
+    return Index(value, axis, position)
+
+
+def _cut(pattern: Concat, value: Expr) -> list[Pair]:
+    pairs: list[Pair] = []
+    start = 0
+    for x in pattern.xs:
+        size = x.type[pattern.axis].size
+        assert isinstance(size, int), "a weight has fixed sizes"
+        pairs.append((x, Slice(value, pattern.axis, start, start + size)))
+        start += size
+    return pairs

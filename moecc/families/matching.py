@@ -1,0 +1,176 @@
+"""Mapping one graph onto another, from the outputs, in lock step, without recursion.
+
+Two graphs compute the same if the same operations lie between the same outputs and the same
+inputs, up to names, places, and the order of commutative operands.  What is found is which
+parameter of the one takes the place of which parameter of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+from moecc.errors import InputError, Problem
+from moecc.families.listing import capped
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.printer import format_node
+from moecc.ir.types import Extent, TensorType
+from moecc.weights.expr import Expr
+from moecc.weights.movement import Permute
+from moecc.weights.simplify import simplify
+
+MOST_DIFFERENCES = 5
+
+
+def match_parameters(target: Graph, graph: Graph) -> dict[Value, Expr]:
+    """Return for each parameter of `target` the weight that `graph` has in its place.
+
+    A parameter of `graph` may stand for several of `target`; the reverse only where the weights
+    are equal.  Axes of parameters may be in another order.
+
+    Raises:
+      InputError: the graphs part somewhere; with the first places, and both lines at each.
+    """
+    matcher = _Matcher(target, graph, _structure_keys(target, graph))
+    matcher.run()
+    if matcher.problems:
+        rest = "places where the two part"
+        raise InputError(capped(matcher.problems, rest, MOST_DIFFERENCES))
+    return matcher.weights
+
+
+def _structure_keys(*graphs: Graph) -> dict[Value, int]:
+    """Return for each value a number that values have in common iff they are computed alike.
+
+    Parameters are alike where their axes are.  Structures are numbered, not hashed, so two
+    different ones never get the same number.
+    """
+    numbers: dict[Hashable, int] = {}
+    keys: dict[Value, int] = {}
+    for graph in graphs:
+        for value in (*graph.inputs.values(), *graph.params.values()):
+            keys[value] = numbers.setdefault(_leaf(value), len(numbers))
+        for node in graph:
+            operands = [keys[v] for v in node.operands]
+            if node.op.commutative:
+                operands.sort()
+            structure = (*_local(node), tuple(operands))
+            for value in node.results:
+                keys[value] = numbers.setdefault((structure, value.index), len(numbers))
+    return keys
+
+
+def _leaf(value: Value) -> Hashable:
+    return ("param" if value.is_param else value.name, _axes(value.type))
+
+
+def _local(node: Node) -> tuple[Hashable, ...]:
+    return (node.op.name, *node.attrs.items())
+
+
+def _axes(type: TensorType) -> frozenset[tuple[str, Hashable]]:
+    """Return the axes of `type` in no order; what an extent refers to is compared elsewhere."""
+    return frozenset(
+        (a.name, a.size.kind if isinstance(a.size, Extent) else a.size) for a in type.axes
+    )
+
+
+@dataclass
+class _Matcher:
+    target: Graph
+    graph: Graph
+    keys: dict[Value, int]
+    weights: dict[Value, Expr] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def run(self) -> None:
+        theirs, ours = self.target.outputs, self.graph.outputs
+        if theirs.keys() != ours.keys():
+            expected, found = ", ".join(theirs), ", ".join(ours)
+            hint = "strip losses and metrics before exporting"
+            self.problems.append(
+                Problem("the graph has other outputs", None, expected, found, hint)
+            )
+            return
+        stack = [(value, ours[name]) for name, value in theirs.items()]
+        seen = set(stack)
+        while stack:
+            pair = stack.pop()
+            following = [p for p in self._step(*pair) if p not in seen]
+            seen.update(following)
+            stack.extend(reversed(following))
+
+    def _step(self, a: Value, b: Value) -> Iterator[tuple[Value, Value]]:
+        """Compare a value of the target with one of ours; yield the pairs that follow."""
+        if a.is_param and b.is_param:
+            self._bind(a, b)
+        elif a.node is not None and b.node is not None and _same_step(a, b):
+            yield from zip(a.node.operands, self._ordered(a.node, b.node), strict=True)
+        elif not (_is_input(a) and _is_input(b) and _leaf(a) == _leaf(b)):
+            self._part(a, b)
+
+    def _ordered(self, a: Node, b: Node) -> list[Value]:
+        """Return the operands of `b` in the order in which those of `a` stand."""
+        if not a.op.commutative:
+            return b.operands
+        swapped = b.operands[::-1]
+        return swapped if self._alike(a, swapped) > self._alike(a, b.operands) else b.operands
+
+    def _alike(self, a: Node, operands: list[Value]) -> int:
+        """Count the operands that agree; those of one operation count a little."""
+        score = 0
+        for mine, other in zip(a.operands, operands, strict=True):
+            if self.keys[mine] == self.keys[other]:
+                score += 4
+            elif _kind(mine) == _kind(other):
+                score += 1
+        return score
+
+    def _bind(self, a: Value, b: Value) -> None:
+        if _axes(a.type) != _axes(b.type):
+            self._part(a, b)
+            return
+        if b.weight is None:
+            what = "the parameter has no weight, so nothing can be written for it"
+            self.problems.append(Problem(what, f"%{b.name}"))
+            return
+        weight = b.weight
+        if b.type.names != a.type.names:
+            weight = Permute(weight, a.type.names)
+        before = self.weights.setdefault(a, weight)
+        if before is not weight and simplify(before) is not simplify(weight):
+            what = f"{self.target.name} has one tensor where the graph has two that differ"
+            self.problems.append(Problem(what, f"%{b.name}", f"the weight of %{a.name}"))
+
+    def _part(self, a: Value, b: Value) -> None:
+        place = b.node.loc if b.node is not None else b.loc
+        self.problems.append(
+            Problem(
+                f"the graph is no {self.target.name}: here the two part",
+                place or None,
+                _line(a),
+                _line(b),
+            )
+        )
+
+
+def _same_step(a: Value, b: Value) -> bool:
+    """Whether two results are the same one of the same operation, whatever its operands are."""
+    assert a.node is not None
+    assert b.node is not None
+    same = _local(a.node) == _local(b.node) and a.index == b.index
+    return same and len(a.node.operands) == len(b.node.operands)
+
+
+def _is_input(value: Value) -> bool:
+    return value.node is None and not value.is_param
+
+
+def _kind(value: Value) -> str:
+    return value.node.op.name if value.node is not None else str(value.is_param)
+
+
+def _line(value: Value) -> str:
+    if value.node is not None:
+        return format_node(value.node)
+    return f"{'param' if value.is_param else 'input'} %{value.name} : {value.type}"

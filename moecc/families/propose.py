@@ -1,0 +1,280 @@
+"""Which config of a target family says a graph, or why none does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig, parse_config
+from moecc.families.experts import ExpertLayer, expert_layers, layer_number
+from moecc.families.listing import either, ranges
+from moecc.ir.graph import Graph
+
+Layers = Mapping[int, ExpertLayer]
+"""Expert layers by their number; the other layers are dense."""
+
+
+def targets() -> tuple[str, ...]:
+    """Return the families that a graph can be written as."""
+    return tuple(CONFIGS)
+
+
+def check_target(target: str) -> None:
+    """Raise UsageError unless `target` is a family."""
+    if target not in CONFIGS:
+        hint = nearest(target, CONFIGS)
+        raise UsageError(
+            f"unknown target {target!r}", expected=f"one of {', '.join(CONFIGS)}", hint=hint
+        )
+
+
+def propose(graph: Graph, target: str) -> DecoderConfig | list[Problem]:
+    """Return the config of `target` that says `graph`, or the reasons why there is none.
+
+    The config follows from that of the source, which the graph carries, and from the graph's
+    expert layers.  Whether the rest of the graph is the target's shows only when it is exported.
+
+    Raises:
+      UsageError: there is no such family.
+    """
+    check_target(target)
+    try:
+        source = source_config(graph)
+    except InputError as error:
+        return list(error.problems)
+    found = expert_layers(graph)
+    unplaced = [layer for layer in found if layer_number(layer.loc) is None]
+    if unplaced:
+        what = "the location of an expert layer does not say which layer it is"
+        return [Problem(what, layer.loc or None, "layers.N.ffn") for layer in unplaced]
+    layers = {n: layer for layer in found if (n := layer_number(layer.loc)) is not None}
+    if len(layers) < len(found):
+        return [Problem("a layer has several mixtures of experts", expected="one a layer")]
+    return propose_config(source, layers, target)
+
+
+def source_config(graph: Graph) -> DecoderConfig:
+    """Return the config of the checkpoint that `graph` was imported from.
+
+    Raises:
+      InputError: the graph carries none, or a faulty one.
+    """
+    if "config" not in graph.attrs:
+        hint = "import the checkpoint with moecc, and keep the line `attr config`"
+        raise InputError("the graph does not say what it was imported from", hint=hint)
+    return parse_config(graph.attrs["config"], "attr config")
+
+
+def target_fits(graph: Graph, experts: int = 8, top_k: int = 2) -> dict[str, list[Problem]]:
+    """Return for each mixture-of-experts family why it cannot say `graph`; empty: it can.
+
+    A dense graph is taken as if it had been upcycled in every layer, with renormalised gates and
+    with a shared expert where the family has one.
+    """
+    families = {n: family for n, family in CONFIGS.items() if issubclass(family, MoeConfig)}
+    if expert_layers(graph) or "config" not in graph.attrs:
+        proposed = {name: propose(graph, name) for name in families}
+    else:
+        source = source_config(graph)
+        proposed = {
+            name: propose_config(source, _imagined(source, family, experts, top_k), name)
+            for name, family in families.items()
+        }
+    return {n: [] if isinstance(p, DecoderConfig) else p for n, p in proposed.items()}
+
+
+def _imagined(source: DecoderConfig, family: type[MoeConfig], experts: int, top_k: int) -> Layers:
+    shared = source.intermediate_size // 2 if family.has_shared_expert else 0
+    return {
+        number: ExpertLayer(
+            loc=f"layers.{number}.ffn",
+            experts=experts,
+            top_k=top_k,
+            width=source.intermediate_size - shared,
+            shared=shared,
+            shared_gate=bool(shared),
+        )
+        for number in range(source.num_hidden_layers)
+    }
+
+
+def propose_config(
+    source: DecoderConfig, layers: Layers, target: str
+) -> DecoderConfig | list[Problem]:
+    """Return the config of `target` for a model like `source` whose layers `layers` are sparse.
+
+    The reasons why there is none are complete, and name the families that could say the model.
+    """
+    made = _try(source, layers, target)
+    if isinstance(made, DecoderConfig):
+        return made
+    others = [
+        name
+        for name in CONFIGS
+        if name != target and isinstance(_try(source, layers, name), DecoderConfig)
+    ]
+    if others and made[-1].hint is None:
+        made[-1] = replace(made[-1], hint=f"{either(others)} can say this model")
+    return made
+
+
+def _try(source: DecoderConfig, layers: Layers, target: str) -> DecoderConfig | list[Problem]:
+    family = CONFIGS[target]
+    if not issubclass(family, MoeConfig):
+        return _construct(family, source.common(), _dense_reasons(source, layers, target))
+    reasons = list(_sparse_reasons(source, layers, family))
+    return _construct(family, _sparse_fields(source, layers, family), reasons)
+
+
+def _construct(
+    family: type[DecoderConfig], fields: dict[str, Any], reasons: list[Problem]
+) -> DecoderConfig | list[Problem]:
+    try:
+        config = family(**fields)
+    except InputError as error:
+        prefix = f"{family.__name__}: "
+        return [
+            *reasons,
+            *(replace(p, where=(p.where or "").removeprefix(prefix)) for p in error.problems),
+        ]
+    return reasons or config
+
+
+def _dense_reasons(source: DecoderConfig, layers: Layers, target: str) -> list[Problem]:
+    if layers:
+        what = f"{target} has no mixture of experts; layers {ranges(sorted(layers))} here are one"
+        return [Problem(what)]
+    if isinstance(source, MoeConfig):
+        return [Problem(f"{source.model_type} was made dense, which no target can say yet")]
+    return []
+
+
+def _sparse_reasons(
+    source: DecoderConfig, layers: Layers, family: type[MoeConfig]
+) -> Iterator[Problem]:
+    target = family.model_type
+    if not layers:
+        hint = "make some layers sparse first: -p 'upcycle{experts=8 top-k=2}'"
+        yield Problem(f"{target} is a mixture of experts, and no layer here is one", hint=hint)
+        return
+    kinds: dict[ExpertLayer, int] = {}
+    for number, layer in layers.items():
+        kinds.setdefault(layer.without_place(), number)
+    if len(kinds) > 1:
+        found = "; ".join(f"layer {number}: {kind}" for kind, number in kinds.items())
+        yield Problem(f"{target} has the same experts in every sparse layer", found=found)
+    for kind, number in kinds.items():
+        place = layers[number].loc
+        for reason in _layer_reasons(kind, family):
+            yield replace(reason, where=place)
+    yield from _pattern_reasons(source, layers, family)
+
+
+def _layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Problem]:
+    target = family.model_type
+    conventions = _conventions(family)
+    if layer.gates not in conventions:
+        what = f"{target} cannot say {layer.gates} gates"
+        hint = None
+        if layer.gates == "softmax":
+            hint = "qwen2_moe and qwen3_moe say them with norm_topk_prob false"
+        yield Problem(what, expected=" or ".join(conventions), found=layer.gates, hint=hint)
+    if layer.scale != 1:
+        what = f"{target} has no factor on the gates"
+        hint = "upcycle with gate-scale=1, or scale the experts' last matrix instead"
+        yield Problem(what, expected="1", found=f"{layer.scale:g}", hint=hint)
+    if layer.slots != "ragged":
+        what = f"{target} computes every choice; it has no capacity"
+        yield Problem(what, expected="slots=ragged", found=f"slots={layer.slots}")
+    if layer.groups != 1:
+        what = f"{target} has no token groups"
+        yield Problem(what, expected="groups=1", found=f"groups={layer.groups}")
+    if layer.width == 0:
+        yield Problem("the experts' width cannot be made out", expected="one or two matrices first")
+    yield from _shared_reasons(layer, family)
+
+
+def _conventions(family: type[MoeConfig]) -> tuple[str, ...]:
+    """Return the gate conventions that a family can say."""
+    return ("renormalised",) if family.model_type == "mixtral" else ("renormalised", "softmax")
+
+
+def _shared_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Problem]:
+    target = family.model_type
+    if family.has_shared_expert and not layer.shared:
+        what = f"{target} has a shared expert in every sparse layer, and there is none"
+        hint = "keep a part of the neurons for every token: upcycle{… shared=0.5}"
+        yield Problem(what, hint=hint)
+    elif layer.shared and not family.has_shared_expert:
+        what = f"{target} has no shared expert"
+        hint = "upcycle without shared, or write qwen2_moe"
+        yield Problem(what, found=f"one of {layer.shared} neurons", hint=hint)
+    elif layer.shared and not layer.shared_gate:
+        yield Problem(f"the shared expert of {target} stands behind a sigmoid gate")
+
+
+def _pattern_reasons(
+    source: DecoderConfig, layers: Layers, family: type[MoeConfig]
+) -> Iterator[Problem]:
+    beyond = [number for number in layers if number >= source.num_hidden_layers]
+    if beyond:
+        found = f"layers {ranges(sorted(beyond))}"
+        yield Problem(
+            "there are more layers than the source had",
+            expected=f"{source.num_hidden_layers} layers",
+            found=found,
+        )
+    dense = [n for n in range(source.num_hidden_layers) if n not in layers]
+    if dense and family.model_type == "mixtral":
+        what = f"mixtral has an expert layer at every depth; layers {ranges(dense)} here are dense"
+        hint = "qwen2_moe and qwen3_moe can say that with mlp_only_layers"
+        yield Problem(what, hint=hint)
+
+
+def _sparse_fields(
+    source: DecoderConfig, layers: Layers, family: type[MoeConfig]
+) -> dict[str, Any]:
+    """Return the fields of a config; what `_sparse_reasons` refuses has a value that passes."""
+    layer = next(iter(layers.values()), ExpertLayer("", 1, 1))
+    width = layer.width or 1
+    fields = source.common()
+    if family.model_type == "mixtral":
+        fields |= {"intermediate_size": width, "norm_topk_prob": True}
+    else:
+        fields |= {"norm_topk_prob": layer.gates != "softmax", **_pattern(source, layers)}
+    shared = (layer.shared or 1) if family.has_shared_expert else None
+    fields |= {
+        "num_experts": layer.experts,
+        "experts_per_token": layer.top_k,
+        "expert_intermediate_size": width,
+        "shared_expert_intermediate_size": shared,
+    }
+    if isinstance(source, MoeConfig):
+        fields |= _training_fields(source, family)
+    return fields
+
+
+def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, Any]:
+    """Return what does not change the function and another family may take over."""
+    kept = {
+        "router_aux_loss_coef": source.router_aux_loss_coef,
+        "output_router_logits": source.output_router_logits,
+    }
+    if isinstance(source, family):
+        kept["router_jitter_noise"] = source.router_jitter_noise
+    return kept
+
+
+def _pattern(source: DecoderConfig, layers: Layers) -> dict[str, Any]:
+    """Return the fields that say which layers are sparse: those of the source where they do."""
+    count = source.num_hidden_layers
+    sparse = tuple(number in layers for number in range(count))
+    if isinstance(source, MoeConfig) and source.sparse_layers == sparse:
+        step, dense = source.decoder_sparse_step, source.mlp_only_layers
+        return {"decoder_sparse_step": step, "mlp_only_layers": dense}
+    for step in range(1, count + 1):
+        if sparse == tuple((number + 1) % step == 0 for number in range(count)):
+            return {"decoder_sparse_step": step}
+    return {"mlp_only_layers": tuple(n for n in range(count) if not sparse[n])}
