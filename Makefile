@@ -45,6 +45,7 @@ types: $(STAMP) ## mypy --strict over the three packages
 	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
 
 docs: $(STAMP) ## write the pages that are generated
+	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.pipeline.docs docs/passes.md
 
 bench: $(STAMP) ## the benchmarks, one after the other

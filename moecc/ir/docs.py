@@ -1,0 +1,163 @@
+"""Writes the table of operations in ``docs/ir.md`` from the operation table itself.
+
+    python -m moecc.ir.docs docs/ir.md
+
+replaces what stands between two markers; a test holds that the file is current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import moecc.ir.table as _filled
+from moecc.errors import InputError
+from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
+from moecc.ir.printer import format_attr
+
+BEGIN = "<!-- begin operations: written by python -m moecc.ir.docs -->"
+END = "<!-- end operations -->"
+
+GROUPS = (
+    ("Arithmetic, selection, constants", "elementwise"),
+    ("Products", "contraction"),
+    ("Reductions and norms", "reduction"),
+    ("Axes", "axes"),
+    ("Positions and masks", "attention"),
+    ("Routing", "routing"),
+)
+"""Headings, and the module of `moecc.ir.table` whose rows stand under each."""
+
+OPERATION_COLUMNS = ("operation", "computes", "mixes", "linear in")
+ATTRIBUTE_COLUMNS = ("operation", "attribute", "kind", "default", "meaning")
+
+
+def render_operations() -> str:
+    """Return the operations as Markdown, in the order of the table."""
+    parts = [_heading()]
+    for title, module in GROUPS:
+        rows = [entry for entry in OPS.values() if _module(entry) == module]
+        parts += [f"### {title}", _table(OPERATION_COLUMNS, map(_operation, rows))]
+        parts += [_note(entry) for entry in rows if "\n" in entry.doc]
+        attributes = [row for entry in rows for row in _attributes(entry)]
+        if attributes:
+            parts.append(_table(ATTRIBUTE_COLUMNS, attributes))
+    return "\n\n".join(parts)
+
+
+def replace_operations(page: str) -> str:
+    """Return `page` with the operations written anew between the markers.
+
+    Raises:
+      InputError: the page lacks a marker.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError("the page has no place for the operations", expected=f"{BEGIN} … {END}")
+    return f"{before}{BEGIN}\n\n{render_operations()}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the page that the command line names, and return the exit code."""
+    parser = argparse.ArgumentParser(description="Write the operations into a page.")
+    parser.add_argument("page", type=Path, help="docs/ir.md")
+    page: Path = parser.parse_args(argv).page
+    try:
+        page.write_text(replace_operations(page.read_text("utf-8")), "utf-8")
+    except (InputError, OSError) as error:
+        print(f"error: {page}: {error}", file=sys.stderr)
+        return InputError.exit_code
+    return 0
+
+
+def _heading() -> str:
+    return (
+        f"There are {len(OPS)}. Along the axes that an operation *mixes*, an element of the "
+        "result needs other elements of the operands; where it mixes none, an element of the "
+        "result needs one of each. *Linear in* names operands, each with the others held fixed, "
+        "or, where it says *together*, only all at once, as a sum is. `⇄` marks operands that may "
+        "be exchanged."
+    )
+
+
+def _module(entry: OpDef) -> str:
+    # A row stands where its rule of inference does; the shared rules are those of arithmetic.
+    name = entry.infer.__module__.rpartition(".")[2]
+    return "elementwise" if name == "rules" else name
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _operation(entry: OpDef) -> tuple[str, ...]:
+    linear = ", ".join(f"`{entry.operands[i]}`" for i in entry.linear)
+    linear += " together" if entry.jointly else ""
+    exchange = " ⇄" if entry.commutative else ""
+    return (f"`{_signature(entry)}`{exchange}", _cell(_lines(entry)[0]), _mixes(entry), linear)
+
+
+def _signature(entry: OpDef) -> str:
+    """Return how a line of the text begins, with ``{…}`` where there are attributes."""
+    results = ", ".join(f"%{name}" for name in entry.results)
+    operands = [f"%{name}" for name in entry.operands] + ["…"] * entry.variadic
+    made = f"{results} = " if entry.results != OpDef.results else ""
+    attrs = " {…}" if entry.attrs else ""
+    return f"{made}{' '.join([entry.name, ', '.join(operands)]).strip()}{attrs}"
+
+
+def _lines(entry: OpDef) -> list[str]:
+    return [" ".join(line.split()) for line in entry.doc.splitlines()]
+
+
+def _note(entry: OpDef) -> str:
+    """Return what the table entry says beyond its first line."""
+    rest = "\n".join(_lines(entry)[1:]).strip()
+    return f"**{entry.name}.** {rest}"
+
+
+def _mixes(entry: OpDef) -> str:
+    """Return in words which axes `entry` mixes; empty where none."""
+    if entry.mixes is mixes_none:
+        return ""
+    if entry.name in MIXED_BY_OPERANDS:
+        return MIXED_BY_OPERANDS[entry.name]
+    # Attributes that name axes are given their own names, and come back as what is mixed.
+    axes = {name: (name,) for name, spec in entry.attrs.items() if spec.kind == "axes"}
+    axis = {name: name for name, spec in entry.attrs.items() if spec.kind == "axis"}
+    mixed = entry.mixes((), {**axes, **axis})
+    return ", ".join(f"those of `{m}`" if m in axes or m in axis else f"`{m}`" for m in mixed)
+
+
+MIXED_BY_OPERANDS = {
+    "dispatch": "the `tokens` of its `place`",
+    "rope": "those of the positions, if dynamic",
+}
+"""Operations whose operands decide which axes they mix, which no attribute can tell."""
+
+
+def _attributes(entry: OpDef) -> Iterator[tuple[str, ...]]:
+    for name, spec in entry.attrs.items():
+        yield f"`{entry.name}`", f"`{name}`", _kind(spec), _default(spec), _cell(spec.doc)
+
+
+def _kind(spec: Attr) -> str:
+    return ", ".join(f"`{c}`" for c in spec.choices) if spec.choices else spec.kind
+
+
+def _default(spec: Attr) -> str:
+    return "required" if spec.default is REQUIRED else f"`{format_attr(spec, spec.default)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+assert _filled.__all__, "importing the table fills it"
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What the pages show is true: graphs parse and verify, expressions have types, Python runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moecc.ir import equal, parse, print_graph, verify
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.weights.text import format_expr, parse_expr
+
+from .pages import ROOT, Block, blocks, blocks_of
+
+KNOWN = {
+    "", "bash", "console", "json", "moe", "moe sketch", "moe weights", "python", "python sketch",
+    "text", "yaml",
+}  # fmt: skip
+
+
+def test_every_fence_says_what_it_holds() -> None:
+    pages = {b.page for b in blocks("moe")}
+    assert pages
+    strange = [str(b) for page in pages for b in blocks_of(page) if b.info not in KNOWN]
+    assert strange == []
+
+
+@pytest.mark.parametrize("block", blocks("moe"), ids=str)
+def test_graphs_parse_verify_and_print_as_they_stand(block: Block) -> None:
+    graph = parse(block.text, str(block))
+    verify(graph)
+    assert print_graph(graph) == block.text
+
+
+@pytest.mark.parametrize("block", blocks("moe weights"), ids=str)
+def test_weight_expressions_have_types_and_print_as_they_stand(block: Block) -> None:
+    for line in block.text.splitlines():
+        text = line.split("  #")[0].rstrip()
+        expr, end = parse_expr(text)
+        assert end == len(text)
+        assert format_expr(expr) == text
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_runs(block: Block, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(block.text)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_sparse_block_is_the_dense_one_upcycled() -> None:
+    dense, sparse = (parse(b.text) for b in blocks_of(ROOT / "docs" / "ir.md") if b.info == "moe")
+    run_pipeline(dense, Pipeline.parse("upcycle{experts=4}"))
+    assert equal(dense, sparse)
