@@ -219,12 +219,16 @@ class Patterns:
             raise UsageError(f"operands of a pattern of {entries[0]} are patterns")
         for entry in entries:
             _check(entry, len(given), rest, attrs)
+        commutative = all(e.commutative for e in entries)
+        if commutative and rest:
+            # So that the operand that is given is looked for on both sides.
+            given, rest = (*given, Leaf(), Leaf())[:2], False
         return OpPattern(
             frozenset(entries),
             given,
             tuple((n, _attr(entries[0], n, v)) for n, v in attrs.items()),
             rest=rest,
-            commutative=len(given) == 2 and all(e.commutative for e in entries),
+            commutative=commutative,
         )
 
     def __getattr__(self, name: str) -> Callable[..., OpPattern]:

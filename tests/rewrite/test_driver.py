@@ -1,0 +1,241 @@
+"""The driver: fixpoint, order, what new nodes are called, and what stops it."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+from hypothesis import given
+
+from moecc.errors import InputError
+from moecc.ir import F32, Builder, Graph, Node, Value, print_graph, tensor, verify
+from moecc.rewrite import Match, Misses, P, RewriteLimitError, Rule, find, rewrite
+from moecc.testing import graphs, laws
+
+X = P.any("x")
+
+
+def operand(match: Match, b: Builder) -> Value:
+    return match.value("x")
+
+
+DOUBLE_NEG = Rule("double-neg", P.neg(P.neg(X)), operand)
+
+
+def chain(*ops: str, loc: str = "here") -> tuple[Graph, Value]:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B"))
+    b = Builder(graph, loc=loc)
+    value = x
+    for name in ops:
+        value = b.node(name, value).result
+    graph.set_output("y", value)
+    return graph, x
+
+
+def ops(graph: Graph) -> list[str]:
+    return [n.op.name for n in graph]
+
+
+def test_reaches_the_fixpoint_in_one_call() -> None:
+    graph, x = chain(*["neg"] * 7)
+    result = rewrite(graph, [DOUBLE_NEG], origin="t")
+    assert ops(graph) == ["neg"]
+    assert result.rewrites == 3
+    assert result.rules["double-neg"].hits == 3
+    assert result.rules["double-neg"].attempts >= 3
+    assert x.only_user is not None
+
+
+def test_what_a_rewrite_uncovers_upstream_is_found() -> None:
+    # relu(relu) appears only after the pair of negations between them is gone.
+    graph, _ = chain("relu", "neg", "neg", "relu")
+    twice = Rule("relu-twice", P.relu(P.relu(X).named("r")), lambda m, b: m.value("r"))
+    rewrite(graph, [twice, DOUBLE_NEG], origin="t")
+    assert ops(graph) == ["relu"]
+
+
+def test_a_pattern_deep_above_a_change_is_tried_again() -> None:
+    graph, _ = chain("silu", "neg", "neg", "tanh", "exp", "log")
+    deep = Rule("deep", P.log(P.exp(P.tanh(P.silu(X)))), lambda m, b: b.square(m.value("x")))
+    rewrite(graph, [deep, DOUBLE_NEG], origin="t")
+    assert ops(graph) == ["square"]
+
+
+def test_losing_a_user_lets_only_used_here_match() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B"))
+    b = Builder(graph)
+    shared = b.tanh(x)
+    first = b.exp(shared)
+    graph.set_output("first", first)
+    graph.set_output("second", b.neg(b.neg(b.square(shared))))
+    alone = Rule("alone", P.exp(P.tanh(X).only_used_here()), lambda m, b: b.log(m.value("x")))
+    square = Rule("square", P.neg(P.neg(P.square(...))), lambda m, b: b.relu(x))
+    rewrite(graph, [alone, square], origin="t")
+    assert ops(graph) == ["log", "relu"]
+
+
+def test_first_rule_wins() -> None:
+    rules = [
+        Rule("first", P.silu(X), lambda m, b: b.gelu(m.value("x"))),
+        Rule("second", P.silu(X), lambda m, b: b.relu(m.value("x"))),
+    ]
+    graph, _ = chain("silu")
+    rewrite(graph, rules, origin="t")
+    assert ops(graph) == ["gelu"]
+
+
+def test_new_nodes_say_where_they_come_from_and_keep_the_name() -> None:
+    graph, _ = chain("silu", "neg", loc="layers.2.ffn")
+    name = graph.outputs["y"].name
+    rule = Rule("two", P.neg(X), lambda m, b: b.scale(b.exp(m.value("x")), by=2.0))
+    rewrite(graph, [rule], origin="my-pass")
+    last = graph.outputs["y"]
+    assert last.name == name
+    assert [(n.loc, n.origin) for n in graph] == [
+        ("layers.2.ffn", ""),
+        ("layers.2.ffn", "my-pass/two"),
+        ("layers.2.ffn", "my-pass/two"),
+    ]
+    verify(graph)
+
+
+def test_nodes_that_are_used_elsewhere_stay() -> None:
+    graph, x = chain("neg", "neg")
+    graph.set_output("z", next(iter(graph)).result)
+    rewrite(graph, [DOUBLE_NEG], origin="t")
+    assert ops(graph) == ["neg"]
+    assert graph.outputs["y"] is x
+
+
+def test_what_build_makes_and_does_not_return_is_erased() -> None:
+    def wasteful(match: Match, b: Builder) -> Value:
+        b.exp(b.exp(match.value("x")))
+        return match.value("x")
+
+    graph, _ = chain("neg")
+    rewrite(graph, [Rule("wasteful", P.neg(X), wasteful)], origin="t")
+    assert len(graph) == 0
+    verify(graph)
+
+
+def test_check_refuses_with_a_reason() -> None:
+    rule = Rule("never", P.neg(P.neg(X)), operand, lambda m: f"%{m.value('x').name} is dear")
+    graph, _ = chain("neg", "neg")
+    result = rewrite(graph, [rule], origin="t")
+    assert result.rewrites == 0
+    (miss,) = result.near_misses
+    assert (miss.reason, miss.score) == ("%x is dear", 3)
+
+
+def test_rules_that_undo_each_other_are_stopped_and_named() -> None:
+    there = Rule("there", P.silu(X), lambda m, b: b.gelu(m.value("x")))
+    back = Rule("back", P.gelu(X), lambda m, b: b.silu(m.value("x")))
+    graph, _ = chain("silu", "tanh", "silu")
+    with pytest.raises(RewriteLimitError) as caught:
+        rewrite(graph, [there, back], origin="loopy")
+    text = str(caught.value)
+    assert "loopy/there" in text
+    assert "loopy/back" in text
+    assert "of 3 nodes" in text
+    assert isinstance(caught.value, InputError)
+
+
+def test_a_rule_that_grows_is_stopped() -> None:
+    grow = Rule("grow", P.silu(X), lambda m, b: b.silu(b.silu(m.value("x"))))
+    graph, _ = chain("silu")
+    with pytest.raises(RewriteLimitError, match="loopy/grow"):
+        rewrite(graph, [grow], origin="loopy", limit=50)
+
+
+def wrong(build: object, match_text: str) -> None:
+    graph, _ = chain("silu", "neg")
+    with pytest.raises(ValueError, match=match_text):
+        rewrite(graph, [Rule("wrong", P.neg(X), build)], origin="t")  # type: ignore[arg-type]
+
+
+def test_bugs_of_a_rule_are_told() -> None:
+    wrong(lambda m, b: m.root.result, "returns a result of the node that it replaces")
+    wrong(lambda m, b: b.exp(m.root.result), "t/wrong uses what it replaces")
+    wrong(lambda m, b: b.constant(value=1.0), "which is of another type")
+    wrong(lambda m, b: (m.value("x"), m.value("x")), "2 values for the 1")
+
+
+def test_several_results_are_replaced_together() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    logits = graph.input("logits", tensor(F32, batch="B", expert=4))
+    experts, gates = b.route(logits, top_k=2)
+    graph.set_output("experts", experts)
+    graph.set_output("gates", gates)
+
+    def again(match: Match, b: Builder) -> tuple[Value, ...]:
+        made: tuple[Value, ...] = b.route(match.value("x"), top_k=2, gates="softmax")
+        return made
+
+    rewrite(graph, [Rule("r", P.route(X, gates="renormalised"), again)], origin="t")
+    (node,) = graph
+    assert node.attrs["gates"] == "softmax"
+    assert [v.name for v in node.results] == [experts.name, gates.name]
+    verify(graph)
+
+
+def test_long_chains_need_no_recursion_and_no_quadratic_work() -> None:
+    graph, _ = chain(*["neg"] * 20_000)
+    result = rewrite(graph, [DOUBLE_NEG], origin="t")
+    assert len(graph) == 0
+    assert result.rules["double-neg"].attempts < 60_000
+
+
+def test_a_value_with_many_users_costs_each_user_once() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B"))
+    total = x
+    for _ in range(3_000):
+        total = b.add(total, b.scale(x, by=1.0))
+    graph.set_output("y", total)
+    rule = Rule("one", P.scale(X, by=1.0), operand)
+    result = rewrite(graph, [rule, DOUBLE_NEG], origin="t")
+    assert result.rewrites == 3_000
+    assert result.rules["one"].attempts < 10_000
+
+
+def test_the_collector_is_paused_and_comes_back() -> None:
+    seen: list[bool] = []
+
+    def build(match: Match, b: Builder) -> Value:
+        seen.append(gc.isenabled())
+        return match.value("x")
+
+    graph, _ = chain("neg", "neg")
+    assert gc.isenabled()
+    rewrite(graph, [Rule("r", P.neg(P.neg(X)), build)], origin="t")
+    assert gc.isenabled()
+    assert seen == [False]
+
+
+def test_find_changes_nothing() -> None:
+    graph, _ = chain("neg", "neg", "neg")
+    before = print_graph(graph)
+    misses = Misses()
+    roots: list[Node] = [m.root for m in find(graph, DOUBLE_NEG, misses=misses)]
+    assert len(roots) == 2
+    assert print_graph(graph) == before
+    assert misses.best["double-neg"].score == 1
+
+
+@given(graph=graphs())
+def test_a_correct_rewrite_is_correct_everywhere(graph: Graph) -> None:
+    rules = [
+        DOUBLE_NEG,
+        # a + b = b − (−a), where the types allow it.
+        Rule(
+            "add-to-sub",
+            P.add(P.any("a"), P.any("b")),
+            lambda m, b: b.sub(m.value("b"), b.neg(m.value("a"))),
+            lambda m: None if m.value("a").type == m.value("b").type else "types differ",
+        ),
+    ]
+    laws.check_rewrite(lambda g: rewrite(g, rules, origin="t"), graph)

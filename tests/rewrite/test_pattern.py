@@ -1,0 +1,208 @@
+"""What patterns match, what they capture, and what they say when they do not."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError, UsageError
+from moecc.ir import F32, Builder, Graph, Node, Value, tensor
+from moecc.rewrite import Misses, P, Pattern, match
+from moecc.rewrite.pattern import OpPattern, roots
+from moecc.testing import graphs
+
+
+class Ffn:
+    """A gated block whose product has the operands as the text says."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.x = self.graph.input("x", tensor(F32, batch="B", embed=4))
+        self.gate = self.graph.param("gate", tensor(F32, mlp=8, embed=4))
+        self.up = self.graph.param("up", tensor(F32, mlp=8, embed=4))
+        b = Builder(self.graph, loc="layers.3.ffn")
+        self.a = b.contract(self.x, self.gate, over="embed", name="a")
+        self.s = b.silu(self.a, name="s")
+        self.u = b.contract(self.x, self.up, over="embed", name="u")
+        self.m = b.mul(self.u, self.s, name="m")
+        self.graph.set_output("y", self.m)
+        self.builder = b
+
+
+X = P.any("x")
+GLU = P.mul(
+    P.silu(P.contract(X, P.param("gate"), over="embed")),
+    P.contract(X, P.param("up"), over="embed").named("up_product"),
+)
+
+
+def reason(pattern: OpPattern, root: Value) -> str:
+    """Return why `pattern` does not match at `root`."""
+    misses = Misses()
+    assert root.node is not None
+    assert match(pattern, root.node, misses, "rule") is None
+    return misses.best["rule"].reason
+
+
+def matched(pattern: OpPattern, root: Value) -> bool:
+    assert root.node is not None
+    return match(pattern, root.node) is not None
+
+
+def test_captures_across_commutative_operands() -> None:
+    ffn = Ffn()
+    found = match(GLU, ffn.m.node)
+    assert found is not None
+    assert found.value("x") is ffn.x
+    assert found.value("gate") is ffn.gate
+    assert found.value("up") is ffn.up
+    assert found.node("up_product") is ffn.u.node
+    assert found.value("up_product") is ffn.u
+    assert set(found.nodes) == set(ffn.graph)
+    assert found.root is ffn.m.node
+    assert found.nodes[0] is ffn.m.node
+
+
+def test_one_name_is_one_value() -> None:
+    ffn = Ffn()
+    other = ffn.graph.input("other", ffn.x.type)
+    ffn.u.node.set_operand(0, other)
+    assert "same value" in reason(GLU, ffn.m)
+
+
+def test_a_name_of_two_attributes_is_one_attribute() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B"))
+    same = b.scale(b.scale(x, by=2.0), by=2.0)
+    other = b.scale(b.scale(x, by=2.0), by=3.0)
+    twice = P.scale(P.scale(X, by=P.attr("by")), by=P.attr("by"))
+    assert matched(twice, same)
+    assert "expected 3.0 as elsewhere" in reason(twice, other)
+
+
+def test_only_used_here_allows_users_inside_the_match() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B"))
+    inner = b.tanh(x, name="inner")
+    root = b.mul(inner, b.sigmoid(inner))
+    pattern = P.mul(
+        P.tanh(X).only_used_here().named("t"), P.sigmoid(P.tanh(X).only_used_here().named("t"))
+    )
+    assert matched(pattern, root)
+    user = b.neg(inner)
+    assert "%inner has 3 users, one of them elsewhere: %v" in reason(pattern, root)
+    user.node.erase()
+    graph.set_output("inner", inner)
+    assert "%inner is also an output" in reason(pattern, root)
+
+
+def test_attributes() -> None:
+    ffn = Ffn()
+    assert matched(P.contract(P.any(), P.any(), over=("embed",)), ffn.a)
+    assert matched(P.contract(P.any(), P.any(), over=lambda over: len(over) == 1), ffn.a)
+    assert "('embed',), expected ('mlp',)" in reason(P.contract(..., over="mlp"), ffn.a)
+    long = P.attr("over", where=lambda over: len(over) > 1, why="is too short")
+    assert "is too short" in reason(P.contract(..., over=long), ffn.a)
+
+
+def test_alternatives_and_several_operations() -> None:
+    ffn = Ffn()
+    pattern = P.mul(P.contract(X, P.any()) | P.any("x"), P.op(("gelu", "silu"), P.any()))
+    assert matched(pattern, ffn.m)
+    assert not matched(P.mul(P.contract(...), P.op(("gelu", "relu"), ...)), ffn.m)
+
+
+def test_alternatives_are_tried_again_when_what_follows_fails() -> None:
+    ffn = Ffn()
+    # The first alternative matches too, but binds x to what the second operand is not made of.
+    choice = P.any("v") | P.contract(P.any("v"), P.any())
+    pattern = P.mul(choice, P.silu(P.contract(P.any("v"), P.any())))
+    found = match(pattern, ffn.m.node)
+    assert found is not None
+    assert found.value("v") is ffn.x
+
+
+def test_leaves() -> None:
+    ffn = Ffn()
+    assert matched(P.contract(P.input(), P.param()), ffn.a)
+    assert "is an input, expected a parameter" in reason(P.contract(P.param(), P.any()), ffn.a)
+    assert "expected an input" in reason(P.silu(P.input()), ffn.s)
+    wide = P.any(where=lambda v: v.type.rank > 2, why="has too few axes")
+    assert reason(P.silu(wide), ffn.s) == "%a has too few axes"
+    flat = P.silu(P.any()).such_that(lambda v: v.type.rank == 1, "has too many axes")
+    assert reason(flat, ffn.s) == "%s has too many axes"
+
+
+def test_operands() -> None:
+    ffn = Ffn()
+    assert matched(P.contract(P.any(), ...), ffn.a)
+    assert matched(P.contract(...), ffn.a)
+    assert "%a is made by contract @layers.3.ffn, expected neg" in reason(P.silu(P.neg(...)), ffn.s)
+
+
+def test_results_of_a_node() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    logits = graph.input("logits", tensor(F32, batch="B", expert=4))
+    _, gates = b.route(logits, top_k=2)
+    root = b.neg(gates)
+    assert matched(P.neg(P.route(...).result(1)), root)
+    assert "is result 1 of its node, expected 0" in reason(P.neg(P.route(...)), root)
+
+
+def test_mistakes_in_a_pattern_are_told() -> None:
+    with pytest.raises(UsageError, match="did you mean 'over'"):
+        P.contract(P.any(), P.any(), ovr="embed")
+    with pytest.raises(UsageError, match=r"expected: 2 \(a, b\)"):
+        P.add(P.any())
+    with pytest.raises(UsageError, match="found: 3"):
+        P.add(P.any(), P.any(), P.any())
+    with pytest.raises(InputError, match="unknown operation 'siluu'"):
+        P.siluu(P.any())
+    with pytest.raises(UsageError, match="are patterns"):
+        P.add(P.any(), 3)
+    with pytest.raises(UsageError, match="begins with an operation"):
+        roots(P.any() | P.neg(P.any()))
+
+
+def test_near_miss_keeps_the_best_attempt() -> None:
+    ffn = Ffn()
+    worse = ffn.builder.mul(ffn.x, ffn.x)
+    misses = Misses()
+    pattern = P.mul(P.silu(P.contract(X, P.any(), over="mlp")), ...)
+    for root in (worse, ffn.m, worse):
+        assert match(pattern, root.node, misses, "glu") is None
+    best = misses.best["glu"]
+    assert best.score == 2
+    assert best.where == "%m = mul @layers.3.ffn"
+    assert str(best).startswith("glu: not at %m = mul @layers.3.ffn: attribute 'over' of %a is")
+
+
+@given(graph=graphs(), data=st.data())
+def test_what_is_there_matches(graph: Graph, data: st.DataObject) -> None:
+    """A pattern read off a graph, operands exchanged at will, matches where it was read."""
+    nodes = list(graph)
+    root = nodes[data.draw(st.integers(0, len(nodes) - 1))]
+    names: dict[Value, str] = {}
+    pattern = _pattern_of(root, 0, 3, data, names)
+    assert isinstance(pattern, OpPattern)
+    found = match(pattern, root)
+    assert found is not None
+    assert {found.value(n) for n in found.captures} <= set(names)
+
+
+def _pattern_of(
+    node: Node, index: int, depth: int, data: st.DataObject, names: dict[Value, str]
+) -> Pattern:
+    operands = []
+    for value in node.operands:
+        if value.node is not None and depth and data.draw(st.booleans()):
+            operands.append(_pattern_of(value.node, value.index, depth - 1, data, names))
+        else:
+            operands.append(P.any(names.setdefault(value, f"v{len(names)}")))
+    if node.op.commutative and data.draw(st.booleans()):
+        operands.reverse()
+    return P.op(node.op.name, *operands, **node.attrs).result(index)
