@@ -8,10 +8,12 @@ costs that row, and the bytes do not depend on how the whole was cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 
+from moecc.errors import InputError
 from moecc.ir.dtypes import DType
 from moecc.ir.types import TensorType
 from moecc.weights import moments, random
@@ -35,6 +37,13 @@ from moecc.weights.rounding import Array, first_nonfinite, round_to, widen
 from moecc.weights.simplify import simplify
 
 BLOCK_BYTES = 4 << 20
+
+WIDE_BYTES = 32 << 20
+"""Up to here a box of a split axis is cut from one run; above, its rows are fetched one by one."""
+
+
+class ValuesOverflow(InputError):
+    """Finite values that a type cannot hold."""
 
 
 class Reader(Protocol):
@@ -216,14 +225,14 @@ class Evaluator:
         before, inner, after = box[:at], box[at : at + len(sizes)], box[at + len(sizes) :]
         lead = next((i for i, (a, b) in enumerate(inner) if b - a > 1), len(sizes) - 1)
         full = tuple((0, size) for size in sizes[lead + 1 :])
-        if inner[lead + 1 :] != full and at == 0:
-            # Rows of the operand that nobody wants would be read from the disk.
+        wide = (*inner[: lead + 1], *full)
+        elements = prod(extents((*before, *wide, *after)))
+        if wide != inner and elements * e.type.dtype.itemsize_bytes > WIDE_BYTES:
             rows = [
                 self._split(e, (*inner[:lead], (i, i + 1), *inner[lead + 1 :], *after))
                 for i in range(*inner[lead])
             ]
             return np.concatenate(rows, axis=lead)
-        wide = (*inner[: lead + 1], *full)
         start = int(np.ravel_multi_index([a for a, _ in wide], sizes))
         stop = int(np.ravel_multi_index([b - 1 for _, b in wide], sizes)) + 1
         x = self.block(e.x, (*before, (start, stop), *after))
@@ -270,10 +279,12 @@ class Evaluator:
             return
         place = np.unravel_index(int(np.argmax(over)), over.shape)
         index = [int(at) + start for at, (start, _) in zip(place, box, strict=True)]
-        raise e.error(
-            f"values overflow {e.dtype}",
-            found=f"{float(x[place])} at {index}",
-            hint="choose an element type of a larger range, bf16 or f32",
+        raise ValuesOverflow(
+            e.error(
+                f"values overflow {e.dtype}",
+                found=f"{float(x[place])} at {index}",
+                hint="choose an element type of a larger range, bf16 or f32",
+            ).problems
         )
 
     def _add(self, e: Add, box: Box) -> Array:
@@ -316,7 +327,8 @@ class _Overflow:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._state.__exit__(None, None, None)
         if kind is not None and issubclass(kind, FloatingPointError):
-            raise self._expr.error(f"values overflow {self._expr.type.dtype}") from None
+            what = f"values overflow {self._expr.type.dtype}"
+            raise ValuesOverflow(self._expr.error(what).problems) from None
 
 
 _RULES: dict[type[Expr], Callable[[Evaluator, Any, Box], Array]] = {

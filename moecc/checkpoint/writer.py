@@ -1,0 +1,355 @@
+"""Writes weight expressions as a sharded safetensors checkpoint, in bounded memory.
+
+Each distinct expression is read, evaluated and hashed once, a block at a time, and every block is
+written at once to all places that hold it.  Threads take one expression each, so that reading and
+hashing of one runs beside the writing of another; where a byte goes is settled before, and no byte
+depends on the threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from moecc.checkpoint.files import os_problem
+from moecc.checkpoint.layout import INDEX_NAME
+from moecc.checkpoint.nonfinite import Nonfinite, ScanningReader
+from moecc.checkpoint.problems import Problems, quoted
+from moecc.checkpoint.safetensors import name_fault
+from moecc.checkpoint.shards import Entry, Shard, index_json, natural, plan_shards
+from moecc.errors import InputError, UsageError
+from moecc.ir.dtypes import DType
+from moecc.weights.arithmetic import Cast
+from moecc.weights.boxes import row_blocks
+from moecc.weights.evaluate import Evaluator, Reader, ValuesOverflow, same_bytes
+from moecc.weights.expr import Expr, sources
+from moecc.weights.rounding import Array
+from moecc.weights.simplify import simplify
+
+BLOCK_BYTES = 4 << 20
+"""How much of a tensor is evaluated at a time: it should still lie in a cache when it is hashed."""
+
+Progress = Callable[[int, int], None]
+"""Gets the bytes written so far and the bytes in all."""
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to write.
+
+    Attributes:
+      name: its name in the checkpoint.
+      expr: how it is made; the order of its axes is that on disk.
+      dtype: its element type on disk.
+    """
+
+    name: str
+    expr: Expr
+    dtype: DType
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor that was written: what it is, in which file, and the SHA-256 of its bytes."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: str
+    sha256: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What was written.
+
+    Attributes:
+      tensors: in the order of their names, numbers counted as numbers.
+      files: the size of each file in bytes, by its name; the index is one of them.
+      total_bytes: the bytes of all tensors.
+      distinct_bytes: the bytes of the tensors that differ, which were evaluated and hashed.
+      nonfinite: the source tensors that hold NaN or infinity.
+    """
+
+    tensors: tuple[WrittenTensor, ...]
+    files: Mapping[str, int]
+    total_bytes: int
+    distinct_bytes: int
+    nonfinite: tuple[Nonfinite, ...] = ()
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Sequence[OutputTensor],
+    reader: Reader,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    metadata: Mapping[str, str] | None = None,
+    threads: int = 2,
+    progress: Progress | None = None,
+    allow_nonfinite: bool = False,
+) -> WriteReport:
+    """Write `tensors` into `folder`, synchronised to the disk.
+
+    Args:
+      folder: an existing folder without weights; what is in it after an error is of no use.
+      tensors: what to write, in any order.
+      reader: reads the sources; called from several threads.
+      max_shard_bytes: the limit of a file; a larger tensor gets a file of its own.
+      metadata: goes into the header of each file, beside ``format``.
+      threads: how many expressions are evaluated at a time.
+      progress: called after each block, from one thread at a time.
+      allow_nonfinite: whether sources may hold NaN and infinity.
+
+    Raises:
+      UsageError: a limit that is none.
+      InputError: names that cannot be written; sources that are not finite, or values that
+        overflow, all of them at once; a source that changed.
+      MachineError: the system refuses to write.
+    """
+    if max_shard_bytes < 1 or threads < 1:
+        raise UsageError("max_shard_bytes and threads are at least 1")
+    wanted = _checked(tensors)
+    entries = [Entry(t.name, t.dtype, t.expr.type.shape) for t in tensors]
+    shards = plan_shards(entries, max_shard_bytes, {"format": "pt", **(metadata or {})})
+    scan = ScanningReader(reader)
+    with _opened(folder, shards) as files:
+        places = {name: (files[s.name], at) for s in shards for name, at in s.offsets.items()}
+        jobs = _jobs(tensors, wanted, places)
+        total = sum(e.nbytes for e in entries)
+        work = _Work(Evaluator(scan), scan, progress, total, allow_nonfinite)
+        work.run(jobs, threads)
+        work.raise_problems()
+        _synchronise(files.values(), threads)
+    written = _written(entries, shards, jobs)
+    sizes = {s.name: s.size_bytes for s in shards}
+    if len(shards) > 1:
+        index = index_json(shards, total, sum(prod(e.shape) for e in entries))
+        _write_file(folder / INDEX_NAME, index)
+        sizes[INDEX_NAME] = len(index)
+    return WriteReport(written, sizes, total, sum(j.nbytes for j in jobs), scan.found)
+
+
+def _checked(tensors: Sequence[OutputTensor]) -> list[Expr]:
+    """Return the expressions to evaluate, simplified. Raises InputError with all that is wrong."""
+    problems = Problems()
+    made: list[Expr] = []
+    names: set[str] = set()
+    for tensor in tensors:
+        fault = name_fault(tensor.name) or ("two tensors of one name" * (tensor.name in names))
+        if tensor.name == "__metadata__":
+            fault = "the name belongs to the format"
+        if fault:
+            problems.add(fault, where=f"output tensor {quoted(tensor.name)}")
+        names.add(tensor.name)
+        try:
+            made.append(simplify(Cast(tensor.expr, tensor.dtype)))
+        except InputError as error:
+            problems.extend(error.problems)
+    problems.raise_if_any()
+    return made
+
+
+@dataclass(eq=False)
+class _Job:
+    """A distinct expression, the files and offsets that its bytes go to, and then their digest."""
+
+    expr: Expr
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[_File, int]] = field(default_factory=list)
+    sha256: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.expr.type.shape) * self.expr.type.dtype.itemsize_bytes
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    descriptor: int
+
+    def write(self, data: memoryview, at: int) -> None:
+        try:
+            while data:
+                done = os.pwrite(self.descriptor, data, at)
+                data, at = data[done:], at + done
+        except OSError as error:
+            raise os_problem(error, self.path, "write") from None
+
+
+def _jobs(
+    tensors: Sequence[OutputTensor], wanted: list[Expr], places: Mapping[str, tuple[_File, int]]
+) -> list[_Job]:
+    """Group the tensors by what makes their bytes; the largest first, to end together."""
+    jobs: dict[Expr, _Job] = {}
+    for tensor, expr in zip(tensors, wanted, strict=True):
+        key = same_bytes(expr)
+        job = jobs.setdefault(key, _Job(key))
+        job.names.append(tensor.name)
+        job.places.append(places[tensor.name])
+    for job in jobs.values():
+        job.places.sort(key=lambda place: (place[0].path, place[1]))
+    return sorted(jobs.values(), key=lambda job: -job.nbytes)
+
+
+class _Work:
+    """Evaluates, hashes and writes jobs; after a problem it goes on without writing."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        scan: ScanningReader,
+        progress: Progress | None,
+        total_bytes: int,
+        allow_nonfinite: bool,
+    ) -> None:
+        self._evaluator = evaluator
+        self._scan = scan
+        self._progress = progress
+        self._total_bytes = total_bytes
+        self._allow_nonfinite = allow_nonfinite
+        self._done_bytes = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._problems = Problems()
+
+    def run(self, jobs: Sequence[_Job], threads: int) -> None:
+        """Do all jobs; an exception of one ends the others."""
+        with ThreadPoolExecutor(threads) as pool:
+            futures = [pool.submit(self._job, job) for job in jobs]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def raise_problems(self) -> None:
+        """Raise InputError with everything that was wrong with the values."""
+        if not self._allow_nonfinite:
+            self._problems.extend(found.problem() for found in self._scan.found)
+        self._problems.raise_if_any()
+
+    def _job(self, job: _Job) -> None:
+        digest = hashlib.sha256()
+        offset = 0
+        try:
+            for block in self._blocks(job):
+                if not self._failed:
+                    digest.update(block)
+                    for file, at in job.places:
+                        file.write(block, at + offset)
+                offset += len(block)
+                self._report(len(block) * len(job.places))
+        except ValuesOverflow as error:
+            self._note_overflow(job, error)
+            return
+        job.sha256 = digest.hexdigest()
+
+    def _blocks(self, job: _Job) -> Iterator[memoryview]:
+        for box in row_blocks(job.expr.type, BLOCK_BYTES):
+            if self._stop.is_set():
+                return
+            values = self._evaluator.block(job.expr, box)
+            if values.size:
+                yield _bytes(values)
+
+    @property
+    def _failed(self) -> bool:
+        return bool(self._problems) or (not self._allow_nonfinite and bool(self._scan.found))
+
+    def _report(self, nbytes: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done_bytes += nbytes
+            self._progress(self._done_bytes, self._total_bytes)
+
+    def _note_overflow(self, job: _Job, error: ValuesOverflow) -> None:
+        problem = error.problems[0]
+        others = f" and {len(job.names) - 1} more" if len(job.names) > 1 else ""
+        with self._lock:
+            self._problems.add(
+                problem.what,
+                where=f"output tensor {quoted(job.names[0])}{others}",
+                found=problem.found,
+                hint=problem.hint,
+            )
+        for source in sources(job.expr):
+            for box in row_blocks(source.type, BLOCK_BYTES):
+                self._evaluator.block(source, box)
+
+
+def _bytes(values: Array) -> memoryview:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+
+@contextmanager
+def _opened(folder: Path, shards: Sequence[Shard]) -> Iterator[dict[str, _File]]:
+    """Make the files, at their full size and with their headers; close them in the end."""
+    files: dict[str, _File] = {}
+    try:
+        for shard in shards:
+            file = files[shard.name] = _create(folder / shard.name)
+            try:
+                os.ftruncate(file.descriptor, shard.size_bytes)
+            except OSError as error:
+                raise os_problem(error, file.path, "write") from None
+            file.write(memoryview(shard.header), 0)
+        yield files
+    finally:
+        for file in files.values():
+            os.close(file.descriptor)
+
+
+def _create(path: Path) -> _File:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return _File(path, os.open(path, flags, 0o666))
+    except OSError as error:
+        raise os_problem(error, path, "write") from None
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    file = _create(path)
+    try:
+        file.write(memoryview(content), 0)
+        _flush(file)
+    finally:
+        os.close(file.descriptor)
+
+
+def _flush(file: _File) -> None:
+    try:
+        os.fsync(file.descriptor)
+    except OSError as error:
+        raise os_problem(error, file.path, "synchronise") from None
+
+
+def _synchronise(files: Iterable[_File], threads: int) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(_flush, files))
+
+
+def _written(
+    entries: Sequence[Entry], shards: Sequence[Shard], jobs: Sequence[_Job]
+) -> tuple[WrittenTensor, ...]:
+    digests = {name: job.sha256 for job in jobs for name in job.names}
+    found = {name: shard.name for shard in shards for name in shard.offsets}
+    return tuple(
+        WrittenTensor(e.name, e.dtype, e.shape, found[e.name], digests[e.name], e.nbytes)
+        for e in sorted(entries, key=lambda e: natural(e.name))
+    )
