@@ -35,6 +35,8 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest, printable
 
+_GUESSES = 20
+
 
 class GgufFile:
     """A checkpoint in a GGUF file; see `moecc.checkpoint.source.Checkpoint`.
@@ -214,15 +216,17 @@ def _family(header: GgufHeader) -> GgufFamily:
 
 def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[str, str]:
     """Return the Hugging Face name of each tensor; unknown tensors go to `problems`."""
-    names = {}
-    known = known_names(family)
+    names: dict[str, str] = {}
+    known, guesses = known_names(family), _GUESSES
     for name in header.tensors:
         new = hugging_face_name(name, family)
         if new is not None:
             names[name] = new
         elif name != ROPE_FACTORS:
             what = f"a dense {family.model_type} has no tensor {quoted(name)}"
-            problems.add(what, where=str(header.path), hint=nearest(name[:100], known))
+            # Looking for the nearest name takes longer than everything else.
+            hint = nearest(name[:100], known) if (guesses := guesses - 1) >= 0 else None
+            problems.add(what, where=str(header.path), hint=hint)
     return names
 
 

@@ -204,11 +204,13 @@ class _Check:
 
     def _tensors(self, entries: list[_Entry], data_start: int) -> dict[str, StoredTensor]:
         tensors: dict[str, StoredTensor] = {}
+        seen: set[str] = set()
         for entry in entries:
             if fault := name_fault(entry.name):
                 self._add(entry, fault, None, describe(entry.name))
-            if entry.name in tensors:
+            if entry.name in seen:
                 self._add(entry, "two tensors have this name", None, "a second entry")
+            seen.add(entry.name)
             tensor = self._tensor(entry, data_start)
             if tensor is not None:
                 tensors[entry.name] = tensor

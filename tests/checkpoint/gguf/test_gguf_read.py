@@ -1,0 +1,338 @@
+"""Reading weights: every storage type, any rows, and the rotary order of Hugging Face."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moecc.checkpoint.gguf import GgufFile, halves_from_neighbours, open_gguf
+from moecc.checkpoint.gguf_storage import STORAGES, Storage
+from moecc.checkpoint.source import open_checkpoint
+from moecc.errors import InputError, MachineError
+
+QUANTISED = [storage for storage in STORAGES.values() if storage.is_quantised]
+PLAIN = [storage for storage in STORAGES.values() if not storage.is_quantised]
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def random_bytes(storage: Storage) -> Callable[[str, Sequence[int]], bytes]:
+    """Return a maker of tensors: random blocks with small finite scales, different for each."""
+    random = np.random.default_rng(storage.code)
+
+    def make(name: str, shape: Sequence[int]) -> bytes:
+        elements = int(np.prod(shape))
+        if len(shape) == 1 or storage.name == "F32":
+            return random.standard_normal(elements).astype("<f4").tobytes()
+        if not storage.is_quantised:
+            return random.standard_normal(elements).astype(storage.dtype.numpy).tobytes()
+        return random_blocks(storage, elements, random).tobytes()
+
+    return make
+
+
+# Where the half-precision scales stand in a block.
+SCALES = {"Q6_K": (208,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q4_1": (0, 2), "Q5_1": (0, 2)}
+
+
+def random_blocks(storage: Storage, elements: int, random: np.random.Generator) -> Array:
+    blocks = random.integers(
+        0, 256, (elements // storage.block, storage.block_bytes), dtype=np.uint8
+    )
+    for place in SCALES.get(storage.name, (0,)):
+        scales = random.uniform(0.01, 0.1, len(blocks)).astype("<f2")
+        blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks
+
+
+def model(small_model: Any, path: Path, storage: Storage, **options: Any) -> tuple[GgufFile, Any]:
+    """Write a model in one storage type, with rows of whole blocks, and open it."""
+    width = max(storage.block, 32)
+    sizes = {"hidden": width, "mlp": 2 * width, "head_dim": width // 4, **options}
+    builder = small_model(kind=storage.name, make=random_bytes(storage), **sizes)
+    return open_gguf(builder.write(path / "x.gguf")), builder
+
+
+@pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
+def test_sizes_of_blocks_are_those_of_the_package(storage: Storage) -> None:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    kind = GGMLQuantizationType(storage.code)
+    assert kind.name == storage.name
+    assert GGML_QUANT_SIZES[kind] == (storage.block, storage.block_bytes)
+
+
+@pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
+def test_quantised_rows(storage: Storage, small_model: Any, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    checkpoint, _ = model(small_model, tmp_path, storage)
+    info = checkpoint.tensors[UP_PROJ]
+    assert (info.storage, info.dtype.name) == (storage.name, "f32")
+    raw = np.fromfile(checkpoint.path, np.uint8, info.nbytes, offset=info.offset)
+    expected = quants.dequantize(raw.reshape(info.shape[0], -1), GGMLQuantizationType(storage.code))
+    whole = checkpoint.read(UP_PROJ)
+    assert whole.dtype == np.float32
+    assert whole.shape == info.shape
+    np.testing.assert_array_equal(whole, expected)
+    assert len(np.unique(whole)) > 100
+    for start, stop in ((0, 1), (3, 17), (info.shape[0] - 1, None), (5, 5)):
+        np.testing.assert_array_equal(checkpoint.read(UP_PROJ, start, stop), whole[start:stop])
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_values_survive_quantisation(name: str, small_model: Any, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    written: dict[str, Array] = {}
+    random = np.random.default_rng(3)
+
+    def make(tensor: str, shape: Sequence[int]) -> bytes:
+        written[tensor] = random.standard_normal(shape).astype(np.float32)
+        return bytes(quants.quantize(written[tensor], GGMLQuantizationType[name]).tobytes())
+
+    builder = small_model(kind=name, make=make)
+    checkpoint = open_gguf(builder.write(tmp_path / "x.gguf"))
+    error = np.abs(checkpoint.read(UP_PROJ) - written["blk.1.ffn_up.weight"])
+    steps = {"Q8_0": 256, "Q5_0": 32, "Q5_1": 31, "Q4_0": 16, "Q4_1": 15}[name]
+    span = 2 * np.abs(written["blk.1.ffn_up.weight"]).max()
+    assert error.max() <= span / steps
+
+
+def test_a_block_worked_by_hand(small_model: Any, tmp_path: Path) -> None:
+    # Q4_1: scale, offset, then 16 bytes with elements 0-15 in the low and 16-31 in the high half.
+    nibbles = bytes(low | (15 - low) << 4 for low in range(16))
+    block = np.array([0.5, -2.0], "<f2").tobytes() + nibbles
+    builder = small_model(
+        kind="Q4_1", make=lambda _, shape: block * (int(np.prod(shape)) // 32) if shape[1:] else b""
+    )
+    row = open_gguf(builder.write(tmp_path / "x.gguf")).read(UP_PROJ, 7, 8)[0]
+    expected = [0.5 * n - 2 for n in [*range(16), *range(15, -1, -1)]]
+    assert row.tolist() == expected
+
+
+def test_pieces_do_not_show(small_model: Any, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    storage = next(storage for storage in QUANTISED if storage.name == "Q5_0")
+    checkpoint, _ = model(small_model, tmp_path, storage, vocab=5000)
+    name = "model.embed_tokens.weight"
+    info = checkpoint.tensors[name]
+    raw = np.fromfile(checkpoint.path, np.uint8, info.nbytes, offset=info.offset)
+    expected = quants.dequantize(raw, GGMLQuantizationType.Q5_0).reshape(info.shape)
+    assert expected.size > 2 << 16
+    np.testing.assert_array_equal(checkpoint.read(name), expected)
+
+
+@pytest.mark.parametrize("storage", PLAIN, ids=lambda storage: storage.name)
+def test_plain_elements_keep_their_type_and_bits(
+    storage: Storage, small_model: Any, tmp_path: Path
+) -> None:
+    checkpoint, _ = model(small_model, tmp_path, storage)
+    info = checkpoint.tensors[UP_PROJ]
+    values = checkpoint.read(UP_PROJ)
+    assert (info.storage, info.dtype) == ("", storage.dtype)
+    assert values.dtype == storage.dtype.numpy
+    raw = np.fromfile(checkpoint.path, np.uint8, info.nbytes, offset=info.offset)
+    assert values.tobytes() == raw.tobytes()
+    assert checkpoint.read(UP_PROJ, 3, 9).tobytes() == values[3:9].tobytes()
+
+
+def test_scales_that_are_not_finite_give_values_that_are_not(
+    small_model: Any, tmp_path: Path
+) -> None:
+    block = np.array([np.nan], "<f2").tobytes() + bytes(32)
+    builder = small_model(
+        kind="Q8_0", make=lambda _, shape: block * (int(np.prod(shape)) // 32) if shape[1:] else b""
+    )
+    assert np.isnan(open_gguf(builder.write(tmp_path / "x.gguf")).read(UP_PROJ)).all()
+
+
+def turned_neighbours(vector: Array, angles: Array) -> Array:
+    """Rotate element 2i against element 2i + 1, as llama.cpp does for this architecture."""
+    even, odd = vector[0::2], vector[1::2]
+    out = np.empty_like(vector)
+    out[0::2] = even * np.cos(angles) - odd * np.sin(angles)
+    out[1::2] = even * np.sin(angles) + odd * np.cos(angles)
+    return out
+
+
+def turned_halves(vector: Array, angles: Array) -> Array:
+    """Rotate element i against element i + d / 2, as Hugging Face does."""
+    first, second = np.split(vector, 2)
+    cosine, sine = np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine])
+
+
+@pytest.mark.parametrize("name", ["F32", "BF16", "Q8_0", "Q4_K"])
+def test_attention_scores_are_those_of_the_file(
+    name: str, small_model: Any, tmp_path: Path
+) -> None:
+    storage = next(storage for storage in STORAGES.values() if storage.name == name)
+    checkpoint, _ = model(small_model, tmp_path, storage, heads=4, groups=2)
+    hidden, head_dim = checkpoint.config["hidden_size"], checkpoint.config["head_dim"]
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((2, hidden))
+    angles = 1e5 ** (-np.arange(head_dim // 2) / (head_dim // 2))
+    stored = {
+        kind: checkpoint._stored(checkpoint.tensors[full], 0, rows * head_dim).astype(float)
+        for kind, full, rows in (("q", Q_PROJ, 4), ("k", K_PROJ, 2))
+    }
+    read = {"q": checkpoint.read(Q_PROJ).astype(float), "k": checkpoint.read(K_PROJ).astype(float)}
+    for head in range(4):
+        q_rows = slice(head * head_dim, (head + 1) * head_dim)
+        k_rows = slice(head // 2 * head_dim, (head // 2 + 1) * head_dim)
+        in_file = turned_neighbours(stored["q"][q_rows] @ x, 7 * angles) @ turned_neighbours(
+            stored["k"][k_rows] @ y, 3 * angles
+        )
+        as_read = turned_halves(read["q"][q_rows] @ x, 7 * angles) @ turned_halves(
+            read["k"][k_rows] @ y, 3 * angles
+        )
+        untouched = turned_halves(stored["q"][q_rows] @ x, 7 * angles) @ turned_halves(
+            stored["k"][k_rows] @ y, 3 * angles
+        )
+        assert as_read == pytest.approx(in_file, rel=1e-9)
+        assert untouched != pytest.approx(in_file, rel=1e-3)
+
+
+def test_what_the_converter_does_is_undone() -> None:
+    rows = np.arange(3 * 8 * 5).reshape(24, 5)
+    # The converter's order: the halves of each head become the fast index.
+    stored = rows.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(24, 5)
+    np.testing.assert_array_equal(halves_from_neighbours(stored, 8), rows)
+    np.testing.assert_array_equal(halves_from_neighbours(stored[:, 0], 8), rows[:, 0])
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_qwen_rows_are_left_alone(architecture: str, small_model: Any, tmp_path: Path) -> None:
+    builder = small_model(architecture, make=random_bytes(STORAGES[0]))
+    checkpoint = open_gguf(builder.write(tmp_path / "x.gguf"))
+    info = checkpoint.tensors[Q_PROJ]
+    raw = np.fromfile(checkpoint.path, np.uint8, info.nbytes, offset=info.offset)
+    assert checkpoint.read(Q_PROJ).tobytes() == raw.tobytes()
+
+
+def test_biases_are_reordered_with_their_rows(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model(biases=["attn_q"], make=random_bytes(STORAGES[0]))
+    checkpoint = open_gguf(builder.write(tmp_path / "x.gguf"))
+    name = "model.layers.1.self_attn.q_proj.bias"
+    stored = checkpoint._stored(checkpoint.tensors[name], 0, 32)
+    np.testing.assert_array_equal(checkpoint.read(name), halves_from_neighbours(stored, 8))
+    np.testing.assert_array_equal(checkpoint.read(name, 3, 13), checkpoint.read(name)[3:13])
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_rows_are_slices_of_the_whole(data: st.DataObject, opened: GgufFile) -> None:
+    name = data.draw(st.sampled_from(sorted(opened.tensors)))
+    rows = opened.tensors[name].shape[0]
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
+    part = opened.read(name, start, stop)
+    np.testing.assert_array_equal(part, opened.read(name)[start:stop])
+    assert part.flags.c_contiguous
+
+
+@pytest.fixture
+def opened(small_model: Any, tmp_path: Path) -> GgufFile:
+    storage = next(storage for storage in QUANTISED if storage.name == "Q4_1")
+    return model(small_model, tmp_path, storage)[0]
+
+
+def test_reads_only_the_heads_it_needs(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    read_into = opened._pool.read_into
+
+    def watch(path: Path, identity: Any, buffer: memoryview, offset: int) -> None:
+        lengths.append(len(buffer))
+        read_into(path, identity, buffer, offset)
+
+    monkeypatch.setattr(opened._pool, "read_into", watch)
+    row_bytes = opened.tensors[Q_PROJ].nbytes // 32
+    opened.read(Q_PROJ, 9, 15)
+    opened.read(Q_PROJ, 7, 9)
+    opened.read(UP_PROJ, 7, 9)
+    assert lengths == [8 * row_bytes, 16 * row_bytes, 2 * row_bytes]
+
+
+def test_threads_get_the_same_values(opened: GgufFile) -> None:
+    expected = {name: opened.read(name) for name in opened.tensors}
+    with ThreadPoolExecutor(8) as threads:
+        for name, values in threads.map(lambda name: (name, opened.read(name)), [*expected] * 4):
+            np.testing.assert_array_equal(values, expected[name])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 65), (65, None)])
+def test_rows_beyond_the_tensor(start: int, stop: int | None, opened: GgufFile) -> None:
+    with pytest.raises(ValueError, match="which has 64"):
+        opened.read(UP_PROJ, start, stop)
+
+
+def test_a_name_that_is_not_there(opened: GgufFile) -> None:
+    with pytest.raises(InputError, match=r"did you mean 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        opened.read("model.layers.1.mlp.upp_proj.weight")
+
+
+def test_a_file_that_changed(opened: GgufFile) -> None:
+    with opened.path.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match="changed while it was being read"):
+        opened.read(UP_PROJ)
+
+
+def test_a_closed_file(opened: GgufFile) -> None:
+    with opened:
+        pass
+    with pytest.raises(ValueError, match="closed"):
+        opened.read(UP_PROJ)
+
+
+def test_without_the_package(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MachineError, match=r"pip install 'moecc\[gguf\]'"):
+        opened.read(UP_PROJ)
+    assert opened.read("model.norm.weight").dtype == np.float32
+
+
+def test_opening_and_plain_reads_leave_the_package_alone(small_model: Any, tmp_path: Path) -> None:
+    path = small_model(kind="BF16").write(tmp_path / "x.gguf")
+    code = (
+        "import sys; from moecc.checkpoint.source import open_checkpoint\n"
+        f"c = open_checkpoint({str(path)!r}); c.read({UP_PROJ!r}); c.companions()\n"
+        "found = {'gguf', 'tokenizers', 'jax', 'networkx'} & set(sys.modules)\n"
+        "sys.exit(repr(found) if found else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_protocol(small_model: Any, tmp_path: Path) -> None:
+    path = small_model(kind="Q8_0").write(tmp_path / "x.gguf")
+    with open_checkpoint(path) as checkpoint:
+        assert isinstance(checkpoint, GgufFile)
+        assert (checkpoint.path, checkpoint.format) == (path, "gguf")
+        assert checkpoint.files() == [path]
+        assert len(checkpoint.tensors) == 1 + 2 * 9 + 1
+        info = checkpoint.tensors[UP_PROJ]
+        assert (info.name, info.shape, info.file) == (UP_PROJ, (64, 32), path)
+        assert info.nbytes == 64 * 34
+        assert checkpoint.remarks()[0].endswith("15 tensors in Q8_0")
+
+
+def test_bfloat16_is_the_type_of_ml_dtypes(small_model: Any, tmp_path: Path) -> None:
+    path = small_model(kind="BF16").write(tmp_path / "x.gguf")
+    assert open_gguf(path).read(UP_PROJ).dtype == ml_dtypes.bfloat16
