@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import ml_dtypes
 import numpy as np
 
 from moecc.ir.dtypes import DTYPES, DType
+from moecc.weights.rounding import is_lossless, round_to
 from moecc_backends.reference.arrays import Array, Data, meaning, together
 
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
@@ -185,18 +185,12 @@ def rounded(data: Data, old: DType | None, new: DType) -> Data:
     The interpreter does not round to the declared types, so a cast that can lose nothing is the
     identity: otherwise dropping a cast from f32 to f32 would change the meaning.
     """
-    if old is not None and contains(new, old):
-        return stored(data, new)
+    if old is not None and is_lossless(old, new):
+        return data
+    if new.is_float:
+        return stored(round_to(data.astype(np.float64), new), new)
     # A float becomes an integer towards zero, as in NumPy, JAX and torch.
     return stored(data.astype(new.numpy), new)
-
-
-def contains(wide: DType, narrow: DType) -> bool:
-    """Return whether `wide` is a floating-point type that has every value of `narrow`."""
-    if not (wide.is_float and narrow.is_float):
-        return wide == narrow
-    w, n = (ml_dtypes.finfo(d.numpy) for d in (wide, narrow))  # type: ignore[no-untyped-call]
-    return bool(w.nmant >= n.nmant and w.maxexp >= n.maxexp and w.minexp <= n.minexp)
 
 
 def stored(data: Data, dtype: DType) -> Data:

@@ -1,0 +1,156 @@
+"""Rotary tables against the numbers of transformers, and masks against their definition."""
+
+from __future__ import annotations
+
+import cmath
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROPE = {"axis": "head_dim", "size": 8, "theta": 100.0}
+
+# transformers 5.24.0, LlamaRotaryEmbedding, head_dim 8, rope_theta 100, max_position_embeddings 32
+# (original_max_position_embeddings of llama3 and yarn likewise): the first half of the cosines at
+# positions 0, 1, 5, 40, and the sines at 40; frequencies there are float32.
+GOLDEN: dict[str, tuple[dict[str, Any], list[list[float]], list[float]]] = {
+    "default": (
+        {},
+        [
+            [1.0, 1.0, 1.0, 1.0],
+            [0.540302, 0.950415, 0.995004, 0.9995],
+            [0.283662, -0.010342, 0.877583, 0.987526],
+            [-0.666938, 0.996579, -0.653644, 0.301137],
+        ],
+        [0.745113, 0.082646, -0.756802, 0.953581],
+    ),
+    "linear": (
+        {"factor": 4.0},
+        [
+            [1.0, 1.0, 1.0, 1.0],
+            [0.968912, 0.996877, 0.999687, 0.999969],
+            [0.315322, 0.922887, 0.992198, 0.999219],
+            [-0.839072, -0.999786, 0.540302, 0.950415],
+        ],
+        [-0.544021, -0.020684, 0.841471, 0.310984],
+    ),
+    "dynamic": (
+        {"factor": 2.0, "original_context": 32},
+        [
+            [1.0, 1.0, 1.0, 1.0],
+            [0.540302, 0.963097, 0.997244, 0.999795],
+            [0.283662, 0.206711, 0.931847, 0.994884],
+            [-0.666938, -0.094759, -0.985419, 0.689829],
+        ],
+        [0.745113, -0.9955, 0.170144, 0.723972],
+    ),
+    "llama3": (
+        {"factor": 8.0, "original_context": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        [
+            [1.0, 1.0, 1.0, 1.0],
+            [0.540302, 0.995411, 0.999922, 0.999992],
+            [0.283662, 0.887364, 0.998048, 0.999805],
+            [-0.666938, -0.769967, 0.877583, 0.987526],
+        ],
+        [0.745113, -0.638083, 0.479426, 0.157456],
+    ),
+    "yarn": (
+        {"factor": 4.0, "original_context": 32, "attention_factor": 1.25},
+        [
+            [1.25, 1.25, 1.25, 1.25],
+            [0.675378, 1.225665, 1.249609, 1.249961],
+            [0.354578, 0.68773, 1.240247, 1.249024],
+            [-0.833673, -0.064612, 0.675378, 1.188019],
+        ],
+        [0.931391, 1.248329, 1.051839, 0.38873],
+    ),
+    "yarn, not truncated": (
+        {
+            "factor": 4.0,
+            "original_context": 32,
+            "truncate": False,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+        },
+        [
+            [1.0, 1.0, 1.0, 1.0],
+            [0.540302, 0.977513, 0.999671, 0.999969],
+            [0.283662, 0.486827, 0.991778, 0.999219],
+            [-0.666938, -0.601011, 0.517751, 0.950415],
+        ],
+        [0.745113, 0.799241, 0.855531, 0.310984],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_rope_gives_the_numbers_of_transformers(case: str, evaluate: Any) -> None:
+    attrs, cosines, sines = GOLDEN[case]
+    positions = (np.array([[0, 1, 5, 40]]), "batch seq")
+    cos, sin = evaluate("rope", positions, **ROPE, scaling=case.split(",")[0], **attrs)
+    assert cos.shape == (1, 4, 8)
+    np.testing.assert_array_equal(cos[..., :4], cos[..., 4:])
+    np.testing.assert_array_equal(sin[..., :4], sin[..., 4:])
+    np.testing.assert_allclose(cos[0, :, :4], cosines, atol=5e-6)
+    np.testing.assert_allclose(sin[0, 3, :4], sines, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
+def test_a_factor_of_one_scales_nothing(kind: str, evaluate: Any) -> None:
+    positions = (np.arange(50), "seq")
+    plain = evaluate("rope", positions, **ROPE)
+    scaled = evaluate("rope", positions, **ROPE, scaling=kind, factor=1.0, original_context=64)
+    np.testing.assert_allclose(scaled, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_dynamic_scaling_starts_beyond_the_original_context(evaluate: Any) -> None:
+    attrs = {**ROPE, "scaling": "dynamic", "factor": 8.0, "original_context": 32}
+    within = evaluate("rope", (np.arange(32), "seq"), **attrs)
+    np.testing.assert_array_equal(within, evaluate("rope", (np.arange(32), "seq"), **ROPE))
+    beyond = evaluate("rope", (np.arange(33), "seq"), **attrs)
+    assert not np.allclose(beyond[0][:32], within[0])
+
+
+def test_rotate_turns_pairs_as_complex_numbers(evaluate: Any) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, 5, 3, 8))
+    positions = np.array([0, 3, 1, 7, 2])
+    cos, sin = evaluate("rope", (positions, "seq"), **ROPE)
+    tables = (cos, "seq head_dim"), (sin, "seq head_dim")
+    found = evaluate("rotate", (x, "batch seq head head_dim"), *tables, axis="head_dim")
+    for s, i in np.ndindex(5, 4):
+        turn = cmath.exp(1j * positions[s] * 100.0 ** (-2 * i / 8))
+        expected = (x[:, s, :, i] + 1j * x[:, s, :, i + 4]) * turn
+        np.testing.assert_allclose(found[:, s, :, i], expected.real, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(found[:, s, :, i + 4], expected.imag, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_depend_on_the_distance_alone(evaluate: Any) -> None:
+    rng = np.random.default_rng(2)
+    q, k = rng.normal(size=8), rng.normal(size=8)
+
+    def score(at_q: int, at_k: int) -> float:
+        turned = []
+        for vector, position in ((q, at_q), (k, at_k)):
+            tables = evaluate("rope", (np.array([position]), "seq"), **ROPE)
+            pair = [(t, "seq head_dim") for t in tables]
+            turned.append(
+                evaluate("rotate", (vector[None], "seq head_dim"), *pair, axis="head_dim")
+            )
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(9, 4) == pytest.approx(score(25, 20), rel=1e-12)
+    assert not math.isclose(score(9, 4), score(9, 5))
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_causal(window: int, evaluate: Any) -> None:
+    queries, keys = np.array([[0, 1, 5]]), np.array([5, 0, 3, 4])
+    found = evaluate("causal", (queries, "batch seq"), (keys, "kv_seq"), window=window)
+    expected = [
+        [[k <= q and (window == 0 or q - k < window) for k in keys.tolist()] for q in row]
+        for row in queries.tolist()
+    ]
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,249 @@
+"""The interpreter: what it asks of arrays, what it returns, and what lies beyond ragged extents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_backends.reference.interpreter import ReferenceBackend
+
+from moecc.backend import backend_names, get_backend
+from moecc.errors import InputError, UsageError
+from moecc.ir import BF16, DTYPES, F32, F64, I32, PRED, Builder, Graph, OpDef, Value, tensor
+from moecc.testing import graphs, inputs_for, params_for, run_reference, sizes_for
+from moecc.testing.data import shape_of
+
+
+def mixture(slots: str = "ragged", **attrs: Any) -> Graph:
+    """Return a mixture of three experts whose rows, activations and result are outputs."""
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", embed=4))
+    router = graph.param("router", tensor(F32, expert=3, embed=4))
+    up = graph.param("up", tensor(F32, expert=3, mlp=5, embed=4))
+    down = graph.param("down", tensor(F32, expert=3, embed=4, mlp=5))
+    experts, gates = b.route(b.contract(x, router, over="embed"), top_k=2)
+    place = b.place(experts, tokens="batch", experts=3, slots=slots, **attrs)
+    rows = b.dispatch(x, experts, place)
+    hidden = b.silu(b.contract(rows, up, over="embed"))
+    out = b.contract(hidden, down, over="mlp")
+    outputs = {"rows": rows, "hidden": hidden, "place": place, "experts": experts}
+    for name, value in {**outputs, "y": b.combine(out, experts, place, gates)}.items():
+        graph.set_output(name, value)
+    return graph
+
+
+def test_the_backend_is_found_by_name() -> None:
+    assert "reference" in backend_names()
+    assert isinstance(get_backend("reference"), ReferenceBackend)
+    with pytest.raises(UsageError, match="unknown backend 'refrence'") as caught:
+        get_backend("refrence")
+    assert "did you mean 'reference'?" in str(caught.value)
+
+
+def test_it_computes_in_float64_whatever_is_asked() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(BF16, a=2))
+    graph.set_output("y", Builder(graph).scale(x, by=1 / 3))
+    program = get_backend("reference").compile(graph, dtype=BF16)
+    found = program.run({}, {"x": np.array([1, 3], ml_dtypes.bfloat16)})["y"]
+    assert found.dtype == np.float64
+    assert found.tolist() == [1 / 3, 3 * (1 / 3)]
+
+
+def test_outputs_that_are_not_floats_have_their_own_type() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, a="A"))
+    graph.set_output("at", b.positions(x, axis="a"))
+    graph.set_output("less", b.less(x, x))
+    graph.set_output("key", graph.input("key", tensor(DTYPES["key"])))
+    key = np.array(2**63 + 1, np.uint64)
+    found = run_reference(graph, inputs={"x": np.ones(3, np.float32), "key": key})
+    assert {n: str(d.dtype) for n, d in found.items()} == {
+        "at": "int32",
+        "less": "bool",
+        "key": "uint64",
+    }
+    assert found["key"] == 2**63 + 1
+
+
+def test_an_input_and_a_parameter_may_be_outputs() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a=2))
+    w = graph.param("w", tensor(F32, a=2))
+    graph.set_output("x", x)
+    graph.set_output("x_again", x)
+    graph.set_output("w", w)
+    graph.set_output("y", Builder(graph).add(x, w))
+    found = run_reference(graph, inputs={"x": np.ones(2)}, params={"w": np.ones(2) * 2})
+    assert {n: d.tolist() for n, d in found.items()} == {
+        "x": [1, 1],
+        "x_again": [1, 1],
+        "w": [2, 2],
+        "y": [3, 3],
+    }
+
+
+def test_all_that_is_wrong_with_the_arrays_is_reported_at_once() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
+    mask = graph.input("mask", tensor(PRED, batch="B", seq="S"))
+    w = graph.param("w", tensor(F32, vocab=7, embed=2))
+    v = graph.param("v", tensor(F32, embed=2))
+    y = b.mul(b.embedding(w, ids, axis="vocab"), v)
+    graph.set_output("y", b.mask(y, mask))
+    arrays = {"ids": np.zeros((2, 3)), "mask": np.ones((2, 4), bool)}
+    with pytest.raises(InputError) as caught:
+        get_backend("reference").compile(graph).run({"W": 1, "v": np.ones((2, 2))}, arrays)
+    assert [(p.where, p.what, p.expected, p.found) for p in caught.value.problems] == [
+        (
+            "input %ids",
+            "the array has elements of another kind",
+            "i32[batch=B, seq=S]",
+            "float64[2, 3]",
+        ),
+        ("input %mask", "the size S is 3 in input %ids", "pred[batch=B, seq=S]", "bool[2, 4]"),
+        ("param %w", "no array is given", "f32[vocab=7, embed=2]", None),
+        ("param %v", "the array has another number of axes", "f32[embed=2]", "float64[2, 2]"),
+    ]
+
+
+def test_a_fixed_size_must_be_met_and_a_close_name_is_suggested() -> None:
+    graph = Graph()
+    x = graph.input("tokens", tensor(F32, embed=4))
+    graph.set_output("y", x)
+    program = get_backend("reference").compile(graph)
+    with pytest.raises(InputError, match="the axis 'embed' has another size"):
+        program.run({}, {"tokens": np.ones(5)})
+    with pytest.raises(InputError, match="did you mean 'token'"):
+        program.run({}, {"token": np.ones(4)})
+
+
+@pytest.mark.parametrize(
+    "dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float16, np.float64]
+)
+def test_floats_of_every_width_are_taken(dtype: Any) -> None:
+    graph = Graph()
+    graph.set_output("y", graph.input("x", tensor(F32, a=2)))
+    found = run_reference(graph, inputs={"x": np.array([1, 0.5]).astype(dtype)})
+    assert found["y"].tolist() == [1, 0.5]
+
+
+def test_an_operation_without_a_meaning_is_refused_before_running() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a=2))
+    strange = OpDef("strange", "Nobody knows.", ("x",), lambda o, _a: (o[0].type,))
+    graph.set_output("y", graph.append(strange, [x], loc="layers.0").results[0])
+    with pytest.raises(InputError, match="no meaning for this operation") as caught:
+        get_backend("reference").compile(graph)
+    assert caught.value.problems[0].where == "%v = strange @layers.0"
+
+
+def test_beyond_ragged_extents_there_is_nothing() -> None:
+    graph = mixture()
+    found = run_reference(graph, seed=3)
+    counts = np.bincount(found["experts"].reshape(-1), minlength=3)
+    assert found["rows"].shape[2] == counts.max()
+    for expert, count in enumerate(counts):
+        for name in ("rows", "hidden"):
+            assert np.isfinite(found[name][0, expert, :count]).all()
+            assert np.isnan(found[name][0, expert, count:]).all()
+    assert np.isfinite(found["y"]).all()
+
+
+def test_what_is_broadcast_along_a_ragged_axis_ends_with_it() -> None:
+    graph = mixture()
+    b = Builder(graph)
+    rows = graph.outputs["rows"]
+    one = b.constant(value=1.0)
+    graph.set_output("ones", b.broadcast(one, rows))
+    graph.set_output("sum", b.maximum(b.mask(rows, b.less(rows, rows), fill=7.0), one))
+    ids = b.cast(rows, dtype="i32")
+    graph.set_output("hot", b.one_hot(ids, into=(("new", 2),)))
+    found = run_reference(graph, seed=3)
+    beyond = np.isnan(found["rows"][..., 0])
+    assert beyond.any()
+    for name in ("ones", "sum", "hot"):
+        nothing = np.isnan(found[name])
+        assert nothing[beyond].all()
+        assert not nothing[~beyond].any()
+
+
+def test_indices_beyond_a_ragged_extent_pick_nothing() -> None:
+    graph = mixture()
+    b = Builder(graph)
+    table = graph.param("table", tensor(F32, vocab=1, inner=2))
+    zeros = b.cast(b.scale(graph.outputs["rows"], by=0.0), dtype="i32")
+    graph.set_output("picked", b.embedding(table, zeros, axis="vocab"))
+    found = run_reference(graph, seed=3)
+    nothing = np.isnan(found["picked"]).all(-1)
+    np.testing.assert_array_equal(nothing, np.isnan(found["rows"]))
+    assert nothing.any()
+    assert not nothing.all()
+
+
+def test_mixing_the_rows_of_a_ragged_axis_is_a_type_error() -> None:
+    graph = mixture()
+    rows, b = graph.outputs["rows"], Builder(graph)
+    for make in (
+        lambda: b.sum(rows, axes="slot"),
+        lambda: b.softmax(rows, axis="slot"),
+        lambda: b.contract(rows, rows, over="slot"),
+        lambda: b.merge(rows, axes=("slot", "embed"), into="all"),
+        lambda: b.positions(rows, axis="slot"),
+    ):
+        with pytest.raises(InputError, match="slot"):
+            make()
+
+
+def test_capacity_rows_are_all_there() -> None:
+    found = run_reference(mixture("capacity", capacity_factor=1.0, minimum=1), seed=3)
+    assert np.isfinite(found["rows"]).all()
+    assert np.isfinite(found["y"]).all()
+
+
+@given(graphs(dead=True), st.integers(0, 3))
+def test_every_array_has_the_axes_and_sizes_of_its_type(graph: Graph, seed: int) -> None:
+    sizes = sizes_for(graph, seed)
+    program = ReferenceBackend().compile(graph)
+    seen: dict[Value, Any] = {}
+    for value, array in program.trace(
+        params_for(graph, seed, sizes), inputs_for(graph, seed, sizes)
+    ):
+        seen[value] = array
+        assert array.axes == value.type.names
+        assert array.dtype == value.type.dtype
+        kinds = {"float": "f", "int": "i", "bool": "b"}
+        assert array.data.dtype.kind == kinds[value.type.dtype.kind]
+        if not value.type.extents:
+            assert array.data.shape == shape_of(value.type, sizes)
+        for extent in value.type.extents:
+            placement = seen[extent.value].placement
+            assert array.size(
+                value.type.axes[[a.size for a in value.type.axes].index(extent)].name
+            ) == (placement.slots)
+    assert set(seen) >= {v for n in graph for v in n.results} | set(graph.outputs.values())
+
+
+def test_a_value_is_forgotten_after_its_last_use() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F64, a=1000))
+    for _ in range(30):
+        x = b.relu(x)
+    graph.set_output("y", x)
+    import tracemalloc
+
+    program = ReferenceBackend().compile(graph)
+    data = np.ones(1000)
+    tracemalloc.start()
+    program.run({}, {"x": data})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * data.nbytes

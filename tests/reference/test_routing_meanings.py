@@ -1,0 +1,371 @@
+"""Routing: gates by hand, slots against the counting rules, and the numbers of ST-MoE.
+
+Section numbers are those of the ST-MoE paper (Zoph et al. 2022) where none is given.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.ir import F64, I32, Builder, Graph, tensor
+from moecc.ir.table.routing import capacity
+from moecc.testing import run_reference
+
+Data = np.ndarray[Any, Any]
+
+
+def route(logits: Any, evaluate: Any, **attrs: Any) -> tuple[Any, Any]:
+    experts, gates = evaluate("route", (np.asarray(logits, float), "token expert"), **attrs)
+    return experts, gates
+
+
+def test_the_best_logits_come_first_and_ties_take_the_lowest_expert(evaluate: Any) -> None:
+    logits = [[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0], [-1.0, -np.inf, -2.0, -np.inf]]
+    experts, _ = route(logits, evaluate, top_k=3)
+    assert experts.tolist() == [[1, 3, 2], [0, 1, 2], [0, 2, 1]]
+
+
+def test_the_expert_axis_may_stand_anywhere(evaluate: Any) -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 3))
+    first = evaluate("route", (logits, "expert token"), top_k=2)
+    second = evaluate("route", (logits.T, "token expert"), top_k=2)
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+LOGITS = [math.log(4), math.log(3), math.log(2), math.log(1)]
+
+
+@pytest.mark.parametrize(
+    ("gates", "expected"),
+    [
+        ("renormalised", [4 / 7, 3 / 7]),
+        ("softmax", [0.4, 0.3]),
+        ("sigmoid", [4 / 5, 3 / 4]),
+        ("sigmoid-renormalised", [0.8 / 1.55, 0.75 / 1.55]),
+        ("sparsemixer", [1.0, 1.0]),
+        ("ones", [1.0, 1.0]),
+    ],
+)
+def test_gate_conventions(gates: str, expected: list[float], evaluate: Any) -> None:
+    experts, found = route([LOGITS], evaluate, top_k=2, gates=gates)
+    assert experts.tolist() == [[0, 1]]
+    np.testing.assert_allclose(found, [expected], rtol=1e-14)
+    _, scaled = route([LOGITS], evaluate, top_k=2, gates=gates, scale=2.5)
+    np.testing.assert_allclose(scaled, 2.5 * found, rtol=1e-15)
+
+
+def test_renormalising_before_or_after_the_choice_is_the_same(evaluate: Any) -> None:
+    logits = np.random.default_rng(3).normal(size=(20, 8)) * 2
+    _, kept = route(logits, evaluate, top_k=3, gates="softmax")
+    _, renormalised = route(logits, evaluate, top_k=3)
+    np.testing.assert_allclose(kept / kept.sum(-1, keepdims=True), renormalised, rtol=1e-13)
+
+
+def test_sparsemixer_gives_the_numbers_of_phimoe(evaluate: Any) -> None:
+    """transformers 5.24.0, `sparsemixer(scores, jitter_eps=0.01, training=False)`."""
+    scores = [
+        [0, 0, 0, 0],
+        [1.0, 0.99, 0.5, -2],
+        [2.0, 1.97, 1.95, 1.0],
+        [-1.0, -1.01, -1.03, -3.0],
+        [0.3, 0.2, 0.1, 5.0],
+        [-0.5, 0.49, 0.5, -0.5],
+    ]
+    experts, gates = route(scores, evaluate, top_k=2, gates="sparsemixer")
+    assert experts.tolist() == [[0, 1], [0, 1], [0, 1], [0, 1], [3, 0], [2, 1]]
+    expected = [
+        [0.25, 0.333333333],
+        [0.502499979, 1.0],
+        [0.507499438, 0.504999833],
+        [0.502499979, 0.504999833],
+        [1.0, 1.0],
+        [1.0, 1.0],
+    ]
+    np.testing.assert_allclose(gates, expected, atol=1e-9)
+
+
+# --- capacity
+
+
+def slots_of(factor: float, tokens: int, experts: int, top_k: int = 1, **attrs: Any) -> int:
+    defaults = {"convention": "tokens", "rounding": "floor", "minimum": 4}
+    attrs = {**defaults, "capacity_factor": factor, "experts": experts, **attrs}
+    return capacity(attrs, tokens, top_k)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "factor", "experts", "floor", "rounded"),
+    [
+        (4096, 1.25, 64, 80, 80),
+        (4096, 2.0, 64, 128, 128),
+        (2048, 1.25, 32, 80, 80),
+        (456, 1.25, 32, 17, 18),
+        (456, 2.0, 32, 28, 28),
+        (128, 1.25, 64, 4, 4),
+        (64, 64.0, 8, 64, 64),
+    ],
+)
+def test_capacities_of_mesh_tensorflow_and_flaxformer(
+    tokens: int, factor: float, experts: int, floor: int, rounded: int
+) -> None:
+    """mesh-tensorflow 0.1.21 takes the floor; flaxformer rounds, and does not cap at the group."""
+    assert slots_of(factor, tokens, experts) == floor
+    assert slots_of(factor, tokens, experts, rounding="round") == rounded
+
+
+def test_capacity_rounding_convention_and_bounds() -> None:
+    assert slots_of(1.25, 456, 32, rounding="ceil") == 18
+    # A half goes to the even neighbour: 2.5 to 2, 3.5 to 4.
+    assert slots_of(0.5, 10, 2, rounding="round", minimum=0) == 2
+    assert slots_of(0.5, 14, 2, rounding="round", minimum=0) == 4
+    assert slots_of(1.0, 64, 8, top_k=2, convention="assignments") == 16
+    assert slots_of(1.0, 64, 8, top_k=2) == 8
+    assert slots_of(0.1, 64, 8) == 4
+    assert slots_of(0.1, 64, 8, minimum=0) == 0
+    assert slots_of(1.0, 3, 8) == 3
+    # The factor is the number that is written: floats below 0.7 and above 1.1 stand for them.
+    assert slots_of(0.7, 100, 10, minimum=0) == 7
+    assert slots_of(1.1, 100, 10, minimum=0, rounding="ceil") == 11
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf])
+def test_a_capacity_needs_a_positive_factor(factor: float) -> None:
+    graph = Graph()
+    experts = graph.input("e", tensor(I32, token=4, choice=2))
+    with pytest.raises(InputError, match="positive capacity_factor"):
+        Builder(graph).place(
+            experts, tokens="token", experts=2, slots="capacity", capacity_factor=factor
+        )
+
+
+# --- places
+
+
+def place(choices: Any, evaluate: Any, experts: int, **attrs: Any) -> Any:
+    return evaluate(
+        "place", (np.asarray(choices), "token choice"), tokens="token", experts=experts, **attrs
+    )
+
+
+BOUND = {"slots": "capacity", "minimum": 0}
+
+
+def test_ragged_slots_count_up_and_drop_nothing(evaluate: Any) -> None:
+    choices = [[0, 1], [0, 2], [1, 0]]
+    assert place(choices, evaluate, 3).tolist() == [[0, 1], [1, 0], [0, 2]]
+
+
+def test_first_choices_beat_second_ones(evaluate: Any) -> None:
+    # Capacity 1: token 0 wants expert 1 second, token 1 wants it first.
+    choices = [[0, 1], [1, 0]]
+    by_choice = place(choices, evaluate, 2, **BOUND, capacity_factor=1.0)
+    assert by_choice.tolist() == [[0, -1], [0, -1]]
+    by_token = place(choices, evaluate, 2, **BOUND, capacity_factor=1.0, order="token")
+    assert by_token.tolist() == [[0, 0], [-1, -1]]
+
+
+def test_earlier_tokens_beat_later_ones(evaluate: Any) -> None:
+    found = place([[0], [0], [1], [0]], evaluate, 2, **BOUND, capacity_factor=1.0)
+    assert found.tolist() == [[0], [1], [0], [-1]]
+
+
+def test_groups_are_counted_apart(evaluate: Any) -> None:
+    choices = [[0], [0], [0], [0]]
+    assert place(choices, evaluate, 2, groups=2).tolist() == [[0], [1], [0], [1]]
+    # Two tokens a group: one slot each.
+    found = place(choices, evaluate, 2, groups=2, **BOUND, capacity_factor=1.0)
+    assert found.tolist() == [[0], [-1], [0], [-1]]
+
+
+def test_groups_must_divide_the_tokens(evaluate: Any) -> None:
+    with pytest.raises(InputError, match="the groups do not divide the tokens") as caught:
+        place([[0], [0], [0]], evaluate, 2, groups=2)
+    assert caught.value.problems[0].where == "%place = place"
+
+
+def test_a_choice_of_no_expert_takes_no_slot(evaluate: Any) -> None:
+    assert place([[-1], [0], [2], [0]], evaluate, 2).tolist() == [[-1], [0], [-1], [1]]
+
+
+def test_tokens_are_numbered_in_the_order_of_the_token_axes(evaluate: Any) -> None:
+    choices = np.zeros((2, 3, 1), int)
+    found = evaluate("place", (choices, "batch seq choice"), tokens=("batch", "seq"), experts=1)
+    assert found[..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    found = evaluate("place", (choices, "batch seq choice"), tokens=("seq", "batch"), experts=1)
+    assert found[..., 0].tolist() == [[0, 2, 4], [1, 3, 5]]
+    found = evaluate("place", (choices.T, "choice seq batch"), tokens=("batch", "seq"), experts=1)
+    assert found[0].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@st.composite
+def routings(draw: Any, max_tokens: int = 24) -> tuple[Data, int]:
+    """Draw choices `[token, choice]` of distinct experts, and the number of experts."""
+    experts = draw(st.integers(1, 6))
+    top_k = draw(st.integers(1, min(3, experts)))
+    tokens = draw(st.integers(1, max_tokens))
+    seed = draw(st.integers(0, 2**32))
+    scores = np.random.default_rng(seed).normal(size=(tokens, experts))
+    return np.argsort(-scores, axis=1)[:, :top_k], experts
+
+
+def run_place(choices: Data, experts: int, **attrs: Any) -> Data:
+    graph = Graph()
+    e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
+    graph.set_output("p", Builder(graph).place(e, tokens="token", experts=experts, **attrs))
+    return run_reference(graph, inputs={"e": choices})["p"]
+
+
+ORDERS = st.sampled_from(["choice", "token"])
+FACTORS = st.sampled_from([0.25, 0.5, 1.0, 1.25, 2.0])
+
+
+@given(routings(), FACTORS, ORDERS)
+def test_a_slot_holds_one_token_and_the_lowest_are_filled(
+    routing: tuple[Data, int], factor: float, order: str
+) -> None:
+    choices, experts = routing
+    bound = slots_of(factor, len(choices), experts, choices.shape[1], minimum=1)
+    found = run_place(
+        choices, experts, slots="capacity", capacity_factor=factor, minimum=1, order=order
+    )
+    for expert in range(experts):
+        mine = sorted(found[(choices == expert) & (found >= 0)].tolist())
+        wanted = int((choices == expert).sum())
+        assert mine == list(range(min(bound, wanted)))
+
+
+@given(routings(), ORDERS)
+def test_a_capacity_of_the_whole_group_never_drops(routing: tuple[Data, int], order: str) -> None:
+    choices, experts = routing
+    free = run_place(choices, experts, order=order)
+    wide = run_place(
+        choices, experts, order=order, slots="capacity", capacity_factor=float(experts)
+    )
+    assert (free >= 0).all()
+    np.testing.assert_array_equal(free, wide)
+
+
+@given(routings(), ORDERS)
+def test_more_capacity_drops_no_more(routing: tuple[Data, int], order: str) -> None:
+    choices, experts = routing
+    kept = [
+        run_place(choices, experts, order=order, slots="capacity", capacity_factor=f, minimum=1)
+        >= 0
+        for f in (0.5, 1.0, 2.0)
+    ]
+    assert (kept[0] <= kept[1]).all()
+    assert (kept[1] <= kept[2]).all()
+
+
+@given(routings(), st.integers(0, 23), st.integers(0, 2**32))
+def test_filling_by_token_is_strictly_causal_and_first_choices_always_are(
+    routing: tuple[Data, int], cut: int, seed: int
+) -> None:
+    choices, experts = routing
+    assume(cut < len(choices))
+    other = choices.copy()
+    later = np.random.default_rng(seed).normal(size=(len(choices) - cut, experts))
+    other[cut:] = np.argsort(-later, axis=1)[:, : choices.shape[1]]
+    bound = {"slots": "capacity", "capacity_factor": 0.75, "minimum": 1}
+    for order, ranks in (("token", slice(None)), ("choice", slice(1))):
+        kept = [run_place(c, experts, order=order, **bound)[:cut, ranks] for c in (choices, other)]
+        np.testing.assert_array_equal(*kept)
+
+
+def test_second_choices_look_ahead_when_first_ones_are_filled_first() -> None:
+    """64 tokens, 8 experts, capacity 10: what the later half chooses moves the earlier half."""
+    rng = np.random.default_rng(0)
+    bound = {"slots": "capacity", "capacity_factor": 1.25, "minimum": 4}
+    moved = 0
+    for _ in range(40):
+        scores = rng.normal(size=(64, 8))
+        other = np.concatenate([scores[:32], rng.normal(size=(32, 8))])
+        kept = [
+            run_place(np.argsort(-s, axis=1)[:, :2], 8, **bound)[:32, 1] >= 0
+            for s in (scores, other)
+        ]
+        moved += bool((kept[0] != kept[1]).any())
+    assert moved > 30
+
+
+def test_drop_rates_of_uniform_top_1_routing() -> None:
+    """The share that a binomial load leaves over a capacity of 1.0: 0.04941 for 64 experts."""
+    rng = np.random.default_rng(5)
+    rates = []
+    for _ in range(4):
+        choices = rng.integers(0, 64, (4096, 1))
+        placed = run_place(choices, 64, slots="capacity", capacity_factor=1.0)
+        rates.append((placed < 0).mean())
+    assert np.mean(rates) == pytest.approx(0.04941, abs=0.004)
+
+
+def test_at_most_the_capacity_survives(evaluate: Any) -> None:
+    """Top-2 with a factor of 1.25 per token: at most 62.5 % of the assignments fit (§2)."""
+    scores = np.random.default_rng(6).normal(size=(64, 8))
+    found = run_place(np.argsort(-scores, axis=1)[:, :2], 8, slots="capacity", capacity_factor=1.25)
+    assert (found >= 0).sum() <= 80
+    assert (found >= 0).mean() <= 0.625
+
+
+# --- dispatch and combine
+
+
+def exchange(choices: Data, experts: int, x: Data, gates: Data, **attrs: Any) -> dict[str, Data]:
+    """Return what dispatch gives for `x` and what combine makes of it at once."""
+    graph = Graph()
+    b = Builder(graph)
+    v = graph.input("x", tensor(F64, token="T", embed=x.shape[1]))
+    e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
+    g = graph.input("g", tensor(F64, token="T", choice=choices.shape[1]))
+    p = b.place(e, tokens="token", experts=experts, **attrs)
+    rows = b.dispatch(v, e, p)
+    graph.set_output("p", p)
+    graph.set_output("rows", rows)
+    graph.set_output("y", b.combine(rows, e, p, g))
+    return run_reference(graph, inputs={"x": x, "e": choices, "g": gates})
+
+
+@given(routings(), st.sampled_from([1, 2]), st.sampled_from(["ragged", "capacity"]), ORDERS)
+def test_combine_undoes_dispatch_up_to_what_was_dropped(
+    routing: tuple[Data, int], groups: int, slots: str, order: str
+) -> None:
+    choices, experts = routing
+    assume(len(choices) % groups == 0)
+    rng = np.random.default_rng(0)
+    x, gates = rng.normal(size=(len(choices), 3)), rng.normal(size=choices.shape)
+    bound = {"capacity_factor": 0.75, "minimum": 1} if slots == "capacity" else {}
+    found = exchange(choices, experts, x, gates, groups=groups, slots=slots, order=order, **bound)
+    kept = np.where(found["p"] >= 0, gates, 0.0).sum(1)
+    np.testing.assert_allclose(found["y"], kept[:, None] * x, rtol=1e-12, atol=1e-15)
+
+
+def test_where_the_rows_lie() -> None:
+    choices = np.array([[1, 0], [1, 2], [2, 1], [0, 1]])
+    x = np.arange(4.0)[:, None] + 1
+    found = exchange(choices, 3, x, np.ones((4, 2)), groups=2)
+    nan = np.nan
+    expected = [[[1, nan], [1, 2], [2, nan]], [[4, nan], [3, 4], [3, nan]]]
+    np.testing.assert_array_equal(found["rows"][..., 0], expected)
+
+
+def test_an_empty_slot_under_a_capacity_holds_zeros() -> None:
+    found = exchange(
+        np.array([[0], [0], [0]]),
+        2,
+        np.ones((3, 1)),
+        np.ones((3, 1)),
+        slots="capacity",
+        capacity_factor=1.4,
+        minimum=0,
+    )
+    assert found["rows"].shape == (1, 2, 2, 1)
+    np.testing.assert_array_equal(found["rows"][0, :, :, 0], [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(found["y"][:, 0], [1, 1, 0])
