@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         say("interrupted")
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,12 +108,17 @@ def _run(argv: list[str]) -> int:
     try:
         result = app.main(argv, prog_name="moecc", standalone_mode=False)
     except typer.Abort:
-        raise KeyboardInterrupt from None
+        result = _INTERRUPTED
     except _UsageError as error:
         error.show(sys.stderr)
         return int(error.exit_code)
+    # Some typers turn an interrupt into this code themselves.
+    if result == _INTERRUPTED:
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
+
+_INTERRUPTED = 130
 
 # Newer typers bring a copy of click, older ones use the package; both derive this from its base.
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -1,0 +1,83 @@
+"""Running the command line in this process, and small checkpoints to break."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.cli.main import main
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@dataclass
+class Done:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def moecc(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Run ``moecc ARGS`` and return exit code, stdout and stderr."""
+
+    def run(*args: str | Path) -> Done:
+        capsys.readouterr()
+        code = main([str(a) for a in args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Done(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """A copy of a tiny llama checkpoint, to be changed."""
+    folder = tmp_path / "dense"
+    shutil.copytree(GOLDEN / "llama_gqa", folder)
+    return folder
+
+
+@pytest.fixture
+def edit_config(dense: Path) -> Callable[..., None]:
+    """Change keys of the checkpoint's config.json; None removes a key."""
+
+    def edit(**changes: Any) -> None:
+        path = dense / "config.json"
+        config = json.loads(path.read_text())
+        for key, value in changes.items():
+            if value is None:
+                config.pop(key, None)
+            else:
+                config[key] = value
+        path.write_text(json.dumps(config))
+
+    return edit
+
+
+@pytest.fixture
+def edit_tensors(dense: Path) -> Callable[..., None]:
+    """Rewrite the checkpoint's tensors: the function gets and returns a dictionary."""
+
+    def edit(change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+        from safetensors.numpy import load_file, save_file
+
+        path = dense / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return edit

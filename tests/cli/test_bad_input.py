@@ -1,0 +1,333 @@
+"""What a user can do wrong gets one clear message, an exit code, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+UPCYCLE = "upcycle{experts=4 top-k=2}"
+
+
+def convert(moecc: Callable, source: Path, out: Path, *more: str, to: str = "mixtral"):
+    return moecc("convert", source, out, "-p", UPCYCLE, "--to", to, *more)
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def write_header(path: Path, header: Any, body: bytes, *, length: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
+
+
+def refused(moecc: Callable, source: Path, tmp_path: Path, code: int = 1) -> str:
+    """Convert, expect a refusal that leaves no output, and return the message."""
+    before = sorted(os.listdir(tmp_path))
+    start = time.monotonic()
+    done = convert(moecc, source, tmp_path / "out")
+    assert time.monotonic() - start < 5
+    assert done.code == code, done.err
+    assert done.out == ""
+    assert sorted(os.listdir(tmp_path)) == before
+    return str(done.err)
+
+
+def test_truncated_weights(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    path = dense / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors" in refused(moecc, dense, tmp_path)
+
+
+def test_header_longer_than_the_file(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    write_header(dense / "model.safetensors", b"{}", b"", length=2**62)
+    assert "header" in refused(moecc, dense, tmp_path)
+
+
+def test_overlapping_tensors(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    path = dense / "model.safetensors"
+    header, body = header_of(path)
+    names = [n for n in header if n != "__metadata__"]
+    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+    header[names[1]]["shape"] = header[names[0]]["shape"]
+    write_header(path, header, body)
+    message = refused(moecc, dense, tmp_path)
+    assert names[1] in message
+
+
+def test_duplicate_tensor(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    path = dense / "model.safetensors"
+    header, body = header_of(path)
+    name = next(n for n in header if n != "__metadata__")
+    text = json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}"
+    write_header(path, text.encode(), body)
+    assert name in refused(moecc, dense, tmp_path)
+
+
+def test_unknown_dtype_and_bad_shape_together(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    path = dense / "model.safetensors"
+    header, body = header_of(path)
+    names = [n for n in header if n != "__metadata__"]
+    header[names[0]]["dtype"] = "F33"
+    header[names[1]]["shape"] = [-1]
+    write_header(path, header, body)
+    message = refused(moecc, dense, tmp_path)
+    assert "F33" in message
+    assert names[1] in message
+
+
+@pytest.mark.parametrize("place", ["missing.safetensors", "../x.safetensors", "/etc/x.safetensors"])
+def test_index_that_points_elsewhere(
+    moecc: Callable, dense: Path, tmp_path: Path, place: str
+) -> None:
+    header, _ = header_of(dense / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {n: place for n in header if n != "__metadata__"}}
+    (dense / "model.safetensors").rename(dense / "model-00001-of-00001.safetensors")
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert place in refused(moecc, dense, tmp_path)
+
+
+def test_tensor_missing_extra_and_of_another_shape(
+    moecc: Callable, dense: Path, tmp_path: Path, edit_tensors: Callable
+) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["model.layers.0.self_attn.k_proj.weight"]
+        tensors["model.layers.0.self_attn.extra.weight"] = np.zeros(3, np.float32)
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:-1].copy()
+
+    edit_tensors(change)
+    message = refused(moecc, dense, tmp_path)
+    for part in ("k_proj", "extra", "layers.1.mlp.up_proj"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"rope_theta": 12345.0, "rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
+         "rope_theta"),
+        ({"model_type": "lama"}, "llama"),
+        ({"hidden_size": -4}, "hidden_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_attention_heads": "four"}, "num_attention_heads"),
+    ],
+)  # fmt: skip
+def test_faulty_configs(
+    moecc: Callable, dense: Path, tmp_path: Path, edit_config: Callable, changes: dict, part: str
+) -> None:
+    edit_config(**changes)
+    assert part in refused(moecc, dense, tmp_path)
+
+
+def test_conflicting_numbers_of_experts(moecc: Callable, tmp_path: Path) -> None:
+    golden = Path(__file__).parent.parent / "golden" / "mixtral_gqa"
+    shutil.copytree(golden, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["num_experts"] = config["num_local_experts"] + 1
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    done = moecc("inspect", tmp_path / "m")
+    assert done.code == 1
+    assert "num_local_experts" in done.err
+
+
+def test_only_pickles(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    (dense / "model.safetensors").unlink()
+    (dense / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    message = refused(moecc, dense, tmp_path)
+    assert "pytorch_model.bin" in message
+    assert "torch" not in sys.modules
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite(
+    moecc: Callable, dense: Path, tmp_path: Path, edit_tensors: Callable, value: float
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = tensors[name].copy()
+        tensors[name][1, 2] = value
+
+    edit_tensors(change)
+    message = refused(moecc, dense, tmp_path)
+    assert name in message
+    assert "1, 2" in message
+    assert "--allow-nonfinite" in message
+    assert convert(moecc, dense, tmp_path / "out", "--allow-nonfinite").code == 0
+    manifest = json.loads((tmp_path / "out" / "moecc_manifest.json").read_text())
+    assert any(name in note for note in manifest["notes"])
+
+
+def test_output_that_may_not_be_written(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious").write_text("x")
+    for out in (full, dense, dense / "inside", tmp_path / "no" / "such" / "parent"):
+        done = convert(moecc, dense, out)
+        assert done.code == 1, out
+    assert (full / "precious").read_text() == "x"
+    assert not (dense / "inside").exists()
+    assert convert(moecc, dense, full, "--force").code == 0
+    assert not (full / "precious").exists()
+
+
+def test_disk_too_small(
+    moecc: Callable, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10**6, 10**6 - 10, 10)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    assert "disk" in refused(moecc, dense, tmp_path, code=4)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "code", "part"),
+    [
+        ("upcycel", 2, "did you mean 'upcycle'"),
+        ("upcycle{expert=4}", 2, "did you mean 'experts'"),
+        ("upcycle{experts=four}", 2, "a whole number"),
+        ("upcycle{experts=2 top-k=3}", 2, "experts=3"),
+        ("upcycle{granularity=3}", 2, "top-k"),
+        ("upcycle{layers=every:0}", 2, "every:0"),
+        ("upcycle{layers=7}", 1, "layer 7"),
+        ("upcycle{layers=nowhere.*}", 1, "matched nothing"),
+        ("upcycle{experts=4", 2, "}"),
+        ("upcycle,upcycle", 1, "sparse already"),
+    ],
+)
+def test_pipelines_that_cannot_be(
+    moecc: Callable, dense: Path, tmp_path: Path, pipeline: str, code: int, part: str
+) -> None:
+    done = moecc("convert", dense, tmp_path / "out", "-p", pipeline, "--to", "mixtral")
+    assert done.code == code, done.err
+    assert part in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "pipeline", "code", "part"),
+    [
+        ("qwen2_moe", UPCYCLE, 1, "shared="),
+        ("qwen3_moe", UPCYCLE, 1, "norms of the queries"),
+        ("mixtral", "upcycle{layers=0}", 1, "every depth"),
+        ("mixtral", "upcycle{gates=softmax}", 1, "softmax"),
+        ("mixtrel", UPCYCLE, 2, "mixtral"),
+        ("mixtral", "canonicalize", 1, "make some layers sparse"),
+    ],
+)
+def test_targets_that_cannot_say_it(
+    moecc: Callable, dense: Path, tmp_path: Path, to: str, pipeline: str, code: int, part: str
+) -> None:
+    done = moecc("convert", dense, tmp_path / "out", "-p", pipeline, "--to", to)
+    assert done.code == code, done.err
+    assert part in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\x00\xff\xfe random \x80 bytes",
+        b"moecc 2\n",
+        b"moecc 1\ngraph g {\n  %a = silu %b : f32[x=1]\n  output y = %a\n}\n",
+        b"moecc 1\ngraph g {\n  input %a : f32[x=1]\n  %b = silu %a : f32[x=2]\n"
+        b"  output y = %b\n}\n",
+        b"moecc 1\ngraph g {\n  input %a : f32[x=1]\n}\n",
+    ],
+)
+def test_graphs_that_are_none(moecc: Callable, tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "bad.moe"
+    path.write_bytes(text)
+    done = moecc("opt", path, "-p", "canonicalize")
+    assert done.code == 1
+    assert "bad.moe" in done.err or "no output" in done.err
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["inspect", "preset:mixtrl"], 2),
+        (["inspect", "/no/such/place"], 1),
+        (["run", "DENSE", "--outputs", "OUT", "--backend", "xlla"], 2),
+        (["run", "DENSE", "--outputs", "OUT", "--dtype", "f31"], 2),
+        (["run", "DENSE", "--outputs", "OUT", "--inputs", "/no/such.npy"], 1),
+        (["verify", "DENSE"], 1),
+        (["verify", "DENSE", "--against", "preset:smollm2-135m"], 1),
+        (["convert", "preset:smollm2-135m", "OUT", "-p", UPCYCLE, "--to", "mixtral"], 1),
+        (["convert", "DENSE", "OUT", "-p", UPCYCLE, "--to", "mixtral", "--dtype", "int3"], 2),
+        (
+            ["convert", "DENSE", "OUT", "-p", UPCYCLE, "--to", "mixtral", "--max-shard-bytes", "0"],
+            2,
+        ),
+        (["passes", "upcycel"], 2),
+        (["opt", "/no/such.moe"], 1),
+        (["opt", "-", "--load", "/no/such.py", "-p", "x"], 2),
+    ],
+)
+def test_arguments(
+    moecc: Callable, dense: Path, tmp_path: Path, args: list[str], code: int
+) -> None:
+    names = {"DENSE": str(dense), "OUT": str(tmp_path / "out")}
+    done = moecc(*(names.get(a, a) for a in args))
+    assert done.code == code, done.err
+    assert done.err.startswith(("error: ", "Usage: "))
+    assert not (tmp_path / "out").exists()
+
+
+def test_token_files(moecc: Callable, dense: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npy"
+    for bad in (np.zeros((2, 3)), np.array([[10**6]]), np.array([[-1]]), np.zeros((0, 4), int)):
+        np.save(path, bad)
+        done = moecc("run", dense, "--inputs", path, "--outputs", tmp_path / "l.npy")
+        assert done.code == 1, bad
+        assert "tokens.npy" in done.err
+    path.write_bytes(b"\x80\x04 pickle")
+    assert moecc("run", dense, "--inputs", path, "--outputs", tmp_path / "l.npy").code == 1
+
+
+def test_interrupted_in_the_middle(dense: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "import moecc.checkpoint.writer as writer\n"
+        "def stop(*args, **more):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    import time; time.sleep(5)\n"
+        "writer.write_checkpoint = stop\n"
+        "from moecc.cli.main import main\n"
+        f"sys.exit(main(['convert', {str(dense)!r}, {str(tmp_path / 'out')!r}, "
+        f"'-p', {UPCYCLE!r}, '--to', 'mixtral']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "interrupted"
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_bug_says_where_its_reproducer_is(
+    moecc: Callable, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **more: Any) -> None:
+        raise RuntimeError("not meant to happen")
+
+    monkeypatch.setattr("moecc.models.open_model", broken)
+    done = moecc("inspect", dense)
+    assert done.code == 70
+    path = Path(done.err.rpartition(" ")[2].strip())
+    assert "not meant to happen" in path.read_text()
+    path.unlink()
