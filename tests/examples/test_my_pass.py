@@ -1,0 +1,92 @@
+"""The property test of ``examples/my_pass.py``: what the test of your own pass could look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from moecc.cli.main import main
+from moecc.ir import Graph, equal, parse
+from moecc.pipeline.registry import installed
+from moecc.testing import graphs, laws
+from moecc.testing.growth import Growth
+from moecc.testing.steps import SIMPLE
+
+FILE = Path(__file__).parents[2] / "examples" / "my_pass.py"
+MyPass: Any = installed().with_file(FILE).get("my-pass")
+
+
+def swish(g: Growth) -> None:
+    """Append what the pass looks for: random operations alone would seldom make it."""
+    x = g.find_float()
+    if x is not None:
+        other = g.find_within(x.type) if g.chance(20) else x
+        g.emit("mul", *(x, g.emit("sigmoid", other)) if other else (x, x))
+
+
+def twice(g: Growth) -> None:
+    x = g.find_float()
+    if x is not None:
+        g.emit("relu", g.emit("relu", x))
+
+
+STEPS = [*SIMPLE, swish, twice, swish, twice]
+
+
+@settings(max_examples=60)
+@given(graphs(steps=STEPS))
+def test_it_keeps_its_promises(graph: Graph) -> None:
+    laws.check_pass(MyPass(), graph)
+
+
+@settings(max_examples=60)
+@given(graphs(steps=STEPS))
+def test_it_keeps_its_stricter_promise(graph: Graph) -> None:
+    laws.check_pass(MyPass(exact=True), graph)
+
+
+def graph_of(*lines: str) -> Graph:
+    body = "\n".join(lines)
+    return parse(f"moecc 1\ngraph g {{\n input %x : f32[a=4]\n input %y : f32[a=4]\n{body}\n}}\n")
+
+
+def test_it_finds_the_product_either_way_round() -> None:
+    for product in ("%x, %s", "%s, %x"):
+        graph = graph_of(
+            "%s = sigmoid %x : f32[a=4]", f"%m = mul {product} : f32[a=4]", "output z = %m"
+        )
+        after, result = laws.applied(MyPass(), graph)
+        assert result.matched == 1
+        assert equal(after, graph_of("%m = silu %x : f32[a=4]", "output z = %m"))
+
+
+def test_it_leaves_a_gate_that_is_another_value() -> None:
+    graph = graph_of("%s = sigmoid %y : f32[a=4]", "%m = mul %x, %s : f32[a=4]", "output z = %m")
+    after, result = laws.applied(MyPass(), graph)
+    assert not result.changed
+    assert equal(after, graph)
+    assert [miss.rule for miss in result.near_misses] == ["swish"]
+
+
+@pytest.mark.parametrize(("options", "operation"), [("", "silu"), ("{exact}", "mul")])
+def test_the_command_line_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, operation: str
+) -> None:
+    source = tmp_path / "g.moe"
+    lines = ["%s = sigmoid %x : f32[a=4]", "%m = mul %x, %s : f32[a=4]", "output z = %m"]
+    source.write_text(
+        "moecc 1\ngraph g {\n  input %x : f32[a=4]\n  " + "\n  ".join(lines) + "\n}\n"
+    )
+    command = ["opt", str(source), "--load", str(FILE), "-p", f"my-pass{options}", "--check"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert f"{operation} %x" in out
+    assert ("sigmoid" in out) == (operation == "mul")
+
+
+def test_the_file_is_as_short_as_it_says() -> None:
+    code = FILE.read_text().split('"""', 2)[2].splitlines()
+    assert len([line for line in code if line.strip()]) <= 30
