@@ -81,7 +81,7 @@ def _paragraphs(cls: type[Pass]) -> Iterator[str]:
     literal = False
     for block in blocks:
         if literal:
-            yield f"```\n{inspect.cleandoc(block)}\n```"
+            yield f"```moe sketch\n{inspect.cleandoc(block)}\n```"
             literal = False
             continue
         literal = block.endswith("::")

@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from zlib import crc32
 
 from moecc.errors import Problem, UsageError, nearest
 from moecc.pipeline.passes import Pass
@@ -121,7 +122,8 @@ def _run(path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise UsageError("there is no such file", where=str(path))
-    name = f"moecc_loaded_{path.stem}"
+    # Files of one name in two folders are two modules.
+    name = f"moecc_loaded_{path.stem}_{crc32(str(path.resolve()).encode()):08x}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError("not a Python file", where=str(path), hint="its name ends in .py")

@@ -1,0 +1,27 @@
+"""The laws of the clean-up passes on random graphs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from moecc_passes.canonicalize import CanonicalizePass
+from moecc_passes.cse import CsePass
+from moecc_passes.dce import DcePass
+
+from moecc.ir import Graph
+from moecc.pipeline.passes import Pass
+from moecc.testing import graphs, laws
+
+PASSES: list[Pass] = [
+    CanonicalizePass(),
+    CanonicalizePass(exact=True),
+    CsePass(),
+    DcePass(),
+    DcePass(keep_params=True),
+]
+
+
+@pytest.mark.parametrize("item", PASSES, ids=str)
+@given(graph=graphs(dead=True))
+def test_laws(item: Pass, graph: Graph) -> None:
+    laws.check_pass(item, graph)

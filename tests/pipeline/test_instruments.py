@@ -1,0 +1,113 @@
+"""What the instruments show."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from moecc.errors import MachineError
+from moecc.ir import equal, parse
+from moecc.pipeline.instruments import (
+    DiffAfter,
+    DumpFolder,
+    PrintAfter,
+    Remarks,
+    Statistics,
+    Timing,
+)
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import Instrument, run_pipeline
+from moecc.pipeline.text import Pipeline
+
+from .samples import REGISTRY, negations
+
+
+def shown(make: Callable[[TextIO], Instrument], text: str, negated: int = 4) -> str:
+    stream = io.StringIO()
+    pipeline = Pipeline.parse(text, REGISTRY)
+    context = Context(allow_unmatched=True)
+    run_pipeline(negations(negated), pipeline, context=context, instruments=[make(stream)])
+    return stream.getvalue()
+
+
+PIPELINE = "un-neg,top,scale-output{by=2.0}"
+
+
+@pytest.mark.parametrize(
+    ("which", "titles"),
+    [
+        ("all", ["1 un-neg", "2 top", "3 scale-output{by=2.0}"]),
+        ("changed", ["1 un-neg", "3 scale-output{by=2.0}"]),
+        (frozenset({"top"}), ["2 top"]),
+    ],
+)
+def test_print_after(which: str | frozenset[str], titles: list[str]) -> None:
+    text = shown(lambda s: PrintAfter(which, s), PIPELINE)
+    assert re.findall("# after pass (.*)", text) == titles
+    for graph in re.split("(?m)^# after pass .*\n", text)[1:]:
+        parse(graph)
+
+
+def test_diff() -> None:
+    text = shown(DiffAfter, PIPELINE)
+    assert text.startswith("--- input\n+++ 1 un-neg\n")
+    assert "-  %v2 = neg %v1" in text
+    assert "2 top" not in text.replace("--- 2 top", "")
+    assert "--- 2 top\n+++ 3 scale-output{by=2.0}\n" in text
+    assert "+  %v5 = scale %v {by=2.0}" in text
+
+
+def test_dump_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "dump"
+    shown(lambda _: DumpFolder(folder), PIPELINE)
+    names = ["000_input.moe", "001_un-neg.moe", "002_top.moe", "003_scale-output.moe"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert equal(parse((folder / names[0]).read_text("utf-8")), negations())
+    assert len(parse((folder / names[3]).read_text("utf-8"))) == 2
+
+
+def test_dump_folder_deletes_only_what_it_recognises(tmp_path: Path) -> None:
+    shown(lambda _: DumpFolder(tmp_path), PIPELINE)
+    kept = ["001_mine.moe", "notes.txt", "000_input.moe.orig"]
+    for name in kept:
+        (tmp_path / name).write_text("moecc 1\n", encoding="utf-8")
+    (tmp_path / "004_folder.moe").mkdir()
+    shown(lambda _: DumpFolder(tmp_path), "top")
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == sorted([*kept, "004_folder.moe", "000_input.moe", "001_top.moe"])
+
+
+def test_dump_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(MachineError, match="cannot be written"):
+        shown(lambda _: DumpFolder(tmp_path / "file"), "top")
+    (tmp_path / "000_input.moe").mkdir()
+    with pytest.raises(MachineError, match=r"000_input\.moe"):
+        shown(lambda _: DumpFolder(tmp_path), "top")
+
+
+def test_timing() -> None:
+    lines = shown(Timing, PIPELINE).splitlines()
+    assert lines[0].split() == ["pass", "seconds", "verify", "share"]
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "total"]
+    shares = [int(line.split()[-1].rstrip("%")) for line in lines[1:-1]]
+    assert 98 <= sum(shares) <= 102
+
+
+def test_statistics() -> None:
+    text = shown(Statistics, PIPELINE)
+    assert "pass 1 un-neg: changed, 2 matched\n" in text
+    assert re.search(r"pair +2 hits +\d+ attempts +[\d.]+ ms", text)
+    assert "pass 2 top: unchanged, 0 matched\n" in text
+
+
+def test_remarks_and_near_misses() -> None:
+    text = shown(Remarks, "un-neg,bad{way=miss}", negated=1)
+    assert text.startswith("remark: un-neg: here: looked around\n")
+    assert "missed: un-neg: pair: not at %v1 = neg @layers.0: %v is made by silu" in text
+    assert text.count("missed: bad: ffn") == 7

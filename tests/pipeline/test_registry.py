@@ -1,0 +1,117 @@
+"""Where passes come from: installed packages and files of the user's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moecc.errors import UsageError
+from moecc.pipeline.registry import Registry, installed
+from moecc.pipeline.text import Pipeline
+
+from .samples import REGISTRY, TopPass
+
+OWN = '''
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+
+
+@dataclass(frozen=True)
+class MinePass(Pass):
+    """Do nothing."""
+
+    name: ClassVar[str] = "{name}"
+    summary: ClassVar[str] = "do nothing"
+    preserves = EXACT
+    times: int | None = None
+
+    def apply(self, graph, ctx: Context) -> PassResult:
+        return PassResult(changed=False)
+'''
+
+
+def own(folder: Path, name: str = "mine", more: str = "") -> Path:
+    path = folder / f"own_{name}.py"
+    path.write_text(OWN.format(name=name) + more, encoding="utf-8")
+    return path
+
+
+def test_the_passes_of_moecc_come_through_the_entry_point() -> None:
+    registry = installed()
+    assert {"canonicalize", "cse", "dce", "upcycle"} <= set(registry.names())
+    assert registry.origins["dce"] == "moecc"
+    assert all(registry.get(name).name == name for name in registry.names())
+
+
+def test_listing_names_imports_no_pass() -> None:
+    code = (
+        "import sys; from moecc.pipeline.registry import installed; installed().names(); "
+        "print([m for m in sys.modules if m.startswith('moecc_passes.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    registry = REGISTRY.with_file(own(tmp_path))
+    pipeline = Pipeline.parse("top,mine{times=3}", registry)
+    assert str(pipeline) == "top,mine{times=3}"
+    assert registry.origins["mine"].endswith("own_mine.py")
+    assert "mine" not in REGISTRY
+
+
+def test_two_files_of_one_name(tmp_path: Path) -> None:
+    for folder, name in (("a", "first"), ("b", "second")):
+        (tmp_path / folder).mkdir()
+        own(tmp_path / folder, name).rename(tmp_path / folder / "own.py")
+    registry = REGISTRY.with_file(tmp_path / "a" / "own.py").with_file(tmp_path / "b" / "own.py")
+    assert registry.get("first") is not registry.get("second")
+    assert str(Pipeline.parse("first{times=1},second{times=2}", registry)).startswith("first")
+
+
+def test_a_name_that_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'top' is defined twice") as caught:
+        REGISTRY.with_file(own(tmp_path, "top"))
+    assert "another in the tests" in str(caught.value)
+    with pytest.raises(UsageError, match="'x' is defined twice"):
+        Registry({"x": lambda: TopPass}, {"x": "a"}).extended({"x": lambda: TopPass}, "b")
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match="did you mean 'top'"):
+        REGISTRY.get("topp")
+    with pytest.raises(UsageError, match="passes: bad, every-kind"):
+        REGISTRY.get("qqqqqq")
+
+
+def test_a_name_that_is_not_the_pass_s_own() -> None:
+    registry = Registry({}, {}).extended({"tip": lambda: TopPass}, "a package")
+    with pytest.raises(UsageError, match="registered as 'tip' calls itself 'top'"):
+        registry.get("tip")
+
+
+def refused(path: Path, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        REGISTRY.with_file(path)
+
+
+def test_faulty_files_are_blamed_with_their_line(tmp_path: Path) -> None:
+    refused(tmp_path / "none.py", "there is no such file")
+    path = tmp_path / "faulty.py"
+    path.write_text("x = 1\n", encoding="utf-8")
+    refused(path, "defines no pass")
+    path.write_text("x = 1\ny = (\n", encoding="utf-8")
+    refused(path, r"faulty\.py:2: SyntaxError")
+    path.write_text("def f():\n    return nothing\n\nf()\n", encoding="utf-8")
+    refused(path, r"faulty\.py:2: NameError: name 'nothing'")
+    refused(own(tmp_path, "bad-pattern", "\nfrom moecc.rewrite import P\nP.add(P.any())\n"), "a, b")
+    text = tmp_path / "faulty.txt"
+    text.write_text("", encoding="utf-8")
+    refused(text, "not a Python file")

@@ -1,0 +1,172 @@
+"""Running pipelines: verification, passes that must match, promises, crashes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+from moecc.errors import CheckError, InputError, MoeccError, UsageError
+from moecc.ir import Graph, equal, parse
+from moecc.ir.verify import VerifyError
+from moecc.pipeline.passes import EXACT, Context, Preserves, Remark, weakest
+from moecc.pipeline.reproducer import PassCrash
+from moecc.pipeline.runner import Instrument, PassRun, Report, run_pipeline
+from moecc.pipeline.text import Pipeline
+
+from .samples import REGISTRY, BadPass, TopPass, negations
+
+
+def run(graph: Graph, text: str, **more: object) -> Report:
+    return run_pipeline(graph, Pipeline.parse(text, REGISTRY), **more)  # type: ignore[arg-type]
+
+
+class Watching(Instrument):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def start(self, graph: Graph, pipeline: Pipeline) -> None:
+        self.seen.append(f"start {pipeline} {len(graph)}")
+
+    def after(self, run: PassRun, graph: Graph) -> None:
+        self.seen.append(f"{run.title} {len(graph)}")
+
+    def finish(self, report: Report) -> None:
+        self.seen.append(f"finish {report.changed}")
+
+
+def test_passes_run_in_order_and_instruments_watch() -> None:
+    graph, watching = negations(3), Watching()
+    report = run(graph, "un-neg,scale-output{by=2.0}", instruments=[watching])
+    assert [n.op.name for n in graph] == ["silu", "neg", "scale"]
+    assert watching.seen == [
+        "start un-neg,scale-output{by=2.0} 4",
+        "1 un-neg 2",
+        "2 scale-output{by=2.0} 3",
+        "finish True",
+    ]
+    assert report.changed
+    assert report.runs[0].result.matched == 1
+
+
+def test_remarks_are_told_once_and_to_the_context() -> None:
+    heard: list[Remark] = []
+    report = run(negations(), "un-neg", context=Context(remark=heard.append))
+    assert report.runs[0].remarks == (Remark("here", "looked around"),)
+    assert heard == [Remark("here", "looked around")]
+    assert str(heard[0]) == "here: looked around"
+
+
+def test_a_pass_that_must_match_and_does_not_is_an_error_with_near_misses() -> None:
+    with pytest.raises(InputError) as caught:
+        run(negations(), "bad{way=miss}")
+    text = str(caught.value)
+    assert text.startswith("bad: matched nothing")
+    # The nearest first, and not all of them.
+    assert text.index("reason 6") < text.index("reason 5")
+    assert "reason 1" not in text
+    assert "and 2 more" in text
+    assert "--allow-unmatched" in text
+    with pytest.raises(InputError, match="found: nothing like it"):
+        run(negations(), "bad{way=nothing}")
+    report = run(negations(), "bad{way=nothing}", context=Context(allow_unmatched=True))
+    assert not report.changed
+
+
+def test_a_near_miss_of_a_rule_is_shown() -> None:
+    with pytest.raises(InputError, match=r"%v1 = neg @layers.0: %v is made by silu"):
+        run(negations(1), "un-neg")
+
+
+def test_a_pass_that_breaks_the_graph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # All tests verify after each pass; here the runner shall be the one that does.
+    monkeypatch.setattr(BadPass, "apply", inspect.unwrap(BadPass.apply))
+    with pytest.raises(CheckError, match=r"after pass 2, bad: %v = silu @layers.0: the type") as e:
+        run(negations(2), "un-neg,bad{way=break}")
+    assert e.value.exit_code == 3
+
+
+def test_the_input_is_verified_first() -> None:
+    graph = negations()
+    graph.drop_output("y")
+    with pytest.raises(VerifyError, match="no output"):
+        run(graph, "")
+
+
+def test_options_that_contradict_each_other_are_refused_from_python_too() -> None:
+    pipeline = Pipeline((TopPass(2, 3), TopPass(7, 2)))
+    with pytest.raises(UsageError) as caught:
+        run_pipeline(negations(), pipeline)
+    wheres = [p.where for p in caught.value.problems]
+    assert wheres == ["top, option top-k", "top"]
+
+
+def test_what_a_pipeline_preserves() -> None:
+    about = Preserves("approximate", "noise", 0.25)
+    again = Preserves("approximate", "drops", 0.5)
+    unknown = Preserves("approximate", "luck")
+    sums = Preserves("reassociation", "sums")
+    assert weakest([]) == EXACT
+    assert weakest([EXACT, sums]) == sums
+    assert weakest([about, EXACT, sums, again]) == Preserves(
+        "approximate", "noise; sums; drops", 0.75
+    )
+    assert weakest([about, unknown]).predicted_error is None
+    assert weakest([about, about]).reason == "noise"
+    assert str(about) == "approximate: noise (predicted relative error 0.25)"
+    assert str(EXACT) == "exact"
+
+
+def test_a_pass_that_changes_nothing_takes_nothing_from_the_promise() -> None:
+    pipeline = "un-neg,scale-output{promise=reassociation}"
+    assert run(negations(), pipeline).preserves.kind == "reassociation"
+    assert run(negations(), "top").preserves == EXACT
+
+
+def test_the_report_as_json() -> None:
+    data = json.loads(json.dumps(run(negations(5), "un-neg,top").as_dict()))
+    assert data["changed"] is True
+    assert data["preserves"] == {"kind": "exact", "reason": "", "predicted_error": None}
+    first, second = data["passes"]
+    assert (first["pass"], first["matched"], first["statistics"]) == ("un-neg", 2, {"pair": 2})
+    assert first["remarks"] == [{"where": "here", "text": "looked around"}]
+    assert first["near_misses"][0]["rule"] == "pair"
+    assert second["changed"] is False
+
+
+def test_a_crash_leaves_a_reproducer(tmp_path: Path) -> None:
+    graph, original = negations(4), negations(4)
+    with pytest.raises(PassCrash) as caught:
+        run(graph, "un-neg,bad", crash_folder=tmp_path, context=Context(seed=5))
+    assert caught.value.exit_code == 70
+    assert "the pass 2, bad, crashed: KeyError: 'layers.7'" in str(caught.value)
+    path = tmp_path / "moecc-crash-1.moe"
+    assert str(path) in str(caught.value)
+    text = path.read_text("utf-8")
+    assert equal(parse(text), original)
+    assert "# seed: 5\n" in text
+    assert "# pipeline: un-neg,bad\n" in text
+    assert "KeyError" in text
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(PassCrash, match=r"moecc-crash-2\.moe"):
+        run(negations(), "bad", crash_folder=tmp_path)
+
+
+def test_a_crash_without_a_folder_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PassCrash):
+        run(negations(), "bad")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_user_causes_is_not_a_crash(tmp_path: Path) -> None:
+    with pytest.raises(MoeccError, match="not with this graph") as caught:
+        run(negations(), "bad{way=refuse}", crash_folder=tmp_path)
+    assert isinstance(caught.value, InputError)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,187 @@
+"""Pipeline strings: what they mean, how they print, and what is said of faulty ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.errors import UsageError
+from moecc.pipeline.text import Pipeline
+
+from .samples import REGISTRY, EveryKindPass, TopPass, UnNegPass
+
+whole = st.integers(-(10**15), 10**15)
+number = st.floats(allow_nan=False)
+text = st.text(max_size=8) | st.sampled_from(
+    ("none", "true", "3", "1e5", "()", "auto", "a,b", "a b", '"', "\\", "}", "{", "=", ",", "x=y")
+)
+# What a tuple of numbers would be read from belongs to the tuple.
+layers = st.lists(whole, max_size=3).map(tuple) | st.sampled_from(
+    ("all", "every:4", "first:half", "layers.1*.ffn", "a,b", "two words")
+)
+every_kind = st.builds(
+    EveryKindPass,
+    count=whole,
+    share=number,
+    flag=st.booleans(),
+    on=st.booleans(),
+    word=text,
+    kind=st.sampled_from(("copy", "noise", "drop-half")),
+    numbers=st.lists(whole, max_size=3).map(tuple),
+    words=st.lists(text, max_size=3).map(tuple),
+    pair=st.tuples(whole, number),
+    maybe=st.none() | whole,
+    maybe_word=st.none() | text,
+    auto=st.just("auto") | number,
+    layers=layers,
+)
+passes = every_kind | st.builds(TopPass) | st.builds(UnNegPass)
+pipelines = st.lists(passes, max_size=3).map(lambda p: Pipeline(tuple(p)))
+
+
+def parse(source: str) -> Pipeline:
+    return Pipeline.parse(source, REGISTRY)
+
+
+def every(options: str) -> EveryKindPass:
+    (item,) = parse(f"every-kind{{{options}}}")
+    assert isinstance(item, EveryKindPass)
+    return item
+
+
+@given(pipeline=pipelines)
+def test_prints_back(pipeline: Pipeline) -> None:
+    source = str(pipeline)
+    again = parse(source)
+    assert again == pipeline
+    assert str(again) == source
+
+
+@given(source=st.text(alphabet='every-kindtop{}=, "count12\\\n', max_size=40))
+def test_any_text_parses_or_is_refused_with_its_places(source: str) -> None:
+    try:
+        pipeline = parse(source)
+    except UsageError:
+        found = problems(source)
+        assert all(p.startswith("pipeline:") and "^" in p for p in found)
+    else:
+        assert parse(str(pipeline)) == pipeline
+
+
+def test_examples() -> None:
+    source = "un-neg,every-kind{count=3 share=1e-05 layers=3,7,11 flag on=false maybe-word=none}"
+    pipeline = parse(source)
+    assert pipeline.passes == (
+        UnNegPass(),
+        EveryKindPass(3, share=1e-5, layers=(3, 7, 11), flag=True, on=False, maybe_word=None),
+    )
+    assert str(pipeline) == "un-neg,every-kind{count=3 share=1e-05 flag on=false layers=3,7,11}"
+    assert len(pipeline) == 2
+    assert list(pipeline) == list(pipeline.passes)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "value"),
+    [
+        ("count=1 share=3", "share", 3.0),
+        ("count=1 share=-.5", "share", -0.5),
+        ("count=1 share=inf", "share", float("inf")),
+        ("count=1 layers=every:4", "layers", "every:4"),
+        ("count=1 layers=3", "layers", (3,)),
+        ('count=1 layers="3"', "layers", "3"),
+        ("count=1 layers=()", "layers", ()),
+        ('count=1 word="two words"', "word", "two words"),
+        ("count=1 word=a=b", "word", "a=b"),
+        ("count=1 word=()", "word", "()"),
+        ('count=1 words=a,"b,c",d', "words", ("a", "b,c", "d")),
+        ("count=1 auto=2", "auto", 2.0),
+        ("count=1 auto=auto", "auto", "auto"),
+        ('count=1 maybe-word="none"', "maybe_word", "none"),
+        ("count=1 pair=3,4", "pair", (3, 4.0)),
+        ("  count=1\n flag  ", "flag", True),
+    ],
+)
+def test_values(options: str, field: str, value: Any) -> None:
+    found = getattr(every(options), field)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def problems(source: str) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        parse(source)
+    return [str(p) for p in caught.value.problems]
+
+
+def test_whitespace_and_nothing() -> None:
+    assert parse(" \n") == parse("") == Pipeline(())
+    assert parse(" un-neg ,\n top{ experts=4 } ") == Pipeline((UnNegPass(), TopPass(experts=4)))
+
+
+def test_every_problem_at_once_with_its_place() -> None:
+    found = problems(
+        "un-nog,top{top_k=2 experts=many},every-kind{flag=maybe},top{experts=3 top-k=4}"
+    )
+    heads = [line.splitlines()[0] for line in found]
+    assert heads == [
+        "pipeline:1:1: unknown pass 'un-nog'",
+        "pipeline:1:12: top has no option 'top_k'",
+        "pipeline:1:20: option 'experts' has a value of another type",
+        "pipeline:1:45: option 'flag' has a value of another type",
+        "pipeline:1:34: every-kind needs the option 'count'",
+        "pipeline:1:71: more choices than experts",
+        "pipeline:1:57: an odd number of experts",
+    ]
+    assert "did you mean 'un-neg'" in found[0]
+    assert "did you mean 'top-k'" in found[1]
+    assert "expected: a whole number\n  found: many" in found[2]
+    assert "hint: experts=16" in found[5]
+    lines = found[5].splitlines()
+    assert lines[1][lines[2].index("^")] == "t"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("top{", "expected the name of an option, or }, found the end of the text"),
+        ("top}", "expected a comma before the next pass, found '}'"),
+        ("top,", "expected the name of a pass, found the end of the text"),
+        ("top{experts=}", "expected a value, found '}'"),
+        ("top{experts=1,,2}", "expected a value without spaces, or in quotes, found ','"),
+        ('top{experts="1}', "expected a value, found '\"'"),
+        ("top{experts:1}", "expected =, a space or }, found ':'"),
+        ('top{experts="\\q"}', "expected a value without spaces, or in quotes"),
+        ("top top", "expected a comma before the next pass, found 't'"),
+        ("top{experts=1 experts=2}", "option 'experts' is given twice"),
+        ("every-kind{count}", "found: no value"),
+        ("every-kind{count=1 kind=nois}", "did you mean 'noise'"),
+        ("every-kind{count=1 kind=nois}", "one of copy, noise, drop-half"),
+        ("every-kind{count=1 auto=fast}", "one of auto or a number"),
+        ("every-kind{count=1.5}", "expected: a whole number"),
+        ("every-kind{count=99999999999999999999}", "expected: a whole number"),
+        ("every-kind{count=1 numbers=1,b}", "a list, separated by commas, each a whole number"),
+        ("every-kind{count=1 pair=1}", "2 values separated by commas: a whole number, a number"),
+        ("every-kind{count=1 share=nan}", "expected: a number"),
+        ("every-kind{count=1 colour=red}", "has no option 'colour'"),
+    ],
+)
+def test_faulty(source: str, expected: str) -> None:
+    assert any(expected in p for p in problems(source))
+
+
+def test_a_syntax_error_does_not_hide_what_follows() -> None:
+    found = problems("top{experts=,3}, tap, top{exports=3")
+    assert len(found) == 3
+    assert "unknown pass 'tap'" in found[1] + found[2]
+
+
+def test_control_characters_are_shown_escaped() -> None:
+    assert not any("\x1b" in found for found in problems("un-neg{\x1b}"))
+
+
+def test_an_option_of_another_type_does_not_print() -> None:
+    with pytest.raises(ValueError, match="is not a whole number"):
+        str(Pipeline((TopPass(experts="many"),)))  # type: ignore[arg-type]
