@@ -56,8 +56,8 @@ class Vocabulary:
         """Return the id of each token, without the fillers of the embedding."""
         return {
             token: number
-            for number, token in enumerate(self.tokens)
-            if not (self.types[number] == UNUSED and token == f"[PAD{number}]")
+            for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if not (kind == UNUSED and token == f"[PAD{number}]")
         }
 
 
@@ -75,13 +75,14 @@ def read_vocabulary(metadata: Mapping[str, Value], rows: int) -> Vocabulary:
     tokens = _strings(metadata, "tokens")
     if len(tokens) > rows:
         raise _unusable("tokens", "more tokens than the embedding", f"{rows:,}", f"{len(tokens):,}")
+    _refuse_duplicates(tokens)
     special = _special(metadata, _SPECIAL_DEFAULTS[model], len(tokens))
     pre = _text(metadata, "pre") if model == "gpt2" else ""
     return Vocabulary(
         model=model,
         pre=pre,
         tokens=tokens,
-        types=[int(kind) for kind in _numbers(metadata, "token_type", len(tokens))],
+        types=_types(metadata, len(tokens)),
         scores=_numbers(metadata, "scores", len(tokens)) if model == "llama" else [],
         merges=_merges(metadata, set(tokens)) if model == "gpt2" else [],
         special={name: number for name, number in special.items() if name in _NAMED},
@@ -93,6 +94,23 @@ def read_vocabulary(metadata: Mapping[str, Value], rows: int) -> Vocabulary:
 
 
 _NAMED = ("bos", "eos", "unknown", "padding")
+
+
+def _refuse_duplicates(tokens: list[str]) -> None:
+    seen: set[str] = set()
+    for token in tokens:
+        if token in seen:
+            what = f"two ids have the token {quoted(token)}"
+            raise _unusable("tokens", what, "one id each", "a second one")
+        seen.add(token)
+
+
+def _types(metadata: Mapping[str, Value], count: int) -> list[int]:
+    types = _numbers(metadata, "token_type", count)
+    odd = next((kind for kind in types if kind not in range(NORMAL, BYTE + 1)), None)
+    if odd is not None:
+        raise _unusable("token_type", "unknown type of a token", "1 to 6", f"{odd}")
+    return [int(kind) for kind in types]
 
 
 def _special(

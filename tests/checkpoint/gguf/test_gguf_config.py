@@ -1,0 +1,350 @@
+"""The config.json that a GGUF file stands for, and the files that are refused instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.checkpoint.gguf import GgufFile, open_gguf
+from moecc.errors import InputError
+from moecc.families.configs import DecoderConfig, RopeConfig, parse_config, rotary_frequencies
+from moecc.families.importing import import_checkpoint
+
+
+def opened(builder: Any, path: Path) -> GgufFile:
+    return open_gguf(builder.write(path / "x.gguf"))
+
+
+def refusal(builder: Any, path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        opened(builder, path)
+    return str(caught.value)
+
+
+def typed(checkpoint: GgufFile) -> DecoderConfig:
+    return parse_config(checkpoint.config, "x.gguf")
+
+
+def test_llama(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model().key("llama.vocab_size", "u32", 48)
+    for name, number in (("bos", 1), ("eos", 2), ("padding", 3)):
+        builder.key(f"tokenizer.ggml.{name}_token_id", "u32", number)
+    assert opened(builder, tmp_path).config == {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_theta": 100_000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "torch_dtype": "float32",
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_families_read_it(
+    architecture: str, tied: bool, small_model: Any, tmp_path: Path
+) -> None:
+    biases = ["attn_q", "attn_k", "attn_v"] if architecture == "qwen2" else []
+    checkpoint = opened(small_model(architecture, tied=tied, biases=biases), tmp_path)
+    config = typed(checkpoint)
+    assert config.model_type == architecture
+    assert config.tie_word_embeddings is tied
+    assert config.qkv_bias is (architecture == "qwen2")
+    assert config.qk_norm is (architecture == "qwen3")
+    assert set(config.sliding_windows) == {None}
+    assert ("lm_head.weight" in checkpoint.tensors) is not tied
+    # Names, shapes and types of the tensors are what the family's graph asks for.
+    graph = import_checkpoint(checkpoint)
+    assert len(graph.params) == len(checkpoint.tensors)
+
+
+def test_names(small_model: Any, tmp_path: Path) -> None:
+    checkpoint = opened(small_model("qwen3", layers=1, tied=False), tmp_path)
+    layer = "model.layers.0."
+    assert set(checkpoint.tensors) == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        f"{layer}input_layernorm.weight",
+        f"{layer}post_attention_layernorm.weight",
+        *(f"{layer}self_attn.{part}_proj.weight" for part in "qkvo"),
+        *(f"{layer}self_attn.{part}_norm.weight" for part in "qk"),
+        *(f"{layer}mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+    }
+
+
+def test_biases_of_a_llama(small_model: Any, tmp_path: Path) -> None:
+    attention = ["attn_q", "attn_k", "attn_v", "attn_output"]
+    config = typed(opened(small_model(biases=attention), tmp_path))
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, True, False)
+    config = typed(opened(small_model(biases=["ffn_gate", "ffn_up", "ffn_down"]), tmp_path))
+    assert (config.qkv_bias, config.mlp_bias) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16")]
+)
+def test_the_type_that_most_weights_have(
+    kind: str, expected: str, small_model: Any, tmp_path: Path
+) -> None:
+    assert typed(opened(small_model(kind=kind), tmp_path)).dtype == expected
+
+
+def test_what_is_quantised_counts_as_float32(small_model: Any, tmp_path: Path) -> None:
+    assert typed(opened(small_model(kind="Q8_0"), tmp_path)).dtype == "float32"
+
+
+def test_sizes_that_are_stated_per_layer(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model().drop("llama.attention.head_count_kv")
+    same = builder.array("llama.attention.head_count_kv", "i32", [2, 2])
+    assert typed(opened(same, tmp_path)).num_key_value_heads == 2
+    builder.drop("llama.feed_forward_length")
+    builder.array("llama.feed_forward_length", "u32", [64, 32])
+    assert "the layers differ" in refusal(builder, tmp_path)
+
+
+def test_defaults_of_keys_that_are_absent(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model(heads=4, groups=4, head_dim=8)
+    for name in ("head_count_kv", "key_length", "value_length"):
+        builder.drop(f"llama.attention.{name}")
+    builder.drop("llama.rope.dimension_count").drop("llama.rope.freq_base")
+    config = typed(opened(builder, tmp_path))
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert config.rope.theta == 10_000
+
+
+def test_keys_that_are_known_to_do_nothing(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model().key("llama.rope.scaling.finetuned", "bool", 1)
+    builder.key("llama.expert_count", "u32", 0).key("llama.expert_used_count", "u32", 0)
+    builder.key("llama.attention.causal", "bool", 1).key("llama.use_parallel_residual", "bool", 0)
+    assert typed(opened(builder, tmp_path)).model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("attention.sliding_window", "u32", 4096),
+        ("attention.causal", "bool", 0),
+        ("attention.clamp_kqv", "f32", 8.0),
+        ("logit_scale", "f32", 0.5),
+        ("embedding_scale", "f32", 12.0),
+        ("pooling_type", "u32", 1),
+        ("nobody_knows_this", "u32", 1),
+        ("rope.scaling.attn_factor", "f32", 0.5),
+        ("rope.scaling.type", "string", "longrope"),
+        ("attention.head_count", "u32", 0),
+        ("block_count", "string", "2"),
+        ("context_length", "f32", 512.0),
+        ("rope.freq_base", "f32", float("nan")),
+        ("attention.layer_norm_rms_epsilon", "f32", float("inf")),
+        ("vocab_size", "u32", 47),
+        ("rope.dimension_count", "u32", 4),
+        ("attention.value_length", "u32", 4),
+    ],
+)
+def test_refuses_a_value(
+    name: str, kind: str, value: Any, small_model: Any, tmp_path: Path
+) -> None:
+    builder = small_model().drop(f"llama.{name}").key(f"llama.{name}", kind, value)
+    assert f"metadata key 'llama.{name}'" in refusal(builder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+    ],
+)
+def test_refuses_a_missing_key(name: str, small_model: Any, tmp_path: Path) -> None:
+    text = refusal(small_model().drop(f"llama.{name}"), tmp_path)
+    assert f"metadata key 'llama.{name}'" in text
+    assert "does not state" in text
+
+
+def test_all_problems_at_once(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model().drop("llama.block_count").key("llama.odd", "u32", 1)
+    builder.tensor("blk.0.attn_qkv.weight", (4, 4)).key("tokenizer.ggml.eos_token_id", "u32", 48)
+    text = refusal(builder, tmp_path)
+    for part in ("block_count", "llama.odd", "attn_qkv", "eos_token_id", "below 48"):
+        assert part in text
+
+
+def test_a_token_that_is_not_there(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model().key("tokenizer.ggml.bos_token_id", "u32", (1 << 32) - 1)
+    assert opened(builder, tmp_path).config["bos_token_id"] is None
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["blk.0.ffn_gate_exps.weight", "blk.0.ffn_gate_inp.weight", "blk.0.ffn_up.3.weight"],
+)
+def test_a_mixture_of_experts(tensor: str, small_model: Any, tmp_path: Path) -> None:
+    builder = small_model().key("llama.expert_count", "u32", 8).tensor(tensor, (4, 4))
+    text = refusal(builder, tmp_path)
+    assert "already a mixture of experts" in text
+    assert "8 experts" in text
+    text = refusal(small_model("qwen3moe").key("qwen3moe.expert_count", "u32", 128), tmp_path)
+    assert "128 experts" in text
+
+
+@pytest.mark.parametrize(("found", "hint"), [("qwen3x", "qwen3"), ("lama", "llama")])
+def test_an_architecture_that_is_not_read(
+    found: str, hint: str, small_model: Any, tmp_path: Path
+) -> None:
+    text = refusal(small_model(found), tmp_path)
+    assert "one of llama, qwen2, qwen3" in text
+    assert f"did you mean '{hint}'?" in text
+
+
+def test_no_architecture(builder: Any, tmp_path: Path) -> None:
+    assert "does not say what architecture" in refusal(builder.tensor("t", (1,)), tmp_path)
+    builder.key("general.architecture", "u32", 3)
+    assert "does not say what architecture" in refusal(builder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("blk.0.atn_q.weight", "did you mean 'blk.0.attn_q.weight'?"),
+        ("blk.00.attn_q.weight", "blk.0.attn_q.weight"),
+        ("blk.0.attn_norm.bias", "blk.0.attn_norm.weight"),
+        ("blk.0.attn_q_norm.weight", "blk.0.attn_"),
+        ("token_embed.weight", "token_embd.weight"),
+    ],
+)
+def test_a_tensor_that_a_llama_has_not(
+    name: str, hint: str, small_model: Any, tmp_path: Path
+) -> None:
+    text = refusal(small_model().tensor(name, (4, 4)), tmp_path)
+    assert f"has no tensor '{name}'" in text
+    assert hint in text
+
+
+def test_no_embedding(builder: Any, tmp_path: Path) -> None:
+    builder.key("general.architecture", "string", "llama").tensor("output_norm.weight", (4,))
+    assert "no token embedding" in refusal(builder, tmp_path)
+
+
+def test_rows_that_are_not_heads(small_model: Any, tmp_path: Path) -> None:
+    builder = small_model().drop("llama.attention.head_count")
+    builder.key("llama.attention.head_count", "u32", 8)
+    assert "8 heads of width 8" in refusal(builder, tmp_path)
+
+
+def scaling(name: str, kind: str, value: Any) -> tuple[str, str, Any]:
+    return f"llama.rope.scaling.{name}", kind, value
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ([], {}),
+        ([scaling("type", "string", "none"), scaling("factor", "f32", 4.0)], {}),
+        ([scaling("factor", "f32", 1.0)], {}),
+        ([scaling("factor", "f32", 2.5)], {"type": "linear", "factor": 2.5}),
+        ([("llama.rope.scale_linear", "f32", 2.0)], {"type": "linear", "factor": 2.0}),
+        (
+            [
+                scaling("type", "string", "yarn"),
+                scaling("factor", "f32", 4.0),
+                scaling("original_context_length", "u32", 128),
+                scaling("attn_factor", "f32", 1.0),
+                scaling("yarn_beta_fast", "f32", 24.0),
+            ],
+            {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "beta_fast": 24.0,
+            },
+        ),
+    ],
+)
+def test_rope_scaling(
+    keys: list[tuple[str, str, Any]], expected: dict[str, Any], small_model: Any, tmp_path: Path
+) -> None:
+    builder = small_model()
+    for name, kind, value in keys:
+        builder.key(name, kind, value)
+    assert typed(opened(builder, tmp_path)).rope == RopeConfig(theta=100_000.0, **expected)
+
+
+def divisors(rope: RopeConfig, head_dim: int) -> bytes:
+    """Return what a converter stores for a scaling: by what each frequency is divided."""
+    sizes = {"max_position_embeddings": 1 << 17, "length": 1}
+    plain = rotary_frequencies(RopeConfig(theta=rope.theta), head_dim, **sizes)
+    scaled = rotary_frequencies(rope, head_dim, **sizes)
+    return (np.array(plain) / np.array(scaled)).astype("<f4").tobytes()
+
+
+@pytest.mark.parametrize(("factor", "length"), [(8.0, 8192), (32.0, 8192), (5.5, 4096)])
+def test_the_divisors_of_llama_3(
+    factor: float, length: int, small_model: Any, tmp_path: Path
+) -> None:
+    rope = RopeConfig(
+        theta=100_000.0,
+        type="llama3",
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=length,
+    )
+    builder = small_model(head_dim=64).tensor("rope_freqs.weight", (32,), "F32", divisors(rope, 64))
+    checkpoint = opened(builder, tmp_path)
+    assert typed(checkpoint).rope == rope
+    assert not any("rope" in name for name in checkpoint.tensors)
+
+
+def test_divisors_of_one(small_model: Any, tmp_path: Path) -> None:
+    ones = np.ones(4, "<f4").tobytes()
+    builder = small_model().tensor("rope_freqs.weight", (4,), "F32", ones)
+    assert typed(opened(builder, tmp_path)).rope.type == "default"
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 2, 3, 4], [0, 1, 1, 1], [1, 1, 1, np.nan], [1, 1, 1, np.inf], [1, 1, 1, -2]]
+)
+def test_divisors_that_nothing_explains(
+    values: list[float], small_model: Any, tmp_path: Path
+) -> None:
+    data = np.array(values, "<f4").tobytes()
+    builder = small_model().tensor("rope_freqs.weight", (4,), "F32", data)
+    assert "none that config.json can say" in refusal(builder, tmp_path)
+
+
+def test_divisors_that_do_not_fit(small_model: Any, tmp_path: Path) -> None:
+    assert "4 for heads of width 8" in refusal(
+        small_model().tensor("rope_freqs.weight", (5,)), tmp_path
+    )
+    builder = small_model().tensor("rope_freqs.weight", (2, 2))
+    assert "not a vector of divisors" in refusal(builder, tmp_path)
+
+
+def test_divisors_beside_a_scaling(small_model: Any, tmp_path: Path) -> None:
+    data = np.array([1, 1, 2, 8], "<f4").tobytes()
+    builder = small_model().key("llama.rope.scaling.factor", "f32", 2.0)
+    text = refusal(builder.tensor("rope_freqs.weight", (4,), "F32", data), tmp_path)
+    assert "also has the divisors" in text
