@@ -1,8 +1,9 @@
 """Finding feed-forward blocks by their dataflow, not by their names.
 
 A block goes from the model's width to an inner axis and back: one or more contractions of one
-value with parameters, elementwise operations, a contraction over the inner axis with a parameter,
-and possibly a bias.  Nothing in it mixes token axes, and nothing inside it is used outside.
+value with parameters, elementwise operations that are not all linear, a contraction over the inner
+axis with a parameter, and possibly a bias.  Nothing in it mixes token axes, its parameters have no
+token axis, and nothing inside it is used outside.
 """
 
 from __future__ import annotations
@@ -69,12 +70,10 @@ class FFNBlock:
         found = (v for n in self.nodes for v in n.operands if v.is_param)
         return tuple(dict.fromkeys(found))
 
-    def bias_of(self, up: Node) -> Value | None:
-        """The parameter added straight to what `up` gives, or None."""
-        for user in up.result.users:
-            if user.op.name == "add" and user is not self.nodes[-1]:
-                return next((v for v in user.operands if v.is_param), None)
-        return None
+    def biases_of(self, up: Node) -> tuple[Value, ...]:
+        """The parameters added straight to what `up` gives."""
+        adds = (user for user in up.result.users if user.op.name == "add")
+        return tuple(dict.fromkeys(v for add in adds for v in add.operands if v.is_param))
 
     @property
     def output_bias(self) -> Value | None:
@@ -87,18 +86,20 @@ class FFNBlock:
     def degrees(self) -> dict[Value, int | None]:
         """Return how the hidden value scales with each weight of `ups`.
 
-        A degree d means that a·W for W, with a > 0, gives aᵈ times the hidden value; None means
-        that no d does, as when the weight's product goes through SiLU (lemma L3).
+        A degree d means that a·W for W, and a·b for its bias b, with a > 0, give aᵈ times the
+        hidden value; None means that no d does, as when the weight's product goes through SiLU
+        (lemma L3).
         """
-        return {up.operands[1]: self._degree(up) for up in self.ups}
+        return {up.operands[1]: self._degree(up.operands[1]) for up in self.ups}
 
-    def _degree(self, up: Node) -> int | None:
-        degree: dict[Value, int | None] = {up.result: 1}
+    def _degree(self, weight: Value) -> int | None:
+        degree: dict[Value, int | None] = {
+            up.result: 1 for up in self.ups if up.operands[1] is weight
+        }
         for node in self.nodes:
             if node is self.down:
                 break
-            carried = [degree[v] for v in node.operands if v in degree]
-            if carried and node is not up:
+            if node.result not in degree and any(v in degree for v in node.operands):
                 degree[node.result] = _combine(node, degree)
         return degree[self.down.operands[0]]
 
@@ -125,7 +126,7 @@ class FFNSearch:
 
 
 # How elementwise operations of one operand change the degree of homogeneity.
-_POWERS = {"relu": 1, "scale": 1, "neg": 1, "square": 2, "cast": 1}
+_POWERS = {"relu": 1, "scale": 1, "neg": 1, "square": 2, "cast": 1, "stop_gradient": 1}
 
 
 def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
@@ -185,33 +186,79 @@ def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
     if region is None:
         return None
     ups, inside, problem = region
-    if problem is not None:
-        return Refusal(down.loc, problem)
-    roots = {up.operands[0] for up in ups}
-    if len(roots) != 1:
-        names = ", ".join(f"%{v.name}" for v in roots)
-        return Refusal(down.loc, f"its contractions take different values: {names}")
-    (x,) = roots
-    if "expert" in x.type:
-        return Refusal(down.loc, "it is sparse already")
-    escaped = _escape(inside, down)
-    if escaped is not None:
-        return Refusal(down.loc, escaped)
+    reason = problem or _why_not(ups, inside, down, (outer, inner))
+    if reason is not None:
+        return Refusal(down.loc, reason)
     bias = _bias_after(down, outer)
     nodes = tuple(sorted(inside | {down} | ({bias} if bias else set()), key=order.__getitem__))
-    output = bias.result if bias else down.result
-    if x.type.by_name.keys() != output.type.by_name.keys():
-        return Refusal(down.loc, f"it does not lead from {outer!r} back to {outer!r}")
     return FFNBlock(
         loc=down.loc,
-        x=x,
-        output=output,
+        x=ups[0].operands[0],
+        output=bias.result if bias else down.result,
         ups=tuple(n for n in nodes if n in ups),
         down=down,
         nodes=nodes,
         outer=outer,
         inner=inner,
     )
+
+
+def _why_not(ups: list[Node], inside: set[Node], down: Node, axes: tuple[str, str]) -> str | None:
+    """Return why the nodes `inside`, from `ups` to `down`, are no block, or None."""
+    outer, inner = axes
+    roots = list(dict.fromkeys(up.operands[0] for up in ups))
+    if len(roots) != 1:
+        names = ", ".join(sorted(f"%{v.name}" for v in roots))
+        return f"its contractions take different values: {names}"
+    x = roots[0]
+    return (
+        _sparse_already(x)
+        or _wrong_axes(x, down, outer)
+        or _wrong_params(inside | {down}, {outer, inner})
+        or _linear(inside, ups)
+        or _escape(inside, down)
+    )
+
+
+def _sparse_already(x: Value) -> str | None:
+    if "expert" in x.type:
+        return "it is sparse already"
+    if any(user.op.name == "dispatch" for user in x.users):
+        return "it stands beside experts, in a layer that is sparse already"
+    return None
+
+
+def _wrong_axes(x: Value, down: Node, outer: str) -> str | None:
+    if x.is_param or len(x.type) == 1:
+        return f"it reads %{x.name}, which has no axis of tokens"
+    if x.type.by_name.keys() != down.result.type.by_name.keys():
+        return f"it does not lead from {outer!r} back to {outer!r}"
+    taken = [n for n in (*x.type.names, *down.attrs["over"]) if n in ROUTING_AXES]
+    return f"its axis {taken[0]!r} has the name of one that routing makes" if taken else None
+
+
+ROUTING_AXES = frozenset(("group", "expert", "slot", "choice"))
+"""The axes that a block gets when it becomes sparse."""
+
+
+def _wrong_params(nodes: set[Node], axes: set[str]) -> str | None:
+    for param in sorted((v for n in nodes for v in n.operands if v.is_param), key=lambda v: v.name):
+        beyond = [n for n in param.type.names if n not in axes]
+        if beyond:
+            return f"its parameter %{param.name} has the axis {beyond[0]!r} too"
+        if not param.type.is_static:
+            return f"the sizes of its parameter %{param.name} are not known: {param.type}"
+    return None
+
+
+def _linear(inside: set[Node], ups: list[Node]) -> str | None:
+    """Return that the nodes `inside` are linear in what `ups` give, if they are."""
+    tokens = {v for n in inside for v in n.results}
+    for node in inside.difference(ups):
+        carried = [i for i, v in enumerate(node.operands) if v in tokens]
+        if (len(carried) > 1 and not node.op.jointly) or not set(carried) <= set(node.op.linear):
+            return None
+    return "it is linear: no activation stands between its contractions"
 
 
 def _walk_back(
@@ -228,7 +275,7 @@ def _walk_back(
     while stack:
         value = stack.pop()
         node = value.node
-        if value.is_param or node in inside:
+        if value.is_param or node in inside or (node and node.op.name == "constant"):
             continue
         if node is None:
             problem = problem or f"%{value.name} comes in from outside"

@@ -2,47 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 
-from moecc.pipeline.passes import Preserves
+from moecc.pipeline.passes import Preserves, weakest
 from moecc_passes.upcycle.gates import GateLaw
 
 
-def gates_promise(law: GateLaw, logit_std: float | None) -> Preserves:
-    """Return what the gates do to the function.
+@dataclass(frozen=True)
+class Contract:
+    """What is done to a block that can change its function.
 
-    Args:
+    Attributes:
       law: the sum of the gates.
       logit_std: the standard deviation of the router's logits; None where it is not known yet.
+      drop: the share of the neurons of every expert that is drawn anew.
+      noise: the standard deviation of the noise on every expert.
+      noise_is_relative: whether it is in units of the tensor's own.
+      matrices: the matrices of an expert.
+      shared: the share of the neurons that a shared expert keeps.
+      placement: what the placement of the scale does to the function; None where it is exact.
+      capacity_factor: bounds the rows of an expert; None where nothing is dropped.
     """
-    if law.is_constant or logit_std == 0:
-        return Preserves("reassociation")
-    what = f"{law.gates} gates do not add up to a constant unless the router is zero"
-    error = None if logit_std is None else law.predicted_error(logit_std)
-    return Preserves("approximate", what, error)
+
+    law: GateLaw
+    logit_std: float | None
+    drop: float = 0.0
+    noise: float = 0.0
+    noise_is_relative: bool = True
+    matrices: int = 3
+    shared: float = 0.0
+    placement: str | None = None
+    capacity_factor: float | None = None
+
+    @property
+    def preserves(self) -> Preserves:
+        """What becomes of the function of a block, with the error to expect of its output."""
+        reasons = "; ".join(self._reasons())
+        if not reasons:
+            return Preserves("reassociation")
+        return Preserves("approximate", reasons, self._predicted_error())
+
+    def _reasons(self) -> Iterator[str]:
+        if not (self.law.is_constant or self.logit_std == 0):
+            gates = self.law.convention
+            yield f"{gates} gates do not add up to a constant unless the router is zero"
+        if self.noise:
+            kind = "relative" if self.noise_is_relative else "absolute"
+            yield f"{kind} noise of std {self.noise:g} on every expert"
+        if self.drop:
+            yield f"a share of {self.drop:g} of the neurons of every expert is drawn anew"
+        if self.placement:
+            yield self.placement
+        if self.capacity_factor is not None:
+            yield f"a capacity factor of {self.capacity_factor:g} may drop choices"
+
+    def _predicted_error(self) -> float | None:
+        """Return the root mean square error of a block of many independent neurons, or None.
+
+        The chosen groups give ρ times the block, plus errors.  Of a share r of neurons that are
+        drawn anew ρ·r is missing whatever the number of groups, and what varies from expert to
+        expert, r (1 − r) for the choice of neurons, r for the new ones, or (1 + λ²)ᵐ − 1 for noise
+        λ on m matrices, is averaged over the groups.  A shared expert takes no part in any of it.
+        """
+        unknown = self.logit_std is None and not self.law.is_constant
+        absolute = self.noise and not self.noise_is_relative
+        if unknown or absolute or self.placement or self.capacity_factor is not None:
+            return None
+        found = self.law.moments(self.logit_std or 0.0)
+        kept = 1 - self.drop
+        varies = self.drop * (2 - self.drop) + (1 + self.noise**2) ** self.matrices - 1
+        common = 1 - 2 * kept * found.ratio + kept**2 * found.squared
+        return sqrt(max(common + varies * found.concentration, 0.0) * (1 - self.shared))
 
 
-def noise_promise(std: float, relative: bool, top_k: int, matrices: int) -> Preserves:
-    """Return what noise on the experts does: each matrix errs by λ, and k experts are averaged."""
-    what = f"{'relative' if relative else 'absolute'} noise of std {std:g} on every expert"
-    return Preserves("approximate", what, std * sqrt(matrices / top_k) if relative else None)
+def of_blocks(promises: Sequence[Preserves]) -> Preserves:
+    """Return what becomes of a model whose blocks were changed so: the error is the worst block's.
 
-
-def drop_promise(ratio: float, top_k: int) -> Preserves:
-    """Return what drawing neurons anew does.
-
-    Of independent neurons a share r is lost in each of k averaged experts and replaced by noise of
-    the same size: the squared relative error is r² + r (1 − r) / k + r / k.
+    Args:
+      promises: those of the blocks, at least one.
     """
-    what = f"a share of {ratio:g} of the neurons of every expert is drawn anew"
-    error = sqrt(ratio**2 + ratio * (2 - ratio) / top_k)
-    return Preserves("approximate", what, error)
+    joined = weakest(dict.fromkeys(promises))
+    if joined.predicted_error is None:
+        return joined
+    return replace(joined, predicted_error=max(p.predicted_error or 0.0 for p in promises))
 
 
-def placement_promise(matrices: int, scale: float) -> Preserves:
-    """Return what the published placement of the scale does."""
-    what = (
-        f"scale-placement=cube-root puts {scale:g}^(1/{matrices}) before the activation too, which "
+def inexact_placement(shares: int, scale: float) -> str:
+    """Return what the published placement of the scale does where it is not exact."""
+    return (
+        f"scale-placement=cube-root puts {scale:g}^(1/{shares}) before the activation too, which "
         "is exact only for activations that are homogeneous"
     )
-    return Preserves("approximate", what)

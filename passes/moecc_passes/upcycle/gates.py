@@ -9,6 +9,7 @@ for any router where Σ w is constant, and only for a zero router where it is no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _CONSTANT = frozenset(("renormalised", "sigmoid-renormalised", "ones"))
 
 SAMPLES = 4096
-"""Random tokens from which the spread of Σ w is estimated."""
+"""Random tokens from which the moments of the gates are estimated."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class GateLaw:
     """The sum of the gates under one convention.
 
     Attributes:
-      gates: the convention, as the operation ``route`` spells it.
+      convention: how the gates are made, as the operation ``route`` spells it.
       experts: N, the stored experts.
       top_k: k, the experts a token goes to.
       granularity: G, the slices of the dense block that make up one group.
       gate_scale: what ``route`` multiplies the gates by.
     """
 
-    gates: str
+    convention: str
     experts: int
     top_k: int
     granularity: int = 1
@@ -42,13 +43,13 @@ class GateLaw:
     @property
     def is_constant(self) -> bool:
         """Whether the sum of the gates is the same for every router."""
-        return self.gates in _CONSTANT
+        return self.convention in _CONSTANT
 
     @property
     def total(self) -> float:
         """The sum of the gates; where it is not constant, that of a zero router."""
         n, k = self.experts, self.top_k
-        match self.gates:
+        match self.convention:
             case "renormalised" | "sigmoid-renormalised":
                 total = 1.0
             case "softmax":
@@ -71,36 +72,61 @@ class GateLaw:
         """1 / Σ w, the factor that an output bias takes in every expert."""
         return 1 / self.total
 
-    def predicted_error(self, logit_std: float) -> float:
-        """Return the root mean square of s · Σ w / G − 1 over tokens with normal logits.
-
-        This is the error of the block's output relative to itself.
+    def moments(self, logit_std: float) -> GateMoments:
+        """Return the moments of ρ = s · Σ w / G over tokens whose logits are normal.
 
         Args:
           logit_std: the standard deviation of the router's logits.
         """
-        if self.is_constant or logit_std == 0:
-            return 0.0
-        rng = np.random.default_rng(0)
-        groups = rng.normal(0, logit_std, (SAMPLES, self.experts // self.granularity))
-        logits = np.repeat(groups, self.granularity, axis=1)
-        ratio = self._sums(logits) / self.total
-        return float(np.sqrt(np.mean((ratio - 1) ** 2)))
+        return _moments(self, logit_std)
 
-    def _sums(self, logits: Array) -> Array:
-        """Return Σ w for each row of `logits`, ``[tokens, expert]``."""
+    def gates(self, logits: Array) -> Array:
+        """Return the gates ``[tokens, choice]``, largest logit first, of ``[tokens, expert]``."""
         best = -np.sort(-logits, axis=1, kind="stable")
         k = self.top_k
         gates: Array
-        if self.gates == "sigmoid":
+        if self.convention == "ones":
+            gates = np.ones((len(best), k))
+        elif self.convention.startswith("sigmoid"):
             gates = 1 / (1 + np.exp(-best[:, :k]))
-        elif self.gates == "sparsemixer":
+        elif self.convention == "sparsemixer":
             gates = np.stack([_sparsemixer(best, i) for i in range(k)], axis=1)
         else:
             share = np.exp(best - best[:, :1])
             gates = share[:, :k] / share.sum(1, keepdims=True)
-        sums: Array = gates.sum(1) * self.gate_scale
-        return sums
+        if self.convention.endswith("renormalised"):
+            gates = gates / gates.sum(1, keepdims=True)
+        return gates * self.gate_scale
+
+
+@dataclass(frozen=True)
+class GateMoments:
+    """Means over tokens of what the gates do, where 1 is the dense block.
+
+    Attributes:
+      ratio: the mean of ρ = s · Σ w / G.
+      squared: the mean of ρ².
+      concentration: the mean of ρ² · Σ a², with a the share of Σ w of each chosen group: 1 / k for
+        k equal gates.  Errors that the copies make independently are averaged by it.
+    """
+
+    ratio: float
+    squared: float
+    concentration: float
+
+
+@lru_cache(maxsize=256)
+def _moments(law: GateLaw, logit_std: float) -> GateMoments:
+    if logit_std == 0:
+        return GateMoments(1.0, 1.0, law.granularity / law.top_k)
+    rng = np.random.default_rng(0)
+    groups = rng.normal(0, logit_std, (SAMPLES, law.experts // law.granularity))
+    gates = law.gates(np.repeat(groups, law.granularity, axis=1))
+    of_groups = gates.reshape(SAMPLES, -1, law.granularity).sum(2) / law.total
+    ratio = of_groups.sum(1)
+    return GateMoments(
+        float(ratio.mean()), float(np.mean(ratio**2)), float((of_groups**2).sum(1).mean())
+    )
 
 
 def _sparsemixer(best: Array, chosen: int, jitter: float = 0.01) -> Array:

@@ -18,8 +18,8 @@ FORMS = (
     "all, every:N, first:N, first:half, last:N, last:half, a list 3,7,11, or a glob layers.1*.ffn"
 )
 
-_COUNT = re.compile(r"(every|first|last):(\d+|half)\Z")
-_LIST = re.compile(r"\d+(?:,\d+)*\Z")
+_COUNT = re.compile(r"(every|first|last):([0-9]{1,9}|half)\Z")
+_LIST = re.compile(r"[0-9]{1,9}(?:,[0-9]{1,9})*\Z")
 
 
 def check_layers(spec: str) -> Problem | None:
@@ -34,7 +34,7 @@ def check_layers(spec: str) -> Problem | None:
     word, count = match.groups()
     if word == "every" and count == "half":
         return Problem("every:half cannot be read", expected=FORMS, found=spec)
-    if count == "0":
+    if count.strip("0") == "":
         return Problem(f"{word}:0 selects no layer", expected=FORMS, found=spec)
     return None
 
@@ -50,17 +50,9 @@ def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
     Raises:
       InputError: a listed layer does not exist, or has no block.
     """
-    numbered = {_number(block, i): block for i, block in enumerate(blocks)}
+    numbered = [(_number(block, i), block) for i, block in enumerate(blocks)]
     if _LIST.match(spec):
-        wanted = list(dict.fromkeys(int(part) for part in spec.split(",")))
-        missing = [n for n in wanted if n not in numbered]
-        if missing:
-            raise InputError(
-                f"no feed-forward block to convert in layer {', '.join(map(str, missing))}",
-                expected=f"layers with a dense block: {_ranges(sorted(numbered))}",
-                found=f"layers={spec}",
-            )
-        return [numbered[n] for n in sorted(wanted)]
+        return _listed(numbered, spec)
     if spec == "all":
         return list(blocks)
     match = _COUNT.match(spec)
@@ -69,10 +61,22 @@ def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
     word, text = match.groups()
     count = total // 2 if text == "half" else int(text)
     if word == "every":
-        return [b for n, b in numbered.items() if n % count == count - 1]
+        return [b for n, b in numbered if n % count == count - 1]
     if word == "first":
-        return [b for n, b in numbered.items() if n < count]
-    return [b for n, b in numbered.items() if n >= total - count]
+        return [b for n, b in numbered if n < count]
+    return [b for n, b in numbered if n >= total - count]
+
+
+def _listed(numbered: Sequence[tuple[int, FFNBlock]], spec: str) -> list[FFNBlock]:
+    wanted = {int(part) for part in spec.split(",")}
+    there = {n for n, _ in numbered}
+    if not wanted <= there:
+        raise InputError(
+            f"no feed-forward block to convert in layer {_ranges(sorted(wanted - there))}",
+            expected=f"layers with a dense block: {_ranges(sorted(there))}",
+            found=f"layers={spec}",
+        )
+    return [block for n, block in numbered if n in wanted]
 
 
 def _number(block: FFNBlock, position: int) -> int:

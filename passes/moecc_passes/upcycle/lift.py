@@ -7,13 +7,11 @@ What the gates then ask for is multiplied in, and copies are perturbed where the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
-from moecc.analysis.ffn import FFNBlock
 from moecc.ir.dtypes import F32, PRED
-from moecc.ir.graph import Value
 from moecc.ir.types import Axis, TensorType
 from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform, derive_key
@@ -87,17 +85,19 @@ class Noise:
       std: its standard deviation, absolute or in units of that of the dense tensor.
       relative: which of the two.
       seed: the seed of the conversion.
+      block: the location of the block, from which the draws are keyed.
     """
 
     std: float
     relative: bool
     seed: int
+    block: str
 
-    def apply(self, value: Value, dense: Expr, experts: Expr) -> Expr:
-        """Return `experts`, made from `dense`, with noise."""
+    def apply(self, name: str, dense: Expr, experts: Expr) -> Expr:
+        """Return `experts`, made from the parameter `name` with the weight `dense`, with noise."""
         if self.std == 0:
             return experts
-        key = derive_key(self.seed, f"{value.name}/noise")
+        key = derive_key(self.seed, f"{self.block}/{name}/noise")
         draw: Expr = Normal(_floats(experts.type), std=self.std, mean=0.0, key=key)
         if self.relative:
             draw = Mul(draw, Moment("std", dense))
@@ -123,10 +123,11 @@ class Drop:
     block: str
     division: Division
 
-    def apply(self, value: Value, dense: Expr, experts: Expr) -> Expr:
-        """Return `experts` with some neurons drawn anew."""
+    def apply(self, name: str, dense: Expr, experts: Expr) -> Expr:
+        """Return `experts`, made from the parameter `name`, with some neurons drawn anew."""
         division = self.division
-        count = int(self.ratio * division.width)
+        # The ratio counts as the decimal number that is written: 0.29 of 100 neurons are 29.
+        count = int(Fraction(repr(self.ratio)) * division.width)
         if count == 0 or division.inner not in experts.type:
             return experts
         axes = (Axis("expert", division.experts), Axis(division.inner, division.width))
@@ -136,7 +137,7 @@ class Drop:
             count,
             key=derive_key(self.seed, f"{self.block}/drop"),
         )
-        key = derive_key(self.seed, f"{value.name}/drop")
+        key = derive_key(self.seed, f"{self.block}/{name}/drop")
         normal = Normal(_floats(experts.type), std=1.0, mean=0.0, key=key)
         mean, std = (Moment(kind, experts, chosen, ("expert",)) for kind in _MOMENTS)
         return Select(chosen, Add(Mul(normal, std), mean), experts)
@@ -176,37 +177,3 @@ def router_weight(
 
 def _floats(type: TensorType) -> TensorType:
     return type.with_dtype(F32)
-
-
-def factors(block: FFNBlock, placement: str, scale: float) -> Mapping[Value, float] | str:
-    """Return what each matrix of `block` is multiplied by, or why `placement` does not suit it.
-
-    ``down`` puts the whole scale on the last matrix.  ``up-down`` puts √scale there and √scale on
-    the first matrix in which the hidden value is linear, which for SwiGLU is ``up`` and never
-    ``gate`` (lemma L3).  ``cube-root`` puts the cube root (with two matrices the square root) on
-    every matrix, as published (He et al. 2024); it is exact only for some activations.
-    """
-    down = block.down.operands[1]
-    ups = [up.operands[1] for up in block.ups]
-    if scale == 1:
-        return {}
-    if placement == "down":
-        return {down: scale}
-    if placement == "cube-root":
-        share = scale ** (1 / (len(ups) + 1))
-        return dict.fromkeys((*ups, down), share)
-    linear = [w for w, degree in block.degrees().items() if degree == 1]
-    if not linear:
-        return "no matrix before the activation can be scaled, because none goes in linearly"
-    return {linear[-1]: scale**0.5, down: scale**0.5}
-
-
-def is_exact(block: FFNBlock, factor: Mapping[Value, float], scale: float) -> bool:
-    """Whether the matrices multiplied by `factor` multiply the block by `scale`."""
-    total = factor.get(block.down.operands[1], 1.0)
-    for weight, degree in block.degrees().items():
-        share = factor.get(weight, 1.0)
-        if share != 1 and degree is None:
-            return False
-        total *= share ** (degree or 0)
-    return abs(total / scale - 1) < 1e-9

@@ -5,29 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Annotated, ClassVar, Literal
 
 from moecc.analysis.ffn import FFNBlock, FFNSearch, find_ffn_blocks
 from moecc.errors import InputError, Problem
-from moecc.ir.graph import Graph, Value
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
+from moecc.ir.graph import Graph
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.match import NearMiss
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
-from moecc_passes.upcycle.contract import (
-    drop_promise,
-    gates_promise,
-    noise_promise,
-    placement_promise,
-)
+from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
 from moecc_passes.upcycle.gates import GateLaw
 from moecc_passes.upcycle.layers import check_layers, select
-from moecc_passes.upcycle.lift import Division, Drop, Noise, factors, is_exact, router_weight
+from moecc_passes.upcycle.lift import Division, Drop, Noise, router_weight
 from moecc_passes.upcycle.rewrite import Recipe, rewrite_block
+from moecc_passes.upcycle.scaling import Factors, is_scaled, place_scale, shares
 
-Perturb = Callable[[Value, Expr, Expr], Expr]
-"""Makes copies differ: from a parameter, its dense weight, and its lifted weight."""
+Perturb = Callable[[str, Expr, Expr], Expr]
+"""Makes copies differ: from a parameter's name, its dense weight, and its lifted weight."""
 
 Gates = Literal[
     "renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "switch", "sparsemixer", "ones"
@@ -110,22 +106,35 @@ class UpcyclePass(Pass):
     @property
     def preserves(self) -> Preserves:
         """What the options promise; `apply` adds what the model's width decides."""
-        return self._promise(logit_std=None)
+        return self._contract(None).preserves
 
-    def _promise(self, logit_std: float | None, matrices: int = 3) -> Preserves:
-        zero = self.router_init == "zero" or self.router_std == 0
-        promises = [gates_promise(self.law, 0.0 if zero else logit_std)]
-        if self.init == "noise" and self.noise_std:
-            relative = self.noise == "relative"
-            promises.append(noise_promise(self.noise_std, relative, self.top_k, matrices))
-        if self.init == "drop" and self.drop_ratio:
-            promises.append(drop_promise(self.drop_ratio, self.top_k))
-        if self.scale_placement == "cube-root" and abs(self.law.weight_scale - 1) > 1e-12:
-            promises.append(placement_promise(matrices, self.law.weight_scale))
-        if self.slots == "capacity":
-            why = f"a capacity factor of {self.capacity_factor:g} may drop choices"
-            promises.append(Preserves("approximate", why))
-        return weakest(promises)
+    def _contract(self, block: FFNBlock | None) -> Contract:
+        logit_std = None if block is None else self._logit_std(block)
+        return Contract(
+            law=self.law,
+            logit_std=0.0 if self._router_is_zero else logit_std,
+            drop=self.drop_ratio if self.init == "drop" else 0.0,
+            noise=self.noise_std if self.init == "noise" else 0.0,
+            noise_is_relative=self.noise == "relative",
+            matrices=3 if block is None else len(block.ups) + 1,
+            shared=self.shared,
+            placement=self._inexact_placement(block),
+            capacity_factor=self.capacity_factor if self.slots == "capacity" else None,
+        )
+
+    def _inexact_placement(self, block: FFNBlock | None) -> str | None:
+        scale = self.law.weight_scale
+        if self.scale_placement != "cube-root" or scale == 1:
+            return None
+        if block is None:
+            return inexact_placement(3, scale)
+        if is_scaled(block, self._factors(block), scale):
+            return None
+        return inexact_placement(shares(block), scale)
+
+    @property
+    def _router_is_zero(self) -> bool:
+        return self.router_init == "zero" or self.router_std == 0
 
     def validate(self) -> list[Problem]:
         """Return what is wrong with the options, whatever the model."""
@@ -166,6 +175,12 @@ class UpcyclePass(Pass):
                 Problem("sparsemixer gates exist for one or two experts a token", "gates",
                         "top-k<=2", f"top-k={k}", "gates=renormalised takes any top-k")
             )  # fmt: skip
+        if self.gates == "sparsemixer" and g > 1:
+            found.append(
+                Problem("sparsemixer gives the members of a virtual group different gates",
+                        "gates", "granularity=1", f"granularity={g}",
+                        "gates=renormalised suits any granularity")
+            )  # fmt: skip
         return found
 
     def _out_of_range(self) -> list[Problem]:
@@ -184,7 +199,7 @@ class UpcyclePass(Pass):
         return [
             Problem("an option is out of range", name, expected, str(found))
             for name, fits, expected, found in checks
-            if not fits
+            if not (fits and isfinite(found))
         ]
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -204,9 +219,9 @@ class UpcyclePass(Pass):
         result.stats = {"blocks found": len(search.blocks), "blocks converted": len(chosen)}
         promises = []
         for block in chosen:
-            promises.append(self._promise(self._logit_std(block), len(block.ups) + 1))
+            promises.append(self._contract(block).preserves)
             rewrite_block(graph, block, self._recipe(block, ctx.seed))
-        result.preserves = weakest(dict.fromkeys(promises)) if promises else None
+        result.preserves = of_blocks(promises) if promises else None
         result.remarks = self._remarks(chosen)
         for remark in result.remarks:
             ctx.remark(remark)
@@ -215,23 +230,29 @@ class UpcyclePass(Pass):
     def _misfit(self, block: FFNBlock) -> Problem | None:
         """Return why the neurons of `block` do not divide as the options ask, or None."""
         shared = self.shared * block.width
-        if abs(shared - round(shared)) > 1e-6:
+        whole = round(shared)
+        if self.shared and (abs(shared - whole) > 1e-6 or not 0 < whole < block.width):
+            nearest = min(max(whole, 1), block.width - 1)
             return Problem(
-                "the shared expert does not get a whole number of neurons", block.loc,
-                f"shared={round(shared) / block.width:.10g}, say",
+                "the shared expert does not get a whole number of neurons, or leaves none",
+                block.loc, f"shared={nearest / block.width:.10g}, say",
                 f"{self.shared:g} of {block.width}",
             )  # fmt: skip
-        routed = block.width - round(shared)
+        routed = block.width - whole
         if routed % self.granularity:
-            fits = [g for g in range(1, routed + 1) if routed % g == 0 and self.top_k % g == 0]
+            fits = [g for g in range(1, self.top_k + 1) if self._groups_fit(g, routed)]
             return Problem(
                 f"the {routed} neurons do not divide into granularity={self.granularity} slices",
                 block.loc, f"G among {', '.join(map(str, fits))}", str(self.granularity),
             )  # fmt: skip
-        chosen = factors(block, self.scale_placement, self.law.weight_scale)
+        chosen = place_scale(block, self.scale_placement, self.law.weight_scale)
         if isinstance(chosen, str):
-            return Problem(chosen, block.loc, hint="scale-placement=down suits every block")
+            hint = None if self.scale_placement == "down" else "scale-placement=down"
+            return Problem(f"{chosen} (by {self.law.weight_scale:g})", block.loc, hint=hint)
         return None
+
+    def _groups_fit(self, slices: int, neurons: int) -> bool:
+        return not (neurons % slices or self.top_k % slices or self.experts % slices)
 
     def _division(self, block: FFNBlock) -> Division:
         shared = round(self.shared * block.width)
@@ -243,12 +264,16 @@ class UpcyclePass(Pass):
             width=(block.width - shared) // self.granularity,
         )
 
+    def _factors(self, block: FFNBlock) -> Factors:
+        chosen = place_scale(block, self.scale_placement, self.law.weight_scale)
+        assert not isinstance(chosen, str), "checked before anything was changed"
+        return chosen
+
     def _recipe(self, block: FFNBlock, seed: int) -> Recipe:
         division = self._division(block)
-        scale = self.law.weight_scale
-        chosen = factors(block, self.scale_placement, scale)
-        assert not isinstance(chosen, str), "checked before anything was changed"
-        assert is_exact(block, chosen, scale) or self.scale_placement == "cube-root"
+        factors = dict(self._factors(block))
+        if block.output_bias is not None:
+            factors[block.output_bias] = self.law.bias_scale
         kind = "normal" if self.router_init == "logit-std" else self.router_init
         outer = block.x.type[block.outer]
         key = derive_key(seed, f"{block.loc}/router")
@@ -261,31 +286,25 @@ class UpcyclePass(Pass):
             top_k=self.top_k,
             gates=self._route_gates,
             gate_scale=self.gate_scale,
-            factors=chosen,
-            bias_factor=self.law.bias_scale,
+            factors=factors,
             perturb=self._perturb(block, division, seed),
             slots=slots,
         )
 
     def _perturb(self, block: FFNBlock, division: Division, seed: int) -> Perturb:
         if self.init == "noise":
-            return Noise(self.noise_std, self.noise == "relative", seed).apply
+            return Noise(self.noise_std, self.noise == "relative", seed, block.loc).apply
         if self.init == "drop":
             return Drop(self.drop_ratio, seed, block.loc, division).apply
         return _unperturbed
 
     def _router_std(self, block: FFNBlock) -> float:
         # After a norm the router's input has unit mean square, up to the norm's own scale.
-        return (
-            self.router_std / sqrt(block.embed)
-            if self.router_init == "logit-std"
-            else (self.router_std)
-        )
+        is_of_logits = self.router_init == "logit-std"
+        return self.router_std / sqrt(block.embed) if is_of_logits else self.router_std
 
     def _logit_std(self, block: FFNBlock) -> float:
-        if self.router_init == "zero":
-            return 0.0
-        return self._router_std(block) * sqrt(block.embed)
+        return 0.0 if self._router_is_zero else self._router_std(block) * sqrt(block.embed)
 
     def _remarks(self, blocks: list[FFNBlock]) -> list[Remark]:
         remarks = [
@@ -306,7 +325,7 @@ class UpcyclePass(Pass):
         return remarks
 
 
-def _unperturbed(value: Value, dense: Expr, experts: Expr) -> Expr:
+def _unperturbed(name: str, dense: Expr, experts: Expr) -> Expr:
     return experts
 
 

@@ -1,0 +1,92 @@
+"""Where the factor that the gates ask for goes, and whether it scales the block (lemma L3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moecc.analysis.ffn import FFNBlock
+from moecc.ir.graph import Node, Value
+
+Factors = Mapping[Value, float]
+"""What each parameter is multiplied by; those that are missing stay as they are."""
+
+PLACEMENTS = ("down", "up-down", "cube-root")
+
+
+def place_scale(block: FFNBlock, placement: str, scale: float) -> Factors | str:
+    """Return what each parameter of `block` is multiplied by, or why `placement` does not suit it.
+
+    ``down`` puts the whole scale on the last matrix.  ``up-down`` puts √scale there and √scale on
+    a matrix in which the hidden value is linear, which for SwiGLU is ``up`` and never ``gate``.
+    ``cube-root`` puts equal shares on all matrices, as published (He et al. 2024): the cube root
+    for a gated block and for squared ReLU, the square root for others with two matrices.  A bias
+    before the activation is scaled like the matrix before it.  Not included is a bias after the
+    last matrix, which the scale does not touch.
+    """
+    if scale == 1:
+        return {}
+    chosen = _of_matrices(block, placement, scale)
+    if isinstance(chosen, str):
+        return chosen
+    for up in block.ups:
+        if up.operands[1] in chosen:
+            chosen |= dict.fromkeys(block.biases_of(up), chosen[up.operands[1]])
+    if placement == "cube-root" or is_scaled(block, chosen, scale):
+        return chosen
+    return "a parameter of it is used in two places, which would have to be scaled apart"
+
+
+def _of_matrices(block: FFNBlock, placement: str, scale: float) -> dict[Value, float] | str:
+    down = block.down.operands[1]
+    if placement == "down":
+        return {down: scale}
+    if placement == "cube-root":
+        return dict.fromkeys((*block.degrees(), down), scale ** (1 / shares(block)))
+    linear = [w for w, degree in block.degrees().items() if degree == 1]
+    if not linear:
+        return "no matrix before the activation can be scaled, because none goes in linearly"
+    return {linear[-1]: scale**0.5, down: scale**0.5}
+
+
+def shares(block: FFNBlock) -> int:
+    """Return n where ``cube-root`` multiplies each matrix by the n-th root of the scale."""
+    return 1 + sum(degree or 1 for degree in block.degrees().values())
+
+
+def is_scaled(block: FFNBlock, factors: Factors, scale: float) -> bool:
+    """Whether multiplying parameters by `factors` multiplies the block by `scale`.
+
+    The output bias is left out.  The answer is no where the dataflow does not show it.
+    """
+    known: dict[Value, float | None] = {block.x: 1.0}
+    for node in block.nodes:
+        given = [known.get(v, factors.get(v, 1.0)) for v in node.operands]
+        known[node.result] = _scaled_by(node, given)
+        if node is block.down:
+            break
+    found = known[block.down.result]
+    return found is not None and abs(found / scale - 1) < 1e-9
+
+
+_SAME = frozenset(("add", "sub", "maximum", "minimum"))
+_HOMOGENEOUS = frozenset(("relu", "scale", "neg", "cast", "stop_gradient"))
+
+
+def _scaled_by(node: Node, given: list[float | None]) -> float | None:
+    """Return what the result is multiplied by if the operands are, by positive factors."""
+    factors = [f for f in given if f is not None]
+    if len(factors) < len(given):
+        return None
+    first, name = factors[0], node.op.name
+    if name in ("mul", "contract"):
+        return first * factors[1]
+    if name == "div":
+        return first / factors[1]
+    if name == "square":
+        return first**2
+    if name == "rsqrt":
+        return float(first**-0.5)
+    if name in _HOMOGENEOUS:
+        return first
+    same = all(abs(f / first - 1) < 1e-12 for f in factors)
+    return first if same and (name in _SAME or first == 1) else None
