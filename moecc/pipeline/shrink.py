@@ -98,28 +98,36 @@ def _source(value: Value) -> Expr | None:
 def reduce_sizes(graph: Graph) -> dict[int, int]:
     """Return a reduced size for each fixed size of `graph`.
 
-    Raises:
-      InputError: the constraints contradict each other.
+    Sizes for which the constraints leave no other choice stay as they are.
     """
-    from moecc.families.shrinking import shrink_size
-
     pinned, forms = _constraints(graph)
     numbers = {s for v in _values(graph) for s in v.type.sizes if isinstance(s, int)}
     numbers |= {part for some in forms.values() for _, parts in some for part in parts}
+    while True:
+        sizes = _settle(sorted(numbers | set(forms)), pinned, forms)
+        if isinstance(sizes, dict):
+            return sizes
+        # Two products disagree: the size stays, and so do its parts.
+        pinned.add(sizes)
+        pinned.update(part for _, parts in forms[sizes] for part in parts)
+
+
+def _settle(
+    numbers: Iterable[int], pinned: set[int], forms: Mapping[int, set[Form]]
+) -> dict[int, int] | int:
+    """Return reduced sizes, or the first number that would have to have two."""
+    from moecc.families.shrinking import shrink_size
+
     sizes: dict[int, int] = {}
     # The parts of a number are smaller, so they are settled before it.
-    for number in sorted(numbers | set(forms)):
+    for number in numbers:
         made = {factor * prod(sizes[p] for p in parts) for factor, parts in forms.get(number, ())}
         if number in pinned or number <= KEPT:
             made.add(number)
         if len(made) > 1:
-            raise not_reducible(f"the size {number} would have to be {_either(made)}")
+            return number
         sizes[number] = made.pop() if made else shrink_size(number, MAX_SIZE)
     return sizes
-
-
-def _either(sizes: Iterable[int]) -> str:
-    return " and ".join(map(str, sorted(sizes)))
 
 
 def _values(graph: Graph) -> Iterable[Value]:

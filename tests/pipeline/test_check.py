@@ -1,0 +1,230 @@
+"""``--check``: promises are kept or named, and graphs are reduced faithfully."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from moecc.errors import CheckError, InputError
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.ir import F32, I32, Builder, Graph, clone, equal, print_graph, tensor, verify
+from moecc.pipeline.check import check_pipeline, measure
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.shrink import reduce_sizes, reduced
+from moecc.pipeline.text import Pipeline
+
+from .samples import REGISTRY, negations
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+
+
+def llama() -> Graph:
+    return build(parse_config(LLAMA, "config"))
+
+
+def parse(text: str) -> Pipeline:
+    return Pipeline.parse(text, REGISTRY)
+
+
+def check(text: str, graph: Graph | None = None) -> list[Any]:
+    return check_pipeline(negations() if graph is None else graph, parse(text))
+
+
+def test_a_promise_that_is_kept() -> None:
+    graph = negations()
+    before = print_graph(graph)
+    (done,) = check("un-neg", graph)
+    assert print_graph(graph) == before
+    assert done.measured == 0
+    assert str(done) == "1 un-neg: promised exact; measured relative error 0"
+
+
+@pytest.mark.parametrize("promise", ["exact", "reassociation"])
+def test_a_promise_that_is_broken(promise: str) -> None:
+    pipeline = f"un-neg,scale-output{{by=1.0000001 promise={promise}}}"
+    with pytest.raises(CheckError, match="pass 2, scale-output: the pass broke its promise") as e:
+        check(pipeline)
+    assert e.value.exit_code == 3
+    assert f"expected: {promise}: times 1" in str(e.value)
+    assert "output y[" in str(e.value)
+
+
+def test_every_broken_promise_is_named() -> None:
+    with pytest.raises(CheckError) as caught:
+        check("scale-output{promise=exact},un-neg,scale-output{promise=exact}", negations(3))
+    wheres = [p.where for p in caught.value.problems]
+    assert {"pass 1, scale-output", "pass 3, scale-output"} == set(wheres)
+
+
+def test_exact_is_stricter_than_reassociation() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", embed=64))
+    graph.set_output("y", b.scale(b.scale(x, by=0.1), by=0.3))
+
+    def checked(text: str) -> str:
+        return str(check_pipeline(graph, Pipeline.parse(text))[0].promise)
+
+    assert checked("canonicalize{exact}") == "exact"
+    assert checked("canonicalize").startswith("reassociation")
+
+
+def test_an_approximate_pass_is_measured() -> None:
+    (done,) = check("scale-output{by=1.25 predicted=0.25}")
+    assert done.measured == pytest.approx(0.25)
+    assert "predicted relative error 0.25); measured relative error 0.25" in str(done)
+    assert measure(negations(), negations(3)) == pytest.approx(2.0)
+
+
+@dataclass(frozen=True)
+class AddOutputPass(Pass):
+    """Return the input too."""
+
+    name: ClassVar[str] = "add-output"
+    summary: ClassVar[str] = "return the input too"
+    preserves = EXACT
+    drop: bool = False
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Add an output, and drop the old one if asked to."""
+        graph.set_output("more", graph.inputs["x"])
+        if self.drop:
+            graph.drop_output("y")
+        return PassResult(changed=True)
+
+
+def test_a_pass_may_add_outputs_but_not_drop_any() -> None:
+    assert check_pipeline(negations(), Pipeline((AddOutputPass(),)))[0].measured == 0
+    with pytest.raises(CheckError, match="the outputs differ"):
+        check_pipeline(negations(), Pipeline((AddOutputPass(drop=True),)))
+
+
+def test_what_refuses_the_reduced_graph_says_so() -> None:
+    with pytest.raises(InputError, match="--check, pass 1, bad, on the reduced graph: not with"):
+        check("bad{way=refuse}")
+
+
+def test_a_family_s_graph_is_built_from_a_reduced_config() -> None:
+    whole = llama()
+    small = reduced(whole)
+    verify(small)
+    assert [n.op.name for n in small] == [n.op.name for n in whole]
+    assert list(small.params) == list(whole.params)
+    biggest = max(s for v in small.params.values() for s in v.type.sizes if isinstance(s, int))
+    assert biggest <= 128
+    sources = [str(v.weight) for v in small.params.values()]
+    assert all("source(" in s for s in sources)
+
+
+def test_a_rewritten_graph_is_reduced_by_its_sizes() -> None:
+    graph = llama()
+    b = Builder(graph)
+    graph.set_output("logits", b.neg(b.neg(graph.outputs["logits"])))
+    small = reduced(graph)
+    verify(small)
+    assert [n.op.name for n in small] == [n.op.name for n in graph]
+    sizes = {s for v in small.params.values() for s in v.type.sizes}
+    assert max(sizes) <= 144
+    # The parts of the width still make it up: 9 heads of 64 became 9 of a few.
+    embed = small.params["model.norm.weight"].type["embed"].size
+    assert embed % 9 == 0
+    for value in small.params.values():
+        assert value.weight is not None
+
+
+def test_cleanup_of_a_real_model_checks() -> None:
+    graph = llama()
+    run_pipeline(graph, Pipeline.parse("canonicalize"))
+    done = check_pipeline(graph, Pipeline.parse("canonicalize,cse,dce"))
+    assert [c.measured for c in done] == [0.0, 0.0, 0.0]
+
+
+def fused(cuts: tuple[tuple[int, int], ...], size: int) -> Graph:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", embed=512))
+    y = b.contract(x, graph.param("w", tensor(F32, fused=size, embed=512)), over="embed")
+    for i, (start, stop) in enumerate(cuts):
+        graph.set_output(f"part{i}", b.slice(y, axis="fused", start=start, stop=stop))
+    return graph
+
+
+def test_slices_cut_at_the_same_fractions() -> None:
+    graph = fused(((0, 400), (400, 500), (500, 600)), 600)
+    small = reduced(graph)
+    found = [(n.attrs["start"], n.attrs["stop"]) for n in small if n.op.name == "slice"]
+    unit = found[1][1] - found[1][0]
+    assert found == [(0, 4 * unit), (4 * unit, 5 * unit), (5 * unit, 6 * unit)]
+    assert unit < 100
+    assert small.params["w"].type["fused"].size == 6 * unit
+
+
+def test_equal_numbers_stay_equal_and_small_ones_stay() -> None:
+    sizes = reduce_sizes(llama())
+    # Three heads of keys, each with three of queries.
+    assert sizes[576] == 3 * 3 * sizes[64]
+    assert sizes[3] == 3
+    assert sizes[1536] < 1536
+
+
+def test_experts_and_top_k_stay() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    logits = graph.input("logits", tensor(F32, batch="B", seq="S", expert=160))
+    experts, gates = b.route(logits, top_k=6)
+    place = b.place(experts, tokens=("batch", "seq"), experts=160)
+    x = graph.input("x", tensor(F32, batch="B", seq="S", embed=1024))
+    rows = b.dispatch(x, experts, place)
+    graph.set_output("y", b.combine(rows, experts, place, gates))
+    small = reduced(graph)
+    verify(small)
+    assert small.inputs["logits"].type["expert"].size == 160
+    assert small.inputs["x"].type["embed"].size == 16
+
+
+def test_sizes_that_two_products_settle_differently_stay() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", embed=1024, other=512))
+    one = b.split(x, axis="embed", into=(("a", 32), ("b", 32)))
+    other = b.split(x, axis="embed", into=(("a", 256), ("b", 4)))
+    graph.set_output("one", one)
+    graph.set_output("other", other)
+    small = reduced(graph)
+    verify(small)
+    assert small.inputs["x"].type.sizes == ("B", 1024, 16)
+
+
+def test_what_stays_large_is_not_reducible() -> None:
+    # Odd cuts leave a unit of one: the axis keeps its size.
+    with pytest.raises(InputError, match="elements are left, and the size 300001 cannot shrink"):
+        reduced(fused(((0, 1), (1, 300_001)), 300_001))
+
+
+def test_an_index_stays_in_range() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    ids = graph.input("ids", tensor(I32, batch="B"))
+    table = graph.param("table", tensor(F32, vocab=50_000, embed=512))
+    graph.set_output("y", b.embedding(table, ids, axis="vocab"))
+    assert check("top", graph)[0].measured == 0
+
+
+def test_a_small_graph_is_checked_as_it_is() -> None:
+    graph = negations()
+    assert equal(reduced(clone(graph)), graph)
