@@ -1,0 +1,89 @@
+"""Exchanging values, and the types that follow."""
+
+from __future__ import annotations
+
+import pytest
+
+from moecc.errors import InputError
+from moecc.ir import (
+    BF16,
+    F32,
+    Builder,
+    Graph,
+    Value,
+    infer_again,
+    replace_value,
+    tensor,
+    verify,
+)
+
+
+def routed() -> tuple[Graph, Builder, Value, Value]:
+    """Return a graph with two equal placements, of which the second is used."""
+    graph = Graph()
+    b = Builder(graph)
+    logits = graph.input("logits", tensor(F32, batch="B", expert=4))
+    x = graph.input("x", tensor(F32, batch="B", embed=8))
+    experts, gates = b.route(logits, top_k=2)
+    first, second = (b.place(experts, tokens="batch", experts=4, name=n) for n in ("p", "q"))
+    rows = b.silu(b.neg(b.dispatch(x, experts, second)))
+    graph.set_output("y", b.combine(rows, experts, second, gates))
+    graph.set_output("rows", rows)
+    return graph, b, first, second
+
+
+def test_types_that_refer_to_a_value_follow_it() -> None:
+    graph, _, first, second = routed()
+    replace_value(second, first)
+    assert second.node is not None
+    second.node.erase()
+    verify(graph)
+    rows = graph.outputs["rows"].type
+    assert [e.value for e in rows.extents] == [first]
+    assert str(rows["slot"]) == "slot=ragged(%p)"
+
+
+def test_rewiring_alone_leaves_types_behind() -> None:
+    graph, _, first, second = routed()
+    second.replace_by(first)
+    with pytest.raises(InputError, match="does not follow from the operands"):
+        verify(graph)
+    infer_again(graph, list(first.users))
+    verify(graph)
+
+
+def test_types_follow_operands_and_attributes() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B"))
+    y = graph.input("y", tensor(BF16, batch="B"))
+    value = x
+    for _ in range(5):
+        value = b.silu(b.neg(value))
+    graph.set_output("z", value)
+    replace_value(x, y)
+    verify(graph)
+    assert value.type is y.type
+    cast = b.cast(value, dtype="f32")
+    graph.set_output("z", b.neg(cast))
+    cast.node.attrs["dtype"] = "f16"
+    infer_again(graph, [cast.node])
+    verify(graph)
+    assert graph.outputs["z"].type.dtype.name == "f16"
+
+
+def test_what_does_not_follow_is_refused() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B"))
+    graph.set_output("y", b.add(b.neg(x), x))
+    other = graph.input("other", tensor(F32, seq="S"))
+    graph.set_output("y", b.add(graph.outputs["y"], graph.outputs["y"]))
+    with pytest.raises(InputError, match="no operand has all axes"):
+        replace_value(x.only_user.operands[0] if x.only_user else next(iter(graph)).result, other)
+
+
+def test_a_value_replaces_itself() -> None:
+    graph, _, first, _ = routed()
+    replace_value(first, first)
+    verify(graph)

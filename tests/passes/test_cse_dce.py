@@ -1,0 +1,172 @@
+"""What ``cse`` merges and ``dce`` erases, and what they leave."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from moecc_passes.cse import CsePass
+from moecc_passes.dce import DcePass
+
+from moecc.ir import F32, Builder, Graph, Value, clone, equal, print_graph, tensor, verify
+from moecc.pipeline.passes import Context, PassResult
+from moecc.testing import assert_same, graphs
+
+CONTEXT = Context()
+
+
+def start() -> tuple[Graph, Builder, Value]:
+    graph = Graph()
+    return graph, Builder(graph), graph.input("x", tensor(F32, batch="B", embed=4))
+
+
+def cse(graph: Graph) -> PassResult:
+    result = CsePass().apply(graph, CONTEXT)
+    verify(graph)
+    return result
+
+
+def ops(graph: Graph) -> list[str]:
+    return [n.op.name for n in graph]
+
+
+def test_equal_chains_are_merged_to_the_first() -> None:
+    graph, b, x = start()
+    with b.at("first"):
+        one = b.tanh(b.silu(x))
+    with b.at("second"):
+        other = b.tanh(b.silu(x))
+    graph.set_output("y", b.mul(one, other))
+    result = cse(graph)
+    assert ops(graph) == ["silu", "tanh", "mul"]
+    assert result.stats == {"nodes-merged": 2}
+    assert [n.loc for n in graph][:2] == ["first", "first"]
+
+
+def test_attributes_and_operands_count() -> None:
+    graph, b, x = start()
+    for value in (b.scale(x, by=2.0), b.scale(x, by=3.0), b.neg(x), b.sub(x, b.neg(x))):
+        graph.set_output(value.name, value)
+    graph.set_output("swapped", b.sub(b.neg(x), x))
+    # −x is the only thing that is there more than once.
+    assert cse(graph).matched == 2
+    assert ops(graph).count("sub") == 2
+    assert ops(graph).count("scale") == 2
+
+
+def test_commutative_operands_in_either_order() -> None:
+    graph, b, x = start()
+    y = b.silu(x)
+    graph.set_output("y", b.sub(b.add(x, y), b.add(y, x)))
+    assert cse(graph).matched == 1
+
+
+def test_operands_that_settle_the_order_of_axes_are_not_exchanged() -> None:
+    graph, b, x = start()
+    turned = graph.input("turned", tensor(F32, embed=4, batch="B"))
+    graph.set_output("one", b.add(x, turned))
+    graph.set_output("other", b.add(turned, x))
+    assert not cse(graph).changed
+
+
+def test_parameters_stay_apart() -> None:
+    graph, b, x = start()
+    for name in ("v", "w"):
+        graph.set_output(name, b.mul(x, graph.param(name, x.type)))
+    assert not cse(graph).changed
+
+
+def test_outputs_are_merged_too() -> None:
+    graph, b, x = start()
+    graph.set_output("one", b.silu(x))
+    graph.set_output("other", b.silu(x))
+    cse(graph)
+    assert graph.outputs["one"] is graph.outputs["other"]
+
+
+def mixture(graph: Graph, b: Builder, x: Value) -> Value:
+    router = graph.params.get("router")
+    if router is None:
+        router = graph.param("router", tensor(F32, expert=4, embed=4))
+    experts, gates = b.route(b.contract(x, router, over="embed"), top_k=2)
+    place = b.place(experts, tokens="batch", experts=4)
+    rows = b.silu(b.dispatch(x, experts, place))
+    value: Value = b.combine(rows, experts, place, gates)
+    return value
+
+
+def test_equal_routings_become_one_and_types_follow() -> None:
+    graph, b, x = start()
+    graph.set_output("y", b.add(mixture(graph, b, x), mixture(graph, b, x)))
+    before = clone(graph)
+    result = cse(graph)
+    assert result.matched == 6
+    assert ops(graph).count("place") == 1
+    assert len(graph) == 7
+    assert_same(before, graph, exact=True)
+
+
+def test_a_placement_is_merged_while_rows_stay_apart() -> None:
+    graph, b, x = start()
+    logits = graph.input("logits", tensor(F32, batch="B", expert=4))
+    experts, gates = b.route(logits, top_k=2)
+    other = graph.input("other", x.type)
+    for name, tokens in (("y", x), ("z", other)):
+        place = b.place(experts, tokens="batch", experts=4)
+        rows = b.tanh(b.silu(b.dispatch(tokens, experts, place)))
+        graph.set_output(name, b.combine(rows, experts, place, gates))
+    before = clone(graph)
+    assert cse(graph).matched == 1
+    assert_same(before, graph, exact=True)
+
+
+def test_dce() -> None:
+    graph, b, x = start()
+    dead = graph.param("dead", x.type)
+    graph.param("alone", x.type)
+    b.exp(b.mul(b.silu(x), dead))
+    graph.set_output("y", b.neg(x))
+    result = DcePass().apply(graph, CONTEXT)
+    assert ops(graph) == ["neg"]
+    assert not graph.params
+    assert result.stats == {"nodes-erased": 3, "params-erased": 2}
+    assert list(graph.inputs) == ["x"]
+    assert not DcePass().apply(graph, CONTEXT).changed
+
+
+def test_dce_keeps_parameters_on_request() -> None:
+    graph, b, x = start()
+    graph.param("alone", x.type)
+    graph.set_output("y", b.neg(x))
+    assert not DcePass(keep_params=True).apply(graph, CONTEXT).changed
+    assert "alone" in graph.params
+
+
+def test_dce_erases_a_long_dead_chain() -> None:
+    graph, b, x = start()
+    value = x
+    for _ in range(20_000):
+        value = b.neg(value)
+    graph.set_output("y", x)
+    assert DcePass().apply(graph, CONTEXT).matched == 20_000
+    assert len(graph) == 0
+
+
+@given(graph=graphs())
+def test_doubling_a_graph_is_undone(graph: Graph) -> None:
+    """A second copy of every node, beside the first, is merged into it."""
+    cse(graph)
+    DcePass(keep_params=True).apply(graph, CONTEXT)
+    before = clone(graph)
+    image: dict[Value, Value] = {}
+    for node in list(graph):
+        operands = [image.get(v, v) for v in node.operands]
+        made = graph.append(node.op, operands, node.attrs)
+        image.update(zip(node.results, made.results, strict=True))
+    for i, value in enumerate(graph.outputs.values()):
+        graph.set_output(f"again{i}", image.get(value, value))
+    cse(graph)
+    for i, (name, value) in enumerate(before.outputs.items()):
+        assert graph.outputs[f"again{i}"] is graph.outputs[name], print_graph(graph)
+        assert value.name == graph.outputs[name].name
+        graph.drop_output(f"again{i}")
+    DcePass(keep_params=True).apply(graph, CONTEXT)
+    assert equal(graph, before)
