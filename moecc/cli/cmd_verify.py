@@ -30,18 +30,22 @@ def register(app: typer.Typer) -> None:
         tolerance: Annotated[
             float, typer.Option("--tolerance", help="Bound on max |Δlogit| / max |logit|.")
         ] = 1e-5,
+        dtype: Annotated[
+            str, typer.Option("--dtype", help="The type to compute in; f64 excludes rounding.")
+        ] = "f32",
         weights: WeightsOption = None,
         format: FormatOption = Format.human,
     ) -> None:
         """Check MODEL: every tensor against the manifest, or with --against its logits.
 
-        Both models run in float32; the weights of SOURCE are first rounded to the type of MODEL's.
+        Both models run in float32, or the type that --dtype says; the weights of SOURCE are first
+        rounded to the type of MODEL's.
         Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
         """
         if against is None:
             _against_manifest(model, format)
         else:
-            _against_source(model, against, inputs, tolerance, weights, format)
+            _against_source(model, against, inputs, tolerance, dtype, weights, format)
 
 
 def _against_manifest(model: str, format: Format) -> None:
@@ -71,6 +75,7 @@ def _against_source(
     against: str,
     inputs: str | None,
     tolerance: float,
+    dtype: str,
     weights: str | None,
     format: Format,
 ) -> None:
@@ -78,18 +83,21 @@ def _against_source(
     from moecc.cli.files import read_tokens
     from moecc.errors import CheckError, UsageError
     from moecc.models import open_model
+    from moecc.settings import float_type
     from moecc.verification import compare, vocabulary
 
     if not tolerance >= 0:
         raise UsageError("a tolerance is not negative", found=str(tolerance))
+    type = float_type(dtype)
     with open_model(model, weights=weights) as checked, open_model(against) as source:
         tokens = None if inputs is None else read_tokens(inputs, vocabulary(source))
-        verdict = compare(checked, source, tokens=tokens, tolerance=tolerance)
+        verdict = compare(checked, source, tokens=tokens, tolerance=tolerance, compute_dtype=type)
     report("verify", verdict.to_json(), lambda: verdict_text(verdict), format)
     if not verdict.passed:
         raise CheckError(
             "the logits differ by more than the tolerance", where=model,
             expected=f"at most {tolerance:g}", found=f"{verdict.difference.max_relative:.2e}",
+            hint=None if dtype == "f64" else "--dtype f64 tells a change from rounding",
         )  # fmt: skip
 
 
@@ -98,7 +106,8 @@ def verdict_text(verdict: Verdict) -> str:
     found, (batch, seq) = verdict.difference, verdict.tokens
     rows = [
         f"{verdict.model} against {verdict.source}",
-        f"  {batch} x {seq} tokens, float32, the source's weights rounded to {verdict.dtype}",
+        f"  {batch} x {seq} tokens in {verdict.compute_dtype}, "
+        f"the source's weights rounded to {verdict.dtype}",
         f"  max |Δlogit| / max |logit|  {found.max_relative:.2e} (at most {verdict.tolerance:g})",
         f"  KL divergence               {found.kl_nats:.2e} nats a token",
         f"  top-1 agreement             {found.top1_agreement:.2%}",

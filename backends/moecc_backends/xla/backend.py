@@ -16,7 +16,7 @@ import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.dtypes import F32, DType
+from moecc.ir.dtypes import F32, F64, DType
 from moecc.ir.graph import Graph, Node, Value
 from moecc_backends.xla import lower_moe as lower_moe
 from moecc_backends.xla import lower_plain as lower_plain
@@ -116,6 +116,11 @@ class XlaProgram:
           InputError: an array is missing or does not fit its type.
         """
         self._check(inputs, params)
+        # Without its switch jax makes every float64 a float32 without a word.
+        with jax.enable_x64(self.dtype == F64):
+            return self._run_all(params, inputs)
+
+    def _run_all(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         alive = {v: _device(inputs[n], v) for n, v in self.graph.inputs.items()}
         returned = set(self.graph.outputs.values())
         for segment in self._segments:

@@ -25,8 +25,9 @@ from moecc_backends.xla.routing import capacity_placement, rank_in_expert, sort_
 def _rope(ctx: Context, node: Node, positions: Named) -> tuple[Operand, ...]:
     attrs = node.attrs
     length = max(positions.array.shape, default=1)
-    rates = frequencies(attrs["size"], length, attrs)
-    half = positions.array.astype(jnp.float32)[..., None] * jnp.asarray(rates, jnp.float32)
+    wide = accumulator(ctx.dtype)
+    rates = jnp.asarray(frequencies(attrs["size"], length, attrs), wide)
+    half = positions.array.astype(wide)[..., None] * rates
     angles = jnp.concatenate([half, half], axis=-1)
     axes = (*positions.axes, attrs["axis"])
     factor = attrs["attention_factor"]
