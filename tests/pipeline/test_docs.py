@@ -1,0 +1,72 @@
+"""``docs/passes.md`` is current, and what the pages and docstrings show is true."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from moecc.errors import InputError
+from moecc.ir import equal, parse
+from moecc.pipeline.docs import main, render
+from moecc.pipeline.passes import Context
+from moecc.pipeline.registry import installed
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+
+from .samples import REGISTRY
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_page_is_current() -> None:
+    assert (DOCS / "passes.md").read_text("utf-8") == render(), "run: make docs"
+
+
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
+    assert main([str(tmp_path / "page.md")]) == 0
+    assert (tmp_path / "page.md").read_text("utf-8") == render()
+
+
+def test_what_a_section_says() -> None:
+    text = render(REGISTRY)
+    assert "| [`every-kind`](#every-kind) | have options of every kind |" in text
+    assert "| `count` | a whole number | required | how many |" in text
+    assert "| `kind` | one of copy, noise, drop-half | `copy` |  |" in text
+    assert "Preserves, without options: approximate: times 1.5." in text
+    assert text.count("--allow-unmatched") == 2
+
+
+def graph_text(lines: str) -> str:
+    """Return a graph of the lines that a docstring shows, its loose ends declared."""
+    defined = re.findall(r"^(?:param )?(%\w+)", lines, re.M)
+    used = re.findall(r"%\w+", re.sub(r"(?m)^(?:param )?%\w+ [:=]", "", lines))
+    inputs = [f"input {v} : f32[batch=B, embed=4]" for v in dict.fromkeys(used) if v not in defined]
+    outputs = [] if "output" in lines else [f"output y = {defined[-1]}"]
+    return "\n".join(["moecc 1", "graph model {", *inputs, lines, *outputs, "}"])
+
+
+@pytest.mark.parametrize("name", ["canonicalize", "cse", "dce"])
+def test_before_and_after_are_true(name: str) -> None:
+    cls = installed().get(name)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    before, after = re.findall(r"(?:Before|After)::\n\n((?:    .*\n?)+)", text)
+    graph = parse(graph_text(inspect.cleandoc(before)))
+    expected = parse(graph_text(inspect.cleandoc(after)))
+    cls().apply(graph, Context())
+    assert equal(graph, expected)
+
+
+def test_the_near_miss_of_the_tutorial(tmp_path: Path) -> None:
+    page = (DOCS / "writing-a-pass.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    head, rest = code.split("graph = parse(")
+    file = tmp_path / "fold_scale.py"
+    file.write_text(head.replace("summary:", "must_match: ClassVar[bool] = True\n    summary:"))
+    pipeline = Pipeline.parse("fold-scale", installed().with_file(file))
+    shown = rest.split('"""')[1].replace(' = source("up.weight" : f32[mlp=8, embed=4])', "")
+    with pytest.raises(InputError) as caught:
+        run_pipeline(parse(shown), pipeline)
+    assert str(caught.value) in page
