@@ -51,8 +51,7 @@ def _undone(pattern: Expr, value: Expr) -> list[Pair]:
         case Concat():
             return _cut(pattern, value)
         case Index() if pattern.x.type[pattern.axis].size == 1:
-            position = pattern.x.type.names.index(pattern.axis)
-            return [(pattern.x, Stack((value,), pattern.axis, position))]
+            return [(pattern.x, _with_axis(pattern, value))]
         case Permute():
             return [(pattern.x, Permute(value, pattern.x.type.names))]
         case Rename():
@@ -74,6 +73,15 @@ def _at(value: Expr, axis: str, position: int) -> Expr:
     if isinstance(value, Tile) and value.axis == axis:
         return value.x
     return Index(value, axis, position)
+
+
+def _with_axis(pattern: Index, value: Expr) -> Expr:
+    """Return `value` with the axis of one entry that `pattern` takes away."""
+    if isinstance(value, Index) and value.axis == pattern.axis:
+        whole = value.x.type
+        if whole.names == pattern.x.type.names and whole.shape == pattern.x.type.shape:
+            return value.x
+    return Stack((value,), pattern.axis, pattern.x.type.names.index(pattern.axis))
 
 
 def _cut(pattern: Concat, value: Expr) -> list[Pair]:

@@ -104,7 +104,9 @@ class _Matcher:
         """Compare a value of the target with one of ours; yield the pairs that follow."""
         if a.is_param and b.is_param:
             self._bind(a, b)
-        elif a.node is not None and b.node is not None and _same_step(a, b):
+        elif a.node is not None and b.node is not None and _same_operation(a, b):
+            if _local(a.node) != _local(b.node):
+                self._part(a, b)
             yield from zip(a.node.operands, self._ordered(a.node, b.node), strict=True)
         elif not (_is_input(a) and _is_input(b) and _leaf(a) == _leaf(b)):
             self._part(a, b)
@@ -154,11 +156,11 @@ class _Matcher:
         )
 
 
-def _same_step(a: Value, b: Value) -> bool:
-    """Whether two results are the same one of the same operation, whatever its operands are."""
+def _same_operation(a: Value, b: Value) -> bool:
+    """Whether two results come of the same operation, whatever its attributes and operands are."""
     assert a.node is not None
     assert b.node is not None
-    same = _local(a.node) == _local(b.node) and a.index == b.index
+    same = a.node.op is b.node.op and a.index == b.index
     return same and len(a.node.operands) == len(b.node.operands)
 
 

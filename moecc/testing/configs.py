@@ -1,0 +1,96 @@
+"""Hypothesis strategies for configs of model families, small enough to build and to run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from hypothesis import strategies as st
+
+from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig, RopeConfig
+
+_ROPES = (
+    RopeConfig(theta=10_000.0),
+    RopeConfig(theta=5e5, type="linear", factor=2.0),
+    RopeConfig(
+        theta=5e5,
+        type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=16,
+    ),
+    RopeConfig(theta=1e4, type="yarn", factor=4.0, original_max_position_embeddings=16),
+)
+
+
+@st.composite
+def small_configs(
+    draw: st.DrawFn, families: Collection[str] = tuple(CONFIGS), most_layers: int = 3
+) -> DecoderConfig:
+    """Draw a config of one of `families`, with every feature that the family has."""
+    family = CONFIGS[draw(st.sampled_from(sorted(families)))]
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    layers, head_dim = draw(st.integers(1, most_layers)), draw(st.sampled_from([4, 6]))
+    heads = kv_heads * group
+    bias = draw(st.booleans())
+    values: dict[str, Any] = {
+        "vocab_size": draw(st.integers(3, 12)),
+        "hidden_size": heads
+        * (head_dim if _fills_width(family) else draw(st.sampled_from([4, 7]))),
+        "intermediate_size": draw(st.integers(1, 4)) * 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 64,
+        "rope": draw(st.sampled_from(_ROPES)),
+        "hidden_act": draw(st.sampled_from(["silu", "relu", "gelu", "gelu_pytorch_tanh"])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "sliding_windows": draw(_windows(family.window_style, layers)),
+        "dtype": "float32",
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": draw(st.booleans()),
+        **family.fixed,
+    }
+    if issubclass(family, MoeConfig):
+        values |= draw(_experts(family, layers, values["intermediate_size"]))
+    return family(**values)
+
+
+def _fills_width(family: type[DecoderConfig]) -> bool:
+    return family.model_type == "qwen2_moe"
+
+
+@st.composite
+def _windows(draw: st.DrawFn, style: str, layers: int) -> tuple[int | None, ...]:
+    window = st.none() | st.integers(1, 4)
+    if style == "none":
+        return (None,) * layers
+    if style != "top":
+        return (draw(window),) * layers
+    size = draw(st.integers(1, 4))
+    return tuple(draw(st.sampled_from([None, size])) for _ in range(layers))
+
+
+@st.composite
+def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> dict[str, Any]:
+    count = draw(st.integers(2, 4))
+    values: dict[str, Any] = {
+        "num_experts": count,
+        "experts_per_token": draw(st.integers(1, count)),
+        "expert_intermediate_size": width,
+        "shared_expert_intermediate_size": None,
+    }
+    if family.has_shared_expert:
+        values["shared_expert_intermediate_size"] = draw(st.integers(1, 6))
+    if family.model_type == "mixtral":
+        return values
+    sparse = draw(st.sets(st.integers(0, layers - 1), min_size=1))
+    return {
+        **values,
+        "expert_intermediate_size": draw(st.integers(1, 8)),
+        "norm_topk_prob": draw(st.booleans()),
+        "mlp_only_layers": tuple(n for n in range(layers) if n not in sparse),
+    }

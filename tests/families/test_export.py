@@ -1,0 +1,380 @@
+"""What is exported is what the graph computes, and reads back as the same graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from moecc_passes.cse import CsePass
+from moecc_passes.upcycle.upcycle import UpcyclePass
+
+from moecc.backend import get_backend
+from moecc.checkpoint.source import open_checkpoint
+from moecc.errors import InputError, UsageError
+from moecc.families import build, import_checkpoint
+from moecc.families.configs import CONFIGS, DecoderConfig, parse_config
+from moecc.families.export import Export, export_graph
+from moecc.ir import Builder, Graph, clone, parse, print_graph, verify
+from moecc.pipeline.passes import Context
+from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint, random_checkpoint
+from moecc.testing.configs import small_configs
+from moecc.weights.evaluate import materialise
+from moecc.weights.expr import Full, Source, sources
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+# Each dense family with the targets that can hold it, and the keys that they need.
+PAIRS = [
+    ("llama", "mixtral", {}),
+    ("llama", "qwen2_moe", {}),
+    ("mistral", "mixtral", {"sliding_window": 3}),
+    ("mistral", "qwen2_moe", {"sliding_window": 3}),
+    ("qwen2", "qwen2_moe", {"tie_word_embeddings": True}),
+    ("qwen3", "qwen3_moe", {"head_dim": 6}),
+]
+
+
+def config_of(family: str, **keys: Any) -> DecoderConfig:
+    return parse_config({"model_type": family, **SIZES, **keys})
+
+
+def upcycled(graph: Graph, target: str, **options: Any) -> Graph:
+    if target == "qwen2_moe":
+        options = {"shared": 0.5, **options}
+    UpcyclePass(**{"experts": 4, "top_k": 2, **options}).apply(graph, Context())
+    verify(graph)
+    return graph
+
+
+def run(graph: Graph, checkpoint: MemoryCheckpoint, seq: int = 5) -> np.ndarray:
+    vocab = graph.outputs["logits"].type["vocab"].size
+    tokens = (np.arange(2 * seq).reshape(2, seq) * 7 + 3) % vocab
+    params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    return get_backend("reference").compile(graph).run(params, {"tokens": tokens})["logits"]
+
+
+def statements(graph: Graph) -> list[object]:
+    """Return the operations of `graph` in order, with what they say, but not where operands are."""
+    return [
+        (n.op.name, n.attrs, n.loc, [str(v.type.without("slot")) for v in n.results]) for n in graph
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_is_exported_as_it_is(case: str) -> None:
+    with open_checkpoint(GOLDEN / case) as checkpoint:
+        graph = import_checkpoint(checkpoint)
+        made = export_graph(graph, graph.attrs["family"])
+        assert {name for name, _ in made.tensors} == set(checkpoint.tensors)
+        for name, expr in made.tensors:
+            assert isinstance(expr, Source)
+            assert expr.name == name
+            assert expr.type.shape == checkpoint.tensors[name].shape
+            assert expr.type.dtype is checkpoint.tensors[name].dtype
+        assert made.config == parse_config(checkpoint.config)
+        assert made.config_json == graph.attrs["config"]
+
+
+@given(small_configs())
+@settings(max_examples=40)
+def test_every_config_exports_to_itself(config: DecoderConfig) -> None:
+    made = export_graph(build(config), config.model_type)
+    assert made.config == parse_config(config.to_json())
+    assert all(isinstance(expr, Source) and expr.name == name for name, expr in made.tensors)
+
+
+@pytest.mark.parametrize(("source", "target", "keys"), PAIRS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"router_std": 1.0},
+        {"granularity": 2},
+        {"layers": "every:2"},
+        {"layers": "0,3"},
+        {"gates": "softmax", "router_init": "zero"},
+        {"init": "drop"},
+    ],
+    ids=str,
+)
+def test_an_upcycled_model_reads_back_as_the_same_model(
+    source: str, target: str, keys: dict[str, Any], options: dict[str, Any]
+) -> None:
+    mixtral_cannot = {"layers", "gates"} & set(options)
+    if target == "mixtral" and mixtral_cannot:
+        pytest.skip("mixtral has experts in every layer and renormalised gates")
+    checkpoint = random_checkpoint(config_of(source, **keys), seed=5)
+    graph = upcycled(import_checkpoint(checkpoint), target, **options)
+    made = export_graph(graph, target)
+    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+    again = import_checkpoint(written)
+    before, after = run(graph, checkpoint), run(again, written)
+    # Weights are rounded to float32 when they are written.
+    assert np.abs(after - before).max() <= 1e-6 * np.abs(before).max()
+    assert _kinds(graph) == _kinds(again)
+
+
+def _kinds(graph: Graph) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for node in graph:
+        counts[node.op.name] = counts.get(node.op.name, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize(("source", "target", "keys"), PAIRS)
+def test_copies_compute_what_the_dense_model_does(
+    source: str, target: str, keys: dict[str, Any]
+) -> None:
+    checkpoint = random_checkpoint(config_of(source, **keys), seed=6)
+    dense = import_checkpoint(checkpoint)
+    made = export_graph(upcycled(import_checkpoint(checkpoint), target, router_std=1.0), target)
+    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+    before, after = run(dense, checkpoint), run(import_checkpoint(written), written)
+    assert np.abs(after - before).max() <= 1e-6 * np.abs(before).max()
+
+
+def test_an_upcycled_block_has_the_very_operations_of_an_imported_one() -> None:
+    graph = upcycled(build(config_of("llama", num_hidden_layers=2)), "mixtral")
+    config = config_of(
+        "mixtral", num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, rope_theta=1e4,
+        rms_norm_eps=1e-6, max_position_embeddings=2048,
+    )  # fmt: skip
+    assert statements(graph) == statements(build(config))
+
+
+def test_an_upcycled_block_with_a_shared_expert_has_them_too() -> None:
+    graph = upcycled(build(config_of("qwen2", num_hidden_layers=2)), "qwen2_moe")
+    config = config_of(
+        "qwen2_moe", num_hidden_layers=2, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=12, shared_expert_intermediate_size=12, norm_topk_prob=True,
+    )  # fmt: skip
+    assert statements(graph) == statements(build(config))
+
+
+def test_every_expert_of_a_copy_is_the_dense_tensor() -> None:
+    graph = upcycled(build(config_of("llama")), "mixtral")
+    tensors = dict(export_graph(graph, "mixtral").tensors)
+    dense = {"w1": "gate", "w3": "up", "w2": "down"}
+    for layer in range(4):
+        for expert in range(4):
+            for word, matrix in dense.items():
+                name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{word}.weight"
+                expr = tensors[name]
+                assert isinstance(expr, Source)
+                assert expr.name == f"model.layers.{layer}.mlp.{matrix}_proj.weight"
+
+
+def test_the_gate_of_a_shared_expert_gets_its_axis_back() -> None:
+    graph = upcycled(build(config_of("llama")), "qwen2_moe")
+    tensors = dict(export_graph(graph, "qwen2_moe").tensors)
+    gate = tensors["model.layers.0.mlp.shared_expert_gate.weight"]
+    assert gate.type.shape == (1, 16)
+    assert isinstance(gate, Full)
+
+
+def test_llama_becomes_a_qwen2_moe_without_biases() -> None:
+    graph = upcycled(build(config_of("llama")), "qwen2_moe")
+    assert export_graph(graph, "qwen2_moe").config_json["qkv_bias"] is False
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    graph = upcycled(build(config_of("llama", tie_word_embeddings=True)), "mixtral")
+    made = export_graph(graph, "mixtral")
+    assert made.config.tie_word_embeddings
+    assert "lm_head.weight" not in dict(made.tensors)
+
+
+def test_an_untied_target_takes_a_tied_weight() -> None:
+    graph = upcycled(build(config_of("llama", tie_word_embeddings=True)), "mixtral")
+    graph.attrs["config"]["tie_word_embeddings"] = False
+    tensors = dict(export_graph(graph, "mixtral").tensors)
+    assert tensors["lm_head.weight"] is tensors["model.embed_tokens.weight"]
+
+
+def test_a_tied_target_takes_no_untied_weights() -> None:
+    graph = upcycled(build(config_of("llama")), "mixtral")
+    graph.attrs["config"]["tie_word_embeddings"] = True
+    with pytest.raises(InputError, match="one tensor where the graph has two that differ"):
+        export_graph(graph, "mixtral")
+    # Two parameters that are one tensor on disk are no contradiction.
+    graph.params["lm_head.weight"].weight = graph.params["model.embed_tokens.weight"].weight
+    assert "lm_head.weight" not in dict(export_graph(graph, "mixtral").tensors)
+
+
+@given(small_configs(DENSE, most_layers=2), st.data())
+@settings(max_examples=30)
+def test_the_order_of_commutative_operands_does_not_matter(
+    config: DecoderConfig, data: st.DataObject
+) -> None:
+    graph = build(config)
+    expected = export_graph(graph, config.model_type).tensors
+    for node in graph:
+        if node.op.commutative and data.draw(st.booleans()):
+            first, second = node.operands
+            node.set_operand(0, second)
+            node.set_operand(1, first)
+    assert export_graph(graph, config.model_type).tensors == expected
+
+
+@given(small_configs(most_layers=2))
+@settings(max_examples=20)
+def test_the_names_of_values_and_their_order_do_not_matter(config: DecoderConfig) -> None:
+    graph = build(config)
+    expected = export_graph(graph, config.model_type).tensors
+    for i, value in enumerate(list(graph.params.values())):
+        graph.rename(value, f"p{i}")
+    assert export_graph(graph, config.model_type).tensors == expected
+    again = parse(print_graph(graph))
+    CsePass().apply(again, Context())
+    assert export_graph(again, config.model_type).tensors == expected
+
+
+def test_a_value_may_be_computed_twice() -> None:
+    graph = build(config_of("llama"))
+    expected = export_graph(graph, "llama").tensors
+    norm = next(n for n in graph if n.op.name == "rms_norm")
+    user = next(n for n in norm.result.users if n.op.name == "contract")
+    twin = graph.append(norm.op, norm.operands, norm.attrs, loc=norm.loc, before=user)
+    user.set_operand(0, twin.result)
+    verify(graph)
+    assert export_graph(graph, "llama").tensors == expected
+
+
+def test_parameters_may_have_their_axes_in_another_order() -> None:
+    checkpoint = random_checkpoint(config_of("llama", num_hidden_layers=1))
+    graph = import_checkpoint(checkpoint)
+    text = print_graph(graph)
+    name = "model.layers.0.mlp.up_proj.weight"
+    old = f'param %{name} : f32[mlp=24, embed=16] = source("{name}" : f32[mlp=24, embed=16])'
+    new = (
+        f"param %{name} : f32[embed=16, mlp=24] = "
+        f'permute(source("{name}" : f32[mlp=24, embed=16]), (embed, mlp))'
+    )
+    assert old in text
+    tensors = dict(export_graph(parse(text.replace(old, new)), "llama").tensors)
+    assert tensors[name] is dict(export_graph(graph, "llama").tensors)[name]
+
+
+def differing(graph: Graph, family: str) -> list[Any]:
+    with pytest.raises(InputError) as caught:
+        export_graph(graph, family)
+    return list(caught.value.problems)
+
+
+def test_where_graph_and_target_part_both_lines_are_shown() -> None:
+    graph = build(config_of("llama"))
+    node = next(n for n in graph if n.op.name == "silu" and n.loc == "layers.2.ffn")
+    gelu = Builder(graph, loc=node.loc, before=node).gelu(node.operands[0])
+    node.replace_by(gelu)
+    (problem,) = differing(graph, "llama")
+    assert problem.what == "the graph is no llama: here the two part"
+    assert problem.where == "layers.2.ffn"
+    assert " = silu %gate" in problem.expected
+    assert " = gelu %gate" in problem.found
+
+
+def test_another_attribute_parts_them() -> None:
+    graph = build(config_of("llama"))
+    graph.attrs["config"]["rms_norm_eps"] = 1e-3
+    found = differing(graph, "llama")
+    assert len(found) == 6
+    assert found[0].where == "norm"
+    assert "eps=0.001" in found[0].expected
+    assert found[-1].what == "4 more places where the two part"
+
+
+def test_another_width_parts_them() -> None:
+    graph = build(config_of("llama", num_hidden_layers=1))
+    graph.attrs["config"]["intermediate_size"] = 32
+    found = differing(graph, "llama")
+    assert {p.where for p in found} == {"layers.0.ffn"}
+    assert any("mlp=32" in p.expected and "mlp=24" in p.found for p in found)
+
+
+def test_an_extra_output_is_not_lost_in_silence() -> None:
+    graph = build(config_of("llama"))
+    graph.set_output("hidden", graph.outputs["logits"].node.operands[0])
+    (problem,) = differing(graph, "llama")
+    assert problem.expected == "logits"
+    assert problem.found == "logits, hidden"
+
+
+def test_a_parameter_without_a_weight_cannot_be_written() -> None:
+    graph = build(config_of("llama"))
+    graph.params["model.norm.weight"].weight = None
+    (problem,) = differing(graph, "llama")
+    assert problem.where == "%model.norm.weight"
+
+
+def test_a_graph_of_something_else_is_refused() -> None:
+    graph = build(config_of("llama"))
+    graph.rename(graph.inputs["tokens"], "ids")
+    (problem,) = differing(graph, "llama")
+    assert problem.what == "a language model takes tokens, and the graph does not"
+
+
+def test_a_graph_that_says_nothing_of_its_source_is_refused() -> None:
+    graph = build(config_of("llama"))
+    del graph.attrs["config"]
+    (problem,) = differing(graph, "llama")
+    assert problem.what == "the graph does not say what it was imported from"
+
+
+def test_an_unknown_target_is_a_mistake_of_the_command() -> None:
+    graph = build(config_of("llama"))
+    with pytest.raises(UsageError, match="did you mean 'mixtral'") as caught:
+        export_graph(graph, "mixtrall")
+    assert caught.value.exit_code == 2
+
+
+def test_the_graph_itself_is_left_alone() -> None:
+    graph = upcycled(build(config_of("llama")), "mixtral")
+    before = print_graph(graph)
+    copy = clone(graph)
+    first, second = export_graph(graph, "mixtral"), export_graph(copy, "mixtral")
+    assert first == second
+    assert print_graph(graph) == before
+
+
+@given(small_configs(DENSE, most_layers=2), st.sampled_from(SPARSE), st.data())
+@settings(max_examples=15)
+def test_what_exports_reads_back_and_computes_the_same(
+    config: DecoderConfig, target: str, data: st.DataObject
+) -> None:
+    checkpoint = random_checkpoint(config, seed=data.draw(st.integers(0, 99)))
+    layers = data.draw(st.sampled_from(["all", "0", "last:1"]))
+    graph = import_checkpoint(checkpoint)
+    upcycled(graph, target, layers=layers, router_std=1.0)
+    try:
+        made: Export = export_graph(graph, target)
+    except InputError:
+        assume(False)
+    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+    again = import_checkpoint(written)
+    before, after = run(graph, checkpoint), run(again, written)
+    assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
+    assert export_graph(again, target).config == made.config
+    read = {s.name for _, expr in made.tensors for s in sources(expr)}
+    assert read == set(checkpoint.arrays)
+
+
+def test_every_family_is_a_target() -> None:
+    for family in CONFIGS:
+        keys = {"mixtral": {"num_local_experts": 2}, "qwen2_moe": {"num_experts": 4}}
+        config = config_of(family, **keys.get(family, {}))
+        assert export_graph(build(config), family).config == config

@@ -1,0 +1,237 @@
+"""The graphs of families: golden logits, structure, and names, axes and places of parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from moecc.backend import get_backend
+from moecc.checkpoint.source import open_checkpoint
+from moecc.families import FAMILIES, build, import_checkpoint
+from moecc.families.configs import DecoderConfig, parse_config
+from moecc.families.decoder import build_decoder
+from moecc.ir import BF16, Graph, equal, parse, print_graph, verify
+from moecc.testing.checkpoints import MemoryCheckpoint, random_checkpoint
+from moecc.testing.configs import small_configs
+from moecc.weights.evaluate import materialise
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def config_of(family: str, **keys: object) -> DecoderConfig:
+    return parse_config({"model_type": family, **SIZES, **keys})
+
+
+def run(graph: Graph, checkpoint: MemoryCheckpoint, tokens: np.ndarray) -> np.ndarray:
+    params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    return get_backend("reference").compile(graph).run(params, {"tokens": tokens})["logits"]
+
+
+def nodes(graph: Graph, name: str) -> list:
+    return [node for node in graph if node.op.name == name]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_imported_graph_gives_the_golden_logits(case: str) -> None:
+    with open_checkpoint(GOLDEN / case) as checkpoint:
+        graph = import_checkpoint(checkpoint)
+        verify(graph)
+        tokens = np.load(GOLDEN / case / "tokens.npy")
+        found = run(graph, checkpoint, tokens)
+    logits = np.load(GOLDEN / case / "logits.npy")
+    # The file holds float32, rounded once; the reference computes in float64.
+    assert np.abs(found - logits).max() <= 2.0**-24 * np.abs(logits).max() * 1.01
+
+
+@given(small_configs())
+@settings(max_examples=40)
+def test_every_config_builds_a_graph_that_prints_and_parses(config: DecoderConfig) -> None:
+    graph = build(config, checkpoint="some/folder")
+    verify(graph)
+    assert equal(parse(print_graph(graph)), graph)
+    assert graph.attrs == {
+        "family": config.model_type,
+        "config": config.to_json(),
+        "checkpoint": "some/folder",
+    }
+    assert str(graph.inputs["tokens"].type) == "i32[batch=B, seq=S]"
+    expected = f"f32[batch=B, seq=S, vocab={config.vocab_size}]"
+    assert str(graph.outputs["logits"].type) == expected
+
+
+@given(small_configs())
+@settings(max_examples=40)
+def test_scores_have_both_sequence_axes(config: DecoderConfig) -> None:
+    graph = build(config)
+    scores = nodes(graph, "softmax")
+    assert len(scores) == config.num_hidden_layers
+    for node in scores:
+        assert {"seq", "kv_seq"} <= set(node.result.type.names)
+        assert node.attrs["axis"] == "kv_seq"
+        assert node.result.type["seq"].size == node.result.type["kv_seq"].size == "S"
+
+
+@given(small_configs())
+@settings(max_examples=40)
+def test_tables_are_made_once_and_masks_once_a_window(config: DecoderConfig) -> None:
+    graph = build(config)
+    assert len(nodes(graph, "rope")) == len(nodes(graph, "positions")) == 1
+    windows = [node.attrs["window"] for node in nodes(graph, "causal")]
+    assert sorted(windows) == sorted({w or 0 for w in config.sliding_windows})
+    used = [node.operands[1].node.attrs["window"] for node in nodes(graph, "mask")]
+    assert used == [w or 0 for w in config.sliding_windows]
+
+
+def test_locations_name_the_parts_of_the_model() -> None:
+    graph = build(config_of("llama", num_hidden_layers=2))
+    expected = ["embed"]
+    expected += [f"layers.{i}.{part}" for i in range(2) for part in ("attention", "ffn")]
+    expected += ["norm", "head"]
+    assert list(dict.fromkeys(node.loc for node in graph)) == expected
+    assert list(dict.fromkeys(p.loc for p in graph.params.values())) == expected
+    assert not any(node.origin for node in graph)
+
+
+def test_parameters_are_named_after_tensors_with_axes_as_on_disk() -> None:
+    graph = build(config_of("llama", attention_bias=True, mlp_bias=True))
+    layer = "model.layers.3."
+    types = {
+        "model.embed_tokens.weight": "f32[vocab=40, embed=16]",
+        f"{layer}input_layernorm.weight": "f32[embed=16]",
+        f"{layer}self_attn.q_proj.weight": "f32[q=16, embed=16]",
+        f"{layer}self_attn.k_proj.weight": "f32[kv=8, embed=16]",
+        f"{layer}self_attn.v_proj.bias": "f32[kv=8]",
+        f"{layer}self_attn.o_proj.weight": "f32[embed=16, q=16]",
+        f"{layer}self_attn.o_proj.bias": "f32[embed=16]",
+        f"{layer}mlp.gate_proj.weight": "f32[mlp=24, embed=16]",
+        f"{layer}mlp.up_proj.bias": "f32[mlp=24]",
+        f"{layer}mlp.down_proj.weight": "f32[embed=16, mlp=24]",
+        f"{layer}mlp.down_proj.bias": "f32[embed=16]",
+        "model.norm.weight": "f32[embed=16]",
+        "lm_head.weight": "f32[vocab=40, embed=16]",
+    }
+    assert {name: str(graph.params[name].type) for name in types} == types
+    assert all(str(graph.params[n].weight).startswith(f'source("{n}" : ') for n in types)
+
+
+def test_experts_are_one_stacked_parameter() -> None:
+    graph = build(config_of("mixtral", num_local_experts=2))
+    name = "model.layers.0.block_sparse_moe.experts.w3.weight"
+    assert str(graph.params[name].type) == "f32[expert=2, mlp=24, embed=16]"
+    part = 'source("model.layers.0.block_sparse_moe.experts.{}.w3.weight" : f32[mlp=24, embed=16])'
+    assert str(graph.params[name].weight) == (
+        f"stack({part.format(0)}, {part.format(1)}, axis=expert)"
+    )
+    down = graph.params["model.layers.0.block_sparse_moe.experts.w2.weight"]
+    assert str(down.type) == "f32[expert=2, embed=16, mlp=24]"
+
+
+def test_tied_embeddings_are_one_parameter() -> None:
+    graph = build(config_of("qwen2", tie_word_embeddings=True))
+    table = graph.params["model.embed_tokens.weight"]
+    assert "lm_head.weight" not in graph.params
+    assert sorted(node.op.name for node in table.users) == ["contract", "embedding"]
+    assert table.loc == "embed"
+
+
+def test_weights_have_the_type_on_disk_and_parameters_are_nominally_float32() -> None:
+    graph = build(config_of("llama"), lambda name: BF16)
+    assert {str(v.type.dtype) for v in graph.params.values()} == {"f32"}
+    assert {str(v.weight.type.dtype) for v in graph.params.values()} == {"bf16"}
+    assert not nodes(graph, "cast")
+
+
+def test_a_dense_layer_of_a_sparse_model_is_dense() -> None:
+    config = config_of(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        decoder_sparse_step=2, mlp_only_layers=[3],
+    )  # fmt: skip
+    graph = build(config)
+    assert [node.loc for node in nodes(graph, "route")] == ["layers.1.ffn"]
+    assert "model.layers.3.mlp.gate_proj.weight" in graph.params
+
+
+@pytest.mark.parametrize(("flag", "gates"), [(True, "renormalised"), (False, "softmax")])
+def test_gates_follow_norm_topk_prob(flag: bool, gates: str) -> None:
+    keys = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    graph = build(config_of("qwen3_moe", norm_topk_prob=flag, **keys))
+    assert {node.attrs["gates"] for node in nodes(graph, "route")} == {gates}
+
+
+def test_all_layers_of_a_model_have_the_same_operations() -> None:
+    graph = build(config_of("qwen2"))
+    places = {node.loc for node in graph if node.loc.startswith("layers.")}
+    each = {
+        loc: tuple(sorted(Counter(n.op.name for n in graph if n.loc == loc).items()))
+        for loc in places
+    }
+    assert len(set(each.values())) == 2
+
+
+@given(small_configs(["mixtral", "qwen2_moe", "qwen3_moe"], most_layers=2))
+@settings(max_examples=15)
+def test_fused_experts_are_the_same_model(config: DecoderConfig) -> None:
+    apart = random_checkpoint(config, seed=3)
+    fused = MemoryCheckpoint(apart.config, _fused(apart.arrays))
+    tokens = np.arange(6).reshape(2, 3) % config.vocab_size
+    graphs = [import_checkpoint(c) for c in (apart, fused)]
+    outputs = [run(g, c, tokens) for g, c in zip(graphs, (apart, fused), strict=True)]
+    np.testing.assert_array_equal(*outputs)
+    text = [print_graph(_without_weights(graph)) for graph in graphs]
+    assert text[0] == text[1]
+
+
+def _without_weights(graph: Graph) -> Graph:
+    for value in graph.params.values():
+        value.weight = None
+    return graph
+
+
+def _fused(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return `arrays` as transformers 5 holds them: written here from its documentation."""
+    made = {}
+    for name, array in arrays.items():
+        if ".experts." not in name:
+            made[name.replace("block_sparse_moe.gate", "mlp.gate")] = array
+    words = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
+    groups = {n.split(".experts.")[0] for n in arrays if ".experts." in n}
+    for prefix in groups:
+        matrices = {}
+        for matrix, names in words.items():
+            found = {
+                int(n.split(".experts.")[1].split(".")[0]): a
+                for n, a in arrays.items()
+                if n.startswith(f"{prefix}.experts.") and n.split(".")[-2] in names
+            }
+            matrices[matrix] = np.stack([found[e] for e in sorted(found)])
+        fused = prefix.replace("block_sparse_moe", "mlp") + ".experts."
+        both = np.concatenate([matrices["gate"], matrices["up"]], axis=1)
+        made |= {f"{fused}gate_up_proj": both, f"{fused}down_proj": matrices["down"]}
+    return made
+
+
+def test_the_token_axes_may_have_other_sizes() -> None:
+    graph = build_decoder(config_of("llama"), batch=2, seq="N")
+    verify(graph)
+    assert str(graph.outputs["logits"].type) == "f32[batch=2, seq=N, vocab=40]"
+
+
+def test_the_registry_lists_all_families() -> None:
+    assert list(FAMILIES) == [
+        "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe",
+    ]  # fmt: skip

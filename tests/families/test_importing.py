@@ -1,0 +1,258 @@
+"""What import says of tensors that do not fit their config, before it reads any."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.families import import_checkpoint
+from moecc.families.configs import DecoderConfig, parse_config
+from moecc.ir import verify
+from moecc.testing.checkpoints import MemoryCheckpoint, random_checkpoint
+from moecc.testing.configs import small_configs
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def checkpoint(family: str = "llama", **keys: Any) -> MemoryCheckpoint:
+    return random_checkpoint(parse_config({"model_type": family, **SIZES, **keys}))
+
+
+def refusal(made: MemoryCheckpoint) -> InputError:
+    with pytest.raises(InputError) as caught:
+        import_checkpoint(made)
+    assert made.reads == []
+    return caught.value
+
+
+def problems(made: MemoryCheckpoint) -> list[str]:
+    return [p.what for p in refusal(made).problems]
+
+
+@given(small_configs())
+@settings(max_examples=30)
+def test_what_fits_is_imported_without_reading(config: DecoderConfig) -> None:
+    made = random_checkpoint(config)
+    verify(import_checkpoint(made))
+    assert made.reads == []
+
+
+def test_a_missing_tensor_is_named_with_its_type_and_the_nearest_name() -> None:
+    made = checkpoint()
+    name = "model.layers.1.mlp.up_proj.weight"
+    made.arrays["model.layers.1.mlp.upp_proj.weight"] = made.arrays.pop(name)
+    missing, extra = refusal(made).problems
+    assert missing.what == "this tensor is missing"
+    assert missing.where == f"memory: {name}"
+    assert missing.expected == "f32[mlp=24, embed=16]"
+    assert missing.hint == "did you mean 'model.layers.1.mlp.upp_proj.weight'?"
+    assert extra.what == "llama has no such tensor"
+    assert extra.where == "memory: model.layers.1.mlp.upp_proj.weight"
+    assert extra.hint == f"did you mean {name!r}?"
+
+
+def test_all_problems_are_told_at_once() -> None:
+    made = checkpoint()
+    del made.arrays["model.norm.weight"]
+    made.arrays["model.layers.0.self_attn.k_proj.weight"] = np.zeros((16, 16), np.float32)
+    made.arrays["model.layers.0.self_attn.v_proj.weight"] = np.zeros((8, 16), np.int8)
+    made.arrays["stranger"] = np.zeros(1, np.float32)
+    assert problems(made) == [
+        "this tensor is missing",
+        "llama has no such tensor",
+        "the tensor has another shape than config.json says",
+        "the tensor's elements are no weights",
+    ]
+
+
+def test_a_wrong_shape_is_shown_with_the_names_of_its_axes() -> None:
+    made = checkpoint()
+    name = "model.layers.0.mlp.down_proj.weight"
+    made.arrays[name] = made.arrays[name].T
+    (problem,) = refusal(made).problems
+    assert problem.expected == "[embed=16, mlp=24]"
+    assert problem.found == "[24, 16]"
+    assert problem.hint == "it is transposed: outputs come first on disk"
+
+
+def test_missing_layers_are_one_problem() -> None:
+    made = checkpoint()
+    made.arrays = {n: a for n, a in made.arrays.items() if "layers.1." not in n}
+    (problem,) = refusal(made).problems
+    assert problem.what == "no tensor of the layers 1"
+    made = checkpoint()
+    made.config["num_hidden_layers"] = 9
+    (problem,) = refusal(made).problems
+    assert problem.what == "no tensor of the layers 3-8"
+
+
+def test_superfluous_layers_are_one_problem() -> None:
+    made = checkpoint()
+    made.config["num_hidden_layers"] = 1
+    (problem,) = refusal(made).problems
+    assert problem.what == "there are tensors of the layers 1-2"
+    assert problem.expected == "layers below num_hidden_layers = 1"
+
+
+def test_an_unexpected_bias_points_to_the_key_of_the_config() -> None:
+    made = checkpoint()
+    made.arrays["model.layers.0.self_attn.q_proj.bias"] = np.zeros(16, np.float32)
+    made.arrays["model.layers.0.mlp.up_proj.bias"] = np.zeros(24, np.float32)
+    hints = [p.hint for p in refusal(made).problems]
+    assert hints == [
+        "config.json says that there is no bias: attention_bias (qkv_bias in qwen2_moe)",
+        "config.json says that there is no bias: mlp_bias",
+    ]
+
+
+def test_many_problems_of_a_kind_are_counted() -> None:
+    made = checkpoint()
+    for n in range(50):
+        made.arrays[f"stranger.{n}"] = np.zeros(1, np.float32)
+    found = problems(made)
+    assert len(found) == 21
+    assert found[-1] == "30 more tensors are not the model's"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_base_model_without_the_prefix_is_recognised(tied: bool) -> None:
+    made = checkpoint(tie_word_embeddings=tied)
+    made.arrays = {
+        n.removeprefix("model."): a for n, a in made.arrays.items() if n != "lm_head.weight"
+    }
+    found = problems(made)
+    assert found[0] == "the tensors are those of a base model: their names lack 'model.'"
+    assert len(found) == (1 if tied else 2)
+
+
+def test_rotary_buffers_are_ignored() -> None:
+    made = checkpoint()
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"):
+        made.arrays[name] = np.zeros(2, np.float32)
+    verify(import_checkpoint(made))
+    made.arrays["model.layers.0.self_attn.rotary_emb.inv_freq.x"] = np.zeros(2, np.float32)
+    assert problems(made) == ["llama has no such tensor"]
+
+
+def test_an_untied_model_needs_its_output_matrix() -> None:
+    made = checkpoint()
+    del made.arrays["lm_head.weight"]
+    (problem,) = refusal(made).problems
+    assert problem.where == "memory: lm_head.weight"
+    assert problem.hint == 'set "tie_word_embeddings": true if the model ties them'
+
+
+def test_a_tied_model_may_have_an_equal_output_matrix() -> None:
+    made = checkpoint(tie_word_embeddings=True)
+    made.arrays["lm_head.weight"] = made.arrays["model.embed_tokens.weight"].copy()
+    graph = import_checkpoint(made)
+    assert "lm_head.weight" not in graph.params
+    assert set(made.reads) == {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("row", [0, 39])
+def test_a_tied_model_with_another_output_matrix_is_refused(row: int) -> None:
+    made = checkpoint(tie_word_embeddings=True)
+    made.arrays["lm_head.weight"] = made.arrays["model.embed_tokens.weight"].copy()
+    made.arrays["lm_head.weight"][row, 3] += 1
+    with pytest.raises(InputError, match="ties the output matrix") as caught:
+        import_checkpoint(made)
+    (problem,) = caught.value.problems
+    assert problem.where == "memory: lm_head.weight"
+    assert '"tie_word_embeddings": false' in str(problem.hint)
+
+
+def test_a_tied_output_matrix_of_another_shape_or_type_is_not_even_read() -> None:
+    made = checkpoint(tie_word_embeddings=True)
+    table = made.arrays["model.embed_tokens.weight"]
+    for other in (table[:-1], table.astype(np.float64)):
+        made.arrays["lm_head.weight"] = other
+        assert "the two differ" in problems(made)[0]
+
+
+def test_experts_of_several_types_are_refused_with_everything_else() -> None:
+    made = checkpoint("mixtral", **MOE)
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    made.arrays[name] = made.arrays[name].astype(np.float16)
+    del made.arrays["model.norm.weight"]
+    mixed, missing = refusal(made).problems
+    assert mixed.what == "the experts of a layer have several element types"
+    assert mixed.where == "memory: model.layers.1.block_sparse_moe.experts.*.w1.weight"
+    assert "f16" in str(mixed.found)
+    assert missing.what == "this tensor is missing"
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_a_wrong_number_of_experts_is_told(change: str) -> None:
+    made = checkpoint("mixtral", **MOE)
+    experts = 5 if change == "missing" else 3
+    made.config["num_local_experts"] = made.config["num_experts"] = experts
+    found = refusal(made).problems
+    wrong = {p.where for p in found if "experts." in str(p.where)}
+    number = 4 if change == "missing" else 3
+    assert wrong == {
+        f"memory: model.layers.{i}.block_sparse_moe.experts.{number}.{w}.weight"
+        for i in range(3)
+        for w in ("w1", "w2", "w3")
+    }
+
+
+def test_fused_experts_of_a_wrong_width_are_told() -> None:
+    config = parse_config({"model_type": "mixtral", **SIZES, **MOE})
+    made = random_checkpoint(config, layout="fused")
+    verify(import_checkpoint(made))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    made.arrays[name] = made.arrays[name][:, :-1]
+    (problem,) = refusal(made).problems
+    assert problem.expected == "[expert=4, mlp=48, embed=16]"
+    assert problem.found == "[4, 47, 16]"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_hidden_layers": 10_000},
+        {"num_local_experts": 65_536, "num_experts": 65_536},
+        {"num_hidden_layers": 10_000, "num_local_experts": 65_536, "num_experts": 65_536},
+    ],
+)
+def test_a_config_that_speaks_of_another_model_is_refused_at_once(keys: dict[str, int]) -> None:
+    made = checkpoint("mixtral", **MOE)
+    made.config |= keys
+    start = time.perf_counter()
+    assert problems(made) == ["config.json and the tensors cannot belong together"]
+    assert time.perf_counter() - start < 1
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_damage_to_the_tensors_is_told_as_a_problem(data: st.DataObject) -> None:
+    made = random_checkpoint(data.draw(small_configs(most_layers=2)))
+    name = data.draw(st.sampled_from(sorted(made.arrays)))
+    kind = data.draw(st.sampled_from(["drop", "rename", "grow", "flatten", "integers"]))
+    array = made.arrays.pop(name)
+    if kind == "rename":
+        made.arrays[data.draw(st.text(min_size=1)) + name] = array
+    elif kind == "grow":
+        made.arrays[name] = np.concatenate([array, array])
+    elif kind == "flatten":
+        made.arrays[name] = array.reshape(*array.shape, 1)
+    elif kind == "integers":
+        made.arrays[name] = array.astype(np.int32)
+    text = str(refusal(made))
+    assert name in text
+    assert text.isprintable() or "\n" in text
