@@ -229,10 +229,10 @@ class Evaluator:
         elements = prod(extents((*before, *wide, *after)))
         if wide != inner and elements * e.type.dtype.itemsize_bytes > WIDE_BYTES:
             rows = [
-                self._split(e, (*inner[:lead], (i, i + 1), *inner[lead + 1 :], *after))
+                self._split(e, (*before, *inner[:lead], (i, i + 1), *inner[lead + 1 :], *after))
                 for i in range(*inner[lead])
             ]
-            return np.concatenate(rows, axis=lead)
+            return np.concatenate(rows, axis=at + lead)
         start = int(np.ravel_multi_index([a for a, _ in wide], sizes))
         stop = int(np.ravel_multi_index([b - 1 for _, b in wide], sizes)) + 1
         x = self.block(e.x, (*before, (start, stop), *after))
@@ -274,7 +274,8 @@ class Evaluator:
     def _check_cast(self, e: Cast, x: Array, made: Array, box: Box) -> None:
         if first_nonfinite(made) is None:
             return
-        over = np.isfinite(x) & ~np.isfinite(made)
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            over = np.isfinite(x) & ~np.isfinite(made)
         if not over.any():
             return
         place = np.unravel_index(int(np.argmax(over)), over.shape)

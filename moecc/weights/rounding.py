@@ -40,7 +40,8 @@ def widen(values: Array, dtype: DType) -> Array:
         bits = values.view(np.uint16).astype(np.uint32)
         bits <<= 16
         return bits.view(np.float32)
-    return values.astype(dtype.numpy)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return values.astype(dtype.numpy)
 
 
 def round_to(values: Array, dtype: DType) -> Array:

@@ -161,10 +161,44 @@ def exprs(draw: st.DrawFn, most: int = 7) -> Expr:
     x: Expr = draw(leaves(draw(types())))
     for _ in range(draw(st.integers(0, most))):
         y = draw(grown(x))
-        if prod(y.type.shape) > 400 or y.type.rank > 6:
-            break
-        x = y
+        if prod(y.type.shape) <= 400 and y.type.rank <= 6:
+            x = y
     return x
+
+
+@st.composite
+def movements(draw: st.DrawFn) -> Expr:
+    """Draw a long chain of nodes that only move, over a source."""
+    names = draw(st.permutations(NAMES))[: draw(st.integers(1, 3))]
+    sizes = st.sampled_from((2, 3, 4, 6))
+    x: Expr = source(TensorType(BF16, tuple(Axis(n, draw(sizes)) for n in names)), 0)
+    kinds = ("index", "slice", "split", "merge", "permute", "rename", "tile", "restack", "undo")
+    for kind in draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=10)):
+        if not x.type.axes:
+            break
+        y = x
+        if kind == "tile":
+            y = Tile(x, fresh(draw, x), draw(st.integers(2, 3)), draw(st.integers(0, x.type.rank)))
+        elif kind == "restack":
+            axis = draw(st.sampled_from(x.type.axes))
+            parts = [Index(x, axis.name, i) for i in range(int(str(axis.size)))]
+            start = draw(st.integers(0, len(parts) - 1))
+            parts = parts[start : draw(st.integers(start + 1, len(parts)))]
+            y = Stack(tuple(parts), draw(st.sampled_from((axis.name, fresh(draw, x)))), 0)
+        elif kind == "undo" and isinstance(x, Split | Merge) and "u" not in str(x.type.names):
+            y = undone(x)
+        elif kind != "undo":
+            y = draw(moved(x, kind))
+        if prod(y.type.shape) <= 400 and y.type.rank <= 6:
+            x = y
+    return x
+
+
+def undone(x: Split | Merge) -> Expr:
+    if isinstance(x, Split):
+        return Merge(x, tuple(name for name, _ in x.into), x.axis)
+    sizes = ((name, int(str(x.x.type[name].size))) for name in x.axes)
+    return Split(x, x.into, tuple((f"u{i}", size) for i, (_, size) in enumerate(sizes)))
 
 
 # --- the oracle: whole tensors, in the plainest way
@@ -302,12 +336,12 @@ def same(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@given(exprs())
+@given(exprs() | movements())
 def test_the_evaluator_agrees_with_whole_arrays(e: Expr) -> None:
     assert same(whole(e), naive(e))
 
 
-@given(exprs())
+@given(exprs() | movements())
 def test_simplifying_changes_no_byte(e: Expr) -> None:
     simple = simplify(e)
     assert simple.type == e.type
@@ -325,7 +359,7 @@ def test_rows_are_rows_of_the_whole(e: Expr, data: st.DataObject) -> None:
     assert same(np.concatenate(rows), full)
 
 
-@given(exprs(), st.data())
+@given(exprs() | movements(), st.data())
 def test_a_box_is_a_box_of_the_whole(e: Expr, data: st.DataObject) -> None:
     box = []
     for size in e.type.shape:
@@ -362,7 +396,7 @@ def test_text_comes_back(e: Expr) -> None:
     assert padded[end:] == " @layers.3"
 
 
-@given(exprs(most=4), st.data())
+@given(exprs(most=4) | movements(), st.data())
 def test_an_index_of_anything_reads_nothing_more(e: Expr, data: st.DataObject) -> None:
     """Pushing an index down never makes an expression read more rows."""
     assume(e.type.axes and whole(e).size)

@@ -1,0 +1,181 @@
+"""Random numbers: their distributions, and that a key and a place decide them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.ir.dtypes import F32, PRED
+from moecc.ir.types import tensor
+from moecc.weights import random
+from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
+from moecc.weights.evaluate import evaluate
+from moecc.weights.expr import Expr
+from moecc.weights.movement import Index, Permute, Slice
+from moecc.weights.random import box_words, normal_quantile, stream, tail
+
+KEY = 0x0123456789ABCDEF0123456789ABCDEF
+MANY = tensor(F32, expert=8, mlp=125, embed=400)
+COUNT = 400_000
+
+
+def nothing(name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    raise AssertionError("a draw reads nothing")
+
+
+def drawn(e: Expr) -> np.ndarray[Any, Any]:
+    return evaluate(e, nothing)
+
+
+def moments(x: np.ndarray[Any, Any]) -> tuple[float, float, float, float]:
+    """Return mean, standard deviation, skewness and kurtosis."""
+    x = x.astype(np.float64).ravel()
+    mean, std = x.mean(), x.std()
+    z = (x - mean) / std
+    return float(mean), float(std), float((z**3).mean()), float((z**4).mean())
+
+
+def test_normal_numbers_have_their_moments() -> None:
+    mean, std, skew, kurtosis = moments(drawn(Normal(MANY, 0.02, KEY, 1.0)))
+    # Four standard errors of each estimate.
+    assert abs(mean - 1.0) < 4 * 0.02 / COUNT**0.5
+    assert abs(std / 0.02 - 1) < 4 / (2 * COUNT) ** 0.5
+    assert abs(skew) < 4 * (6 / COUNT) ** 0.5
+    assert abs(kurtosis - 3) < 4 * (24 / COUNT) ** 0.5
+
+
+def test_normal_numbers_have_their_tails() -> None:
+    z = drawn(Normal(MANY, 1.0, KEY)).ravel()
+    for bound in (1.0, 2.0, 3.0):
+        share = math.erfc(bound / 2**0.5)
+        error = (share * (1 - share) / COUNT) ** 0.5
+        assert abs(float((np.abs(z) > bound).mean()) - share) < 4 * error
+    assert 4.0 < np.abs(z).max() < 6.5
+
+
+def test_truncated_normal_numbers_stay_within_their_bound() -> None:
+    for bound in (0.5, 2.0, 3.0):
+        z = drawn(TruncatedNormal(MANY, 0.5, KEY, bound))
+        assert np.abs(z).max() <= np.float32(0.5 * bound)
+        mean, std, skew, _ = moments(z)
+        # Var = 1 - 2 b phi(b) / (1 - 2 Phi(-b)) for the bounds -b and b.
+        density = math.exp(-bound * bound / 2) / math.sqrt(2 * math.pi)
+        variance = 1 - 2 * bound * density / math.erf(bound / 2**0.5)
+        assert abs(mean) < 4 * 0.5 * variance**0.5 / COUNT**0.5
+        assert abs(std / (0.5 * variance**0.5) - 1) < 4 / (2 * COUNT) ** 0.5
+        assert abs(skew) < 4 * (6 / COUNT) ** 0.5
+
+
+def test_uniform_numbers_are_spread_evenly() -> None:
+    x = drawn(Uniform(MANY, -0.1, 0.3, KEY))
+    assert x.min() >= np.float32(-0.1)
+    assert x.max() <= np.float32(0.3)
+    mean, std, _, _ = moments(x)
+    assert abs(mean - 0.1) < 4 * std / COUNT**0.5
+    assert abs(std - 0.4 / 12**0.5) < 4 * std / (2 * COUNT) ** 0.5
+    share = np.histogram(x, bins=20)[0] / COUNT
+    assert np.abs(share - 0.05).max() < 5 * (0.05 * 0.95 / COUNT) ** 0.5
+
+
+def test_neighbours_and_keys_are_not_correlated() -> None:
+    a, b = (drawn(Normal(MANY, 1.0, key)).ravel() for key in (1, 2))
+    limit = 4 / COUNT**0.5
+    assert abs(float(np.corrcoef(a, b)[0, 1])) < limit
+    for step in (1, 2, 4, 400, 50_000):
+        assert abs(float(np.corrcoef(a[:-step], a[step:])[0, 1])) < limit
+
+
+def test_extreme_words_make_finite_numbers() -> None:
+    words = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+    z = random.normal(words, 0.0, 1.0)
+    assert np.isfinite(z).all()
+    assert z[0] == -z[-1]
+    assert -8.3 < z[0] < -8.0
+    assert np.abs(random.truncated_normal(words, 1.0, 3.0)).max() <= 3.0
+    assert random.uniform(words, 0.0, 1.0)[0] == 0.0
+
+
+def test_the_quantile_agrees_with_the_standard_library() -> None:
+    rng = np.random.default_rng(0)
+    p = np.concatenate([rng.random(2000), 10.0 ** -rng.uniform(1, 16, 2000), [2.0**-53, 0.5]])
+    exact = statistics.NormalDist()
+    expected = np.array([exact.inv_cdf(float(q)) for q in p])
+    np.testing.assert_allclose(normal_quantile(p), expected, rtol=3e-15, atol=1e-16)
+
+
+def test_the_logarithm_is_exact_to_the_last_bits() -> None:
+    p = np.concatenate([10.0 ** -np.linspace(0.3, 300, 5000), [0.5, 2.0**-53, 0.999]])
+    np.testing.assert_allclose(random._log(p), np.log(p), rtol=5e-16)
+
+
+@pytest.mark.parametrize("bound", [0.5, 1.0, 3.0, 5.0])
+def test_tail_probabilities(bound: float) -> None:
+    assert tail(bound) == pytest.approx(math.erfc(bound / 2**0.5) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("expr", "digest"),
+    [
+        (Normal(tensor(F32, a=50, b=41), 0.02, KEY, 1.0), "6614085809da521b"),
+        (TruncatedNormal(tensor(F32, a=50, b=41), 0.02, KEY), "471007b31941cdd7"),
+        (Uniform(tensor(F32, a=50, b=41), -1.0, 2.0, KEY), "9b3a6ac23a35e76f"),
+        (Subset(tensor(PRED, a=50, b=41), "b", 20, KEY), "d13555f16e6a2f74"),
+    ],
+)
+def test_bytes_are_those_of_every_platform_and_version(expr: Expr, digest: str) -> None:
+    assert hashlib.sha256(drawn(expr).tobytes()).hexdigest()[:16] == digest
+
+
+def test_words_are_those_of_philox() -> None:
+    whole = np.random.Philox(key=KEY).random_raw(100)
+    for start, count in ((0, 100), (1, 3), (4, 4), (7, 60), (99, 1), (50, 0)):
+        assert (stream(KEY, start, count) == whole[start : start + count]).all()
+    # Beyond 2^64 elements the counter carries.
+    far = stream(KEY, 4 * (2**64 - 1), 8)
+    assert (far[4:] == np.random.Philox(key=KEY, counter=2**64).random_raw(4)).all()
+
+
+@given(st.data())
+def test_a_box_of_words_is_a_box_of_the_stream(data: st.DataObject) -> None:
+    sizes = tuple(data.draw(st.lists(st.integers(1, 9), max_size=4)))
+    box = []
+    for size in sizes:
+        start = data.draw(st.integers(0, size))
+        box.append((start, data.draw(st.integers(start, size))))
+    whole = stream(KEY, 0, math.prod(sizes)).reshape(sizes)
+    part = box_words(KEY, sizes, tuple(box))
+    assert (part == whole[tuple(slice(*ends) for ends in box)]).all()
+    assert part.shape == tuple(b - a for a, b in box)
+
+
+def test_cutting_and_turning_changes_no_byte() -> None:
+    e = Normal(tensor(F32, expert=4, mlp=30, embed=20), 1.0, KEY)
+    whole = drawn(e)
+    one = drawn(Slice(Index(e, "expert", 2), "embed", 3, 9))
+    assert one.tobytes() == whole[2, :, 3:9].tobytes()
+    turned = drawn(Index(Permute(e, ("embed", "expert", "mlp")), "embed", 7))
+    assert turned.tobytes() == whole[:, :, 7].tobytes()
+
+
+@pytest.mark.parametrize("count", [0, 1, 37, 74, 75])
+def test_subsets_have_their_size(count: int) -> None:
+    for axis, other in (("mlp", 0), ("embed", 1)):
+        e = Subset(tensor(PRED, mlp=75, embed=75), axis, count, KEY)
+        chosen = drawn(e)
+        assert chosen.dtype == bool
+        assert (chosen.sum(axis=other) == count).all()
+        part = drawn(Slice(e, axis, 10, 20))
+        assert (part == np.take(chosen, range(10, 20), axis=other)).all()
+
+
+def test_each_position_is_chosen_equally_often() -> None:
+    chosen = drawn(Subset(tensor(PRED, expert=4000, mlp=32), "mlp", 8, KEY))
+    share = chosen.mean(axis=0)
+    assert np.abs(share - 0.25).max() < 4 * (0.25 * 0.75 / 4000) ** 0.5

@@ -1,0 +1,261 @@
+"""The evaluator beyond what random expressions show: errors, memory, what is read."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.ir.dtypes import BF16, DTYPES, F16, F32, F64, I32, PRED, DType
+from moecc.ir.types import tensor
+from moecc.weights import evaluate as evaluator
+from moecc.weights import moments
+from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.evaluate import Evaluator, ValuesOverflow, blocks, evaluate, materialise
+from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack, Tile
+from moecc.weights.rounding import first_nonfinite, is_lossless, round_to, widen
+
+E8M4 = Source("w", tensor(F32, expert=8, mlp=4))
+
+
+class Reader:
+    """Holds arrays, and counts the elements that are read."""
+
+    def __init__(self, **arrays: np.ndarray[Any, Any]) -> None:
+        self.arrays = arrays
+        self.read = 0
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Any:
+        values = self.arrays[name]
+        got = values[start:stop] if values.ndim else values
+        self.read += got.size
+        return got
+
+
+def ramp(*shape: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+    return np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+
+
+def test_only_the_rows_wanted_are_read() -> None:
+    reader = Reader(w=ramp(8, 4))
+    got = evaluate(Concat((E8M4, E8M4), "expert"), reader, rows=(6, 10))
+    assert reader.read == 4 * 4
+    assert (got == ramp(8, 4)[[6, 7, 0, 1]]).all()
+
+
+def test_an_expert_of_virtual_groups_reads_its_rows() -> None:
+    w = Source("w", tensor(F32, mlp=8, embed=4))
+    cut = Split(w, "mlp", (("part", 2), ("mlp", 4)))
+    expert = Index(Merge(Tile(cut, "copy", 4), ("copy", "part"), "expert"), "expert", 5)
+    reader = Reader(w=ramp(8, 4))
+    assert (evaluate(expert, reader) == ramp(8, 4)[4:]).all()
+    assert reader.read == 16
+
+
+def test_a_shared_moment_is_computed_once() -> None:
+    e = Add(E8M4, Moment("std", E8M4))
+    reader = Reader(w=ramp(8, 4))
+    assert len(list(blocks(e, reader, block_bytes=16))) == 8
+    assert reader.read == 3 * 32  # the mean, the deviation, and the sum itself
+
+
+def test_a_tensor_of_another_type_is_named() -> None:
+    with pytest.raises(InputError, match="of another type") as caught:
+        evaluate(E8M4, Reader(w=ramp(8, 5)))
+    assert caught.value.problems[0].expected == "f32[8, 4]"
+    assert caught.value.problems[0].found == "float32[8, 5]"
+    with pytest.raises(InputError, match="of another type"):
+        evaluate(E8M4, Reader(w=ramp(8, 4, dtype=np.float64)))
+
+
+def test_rows_beyond_the_tensor_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="rows"):
+        evaluate(E8M4, Reader(w=ramp(8, 4)), rows=(0, 9))
+    with pytest.raises(ValueError, match="rows"):
+        evaluate(Source("s", tensor(F32)), Reader(s=ramp()), rows=(0, 1))
+
+
+def test_empty_tensors_and_scalars() -> None:
+    empty = Source("e", tensor(BF16, mlp=0, embed=4))
+    reader = Reader(e=np.empty((0, 4), BF16.numpy), s=np.array(2.5, BF16.numpy))
+    for e in (empty, Tile(empty, "expert", 2), Scale(empty, 2.0), Permute(empty, ("embed", "mlp"))):
+        assert evaluate(e, reader).shape == e.type.shape
+    assert evaluate(Moment("mean", empty, None, ("embed",)), reader).tolist() == [0.0] * 4
+    scalar = Source("s", tensor(BF16))
+    assert float(materialise(Scale(scalar, 2.0), reader, F16)) == 5.0
+    assert evaluate(Tile(scalar, "expert", 3), reader).tolist() == [2.5] * 3
+
+
+def test_integers_and_booleans_are_moved() -> None:
+    table = Source("t", tensor(I32, token=6, choice=2))
+    reader = Reader(t=ramp(6, 2, dtype=np.int32), m=np.array([True, False]))
+    got = evaluate(Index(Stack((table, table), "layer"), "layer", 1), reader)
+    assert got.dtype == np.int32
+    mask = Source("m", tensor(PRED, choice=2))
+    chosen = evaluate(Select(mask, table, Full(-1, table.type)), reader)
+    assert chosen.tolist() == [[i * 2, -1] for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "expr",
+    [
+        Cast(Source("w", tensor(F32, a=4)), F16),
+        Cast(Source("w", tensor(F32, a=4)), DTYPES["f8e4m3fn"]),
+        Cast(Scale(Source("w", tensor(F32, a=4)), 4e33), BF16),
+        Scale(Source("w", tensor(F32, a=4)), 1e34),
+        Add(*2 * [Scale(Source("w", tensor(F32, a=4)), 2e33)]),
+        Mul(*2 * [Scale(Source("w", tensor(F32, a=4)), 1e15)]),
+        Cast(Mul(*2 * [Cast(Scale(Source("w", tensor(F32, a=4)), 1e20), F64)]), F32),
+    ],
+)
+def test_an_overflow_is_an_error(expr: Expr) -> None:
+    with pytest.raises(ValuesOverflow, match="values overflow") as caught:
+        evaluate(expr, Reader(w=np.array([1.0, 2.0, 85_000.0, -90_000.0], np.float32)))
+    assert 'source("w"' in str(caught.value)
+
+
+def test_an_overflow_says_where() -> None:
+    w = Source("w", tensor(F32, a=3, b=2))
+    values = np.ones((3, 2), np.float32)
+    values[2, 1] = -65_520.0
+    with pytest.raises(ValuesOverflow) as caught:
+        evaluate(w, Reader(w=values), F16, rows=(1, 3))
+    assert caught.value.problems[0].found == "-65520.0 at [2, 1]"
+
+
+def test_what_is_infinite_on_disk_stays_so() -> None:
+    w = Source("w", tensor(F32, a=4))
+    reader = Reader(w=np.array([1.0, np.inf, -np.inf, np.nan], np.float32))
+    for expr in (w, Scale(w, -2.0), Add(w, w), Mul(w, Full(0.5, w.type))):
+        got = evaluate(expr, reader, F16).astype(np.float32)
+        assert np.isfinite(got).tolist() == [True, False, False, False]
+        assert np.isnan(got).tolist() == [False, False, False, True]
+
+
+@given(st.data())
+def test_a_strided_axis_is_cut_the_same_row_by_row(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=3))
+    w = Source("w", tensor(F32, x=2, mlp=int(np.prod(sizes)), y=2))
+    e = Split(w, "mlp", tuple(zip("abc", sizes, strict=False)))
+    whole = ramp(2, w.type.shape[1], 2).reshape(e.type.shape)
+    box = []
+    for size in e.type.shape:
+        start = data.draw(st.integers(0, size - 1))
+        box.append((start, data.draw(st.integers(start + 1, size))))
+    with mock.patch.object(evaluator, "WIDE_BYTES", data.draw(st.sampled_from((0, 64, 1 << 20)))):
+        got = Evaluator(Reader(w=ramp(*w.type.shape))).block(e, tuple(box))
+    assert (got == whole[tuple(slice(*ends) for ends in box)]).all()
+
+
+@given(st.data())
+def test_moments_do_not_depend_on_how_the_work_is_cut(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    shape = data.draw(st.tuples(*[st.integers(1, 7)] * 3))
+    w = Source("w", tensor(F32, **dict(zip("abc", shape, strict=True))))
+    m = Source("m", tensor(PRED, c=shape[2]))
+    reader = Reader(w=rng.standard_normal(shape).astype(np.float32), m=rng.random(shape[2]) < 0.7)
+    keep = tuple(data.draw(st.sets(st.sampled_from("abc"))))
+    e = Moment("std", w, m if data.draw(st.booleans()) else None, keep)
+    expected = evaluate(e, reader)
+    with mock.patch.object(moments, "_WORK_ELEMENTS", data.draw(st.integers(1, 60))):
+        assert evaluate(e, reader).tobytes() == expected.tobytes()
+
+
+def test_moments_are_those_of_numpy() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(3.0, 0.5, (40, 50, 30)).astype(np.float32)
+    mask = rng.random((40, 30)) < 0.3
+    mask[7] = False
+    w, m = Source("w", tensor(F32, a=40, b=50, c=30)), Source("m", tensor(PRED, a=40, c=30))
+    reader = Reader(w=values, m=mask)
+    wide = values.astype(np.float64)
+    np.testing.assert_allclose(evaluate(Moment("mean", w), reader), wide.mean(), rtol=1e-7)
+    np.testing.assert_allclose(
+        evaluate(Moment("std", w, None, ("b",)), reader), wide.std(axis=(0, 2)), rtol=1e-7
+    )
+    got = evaluate(Moment("std", w, m, ("a",)), reader)
+    for a in range(40):
+        expected = wide[a][:, mask[a]].std() if mask[a].any() else 0.0
+        np.testing.assert_allclose(got[a], expected, rtol=1e-7)
+
+
+FLOATS = (F64, F32, F16, BF16, DTYPES["f8e4m3fn"], DTYPES["f8e5m2"])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_widening_loses_nothing(source: DType, dtype: DType) -> None:
+    bits = np.arange(256, dtype=np.uint8) if source.itemsize_bytes == 1 else bit_patterns(source)
+    values = bits.view(source.numpy)
+    with np.errstate(all="ignore"):
+        back = round_to(round_to(values, dtype), source)
+        number = ~np.isnan(values)
+    exact = (back[number] == values[number]).all()
+    if is_lossless(source, dtype):
+        assert exact
+        if dtype in (F32, F64):
+            assert (widen(values, dtype)[number] == values[number]).all()
+    else:
+        assert not exact
+
+
+def bit_patterns(dtype: DType) -> np.ndarray[Any, Any]:
+    unsigned = np.dtype(f"u{dtype.itemsize_bytes}")
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 2 ** (8 * unsigned.itemsize) - 1, 20_000, unsigned)
+
+
+@pytest.mark.parametrize("source", [F64, F32])
+def test_rounding_to_bf16_is_to_nearest_even(source: DType) -> None:
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal(4000) * 2.0 ** rng.integers(-130, 120, 4000)
+    # Halfway between two bf16, and just beside it.
+    odd = (1 + (2 * np.arange(64) + 1) * 2.0**-8) * 2.0 ** rng.integers(-20, 20, 64)
+    values = np.concatenate([values, odd, odd * (1 + 2.0**-40), odd * (1 - 2.0**-40), -odd])
+    values = values.astype(source.numpy)
+    got = round_to(values, BF16)
+    bits = got.view(np.uint16)
+    for step in (-1, 1):
+        other = (bits + np.uint16(step % 65536)).view(BF16.numpy).astype(np.float64)
+        here, there = (np.abs(v - values) for v in (got.astype(np.float64), other))
+        even = bits & 1 == 0
+        sure = np.isfinite(other) & (got != 0)
+        assert ((here < there) | ((here == there) & even))[sure].all()
+
+
+def test_a_nan_stays_one_when_rounded() -> None:
+    values = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    for dtype in (F64, F16, BF16, *FLOATS[4:]):
+        assert np.isnan(round_to(values, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("at", [0, 1, 70_000, 99_999])
+def test_the_first_value_that_is_not_finite_is_found(dtype: DType, at: int) -> None:
+    values = np.full(100_000, -1.5, dtype.numpy)
+    assert first_nonfinite(values) is None
+    values[99_999] = np.nan
+    values[at] = np.nan if dtype.name == "f8e4m3fn" else -np.inf
+    assert first_nonfinite(values) == at
+    assert first_nonfinite(values.reshape(1000, 100)) == at
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
+def test_whole_numbers_are_finite(dtype: Any) -> None:
+    assert first_nonfinite(np.full(10, -1).astype(dtype)) is None
+    assert first_nonfinite(np.empty(0, np.float32)) is None
+
+
+def test_the_largest_finite_values_are_finite() -> None:
+    for dtype in FLOATS[:4]:
+        largest = np.array([-1, 1]) * np.array(Full(0, tensor(dtype)).value + 1, dtype.numpy)
+        bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize_bytes]
+        top = (np.array(np.inf, dtype.numpy).view(bits) - bits(1)).view(dtype.numpy)
+        assert first_nonfinite(np.array([top, -top], dtype.numpy)) is None
+        assert first_nonfinite(largest.astype(dtype.numpy)) is None

@@ -1,0 +1,159 @@
+"""The text of weight expressions, and what is said about text that is not one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.ir.dtypes import BF16, F16, F32, PRED
+from moecc.ir.types import tensor
+from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
+from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
+from moecc.weights.movement import (
+    Concat,
+    Index,
+    Merge,
+    Permute,
+    Rename,
+    Slice,
+    Split,
+    Stack,
+    Tile,
+)
+from moecc.weights.text import ExprSyntaxError, format_expr, parse_expr
+
+W = Source("model.up.weight", tensor(BF16, mlp=6, embed=4))
+TEXT = 'source("model.up.weight" : bf16[mlp=6, embed=4])'
+F = tensor(F32, expert=2)
+M = Subset(tensor(PRED, mlp=6), "mlp", 3, 31)
+
+EXAMPLES: list[tuple[Expr, str]] = [
+    (W, TEXT),
+    (Tile(W, "expert", 8), f"tile({TEXT}, expert=8)"),
+    (Tile(W, "expert", 8, 1), f"tile({TEXT}, expert=8, position=1)"),
+    (Tile(W, "position", 8, 1), f"tile({TEXT}, position=8, position=1)"),
+    (Stack((W, W), "expert"), f"stack({TEXT}, {TEXT}, axis=expert)"),
+    (Stack((W,), "axis", 2), f"stack({TEXT}, axis=axis, position=2)"),
+    (Concat((W, W), "mlp"), f"concat({TEXT}, {TEXT}, axis=mlp)"),
+    (Index(W, "mlp", 3), f"index({TEXT}, mlp=3)"),
+    (Slice(W, "mlp", 0, 3), f"slice({TEXT}, mlp=0:3)"),
+    (Split(W, "mlp", (("g", 2), ("mlp", 3))), f"split({TEXT}, mlp=(g=2, mlp=3))"),
+    (Merge(W, ("mlp", "embed"), "all"), f"merge({TEXT}, (mlp, embed)=all)"),
+    (Rename(W, "mlp", "inner"), f"rename({TEXT}, mlp=inner)"),
+    (Permute(W, ("embed", "mlp")), f"permute({TEXT}, (embed, mlp))"),
+    (Permute(Source("s", tensor(F16)), ()), 'permute(source("s" : f16[]), ())'),
+    (Scale(W, 2**0.5), f"scale({TEXT}, 1.4142135623730951)"),
+    (Scale(W, -1e-30), f"scale({TEXT}, -1e-30)"),
+    (Cast(W, F32), f"cast({TEXT}, f32)"),
+    (Add(W, W), f"add({TEXT}, {TEXT})"),
+    (Mul(W, W), f"mul({TEXT}, {TEXT})"),
+    (
+        Select(M, W, W),
+        f"select(subset(pred[mlp=6], axis=mlp, count=3, key=0x1f), {TEXT}, {TEXT})",
+    ),
+    (Moment("mean", W), f"mean({TEXT})"),
+    (Moment("std", W, None, ("mlp",)), f"std({TEXT}, keep=(mlp))"),
+    (
+        Moment("std", W, M, ("mlp",)),
+        f"std({TEXT}, subset(pred[mlp=6], axis=mlp, count=3, key=0x1f), keep=(mlp))",
+    ),
+    (Full(-0.0, F), "full(-0.0 : f32[expert=2])"),
+    (Normal(F, 0.02, 255), "normal(f32[expert=2], std=0.02, key=0xff)"),
+    (Normal(F, 0.02, 0, -1.5), "normal(f32[expert=2], std=0.02, mean=-1.5, key=0x0)"),
+    (TruncatedNormal(F, 0.02, 1), "truncated_normal(f32[expert=2], std=0.02, key=0x1)"),
+    (
+        TruncatedNormal(F, 0.02, 1, 2.0),
+        "truncated_normal(f32[expert=2], std=0.02, bound=2.0, key=0x1)",
+    ),
+    (
+        Uniform(F, -0.5, 1e22, 2**128 - 1),
+        f"uniform(f32[expert=2], low=-0.5, high=1e+22, key=0x{'f' * 32})",
+    ),
+    (Source('a"\\\n\u202eé', tensor(BF16)), 'source("a\\"\\\\\\n\\u202e\\u00e9" : bf16[])'),
+]
+
+
+@pytest.mark.parametrize(("expr", "text"), EXAMPLES)
+def test_each_kind_reads_well_and_comes_back(expr: Expr, text: str) -> None:
+    assert format_expr(expr) == text
+    assert parse_expr(text) == (expr, len(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "at"),
+    [
+        ("", "expected an expression such as source(…), found the end of the line", 0),
+        ("  tyle(1)", "unknown weight expression 'tyle'; did you mean 'tile'?", 2),
+        ("tile", "expected (, found the end of the line", 4),
+        (f"tile({TEXT}, expert=)", "expected a whole number, found ')'", len(TEXT) + 14),
+        (f"tile({TEXT}, expert=8", "expected ), found the end of the line", len(TEXT) + 15),
+        ('source("a : f32[])', "expected a string in double quotes", 7),
+        ('source("\\x" : f32[])', "not a string", 7),
+        ('source("a" : f33[])', "unknown element type 'f33'", 13),
+        ('source("a" : f32[a=1, a=2])', "two axes of one name", 13),
+        ('source("a" : f32[a=ragged(%p)])', "fixed sizes only", 13),
+        ('source("a" : f32)', "expected a type such as f32[mlp=8]", 13),
+        ("full(1e999 : f32[])", "too large", 5),
+        ("full(nan : f32[])", "expected a number", 5),
+        ('cast(source("a" : f32[]), f31)', "unknown element type 'f31'", 26),
+        ("normal(f32[], std=1, key=31)", "expected a key", 25),
+        (f"normal(f32[], std=1, key=0x{'1' * 33})", "expected a key", 25),
+        ("normal(f32[], key=0x1)", "expected std=", 14),
+        ('index(source("a" : f32[a=4]), a=1234567890123456789)', "a whole number", 32),
+    ],
+)
+def test_wrong_text_is_pointed_at(text: str, message: str, at: int) -> None:
+    with pytest.raises(ExprSyntaxError) as caught:
+        parse_expr(text)
+    assert message in str(caught.value)
+    assert caught.value.offset == at
+
+
+def test_what_parses_may_still_not_fit() -> None:
+    with pytest.raises(InputError, match="no position 9"):
+        parse_expr(f"index({TEXT}, mlp=9)")
+
+
+def test_reading_starts_and_ends_where_it_should() -> None:
+    text = f"param %w = {TEXT} @layers.3"
+    assert parse_expr(text, 10) == (W, 11 + len(TEXT))
+
+
+@pytest.mark.parametrize("count", [MAX_DEPTH, 100_000])
+def test_deep_text_is_refused(count: int) -> None:
+    text = "scale(" * count + TEXT + ", 3.0)" * count
+    with pytest.raises(ExprSyntaxError, match="nests deeper"):
+        parse_expr(text)
+
+
+def test_text_as_deep_as_an_expression_may_be_comes_back() -> None:
+    e: Expr = W
+    for i in range(MAX_DEPTH - 1):
+        e = Scale(e, 3.0) if i % 2 else Add(W, e)
+    assert parse_expr(format_expr(e))[0] is e
+
+
+def test_a_wide_expression_comes_back() -> None:
+    e = Stack(tuple(Source(f"layers.{i}", tensor(F32, a=2)) for i in range(3000)), "layer")
+    assert parse_expr(format_expr(e))[0] is e
+
+
+_PIECES = st.sampled_from(
+    [TEXT, "tile(", "scale(", ")", ",", "=", "expert", "8", "(", "key=0x1", "axis=", '"', ":", " "]
+)
+
+
+@given(st.lists(_PIECES | st.text(max_size=3), max_size=12).map("".join) | st.text())
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        expr, at = parse_expr(text)
+    except ExprSyntaxError as error:
+        at = error.offset
+    except InputError:
+        return
+    else:
+        assert parse_expr(format_expr(expr))[0] is expr
+    assert 0 <= at <= len(text)
