@@ -149,13 +149,16 @@ def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     SentencePiece merges the two neighbours that make the piece with the best score (Kudo and
     Richardson 1808.06226, §3.1), which is what merges ranked by that score do.
     """
-    scores = {
-        token: score
-        for token, score, kind in zip(
-            vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True
+    columns = zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True)
+    scores = {token: score for token, score, kind in columns if kind == NORMAL}
+    longest = max(map(len, scores), default=0)
+    if longest > _LONGEST_PIECE:
+        raise InputError(
+            "a piece of the vocabulary is too long",
+            where="tokenizer.ggml.tokens",
+            expected=f"at most {_LONGEST_PIECE} characters",
+            found=f"{longest:,}",
         )
-        if kind == NORMAL and len(token) <= _LONGEST_PIECE
-    }
     ranked = [
         (-score, -cut, token)
         for token, score in scores.items()

@@ -196,7 +196,7 @@ def test_the_hang_of_49_bytes_is_one_of_them() -> None:
     assert len(HOSTILE["array of 2^63"][0]) == 24 + 8 + 1 + 4 + 4 + 8
 
 
-@pytest.mark.parametrize("body", [struct.pack("<IQ", 8, 1 << 20), struct.pack("<IQ", 0, 1 << 38)])
+@pytest.mark.parametrize("body", [struct.pack("<IQ", 8, 1 << 18), struct.pack("<IQ", 0, 1 << 38)])
 def test_a_sparse_file_of_a_terabyte(body: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     with path.open("wb") as file:
@@ -212,17 +212,17 @@ def test_text_beyond_what_is_kept(builder: Any, tmp_path: Path) -> None:
 
 
 def test_many_tensors_that_all_overlap(builder: Any, tmp_path: Path) -> None:
-    for index in range(10_000):
+    for index in range(3_000):
         builder.tensor(f"t{index}", (1, 32), "F32", b"", offset=0)
     builder.data = bytes(128)
     error = refused(builder.write(tmp_path / "x.gguf"))
     assert "overlap" in str(error.problems[0])
-    assert "9,799 more" in str(error.problems[-1])
+    assert "2,799 more" in str(error.problems[-1])
 
 
 def test_many_tensors_of_unknown_names(small_model: Any, tmp_path: Path) -> None:
     builder = small_model()
-    for index in range(10_000):
+    for index in range(3_000):
         builder.tensor(f"blk.0.ttn_q{index}.weight", (1,))
     error = refused(builder.write(tmp_path / "x.gguf"), open_checkpoint)
     assert "did you mean 'blk.0.attn_q.weight'?" in str(error.problems[0])
@@ -331,7 +331,7 @@ def test_every_truncation_is_refused(small_model: Any, tmp_path: Path) -> None:
 
 @settings(
     max_examples=150,
-    deadline=1000,
+    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
@@ -352,7 +352,7 @@ def test_mutated_bytes_are_read_or_refused(
 
 @settings(
     max_examples=100,
-    deadline=1000,
+    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(tail=st.binary(max_size=200), tensors=st.integers(0, 4), keys=st.integers(0, 4))
@@ -365,6 +365,8 @@ def test_random_bytes_are_read_or_refused(
 
 
 def read_or_refused(path: Path) -> None:
+    begin = time.process_time()
     # Anything but these two outcomes, a RuntimeWarning included, fails the test.
     with suppress(InputError), open_checkpoint(path) as checkpoint:
         checkpoint.companions()
+    assert time.process_time() - begin < SECONDS

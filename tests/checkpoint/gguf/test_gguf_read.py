@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 Array = np.ndarray[Any, np.dtype[Any]]
+
+needs_package = pytest.mark.skipif(
+    find_spec("gguf") is None, reason="the gguf package is not installed: moecc[gguf]"
+)
 
 
 def random_bytes(storage: Storage) -> Callable[[str, Sequence[int]], bytes]:
@@ -65,6 +70,7 @@ def model(small_model: Any, path: Path, storage: Storage, **options: Any) -> tup
     return open_gguf(builder.write(path / "x.gguf")), builder
 
 
+@needs_package
 @pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
 def test_sizes_of_blocks_are_those_of_the_package(storage: Storage) -> None:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -74,6 +80,7 @@ def test_sizes_of_blocks_are_those_of_the_package(storage: Storage) -> None:
     assert GGML_QUANT_SIZES[kind] == (storage.block, storage.block_bytes)
 
 
+@needs_package
 @pytest.mark.parametrize("storage", QUANTISED, ids=lambda storage: storage.name)
 def test_quantised_rows(storage: Storage, small_model: Any, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, quants
@@ -92,6 +99,7 @@ def test_quantised_rows(storage: Storage, small_model: Any, tmp_path: Path) -> N
         np.testing.assert_array_equal(checkpoint.read(UP_PROJ, start, stop), whole[start:stop])
 
 
+@needs_package
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_values_survive_quantisation(name: str, small_model: Any, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, quants
@@ -111,6 +119,7 @@ def test_values_survive_quantisation(name: str, small_model: Any, tmp_path: Path
     assert error.max() <= span / steps
 
 
+@needs_package
 def test_a_block_worked_by_hand(small_model: Any, tmp_path: Path) -> None:
     # Q4_1: scale, offset, then 16 bytes with elements 0-15 in the low and 16-31 in the high half.
     nibbles = bytes(low | (15 - low) << 4 for low in range(16))
@@ -123,6 +132,7 @@ def test_a_block_worked_by_hand(small_model: Any, tmp_path: Path) -> None:
     assert row.tolist() == expected
 
 
+@needs_package
 def test_pieces_do_not_show(small_model: Any, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, quants
 
@@ -150,6 +160,7 @@ def test_plain_elements_keep_their_type_and_bits(
     assert checkpoint.read(UP_PROJ, 3, 9).tobytes() == values[3:9].tobytes()
 
 
+@needs_package
 def test_scales_that_are_not_finite_give_values_that_are_not(
     small_model: Any, tmp_path: Path
 ) -> None:
@@ -176,6 +187,7 @@ def turned_halves(vector: Array, angles: Array) -> Array:
     return np.concatenate([first * cosine - second * sine, second * cosine + first * sine])
 
 
+@needs_package
 @pytest.mark.parametrize("name", ["F32", "BF16", "Q8_0", "Q4_K"])
 def test_attention_scores_are_those_of_the_file(
     name: str, small_model: Any, tmp_path: Path
@@ -233,6 +245,7 @@ def test_biases_are_reordered_with_their_rows(small_model: Any, tmp_path: Path) 
     np.testing.assert_array_equal(checkpoint.read(name, 3, 13), checkpoint.read(name)[3:13])
 
 
+@needs_package
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -253,6 +266,7 @@ def opened(small_model: Any, tmp_path: Path) -> GgufFile:
     return model(small_model, tmp_path, storage)[0]
 
 
+@needs_package
 def test_reads_only_the_heads_it_needs(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     read_into = opened._pool.read_into
@@ -269,6 +283,7 @@ def test_reads_only_the_heads_it_needs(opened: GgufFile, monkeypatch: pytest.Mon
     assert lengths == [8 * row_bytes, 16 * row_bytes, 2 * row_bytes]
 
 
+@needs_package
 def test_threads_get_the_same_values(opened: GgufFile) -> None:
     expected = {name: opened.read(name) for name in opened.tensors}
     with ThreadPoolExecutor(8) as threads:

@@ -115,13 +115,13 @@ def test_logits(smollm2: GgufFile) -> None:
 
 
 def forward(checkpoint: GgufFile, tokens: Array) -> Array:
-    """Return logits [sequence, vocab] of a llama, in float64 sums of the float32 weights."""
+    """Return logits [sequence, vocab] of a llama, in float32."""
     config = checkpoint.config
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     width, length = config["head_dim"], len(tokens)
     embedding = checkpoint.read("model.embed_tokens.weight")
     frequencies = config["rope_theta"] ** (-np.arange(width // 2) / (width // 2))
-    angles = np.tile(np.outer(np.arange(length), frequencies), 2)[:, None, :]
+    angles = np.tile(np.outer(np.arange(length), frequencies), 2)[:, None, :].astype(np.float32)
 
     def norm(x: Array, name: str) -> Array:
         scale = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"])
@@ -131,7 +131,7 @@ def forward(checkpoint: GgufFile, tokens: Array) -> Array:
         first, second = np.split(x, 2, -1)
         return x * np.cos(angles) + np.concatenate([-second, first], -1) * np.sin(angles)
 
-    hidden = embedding[tokens].astype(np.float64)
+    hidden = embedding[tokens]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
 
@@ -143,8 +143,8 @@ def forward(checkpoint: GgufFile, tokens: Array) -> Array:
         k = turned(project(x, "self_attn.k").reshape(length, groups, width))
         v = project(x, "self_attn.v").reshape(length, groups, width)
         k, v = (np.repeat(side, heads // groups, axis=1) for side in (k, v))
-        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(width)
-        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.float32(np.sqrt(width))
+        scores = np.where(np.tri(length, dtype=bool), scores, np.float32(-np.inf))
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = np.einsum("hqk,khd->qhd", weights, v).reshape(length, heads * width)
@@ -153,5 +153,6 @@ def forward(checkpoint: GgufFile, tokens: Array) -> Array:
         gate = project(x, "mlp.gate")
         inner = gate / (1 + np.exp(-gate)) * project(x, "mlp.up")
         hidden = hidden + project(inner, "mlp.down")
+    assert hidden.dtype == np.float32
     logits: Array = norm(hidden, "model.norm.weight") @ embedding.T
     return logits

@@ -296,6 +296,11 @@ def test_sentence_piece_without_bytes(small_model: Any, tmp_path: Path) -> None:
     assert tokenizer.encode("héé").tokens == ["<s>", SPACE, "h", "<unk>"]
 
 
+def test_a_piece_without_end(small_model: Any, tmp_path: Path) -> None:
+    builder = sentence_piece(small_model, [("a" * 257, -1.0)])
+    assert "too long" in reason(builder, tmp_path)
+
+
 def test_control_tokens_are_never_merged_from_text(small_model: Any, tmp_path: Path) -> None:
     pieces = [("<", -1.0), ("s", -2.0), (">", -3.0), ("<s", -4.0), (SPACE, -5.0)]
     model = content(opened(sentence_piece(small_model, pieces), tmp_path), "tokenizer.json")
