@@ -142,8 +142,11 @@ def _value(cursor: Cursor, code: int, identity: Identity, problems: Problems) ->
             what = "neither true nor false"
             problems.add(what, where=cursor.where, expected="0 or 1", found=f"{value}")
         return bool(value)
-    # The shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06.
-    return float(str(np.float32(value))) if code == _FLOAT32 else value  # type: ignore[no-any-return]
+    if code == _FLOAT32:
+        # The shortest decimal that rounds to the same number: 1e-05, not 9.999999747378752e-06.
+        return float(str(np.float32(value)))
+    found: int | float = value
+    return found
 
 
 def _array(cursor: Cursor, identity: Identity) -> GgufArray:
