@@ -15,7 +15,9 @@ from moecc.families.configs import DecoderConfig, MoeConfig
 MOST_VOCAB = 64
 MOST_MLP = 96
 MOST_EXPERT = 32
-MOST_HEADS = 4
+MOST_NEURONS = 1024
+"""Those of all experts of a layer together, where the experts are many."""
+MOST_HEADS = 3
 MOST_HEAD_DIM = 8
 SMALL_WINDOW = 3
 """Less than a short test sequence, so that a window is felt."""
@@ -76,7 +78,8 @@ def shrink_config(config: DecoderConfig) -> DecoderConfig:
 
 
 def _expert_sizes(config: MoeConfig) -> dict[str, object]:
-    width = shrink_size(config.expert_intermediate_size, MOST_EXPERT)
+    most = max(min(MOST_EXPERT, MOST_NEURONS // config.num_experts), 6)
+    width = shrink_size(config.expert_intermediate_size, most)
     shared = config.shared_expert_intermediate_size
     sizes: dict[str, object] = {"expert_intermediate_size": width}
     if shared is not None:

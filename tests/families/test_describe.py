@@ -1,0 +1,138 @@
+"""Counts of parameters and FLOPs, against published numbers and the formulas."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from moecc_passes.upcycle.upcycle import UpcyclePass
+
+from moecc.families import build
+from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
+from moecc.families.describe import describe
+from moecc.pipeline.passes import Context
+from moecc.testing.checkpoints import random_checkpoint
+from moecc.testing.configs import small_configs
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+QWEN2_MOE = {"model_type": "qwen2_moe"}
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "total", "active"),
+    [
+        # Mixtral-8x7B: 46.7 and 12.9 billion.
+        (MIXTRAL, 46_702_792_704, 12_879_925_248),
+        # Qwen3-30B-A3B: 30.5 and 3.3 billion.
+        (QWEN3_MOE, 30_532_122_624, 3_353_032_704),
+        # Qwen1.5-MoE-A2.7B: 14.3 and 2.7 billion.
+        (QWEN2_MOE, 14_315_784_192, 2_689_173_504),
+        (SMOLLM2, 134_515_008, 134_515_008),
+    ],
+)
+def test_counts_are_the_published_ones(keys: dict[str, Any], total: int, active: int) -> None:
+    counted = describe(build(parse_config(keys))).parameters
+    assert (counted.total, counted.active) == (total, active)
+    assert sum(counted.groups.values()) == total
+
+
+@given(small_configs())
+@settings(max_examples=40)
+def test_the_total_is_what_lies_on_disk(config: DecoderConfig) -> None:
+    counted = describe(build(config)).parameters
+    arrays = random_checkpoint(config).arrays
+    assert counted.total == sum(array.size for array in arrays.values())
+    assert counted.groups.get("experts", 0) == sum(
+        a.size for n, a in arrays.items() if ".experts." in n
+    )
+    assert counted.groups["norm"] == sum(a.size for n, a in arrays.items() if "norm" in n)
+
+
+@given(small_configs())
+@settings(max_examples=40)
+def test_flops_are_two_for_each_weight_of_a_matrix(config: DecoderConfig) -> None:
+    facts = describe(build(config))
+    attention = 2 * config.num_attention_heads * config.head_dim
+    ffn = 0
+    for layer in range(config.num_hidden_layers):
+        if isinstance(config, MoeConfig) and config.sparse_layers[layer]:
+            width = config.experts_per_token * config.expert_intermediate_size
+            width += config.shared_expert_intermediate_size or 0
+            ffn += 3 * config.hidden_size * width + config.hidden_size * config.num_experts
+            ffn += config.hidden_size * (config.shared_expert_intermediate_size is not None)
+        else:
+            ffn += 3 * config.hidden_size * config.intermediate_size
+    heads = config.num_attention_heads + config.num_key_value_heads
+    projections = 2 * config.hidden_size * heads * config.head_dim * config.num_hidden_layers
+    head = config.vocab_size * config.hidden_size
+    assert facts.flops_per_token == 2 * (ffn + projections + head)
+    assert facts.attention_flops_per_token == 2 * attention * config.num_hidden_layers
+
+
+def test_upcycling_with_one_expert_a_group_keeps_the_work_but_for_the_router() -> None:
+    graph = build(parse_config(SMOLLM2))
+    dense = describe(graph)
+    UpcyclePass(experts=8, top_k=2, granularity=2).apply(graph, Context())
+    sparse = describe(graph)
+    router = 30 * 576 * 8
+    assert sparse.flops_per_token == dense.flops_per_token + 2 * router
+    assert sparse.parameters.active == dense.parameters.total + router
+    assert sparse.parameters.groups["experts"] == 4 * dense.parameters.groups["ffn"]
+    assert sparse.layers == dense.layers == 30
+
+
+def test_a_capacity_bounds_the_work() -> None:
+    graph = build(parse_config(SMOLLM2))
+    dense = describe(graph)
+    options = {"slots": "capacity", "capacity_factor": 1.25}
+    UpcyclePass(experts=8, top_k=2, **options).apply(graph, Context())
+    sparse = describe(graph)
+    ffn = 2 * dense.parameters.groups["ffn"]
+    assert sparse.flops_per_token == dense.flops_per_token + ffn // 4 + 2 * 30 * 576 * 8
+
+
+def test_a_description_is_json() -> None:
+    facts = describe(build(parse_config(MIXTRAL)))
+    data = json.loads(json.dumps(facts.to_json()))
+    assert data["family"] == "mixtral"
+    assert data["layers"] == 32
+    assert data["parameters"]["groups"]["router"] == 32 * 4096 * 8
+    assert data["expert_layers"][0] == {
+        "loc": "layers.0.ffn", "experts": 8, "top_k": 2, "gates": "renormalised", "scale": 1.0,
+        "slots": "ragged", "groups": 1, "width": 14_336, "shared": 0, "shared_gate": False,
+    }  # fmt: skip

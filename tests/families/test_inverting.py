@@ -1,0 +1,106 @@
+"""Undoing how a family reads a parameter gives tensors that read back as the parameter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.families.inverting import tensors_of
+from moecc.ir import F32, tensor
+from moecc.weights.evaluate import evaluate
+from moecc.weights.expr import Expr, Source, transform
+from moecc.weights.movement import (
+    Concat,
+    Index,
+    Merge,
+    Permute,
+    Rename,
+    Slice,
+    Split,
+    Stack,
+    Tile,
+)
+from moecc.weights.simplify import simplify
+
+
+@st.composite
+def readings(draw: st.DrawFn, depth: int = 3) -> Expr:
+    """Draw an expression made of movements that can be undone, over sources of different names."""
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    type = tensor(F32, **{f"a{i}": 2 * size for i, size in enumerate(sizes)})
+    counter = iter(range(1000))
+    expr: Expr = Source(f"t{next(counter)}", type)
+    for level in range(draw(st.integers(0, depth))):
+        kind = draw(st.sampled_from(["stack", "concat", "permute", "rename", "split", "merge"]))
+        axis = draw(st.sampled_from(expr.type.names))
+        if kind in ("stack", "concat"):
+            count = draw(st.integers(1, 3))
+            parts = tuple(_fresh(expr, counter) for _ in range(count))
+            expr = (
+                Stack(parts, f"s{level}", draw(st.integers(0, expr.type.rank)))
+                if kind == "stack"
+                else Concat(parts, axis)
+            )
+        elif kind == "permute":
+            expr = Permute(expr, tuple(draw(st.permutations(expr.type.names))))
+        elif kind == "rename":
+            expr = Rename(expr, axis, f"r{level}")
+        elif kind == "split" and expr.type[axis].size % 2 == 0:
+            expr = Split(expr, axis, ((f"p{level}", 2), (f"q{level}", expr.type[axis].size // 2)))
+        elif kind == "merge" and expr.type.rank > 1:
+            expr = Merge(expr, expr.type.names[:2], f"m{level}")
+    return expr
+
+
+def _fresh(expr: Expr, counter: object) -> Expr:
+    def renamed(x: Expr) -> Expr:
+        return Source(f"t{next(counter)}", x.type) if isinstance(x, Source) else x
+
+    return transform(expr, renamed)
+
+
+@given(readings())
+def test_reading_the_tensors_gives_the_parameter(read: Expr) -> None:
+    made = Source("parameter", read.type)
+    parameter = np.arange(np.prod(read.type.shape), dtype=np.float32).reshape(read.type.shape)
+
+    def whole(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        assert name == "parameter"
+        return parameter[start:stop]
+
+    tensors = dict(tensors_of(read, made))
+    arrays = {name: evaluate(expr, whole) for name, expr in tensors.items()}
+    again = evaluate(read, lambda name, start=0, stop=None: arrays[name][start:stop])
+    np.testing.assert_array_equal(again, parameter)
+
+
+@given(readings())
+def test_a_parameter_that_is_read_so_gives_its_own_tensors(read: Expr) -> None:
+    for name, expr in tensors_of(read, read):
+        assert isinstance(expr, Source)
+        assert expr.name == name
+
+
+def test_an_axis_of_one_entry_comes_back() -> None:
+    source = Source("gate", tensor(F32, shared=1, embed=3))
+    made = Source("vector", tensor(F32, embed=3))
+    ((name, expr),) = tensors_of(Index(source, "shared", 0), made)
+    assert name == "gate"
+    assert expr is simplify(Tile(made, "shared", 1))
+    assert tensors_of(Index(source, "shared", 0), Index(source, "shared", 0)) == [("gate", source)]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        Slice(Source("t", tensor(F32, a=4)), "a", 0, 2),
+        Index(Source("t", tensor(F32, a=4, b=2)), "a", 1),
+        Tile(Source("t", tensor(F32, a=4)), "b", 2),
+    ],
+    ids=str,
+)
+def test_what_loses_elements_or_repeats_them_cannot_be_undone(read: Expr) -> None:
+    with pytest.raises(ValueError, match="cannot be undone"):
+        tensors_of(read, Source("p", read.type))
