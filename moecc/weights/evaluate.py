@@ -215,8 +215,8 @@ class Evaluator:
         return self.block(e.x, box)
 
     def _permute(self, e: Permute, box: Box) -> Array:
-        from_names = [e.order.index(name) for name in e.x.type.names]
-        x = self.block(e.x, tuple(box[i] for i in from_names))
+        places = [e.order.index(name) for name in e.x.type.names]
+        x = self.block(e.x, tuple(box[i] for i in places))
         return x.transpose([e.x.type.names.index(name) for name in e.order])
 
     def _split(self, e: Split, box: Box) -> Array:
