@@ -13,7 +13,7 @@ from difflib import unified_diff
 from pathlib import Path
 from typing import TextIO
 
-from moecc.errors import MachineError
+from moecc.errors import MachineError, Problem, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 from moecc.pipeline.runner import Instrument, PassRun, Report
@@ -31,6 +31,25 @@ class PrintAfter(Instrument):
 
     which: str | frozenset[str]
     stream: TextIO
+
+    def start(self, graph: Graph, pipeline: Pipeline) -> None:
+        """Check the names.
+
+        Raises:
+          UsageError: the pipeline has no pass of a name.
+        """
+        if isinstance(self.which, str):
+            return
+        there = {item.name for item in pipeline}
+        problems = [
+            Problem(
+                f"the pipeline has no pass {name!r} to print after",
+                hint=nearest(name, there) or f"passes: {', '.join(sorted(there)) or 'none'}",
+            )
+            for name in sorted(self.which - there)
+        ]
+        if problems:
+            raise UsageError(problems)
 
     def after(self, run: PassRun, graph: Graph) -> None:
         """Print the graph if it is wanted after this pass."""

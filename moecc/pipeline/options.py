@@ -63,6 +63,28 @@ def options(cls: type[Pass]) -> dict[str, Option]:
     return found
 
 
+def unreadable(cls: type[Pass]) -> list[str]:
+    """Return what is wrong with the annotations of a pass: types that no text spells."""
+    try:
+        found = options(cls)
+    except NameError as error:
+        return [f"an annotation cannot be resolved: {error}"]
+    return [
+        f"option {o.name!r} is of a type that no text spells: {o.type}"
+        for o in found.values()
+        if not _is_spelled(o.type)
+    ]
+
+
+def _is_spelled(type: Any) -> bool:
+    if type in (int, float, bool, str, types.NoneType) or get_origin(type) is Literal:
+        return True
+    if get_origin(type) is tuple or _is_union(type):
+        inner = [t for t in get_args(type) if t is not ...]
+        return bool(inner) and all(map(_is_spelled, inner))
+    return False
+
+
 class _NoFit(ValueError):
     """The text does not spell a value of the type."""
 

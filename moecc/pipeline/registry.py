@@ -7,8 +7,9 @@ through the same door.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -18,7 +19,10 @@ from types import ModuleType
 from zlib import crc32
 
 from moecc.errors import Problem, UsageError, nearest
+from moecc.pipeline.options import unreadable
 from moecc.pipeline.passes import Pass
+
+_KEBAB = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*\Z")
 
 Factory = Callable[[], type[Pass]]
 
@@ -46,17 +50,15 @@ class Registry:
         """Return the pass called `name`.
 
         Raises:
-          UsageError: there is none; the nearest name is suggested.
+          UsageError: there is none, and the nearest name is suggested; or the class is faulty.
         """
         factory = self.factories.get(name)
         if factory is None:
             raise UsageError([unknown_pass(self, name)])
         found = factory()
-        if found.name != name:
-            raise UsageError(
-                f"the pass registered as {name!r} calls itself {found.name!r}",
-                where=self.origins[name],
-            )
+        faults = list(_faults(found, name))
+        if faults:
+            raise UsageError(Problem(f, f"{self.origins[name]}, {found.__name__}") for f in faults)
         return found
 
     def extended(self, factories: Mapping[str, Factory], origin: str) -> Registry:
@@ -90,9 +92,14 @@ class Registry:
         found = _passes_of(_run(path))
         if not found:
             raise UsageError(
-                "the file defines no pass", where=str(path), hint="a pass is a subclass of Pass"
+                "the file defines no pass",
+                where=str(path),
+                hint="a pass is a subclass of Pass with a name",
             )
-        return self.extended(found, str(path))
+        extended = self.extended(found, str(path))
+        for name in found:
+            extended.get(name)
+        return extended
 
 
 @cache
@@ -113,6 +120,22 @@ def unknown_pass(registry: Registry, name: str) -> Problem:
     """Return the problem that there is no pass `name`, with the nearest name."""
     hint = nearest(name, registry.factories) or f"passes: {', '.join(registry.names())}"
     return Problem(f"unknown pass {name!r}", hint=hint)
+
+
+def _faults(cls: type[Pass], name: str) -> Iterator[str]:
+    """Yield what keeps a class from being the pass `name`."""
+    if cls.name != name:
+        yield f"the pass registered as {name!r} calls itself {cls.name!r}"
+    if not _KEBAB.match(name):
+        yield f"{name!r} is not in kebab-case"
+    if not isinstance(getattr(cls, "summary", None), str):
+        yield "it has no summary"
+    if missing := sorted(cls.__abstractmethods__):
+        yield f"it does not define {' and '.join(missing)}"
+    if "__dataclass_fields__" not in vars(cls):
+        yield "it is not a dataclass: @dataclass(frozen=True) is missing"
+    else:
+        yield from unreadable(cls)
 
 
 def _run(path: Path) -> ModuleType:

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import pytest
 
-from moecc.errors import MachineError
+from moecc.errors import MachineError, UsageError
 from moecc.ir import equal, parse
 from moecc.pipeline.instruments import (
     DiffAfter,
@@ -51,6 +51,11 @@ def test_print_after(which: str | frozenset[str], titles: list[str]) -> None:
     assert re.findall("# after pass (.*)", text) == titles
     for graph in re.split("(?m)^# after pass .*\n", text)[1:]:
         parse(graph)
+
+
+def test_print_after_a_pass_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="did you mean 'top'"):
+        shown(lambda s: PrintAfter(frozenset({"tip"}), s), PIPELINE)
 
 
 def test_diff() -> None:

@@ -115,3 +115,24 @@ def test_faulty_files_are_blamed_with_their_line(tmp_path: Path) -> None:
     text = tmp_path / "faulty.txt"
     text.write_text("", encoding="utf-8")
     refused(text, "not a Python file")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("@dataclass(frozen=True)\n", "", "is not a dataclass"),
+        ('    summary: ClassVar[str] = "do nothing"\n', "", "it has no summary"),
+        ("    preserves = EXACT\n", "", "it does not define preserves"),
+        ("def apply", "def applied", "it does not define apply"),
+        ("int | None", "list[int]", "option 'times' is of a type that no text spells: list"),
+        ("int | None", "tuple[()]", "no text spells"),
+        ("int | None", "Nothing", "an annotation cannot be resolved: name 'Nothing'"),
+        ('"mine"', '"My Pass"', "is not in kebab-case"),
+    ],
+)
+def test_faulty_classes(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    path = own(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    refused(path, expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError, UsageError
@@ -185,6 +185,7 @@ def test_near_miss_keeps_the_best_attempt() -> None:
 def test_what_is_there_matches(graph: Graph, data: st.DataObject) -> None:
     """A pattern read off a graph, operands exchanged at will, matches where it was read."""
     nodes = list(graph)
+    assume(nodes)
     root = nodes[data.draw(st.integers(0, len(nodes) - 1))]
     names: dict[Value, str] = {}
     pattern = _pattern_of(root, 0, 3, data, names)
