@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import moecc
 from moecc.errors import InputError
-from moecc.ir.dtypes import DTYPES, DType
+from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph
 from moecc.models import Model
 from moecc.pipeline.passes import Preserves
@@ -249,11 +249,7 @@ def _card(planned: Plan) -> str:
 def _notes(planned: Plan) -> tuple[str, ...]:
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
-    stored = {i.storage for i in checkpoint.tensors.values() if i.storage} - set(DTYPES)
-    quantised = sorted(s for s in stored if s.startswith("Q"))
-    if not quantised:
-        return ()
-    return (f"the source is quantised ({', '.join(quantised)}); its weights were dequantised",)
+    return tuple(checkpoint.remarks())
 
 
 def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:

@@ -76,6 +76,10 @@ class SafetensorsFolder:
         """Return the files that an export copies byte for byte, by their name in the folder."""
         return dict(self._companions)
 
+    def remarks(self) -> list[str]:
+        """Return nothing: what a folder holds is what is read."""
+        return []
+
     def files(self) -> list[Path]:
         """Return the weight files, the index where there is one, and the config."""
         beside = [self.path / INDEX_NAME, self.path / CONFIG_NAME]

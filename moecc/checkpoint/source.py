@@ -70,6 +70,10 @@ class Checkpoint(Protocol):
         """Return what an export copies byte for byte: tokenizer, generation config, licences."""
         ...
 
+    def remarks(self) -> list[str]:
+        """Return what a reader of the result should know, such as that weights were quantised."""
+        ...
+
     def files(self) -> list[Path]:
         """Return the weight files, the index and the config, for digests."""
         ...

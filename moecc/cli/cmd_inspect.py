@@ -52,6 +52,7 @@ def inspection(model: Model) -> dict[str, Any]:
         "source": model.name,
         "format": model.checkpoint.format if model.checkpoint else None,
         "dtype": model.dtype.name if model.checkpoint else None,
+        "remarks": model.checkpoint.remarks() if model.checkpoint else [],
         "family": graph.attrs.get("family"),
         "layers": facts.layers,
         "nodes": len(graph),
@@ -82,6 +83,7 @@ def inspection_text(data: dict[str, Any]) -> str:
     rows = [
         f"{data['source']}: {data['family']}, {data['layers']} layers"
         + (f", {data['format']}, {data['dtype']}" if data["format"] else ", no weights"),
+        *(f"  remark      {r}" for r in data["remarks"]),
         f"  parameters  {count_text(parameters['total'])} ({groups})",
         f"  active      {count_text(parameters['active'])} per token",
         f"  FLOPs       {count_text(data['flops_per_token'])} per token",
