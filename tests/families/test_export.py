@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from moecc_passes.canonicalize import CanonicalizePass
 from moecc_passes.cse import CsePass
+from moecc_passes.dce import DcePass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
@@ -242,6 +244,16 @@ def test_the_names_of_values_and_their_order_do_not_matter(config: DecoderConfig
     again = parse(print_graph(graph))
     CsePass().apply(again, Context())
     assert export_graph(again, config.model_type).tensors == expected
+
+
+@given(small_configs(most_layers=2))
+@settings(max_examples=15)
+def test_a_cleaned_graph_exports_as_before(config: DecoderConfig) -> None:
+    graph = build(config)
+    expected = export_graph(graph, config.model_type).tensors
+    for clean in (CanonicalizePass(), CsePass(), DcePass()):
+        clean.apply(graph, Context())
+    assert export_graph(graph, config.model_type).tensors == expected
 
 
 def test_a_value_may_be_computed_twice() -> None:
