@@ -117,11 +117,13 @@ def test_every_config_exports_to_itself(config: DecoderConfig) -> None:
 def test_an_upcycled_model_reads_back_as_the_same_model(
     source: str, target: str, keys: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    mixtral_cannot = {"layers", "gates"} & set(options)
-    if target == "mixtral" and mixtral_cannot:
-        pytest.skip("mixtral has experts in every layer and renormalised gates")
     checkpoint = random_checkpoint(config_of(source, **keys), seed=5)
     graph = upcycled(import_checkpoint(checkpoint), target, **options)
+    if target == "mixtral" and {"layers", "gates"} & set(options):
+        # It has experts in every layer, and renormalised gates.
+        with pytest.raises(InputError, match=r"at every depth|softmax gates"):
+            export_graph(graph, target)
+        return
     made = export_graph(graph, target)
     written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
     again = import_checkpoint(written)
