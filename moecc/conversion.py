@@ -7,6 +7,7 @@ plan's weight expressions tensor by tensor into a temporary folder, which is ren
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,7 +198,7 @@ def write(
             progress=progress,
             allow_nonfinite=allow_nonfinite,
         )
-        _write_companions(temporary, planned)
+        _write_companions(temporary, planned, folder.name)
         _write_manifest(temporary, planned, written)
     return Conversion(folder, planned, written)
 
@@ -206,7 +207,7 @@ def _provenance(planned: Plan) -> dict[str, str]:
     return {"moecc": moecc.__version__, "pipeline": str(planned.pipeline)}
 
 
-def _write_companions(folder: Path, planned: Plan) -> None:
+def _write_companions(folder: Path, planned: Plan, title: str) -> None:
     """Copy tokenizer and licence files byte for byte, and write config.json and the card."""
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -217,19 +218,21 @@ def _write_companions(folder: Path, planned: Plan) -> None:
     if planned.dtype is not None:
         config["torch_dtype"] = config["dtype"] = planned.dtype.torch
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    (folder / "README.md").write_text(_card(planned), "utf-8")
+    (folder / "README.md").write_text(_card(planned, title), "utf-8")
 
 
-def _card(planned: Plan) -> str:
-    from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card, read_licence
+def _card(planned: Plan, title: str) -> str:
+    from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
     from moecc.families.describe import describe
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
-    path = checkpoint.path
+    path, facts = checkpoint.path, describe(planned.graph)
+    kinds = Counter(str(layer) for layer in facts.expert_layers)
+    made = (f"{count} of {facts.layers} layers have {kind}" for kind, count in kinds.items())
     return model_card(
         CardFacts(
-            title=f"{path.name} as {planned.target}",
+            title=title,
             family_from=str(planned.graph.attrs.get("family", "")),
             family_to=planned.target,
             pipeline=str(planned.pipeline),
@@ -237,11 +240,11 @@ def _card(planned: Plan) -> str:
             dtype=planned.dtype.name if planned.dtype else "as stored",
             seed=planned.seed,
             parameters=planned.parameters,
-            active_parameters=describe(planned.graph).parameters.active,
+            active_parameters=facts.parameters.active,
             moecc_version=moecc.__version__,
             base_model=hub_repository(path),
-            licence=read_licence(path) if path.is_dir() else {},
-            notes=_notes(planned),
+            licence=checkpoint.licence(),
+            notes=(*made, *_notes(planned)),
         )
     )
 

@@ -16,6 +16,7 @@ from moecc.checkpoint.files import DescriptorPool, Identity, file_fault, os_prob
 from moecc.checkpoint.index import compare_with_headers
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.checkpoint.layout import INDEX_NAME, choose_weights
+from moecc.checkpoint.modelcard import read_licence
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import Header, read_header
 from moecc.checkpoint.source import TensorInfo
@@ -79,6 +80,10 @@ class SafetensorsFolder:
     def remarks(self) -> list[str]:
         """Return nothing: what a folder holds is what is read."""
         return []
+
+    def licence(self) -> dict[str, str]:
+        """Return the licence keys of the card in the folder."""
+        return read_licence(self.path)
 
     def files(self) -> list[Path]:
         """Return the weight files, the index where there is one, and the config."""

@@ -105,6 +105,11 @@ class GgufFile:
             remarks.append(f"no tokenizer could be made from this file: {reason}")
         return remarks
 
+    def licence(self) -> dict[str, str]:
+        """Return the licence that the metadata state."""
+        found = self.metadata.get("general.license")
+        return {"license": found} if isinstance(found, str) and found else {}
+
     def files(self) -> list[Path]:
         """Return the file itself."""
         return [self.path]

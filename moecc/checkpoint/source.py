@@ -74,6 +74,10 @@ class Checkpoint(Protocol):
         """Return what a reader of the result should know, such as that weights were quantised."""
         ...
 
+    def licence(self) -> dict[str, str]:
+        """Return the licence keys of the model's card, where it states one."""
+        ...
+
     def files(self) -> list[Path]:
         """Return the weight files, the index and the config, for digests."""
         ...
