@@ -27,7 +27,6 @@ class FFNBlock:
 
     Attributes:
       loc: its place in the model, ``layers.3.ffn``.
-      x: what goes in, ``[…tokens, embed]``.
       output: what comes out, with the axes of `x`.
       ups: the contractions of `x` with parameters, to the inner axis.
       down: the contraction back.
@@ -37,13 +36,17 @@ class FFNBlock:
     """
 
     loc: str
-    x: Value
     output: Value
     ups: tuple[Node, ...]
     down: Node
     nodes: tuple[Node, ...]
     outer: str
     inner: str
+
+    @property
+    def x(self) -> Value:
+        """What goes in, ``[…tokens, embed]``; looked up, as rewriting an earlier block changes it."""
+        return self.ups[0].operands[0]
 
     @property
     def width(self) -> int:
@@ -193,7 +196,6 @@ def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
     nodes = tuple(sorted(inside | {down} | ({bias} if bias else set()), key=order.__getitem__))
     return FFNBlock(
         loc=down.loc,
-        x=ups[0].operands[0],
         output=bias.result if bias else down.result,
         ups=tuple(n for n in nodes if n in ups),
         down=down,

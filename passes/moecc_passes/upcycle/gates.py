@@ -43,7 +43,8 @@ class GateLaw:
     @property
     def is_constant(self) -> bool:
         """Whether the sum of the gates is the same for every router."""
-        return self.convention in _CONSTANT
+        keeps_all = self.convention == "softmax" and self.top_k == self.experts
+        return self.convention in _CONSTANT or keeps_all
 
     @property
     def total(self) -> float:

@@ -1,0 +1,268 @@
+"""Copies that are made to differ: what is drawn, how much of it, and that the bytes are fixed."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import combinations
+from math import floor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_passes.upcycle.upcycle import UpcyclePass
+
+from moecc.ir import Graph
+from moecc.ir.dtypes import BF16, F64
+from moecc.ir.structure import clone
+from moecc.pipeline.passes import Context
+from moecc.weights.evaluate import blocks, evaluate
+
+from .dense_blocks import Array, Arrays, Dense, Tensors, relative, run, tokens, upcycled
+
+PREFIX = "layers.0"
+MATRICES = {"gate": 1, "up": 1, "down": 2}
+"""The position of the axis of neurons in the experts' matrices, ``[expert, …]``."""
+
+
+def made(dense: Dense, seed: int = 0, **options: Any) -> tuple[Arrays, Arrays]:
+    """Return the dense tensors and the parameters after a conversion."""
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    after, _ = upcycled(graph, seed, **options)
+    return tensors.arrays, tensors.params(after)
+
+
+def changed_neurons(copies: Array, params: Arrays, name: str) -> Array:
+    """Return ``[expert, mlp]``: whether all weights, or none, of a neuron are drawn anew."""
+    differs = copies != params[name]
+    others = tuple(i for i in range(1, differs.ndim) if i != MATRICES.get(name.split(".")[2], 1))
+    some, every = differs.any(others), differs.all(others)
+    np.testing.assert_array_equal(some, every)
+    return np.asarray(every)
+
+
+@given(
+    ratio=st.sampled_from([0.0, 0.1, 0.29, 0.3, 0.5, 0.7, 0.999, 1.0]) | st.floats(0, 1),
+    mlp=st.sampled_from([4, 8, 10, 30, 100]),
+    gated=st.booleans(),
+    slices=st.sampled_from([1, 2]),
+    seed=st.integers(0, 3),
+)
+def test_drop_draws_the_same_neurons_of_all_matrices(
+    ratio: float, mlp: int, gated: bool, slices: int, seed: int
+) -> None:
+    dense = Dense(embed=4, mlp=mlp, gated=gated, bias_in=True, bias_out=True)
+    options = {"experts": 4, "granularity": slices}
+    _, copies = made(dense, seed, **options)
+    _, params = made(dense, seed, **options, init="drop", drop_ratio=ratio)
+    count = floor(Fraction(repr(ratio)) * (mlp // slices))
+    names = ["up", "down", *(["gate"] if gated else [])]
+    # A single bias that is replaced has no spread, so it is drawn as it was.
+    names += [f"{n}.bias" for n in names if n != "down" and count > 1]
+    found = [changed_neurons(copies[f"{PREFIX}.{n}"], params, f"{PREFIX}.{n}") for n in names]
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+    np.testing.assert_array_equal(found[0].sum(1), count)
+    np.testing.assert_array_equal(params[f"{PREFIX}.down.bias"], copies[f"{PREFIX}.down.bias"])
+
+
+def test_drop_chooses_other_neurons_for_each_expert_and_layer() -> None:
+    dense = Dense(embed=4, mlp=400, layers=2)
+    arrays, params = made(dense, experts=8, init="drop", drop_ratio=0.5)
+    sets = [
+        set(np.flatnonzero((params[f"layers.{layer}.up"][e] != arrays[f"layers.{layer}.up"])[:, 0]))
+        for layer in range(2)
+        for e in range(8)
+    ]
+    # The overlap of two random halves of 400 has mean 100 and standard deviation 5.
+    overlaps = [len(a & b) for a, b in combinations(sets, 2)]
+    assert min(overlaps) > 70
+    assert max(overlaps) < 130
+    assert abs(np.mean(overlaps) - 100) < 3
+
+
+def test_what_is_drawn_has_the_moments_of_what_it_replaces() -> None:
+    dense = Dense(embed=64, mlp=512)
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    for name in ("gate", "up", "down"):
+        tensors.arrays[f"{PREFIX}.{name}"] = 3 + 0.5 * tensors.arrays[f"{PREFIX}.{name}"]
+    after, _ = upcycled(graph, experts=4, init="drop", drop_ratio=0.5)
+    params = tensors.params(after)
+    for name, axis in MATRICES.items():
+        dense_weight = tensors.arrays[f"{PREFIX}.{name}"]
+        for expert in params[f"{PREFIX}.{name}"]:
+            new = expert != dense_weight
+            assert new.mean() == 0.5
+            old, drawn = dense_weight[new], expert[new]
+            assert abs(drawn.mean() - old.mean()) < 4 * old.std() / new.sum() ** 0.5
+            assert abs(drawn.std() / old.std() - 1) < 4 / new.sum() ** 0.5
+            assert axis in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"init": "drop", "drop_ratio": 0.0}, {"init": "noise", "noise_std": 0.0}]
+)
+def test_nothing_drawn_is_a_copy(options: dict[str, Any]) -> None:
+    dense = Dense(layers=2, bias_in=True)
+    plain, _ = upcycled(dense.graph())
+    same, result = upcycled(dense.graph(), **options)
+    assert [p.weight for p in same.params.values()] == [p.weight for p in plain.params.values()]
+    assert result.preserves is not None
+    assert result.preserves.kind == "reassociation"
+
+
+@pytest.mark.parametrize("relative_std", [True, False])
+@pytest.mark.parametrize("slices", [1, 2])
+def test_noise_has_its_mean_and_std_and_is_each_expert_s_own(
+    relative_std: bool, slices: int
+) -> None:
+    dense = Dense(embed=48, mlp=96, bias_in=True)
+    kind = "relative" if relative_std else "absolute"
+    options: dict[str, Any] = {"experts": 4, "granularity": slices, "top_k": 2}
+    arrays, copies = made(dense, **options)
+    _, params = made(dense, **options, init="noise", noise_std=0.2, noise=kind)
+    for name in ("gate", "up", "down"):
+        noise = params[f"{PREFIX}.{name}"] - copies[f"{PREFIX}.{name}"]
+        # The factor G of a virtual group stands outside: noise is in units of the dense tensor.
+        noise /= slices if name == "down" else 1
+        std = 0.2 * arrays[f"{PREFIX}.{name}"].std() if relative_std else 0.2
+        for expert in noise:
+            assert abs(expert.mean()) < 4 * std / expert.size**0.5
+            assert abs(expert.std() / std - 1) < 4 / (2 * expert.size) ** 0.5
+        for a, b in combinations(noise.reshape(4, -1), 2):
+            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / a.size**0.5
+    up, gate = (params[f"{PREFIX}.{n}"] - copies[f"{PREFIX}.{n}"] for n in ("up", "gate"))
+    assert abs(np.corrcoef(up.ravel(), gate.ravel())[0, 1]) < 5 / up.size**0.5
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+def test_noise_vanishes_with_its_std(kind: str) -> None:
+    dense = Dense(embed=16, mlp=32)
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    inputs = tokens(dense)
+    expected = run(graph, tensors.params(graph), inputs)["y"]
+    errors = []
+    for std in (1e-1, 1e-3, 1e-5):
+        after, result = upcycled(graph, init="noise", noise_std=std, noise=kind)
+        errors.append(relative(run(after, tensors.params(after), inputs)["y"], expected))
+        assert result.preserves is not None
+        assert result.preserves.kind == "approximate"
+        assert kind in result.preserves.reason
+        assert (result.preserves.predicted_error is None) == (kind == "absolute")
+    assert errors[0] > 1e-3
+    assert errors[0] / errors[1] == pytest.approx(100, rel=0.3)
+    assert errors[1] / errors[2] == pytest.approx(100, rel=0.05)
+
+
+RANDOM: list[dict[str, Any]] = [
+    {"init": "noise", "noise_std": 0.1},
+    {"init": "noise", "noise_std": 0.1, "noise": "absolute", "granularity": 2},
+    {"init": "drop", "drop_ratio": 0.5},
+    {"init": "drop", "drop_ratio": 0.5, "granularity": 2, "shared": 0.5},
+    {"init": "copy", "router_init": "uniform"},
+    {"init": "copy", "router_init": "truncated-normal"},
+]
+
+
+@pytest.mark.parametrize("options", RANDOM)
+def test_the_seed_fixes_the_bytes_and_another_seed_changes_them(options: dict[str, Any]) -> None:
+    dense = Dense(layers=2)
+    _, first = made(dense, 1, **options)
+    _, again = made(dense, 1, **options)
+    _, other = made(dense, 2, **options)
+    assert {n: a.tobytes() for n, a in first.items()} == {n: a.tobytes() for n, a in again.items()}
+    drawn = [n for n in first if "router" in n or ("init" in options and options["init"] != "copy")]
+    for name in drawn:
+        if "shared" not in name:
+            assert (first[name] != other[name]).any(), name
+
+
+@pytest.mark.parametrize("options", RANDOM)
+def test_layers_are_converted_alike_in_any_order(options: dict[str, Any]) -> None:
+    def converted(*layers: str) -> dict[str, str]:
+        graph = clone(dense)
+        for chosen in layers:
+            UpcyclePass(layers=chosen, **options).apply(graph, Context(seed=3))
+        return {n: str(p.weight) for n, p in graph.params.items()}
+
+    dense = Dense(layers=3, residual=True, bias_in=True).graph()
+    together = converted("all")
+    assert converted("0", "1", "2") == together
+    assert converted("2", "0,1") == together
+
+
+@pytest.mark.parametrize("options", RANDOM)
+def test_bytes_do_not_depend_on_how_tensors_are_cut(options: dict[str, Any]) -> None:
+    dense = Dense(embed=6, mlp=16)
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    after, _ = upcycled(graph, **options)
+    for param in reversed(after.params.values()):
+        assert param.weight is not None
+        whole = evaluate(param.weight, tensors.read, BF16)
+        pieces = list(blocks(param.weight, tensors.read, BF16, 64))
+        assert b"".join(p.tobytes() for p in pieces) == whole.tobytes()
+        rows = [evaluate(param.weight, tensors.read, BF16, (i, i + 1)) for i in range(len(whole))]
+        assert b"".join(r.tobytes() for r in reversed(rows)) == whole[::-1].tobytes()
+
+
+def test_a_router_has_one_row_a_group_repeated_for_its_slices() -> None:
+    _, params = made(Dense(embed=16), experts=12, top_k=6, granularity=3)
+    rows = params["layers.0.ffn.router.weight"].reshape(4, 3, 16)
+    np.testing.assert_array_equal(rows, rows[:, :1].repeat(3, 1))
+    assert len({row.tobytes() for row in rows[:, 0]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("init", "std", "largest"),
+    [
+        ("normal", 0.02, 0.1),
+        ("truncated-normal", 0.02, 0.06),
+        ("uniform", 0.02, 0.02 * 3**0.5),
+        ("logit-std", 0.02 * 8, 0.1),
+        ("zero", 0.0, 0.0),
+    ],
+)
+def test_a_router_has_the_std_that_is_asked_for(init: str, std: float, largest: float) -> None:
+    _, params = made(Dense(embed=64), experts=128, router_init=init, router_std=std)
+    router = params["layers.0.ffn.router.weight"]
+    assert router.shape == (128, 64)
+    expected = 0.0 if init == "zero" else 0.02
+    # Three standard deviations are cut off, which takes 1.3 % of it.
+    assert router.std() == pytest.approx(expected, rel=0.03)
+    assert np.abs(router).max() <= largest
+
+
+def test_experts_hold_the_slices_of_the_neurons_in_turn() -> None:
+    dense = Dense(embed=4, mlp=10, bias_in=True)
+    arrays, params = made(dense, experts=8, top_k=2, granularity=2, shared=0.2)
+    for name, axis in MATRICES.items():
+        weight, experts = arrays[f"{PREFIX}.{name}"], params[f"{PREFIX}.{name}"]
+        routed = np.moveaxis(weight, axis - 1, 0)[2:]
+        for i, expert in enumerate(experts):
+            slice_ = routed[4 * (i % 2) : 4 * (i % 2) + 4] * (2.0 if name == "down" else 1.0)
+            np.testing.assert_array_equal(np.moveaxis(expert, axis - 1, 0), slice_)
+        shared = np.moveaxis(params[f"{PREFIX}.{name}.shared"], axis - 1, 0)
+        np.testing.assert_array_equal(
+            shared, np.moveaxis(weight, axis - 1, 0)[:2] * (2 if name == "down" else 1)
+        )
+
+
+def test_expressions_keep_the_source_s_element_type_out_of_the_arithmetic() -> None:
+    """A copy of bfloat16 weights is the same bytes; only what is drawn is computed in float32."""
+    dense = Dense(dtype=BF16)
+    graph: Graph = dense.graph()
+    tensors = Tensors(graph)
+    after, _ = upcycled(graph, experts=4)
+    for name in ("gate", "up", "down"):
+        weight = after.params[f"{PREFIX}.{name}"].weight
+        assert weight is not None
+        assert weight.type.dtype is BF16
+        made_of = evaluate(weight, tensors.read)
+        for expert in made_of:
+            assert expert.tobytes() == tensors.arrays[f"{PREFIX}.{name}"].tobytes()
+    assert evaluate(after.params["layers.0.ffn.router.weight"].weight, tensors.read, F64).any()

@@ -1,0 +1,217 @@
+"""What `docs/exactness.md` says of copies, virtual groups, shared experts and scales, in float64.
+
+Whether a conversion is exact is decided here apart from the pass, from the lemmas alone.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.testing import laws
+
+from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
+
+EXACT = 1e-12
+"""Relative to the largest output."""
+
+VISIBLE = 1e-4
+"""What is said to be inexact is off by more than this."""
+
+ANY_ROUTER = ("renormalised", "sigmoid-renormalised", "ones")
+ZERO_ROUTER = ("softmax", "sigmoid", "switch", "sparsemixer")
+HOMOGENEOUS = ("relu", "relu2")
+STDS = (0.0, 0.02, 1.0)
+
+
+def sum_of_gates(options: dict[str, Any]) -> float:
+    """Return Σ w for a zero router, from the table of the lemmas."""
+    n, k = options["experts"], options["top_k"]
+    of_zero = {
+        "renormalised": 1.0,
+        "sigmoid-renormalised": 1.0,
+        "ones": float(k),
+        "softmax": k / n,
+        "switch": 1 / n,
+        "sigmoid": k / 2,
+        "sparsemixer": 1 / n + (1 / (n - 1) if k == 2 else 0.0),
+    }
+    return of_zero[options["gates"]] * options.get("gate_scale", 1.0)
+
+
+def is_exact(dense: Dense, options: dict[str, Any]) -> bool | None:
+    """Return whether the lemmas call the conversion exact; None where it must be refused."""
+    scale = options.get("granularity", 1) / sum_of_gates(options)
+    placement = options.get("scale_placement", "down")
+    if abs(scale - 1) > 1e-12:
+        if placement == "up-down" and not dense.gated and dense.act != "relu":
+            return None
+        if placement == "cube-root" and dense.act not in HOMOGENEOUS:
+            return False
+        if placement == "cube-root" and dense.gated and dense.act == "relu2":
+            return True
+    keeps_all = options["gates"] == "softmax" and options["top_k"] == options["experts"]
+    return options["gates"] in ANY_ROUTER or keeps_all or options.get("router_std") == 0
+
+
+def error(dense: Dense, options: dict[str, Any], count: int = 12) -> float:
+    """Return how far the converted model is from the dense one, and check what the pass says."""
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    after, result = upcycled(graph, **options)
+    laws.check_graph(after)
+    inputs = tokens(dense, count)
+    expected = run(graph, tensors.params(graph), inputs)["y"]
+    found = run(after, tensors.params(after), inputs)["y"]
+    off = relative(found, expected)
+    assert result.preserves is not None
+    if result.preserves.kind == "approximate":
+        assert result.preserves.reason
+    else:
+        assert result.preserves.kind == "reassociation"
+        assert off <= EXACT, (dense, options)
+    return off
+
+
+def check(dense: Dense, options: dict[str, Any], count: int = 12) -> None:
+    expected = is_exact(dense, options)
+    if expected is None:
+        with pytest.raises(InputError, match="linearly"):
+            error(dense, options, count)
+        return
+    off = error(dense, options, count)
+    if expected:
+        assert off <= EXACT, (dense, options)
+    else:
+        assert off > VISIBLE, (dense, options)
+
+
+SHAPES = [  # (experts, top_k, granularity)
+    (4, 1, 1),
+    (4, 2, 1),
+    (8, 2, 2),
+    (6, 4, 2),
+    (3, 3, 3),  # no choice is left, so softmax gates add up to 1
+]
+
+
+@pytest.mark.parametrize("std", STDS)
+@pytest.mark.parametrize("gates", ANY_ROUTER + ZERO_ROUTER)
+def test_every_convention_is_exact_where_the_lemmas_say_so(gates: str, std: float) -> None:
+    for (n, k, g), shared in product(SHAPES, (0.0, 0.5)):
+        if (gates == "switch" and k != 1) or (gates == "sparsemixer" and (k > 2 or g > 1)):
+            continue
+        options = {"experts": n, "top_k": k, "granularity": g, "shared": shared}
+        check(Dense(), {**options, "gates": gates, "router_std": std})
+
+
+@pytest.mark.parametrize("gates", ["renormalised", "ones", "softmax"])
+@pytest.mark.parametrize("placement", ["down", "up-down", "cube-root"])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_every_placement_is_exact_where_the_activation_allows_it(
+    act: str, placement: str, gates: str
+) -> None:
+    for gated, biases in product((True, False), (False, True)):
+        dense = Dense(gated=gated, act=act, bias_in=biases, bias_out=biases)
+        options = {"experts": 8, "top_k": 4, "granularity": 2, "scale_placement": placement}
+        check(dense, {**options, "gates": gates, "router_std": 0.0 if gates == "softmax" else 1.0})
+
+
+@pytest.mark.parametrize("biases", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("gates", ANY_ROUTER + ZERO_ROUTER)
+def test_biases_are_counted_once(gates: str, biases: tuple[bool, bool]) -> None:
+    """The output bias stands in every expert as b / Σ w, and with a shared expert only there."""
+    for gated, shared in product((True, False), (0.0, 0.25)):
+        dense = Dense(gated=gated, act="gelu", bias_in=biases[0], bias_out=biases[1])
+        k = 1 if gates == "switch" else 2
+        options = {"experts": 4, "top_k": k, "gates": gates, "shared": shared}
+        check(dense, {**options, "router_std": 0.0})
+        check(dense, {**options, "router_std": 0.5})
+
+
+@pytest.mark.parametrize("init", ["normal", "truncated-normal", "uniform", "zero", "logit-std"])
+def test_every_router_is_exact_under_renormalised_gates(init: str) -> None:
+    options = {"router_init": init, "router_std": 0.3, "granularity": 2}
+    assert error(Dense(layers=2, residual=True), options) <= EXACT
+
+
+@pytest.mark.parametrize("gates", ["softmax", "sigmoid", "switch"])
+def test_a_zero_router_is_exact_whatever_its_std(gates: str) -> None:
+    options = {"gates": gates, "top_k": 1, "router_init": "zero", "router_std": 5.0}
+    assert error(Dense(), options) <= EXACT
+
+
+@pytest.mark.parametrize("gates", ANY_ROUTER)
+@pytest.mark.parametrize("factor", [0.5, 2.5])
+def test_a_scaling_factor_of_the_gates_is_taken_back(gates: str, factor: float) -> None:
+    options = {"gates": gates, "gate_scale": factor, "experts": 4, "granularity": 2}
+    check(Dense(bias_out=True), {**options, "top_k": 2, "router_std": 1.0})
+
+
+def test_a_bound_on_the_slots_that_is_never_reached_is_exact() -> None:
+    options = {"slots": "capacity", "capacity_factor": 8.0, "experts": 8, "groups": 2}
+    assert error(Dense(), options) <= EXACT
+
+
+def test_a_scale_of_one_leaves_the_matrices_alone() -> None:
+    """Copies with renormalised gates are copies: no factor stands in their expressions."""
+    after, _ = upcycled(Dense().graph())
+    assert "scale(" not in " ".join(str(p.weight) for p in after.params.values())
+
+
+@st.composite
+def conversions(draw: st.DrawFn) -> tuple[Dense, dict[str, Any]]:
+    """Draw a block and a plan that suits it; square shapes are frequent."""
+    groups = draw(st.integers(1, 3))
+    slices = draw(st.sampled_from([1, 1, 2, 3]))
+    copies = draw(st.integers(groups, groups + 3))
+    gates = draw(st.sampled_from(ANY_ROUTER + ZERO_ROUTER))
+    neurons = slices * draw(st.integers(1, 4))
+    shared = draw(st.integers(0, 3))
+    mlp = neurons + shared
+    embed = draw(st.sampled_from([mlp, 2 * mlp, max(1, mlp // 2)]) | st.integers(1, 8))
+    assume(groups * slices <= 2 if gates == "sparsemixer" else True)
+    assume(groups * slices == 1 if gates == "switch" else True)
+    assume(slices == 1 if gates == "sparsemixer" else True)
+    assume(copies * slices > 1)
+    dense = Dense(
+        embed=embed,
+        mlp=mlp,
+        gated=draw(st.booleans()),
+        act=draw(st.sampled_from(["silu", "gelu", "relu", "relu2"])),
+        bias_in=draw(st.booleans()),
+        bias_out=draw(st.booleans()),
+        transposed=draw(st.booleans()),
+        layers=draw(st.integers(1, 2)),
+        residual=draw(st.booleans()),
+    )
+    options = {
+        "experts": copies * slices,
+        "top_k": groups * slices,
+        "granularity": slices,
+        "shared": shared / mlp,
+        "gates": gates,
+        "gate_scale": draw(st.sampled_from([1.0, 2.5])),
+        "router_std": draw(st.sampled_from(STDS)),
+        "router_init": draw(st.sampled_from(["normal", "uniform", "truncated-normal"])),
+        "scale_placement": draw(st.sampled_from(["down", "up-down", "cube-root"])),
+    }
+    return dense, options
+
+
+@given(conversions())
+def test_what_is_exact_is_exact_at_every_size(drawn: tuple[Dense, dict[str, Any]]) -> None:
+    dense, options = drawn
+    expected = is_exact(dense, options)
+    if expected is None:
+        with pytest.raises(InputError, match="linearly"):
+            error(dense, options, 4)
+        return
+    off = error(dense, options, 4)
+    if expected:
+        assert off <= EXACT

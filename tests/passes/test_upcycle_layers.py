@@ -1,0 +1,168 @@
+"""The option ``layers``, in all its forms."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_passes.upcycle.layers import check_layers
+from moecc_passes.upcycle.upcycle import UpcyclePass
+
+from moecc.errors import InputError
+from moecc.ir import Graph
+from moecc.ir.builder import Builder
+from moecc.ir.structure import clone
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+
+from .dense_blocks import Dense
+
+MOST = 13
+
+
+@cache
+def model(layers: int) -> Graph:
+    return Dense(embed=2, mlp=2, layers=layers).graph()
+
+
+def converted(graph: Graph, layers: str) -> list[int]:
+    """Return the numbers of the layers that become sparse, in order."""
+    after = clone(graph)
+    result = UpcyclePass(experts=2, top_k=1, layers=layers).apply(after, Context())
+    found = [int(n.loc.split(".")[1]) for n in after if n.op.name == "dispatch"]
+    assert result.matched == len(found)
+    assert result.stats == {"blocks found": len(_layers(graph)), "blocks converted": len(found)}
+    return found
+
+
+def _layers(graph: Graph) -> set[str]:
+    return {n.loc for n in graph}
+
+
+@given(st.integers(1, MOST), st.data())
+def test_counted_forms(total: int, data: st.DataObject) -> None:
+    graph, layers = model(total), range(total)
+    n = data.draw(st.integers(1, MOST))
+    half = total // 2
+    expected = {
+        "all": list(layers),
+        f"every:{n}": [i for i in layers if (i + 1) % n == 0],
+        f"first:{n}": list(layers)[:n],
+        f"last:{n}": list(layers)[-n:],
+        "first:half": list(layers)[:half],
+        "last:half": list(layers)[total - half :],
+    }
+    spec = data.draw(st.sampled_from(sorted(expected)))
+    assert check_layers(spec) is None
+    assert converted(graph, spec) == expected[spec]
+
+
+@given(st.integers(1, MOST), st.lists(st.integers(0, MOST), min_size=1, max_size=5))
+def test_lists(total: int, listed: list[int]) -> None:
+    spec = ",".join(map(str, listed))
+    assert check_layers(spec) is None
+    if max(listed) < total:
+        assert converted(model(total), spec) == sorted(set(listed))
+        return
+    with pytest.raises(InputError) as error:
+        converted(model(total), spec)
+    (problem,) = error.value.problems
+    assert problem.found == f"layers={spec}"
+    assert problem.expected == f"layers with a dense block: {f'0-{total - 1}' if total > 1 else 0}"
+    for n in set(listed):
+        assert n < total or str(n) in problem.what or "-" in problem.what
+
+
+GLOBS = ["layers.*.ffn", "layers.1*.ffn", "layers.?.ffn", "*", "*.ffn", "layers.[0-2].ffn",
+         "layers.[!1]*", "layers.3.ffn", "layers.1.*", "*.attention"]  # fmt: skip
+
+
+@given(st.integers(1, MOST), st.sampled_from(GLOBS))
+def test_globs_over_locations(total: int, spec: str) -> None:
+    assert check_layers(spec) is None
+    expected = [i for i in range(total) if fnmatchcase(f"layers.{i}.ffn", spec)]
+    assert converted(model(total), spec) == expected
+
+
+def test_every_is_hugging_face_s_decoder_sparse_step() -> None:
+    assert converted(model(12), "every:4") == [3, 7, 11]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "al", "every:0", "every:00", "first:0", "last:0", "every:half", "every:-1", "first:1.5",
+     "3,", ",3", "3 7", "3,,7", "-1", "half", "first", "first:", "every:4 ", "9" * 5000,
+     "first:" + "9" * 5000, "every:x"],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused_with_the_forms(spec: str) -> None:
+    (problem,) = UpcyclePass(layers=spec).validate()
+    assert problem.found == spec
+    assert problem.expected is not None
+    assert "every:N" in problem.expected
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_either_refused_or_selects(spec: str) -> None:
+    if check_layers(spec) is not None:
+        return
+    numbers = [int(n) for n in spec.split(",")] if re.fullmatch("[0-9,]+", spec) else []
+    if max(numbers, default=0) > 3:
+        with pytest.raises(InputError, match="no feed-forward block to convert"):
+            converted(model(4), spec)
+    else:
+        assert set(converted(model(4), spec)) <= set(range(4))
+
+
+def test_layers_that_are_sparse_already_still_count() -> None:
+    graph = clone(model(8))
+    UpcyclePass(experts=2, top_k=1, layers="last:2").apply(graph, Context())
+    assert converted_anew(graph, "every:4") == [3]
+    assert converted_anew(graph, "first:half") == [0, 1, 2, 3]
+    assert converted_anew(graph, "last:half") == [4, 5]
+    with pytest.raises(InputError, match="in layer 6-7") as error:
+        converted_anew(graph, "5,6,7")
+    assert error.value.problems[0].expected == "layers with a dense block: 0-5"
+
+
+def converted_anew(graph: Graph, layers: str) -> list[int]:
+    before = {n.loc for n in graph if n.op.name == "dispatch"}
+    after = clone(graph)
+    UpcyclePass(experts=2, top_k=1, layers=layers).apply(after, Context())
+    locs = [n.loc for n in after if n.op.name == "dispatch" and n.loc not in before]
+    return [int(loc.split(".")[1]) for loc in locs]
+
+
+def test_two_blocks_of_one_layer_number_are_both_selected() -> None:
+    """An encoder and a decoder count their layers apart; so do two blocks in parallel."""
+    graph = Graph("both")
+    builder = Builder(graph)
+    dense = Dense(embed=4, mlp=6)
+    source = Dense(embed=4, mlp=6).graph().inputs["x"].type
+    x = graph.input("x", source)
+    hidden = x
+    for part in ("encoder", "decoder"):
+        for layer in range(2):
+            with builder.at(f"{part}.layers.{layer}.ffn"):
+                hidden = dense.block(builder, hidden, f"{part}.{layer}")
+    graph.set_output("y", hidden)
+    for spec, expected in {
+        "0": ["encoder.layers.0", "decoder.layers.0"],
+        "every:2": ["encoder.layers.1", "decoder.layers.1"],
+        "decoder.*": ["decoder.layers.0", "decoder.layers.1"],
+    }.items():
+        after = clone(graph)
+        UpcyclePass(experts=2, top_k=1, layers=spec).apply(after, Context())
+        assert [n.loc for n in after if n.op.name == "dispatch"] == [f"{e}.ffn" for e in expected]
+
+
+def test_a_selection_of_nothing_is_an_error_of_the_pipeline() -> None:
+    pipeline = Pipeline.parse("upcycle{layers=every:9}")
+    with pytest.raises(InputError, match="matched nothing, and must match"):
+        run_pipeline(clone(model(4)), pipeline)
+    report = run_pipeline(clone(model(4)), pipeline, context=Context(allow_unmatched=True))
+    assert not report.changed

@@ -1,0 +1,173 @@
+"""Laws of the sparse block itself, with experts that differ: among copies they would be vacuous."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.ir import Graph
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import PRED
+from moecc.ir.types import tensor
+
+from .dense_blocks import Array, Arrays, Dense, Tensors, relative, run, tokens, upcycled
+
+EXACT = 1e-12
+PREFIX = "layers.0"
+ROUTER = "layers.0.ffn.router.weight"
+GATES = ["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "ones"]
+
+
+def perturbed(params: Arrays, seed: int = 0) -> Arrays:
+    """Return parameters whose experts are all different."""
+    rng = np.random.default_rng(seed)
+    return {n: a + rng.normal(0, 0.3, a.shape) for n, a in params.items()}
+
+
+def sparse(dense: Dense, seed: int = 0, **options: Any) -> tuple[Graph, Arrays]:
+    """Return a converted graph and perturbed parameters of it."""
+    graph = dense.graph()
+    after, _ = upcycled(graph, **{"router_std": 0.5, **options})
+    return after, perturbed(Tensors(graph).params(after), seed)
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def expert_outputs(x: Array, params: Arrays) -> Array:
+    """Return ``[batch, seq, expert, embed]``: every expert of a gated block with biases on all."""
+    gate, up, down = (params[f"{PREFIX}.{n}"] for n in ("gate", "up", "down"))
+    a = np.einsum("bsd,efd->bsef", x, gate) + params[f"{PREFIX}.gate.bias"]
+    u = np.einsum("bsd,efd->bsef", x, up) + params[f"{PREFIX}.up.bias"]
+    return np.einsum("bsef,edf->bsed", silu(a) * u, down) + params[f"{PREFIX}.down.bias"]
+
+
+BIASED = Dense(bias_in=True, bias_out=True)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_with_all_experts_chosen_the_block_is_their_weighted_sum(gates: str) -> None:
+    graph, params = sparse(BIASED, experts=3, top_k=3, gates=gates)
+    x = tokens(BIASED)["x"]
+    logits = np.einsum("bsd,ed->bse", x, params[ROUTER])
+    weights = {
+        "softmax": np.exp(logits) / np.exp(logits).sum(-1, keepdims=True),
+        "sigmoid": 1 / (1 + np.exp(-logits)),
+        "ones": np.ones_like(logits),
+    }
+    weights["renormalised"] = weights["softmax"]
+    sigmoid = weights["sigmoid"]
+    weights["sigmoid-renormalised"] = sigmoid / sigmoid.sum(-1, keepdims=True)
+    expected = np.einsum("bse,bsed->bsd", weights[gates], expert_outputs(x, params))
+    assert relative(run(graph, params, {"x": x})["y"], expected) <= EXACT
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_a_token_meets_its_k_best_experts_and_no_other(gates: str) -> None:
+    graph, params = sparse(BIASED, experts=5, top_k=2, gates=gates)
+    inputs = tokens(BIASED)
+    before = run(graph, params, inputs)["y"]
+    logits = np.einsum("bsd,ed->bse", inputs["x"], params[ROUTER])
+    chosen = np.argsort(-logits, axis=-1)[..., :2]
+    for expert in range(5):
+        changed = {n: a.copy() for n, a in params.items()}
+        changed[f"{PREFIX}.down"][expert] += 1
+        differs = (run(graph, changed, inputs)["y"] != before).any(-1)
+        np.testing.assert_array_equal(differs, (chosen == expert).any(-1))
+
+
+@given(st.permutations(range(6)), st.sampled_from(GATES), st.integers(1, 6), st.booleans())
+def test_permuting_experts_with_the_rows_of_the_router_changes_nothing(
+    order: list[int], gates: str, top_k: int, bounded: bool
+) -> None:
+    bound: dict[str, Any] = {"slots": "capacity", "capacity_factor": 1.0} if bounded else {}
+    graph, params = sparse(BIASED, experts=6, top_k=top_k, gates=gates, **bound)
+    permuted = {n: a[list(order)] for n, a in params.items()}
+    inputs = tokens(BIASED)
+    expected = run(graph, params, inputs)["y"]
+    assert relative(run(graph, permuted, inputs)["y"], expected) <= EXACT
+
+
+def test_permuting_experts_without_the_router_changes_something() -> None:
+    graph, params = sparse(BIASED, experts=6, top_k=2)
+    permuted = {n: a if n == ROUTER else a[::-1] for n, a in params.items()}
+    inputs = tokens(BIASED)
+    assert relative(run(graph, permuted, inputs)["y"], run(graph, params, inputs)["y"]) > 0.1
+
+
+@given(st.permutations(range(12)), st.integers(0, 3))
+def test_permuting_the_neurons_of_an_expert_changes_nothing(order: list[int], expert: int) -> None:
+    graph, params = sparse(BIASED, experts=4, top_k=2)
+    permuted = {n: a.copy() for n, a in params.items()}
+    for name in ("gate", "gate.bias", "up", "up.bias"):
+        permuted[f"{PREFIX}.{name}"][expert] = params[f"{PREFIX}.{name}"][expert][list(order)]
+    down = params[f"{PREFIX}.down"][expert]
+    permuted[f"{PREFIX}.down"][expert] = down[:, list(order)]
+    inputs = tokens(BIASED)
+    expected = run(graph, params, inputs)["y"]
+    assert relative(run(graph, permuted, inputs)["y"], expected) <= EXACT
+
+
+def masked_router(graph: Graph, experts: int) -> None:
+    """Let a parameter ``alive`` decide which experts have a logit other than −∞."""
+    route = next(n for n in graph if n.op.name == "route")
+    alive = graph.param("alive", tensor(PRED, expert=experts))
+    builder = Builder(graph, loc=route.loc, before=route)
+    route.set_operand(0, builder.mask(route.operands[0], alive))
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("dead", [0, 2, 4])
+def test_an_expert_at_minus_infinity_changes_nothing(gates: str, dead: int) -> None:
+    few, params = sparse(BIASED, experts=4, top_k=2, gates=gates)
+    many, _ = sparse(BIASED, experts=5, top_k=2, gates=gates)
+    masked_router(many, 5)
+    inputs = tokens(BIASED)
+    expected = run(few, params, inputs)["y"]
+    wild = {n: np.insert(a, dead, 1e6, axis=0) for n, a in params.items()}
+    found = run(many, {**wild, "alive": np.arange(5) != dead}, inputs)["y"]
+    assert relative(found, expected) <= EXACT
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("gates", GATES)
+def test_the_error_under_a_capacity_is_what_was_dropped(gates: str, groups: int) -> None:
+    options: dict[str, Any] = {"experts": 3, "top_k": 2, "gates": gates}
+    whole, params = sparse(BIASED, **options)
+    bound = {"slots": "capacity", "capacity_factor": 1.5, "groups": groups}
+    limited, _ = sparse(BIASED, **options, **bound)
+    for node in limited:
+        if node.op.name in ("route", "place"):
+            for value in node.results:
+                limited.set_output(value.name, value)
+    inputs = tokens(BIASED, 24)
+    found = run(limited, params, inputs)
+    dropped = found["place"] < 0
+    assert 0 < dropped.mean() < 1, "the case must have choices of both kinds"
+    outputs = expert_outputs(inputs["x"], params)
+    chosen = np.take_along_axis(outputs, found["experts"][..., None].astype(int), 2)
+    lost = np.sum(np.where(dropped, found["gates"], 0)[..., None] * chosen, axis=2)
+    full = run(whole, params, inputs)["y"]
+    assert relative(full - found["y"], lost) <= 10 * EXACT
+    untouched = ~dropped.any(-1)
+    assert untouched.any()
+    assert relative(found["y"][untouched], full[untouched]) <= EXACT
+
+
+def test_the_shared_expert_is_met_by_every_token() -> None:
+    """Without the routed experts, what is left is the dense block of the shared neurons."""
+    dense = Dense()
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    after, _ = upcycled(graph, shared=0.25)
+    params = tensors.params(after)
+    params[f"{PREFIX}.down"] = np.zeros_like(params[f"{PREFIX}.down"])
+    x = tokens(dense)["x"]
+    gate, up, down = (tensors.arrays[f"{PREFIX}.{n}"] for n in ("gate", "up", "down"))
+    hidden = silu(x @ gate[:3].T) * (x @ up[:3].T)
+    assert relative(run(after, params, {"x": x})["y"], hidden @ down[:, :3].T) <= EXACT
