@@ -337,7 +337,7 @@ class Graph:
         del self.params[name], self._names[name]
 
     def rename(self, value: Value, name: str) -> None:
-        """Give `value` another name.
+        """Give `value` another name; a parameter goes to the end of the parameters.
 
         Raises:
           InputError: the name is taken.
@@ -352,11 +352,14 @@ class Graph:
             value.name = old
             raise
         del self._names[old]
-        for table in (self.inputs, self.params):
-            if table.get(old) is value:
-                items = [(name if v is value else k, v) for k, v in table.items()]
-                table.clear()
-                table.update(items)
+        if self.params.get(old) is value:
+            # Keeping its place would cost a pass over all parameters for each one renamed.
+            del self.params[old]
+            self.params[name] = value
+        elif self.inputs.get(old) is value:
+            items = [(name if v is value else k, v) for k, v in self.inputs.items()]
+            self.inputs.clear()
+            self.inputs.update(items)
 
     def append(
         self,

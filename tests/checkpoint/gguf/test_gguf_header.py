@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moecc.checkpoint.gguf_cursor import MAX_HEADER_BYTES, MAX_STRINGS
-from moecc.checkpoint.gguf_header import MAX_TENSORS, read_gguf_header
-from moecc.checkpoint.gguf_metadata import MAX_KEYS, GgufArray
-from moecc.checkpoint.gguf_storage import STORAGES
+from moecc.checkpoint.gguf.cursor import MAX_HEADER_BYTES, MAX_STRINGS
+from moecc.checkpoint.gguf.header import MAX_TENSORS, read_gguf_header
+from moecc.checkpoint.gguf.metadata import MAX_KEYS, GgufArray
+from moecc.checkpoint.gguf.storage import STORAGES
 from moecc.checkpoint.source import open_checkpoint
 from moecc.errors import InputError
 

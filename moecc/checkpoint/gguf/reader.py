@@ -17,10 +17,10 @@ import numpy as np
 
 from moecc.checkpoint.files import DescriptorPool
 from moecc.checkpoint.folder import rows_of
-from moecc.checkpoint.gguf_blocks import dequantise
-from moecc.checkpoint.gguf_config import Sizes, make_config
-from moecc.checkpoint.gguf_header import GgufHeader, StoredTensor, read_gguf_header
-from moecc.checkpoint.gguf_names import (
+from moecc.checkpoint.gguf.blocks import dequantise
+from moecc.checkpoint.gguf.config import Sizes, make_config
+from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor, read_gguf_header
+from moecc.checkpoint.gguf.names import (
     GGUF_FAMILIES,
     ROPE_FACTORS,
     GgufFamily,
@@ -29,8 +29,8 @@ from moecc.checkpoint.gguf_names import (
     known_names,
     turned_projection,
 )
-from moecc.checkpoint.gguf_storage import BY_NAME
-from moecc.checkpoint.gguf_tokenizer import tokenizer_files
+from moecc.checkpoint.gguf.storage import BY_NAME
+from moecc.checkpoint.gguf.tokenizer import tokenizer_files
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest, printable

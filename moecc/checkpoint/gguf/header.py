@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from moecc.checkpoint.files import Identity, open_regular
-from moecc.checkpoint.gguf_cursor import Cursor
-from moecc.checkpoint.gguf_metadata import Value, read_metadata
-from moecc.checkpoint.gguf_storage import STORAGES, Storage, storage_label
+from moecc.checkpoint.gguf.cursor import Cursor
+from moecc.checkpoint.gguf.metadata import Value, read_metadata
+from moecc.checkpoint.gguf.storage import STORAGES, Storage, storage_label
 from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.checkpoint.safetensors import MAX_SIZE, name_fault
 from moecc.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.checkpoint.gguf_keys import Keys
+from moecc.checkpoint.gguf.keys import Keys
 
 _LOW, _HIGH = 1.0, 4.0
 # What Llama 3.1 to 3.3 were trained with comes first.

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from moecc.checkpoint.gguf_keys import shown
-from moecc.checkpoint.gguf_metadata import Value
-from moecc.checkpoint.gguf_vocabulary import (
+from moecc.checkpoint.gguf.keys import shown
+from moecc.checkpoint.gguf.metadata import Value
+from moecc.checkpoint.gguf.vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,

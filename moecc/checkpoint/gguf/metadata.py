@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moecc.checkpoint.files import Identity, open_regular, read_into
-from moecc.checkpoint.gguf_cursor import Cursor
+from moecc.checkpoint.gguf.cursor import Cursor
 from moecc.checkpoint.problems import Problems
 from moecc.checkpoint.safetensors import name_fault
 from moecc.errors import InputError

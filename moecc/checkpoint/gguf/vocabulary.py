@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moecc.checkpoint.gguf_keys import shown, token_id
-from moecc.checkpoint.gguf_metadata import GgufArray, Value
+from moecc.checkpoint.gguf.keys import shown, token_id
+from moecc.checkpoint.gguf.metadata import GgufArray, Value
 from moecc.checkpoint.problems import quoted
 from moecc.errors import InputError
 

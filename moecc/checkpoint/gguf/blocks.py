@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.checkpoint.gguf_storage import Storage
+from moecc.checkpoint.gguf.storage import Storage
 from moecc.errors import MachineError
 
 # The package works row by row, slowly where rows are short.  Blocks know nothing of rows, so they

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from moecc.checkpoint.gguf_header import GgufHeader, StoredTensor
-from moecc.checkpoint.gguf_keys import Keys, token_id
-from moecc.checkpoint.gguf_names import EMBEDDING, HEAD, GgufFamily
-from moecc.checkpoint.gguf_rope import read_rope
+from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
+from moecc.checkpoint.gguf.keys import Keys, token_id
+from moecc.checkpoint.gguf.names import EMBEDDING, HEAD, GgufFamily
+from moecc.checkpoint.gguf.rope import read_rope
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar, overload
 
-from moecc.checkpoint.gguf_metadata import GgufArray, Value
+from moecc.checkpoint.gguf.metadata import GgufArray, Value
 from moecc.checkpoint.problems import Problems, describe
 from moecc.errors import InputError
 
