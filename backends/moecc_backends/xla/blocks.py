@@ -73,6 +73,12 @@ def walk_experts(
     return cast(Carry, result)
 
 
+def inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax.Array:
+    """Mask ``[size, 1]`` the rows from `first` on that lie in ``start … end - 1``."""
+    index = first + jnp.arange(size, dtype=first.dtype)
+    return ((index >= start) & (index < end))[:, None]
+
+
 def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: Any, salt: int) -> jax.Array:
     """Make zeros that exist only once `value` does, and that nothing else shares.
 

@@ -6,6 +6,8 @@ serial on a CPU.  A placement is one-to-one, so the derivative is a gather in it
 
 from __future__ import annotations
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
@@ -76,22 +78,23 @@ def _take(values: jax.Array, index: jax.Array, is_valid: jax.Array) -> jax.Array
 def _sum_choices(rows: jax.Array, placement: Placement, gates: jax.Array | None) -> jax.Array:
     # One term a choice, not one gather of all: XLA fuses the terms and stores none of them.
     kind = accumulator(rows.dtype)
-    total: jax.Array | None = None
-    for k in range(placement.row_of_choice.shape[1]):
-        row = placement.row_of_choice[:, k]
-        term = _take(rows, row, row >= 0).astype(kind)
-        if gates is not None:
-            term = term * gates[:, k, None].astype(kind)
-        total = term if total is None else total + term
-    assert total is not None, "a routing has at least one choice"
-    return total.astype(rows.dtype)
+
+    def term(choice: int) -> jax.Array:
+        row = placement.row_of_choice[:, choice]
+        taken = _take(rows, row, row >= 0).astype(kind)
+        return taken if gates is None else taken * gates[:, choice, None].astype(kind)
+
+    terms = map(term, range(placement.row_of_choice.shape[1]))
+    return reduce(jnp.add, terms).astype(rows.dtype)
 
 
 def _gate_gradient(rows: jax.Array, placement: Placement, d_tokens: jax.Array) -> jax.Array:
     kind = accumulator(rows.dtype)
-    columns = []
-    for k in range(placement.row_of_choice.shape[1]):
-        row = placement.row_of_choice[:, k]
-        term = _take(rows, row, row >= 0).astype(kind) * d_tokens.astype(kind)
-        columns.append(jnp.sum(term, axis=-1))
-    return jnp.stack(columns, axis=-1)
+
+    def column(choice: int) -> jax.Array:
+        row = placement.row_of_choice[:, choice]
+        taken = _take(rows, row, row >= 0).astype(kind)
+        return jnp.sum(taken * d_tokens.astype(kind), axis=-1)
+
+    columns = map(column, range(placement.row_of_choice.shape[1]))
+    return jnp.stack(list(columns), axis=-1)

@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moecc_backends.xla.blocks import block_sizes, walk_blocks, walk_experts, zeros_after
+from moecc_backends.xla.blocks import block_sizes, inside, walk_blocks, walk_experts, zeros_after
 from moecc_backends.xla.dtypes import accumulator
 
 Arrays = tuple[jax.Array, ...]
+
+# Up to this many rows it is faster to transpose them, twice, than to have the product repack a
+# weight whose last axis is summed over.
+_FEW_ROWS = 32
 
 _barrier: Callable[[jax.Array], jax.Array] = lax.optimization_barrier
 
@@ -50,6 +54,7 @@ def grouped_matmul(
     """
     if contracting_axis not in (1, 2):
         raise ValueError(f"contracting_axis must be 1 or 2, found {contracting_axis}")
+    group_sizes = jnp.asarray(group_sizes)
     if isinstance(weights, tuple):
         return _products(rows, weights, group_sizes, contracting_axis)
     return _products(rows, (weights,), group_sizes, contracting_axis)[0]
@@ -78,36 +83,6 @@ def _backward(
 _products.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def expert_rows(values: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax.Array:
-    """Repeat ``[experts, a]``, a bias say, over the rows of each expert into ``[rows, a]``.
-
-    Rows beyond the last group get the last expert's values.
-    """
-    ends = jnp.cumsum(group_sizes)
-    expert = jnp.searchsorted(ends, jnp.arange(num_rows, dtype=ends.dtype), side="right")
-    return jnp.take(values, expert, axis=0, mode="clip")
-
-
-def _expert_rows_forward(
-    values: jax.Array, group_sizes: jax.Array, num_rows: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return expert_rows(values, group_sizes, num_rows), (values, group_sizes)
-
-
-def _expert_rows_backward(
-    num_rows: int, residuals: tuple[jax.Array, jax.Array], d_rows: jax.Array
-) -> tuple[jax.Array, None]:
-    # The sum over each group is the outer product of its rows with a column of ones.
-    values, group_sizes = residuals
-    ones = jnp.ones((num_rows, 1), d_rows.dtype)
-    columns = _walk_gradients(ones, (d_rows,), (values[:, None, :],), group_sizes, 1)
-    return columns[0][:, 0, :], None
-
-
-expert_rows.defvjp(_expert_rows_forward, _expert_rows_backward)
-
-
 def _walk_products(inputs: Arrays, weights: Arrays, group_sizes: jax.Array, axis: int) -> Arrays:
     """Multiply one input with each of the weights, or sum the products of as many inputs."""
     num_rows, dtype = inputs[0].shape[0], inputs[0].dtype
@@ -125,7 +100,7 @@ def _walk_products(inputs: Arrays, weights: Arrays, group_sizes: jax.Array, axis
             first = jnp.minimum(start, num_rows - size) if is_partial else start
             blocks = [lax.dynamic_slice_in_dim(x, first, size) for x in inputs]
             products = _block_products(blocks, slices, axis, is_sum)
-            mask = _inside(first, size, start, end) if is_partial else None
+            mask = inside(first, size, start, end) if is_partial else None
             return tuple(
                 _store(output, product.astype(dtype), first, mask)
                 for output, product in zip(outputs, products, strict=True)
@@ -174,7 +149,7 @@ def _walk_gradients(
         whole = (group_sizes[expert] - 1) // smallest * smallest
         tail = starts[expert] + whole
         first = jnp.minimum(tail, num_rows - smallest)
-        sums = outer(first, smallest, _inside(first, smallest, tail, end))
+        sums = outer(first, smallest, inside(first, smallest, tail, end))
         sums = walk_blocks(starts[expert], whole, sizes, step, sums)
         return tuple(
             lax.dynamic_update_index_in_dim(gradient, total.astype(gradient.dtype), expert, 0)
@@ -189,22 +164,22 @@ def _walk_gradients(
 
 
 def _dot(block: jax.Array, weight: jax.Array, contracting_axis: int) -> jax.Array:
-    dimensions = (((1,), (contracting_axis,)), ((), ()))
-    return lax.dot_general(
-        block, weight, dimensions, preferred_element_type=accumulator(block.dtype)
-    )
+    if contracting_axis == 1 and block.shape[0] <= _FEW_ROWS:
+        return _barrier(_product(weight, _barrier(block.T), 0)).T
+    return _product(block, weight, contracting_axis)
+
+
+def _product(left: jax.Array, right: jax.Array, right_axis: int) -> jax.Array:
+    dimensions = (((1,), (right_axis,)), ((), ()))
+    kind = accumulator(left.dtype)
+    return lax.dot_general(left, right, dimensions, preferred_element_type=kind)
 
 
 def _outer(block: jax.Array, d_block: jax.Array, axis: int) -> jax.Array:
     left, right = (block, d_block) if axis == 1 else (d_block, block)
     # Folded into the product, the transpose would keep it from XLA's faster kernels, which can
     # also start from the sum so far.
-    return _dot(_barrier(left.T), right, 0)
-
-
-def _inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax.Array:
-    index = first + jnp.arange(size, dtype=first.dtype)
-    return ((index >= start) & (index < end))[:, None]
+    return _product(_barrier(left.T), right, 0)
 
 
 def _store(

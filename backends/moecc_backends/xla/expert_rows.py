@@ -1,0 +1,62 @@
+"""Repeat what each expert has one of, a bias say, over the rows of that expert."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moecc_backends.xla.blocks import inside, walk_blocks, walk_experts
+from moecc_backends.xla.dtypes import accumulator
+
+# Rows that a sum over a group takes at a time.
+_SUMMED_ROWS = 128
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def expert_rows(values: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax.Array:
+    """Repeat ``[experts, …]`` over the rows of each expert into ``[rows, …]``.
+
+    Rows beyond the last group get the last expert's values; what their cotangent holds does not
+    reach the gradient, which is a sum over each group in float32 at least.
+    """
+    ends = jnp.cumsum(group_sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(num_rows, dtype=ends.dtype), side="right")
+    return jnp.take(values, expert, axis=0, mode="clip")
+
+
+def _forward(
+    values: jax.Array, group_sizes: jax.Array, num_rows: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return expert_rows(values, group_sizes, num_rows), (values, group_sizes)
+
+
+def _backward(
+    num_rows: int, residuals: tuple[jax.Array, jax.Array], d_rows: jax.Array
+) -> tuple[jax.Array, None]:
+    values, group_sizes = residuals
+    flat = d_rows.reshape(num_rows, -1)
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    size = min(num_rows, _SUMMED_ROWS)
+
+    def expert_body(expert: jax.Array, sums: jax.Array) -> jax.Array:
+        end = starts[expert] + group_sizes[expert]
+
+        def step(start: jax.Array, size: int, is_partial: bool, total: jax.Array) -> jax.Array:
+            first = jnp.minimum(start, num_rows - size)
+            block = lax.dynamic_slice_in_dim(flat, first, size)
+            block = jnp.where(inside(first, size, start, end), block, 0)
+            return total + jnp.sum(block.astype(sums.dtype), axis=0)
+
+        total: jax.Array = jnp.zeros(flat.shape[1], sums.dtype)
+        total = walk_blocks(starts[expert], group_sizes[expert], (size,), step, total)
+        return lax.dynamic_update_slice_in_dim(sums, total[None], expert, 0)
+
+    sums = jnp.zeros((values.shape[0], flat.shape[1]), accumulator(d_rows.dtype))
+    sums = walk_experts(group_sizes, expert_body, sums)
+    return sums.astype(values.dtype).reshape(values.shape), None
+
+
+expert_rows.defvjp(_forward, _backward)

@@ -1,0 +1,198 @@
+"""Grouped products against a float64 loop over the rows: values, gradients, masks and cost."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from moecc_backends.xla.blocks import block_sizes  # noqa: E402
+from moecc_backends.xla.expert_rows import expert_rows  # noqa: E402
+from moecc_backends.xla.grouped import grouped_matmul  # noqa: E402
+
+SHAPES = ((5, 3), (100, 2), (600, 4))
+"""Rows and experts; one shape for each family of block sizes."""
+
+WIDTHS = (6, 10)
+
+Case = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@st.composite
+def grouped_rows(draw: st.DrawFn) -> tuple[int, np.ndarray]:
+    """Draw a number of rows, and group sizes that may leave rows and experts without any."""
+    num_rows, num_experts = draw(st.sampled_from(SHAPES))
+    cuts = draw(st.lists(st.integers(0, num_rows), min_size=num_experts, max_size=num_experts))
+    return num_rows, np.diff(sorted(cuts), prepend=0).astype(np.int32)
+
+
+def _arrays(num_rows: int, num_experts: int, axis: int, seed: int = 0) -> list[np.ndarray]:
+    a, b = WIDTHS
+    rng = np.random.default_rng(seed)
+    shape = (num_experts, a, b) if axis == 1 else (num_experts, b, a)
+    shapes = ((num_rows, a), shape, shape, (num_rows, b), (num_rows, b))
+    return [rng.standard_normal(s) for s in shapes]
+
+
+def _expert_of_row(num_rows: int, sizes: np.ndarray) -> np.ndarray:
+    expert = np.repeat(np.arange(sizes.size), sizes)
+    return np.pad(expert, (0, num_rows - expert.size), constant_values=-1)
+
+
+def _oracle(
+    rows: np.ndarray, weight: np.ndarray, d_product: np.ndarray, sizes: np.ndarray, axis: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the product and the gradients of rows and weight, one row after the other."""
+    product, d_rows, d_weight = np.zeros_like(d_product), np.zeros_like(rows), np.zeros_like(weight)
+    for r, e in enumerate(_expert_of_row(len(rows), sizes)):
+        if e < 0:
+            continue
+        matrix = weight[e] if axis == 1 else weight[e].T
+        product[r], d_rows[r] = rows[r] @ matrix, matrix @ d_product[r]
+        outer = np.outer(rows[r], d_product[r])
+        d_weight[e] += outer if axis == 1 else outer.T
+    return product, d_rows, d_weight
+
+
+@partial(jax.jit, static_argnums=3)
+def _pair(rows: Any, weights: Any, sizes: Any, axis: int, cotangents: Any) -> Any:
+    call = partial(grouped_matmul, group_sizes=sizes, contracting_axis=axis)
+    products, pull = jax.vjp(lambda r, w: call(r, w), rows, weights)
+    return products, pull(cotangents)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@given(case=grouped_rows(), seed=st.integers(0, 9))
+@settings(max_examples=25)
+def test_values_and_gradients_are_exact(case: tuple[int, np.ndarray], seed: int, axis: int) -> None:
+    num_rows, sizes = case
+    rows, gate, up, d_gate, d_up = _arrays(num_rows, sizes.size, axis, seed)
+    with jax.enable_x64(True):
+        products, (d_rows, d_weights) = _pair(rows, (gate, up), sizes, axis, (d_gate, d_up))
+    first = _oracle(rows, gate, d_gate, sizes, axis)
+    second = _oracle(rows, up, d_up, sizes, axis)
+    for found, expected in (
+        (products[0], first[0]),
+        (products[1], second[0]),
+        (d_rows, first[1] + second[1]),
+        (d_weights[0], first[2]),
+        (d_weights[1], second[2]),
+    ):
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_what_lies_beyond_the_groups_never_leaks(axis: int) -> None:
+    sizes = np.array([70, 0, 23], np.int32)
+    arrays = [a.astype(np.float32) for a in _arrays(128, 3, axis)]
+    clean, poisoned = ([a.copy() for a in arrays] for _ in range(2))
+    for array, other in zip(clean, poisoned, strict=True):
+        if array.shape[0] == 128:
+            array[sizes.sum() :], other[sizes.sum() :] = 0, np.nan
+    results = [
+        jax.tree.leaves(_pair(r, (g, u), sizes, axis, (dg, du)))
+        for r, g, u, dg, du in (clean, poisoned)
+    ]
+    for expected, found in zip(*results, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_no_rows_give_zeros() -> None:
+    rows, gate, up, d_gate, d_up = _arrays(100, 2, 1)
+    results = _pair(rows, (gate, up), np.zeros(2, np.int32), 1, (d_gate, d_up))
+    for found in jax.tree.leaves(results):
+        np.testing.assert_array_equal(found, 0)
+
+
+def test_one_weight_gives_one_product() -> None:
+    rows, gate, up, *_ = _arrays(100, 2, 2)
+    sizes = np.array([60, 40], np.int32)
+    alone = grouped_matmul(rows, jnp.asarray(gate), sizes, contracting_axis=2)
+    both = grouped_matmul(rows, (jnp.asarray(gate), jnp.asarray(up)), sizes, contracting_axis=2)
+    np.testing.assert_array_equal(alone, both[0])
+
+
+def test_the_contracting_axis_must_be_one_of_two() -> None:
+    rows, gate, *_ = _arrays(5, 3, 1)
+    with pytest.raises(ValueError, match="1 or 2, found 0"):
+        grouped_matmul(rows, gate, np.array([5, 0, 0]), contracting_axis=0)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_bfloat16_sums_in_float32(axis: int) -> None:
+    # In bfloat16 a running sum of ones stops at 256.
+    width, num_rows, sizes = 1024, 600, np.array([520, 80], np.int32)
+    rows = np.ones((num_rows, width), ml_dtypes.bfloat16)
+    shape = (2, width, 3) if axis == 1 else (2, 3, width)
+    weight, d_product = np.ones(shape, rows.dtype), np.ones((num_rows, 3), rows.dtype)
+    (product,), (d_rows, (d_weight,)) = _pair(rows, (weight,), sizes, axis, (d_product,))
+    assert product.dtype == d_rows.dtype == d_weight.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(product.astype(np.float32), width)
+    np.testing.assert_array_equal(d_rows.astype(np.float32), 3)
+    np.testing.assert_array_equal(d_weight[0].astype(np.float32), 520)
+    np.testing.assert_array_equal(d_weight[1].astype(np.float32), 80)
+
+
+def test_bfloat16_rounds_only_the_result() -> None:
+    sizes = np.array([300, 0, 200, 100], np.int32)
+    arrays = [a.astype(ml_dtypes.bfloat16) for a in _arrays(600, 4, 2)]
+    rows, gate, _, d_gate, _ = arrays
+    (product,), (d_rows, (d_gate_weight,)) = _pair(rows, (gate,), sizes, 2, (d_gate,))
+    wide = [a.astype(np.float64) for a in (rows, gate, d_gate)]
+    for found, expected in zip(
+        (product, d_rows, d_gate_weight), _oracle(*wide, sizes, 2), strict=True
+    ):
+        # Half a unit in the last of eight places, which is 2⁻⁸ of the value at most, and the
+        # rounding of the float32 sum.
+        error = np.abs(np.asarray(found).astype(np.float64) - expected)
+        assert (error <= 2.0**-8 * np.abs(expected) + 1e-4).all()
+
+
+@partial(jax.jit, static_argnums=2)
+def _bias(values: Any, sizes: Any, num_rows: int, cotangent: Any) -> Any:
+    repeated, pull = jax.vjp(lambda v: expert_rows(v, sizes, num_rows), values)
+    return repeated, pull(cotangent)[0]
+
+
+@given(grouped_rows())
+@settings(max_examples=30)
+def test_a_bias_is_repeated_and_its_gradient_summed(case: tuple[int, np.ndarray]) -> None:
+    num_rows, sizes = case
+    rng = np.random.default_rng(0)
+    values, cotangent = rng.standard_normal((sizes.size, 7)), rng.standard_normal((num_rows, 7))
+    expert = _expert_of_row(num_rows, sizes)
+    cotangent[expert < 0] = np.nan
+    with jax.enable_x64(True):
+        repeated, gradient = _bias(values, sizes, num_rows, cotangent)
+    np.testing.assert_array_equal(repeated[expert >= 0], values[expert[expert >= 0]])
+    expected = np.zeros_like(values)
+    np.add.at(expected, expert[expert >= 0], cotangent[expert >= 0])
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-11)
+
+
+def test_gradients_need_no_array_of_the_size_of_the_weights_beside_the_result() -> None:
+    num_rows, num_experts, width = 64, 32, 128
+    rows = jax.ShapeDtypeStruct((num_rows, width), jnp.float32)
+    weight = jax.ShapeDtypeStruct((num_experts, width, width), jnp.float32)
+    sizes = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+    memory = _pair.lower(rows, (weight,), sizes, 2, (rows,)).compile().memory_analysis()
+    weights_bytes = num_experts * width * width * 4
+    assert memory.temp_size_in_bytes < weights_bytes // 4
+
+
+@given(num_rows=st.integers(1, 10_000), num_experts=st.integers(1, 300))
+def test_blocks_fit_the_rows(num_rows: int, num_experts: int) -> None:
+    sizes = block_sizes(num_rows, num_experts)
+    assert sizes
+    assert sizes[0] <= num_rows
+    assert list(sizes) == sorted(set(sizes), reverse=True)
+    assert all(size % sizes[-1] == 0 for size in sizes)
