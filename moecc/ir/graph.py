@@ -336,6 +336,16 @@ class Graph:
             raise ValueError(f"parameter %{name} still has users")
         del self.params[name], self._names[name]
 
+    def erase_input(self, name: str) -> None:
+        """Remove an input that nothing uses.
+
+        Raises:
+          ValueError: it still has users.
+        """
+        if self.inputs[name].users:
+            raise ValueError(f"input %{name} still has users")
+        del self.inputs[name], self._names[name]
+
     def rename(self, value: Value, name: str) -> None:
         """Give `value` another name; a parameter goes to the end of the parameters.
 

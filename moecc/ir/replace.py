@@ -51,10 +51,13 @@ def infer_again(graph: Graph, nodes: Iterable[Node], *, start: Node | None = Non
 
 
 def _infer(node: Node) -> list[Node]:
-    """Infer the types of one node again and return the users of the results that changed."""
+    """Infer the types of one node again and return the users that may be concerned.
+
+    The types of dispatched rows follow from the attributes of a ``place`` node, not from its type.
+    """
     users: list[Node] = []
     for value, type in zip(node.results, node.op.infer(node.operands, node.attrs), strict=True):
-        if value.type != type:
+        if value.type != type or node.op.name == "place":
             value.type = type
             users.extend(value.users)
     return users

@@ -70,7 +70,8 @@ def emit_ffn(g: Growth, x: Value, axis: Axis, batch: Iterable[Axis] = ()) -> Val
     y = project("w_down", hidden, inner)
     if has_bias:
         y = g.emit("add", y, g.param("b_down", (*batch, axis), dtype))
-    return y
+    # As granular experts and residual multipliers do.
+    return g.emit("scale", y, by=g.pick((2.0, 0.5, 3.0))) if g.chance(25) else y
 
 
 def experts(g: Growth) -> None:
@@ -90,14 +91,14 @@ def emit_experts(g: Growth, x: Value, axis: Axis) -> Value:
     """Append the routing of `x`, ``[batch, seq, embed]``, around a block along `axis`."""
     count = g.pick((2, 4, 1, 3))
     expert = Axis("expert", count)
-    gates = g.pick(GATES)
+    gates = g.pick(GATES) if g.chance(60) else "renormalised"
     top_k = 1 + g.choices.below(min(count, 2 if gates == "sparsemixer" else 3))
     placement: dict[str, Any] = {}
-    if g.chance(40):
+    if g.chance(50):
         placement = {
             "slots": "capacity",
-            "capacity_factor": g.pick((1.0, 0.5, 2.0, 1.25)),
-            "minimum": g.pick((1, 0, 4)),
+            "capacity_factor": g.pick((1.0, 0.5, 1.25, 0.75, 2.0)),
+            "minimum": g.pick((1, 0, 1, 4)),
             "rounding": g.pick(("floor", "round", "ceil")),
             "convention": g.pick(("tokens", "assignments")),
         }

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from moecc.ir.dtypes import BF16, F32, F64
-from moecc.ir.graph import Graph, Value
-from moecc.ir.types import Axis, TensorType
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.types import TensorType
 from moecc.testing.blocks import BLOCKS
-from moecc.testing.growth import Choices, Growth, Step
+from moecc.testing.growth import Growth, Step
 from moecc.testing.steps import SIMPLE
 
 MAX_STEPS = 8
 """The most steps of a graph; a step is an operation or a block."""
 
 
-class _Random:
+class Decisions:
     """Decisions that a seed makes."""
 
     def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(seed)
 
     def below(self, count: int) -> int:
-        return int(self.rng.integers(count))
+        """Return a number from 0 to `count` − 1, each as likely."""
+        return int(self._rng.integers(count))
 
 
 def random_graph(
@@ -34,35 +35,24 @@ def random_graph(
     max_steps: int = MAX_STEPS,
     dead: bool = False,
 ) -> Graph:
-    """Return a graph as `moecc.testing.graphs` draws it, chosen by a seed."""
-    return grow(_Random(seed), steps, max_steps, dead=dead)
-
-
-def grow(
-    choices: Choices,
-    steps: Sequence[Step] | None = None,
-    max_steps: int = MAX_STEPS,
-    *,
-    dead: bool = False,
-) -> Graph:
-    """Return a graph that grows as `choices` decide.
+    """Return a well-typed graph whose outputs depend on everything in it.
 
     Args:
-      choices: where the decisions come from.
-      steps: what may be appended; None means operations and, half of the time, blocks.
+      seed: chooses the graph.
+      steps: what may be appended, from simple to complex; a step is a function of a `Growth`.
+        None means operations, and in a third of the cases a whole block.
       max_steps: the most steps.
       dead: whether nodes that no output needs stay.
     """
+    choices = Decisions(seed)
     growth = Growth(choices, (F32, F32, BF16, F64)[choices.below(4)])
-    embed = growth.size_of("embed")
-    axes = (Axis("batch", "B"), Axis("seq", "S"), Axis("embed", embed))
-    growth.input("x", TensorType(growth.dtype, axes))
+    growth.input("x", TensorType(growth.dtype, (*growth.tokens, growth.embed)))
     for _ in range(1 + choices.below(max_steps)):
         growth.relocate()
         kinds = steps or (BLOCKS if growth.chance(35) else SIMPLE)
         since = len(growth.values)
         growth.pick(kinds)(growth)
-        growth.tap(since, 8)
+        growth.tap(since, 20)
     _return_sinks(growth)
     if not dead:
         remove_dead(growth.graph)
@@ -82,9 +72,66 @@ def _return_sinks(growth: Growth) -> None:
 
 
 def remove_dead(graph: Graph) -> None:
-    """Remove the nodes and parameters that no output needs."""
+    """Remove the nodes, parameters and inputs that no output needs."""
     for node in graph.walk_back():
         if node.is_dead:
             node.erase()
     for name in [n for n, v in graph.params.items() if not v.users]:
         graph.erase_param(name)
+    for name in [n for n, v in graph.inputs.items() if not v.users]:
+        graph.erase_input(name)
+
+
+def keep_only(graph: Graph, keep: Callable[[int], bool]) -> None:
+    """Cut nodes out of `graph`: what they took is returned, what they gave becomes an input.
+
+    So a graph shrinks from all sides to the few nodes that matter.  Rows in slots cannot be an
+    input: an operand of the same type stands in, and where there is none the node stays.
+
+    Args:
+      graph: is changed in place.
+      keep: says whether the node of a position stays.
+    """
+    for position, node in reversed(list(enumerate(graph))):
+        if not keep(position):
+            _cut(graph, node)
+    results = {n: v for n, v in graph.outputs.items() if v.node is not None}
+    for name in graph.outputs.keys() - results.keys() if results else ():
+        graph.drop_output(name)
+    remove_dead(graph)
+
+
+def _cut(graph: Graph, node: Node) -> None:
+    used = [v for v in node.results if v.users.keys() - {graph.terminator}]
+    stand_ins = {v: _stand_in(v) for v in used}
+    if None in stand_ins.values():
+        return
+    for name in [n for n, v in graph.outputs.items() if v in node.results]:
+        graph.drop_output(name)
+    for value, other in stand_ins.items():
+        name = graph.fresh(f"{value.name}_in")
+        value.replace_by(other if isinstance(other, Value) else graph.input(name, value.type))
+    operands = list(dict.fromkeys(node.operands))
+    node.erase()
+    for operand in operands:
+        if not operand.users and operand.node is not None:
+            graph.set_output(_free_output(graph), operand)
+    if not graph.output_names:
+        graph.set_output("y0", next(iter(operands), next(iter(graph.inputs.values()))))
+
+
+def _stand_in(value: Value) -> Value | str | None:
+    """Return what `value` may be exchanged for: an operand, ``"input"``, or None for nothing."""
+    assert value.node is not None
+    if value.node.op.name == "place":
+        return None
+    if not value.type.extents:
+        return "input"
+    return next((v for v in value.node.operands if v.type == value.type), None)
+
+
+def _free_output(graph: Graph) -> str:
+    number = 0
+    while f"y{number}" in graph.output_names:
+        number += 1
+    return f"y{number}"

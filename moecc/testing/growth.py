@@ -37,6 +37,7 @@ class Growth:
       builder: appends to it.
       values: what later steps may use, in order of definition.
       taps: interior values that the graph returns beside its sinks.
+      is_square: whether all sizes are equal, so that a wrong orientation is well typed.
     """
 
     def __init__(self, choices: Choices, dtype: DType) -> None:
@@ -47,6 +48,7 @@ class Growth:
         self.values: list[Value] = []
         self.taps: list[Value] = []
         self._sizes: dict[str, int] = {}
+        self.is_square = self.chance(30)
 
     def pick(self, items: Sequence[T]) -> T:
         """Return one of `items`, which are ordered from simple to complex."""
@@ -90,9 +92,20 @@ class Growth:
 
     def size_of(self, name: str) -> int:
         """Return the usual size of the axis `name` in this graph."""
-        if name not in self._sizes:
-            self._sizes[name] = self.pick(SIZES)
-        return self._sizes[name]
+        key = "" if self.is_square else name
+        if key not in self._sizes:
+            self._sizes[key] = self.pick(SIZES)
+        return self._sizes[key]
+
+    @property
+    def tokens(self) -> tuple[Axis, Axis]:
+        """The axes that number the tokens of an input."""
+        return Axis("batch", "S" if self.is_square else "B"), Axis("seq", "S")
+
+    @property
+    def embed(self) -> Axis:
+        """The axis of the model's width."""
+        return Axis("embed", self.size_of("embed"))
 
     def new_axis(self, hint: str, *types: TensorType) -> Axis:
         """Return an axis of fixed size that none of `types` has."""
@@ -104,7 +117,10 @@ class Growth:
     def find(self, fits: Callable[[Value], bool]) -> Value | None:
         """Return an earlier value that fits, if there is one."""
         found = [v for v in self.values if fits(v)]
-        return self.pick(found) if found else None
+        if not found:
+            return None
+        # Patterns are made of what follows one another.
+        return self.pick(found[-3:] if self.chance(50) else found)
 
     def find_float(self, fits: Callable[[TensorType], bool] = lambda _: True) -> Value | None:
         """Return an earlier floating-point value whose type fits, if there is one."""

@@ -64,8 +64,8 @@ def applied(item: Pass, graph: Graph, seed: int = 0) -> tuple[Graph, PassResult]
     A pass that must match may match nothing here.
     """
     after = clone(graph)
-    result = item.apply(after, Context(seed=seed, allow_unmatched=True))
     try:
+        result = item.apply(after, Context(seed=seed, allow_unmatched=True))
         verify(after)
     except VerifyError as error:
         _fail(f"the pass leaves a graph that is not valid: {error}", graph, after)

@@ -187,11 +187,12 @@ def _beyond(
         if a.shape != b.shape:
             yield f"output {name}: shape {a.shape} became {b.shape} (seed {seed})"
             continue
-        over = _distance(a, b) - allowed[name]
-        if a.size == 0 or not (over > 0).any():
+        apart, bounds = _distance(a, b), np.broadcast_to(allowed[name], a.shape)
+        if not (apart > bounds).any():
             continue
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(over)), a.shape))
-        bound = float(np.broadcast_to(allowed[name], a.shape)[at])
+        worst = int(np.argmax(np.where(apart > bounds, apart, -1.0)))
+        at = tuple(int(i) for i in np.unravel_index(worst, a.shape))
+        bound = float(bounds[at])
         yield (
             f"output {name}{list(at)}: expected {a[at]!r}, found {b[at]!r}, "
             f"allowed difference {bound:.3g} (seed {seed})"

@@ -18,7 +18,7 @@ def unary(g: Growth) -> None:
     x = g.find_float()
     if x is None:
         return
-    if g.chance(20):
+    if g.chance(30):
         g.emit("scale", x, by=g.pick((2.0, 1.0, 0.5, 0.0, -1.0)))
         return
     g.emit(g.pick(UNARY), x)
@@ -197,7 +197,7 @@ def lookup(g: Growth) -> None:
     """Look rows up in a table, or mark indices along a new axis."""
     ids = g.find(_is_index)
     if ids is None or g.chance(30):
-        ids = g.input("ids", TensorType(I32, (Axis("batch", "B"), Axis("seq", "S"))))
+        ids = g.input("ids", TensorType(I32, g.tokens))
     vocab = g.new_axis("vocab", ids.type)
     if g.chance(30):
         g.emit("one_hot", ids, into=((vocab.name, vocab.size),))
