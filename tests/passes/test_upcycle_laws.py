@@ -53,8 +53,6 @@ def is_exact(dense: Dense, options: dict[str, Any]) -> bool | None:
             return None
         if placement == "cube-root" and dense.act not in HOMOGENEOUS:
             return False
-        if placement == "cube-root" and dense.gated and dense.act == "relu2":
-            return True
     keeps_all = options["gates"] == "softmax" and options["top_k"] == options["experts"]
     return options["gates"] in ANY_ROUTER or keeps_all or options.get("router_std") == 0
 

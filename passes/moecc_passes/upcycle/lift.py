@@ -85,7 +85,7 @@ class Noise:
       std: its standard deviation, absolute or in units of that of the dense tensor.
       relative: which of the two.
       seed: the seed of the conversion.
-      block: the location of the block, from which the draws are keyed.
+      block: the place of the block, by which the draws are keyed.
     """
 
     std: float
@@ -114,7 +114,7 @@ class Drop:
     Attributes:
       ratio: the share of neurons that are drawn anew.
       seed: the seed of the conversion.
-      block: the location of the block, from which the index sets are keyed.
+      block: the place of the block, by which the index sets are keyed.
       division: how the neurons are divided.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
     # What the block reads, constants included, is defined before its last node.
     builder = Builder(graph, loc=block.loc, origin="upcycle/lift", before=block.nodes[-1])
     router = graph.param(
-        graph.fresh(f"{block.loc}.router.weight"),
+        graph.fresh(f"{_name(block.loc)}.router.weight"),
         recipe.router.type.with_dtype(block.x.type.dtype),
         recipe.router,
         loc=block.loc,
@@ -68,6 +69,11 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
         node.erase()
     for param in leaving:
         graph.erase_param(param.name)
+
+
+def _name(loc: str) -> str:
+    """Return the name of a value that stands for the place `loc`."""
+    return re.sub(r"[^A-Za-z0-9_.\-]", "_", loc) or "ffn"
 
 
 def _expert_param(graph: Graph, param: Value, name: str, recipe: Recipe) -> Value:
@@ -124,7 +130,7 @@ def _shared(builder: Builder, block: FFNBlock, names: Mapping[Value, str], recip
     shared = _emit(builder, nodes, {block.x: block.x, **made})[block.down.result]
     gate_type = tensor(block.x.type.dtype, **{block.outer: block.embed})
     gate = graph.param(
-        graph.fresh(f"{block.loc}.shared_gate.weight"), gate_type,
+        graph.fresh(f"{_name(block.loc)}.shared_gate.weight"), gate_type,
         Full(0.0, gate_type), loc=block.loc,
     )  # fmt: skip
     return emit_shared_gate(builder, block.x, gate, shared)

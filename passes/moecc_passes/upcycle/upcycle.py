@@ -276,7 +276,7 @@ class UpcyclePass(Pass):
             factors[block.output_bias] = self.law.bias_scale
         kind = "normal" if self.router_init == "logit-std" else self.router_init
         outer = block.x.type[block.outer]
-        key = derive_key(seed, f"{block.loc}/router")
+        key = derive_key(seed, f"{_place(block)}/router")
         slots: dict[str, object] = {"slots": self.slots}
         if self.slots == "capacity":
             slots |= {"capacity_factor": self.capacity_factor, "groups": self.groups}
@@ -293,9 +293,9 @@ class UpcyclePass(Pass):
 
     def _perturb(self, block: FFNBlock, division: Division, seed: int) -> Perturb:
         if self.init == "noise":
-            return Noise(self.noise_std, self.noise == "relative", seed, block.loc).apply
+            return Noise(self.noise_std, self.noise == "relative", seed, _place(block)).apply
         if self.init == "drop":
-            return Drop(self.drop_ratio, seed, block.loc, division).apply
+            return Drop(self.drop_ratio, seed, _place(block), division).apply
         return _unperturbed
 
     def _router_std(self, block: FFNBlock) -> float:
@@ -323,6 +323,11 @@ class UpcyclePass(Pass):
         if self.experts & (self.experts - 1):
             remarks.append(Remark("", "some runtimes want a power of two of experts"))
         return remarks
+
+
+def _place(block: FFNBlock) -> str:
+    """Return what the draws of a block are keyed by; the location alone may not be the only one."""
+    return f"{block.loc}/{block.down.operands[1].name}"
 
 
 def _unperturbed(name: str, dense: Expr, experts: Expr) -> Expr:

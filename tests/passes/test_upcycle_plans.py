@@ -1,0 +1,429 @@
+"""Plans that cannot be, blocks that are left alone, and graphs that stay well-formed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from moecc_passes.upcycle.upcycle import UpcyclePass
+
+from moecc.analysis.ffn import find_ffn_blocks
+from moecc.errors import InputError, UsageError
+from moecc.ir import Graph, parse, print_graph
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import BF16, F32, F64, I32
+from moecc.ir.graph import Value
+from moecc.ir.structure import clone, equal
+from moecc.ir.types import tensor
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing import graphs, laws
+from moecc.testing.blocks import feed_forward
+from moecc.weights.expr import Source
+
+from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [  # options, where, a part of the message
+    ({"top_k": 9}, "top-k", "store more experts: experts=9"),
+    ({"top_k": 0}, "top-k", "1 <= top-k <= experts=8"),
+    ({"top_k": -1}, "top-k", "1 <= top-k <= experts=8"),
+    ({"experts": 1, "top_k": 1}, "experts", "at least two"),
+    ({"experts": 0, "top_k": 1}, "experts", "at least two"),
+    ({"granularity": 0}, "granularity", "at least 1"),
+    ({"granularity": 3}, "granularity", "top-k=3 experts=9 would do"),
+    ({"granularity": 2, "top_k": 3}, "granularity", "top-k=4 experts=8 would do"),
+    ({"granularity": 2, "experts": 7}, "granularity", "top-k=2 experts=8 would do"),
+    ({"gates": "switch"}, "gates", "gates=softmax weighs several"),
+    ({"gates": "sparsemixer", "top_k": 3}, "gates", "gates=renormalised takes any top-k"),
+    ({"gates": "sparsemixer", "granularity": 2}, "gates", "suits any granularity"),
+    ({"shared": 1.0}, "shared", "0 <= shared < 1"),
+    ({"shared": -0.1}, "shared", "0 <= shared < 1"),
+    ({"shared": float("nan")}, "shared", "0 <= shared < 1"),
+    ({"drop_ratio": 1.5}, "drop-ratio", "0 <= drop-ratio <= 1"),
+    ({"noise_std": -1.0}, "noise-std", "noise-std >= 0"),
+    ({"noise_std": float("inf")}, "noise-std", "noise-std >= 0"),
+    ({"router_std": float("nan")}, "router-std", "router-std >= 0"),
+    ({"gate_scale": 0.0}, "gate-scale", "gate-scale > 0"),
+    ({"gate_scale": float("inf")}, "gate-scale", "gate-scale > 0"),
+    ({"groups": 0}, "groups", "groups >= 1"),
+    ({"slots": "capacity", "capacity_factor": 0.0}, "capacity-factor", "capacity-factor > 0"),
+    ({"slots": "capacity", "capacity_factor": float("inf")}, "capacity-factor", "> 0"),
+    ({"layers": "every:0"}, None, "selects no layer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "where", "says"), REFUSED)
+def test_a_plan_that_cannot_be_is_refused(options: dict[str, Any], where: str, says: str) -> None:
+    problems = UpcyclePass(**options).validate()
+    assert where in [p.where for p in problems]
+    assert says in "\n".join(map(str, problems))
+
+
+def test_all_problems_come_at_once() -> None:
+    text = "upcycle{experts=4 top-k=5 shared=2 layers=every:x noise-std=-1 drop-ratio=7}"
+    with pytest.raises(UsageError) as error:
+        run_pipeline(Dense().graph(), Pipeline.parse(text))
+    assert len(error.value.problems) == 5
+
+
+@given(
+    st.integers(-1, 9), st.integers(-1, 9), st.integers(-1, 5),
+    st.sampled_from(["renormalised", "switch", "sparsemixer", "softmax"]),
+)  # fmt: skip
+def test_what_is_not_refused_runs(experts: int, top_k: int, granularity: int, gates: Any) -> None:
+    """Options by themselves are refused, or work on a block of 12 neurons."""
+    item = UpcyclePass(experts, top_k, granularity=granularity, gates=gates)
+    if item.validate():
+        return
+    graph = Dense().graph()
+    if 12 % granularity:
+        with pytest.raises(InputError, match="do not divide into"):
+            item.apply(graph, Context())
+        return
+    assert item.apply(graph, Context()).matched == 1
+    laws.check_graph(graph)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"shared": 0.3}, "expected: shared=0.3333333333, say"),
+        ({"shared": 0.01}, "expected: shared=0.08333333333, say"),
+        ({"shared": 0.99}, "expected: shared=0.9166666667, say"),
+        ({"shared": 0.99999999}, "expected: shared=0.9166666667, say"),
+        ({"granularity": 5, "top_k": 5, "experts": 5}, "expected: G among 1"),
+        ({"granularity": 8, "top_k": 8}, "expected: G among 1, 2, 4"),
+        ({"granularity": 2, "shared": 0.25}, "the 9 neurons do not divide into granularity=2"),
+    ],
+)
+def test_neurons_that_do_not_divide_are_refused(options: dict[str, Any], says: str) -> None:
+    graph = Dense(layers=2).graph()
+    before = clone(graph)
+    with pytest.raises(InputError) as error:
+        upcycled(graph, **options)
+    assert [p.where for p in error.value.problems] == ["layers.0.ffn", "layers.1.ffn"]
+    assert says in str(error.value)
+    assert equal(graph, before)
+
+
+def test_a_placement_that_no_matrix_suits_is_refused_with_one_that_does() -> None:
+    with pytest.raises(InputError) as error:
+        upcycled(Dense(gated=False).graph(), granularity=2, scale_placement="up-down")
+    (problem,) = error.value.problems
+    assert problem.what.startswith("no matrix before the activation can be scaled")
+    assert problem.hint == "scale-placement=down"
+
+
+# --- odd blocks
+
+
+def _weights(graph: Graph, dtype: Any = F64, **axes: tuple[str, ...]) -> dict[str, Value]:
+    sizes = {"embed": 4, "mlp": 6, "head": 2, "wide": 4}
+    found = {}
+    for name, names in axes.items():
+        type = tensor(dtype, **{n: sizes[n] for n in names})
+        found[name] = graph.param(name, type, Source(name, type))
+    return found
+
+
+def odd(build: Any, *, dtype: Any = F64, **axes: tuple[str, ...]) -> Graph:
+    """Return a graph in which `build` makes ``y`` of ``x`` with weights of the given axes."""
+    graph = Graph("odd")
+    builder = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(dtype, batch="B", seq="S", embed=4))
+    graph.set_output("y", build(builder, x, **_weights(graph, dtype, **axes)))
+    return graph
+
+
+def same(graph: Graph, **options: Any) -> bool:
+    """Return whether the converted `graph` computes the same, with a wild router."""
+    tensors = Tensors(graph)
+    inputs = tokens(Dense(embed=4))
+    after, _ = upcycled(graph, router_std=1.0, **options)
+    laws.check_graph(after)
+    expected = run(graph, tensors.params(graph), inputs)["y"]
+    return relative(run(after, tensors.params(after), inputs)["y"], expected) <= 1e-12
+
+
+OUT_IN, IN_OUT = ("mlp", "embed"), ("embed", "mlp")
+
+
+def test_a_weight_that_is_used_twice_before_the_activation_cannot_take_half_the_factor() -> None:
+    def tied(b: Builder, x: Value, w: Value, down: Value) -> Value:
+        gate, up = (b.contract(x, w, over="embed") for _ in range(2))
+        return b.contract(b.mul(b.silu(gate), up), down, over="mlp")
+
+    graph = odd(tied, w=OUT_IN, down=IN_OUT)
+    assert same(graph)
+    assert same(graph, granularity=2)
+    with pytest.raises(InputError, match="none goes in linearly"):
+        same(graph, granularity=2, scale_placement="up-down")
+
+
+def test_a_weight_on_both_sides_of_the_activation_cannot_take_the_factor() -> None:
+    def tied(b: Builder, x: Value, w: Value) -> Value:
+        return b.contract(b.silu(b.contract(x, w, over="embed")), w, over="mlp")
+
+    graph = odd(tied, w=OUT_IN)
+    assert same(graph)
+    for placement in ("down", "up-down"):
+        with pytest.raises(InputError) as error:
+            same(graph, granularity=2, scale_placement=placement)
+        assert error.value.problems[0].where == "layers.0.ffn"
+
+
+def test_a_bias_that_two_matrices_share_cannot_be_scaled_with_one() -> None:
+    def shared(b: Builder, x: Value, g: Value, u: Value, bias: Value, down: Value) -> Value:
+        gate, up = (b.add(b.contract(x, w, over="embed"), bias) for w in (g, u))
+        return b.contract(b.mul(b.silu(gate), up), down, over="mlp")
+
+    graph = odd(shared, g=OUT_IN, u=OUT_IN, bias=("mlp",), down=IN_OUT)
+    assert same(graph, granularity=2)
+    with pytest.raises(InputError, match="used in two places"):
+        same(graph, granularity=2, scale_placement="up-down")
+
+
+def test_two_biases_of_one_product_are_both_scaled() -> None:
+    def doubled(b: Builder, x: Value, g: Value, u: Value, p: Value, q: Value, d: Value) -> Value:
+        up = b.contract(x, u, over="embed")
+        up = b.mul(b.add(up, p), b.relu(b.add(up, q)))
+        return b.contract(b.mul(b.silu(b.contract(x, g, over="embed")), up), d, over="mlp")
+
+    graph = odd(doubled, g=OUT_IN, u=OUT_IN, p=("mlp",), q=("mlp",), d=IN_OUT)
+    assert same(graph, granularity=2)
+    assert same(graph, granularity=2, scale_placement="down")
+    with pytest.raises(InputError, match="linearly"):
+        same(graph, granularity=2, scale_placement="up-down")
+
+
+def test_a_multiplicative_bias_and_constants_go_along() -> None:
+    def built(b: Builder, x: Value, g: Value, u: Value, m: Value, d: Value) -> Value:
+        gate = b.contract(x, g, over="embed")
+        half = b.constant(value=0.5, dtype="f64")
+        gate = b.minimum(b.silu(gate), b.constant(value=0.7, dtype="f64"))
+        up = b.add(b.contract(x, u, over="embed"), half)
+        y = b.contract(b.mul(b.mul(gate, up), b.exp(m)), d, over="mlp")
+        return b.mul(y, half)
+
+    graph = odd(built, g=OUT_IN, u=OUT_IN, m=("mlp",), d=IN_OUT)
+    for options in ({}, {"granularity": 2}, {"shared": 0.5, "granularity": 3, "top_k": 3,
+                                             "experts": 6}):  # fmt: skip
+        assert same(graph, **options)
+
+
+def test_a_block_may_be_narrower_at_its_end() -> None:
+    def built(b: Builder, x: Value, up: Value, down: Value) -> Value:
+        y = b.contract(b.silu(b.contract(x, up, over="embed")), down, over="mlp")
+        return b.rename(y, axis="embed", to="wide")
+
+    graph = Graph("narrow")
+    builder = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=4))
+    up, down = (tensor(F64, mlp=6, embed=n) for n in (4, 3))
+    graph.set_output("y", built(builder, x, *(
+        graph.param(n, t, Source(n, t)) for n, t in (("up", up), ("down", down))
+    )))  # fmt: skip
+    assert same(graph)
+    assert same(graph, granularity=2, top_k=4)
+
+
+def test_a_weight_that_another_part_of_the_model_uses_stays() -> None:
+    def built(b: Builder, x: Value, up: Value, down: Value) -> Value:
+        y = b.contract(b.silu(b.contract(x, up, over="embed")), down, over="mlp")
+        with b.at("layers.1.ffn"):
+            again = b.contract(b.silu(b.contract(y, up, over="embed")), down, over="mlp")
+        return b.contract(b.contract(again, up, over="embed"), up, over="mlp")
+
+    graph = odd(built, up=OUT_IN, down=IN_OUT)
+    assert same(graph, granularity=2)
+    after, result = upcycled(graph, init="noise")
+    assert result.matched == 2
+    assert after.params["up"].type.names == OUT_IN
+    drawn = [str(p.weight) for n, p in after.params.items() if "router" not in n]
+    assert len({w for w in drawn if "normal(" in w}) == 4
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_every_element_type_of_the_tokens_is_taken(dtype: Any) -> None:
+    graph = Dense(dtype=dtype, bias_out=True).graph()
+    for options in ({}, {"shared": 0.5}, {"slots": "capacity"}):
+        after, _ = upcycled(graph, **options)
+        laws.check_graph(after)
+        assert after.outputs["y"].type == graph.outputs["y"].type
+
+
+def test_parameters_without_a_weight_are_the_tensors_of_their_names() -> None:
+    graph = Dense(bias_in=True).graph()
+    for param in graph.params.values():
+        param.weight = None
+    after, _ = upcycled(graph, granularity=2, shared=0.5)
+    named, _ = upcycled(Dense(bias_in=True).graph(), granularity=2, shared=0.5)
+    for name, param in named.params.items():
+        assert after.params[name].weight == param.weight
+
+
+# --- what is left alone, and why
+
+
+def refusals(graph: Graph, **options: Any) -> list[str]:
+    before = clone(graph)
+    after, result = upcycled(graph, **options)
+    assert result.matched == 0
+    assert not result.changed
+    assert equal(after, before)
+    return [m.reason for m in result.near_misses]
+
+
+def test_a_hidden_value_with_a_second_user_is_a_near_miss() -> None:
+    graph = Dense(layers=2, residual=True).graph()
+    silu = [n for n in graph if n.op.name == "silu"][1]
+    builder = Builder(graph, loc="probe")
+    graph.set_output("probe", builder.relu(silu.result))
+    after, result = upcycled(graph)
+    assert result.matched == 1
+    (miss,) = result.near_misses
+    assert miss.where == "layers.1.ffn"
+    assert miss.reason == f"%{silu.result.name} inside it is also used by relu @probe"
+    assert [n.loc for n in after if n.op.name == "dispatch"] == ["layers.0.ffn"]
+
+
+@pytest.mark.parametrize("op", ["contract", "silu", "mul"])
+def test_a_hidden_value_that_the_graph_returns_is_a_near_miss(op: str) -> None:
+    graph = Dense().graph()
+    value = next(n for n in graph if n.op.name == op).result
+    graph.set_output("hidden", value)
+    assert refusals(graph) == [f"%{value.name} inside it is an output of the graph"]
+
+
+def test_the_output_of_a_block_may_be_returned_and_used_at_will() -> None:
+    graph = Dense(bias_out=True, layers=2).graph()
+    for i, node in enumerate([n for n in graph if n.op.name == "add"]):
+        graph.set_output(f"block{i}", node.result)
+    after, result = upcycled(graph, granularity=2)
+    assert result.matched == 2
+    tensors = Tensors(graph)
+    inputs = tokens(Dense())
+    expected = run(graph, tensors.params(graph), inputs)
+    found = run(after, tensors.params(after), inputs)
+    assert all(relative(found[n], expected[n]) <= 1e-12 for n in expected)
+
+
+def test_a_sum_before_the_output_bias_may_be_used_elsewhere() -> None:
+    graph = Dense(bias_out=True).graph()
+    down = [n for n in graph if n.op.name == "contract"][-1]
+    graph.set_output("before", down.result)
+    after, result = upcycled(graph)
+    assert result.matched == 1
+    tensors = Tensors(graph)
+    inputs = tokens(Dense())
+    expected = run(graph, tensors.params(graph), inputs)
+    found = run(after, tensors.params(after), inputs)
+    assert all(relative(found[n], expected[n]) <= 1e-12 for n in expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"shared": 0.5}])
+def test_what_is_sparse_already_is_a_near_miss(options: dict[str, Any]) -> None:
+    """The shared expert of a sparse layer is no dense block either."""
+    once, _ = upcycled(Dense(layers=2, residual=True).graph(), **options)
+    reasons = refusals(once)
+    assert len(reasons) == (4 if options else 2)
+    assert sum(r == "it is sparse already" for r in reasons) == 2
+    assert all("sparse already" in r for r in reasons)
+
+
+def attention(graph: Graph, embed: int = 4, *, softmax: bool = True) -> None:
+    """Append one layer of self-attention; without softmax it is as linear as it can be."""
+    builder = Builder(graph, loc="layers.0.attention")
+    x = graph.inputs["x"]
+    axes: dict[str, dict[str, Any]] = {n: {"heads": 4, "embed": embed} for n in ("q", "k", "v")}
+    axes["o"] = {"embed": embed, "heads": 4}
+    w = {n: graph.param(n, tensor(F64, **s), Source(n, tensor(F64, **s))) for n, s in axes.items()}
+    q, k, v = (builder.contract(x, w[n], over="embed") for n in ("q", "k", "v"))
+    k, v = (builder.rename(y, axis="seq", to="kv_seq") for y in (k, v))
+    scores = builder.contract(q, k, over="heads")
+    weights = builder.softmax(scores, axis="kv_seq") if softmax else scores
+    mixed = builder.contract(weights, v, over="kv_seq")
+    graph.set_output("y", builder.contract(mixed, w["o"], over="heads"))
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_attention_is_not_mistaken_for_a_block(softmax: bool) -> None:
+    graph = Graph("attention")
+    graph.input("x", tensor(F64, batch="B", seq="S", embed=4))
+    attention(graph, softmax=softmax)
+    assert refusals(graph) == []
+
+
+def test_a_linear_pair_of_contractions_is_a_near_miss() -> None:
+    """A low-rank adapter reads and writes the model's width, but it is no feed-forward block."""
+
+    def adapter(b: Builder, x: Value, up: Value, down: Value, bias: Value) -> Value:
+        hidden = b.scale(b.add(b.contract(x, up, over="embed"), bias), by=2.0)
+        return b.contract(hidden, down, over="mlp")
+
+    graph = odd(adapter, up=OUT_IN, down=IN_OUT, bias=("mlp",))
+    assert refusals(graph) == ["it is linear: no activation stands between its contractions"]
+
+
+def test_the_product_of_two_projections_is_a_block() -> None:
+    """Bilinear gates have no activation of one operand (Shazeer 2020)."""
+
+    def bilinear(b: Builder, x: Value, g: Value, u: Value, d: Value) -> Value:
+        gate, up = (b.contract(x, w, over="embed") for w in (g, u))
+        return b.contract(b.mul(gate, up), d, over="mlp")
+
+    graph = odd(bilinear, g=OUT_IN, u=OUT_IN, d=IN_OUT)
+    for placement in ("down", "up-down", "cube-root"):
+        assert same(graph, granularity=2, scale_placement=placement)
+
+
+def test_embeddings_and_heads_are_not_mistaken_for_a_block() -> None:
+    graph = Graph("lm")
+    builder = Builder(graph)
+    ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
+    table = graph.param("table", tensor(F64, vocab=9, embed=4))
+    hidden = builder.embedding(table, ids, axis="vocab")
+    graph.set_output("logits", builder.contract(hidden, table, over="embed"))
+    assert refusals(graph) == []
+
+
+def test_blocks_without_a_location_are_drawn_apart() -> None:
+    graph = Dense(layers=3).graph()
+    for node in graph:
+        node.loc = "" if node.loc != "layers.2.ffn" else "odd/place@2"
+    after, result = upcycled(graph, init="drop")
+    assert result.matched == 3
+    laws.check_graph(after)
+    routers = {n: p.weight for n, p in after.params.items() if "router" in n}
+    assert list(routers) == ["ffn.router.weight", "ffn.router.weight1", "odd_place_2.router.weight"]
+    assert len(set(routers.values())) == 3
+    assert len({re.search("subset.*?key=0x[0-9a-f]+", str(after.params[n].weight)).group()
+                for n in ("layers.0.up", "layers.1.up", "layers.2.up")}) == 3  # fmt: skip
+
+
+# --- random graphs
+
+
+@given(graphs(steps=[feed_forward]), st.integers(0, 2), st.booleans())
+def test_random_graphs_keep_what_is_promised(graph: Graph, seed: int, scaled: bool) -> None:
+    """Every block that the strategy makes, with taps inside it, batch axes and shared weights."""
+    for param in graph.params.values():
+        param.weight = param.weight or Source(param.name, param.type)
+    item = UpcyclePass(experts=2, top_k=1, gate_scale=2.5 if scaled else 1.0, router_std=0.5)
+    assume(not _has_weights_to_scale_apart(graph) or not scaled)
+    once = clone(graph)
+    item.apply(once, Context(seed))
+    laws.check_changed_flag(item, graph)
+    laws.check_idempotent(item, graph)
+    laws.check_round_trip(once)
+    assert parse(print_graph(once)).outputs.keys() == graph.outputs.keys()
+    laws.check_preserves(item, graph)
+
+
+def _has_weights_to_scale_apart(graph: Graph) -> bool:
+    blocks = find_ffn_blocks(graph).blocks
+    return any(b.down.operands[1] in {up.operands[1] for up in b.ups} for b in blocks)
