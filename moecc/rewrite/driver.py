@@ -63,7 +63,7 @@ def rewrite(
     """Apply `rules` to `graph`, in place, until none matches.
 
     At a node the first rule that matches wins.  Nodes that a rewrite leaves without users are
-    erased; parameters are not.
+    erased; parameters are not.  Nodes that nothing used before stay as they are.
 
     Args:
       graph: changed in place.
@@ -171,7 +171,8 @@ class _Driver:
         while self.stack:
             node = self.stack.pop()
             self.queued.discard(node)
-            if node.alive:
+            # Dead nodes are for dead-code elimination, and nobody would see the difference.
+            if node.alive and not node.is_dead:
                 self.visit(node)
         self.result.near_misses = list(self.misses.best.values())
         return self.result
@@ -206,7 +207,7 @@ class _Driver:
         self.erase_dead([*found.nodes, *builder.made])
         for new, name in names:
             # What takes the place of a value takes its name too: the text differs less.
-            if name not in self.graph:
+            if new.name in self.graph and name not in self.graph:
                 self.graph.rename(new, name)
         self.enqueue_users(users)
         for node in reversed(builder.made):

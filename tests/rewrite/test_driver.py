@@ -120,6 +120,16 @@ def test_what_build_makes_and_does_not_return_is_erased() -> None:
     verify(graph)
 
 
+def test_dead_nodes_stay_as_they_are() -> None:
+    graph, x = chain("silu")
+    b = Builder(graph)
+    b.neg(b.neg(x))
+    minus = Rule("minus", P.neg(X), lambda m, b: b.scale(m.value("x"), by=-1.0))
+    assert rewrite(graph, [DOUBLE_NEG, minus], origin="t").rewrites == 1
+    assert ops(graph) == ["silu", "scale", "neg"]
+    verify(graph)
+
+
 def test_check_refuses_with_a_reason() -> None:
     rule = Rule("never", P.neg(P.neg(X)), operand, lambda m: f"%{m.value('x').name} is dear")
     graph, _ = chain("neg", "neg")
@@ -178,6 +188,23 @@ def test_several_results_are_replaced_together() -> None:
     (node,) = graph
     assert node.attrs["gates"] == "softmax"
     assert [v.name for v in node.results] == [experts.name, gates.name]
+    verify(graph)
+
+
+def test_a_result_that_nothing_uses_is_replaced_too() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    positions = b.positions(graph.input("x", tensor(F32, seq="S")), axis="seq")
+    cos, _ = b.rope(positions, axis="dim", size=4)
+    graph.set_output("cos", cos)
+
+    def parts(match: Match, b: Builder) -> tuple[Value, ...]:
+        one, other = (b.rope(match.value("x"), axis="dim", size=4, theta=t) for t in (2.0, 3.0))
+        return one[0], other[1]
+
+    rewrite(graph, [Rule("r", P.rope(X, theta=10000.0), parts)], origin="t")
+    assert [n.attrs.get("theta") for n in graph] == [None, 2.0]
+    assert graph.outputs["cos"].name == cos.name
     verify(graph)
 
 
