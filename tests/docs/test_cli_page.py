@@ -1,0 +1,143 @@
+"""``docs/cli.md`` lists the options and JSON keys that there are, and no others."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from moecc.cli.main import COMMANDS, build_app, main
+from moecc.pipeline.registry import installed
+
+from .pages import ROOT
+
+PAGE = (ROOT / "docs" / "cli.md").read_text("utf-8")
+GOLDEN = ROOT / "tests" / "golden"
+SECTIONS = {
+    match.group(1): match.group(2)
+    for match in re.finditer(r"^## moecc (\w+)[^\n]*\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+}
+_CODE = re.compile(r"`([^`]+)`")
+
+
+def tables(section: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the first header cell of each table, and what its first column has in backticks."""
+    for table in re.findall(r"(?:^\|[^\n]*\n)+", section, re.M):
+        first = [re.split(r"(?<!\\)\|", line)[1].strip() for line in table.splitlines()]
+        yield first[0], [code for cell in first[2:] for code in _CODE.findall(cell)]
+
+
+def test_each_command_has_its_section() -> None:
+    assert tuple(SECTIONS) == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_are_those_of_the_command(name: str) -> None:
+    command: Any = typer.main.get_command(build_app()).commands[name]  # type: ignore[attr-defined]
+    options = {o for p in command.params if p.param_type_name == "option" for o in p.opts}
+    listed = [codes for title, codes in tables(SECTIONS[name]) if title == "option"]
+    assert {code.split()[0] for code in listed[0]} == options
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_defaults_are_those_of_the_command(name: str) -> None:
+    command: Any = typer.main.get_command(build_app()).commands[name]  # type: ignore[attr-defined]
+    for param in command.params:
+        if param.opts[0] in ("--tolerance", "--tokens", "--dtype") and param.default is not None:
+            row = next(r for r in SECTIONS[name].splitlines() if f"`{param.opts[0]} " in r)
+            assert str(param.default) in row
+
+
+def keys(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths to the leaves of a JSON value; an empty list or object is a leaf."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from keys(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and value:
+        for inner in value:
+            yield from keys(inner, f"{path}[]")
+    else:
+        yield path
+
+
+def documented(name: str, title: str) -> list[str]:
+    return next(codes for heading, codes in tables(SECTIONS[name]) if heading == title)
+
+
+def covers(listed: str, path: str) -> bool:
+    """Whether a documented key stands for a path; an empty list covers what would be in it."""
+    cuts = [m.start() for m in re.finditer(r"\[\]|\.", listed)]
+    patterns = (re.escape(listed[:cut]).replace(r"\*", r"[^.\[]+") for cut in [*cuts, None])
+    return any(re.fullmatch(pattern, path) for pattern in patterns)
+
+
+def compare(documented: list[str], objects: list[dict[str, Any]]) -> None:
+    found = {path for value in objects for path in keys(value)}
+    assert {p for p in found if not any(covers(d, p) for d in documented)} == set()
+    # Whatever is documented stands in one of the objects.
+    assert [d for d in documented if not any(covers(d, p) for p in found)] == []
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*command: str) -> dict[str, Any]:
+        assert main([*command, "--format", "json"]) == 0
+        value: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return value
+
+    return run
+
+
+def test_inspect(report: Any) -> None:
+    sources = [str(GOLDEN / "llama_gqa"), str(GOLDEN / "qwen3_moe_plain"), "preset:smollm2-135m"]
+    compare(documented("inspect", "key"), [report("inspect", s) for s in sources])
+
+
+def test_convert_and_verify(report: Any, tmp_path: Path) -> None:
+    source, out = str(GOLDEN / "llama_gqa"), str(tmp_path / "out")
+    made = report(
+        "convert", source, out, "-p", "upcycle{experts=4}", "--to", "mixtral", "--dtype", "bf16"
+    )
+    compare(documented("convert", "key"), [made])
+    compare(documented("verify", "key, alone"), [report("verify", out)])
+    verdict = report("verify", out, "--against", source)
+    compare(documented("verify", "key, with `--against`"), [verdict])
+    assert verdict["rounding"] is not None
+    shutil.rmtree(out)
+    again = report("convert", source, out, "-p", "upcycle", "--to", "mixtral", "--dry-run")
+    compare(documented("convert", "key"), [again])
+    assert not Path(out).exists()
+
+
+def test_passes(report: Any) -> None:
+    listed = documented("passes", "key, with NAME")
+    for name in installed().names():
+        compare(
+            [d for d in listed if "options" not in d], [without_options(report("passes", name))]
+        )
+    compare(listed, [report("passes", "upcycle")])
+    every = report("passes")
+    compare(listed, [{"schema": every["schema"], **one} for one in every["passes"]])
+
+
+def without_options(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: inner for name, inner in value.items() if name != "options"}
+
+
+def test_schemas_are_those_of_the_page(report: Any) -> None:
+    assert set(re.findall(r"`(moecc\.[\w-]+/\d+)`", PAGE)) == {
+        "moecc.inspect/1",
+        "moecc.convert/1",
+        "moecc.verify/1",
+        "moecc.verify-manifest/1",
+        "moecc.pass/1",
+        "moecc.passes/1",
+    }
+    assert report("passes")["schema"] == "moecc.passes/1"
+    assert report("passes", "dce")["schema"] == "moecc.pass/1"
