@@ -154,16 +154,22 @@ def _is_product(value: Value) -> bool:
 
 
 def find_ffn_blocks(graph: Graph) -> FFNSearch:
-    """Return the feed-forward blocks of `graph`, first to last, with near misses."""
+    """Return the feed-forward blocks of `graph`, first to last, with near misses.
+
+    No two have a node in common: of two that overlap the first counts.
+    """
     search = FFNSearch()
     order = {node: i for i, node in enumerate(graph)}
+    taken: set[Node] = set()
     for node in graph:
-        if _is_projection(node):
-            found = _block_of(node, order)
-            if isinstance(found, FFNBlock):
-                search.blocks.append(found)
-            elif found is not None:
-                search.refusals.append(found)
+        found = _block_of(node, order) if _is_projection(node) else None
+        if isinstance(found, FFNBlock) and not taken.isdisjoint(found.nodes):
+            found = Refusal(node.loc, "it overlaps another block, which comes before it")
+        if isinstance(found, FFNBlock):
+            search.blocks.append(found)
+            taken.update(found.nodes)
+        elif found is not None:
+            search.refusals.append(found)
     return search
 
 

@@ -1,0 +1,377 @@
+"""Feed-forward blocks are found by their dataflow, whatever their names, order and company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from moecc.analysis.ffn import FFNBlock, find_ffn_blocks
+from moecc.families import build
+from moecc.families.configs import MoeConfig, read_config
+from moecc.ir import Graph
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import F32
+from moecc.ir.graph import Value
+from moecc.ir.types import tensor
+from moecc.testing import graphs
+from moecc.testing.blocks import attention, experts, feed_forward
+from moecc.testing.steps import binary, contract, unary
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+SIZES: dict[str, Any] = {"batch": "B", "seq": "S", "embed": 4, "mlp": 6, "head": 2, "wide": 4}
+
+Build = Callable[..., Value]
+
+
+def graph_of(build_: Build, x: tuple[str, ...] = ("batch", "seq", "embed"), **axes: str) -> Graph:
+    """Return the graph whose output `build_` makes of ``x`` and parameters of the given axes."""
+    graph = Graph("odd")
+    builder = Builder(graph, loc="layers.3.ffn")
+
+    def type_of(names: tuple[str, ...]) -> Any:
+        return tensor(F32, **{n: SIZES[n] for n in names})
+
+    tokens = graph.input("x", type_of(x))
+    params = {n: graph.param(n, type_of(tuple(a.split()))) for n, a in axes.items()}
+    graph.set_output("y", build_(builder, tokens, **params))
+    return graph
+
+
+def plain(b: Builder, x: Value, up: Value, down: Value) -> Value:
+    return b.contract(b.silu(b.contract(x, up, over="embed")), down, over="mlp")
+
+
+def gated(b: Builder, x: Value, gate: Value, up: Value, down: Value, act: str = "silu") -> Value:
+    a, u = (b.contract(x, w, over="embed") for w in (gate, up))
+    return b.contract(b.mul(getattr(b, act)(a), u), down, over="mlp")
+
+
+UP, DOWN = "mlp embed", "embed mlp"
+
+
+def only_block(graph: Graph) -> FFNBlock:
+    search = find_ffn_blocks(graph)
+    assert search.refusals == []
+    (block,) = search.blocks
+    return block
+
+
+def only_refusal(graph: Graph) -> str:
+    search = find_ffn_blocks(graph)
+    assert search.blocks == []
+    (refusal,) = search.refusals
+    assert refusal.layer == 3
+    return refusal.reason
+
+
+# --- what a block is
+
+
+def test_a_gated_block_and_its_parts() -> None:
+    graph = graph_of(gated, gate=UP, up=UP, down=DOWN)
+    block = only_block(graph)
+    nodes = list(graph)
+    assert block.nodes == tuple(nodes)
+    assert block.ups == (nodes[0], nodes[1])
+    assert block.down is nodes[-1]
+    assert block.x is graph.inputs["x"]
+    assert block.output is graph.outputs["y"]
+    assert (block.outer, block.inner, block.embed, block.width) == ("embed", "mlp", 4, 6)
+    assert [p.name for p in block.params] == ["gate", "up", "down"]
+    assert (block.loc, block.layer) == ("layers.3.ffn", 3)
+    assert block.output_bias is None
+    assert [block.biases_of(up) for up in block.ups] == [(), ()]
+
+
+def test_biases_belong_to_the_block() -> None:
+    def biased(b: Builder, x: Value, up: Value, p: Value, down: Value, q: Value) -> Value:
+        h = b.gelu(b.add(p, b.contract(x, up, over="embed")))
+        return b.mul(b.add(q, b.contract(h, down, over="mlp")), b.relu(x))
+
+    graph = graph_of(biased, up=UP, p="mlp", down=DOWN, q="embed")
+    block = only_block(graph)
+    assert block.output_bias is graph.params["q"]
+    assert block.biases_of(block.ups[0]) == (graph.params["p"],)
+    assert block.output.node is not None
+    assert block.output.node.op.name == "add"
+    assert len(block.nodes) == 5
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda b, x, y, vector, scalar: b.add(y, x),
+        lambda b, x, y, vector, scalar: b.add(y, y),
+        lambda b, x, y, vector, scalar: b.add(y, scalar),
+        lambda b, x, y, vector, scalar: b.sub(y, vector),
+        lambda b, x, y, vector, scalar: b.mul(b.add(y, vector), y),
+        lambda b, x, y, vector, scalar: b.add(b.relu(y), vector),
+    ],
+)
+def test_what_is_no_output_bias_stays_outside(after: Build) -> None:
+    def built(b: Builder, x: Value, up: Value, down: Value, vector: Value, scalar: Value) -> Value:
+        return after(b, x, plain(b, x, up, down), vector, scalar)
+
+    block = only_block(graph_of(built, up=UP, down=DOWN, vector="embed", scalar=""))
+    assert block.output_bias is None
+    assert block.output is block.down.result
+
+
+@pytest.mark.parametrize(
+    ("up", "down"), [(UP, DOWN), ("embed mlp", "mlp embed"), (UP, "mlp embed")]
+)
+@pytest.mark.parametrize(
+    "x", [("batch", "seq", "embed"), ("embed", "batch", "seq"), ("seq", "embed"), ("head", "embed")]
+)
+def test_orders_of_axes_do_not_matter(up: str, down: str, x: tuple[str, ...]) -> None:
+    block = only_block(graph_of(plain, x, up=up, down=down))
+    assert (block.outer, block.inner, block.width) == ("embed", "mlp", 6)
+
+
+def test_names_of_axes_do_not_matter() -> None:
+    """Nothing but the dataflow says which axis is the model's width."""
+
+    def swapped(b: Builder, x: Value, up: Value, down: Value) -> Value:
+        return b.contract(b.relu(b.contract(x, up, over="mlp")), down, over="embed")
+
+    block = only_block(graph_of(swapped, ("batch", "mlp"), up=DOWN, down=UP))
+    assert (block.outer, block.inner, block.embed, block.width) == ("mlp", "embed", 6, 4)
+
+
+def test_parameters_may_be_transformed_and_constants_taken_inside() -> None:
+    def built(b: Builder, x: Value, up: Value, m: Value, down: Value) -> Value:
+        low, one = b.exp(m), b.constant(value=1.0)
+        return b.contract(b.mul(b.silu(b.contract(x, up, over="embed")), b.add(low, one)), down,
+                          over="mlp")  # fmt: skip
+
+    graph = graph_of(built, up=UP, m="mlp", down=DOWN)
+    block = only_block(graph)
+    names = [n.op.name for n in block.nodes]
+    assert names == ["exp", "contract", "silu", "add", "mul", "contract"]
+
+
+@pytest.mark.parametrize(
+    ("act", "gate", "up"),
+    [("silu", None, 1), ("gelu", None, 1), ("relu", 1, 1), ("square", 2, 1), ("neg", 1, 1),
+     ("sigmoid", None, 1), ("stop_gradient", 1, 1), ("exp", None, 1)],
+)  # fmt: skip
+def test_degrees_of_a_gated_block(act: str, gate: int | None, up: int) -> None:
+    def built(b: Builder, x: Value, **params: Value) -> Value:
+        return gated(b, x, **params, act=act)
+
+    block = only_block(graph_of(built, gate=UP, up=UP, down=DOWN))
+    assert {p.name: d for p, d in block.degrees().items()} == {"gate": gate, "up": up}
+
+
+def test_degrees_of_a_weight_that_is_used_twice() -> None:
+    def tied(b: Builder, x: Value, w: Value, down: Value, act: str) -> Value:
+        a, u = (b.contract(x, w, over="embed") for _ in range(2))
+        return b.contract(b.mul(getattr(b, act)(a), u), down, over="mlp")
+
+    for act, degree in (("relu", 2), ("silu", None), ("square", 3)):
+        graph = graph_of(lambda b, x, act=act, **p: tied(b, x, **p, act=act), w=UP, down=DOWN)
+        assert list(only_block(graph).degrees().values()) == [degree]
+
+
+def test_degrees_with_biases_sums_and_scales() -> None:
+    def built(b: Builder, x: Value, g: Value, u: Value, p: Value, down: Value) -> Value:
+        a = b.relu(b.add(b.contract(x, g, over="embed"), p))
+        u_ = b.scale(b.contract(x, u, over="embed"), by=2.0)
+        both = b.maximum(b.mul(a, u_), b.neg(b.mul(u_, a)))
+        return b.contract(both, down, over="mlp")
+
+    block = only_block(graph_of(built, g=UP, u=UP, p="mlp", down=DOWN))
+    assert {w.name: d for w, d in block.degrees().items()} == {"g": 1, "u": 1}
+
+    def shifted(b: Builder, x: Value, g: Value, u: Value, p: Value, down: Value) -> Value:
+        a = b.relu(b.contract(x, g, over="embed"))
+        u_ = b.add(b.scale(b.contract(x, u, over="embed"), by=2.0), p)
+        return b.contract(b.mul(a, u_), down, over="mlp")
+
+    # A parameter behind a scale is no bias of the product, so nothing scales with u.
+    block = only_block(graph_of(shifted, g=UP, u=UP, p="mlp", down=DOWN))
+    assert {w.name: d for w, d in block.degrees().items()} == {"g": 1, "u": None}
+
+
+# --- what is none, and why
+
+
+def test_two_blocks_never_share_a_node() -> None:
+    def deep(b: Builder, x: Value, up: Value, down: Value, up2: Value, down2: Value) -> Value:
+        y = b.silu(plain(b, x, up, down))
+        return plain(b, y, up2, down2)
+
+    graph = graph_of(deep, up=UP, down=DOWN, up2=UP, down2=DOWN)
+    search = find_ffn_blocks(graph)
+    assert [b.params[0].name for b in search.blocks] == ["up", "up2"]
+    (refusal,) = search.refusals
+    assert refusal.reason == "it overlaps another block, which comes before it"
+
+
+def two_inputs(b: Builder, x: Value, gate: Value, up: Value, down: Value) -> Value:
+    a, u = b.contract(x, gate, over="embed"), b.contract(b.tanh(x), up, over="embed")
+    return b.contract(b.mul(b.silu(a), u), down, over="mlp")
+
+
+def softmaxed(b: Builder, x: Value, up: Value, down: Value) -> Value:
+    return b.contract(b.softmax(b.contract(x, up, over="embed"), axis="mlp"), down, over="mlp")
+
+
+def averaged(b: Builder, x: Value, up: Value, down: Value) -> Value:
+    h = b.silu(b.contract(x, up, over="embed"))
+    h = b.mul(h, b.mean(h, axes=("seq",)))
+    return b.contract(h, down, over="mlp")
+
+
+def ends_elsewhere(b: Builder, x: Value, up: Value, down: Value) -> Value:
+    h = b.silu(b.contract(x, up, over="embed"))
+    return b.contract(h, b.graph.param("w", tensor(F32, wide=4, head=2, mlp=6)), over="mlp")
+
+
+def linear(b: Builder, x: Value, up: Value, down: Value) -> Value:
+    return b.contract(b.scale(b.contract(x, up, over="embed"), by=2.0), down, over="mlp")
+
+
+REFUSED: dict[str, tuple[Build, dict[str, str], str]] = {
+    "different roots": (
+        two_inputs, {"gate": UP, "up": UP, "down": DOWN}, "take different values: %v1, %x",
+    ),
+    "a linear pair": (linear, {"up": UP, "down": DOWN}, "it is linear: no activation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_near_misses_say_why(name: str) -> None:
+    build_, axes, reason = REFUSED[name]
+    assert reason in only_refusal(graph_of(build_, **axes))
+
+
+@pytest.mark.parametrize("build_", [softmaxed, ends_elsewhere])
+def test_what_only_looks_like_a_block_in_part_is_passed_over(build_: Build) -> None:
+    """Looking on behind what mixes an axis would lead back through the whole model."""
+    search = find_ffn_blocks(graph_of(build_, up=UP, down=DOWN))
+    assert (search.blocks, search.refusals) == ([], [])
+
+
+def test_tokens_that_meet_inside_make_a_near_miss() -> None:
+    assert "mean is not elementwise" in only_refusal(graph_of(averaged, up=UP, down=DOWN))
+
+
+def test_a_value_from_outside_makes_a_near_miss() -> None:
+    graph = Graph("odd")
+    b = Builder(graph, loc="layers.3.ffn")
+    x = graph.input("x", tensor(F32, batch="B", embed=4))
+    m = graph.input("m", tensor(F32, batch="B", mlp=6))
+    up, down = (graph.param(n, tensor(F32, mlp=6, embed=4)) for n in ("up", "down"))
+    h = b.mul(b.silu(b.contract(x, up, over="embed")), m)
+    graph.set_output("y", b.contract(h, down, over="mlp"))
+    assert only_refusal(graph) == "%m comes in from outside"
+
+
+def test_a_parameter_with_a_token_axis_makes_a_near_miss() -> None:
+    """Per-head weights are not lifted by an expert axis alone: heads are tokens here."""
+    graph = graph_of(plain, ("batch", "head", "embed"), up="head mlp embed", down=DOWN)
+    assert only_refusal(graph) == "its parameter %up has the axis 'head' too"
+
+    def biased(b: Builder, x: Value, up: Value, p: Value, down: Value) -> Value:
+        h = b.silu(b.add(b.contract(x, up, over="embed"), p))
+        return b.contract(h, down, over="mlp")
+
+    graph = graph_of(biased, ("batch", "head", "embed"), up=UP, p="head mlp", down=DOWN)
+    assert only_refusal(graph) == "its parameter %p has the axis 'head' too"
+
+
+def test_unknown_sizes_make_a_near_miss() -> None:
+    sizes = {"batch": "B", "embed": "D", "mlp": 6}
+    graph = Graph("odd")
+    b = Builder(graph, loc="layers.3.ffn")
+    x = graph.input("x", tensor(F32, batch="B", embed="D"))
+    up, down = (
+        graph.param(n, tensor(F32, **{a: sizes[a] for a in axes.split()}))
+        for n, axes in (("up", UP), ("down", DOWN))
+    )
+    graph.set_output("y", plain(b, x, up, down))
+    assert only_refusal(graph).startswith("the sizes of its parameter %down are not known: ")
+
+
+def test_a_block_without_tokens_makes_a_near_miss() -> None:
+    graph = graph_of(plain, ("embed",), up=UP, down=DOWN)
+    assert only_refusal(graph) == "it reads %x, which has no axis of tokens"
+
+
+@pytest.mark.parametrize("axis", ["choice", "group", "slot"])
+def test_names_that_routing_takes_make_a_near_miss(axis: str) -> None:
+    graph = Graph("odd")
+    b = Builder(graph, loc="layers.3.ffn")
+    x = graph.input("x", tensor(F32, **{axis: "B", "embed": 4}))
+    up, down = (graph.param(n, tensor(F32, mlp=6, embed=4)) for n in ("up", "down"))
+    graph.set_output("y", plain(b, x, up, down))
+    assert only_refusal(graph) == f"its axis {axis!r} has the name of one that routing makes"
+
+
+@pytest.mark.parametrize(
+    ("loc", "layer"),
+    [("layers.7.ffn", 7), ("layers.12", 12), ("encoder.layers.3.ffn", 3), ("model.blocks.3", None),
+     ("", None), ("sublayers.3.ffn", None), ("layers.3x.ffn", None), ("layers.0.ffn", 0)],
+)  # fmt: skip
+def test_the_number_of_a_layer_is_read_from_the_location(loc: str, layer: int | None) -> None:
+    graph = graph_of(plain, up=UP, down=DOWN)
+    for node in graph:
+        node.loc = loc
+    assert only_block(graph).layer == layer
+
+
+# --- whole models
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_of_every_family(case: str) -> None:
+    """Dense layers are found, sparse ones are near misses, attention and heads are neither."""
+    config = read_config(GOLDEN / case)
+    search = find_ffn_blocks(build(config))
+    layers = range(config.num_hidden_layers)
+    sparse = [n for n in layers if isinstance(config, MoeConfig) and config.sparse_layers[n]]
+    assert [b.layer for b in search.blocks] == [n for n in layers if n not in sparse]
+    assert sorted({r.layer for r in search.refusals}) == sparse
+    assert all("sparse already" in r.reason for r in search.refusals)
+    for block in search.blocks:
+        assert (block.outer, block.inner) == ("embed", "mlp")
+        assert block.width == config.intermediate_size
+        assert len(block.ups) == 2
+        assert len(block.params) == (6 if config.mlp_bias else 3)
+
+
+@given(graphs(steps=[feed_forward, unary, contract, attention, binary, experts], max_steps=6))
+def test_what_is_found_in_random_graphs_is_a_block(graph: Graph) -> None:
+    order = {node: i for i, node in enumerate(graph)}
+    seen: set[Any] = set()
+    for block in find_ffn_blocks(graph).blocks:
+        assert seen.isdisjoint(block.nodes)
+        seen |= set(block.nodes)
+        assert [order[n] for n in block.nodes] == sorted(order[n] for n in block.nodes)
+        check_block(block)
+
+
+def check_block(block: FFNBlock) -> None:
+    """Check the definition: from one value through parameters and back, closed and elementwise."""
+    inside = {v for n in block.nodes for v in n.results}
+    assert {up.operands[0] for up in block.ups} == {block.x}
+    assert block.x not in inside
+    for node in block.nodes:
+        for value in node.operands:
+            known = value is block.x or value in inside or value.is_param
+            assert known or (value.node is not None and value.node.op.name == "constant")
+        assert set(node.mixes) <= {block.outer, block.inner}
+        assert node in (*block.ups, block.down) or not node.mixes
+    for value in inside - {block.output}:
+        if value is not block.down.result:
+            assert value.users
+        assert value.users.keys() <= set(block.nodes)
+    for param in block.params:
+        assert set(param.type.names) <= {block.outer, block.inner}
+    assert set(block.output.type.names) == set(block.x.type.names)
