@@ -11,6 +11,10 @@ from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 
 
+_KNOWN = (MoeccError, MemoryError, OSError)
+"""What is not a bug of a pass: the user's input, or the machine."""
+
+
 class PassCrash(MoeccError):
     """A pass raised what no pass should: a bug, in the pass or in moecc."""
 
@@ -39,14 +43,19 @@ class Reproducer:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # What a user or the machine causes has messages of its own.
-        if not isinstance(error, Exception) or isinstance(error, MoeccError | MemoryError):
+        if not isinstance(error, Exception) or isinstance(error, _KNOWN):
             return
-        hint = None
-        if self.folder is not None:
-            hint = f"the input, the pipeline and the seed are in {self.write(error)}"
+        hint = None if self.folder is None else self.kept(error)
         raise PassCrash(
             f"the pass {self.current} crashed: {type(error).__name__}: {error}", hint=hint
         ) from error
+
+    def kept(self, error: Exception) -> str:
+        """Write the reproducer and say where it is, or why it is not."""
+        try:
+            return f"the input, the pipeline and the seed are in {self.write(error)}"
+        except OSError as failure:
+            return f"what led to it could not be written: {failure}"
 
     def write(self, error: Exception) -> Path:
         """Write the reproducer and return its path; no existing file is overwritten."""

@@ -165,6 +165,12 @@ def test_a_crash_without_a_folder_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reproducer_that_cannot_be_written_does_not_hide_the_crash(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(PassCrash, match=r"(?s)KeyError: 'layers.7'.*could not be written"):
+        run(negations(), "bad", crash_folder=tmp_path / "file")
+
+
 def test_what_the_user_causes_is_not_a_crash(tmp_path: Path) -> None:
     with pytest.raises(MoeccError, match="not with this graph") as caught:
         run(negations(), "bad{way=refuse}", crash_folder=tmp_path)
