@@ -10,7 +10,6 @@ from moecc.errors import MoeccError
 from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 
-
 _KNOWN = (MoeccError, MemoryError, OSError)
 """What is not a bug of a pass: the user's input, or the machine."""
 
