@@ -136,10 +136,10 @@ def test_bfloat16_sums_in_float32(axis: int) -> None:
     weight, d_product = np.ones(shape, rows.dtype), np.ones((num_rows, 3), rows.dtype)
     (product,), (d_rows, (d_weight,)) = _pair(rows, (weight,), sizes, axis, (d_product,))
     assert product.dtype == d_rows.dtype == d_weight.dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(product.astype(np.float32), width)
-    np.testing.assert_array_equal(d_rows.astype(np.float32), 3)
-    np.testing.assert_array_equal(d_weight[0].astype(np.float32), 520)
-    np.testing.assert_array_equal(d_weight[1].astype(np.float32), 80)
+    np.testing.assert_array_equal(np.asarray(product, np.float32), width)
+    np.testing.assert_array_equal(np.asarray(d_rows, np.float32), 3)
+    np.testing.assert_array_equal(np.asarray(d_weight[0], np.float32), 520)
+    np.testing.assert_array_equal(np.asarray(d_weight[1], np.float32), 80)
 
 
 def test_bfloat16_rounds_only_the_result() -> None:
@@ -173,7 +173,7 @@ def test_a_bias_is_repeated_and_its_gradient_summed(case: tuple[int, np.ndarray]
     cotangent[expert < 0] = np.nan
     with jax.enable_x64(True):
         repeated, gradient = _bias(values, sizes, num_rows, cotangent)
-    np.testing.assert_array_equal(repeated[expert >= 0], values[expert[expert >= 0]])
+    np.testing.assert_array_equal(np.asarray(repeated)[expert >= 0], values[expert[expert >= 0]])
     expected = np.zeros_like(values)
     np.add.at(expected, expert[expert >= 0], cotangent[expert >= 0])
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-11)

@@ -85,6 +85,7 @@ def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: Any, salt: int)
     XLA would merge equal constants, make them before anything else, and copy them for each loop
     that writes into one.  These it cannot: they are one if the first element of `value` is both
     NaN and equal to `salt`, and a different `salt` keeps zeros of the same shape apart.
+    They also vary over the mesh axes that `value` does, as the carry of a loop must.
     """
     first = value[(0,) * value.ndim]
     never = (first != first) & (first == salt)

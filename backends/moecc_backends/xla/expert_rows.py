@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moecc_backends.xla.blocks import inside, walk_blocks, walk_experts
+from moecc_backends.xla.blocks import inside, walk_blocks, walk_experts, zeros_after
 from moecc_backends.xla.dtypes import accumulator
 
 # Rows that a sum over a group takes at a time.
@@ -50,11 +50,11 @@ def _backward(
             block = jnp.where(inside(first, size, start, end), block, 0)
             return total + jnp.sum(block.astype(sums.dtype), axis=0)
 
-        total: jax.Array = jnp.zeros(flat.shape[1], sums.dtype)
+        total = zeros_after(flat, flat.shape[1:], sums.dtype, 1)
         total = walk_blocks(starts[expert], group_sizes[expert], (size,), step, total)
         return lax.dynamic_update_slice_in_dim(sums, total[None], expert, 0)
 
-    sums = jnp.zeros((values.shape[0], flat.shape[1]), accumulator(d_rows.dtype))
+    sums = zeros_after(flat, (values.shape[0], flat.shape[1]), accumulator(flat.dtype), 0)
     sums = walk_experts(group_sizes, expert_body, sums)
     return sums.astype(values.dtype).reshape(values.shape), None
 
