@@ -22,8 +22,9 @@ Box = tuple[tuple[int, int], ...]
 """A range [start, stop) for each axis."""
 
 _WORDS_PER_COUNTER = 4
-_BLOCK = 1 << 15
-"""How many numbers are made at a time, so that what is in between stays in the cache."""
+_BLOCK = 1 << 17
+"""How many numbers are made at a time: what lies in between should stay in a cache, and threads
+should not meet at the interpreter lock too often."""
 
 _MAX_WASTE = 4
 

@@ -74,7 +74,7 @@ def leaves(draw: st.DrawFn, type: TensorType) -> Expr:
     f32 = type.with_dtype(F32)
     drawn: Expr = source(type, kind)
     if kind == 4:
-        return Full(draw(st.sampled_from((0.0, -0.0, 1.0, 1.5, -2.0))), type)
+        return Full(draw(st.sampled_from((0.0, -0.0, 1.0, 1 + 2**-9, -2.0))), type)
     if kind == 5:
         drawn = Normal(f32, 0.5, key, draw(st.sampled_from((0.0, 1.0))))
     if kind == 6:

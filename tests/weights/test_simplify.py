@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from typing import Any
+
+import numpy as np
 import pytest
 
 from moecc.ir.dtypes import BF16, F16, F32, F64, PRED
 from moecc.ir.types import tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.boxes import whole
 from moecc.weights.draws import Normal, Subset
+from moecc.weights.evaluate import Evaluator
 from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.movement import (
     Concat,
@@ -58,8 +64,10 @@ def test_every_expert_has_the_same_expression() -> None:
 def test_stacked_experts_come_apart() -> None:
     assert simplify(Index(Stack((W, V), "expert"), "expert", 1)) is V
     assert simplify(Slice(Concat((W, V), "mlp"), "mlp", 6, 12)) is V
-    whole = Stack(tuple(Index(ROUTER, "expert", i) for i in range(4)), "expert")
-    assert simplify(whole) is ROUTER
+    stacked = Stack(tuple(Index(ROUTER, "expert", i) for i in range(4)), "expert")
+    assert simplify(stacked) is ROUTER
+    part = Stack(tuple(Index(ROUTER, "expert", i) for i in (2, 3)), "expert")
+    assert simplify(part) is Slice(ROUTER, "expert", 2, 4)
 
 
 def test_a_fused_tensor_comes_apart_and_together() -> None:
@@ -82,6 +90,14 @@ def test_a_draw_is_drawn_in_part() -> None:
 def test_moments_are_taken_of_one_expert() -> None:
     e = Moment("std", Tile(W, "expert", 4), None, ("expert",))
     assert simplify(Index(e, "expert", 1)) is Moment("std", W)
+
+
+def test_an_index_keeps_the_order_of_the_axes() -> None:
+    """Below the index both operands have the same axes, and the first one has another order."""
+    large = Tile(Permute(W, ("embed", "mlp")), "expert", 2)
+    e = Index(Add(V, large), "expert", 1)
+    assert e.type.names == ("embed", "mlp")
+    assert simplify(e).type == e.type
 
 
 def test_views_have_one_order() -> None:
@@ -136,6 +152,77 @@ def test_constants_are_folded() -> None:
     # Rounded in its own type first: 1 + 2^-9 is no bf16.
     fine = Full(1 + 2**-9, tensor(BF16, mlp=6))
     assert simplify(Cast(fine, F32)) is Full(1.0, tensor(F32, mlp=6))
+
+
+X = Source("x", tensor(F32, a=2, b=3, c=2, d=2))
+
+
+def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    assert name == "x"
+    return np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)[start:stop]
+
+
+def same_bytes(e: Expr) -> bool:
+    raw, simple = (
+        np.ascontiguousarray(Evaluator(read).block(x, whole(x.type))) for x in (e, simplify(e))
+    )
+    return raw.tobytes() == simple.tobytes()
+
+
+def ranges(size: int) -> list[tuple[int, int]]:
+    return list(combinations(range(size + 1), 2))
+
+
+RESHAPED: list[Expr] = [
+    Merge(X, ("a", "b"), "m"),
+    Merge(X, ("a", "b", "c", "d"), "m"),
+    Merge(X, ("b", "c"), "b"),
+    Merge(Merge(X, ("b", "c"), "n"), ("a", "n"), "m"),
+    Merge(Merge(X, ("b", "c"), "n"), ("n", "d"), "m"),
+    Split(X, "b", (("e", 1), ("f", 3))),
+    Split(Merge(X, ("a", "b", "c"), "m"), "m", (("e", 3), ("f", 2), ("g", 2))),
+    Split(Merge(X, ("a", "b", "c"), "m"), "m", (("e", 2), ("f", 3), ("g", 2))),
+    Split(Split(Merge(X, ("a", "b"), "m"), "m", (("e", 1), ("f", 6))), "f", (("g", 3), ("h", 2))),
+    Concat((X, Slice(X, "b", 1, 2), Slice(X, "b", 2, 3), Slice(X, "b", 0, 2)), "b"),
+    Stack((X, Scale(X, 1.0), Scale(X, 3.0)), "e", 2),
+]
+
+
+@pytest.mark.parametrize("e", RESHAPED)
+def test_every_view_of_every_axis_has_the_same_bytes(e: Expr) -> None:
+    for axis in e.type.axes:
+        size = int(str(axis.size))
+        assert all(same_bytes(Index(e, axis.name, i)) for i in range(size))
+        for start, stop in ranges(size):
+            part = Slice(e, axis.name, start, stop)
+            assert same_bytes(part)
+            others = [a for a in part.type.axes if a is not axis]
+            assert all(same_bytes(Index(part, o.name, int(str(o.size)) - 1)) for o in others)
+
+
+def test_every_stack_of_positions_has_the_same_bytes() -> None:
+    for axis in "abcd":
+        places = range(X.type.shape["abcd".index(axis)])
+        for start, stop in ranges(len(places)):
+            parts = tuple(Index(X, axis, i) for i in places[start:stop])
+            assert same_bytes(Stack(parts, axis, 1))
+            assert same_bytes(Stack(parts[::-1], "e", 3))
+            assert same_bytes(Concat(tuple(Slice(X, axis, i, i + 1) for i in places), axis))
+
+
+def test_products_and_sums_of_constants_are_exact() -> None:
+    third, unlike = Full(1 / 3, tensor(BF16, b=3)), Full(-0.0, tensor(BF16, b=3))
+    for e in (
+        Mul(X, third),
+        Mul(third, X),
+        Concat((third, unlike), "b"),
+        Concat((Full(0.0, third.type), unlike), "b"),
+        Scale(Scale(X, 0.1), 3.0),
+        Scale(Scale(X, 3.3), 0.7),
+        Scale(Scale(X, 4.0), 0.1),
+        Scale(Scale(third, 0.1), 0.3),
+    ):
+        assert same_bytes(e)
 
 
 def test_an_overflow_is_not_folded_away() -> None:
