@@ -311,12 +311,13 @@ def forget_the_groups(node: Node) -> int:
 
 def reassociate(node: Node) -> int:
     """a + (b + c) becomes (a + b) + c: equal in real arithmetic, and not bit for bit."""
-    inner = maker(node.operands[1], "add")
-    a = node.operands[0]
-    if inner is None or a.type != node.result.type or inner.operands[0].type != a.type:
-        return 0
-    b = before(node)
-    return exchange(node, b.add(b.add(a, inner.operands[0]), inner.operands[1]))
+    for at in (0, 1):
+        a, inner = node.operands[1 - at], maker(node.operands[at], node.op.name)
+        if inner is not None and {v.type for v in (a, *inner.operands)} == {node.result.type}:
+            b, op = before(node), node.op.name
+            left = b.node(op, a, inner.operands[0]).result
+            return exchange(node, b.node(op, left, inner.operands[1]).result)
+    return 0
 
 
 def say_nothing_changed(graph: Graph) -> int:
@@ -396,7 +397,7 @@ MUTANTS: dict[str, Pass] = {
             use_before_definition,
         )
     },
-    "reassociate_and_promise_exact": RewritePass(each(reassociate, "add"), EXACT),
+    "reassociate_and_promise_exact": RewritePass(each(reassociate, "add", "mul"), EXACT),
 }
 """Wrong passes by name; each promises `reassociation` unless its name says otherwise."""
 
@@ -474,7 +475,7 @@ SOUND: dict[str, Pass] = {
             each(write_silu_out, "silu"),
             each(write_softmax_out, "softmax"),
             each(move_the_gate_before_the_combination, "combine"),
-            each(reassociate, "add"),
+            each(reassociate, "add", "mul"),
         )
     },
     "commute_and_promise_exact": RewritePass(commute, EXACT),

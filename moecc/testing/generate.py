@@ -92,9 +92,11 @@ def keep_only(graph: Graph, keep: Callable[[int], bool]) -> None:
       graph: is changed in place.
       keep: says whether the node of a position stays.
     """
-    for position, node in reversed(list(enumerate(graph))):
-        if not keep(position):
-            _cut(graph, node)
+    cut = [node for position, node in enumerate(graph) if not keep(position)]
+    for node in reversed(cut):
+        _cut(graph, node)
+    if not cut:
+        return
     results = {n: v for n, v in graph.outputs.items() if v.node is not None}
     for name in graph.outputs.keys() - results.keys() if results else ():
         graph.drop_output(name)

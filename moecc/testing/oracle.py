@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from moecc.backend import Arrays, get_backend
-from moecc.ir.graph import Graph, Value
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.structure import clone
 from moecc.ir.types import Extent
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
 from moecc.testing.draws import Data, generator
@@ -22,7 +24,10 @@ TOLERANCE = 1e-12
 """The difference allowed between equal outputs, times their magnitude (at least 1)."""
 
 PERTURBATION = 1e-13
-"""The relative change of the data that shows how far rounding errors are amplified."""
+"""The relative change of the data that shows how far errors are amplified."""
+
+ROUNDING = 4e-15
+"""The relative error of each operation that does so: as of sums of a few dozen terms."""
 
 
 def run_reference(
@@ -83,8 +88,8 @@ def differences(
 ) -> list[str]:
     """Return what differs between two graphs on random data, a line for each output.
 
-    Where an output differs by more than the tolerance, `before` runs again on data that is changed
-    in the thirteenth digit: as far as that moves the output, rounding may have.
+    Where an output differs by more than the tolerance, `before` runs again with small errors in
+    the data and in every result: as far as they move the output, rounding may have.
 
     Args:
       before: the graph that is right.
@@ -145,15 +150,37 @@ def _magnitude(data: Data) -> float:
 def _amplified(
     graph: Graph, params: Arrays, inputs: Arrays, expected: Mapping[str, Data]
 ) -> dict[str, Data]:
-    """Return how far each output moves under small changes of the data, at most."""
+    """Return how far each output moves under small errors of the data and of each operation."""
     moved: dict[str, Data] = {}
-    for draw in range(2):
+    for draw in range(3):
         near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in (params, inputs)]
-        outputs = run_reference(graph, params=near[0], inputs=near[1])
+        outputs = run_reference(_with_errors(graph, draw), params=near[0], inputs=near[1])
         for name, data in outputs.items():
             step = _distance(expected[name], data)
             moved[name] = np.maximum(moved.get(name, 0.0), step)
     return moved
+
+
+def _with_errors(graph: Graph, draw: int) -> Graph:
+    """Return `graph` with each float result off by a few units in the last place."""
+    copy = clone(graph)
+    nodes = list(copy)
+    for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+        builder = Builder(copy, before=following)
+        for value in node.results:
+            if value.type.dtype.is_float:
+                noise = generator(draw, "error", value.name).uniform(-1, 1)
+                users = list(value.users)
+                off = builder.scale(value, by=1 + ROUNDING * noise)
+                _use_instead(value, off, users)
+    return copy
+
+
+def _use_instead(old: Value, new: Value, users: Sequence[Node]) -> None:
+    for user in users:
+        for at, operand in enumerate(user.operands):
+            if operand is old:
+                user.set_operand(at, new)
 
 
 def _nudged(data: Data, draw: int, name: str) -> Data:

@@ -188,7 +188,7 @@ def compare(g: Growth) -> None:
         return
     keep = g.emit(g.pick(("less", "equal")), x, _companion(g, x))
     if g.chance(50):
-        g.emit("mask", x, keep, fill=g.pick((0.0, -1.0, 1e9)))
+        g.emit("mask", x, keep, fill=g.pick((0.0, -1.0, 3.0)))
         return
     g.emit("select", keep, x, _companion(g, x))
 

@@ -29,14 +29,13 @@ INDEX = st.integers(0, 255)
 
 
 class Drawn:
-    """Decisions of a growth, drawn while a rule runs."""
+    """Decisions of a growth, drawn while a rule runs; the simplest before."""
 
     def __init__(self) -> None:
         self.data: st.DataObject | None = None
 
     def below(self, count: int) -> int:
-        assert self.data is not None
-        return self.data.draw(INDEX) % count
+        return self.data.draw(INDEX) % count if self.data is not None else 0
 
 
 class GraphMachine(RuleBasedStateMachine):
@@ -63,7 +62,10 @@ class GraphMachine(RuleBasedStateMachine):
         self.growth.values = [graph.value(n) for n in names]
 
     def forget_erased(self) -> None:
-        self.growth.values = [v for v in self.growth.values if v.node is None or v.node.alive]
+        graph = self.graph
+        self.growth.values = [
+            v for v in self.growth.values if v.name in graph and graph.value(v.name) is v
+        ]
 
     @rule(data=st.data())
     def add(self, data: st.DataObject) -> None:
@@ -118,6 +120,8 @@ class GraphMachine(RuleBasedStateMachine):
                 node.erase()
         for name in [n for n, p in self.graph.params.items() if not p.users]:
             self.graph.erase_param(name)
+        for name in [n for n, x in self.graph.inputs.items() if not x.users and n != "x"]:
+            self.graph.erase_input(name)
         self.forget_erased()
         assert not any(n.is_dead for n in self.graph)
 

@@ -1,0 +1,295 @@
+"""The oracle: the same data for the same names, and differences that rounding cannot explain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.ir import BF16, DTYPES, F32, F64, I32, Builder, Graph, TensorType, Value, parse, tensor
+from moecc.ir.types import Axis
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
+from moecc.testing import (
+    assert_same,
+    differences,
+    inputs_for,
+    laws,
+    params_for,
+    run_reference,
+    sizes_for,
+)
+from moecc.weights.arithmetic import Cast, Scale
+from moecc.weights.expr import Source
+from moecc.weights.movement import Index, Tile
+
+
+def graph_of(make: Any, **sizes: Any) -> Graph:
+    """Return the graph of a function of the builder and an input `x`."""
+    graph = Graph()
+    x = graph.input("x", tensor(F64, **(sizes or {"batch": "B", "embed": 4})))
+    graph.set_output("y", make(Builder(graph), x))
+    return graph
+
+
+# --- data
+
+
+def test_data_depend_on_seed_and_name_alone() -> None:
+    first = graph_of(lambda b, x: b.relu(x))
+    other = graph_of(lambda b, x: b.silu(x))
+    for graph in (first, other):
+        graph.param("w", tensor(F32, embed=4))
+    other.input("z", tensor(F32, batch="B"))
+    np.testing.assert_array_equal(inputs_for(first, 3)["x"], inputs_for(other, 3)["x"])
+    np.testing.assert_array_equal(params_for(first, 3)["w"], params_for(other, 3)["w"])
+    assert not np.array_equal(params_for(first, 3)["w"], params_for(first, 4)["w"])
+
+
+def test_data_have_the_types_that_are_declared() -> None:
+    graph = Graph()
+    for name in ("f32", "bf16", "i32", "pred", "key", "u8"):
+        graph.input(name, tensor(DTYPES[name], a=3))
+    found = {n: str(a.dtype) for n, a in inputs_for(graph).items()}
+    assert found == {
+        "f32": "float32",
+        "bf16": "bfloat16",
+        "i32": "int32",
+        "pred": "bool",
+        "key": "uint64",
+        "u8": "uint8",
+    }
+
+
+def test_indices_stay_within_all_that_they_index() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    ids = graph.input("ids", tensor(I32, batch=50, seq=40))
+    free = graph.input("free", tensor(I32, batch=50, seq=40))
+    small = graph.param("small", tensor(F32, vocab=3, embed=2))
+    large = graph.param("large", tensor(F32, vocab=9, embed=2))
+    b.embedding(large, ids, axis="vocab")
+    b.embedding(small, b.rename(ids, axis="seq", to="kv_seq"), axis="vocab")
+    found = inputs_for(graph)
+    assert set(np.unique(found["ids"])) == {0, 1, 2}
+    assert found["free"].max() == 7
+    choices = graph.input("choices", tensor(I32, batch=50, choice=2))
+    b.place(choices, tokens="batch", experts=2)
+    hot = graph.input("hot", tensor(I32, batch=50))
+    b.one_hot(hot, into=(("k", 5),))
+    found = inputs_for(graph)
+    assert found["choices"].max() == 1
+    assert found["hot"].max() == 4
+    del free
+
+
+def test_sizes_let_groups_divide_the_tokens() -> None:
+    graph = Graph()
+    e = graph.input("e", TensorType(I32, (Axis("batch", "B"), Axis("seq", "S"), Axis("choice", 2))))
+    place = Builder(graph).place(e, tokens=("batch", "seq"), experts=3, groups=3)
+    graph.set_output("p", place)
+    for seed in range(20):
+        sizes = sizes_for(graph, seed)
+        assert sizes["B"] * sizes["S"] % 3 == 0
+        run_reference(graph, seed=seed)
+
+
+def weighted(weight: Any, type: Any) -> Graph:
+    graph = Graph()
+    graph.set_output("w", graph.param("w", type, weight))
+    return graph
+
+
+def test_parameters_with_weights_are_made_of_the_same_sources() -> None:
+    dense = tensor(BF16, mlp=3, embed=4)
+    source = Source("layers.0.up", dense)
+    plain = params_for(weighted(source, dense), 5)["w"]
+    tiled = params_for(
+        weighted(Tile(source, "expert", 2), tensor(BF16, expert=2, mlp=3, embed=4)), 5
+    )
+    np.testing.assert_array_equal(tiled["w"], np.stack([plain, plain]))
+    assert plain.dtype == np.float64
+    picked = Index(Tile(source, "expert", 2), "expert", 1)
+    np.testing.assert_array_equal(params_for(weighted(picked, dense), 5)["w"], plain)
+
+
+def test_weights_are_computed_in_float64_whatever_their_types() -> None:
+    type = tensor(F32, embed=64)
+    source = Source("w", type)
+    plain = params_for(weighted(source, type))["w"]
+    third = params_for(weighted(Cast(Scale(source, 1 / 3), BF16), type.with_dtype(BF16)))["w"]
+    np.testing.assert_array_equal(third, plain * (1 / 3))
+
+
+# --- differences
+
+
+def test_equal_graphs_do_not_differ() -> None:
+    first = graph_of(lambda b, x: b.mul(x, b.sigmoid(x)))
+    assert differences(first, graph_of(lambda b, x: b.silu(x))) == []
+    assert_same(first, graph_of(lambda b, x: b.silu(x)), seeds=range(5))
+
+
+def test_a_difference_says_where_and_how_far() -> None:
+    first = graph_of(lambda b, x: b.relu(x))
+    other = graph_of(lambda b, x: b.scale(b.relu(x), by=1 + 1e-9))
+    (line,) = differences(first, other, seed=1)
+    assert line.startswith("output y[")
+    assert "expected" in line
+    assert "(seed 1)" in line
+    with pytest.raises(AssertionError, match="the graphs do not compute the same"):
+        assert_same(first, other)
+
+
+def test_one_part_in_a_billion_is_seen() -> None:
+    first = graph_of(lambda b, x: b.softmax(x, axis="embed"))
+    for error, wrong in ((1e-9, True), (1e-11, True), (1e-13, False)):
+        other = graph_of(lambda b, x, e=error: b.scale(b.softmax(x, axis="embed"), by=1 + e))
+        assert bool(differences(first, other)) is wrong
+
+
+def test_exact_means_every_bit() -> None:
+    first = graph_of(lambda b, x: b.add(x, b.add(b.square(x), b.tanh(x))))
+    other = graph_of(lambda b, x: b.add(b.add(x, b.square(x)), b.tanh(x)))
+    assert differences(first, other) == []
+    with pytest.raises(AssertionError, match="not equal bit for bit"):
+        assert_same(first, other, exact=True, seeds=range(5))
+    assert_same(first, first, exact=True)
+
+
+def test_what_rounding_does_is_no_difference() -> None:
+    """(x + big) − big loses half of the digits, differently in another order."""
+
+    def lossy(b: Builder, x: Value, is_swapped: bool) -> Value:
+        big, y = b.scale(b.exp(x), by=1e8), b.square(x)
+        total = b.add(b.add(x, big), y) if is_swapped else b.add(b.add(x, y), big)
+        return b.sub(total, big)
+
+    first = graph_of(lambda b, x: lossy(b, x, False))
+    other = graph_of(lambda b, x: lossy(b, x, True))
+    apart = max(
+        np.abs(run_reference(first, seed=s)["y"] - run_reference(other, seed=s)["y"]).max()
+        for s in range(5)
+    )
+    assert apart > 1e-9
+    assert_same(first, other, seeds=range(5))
+    wrong = graph_of(lambda b, x: b.scale(lossy(b, x, True), by=1.001))
+    with pytest.raises(AssertionError):
+        assert_same(first, wrong, seeds=range(5))
+
+
+def test_undefined_before_may_be_anything_after_but_not_the_reverse() -> None:
+    undefined = graph_of(lambda b, x: b.log(b.neg(b.square(x))))
+    fine = graph_of(lambda b, x: b.square(x))
+    assert differences(undefined, fine) == []
+    assert differences(fine, undefined) != []
+
+
+def test_infinities_must_agree() -> None:
+    low = graph_of(lambda b, x: b.mask(x, b.less(x, x)))
+    high = graph_of(lambda b, x: b.mask(x, b.less(x, x), fill=float("inf")))
+    assert differences(low, low) == []
+    assert differences(low, high) != []
+
+
+def test_other_inputs_or_outputs_are_named() -> None:
+    first = graph_of(lambda b, x: b.relu(x))
+    other = graph_of(lambda b, x: b.sum(x, axes="embed"))
+    (line,) = differences(first, other)
+    assert (
+        line
+        == "the outputs differ\n  expected: y : f64[batch=B, embed=4]\n  found: y : f64[batch=B]"
+    )
+    other = graph_of(lambda b, x: b.relu(x), batch="B", embed=5)
+    assert [d.split("\n")[0] for d in differences(first, other)] == [
+        "the inputs differ",
+        "the outputs differ",
+    ]
+
+
+def test_extents_may_belong_to_places_of_other_names() -> None:
+    text = (
+        "moecc 1\ngraph g {\n"
+        "  input %x : f32[batch=B, embed=4]\n"
+        "  input %e : i32[batch=B, choice=2]\n"
+        "  %p = place %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
+        "  %r = dispatch %x, %e, %p : f32[group=1, expert=3, slot=ragged(%p), embed=4]\n"
+        "  output y = %r\n}\n"
+    )
+    assert differences(parse(text), parse(text.replace("%p", "%q"))) == []
+
+
+# --- laws of passes
+
+
+class Named(Pass):
+    """A pass that does what the test says."""
+
+    name = "named"
+    summary = "do what the test says"
+
+    def __init__(self, does: Any, promise: Preserves = EXACT, changed: bool = True) -> None:
+        object.__setattr__(self, "does", does)
+        object.__setattr__(self, "promise", promise)
+        object.__setattr__(self, "changed", changed)
+
+    @property
+    def preserves(self) -> Preserves:
+        promise: Preserves = self.promise  # type: ignore[attr-defined]
+        return promise
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        self.does(graph)  # type: ignore[attr-defined]
+        return PassResult(self.changed)  # type: ignore[attr-defined]
+
+
+def scaled(by: float) -> Any:
+    def does(graph: Graph) -> None:
+        graph.set_output("y", Builder(graph).scale(graph.outputs["y"], by=by))
+
+    return does
+
+
+def nothing(graph: Graph) -> None:
+    """Leave the graph as it is."""
+
+
+GRAPH = graph_of(lambda b, x: b.relu(x))
+
+
+def test_a_pass_that_keeps_its_promises_passes() -> None:
+    laws.check_pass(Named(nothing, changed=False), GRAPH)
+    laws.check_pass(Named(scaled(1.0)), GRAPH, idempotent=False)
+    laws.check_pass(
+        Named(scaled(2.0), Preserves("approximate", "for fun")), GRAPH, idempotent=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (Named(nothing), "changed=True, which is not so"),
+        (Named(scaled(1.0), changed=False), "changed=False, which is not so"),
+        (Named(scaled(2.0)), "the pass promises exact"),
+        (Named(scaled(1.001), Preserves("reassociation")), "the pass promises reassociation"),
+        (Named(scaled(1.0)), "the pass changes its own result"),
+        (Named(lambda g: g.drop_output("y")), "the graph has no output"),
+    ],
+)
+def test_a_broken_promise_is_named_with_the_graph(item: Pass, message: str) -> None:
+    with pytest.raises(AssertionError) as caught:
+        laws.check_pass(item, GRAPH)
+    assert message in str(caught.value)
+    assert "%v = relu %x" in str(caught.value)
+
+
+def test_a_rewrite_that_is_a_plain_function_can_be_checked() -> None:
+    laws.check_rewrite(scaled(1.0), GRAPH, exact=True)
+    with pytest.raises(AssertionError, match="output y"):
+        laws.check_rewrite(scaled(1.1), GRAPH)
+
+
+def test_the_graph_that_is_checked_stays_as_it_is() -> None:
+    before = len(GRAPH)
+    laws.check_pass(Named(scaled(1.0)), GRAPH, idempotent=False)
+    assert len(GRAPH) == before
