@@ -34,8 +34,8 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
-from moecc.weights.textparse import ExprSyntaxError as ExprSyntaxError
 from moecc.weights.textparse import parse_expr as parse_expr
+from moecc.weights.textscan import ExprSyntaxError as ExprSyntaxError
 
 
 def format_expr(expr: Expr) -> str:

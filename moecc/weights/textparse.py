@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal
 
-from moecc.errors import InputError, nearest, printable
-from moecc.ir.dtypes import DTYPES, DType
-from moecc.ir.literals import parse_type
+from moecc.errors import nearest, printable
 from moecc.ir.types import TensorType
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
@@ -26,29 +21,8 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-
-_SPACE = re.compile(r"[ \t]*")
-_NAME = re.compile(r"[A-Za-z_]\w*")
-_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
-_NATURAL = re.compile(r"[0-9]{1,18}(?![0-9])")
-_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
-_KEY = re.compile(r"0x[0-9a-fA-F]{1,32}(?![0-9a-fA-F])")
-_TYPE = re.compile(r"[a-z][a-z0-9]*\[[^\]\n]*\]")
-
-
-class ExprSyntaxError(ValueError):
-    """Text that is not a weight expression.
-
-    Attributes:
-      offset: where in the text.
-    """
-
-    def __init__(self, message: str, offset: int) -> None:
-        super().__init__(message)
-        self.offset = offset
+from moecc.weights.textscan import Cursor
+from moecc.weights.textscan import ExprSyntaxError as ExprSyntaxError
 
 
 def parse_expr(text: str, offset: int = 0) -> tuple[Expr, int]:
@@ -63,10 +37,9 @@ def parse_expr(text: str, offset: int = 0) -> tuple[Expr, int]:
     return expr, reader.at
 
 
-class _Reader:
+class _Reader(Cursor):
     def __init__(self, text: str, at: int) -> None:
-        self.text = text
-        self.at = at
+        super().__init__(text, at)
         self.depth = 0
 
     def expr(self, depth: int) -> Expr:
@@ -74,7 +47,7 @@ class _Reader:
         start = self.skip()
         if depth > MAX_DEPTH:
             self.fail(f"the expression nests deeper than {MAX_DEPTH}", start)
-        name = self.match(_NAME, "an expression such as source(…)")
+        name = self.name("an expression such as source(…)")
         parse = _PARSERS.get(name)
         if parse is None:
             hint = nearest(name, _PARSERS)
@@ -97,140 +70,6 @@ class _Reader:
             found.append(self.operand())
             self.comma()
         return tuple(found)
-
-    # --- tokens
-
-    def skip(self) -> int:
-        match = _SPACE.match(self.text, self.at)
-        assert match is not None
-        self.at = match.end()
-        return self.at
-
-    def fail(self, message: str, offset: int) -> NoReturn:
-        raise ExprSyntaxError(message, offset)
-
-    def expected(self, what: str) -> NoReturn:
-        rest = self.text[self.at : self.at + 20].split("\n")[0]
-        found = repr(printable(rest, 40)) if rest else "the end of the line"
-        self.fail(f"expected {what}, found {found}", self.at)
-
-    def match(self, pattern: re.Pattern[str], what: str) -> str:
-        match = pattern.match(self.text, self.skip())
-        if match is None:
-            self.expected(what)
-        self.at = match.end()
-        return match.group()
-
-    def punct(self, mark: str) -> None:
-        if not self.text.startswith(mark, self.skip()):
-            self.expected(mark)
-        self.at += len(mark)
-
-    def take(self, mark: str) -> bool:
-        if not self.text.startswith(mark, self.skip()):
-            return False
-        self.at += len(mark)
-        return True
-
-    def comma(self) -> None:
-        self.punct(",")
-
-    def ahead(self, keyword: str) -> bool:
-        """Whether ``keyword=`` comes next."""
-        start = self.skip()
-        return self.text.startswith(keyword, start) and self.text.startswith(
-            "=", start + len(keyword)
-        )
-
-    def keyword(self, name: str) -> None:
-        if not self.ahead(name):
-            self.expected(f"{name}=")
-        self.at += len(name) + 1
-
-    def optional(self, name: str) -> bool:
-        """Read ``, name=`` if it comes next, and say whether it did."""
-        start = self.at
-        if self.take(",") and self.ahead(name):
-            self.keyword(name)
-            return True
-        self.at = start
-        return False
-
-    # --- values
-
-    def name(self, what: str = "the name of an axis") -> str:
-        return self.match(_NAME, what)
-
-    def axis(self) -> str:
-        """Read ``, axis=`` for an axis of any name."""
-        self.comma()
-        name = self.name()
-        self.punct("=")
-        return name
-
-    def names(self) -> tuple[str, ...]:
-        self.punct("(")
-        found: list[str] = []
-        while not self.take(")"):
-            if found:
-                self.comma()
-            found.append(self.name())
-        return tuple(found)
-
-    def natural(self) -> int:
-        return int(self.match(_NATURAL, "a whole number"))
-
-    def number(self) -> float:
-        start = self.skip()
-        value = float(self.match(_NUMBER, "a number"))
-        if math.isinf(value):
-            self.fail("the number is too large", start)
-        return value
-
-    def key(self) -> int:
-        self.comma()
-        self.keyword("key")
-        return int(self.match(_KEY, "a key of up to 32 hexadecimal digits, 0x…"), 16)
-
-    def string(self) -> str:
-        start = self.skip()
-        quoted = self.match(_STRING, "a string in double quotes")
-        try:
-            value = json.loads(quoted)
-        except ValueError:
-            self.fail("not a string", start)
-        assert isinstance(value, str)
-        return value
-
-    def dtype(self) -> DType:
-        start = self.skip()
-        name = self.name("an element type")
-        if name not in DTYPES:
-            hint = nearest(name, DTYPES)
-            known = f"; {hint}" if hint else ""
-            self.fail(f"unknown element type {printable(name, 40)!r}{known}", start)
-        return DTYPES[name]
-
-    def type(self) -> TensorType:
-        start = self.skip()
-        text = self.match(_TYPE, "a type such as f32[mlp=8]")
-        known = _types.get(text)
-        if known is None:
-            try:
-                known = parse_type(text, _no_values)
-            except InputError as error:
-                self.fail(str(error.problems[0]), start)
-            if len(_types) < _REMEMBERED:
-                _types[text] = known
-        return known
-
-
-_REMEMBERED = 4096
-_types: dict[str, TensorType] = {}
-
-
-def _no_values(name: str) -> Value:
-    raise InputError("a weight has fixed sizes only", found=f"%{name}")
 
 
 def _source(r: _Reader) -> Expr:

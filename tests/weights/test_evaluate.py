@@ -17,9 +17,11 @@ from moecc.weights import evaluate as evaluator
 from moecc.weights import moments
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.evaluate import Evaluator, ValuesOverflow, blocks, evaluate, materialise
-from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
 from moecc.weights.movement import Concat, Index, Merge, Permute, Split, Stack, Tile
 from moecc.weights.rounding import first_nonfinite, is_lossless, round_to, widen
+from moecc.weights.simplify import simplify
+from moecc.weights.text import format_expr, parse_expr
 
 E8M4 = Source("w", tensor(F32, expert=8, mlp=4))
 
@@ -63,6 +65,20 @@ def test_a_shared_moment_is_computed_once() -> None:
     reader = Reader(w=ramp(8, 4))
     assert len(list(blocks(e, reader, block_bytes=16))) == 8
     assert reader.read == 3 * 32  # the mean, the deviation, and the sum itself
+
+
+def test_the_deepest_expression_can_be_worked_with() -> None:
+    deep: Expr = E8M4
+    while deep.depth < MAX_DEPTH - 3:
+        deep = (
+            Add(E8M4, Add(deep, E8M4))
+            if deep.depth % 3
+            else Tile(Index(deep, "mlp", 0), "mlp", 4, 1)
+        )
+    one = simplify(Cast(Index(deep, "expert", 3), F64))
+    assert parse_expr(format_expr(one))[0] is one
+    reader = Reader(w=np.ones((8, 4), np.float32))
+    assert (evaluate(one, reader) == evaluate(deep, reader, F64)[3]).all()
 
 
 def test_a_tensor_of_another_type_is_named() -> None:
