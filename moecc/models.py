@@ -102,6 +102,10 @@ class Params(Mapping[str, Array]):
         narrow = evaluate(weight, self._checkpoint.read, self._rounded)
         return narrow.astype(self._dtype.numpy)
 
+    def __contains__(self, name: object) -> bool:
+        # The mapping's own answer would make the parameter.
+        return name in self._graph.params
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._graph.params)
 
@@ -154,6 +158,10 @@ def read_graph(path: str) -> Graph:
     if path == "-":
         data, name = sys.stdin.buffer.read(), "<stdin>"
     else:
+        if os.path.isdir(path):
+            raise InputError(
+                "is a folder, not a graph", where=path, hint="moecc import prints its graph"
+            )
         if not os.path.isfile(path):
             raise InputError("no such file", where=path)
         data, name = Path(path).read_bytes(), path
