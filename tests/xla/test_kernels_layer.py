@@ -122,6 +122,19 @@ def test_layer_is_the_dense_layer(name: str, case: Case) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)
 
 
+def test_rows_that_nothing_is_placed_in_are_zero_both_ways() -> None:
+    placement = routing.Placement(jnp.array([1, -1, 2, -1]), jnp.array([[-1, 0], [2, -1]]))
+    tokens, gates = jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 4.0], [5.0, 6.0]])
+    rows = dispatch(tokens, placement)
+    np.testing.assert_array_equal(rows, [[1], [0], [2], [0]])
+    poisoned = jnp.where(rows == 0, jnp.nan, rows)
+    result, pull = jax.vjp(lambda r, g: combine(r, placement, g), poisoned, gates)
+    np.testing.assert_array_equal(result, [[4], [10]])
+    d_rows, d_gates = pull(jnp.array([[7.0], [8.0]]))
+    np.testing.assert_array_equal(d_rows, [[28], [0], [40], [0]])
+    np.testing.assert_array_equal(d_gates, [[0, 7], [16, 0]])
+
+
 def test_groups_side_by_side_change_nothing() -> None:
     rng = np.random.default_rng(2)
     experts = rng.integers(0, NUM_EXPERTS, (TOKENS, CHOICES), dtype=np.int32)
