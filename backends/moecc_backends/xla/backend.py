@@ -18,9 +18,12 @@ from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.dtypes import F32, F64, DType
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.verify import where
+from moecc_backends.xla import lower_attention as lower_attention
 from moecc_backends.xla import lower_moe as lower_moe
-from moecc_backends.xla import lower_plain as lower_plain
-from moecc_backends.xla.context import Context, lower_node
+from moecc_backends.xla.context import LOWERINGS, Context, lower_node
+from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.lower_contract import feeds_route
 from moecc_backends.xla.named import Named, Operand
 from moecc_backends.xla.segments import Segment, segments
 
@@ -52,7 +55,8 @@ def trace(
 ) -> dict[Value, Operand]:
     """Return all values of `nodes`, lowered under the current trace from the `given` arrays."""
     values: dict[Value, Operand] = {
-        v: Named(entered(array, dtype), v.type.names) for v, array in given.items()
+        v: Named(entered(array, dtype, precise=_is_router(v)), v.type.names)
+        for v, array in given.items()
     }
     context = Context(dtype.numpy, values)
     for node in nodes:
@@ -61,10 +65,21 @@ def trace(
     return values
 
 
-def entered(array: jax.Array, dtype: DType) -> jax.Array:
-    """Return an array cast to the type of the computation if it is floating-point."""
+def _is_router(value: Value) -> bool:
+    """Whether all that is done with a parameter is to make the logits of routers."""
+    return value.is_param and all(map(feeds_route, value.users))
+
+
+def entered(array: jax.Array, dtype: DType, *, precise: bool = False) -> jax.Array:
+    """Return an array cast to the type of the computation if it is floating-point.
+
+    Args:
+      array: a parameter or an input.
+      dtype: the type of the computation.
+      precise: whether it is float32 at least, as a router is under selective precision.
+    """
     if jnp.issubdtype(array.dtype, jnp.floating):
-        return array.astype(dtype.numpy)
+        return array.astype(accumulator(dtype.numpy) if precise else dtype.numpy)
     return array.astype(jnp.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array
 
 
@@ -88,7 +103,23 @@ class XlaBackend:
     name = "xla"
 
     def compile(self, graph: Graph, *, dtype: DType = F32) -> XlaProgram:
-        """Return `graph` ready to run in `dtype`."""
+        """Return `graph` ready to run in `dtype`.
+
+        Raises:
+          InputError: an operation has no lowering, or an output is ragged.
+        """
+        problems = [
+            Problem("a ragged value cannot be returned", f"output {n}", found=str(v.type))
+            for n, v in graph.outputs.items()
+            if v.type.ragged
+        ]
+        problems += [
+            Problem(f"the xla backend cannot lower {node.op.name}", where(node))
+            for node in graph
+            if node.op.name not in LOWERINGS
+        ]
+        if problems:
+            raise InputError(problems)
         return XlaProgram(graph, dtype)
 
 
@@ -170,7 +201,7 @@ class XlaProgram:
         sizes: dict[str, int] = {}
         for name, value in self.graph.inputs.items():
             if name in inputs:
-                problems += _misfit(value, np.shape(inputs[name]), sizes)
+                problems += _misfit(value, inputs[name], sizes)
         if problems:
             raise InputError(problems)
 
@@ -181,7 +212,7 @@ def _boundary(value: Operand, declared: Value) -> jax.Array:
 
 
 def _device(array: Any, value: Value) -> jax.Array:
-    problems = _misfit(value, np.shape(array), {})
+    problems = _misfit(value, array, {})
     if problems:
         raise InputError(problems)
     if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
@@ -189,13 +220,21 @@ def _device(array: Any, value: Value) -> jax.Array:
     return jnp.asarray(array)
 
 
-def _misfit(value: Value, shape: tuple[int, ...], sizes: dict[str, int]) -> list[Problem]:
-    kind = "param" if value.is_param else "input"
-    wanted = value.type.sizes
+def _misfit(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:
+    wanted, shape = value.type.sizes, np.shape(array)
     fits = len(wanted) == len(shape) and all(
         (size == n) if isinstance(size, int) else sizes.setdefault(str(size), n) == n
         for size, n in zip(wanted, shape, strict=True)
     )
-    if fits:
+    kind = _kind(array.dtype)
+    if fits and kind == value.type.dtype.kind.replace("key", "int"):
         return []
-    return [Problem("the array does not fit", f"{kind} %{value.name}", str(value.type), str(shape))]
+    here = f"{'param' if value.is_param else 'input'} %{value.name}"
+    return [Problem("the array does not fit", here, str(value.type), f"{kind}{list(shape)}")]
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """Return the kind of element as the types of the IR name it."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return "float"
+    return {"i": "int", "u": "int", "b": "bool"}.get(dtype.kind, dtype.name)

@@ -1,134 +1,23 @@
-"""Lowering of contractions and of routing: sorted rows where nothing drops, slots otherwise."""
+"""Lowering of routing: sorted rows where nothing drops, slots otherwise."""
 
 from __future__ import annotations
 
-import string
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moecc.errors import InputError
-from moecc.ir.graph import Node, Value
+from moecc.ir.graph import Node
 from moecc.ir.table.routing import capacity
-from moecc_backends.reference.attention import frequencies
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dispatch import combine, dispatch
 from moecc_backends.xla.dtypes import accumulator
-from moecc_backends.xla.grouped import grouped_matmul
+from moecc_backends.xla.lower_plain import softmax
 from moecc_backends.xla.named import Named, Operand, Rows
 from moecc_backends.xla.packing import Packing, packed
 from moecc_backends.xla.routing import capacity_placement, rank_in_expert, sort_by_expert
-
-
-@lowering("rope")
-def _rope(ctx: Context, node: Node, positions: Named) -> tuple[Operand, ...]:
-    attrs = node.attrs
-    length = max(positions.array.shape, default=1)
-    wide = accumulator(ctx.dtype)
-    rates = jnp.asarray(frequencies(attrs["size"], length, attrs), wide)
-    half = positions.array.astype(wide)[..., None] * rates
-    angles = jnp.concatenate([half, half], axis=-1)
-    axes = (*positions.axes, attrs["axis"])
-    factor = attrs["attention_factor"]
-    return Named(jnp.cos(angles) * factor, axes), Named(jnp.sin(angles) * factor, axes)
-
-
-@lowering("contract")
-def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
-    over: tuple[str, ...] = node.attrs["over"]
-    if isinstance(x, Named) and isinstance(w, Named):
-        if _feeds_route(node):
-            # Selective precision: the router computes in float32 (ST-MoE §3.3).
-            wide = accumulator(ctx.dtype)
-            x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
-        return einsum(x, w, over)
-    if isinstance(x, Rows) and isinstance(w, Named):
-        return _rows_times_weights(ctx, node, x, w)
-    raise InputError("the xla backend contracts packed rows with weights only", where=node.loc)
-
-
-def _feeds_route(node: Node) -> bool:
-    return any(user.op.name == "route" for user in node.result.users)
-
-
-def einsum(x: Named, w: Named, over: tuple[str, ...]) -> Named:
-    """Sum the product of two arrays over the axes `over`; others that both have are batch axes."""
-    result = (
-        *(a for a in x.axes if a not in over),
-        *(a for a in w.axes if a not in over and a not in x.axes),
-    )
-    letters = dict(zip(dict.fromkeys((*x.axes, *w.axes)), string.ascii_letters, strict=False))
-    spell = ["".join(letters[a] for a in axes) for axes in (x.axes, w.axes, result)]
-    array = jnp.einsum(
-        f"{spell[0]},{spell[1]}->{spell[2]}",
-        x.array,
-        w.array,
-        preferred_element_type=accumulator(x.array.dtype),
-    )
-    return Named(array.astype(x.array.dtype), result)
-
-
-def _rows_times_weights(ctx: Context, node: Node, x: Rows, w: Named) -> Rows:
-    """Multiply packed rows with the weights of their experts, or with weights that all share."""
-    over: tuple[str, ...] = node.attrs["over"]
-    if "expert" not in w.axes:
-        product = einsum(x.inner(), w, over)
-        inner = tuple(a for a in product.axes if a != "rows")
-        return x.with_array(product.to(("rows", *inner)).array, inner)
-    made = ctx.siblings.get(node)
-    if made is None:
-        made = _grouped(ctx, [node, *_siblings(node)], x, w)
-    return made
-
-
-def _siblings(node: Node) -> list[Node]:
-    """Return the other contractions of the same rows with parameters alike, such as gate and up.
-
-    They share one walk over the rows.
-    """
-    rows, weight = node.operands
-    return [
-        other
-        for other in rows.users
-        if other is not node
-        and other.op.name == "contract"
-        and other.operands[0] is rows
-        and other.operands[1].is_param
-        and other.attrs == node.attrs
-        and other.operands[1].type.names == weight.type.names
-    ]
-
-
-def _grouped(ctx: Context, nodes: list[Node], x: Rows, w: Named) -> Rows:
-    over: tuple[str, ...] = nodes[0].attrs["over"]
-    rest = tuple(a for a in w.axes if a not in over and a != "expert")
-    kept = tuple(a for a in x.axes if a not in over)
-    if kept:
-        raise InputError(
-            "the xla backend contracts packed rows over all their inner axes",
-            where=nodes[0].loc,
-            found=f"the axes {', '.join(kept)} are left",
-        )
-    rows = x.inner().to(("rows", *over)).array
-    rows = rows.reshape(rows.shape[0], -1)
-    # Whichever of the two stands last in the checkpoint stays last: nothing is transposed.
-    inner_last = w.axes[-1] in over
-    order = ("expert", *rest, *over) if inner_last else ("expert", *over, *rest)
-    given = [w if n is nodes[0] else ctx.values[n.operands[1]] for n in nodes]
-    arrays, sizes = [], tuple(w.size(a) for a in rest)
-    for weight in given:
-        assert isinstance(weight, Named)
-        array = weight.to(order).array
-        shape = (prod(sizes), rows.shape[1]) if inner_last else (rows.shape[1], prod(sizes))
-        arrays.append(array.reshape(array.shape[0], *shape))
-    assert x.packing.group_sizes is not None
-    products = grouped_matmul(
-        rows, tuple(arrays), x.packing.group_sizes, contracting_axis=2 if inner_last else 1
-    )
-    for other, product in zip(nodes, products, strict=True):
-        ctx.siblings[other] = x.with_array(product.reshape(product.shape[0], *sizes), rest)
-    return ctx.siblings[nodes[0]]
 
 
 @lowering("route")
@@ -146,9 +35,9 @@ def _route(ctx: Context, node: Node, logits: Named) -> tuple[Operand, ...]:
 def _gates(kind: str, scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
     """Return the gates of the chosen experts; see ``route`` in the operation table."""
     if kind == "renormalised":
-        return jax.nn.softmax(best, axis=-1)
+        return softmax(best, -1)
     if kind == "softmax":
-        return jnp.exp(best - jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+        return jnp.take_along_axis(softmax(scores, -1), experts, -1)
     if kind == "sigmoid-renormalised":
         chosen = jax.nn.sigmoid(best)
         return chosen / chosen.sum(-1, keepdims=True)
@@ -166,7 +55,7 @@ def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.
         top = best[..., k : k + 1]
         distance = (top - scores) / jnp.maximum(jnp.abs(scores), top)
         near = jnp.where(distance > 0.02, -jnp.inf, left)
-        gates.append(jnp.exp(top - jax.nn.logsumexp(near, axis=-1, keepdims=True)))
+        gates.append(jnp.take_along_axis(softmax(near, -1), experts[..., k : k + 1], -1))
         taken = jax.nn.one_hot(experts[..., k], scores.shape[-1], dtype=bool)
         left = jnp.where(taken, -jnp.inf, left)
     return jnp.concatenate(gates, axis=-1)
@@ -187,40 +76,36 @@ def _place(ctx: Context, node: Node, experts: Named) -> Operand:
             expected=f"a multiple of {groups} tokens",
             found=str(chosen.shape[0]),
         )
+    # A choice that names no expert is not placed.
+    named = (chosen >= 0) & (chosen < attrs["experts"])
+    ranks = _ranks(chosen, named, attrs)
     if attrs["slots"] == "ragged":
         # Without a bound groups do not matter: rows are packed by expert alone.
-        packing = packed(sort_by_expert(chosen, attrs["experts"]), tokens, sizes)
-        slots = _ranks(chosen, attrs)
+        packing = packed(sort_by_expert(chosen, attrs["experts"], named), tokens, sizes)
+        slots = jnp.where(named, ranks, -1)
     else:
         limit = capacity(attrs, chosen.shape[0] // groups, chosen.shape[1])
-        ranks = _ranks(chosen, attrs)
-        slots = jnp.where(ranks < limit, ranks, -1)
+        slots = jnp.where(named & (ranks < limit), ranks, -1)
         placement = capacity_placement(chosen, slots, attrs["experts"], limit, groups)
         packing = Packing(placement, tokens, sizes, shape=(groups, attrs["experts"], limit))
     ctx.packings[node.result] = packing
     return Named(slots.reshape(*sizes, -1), (*tokens, choice)).to(experts.axes)
 
 
-def _ranks(chosen: jax.Array, attrs: dict[str, object]) -> jax.Array:
+def _ranks(chosen: jax.Array, named: jax.Array, attrs: dict[str, Any]) -> jax.Array:
     """Return how many choices of the same group and expert are placed before each choice."""
     groups, experts = attrs["groups"], attrs["experts"]
-    assert isinstance(groups, int)
-    assert isinstance(experts, int)
-    group = jnp.arange(chosen.shape[0], dtype=jnp.int32) // (chosen.shape[0] // groups)
-    keys = chosen + group[:, None] * experts
+    group = jnp.arange(chosen.shape[0], dtype=jnp.int32) // max(chosen.shape[0] // groups, 1)
+    keys = jnp.where(named, chosen, 0) + group[:, None] * experts
     if attrs["order"] == "token":
-        return rank_in_expert(sort_by_expert(keys, groups * experts), keys)
-    first = keys.T
-    return rank_in_expert(sort_by_expert(first, groups * experts), first).T
-
-
-def _packing(ctx: Context, place: Value) -> Packing:
-    return ctx.packings[place]
+        return rank_in_expert(sort_by_expert(keys, groups * experts, named), keys)
+    keys, named = keys.T, named.T
+    return rank_in_expert(sort_by_expert(keys, groups * experts, named), keys).T
 
 
 @lowering("dispatch")
 def _dispatch(ctx: Context, node: Node, x: Named, experts: Named, place: Named) -> Operand:
-    packing = _packing(ctx, node.operands[2])
+    packing = ctx.packings[node.operands[2]]
     rest = tuple(a for a in x.axes if a not in packing.tokens)
     source = x.to((*packing.tokens, *rest)).array
     shape = source.shape[len(packing.tokens) :]
@@ -230,11 +115,11 @@ def _dispatch(ctx: Context, node: Node, x: Named, experts: Named, place: Named) 
     return Named(rows.reshape(*packing.shape, *shape), ("group", "expert", "slot", *rest))
 
 
-@lowering("combine")
+@lowering("combine", rows=True)
 def _combine(
     ctx: Context, node: Node, rows: Operand, experts: Named, place: Named, gates: Named
 ) -> Operand:
-    packing = _packing(ctx, node.operands[2])
+    packing = ctx.packings[node.operands[2]]
     if isinstance(rows, Rows):
         rest, array = rows.axes, rows.array
     else:

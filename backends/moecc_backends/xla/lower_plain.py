@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import canonicalize_dtype
 
 from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Node
+from moecc.weights.rounding import is_lossless
 from moecc_backends.xla.context import Context, lowering
-from moecc_backends.xla.named import Named, Operand, Rows, per_row
+from moecc_backends.xla.named import Named, Operand, Rows, lifted, per_row
 
 Array = jax.Array
 
@@ -20,7 +23,7 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": lambda x: jnp.maximum(x, 0),
+    "relu": jax.nn.relu,
     "sigmoid": jax.nn.sigmoid,
     "tanh": jnp.tanh,
     "exp": jnp.exp,
@@ -57,33 +60,40 @@ def elementwise(function: Callable[..., Array], *operands: Operand) -> Operand:
     return Rows(Named(result, axes).to(("rows", *inner)).array, inner, packing)
 
 
-@lowering(*_UNARY)
+@lowering(*_UNARY, rows=True)
 def _unary(ctx: Context, node: Node, x: Operand) -> Operand:
     return elementwise(_UNARY[node.op.name], x)
 
 
-@lowering(*_BINARY)
+@lowering(*_BINARY, rows=True)
 def _binary(ctx: Context, node: Node, a: Operand, b: Operand) -> Operand:
     return elementwise(_BINARY[node.op.name], a, b)
 
 
-@lowering("scale")
+@lowering("scale", rows=True)
 def _scale(ctx: Context, node: Node, x: Operand) -> Operand:
     return elementwise(lambda v: v * jnp.asarray(node.attrs["by"], v.dtype), x)
 
 
-@lowering("cast")
+@lowering("cast", rows=True)
 def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
-    dtype = DTYPES[node.attrs["dtype"]].numpy
-    return elementwise(lambda v: v.astype(dtype), x)
+    dtype = DTYPES[node.attrs["dtype"]]
+    if not dtype.is_float:
+        wanted = canonicalize_dtype(dtype.numpy)
+        return elementwise(lambda v: v.astype(wanted), x)
+    # A cast may round; what is computed in afterwards is a matter of the policy.
+    narrow = ctx.dtype if is_lossless(node.operands[0].type.dtype, dtype) else dtype.numpy
+    if np.dtype(narrow).itemsize > np.dtype(ctx.dtype).itemsize:
+        narrow = ctx.dtype
+    return elementwise(lambda v: v.astype(narrow).astype(ctx.dtype), x)
 
 
-@lowering("select")
+@lowering("select", rows=True)
 def _select(ctx: Context, node: Node, condition: Operand, a: Operand, b: Operand) -> Operand:
     return elementwise(jnp.where, condition, a, b)
 
 
-@lowering("mask")
+@lowering("mask", rows=True)
 def _mask(ctx: Context, node: Node, x: Operand, keep: Operand) -> Operand:
     fill = node.attrs["fill"]
     return elementwise(lambda v, k: jnp.where(k, v, jnp.asarray(fill, v.dtype)), x, keep)
@@ -91,96 +101,88 @@ def _mask(ctx: Context, node: Node, x: Operand, keep: Operand) -> Operand:
 
 @lowering("constant")
 def _constant(ctx: Context, node: Node) -> Operand:
-    return Named(jnp.asarray(node.attrs["value"], DTYPES[node.attrs["dtype"]].numpy), ())
+    declared = DTYPES[node.attrs["dtype"]]
+    dtype = ctx.dtype if declared.is_float else canonicalize_dtype(declared.numpy)
+    return Named(jnp.asarray(node.attrs["value"], dtype), ())
 
 
-@lowering("rename")
+@lowering("rename", rows=True)
 def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
     old, new = node.attrs["axis"], node.attrs["to"]
     axes = tuple(new if a == old else a for a in x.axes)
     return x.with_array(x.array, axes) if isinstance(x, Rows) else Named(x.array, axes)
 
 
-def _reshaped(x: Operand, axes: tuple[str, ...], shape: tuple[int, ...]) -> Operand:
-    if isinstance(x, Rows):
-        return x.with_array(x.array.reshape(x.array.shape[0], *shape), axes)
-    return Named(x.array.reshape(shape), axes)
-
-
-def _inner_shape(x: Operand) -> tuple[int, ...]:
-    return x.array.shape[1:] if isinstance(x, Rows) else x.array.shape
-
-
-@lowering("split")
+@lowering("split", rows=True)
 def _split(ctx: Context, node: Node, x: Operand) -> Operand:
-    at = x.axes.index(node.attrs["axis"])
     names = tuple(n for n, _ in node.attrs["into"])
     sizes = tuple(s for _, s in node.attrs["into"])
-    shape = _inner_shape(x)
-    return _reshaped(
-        x, (*x.axes[:at], *names, *x.axes[at + 1 :]), (*shape[:at], *sizes, *shape[at + 1 :])
-    )
+
+    def cut(full: Named) -> Named:
+        at, shape = full.axes.index(node.attrs["axis"]), full.array.shape
+        array = full.array.reshape(*shape[:at], *sizes, *shape[at + 1 :])
+        return Named(array, (*full.axes[:at], *names, *full.axes[at + 1 :]))
+
+    return lifted(x, cut)
 
 
-@lowering("merge")
+@lowering("merge", rows=True)
 def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
     parts: tuple[str, ...] = node.attrs["axes"]
-    at = x.axes.index(parts[0])
-    rest = [a for a in x.axes if a not in parts]
-    # The first of the axes stays where it is, and the others move behind it.
-    before = [a for a in x.axes[:at] if a in rest]
-    order = (*before, *parts, *(a for a in rest if a not in before))
-    moved = x.inner().to(("rows", *order)) if isinstance(x, Rows) else x.to(order)
-    shape = moved.array.shape[1:] if isinstance(x, Rows) else moved.array.shape
-    n = len(before)
-    size = int(np.prod(shape[n : n + len(parts)]))
-    axes = (*before, node.attrs["into"], *order[n + len(parts) :])
-    whole = (*shape[:n], size, *shape[n + len(parts) :])
-    source: Operand = x.with_array(moved.array, order) if isinstance(x, Rows) else moved
-    return _reshaped(source, axes, whole)
+
+    def join(full: Named) -> Named:
+        at = full.axes.index(parts[0])
+        before = tuple(a for a in full.axes[:at] if a not in parts)
+        after = tuple(a for a in full.axes[at:] if a not in parts)
+        moved = full.to((*before, *parts, *after))
+        sizes = [full.size(a) for a in parts]
+        outer, inner = ([full.size(a) for a in axes] for axes in (before, after))
+        array = moved.array.reshape(*outer, prod(sizes), *inner)
+        return Named(array, (*before, node.attrs["into"], *after))
+
+    return lifted(x, join)
 
 
-@lowering("broadcast")
+@lowering("broadcast", rows=True)
 def _broadcast(ctx: Context, node: Node, x: Operand, like: Operand) -> Operand:
     return elementwise(lambda a, b: jnp.broadcast_to(a, b.shape), x, like)
 
 
-@lowering("slice")
+@lowering("slice", rows=True)
 def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
-    full = x.inner() if isinstance(x, Rows) else x
-    at = full.axes.index(node.attrs["axis"])
-    part = jax.lax.slice_in_dim(full.array, node.attrs["start"], node.attrs["stop"], axis=at)
-    return x.with_array(part) if isinstance(x, Rows) else Named(part, x.axes)
+    def cut(full: Named) -> Named:
+        at = full.axes.index(node.attrs["axis"])
+        start, stop = node.attrs["start"], node.attrs["stop"]
+        return Named(jax.lax.slice_in_dim(full.array, start, stop, axis=at), full.axes)
+
+    return lifted(x, cut)
 
 
-@lowering("positions")
+@lowering("positions", rows=True)
 def _positions(ctx: Context, node: Node, like: Operand) -> Operand:
-    axis = node.attrs["axis"]
-    full = like.inner() if isinstance(like, Rows) else like
-    return Named(jnp.arange(full.size(axis), dtype=jnp.int32), (axis,))
+    axis = node.result.type.axes[0]
+    # Packed rows have no axis of experts to measure, but then its size is declared.
+    size = axis.size if isinstance(axis.size, int) else None
+    if size is None:
+        assert isinstance(like, Named), "no positions along a ragged axis"
+        size = like.size(axis.name)
+    return Named(jnp.arange(size, dtype=jnp.int32), (axis.name,))
 
 
-@lowering("embedding")
-def _embedding(ctx: Context, node: Node, table: Named, ids: Named) -> Operand:
+@lowering("embedding", rows=True)
+def _embedding(ctx: Context, node: Node, table: Named, ids: Operand) -> Operand:
     axis = node.attrs["axis"]
     rest = tuple(a for a in table.axes if a != axis)
-    rows = jnp.take(table.to((axis, *rest)).array, ids.array, axis=0)
-    return Named(rows, (*ids.axes, *rest))
+    rows = table.to((axis, *rest)).array
+    return lifted(ids, lambda i: Named(jnp.take(rows, i.array, axis=0), (*i.axes, *rest)))
 
 
-@lowering("one_hot")
-def _one_hot(ctx: Context, node: Node, ids: Named) -> Operand:
+@lowering("one_hot", rows=True)
+def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
     ((name, size),) = node.attrs["into"]
-    return Named(jax.nn.one_hot(ids.array, size, dtype=ctx.dtype), (*ids.axes, name))
-
-
-def _along(function: Callable[..., Array], x: Operand, axes: tuple[str, ...]) -> Operand:
-    """Reduce `x` over `axes` in float32."""
-    full = x.inner() if isinstance(x, Rows) else x
-    at = tuple(full.axes.index(a) for a in axes)
-    result = function(full.array.astype(_wide(full.array)), axis=at).astype(full.array.dtype)
-    rest = tuple(a for a in x.axes if a not in axes)
-    return x.with_array(result, rest) if isinstance(x, Rows) else Named(result, rest)
+    return lifted(
+        ids, lambda i: Named(jax.nn.one_hot(i.array, size, dtype=ctx.dtype), (*i.axes, name))
+    )
 
 
 def _wide(array: Array) -> Any:
@@ -196,58 +198,60 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
 }
 
 
-@lowering(*_REDUCTIONS)
+@lowering(*_REDUCTIONS, rows=True)
 def _reduce(ctx: Context, node: Node, x: Operand) -> Operand:
-    return _along(_REDUCTIONS[node.op.name], x, node.attrs["axes"])
+    function, axes = _REDUCTIONS[node.op.name], node.attrs["axes"]
+
+    def along(full: Named) -> Named:
+        at = tuple(full.axes.index(a) for a in axes)
+        result = function(full.array.astype(_wide(full.array)), axis=at)
+        rest = tuple(a for a in full.axes if a not in axes)
+        return Named(result.astype(full.array.dtype), rest)
+
+    return lifted(x, along)
 
 
-@lowering("softmax")
+def softmax(x: Array, axis: int) -> Array:
+    """Return the softmax along `axis`, which is zero where all of `x` is −∞."""
+    # −∞ − (−∞) is undefined, and any finite number serves to shift by.
+    top = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
+    parts = jnp.exp(x - jnp.where(jnp.isneginf(top), 0, top))
+    total = jnp.sum(parts, axis, keepdims=True)
+    return parts / jnp.where(total == 0, 1, total)
+
+
+@lowering("softmax", rows=True)
 def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
-    full = x.inner() if isinstance(x, Rows) else x
+    def along(full: Named) -> Named:
+        wide = full.array.astype(_wide(full.array))
+        result = softmax(wide, full.axes.index(node.attrs["axis"]))
+        return Named(result.astype(full.array.dtype), full.axes)
+
+    return lifted(x, along)
+
+
+def _unit(full: Named, node: Node, *, centre: bool) -> Array:
+    """Return the array in wide precision divided by its root mean square, then narrowed."""
     at = full.axes.index(node.attrs["axis"])
-    result = jax.nn.softmax(full.array.astype(_wide(full.array)), axis=at).astype(full.array.dtype)
-    return x.with_array(result) if isinstance(x, Rows) else Named(result, x.axes)
-
-
-def _normalise(x: Operand, axis: str, eps: float, centre: bool) -> tuple[Named, Named]:
-    """Return `x` in wide precision divided by its root mean square, and the narrow original."""
-    full = x.inner() if isinstance(x, Rows) else x
-    at = full.axes.index(axis)
     wide = full.array.astype(_wide(full.array))
     if centre:
         wide = wide - wide.mean(at, keepdims=True)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=at, keepdims=True) + eps)
-    return Named(scaled, full.axes), full
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, at, keepdims=True) + node.attrs["eps"])
+    return scaled.astype(full.array.dtype)
 
 
-@lowering("rms_norm")
+@lowering("rms_norm", rows=True)
 def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
-    normal, full = _normalise(x, node.attrs["axis"], node.attrs["eps"], centre=False)
-    narrow = normal.array.astype(full.array.dtype) * scale.over(full.axes)
-    return x.with_array(narrow) if isinstance(x, Rows) else Named(narrow, x.axes)
+    def norm(full: Named) -> Named:
+        return Named(_unit(full, node, centre=False) * scale.over(full.axes), full.axes)
+
+    return lifted(x, norm)
 
 
-@lowering("layer_norm")
+@lowering("layer_norm", rows=True)
 def _layer_norm(ctx: Context, node: Node, x: Operand, scale: Named, bias: Named) -> Operand:
-    normal, full = _normalise(x, node.attrs["axis"], node.attrs["eps"], centre=True)
-    narrow = normal.array.astype(full.array.dtype) * scale.over(full.axes) + bias.over(full.axes)
-    return x.with_array(narrow) if isinstance(x, Rows) else Named(narrow, x.axes)
+    def norm(full: Named) -> Named:
+        unit = _unit(full, node, centre=True)
+        return Named(unit * scale.over(full.axes) + bias.over(full.axes), full.axes)
 
-
-@lowering("rotate")
-def _rotate(ctx: Context, node: Node, x: Named, cos: Named, sin: Named) -> Operand:
-    at = x.axes.index(node.attrs["axis"])
-    first, second = jnp.split(x.array, 2, axis=at)
-    turned = jnp.concatenate([-second, first], axis=at)
-    tables = (t.over(x.axes).astype(x.array.dtype) for t in (cos, sin))
-    return Named(x.array * next(tables) + turned * next(tables), x.axes)
-
-
-@lowering("causal")
-def _causal(ctx: Context, node: Node, query: Named, key: Named) -> Operand:
-    axes = (*query.axes, *key.axes)
-    ahead = query.over(axes) - key.over(axes)
-    keep = ahead >= 0
-    if node.attrs["window"]:
-        keep &= ahead < node.attrs["window"]
-    return Named(keep, axes)
+    return lifted(x, norm)

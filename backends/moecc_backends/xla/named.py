@@ -6,11 +6,14 @@ sorted by group and expert, as `Rows`: nothing is padded to the busiest expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+
+from moecc_backends.xla.expert_rows import expert_rows
 
 if TYPE_CHECKING:
     from moecc_backends.xla.packing import Packing
@@ -60,15 +63,36 @@ class Rows:
 Operand = Named | Rows
 
 
+def lifted(x: Operand, function: Callable[[Named], Named]) -> Operand:
+    """Apply to `x` what does something along its own axes; packed rows keep their packing."""
+    if isinstance(x, Named):
+        return function(x)
+    made = function(x.inner())
+    inner = tuple(a for a in made.axes if a != "rows")
+    return x.with_array(made.to(("rows", *inner)).array, inner)
+
+
 def per_row(value: Operand, packing: Packing) -> Named:
     """Return `value` so that it broadcasts against packed rows, under the axis ``rows``.
 
-    A value with an expert axis, such as the bias of each expert, is picked by the row's expert.
+    A value with an expert axis, such as the bias of each expert, is picked by the row's expert,
+    and one with a group axis by the group of the row's token.
     """
     if isinstance(value, Rows):
         return value.inner()
+    if "group" in value.axes:
+        return _per_group(value, packing)
     if "expert" not in value.axes:
         return value
-    rest = tuple(a for a in value.axes if a not in ("expert", "group"))
-    picked = value.to(("expert", *rest)).array[packing.row_experts]
-    return Named(picked, ("rows", *rest))
+    rest = tuple(a for a in value.axes if a != "expert")
+    assert packing.group_sizes is not None, "packed rows are sorted by expert"
+    by_expert = value.to(("expert", *rest)).array
+    return Named(expert_rows(by_expert, packing.group_sizes, packing.rows), ("rows", *rest))
+
+
+def _per_group(value: Named, packing: Packing) -> Named:
+    rest = tuple(a for a in value.axes if a not in ("group", "expert"))
+    by_group = value.to(tuple(a for a in ("group", "expert") if a in value.axes) + rest).array
+    group = packing.row_groups(value.size("group"))
+    index = (group, packing.row_experts) if "expert" in value.axes else (group,)
+    return Named(by_group[index], ("rows", *rest))

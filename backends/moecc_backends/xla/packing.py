@@ -30,12 +30,23 @@ class Packing:
     shape: tuple[int, int, int] | None = None
     group_sizes: jax.Array | None = None
 
+    @property
+    def rows(self) -> int:
+        """The number of rows, used or not."""
+        return self.placement.choice_of_row.shape[0]
+
+    def row_groups(self, groups: int) -> jax.Array:
+        """Return the group of the token of each row; rows without a token count to the first."""
+        choices = self.placement.row_of_choice.shape
+        token = jnp.maximum(self.placement.choice_of_row, 0) // choices[1]
+        return token // (choices[0] // groups)
+
     @cached_property
     def row_experts(self) -> jax.Array:
         """The expert of each packed row; rows that belong to none count to the last expert."""
         assert self.group_sizes is not None, "rows under a capacity have an expert axis"
         ends = jnp.cumsum(self.group_sizes)
-        rows = jnp.arange(self.placement.choice_of_row.size, dtype=ends.dtype)
+        rows = jnp.arange(self.rows, dtype=ends.dtype)
         found = jnp.searchsorted(ends, rows, side="right", method="compare_all")
         return jnp.minimum(found, self.group_sizes.size - 1)
 

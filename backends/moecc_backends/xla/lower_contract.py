@@ -1,0 +1,133 @@
+"""Lowering of contractions: an einsum, or a product of each expert's rows with its weights."""
+
+from __future__ import annotations
+
+import string
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+from moecc.ir.graph import Node
+from moecc_backends.xla.context import Context, lowering
+from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.grouped import grouped_matmul
+from moecc_backends.xla.named import Named, Operand, Rows, lifted, per_row
+
+
+@lowering("contract", rows=True)
+def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
+    over: tuple[str, ...] = node.attrs["over"]
+    if isinstance(x, Named) and isinstance(w, Named):
+        if feeds_route(node):
+            # Selective precision: the router computes in float32 (ST-MoE §3.3).
+            wide = accumulator(ctx.dtype)
+            x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
+        return einsum(x, w, over)
+    if isinstance(x, Rows):
+        return _rows_times(ctx, node, x, w)
+    assert isinstance(w, Rows), "one of the two is"
+    return _rows_times(ctx, node, w, x)
+
+
+_ON_THE_WAY = frozenset(("add", "sub", "mul", "scale", "mask", "select", "cast", "stop_gradient"))
+
+
+def feeds_route(node: Node) -> bool:
+    """Whether `node` makes the logits of a router, bare or after a bias, a mask or a scale."""
+    if node.op.name != "contract":
+        return False
+    pending = [node]
+    while pending:
+        for user in pending.pop().result.users:
+            if user.op.name == "route":
+                return True
+            if user.op.name in _ON_THE_WAY:
+                pending.append(user)
+    return False
+
+
+def einsum(x: Named, w: Named, over: tuple[str, ...]) -> Named:
+    """Sum the product of two arrays over the axes `over`; others that both have are batch axes."""
+    result = (
+        *(a for a in x.axes if a not in over),
+        *(a for a in w.axes if a not in over and a not in x.axes),
+    )
+    letters = dict(zip(dict.fromkeys((*x.axes, *w.axes)), string.ascii_letters, strict=False))
+    spell = ["".join(letters[a] for a in axes) for axes in (x.axes, w.axes, result)]
+    array = jnp.einsum(
+        f"{spell[0]},{spell[1]}->{spell[2]}",
+        x.array,
+        w.array,
+        preferred_element_type=accumulator(x.array.dtype),
+    )
+    return Named(array.astype(x.array.dtype), result)
+
+
+def _rows_times(ctx: Context, node: Node, x: Rows, w: Operand) -> Operand:
+    """Multiply packed rows with the weights of their experts, or with what all of them share."""
+    over: tuple[str, ...] = node.attrs["over"]
+    if isinstance(w, Rows) or not {"expert", "group"} & set(w.axes):
+        other = w.inner() if isinstance(w, Rows) else w
+        return lifted(x, lambda rows: einsum(rows, other, over))
+    batch = [a for a in w.axes if a in x.axes and a not in over]
+    if "group" in w.axes or batch:
+        # A weight for each row: large, but so odd a product is small.
+        picked = per_row(w, x.packing)
+        return lifted(x, lambda rows: einsum(rows, picked, over))
+    if node not in ctx.siblings:
+        _multiply_groups(ctx, [node, *_siblings(node)], x, w)
+    return ctx.siblings[node]
+
+
+def _siblings(node: Node) -> list[Node]:
+    """Return the other contractions of the same rows with parameters alike, such as gate and up.
+
+    They share one walk over the rows.
+    """
+    rows, weight = node.operands
+    return [
+        other
+        for other in rows.users
+        if weight.is_param
+        and other is not node
+        and other.op is node.op
+        and other.operands[0] is rows
+        and other.operands[1].is_param
+        and other.attrs == node.attrs
+        and other.operands[1].type.axes == weight.type.axes
+    ]
+
+
+def _multiply_groups(ctx: Context, nodes: list[Node], x: Rows, w: Named) -> None:
+    """Multiply rows with the weights of `nodes`, of which `w` is the first, for each expert."""
+    over: tuple[str, ...] = nodes[0].attrs["over"]
+    rest = tuple(a for a in w.axes if a not in over and a != "expert")
+    kept = tuple(a for a in x.axes if a not in over)
+    # Whichever of the two stands last in the checkpoint stays last: nothing is transposed.
+    inner_last = w.axes[-1] in over
+    order = ("expert", *rest, *over) if inner_last else ("expert", *over, *rest)
+    weights = [w if n is nodes[0] else ctx.values[n.operands[1]] for n in nodes]
+    sizes = tuple(w.size(a) for a in rest)
+    width = prod(w.size(a) for a in over)
+    shape = (-1, prod(sizes), width) if inner_last else (-1, width, prod(sizes))
+    assert x.packing.group_sizes is not None, "packed rows are sorted by expert"
+    # Each row stands for as many as its other axes have entries.
+    rows = x.inner().to(("rows", *kept, *over)).array
+    lead = rows.shape[: 1 + len(kept)]
+    products = grouped_matmul(
+        rows.reshape(-1, width),
+        tuple(_of_shape(v, order, shape, rows) for v in weights),
+        x.packing.group_sizes * prod(lead[1:]),
+        contracting_axis=2 if inner_last else 1,
+    )
+    for node, product in zip(nodes, products, strict=True):
+        ctx.siblings[node] = x.with_array(product.reshape(*lead, *sizes), (*kept, *rest))
+
+
+def _of_shape(
+    weight: Operand, order: tuple[str, ...], shape: tuple[int, ...], like: jax.Array
+) -> jax.Array:
+    assert isinstance(weight, Named), "a parameter is never packed"
+    experts = weight.size("expert")
+    return weight.to(order).array.reshape(experts, *shape[1:]).astype(like.dtype)

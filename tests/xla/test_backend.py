@@ -1,0 +1,138 @@
+"""The xla backend gives what the reference gives: random graphs, and models of every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+
+from moecc.errors import InputError
+from moecc.ir import Graph
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import F32, F64, I32
+from moecc.ir.ops import OPS
+from moecc.ir.types import tensor
+from moecc.models import open_model
+from moecc.testing import graphs, random_graph, run_reference
+
+from .models import GOLDEN, assert_close, compiled, decoder, random_data, relative
+
+jax = pytest.importorskip("jax")
+
+from moecc_backends.xla.backend import function  # noqa: E402
+from moecc_backends.xla.context import LOWERINGS, TAKES_ROWS  # noqa: E402
+
+EXACT = 1e-9
+"""For float64; `assert_close` allows more where a graph amplifies rounding."""
+
+
+def test_every_operation_is_lowered() -> None:
+    assert LOWERINGS.keys() == OPS.keys()
+    assert OPS.keys() >= TAKES_ROWS
+
+
+# --- random graphs
+
+
+def is_ragged(graph: Graph) -> bool:
+    return any(v.type.ragged for v in graph.outputs.values())
+
+
+def check_both_ways(graph: Graph, seed: int = 0) -> None:
+    """Check the graph as one function, and cut into segments, against the reference."""
+    params, inputs = random_data(graph, seed)
+    program = compiled(graph, F64)
+    assert_close(graph, params, inputs, program.run(params, inputs), EXACT)
+    with jax.enable_x64(True):
+        whole = jax.jit(function(graph, dtype=F64))(params, inputs)
+    assert_close(graph, params, inputs, whole, EXACT)
+
+
+@given(graphs())
+@settings(max_examples=12)
+def test_random_graphs(graph: Graph) -> None:
+    assume(not is_ragged(graph))
+    check_both_ways(graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(150))
+def test_more_random_graphs(seed: int) -> None:
+    graph = random_graph(seed)
+    if is_ragged(graph):
+        for name in [n for n, v in graph.outputs.items() if v.type.ragged]:
+            graph.drop_output(name)
+    check_both_ways(graph, seed)
+
+
+# --- whole models
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases": ("llama_biases_head_dim", {}),
+    "window and sparse": ("mixtral_window_tied", {}),
+    "shared expert": ("qwen2_moe_plain", {}),
+    "ragged, groups of slices": (
+        "qwen3_head_dim_tied", {"experts": 4, "granularity": 2, "router_std": 1.0},
+    ),
+    "capacity": (
+        "llama_gqa",
+        {"experts": 4, "slots": "capacity", "capacity_factor": 1.0, "groups": 2, "shared": 0.25},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_in_float64(name: str) -> None:
+    case, options = MODELS[name]
+    graph, params, inputs = decoder(case, **options)
+    expected = run_reference(graph, params=params, inputs=inputs)["logits"]
+    found = compiled(graph, F64).run(params, inputs)["logits"]
+    assert relative(found, expected) <= 1e-12
+
+
+FEW = ["llama_dynamic", "mistral_window", "qwen2_yarn", "mixtral_bfloat16", "qwen3_moe_norm"]
+MANY = sorted({path.parent.name for path in GOLDEN.glob("*/config.json")} - set(FEW))
+
+
+@pytest.mark.parametrize("case", [*FEW, *(pytest.param(c, marks=pytest.mark.slow) for c in MANY)])
+def test_golden_checkpoints(case: str) -> None:
+    """Checkpoints as written by transformers give its logits, in float32."""
+    tokens = np.load(GOLDEN / case / "tokens.npy")
+    expected = np.load(GOLDEN / case / "logits.npy")
+    with open_model(str(GOLDEN / case)) as model:
+        found = compiled(model.graph, F32).run(model.params(), {"tokens": tokens})["logits"]
+    assert relative(found, expected) <= 1e-5
+
+
+# --- what bad arrays get
+
+
+def test_all_that_is_wrong_with_the_arrays_is_said_at_once() -> None:
+    graph = Graph("sum")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", embed=4))
+    ids = graph.input("ids", tensor(I32, batch="B"))
+    table = graph.param("table", tensor(F32, vocab=9, embed=4))
+    graph.set_output("y", b.add(x, b.embedding(table, ids, axis="vocab")))
+    program = compiled(graph, F32)
+    with pytest.raises(InputError) as error:
+        program.run({}, {"x": np.zeros((2, 5))})
+    assert [p.where for p in error.value.problems] == ["input %ids", "param %table", "input %x"]
+    good = {"table": np.zeros((9, 4))}
+    with pytest.raises(InputError) as error:
+        program.run(good, {"x": np.zeros((2, 4)), "ids": np.zeros(3, np.int64)})
+    assert error.value.problems[0].found == "int[3]"
+    with pytest.raises(InputError) as error:
+        program.run(good, {"x": np.zeros((2, 4)), "ids": np.zeros(2)})
+    assert error.value.problems[0].found == "float[2]"
+    with pytest.raises(InputError, match="param %table"):
+        program.run({"table": np.zeros((8, 4))}, {"x": np.zeros((2, 4)), "ids": np.zeros(2, int)})
+
+
+def test_a_ragged_output_is_refused_before_anything_runs() -> None:
+    graph, _, _ = decoder("llama_gqa", experts=4, layers="0")
+    graph.set_output("rows", next(n for n in graph if n.op.name == "dispatch").result)
+    with pytest.raises(InputError, match="a ragged value cannot be returned"):
+        compiled(graph, F32)

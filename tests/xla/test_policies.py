@@ -1,0 +1,113 @@
+"""In which type what is computed, and with which operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moecc.ir import Graph
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import BF16, F32, F64
+from moecc.ir.types import tensor
+from moecc.testing import run_reference
+
+from .models import compiled, decoder, relative
+
+jax = pytest.importorskip("jax")
+
+from moecc_backends.xla.backend import function  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("llama_biases_head_dim", {}),
+        ("llama_gqa", {"experts": 4, "top_k": 4}),
+        ("qwen2_moe_plain", {}),
+    ],
+)
+def test_bfloat16_stays_near_the_reference(case: str, options: dict[str, Any]) -> None:
+    """Values carry eight bits: an error of about 2⁻⁸, which the depth lets grow a little.
+
+    All experts are chosen: a logit that rounding moves past another one changes much.
+    """
+    graph, params, inputs = decoder(case, **options)
+    expected = run_reference(graph, params=params, inputs=inputs)["logits"]
+    found = compiled(graph, BF16).run(params, inputs)["logits"]
+    assert found.dtype == np.float32
+    error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    assert 2**-10 < error < 2**-5
+
+
+def products(jaxpr: Any) -> Iterator[Any]:
+    """Yield the equations of a jaxpr and of all that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": "capacity"}], ids=["ragged", "capacity"])
+def test_the_router_computes_in_float32_and_nothing_else_does(options: dict[str, Any]) -> None:
+    graph, params, inputs = decoder("llama_gqa", experts=7, **options)
+    jaxpr = jax.make_jaxpr(function(graph, dtype=BF16))(params, inputs)
+    equations = list(products(jaxpr.jaxpr))
+    names = {e.primitive.name for e in equations}
+    assert not {n for n in names if "ragged_dot" in n}
+    assert "top_k" in names
+    dots = [e for e in equations if e.primitive.name == "dot_general"]
+    routers = [e for e in dots if e.outvars[0].aval.shape[-1] == 7]
+    assert len(routers) == 3
+    for equation in dots:
+        kinds = {v.aval.dtype.name for v in equation.invars}
+        assert kinds == ({"float32"} if equation in routers else {"bfloat16"})
+        assert equation.outvars[0].aval.dtype == np.float32
+    for equation in equations:
+        if equation.primitive.name in ("top_k", "rsqrt"):
+            assert equation.invars[0].aval.dtype == np.float32
+        if equation.primitive.name == "logistic":
+            assert equation.invars[0].aval.dtype == ml_dtypes.bfloat16
+
+
+def test_the_weights_of_a_router_are_not_rounded() -> None:
+    only = Graph("router")
+    x = only.input("x", tensor(F32, batch="B", seq="S", embed=16))
+    router = only.param("router", tensor(F32, expert=4, embed=16))
+    bias = only.param("bias", tensor(F32, expert=4))
+    b = Builder(only)
+    logits = b.add(b.contract(x, router, over="embed"), bias)
+    only.set_output("gates", b.route(logits, top_k=1, gates="softmax")[1])
+    data = {"x": np.ones((1, 1, 16), np.float32)}
+    weights = np.full((4, 16), 1 + 2**-10) * np.arange(4)[:, None]
+    assert (weights.astype(ml_dtypes.bfloat16).astype(float) != weights).any()
+    arrays = {"router": weights, "bias": np.zeros(4)}
+    expected = run_reference(only, params=arrays, inputs=data)["gates"]
+    found = compiled(only, BF16).run(arrays, data)["gates"]
+    assert relative(found, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32, F64])
+def test_constants_and_casts_follow_the_policy(dtype: Any) -> None:
+    graph = Graph("mixed")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", embed=8))
+    w = graph.param("w", tensor(F32, embed=8, mlp=4))
+    y = b.mul(b.add(x, b.constant(value=0.1)), b.cast(b.positions(x, axis="embed"), dtype="f32"))
+    y = b.cast(b.cast(b.cast(y, dtype="f64"), dtype="bf16"), dtype="f32")
+    graph.set_output("y", b.contract(y, w, over="embed"))
+    rng = np.random.default_rng(0)
+    params, inputs = {"w": rng.normal(size=(8, 4))}, {"x": rng.normal(size=(3, 8))}
+    with jax.enable_x64(dtype is F64):
+        jaxpr = jax.make_jaxpr(function(graph, dtype=dtype))(params, inputs)
+    (dot,) = (e for e in products(jaxpr.jaxpr) if e.primitive.name == "dot_general")
+    assert {v.aval.dtype for v in dot.invars} == {dtype.numpy}
+    tolerance = {BF16: 0.02, F32: 2e-6, F64: 1e-12}[dtype]
+    expected = run_reference(graph, params=params, inputs=inputs)["y"]
+    assert relative(compiled(graph, dtype).run(params, inputs)["y"], expected) <= tolerance

@@ -1,0 +1,331 @@
+"""What experts compute on ragged rows, beyond what a feed-forward block needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.errors import InputError
+from moecc.ir import Graph
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import F32, F64, I32
+from moecc.ir.graph import Value
+from moecc.ir.types import tensor
+from moecc.testing import run_reference
+
+from .models import Array, Arrays, compiled, relative
+
+jax = pytest.importorskip("jax")
+
+from moecc_backends.xla.backend import function  # noqa: E402
+
+SIZES: dict[str, Any] = {
+    "batch": 2, "seq": 6, "embed": 4, "mlp": 6, "wide": 10, "expert": 3, "group": 2, "head": 2,
+    "vocab": 5,
+}  # fmt: skip
+
+Body = Callable[..., Value]
+
+
+def routed(body: Body, *, slots: str = "ragged", groups: int = 1, **axes: str) -> Graph:
+    """Return a graph that routes ``x`` and combines what `body` makes of the rows.
+
+    Args:
+      body: takes the builder, the rows, and parameters by name.
+      slots: ragged, or capacity with as many slots as are ever needed.
+      groups: of tokens.
+      axes: the axes of each parameter.
+    """
+    graph = Graph("routed")
+    b = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(F32, batch=2, seq=6, head=2, embed=4))
+    chosen = graph.input("chosen", tensor(I32, batch=2, seq=6, choice=2))
+    gates = graph.input("gates", tensor(F32, batch=2, seq=6, choice=2))
+    params = {
+        n: graph.param(n, tensor(F32, **{a: SIZES[a] for a in names.split()}))
+        for n, names in axes.items()
+    }
+    bound = {"capacity_factor": 9.0} if slots == "capacity" else {}
+    place = b.place(chosen, tokens=("batch", "seq"), experts=3, groups=groups, slots=slots, **bound)
+    rows = b.dispatch(x, chosen, place)
+    graph.set_output("place", place)
+    graph.set_output("y", b.combine(body(b, rows, **params), chosen, place, gates))
+    return graph
+
+
+def data(graph: Graph, seed: int = 0) -> tuple[Arrays, Arrays]:
+    rng = np.random.default_rng(seed)
+    params = {n: rng.normal(size=p.type.shape) for n, p in graph.params.items()}
+    experts = np.argsort(rng.random((2, 6, 3)), -1)[..., :2].astype(np.int32)
+    x, gates = rng.normal(size=(2, 6, 2, 4)), rng.random((2, 6, 2))
+    return params, {"x": x, "chosen": experts, "gates": gates}
+
+
+BODIES: dict[str, tuple[Body, dict[str, str]]] = {
+    "a value for each row": (lambda b, x: b.square(x), {}),
+    "norms": (
+        lambda b, x, g, c: b.layer_norm(b.rms_norm(x, g, axis="embed"), g, c, axis="embed"),
+        {"g": "embed", "c": "embed"},
+    ),
+    "softmax": (lambda b, x: b.softmax(x, axis="embed"), {}),
+    "reductions": (
+        lambda b, x: b.add(b.add(b.sum(x, axes=("embed",)), b.max(x, axes=("embed",))),
+                           b.add(b.mean(x, axes=("embed",)), b.logsumexp(x, axes=("embed",)))),
+        {},
+    ),
+    "all inner axes reduced": (lambda b, x: b.sum(x, axes=("head", "embed")), {}),
+    "split, merge, rename, slice": (
+        lambda b, x: b.slice(
+            b.rename(
+                b.merge(b.split(x, axis="embed", into=(("a", 2), ("c", 2))), axes=("c", "head"),
+                        into="d"),
+                axis="a", to="e"),
+            axis="d", start=1, stop=3),
+        {},
+    ),
+    "merge across": (lambda b, x: b.merge(x, axes=("embed", "head"), into="embed"), {}),
+    "comparisons": (
+        lambda b, x: b.select(b.less(x, b.constant(value=0.3)), x, b.mask(x, b.equal(x, x),
+                                                                         fill=-1.0)),
+        {},
+    ),
+    "a bias of each expert": (lambda b, x, p: b.add(x, p), {"p": "expert embed"}),
+    "a bias of each group": (lambda b, x, p: b.mul(x, p), {"p": "group embed"}),
+    "a bias of each group and expert": (
+        lambda b, x, p: b.add(p, x), {"p": "embed group expert"},
+    ),
+    "a scalar of each expert": (lambda b, x, p: b.mul(x, p), {"p": "expert"}),
+    "a broadcast bias": (lambda b, x, p: b.sub(b.broadcast(p, x), x), {"p": "expert head"}),
+    "numbers of experts": (
+        lambda b, x: b.add(x, b.cast(b.positions(x, axis="expert"), dtype="f32")), {},
+    ),
+    "numbers of groups and entries": (
+        lambda b, x: b.mul(b.add(x, b.cast(b.positions(x, axis="group"), dtype="f32")),
+                           b.cast(b.positions(x, axis="embed"), dtype="f32")),
+        {},
+    ),
+    "rotation": (
+        lambda b, x: b.rotate(x, *b.rope(b.positions(x, axis="head"), axis="embed", size=4),
+                              axis="embed"),
+        {},
+    ),
+    "lookup": (
+        lambda b, x, t: b.embedding(t, b.cast(b.minimum(b.square(x), b.constant(value=4.0)),
+                                              dtype="i32"), axis="vocab"),
+        {"t": "vocab wide"},
+    ),
+    "one-hot": (
+        lambda b, x: b.one_hot(b.cast(b.square(x), dtype="i32"), into=(("vocab", 5),)), {},
+    ),
+    "a weight of all experts": (lambda b, x, w: b.contract(x, w, over="embed"), {"w": "mlp embed"}),
+    "one weight over two axes": (
+        lambda b, x, w: b.contract(x, w, over=("embed", "head")), {"w": "expert mlp head embed"},
+    ),
+    "over two axes, sums last": (
+        lambda b, x, w: b.contract(x, w, over=("head", "embed")), {"w": "head expert embed mlp"},
+    ),
+    "an axis that is kept": (
+        lambda b, x, w: b.contract(x, w, over="embed"), {"w": "expert mlp embed"},
+    ),
+    "a weight with two new axes": (
+        lambda b, x, w: b.contract(x, w, over="embed"), {"w": "expert embed mlp wide"},
+    ),
+    "a weight without new axes": (
+        lambda b, x, w: b.contract(x, w, over="embed"), {"w": "expert embed"},
+    ),
+    "a weight that shares an axis": (
+        lambda b, x, w: b.contract(x, w, over="embed"), {"w": "expert head mlp embed"},
+    ),
+    "a weight of each group": (
+        lambda b, x, w: b.contract(x, w, over="embed"), {"w": "group mlp embed"},
+    ),
+    "the weight first": (
+        lambda b, x, w: b.contract(w, x, over="embed"), {"w": "expert mlp embed"},
+    ),
+    "rows with rows": (
+        lambda b, x: b.contract(b.rename(x, axis="head", to="other"), x, over="embed"), {},
+    ),
+    "weights of two widths": (
+        lambda b, x, u, v: b.mul(
+            b.sum(b.contract(x, u, over="embed"), axes=("wide",)),
+            b.sum(b.rename(b.slice(b.contract(x, v, over="embed"), axis="mlp", start=0, stop=4),
+                           axis="mlp", to="wide"), axes=("wide",))),
+        {"u": "expert wide embed", "v": "expert mlp embed"},
+    ),
+    "weights in two orders": (
+        lambda b, x, u, v: b.mul(b.contract(x, u, over="embed"), b.contract(x, v, over="embed")),
+        {"u": "expert mlp embed", "v": "expert embed mlp"},
+    ),
+    "a weight made of a parameter": (
+        lambda b, x, u, v: b.add(b.contract(x, b.exp(u), over="embed"),
+                                 b.contract(x, v, over="embed")),
+        {"u": "expert mlp embed", "v": "expert mlp embed"},
+    ),
+    "a gated block": (
+        lambda b, x, g, u, p, d: b.contract(
+            b.mul(b.silu(b.add(b.contract(x, g, over="embed"), p)), b.contract(x, u, over="embed")),
+            d, over="mlp"),
+        {"g": "expert mlp embed", "u": "expert mlp embed", "p": "expert mlp",
+         "d": "expert embed mlp"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_rows_give_what_the_reference_gives(name: str) -> None:
+    graph, params, inputs = case_of(name)
+    expected = run_reference(graph, params=params, inputs=inputs)
+    found = compiled(graph, F64).run(params, inputs)
+    np.testing.assert_array_equal(found["place"], expected["place"])
+    assert relative(found["y"], expected["y"]) <= 1e-12
+
+
+def case_of(name: str) -> tuple[Graph, Arrays, Arrays]:
+    body, axes = BODIES[name]
+    graph = routed(body, groups=2 if "group" in name else 1, **axes)
+    return graph, *data(graph)
+
+
+FEW = ["a gated block", "a bias of each group and expert", "an axis that is kept"]
+
+
+@pytest.mark.parametrize(
+    "name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in BODIES if n not in FEW)]
+)
+def test_gradients_of_rows_are_central_differences_of_the_reference(name: str) -> None:
+    graph, params, inputs = case_of(name)
+    run = function(graph, dtype=F64)
+    shape = run_reference(graph, params=params, inputs=inputs)["y"].shape
+    weights = np.random.default_rng(1).normal(size=shape)
+
+    def loss(params: Any, x: Any, gates: Any) -> Any:
+        return (run(params, {**inputs, "x": x, "gates": gates})["y"] * weights).sum()
+
+    with jax.enable_x64(True):
+        step = jax.jit(jax.grad(loss, (0, 1, 2)))
+        d_params, d_x, d_gates = step(params, inputs["x"], inputs["gates"])
+    check_gradients(graph, params, inputs, weights, {**d_params, "x": d_x, "gates": d_gates})
+
+
+def check_gradients(
+    graph: Graph, params: Arrays, inputs: Arrays, weights: Array, gradients: Any
+) -> None:
+    """Check gradients along one random direction each, by central differences."""
+    rng = np.random.default_rng(2)
+    for name, gradient in gradients.items():
+        found = np.asarray(gradient)
+        direction = rng.normal(size=found.shape)
+        values = []
+        for step in (1e-6, -1e-6):
+            moved = {**params, **inputs}
+            moved[name] = moved[name] + step * direction
+            y = run_reference(
+                graph,
+                params={n: moved[n] for n in params},
+                inputs={n: moved[n] for n in inputs},
+            )["y"]
+            values.append(float(np.sum(y * weights)))
+        expected = (values[0] - values[1]) / 2e-6
+        size = max(1.0, float(np.abs(found).max()), abs(expected))
+        assert abs(float(np.sum(found * direction)) - expected) <= 1e-6 * size, name
+
+
+REFUSED: dict[str, Body] = {
+    "a sum over the experts": lambda b, x: b.broadcast(b.sum(x, axes=("expert",)), x),
+    "a softmax over the groups": lambda b, x: b.softmax(x, axis="group"),
+    "one expert cut out": lambda b, x: b.slice(x, axis="expert", start=0, stop=1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mixes_experts_is_refused_with_a_way_out(name: str) -> None:
+    graph = Graph("refused")
+    b = Builder(graph, loc="layers.7.ffn")
+    x = graph.input("x", tensor(F32, batch=2, seq=6, embed=4))
+    chosen = graph.input("chosen", tensor(I32, batch=2, seq=6, choice=2))
+    place = b.place(chosen, tokens=("batch", "seq"), experts=3)
+    REFUSED[name](b, b.dispatch(x, chosen, place))
+    graph.set_output("y", b.relu(x))
+    inputs = {"x": np.zeros((2, 6, 4)), "chosen": np.zeros((2, 6, 2), np.int32)}
+    with pytest.raises(InputError, match="of ragged slots") as error:
+        compiled(graph, F32).run({}, inputs)
+    assert error.value.problems[0].where == "layers.7.ffn"
+    assert "give the experts a capacity" in str(error.value)
+
+
+# --- placement
+
+PLACEMENTS: list[dict[str, Any]] = [
+    {"slots": "ragged"},
+    {"slots": "ragged", "groups": 2, "order": "token"},
+    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 0},
+    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 0, "order": "token"},
+    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1, "groups": 2},
+    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1, "groups": 4, "order": "token"},
+    {"slots": "capacity", "capacity_factor": 0.8, "convention": "assignments", "rounding": "ceil"},
+    {"slots": "capacity", "capacity_factor": 0.5, "minimum": 1, "rounding": "round", "groups": 3},
+]
+
+
+@pytest.mark.parametrize("attrs", PLACEMENTS, ids=str)
+@pytest.mark.parametrize("strays", [False, True], ids=["all name an expert", "some name none"])
+def test_every_placement_is_that_of_the_reference(attrs: dict[str, Any], strays: bool) -> None:
+    """A choice that names no expert, or finds no slot, is dropped: in the values and gradients."""
+    graph = Graph("placed")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", seq="S", embed=4))
+    chosen = graph.input("chosen", tensor(I32, batch="B", choice=2, seq="S"))
+    gates = graph.input("gates", tensor(F32, batch="B", choice=2, seq="S"))
+    w = graph.param("w", tensor(F32, expert=3, mlp=5, embed=4))
+    place = b.place(chosen, tokens=("seq", "batch"), experts=3, **attrs)
+    rows = b.contract(b.dispatch(x, chosen, place), w, over="embed")
+    graph.set_output("place", place)
+    graph.set_output("y", b.combine(rows, chosen, place, gates))
+    program = compiled(graph, F64)
+    rng = np.random.default_rng(0)
+    for experts in (rng.integers(0, 3, (2, 2, 6)), np.ones((2, 2, 6), int), *[
+        rng.integers(-1, 5, (2, 2, 6)), np.full((2, 2, 6), -1)
+    ][: 2 * strays]):  # fmt: skip
+        inputs = {
+            "x": rng.normal(size=(2, 6, 4)), "chosen": experts.astype(np.int32),
+            "gates": rng.normal(size=(2, 2, 6)),
+        }  # fmt: skip
+        params = {"w": rng.normal(size=(3, 5, 4))}
+        expected = run_reference(graph, params=params, inputs=inputs)
+        found = program.run(params, inputs)
+        np.testing.assert_array_equal(found["place"], expected["place"])
+        np.testing.assert_allclose(found["y"], expected["y"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gates", ["renormalised", "softmax", "sigmoid", "sparsemixer", "ones",
+                                   "sigmoid-renormalised"])  # fmt: skip
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routes_with_ties_and_dead_experts(gates: str, top_k: int) -> None:
+    graph = Graph("route")
+    b = Builder(graph)
+    logits = graph.input("logits", tensor(F32, expert=4, batch="B"))
+    experts, weights = b.route(logits, top_k=top_k, gates=gates, scale=2.5)
+    graph.set_output("experts", experts)
+    graph.set_output("gates", weights)
+    rng = np.random.default_rng(0)
+    columns = [*rng.normal(size=(6, 4)), [0, 0, 0, 0], [1, 1, 2, 2], [3, 1, 3, 3],
+               [0, -np.inf, 1, 0], [-np.inf, -np.inf, -2, -np.inf], [1e4, 9990, -1e4, 0],
+               [-5, -5.05, -5.2, -9]]  # fmt: skip
+    inputs = {"logits": np.array(columns).T}
+    expected = run_reference(graph, params={}, inputs=inputs)
+    found = compiled(graph, F64).run({}, inputs)
+    np.testing.assert_array_equal(found["experts"], expected["experts"])
+    np.testing.assert_allclose(found["gates"], expected["gates"], rtol=1e-12)
+
+
+def test_groups_that_do_not_divide_the_tokens_are_refused() -> None:
+    graph = Graph("odd")
+    b = Builder(graph, loc="layers.2.ffn")
+    chosen = graph.input("chosen", tensor(I32, batch="B", choice=1))
+    graph.set_output("y", b.place(chosen, tokens=("batch",), experts=2, groups=2))
+    with pytest.raises(InputError, match="do not divide the tokens") as error:
+        compiled(graph, F32).run({}, {"chosen": np.zeros((3, 1), np.int32)})
+    assert error.value.problems[0].where == "layers.2.ffn"

@@ -1,0 +1,113 @@
+"""A program is cut into segments: equal layers are compiled once, parameters fetched as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.ir.dtypes import F32, F64
+from moecc.models import open_model
+from moecc.testing import run_reference
+
+from .models import GOLDEN, Array, Arrays, compiled, decoder, relative
+
+jax = pytest.importorskip("jax")
+
+
+class Counting(Mapping[str, Array]):
+    """Parameters that remember when they were asked for."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays = arrays
+        self.asked: list[str] = []
+
+    def __getitem__(self, name: str) -> Array:
+        self.asked.append(name)
+        return self.arrays[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "distinct"),
+    [
+        # Before the layers, a layer, after the layers; a sparse layer is another one.  Masks are
+        # made before the layers, so that another window makes no other layer.
+        ("llama_gqa", {}, 3),
+        ("llama_gqa", {"experts": 4, "layers": "all"}, 3),
+        ("llama_gqa", {"experts": 4, "layers": "1"}, 4),
+        ("qwen2_window", {}, 3),
+        ("qwen2_moe_step", {}, 4),
+    ],
+)
+def test_equal_layers_are_compiled_once(case: str, options: dict[str, Any], distinct: int) -> None:
+    graph, params, inputs = decoder(case, **options)
+    program = compiled(graph, F32)
+    program.run(params, inputs)
+    program.run(params, inputs)
+    assert len(program._compiled) == distinct
+    assert all(f._cache_size() == 1 for f in program._compiled.values())
+
+
+def test_parameters_are_fetched_layer_by_layer_and_once() -> None:
+    graph, arrays, inputs = decoder("llama_gqa", experts=4)
+    params = Counting(arrays)
+    compiled(graph, F32).run(params, inputs)
+    assert sorted(params.asked) == sorted(arrays)
+    layers = [n.split(".")[2] for n in params.asked if n.startswith("model.layers.")]
+    assert layers == sorted(layers)
+    assert params.asked[0] == "model.embed_tokens.weight"
+    assert params.asked[-1] == "lm_head.weight"
+
+
+def test_the_parameters_of_a_model_are_made_one_at_a_time() -> None:
+    """Asking whether a parameter is there makes none."""
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        params = model.params()
+        reads: list[str] = []
+        assert model.checkpoint is not None
+        original = model.checkpoint.read
+
+        def read(name: str, *rows: Any, **more: Any) -> Any:
+            reads.append(name)
+            return original(name, *rows, **more)
+
+        model.checkpoint.read = read  # type: ignore[method-assign]
+        assert "model.norm.weight" in params
+        assert "model.norm" not in params
+        assert reads == []
+        tokens = np.load(GOLDEN / "llama_gqa" / "tokens.npy")
+        compiled(model.graph, F32).run(params, {"tokens": tokens})
+    assert sorted(reads) == sorted(model.graph.params)
+
+
+def test_values_that_cross_layers_and_are_returned_stay_alive() -> None:
+    graph, params, inputs = decoder("llama_gqa")
+    norms = [n.results[0] for n in graph if n.op.name == "rms_norm"]
+    graph.set_output("first", norms[0])
+    graph.set_output("tokens_again", graph.inputs["tokens"])
+    graph.set_output("weight", graph.params["model.norm.weight"])
+    found = compiled(graph, F64).run(params, inputs)
+    expected = run_reference(graph, params=params, inputs=inputs)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert relative(found[name], array) <= 1e-12
+
+
+def test_another_shape_of_tokens_is_compiled_anew_and_right() -> None:
+    graph, params, inputs = decoder("llama_gqa", experts=4)
+    program = compiled(graph, F64)
+    for tokens in (inputs["tokens"], inputs["tokens"][:1, :3], inputs["tokens"]):
+        found = program.run(params, {"tokens": tokens})["logits"]
+        expected = run_reference(graph, params=params, inputs={"tokens": tokens})["logits"]
+        assert relative(found, expected) <= 1e-12
