@@ -149,8 +149,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a word", lambda v: isinstance(v, str)),
     "axis": ("the name of an axis", is_name),
     "axes": (
-        "names of axes in parentheses",
-        lambda v: isinstance(v, tuple) and all(map(is_name, v)),
+        "names of axes in parentheses, each once",
+        lambda v: isinstance(v, tuple) and all(map(is_name, v)) and len(set(v)) == len(v),
     ),
     "sizes": ("axes with sizes, (head=9, head_dim=64)", _is_pairs),
 }

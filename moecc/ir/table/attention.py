@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import F32, PRED
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, widest
+from moecc.ir.table.rules import (
+    axis_of,
+    mixes_axis,
+    need_float,
+    need_kind,
+    no_duplicates,
+    widest,
+)
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
@@ -20,8 +28,30 @@ def _infer_rope(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ..
     need_kind(positions, "int", "the positions")
     if attrs["size"] <= 0 or attrs["size"] % 2:
         raise InputError("rotary tables have an even number of entries", found=str(attrs["size"]))
+    for rule, holds in _scaling_rules(attrs):
+        if not holds:
+            raise InputError(f"rope scaling {attrs['scaling']} cannot be computed", expected=rule)
     axes = no_duplicates((*positions.axes, Axis(attrs["axis"], attrs["size"])))
     return (TensorType(F32, axes), TensorType(F32, axes))
+
+
+def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
+    """Yield what must hold of the attributes of ``rope``, and whether it does."""
+    kind, theta = attrs["scaling"], attrs["theta"]
+    least = 1 if kind == "yarn" else 0
+    yield f"theta above {least}", least < theta < math.inf
+    yield "a positive factor", 0 < attrs["factor"] < math.inf
+    yield "a finite attention_factor", math.isfinite(attrs["attention_factor"])
+    if kind in ("dynamic", "llama3", "yarn"):
+        yield "original_context of at least 1", attrs["original_context"] >= 1
+    if kind == "dynamic":
+        yield "more than two entries, for the exponent size / (size − 2)", attrs["size"] > 2
+    if kind == "llama3":
+        low, high = attrs["low_freq_factor"], attrs["high_freq_factor"]
+        yield "low_freq_factor below high_freq_factor", 0 < low < high < math.inf
+    if kind == "yarn":
+        slow, fast = attrs["beta_slow"], attrs["beta_fast"]
+        yield "beta_slow not above beta_fast", 0 < slow <= fast < math.inf
 
 
 def _mixes_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
@@ -59,7 +89,11 @@ register(
 
 def _infer_rotate(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
     x, cos, sin = (v.type for v in operands)
-    axis_of(x, attrs["axis"])
+    for type in (x, cos, sin):
+        need_float(type)
+    size = axis_of(x, attrs["axis"]).size
+    if not isinstance(size, int) or size % 2:
+        raise InputError("only an even number of entries is rotated", found=str(x))
     wide = widest((x, cos, sin))
     if wide.names != x.names or attrs["axis"] not in cos or attrs["axis"] not in sin:
         raise InputError(

@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import I32
+from moecc.ir.dtypes import F32, I32
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.types import Axis, TensorType
@@ -183,10 +183,12 @@ register(
 def _infer_one_hot(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
     ids = operands[0].type
     need_kind(ids, "int", "the indices")
-    ((name, size),) = attrs["into"]
-    from moecc.ir.dtypes import F32
-
-    return (TensorType(F32, no_duplicates((*ids.axes, Axis(name, size)))),)
+    into = tuple(Axis(name, size) for name, size in attrs["into"])
+    if len(into) != 1 or isinstance(into[0].size, str):
+        raise InputError(
+            "one_hot makes one axis of known size", found=", ".join(map(str, into)) or "none"
+        )
+    return (TensorType(F32, no_duplicates((*ids.axes, *into))),)
 
 
 register(

@@ -175,19 +175,29 @@ def slot_axes(place: Value) -> tuple[Axis, Axis, Axis]:
     )
 
 
-def _check_choice(place: Value, experts: TensorType) -> None:
-    if place.type.names != experts.names or place.type.sizes != experts.sizes:
+def _check_experts(place: Value, experts: Value) -> None:
+    placed = placing(place).operands[0]
+    if placed is not experts:
         raise InputError(
             "experts and slots belong to different choices",
+            expected=f"%{placed.name}, which %{place.name} places",
+            found=f"%{experts.name}",
+        )
+
+
+def _check_gates(place: Value, gates: TensorType) -> None:
+    if place.type.names != gates.names or place.type.sizes != gates.sizes:
+        raise InputError(
+            "gates and slots belong to different choices",
             expected=str(place.type),
-            found=str(experts),
+            found=str(gates),
         )
 
 
 def _infer_dispatch(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
     x, experts, place = operands
     tokens = placing(place).attrs["tokens"]
-    _check_choice(place, experts.type)
+    _check_experts(place, experts)
     for name in tokens:
         same_size(axis_of(x.type, name), place.type[name])
     rest = (a for a in x.type.axes if a.name not in tokens)
@@ -213,8 +223,8 @@ register(
 
 def _infer_combine(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
     rows, experts, place, gates = operands
-    _check_choice(place, experts.type)
-    _check_choice(place, gates.type)
+    _check_experts(place, experts)
+    _check_gates(place, gates.type)
     for axis in slot_axes(place):
         same_size(axis_of(rows.type, axis.name, "the rows"), axis)
     need_float(rows.type, "the rows")

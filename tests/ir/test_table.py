@@ -1,0 +1,180 @@
+"""The operation table: whatever the operands and attributes, a refusal or a type that holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.ir import (
+    DTYPES,
+    F32,
+    I32,
+    OPS,
+    PRED,
+    Axis,
+    Builder,
+    Graph,
+    OpDef,
+    TensorType,
+    tensor,
+    verify,
+)
+from moecc.ir.ops import REQUIRED, op
+from moecc.ir.types import Extent
+from moecc.testing import laws, run_reference
+
+AXES = ("a", "b", "expert", "slot", "group")
+SIZES = st.sampled_from([2, 1, 4, "N"])
+KINDS = st.sampled_from(["f32", "i32", "pred", "bf16", "key"])
+
+
+@st.composite
+def types(draw: Any) -> TensorType:
+    names = draw(st.lists(st.sampled_from(AXES[:3]), max_size=3, unique=True))
+    dtype = DTYPES[draw(KINDS)]
+    return TensorType(dtype, tuple(Axis(n, draw(SIZES)) for n in names))
+
+
+NAMES = st.sampled_from([*AXES[:3], "new"])
+ATTRS: dict[str, st.SearchStrategy[Any]] = {
+    "int": st.integers(-1, 5),
+    "float": st.sampled_from([1.0, 0.0, -1.5, float("inf"), 0.5, 1e-6]),
+    "bool": st.booleans(),
+    "axis": NAMES,
+    "axes": st.lists(NAMES, max_size=2).map(tuple),
+    "sizes": st.lists(st.tuples(NAMES, st.sampled_from([1, 2, 4, "N"])), max_size=2).map(tuple),
+    "str": st.sampled_from(["f32", "i32", "pred", "key", "nothing"]),
+}
+
+
+@st.composite
+def attributes(draw: Any, entry: OpDef) -> dict[str, Any]:
+    found = {}
+    for name, spec in entry.attrs.items():
+        if spec.default is REQUIRED or draw(st.booleans()):
+            choices = st.sampled_from(spec.choices) if spec.choices else ATTRS[spec.kind]
+            found[name] = draw(choices)
+    return found
+
+
+def routed(graph: Graph) -> None:
+    """Add inputs with one shared set of axes, and slots to `graph`, so that routing is reached."""
+    b = Builder(graph)
+    x = graph.input("tokens", tensor(F32, a=4, b=2))
+    choices = graph.input("choices", tensor(I32, a=4, choice=2))
+    graph.input("gates", tensor(F32, a=4, choice=2))
+    place = b.place(choices, tokens="a", experts=2)
+    rows = b.dispatch(x, choices, place)
+    bounded = b.place(choices, tokens="a", experts=2, slots="capacity", capacity_factor=1.0)
+    b.dispatch(x, choices, bounded)
+    b.less(rows, rows)
+
+
+DATA_DEPENDENT = ("an index is outside the table", "the groups do not divide the tokens")
+"""What no type can tell."""
+
+
+@settings(max_examples=600)
+@given(st.data())
+def test_any_operands_are_refused_or_understood(data: st.DataObject) -> None:
+    graph = Graph()
+    entry = OPS[data.draw(st.sampled_from(sorted(OPS)), label="operation")]
+    for number in range(data.draw(st.integers(1, 3))):
+        graph.input(f"x{number}", data.draw(types()))
+    if data.draw(st.booleans(), label="routed"):
+        routed(graph)
+    values = [*graph.inputs.values(), *(v for n in graph for v in n.results)]
+    count = len(entry.operands)
+    operands = data.draw(st.lists(st.sampled_from(values), min_size=count, max_size=count))
+    attrs = data.draw(attributes(entry), label="attributes")
+    try:
+        node = graph.append(entry, operands, attrs)
+    except InputError:
+        return
+    for number, value in enumerate(node.results):
+        graph.set_output(f"y{number}", value)
+    verify(graph)
+    laws.check_round_trip(graph)
+    try:
+        found = run_reference(graph)
+    except InputError as error:
+        if error.problems[0].what in DATA_DEPENDENT:
+            return
+        raise
+    for value, array in zip(node.results, found.values(), strict=True):
+        assert array.ndim == value.type.rank
+        for axis, size in zip(value.type.axes, array.shape, strict=True):
+            assert isinstance(axis.size, str | Extent) or axis.size == size
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_each_entry_is_documented(name: str) -> None:
+    entry = OPS[name]
+    assert entry.doc.split("\n")[0].endswith((".", ";"))
+    assert all(spec.doc for spec in entry.attrs.values())
+    assert all(0 <= i < len(entry.operands) for i in entry.linear)
+    assert not entry.commutative or len(entry.operands) == 2
+    assert op(name) is entry
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_each_operation_checks_its_operands_and_attributes(name: str) -> None:
+    entry = OPS[name]
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a=2))
+    with pytest.raises(InputError, match=f"{name} takes other operands"):
+        graph.append(name, [x] * (len(entry.operands) + 1))
+    with pytest.raises(InputError, match=f"{name} has no attribute 'nonsense'"):
+        entry.complete({"nonsense": 1})
+    for attr, spec in entry.attrs.items():
+        wrong: Any = 0.5 if spec.kind == "int" else 7 if spec.kind != "float" else "seven"
+        with pytest.raises(InputError, match=f"attribute '{attr}' of {name} is wrong"):
+            entry.complete({attr: wrong})
+
+
+def test_an_unknown_operation_suggests_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean 'contract'"):
+        op("contrast")
+    with pytest.raises(InputError, match="did you mean 'silu'"):
+        Builder(Graph()).sillu()
+
+
+MIXED = {
+    "contract": ({"over": ("a",)}, ("a",)),
+    "softmax": ({"axis": "a"}, ("a",)),
+    "sum": ({"axes": ("a", "b")}, ("a", "b")),
+    "relu": ({}, ()),
+    "add": ({}, ()),
+    "rename": ({"axis": "a", "to": "c"}, ()),
+    "broadcast": ({}, ()),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_an_operation_mixes(name: str) -> None:
+    attrs, mixed = MIXED[name]
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a=2, b=3))
+    node = graph.append(name, [x] * len(OPS[name].operands), attrs)
+    assert node.mixes == mixed
+
+
+def test_dynamic_rotary_scaling_mixes_positions() -> None:
+    graph = Graph()
+    at = graph.input("at", tensor(I32, batch="B", seq="S"))
+    attrs = {"axis": "d", "size": 4}
+    assert graph.append("rope", [at], attrs).mixes == ()
+    assert graph.append("rope", [at], {**attrs, "scaling": "dynamic"}).mixes == ("batch", "seq")
+
+
+def test_pred_has_no_arithmetic_but_selects() -> None:
+    graph = Graph()
+    keep = graph.input("keep", tensor(PRED, a=2))
+    b = Builder(graph)
+    with pytest.raises(InputError, match="arithmetic needs numbers"):
+        b.add(keep, keep)
+    assert b.select(keep, keep, keep).type.dtype == PRED
