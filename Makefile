@@ -13,6 +13,8 @@ help: ## list the targets
 install: $(STAMP) ## make .venv with moecc and everything for development
 
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "moecc needs Python 3.11 or newer: make PYTHON=python3.12 install"; exit 1; }
 ifneq ($(UV),)
 	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)
 	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'

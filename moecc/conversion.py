@@ -204,7 +204,7 @@ def write(
 
 
 def _provenance(planned: Plan) -> dict[str, str]:
-    return {"moecc": moecc.__version__, "pipeline": str(planned.pipeline)}
+    return {"moecc": moecc.__version__, "pipeline": planned.pipeline.in_full()}
 
 
 def _write_companions(folder: Path, planned: Plan, title: str) -> None:
@@ -270,7 +270,7 @@ def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:
     ]
     nonfinite = tuple(f"not finite: {found}" for found in written.nonfinite)
     manifest = Manifest(
-        pipeline=str(planned.pipeline),
+        pipeline=planned.pipeline.in_full(),
         seed=planned.seed,
         source=checkpoint.path.name,
         source_files=file_records(checkpoint.files()),

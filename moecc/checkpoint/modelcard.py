@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moecc.checkpoint.files import file_fault, read_bounded
 from moecc.errors import InputError, printable
+from moecc.ir.dtypes import DTYPES
 
 CARD_NAME = "README.md"
 TAGS = ("moe", "upcycled", "moecc")
@@ -178,9 +179,10 @@ def _snippet(facts: CardFacts) -> str:
 
 
 def _recipe(facts: CardFacts) -> str:
+    dtype = f" --dtype {facts.dtype}" if facts.dtype in DTYPES else ""
     return (
         f"```\nmoecc convert SOURCE OUT -p '{_code(facts.pipeline)}' "
-        f"--to {facts.family_to} --seed {facts.seed}\n```\n\n"
+        f"--to {facts.family_to} --seed {facts.seed}{dtype}\n```\n\n"
         "`moecc verify` compares every tensor with `moecc_manifest.json`."
     )
 

@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
             vocab = vocabulary(opened)
             tokens = default_tokens(vocab) if inputs is None else read_tokens(inputs, vocab)
             program = chosen.compile(opened.graph, dtype=type)
-            result = program.run(opened.params(), {"tokens": tokens})[name]
+            result = program.run(opened.params(dtype=type), {"tokens": tokens})[name]
         buffer = io.BytesIO()
         np.save(buffer, result)
         write_whole(outputs, buffer.getvalue(), force=force)

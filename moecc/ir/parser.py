@@ -140,7 +140,10 @@ class _Parser:
         scan.expect("punct", ":")
         type = self.type()
         weight = self.weight() if scan.token.text == "=" else None
-        loc, _ = self.loc()
+        place = scan.token.at
+        loc, origin = self.loc()
+        if origin:
+            raise scan.error("a parameter has a location, and no origin", place)
         self.guarded(name.at, lambda: self.graph.param(name.text[1:], type, weight, loc=loc))
 
     def weight(self) -> Expr:

@@ -58,16 +58,29 @@ class Pipeline:
     def __str__(self) -> str:
         return ",".join(map(format_pass, self.passes))
 
+    def in_full(self) -> str:
+        """Return the text with every option, which later defaults cannot change."""
+        return ",".join(format_pass(item, in_full=True) for item in self.passes)
+
     @property
     def preserves(self) -> Preserves:
         """What the passes together do to the function."""
         return weakest(p.preserves for p in self.passes)
 
 
-def format_pass(item: Pass) -> str:
-    """Return the text of one pass: its name, and the options that differ from their defaults."""
+def format_pass(item: Pass, *, in_full: bool = False) -> str:
+    """Return the text of one pass: its name and options.
+
+    Args:
+      item: the pass.
+      in_full: whether options that have their defaults are spelled out too.
+    """
     given = [(o, getattr(item, o.field)) for o in options(type(item)).values()]
-    parts = [_format_option(o, value) for o, value in given if o.required or value != o.default]
+    parts = [
+        _format_option(o, value)
+        for o, value in given
+        if in_full or o.required or value != o.default
+    ]
     return f"{item.name}{{{' '.join(parts)}}}" if parts else item.name
 
 
