@@ -1,0 +1,71 @@
+"""The logits that transformers gives for checkpoints: run by an interpreter that has it.
+
+Reads a JSON list of {"folder": …, "tokens": …} from standard input.  Writes logits in float32 and
+in float64 into each folder, and to standard output what loading each reported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+MAJOR = int(transformers.__version__.split(".")[0])
+
+
+class DoublePrecision(TorchFunctionMode):
+    """Gives float64 to code that asks for float32 by name, as norms and routers do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        named = {key: _widen(value) for key, value in (kwargs or {}).items()}
+        return func(*map(_widen, args), **named)
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def load(folder: Path) -> tuple[Any, dict[str, list[str]]]:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    if MAJOR > 4:
+        model.set_experts_implementation("eager")
+    return model.eval(), {key: sorted(map(str, found)) for key, found in report.items() if found}
+
+
+def run(folder: Path, tokens: torch.Tensor) -> dict[str, list[str]]:
+    model, report = load(folder)
+    with torch.no_grad():
+        single = model(input_ids=tokens, use_cache=False).logits
+    model = model.double()
+    torch.set_default_dtype(torch.float64)
+    with torch.no_grad(), DoublePrecision():
+        # The tables were made in float32.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+        double = model(input_ids=tokens, use_cache=False).logits
+    torch.set_default_dtype(torch.float32)
+    np.save(folder / "float32.npy", single.numpy())
+    np.save(folder / "float64.npy", double.numpy())
+    return report
+
+
+def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    jobs = json.load(sys.stdin)
+    reports = [run(Path(j["folder"]), torch.from_numpy(np.load(j["tokens"]))) for j in jobs]
+    json.dump({"version": transformers.__version__, "reports": reports}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
