@@ -1,0 +1,174 @@
+"""The programs that `moe_layer.py` compares."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from moecc_backends.xla.backend import function
+from moecc_backends.xla.dispatch import combine, dispatch
+from moecc_backends.xla.routing import dropless_placement, sort_by_expert
+
+from moecc.ir import parse
+from moecc.ir.dtypes import BF16, F32
+
+Weights = dict[str, jax.Array]
+
+
+class Case(NamedTuple):
+    """Sizes of a layer."""
+
+    tokens: int
+    embed: int
+    mlp: int
+    experts: int
+    top_k: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that the experts work on, one a choice."""
+        return self.tokens * self.top_k
+
+    @property
+    def flops(self) -> int:
+        """Useful floating-point operations of the forward pass: three products a row."""
+        return 6 * self.rows * self.embed * self.mlp
+
+
+class Program(NamedTuple):
+    """A compiled function with its arguments, and the bytes it takes beside them."""
+
+    call: Callable[[], Any]
+    temporary_bytes: int
+    output_bytes: int
+
+
+def graph_text(case: Case, slots: str, place: str) -> str:
+    """Return the text of the layer; `place` holds further attributes of the placement."""
+    tokens, d, f, experts, k = case
+    rows = f"group=1, expert={experts}, slot={slots}(%place)"
+    return f"""moecc 1
+graph layer {{
+  input %x : f32[token={tokens}, embed={d}]
+  param %router : f32[expert={experts}, embed={d}]
+  param %gate : f32[expert={experts}, mlp={f}, embed={d}]
+  param %up : f32[expert={experts}, mlp={f}, embed={d}]
+  param %down : f32[expert={experts}, embed={d}, mlp={f}]
+  %logits = contract %x, %router {{over=embed}} : f32[token={tokens}, expert={experts}]
+  %experts, %gates = route %logits {{top_k={k}}} : i32[token={tokens}, choice={k}], f32[token={tokens}, choice={k}]
+  %place = place %experts {{tokens=token, experts={experts}{place}}} : i32[token={tokens}, choice={k}]
+  %rows = dispatch %x, %experts, %place : f32[{rows}, embed={d}]
+  %a = contract %rows, %gate {{over=embed}} : f32[{rows}, mlp={f}]
+  %s = silu %a : f32[{rows}, mlp={f}]
+  %u = contract %rows, %up {{over=embed}} : f32[{rows}, mlp={f}]
+  %m = mul %s, %u : f32[{rows}, mlp={f}]
+  %o = contract %m, %down {{over=mlp}} : f32[{rows}, embed={d}]
+  %y = combine %o, %experts, %place, %gates : f32[token={tokens}, embed={d}]
+  output y = %y
+}}
+"""  # noqa: E501
+
+
+def lowered(case: Case, dtype: str, slots: str, place: str = "") -> Callable[..., jax.Array]:
+    """Return the layer as the xla backend makes it."""
+    run = function(
+        parse(graph_text(case, slots, place)), dtype=BF16 if dtype == "bfloat16" else F32
+    )
+    return lambda x, w: run(w, {"x": x})["y"]
+
+
+def balanced(rows: jax.Array, w: Weights) -> jax.Array:
+    """Run the experts on equal shares of ``[experts, rows, embed]``."""
+    gate = jnp.einsum("eri,eoi->ero", rows, w["gate"])
+    up = jnp.einsum("eri,eoi->ero", rows, w["up"])
+    return jnp.einsum("eri,eoi->ero", jax.nn.silu(gate) * up, w["down"])
+
+
+def products(rows: jax.Array, w: Weights) -> tuple[jax.Array, jax.Array]:
+    """Make the three products of `balanced`, without its activation."""
+    gate = jnp.einsum("eri,eoi->ero", rows, w["gate"])
+    up = jnp.einsum("eri,eoi->ero", rows, w["up"])
+    return gate, jnp.einsum("eri,eoi->ero", up, w["down"])
+
+
+def ragged(top_k: int) -> Callable[..., jax.Array]:
+    """Return the dropless layer with `lax.ragged_dot`; its weights are ``[experts, in, out]``."""
+
+    def layer(x: jax.Array, w: Weights) -> jax.Array:
+        best, experts = jax.lax.top_k(x @ w["router"].T, top_k)
+        choices = sort_by_expert(experts, w["router"].shape[0])
+        placement = dropless_placement(choices)
+        rows, sizes = dispatch(x, placement), choices.group_sizes
+        gate, up = (jax.lax.ragged_dot(rows, w[n], sizes) for n in ("gate", "up"))
+        down = jax.lax.ragged_dot(jax.nn.silu(gate) * up, w["down"], sizes)
+        return combine(down, placement, jax.nn.softmax(best, axis=-1))
+
+    return layer
+
+
+def draw(case: Case, dtype: str) -> tuple[jax.Array, Weights]:
+    """Draw tokens and weights; a random router spreads tokens unevenly, as at initialisation."""
+    rng = np.random.default_rng(0)
+    e, d, f = case.experts, case.embed, case.mlp
+
+    def normal(*shape: int) -> jax.Array:
+        values = rng.standard_normal(shape, dtype=np.float32) / math.sqrt(shape[-1])
+        return jnp.asarray(values).astype(dtype)
+
+    weights = {"gate": normal(e, f, d), "up": normal(e, f, d), "down": normal(e, d, f)}
+    return normal(case.tokens, d) * math.sqrt(d), weights | {"router": normal(e, d)}
+
+
+def loads(case: Case, x: jax.Array, w: Weights) -> list[int]:
+    """Return how many choices each expert gets."""
+    _, experts = jax.lax.top_k(x @ w["router"].T, case.top_k)
+    return np.bincount(np.asarray(experts).reshape(-1), minlength=case.experts).tolist()
+
+
+def least_capacity_factor(case: Case, load: list[int]) -> float:
+    """Return the least factor, to three decimals, that drops nothing."""
+    return math.ceil(max(load) * case.experts / case.rows * 1000) / 1000
+
+
+def build(layer: Callable[..., Any], x: jax.Array, w: Weights, gradients: bool) -> Program:
+    """Compile `layer`, or `layer` and its gradients with a cotangent of ones."""
+
+    def both(x: jax.Array, w: Weights) -> Any:
+        result, pull = jax.vjp(layer, x, w)
+        return result, pull(jax.tree.map(jnp.ones_like, result))
+
+    compiled = jax.jit(both if gradients else layer).lower(x, w).compile()
+    memory = compiled.memory_analysis()
+    return Program(lambda: compiled(x, w), memory.temp_size_in_bytes, memory.output_size_in_bytes)
+
+
+def programs(case: Case, dtype: str, factor: float, mode: str) -> dict[str, Program]:
+    """Compile everything that is compared, the yardstick first."""
+    x, w = draw(case, dtype)
+    experts = {n: w[n] for n in ("gate", "up", "down")}
+    rows = jnp.tile(x, (case.top_k, 1)).reshape(case.experts, -1, case.embed)
+    swapped = {n: jnp.swapaxes(a, 1, 2) for n, a in experts.items()} | {"router": w["router"]}
+    place = f", slots=capacity, convention=assignments, capacity_factor={factor}"
+    wanted = {
+        "balanced": (balanced, rows, experts),
+        "products": (products, rows, experts),
+        "dropless": (lowered(case, dtype, "ragged"), x, w),
+        "capacity": (lowered(case, dtype, "capacity", place), x, w),
+        "ragged_dot": (ragged(case.top_k), x, swapped),
+    }
+    gradients = mode != "forward"
+    return {name: build(*parts, gradients) for name, parts in wanted.items()}
+
+
+def check(built: dict[str, Program]) -> None:
+    """Stop if the layers that compute the same do not give the same."""
+    expected = jax.tree.leaves(built["dropless"].call())[0]
+    found = jax.tree.leaves(built["capacity"].call())[0]
+    error = float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
+    if not error < (1e-4 if expected.dtype == jnp.float32 else 0.1):
+        sys.exit(f"dropless and capacity differ by {error:.1e}")
