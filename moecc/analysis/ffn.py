@@ -45,7 +45,7 @@ class FFNBlock:
 
     @property
     def x(self) -> Value:
-        """What goes in, ``[…tokens, embed]``; looked up, as rewriting an earlier block changes it."""
+        """What goes in, ``[…tokens, embed]``; rewriting an earlier block may change it."""
         return self.ups[0].operands[0]
 
     @property
