@@ -136,11 +136,11 @@ def least_capacity_factor(case: Case, load: list[int]) -> float:
 
 
 def build(layer: Callable[..., Any], x: jax.Array, w: Weights, gradients: bool) -> Program:
-    """Compile `layer`, or `layer` and its gradients with a cotangent of ones."""
+    """Compile `layer`, or `layer` and the gradients of half the square of its result."""
 
     def both(x: jax.Array, w: Weights) -> Any:
         result, pull = jax.vjp(layer, x, w)
-        return result, pull(jax.tree.map(jnp.ones_like, result))
+        return result, pull(result)
 
     compiled = jax.jit(both if gradients else layer).lower(x, w).compile()
     memory = compiled.memory_analysis()

@@ -61,7 +61,7 @@ def step(module: torch.nn.Module, x: torch.Tensor, gradients: bool) -> Callable[
         leaf = x.detach().requires_grad_()
         result = module(leaf)
         result = result[0] if isinstance(result, tuple) else result
-        result.backward(torch.ones_like(result))
+        result.backward(result.detach())
 
     return both if gradients else forward
 
