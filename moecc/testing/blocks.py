@@ -9,7 +9,7 @@ from moecc.ir.graph import Value
 from moecc.ir.moe import emit_routing
 from moecc.ir.table.routing import GATES
 from moecc.ir.types import Axis, TensorType
-from moecc.testing.growth import Growth, Step, fixed, symbolic
+from moecc.testing.growth import Growth, Step, fixed, mixable_fixed, symbolic
 from moecc.testing.steps import emit_norm, rotate
 
 ROUTING_AXES = {"group", "expert", "slot", "choice"}
@@ -27,10 +27,10 @@ def _inner(type: TensorType) -> Axis | None:
 def feed_forward(g: Growth) -> None:
     """Append a feed-forward block, gated or not, with biases or not, with or without residual."""
     since = len(g.values)
-    x = g.find_float(lambda t: bool(fixed(t)))
+    x = g.find_float(lambda t: bool(mixable_fixed(t)))
     if x is None:
         return
-    axis = g.pick(fixed(x.type))
+    axis = g.pick(mixable_fixed(x.type))
     normed = emit_norm(g, x, axis) if g.chance(60) else x
     expert = [x.type["expert"]] if "expert" in x.type and axis.name != "expert" else []
     y = emit_ffn(g, normed, axis, expert)
@@ -98,7 +98,7 @@ def emit_experts(g: Growth, x: Value, axis: Axis) -> Value:
         placement = {
             "slots": "capacity",
             "capacity_factor": g.pick((1.0, 0.5, 1.25, 0.75, 2.0)),
-            "minimum": g.pick((1, 0, 1, 4)),
+            "minimum": g.pick((1, 1, 2, 4)),
             "rounding": g.pick(("floor", "round", "ceil")),
             "convention": g.pick(("tokens", "assignments")),
         }

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from moecc.ir.builder import Builder
 from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Value
+from moecc.ir.table.rules import EXTENT_AXES
 from moecc.ir.types import Axis, TensorType
 from moecc.testing.weights import grow_weight
 
@@ -161,6 +162,13 @@ def symbolic(type: TensorType) -> list[Axis]:
     return [a for a in type.axes if isinstance(a.size, str)]
 
 
-def even(type: TensorType) -> list[Axis]:
-    """Return the axes along which elements may be mixed: all but a ragged one."""
-    return [a for a in type.axes if not a.is_ragged]
+def mixable(type: TensorType) -> list[Axis]:
+    """Return the axes along which elements may be mixed: none that says which rows there are."""
+    if type.ragged is None:
+        return list(type.axes)
+    return [a for a in type.axes if not a.is_ragged and a.name not in EXTENT_AXES]
+
+
+def mixable_fixed(type: TensorType) -> list[Axis]:
+    """Return the axes of fixed size along which elements may be mixed."""
+    return [a for a in mixable(type) if isinstance(a.size, int)]

@@ -7,7 +7,7 @@ from typing import Any
 from moecc.ir.dtypes import BF16, F32, I32
 from moecc.ir.graph import Value
 from moecc.ir.types import Axis, TensorType
-from moecc.testing.growth import Growth, Step, even, fixed, is_within
+from moecc.testing.growth import Growth, Step, fixed, is_within, mixable, mixable_fixed
 
 UNARY = ("relu", "neg", "silu", "tanh", "square", "sigmoid", "gelu", "gelu_tanh", "stop_gradient")
 BINARY = ("add", "mul", "sub", "maximum", "minimum")
@@ -64,12 +64,12 @@ def guarded(g: Growth) -> None:
 
 def contract(g: Growth) -> None:
     """Contract a value with a parameter over a fixed axis, or two."""
-    x = g.find_float(lambda t: bool(fixed(t)))
+    x = g.find_float(lambda t: bool(mixable_fixed(t)))
     if x is None:
         return
-    over = [g.pick(fixed(x.type))]
+    over = [g.pick(mixable_fixed(x.type))]
     if g.chance(15):
-        over = list(dict.fromkeys([*over, g.pick(fixed(x.type))]))
+        over = list(dict.fromkeys([*over, g.pick(mixable_fixed(x.type))]))
     rest = [a for a in fixed(x.type) if a not in over]
     shared = [a for a in rest if g.chance(90 if a.name == "expert" else 15)]
     new = [] if g.chance(10) else [g.new_axis(g.pick(("mlp", "embed", "vocab")), x.type)]
@@ -80,15 +80,15 @@ def contract(g: Growth) -> None:
 
 def contract_pair(g: Growth) -> None:
     """Contract two values that share an axis."""
-    x = g.find_float(lambda t: bool(even(t)))
+    x = g.find_float(lambda t: bool(mixable(t)))
     if x is None:
         return
-    type, over = x.type, g.pick(even(x.type))
+    type, over = x.type, g.pick(mixable(x.type))
 
     def fits(t: TensorType) -> bool:
         return (
             t.dtype == type.dtype
-            and t.by_name.get(over.name) == over
+            and over in mixable(t)
             and all(type.by_name.get(a.name, a) == a for a in t.axes)
             and len({*t.names, *type.names}) <= 6
         )
@@ -99,9 +99,9 @@ def contract_pair(g: Growth) -> None:
 
 def norm(g: Growth) -> None:
     """Normalise along a fixed axis."""
-    x = g.find_float(lambda t: bool(fixed(t)))
+    x = g.find_float(lambda t: bool(mixable_fixed(t)))
     if x is not None:
-        emit_norm(g, x, g.pick(fixed(x.type)))
+        emit_norm(g, x, g.pick(mixable_fixed(x.type)))
 
 
 def emit_norm(g: Growth, x: Value, axis: Axis) -> Value:
@@ -116,34 +116,34 @@ def emit_norm(g: Growth, x: Value, axis: Axis) -> Value:
 
 def reduce(g: Growth) -> None:
     """Reduce over an axis, or two, or make them a distribution."""
-    x = g.find_float(lambda t: bool(even(t)))
+    x = g.find_float(lambda t: bool(mixable(t)))
     if x is None:
         return
     name = g.pick(("sum", "mean", "max", "softmax", "logsumexp"))
-    axes = [g.pick(even(x.type)).name]
+    axes = [g.pick(mixable(x.type)).name]
     if name == "softmax":
         g.emit(name, x, axis=axes[0])
         return
     if g.chance(25):
-        axes = list(dict.fromkeys([*axes, g.pick(even(x.type)).name]))
+        axes = list(dict.fromkeys([*axes, g.pick(mixable(x.type)).name]))
     g.emit(name, x, axes=tuple(axes))
 
 
 def rename(g: Growth) -> None:
     """Rename an axis."""
-    x = g.find(lambda v: bool(v.type.axes))
+    x = g.find(lambda v: bool(mixable(v.type)))
     if x is None:
         return
     to = g.new_axis(g.pick(("mlp", "embed", "kv_seq", "head")), x.type)
-    g.emit("rename", x, axis=g.pick(x.type.axes).name, to=to.name)
+    g.emit("rename", x, axis=g.pick(mixable(x.type)).name, to=to.name)
 
 
 def split(g: Growth) -> None:
     """Cut an axis of fixed size in two."""
-    x = g.find(lambda v: bool(fixed(v.type)))
+    x = g.find(lambda v: bool(mixable_fixed(v.type)))
     if x is None:
         return
-    axis = g.pick(fixed(x.type))
+    axis = g.pick(mixable_fixed(x.type))
     whole = int(str(axis.size))
     outer = g.pick([d for d in range(1, whole + 1) if whole % d == 0])
     names = g.new_axis("head", x.type).name, g.new_axis("head_dim", x.type).name
@@ -152,10 +152,10 @@ def split(g: Growth) -> None:
 
 def merge(g: Growth) -> None:
     """Make one axis of two or three of fixed size."""
-    x = g.find(lambda v: len(fixed(v.type)) > 1)
+    x = g.find(lambda v: len(mixable_fixed(v.type)) > 1)
     if x is None:
         return
-    axes = list(dict.fromkeys(g.pick(fixed(x.type)).name for _ in range(3)))
+    axes = list(dict.fromkeys(g.pick(mixable_fixed(x.type)).name for _ in range(3)))
     into = axes[0] if g.chance(30) else g.new_axis("embed", x.type).name
     g.emit("merge", x, axes=tuple(axes), into=into)
 
@@ -172,10 +172,10 @@ def broadcast(g: Growth) -> None:
 
 def slice_(g: Growth) -> None:
     """Take a range of an axis of fixed size."""
-    x = g.find(lambda v: bool(fixed(v.type)))
+    x = g.find(lambda v: bool(mixable_fixed(v.type)))
     if x is None:
         return
-    axis = g.pick(fixed(x.type))
+    axis = g.pick(mixable_fixed(x.type))
     start = g.choices.below(int(str(axis.size)))
     stop = start + 1 + g.choices.below(int(str(axis.size)) - start)
     g.emit("slice", x, axis=axis.name, start=start, stop=stop)
@@ -213,10 +213,10 @@ def _is_index(value: Value) -> bool:
 
 def count(g: Growth) -> None:
     """Number an axis, and compute with the numbers."""
-    x = g.find(lambda v: bool(even(v.type)))
+    x = g.find(lambda v: bool(mixable(v.type)))
     if x is None:
         return
-    at = g.emit("positions", x, axis=g.pick(even(x.type)).name)
+    at = g.emit("positions", x, axis=g.pick(mixable(x.type)).name)
     if g.chance(40):
         one = g.constant(g.pick((1.0, 3.0)), I32)
         at = g.emit(g.pick(BINARY), at, one)
@@ -233,16 +233,16 @@ def cast(g: Growth) -> None:
 
 def rotary(g: Growth) -> None:
     """Rotate along an axis, by the positions along another, with one of the scalings."""
-    x = g.find_float(lambda t: bool(_pairs(t)) and len(even(t)) > 1)
+    x = g.find_float(lambda t: bool(_pairs(t)) and len(mixable(t)) > 1)
     if x is None:
         return
     axis = g.pick(_pairs(x.type))
-    along = g.pick([a for a in even(x.type) if a != axis])
+    along = g.pick([a for a in mixable(x.type) if a != axis])
     rotate(g, x, g.emit("positions", x, axis=along.name), axis)
 
 
 def _pairs(type: TensorType) -> list[Axis]:
-    return [a for a in fixed(type) if int(str(a.size)) % 2 == 0]
+    return [a for a in mixable_fixed(type) if int(str(a.size)) % 2 == 0]
 
 
 def rotate(g: Growth, x: Value, positions: Value, axis: Axis) -> Value:

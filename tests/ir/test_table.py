@@ -166,9 +166,10 @@ def test_what_an_operation_mixes(name: str) -> None:
 def test_dynamic_rotary_scaling_mixes_positions() -> None:
     graph = Graph()
     at = graph.input("at", tensor(I32, batch="B", seq="S"))
-    attrs = {"axis": "d", "size": 4}
+    attrs: dict[str, Any] = {"axis": "d", "size": 4}
     assert graph.append("rope", [at], attrs).mixes == ()
-    assert graph.append("rope", [at], {**attrs, "scaling": "dynamic"}).mixes == ("batch", "seq")
+    attrs |= {"scaling": "dynamic", "original_context": 32}
+    assert graph.append("rope", [at], attrs).mixes == ("batch", "seq")
 
 
 def test_pred_has_no_arithmetic_but_selects() -> None:

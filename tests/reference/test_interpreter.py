@@ -197,6 +197,10 @@ def test_mixing_the_rows_of_a_ragged_axis_is_a_type_error() -> None:
         lambda: b.contract(rows, rows, over="slot"),
         lambda: b.merge(rows, axes=("slot", "embed"), into="all"),
         lambda: b.positions(rows, axis="slot"),
+        lambda: b.sum(rows, axes="expert"),
+        lambda: b.slice(rows, axis="expert", start=0, stop=1),
+        lambda: b.rename(rows, axis="group", to="other"),
+        lambda: b.route(rows, top_k=1),
     ):
         with pytest.raises(InputError, match="slot"):
             make()

@@ -124,16 +124,16 @@ def test_capacities_of_mesh_tensorflow_and_flaxformer(
 def test_capacity_rounding_convention_and_bounds() -> None:
     assert slots_of(1.25, 456, 32, rounding="ceil") == 18
     # A half goes to the even neighbour: 2.5 to 2, 3.5 to 4.
-    assert slots_of(0.5, 10, 2, rounding="round", minimum=0) == 2
-    assert slots_of(0.5, 14, 2, rounding="round", minimum=0) == 4
+    assert slots_of(0.5, 10, 2, rounding="round", minimum=1) == 2
+    assert slots_of(0.5, 14, 2, rounding="round", minimum=1) == 4
     assert slots_of(1.0, 64, 8, top_k=2, convention="assignments") == 16
     assert slots_of(1.0, 64, 8, top_k=2) == 8
     assert slots_of(0.1, 64, 8) == 4
-    assert slots_of(0.1, 64, 8, minimum=0) == 0
+    assert slots_of(0.1, 64, 8, minimum=1) == 1
     assert slots_of(1.0, 3, 8) == 3
     # The factor is the number that is written: floats below 0.7 and above 1.1 stand for them.
-    assert slots_of(0.7, 100, 10, minimum=0) == 7
-    assert slots_of(1.1, 100, 10, minimum=0, rounding="ceil") == 11
+    assert slots_of(0.7, 100, 10, minimum=1) == 7
+    assert slots_of(1.1, 100, 10, minimum=1, rounding="ceil") == 11
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.inf])
@@ -146,6 +146,14 @@ def test_a_capacity_needs_a_positive_factor(factor: float) -> None:
         )
 
 
+def test_an_expert_has_at_least_one_slot() -> None:
+    experts = Graph().input("e", tensor(I32, token=4, choice=2))
+    with pytest.raises(InputError, match="minimum must be at least 1"):
+        Builder(experts.graph).place(
+            experts, tokens="token", experts=2, slots="capacity", capacity_factor=1.0, minimum=0
+        )
+
+
 # --- places
 
 
@@ -155,7 +163,7 @@ def place(choices: Any, evaluate: Any, experts: int, **attrs: Any) -> Any:
     )
 
 
-BOUND = {"slots": "capacity", "minimum": 0}
+BOUND = {"slots": "capacity", "minimum": 1}
 
 
 def test_ragged_slots_count_up_and_drop_nothing(evaluate: Any) -> None:
@@ -364,7 +372,7 @@ def test_an_empty_slot_under_a_capacity_holds_zeros() -> None:
         np.ones((3, 1)),
         slots="capacity",
         capacity_factor=1.4,
-        minimum=0,
+        minimum=1,
     )
     assert found["rows"].shape == (1, 2, 2, 1)
     np.testing.assert_array_equal(found["rows"][0, :, :, 0], [[1, 1], [0, 0]])

@@ -15,6 +15,7 @@ from moecc.ir.table.rules import (
     need_float,
     need_kind,
     no_duplicates,
+    no_ragged,
     widest,
 )
 from moecc.ir.types import Axis, TensorType
@@ -92,6 +93,7 @@ def _infer_rotate(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, 
     for type in (x, cos, sin):
         need_float(type)
     size = axis_of(x, attrs["axis"]).size
+    no_ragged(x, (attrs["axis"],), "cannot rotate")
     if not isinstance(size, int) or size % 2:
         raise InputError("only an even number of entries is rotated", found=str(x))
     wide = widest((x, cos, sin))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def _infer_rename(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
+    no_ragged(type, (old.name,), "cannot rename")
     new = Axis(attrs["to"], old.size, old.mesh)
     return (type.with_axes(no_duplicates(new if a is old else a for a in type.axes)),)
 
@@ -114,6 +115,7 @@ register(
 def _infer_slice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
+    no_ragged(type, (old.name,), "cannot slice")
     start, stop = attrs["start"], attrs["stop"]
     if not isinstance(old.size, int) or not 0 <= start < stop <= old.size:
         raise InputError(
@@ -143,7 +145,8 @@ register(
 
 def _infer_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
     axis = axis_of(operands[0].type, attrs["axis"])
-    no_ragged(operands[0].type, (axis.name,), "no positions")
+    if axis.is_ragged:
+        raise InputError(f"no positions along the ragged axis {axis.name!r}", found=str(axis))
     return (TensorType(I32, (axis,)),)
 
 

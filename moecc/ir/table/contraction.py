@@ -31,6 +31,7 @@ def contract_type(x: TensorType, w: TensorType, over: tuple[str, ...]) -> Tensor
         if mine is not None:
             same_size(mine, axis)
     no_ragged(x, over, "cannot contract")
+    no_ragged(w, over, "cannot contract")
     rest = [a for a in x.axes if a.name not in over]
     more = [a for a in w.axes if a.name not in over and a.name not in x]
     return TensorType(dtype, (*rest, *more))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.dtypes import I32
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, same_size
+from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.types import Axis, Extent, TensorType
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def _infer_route(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     logits = operands[0].type
     need_float(logits, "the router's logits")
     expert = axis_of(logits, attrs["axis"])
+    no_ragged(logits, (expert.name,), "cannot choose")
     k = attrs["top_k"]
     if k < 1 or (isinstance(expert.size, int) and k > expert.size):
         raise InputError(
@@ -78,6 +79,7 @@ def _infer_place(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     need_kind(experts, "int", "the experts")
     for name in attrs["tokens"]:
         axis_of(experts, name)
+    no_ragged(experts, attrs["tokens"], "cannot number tokens")
     left = [a.name for a in experts.axes if a.name not in attrs["tokens"]]
     if len(left) != 1:
         raise InputError(
@@ -85,7 +87,7 @@ def _infer_place(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
             expected=f"{', '.join(attrs['tokens'])} and one more",
             found=str(experts),
         )
-    for name in ("experts", "groups"):
+    for name in ("experts", "groups", "minimum"):
         if attrs[name] < 1:
             raise InputError(f"{name} must be at least 1", found=str(attrs[name]))
     if attrs["slots"] == "capacity" and not 0 < attrs["capacity_factor"] < inf:
@@ -200,6 +202,7 @@ def _infer_dispatch(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType
     _check_experts(place, experts)
     for name in tokens:
         same_size(axis_of(x.type, name), place.type[name])
+    no_ragged(x.type, tokens, "cannot dispatch tokens")
     rest = (a for a in x.type.axes if a.name not in tokens)
     return (x.type.with_axes(no_duplicates((*slot_axes(place), *rest))),)
 

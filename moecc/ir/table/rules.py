@@ -141,11 +141,25 @@ def no_duplicates(axes: Iterable[Axis]) -> tuple[Axis, ...]:
     return result
 
 
-def no_ragged(type: TensorType, names: Iterable[str], what: str) -> None:
-    """Raise InputError if one of the axes `names` of `type` is ragged.
+EXTENT_AXES = ("group", "expert")
+"""The axes that each element of an extent stands for."""
 
-    Rows beyond an extent are not there, so nothing may mix along them.
+
+def no_ragged(type: TensorType, names: Iterable[str], what: str) -> None:
+    """Raise InputError if the rows of `type` are ragged and one of the axes `names` sets which.
+
+    Rows beyond an extent are not there, so nothing may mix along them, nor along the axes on
+    which the extents depend: the same slot of two experts may be there in one of them only.
     """
+    ragged = type.ragged
+    if ragged is None:
+        return
     for name in names:
-        if name in type and type[name].is_ragged:
+        if name == ragged.name:
             raise InputError(f"{what} along the ragged axis {name!r}", found=str(type))
+        if name in EXTENT_AXES:
+            raise InputError(
+                f"{what} along the axis {name!r}, on which the extents of {ragged.name!r} depend",
+                found=str(type),
+                hint="combine the rows first, or give the experts a capacity",
+            )
