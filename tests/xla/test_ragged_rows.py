@@ -110,6 +110,33 @@ BODIES: dict[str, tuple[Body, dict[str, str]]] = {
                               axis="embed"),
         {},
     ),
+    "rotation by numbers of rows": (
+        lambda b, x: b.rotate(x, *b.rope(b.cast(b.sum(x, axes=("embed", "head")), dtype="i32"),
+                                         axis="embed", size=4, scaling="linear", factor=2.0),
+                              axis="embed"),
+        {},
+    ),
+    "a mask of rows and entries": (
+        lambda b, x: b.mask(x, b.causal(b.cast(b.sum(x, axes=("embed", "head")), dtype="i32"),
+                                        b.positions(x, axis="embed")), fill=0.5),
+        {},
+    ),
+    "a mask of entries and rows": (
+        lambda b, x: b.mask(x, b.causal(b.positions(x, axis="embed"),
+                                        b.cast(b.sum(x, axes=("embed", "head")), dtype="i32"),
+                                        window=3), fill=0.5),
+        {},
+    ),
+    "a choice among entries": (
+        lambda b, x: b.sum(b.mul(*(lambda e, g: (b.cast(e, dtype="f32"), g))(
+            *b.route(x, top_k=2, axis="embed"))), axes=("choice",)),
+        {},
+    ),
+    "rows as tables": (
+        lambda b, x: b.embedding(
+            x, b.rename(b.positions(x, axis="head"), axis="head", to="pick"), axis="embed"),
+        {},
+    ),
     "lookup": (
         lambda b, x, t: b.embedding(t, b.cast(b.minimum(b.square(x), b.constant(value=4.0)),
                                               dtype="i32"), axis="vocab"),
@@ -239,36 +266,13 @@ def check_gradients(
         assert abs(float(np.sum(found * direction)) - expected) <= 1e-6 * size, name
 
 
-REFUSED: dict[str, Body] = {
-    "a sum over the experts": lambda b, x: b.broadcast(b.sum(x, axes=("expert",)), x),
-    "a softmax over the groups": lambda b, x: b.softmax(x, axis="group"),
-    "one expert cut out": lambda b, x: b.slice(x, axis="expert", start=0, stop=1),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_mixes_experts_is_refused_with_a_way_out(name: str) -> None:
-    graph = Graph("refused")
-    b = Builder(graph, loc="layers.7.ffn")
-    x = graph.input("x", tensor(F32, batch=2, seq=6, embed=4))
-    chosen = graph.input("chosen", tensor(I32, batch=2, seq=6, choice=2))
-    place = b.place(chosen, tokens=("batch", "seq"), experts=3)
-    REFUSED[name](b, b.dispatch(x, chosen, place))
-    graph.set_output("y", b.relu(x))
-    inputs = {"x": np.zeros((2, 6, 4)), "chosen": np.zeros((2, 6, 2), np.int32)}
-    with pytest.raises(InputError, match="of ragged slots") as error:
-        compiled(graph, F32).run({}, inputs)
-    assert error.value.problems[0].where == "layers.7.ffn"
-    assert "give the experts a capacity" in str(error.value)
-
-
 # --- placement
 
 PLACEMENTS: list[dict[str, Any]] = [
     {"slots": "ragged"},
     {"slots": "ragged", "groups": 2, "order": "token"},
-    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 0},
-    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 0, "order": "token"},
+    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1},
+    {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1, "order": "token"},
     {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1, "groups": 2},
     {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1, "groups": 4, "order": "token"},
     {"slots": "capacity", "capacity_factor": 0.8, "convention": "assignments", "rounding": "ceil"},

@@ -33,23 +33,13 @@ Lowering = Callable[..., "Operand | tuple[Operand, ...]"]
 
 LOWERINGS: dict[str, Lowering] = {}
 
-TAKES_ROWS: set[str] = set()
-"""The operations whose lowering takes packed rows."""
 
-
-def lowering(*names: str, rows: bool = False) -> Callable[[Lowering], Lowering]:
-    """Register a function as the lowering of the operations `names`.
-
-    Args:
-      names: operations.
-      rows: whether it takes packed rows in place of the axes group, expert and slot.
-    """
+def lowering(*names: str) -> Callable[[Lowering], Lowering]:
+    """Register a function as the lowering of the operations `names`."""
 
     def register(function: Lowering) -> Lowering:
         for name in names:
             LOWERINGS[name] = function
-            if rows:
-                TAKES_ROWS.add(name)
         return function
 
     return register
@@ -59,30 +49,11 @@ def lower_node(ctx: Context, node: Node, operands: list[Operand]) -> tuple[Opera
     """Return the results of `node` applied to `operands`, under trace.
 
     Raises:
-      InputError: the operation has no lowering, or none for packed rows.
+      InputError: the operation has no lowering.
     """
     name = node.op.name
     function = LOWERINGS.get(name)
     if function is None:
         raise InputError(f"the xla backend cannot lower {name}", where=node.loc or None)
-    if any(isinstance(x, Rows) for x in operands):
-        _check_rows(node)
     result = function(ctx, node, *operands)
     return result if isinstance(result, tuple) else (result,)
-
-
-PACKED = frozenset(("group", "expert", "slot"))
-"""The axes in whose place packed rows have one."""
-
-
-def _check_rows(node: Node) -> None:
-    """Raise InputError if `node` needs apart what packed rows have in one axis."""
-    attrs = node.attrs
-    named = {attrs.get("axis"), *attrs.get("axes", ()), *attrs.get("over", ())}
-    if node.op.name not in TAKES_ROWS or (named & PACKED and node.op.name != "positions"):
-        raise InputError(
-            f"the xla backend cannot lower this {node.op.name} of ragged slots",
-            where=node.loc or None,
-            found=", ".join(str(v.type) for v in node.operands),
-            hint="give the experts a capacity, or use the reference backend",
-        )

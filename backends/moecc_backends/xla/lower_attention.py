@@ -11,18 +11,21 @@ from moecc.ir.graph import Node
 from moecc_backends.reference.attention import frequencies
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dtypes import accumulator
-from moecc_backends.xla.named import Named, Operand, lifted
+from moecc_backends.xla.named import Named, Operand, Rows, lifted, lifted_all, per_row
 
 
 @lowering("rope")
-def _rope(ctx: Context, node: Node, positions: Named) -> tuple[Operand, ...]:
+def _rope(ctx: Context, node: Node, positions: Operand) -> tuple[Operand, ...]:
     attrs = node.attrs
     wide = accumulator(ctx.dtype)
-    half = positions.array.astype(wide)[..., None] * _rates(attrs, positions.array, wide)
-    angles = jnp.concatenate([half, half], axis=-1)
-    axes = (*positions.axes, attrs["axis"])
-    factor = attrs["attention_factor"]
-    return Named(jnp.cos(angles) * factor, axes), Named(jnp.sin(angles) * factor, axes)
+
+    def tables(full: Named) -> tuple[Named, Named]:
+        half = full.array.astype(wide)[..., None] * _rates(attrs, full.array, wide)
+        angles = jnp.concatenate([half, half], axis=-1)
+        axes, factor = (*full.axes, attrs["axis"]), attrs["attention_factor"]
+        return Named(jnp.cos(angles) * factor, axes), Named(jnp.sin(angles) * factor, axes)
+
+    return lifted_all(positions, tables)
 
 
 def _rates(attrs: dict[str, Any], positions: jax.Array, dtype: Any) -> jax.Array:
@@ -38,23 +41,38 @@ def _rates(attrs: dict[str, Any], positions: jax.Array, dtype: Any) -> jax.Array
     return rates
 
 
-@lowering("rotate", rows=True)
-def _rotate(ctx: Context, node: Node, x: Operand, cos: Named, sin: Named) -> Operand:
+@lowering("rotate")
+def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
     def turn(full: Named) -> Named:
         at = full.axes.index(node.attrs["axis"])
         first, second = jnp.split(full.array, 2, axis=at)
         turned = jnp.concatenate([-second, first], axis=at)
-        c, s = (t.over(full.axes).astype(full.array.dtype) for t in (cos, sin))
-        return Named(full.array * c + turned * s, full.axes)
+        cos, sin = (_beside(t, x).over(full.axes).astype(full.array.dtype) for t in tables)
+        return Named(full.array * cos + turned * sin, full.axes)
 
     return lifted(x, turn)
 
 
+def _beside(table: Operand, x: Operand) -> Named:
+    """Return a table whose axes lie within those of `x` as `x` is laid out."""
+    if isinstance(x, Rows):
+        return per_row(table, x.packing)
+    assert isinstance(table, Named), "the table has no axis that the rotated value lacks"
+    return table
+
+
 @lowering("causal")
-def _causal(ctx: Context, node: Node, query: Named, key: Named) -> Operand:
-    axes = (*query.axes, *key.axes)
-    ahead = query.over(axes) - key.over(axes)
-    keep = ahead >= 0
-    if node.attrs["window"]:
-        keep &= ahead < node.attrs["window"]
-    return Named(keep, axes)
+def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+    def compare(q: Named, k: Named) -> Named:
+        axes = (*q.axes, *k.axes)
+        ahead = q.over(axes) - k.over(axes)
+        keep = ahead >= 0
+        if node.attrs["window"]:
+            keep &= ahead < node.attrs["window"]
+        return Named(keep, axes)
+
+    # Either may be packed rows, but not both: their axes would be there twice.
+    if isinstance(query, Rows):
+        assert isinstance(key, Named), "one of the two is"
+        return lifted(query, lambda q: compare(q, key))
+    return lifted(key, lambda k: compare(query, k))

@@ -15,7 +15,7 @@ from moecc_backends.xla.grouped import grouped_matmul
 from moecc_backends.xla.named import Named, Operand, Rows, lifted, per_row
 
 
-@lowering("contract", rows=True)
+@lowering("contract")
 def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
     over: tuple[str, ...] = node.attrs["over"]
     if isinstance(x, Named) and isinstance(w, Named):

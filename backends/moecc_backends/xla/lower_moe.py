@@ -15,21 +15,25 @@ from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dispatch import combine, dispatch
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.lower_plain import softmax
-from moecc_backends.xla.named import Named, Operand, Rows
+from moecc_backends.xla.named import Named, Operand, Rows, lifted_all
 from moecc_backends.xla.packing import Packing, packed
 from moecc_backends.xla.routing import capacity_placement, rank_in_expert, sort_by_expert
 
 
 @lowering("route")
-def _route(ctx: Context, node: Node, logits: Named) -> tuple[Operand, ...]:
+def _route(ctx: Context, node: Node, logits: Operand) -> tuple[Operand, ...]:
     attrs = node.attrs
-    rest = tuple(a for a in logits.axes if a != attrs["axis"])
-    scores = logits.to((*rest, attrs["axis"])).array
-    scores = scores.astype(accumulator(scores.dtype))
-    best, experts = jax.lax.top_k(scores, attrs["top_k"])
-    gates = _gates(attrs["gates"], scores, best, experts) * attrs["scale"]
-    axes = (*rest, attrs["choice"])
-    return Named(experts.astype(jnp.int32), axes), Named(gates, axes)
+
+    def choose(full: Named) -> tuple[Named, Named]:
+        rest = tuple(a for a in full.axes if a != attrs["axis"])
+        scores = full.to((*rest, attrs["axis"])).array
+        scores = scores.astype(accumulator(scores.dtype))
+        best, experts = jax.lax.top_k(scores, attrs["top_k"])
+        gates = _gates(attrs["gates"], scores, best, experts) * attrs["scale"]
+        axes = (*rest, attrs["choice"])
+        return Named(experts.astype(jnp.int32), axes), Named(gates, axes)
+
+    return lifted_all(logits, choose)
 
 
 def _gates(kind: str, scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
@@ -115,7 +119,7 @@ def _dispatch(ctx: Context, node: Node, x: Named, experts: Named, place: Named) 
     return Named(rows.reshape(*packing.shape, *shape), ("group", "expert", "slot", *rest))
 
 
-@lowering("combine", rows=True)
+@lowering("combine")
 def _combine(
     ctx: Context, node: Node, rows: Operand, experts: Named, place: Named, gates: Named
 ) -> Operand:

@@ -60,22 +60,22 @@ def elementwise(function: Callable[..., Array], *operands: Operand) -> Operand:
     return Rows(Named(result, axes).to(("rows", *inner)).array, inner, packing)
 
 
-@lowering(*_UNARY, rows=True)
+@lowering(*_UNARY)
 def _unary(ctx: Context, node: Node, x: Operand) -> Operand:
     return elementwise(_UNARY[node.op.name], x)
 
 
-@lowering(*_BINARY, rows=True)
+@lowering(*_BINARY)
 def _binary(ctx: Context, node: Node, a: Operand, b: Operand) -> Operand:
     return elementwise(_BINARY[node.op.name], a, b)
 
 
-@lowering("scale", rows=True)
+@lowering("scale")
 def _scale(ctx: Context, node: Node, x: Operand) -> Operand:
     return elementwise(lambda v: v * jnp.asarray(node.attrs["by"], v.dtype), x)
 
 
-@lowering("cast", rows=True)
+@lowering("cast")
 def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
     dtype = DTYPES[node.attrs["dtype"]]
     if not dtype.is_float:
@@ -88,12 +88,12 @@ def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
     return elementwise(lambda v: v.astype(narrow).astype(ctx.dtype), x)
 
 
-@lowering("select", rows=True)
+@lowering("select")
 def _select(ctx: Context, node: Node, condition: Operand, a: Operand, b: Operand) -> Operand:
     return elementwise(jnp.where, condition, a, b)
 
 
-@lowering("mask", rows=True)
+@lowering("mask")
 def _mask(ctx: Context, node: Node, x: Operand, keep: Operand) -> Operand:
     fill = node.attrs["fill"]
     return elementwise(lambda v, k: jnp.where(k, v, jnp.asarray(fill, v.dtype)), x, keep)
@@ -106,14 +106,14 @@ def _constant(ctx: Context, node: Node) -> Operand:
     return Named(jnp.asarray(node.attrs["value"], dtype), ())
 
 
-@lowering("rename", rows=True)
+@lowering("rename")
 def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
     old, new = node.attrs["axis"], node.attrs["to"]
     axes = tuple(new if a == old else a for a in x.axes)
     return x.with_array(x.array, axes) if isinstance(x, Rows) else Named(x.array, axes)
 
 
-@lowering("split", rows=True)
+@lowering("split")
 def _split(ctx: Context, node: Node, x: Operand) -> Operand:
     names = tuple(n for n, _ in node.attrs["into"])
     sizes = tuple(s for _, s in node.attrs["into"])
@@ -126,7 +126,7 @@ def _split(ctx: Context, node: Node, x: Operand) -> Operand:
     return lifted(x, cut)
 
 
-@lowering("merge", rows=True)
+@lowering("merge")
 def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
     parts: tuple[str, ...] = node.attrs["axes"]
 
@@ -143,12 +143,12 @@ def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
     return lifted(x, join)
 
 
-@lowering("broadcast", rows=True)
+@lowering("broadcast")
 def _broadcast(ctx: Context, node: Node, x: Operand, like: Operand) -> Operand:
     return elementwise(lambda a, b: jnp.broadcast_to(a, b.shape), x, like)
 
 
-@lowering("slice", rows=True)
+@lowering("slice")
 def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
     def cut(full: Named) -> Named:
         at = full.axes.index(node.attrs["axis"])
@@ -158,7 +158,7 @@ def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
     return lifted(x, cut)
 
 
-@lowering("positions", rows=True)
+@lowering("positions")
 def _positions(ctx: Context, node: Node, like: Operand) -> Operand:
     axis = node.result.type.axes[0]
     # Packed rows have no axis of experts to measure, but then its size is declared.
@@ -169,15 +169,23 @@ def _positions(ctx: Context, node: Node, like: Operand) -> Operand:
     return Named(jnp.arange(size, dtype=jnp.int32), (axis.name,))
 
 
-@lowering("embedding", rows=True)
-def _embedding(ctx: Context, node: Node, table: Named, ids: Operand) -> Operand:
+@lowering("embedding")
+def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operand:
     axis = node.attrs["axis"]
-    rest = tuple(a for a in table.axes if a != axis)
-    rows = table.to((axis, *rest)).array
-    return lifted(ids, lambda i: Named(jnp.take(rows, i.array, axis=0), (*i.axes, *rest)))
+
+    def pick(rows: Named, index: Named) -> Named:
+        rest = tuple(a for a in rows.axes if a != axis)
+        picked = jnp.take(rows.to((axis, *rest)).array, index.array, axis=0)
+        return Named(picked, (*index.axes, *rest))
+
+    # Either may be packed rows, but not both: their axes would be there twice.
+    if isinstance(ids, Rows):
+        assert isinstance(table, Named), "one of the two is"
+        return lifted(ids, lambda index: pick(table, index))
+    return lifted(table, lambda rows: pick(rows, ids))
 
 
-@lowering("one_hot", rows=True)
+@lowering("one_hot")
 def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
     ((name, size),) = node.attrs["into"]
     return lifted(
@@ -198,7 +206,7 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
 }
 
 
-@lowering(*_REDUCTIONS, rows=True)
+@lowering(*_REDUCTIONS)
 def _reduce(ctx: Context, node: Node, x: Operand) -> Operand:
     function, axes = _REDUCTIONS[node.op.name], node.attrs["axes"]
 
@@ -220,7 +228,7 @@ def softmax(x: Array, axis: int) -> Array:
     return parts / jnp.where(total == 0, 1, total)
 
 
-@lowering("softmax", rows=True)
+@lowering("softmax")
 def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
     def along(full: Named) -> Named:
         wide = full.array.astype(_wide(full.array))
@@ -240,7 +248,7 @@ def _unit(full: Named, node: Node, *, centre: bool) -> Array:
     return scaled.astype(full.array.dtype)
 
 
-@lowering("rms_norm", rows=True)
+@lowering("rms_norm")
 def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
     def norm(full: Named) -> Named:
         return Named(_unit(full, node, centre=False) * scale.over(full.axes), full.axes)
@@ -248,7 +256,7 @@ def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
     return lifted(x, norm)
 
 
-@lowering("layer_norm", rows=True)
+@lowering("layer_norm")
 def _layer_norm(ctx: Context, node: Node, x: Operand, scale: Named, bias: Named) -> Operand:
     def norm(full: Named) -> Named:
         unit = _unit(full, node, centre=True)

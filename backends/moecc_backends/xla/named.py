@@ -65,11 +65,19 @@ Operand = Named | Rows
 
 def lifted(x: Operand, function: Callable[[Named], Named]) -> Operand:
     """Apply to `x` what does something along its own axes; packed rows keep their packing."""
+    return lifted_all(x, lambda full: (function(full),))[0]
+
+
+def lifted_all(x: Operand, function: Callable[[Named], tuple[Named, ...]]) -> tuple[Operand, ...]:
+    """Apply to `x` a function of several results, as `lifted` does."""
     if isinstance(x, Named):
         return function(x)
-    made = function(x.inner())
+    return tuple(_packed(made, x) for made in function(x.inner()))
+
+
+def _packed(made: Named, like: Rows) -> Rows:
     inner = tuple(a for a in made.axes if a != "rows")
-    return x.with_array(made.to(("rows", *inner)).array, inner)
+    return like.with_array(made.to(("rows", *inner)).array, inner)
 
 
 def per_row(value: Operand, packing: Packing) -> Named:
