@@ -1,4 +1,8 @@
-"""Settings that all tests share."""
+"""Settings that all tests share.
+
+MOECC_HYPOTHESIS chooses the profile: ``dev``, ``ci`` (where CI is set: the same examples
+every time) or ``nightly`` (5,000 examples a test).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 
 from moecc.ir import Graph, verify
 from moecc.pipeline.passes import Context, Pass, PassResult
@@ -25,15 +29,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("nightly", deadline=None, max_examples=5000, print_blob=True)
-# For tests that only ask whether a counterexample exists.
-settings.register_profile(
-    "find",
-    deadline=None,
-    max_examples=200,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-)
 settings.load_profile(os.environ.get("MOECC_HYPOTHESIS", "ci" if os.environ.get("CI") else "dev"))
 
 

@@ -16,6 +16,7 @@ from moecc.ir.ops import OPS, OpDef, op
 from moecc.ir.printer import FORMAT
 from moecc.ir.scanner import ParseError, Scanner, Token
 from moecc.ir.types import TensorType
+from moecc.ir.verify import check_param
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
@@ -139,12 +140,17 @@ class _Parser:
         name = scan.expect("value", what="a value")
         scan.expect("punct", ":")
         type = self.type()
+        made_at = scan.token.at
         weight = self.weight() if scan.token.text == "=" else None
         place = scan.token.at
         loc, origin = self.loc()
         if origin:
             raise scan.error("a parameter has a location, and no origin", place)
-        self.guarded(name.at, lambda: self.graph.param(name.text[1:], type, weight, loc=loc))
+        value = self.guarded(
+            name.at, lambda: self.graph.param(name.text[1:], type, weight, loc=loc)
+        )
+        for wrong in check_param(value):
+            raise scan.error(wrong.what, made_at, expected=wrong.expected, found=wrong.found)
 
     def weight(self) -> Expr:
         from moecc.weights.text import ExprSyntaxError, parse_expr

@@ -32,7 +32,7 @@ def verify(graph: Graph) -> None:
     problems: list[Problem] = []
     defined: set[Value] = set(graph.inputs.values()) | set(graph.params.values())
     for value in graph.params.values():
-        problems.extend(_check_param(value))
+        problems.extend(check_param(value))
     count = 0
     for node in graph:
         count += 1
@@ -153,7 +153,8 @@ def _layout(type: TensorType) -> tuple[tuple[str, object], ...]:
     return tuple((a.name, a.size) for a in type.axes)
 
 
-def _check_param(value: Value) -> list[Problem]:
+def check_param(value: Value) -> list[Problem]:
+    """Return what is wrong with the weight expression of a parameter: other axes, or nothing."""
     if value.weight is None:
         return []
     made = value.weight.type
