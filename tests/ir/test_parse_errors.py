@@ -130,7 +130,7 @@ def body(*lines: str) -> str:
         (body("input %y : f32[a=2, a=3]"), 4, 14, "two axes of one name"),
         (body("input %y : f32[a@m=2, b@m=3]"), 4, 14, "a mesh axis appears twice"),
         (body("input %y : f32[slot=ragged(%q)]"), 4, 14, "%q is not defined"),
-        (body('param %w : f32[a=2] = source("w" : f32[b=2])'), 4, 24, "makes other axes"),
+        (body('param %w : f32[a=2] = source("w" : f32[b=2])'), 4, 23, "makes other axes"),
         (body("inptu %y : f32[]"), 4, 3, "unknown statement 'inptu'"),
         (body("output y = %x", "output y = %x"), 5, 10, "output 'y' is given twice"),
         (body("attr a = {"), 4, 13, "not JSON"),
