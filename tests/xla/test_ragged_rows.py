@@ -30,16 +30,21 @@ SIZES: dict[str, Any] = {
 Body = Callable[..., Value]
 
 
-def route_tokens(graph: Graph, groups: int) -> Callable[[Body, dict[str, str], str], Value]:
+def route_tokens(
+    graph: Graph, groups: int, slots: str = "ragged"
+) -> Callable[[Body, dict[str, str], str], Value]:
     """Route an input ``x``; return what combines what a body makes of the rows.
 
-    The function takes the body, the axes of its parameters, and a prefix of their names.
+    The function takes the body, the axes of its parameters, and a prefix of their names.  With
+    ``slots=capacity`` some choices are dropped.
     """
+    bound = {"capacity_factor": 1.2} if slots == "capacity" else {}
     b = Builder(graph, loc="layers.0.ffn")
     x = graph.input("x", tensor(F32, batch=2, seq=6, head=2, embed=4))
     chosen = graph.input("chosen", tensor(I32, batch=2, seq=6, choice=2))
     gates = graph.input("gates", tensor(F32, batch=2, seq=6, choice=2))
-    place = b.place(chosen, tokens=("batch", "seq"), experts=3, groups=groups)
+    place = b.place(chosen, tokens=("batch", "seq"), experts=3, groups=groups, slots=slots,
+                    **bound)  # fmt: skip
     rows = b.dispatch(x, chosen, place)
     graph.set_output("place", place)
 
@@ -200,10 +205,11 @@ BODIES: dict[str, tuple[Body, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["one group", "two groups"])
-def test_rows_give_what_the_reference_gives(grouped: bool) -> None:
+@pytest.mark.parametrize("slots", ["ragged", "capacity"])
+def test_rows_give_what_the_reference_gives(slots: str, grouped: bool) -> None:
     """All bodies in one graph, which is compiled once."""
     graph = Graph("all")
-    route = route_tokens(graph, groups=2 if grouped else 1)
+    route = route_tokens(graph, 2 if grouped else 1, slots)
     for number, (name, (body, axes)) in enumerate(BODIES.items()):
         if ("group" in name) == grouped:
             graph.set_output(f"y{number}", route(body, axes, f"w{number}."))
@@ -211,6 +217,7 @@ def test_rows_give_what_the_reference_gives(grouped: bool) -> None:
     expected = run_reference(graph, params=params, inputs=inputs)
     found = compiled(graph, F64).run(params, inputs)
     np.testing.assert_array_equal(found["place"], expected["place"])
+    assert (found["place"] < 0).any() == (slots == "capacity")
     for number, name in enumerate(BODIES):
         if f"y{number}" in expected:
             assert relative(found[f"y{number}"], expected[f"y{number}"]) <= 1e-12, name

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
+from moecc_backends.xla.capacity import slot_matmul
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.grouped import grouped_matmul
-from moecc_backends.xla.named import Named, Operand, Rows, lifted, per_row
+from moecc_backends.xla.named import SLOT_AXES, Named, Operand, Rows, lifted, per_row
 
 
 @lowering("contract")
@@ -23,6 +24,8 @@ def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
             # Selective precision: the router computes in float32 (ST-MoE §3.3).
             wide = accumulator(ctx.dtype)
             x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
+        if _fits_slots(x, w, over):
+            return _slots_times(x, w, over)
         return einsum(x, w, over)
     if isinstance(x, Rows):
         return _rows_times(ctx, node, x, w)
@@ -62,6 +65,22 @@ def einsum(x: Named, w: Named, over: tuple[str, ...]) -> Named:
         preferred_element_type=accumulator(x.array.dtype),
     )
     return Named(array.astype(x.array.dtype), result)
+
+
+def _fits_slots(x: Named, w: Named, over: tuple[str, ...]) -> bool:
+    """Whether `w` has a matrix for each expert, which takes all that a slot holds."""
+    is_slots = len(over) == 1 and x.axes == (*SLOT_AXES, *over)
+    is_matrix = len(w.axes) == 3 and w.axes[0] == "expert"
+    return is_slots and is_matrix and set(w.axes) & set(x.axes) == {"expert", *over}
+
+
+def _slots_times(x: Named, w: Named, over: tuple[str, ...]) -> Named:
+    """Multiply ``[expert, group, slot, a]`` with the matrices of the experts, in one product."""
+    (rest,) = (a for a in w.axes[1:] if a not in over)
+    experts, groups, slots, width = x.array.shape
+    rows = x.array.reshape(experts, groups * slots, width)
+    product = slot_matmul(rows, w.array.astype(rows.dtype), w.axes.index(over[0]))
+    return Named(product.reshape(experts, groups, slots, -1), (*SLOT_AXES, rest))
 
 
 def _rows_times(ctx: Context, node: Node, x: Rows, w: Operand) -> Operand:

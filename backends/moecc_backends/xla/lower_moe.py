@@ -15,7 +15,7 @@ from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dispatch import combine, dispatch
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.lower_plain import softmax
-from moecc_backends.xla.named import Named, Operand, Rows, lifted_all
+from moecc_backends.xla.named import SLOT_AXES, Named, Operand, Rows, lifted_all
 from moecc_backends.xla.packing import Packing, packed
 from moecc_backends.xla.routing import capacity_placement, rank_in_expert, sort_by_expert
 
@@ -90,8 +90,11 @@ def _place(ctx: Context, node: Node, experts: Named) -> Operand:
     else:
         limit = capacity(attrs, chosen.shape[0] // groups, chosen.shape[1])
         slots = jnp.where(named & (ranks < limit), ranks, -1)
-        placement = capacity_placement(chosen, slots, attrs["experts"], limit, groups)
-        packing = Packing(placement, tokens, sizes, shape=(groups, attrs["experts"], limit))
+        # The experts come first, as a batched product takes them.
+        placement = capacity_placement(
+            chosen, slots, attrs["experts"], limit, groups, expert_major=True
+        )
+        packing = Packing(placement, tokens, sizes, shape=(attrs["experts"], groups, limit))
     ctx.packings[node.result] = packing
     return Named(slots.reshape(*sizes, -1), (*tokens, choice)).to(experts.axes)
 
@@ -116,7 +119,7 @@ def _dispatch(ctx: Context, node: Node, x: Named, experts: Named, place: Named) 
     rows = dispatch(source.reshape(prod(packing.token_sizes), -1), packing.placement)
     if packing.shape is None:
         return Rows(rows.reshape(-1, *shape), rest, packing)
-    return Named(rows.reshape(*packing.shape, *shape), ("group", "expert", "slot", *rest))
+    return Named(rows.reshape(*packing.shape, *shape), (*SLOT_AXES, *rest))
 
 
 @lowering("combine")
@@ -127,8 +130,8 @@ def _combine(
     if isinstance(rows, Rows):
         rest, array = rows.axes, rows.array
     else:
-        rest = tuple(a for a in rows.axes if a not in ("group", "expert", "slot"))
-        array = rows.to(("group", "expert", "slot", *rest)).array
+        rest = tuple(a for a in rows.axes if a not in SLOT_AXES)
+        array = rows.to((*SLOT_AXES, *rest)).array
         array = array.reshape(-1, *array.shape[3:])
     shape = array.shape[1:]
     (choice,) = (a for a in gates.axes if a not in packing.tokens)

@@ -18,6 +18,9 @@ from moecc_backends.xla.expert_rows import expert_rows
 if TYPE_CHECKING:
     from moecc_backends.xla.packing import Packing
 
+SLOT_AXES = ("expert", "group", "slot")
+"""The axes of slots under a capacity, in the order in which they lie."""
+
 
 @dataclass(frozen=True)
 class Named:

@@ -19,7 +19,7 @@ class Packing:
       placement: the map between choices and rows.
       tokens: the token axes, outermost first.
       token_sizes: their sizes.
-      shape: the sizes of group, expert and slot where the rows are kept apart (a capacity), or
+      shape: the sizes of expert, group and slot where the rows are kept apart (a capacity), or
         None where they are packed by expert (dropless).
       group_sizes: for packed rows, how many rows each expert has.
     """
