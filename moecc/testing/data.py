@@ -69,13 +69,14 @@ def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[
       sizes: the sizes of the variables; missing, they are drawn.
     """
     sizes = sizes_for(graph, seed) if sizes is None else sizes
-    return {n: _draw(v, seed, sizes) for n, v in graph.inputs.items()}
+    return {n: _draw(v, seed, sizes, "input") for n, v in graph.inputs.items()}
 
 
 def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Data]:
     """Return random arrays for the parameters of `graph`.
 
-    A parameter with a weight expression is what the expression makes of random source tensors.
+    A parameter with a weight expression is what the expression makes of random source tensors,
+    and one without is the source tensor of its name.
 
     Args:
       graph: the graph.
@@ -88,15 +89,16 @@ def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[
 
 def _made(value: Value, seed: int, sizes: Sizes) -> Data:
     if value.weight is None:
-        return _draw(value, seed, sizes)
+        # What no expression makes is the tensor of its own name, for passes that say so.
+        return _draw(value, seed, sizes, "source")
     from moecc.testing.weights import weight_for
 
     return weight_for(value.weight, seed)
 
 
-def _draw(value: Value, seed: int, sizes: Sizes) -> Data:
+def _draw(value: Value, seed: int, sizes: Sizes, kind: str) -> Data:
     dtype, shape = value.type.dtype, shape_of(value.type, sizes)
-    rng = generator(seed, "array", value.name)
+    rng = generator(seed, kind, value.name)
     if dtype.kind == "float":
         return rng.standard_normal(shape).astype(dtype.numpy)
     if dtype.kind == "bool":

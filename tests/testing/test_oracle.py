@@ -113,6 +113,13 @@ def test_parameters_with_weights_are_made_of_the_same_sources() -> None:
     np.testing.assert_array_equal(params_for(weighted(picked, dense), 5)["w"], plain)
 
 
+def test_a_parameter_without_a_weight_is_the_tensor_of_its_name() -> None:
+    type = tensor(BF16, mlp=3, embed=4)
+    bare = params_for(weighted(None, type), 5)["w"].astype(np.float64)
+    named = params_for(weighted(Source("w", type), type), 5)["w"]
+    np.testing.assert_array_equal(bare, named)
+
+
 def test_weights_are_computed_in_float64_whatever_their_types() -> None:
     type = tensor(F32, embed=64)
     source = Source("w", type)
