@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.canonicalize import CanonicalizePass
 from moecc_passes.cse import CsePass
@@ -365,26 +365,31 @@ def test_the_graph_itself_is_left_alone() -> None:
     assert print_graph(graph) == before
 
 
-@given(small_configs(DENSE, most_layers=2), st.sampled_from(SPARSE), st.data())
+@given(
+    small_configs(DENSE, most_layers=2),
+    st.sampled_from(["all", "0", "last:1"]),
+    st.integers(0, 99),
+)
 @settings(max_examples=15)
 def test_what_exports_reads_back_and_computes_the_same(
-    config: DecoderConfig, target: str, data: st.DataObject
+    config: DecoderConfig, layers: str, seed: int
 ) -> None:
-    checkpoint = random_checkpoint(config, seed=data.draw(st.integers(0, 99)))
-    layers = data.draw(st.sampled_from(["all", "0", "last:1"]))
-    graph = import_checkpoint(checkpoint)
-    upcycled(graph, target, layers=layers, router_std=1.0)
-    try:
-        made: Export = export_graph(graph, target)
-    except InputError:
-        assume(False)
-    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
-    again = import_checkpoint(written)
-    before, after = run(graph, checkpoint), run(again, written)
-    assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
-    assert export_graph(again, target).config == made.config
-    read = {s.name for _, expr in made.tensors for s in sources(expr)}
-    assert read == set(checkpoint.arrays)
+    checkpoint = random_checkpoint(config, seed=seed)
+    for target in SPARSE:
+        graph = import_checkpoint(checkpoint)
+        upcycled(graph, target, layers=layers, router_std=1.0)
+        try:
+            made: Export = export_graph(graph, target)
+        except InputError:
+            # Few configs fit every family; what each refuses is tested above.
+            continue
+        written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+        again = import_checkpoint(written)
+        before, after = run(graph, checkpoint), run(again, written)
+        assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
+        assert export_graph(again, target).config == made.config
+        read = {s.name for _, expr in made.tensors for s in sources(expr)}
+        assert read == set(checkpoint.arrays)
 
 
 def test_every_family_is_a_target() -> None:
