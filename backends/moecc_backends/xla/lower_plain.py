@@ -13,6 +13,7 @@ from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Node
 from moecc.ir.table.attention import bucket_starts
 from moecc_backends.xla.context import Context, lowering
+from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.named import Named, Operand, Rows, per_row
 
 Array = jax.Array
@@ -28,6 +29,7 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
     "log": jnp.log,
     "square": jnp.square,
     "rsqrt": jax.lax.rsqrt,
+    "normal_cdf": jax.scipy.special.ndtr,
     "neg": jnp.negative,
     "stop_gradient": jax.lax.stop_gradient,
 }
@@ -172,7 +174,8 @@ def _embedding(ctx: Context, node: Node, table: Named, ids: Named) -> Operand:
 @lowering("one_hot")
 def _one_hot(ctx: Context, node: Node, ids: Named) -> Operand:
     ((name, size),) = node.attrs["into"]
-    return Named(jax.nn.one_hot(ids.array, size, dtype=ctx.dtype), (*ids.axes, name))
+    # Counts are made of these, which a narrow type would round.
+    return Named(jax.nn.one_hot(ids.array, size, dtype=accumulator(ctx.dtype)), (*ids.axes, name))
 
 
 def _along(function: Callable[..., Array], x: Operand, axes: tuple[str, ...]) -> Operand:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.table.placing import is_place
 from moecc.ir.types import Axis, Extent, TensorType
 
 _LAYER = re.compile(r"(.*?layers\.\d+)(?:\.|$)")
@@ -65,7 +66,7 @@ def _runs(graph: Graph) -> Iterator[list[Node]]:
         run.append(node)
         seen.add(node)
         # The packing that a place sets travels beside its value, so it counts as ragged too.
-        ragged.update(v for v in node.results if v.type.ragged or node.op.name == "place")
+        ragged.update(v for v in node.results if v.type.ragged or is_place(v))
         ragged = {v for v in ragged if not v.users.keys() <= seen}
     if run:
         yield run
