@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from moecc.families.sequence_capacity import sequence_capacity_of
 from moecc.ir.graph import Graph, Node, Value
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
@@ -26,6 +27,7 @@ class ExpertLayer:
       width: the neurons of one expert, 0 where they could not be made out.
       shared: the neurons of a shared expert, 0 where there is none.
       shared_gate: whether the shared expert stands behind a sigmoid gate.
+      sequence_capacity: how many tokens of one sequence an expert takes; 0 for no such bound.
     """
 
     loc: str
@@ -38,6 +40,7 @@ class ExpertLayer:
     width: int = 0
     shared: int = 0
     shared_gate: bool = False
+    sequence_capacity: int = 0
 
     def without_place(self) -> ExpertLayer:
         """Return the same layer without its location, to be compared with others."""
@@ -77,6 +80,7 @@ def _layer_of(route: Node) -> ExpertLayer:
         width=_width(dispatch.result) if dispatch else 0,
         shared=shared,
         shared_gate=gated,
+        sequence_capacity=sequence_capacity_of(place) if place else 0,
     )
 
 

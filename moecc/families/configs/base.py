@@ -13,9 +13,7 @@ from typing import Any, ClassVar
 
 from . import windows as window_keys
 from .extras import EXTRA_DEFAULTS
-from .model import ACTIVATIONS as ACTIVATIONS
-from .model import DTYPES as DTYPES
-from .model import ModelConfig, activation_problem
+from .model import ACTIVATIONS, ModelConfig, activation_problem
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 from .rope import RopeConfig, read_rope
 

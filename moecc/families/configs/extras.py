@@ -45,6 +45,7 @@ OTHER_FAMILIES = frozenset(
         # Keys that some family here reads.
         "attention_bias",
         "decoder_sparse_step",
+        "expert_capacity",
         "mlp_bias",
         "mlp_only_layers",
         "moe_intermediate_size",
@@ -81,6 +82,8 @@ OTHER_FAMILIES = frozenset(
 MOST_EXTRA_VALUES = 200_000
 DEEPEST_EXTRA = 16
 
+
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 KEPT_NUMBERS = ("initializer_range", "attention_dropout")
 """Numbers that the decoder families keep; those of other shapes of model have other names."""
@@ -144,7 +147,7 @@ def _known_extra(reader: Reader, numbers: tuple[str, ...]) -> dict[str, object]:
         # transformers accepts null for a dropout and then drops nothing.
         absent = key.endswith("dropout") and reader.value(key) is None
         extra[key] = 0.0 if absent else reader.number(key, least=0)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in TOKEN_KEYS:
         extra[key] = _token_ids(reader, key)
     return extra
 
