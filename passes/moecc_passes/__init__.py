@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from moecc.pipeline.passes import Pass
 
 
+def _add_losses() -> type[Pass]:
+    from moecc_passes.add_losses import AddLossesPass
+
+    return AddLossesPass
+
+
 def _canonicalize() -> type[Pass]:
     from moecc_passes.canonicalize import CanonicalizePass
 
@@ -30,6 +36,12 @@ def _dce() -> type[Pass]:
     return DcePass
 
 
+def _trace_routing() -> type[Pass]:
+    from moecc_passes.trace_routing import TraceRoutingPass
+
+    return TraceRoutingPass
+
+
 def _upcycle() -> type[Pass]:
     from moecc_passes.upcycle.upcycle import UpcyclePass
 
@@ -37,8 +49,10 @@ def _upcycle() -> type[Pass]:
 
 
 REGISTRY: dict[str, Callable[[], type[Pass]]] = {
+    "add-losses": _add_losses,
     "canonicalize": _canonicalize,
     "cse": _cse,
     "dce": _dce,
+    "trace-routing": _trace_routing,
     "upcycle": _upcycle,
 }

@@ -53,8 +53,10 @@ def trace(
     nodes: list[Node], given: Mapping[Value, jax.Array], dtype: DType
 ) -> dict[Value, Operand]:
     """Return all values of `nodes`, lowered under the current trace from the `given` arrays."""
+    # What another segment computed has its type already: a loss may be wider than the model.
     values: dict[Value, Operand] = {
-        v: Named(entered(array, dtype), v.type.names) for v, array in given.items()
+        v: Named(entered(array, dtype) if v.node is None else array, v.type.names)
+        for v, array in given.items()
     }
     context = Context(dtype.numpy, values)
     for node in nodes:
