@@ -21,6 +21,7 @@ from moecc_passes.upcycle.layers import check_layers, select
 from moecc_passes.upcycle.lift import Division, Drop, Noise, router_weight
 from moecc_passes.upcycle.rewrite import Recipe, rewrite_block
 from moecc_passes.upcycle.scaling import Factors, is_scaled, place_scale, shares
+from moecc_passes.upcycle.sublayer import surroundings
 
 Perturb = Callable[[str, Expr, Expr], Expr]
 """Makes copies differ: from a parameter's name, its dense weight, and its lifted weight."""
@@ -65,7 +66,8 @@ class UpcyclePass(Pass):
     experts: Annotated[int, "N, the experts stored"] = 8
     top_k: Annotated[int, "k, the experts that a token goes to"] = 2
     layers: Annotated[
-        str, "all, every:N, first:N|half, last:N|half, a list 3,7,11, or a glob over locations"
+        str,
+        "all, nowhere, every:N, first:N|half, last:N|half, middle:N, a list 3,7,11, or a glob",
     ] = "all"
     granularity: Annotated[int, "G, the slices of a block that make up one virtual group"] = 1
     shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
@@ -90,6 +92,17 @@ class UpcyclePass(Pass):
     )
     capacity_factor: Annotated[float, "slots=capacity: the capacity factor"] = 1.25
     groups: Annotated[int, "slots=capacity: the token groups that capacity counts in"] = 1
+    decoder_layers: Annotated[
+        str | None, "layers for the decoder of an encoder-decoder; none: as layers says"
+    ] = None
+    extra_ffn: Annotated[
+        Literal["none", "before", "after"],
+        "a dense sublayer beside each sparse one; adds 0 at first",
+    ] = "none"
+    expert_bias: Annotated[
+        Literal["none", "multiplicative", "additive"],
+        "a vector for each expert before its last matrix; ones or zeros at first",
+    ] = "none"
 
     @cached_property
     def law(self) -> GateLaw:
@@ -140,7 +153,8 @@ class UpcyclePass(Pass):
         """Return what is wrong with the options, whatever the model."""
         problems = [*self._impossible(), *self._out_of_range()]
         layers = check_layers(self.layers)
-        return [*problems, layers] if layers else problems
+        decoder = check_layers(self.decoder_layers or "all")
+        return [*problems, *(p for p in (layers, decoder) if p)]
 
     def _impossible(self) -> list[Problem]:
         n, k, g = self.experts, self.top_k, self.granularity
@@ -210,7 +224,7 @@ class UpcyclePass(Pass):
             problems at once.
         """
         search = find_ffn_blocks(graph)
-        chosen = select(search.blocks, self.layers, _layers(search))
+        chosen = self._chosen(search)
         problems = [p for block in chosen if (p := self._misfit(block)) is not None]
         if problems:
             raise InputError(problems)
@@ -226,6 +240,18 @@ class UpcyclePass(Pass):
         for remark in result.remarks:
             ctx.remark(remark)
         return result
+
+    def _chosen(self, search: FFNSearch) -> list[FFNBlock]:
+        if self.decoder_layers is None:
+            return select(search.blocks, self.layers, _layers(search))
+        chosen: list[FFNBlock] = []
+        for spec, is_decoder in ((self.layers, False), (self.decoder_layers, True)):
+            part = FFNSearch(
+                [b for b in search.blocks if b.loc.startswith("decoder") == is_decoder],
+                [r for r in search.refusals if r.loc.startswith("decoder") == is_decoder],
+            )
+            chosen += select(part.blocks, spec, _layers(part))
+        return chosen
 
     def _misfit(self, block: FFNBlock) -> Problem | None:
         """Return why the neurons of `block` do not divide as the options ask, or None."""
@@ -249,6 +275,12 @@ class UpcyclePass(Pass):
         if isinstance(chosen, str):
             hint = None if self.scale_placement == "down" else "scale-placement=down"
             return Problem(f"{chosen} (by {self.law.weight_scale:g})", block.loc, hint=hint)
+        around = surroundings(block) if self.extra_ffn != "none" else None
+        if isinstance(around, str):
+            return Problem(
+                f"no extra sublayer can stand beside the block: {around}", block.loc,
+                hint="extra-ffn=none",
+            )  # fmt: skip
         return None
 
     def _groups_fit(self, slices: int, neurons: int) -> bool:
@@ -289,6 +321,8 @@ class UpcyclePass(Pass):
             factors=factors,
             perturb=self._perturb(block, division, seed),
             slots=slots,
+            expert_bias=self.expert_bias,
+            extra_ffn=self.extra_ffn,
         )
 
     def _perturb(self, block: FFNBlock, division: Division, seed: int) -> Perturb:
