@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moecc.collector import collector_paused
 from moecc.families.bert import build_bert
 from moecc.families.configs import (
     BertConfig,
@@ -42,8 +43,28 @@ def build_model(
       seq: the length of the sequences, in an encoder-decoder those of the encoder.
       decoder_seq: the length of the decoder's.
     """
-    if isinstance(config, StMoeConfig):
-        layout = "stacked"
+    # A model of 2048 experts a layer is built of several hundred thousand objects.
+    with collector_paused():
+        return _build(
+            config,
+            dtype_of,
+            checkpoint,
+            layout="stacked" if isinstance(config, StMoeConfig) else layout,
+            padding=padding,
+            sizes=(batch, seq, decoder_seq),
+        )
+
+
+def _build(
+    config: ModelConfig,
+    dtype_of: DtypeOf | None,
+    checkpoint: str,
+    *,
+    layout: str,
+    padding: bool,
+    sizes: tuple[Size, Size, Size],
+) -> Graph:
+    batch, seq, decoder_seq = sizes
     match config:
         case DecoderConfig():
             return build_decoder(config, dtype_of, checkpoint, layout=layout, batch=batch, seq=seq)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 from moecc.families.sequence_capacity import sequence_capacity_of
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.table.placing import placing
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
@@ -121,3 +123,29 @@ def _inner(down: Node) -> int:
     sizes: Mapping[str, object] = {a.name: a.size for a in down.operands[0].type}
     size = sizes.get(down.attrs["over"][0])
     return size if isinstance(size, int) else 0
+
+
+def rows_of(operands: Iterable[Value]) -> Value | None:
+    """Return the operand that is the rows of experts, or None."""
+    return next((v for v in operands if "slot" in v.type and v.type.extents), None)
+
+
+def choices_kept(rows: Value, *, bounded: bool = True) -> float:
+    """Return how many rows there are for each token: the choices, or what a capacity allows.
+
+    Args:
+      rows: a value between ``dispatch`` and ``combine``.
+      bounded: whether a capacity counts; without it the choices do.
+    """
+    place = next(iter(rows.type.extents)).value
+    node = placing(place)
+    attrs = node.attrs
+    choices: int = prod(
+        a.size for a in place.type if a.name not in attrs["tokens"] and isinstance(a.size, int)
+    )
+    # Where experts choose, a token has as many choices as there are experts, and few are taken.
+    if attrs["slots"] == "ragged" or (not bounded and node.op.name == "place"):
+        return choices
+    factor: float = attrs["capacity_factor"]
+    bound = factor * choices if attrs["convention"] == "assignments" else factor
+    return min(bound, float(attrs["experts"]))
