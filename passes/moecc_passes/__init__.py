@@ -36,6 +36,12 @@ def _dce() -> type[Pass]:
     return DcePass
 
 
+def _specialize() -> type[Pass]:
+    from moecc_passes.specialize.specialize import SpecializePass
+
+    return SpecializePass
+
+
 def _trace_routing() -> type[Pass]:
     from moecc_passes.trace_routing import TraceRoutingPass
 
@@ -53,6 +59,7 @@ REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "canonicalize": _canonicalize,
     "cse": _cse,
     "dce": _dce,
+    "specialize": _specialize,
     "trace-routing": _trace_routing,
     "upcycle": _upcycle,
 }

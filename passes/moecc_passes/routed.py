@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.losses import Routed
-from moecc.ir.table.placing import PLACING
+from moecc.ir.table.placing import PLACING, given_to
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,25 @@ class RoutedLayer:
         (size,) = (a.size for a in self.place.type if a.name not in self.placing.attrs["tokens"])
         assert isinstance(size, int), "the choices are counted"
         return size
+
+    @property
+    def choice(self) -> str:
+        """The name of the axis of choices."""
+        tokens = self.placing.attrs["tokens"]
+        (name,) = (n for n in self.place.type.names if n not in tokens)
+        return name
+
+    @property
+    def last_matrix(self) -> Node | None:
+        """The experts' last contraction, before an output bias; None where it was not found."""
+        node = self.combine.operands[0].node
+        while node is not None and node.op.name in ("add", "scale"):
+            node = node.operands[0].node
+        return node if node is not None and node.op.name == "contract" else None
+
+    def given(self) -> dict[str, Value]:
+        """What the slots are given beside the experts, by word."""
+        return given_to(self.placing.operands, self.placing.attrs)
 
     def routed(self) -> Routed | None:
         """Return what losses look at, or None where experts are not chosen by ``route``."""
