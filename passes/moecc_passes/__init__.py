@@ -36,6 +36,18 @@ def _dce() -> type[Pass]:
     return DcePass
 
 
+def _freeze() -> type[Pass]:
+    from moecc_passes.freeze import FreezePass
+
+    return FreezePass
+
+
+def _st_moe() -> type[Pass]:
+    from moecc_passes.st_moe import StMoePass
+
+    return StMoePass
+
+
 def _specialize() -> type[Pass]:
     from moecc_passes.specialize.specialize import SpecializePass
 
@@ -59,7 +71,9 @@ REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "canonicalize": _canonicalize,
     "cse": _cse,
     "dce": _dce,
+    "freeze": _freeze,
     "specialize": _specialize,
+    "st-moe": _st_moe,
     "trace-routing": _trace_routing,
     "upcycle": _upcycle,
 }

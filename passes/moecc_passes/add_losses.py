@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
@@ -17,6 +17,11 @@ from moecc_passes.routed import RoutedLayer, routed_layers
 
 PREFIXES = ("loss.", "metric.")
 """What the names of the outputs begin with."""
+
+ATTRIBUTE = "losses"
+"""The attribute of a graph that holds the options with which losses were added."""
+
+ORIGIN = "add-losses/"
 
 Weighted = list[tuple[str, float, Value]]
 """Losses of one layer: name, coefficient, value."""
@@ -112,13 +117,14 @@ class AddLossesPass(Pass):
         losses: list[Weighted] = []
         for layer in layers:
             losses.append(self._add_to_layer(graph, layer, ctx))
-        builder = Builder(graph, loc="loss", origin="add-losses/join")
+        builder = Builder(graph, loc="loss", origin=f"{ORIGIN}join")
         joined = _joined(builder, [w for w in losses if w], self.layers)
         joined += self._output_z(builder, graph)
         for name, _, value in joined:
             graph.set_output(f"loss.{name}", value)
         if joined:
             graph.set_output("loss.auxiliary", _total(builder, joined))
+        graph.attrs[ATTRIBUTE] = {f.name: getattr(self, f.name) for f in fields(self)}
         added = len([n for n in graph.output_names if n.startswith(PREFIXES)])
         return PassResult(added > 0, len(layers), {"layers": len(layers), "outputs-added": added})
 
@@ -129,7 +135,7 @@ class AddLossesPass(Pass):
                 Remark(layer.name, "has no loss or metric: its experts are not chosen by route")
             )
             return []
-        builder = Builder(graph, loc=layer.placing.loc, origin="add-losses/layer")
+        builder = Builder(graph, loc=layer.placing.loc, origin=f"{ORIGIN}layer")
         builder.before = layer.combine
         made = LossBuilder(builder, routed, self.over)
         if self.metrics:
@@ -160,6 +166,21 @@ class AddLossesPass(Pass):
                 hint="output-z-coef=0 leaves it out",
             )
         return [("output_z", self.output_z_coef, emit_output_z(builder, logits[0]))]
+
+
+def remove_losses(graph: Graph) -> AddLossesPass | None:
+    """Take losses and metrics out of `graph`; return the pass that adds them again, if any."""
+    options = graph.attrs.get(ATTRIBUTE)
+    if not isinstance(options, dict):
+        return None
+    del graph.attrs[ATTRIBUTE]
+    for name in [n for n in graph.output_names if n.startswith(PREFIXES)]:
+        graph.drop_output(name)
+    for node in graph.walk_back():
+        if node.is_dead and node.origin.startswith(ORIGIN):
+            node.erase()
+    known = {f.name for f in fields(AddLossesPass)}
+    return AddLossesPass(**{n: v for n, v in options.items() if n in known})
 
 
 def _metrics(made: LossBuilder, layer: RoutedLayer) -> dict[str, Value]:

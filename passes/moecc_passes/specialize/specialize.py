@@ -11,6 +11,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.structure import fingerprint
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc_passes.add_losses import remove_losses
 from moecc_passes.routed import RoutedLayer, causal_values, routed_layers
 from moecc_passes.specialize.layer import Keys, specialise
 from moecc_passes.specialize.settings import Settings, recorded
@@ -27,7 +28,8 @@ class SpecializePass(Pass):
     Weights stay as they are, so one checkpoint serves any capacity factor.  An option that is not
     given is what the graph's attribute ``routing`` says for the mode (the pass ``st-moe`` writes
     it), and what the layer has where that says nothing.  What an earlier specialisation added is
-    taken back first.  Random numbers come from one input, ``key``.
+    taken back first, and losses and metrics are made anew.  Random numbers come from one input,
+    ``key``.
 
     Before::
 
@@ -134,6 +136,7 @@ class SpecializePass(Pass):
           InputError: a layer of a decoder would see later tokens, or cannot have what is asked for.
         """
         before = fingerprint(graph)
+        losses = remove_losses(graph)
         undo(graph)
         settings = Settings.of(self).over(recorded(graph, self.mode))
         layers = routed_layers(graph)
@@ -149,6 +152,9 @@ class SpecializePass(Pass):
             graph.attrs["mode"] = self.mode
         for remark in _remarks(routed_layers(graph), settings, is_decoder, self.mode):
             ctx.remark(remark)
+        if losses is not None:
+            # They look at capacity and policy, so they are made anew.
+            losses.apply(graph, ctx)
         changed = fingerprint(graph) != before
         result = PassResult(changed, len(layers), {"layers": len(layers), "keys": keys.count})
         result.preserves = self.preserves if changed else EXACT
