@@ -9,7 +9,14 @@ from dataclasses import replace
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.families.building import build_model
-from moecc.families.configs import ModelConfig, MoeConfig, StMoeConfig, T5Config, parse_config
+from moecc.families.configs import (
+    BertConfig,
+    ModelConfig,
+    MoeConfig,
+    StMoeConfig,
+    T5Config,
+    parse_config,
+)
 from moecc.families.facts import block_count, depth, depth_key, is_tied, layer_of
 from moecc.families.listing import capped, ranges
 from moecc.families.names import FUSED_GATE_UP, names_of
@@ -19,12 +26,15 @@ from moecc.ir.types import TensorType
 from moecc.weights.expr import sources
 
 _EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DOTALL)
-_UNREAD = re.compile(
-    r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids|pooler\.dense\.(weight|bias)"
+_IDLE = re.compile(
+    r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids"
     r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     re.DOTALL,
 )
-"""Buffers, a pooler that hidden states do not need, and a table that T5 stored and never used."""
+"""Buffers, and a table that T5 stored and never used."""
+
+_POOLER = re.compile(r"pooler\.dense\.(weight|bias)")
+"""What hidden states do not need."""
 
 _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}
 _BLOCK_ROWS = 4096
@@ -78,7 +88,7 @@ def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
     read = {source.name for weight in weights for source in sources(weight)}
     names = names_of(str(graph.attrs.get("family", "")))
     read.update((names.head, *names.copies))
-    return [name for name in checkpoint.tensors if name not in read]
+    return [n for n in checkpoint.tensors if n not in read and not _IDLE.fullmatch(n)]
 
 
 def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
@@ -150,7 +160,7 @@ def _problems(
     extra = [
         name
         for name in tensors
-        if name not in expected and name not in allowed and not _UNREAD.fullmatch(name)
+        if name not in expected and name not in allowed and not _left_out(name, config)
     ]
     prefix = _common_prefix(missing, extra, head)
     if prefix is not None:
@@ -159,6 +169,12 @@ def _problems(
     yield from _missing(missing, extra, expected, head)
     yield from _extra(extra, missing, config)
     yield from capped(_unfit(expected, tensors), "tensors do not fit")
+
+
+def _left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a family's checkpoints may hold a tensor that is no part of its graph."""
+    is_pooler = isinstance(config, BertConfig) and _POOLER.fullmatch(name) is not None
+    return is_pooler or _IDLE.fullmatch(name) is not None
 
 
 def _common_prefix(missing: list[str], extra: list[str], head: str) -> Problem | None:

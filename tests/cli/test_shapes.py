@@ -47,7 +47,7 @@ def test_a_preset_is_inspected_without_weights(moecc: Callable) -> None:
     assert data["flops_convention"] == "paper"
     assert round(data["flops_per_sequence"] / 1e10) == 2018
     assert round(data["flops_per_sequence_counted"]["weights"] / 1e10) == 2178
-    assert "20.2 T as papers count" in moecc("inspect", "preset:st-moe-32b").out
+    assert "20.2 T FLOPs as papers count" in moecc("inspect", "preset:st-moe-32b").out
 
 
 @pytest.mark.parametrize("case", ["t5_gated_untied", "switch_drops", "bert_gelu"])
