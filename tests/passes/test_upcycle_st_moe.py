@@ -227,3 +227,65 @@ def test_encoder_and_decoder_may_differ() -> None:
 def test_what_says_no_layers(option: str) -> None:
     with pytest.raises(UsageError, match="middle:half cannot be read"):
         run_pipeline(two_stacks(), Pipeline.parse(f"upcycle{{{option}=middle:half}}"))
+
+
+# --- experts that choose tokens
+
+
+def test_experts_that_choose_tokens_keep_the_function_of_those_they_take() -> None:
+    dense = Dense(residual=True)
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    after, result = upcycled(graph, routing="expert-choice", capacity_factor=0.75)
+    laws.check_graph(after)
+    assert result.preserves is not None
+    assert result.preserves.kind == "approximate"
+    (place,) = (n.results[-1] for n in after if n.op.name == "expert_choice")
+    after.set_output("place", place)
+    inputs = tokens(dense, 32)
+    expected = run(graph, tensors.params(graph), inputs)["y"]
+    found = run(after, tensors.params(after), inputs)
+    taken = (found["place"] >= 0).any(-1)
+    assert 0 < taken.mean() < 1
+    assert relative(found["y"][taken], expected[taken]) <= EXACT
+    np.testing.assert_array_equal(found["y"][~taken], inputs["x"][~taken])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("gates=softmax", "expected: gates=renormalised"),
+        ("granularity=2", "expected: granularity=1"),
+        ("gate-scale=2.0", "expected: gate-scale=1.0"),
+        ("capacity-factor=0.0", "expected: capacity-factor > 0"),
+    ],
+)
+def test_options_of_choices_that_tokens_do_not_make(options: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_pipeline(two_stacks(), Pipeline.parse(f"upcycle{{routing=expert-choice {options}}}"))
+
+
+def test_expert_choice_in_a_decoder_is_refused() -> None:
+    graph = Graph("decoder")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))
+    here = b.positions(x, axis="seq")
+    seen = b.causal(here, b.rename(here, axis="seq", to="kv_seq"))
+    keys = b.rename(x, axis="seq", to="kv_seq")
+    scores = b.mask(b.contract(x, keys, over="embed"), seen)
+    x = b.contract(b.softmax(scores, axis="kv_seq"), keys, over="kv_seq")
+    with b.at("layers.0.ffn"):
+        graph.set_output("y", Dense(embed=2, mlp=2).block(b, x, "layers.0"))
+    with pytest.raises(InputError, match="decides about a token by later ones"):
+        UpcyclePass(routing="expert-choice").apply(clone(graph), Context())
+    assert UpcyclePass().apply(graph, Context()).matched == 1
+
+
+def test_groups_that_do_not_divide_a_batch_of_known_size() -> None:
+    graph = Graph("fixed")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F64, batch=2, seq=3, embed=2))
+    with b.at("layers.0.ffn"):
+        graph.set_output("y", Dense(embed=2, mlp=2).block(b, x, "layers.0"))
+    with pytest.raises(InputError, match="the groups do not divide the tokens"):
+        UpcyclePass(slots="capacity", groups=4).apply(graph, Context())

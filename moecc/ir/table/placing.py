@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from math import ceil, floor, inf
+from math import ceil, floor, inf, prod
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
@@ -72,6 +72,14 @@ def _check_counts(attrs: Attrs) -> None:
         )
 
 
+def _check_groups(type: TensorType, attrs: Attrs) -> None:
+    """Raise InputError if the groups do not divide the tokens, where their number is known."""
+    sizes = [type[n].size for n in attrs["tokens"]]
+    known = [s for s in sizes if isinstance(s, int)]
+    if len(known) == len(sizes):
+        group_count(attrs, prod(known))
+
+
 def _check_per_token(type: TensorType, like: TensorType, tokens: Sequence[str], what: str) -> None:
     """Raise InputError unless `type` has just the token axes, with the sizes of `like`."""
     if set(type.names) != set(tokens):
@@ -95,6 +103,7 @@ def _infer_place(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
             found=str(experts),
         )
     _check_counts(attrs)
+    _check_groups(experts, attrs)
     _check_given(given_to(operands, attrs), experts, attrs["tokens"])
     return (TensorType(I32, experts.axes),)
 
@@ -170,6 +179,7 @@ def _infer_expert_choice(operands: Sequence[Value], attrs: Attrs) -> tuple[Tenso
         )
     same_size(Axis(attrs["axis"], attrs["experts"]), expert)
     _check_counts(attrs)
+    _check_groups(scores, attrs)
     given = given_to(operands, attrs)
     if "mask" in given:
         need_kind(given["mask"].type, "bool", "the mask")

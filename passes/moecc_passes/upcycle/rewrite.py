@@ -10,7 +10,8 @@ from typing import Any
 from moecc.analysis.ffn import FFNBlock
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.moe import emit_routing, emit_shared_gate
+from moecc.ir.mixtures import emit_expert_choice, emit_rescaled
+from moecc.ir.moe import Finish, emit_routing, emit_shared_gate
 from moecc.ir.types import Axis, TensorType, tensor
 from moecc.weights.expr import Expr, Full, Source
 from moecc_passes.upcycle.lift import Division, lifted, scaled, shared_part
@@ -32,6 +33,7 @@ class Recipe:
       slots: the attributes of ``place``: slots, capacity_factor and so on.
       expert_bias: ``multiplicative`` (ones) or ``additive`` (zeros): a vector for each expert on
         the hidden value before the last matrix (ST-MoE, Appendix C); ``none``.
+      experts_choose: whether experts choose tokens.
       extra_ffn: whether a dense sublayer is put ``before`` or ``after``; ``none``.
     """
 
@@ -45,6 +47,7 @@ class Recipe:
     slots: Mapping[str, Any]
     expert_bias: str = "none"
     extra_ffn: str = "none"
+    experts_choose: bool = False
 
 
 def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
@@ -64,10 +67,13 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
         loc=block.loc,
     )
     tokens = tuple(n for n in block.x.type.names if n != block.outer)
-    rows, finish = emit_routing(
-        builder, block.x, router, experts=recipe.division.experts, top_k=recipe.top_k,
-        gates=recipe.gates, scale=recipe.gate_scale, tokens=tokens, **recipe.slots,
-    )  # fmt: skip
+    if recipe.experts_choose:
+        rows, finish = _experts_choose(builder, block.x, router, tokens, recipe)
+    else:
+        rows, finish = emit_routing(
+            builder, block.x, router, experts=recipe.division.experts, top_k=recipe.top_k,
+            gates=recipe.gates, scale=recipe.gate_scale, tokens=tokens, **recipe.slots,
+        )  # fmt: skip
     experts = {p: _expert_param(graph, p, names[p], recipe) for p in names}
     output = finish(_experts(builder, block, recipe, {block.x: rows, **experts}))
     if recipe.division.shared:
@@ -77,6 +83,22 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
         node.erase()
     for param in leaving:
         graph.erase_param(param.name)
+
+
+def _experts_choose(
+    builder: Builder, x: Value, router: Value, tokens: tuple[str, ...], recipe: Recipe
+) -> tuple[Value, Finish]:
+    """Let experts choose tokens; the gates of a token that is taken at all add up to one."""
+    attrs = {n: v for n, v in recipe.slots.items() if n != "slots"}
+    chosen, scores, place = emit_expert_choice(builder, x, router, tokens=tokens, **attrs)
+    gates = emit_rescaled(builder, scores, place)
+    rows = builder.dispatch(x, chosen, place)
+
+    def finish(rows_out: Value) -> Value:
+        combined: Value = builder.combine(rows_out, chosen, place, gates)
+        return combined
+
+    return rows, finish
 
 
 def _experts(builder: Builder, block: FFNBlock, recipe: Recipe, image: dict[Value, Value]) -> Value:

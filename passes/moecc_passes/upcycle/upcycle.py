@@ -15,6 +15,7 @@ from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.match import NearMiss
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
+from moecc_passes.routed import causal_values
 from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
 from moecc_passes.upcycle.gates import GateLaw
 from moecc_passes.upcycle.layers import check_layers, select
@@ -92,6 +93,10 @@ class UpcyclePass(Pass):
     )
     capacity_factor: Annotated[float, "slots=capacity: the capacity factor"] = 1.25
     groups: Annotated[int, "slots=capacity: the token groups that capacity counts in"] = 1
+    routing: Annotated[
+        Literal["token-choice", "expert-choice"],
+        "whether tokens choose experts, or experts tokens; the latter in encoders only",
+    ] = "token-choice"
     decoder_layers: Annotated[
         str | None, "layers for the decoder of an encoder-decoder; none: as layers says"
     ] = None
@@ -132,8 +137,16 @@ class UpcyclePass(Pass):
             matrices=3 if block is None else len(block.ups) + 1,
             shared=self.shared,
             placement=self._inexact_placement(block),
-            capacity_factor=self.capacity_factor if self.slots == "capacity" else None,
+            capacity_factor=self.capacity_factor if self._is_bounded else None,
         )
+
+    @property
+    def _experts_choose(self) -> bool:
+        return self.routing == "expert-choice"
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self._experts_choose or self.slots == "capacity"
 
     def _inexact_placement(self, block: FFNBlock | None) -> str | None:
         scale = self.law.weight_scale
@@ -195,7 +208,20 @@ class UpcyclePass(Pass):
                         "gates", "granularity=1", f"granularity={g}",
                         "gates=renormalised suits any granularity")
             )  # fmt: skip
-        return found
+        return [*found, *self._against_expert_choice()] if self._experts_choose else found
+
+    def _against_expert_choice(self) -> list[Problem]:
+        """Return which options say something about choices that tokens do not make."""
+        checks = (
+            ("gates", self.gates == "renormalised", "gates=renormalised", self.gates),
+            ("granularity", self.granularity == 1, "granularity=1", self.granularity),
+            ("gate-scale", self.gate_scale == 1, "gate-scale=1.0", self.gate_scale),
+        )
+        return [
+            Problem("where experts choose tokens, a token has no best experts", name, expected,
+                    str(value), "routing=token-choice has this option")
+            for name, fits, expected, value in checks if not fits
+        ]  # fmt: skip
 
     def _out_of_range(self) -> list[Problem]:
         checks = (
@@ -206,7 +232,7 @@ class UpcyclePass(Pass):
             ("gate-scale", self.gate_scale > 0, "gate-scale > 0", self.gate_scale),
             ("groups", self.groups >= 1, "groups >= 1", self.groups),
             (
-                "capacity-factor", self.slots == "ragged" or self.capacity_factor > 0,
+                "capacity-factor", not self._is_bounded or self.capacity_factor > 0,
                 "capacity-factor > 0", self.capacity_factor,
             ),
         )  # fmt: skip
@@ -226,6 +252,9 @@ class UpcyclePass(Pass):
         search = find_ffn_blocks(graph)
         chosen = self._chosen(search)
         problems = [p for block in chosen if (p := self._misfit(block)) is not None]
+        if self._experts_choose:
+            causal = causal_values(graph)
+            problems += [_looks_ahead(block) for block in chosen if block.x in causal]
         if problems:
             raise InputError(problems)
         result = PassResult(changed=bool(chosen), matched=len(chosen))
@@ -310,7 +339,7 @@ class UpcyclePass(Pass):
         outer = block.x.type[block.outer]
         key = derive_key(seed, f"{_place(block)}/router")
         slots: dict[str, object] = {"slots": self.slots}
-        if self.slots == "capacity":
+        if self._is_bounded:
             slots |= {"capacity_factor": self.capacity_factor, "groups": self.groups}
         return Recipe(
             division=division,
@@ -323,6 +352,7 @@ class UpcyclePass(Pass):
             slots=slots,
             expert_bias=self.expert_bias,
             extra_ffn=self.extra_ffn,
+            experts_choose=self._experts_choose,
         )
 
     def _perturb(self, block: FFNBlock, division: Division, seed: int) -> Perturb:
@@ -341,10 +371,9 @@ class UpcyclePass(Pass):
         return 0.0 if self._router_is_zero else self._router_std(block) * sqrt(block.embed)
 
     def _remarks(self, blocks: list[FFNBlock]) -> list[Remark]:
-        remarks = [
-            Remark(b.loc, f"became {self.experts} experts, top-{self.top_k}") for b in blocks
-        ]
-        if self.top_k == 1 and self.gates == "renormalised":
+        how = "which choose tokens" if self._experts_choose else f"top-{self.top_k}"
+        remarks = [Remark(b.loc, f"became {self.experts} experts, {how}") for b in blocks]
+        if not self._experts_choose and self.top_k == 1 and self.gates == "renormalised":
             remarks.append(
                 Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
                            "gets no gradient from the loss; gates=switch or top-k=2 trains it")
@@ -362,6 +391,13 @@ class UpcyclePass(Pass):
 def _place(block: FFNBlock) -> str:
     """Return what the draws of a block are keyed by; the location alone may not be the only one."""
     return f"{block.loc}/{block.down.operands[1].name}"
+
+
+def _looks_ahead(block: FFNBlock) -> Problem:
+    return Problem(
+        "expert choice in a decoder decides about a token by later ones", block.loc,
+        hint="routing=token-choice, or decoder-layers=nowhere",
+    )  # fmt: skip
 
 
 def _unperturbed(name: str, dense: Expr, experts: Expr) -> Expr:
