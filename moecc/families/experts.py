@@ -61,15 +61,19 @@ def layer_number(loc: str) -> int | None:
 
 
 def expert_layers(graph: Graph) -> list[ExpertLayer]:
-    """Return the expert layers of `graph`, in order."""
-    return [_layer_of(route) for route in graph if route.op.name == "route"]
+    """Return the expert layers of `graph`, in order.
+
+    A ``route`` whose choices are not placed is none; a metric may be made of one.
+    """
+    routes = (node for node in graph if node.op.name == "route")
+    placed = ((route, next(_users(route.results[0], "place"), None)) for route in routes)
+    return [_layer_of(route, place) for route, place in placed if place is not None]
 
 
-def _layer_of(route: Node) -> ExpertLayer:
+def _layer_of(route: Node, place: Node) -> ExpertLayer:
     size = route.operands[0].type[route.attrs["axis"]].size
-    place = next(_users(route.results[0], "place"), None)
-    dispatch = next(_users(place.result, "dispatch"), None) if place else None
-    combine = next(_users(route.results[1], "combine"), None)
+    dispatch = next(_users(place.result, "dispatch"), None)
+    combine = next(_users(place.result, "combine"), None)
     shared, gated = _shared(combine) if combine else (0, False)
     return ExpertLayer(
         loc=route.loc,
@@ -77,12 +81,12 @@ def _layer_of(route: Node) -> ExpertLayer:
         top_k=route.attrs["top_k"],
         gates=route.attrs["gates"],
         scale=route.attrs["scale"],
-        slots=place.attrs["slots"] if place else "ragged",
-        groups=place.attrs["groups"] if place else 1,
+        slots=place.attrs["slots"],
+        groups=place.attrs["groups"],
         width=_width(dispatch.result) if dispatch else 0,
         shared=shared,
         shared_gate=gated,
-        sequence_capacity=sequence_capacity_of(place) if place else 0,
+        sequence_capacity=sequence_capacity_of(place),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moecc_passes.add_losses import AddLossesPass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
@@ -357,3 +358,16 @@ def test_a_typed_st_moe_has_its_sublayers_in_order() -> None:
     name = "encoder.block.1.layer.1.mlp.experts.wi_0.weight"
     assert str(graph.params[name].weight) == f'source("{name}" : f32[expert=3, mlp=6, embed=4])'
     assert "encoder.block.1.layer.1.extra_mlp.wo.weight" in graph.params
+
+
+def test_losses_and_metrics_are_no_part_of_a_family_and_stay_in_st_moe() -> None:
+    graph, checkpoint = upcycled({"router_init": "zero"})
+    before = export_graph(graph, "switch_transformers")
+    AddLossesPass().apply(graph, Context())
+    assert len(graph.outputs) > 1
+    after = export_graph(graph, "switch_transformers")
+    assert after.config == before.config
+    assert [name for name, _ in after.tensors] == [name for name, _ in before.tensors]
+    made = export_graph(graph, "st_moe")
+    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+    assert import_checkpoint(written).outputs.keys() == graph.outputs.keys()
