@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moecc.collector import collector_paused
+from moecc.errors import InputError
 from moecc.families.bert import build_bert
 from moecc.families.configs import (
     BertConfig,
@@ -42,7 +43,16 @@ def build_model(
       batch: the size of the batch axis.
       seq: the length of the sequences, in an encoder-decoder those of the encoder.
       decoder_seq: the length of the decoder's.
+
+    Raises:
+      InputError: `padding` is asked of a decoder alone, or a config's graph is faulty.
     """
+    if padding and isinstance(config, DecoderConfig):
+        raise InputError(
+            "a decoder alone takes no mask",
+            where=config.model_type,
+            hint="padding behind a text changes nothing: no token before it looks there",
+        )
     # A model of 2048 experts a layer is built of several hundred thousand objects.
     with collector_paused():
         return _build(

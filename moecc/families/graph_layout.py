@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from moecc.errors import InputError, Problem
 from moecc.families.configs import GraphConfig
+from moecc.families.configs.extras import TOKEN_KEYS
 from moecc.families.parameters import DtypeOf, float32_of
 from moecc.ir.graph import Graph
 from moecc.ir.parser import parse
@@ -19,9 +20,6 @@ from moecc.ir.verify import verify
 from moecc.weights.expr import Expr, Source
 
 FAMILY = GraphConfig.model_type
-
-CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
-"""Keys of the source's config that programs beside moecc look for."""
 
 
 def build_graph(
@@ -57,19 +55,17 @@ def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
     bare.attrs["family"] = FAMILY
     source = graph.attrs.get("config")
     source = source if isinstance(source, Mapping) else {}
-    keys = {key: source[key] for key in CARRIED if key in source}
-    dtype = keys.pop("dtype", None) or keys.pop("torch_dtype", None)
-    keys.pop("torch_dtype", None)
+    dtype = source.get("dtype")
     return GraphConfig(
         vocab_size=vocabulary_of(graph),
         dtype=dtype if isinstance(dtype, str) else None,
-        extra=keys,
+        extra={key: source[key] for key in TOKEN_KEYS if key in source},
         lines=tuple(print_graph(bare).splitlines()),
     )
 
 
 def graph_tensors(graph: Graph) -> dict[str, Expr]:
-    """Return an expression for each parameter of `graph` that something uses.
+    """Return an expression for each parameter of `graph`, by name.
 
     Raises:
       InputError: one has no weight.

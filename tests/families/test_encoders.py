@@ -371,3 +371,9 @@ def test_losses_and_metrics_are_no_part_of_a_family_and_stay_in_st_moe() -> None
     made = export_graph(graph, "st_moe")
     written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
     assert import_checkpoint(written).outputs.keys() == graph.outputs.keys()
+
+
+def test_a_decoder_alone_takes_no_mask() -> None:
+    config = parse_config({"model_type": "llama"})
+    with pytest.raises(InputError, match="a decoder alone takes no mask"):
+        build(config, padding=True)
