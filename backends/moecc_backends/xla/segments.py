@@ -87,8 +87,8 @@ def _key(segment: Segment) -> tuple[object, ...]:
     numbers: dict[Value, int] = {}
     for value in (*segment.inputs, *segment.params):
         numbers[value] = len(numbers)
-    # Shapes are those of the arrays at run time; what must agree here are the names of the axes, and
-    # whether a value comes in from outside the graph.
+    # Shapes are those of the arrays at run time; what must agree here are the names of the axes,
+    # and whether a value comes in from outside the graph.
     lines: list[object] = [tuple((v.type.names, v.node is None) for v in numbers)]
     for node in segment.nodes:
         uses = tuple(numbers[v] for v in node.operands)
