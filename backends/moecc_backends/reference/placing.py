@@ -74,9 +74,7 @@ def _bounds(attrs: dict[str, Any], tokens: int, choices: int) -> tuple[int, int,
     return groups, size, capacity(attrs, size, choices) if bounded else None
 
 
-def _wanted(
-    chosen: Data, more: dict[str, Array], tokens: tuple[str, ...], choice: str
-) -> Data:
+def _wanted(chosen: Data, more: dict[str, Array], tokens: tuple[str, ...], choice: str) -> Data:
     """Return which choices ask for a slot, `[token, choice]`."""
     wanted = np.ones(chosen.shape, bool)
     if "keep" in more:
