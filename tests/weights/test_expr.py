@@ -153,6 +153,7 @@ def test_copies_are_the_same_object() -> None:
 def test_expressions_do_not_stay_in_memory() -> None:
     from moecc.weights import expr
 
+    gc.collect()
     before = len(expr._table)
     made = [Tile(Source(f"gone {i}", W.type), "expert", 2) for i in range(50)]
     assert len(expr._table) == before + 100
