@@ -11,8 +11,9 @@ layer with JAX's own operation, on weights that lie as it wants them; it runs fe
 is slow.  Forward + backward gives the result and all gradients, the router's included.
 
 All take turns in one process, and each figure is the median over the rounds of the ratio to the
-yardstick of the same round: a busy machine disturbs both.  Every one does the same useful work,
-so the ratio of the times is the share of the yardstick's rate, counted on useful work.
+yardstick of the same round: a busy machine disturbs both (and least the ratio of processor times,
+in the column beside it).  Every one does the same useful work, so the ratio of the times is the
+share of the yardstick's rate, counted on useful work.
 With `--torch-python`, another interpreter runs transformers' implementations beside a yardstick of
 its own, `torch.bmm` on balanced rows; without the packages there, it says so.
 
@@ -43,7 +44,7 @@ CASES = [Case(2048, 576, 1536, 8, 2), Case(4096, 1024, 2816, 32, 2)]
 
 OURS = ("dropless", "capacity")
 MOST_TEMPORARY_BYTES = 8_000_000_000
-"""`ragged_dot` that needs more is left out."""
+"""`ragged_dot` is left out where it needs more beside its arguments and results."""
 
 
 def measure(built: dict[str, Program], pairs: int, ragged_pairs: int) -> dict[str, dict[str, Any]]:
@@ -154,6 +155,8 @@ def _show_mode(mode: str, rows: dict[str, Any], gflop: float) -> None:
             f"{row['percent']:7.1f}{row['percent_by_processor_time']:7.1f}"
             f"{'' if temporary is None else f'{temporary / 1e6:.0f}':>9}{row['pairs']:7}"
         )
+    if "dropless" in rows and "ragged_dot" not in rows:
+        print("    ragged_dot             left out")
 
 
 def parse_case(text: str) -> Case:
