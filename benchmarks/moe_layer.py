@@ -91,7 +91,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     }
     for mode in BOUNDS:
         built = programs(case, options.dtype, factor, mode)
-        check(built)
+        check(built, options.dtype)
         report["modes"][mode] = measure(built, options.pairs, options.ragged_pairs)
     if options.torch_python:
         report["torch"] = run_torch(options, case)
