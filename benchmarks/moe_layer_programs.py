@@ -82,18 +82,24 @@ def lowered(case: Case, dtype: str, slots: str, place: str = "") -> Callable[...
     return lambda x, w: run(w, {"x": x})["y"]
 
 
+def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply ``[experts, rows, in]`` with ``[experts, out, in]``; sums run in float32."""
+    sums = jnp.einsum("eri,eoi->ero", rows, weight, preferred_element_type=jnp.float32)
+    return sums.astype(rows.dtype)
+
+
 def balanced(rows: jax.Array, w: Weights) -> jax.Array:
     """Run the experts on equal shares of ``[experts, rows, embed]``."""
-    gate = jnp.einsum("eri,eoi->ero", rows, w["gate"])
-    up = jnp.einsum("eri,eoi->ero", rows, w["up"])
-    return jnp.einsum("eri,eoi->ero", jax.nn.silu(gate) * up, w["down"])
+    gate = product(rows, w["gate"])
+    up = product(rows, w["up"])
+    return product(jax.nn.silu(gate) * up, w["down"])
 
 
 def products(rows: jax.Array, w: Weights) -> tuple[jax.Array, jax.Array]:
     """Make the three products of `balanced`, without its activation."""
-    gate = jnp.einsum("eri,eoi->ero", rows, w["gate"])
-    up = jnp.einsum("eri,eoi->ero", rows, w["up"])
-    return gate, jnp.einsum("eri,eoi->ero", up, w["down"])
+    gate = product(rows, w["gate"])
+    up = product(rows, w["up"])
+    return gate, product(up, w["down"])
 
 
 def ragged(top_k: int) -> Callable[..., jax.Array]:

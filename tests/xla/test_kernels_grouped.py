@@ -157,6 +157,17 @@ def test_bfloat16_rounds_only_the_result() -> None:
         assert (error <= 2.0**-8 * np.abs(expected) + 1e-4).all()
 
 
+def test_bfloat16_is_never_widened_whole() -> None:
+    # XLA would widen the array that a block is written into, were it of bfloat16.
+    like = [jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in _arrays(600, 4, 2)]
+    rows, gate, _, d_gate, _ = like
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    program = _pair.lower(rows, (gate,), sizes, 2, (d_gate,)).compile().as_text()
+    assert "u16[600,10]" in program
+    for array in (rows, gate, d_gate):
+        assert f"f32[{','.join(map(str, array.shape))}]" not in program
+
+
 @partial(jax.jit, static_argnums=2)
 def _bias(values: Any, sizes: Any, num_rows: int, cotangent: Any) -> Any:
     repeated, pull = jax.vjp(lambda v: expert_rows(v, sizes, num_rows), values)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moecc_backends.xla.dtypes import load, store
+
 Carry = TypeVar("Carry")
 
 # step(start, size, is_partial, carry): multiply `size` rows from `start` on.
@@ -87,6 +89,6 @@ def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: Any, salt: int)
     NaN and equal to `salt`, and a different `salt` keeps zeros of the same shape apart.
     They also vary over the mesh axes that `value` does, as the carry of a loop must.
     """
-    first = value[(0,) * value.ndim]
+    first = load(store(value)[(0,) * value.ndim], value.dtype)
     never = (first != first) & (first == salt)
     return jnp.broadcast_to(never.astype(dtype), shape)

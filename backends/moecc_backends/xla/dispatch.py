@@ -11,7 +11,7 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 
-from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.dtypes import accumulator, load, store
 from moecc_backends.xla.routing import Placement
 
 
@@ -71,8 +71,8 @@ def _token_of(placement: Placement) -> jax.Array:
 
 def _take(values: jax.Array, index: jax.Array, is_valid: jax.Array) -> jax.Array:
     # Clipping costs nothing; the mask, not the clipped index, decides what is read.
-    taken = jnp.take(values, index, axis=0, mode="clip")
-    return jnp.where(is_valid[:, None], taken, 0)
+    taken = jnp.take(store(values), index, axis=0, mode="clip")
+    return load(jnp.where(is_valid[:, None], taken, 0), values.dtype)
 
 
 def _sum_choices(rows: jax.Array, placement: Placement, gates: jax.Array | None) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moecc_backends.xla.blocks import inside, walk_blocks, walk_experts, zeros_after
-from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.dtypes import accumulator, load, store
 
 # Rows that a sum over a group takes at a time.
 _SUMMED_ROWS = 128
@@ -24,7 +24,7 @@ def expert_rows(values: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax
     """
     ends = jnp.cumsum(group_sizes)
     expert = jnp.searchsorted(ends, jnp.arange(num_rows, dtype=ends.dtype), side="right")
-    return jnp.take(values, expert, axis=0, mode="clip")
+    return load(jnp.take(store(values), expert, axis=0, mode="clip"), values.dtype)
 
 
 def _forward(
@@ -38,6 +38,7 @@ def _backward(
 ) -> tuple[jax.Array, None]:
     values, group_sizes = residuals
     flat = d_rows.reshape(num_rows, -1)
+    stored = store(flat)
     starts = jnp.cumsum(group_sizes) - group_sizes
     size = min(num_rows, _SUMMED_ROWS)
 
@@ -46,9 +47,9 @@ def _backward(
 
         def step(start: jax.Array, size: int, is_partial: bool, total: jax.Array) -> jax.Array:
             first = jnp.minimum(start, num_rows - size)
-            block = lax.dynamic_slice_in_dim(flat, first, size)
+            block = lax.dynamic_slice_in_dim(stored, first, size)
             block = jnp.where(inside(first, size, start, end), block, 0)
-            return total + jnp.sum(block.astype(sums.dtype), axis=0)
+            return total + jnp.sum(load(block, flat.dtype).astype(sums.dtype), axis=0)
 
         total = zeros_after(flat, flat.shape[1:], sums.dtype, 1)
         total = walk_blocks(starts[expert], group_sizes[expert], (size,), step, total)

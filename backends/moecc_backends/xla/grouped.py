@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from moecc_backends.xla.blocks import block_sizes, inside, walk_blocks, walk_experts, zeros_after
-from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.dtypes import accumulator, load, store, stored_as
 
 Arrays = tuple[jax.Array, ...]
 
-# Up to this many rows it is faster to transpose them, twice, than to have the product repack a
-# weight whose last axis is summed over.
+# Up to this many rows of 32 bits it is faster to transpose them, twice, than to have the product
+# repack a weight whose last axis is summed over.
 _FEW_ROWS = 32
 
 _barrier: Callable[[jax.Array], jax.Array] = lax.optimization_barrier
@@ -92,17 +92,20 @@ def _walk_products(inputs: Arrays, weights: Arrays, group_sizes: jax.Array, axis
     widths = [weight.shape[3 - axis] for weight in weights]
 
     def expert_body(expert: jax.Array, outputs: Arrays) -> Arrays:
-        slices = [lax.dynamic_index_in_dim(w, expert, 0, keepdims=False) for w in weights]
+        slices = [
+            load(lax.dynamic_index_in_dim(store(w), expert, 0, keepdims=False), w.dtype)
+            for w in weights
+        ]
         end = starts[expert] + group_sizes[expert]
 
         def step(start: jax.Array, size: int, is_partial: bool, outputs: Arrays) -> Arrays:
             # At the end of the array the block moves left, over rows that the mask protects.
             first = jnp.minimum(start, num_rows - size) if is_partial else start
-            blocks = [lax.dynamic_slice_in_dim(x, first, size) for x in inputs]
+            blocks = [_block(x, first, size) for x in inputs]
             products = _block_products(blocks, slices, axis, is_sum)
             mask = inside(first, size, start, end) if is_partial else None
             return tuple(
-                _store(output, product.astype(dtype), first, mask)
+                _write(output, store(product.astype(dtype)), first, mask)
                 for output, product in zip(outputs, products, strict=True)
             )
 
@@ -110,9 +113,10 @@ def _walk_products(inputs: Arrays, weights: Arrays, group_sizes: jax.Array, axis
 
     widths = widths[:1] if is_sum else widths
     zeros = tuple(
-        zeros_after(inputs[0], (num_rows, width), dtype, salt) for salt, width in enumerate(widths)
+        zeros_after(inputs[0], (num_rows, width), stored_as(dtype), salt)
+        for salt, width in enumerate(widths)
     )
-    return walk_experts(group_sizes, expert_body, zeros)
+    return tuple(load(x, dtype) for x in walk_experts(group_sizes, expert_body, zeros))
 
 
 def _block_products(
@@ -136,9 +140,7 @@ def _walk_gradients(
         end = starts[expert] + group_sizes[expert]
 
         def outer(first: jax.Array, size: int, mask: jax.Array | None) -> Arrays:
-            blocks = [lax.dynamic_slice_in_dim(x, first, size) for x in (rows, *d_products)]
-            if mask is not None:
-                blocks = [jnp.where(mask, block, 0) for block in blocks]
+            blocks = [_block(x, first, size, mask) for x in (rows, *d_products)]
             return tuple(_outer(blocks[0], d_block, axis) for d_block in blocks[1:])
 
         def step(start: jax.Array, size: int, is_partial: bool, sums: Arrays) -> Arrays:
@@ -151,21 +153,30 @@ def _walk_gradients(
         first = jnp.minimum(tail, num_rows - smallest)
         sums = outer(first, smallest, inside(first, smallest, tail, end))
         sums = walk_blocks(starts[expert], whole, sizes, step, sums)
+        narrow = [store(s.astype(w.dtype)) for s, w in zip(sums, weights, strict=True)]
         return tuple(
-            lax.dynamic_update_index_in_dim(gradient, total.astype(gradient.dtype), expert, 0)
-            for gradient, total in zip(gradients, sums, strict=True)
+            lax.dynamic_update_index_in_dim(gradient, total, expert, 0)
+            for gradient, total in zip(gradients, narrow, strict=True)
         )
 
     zeros = tuple(
-        zeros_after(d_products[0], weight.shape, weight.dtype, salt)
+        zeros_after(d_products[0], weight.shape, stored_as(weight.dtype), salt)
         for salt, weight in enumerate(weights)
     )
-    return walk_experts(group_sizes, expert_body, zeros)
+    gradients = walk_experts(group_sizes, expert_body, zeros)
+    return tuple(load(g, w.dtype) for g, w in zip(gradients, weights, strict=True))
+
+
+def _block(
+    rows: jax.Array, first: jax.Array, size: int, mask: jax.Array | None = None
+) -> jax.Array:
+    block = lax.dynamic_slice_in_dim(store(rows), first, size)
+    return load(block if mask is None else jnp.where(mask, block, 0), rows.dtype)
 
 
 def _dot(block: jax.Array, weight: jax.Array, contracting_axis: int) -> jax.Array:
-    if contracting_axis == 1 and block.shape[0] <= _FEW_ROWS:
-        return _barrier(_product(weight, _barrier(block.T), 0)).T
+    if contracting_axis == 1 and block.shape[0] <= _FEW_ROWS and block.dtype.itemsize >= 4:
+        return _barrier(_product(weight, _transposed(block), 0)).T
     return _product(block, weight, contracting_axis)
 
 
@@ -177,12 +188,16 @@ def _product(left: jax.Array, right: jax.Array, right_axis: int) -> jax.Array:
 
 def _outer(block: jax.Array, d_block: jax.Array, axis: int) -> jax.Array:
     left, right = (block, d_block) if axis == 1 else (d_block, block)
+    return _product(_transposed(left), right, 0)
+
+
+def _transposed(block: jax.Array) -> jax.Array:
     # Folded into the product, the transpose would keep it from XLA's faster kernels, which can
     # also start from the sum so far.
-    return _product(_barrier(left.T), right, 0)
+    return load(_barrier(store(block).T), block.dtype)
 
 
-def _store(
+def _write(
     output: jax.Array, block: jax.Array, first: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
     if mask is not None:
