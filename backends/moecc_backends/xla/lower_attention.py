@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
+from moecc.ir.table.attention import bucket_starts
 from moecc_backends.reference.attention import frequencies
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dtypes import accumulator
@@ -58,3 +59,17 @@ def _causal(ctx: Context, node: Node, query: Named, key: Named) -> Operand:
     if node.attrs["window"]:
         keep &= ahead < node.attrs["window"]
     return Named(keep, axes)
+
+
+@lowering("relative_buckets")
+def _relative_buckets(ctx: Context, node: Node, query: Named, key: Named) -> Operand:
+    axes = (*query.axes, *key.axes)
+    ahead = key.over(axes) - query.over(axes)
+    both: bool = node.attrs["bidirectional"]
+    distance = jnp.abs(ahead) if both else jnp.maximum(-ahead, 0)
+    starts = jnp.asarray(bucket_starts(node.attrs), distance.dtype)
+    near = jnp.searchsorted(starts, distance, side="right", method="compare_all")
+    near = near.astype(jnp.int32)
+    if both:
+        near = jnp.where(ahead > 0, near + node.attrs["buckets"] // 2, near)
+    return Named(near, axes)
