@@ -250,9 +250,7 @@ def _card(planned: Plan, title: str) -> str:
 
 
 def _notes(planned: Plan) -> tuple[str, ...]:
-    checkpoint = planned.model.checkpoint
-    assert checkpoint is not None, "a plan has weights"
-    return tuple(checkpoint.remarks())
+    return tuple(planned.model.remarks())
 
 
 def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:

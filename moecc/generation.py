@@ -126,8 +126,15 @@ def generate(
     """Return the text with which `model` continues `prompt`.
 
     Raises:
-      InputError: the prompt has no tokens, or a token that the model does not know.
+      InputError: the model is not a decoder alone, the prompt has no tokens, or a token that the
+        model does not know.
     """
+    if list(model.graph.inputs) != ["tokens"]:
+        raise InputError(
+            "only a decoder alone continues a text", where=model.name,
+            expected="the input tokens", found=", ".join(model.graph.inputs),
+            hint="moecc run takes the inputs of any model",
+        )  # fmt: skip
     tokenizer = load_tokenizer(model)
     tokens = tokenizer.encode(prompt).ids
     if not tokens:

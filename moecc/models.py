@@ -51,6 +51,18 @@ class Model(AbstractContextManager["Model"]):
         if self.checkpoint is not None:
             self.checkpoint.close()
 
+    def remarks(self) -> list[str]:
+        """Return what a reader of the model should know: of its files, and what was left out."""
+        if self.checkpoint is None:
+            return []
+        from moecc.families.importing import unread_tensors
+
+        unread = unread_tensors(self.graph, self.checkpoint)
+        if not unread:
+            return self.checkpoint.remarks()
+        shown = ", ".join(unread[:4]) + (f" and {len(unread) - 4} more" if len(unread) > 4 else "")
+        return [*self.checkpoint.remarks(), f"no part of the graph, and not converted: {shown}"]
+
     def params(self, *, dtype: DType = F32, rounded: DType | None = None) -> Params:
         """Return the parameters by name, made on demand.
 
@@ -113,12 +125,13 @@ class Params(Mapping[str, Array]):
         return len(self._graph.params)
 
 
-def open_model(source: str, *, weights: str | None = None) -> Model:
+def open_model(source: str, *, weights: str | None = None, padding: bool = False) -> Model:
     """Open a model.
 
     Args:
       source: a Hugging Face folder, a ``.gguf`` file, a ``.moe`` file, or ``preset:NAME``.
       weights: for a ``.moe`` file, the checkpoint to read instead of the one that it names.
+      padding: whether the graph of an encoder that is imported has an input ``mask``.
 
     Raises:
       InputError: it is none of these, or is faulty.
@@ -132,13 +145,13 @@ def open_model(source: str, *, weights: str | None = None) -> Model:
         from moecc.families import build
         from moecc.families.configs import parse_config
 
-        return Model(build(parse_config(preset_config(source))), source)
+        return Model(build(parse_config(preset_config(source)), padding=padding), source)
     from moecc.checkpoint.source import open_checkpoint
     from moecc.families import import_checkpoint
 
     checkpoint = open_checkpoint(source)
     try:
-        return Model(import_checkpoint(checkpoint), source, checkpoint)
+        return Model(import_checkpoint(checkpoint, padding=padding), source, checkpoint)
     except BaseException:
         checkpoint.close()
         raise

@@ -24,6 +24,9 @@ def register(app: typer.Typer) -> None:
                 "-o", "--output", metavar="FILE", help="Where to write; stdout by default."
             ),
         ] = None,
+        padding_mask: Annotated[
+            bool, typer.Option("--padding-mask", help="Of an encoder: with an input mask.")
+        ] = False,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     ) -> None:
         """Read the headers of SOURCE and print its graph; no weights are read."""
@@ -31,5 +34,5 @@ def register(app: typer.Typer) -> None:
         from moecc.ir.printer import print_graph
         from moecc.models import open_model
 
-        with open_model(source) as model:
+        with open_model(source, padding=padding_mask) as model:
             write_text(print_graph(model.graph), output, force=force)

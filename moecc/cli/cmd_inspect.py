@@ -42,7 +42,8 @@ def register(app: typer.Typer) -> None:
 def inspection(model: Model) -> dict[str, Any]:
     """Return what `moecc inspect` says of `model`, as JSON values."""
     from moecc.analysis.ffn import find_ffn_blocks
-    from moecc.families.describe import describe
+    from moecc.families.describe import describe, paper_groups
+    from moecc.families.flops import CONVENTION
     from moecc.families.propose import target_fits
 
     graph = model.graph
@@ -52,16 +53,24 @@ def inspection(model: Model) -> dict[str, Any]:
         "source": model.name,
         "format": model.checkpoint.format if model.checkpoint else None,
         "dtype": model.dtype.name if model.checkpoint else None,
-        "remarks": model.checkpoint.remarks() if model.checkpoint else [],
+        "remarks": model.remarks(),
         "family": graph.attrs.get("family"),
         "layers": facts.layers,
+        "stacks": facts.stacks,
         "nodes": len(graph),
         "parameters": {
             "total": facts.parameters.total,
             "active": facts.parameters.active,
-            "groups": dict(facts.parameters.groups),
+            "groups": {**paper_groups(facts.parameters.groups), **facts.parameters.groups},
         },
         "flops_per_token": facts.flops_per_token,
+        "flops_per_sequence": facts.sequence.paper,
+        "flops_convention": CONVENTION,
+        "flops_per_sequence_counted": {
+            "weights": facts.sequence.weights,
+            "attention": facts.sequence.attention,
+        },
+        "sequence_lengths": facts.sequence.lengths,
         "ffn_blocks": {
             "found": len(search.blocks) + len(search.refusals),
             "convertible": len(search.blocks),
@@ -77,16 +86,27 @@ def inspection(model: Model) -> dict[str, Any]:
 def inspection_text(data: dict[str, Any]) -> str:
     """Return an inspection for people."""
     from moecc.cli.console import count_text
+    from moecc.families.describe import PAPER_GROUPS
 
     parameters, blocks = data["parameters"], data["ffn_blocks"]
-    groups = ", ".join(f"{k} {count_text(v)}" for k, v in parameters["groups"].items())
+    named = {k: f"{k} {count_text(v)}" for k, v in parameters["groups"].items()}
+    groups = ", ".join(text for k, text in named.items() if k not in PAPER_GROUPS)
+    papers = ", ".join(text for k, text in named.items() if k in PAPER_GROUPS)
+    stacks = " (" + ", ".join(f"{n} {k}" for k, n in data["stacks"].items()) + ")"
+    lengths = " and ".join(map(str, data["sequence_lengths"].values()))
+    counted = data["flops_per_sequence_counted"]
     rows = [
         f"{data['source']}: {data['family']}, {data['layers']} layers"
+        + (stacks if data["stacks"] else "")
         + (f", {data['format']}, {data['dtype']}" if data["format"] else ", no weights"),
         *(f"  remark      {r}" for r in data["remarks"]),
         f"  parameters  {count_text(parameters['total'])} ({groups})",
+        f"  groups      {papers}",
         f"  active      {count_text(parameters['active'])} per token",
         f"  FLOPs       {count_text(data['flops_per_token'])} per token",
+        f"  sequence    of {lengths} tokens: {count_text(data['flops_per_sequence'])} FLOPs as "
+        f"papers count; {count_text(counted['weights'])} and {count_text(counted['attention'])} "
+        "of attention in the graph",
         f"  FFN blocks  {blocks['found']} found, {blocks['convertible']} can be upcycled",
         *(f"    not {r['where']}: {r['reason']}" for r in _some(blocks["refused"])),
         "  targets",

@@ -1,4 +1,4 @@
-"""``moecc run``: logits of a model for given tokens."""
+"""``moecc run``: what a model makes of given tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
     def run(
         model: ModelArgument,
         outputs: Annotated[
-            str, typer.Option("--outputs", metavar="FILE.npy", help="Where the logits go.")
+            str, typer.Option("--outputs", metavar="FILE.npy", help="Where the output goes.")
         ],
         inputs: InputsOption = None,
         backend: Annotated[str, typer.Option("--backend", help="xla or reference.")] = "xla",
@@ -29,24 +29,24 @@ def register(app: typer.Typer) -> None:
         weights: WeightsOption = None,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     ) -> None:
-        """Run MODEL on token ids and write its logits, [batch, seq, vocab]."""
+        """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
         import numpy as np
 
         from moecc.backend import get_backend
         from moecc.cli.console import say
-        from moecc.cli.files import check_writable, read_tokens, write_whole
+        from moecc.cli.files import check_writable, read_inputs, write_whole
+        from moecc.inputs import default_inputs
         from moecc.models import open_model
         from moecc.settings import float_type
-        from moecc.verification import default_tokens, vocabulary
 
         check_writable(outputs, force=force)
         chosen, type = get_backend(backend), float_type(dtype)
         with open_model(model, weights=weights) as opened:
             name = _output(opened.graph, output)
-            vocab = vocabulary(opened)
-            tokens = default_tokens(vocab) if inputs is None else read_tokens(inputs, vocab)
-            program = chosen.compile(opened.graph, dtype=type)
-            result = program.run(opened.params(dtype=type), {"tokens": tokens})[name]
+            graph = opened.graph
+            given = default_inputs(graph) if inputs is None else read_inputs(inputs, graph)
+            program = chosen.compile(graph, dtype=type)
+            result = program.run(opened.params(dtype=type), given)[name]
         buffer = io.BytesIO()
         np.save(buffer, result)
         write_whole(outputs, buffer.getvalue(), force=force)

@@ -80,22 +80,22 @@ def _against_source(
     format: Format,
 ) -> None:
     from moecc.cli.console import report
-    from moecc.cli.files import read_tokens
+    from moecc.cli.files import read_inputs
     from moecc.errors import CheckError, UsageError
     from moecc.models import open_model
     from moecc.settings import float_type
-    from moecc.verification import compare, vocabulary
+    from moecc.verification import compare
 
     if not tolerance >= 0:
         raise UsageError("a tolerance is not negative", found=str(tolerance))
     type = float_type(dtype)
     with open_model(model, weights=weights) as checked, open_model(against) as source:
-        tokens = None if inputs is None else read_tokens(inputs, vocabulary(source))
-        verdict = compare(checked, source, tokens=tokens, tolerance=tolerance, compute_dtype=type)
+        given = None if inputs is None else read_inputs(inputs, source.graph)
+        verdict = compare(checked, source, inputs=given, tolerance=tolerance, compute_dtype=type)
     report("verify", verdict.to_json(), lambda: verdict_text(verdict), format)
     if not verdict.passed:
         raise CheckError(
-            "the logits differ by more than the tolerance", where=model,
+            f"the {verdict.output} differ by more than the tolerance", where=model,
             expected=f"at most {tolerance:g}", found=f"{verdict.difference.max_relative:.2e}",
             hint=None if dtype == "f64" else "--dtype f64 tells a change from rounding",
         )  # fmt: skip
@@ -103,19 +103,26 @@ def _against_source(
 
 def verdict_text(verdict: Verdict) -> str:
     """Return a verdict for people."""
-    found, (batch, seq) = verdict.difference, verdict.tokens
+    found = verdict.difference
+    shapes = " and ".join(" x ".join(map(str, shape)) for shape in verdict.inputs.values())
+    name = {"logits": "logit"}.get(verdict.output, verdict.output)
     rows = [
         f"{verdict.model} against {verdict.source}",
-        f"  {batch} x {seq} tokens in {verdict.compute_dtype}, "
+        f"  {shapes} tokens in {verdict.compute_dtype}, "
         f"the source's weights rounded to {verdict.dtype}",
-        f"  max |Δlogit| / max |logit|  {found.max_relative:.2e} (at most {verdict.tolerance:g})",
-        f"  KL divergence               {found.kl_nats:.2e} nats a token",
-        f"  top-1 agreement             {found.top1_agreement:.2%}",
+        f"  max |Δ{name}| / max |{name}|  {found.max_relative:.2e} (at most {verdict.tolerance:g})",
     ]
+    if found.kl_nats is not None:
+        rows.append(f"  KL divergence               {found.kl_nats:.2e} nats a token")
+        rows.append(f"  top-1 agreement             {found.top1_agreement:.2%}")
     if verdict.rounding is not None:
         rounding = verdict.rounding
         rows.append(
-            f"  rounding the source to {verdict.dtype} alone changes {rounding.max_relative:.2e}, "
-            f"KL {rounding.kl_nats:.2e}, top-1 {rounding.top1_agreement:.2%}"
+            f"  rounding the source to {verdict.dtype} alone changes {rounding.max_relative:.2e}"
+            + (
+                ""
+                if rounding.kl_nats is None
+                else f", KL {rounding.kl_nats:.2e}, top-1 {rounding.top1_agreement:.2%}"
+            )
         )
     return "\n".join(rows)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from moecc.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Graph
 
 
 def write_text(text: str, path: str | None, *, force: bool) -> None:
@@ -58,28 +62,34 @@ def write_whole(path: str, content: bytes, *, force: bool) -> None:
         raise
 
 
-def read_tokens(path: str, vocab: int) -> np.ndarray[Any, Any]:
-    """Return the token ids in a ``.npy`` file as ``[batch, seq]``.
+def read_inputs(path: str, graph: Graph) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the inputs of `graph` from a file.
+
+    A ``.npy`` file holds the token ids of a model that takes nothing else, ``[batch, seq]`` or
+    ``[seq]``; a ``.npz`` file holds an array for each input, by name.
 
     Raises:
-      InputError: it is no such file, not whole numbers, or a number is not in the vocabulary.
+      InputError: it is no such file, or what it holds does not suit the graph.
     """
+    from moecc.inputs import check_inputs
+
     if not os.path.isfile(path):
         raise InputError("no such file", where=path)
+    if path.endswith(".npz"):
+        return check_inputs(graph, _load_all(path), path)
     with open(path, "rb") as file:
-        tokens = _load(file, path)
-    if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2) or not tokens.size:
-        raise InputError(
-            "not token ids", where=path, expected="whole numbers, [batch, seq] or [seq]",
-            found=f"{tokens.dtype}{list(tokens.shape)}",
-        )  # fmt: skip
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocab:
-        raise InputError(
-            "a token id is outside the vocabulary", where=path,
-            expected=f"0 <= id < {vocab}", found=str(low if low < 0 else high),
-        )  # fmt: skip
-    return np.atleast_2d(tokens).astype(np.int32)
+        return check_inputs(graph, {next(iter(graph.inputs)): _load(file, path)}, path)
+
+
+def _load_all(path: str) -> dict[str, np.ndarray[Any, Any]]:
+    # Pickled objects are code; NumPy refuses them unless asked.
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"not a .npz file: {error}", where=path) from None
+    except MemoryError:
+        raise MachineError("the arrays do not fit into memory", where=path) from None
 
 
 def _load(file: IO[bytes], path: str) -> np.ndarray[Any, Any]:

@@ -39,5 +39,9 @@ WeightsOption = Annotated[
 
 InputsOption = Annotated[
     str | None,
-    typer.Option("--inputs", metavar="FILE.npy", help="Token ids, [batch, seq] or [seq]."),
+    typer.Option(
+        "--inputs",
+        metavar="FILE",
+        help="A .npy of token ids, [batch, seq] or [seq]; or a .npz with all inputs by name.",
+    ),
 ]

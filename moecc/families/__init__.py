@@ -10,37 +10,44 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moecc.checkpoint.source import Checkpoint
-    from moecc.families.configs import DecoderConfig
+    from moecc.families.configs import ModelConfig
     from moecc.ir.dtypes import DType
     from moecc.ir.graph import Graph
 
-    FAMILIES: Mapping[str, type[DecoderConfig]]
+    FAMILIES: Mapping[str, type[ModelConfig]]
 
 
 def build(
-    config: DecoderConfig, dtype_of: Callable[[str], DType] | None = None, checkpoint: str = ""
+    config: ModelConfig,
+    dtype_of: Callable[[str], DType] | None = None,
+    checkpoint: str = "",
+    *,
+    padding: bool = False,
 ) -> Graph:
-    """Return the graph of `config`, from tokens to logits.
+    """Return the graph of `config`, from tokens to logits or hidden states.
 
     Args:
       config: a typed config of any family.
       dtype_of: the element type of each tensor on disk, by name; float32 where it is not given.
       checkpoint: where the weights lie.
+      padding: whether an encoder has an input ``mask``, true where a token is one.
     """
-    from moecc.families.decoder import build_decoder
+    from moecc.families.building import build_model
 
-    return build_decoder(config, dtype_of, checkpoint)
+    return build_model(config, dtype_of, checkpoint, padding=padding)
 
 
-def import_checkpoint(checkpoint: Checkpoint) -> Graph:
+def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph:
     """Return the graph of an opened checkpoint, all of whose tensors fit its config.
+
+    With `padding` the graph of an encoder has an input ``mask``.
 
     Raises:
       InputError: the config or the tensors are faulty; all problems at once.
     """
     from moecc.families.importing import import_checkpoint
 
-    return import_checkpoint(checkpoint)
+    return import_checkpoint(checkpoint, padding=padding)
 
 
 def rebuild(attrs: Mapping[str, Any], shrink: bool = True) -> Graph:
@@ -53,12 +60,12 @@ def rebuild(attrs: Mapping[str, Any], shrink: bool = True) -> Graph:
     Raises:
       InputError: the attributes hold no config.
     """
+    from moecc.families.building import build_model
     from moecc.families.configs import parse_config
-    from moecc.families.decoder import build_decoder
     from moecc.families.shrinking import shrink_config
 
     config = parse_config(attrs.get("config", {}), "attr config")
-    return build_decoder(shrink_config(config) if shrink else config)
+    return build_model(shrink_config(config) if shrink else config)
 
 
 def __getattr__(name: str) -> Any:

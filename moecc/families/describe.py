@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from moecc.families.experts import ExpertLayer, expert_layers, layer_number
+from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, rows_of
+from moecc.families.flops import SequenceFlops, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.types import TensorType
+
+PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
+
+_LAYER = re.compile(r"(.*?\.)?layers\.(\d+)(?:\.|$)")
 
 GROUPS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", "other")
 
@@ -36,17 +43,22 @@ class Description:
     Attributes:
       family: the family that it was imported as, or empty.
       layers: the number of layers.
+      stacks: the number of layers of encoder and decoder, where there are both.
       parameters: how many there are.
-      flops_per_token: of all products with parameters, a multiplication and an addition each.
+      flops_per_token: of all products with parameters, a multiplication and an addition each; of
+        an encoder-decoder, of one token of either.
       attention_flops_per_token: what attention adds for each position that a token looks at.
+      sequence: the FLOPs of one sequence, at the lengths of ST-MoE's pre-training.
       expert_layers: the mixtures of experts.
     """
 
     family: str
     layers: int
+    stacks: dict[str, int]
     parameters: Parameters
     flops_per_token: int
     attention_flops_per_token: int
+    sequence: SequenceFlops
     expert_layers: tuple[ExpertLayer, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -57,15 +69,41 @@ class Description:
 def describe(graph: Graph) -> Description:
     """Count what `graph` holds and computes; nothing is read or run."""
     linear, attention = flops(graph)
-    numbers = {layer_number(node.loc) for node in graph} - {None}
+    stacks = count_layers(graph)
     return Description(
         family=str(graph.attrs.get("family", "")),
-        layers=len(numbers),
+        layers=sum(stacks.values()),
+        stacks=stacks if len(stacks) > 1 else {},
         parameters=count_parameters(graph),
         flops_per_token=linear,
         attention_flops_per_token=attention,
+        sequence=sequence_flops(graph),
         expert_layers=tuple(expert_layers(graph)),
     )
+
+
+def count_layers(graph: Graph) -> dict[str, int]:
+    """Return the number of layers of each stack, by what stands before ``layers`` in locations."""
+    matches = (_LAYER.match(node.loc) for node in graph)
+    found = dict.fromkeys((m[1] or "", int(m[2])) for m in matches if m is not None)
+    return dict(Counter(stack.rstrip(".") for stack, _ in found))
+
+
+def paper_groups(groups: Mapping[str, int]) -> dict[str, int]:
+    """Return the parameter groups of ST-MoE's fine-tuning study (§4.2), which overlap.
+
+    Args:
+      groups: the groups of `count_parameters`, which do not.
+    """
+    total = sum(groups.values())
+    moe = groups.get("experts", 0) + groups.get("router", 0)
+    return {
+        "All": total,
+        "Non-MoE": total - moe,
+        "MoE": moe,
+        "Attention": groups.get("attention", 0),
+        "FFN": groups.get("ffn", 0),
+    }
 
 
 def count_parameters(graph: Graph) -> Parameters:
@@ -91,10 +129,10 @@ def flops(graph: Graph) -> tuple[int, int]:
         if node.op.name != "contract":
             continue
         axes = {a.name: a.size for v in node.operands for a in v.type}
-        rows = next((v for v in node.operands if "slot" in v.type), None)
+        rows = rows_of(node.operands)
         times = 1.0
         if rows is not None:
-            times = _choices(rows)
+            times = choices_kept(rows)
             axes = {n: s for n, s in axes.items() if n not in ("group", "expert", "slot")}
         work = (
             2 * times * prod(s for n, s in axes.items() if isinstance(s, int) and n not in tokens)
@@ -112,7 +150,7 @@ def _elements(type: TensorType) -> int:
 
 def _active_share(value: Value) -> float:
     """Return the share of a parameter that a token meets: k of E experts, or all of it."""
-    shares = [min(1.0, _choices(rows) / experts) for rows, experts in _expert_uses(value)]
+    shares = [min(1.0, choices_kept(rows) / experts) for rows, experts in _expert_uses(value)]
     return max(shares) if shares and len(shares) == len(value.users) else 1.0
 
 
@@ -120,27 +158,9 @@ def _expert_uses(value: Value) -> Iterator[tuple[Value, int]]:
     """Yield the rows that meet an experts' parameter, and the number of experts."""
     experts = value.type["expert"].size if "expert" in value.type else None
     for node in value.users:
-        rows = next((v for v in node.operands if "slot" in v.type), None)
+        rows = rows_of(node.operands)
         if rows is not None and isinstance(experts, int):
             yield rows, experts
-
-
-def _choices(rows: Value) -> float:
-    """Return how many rows there are for each token: the choices, or what a capacity allows."""
-    extent = next(iter(rows.type.extents))
-    place = extent.value.node
-    assert place is not None, "an extent refers to the result of a place operation"
-    attrs = place.attrs
-    choices: int = prod(
-        a.size
-        for a in extent.value.type
-        if a.name not in attrs["tokens"] and isinstance(a.size, int)
-    )
-    if attrs["slots"] == "ragged":
-        return choices
-    factor: float = attrs["capacity_factor"]
-    bound = factor * choices if attrs["convention"] == "assignments" else factor
-    return min(bound, float(attrs["experts"]))
 
 
 def _group(value: Value) -> str:
@@ -151,7 +171,7 @@ def _group(value: Value) -> str:
 
 def _use(node: Node, value: Value) -> str:
     if node.op.name == "embedding":
-        return "embedding"
+        return "attention" if node.attrs["axis"] == "bucket" else "embedding"
     if node.op.name.endswith("_norm"):
         return "norm"
     if any("slot" in v.type for v in node.operands):
@@ -159,4 +179,4 @@ def _use(node: Node, value: Value) -> str:
     if any(user.op.name == "route" for result in node.results for user in result.users):
         return "router"
     place = value.loc.rpartition(".")[2]
-    return place if place in ("attention", "ffn", "head") else "other"
+    return next((group for group in ("attention", "ffn", "head") if group in place), "other")

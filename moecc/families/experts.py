@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
+from moecc.families.sequence_capacity import sequence_capacity_of
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.table.placing import placing
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
@@ -26,6 +29,7 @@ class ExpertLayer:
       width: the neurons of one expert, 0 where they could not be made out.
       shared: the neurons of a shared expert, 0 where there is none.
       shared_gate: whether the shared expert stands behind a sigmoid gate.
+      sequence_capacity: how many tokens of one sequence an expert takes; 0 for no such bound.
     """
 
     loc: str
@@ -38,6 +42,7 @@ class ExpertLayer:
     width: int = 0
     shared: int = 0
     shared_gate: bool = False
+    sequence_capacity: int = 0
 
     def without_place(self) -> ExpertLayer:
         """Return the same layer without its location, to be compared with others."""
@@ -56,15 +61,19 @@ def layer_number(loc: str) -> int | None:
 
 
 def expert_layers(graph: Graph) -> list[ExpertLayer]:
-    """Return the expert layers of `graph`, in order."""
-    return [_layer_of(route) for route in graph if route.op.name == "route"]
+    """Return the expert layers of `graph`, in order.
+
+    A ``route`` whose choices are not placed is none; a metric may be made of one.
+    """
+    routes = (node for node in graph if node.op.name == "route")
+    placed = ((route, next(_users(route.results[0], "place"), None)) for route in routes)
+    return [_layer_of(route, place) for route, place in placed if place is not None]
 
 
-def _layer_of(route: Node) -> ExpertLayer:
+def _layer_of(route: Node, place: Node) -> ExpertLayer:
     size = route.operands[0].type[route.attrs["axis"]].size
-    place = next(_users(route.results[0], "place"), None)
-    dispatch = next(_users(place.result, "dispatch"), None) if place else None
-    combine = next(_users(route.results[1], "combine"), None)
+    dispatch = next(_users(place.result, "dispatch"), None)
+    combine = next(_users(place.result, "combine"), None)
     shared, gated = _shared(combine) if combine else (0, False)
     return ExpertLayer(
         loc=route.loc,
@@ -72,11 +81,12 @@ def _layer_of(route: Node) -> ExpertLayer:
         top_k=route.attrs["top_k"],
         gates=route.attrs["gates"],
         scale=route.attrs["scale"],
-        slots=place.attrs["slots"] if place else "ragged",
-        groups=place.attrs["groups"] if place else 1,
+        slots=place.attrs["slots"],
+        groups=place.attrs["groups"],
         width=_width(dispatch.result) if dispatch else 0,
         shared=shared,
         shared_gate=gated,
+        sequence_capacity=sequence_capacity_of(place),
     )
 
 
@@ -117,3 +127,29 @@ def _inner(down: Node) -> int:
     sizes: Mapping[str, object] = {a.name: a.size for a in down.operands[0].type}
     size = sizes.get(down.attrs["over"][0])
     return size if isinstance(size, int) else 0
+
+
+def rows_of(operands: Iterable[Value]) -> Value | None:
+    """Return the operand that is the rows of experts, or None."""
+    return next((v for v in operands if "slot" in v.type and v.type.extents), None)
+
+
+def choices_kept(rows: Value, *, bounded: bool = True) -> float:
+    """Return how many rows there are for each token: the choices, or what a capacity allows.
+
+    Args:
+      rows: a value between ``dispatch`` and ``combine``.
+      bounded: whether a capacity counts; without it the choices do.
+    """
+    place = next(iter(rows.type.extents)).value
+    node = placing(place)
+    attrs = node.attrs
+    choices: int = prod(
+        a.size for a in place.type if a.name not in attrs["tokens"] and isinstance(a.size, int)
+    )
+    # Where experts choose, a token has as many choices as there are experts, and few are taken.
+    if attrs["slots"] == "ragged" or (not bounded and node.op.name == "place"):
+        return choices
+    factor: float = attrs["capacity_factor"]
+    bound = factor * choices if attrs["convention"] == "assignments" else factor
+    return min(bound, float(attrs["experts"]))

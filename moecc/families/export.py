@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecc.errors import InputError
-from moecc.families.configs import DecoderConfig
-from moecc.families.decoder import build_decoder
+from moecc.families.building import build_model
+from moecc.families.configs import GraphConfig, ModelConfig
+from moecc.families.facts import is_tied
+from moecc.families.graph_layout import graph_tensors
 from moecc.families.inverting import tensors_of
 from moecc.families.matching import match_parameters
+from moecc.families.names import names_of
 from moecc.families.propose import check_target as check_target
 from moecc.families.propose import propose as propose
 from moecc.families.propose import target_fits as target_fits
@@ -29,7 +32,7 @@ class Export:
         that make them; each name once.
     """
 
-    config: DecoderConfig
+    config: ModelConfig
     tensors: list[tuple[str, Expr]]
 
     @property
@@ -49,19 +52,26 @@ def export_graph(graph: Graph, target: str) -> Export:
       InputError: the family cannot say the graph; all reasons, or the places where the two part.
     """
     config = propose(graph, target)
-    if not isinstance(config, DecoderConfig):
+    if not isinstance(config, ModelConfig):
         raise InputError(config)
-    batch, seq = _token_sizes(graph)
-    wanted = build_decoder(config, batch=batch, seq=seq)
+    if isinstance(config, GraphConfig):
+        return Export(config, list(graph_tensors(graph).items()))
+    batch, seq, decoder_seq = _token_sizes(graph)
+    padding = "mask" in graph.inputs
+    wanted = build_model(config, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq)
     weights = match_parameters(wanted, graph)
     tensors: dict[str, Expr] = {}
     for value in wanted.params.values():
         assert value.weight is not None, "a family builds no parameter without a weight"
         tensors.update(tensors_of(value.weight, weights[value]))
+    names = names_of(config.model_type)
+    if config.model_type == "switch_transformers" and not is_tied(config):
+        # Without a tie transformers 5 wants an embedding in either stack, and draws what it lacks.
+        tensors.update(dict.fromkeys(names.copies, tensors[names.embedding]))
     return Export(config, list(tensors.items()))
 
 
-def _token_sizes(graph: Graph) -> tuple[Size, Size]:
+def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:
     """Return what `graph` calls the sizes of its tokens, or has fixed them to."""
     tokens = graph.inputs.get("tokens")
     if tokens is None or set(tokens.type.names) != {"batch", "seq"}:
@@ -70,4 +80,6 @@ def _token_sizes(graph: Graph) -> tuple[Size, Size]:
             expected="input %tokens : i32[batch=B, seq=S]",
             found=", ".join(map(repr, graph.inputs.values())) or "no input",
         )
-    return tokens.type["batch"].size, tokens.type["seq"].size
+    decoder = graph.inputs.get("decoder_tokens")
+    length = decoder.type["seq"].size if decoder is not None and "seq" in decoder.type else "T"
+    return tokens.type["batch"].size, tokens.type["seq"].size, length

@@ -39,6 +39,18 @@ def gated(builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias) -> V
     return linear(hidden, "down", "mlp")
 
 
+def two_or_three(
+    builder: Builder, x: Value, act: str, matrix: Callable[[str], Value], is_gated: bool
+) -> Value:
+    """Emit a block without biases: ``down(act(up(x)))``, or with a gate the three of `gated`."""
+    if is_gated:
+        return gated(builder, x, act, matrix, lambda name: None)
+    up = builder.contract(x, matrix("up"), over="embed", name="up")
+    hidden = builder.node(ACTIVATION_OPS[act], up).result
+    y: Value = builder.contract(hidden, matrix("down"), over="mlp", name="down")
+    return y
+
+
 def feed_forward(
     builder: Builder, x: Value, layer: int, config: DecoderConfig, params: Parameters
 ) -> Value:
@@ -57,7 +69,7 @@ def _dense(
     config: DecoderConfig,
     params: Parameters,
 ) -> Value:
-    axes = _axes(config.hidden_size, width)
+    axes = ffn_axes(config.hidden_size, width)
 
     def matrix(name: str) -> Value:
         return params.plain(f"{prefix}{name}_proj.weight", builder.loc, **axes[name])
@@ -71,7 +83,7 @@ def _dense(
     return gated(builder, x, config.hidden_act, matrix, bias)
 
 
-def _axes(embed: int, mlp: int) -> dict[str, dict[str, int]]:
+def ffn_axes(embed: int, mlp: int) -> dict[str, dict[str, int]]:
     """Return the axes of the three matrices on disk: outputs first, as PyTorch keeps them."""
     inward, back = {"mlp": mlp, "embed": embed}, {"embed": embed, "mlp": mlp}
     return {"gate": inward, "up": inward, "down": back}
@@ -90,7 +102,7 @@ def _sparse(
         gates="renormalised" if config.norm_topk_prob else "softmax",
         tokens=("batch", "seq"),
     )
-    axes = _axes(embed, config.expert_intermediate_size)
+    axes = ffn_axes(embed, config.expert_intermediate_size)
 
     def expert(name: str) -> Value:
         return params.expert(prefix, name, builder.loc, axes[name], experts)

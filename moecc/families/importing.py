@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError, Problem, nearest, printable
-from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
-from moecc.families.decoder import build_decoder
+from moecc.families.building import build_model
+from moecc.families.configs import (
+    BertConfig,
+    ModelConfig,
+    MoeConfig,
+    StMoeConfig,
+    T5Config,
+    parse_config,
+)
+from moecc.families.facts import block_count, depth, depth_key, is_tied, layer_of
 from moecc.families.listing import capped, ranges
 from moecc.families.names import FUSED_GATE_UP, names_of
 from moecc.ir.dtypes import F32, DType
@@ -16,15 +25,25 @@ from moecc.ir.graph import Graph
 from moecc.ir.types import TensorType
 from moecc.weights.expr import sources
 
-_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
-_EXPERT = re.compile(r"(model\.layers\.\d{1,6}\.\w+\.experts\.)\d{1,6}(\.\w+\.weight)")
-_BUFFER = re.compile(r"(.*\.)?rotary_emb\.inv_freq\Z", re.DOTALL)
+_EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DOTALL)
+_IDLE = re.compile(
+    r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    re.DOTALL,
+)
+"""Buffers, and a table that T5 stored and never used."""
+
+_POOLER = re.compile(r"pooler\.dense\.(weight|bias)")
+"""What hidden states do not need."""
+
 _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}
 _BLOCK_ROWS = 4096
 
 
-def import_checkpoint(checkpoint: Checkpoint) -> Graph:
+def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph:
     """Return the graph of `checkpoint`, whose parameters read its tensors.
+
+    With `padding` the graph of an encoder has an input ``mask``.
 
     Names, shapes and element types are all checked against the config before any weight is read;
     the only weights ever read here are those of an output matrix beside tied embeddings, to see
@@ -34,8 +53,8 @@ def import_checkpoint(checkpoint: Checkpoint) -> Graph:
       InputError: the config is faulty, or the tensors do not fit it; all problems at once.
       MachineError: the system cannot read a file.
     """
-    config = parse_config(checkpoint.config, _config_place(checkpoint))
     tensors = checkpoint.tensors
+    config = _fitted(parse_config(checkpoint.config, _config_place(checkpoint)), tensors)
     _check_magnitude(config, tensors, str(checkpoint.path))
 
     def dtype_of(name: str) -> DType:
@@ -45,7 +64,7 @@ def import_checkpoint(checkpoint: Checkpoint) -> Graph:
     problems = list(_mixed_stacks(config, layout, tensors))
     # Experts of several types cannot be stacked, and the other problems are still to be found.
     types = None if problems else dtype_of
-    graph = build_decoder(config, types, str(checkpoint.path), layout=layout)
+    graph = build_model(config, types, str(checkpoint.path), layout=layout, padding=padding)
     weights = (value.weight for value in graph.params.values() if value.weight is not None)
     expected = {source.name: source.type for weight in weights for source in sources(weight)}
     problems.extend(_problems(config, expected, tensors))
@@ -57,9 +76,33 @@ def import_checkpoint(checkpoint: Checkpoint) -> Graph:
             )
             for p in problems
         )
-    if config.tie_word_embeddings and names_of(config.model_type).head in tensors:
-        _check_tied_head(config, checkpoint)
+    for name in _repeated(config):
+        if name in tensors:
+            _check_repeated(name, config, checkpoint)
     return graph
+
+
+def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
+    """Return the tensors that are no part of the graph; those that repeat others do not count."""
+    weights = (value.weight for value in graph.params.values() if value.weight is not None)
+    read = {source.name for weight in weights for source in sources(weight)}
+    names = names_of(str(graph.attrs.get("family", "")))
+    read.update((names.head, *names.copies))
+    return [n for n in checkpoint.tensors if n not in read and not _IDLE.fullmatch(n)]
+
+
+def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
+    """Return the config with the tie that transformers 5 makes, whatever it wrote."""
+    if isinstance(config, T5Config) and not config.scale_outputs:
+        apart = names_of(config.model_type).head in tensors
+        return replace(config, tie_word_embeddings=config.tie_word_embeddings and not apart)
+    return config
+
+
+def _repeated(config: ModelConfig) -> list[str]:
+    """Return the tensors that a file may hold beside the embedding and that must equal it."""
+    names = names_of(config.model_type)
+    return [*([names.head] if is_tied(config) else []), *names.copies]
 
 
 def _config_place(checkpoint: Checkpoint) -> str:
@@ -67,34 +110,34 @@ def _config_place(checkpoint: Checkpoint) -> str:
     return str(checkpoint.path / "config.json") if folder else str(checkpoint.path)
 
 
-def _layout(config: DecoderConfig, tensors: Mapping[str, TensorInfo]) -> str:
+def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
+    if isinstance(config, StMoeConfig):
+        return "stacked"
     sparse = isinstance(config, MoeConfig)
     fused = sparse and any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors)
     return "fused" if fused else "experts"
 
 
-def _check_magnitude(config: DecoderConfig, tensors: Mapping[str, TensorInfo], place: str) -> None:
+def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], place: str) -> None:
     """Refuse a config that speaks of far more tensors than there are, before building its graph."""
-    blocks = config.num_hidden_layers
-    if isinstance(config, MoeConfig) and _layout(config, tensors) == "experts":
-        blocks += sum(config.sparse_layers) * config.num_experts
+    blocks = block_count(config, with_experts=_layout(config, tensors) == "experts")
     if blocks <= len(tensors) + 100:
         return
-    layers = {int(m.group(1)) for m in map(_LAYER.match, tensors) if m}
+    layers = {found for found in map(layer_of, tensors) if found}
     raise InputError(
         "config.json and the tensors cannot belong together",
         where=place,
-        expected=f"{config.num_hidden_layers} layers, with experts {blocks} blocks",
+        expected=f"{block_count(config, with_experts=False)} layers, with experts {blocks} blocks",
         found=f"{len(tensors)} tensors, in {len(layers)} layers",
         hint="check num_hidden_layers and the number of experts",
     )
 
 
 def _mixed_stacks(
-    config: DecoderConfig, layout: str, tensors: Mapping[str, TensorInfo]
+    config: ModelConfig, layout: str, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Problem]:
     """Yield the matrices whose experts are of several element types."""
-    if not isinstance(config, MoeConfig) or layout != "experts":
+    if layout != "experts":
         return
     found: dict[str, dict[str, str]] = {}
     for name, info in tensors.items():
@@ -109,15 +152,15 @@ def _mixed_stacks(
 
 
 def _problems(
-    config: DecoderConfig, expected: Mapping[str, TensorType], tensors: Mapping[str, TensorInfo]
+    config: ModelConfig, expected: Mapping[str, TensorType], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Problem]:
     head = names_of(config.model_type).head
-    allowed = {head} if config.tie_word_embeddings else set()
+    allowed = set(_repeated(config))
     missing = [name for name in expected if name not in tensors]
     extra = [
         name
         for name in tensors
-        if name not in expected and name not in allowed and not _BUFFER.match(name)
+        if name not in expected and name not in allowed and not _left_out(name, config)
     ]
     prefix = _common_prefix(missing, extra, head)
     if prefix is not None:
@@ -126,6 +169,12 @@ def _problems(
     yield from _missing(missing, extra, expected, head)
     yield from _extra(extra, missing, config)
     yield from capped(_unfit(expected, tensors), "tensors do not fit")
+
+
+def _left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a family's checkpoints may hold a tensor that is no part of its graph."""
+    is_pooler = isinstance(config, BertConfig) and _POOLER.fullmatch(name) is not None
+    return is_pooler or _IDLE.fullmatch(name) is not None
 
 
 def _common_prefix(missing: list[str], extra: list[str], head: str) -> Problem | None:
@@ -145,10 +194,9 @@ def _missing(
     missing: list[str], extra: list[str], expected: Mapping[str, TensorType], head: str
 ) -> Iterator[Problem]:
     whole, single = _whole_layers(missing, expected)
-    if whole:
-        layers = ranges(whole)
-        hint = "num_hidden_layers in config.json, or an incomplete download?"
-        yield Problem(f"no tensor of the layers {layers}", "config.json", hint=hint)
+    for stack, layers in whole.items():
+        hint = "the number of layers in config.json, or an incomplete download?"
+        yield Problem(f"no tensor of the {stack}layers {ranges(layers)}", "config.json", hint=hint)
     if head in single:
         single.remove(head)
         yield Problem(
@@ -166,35 +214,34 @@ def _missing(
     yield from capped(found, "tensors are missing")
 
 
-def _whole_layers(missing: Iterable[str], expected: Iterable[str]) -> tuple[list[int], list[str]]:
-    """Return the layers of which everything is missing, and the other names."""
+def _whole_layers(
+    missing: Iterable[str], expected: Iterable[str]
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Return the layers of each stack of which everything is missing, and the other names."""
     absent = list(missing)
     gone = set(absent)
-    present = {_layer_of(name) for name in expected if name not in gone}
-    whole = {layer for name in absent if (layer := _layer_of(name)) not in present} - {None}
-    layers = sorted(layer for layer in whole if layer is not None)
-    return layers, [name for name in absent if _layer_of(name) not in whole]
+    present = {layer_of(name) for name in expected if name not in gone}
+    whole = {layer for name in absent if (layer := layer_of(name)) and layer not in present}
+    stacks: dict[str, list[int]] = {}
+    for stack, number in sorted(whole):
+        stacks.setdefault(stack, []).append(number)
+    return stacks, [name for name in absent if layer_of(name) not in whole]
 
 
-def _layer_of(name: str) -> int | None:
-    match = _LAYER.match(name)
-    return int(match.group(1)) if match else None
-
-
-def _extra(extra: list[str], missing: list[str], config: DecoderConfig) -> Iterator[Problem]:
-    beyond = {
-        layer
-        for name in extra
-        if (layer := _layer_of(name)) is not None and layer >= config.num_hidden_layers
-    }
-    if beyond:
+def _extra(extra: list[str], missing: list[str], config: ModelConfig) -> Iterator[Problem]:
+    beyond: dict[str, set[int]] = {}
+    for name in extra:
+        layer = layer_of(name)
+        if layer is not None and layer[1] >= depth(config, layer[0]):
+            beyond.setdefault(layer[0], set()).add(layer[1])
+    for stack, numbers in beyond.items():
         yield Problem(
-            f"there are tensors of the layers {ranges(sorted(beyond))}",
+            f"there are tensors of the {stack}layers {ranges(sorted(numbers))}",
             "config.json",
-            f"layers below num_hidden_layers = {config.num_hidden_layers}",
+            f"layers below {depth_key(config, stack)} = {depth(config, stack)}",
         )
     candidates = missing[:200]
-    single = (name for name in extra if _layer_of(name) not in beyond)
+    single = (name for name in extra if not _lies_in(layer_of(name), beyond))
     found = (
         Problem(
             f"{config.model_type} has no such tensor",
@@ -204,6 +251,10 @@ def _extra(extra: list[str], missing: list[str], config: DecoderConfig) -> Itera
         for name in single
     )
     yield from capped(found, "tensors are not the model's")
+
+
+def _lies_in(layer: tuple[str, int] | None, stacks: Mapping[str, set[int]]) -> bool:
+    return layer is not None and layer[1] in stacks.get(layer[0], ())
 
 
 def _bias_hint(name: str) -> str | None:
@@ -238,26 +289,29 @@ def _wrong_shape(name: str, type: TensorType, info: TensorInfo) -> Problem:
     return Problem(what, name, f"[{sizes}]", str(list(info.shape)), hint)
 
 
-def _check_tied_head(config: DecoderConfig, checkpoint: Checkpoint) -> None:
-    """Refuse an output matrix that differs from the embedding that it is said to be.
+def _check_repeated(name: str, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a tensor that differs from the embedding that it is said to be.
 
     transformers 4 would drop it, transformers 5 would keep it.
     """
     names = names_of(config.model_type)
-    head, embedding = checkpoint.tensors[names.head], checkpoint.tensors[names.embedding]
-    place = f"{checkpoint.path}: {names.head}"
+    head, embedding = checkpoint.tensors[name], checkpoint.tensors[names.embedding]
+    place = f"{checkpoint.path}: {name}"
+    is_head = name == names.head
     differs = Problem(
-        "config.json ties the output matrix to the embedding, and the two differ",
+        "config.json ties the output matrix to the embedding, and the two differ"
+        if is_head
+        else "the stack has an embedding that differs from the shared one",
         place,
         f"{embedding.dtype} {list(embedding.shape)}, the content of {names.embedding}",
         f"{head.dtype} {list(head.shape)}",
-        'set "tie_word_embeddings": false to keep both, or remove the tensor',
+        'set "tie_word_embeddings": false to keep both, or remove the tensor' if is_head else None,
     )
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         raise InputError([differs])
     for start in range(0, head.shape[0], _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, head.shape[0])
-        ours = checkpoint.read(names.head, start, stop)
+        ours = checkpoint.read(name, start, stop)
         if ours.tobytes() != checkpoint.read(names.embedding, start, stop).tobytes():
             found = f"a difference in rows {start} to {stop - 1}"
             raise InputError([Problem(differs.what, place, differs.expected, found, differs.hint)])

@@ -21,12 +21,16 @@ from moecc.weights.simplify import simplify
 
 MOST_DIFFERENCES = 5
 
+AUXILIARY = ("loss.", "metric.", "trace.")
+"""What outputs are called that train or watch a model; no family writes them."""
+
 
 def match_parameters(target: Graph, graph: Graph) -> dict[Value, Expr]:
     """Return for each parameter of `target` the weight that `graph` has in its place.
 
-    A parameter of `graph` may stand for several of `target`; the reverse only where the weights
-    are equal.  Axes of parameters may be in another order.
+    Losses, metrics and traces do not count.  A parameter of `graph` may stand for several of
+    `target`; the reverse only where the weights are equal.  Axes of parameters may be in another
+    order.
 
     Raises:
       InputError: the graphs part somewhere; with the first places, and both lines at each.
@@ -84,10 +88,11 @@ class _Matcher:
     problems: list[Problem] = field(default_factory=list)
 
     def run(self) -> None:
-        theirs, ours = self.target.outputs, self.graph.outputs
+        theirs = self.target.outputs
+        ours = {n: v for n, v in self.graph.outputs.items() if not n.startswith(AUXILIARY)}
         if theirs.keys() != ours.keys():
             expected, found = ", ".join(theirs), ", ".join(ours)
-            hint = "strip losses and metrics before exporting"
+            hint = "a family's model gives nothing else"
             self.problems.append(
                 Problem("the graph has other outputs", None, expected, found, hint)
             )

@@ -8,12 +8,12 @@ one tensor, and those names are the same in every family.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """The names of a decoder's tensors; a layer's are relative to `layer`.
+    """The names of a model's tensors; a layer's are relative to `layer`.
 
     Attributes:
       embedding: the token embedding, ``[vocab, embed]``.
@@ -26,6 +26,8 @@ class TensorNames:
       expert: the prefix of one expert, after `sparse`.
       stack: the prefix of the stacked experts as the graph calls them, after `sparse`.
       gate, up, down: the three matrices of an expert.
+      single: the first matrix where there is no gate; empty where it is called as `up` is.
+      copies: further names of the embedding, which some files hold and transformers may want.
       shared: the prefix of a shared expert, after `sparse`.
       shared_gate: the shared expert's gate, ``[1, embed]``, after `sparse`.
     """
@@ -44,6 +46,15 @@ class TensorNames:
     down: str = "down_proj"
     shared: str = "shared_expert."
     shared_gate: str = "shared_expert_gate.weight"
+    single: str = ""
+    copies: tuple[str, ...] = ()
+
+    def matrix(self, name: str, is_gated: bool = True) -> str:
+        """Return the name of the matrix ``gate``, ``up`` or ``down`` of an expert."""
+        if name == "up" and not is_gated:
+            return self.single or self.up
+        found: str = getattr(self, name)
+        return found
 
 
 FUSED_ROUTER = "mlp.gate.weight"
@@ -53,8 +64,25 @@ FUSED_DOWN = "mlp.experts.down_proj"
 
 DEFAULT = TensorNames()
 
+_T5 = TensorNames(
+    embedding="shared.weight",
+    dense="DenseReluDense.",
+    sparse="mlp.",
+    router="router.classifier.weight",
+    expert="experts.expert_{expert}.",
+    gate="wi_0",
+    up="wi_1",
+    single="wi",
+    down="wo",
+    copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+)
+
 NAMES: Mapping[str, TensorNames] = {
     "mixtral": TensorNames(sparse="block_sparse_moe.", gate="w1", up="w3", down="w2"),
+    "t5": _T5,
+    "switch_transformers": replace(_T5, dense="mlp."),
+    "st_moe": replace(_T5, dense="mlp."),
+    "bert": TensorNames(embedding="embeddings.word_embeddings.weight"),
 }
 """The tables by model type; a family that is not listed has the default names."""
 

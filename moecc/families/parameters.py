@@ -19,8 +19,8 @@ from moecc.weights.movement import Index, Slice, Stack
 DtypeOf = Callable[[str], DType]
 """From the name of a tensor to its element type on disk."""
 
-LAYOUTS = ("experts", "fused")
-"""One tensor an expert, or the fused tensors of transformers 5."""
+LAYOUTS = ("experts", "fused", "stacked")
+"""One tensor an expert, the fused tensors of transformers 5, or one for all experts of a layer."""
 
 
 def float32_of(name: str) -> DType:
@@ -83,15 +83,24 @@ class Parameters:
           axes: the axes of one expert's matrix, in their order on disk.
           experts: the number of experts.
         """
-        word = getattr(self.names, matrix)
-        prefix = f"{layer}{self.names.sparse}"
-        read = (
-            self._fused(layer, matrix, experts, axes)
-            if self.layout == "fused"
-            else self._stacked(prefix + self.names.expert + f"{word}.weight", experts, axes)
-        )
-        name = f"{prefix}{self.names.stack}{word}.weight"
+        word = self.names.matrix(matrix)
+        if self.layout != "fused":
+            return self.expert_matrix(layer, word, loc, axes, experts)
+        read = self._fused(layer, matrix, experts, axes)
+        name = f"{layer}{self.names.sparse}{self.names.stack}{word}.weight"
         return self._param(name, loc, {"expert": experts, **axes}, read)
+
+    def expert_matrix(
+        self, layer: str, word: str, loc: str, axes: dict[str, int], experts: int
+    ) -> Value:
+        """Return the matrix that the family calls `word`, of all experts; see `expert`."""
+        prefix = f"{layer}{self.names.sparse}"
+        name = f"{prefix}{self.names.stack}{word}.weight"
+        whole = {"expert": experts, **axes}
+        if self.layout == "stacked":
+            return self.plain(name, loc, **whole)
+        read = self._stacked(prefix + self.names.expert + f"{word}.weight", experts, axes)
+        return self._param(name, loc, whole, read)
 
     def _stacked(self, name: str, experts: int, axes: dict[str, int]) -> Expr:
         parts = tuple(self._source(name.format(expert=e), **axes) for e in range(experts))

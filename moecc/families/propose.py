@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from moecc.errors import InputError, Problem, UsageError, nearest
-from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig, parse_config
+from moecc.families.configs import (
+    CONFIGS,
+    DECODERS,
+    DecoderConfig,
+    EncDecConfig,
+    ModelConfig,
+    MoeConfig,
+    SwitchTransformersConfig,
+    parse_config,
+)
 from moecc.families.experts import ExpertLayer, expert_layers, layer_number
+from moecc.families.graph_layout import FAMILY, graph_config
 from moecc.families.listing import either, ranges
+from moecc.families.propose_encdec import encdec_fields, in_stacks
 from moecc.ir.graph import Graph
+
+Config = TypeVar("Config", bound=ModelConfig)
 
 Layers = Mapping[int, ExpertLayer]
 """Expert layers by their number; the other layers are dense."""
@@ -30,7 +43,7 @@ def check_target(target: str) -> None:
         )
 
 
-def propose(graph: Graph, target: str) -> DecoderConfig | list[Problem]:
+def propose(graph: Graph, target: str) -> ModelConfig | list[Problem]:
     """Return the config of `target` that says `graph`, or the reasons why there is none.
 
     The config follows from that of the source, which the graph carries, and from the graph's
@@ -40,11 +53,19 @@ def propose(graph: Graph, target: str) -> DecoderConfig | list[Problem]:
       UsageError: there is no such family.
     """
     check_target(target)
+    if target == FAMILY:
+        return graph_config(graph)
     try:
         source = source_config(graph)
     except InputError as error:
         return list(error.problems)
     found = expert_layers(graph)
+    if CONFIGS[target].shape() is not source.shape():
+        return [_other_shape(source, target)]
+    if isinstance(source, EncDecConfig):
+        return _propose_encdec(source, found, target)
+    if not isinstance(source, DecoderConfig):
+        return source if not found else [_no_experts(target, found)]
     unplaced = [layer for layer in found if layer_number(layer.loc) is None]
     if unplaced:
         what = "the location of an expert layer does not say which layer it is"
@@ -55,7 +76,35 @@ def propose(graph: Graph, target: str) -> DecoderConfig | list[Problem]:
     return propose_config(source, layers, target)
 
 
-def source_config(graph: Graph) -> DecoderConfig:
+_SHAPES = {"DecoderConfig": "a decoder alone", "EncDecConfig": "an encoder-decoder"}
+
+
+def _other_shape(source: ModelConfig, target: str) -> Problem:
+    theirs, ours = (
+        _SHAPES.get(c.shape().__name__, "an encoder alone") for c in (CONFIGS[target], source)
+    )
+    what = f"{target} is {theirs}, and {source.model_type} {ours}"
+    return Problem(what, hint=f"{FAMILY} can say any model")
+
+
+def _no_experts(target: str, found: list[ExpertLayer]) -> Problem:
+    what = f"{target} has no mixture of experts"
+    return Problem(what, found=f"{len(found)} expert layers", hint=f"{FAMILY} can say this model")
+
+
+def _propose_encdec(
+    source: EncDecConfig, found: list[ExpertLayer], target: str
+) -> ModelConfig | list[Problem]:
+    family = CONFIGS[target]
+    assert issubclass(family, EncDecConfig), "the shapes have been compared"
+    stacks = in_stacks(found)
+    if isinstance(stacks, list):
+        return stacks
+    fields, reasons = encdec_fields(source, stacks, family)
+    return _construct(family, fields, reasons)
+
+
+def source_config(graph: Graph) -> ModelConfig:
     """Return the config of the checkpoint that `graph` was imported from.
 
     Raises:
@@ -73,16 +122,43 @@ def target_fits(graph: Graph, experts: int = 8, top_k: int = 2) -> dict[str, lis
     A dense graph is taken as if it had been upcycled in every layer, with renormalised gates and
     with a shared expert where the family has one.
     """
-    families = {n: family for n, family in CONFIGS.items() if issubclass(family, MoeConfig)}
-    if expert_layers(graph) or "config" not in graph.attrs:
-        proposed = {name: propose(graph, name) for name in families}
-    else:
-        source = source_config(graph)
-        proposed = {
-            name: propose_config(source, _imagined(source, family, experts, top_k), name)
-            for name, family in families.items()
-        }
-    return {n: [] if isinstance(p, DecoderConfig) else p for n, p in proposed.items()}
+    sparse = bool(expert_layers(graph)) or "config" not in graph.attrs
+    source = None if sparse else source_config(graph)
+    found: dict[str, list[Problem]] = {}
+    for name in _mixtures(graph):
+        family = CONFIGS[name]
+        if isinstance(source, DecoderConfig) and issubclass(family, MoeConfig):
+            imagined = _imagined(source, family, experts, top_k)
+            made: ModelConfig | list[Problem] = propose_config(source, imagined, name)
+        elif isinstance(source, EncDecConfig) and issubclass(family, SwitchTransformersConfig):
+            made = _propose_encdec(source, _imagined_stacks(source, experts), name)
+        else:
+            made = propose(graph, name)
+        found[name] = made if isinstance(made, list) else []
+    return found
+
+
+def _mixtures(graph: Graph) -> list[str]:
+    """Return the families of mixtures whose shape the graph's source has, and st_moe."""
+    try:
+        shape = source_config(graph).shape()
+    except InputError:
+        return [name for name, family in CONFIGS.items() if issubclass(family, MoeConfig)]
+    mixtures = (MoeConfig, SwitchTransformersConfig)
+    return [
+        *(n for n, f in CONFIGS.items() if issubclass(f, mixtures) and f.shape() is shape),
+        FAMILY,
+    ]
+
+
+def _imagined_stacks(source: EncDecConfig, experts: int) -> list[ExpertLayer]:
+    return [
+        ExpertLayer(
+            f"{stack}.layers.{n}.ffn", experts, 1, "softmax", width=source.intermediate_size
+        )
+        for stack in ("encoder", "decoder")
+        for n in range(source.layers(stack))
+    ]
 
 
 def _imagined(source: DecoderConfig, family: type[MoeConfig], experts: int, top_k: int) -> Layers:
@@ -112,7 +188,7 @@ def propose_config(
         return made
     others = [
         name
-        for name in CONFIGS
+        for name in DECODERS
         if name != target and isinstance(_try(source, layers, name), DecoderConfig)
     ]
     if others and made[-1].hint is None:
@@ -121,7 +197,7 @@ def propose_config(
 
 
 def _try(source: DecoderConfig, layers: Layers, target: str) -> DecoderConfig | list[Problem]:
-    family = CONFIGS[target]
+    family = DECODERS[target]
     if not issubclass(family, MoeConfig):
         return _construct(family, source.common(), _dense_reasons(source, layers, target))
     reasons = list(_sparse_reasons(source, layers, family))
@@ -129,8 +205,8 @@ def _try(source: DecoderConfig, layers: Layers, target: str) -> DecoderConfig | 
 
 
 def _construct(
-    family: type[DecoderConfig], fields: dict[str, Any], reasons: list[Problem]
-) -> DecoderConfig | list[Problem]:
+    family: type[Config], fields: dict[str, Any], reasons: list[Problem]
+) -> Config | list[Problem]:
     try:
         config = family(**fields)
     except InputError as error:

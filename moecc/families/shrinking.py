@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from moecc.families.configs import DecoderConfig, MoeConfig
+from moecc.errors import InputError
+from moecc.families.configs import (
+    BertConfig,
+    DecoderConfig,
+    EncDecConfig,
+    ModelConfig,
+    MoeConfig,
+)
 
 MOST_VOCAB = 64
 MOST_MLP = 96
@@ -54,8 +61,48 @@ def _other_prime(most: int) -> int:
     return next(p for p in (13, 7, 3, 1) if p <= most)
 
 
-def shrink_config(config: DecoderConfig) -> DecoderConfig:
-    """Return `config` with small sizes of the same structure."""
+def shrink_config(config: ModelConfig) -> ModelConfig:
+    """Return `config` with small sizes of the same structure.
+
+    Raises:
+      InputError: the config holds a graph, whose sizes only its own constraints tell.
+    """
+    match config:
+        case DecoderConfig():
+            return _shrink_decoder(config)
+        case EncDecConfig():
+            return _shrink_encdec(config)
+        case BertConfig():
+            return _shrink_bert(config)
+    raise InputError("the config holds no sizes")
+
+
+def _shrink_encdec(config: EncDecConfig) -> EncDecConfig:
+    return replace(
+        config,
+        vocab_size=shrink_size(config.vocab_size, MOST_VOCAB),
+        hidden_size=shrink_size(config.hidden_size, MOST_HEADS * MOST_HEAD_DIM),
+        head_dim=shrink_size(config.head_dim, MOST_HEAD_DIM),
+        num_attention_heads=shrink_size(config.num_attention_heads, MOST_HEADS),
+        intermediate_size=shrink_size(config.intermediate_size, MOST_EXPERT),
+        extra={**config.extra, "pad_token_id": None},
+    )
+
+
+def _shrink_bert(config: BertConfig) -> BertConfig:
+    heads = shrink_size(config.num_attention_heads, MOST_HEADS)
+    return replace(
+        config,
+        vocab_size=shrink_size(config.vocab_size, MOST_VOCAB),
+        hidden_size=heads * shrink_size(config.head_dim, MOST_HEAD_DIM),
+        num_attention_heads=heads,
+        intermediate_size=shrink_size(config.intermediate_size, MOST_MLP),
+        max_position_embeddings=shrink_size(config.max_position_embeddings, MOST_VOCAB),
+        extra={**config.extra, "pad_token_id": None},
+    )
+
+
+def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
     groups = config.num_attention_heads // config.num_key_value_heads
     kv_heads = shrink_size(config.num_key_value_heads, MOST_HEADS)
     heads = kv_heads * shrink_size(groups, MOST_HEADS)

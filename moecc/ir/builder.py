@@ -19,7 +19,7 @@ class Builder:
 
     Every operation of the table is a method; it takes the operands, then the attributes by name,
     and ``name=`` for the result.  It returns the result, or a tuple where there are several.
-    An attribute of kind ``axes`` may be given as one name.
+    An attribute of kind ``axes`` or ``words`` may be given as one name.
 
     Attributes:
       graph: the graph that grows.
@@ -53,7 +53,8 @@ class Builder:
         """
         entry = op(name)
         for key, value in attrs.items():
-            if isinstance(value, str) and key in entry.attrs and entry.attrs[key].kind == "axes":
+            spec = entry.attrs.get(key)
+            if isinstance(value, str) and spec is not None and spec.kind in ("axes", "words"):
                 attrs[key] = (value,)
         return self.graph.append(
             entry,

@@ -27,6 +27,8 @@ GROUPS = (
     ("Axes", "axes"),
     ("Positions and masks", "attention"),
     ("Routing", "routing"),
+    ("Slots", "placing"),
+    ("Random numbers", "random"),
 )
 """Headings, and the module of `moecc.ir.table` whose rows stand under each."""
 
@@ -135,7 +137,10 @@ def _mixes(entry: OpDef) -> str:
 
 MIXED_BY_OPERANDS = {
     "dispatch": "the `tokens` of its `place`",
+    "group_sum": "the `tokens` of its `place`",
     "rope": "those of the positions, if dynamic",
+    "random_uniform": "all",
+    "random_normal": "all",
 }
 """Operations whose operands decide which axes they mix, which no attribute can tell."""
 

@@ -95,7 +95,7 @@ def _parse_value(spec: Attr | None, text: str) -> Any:
     if kind in ("str", "axis") and text[0] not in '("':
         # A word is never taken for a number: an axis may well be called inf.
         return text
-    if kind == "axes":
+    if kind in ("axes", "words"):
         # One axis needs no parentheses, so that {over=embed} reads well.
         return tuple(_parts(text[1:-1])) if text[0] == "(" else (text,)
     return _parse_tuple(text[1:-1]) if text[0] == "(" else _parse_scalar(text)

@@ -7,7 +7,7 @@ functions, so that a graph that was upcycled and one that was read from disk are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moecc.errors import InputError
@@ -16,6 +16,9 @@ from moecc.ir.graph import Value
 
 Finish = Callable[[Value], Value]
 """Takes the experts' output rows back to the tokens."""
+
+Given = Callable[[Value, Value, Value], Mapping[str, Value]]
+"""Makes further operands of ``place``, by word, from the logits, experts and gates."""
 
 
 def emit_routing(
@@ -29,6 +32,7 @@ def emit_routing(
     scale: float = 1.0,
     tokens: tuple[str, ...] = ("batch", "seq"),
     slots: str = "ragged",
+    given: Given | None = None,
     **placement: Any,
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
@@ -43,6 +47,7 @@ def emit_routing(
       scale: what the gates are multiplied by.
       tokens: the axes of `x` that number tokens, outermost first.
       slots: ``ragged`` (dropless) or ``capacity``.
+      given: makes what ``place`` is given beside the experts: keep, priority, mask.
       placement: further attributes of ``place``: groups, capacity_factor, order and so on.
 
     Returns:
@@ -63,7 +68,16 @@ def emit_routing(
         )
     logits = builder.contract(x, router_weight, over=over, name="router")
     chosen, weights = builder.route(logits, top_k=top_k, gates=gates, scale=scale)
-    place = builder.place(chosen, tokens=tokens, experts=experts, slots=slots, **placement)
+    more = dict(given(logits, chosen, weights)) if given is not None else {}
+    place = builder.place(
+        chosen,
+        *more.values(),
+        tokens=tokens,
+        experts=experts,
+        slots=slots,
+        using=tuple(more),
+        **placement,
+    )
     rows = builder.dispatch(x, chosen, place)
 
     def finish(rows_out: Value) -> Value:

@@ -30,10 +30,10 @@ class Attr:
     """An attribute of an operation.
 
     Attributes:
-      kind: ``int``, ``float``, ``bool``, ``str``, ``axis`` (a name), ``axes`` (a tuple of names) or
-        ``sizes`` (a tuple of (name, size) pairs).
+      kind: ``int``, ``float``, ``bool``, ``str``, ``words`` (a tuple of words), ``axis`` (a name),
+        ``axes`` (a tuple of names) or ``sizes`` (a tuple of (name, size) pairs).
       default: its value where the text says nothing, or REQUIRED.
-      choices: the only values allowed, for ``str``.
+      choices: the only values allowed, for ``str``, or the only words, for ``words``.
       doc: what it means, in half a line.
     """
 
@@ -139,6 +139,10 @@ def _is_pairs(value: Any) -> bool:
     )
 
 
+def _is_words(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(is_name, value)) and len(set(value)) == len(value)
+
+
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("a whole number", is_whole),
     "float": (
@@ -152,6 +156,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "names of axes in parentheses, each once",
         lambda v: isinstance(v, tuple) and all(map(is_name, v)) and len(set(v)) == len(v),
     ),
+    "words": ("words in parentheses", _is_words),
     "sizes": ("axes with sizes, (head=9, head_dim=64)", _is_pairs),
 }
 
@@ -161,7 +166,9 @@ def _mismatch(spec: Attr, value: Any) -> str | None:
     expected, fits = _KINDS[spec.kind]
     if not fits(value):
         return expected
-    if spec.choices and value not in spec.choices:
+    if spec.choices and spec.kind == "words" and not set(value) <= set(spec.choices):
+        return f"words among {', '.join(spec.choices)}"
+    if spec.choices and spec.kind == "str" and value not in spec.choices:
         return f"one of {', '.join(spec.choices)}"
     return None
 

@@ -40,7 +40,7 @@ def format_attr(spec: Attr, value: Any) -> str:
         return format_number(value)
     if spec.kind in ("str", "axis"):
         return format_word(value)
-    if spec.kind == "axes":
+    if spec.kind in ("axes", "words"):
         return str(value[0]) if len(value) == 1 else f"({', '.join(value)})"
     if spec.kind == "sizes":
         return f"({', '.join(f'{n}={s}' for n, s in value)})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.table.placing import is_place
 
 
 def replace_value(old: Value, new: Value) -> None:
@@ -24,7 +25,7 @@ def replace_value(old: Value, new: Value) -> None:
         return
     users = list(old.users)
     old.replace_by(new)
-    if old.type != new.type or _sets_extents(old):
+    if old.type != new.type or is_place(old):
         infer_again(old.graph, users, start=old.node)
 
 
@@ -53,15 +54,11 @@ def infer_again(graph: Graph, nodes: Iterable[Node], *, start: Node | None = Non
 def _infer(node: Node) -> list[Node]:
     """Infer the types of one node again and return the users that may be concerned.
 
-    The types of dispatched rows follow from the attributes of a ``place`` node, not from its type.
+    The types of dispatched rows follow from the attributes of a placing node, not from its type.
     """
     users: list[Node] = []
     for value, type in zip(node.results, node.op.infer(node.operands, node.attrs), strict=True):
-        if value.type != type or node.op.name == "place":
+        if value.type != type or is_place(value):
             value.type = type
             users.extend(value.users)
     return users
-
-
-def _sets_extents(value: Value) -> bool:
-    return value.node is not None and value.node.op.name == "place"

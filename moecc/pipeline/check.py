@@ -125,9 +125,13 @@ def measure(before: Graph, after: Graph, seed: int = 0) -> float:
 
     old, new = sizes_for(before, seed), sizes_for(after, seed)
     sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
-    inputs = inputs_for(before, seed, sizes)
-    expected = run_reference(before, params=params_for(before, seed, sizes), inputs=inputs)
-    found = run_reference(after, params=params_for(after, seed, sizes), inputs=inputs)
+    # A pass may add an input, a random key, say.
+    inputs = inputs_for(after, seed, sizes) | inputs_for(before, seed, sizes)
+    given = {n: inputs[n] for n in before.inputs}
+    expected = run_reference(before, params=params_for(before, seed, sizes), inputs=given)
+    found = run_reference(
+        after, params=params_for(after, seed, sizes), inputs={n: inputs[n] for n in after.inputs}
+    )
     return max(_errors(expected, found), default=0.0)
 
 

@@ -150,7 +150,7 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
         elif node.op.name == "slice":
             size = _number(node.operands[0].type[node.attrs["axis"]].size)
             cuts[size] = gcd(cuts.get(size, size), node.attrs["start"], node.attrs["stop"])
-        elif node.op.name == "place":
+        elif node.op.name in ("place", "expert_choice", "hash_experts"):
             pinned.add(node.attrs["experts"])
         elif node.op.name == "route":
             experts = node.operands[0].type[node.attrs["axis"]].size

@@ -262,7 +262,7 @@ def _attr(entry: OpDef, name: str, value: Any) -> Any:
     if callable(value):
         return AttrPattern(where=value)
     # As in the builder, one axis needs no tuple.
-    if isinstance(value, str) and entry.attrs[name].kind == "axes":
+    if isinstance(value, str) and entry.attrs[name].kind in ("axes", "words"):
         return (value,)
     return value
 

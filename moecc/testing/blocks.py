@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from moecc.ir.dtypes import KEY, PRED
 from moecc.ir.graph import Value
+from moecc.ir.mixtures import emit_priority
 from moecc.ir.moe import emit_routing
-from moecc.ir.table.routing import GATES
+from moecc.ir.table.routing import GATES, POLICIES
 from moecc.ir.types import Axis, TensorType
 from moecc.testing.growth import Growth, Step, fixed, mixable_fixed, symbolic
 from moecc.testing.steps import emit_norm, rotate
@@ -101,7 +103,9 @@ def emit_experts(g: Growth, x: Value, axis: Axis) -> Value:
             "minimum": g.pick((1, 1, 2, 4)),
             "rounding": g.pick(("floor", "round", "ceil")),
             "convention": g.pick(("tokens", "assignments")),
+            "multiple": g.pick((1, 2)),
         }
+    placement |= g.pick(({"groups": 1}, {"groups": 2}, {"group_size": 2}))
     since = len(g.graph)
     rows, finish = emit_routing(
         g.builder,
@@ -112,14 +116,31 @@ def emit_experts(g: Growth, x: Value, axis: Axis) -> Value:
         gates=gates,
         scale=g.pick((1.0, 2.5)),
         tokens=tuple(a.name for a in symbolic(x.type)),
-        groups=g.pick((1, 2)),
         order=g.pick(("choice", "token")),
+        given=lambda *of: _given(g, *of),
         **placement,
     )
     _note(g, since)
     y = finish(emit_ffn(g, rows, axis, (expert,)))
     g.values.append(y)
     return y
+
+
+def _given(g: Growth, logits: Value, experts: Value, gates: Value) -> dict[str, Value]:
+    """Return what the slots are given beside the experts: often nothing."""
+    made: dict[str, Value] = {}
+    b = g.builder
+    if g.chance(25):
+        policy = g.pick(POLICIES)
+        uniform = [b.random_uniform(g.input("key", TensorType(KEY)), gates)]
+        numbers = uniform if policy == "random" else []
+        made["keep"] = b.keep_choices(gates, *numbers, policy=policy, threshold=g.pick((0.2, 0.5)))
+    if g.chance(15):
+        made["priority"] = emit_priority(b, logits)
+    if g.chance(15):
+        axes = tuple(a for a in logits.type.axes if a.name != "expert")
+        made["mask"] = g.input("mask", TensorType(PRED, axes))
+    return made
 
 
 def _note(g: Growth, since: int) -> None:

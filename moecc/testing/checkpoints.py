@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from moecc.checkpoint.source import TensorInfo
-from moecc.families.configs import DecoderConfig
+from moecc.families.configs import ModelConfig
 from moecc.ir.dtypes import DTYPES, F32, DType
 from moecc.weights.expr import Expr, sources
 
@@ -73,7 +73,7 @@ def _dtype(array: Array) -> DType:
 
 
 def random_checkpoint(
-    config: DecoderConfig, seed: int = 0, dtype: DType = F32, layout: str = "experts"
+    config: ModelConfig, seed: int = 0, dtype: DType = F32, layout: str = "experts"
 ) -> MemoryCheckpoint:
     """Return a checkpoint of `config` with random weights.
 
@@ -86,9 +86,9 @@ def random_checkpoint(
       dtype: the element type of all tensors.
       layout: how experts lie on disk, ``experts`` or ``fused``.
     """
-    from moecc.families.decoder import build_decoder
+    from moecc.families.building import build_model
 
-    graph = build_decoder(config, lambda name: dtype, layout=layout)
+    graph = build_model(config, lambda name: dtype, layout=layout)
     weights = [value.weight for value in graph.params.values() if value.weight is not None]
     shapes = {s.name: s.type.shape for weight in weights for s in sources(weight)}
     rng = np.random.default_rng(seed)

@@ -7,7 +7,17 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig, RopeConfig
+from moecc.families.configs import (
+    DECODERS,
+    BertConfig,
+    DecoderConfig,
+    EncDecConfig,
+    MoeConfig,
+    RopeConfig,
+    StMoeConfig,
+    SwitchTransformersConfig,
+    T5Config,
+)
 
 _ROPES = (
     RopeConfig(theta=10_000.0),
@@ -26,10 +36,10 @@ _ROPES = (
 
 @st.composite
 def small_configs(
-    draw: st.DrawFn, families: Collection[str] = tuple(CONFIGS), most_layers: int = 3
+    draw: st.DrawFn, families: Collection[str] = tuple(DECODERS), most_layers: int = 3
 ) -> DecoderConfig:
-    """Draw a config of one of `families`, with every feature that the family has."""
-    family = CONFIGS[draw(st.sampled_from(sorted(families)))]
+    """Draw a config of one of `families`, decoders, with every feature that the family has."""
+    family = DECODERS[draw(st.sampled_from(sorted(families)))]
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     layers, head_dim = draw(st.integers(1, most_layers)), draw(st.sampled_from([4, 6]))
     heads = kv_heads * group
@@ -94,3 +104,75 @@ def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) 
         "norm_topk_prob": draw(st.booleans()),
         "mlp_only_layers": tuple(n for n in range(layers) if n not in sparse),
     }
+
+
+@st.composite
+def small_encdec_configs(draw: st.DrawFn, most_layers: int = 3) -> EncDecConfig:
+    """Draw a config of an encoder-decoder family: t5, switch_transformers or st_moe."""
+    kind = draw(st.sampled_from([T5Config, SwitchTransformersConfig, StMoeConfig]))
+    tied = draw(st.booleans())
+    values: dict[str, Any] = {
+        "vocab_size": draw(st.integers(3, 12)),
+        "hidden_size": draw(st.sampled_from([4, 7, 12])),
+        "head_dim": draw(st.sampled_from([3, 4])),
+        "intermediate_size": draw(st.integers(1, 4)) * 4,
+        "num_hidden_layers": draw(st.integers(1, most_layers)),
+        "num_decoder_layers": draw(st.integers(1, most_layers)),
+        "num_attention_heads": draw(st.integers(1, 3)),
+        "relative_attention_num_buckets": draw(st.sampled_from([4, 6, 32])),
+        "relative_attention_max_distance": draw(st.sampled_from([20, 128])),
+        "hidden_act": draw(st.sampled_from(["silu", "relu", "gelu_pytorch_tanh"])),
+        "tie_word_embeddings": tied,
+        "scale_outputs": tied,
+        "dtype": "float32",
+    }
+    if kind is SwitchTransformersConfig:
+        return SwitchTransformersConfig(**values, **draw(_switch_experts(values)))
+    values["gated"] = draw(st.booleans())
+    return (
+        StMoeConfig(**values, **draw(_st_moe_experts(values)))
+        if kind is StMoeConfig
+        else (T5Config(**values))
+    )
+
+
+@st.composite
+def _switch_experts(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": draw(st.integers(1, 4)),
+        "expert_capacity": draw(st.sampled_from([1, 2, 1 << 30])),
+        "num_sparse_encoder_layers": draw(st.integers(0, values["num_hidden_layers"])),
+        "num_sparse_decoder_layers": draw(st.integers(0, values["num_decoder_layers"])),
+    }
+
+
+@st.composite
+def _st_moe_experts(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
+    count = draw(st.integers(2, 4))
+    layers = values["num_hidden_layers"], values["num_decoder_layers"]
+    sparse = [draw(st.sets(st.integers(0, n - 1))) for n in layers]
+    return {
+        "num_experts": count,
+        "experts_per_token": draw(st.integers(1, count)),
+        "sparse_encoder_layers": tuple(sorted(sparse[0])),
+        "sparse_decoder_layers": tuple(sorted(sparse[1])),
+        "extra_ffn": draw(st.sampled_from(["none", "before", "after"])),
+        "eval_capacity_factor": draw(st.sampled_from([0.0, 2.0])),
+    }
+
+
+@st.composite
+def small_bert_configs(draw: st.DrawFn, most_layers: int = 3) -> BertConfig:
+    """Draw a config of a bert."""
+    heads = draw(st.integers(1, 3))
+    return BertConfig(
+        vocab_size=draw(st.integers(3, 12)),
+        hidden_size=heads * draw(st.integers(1, 4)),
+        intermediate_size=draw(st.integers(1, 4)) * 4,
+        num_hidden_layers=draw(st.integers(1, most_layers)),
+        num_attention_heads=heads,
+        max_position_embeddings=draw(st.sampled_from([8, 16])),
+        type_vocab_size=draw(st.integers(1, 2)),
+        hidden_act=draw(st.sampled_from(["gelu", "relu"])),
+        dtype="float32",
+    )

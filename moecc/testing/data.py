@@ -13,6 +13,7 @@ from math import prod
 import numpy as np
 
 from moecc.ir.graph import Graph, Value
+from moecc.ir.table.placing import PLACING
 from moecc.ir.types import TensorType
 from moecc.testing.draws import Data, generator
 
@@ -34,10 +35,9 @@ def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
     names = {s for v in values for s in v.type.sizes if isinstance(s, str)}
     sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
     for node in graph:
-        if node.op.name == "place":
-            _make_divisible(
-                sizes, node.operands[0].type, node.attrs["tokens"], node.attrs["groups"]
-            )
+        if node.op.name in PLACING:
+            groups = node.attrs["group_size"] or node.attrs["groups"]
+            _make_divisible(sizes, node.operands[0].type, node.attrs["tokens"], groups)
     return sizes
 
 

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from moecc.pipeline.passes import Pass
 
 
+def _add_losses() -> type[Pass]:
+    from moecc_passes.add_losses import AddLossesPass
+
+    return AddLossesPass
+
+
 def _canonicalize() -> type[Pass]:
     from moecc_passes.canonicalize import CanonicalizePass
 
@@ -30,6 +36,30 @@ def _dce() -> type[Pass]:
     return DcePass
 
 
+def _freeze() -> type[Pass]:
+    from moecc_passes.freeze import FreezePass
+
+    return FreezePass
+
+
+def _st_moe() -> type[Pass]:
+    from moecc_passes.st_moe import StMoePass
+
+    return StMoePass
+
+
+def _specialize() -> type[Pass]:
+    from moecc_passes.specialize.specialize import SpecializePass
+
+    return SpecializePass
+
+
+def _trace_routing() -> type[Pass]:
+    from moecc_passes.trace_routing import TraceRoutingPass
+
+    return TraceRoutingPass
+
+
 def _upcycle() -> type[Pass]:
     from moecc_passes.upcycle.upcycle import UpcyclePass
 
@@ -37,8 +67,13 @@ def _upcycle() -> type[Pass]:
 
 
 REGISTRY: dict[str, Callable[[], type[Pass]]] = {
+    "add-losses": _add_losses,
     "canonicalize": _canonicalize,
     "cse": _cse,
     "dce": _dce,
+    "freeze": _freeze,
+    "specialize": _specialize,
+    "st-moe": _st_moe,
+    "trace-routing": _trace_routing,
     "upcycle": _upcycle,
 }

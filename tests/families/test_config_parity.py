@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from moecc.families.configs import (
-    CONFIGS,
+    DECODERS,
     DecoderConfig,
     MoeConfig,
     attention_factor,
@@ -37,10 +37,10 @@ def interpreters() -> list[str]:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *({"model_type": name} for name in CONFIGS),
-    *({"model_type": name, "rope_theta": 5e5, "num_hidden_layers": 3} for name in CONFIGS),
-    *({"model_type": name, "rope_scaling": YARN, "rope_theta": 777.0} for name in CONFIGS),
-    *({"model_type": name, "dtype": "bfloat16", "tie_word_embeddings": True} for name in CONFIGS),
+    *({"model_type": name} for name in DECODERS),
+    *({"model_type": name, "rope_theta": 5e5, "num_hidden_layers": 3} for name in DECODERS),
+    *({"model_type": name, "rope_scaling": YARN, "rope_theta": 777.0} for name in DECODERS),
+    *({"model_type": name, "dtype": "bfloat16", "tie_word_embeddings": True} for name in DECODERS),
     {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3}},
     {
         "model_type": "llama",
@@ -110,7 +110,7 @@ def test_transformers_takes_the_values_that_the_config_holds(python: str) -> Non
 @pytest.mark.skipif(not interpreters(), reason="transformers is not installed")
 @pytest.mark.parametrize("python", interpreters())
 def test_defaults_are_those_of_the_classes(python: str) -> None:
-    names = list(CONFIGS)
+    names = list(DECODERS)
     for name, found in zip(names, ask(python, [{"model_type": n} for n in names]), strict=True):
         config = parse_config({"model_type": name})
         assert found == {**expected(config), **close(config, found)}

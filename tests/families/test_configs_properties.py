@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.families.configs import (
-    CONFIGS,
+    DECODERS,
     DecoderConfig,
     MixtralConfig,
     MoeConfig,
@@ -46,7 +46,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 
 def small(family: str, **keys: Any) -> dict[str, Any]:
     experts = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
-    moe = {experts.get(family, "num_experts"): 4, **MOE} if CONFIGS[family] in MOE_CLASSES else {}
+    moe = {experts.get(family, "num_experts"): 4, **MOE} if DECODERS[family] in MOE_CLASSES else {}
     return {"model_type": family, **SMALL, **moe, **keys}
 
 
@@ -79,7 +79,7 @@ def ropes(draw: st.DrawFn) -> RopeConfig:
 
 @st.composite
 def configs(draw: st.DrawFn) -> DecoderConfig:
-    family = CONFIGS[draw(st.sampled_from(sorted(CONFIGS)))]
+    family = DECODERS[draw(st.sampled_from(sorted(DECODERS)))]
     groups, repeats = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     head_dim = 2 * draw(st.integers(2, 8))
     heads = groups * repeats

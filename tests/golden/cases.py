@@ -52,6 +52,40 @@ SQUARE_MIXTRAL: dict[str, object] = {
 
 SQUARE_QWEN_MOE: dict[str, object] = {**SQUARE_MIXTRAL, "moe_intermediate_size": 4}
 
+T5: dict[str, object] = {
+    "vocab_size": 37,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 20,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}
+"""Stacks of different depth, heads that do not fill the width, distances beyond the last bucket."""
+
+BERT: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 18,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 24,
+    "type_vocab_size": 3,
+}
+SQUARE_T5: dict[str, object] = {
+    "vocab_size": 16,
+    "d_kv": 4,
+    "num_heads": 4,
+    "d_ff": 16,
+    "relative_attention_num_buckets": 4,
+    "num_decoder_layers": 2,
+}
+"""heads * d_kv = d_ff = vocab = d_model = 16, and as many buckets as heads."""
+
+BASES = {"t5": T5, "switch_transformers": T5, "bert": BERT}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -66,7 +100,17 @@ class Case:
 
     def config(self) -> dict[str, object]:
         """Return the keyword arguments of the config class, in the spelling of version 4."""
-        return {**SMALL, **self.keys}
+        return {**BASES.get(self.family, SMALL), **self.keys}
+
+    @property
+    def output(self) -> str:
+        """What the model returns: ``logits``, or of an encoder alone its ``hidden`` states."""
+        return "hidden" if self.family == "bert" else "logits"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model is an encoder-decoder, with tokens for either."""
+        return self.family in ("t5", "switch_transformers")
 
 
 LLAMA3 = {
@@ -326,5 +370,64 @@ CASES: dict[str, Case] = {
         {**QWEN_MOE, "num_experts": 4, "norm_topk_prob": True, "head_dim": 6},
         shard_bytes=20_000,
         major=4,
+    ),
+    "t5_relu_tied": Case("t5", "version 1.0: ReLU, tied and scaled outputs"),
+    "t5_gated_untied": Case(
+        "t5",
+        "version 1.1: gated GELU, an output matrix of its own, not scaled",
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "t5_square": Case("t5", "square matrices", SQUARE_T5),
+    "t5_bfloat16": Case("t5", "stored as bfloat16", dtype="bfloat16"),
+    "t5_gated_v4": Case(
+        "t5",
+        "version 1.1 as transformers 4 writes it, gated SiLU",
+        {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
+        major=4,
+    ),
+    "switch_half": Case(
+        "switch_transformers",
+        "experts in every second layer of the encoder and one of three in the decoder, no drops",
+        {
+            "num_layers": 4,
+            "num_experts": 4,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 1,
+        },
+    ),
+    "switch_drops": Case(
+        "switch_transformers",
+        "experts in every layer, which take 3 tokens of a sequence and drop the rest",
+        {
+            "num_experts": 3,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 3,
+            "expert_capacity": 3,
+        },
+    ),
+    "switch_square_v4": Case(
+        "switch_transformers",
+        "square matrices and as many experts, as transformers 4 writes it",
+        {
+            **SQUARE_T5,
+            "num_experts": 16,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 2,
+        },
+        major=4,
+    ),
+    "bert_gelu": Case("bert", "GELU, three token types of which the first is used"),
+    "bert_square": Case(
+        "bert",
+        "mlp = embed = vocab = positions = heads * head_dim, ReLU",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 16,
+            "hidden_act": "relu",
+        },
     ),
 }

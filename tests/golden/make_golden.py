@@ -10,10 +10,11 @@ The golden files were made by `write` under transformers 5.24.0, then `write` un
 cases in the spelling of version 4, then `compare` under both.  Everything is a function of the
 case's name and keys: the same versions write the same bytes.
 
-What `logits.npy` holds: the model is read back from disk and evaluated with its weights in float64,
-and with every float32 that transformers' code asks for on the way (norms, softmax, rotary tables,
-router) replaced by float64.  The result is rounded once, to float32: relative error 6e-8 at most.
-`manifest.json` records how far plain float32 arithmetic is from that, in each version.
+What `logits.npy` (of an encoder alone, `hidden.npy`) holds: the model is read back from disk and
+evaluated with its weights in float64, and with every float32 that transformers' code asks for on
+the way (norms, softmax, rotary tables, router) replaced by float64.  The result is rounded once, to
+float32: relative error 6e-8 at most.  `manifest.json` records how far plain float32 arithmetic is
+from that, in each version.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import safetensors
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -40,6 +41,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from cases import CASES, Case  # noqa: E402
 
 from moecc.families.configs import parse_config  # noqa: E402
+
+Tokens = dict[str, np.ndarray[Any, Any]]
 
 MANIFEST = HERE / "manifest.json"
 VERSION = f"transformers {transformers.__version__}"
@@ -79,7 +82,7 @@ def compare(names: list[str]) -> None:
     """Record how far the running version is from the golden logits."""
     manifest = _read_manifest()
     for name in names:
-        golden = np.load(HERE / name / "logits.npy")
+        golden = np.load(HERE / name / f"{CASES[name].output}.npy")
         entry = manifest["cases"][name].setdefault("differences", {})
         entry[VERSION] = {key: _shown(found) for key, found in _differences(name, golden).items()}
         print(name, entry[VERSION])
@@ -89,17 +92,18 @@ def compare(names: list[str]) -> None:
 
 def _write_case(name: str, case: Case) -> dict[str, Any]:
     folder = HERE / name
-    tokens = _generator(name, "tokens").integers(0, case.config()["vocab_size"], TOKENS_SHAPE)
+    tokens = _tokens(name, case)
     for attempt in range(200):
         shutil.rmtree(folder, ignore_errors=True)
         _save(folder, case, f"{name}/{attempt}")
-        logits, gap = _double_logits(_load(folder), tokens)
+        logits, gap = _double_logits(_load(folder, case), case, tokens)
         if gap is None or gap > SMALLEST_ROUTER_GAP:
             break
     else:
         raise SystemExit(f"{name}: every attempt has a token near a tie between experts")
-    np.save(folder / "tokens.npy", tokens)
-    np.save(folder / "logits.npy", logits.astype(np.float32))
+    for key, array in tokens.items():
+        np.save(folder / f"{key}.npy", array)
+    np.save(folder / f"{case.output}.npy", logits.astype(np.float32))
     return {
         "family": case.family,
         "why": case.why,
@@ -110,9 +114,33 @@ def _write_case(name: str, case: Case) -> dict[str, Any]:
     }
 
 
+def _tokens(name: str, case: Case) -> Tokens:
+    """Return token ids by input; those of a decoder are fewer than the encoder's."""
+    vocab = case.config()["vocab_size"]
+    tokens = {"tokens": _generator(name, "tokens").integers(0, vocab, TOKENS_SHAPE)}
+    if case.decodes:
+        shape = (TOKENS_SHAPE[0], TOKENS_SHAPE[1] - 5)
+        tokens["decoder_tokens"] = _generator(name, "decoder_tokens").integers(0, vocab, shape)
+    return tokens
+
+
+def _saved_tokens(name: str) -> Tokens:
+    paths = sorted((HERE / name).glob("*tokens.npy"))
+    return {path.stem: np.load(path) for path in paths}
+
+
+def _auto(case: Case) -> Any:
+    if case.decodes:
+        return AutoModelForSeq2SeqLM
+    return AutoModel if case.output == "hidden" else AutoModelForCausalLM
+
+
 def _save(folder: Path, case: Case, key: str) -> None:
     config = AutoConfig.for_model(case.family, **json.loads(json.dumps(case.config())))
-    model = AutoModelForCausalLM.from_config(config)
+    model = _auto(case).from_config(config)
+    if case.config().get("tie_word_embeddings") is False and case.family == "t5" and MAJOR > 4:
+        # Version 5 always ties in memory, and gives the output matrix back when it is in the file.
+        model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(torch.from_numpy(_values(key, name, tuple(parameter.shape))))
@@ -123,26 +151,26 @@ def _save(folder: Path, case: Case, key: str) -> None:
 def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Draw a parameter: norms around 1, biases small but not 0, matrices of unit gain."""
     drawn = _generator(key, name).standard_normal(shape)
-    if "norm" in name:
+    if "norm" in name.lower() and not name.endswith("bias"):
         return 1 + 0.3 * drawn
     if name.endswith("bias"):
         return 0.3 * drawn
-    if "embed_tokens" in name:
+    if "embed" in name or name.startswith("shared") or "relative_attention_bias" in name:
         return drawn
     # The router's logits are spread out, so that few tokens lie near a tie.
-    gain = 2.0 if ".gate.weight" in name else 1.0
+    gain = 2.0 if ".gate.weight" in name or ".classifier.weight" in name else 1.0
     return gain * drawn / np.sqrt(shape[-1])
 
 
-def _load(source: Path, config: Any = None) -> Any:
-    model, report = AutoModelForCausalLM.from_pretrained(
+def _load(source: Path, case: Case, config: Any = None) -> Any:
+    model, report = _auto(case).from_pretrained(
         source,
         config=config,
         dtype=torch.float32,
         attn_implementation="eager",
         output_loading_info=True,
     )
-    if MAJOR > 4:
+    if MAJOR > 4 and not case.decodes and case.output == "logits":
         model.set_experts_implementation("eager")
     wrong = {key: found for key, found in report.items() if found}
     if wrong:
@@ -150,13 +178,26 @@ def _load(source: Path, config: Any = None) -> Any:
     return model.eval()
 
 
+def _run(model: Any, case: Case, tokens: Tokens) -> Any:
+    given = {"input_ids": torch.from_numpy(tokens["tokens"])}
+    if case.output == "hidden":
+        return model(**given).last_hidden_state
+    if case.decodes:
+        given["decoder_input_ids"] = torch.from_numpy(tokens["decoder_tokens"])
+    return model(**given, use_cache=False).logits
+
+
 def _double_logits(
-    model: Any, tokens: np.ndarray[Any, Any]
+    model: Any, case: Case, tokens: Tokens
 ) -> tuple[np.ndarray[Any, Any], float | None]:
     """Return logits in float64 and the smallest distance of a routing decision from a tie."""
     model = model.double()
     gaps: list[float] = []
-    chosen = getattr(model.config, "num_experts_per_tok", 0)
+    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    if case.family == "switch_transformers":
+        for module in model.modules():
+            if hasattr(module, "ignore_padding_tokens"):
+                module.dtype = torch.float64
 
     def note_gap(_module: Any, _inputs: Any, output: Any) -> None:
         scores = (output[0] if isinstance(output, tuple) else output).sort(descending=True).values
@@ -164,13 +205,14 @@ def _double_logits(
             gaps.append((scores[..., chosen - 1] - scores[..., chosen]).min().item())
 
     for name, module in model.named_modules():
-        if name.endswith(".gate"):
+        if name.endswith((".gate", ".classifier")):
             module.register_forward_hook(note_gap)
     # Integer tensors take part in the dynamic scaling, and become what the default says.
     torch.set_default_dtype(torch.float64)
     with torch.no_grad(), DoublePrecision():
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-        logits = model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+        if not case.decodes and case.output == "logits":
+            model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+        logits = _run(model, case, tokens)
     torch.set_default_dtype(torch.float32)
     assert logits.dtype == torch.float64
     return logits.numpy(), min(gaps, default=None)
@@ -178,25 +220,33 @@ def _double_logits(
 
 def _differences(name: str, golden: np.ndarray[Any, Any]) -> dict[str, float]:
     """Compare with the config that moecc writes, and with the folder's own config."""
-    folder = HERE / name
-    tokens = np.load(folder / "tokens.npy")
+    folder, case = HERE / name, CASES[name]
+    tokens = _saved_tokens(name)
     stated = json.loads((folder / "config.json").read_text())
+    if case.family == "t5" and "lm_head.weight" in _tensor_names(folder):
+        # As version 5 writes a config, it says that the matrices are tied; see T5Config.
+        stated["tie_word_embeddings"] = False
     spelled_twice = parse_config(stated).to_json()
     config = AutoConfig.for_model(**spelled_twice)
     with torch.no_grad():
-        single = _load(folder, config)(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+        single = _run(_load(folder, case, config), case, tokens)
     found = {
-        "float64": _double_logits(_load(folder, config), tokens)[0],
+        "float64": _double_logits(_load(folder, case, config), case, tokens)[0],
         "float32": single.numpy(),
-        "float64, config.json as it is": _as_it_is(folder, tokens),
+        "float64, config.json as it is": _as_it_is(folder, case, tokens),
     }
     largest = np.abs(golden).max()
     return {key: float(np.abs(logits - golden).max() / largest) for key, logits in found.items()}
 
 
-def _as_it_is(folder: Path, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _tensor_names(folder: Path) -> set[str]:
+    paths = folder.glob("*.safetensors")
+    return {name for path in paths for name in safetensors.safe_open(path, "np").keys()}  # noqa: SIM118
+
+
+def _as_it_is(folder: Path, case: Case, tokens: Tokens) -> np.ndarray[Any, Any]:
     try:
-        return _double_logits(_load(folder), tokens)[0]
+        return _double_logits(_load(folder, case), case, tokens)[0]
     except (SystemExit, RuntimeError) as error:
         print(f"{folder.name}: {str(error)[:300]}")
         return np.full((), np.inf)

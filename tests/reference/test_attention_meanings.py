@@ -1,4 +1,4 @@
-"""Rotary tables against the numbers of transformers, and masks against their definition."""
+"""Rotary tables and buckets against transformers' numbers, masks against their definition."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_backends.reference.arrays import Array
+from moecc_backends.reference.attention import relative_buckets
+
+from moecc.errors import InputError
+from moecc.ir.table.attention import bucket_starts
 
 ROPE = {"axis": "head_dim", "size": 8, "theta": 100.0}
 
@@ -154,3 +161,71 @@ def test_causal(window: int, evaluate: Any) -> None:
     ]
     assert found.dtype == bool
     np.testing.assert_array_equal(found, expected)
+
+
+# transformers 5.24.0, T5Attention._relative_position_bucket, key position minus query position.
+DISTANCES = [
+    -1000, -130, -128, -127, -65, -64, -63, -33, -32, -31, -17, -16, -15, -9, -8, -7, -1, 0,
+    1, 7, 8, 9, 12, 15, 16, 23, 31, 32, 33, 63, 64, 90, 91, 127, 128, 129, 1000,
+]  # fmt: skip
+BUCKETS: dict[tuple[bool, int, int], list[int]] = {
+    (True, 32, 128): [
+        15, 15, 15, 15, 14, 14, 13, 12, 12, 11, 10, 10, 9, 8, 8, 7, 1, 0,
+        17, 23, 24, 24, 25, 25, 26, 27, 27, 28, 28, 29, 30, 30, 31, 31, 31, 31, 31,
+    ],
+    (False, 32, 128): [
+        31, 31, 31, 31, 26, 26, 26, 21, 21, 21, 16, 16, 15, 9, 8, 7, 1, *[0] * 20,
+    ],
+    (True, 8, 20): [*[3] * 16, 1, 0, 5, *[7] * 18],
+    (False, 6, 11): [*[5] * 15, 4, 1, *[0] * 20],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BUCKETS)
+def test_buckets_are_those_of_transformers(case: tuple[bool, int, int], evaluate: Any) -> None:
+    bidirectional, buckets, furthest = case
+    attrs = {"bidirectional": bidirectional, "buckets": buckets, "max_distance": furthest}
+    keys = np.array(DISTANCES) + 1000
+    found = evaluate("relative_buckets", (np.array([1000]), "seq"), (keys, "kv_seq"), **attrs)
+    assert found.tolist() == [BUCKETS[case]]
+    assert found.dtype == np.int32
+
+
+@given(
+    exact=st.integers(1, 9), extra=st.integers(0, 9), reach=st.integers(1, 300), both=st.booleans()
+)
+def test_buckets_grow_with_distance_and_start_where_the_table_says(
+    exact: int, extra: int, reach: int, both: bool
+) -> None:
+    count = 2 * exact + extra % 2
+    attrs = {
+        "bidirectional": both,
+        "buckets": count * (2 if both else 1),
+        "max_distance": exact + reach,
+    }
+    distances = np.arange(exact + reach + 5)
+    zero = Array(np.array([0]), ("seq",))
+    behind = relative_buckets(zero, Array(-distances, ("kv_seq",)), **attrs).data[0]
+    assert behind[: exact + 1].tolist() == list(range(exact + 1))
+    assert (np.diff(behind) >= 0).all()
+    assert behind[-1] == count - 1 == len(bucket_starts(attrs))
+    starts = np.searchsorted(bucket_starts(attrs), distances, side="right")
+    np.testing.assert_array_equal(behind, starts)
+    ahead = relative_buckets(zero, Array(distances[1:], ("kv_seq",)), **attrs).data[0]
+    expected = count + behind[1:] if both else np.zeros(len(distances) - 1)
+    np.testing.assert_array_equal(ahead, expected)
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        ({"bidirectional": True, "buckets": 7}, "odd number"),
+        ({"bidirectional": True, "buckets": 2}, "too few"),
+        ({"bidirectional": False, "buckets": 1}, "too few"),
+        ({"bidirectional": False, "buckets": 32, "max_distance": 16}, "max_distance"),
+    ],
+)
+def test_impossible_buckets_are_refused(attrs: dict[str, Any], message: str, evaluate: Any) -> None:
+    positions = np.arange(3)
+    with pytest.raises(InputError, match=message):
+        evaluate("relative_buckets", (positions, "seq"), (positions, "kv_seq"), **attrs)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import F64, I32, Builder, Graph, tensor
-from moecc.ir.table.routing import capacity
+from moecc.ir.table.placing import capacity
 from moecc.testing import run_reference
 
 Data = np.ndarray[Any, Any]
@@ -96,7 +96,13 @@ def test_sparsemixer_gives_the_numbers_of_phimoe(evaluate: Any) -> None:
 
 
 def slots_of(factor: float, tokens: int, experts: int, top_k: int = 1, **attrs: Any) -> int:
-    defaults = {"convention": "tokens", "rounding": "floor", "minimum": 4}
+    defaults = {
+        "convention": "tokens",
+        "rounding": "floor",
+        "minimum": 4,
+        "multiple": 1,
+        "cap": True,
+    }
     attrs = {**defaults, "capacity_factor": factor, "experts": experts, **attrs}
     return capacity(attrs, tokens, top_k)
 
@@ -193,9 +199,9 @@ def test_groups_are_counted_apart(evaluate: Any) -> None:
     assert found.tolist() == [[0], [-1], [0], [-1]]
 
 
-def test_groups_must_divide_the_tokens(evaluate: Any) -> None:
+def test_groups_must_divide_the_tokens() -> None:
     with pytest.raises(InputError, match="the groups do not divide the tokens") as caught:
-        place([[0], [0], [0]], evaluate, 2, groups=2)
+        run_place(np.zeros((3, 1), int), 2, groups=2)
     assert caught.value.problems[0].where == "%place = place"
 
 

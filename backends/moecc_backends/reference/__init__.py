@@ -8,8 +8,19 @@ from moecc_backends.reference import (
     axes,
     contraction,
     elementwise,
+    placing,
+    random,
     reduction,
     routing,
 )
 
-__all__ = ["attention", "axes", "contraction", "elementwise", "reduction", "routing"]
+__all__ = [
+    "attention",
+    "axes",
+    "contraction",
+    "elementwise",
+    "placing",
+    "random",
+    "reduction",
+    "routing",
+]

@@ -11,7 +11,7 @@ import numpy as np
 from moecc.ir.dtypes import DType
 
 if TYPE_CHECKING:
-    from moecc_backends.reference.routing import Placement
+    from moecc_backends.reference.placing import Placement
 
 Data = np.ndarray[Any, Any]
 

@@ -1,4 +1,4 @@
-"""The meaning of rotary positions and causal masks.
+"""The meaning of rotary and relative positions and of causal masks.
 
 The scalings of the frequencies are those that checkpoints of Hugging Face transformers are
 trained with: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama 3.1) and YaRN
@@ -99,3 +99,26 @@ def causal(query: Array, key: Array, *, window: int) -> Array:
     if window:
         seen &= behind < window
     return Array(np.asarray(seen), axes)
+
+
+@meaning("relative_buckets")
+def relative_buckets(
+    query: Array, key: Array, *, bidirectional: bool, buckets: int, max_distance: int
+) -> Array:
+    """Return the bucket of each distance from query to key (T5, Raffel et al. 2020)."""
+    axes = (*query.axes, *key.axes)
+    ahead = key.to(axes) - query.to(axes)
+    if not bidirectional:
+        return Array(_distance_buckets(np.maximum(-ahead, 0), buckets, max_distance), axes)
+    half = buckets // 2
+    near = _distance_buckets(np.abs(ahead), half, max_distance)
+    return Array(np.where(ahead > 0, half + near, near), axes)
+
+
+def _distance_buckets(distance: Data, count: int, furthest: int) -> Data:
+    """Return the bucket of each distance, of `count` buckets, half of them exact."""
+    exact = count // 2
+    growth = np.log(np.maximum(distance, 1) / exact) / math.log(furthest / exact)
+    # The rounding of logarithms must not decide where the quotient is a whole number.
+    far = exact + np.floor(growth * (count - exact) + 1e-9).astype(int)
+    return np.where(distance < exact, distance, np.minimum(far, count - 1))

@@ -79,6 +79,12 @@ def rsqrt(x: Array) -> Array:
     return x.map(lambda d: 1 / np.sqrt(d))
 
 
+@meaning("normal_cdf")
+def normal_cdf(x: Array) -> Array:
+    """Return Φ(x), by erfc, which keeps the left tail."""
+    return x.map(lambda d: _erfc(-d / math.sqrt(2)) / 2)
+
+
 @meaning("neg")
 def neg(x: Array) -> Array:
     """Return −x."""

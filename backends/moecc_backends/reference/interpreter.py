@@ -21,7 +21,7 @@ from moecc.ir.types import Extent
 from moecc.ir.verify import where
 from moecc_backends.reference.arrays import MEANINGS, Array, Data
 from moecc_backends.reference.elementwise import stored
-from moecc_backends.reference.routing import Placement, poisoned
+from moecc_backends.reference.placing import Placement, poisoned
 
 
 class ReferenceBackend:

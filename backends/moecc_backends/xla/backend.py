@@ -21,6 +21,8 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.verify import where
 from moecc_backends.xla import lower_attention as lower_attention
 from moecc_backends.xla import lower_moe as lower_moe
+from moecc_backends.xla import lower_plain as lower_plain
+from moecc_backends.xla import lower_routing as lower_routing
 from moecc_backends.xla.context import LOWERINGS, Context, lower_node
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.lower_contract import feeds_route
@@ -33,7 +35,8 @@ Tree = Mapping[str, jax.Array]
 def function(graph: Graph, *, dtype: DType = F32) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
     """Return `graph` as a pure function of parameters and inputs, by name.
 
-    Floating-point parameters and inputs are cast to `dtype`; norms, softmax and routing compute
+    A random key is a key of jax's, ``jax.random.key(0)``.  Floating-point parameters and inputs are
+    cast to `dtype`; norms, softmax and routing compute
     in float32 (selective precision, ST-MoE §3.3), and floating-point outputs are float32.
 
     Raises:
@@ -54,8 +57,12 @@ def trace(
     nodes: list[Node], given: Mapping[Value, jax.Array], dtype: DType
 ) -> dict[Value, Operand]:
     """Return all values of `nodes`, lowered under the current trace from the `given` arrays."""
+    # What another segment computed has its type already: a loss may be wider than the model.
     values: dict[Value, Operand] = {
-        v: Named(entered(array, dtype, precise=_is_router(v)), v.type.names)
+        v: Named(
+            entered(array, dtype, precise=_is_router(v)) if v.node is None else array,
+            v.type.names,
+        )
         for v, array in given.items()
     }
     context = Context(dtype.numpy, values)
@@ -215,9 +222,22 @@ def _device(array: Any, value: Value) -> jax.Array:
     problems = _misfit(value, array, {})
     if problems:
         raise InputError(problems)
+    if value.type.dtype.kind == "key":
+        return _key(array)
     if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
         array = np.asarray(array).astype(np.int32)
     return jnp.asarray(array)
+
+
+def _key(array: Any) -> jax.Array:
+    """Return the key of jax's that has the bits of a 64-bit number; one of jax's as it is."""
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    bits = np.asarray(array, np.uint64)
+    words = np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1)
+    data = jnp.asarray(words.astype(np.uint32))
+    key: jax.Array = jax.random.wrap_key_data(data, impl="threefry2x32")
+    return key
 
 
 def _misfit(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:

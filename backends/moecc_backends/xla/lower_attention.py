@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
+from moecc.ir.table.attention import bucket_starts
 from moecc_backends.reference.attention import frequencies
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dtypes import accumulator
@@ -71,7 +73,32 @@ def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
             keep &= ahead < node.attrs["window"]
         return Named(keep, axes)
 
-    # Either may be packed rows, but not both: their axes would be there twice.
+    return _crossed(query, key, compare)
+
+
+@lowering("relative_buckets")
+def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+    both: bool = node.attrs["bidirectional"]
+
+    def compare(q: Named, k: Named) -> Named:
+        axes = (*q.axes, *k.axes)
+        ahead = k.over(axes) - q.over(axes)
+        distance = jnp.abs(ahead) if both else jnp.maximum(-ahead, 0)
+        starts = jnp.asarray(bucket_starts(node.attrs), distance.dtype)
+        near = jnp.searchsorted(starts, distance, side="right", method="compare_all")
+        near = near.astype(jnp.int32)
+        if both:
+            near = jnp.where(ahead > 0, near + node.attrs["buckets"] // 2, near)
+        return Named(near, axes)
+
+    return _crossed(query, key, compare)
+
+
+def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Named]) -> Operand:
+    """Compare every query with every key; either may be packed rows.
+
+    Both cannot be: their axes would be there twice.
+    """
     if isinstance(query, Rows):
         assert isinstance(key, Named), "one of the two is"
         return lifted(query, lambda q: compare(q, key))

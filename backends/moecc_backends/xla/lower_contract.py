@@ -33,20 +33,25 @@ def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
     return _rows_times(ctx, node, w, x)
 
 
-_ON_THE_WAY = frozenset(("add", "sub", "mul", "scale", "mask", "select", "cast", "stop_gradient"))
+_BEFORE_ROUTE = frozenset(
+    ("add", "sub", "mul", "scale", "mask", "select", "cast", "stop_gradient", "softmax", "split")
+)
+"""What may stand between a router's product and the choice: a bias, noise, a mask, parts."""
+
+_STEPS_TO_ROUTE = 4
+"""How far the choice may be: a residual stream is a chain of sums without end."""
 
 
 def feeds_route(node: Node) -> bool:
-    """Whether `node` makes the logits of a router, bare or after a bias, a mask or a scale."""
+    """Whether `node` makes the logits of a router, bare or after a few steps."""
     if node.op.name != "contract":
         return False
-    pending = [node]
-    while pending:
-        for user in pending.pop().result.users:
-            if user.op.name == "route":
-                return True
-            if user.op.name in _ON_THE_WAY:
-                pending.append(user)
+    users = list(node.result.users)
+    for _ in range(_STEPS_TO_ROUTE):
+        if any(user.op.name in ("route", "expert_choice") for user in users):
+            return True
+        between = [user for user in users if user.op.name in _BEFORE_ROUTE]
+        users = [later for user in between for later in user.result.users]
     return False
 
 

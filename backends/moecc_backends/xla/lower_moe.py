@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moecc.errors import InputError
-from moecc.ir.graph import Node
-from moecc.ir.table.routing import capacity
+from moecc.ir.graph import Node, Value
+from moecc.ir.table.placing import capacity, group_count
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dispatch import combine, dispatch
 from moecc_backends.xla.dtypes import accumulator
@@ -21,19 +19,29 @@ from moecc_backends.xla.routing import capacity_placement, rank_in_expert, sort_
 
 
 @lowering("route")
-def _route(ctx: Context, node: Node, logits: Operand) -> tuple[Operand, ...]:
+def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Operand, ...]:
     attrs = node.attrs
 
     def choose(full: Named) -> tuple[Named, Named]:
         rest = tuple(a for a in full.axes if a != attrs["axis"])
         scores = full.to((*rest, attrs["axis"])).array
         scores = scores.astype(accumulator(scores.dtype))
-        best, experts = jax.lax.top_k(scores, attrs["top_k"])
+        if bias:
+            ranked = _scores(attrs["gates"], scores) + bias[0].array.astype(scores.dtype)
+            _, experts = jax.lax.top_k(jax.lax.stop_gradient(ranked), attrs["top_k"])
+            best = jnp.take_along_axis(scores, experts, axis=-1)
+        else:
+            best, experts = jax.lax.top_k(scores, attrs["top_k"])
         gates = _gates(attrs["gates"], scores, best, experts) * attrs["scale"]
         axes = (*rest, attrs["choice"])
         return Named(experts.astype(jnp.int32), axes), Named(gates, axes)
 
     return lifted_all(logits, choose)
+
+
+def _scores(kind: str, logits: jax.Array) -> jax.Array:
+    """Return what a bias for choosing is added to."""
+    return jax.nn.sigmoid(logits) if kind.startswith("sigmoid") else jax.nn.softmax(logits, axis=-1)
 
 
 def _gates(kind: str, scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
@@ -66,30 +74,23 @@ def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.
 
 
 @lowering("place")
-def _place(ctx: Context, node: Node, experts: Named) -> Operand:
+def _place(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     attrs = node.attrs
     tokens: tuple[str, ...] = attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
     sizes = tuple(experts.size(a) for a in tokens)
     chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), -1)
-    groups = attrs["groups"]
-    if chosen.shape[0] % groups:
-        raise InputError(
-            "the groups do not divide the tokens",
-            where=node.loc,
-            expected=f"a multiple of {groups} tokens",
-            found=str(chosen.shape[0]),
-        )
-    # A choice that names no expert is not placed.
-    named = (chosen >= 0) & (chosen < attrs["experts"])
-    ranks = _ranks(chosen, named, attrs)
+    groups = group_count(attrs, chosen.shape[0])
+    more = dict(zip(attrs["using"], given, strict=True))
+    placed = _wanted(node, chosen, more, (*tokens, choice))
+    order = _turns(more, tokens)
+    slots = _ranks(chosen, groups, attrs, placed, order)
     if attrs["slots"] == "ragged":
         # Without a bound groups do not matter: rows are packed by expert alone.
-        packing = packed(sort_by_expert(chosen, attrs["experts"], named), tokens, sizes)
-        slots = jnp.where(named, ranks, -1)
+        packing = packed(sort_by_expert(chosen, attrs["experts"], placed), tokens, sizes)
     else:
-        limit = capacity(attrs, chosen.shape[0] // groups, chosen.shape[1])
-        slots = jnp.where(named & (ranks < limit), ranks, -1)
+        limit = capacity(attrs, chosen.shape[0] // max(groups, 1), chosen.shape[1])
+        slots = jnp.where(slots < limit, slots, -1)
         # The experts come first, as a batched product takes them.
         placement = capacity_placement(
             chosen, slots, attrs["experts"], limit, groups, expert_major=True
@@ -99,15 +100,61 @@ def _place(ctx: Context, node: Node, experts: Named) -> Operand:
     return Named(slots.reshape(*sizes, -1), (*tokens, choice)).to(experts.axes)
 
 
-def _ranks(chosen: jax.Array, named: jax.Array, attrs: dict[str, Any]) -> jax.Array:
-    """Return how many choices of the same group and expert are placed before each choice."""
-    groups, experts = attrs["groups"], attrs["experts"]
+def _wanted(
+    node: Node, chosen: jax.Array, more: dict[str, Named], layout: tuple[str, ...]
+) -> jax.Array | None:
+    """Return which choices ask for a slot, ``[token, choice]``, or None if all do."""
+    wanted = None
+    if not _always_names_experts(node.operands[0]):
+        wanted = (chosen >= 0) & (chosen < node.attrs["experts"])
+    if "keep" in more:
+        keep = more["keep"].to(layout).array.reshape(chosen.shape)
+        wanted = keep if wanted is None else wanted & keep
+    if "mask" in more:
+        mask = more["mask"].to(layout[:-1]).array.reshape(-1, 1)
+        wanted = jnp.broadcast_to(mask, chosen.shape) if wanted is None else wanted & mask
+    return wanted
+
+
+def _always_names_experts(experts: Value) -> bool:
+    return experts.node is not None and experts.node.op.name in ("route", "hash_experts")
+
+
+def _turns(more: dict[str, Named], tokens: tuple[str, ...]) -> jax.Array | None:
+    """Return the tokens in the order in which they take their turns, or None if it is theirs."""
+    if "priority" not in more:
+        return None
+    priority = more["priority"].to(tokens).array.reshape(-1)
+    return jnp.argsort(-priority, stable=True)
+
+
+def _ranks(
+    chosen: jax.Array,
+    groups: int,
+    attrs: dict[str, object],
+    placed: jax.Array | None,
+    order: jax.Array | None,
+) -> jax.Array:
+    """Return how many choices of the same group and expert are placed before each choice.
+
+    The answer is −1 for choices that `placed` leaves out.
+    """
+    experts = attrs["experts"]
+    assert isinstance(experts, int)
     group = jnp.arange(chosen.shape[0], dtype=jnp.int32) // max(chosen.shape[0] // groups, 1)
-    keys = jnp.where(named, chosen, 0) + group[:, None] * experts
-    if attrs["order"] == "token":
-        return rank_in_expert(sort_by_expert(keys, groups * experts, named), keys)
-    keys, named = keys.T, named.T
-    return rank_in_expert(sort_by_expert(keys, groups * experts, named), keys).T
+    keys = chosen + group[:, None] * experts
+    if placed is not None:
+        # What is left out may name no expert at all, so its key must not be looked up.
+        keys = jnp.where(placed, keys, 0)
+    if order is not None:
+        keys, placed = keys[order], None if placed is None else placed[order]
+    if attrs["order"] == "choice":
+        keys, placed = keys.T, None if placed is None else placed.T
+    ranks = rank_in_expert(sort_by_expert(keys, groups * experts, placed), keys)
+    if placed is not None:
+        ranks = jnp.where(placed, ranks, -1)
+    ranks = ranks.T if attrs["order"] == "choice" else ranks
+    return ranks if order is None else jnp.zeros_like(ranks).at[order].set(ranks)
 
 
 @lowering("dispatch")
@@ -116,7 +163,7 @@ def _dispatch(ctx: Context, node: Node, x: Named, experts: Named, place: Named) 
     rest = tuple(a for a in x.axes if a not in packing.tokens)
     source = x.to((*packing.tokens, *rest)).array
     shape = source.shape[len(packing.tokens) :]
-    rows = dispatch(source.reshape(prod(packing.token_sizes), -1), packing.placement)
+    rows = dispatch(source.reshape(prod(packing.token_sizes), prod(shape)), packing.placement)
     if packing.shape is None:
         return Rows(rows.reshape(-1, *shape), rest, packing)
     return Named(rows.reshape(*packing.shape, *shape), (*SLOT_AXES, *rest))
@@ -132,11 +179,14 @@ def _combine(
     else:
         rest = tuple(a for a in rows.axes if a not in SLOT_AXES)
         array = rows.to((*SLOT_AXES, *rest)).array
-        array = array.reshape(-1, *array.shape[3:])
+        array = array.reshape(prod(array.shape[:3]), *array.shape[3:])
     shape = array.shape[1:]
+    if not array.shape[0]:
+        # Without any tokens: from no rows at all nothing can be gathered.
+        array = jnp.zeros((1, *shape), array.dtype)
     (choice,) = (a for a in gates.axes if a not in packing.tokens)
     weights = gates.to((*packing.tokens, choice)).array.reshape(prod(packing.token_sizes), -1)
-    result = combine(array.reshape(array.shape[0], -1), packing.placement, weights)
+    result = combine(array.reshape(array.shape[0], prod(shape)), packing.placement, weights)
     outer = tuple(a for a in node.result.type.names if a in packing.tokens)
     whole = Named(result.reshape(*packing.token_sizes, *shape), (*packing.tokens, *rest))
     return whole.to((*outer, *rest))

@@ -15,6 +15,7 @@ from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Node
 from moecc.weights.rounding import is_lossless
 from moecc_backends.xla.context import Context, lowering
+from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.named import Named, Operand, Rows, lifted, per_row
 
 Array = jax.Array
@@ -30,6 +31,7 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
     "log": jnp.log,
     "square": jnp.square,
     "rsqrt": jax.lax.rsqrt,
+    "normal_cdf": jax.scipy.special.ndtr,
     "neg": jnp.negative,
     "stop_gradient": jax.lax.stop_gradient,
 }
@@ -188,9 +190,9 @@ def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operan
 @lowering("one_hot")
 def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
     ((name, size),) = node.attrs["into"]
-    return lifted(
-        ids, lambda i: Named(jax.nn.one_hot(i.array, size, dtype=ctx.dtype), (*i.axes, name))
-    )
+    # Counts are made of these, which a narrow type would round.
+    kind = accumulator(ctx.dtype)
+    return lifted(ids, lambda i: Named(jax.nn.one_hot(i.array, size, dtype=kind), (*i.axes, name)))
 
 
 def _wide(array: Array) -> Any:

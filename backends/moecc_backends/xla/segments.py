@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.table.placing import is_place
 from moecc.ir.types import Axis, Extent, TensorType
 
 _LAYER = re.compile(r"(.*?layers\.\d+)(?:\.|$)")
@@ -65,7 +66,7 @@ def _runs(graph: Graph) -> Iterator[list[Node]]:
         run.append(node)
         seen.add(node)
         # The packing that a place sets travels beside its value, so it counts as ragged too.
-        ragged.update(v for v in node.results if v.type.ragged or node.op.name == "place")
+        ragged.update(v for v in node.results if v.type.ragged or is_place(v))
         ragged = {v for v in ragged if not v.users.keys() <= seen}
     if run:
         yield run
@@ -86,8 +87,9 @@ def _key(segment: Segment) -> tuple[object, ...]:
     numbers: dict[Value, int] = {}
     for value in (*segment.inputs, *segment.params):
         numbers[value] = len(numbers)
-    # Shapes are those of the arrays at run time; what must agree here are the names of the axes.
-    lines: list[object] = [tuple(v.type.names for v in numbers)]
+    # Shapes are those of the arrays at run time; what must agree here are the names of the axes,
+    # and whether a value comes in from outside the graph.
+    lines: list[object] = [tuple((v.type.names, v.node is None) for v in numbers)]
     for node in segment.nodes:
         uses = tuple(numbers[v] for v in node.operands)
         for value in node.results:

@@ -5,30 +5,46 @@ class has `from_json` and `to_json`.  Both spellings of transformers, 4 and 5, a
 are written side by side.
 """
 
-from .base import ACTIVATIONS, DTYPES, DecoderConfig
+from .base import DecoderConfig
+from .bert import BertConfig
+from .encdec import STACKS, EncDecConfig, Experts
 from .frequencies import attention_factor, rotary_frequencies
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
+from .model import ACTIVATIONS, DTYPES, ModelConfig
 from .moe import MoeConfig
-from .parse import CONFIGS, parse_config, read_config
+from .parse import CONFIGS, DECODERS, parse_config, read_config
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .rope import RopeConfig
+from .st_moe import GraphConfig, StMoeConfig
+from .switch import SwitchTransformersConfig
+from .t5 import T5Config
 
 __all__ = [
     "ACTIVATIONS",
     "CONFIGS",
+    "DECODERS",
     "DTYPES",
+    "STACKS",
+    "BertConfig",
     "DecoderConfig",
+    "EncDecConfig",
+    "Experts",
+    "GraphConfig",
     "LlamaConfig",
     "MistralConfig",
     "MixtralConfig",
+    "ModelConfig",
     "MoeConfig",
     "Qwen2Config",
     "Qwen2MoeConfig",
     "Qwen3Config",
     "Qwen3MoeConfig",
     "RopeConfig",
+    "StMoeConfig",
+    "SwitchTransformersConfig",
+    "T5Config",
     "attention_factor",
     "parse_config",
     "read_config",

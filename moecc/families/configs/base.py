@@ -7,29 +7,15 @@ an exporter may simply try.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self, TypeVar
-
-from moecc.errors import InputError
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from . import windows as window_keys
-from .extras import EXTRA_DEFAULTS, read_extra, refuse_what_needs_other_code
-from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem, one_of
+from .extras import EXTRA_DEFAULTS
+from .model import ACTIVATIONS, ModelConfig, activation_problem
+from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
 from .rope import RopeConfig, read_rope
-
-ACTIVATIONS: Mapping[str, str] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
-    "gelu_new": "gelu_pytorch_tanh",
-    "relu": "relu",
-}
-"""Names that a config may use, and the one name per function that moecc uses."""
-
-DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 WINDOW_READERS = {
     "none": window_keys.read_no_windows,
@@ -61,15 +47,9 @@ DEFAULTS: Mapping[str, object] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """A decoder-only model; sizes count elements, `sliding_windows` has one entry a layer.
+class DecoderConfig(ModelConfig):
+    """A decoder-only model; `sliding_windows` has one entry a layer."""
 
-    Raises InputError on construction when the values do not fit together or when the family
-    has no way to say them.
-    """
-
-    model_type: ClassVar[str]
-    architecture: ClassVar[str]
     defaults: ClassVar[Mapping[str, object]] = DEFAULTS
     # Features that the family fixes; the others are options.
     fixed: ClassVar[Mapping[str, bool]] = {}
@@ -78,7 +58,6 @@ class DecoderConfig:
     # Whether null stands for as many key-value heads as query heads.
     groups_may_be_null: ClassVar[bool] = True
 
-    vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -95,51 +74,19 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...]
-    dtype: str | None = None
-    extra: Mapping[str, object] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        problems = list(self.checks())
-        if problems:
-            name = type(self).__name__
-            raise InputError(
-                replace(problem, where=f"{name}: {problem.where}") for problem in problems
-            )
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object], where: str = "config.json") -> Self:
-        """Read a config.json of this family, in the spelling of transformers 4, 5 or both.
-
-        Raises InputError with every problem; a key that is absent has transformers' default.
-        """
-        reader = Reader(data, cls.defaults, where)
-        refuse_what_needs_other_code(reader, cls.architecture)
-        values = cls._read(reader)
-        values["extra"] = read_extra(reader)
-        config = _construct(cls, values, reader)
-        if config is None or reader.problems:
-            raise InputError(reader.problems)
-        return config
-
-    def to_json(self) -> dict[str, object]:
-        """Return config.json with the keys of transformers 4 and 5 side by side, sorted."""
-        keys = {**self.extra, **self._write()}
-        return {key: copy.deepcopy(keys[key]) for key in sorted(keys)}
-
-    def common(self) -> dict[str, Any]:
-        """Return the fields that every family has, to make a config of another family from."""
-        return {f.name: getattr(self, f.name) for f in fields(DecoderConfig)}
+    def shape(cls) -> type[ModelConfig]:
+        """Return the class whose fields all families of this shape of model share."""
+        return DecoderConfig
 
     def checks(self) -> Iterator[KeyProblem]:
         """Yield what does not fit together, or what this family cannot say."""
         yield from self._size_checks()
         yield from self._family_checks()
         yield from self.rope.checks(self.head_dim)
-        if self.hidden_act not in ACTIVATIONS.values():
-            expected = one_of(set(ACTIVATIONS.values()))
-            yield key_problem("unknown activation", expected, self.hidden_act, "hidden_act")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            yield key_problem("unknown dtype", one_of(DTYPES), self.dtype, "dtype")
+        yield from activation_problem(self.hidden_act)
+        yield from super().checks()
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, Any]:
@@ -148,7 +95,7 @@ class DecoderConfig:
         hidden = reader.size("hidden_size")
         length = reader.size("max_position_embeddings")
         return {
-            "vocab_size": reader.size("vocab_size"),
+            **super()._read(reader),
             "hidden_size": hidden,
             "intermediate_size": reader.size("intermediate_size"),
             "num_hidden_layers": layers,
@@ -161,7 +108,6 @@ class DecoderConfig:
             "hidden_act": ACTIVATIONS[reader.choice("hidden_act", ACTIVATIONS)],
             "tie_word_embeddings": reader.flag("tie_word_embeddings"),
             "sliding_windows": WINDOW_READERS[cls.window_style](reader, layers),
-            "dtype": _read_dtype(reader),
             **cls._read_features(reader),
         }
 
@@ -183,10 +129,6 @@ class DecoderConfig:
 
     def _write(self) -> dict[str, object]:
         keys: dict[str, object] = {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            "dtype": self.dtype,
-            "torch_dtype": self.dtype,
             **self.rope.to_json(),
             **window_keys.write_windows(self.sliding_windows, self.window_style),
         }
@@ -218,11 +160,6 @@ class DecoderConfig:
             what = "not one window (or None) for each layer"
             found = f"{len(self.sliding_windows)}"
             yield key_problem(what, f"{self.num_hidden_layers}", found, "sliding_windows")
-        padding = self.extra.get("pad_token_id")
-        if isinstance(padding, int) and not -self.vocab_size <= padding < self.vocab_size:
-            what = "the padding token lies outside the vocabulary, which transformers refuses"
-            expected = f"below {self.vocab_size}, or null"
-            yield key_problem(what, expected, f"{padding}", "pad_token_id", "vocab_size")
 
     def _family_checks(self) -> Iterator[KeyProblem]:
         for name, value in self.fixed.items():
@@ -253,8 +190,6 @@ class DecoderConfig:
             yield key_problem(what, "one size, or None", found, "sliding_window")
 
 
-Config = TypeVar("Config", bound=DecoderConfig)
-
 SIZE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -280,15 +215,6 @@ FEATURE_NAMES = {
 }
 
 
-def _construct(cls: type[Config], values: dict[str, Any], reader: Reader) -> Config | None:
-    try:
-        return cls(**values)
-    except InputError as error:
-        for problem in error.problems:
-            reader.accept(problem)
-        return None
-
-
 def _read_head_dim(reader: Reader, hidden: int, heads: int) -> int:
     if reader.value("head_dim") is not None or reader.defaults["head_dim"] is not None:
         return reader.size("head_dim")
@@ -296,12 +222,3 @@ def _read_head_dim(reader: Reader, hidden: int, heads: int) -> int:
         what = f"hidden_size {hidden} is not a multiple of {heads} heads"
         reader.refuse("head_dim", what, expected="head_dim, or sizes that divide")
     return max(hidden // heads, 1)
-
-
-def _read_dtype(reader: Reader) -> str | None:
-    """Read the type of the stored weights, `torch_dtype` in version 4 and `dtype` in 5."""
-    stated = [key for key in ("dtype", "torch_dtype") if reader.value(key) is not None]
-    found = {key: reader.choice(key, DTYPES) for key in stated}
-    if len(set(found.values())) > 1:
-        reader.conflict(("dtype", "torch_dtype"), "the dtype is stated twice and differs")
-    return next(iter(found.values()), None)

@@ -45,6 +45,7 @@ OTHER_FAMILIES = frozenset(
         # Keys that some family here reads.
         "attention_bias",
         "decoder_sparse_step",
+        "expert_capacity",
         "mlp_bias",
         "mlp_only_layers",
         "moe_intermediate_size",
@@ -82,7 +83,15 @@ MOST_EXTRA_VALUES = 200_000
 DEEPEST_EXTRA = 16
 
 
-def refuse_what_needs_other_code(reader: Reader, architecture: str) -> None:
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+KEPT_NUMBERS = ("initializer_range", "attention_dropout")
+"""Numbers that the decoder families keep; those of other shapes of model have other names."""
+
+
+def refuse_what_needs_other_code(
+    reader: Reader, architecture: str, aliases: tuple[str, ...] = ()
+) -> None:
     """Refuse remote code, quantised weights and models with another head."""
     reader.value("model_type")
     if reader.value("auto_map") not in (None, {}):
@@ -97,14 +106,14 @@ def refuse_what_needs_other_code(reader: Reader, architecture: str) -> None:
         )
         reader.refuse("quantization_config", what, expected="nothing", hint=hint)
     named = reader.items("architectures")
-    if "architectures" not in reader.bad and any(name != architecture for name in named):
+    if "architectures" not in reader.bad and not set(map(str, named)) <= {architecture, *aliases}:
         what = "another model class than this family's language model"
         reader.refuse("architectures", what, expected=f"[{architecture!r}]")
 
 
-def read_extra(reader: Reader) -> dict[str, object]:
+def read_extra(reader: Reader, numbers: tuple[str, ...] = KEPT_NUMBERS) -> dict[str, object]:
     """Return the keys that an export keeps: everything not yet read, checked and copied."""
-    extra = _known_extra(reader)
+    extra = _known_extra(reader, numbers)
     for key in reader.data:
         if key in OTHER_FAMILIES and key not in reader.used:
             _refuse_unless_idle(reader, key)
@@ -132,15 +141,13 @@ def unfit_for_json(value: object) -> str | None:
     return f"nested more than {DEEPEST_EXTRA} deep"
 
 
-def _known_extra(reader: Reader) -> dict[str, object]:
-    extra: dict[str, object] = {
-        "initializer_range": reader.number("initializer_range", least=0),
-        "use_cache": reader.flag("use_cache"),
-    }
-    # transformers accepts null here and then drops nothing.
-    absent = reader.value("attention_dropout") is None
-    extra["attention_dropout"] = 0.0 if absent else reader.number("attention_dropout", least=0)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+def _known_extra(reader: Reader, numbers: tuple[str, ...]) -> dict[str, object]:
+    extra: dict[str, object] = {"use_cache": reader.flag("use_cache")}
+    for key in numbers:
+        # transformers accepts null for a dropout and then drops nothing.
+        absent = key.endswith("dropout") and reader.value(key) is None
+        extra[key] = 0.0 if absent else reader.number(key, least=0)
+    for key in TOKEN_KEYS:
         extra[key] = _token_ids(reader, key)
     return extra
 

@@ -9,13 +9,18 @@ from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import InputError, nearest
 
 from .base import DecoderConfig
+from .bert import BertConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
+from .model import ModelConfig
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .reader import one_of, shown
+from .st_moe import FAMILY, GraphConfig, StMoeConfig
+from .switch import SwitchTransformersConfig
+from .t5 import T5Config
 
-CONFIGS: Mapping[str, type[DecoderConfig]] = {
+DECODERS: Mapping[str, type[DecoderConfig]] = {
     config.model_type: config
     for config in (
         LlamaConfig,
@@ -27,12 +32,18 @@ CONFIGS: Mapping[str, type[DecoderConfig]] = {
         Qwen3MoeConfig,
     )
 }
+"""The decoder-only families, by `model_type`."""
+
+CONFIGS: Mapping[str, type[ModelConfig]] = {
+    **DECODERS,
+    **{c.model_type: c for c in (T5Config, SwitchTransformersConfig, BertConfig, StMoeConfig)},
+}
 """The families that moecc reads and writes, by `model_type`."""
 
 LARGEST_FILE_BYTES = 16 * 1024 * 1024
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path) -> ModelConfig:
     """Read and check `config.json` in a checkpoint folder.
 
     Raises InputError for what is wrong with the file, MachineError where it cannot be read.
@@ -41,7 +52,7 @@ def read_config(folder: Path) -> DecoderConfig:
     return parse_config(read_json_object(path, limit_bytes=LARGEST_FILE_BYTES), str(path))
 
 
-def parse_config(data: Mapping[str, object], where: str = "config.json") -> DecoderConfig:
+def parse_config(data: Mapping[str, object], where: str = "config.json") -> ModelConfig:
     """Read a config of whichever family `model_type` names.
 
     Raises InputError with every problem: an unknown family, a wrong type or size, keys that
@@ -51,6 +62,8 @@ def parse_config(data: Mapping[str, object], where: str = "config.json") -> Deco
         raise InputError("not a config", where=where, expected="a JSON object", found=shown(data))
     name = data.get("model_type")
     config = CONFIGS.get(name) if isinstance(name, str) else None
+    if name == FAMILY and "graph" in data:
+        config = GraphConfig
     if config is not None:
         return config.from_json(data, where)
     raise InputError(

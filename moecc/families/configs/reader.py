@@ -33,6 +33,18 @@ LARGEST_SIZES: Mapping[str, int] = {
     "moe_intermediate_size": 1 << 24,
     "shared_expert_intermediate_size": 1 << 24,
     "decoder_sparse_step": 10_000,
+    "d_model": 1 << 20,
+    "d_kv": 1 << 16,
+    "d_ff": 1 << 24,
+    "num_layers": 10_000,
+    "num_decoder_layers": 10_000,
+    "num_heads": 1 << 16,
+    "relative_attention_num_buckets": 1 << 10,
+    "relative_attention_max_distance": 1 << 16,
+    "expert_capacity": 1 << 40,
+    "num_sparse_encoder_layers": 10_000,
+    "num_sparse_decoder_layers": 10_000,
+    "type_vocab_size": 1 << 16,
 }
 
 

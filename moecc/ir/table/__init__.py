@@ -1,5 +1,23 @@
 """The rows of the operation table; importing this package fills it."""
 
-from moecc.ir.table import attention, axes, contraction, elementwise, reduction, routing
+from moecc.ir.table import (
+    attention,
+    axes,
+    contraction,
+    elementwise,
+    placing,
+    random,
+    reduction,
+    routing,
+)
 
-__all__ = ["attention", "axes", "contraction", "elementwise", "reduction", "routing"]
+__all__ = [
+    "attention",
+    "axes",
+    "contraction",
+    "elementwise",
+    "placing",
+    "random",
+    "reduction",
+    "routing",
+]

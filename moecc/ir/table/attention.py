@@ -1,4 +1,4 @@
-"""Rotary positions and causal masks; attention itself is contract, mask and softmax."""
+"""Rotary and relative positions, causal masks; attention is contract, mask and softmax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32, PRED
+from moecc.ir.dtypes import F32, I32, PRED
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import (
     axis_of,
@@ -133,5 +133,63 @@ register(
         ("query", "key"),
         _infer_causal,
         attrs={"window": Attr("int", 0, doc="the sliding window in tokens; 0: none")},
+    )
+)
+
+
+def bucket_starts(attrs: Attrs) -> tuple[int, ...]:
+    """Return for each bucket of one direction but the first the smallest distance in it.
+
+    Half of the buckets hold one distance each.  The others grow geometrically: with e exact ones
+    of n, bucket e + m starts at e · (max_distance / e)^(m / (n − e)), made whole upwards (T5,
+    Raffel et al. 2020, §2.1, and its code).  Powers of whole numbers are compared, not logarithms,
+    so no rounding decides.
+
+    Args:
+      attrs: of a ``relative_buckets`` node.
+    """
+    count = attrs["buckets"] // 2 if attrs["bidirectional"] else attrs["buckets"]
+    exact, furthest = count // 2, attrs["max_distance"]
+    starts, rest = list(range(1, exact + 1)), count - exact
+    for step in range(1, rest):
+        distance = starts[-1]
+        while distance**rest < furthest**step * exact ** (rest - step):
+            distance += 1
+        starts.append(distance)
+    return tuple(starts)
+
+
+def _infer_relative_buckets(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    query, key = (v.type for v in operands)
+    need_kind(query, "int", "the positions of the queries")
+    need_kind(key, "int", "the positions of the keys")
+    buckets, directions = attrs["buckets"], 2 if attrs["bidirectional"] else 1
+    if buckets % directions or buckets // directions < 2:
+        expected = "at least 2, or with both directions an even number of at least 4"
+        raise InputError("too few buckets, or an odd number", expected=expected, found=str(buckets))
+    if not buckets // directions // 2 < attrs["max_distance"] <= MOST_DISTANCE:
+        expected = f"more than {buckets // directions // 2}, at most {MOST_DISTANCE}"
+        what = "max_distance does not suit the buckets"
+        raise InputError(what, expected=expected, found=str(attrs["max_distance"]))
+    return (TensorType(I32, no_duplicates((*query.axes, *key.axes))),)
+
+
+MOST_DISTANCE = 1 << 16
+
+register(
+    OpDef(
+        "relative_buckets",
+        """The bucket of each distance from query to key, nearby ones exact, far ones geometric.
+
+        Without `bidirectional`, keys behind the query have buckets by their distance and all keys
+        ahead share bucket 0.  With it, keys ahead have the second half of the buckets.  T5 looks
+        up its attention bias by them (Raffel et al. 2020).""",
+        ("query", "key"),
+        _infer_relative_buckets,
+        attrs={
+            "bidirectional": Attr("bool", doc="whether keys ahead of the query are told apart"),
+            "buckets": Attr("int", 32, doc="the number of buckets, of both directions together"),
+            "max_distance": Attr("int", 128, doc="from where on all distances are one bucket"),
+        },
     )
 )

@@ -33,6 +33,7 @@ UNARY = {
     "log": "The natural logarithm.",
     "square": "x².",
     "rsqrt": "1 / √x.",
+    "normal_cdf": "Φ(x), the distribution function of a standard normal variable.",
 }
 
 for _name, _doc in UNARY.items():

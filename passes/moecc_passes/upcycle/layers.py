@@ -1,8 +1,8 @@
 """Which layers become sparse: the option ``layers`` of ``upcycle``.
 
 ``all``; ``every:4`` is layers 3, 7, 11 … as Hugging Face's ``decoder_sparse_step`` counts;
-``first:half``, ``last:half``, ``first:6``, ``last:6``; a list ``3,7,11``; or a glob over locations,
-``layers.1*.ffn``.
+``first:half``, ``last:half``, ``first:6``, ``last:6``, ``middle:6``; a list ``3,7,11``; a glob over
+locations, ``layers.1*.ffn``; or ``nowhere``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from moecc.analysis.ffn import FFNBlock
 from moecc.errors import InputError, Problem
 
 FORMS = (
-    "all, every:N, first:N, first:half, last:N, last:half, a list 3,7,11, or a glob layers.1*.ffn"
+    "all, nowhere, every:N, first:N, first:half, last:N, last:half, middle:N, a list 3,7,11, "
+    "or a glob layers.1*.ffn"
 )
 
-_COUNT = re.compile(r"(every|first|last):([0-9]{1,9}|half)\Z")
+_COUNT = re.compile(r"(every|first|last|middle):([0-9]{1,9}|half)\Z")
 _LIST = re.compile(r"[0-9]{1,9}(?:,[0-9]{1,9})*\Z")
 
 
 def check_layers(spec: str) -> Problem | None:
     """Return what is wrong with `spec` by itself, or None."""
-    if spec == "all" or _LIST.match(spec):
+    if spec in ("all", "nowhere") or _LIST.match(spec):
         return None
     match = _COUNT.match(spec)
     if match is None:
@@ -32,8 +33,8 @@ def check_layers(spec: str) -> Problem | None:
             return None
         return Problem("layers cannot be read", expected=FORMS, found=spec)
     word, count = match.groups()
-    if word == "every" and count == "half":
-        return Problem("every:half cannot be read", expected=FORMS, found=spec)
+    if word in ("every", "middle") and count == "half":
+        return Problem(f"{word}:half cannot be read", expected=FORMS, found=spec)
     if count.strip("0") == "":
         return Problem(f"{word}:0 selects no layer", expected=FORMS, found=spec)
     return None
@@ -53,8 +54,8 @@ def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
     numbered = [(_number(block, i), block) for i, block in enumerate(blocks)]
     if _LIST.match(spec):
         return _listed(numbered, spec)
-    if spec == "all":
-        return list(blocks)
+    if spec in ("all", "nowhere"):
+        return list(blocks) if spec == "all" else []
     match = _COUNT.match(spec)
     if match is None:
         return [b for b in blocks if fnmatchcase(b.loc, spec)]
@@ -64,6 +65,9 @@ def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
         return [b for n, b in numbered if n % count == count - 1]
     if word == "first":
         return [b for n, b in numbered if n < count]
+    if word == "middle":
+        # As flaxformer counts: with 4 of 12 these are layers 4 to 7.
+        return [b for n, b in numbered if total - count <= 2 * n < total + count]
     return [b for n, b in numbered if n >= total - count]
 
 

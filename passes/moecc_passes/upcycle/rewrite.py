@@ -10,10 +10,12 @@ from typing import Any
 from moecc.analysis.ffn import FFNBlock
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.moe import emit_routing, emit_shared_gate
+from moecc.ir.mixtures import emit_expert_choice, emit_rescaled
+from moecc.ir.moe import Finish, emit_routing, emit_shared_gate
 from moecc.ir.types import Axis, TensorType, tensor
 from moecc.weights.expr import Expr, Full, Source
 from moecc_passes.upcycle.lift import Division, lifted, scaled, shared_part
+from moecc_passes.upcycle.sublayer import DenseCopy
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Recipe:
       factors: what each parameter of the experts is multiplied by.
       perturb: makes copies differ; takes the name of a parameter, its dense and its lifted weight.
       slots: the attributes of ``place``: slots, capacity_factor and so on.
+      expert_bias: ``multiplicative`` (ones) or ``additive`` (zeros): a vector for each expert on
+        the hidden value before the last matrix (ST-MoE, Appendix C); ``none``.
+      experts_choose: whether experts choose tokens.
+      extra_ffn: whether a dense sublayer is put ``before`` or ``after``; ``none``.
     """
 
     division: Division
@@ -39,10 +45,15 @@ class Recipe:
     factors: Mapping[Value, float]
     perturb: Callable[[str, Expr, Expr], Expr]
     slots: Mapping[str, Any]
+    expert_bias: str = "none"
+    extra_ffn: str = "none"
+    experts_choose: bool = False
 
 
 def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
     """Replace `block` by its sparse version; parameters that nothing uses any more go."""
+    if recipe.extra_ffn != "none":
+        DenseCopy.of(block).emit(graph, recipe.extra_ffn)
     names = {p: p.name for p in block.params}
     leaving = [p for p in names if p.users.keys() <= set(block.nodes)]
     for param in leaving:
@@ -56,12 +67,15 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
         loc=block.loc,
     )
     tokens = tuple(n for n in block.x.type.names if n != block.outer)
-    rows, finish = emit_routing(
-        builder, block.x, router, experts=recipe.division.experts, top_k=recipe.top_k,
-        gates=recipe.gates, scale=recipe.gate_scale, tokens=tokens, **recipe.slots,
-    )  # fmt: skip
+    if recipe.experts_choose:
+        rows, finish = _experts_choose(builder, block.x, router, tokens, recipe)
+    else:
+        rows, finish = emit_routing(
+            builder, block.x, router, experts=recipe.division.experts, top_k=recipe.top_k,
+            gates=recipe.gates, scale=recipe.gate_scale, tokens=tokens, **recipe.slots,
+        )  # fmt: skip
     experts = {p: _expert_param(graph, p, names[p], recipe) for p in names}
-    output = finish(_emit(builder, block.nodes, {block.x: rows, **experts})[block.output])
+    output = finish(_experts(builder, block, recipe, {block.x: rows, **experts}))
     if recipe.division.shared:
         output = builder.add(output, _shared(builder, block, names, recipe))
     block.output.replace_by(output)
@@ -69,6 +83,40 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
         node.erase()
     for param in leaving:
         graph.erase_param(param.name)
+
+
+def _experts_choose(
+    builder: Builder, x: Value, router: Value, tokens: tuple[str, ...], recipe: Recipe
+) -> tuple[Value, Finish]:
+    """Let experts choose tokens; the gates of a token that is taken at all add up to one."""
+    attrs = {n: v for n, v in recipe.slots.items() if n != "slots"}
+    chosen, scores, place = emit_expert_choice(builder, x, router, tokens=tokens, **attrs)
+    gates = emit_rescaled(builder, scores, place)
+    rows = builder.dispatch(x, chosen, place)
+
+    def finish(rows_out: Value) -> Value:
+        combined: Value = builder.combine(rows_out, chosen, place, gates)
+        return combined
+
+    return rows, finish
+
+
+def _experts(builder: Builder, block: FFNBlock, recipe: Recipe, image: dict[Value, Value]) -> Value:
+    """Emit the lifted block on the rows, with the experts' bias before its last matrix."""
+    at = block.nodes.index(block.down)
+    hidden = block.down.operands[0]
+    _emit(builder, block.nodes[:at], image)
+    if recipe.expert_bias != "none":
+        is_product = recipe.expert_bias == "multiplicative"
+        type = hidden.type.with_axes(
+            (Axis("expert", recipe.division.experts), Axis(block.inner, recipe.division.width))
+        )
+        name = builder.graph.fresh(f"{_name(block.loc)}.expert_bias")
+        weight = Full(1.0 if is_product else 0.0, type)
+        bias = builder.graph.param(name, type, weight, loc=block.loc)
+        add_or_mul = builder.mul if is_product else builder.add
+        image[hidden] = add_or_mul(image[hidden], bias)
+    return _emit(builder, block.nodes[at:], image)[block.output]
 
 
 def _name(loc: str) -> str:

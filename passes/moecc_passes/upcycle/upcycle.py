@@ -15,12 +15,14 @@ from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
 from moecc.rewrite.match import NearMiss
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
+from moecc_passes.routed import causal_values
 from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
 from moecc_passes.upcycle.gates import GateLaw
 from moecc_passes.upcycle.layers import check_layers, select
 from moecc_passes.upcycle.lift import Division, Drop, Noise, router_weight
 from moecc_passes.upcycle.rewrite import Recipe, rewrite_block
 from moecc_passes.upcycle.scaling import Factors, is_scaled, place_scale, shares
+from moecc_passes.upcycle.sublayer import surroundings
 
 Perturb = Callable[[str, Expr, Expr], Expr]
 """Makes copies differ: from a parameter's name, its dense weight, and its lifted weight."""
@@ -65,7 +67,8 @@ class UpcyclePass(Pass):
     experts: Annotated[int, "N, the experts stored"] = 8
     top_k: Annotated[int, "k, the experts that a token goes to"] = 2
     layers: Annotated[
-        str, "all, every:N, first:N|half, last:N|half, a list 3,7,11, or a glob over locations"
+        str,
+        "all, nowhere, every:N, first:N|half, last:N|half, middle:N, a list 3,7,11, or a glob",
     ] = "all"
     granularity: Annotated[int, "G, the slices of a block that make up one virtual group"] = 1
     shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
@@ -90,6 +93,21 @@ class UpcyclePass(Pass):
     )
     capacity_factor: Annotated[float, "slots=capacity: the capacity factor"] = 1.25
     groups: Annotated[int, "slots=capacity: the token groups that capacity counts in"] = 1
+    routing: Annotated[
+        Literal["token-choice", "expert-choice"],
+        "whether tokens choose experts, or experts tokens; the latter in encoders only",
+    ] = "token-choice"
+    decoder_layers: Annotated[
+        str | None, "layers for the decoder of an encoder-decoder; none: as layers says"
+    ] = None
+    extra_ffn: Annotated[
+        Literal["none", "before", "after"],
+        "a dense sublayer beside each sparse one; adds 0 at first",
+    ] = "none"
+    expert_bias: Annotated[
+        Literal["none", "multiplicative", "additive"],
+        "a vector for each expert before its last matrix; ones or zeros at first",
+    ] = "none"
 
     @cached_property
     def law(self) -> GateLaw:
@@ -119,8 +137,16 @@ class UpcyclePass(Pass):
             matrices=3 if block is None else len(block.ups) + 1,
             shared=self.shared,
             placement=self._inexact_placement(block),
-            capacity_factor=self.capacity_factor if self.slots == "capacity" else None,
+            capacity_factor=self.capacity_factor if self._is_bounded else None,
         )
+
+    @property
+    def _experts_choose(self) -> bool:
+        return self.routing == "expert-choice"
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self._experts_choose or self.slots == "capacity"
 
     def _inexact_placement(self, block: FFNBlock | None) -> str | None:
         scale = self.law.weight_scale
@@ -140,7 +166,8 @@ class UpcyclePass(Pass):
         """Return what is wrong with the options, whatever the model."""
         problems = [*self._impossible(), *self._out_of_range()]
         layers = check_layers(self.layers)
-        return [*problems, layers] if layers else problems
+        decoder = check_layers(self.decoder_layers or "all")
+        return [*problems, *(p for p in (layers, decoder) if p)]
 
     def _impossible(self) -> list[Problem]:
         n, k, g = self.experts, self.top_k, self.granularity
@@ -181,7 +208,20 @@ class UpcyclePass(Pass):
                         "gates", "granularity=1", f"granularity={g}",
                         "gates=renormalised suits any granularity")
             )  # fmt: skip
-        return found
+        return [*found, *self._against_expert_choice()] if self._experts_choose else found
+
+    def _against_expert_choice(self) -> list[Problem]:
+        """Return which options say something about choices that tokens do not make."""
+        checks = (
+            ("gates", self.gates == "renormalised", "gates=renormalised", self.gates),
+            ("granularity", self.granularity == 1, "granularity=1", self.granularity),
+            ("gate-scale", self.gate_scale == 1, "gate-scale=1.0", self.gate_scale),
+        )
+        return [
+            Problem("where experts choose tokens, a token has no best experts", name, expected,
+                    str(value), "routing=token-choice has this option")
+            for name, fits, expected, value in checks if not fits
+        ]  # fmt: skip
 
     def _out_of_range(self) -> list[Problem]:
         checks = (
@@ -192,7 +232,7 @@ class UpcyclePass(Pass):
             ("gate-scale", self.gate_scale > 0, "gate-scale > 0", self.gate_scale),
             ("groups", self.groups >= 1, "groups >= 1", self.groups),
             (
-                "capacity-factor", self.slots == "ragged" or self.capacity_factor > 0,
+                "capacity-factor", not self._is_bounded or self.capacity_factor > 0,
                 "capacity-factor > 0", self.capacity_factor,
             ),
         )  # fmt: skip
@@ -210,8 +250,11 @@ class UpcyclePass(Pass):
             problems at once.
         """
         search = find_ffn_blocks(graph)
-        chosen = select(search.blocks, self.layers, _layers(search))
+        chosen = self._chosen(search)
         problems = [p for block in chosen if (p := self._misfit(block)) is not None]
+        if self._experts_choose:
+            causal = causal_values(graph)
+            problems += [_looks_ahead(block) for block in chosen if block.x in causal]
         if problems:
             raise InputError(problems)
         result = PassResult(changed=bool(chosen), matched=len(chosen))
@@ -226,6 +269,18 @@ class UpcyclePass(Pass):
         for remark in result.remarks:
             ctx.remark(remark)
         return result
+
+    def _chosen(self, search: FFNSearch) -> list[FFNBlock]:
+        if self.decoder_layers is None:
+            return select(search.blocks, self.layers, _layers(search))
+        chosen: list[FFNBlock] = []
+        for spec, is_decoder in ((self.layers, False), (self.decoder_layers, True)):
+            part = FFNSearch(
+                [b for b in search.blocks if b.loc.startswith("decoder") == is_decoder],
+                [r for r in search.refusals if r.loc.startswith("decoder") == is_decoder],
+            )
+            chosen += select(part.blocks, spec, _layers(part))
+        return chosen
 
     def _misfit(self, block: FFNBlock) -> Problem | None:
         """Return why the neurons of `block` do not divide as the options ask, or None."""
@@ -249,6 +304,12 @@ class UpcyclePass(Pass):
         if isinstance(chosen, str):
             hint = None if self.scale_placement == "down" else "scale-placement=down"
             return Problem(f"{chosen} (by {self.law.weight_scale:g})", block.loc, hint=hint)
+        around = surroundings(block) if self.extra_ffn != "none" else None
+        if isinstance(around, str):
+            return Problem(
+                f"no extra sublayer can stand beside the block: {around}", block.loc,
+                hint="extra-ffn=none",
+            )  # fmt: skip
         return None
 
     def _groups_fit(self, slices: int, neurons: int) -> bool:
@@ -278,7 +339,7 @@ class UpcyclePass(Pass):
         outer = block.x.type[block.outer]
         key = derive_key(seed, f"{_place(block)}/router")
         slots: dict[str, object] = {"slots": self.slots}
-        if self.slots == "capacity":
+        if self._is_bounded:
             slots |= {"capacity_factor": self.capacity_factor, "groups": self.groups}
         return Recipe(
             division=division,
@@ -289,6 +350,9 @@ class UpcyclePass(Pass):
             factors=factors,
             perturb=self._perturb(block, division, seed),
             slots=slots,
+            expert_bias=self.expert_bias,
+            extra_ffn=self.extra_ffn,
+            experts_choose=self._experts_choose,
         )
 
     def _perturb(self, block: FFNBlock, division: Division, seed: int) -> Perturb:
@@ -307,10 +371,9 @@ class UpcyclePass(Pass):
         return 0.0 if self._router_is_zero else self._router_std(block) * sqrt(block.embed)
 
     def _remarks(self, blocks: list[FFNBlock]) -> list[Remark]:
-        remarks = [
-            Remark(b.loc, f"became {self.experts} experts, top-{self.top_k}") for b in blocks
-        ]
-        if self.top_k == 1 and self.gates == "renormalised":
+        how = "which choose tokens" if self._experts_choose else f"top-{self.top_k}"
+        remarks = [Remark(b.loc, f"became {self.experts} experts, {how}") for b in blocks]
+        if not self._experts_choose and self.top_k == 1 and self.gates == "renormalised":
             remarks.append(
                 Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
                            "gets no gradient from the loss; gates=switch or top-k=2 trains it")
@@ -328,6 +391,13 @@ class UpcyclePass(Pass):
 def _place(block: FFNBlock) -> str:
     """Return what the draws of a block are keyed by; the location alone may not be the only one."""
     return f"{block.loc}/{block.down.operands[1].name}"
+
+
+def _looks_ahead(block: FFNBlock) -> Problem:
+    return Problem(
+        "expert choice in a decoder decides about a token by later ones", block.loc,
+        hint="routing=token-choice, or decoder-layers=nowhere",
+    )  # fmt: skip
 
 
 def _unperturbed(name: str, dense: Expr, experts: Expr) -> Expr:

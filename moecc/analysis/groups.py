@@ -1,0 +1,58 @@
+"""Groups of parameters, as fine-tuning a sparse model tells them apart (ST-MoE, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from moecc.ir.graph import Graph, Value
+
+GROUPS = ("all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding")
+"""The groups; a parameter may be in several.
+
+``moe`` is whatever has one part for each expert, the router included; ``non-moe`` is the rest.
+``attention`` is self-attention and cross-attention, ``ffn`` the dense feed-forward layers, both
+without their norms.  ``embedding`` has the table of tokens and the output matrix.
+"""
+
+ATTRIBUTE = "frozen"
+"""The attribute of a graph that names the groups that are not trained."""
+
+
+def parameter_groups(graph: Graph) -> dict[str, frozenset[str]]:
+    """Return the groups of every parameter of `graph`, by its name."""
+    return {name: frozenset(_groups(value)) for name, value in graph.params.items()}
+
+
+def _groups(value: Value) -> Iterable[str]:
+    yield "all"
+    if "expert" in value.type:
+        yield "moe"
+        if not any("slot" in v.type for n in value.users for v in n.operands):
+            yield "router"
+        return
+    yield "non-moe"
+    names = {node.op.name for node in value.users}
+    place = value.loc.rpartition(".")[2]
+    if any(name.endswith("_norm") for name in names):
+        yield "norm"
+    elif "embedding" in names or place == "head":
+        yield "embedding"
+    elif "attention" in place:
+        yield "attention"
+    elif place.endswith("ffn"):
+        yield "ffn"
+
+
+def trainable(graph: Graph) -> dict[str, bool]:
+    """Return for every parameter whether it is trained: a mask as ``optax.masked`` takes it.
+
+    The graph's attribute ``frozen`` names the groups that are not (the pass ``freeze`` sets it);
+    without it all are.
+    """
+    found = graph.attrs.get(ATTRIBUTE)
+    chosen: Mapping[str, Iterable[str]] = found if isinstance(found, Mapping) else {}
+    groups = parameter_groups(graph)
+    only, frozen = set(chosen.get("only", ())), set(chosen.get("groups", ()))
+    if only:
+        return {name: bool(of & only) for name, of in groups.items()}
+    return {name: not of & frozen for name, of in groups.items()}

@@ -1,0 +1,90 @@
+"""From any typed config to its graph, whatever the shape of the model."""
+
+from __future__ import annotations
+
+from moecc.collector import collector_paused
+from moecc.errors import InputError
+from moecc.families.bert import build_bert
+from moecc.families.configs import (
+    BertConfig,
+    DecoderConfig,
+    EncDecConfig,
+    GraphConfig,
+    ModelConfig,
+    StMoeConfig,
+)
+from moecc.families.decoder import build_decoder
+from moecc.families.encdec import build_encdec
+from moecc.families.graph_layout import build_graph
+from moecc.families.parameters import DtypeOf
+from moecc.ir.graph import Graph
+from moecc.ir.types import Size
+
+
+def build_model(
+    config: ModelConfig,
+    dtype_of: DtypeOf | None = None,
+    checkpoint: str = "",
+    *,
+    layout: str = "experts",
+    padding: bool = False,
+    batch: Size = "B",
+    seq: Size = "S",
+    decoder_seq: Size = "T",
+) -> Graph:
+    """Return the graph of `config`.
+
+    Args:
+      config: a config of any family.
+      dtype_of: the element type of each tensor on disk; float32 where it is not given.
+      checkpoint: where the weights lie.
+      layout: how experts lie on disk, see `moecc.families.parameters.LAYOUTS`.
+      padding: whether an encoder has an input ``mask``; a decoder alone needs none.
+      batch: the size of the batch axis.
+      seq: the length of the sequences, in an encoder-decoder those of the encoder.
+      decoder_seq: the length of the decoder's.
+
+    Raises:
+      InputError: `padding` is asked of a decoder alone, or a config's graph is faulty.
+    """
+    if padding and isinstance(config, DecoderConfig):
+        raise InputError(
+            "a decoder alone takes no mask",
+            where=config.model_type,
+            hint="padding behind a text changes nothing: no token before it looks there",
+        )
+    # A model of 2048 experts a layer is built of several hundred thousand objects.
+    with collector_paused():
+        return _build(
+            config,
+            dtype_of,
+            checkpoint,
+            layout="stacked" if isinstance(config, StMoeConfig) else layout,
+            padding=padding,
+            sizes=(batch, seq, decoder_seq),
+        )
+
+
+def _build(
+    config: ModelConfig,
+    dtype_of: DtypeOf | None,
+    checkpoint: str,
+    *,
+    layout: str,
+    padding: bool,
+    sizes: tuple[Size, Size, Size],
+) -> Graph:
+    batch, seq, decoder_seq = sizes
+    match config:
+        case DecoderConfig():
+            return build_decoder(config, dtype_of, checkpoint, layout=layout, batch=batch, seq=seq)
+        case EncDecConfig():
+            return build_encdec(
+                config, dtype_of, checkpoint, layout=layout, padding=padding, batch=batch,
+                seq=seq, decoder_seq=decoder_seq,
+            )  # fmt: skip
+        case BertConfig():
+            return build_bert(config, dtype_of, checkpoint, padding=padding, batch=batch, seq=seq)
+        case GraphConfig():
+            return build_graph(config, dtype_of, checkpoint)
+    raise TypeError(f"no builder for {type(config).__name__}")

@@ -1,0 +1,134 @@
+"""What every config has in common, whatever the shape of the model: reading, writing, checks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+from moecc.errors import InputError
+
+from .extras import KEPT_NUMBERS, read_extra, refuse_what_needs_other_code
+from .reader import KeyProblem, Reader, key_problem, one_of
+
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+"""Names that a config may use, and the one name per function that moecc uses."""
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model of any family; sizes count elements.
+
+    Raises InputError on construction when the values do not fit together or when the family
+    has no way to say them.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    # Other names that the class in `architectures` has had.
+    aliases: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Mapping[str, object]]
+    # Numbers that an export keeps with their default where the file is silent.
+    kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
+
+    vocab_size: int
+    dtype: str | None = None
+    extra: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        problems = list(self.checks())
+        if problems:
+            name = type(self).__name__
+            raise InputError(
+                replace(problem, where=f"{name}: {problem.where}") for problem in problems
+            )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object], where: str = "config.json") -> Self:
+        """Read a config.json of this family, in the spelling of transformers 4, 5 or both.
+
+        Raises InputError with every problem; a key that is absent has transformers' default.
+        """
+        reader = Reader(data, cls.defaults, where)
+        refuse_what_needs_other_code(reader, cls.architecture, cls.aliases)
+        values = cls._read(reader)
+        values["extra"] = read_extra(reader, cls.kept_numbers)
+        config = cls._construct(values, reader)
+        if config is None or reader.problems:
+            raise InputError(reader.problems)
+        return config
+
+    @classmethod
+    def _construct(cls, values: dict[str, Any], reader: Reader) -> Self | None:
+        try:
+            return cls(**values)
+        except InputError as error:
+            for problem in error.problems:
+                reader.accept(problem)
+            return None
+
+    def to_json(self) -> dict[str, object]:
+        """Return config.json with the keys of transformers 4 and 5 side by side, sorted."""
+        keys = {
+            **self.extra,
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "dtype": self.dtype,
+            "torch_dtype": self.dtype,
+            "vocab_size": self.vocab_size,
+            **self._write(),
+        }
+        return {key: copy.deepcopy(keys[key]) for key in sorted(keys)}
+
+    def common(self) -> dict[str, Any]:
+        """Return the fields that every config of this shape has, to make another family's from."""
+        return {f.name: getattr(self, f.name) for f in fields(self.shape())}
+
+    @classmethod
+    def shape(cls) -> type[ModelConfig]:
+        """Return the class whose fields all families of this shape of model share."""
+        return ModelConfig
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, Any]:
+        """Read the fields that all families have; families add their own."""
+        return {"vocab_size": reader.size("vocab_size"), "dtype": _read_dtype(reader)}
+
+    def _write(self) -> dict[str, object]:
+        """Return the keys of the family."""
+        return {}
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield what does not fit together, or what this family cannot say."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            yield key_problem("unknown dtype", one_of(DTYPES), self.dtype, "dtype")
+        padding = self.extra.get("pad_token_id")
+        if isinstance(padding, int) and not -self.vocab_size <= padding < self.vocab_size:
+            what = "the padding token lies outside the vocabulary, which transformers refuses"
+            expected = f"below {self.vocab_size}, or null"
+            yield key_problem(what, expected, f"{padding}", "pad_token_id", "vocab_size")
+
+
+def activation_problem(act: str, key: str = "hidden_act") -> Iterator[KeyProblem]:
+    """Yield a problem unless `act` is an activation that moecc has."""
+    if act not in ACTIVATIONS.values():
+        yield key_problem("unknown activation", one_of(set(ACTIVATIONS.values())), act, key)
+
+
+def _read_dtype(reader: Reader) -> str | None:
+    """Read the type of the stored weights, `torch_dtype` in version 4 and `dtype` in 5."""
+    stated = [key for key in ("dtype", "torch_dtype") if reader.value(key) is not None]
+    found = {key: reader.choice(key, DTYPES) for key in stated}
+    if len(set(found.values())) > 1:
+        reader.conflict(("dtype", "torch_dtype"), "the dtype is stated twice and differs")
+    return next(iter(found.values()), None)

@@ -1,0 +1,224 @@
+"""The graph of an encoder-decoder of T5's shape, dense or sparse, of any family that says one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.families.configs import EncDecConfig
+from moecc.families.encdec_ffn import Sublayer, ffn_sublayers
+from moecc.families.names import names_of
+from moecc.families.parameters import DtypeOf, Parameters, float32_of
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import I32, PRED
+from moecc.ir.graph import Graph, Value
+from moecc.ir.types import Size, tensor
+
+KV_SEQ = "kv_seq"
+"""What a sequence is called where it is attended to."""
+
+
+def build_encdec(
+    config: EncDecConfig,
+    dtype_of: DtypeOf | None = None,
+    checkpoint: str = "",
+    *,
+    layout: str = "experts",
+    batch: Size = "B",
+    seq: Size = "S",
+    decoder_seq: Size = "T",
+    padding: bool = False,
+) -> Graph:
+    """Return the graph from two token inputs to ``logits : f32[batch, seq, vocab]``.
+
+    The inputs are ``tokens : i32[batch, seq]`` of the encoder and ``decoder_tokens``, whose length
+    is another variable; with `padding` also ``mask : pred[batch, seq]``, true where the encoder's
+    token is one.
+
+    Args:
+      config: what to build.
+      dtype_of: the element type of each tensor on disk; float32 where it is not given.
+      checkpoint: where the weights lie, for the graph's attributes.
+      layout: ``experts`` (one tensor an expert) or ``stacked`` (one tensor for all of a layer).
+      batch: the size of the batch axis.
+      seq: the encoder's length.
+      decoder_seq: the decoder's length.
+      padding: whether the encoder's sequences are padded.
+    """
+    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
+    graph = Graph(config.model_type, attrs)
+    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of, layout)
+    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
+    decoder_tokens = graph.input("decoder_tokens", tensor(I32, batch=batch, seq=decoder_seq))
+    mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if padding else None
+    builder = Builder(graph)
+    keep = None
+    if mask is not None:
+        with builder.at("encoder.embed"):
+            keep = as_keys(builder, mask)
+    memory = _Stack(builder, config, params, "encoder", tokens, keep).emit(None)
+    hidden = _Stack(builder, config, params, "decoder", decoder_tokens, keep).emit(memory)
+    with builder.at("head"):
+        if config.scale_outputs:
+            hidden = builder.scale(hidden, by=config.hidden_size**-0.5, name="scaled")
+        head = embedding_of(config, params) if config.tie_word_embeddings else _head(config, params)
+        graph.set_output("logits", builder.contract(hidden, head, over="embed", name="logits"))
+    return graph
+
+
+def as_keys(builder: Builder, x: Value) -> Value:
+    """Return `x` with its sequence under the name that keys and values have."""
+    renamed: Value = builder.rename(x, axis="seq", to=KV_SEQ)
+    return renamed
+
+
+def embedding_of(config: EncDecConfig, params: Parameters) -> Value:
+    """Return the token embedding, ``[vocab, embed]``."""
+    axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
+    return params.plain(params.names.embedding, "embed", **axes)
+
+
+def _head(config: EncDecConfig, params: Parameters) -> Value:
+    axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
+    return params.plain(params.names.head, "head", **axes)
+
+
+@dataclass
+class _Stack:
+    """The encoder or the decoder.
+
+    Attributes:
+      tokens: its token ids, ``[batch, seq]``.
+      keep: which of the encoder's tokens may be attended to, ``[batch, kv_seq]``, or None.
+    """
+
+    builder: Builder
+    config: EncDecConfig
+    params: Parameters
+    stack: str
+    tokens: Value
+    keep: Value | None
+
+    @property
+    def is_encoder(self) -> bool:
+        return self.stack == "encoder"
+
+    def emit(self, memory: Value | None) -> Value:
+        """Emit all layers; `memory` is the encoder's output where this is the decoder."""
+        builder = self.builder
+        with builder.at(f"{self.stack}.embed"):
+            table = embedding_of(self.config, self.params)
+            hidden = builder.embedding(table, self.tokens, axis="vocab", name="hidden")
+        with builder.at(f"{self.stack}.positions"):
+            bias, causal = self._positions()
+        masks = [m for m in (causal, self.keep if self.is_encoder else None) if m is not None]
+        if memory is not None:
+            with builder.at("encoder.memory"):
+                memory = as_keys(builder, memory)
+        for layer in range(self.config.layers(self.stack)):
+            hidden = self._attention(hidden, layer, bias, masks)
+            if memory is not None:
+                hidden = self._cross_attention(hidden, layer, memory)
+            for sublayer in ffn_sublayers(self.config, self.stack, layer):
+                hidden = self._ffn(hidden, layer, sublayer)
+        with builder.at(f"{self.stack}.norm"):
+            return self._norm(hidden, f"{self.stack}.final_layer_norm.weight")
+
+    def _positions(self) -> tuple[Value, Value | None]:
+        """Emit the attention bias ``[seq, kv_seq, head]`` and the decoder's causal mask."""
+        builder, config = self.builder, self.config
+        query = builder.positions(self.tokens, axis="seq", name="positions")
+        key = as_keys(builder, query)
+        buckets = builder.relative_buckets(
+            query,
+            key,
+            bidirectional=self.is_encoder,
+            buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+        )
+        count, heads = config.relative_attention_num_buckets, config.num_attention_heads
+        name = f"{self._prefix(0)}layer.0.SelfAttention.relative_attention_bias.weight"
+        table = self.params.plain(name, builder.loc, bucket=count, head=heads)
+        bias = builder.embedding(table, buckets, axis="bucket", name="bias")
+        return bias, None if self.is_encoder else builder.causal(query, key, name="causal")
+
+    def _prefix(self, layer: int) -> str:
+        return f"{self.stack}.block.{layer}."
+
+    def _attention(self, hidden: Value, layer: int, bias: Value, masks: list[Value]) -> Value:
+        with self.builder.at(f"{self.stack}.layers.{layer}.attention"):
+            x = self._norm(hidden, f"{self._prefix(layer)}layer.0.layer_norm.weight")
+            heads = _Heads(self, f"{self._prefix(layer)}layer.0.SelfAttention.")
+            found = heads.attend(x, as_keys(self.builder, x), bias, masks)
+            added: Value = self.builder.add(hidden, found, name="hidden")
+            return added
+
+    def _cross_attention(self, hidden: Value, layer: int, memory: Value) -> Value:
+        with self.builder.at(f"{self.stack}.layers.{layer}.cross_attention"):
+            x = self._norm(hidden, f"{self._prefix(layer)}layer.1.layer_norm.weight")
+            heads = _Heads(self, f"{self._prefix(layer)}layer.1.EncDecAttention.")
+            masks = [] if self.keep is None else [self.keep]
+            found = heads.attend(x, memory, None, masks)
+            added: Value = self.builder.add(hidden, found, name="hidden")
+            return added
+
+    def _ffn(self, hidden: Value, layer: int, sublayer: Sublayer) -> Value:
+        prefix = f"{self._prefix(layer)}layer.{1 if self.is_encoder else 2}."
+        prefix = f"{prefix}{sublayer.prefix}"
+        with self.builder.at(f"{self.stack}.layers.{layer}.{sublayer.place}"):
+            x = self._norm(hidden, f"{prefix}layer_norm.weight")
+            found = sublayer.emit(self.builder, x, prefix, self.config, self.params)
+            added: Value = self.builder.add(hidden, found, name="hidden")
+            return added
+
+    def _norm(self, x: Value, name: str) -> Value:
+        scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
+        eps = self.config.rms_norm_eps
+        normed: Value = self.builder.rms_norm(x, scale, axis="embed", eps=eps, name="norm")
+        return normed
+
+
+@dataclass
+class _Heads:
+    """One attention: its projections, and what it does with them."""
+
+    stack: _Stack
+    prefix: str
+
+    def attend(self, x: Value, memory: Value, bias: Value | None, masks: list[Value]) -> Value:
+        """Emit attention of ``[batch, seq, embed]`` to ``[batch, kv_seq, embed]``, not scaled."""
+        builder = self.stack.builder
+        query, key = self._project(x, "q"), self._project(memory, "k")
+        value = self._project(memory, "v")
+        scores = builder.contract(query, key, over="head_dim", name="scores")
+        if bias is not None:
+            scores = builder.add(scores, bias)
+        for mask in masks:
+            scores = builder.mask(scores, mask)
+        weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
+        mixed = builder.contract(weights, value, over=KV_SEQ, name="mixed")
+        merged = builder.merge(mixed, axes=("head", "head_dim"), into="q")
+        weight = self._weight("o", embed=self._embed, q=self._width)
+        y: Value = builder.contract(merged, weight, over="q")
+        return y
+
+    def _project(self, x: Value, letter: str) -> Value:
+        """Project to heads; the weight stays whole, as on disk, and the result is split."""
+        config, builder = self.stack.config, self.stack.builder
+        axis = "q" if letter == "q" else "kv"
+        weight = self._weight(letter, **{axis: self._width, "embed": self._embed})
+        y = builder.contract(x, weight, over="embed", name=letter)
+        into = (("head", config.num_attention_heads), ("head_dim", config.head_dim))
+        heads: Value = builder.split(y, axis=axis, into=into)
+        return heads
+
+    @property
+    def _embed(self) -> int:
+        return self.stack.config.hidden_size
+
+    @property
+    def _width(self) -> int:
+        return self.stack.config.num_attention_heads * self.stack.config.head_dim
+
+    def _weight(self, letter: str, **axes: int) -> Value:
+        loc = self.stack.builder.loc
+        return self.stack.params.plain(f"{self.prefix}{letter}.weight", loc, **axes)

@@ -1,0 +1,98 @@
+"""FLOPs of one sequence, counted from the graph, and as papers count them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from moecc.families.experts import choices_kept, rows_of
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.table.placing import placing
+
+PAPER_LENGTHS = {"S": 512, "T": 114}
+"""Tokens of the encoder and of the decoder in the pre-training of ST-MoE (§6)."""
+
+CONVENTION = "paper"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFlops:
+    """FLOPs of the forward pass of one sequence, a multiplication and an addition each.
+
+    Attributes:
+      paper: 2 · parameters · tokens, as the papers have it: every matrix that a token meets counts
+        once, experts as often as a token chooses, keys and values of cross-attention as if they
+        were made of the decoder's tokens, and attention scores not at all.
+      weights: of all products with parameters, as the graph computes them.
+      attention: of all other products.
+      lengths: the tokens of a sequence, by the variable that stands for them.
+    """
+
+    paper: int
+    weights: int
+    attention: int
+    lengths: dict[str, int]
+
+
+def sequence_flops(graph: Graph, lengths: Mapping[str, int] | None = None) -> SequenceFlops:
+    """Count the FLOPs of one sequence whose lengths are `lengths`, by variable.
+
+    A variable that is not named counts as 512; the batch has one sequence.
+    """
+    used = _lengths(graph, PAPER_LENGTHS if lengths is None else lengths)
+    paper = weights = attention = 0.0
+    for node in graph:
+        if node.op.name != "contract":
+            continue
+        work = _work(node, used)
+        if not any(v.is_param for v in node.operands):
+            attention += work
+            continue
+        weights += work
+        paper += work * _as_in_papers(node, used)
+    return SequenceFlops(round(paper), round(weights), round(attention), used)
+
+
+def _lengths(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for value in graph.inputs.values():
+        for axis in value.type:
+            if isinstance(axis.size, str) and axis.name != "batch":
+                found[axis.size] = given.get(axis.size, 512)
+    return found
+
+
+def _work(node: Node, lengths: Mapping[str, int]) -> float:
+    """Return two for each multiplication of a contraction, of one sequence."""
+    rows = rows_of(node.operands)
+    sizes = {axis.name: axis.size for v in node.operands for axis in v.type}
+    if rows is None:
+        return 2.0 * prod(_size(name, size, lengths) for name, size in sizes.items())
+    inner = (s for n, s in sizes.items() if n not in ("group", "expert", "slot"))
+    each = prod(s for s in inner if isinstance(s, int))
+    return 2.0 * each * _tokens_behind(rows, lengths) * choices_kept(rows)
+
+
+def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
+    if name == "batch":
+        return 1
+    return size if isinstance(size, int) else lengths.get(str(size), 1)
+
+
+def _tokens_behind(rows: Value, lengths: Mapping[str, int]) -> int:
+    """Return the tokens of a sequence that were dispatched to `rows`."""
+    place = next(iter(rows.type.extents)).value
+    tokens = placing(place).attrs["tokens"]
+    return prod(_size(n, place.type[n].size, lengths) for n in tokens)
+
+
+def _as_in_papers(node: Node, lengths: Mapping[str, int]) -> float:
+    """Return by what a paper's count of a product differs from the graph's."""
+    rows = rows_of(node.operands)
+    if rows is not None:
+        return choices_kept(rows, bounded=False) / choices_kept(rows)
+    if "cross_attention" in node.loc and "kv_seq" in node.result.type:
+        memory = _size("kv_seq", node.result.type["kv_seq"].size, lengths)
+        return lengths.get("T", memory) / memory
+    return 1.0

@@ -1,0 +1,165 @@
+"""Pieces of routing that are made of the operation table, for passes and for models by hand.
+
+Each function appends operations to a builder and returns what they give.  Where a paper has the
+formula, it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moecc.errors import InputError
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Value
+from moecc.ir.types import Axis
+
+
+def emit_jitter(builder: Builder, x: Value, key: Value, width: float) -> Value:
+    """Return `x` times uniform numbers on [1 − width, 1 + width) (Switch, Fedus et al. 2021)."""
+    factor = builder.random_uniform(key, x, low=1 - width, high=1 + width, name="jitter")
+    jittered: Value = builder.mul(x, factor)
+    return jittered
+
+
+def emit_dropout(builder: Builder, x: Value, key: Value, rate: float) -> Value:
+    """Return `x` with a share `rate` of its elements zero and the others scaled up for it."""
+    uniform = builder.random_uniform(key, x)
+    bound = builder.constant(value=rate, dtype=uniform.type.dtype.name)
+    dropped = builder.less(uniform, bound)
+    zero = builder.constant(value=0.0, dtype=x.type.dtype.name)
+    kept: Value = builder.select(dropped, zero, builder.scale(x, by=1 / (1 - rate)))
+    return kept
+
+
+def emit_noise(builder: Builder, logits: Value, key: Value, std: float) -> Value:
+    """Return `logits` plus normal noise of standard deviation `std` (Shazeer et al. 2017)."""
+    noisy: Value = builder.add(logits, builder.random_normal(key, logits, std=std, name="noise"))
+    return noisy
+
+
+def emit_priority(builder: Builder, logits: Value, axis: str = "expert") -> Value:
+    """Return each token's largest probability, ``[*tokens]`` (V-MoE, Riquelme et al. 2021)."""
+    probabilities = builder.softmax(logits, axis=axis)
+    priority: Value = builder.max(probabilities, axes=axis, name="priority")
+    return priority
+
+
+def emit_rescaled(builder: Builder, gates: Value, place: Value, choice: str = "choice") -> Value:
+    """Return the gates of what was placed, scaled so that they add up to what all gates did.
+
+    This is renormalisation after a drop: a token whose second expert was full leaves all its weight
+    to the first.  A token of which nothing was placed gets zeros.
+    """
+    none = builder.constant(value=-1.0, dtype="i32")
+    kept = builder.mask(gates, builder.less(none, place), fill=0.0)
+    whole, left = (builder.sum(g, axes=choice) for g in (gates, kept))
+    zero, one = (builder.constant(value=v, dtype=gates.type.dtype.name) for v in (0.0, 1.0))
+    # Dividing by 1 where nothing is left keeps 0/0 out of the gradient, too.
+    divisor = builder.select(builder.less(zero, left), left, one)
+    rescaled: Value = builder.mul(kept, builder.div(whole, divisor))
+    return rescaled
+
+
+def emit_prototypes(
+    builder: Builder, logits: Value, prototypes: int, *, gates: str = "softmax"
+) -> tuple[Value, Value]:
+    """Return experts and gates of k groups of experts with top-1 routing each (M6-T, 2021).
+
+    Args:
+      builder: where the operations go.
+      logits: ``[*tokens, expert]``.
+      prototypes: the number of groups; it divides the experts.
+      gates: the gate convention within a group.
+
+    Raises:
+      InputError: the groups do not divide the experts.
+    """
+    experts = _count(logits, "expert")
+    if prototypes < 1 or experts % prototypes:
+        raise InputError(
+            "the prototypes do not divide the experts",
+            expected=f"a divisor of {experts}",
+            found=str(prototypes),
+        )
+    each = experts // prototypes
+    cut = builder.split(logits, axis="expert", into=(("choice", prototypes), ("expert", each)))
+    local, weights = builder.route(cut, top_k=1, gates=gates, choice="first")
+    step = builder.constant(value=float(each), dtype="i32")
+    offset = builder.mul(builder.positions(cut, axis="choice"), step)
+    chosen = builder.add(local, offset)
+    axes = ("choice", "first")
+    whole: list[Value] = [builder.merge(v, axes=axes, into="choice") for v in (chosen, weights)]
+    return whole[0], whole[1]
+
+
+def emit_hash_routing(
+    builder: Builder, ids: Value, like: Value, *, experts: int, top_k: int = 1, seed: int = 0
+) -> tuple[Value, Value]:
+    """Return experts by the hash of each token's id, and equal gates that add up to one.
+
+    Args:
+      builder: where the operations go.
+      ids: ``[*tokens]``, integers.
+      like: a value with the element type that the gates shall have.
+      experts: the number of experts.
+      top_k: experts per token.
+      seed: chooses the hash.
+    """
+    chosen = builder.hash_experts(ids, experts=experts, top_k=top_k, seed=seed)
+    share = builder.constant(value=1 / top_k, dtype=like.type.dtype.name)
+    gates: Value = builder.broadcast(share, chosen, name="gates")
+    return chosen, gates
+
+
+def emit_expert_choice(
+    builder: Builder, x: Value, router_weight: Value, *, tokens: Sequence[str], **attrs: Any
+) -> tuple[Value, Value, Value]:
+    """Return experts, gates and slots where experts choose tokens (Zhou et al. 2022).
+
+    Args:
+      builder: where the operations go.
+      x: ``[*tokens, embed]``.
+      router_weight: ``[expert, embed]``.
+      tokens: the axes of `x` that number tokens, outermost first.
+      attrs: of ``expert_choice``: capacity_factor, groups and so on.
+    """
+    over = tuple(n for n in router_weight.type.names if n in x.type)
+    scores = builder.softmax(builder.contract(x, router_weight, over=over), axis="expert")
+    experts = _count(scores, "expert")
+    chosen, gates, place = builder.expert_choice(
+        scores, tokens=tuple(tokens), experts=experts, **attrs
+    )
+    return chosen, gates, place
+
+
+def emit_soft_slots(
+    builder: Builder, x: Value, slot_weight: Value, *, tokens: str = "seq", embed: str = "embed"
+) -> tuple[Value, Value]:
+    """Return the rows of a soft mixture, and the weights that bring results back.
+
+    Every slot is a mean of all tokens of a sequence, every token a mean of all slots (Puigcerver
+    et al. 2023); normalise `x` and `slot_weight` before, as the paper does.  The result is the
+    ``contract`` of what the experts make of the rows with the weights, over expert and slot.  Not
+    causal.
+
+    Args:
+      builder: where the operations go.
+      x: ``[batch, tokens, embed]``.
+      slot_weight: ``[expert, slot, embed]``.
+      tokens: the axis of the tokens that are mixed.
+      embed: the axis of the model's width.
+    """
+    logits = builder.contract(x, slot_weight, over=embed)
+    rows = builder.contract(builder.softmax(logits, axis=tokens), x, over=tokens, name="rows")
+    sizes = tuple((n, _count(logits, n)) for n in ("expert", "slot"))
+    flat = builder.merge(logits, axes=("expert", "slot"), into="soft_slot")
+    weights = builder.split(builder.softmax(flat, axis="soft_slot"), axis="soft_slot", into=sizes)
+    return rows, weights
+
+
+def _count(value: Value, name: str) -> int:
+    axis: Axis | None = value.type.by_name.get(name)
+    if axis is None or not isinstance(axis.size, int):
+        raise InputError(f"there is no axis {name!r} of known size", found=str(value.type))
+    return axis.size

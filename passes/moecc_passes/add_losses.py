@@ -1,0 +1,223 @@
+"""The pass ``add-losses``: balancing losses and routing metrics as outputs of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import reduce
+from math import isfinite
+from typing import Annotated, ClassVar, Literal
+
+from moecc.errors import InputError, Problem
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Value
+from moecc.ir.losses import LossBuilder, emit_output_z
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
+from moecc_passes.routed import RoutedLayer, routed_layers
+
+PREFIXES = ("loss.", "metric.")
+"""What the names of the outputs begin with."""
+
+ATTRIBUTE = "losses"
+"""The attribute of a graph that holds the options with which losses were added."""
+
+ORIGIN = "add-losses/"
+
+Weighted = list[tuple[str, float, Value]]
+"""Losses of one layer: name, coefficient, value."""
+
+
+@dataclass(frozen=True)
+class AddLossesPass(Pass):
+    """Add the losses that train a router, and what tells how well it routes, as outputs.
+
+    Before::
+
+        %r = contract %n, %w {over=embed} : f32[batch=B, seq=S, expert=8] @layers.3.ffn
+        %e, %g = route %r {top_k=2} : i32[batch=B, seq=S, choice=2], f32[…]
+        …
+        output logits = %y
+
+    After::
+
+        output logits = %y
+        output loss.balance = %b        # N · Σ f·P, summed over layers
+        output loss.router_z = %z       # the mean of (log Σ exp r)²
+        output loss.auxiliary = %a      # 0.01 · balance + 0.001 · router_z
+        output metric.layers.3.ffn.dropped = %d
+
+    Formulas stand in ``moecc/ir/losses.py``, constants are those of ST-MoE.  A training loss is
+    that of the model plus ``loss.auxiliary``.  mesh-tensorflow multiplies its z-loss by the
+    coefficient of the balance loss as well, and T5X takes the mean over layers: for m layers
+    its coefficients are m times these.
+    """
+
+    name: ClassVar[str] = "add-losses"
+    summary: ClassVar[str] = "add balancing losses and routing metrics as outputs"
+    must_match: ClassVar[bool] = True
+    preserves = EXACT
+
+    balance: Annotated[
+        Literal["top-1", "k-hot", "none"], "whether f counts first choices or all of them"
+    ] = "top-1"
+    balance_coef: Annotated[float, "the coefficient of the balance loss"] = 0.01
+    z_coef: Annotated[float, "that of the router z-loss; 0: no such loss"] = 0.001
+    importance_coef: Annotated[float, "that of V-MoE's importance loss"] = 0.0
+    load_coef: Annotated[float, "that of V-MoE's load loss"] = 0.0
+    load_noise: Annotated[
+        float | None, "the noise of the load loss; none: what is added to the logits, or 1/experts"
+    ] = None
+    output_z_coef: Annotated[float, "that of the z-loss of the output softmax"] = 0.0
+    over: Annotated[
+        Literal["group", "sequence", "global"], "what f and P are means over, before averaging"
+    ] = "group"
+    layers: Annotated[Literal["sum", "mean"], "how the losses of layers are joined"] = "sum"
+    metrics: Annotated[bool, "whether metrics of each layer are added"] = True
+
+    def validate(self) -> list[Problem]:
+        """Return which options are out of range, or leave nothing to do."""
+        found = [
+            Problem("a coefficient is not negative", name, "at least 0", str(value))
+            for name, value in self._coefficients()
+            if not (isfinite(value) and value >= 0)
+        ]
+        if self.load_noise is not None and not 0 < self.load_noise < float("inf"):
+            found.append(
+                Problem("the noise of the load loss is positive", "load-noise", "more than 0",
+                        str(self.load_noise))
+            )  # fmt: skip
+        if not found and not self.metrics and not any(v for _, v in self._coefficients()):
+            found.append(
+                Problem("no loss and no metric is left", hint="the paper has balance-coef=0.01 "
+                        "z-coef=0.001")
+            )  # fmt: skip
+        return found
+
+    def _coefficients(self) -> Iterator[tuple[str, float]]:
+        yield "balance-coef", 0.0 if self.balance == "none" else self.balance_coef
+        yield "z-coef", self.z_coef
+        yield "importance-coef", self.importance_coef
+        yield "load-coef", self.load_coef
+        yield "output-z-coef", self.output_z_coef
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Add the outputs.
+
+        Raises:
+          InputError: the graph has such outputs already, or no logits for the output z-loss.
+        """
+        taken = [n for n in graph.output_names if n.startswith(PREFIXES)]
+        if taken:
+            raise InputError(
+                "the graph has losses or metrics already",
+                found=", ".join(taken[:5]),
+                hint="add them once, and last",
+            )
+        layers = routed_layers(graph)
+        losses: list[Weighted] = []
+        for layer in layers:
+            losses.append(self._add_to_layer(graph, layer, ctx))
+        builder = Builder(graph, loc="loss", origin=f"{ORIGIN}join")
+        joined = _joined(builder, [w for w in losses if w], self.layers)
+        joined += self._output_z(builder, graph)
+        for name, _, value in joined:
+            graph.set_output(f"loss.{name}", value)
+        if joined:
+            graph.set_output("loss.auxiliary", _total(builder, joined))
+        graph.attrs[ATTRIBUTE] = {f.name: getattr(self, f.name) for f in fields(self)}
+        added = len([n for n in graph.output_names if n.startswith(PREFIXES)])
+        return PassResult(added > 0, len(layers), {"layers": len(layers), "outputs-added": added})
+
+    def _add_to_layer(self, graph: Graph, layer: RoutedLayer, ctx: Context) -> Weighted:
+        routed = layer.routed()
+        if routed is None:
+            ctx.remark(
+                Remark(layer.name, "has no loss or metric: its experts are not chosen by route")
+            )
+            return []
+        builder = Builder(graph, loc=layer.placing.loc, origin=f"{ORIGIN}layer")
+        builder.before = layer.combine
+        made = LossBuilder(builder, routed, self.over)
+        if self.metrics:
+            for name, value in _metrics(made, layer).items():
+                graph.set_output(f"metric.{layer.name}.{name}", value)
+        return list(self._losses(made, layer))
+
+    def _losses(self, made: LossBuilder, layer: RoutedLayer) -> Iterator[tuple[str, float, Value]]:
+        if self.balance != "none" and self.balance_coef:
+            choices = 1 if self.balance == "top-1" else layer.top_k
+            yield "balance", self.balance_coef, made.balance(choices)
+        if self.z_coef:
+            yield "router_z", self.z_coef, made.router_z()
+        if self.importance_coef:
+            yield "importance", self.importance_coef, made.importance()
+        if self.load_coef:
+            std = self.load_noise or made.routed.noise_std or 1 / made.routed.count
+            yield "load", self.load_coef, made.load(std)
+
+    def _output_z(self, builder: Builder, graph: Graph) -> Weighted:
+        if not self.output_z_coef:
+            return []
+        logits = [v for v in graph.outputs.values() if "vocab" in v.type and v.type.dtype.is_float]
+        if len(logits) != 1:
+            raise InputError(
+                "the output z-loss needs one output with an axis vocab",
+                found=", ".join(graph.output_names),
+                hint="output-z-coef=0 leaves it out",
+            )
+        return [("output_z", self.output_z_coef, emit_output_z(builder, logits[0]))]
+
+
+def remove_losses(graph: Graph) -> AddLossesPass | None:
+    """Take losses and metrics out of `graph`; return the pass that adds them again, if any."""
+    options = graph.attrs.get(ATTRIBUTE)
+    if not isinstance(options, dict):
+        return None
+    del graph.attrs[ATTRIBUTE]
+    for name in [n for n in graph.output_names if n.startswith(PREFIXES)]:
+        graph.drop_output(name)
+    for node in graph.walk_back():
+        if node.is_dead and node.origin.startswith(ORIGIN):
+            node.erase()
+    known = {f.name for f in fields(AddLossesPass)}
+    return AddLossesPass(**{n: v for n, v in options.items() if n in known})
+
+
+def _metrics(made: LossBuilder, layer: RoutedLayer) -> dict[str, Value]:
+    loads = made.loads()
+    found = {
+        "dropped": made.dropped(),
+        "entropy": made.entropy(),
+        "gate_mean": made.gate_mean(),
+        "max_violation": made.max_violation(loads),
+        "dead_experts": made.dead_experts(loads),
+        "loads": loads,
+    }
+    if made.routed.count > 1:
+        found["margin"] = made.margin()
+    if layer.placing.attrs["slots"] == "capacity":
+        found["utilisation"] = made.utilisation()
+    return found
+
+
+def _joined(builder: Builder, layers: list[Weighted], how: str) -> Weighted:
+    """Return each kind of loss once, the sum or mean over layers."""
+    joined: Weighted = []
+    for same in zip(*layers, strict=True):
+        name, coefficient, _ = same[0]
+        total = reduce(builder.add, [value for _, _, value in same])
+        if how == "mean" and len(same) > 1:
+            total = builder.scale(total, by=1 / len(same))
+        joined.append((name, coefficient, total))
+    return joined
+
+
+def _total(builder: Builder, losses: Weighted) -> Value:
+    kinds = {value.type.dtype.name for _, _, value in losses}
+    parts = []
+    for _, coefficient, value in losses:
+        # The output's logits may be declared in another type than the router's.
+        same = value if len(kinds) == 1 else builder.cast(value, dtype="f32")
+        parts.append(builder.scale(same, by=coefficient))
+    total: Value = reduce(builder.add, parts)
+    return total

@@ -1,0 +1,68 @@
+"""The pass ``freeze``: which groups of parameters fine-tuning leaves alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from moecc.analysis.groups import ATTRIBUTE, parameter_groups, trainable
+from moecc.errors import Problem
+from moecc.ir.graph import Graph
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
+
+Group = Literal["all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding"]
+
+
+@dataclass(frozen=True)
+class FreezePass(Pass):
+    """Say which parameters an optimiser is to leave alone, by groups.
+
+    Before::
+
+        attr family = "mixtral"
+
+    After ``freeze{groups=moe}``::
+
+        attr family = "mixtral"
+        attr frozen = {"groups": ["moe"], "only": []}
+
+    ``moecc.analysis.groups.trainable`` makes the mask from it.  ST-MoE found that training all but
+    the experts is as good as training everything, and training the experts alone much worse.
+    """
+
+    name: ClassVar[str] = "freeze"
+    summary: ClassVar[str] = "say which groups of parameters are not trained"
+    must_match: ClassVar[bool] = True
+    preserves = EXACT
+
+    groups: Annotated[tuple[Group, ...], "the groups that are not trained"] = ()
+    only: Annotated[tuple[Group, ...], "the only groups that are trained"] = ()
+
+    def validate(self) -> list[Problem]:
+        """Return what is wrong unless one of the options is given."""
+        if bool(self.groups) != bool(self.only):
+            return []
+        found = "both" if self.groups else "neither"
+        return [
+            Problem("groups are frozen, or the only ones that are trained", "groups",
+                    "groups or only", found, "groups=moe is the paper's way to save memory")
+        ]  # fmt: skip
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Set the attribute of the graph, which replaces an earlier one."""
+        before = graph.attrs.get(ATTRIBUTE)
+        there = set().union(*parameter_groups(graph).values()) if graph.params else set()
+        graph.attrs[ATTRIBUTE] = {"groups": list(self.groups), "only": list(self.only)}
+        mask = trainable(graph)
+        for group in (*self.groups, *self.only):
+            if group not in there:
+                ctx.remark(Remark("", f"no parameter is in the group {group!r}"))
+        if mask and not any(mask.values()):
+            ctx.remark(Remark("", "nothing is left to train"))
+        if self.only == ("moe",):
+            ctx.remark(
+                Remark("", "training the experts alone was much worse in ST-MoE (section 4.2)")
+            )
+        frozen = len(mask) - sum(mask.values())
+        stats = {"parameters": len(mask), "frozen": frozen}
+        return PassResult(graph.attrs[ATTRIBUTE] != before, len(mask), stats)

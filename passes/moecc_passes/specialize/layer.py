@@ -1,0 +1,122 @@
+"""What a mode does to one routed layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import KEY
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mixtures import (
+    emit_dropout,
+    emit_jitter,
+    emit_noise,
+    emit_priority,
+    emit_rescaled,
+)
+from moecc.ir.types import TensorType
+from moecc_passes.routed import RoutedLayer
+from moecc_passes.specialize.settings import Settings
+from moecc_passes.specialize.undo import ORIGIN, original, placed_anew
+
+NextKey = Callable[[], Value]
+"""Gives a key that nothing else uses."""
+
+RENORMALISED = ("renormalised", "sigmoid-renormalised")
+
+
+class Keys:
+    """Keys for the random numbers of a graph, all made of one input."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.count = 0
+
+    def __call__(self) -> Value:
+        """Return the next key, made at the top of the graph."""
+        # At the top, and at no location: layers of one structure stay alike.
+        first = next(iter(self.graph), None)
+        builder = Builder(self.graph, origin=f"{ORIGIN}key", before=first)
+        key: Value = builder.fold_key(self._input(), by=self.count)
+        self.count += 1
+        return key
+
+    def _input(self) -> Value:
+        for value in self.graph.inputs.values():
+            if value.type.dtype == KEY and not value.type.axes:
+                return value
+        return self.graph.input(self.graph.fresh("key"), TensorType(KEY))
+
+
+def specialise(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> None:
+    """Give `layer` the capacity, policy and noise of a mode; what was added before is gone."""
+    if layer.route is not None:
+        _perturb_router(layer.route, settings, next_key)
+    given = layer.given()
+    if settings.policy is not None and settings.policy != "all" and layer.top_k > 1:
+        given["keep"] = _kept(layer, settings, next_key)
+    if settings.priority and layer.route is not None:
+        builder = _builder(layer.placing, "priority")
+        given["priority"] = emit_priority(builder, layer.route.operands[0])
+    attrs = {n: v for n, v in settings.placement().items() if n in layer.placing.op.attrs}
+    if layer.placing.op.name == "expert_choice":
+        # Experts always choose a bounded number of tokens.
+        attrs = {n: v for n, v in attrs.items() if n not in ("slots", "convention")}
+        attrs = attrs if attrs.get("capacity_factor") else {**attrs, **_factor(layer)}
+    placing = placed_anew(layer.placing, given, attrs)
+    if settings.after_drop == "rescale":
+        builder = _builder(layer.combine, "rescale")
+        rescaled = emit_rescaled(builder, layer.gates, placing.results[-1])
+        layer.combine.set_operand(3, rescaled)
+    if settings.expert_dropout:
+        # Last, because slots must have numbers before dropout can be drawn for them.
+        _drop_hidden(layer, settings.expert_dropout, next_key)
+
+
+def _factor(layer: RoutedLayer) -> dict[str, float]:
+    return {"capacity_factor": layer.placing.attrs["capacity_factor"]}
+
+
+def _builder(before: Node, why: str) -> Builder:
+    return Builder(before.graph, loc=before.loc, origin=f"{ORIGIN}{why}", before=before)
+
+
+def _perturb_router(route: Node, settings: Settings, next_key: NextKey) -> None:
+    product = route.operands[0].node
+    if product is not None and product.op.name == "contract":
+        x = product.operands[0]
+        builder = _builder(product, "perturb")
+        if settings.input_dropout:
+            x = emit_dropout(builder, x, next_key(), settings.input_dropout)
+        if settings.jitter:
+            x = emit_jitter(builder, x, next_key(), settings.jitter)
+        product.set_operand(0, x)
+    if settings.router_noise:
+        builder = _builder(route, "noise")
+        noisy = emit_noise(builder, route.operands[0], next_key(), settings.router_noise)
+        route.set_operand(0, noisy)
+
+
+def _drop_hidden(layer: RoutedLayer, rate: float, next_key: NextKey) -> None:
+    last = layer.last_matrix
+    assert last is not None, "checked before anything was changed"
+    builder = _builder(last, "dropout")
+    last.set_operand(0, emit_dropout(builder, last.operands[0], next_key(), rate))
+
+
+def _kept(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> Value:
+    """Return which choices the policy keeps, by gates that add up to one."""
+    builder = _builder(layer.placing, "policy")
+    gates = original(layer.gates)
+    if layer.route is None or layer.route.attrs["gates"] not in RENORMALISED:
+        gates = builder.div(gates, builder.sum(gates, axes=layer.choice))
+    elif layer.route.attrs["scale"] != 1:
+        gates = builder.scale(gates, by=1 / layer.route.attrs["scale"])
+    threshold = 0.2 if settings.threshold is None else settings.threshold
+    numbers = []
+    if settings.policy == "random":
+        numbers = [builder.random_uniform(next_key(), gates)]
+    keep: Value = builder.keep_choices(
+        gates, *numbers, policy=settings.policy, threshold=threshold, choice=layer.choice
+    )
+    return keep

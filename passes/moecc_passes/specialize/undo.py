@@ -1,0 +1,93 @@
+"""Taking back what an earlier specialisation added, so that a graph may change its mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.replace import replace_value
+from moecc_passes.routed import RoutedLayer, routed_layers
+
+ORIGIN = "specialize/"
+"""What the origins of added nodes begin with."""
+
+
+def is_added(value: Value) -> bool:
+    """Return whether a specialisation made `value`."""
+    return value.node is not None and value.node.origin.startswith(ORIGIN)
+
+
+def undo(graph: Graph) -> None:
+    """Remove all that specialisations added, their key included."""
+    for layer in routed_layers(graph):
+        _undo_layer(layer)
+    for node in graph.walk_back():
+        if node.is_dead and node.origin.startswith(ORIGIN):
+            node.erase()
+    keys = [n for n, v in graph.inputs.items() if v.type.dtype.kind == "key" and not v.users]
+    for name in keys:
+        graph.erase_input(name)
+
+
+def _undo_layer(layer: RoutedLayer) -> None:
+    for node in _perturbed(layer):
+        for index, value in enumerate(node.operands):
+            node.set_operand(index, original(value))
+    kept = {w: v for w, v in layer.given().items() if not is_added(v)}
+    if kept != layer.given():
+        placed_anew(layer.placing, kept, {})
+
+
+def _perturbed(layer: RoutedLayer) -> list[Node]:
+    """Return the nodes whose operands may have been exchanged."""
+    nodes = [layer.combine]
+    last = layer.last_matrix
+    if last is not None:
+        nodes.append(last)
+    if layer.route is not None:
+        nodes.append(layer.route)
+        logits = original(layer.route.operands[0])
+        if logits.node is not None and logits.node.op.name == "contract":
+            nodes.append(logits.node)
+    return nodes
+
+
+def original(value: Value) -> Value:
+    """Return what `value` was before specialisations changed it."""
+    while is_added(value) and value.node is not None:
+        behind = [v for v in value.node.operands if not _is_aside(v)]
+        if value.node.op.name in ASIDE or not behind:
+            return value
+        value = behind[0]
+    return value
+
+
+ASIDE = ("fold_key", "random_uniform", "random_normal", "div", "less", "constant")
+"""What stands beside the value in the operations that change it, in whatever order."""
+
+
+def _is_aside(value: Value) -> bool:
+    return is_added(value) and value.node is not None and value.node.op.name in ASIDE
+
+
+def placed_anew(old: Node, given: dict[str, Value], attrs: dict[str, Any]) -> Node:
+    """Put another placing node in the place of `old`, with other operands and attributes."""
+    graph = old.graph
+    allowed = old.op.attrs["using"].choices
+    more = {w: v for w, v in given.items() if w in allowed}
+    made = graph.append(
+        old.op,
+        [old.operands[0], *more.values()],
+        {**old.attrs, **attrs, "using": tuple(more)},
+        names=[v.name for v in old.results],
+        loc=old.loc,
+        origin=old.origin,
+        before=old,
+    )
+    for before, after in zip(old.results, made.results, strict=True):
+        name = before.name
+        replace_value(before, after)
+        graph.rename(before, graph.fresh(f"{name}.old"))
+        graph.rename(after, name)
+    old.erase()
+    return made

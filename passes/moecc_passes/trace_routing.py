@@ -1,0 +1,54 @@
+"""The pass ``trace-routing``: outputs that tell which tokens went where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moecc.errors import InputError
+from moecc.ir.graph import Graph
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+from moecc_passes.routed import routed_layers
+
+PREFIX = "trace."
+
+
+@dataclass(frozen=True)
+class TraceRoutingPass(Pass):
+    """Return, for every routed layer, the chosen experts, their gates and their slots.
+
+    Before::
+
+        %p = place %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2] @layers.3.ffn
+        output logits = %y
+
+    After::
+
+        output logits = %y
+        output trace.layers.3.ffn.experts = %e
+        output trace.layers.3.ffn.gates = %g
+        output trace.layers.3.ffn.slots = %p     # −1: dropped
+
+    With the ids of the tokens this is the specialisation of ST-MoE, section 7.
+    """
+
+    name: ClassVar[str] = "trace-routing"
+    summary: ClassVar[str] = "return which tokens went to which experts"
+    must_match: ClassVar[bool] = True
+    preserves = EXACT
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Add the outputs.
+
+        Raises:
+          InputError: the graph has such outputs already.
+        """
+        taken = [n for n in graph.output_names if n.startswith(PREFIX)]
+        if taken:
+            raise InputError("the graph is traced already", found=", ".join(taken[:5]))
+        layers = routed_layers(graph)
+        for layer in layers:
+            values = {"experts": layer.experts, "gates": layer.gates, "slots": layer.place}
+            for name, value in values.items():
+                graph.set_output(f"{PREFIX}{layer.name}.{name}", value)
+        return PassResult(bool(layers), len(layers), {"layers": len(layers)})

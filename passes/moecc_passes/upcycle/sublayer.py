@@ -1,0 +1,147 @@
+"""An extra dense feed-forward sublayer beside a sparse one (ST-MoE, section 5 and Table 16).
+
+It has the shape of the dense block, a norm of its own and a residual, and its last matrix is zero:
+it adds exactly nothing until it is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.analysis.ffn import FFNBlock
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.types import Axis, TensorType
+from moecc.weights.expr import Expr, Full, Source
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The residual stream around a block.
+
+    Attributes:
+      before: the stream that the sublayer adds to.
+      after: the stream behind the sublayer.
+      norm: the norm that the block reads through; None where norms stand behind the sum.
+      sum: the node that adds the block to the stream.
+    """
+
+    before: Value
+    after: Value
+    norm: Node | None
+    sum: Node
+
+
+def surroundings(block: FFNBlock) -> Surroundings | str:
+    """Return what lies around `block`, or why no sublayer can be put beside it."""
+    total = _sum_after(block.output)
+    if total is None:
+        return "nothing adds its output to a residual stream"
+    norm = block.x.node
+    if norm is not None and norm.op.name.endswith("_norm") and norm.operands[0] in total.operands:
+        return Surroundings(norm.operands[0], total.result, norm, total)
+    if block.x not in total.operands:
+        return "its output is added to something else than what it reads"
+    behind = total.result.only_user
+    is_normed = behind is not None and behind.op.name.endswith("_norm")
+    after = behind.result if behind is not None and is_normed else total.result
+    return Surroundings(block.x, after, None, total)
+
+
+def _sum_after(output: Value) -> Node | None:
+    """Return the node that adds `output`, scaled perhaps, to something."""
+    user = output.only_user
+    while user is not None and user.op.name == "scale":
+        user = user.result.only_user
+    return user if user is not None and user.op.name == "add" else None
+
+
+def extra_location(loc: str) -> str:
+    """Return the location of the extra sublayer beside the block at `loc`."""
+    head, _, last = loc.rpartition(".")
+    return f"{head}.extra_{last}" if head else f"extra_{last or 'ffn'}"
+
+
+@dataclass(frozen=True)
+class DenseCopy:
+    """A dense block as it was: enough to emit it again beside its sparse version.
+
+    Attributes:
+      block: the block, before it is rewritten.
+      around: the residual stream around it.
+      weights: the weights of its parameters, and of its norm's, by the names they had.
+    """
+
+    block: FFNBlock
+    around: Surroundings
+    weights: dict[Value, Expr]
+
+    @classmethod
+    def of(cls, block: FFNBlock) -> DenseCopy:
+        """Return the copy of `block`, which must have a residual stream around it."""
+        around = surroundings(block)
+        assert not isinstance(around, str), "checked before anything was changed"
+        params = [*block.params, *(around.norm.operands[1:] if around.norm else ())]
+        return cls(block, around, {p: _weight(p) for p in params if p.is_param})
+
+    def emit(self, graph: Graph, where: str) -> None:
+        """Put the sublayer ``before`` or ``after`` the block; call it before the block goes."""
+        stream = self.around.before if where == "before" else self.around.after
+        users = [(n, i) for n in stream.users for i, v in enumerate(n.operands) if v is stream]
+        if where == "before":
+            mine = {*self.block.nodes, self.around.sum, self.around.norm}
+            users = [(n, i) for n, i in users if n in mine]
+        builder = Builder(
+            graph,
+            loc=extra_location(self.block.loc),
+            origin="upcycle/extra-ffn",
+            before=_following(graph, stream, users),
+        )
+        total = builder.add(stream, self._block(builder, self._normed(builder, stream)))
+        for node, index in users:
+            node.set_operand(index, total)
+
+    def _normed(self, builder: Builder, stream: Value) -> Value:
+        norm = self.around.norm
+        if norm is None:
+            return stream
+        vectors = [self._param(builder, p, self.weights[p]) for p in norm.operands[1:]]
+        normed: Value = builder.node(norm.op.name, stream, *vectors, **norm.attrs).result
+        return normed
+
+    def _block(self, builder: Builder, x: Value) -> Value:
+        image: dict[Value, Value] = {self.block.x: x}
+        zero = {self.block.down.operands[1], self.block.output_bias}
+        for param in self.block.params:
+            weight = self.weights[param]
+            made = Full(0.0, weight.type) if param in zero else weight
+            image[param] = self._param(builder, param, made)
+        for node in self.block.nodes:
+            operands = [image.get(v) or self._constant(builder, v) for v in node.operands]
+            again = builder.node(node.op.name, *operands, **node.attrs)
+            image.update(zip(node.results, again.results, strict=True))
+        return image[self.block.output]
+
+    def _constant(self, builder: Builder, value: Value) -> Value:
+        """Emit again what the block reads beside `x` and parameters: it may be defined later."""
+        node = value.node
+        assert node is not None, "a block reads nothing from outside but constants"
+        again: Value = builder.node(node.op.name, **node.attrs).result
+        return again
+
+    def _param(self, builder: Builder, param: Value, weight: Expr) -> Value:
+        name = builder.graph.fresh(f"{param.name}.extra")
+        return builder.graph.param(name, param.type, weight, loc=builder.loc)
+
+
+def _following(graph: Graph, stream: Value, users: list[tuple[Node, int]]) -> Node | None:
+    """Return the first node that is to read the new stream; None where only outputs do."""
+    concerned = {n for n, _ in users}
+    return next((n for n in graph.walk(stream.node) if n in concerned), None)
+
+
+def _weight(param: Value) -> Expr:
+    if param.weight is not None:
+        return param.weight
+    axes = tuple(Axis(a.name, a.size) for a in param.type.axes)
+    return Source(param.name, TensorType(param.type.dtype, axes))

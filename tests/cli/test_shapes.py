@@ -1,0 +1,181 @@
+"""The commands with encoder-decoders and encoders: several inputs, other outputs, other targets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SWITCH = "upcycle{experts=4 top-k=1 gates=switch router-init=zero}"
+MIXTURE = "upcycle{experts=4 top-k=2}"
+
+
+@pytest.fixture
+def t5(tmp_path: Path) -> Path:
+    """A copy of a tiny t5 of version 1.0."""
+    return Path(shutil.copytree(GOLDEN / "t5_relu_tied", tmp_path / "t5"))
+
+
+def inputs_of(case: str, path: Path) -> Path:
+    arrays = {p.stem: np.load(p) for p in (GOLDEN / case).glob("*tokens.npy")}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def test_inspect_counts_both_stacks(moecc: Callable, t5: Path) -> None:
+    data = moecc("inspect", t5, "--format", "json").json()
+    assert (data["family"], data["layers"]) == ("t5", 5)
+    assert data["stacks"] == {"encoder": 2, "decoder": 3}
+    assert data["ffn_blocks"] == {"found": 5, "convertible": 5, "refused": []}
+    assert {n for n, found in data["targets"].items() if found["fits"]} == {
+        "switch_transformers", "st_moe",
+    }  # fmt: skip
+    assert "5 layers (2 encoder, 3 decoder)" in moecc("inspect", t5).out
+
+
+def test_a_preset_is_inspected_without_weights(moecc: Callable) -> None:
+    data = moecc("inspect", "preset:st-moe-32b", "--format", "json").json()
+    assert data["parameters"]["total"] == 269_104_613_376
+    assert data["parameters"]["groups"]["All"] == 269_104_613_376
+    assert data["parameters"]["groups"]["MoE"] == 241_595_842_560
+    assert data["parameters"]["active"] == 35_062_450_176
+    assert data["flops_convention"] == "paper"
+    assert round(data["flops_per_sequence"] / 1e10) == 2018
+    assert round(data["flops_per_sequence_counted"]["weights"] / 1e10) == 2178
+    assert "20.2 T FLOPs as papers count" in moecc("inspect", "preset:st-moe-32b").out
+
+
+@pytest.mark.parametrize("case", ["t5_gated_untied", "switch_drops", "bert_gelu"])
+def test_run_gives_the_golden_output(moecc: Callable, tmp_path: Path, case: str) -> None:
+    graph, out = tmp_path / "model.moe", tmp_path / "out.npy"
+    assert moecc("import", GOLDEN / case, "-o", graph).code == 0
+    given = inputs_of(case, tmp_path / "inputs.npz")
+    assert moecc("run", graph, "--inputs", given, "--outputs", out).code == 0
+    (golden,) = (
+        np.load(p) for n in ("logits", "hidden") if (p := GOLDEN / case / f"{n}.npy").exists()
+    )
+    assert np.abs(np.load(out) - golden).max() <= 2e-6 * np.abs(golden).max()
+
+
+@pytest.mark.parametrize(
+    ("target", "pipeline"),
+    [
+        ("switch_transformers", SWITCH),
+        pytest.param("st_moe", MIXTURE, marks=pytest.mark.slow),
+    ],
+)
+def test_a_t5_is_converted_and_stays_the_same_function(
+    moecc: Callable, t5: Path, tmp_path: Path, target: str, pipeline: str
+) -> None:
+    out = tmp_path / "sparse"
+    assert moecc("convert", t5, out, "-p", pipeline, "--to", target).code == 0
+    assert moecc("verify", out).code == 0
+    verdict = moecc("verify", out, "--against", t5, "--format", "json").json()
+    assert verdict["passed"]
+    assert verdict["output"] == "logits"
+    assert verdict["inputs"] == {"tokens": [2, 128], "decoder_tokens": [2, 112]}
+    assert moecc("inspect", out, "--format", "json").json()["family"] == target
+
+
+def test_a_trained_router_makes_switch_another_function(
+    moecc: Callable, t5: Path, tmp_path: Path
+) -> None:
+    pipeline = "upcycle{experts=4 top-k=1 gates=switch}"
+    args = ("-p", pipeline, "--to", "switch_transformers", "--dry-run", "--format", "json")
+    promise = moecc("convert", t5, tmp_path / "sparse", *args).json()["preserves"]
+    assert promise["kind"] == "approximate"
+    assert 0 < promise["predicted_error"] < 1
+
+
+def test_an_encoder_is_converted_to_st_moe(moecc: Callable, tmp_path: Path) -> None:
+    source, out = GOLDEN / "bert_gelu", tmp_path / "sparse"
+    done = moecc("convert", source, out, "-p", MIXTURE, "--to", "st_moe")
+    assert done.code == 0
+    verdict = moecc("verify", out, "--against", source, "--format", "json").json()
+    assert (verdict["output"], verdict["passed"]) == ("hidden", True)
+    assert verdict["difference"]["kl_nats"] is None
+    # Positions are learned, so a sequence is no longer than their table.
+    assert verdict["inputs"] == {"tokens": [2, 24]}
+    assert "pooler.dense" in (out / "README.md").read_text()
+    again = moecc("convert", out, tmp_path / "again", "-p", "canonicalize", "--to", "st_moe")
+    assert again.code == 0
+    done = moecc("verify", tmp_path / "again", "--against", source)
+    assert done.code == 0
+
+
+def test_what_is_left_out_is_said(moecc: Callable) -> None:
+    remarks = moecc("inspect", GOLDEN / "bert_gelu", "--format", "json").json()["remarks"]
+    assert any("pooler.dense.weight" in remark for remark in remarks)
+    assert moecc("inspect", GOLDEN / "llama_gqa", "--format", "json").json()["remarks"] == []
+
+
+def test_a_padding_mask_is_an_input(moecc: Callable, tmp_path: Path) -> None:
+    graph, out = tmp_path / "model.moe", tmp_path / "out.npy"
+    assert moecc("import", GOLDEN / "bert_gelu", "--padding-mask", "-o", graph).code == 0
+    tokens = np.load(GOLDEN / "bert_gelu" / "tokens.npy")
+    mask = np.ones(tokens.shape, bool)
+    mask[1, 9:] = False
+    found = []
+    for changed in (tokens, np.where(mask, tokens, 5)):
+        np.savez(tmp_path / "in.npz", tokens=changed, mask=mask)
+        args = ("--inputs", tmp_path / "in.npz", "--outputs", out, "--force")
+        assert moecc("run", graph, *args).code == 0
+        found.append(np.load(out))
+    np.testing.assert_allclose(found[0][mask], found[1][mask], rtol=1e-5, atol=1e-6)
+    golden = np.load(GOLDEN / "bert_gelu" / "hidden.npy")
+    assert np.abs(found[0][0] - golden[0]).max() < 1e-5 < np.abs(found[0][1] - golden[1]).max()
+
+
+def test_wrong_inputs_are_told(moecc: Callable, t5: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npy"
+
+    def refused(path: Path) -> str:
+        done = moecc("run", t5, "--inputs", path, "--outputs", out)
+        assert done.code == 1
+        return str(done.err)
+
+    assert "also takes decoder_tokens" in refused(t5 / "tokens.npy")
+    good = {n: np.load(t5 / f"{n}.npy") for n in ("tokens", "decoder_tokens")}
+    path = tmp_path / "in.npz"
+    np.savez(path, **good, token=good["tokens"])  # type: ignore[arg-type]
+    assert "did you mean 'tokens'" in refused(path)
+    np.savez(path, **{**good, "decoder_tokens": good["decoder_tokens"] + 30})  # type: ignore[arg-type]
+    assert "outside the vocabulary" in refused(path)
+    path.write_bytes(b"PK nothing")
+    assert "not a .npz file" in refused(path)
+    done = moecc("generate", t5, "--prompt", "x")
+    assert done.code == 1
+    assert "only a decoder alone continues a text" in done.err
+
+
+def test_families_of_another_shape_are_refused(moecc: Callable, t5: Path, tmp_path: Path) -> None:
+    done = moecc("convert", t5, tmp_path / "out", "-p", MIXTURE, "--to", "mixtral")
+    assert done.code == 1
+    assert "mixtral is a decoder alone, and t5 an encoder-decoder" in done.err
+    done = moecc("convert", t5, tmp_path / "out", "-p", MIXTURE, "--to", "switch_transformers")
+    assert done.code == 1
+    assert "multiplies by its probability" in done.err
+    assert "gates=switch" in done.err
+    done = moecc("verify", GOLDEN / "bert_gelu", "--against", t5)
+    assert done.code == 1
+    assert "different things" in done.err
+
+
+def test_damage_to_a_stored_graph_is_told(moecc: Callable, t5: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sparse"
+    assert moecc("convert", t5, out, "-p", MIXTURE, "--to", "st_moe").code == 0
+    config = json.loads((out / "config.json").read_text())
+    for change, words in (
+        ({"graph": config["graph"][:-3]}, "graph"),
+        ({"graph": [1, 2]}, "lines of a graph"),
+        ({"moecc_layout": 9}, "another version"),
+    ):
+        (out / "config.json").write_text(json.dumps({**config, **change}))
+        done = moecc("inspect", out)
+        assert done.code == 1
+        assert words in done.err

@@ -1,0 +1,379 @@
+"""t5, switch_transformers, bert and st_moe: graphs, imports and exports of any small config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moecc_passes.add_losses import AddLossesPass
+from moecc_passes.upcycle.upcycle import UpcyclePass
+
+from moecc.backend import get_backend
+from moecc.checkpoint.source import open_checkpoint
+from moecc.errors import InputError
+from moecc.families import build, import_checkpoint, rebuild
+from moecc.families.configs import (
+    GraphConfig,
+    ModelConfig,
+    StMoeConfig,
+    SwitchTransformersConfig,
+    T5Config,
+    parse_config,
+)
+from moecc.families.export import export_graph
+from moecc.families.importing import unread_tensors
+from moecc.ir import Graph, equal, parse, print_graph, verify
+from moecc.pipeline.check import check_pipeline
+from moecc.pipeline.passes import Context
+from moecc.pipeline.text import Pipeline
+from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint, random_checkpoint
+from moecc.testing.configs import small_bert_configs, small_encdec_configs
+from moecc.testing.data import inputs_for
+from moecc.weights.evaluate import materialise
+from moecc.weights.expr import Source
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+Array = np.ndarray[Any, Any]
+
+models = st.one_of(small_encdec_configs(), small_bert_configs())
+SIZES = {
+    "vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 4, "num_heads": 4,
+    "num_decoder_layers": 4,
+}  # fmt: skip
+
+
+def config_of(family: str, **keys: Any) -> ModelConfig:
+    return parse_config({"model_type": family, **SIZES, **keys})
+
+
+def run(graph: Graph, checkpoint: MemoryCheckpoint, inputs: dict[str, Array]) -> Array:
+    params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+    found = get_backend("reference").compile(graph).run(params, inputs)
+    return next(iter(found.values()))
+
+
+def tokens_for(graph: Graph) -> dict[str, Array]:
+    return inputs_for(graph, 3, {"B": 2, "S": 6, "T": 5})
+
+
+def close(found: Array, expected: Array, bound: float = 1e-9) -> bool:
+    return bool(np.abs(found - expected).max() <= bound * np.abs(expected).max())
+
+
+@given(models)
+@settings(max_examples=60)
+def test_every_config_is_read_as_it_is_written(config: ModelConfig) -> None:
+    again = parse_config(config.to_json())
+    assert again == replace(config, extra=again.extra)
+    assert parse_config(again.to_json()) == again
+
+
+@given(models, st.booleans())
+@settings(max_examples=40)
+def test_every_config_builds_a_graph_that_prints_and_parses(
+    config: ModelConfig, padding: bool
+) -> None:
+    graph = build(config, padding=padding)
+    verify(graph)
+    assert equal(parse(print_graph(graph)), graph)
+    encdec = config.model_type != "bert"
+    expected = ["tokens", *(["decoder_tokens"] if encdec else []), *(["mask"] if padding else [])]
+    assert list(graph.inputs) == expected
+    assert list(graph.outputs) == ["logits" if encdec else "hidden"]
+    if encdec:
+        lengths = [graph.inputs[name].type["seq"].size for name in expected[:2]]
+        assert lengths == ["S", "T"]
+        cross = [n for n in graph if n.op.name == "softmax" and "cross_attention" in n.loc]
+        assert all(n.result.type["seq"].size == "T" for n in cross)
+        assert all(n.result.type["kv_seq"].size == "S" for n in cross)
+        assert len(cross) == config.num_decoder_layers  # type: ignore[attr-defined]
+
+
+@given(models, st.booleans())
+@settings(max_examples=30)
+def test_every_config_exports_to_itself_and_to_st_moe(config: ModelConfig, padding: bool) -> None:
+    checkpoint = random_checkpoint(config, seed=2)
+    graph = import_checkpoint(checkpoint, padding=padding)
+    inputs = tokens_for(graph)
+    before = run(graph, checkpoint, inputs)
+    for target in {config.model_type, "st_moe"}:
+        made = export_graph(graph, target)
+        written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+        # A general layout holds its inputs; of the others the reader says whether there is padding.
+        again = import_checkpoint(written, padding=padding)
+        np.testing.assert_array_equal(run(again, written, inputs), before)
+        if target == config.model_type != "st_moe":
+            assert made.config == parse_config(config.to_json())
+            assert all(isinstance(expr, Source) for _, expr in made.tensors)
+        assert [name for name, _ in export_graph(again, target).tensors] == [
+            name for name, _ in made.tensors
+        ]
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_an_upcycled_model_is_written_as_st_moe_and_read_again(family: str) -> None:
+    keys = {} if family == "t5" else {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "max_position_embeddings": 16,
+    }  # fmt: skip
+    sizes = SIZES if family == "t5" else {"vocab_size": 40}
+    config = parse_config({"model_type": family, **sizes, **keys})
+    checkpoint = random_checkpoint(config, seed=4)
+    graph = import_checkpoint(checkpoint)
+    inputs = tokens_for(graph)
+    dense = run(graph, checkpoint, inputs)
+    UpcyclePass(experts=4, top_k=2, layers="every:2").apply(graph, Context())
+    made = export_graph(graph, "st_moe")
+    assert isinstance(made.config, GraphConfig)
+    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+    again = import_checkpoint(written)
+    assert again.attrs["family"] == "st_moe"
+    assert again.attrs["config"] == graph.attrs["config"]
+    assert close(run(again, written, inputs), dense)
+    assert equal(again, _renamed(graph, again))
+    assert export_graph(again, "st_moe").config == made.config
+
+
+def _renamed(graph: Graph, like: Graph) -> Graph:
+    """Return `graph` with the weights and attributes of `like`."""
+    graph.attrs = like.attrs
+    graph.name = like.name
+    for name, value in graph.params.items():
+        value.weight = like.params[name].weight
+    return graph
+
+
+SWITCH = {"experts": 4, "top_k": 1, "gates": "switch"}
+
+
+def upcycled(options: dict[str, Any], **keys: Any) -> tuple[Graph, MemoryCheckpoint]:
+    checkpoint = random_checkpoint(config_of("t5", **keys), seed=5)
+    graph = import_checkpoint(checkpoint)
+    UpcyclePass(**{**SWITCH, **options}).apply(graph, Context())
+    return graph, checkpoint
+
+
+@pytest.mark.parametrize(
+    ("layers", "counts"), [("all", (4, 4)), ("every:2", (2, 2)), ("1", (1, 1)), ("1,3", (2, 2))]
+)
+def test_a_zero_router_makes_switch_exact(layers: str, counts: tuple[int, int]) -> None:
+    graph, checkpoint = upcycled({"layers": layers, "router_init": "zero"})
+    inputs = tokens_for(graph)
+    dense = run(import_checkpoint(checkpoint), checkpoint, inputs)
+    made = export_graph(graph, "switch_transformers")
+    config = made.config
+    assert isinstance(config, SwitchTransformersConfig)
+    assert (config.num_sparse_encoder_layers, config.num_sparse_decoder_layers) == counts
+    assert config.experts.sequence_capacity == 0
+    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+    assert close(run(import_checkpoint(written), written, inputs), dense)
+
+
+@pytest.mark.parametrize(
+    ("options", "keys", "words"),
+    [
+        ({"top_k": 2, "gates": "renormalised"}, {}, "sends a token to one expert"),
+        ({"layers": "every:4"}, {}, "spreads the sparse layers"),
+        ({"layers": "0"}, {}, "spreads the sparse layers"),
+        ({"slots": "capacity"}, {}, "counts capacity in tokens"),
+        ({"shared": 0.5}, {}, "no shared expert"),
+        ({}, {"feed_forward_proj": "gated-gelu"}, "no gated blocks"),
+    ],
+)
+def test_what_switch_cannot_say_is_told(
+    options: dict[str, Any], keys: dict[str, Any], words: str
+) -> None:
+    graph, _ = upcycled(options, **keys)
+    with pytest.raises(InputError, match=words):
+        export_graph(graph, "switch_transformers")
+    assert export_graph(graph, "st_moe").tensors
+
+
+def test_an_untied_switch_repeats_the_embedding_and_checks_what_repeats_it() -> None:
+    config = config_of(
+        "switch_transformers", num_experts=2, num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    checkpoint = random_checkpoint(config, seed=6)
+    graph = import_checkpoint(checkpoint)
+    made = dict(export_graph(graph, "switch_transformers").tensors)
+    for stack in ("encoder", "decoder"):
+        assert made[f"{stack}.embed_tokens.weight"] is made["shared.weight"]
+    arrays = {
+        **checkpoint.arrays,
+        "decoder.embed_tokens.weight": checkpoint.arrays["shared.weight"],
+    }
+    import_checkpoint(MemoryCheckpoint(checkpoint.config, arrays))
+    arrays["decoder.embed_tokens.weight"] = arrays["shared.weight"] + 1
+    with pytest.raises(InputError, match="differs from the shared one"):
+        import_checkpoint(MemoryCheckpoint(checkpoint.config, arrays))
+
+
+def test_a_t5_is_tied_as_transformers_ties_it() -> None:
+    tied = config_of("t5")
+    assert isinstance(tied, T5Config)
+    assert (tied.tie_word_embeddings, tied.scale_outputs) == (True, True)
+    apart = config_of("t5", tie_word_embeddings=False)
+    assert isinstance(apart, T5Config)
+    assert (apart.tie_word_embeddings, apart.scale_outputs) == (False, False)
+    # What version 5 writes of either kind of model.
+    keys = {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+    checkpoint = random_checkpoint(apart, seed=7)
+    written = MemoryCheckpoint({**apart.to_json(), **keys}, checkpoint.arrays)
+    assert "lm_head.weight" in import_checkpoint(written).params
+    arrays = {n: a for n, a in checkpoint.arrays.items() if n != "lm_head.weight"}
+    graph = import_checkpoint(MemoryCheckpoint({**tied.to_json(), **keys}, arrays))
+    assert "lm_head.weight" not in graph.params
+    assert not [n for n in graph if n.op.name == "scale" and n.loc == "head"]
+    with pytest.raises(InputError, match="scales its outputs only where"):
+        config_of("t5", tie_word_embeddings=False, scale_decoder_outputs=True)
+
+
+Damage = Callable[[dict[str, Array], dict[str, Any]], None]
+
+
+def _drop_layer(arrays: dict[str, Array], config: dict[str, Any]) -> None:
+    for name in [n for n in arrays if n.startswith("decoder.block.2.")]:
+        del arrays[name]
+
+
+def _drop_expert(arrays: dict[str, Array], config: dict[str, Any]) -> None:
+    del arrays["encoder.block.1.layer.1.mlp.experts.expert_1.wi.weight"]
+
+
+def _fewer_layers(arrays: dict[str, Array], config: dict[str, Any]) -> None:
+    config["num_decoder_layers"] = 2
+    config["num_sparse_decoder_layers"] = 1
+
+
+def _turn(arrays: dict[str, Array], config: dict[str, Any]) -> None:
+    name = "encoder.block.0.layer.1.mlp.wi.weight"
+    arrays[name] = arrays[name].T.copy()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_drop_layer, "no tensor of the decoder layers 2"),
+        (_drop_expert, "experts.expert_1.wi.weight: this tensor is missing"),
+        (_fewer_layers, r"tensors of the decoder layers 2-3[\s\S]*num_decoder_layers = 2"),
+        (_turn, "it is transposed"),
+    ],
+)
+def test_damage_is_told_by_stack(damage: Damage, words: str) -> None:
+    config = config_of(
+        "switch_transformers", num_experts=2, num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=2,
+    )  # fmt: skip
+    checkpoint = random_checkpoint(config, seed=8)
+    arrays, keys = dict(checkpoint.arrays), dict(checkpoint.config)
+    damage(arrays, keys)
+    with pytest.raises(InputError) as caught:
+        import_checkpoint(MemoryCheckpoint(keys, arrays))
+    assert re.search(words, str(caught.value))
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"model_type": "t5", "feed_forward_proj": "geglu"}, "feed_forward_proj"),
+        ({"model_type": "t5", "relative_attention_num_buckets": 7}, "halves the buckets"),
+        ({"model_type": "t5", "relative_attention_max_distance": 9}, "reach further"),
+        ({"model_type": "t5", "is_encoder_decoder": False}, "without a decoder"),
+        ({"model_type": "t5", "num_experts": 4}, "no such key"),
+        ({"model_type": "t5", "architectures": ["T5EncoderModel"]}, "another model class"),
+        ({"model_type": "switch_transformers", "router_bias": True}, "router with a bias"),
+        ({"model_type": "switch_transformers", "num_sparse_encoder_layers": 5}, "0 to 4"),
+        ({"model_type": "switch_transformers", "encoder_sparse_step": 3}, "does not follow"),
+        ({"model_type": "st_moe", "num_experts": 2, "num_experts_per_tok": 3}, "that many"),
+        ({"model_type": "st_moe", "sparse_encoder_layers": [3, 1]}, "not ascending"),
+        ({"model_type": "st_moe", "sparse_decoder_layers": [9]}, "0 to 3"),
+        ({"model_type": "st_moe", "extra_ffn": "beside"}, "none"),
+        ({"model_type": "bert", "hidden_size": 100}, "heads do not divide"),
+        ({"model_type": "bert", "position_embedding_type": "relative_key"}, "absolute"),
+        ({"model_type": "bert", "is_decoder": True}, "decodes"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "another model class"),
+    ],
+)
+def test_what_a_family_cannot_say_is_refused(keys: dict[str, Any], words: str) -> None:
+    sizes = {} if keys["model_type"] == "bert" else SIZES
+    with pytest.raises(InputError, match=words):
+        parse_config({**sizes, **keys})
+
+
+def test_what_is_no_part_of_a_graph_is_known() -> None:
+    with open_checkpoint(GOLDEN / "bert_gelu") as checkpoint:
+        graph = import_checkpoint(checkpoint)
+        unread = unread_tensors(graph, checkpoint)
+    assert unread == ["pooler.dense.bias", "pooler.dense.weight"]
+    config = config_of("t5")
+    checkpoint = random_checkpoint(config)
+    table = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    arrays = {**checkpoint.arrays, table: np.zeros((32, 4), np.float32)}
+    old = MemoryCheckpoint(checkpoint.config, arrays)
+    assert unread_tensors(import_checkpoint(old), old) == []
+    arrays["pooler.dense.bias"] = np.zeros(3, np.float32)
+    with pytest.raises(InputError, match="t5 has no such tensor"):
+        import_checkpoint(MemoryCheckpoint(checkpoint.config, arrays))
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "pipeline"),
+    [
+        ("t5", {}, "upcycle{experts=4 top-k=2},canonicalize,cse,dce"),
+        ("t5", {"d_model": 4096, "d_ff": 10240}, "upcycle{experts=4 top-k=1 gates=switch}"),
+        ("bert", {}, "upcycle{experts=4 top-k=2}"),
+    ],
+)
+def test_pipelines_are_checked_at_reduced_sizes(
+    family: str, keys: dict[str, Any], pipeline: str
+) -> None:
+    sizes = SIZES if family == "t5" else {"num_hidden_layers": 2}
+    graph = build(parse_config({"model_type": family, **sizes, **keys}))
+    assert check_pipeline(graph, Pipeline.parse(pipeline))
+    small = rebuild(graph.attrs)
+    assert sum(np.prod(v.type.shape) for v in small.params.values()) < 60_000
+
+
+def test_a_typed_st_moe_has_its_sublayers_in_order() -> None:
+    config = StMoeConfig(
+        vocab_size=8, hidden_size=4, head_dim=2, intermediate_size=6, num_hidden_layers=2,
+        num_decoder_layers=1, num_attention_heads=2, num_experts=3, sparse_encoder_layers=(1,),
+        gated=True, extra_ffn="before",
+    )  # fmt: skip
+    graph = build(config)
+    places = list(dict.fromkeys(n.loc for n in graph if "ffn" in n.loc))
+    assert places == [
+        "encoder.layers.0.ffn", "encoder.layers.1.extra_ffn", "encoder.layers.1.ffn",
+        "decoder.layers.0.ffn",
+    ]  # fmt: skip
+    name = "encoder.block.1.layer.1.mlp.experts.wi_0.weight"
+    assert str(graph.params[name].weight) == f'source("{name}" : f32[expert=3, mlp=6, embed=4])'
+    assert "encoder.block.1.layer.1.extra_mlp.wo.weight" in graph.params
+
+
+def test_losses_and_metrics_are_no_part_of_a_family_and_stay_in_st_moe() -> None:
+    graph, checkpoint = upcycled({"router_init": "zero"})
+    before = export_graph(graph, "switch_transformers")
+    AddLossesPass().apply(graph, Context())
+    assert len(graph.outputs) > 1
+    after = export_graph(graph, "switch_transformers")
+    assert after.config == before.config
+    assert [name for name, _ in after.tensors] == [name for name, _ in before.tensors]
+    made = export_graph(graph, "st_moe")
+    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+    assert import_checkpoint(written).outputs.keys() == graph.outputs.keys()
+
+
+def test_a_decoder_alone_takes_no_mask() -> None:
+    config = parse_config({"model_type": "llama"})
+    with pytest.raises(InputError, match="a decoder alone takes no mask"):
+        build(config, padding=True)

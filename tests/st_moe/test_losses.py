@@ -1,0 +1,362 @@
+"""Losses and metrics: the values of ST-MoE and of the code bases, by hand and by law."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_passes.add_losses import AddLossesPass
+
+from moecc.errors import InputError, UsageError
+from moecc.ir import F64, Builder, Graph, clone, tensor
+from moecc.ir.mixtures import emit_expert_choice
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing import laws, run_reference
+
+from .layers import Data, applied, evaluated, router, softmax
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def losses(
+    logits: Data, top_k: int = 1, mask: Data | None = None, **options: Any
+) -> dict[str, Data]:
+    """Return losses and metrics of one layer with these logits, `[batch, seq, expert]`."""
+    placement = options.pop("placement", {})
+    graph = router(logits.shape[-1], top_k, mask=mask is not None, **placement)
+    applied(AddLossesPass(**options), graph)
+    more = {} if mask is None else {"mask": mask}
+    found = evaluated(graph, logits=logits, **more)
+    return {n.removeprefix("metric.layers.0.ffn."): v for n, v in found.items()}
+
+
+# --- the router z-loss
+
+
+@pytest.mark.parametrize(
+    ("experts", "value"),
+    [(8, 4.32408), (16, 7.68725), (32, 12.01133), (64, 17.29631), (128, 23.54220)],
+)
+def test_z_loss_of_zero_logits(experts: int, value: float) -> None:
+    found = losses(np.zeros((2, 3, experts)), balance="none")
+    assert found["loss.router_z"] == pytest.approx(value, abs=5e-6)
+    assert found["loss.router_z"] == pytest.approx(math.log(experts) ** 2, rel=1e-14)
+    assert found["loss.auxiliary"] == pytest.approx(1e-3 * math.log(experts) ** 2, rel=1e-14)
+
+
+@given(SEEDS, st.floats(-5, 5))
+def test_z_loss_of_shifted_logits(seed: int, shift: float) -> None:
+    logits = np.random.default_rng(seed).normal(size=(2, 3, 4))
+    total = np.log(np.exp(logits).sum(-1))
+    found = losses(logits + shift, balance="none", metrics=False)
+    assert found["loss.router_z"] == pytest.approx(((total + shift) ** 2).mean(), rel=1e-10)
+
+
+def test_z_loss_is_zero_only_where_the_exponentials_add_up_to_one() -> None:
+    found = losses(np.full((1, 4, 8), -math.log(8)), balance="none")
+    assert found["loss.router_z"] == pytest.approx(0, abs=1e-28)
+
+
+# --- the load balance loss
+
+
+@given(SEEDS, st.sampled_from([2, 4, 8]))
+def test_balance_by_its_formula(seed: int, experts: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=(2, 6, experts))
+    p = softmax(logits)
+    f = np.bincount(logits.argmax(-1).ravel(), minlength=experts) / 12
+    expected = experts * (f * p.mean((0, 1))).sum()
+    found = losses(logits, metrics=False)
+    assert found["loss.balance"] == pytest.approx(expected, rel=1e-12)
+
+
+@given(SEEDS)
+def test_balance_is_1_if_either_share_is_uniform(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    # As many first choices for each expert, with probabilities that are not uniform.
+    first = rng.permutation(np.repeat(np.arange(4), 3))
+    logits = rng.random((12, 4))
+    logits[np.arange(12), first] += 2
+    assert losses(logits[None])["loss.balance"] == pytest.approx(1, rel=1e-12)
+    # Uniform mean probabilities: every token's are those of another one, turned round.
+    row = rng.normal(size=4)
+    turned = np.stack([np.roll(row, i) for i in range(4)])
+    assert losses(turned[None])["loss.balance"] == pytest.approx(1, rel=1e-12)
+
+
+def test_balance_at_collapse_is_the_number_of_experts() -> None:
+    logits = np.zeros((1, 8, 4))
+    logits[..., 2] = 500
+    assert losses(logits)["loss.balance"] == pytest.approx(4, rel=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_k_hot_balance_at_uniform_is_k(top_k: int) -> None:
+    """flaxformer's; so 1 is the value at uniform routing for top-1 only."""
+    row = np.array([3.0, 2.0, 1.0, 0.0])
+    logits = np.stack([np.roll(row, i) for i in range(4)])[None]
+    found = losses(logits, top_k, balance="k-hot")
+    assert found["loss.balance"] == pytest.approx(top_k, rel=1e-12)
+
+
+def test_balance_may_be_below_1() -> None:
+    """Two experts: three tokens lean to the first, one is sure of the second."""
+    lean, sure = [math.log(0.5 + 1e-9), math.log(0.5 - 1e-9)], [-800.0, 0.0]
+    found = losses(np.array([[lean, lean, lean, sure]]))
+    assert found["loss.balance"] == pytest.approx(0.875, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("experts", "value"), [(4, 0.8125), (8, 0.78125), (32, 0.7578), (64, 0.7539)]
+)
+def test_the_least_balance_of_a_family(experts: int, value: float) -> None:
+    """A share 1 − q leans to one expert, q is spread surely over the others; q = ½ is the least."""
+    tokens = 2 * (experts - 1) * experts
+    p = np.zeros((tokens, experts))
+    half = tokens // 2
+    p[:half] = (1 - 1e-9) / experts
+    p[:half, 0] += 1e-9
+    best = math.inf
+    for share in range(1, 2 * experts):
+        count = tokens * share // (2 * experts)
+        q = p.copy()
+        q[:count], q[count:] = p[0], 0
+        sure = np.arange(tokens - count) % (experts - 1) + 1
+        q[np.arange(count, tokens), sure] = 1
+        f = np.bincount(q.argmax(1), minlength=experts) / tokens
+        best = min(best, experts * float((f * q.mean(0)).sum()))
+    assert best == pytest.approx(value, abs=5e-4)
+    assert best < 1
+
+
+@given(SEEDS)
+def test_hard_routers_have_a_balance_of_at_least_1(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = np.where(np.eye(4, dtype=bool)[rng.integers(0, 4, (1, 12))], 0.0, -800.0)
+    assert losses(logits)["loss.balance"] >= 1 - 1e-12
+
+
+# --- over what, and without what
+
+
+@given(SEEDS)
+def test_balance_over_groups_sequences_and_the_batch(seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=(2, 6, 4))
+
+    def of(part: Data) -> float:
+        f = np.bincount(part.argmax(-1).ravel(), minlength=4) / (part.size / 4)
+        return float(4 * (f * softmax(part).reshape(-1, 4).mean(0)).sum())
+
+    groups = [of(part) for part in logits.reshape(4, 3, 4)]
+    for over, expected in (
+        ("group", np.mean(groups)),
+        ("sequence", np.mean([of(row) for row in logits])),
+        ("global", of(logits)),
+    ):
+        found = losses(logits, over=over, metrics=False, placement={"groups": 4})
+        assert found["loss.balance"] == pytest.approx(expected, rel=1e-12)
+    by_size = losses(logits, metrics=False, placement={"group_size": 3})
+    assert by_size["loss.balance"] == pytest.approx(np.mean(groups), rel=1e-12)
+
+
+@given(SEEDS, st.sampled_from(["group", "sequence", "global"]))
+def test_padding_counts_nowhere(seed: int, over: str) -> None:
+    """Each sequence of 6 has 4 tokens; without the padding, all losses and metrics are the same."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(2, 6, 4))
+    mask = np.stack([rng.permutation(6) < 4 for _ in range(2)])
+    short = logits[mask].reshape(2, 4, 4)
+    options: dict[str, Any] = {
+        "over": over, "importance_coef": 1.0, "load_coef": 1.0, "placement": {"groups": 2}
+    }  # fmt: skip
+    padded, plain = losses(logits, 2, mask, **options), losses(short, 2, **options)
+    for name, value in plain.items():
+        if name != "y":
+            np.testing.assert_allclose(padded[name], value, rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+# --- V-MoE's
+
+
+@given(SEEDS)
+def test_importance_and_load_of_v_moe(seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=(1, 10, 5))
+    found = losses(logits, 2, importance_coef=0.005, load_coef=0.005, load_noise=0.3)
+    total = softmax(logits)[0].sum(0)
+    assert found["loss.importance"] == pytest.approx((total.std() / total.mean()) ** 2, rel=1e-10)
+    threshold = np.sort(logits[0], axis=1)[:, -2:-1]
+    wins = 1 - 0.5 * np.vectorize(math.erfc)((logits[0] - threshold) / 0.3 / math.sqrt(2))
+    chance = wins.mean(0)
+    assert found["loss.load"] == pytest.approx((chance.std() / chance.mean()) ** 2, rel=1e-9)
+    terms = {"balance": 0.01, "router_z": 0.001, "importance": 0.005, "load": 0.005}
+    expected = sum(c * found[f"loss.{n}"] for n, c in terms.items())
+    assert found["loss.auxiliary"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_losses_of_an_even_router_vanish() -> None:
+    logits = np.stack([np.roll(np.arange(4.0), i) for i in range(4)])[None]
+    found = losses(logits, importance_coef=1.0, load_coef=1.0)
+    assert found["loss.importance"] == pytest.approx(0, abs=1e-25)
+    assert found["loss.load"] == pytest.approx(0, abs=1e-25)
+
+
+# --- layers, and what other code bases make of the same
+
+
+def test_losses_of_layers_are_summed_or_averaged() -> None:
+    rng = np.random.default_rng(0)
+    logits = {f"logits{i}": rng.normal(size=(2, 3, 4)) for i in range(3)}
+    single = [losses(v)["loss.balance"] for v in logits.values()]
+    for how, expected in (("sum", np.sum(single)), ("mean", np.mean(single))):
+        graph = router(4, layers=3)
+        applied(AddLossesPass(layers=how), graph)
+        found = evaluated(graph, **logits)
+        assert found["loss.balance"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_coefficients_of_mesh_tensorflow_and_t5x() -> None:
+    """Σ c (L_B + z L_Z) equals aux · mean L_B + zf · mean L_Z with aux = m c and zf = m c z."""
+    rng = np.random.default_rng(1)
+    logits = {f"logits{i}": rng.normal(size=(2, 3, 4)) for i in range(3)}
+    coefficient, z = 1e-2, 0.1
+    mesh, t5x = router(4, layers=3), router(4, layers=3)
+    applied(AddLossesPass(balance_coef=coefficient, z_coef=coefficient * z), mesh)
+    applied(
+        AddLossesPass(
+            layers="mean", balance="k-hot", balance_coef=3 * coefficient, z_coef=3 * coefficient * z
+        ),
+        t5x,
+    )
+    first, second = (evaluated(g, **logits)["loss.auxiliary"] for g in (mesh, t5x))
+    assert first == pytest.approx(second, rel=1e-12)
+
+
+# --- metrics
+
+
+def test_entropy_margin_and_gates() -> None:
+    uniform = losses(np.zeros((1, 4, 32)), 2)
+    assert uniform["entropy"] == pytest.approx(math.log(32), rel=1e-14)
+    assert round(math.log(32), 3) == 3.466
+    assert uniform["margin"] == pytest.approx(0, abs=1e-15)
+    np.testing.assert_allclose(uniform["gate_mean"], [0.5, 0.5])
+    logits = np.log(np.array([[[0.5, 0.3, 0.2]]]))
+    found = losses(logits, 2)
+    assert found["margin"] == pytest.approx(0.2, rel=1e-12)
+    expected = -sum(p * math.log(p) for p in (0.5, 0.3, 0.2))
+    assert found["entropy"] == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(found["gate_mean"], [5 / 8, 3 / 8])
+    dead = np.log(np.array([[[0.5, 0.5, 1e-300]]]))
+    dead[..., 2] = -np.inf
+    assert losses(dead)["entropy"] == pytest.approx(math.log(2), rel=1e-12)
+
+
+def test_loads_dead_experts_and_the_largest_violation() -> None:
+    logits = np.zeros((1, 8, 4))
+    for token, expert in enumerate([0, 0, 0, 0, 0, 1, 1, 2]):
+        logits[0, token, expert] = 1
+    found = losses(logits)
+    np.testing.assert_allclose(found["loads"], [5 / 8, 2 / 8, 1 / 8, 0])
+    assert found["dead_experts"] == 1
+    assert found["max_violation"] == pytest.approx(5 / 2 - 1, rel=1e-12)
+    assert found["dropped"] == 0
+    assert "utilisation" not in found
+
+
+def test_drops_and_used_slots_under_a_capacity() -> None:
+    logits = np.zeros((1, 8, 4))
+    for token, expert in enumerate([0, 0, 0, 0, 0, 1, 1, 2]):
+        logits[0, token, expert] = 1
+    bound = {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1}
+    found = losses(logits, placement=bound)
+    assert found["dropped"] == pytest.approx(3 / 8)
+    assert found["utilisation"] == pytest.approx(5 / 8)
+    np.testing.assert_allclose(found["loads"], [2 / 5, 2 / 5, 1 / 5, 0])
+
+
+# --- the pass
+
+
+def test_the_pass_adds_outputs_and_changes_none() -> None:
+    graph = router(4, 2, layers=2)
+    before = clone(graph)
+    result = applied(AddLossesPass(), graph)
+    assert (result.matched, result.changed) == (2, True)
+    for name in [n for n in graph.output_names if n != "y"]:
+        graph.drop_output(name)
+    inputs = {f"logits{i}": np.random.default_rng(i).normal(size=(2, 3, 4)) for i in range(2)}
+    inputs["x"] = np.random.default_rng(2).normal(size=(2, 3, 2))
+    np.testing.assert_array_equal(evaluated(graph, **inputs)["y"], evaluated(before, **inputs)["y"])
+
+
+def test_a_graph_with_losses_round_trips() -> None:
+    graph = router(4, 2, mask=True, slots="capacity", capacity_factor=1.25)
+    applied(AddLossesPass(importance_coef=1.0, load_coef=1.0), graph)
+    laws.check_graph(graph)
+
+
+def test_losses_are_added_once() -> None:
+    graph = router(4)
+    applied(AddLossesPass(), graph)
+    with pytest.raises(InputError, match="has losses or metrics already"):
+        AddLossesPass().apply(graph, Context())
+
+
+def test_the_output_z_loss() -> None:
+    graph = router(4)
+    with pytest.raises(InputError, match="one output with an axis vocab"):
+        AddLossesPass(output_z_coef=1e-4).apply(clone(graph), Context())
+    b = Builder(graph)
+    table = graph.param("table", tensor(F64, vocab=5, embed=2))
+    graph.set_output("logits_out", b.contract(graph.outputs["y"], table, over="embed"))
+    applied(AddLossesPass(output_z_coef=1e-4, balance="none", z_coef=0.0, metrics=False), graph)
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 3, 2)), rng.normal(size=(5, 2))
+    found = run_reference(
+        graph, params={"table": w}, inputs={"x": x, "logits": np.zeros((2, 3, 4))}
+    )
+    total = np.log(np.exp(found["logits_out"]).sum(-1))
+    assert found["loss.output_z"] == pytest.approx((total**2).mean(), rel=1e-10)
+    assert found["loss.auxiliary"] == pytest.approx(1e-4 * (total**2).mean(), rel=1e-10)
+
+
+def test_expert_choice_needs_no_loss_and_gets_none() -> None:
+    graph = Graph()
+    b = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))
+    w = graph.param("w", tensor(F64, expert=4, embed=2))
+    e, g, p = emit_expert_choice(b, x, w, tokens=("batch", "seq"), capacity_factor=1.0)
+    graph.set_output("y", b.combine(b.dispatch(x, e, p), e, p, g))
+    told: list[Any] = []
+    AddLossesPass().apply(graph, Context(remark=told.append))
+    assert [str(r) for r in told] == [
+        "layers.0.ffn: has no loss or metric: its experts are not chosen by route"
+    ]
+    assert graph.output_names == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("add-losses{z-coef=-1.0}", "not negative"),
+        ("add-losses{balance-coef=inf}", "not negative"),
+        ("add-losses{load-noise=0.0}", "noise of the load loss is positive"),
+        ("add-losses{balance=none z-coef=0.0 metrics=false}", "no loss and no metric is left"),
+    ],
+)
+def test_options_that_cannot_be(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_pipeline(router(4), Pipeline.parse(text))
+
+
+def test_a_graph_without_experts() -> None:
+    graph = Graph()
+    graph.set_output("y", Builder(graph).relu(graph.input("x", tensor(F64, a=2))))
+    with pytest.raises(InputError, match="matched nothing"):
+        run_pipeline(graph, Pipeline.parse("add-losses"))

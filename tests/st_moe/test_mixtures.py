@@ -1,0 +1,219 @@
+"""Pieces of routing that are composed of the table, by hand and by law."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.ir import F64, I32, Builder, Graph, tensor
+from moecc.ir.dtypes import KEY
+from moecc.ir.mixtures import (
+    emit_dropout,
+    emit_expert_choice,
+    emit_hash_routing,
+    emit_jitter,
+    emit_priority,
+    emit_prototypes,
+    emit_rescaled,
+    emit_soft_slots,
+)
+from moecc.routing import flaxformer_groups, split_into_groups, updated_bias
+from moecc.testing import run_reference
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def softmax(x: Any, axis: int) -> Any:
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+@given(SEEDS, st.sampled_from(["renormalised", "softmax", "sigmoid"]), st.floats(0.3, 1.5))
+def test_rescaled_gates_keep_their_sum(seed: int, gates: str, factor: float) -> None:
+    graph = Graph()
+    b = Builder(graph)
+    logits = graph.input("l", tensor(F64, token="T", expert=4))
+    experts, weights = b.route(logits, top_k=3, gates=gates)
+    place = b.place(
+        experts, tokens="token", experts=4, slots="capacity", capacity_factor=factor, minimum=1
+    )
+    for name, value in {"g": weights, "p": place, "r": emit_rescaled(b, weights, place)}.items():
+        graph.set_output(name, value)
+    data = np.random.default_rng(seed).normal(size=(12, 4))
+    found = run_reference(graph, inputs={"l": data})
+    kept = found["p"] >= 0
+    some = kept.any(1)
+    total = found["g"].sum(1)
+    np.testing.assert_allclose(found["r"].sum(1), np.where(some, total, 0), rtol=1e-12)
+    assert (found["r"][~kept] == 0).all()
+    whole = kept.all(1)
+    np.testing.assert_allclose(found["r"][whole], found["g"][whole], rtol=1e-12)
+    ratio = found["r"][kept] / found["g"][kept]
+    assert (ratio >= 1 - 1e-12).all()
+
+
+@given(SEEDS, st.sampled_from([1, 2, 3, 6]))
+def test_prototypes_are_top_1_in_each_group(seed: int, prototypes: int) -> None:
+    graph = Graph()
+    b = Builder(graph)
+    logits = graph.input("l", tensor(F64, token="T", expert=6))
+    for name, value in zip("eg", emit_prototypes(b, logits, prototypes), strict=True):
+        graph.set_output(name, value)
+    data = np.random.default_rng(seed).normal(size=(9, 6))
+    found = run_reference(graph, inputs={"l": data})
+    parts = data.reshape(9, prototypes, -1)
+    best = parts.argmax(-1)
+    np.testing.assert_array_equal(found["e"], best + np.arange(prototypes) * (6 // prototypes))
+    np.testing.assert_allclose(found["g"], softmax(parts, -1).max(-1), rtol=1e-12)
+
+
+def test_prototypes_that_do_not_divide_the_experts() -> None:
+    graph = Graph()
+    logits = graph.input("l", tensor(F64, token="T", expert=6))
+    with pytest.raises(InputError, match="do not divide the experts"):
+        emit_prototypes(Builder(graph), logits, 4)
+
+
+def test_a_soft_mixture_is_two_products() -> None:
+    """Y = C · f(Dᵀ X), D over tokens and C over slots (Puigcerver et al. 2023, eq. 1 to 3)."""
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=3))
+    phi = graph.param("phi", tensor(F64, expert=4, slot=2, embed=3))
+    rows, weights = emit_soft_slots(b, x, phi)
+    graph.set_output("y", b.contract(weights, b.square(rows), over=("expert", "slot")))
+    rng = np.random.default_rng(0)
+    data, parts = rng.normal(size=(2, 5, 3)), rng.normal(size=(4, 2, 3))
+    found = run_reference(graph, inputs={"x": data}, params={"phi": parts})["y"]
+    logits = np.einsum("bsd,nd->bsn", data, parts.reshape(8, 3))
+    slots = np.einsum("bsn,bsd->bnd", softmax(logits, 1), data)
+    expected = np.einsum("bsn,bnd->bsd", softmax(logits, 2), slots**2)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_expert_choice_weighs_by_probability() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=3))
+    w = graph.param("w", tensor(F64, expert=4, embed=3))
+    results = emit_expert_choice(b, x, w, tokens=("batch", "seq"), capacity_factor=2.0, minimum=1)
+    for name, value in zip(("e", "g", "p"), results, strict=True):
+        graph.set_output(name, value)
+    rng = np.random.default_rng(0)
+    data, router = rng.normal(size=(2, 4, 3)), rng.normal(size=(4, 3))
+    found = run_reference(graph, inputs={"x": data}, params={"w": router})
+    np.testing.assert_allclose(found["g"], softmax(data @ router.T, -1), rtol=1e-12)
+    assert ((found["p"] >= 0).sum((0, 1)) == 4).all()
+
+
+def test_hash_gates_are_equal_and_add_up_to_one() -> None:
+    graph = Graph()
+    ids = graph.input("ids", tensor(I32, token="T"))
+    x = graph.input("x", tensor(F64, token="T", embed=2))
+    experts, gates = emit_hash_routing(Builder(graph), ids, x, experts=8, top_k=4, seed=2)
+    graph.set_output("e", experts)
+    graph.set_output("g", gates)
+    found = run_reference(graph, inputs={"ids": np.arange(5), "x": np.zeros((5, 2))})
+    assert (found["g"] == 0.25).all()
+    assert all(len(set(row)) == 4 for row in found["e"].tolist())
+
+
+def randomised(make: Any) -> Any:
+    graph = Graph()
+    x = graph.input("x", tensor(F64, token="T", embed=50))
+    graph.set_output("y", make(Builder(graph), x, graph.input("key", tensor(KEY))))
+    data = np.full((200, 50), 2.0)
+    return run_reference(graph, inputs={"x": data, "key": np.uint64(5)})["y"]
+
+
+def test_jitter_stays_within_its_width() -> None:
+    found = randomised(lambda b, x, key: emit_jitter(b, x, key, 0.01)) / 2
+    assert found.min() >= 0.99
+    assert found.max() < 1.01
+    assert found.std() == pytest.approx(0.01 / 3**0.5, rel=0.05)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    found = randomised(lambda b, x, key: emit_dropout(b, x, key, 0.25))
+    assert set(np.round(np.unique(found), 12)) == {0.0, round(2 / 0.75, 12)}
+    assert (found == 0).mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_priority_is_the_largest_probability() -> None:
+    graph = Graph()
+    logits = graph.input("l", tensor(F64, token="T", expert=4))
+    graph.set_output("p", emit_priority(Builder(graph), logits))
+    data = np.random.default_rng(0).normal(size=(7, 4))
+    found = run_reference(graph, inputs={"l": data})["p"]
+    np.testing.assert_allclose(found, softmax(data, 1).max(1), rtol=1e-12)
+
+
+# --- rules beside the graph
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "multiple", "expected"),
+    [(5008, 1024, 4, (4, 1252)), (1048576, 1024, 16, (1024, 1024)), (100, 1024, 1, (1, 100))],
+)
+def test_groups_of_mesh_tensorflow(
+    tokens: int, size: int, multiple: int, expected: tuple[int, int]
+) -> None:
+    assert split_into_groups(tokens, size, multiple) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "experts", "expected"), [(8, 2, 4), (9, 2, 4), (16, 4, 8), (32, 2, 2), (64, 2, 2)]
+)
+def test_groups_of_flaxformer(size: int, experts: int, expected: int) -> None:
+    """Its own unit test, of 32 tokens; that with four experts has two replicas."""
+    assert flaxformer_groups(32, size, experts, 2 if experts == 4 else 1) == expected
+
+
+def test_tokens_that_no_groups_divide() -> None:
+    with pytest.raises(InputError, match="pad the batch"):
+        split_into_groups(7, 4, 2)
+    with pytest.raises(InputError, match="pad the batch"):
+        flaxformer_groups(7, 4, 2)
+
+
+@given(st.integers(1, 4000), st.integers(1, 512), st.sampled_from([1, 2, 4, 8]))
+def test_groups_divide_the_tokens_and_the_devices_divide_the_groups(
+    tokens: int, size: int, devices: int
+) -> None:
+    tokens *= devices
+    count, each = split_into_groups(tokens, size, devices)
+    assert count * each == tokens
+    assert count % devices == 0
+    assert count >= max(1, tokens // size)
+
+
+def test_the_bias_moves_towards_the_idle() -> None:
+    bias, load = np.array([0.5, 0.0, 0.0, 0.0]), np.array([9, 1, 2, 4])
+    np.testing.assert_allclose(updated_bias(bias, load), [0.499, 0.001, 0.001, 0.0])
+    layers = updated_bias(np.zeros((2, 2)), np.array([[3, 1], [2, 2]]), 0.1)
+    np.testing.assert_allclose(layers, [[-0.1, 0.1], [0, 0]])
+
+
+def test_the_bias_balances_a_skewed_router() -> None:
+    """Fixed scores with one favoured expert: after enough steps all get their share."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(512, 8)) + np.array([1.5, 0, 0, 0, 0, 0, 0, -1.5])
+    graph = Graph()
+    b = Builder(graph)
+    x = graph.input("l", tensor(F64, token="T", expert=8))
+    bias_in = graph.input("b", tensor(F64, expert=8))
+    experts, _ = b.route(x, bias_in, top_k=2, gates="sigmoid-renormalised", using="bias")
+    graph.set_output("e", experts)
+    bias, worst = np.zeros(8), []
+    for _ in range(120):
+        chosen = run_reference(graph, inputs={"l": logits, "b": bias})["e"]
+        load = np.bincount(chosen.ravel(), minlength=8)
+        worst.append(load.max() / load.mean() - 1)
+        bias = updated_bias(bias, load, 0.01)
+    assert worst[0] > 1
+    assert min(worst[-10:]) < 0.05

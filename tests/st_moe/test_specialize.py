@@ -1,0 +1,415 @@
+"""The modes of a model: what training and evaluation see, and that either can be had again."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_passes.canonicalize import CanonicalizePass
+from moecc_passes.specialize.settings import Settings, record, recorded
+from moecc_passes.specialize.specialize import SpecializePass
+
+from moecc.errors import InputError, UsageError
+from moecc.ir import F64, Builder, Graph, clone, equal, parse, print_graph, tensor
+from moecc.ir.mixtures import emit_expert_choice
+from moecc.ir.moe import emit_routing
+from moecc.pipeline.check import check_pipeline
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing import laws, params_for, run_reference
+
+Data = np.ndarray[Any, Any]
+EMBED, MLP = 4, 6
+
+
+def model(
+    experts: int = 4, top_k: int = 2, *, layers: int = 2, causal: bool = False, **routing: Any
+) -> Graph:
+    """Return layers of experts with residuals; `causal` puts attention under a mask before."""
+    graph = Graph("sparse")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=EMBED))
+    for layer in range(layers):
+        with b.at(f"layers.{layer}.ffn"):
+            if causal:
+                x = b.add(x, attention(b, x))
+            names = ("router", "up", "down")
+            shapes = ({"embed": EMBED}, {"mlp": MLP, "embed": EMBED}, {"embed": EMBED, "mlp": MLP})
+            w = {
+                n: graph.param(f"{n}{layer}", tensor(F64, expert=experts, **s))
+                for n, s in zip(names, shapes, strict=True)
+            }
+            rows, finish = emit_routing(b, x, w["router"], experts=experts, top_k=top_k, **routing)
+            hidden = b.silu(b.contract(rows, w["up"], over="embed"))
+            x = b.add(x, finish(b.contract(hidden, w["down"], over="mlp")))
+    graph.set_output("y", x)
+    return graph
+
+
+def attention(b: Builder, x: Any) -> Any:
+    """Attend from every token to itself and those before it."""
+    keys = b.rename(x, axis="seq", to="kv_seq")
+    here = b.positions(x, axis="seq")
+    seen = b.causal(here, b.rename(here, axis="seq", to="kv_seq"))
+    scores = b.mask(b.contract(x, keys, over="embed"), seen)
+    return b.contract(b.softmax(scores, axis="kv_seq"), keys, over="kv_seq")
+
+
+def specialised(graph: Graph, **options: Any) -> Graph:
+    """Return a copy of `graph` after the pass, which must be well-formed and its own text."""
+    item = SpecializePass(**options)
+    assert item.validate() == []
+    after = clone(graph)
+    item.apply(after, Context())
+    laws.check_graph(after)
+    return after
+
+
+def traced(graph: Graph, inputs: dict[str, Data], seed: int = 0) -> dict[str, Data]:
+    """Return the output and the slots, gates and what is kept of every layer."""
+    seen = clone(graph)
+    for node in list(seen):
+        if node.op.name in ("place", "route", "keep_choices", "combine"):
+            for value in node.results:
+                seen.set_output(value.name, value)
+    return run_reference(seen, inputs=inputs, seed=seed)
+
+
+def tokens(count: int = 16, seed: int = 0) -> dict[str, Data]:
+    rng = np.random.default_rng(seed)
+    return {"x": rng.normal(size=(2, count // 2, EMBED)), "key": np.uint64(rng.integers(2**63))}
+
+
+def given_inputs(graph: Graph, inputs: dict[str, Data]) -> dict[str, Data]:
+    return {n: inputs[n] for n in graph.inputs}
+
+
+# --- one option at a time
+
+
+def test_capacities_per_mode() -> None:
+    graph = model()
+    bounded = specialised(graph, capacity_factor=1.25, minimum=1)
+    places = [n for n in bounded if n.op.name == "place"]
+    assert [n.attrs["slots"] for n in places] == ["capacity"] * 2
+    found = traced(bounded, given_inputs(bounded, tokens()))
+    # ⌊1.25 · 16 / 4⌋ slots an expert, 20 of 32 choices at most.
+    for place in places:
+        assert (found[place.results[0].name] >= 0).sum() <= 20
+        assert found[place.results[0].name].max() == 4
+    again = specialised(bounded, mode="eval", dropless=True)
+    graph.attrs["mode"] = "eval"
+    for node in graph:
+        if node.op.name == "place":
+            node.attrs["minimum"] = 1
+    assert equal(again, graph)
+
+
+@given(
+    st.sampled_from(["none", "threshold", "random"]),
+    st.sampled_from([0.2, 0.45]),
+    st.sampled_from(["renormalised", "softmax", "sigmoid"]),
+)
+def test_policies_see_renormalised_gates(policy: str, threshold: float, gates: str) -> None:
+    graph = specialised(
+        model(gates=gates, scale=2.0, layers=1), policy=policy, threshold=threshold
+        if policy != "none" else None
+    )  # fmt: skip
+    found = traced(graph, given_inputs(graph, tokens()))
+    share = found["gates"] / found["gates"].sum(-1, keepdims=True)
+    keep, slots = found["keep"], found["place"]
+    np.testing.assert_array_equal(keep, slots >= 0)
+    assert keep[..., 0].all()
+    second = share[..., 1]
+    if policy == "none":
+        assert not keep[..., 1].any()
+    if policy == "threshold":
+        np.testing.assert_array_equal(keep[..., 1], second > threshold)
+    if policy == "random":
+        assert keep[..., 1][second >= threshold].all()
+
+
+def test_gates_are_rescaled_after_a_drop_if_asked() -> None:
+    graph = model(layers=1)
+    kept, rescaled = (
+        specialised(graph, policy="none", after_drop=how) for how in ("keep", "rescale")
+    )
+    inputs = tokens()
+    whole = traced(graph, given_inputs(graph, inputs))
+    first, second = (traced(g, given_inputs(g, inputs)) for g in (kept, rescaled))
+    share = whole["gates"][..., :1]
+    np.testing.assert_allclose(
+        (first["y"] - inputs["x"]), share * (second["y"] - inputs["x"]), rtol=1e-12, atol=1e-14
+    )
+    assert ((share >= 0.5) & (share <= 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "changes_choice"),
+    [
+        ({"jitter": 0.5}, True),
+        ({"router_noise": 1.0}, True),
+        ({"input_dropout": 0.5}, True),
+        ({"expert_dropout": 0.5, "capacity_factor": 4.0}, False),
+    ],
+)
+def test_noise_of_training(options: dict[str, float], changes_choice: bool) -> None:
+    graph = model()
+    noisy = specialised(graph, **options)
+    inputs, other = tokens(), {**tokens(), "key": np.uint64(1)}
+    first, again, second = (traced(noisy, given_inputs(noisy, i)) for i in (inputs, inputs, other))
+    plain = traced(graph, given_inputs(graph, inputs))
+    np.testing.assert_array_equal(first["y"], again["y"])
+    for one, two in ((first, second), (first, plain)):
+        assert (one["y"] != two["y"]).any()
+        assert (one["experts"] != two["experts"]).any() == changes_choice
+    # Two layers have keys of their own.
+    uniform = [n.results[0] for n in noisy if n.op.name.startswith("random_")]
+    for value in uniform:
+        noisy.set_output(value.name, value)
+    drawn = run_reference(noisy, inputs=given_inputs(noisy, inputs))
+    one, two = (drawn[v.name] for v in uniform)
+    assert (one != two).mean() > 0.99
+    equal_back = specialised(noisy_without_outputs(noisy), mode="eval")
+    assert "key" not in equal_back.inputs
+
+
+def noisy_without_outputs(graph: Graph) -> Graph:
+    for name in [n for n in graph.output_names if n != "y"]:
+        graph.drop_output(name)
+    return graph
+
+
+def test_the_router_alone_sees_the_jitter() -> None:
+    graph = specialised(model(layers=1, top_k=4), jitter=0.3)
+    (dispatch,) = (n for n in graph if n.op.name == "dispatch")
+    assert dispatch.operands[0] is graph.inputs["x"]
+
+
+def test_priority_is_the_probability_of_the_first_choice() -> None:
+    graph = specialised(
+        model(layers=1), capacity_factor=0.5, minimum=1, priority=True, policy="none"
+    )
+    (place,) = (n for n in graph if n.op.name == "place")
+    assert place.attrs["using"] == ("keep", "priority")
+    found = traced(graph, given_inputs(graph, tokens()))
+    logits = tokens()["x"].reshape(-1, EMBED) @ params(graph)["router0"].T
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    slots = found["place"].reshape(-1, 2)[:, 0]
+    for expert in range(4):
+        mine = p.argmax(1) == expert
+        kept, lost = p.max(1)[mine & (slots >= 0)], p.max(1)[mine & (slots < 0)]
+        assert not lost.size or kept.min() > lost.max()
+
+
+def params(graph: Graph) -> dict[str, Data]:
+    return params_for(graph, 0)
+
+
+# --- back and forth
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "capacity_factor": st.sampled_from([0.5, 1.25, 4.0]),
+        "policy": st.sampled_from(["all", "none", "threshold", "random"]),
+        "priority": st.just(True),
+        "after_drop": st.sampled_from(["keep", "rescale"]),
+        "jitter": st.just(0.1),
+        "router_noise": st.just(0.5),
+        "input_dropout": st.just(0.1),
+        "group_size": st.just(2),
+        "order": st.just("token"),
+    },
+)
+
+
+@given(OPTIONS, OPTIONS, st.booleans())
+def test_a_mode_does_not_depend_on_the_one_before(
+    first: dict[str, Any], second: dict[str, Any], tidy: bool
+) -> None:
+    """Except for attributes of slots, which stay as they are where nothing is said."""
+    placement = {"capacity_factor": 1.0, "order": "choice", "groups": 1}
+    second = {**placement, **second}
+    if "group_size" in second:
+        del second["groups"]
+    graph = model()
+    through = specialised(graph, **first)
+    if tidy:
+        CanonicalizePass().apply(through, Context())
+    directly = specialised(graph, **second)
+    after = specialised(through, **second)
+    if tidy:
+        for one in (directly, after):
+            CanonicalizePass().apply(one, Context())
+    assert equal(after, directly)
+    assert equal(specialised(directly, **second), directly) or tidy
+
+
+@given(OPTIONS)
+def test_specialised_graphs_obey_the_laws_of_passes(options: dict[str, Any]) -> None:
+    item = SpecializePass(**options)
+    laws.check_changed_flag(item, model())
+    laws.check_idempotent(item, model())
+
+
+@given(OPTIONS)
+def test_specialised_graphs_survive_their_text(options: dict[str, Any]) -> None:
+    graph = parse(print_graph(specialised(model(), **options)))
+    back = specialised(graph, mode="eval", dropless=True, groups=1, order="choice")
+    plain = specialised(model(), mode="eval", dropless=True, groups=1, order="choice")
+    assert equal(back, plain)
+
+
+def test_settings_of_a_graph_are_used_and_options_win() -> None:
+    graph = model()
+    record(
+        graph,
+        train=Settings(capacity_factor=1.25, policy="random"),
+        eval=Settings(capacity_factor=2.0, policy="all"),
+    )
+    graph = parse(print_graph(graph))
+    assert recorded(graph, "train") == Settings(capacity_factor=1.25, policy="random")
+    assert recorded(graph, "serve") == Settings()
+    factors = {
+        mode: [
+            n.attrs["capacity_factor"]
+            for n in specialised(graph, mode=mode)
+            if "capacity_factor" in n.attrs
+        ]
+        for mode in ("train", "eval")
+    }
+    assert factors == {"train": [1.25] * 2, "eval": [2.0] * 2}
+    assert "key" in specialised(graph, mode="train").inputs
+    assert "key" not in specialised(graph, mode="eval").inputs
+    other = specialised(graph, mode="eval", capacity_factor=3.0)
+    assert [n.attrs["capacity_factor"] for n in other if n.op.name == "place"] == [3.0] * 2
+
+
+def test_check_measures_what_a_mode_changes() -> None:
+    (done,) = check_pipeline(model(), Pipeline.parse("specialize{policy=random}"))
+    assert done.promise.kind == "approximate"
+    assert 0 < done.measured < 1
+
+
+# --- raising the capacity, and causality
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_larger_factor_at_evaluation_never_drops_more(seed: int) -> None:
+    """ST-MoE, §6.15 of the notes: outputs are equal once nothing is dropped."""
+    graph = model(layers=1)
+    inputs = tokens(seed=seed)
+    kept, outputs = [], []
+    for factor in (0.5, 1.0, 2.0, 4.0, 8.0):
+        bounded = specialised(graph, mode="eval", capacity_factor=factor, minimum=1)
+        found = traced(bounded, given_inputs(bounded, inputs))
+        kept.append(found["place"] >= 0)
+        outputs.append(found["y"])
+    assert all((a <= b).all() for a, b in pairwise(kept))
+    # With a factor of E every expert has a slot for every token.
+    assert kept[3].all()
+    np.testing.assert_array_equal(outputs[3], outputs[4])
+
+
+def test_decoders_are_told_of_the_leak_and_of_the_way_out() -> None:
+    told: list[str] = []
+    context = Context(remark=lambda r: told.append(str(r)))
+    SpecializePass(capacity_factor=1.25).apply(model(causal=True), context)
+    assert any("order=token is strictly causal" in t for t in told)
+    assert any("at most 62.5% of the choices find a slot" in t for t in told)
+    for graph, options in ((model(causal=True), {"order": "token"}), (model(), {})):
+        told.clear()
+        SpecializePass(capacity_factor=1.25, **options).apply(graph, context)
+        assert not any("strictly causal" in t for t in told)
+
+
+@pytest.mark.parametrize("order", ["token", "choice"])
+def test_what_later_tokens_change(order: str) -> None:
+    """Under the paper's order they change earlier outputs; token by token they never do."""
+    graph = specialised(model(experts=8, layers=1), capacity_factor=1.25, order=order, minimum=4)
+    moved = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(1, 64, EMBED))
+        other = np.concatenate([x[:, :32], rng.normal(size=(1, 32, EMBED))], 1)
+        first, second = (run_reference(graph, inputs={"x": v})["y"][:, :32] for v in (x, other))
+        moved += bool((first != second).any())
+    assert moved == 0 if order == "token" else moved > 30
+
+
+def test_what_looks_ahead_is_refused_in_a_decoder_unless_forced() -> None:
+    with pytest.raises(InputError, match="batch-prioritised routing in a decoder"):
+        SpecializePass(priority=True).apply(model(causal=True), Context())
+    forced = SpecializePass(priority=True, force=True)
+    assert forced.apply(model(causal=True), Context()).matched == 2
+    graph = Graph()
+    b = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=EMBED))
+    x = b.add(x, attention(b, x))
+    w = graph.param("w", tensor(F64, expert=4, embed=EMBED))
+    e, g, p = emit_expert_choice(b, x, w, tokens=("batch", "seq"), capacity_factor=1.0)
+    graph.set_output("y", b.combine(b.dispatch(x, e, p), e, p, g))
+    with pytest.raises(InputError, match="expert choice in a decoder"):
+        SpecializePass().apply(clone(graph), Context())
+    result = SpecializePass(force=True, capacity_factor=2.0).apply(graph, Context())
+    assert result.matched == 1
+    (node,) = (n for n in graph if n.op.name == "expert_choice")
+    assert node.attrs["capacity_factor"] == 2.0
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("capacity-factor=0.0", "out of range.*capacity-factor"),
+        ("capacity-factor=-1.0", "out of range.*capacity-factor"),
+        ("capacity-factor=inf", "out of range.*capacity-factor"),
+        ("jitter=1.0", "out of range.*jitter"),
+        ("group-size=0", "out of range.*group-size"),
+        ("dropless=true capacity-factor=1.0", "what is to have no bound"),
+        ("groups=2 group-size=2", "by their number or by their size"),
+        ("mode=eval jitter=0.01", "an evaluation is not perturbed"),
+        ("mode=eval expert-dropout=0.1", "an evaluation is not perturbed"),
+        ("policy=none threshold=0.1", "compares with no threshold"),
+    ],
+)
+def test_options_that_contradict_themselves(options: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        run_pipeline(model(), Pipeline.parse(f"specialize{{{options}}}"))
+    assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["threshold", "random"])
+def test_a_policy_for_second_experts_where_there_are_none(policy: str) -> None:
+    with pytest.raises(InputError, match="there are none"):
+        SpecializePass(policy=policy).apply(model(top_k=1), Context())
+
+
+def test_dropout_in_experts_needs_a_capacity() -> None:
+    with pytest.raises(InputError, match="slots that can be numbered"):
+        SpecializePass(expert_dropout=0.1).apply(model(), Context())
+
+
+def test_random_evaluation_is_remarked() -> None:
+    told: list[str] = []
+    SpecializePass(mode="eval", policy="random").apply(
+        model(), Context(remark=lambda r: told.append(str(r)))
+    )
+    assert any("makes an evaluation random" in t for t in told)
+
+
+def test_a_dense_graph_has_nothing_to_specialise() -> None:
+    graph = Graph()
+    graph.set_output("y", Builder(graph).relu(graph.input("x", tensor(F64, a=2))))
+    with pytest.raises(InputError, match="matched nothing"):
+        run_pipeline(graph, Pipeline.parse("specialize"))

@@ -1,0 +1,284 @@
+"""The paper's conversion as one pass, and the groups of its fine-tuning study."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from moecc_passes.freeze import FreezePass
+from moecc_passes.specialize.specialize import SpecializePass
+
+from moecc.analysis.groups import GROUPS, parameter_groups, trainable
+from moecc.errors import InputError, UsageError
+from moecc.ir import F64, Builder, Graph, Value, clone, equal, parse, print_graph, tensor
+from moecc.ir.dtypes import I32
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing import inputs_for, laws, params_for, run_reference
+from moecc.weights.expr import Source
+
+EMBED, MLP, VOCAB = 4, 6, 11
+
+
+def transformer(layers: int = 8) -> Graph:
+    """Return a small dense decoder: embedding, causal attention, gated blocks, a head."""
+    graph = Graph("dense")
+    b = Builder(graph)
+    ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
+
+    def param(name: str, **sizes: int) -> Value:
+        type = tensor(F64, **sizes)
+        return graph.param(name, type, Source(name, type), loc=b.loc)
+
+    with b.at("embed"):
+        x = b.embedding(param("table", vocab=VOCAB, embed=EMBED), ids, axis="vocab")
+    for layer in range(layers):
+        with b.at(f"layers.{layer}.attention"):
+            n = b.rms_norm(x, param(f"{layer}.n1", embed=EMBED), axis="embed")
+            q, k, v = (
+                b.contract(n, param(f"{layer}.{w}", head_dim=EMBED, embed=EMBED), over="embed")
+                for w in "qkv"
+            )
+            k, v = (b.rename(t, axis="seq", to="kv_seq") for t in (k, v))
+            here = b.positions(n, axis="seq")
+            seen = b.causal(here, b.rename(here, axis="seq", to="kv_seq"))
+            scores = b.mask(b.contract(q, k, over="head_dim"), seen)
+            mixed = b.contract(b.softmax(scores, axis="kv_seq"), v, over="kv_seq")
+            out = b.contract(
+                mixed, param(f"{layer}.o", embed=EMBED, head_dim=EMBED), over="head_dim"
+            )
+            x = b.add(x, out)
+        with b.at(f"layers.{layer}.ffn"):
+            n = b.rms_norm(x, param(f"{layer}.n2", embed=EMBED), axis="embed")
+            gate, up = (
+                b.contract(n, param(f"{layer}.{w}", mlp=MLP, embed=EMBED), over="embed")
+                for w in ("gate", "up")
+            )
+            hidden = b.mul(b.gelu_tanh(gate), up)
+            down = param(f"{layer}.down", embed=EMBED, mlp=MLP)
+            x = b.add(x, b.contract(hidden, down, over="mlp"))
+    with b.at("head"):
+        n = b.rms_norm(x, param("n", embed=EMBED), axis="embed")
+        graph.set_output(
+            "logits", b.contract(n, param("out", vocab=VOCAB, embed=EMBED), over="embed")
+        )
+    return graph
+
+
+def converted(text: str = "st-moe{experts=4}", layers: int = 8) -> tuple[Graph, Graph, Any]:
+    before = transformer(layers)
+    after = clone(before)
+    report = run_pipeline(after, Pipeline.parse(text))
+    laws.check_graph(after)
+    return before, after, report
+
+
+def same_logits(before: Graph, after: Graph, seed: int = 0) -> float:
+    sizes = {"B": 2, "S": 6}
+    inputs = inputs_for(before, seed, sizes)
+    first, second = (
+        run_reference(
+            g, inputs=inputs_for(g, seed, sizes) | inputs, params=params_for(g, seed, sizes)
+        )
+        for g in (before, after)
+    )
+    return float(np.abs(first["logits"] - second["logits"]).max())
+
+
+def test_the_conversion_keeps_the_function() -> None:
+    before, after, report = converted()
+    assert report.preserves.kind == "reassociation"
+    assert same_logits(before, after) < 1e-12
+    sparse = [n.loc for n in after if n.op.name == "dispatch" and n.origin.startswith("upcycle")]
+    assert sparse == ["layers.3.ffn", "layers.7.ffn"]
+    assert {n.loc for n in after if "extra" in n.loc} == {
+        "layers.3.extra_ffn",
+        "layers.7.extra_ffn",
+    }
+    assert {"loss.balance", "loss.router_z", "loss.auxiliary"} <= set(after.output_names)
+    assert sum("expert_bias" in n for n in after.params) == 2
+
+
+def test_it_is_what_its_parts_make() -> None:
+    _, after, _ = converted()
+    parts = clone(transformer())
+    text = (
+        "upcycle{experts=4 top-k=2 layers=every:4 extra-ffn=after expert-bias=multiplicative "
+        "router-init=logit-std router-std=0.3162},add-losses{balance-coef=0.01 z-coef=0.001}"
+    )
+    run_pipeline(parts, Pipeline.parse(text))
+    parts.attrs["routing"] = after.attrs["routing"]
+    assert equal(after, parts)
+
+
+def test_modes_come_from_what_the_pass_recorded() -> None:
+    _, after, _ = converted()
+    after = parse(print_graph(after))
+    train, evaluated = clone(after), clone(after)
+    run_pipeline(train, Pipeline.parse("specialize{mode=train}"))
+    run_pipeline(evaluated, Pipeline.parse("specialize{mode=eval}"))
+    for graph, factor, policies in ((train, 1.25, ["random"] * 2), (evaluated, 2.0, [])):
+        places = [n for n in graph if n.op.name == "place"]
+        assert [n.attrs["capacity_factor"] for n in places] == [factor] * 2
+        assert [n.attrs["policy"] for n in graph if n.op.name == "keep_choices"] == policies
+    thresholds = [n.attrs["threshold"] for n in train if n.op.name == "keep_choices"]
+    assert thresholds == [0.2, 0.2]
+    assert ("key" in train.inputs, "key" in evaluated.inputs) == (True, False)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_specialised_at_once_or_later_is_the_same(mode: str) -> None:
+    _, later, _ = converted()
+    run_pipeline(later, Pipeline.parse(f"specialize{{mode={mode}}}"))
+    _, at_once, report = converted(f"st-moe{{experts=4 mode={mode}}}")
+    assert report.preserves.kind == "approximate"
+    assert equal(later, at_once)
+    used = [n for n in later.output_names if n.endswith("utilisation")]
+    assert used == ["metric.layers.3.ffn.utilisation", "metric.layers.7.ffn.utilisation"]
+
+
+def test_dropped_counts_what_the_policy_kept() -> None:
+    """What the policy leaves out asks for no slot, so it is not dropped."""
+    _, graph, _ = converted()
+    SpecializePass(mode="train", policy="none", capacity_factor=16.0).apply(graph, Context())
+    found = run_reference(graph)
+    assert found["metric.layers.3.ffn.dropped"] == 0
+    assert found["metric.layers.3.ffn.utilisation"] > 0
+
+
+def test_evaluation_without_drops_is_the_dense_model() -> None:
+    before, after, _ = converted("st-moe{experts=4 eval-capacity-factor=4.0 mode=eval}")
+    assert same_logits(before, after) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["extra-ffn=before", "expert-bias=additive layers=every:2", "extra-ffn=none expert-bias=none"],
+)
+def test_options_reach_the_parts(options: str) -> None:
+    before, after, _ = converted(f"st-moe{{experts=4 losses=false {options}}}")
+    assert same_logits(before, after) < 1e-12
+    assert after.output_names == ["logits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("experts=1", "at least two experts"),
+        ("experts=2 top-k=3", "top-k does not suit"),
+        ("top-k=1", "the router would not learn"),
+        ("train-capacity-factor=0.0", "train-capacity-factor"),
+        ("eval-capacity-factor=inf", "eval-capacity-factor"),
+        ("group-size=0", "group-size"),
+        ("threshold=-1.0", "threshold"),
+        ("layers=every:half", "every:half cannot be read"),
+        ("z-coef=-1.0", "not negative"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_before_anything_runs(
+    options: str, message: str
+) -> None:
+    graph = transformer(4)
+    text = print_graph(graph)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        run_pipeline(graph, Pipeline.parse(f"st-moe{{{options}}}"))
+    assert print_graph(graph) == text
+
+
+def test_a_model_with_too_few_layers_matches_nothing() -> None:
+    with pytest.raises(InputError, match="matched nothing"):
+        converted(layers=3)
+
+
+# --- groups of parameters
+
+
+def test_groups_of_a_sparse_model() -> None:
+    _, graph, _ = converted(layers=4)
+    groups = parameter_groups(graph)
+    assert set().union(*groups.values()) == set(GROUPS)
+    expected = {
+        "table": {"all", "non-moe", "embedding"},
+        "out": {"all", "non-moe", "embedding"},
+        "0.n1": {"all", "non-moe", "norm"},
+        "0.q": {"all", "non-moe", "attention"},
+        "0.down": {"all", "non-moe", "ffn"},
+        "3.up": {"all", "moe"},
+        "3.up.extra": {"all", "non-moe", "ffn"},
+        "layers.3.ffn.router.weight": {"all", "moe", "router"},
+        "layers.3.ffn.expert_bias": {"all", "moe"},
+    }
+    assert {n: set(groups[n]) for n in expected} == expected
+    for of in groups.values():
+        assert ("moe" in of) != ("non-moe" in of)
+
+
+@pytest.mark.parametrize(
+    ("text", "trained"),
+    [
+        ("groups=moe", lambda of: "moe" not in of),
+        ("groups=moe,norm", lambda of: not of & {"moe", "norm"}),
+        ("only=attention", lambda of: "attention" in of),
+        ("only=attention,ffn", lambda of: bool(of & {"attention", "ffn"})),
+    ],
+)
+def test_masks(text: str, trained: Any) -> None:
+    _, graph, _ = converted(f"st-moe{{experts=4}},freeze{{{text}}}", layers=4)
+    graph = parse(print_graph(graph))
+    groups = parameter_groups(graph)
+    assert trainable(graph) == {n: trained(of) for n, of in groups.items()}
+
+
+def test_without_the_attribute_all_is_trained() -> None:
+    graph = transformer(1)
+    assert all(trainable(graph).values())
+    assert set(trainable(graph)) == set(graph.params)
+
+
+@pytest.mark.parametrize(
+    ("options", "remark"),
+    [
+        ({"groups": ("moe",)}, "no parameter is in the group 'moe'"),
+        ({"groups": ("all",)}, "nothing is left to train"),
+        ({"only": ("moe",)}, "much worse"),
+    ],
+)
+def test_what_is_remarked(options: dict[str, Any], remark: str) -> None:
+    told: list[str] = []
+    FreezePass(**options).apply(transformer(1), Context(remark=lambda r: told.append(str(r))))
+    assert any(remark in t for t in told)
+
+
+@pytest.mark.parametrize("options", ["", "groups=moe only=ffn"])
+def test_freeze_needs_one_of_its_options(options: str) -> None:
+    with pytest.raises(UsageError, match="groups are frozen, or the only ones"):
+        run_pipeline(transformer(1), Pipeline.parse(f"freeze{{{options}}}"))
+
+
+def test_freezing_twice_keeps_the_last() -> None:
+    graph = transformer(1)
+    FreezePass(groups=("ffn",)).apply(graph, Context())
+    laws.check_idempotent(FreezePass(only=("norm",)), graph)
+    FreezePass(only=("norm",)).apply(graph, Context())
+    assert {n for n, t in trainable(graph).items() if t} == {"0.n1", "0.n2", "n"}
+
+
+# --- the trace
+
+
+def test_the_trace_tells_where_tokens_went() -> None:
+    _, graph, _ = converted("st-moe{experts=4 losses=false mode=eval},trace-routing")
+    found = run_reference(graph)
+    for layer in (3, 7):
+        experts, gates, slots = (
+            found[f"trace.layers.{layer}.ffn.{n}"] for n in ("experts", "gates", "slots")
+        )
+        assert experts.shape == gates.shape == slots.shape
+        assert ((experts >= 0) & (experts < 4)).all()
+        np.testing.assert_allclose(gates.sum(-1), 1, rtol=1e-12)
+        assert (slots >= -1).all()
+    with pytest.raises(InputError, match="traced already"):
+        run_pipeline(graph, Pipeline.parse("trace-routing"))

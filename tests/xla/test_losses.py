@@ -1,0 +1,92 @@
+"""Gradients of the losses under jax, and the precision that they are computed in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from moecc_backends.xla.backend import function  # noqa: E402
+from moecc_passes.add_losses import AddLossesPass  # noqa: E402
+
+from moecc.backend import get_backend  # noqa: E402
+from moecc.ir import BF16, F32, F64, Builder, Graph, tensor  # noqa: E402
+from moecc.pipeline.passes import Context  # noqa: E402
+
+TOKENS, EXPERTS = 24, 8
+
+
+def routed(embed: int = 0) -> Graph:
+    """Return a graph with all losses, whose logits are an input, or a product over `embed`."""
+    graph = Graph()
+    b = Builder(graph, loc="layers.0.ffn")
+    if embed:
+        x = graph.input("x", tensor(F32, token="T", embed=embed))
+        logits = b.contract(
+            x, graph.param("w", tensor(F32, expert=EXPERTS, embed=embed)), over="embed"
+        )
+    else:
+        x = graph.input("x", tensor(F32, token="T", embed=1))
+        logits = graph.input("logits", tensor(F32, token="T", expert=EXPERTS))
+    experts, gates = b.route(logits, top_k=2)
+    place = b.place(
+        experts, tokens="token", experts=EXPERTS, slots="capacity", capacity_factor=1.25
+    )
+    graph.set_output("y", b.combine(b.dispatch(x, experts, place), experts, place, gates))
+    options = AddLossesPass(importance_coef=1.0, load_coef=1.0)
+    options.apply(graph, Context())
+    return graph
+
+
+def test_gradients_of_the_losses() -> None:
+    """The router z-loss: 2/B · log Z · softmax.  The balance loss: through P alone, N f / T."""
+    logits = np.random.default_rng(0).normal(size=(TOKENS, EXPERTS))
+    with jax.enable_x64(True):
+        run = function(routed(), dtype=F64)
+        x = jnp.zeros((TOKENS, 1))
+
+        def values(given: jax.Array) -> list[jax.Array]:
+            found = run({}, {"x": x, "logits": given})
+            return [found[f"loss.{n}"] for n in ("router_z", "balance", "importance", "load")]
+
+        z, balance, importance, load = map(np.asarray, jax.jit(jax.jacrev(values))(logits))
+    total = np.log(np.exp(logits).sum(1, keepdims=True))
+    p = np.exp(logits - total)
+    np.testing.assert_allclose(z, 2 / TOKENS * total * p, rtol=1e-10)
+    f = np.bincount(logits.argmax(1), minlength=EXPERTS) / TOKENS
+    by_p = np.broadcast_to(EXPERTS * f / TOKENS, p.shape)
+    expected = p * (by_p - (p * by_p).sum(1, keepdims=True))
+    np.testing.assert_allclose(balance, expected, rtol=1e-10, atol=1e-16)
+    for gradient in (importance, load):
+        assert np.isfinite(gradient).all()
+        assert np.abs(gradient).max() > 0
+
+
+def test_metrics_send_no_gradient_back() -> None:
+    graph = routed()
+    names = [n for n in graph.output_names if n.startswith("metric.")]
+    run = function(graph)
+
+    def total(logits: jax.Array) -> jax.Array:
+        found = run({}, {"x": jnp.zeros((TOKENS, 1)), "logits": logits})
+        return sum((found[n].sum() for n in names), jnp.zeros(()))
+
+    logits = np.random.default_rng(0).normal(size=(TOKENS, EXPERTS)).astype(np.float32)
+    assert (np.asarray(jax.jit(jax.grad(total))(logits)) == 0).all()
+
+
+def test_in_bfloat16_the_losses_are_those_of_float32() -> None:
+    """Router and losses compute in float32 on the rounded tokens and weights (ST-MoE §3.4)."""
+    graph = routed(16)
+    rng = np.random.default_rng(1)
+    x, w = (
+        np.asarray(rng.normal(size=shape), BF16.numpy).astype(np.float32)
+        for shape in ((1000, 16), (EXPERTS, 16))
+    )
+    narrow = get_backend("xla").compile(graph, dtype=BF16).run({"w": w}, {"x": x})
+    exact = get_backend("reference").compile(graph).run({"w": w}, {"x": x})
+    for name, value in exact.items():
+        if name != "y":
+            np.testing.assert_allclose(narrow[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
