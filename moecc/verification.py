@@ -100,6 +100,11 @@ class Verdict:
     tolerance: float
 
     @property
+    def tokens(self) -> tuple[int, ...]:
+        """The shape of the first input, ``(batch, seq)``."""
+        return next(iter(self.inputs.values()))
+
+    @property
     def passed(self) -> bool:
         """Whether the model is the source's function within the tolerance."""
         return self.difference.max_relative <= self.tolerance
@@ -107,7 +112,7 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as JSON values."""
         shapes = {name: list(shape) for name, shape in self.inputs.items()}
-        tokens = next(iter(shapes.values()))
+        tokens = list(self.tokens)
         return {**asdict(self), "inputs": shapes, "tokens": tokens, "passed": self.passed}
 
 

@@ -11,7 +11,13 @@ from hypothesis import given
 
 from moecc.analysis.ffn import FFNBlock, find_ffn_blocks
 from moecc.families import build
-from moecc.families.configs import MoeConfig, read_config
+from moecc.families.configs import (
+    DecoderConfig,
+    EncDecConfig,
+    ModelConfig,
+    MoeConfig,
+    read_config,
+)
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.dtypes import F32
@@ -333,6 +339,9 @@ def test_the_number_of_a_layer_is_read_from_the_location(loc: str, layer: int | 
 def test_models_of_every_family(case: str) -> None:
     """Dense layers are found, sparse ones are near misses, attention and heads are neither."""
     config = read_config(GOLDEN / case)
+    if not isinstance(config, DecoderConfig):
+        check_encoder(config)
+        return
     search = find_ffn_blocks(build(config))
     layers = range(config.num_hidden_layers)
     sparse = [n for n in layers if isinstance(config, MoeConfig) and config.sparse_layers[n]]
@@ -344,6 +353,29 @@ def test_models_of_every_family(case: str) -> None:
         assert block.width == config.intermediate_size
         assert len(block.ups) == 2
         assert len(block.params) == (6 if config.mlp_bias else 3)
+
+
+def check_encoder(config: ModelConfig) -> None:
+    """Check the same of an encoder or an encoder-decoder, whose stacks count their own layers."""
+    search = find_ffn_blocks(build(config))
+    found = {block.loc: block for block in search.blocks}
+    assert all("sparse already" in r.reason for r in search.refusals)
+    if isinstance(config, EncDecConfig):
+        sparse = {
+            f"{stack}.layers.{n}.ffn": is_sparse
+            for stack in ("encoder", "decoder")
+            for n, is_sparse in enumerate(config.sparse_layers(stack))
+        }
+    else:
+        sparse = {f"layers.{n}.ffn": False for n in range(config.num_hidden_layers)}
+    assert list(found) == [loc for loc, is_sparse in sparse.items() if not is_sparse]
+    assert {r.loc for r in search.refusals} == {
+        loc for loc, is_sparse in sparse.items() if is_sparse
+    }
+    for block in found.values():
+        assert (block.outer, block.inner) == ("embed", "mlp")
+        assert block.width == config.intermediate_size
+        assert (block.output_bias is not None) == (config.model_type == "bert")
 
 
 @given(graphs(steps=[feed_forward, unary, contract, attention, binary, experts], max_steps=6))
