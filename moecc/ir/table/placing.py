@@ -33,8 +33,8 @@ _GROUPS = {
 }
 _ROUNDED = {
     "rounding": Attr("str", "floor", ("floor", "round", "ceil"), doc="to a whole number"),
-    "multiple": Attr("int", 1, doc="the capacity is then raised to a multiple of this"),
     "minimum": Attr("int", 4, doc="the least capacity"),
+    "multiple": Attr("int", 1, doc="the capacity is then raised to a multiple of this"),
     "cap": Attr("bool", True, doc="whether it is at most the tokens of a group"),
 }
 
@@ -138,8 +138,8 @@ register(
         Tokens are numbered over the token axes, outermost first, and cut into `groups` equal
         groups, or into groups of `group_size`; slots are counted in each group apart.  ragged: as
         many slots as choices.  capacity: C = capacity_factor · tokens of a group / experts
-        (convention `tokens`, the paper's) or that times top-k (`assignments`), rounded, raised to
-        a multiple, at least `minimum`, and with `cap` at most the tokens of a group.  order:
+        (convention `tokens`, the paper's) or that times top-k (`assignments`), rounded, at least
+        `minimum`, raised to a multiple, and with `cap` at most the tokens of a group.  order:
         `choice` fills all first choices before any second (ST-MoE, Appendix D); `token` goes token
         by token, and is strictly causal.  A choice that names no expert, say −1, is dropped.
 
@@ -243,9 +243,9 @@ def capacity(attrs: Attrs, tokens: int, choices: int) -> int:
     if attrs["convention"] == "assignments":
         exact *= choices
     multiple: int = attrs["multiple"]
-    whole = -(-_ROUNDINGS[attrs["rounding"]](exact) // multiple) * multiple
-    least: int = max(whole, attrs["minimum"])
-    return min(least, tokens) if attrs["cap"] else least
+    least = max(_ROUNDINGS[attrs["rounding"]](exact), attrs["minimum"])
+    whole: int = -(-least // multiple) * multiple
+    return min(whole, tokens) if attrs["cap"] else whole
 
 
 def group_count(attrs: Attrs, tokens: int) -> int:
