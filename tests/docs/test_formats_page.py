@@ -34,7 +34,7 @@ def section(heading: str) -> str:
 
 
 def first_cells(text: str) -> list[str]:
-    rows = re.findall(r"^\| (`.*?) \|", text, re.M)
+    rows = re.findall(r"^\| (\[?`.*?) \|", text, re.M)
     return [code for cell in rows for code in _CODE.findall(cell)]
 
 
