@@ -229,6 +229,7 @@ def _card(planned: Plan, title: str) -> str:
     assert checkpoint is not None, "a plan has weights"
     path, facts = checkpoint.path, describe(planned.graph)
     kinds = Counter(str(layer) for layer in facts.expert_layers)
+    task, auto_class = _loaded_as(planned)
     made = (f"{count} of {facts.layers} layers have {kind}" for kind, count in kinds.items())
     return model_card(
         CardFacts(
@@ -242,11 +243,26 @@ def _card(planned: Plan, title: str) -> str:
             parameters=planned.parameters,
             active_parameters=facts.parameters.active,
             moecc_version=moecc.__version__,
+            task=task,
+            auto_class=auto_class,
             base_model=hub_repository(path),
             licence=checkpoint.licence(),
             notes=(*made, *_notes(planned)),
         )
     )
+
+
+def _loaded_as(planned: Plan) -> tuple[str, str | None]:
+    """Return the task of what is written, and the class of transformers that loads it."""
+    from moecc.families.graph_layout import FAMILY
+
+    if "logits" not in planned.graph.outputs:
+        task, auto_class = "feature-extraction", "AutoModel"
+    elif "decoder_tokens" in planned.graph.inputs:
+        task, auto_class = "text2text-generation", "AutoModelForSeq2SeqLM"
+    else:
+        task, auto_class = "text-generation", "AutoModelForCausalLM"
+    return task, None if planned.target == FAMILY else auto_class
 
 
 def _notes(planned: Plan) -> tuple[str, ...]:

@@ -16,6 +16,9 @@ from moecc.errors import InputError, printable
 from moecc.ir.dtypes import DTYPES
 
 CARD_NAME = "README.md"
+GENERATION = "text-generation"
+"""The task of the Hub of a decoder alone."""
+
 TAGS = ("moe", "upcycled", "moecc")
 _MAX_CARD_BYTES = 4 << 20
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -38,7 +41,7 @@ class CardFacts:
       active_parameters: how many of them a token meets.
       moecc_version: the version that wrote it.
       task: the pipeline tag of the Hub, where there is one.
-      auto_class: the class of transformers that loads it.
+      auto_class: the class of transformers that loads it; None where only moecc does.
       base_model: the source on the Hub, where known.
       licence: the licence keys of the source's card.
       digests: SHA-256 of the weight files or the source's, by name.
@@ -55,8 +58,8 @@ class CardFacts:
     parameters: int
     active_parameters: int
     moecc_version: str
-    task: str | None = "text-generation"
-    auto_class: str = "AutoModelForCausalLM"
+    task: str | None = GENERATION
+    auto_class: str | None = "AutoModelForCausalLM"
     base_model: str | None = None
     licence: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -137,7 +140,7 @@ def _front_matter(facts: CardFacts) -> str:
     ]
     if facts.base_model:
         lines += ["base_model:", f"- {_scalar(facts.base_model)}"]
-    lines += ["library_name: transformers"]
+    lines += [f"library_name: {'transformers' if facts.auto_class else 'moecc'}"]
     lines += [f"pipeline_tag: {facts.task}"] if facts.task else []
     lines += ["tags:", *(f"- {tag}" for tag in TAGS), "---"]
     return "\n".join(lines)
@@ -161,21 +164,60 @@ def _notes(facts: CardFacts) -> str:
 
 
 def _snippet(facts: CardFacts) -> str:
-    loads = f"{facts.auto_class}.from_pretrained(folder"
+    if facts.auto_class is not None:
+        lines = _with_transformers(facts)
+    elif facts.task == GENERATION:
+        lines = _generating(facts)
+    else:
+        lines = _running(facts)
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _folder(facts: CardFacts) -> str:
+    return f"folder = {json.dumps(facts.title)}  # where these files are"
+
+
+def _with_transformers(facts: CardFacts) -> list[str]:
     lines = [
-        "```python",
         f"from transformers import {facts.auto_class}, AutoTokenizer",
         "",
-        f"folder = {json.dumps(facts.title)}  # where these files are",
+        _folder(facts),
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f'model = {loads}, dtype="auto")',
+        f'model = {facts.auto_class}.from_pretrained(folder, dtype="auto")',
     ]
-    if facts.task == "text-generation":
-        lines += [
-            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
-        ]
-    return "\n".join([*lines, "```"])
+    if facts.task != GENERATION:
+        return lines
+    return [
+        *lines,
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+    ]
+
+
+def _generating(facts: CardFacts) -> list[str]:
+    return [
+        "from moecc.generation import generate",
+        "from moecc.models import open_model",
+        "",
+        _folder(facts),
+        "with open_model(folder) as model:",
+        '    print(generate(model, "Once upon a time", 20))',
+    ]
+
+
+def _running(facts: CardFacts) -> list[str]:
+    return [
+        "from moecc.backend import get_backend",
+        "from moecc.inputs import default_inputs",
+        "from moecc.models import open_model",
+        "",
+        _folder(facts),
+        "with open_model(folder) as model:",
+        '    program = get_backend("xla").compile(model.graph)',
+        "    inputs = default_inputs(model.graph)  # random ones",
+        "    outputs = program.run(model.params(), inputs)",
+        "print({name: array.shape for name, array in outputs.items()})",
+    ]
 
 
 def _recipe(facts: CardFacts) -> str:

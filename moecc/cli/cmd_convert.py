@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moecc.cli.console import Format
-from moecc.cli.options import FormatOption, SourceArgument
+from moecc.cli.options import FormatOption, PaddingMaskOption, SourceArgument
 
 if TYPE_CHECKING:
     from moecc.conversion import Plan
@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option("--dtype", help="The type to write; else as stored.")
         ] = None,
         seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0,
+        padding_mask: PaddingMaskOption = False,
         max_shard_bytes: Annotated[
             str, typer.Option("--max-shard-bytes", metavar="N", help="The limit of a shard.")
         ] = "5000000000",
@@ -66,7 +67,7 @@ def register(app: typer.Typer) -> None:
         type = None if dtype is None else float_type(dtype)
         limit = count_bytes(max_shard_bytes)
         passes = read_pipeline(pipeline, load or [])
-        with open_model(source) as model:
+        with open_model(source, padding=padding_mask) as model:
             planned = plan(
                 model, passes, to, dtype=type, seed=seed, allow_unmatched=allow_unmatched
             )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moecc.cli.options import SourceArgument
+from moecc.cli.options import PaddingMaskOption, SourceArgument
 
 
 def register(app: typer.Typer) -> None:
@@ -24,9 +24,7 @@ def register(app: typer.Typer) -> None:
                 "-o", "--output", metavar="FILE", help="Where to write; stdout by default."
             ),
         ] = None,
-        padding_mask: Annotated[
-            bool, typer.Option("--padding-mask", help="Of an encoder: with an input mask.")
-        ] = False,
+        padding_mask: PaddingMaskOption = False,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     ) -> None:
         """Read the headers of SOURCE and print its graph; no weights are read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -89,7 +90,11 @@ def _against_source(
     if not tolerance >= 0:
         raise UsageError("a tolerance is not negative", found=str(tolerance))
     type = float_type(dtype)
-    with open_model(model, weights=weights) as checked, open_model(against) as source:
+    with ExitStack() as opened:
+        checked = opened.enter_context(open_model(model, weights=weights))
+        # A model that was converted with a padding mask is compared with a source that has one.
+        masked = "mask" in checked.graph.inputs
+        source = opened.enter_context(open_model(against, padding=masked))
         given = None if inputs is None else read_inputs(inputs, source.graph)
         verdict = compare(checked, source, inputs=given, tolerance=tolerance, compute_dtype=type)
     report("verify", verdict.to_json(), lambda: verdict_text(verdict), format)

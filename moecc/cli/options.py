@@ -37,6 +37,10 @@ WeightsOption = Annotated[
     ),
 ]
 
+PaddingMaskOption = Annotated[
+    bool, typer.Option("--padding-mask", help="Of an encoder: with an input mask.")
+]
+
 InputsOption = Annotated[
     str | None,
     typer.Option(

@@ -38,9 +38,16 @@ def test_a_card_says_what_was_done():
     assert "\n\n\n" not in card
 
 
-def test_the_snippet_is_python():
-    card = model_card(FACTS)
-    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+@pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", None])
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_the_snippet_is_python_and_names_the_library(task: str, auto_class: str | None):
+    card = model_card(dataclasses.replace(FACTS, task=task, auto_class=auto_class))
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    library = "transformers" if auto_class else "moecc"
+    assert f"library_name: {library}\npipeline_tag: {task}\n" in card
+    assert f"from {library}" in code
+    assert ("generate(" in code) == (task == "text-generation")
 
 
 def test_a_licence_is_never_invented():

@@ -131,6 +131,41 @@ def test_a_padding_mask_is_an_input(moecc: Callable, tmp_path: Path) -> None:
     assert np.abs(found[0][0] - golden[0]).max() < 1e-5 < np.abs(found[0][1] - golden[1]).max()
 
 
+def test_a_padding_mask_survives_a_conversion(moecc: Callable, tmp_path: Path) -> None:
+    source, out = GOLDEN / "bert_gelu", tmp_path / "sparse"
+    args = ("-p", "st-moe{experts=4 layers=every:2}", "--to", "st_moe", "--padding-mask")
+    assert moecc("convert", source, out, *args).code == 0
+    tokens = np.load(source / "tokens.npy")
+    mask = np.ones(tokens.shape, bool)
+    mask[1, 9:] = False
+    np.savez(tmp_path / "in.npz", tokens=tokens, mask=mask)
+    args = ("--against", source, "--inputs", tmp_path / "in.npz", "--format", "json")
+    verdict = moecc("verify", out, *args).json()
+    assert verdict["passed"]
+    assert verdict["inputs"] == {"tokens": [*tokens.shape], "mask": [*mask.shape]}
+    done = moecc("convert", GOLDEN / "llama_gqa", tmp_path / "no", "-p", MIXTURE, "--to", "mixtral",
+                 "--padding-mask")  # fmt: skip
+    assert (done.code, "padding behind a text changes nothing" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize("target", ["st_moe", "switch_transformers"])
+def test_the_card_loads_the_model_with_what_can(
+    moecc: Callable, t5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    out = tmp_path / "sparse"
+    assert moecc("convert", t5, out, "-p", SWITCH, "--to", target).code == 0
+    card = (out / "README.md").read_text("utf-8")
+    assert "pipeline_tag: text2text-generation\n" in card
+    if target == "switch_transformers":
+        assert "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer" in card
+        return
+    assert "library_name: moecc\n" in card
+    assert "transformers import" not in card
+    code = card.split("```python\n")[1].split("```")[0].replace('"sparse"', repr(str(out)))
+    exec(compile(code, "card", "exec"), {})
+    assert "'logits': (2, 112, " in capsys.readouterr().out
+
+
 def test_wrong_inputs_are_told(moecc: Callable, t5: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npy"
 
