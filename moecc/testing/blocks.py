@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-from moecc.ir.dtypes import KEY, PRED
 from moecc.ir.graph import Value
-from moecc.ir.mixtures import emit_priority
-from moecc.ir.moe import emit_routing
-from moecc.ir.table.routing import GATES, POLICIES
-from moecc.ir.types import Axis, TensorType
-from moecc.testing.growth import Growth, Step, fixed, mixable_fixed, symbolic
-from moecc.testing.steps import emit_norm, rotate
+from moecc.ir.types import Axis
+from moecc.testing.arithmetic import emit_norm
+from moecc.testing.growth import Growth, Step, mixable_fixed, token_width
+from moecc.testing.places import rotate
+from moecc.testing.sparse import emit_mixture
 
 ROUTING_AXES = {"group", "expert", "slot", "choice"}
 ATTENTION_AXES = {"heads", "head", "head_dim", "kv_seq"}
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
-
-
-def _inner(type: TensorType) -> Axis | None:
-    """Return the one fixed axis of a stream of tokens, ``[batch, seq, embed]``."""
-    axes = fixed(type)
-    is_stream = len(axes) == 1 and symbolic(type) and len(type.axes) == len(symbolic(type)) + 1
-    return axes[0] if is_stream else None
 
 
 def feed_forward(g: Growth) -> None:
@@ -79,82 +69,21 @@ def emit_ffn(g: Growth, x: Value, axis: Axis, batch: Iterable[Axis] = ()) -> Val
 def experts(g: Growth) -> None:
     """Append a mixture of experts: router, choices, slots, lifted feed-forward block, combine."""
     since = len(g.values)
-    x = g.find_float(lambda t: _inner(t) is not None)
-    axis = _inner(x.type) if x is not None else None
+    x = g.find_float(lambda t: token_width(t) is not None)
+    axis = token_width(x.type) if x is not None else None
     if x is None or axis is None or ROUTING_AXES & set(x.type.names):
         return
-    y = emit_experts(g, x, axis)
+    y = emit_mixture(g, x, axis, emit_ffn)
     if g.chance(60):
         g.emit("add", x, y)
     g.tap(since)
 
 
-def emit_experts(g: Growth, x: Value, axis: Axis) -> Value:
-    """Append the routing of `x`, ``[batch, seq, embed]``, around a block along `axis`."""
-    count = g.pick((2, 4, 1, 3))
-    expert = Axis("expert", count)
-    gates = g.pick(GATES) if g.chance(60) else "renormalised"
-    top_k = 1 + g.choices.below(min(count, 2 if gates == "sparsemixer" else 3))
-    placement: dict[str, Any] = {}
-    if g.chance(50):
-        placement = {
-            "slots": "capacity",
-            "capacity_factor": g.pick((1.0, 0.5, 1.25, 0.75, 2.0)),
-            "minimum": g.pick((1, 1, 2, 4)),
-            "rounding": g.pick(("floor", "round", "ceil")),
-            "convention": g.pick(("tokens", "assignments")),
-            "multiple": g.pick((1, 2)),
-        }
-    placement |= g.pick(({"groups": 1}, {"groups": 2}, {"group_size": 2}))
-    since = len(g.graph)
-    rows, finish = emit_routing(
-        g.builder,
-        x,
-        g.param("w_router", (expert, axis), x.type.dtype),
-        experts=count,
-        top_k=top_k,
-        gates=gates,
-        scale=g.pick((1.0, 2.5)),
-        tokens=tuple(a.name for a in symbolic(x.type)),
-        order=g.pick(("choice", "token")),
-        given=lambda *of: _given(g, *of),
-        **placement,
-    )
-    _note(g, since)
-    y = finish(emit_ffn(g, rows, axis, (expert,)))
-    g.values.append(y)
-    return y
-
-
-def _given(g: Growth, logits: Value, experts: Value, gates: Value) -> dict[str, Value]:
-    """Return what the slots are given beside the experts: often nothing."""
-    made: dict[str, Value] = {}
-    b = g.builder
-    if g.chance(25):
-        policy = g.pick(POLICIES)
-        uniform = [b.random_uniform(g.input("key", TensorType(KEY)), gates)]
-        numbers = uniform if policy == "random" else []
-        made["keep"] = b.keep_choices(gates, *numbers, policy=policy, threshold=g.pick((0.2, 0.5)))
-    if g.chance(15):
-        made["priority"] = emit_priority(b, logits)
-    if g.chance(15):
-        axes = tuple(a for a in logits.type.axes if a.name != "expert")
-        made["mask"] = g.input("mask", TensorType(PRED, axes))
-    return made
-
-
-def _note(g: Growth, since: int) -> None:
-    """Let later steps use the results of the nodes after the first `since`."""
-    for index, node in enumerate(g.graph):
-        if index >= since:
-            g.values += node.results
-
-
 def attention(g: Growth) -> None:
     """Append self-attention, causal or not, with rotary positions or not."""
     since = len(g.values)
-    x = g.find_float(lambda t: _inner(t) is not None and {"batch", "seq"} <= set(t.names))
-    axis = _inner(x.type) if x is not None else None
+    x = g.find_float(lambda t: token_width(t) is not None and {"batch", "seq"} <= set(t.names))
+    axis = token_width(x.type) if x is not None else None
     if x is None or axis is None or ATTENTION_AXES & set(x.type.names):
         return
     y = emit_attention(g, x, axis)

@@ -8,6 +8,7 @@ import numpy as np
 
 from moecc.ir.dtypes import BF16, F32, F64
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.table.placing import is_place
 from moecc.ir.types import TensorType
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.growth import Growth, Step
@@ -106,26 +107,26 @@ def keep_only(graph: Graph, keep: Callable[[int], bool]) -> None:
 def _cut(graph: Graph, node: Node) -> None:
     used = [v for v in node.results if v.users.keys() - {graph.terminator}]
     stand_ins = {v: _stand_in(v) for v in used}
-    if None in stand_ins.values():
+    operands = list(dict.fromkeys(node.operands))
+    if None in stand_ins.values() or not (operands or graph.inputs):
         return
     for name in [n for n, v in graph.outputs.items() if v in node.results]:
         graph.drop_output(name)
     for value, other in stand_ins.items():
         name = graph.fresh(f"{value.name}_in")
         value.replace_by(other if isinstance(other, Value) else graph.input(name, value.type))
-    operands = list(dict.fromkeys(node.operands))
     node.erase()
     for operand in operands:
         if not operand.users and operand.node is not None:
             graph.set_output(_free_output(graph), operand)
     if not graph.output_names:
-        graph.set_output("y0", next(iter(operands), next(iter(graph.inputs.values()))))
+        graph.set_output("y0", next(iter([*operands, *graph.inputs.values()])))
 
 
 def _stand_in(value: Value) -> Value | str | None:
     """Return what `value` may be exchanged for: an operand, ``"input"``, or None for nothing."""
     assert value.node is not None
-    if value.node.op.name == "place":
+    if is_place(value):
         return None
     if not value.type.extents:
         return "input"

@@ -172,3 +172,10 @@ def mixable(type: TensorType) -> list[Axis]:
 def mixable_fixed(type: TensorType) -> list[Axis]:
     """Return the axes of fixed size along which elements may be mixed."""
     return [a for a in mixable(type) if isinstance(a.size, int)]
+
+
+def token_width(type: TensorType) -> Axis | None:
+    """Return the one fixed axis of a stream of tokens, ``[batch, seq, embed]``."""
+    axes = fixed(type)
+    is_stream = len(axes) == 1 and symbolic(type) and len(type.axes) == len(symbolic(type)) + 1
+    return axes[0] if is_stream else None

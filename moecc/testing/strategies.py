@@ -21,7 +21,7 @@ except ImportError:
     ) from None
 
 _SEEDS = st.integers(0, 2**24 - 1)
-_KEPT = st.binary(min_size=64, max_size=64)
+_KEPT = st.binary(min_size=96, max_size=96)
 
 
 @st.composite

@@ -57,6 +57,8 @@ def attributes(draw: Any, entry: OpDef) -> dict[str, Any]:
     for name, spec in entry.attrs.items():
         if spec.default is REQUIRED or draw(st.booleans()):
             choices = st.sampled_from(spec.choices) if spec.choices else ATTRS[spec.kind]
+            if spec.kind == "words":
+                choices = st.lists(choices, max_size=3, unique=True).map(tuple)
             found[name] = draw(choices)
     return found
 
@@ -88,9 +90,10 @@ def test_any_operands_are_refused_or_understood(data: st.DataObject) -> None:
     if data.draw(st.booleans(), label="routed"):
         routed(graph)
     values = [*graph.inputs.values(), *(v for n in graph for v in n.results)]
-    count = len(entry.operands)
-    operands = data.draw(st.lists(st.sampled_from(values), min_size=count, max_size=count))
     attrs = data.draw(attributes(entry), label="attributes")
+    more = data.draw(st.integers(0, 1)) if entry.variadic else 0
+    count = len(entry.operands) + len(attrs.get("using", "x" * more))
+    operands = data.draw(st.lists(st.sampled_from(values), min_size=count, max_size=count))
     try:
         node = graph.append(entry, operands, attrs)
     except InputError:
@@ -126,14 +129,48 @@ def test_each_operation_checks_its_operands_and_attributes(name: str) -> None:
     entry = OPS[name]
     graph = Graph()
     x = graph.input("x", tensor(F32, a=2))
+    wrong_count = len(entry.operands) + (-1 if entry.variadic else 1)
     with pytest.raises(InputError, match=f"{name} takes other operands"):
-        graph.append(name, [x] * (len(entry.operands) + 1))
+        graph.append(name, [x] * wrong_count)
     with pytest.raises(InputError, match=f"{name} has no attribute 'nonsense'"):
         entry.complete({"nonsense": 1})
     for attr, spec in entry.attrs.items():
         wrong: Any = 0.5 if spec.kind == "int" else 7 if spec.kind != "float" else "seven"
         with pytest.raises(InputError, match=f"attribute '{attr}' of {name} is wrong"):
             entry.complete({attr: wrong})
+
+
+OPEN: dict[str, dict[str, Any]] = {
+    "place": {"tokens": ("a",), "experts": 2},
+    "expert_choice": {"tokens": ("a",), "experts": 2, "capacity_factor": 1.0},
+    "route": {"top_k": 1},
+}
+"""Operations that take further operands by `using`, with the attributes that they must have."""
+
+
+def test_operations_that_take_further_operands() -> None:
+    assert {*OPEN, "keep_choices"} == {name for name, entry in OPS.items() if entry.variadic}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_further_operands_are_those_that_using_names(name: str) -> None:
+    """Too many are refused, and too few."""
+    graph = Graph()
+    last = "choice" if name == "place" else "expert"
+    x = graph.input("x", tensor(I32 if name == "place" else F32, **{"a": 4, last: 2}))
+    word = OPS[name].attrs["using"].choices[-1]
+    for operands, using in (([x, x], ()), ([x], (word,))):
+        with pytest.raises(InputError, match="has its word in using"):
+            graph.append(name, operands, {**OPEN[name], "using": using})
+    assert graph.append(name, [x], OPEN[name]).alive
+
+
+def test_a_policy_takes_uniform_numbers_or_none() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a=4, choice=2))
+    for operands, policy in (([x], "random"), ([x, x], "all"), ([x, x, x], "random")):
+        with pytest.raises(InputError, match="takes uniform numbers with policy=random"):
+            graph.append("keep_choices", operands, {"policy": policy})
 
 
 def test_an_unknown_operation_suggests_the_nearest() -> None:

@@ -11,9 +11,9 @@ from hypothesis import assume, given, settings
 from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32, F64, I32
+from moecc.ir.dtypes import F32, F64, I32, KEY
 from moecc.ir.ops import OPS
-from moecc.ir.types import tensor
+from moecc.ir.types import TensorType, tensor
 from moecc.models import open_model
 from moecc.testing import graphs, random_graph, run_reference
 
@@ -21,7 +21,7 @@ from .models import GOLDEN, assert_close, compiled, decoder, random_data, relati
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.backend import function  # noqa: E402
+from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
 from moecc_backends.xla.context import LOWERINGS  # noqa: E402
 
 EXACT = 1e-9
@@ -45,7 +45,7 @@ def check_both_ways(graph: Graph, seed: int = 0) -> None:
     program = compiled(graph, F64)
     assert_close(graph, params, inputs, program.run(params, inputs), EXACT)
     with jax.enable_x64(True):
-        whole = jax.jit(function(graph, dtype=F64))(params, inputs)
+        whole = jax.jit(function(graph, dtype=F64))(params, jax_inputs(graph, inputs))
     assert_close(graph, params, inputs, whole, EXACT)
 
 
@@ -97,12 +97,33 @@ MANY = sorted({path.parent.name for path in GOLDEN.glob("*/config.json")} - set(
 
 @pytest.mark.parametrize("case", [*FEW, *(pytest.param(c, marks=pytest.mark.slow) for c in MANY)])
 def test_golden_checkpoints(case: str) -> None:
-    """Checkpoints as written by transformers give its logits, in float32."""
-    tokens = np.load(GOLDEN / case / "tokens.npy")
-    expected = np.load(GOLDEN / case / "logits.npy")
+    """Checkpoints as written by transformers give its outputs, in float32."""
     with open_model(str(GOLDEN / case)) as model:
-        found = compiled(model.graph, F32).run(model.params(), {"tokens": tokens})["logits"]
-    assert relative(found, expected) <= 1e-5
+        (output,) = model.graph.outputs
+        inputs = {n: np.load(GOLDEN / case / f"{n}.npy") for n in model.graph.inputs}
+        found = compiled(model.graph, F32).run(model.params(), inputs)[output]
+    assert relative(found, np.load(GOLDEN / case / f"{output}.npy")) <= 1e-5
+
+
+# --- keys
+
+
+def test_a_key_of_a_number_makes_the_same_draws_as_the_reference() -> None:
+    """Inside ``jax.jit`` a 64-bit number would lose half of its bits, so keys are made before."""
+    graph = Graph()
+    b = Builder(graph)
+    key = b.fold_key(graph.input("key", TensorType(KEY)), by=3)
+    x = graph.input("x", tensor(F32, batch="B"))
+    graph.set_output("y", b.random_normal(key, x))
+    inputs = {"key": np.uint64(0xFEDCBA9876543210), "x": np.zeros(7)}
+    expected = run_reference(graph, inputs=inputs)["y"]
+    run = jax.jit(function(graph))
+    found = run({}, jax_inputs(graph, inputs))["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    again = run({}, jax_inputs(graph, jax_inputs(graph, inputs)))["y"]
+    np.testing.assert_array_equal(found, again)
+    with pytest.raises(InputError, match="is no key of jax"):
+        run({}, {**inputs, "x": np.zeros(7, np.float32)})
 
 
 # --- what bad arrays get

@@ -35,9 +35,9 @@ Tree = Mapping[str, jax.Array]
 def function(graph: Graph, *, dtype: DType = F32) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
     """Return `graph` as a pure function of parameters and inputs, by name.
 
-    A random key is a key of jax's, ``jax.random.key(0)``.  Floating-point parameters and inputs are
-    cast to `dtype`; norms, softmax and routing compute
-    in float32 (selective precision, ST-MoE §3.3), and floating-point outputs are float32.
+    A random key is a key of jax's, ``jax.random.key(0)`` or what `jax_inputs` makes of a number.
+    Floating-point parameters and inputs are cast to `dtype`; norms, softmax and routing compute in
+    float32 (selective precision, ST-MoE §3.3), and floating-point outputs are float32.
 
     Raises:
       InputError: an operation has no lowering (when the function is traced).
@@ -45,6 +45,7 @@ def function(graph: Graph, *, dtype: DType = F32) -> Callable[[Tree, Tree], dict
     nodes = list(graph)
 
     def run(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
+        _check_keys(graph, inputs)
         given = {v: inputs[n] for n, v in graph.inputs.items()}
         given |= {v: params[n] for n, v in graph.params.items() if v.users}
         values = trace(nodes, given, dtype)
@@ -75,6 +76,16 @@ def trace(
 def _is_router(value: Value) -> bool:
     """Whether all that is done with a parameter is to make the logits of routers."""
     return value.is_param and all(map(feeds_route, value.users))
+
+
+def jax_inputs(graph: Graph, inputs: Arrays) -> dict[str, Any]:
+    """Return `inputs` as the function of `graph` takes them: with keys of jax's.
+
+    A key may be one already, or the 64-bit number that the reference takes: then both draw the
+    same numbers.  Under ``jax.jit`` it is too late for that, as jax halves such a number.
+    """
+    is_key = {n: v.type.dtype.kind == "key" for n, v in graph.inputs.items()}
+    return {n: _key(a) if is_key.get(n) else a for n, a in inputs.items()}
 
 
 def entered(array: jax.Array, dtype: DType, *, precise: bool = False) -> jax.Array:
@@ -223,21 +234,41 @@ def _device(array: Any, value: Value) -> jax.Array:
     if problems:
         raise InputError(problems)
     if value.type.dtype.kind == "key":
-        return _key(array)
+        key: jax.Array = _key(array)
+        return key
     if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
         array = np.asarray(array).astype(np.int32)
     return jnp.asarray(array)
 
 
-def _key(array: Any) -> jax.Array:
+def _is_key(array: Any) -> bool:
+    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _check_keys(graph: Graph, inputs: Tree) -> None:
+    problems = [
+        Problem(
+            "this is no key of jax's",
+            f"input %{name}",
+            expected="jax.random.key(0), for example",
+            found=_kind(inputs[name].dtype),
+            hint="jax_inputs(graph, inputs) makes one of a number",
+        )
+        for name, value in graph.inputs.items()
+        if value.type.dtype.kind == "key" and not _is_key(inputs[name])
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _key(array: Any) -> Any:
     """Return the key of jax's that has the bits of a 64-bit number; one of jax's as it is."""
-    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if _is_key(array):
         return array
     bits = np.asarray(array, np.uint64)
     words = np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1)
     data = jnp.asarray(words.astype(np.uint32))
-    key: jax.Array = jax.random.wrap_key_data(data, impl="threefry2x32")
-    return key
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
 def _misfit(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:

@@ -1,0 +1,157 @@
+"""Steps that compute: element by element, along an axis, or over one."""
+
+from __future__ import annotations
+
+from moecc.ir.dtypes import BF16, F32
+from moecc.ir.graph import Value
+from moecc.ir.types import Axis, TensorType
+from moecc.testing.growth import Growth, fixed, mixable, mixable_fixed
+
+UNARY = (
+    "relu",
+    "neg",
+    "silu",
+    "tanh",
+    "square",
+    "sigmoid",
+    "gelu",
+    "gelu_tanh",
+    "stop_gradient",
+    "normal_cdf",
+)
+BINARY = ("add", "mul", "sub", "maximum", "minimum")
+
+
+def unary(g: Growth) -> None:
+    """Apply a function to each element."""
+    x = g.find_float()
+    if x is None:
+        return
+    if g.chance(30):
+        g.emit("scale", x, by=g.pick((2.0, 1.0, 0.5, 0.0, -1.0)))
+        return
+    g.emit(g.pick(UNARY), x)
+
+
+def binary(g: Growth) -> None:
+    """Combine a value with one whose axes lie within its own, or with a parameter."""
+    x = g.find_float()
+    if x is None:
+        return
+    y = _companion(g, x)
+    pair = (x, y) if g.chance(70) else (y, x)
+    g.emit(g.pick(BINARY), *pair)
+
+
+def _companion(g: Growth, x: Value) -> Value:
+    """Return something to combine `x` with element by element."""
+    if g.chance(50):
+        axes = [a for a in fixed(x.type) if g.chance(60)]
+        return g.param("b", axes, x.type.dtype)
+    if g.chance(20):
+        return g.constant(g.pick((1.0, 0.0, 2.0, -0.5)), x.type.dtype)
+    return g.find_within(x.type) or x
+
+
+def guarded(g: Growth) -> None:
+    """Apply a function that is not defined everywhere, where it is defined."""
+    x = g.find_float()
+    if x is None:
+        return
+    name = g.pick(("exp", "log", "rsqrt", "div"))
+    if name == "exp":
+        g.emit("exp", g.emit("tanh", x))
+        return
+    one = g.constant(1.0, x.type.dtype)
+    positive = g.emit("add", g.emit("square", x), one)
+    if name == "div":
+        y = g.find_within(x.type) or x
+        g.emit("div", y, positive)
+        return
+    g.emit(name, positive)
+
+
+def contract(g: Growth) -> None:
+    """Contract a value with a parameter over a fixed axis, or two."""
+    x = g.find_float(lambda t: bool(mixable_fixed(t)))
+    if x is None:
+        return
+    over = [g.pick(mixable_fixed(x.type))]
+    if g.chance(15):
+        over = list(dict.fromkeys([*over, g.pick(mixable_fixed(x.type))]))
+    rest = [a for a in fixed(x.type) if a not in over]
+    shared = [a for a in rest if g.chance(90 if a.name == "expert" else 15)]
+    new = [] if g.chance(10) else [g.new_axis(g.pick(("mlp", "embed", "vocab")), x.type)]
+    axes = [*shared, *new, *over] if g.chance(70) else [*over, *shared, *new]
+    w = g.param("w", axes, x.type.dtype)
+    g.emit("contract", x, w, over=tuple(a.name for a in over))
+
+
+def contract_pair(g: Growth) -> None:
+    """Contract two values that share an axis."""
+    x = g.find_float(lambda t: bool(mixable(t)))
+    if x is None:
+        return
+    type, over = x.type, g.pick(mixable(x.type))
+
+    def fits(t: TensorType) -> bool:
+        return (
+            t.dtype == type.dtype
+            and over in mixable(t)
+            and all(type.by_name.get(a.name, a) == a for a in t.axes)
+            and len({*t.names, *type.names}) <= 6
+        )
+
+    y = g.find_float(fits) or x
+    g.emit("contract", x, y, over=over.name)
+
+
+def norm(g: Growth) -> None:
+    """Normalise along a fixed axis."""
+    x = g.find_float(lambda t: bool(mixable_fixed(t)))
+    if x is not None:
+        emit_norm(g, x, g.pick(mixable_fixed(x.type)))
+
+
+def emit_norm(g: Growth, x: Value, axis: Axis) -> Value:
+    """Append one of the normalisations of `x` along `axis`."""
+    eps = g.pick((1e-6, 1e-5, 1e-2))
+    scale = g.param("g", [axis], x.type.dtype)
+    if g.chance(40):
+        bias = g.param("b", [axis], x.type.dtype)
+        return g.emit("layer_norm", x, scale, bias, axis=axis.name, eps=eps)
+    return g.emit("rms_norm", x, scale, axis=axis.name, eps=eps)
+
+
+def reduce(g: Growth) -> None:
+    """Reduce over an axis, or two, or make them a distribution."""
+    x = g.find_float(lambda t: bool(mixable(t)))
+    if x is None:
+        return
+    name = g.pick(("sum", "mean", "max", "softmax", "logsumexp"))
+    axes = [g.pick(mixable(x.type)).name]
+    if name == "softmax":
+        g.emit(name, x, axis=axes[0])
+        return
+    if g.chance(25):
+        axes = list(dict.fromkeys([*axes, g.pick(mixable(x.type)).name]))
+    g.emit(name, x, axes=tuple(axes))
+
+
+def compare(g: Growth) -> None:
+    """Compare, then select or mask by the result."""
+    x = g.find_float()
+    if x is None:
+        return
+    keep = g.emit(g.pick(("less", "equal")), x, _companion(g, x))
+    if g.chance(50):
+        g.emit("mask", x, keep, fill=g.pick((0.0, -1.0, 3.0)))
+        return
+    g.emit("select", keep, x, _companion(g, x))
+
+
+def cast(g: Growth) -> None:
+    """Change the element type."""
+    x = g.find(lambda v: v.type.dtype.kind != "key")
+    if x is not None:
+        g.emit("cast", x, dtype=g.pick((F32, g.dtype, BF16)).name)

@@ -1,0 +1,153 @@
+"""Mixtures of experts for random graphs: every way to choose experts and to give slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moecc.ir.dtypes import I32, KEY, PRED
+from moecc.ir.graph import Value
+from moecc.ir.mixtures import emit_hash_routing, emit_priority, emit_rescaled
+from moecc.ir.table.routing import GATES, POLICIES
+from moecc.ir.types import Axis, TensorType
+from moecc.testing.growth import Growth, symbolic
+
+EmitBlock = Callable[[Growth, Value, Axis, Iterable[Axis]], Value]
+"""Appends what the experts compute: from rows along an axis, with weights that share axes."""
+
+Choice = tuple[Value, Value, Value]
+"""The experts of each token, their gates, and the slots."""
+
+
+def emit_mixture(g: Growth, x: Value, axis: Axis, emit_block: EmitBlock) -> Value:
+    """Append the routing of `x`, ``[batch, seq, embed]``, around a block along `axis`."""
+    expert = Axis("expert", g.pick((2, 4, 1, 3)))
+    ways = (_by_router, _by_router, _by_router, _by_hash, _by_expert)
+    since = len(g.graph)
+    experts, gates, place = g.pick(ways)(g, x, axis, expert)
+    if g.chance(15):
+        gates = emit_rescaled(g.builder, gates, place)
+    rows = g.builder.dispatch(x, experts, place)
+    _note(g, since)
+    y: Value = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, place, gates)
+    g.values.append(y)
+    if g.chance(30):
+        g.emit("group_sum", gates if g.chance(50) else x, place)
+    return y
+
+
+def _by_router(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
+    """Tokens choose experts by logits, in one of the gate conventions, with or without a bias."""
+    logits = _logits(g, x, axis, expert)
+    gates = g.pick(GATES) if g.chance(60) else "renormalised"
+    top_k = 1 + g.choices.below(min(_size(expert), 2 if gates == "sparsemixer" else 3))
+    bias = [g.param("bias", (expert,), x.type.dtype)] if g.chance(25) else []
+    if gates in ("sparsemixer", "ones"):
+        bias = []
+    chosen, weights = g.builder.route(
+        logits,
+        *bias,
+        top_k=top_k,
+        gates=gates,
+        scale=g.pick((1.0, 2.5)),
+        using=("bias",) * len(bias),
+    )
+    return chosen, weights, _place(g, x, expert, chosen, _given(g, logits, weights))
+
+
+def _by_hash(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
+    """The experts follow from the ids of tokens."""
+    ids = g.input("ids", TensorType(I32, tuple(symbolic(x.type))))
+    top_k = 1 + g.choices.below(min(_size(expert), 3))
+    chosen, weights = emit_hash_routing(
+        g.builder, ids, x, experts=_size(expert), top_k=top_k, seed=g.pick((0, 1, 5))
+    )
+    return chosen, weights, _place(g, x, expert, chosen, _mask(g, x))
+
+
+def _by_expert(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
+    """Experts choose tokens."""
+    b, mask = g.builder, _mask(g, x)
+    scores = b.softmax(_logits(g, x, axis, expert), axis="expert")
+    chosen, weights, place = b.expert_choice(
+        scores,
+        *mask.values(),
+        tokens=_tokens(x),
+        experts=_size(expert),
+        capacity_factor=g.pick((1.0, 0.5, 2.0)),
+        minimum=g.pick((1, 2)),
+        using=tuple(mask),
+        **_groups(g),
+    )
+    return chosen, weights, place
+
+
+def _logits(g: Growth, x: Value, axis: Axis, expert: Axis) -> Value:
+    router = g.param("w_router", (expert, axis), x.type.dtype)
+    logits: Value = g.builder.contract(x, router, over=axis.name, name="router")
+    return logits
+
+
+def _place(g: Growth, x: Value, expert: Axis, chosen: Value, given: dict[str, Value]) -> Value:
+    placement: dict[str, Any] = {}
+    if g.chance(50):
+        placement = {
+            "slots": "capacity",
+            "capacity_factor": g.pick((1.0, 0.5, 1.25, 0.75, 2.0)),
+            "minimum": g.pick((1, 1, 2, 4)),
+            "rounding": g.pick(("floor", "round", "ceil")),
+            "convention": g.pick(("tokens", "assignments")),
+            "multiple": g.pick((1, 2)),
+        }
+    place: Value = g.builder.place(
+        chosen,
+        *given.values(),
+        tokens=_tokens(x),
+        experts=_size(expert),
+        order=g.pick(("choice", "token")),
+        using=tuple(given),
+        **_groups(g),
+        **placement,
+    )
+    return place
+
+
+def _given(g: Growth, logits: Value, gates: Value) -> dict[str, Value]:
+    """Return what the slots are given beside the experts: often nothing."""
+    made: dict[str, Value] = {}
+    b = g.builder
+    if g.chance(25):
+        policy = g.pick(POLICIES)
+        numbers = [b.random_uniform(g.input("key", TensorType(KEY)), gates)]
+        if policy != "random":
+            numbers = []
+        made["keep"] = b.keep_choices(gates, *numbers, policy=policy, threshold=g.pick((0.2, 0.5)))
+    if g.chance(15):
+        made["priority"] = emit_priority(b, logits)
+    return made | _mask(g, logits)
+
+
+def _mask(g: Growth, like: Value) -> dict[str, Value]:
+    """Return at times a mask of the tokens of `like`."""
+    if not g.chance(15):
+        return {}
+    return {"mask": g.input("mask", TensorType(PRED, tuple(symbolic(like.type))))}
+
+
+def _groups(g: Growth) -> dict[str, int]:
+    return g.pick(({"groups": 1}, {"groups": 2}, {"group_size": 2}))
+
+
+def _tokens(x: Value) -> tuple[str, ...]:
+    return tuple(a.name for a in symbolic(x.type))
+
+
+def _size(axis: Axis) -> int:
+    return int(str(axis.size))
+
+
+def _note(g: Growth, since: int) -> None:
+    """Let later steps use the results of the nodes after the first `since`."""
+    for index, node in enumerate(g.graph):
+        if index >= since:
+            g.values += node.results
