@@ -26,11 +26,15 @@ def registry_with(files: Sequence[str]) -> Registry:
 
 
 def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
-    """Return the pipeline that `text` says.
+    """Return the pipeline that `text` says, after telling what it warns of on stderr.
 
     Raises:
       UsageError: with every problem of the text.
     """
+    from moecc.cli.console import say
     from moecc.pipeline.text import Pipeline
 
-    return Pipeline.parse(text, registry_with(files))
+    pipeline = Pipeline.parse(text, registry_with(files))
+    for warning in pipeline.warnings():
+        say(f"warning: {warning}")
+    return pipeline

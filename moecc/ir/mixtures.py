@@ -133,15 +133,29 @@ def emit_expert_choice(
     return chosen, gates, place
 
 
+def emit_unit(builder: Builder, x: Value, axis: str, eps: float = 1e-6) -> Value:
+    """Return `x` divided by its length along `axis`; `eps` is added to the squared length."""
+    squared = builder.sum(builder.square(x), axes=axis)
+    small = builder.constant(value=eps, dtype=x.type.dtype.name)
+    unit: Value = builder.mul(x, builder.rsqrt(builder.add(squared, small)))
+    return unit
+
+
 def emit_soft_slots(
-    builder: Builder, x: Value, slot_weight: Value, *, tokens: str = "seq", embed: str = "embed"
+    builder: Builder,
+    x: Value,
+    slot_weight: Value,
+    *,
+    tokens: str = "seq",
+    embed: str = "embed",
+    like: Value | None = None,
 ) -> tuple[Value, Value]:
     """Return the rows of a soft mixture, and the weights that bring results back.
 
     Every slot is a mean of all tokens of a sequence, every token a mean of all slots (Puigcerver
-    et al. 2023); normalise `x` and `slot_weight` before, as the paper does.  The result is the
-    ``contract`` of what the experts make of the rows with the weights, over expert and slot.  Not
-    causal.
+    et al. 2023); the paper's logits are of `emit_unit` of both, times a learned scale.  The result
+    is the ``contract`` of what the experts make of the rows with the weights, over expert and slot.
+    Not causal.
 
     Args:
       builder: where the operations go.
@@ -149,8 +163,9 @@ def emit_soft_slots(
       slot_weight: ``[expert, slot, embed]``.
       tokens: the axis of the tokens that are mixed.
       embed: the axis of the model's width.
+      like: what the logits are made of in place of `x`: `x` normalised, say.
     """
-    logits = builder.contract(x, slot_weight, over=embed)
+    logits = builder.contract(x if like is None else like, slot_weight, over=embed)
     rows = builder.contract(builder.softmax(logits, axis=tokens), x, over=tokens, name="rows")
     sizes = tuple((n, _count(logits, n)) for n in ("expert", "slot"))
     flat = builder.merge(logits, axes=("expert", "slot"), into="soft_slot")

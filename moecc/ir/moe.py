@@ -33,6 +33,7 @@ def emit_routing(
     tokens: tuple[str, ...] = ("batch", "seq"),
     slots: str = "ragged",
     given: Given | None = None,
+    bias: Value | None = None,
     **placement: Any,
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
@@ -48,6 +49,7 @@ def emit_routing(
       tokens: the axes of `x` that number tokens, outermost first.
       slots: ``ragged`` (dropless) or ``capacity``.
       given: makes what ``place`` is given beside the experts: keep, priority, mask.
+      bias: ``[expert]``, takes part in the choice and not in the gates (loss-free balancing).
       placement: further attributes of ``place``: groups, capacity_factor, order and so on.
 
     Returns:
@@ -67,21 +69,48 @@ def emit_routing(
             found=str(router_weight.type),
         )
     logits = builder.contract(x, router_weight, over=over, name="router")
-    chosen, weights = builder.route(logits, top_k=top_k, gates=gates, scale=scale)
+    biases = () if bias is None else (bias,)
+    chosen, weights = builder.route(
+        logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) * len(biases)
+    )
     more = dict(given(logits, chosen, weights)) if given is not None else {}
-    place = builder.place(
-        chosen,
-        *more.values(),
-        tokens=tokens,
-        experts=experts,
-        slots=slots,
-        using=tuple(more),
+    return emit_placed(
+        builder, x, chosen, weights, experts=experts, tokens=tokens, given=more, slots=slots,
         **placement,
+    )  # fmt: skip
+
+
+def emit_placed(
+    builder: Builder,
+    x: Value,
+    chosen: Value,
+    gates: Value,
+    *,
+    experts: int,
+    tokens: tuple[str, ...] = ("batch", "seq"),
+    given: Mapping[str, Value] | None = None,
+    **placement: Any,
+) -> tuple[Value, Finish]:
+    """Place what is chosen already; return the rows and the function that combines them.
+
+    Args:
+      builder: where the operations go.
+      x: the tokens, ``[*tokens, embed]``.
+      chosen: the experts of each token, ``[*tokens, choice]``.
+      gates: what their results are weighted by, of the same axes.
+      experts: the number of experts.
+      tokens: the axes of `x` that number tokens, outermost first.
+      given: further operands of ``place``, by word.
+      placement: further attributes of ``place``: slots, groups, capacity_factor and so on.
+    """
+    more = given or {}
+    place = builder.place(
+        chosen, *more.values(), tokens=tokens, experts=experts, using=tuple(more), **placement
     )
     rows = builder.dispatch(x, chosen, place)
 
     def finish(rows_out: Value) -> Value:
-        combined: Value = builder.combine(rows_out, chosen, place, weights)
+        combined: Value = builder.combine(rows_out, chosen, place, gates)
         return combined
 
     return rows, finish

@@ -9,7 +9,7 @@ The docstring shows the graph before and after.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -160,4 +160,16 @@ class Pass(ABC):
 
         A problem's ``where`` may name the option that it is about, as the text spells it.
         """
+        return []
+
+    def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
+        """Return what the options contradict in the passes before this one, whatever the graph.
+
+        Args:
+          earlier: the passes that run before it, in their order.
+        """
+        return []
+
+    def warnings(self) -> list[Problem]:
+        """Return what is allowed, and yet hardly what anyone wants; told when a text is read."""
         return []

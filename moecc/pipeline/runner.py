@@ -139,7 +139,7 @@ def run_pipeline(
       PassCrash: a pass raised something else.
     """
     context = Context() if context is None else context
-    problems = [p for item in pipeline for p in _named(item)]
+    problems = pipeline.problems()
     if problems:
         raise UsageError(problems)
     verify(graph)
@@ -190,13 +190,6 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
         raise InputError([_unmatched(item, result)])
     remarks = tuple(dict.fromkeys([*told, *result.remarks]))
     return PassRun(number, item, result, remarks, middle - start, end - middle)
-
-
-def _named(item: Pass) -> list[Problem]:
-    return [
-        replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
-        for p in item.validate()
-    ]
 
 
 def _unmatched(item: Pass, result: PassResult) -> Problem:

@@ -13,8 +13,8 @@ together, each problem with the place that it is about.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moecc.errors import Problem, UsageError, nearest, printable
@@ -61,6 +61,23 @@ class Pipeline:
     def in_full(self) -> str:
         """Return the text with every option, which later defaults cannot change."""
         return ",".join(format_pass(item, in_full=True) for item in self.passes)
+
+    def problems(self) -> list[Problem]:
+        """Return what the options contradict in themselves or in the passes before."""
+        return [p for i in range(len(self.passes)) for p in self._problems_of(i)]
+
+    def _problems_of(self, index: int) -> Iterator[Problem]:
+        item = self.passes[index]
+        for p in (*item.validate(), *item.validate_after(self.passes[:index])):
+            yield replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
+
+    def warnings(self) -> list[Problem]:
+        """Return what is allowed, and yet hardly what anyone wants, with the pass that it is in."""
+        return [
+            replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
+            for item in self.passes
+            for p in item.warnings()
+        ]
 
     @property
     def preserves(self) -> Preserves:
@@ -127,10 +144,14 @@ class _Parser:
 
     def passes(self) -> tuple[Pass, ...]:
         """Return the passes, or raise UsageError with all problems."""
-        made = [self.make(item) for item in self.items()]
+        made: list[Pass] = []
+        for item in self.items():
+            one = self.make(item, made)
+            if one is not None:
+                made.append(one)
         if self.problems:
             raise UsageError(self.problems)
-        return tuple(p for p in made if p is not None)
+        return tuple(made)
 
     def problem(self, what: str, at: int, **more: str | None) -> None:
         self.problems.append(problem_at(self.text, self.file, what, at, **more))
@@ -220,7 +241,7 @@ class _Parser:
         found = repr(printable(rest)) if rest else "the end of the text"
         return _SyntaxProblem(f"expected {what}, found {found}", self.at)
 
-    def make(self, item: _Item) -> Pass | None:
+    def make(self, item: _Item, earlier: Sequence[Pass]) -> Pass | None:
         """Return the pass that `item` spells, or None after noting what is wrong with it."""
         if item.name not in self.registry:
             problem = unknown_pass(self.registry, item.name)
@@ -233,7 +254,7 @@ class _Parser:
             return None
         made = cls(**values)
         places = {g.name: g.at for g in item.given}
-        for p in made.validate():
+        for p in (*made.validate(), *made.validate_after(earlier)):
             at = places.get(p.where or "", item.at)
             self.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
         return made

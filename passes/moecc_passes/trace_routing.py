@@ -15,7 +15,7 @@ PREFIX = "trace."
 
 @dataclass(frozen=True)
 class TraceRoutingPass(Pass):
-    """Return, for every routed layer, the chosen experts, their gates and their slots.
+    """Return, for every routed layer, the chosen experts, their gates, slots and logits.
 
     Before::
 
@@ -28,6 +28,7 @@ class TraceRoutingPass(Pass):
         output trace.layers.3.ffn.experts = %e
         output trace.layers.3.ffn.gates = %g
         output trace.layers.3.ffn.slots = %p     # −1: dropped
+        output trace.layers.3.ffn.logits = %l    # where experts are chosen by route
 
     With the ids of the tokens this is the specialisation of ST-MoE, section 7.
     """
@@ -49,6 +50,8 @@ class TraceRoutingPass(Pass):
         layers = routed_layers(graph)
         for layer in layers:
             values = {"experts": layer.experts, "gates": layer.gates, "slots": layer.place}
+            if layer.route is not None:
+                values["logits"] = layer.route.operands[0]
             for name, value in values.items():
                 graph.set_output(f"{PREFIX}{layer.name}.{name}", value)
         return PassResult(bool(layers), len(layers), {"layers": len(layers)})

@@ -52,7 +52,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [  # options, where, a part of 
     ({"groups": 0}, "groups", "groups >= 1"),
     ({"slots": "capacity", "capacity_factor": 0.0}, "capacity-factor", "capacity-factor > 0"),
     ({"slots": "capacity", "capacity_factor": float("inf")}, "capacity-factor", "> 0"),
-    ({"layers": "every:0"}, None, "selects no layer"),
+    ({"layers": "every:0"}, "layers", "selects no layer"),
+    ({"capacity_factor": 0.0}, "capacity-factor", "ST-MoE: 1.25 in training"),
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Contract:
       shared: the share of the neurons that a shared expert keeps.
       placement: what the placement of the scale does to the function; None where it is exact.
       capacity_factor: bounds the rows of an expert; None where nothing is dropped.
+      is_soft: whether experts get averages of tokens.
     """
 
     law: GateLaw
@@ -35,6 +36,7 @@ class Contract:
     shared: float = 0.0
     placement: str | None = None
     capacity_factor: float | None = None
+    is_soft: bool = False
 
     @property
     def preserves(self) -> Preserves:
@@ -45,6 +47,8 @@ class Contract:
         return Preserves("approximate", reasons, self._predicted_error())
 
     def _reasons(self) -> Iterator[str]:
+        if self.is_soft:
+            yield "a soft mixture gives experts averages of tokens, and the block is not linear"
         if not (self.law.is_constant or self.logit_std == 0):
             gates = self.law.convention
             yield f"{gates} gates do not add up to a constant unless the router is zero"
@@ -68,7 +72,8 @@ class Contract:
         """
         unknown = self.logit_std is None and not self.law.is_constant
         absolute = self.noise and not self.noise_is_relative
-        if unknown or absolute or self.placement or self.capacity_factor is not None:
+        is_bounded = self.capacity_factor is not None
+        if unknown or absolute or self.placement or is_bounded or self.is_soft:
             return None
         found = self.law.moments(self.logit_std or 0.0)
         kept = 1 - self.drop

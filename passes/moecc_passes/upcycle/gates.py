@@ -32,6 +32,7 @@ class GateLaw:
       top_k: k, the experts a token goes to.
       granularity: G, the slices of the dense block that make up one group.
       gate_scale: what ``route`` multiplies the gates by.
+      has_prototypes: whether the experts are k groups that each give one, by a softmax of its own.
     """
 
     convention: str
@@ -39,6 +40,7 @@ class GateLaw:
     top_k: int
     granularity: int = 1
     gate_scale: float = 1.0
+    has_prototypes: bool = False
 
     @property
     def is_constant(self) -> bool:
@@ -54,7 +56,7 @@ class GateLaw:
             case "renormalised" | "sigmoid-renormalised":
                 total = 1.0
             case "softmax":
-                total = k / n
+                total = k * k / n if self.has_prototypes else k / n
             case "sigmoid":
                 total = k / 2
             case "sparsemixer":
@@ -83,10 +85,14 @@ class GateLaw:
 
     def gates(self, logits: Array) -> Array:
         """Return the gates ``[tokens, choice]``, largest logit first, of ``[tokens, expert]``."""
-        best = -np.sort(-logits, axis=1, kind="stable")
         k = self.top_k
         gates: Array
-        if self.convention == "ones":
+        best = -np.sort(-logits, axis=1, kind="stable")
+        if self.has_prototypes:
+            parts = logits.reshape(len(logits), k, -1)
+            share = np.exp(parts - parts.max(2, keepdims=True))
+            gates = 1 / share.sum(2)
+        elif self.convention == "ones":
             gates = np.ones((len(best), k))
         elif self.convention.startswith("sigmoid"):
             gates = 1 / (1 + np.exp(-best[:, :k]))

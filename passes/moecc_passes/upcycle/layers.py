@@ -23,20 +23,20 @@ _COUNT = re.compile(r"(every|first|last|middle):([0-9]{1,9}|half)\Z")
 _LIST = re.compile(r"[0-9]{1,9}(?:,[0-9]{1,9})*\Z")
 
 
-def check_layers(spec: str) -> Problem | None:
-    """Return what is wrong with `spec` by itself, or None."""
+def check_layers(spec: str, option: str = "layers") -> Problem | None:
+    """Return what is wrong with `spec` by itself, or None; `option` is where it stands."""
     if spec in ("all", "nowhere") or _LIST.match(spec):
         return None
     match = _COUNT.match(spec)
     if match is None:
         if any(c in spec for c in "*?[.") and ":" not in spec:
             return None
-        return Problem("layers cannot be read", expected=FORMS, found=spec)
+        return Problem("layers cannot be read", option, expected=FORMS, found=spec)
     word, count = match.groups()
     if word in ("every", "middle") and count == "half":
-        return Problem(f"{word}:half cannot be read", expected=FORMS, found=spec)
+        return Problem(f"{word}:half cannot be read", option, expected=FORMS, found=spec)
     if count.strip("0") == "":
-        return Problem(f"{word}:0 selects no layer", expected=FORMS, found=spec)
+        return Problem(f"{word}:0 selects no layer", option, expected=FORMS, found=spec)
     return None
 
 

@@ -149,30 +149,41 @@ def router_weight(
     """Return the router's rows: one draw a group, repeated for the slices of the group.
 
     Args:
-      init: normal, truncated-normal, uniform or zero.
+      init: normal, truncated-normal, switch, uniform or zero.
       std: the standard deviation of the entries.
       embed: the axis of the model's width.
       division: how many groups and slices there are.
       key: the key of the draw.
       name: the name of the axis of experts.
     """
-    rows = division.copies
-    type = TensorType(F32, (Axis(name if division.slices == 1 else "copy", rows), embed))
-    draw: Expr
-    if init == "zero" or std == 0:
-        draw = Full(0.0, type)
-    elif init == "uniform":
-        # A uniform distribution on [−a, a] has the standard deviation a / √3.
-        bound = std * 3**0.5
-        draw = Uniform(type, low=-bound, high=bound, key=key)
-    elif init == "truncated-normal":
-        draw = TruncatedNormal(type, std=std, key=key)
-    else:
-        draw = Normal(type, std=std, mean=0.0, key=key)
+    copies = Axis(name if division.slices == 1 else "copy", division.copies)
+    draw = _drawn(init, std, TensorType(F32, (copies, embed)), key)
     if division.slices == 1:
         return draw
     repeated = Tile(draw, "part", division.slices, position=1)
     return Merge(repeated, ("copy", "part"), name)
+
+
+def slot_weight(init: str, std: float, embed: Axis, experts: int, slots: int, *, key: int) -> Expr:
+    """Return the weight ``[expert, slot, embed]`` that makes the slots of a soft mixture."""
+    axes = (Axis("expert", experts), Axis("slot", slots), embed)
+    return _drawn(init, std, TensorType(F32, axes), key)
+
+
+BOUNDS = {"truncated-normal": 3.0, "switch": 2.0}
+"""Where draws are cut, in standard deviations; Switch's are TensorFlow's."""
+
+
+def _drawn(init: str, std: float, type: TensorType, key: int) -> Expr:
+    if init == "zero" or std == 0:
+        return Full(0.0, type)
+    if init == "uniform":
+        # A uniform distribution on [−a, a] has the standard deviation a / √3.
+        bound = std * 3**0.5
+        return Uniform(type, low=-bound, high=bound, key=key)
+    if init in BOUNDS:
+        return TruncatedNormal(type, std=std, key=key, bound=BOUNDS[init])
+    return Normal(type, std=std, mean=0.0, key=key)
 
 
 def _floats(type: TensorType) -> TensorType:

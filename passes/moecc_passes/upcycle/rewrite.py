@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from moecc.analysis.ffn import FFNBlock
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.mixtures import emit_expert_choice, emit_rescaled
-from moecc.ir.moe import Finish, emit_routing, emit_shared_gate
+from moecc.ir.moe import emit_shared_gate
 from moecc.ir.types import Axis, TensorType, tensor
 from moecc.weights.expr import Expr, Full, Source
 from moecc_passes.upcycle.lift import Division, lifted, scaled, shared_part
+from moecc_passes.upcycle.routers import Router
 from moecc_passes.upcycle.sublayer import DenseCopy
+
+Perturb = Callable[[str, Expr, Expr], Expr]
+"""Makes copies differ: from a parameter's name, its dense weight, and its lifted weight."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +26,20 @@ class Recipe:
 
     Attributes:
       division: how the neurons are divided.
-      router: the router's weight, ``[expert, embed]``.
-      top_k: experts per token.
-      gates: the gate convention.
-      gate_scale: what the gates are multiplied by.
+      router: how tokens come to the experts.
       factors: what each parameter of the experts is multiplied by.
       perturb: makes copies differ; takes the name of a parameter, its dense and its lifted weight.
-      slots: the attributes of ``place``: slots, capacity_factor and so on.
       expert_bias: ``multiplicative`` (ones) or ``additive`` (zeros): a vector for each expert on
         the hidden value before the last matrix (ST-MoE, Appendix C); ``none``.
-      experts_choose: whether experts choose tokens.
       extra_ffn: whether a dense sublayer is put ``before`` or ``after``; ``none``.
     """
 
     division: Division
-    router: Expr
-    top_k: int
-    gates: str
-    gate_scale: float
+    router: Router
     factors: Mapping[Value, float]
-    perturb: Callable[[str, Expr, Expr], Expr]
-    slots: Mapping[str, Any]
+    perturb: Perturb
     expert_bias: str = "none"
     extra_ffn: str = "none"
-    experts_choose: bool = False
 
 
 def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
@@ -60,20 +52,7 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
         graph.rename(param, graph.fresh(f"{param.name}.dense"))
     # What the block reads, constants included, is defined before its last node.
     builder = Builder(graph, loc=block.loc, origin="upcycle/lift", before=block.nodes[-1])
-    router = graph.param(
-        graph.fresh(f"{_name(block.loc)}.router.weight"),
-        recipe.router.type.with_dtype(block.x.type.dtype),
-        recipe.router,
-        loc=block.loc,
-    )
-    tokens = tuple(n for n in block.x.type.names if n != block.outer)
-    if recipe.experts_choose:
-        rows, finish = _experts_choose(builder, block.x, router, tokens, recipe)
-    else:
-        rows, finish = emit_routing(
-            builder, block.x, router, experts=recipe.division.experts, top_k=recipe.top_k,
-            gates=recipe.gates, scale=recipe.gate_scale, tokens=tokens, **recipe.slots,
-        )  # fmt: skip
+    rows, finish = recipe.router.emit(builder, block, _name(block.loc))
     experts = {p: _expert_param(graph, p, names[p], recipe) for p in names}
     output = finish(_experts(builder, block, recipe, {block.x: rows, **experts}))
     if recipe.division.shared:
@@ -83,22 +62,6 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
         node.erase()
     for param in leaving:
         graph.erase_param(param.name)
-
-
-def _experts_choose(
-    builder: Builder, x: Value, router: Value, tokens: tuple[str, ...], recipe: Recipe
-) -> tuple[Value, Finish]:
-    """Let experts choose tokens; the gates of a token that is taken at all add up to one."""
-    attrs = {n: v for n, v in recipe.slots.items() if n != "slots"}
-    chosen, scores, place = emit_expert_choice(builder, x, router, tokens=tokens, **attrs)
-    gates = emit_rescaled(builder, scores, place)
-    rows = builder.dispatch(x, chosen, place)
-
-    def finish(rows_out: Value) -> Value:
-        combined: Value = builder.combine(rows_out, chosen, place, gates)
-        return combined
-
-    return rows, finish
 
 
 def _experts(builder: Builder, block: FFNBlock, recipe: Recipe, image: dict[Value, Value]) -> Value:

@@ -1,0 +1,168 @@
+"""What is wrong with the options of ``upcycle`` by themselves, and what is merely unwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from moecc.errors import Problem
+from moecc_passes.inputs import is_decoder
+from moecc_passes.upcycle.layers import check_layers
+from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES
+
+if TYPE_CHECKING:
+    from moecc_passes.upcycle.upcycle import UpcyclePass
+
+RENORMALISED = ("renormalised", "top-k-softmax")
+"""Spellings of one thing: the softmax of the chosen logits is the softmax of all, renormalised."""
+
+GATES_OF = {
+    "prototypes": (*RENORMALISED, "softmax"),
+    "hash": RENORMALISED,
+    "expert-choice": RENORMALISED,
+    "soft": RENORMALISED,
+}
+"""The gate conventions of each kind of routing; those of token choice are all."""
+
+_WHY = {
+    "prototypes": "each prototype chooses by a softmax of its own",
+    "hash": "a hash has no scores that gates could be made of",
+    "expert-choice": "where experts choose tokens, a token has no best experts",
+    "soft": "in a soft mixture no token chooses anything",
+}
+
+
+def problems(item: UpcyclePass) -> list[Problem]:
+    """Return what is wrong with the options, whatever the model."""
+    layers = check_layers(item.layers)
+    decoder = check_layers(item.decoder_layers or "all", "decoder-layers")
+    spelled = [p for p in (layers, decoder) if p]
+    return [*_counts(item), *_gates(item), *_routing(item), *_out_of_range(item), *spelled]
+
+
+def _counts(item: UpcyclePass) -> Iterator[Problem]:
+    n, k, g = item.experts, item.top_k, item.granularity
+    if n < 2:
+        yield Problem("a mixture has at least two experts", "experts", found=str(n))
+    if k > n or k < 1:
+        yield Problem(
+            "top-k does not suit the experts", "top-k", f"1 <= top-k <= experts={n}", str(k),
+            f"store more experts: experts={max(k, 2)}; ST-MoE has top-k=2" if k > n else "top-k=1",
+        )  # fmt: skip
+    if g < 1:
+        yield Problem("granularity is at least 1", "granularity", found=str(g))
+    elif k % g or n % g:
+        yield Problem(
+            "a token must go to whole virtual groups", "granularity",
+            f"G that divides top-k={k} and experts={n}", str(g),
+            f"top-k={-(-k // g) * g} experts={max(-(-n // g), -(-k // g)) * g} would do",
+        )  # fmt: skip
+
+
+def _gates(item: UpcyclePass) -> Iterator[Problem]:
+    k, g = item.top_k, item.granularity
+    if item.gates == "switch" and k != 1:
+        yield Problem("switch routing has one expert a token", "gates", "top-k=1", f"top-k={k}",
+                      "gates=softmax weighs several by their probabilities")  # fmt: skip
+    if item.gates == "sparsemixer" and k > 2:
+        yield Problem("sparsemixer gates exist for one or two experts a token", "gates",
+                      "top-k<=2", f"top-k={k}", "gates=renormalised takes any top-k")  # fmt: skip
+    if item.gates == "sparsemixer" and g > 1:
+        yield Problem("sparsemixer gives the members of a virtual group different gates",
+                      "gates", "granularity=1", f"granularity={g}",
+                      "gates=renormalised suits any granularity")  # fmt: skip
+    if item.balance_bias and item.gates in ("sparsemixer", "ones"):
+        yield Problem(f"{item.gates} gates have no score that a bias could be added to",
+                      "balance-bias", found=f"gates={item.gates}",
+                      hint="gates=sigmoid-renormalised is DeepSeek-V3's")  # fmt: skip
+
+
+def _routing(item: UpcyclePass) -> Iterator[Problem]:
+    """Yield which options say something that the kind of routing has no place for."""
+    kind = item.routing
+    if kind == "token-choice":
+        return
+    allowed = GATES_OF[kind]
+    scales = kind == "prototypes" or item.gate_scale == 1
+    checks = (
+        ("gates", item.gates in allowed, f"gates={allowed[0]}", item.gates),
+        ("granularity", item.granularity == 1, "granularity=1", item.granularity),
+        ("gate-scale", scales, "gate-scale=1.0", item.gate_scale),
+        ("balance-bias", not item.balance_bias, "balance-bias=false", "true"),
+    )
+    for name, fits, expected, value in checks:
+        if not fits:
+            yield Problem(_WHY[kind], name, expected, str(value),
+                          "routing=token-choice has this option")  # fmt: skip
+    if kind == "prototypes" and item.top_k >= 1 and item.experts % item.top_k:
+        yield Problem("the prototypes do not divide the experts", "top-k",
+                      f"a divisor of experts={item.experts}", str(item.top_k))  # fmt: skip
+    if kind == "soft" and item.slots == "capacity":
+        yield Problem("a soft mixture drops nothing, so it has no capacity", "slots",
+                      found="capacity", hint="soft-slots says how many slots an expert has"
+                      )  # fmt: skip
+    if kind in LOOKS_AHEAD:
+        yield from _decoders(item)
+
+
+def _decoders(item: UpcyclePass) -> Iterator[Problem]:
+    what = NAMES[item.routing]
+    hint = "ST-MoE (Appendix D) has what looks ahead in encoders only: decoder-layers=nowhere"
+    if item.decoder_layers not in (None, "nowhere"):
+        yield Problem(f"{what} in a decoder decides about a token by later ones",
+                      "decoder-layers", "nowhere", item.decoder_layers, hint)  # fmt: skip
+    if is_decoder(item.layers):
+        yield Problem(f"{what} in a decoder decides about a token by later ones", "layers",
+                      "layers of an encoder", item.layers, hint)  # fmt: skip
+
+
+def _out_of_range(item: UpcyclePass) -> list[Problem]:
+    checks = (
+        ("shared", 0 <= item.shared < 1, "0 <= shared < 1", item.shared),
+        ("drop-ratio", 0 <= item.drop_ratio <= 1, "0 <= drop-ratio <= 1", item.drop_ratio),
+        ("noise-std", item.noise_std >= 0, "noise-std >= 0", item.noise_std),
+        ("router-std", item.router_std >= 0, "router-std >= 0", item.router_std),
+        ("gate-scale", item.gate_scale > 0, "gate-scale > 0", item.gate_scale),
+        ("groups", item.groups >= 1, "groups >= 1", item.groups),
+        ("soft-slots", item.soft_slots >= 1, "soft-slots >= 1", item.soft_slots),
+        (
+            "capacity-factor", item.capacity_factor > 0,
+            "capacity-factor > 0", item.capacity_factor,
+        ),
+    )  # fmt: skip
+    hints = {"capacity-factor": "ST-MoE: 1.25 in training, 2.0 at evaluation"}
+    return [
+        Problem("an option is out of range", name, expected, str(found), hints.get(name))
+        for name, fits, expected, found in checks
+        if not (fits and isfinite(found))
+    ]
+
+
+def warnings(item: UpcyclePass) -> list[Problem]:
+    """Return what is allowed, and yet hardly what anyone wants."""
+    found = []
+    if has_constant_gate(item):
+        found.append(
+            Problem(
+                "the gate of one expert, renormalised, is always 1, so the router gets no "
+                "gradient from the model's loss", "top-k", "top-k=2, as ST-MoE has it", "top-k=1",
+                "gates=switch is the paper's top-1",
+            )
+        )  # fmt: skip
+    if item.slots == "ragged" and item.routing not in LOOKS_AHEAD:
+        for name, value, default in (
+            ("capacity-factor", item.capacity_factor, 1.25), ("groups", item.groups, 1)
+        ):  # fmt: skip
+            if value != default:
+                found.append(
+                    Problem(f"{name} bounds nothing where slots are ragged", name,
+                            found=f"{name}={value}", hint="slots=capacity")
+                )  # fmt: skip
+    return found
+
+
+def has_constant_gate(item: UpcyclePass) -> bool:
+    """Return whether a router is to be trained whose one gate is always 1."""
+    is_one = item.top_k == 1 and item.gates in (*RENORMALISED, "sigmoid-renormalised")
+    return is_one and item.routing in ("token-choice", "prototypes")

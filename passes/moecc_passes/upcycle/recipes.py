@@ -1,0 +1,174 @@
+"""What the options of ``upcycle`` make of one block: whether they suit it, and its recipe."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from moecc.analysis.ffn import FFNBlock
+from moecc.errors import Problem
+from moecc.ir.graph import Graph, Value
+from moecc.weights.draws import derive_key
+from moecc.weights.expr import Expr
+from moecc_passes.inputs import token_ids
+from moecc_passes.upcycle.lift import Division, Drop, Noise, router_weight, slot_weight
+from moecc_passes.upcycle.rewrite import Perturb, Recipe
+from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES, Router
+from moecc_passes.upcycle.scaling import Factors, place_scale
+from moecc_passes.upcycle.sublayer import surroundings
+
+if TYPE_CHECKING:
+    from moecc_passes.upcycle.upcycle import UpcyclePass
+
+DRAWN = {"logit-std": "normal", "switch": "switch"}
+"""What is drawn where ``router-std`` is that of the logits."""
+
+
+def misfit(item: UpcyclePass, block: FFNBlock) -> Problem | None:
+    """Return why `block` does not divide, or cannot be scaled, as the options ask, or None."""
+    shared = item.shared * block.width
+    whole = round(shared)
+    if item.shared and (abs(shared - whole) > 1e-6 or not 0 < whole < block.width):
+        nearest = min(max(whole, 1), block.width - 1)
+        return Problem(
+            "the shared expert does not get a whole number of neurons, or leaves none",
+            block.loc, f"shared={nearest / block.width:.10g}, say",
+            f"{item.shared:g} of {block.width}",
+        )  # fmt: skip
+    routed = block.width - whole
+    if routed % item.granularity:
+        fits = [g for g in range(1, item.top_k + 1) if _groups_fit(item, g, routed)]
+        return Problem(
+            f"the {routed} neurons do not divide into granularity={item.granularity} slices",
+            block.loc, f"G among {', '.join(map(str, fits))}", str(item.granularity),
+        )  # fmt: skip
+    chosen = place_scale(block, item.scale_placement, item.law.weight_scale)
+    if isinstance(chosen, str):
+        hint = None if item.scale_placement == "down" else "scale-placement=down"
+        return Problem(f"{chosen} (by {item.law.weight_scale:g})", block.loc, hint=hint)
+    around = surroundings(block) if item.extra_ffn != "none" else None
+    if isinstance(around, str):
+        return Problem(
+            f"no extra sublayer can stand beside the block: {around}", block.loc,
+            hint="extra-ffn=none",
+        )  # fmt: skip
+    return None
+
+
+def misrouted(
+    item: UpcyclePass, graph: Graph, block: FFNBlock, causal: set[Value]
+) -> Problem | None:
+    """Return why the kind of routing does not suit the place of `block`, or None.
+
+    Args:
+      item: the options.
+      graph: the graph.
+      block: a block.
+      causal: the values behind a causal mask.
+    """
+    if item.routing in LOOKS_AHEAD and block.x in causal:
+        return Problem(
+            f"{NAMES[item.routing]} in a decoder decides about a token by later ones", block.loc,
+            hint="routing=token-choice, or decoder-layers=nowhere; ST-MoE (Appendix D) has what "
+            "looks ahead in encoders only",
+        )  # fmt: skip
+    tokens = [n for n in block.x.type.names if n != block.outer]
+    if item.routing == "hash" and token_ids(graph, block.x.type, tokens, block.loc) is None:
+        return Problem(
+            "a hash needs the ids of the tokens, and the graph has no such input", block.loc,
+            f"an input of whole numbers, [{', '.join(tokens)}]",
+            ", ".join(f"%{n}" for n in graph.inputs) or "no input", "routing=token-choice",
+        )  # fmt: skip
+    return None
+
+
+def _groups_fit(item: UpcyclePass, slices: int, neurons: int) -> bool:
+    return not (neurons % slices or item.top_k % slices or item.experts % slices)
+
+
+def factors_of(item: UpcyclePass, block: FFNBlock) -> Factors:
+    """Return what each parameter of a block that fits is multiplied by."""
+    chosen = place_scale(block, item.scale_placement, item.law.weight_scale)
+    assert not isinstance(chosen, str), "checked before anything was changed"
+    return chosen
+
+
+def recipe(item: UpcyclePass, block: FFNBlock, seed: int) -> Recipe:
+    """Return all that the rewrite of a block that fits needs to know."""
+    division = _division(item, block)
+    factors = dict(factors_of(item, block))
+    if block.output_bias is not None:
+        factors[block.output_bias] = item.law.bias_scale
+    return Recipe(
+        division=division,
+        router=_router(item, block, division, seed),
+        factors=factors,
+        perturb=_perturb(item, block, division, seed),
+        expert_bias=item.expert_bias,
+        extra_ffn=item.extra_ffn,
+    )
+
+
+def _division(item: UpcyclePass, block: FFNBlock) -> Division:
+    shared = round(item.shared * block.width)
+    return Division(
+        inner=block.inner,
+        shared=shared,
+        slices=item.granularity,
+        copies=item.experts // item.granularity,
+        width=(block.width - shared) // item.granularity,
+    )
+
+
+def _router(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Router:
+    placement: dict[str, object] = {"slots": item.slots}
+    if item.is_bounded:
+        placement |= {"capacity_factor": item.capacity_factor, "groups": item.groups}
+    return Router(
+        kind=item.routing,
+        weight=_weight(item, block, division, seed),
+        experts=item.experts,
+        top_k=item.top_k,
+        gates=item.law.convention,
+        gate_scale=item.gate_scale,
+        has_bias=item.balance_bias,
+        seed=seed,
+        placement=placement,
+    )
+
+
+def _weight(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Expr | None:
+    if item.routing == "hash":
+        return None
+    kind = DRAWN.get(item.router_init, item.router_init)
+    std, outer = router_std(item, block), block.x.type[block.outer]
+    key = derive_key(seed, f"{_place(block)}/router")
+    if item.routing == "soft":
+        return slot_weight(kind, std, outer, item.experts, item.soft_slots, key=key)
+    return router_weight(kind, std, outer, division, key=key)
+
+
+def router_std(item: UpcyclePass, block: FFNBlock) -> float:
+    """Return the standard deviation of the router's entries.
+
+    After a norm the router's input has unit mean square, up to the norm's own scale.
+    """
+    is_of_logits = item.router_init in DRAWN
+    return item.router_std / sqrt(block.embed) if is_of_logits else item.router_std
+
+
+def _perturb(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Perturb:
+    if item.init == "noise":
+        return Noise(item.noise_std, item.noise == "relative", seed, _place(block)).apply
+    if item.init == "drop":
+        return Drop(item.drop_ratio, seed, _place(block), division).apply
+    return _unperturbed
+
+
+def _place(block: FFNBlock) -> str:
+    """Return what the draws of a block are keyed by; the location alone may not be the only one."""
+    return f"{block.loc}/{block.down.operands[1].name}"
+
+
+def _unperturbed(name: str, dense: Expr, experts: Expr) -> Expr:
+    return experts

@@ -1,0 +1,173 @@
+"""The ways of routing that ``upcycle`` knows: what stands around the experts of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moecc.analysis.ffn import FFNBlock
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Value
+from moecc.ir.mixtures import (
+    emit_expert_choice,
+    emit_hash_routing,
+    emit_prototypes,
+    emit_rescaled,
+    emit_soft_slots,
+    emit_unit,
+)
+from moecc.ir.moe import Finish, emit_placed, emit_routing
+from moecc.ir.types import tensor
+from moecc.weights.expr import Expr, Full
+from moecc_passes.inputs import token_ids
+
+LOOKS_AHEAD = ("expert-choice", "soft")
+"""Ways in which later tokens decide about a token; in encoders only."""
+
+NAMES = {"expert-choice": "expert choice", "soft": "a soft mixture"}
+
+
+@dataclass(frozen=True)
+class Router:
+    """How the tokens of a block come to the experts.
+
+    Attributes:
+      kind: token-choice, prototypes, hash, expert-choice or soft.
+      weight: the router's weight, ``[expert, embed]``; of a soft mixture ``[expert, slot, embed]``;
+        a hash has none.
+      experts: the number of experts.
+      top_k: experts per token, where tokens have a number of them.
+      gates: the gate convention, as ``route`` spells it.
+      gate_scale: what the gates are multiplied by.
+      has_bias: whether a bias for loss-free balancing takes part in the choice.
+      seed: of the hash.
+      placement: the attributes of ``place``: slots, capacity_factor and so on.
+    """
+
+    kind: str
+    weight: Expr | None
+    experts: int
+    top_k: int
+    gates: str
+    gate_scale: float
+    has_bias: bool
+    seed: int
+    placement: Mapping[str, Any]
+
+    def emit(self, builder: Builder, block: FFNBlock, prefix: str) -> tuple[Value, Finish]:
+        """Emit the routing; return the experts' rows and what brings results back to the tokens.
+
+        Args:
+          builder: where the operations go.
+          block: the dense block, still whole.
+          prefix: what the names of new parameters begin with.
+        """
+        return _EMIT[self.kind](_Place(builder, block, prefix), self)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a routing is emitted."""
+
+    builder: Builder
+    block: FFNBlock
+    prefix: str
+
+    @property
+    def x(self) -> Value:
+        return self.block.x
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return tuple(n for n in self.x.type.names if n != self.block.outer)
+
+    def param(self, name: str, weight: Expr) -> Value:
+        graph = self.builder.graph
+        type = weight.type.with_dtype(self.x.type.dtype)
+        return graph.param(graph.fresh(f"{self.prefix}.{name}"), type, weight, loc=self.block.loc)
+
+    def router(self, router: Router) -> Value:
+        assert router.weight is not None, "only a hash has no weight"
+        return self.param("router.weight", router.weight)
+
+
+def _token_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
+    weight = at.router(router)
+    bias = None
+    if router.has_bias:
+        type = tensor(at.x.type.dtype, expert=router.experts)
+        bias = at.param("router.balance_bias", Full(0.0, type))
+    return emit_routing(
+        at.builder, at.x, weight, experts=router.experts, top_k=router.top_k, gates=router.gates,
+        scale=router.gate_scale, tokens=at.tokens, bias=bias, **router.placement,
+    )  # fmt: skip
+
+
+def _prototypes(at: _Place, router: Router) -> tuple[Value, Finish]:
+    b, weight = at.builder, at.router(router)
+    logits = b.contract(at.x, weight, over=at.block.outer, name="router")
+    chosen, gates = emit_prototypes(b, logits, router.top_k, gates="softmax")
+    if router.gates == "renormalised":
+        gates = b.div(gates, b.sum(gates, axes="choice"))
+    if router.gate_scale != 1:
+        gates = b.scale(gates, by=router.gate_scale)
+    return _placed(at, router, chosen, gates)
+
+
+def _hash(at: _Place, router: Router) -> tuple[Value, Finish]:
+    ids = token_ids(at.builder.graph, at.x.type, at.tokens, at.block.loc)
+    assert ids is not None, "checked before anything was changed"
+    chosen, gates = emit_hash_routing(
+        at.builder, ids, at.x, experts=router.experts, top_k=router.top_k, seed=router.seed
+    )
+    return _placed(at, router, chosen, gates)
+
+
+def _placed(at: _Place, router: Router, chosen: Value, gates: Value) -> tuple[Value, Finish]:
+    return emit_placed(
+        at.builder, at.x, chosen, gates, experts=router.experts, tokens=at.tokens,
+        **router.placement,
+    )  # fmt: skip
+
+
+def _expert_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
+    """Let experts choose tokens; the gates of a token that is taken at all add up to one."""
+    b, weight = at.builder, at.router(router)
+    attrs = {n: v for n, v in router.placement.items() if n != "slots"}
+    chosen, scores, place = emit_expert_choice(b, at.x, weight, tokens=at.tokens, **attrs)
+    gates = emit_rescaled(b, scores, place)
+    rows = b.dispatch(at.x, chosen, place)
+
+    def finish(rows_out: Value) -> Value:
+        combined: Value = b.combine(rows_out, chosen, place, gates)
+        return combined
+
+    return rows, finish
+
+
+def _soft(at: _Place, router: Router) -> tuple[Value, Finish]:
+    """Mix the tokens of a sequence into slots; the logits are cosines times a learned scale."""
+    b, weight = at.builder, at.router(router)
+    scale = at.param("router.scale", Full(1.0, tensor(at.x.type.dtype)))
+    slots = b.mul(emit_unit(b, weight, at.block.outer), scale)
+    logits_of = emit_unit(b, at.x, at.block.outer)
+    rows, weights = emit_soft_slots(
+        b, at.x, slots, tokens=at.tokens[-1], embed=at.block.outer, like=logits_of
+    )
+
+    def finish(rows_out: Value) -> Value:
+        mixed: Value = b.contract(weights, rows_out, over=("expert", "slot"))
+        return mixed
+
+    return rows, finish
+
+
+_EMIT: dict[str, Callable[[_Place, Router], tuple[Value, Finish]]] = {
+    "token-choice": _token_choice,
+    "prototypes": _prototypes,
+    "hash": _hash,
+    "expert-choice": _expert_choice,
+    "soft": _soft,
+}
+"""What emits each kind; the option ``routing`` has the same words."""

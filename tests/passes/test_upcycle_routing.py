@@ -1,0 +1,311 @@
+"""The ways of routing of ``upcycle``: prototypes, hashes, soft mixtures, and the bias of a choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_passes.upcycle.gates import GateLaw
+from moecc_passes.upcycle.upcycle import UpcyclePass
+
+from moecc.errors import InputError, UsageError
+from moecc.ir import F64, I32, Builder, Graph, equal, tensor
+from moecc.pipeline.passes import Context
+from moecc.pipeline.text import Pipeline
+from moecc.routing import updated_bias
+from moecc.testing import laws
+
+from .dense_blocks import Arrays, Dense, Tensors, relative, rms_error, run, tokens, upcycled
+
+EXACT = 1e-12
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def with_ids(dense: Dense, *names: str) -> Graph:
+    """Return the graph of `dense` with inputs of token ids."""
+    graph = dense.graph()
+    for name in names:
+        graph.input(name, tensor(I32, batch="B", seq="S"))
+    return graph
+
+
+def shown(graph: Graph, *ops: str) -> Graph:
+    """Let `graph` return the results of the operations `ops` of its last layer, too."""
+    for node in list(graph):
+        if node.op.name in ops:
+            for value in node.results:
+                graph.set_output(f"{node.op.name}.{value.index}", value)
+    return graph
+
+
+def same_function(dense: Dense, graph: Graph, more: Arrays, **options: Any) -> tuple[Graph, Arrays]:
+    tensors = Tensors(graph)
+    after, result = upcycled(graph, **options)
+    laws.check_graph(after)
+    assert result.preserves is not None
+    assert result.preserves.kind == "reassociation"
+    inputs = {**tokens(dense), **more}
+    expected = run(graph, tensors.params(graph), inputs)["y"]
+    params = tensors.params(after)
+    found = run(shown(after, "route", "place", "hash_experts"), params, inputs)
+    assert relative(found["y"], expected) <= EXACT
+    return after, found
+
+
+# --- prototypes
+
+
+@given(st.sampled_from([(4, 2), (6, 3), (8, 4), (4, 4), (4, 1)]))
+def test_prototypes_keep_the_function(sizes: tuple[int, int]) -> None:
+    experts, top_k = sizes
+    dense = Dense(layers=2, bias_out=True)
+    after, found = same_function(
+        dense, dense.graph(), {}, routing="prototypes", experts=experts, top_k=top_k, router_std=0.5
+    )
+    assert found["place.0"].shape[-1] == top_k
+    assert (found["place.0"] >= 0).all()
+    assert sum(n.op.name == "route" for n in after) == 2
+
+
+def test_prototypes_of_m6_t_do_not_add_up_and_say_so() -> None:
+    """k · k / N of the block for a zero router; else as far off as predicted."""
+    dense = Dense(embed=48, mlp=96)
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    inputs = tokens(dense, 192)
+    expected = run(graph, tensors.params(graph), inputs)["y"]
+    options: dict[str, Any] = {"routing": "prototypes", "gates": "softmax", "experts": 8}
+    zero, result = upcycled(graph, **options, router_init="zero")
+    assert result.preserves is not None
+    assert result.preserves.kind == "reassociation"
+    assert relative(run(zero, tensors.params(zero), inputs)["y"], expected) <= EXACT
+    after, result = upcycled(graph, **options, router_std=0.1)
+    assert result.preserves is not None
+    assert result.preserves.predicted_error is not None
+    found = rms_error(run(after, tensors.params(after), inputs)["y"], expected)
+    assert 0.8 < found / result.preserves.predicted_error < 1.2
+
+
+def test_the_law_of_prototypes_is_that_of_the_operations() -> None:
+    law = GateLaw("softmax", 6, 3, has_prototypes=True)
+    logits = np.random.default_rng(0).normal(size=(5, 6))
+    pairs = np.exp(logits.reshape(5, 3, 2))
+    np.testing.assert_allclose(law.gates(logits), pairs.max(2) / pairs.sum(2), rtol=1e-12)
+    assert law.gates(np.zeros((1, 6))).sum() == law.total == 1.5
+
+
+# --- hashes
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_a_hash_keeps_the_function_and_sends_a_token_where_its_id_says(top_k: int) -> None:
+    dense = Dense(layers=2)
+    graph = with_ids(dense, "tokens")
+    ids = np.random.default_rng(0).integers(0, 5, (2, 6)).astype(np.int32)
+    after, found = same_function(
+        dense, graph, {"tokens": ids}, routing="hash", experts=4, top_k=top_k
+    )
+    chosen = found["hash_experts.0"]
+    for i in np.unique(ids):
+        assert len({tuple(c) for c in chosen[ids == i]}) == 1
+    assert not any("router" in n for n in after.params)
+    assert not any(n.op.name == "route" for n in after)
+
+
+def test_a_hash_takes_the_ids_of_its_own_stack() -> None:
+    graph = Graph("two")
+    dense = Dense(embed=2, mlp=2)
+    b = Builder(graph)
+    graph.input("tokens", tensor(I32, batch="B", seq="S"))
+    graph.input("decoder_tokens", tensor(I32, batch="B", seq="S"))
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))
+    for stack in ("encoder", "decoder"):
+        with b.at(f"{stack}.layers.0.ffn"):
+            x = dense.block(b, x, f"layers.{stack}")
+    graph.set_output("y", x)
+    after, _ = upcycled(graph, routing="hash")
+    read = {n.loc: n.operands[0].name for n in after if n.op.name == "hash_experts"}
+    assert read == {
+        "encoder.layers.0.ffn": "tokens", "decoder.layers.0.ffn": "decoder_tokens",
+    }  # fmt: skip
+
+
+def test_a_hash_without_ids_is_refused() -> None:
+    with pytest.raises(InputError, match="a hash needs the ids of the tokens"):
+        UpcyclePass(routing="hash").apply(Dense().graph(), Context())
+
+
+# --- soft mixtures
+
+
+def test_a_soft_mixture_by_its_formula() -> None:
+    """Y = C f(Dᵀ X) with logits of unit vectors (Puigcerver et al. 2023, eq. 1 to 3, section 2.3)."""
+    dense = Dense(embed=6, mlp=4)
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    after, result = upcycled(graph, routing="soft", experts=3, soft_slots=2, router_std=1.0)
+    laws.check_graph(after)
+    assert result.preserves is not None
+    assert result.preserves.kind == "approximate"
+    assert "averages of tokens" in result.preserves.reason
+    params = tensors.params(after)
+    scale = params["layers.0.ffn.router.scale"] = np.array(2.5)
+    x = tokens(dense)["x"]
+    found = run(after, params, {"x": x})["y"]
+    phi = params["layers.0.ffn.router.weight"].reshape(6, 6)
+    unit = [v / np.sqrt((v**2).sum(-1, keepdims=True) + 1e-6) for v in (x, phi)]
+    logits = unit[0] @ (scale * unit[1]).T
+    over_tokens, over_slots = (
+        np.exp(logits) / np.exp(logits).sum(a, keepdims=True) for a in (1, 2)
+    )
+    rows = np.einsum("bsn,bsd->bnd", over_tokens, x)
+    w = {n: tensors.arrays[f"layers.0.{n}"] for n in ("gate", "up", "down")}
+    gate = rows @ w["gate"].T
+    results = (gate / (1 + np.exp(-gate)) * (rows @ w["up"].T)) @ w["down"].T
+    assert relative(found, np.einsum("bsn,bnd->bsd", over_slots, results)) <= 1e-11
+
+
+def test_a_soft_mixture_takes_all_that_a_block_may_have() -> None:
+    dense = Dense(residual=True, bias_in=True, bias_out=True)
+    after, _ = upcycled(
+        dense.graph(), routing="soft", shared=0.25, expert_bias="multiplicative", extra_ffn="before"
+    )
+    laws.check_graph(after)
+    assert run(after, Tensors(dense.graph()).params(after), tokens(dense))["y"].shape == (2, 6, 8)
+
+
+# --- the bias of loss-free balancing
+
+
+@pytest.mark.parametrize("gates", ["sigmoid-renormalised", "renormalised"])
+def test_a_bias_of_zeros_changes_nothing_and_another_changes_the_choice_alone(gates: str) -> None:
+    dense = Dense()
+    graph = dense.graph()
+    options = {"gates": gates, "gate_scale": 2.5, "balance_bias": True, "router_std": 0.5}
+    after, _ = same_function(dense, graph, {}, **options)
+    params = Tensors(graph).params(after)
+    bias = "layers.0.ffn.router.balance_bias"
+    np.testing.assert_array_equal(params[bias], np.zeros(8))
+    params[bias] = np.where(np.arange(8) == 5, 1e3, 0.0)
+    found = run(after, params, tokens(dense))
+    assert (found["route.0"][..., 0] == 5).all()
+    np.testing.assert_allclose(found["route.1"].sum(-1), 2.5, rtol=1e-12)
+
+
+def test_the_update_of_the_bias_evens_out_the_loads() -> None:
+    """On the loads of a skewed router the largest violation falls to a tenth, without a loss."""
+    dense = Dense()
+    graph = dense.graph()
+    after, _ = upcycled(graph, balance_bias=True, gates="sigmoid-renormalised", router_std=1.0)
+    shown(after, "route")
+    params, inputs = Tensors(graph).params(after), tokens(dense, 400)
+    violations = []
+    for _ in range(150):
+        chosen = run(after, params, inputs)["route.0"]
+        loads = np.bincount(chosen.ravel(), minlength=8)
+        violations.append(loads.max() / loads.mean() - 1)
+        name = "layers.0.ffn.router.balance_bias"
+        params[name] = updated_bias(params[name], loads, rate=0.01)
+    assert violations[0] > 0.5
+    assert max(violations[-5:]) < violations[0] / 5
+
+
+# --- one thing under two names
+
+
+def test_the_softmax_of_the_chosen_is_what_renormalised_means() -> None:
+    one, two = (upcycled(Dense().graph(), gates=g)[0] for g in ("renormalised", "top-k-softmax"))
+    assert equal(one, two)
+    dense = Dense()
+    found = run(shown(one, "route"), Tensors(dense.graph()).params(one), tokens(dense))
+    router = Tensors(dense.graph()).params(one)["layers.0.ffn.router.weight"]
+    logits = np.sort(tokens(dense)["x"] @ router.T, -1)[..., ::-1]
+    all_of_them = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    renormalised = all_of_them[..., :2] / all_of_them[..., :2].sum(-1, keepdims=True)
+    np.testing.assert_allclose(found["route.1"], renormalised, rtol=1e-12)
+
+
+def test_the_router_of_switch_is_cut_at_two_standard_deviations() -> None:
+    dense = Dense(embed=400, mlp=4)
+    graph = dense.graph()
+    after, _ = upcycled(graph, experts=64, router_init="switch", router_std=0.1**0.5)
+    router = Tensors(graph).params(after)["layers.0.ffn.router.weight"]
+    std = (0.1 / 400) ** 0.5
+    assert 1.95 * std < np.abs(router).max() <= 2 * std
+    # The variance of a normal distribution between two standard deviations, 0.7737 of it.
+    assert router.var() / std**2 == pytest.approx(0.7737, rel=0.03)
+
+
+# --- what contradicts itself
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "message"),
+    [
+        ("routing=prototypes experts=8 top-k=3", "top-k", "a divisor of experts=8"),
+        ("routing=prototypes gates=sigmoid", "gates", "a softmax of its own"),
+        ("routing=prototypes granularity=2", "granularity", "granularity=1"),
+        ("routing=hash gates=softmax", "gates", "no scores that gates"),
+        ("routing=hash gate-scale=2.0", "gate-scale", "gate-scale=1.0"),
+        ("routing=hash balance-bias", "balance-bias", "balance-bias=false"),
+        ("routing=soft slots=capacity", "slots", "drops nothing"),
+        ("routing=soft soft-slots=0", "soft-slots", "soft-slots >= 1"),
+        ("routing=soft decoder-layers=every:2", "decoder-layers", "Appendix D"),
+        ("routing=expert-choice decoder-layers=all", "decoder-layers", "Appendix D"),
+        ("routing=expert-choice layers=decoder.layers.*", "layers", "Appendix D"),
+        ("balance-bias gates=ones", "balance-bias", "no score that a bias"),
+        ("capacity-factor=0.0", "capacity-factor", "1.25 in training, 2.0"),
+        ("top-k=9", "top-k", "ST-MoE has top-k=2"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_when_it_is_read(
+    options: str, where: str, message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        Pipeline.parse(f"upcycle{{{options}}}")
+    (problem,) = caught.value.problems
+    assert message in str(problem)
+    text = f"upcycle{{{options}}}"
+    assert problem.where is not None
+    assert problem.where.endswith(f":{text.index(where + ('=' if '=' in text else '')) + 1}") or (
+        where in str(problem)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("top-k=1", "gates=switch is the paper's top-1"),
+        ("top-k=1 gates=sigmoid-renormalised", "always 1"),
+        ("routing=prototypes top-k=1", "always 1"),
+        ("capacity-factor=2.0", "slots=capacity"),
+        ("groups=4", "slots=capacity"),
+    ],
+)
+def test_what_is_warned_of_when_it_is_read(options: str, message: str) -> None:
+    (warning,) = Pipeline.parse(f"upcycle{{{options}}}").warnings()
+    assert message in str(warning)
+
+
+@pytest.mark.parametrize("options", ["top-k=1 gates=switch", "slots=capacity groups=4", "top-k=2"])
+def test_what_is_not_warned_of(options: str) -> None:
+    assert Pipeline.parse(f"upcycle{{{options}}}").warnings() == []
+
+
+@pytest.mark.parametrize("routing", ["soft", "expert-choice"])
+def test_what_looks_ahead_is_refused_behind_a_causal_mask(routing: Any) -> None:
+    graph = Graph("decoder")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))
+    here = b.positions(x, axis="seq")
+    seen = b.causal(here, b.rename(here, axis="seq", to="kv_seq"))
+    keys = b.rename(x, axis="seq", to="kv_seq")
+    scores = b.mask(b.contract(x, keys, over="embed"), seen)
+    x = b.contract(b.softmax(scores, axis="kv_seq"), keys, over="kv_seq")
+    with b.at("layers.0.ffn"):
+        graph.set_output("y", Dense(embed=2, mlp=2).block(b, x, "layers.0"))
+    with pytest.raises(InputError, match="decides about a token by later ones"):
+        UpcyclePass(routing=routing).apply(graph, Context())
