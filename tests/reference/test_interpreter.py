@@ -230,7 +230,7 @@ def test_every_array_has_the_axes_and_sizes_of_its_type(graph: Graph, seed: int)
         for extent in value.type.extents:
             placement = seen[extent.value].placement
             counted = len(placement.extents) if extent.kind == "groups" else placement.slots
-            assert [array.size(a.name) for a in value.type if a.size == extent] == [counted]
+            assert {array.size(a.name) for a in value.type if a.size == extent} == {counted}
     assert set(seen) >= {v for n in graph for v in n.results} | set(graph.outputs.values())
 
 

@@ -102,7 +102,7 @@ def test_the_steps_can_be_chosen() -> None:
         "rope",
     }
     assert has(random_graph(0, steps=[attention], max_steps=1), "softmax")
-    assert has(random_graph(1, steps=[experts], max_steps=1), "route")
+    assert has(random_graph(1, steps=[experts], max_steps=1), "dispatch", "combine")
 
 
 def test_thousands_of_cases_a_minute() -> None:
