@@ -221,13 +221,7 @@ def _double_logits(
 def _differences(name: str, golden: np.ndarray[Any, Any]) -> dict[str, float]:
     """Compare with the config that moecc writes, and with the folder's own config."""
     folder, case = HERE / name, CASES[name]
-    tokens = _saved_tokens(name)
-    stated = json.loads((folder / "config.json").read_text())
-    if case.family == "t5" and "lm_head.weight" in _tensor_names(folder):
-        # As version 5 writes a config, it says that the matrices are tied; see T5Config.
-        stated["tie_word_embeddings"] = False
-    spelled_twice = parse_config(stated).to_json()
-    config = AutoConfig.for_model(**spelled_twice)
+    tokens, config = _saved_tokens(name), _config(name)
     with torch.no_grad():
         single = _run(_load(folder, case, config), case, tokens)
     found = {
@@ -237,6 +231,15 @@ def _differences(name: str, golden: np.ndarray[Any, Any]) -> dict[str, float]:
     }
     largest = np.abs(golden).max()
     return {key: float(np.abs(logits - golden).max() / largest) for key, logits in found.items()}
+
+
+def _config(name: str) -> Any:
+    """Return the config of a case as moecc spells it, which both versions understand."""
+    stated = json.loads((HERE / name / "config.json").read_text())
+    if CASES[name].family == "t5" and "lm_head.weight" in _tensor_names(HERE / name):
+        # As version 5 writes a config, it says that the matrices are tied; see T5Config.
+        stated["tie_word_embeddings"] = False
+    return AutoConfig.for_model(**parse_config(stated).to_json())
 
 
 def _tensor_names(folder: Path) -> set[str]:

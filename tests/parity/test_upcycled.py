@@ -1,34 +1,29 @@
-"""transformers computes of a written checkpoint what it computes of the dense source.
-
-Runs where transformers is installed beside the tests, and in every interpreter that the environment
-variable MOECC_PARITY_PYTHON lists (separated as in PATH), say one with version 4 and one with 5.
-"""
+"""transformers computes of a written checkpoint what it computes of the source."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moecc.backend import get_backend
 from moecc.conversion import plan, write
+from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig
 from moecc.families.propose import target_fits
 from moecc.ir.dtypes import F64
 from moecc.models import open_model
 from moecc.pipeline.text import Pipeline
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+from .interpreters import ask, in_each_interpreter
+
+pytestmark = pytest.mark.parity
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PROBE = Path(__file__).parent / "logits_of.py"
 
 DOUBLE = 1e-7
 """The bound on max |Δ logit| / max |logit| in float64; the golden logits carry 6e-8 of rounding."""
@@ -37,16 +32,17 @@ SINGLE = 1e-6
 """The same in float32."""
 
 
-def interpreters() -> list[str]:
-    listed = [path for path in os.environ.get("MOECC_PARITY_PYTHON", "").split(os.pathsep) if path]
-    beside = [sys.executable] if importlib.util.find_spec("transformers") else []
-    return [*listed, *beside]
+def family_of(source: str) -> str:
+    family: str = json.loads((GOLDEN / source / "config.json").read_text())["model_type"]
+    return family
 
 
-def dense_sources() -> list[str]:
-    """Return the golden checkpoints of dense families."""
-    configs = {p.parent.name: json.loads(p.read_text()) for p in GOLDEN.glob("*/config.json")}
-    return sorted(n for n, c in configs.items() if not c["model_type"].endswith(("moe", "mixtral")))
+def sources(*, dense: bool) -> list[str]:
+    """Return the golden checkpoints of decoders, dense or not."""
+    names = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
+    families = {n: CONFIGS[family_of(n)] for n in names}
+    decoders = [n for n, f in families.items() if issubclass(f, DecoderConfig)]
+    return [n for n in decoders if issubclass(families[n], MoeConfig) != dense]
 
 
 def plans(target: str) -> Iterator[str]:
@@ -80,19 +76,21 @@ def fits(source: str, target: str) -> bool:
         return not target_fits(model.graph)[target]
 
 
-def logits_of(python: str, jobs: list[dict[str, str]]) -> list[dict[str, list[str]]]:
-    """Run the probe; return what it reports of each job."""
-    done = subprocess.run(
-        [python, str(PROBE)],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    reports: list[dict[str, list[str]]] = json.loads(done.stdout)["reports"]
+def logits_of(python: str, jobs: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Run the probe; return what it says of each job."""
+    reports: list[dict[str, Any]] = ask(python, "logits_of.py", jobs)["reports"]
     return reports
+
+
+def check(python: str, cases: list[tuple[str, str]], jobs: list[dict[str, str]]) -> None:
+    """Compare with the golden logits: each case is a source and what was done to it."""
+    wrong = []
+    for (source, done), job, report in zip(cases, jobs, logits_of(python, jobs), strict=True):
+        golden, folder = GOLDEN / source / "logits.npy", Path(job["folder"])
+        off = {n: relative(folder / f"{n}.npy", golden) for n in ("float64", "float32")}
+        if report or off["float64"] > DOUBLE or off["float32"] > SINGLE:
+            wrong.append(f"{source}, {done}: {report or off}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
 
 
 def relative(found: Path, expected: Path) -> float:
@@ -100,31 +98,37 @@ def relative(found: Path, expected: Path) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.mark.skipif(not interpreters(), reason="transformers is not installed")
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("python", interpreters())
+@in_each_interpreter
 def test_every_source_as_every_target_that_fits(python: str, target: str, tmp_path: Path) -> None:
-    sources = [s for s in dense_sources() if fits(s, target)]
+    fitting = [s for s in sources(dense=True) if fits(s, target)]
     # What must fit at least.
     assert {"mixtral": {"llama", "mistral"}, "qwen2_moe": {"llama", "mistral", "qwen2"},
-            "qwen3_moe": {"qwen3"}}[target] <= {s.split("_")[0] for s in sources}  # fmt: skip
-    cases = list(product(sources, plans(target)))
+            "qwen3_moe": {"qwen3"}}[target] <= {family_of(s) for s in fitting}  # fmt: skip
+    cases = list(product(fitting, plans(target)))
     jobs = []
     for number, (source, options) in enumerate(cases):
         folder = tmp_path / str(number)
         convert(source, target, options, folder)
         jobs.append({"folder": str(folder), "tokens": str(GOLDEN / source / "tokens.npy")})
-    wrong = []
-    for (source, options), job, report in zip(cases, jobs, logits_of(python, jobs), strict=True):
-        golden, folder = GOLDEN / source / "logits.npy", Path(job["folder"])
-        off = {n: relative(folder / f"{n}.npy", golden) for n in ("float64", "float32")}
-        if report or off["float64"] > DOUBLE or off["float32"] > SINGLE:
-            wrong.append(f"{source}, {options}: {report or off}")
-    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+    check(python, cases, jobs)
 
 
-@pytest.mark.skipif(not interpreters(), reason="transformers is not installed")
-@pytest.mark.parametrize("python", interpreters())
+@in_each_interpreter
+def test_every_decoder_written_again(python: str, tmp_path: Path) -> None:
+    """What transformers has written, and moecc has read and written, is the same model."""
+    cases = [(s, "") for s in (*sources(dense=True), *sources(dense=False))]
+    jobs = []
+    for source, _ in cases:
+        with open_model(str(GOLDEN / source)) as model:
+            write(plan(model, Pipeline.parse(""), family_of(source)), tmp_path / source)
+        tokens = GOLDEN / source / "tokens.npy"
+        jobs.append({"folder": str(tmp_path / source), "tokens": str(tokens)})
+    check(python, cases, jobs)
+
+
+@in_each_interpreter
 def test_experts_that_differ_are_met_by_the_same_tokens(python: str, tmp_path: Path) -> None:
     """Among copies it would not show if a runtime mixed experts or router rows up."""
     cases = [

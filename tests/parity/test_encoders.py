@@ -1,15 +1,11 @@
 """transformers loads exported encoders and encoder-decoders, and computes what the graphs do.
 
-With padding, and with experts that drop tokens.  Where it runs: see test_export_parity.py.
+With padding, and with experts that drop tokens.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,8 @@ from moecc.families.export import export_graph
 from moecc.pipeline.passes import Context
 from moecc.testing.checkpoints import exported_checkpoint, random_checkpoint
 from moecc.weights.evaluate import materialise
+
+from .interpreters import ask, in_each_interpreter, interpreters
 
 pytestmark = pytest.mark.parity
 
@@ -59,15 +57,10 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def interpreters() -> list[str]:
-    listed = [path for path in os.environ.get("MOECC_PARITY_PYTHON", "").split(os.pathsep) if path]
-    return [*listed, *([sys.executable] if importlib.util.find_spec("transformers") else [])]
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     if not interpreters():
-        pytest.skip("transformers is not installed here, and MOECC_PARITY_PYTHON names no other")
+        return []
     place = tmp_path_factory.mktemp("exports")
     return [write(place / name, *case) for name, case in CASES.items()]
 
@@ -94,13 +87,9 @@ def write(folder: Path, keys: dict[str, Any], target: str, options: dict[str, An
     return folder
 
 
-@pytest.mark.parametrize("python", interpreters() or [sys.executable])
+@in_each_interpreter
 def test_transformers_computes_what_the_graph_does(python: str, folders: list[Path]) -> None:
-    script = Path(__file__).parent / "load_encoders.py"
-    command = [python, "-W", "ignore", str(script), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    models = json.loads(done.stdout.splitlines()[-1])["models"]
+    models = ask(python, "load_encoders.py", [str(f) for f in folders])["models"]
     assert set(models) == set(CASES)
     for name, found in models.items():
         assert found["missing"] == found["unexpected"] == found["mismatched"] == [], name

@@ -1,6 +1,6 @@
 """Loads exported encoders and encoder-decoders with transformers, and compares with saved outputs.
 
-python load_encoders.py FOLDER...    prints one JSON object; run by test_encoder_parity.py
+Reads a JSON list of folders from standard input and prints one JSON object.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 transformers.logging.set_verbosity_error()
 found = {}
-for folder in map(Path, sys.argv[1:]):
+for folder in map(Path, json.load(sys.stdin)):
     is_encoder = json.loads((folder / "config.json").read_text())["model_type"] == "bert"
     auto = AutoModel if is_encoder else AutoModelForSeq2SeqLM
     model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

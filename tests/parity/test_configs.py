@@ -1,17 +1,7 @@
-"""transformers reads what `to_json` writes with the values that the config holds.
-
-Runs where transformers is installed beside the tests, and in every interpreter that the environment
-variable MOECC_PARITY_PYTHON lists (separated as in PATH), say one with version 4 and one with 5.
-"""
+"""transformers reads what `to_json` writes with the values that the config holds."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,15 +15,11 @@ from moecc.families.configs import (
     rotary_frequencies,
 )
 
+from .interpreters import ask, in_each_interpreter
+
 pytestmark = pytest.mark.parity
-PROBE = Path(__file__).parent / "effective_values.py"
+PROBE = "effective_values.py"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-
-
-def interpreters() -> list[str]:
-    listed = [path for path in os.environ.get("MOECC_PARITY_PYTHON", "").split(os.pathsep) if path]
-    beside = [sys.executable] if importlib.util.find_spec("transformers") else []
-    return [*listed, *beside]
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -99,30 +85,23 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.skipif(not interpreters(), reason="transformers is not installed")
-@pytest.mark.parametrize("python", interpreters())
+@in_each_interpreter
 def test_transformers_takes_the_values_that_the_config_holds(python: str) -> None:
     configs = [parse_config(variant) for variant in VARIANTS]
-    for config, found in zip(configs, ask(python, [c.to_json() for c in configs]), strict=True):
+    for config, found in zip(
+        configs, ask(python, PROBE, [c.to_json() for c in configs]), strict=True
+    ):
         assert found == {**expected(config), **close(config, found)}
 
 
-@pytest.mark.skipif(not interpreters(), reason="transformers is not installed")
-@pytest.mark.parametrize("python", interpreters())
+@in_each_interpreter
 def test_defaults_are_those_of_the_classes(python: str) -> None:
     names = list(DECODERS)
-    for name, found in zip(names, ask(python, [{"model_type": n} for n in names]), strict=True):
+    for name, found in zip(
+        names, ask(python, PROBE, [{"model_type": n} for n in names]), strict=True
+    ):
         config = parse_config({"model_type": name})
         assert found == {**expected(config), **close(config, found)}
-
-
-def ask(python: str, stated: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [python, str(PROBE)], input=json.dumps(stated), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
 
 
 def expected(config: DecoderConfig) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Balancing losses and z-losses are those of transformers, whose golden values are checked in.
+
+The normalisations differ in one thing.  transformers joins the tokens of all layers to one batch:
+its f and P are means over layers, and their product is taken last.  Here each layer has its own
+f · P, as in the paper, and losses are summed or averaged over layers.  So a layer alone has the
+same loss in both, and the joint loss is that of one layer with all the tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from moecc_passes.add_losses import AddLossesPass
+
+from moecc.backend import get_backend
+from moecc.ir import F64
+from moecc.models import open_model
+
+from .layers import Data, applied, evaluated, router
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VALUES = json.loads((GOLDEN / "losses.json").read_text())
+ARRAYS = np.load(GOLDEN / "losses.npz")
+LOGITS, MASK = ARRAYS["logits"], ARRAYS["mask"]
+
+MIXTRAL: dict[str, Any] = {"balance": "k-hot", "over": "global"}
+SWITCH: dict[str, Any] = {"balance": "top-1", "over": "sequence"}
+EXACT = 1e-13
+
+
+def losses(logits: Data, top_k: int = 1, mask: Data | None = None, **options: Any) -> dict:
+    """Return the losses of one layer with these logits, ``[batch, seq, expert]``."""
+    graph = router(logits.shape[-1], top_k, mask=mask is not None)
+    applied(AddLossesPass(metrics=False, **options), graph)
+    return evaluated(graph, logits=logits, **({} if mask is None else {"mask": mask}))
+
+
+def joint(logits: list[Data], axis: int) -> Data:
+    """Return the logits of all layers as those of one, along the batch or the sequence."""
+    return np.concatenate(logits, axis)
+
+
+# --- of logits at random
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_load_balancing_loss_of_mixtral(top_k: int) -> None:
+    golden = VALUES["logits"]
+    found = [losses(x, top_k, **MIXTRAL)["loss.balance"] for x in LOGITS]
+    np.testing.assert_allclose(found, golden[f"mixtral.top-{top_k}"], rtol=EXACT)
+    padded = [losses(x, top_k, MASK, **MIXTRAL)["loss.balance"] for x in LOGITS]
+    np.testing.assert_allclose(padded, golden[f"mixtral.top-{top_k}.masked"], rtol=EXACT)
+    whole = losses(joint(list(LOGITS), 0), top_k, **MIXTRAL)["loss.balance"]
+    assert whole == pytest.approx(golden[f"mixtral.top-{top_k}.joint"], rel=EXACT)
+    # The difference is no rounding.
+    assert abs(np.mean(found) - whole) > 0.05
+
+
+def test_qwen2_moe_has_mixtrals() -> None:
+    golden = VALUES["logits"]
+    assert golden["qwen2_moe.top-2.joint"] == golden["mixtral.top-2.joint"]
+
+
+def test_losses_of_switch_transformers() -> None:
+    golden = VALUES["logits"]
+    found = [losses(x, **SWITCH) for x in LOGITS]
+    for name, ours in (("balance", "loss.balance"), ("z", "loss.router_z")):
+        np.testing.assert_allclose([f[ours] for f in found], golden[f"switch.{name}"], rtol=EXACT)
+        whole = losses(joint(list(LOGITS), 1), **SWITCH)[ours]
+        assert whole == pytest.approx(golden[f"switch.{name}.joint"], rel=EXACT)
+    # A z-loss is a mean over tokens, so the joint one is the mean over layers.
+    assert np.mean(golden["switch.z"]) == pytest.approx(golden["switch.z.joint"], rel=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "loss", "top_k", "options"),
+    [
+        ("mixtral.top-2", "balance", 2, MIXTRAL),
+        ("switch.balance", "balance", 1, SWITCH),
+        ("switch.z", "router_z", 1, SWITCH),
+    ],
+)
+def test_gradients(gradient: str, loss: str, top_k: int, options: dict[str, Any]) -> None:
+    jax = pytest.importorskip("jax")
+    from moecc_backends.xla.backend import function
+
+    graph = router(LOGITS.shape[-1], top_k)
+    applied(AddLossesPass(metrics=False, **options), graph)
+    with jax.enable_x64(True):
+        run = function(graph, dtype=F64)
+        x = np.zeros((*LOGITS.shape[1:3], 2))
+        found = jax.grad(lambda given: run({}, {"x": x, "logits": given})[f"loss.{loss}"])(
+            LOGITS[0]
+        )
+        np.testing.assert_allclose(found, ARRAYS[f"{gradient}.gradient"], rtol=1e-10, atol=1e-16)
+
+
+# --- of checkpoints
+
+
+def of_checkpoint(name: str, options: dict[str, Any]) -> tuple[dict[str, Data], dict[str, Data]]:
+    """Return the losses of a golden checkpoint, summed over layers, and its routers' logits."""
+    tokens = {p.stem: np.load(p) for p in (GOLDEN / name).glob("*tokens.npy")}
+    with open_model(str(GOLDEN / name)) as model:
+        graph = model.graph
+        applied(AddLossesPass(metrics=False, layers="sum", **options), graph)
+        routes = [n for n in graph if n.op.name == "route"]
+        for node in routes:
+            graph.set_output(f"logits.{node.loc}", node.operands[0])
+        found = get_backend("reference").compile(graph).run(model.params(dtype=F64), tokens)
+    return found, {n.loc: found[f"logits.{n.loc}"] for n in routes}
+
+
+@pytest.mark.parametrize("name", [n for n in VALUES["checkpoints"] if not n.startswith("switch")])
+def test_losses_of_decoders(name: str) -> None:
+    golden = VALUES["checkpoints"][name]
+    found, logits = of_checkpoint(name, MIXTRAL)
+    layers = golden["layers"]["balance"]
+    assert len(logits) == len(layers) > 1
+    assert found["loss.balance"] == pytest.approx(sum(layers), rel=1e-12)
+    whole = losses(joint(list(logits.values()), 0), 2, **MIXTRAL)["loss.balance"]
+    assert whole == pytest.approx(golden["model"]["balance"], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["switch_half", "switch_drops"])
+def test_losses_of_encoder_decoders(name: str) -> None:
+    golden = VALUES["checkpoints"][name]
+    found, logits = of_checkpoint(name, SWITCH)
+    for kind, ours in (("balance", "loss.balance"), ("z", "loss.router_z")):
+        stacks = {s: golden["layers"][f"{s}.{kind}"] for s in ("encoder", "decoder")}
+        assert found[ours] == pytest.approx(sum(sum(v) for v in stacks.values()), rel=1e-12)
+        for stack, layers in stacks.items():
+            its = [x for at, x in logits.items() if at.startswith(stack)]
+            assert len(its) == len(layers)
+            if f"{stack}.{kind}" in golden["model"]:
+                whole = losses(joint(its, 1), **SWITCH)[ours]
+                assert whole == pytest.approx(golden["model"][f"{stack}.{kind}"], rel=1e-12)
+    assert bool(golden["model"]) == (name == "switch_half")
+
+
+def test_two_major_versions_agree() -> None:
+    versions = {v.split()[1].split(".")[0] for v in VALUES["differences"]}
+    assert versions == {"4", "5"}
+    for found in VALUES["differences"].values():
+        assert float(found["values"]) < 1e-14
+        assert float(found["gradients"]) < 1e-15
