@@ -1,0 +1,240 @@
+"""Machines by name: peak arithmetic, memory, and the network between their devices.
+
+A device is what JAX calls one: half a chip of TPU v4 and tpu7x, a chip of the others, a GPU.
+The numbers and where they come from stand in ``machines.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from math import prod
+from typing import Any
+
+from moecc.errors import InputError, UsageError, nearest
+from moecc.plan.networks import Dim, Network, Switch, Torus
+
+KINDS = ("tpu", "gpu", "cpu")
+
+_WHOLE = re.compile(r"[1-9]\d{0,5}\Z")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, in numbers of one device.
+
+    Attributes:
+      name: as it is asked for, ``tpu:v5p:4x4x4``.
+      kind: ``tpu``, ``gpu`` or ``cpu``.
+      devices: how many devices JAX sees.
+      peak_flops: FLOP/s by element type.
+      usable_bytes: memory that a program can have.
+      hbm_bytes_per_second: what the memory moves.
+      network: how the devices are joined.
+      sources: where the numbers come from.
+    """
+
+    name: str
+    kind: str
+    devices: int
+    peak_flops: Mapping[str, float]
+    usable_bytes: int
+    hbm_bytes_per_second: float
+    network: Network
+    sources: tuple[str, ...]
+
+    def peak(self, dtype: str) -> float:
+        """Return the FLOP/s of products of a type, or of float32 where the table has no other."""
+        return self.peak_flops.get(dtype, self.peak_flops["f32"])
+
+
+@cache
+def table() -> Mapping[str, Any]:
+    """Return the table of machines, as it stands in ``machines.json``."""
+    found: dict[str, Any] = json.loads((files(__package__) / "machines.json").read_text("utf-8"))
+    return found
+
+
+def efficiency(of: str) -> float:
+    """Return the share of a peak that is reached in practice: ``compute``, ``hbm``, ``network``."""
+    return float(table()["efficiency"][of])
+
+
+def machine_names() -> list[str]:
+    """Return how machines are asked for, one line a kind."""
+    chips, gpus = table()["tpu"], table()["gpu"]
+    return [
+        f"tpu:{'|'.join(chips)}:TOPOLOGY",
+        f"gpu:{'|'.join(gpus)}:N",
+        "cpu or cpu:N",
+    ]
+
+
+def parse_machine(text: str) -> Machine:
+    """Return the machine called `text`: ``tpu:v5p:4x4x4``, ``gpu:h100:8``, ``cpu``, ``cpu:8``.
+
+    Raises:
+      UsageError: there is no such machine, or its topology is not one.
+    """
+    kind, *rest = text.strip().split(":")
+    if kind == "tpu" and len(rest) == 2:
+        return _tpu(text, *rest)
+    if kind == "gpu" and len(rest) == 2:
+        return _gpu(text, *rest)
+    if kind == "cpu" and len(rest) <= 1:
+        return _cpu(text, *rest)
+    raise _unknown(text)
+
+
+def _unknown(text: str, hint: str | None = None) -> UsageError:
+    expected = "; ".join(machine_names())
+    return UsageError(f"unknown machine {text!r}", expected=expected, hint=hint)
+
+
+def _entry(text: str, kind: str, name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] | None = table()[kind].get(name)
+    if found is None:
+        raise _unknown(text, nearest(name, table()[kind]))
+    return found
+
+
+def _sources(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(table()["sources"][name] for name in entry["sources"])
+
+
+# --- TPUs -----------------------------------------------------------------------------------
+
+
+def _tpu(text: str, name: str, topology: str) -> Machine:
+    entry = _entry(text, "tpu", name)
+    dims = _topology(text, name, entry, topology)
+    cores: int = entry["devices_per_chip"]
+    # The devices of a chip share its links.
+    link = entry["link_bytes_per_second"] / cores
+    torus = [Dim(size, _wraps(entry, size), link) for size in dims]
+    if cores > 1:
+        torus.append(Dim(cores, False, entry["core_link_bytes_per_second"]))
+    return Machine(
+        name=text.strip(),
+        kind="tpu",
+        devices=prod(dims) * cores,
+        peak_flops={dtype: peak / cores for dtype, peak in entry["peak_flops"].items()},
+        usable_bytes=entry["usable_bytes_per_device"],
+        hbm_bytes_per_second=entry["hbm_bytes_per_second"] / cores,
+        network=Torus(tuple(torus)),
+        sources=_sources(entry),
+    )
+
+
+def _wraps(entry: Mapping[str, Any], size: int) -> bool:
+    """Whether the last chip of a row of `size` chips is joined to the first."""
+    return size == 16 if entry["wrap"] == "16" else size % 4 == 0
+
+
+def _topology(text: str, name: str, entry: Mapping[str, Any], topology: str) -> tuple[int, ...]:
+    parts = topology.lower().split("x")
+    legal = topologies(name)
+    if all(map(_WHOLE.match, parts)) and tuple(map(int, parts)) in legal:
+        return tuple(map(int, parts))
+    shown = ["x".join(map(str, t)) for t in legal if prod(t) <= 512]
+    more = ", …" if len(shown) < len(legal) else ""
+    raise UsageError(
+        f"TPU {name} has no topology {topology!r}",
+        where=text,
+        expected=", ".join(shown) + more,
+    )
+
+
+@cache
+def topologies(name: str) -> tuple[tuple[int, ...], ...]:
+    """Return the topologies of a TPU in chips, smallest first.
+
+    Small ones are parts of a host's or a cube's 4x4x4 chips; larger ones of three dimensions are
+    made of whole cubes, their sizes ascending.
+    """
+    entry = table()["tpu"][name]
+    if entry["dims"] == 2:
+        flat = [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+        return tuple(flat)
+    small = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
+    return (*small, *sorted(_cubes(entry["max_chips"]), key=lambda t: (prod(t), t)))
+
+
+def _cubes(most: int) -> Iterator[tuple[int, int, int]]:
+    for a in range(4, 25, 4):
+        for b in range(a, 25, 4):
+            for c in range(b, 65, 4):
+                if a * b * c <= most:
+                    yield a, b, c
+
+
+# --- GPUs and this machine ------------------------------------------------------------------
+
+
+def _gpu(text: str, name: str, count: str) -> Machine:
+    entry = _entry(text, "gpu", name)
+    per_node: int = entry["gpus_per_node"]
+    if not _WHOLE.match(count) or (int(count) > per_node and int(count) % per_node):
+        raise UsageError(
+            f"no machine has {count!r} of {name}",
+            where=text,
+            expected=f"1 to {per_node}, or a multiple of {per_node}: whole nodes",
+        )
+    return Machine(
+        name=text.strip(),
+        kind="gpu",
+        devices=int(count),
+        peak_flops=entry["peak_flops"],
+        usable_bytes=int(entry.get("usable_bytes_per_device", entry["hbm_bytes"])),
+        hbm_bytes_per_second=entry["hbm_bytes_per_second"],
+        network=Switch(
+            min(per_node, int(count)),
+            int(count),
+            entry["link_bytes_per_second"],
+            entry["node_bytes_per_second"],
+        ),
+        sources=_sources(entry),
+    )
+
+
+def _cpu(text: str, count: str = "1") -> Machine:
+    if not _WHOLE.match(count) or int(count) > 1024:
+        raise UsageError("not a number of devices", where=text, expected="cpu:8", found=count)
+    entry, devices = table()["cpu"], int(count)
+    rate = entry["link_bytes_per_second"] / devices
+    return Machine(
+        name=text.strip(),
+        kind="cpu",
+        devices=devices,
+        peak_flops={dtype: peak / devices for dtype, peak in entry["peak_flops"].items()},
+        usable_bytes=_memory_bytes() // devices,
+        hbm_bytes_per_second=entry["hbm_bytes_per_second"] / devices,
+        network=Switch(devices, devices, rate, rate),
+        sources=_sources(entry),
+    )
+
+
+def _memory_bytes() -> int:
+    """Return the memory of this machine, as the operating system reports it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # pragma: no cover - no such system is tested
+        raise InputError("the operating system does not say how much memory there is") from None
+
+
+def sizes_of_kind(machine: Machine) -> Iterator[Machine]:
+    """Yield the machines of the same chip, smallest first, up to the largest that there is."""
+    kind, *rest = machine.name.split(":")
+    if kind == "tpu":
+        for dims in topologies(rest[0]):
+            yield parse_machine(f"tpu:{rest[0]}:{'x'.join(map(str, dims))}")
+    elif kind == "gpu":
+        for power in range(14):
+            yield parse_machine(f"gpu:{rest[0]}:{2**power}")
+    else:
+        yield machine

@@ -1,0 +1,122 @@
+"""Machines are found by name; what is none is told with the list of those that are."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+
+from moecc.errors import InputError, UsageError
+from moecc.plan.machines import parse_machine, sizes_of_kind, table, topologies
+from moecc.plan.mesh import check_devices, meshes, parse_mesh
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("tpu:v4:8x8x8", 1024),
+        ("tpu:v5e:16x16", 256),
+        ("tpu:v5p:4x4x4", 64),
+        ("tpu:v6e:2x4", 8),
+        ("tpu:tpu7x:2x2x1", 8),
+        ("gpu:h100:8", 8),
+        ("gpu:b200:16", 16),
+        ("cpu", 1),
+        ("cpu:8", 8),
+    ],
+)
+def test_devices_are_those_of_jax(name: str, devices: int) -> None:
+    assert parse_machine(name).devices == devices
+
+
+def test_devices_of_a_chip_share_it() -> None:
+    chip, half = table()["tpu"]["v4"], parse_machine("tpu:v4:2x2x1")
+    assert half.peak("bf16") * 2 == chip["peak_flops"]["bf16"]
+    assert half.hbm_bytes_per_second * 2 == chip["hbm_bytes_per_second"]
+    assert half.usable_bytes * 2 <= chip["hbm_bytes"] * 2**30 / 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tpu:v5q:4x4x4", "did you mean 'v5"),
+        ("tpu:v5p", "tpu:v4|v5e|v5p|v6e|tpu7x:TOPOLOGY"),
+        ("npu:x:1", "gpu:h100|h200|b200:N"),
+        ("tpu:v5p:4x4x5", "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4"),
+        ("tpu:v6e:32x32", "16x16"),
+        ("tpu:v5p:", "no topology ''"),
+        ("gpu:h100:12", "a multiple of 8"),
+        ("gpu:h100:0", "1 to 8"),
+        ("cpu:none", "cpu:8"),
+        ("", "unknown machine"),
+    ],
+)
+def test_unknown_machines_are_told_with_the_list(name: str, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_machine(name)
+    assert says in str(error.value)
+
+
+def test_every_number_has_its_source() -> None:
+    sources = table()["sources"]
+    entries = [*table()["tpu"].values(), *table()["gpu"].values(), table()["cpu"]]
+    for entry in [*entries, table()["efficiency"]]:
+        assert entry["sources"]
+        assert set(entry["sources"]) <= set(sources)
+
+
+@pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_topologies_ascend_and_parse(name: str) -> None:
+    chips = [prod(t) for t in topologies(name)]
+    assert chips == sorted(chips)
+    first = "x".join(map(str, topologies(name)[0]))
+    machines = list(sizes_of_kind(parse_machine(f"tpu:{name}:{first}")))
+    assert [m.devices for m in machines] == sorted(m.devices for m in machines)
+
+
+def test_meshes_are_read_as_they_are_printed() -> None:
+    mesh = parse_mesh("data=8, expert:4,model=2")
+    assert (mesh.devices, mesh.size("data", "model"), mesh.size("fsdp")) == (64, 16, 1)
+    assert parse_mesh(str(mesh)) == mesh
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("data", "expected: data=8,expert=8"),
+        ("date=8", "did you mean 'data'"),
+        ("data=8,data=2", "stands twice"),
+        ("data=0", "not a mesh"),
+        ("data=8,", "not a mesh"),
+    ],
+)
+def test_what_is_no_mesh_is_told(text: str, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_mesh(text)
+    assert says in str(error.value)
+
+
+def test_a_mesh_of_another_size_says_which_would_fit() -> None:
+    with pytest.raises(InputError) as error:
+        check_devices(parse_mesh("data=8,expert=4"), 64, "tpu:v5p:4x4x4")
+    assert "expert=8 would" in str(error.value)
+
+
+@pytest.mark.parametrize("devices", [1, 6, 64])
+def test_all_meshes_have_all_devices(devices: int) -> None:
+    found = list(meshes(devices))
+    assert len(set(found)) == len(found)
+    assert {m.devices for m in found} == {devices}
+    # One for each way to write the number as an ordered product of four.
+    assert len(found) == len(_quadruples(devices))
+
+
+def _quadruples(n: int) -> set[tuple[int, int, int, int]]:
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    return {
+        (a, b, c, n // (a * b * c))
+        for a in divisors
+        for b in divisors
+        for c in divisors
+        if n % (a * b * c) == 0
+    }
