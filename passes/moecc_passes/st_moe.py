@@ -71,7 +71,7 @@ class StMoePass(Pass):
     @property
     def upcycle(self) -> UpcyclePass:
         """The conversion of the blocks."""
-        # Switch draws weights with variance 0.1 / width, so its logits have a variance of 0.1.
+        # The paper takes the initialisation of Switch: variance 0.1 / width before it is cut.
         return UpcyclePass(
             experts=self.experts,
             top_k=self.top_k,
@@ -80,7 +80,7 @@ class StMoePass(Pass):
             extra_ffn=self.extra_ffn,
             expert_bias=self.expert_bias,
             init=self.init,
-            router_init="logit-std",
+            router_init="switch",
             router_std=round(0.1**0.5, 4),
         )
 

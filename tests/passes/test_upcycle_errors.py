@@ -48,6 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
     "softmax, truncated router": {
         "gates": "softmax", "router_init": "truncated-normal", "router_std": 0.05,
     },
+    "softmax, router of Switch": {
+        "gates": "softmax", "router_init": "switch", "router_std": 1.0,
+    },
     "softmax, virtual groups": {
         "gates": "softmax", "granularity": 2, "top_k": 4, "router_std": 0.1,
     },

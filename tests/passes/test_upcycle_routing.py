@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moecc_passes.upcycle.gates import GateLaw
+from moecc_passes.upcycle.lift import left_of_std
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError, UsageError
@@ -240,6 +241,7 @@ def test_the_router_of_switch_is_cut_at_two_standard_deviations() -> None:
     assert 1.95 * std < np.abs(router).max() <= 2 * std
     # The variance of a normal distribution between two standard deviations, 0.7737 of it.
     assert router.var() / std**2 == pytest.approx(0.7737, rel=0.03)
+    assert left_of_std("switch") ** 2 == pytest.approx(0.7737, rel=1e-4)
 
 
 # --- what contradicts itself

@@ -107,7 +107,7 @@ def test_it_is_what_its_parts_make() -> None:
     parts = clone(transformer())
     text = (
         "upcycle{experts=4 top-k=2 layers=every:4 extra-ffn=after expert-bias=multiplicative "
-        "router-init=logit-std router-std=0.3162},add-losses{balance-coef=0.01 z-coef=0.001}"
+        "router-init=switch router-std=0.3162},add-losses{balance-coef=0.01 z-coef=0.001}"
     )
     run_pipeline(parts, Pipeline.parse(text))
     parts.attrs["routing"] = after.attrs["routing"]

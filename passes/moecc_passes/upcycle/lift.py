@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from math import erf, exp, pi, sqrt
 from typing import Literal
 
 from moecc.ir.dtypes import F32, PRED
@@ -172,6 +173,18 @@ def slot_weight(init: str, std: float, embed: Axis, experts: int, slots: int, *,
 
 BOUNDS = {"truncated-normal": 3.0, "switch": 2.0}
 """Where draws are cut, in standard deviations; Switch's are TensorFlow's."""
+
+
+def left_of_std(init: str) -> float:
+    """Return what share of a standard deviation is left of it by the cut of ``init``, if any.
+
+    The variance of a normal distribution cut at b is 1 − 2 b φ(b) / (2 Φ(b) − 1).
+    """
+    if init not in BOUNDS:
+        return 1.0
+    b = BOUNDS[init]
+    density = exp(-b * b / 2) / sqrt(2 * pi)
+    return sqrt(1 - 2 * b * density / erf(b / sqrt(2)))
 
 
 def _drawn(init: str, std: float, type: TensorType, key: int) -> Expr:

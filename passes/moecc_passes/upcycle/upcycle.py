@@ -18,6 +18,7 @@ from moecc_passes.upcycle.checks import has_constant_gate, problems, warnings
 from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
 from moecc_passes.upcycle.gates import GateLaw
 from moecc_passes.upcycle.layers import select
+from moecc_passes.upcycle.lift import left_of_std
 from moecc_passes.upcycle.recipes import factors_of, misfit, misrouted, recipe, router_std
 from moecc_passes.upcycle.rewrite import rewrite_block
 from moecc_passes.upcycle.scaling import is_scaled, shares
@@ -166,7 +167,9 @@ class UpcyclePass(Pass):
         return self.router_init == "zero" or self.router_std == 0
 
     def _logit_std(self, block: FFNBlock) -> float:
-        return 0.0 if self._router_is_zero else router_std(self, block) * sqrt(block.embed)
+        if self._router_is_zero:
+            return 0.0
+        return router_std(self, block) * left_of_std(self.router_init) * sqrt(block.embed)
 
     def validate(self) -> list[Problem]:
         """Return what is wrong with the options, whatever the model."""
