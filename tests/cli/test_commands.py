@@ -65,9 +65,18 @@ def test_inspect_counts_and_judges_targets(moecc: Callable, dense: Path) -> None
     assert human.err == ""
 
 
-def test_a_preset_needs_no_weights(moecc: Callable) -> None:
-    data = moecc("inspect", "preset:mixtral-8x7b", "--format", "json").json()
-    assert data["parameters"]["total"] == 46_702_792_704
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("st-moe-l", 4_105_444_352),
+        ("t5-xxl", 11_135_332_352),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("switch-c", 1_571_327_875_360),
+    ],
+)
+def test_a_preset_needs_no_weights(moecc: Callable, name: str, parameters: int) -> None:
+    data = moecc("inspect", f"preset:{name}", "--format", "json").json()
+    assert data["parameters"]["total"] == parameters
 
 
 def test_import_opt_and_back(moecc: Callable, dense: Path, tmp_path: Path) -> None:

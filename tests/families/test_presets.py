@@ -6,11 +6,13 @@ import time
 
 import pytest
 
+from moecc.families import build
+from moecc.families.configs import parse_config
 from moecc.families.describe import count_parameters, describe, paper_groups
 from moecc.families.flops import sequence_flops
 from moecc.ir import Graph, equal, parse, print_graph, verify
 from moecc.models import open_model
-from moecc.presets import preset_names
+from moecc.presets import preset_config, preset_names
 
 # Totals: ST-MoE by the formula below, Mixtral of its published config, the others of T5's.
 PARAMETERS = {
@@ -68,6 +70,22 @@ def t5_parameters(
 )
 def test_the_totals_follow_from_the_sizes(name: str, shape: tuple[int, ...]) -> None:
     assert t5_parameters(*shape) == PARAMETERS[name]  # type: ignore[arg-type]
+
+
+def test_switch_xxl_has_128_experts_in_every_second_layer() -> None:
+    """The paper has 395 billion; the 64 experts in one of four layers of its table are 106."""
+    keys = {"d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_experts_per_tok": 1,
+            "gates": "softmax", "extra_ffn": "none"}  # fmt: skip
+
+    def total(experts: int, every: int) -> int:
+        layers = list(range(every - 1, 24, every))
+        sizes = {"num_experts": experts, "sparse_encoder_layers": layers,
+                 "sparse_decoder_layers": layers}  # fmt: skip
+        config = parse_config({**preset_config("st-moe-32b"), **keys, **sizes})
+        return count_parameters(build(config)).total
+
+    assert total(128, 2) / 1e9 == pytest.approx(394.7, abs=0.05)
+    assert total(64, 4) / 1e9 == pytest.approx(106, abs=0.5)
 
 
 def test_the_sparse_model_is_the_dense_one_and_its_experts() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.ir import F64, PRED, Builder, Graph, Value, tensor
+from moecc.ir import F64, I32, PRED, Builder, Graph, Value, tensor
 from moecc.pipeline.passes import Context, Pass, PassResult
 from moecc.testing import run_reference
 
@@ -37,6 +37,23 @@ def router(
             x = b.combine(b.dispatch(x, chosen, place), chosen, place, gates)
     graph.set_output("y", x)
     return graph
+
+
+def slots(choices: Data, experts: int, priority: Data | None = None, **attrs: Any) -> Data:
+    """Return the slots of `choices`, ``[token, choice]``, under a capacity of 4 at least."""
+    graph = Graph()
+    e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
+    given: dict[str, Data] = {} if priority is None else {"priority": priority}
+    operands = [graph.input(n, tensor(F64, token="T")) for n in given]
+    bound = {"slots": "capacity", "minimum": 4, "using": tuple(given), **attrs}
+    b = Builder(graph)
+    graph.set_output("p", b.place(e, *operands, tokens="token", experts=experts, **bound))
+    return run_reference(graph, inputs={"e": choices, **given})["p"]
+
+
+def best(scores: Data, k: int) -> Data:
+    """Return the `k` best experts of each token by ``[token, expert]``, the lowest of equals."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
 def applied(item: Pass, graph: Graph, seed: int = 0) -> PassResult:

@@ -90,6 +90,12 @@ def test_balance_is_1_if_either_share_is_uniform(seed: int) -> None:
     assert losses(turned[None])["loss.balance"] == pytest.approx(1, rel=1e-12)
 
 
+def test_the_papers_coefficient_makes_a_hundredth_of_an_even_router() -> None:
+    row = np.arange(4.0)
+    even = np.stack([np.roll(row, i) for i in range(4)])[None]
+    assert losses(even, z_coef=0.0)["loss.auxiliary"] == pytest.approx(0.01, rel=1e-12)
+
+
 def test_balance_at_collapse_is_the_number_of_experts() -> None:
     logits = np.zeros((1, 8, 4))
     logits[..., 2] = 500
