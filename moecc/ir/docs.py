@@ -29,6 +29,7 @@ GROUPS = (
     ("Routing", "routing"),
     ("Slots", "placing"),
     ("Random numbers", "random"),
+    ("Collectives", "collectives"),
 )
 """Headings, and the module of `moecc.ir.table` whose rows stand under each."""
 

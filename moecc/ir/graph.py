@@ -400,7 +400,7 @@ class Graph:
         operands = list(operands)
         entry.check_arity(len(operands))
         full = entry.complete(attrs or {})
-        types = entry.infer(operands, full)
+        types = entry.result_types(operands, full)
         node = Node(self, entry, operands, full)
         node.loc, node.origin = loc, origin
         hints = names or entry.results

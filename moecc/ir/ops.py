@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError, Problem, nearest
+from moecc.ir.flow import placed_types
 from moecc.ir.types import TensorType, is_name, is_size, is_whole
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class OpDef:
       jointly: whether it is linear only in all of `linear` together, as a sum is.
       commutative: whether the operands may be exchanged.
       variadic: whether more operands may follow.
+      places: whether `infer` says itself where the results lie on a mesh, as of a collective.
     """
 
     name: str
@@ -81,6 +83,7 @@ class OpDef:
     jointly: bool = False
     commutative: bool = False
     variadic: bool = False
+    places: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -116,6 +119,17 @@ class OpDef:
         if problems:
             raise InputError(problems)
         return full
+
+    def result_types(self, operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+        """Return the types of the results: what `infer` says, and where they lie on a mesh.
+
+        Raises:
+          InputError: operands or attributes do not suit the operation.
+        """
+        types = self.infer(operands, attrs)
+        if self.places or not any(v.type.is_placed for v in operands):
+            return types
+        return placed_types(self, operands, attrs, types)
 
     def _unknown(self, name: str) -> Problem:
         hint = nearest(name, self.attrs) or f"attributes: {', '.join(self.attrs) or 'none'}"

@@ -57,7 +57,9 @@ def _infer(node: Node) -> list[Node]:
     The types of dispatched rows follow from the attributes of a placing node, not from its type.
     """
     users: list[Node] = []
-    for value, type in zip(node.results, node.op.infer(node.operands, node.attrs), strict=True):
+    for value, type in zip(
+        node.results, node.op.result_types(node.operands, node.attrs), strict=True
+    ):
         if value.type != type or is_place(value):
             value.type = type
             users.extend(value.users)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 
 from moecc.ir.graph import Graph, Value
+from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.types import Axis, Extent, TensorType
 
 
@@ -65,6 +66,8 @@ def structure(graph: Graph) -> Iterator[object]:
     """
     numbers: dict[Value, int] = {}
     yield json.dumps(graph.attrs, sort_keys=True)
+    # The order of the axes of a mesh numbers its devices.
+    yield ",".join(graph.attrs.get(MESH) or ())
     for name, value in graph.inputs.items():
         numbers[value] = len(numbers)
         yield ("input", name, value.type)

@@ -121,6 +121,18 @@ class TensorType:
     def __len__(self) -> int:
         return len(self.axes)
 
+    @cached_property
+    def is_placed(self) -> bool:
+        """Whether an axis lies split over a mesh, or the value is a sum not yet carried out."""
+        return bool(self.unreduced) or any(a.mesh for a in self.axes)
+
+    @property
+    def bare(self) -> TensorType:
+        """This type without any mesh axis."""
+        if not self.is_placed:
+            return self
+        return TensorType(self.dtype, tuple(Axis(a.name, a.size) for a in self.axes))
+
     @property
     def rank(self) -> int:
         """The number of axes."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mesh import Mesh, mesh_of, misplaced
 from moecc.ir.types import TensorType
 
 MAX_PROBLEMS = 20
@@ -23,8 +25,9 @@ def verify(graph: Graph) -> None:
     """Check that `graph` is well-formed.
 
     Each value is defined once and before its uses; use lists agree with operands; attributes suit
-    the table; types are those that follow from the operands; each parameter's axes are those of
-    its weight expression; names and locations are such as the text can say; at least one output.
+    the table; types are those that follow from the operands, and lie on the mesh; each parameter's
+    axes are those of its weight expression; names and locations are such as the text can say; at
+    least one output.
 
     Raises:
       VerifyError: with all problems found, up to a limit.
@@ -49,10 +52,19 @@ def verify(graph: Graph) -> None:
         problems.append(Problem("the graph has names for values that are not in it"))
     if not graph.output_names:
         problems.append(Problem("the graph has no output"))
+    mesh = _mesh(graph, problems)
     for value in defined:
-        problems.extend(_check_value(value, graph, defined))
+        problems.extend(_check_value(value, graph, defined, mesh))
     if problems:
         raise VerifyError(problems[:MAX_PROBLEMS])
+
+
+def _mesh(graph: Graph, problems: list[Problem]) -> Mesh | None:
+    try:
+        return mesh_of(graph)
+    except InputError as error:
+        problems.extend(replace(p, where="attribute mesh") for p in error.problems)
+        return None
 
 
 def where(node: Node) -> str:
@@ -93,7 +105,7 @@ def _check_node(node: Node, defined: set[Value], problems: list[Problem]) -> Non
     try:
         node.op.check_arity(len(node.operands))
         full = node.op.complete(node.attrs)
-        types = node.op.infer(node.operands, full)
+        types = node.op.result_types(node.operands, full)
     except InputError as error:
         problems.extend(
             Problem(p.what, where(node), p.expected, p.found, p.hint) for p in error.problems
@@ -130,7 +142,9 @@ def _check_uses(node: Node, defined: set[Value], problems: list[Problem]) -> Non
             problems.append(Problem(f"the use list of %{value.name} is wrong", where(node)))
 
 
-def _check_value(value: Value, graph: Graph, defined: set[Value]) -> Iterator[Problem]:
+def _check_value(
+    value: Value, graph: Graph, defined: set[Value], mesh: Mesh | None
+) -> Iterator[Problem]:
     for user, times in value.users.items():
         here = user is graph.terminator or (user.alive and user.graph is graph)
         if not here:
@@ -143,6 +157,8 @@ def _check_value(value: Value, graph: Graph, defined: set[Value]) -> Iterator[Pr
             yield Problem(
                 f"the type of %{value.name} refers to %{other}, which is not in the graph"
             )
+    for problem in misplaced(value.type, mesh):
+        yield replace(problem, where=f"%{value.name}")
     if value.graph is not graph:
         yield Problem(f"%{value.name} belongs to another graph")
     if value.name not in graph or graph.value(value.name) is not value:

@@ -105,7 +105,7 @@ def small(**changes: Any) -> Graph:
     type = tensor(was["dtype"], batch="B", embed=4)
     axis = Axis("embed", 4, was["mesh"])
     x = graph.input(was["input"], type.with_axes((type.axes[0], axis)))
-    w = graph.param(was["param"], type.without("batch"))
+    w = graph.param(was["param"], type.with_axes((axis,)))
     graph.set_output(was["output"], Builder(graph).mul(x, w))
     return graph
 

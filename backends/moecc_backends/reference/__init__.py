@@ -6,6 +6,7 @@ Importing this package fills the table of meanings; its files mirror `moecc.ir.t
 from moecc_backends.reference import (
     attention,
     axes,
+    collectives,
     contraction,
     elementwise,
     placing,
@@ -17,6 +18,7 @@ from moecc_backends.reference import (
 __all__ = [
     "attention",
     "axes",
+    "collectives",
     "contraction",
     "elementwise",
     "placing",

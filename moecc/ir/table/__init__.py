@@ -3,8 +3,10 @@
 from moecc.ir.table import (
     attention,
     axes,
+    collectives,
     contraction,
     elementwise,
+    flows,
     placing,
     random,
     reduction,
@@ -14,8 +16,10 @@ from moecc.ir.table import (
 __all__ = [
     "attention",
     "axes",
+    "collectives",
     "contraction",
     "elementwise",
+    "flows",
     "placing",
     "random",
     "reduction",

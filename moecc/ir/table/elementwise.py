@@ -50,7 +50,9 @@ register(
         linear=(0,),
     )
 )
-register(OpDef("stop_gradient", "x, through which no gradient flows.", ("x",), elementwise))
+register(
+    OpDef("stop_gradient", "x, through which no gradient flows.", ("x",), elementwise, linear=(0,))
+)
 
 register(
     OpDef("add", "a + b.", ("a", "b"), arithmetic, linear=(0, 1), jointly=True, commutative=True)

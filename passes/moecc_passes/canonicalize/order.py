@@ -52,4 +52,4 @@ def _exchange(node: Node) -> bool:
 
 
 def _same_types(node: Node, operands: Sequence[Value]) -> bool:
-    return node.op.infer(operands, node.attrs) == tuple(v.type for v in node.results)
+    return node.op.result_types(operands, node.attrs) == tuple(v.type for v in node.results)

@@ -1,0 +1,223 @@
+"""Collectives: the identity on the global value, changing only where it lies on the mesh.
+
+A mesh axis joins an axis at the end of the axes that it lies on, innermost, and leaves it there,
+so that a part is always a run of neighbouring elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moecc.errors import InputError, nearest
+from moecc.ir.flow import spelled
+from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
+from moecc.ir.table.rules import axis_of
+from moecc.ir.types import Axis, TensorType, is_name
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Value
+
+_MESH = Attr("axes", doc="the mesh axes, outermost first")
+
+
+def _gathered(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType:
+    """Return `type` with the axis `name` no longer on the mesh axes `mesh`."""
+    axis = axis_of(type, name)
+    left = len(axis.mesh) - len(mesh)
+    if not mesh or left < 0 or axis.mesh[left:] != mesh:
+        raise InputError(
+            f"the axis {name!r} does not lie, innermost, on {'*'.join(mesh) or 'nothing'}",
+            expected=f"{name}@…{'*'.join(mesh)}",
+            found=spelled(axis),
+        )
+    return type.with_axes(replace(a, mesh=a.mesh[:left]) if a is axis else a for a in type.axes)
+
+
+def _scattered(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType:
+    """Return `type` with the axis `name` split further over the mesh axes `mesh`."""
+    axis = axis_of(type, name)
+    used = {*type.unreduced, *(m for a in type.axes for m in a.mesh)}
+    twice = [m for m in mesh if m in used]
+    if twice or not mesh:
+        raise InputError(
+            f"the value lies on the mesh axis {twice[0]!r} already"
+            if twice
+            else "over which mesh axis is not said",
+            found=str(type),
+        )
+    return type.with_axes(replace(a, mesh=(*a.mesh, *mesh)) if a is axis else a for a in type.axes)
+
+
+def _reduced(type: TensorType, mesh: tuple[str, ...]) -> TensorType:
+    """Return `type` as a sum that is carried out over `mesh`."""
+    if not mesh or not set(mesh) <= set(type.unreduced):
+        raise InputError(
+            f"the value is no sum still to be carried out over {', '.join(mesh) or 'nothing'}",
+            found=str(type),
+            hint="leave the collective out",
+        )
+    left = tuple(m for m in type.unreduced if m not in mesh)
+    return TensorType(type.dtype, type.axes, left)
+
+
+def _infer_all_gather(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    return (_gathered(operands[0].type, attrs["axis"], attrs["mesh"]),)
+
+
+def _infer_shard(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    return (_scattered(operands[0].type, attrs["axis"], attrs["mesh"]),)
+
+
+def _infer_all_reduce(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    return (_reduced(operands[0].type, attrs["mesh"]),)
+
+
+def _infer_reduce_scatter(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    whole = _reduced(operands[0].type, attrs["mesh"])
+    return (_scattered(whole, attrs["axis"], attrs["mesh"]),)
+
+
+def _moved(type: TensorType, attrs: Attrs) -> TensorType:
+    if attrs["split"] == attrs["gather"]:
+        raise InputError("an axis cannot be split and gathered at once", found=attrs["split"])
+    gathered = _gathered(type, attrs["gather"], attrs["mesh"])
+    return _scattered(gathered, attrs["split"], attrs["mesh"])
+
+
+def _infer_all_to_all(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    if type.ragged is not None:
+        raise InputError(
+            "ragged rows are exchanged by ragged_all_to_all, which sends the rows that are there",
+            found=str(type),
+        )
+    return (_moved(type, attrs),)
+
+
+def _infer_ragged(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    if type.ragged is None or {attrs["split"], attrs["gather"]} != {"group", "expert"}:
+        raise InputError(
+            "ragged_all_to_all exchanges ragged rows between their groups and their experts",
+            expected="an axis slot=ragged(%place); split and gather group and expert",
+            found=str(type),
+            hint="all_to_all moves what is not ragged",
+        )
+    return (_moved(type, attrs),)
+
+
+def parse_placement(text: str) -> dict[str, tuple[str, ...]]:
+    """Return the mesh axes of each axis that ``batch@data,mlp@model*expert`` names.
+
+    Raises:
+      InputError: the text is none.
+    """
+    placement: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, text.split(",")):
+        name, at, where = part.partition("@")
+        mesh = tuple(where.split("*"))
+        if not at or not is_name(name) or not all(map(is_name, mesh)) or name in placement:
+            raise InputError(
+                "not a placement", expected="batch@data,mlp@model*expert, or nothing", found=text
+            )
+        placement[name] = mesh
+    return placement
+
+
+def format_placement(type: TensorType) -> str:
+    """Return the text from which `parse_placement` reads where the axes of `type` lie."""
+    return ",".join(spelled(a) for a in type.axes if a.mesh)
+
+
+def _infer_reshard(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    placement = parse_placement(attrs["to"])
+    for name in placement:
+        if name not in type:
+            hint = nearest(name, type.names)
+            raise InputError(f"there is no axis {name!r}", found=str(type), hint=hint)
+    axes = tuple(Axis(a.name, a.size, placement.get(a.name, ())) for a in type.axes)
+    made = TensorType(type.dtype, axes)
+    if format_placement(made) != attrs["to"]:
+        raise InputError(
+            "a placement names axes in their order, without spaces",
+            expected=format_placement(made),
+            found=attrs["to"],
+        )
+    used = [m for a in axes for m in a.mesh]
+    if len(set(used)) != len(used):
+        raise InputError("a mesh axis is used twice", found=attrs["to"])
+    return (made,)
+
+
+def _register(name: str, doc: str, infer: Infer, **attrs: Attr) -> None:
+    register(OpDef(name, doc, ("x",), infer, attrs=attrs, linear=(0,), places=True))
+
+
+_SPLIT = Attr("axis", doc="the axis that is split over them afterwards")
+
+_register(
+    "reshard",
+    """x, lying elsewhere, however it gets there.
+
+    ``annotate-sharding`` puts it where the placements of two operations disagree;
+    ``lower-collectives`` makes collectives of it.  A sum that is not yet carried out is.""",
+    _infer_reshard,
+    to=Attr("str", "", doc="the axes that lie split, `batch@data,mlp@model`; others lie whole"),
+)
+_register(
+    "shard",
+    "x, of which every device keeps its part along an axis; nothing is sent.",
+    _infer_shard,
+    axis=_SPLIT,
+    mesh=_MESH,
+)
+_register(
+    "all_gather",
+    "x, of which every device gets the parts of the others along an axis.",
+    _infer_all_gather,
+    axis=Attr("axis", doc="the axis that is whole afterwards"),
+    mesh=_MESH,
+)
+_register(
+    "all_reduce",
+    "x, a sum that is carried out over mesh axes; every device gets all of it.",
+    _infer_all_reduce,
+    mesh=_MESH,
+)
+_register(
+    "reduce_scatter",
+    "x, a sum that is carried out over mesh axes; every device gets its part along an axis.",
+    _infer_reduce_scatter,
+    axis=_SPLIT,
+    mesh=_MESH,
+)
+_register(
+    "all_to_all",
+    "x, of which every device gives parts along one axis for parts along another.",
+    _infer_all_to_all,
+    mesh=_MESH,
+    split=_SPLIT,
+    gather=Attr("axis", doc="the axis that is whole afterwards"),
+)
+_register(
+    "ragged_all_to_all",
+    "Ragged rows, exchanged between their groups and their experts; only rows that are there.",
+    _infer_ragged,
+    mesh=_MESH,
+    split=_SPLIT,
+    gather=Attr("axis", doc="the axis that is whole afterwards"),
+)
+
+COLLECTIVES = (
+    "reshard",
+    "shard",
+    "all_gather",
+    "all_reduce",
+    "reduce_scatter",
+    "all_to_all",
+    "ragged_all_to_all",
+)
+"""The operations that change only where a value lies."""

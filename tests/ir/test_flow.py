@@ -1,0 +1,260 @@
+"""Where results lie on a mesh, and what the verifier says where operands cannot lie so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moecc.errors import InputError
+from moecc.ir import OPS, Graph, VerifyError, equal, parse, print_graph, verify
+from moecc.ir.flow import FLOWS
+from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
+from moecc.ir.table.collectives import COLLECTIVES
+from moecc.testing import laws
+
+HEAD = 'moecc 1\ngraph g {\n  attr mesh = {"data": 4, "model": 2}\n'
+
+INPUTS = {
+    "x": "f32[batch@data=8, seq=4, embed=6]",
+    "whole": "f32[batch=8, seq=4, embed=6]",
+    "up": "f32[mlp@model=10, embed=6]",
+    "down": "f32[embed=6, mlp@model=10]",
+    "h": "f32[batch@data=8, seq=4, mlp@model=10]",
+    "half": "f32[batch@data=8, seq=4, embed=6] unreduced(model)",
+    "g": "f32[embed=6]",
+    "gs": "f32[embed@model=6]",
+    "table": "f32[vocab@model=12, embed=6]",
+    "ids": "i32[batch@data=8, seq=4]",
+    "q": "f32[batch@data=8, seq=4, q@model=12]",
+    "late": "f32[batch=8, seq@data=4, embed=6]",
+    "wide": "f32[batch@data=8, seq=4, expert=4]",
+}
+
+
+def inferred(line: str, mesh: str | None = None) -> str:
+    """Return the types that follow from the operands of an operation."""
+    graph = Graph(attrs={"mesh": dict(parse_mesh(mesh or "data:4,model:2").axes)})
+    text = "".join(f"  input %{n} : {t}\n" for n, t in INPUTS.items())
+    head = parse(f"{HEAD}{text}  output y = %x\n}}")
+    head.attrs.update(graph.attrs)
+    word, _, rest = line.partition(" ")
+    operands = [p.strip(" ,") for p in rest.partition("{")[0].split()]
+    from moecc.ir.literals import parse_attrs
+
+    attrs = parse_attrs(OPS[word], "{" + rest.partition("{")[2]) if "{" in rest else {}
+    node = head.append(word, [head.value(o[1:]) for o in operands], attrs)
+    head.set_output("z", node.results[0])
+    verify(head)
+    assert equal(parse(print_graph(head)), head)
+    return ", ".join(str(v.type) for v in node.results)
+
+
+FLOWING = {
+    "silu %x": "f32[batch@data=8, seq=4, embed=6]",
+    "mul %x, %half": "f32[batch@data=8, seq=4, embed=6] unreduced(model)",
+    "mul %x, %g": "f32[batch@data=8, seq=4, embed=6]",
+    "contract %x, %up {over=embed}": "f32[batch@data=8, seq=4, mlp@model=10]",
+    "contract %h, %down {over=mlp}": "f32[batch@data=8, seq=4, embed=6] unreduced(model)",
+    "scale %half {by=2.0}": "f32[batch@data=8, seq=4, embed=6] unreduced(model)",
+    "add %half, %half": "f32[batch@data=8, seq=4, embed=6] unreduced(model)",
+    "sum %x {axes=batch}": "f32[seq=4, embed=6] unreduced(data)",
+    "mean %x {axes=(batch, seq)}": "f32[embed=6] unreduced(data)",
+    "embedding %table, %ids {axis=vocab}": "f32[batch@data=8, seq=4, embed=6] unreduced(model)",
+    "rename %x {axis=batch, to=row}": "f32[row@data=8, seq=4, embed=6]",
+    "split %q {axis=q, into=(head=4, dim=3)}": "f32[batch@data=8, seq=4, head@model=4, dim=3]",
+    "merge %x {axes=(batch, seq), into=token}": "f32[token@data=32, embed=6]",
+    "positions %late {axis=seq}": "i32[seq@data=4]",
+    "positions %x {axis=seq}": "i32[seq=4]",
+    "rms_norm %x, %g {axis=embed}": "f32[batch@data=8, seq=4, embed=6]",
+    "softmax %x {axis=seq}": "f32[batch@data=8, seq=4, embed=6]",
+    "keep_choices %wide {choice=seq, policy=all}": "pred[batch@data=8, seq=4, expert=4]",
+    "broadcast %g, %x": "f32[batch@data=8, seq=4, embed=6]",
+    # collectives
+    "all_gather %x {axis=batch, mesh=data}": "f32[batch=8, seq=4, embed=6]",
+    "shard %x {axis=embed, mesh=model}": "f32[batch@data=8, seq=4, embed@model=6]",
+    "shard %x {axis=batch, mesh=model}": "f32[batch@data*model=8, seq=4, embed=6]",
+    "all_reduce %half {mesh=model}": "f32[batch@data=8, seq=4, embed=6]",
+    "reduce_scatter %half {axis=embed, mesh=model}": "f32[batch@data=8, seq=4, embed@model=6]",
+    "all_to_all %x {mesh=data, split=seq, gather=batch}": "f32[batch=8, seq@data=4, embed=6]",
+    'reshard %half {to="seq@model"}': "f32[batch=8, seq@model=4, embed=6]",
+}
+
+
+@pytest.mark.parametrize("line", FLOWING)
+def test_results_lie_where_operands_say(line: str) -> None:
+    assert inferred(line) == FLOWING[line]
+
+
+REFUSED = {
+    "softmax %x {axis=batch}": ("softmax needs the axis 'batch' of %x whole", "batch@data"),
+    "add %x, %whole": ("the axis 'batch' of %whole lies elsewhere than that of %x", "batch"),
+    "mul %half, %half": ("mul cannot take %half, a sum", "unreduced(model)"),
+    "silu %half": ("silu cannot take %half, a sum", "unreduced(model)"),
+    "add %half, %x": ("add cannot take %half, a sum", "unreduced(model)"),
+    "mul %half, %gs": ("'embed' of %gs lies elsewhere than that of %half", "embed@model"),
+    "contract %late, %x {over=embed}": ("lies elsewhere", "batch@data"),
+    "contract %h, %gs {over=mlp}": ("has no axis 'mlp'", "embed@model"),
+    "mul %h, %gs": ("no operand has all axes", "embed@model"),
+    "contract %q, %up {over=q}": ("no axis 'q'", "mlp@model"),
+    "merge %late {axes=(batch, seq), into=token}": ("needs the axis 'seq' of %late whole", "seq"),
+    "place %ids {tokens=(batch), experts=4}": ("groups do not divide over the mesh", "1"),
+    "all_gather %x {axis=seq, mesh=data}": ("does not lie, innermost, on data", "seq"),
+    "shard %x {axis=embed, mesh=data}": ("lies on the mesh axis 'data' already", "batch@data"),
+    "all_reduce %x {mesh=model}": ("no sum still to be carried out over model", "batch@data"),
+    "all_to_all %x {mesh=data, split=batch, gather=batch}": ("split and gathered", "batch"),
+    "ragged_all_to_all %x {mesh=data, split=seq, gather=batch}": ("ragged rows", "batch@data"),
+    'reshard %x {to="expert@data"}': ("there is no axis 'expert'", "batch@data"),
+    'reshard %x {to="seq@data,batch@model"}': ("in their order", "seq@data"),
+    'reshard %x {to="batch"}': ("not a placement", "batch"),
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_cannot_lie_so_is_refused(line: str) -> None:
+    what, found = REFUSED[line]
+    with pytest.raises(InputError) as caught:
+        inferred(line)
+    (problem,) = caught.value.problems
+    assert what in problem.what
+    assert found in (problem.found or "")
+
+
+def test_two_axes_on_one_mesh_axis() -> None:
+    text = HEAD + "  input %x : f32[batch@data=8, embed=4]\n  input %w : f32[mlp@data=4, embed=4]\n"
+    graph = parse(f"{text}  output y = %x\n}}")
+    with pytest.raises(InputError, match="two axes lie on the mesh axis 'data'") as caught:
+        graph.append("contract", [graph.value("x"), graph.value("w")], {"over": ("embed",)})
+    assert caught.value.problems[0].found == "batch of %x, mlp of %w"
+
+
+ROUTED = """  input %x : f32[b@data=8, s=4, d=6]
+  input %l : f32[b@data=8, s=4, expert=4]
+  param %w : f32[expert@data=4, mlp@model=10, d=6]
+  param %o : f32[expert@data=4, d=6, mlp@model=10]
+  %e, %g = route %l {top_k=2, choice=k} : CHOICES
+  %p = place %e {tokens=(b, s), experts=4, groups=4, SLOTS} : i32[b@data=8, s=4, k=2]
+  %r = dispatch %x, %e, %p : f32[group@data=4, expert=4, slot=KIND, d=6]
+  %r1 = A2A %r {mesh=data, split=expert, gather=group} : f32[group=4, expert@data=4, slot=KIND, d=6]
+  %h = contract %r1, %w {over=d} : f32[group=4, expert@data=4, slot=KIND, mlp@model=10]
+  %h1 = silu %h : f32[group=4, expert@data=4, slot=KIND, mlp@model=10]
+  %d = contract %h1, %o {over=mlp} : f32[group=4, expert@data=4, slot=KIND, d=6] unreduced(model)
+  %d1 = all_reduce %d {mesh=model} : f32[group=4, expert@data=4, slot=KIND, d=6]
+  %c = A2A %d1 {mesh=data, split=group, gather=expert} : f32[group@data=4, expert=4, slot=KIND, d=6]
+  %y = combine %c, %e, %p, %g : f32[b@data=8, s=4, d=6]
+  output y = %y
+}
+"""
+
+
+def routed(slots: str, kind: str) -> str:
+    choices = "[b@data=8, s=4, k=2]"
+    text = ROUTED.replace("CHOICES", f"i32{choices}, f32{choices}")
+    return text.replace("SLOTS", slots).replace("slot=KIND", f"slot={kind}(%p)")
+
+
+@pytest.mark.parametrize("kind", ["capacity", "ragged"])
+def test_an_expert_parallel_layer(kind: str) -> None:
+    slots = "slots=capacity, capacity_factor=2.0" if kind == "capacity" else "slots=ragged"
+    text = routed(slots, kind)
+    a2a = "all_to_all" if kind == "capacity" else "ragged_all_to_all"
+    graph = parse(HEAD + text.replace("A2A", a2a))
+    verify(graph)
+    laws.check_round_trip(graph)
+
+
+def test_experts_of_a_device_are_summed_after_combine() -> None:
+    """Without an exchange, tokens are the same everywhere and each device adds its experts."""
+    text = routed("slots=ragged", "ragged").replace("@data=8", "=8").replace("group@data", "group")
+    exchange = "A2A %r {mesh=data, split=expert, gather=group}"
+    text = text.split("  %c =")[0].replace(exchange, "shard %r {axis=expert, mesh=data}")
+    graph = parse(f"{HEAD}{text}  output d = %d1\n}}")
+    operands = [graph.value(n) for n in ("d1", "e", "p", "g")]
+    node = graph.append("combine", operands)
+    assert str(node.result.type) == "f32[b=8, s=4, d=6] unreduced(data)"
+
+
+def test_an_operation_without_a_rule_takes_whole_operands(monkeypatch: Any) -> None:
+    monkeypatch.delitem(FLOWS, "silu")
+    with pytest.raises(InputError, match="silu needs the axis 'batch' of %x whole"):
+        inferred("silu %x")
+    assert inferred("silu %whole") == "f32[batch=8, seq=4, embed=6]"
+
+
+def test_every_rule_belongs_to_an_operation() -> None:
+    assert set(FLOWS) <= set(OPS)
+    assert not set(FLOWS) & set(COLLECTIVES)
+    assert {n for n, entry in OPS.items() if entry.places} == set(COLLECTIVES)
+
+
+MISPLACED = {
+    "f32[embed@data=6]": (
+        "does not divide",
+        "a multiple of 4 (data:4)",
+        "3 parts would, or a size of 8",
+    ),
+    "f32[embed@date=8]": ("the mesh has no axis 'date'", "data:4,model:2", "did you mean 'data'?"),
+    "f32[embed@data=8] unreduced(data)": ("'data' is used twice", None, None),
+    "f32[a@data*model=12]": (
+        "does not divide",
+        "a multiple of 8 (data:4*model:2)",
+        "6 parts would",
+    ),
+}
+
+
+@pytest.mark.parametrize("type", MISPLACED)
+def test_a_type_that_does_not_lie_on_the_mesh(type: str) -> None:
+    graph = parse(f"{HEAD}  input %x : {type}\n  output y = %x\n}}")
+    with pytest.raises(VerifyError) as caught:
+        verify(graph)
+    (problem,) = caught.value.problems
+    what, expected, hint = MISPLACED[type]
+    assert what in problem.what
+    assert problem.where == "%x"
+    assert problem.expected == expected
+    assert problem.hint == hint if hint is None else hint in (problem.hint or "")
+
+
+def test_a_placed_type_needs_a_mesh() -> None:
+    graph = parse("moecc 1\ngraph g {\n  input %x : f32[a@data=8]\n  output y = %x\n}")
+    with pytest.raises(VerifyError, match="the graph has no mesh"):
+        verify(graph)
+    graph.attrs["mesh"] = "data"
+    with pytest.raises(VerifyError, match="attribute mesh: the attribute mesh is not a mesh"):
+        verify(graph)
+    graph.attrs["mesh"] = {"data": 8}
+    verify(graph)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "data", "data:0", "data:2,data:4", "data:x", "1:2", "a:2,,b:2"]
+)
+def test_what_is_no_mesh(text: str) -> None:
+    with pytest.raises(InputError, match="not a mesh"):
+        parse_mesh(text)
+
+
+def test_a_mesh_numbers_its_devices() -> None:
+    mesh = parse_mesh("data:2, model:3")
+    assert str(mesh) == "data:2,model:3"
+    assert mesh.devices == 6
+    devices = list(mesh.coordinates())
+    assert devices[4] == (1, 1)
+    assert mesh.part((1, 1), ("model", "data")) == 3
+    assert mesh.peers((1, 1), ("model",)) == [(1, 0), (1, 1), (1, 2)]
+    with pytest.raises(InputError, match="the mesh has no axis 'mode'"):
+        mesh.size(("mode",))
+    graph = Graph()
+    assert mesh_of(graph) is None
+    set_mesh(graph, mesh)
+    assert mesh_of(graph) == mesh
+    set_mesh(graph, None)
+    assert graph.attrs == {}
+
+
+def test_the_order_of_a_mesh_counts() -> None:
+    first, second = Graph(), Graph()
+    set_mesh(first, Mesh((("a", 2), ("b", 2))))
+    set_mesh(second, Mesh((("b", 2), ("a", 2))))
+    assert not equal(first, second)
