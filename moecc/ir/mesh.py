@@ -1,7 +1,7 @@
 """Meshes: named axes of devices, and whether the types of a graph lie on one.
 
-The text of a mesh is ``data:8,model:4``; a graph keeps it as its attribute ``mesh``.  Devices are
-numbered with the last axis fastest.
+The text of a mesh is ``data:8,model:4``, or with an equals sign; a graph keeps it as its attribute
+``mesh``.  Devices are numbered with the last axis fastest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "mesh"
 
-_PART = re.compile(r"([A-Za-z_]\w*):([0-9]{1,9})\Z", re.ASCII)
+_PART = re.compile(r"([A-Za-z_]\w*)[:=]([0-9]{1,9})\Z", re.ASCII)
 
 Coordinates = tuple[int, ...]
 """The place of a device on each axis of its mesh."""

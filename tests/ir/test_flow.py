@@ -238,6 +238,7 @@ def test_what_is_no_mesh(text: str) -> None:
 def test_a_mesh_numbers_its_devices() -> None:
     mesh = parse_mesh("data:2, model:3")
     assert str(mesh) == "data:2,model:3"
+    assert parse_mesh("data=2,model=3") == mesh
     assert mesh.devices == 6
     devices = list(mesh.coordinates())
     assert devices[4] == (1, 1)

@@ -20,6 +20,7 @@ from moecc.ir.dtypes import F32, F64, DType
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.verify import where
 from moecc_backends.xla import lower_attention as lower_attention
+from moecc_backends.xla import lower_collectives as lower_collectives
 from moecc_backends.xla import lower_moe as lower_moe
 from moecc_backends.xla import lower_plain as lower_plain
 from moecc_backends.xla import lower_routing as lower_routing
