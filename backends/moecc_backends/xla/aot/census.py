@@ -1,0 +1,231 @@
+"""What a compiled program does on one device: its collectives and its multiplications.
+
+Both are counted from optimised HLO, bodies of loops as often as they run; ``cost_analysis`` counts
+them once.  The bytes of a collective are those of its *full tensor*, the larger of what goes in and
+what comes out, as MaxText and the reports of XLA's profiler have them; what crosses a wire is less.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+from moecc_backends.xla.aot.convolutions import convolution_flops
+from moecc_backends.xla.aot.hlo import Computation, Instruction, Module, parse_hlo
+
+KINDS = (
+    "all-gather", "all-reduce", "all-to-all", "reduce-scatter", "ragged-all-to-all",
+    "collective-permute", "collective-broadcast",
+)  # fmt: skip
+"""The collectives, as HLO names them."""
+
+_MATMUL_TARGETS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__triton_gemm")
+_OPAQUE_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic", "__onednn", "__cudnn$fmha")
+"""Targets that may multiply, in a way that HLO does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One collective of the text.
+
+    Attributes:
+      kind: one of `KINDS`.
+      size_bytes: of the full tensor, each time.
+      group_size: how many devices take part in one exchange.
+      times: how often it runs.
+      dtype: the element type of what is moved.
+      source: what it was traced from.
+    """
+
+    kind: str
+    size_bytes: int
+    group_size: int
+    times: int
+    dtype: str
+    source: str
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of all its runs."""
+        return self.size_bytes * self.times
+
+
+@dataclass(frozen=True)
+class Census:
+    """What one device does.
+
+    Attributes:
+      collectives: every collective of the program, those within one device left out.
+      flops: of all dots and convolutions, a multiplication and an addition each.
+      unknown_loops: loops whose number of turns is not known when compiling; their bodies are
+        counted once.
+      opaque: kernels that may multiply in a way that HLO does not tell, by name.
+    """
+
+    collectives: tuple[Collective, ...]
+    flops: int
+    unknown_loops: int = 0
+    opaque: Counter[str] = field(default_factory=Counter)
+
+    def by_kind(self) -> dict[str, dict[str, int]]:
+        """Return for each kind the ``count`` in the text, ``runs`` and ``bytes``."""
+        totals: dict[str, dict[str, int]] = {}
+        for found in self.collectives:
+            total = totals.setdefault(found.kind, {"count": 0, "runs": 0, "bytes": 0})
+            total["count"] += 1
+            total["runs"] += found.times
+            total["bytes"] += found.total_bytes
+        return dict(sorted(totals.items()))
+
+
+def census(program: str | Module) -> Census:
+    """Count what the optimised HLO `program` does on one device.
+
+    Of a branch the arm with most multiplications counts, then with most bytes moved.
+
+    Raises:
+      InputError: the text is not an HLO module.
+    """
+    module = parse_hlo(program) if isinstance(program, str) else program
+    return _Counter(module).of(module.entry)
+
+
+class _Counter:
+    """Counts computations, each once."""
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+        self._done: dict[str, Census] = {}
+
+    def of(self, name: str) -> Census:
+        """Return the census of one run of the computation `name`."""
+        if name not in self._done:
+            where = self._module.computations[name]
+            parts = [part for made in where for part in self._parts(where, made)]
+            self._done[name] = _sum(parts)
+        return self._done[name]
+
+    def _parts(self, where: Computation, made: Instruction) -> Iterator[Census]:
+        kind = made.opcode.removesuffix("-start")
+        if kind in KINDS:
+            moved = _collective(self._module, where, made, kind)
+            if moved.group_size > 1:
+                yield Census((moved,), 0)
+        elif made.opcode in ("dot", "convolution", "custom-call"):
+            yield _product(where, made)
+        elif made.opcode == "while":
+            yield self._loop(where, made)
+        elif made.opcode == "conditional":
+            yield max(map(self.of, made.called), key=_weight)
+        elif made.opcode in ("fusion", "call", "async-start"):
+            yield from map(self.of, made.called)
+
+    def _loop(self, where: Computation, made: Instruction) -> Census:
+        times = self._module.trip_count(where, made)
+        (body,) = (self.of(name) for name in made.called)
+        is_unknown = times is None
+        turns = 1 if times is None else times
+        return Census(
+            tuple(_again(found, turns) for found in body.collectives),
+            body.flops * turns,
+            body.unknown_loops + is_unknown,
+            Counter({target: n * turns for target, n in body.opaque.items()}),
+        )
+
+
+def _sum(parts: list[Census]) -> Census:
+    opaque: Counter[str] = Counter()
+    for part in parts:
+        opaque.update(part.opaque)
+    return Census(
+        tuple(found for part in parts for found in part.collectives),
+        sum(part.flops for part in parts),
+        sum(part.unknown_loops for part in parts),
+        opaque,
+    )
+
+
+def _again(found: Collective, turns: int) -> Collective:
+    return Collective(
+        found.kind, found.size_bytes, found.group_size, found.times * turns, found.dtype,
+        found.source,
+    )  # fmt: skip
+
+
+def _weight(counted: Census) -> tuple[int, int]:
+    return counted.flops, sum(found.total_bytes for found in counted.collectives)
+
+
+# --- collectives
+
+
+def _collective(module: Module, where: Computation, made: Instruction, kind: str) -> Collective:
+    given = [s for i in range(len(made.operands)) for s in where.operand(made, i).shapes]
+    if kind == "ragged-all-to-all":
+        # Its other operands are the offsets and sizes of the rows.
+        given = given[:2]
+    in_bytes = sum(s.size_bytes for s in given)
+    out_bytes = sum(s.size_bytes for s in made.shapes if s.sizes)
+    if made.opcode.endswith("-start") and kind != "all-reduce":
+        # The start of an exchange returns its operands beside its results.
+        out_bytes -= in_bytes
+    full = max(in_bytes, out_bytes)
+    if kind == "ragged-all-to-all":
+        full = max(s.size_bytes for s in given)
+    dtype = given[0].dtype if given else made.shapes[0].dtype
+    return Collective(kind, full, _group_size(module, made), 1, dtype, made.source)
+
+
+def _group_size(module: Module, made: Instruction) -> int:
+    """Return how many devices exchange; HLO lists them, strides over them, or names mesh axes."""
+    text = made.attributes
+    if "source_target_pairs={" in text:
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
+        return 2 if pairs is None or _moves(pairs[1]) else 1
+    mesh = re.search(r"replica_groups=@?mesh\S*\[([^\]]*)\]\s*\{([^}]*)\}", text)
+    if mesh is not None:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        return prod(_mesh_axis(part, sizes) for part in mesh[2].split(",") if part.strip())
+    strided = re.search(r"replica_groups=\[\d+,(\d+)\]", text)
+    if strided is not None:
+        return int(strided[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
+    return len(listed[1].split(",")) if listed is not None else module.partitions
+
+
+def _mesh_axis(text: str, sizes: dict[str, str]) -> int:
+    """Return the devices along an axis, or along a part of it, ``'data':(2)4``."""
+    part = re.search(r":\(\d+\)(\d+)", text)
+    name = re.search(r"'([^']+)'", text)
+    return int(part[1]) if part else int(sizes[name[1]]) if name else 1
+
+
+def _moves(pairs: str) -> bool:
+    return any(a != b for a, b in re.findall(r"\{(\d+),(\d+)", "{" + pairs))
+
+
+# --- products
+
+
+def _product(where: Computation, made: Instruction) -> Census:
+    if made.opcode == "dot":
+        return Census((), _dot_flops(where, made, made.dimensions("lhs_contracting_dims")))
+    if made.opcode == "convolution":
+        return Census((), convolution_flops(where, made))
+    target = made.attribute("custom_call_target").strip('"')
+    if target in _MATMUL_TARGETS:
+        dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', made.attributes)
+        along = tuple(map(int, re.findall(r"\d+", dims[1]))) if dims else ()
+        return Census((), _dot_flops(where, made, along))
+    is_opaque = any(target.startswith(known) for known in _OPAQUE_TARGETS)
+    return Census((), 0, 0, Counter({target: 1} if is_opaque else {}))
+
+
+def _dot_flops(where: Computation, made: Instruction, along: tuple[int, ...]) -> int:
+    """Return 2 · elements of the result · elements summed over."""
+    left = where.operand(made, 0).shapes[0].sizes
+    # A product of cuBLAS returns its workspace as well.
+    return 2 * made.shapes[0].elements * prod(left[axis] for axis in along)

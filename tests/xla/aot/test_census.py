@@ -1,0 +1,233 @@
+"""Reading HLO: types, loops, collectives and products, from texts and from compiled programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moecc.errors import InputError
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from jax import lax  # noqa: E402
+from moecc_backends.xla.aot.census import census  # noqa: E402
+from moecc_backends.xla.aot.hlo import Shape, parse_hlo  # noqa: E402
+
+
+def program(body: str, *, more: str = "") -> str:
+    entry = f"ENTRY %main (p: f32[8,4]) -> f32[8,4] {{\n{body}\n}}\n"
+    return f"HloModule m, num_partitions=8\n\n{more}\n{entry}"
+
+
+def loop(condition: str, start: str = "%c0 = s32[] constant(0)") -> str:
+    more = f"""%body (b: (s32[], f32[8,4], s32[])) -> (s32[], f32[8,4], s32[]) {{
+  %b = (s32[]{{:T(128)}}, f32[8,4]{{1,0:T(8,128)}}, s32[]) parameter(0)
+  %i = s32[]{{:T(128)}} get-tuple-element(%b), index=0
+  %x = f32[8,4]{{1,0:T(8,128)}} get-tuple-element(%b), index=1
+  %n = s32[] get-tuple-element(%b), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %r = f32[8,4] all-reduce(%x), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %t = (s32[], f32[8,4], s32[]) tuple(%next, %r, %n)
+}}
+
+%condition (c: (s32[], f32[8,4], s32[])) -> pred[] {{
+  %c = (s32[], f32[8,4], s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%c), index=0
+{condition}
+}}
+"""
+    body = f"""  %p = f32[8,4] parameter(0)
+  {start}
+  %limit = s32[] constant(9)
+  %first = (s32[], f32[8,4], s32[]) tuple(%c0, %p, %limit)
+  %w = (s32[], f32[8,4], s32[]) while(%first), condition=%condition, body=%body
+  ROOT %out = f32[8,4] get-tuple-element(%w), index=1"""
+    return program(body, more=more)
+
+
+CONSTANT = "  %k = s32[] constant(5)\n  ROOT %lt = pred[] compare(%i.1, %k), direction=LT"
+CARRIED = (
+    "  %k = s32[] get-tuple-element(%c), index=2\n"
+    "  ROOT %lt = pred[] compare(%i.1, %k), direction=LT"
+)
+INCLUSIVE = CONSTANT.replace("LT", "LE")
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        (loop(CONSTANT), 5),
+        (loop(CONSTANT, "%c0 = s32[] constant(2)"), 3),
+        (loop(CONSTANT, "%c0 = s32[] constant(7)"), 0),
+        (loop(CARRIED), 9),
+        (loop(INCLUSIVE), 6),
+    ],
+)
+def test_a_loop_runs_as_often_as_its_condition_says(text: str, times: int) -> None:
+    found = census(text)
+    assert found.unknown_loops == 0
+    assert [c.times for c in found.collectives] == [times]
+    assert found.by_kind()["all-reduce"] == {"count": 1, "runs": times, "bytes": 128 * times}
+
+
+def test_what_xla_has_noted_of_a_loop_comes_first() -> None:
+    noted = ', backend_config={"known_trip_count":{"n":"12"}}'
+    text = loop(CONSTANT).replace("body=%body", f"body=%body{noted}")
+    assert census(text).by_kind()["all-reduce"]["runs"] == 12
+
+
+def test_a_loop_of_unknown_length_is_told() -> None:
+    start = "%q = s32[8] iota(), iota_dimension=0\n  %c0 = s32[] reduce(%q, %q), to_apply=%add"
+    found = census(loop(CONSTANT, start))
+    assert found.unknown_loops == 1
+    assert found.by_kind()["all-reduce"]["runs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "full_bytes", "group"),
+    [
+        ("all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}", "all-gather", 512, 4),
+        ("reduce-scatter(%p), replica_groups=[2,4]<=[8], dimensions={0}", "reduce-scatter", 512, 4),
+        ("all-to-all(%p), replica_groups=mesh['a'=4,'b'=2] {'b'}", "all-to-all", 512, 2),
+        ("all-to-all(%p), replica_groups=mesh['a'=4,'b'=2] {'a','b'}", "all-to-all", 512, 8),
+        ("all-reduce(%p), to_apply=%add", "all-reduce", 512, 8),
+        ("collective-permute(%p), source_target_pairs={{0,1},{1,0}}", "collective-permute", 512, 2),
+    ],
+)  # fmt: skip
+def test_the_full_tensor_and_the_group_of_a_collective(
+    line: str, kind: str, full_bytes: int, group: int
+) -> None:
+    sizes = {"all-gather": ("8,4", "32,4"), "reduce-scatter": ("32,4", "8,4")}
+    given, made = sizes.get(kind, ("32,4", "32,4"))
+    body = f"  %p = f32[{given}]{{1,0}} parameter(0)\n  ROOT %r = f32[{made}]{{1,0}} {line}"
+    (found,) = census(program(body)).collectives
+    assert (found.kind, found.size_bytes, found.group_size) == (kind, full_bytes, group)
+
+
+@pytest.mark.parametrize(
+    ("types", "kind"),
+    [
+        ("(f32[8,4], f32[32,4]) all-gather-start", "all-gather"),
+        ("((f32[32,4]), f32[32,4]) all-to-all-start", "all-to-all"),
+        ("(f32[32,4], f32[32,4], u32[], u32[]) collective-permute-start", "collective-permute"),
+        ("f32[32,4] all-reduce-start", "all-reduce"),
+    ],
+)
+def test_a_start_is_counted_and_its_end_is_not(types: str, kind: str) -> None:
+    given = "8,4" if kind == "all-gather" else "32,4"
+    body = (
+        f"  %p = f32[{given}] parameter(0)\n  %s = {types}(%p), replica_groups=[2,4]<=[8]\n"
+        f"  ROOT %d = f32[32,4] {kind}-done(%s)"
+    )
+    assert census(program(body)).by_kind() == {kind: {"count": 1, "runs": 1, "bytes": 512}}
+
+
+def test_an_exchange_within_one_device_is_none() -> None:
+    gather = "all-gather(%p), replica_groups=[8,1]<=[8]"
+    body = f"  %p = f32[8,4] parameter(0)\n  ROOT %r = f32[8,4] {gather}"
+    assert census(program(body)).collectives == ()
+
+
+def test_of_a_branch_the_heavier_arm_counts() -> None:
+    arm = """%{name} (a: f32[8,4]) -> f32[8,4] {{
+  %a = f32[8,4] parameter(0)
+  ROOT %d = f32[8,{n}] dot(%a, %a), lhs_contracting_dims={{{axis}}}, rhs_contracting_dims={{0}}
+}}
+"""
+    arms = arm.format(name="light", n=4, axis=1) + arm.format(name="heavy", n=4, axis=0)
+    body = (
+        "  %p = f32[8,4] parameter(0)\n  %i = s32[] constant(0)\n"
+        "  ROOT %r = f32[8,4] conditional(%i, %p, %p), branch_computations={%light, %heavy}"
+    )
+    assert census(program(body, more=arms)).flops == 2 * 8 * 4 * 8
+
+
+def test_a_product_of_cublas_counts() -> None:
+    config = (
+        '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+    )
+    body = (
+        "  %p = bf16[8,4] parameter(0)\n  %q = bf16[4,16] constant({...})\n"
+        "  %g = (bf16[8,16], s8[4194304]) custom-call(%p, %q), "
+        f'custom_call_target="__cublas$gemm", backend_config={config}\n'
+        "  ROOT %r = bf16[8,16] get-tuple-element(%g), index=0"
+    )
+    assert census(program(body)).flops == 2 * 8 * 4 * 16
+
+
+def test_a_kernel_that_hides_its_products_is_told() -> None:
+    body = (
+        "  %p = f32[8,4] parameter(0)\n"
+        '  ROOT %r = f32[8,4] custom-call(%p), custom_call_target="tpu_custom_call"'
+    )
+    assert census(program(body)).opaque == {"tpu_custom_call": 1}
+
+
+def test_text_that_is_no_module_is_refused() -> None:
+    with pytest.raises(InputError, match="ENTRY"):
+        census("not a module")
+
+
+def test_types_with_layouts_tuples_and_long_constants() -> None:
+    body = (
+        "  %p = (bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/(pred[]{:T(512)}, u8[7])) "
+        "parameter(0)\n"
+        '  %c = s8[4] constant({ 1, 2, 3, 4 }), metadata={op_name="a(b)={c"}\n'
+        "  ROOT %g = bf16[2,3] get-tuple-element(%p), index=0"
+    )
+    module = parse_hlo(program(body))
+    made = module.computations["main"].instructions
+    assert made["p"].shapes == (Shape("bf16", (2, 3)), Shape("pred", ()), Shape("u8", (7,)))
+    assert made["p"].size_bytes == 12 + 1 + 7
+    assert made["c"].source == "a(b)={c"
+    assert module.partitions == 8
+
+
+# --- compiled here
+
+
+def compiled_flops(function: Any, *shapes: tuple[int, ...]) -> int:
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return census(jax.jit(function).lower(*arguments).compile().as_text()).flops
+
+
+def test_dots_of_a_compiled_loop() -> None:
+    def run(x: Any, w: Any) -> Any:
+        return lax.scan(lambda h, m: (jnp.tanh(h @ m), None), x, w)[0]
+
+    assert compiled_flops(run, (64, 48), (7, 48, 48)) == 7 * 2 * 64 * 48 * 48
+
+
+def test_batched_dots() -> None:
+    def run(x: Any, w: Any) -> Any:
+        return jnp.einsum("ecd,edf->ecf", x, w)
+
+    assert compiled_flops(run, (4, 32, 16), (4, 16, 24)) == 2 * 4 * 32 * 16 * 24
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_strides": (1,), "padding": "VALID"},
+        {"window_strides": (2,), "padding": [(3, 1)]},
+        {"window_strides": (1,), "padding": [(4, 4)], "lhs_dilation": (3,)},
+        {"window_strides": (3,), "padding": [(5, 2)], "lhs_dilation": (2,), "rhs_dilation": (2,)},
+        {"window_strides": (1,), "padding": "SAME", "feature_group_count": 2},
+        {"window_strides": (1,), "padding": "SAME", "batch_group_count": 2},
+    ],
+)
+def test_a_convolution_multiplies_as_often_as_ones_add_up(options: dict[str, Any]) -> None:
+    features = 6 // options.get("feature_group_count", 1)
+    shapes = (4, 6, 11), (8, features, 5)
+
+    def run(x: Any, w: Any) -> Any:
+        return lax.conv_general_dilated(x, w, **options)
+
+    lowered = jax.jit(run).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    # Before it is optimised: later a convolution may be spelt as another with the same result.
+    text = lowered.compiler_ir("hlo").as_hlo_text()
+    products = float(run(*map(jnp.ones, shapes)).sum())
+    assert census(text).flops == 2 * products
