@@ -21,7 +21,7 @@ from .models import GOLDEN, assert_close, compiled, decoder, random_data, relati
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
+from moecc_backends.xla.backend import function, jax_inputs, numpy_output  # noqa: E402
 from moecc_backends.xla.context import LOWERINGS  # noqa: E402
 
 EXACT = 1e-9
@@ -46,6 +46,7 @@ def check_both_ways(graph: Graph, seed: int = 0) -> None:
     assert_close(graph, params, inputs, program.run(params, inputs), EXACT)
     with jax.enable_x64(True):
         whole = jax.jit(function(graph, dtype=F64))(params, jax_inputs(graph, inputs))
+        whole = {n: numpy_output(a) for n, a in whole.items()}
     assert_close(graph, params, inputs, whole, EXACT)
 
 

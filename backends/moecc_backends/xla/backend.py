@@ -184,7 +184,7 @@ class XlaProgram:
             if value.is_param:
                 alive[value] = _device(params[value.name], value)
         return {
-            n: np.asarray(finished(Named(alive[v], v.type.names), v))
+            n: numpy_output(finished(Named(alive[v], v.type.names), v))
             for n, v in self.graph.outputs.items()
         }
 
@@ -272,21 +272,31 @@ def _key(array: Any) -> Any:
     return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
+def numpy_output(array: jax.Array) -> np.ndarray[Any, Any]:
+    """Return an output as NumPy's; a key of jax's as the 64-bit number that has its bits."""
+    if not _is_key(array):
+        return np.asarray(array)
+    words = np.asarray(jax.random.key_data(array)).astype(np.uint64)
+    return np.asarray((words[..., 0] << np.uint64(32)) | words[..., 1])
+
+
 def _misfit(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:
     wanted, shape = value.type.sizes, np.shape(array)
     fits = len(wanted) == len(shape) and all(
         (size == n) if isinstance(size, int) else sizes.setdefault(str(size), n) == n
         for size, n in zip(wanted, shape, strict=True)
     )
-    kind = _kind(array.dtype)
-    if fits and kind == value.type.dtype.kind.replace("key", "int"):
+    kind, expected = _kind(array.dtype), value.type.dtype.kind
+    if fits and (kind == expected or (kind, expected) == ("int", "key")):
         return []
     here = f"{'param' if value.is_param else 'input'} %{value.name}"
     return [Problem("the array does not fit", here, str(value.type), f"{kind}{list(shape)}")]
 
 
-def _kind(dtype: np.dtype[Any]) -> str:
-    """Return the kind of element as the types of the IR name it."""
+def _kind(dtype: Any) -> str:
+    """Return the kind of element as the types of the IR name it; `dtype` is NumPy's or jax's."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return "key"
     if jnp.issubdtype(dtype, jnp.floating):
         return "float"
-    return {"i": "int", "u": "int", "b": "bool"}.get(dtype.kind, dtype.name)
+    return {"i": "int", "u": "int", "b": "bool"}.get(dtype.kind, str(dtype))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
+from moecc.ir.verify import where
 from moecc_backends.xla.named import Operand, Rows
 from moecc_backends.xla.packing import Packing
 
@@ -49,11 +50,14 @@ def lower_node(ctx: Context, node: Node, operands: list[Operand]) -> tuple[Opera
     """Return the results of `node` applied to `operands`, under trace.
 
     Raises:
-      InputError: the operation has no lowering.
+      InputError: the operation has no lowering, or does not fit these operands.
     """
     name = node.op.name
     function = LOWERINGS.get(name)
     if function is None:
-        raise InputError(f"the xla backend cannot lower {name}", where=node.loc or None)
-    result = function(ctx, node, *operands)
+        raise InputError(f"the xla backend cannot lower {name}", where=where(node))
+    try:
+        result = function(ctx, node, *operands)
+    except InputError as error:
+        raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
     return result if isinstance(result, tuple) else (result,)

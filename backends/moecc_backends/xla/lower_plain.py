@@ -147,7 +147,21 @@ def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
 
 @lowering("broadcast")
 def _broadcast(ctx: Context, node: Node, x: Operand, like: Operand) -> Operand:
-    return elementwise(lambda a, b: jnp.broadcast_to(a, b.shape), x, like)
+    def spread(a: Array, b: Array) -> Array:
+        return jnp.broadcast_to(a.astype(_kind_beside(a, b, ctx)), b.shape)
+
+    return elementwise(spread, x, like)
+
+
+def _kind_beside(a: Array, b: Array, ctx: Context) -> Any:
+    """Return the type of `a` spread over `b`: as wide as `b`, and not narrow where it counts.
+
+    A 1 for each choice is summed to a count, which a narrow type would round.
+    """
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        return a.dtype
+    is_float = jnp.issubdtype(b.dtype, jnp.floating)
+    return jnp.promote_types(a.dtype, b.dtype if is_float else accumulator(ctx.dtype))
 
 
 @lowering("slice")
