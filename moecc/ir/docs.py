@@ -30,6 +30,7 @@ GROUPS = (
     ("Slots", "placing"),
     ("Random numbers", "random"),
     ("Collectives", "collectives"),
+    ("Repetition", "repetition"),
 )
 """Headings, and the module of `moecc.ir.table` whose rows stand under each."""
 
@@ -142,6 +143,7 @@ MIXED_BY_OPERANDS = {
     "rope": "those of the positions, if dynamic",
     "random_uniform": "all",
     "random_normal": "all",
+    "scan": "all",
 }
 """Operations whose operands decide which axes they mix, which no attribute can tell."""
 

@@ -19,7 +19,8 @@ from moecc.ir.types import TensorType, is_printable
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
+# A name may hold ranges: %layers.{0..29}.weight is what stands for thirty parameters.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:\{[0-9.]+\}[A-Za-z0-9_.\-]*)*\Z")
 
 RETURN = OpDef("return", "Mark the outputs of a graph.", (), lambda _o, _a: (), variadic=True)
 """The terminator: not in the table, never printed; its operands are the outputs."""
@@ -147,6 +148,11 @@ class Node:
     def mixes(self) -> tuple[str, ...]:
         """The axes of its operands that this node mixes."""
         return self.op.mixes(self.operands, self.attrs)
+
+    @property
+    def body(self) -> Graph | None:
+        """The graph that a ``scan`` repeats; None for every other operation."""
+        return self.attrs.get("body")
 
     @property
     def is_dead(self) -> bool:

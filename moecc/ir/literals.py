@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?: unreduced\(([^)]*)\))?\Z")
 _AXIS = re.compile(r"([A-Za-z_]\w*)(?:@([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*))?=(.+)\Z", re.ASCII)
-_EXTENT = re.compile(r"(ragged|capacity|groups)\(%([A-Za-z0-9_.\-]+)\)\Z")
+_EXTENT = re.compile(r"(ragged|capacity|groups)\(%([A-Za-z0-9_.\-{}]+)\)\Z")
 _ATTR = re.compile(
     r"\s*([A-Za-z_]\w*)\s*=\s*"
     r"(\([^()]*\)|\"(?:[^\"\\]|\\.)*\"|[^,()\"\s]+)\s*(,|\Z)"

@@ -133,10 +133,12 @@ def mesh_of(graph: Graph) -> Mesh | None:
 
 
 def set_mesh(graph: Graph, mesh: Mesh | None) -> None:
-    """Give `graph` the mesh, or take it away."""
-    graph.attrs.pop(ATTRIBUTE, None)
-    if mesh is not None:
-        graph.attrs[ATTRIBUTE] = dict(mesh.axes)
+    """Give `graph`, and the bodies in it, the mesh, or take it away."""
+    bodies = [node.body for node in graph if node.body is not None]
+    for each in (graph, *bodies):
+        each.attrs.pop(ATTRIBUTE, None)
+        if mesh is not None:
+            each.attrs[ATTRIBUTE] = dict(mesh.axes)
 
 
 def misplaced(type: TensorType, mesh: Mesh | None) -> Iterator[Problem]:

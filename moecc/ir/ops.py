@@ -32,7 +32,8 @@ class Attr:
 
     Attributes:
       kind: ``int``, ``float``, ``bool``, ``str``, ``words`` (a tuple of words), ``axis`` (a name),
-        ``axes`` (a tuple of names) or ``sizes`` (a tuple of (name, size) pairs).
+        ``axes`` (a tuple of names), ``sizes`` (a tuple of (name, size) pairs) or ``region`` (a
+        graph, which the text shows in braces after the line).
       default: its value where the text says nothing, or REQUIRED.
       choices: the only values allowed, for ``str``, or the only words, for ``words``.
       doc: what it means, in half a line.
@@ -157,6 +158,12 @@ def _is_words(value: Any) -> bool:
     return isinstance(value, tuple) and all(map(is_name, value)) and len(set(value)) == len(value)
 
 
+def _is_graph(value: Any) -> bool:
+    from moecc.ir.graph import Graph
+
+    return isinstance(value, Graph)
+
+
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("a whole number", is_whole),
     "float": (
@@ -171,6 +178,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, tuple) and all(map(is_name, v)) and len(set(v)) == len(v),
     ),
     "words": ("words in parentheses", _is_words),
+    "region": ("a graph, in braces after the line", _is_graph),
     "sizes": ("axes with sizes, (head=9, head_dim=64)", _is_pairs),
 }
 

@@ -6,12 +6,14 @@ of a text are raised together.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from moecc.collector import collector_paused
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.ir.graph import Graph, Value
 from moecc.ir.literals import parse_attrs, parse_type
+from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.ops import OPS, OpDef, op
 from moecc.ir.printer import FORMAT
 from moecc.ir.scanner import ParseError, Scanner, Token
@@ -24,8 +26,16 @@ if TYPE_CHECKING:
 MAX_PROBLEMS = 20
 
 
+_CLOSING = re.compile(r"^[ \t]*\}", re.MULTILINE)
+"""The brace that ends what a node repeats, on a line of its own."""
+
+
 class _Poisoned(Exception):
     """The line uses a value whose own line was wrong; nothing new to report."""
+
+
+class _WrongBody(Exception):
+    """The body of the node was read to its end, and its problems are noted."""
 
 
 def parse(text: str, file: str = "<text>") -> Graph:
@@ -43,12 +53,13 @@ def parse(text: str, file: str = "<text>") -> Graph:
 
 
 class _Parser:
-    def __init__(self, scanner: Scanner) -> None:
+    def __init__(self, scanner: Scanner, around: _Parser | None = None) -> None:
         self.scan = scanner
-        self.graph = Graph()
-        self.problems: list[Problem] = []
+        self.around = around
+        self.graph = Graph() if around is None else Graph("body")
+        self.problems: list[Problem] = [] if around is None else around.problems
         self.poisoned: set[str] = set()
-        self.types: dict[str, TensorType] = {}
+        self.types: dict[str, TensorType] = {} if around is None else around.types
         self.attrs: dict[tuple[OpDef, str], dict[str, Any]] = {}
 
     def module(self) -> Graph:
@@ -61,19 +72,24 @@ class _Parser:
             )
         scan.expect("name", "graph")
         self.graph.name = scan.expect("name", what="the name of the graph").text
-        scan.expect("punct", "{")
-        while not (scan.token.kind == "punct" and scan.token.text == "}"):
-            if scan.token.kind == "end":
-                self.problems.append(scan.problem("the graph has no closing brace", scan.token.at))
-                break
-            self.line()
-        else:
-            scan.advance()
-            if scan.token.kind != "end":
-                self.problems.append(scan.problem("text after the graph", scan.token.at))
+        if self.statements() and scan.token.kind != "end":
+            self.problems.append(scan.problem("text after the graph", scan.token.at))
         if self.problems:
             raise ParseError(self.problems)
         return self.graph
+
+    def statements(self) -> bool:
+        """Parse statements in braces, and say whether the closing brace is there."""
+        scan = self.scan
+        scan.expect("punct", "{")
+        while not (scan.token.kind == "punct" and scan.token.text == "}"):
+            if scan.token.kind == "end":
+                what = f"the {'graph' if self.around is None else 'body'} has no closing brace"
+                self.problems.append(scan.problem(what, scan.token.at))
+                return False
+            self.line()
+        scan.advance()
+        return True
 
     def line(self) -> None:
         """Parse one statement; on an error note it and go on with the next line."""
@@ -81,19 +97,31 @@ class _Parser:
         try:
             self.statement(start)
         except ParseError as error:
-            self.problems.extend(error.problems)
+            # Those of a body are there already: both parsers note in one list.
+            self.problems.extend(p for p in error.problems if p not in self.problems)
             self.recover(start)
         except _Poisoned:
             self.recover(start)
+        except _WrongBody:
+            self.poison(start)
         if len(self.problems) >= MAX_PROBLEMS:
             raise ParseError(self.problems)
 
-    def recover(self, start: Token) -> None:
-        text = self.scan.text
-        end = text.find("\n", start.at)
-        end = len(text) if end < 0 else end
-        head = text[start.at : end].split("=", 1)[0].split(":", 1)[0]
+    def poison(self, start: Token) -> str:
+        """Note that what the line from `start` on defines means nothing, and return the line."""
+        end = self.scan.text.find("\n", start.at)
+        line = self.scan.text[start.at : end if end >= 0 else None]
+        head = line.split("=", 1)[0].split(":", 1)[0]
         self.poisoned.update(w.strip(" ,")[1:] for w in head.split() if w.startswith("%"))
+        return line
+
+    def recover(self, start: Token) -> None:
+        text, line = self.scan.text, self.poison(start)
+        end = start.at + len(line)
+        if start.kind == "value" and line.rstrip().endswith("{"):
+            # What a wrong line repeats means nothing without it.
+            close = _CLOSING.search(text, end)
+            end = close.end() if close is not None else len(text)
         while True:
             try:
                 self.scan.jump(end)
@@ -109,14 +137,12 @@ class _Parser:
             self.node()
             return
         keyword = self.scan.expect("name", what="a statement").text
-        handler = {
-            "attr": self.attr,
-            "input": self.input,
-            "param": self.param,
-            "output": self.output,
-        }.get(keyword)
+        handlers = {"input": self.input, "output": self.output}
+        if self.around is None:
+            handlers |= {"attr": self.attr, "param": self.param}
+        handler = handlers.get(keyword)
         if handler is None:
-            hint = nearest(keyword, ("attr", "input", "param", "output"))
+            hint = nearest(keyword, handlers)
             raise self.scan.error(f"unknown statement {printable(keyword)!r}", start.at, hint=hint)
         handler()
 
@@ -201,6 +227,10 @@ class _Parser:
         names = [t.text[1:] for t in results]
         if len(set(names)) != len(names):
             raise scan.error("a node defines one value twice", results[0].at)
+        if "body" in entry.attrs:
+            if "body" in attrs:
+                raise scan.error("a body stands in braces after the line", word.at)
+            attrs = {**attrs, "body": self.body(word)}
         made = self.guarded(
             word.at,
             lambda: graph.append(entry, operands, attrs, names=names, loc=loc, origin=origin),
@@ -215,6 +245,18 @@ class _Parser:
                 expected=", ".join(map(str, inferred)),
                 found=", ".join(map(str, types)),
             )
+
+    def body(self, word: Token) -> Graph:
+        """Parse what the node of the operation `word` repeats, in braces after its line."""
+        if self.around is not None:
+            raise self.scan.error("a scan within a scan", word.at, hint="unroll the inner one")
+        inner, before = _Parser(self.scan, self), len(self.problems)
+        if MESH in self.graph.attrs:
+            inner.graph.attrs[MESH] = self.graph.attrs[MESH]
+        whole = inner.statements()
+        if not whole or len(self.problems) > before:
+            raise _WrongBody
+        return inner.graph
 
     def operand(self) -> Value:
         token = self.scan.expect("value", what="a value")

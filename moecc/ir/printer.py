@@ -52,7 +52,7 @@ def format_attrs(entry: OpDef, attrs: Mapping[str, Any]) -> str:
     parts = [
         f"{name}={format_attr(spec, attrs[name])}"
         for name, spec in entry.attrs.items()
-        if attrs[name] != spec.default
+        if spec.kind != "region" and attrs[name] != spec.default
     ]
     return f" {{{', '.join(parts)}}}" if parts else ""
 
@@ -65,7 +65,7 @@ def format_loc(loc: str, origin: str) -> str:
 
 
 def format_node(node: Node) -> str:
-    """Return the line of one node, without indentation."""
+    """Return the line of one node, without indentation, and without what it repeats."""
     results = ", ".join(["%" + v.name for v in node.results])
     operands = "".join([" %" + v.name + "," for v in node.operands])[:-1]
     attrs = format_attrs(node.op, node.attrs) if node.attrs else ""
@@ -92,15 +92,29 @@ def lines(graph: Graph) -> Iterator[str]:
     yield f"graph {graph.name} {{"
     for key, value in graph.attrs.items():
         yield f"  attr {key} = {json.dumps(value, ensure_ascii=False)}"
-    for value in graph.inputs.values():
-        yield f"  input %{value.name} : {value.type}"
+    yield from _inputs(graph, "  ")
     for value in graph.params.values():
         yield "  " + _format_param(value)
-    for node in graph:
-        yield "  " + format_node(node)
-    for name, value in graph.outputs.items():
-        yield f"  output {name} = %{value.name}"
+    yield from _computation(graph, "  ")
     yield "}"
+
+
+def _inputs(graph: Graph, indent: str) -> Iterator[str]:
+    for value in graph.inputs.values():
+        yield f"{indent}input %{value.name} : {value.type}"
+
+
+def _computation(graph: Graph, indent: str) -> Iterator[str]:
+    """Yield the lines of nodes, what they repeat in braces, and those of outputs."""
+    for node in graph:
+        body = node.body
+        yield indent + format_node(node) + (" {" if body is not None else "")
+        if body is not None:
+            yield from _inputs(body, indent + "  ")
+            yield from _computation(body, indent + "  ")
+            yield indent + "}"
+    for name, value in graph.outputs.items():
+        yield f"{indent}output {name} = %{value.name}"
 
 
 def print_graph(graph: Graph) -> str:

@@ -12,7 +12,7 @@ from moecc.errors import InputError, Problem, printable
 _TOKEN = re.compile(
     r"""
     (?P<skip>(?:[ \t\r\n]+|\#[^\n]*)+)
-  | (?P<value>%[A-Za-z0-9_][A-Za-z0-9_.\-]*)
+  | (?P<value>%[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:\{[0-9.]+\}[A-Za-z0-9_.\-]*)*)
   | (?P<type>[a-z][a-z0-9]*\[[^\]\n]*\](?:\ unreduced\([^)\n]*\))?)
   | (?P<attrs>\{(?:[^{}"\n]|"(?:[^"\\\n]|\\.)*")*\})
   | (?P<loc>@[^\s]*)

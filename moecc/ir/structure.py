@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
@@ -24,7 +25,7 @@ def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
 
 
 def clone(graph: Graph) -> Graph:
-    """Return a copy of `graph` with the same names, sharing weight expressions."""
+    """Return a copy of `graph` with the same names, sharing weight expressions alone."""
     copy = Graph(graph.name, json.loads(json.dumps(graph.attrs)))
     values: dict[Value, Value] = {}
     for name, value in graph.inputs.items():
@@ -36,7 +37,7 @@ def clone(graph: Graph) -> Graph:
         made = copy.append(
             node.op,
             [values[v] for v in node.operands],
-            node.attrs,
+            copied(node.attrs),
             names=names,
             loc=node.loc,
             origin=node.origin,
@@ -45,6 +46,12 @@ def clone(graph: Graph) -> Graph:
     for name, value in graph.outputs.items():
         copy.set_output(name, values[value])
     return copy
+
+
+def copied(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the attributes of a node, with a graph of its own to repeat."""
+    body = attrs.get("body")
+    return {**attrs, "body": clone(body)} if body is not None else dict(attrs)
 
 
 def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
@@ -59,10 +66,11 @@ def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
     return (type.dtype, axes, type.unreduced)
 
 
-def structure(graph: Graph) -> Iterator[object]:
+def structure(graph: Graph, *, named: bool = True) -> Iterator[object]:
     """Yield what `graph` says, a statement at a time, with values by number instead of name.
 
     The names of inputs, parameters and outputs count; those of other values, and locations, don't.
+    Of a graph that is not `named`, which a node repeats, inputs and outputs go by their order.
     """
     numbers: dict[Value, int] = {}
     yield json.dumps(graph.attrs, sort_keys=True)
@@ -70,7 +78,7 @@ def structure(graph: Graph) -> Iterator[object]:
     yield ",".join(graph.attrs.get(MESH) or ())
     for name, value in graph.inputs.items():
         numbers[value] = len(numbers)
-        yield ("input", name, value.type)
+        yield ("input", name if named else "", value.type)
     for name, value in graph.params.items():
         numbers[value] = len(numbers)
         yield ("param", name, value.type, value.weight)
@@ -79,8 +87,17 @@ def structure(graph: Graph) -> Iterator[object]:
         for value in node.results:
             numbers[value] = len(numbers)
         types = tuple(_type_key(v.type, numbers) for v in node.results)
-        yield (node.op.name, uses, tuple(node.attrs.items()), types)
-    yield tuple((n, numbers[v]) for n, v in graph.outputs.items())
+        yield (node.op.name, uses, attributes(node.attrs), types)
+    yield tuple((n if named else "", numbers[v]) for n, v in graph.outputs.items())
+
+
+def attributes(attrs: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return the attributes of a node, what it repeats by its structure."""
+    if "body" not in attrs:
+        return tuple(attrs.items())
+    return tuple(
+        (n, tuple(structure(v, named=False)) if n == "body" else v) for n, v in attrs.items()
+    )
 
 
 def equal(a: Graph, b: Graph) -> bool:

@@ -8,7 +8,10 @@ from dataclasses import replace
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.mesh import Mesh, mesh_of, misplaced
+from moecc.ir.ranges import lengths
+from moecc.ir.table.repetition import repetitions
 from moecc.ir.types import TensorType
 
 MAX_PROBLEMS = 20
@@ -126,6 +129,26 @@ def _check_node(node: Node, defined: set[Value], problems: list[Problem]) -> Non
                 "infer it again after changing operands or attributes",
             )
         )
+    if node.body is not None:
+        problems.extend(_check_body(node, node.body))
+
+
+def _check_body(node: Node, body: Graph) -> Iterator[Problem]:
+    """Yield what is wrong within what a node repeats."""
+    try:
+        verify(body)
+    except VerifyError as error:
+        for p in error.problems:
+            place = f"{where(node)}: {p.where or 'its body'}"
+            yield Problem(p.what, place, p.expected, p.found, p.hint)
+    if body.attrs.get(MESH) != node.graph.attrs.get(MESH):
+        found, wanted = (str(g.attrs.get(MESH)) for g in (body, node.graph))
+        yield Problem("the body lies on another mesh than the graph", where(node), wanted, found)
+    _, runs = repetitions(node.attrs)
+    for inner in body:
+        if not lengths(inner.loc) <= {runs}:
+            what = f"the location {inner.loc!r} is not one for each run"
+            yield Problem(what, where(node), f"ranges of {runs} numbers")
 
 
 def _check_uses(node: Node, defined: set[Value], problems: list[Problem]) -> None:

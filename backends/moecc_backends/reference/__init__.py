@@ -12,6 +12,7 @@ from moecc_backends.reference import (
     placing,
     random,
     reduction,
+    repetition,
     routing,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "placing",
     "random",
     "reduction",
+    "repetition",
     "routing",
 ]

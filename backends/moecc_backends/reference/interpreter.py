@@ -7,7 +7,7 @@ to 1e-12 or so; only a cast to a narrower type rounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +106,9 @@ class _State:
             with np.errstate(all="ignore"):
                 made = MEANINGS[node.op.name](*operands, **node.attrs)
         except InputError as error:
-            raise InputError(replace(p, where=where(node)) for p in error.problems) from None
+            raise InputError(
+                replace(p, where=p.where or where(node)) for p in error.problems
+            ) from None
         results = made if isinstance(made, tuple) else (made,)
         pairs = list(zip(node.results, map(self.finish, results, node.results), strict=True))
         for value, array in pairs:
@@ -127,6 +129,24 @@ class _State:
         if ragged is not None and isinstance(ragged.size, Extent):
             array = poisoned(array, ragged.name, self.placements[ragged.size.value])
         return replace(array, dtype=value.type.dtype)
+
+
+def run_body(body: Graph, arrays: Sequence[Array]) -> tuple[Array, ...]:
+    """Return the outputs, in order, of a graph that a node repeats.
+
+    Args:
+      body: the graph.
+      arrays: what its inputs are this time, in order.
+
+    Raises:
+      InputError: a node cannot work on the data.
+    """
+    given = dict(zip(body.inputs.values(), arrays, strict=True))
+    # Outputs are uses too, so what is returned is never forgotten on the way.
+    state = _State(given, {}, {v: sum(v.users.values()) for v in given})
+    for node in body:
+        state.step(node)
+    return tuple(state.arrays[v] for v in body.terminator.operands)
 
 
 def bind(graph: Graph, params: Arrays, inputs: Arrays) -> dict[Value, Data]:

@@ -18,15 +18,17 @@ from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.dtypes import F32, F64, DType
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.kept import only_routes
 from moecc.ir.verify import where
 from moecc_backends.xla import lower_attention as lower_attention
 from moecc_backends.xla import lower_collectives as lower_collectives
+from moecc_backends.xla import lower_contract as lower_contract
 from moecc_backends.xla import lower_moe as lower_moe
 from moecc_backends.xla import lower_plain as lower_plain
 from moecc_backends.xla import lower_routing as lower_routing
+from moecc_backends.xla import lower_scan as lower_scan
 from moecc_backends.xla.context import LOWERINGS, Context, lower_node
 from moecc_backends.xla.dtypes import accumulator
-from moecc_backends.xla.lower_contract import feeds_route
 from moecc_backends.xla.named import Named, Operand
 from moecc_backends.xla.segments import Segment, segments
 
@@ -62,7 +64,9 @@ def trace(
     # What another segment computed has its type already: a loss may be wider than the model.
     values: dict[Value, Operand] = {
         v: Named(
-            entered(array, dtype, precise=_is_router(v)) if v.node is None else array,
+            entered(array, dtype, precise=v.is_param and only_routes(v))
+            if v.node is None
+            else array,
             v.type.names,
         )
         for v, array in given.items()
@@ -72,11 +76,6 @@ def trace(
         results = lower_node(context, node, [values[v] for v in node.operands])
         values.update(zip(node.results, results, strict=True))
     return values
-
-
-def _is_router(value: Value) -> bool:
-    """Whether all that is done with a parameter is to make the logits of routers."""
-    return value.is_param and all(map(feeds_route, value.users))
 
 
 def jax_inputs(graph: Graph, inputs: Arrays) -> dict[str, Any]:

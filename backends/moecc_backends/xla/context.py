@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jax.ad_checkpoint import checkpoint_name
+
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
+from moecc.ir.kept import kept_name
 from moecc.ir.verify import where
 from moecc_backends.xla.named import Operand, Rows
 from moecc_backends.xla.packing import Packing
@@ -60,4 +63,11 @@ def lower_node(ctx: Context, node: Node, operands: list[Operand]) -> tuple[Opera
         result = function(ctx, node, *operands)
     except InputError as error:
         raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
-    return result if isinstance(result, tuple) else (result,)
+    results = result if isinstance(result, tuple) else (result,)
+    known = kept_name(node)
+    return results if known is None else (_named(results[0], known), *results[1:])
+
+
+def _named(x: Operand, name: str) -> Operand:
+    """Return `x` under the name by which a policy of rematerialisation knows it."""
+    return replace(x, array=checkpoint_name(x.array, name))  # type: ignore[no-untyped-call]

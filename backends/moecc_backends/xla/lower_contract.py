@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
+from moecc.ir.kept import feeds_route
 from moecc_backends.xla.capacity import slot_matmul
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dtypes import accumulator
@@ -31,28 +32,6 @@ def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
         return _rows_times(ctx, node, x, w)
     assert isinstance(w, Rows), "one of the two is"
     return _rows_times(ctx, node, w, x)
-
-
-_BEFORE_ROUTE = frozenset(
-    ("add", "sub", "mul", "scale", "mask", "select", "cast", "stop_gradient", "softmax", "split")
-)
-"""What may stand between a router's product and the choice: a bias, noise, a mask, parts."""
-
-_STEPS_TO_ROUTE = 4
-"""How far the choice may be: a residual stream is a chain of sums without end."""
-
-
-def feeds_route(node: Node) -> bool:
-    """Whether `node` makes the logits of a router, bare or after a few steps."""
-    if node.op.name != "contract":
-        return False
-    users = list(node.result.users)
-    for _ in range(_STEPS_TO_ROUTE):
-        if any(user.op.name in ("route", "expert_choice") for user in users):
-            return True
-        between = [user for user in users if user.op.name in _BEFORE_ROUTE]
-        users = [later for user in between for later in user.result.users]
-    return False
 
 
 def einsum(x: Named, w: Named, over: tuple[str, ...]) -> Named:

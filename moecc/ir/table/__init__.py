@@ -10,6 +10,7 @@ from moecc.ir.table import (
     placing,
     random,
     reduction,
+    repetition,
     routing,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "placing",
     "random",
     "reduction",
+    "repetition",
     "routing",
 ]

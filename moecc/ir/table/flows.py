@@ -28,7 +28,7 @@ _ALIKE = (
     *UNARY,
     *("neg", "scale", "stop_gradient", "add", "sub", "mul", "div", "maximum", "minimum"),
     *("cast", "select", "mask", "less", "equal", "constant", "fold_key", "broadcast", "one_hot"),
-    *("random_uniform", "random_normal", "causal", "relative_buckets", "hash_experts"),
+    *("random_uniform", "random_normal", "causal", "relative_buckets", "hash_experts", "stack"),
 )
 
 
@@ -48,7 +48,7 @@ def _mixing(name: str) -> None:
 
 for _name in ("softmax", "rms_norm", "layer_norm", "max", "logsumexp", "rope", "rotate", "slice"):
     _mixing(_name)
-for _name in ("route", "keep_choices"):
+for _name in ("route", "keep_choices", "index"):
     _mixing(_name)
 
 

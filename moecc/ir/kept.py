@@ -1,0 +1,82 @@
+"""Names of the values of a layer that rematerialisation may keep for the gradient.
+
+A backend marks what a node makes with its name here; ``scan {remat=save, save=(…)}`` lists those
+that are kept while everything else is computed again.
+"""
+
+from __future__ import annotations
+
+from moecc.ir.graph import Node, Value
+
+KEPT = ("router", "rows", "experts", "combine", "attention")
+"""A router's logits, dispatched rows, what experts make of them, and what a layer adds."""
+
+DEFAULT = ("combine", "attention")
+"""What is kept unless something else is asked for: what the sublayers add to the stream."""
+
+_BEFORE_ROUTE = frozenset(
+    ("add", "sub", "mul", "scale", "mask", "select", "cast", "stop_gradient", "softmax", "split")
+)
+"""What may stand between a router's product and the choice: a bias, noise, a mask, parts."""
+
+_STEPS_TO_ROUTE = 4
+"""How far the choice may be: a residual stream is a chain of sums without end."""
+
+_STEPS_TO_ATTENTION = 3
+"""How far a projection may be from the product with the weights: parts are merged between."""
+
+
+def kept_name(node: Node) -> str | None:
+    """Return the name of what `node` makes, by what makes or uses it; None for most nodes."""
+    if node.op.name in ("combine", "dispatch"):
+        return "combine" if node.op.name == "combine" else "rows"
+    if any(
+        u.op.name == "combine" and u.operands[0].node is node for v in node.results for u in v.users
+    ):
+        return "experts"
+    if feeds_route(node):
+        return "router"
+    return "attention" if _projects_attention(node) else None
+
+
+def feeds_route(node: Node) -> bool:
+    """Whether `node` makes the logits of a router, bare or after a few steps."""
+    if node.op.name != "contract":
+        return False
+    users = list(node.result.users)
+    for _ in range(_STEPS_TO_ROUTE):
+        if any(user.op.name in ("route", "expert_choice") for user in users):
+            return True
+        between = [user for user in users if user.op.name in _BEFORE_ROUTE]
+        users = [later for user in between for later in user.result.users]
+    return False
+
+
+def _projects_attention(node: Node) -> bool:
+    """Whether `node` projects the product of values with the weights that a softmax made."""
+    source = node.operands[0].node if node.op.name == "contract" else None
+    for _ in range(_STEPS_TO_ATTENTION):
+        if source is None or source.op.name == "contract":
+            break
+        source = source.operands[0].node if source.operands else None
+    if source is None or source.op.name != "contract":
+        return False
+    return _softmax_behind(source.operands[0])
+
+
+def _softmax_behind(weights: Value) -> bool:
+    # Dropout may stand between the softmax and its use.
+    near = [weights, *(weights.node.operands if weights.node is not None else ())]
+    return any(v.node is not None and v.node.op.name == "softmax" for v in near)
+
+
+def only_routes(value: Value) -> bool:
+    """Whether all that is done with `value`, in bodies too, is to make the logits of routers."""
+    return all(_routes(user, value) for user in value.users)
+
+
+def _routes(user: Node, value: Value) -> bool:
+    if user.body is None:
+        return feeds_route(user)
+    inner = zip(user.operands, user.body.inputs.values(), strict=True)
+    return all(only_routes(i) for v, i in inner if v is value)

@@ -1,0 +1,98 @@
+"""Names and locations of several layers at once: ``layers.{0..29}.ffn``, ``layers.{3..23..4}.ffn``.
+
+A range holds the numbers from the first to the last, both included, by steps, as in a shell.  The
+element of a text at position i has the i-th number of each of its ranges.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})(?:\.\.(\d{1,9}))?\}")
+_NUMBER = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True)
+class Progression:
+    """The numbers ``start``, ``start + step`` …, `count` of them."""
+
+    start: int
+    step: int
+    count: int
+
+    @property
+    def last(self) -> int:
+        """The last of the numbers."""
+        return self.start + self.step * (self.count - 1)
+
+    def __str__(self) -> str:
+        step = f"..{self.step}" if self.step != 1 else ""
+        return f"{self.start}..{self.last}{step}"
+
+
+def progression(numbers: Sequence[int]) -> Progression | None:
+    """Return the rising progression that `numbers`, two at least, are, or None."""
+    if len(numbers) < 2:
+        return None
+    found = Progression(numbers[0], numbers[1] - numbers[0], len(numbers))
+    fits = all(n == found.start + i * found.step for i, n in enumerate(numbers))
+    return found if fits and found.step > 0 else None
+
+
+def varying(texts: Sequence[str]) -> tuple[list[str], dict[int, Progression]] | None:
+    """Return the pieces of the first of `texts`, and which of them are numbers that progress.
+
+    None if the texts, two at least, differ in anything else, or have ranges already.
+    """
+    split = [_NUMBER.split(text) for text in texts]
+    if len({len(pieces) for pieces in split}) != 1 or any(map(has_range, texts)):
+        return None
+    found: dict[int, Progression] = {}
+    for at, pieces in enumerate(zip(*split, strict=True)):
+        if len(set(pieces)) == 1:
+            continue
+        # The split puts numbers at odd places; one with leading zeros would not come back.
+        if at % 2 == 0 or any(len(p) > 9 or str(int(p)) != p for p in pieces):
+            return None
+        numbers = progression([int(p) for p in pieces])
+        if numbers is None:
+            return None
+        found[at] = numbers
+    return split[0], found
+
+
+def joined(texts: Sequence[str]) -> str | None:
+    """Return the text with ranges whose elements are `texts`, or None where there is none."""
+    if len(texts) < 2:
+        return texts[0] if texts and not has_range(texts[0]) else None
+    found = varying(texts)
+    if found is None:
+        return None
+    pieces, ranges = found
+    return "".join(f"{{{ranges[i]}}}" if i in ranges else p for i, p in enumerate(pieces))
+
+
+def element(text: str, at: int) -> str:
+    """Return the text that `text` stands for at position `at`."""
+    if "{" not in text:
+        return text
+    return _RANGE.sub(lambda m: str(int(m[1]) + at * int(m[3] or 1)), text)
+
+
+def has_range(text: str) -> bool:
+    """Return whether `text` stands for several."""
+    return "{" in text and _RANGE.search(text) is not None
+
+
+def lengths(text: str) -> set[int]:
+    """Return how many numbers each range of `text` has; 0 stands for a range that is none."""
+    if "{" not in text:
+        return set()
+    return {_length(int(m[1]), int(m[2]), int(m[3] or 1)) for m in _RANGE.finditer(text)}
+
+
+def _length(first: int, last: int, step: int) -> int:
+    whole = step > 0 and last >= first and (last - first) % step == 0
+    return (last - first) // step + 1 if whole else 0

@@ -1,0 +1,213 @@
+"""A body that is repeated, and what goes with it: stacking values, and picking one of a stack.
+
+``scan`` is the only operation with a region.  The body is a graph of its own, closed: what it uses
+of the graph around it comes in as an operand, so use lists, rewrites and dead-code elimination see
+all there is to see without looking inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from moecc.errors import InputError, Problem
+from moecc.ir.mesh import ATTRIBUTE as MESH
+from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
+from moecc.ir.types import Axis, TensorType
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Graph, Value
+
+REMATERIALISATION = ("none", "full", "save")
+"""What is kept of a repetition for the gradient: everything, its operands, or named values."""
+
+
+def _infer_stack(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    first = operands[0].type
+    for value in operands:
+        if value.type != first:
+            raise InputError(
+                "only values of one type are stacked", expected=str(first), found=str(value.type)
+            )
+    if first.extents:
+        raise InputError("values whose sizes a place sets are not stacked", found=str(first))
+    return (stacked(first, Axis(attrs["axis"], len(operands))),)
+
+
+def stacked(type: TensorType, axis: Axis) -> TensorType:
+    """Return `type` with `axis` in front. Raises: InputError where it has one of that name."""
+    if axis.name in type:
+        raise InputError(f"there is an axis {axis.name!r} already", found=str(type))
+    return type.with_axes((axis, *type.axes))
+
+
+register(
+    OpDef(
+        "stack",
+        "The operands, one after the other along a new axis, which is the first.",
+        ("x",),
+        _infer_stack,
+        attrs={"axis": Attr("axis", doc="the new axis")},
+        results=("stacked",),
+        variadic=True,
+    )
+)
+
+
+def _infer_index(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type = operands[0].type
+    axis = axis_of(type, attrs["axis"])
+    no_ragged(type, (axis.name,), "cannot pick")
+    if not isinstance(axis.size, int) or not 0 <= attrs["at"] < axis.size:
+        raise InputError(
+            f"there is no position {attrs['at']} on the axis {axis.name!r}",
+            found=str(type),
+            expected="0 <= at < size, and a known size",
+        )
+    return (type.without(axis.name),)
+
+
+register(
+    OpDef(
+        "index",
+        "x at one position of an axis, which is gone then.",
+        ("x",),
+        _infer_index,
+        attrs={"axis": Attr("axis", doc="the axis"), "at": Attr("int", doc="the position")},
+        mixes=mixes_axis,
+        linear=(0,),
+    )
+)
+
+
+def repetitions(attrs: Attrs) -> tuple[str, int]:
+    """Return the name of the axis that a ``scan`` runs along, and how often the body runs."""
+    (over,) = attrs["over"]
+    return over  # type: ignore[no-any-return]
+
+
+def _infer_scan(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    over = attrs["over"]
+    if len(over) != 1 or not isinstance(over[0][1], int) or over[0][1] < 1:
+        raise InputError("a scan runs along one axis of known size", found=str(over))
+    carries, count = attrs["carries"], attrs["stacked"]
+    if carries < 0 or count < 0 or carries + count > len(operands):
+        raise InputError(
+            "a scan has carries, then stacked operands, then captured ones",
+            expected=f"carries + stacked <= {len(operands)}, the operands",
+            found=f"{carries} + {count}",
+        )
+    if attrs["save"] and attrs["remat"] != "save":
+        raise InputError("names are saved under remat=save alone", found=f"remat={attrs['remat']}")
+    body: Graph = attrs["body"]
+    axis = Axis(*repetitions(attrs))
+    problems = [*_about_body(body, carries), *_about_operands(operands, body, attrs, axis)]
+    if problems:
+        raise InputError(problems)
+    made = [v.type for v in body.terminator.operands]
+    return (*made[:carries], *(stacked(t, axis) for t in made[carries:]))
+
+
+def _about_body(body: Graph, carries: int) -> list[Problem]:
+    found = []
+    more = [*(f"param %{n}" for n in body.params), *(n for n in body.attrs if n != MESH)]
+    if more:
+        what = "a body has inputs, nodes and outputs, and nothing else"
+        found.append(Problem(what, found=", ".join(more)))
+    if len(body.output_names) < max(carries, 1):
+        found.append(
+            Problem(
+                "a body returns its carries, and something at all",
+                expected=f"{max(carries, 1)} outputs",
+                found=str(len(body.output_names)),
+            )
+        )
+    if any(node.body is not None for node in body):
+        found.append(Problem("a scan within a scan", hint="unroll the inner one"))
+    open_types = [
+        f"{value!r}"
+        for value in (*body.inputs.values(), *body.terminator.operands)
+        if value.type.extents
+    ]
+    if open_types:
+        what = "sizes that a place sets do not go in or out of a body"
+        found.append(Problem(what, found=", ".join(open_types)))
+    return found
+
+
+def _about_operands(
+    operands: Sequence[Value], body: Graph, attrs: Attrs, axis: Axis
+) -> list[Problem]:
+    carries, count = attrs["carries"], attrs["stacked"]
+    given = [v.type for v in operands]
+    wanted = [v.type for v in body.inputs.values()]
+    for at in range(carries, carries + count):
+        if axis.name not in given[at] or given[at][axis.name].size != axis.size:
+            return [
+                Problem(
+                    f"operand {at} is stacked, and has no axis {axis}",
+                    found=repr(operands[at]),
+                )
+            ]
+        given[at] = given[at].without(axis.name)
+    found = []
+    if given != wanted:
+        found.append(_differing("the inputs of the body are not its operands", given, wanted))
+    made = [v.type for v in body.terminator.operands[:carries]]
+    if made != given[: len(made)]:
+        what = "a carry comes out of the body as another type than it goes in"
+        found.append(_differing(what, given[: len(made)], made))
+    return found
+
+
+def _differing(what: str, wanted: list[TensorType], found: list[TensorType]) -> Problem:
+    for at, (a, b) in enumerate(zip(wanted, found, strict=False)):
+        if a != b:
+            return Problem(f"{what}: number {at}", expected=str(a), found=str(b))
+    return Problem(what, expected=f"{len(wanted)}", found=f"{len(found)}")
+
+
+def _mixes_all(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+    # A body may do anything, so a scan is taken to mix whatever axes come in.
+    return tuple(dict.fromkeys(n for v in operands for n in v.type.names))
+
+
+SCAN_DOC = """The body, run once for each position of an axis, one after the other.
+
+        Operands are the carries, then the stacked ones, then the captured ones; the body has an
+        input for each. A carry goes in as it came out of the run before. A stacked operand goes in
+        at the position of the run, without the axis. A captured one goes in as it is. The body
+        returns the carries, then what is stacked: results are the last carries, and the others of
+        all runs along the axis, which comes first.
+
+        remat is what is kept of a run for the gradient. none: everything that the gradient needs.
+        full: the operands of the run alone; the rest is computed again. save: the values of the
+        names in `save`, which a backend gives, and the rest is computed again. It never changes
+        a value."""
+
+
+def _scan_attributes() -> dict[str, Any]:
+    return {
+        "over": Attr("sizes", doc="the axis, and how often the body runs"),
+        "carries": Attr("int", 0, doc="how many of the operands are carries"),
+        "stacked": Attr("int", 0, doc="how many of them are stacked"),
+        "remat": Attr("str", "none", REMATERIALISATION, doc="what is kept for the gradient"),
+        "save": Attr("words", (), doc="remat=save: the names of what is kept"),
+        "body": Attr("region", doc="what is repeated, in braces after the line"),
+    }
+
+
+register(
+    OpDef(
+        "scan",
+        SCAN_DOC,
+        ("x",),
+        _infer_scan,
+        attrs=_scan_attributes(),
+        results=("y",),
+        mixes=_mixes_all,
+        variadic=True,
+        places=True,
+    )
+)

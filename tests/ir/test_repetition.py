@@ -1,0 +1,282 @@
+"""Graphs that repeat a body: text and structure, what the verifier refuses, names with ranges."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.ir import (
+    F32,
+    Builder,
+    Graph,
+    ParseError,
+    VerifyError,
+    clone,
+    equal,
+    fingerprint,
+    parse,
+    print_graph,
+    tensor,
+    verify,
+)
+from moecc.ir.literals import parse_type
+from moecc.ir.mesh import set_mesh
+from moecc.ir.ranges import element, has_range, joined, lengths
+from moecc.testing import laws
+
+TEXT = """moecc 1
+graph g {
+  input %x : f32[batch=B, embed=4]
+  param %layers.{0..2}.w : f32[layer=3, embed=4] = full(0.5 : f32[layer=3, embed=4]) @layers.{0..2}.ffn
+  param %g : f32[embed=4]
+  %y, %s = scan %x, %layers.{0..2}.w, %g {over=(layer=3), carries=1, stacked=1} : f32[batch=B, embed=4], f32[layer=3, batch=B] @layers {
+    input %h : f32[batch=B, embed=4]
+    input %w : f32[embed=4]
+    input %g : f32[embed=4]
+    %n = rms_norm %h, %g {axis=embed} : f32[batch=B, embed=4] @layers.{0..2}.ffn
+    %a = mul %n, %w : f32[batch=B, embed=4] @layers.{0..2}.ffn
+    %o = add %h, %a : f32[batch=B, embed=4] @layers.{0..2}.ffn by test/fold
+    %m = mean %o {axes=embed} : f32[batch=B] @layers.{0..2}.ffn
+    output h = %o
+    output m = %m
+  }
+  %z = silu %y : f32[batch=B, embed=4]
+  output z = %z
+  output s = %s
+}
+"""  # noqa: E501
+
+
+def body_of(graph: Graph) -> Graph:
+    (found,) = (node.body for node in graph if node.body is not None)
+    return found
+
+
+def test_the_text_is_the_graph() -> None:
+    graph = parse(TEXT)
+    laws.check_graph(graph)
+    assert print_graph(graph) == TEXT
+    body = body_of(graph)
+    assert [v.name for v in body.inputs.values()] == ["h", "w", "g"]
+    assert body.output_names == ["h", "m"]
+    assert not set(body) & set(body_of(clone(graph))), "a copy has a body of its own"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("%n = rms_norm %h, %g {axis=embed}", "%n = rms_norm %h, %w {axis=embed}"),
+        ("mul %n, %w", "mul %h, %w"),
+        ("output h = %o\n    output m = %m", "output h = %o\n    output m = %m\n    output a = %o"),
+        ("carries=1, stacked=1}", "carries=1, stacked=1, remat=full}"),
+    ],
+)
+def test_what_the_body_says_counts(old: str, new: str) -> None:
+    text = TEXT.replace(old, new)
+    if "output a" in new:
+        made = "f32[layer=3, batch=B]"
+        text = text.replace("%y, %s = ", "%y, %s, %t = ")
+        text = text.replace(f"{made} @", f"{made}, f32[layer=3, batch=B, embed=4] @")
+    one, other = parse(TEXT), parse(text)
+    verify(other)
+    assert not equal(one, other)
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_the_names_in_the_body_do_not_count() -> None:
+    other = parse(TEXT.replace("output m =", "output mean =").replace("%h", "%hidden"))
+    assert equal(parse(TEXT), other)
+    assert fingerprint(parse(TEXT)) == fingerprint(other)
+
+
+ERRORS = {
+    "a scan within a scan": (
+        "    output h = %o\n",
+        "    %q = scan %o {over=(layer=2), carries=1} : f32[batch=B, embed=4] {\n"
+        "      input %i : f32[batch=B, embed=4]\n      output i = %i\n    }\n    output h = %o\n",
+    ),
+    "unknown statement 'param'": ("    input %w :", "    param %w :"),
+    "the inputs of the body are not its operands": ("input %w : f32[embed=4]", "input %w : f32[]"),
+    "a carry comes out of the body as another type": ("output h = %o", "output h = %m"),
+    "operand 1 is stacked, and has no axis layer=2": ("over=(layer=3)", "over=(layer=2)"),
+    "a scan runs along one axis of known size": ("over=(layer=3)", "over=(layer=L)"),
+    "a scan has carries, then stacked operands": ("stacked=1", "stacked=3"),
+    "names are saved under remat=save alone": ("stacked=1", "stacked=1, save=(combine)"),
+    "the type of scan does not follow": ("f32[layer=3, batch=B] @layers", "f32[layer=3] @layers"),
+    "%nowhere is not defined": ("mul %n, %w", "mul %n, %nowhere"),
+    "expected {, found '%z'": (TEXT[TEXT.index(" {\n    input") : TEXT.index("\n  %z")], ""),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_a_wrong_text_is_told_with_its_place(message: str) -> None:
+    old, new = ERRORS[message]
+    assert old in TEXT
+    text = TEXT.replace(old, new, 1)
+    with pytest.raises(ParseError) as caught:
+        parse(text)
+    (problem,) = caught.value.problems
+    assert message in problem.what
+    assert str(problem.where).startswith("<text>:")
+
+
+def test_a_body_without_end_is_told_once() -> None:
+    text = TEXT[: TEXT.index("  }\n  %z")]
+    with pytest.raises(ParseError, match="the body has no closing brace"):
+        parse(text)
+
+
+def test_lines_within_a_body_are_all_told() -> None:
+    text = TEXT.replace("rms_norm %h", "rms_nom %h").replace("mean %o", "mean %oo")
+    with pytest.raises(ParseError) as caught:
+        parse(text)
+    assert [p.where for p in caught.value.problems] == ["<text>:10:10", "<text>:13:15"]
+
+
+def test_the_verifier_looks_into_bodies() -> None:
+    graph = parse(TEXT)
+    body = body_of(graph)
+    first, second, *_ = body
+    first.move_before(next(iter(n for n in body if n.op.name == "add")))
+    with pytest.raises(VerifyError, match="used before it is defined") as caught:
+        verify(graph)
+    assert "scan" in str(caught.value.problems[0].where)
+    assert second.op.name in str(caught.value.problems[0].where)
+
+
+def test_the_verifier_counts_the_ranges_of_locations() -> None:
+    last = "%m = mean %o {axes=embed} : f32[batch=B] @layers."
+    graph = parse(TEXT.replace(last + "{0..2}", last + "{0..3}"))
+    with pytest.raises(VerifyError, match=r"the location 'layers.{0..3}.ffn' is not one for each"):
+        verify(graph)
+
+
+def test_a_body_is_made_by_hand() -> None:
+    body = Graph("body")
+    h = body.input("h", tensor(F32, batch="B"))
+    body.set_output("h", Builder(body).silu(h))
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B"))
+    graph.set_output("y", Builder(graph).scan(x, over=(("layer", 4),), carries=1, body=body))
+    laws.check_graph(graph)
+    with pytest.raises(InputError, match="a graph, in braces after the line"):
+        Builder(graph).scan(x, over=(("layer", 4),), carries=1, body="body")
+
+
+def test_rows_of_experts_do_not_leave_a_body() -> None:
+    body = Graph("body")
+    tokens = body.input("tokens", tensor(F32, batch="B", expert=2))
+    b = Builder(body)
+    experts, _ = b.route(tokens, top_k=1)
+    place = b.place(experts, tokens="batch", experts=2)
+    rows = b.dispatch(b.sum(tokens, axes="expert"), experts, place)
+    body.set_output("rows", rows)
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B", expert=2))
+    with pytest.raises(InputError, match="sizes that a place sets do not go in or out"):
+        Builder(graph).scan(x, over=(("layer", 4),), body=body)
+
+
+def test_stack_and_index() -> None:
+    graph = Graph()
+    x, y = (graph.input(n, tensor(F32, batch="B", embed=2)) for n in "xy")
+    b = Builder(graph)
+    stacked = b.stack(x, y, axis="layer")
+    assert str(stacked.type) == "f32[layer=2, batch=B, embed=2]"
+    assert b.index(stacked, axis="layer", at=1).type == y.type
+    for at in (-1, 2):
+        with pytest.raises(InputError, match="there is no position"):
+            b.index(stacked, axis="layer", at=at)
+    with pytest.raises(InputError, match="only values of one type are stacked"):
+        b.stack(x, stacked, axis="new")
+    with pytest.raises(InputError, match="there is an axis 'embed' already"):
+        b.stack(x, y, axis="embed")
+
+
+PIECES = st.lists(
+    st.sampled_from(["a", ".", "layers", "e-", "{", "}", "..", "%", "{0..1}"]) | st.integers(0, 30),
+    max_size=6,
+)
+
+
+@given(PIECES, st.integers(0, 5), st.integers(-1, 3), st.integers(2, 5))
+@example(["layers.", 0, ".ffn"], 0, 1, 3)
+@example([1.5], 0, 1, 2)
+def test_a_range_stands_for_its_elements(
+    pieces: list[str | int], start: int, step: int, count: int
+) -> None:
+    texts = [
+        "".join(str(start + p + i * step) if isinstance(p, int) else str(p) for p in pieces)
+        for i in range(count)
+    ]
+    whole = joined(texts)
+    if whole is None:
+        numbers = any(isinstance(p, int) for p in pieces)
+        assert (numbers and step <= 0) or any(map(has_range, texts)) or "-" in "".join(texts) or (
+            any(isinstance(a, int) and isinstance(b, int) for a, b in pairwise(pieces))
+        )  # fmt: skip
+        return
+    assume(not any(map(has_range, texts)))
+    assert [element(whole, i) for i in range(count)] == texts
+    assert lengths(whole) <= {count}
+
+
+@pytest.mark.parametrize(
+    ("texts", "whole"),
+    [
+        (["layers.0.ffn", "layers.1.ffn"], "layers.{0..1}.ffn"),
+        (["block.3.layer.1", "block.7.layer.1"], "block.{3..7..4}.layer.1"),
+        (["a9", "a10", "a11"], "a{9..11}"),
+        (["same", "same"], "same"),
+        (["a1", "a2", "a4"], None),
+        (["a1", "b2"], None),
+        (["a2", "a1"], None),
+        (["a01", "a02"], None),
+        (["a{0..1}", "a{0..1}"], None),
+        (["alone"], "alone"),
+    ],
+)
+def test_texts_that_join(texts: list[str], whole: str | None) -> None:
+    assert joined(texts) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("a", set()), ("{0..2}{5..7}", {3}), ("{3..11..4}", {3}), ("{2..1}", {0}), ("{0..3..2}", {0})],
+)
+def test_how_many_a_range_stands_for(text: str, found: set[int]) -> None:
+    assert lengths(text) == found
+
+
+def test_a_body_lies_on_the_mesh_of_its_graph() -> None:
+    text = TEXT.replace("graph g {\n", 'graph g {\n  attr mesh = {"data": 2}\n')
+    text = text.replace("batch=B", "batch@data=B")
+    graph = parse(text)
+    laws.check_graph(graph)
+    assert print_graph(graph) == text
+    body_of(graph).attrs["mesh"] = {"data": 4}
+    with pytest.raises(VerifyError, match="the body lies on another mesh"):
+        verify(graph)
+    set_mesh(graph, None)
+    with pytest.raises(VerifyError, match="data"):
+        verify(graph)
+
+
+def test_stack_and_index_keep_placements() -> None:
+    graph = parse("""moecc 1
+graph g {
+  attr mesh = {"data": 2}
+  input %x : f32[batch@data=B, embed=2]
+  %s = stack %x, %x {axis=layer} : f32[layer=2, batch@data=B, embed=2]
+  %y = index %s {axis=layer, at=1} : f32[batch@data=B, embed=2]
+  output y = %y
+}
+""")
+    laws.check_graph(graph)
+    y = graph.input("y", parse_type("f32[batch@data=4]", graph.value))
+    with pytest.raises(InputError, match="index needs the axis 'batch' of %y whole"):
+        Builder(graph).index(y, axis="batch", at=0)

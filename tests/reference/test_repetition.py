@@ -1,0 +1,88 @@
+"""What repeating a body means, against a loop written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moecc.backend import get_backend
+from moecc.errors import InputError
+from moecc.ir import F32, I32, Builder, Graph, parse, tensor
+
+TEXT = """moecc 1
+graph g {
+  input %x : f32[batch=B, embed=4]
+  param %w : f32[layer=3, embed=4]
+  param %u : f32[embed=4, layer=3]
+  param %g : f32[embed=4]
+  %y, %s = scan %x, %w, %u, %g {over=(layer=3), carries=1, stacked=2} : f32[batch=B, embed=4], f32[layer=3, batch=B] {
+    input %h : f32[batch=B, embed=4]
+    input %w : f32[embed=4]
+    input %u : f32[embed=4]
+    input %g : f32[embed=4]
+    %b = mul %h, %g : f32[batch=B, embed=4]
+    %n = add %b, %w : f32[batch=B, embed=4]
+    %o = mul %n, %u : f32[batch=B, embed=4]
+    %m = sum %o {axes=embed} : f32[batch=B]
+    output h = %o
+    output m = %m
+  }
+  output y = %y
+  output s = %s
+}
+"""  # noqa: E501
+
+
+def test_a_scan_is_a_loop() -> None:
+    rng = np.random.default_rng(3)
+    x, w, u, g = (rng.normal(size=s) for s in ((2, 4), (3, 4), (4, 3), (4,)))
+    program = get_backend("reference").compile(parse(TEXT))
+    found = program.run({"w": w, "u": u, "g": g}, {"x": x})
+    sums = []
+    for at in range(3):
+        x = (x * g + w[at]) * u[:, at]
+        sums.append(x.sum(axis=1))
+    np.testing.assert_array_equal(found["y"], x)
+    np.testing.assert_array_equal(found["s"], np.stack(sums))
+
+
+def test_stacking_follows_names() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x, y = (graph.input(n, tensor(F32, batch=2, embed=3)) for n in "xy")
+    stacked = b.stack(x, y, axis="layer")
+    graph.set_output("all", stacked)
+    graph.set_output("second", b.index(stacked, axis="layer", at=1))
+    graph.set_output("column", b.index(stacked, axis="embed", at=2))
+    data = np.arange(12.0).reshape(2, 2, 3)
+    program = get_backend("reference").compile(graph)
+    found = program.run({}, {"x": data[0], "y": data[1]})
+    np.testing.assert_array_equal(found["all"], data)
+    np.testing.assert_array_equal(found["second"], data[1])
+    np.testing.assert_array_equal(found["column"], data[..., 2])
+
+
+def test_a_scan_without_carries_maps() -> None:
+    body = Graph("body")
+    body.set_output("y", Builder(body).silu(body.input("x", tensor(F32, batch=2))))
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch=2, step=5))
+    graph.set_output("y", Builder(graph).scan(x, over=(("step", 5),), stacked=1, body=body))
+    graph.set_output("z", Builder(graph).silu(x))
+    data = np.random.default_rng(0).normal(size=(2, 5))
+    found = get_backend("reference").compile(graph).run({}, {"x": data})
+    np.testing.assert_array_equal(found["y"].T, found["z"])
+
+
+def test_a_wrong_index_in_a_body_is_told_with_its_node() -> None:
+    body = Graph("body")
+    table = body.input("table", tensor(F32, vocab=4, embed=2))
+    ids = body.input("ids", tensor(I32, batch=3))
+    body.set_output("y", Builder(body, loc="layers.{0..1}.ffn").embedding(table, ids, axis="vocab"))
+    graph = Graph()
+    inputs = [graph.input("table", table.type), graph.input("ids", ids.type)]
+    graph.set_output("y", Builder(graph).scan(*inputs, over=(("layer", 2),), body=body))
+    program = get_backend("reference").compile(graph)
+    with pytest.raises(InputError, match="an index is outside the table") as caught:
+        program.run({}, {"table": np.zeros((4, 2)), "ids": np.array([0, 1, 4])})
+    assert "embedding" in str(caught.value.problems[0].where)

@@ -1,0 +1,219 @@
+"""Repetition through XLA: the values and gradients of the reference's loop, whatever is kept."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moecc_backends.xla.backend import function, jax_inputs
+
+from moecc.backend import get_backend
+from moecc.ir import BF16, F32, Builder, Graph, Value, parse, tensor
+from moecc.ir.dtypes import KEY
+from moecc.ir.kept import KEPT
+from moecc.ir.types import TensorType
+
+RUNS = 3
+
+
+def sparse_body(runs: int = RUNS, embed: int = 6, mlp: int = 8) -> Graph:
+    """Return a body with attention and a mixture of experts, and a loss beside its carry."""
+    body = Graph("body")
+    h = body.input("h", tensor(F32, batch="B", seq="S", embed=embed))
+    q, k, v, o = (
+        body.input(n, tensor(F32, **{a: embed, b: embed}))
+        for n, a, b in (("q", "q", "embed"), ("k", "q", "embed"), ("v", "q", "embed"),
+                        ("o", "embed", "q"))
+    )  # fmt: skip
+    router = body.input("router", tensor(F32, expert=4, embed=embed))
+    up = body.input("up", tensor(F32, expert=4, mlp=mlp, embed=embed))
+    down = body.input("down", tensor(F32, expert=4, embed=embed, mlp=mlp))
+    b = Builder(body, loc=f"layers.{{0..{runs - 1}}}.attention")
+    query = b.contract(h, q, over="embed")
+    keys, values = (b.rename(b.contract(h, w, over="embed"), axis="seq", to="kv_seq")
+                    for w in (k, v))  # fmt: skip
+    weights = b.softmax(b.contract(query, keys, over="q"), axis="kv_seq")
+    h = b.add(h, b.contract(b.contract(weights, values, over="kv_seq"), o, over="q"))
+    b.loc = f"layers.{{0..{runs - 1}}}.ffn"
+    logits = b.contract(h, router, over="embed")
+    experts, gates = b.route(logits, top_k=2)
+    place = b.place(experts, tokens=("batch", "seq"), experts=4)
+    rows = b.contract(b.dispatch(h, experts, place), up, over="embed")
+    made = b.combine(b.contract(b.silu(rows), down, over="mlp"), experts, place, gates)
+    body.set_output("h", b.add(h, made))
+    loss = b.mean(b.square(b.logsumexp(logits, axes="expert")), axes=("batch", "seq"))
+    body.set_output("loss", loss)
+    return body
+
+
+def scanned(remat: str = "none", save: tuple[str, ...] = ()) -> Graph:
+    """Return a graph that repeats the body, with stacked parameters of all its weights."""
+    body, graph = sparse_body(), Graph()
+    given: list[Value] = []
+    for name, value in body.inputs.items():
+        if not given:
+            given.append(graph.input(name, value.type))
+        else:
+            # The axis need not come first.
+            axes = value.type.with_axes((*value.type.axes, *tensor(F32, layer=RUNS).axes))
+            given.append(graph.param(name, axes))
+    b = Builder(graph)
+    y, losses = b.scan(*given, over=(("layer", RUNS),), carries=1, stacked=len(given) - 1,
+                       remat=remat, save=save, body=body)  # fmt: skip
+    graph.set_output("y", y)
+    graph.set_output("loss", b.sum(losses, axes="layer"))
+    return graph
+
+
+def data(graph: Graph, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    sizes = {"B": 2, "S": 5}
+    shapes = {
+        n: [a.size if isinstance(a.size, int) else sizes[str(a.size)] for a in v.type.axes]
+        for n, v in {**graph.params, **graph.inputs}.items()
+    }
+    made = {n: rng.normal(size=s).astype("f4") / 2 for n, s in shapes.items()}
+    return {n: made[n] for n in graph.params}, {n: made[n] for n in graph.inputs}
+
+
+CASES = [("none", ()), ("full", ()), ("save", ()), ("save", ("router", "rows", "experts"))]
+
+
+@pytest.mark.parametrize(("remat", "save"), CASES)
+def test_values_are_those_of_the_reference(remat: str, save: tuple[str, ...]) -> None:
+    graph = scanned(remat, save)
+    params, inputs = data(graph)
+    expected = get_backend("reference").compile(graph).run(params, inputs)
+    found = get_backend("xla").compile(graph).run(params, inputs)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
+
+
+@cache
+def gradients(remat: str, save: tuple[str, ...]) -> dict[str, jax.Array]:
+    graph = scanned(remat, save)
+    params, inputs = data(graph)
+    run = function(graph)
+
+    def loss(params: dict[str, jax.Array]) -> jax.Array:
+        outputs = run(params, inputs)
+        return jnp.sum(jnp.square(outputs["y"])) + outputs["loss"]
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+@pytest.mark.parametrize(("remat", "save"), CASES[1:])
+def test_what_is_kept_changes_no_gradient(remat: str, save: tuple[str, ...]) -> None:
+    expected, found = gradients("none", ()), gradients(remat, save)
+    for name, array in expected.items():
+        scale = float(jnp.abs(array).max())
+        assert scale > 1e-3, name
+        np.testing.assert_allclose(found[name], array, atol=1e-5 * scale)
+
+
+def saved(remat: str, save: tuple[str, ...] = ()) -> int:
+    """Return how many numbers a scan keeps of all its runs for the gradient."""
+    graph = scanned(remat, save)
+    params, inputs = data(graph)
+    run = function(graph)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: run(p, inputs)["y"].sum()))(params)
+    forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
+    return sum(v.aval.size for v in forward.outvars)
+
+
+def test_less_is_kept_the_more_is_computed_again() -> None:
+    some = saved("save", ("attention",))
+    assert saved("full") < some < saved("save", KEPT) < saved("none")
+
+
+def test_a_carry_may_widen() -> None:
+    """The first run takes what was embedded in bfloat16, the others what a float32 loss made."""
+    text = """moecc 1
+graph g {
+  input %x : f32[batch=B]
+  param %w : f32[layer=3, expert=2]
+  %y = scan %x, %w {over=(layer=3), carries=1, stacked=1} : f32[batch=B] {
+    input %x : f32[batch=B]
+    input %w : f32[expert=2]
+    %s = broadcast %x, %t : f32[batch=B]
+    output y = %s
+  }
+  output y = %y
+}
+"""
+    text = text.replace(
+        "    %s = broadcast %x, %t : f32[batch=B]\n",
+        "    %t = logsumexp %w {axes=expert} : f32[]\n    %s = add %x, %t : f32[batch=B]\n",
+    )
+    graph = parse(text)
+    x, w = np.ones(2, "f4"), np.zeros((3, 2), "f4")
+    found = get_backend("xla").compile(graph, dtype=BF16).run({"w": w}, {"x": x})
+    np.testing.assert_allclose(found["y"], 1 + 3 * np.log(2), rtol=1e-2)
+
+
+def test_keys_are_stacked_and_captured() -> None:
+    body = Graph("body")
+    h, own, shared = (body.input("h", tensor(F32, batch=4)), body.input("own", TensorType(KEY)),
+                      body.input("shared", TensorType(KEY)))  # fmt: skip
+    b = Builder(body)
+    body.set_output("h", b.add(b.add(h, b.random_normal(own, h)), b.random_uniform(shared, h)))
+    graph = Graph()
+    x, key = graph.input("x", tensor(F32, batch=4)), graph.input("key", TensorType(KEY))
+    b = Builder(graph)
+    keys = b.stack(*(b.fold_key(key, by=i) for i in range(3)), axis="layer")
+    y = b.scan(x, keys, key, over=(("layer", 3),), carries=1, stacked=1, body=body)
+    graph.set_output("y", y)
+    inputs = {"x": np.zeros(4, "f4"), "key": np.array(7, np.uint64)}
+    expected = get_backend("reference").compile(graph).run({}, inputs)["y"]
+    found = get_backend("xla").compile(graph).run({}, inputs)["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    traced = jax.jit(function(graph))({}, jax_inputs(graph, inputs))["y"]
+    np.testing.assert_allclose(traced, expected, rtol=1e-5)
+
+
+def test_a_router_stays_in_float32() -> None:
+    """What only makes logits of routers is not rounded on its way into the body."""
+    graph = scanned()
+    params, inputs = data(graph)
+    run = function(graph, dtype=BF16)
+    jaxpr = str(jax.make_jaxpr(run)(params, inputs))
+    assert "f32[3,4,6]" in jaxpr, "the routers, by layer"
+    assert "bf16[3,4,8,6]" in jaxpr, "the experts, by layer"
+    assert "bf16[3,4,6]" not in jaxpr
+
+
+def test_picking_from_a_stack() -> None:
+    graph = Graph()
+    b = Builder(graph)
+    x, y = (graph.input(n, tensor(F32, batch=2, embed=3)) for n in "xy")
+    whole = b.stack(x, y, axis="layer")
+    for axis, at in (("layer", 1), ("embed", 2)):
+        graph.set_output(axis, b.index(whole, axis=axis, at=at))
+    arrays = np.arange(12, dtype="f4").reshape(2, 2, 3)
+    found = get_backend("xla").compile(graph).run({}, {"x": arrays[0], "y": arrays[1]})
+    np.testing.assert_array_equal(found["layer"], arrays[1])
+    np.testing.assert_array_equal(found["embed"], arrays[..., 2])
+
+
+def test_the_body_is_compiled_once() -> None:
+    """The program of sixty runs is no longer than that of six."""
+    lengths = []
+    for runs in (6, 60):
+        graph = parse(f"""moecc 1
+graph g {{
+  input %x : f32[batch=B]
+  %y = scan %x {{over=(layer={runs}), carries=1}} : f32[batch=B] {{
+    input %x : f32[batch=B]
+    %s = silu %x : f32[batch=B]
+    output y = %s
+  }}
+  output y = %y
+}}
+""")
+        lowered = jax.jit(function(graph)).lower({}, {"x": np.zeros(3, "f4")})
+        lengths.append(len(lowered.as_text().splitlines()))
+    assert lengths[0] == lengths[1]
