@@ -258,18 +258,23 @@ class LossBuilder:
     def _wanted(self) -> Value:
         """Return 1 for each choice that asks for a slot, ``[*tokens, choice]``."""
         b, given = self.builder, self.routed.given
-        made = b.broadcast(b.constant(value=1.0, dtype="f32"), self.routed.place)
+        made = self._named()
         for word in ("keep", "mask"):
             if word in given:
                 made = b.mask(made, given[word], fill=0.0)
-        return _value(made)
+        return made
 
     def _placed(self) -> Value:
         """Return 1 for each choice that has a slot, ``[*tokens, choice]``."""
         b, place = self.builder, self.routed.place
-        ones = b.broadcast(b.constant(value=1.0, dtype="f32"), place)
         none = b.constant(value=-1.0, dtype="i32")
-        return _value(b.mask(ones, b.less(none, place), fill=0.0))
+        return _value(b.mask(self._named(), b.less(none, place), fill=0.0))
+
+    def _named(self) -> Value:
+        """Return 1 for each choice that names an expert; of a type that counts are exact in."""
+        b = self.builder
+        hot = b.one_hot(self.routed.experts, into=(("expert", self.routed.count),))
+        return _value(b.sum(hot, axes="expert"))
 
     def _at_least_one(self, x: Value) -> Value:
         made: Value = self.builder.maximum(x, self._constant(1.0, x))

@@ -11,6 +11,19 @@ from moecc.ir.table.placing import PLACING, given_to
 
 
 @dataclass(frozen=True)
+class Router:
+    """Where a router's logits are made.
+
+    Attributes:
+      product: the contraction of tokens with the router's weight.
+      reader: the node that reads its result.
+    """
+
+    product: Node
+    reader: Node
+
+
+@dataclass(frozen=True)
 class RoutedLayer:
     """One mixture of experts.
 
@@ -65,6 +78,20 @@ class RoutedLayer:
             node = node.operands[0].node
         return node if node is not None and node.op.name == "contract" else None
 
+    @property
+    def router(self) -> Router | None:
+        """The product that makes logits, and what reads it; None where nothing is scored."""
+        behind = [self.placing]
+        for reader in behind:
+            for value in reader.operands[:1] if reader is self.placing else reader.operands:
+                if value.node is None:
+                    continue
+                if value.node.op.name == "contract":
+                    return Router(value.node, reader)
+                if value.node.op.name in _SCORING:
+                    behind.append(value.node)
+        return None
+
     def given(self) -> dict[str, Value]:
         """What the slots are given beside the experts, by word."""
         return given_to(self.placing.operands, self.placing.attrs)
@@ -77,6 +104,10 @@ class RoutedLayer:
         gates = self.route.results[1]
         clean, std = _clean(logits)
         return Routed(logits, self.experts, gates, self.place, clean, std)
+
+
+_SCORING = ("route", "split", "softmax", "add", "merge")
+"""What may stand between the router's product and the slots, noise and prototypes included."""
 
 
 def routed_layers(graph: Graph) -> list[RoutedLayer]:

@@ -14,42 +14,40 @@ ORIGIN = "specialize/"
 
 def is_added(value: Value) -> bool:
     """Return whether a specialisation made `value`."""
-    return value.node is not None and value.node.origin.startswith(ORIGIN)
+    return value.node is not None and _made_here(value.node)
 
 
 def undo(graph: Graph) -> None:
     """Remove all that specialisations added, their key included."""
     for layer in routed_layers(graph):
-        _undo_layer(layer)
+        _undo_slots(layer)
+    for node in (*graph, graph.terminator):
+        if not _made_here(node):
+            _undo_operands(node)
     for node in graph.walk_back():
-        if node.is_dead and node.origin.startswith(ORIGIN):
+        if node.is_dead and _made_here(node):
             node.erase()
     keys = [n for n, v in graph.inputs.items() if v.type.dtype.kind == "key" and not v.users]
     for name in keys:
         graph.erase_input(name)
 
 
-def _undo_layer(layer: RoutedLayer) -> None:
-    for node in _perturbed(layer):
-        for index, value in enumerate(node.operands):
-            node.set_operand(index, original(value))
+def _made_here(node: Node) -> bool:
+    return node.origin.startswith(ORIGIN)
+
+
+def _undo_slots(layer: RoutedLayer) -> None:
     kept = {w: v for w, v in layer.given().items() if not is_added(v)}
     if kept != layer.given():
         placed_anew(layer.placing, kept, {})
 
 
-def _perturbed(layer: RoutedLayer) -> list[Node]:
-    """Return the nodes whose operands may have been exchanged."""
-    nodes = [layer.combine]
-    last = layer.last_matrix
-    if last is not None:
-        nodes.append(last)
-    if layer.route is not None:
-        nodes.append(layer.route)
-        logits = original(layer.route.operands[0])
-        if logits.node is not None and logits.node.op.name == "contract":
-            nodes.append(logits.node)
-    return nodes
+def _undo_operands(node: Node) -> None:
+    for index, value in enumerate(node.operands):
+        before = original(value)
+        # An output may be a mask or a number that was added: there is nothing in its place.
+        if before is not value and before.type == value.type:
+            node.set_operand(index, before)
 
 
 def original(value: Value) -> Value:
