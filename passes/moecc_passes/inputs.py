@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moecc.errors import Problem
 from moecc.ir.dtypes import PRED
 from moecc.ir.graph import Graph, Value
 from moecc.ir.types import TensorType
@@ -32,23 +33,33 @@ def token_ids(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -
     return next(iter(mine or fitting), None)
 
 
-def padding_mask(
-    graph: Graph, name: str, like: TensorType, tokens: Sequence[str], loc: str
-) -> Value | None:
-    """Return the input `name`, true for tokens and false for padding, made where it is missing.
+def mask_name(loc: str) -> str:
+    """Return what the input is called that is true for tokens and false for padding."""
+    return "decoder_mask" if is_decoder(loc) else "mask"
 
-    In the decoder of an encoder-decoder it is called ``decoder_NAME``.  None where an input of
-    that name is something else.
-    """
-    chosen = f"decoder_{name}" if is_decoder(loc) else name
-    there = graph.inputs.get(chosen)
-    if there is not None:
-        fits = there.type.dtype == PRED and _same_tokens(there.type, like, tokens)
-        return there if fits else None
-    if chosen in graph:
+
+def mask_misfit(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -> Problem | None:
+    """Return why the input that should be the padding mask of a layer is none, or None."""
+    there = graph.inputs.get(mask_name(loc))
+    if there is None or (there.type.dtype == PRED and _same_tokens(there.type, like, tokens)):
         return None
-    axes = tuple(like[n] for n in tokens)
-    return graph.input(chosen, TensorType(PRED, axes))
+    wanted = TensorType(PRED, tuple(like[n] for n in tokens))
+    return Problem(f"%{there.name} is no padding mask", loc, str(wanted), str(there.type))
+
+
+def padding_mask(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -> Value:
+    """Return the padding mask of a layer, an input that is made where it is missing.
+
+    Args:
+      graph: the graph, in which `mask_misfit` finds nothing.
+      like: the type of a value of the layer.
+      tokens: the axes of `like` that number tokens.
+      loc: the place of the layer.
+    """
+    name = mask_name(loc)
+    if name in graph.inputs:
+        return graph.inputs[name]
+    return graph.input(name, TensorType(PRED, tuple(like[n] for n in tokens)))
 
 
 def _same_tokens(type: TensorType, like: TensorType, tokens: Sequence[str]) -> bool:

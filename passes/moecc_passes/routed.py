@@ -57,17 +57,22 @@ class RoutedLayer:
         return self.combine.operands[1]
 
     @property
+    def tokens(self) -> tuple[str, ...]:
+        """The token axes, outermost first."""
+        tokens: tuple[str, ...] = self.placing.attrs["tokens"]
+        return tokens
+
+    @property
     def top_k(self) -> int:
         """The choices of a token."""
-        (size,) = (a.size for a in self.place.type if a.name not in self.placing.attrs["tokens"])
+        (size,) = (a.size for a in self.place.type if a.name not in self.tokens)
         assert isinstance(size, int), "the choices are counted"
         return size
 
     @property
     def choice(self) -> str:
         """The name of the axis of choices."""
-        tokens = self.placing.attrs["tokens"]
-        (name,) = (n for n in self.place.type.names if n not in tokens)
+        (name,) = (n for n in self.place.type.names if n not in self.tokens)
         return name
 
     @property

@@ -9,9 +9,11 @@ import numpy as np
 from moecc.ir import F64, I32, PRED, Builder, Graph, Value, tensor
 from moecc.pipeline.passes import Context, Pass, PassResult
 from moecc.testing import run_reference
+from moecc.weights.expr import Source
 
 Data = np.ndarray[Any, Any]
 TOKENS = ("batch", "seq")
+EMBED, MLP, VOCAB = 4, 6, 11
 
 
 def router(
@@ -54,6 +56,52 @@ def slots(choices: Data, experts: int, priority: Data | None = None, **attrs: An
 def best(scores: Data, k: int) -> Data:
     """Return the `k` best experts of each token by ``[token, expert]``, the lowest of equals."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def transformer(layers: int = 8, *, causal: bool = True) -> Graph:
+    """Return a small dense decoder, or encoder: embedding, attention, gated blocks, a head."""
+    graph = Graph("dense")
+    b = Builder(graph)
+    ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
+
+    def param(name: str, **sizes: int) -> Value:
+        type = tensor(F64, **sizes)
+        return graph.param(name, type, Source(name, type), loc=b.loc)
+
+    with b.at("embed"):
+        x = b.embedding(param("table", vocab=VOCAB, embed=EMBED), ids, axis="vocab")
+    for layer in range(layers):
+        with b.at(f"layers.{layer}.attention"):
+            n = b.rms_norm(x, param(f"{layer}.n1", embed=EMBED), axis="embed")
+            q, k, v = (
+                b.contract(n, param(f"{layer}.{w}", head_dim=EMBED, embed=EMBED), over="embed")
+                for w in "qkv"
+            )
+            k, v = (b.rename(t, axis="seq", to="kv_seq") for t in (k, v))
+            here = b.positions(n, axis="seq")
+            seen = b.causal(here, b.rename(here, axis="seq", to="kv_seq"))
+            scores = b.contract(q, k, over="head_dim")
+            scores = b.mask(scores, seen) if causal else scores
+            mixed = b.contract(b.softmax(scores, axis="kv_seq"), v, over="kv_seq")
+            out = b.contract(
+                mixed, param(f"{layer}.o", embed=EMBED, head_dim=EMBED), over="head_dim"
+            )
+            x = b.add(x, out)
+        with b.at(f"layers.{layer}.ffn"):
+            n = b.rms_norm(x, param(f"{layer}.n2", embed=EMBED), axis="embed")
+            gate, up = (
+                b.contract(n, param(f"{layer}.{w}", mlp=MLP, embed=EMBED), over="embed")
+                for w in ("gate", "up")
+            )
+            hidden = b.mul(b.gelu_tanh(gate), up)
+            down = param(f"{layer}.down", embed=EMBED, mlp=MLP)
+            x = b.add(x, b.contract(hidden, down, over="mlp"))
+    with b.at("head"):
+        n = b.rms_norm(x, param("n", embed=EMBED), axis="embed")
+        graph.set_output(
+            "logits", b.contract(n, param("out", vocab=VOCAB, embed=EMBED), over="embed")
+        )
+    return graph
 
 
 def applied(item: Pass, graph: Graph, seed: int = 0) -> PassResult:

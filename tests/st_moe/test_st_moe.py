@@ -12,60 +12,13 @@ from moecc_passes.specialize.specialize import SpecializePass
 
 from moecc.analysis.groups import GROUPS, parameter_groups, trainable
 from moecc.errors import InputError, UsageError
-from moecc.ir import F64, Builder, Graph, Value, clone, equal, parse, print_graph, tensor
-from moecc.ir.dtypes import I32
+from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import inputs_for, laws, params_for, run_reference
-from moecc.weights.expr import Source
 
-EMBED, MLP, VOCAB = 4, 6, 11
-
-
-def transformer(layers: int = 8) -> Graph:
-    """Return a small dense decoder: embedding, causal attention, gated blocks, a head."""
-    graph = Graph("dense")
-    b = Builder(graph)
-    ids = graph.input("ids", tensor(I32, batch="B", seq="S"))
-
-    def param(name: str, **sizes: int) -> Value:
-        type = tensor(F64, **sizes)
-        return graph.param(name, type, Source(name, type), loc=b.loc)
-
-    with b.at("embed"):
-        x = b.embedding(param("table", vocab=VOCAB, embed=EMBED), ids, axis="vocab")
-    for layer in range(layers):
-        with b.at(f"layers.{layer}.attention"):
-            n = b.rms_norm(x, param(f"{layer}.n1", embed=EMBED), axis="embed")
-            q, k, v = (
-                b.contract(n, param(f"{layer}.{w}", head_dim=EMBED, embed=EMBED), over="embed")
-                for w in "qkv"
-            )
-            k, v = (b.rename(t, axis="seq", to="kv_seq") for t in (k, v))
-            here = b.positions(n, axis="seq")
-            seen = b.causal(here, b.rename(here, axis="seq", to="kv_seq"))
-            scores = b.mask(b.contract(q, k, over="head_dim"), seen)
-            mixed = b.contract(b.softmax(scores, axis="kv_seq"), v, over="kv_seq")
-            out = b.contract(
-                mixed, param(f"{layer}.o", embed=EMBED, head_dim=EMBED), over="head_dim"
-            )
-            x = b.add(x, out)
-        with b.at(f"layers.{layer}.ffn"):
-            n = b.rms_norm(x, param(f"{layer}.n2", embed=EMBED), axis="embed")
-            gate, up = (
-                b.contract(n, param(f"{layer}.{w}", mlp=MLP, embed=EMBED), over="embed")
-                for w in ("gate", "up")
-            )
-            hidden = b.mul(b.gelu_tanh(gate), up)
-            down = param(f"{layer}.down", embed=EMBED, mlp=MLP)
-            x = b.add(x, b.contract(hidden, down, over="mlp"))
-    with b.at("head"):
-        n = b.rms_norm(x, param("n", embed=EMBED), axis="embed")
-        graph.set_output(
-            "logits", b.contract(n, param("out", vocab=VOCAB, embed=EMBED), over="embed")
-        )
-    return graph
+from .layers import transformer
 
 
 def converted(text: str = "st-moe{experts=4}", layers: int = 8) -> tuple[Graph, Graph, Any]:

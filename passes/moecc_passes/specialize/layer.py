@@ -15,7 +15,8 @@ from moecc.ir.mixtures import (
     emit_rescaled,
 )
 from moecc.ir.types import TensorType
-from moecc_passes.routed import RoutedLayer
+from moecc_passes.inputs import padding_mask
+from moecc_passes.routed import RoutedLayer, Router
 from moecc_passes.specialize.settings import Settings
 from moecc_passes.specialize.undo import ORIGIN, original, placed_anew
 
@@ -50,14 +51,9 @@ class Keys:
 
 def specialise(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> None:
     """Give `layer` the capacity, policy and noise of a mode; what was added before is gone."""
-    if layer.route is not None:
-        _perturb_router(layer.route, settings, next_key)
-    given = layer.given()
-    if settings.policy is not None and settings.policy != "all" and layer.top_k > 1:
-        given["keep"] = _kept(layer, settings, next_key)
-    if settings.priority and layer.route is not None:
-        builder = _builder(layer.placing, "priority")
-        given["priority"] = emit_priority(builder, layer.route.operands[0])
+    if layer.router is not None:
+        _perturb(layer.router, settings, next_key)
+    given = _given(layer, settings, next_key)
     attrs = {n: v for n, v in settings.placement().items() if n in layer.placing.op.attrs}
     if layer.placing.op.name == "expert_choice":
         # Experts always choose a bounded number of tokens.
@@ -73,6 +69,23 @@ def specialise(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> Non
         _drop_hidden(layer, settings.expert_dropout, next_key)
 
 
+def _given(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> dict[str, Value]:
+    """Return what the slots are given beside the experts, by word."""
+    given = layer.given()
+    if settings.policy not in (None, "all") and layer.top_k > 1 and layer.route is not None:
+        given["keep"] = _kept(layer, layer.route, settings, next_key)
+    if settings.priority and layer.route is not None:
+        builder = _builder(layer.placing, "priority")
+        given["priority"] = emit_priority(builder, layer.route.operands[0])
+    if settings.padding_mask:
+        given["mask"] = padding_mask(
+            layer.placing.graph, layer.place.type, layer.tokens, layer.placing.loc
+        )
+    elif settings.padding_mask is not None:
+        given.pop("mask", None)
+    return given
+
+
 def _factor(layer: RoutedLayer) -> dict[str, float]:
     return {"capacity_factor": layer.placing.attrs["capacity_factor"]}
 
@@ -81,20 +94,19 @@ def _builder(before: Node, why: str) -> Builder:
     return Builder(before.graph, loc=before.loc, origin=f"{ORIGIN}{why}", before=before)
 
 
-def _perturb_router(route: Node, settings: Settings, next_key: NextKey) -> None:
-    product = route.operands[0].node
-    if product is not None and product.op.name == "contract":
-        x = product.operands[0]
-        builder = _builder(product, "perturb")
-        if settings.input_dropout:
-            x = emit_dropout(builder, x, next_key(), settings.input_dropout)
-        if settings.jitter:
-            x = emit_jitter(builder, x, next_key(), settings.jitter)
-        product.set_operand(0, x)
+def _perturb(router: Router, settings: Settings, next_key: NextKey) -> None:
+    product = router.product
+    x = product.operands[0]
+    builder = _builder(product, "perturb")
+    if settings.input_dropout:
+        x = emit_dropout(builder, x, next_key(), settings.input_dropout)
+    if settings.jitter:
+        x = emit_jitter(builder, x, next_key(), settings.jitter)
+    product.set_operand(0, x)
     if settings.router_noise:
-        builder = _builder(route, "noise")
-        noisy = emit_noise(builder, route.operands[0], next_key(), settings.router_noise)
-        route.set_operand(0, noisy)
+        builder = _builder(router.reader, "noise")
+        noisy = emit_noise(builder, product.result, next_key(), settings.router_noise)
+        router.reader.set_operand(router.reader.operands.index(product.result), noisy)
 
 
 def _drop_hidden(layer: RoutedLayer, rate: float, next_key: NextKey) -> None:
@@ -104,14 +116,14 @@ def _drop_hidden(layer: RoutedLayer, rate: float, next_key: NextKey) -> None:
     last.set_operand(0, emit_dropout(builder, last.operands[0], next_key(), rate))
 
 
-def _kept(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> Value:
+def _kept(layer: RoutedLayer, route: Node, settings: Settings, next_key: NextKey) -> Value:
     """Return which choices the policy keeps, by gates that add up to one."""
     builder = _builder(layer.placing, "policy")
     gates = original(layer.gates)
-    if layer.route is None or layer.route.attrs["gates"] not in RENORMALISED:
+    if route.attrs["gates"] not in RENORMALISED:
         gates = builder.div(gates, builder.sum(gates, axes=layer.choice))
-    elif layer.route.attrs["scale"] != 1:
-        gates = builder.scale(gates, by=1 / layer.route.attrs["scale"])
+    elif route.attrs["scale"] != 1:
+        gates = builder.scale(gates, by=1 / route.attrs["scale"])
     threshold = 0.2 if settings.threshold is None else settings.threshold
     numbers = []
     if settings.policy == "random":

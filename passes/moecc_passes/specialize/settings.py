@@ -15,8 +15,8 @@ UNSAID = "as-is"
 """What an option says that has ``none`` among its words, and leaves a layer as it is."""
 
 PLACEMENT = (
-    "capacity_factor", "convention", "rounding", "multiple", "minimum", "groups", "group_size",
-    "order",
+    "capacity_factor", "convention", "rounding", "multiple", "minimum", "cap", "groups",
+    "group_size", "order",
 )  # fmt: skip
 """Settings that are attributes of ``place``."""
 
@@ -32,16 +32,19 @@ class Settings:
       rounding: how the capacity becomes a whole number.
       multiple: what it is raised to a multiple of.
       minimum: its least value.
+      cap: whether it is at most the tokens of a group.
       groups: the number of token groups.
       group_size: the tokens of a group.
       order: the order of filling.
       policy: which choices after the first are kept.
       threshold: what the policy compares gates with.
+      padding_mask: whether padding is told apart, and gets no slot.
       priority: whether tokens take their turns by probability.
       after_drop: ``keep`` gates as they are, or ``rescale`` those that are left.
       jitter: the half width of the factors on the router's input.
       input_dropout: the share of the router's input that is dropped.
       router_noise: the standard deviation of the noise on the logits.
+      dropout: the share of what sublayers add, and of dense hidden values, that is dropped.
       expert_dropout: the share of the experts' hidden values that is dropped.
     """
 
@@ -51,16 +54,19 @@ class Settings:
     rounding: str | None = None
     multiple: int | None = None
     minimum: int | None = None
+    cap: bool | None = None
     groups: int | None = None
     group_size: int | None = None
     order: str | None = None
     policy: str | None = None
     threshold: float | None = None
+    padding_mask: bool | None = None
     priority: bool | None = None
     after_drop: str | None = None
     jitter: float | None = None
     input_dropout: float | None = None
     router_noise: float | None = None
+    dropout: float | None = None
     expert_dropout: float | None = None
 
     @classmethod

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.structure import fingerprint
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc_passes.add_losses import remove_losses
 from moecc_passes.routed import RoutedLayer, causal_values, routed_layers
+from moecc_passes.specialize import checks
+from moecc_passes.specialize.dropout import drop
 from moecc_passes.specialize.layer import Keys, specialise
 from moecc_passes.specialize.settings import Settings, recorded
 from moecc_passes.specialize.undo import undo
-
-TRAIN_ONLY = ("jitter", "input_dropout", "router_noise", "expert_dropout")
-"""What perturbs a model on purpose, which only training has use for."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class SpecializePass(Pass):
     rounding: Annotated[Literal["floor", "round", "ceil"] | None, "of the capacity"] = None
     multiple: Annotated[int | None, "the capacity is raised to a multiple of this"] = None
     minimum: Annotated[int | None, "the least capacity"] = None
+    cap: Annotated[bool | None, "whether it is at most the tokens of a group"] = None
     groups: Annotated[int | None, "the number of token groups"] = None
     group_size: Annotated[int | None, "the tokens of a group, in place of their number"] = None
     order: Annotated[
@@ -68,6 +67,9 @@ class SpecializePass(Pass):
     threshold: Annotated[
         float | None, "what the policy compares renormalised gates with; none: 0.2"
     ] = None
+    padding_mask: Annotated[
+        bool | None, "padding, by an input mask, gets no slot and counts in no loss"
+    ] = None
     priority: Annotated[
         bool | None, "tokens take turns by probability (batch-prioritised routing); not causal"
     ] = None
@@ -79,6 +81,9 @@ class SpecializePass(Pass):
     )
     input_dropout: Annotated[float | None, "train: dropout on the router's input"] = None
     router_noise: Annotated[float | None, "train: the std of normal noise on the logits"] = None
+    dropout: Annotated[
+        float | None, "train: dropout on what sublayers add, and on the hidden values of dense ones"
+    ] = None
     expert_dropout: Annotated[float | None, "train: dropout on the experts' hidden values"] = None
     force: Annotated[bool, "allow in a decoder what looks at later tokens"] = False
 
@@ -89,45 +94,11 @@ class SpecializePass(Pass):
 
     def validate(self) -> list[Problem]:
         """Return which options are out of range or contradict each other."""
-        return [*self._out_of_range(), *self._contradictions()]
+        return checks.problems(self)
 
-    def _out_of_range(self) -> Iterator[Problem]:
-        checks = (
-            ("capacity-factor", self.capacity_factor, "more than 0", _within(0, inf, open=True)),
-            ("multiple", self.multiple, "at least 1", _within(1, inf)),
-            ("minimum", self.minimum, "at least 0", _within(0, inf)),
-            ("groups", self.groups, "at least 1", _within(1, inf)),
-            ("group-size", self.group_size, "at least 1", _within(1, inf)),
-            ("threshold", self.threshold, "at least 0", _within(0, inf)),
-            ("jitter", self.jitter, "0 <= jitter < 1", _within(0, 1)),
-            ("input-dropout", self.input_dropout, "0 <= rate < 1", _within(0, 1)),
-            ("router-noise", self.router_noise, "at least 0", _within(0, inf)),
-            ("expert-dropout", self.expert_dropout, "0 <= rate < 1", _within(0, 1)),
-        )
-        for name, value, expected, fits in checks:
-            if value is not None and not fits(value):
-                hint = "ST-MoE: 1.25 in training, 2.0 at evaluation" if "factor" in name else None
-                yield Problem("an option is out of range", name, expected, str(value), hint)
-
-    def _contradictions(self) -> Iterator[Problem]:
-        if self.dropless and self.capacity_factor is not None:
-            yield Problem("a capacity factor bounds what is to have no bound", "dropless",
-                          found=f"capacity-factor={self.capacity_factor}",
-                          hint="leave one of them out")  # fmt: skip
-        if self.groups is not None and self.group_size is not None:
-            yield Problem("groups are given by their number or by their size", "group-size",
-                          found=f"groups={self.groups} group-size={self.group_size}",
-                          hint="leave one of them out")  # fmt: skip
-        for field in TRAIN_ONLY if self.mode == "eval" else ():
-            if getattr(self, field):
-                yield Problem("an evaluation is not perturbed", field.replace("_", "-"),
-                              "nothing, with mode=eval", str(getattr(self, field)),
-                              "mode=train has it; ST-MoE has none of it in pre-training"
-                              )  # fmt: skip
-        if self.threshold is not None and self.policy in ("all", "none"):
-            yield Problem(f"policy={self.policy} compares with no threshold", "threshold",
-                          found=str(self.threshold), hint="policy=random threshold=0.2 is ST-MoE's"
-                          )  # fmt: skip
+    def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
+        """Return what the options contradict in the conversion before."""
+        return list(checks.problems_after(self, earlier))
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Specialise every routed layer.
@@ -142,79 +113,38 @@ class SpecializePass(Pass):
         layers = routed_layers(graph)
         causal = causal_values(graph)
         is_decoder = {y.name: y.dispatch.operands[0] in causal for y in layers}
-        problems = [p for y in layers for p in self._misfits(y, settings, is_decoder[y.name])]
+        problems = [
+            p for y in layers for p in checks.misfits(self, y, settings, is_decoder[y.name])
+        ]
         if problems:
             raise InputError(problems)
-        keys = Keys(graph)
-        for layer in layers:
-            specialise(layer, settings, keys)
+        stats = self._specialise(graph, layers, settings)
         if layers:
             graph.attrs["mode"] = self.mode
-        for remark in _remarks(routed_layers(graph), settings, is_decoder, self.mode):
+        for remark in checks.remarks(routed_layers(graph), settings, is_decoder, self.mode):
             ctx.remark(remark)
         if losses is not None:
             # They look at capacity and policy, so they are made anew.
             losses.apply(graph, ctx)
         changed = fingerprint(graph) != before
-        result = PassResult(changed, len(layers), {"layers": len(layers), "keys": keys.count})
+        result = PassResult(changed, len(layers), stats)
         result.preserves = self.preserves if changed else EXACT
         return result
 
-    def _misfits(
-        self, layer: RoutedLayer, settings: Settings, is_decoder: bool
-    ) -> Iterator[Problem]:
-        looks_ahead = settings.priority or layer.placing.op.name == "expert_choice"
-        if looks_ahead and is_decoder and not self.force:
-            what = "batch-prioritised routing" if settings.priority else "expert choice"
-            yield Problem(
-                f"{what} in a decoder decides about a token by later ones", layer.name,
-                hint="ST-MoE (Appendix D) has it in encoders only; force=true allows it",
-            )  # fmt: skip
-        if self.policy in ("threshold", "random") and layer.top_k == 1:
-            yield Problem(
-                f"policy={self.policy} decides about second experts, and there are none",
-                layer.name, "top-k of 2 or more", "top-k=1", "ST-MoE has top-k=2",
-            )  # fmt: skip
-        if settings.expert_dropout:
-            yield from _cannot_drop(layer, settings)
+    def _specialise(
+        self, graph: Graph, layers: list[RoutedLayer], settings: Settings
+    ) -> dict[str, int]:
+        keys, dropped = Keys(graph), 0
+        for layer in layers:
+            specialise(layer, settings, keys)
+        if settings.padding_mask is False:
+            _erase_unused_masks(graph)
+        if settings.dropout and layers:
+            dropped = drop(graph, settings.dropout, keys)
+        return {"layers": len(layers), "keys": keys.count, "dropouts": dropped}
 
 
-def _cannot_drop(layer: RoutedLayer, settings: Settings) -> Iterator[Problem]:
-    bounded = {**layer.placing.attrs, **settings.placement()}["slots"] == "capacity"
-    if not bounded:
-        yield Problem(
-            "dropout in experts needs slots that can be numbered", layer.name,
-            "a capacity", "dropless rows", "capacity-factor=1.25, say",
-        )  # fmt: skip
-    if layer.last_matrix is None:
-        yield Problem("the last matrix of the experts was not found", layer.name,
-                      hint="expert-dropout=0.0")  # fmt: skip
-
-
-def _within(least: float, below: float, *, open: bool = False) -> Callable[[float], bool]:
-    return lambda value: (least < value if open else least <= value) and value < below
-
-
-def _remarks(
-    layers: list[RoutedLayer], settings: Settings, is_decoder: dict[str, bool], mode: str
-) -> Iterator[Remark]:
-    bounded = [y for y in layers if y.placing.attrs["slots"] == "capacity"]
-    leaks = [y for y in bounded if is_decoder[y.name] and _looks_ahead(y)]
-    if leaks:
-        yield Remark(
-            leaks[0].name,
-            "in a decoder under a capacity the paper's order lets later tokens decide whether a "
-            "second choice finds a slot; order=token is strictly causal",
-        )
-    for layer in bounded:
-        attrs = layer.placing.attrs
-        fits = attrs["capacity_factor"] / layer.top_k
-        if layer.placing.op.name == "place" and attrs["convention"] == "tokens" and fits < 1:
-            yield Remark(layer.name, f"at most {fits:.1%} of the choices find a slot")
-    if mode == "eval" and settings.policy == "random":
-        yield Remark("", "policy=random makes an evaluation random, too; policy=all does not")
-
-
-def _looks_ahead(layer: RoutedLayer) -> bool:
-    attrs = layer.placing.attrs
-    return layer.top_k > 1 and attrs.get("order") == "choice"
+def _erase_unused_masks(graph: Graph) -> None:
+    for name in ("mask", "decoder_mask"):
+        if name in graph.inputs and not graph.inputs[name].users:
+            graph.erase_input(name)

@@ -1,0 +1,194 @@
+"""What is wrong with the options of ``specialize``, by themselves and for a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import inf
+from typing import TYPE_CHECKING
+
+from moecc.errors import Problem
+from moecc.pipeline.passes import Pass, Remark
+from moecc_passes.inputs import mask_misfit, mask_name
+from moecc_passes.routed import RoutedLayer
+from moecc_passes.specialize.settings import Settings
+
+if TYPE_CHECKING:
+    from moecc_passes.specialize.specialize import SpecializePass
+
+TRAIN_ONLY = ("jitter", "input_dropout", "router_noise", "dropout", "expert_dropout")
+"""What perturbs a model on purpose, which only training has use for."""
+
+FURTHER = ("none", "threshold", "random")
+"""Policies that are about choices after the first."""
+
+CAPACITY = ("capacity_factor", "convention", "rounding", "multiple", "minimum", "cap")
+"""Options that say how many rows an expert takes."""
+
+
+def problems(item: SpecializePass) -> list[Problem]:
+    """Return what is wrong with the options, whatever the model."""
+    return [*_out_of_range(item), *_contradictions(item)]
+
+
+def _out_of_range(item: SpecializePass) -> Iterator[Problem]:
+    checks = (
+        ("capacity-factor", item.capacity_factor, "more than 0", _within(0, inf, open=True)),
+        ("multiple", item.multiple, "at least 1", _within(1, inf)),
+        ("minimum", item.minimum, "at least 1", _within(1, inf)),
+        ("groups", item.groups, "at least 1", _within(1, inf)),
+        ("group-size", item.group_size, "at least 1", _within(1, inf)),
+        ("threshold", item.threshold, "at least 0", _within(0, inf)),
+        ("jitter", item.jitter, "0 <= jitter < 1", _within(0, 1)),
+        ("input-dropout", item.input_dropout, "0 <= rate < 1", _within(0, 1)),
+        ("router-noise", item.router_noise, "at least 0", _within(0, inf)),
+        ("dropout", item.dropout, "0 <= rate < 1", _within(0, 1)),
+        ("expert-dropout", item.expert_dropout, "0 <= rate < 1", _within(0, 1)),
+    )
+    hints = {
+        "capacity-factor": "ST-MoE: 1.25 in training, 2.0 at evaluation",
+        "group-size": "ST-MoE has 2 to 8 sequences in a group",
+    }
+    for name, value, expected, fits in checks:
+        if value is not None and not fits(value):
+            yield Problem("an option is out of range", name, expected, str(value), hints.get(name))
+
+
+def _within(least: float, below: float, *, open: bool = False) -> Callable[[float], bool]:
+    return lambda value: (least < value if open else least <= value) and value < below
+
+
+def _contradictions(item: SpecializePass) -> Iterator[Problem]:
+    for field in CAPACITY if item.dropless else ():
+        value = getattr(item, field)
+        if value is not None:
+            name = field.replace("_", "-")
+            yield Problem(f"{name} bounds what is to have no bound", "dropless",
+                          found=f"{name}={value}", hint="leave one of them out")  # fmt: skip
+    if item.groups is not None and item.group_size is not None:
+        yield Problem("groups are given by their number or by their size", "group-size",
+                      found=f"groups={item.groups} group-size={item.group_size}",
+                      hint="leave one of them out")  # fmt: skip
+    for field in TRAIN_ONLY if item.mode == "eval" else ():
+        if getattr(item, field):
+            yield Problem("an evaluation is not perturbed", field.replace("_", "-"),
+                          "nothing, with mode=eval", str(getattr(item, field)),
+                          "mode=train has it; ST-MoE has none of it in pre-training"
+                          )  # fmt: skip
+    if item.threshold is not None and item.policy in ("all", "none"):
+        yield Problem(f"policy={item.policy} compares with no threshold", "threshold",
+                      found=str(item.threshold), hint="policy=random threshold=0.2 is ST-MoE's"
+                      )  # fmt: skip
+
+
+def problems_after(item: SpecializePass, earlier: Sequence[Pass]) -> Iterator[Problem]:
+    """Yield what the options contradict in the conversion that runs before, if there is one."""
+    made = next((p for p in reversed(earlier) if hasattr(p, "top_k")), None)
+    if made is None:
+        return
+    routing = getattr(made, "routing", "token-choice")
+    if item.policy in FURTHER and (made.top_k == 1 or routing != "token-choice"):
+        found = f"{made.name}{{top-k={made.top_k} routing={routing}}}"
+        yield Problem(f"policy={item.policy} decides about second experts, and there are none",
+                      "policy", "token choice with top-k of 2 or more", found,
+                      "ST-MoE has top-k=2 and, in training, policy=random threshold=0.2"
+                      )  # fmt: skip
+    if item.expert_dropout and item.capacity_factor is None and _is_dropless(made):
+        yield Problem("dropout in experts needs slots that can be numbered", "expert-dropout",
+                      "a capacity", "dropless rows", "capacity-factor=1.25, as ST-MoE trains"
+                      )  # fmt: skip
+
+
+def _is_dropless(made: Pass) -> bool:
+    return (
+        getattr(made, "slots", "") == "ragged" and getattr(made, "routing", "") != "expert-choice"
+    )
+
+
+def misfits(
+    item: SpecializePass, layer: RoutedLayer, settings: Settings, is_decoder: bool
+) -> Iterator[Problem]:
+    """Yield why the settings do not suit `layer`.
+
+    Args:
+      item: the options.
+      layer: a routed layer.
+      settings: the options, and what the graph says of the mode.
+      is_decoder: whether the layer stands behind a causal mask.
+    """
+    chooses = layer.placing.op.name == "expert_choice"
+    if (settings.priority or chooses) and is_decoder and not item.force:
+        what = "expert choice" if chooses else "batch-prioritised routing"
+        yield Problem(
+            f"{what} in a decoder decides about a token by later ones", layer.name,
+            hint="ST-MoE (Appendix D) has it in encoders only; force=true allows it",
+        )  # fmt: skip
+    if item.policy in FURTHER and (layer.top_k == 1 or layer.route is None):
+        yield Problem(
+            f"policy={item.policy} decides about second experts, and there are none",
+            layer.name, "token choice with top-k of 2 or more",
+            f"top-k={layer.top_k}" if layer.route else f"no best choice: {_kind(layer)}",
+            "ST-MoE has top-k=2",
+        )  # fmt: skip
+    if item.priority and layer.route is None:
+        yield Problem(
+            "batch-prioritised routing goes by the probability of the first choice",
+            layer.name, "token choice", _kind(layer), "priority=false",
+        )  # fmt: skip
+    for field in ("jitter", "input_dropout", "router_noise") if layer.router is None else ():
+        if getattr(item, field):
+            yield Problem("there is no router to perturb", layer.name, found=_kind(layer),
+                          hint=f"leave {field.replace('_', '-')} out")  # fmt: skip
+    if settings.padding_mask:
+        graph, type, loc = layer.placing.graph, layer.place.type, layer.placing.loc
+        misfit = mask_misfit(graph, type, layer.tokens, loc)
+        yield from [misfit] if misfit else []
+    if settings.expert_dropout:
+        yield from _cannot_drop(layer, settings)
+
+
+def _kind(layer: RoutedLayer) -> str:
+    if layer.placing.op.name == "expert_choice":
+        return "experts choose tokens"
+    return "experts by a hash" if layer.router is None else "one expert of each prototype"
+
+
+def _cannot_drop(layer: RoutedLayer, settings: Settings) -> Iterator[Problem]:
+    bounded = {**layer.placing.attrs, **settings.placement()}["slots"] == "capacity"
+    if not bounded and layer.placing.op.name == "place":
+        yield Problem(
+            "dropout in experts needs slots that can be numbered", layer.name,
+            "a capacity", "dropless rows", "capacity-factor=1.25, say",
+        )  # fmt: skip
+    if layer.last_matrix is None:
+        yield Problem("the last matrix of the experts was not found", layer.name,
+                      hint="expert-dropout=0.0")  # fmt: skip
+
+
+def remarks(
+    layers: list[RoutedLayer], settings: Settings, is_decoder: dict[str, bool], mode: str
+) -> Iterator[Remark]:
+    """Yield what is worth telling of the layers as they are now."""
+    bounded = [y for y in layers if y.placing.attrs["slots"] == "capacity"]
+    leaks = [y for y in bounded if is_decoder[y.name] and _looks_ahead(y)]
+    if leaks:
+        yield Remark(
+            leaks[0].name,
+            "in a decoder under a capacity the paper's order lets later tokens decide whether a "
+            "second choice finds a slot; order=token is strictly causal",
+        )
+    for layer in bounded:
+        attrs = layer.placing.attrs
+        fits = attrs["capacity_factor"] / layer.top_k
+        if layer.placing.op.name == "place" and attrs["convention"] == "tokens" and fits < 1:
+            yield Remark(layer.name, f"at most {fits:.1%} of the choices find a slot")
+    for layer in layers:
+        name = mask_name(layer.placing.loc)
+        if name in layer.placing.graph.inputs and "mask" not in layer.given():
+            yield Remark(layer.name, f"routes padding, too; padding-mask=true goes by %{name}")
+    if mode == "eval" and settings.policy == "random":
+        yield Remark("", "policy=random makes an evaluation random, too; policy=all does not")
+
+
+def _looks_ahead(layer: RoutedLayer) -> bool:
+    attrs = layer.placing.attrs
+    return layer.top_k > 1 and attrs.get("order") == "choice"

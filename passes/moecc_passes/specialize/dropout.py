@@ -1,0 +1,61 @@
+"""Dropout outside of experts: on what sublayers add, and on the hidden values of dense blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moecc.analysis.ffn import find_ffn_blocks
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mixtures import emit_dropout
+from moecc_passes.specialize.undo import ORIGIN
+
+Operand = tuple[Node, int]
+"""A node, and the position of one of its operands."""
+
+
+def drop(graph: Graph, rate: float, next_key: Callable[[], Value]) -> int:
+    """Put dropout on every sublayer and every dense hidden value; return on how many.
+
+    A sublayer is norm, layer, dropout, and the sum with the residual stream (ST-MoE, eq. 4).
+    """
+    places = [*sublayers(graph), *((b.down, 0) for b in find_ffn_blocks(graph).blocks)]
+    for node, index in places:
+        builder = Builder(graph, loc=node.loc, origin=f"{ORIGIN}dropout", before=node)
+        dropped = emit_dropout(builder, node.operands[index], next_key(), rate)
+        node.set_operand(index, dropped)
+    return len(places)
+
+
+def sublayers(graph: Graph) -> list[Operand]:
+    """Return the sums of a residual stream with what was made of it, and where that stands.
+
+    A search backwards ends at the sums before, so all of them together are linear.
+    """
+    found: dict[Value, Operand] = {}
+    for node in graph:
+        if node.op.name != "add" or not node.result.type.dtype.is_float:
+            continue
+        a, b = node.operands
+        if a.type != b.type:
+            continue
+        for stream, branch, index in ((a, b, 1), (b, a, 0)):
+            if _is_behind(stream, branch, found):
+                found[node.result] = (node, index)
+                break
+    return list(found.values())
+
+
+def _is_behind(stream: Value, branch: Value, sums: dict[Value, Operand]) -> bool:
+    """Return whether `branch` is made of `stream`, by a product at least."""
+    seen, left = {branch}, [branch]
+    reaches = multiplies = False
+    while left:
+        node = left.pop().node
+        multiplies |= node is not None and node.op.name == "contract"
+        for value in node.operands if node is not None else ():
+            reaches |= value is stream
+            if value is not stream and value not in seen and value not in sums:
+                seen.add(value)
+                left.append(value)
+    return reaches and multiplies

@@ -1,0 +1,252 @@
+"""What a mode does beside capacity and policy: dropout, padding, and routing of other kinds."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.errors import InputError, UsageError
+from moecc.ir import Graph, clone, equal, parse, print_graph
+from moecc.ir.table.placing import capacity
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing import laws, run_reference
+
+from .layers import MLP, Data, transformer
+
+
+def made(text: str, layers: int = 2, *, causal: bool = False) -> Graph:
+    """Return a small model after the passes of `text`."""
+    graph = transformer(layers, causal=causal)
+    run_pipeline(graph, Pipeline.parse(text))
+    laws.check_graph(graph)
+    return graph
+
+
+def then(graph: Graph, text: str) -> Graph:
+    after = clone(graph)
+    run_pipeline(after, Pipeline.parse(text))
+    laws.check_graph(after)
+    return after
+
+
+def outputs(graph: Graph, key: int = 0, **more: Data) -> dict[str, Data]:
+    rng = np.random.default_rng(0)
+    given = {"ids": rng.integers(0, 11, (2, 8)).astype(np.int32), "key": np.uint64(key), **more}
+    return run_reference(graph, inputs={n: given[n] for n in graph.inputs})
+
+
+def drawn(graph: Graph) -> list[str]:
+    """Return where dropout is, by the axes of its numbers."""
+    values = [n.results[0] for n in graph if n.op.name == "random_uniform"]
+    return ["/".join((v.node.loc, *v.type.names)) for v in values if v.node is not None]
+
+
+# --- dropout
+
+
+ST_MOE = "st-moe{experts=4 layers=every:2 losses=false}"
+
+
+def test_dropout_is_on_what_sublayers_add_and_on_dense_hidden_values() -> None:
+    graph = then(made(ST_MOE, causal=True), "specialize{dropout=0.1 policy=all}")
+    stream = "batch/seq/embed"
+    assert sorted(drawn(graph)) == sorted([
+        *(f"layers.{i}.{part}/{stream}" for i in range(2) for part in ("attention", "ffn")),
+        f"layers.1.extra_ffn/{stream}",
+        *(f"layers.{place}/batch/seq/mlp" for place in ("0.ffn", "1.extra_ffn")),
+    ])  # fmt: skip
+
+
+def test_dropout_in_experts_is_apart() -> None:
+    graph = then(made(ST_MOE, causal=True), "specialize{expert-dropout=0.1 policy=all}")
+    assert drawn(graph) == ["layers.1.ffn/group/expert/slot/mlp"]
+    both = then(graph, "specialize{dropout=0.5 expert-dropout=0.1 policy=all}")
+    rates = [n.attrs["value"] for n in both if n.op.name == "constant"]
+    assert (rates.count(0.5), rates.count(0.1)) == (7, 1)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    graph = then(made(ST_MOE, causal=True), "specialize{dropout=0.25 policy=all}")
+    mine = [n for n in graph if n.op.name in ("select", "scale") and n.loc == "layers.0.ffn"]
+    scale, select = (n for n in mine if "mlp" in n.result.type)
+    graph.set_output("after", select.result)
+    graph.set_output("before", scale.operands[0])
+    found = [outputs(graph, key) for key in range(40)]
+    dropped = np.array([f["after"] == 0 for f in found])
+    assert dropped.size == 40 * 2 * 8 * MLP
+    assert dropped.mean() == pytest.approx(0.25, abs=0.02)
+    for one in found:
+        kept = one["after"] != 0
+        np.testing.assert_allclose(one["after"][kept], one["before"][kept] / 0.75, rtol=1e-12)
+
+
+def test_dropout_is_taken_back_by_an_evaluation() -> None:
+    before = made(ST_MOE, causal=True)
+    train = then(before, "specialize{dropout=0.1 expert-dropout=0.4}")
+    text = "specialize{mode=eval}"
+    assert equal(then(parse(print_graph(train)), text), then(before, text))
+
+
+# --- padding
+
+
+def test_padding_gets_no_slot_and_counts_in_no_loss() -> None:
+    graph = made("upcycle{experts=4},add-losses{balance=k-hot}")
+    masked = then(
+        graph, "specialize{capacity-factor=1.0 minimum=1 padding-mask=true},trace-routing"
+    )
+    plain = then(graph, "specialize{capacity-factor=1.0 minimum=1},trace-routing")
+    mask = np.arange(8) < np.array([[8], [3]])
+    found = outputs(masked, mask=mask)
+    slots = found["trace.layers.0.ffn.slots"]
+    assert (slots[~mask] == -1).all()
+    # Of 11 tokens more choices fit into the same slots than of 16.
+    assert (slots[mask] >= 0).sum() > (outputs(plain)["trace.layers.0.ffn.slots"][mask] >= 0).sum()
+    logits = found["trace.layers.0.ffn.logits"][mask]
+    z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
+    assert found["metric.layers.0.ffn.dropped"] == pytest.approx(1 - (slots[mask] >= 0).mean())
+    only = then(made("upcycle{experts=4 layers=0},add-losses"), "specialize{padding-mask=true}")
+    assert outputs(only, mask=mask)["loss.router_z"] == pytest.approx(z, rel=1e-12)
+
+
+def test_padding_can_be_routed_again() -> None:
+    graph = made("upcycle{experts=4}")
+    masked = then(graph, "specialize{padding-mask=true}")
+    assert str(masked.inputs["mask"].type) == "pred[batch=B, seq=S]"
+    assert equal(then(masked, "specialize{capacity-factor=2.0}"),
+                 then(graph, "specialize{capacity-factor=2.0 padding-mask=true}"))  # fmt: skip
+    again = then(masked, "specialize{padding-mask=false}")
+    graph.attrs["mode"] = "train"
+    assert equal(again, graph)
+
+
+def test_an_input_of_that_name_may_be_something_else() -> None:
+    graph = made("upcycle{experts=4}")
+    graph.input("mask", graph.inputs["ids"].type)
+    with pytest.raises(InputError, match="mask is no padding mask"):
+        then(graph, "specialize{padding-mask=true}")
+
+
+# --- how capacity is counted
+
+
+@pytest.mark.parametrize(
+    ("options", "slots"),
+    [
+        ("capacity-factor=1.25 minimum=1", 5),
+        ("capacity-factor=1.25 minimum=1 convention=assignments", 10),
+        ("capacity-factor=1.1 minimum=1", 4),
+        ("capacity-factor=1.1 minimum=1 rounding=ceil", 5),
+        ("capacity-factor=1.1 minimum=1 multiple=8", 8),
+        ("capacity-factor=0.25 minimum=3", 3),
+        ("capacity-factor=16.0", 16),
+        ("capacity-factor=16.0 cap=false", 64),
+        ("capacity-factor=1.0 minimum=1 groups=2", 2),
+        ("capacity-factor=1.0 minimum=1 group-size=4", 1),
+    ],
+)
+def test_how_many_slots_there_are(options: str, slots: int) -> None:
+    graph = then(made("upcycle{experts=4 layers=0}"), f"specialize{{{options}}}")
+    (place,) = (n for n in graph if n.op.name == "place")
+    size = place.attrs["group_size"] or 16 // place.attrs["groups"]
+    assert capacity(place.attrs, size, 2) == slots
+    (dispatch,) = (n for n in graph if n.op.name == "dispatch")
+    graph.set_output("rows", dispatch.result)
+    assert outputs(graph)["rows"].shape == (16 // size, 4, slots, 4)
+
+
+def test_one_checkpoint_serves_any_capacity() -> None:
+    graph = made(ST_MOE, causal=True)
+    weights = dict(graph.params)
+    for text in ("mode=train", "mode=eval", "mode=eval capacity-factor=4.0", "mode=eval dropless"):
+        other = then(graph, f"specialize{{{text}}}")
+        assert {n: (v.type, v.weight) for n, v in other.params.items()} == {
+            n: (v.type, v.weight) for n, v in weights.items()
+        }
+
+
+# --- other kinds of routing
+
+
+@pytest.mark.parametrize("routing", ["prototypes", "expert-choice"])
+@pytest.mark.parametrize("noise", ["jitter=0.5", "router-noise=1.0", "input-dropout=0.5"])
+def test_every_router_can_be_perturbed(routing: str, noise: str) -> None:
+    graph = made(f"upcycle{{experts=4 routing={routing}}},trace-routing")
+    noisy = then(graph, f"specialize{{{noise}}}")
+    name = (
+        "trace.layers.0.ffn.slots" if routing == "expert-choice" else "trace.layers.0.ffn.experts"
+    )
+    plain, one, two = outputs(graph)[name], outputs(noisy, 1)[name], outputs(noisy, 2)[name]
+    assert (one != two).any()
+    assert (one != plain).any()
+    graph.attrs["mode"] = "eval"
+    assert equal(then(noisy, "specialize{mode=eval}"), graph)
+
+
+@pytest.mark.parametrize("routing", ["prototypes", "hash", "expert-choice"])
+@pytest.mark.parametrize("policy", ["none", "threshold", "random"])
+def test_a_policy_is_about_further_choices(routing: str, policy: str) -> None:
+    graph = made(f"upcycle{{experts=4 routing={routing}}}")
+    with pytest.raises(InputError, match="decides about second experts"):
+        then(graph, f"specialize{{policy={policy}}}")
+
+
+@pytest.mark.parametrize(
+    "option", ["priority", "jitter=0.1", "router-noise=0.1", "input-dropout=0.1"]
+)
+def test_a_hash_has_no_router(option: str) -> None:
+    with pytest.raises(InputError, match="experts by a hash"):
+        then(made("upcycle{experts=4 routing=hash}"), f"specialize{{{option}}}")
+
+
+# --- what contradicts the conversion before, told when the text is read
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("upcycle{top-k=1 gates=switch},specialize{policy=threshold}", "there are none"),
+        ("upcycle{top-k=1 gates=switch},specialize{policy=random}", "policy=random threshold=0.2"),
+        ("upcycle{routing=hash},specialize{policy=none}", "there are none"),
+        ("upcycle,specialize{expert-dropout=0.1}", "capacity-factor=1.25, as ST-MoE trains"),
+        ("specialize{minimum=0}", "at least 1"),
+        ("specialize{dropless=true minimum=2}", "bounds what is to have no bound"),
+        ("specialize{mode=eval dropout=0.1}", "an evaluation is not perturbed"),
+        ("specialize{dropout=1.0}", "0 <= rate < 1"),
+        ("specialize{group-size=0}", "2 to 8 sequences"),
+    ],
+)
+def test_contradictions(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Pipeline.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "upcycle,specialize{policy=random}",
+        "upcycle{slots=capacity},specialize{expert-dropout=0.1}",
+        "upcycle{top-k=1 gates=switch},canonicalize,specialize{policy=all}",
+        "st-moe,specialize{expert-dropout=0.1}",
+    ],
+)
+def test_no_contradictions(text: str) -> None:
+    assert len(Pipeline.parse(text)) > 1
+
+
+def test_unrouted_padding_is_remarked() -> None:
+    told: list[Any] = []
+    graph = then(made("upcycle{experts=4}"), "specialize{padding-mask=true}")
+    for node in list(graph):
+        if node.op.name == "place":
+            assert "mask" in node.attrs["using"]
+    plain = made("upcycle{experts=4}")
+    plain.input("mask", graph.inputs["mask"].type)
+    (item,) = Pipeline.parse("specialize")
+    item.apply(plain, Context(remark=told.append))
+    assert "padding-mask=true goes by %mask" in str(told[0])
