@@ -1,0 +1,95 @@
+"""Right passes: the laws must not cry wolf."""
+
+from __future__ import annotations
+
+from moecc.ir import Graph, Node
+from moecc.pipeline.passes import Pass
+
+from .rewriting import EXACT, RewritePass, before, each, exchange, maker, named, nodes
+from .upcycling import COPIES, SLICES, TamperedUpcycle
+
+
+def commute(graph: Graph) -> int:
+    """a + b becomes b + a, once."""
+    for node in nodes(graph, "add", "mul"):
+        swapped = before(node).node(node.op.name, *node.operands[::-1])
+        if node.operands[0] is not node.operands[1] and exchange(node, swapped.result):
+            return 1
+        if swapped.alive and swapped.is_dead:
+            swapped.erase()
+    return 0
+
+
+def fold_a_scale_into_its_product(node: Node) -> int:
+    """A factor moves into the weight of a product that nothing else uses."""
+    product = maker(node.operands[0], "contract")
+    if product is None or product.result.only_user is not node:
+        return 0
+    product.set_operand(1, before(product).scale(product.operands[1], by=node.attrs["by"]))
+    return exchange(node, product.result)
+
+
+def split_the_sum_of_a_product(node: Node) -> int:
+    """A contraction becomes the sum of those over two halves of its axis."""
+    x, w = node.operands
+    over = node.attrs["over"]
+    size = x.type[over[0]].size
+    if len(over) != 1 or not isinstance(size, int) or size < 2:
+        return 0
+    parts, b = [], before(node)
+    for start, stop in ((0, size // 2), (size // 2, size)):
+        halves = [b.slice(v, axis=over[0], start=start, stop=stop) for v in (x, w)]
+        parts.append(b.contract(*halves, over=over))
+    return exchange(node, b.add(*parts))
+
+
+def write_silu_out(node: Node) -> int:
+    """silu(x) becomes x · sigmoid(x)."""
+    x, b = node.operands[0], before(node)
+    return exchange(node, b.mul(x, b.sigmoid(x)))
+
+
+def write_softmax_out(node: Node) -> int:
+    """softmax(x) becomes exp(x − logsumexp(x))."""
+    x, b = node.operands[0], before(node)
+    if maker(x, "mask") is not None:
+        return 0
+    total = b.logsumexp(x, axes=node.attrs["axis"])
+    return exchange(node, b.exp(b.sub(x, total)))
+
+
+def move_the_gate_before_the_combination(node: Node) -> int:
+    """Gates times a factor, and rows divided by it."""
+    rows, experts, place, gates = node.operands
+    b = before(node)
+    scaled = b.combine(b.scale(rows, by=0.5), experts, place, b.scale(gates, by=2.0))
+    return exchange(node, scaled)
+
+
+def reassociate(node: Node) -> int:
+    """a + (b + c) becomes (a + b) + c: equal in real arithmetic, and not bit for bit."""
+    for at in (0, 1):
+        a, inner = node.operands[1 - at], maker(node.operands[at], node.op.name)
+        # One of the two that are joined first has all the axes.
+        if inner is not None and node.result.type in (a.type, inner.operands[0].type):
+            b, op = before(node), node.op.name
+            left = b.node(op, a, inner.operands[0]).result
+            return exchange(node, b.node(op, left, inner.operands[1]).result)
+    return 0
+
+
+SOUND: dict[str, Pass] = {
+    **named(
+        commute,
+        each(fold_a_scale_into_its_product, "scale"),
+        each(split_the_sum_of_a_product, "contract"),
+        each(write_silu_out, "silu"),
+        each(write_softmax_out, "softmax"),
+        each(move_the_gate_before_the_combination, "combine"),
+        each(reassociate, "add", "mul"),
+    ),
+    "commute_and_promise_exact": RewritePass(commute, EXACT),
+    "upcycle": COPIES,
+    "upcycle_in_slices": TamperedUpcycle(SLICES, lambda graph: 0),
+}
+"""Right passes by name."""
