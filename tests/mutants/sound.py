@@ -6,7 +6,7 @@ from moecc.ir import Graph, Node
 from moecc.pipeline.passes import Pass
 
 from .rewriting import EXACT, RewritePass, before, each, exchange, maker, named, nodes
-from .upcycling import COPIES, SLICES, TamperedUpcycle
+from .upcycling import COPIES, PROTOTYPES, SCALED, SHIFTED, SLICES, TamperedUpcycle
 
 
 def commute(graph: Graph) -> int:
@@ -90,6 +90,14 @@ SOUND: dict[str, Pass] = {
     ),
     "commute_and_promise_exact": RewritePass(commute, EXACT),
     "upcycle": COPIES,
-    "upcycle_in_slices": TamperedUpcycle(SLICES, lambda graph: 0),
+    **{
+        f"upcycle_{name}": TamperedUpcycle(item, lambda graph: 0)
+        for name, item in {
+            "in_slices": SLICES,
+            "into_prototypes": PROTOTYPES,
+            "with_a_scale_and_a_sublayer": SCALED,
+            "with_a_shift_and_a_sublayer": SHIFTED,
+        }.items()
+    },
 }
 """Right passes by name."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError
-from moecc.ir import F32, Graph, Value, clone
+from moecc.ir import F32, Graph, Node, Value, clone
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
 from moecc.weights.arithmetic import Scale
 from moecc.weights.draws import Normal
+from moecc.weights.expr import Full
 
 from .experts import choose_one_expert_less, do_not_renormalise
 from .feed_forward import drop_the_output_bias
-from .rewriting import Rewrite, each
+from .rewriting import Rewrite, each, exchange
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,35 @@ def route_members_of_a_group_apart(graph: Graph) -> int:
     return len(routers)
 
 
+def exchange_zeros_and_ones_of_the_bias(graph: Graph) -> int:
+    """A multiplicative bias begins with zeros, an additive one with ones."""
+    return fill(graph, ".expert_bias", lambda value: 1 - value)
+
+
+def extra_sublayer_that_adds_something(graph: Graph) -> int:
+    """The extra sublayer's last matrix is not zero."""
+    return fill(graph, ".extra", lambda value: value + 0.5)
+
+
+def fill(graph: Graph, suffix: str, other: Callable[[float], float]) -> int:
+    """Fill the constant parameters of a name with another number."""
+    named_so = [p for n, p in graph.params.items() if n.endswith(suffix)]
+    constant = [p for p in named_so if isinstance(p.weight, Full)]
+    for param in constant:
+        param.weight = Full(other(param.weight.value), param.type)
+    return len(constant)
+
+
+def prototypes_that_do_not_add_up(node: Node) -> int:
+    """The gates of the groups are not divided by their sum."""
+    return exchange(node, node.operands[0]) if node.origin.startswith("upcycle") else 0
+
+
 COPIES = UpcyclePass(experts=4, top_k=2)
 SLICES = UpcyclePass(experts=4, top_k=2, granularity=2)
+PROTOTYPES = UpcyclePass(experts=4, top_k=2, routing="prototypes")
+SCALED = UpcyclePass(experts=4, top_k=2, expert_bias="multiplicative", extra_ffn="after")
+SHIFTED = UpcyclePass(experts=4, top_k=2, expert_bias="additive", extra_ffn="before")
 
 MUTANTS: dict[str, Pass] = {
     f"upcycle_and_{tamper.__name__}": TamperedUpcycle(upcycle, tamper)
@@ -96,5 +125,8 @@ MUTANTS: dict[str, Pass] = {
         (SLICES, scale_another_weight_instead_of_down),
         (SLICES, route_members_of_a_group_apart),
         (SLICES, each(choose_one_expert_less, "route")),
+        (SHIFTED, exchange_zeros_and_ones_of_the_bias),
+        (SCALED, extra_sublayer_that_adds_something),
+        (PROTOTYPES, each(prototypes_that_do_not_add_up, "div")),
     )
 }
