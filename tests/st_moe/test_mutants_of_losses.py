@@ -1,0 +1,147 @@
+"""Losses with one thing wrong, each caught by a property of the tests beside this one.
+
+Losses are outputs that a pass adds, so that no law of passes could tell a wrong one.  Here a method
+is exchanged for a wrong one, and the property must fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import moecc_backends.reference.placing as placing
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from moecc_passes import add_losses
+
+from moecc.ir.graph import Value
+from moecc.ir.losses import LossBuilder
+
+from . import test_losses, test_numbers
+
+BALANCE = LossBuilder.balance
+PROPERTY = Callable[[], None]
+
+
+def count_all_choices(self: LossBuilder, choices: int = 1) -> Value:
+    return BALANCE(self, self._top_k)
+
+
+def forget_the_number_of_experts(self: LossBuilder, choices: int = 1) -> Value:
+    return self.builder.scale(BALANCE(self, choices), by=1 / self.routed.count)
+
+
+def share_of_the_probabilities(self: LossBuilder, choices: int = 1) -> Value:
+    """P times P: smooth, and not the loss."""
+    b, mean = self.builder, self._unit_mean(self._probabilities())
+    total = b.sum(b.square(mean), axes="expert")
+    return self._over_units(b.scale(total, by=float(self.routed.count)))
+
+
+def do_not_square(self: LossBuilder) -> Value:
+    return self._token_mean(self._log_total())
+
+
+def square_of_the_largest_logit(self: LossBuilder) -> Value:
+    b = self.builder
+    return self._token_mean(b.square(b.max(self.routed.logits, axes="expert")))
+
+
+def count_padding(self: LossBuilder, x: Value) -> Value:
+    return self.builder.mean(x, axes=self.routed.tokens)
+
+
+def take_the_batch_for_a_group(self: LossBuilder, x: Value) -> Value:
+    return self.builder.mean(x, axes=self.routed.tokens)
+
+
+def variation_of_the_sum_of_squares(self: LossBuilder, x: Value) -> Value:
+    """E[x²] / E[x]², which is one more than it should be."""
+    b = self.builder
+    return b.div(b.mean(b.square(x), axes="expert"), b.square(b.mean(x, axes="expert")))
+
+
+def always_average(builder: Any, layers: Any, how: str) -> Any:
+    return JOINED(builder, layers, "mean")
+
+
+JOINED = add_losses._joined
+
+
+def one_slot_more(attrs: Any, tokens: int, choices: int) -> int:
+    return CAPACITY(attrs, tokens, choices) + 1
+
+
+CAPACITY = placing.capacity
+
+MUTANTS: dict[str, tuple[object, str, Any, PROPERTY]] = {
+    wrong.__name__: (place, name, wrong, law)
+    for place, name, wrong, law in (
+        (LossBuilder, "balance", count_all_choices, test_losses.test_balance_by_its_formula),
+        (
+            LossBuilder,
+            "balance",
+            forget_the_number_of_experts,
+            test_losses.test_balance_is_1_if_either_share_is_uniform,
+        ),
+        (
+            LossBuilder,
+            "balance",
+            share_of_the_probabilities,
+            test_losses.test_balance_is_1_if_either_share_is_uniform,
+        ),
+        (LossBuilder, "router_z", do_not_square, test_losses.test_z_loss_of_shifted_logits),
+        (
+            LossBuilder,
+            "router_z",
+            square_of_the_largest_logit,
+            test_losses.test_z_loss_of_shifted_logits,
+        ),
+        (LossBuilder, "_token_mean", count_padding, test_losses.test_padding_counts_nowhere),
+        (
+            LossBuilder,
+            "_unit_mean",
+            take_the_batch_for_a_group,
+            test_losses.test_balance_over_groups_sequences_and_the_batch,
+        ),
+        (
+            LossBuilder,
+            "_squared_variation",
+            variation_of_the_sum_of_squares,
+            test_losses.test_importance_and_load_of_v_moe,
+        ),
+        (
+            add_losses,
+            "_joined",
+            always_average,
+            test_losses.test_losses_of_layers_are_summed_or_averaged,
+        ),
+        (placing, "capacity", one_slot_more, test_numbers.test_how_many_are_kept),
+    )
+}
+
+
+@pytest.fixture(autouse=True)
+def _few_examples() -> Iterator[None]:
+    """Let properties draw few examples, the same ones each time, and shrink none."""
+    before = settings.get_current_profile_name()
+    settings.register_profile(
+        "mutants",
+        max_examples=10,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    settings.load_profile("mutants")
+    yield
+    settings.load_profile(before)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_each_wrong_loss_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, attribute, wrong, law = MUTANTS[name]
+    monkeypatch.setattr(place, attribute, wrong)
+    with pytest.raises(AssertionError):
+        law()
