@@ -26,7 +26,7 @@ EPILOG = (
     "4 the machine, 70 a bug in moecc, 130 interrupted."
 )
 
-COMMANDS = ("inspect", "import", "opt", "convert", "verify", "run", "generate", "passes")
+COMMANDS = ("inspect", "import", "opt", "convert", "verify", "run", "generate", "plan", "passes")
 """The subcommands, in the order of ``--help``; each stands in a module ``moecc.cli.cmd_NAME``."""
 
 

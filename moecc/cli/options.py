@@ -49,3 +49,12 @@ InputsOption = Annotated[
         help="A .npy of token ids, [batch, seq] or [seq]; or a .npz with all inputs by name.",
     ),
 ]
+
+MachineOption = Annotated[
+    str,
+    typer.Option(
+        "--machine",
+        metavar="M",
+        help="tpu:v5p:4x4x4, gpu:h100:8, cpu: the chip, and the topology or number.",
+    ),
+]

@@ -130,9 +130,20 @@ def without_options(value: dict[str, Any]) -> dict[str, Any]:
     return {name: inner for name, inner in value.items() if name != "options"}
 
 
+def test_plan(report: Any) -> None:
+    small = ["--batch-tokens", "16384", "--sequence", "256"]
+    plans = [
+        report("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4", *small),
+        report("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:2x2x4", *small),
+        report("plan", "preset:smollm2-135m", "--machine", "gpu:h100:8", "--step", "forward"),
+    ]
+    compare(documented("plan", "key"), plans)
+
+
 def test_schemas_are_those_of_the_page(report: Any) -> None:
     assert set(re.findall(r"`(moecc\.[\w-]+/\d+)`", PAGE)) == {
         "moecc.inspect/1",
+        "moecc.plan/1",
         "moecc.convert/1",
         "moecc.verify/1",
         "moecc.verify-manifest/1",

@@ -1,0 +1,139 @@
+"""``moecc plan``: what a model costs on a machine, and the mesh that suits it best."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from moecc.cli.console import Format
+from moecc.cli.options import FormatOption, MachineOption
+
+
+class Step(StrEnum):
+    """What is planned."""
+
+    train = "train"
+    forward = "forward"
+
+
+class Optimizer(StrEnum):
+    """What updates the parameters."""
+
+    adamw = "adamw"
+    adafactor = "adafactor"
+
+
+class Remat(StrEnum):
+    """What the backward pass computes again."""
+
+    none = "none"
+    save = "save"
+    full = "full"
+
+
+class Via(StrEnum):
+    """How tokens reach experts on other devices."""
+
+    capacity = "capacity"
+    ragged = "ragged"
+    ring = "ring"
+    replicated = "replicated"
+
+
+class DenseWeights(StrEnum):
+    """How parameters that are no experts' lie along the experts' axis."""
+
+    whole = "whole"
+    cut = "split"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @app.command("plan", epilog="Example: moecc plan preset:mixtral-8x7b --machine tpu:v5p:4x4x4")
+    def plan(
+        model: Annotated[
+            str,
+            typer.Argument(
+                metavar="MODEL", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
+            ),
+        ],
+        machine: MachineOption,
+        batch_tokens: Annotated[
+            int | None,
+            typer.Option(
+                "--batch-tokens", metavar="N", help="Of a step; by default 4096 a device."
+            ),
+        ] = None,
+        sequence: Annotated[
+            str | None,
+            typer.Option(
+                "--sequence", metavar="N[,N]", help="Tokens of a sequence: 4096, or 512,114."
+            ),
+        ] = None,
+        mesh: Annotated[
+            str | None,
+            typer.Option("--mesh", metavar="AXIS=N,…", help="The mesh, instead of the best."),
+        ] = None,
+        via: Annotated[
+            Via | None, typer.Option("--via", help="How tokens reach experts on other devices.")
+        ] = None,
+        remat: Annotated[
+            Remat | None, typer.Option("--remat", help="What is computed twice.")
+        ] = None,
+        dense_weights: Annotated[
+            DenseWeights | None,
+            typer.Option(
+                "--dense-weights", help="Parameters of no expert, along the experts' axis."
+            ),
+        ] = None,
+        step: Annotated[Step, typer.Option("--step", help="What is planned.")] = Step.train,
+        optimizer: Annotated[
+            Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
+        ] = Optimizer.adamw,
+        dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "bf16",
+        weight_dtype: Annotated[
+            str, typer.Option("--weight-dtype", help="The type of the parameters.")
+        ] = "f32",
+        svg: Annotated[
+            str | None, typer.Option("--svg", metavar="FILE", help="Draw the plan.")
+        ] = None,
+        force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+        format: FormatOption = Format.human,
+    ) -> None:
+        """Predict memory, time and traffic of MODEL on a machine, and find the best mesh.
+
+        Nothing is read but headers, nothing compiled or run. docs/planning.md says what is
+        counted, and what is not.
+        """
+        from moecc.cli.console import report, say
+        from moecc.cli.files import check_writable, write_whole
+        from moecc.models import open_model
+        from moecc.plan.batches import make_batch, parse_lengths
+        from moecc.plan.chart import chart
+        from moecc.plan.machines import parse_machine
+        from moecc.plan.meshes import plan_mesh
+        from moecc.plan.report import plan_json, plan_text
+        from moecc.plan.search import Wish, search
+        from moecc.plan.strategy import Setting
+        from moecc.plan.workload import workload
+        from moecc.settings import float_type
+
+        if svg is not None:
+            check_writable(svg, force=force)
+        where = parse_machine(machine)
+        wish = Wish(plan_mesh(mesh) if mesh is not None else None, via, remat, dense_weights)
+        lengths = parse_lengths(sequence) if sequence is not None else None
+        setting = Setting(
+            step is Step.train, optimizer.value, float_type(dtype), float_type(weight_dtype)
+        )
+        with open_model(model) as opened:
+            batch = make_batch(opened.graph, where.devices, batch_tokens, lengths)
+            work = workload(opened.graph, batch)
+        data = plan_json(model, work, where, setting, search(work, where, setting, wish))
+        if svg is not None:
+            write_whole(svg, chart(data).encode(), force=force)
+            say(f"the plan is drawn in {svg}")
+        report("plan", data, lambda: plan_text(data), format)

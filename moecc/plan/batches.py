@@ -1,0 +1,100 @@
+"""The batch that a step takes: how many sequences, and how long they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.errors import InputError, UsageError
+from moecc.ir.graph import Graph
+
+TOKENS_PER_DEVICE = 4096
+"""Where no batch is given: so many tokens a device, made whole sequences."""
+
+DECODER_LENGTH = 4096
+ENCDEC_LENGTHS = (512, 114)
+"""Where no length is given; of an encoder-decoder those of ST-MoE's pre-training (§6)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of sequences.
+
+    Attributes:
+      sequences: how many.
+      lengths: the tokens of one by the variable of the graph, of the encoder before the decoder.
+    """
+
+    sequences: int
+    lengths: tuple[tuple[str, int], ...]
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of one sequence, of encoder and decoder together."""
+        return sum(length for _, length in self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.sequences * self.sequence_tokens
+
+    def size(self, variable: str) -> int:
+        """Return the size that a variable of the graph stands for."""
+        return dict(self.lengths).get(variable, self.sequences)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Return the lengths that ``--sequence`` says: ``4096``, or ``512,114``.
+
+    Raises:
+      UsageError: they are no numbers of tokens.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(p.isdecimal() and 0 < int(p) < 10**8 for p in parts):
+        raise UsageError("not lengths of a sequence", expected="4096, or 512,114", found=text)
+    return tuple(map(int, parts))
+
+
+def length_variables(graph: Graph) -> tuple[str, ...]:
+    """Return the variables that stand for lengths in `graph`, the encoder's first."""
+    found: dict[str, None] = {}
+    for value in graph.inputs.values():
+        for axis in value.type:
+            if axis.name != "batch" and isinstance(axis.size, str):
+                found[axis.size] = None
+    return tuple(found)
+
+
+def make_batch(
+    graph: Graph, devices: int, tokens: int | None = None, lengths: tuple[int, ...] | None = None
+) -> Batch:
+    """Return the batch of `tokens` tokens, in sequences of `lengths`.
+
+    Args:
+      graph: says which lengths there are.
+      devices: for the default: at least so many sequences, and 4,096 tokens a device.
+      tokens: of the batch, encoder and decoder together.
+      lengths: of one sequence, by stack.
+
+    Raises:
+      InputError: the graph has another number of lengths, or the batch is not whole sequences.
+    """
+    names = length_variables(graph)
+    if lengths is None:
+        lengths = ENCDEC_LENGTHS if len(names) == 2 else (DECODER_LENGTH,) * len(names)
+    if len(lengths) != len(names):
+        expected = f"{len(names)}, of {' and '.join(names)}" if names else "none"
+        raise InputError(
+            "another number of sequence lengths", expected=expected, found=str(len(lengths))
+        )
+    each = sum(lengths) or 1
+    if tokens is None:
+        tokens = devices * each * max(1, TOKENS_PER_DEVICE // each)
+    if tokens % each or tokens < each:
+        near = max(1, round(tokens / each)) * each
+        raise InputError(
+            "the batch is not whole sequences",
+            expected=f"a multiple of {each} tokens",
+            found=str(tokens),
+            hint=f"{near} would be",
+        )
+    return Batch(tokens // each, tuple(zip(names, lengths, strict=True)))

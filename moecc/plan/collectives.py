@@ -1,0 +1,58 @@
+"""Bytes and seconds of a collective.
+
+Bytes are what each device sends to others, by the algorithm that sends the least: rings for gathers
+and reductions, a message to each peer for exchanges.  ``tensor_bytes`` is how compiled programs are
+counted: the size of the full tensor, of an exchange that of one device's rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.plan.networks import Route
+
+OPS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "ragged_all_to_all")
+
+
+def sent_bytes(op: str, devices: int, tensor_bytes: float) -> float:
+    """Return the bytes that one device sends.
+
+    Args:
+      op: one of `OPS`.
+      devices: how many take part.
+      tensor_bytes: the gathered result of an all-gather, the operand of a reduce-scatter or
+        all-reduce, the rows of one device for an exchange; the rows are spread evenly.
+
+    An all-gather passes every part but one on, (n − 1)/n of the result, and a reduce-scatter is the
+    same backwards; an all-reduce is both.  An exchange keeps its own part.
+    """
+    share = (devices - 1) / devices
+    return tensor_bytes * share * (2 if op == "all_reduce" else 1)
+
+
+def seconds(op: str, route: Route, tensor_bytes: float) -> float:
+    """Return the seconds of a collective on ideal links; arguments as for `sent_bytes`."""
+    if op.endswith("all_to_all"):
+        return route.all_to_all(tensor_bytes)
+    return route.all_gather(tensor_bytes) * (2 if op == "all_reduce" else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A collective of a step.
+
+    Attributes:
+      op: one of `OPS`.
+      axes: the mesh axes that it runs over.
+      tensor_bytes: of one, see `sent_bytes`.
+      times: how often a step does it, in one part.
+      why: what for, in a few words.
+      waits: whether computation has to wait for it; parameters and their gradients do not.
+    """
+
+    op: str
+    axes: tuple[str, ...]
+    tensor_bytes: float
+    times: float
+    why: str
+    waits: bool = True

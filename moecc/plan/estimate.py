@@ -1,0 +1,259 @@
+"""What a step costs under a strategy: arithmetic, memory traffic, collectives, time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from moecc.plan.collectives import Transfer, seconds, sent_bytes
+from moecc.plan.layout import Layout
+from moecc.plan.machines import Machine, efficiency
+from moecc.plan.memory import Memory, memory, optimizer_bytes
+from moecc.plan.networks import Route
+from moecc.plan.sharding import Sharding
+from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.traffic import part_transfers, sparse_rows
+from moecc.plan.workload import Part, Step, Workload
+
+BOUNDS = ("compute", "hbm", "network")
+
+MATERIALISED = frozenset({"softmax", "rms_norm", "layer_norm", "embedding", "dispatch", "combine"})
+"""Operations that read and write memory beside the products; others are fused into those."""
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """The cost of the equal parts of one name, on one device, in one step.
+
+    Attributes:
+      name: of the part.
+      count: how many there are.
+      flops: FLOPs of all of them, forward, backward and again.
+      hbm_bytes: what they read and write.
+      compute_seconds: what the FLOPs take.
+      hbm_seconds: what the bytes take.
+      local_seconds: both: of each operation the longer.
+      transfers: their collectives, with seconds, of one part.
+    """
+
+    name: str
+    count: int
+    flops: float
+    hbm_bytes: float
+    compute_seconds: float
+    hbm_seconds: float
+    local_seconds: float
+    transfers: tuple[tuple[Transfer, float], ...]
+
+    @cached_property
+    def waiting_seconds(self) -> float:
+        """The collectives that computation waits for."""
+        return self.count * sum(s for t, s in self.transfers if t.waits)
+
+    @cached_property
+    def hidden_seconds(self) -> float:
+        """The collectives of parameters and gradients, which run beside computation."""
+        return self.count * sum(s for t, s in self.transfers if not t.waits)
+
+    @property
+    def network_seconds(self) -> float:
+        """All collectives."""
+        return self.waiting_seconds + self.hidden_seconds
+
+    @cached_property
+    def seconds(self) -> float:
+        """The time of the part: what is hidden counts where it is longer than what hides it."""
+        return max(self.local_seconds, self.hidden_seconds) + self.waiting_seconds
+
+    @property
+    def bound(self) -> str:
+        """What takes the most of its time, one of `BOUNDS`."""
+        if self.network_seconds > self.local_seconds:
+            return "network"
+        return "hbm" if self.hbm_seconds > self.compute_seconds else "compute"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a step.
+
+    Attributes:
+      strategy: what was chosen.
+      memory: bytes of one device, by kind.
+      parts: the cost by part.
+      model_flops: what the model asks of all devices in a step, without recomputation or padding.
+      machine: where.
+      dtype: the type of the computation.
+    """
+
+    strategy: Strategy
+    memory: Memory
+    parts: tuple[PartCost, ...]
+    model_flops: float
+    machine: Machine
+    dtype: str
+
+    @cached_property
+    def seconds(self) -> float:
+        """The time of a step."""
+        return sum(part.seconds for part in self.parts)
+
+    @cached_property
+    def flops(self) -> float:
+        """FLOPs of one device."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def mfu(self) -> float:
+        """The model's FLOPs, as a share of what the machine could do in that time."""
+        peak = self.machine.peak(self.dtype) * self.machine.devices
+        return self.model_flops / (self.seconds * peak)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory."""
+        return self.memory.total <= self.machine.usable_bytes
+
+    @cached_property
+    def collectives(self) -> dict[str, dict[str, float]]:
+        """Collectives by operation: how often, bytes of full tensors, bytes sent, seconds."""
+        found: dict[str, dict[str, float]] = {}
+        for part in self.parts:
+            for transfer, each in part.transfers:
+                row = found.setdefault(
+                    transfer.op,
+                    {"count": 0.0, "tensor_bytes": 0.0, "sent_bytes": 0.0, "seconds": 0.0},
+                )
+                times = part.count * transfer.times
+                devices = self.strategy.layout.mesh.size(transfer.axes)
+                row["count"] += times
+                row["tensor_bytes"] += times * transfer.tensor_bytes
+                row["sent_bytes"] += times * sent_bytes(transfer.op, devices, transfer.tensor_bytes)
+                row["seconds"] += part.count * each
+        return found
+
+    @cached_property
+    def by_kind(self) -> dict[str, float]:
+        """The seconds of a step by what they are spent on; they add up to the step."""
+        compute = sum(p.local_seconds for p in self.parts)
+        waiting = sum(p.waiting_seconds for p in self.parts)
+        return {
+            "local": compute,
+            "exchange": waiting,
+            "parameters": self.seconds - compute - waiting,
+        }
+
+
+class Estimator:
+    """Estimates strategies for one model, batch and machine."""
+
+    def __init__(self, work: Workload, machine: Machine, setting: Setting) -> None:
+        self.work = work
+        self.machine = machine
+        self.setting = setting
+        self._local: dict[tuple[Layout, float], Sharding] = {}
+        self._routes: dict[object, Mapping[tuple[str, ...], Route]] = {}
+
+    def memory(self, strategy: Strategy) -> Memory:
+        """Return the memory of a device."""
+        local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=True))
+        return memory(self.work, self.setting, strategy, local)
+
+    def _sharding(self, layout: Layout, rows: float = 1.0) -> Sharding:
+        """Return sizes on one device; what is worked out for one strategy serves the next."""
+        return self._local.setdefault((layout, rows), Sharding(layout, rows))
+
+    def _row_factor(self, strategy: Strategy, *, buffer: bool) -> float:
+        """Return how many rows there are, or there is room for, by each row of the graph."""
+        local = self._sharding(strategy.layout)
+        for part in self.work.parts:
+            rows = sparse_rows(part, self.work, self.setting, strategy, local)
+            if rows is not None:
+                if buffer:
+                    return rows.buffer_rows(strategy.via) / rows.rows
+                return rows.factor(strategy.via)
+        return 1.0
+
+    def estimate(self, strategy: Strategy) -> Estimate:
+        """Return what a step costs under `strategy`."""
+        local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=False))
+        parts = [self._part(part, strategy, local) for part in self.work.parts]
+        if self.setting.train:
+            parts.append(self._update(local))
+        passes = 3 if self.setting.train else 1
+        return Estimate(
+            strategy=strategy,
+            memory=self.memory(strategy),
+            parts=tuple(parts),
+            model_flops=passes * self.work.model_flops,
+            machine=self.machine,
+            dtype=self.setting.dtype.name,
+        )
+
+    def _part(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
+        width = self.setting.dtype.itemsize_bytes
+        rates = (
+            self.machine.peak(self.setting.dtype.name) * efficiency("compute"),
+            self.machine.hbm_bytes_per_second * efficiency("hbm"),
+        )
+        flops = moved = compute = hbm = both = 0.0
+        for step in part.steps:
+            passes = _passes(step, strategy, self.setting)
+            work, bytes_ = _step_flops(step, local) * passes, _step_elements(step, local) * width
+            times = (work / rates[0], bytes_ * passes / rates[1])
+            flops, moved = flops + work, moved + bytes_ * passes
+            compute, hbm, both = compute + times[0], hbm + times[1], both + max(times)
+        found = part_transfers(part, self.work, self.setting, strategy, local)
+        return PartCost(
+            name=part.name,
+            count=part.count,
+            flops=part.count * flops,
+            hbm_bytes=part.count * moved,
+            compute_seconds=part.count * compute,
+            hbm_seconds=part.count * hbm,
+            local_seconds=part.count * both,
+            transfers=tuple((t, self._seconds(t, strategy)) for t in found),
+        )
+
+    def _seconds(self, transfer: Transfer, strategy: Strategy) -> float:
+        mesh = strategy.layout.mesh
+        if mesh not in self._routes:
+            self._routes[mesh] = self.machine.network.routes(dict(mesh.axes))
+        axes = tuple(n for n in mesh.names if n in transfer.axes)
+        route = self._routes[mesh][axes]
+        ideal = seconds(transfer.op, route, transfer.tensor_bytes)
+        return transfer.times * ideal / efficiency("network")
+
+    def _update(self, local: Sharding) -> PartCost:
+        """Return the cost of the optimizer: parameters, gradients and state, read and written."""
+        stored = sum(n * local.stored(w) for w, n in self.work.weights)
+        state = optimizer_bytes(self.work, self.setting, local)
+        moved = stored * self.setting.weight_dtype.itemsize_bytes * 3 + 2 * state
+        time = moved / (self.machine.hbm_bytes_per_second * efficiency("hbm"))
+        return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
+
+
+def _passes(step: Step, strategy: Strategy, setting: Setting) -> float:
+    """Return how often a step's work is done: forward, twice backward, again."""
+    if not setting.train:
+        return 1.0
+    again = {"none": False, "save": step.saved_again, "full": step.again}[strategy.remat]
+    return 3.0 + again
+
+
+def _step_flops(step: Step, local: Sharding) -> float:
+    if step.op != "contract":
+        return 0.0
+    return 2.0 * local.elements(step.axes)
+
+
+def _step_elements(step: Step, local: Sharding) -> float:
+    """Return the elements that a step reads and writes, forward."""
+    if step.op != "contract" and step.op not in MATERIALISED:
+        return 0.0
+    shapes = [*step.operands, *step.results]
+    if step.op == "embedding":
+        # Of the table only the rows that are looked up.
+        shapes = [*step.results, *step.results]
+    return sum(map(local.elements, shapes))

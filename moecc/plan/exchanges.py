@@ -1,0 +1,105 @@
+"""How tokens get to their experts and back, and what each way costs.
+
+``capacity`` exchanges a fixed number of rows between any two devices, ``ragged`` as many as there
+are, ``ring`` gathers all tokens and scatters the sums, ``replicated`` has all tokens on all devices
+and adds what they computed, ``local`` has all experts everywhere.  Formulas: GShard (Lepikhin et
+al. 2020) for the first; MaxText for the second and third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moecc.plan.collectives import Transfer
+
+VIAS = ("capacity", "ragged", "ring", "replicated")
+LOCAL = "local"
+
+BOUND = 1.25
+"""The capacity factor of an exchange whose experts take every token in the graph."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens and rows of one device at one sparse layer.
+
+    Attributes:
+      tokens: tokens.
+      rows: rows that the graph asks for, the padding of its capacity included.
+      row_bytes: of one row, or of one token.
+      devices: of the experts' axes.
+      top_k: choices of a token.
+      experts: how many there are.
+      dropless: whether every token is taken.
+      tensor: devices that share the neurons.
+    """
+
+    tokens: float
+    rows: float
+    row_bytes: float
+    devices: int
+    top_k: int
+    experts: int
+    dropless: bool
+    tensor: int
+
+    def factor(self, via: str) -> float:
+        """Return how many rows are computed for each row of the graph."""
+        return BOUND if via == "capacity" and self.dropless else 1.0
+
+    def buffer_rows(self, via: str) -> float:
+        """Return the rows that a device must have room for.
+
+        Dropless, the worst case is that all choices of all devices fall on one: a token has at most
+        one row for each expert there.
+        """
+        if not self.dropless or via in ("capacity", LOCAL):
+            return self.rows * self.factor(via)
+        most = min(self.top_k, self.experts // self.devices)
+        return self.tokens * most * (1 if via == "replicated" else self.devices)
+
+
+def exact(via: str, dropless: bool) -> bool:
+    """Whether an exchange loses no row that the graph keeps."""
+    return not (via == "capacity" and dropless)
+
+
+def legal(via: str, devices: int, dropless: bool) -> bool:
+    """Whether `via` can serve experts that lie on `devices` devices.
+
+    A capacity makes rows of equal number, for which ``ragged`` would be the same exchange.
+    """
+    if devices == 1:
+        return via == LOCAL
+    return via != LOCAL and (via != "ragged" or dropless)
+
+
+def transfers(
+    via: str, rows: Rows, axes: tuple[str, ...], tensor_axes: tuple[str, ...], again: float
+) -> Iterator[Transfer]:
+    """Yield the collectives of one sparse layer, forward and backward.
+
+    Args:
+      via: one of `VIAS`, or ``local``.
+      rows: what is sent.
+      axes: the mesh axes of the experts.
+      tensor_axes: those of the neurons; the copies of a token that they hold are sent once, in
+        parts, and put together again (the paper's slice, exchange, gather).
+      again: how often the forward pass runs: 1, or 2 under rematerialisation, or 0 less gradients.
+    """
+    both = again + 1
+    tokens = rows.tokens * rows.row_bytes
+    if via in ("capacity", "ragged"):
+        op = "all_to_all" if via == "capacity" else "ragged_all_to_all"
+        full = rows.rows * rows.factor(via) * rows.row_bytes
+        yield Transfer(op, axes, full / rows.tensor, 2 * both, "rows to experts and back")
+        if rows.tensor > 1:
+            yield Transfer("all_gather", tensor_axes, full, 2 * both, "parts of rows")
+    elif via == "ring":
+        full = tokens * rows.devices
+        # The sum need not run again: nothing of it is kept.
+        yield Transfer("all_gather", axes, full, again + 1, "tokens to all experts")
+        yield Transfer("reduce_scatter", axes, full, 2, "sums to their tokens")
+    elif via == "replicated":
+        yield Transfer("all_reduce", axes, tokens, 2, "what the experts of each device say")

@@ -1,0 +1,68 @@
+"""The meshes of a machine: a grid of all its devices, whose axes have the names of layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moecc.errors import InputError, UsageError, nearest
+from moecc.ir.mesh import Mesh, parse_mesh
+
+AXES = ("data", "fsdp", "expert", "model")
+"""The axes that layouts use, outermost first.
+
+``data`` splits the batch; ``fsdp`` splits it and the parameters with it; ``expert`` splits it and
+the experts; ``model`` splits heads, neurons and the vocabulary.
+"""
+
+
+def plan_mesh(text: str) -> Mesh:
+    """Return the mesh that `text` says: ``data=8,expert=8``.
+
+    Raises:
+      UsageError: it cannot be read, an axis is unknown, or stands twice.
+    """
+    try:
+        mesh = parse_mesh(text)
+    except InputError as error:
+        raise UsageError(error.problems) from None
+    for name in mesh.names:
+        if name not in AXES:
+            hint = nearest(name, AXES) or f"axes: {', '.join(AXES)}"
+            raise UsageError(f"unknown mesh axis {name!r}", found=text, hint=hint)
+    return mesh
+
+
+def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
+    """Check that a mesh has as many devices as a machine.
+
+    Raises:
+      InputError: it has more or fewer; the size of its last axis that would do is suggested.
+    """
+    if mesh.devices == devices:
+        return
+    name, size = mesh.axes[-1]
+    rest = mesh.devices // size
+    raise InputError(
+        "the mesh and the machine have different numbers of devices",
+        where=f"mesh {mesh}",
+        expected=f"{devices} devices of {machine}",
+        found=str(mesh.devices),
+        hint=f"{name}:{devices // rest} would" if devices % rest == 0 else None,
+    )
+
+
+def meshes(devices: int) -> Iterator[Mesh]:
+    """Yield every mesh of `devices` devices over `AXES`; one device is ``data:1``."""
+    for sizes in _products(devices, len(AXES)):
+        axes = tuple((n, s) for n, s in zip(AXES, sizes, strict=True) if s > 1)
+        yield Mesh(axes or (("data", 1),))
+
+
+def _products(of: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Yield every tuple of `count` numbers whose product is `of`."""
+    if count == 1:
+        yield (of,)
+        return
+    for size in (d for d in range(1, of + 1) if of % d == 0):
+        for rest in _products(of // size, count - 1):
+            yield (size, *rest)

@@ -1,0 +1,216 @@
+"""A plan as JSON values, and as a table for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moecc.plan.collectives import sent_bytes
+from moecc.plan.estimate import Estimate, PartCost
+from moecc.plan.exchanges import exact
+from moecc.plan.machines import Machine
+from moecc.plan.search import Ranking, seconds_text, why_slower
+from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.workload import Workload
+
+
+def plan_json(
+    model: str, work: Workload, machine: Machine, setting: Setting, ranking: Ranking
+) -> dict[str, Any]:
+    """Return the plan as the JSON values that ``docs/cli.md`` lists."""
+    best = ranking.best
+    return {
+        "model": model,
+        "machine": {
+            "name": machine.name,
+            "devices": machine.devices,
+            "usable_bytes": machine.usable_bytes,
+            "peak_flops": machine.peak(setting.dtype.name),
+            "hbm_bytes_per_second": machine.hbm_bytes_per_second,
+            "sources": list(machine.sources),
+        },
+        "step": "train" if setting.train else "forward",
+        "optimizer": setting.optimizer if setting.train else None,
+        "dtype": setting.dtype.name,
+        "weight_dtype": setting.weight_dtype.name,
+        "batch": {
+            "tokens": work.batch.tokens,
+            "sequences": work.batch.sequences,
+            "lengths": dict(work.batch.lengths),
+        },
+        "parameters": work.parameters,
+        "model_flops": best.model_flops,
+        "best": _plan(best, work),
+        "others": [
+            {**_summary(other, work), "why_slower": why_slower(other, best)}
+            for other in ranking.others
+        ],
+        "lossy": _summary(ranking.lossy, work) if ranking.lossy else None,
+        "tried": ranking.tried,
+        "fitting": ranking.fitting,
+    }
+
+
+def _strategy(strategy: Strategy) -> dict[str, Any]:
+    return {
+        "mesh": dict(strategy.layout.mesh.axes),
+        "dense_weights": strategy.layout.dense_weights,
+        "via": strategy.via,
+        "dispatch": strategy.dispatch,
+        "remat": strategy.remat,
+    }
+
+
+def _summary(estimate: Estimate, work: Workload) -> dict[str, Any]:
+    return {
+        **_strategy(estimate.strategy),
+        "exact": exact(estimate.strategy.via, work.dropless),
+        "seconds": estimate.seconds,
+        "mfu": estimate.mfu,
+        "total_bytes": estimate.memory.total,
+    }
+
+
+def _plan(estimate: Estimate, work: Workload) -> dict[str, Any]:
+    memory = estimate.memory
+    return {
+        **_summary(estimate, work),
+        "flops": estimate.flops,
+        "memory_bytes": memory.kinds(),
+        "arguments_bytes": memory.arguments,
+        "temporary_bytes": memory.temporaries,
+        "fits": estimate.fits,
+        "seconds_by_kind": estimate.by_kind,
+        "collectives": estimate.collectives,
+        "parts": [_part(part, estimate) for part in estimate.parts],
+    }
+
+
+def _part(part: PartCost, estimate: Estimate) -> dict[str, Any]:
+    sizes = estimate.strategy.layout.mesh
+    return {
+        "name": part.name,
+        "count": part.count,
+        "bound": part.bound,
+        "flops": part.flops,
+        "hbm_bytes": part.hbm_bytes,
+        "seconds": {
+            "total": part.seconds,
+            "compute": part.compute_seconds,
+            "hbm": part.hbm_seconds,
+            "local": part.local_seconds,
+            "waiting": part.waiting_seconds,
+            "hidden": part.hidden_seconds,
+        },
+        "transfers": [
+            {
+                "op": t.op,
+                "axes": list(t.axes),
+                "why": t.why,
+                "times": part.count * t.times,
+                "tensor_bytes": t.tensor_bytes,
+                "sent_bytes": sent_bytes(t.op, sizes.size(t.axes), t.tensor_bytes),
+                "seconds": part.count * each,
+            }
+            for t, each in part.transfers
+        ],
+    }
+
+
+# --- for people ----------------------------------------------------------------------------
+
+
+def plan_text(data: dict[str, Any]) -> str:
+    """Return the plan for people.
+
+    Args:
+      data: what `plan_json` returned.
+    """
+    return "\n".join(
+        [*_heading(data), *_memory_rows(data), *_time_rows(data), *_traffic(data), *_others(data)]
+    )
+
+
+def _heading(data: dict[str, Any]) -> list[str]:
+    best, machine, batch = data["best"], data["machine"], data["batch"]
+    lengths = " and ".join(f"{n}" for n in batch["lengths"].values())
+    step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
+    return [
+        f"{data['model']} on {machine['name']}: {machine['devices']} devices, {step}, "
+        f"{data['dtype']}, weights {data['weight_dtype']}",
+        f"  batch       {batch['tokens']:,} tokens: {batch['sequences']:,} sequences of {lengths}",
+        f"  plan        {_name(best)}",
+        f"  step        {seconds_text(best['seconds'])}, "
+        f"{batch['tokens'] / best['seconds'] / machine['devices']:,.0f} tokens/s a device, "
+        f"{best['mfu']:.1%} of the peak (model FLOPs)",
+    ]
+
+
+def _name(plan: dict[str, Any]) -> str:
+    mesh = ",".join(f"{n}={s}" for n, s in plan["mesh"].items()) or "one device"
+    words = [mesh]
+    if plan["dense_weights"] == "split":
+        words.append("dense weights split over the experts' axis")
+    words.append(f"experts via {plan['via']}")
+    return ", ".join([*words, f"{plan['dispatch']} dispatch", f"remat {plan['remat']}"])
+
+
+def _memory_rows(data: dict[str, Any]) -> list[str]:
+    best, usable = data["best"], data["machine"]["usable_bytes"]
+    kinds = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in best["memory_bytes"].items() if b >= 5e6)
+    left = (usable - best["total_bytes"]) / 1e9
+    return [
+        f"  memory      {best['total_bytes'] / 1e9:.2f} GB of {usable / 1e9:.2f} GB a device, "
+        f"{abs(left):.2f} GB {'to spare' if left >= 0 else 'too much'}",
+        f"              {kinds}",
+    ]
+
+
+def _time_rows(data: dict[str, Any]) -> list[str]:
+    rows = [
+        f"  {'part':34} {'count':>5} {'bound':>8} {'total':>9} {'compute':>9} {'hbm':>9} "
+        f"{'network':>9} {'TFLOPs':>8}"
+    ]
+    for part in data["best"]["parts"]:
+        times = part["seconds"]
+        network = times["waiting"] + times["hidden"]
+        shown = (times["total"], times["compute"], times["hbm"], network)
+        if times["total"] < data["best"]["seconds"] * 1e-4:
+            continue
+        rows.append(
+            f"  {part['name']:34} {part['count']:>5} {part['bound']:>8} "
+            + " ".join(f"{seconds_text(t) if t else '-':>9}" for t in shown)
+            + f" {part['flops'] / 1e12:>8.1f}"
+        )
+    return rows
+
+
+def _traffic(data: dict[str, Any]) -> list[str]:
+    rows = []
+    for op, row in data["best"]["collectives"].items():
+        rows.append(
+            f"  {op:34} {row['count']:>5.0f} {'':>8} {seconds_text(row['seconds']):>9} "
+            f"{row['tensor_bytes'] / 1e9:>9.2f} {row['sent_bytes'] / 1e9:>9.2f}"
+        )
+    if not rows:
+        return ["  no collectives"]
+    title = (
+        f"  {'collective':34} {'count':>5} {'':>8} {'time':>9} {'GB':>9} {'GB sent':>9}   a device"
+    )
+    return [title, *rows]
+
+
+def _others(data: dict[str, Any]) -> list[str]:
+    best = data["best"]
+    rows = [f"  {data['fitting']} of {data['tried']} plans fit; the next best"]
+    for other in data["others"]:
+        slower = other["seconds"] / best["seconds"] - 1
+        rows.append(f"    {slower:+7.1%}  {_name(other)}")
+        rows.append(f"             {other['why_slower']}")
+    if not data["others"]:
+        rows = [f"  {data['fitting']} of {data['tried']} plans fit"]
+    lossy = data["lossy"]
+    if lossy is not None:
+        gain = 1 - lossy["seconds"] / best["seconds"]
+        rows.append(f"  {gain:.1%} faster, if rows beyond 1.25 times the mean may be lost:")
+        rows.append(f"    {_name(lossy)}")
+    return rows

@@ -1,0 +1,239 @@
+"""The search: every mesh, exchange and rematerialisation that fits, the fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moecc.errors import InputError
+from moecc.ir.mesh import Mesh
+from moecc.plan.batches import Batch
+from moecc.plan.estimate import Estimate, Estimator
+from moecc.plan.exchanges import LOCAL, VIAS, exact, legal
+from moecc.plan.layout import DENSE_WEIGHTS, Layout, check_layout, problems
+from moecc.plan.machines import Machine, sizes_of_kind
+from moecc.plan.meshes import check_devices, meshes
+from moecc.plan.strategy import REMATS, Setting, Strategy
+from moecc.plan.workload import Workload
+
+MOST_TENSOR = 64
+"""The search splits neurons over at most so many devices; a mesh that is given may have more."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user fixed; None leaves it to the search."""
+
+    mesh: Mesh | None = None
+    via: str | None = None
+    remat: str | None = None
+    dense_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the search found.
+
+    Attributes:
+      best: the fastest that fits and keeps the function.
+      others: the next ones.
+      tried: how many strategies were estimated.
+      fitting: how many of them fit.
+      lossy: the fastest that may lose rows, where it is faster than `best`.
+    """
+
+    best: Estimate
+    others: tuple[Estimate, ...]
+    tried: int
+    fitting: int
+    lossy: Estimate | None = None
+
+
+def strategies(work: Workload, machine: Machine, wish: Wish, train: bool) -> Iterator[Strategy]:
+    """Yield every strategy that is legal and agrees with `wish`."""
+    for layout in _layouts(work, machine, wish):
+        devices = layout.mesh.size(layout.expert_axes)
+        for via in (*VIAS, LOCAL):
+            if wish.via not in (None, via) or not legal(via, devices, work.dropless):
+                continue
+            if (via == "replicated") != layout.replicated:
+                continue
+            dispatch = "grouped" if work.dropless and via != "capacity" else "index"
+            remats = REMATS if wish.remat is None else (wish.remat,)
+            for remat in remats if train else ("none",):
+                yield Strategy(layout, via, dispatch, remat)
+
+
+def _layouts(work: Workload, machine: Machine, wish: Wish) -> Iterator[Layout]:
+    found = _meshes(work, machine) if wish.mesh is None else (wish.mesh,)
+    for mesh in found:
+        for dense in DENSE_WEIGHTS:
+            for replicated in (False, True):
+                layout = Layout(mesh, work.experts, dense, replicated)
+                if (dense == "split" or replicated) and not layout.expert_axes:
+                    continue
+                if wish.dense_weights in (None, dense) and not any(problems(layout, work)):
+                    yield layout
+
+
+def _meshes(work: Workload, machine: Machine) -> Iterator[Mesh]:
+    """Yield meshes, less those that are another one by another name."""
+    for mesh in meshes(machine.devices):
+        sizes = dict(mesh.axes)
+        data = sizes.get("data", 1)
+        if sizes.get("model", 1) > MOST_TENSOR:
+            continue
+        # Experts would lie on the rows of data, as they do on an axis of their own.
+        if work.experts and data > 1 and "expert" not in sizes and work.experts % data == 0:
+            continue
+        yield mesh
+
+
+def check_wish(work: Workload, machine: Machine, wish: Wish) -> None:
+    """Check what the user fixed.
+
+    Raises:
+      InputError: the mesh has another number of devices, or does not divide what it splits; the
+        exchange suits neither model nor mesh.
+    """
+    if wish.mesh is None:
+        return
+    check_devices(wish.mesh, machine.devices, machine.name)
+    layout = Layout(wish.mesh, work.experts, "whole", wish.via == "replicated")
+    check_layout(layout, work)
+    devices = layout.mesh.size(layout.expert_axes)
+    if wish.via is not None and not legal(wish.via, devices, work.dropless):
+        fitting = [v for v in (*VIAS, LOCAL) if legal(v, devices, work.dropless)]
+        raise InputError(
+            f"experts on {devices} devices cannot be reached via {wish.via}",
+            where=f"mesh {wish.mesh}",
+            expected=", ".join(fitting),
+            hint="ragged is for models without a capacity" if wish.via == "ragged" else None,
+        )
+
+
+def search(
+    work: Workload, machine: Machine, setting: Setting, wish: Wish | None = None, keep: int = 5
+) -> Ranking:
+    """Rank the strategies for `work` on `machine`.
+
+    Args:
+      work: the model and its batch.
+      machine: where.
+      setting: what is given.
+      wish: what the user fixed.
+      keep: how many beside the best.
+
+    Raises:
+      InputError: nothing is legal, or nothing fits; the smallest machine that would is named.
+    """
+    wish = wish or Wish()
+    check_wish(work, machine, wish)
+    estimator = Estimator(work, machine, setting)
+    tried, found, least = 0, [], None
+    for strategy in strategies(work, machine, wish, setting.train):
+        tried += 1
+        total = estimator.memory(strategy).total
+        if total <= machine.usable_bytes:
+            found.append(estimator.estimate(strategy))
+        elif least is None or total < least[0]:
+            least = (total, strategy)
+    if not found:
+        raise _nothing(work, machine, setting, wish, least)
+    found.sort(key=lambda e: e.seconds)
+    keeping = [e for e in found if exact(e.strategy.via, work.dropless) or wish.via is not None]
+    if not keeping:
+        keeping = found
+    best = keeping[0]
+    lossy = found[0] if found[0] is not best else None
+    return Ranking(best, tuple(keeping[1 : keep + 1]), tried, len(found), lossy)
+
+
+def _nothing(
+    work: Workload,
+    machine: Machine,
+    setting: Setting,
+    wish: Wish,
+    least: tuple[float, Strategy] | None,
+) -> InputError:
+    if least is None:
+        return InputError(
+            "no mesh of this machine divides model and batch",
+            where=machine.name,
+            found=f"{machine.devices} devices, {work.batch.sequences} sequences",
+            hint=f"--batch-tokens {machine.devices * work.batch.sequence_tokens} is a sequence "
+            "a device",
+        )
+    size, strategy = least
+    larger = smallest_that_fits(work, machine, setting, wish)
+    hint = f"{larger.name} is the smallest that would" if larger else "no machine of the kind would"
+    return InputError(
+        "does not fit",
+        where=machine.name,
+        expected=f"at most {machine.usable_bytes / 1e9:.2f} GB a device",
+        found=f"{size / 1e9:.2f} GB with {strategy}, the least",
+        hint=hint,
+    )
+
+
+def smallest_that_fits(
+    work: Workload, machine: Machine, setting: Setting, wish: Wish
+) -> Machine | None:
+    """Return the smallest machine of the same chip on which something fits, or None.
+
+    The batch grows with the machine to a sequence for each device that splits it; a mesh that was
+    wished for is no longer one.
+    """
+    free = replace(wish, mesh=None)
+    for other in sizes_of_kind(machine):
+        if other.devices <= machine.devices:
+            continue
+        sequences = work.batch.sequences
+        grown = -(-other.devices // sequences) * sequences if other.devices > sequences else 0
+        batch = Batch(grown or sequences, work.batch.lengths)
+        if _fits(replace(work, batch=batch) if not grown else work, other, setting, free):
+            return other
+    return None
+
+
+def _fits(work: Workload, machine: Machine, setting: Setting, wish: Wish) -> bool:
+    estimator = Estimator(work, machine, setting)
+    return any(
+        estimator.memory(s).total <= machine.usable_bytes
+        for s in strategies(work, machine, wish, setting.train)
+    )
+
+
+def why_slower(other: Estimate, best: Estimate) -> str:
+    """Return why `other` loses to `best`: what it takes longer for."""
+    more = {k: s - best.by_kind[k] for k, s in other.by_kind.items()}
+    kind = max(more, key=lambda k: more[k])
+    words = {"local": "computation", "exchange": "waiting for data", "parameters": "parameters"}
+    text = f"{words[kind]} takes {seconds_text(max(more[kind], 0.0))} more"
+    if kind != "local":
+        return f"{text}: {_heaviest(other, waits=kind == 'exchange')}"
+    if other.flops > best.flops * 1.01:
+        return f"{text}: {other.flops / best.flops:.2f} times the FLOPs"
+    return f"{text}: {_slowest(other, best)}"
+
+
+def _slowest(other: Estimate, best: Estimate) -> str:
+    """Return the part whose computation and memory take the most longer than in `best`."""
+    before = {p.name: p.local_seconds for p in best.parts}
+    return max(other.parts, key=lambda p: p.local_seconds - before.get(p.name, 0.0)).name
+
+
+def _heaviest(estimate: Estimate, *, waits: bool) -> str:
+    """Return the collective that takes the longest, with its mesh axes and purpose."""
+    found = ((p.count * s, t) for p in estimate.parts for t, s in p.transfers if t.waits is waits)
+    best = max(found, key=lambda pair: pair[0], default=None)
+    if best is None:
+        return "no collective"
+    return f"{best[1].op} over {' x '.join(best[1].axes)} ({best[1].why})"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"

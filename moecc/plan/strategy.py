@@ -1,0 +1,59 @@
+"""What a plan chooses: a layout, how tokens reach experts, and what is computed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.ir.dtypes import BF16, F32, DType
+from moecc.plan.exchanges import LOCAL
+from moecc.plan.layout import Layout
+
+REMATS = ("none", "save", "full")
+"""What the backward pass computes again: nothing; all but the results of attention and combine;
+everything but the input of each layer."""
+
+OPTIMIZERS = ("adamw", "adafactor")
+
+DISPATCHES = ("index", "grouped", "onehot")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is given.
+
+    Attributes:
+      train: whether a step is one of training, or a forward pass.
+      optimizer: one of `OPTIMIZERS`.
+      dtype: the type of the computation.
+      weight_dtype: the type of the parameters.
+    """
+
+    train: bool = True
+    optimizer: str = "adamw"
+    dtype: DType = BF16
+    weight_dtype: DType = F32
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What is chosen.
+
+    Attributes:
+      layout: the mesh, and what lies where.
+      via: how tokens reach experts.
+      dispatch: how rows are made: ``index`` for slots under a capacity, ``grouped`` for as many as
+        there are, ``onehot`` for products with masks.
+      remat: one of `REMATS`.
+    """
+
+    layout: Layout
+    via: str = LOCAL
+    dispatch: str = "index"
+    remat: str = "full"
+
+    def __str__(self) -> str:
+        mesh = str(self.layout.mesh) or "one device"
+        dense = ", dense weights split" if self.layout.dense_weights == "split" else ""
+        via = f", via {self.via}" if self.via != LOCAL else ""
+        rows = f", {self.dispatch}" if self.layout.experts else ""
+        return f"{mesh}{dense}{via}{rows}, remat {self.remat}"

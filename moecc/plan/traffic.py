@@ -1,0 +1,147 @@
+"""The collectives of one part of a model, under a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moecc.plan.collectives import Transfer
+from moecc.plan.exchanges import LOCAL, Rows
+from moecc.plan.exchanges import transfers as exchange_transfers
+from moecc.plan.shapes import Shape
+from moecc.plan.sharding import Sharding
+from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.workload import Part, Step, Weight, Workload
+
+
+def part_transfers(
+    part: Part, work: Workload, setting: Setting, strategy: Strategy, local: Sharding
+) -> Iterator[Transfer]:
+    """Yield the collectives of one part, forward and, in training, backward."""
+    width = setting.dtype.itemsize_bytes
+    for weight in part.weights:
+        yield from _weight_transfers(weight, setting, strategy, local, width)
+    yield from _sums(part, setting, strategy, local, width)
+    rows = sparse_rows(part, work, setting, strategy, local)
+    if rows is not None and strategy.via != LOCAL:
+        layout, again = strategy.layout, forwards(strategy.remat, setting.train)
+        yield from _forward_only(
+            exchange_transfers(
+                strategy.via, rows, layout.expert_axes, layout.tensor_axes, again
+            ),
+            setting.train,
+        )  # fmt: skip
+
+
+def forwards(remat: str, train: bool) -> float:
+    """Return how often the exchange of a layer's forward pass runs.
+
+    The policy ``save`` keeps what comes back, and sends rows to the experts once more: half.
+    """
+    if not train:
+        return 1.0
+    return {"none": 1.0, "save": 1.5, "full": 2.0}[remat]
+
+
+def _forward_only(found: Iterator[Transfer], train: bool) -> Iterator[Transfer]:
+    for t in found:
+        if train:
+            yield t
+        else:
+            # The backward pass does each once more.
+            yield Transfer(t.op, t.axes, t.tensor_bytes, t.times / 2, t.why, t.waits)
+
+
+def sparse_rows(
+    part: Part, work: Workload, setting: Setting, strategy: Strategy, local: Sharding
+) -> Rows | None:
+    """Return the tokens and rows of a device at `part`, or None where there are no experts."""
+    step = next((s for s in part.steps if s.op == "dispatch"), None)
+    if step is None:
+        return None
+    layout = strategy.layout
+    embed = step.results[0].size("embed")
+    exact = local if local.rows == 1 else Sharding(layout)
+    # Rows are counted where their tokens are, before any exchange.
+    shares = layout.mesh.size(layout.batch_axes) / layout.row_shards
+    return Rows(
+        tokens=local.elements(step.operands[0]) / embed,
+        rows=exact.elements(step.results[0]) / embed / shares,
+        row_bytes=embed * setting.dtype.itemsize_bytes,
+        devices=layout.mesh.size(layout.expert_axes),
+        top_k=part.top_k,
+        experts=work.experts,
+        dropless=work.dropless,
+        tensor=layout.mesh.size(layout.tensor_axes),
+    )
+
+
+def _weight_transfers(
+    weight: Weight, setting: Setting, strategy: Strategy, local: Sharding, width: int
+) -> Iterator[Transfer]:
+    """Yield how a parameter is gathered, and its gradient summed."""
+    layout = strategy.layout
+    axes = layout.weight_axes(weight.of_experts)
+    used = local.used(weight)
+    if layout.mesh.size(axes) > 1 and local.stored(weight) < used:
+        again = setting.train and strategy.remat != "none"
+        yield Transfer("all_gather", axes, used * width, 2 if again else 1, "parameters", False)
+        if setting.train:
+            yield Transfer("reduce_scatter", axes, used * width, 1, "gradients", False)
+    elif setting.train and layout.mesh.size(axes) > 1:
+        yield Transfer("all_reduce", axes, used * width, 1, "gradients", False)
+    sums = layout.gradient_axes(weight.of_experts)
+    if setting.train and layout.mesh.size(sums) > 1:
+        stored = local.stored(weight) * width
+        yield Transfer("all_reduce", sums, stored, 1, "gradients", False)
+
+
+def _sums(
+    part: Part, setting: Setting, strategy: Strategy, local: Sharding, width: int
+) -> Iterator[Transfer]:
+    """Yield the sums over ``model``: where an axis that it splits is summed over, or made.
+
+    Forward, a product over a split axis leaves a partial sum on each device.  Backward, a product
+    that made a split axis leaves partial gradients of its operand; those of several products of
+    one operand are added first, and summed once.
+    """
+    layout = strategy.layout
+    if layout.mesh.size(layout.tensor_axes) == 1:
+        return
+    shards = layout.shards
+    sources: dict[Shape, None] = {}
+    for step in part.steps:
+        if _sums_split(step, shards):
+            times = 1 + (setting.train and _runs_again(step, strategy.remat))
+            size = local.elements(step.results[0]) * width
+            yield Transfer("all_reduce", layout.tensor_axes, size, times, "partial sums")
+        if setting.train and _makes_split(step, shards):
+            sources[step.operands[0]] = None
+    for shape in sources:
+        size = local.elements(shape) * width
+        yield Transfer("all_reduce", layout.tensor_axes, size, 1, "gradients of partial sums")
+
+
+def _sums_split(step: Step, shards: dict[str, int]) -> bool:
+    """Whether a step leaves partial sums: a product over a split axis, a look-up in one."""
+    if step.op == "embedding":
+        return any(name == "vocab" for name, _ in step.operands[0])
+    return bool(set(step.over) & _split(shards)) and _meets_weight(step)
+
+
+def _makes_split(step: Step, shards: dict[str, int]) -> bool:
+    if step.op != "contract" or not _meets_weight(step):
+        return False
+    made = {name for name, _ in step.results[0]} - {name for name, _ in step.operands[0]}
+    return bool(made & _split(shards))
+
+
+def _meets_weight(step: Step) -> bool:
+    return any(weight is not None for weight in step.weights)
+
+
+def _split(shards: dict[str, int]) -> set[str]:
+    return {n for n, parts in shards.items() if parts > 1} & {"q", "kv", "mlp", "vocab"}
+
+
+def _runs_again(step: Step, remat: str) -> bool:
+    return {"none": False, "save": step.saved_again, "full": step.again}[remat]

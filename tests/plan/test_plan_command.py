@@ -1,0 +1,144 @@
+"""``moecc plan`` through the command line: the plan, its picture, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from moecc.cli.main import main
+
+MIXTRAL = ("plan", "preset:mixtral-8x7b", "--machine", "tpu:v5p:4x4x4")
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([str(a) for a in args])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def plan(capsys: pytest.CaptureFixture[str], *args: str | Path) -> dict[str, Any]:
+    code, out, err = run(capsys, "plan", *args, "--format", "json")
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_the_table_names_what_it_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *MIXTRAL, "--mesh", "fsdp=8,expert=8", "--via", "capacity")
+    assert (code, err) == (0, "")
+    for words in ("64 devices", "fsdp=8,expert=8", "via capacity", "layers.ffn", "all_to_all"):
+        assert words in out
+
+
+def test_the_paper_s_model_fits_with_its_dense_weights_split_and_not_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A compiler said so, too, of a program of that layout: 7.5 GB, and 19.4 GB too much."""
+    given = (
+        "preset:st-moe-32b", "--machine", "tpu:v4:8x8x8", "--batch-tokens", "1282048",
+        "--mesh", "data=64,model=16", "--optimizer", "adafactor", "--remat", "full",
+    )  # fmt: skip
+    best = plan(capsys, *given, "--dense-weights", "split")["best"]
+    assert best["fits"]
+    assert best["via"] == "capacity"
+    code, out, err = run(capsys, "plan", *given, "--dense-weights", "whole")
+    assert (code, out) == (1, "")
+    assert "does not fit" in err
+    assert "16.37 GB a device" in err
+
+
+def test_seconds_and_bytes_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    best = plan(capsys, *MIXTRAL[1:])["best"]
+    assert sum(best["seconds_by_kind"].values()) == pytest.approx(best["seconds"])
+    assert sum(p["seconds"]["total"] for p in best["parts"]) == pytest.approx(best["seconds"])
+    memory = best["memory_bytes"]
+    assert sum(memory.values()) == pytest.approx(best["total_bytes"])
+    assert best["arguments_bytes"] + best["temporary_bytes"] == pytest.approx(best["total_bytes"])
+    sent = [t["times"] * t["sent_bytes"] for p in best["parts"] for t in p["transfers"]]
+    assert sum(sent) == pytest.approx(sum(c["sent_bytes"] for c in best["collectives"].values()))
+
+
+def test_the_best_is_the_fastest_and_others_say_why_they_lose(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = plan(capsys, *MIXTRAL[1:])
+    times = [found["best"]["seconds"], *(o["seconds"] for o in found["others"])]
+    assert times == sorted(times)
+    assert all(o["why_slower"] for o in found["others"])
+    for other in found["others"][:2]:
+        mesh = ",".join(f"{n}={s}" for n, s in other["mesh"].items())
+        fixed = ["--mesh", mesh, "--remat", other["remat"]]
+        fixed += ["--dense-weights", other["dense_weights"]]
+        again = plan(capsys, *MIXTRAL[1:], *fixed)["best"]
+        assert again["seconds"] == pytest.approx(other["seconds"])
+
+
+def test_the_picture_is_an_svg_and_is_not_replaced_unasked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.svg"
+    assert run(capsys, *MIXTRAL, "--svg", file)[0] == 0
+    root = ElementTree.fromstring(file.read_text())
+    words = " ".join(t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert "layers.ffn (32)" in words
+    assert "activations" in words
+    code, out, err = run(capsys, *MIXTRAL, "--svg", file)
+    assert (code, out) == (1, "")
+    assert "the file exists" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (("--machine", "tpu:v5q:4x4x4"), 2, ["unknown machine", "tpu:v4|v5e|v5p|v6e|tpu7x"]),
+        (("--machine", "tpu:v5p:4x4x5"), 2, ["no topology '4x4x5'", "4x4x8"]),
+        (("--machine", "gpu:h100:12"), 2, ["a multiple of 8"]),
+        (("--mesh", "fsdp=64,experts=1"), 2, ["unknown mesh axis", "did you mean 'expert'"]),
+        (("--mesh", "fsdp"), 2, ["not a mesh"]),
+        (("--mesh", "fsdp=8"), 1, ["64 devices of tpu:v5p:4x4x4", "fsdp:64 would"]),
+        (("--mesh", "fsdp=4,expert=16"), 1, ["more devices for experts than experts", "8 would"]),
+        (("--mesh", "fsdp=4,model=16"), 1, ["does not divide the axis kv_head", "8 would"]),
+        (("--batch-tokens", "5000"), 1, ["a multiple of 4096 tokens", "4096 would be"]),
+        (("--batch-tokens", "4096", "--mesh", "fsdp=64"), 1, ["does not divide the batch"]),
+        (("--sequence", "512,114"), 1, ["another number of sequence lengths"]),
+        (("--sequence", "-1"), 2, ["not lengths of a sequence"]),
+        (("--dtype", "bf17"), 2, ["did you mean 'bf16'"]),
+        (("--optimizer", "sgd"), 2, ["adafactor"]),
+        (("--mesh", "fsdp=64", "--via", "ring"), 1, ["cannot be reached via ring", "local"]),
+    ],
+)
+def test_bad_input_gets_one_message(
+    capsys: pytest.CaptureFixture[str], args: tuple[str, ...], code: int, says: list[str]
+) -> None:
+    given = args if "--machine" in args else ("--machine", "tpu:v5p:4x4x4", *args)
+    found, out, err = run(capsys, "plan", "preset:mixtral-8x7b", *given)
+    assert (found, out) == (code, "")
+    for words in says:
+        assert words in err
+
+
+def test_what_cannot_fit_names_the_smallest_machine_that_would(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = run(capsys, "plan", "preset:mixtral-8x7b", "--machine", "gpu:h100:8")
+    assert (code, out) == (1, "")
+    assert "gpu:h100:16 is the smallest that would" in err
+    assert plan(capsys, "preset:mixtral-8x7b", "--machine", "gpu:h100:16")["best"]["fits"]
+
+
+def test_planning_starts_without_jax() -> None:
+    code = (
+        "import sys; from moecc.cli.main import main;"
+        "main(['plan', 'preset:smollm2-135m', '--machine', 'cpu', '--step', 'forward']);"
+        "sys.exit('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
