@@ -18,6 +18,12 @@ def _add_losses() -> type[Pass]:
     return AddLossesPass
 
 
+def _annotate_sharding() -> type[Pass]:
+    from moecc_passes.sharding.annotate import AnnotateShardingPass
+
+    return AnnotateShardingPass
+
+
 def _canonicalize() -> type[Pass]:
     from moecc_passes.canonicalize import CanonicalizePass
 
@@ -40,6 +46,18 @@ def _freeze() -> type[Pass]:
     from moecc_passes.freeze import FreezePass
 
     return FreezePass
+
+
+def _lower_collectives() -> type[Pass]:
+    from moecc_passes.sharding.lower import LowerCollectivesPass
+
+    return LowerCollectivesPass
+
+
+def _strip_sharding() -> type[Pass]:
+    from moecc_passes.sharding.strip import StripShardingPass
+
+    return StripShardingPass
 
 
 def _st_moe() -> type[Pass]:
@@ -68,12 +86,15 @@ def _upcycle() -> type[Pass]:
 
 REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "add-losses": _add_losses,
+    "annotate-sharding": _annotate_sharding,
     "canonicalize": _canonicalize,
     "cse": _cse,
     "dce": _dce,
     "freeze": _freeze,
+    "lower-collectives": _lower_collectives,
     "specialize": _specialize,
     "st-moe": _st_moe,
+    "strip-sharding": _strip_sharding,
     "trace-routing": _trace_routing,
     "upcycle": _upcycle,
 }

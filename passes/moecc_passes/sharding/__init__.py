@@ -1,0 +1,1 @@
+"""Sharding as passes: annotations, collectives, and the way back."""

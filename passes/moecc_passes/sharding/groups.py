@@ -1,0 +1,55 @@
+"""Token groups on a mesh: dropless layers may be cut into any number of them."""
+
+from __future__ import annotations
+
+from moecc.ir.graph import Graph, Node
+from moecc.ir.mesh import nearest_multiple
+from moecc.ir.replace import infer_again
+from moecc.ir.table.placing import PLACING
+from moecc.pipeline.passes import Remark
+from moecc_passes.sharding.assign import Assigner
+
+ATTRIBUTE = "groups_whole"
+"""The attribute of a graph that says how many groups a ``place`` had before, by its name."""
+
+
+def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
+    """Cut the tokens of dropless layers into as many groups as their parts on the mesh need.
+
+    Without a bound on the slots groups change nothing but the sizes of types, unless a loss counts
+    in them.  What the number was stands in an attribute of the graph.
+    """
+    before: dict[str, int] = {}
+    told: list[Remark] = []
+    for node in list(graph):
+        parts = _parts(node, assigner)
+        if parts is None or node.attrs["groups"] % parts == 0:
+            continue
+        was = before[node.results[-1].name] = node.attrs["groups"]
+        now = node.attrs["groups"] = nearest_multiple(was, parts)
+        infer_again(graph, [node], start=node)
+        text = f"{now} groups in place of {was}: without a capacity the number changes nothing"
+        told.append(Remark(node.loc, text))
+    if before:
+        graph.attrs[ATTRIBUTE] = before
+    return told
+
+
+def _parts(node: Node, assigner: Assigner) -> int | None:
+    """Return the parts that the tokens of a dropless ``place`` lie in, or None for other nodes."""
+    if node.op.name not in PLACING or node.attrs["slots"] != "ragged" or node.attrs["group_size"]:
+        return None
+    if any(user.op.name == "group_sum" for user in node.results[-1].users):
+        return None
+    outermost = node.attrs["tokens"][0]
+    type = assigner.lone(node.operands[0].type)
+    return assigner.mesh.size(type[outermost].mesh)
+
+
+def restore_groups(graph: Graph) -> None:
+    """Give dropless layers the number of groups that they had before."""
+    before = graph.attrs.pop(ATTRIBUTE, {})
+    for node in graph:
+        name = node.results[-1].name
+        if name in before and node.op.name in PLACING:
+            node.attrs["groups"] = before[name]

@@ -1,0 +1,34 @@
+"""Graphs that tests lay on meshes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moecc.families import build
+from moecc.families.configs import read_config
+from moecc.ir import Graph
+from moecc.pipeline.passes import Context, Remark
+from moecc.pipeline.runner import Report, run_pipeline
+from moecc.pipeline.text import Pipeline
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def model(case: str) -> Graph:
+    """Return the graph of a golden config."""
+    return build(read_config(GOLDEN / case))
+
+
+def run(graph: Graph, pipeline: str, told: list[Remark] | None = None) -> Report:
+    """Run a pipeline on `graph`, in place; remarks go to `told`."""
+    context = Context() if told is None else Context(remark=told.append)
+    return run_pipeline(graph, Pipeline.parse(pipeline), context=context)
+
+
+def census(graph: Graph) -> dict[str, int]:
+    """Return how often each collective stands in `graph`."""
+    found: dict[str, int] = {}
+    for node in graph:
+        if node.op.places:
+            found[node.op.name] = found.get(node.op.name, 0) + 1
+    return dict(sorted(found.items()))

@@ -1,0 +1,133 @@
+"""Laying graphs on meshes: what follows from a layout, and what is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.errors import InputError, UsageError
+from moecc.ir import clone, equal
+from moecc.pipeline.text import Pipeline
+from moecc.testing import laws
+
+from .meshes import census, model, run
+
+LAID = {
+    # (case, mesh, layouts): what lower-collectives makes of it
+    ("llama_gqa", "data:4", "data-parallel"): {},
+    ("llama_gqa", "data:4,model:2", "tensor-parallel"): {"all_reduce": 6},
+    ("llama_gqa", "data:2,fsdp:4", "data-parallel,fsdp"): {"all_gather": 30},
+    ("llama_gqa", "data:4,model:2", "tensor-parallel,zero"): {"all_gather": 30, "all_reduce": 6},
+    ("bert_gelu", "data:4,model:2", "tensor-parallel"): {"all_reduce": 2},
+    ("t5_relu_tied", "data:2", "data-parallel"): {},
+    ("mixtral_gqa", "data:4,model:2", "st-moe"): {"all_reduce": 4, "ragged_all_to_all": 4},
+    ("mixtral_gqa", "data:2,expert:4", "expert-parallel"): {"ragged_all_to_all": 4},
+    ("mixtral_gqa", "outer:2,inner:4", "st-moe-outer"): {"ragged_all_to_all": 4},
+    ("mixtral_gqa", "far:2,near:2", "expert-hierarchical"): {"ragged_all_to_all": 8},
+    ("mixtral_gqa", "data:2,expert:4", "expert-replicated"): {"all_reduce": 2, "shard": 2},
+    ("switch_half", "data:2,expert:2", "expert-parallel"): {"all_to_all": 6},
+}
+
+
+@pytest.mark.parametrize(("case", "mesh", "rules"), LAID)
+def test_a_layout_becomes_collectives_and_can_be_taken_away(
+    case: str, mesh: str, rules: str
+) -> None:
+    before = model(case)
+    if case == "switch_half":
+        run(before, "specialize{mode=train capacity-factor=2.0 groups=4}")
+    graph = clone(before)
+    run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}}")
+    laws.check_round_trip(graph)
+    run(graph, "lower-collectives")
+    assert census(graph) == LAID[case, mesh, rules]
+    laws.check_round_trip(graph)
+    run(graph, "strip-sharding")
+    assert equal(graph, before)
+
+
+def test_the_text_of_a_sequence_parallel_layer() -> None:
+    """Norms lie on model by their sequence, products by their neurons (Korthikanti 2022)."""
+    graph = model("llama_gqa")
+    told: list[Any] = []
+    layouts = "tensor-parallel,sequence-parallel"
+    run(graph, f"annotate-sharding{{mesh=data:2,model:2 rules={layouts}}},lower-collectives", told)
+    down = next(n for n in graph if n.op.name == "reduce_scatter" and n.loc == "layers.0.ffn")
+    assert str(down.result.type) == "f32[batch@data=B, seq@model=S, embed=16]"
+    assert down.origin == "lower-collectives/mlp"
+    assert any("mlp = model (tensor-parallel:9)" in r.text for r in told)
+
+
+def test_a_layout_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.rules"
+    path.write_text("# own\nbatch = rows\n\nmlp = columns ?   # where it divides\nparam q = rows\n")
+    graph = model("llama_gqa")
+    run(graph, f"annotate-sharding{{mesh=rows:2,columns:4 rules={path}}}")
+    assert str(graph.inputs["tokens"].type) == "i32[batch@rows=B, seq=S]"
+    types = {str(p.type) for p in graph.params.values()}
+    assert "f32[q@rows=16, embed=16]" in types
+    assert any(t.startswith("f32[mlp@columns=") for t in types)
+    path.write_text("batch: data\nmlp =\n")
+    with pytest.raises(UsageError) as caught:
+        Pipeline.parse(f"annotate-sharding{{mesh=rows:2 rules={path}}}")
+    assert str(caught.value).count("not a rule") == 2
+
+
+REFUSED = {
+    ("mixtral_gqa", "data:8", "st-moe"): (
+        "more devices for experts than experts", "at most 4 devices", "outer:2,inner:4"
+    ),
+    ("mixtral_gqa", "data:2,model:3", "st-moe"): (
+        "the axis 'mlp' does not divide over the mesh", "a multiple of 3 (model:3)",
+        "2 parts would, or a size of 21",
+    ),
+    ("llama_gqa", "data:2,modle:2", "tensor-parallel"): (
+        "nothing lies on the mesh axis 'modle'", "data, model", "leave the axis out"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "mesh", "rules"), REFUSED)
+def test_a_mesh_that_does_not_suit(case: str, mesh: str, rules: str) -> None:
+    graph = model(case)
+    with pytest.raises(InputError) as caught:
+        run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}}")
+    (problem,) = caught.value.problems
+    what, expected, hint = REFUSED[case, mesh, rules]
+    assert what in problem.what
+    assert expected in (problem.expected or "")
+    assert hint in (problem.hint or "")
+    assert problem.where
+
+
+def test_a_capacity_counts_in_groups_that_the_mesh_must_divide() -> None:
+    graph = model("llama_gqa")
+    run(graph, "upcycle{experts=4 capacity-factor=2.0 groups=2},specialize{mode=train "
+        "capacity-factor=2.0 groups=2}")  # fmt: skip
+    with pytest.raises(InputError, match="'groups' does not divide over the mesh") as caught:
+        run(graph, "annotate-sharding{mesh=data:4 rules=st-moe}")
+    (problem,) = caught.value.problems
+    assert problem.expected == "a multiple of 4 (data:4)"
+    assert "place" in (problem.where or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ("mesh=data rules=st-moe", "not a mesh"),
+        ("mesh=data:2 rules=st-mo", "unknown layout 'st-mo'"),
+        ("mesh=data:2 rules=nowhere.rules", "cannot be read"),
+    ],
+)
+def test_options_that_are_wrong_by_themselves(options: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        Pipeline.parse(f"annotate-sharding{{{options}}}")
+
+
+def test_a_graph_is_laid_once() -> None:
+    graph = model("llama_gqa")
+    run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
+    with pytest.raises(InputError, match="lies on a mesh already"):
+        run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
