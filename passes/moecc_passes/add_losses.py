@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import reduce
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
@@ -12,7 +11,10 @@ from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.losses import LossBuilder, emit_output_z
+from moecc.ir.metrics import MetricBuilder
+from moecc.ir.routed import Means
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
+from moecc_passes.loss_outputs import Weighted, joined, metrics_of, total_of
 from moecc_passes.routed import RoutedLayer, routed_layers
 
 PREFIXES = ("loss.", "metric.")
@@ -22,9 +24,6 @@ ATTRIBUTE = "losses"
 """The attribute of a graph that holds the options with which losses were added."""
 
 ORIGIN = "add-losses/"
-
-Weighted = list[tuple[str, float, Value]]
-"""Losses of one layer: name, coefficient, value."""
 
 
 @dataclass(frozen=True)
@@ -118,41 +117,44 @@ class AddLossesPass(Pass):
         for layer in layers:
             losses.append(self._add_to_layer(graph, layer, ctx))
         builder = Builder(graph, loc="loss", origin=f"{ORIGIN}join")
-        joined = _joined(builder, [w for w in losses if w], self.layers)
-        joined += self._output_z(builder, graph)
-        for name, _, value in joined:
+        every = joined(builder, losses, self.layers)
+        every += self._output_z(builder, graph)
+        for name, _, value in every:
             graph.set_output(f"loss.{name}", value)
-        if joined:
-            graph.set_output("loss.auxiliary", _total(builder, joined))
+        if every:
+            graph.set_output("loss.auxiliary", total_of(builder, every))
         graph.attrs[ATTRIBUTE] = {f.name: getattr(self, f.name) for f in fields(self)}
         added = len([n for n in graph.output_names if n.startswith(PREFIXES)])
         return PassResult(added > 0, len(layers), {"layers": len(layers), "outputs-added": added})
 
     def _add_to_layer(self, graph: Graph, layer: RoutedLayer, ctx: Context) -> Weighted:
-        routed = layer.routed()
-        if routed is None:
-            ctx.remark(
-                Remark(layer.name, "has no loss or metric: its experts are not chosen by route")
-            )
-            return []
         builder = Builder(graph, loc=layer.placing.loc, origin=f"{ORIGIN}layer")
         builder.before = layer.combine
-        made = LossBuilder(builder, routed, self.over)
+        routed = layer.routed()
+        means = Means(builder, routed, self.over)
         if self.metrics:
-            for name, value in _metrics(made, layer).items():
+            for name, value in metrics_of(MetricBuilder(means), layer).items():
                 graph.set_output(f"metric.{layer.name}.{name}", value)
-        return list(self._losses(made, layer))
+        if routed.scores is None:
+            ctx.remark(Remark(layer.name, "has no loss: a hash has nothing to train"))
+            return []
+        if routed.scores.chosen is None and self.balance != "none":
+            ctx.remark(Remark(layer.name, "has no balance loss: experts choose as many tokens"))
+        return list(self._losses(LossBuilder(means, routed.scores)))
 
-    def _losses(self, made: LossBuilder, layer: RoutedLayer) -> Iterator[tuple[str, float, Value]]:
-        if self.balance != "none" and self.balance_coef:
-            choices = 1 if self.balance == "top-1" else layer.top_k
-            yield "balance", self.balance_coef, made.balance(choices)
+    def _losses(self, made: LossBuilder) -> Iterator[tuple[str, float, Value]]:
+        scores = made.scores
         if self.z_coef:
             yield "router_z", self.z_coef, made.router_z()
+        if scores.chosen is None:
+            return
+        if self.balance != "none" and self.balance_coef:
+            choices = 1 if self.balance == "top-1" else scores.top_k
+            yield "balance", self.balance_coef, made.balance(choices)
         if self.importance_coef:
             yield "importance", self.importance_coef, made.importance()
         if self.load_coef:
-            std = self.load_noise or made.routed.noise_std or 1 / made.routed.count
+            std = self.load_noise or scores.noise_std or 1 / scores.count
             yield "load", self.load_coef, made.load(std)
 
     def _output_z(self, builder: Builder, graph: Graph) -> Weighted:
@@ -181,43 +183,3 @@ def remove_losses(graph: Graph) -> AddLossesPass | None:
             node.erase()
     known = {f.name for f in fields(AddLossesPass)}
     return AddLossesPass(**{n: v for n, v in options.items() if n in known})
-
-
-def _metrics(made: LossBuilder, layer: RoutedLayer) -> dict[str, Value]:
-    loads = made.loads()
-    found = {
-        "dropped": made.dropped(),
-        "entropy": made.entropy(),
-        "gate_mean": made.gate_mean(),
-        "max_violation": made.max_violation(loads),
-        "dead_experts": made.dead_experts(loads),
-        "loads": loads,
-    }
-    if made.routed.count > 1:
-        found["margin"] = made.margin()
-    if layer.placing.attrs["slots"] == "capacity":
-        found["utilisation"] = made.utilisation()
-    return found
-
-
-def _joined(builder: Builder, layers: list[Weighted], how: str) -> Weighted:
-    """Return each kind of loss once, the sum or mean over layers."""
-    joined: Weighted = []
-    for same in zip(*layers, strict=True):
-        name, coefficient, _ = same[0]
-        total = reduce(builder.add, [value for _, _, value in same])
-        if how == "mean" and len(same) > 1:
-            total = builder.scale(total, by=1 / len(same))
-        joined.append((name, coefficient, total))
-    return joined
-
-
-def _total(builder: Builder, losses: Weighted) -> Value:
-    kinds = {value.type.dtype.name for _, _, value in losses}
-    parts = []
-    for _, coefficient, value in losses:
-        # The output's logits may be declared in another type than the router's.
-        same = value if len(kinds) == 1 else builder.cast(value, dtype="f32")
-        parts.append(builder.scale(same, by=coefficient))
-    total: Value = reduce(builder.add, parts)
-    return total

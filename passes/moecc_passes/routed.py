@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.losses import Routed
+from moecc.ir.routed import Routed, Scores
 from moecc.ir.table.placing import PLACING, given_to
-
-
-@dataclass(frozen=True)
-class Router:
-    """Where a router's logits are made.
-
-    Attributes:
-      product: the contraction of tokens with the router's weight.
-      reader: the node that reads its result.
-    """
-
-    product: Node
-    reader: Node
 
 
 @dataclass(frozen=True)
@@ -84,35 +71,31 @@ class RoutedLayer:
         return node if node is not None and node.op.name == "contract" else None
 
     @property
-    def router(self) -> Router | None:
-        """The product that makes logits, and what reads it; None where nothing is scored."""
-        behind = [self.placing]
-        for reader in behind:
-            for value in reader.operands[:1] if reader is self.placing else reader.operands:
-                if value.node is None:
-                    continue
-                if value.node.op.name == "contract":
-                    return Router(value.node, reader)
-                if value.node.op.name in _SCORING:
-                    behind.append(value.node)
-        return None
+    def scorer(self) -> Node | None:
+        """The node that reads the router's logits; None where nothing is scored, as by a hash."""
+        return _first_behind(self.placing.operands[0], ("route", "softmax"), ("merge", "add"))
+
+    @property
+    def router(self) -> Node | None:
+        """The product of tokens with the router's weight; None where there is none."""
+        if self.scorer is None:
+            return None
+        return _first_behind(self.scorer.operands[0], ("contract",), ("split", "add"))
 
     def given(self) -> dict[str, Value]:
         """What the slots are given beside the experts, by word."""
         return given_to(self.placing.operands, self.placing.attrs)
 
-    def routed(self) -> Routed | None:
-        """Return what losses look at, or None where experts are not chosen by ``route``."""
-        if self.route is None:
+    def routed(self) -> Routed:
+        """Return what losses and metrics look at."""
+        return Routed(self.experts, self.gates, self.place, self._scores())
+
+    def _scores(self) -> Scores | None:
+        if self.scorer is None:
             return None
-        logits = self.route.operands[0]
-        gates = self.route.results[1]
-        clean, std = _clean(logits)
-        return Routed(logits, self.experts, gates, self.place, clean, std)
-
-
-_SCORING = ("route", "split", "softmax", "add", "merge")
-"""What may stand between the router's product and the slots, noise and prototypes included."""
+        logits = self.scorer.operands[0]
+        chosen = self.scorer.results[0] if self.scorer.op.name == "route" else None
+        return Scores(logits, chosen, *_clean(logits))
 
 
 def routed_layers(graph: Graph) -> list[RoutedLayer]:
@@ -139,6 +122,17 @@ def _user(value: Value, name: str) -> Node | None:
 def _route_of(placing: Node) -> Node | None:
     node = placing.operands[0].node
     return node if node is not None and node.op.name == "route" else None
+
+
+def _first_behind(value: Value, wanted: Sequence[str], through: Sequence[str]) -> Node | None:
+    """Return the nearest node of some operations that `value` comes from, through others."""
+    values = [value]
+    for one in values:
+        if one.node is not None and one.node.op.name in wanted:
+            return one.node
+        if one.node is not None and one.node.op.name in through:
+            values += one.node.operands
+    return None
 
 
 def _clean(logits: Value) -> tuple[Value | None, float]:

@@ -19,7 +19,7 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import laws, run_reference
 
-from .layers import Data, applied, evaluated, router, softmax
+from .layers import Data, applied, evaluated, router, softmax, transformer
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -333,7 +333,7 @@ def test_the_output_z_loss() -> None:
     assert found["loss.auxiliary"] == pytest.approx(1e-4 * (total**2).mean(), rel=1e-10)
 
 
-def test_expert_choice_needs_no_loss_and_gets_none() -> None:
+def test_expert_choice_needs_no_balance_loss_and_gets_none() -> None:
     graph = Graph()
     b = Builder(graph, loc="layers.0.ffn")
     x = graph.input("x", tensor(F64, batch="B", seq="S", embed=2))
@@ -343,9 +343,84 @@ def test_expert_choice_needs_no_loss_and_gets_none() -> None:
     told: list[Any] = []
     AddLossesPass().apply(graph, Context(remark=told.append))
     assert [str(r) for r in told] == [
-        "layers.0.ffn: has no loss or metric: its experts are not chosen by route"
+        "layers.0.ffn: has no balance loss: experts choose as many tokens"
     ]
-    assert graph.output_names == ["y"]
+    rng = np.random.default_rng(0)
+    tokens, weight = rng.normal(size=(2, 8, 2)), rng.normal(size=(4, 2))
+    found = run_reference(graph, params={"w": weight}, inputs={"x": tokens})
+    logits = tokens @ weight.T
+    total = np.log(np.exp(logits).sum(-1))
+    assert found["loss.router_z"] == pytest.approx((total**2).mean(), rel=1e-12)
+    assert "loss.balance" not in found
+    assert "metric.layers.0.ffn.dropped" not in found
+    p = softmax(logits)
+    assert found["metric.layers.0.ffn.entropy"] == pytest.approx(-(p * np.log(p)).sum(-1).mean())
+    best = np.argsort(-p.reshape(16, 4), axis=0)[:4]
+    left = 1 - len(np.unique(best)) / 16
+    assert found["metric.layers.0.ffn.left_behind"] == pytest.approx(left)
+    assert 0 < left < 1
+    np.testing.assert_allclose(found["metric.layers.0.ffn.loads"], 0.25)
+
+
+def test_prototypes_are_routers_of_their_own() -> None:
+    """Each has its own balance and z-loss, and the layer the mean of them (M6-T has k routers)."""
+    graph = transformer(1)
+    text = "upcycle{experts=6 top-k=2 routing=prototypes},add-losses,trace-routing"
+    run_pipeline(graph, Pipeline.parse(text))
+    (route,) = (n for n in graph if n.op.name == "route" and n.origin.startswith("upcycle"))
+    graph.set_output("logits_of", route.operands[0])
+    ids = np.random.default_rng(0).integers(0, 11, (2, 8)).astype(np.int32)
+    found = run_reference(graph, inputs={"ids": ids})
+    logits = found["logits_of"].reshape(16, 2, 3)
+    total = np.log(np.exp(logits).sum(-1))
+    assert found["loss.router_z"] == pytest.approx((total**2).mean(), rel=1e-12)
+    p = softmax(logits)
+    share = np.eye(3)[p.argmax(-1)].mean(0)
+    balance = 3 * (share * p.mean(0)).sum(-1)
+    assert found["loss.balance"] == pytest.approx(balance.mean(), rel=1e-12)
+    top = np.sort(p, -1)
+    margin = (top[..., -1] - top[..., -2]).mean()
+    assert found["metric.layers.0.ffn.margin"] == pytest.approx(margin, rel=1e-12)
+    loads = np.eye(6)[found["trace.layers.0.ffn.experts"]].mean((0, 1, 2))
+    np.testing.assert_allclose(found["metric.layers.0.ffn.loads"], loads, rtol=1e-12)
+
+
+def test_a_hash_has_metrics_and_no_loss() -> None:
+    graph = transformer(1)
+    text = "upcycle{experts=4 routing=hash slots=capacity capacity-factor=1.0},add-losses"
+    run_pipeline(graph, Pipeline.parse(text))
+    found = run_reference(graph, inputs={"ids": np.full((2, 8), 3, np.int32)})
+    # All 16 tokens ask for the same two experts, which have four slots each.
+    assert found["metric.layers.0.ffn.dropped"] == pytest.approx(0.75)
+    assert found["metric.layers.0.ffn.left_behind"] == pytest.approx(0.75)
+    assert found["metric.layers.0.ffn.dead_experts"] == 2
+    assert found["metric.layers.0.ffn.utilisation"] == pytest.approx(0.5)
+    assert found["metric.layers.0.ffn.max_violation"] == pytest.approx(1)
+    assert not any(n.startswith("loss") or n.endswith(("entropy", "margin")) for n in found)
+
+
+def test_layers_of_different_kinds_are_joined_by_the_losses_they_have() -> None:
+    graph = transformer(2)
+    text = "upcycle{experts=4 layers=0 routing=hash},upcycle{experts=4 layers=1},add-losses"
+    run_pipeline(graph, Pipeline.parse(f"{text}{{layers=mean}}"))
+    alone = transformer(2)
+    text = "upcycle{experts=4 layers=0 routing=hash},upcycle{experts=4 layers=1}"
+    run_pipeline(alone, Pipeline.parse(text))
+    applied(AddLossesPass(metrics=False), alone)
+    ids = np.random.default_rng(0).integers(0, 11, (2, 8)).astype(np.int32)
+    one, two = (run_reference(g, inputs={"ids": ids})["loss.balance"] for g in (graph, alone))
+    assert one == two > 0
+
+
+def test_who_is_left_behind() -> None:
+    """Of which no choice was placed, padding aside (flaxformer's fraction of tokens)."""
+    logits = np.zeros((1, 8, 4))
+    for token, expert in enumerate([0, 0, 0, 0, 0, 1, 1, 2]):
+        logits[0, token, expert] = 1
+    bound = {"slots": "capacity", "capacity_factor": 1.0, "minimum": 1}
+    assert losses(logits, placement=bound)["left_behind"] == pytest.approx(3 / 8)
+    mask = np.arange(8)[None] < 5
+    assert losses(logits, mask=mask, placement=bound)["left_behind"] == pytest.approx(3 / 5)
 
 
 @pytest.mark.parametrize(

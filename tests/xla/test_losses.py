@@ -12,13 +12,13 @@ from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_passes.add_losses import AddLossesPass  # noqa: E402
 
 from moecc.backend import get_backend  # noqa: E402
-from moecc.ir import BF16, F32, F64, Builder, Graph, tensor  # noqa: E402
+from moecc.ir import BF16, F32, F64, PRED, Builder, Graph, tensor  # noqa: E402
 from moecc.pipeline.passes import Context  # noqa: E402
 
 TOKENS, EXPERTS = 24, 8
 
 
-def routed(embed: int = 0) -> Graph:
+def routed(embed: int = 0, *using: str) -> Graph:
     """Return a graph with all losses, whose logits are an input, or a product over `embed`."""
     graph = Graph()
     b = Builder(graph, loc="layers.0.ffn")
@@ -32,7 +32,13 @@ def routed(embed: int = 0) -> Graph:
         logits = graph.input("logits", tensor(F32, token="T", expert=EXPERTS))
     experts, gates = b.route(logits, top_k=2)
     place = b.place(
-        experts, tokens="token", experts=EXPERTS, slots="capacity", capacity_factor=1.25
+        experts,
+        *(graph.input(word, tensor(PRED, token="T")) for word in using),
+        tokens="token",
+        experts=EXPERTS,
+        slots="capacity",
+        capacity_factor=1.25,
+        using=using,
     )
     graph.set_output("y", b.combine(b.dispatch(x, experts, place), experts, place, gates))
     options = AddLossesPass(importance_coef=1.0, load_coef=1.0)
@@ -77,16 +83,19 @@ def test_metrics_send_no_gradient_back() -> None:
     assert (np.asarray(jax.jit(jax.grad(total))(logits)) == 0).all()
 
 
-def test_in_bfloat16_the_losses_are_those_of_float32() -> None:
+@pytest.mark.parametrize("using", [(), ("mask",)])
+def test_in_bfloat16_the_losses_are_those_of_float32(using: tuple[str, ...]) -> None:
     """Router and losses compute in float32 on the rounded tokens and weights (ST-MoE §3.4)."""
-    graph = routed(16)
+    graph = routed(16, *using)
     rng = np.random.default_rng(1)
     x, w = (
         np.asarray(rng.normal(size=shape), BF16.numpy).astype(np.float32)
         for shape in ((1000, 16), (EXPERTS, 16))
     )
-    narrow = get_backend("xla").compile(graph, dtype=BF16).run({"w": w}, {"x": x})
-    exact = get_backend("reference").compile(graph).run({"w": w}, {"x": x})
+    # More tokens than bfloat16 can count.
+    inputs = {"x": x, **{word: np.arange(1000) < 717 for word in using}}
+    narrow = get_backend("xla").compile(graph, dtype=BF16).run({"w": w}, inputs)
+    exact = get_backend("reference").compile(graph).run({"w": w}, inputs)
     for name, value in exact.items():
         if name != "y":
             np.testing.assert_allclose(narrow[name], value, rtol=2e-5, atol=1e-6, err_msg=name)

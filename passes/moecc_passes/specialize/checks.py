@@ -134,7 +134,7 @@ def misfits(
             "batch-prioritised routing goes by the probability of the first choice",
             layer.name, "token choice", _kind(layer), "priority=false",
         )  # fmt: skip
-    for field in ("jitter", "input_dropout", "router_noise") if layer.router is None else ():
+    for field in ("jitter", "input_dropout", "router_noise") if layer.scorer is None else ():
         if getattr(item, field):
             yield Problem("there is no router to perturb", layer.name, found=_kind(layer),
                           hint=f"leave {field.replace('_', '-')} out")  # fmt: skip
@@ -149,7 +149,7 @@ def misfits(
 def _kind(layer: RoutedLayer) -> str:
     if layer.placing.op.name == "expert_choice":
         return "experts choose tokens"
-    return "experts by a hash" if layer.router is None else "one expert of each prototype"
+    return "experts by a hash" if layer.scorer is None else "one expert of each prototype"
 
 
 def _cannot_drop(layer: RoutedLayer, settings: Settings) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from moecc.ir.mixtures import (
 )
 from moecc.ir.types import TensorType
 from moecc_passes.inputs import padding_mask
-from moecc_passes.routed import RoutedLayer, Router
+from moecc_passes.routed import RoutedLayer
 from moecc_passes.specialize.settings import Settings
 from moecc_passes.specialize.undo import ORIGIN, original, placed_anew
 
@@ -51,8 +51,8 @@ class Keys:
 
 def specialise(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> None:
     """Give `layer` the capacity, policy and noise of a mode; what was added before is gone."""
-    if layer.router is not None:
-        _perturb(layer.router, settings, next_key)
+    if layer.scorer is not None:
+        _perturb(layer.router, layer.scorer, settings, next_key)
     given = _given(layer, settings, next_key)
     attrs = {n: v for n, v in settings.placement().items() if n in layer.placing.op.attrs}
     if layer.placing.op.name == "expert_choice":
@@ -94,19 +94,19 @@ def _builder(before: Node, why: str) -> Builder:
     return Builder(before.graph, loc=before.loc, origin=f"{ORIGIN}{why}", before=before)
 
 
-def _perturb(router: Router, settings: Settings, next_key: NextKey) -> None:
-    product = router.product
-    x = product.operands[0]
-    builder = _builder(product, "perturb")
-    if settings.input_dropout:
-        x = emit_dropout(builder, x, next_key(), settings.input_dropout)
-    if settings.jitter:
-        x = emit_jitter(builder, x, next_key(), settings.jitter)
-    product.set_operand(0, x)
+def _perturb(product: Node | None, scorer: Node, settings: Settings, next_key: NextKey) -> None:
+    if product is not None:
+        x = product.operands[0]
+        builder = _builder(product, "perturb")
+        if settings.input_dropout:
+            x = emit_dropout(builder, x, next_key(), settings.input_dropout)
+        if settings.jitter:
+            x = emit_jitter(builder, x, next_key(), settings.jitter)
+        product.set_operand(0, x)
     if settings.router_noise:
-        builder = _builder(router.reader, "noise")
-        noisy = emit_noise(builder, product.result, next_key(), settings.router_noise)
-        router.reader.set_operand(router.reader.operands.index(product.result), noisy)
+        builder = _builder(scorer, "noise")
+        noisy = emit_noise(builder, scorer.operands[0], next_key(), settings.router_noise)
+        scorer.set_operand(0, noisy)
 
 
 def _drop_hidden(layer: RoutedLayer, rate: float, next_key: NextKey) -> None:

@@ -1,0 +1,114 @@
+"""Metrics of routing, as operations of a graph; no gradient flows through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Value
+from moecc.ir.routed import Means, Routed, Scores, value
+
+
+@dataclass(frozen=True)
+class MetricBuilder:
+    """Builds the metrics of one layer.
+
+    Attributes:
+      means: means over the tokens of the layer.
+    """
+
+    means: Means
+
+    # --- of what was placed
+
+    def dropped(self) -> Value:
+        """Return the share of the choices that asked for a slot and got none."""
+        b = self._builder
+        axes = self._routed.place.type.names
+        asked, got = (b.sum(v, axes=axes) for v in (self._wanted(), self._placed()))
+        return value(b.div(b.sub(asked, got), self.means.at_least_one(asked)))
+
+    def left_behind(self) -> Value:
+        """Return the share of the tokens of which no choice was placed (flaxformer)."""
+        b = self._builder
+        placed = b.max(self._placed(), axes=self._routed.choice)
+        return self.means.over_tokens(b.sub(self.means.constant(1.0, placed), placed))
+
+    def loads(self) -> Value:
+        """Return the share of the placed rows that each expert has, ``[expert]``."""
+        b = self._builder
+        hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
+        rows = b.sum(b.mul(hot, self._placed()), axes=self._routed.place.type.names)
+        total = self.means.at_least_one(b.sum(rows, axes="expert"))
+        return value(b.div(rows, total))
+
+    def max_violation(self, loads: Value) -> Value:
+        """Return the largest load over the mean load, less 1 (Wang et al. 2024)."""
+        b = self._builder
+        largest = b.scale(b.max(loads, axes="expert"), by=float(self._routed.count))
+        return value(b.sub(largest, self.means.constant(1.0, largest)))
+
+    def dead_experts(self, loads: Value) -> Value:
+        """Return how many experts got no row."""
+        b = self._builder
+        zero, one = (self.means.constant(v, loads) for v in (0.0, 1.0))
+        idle = b.mask(b.broadcast(one, loads), b.equal(loads, zero), fill=0.0)
+        return value(b.sum(idle, axes="expert"))
+
+    def utilisation(self) -> Value:
+        """Return the share of the slots that are filled; only under a capacity."""
+        b, routed = self._builder, self._routed
+        ones = b.max(self.means.named(), axes=routed.choice)
+        rows = b.dispatch(ones, routed.experts, routed.place)
+        return value(b.mean(rows, axes=("group", "expert", "slot")))
+
+    def gate_mean(self) -> Value:
+        """Return the mean gate of each choice, ``[choice]``."""
+        return self.means.over_tokens(self._builder.stop_gradient(self._routed.gates))
+
+    # --- of what a router says
+
+    def entropy(self, scores: Scores) -> Value:
+        """Return the mean entropy of the router's probabilities, in nats."""
+        b = self._builder
+        logits = b.stop_gradient(scores.logits)
+        # Where a logit is −∞ its probability is 0, and 0 · ∞ must not spoil the sum.
+        finite = b.maximum(logits, self.means.constant(-1e30, logits))
+        shared = b.sum(b.mul(b.softmax(logits, axis="expert"), finite), axes="expert")
+        entropy = b.sub(b.logsumexp(logits, axes="expert"), shared)
+        return self.means.all(self.means.over_tokens(entropy))
+
+    def margin(self, scores: Scores) -> Value:
+        """Return the mean difference of the two largest probabilities."""
+        b = self._builder
+        logits = b.stop_gradient(scores.logits)
+        _, best = b.route(logits, top_k=2, gates="softmax", choice="best")
+        first, second = (
+            b.sum(b.slice(best, axis="best", start=i, stop=i + 1), axes="best") for i in (0, 1)
+        )
+        return self.means.all(self.means.over_tokens(b.sub(first, second)))
+
+    # --- what they share
+
+    @property
+    def _builder(self) -> Builder:
+        return self.means.builder
+
+    @property
+    def _routed(self) -> Routed:
+        return self.means.routed
+
+    def _wanted(self) -> Value:
+        """Return 1 for each choice that asks for a slot, ``[*tokens, choice]``."""
+        made, given = self.means.named(), self._routed.given
+        for word in ("keep", "mask"):
+            if word in given:
+                made = self._builder.mask(made, given[word], fill=0.0)
+        return made
+
+    def _placed(self) -> Value:
+        """Return 1 for each choice that has a slot, ``[*tokens, choice]``."""
+        b = self._builder
+        none = b.constant(value=-1.0, dtype="i32")
+        has_slot = b.less(none, self._routed.place)
+        return value(b.mask(self.means.named(), has_slot, fill=0.0))

@@ -1,0 +1,174 @@
+"""What losses and metrics of routing look at: one routed layer, and means over its tokens.
+
+Where ``place`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a balancing
+loss is taken in before it is averaged: a token group, a sequence, or the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Value
+from moecc.ir.table.placing import given_to, placing
+
+UNITS = ("group", "sequence", "global")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a router gave to each expert.
+
+    Attributes:
+      logits: with the noise if there is any, ``[*tokens, expert]``; prototypes have an axis more.
+      chosen: the experts that they chose, best first, ``[*tokens, choice]``; those of prototypes
+        are counted within each, ``[*tokens, choice, first]``.  None where experts choose tokens.
+      clean: the logits without noise, where noise was added.
+      noise_std: the standard deviation of that noise; 0 where there is none.
+    """
+
+    logits: Value
+    chosen: Value | None = None
+    clean: Value | None = None
+    noise_std: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """The experts that the logits are of: those of one prototype."""
+        size = self.logits.type["expert"].size
+        assert isinstance(size, int), "experts are counted"
+        return size
+
+    @property
+    def choice(self) -> str:
+        """The axis of the choices, best first."""
+        assert self.chosen is not None, "tokens choose"
+        (name,) = (n for n in self.chosen.type.names if n not in self.logits.type)
+        return name
+
+    @property
+    def top_k(self) -> int:
+        """How many experts the logits choose."""
+        assert self.chosen is not None, "tokens choose"
+        size = self.chosen.type[self.choice].size
+        assert isinstance(size, int), "choices are counted"
+        return size
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One layer's routing.
+
+    Attributes:
+      experts: the experts of each choice, ``[*tokens, choice]``.
+      gates: what the results are weighted by.
+      place: the slots, the result of ``place`` or ``expert_choice``.
+      scores: what a router says; None where there is none.
+    """
+
+    experts: Value
+    gates: Value
+    place: Value
+    scores: Scores | None = None
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The token axes, outermost first."""
+        tokens: tuple[str, ...] = placing(self.place).attrs["tokens"]
+        return tokens
+
+    @property
+    def choice(self) -> str:
+        """The axis of the choices."""
+        (name,) = (n for n in self.place.type.names if n not in self.tokens)
+        return name
+
+    @property
+    def count(self) -> int:
+        """The number of experts."""
+        experts: int = placing(self.place).attrs["experts"]
+        return experts
+
+    @property
+    def given(self) -> dict[str, Value]:
+        """What the slots were given beside the experts."""
+        node = placing(self.place)
+        return given_to(node.operands, node.attrs)
+
+
+@dataclass(frozen=True)
+class Means:
+    """Builds means over the tokens of a layer.
+
+    Attributes:
+      builder: where the operations go.
+      routed: the routing.
+      unit: ``group``, ``sequence`` or ``global``.
+    """
+
+    builder: Builder
+    routed: Routed
+    unit: str = "group"
+
+    def named(self) -> Value:
+        """Return 1 for each choice that names an expert; of a type that counts are exact in."""
+        b = self.builder
+        hot = b.one_hot(self.routed.experts, into=(("expert", self.routed.count),))
+        return value(b.sum(hot, axes="expert"))
+
+    def over_tokens(self, x: Value) -> Value:
+        """Return the mean over all tokens, padding left out."""
+        b, tokens = self.builder, self.routed.tokens
+        if "mask" not in self.routed.given:
+            return value(b.mean(x, axes=tokens))
+        counted = self._counted(x)
+        total = b.sum(b.mul(x, counted), axes=tokens)
+        return value(b.div(total, self.at_least_one(b.sum(counted, axes=tokens))))
+
+    def over_units(self, x: Value) -> Value:
+        """Return the mean of ``[*tokens, expert]`` over the tokens of each unit."""
+        b = self.builder
+        if "mask" not in self.routed.given and self.unit != "group":
+            return value(b.mean(x, axes=self._inside_unit))
+        counted = self._counted(x)
+        total, number = self._unit_sum(b.mul(x, counted)), self._unit_sum(counted)
+        return value(b.div(total, self.at_least_one(number)))
+
+    def all(self, x: Value) -> Value:
+        """Return the mean of what is left: units, and prototypes."""
+        return self.builder.mean(x, axes=x.type.names) if x.type.names else x
+
+    def constant(self, number: float, like: Value) -> Value:
+        """Return `number` with the element type of `like`."""
+        return value(self.builder.constant(value=number, dtype=like.type.dtype.name))
+
+    def cast(self, x: Value, like: Value) -> Value:
+        """Return `x` with the element type of `like`."""
+        kind = like.type.dtype
+        return x if x.type.dtype == kind else value(self.builder.cast(x, dtype=kind.name))
+
+    def at_least_one(self, x: Value) -> Value:
+        """Return `x`, a count that something is divided by."""
+        return value(self.builder.maximum(x, self.constant(1.0, x)))
+
+    def _counted(self, like: Value) -> Value:
+        """Return 1 for tokens and 0 for padding, ``[*tokens]``."""
+        b = self.builder
+        ones = self.cast(b.max(self.named(), axes=self.routed.choice), like)
+        mask = self.routed.given.get("mask")
+        return ones if mask is None else value(b.mask(ones, mask, fill=0.0))
+
+    def _unit_sum(self, x: Value) -> Value:
+        if self.unit == "group":
+            return value(self.builder.group_sum(x, self.routed.place))
+        return value(self.builder.sum(x, axes=self._inside_unit))
+
+    @property
+    def _inside_unit(self) -> tuple[str, ...]:
+        tokens = self.routed.tokens
+        return tokens if self.unit == "global" else tokens[1:]
+
+
+def value(made: Value) -> Value:
+    """Return `made`, whose type a builder does not tell."""
+    return made
