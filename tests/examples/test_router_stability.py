@@ -1,0 +1,80 @@
+"""The example on the router z-loss: that it trains, measures what it says, and draws it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecc.errors import UsageError
+
+from .loading import load
+
+pytest.importorskip("matplotlib", reason="needs moecc[examples]")
+pytest.importorskip("optax", reason="needs moecc[examples]")
+example = load("router_stability")
+figure = load("router_figure")
+
+
+def test_the_text_that_is_held_out_is_no_other() -> None:
+    pieces = [f"piece {number};" for number in range(25)]
+    held_out = bytes(example.as_bytes(pieces, True)).decode()
+    rest = bytes(example.as_bytes(pieces, False)).decode()
+    assert held_out == "piece 0;\n\npiece 10;\n\npiece 20;"
+    assert sorted(held_out.split("\n\n") + rest.split("\n\n")) == sorted(pieces)
+
+
+def test_measures_by_hand() -> None:
+    """Two layers of one token and two experts; a constant in its logits is no spread."""
+    outputs = {
+        "trace.layers.1.ffn.logits": np.array([[3.0, 5.0]]),
+        "trace.layers.3.ffn.logits": np.array([[-6.0, -6.0]]),
+        **{f"metric.layers.{n}.ffn.{name}": np.array(float(n))
+           for n in (1, 3) for name in ("entropy", "dropped", "dead_experts")},
+    }  # fmt: skip
+    found = example.measures(outputs)
+    assert float(found["logit_max"]) == 6
+    assert float(found["logit_rms"]) == pytest.approx(math.sqrt((9 + 25 + 36 + 36) / 4))
+    assert float(found["logit_spread"]) == pytest.approx(math.sqrt(2 / 4))
+    assert float(found["entropy"]) == 2
+
+
+@pytest.mark.parametrize("given", ["--rates=fast", "--rates=0.1,-1", "--steps=0", "--seeds=0"])
+def test_what_it_refuses(given: str, tmp_path: Path) -> None:
+    assert example.main([given, "--out", str(tmp_path)]) == UsageError.exit_code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_figure(tmp_path: Path) -> None:
+    measures = [figure.Measure("loss", "loss"), figure.Measure("gap", "gap", 1.0, "one", log=True)]
+    history = {"loss": [3.0, 2.0, 1.5], "gap": [1.0, 10.0, 0.1]}
+    runs = [(f"rate {rate}", kind, history) for rate in (1, 2) for kind in ("off", "on")]
+    figure.draw(tmp_path / "figure.png", measures, runs)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_running_mean_lags_by_no_more_than_its_steps() -> None:
+    np.testing.assert_allclose(figure.smoothed([4.0, 2.0]), [4.0, 3.0])
+    ramp = np.arange(20.0)
+    np.testing.assert_allclose(figure.smoothed(ramp)[10:], ramp[10:] - 2)
+
+
+@pytest.mark.slow
+def test_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--quick", "--dtype", "f32", "--rates", "0.2", "--out", str(tmp_path)]
+    assert example.main([*quick, "--steps", "40"]) == 0
+    assert (tmp_path / "router_stability.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "router_stability.json").read_text())
+    without, with_z = found["runs"]
+    assert (without["variant"], with_z["variant"]) == ("without z-loss", "with z-loss")
+    for run in (without, with_z):
+        loss = run["history"]["loss"]
+        assert len(loss) == 40
+        assert loss[0] > 5 > 4 > loss[-1] > 1
+        assert 1 < run["held_out"] < 4
+    # The first step is measured before the z-loss has changed anything.
+    assert without["history"]["loss"][0] == with_z["history"]["loss"][0]
+    assert max(without["history"]["logit_max"]) > max(with_z["history"]["logit_max"])
