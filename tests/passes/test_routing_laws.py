@@ -1,0 +1,305 @@
+"""Laws of every way of routing that ``upcycle``, ``st-moe`` and ``specialize`` make.
+
+Experts differ, for among copies most laws are vacuous.  Tokens and weights are normal numbers, so
+that nothing is a tie.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moecc_passes.specialize.specialize import SpecializePass
+from moecc_passes.st_moe import StMoePass
+
+from moecc.ir import I32, Graph, clone, tensor
+from moecc.pipeline.passes import Context
+from moecc.testing import laws
+
+from .dense_blocks import Arrays, Dense, Tensors, relative, run, upcycled
+
+EXACT = 1e-12
+SEEDS = st.integers(0, 2**32 - 1)
+EXPERTS = 6
+
+Options = dict[str, Any]
+TOKEN_CHOICE: dict[str, Options] = {
+    "renormalised": {},
+    "softmax": {"gates": "softmax", "top_k": 3},
+    "sigmoid": {"gates": "sigmoid", "top_k": 1},
+    "switch": {"gates": "switch", "top_k": 1},
+    "sparsemixer": {"gates": "sparsemixer"},
+    "ones": {"gates": "ones"},
+    "bias": {"gates": "sigmoid-renormalised", "gate_scale": 2.5, "balance_bias": True},
+    "granular": {"granularity": 2},
+    "shared": {"shared": 0.25},
+    "st-moe": {"expert_bias": "multiplicative", "extra_ffn": "after"},
+    "shifted": {"expert_bias": "additive", "extra_ffn": "before"},
+}
+PROTOTYPES: dict[str, Options] = {"prototypes": {"routing": "prototypes"}}
+HASH: dict[str, Options] = {"hash": {"routing": "hash"}}
+EXPERT_CHOICE: dict[str, Options] = {
+    "expert-choice": {"routing": "expert-choice", "capacity_factor": 0.75},
+}
+SOFT: dict[str, Options] = {"soft": {"routing": "soft", "soft_slots": 2, "shared": 0.25}}
+PLACED = TOKEN_CHOICE | PROTOTYPES | HASH
+"""The ways in which a token has choices that may be dropped."""
+
+ALL = PLACED | EXPERT_CHOICE | SOFT
+DENSE = Dense(bias_in=True, bias_out=True, residual=True)
+
+
+FEW = settings(max_examples=max(20, settings.default.max_examples // 5))
+"""A law is tried with each way of routing."""
+
+
+@cache
+def converted(kind: str) -> tuple[Graph, Arrays]:
+    dense = DENSE.graph()
+    dense.input("tokens", tensor(I32, batch="B", seq="S"))
+    graph, _ = upcycled(dense, **{"experts": EXPERTS, "router_std": 0.5, **ALL[kind]})
+    return graph, Tensors(dense).params(graph)
+
+
+@cache
+def sparse(kind: str, **options: Any) -> Graph:
+    """Return a graph, specialised if there are options, that tells where choices went, too."""
+    graph = clone(converted(kind)[0])
+    if options:
+        item = SpecializePass(mode="eval", minimum=1, **options)
+        assert item.validate() == []
+        item.apply(graph, Context())
+    return shown(graph)
+
+
+def different(kind: str, seed: int) -> Arrays:
+    """Return parameters whose experts are all different."""
+    rng = np.random.default_rng(seed)
+    return {n: a + rng.normal(0, 0.3, a.shape) for n, a in converted(kind)[1].items()}
+
+
+def shown(graph: Graph) -> Graph:
+    for node in list(graph):
+        if node.op.name in ("place", "expert_choice"):
+            experts = node.operands[0] if node.op.name == "place" else node.results[0]
+            graph.set_output("place", node.results[-1])
+            graph.set_output("experts", experts)
+    return graph
+
+
+def inputs_of(seed: int, count: int = 16) -> Arrays:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 40, (2, count // 2)).astype(np.int32)
+    return {"x": rng.normal(size=(2, count // 2, DENSE.embed)), "tokens": ids}
+
+
+def only(graph: Graph, inputs: Arrays) -> Arrays:
+    return {n: a for n, a in inputs.items() if n in graph.inputs}
+
+
+def outputs(graph: Graph, params: Arrays, inputs: Arrays) -> Arrays:
+    return run(graph, params, only(graph, inputs))
+
+
+# --- experts have no order
+
+
+def permuted(graph: Graph, params: Arrays, order: list[int]) -> Arrays:
+    """Return the parameters with everything that has an axis ``expert`` in another order."""
+    made = dict(params)
+    for name, param in graph.params.items():
+        if "expert" in param.type:
+            made[name] = np.take(params[name], order, axis=param.type.names.index("expert"))
+    return made
+
+
+def respecting_groups(kind: str, order: list[int]) -> list[int]:
+    """Return an order of the experts that the way of routing cannot see.
+
+    Prototypes are groups of three: they are exchanged whole, and permuted within.
+    """
+    if kind != "prototypes":
+        return order
+    groups = [[e for e in order if e // 3 == g] for g in (0, 1)]
+    return groups[order[0] // 3] + groups[1 - order[0] // 3]
+
+
+@pytest.mark.parametrize("kind", [k for k in ALL if k not in HASH])
+@FEW
+@given(SEEDS, st.permutations(range(EXPERTS)), st.booleans())
+def test_the_order_of_experts_and_router_rows_does_not_matter(
+    kind: str, seed: int, order: list[int], bounded: bool
+) -> None:
+    is_bounded = bounded and kind in PLACED
+    graph = sparse(kind, capacity_factor=0.75) if is_bounded else sparse(kind)
+    params = different(kind, seed)
+    inputs = inputs_of(seed)
+    order = respecting_groups(kind, order)
+    before = outputs(graph, params, inputs)
+    after = outputs(graph, permuted(graph, params, order), inputs)
+    assert relative(after["y"], before["y"]) <= EXACT
+    if kind in TOKEN_CHOICE:
+        np.testing.assert_array_equal(np.array(order)[after["experts"]], before["experts"])
+        np.testing.assert_array_equal(after["place"], before["place"])
+
+
+# --- tokens have none either, where no order decides
+
+
+def reordered(inputs: Arrays, rng: np.random.Generator) -> tuple[Arrays, Any]:
+    """Return all tokens in another order, across sequences, and what puts results into it."""
+    rows, width = inputs["tokens"].shape
+    order = rng.permutation(rows * width)
+
+    def reorder(a: Any) -> Any:
+        return a.reshape(rows * width, *a.shape[2:])[order].reshape(a.shape)
+
+    return {n: reorder(a) for n, a in inputs.items()}, reorder
+
+
+@pytest.mark.parametrize("kind", [k for k in ALL if k not in SOFT])
+@FEW
+@given(SEEDS)
+def test_tokens_are_treated_alike_where_nothing_is_dropped(kind: str, seed: int) -> None:
+    """Experts that choose drop tokens, but by score alone."""
+    graph, params = sparse(kind), different(kind, seed)
+    inputs = inputs_of(seed)
+    others, reorder = reordered(inputs, np.random.default_rng(seed))
+    before, after = (outputs(graph, params, i) for i in (inputs, others))
+    assert kind in EXPERT_CHOICE or (before["place"] >= 0).all()
+    assert relative(after["y"], reorder(before["y"])) <= EXACT
+    np.testing.assert_array_equal(after["place"] >= 0, reorder(before["place"]) >= 0)
+
+
+@FEW
+@given(SEEDS)
+def test_tokens_of_a_sequence_are_treated_alike_by_soft_slots(seed: int) -> None:
+    graph, params = sparse("soft"), different("soft", seed)
+    inputs = inputs_of(seed)
+    order = np.random.default_rng(seed).permutation(8)
+    before, after = (
+        outputs(graph, params, {n: a[:, o] for n, a in inputs.items()})["y"]
+        for o in (np.arange(8), order)
+    )
+    assert relative(after, before[:, order]) <= EXACT
+
+
+@pytest.mark.parametrize("kind", [k for k in TOKEN_CHOICE if k != "ones"])
+@FEW
+@given(SEEDS, st.sampled_from(["choice", "token"]))
+def test_under_a_priority_no_position_decides_who_is_dropped(
+    kind: str, seed: int, order: str
+) -> None:
+    graph = sparse(kind, capacity_factor=0.5, priority=True, order=order)
+    params = different(kind, seed)
+    inputs = inputs_of(seed)
+    others, reorder = reordered(inputs, np.random.default_rng(seed))
+    before, after = (outputs(graph, params, i) for i in (inputs, others))
+    assert (before["place"] < 0).any()
+    assert relative(after["y"], reorder(before["y"])) <= EXACT
+    np.testing.assert_array_equal(after["place"], reorder(before["place"]))
+
+
+# --- an expert that nobody meets
+
+
+@pytest.mark.parametrize("kind", PLACED)
+@FEW
+@given(SEEDS, st.sampled_from([None, 0.5]), st.floats(-1e6, 1e6))
+def test_an_expert_that_nobody_chose_may_hold_anything_finite(
+    kind: str, seed: int, factor: float | None, filling: float
+) -> None:
+    """Bit for bit: its rows, were there any, take part in no sum."""
+    graph = sparse(kind) if factor is None else sparse(kind, capacity_factor=factor)
+    params = different(kind, seed)
+    inputs = {n: a[:, :1] for n, a in inputs_of(seed).items()}
+    before = outputs(graph, params, inputs)
+    met = set(before["experts"][before["place"] >= 0].tolist())
+    wild = {n: a.copy() for n, a in params.items()}
+    for name, param in graph.params.items():
+        if "expert" in param.type and "router" not in name:
+            for expert in set(range(EXPERTS)) - met:
+                wild[name][(slice(None),) * param.type.names.index("expert") + (expert,)] = filling
+    assert len(met) < EXPERTS or kind in ("granular", "softmax")
+    np.testing.assert_array_equal(outputs(graph, wild, inputs)["y"], before["y"])
+
+
+# --- more room never drops more
+
+
+@pytest.mark.parametrize("kind", PLACED)
+@FEW
+@given(SEEDS, st.sampled_from(["choice", "token"]), st.booleans(), st.sampled_from([1, 2]))
+def test_a_larger_capacity_drops_nothing_that_a_smaller_one_keeps(
+    kind: str, seed: int, order: str, priority: bool, groups: int
+) -> None:
+    params = different(kind, seed)
+    options: Options = {"order": order, "groups": groups}
+    if kind in TOKEN_CHOICE and kind != "ones":
+        options["priority"] = priority
+    inputs = inputs_of(seed)
+    found = [
+        outputs(sparse(kind, capacity_factor=f, **options), params, inputs)
+        for f in (0.25, 0.5, 1.0, 2.0, float(EXPERTS))
+    ]
+    assert all((a["place"] < 0)[b["place"] < 0].all() for a, b in pairwise(found))
+    assert (found[0]["place"] < 0).any()
+    assert (found[-1]["place"] >= 0).all()
+    assert relative(found[-1]["y"], outputs(sparse(kind), params, inputs)["y"]) <= EXACT
+
+
+@FEW
+@given(SEEDS)
+def test_experts_that_may_take_more_tokens_take_the_same_and_more(seed: int) -> None:
+    graph, params = sparse("expert-choice"), different("expert-choice", seed)
+    found = []
+    for factor in (0.25, 0.5, 1.0, 2.0, float(EXPERTS)):
+        after = clone(graph)
+        for node in after:
+            if node.op.name == "expert_choice":
+                node.attrs["capacity_factor"] = factor
+        found.append(outputs(after, params, inputs_of(seed))["place"] >= 0)
+    assert all((a <= b).all() for a, b in pairwise(found))
+    assert found[-1].all()
+
+
+# --- the conversion keeps the function
+
+
+@FEW
+@given(
+    SEEDS,
+    st.sampled_from([(2, 2), (4, 2), (4, 3), (5, 4)]),
+    st.sampled_from(["every:2", "all", "last:1"]),
+    st.sampled_from(["none", "before", "after"]),
+    st.sampled_from(["none", "multiplicative", "additive"]),
+    st.booleans(),
+)
+def test_st_moe_keeps_the_function_whatever_its_options(
+    seed: int, sizes: tuple[int, int], layers: str, extra: Any, bias: Any, gated: bool
+) -> None:
+    dense = Dense(layers=2, residual=True, gated=gated, act="gelu", bias_out=not gated)
+    graph = dense.graph()
+    tensors = Tensors(graph, seed)
+    item = StMoePass(
+        experts=sizes[0], top_k=sizes[1], layers=layers, extra_ffn=extra, expert_bias=bias,
+        losses=False, eval_capacity_factor=float(sizes[0]),
+    )  # fmt: skip
+    assert item.validate() == []
+    after = clone(graph)
+    result = item.apply(after, Context(seed=seed))
+    laws.check_graph(after)
+    assert result.preserves is not None
+    assert result.preserves.kind == "reassociation"
+    inputs = only(graph, inputs_of(seed))
+    expected = run(graph, tensors.params(graph), inputs)["y"]
+    params = tensors.params(after)
+    assert relative(run(after, params, inputs)["y"], expected) <= EXACT
+    # A capacity that drops nothing does not change it either.
+    SpecializePass(mode="eval").apply(after, Context())
+    assert relative(run(after, params, inputs)["y"], expected) <= EXACT
