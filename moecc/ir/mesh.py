@@ -69,7 +69,7 @@ class Mesh:
         Raises:
           InputError: the mesh has no such axis.
         """
-        sizes = dict(self.axes)
+        axes, sizes = tuple(axes), dict(self.axes)
         unknown = [a for a in axes if a not in sizes]
         if unknown:
             raise InputError(

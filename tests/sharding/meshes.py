@@ -21,8 +21,10 @@ def model(case: str) -> Graph:
 
 def run(graph: Graph, pipeline: str, told: list[Remark] | None = None) -> Report:
     """Run a pipeline on `graph`, in place; remarks go to `told`."""
-    context = Context() if told is None else Context(remark=told.append)
-    return run_pipeline(graph, Pipeline.parse(pipeline), context=context)
+    report = run_pipeline(graph, Pipeline.parse(pipeline), context=Context())
+    if told is not None:
+        told.extend(r for one in report.runs for r in one.remarks)
+    return report
 
 
 def census(graph: Graph) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -10,8 +11,9 @@ from moecc.errors import InputError, MoeccError, Problem
 from moecc.ir.builder import Builder
 from moecc.ir.flow import spelled
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.mesh import mesh_of, parse_mesh, set_mesh
+from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
 from moecc.ir.table.collectives import format_placement
+from moecc.ir.table.placing import placed_experts
 from moecc.ir.types import Axis, TensorType
 from moecc.ir.verify import where
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
@@ -76,20 +78,27 @@ class AnnotateShardingPass(Pass):
         Raises:
           InputError: it lies on one already; a rule does not divide; a mesh axis is left unused.
         """
-        if mesh_of(graph) is not None:
-            raise InputError("the graph lies on a mesh already", hint="strip-sharding first")
-        mesh = parse_mesh(self.mesh)
-        set_mesh(graph, mesh)
-        assigner = Assigner(mesh, read_layouts(self.rules), cuts_of(graph))
-        told = cut_groups(graph, assigner)
-        annotator = _Annotator(graph, assigner)
-        annotator.run()
+        assigner, result = lay(graph, parse_mesh(self.mesh), read_layouts(self.rules))
         _check_used(assigner, self.rules)
-        for remark in (*told, *annotator.remarks()):
-            ctx.remark(remark)
-        return PassResult(
-            True, annotator.laid, {"reshards": annotator.count, "laid": annotator.laid}
-        )
+        return result
+
+
+def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner, PassResult]:
+    """Lay `graph` on `mesh` by `rules`, in place.
+
+    Raises:
+      InputError: it lies on a mesh already, or a rule does not divide.
+    """
+    if mesh_of(graph) is not None:
+        raise InputError("the graph lies on a mesh already", hint="strip-sharding first")
+    set_mesh(graph, mesh)
+    assigner = Assigner(mesh, rules, cuts_of(graph))
+    told = cut_groups(graph, assigner)
+    annotator = _Annotator(graph, assigner)
+    annotator.run()
+    stats = {"laid": annotator.laid, "reshards": annotator.count}
+    remarks = [*told, *annotator.remarks()]
+    return assigner, PassResult(True, annotator.laid, stats, remarks)
 
 
 def _check_used(assigner: Assigner, names: tuple[str, ...]) -> None:
@@ -145,6 +154,9 @@ class _Annotator:
         self.laid += type.is_placed
 
     def node(self, node: Node) -> None:
+        if node.op.name in ("dispatch", "combine"):
+            # Slots and the experts that they were given for belong together.
+            node.set_operand(1, placed_experts(node.operands[2]))
         assignment = self.assigner.node(node, [v in self.known for v in node.operands])
         for number, value in enumerate(node.operands):
             if value not in self.known:

@@ -9,8 +9,12 @@ from moecc.errors import InputError, Problem
 from moecc.ir.flow import Space, space_of
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
+from moecc.ir.table.placing import is_place
 from moecc.ir.types import Axis, Extent, Size, TensorType
 from moecc_passes.sharding.layout import LayoutRule
+
+FOLLOWING = ("positions", "random_uniform", "random_normal")
+"""Operations that look at the axes of an operand alone: nothing is brought elsewhere for them."""
 
 
 @dataclass
@@ -97,7 +101,9 @@ class Assigner:
         for dimension in dimensions.values():
             dimension.cuts = set().union(*(self.cuts.get(n, set()) for n in dimension.names))
         _keep_logits_whole(node, space, dimensions)
-        self._by_rules(dimensions)
+        _pin(node, space, dimensions)
+        if node.op.name not in FOLLOWING:
+            self._by_rules(dimensions)
         self._follow(node, space, dimensions, placed)
         return Assignment(space, dimensions)
 
@@ -120,7 +126,7 @@ class Assigner:
         return type.with_axes(axes.values())
 
     def _by_rules(self, dimensions: Mapping[str, Dimension]) -> None:
-        taken: set[str] = set()
+        taken = {m for d in dimensions.values() for m in d.mesh}
         for rule in self.rules:
             for dimension in dimensions.values():
                 if rule.stored or not dimension.split or rule.axis not in dimension.names:
@@ -237,6 +243,15 @@ def cuts_of(graph: Graph) -> dict[str, set[int]]:
             if isinstance(outermost, int):
                 cuts.setdefault(node.attrs["into"], set()).add(outermost)
     return cuts
+
+
+def _pin(node: Node, space: Space, dimensions: Mapping[str, Dimension]) -> None:
+    """Let the dimensions of slots lie as the slots do: these are never brought elsewhere."""
+    for value, names in zip(node.operands, space.operands, strict=True):
+        for axis in value.type.axes if is_place(value) else ():
+            if axis.name in names:
+                dimensions[names[axis.name]].mesh = axis.mesh
+                dimensions[names[axis.name]].split = False
 
 
 def _keep_logits_whole(node: Node, space: Space, dimensions: Mapping[str, Dimension]) -> None:

@@ -1,0 +1,259 @@
+"""A graph on a mesh, device by device: every device holds its parts, and collectives move them.
+
+It says what a sharded graph means on a machine, as the interpreter says what it means on the
+global values; that both agree is the law of sharding.  Every collective counts the bytes that each
+device sends, in the declared element type: of a gather, the others' parts; of a reduction, twice
+that of a gather of the same value; of an exchange, what goes to other devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from moecc.backend import Arrays
+from moecc.errors import InputError, Problem
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.local import local_size
+from moecc.ir.mesh import Coordinates, Mesh, mesh_of
+from moecc.ir.types import TensorType
+from moecc.ir.verify import where
+from moecc_backends.reference.arrays import Array, Data
+from moecc_backends.reference.elementwise import stored
+from moecc_backends.reference.exchange import EXCHANGES, Sent
+from moecc_backends.reference.interpreter import bind
+from moecc_backends.reference.on_device import run_local
+from moecc_backends.reference.placing import poison
+
+Parts = dict[Coordinates, Array]
+"""What each device holds of one value."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one collective sent.
+
+    Attributes:
+      op: the collective.
+      mesh: the mesh axes that it ran over.
+      where: its place in the graph, as messages call it.
+      sent_bytes: what each device sent, in the order of the devices.
+    """
+
+    op: str
+    mesh: tuple[str, ...]
+    where: str
+    sent_bytes: tuple[int, ...]
+
+
+@dataclass
+class Run:
+    """A graph, run on every device of its mesh.
+
+    Attributes:
+      mesh: the mesh.
+      outputs: the outputs, put together from their parts.
+      traffic: what was sent, in order; a ``shard`` sends nothing.
+      held: for each value that was asked for, what each device holds.
+    """
+
+    mesh: Mesh
+    outputs: dict[str, Data] = field(default_factory=dict)
+    traffic: list[Traffic] = field(default_factory=list)
+    held: dict[Value, Parts] = field(default_factory=dict)
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """The bytes that the device which sends most sends, by collective."""
+        total: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+        for one in self.traffic:
+            total[one.op] = total.get(one.op, np.zeros(self.mesh.devices, np.int64)) + np.asarray(
+                one.sent_bytes
+            )
+        return {op: int(sent.max()) for op, sent in total.items()}
+
+
+def simulate(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
+    """Run `graph` on every device of its mesh, and count what is sent.
+
+    Args:
+      graph: a graph that lies on a mesh.
+      params: the parameters by name, whole.
+      inputs: the inputs by name, whole.
+
+    Raises:
+      InputError: the graph has no mesh, or a ``reshard`` that is no collective yet; an array is
+        missing or does not fit its type; a size that is known only now does not divide.
+    """
+    mesh = mesh_of(graph)
+    if mesh is None:
+        raise InputError("the graph lies on no mesh", hint="annotate-sharding lays it on one")
+    left = [n for n in graph if n.op.name == "reshard"]
+    if left:
+        what = "how a value is brought elsewhere is not said yet"
+        raise InputError([Problem(what, where(n), hint="lower-collectives first") for n in left])
+    simulator = _Simulator(graph, mesh)
+    return simulator.run(params, inputs)
+
+
+class _Simulator:
+    """The state of one run.
+
+    Attributes:
+      held: the parts of every value that has been computed.
+      extents: for each ``place`` value, the slots in use of the whole, ``[group, expert]``.
+    """
+
+    def __init__(self, graph: Graph, mesh: Mesh) -> None:
+        self.graph = graph
+        self.mesh = mesh
+        self.held: dict[Value, Parts] = {}
+        self.extents: dict[Value, Data] = {}
+        self.result = Run(mesh)
+
+    def run(self, params: Arrays, inputs: Arrays) -> Run:
+        for value, data in bind(self.graph, params, inputs).items():
+            whole = Array(stored(data, value.type.dtype), value.type.names, value.type.dtype)
+            self.held[value] = self._at(f"%{value.name}", lambda v=value, w=whole: self._cut(w, v))
+        for node in self.graph:
+            self._at(where(node), lambda n=node: self._step(n))
+        for name, value in self.graph.outputs.items():
+            self.result.outputs[name] = assembled(value.type, self.held[value], self.mesh).data
+        self.result.held = self.held
+        return self.result
+
+    def _at(self, place: str, action: object) -> Parts:
+        try:
+            with np.errstate(all="ignore"):
+                return action()  # type: ignore[operator, no-any-return]
+        except InputError as error:
+            raise InputError(replace(p, where=place) for p in error.problems) from None
+
+    def _cut(self, whole: Array, value: Value) -> Parts:
+        return {d: cut(whole, value.type, d, self.mesh) for d in self.mesh.coordinates()}
+
+    def _step(self, node: Node) -> Parts:
+        exchange = EXCHANGES.get(node.op.name)
+        if exchange is None:
+            for number, parts in enumerate(self._locally(node)):
+                self.held[node.results[number]] = parts
+        else:
+            self._exchange(node, exchange(node, self.held[node.operands[0]], self.mesh, self._rows))
+        self._note_extents(node)
+        for value in node.results:
+            self.held[value] = self._finished(value)
+        return self.held[node.results[0]]
+
+    def _locally(self, node: Node) -> Iterator[Parts]:
+        made = {
+            d: run_local(node, [self.held[v][d] for v in node.operands], d, self.mesh)
+            for d in self.mesh.coordinates()
+        }
+        for number in range(len(node.results)):
+            yield {d: results[number] for d, results in made.items()}
+
+    def _exchange(self, node: Node, done: tuple[Parts, Sent]) -> None:
+        self.held[node.result], sent = done
+        size = node.result.type.dtype.itemsize_bytes
+        total = tuple(sent[d] * size for d in self.mesh.coordinates())
+        if node.op.name != "shard":
+            mesh = node.attrs["mesh"]
+            self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
+
+    def _note_extents(self, node: Node) -> None:
+        """Put the extents of a ``place`` together from those that the devices counted."""
+        value = node.results[-1]
+        found = {d: a.placement for d, a in self.held[value].items()}
+        if any(p is None for p in found.values()):
+            return
+        outermost = value.type[node.attrs["tokens"][0]]
+        by_part = {self.mesh.part(d, outermost.mesh): p for d, p in found.items()}
+        counted = [by_part[i].extents for i in sorted(by_part)]  # type: ignore[union-attr]
+        self.extents[value] = np.concatenate(counted)
+
+    def _rows(self, type: TensorType, at: Coordinates) -> Data:
+        """Return the slots in use of the device's part of ragged rows, ``[group, expert]``."""
+        (place,) = {e.value for e in type.extents if e.kind == "ragged"}
+        whole = Array(self.extents[place], ("group", "expert"))
+        kept = tuple(a for a in type.axes if a.name in ("group", "expert"))
+        return cut(whole, type.with_axes(kept), at, self.mesh).to(("group", "expert"))
+
+    def _finished(self, value: Value) -> Parts:
+        """Return the parts of `value` with its type, and with nothing beyond ragged extents."""
+        parts = {d: replace(a, dtype=value.type.dtype) for d, a in self.held[value].items()}
+        ragged = value.type.ragged
+        if ragged is None or not {"group", "expert"} <= set(value.type.names):
+            return parts
+        return {d: self._emptied(a, value.type, d, ragged.name) for d, a in parts.items()}
+
+    def _emptied(self, x: Array, type: TensorType, at: Coordinates, slot: str) -> Array:
+        """Return `x` with as many slots as the whole has, and nothing beyond the extents."""
+        (place,) = {e.value for e in type.extents if e.kind == "ragged"}
+        x = _with_slots(x, slot, int(self.extents[place].max(initial=0)))
+        extents = self._rows(type, at)
+        beyond = np.arange(x.size(slot)) >= extents[..., None]
+        mask = Array(beyond, ("group", "expert", slot)).to(x.axes)
+        return replace(x, data=np.where(mask, poison(x.data), x.data).astype(x.data.dtype))
+
+
+def _with_slots(x: Array, slot: str, size: int) -> Array:
+    at = x.axes.index(slot)
+    missing = max(0, size - x.data.shape[at])
+    widths = [(0, missing if i == at else 0) for i in range(x.data.ndim)]
+    return replace(x, data=np.pad(x.data, widths))
+
+
+def cut(whole: Array, type: TensorType, at: Coordinates, mesh: Mesh) -> Array:
+    """Return the part of `whole` that the device at `at` holds of a value of `type`.
+
+    Raises:
+      InputError: an axis does not divide.
+    """
+    data = whole.data
+    for number, name in enumerate(whole.axes):
+        axis = type[name]
+        if axis.mesh:
+            size = local_size(axis, data.shape[number], mesh)
+            start = mesh.part(at, axis.mesh) * size
+            data = data.take(range(start, start + size), number)
+    return replace(whole, data=data)
+
+
+def assembled(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) -> Array:
+    """Return the global value of `type` from what every device holds.
+
+    Raises:
+      AssertionError: devices that should hold the same part hold different ones.
+    """
+    first = next(iter(parts.values()))
+    reduced = _summed(type, parts, mesh) if type.unreduced else dict(parts)
+    at = {a.name: a.mesh for a in type.axes}
+    places = {d: tuple(mesh.part(d, at[n]) for n in first.axes) for d in reduced}
+    by_place: dict[tuple[int, ...], Array] = {}
+    for device, place in places.items():
+        other = by_place.setdefault(place, reduced[device])
+        same = np.array_equal(
+            other.data, reduced[device].data, equal_nan=other.data.dtype.kind == "f"
+        )
+        assert same, f"devices hold different copies of a value of {type}"
+    return replace(first, data=_joined(by_place, tuple(mesh.size(at[n]) for n in first.axes)))
+
+
+def _summed(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) -> Parts:
+    return {
+        d: replace(a, data=sum((parts[p].data for p in mesh.peers(d, type.unreduced)), 0 * a.data))
+        for d, a in parts.items()
+    }
+
+
+def _joined(by_place: Mapping[tuple[int, ...], Array], counts: tuple[int, ...]) -> Data:
+    """Return blocks put together along every axis, given how many there are along each."""
+    blocks = {place: a.data for place, a in by_place.items()}
+    for number in reversed(range(len(counts))):
+        heads = dict.fromkeys(place[:number] for place in blocks)
+        blocks = {
+            h: np.concatenate([blocks[*h, i] for i in range(counts[number])], number) for h in heads
+        }
+    return blocks[()]

@@ -1,0 +1,130 @@
+"""What collectives do on each device, and how many elements each sends to others.
+
+A ring of n devices sends (n − 1)/n of the whole in a gather or a scattered sum, and twice that in a
+sum that all get; an exchange sends what is not the device's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from moecc.ir.graph import Node
+from moecc.ir.mesh import Coordinates, Mesh
+from moecc.ir.types import TensorType
+from moecc_backends.reference.arrays import Array, Data
+
+Parts = dict[Coordinates, Array]
+Sent = dict[Coordinates, int]
+Rows = Callable[[TensorType, Coordinates], Data]
+"""The slots in use of a device's part of ragged rows, ``[group, expert]``."""
+
+Exchange = Callable[[Node, Parts, Mesh, Rows], "tuple[Parts, Sent]"]
+
+EXCHANGES: dict[str, Exchange] = {}
+
+
+def exchange(name: str) -> Callable[[Exchange], Exchange]:
+    """Register a function as what the collective `name` does."""
+
+    def register(function: Exchange) -> Exchange:
+        EXCHANGES[name] = function
+        return function
+
+    return register
+
+
+def _block(x: Array, axis: str, part: int, parts: int) -> Array:
+    """Return block `part` of the `parts` equal blocks of `x` along `axis`."""
+    at = x.axes.index(axis)
+    size = x.data.shape[at] // parts
+    return replace(x, data=x.data.take(range(part * size, (part + 1) * size), at), placement=None)
+
+
+def _together(pieces: list[Array], axis: str) -> Array:
+    at = pieces[0].axes.index(axis)
+    return replace(pieces[0], data=np.concatenate([p.data for p in pieces], at), placement=None)
+
+
+@exchange("shard")
+def _shard(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    axis, over = node.attrs["axis"], node.attrs["mesh"]
+    parts = {d: _block(a, axis, mesh.part(d, over), mesh.size(over)) for d, a in x.items()}
+    return parts, dict.fromkeys(x, 0)
+
+
+@exchange("all_gather")
+def _all_gather(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    axis, over = node.attrs["axis"], node.attrs["mesh"]
+    parts = {d: _together([x[p] for p in mesh.peers(d, over)], axis) for d in x}
+    return parts, {d: a.data.size * (mesh.size(over) - 1) for d, a in x.items()}
+
+
+def _sums(x: Parts, over: tuple[str, ...], mesh: Mesh) -> Parts:
+    """Return the sum over `over` on every device, added in the order of the devices."""
+    return {
+        d: replace(a, data=sum((x[p].data for p in mesh.peers(d, over)), 0 * a.data))
+        for d, a in x.items()
+    }
+
+
+@exchange("all_reduce")
+def _all_reduce(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    over = node.attrs["mesh"]
+    n = mesh.size(over)
+    return _sums(x, over, mesh), {d: 2 * a.data.size * (n - 1) // n for d, a in x.items()}
+
+
+@exchange("reduce_scatter")
+def _reduce_scatter(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    axis, over = node.attrs["axis"], node.attrs["mesh"]
+    n = mesh.size(over)
+    parts = {d: _block(a, axis, mesh.part(d, over), n) for d, a in _sums(x, over, mesh).items()}
+    return parts, {d: a.data.size * (n - 1) // n for d, a in x.items()}
+
+
+@exchange("all_to_all")
+def _all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    n = mesh.size(node.attrs["mesh"])
+    return _exchanged(node.attrs, x, mesh), {d: a.data.size * (n - 1) // n for d, a in x.items()}
+
+
+def _exchanged(attrs: dict[str, Any], x: Parts, mesh: Mesh) -> Parts:
+    over, split, gather = attrs["mesh"], attrs["split"], attrs["gather"]
+    return {
+        d: _together(
+            [_block(x[p], split, mesh.part(d, over), mesh.size(over)) for p in mesh.peers(d, over)],
+            gather,
+        )
+        for d in x
+    }
+
+
+@exchange("ragged_all_to_all")
+def _ragged_all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
+    """Send the rows that are there; the devices have room for equally many slots."""
+    type, over, split = node.operands[0].type, node.attrs["mesh"], node.attrs["split"]
+    ragged = type.ragged
+    assert ragged is not None, "the type is checked"
+    return _exchanged(node.attrs, x, mesh), {
+        d: _rows_sent(rows(type, d), split, mesh, d, over) * _row_size(a, ragged.name)
+        for d, a in x.items()
+    }
+
+
+def _rows_sent(
+    extents: Data, split: str, mesh: Mesh, at: Coordinates, over: tuple[str, ...]
+) -> int:
+    """Return how many of the rows that `extents` counts go to other devices."""
+    n = mesh.size(over)
+    own = _block(Array(extents, ("group", "expert")), split, mesh.part(at, over), n)
+    return int(extents.sum() - own.data.sum())
+
+
+def _row_size(x: Array, slot: str) -> int:
+    """Return the elements of one row."""
+    sizes = [x.size(a) for a in x.axes if a not in ("group", "expert", slot)]
+    return int(np.prod(sizes))

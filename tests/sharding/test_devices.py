@@ -1,0 +1,183 @@
+"""The law of sharding: what devices compute together is what the graph means on global values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_backends.reference.devices import Run, assembled, simulate
+from moecc_backends.reference.interpreter import ReferenceProgram
+from moecc_passes.sharding.annotate import lay
+from moecc_passes.sharding.layout import LayoutRule
+from moecc_passes.sharding.lower import LowerCollectivesPass
+
+from moecc.errors import InputError
+from moecc.ir import Graph, clone, parse, verify
+from moecc.ir.mesh import parse_mesh
+from moecc.pipeline.passes import Context
+from moecc.testing import graphs, inputs_for, params_for, run_reference, sizes_for
+
+from .meshes import model, run
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def data_for(graph: Graph, batch: int, seed: int = 1) -> tuple[Arrays, Arrays]:
+    """Return parameters and inputs, with `batch` sequences of six tokens."""
+    sizes = dict.fromkeys(sizes_for(graph, 0), 6) | {"B": batch}
+    return params_for(graph, seed, sizes), inputs_for(graph, seed, sizes)
+
+
+def largest_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> float:
+    """Return the largest difference of outputs, relative to their largest number, at least 1."""
+    worst = 0.0
+    for name, a in expected.items():
+        b = found[name]
+        assert a.shape == b.shape
+        if a.dtype.kind != "f":
+            assert (a == b).all()
+            continue
+        assert (np.isnan(a) == np.isnan(b)).all()
+        same = np.isnan(a) | (a == b)
+        apart = np.where(same, 0, a) - np.where(same, 0, b)
+        scale = max(1.0, float(np.abs(a[np.isfinite(a)]).max(initial=0)))
+        worst = max(worst, float(np.abs(apart).max(initial=0)) / scale)
+    return worst
+
+
+MODELS = [
+    ("llama_gqa", "", "data:4", "data-parallel"),
+    ("llama_gqa", "", "data:4,model:2", "tensor-parallel"),
+    ("llama_gqa", "", "data:4,model:2", "tensor-parallel,sequence-parallel,zero"),
+    ("llama_gqa", "", "data:2,fsdp:4", "data-parallel,fsdp"),
+    ("bert_gelu", "", "data:4,model:2", "tensor-parallel,sequence-parallel"),
+    ("t5_relu_tied", "", "data:2,model:2", "tensor-parallel,sequence-parallel"),
+    ("mixtral_gqa", "", "data:4,model:2", "st-moe"),
+    ("qwen2_moe_plain", "", "data:2,expert:2", "expert-parallel"),
+    ("switch_half", "", "data:2,expert:2", "expert-parallel"),
+    ("mixtral_gqa", "specialize{mode=train capacity-factor=0.6 groups=4},add-losses{metrics=true}",
+     "data:4", "st-moe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "before", "mesh", "rules"), MODELS)
+def test_models_compute_the_same_on_a_mesh(case: str, before: str, mesh: str, rules: str) -> None:
+    graph = model(case)
+    if before:
+        run(graph, before)
+    whole = clone(graph)
+    run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}},lower-collectives")
+    params, inputs = data_for(whole, batch=8)
+    found = simulate(graph, params, inputs)
+    expected = run_reference(whole, params=params, inputs=inputs)
+    assert largest_difference(expected, found.outputs) <= 1e-12
+    check_every_value(graph, params, inputs, found)
+
+
+def check_every_value(graph: Graph, params: Arrays, inputs: Arrays, found: Run) -> None:
+    """Check that what devices hold of each value, put together, is the value."""
+    held = {v for v in found.held if v.type.ragged is None}
+    for value, array in ReferenceProgram(graph).trace(params, inputs):
+        if value not in held:
+            continue
+        whole = assembled(value.type, found.held[value], found.mesh)
+        difference = largest_difference({"v": array.to(whole.axes)}, {"v": whole.data})
+        assert difference <= 1e-11, f"%{value.name}"
+
+
+@st.composite
+def layouts(draw: Any, graph: Graph) -> list[LayoutRule]:
+    """Draw rules for the axes of a graph, each optional, over the mesh axes a and b."""
+    values = [*graph.inputs.values(), *graph.params.values()]
+    values += [v for n in graph for v in n.results]
+    names = sorted({n for v in values for n in v.type.names})
+    picked = draw(st.lists(st.sampled_from(names), max_size=6, unique=True)) if names else []
+    meshes = st.sampled_from([("a",), ("b",), ("a", "b"), ("b", "a")])
+    return [
+        LayoutRule(n, draw(meshes), stored=draw(st.integers(0, 5)) == 0, optional=True)
+        for n in picked
+    ]
+
+
+@given(graphs(), st.data())
+def test_random_graphs_compute_the_same_on_a_mesh(graph: Graph, data: st.DataObject) -> None:
+    whole = clone(graph)
+    rules = data.draw(layouts(graph))
+    lay(graph, parse_mesh("a:2,b:2"), rules)
+    LowerCollectivesPass().apply(graph, Context())
+    verify(graph)
+    sizes = {n: 4 * s for n, s in sizes_for(whole, 0).items()}
+    params, inputs = params_for(whole, 0, sizes), inputs_for(whole, 0, sizes)
+    found = simulate(graph, params, inputs)
+    check_every_value(graph, params, inputs, found)
+    run(graph, "strip-sharding")
+    expected = run_reference(whole, params=params, inputs=inputs)
+    assert largest_difference(expected, run_reference(graph, params=params, inputs=inputs)) <= 1e-12
+
+
+TEXT = """moecc 1
+graph g {
+  attr mesh = {"data": 2, "model": 2}
+  input %x : f32[batch@data=B, embed=6]
+  input %h : bf16[batch@data=B, mlp@model=8]
+  param %w : bf16[mlp@model=8, embed=6]
+"""
+
+SENT = {
+    # bytes that a device sends, with B = 4
+    "%v = all_gather %x {axis=batch, mesh=data} : f32[batch=B, embed=6]": 2 * 6 * 4,
+    "%v = shard %x {axis=embed, mesh=model} : f32[batch@data=B, embed@model=6]": 0,
+    "%v = all_to_all %x {mesh=data, split=embed, gather=batch} : f32[batch=B, embed@data=6]":
+        2 * 6 * 4 // 2,
+    "%s = contract %h, %w {over=mlp} : bf16[batch@data=B, embed=6] unreduced(model)\n"
+    "  %v = all_reduce %s {mesh=model} : bf16[batch@data=B, embed=6]": 2 * 6 * 2,
+    "%s = contract %h, %w {over=mlp} : bf16[batch@data=B, embed=6] unreduced(model)\n"
+    "  %v = reduce_scatter %s {axis=embed, mesh=model} : bf16[batch@data=B, embed@model=6]":
+        2 * 6 * 2 // 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", SENT)
+def test_the_bytes_that_a_device_sends(line: str) -> None:
+    graph = parse(f"{TEXT}  {line}\n  output y = %v\n}}")
+    verify(graph)
+    params, inputs = data_for(graph, batch=4)
+    found = simulate(graph, params, inputs)
+    (op,) = (n.op.name for n in graph if n.op.places)
+    assert found.sent_bytes.get(op, 0) == SENT[line]
+    assert all(t.sent_bytes == (SENT[line],) * 4 for t in found.traffic)
+
+
+def test_ragged_rows_are_counted_as_they_are() -> None:
+    graph = model("mixtral_gqa")
+    run(graph, "trace-routing,annotate-sharding{mesh=data:4 rules=st-moe},lower-collectives")
+    params, inputs = data_for(graph, batch=8)
+    found = simulate(graph, params, inputs)
+    there, back = [t for t in found.traffic if "layers.0" in t.where]
+    experts = found.outputs["trace.layers.0.ffn.experts"].reshape(4, -1)
+    away = [int((chosen != device).sum()) for device, chosen in enumerate(experts)]
+    assert there.sent_bytes == tuple(n * 16 * 4 for n in away)
+    arriving = [int((experts == device).sum() - (experts[device] == device).sum())
+                for device in range(4)]  # fmt: skip
+    assert back.sent_bytes == tuple(n * 16 * 4 for n in arriving)
+
+
+def test_what_cannot_run_is_told() -> None:
+    graph = model("llama_gqa")
+    params, inputs = data_for(graph, batch=6)
+    with pytest.raises(InputError, match="lies on no mesh"):
+        simulate(graph, params, inputs)
+    run(graph, "annotate-sharding{mesh=data:4,model:2 rules=tensor-parallel}")
+    with pytest.raises(InputError, match="not said yet"):
+        simulate(graph, params, inputs)
+    run(graph, "lower-collectives")
+    with pytest.raises(InputError, match="'batch' does not divide over the mesh") as caught:
+        simulate(graph, params, inputs)
+    (problem,) = caught.value.problems
+    assert problem.where == "%tokens"
+    assert problem.expected == "a multiple of 4 (data)"
+    assert problem.hint == "3 parts would, or a size of 8"
