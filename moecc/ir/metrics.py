@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
@@ -25,20 +26,20 @@ class MetricBuilder:
         """Return the share of the choices that asked for a slot and got none."""
         b = self._builder
         axes = self._routed.place.type.names
-        asked, got = (b.sum(v, axes=axes) for v in (self._wanted(), self._placed()))
+        asked, got = (b.sum(v, axes=axes) for v in (self._wanted(), self._placed))
         return value(b.div(b.sub(asked, got), self.means.at_least_one(asked)))
 
     def left_behind(self) -> Value:
         """Return the share of the tokens of which no choice was placed (flaxformer)."""
         b = self._builder
-        placed = b.max(self._placed(), axes=self._routed.choice)
+        placed = b.max(self._placed, axes=self._routed.choice)
         return self.means.over_tokens(b.sub(self.means.constant(1.0, placed), placed))
 
     def loads(self) -> Value:
         """Return the share of the placed rows that each expert has, ``[expert]``."""
         b = self._builder
         hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
-        rows = b.sum(b.mul(hot, self._placed()), axes=self._routed.place.type.names)
+        rows = b.sum(b.mul(hot, self._placed), axes=self._routed.place.type.names)
         total = self.means.at_least_one(b.sum(rows, axes="expert"))
         return value(b.div(rows, total))
 
@@ -58,7 +59,7 @@ class MetricBuilder:
     def utilisation(self) -> Value:
         """Return the share of the slots that are filled; only under a capacity."""
         b, routed = self._builder, self._routed
-        ones = b.max(self.means.named(), axes=routed.choice)
+        ones = b.max(self.means.named, axes=routed.choice)
         rows = b.dispatch(ones, routed.experts, routed.place)
         return value(b.mean(rows, axes=("group", "expert", "slot")))
 
@@ -100,15 +101,16 @@ class MetricBuilder:
 
     def _wanted(self) -> Value:
         """Return 1 for each choice that asks for a slot, ``[*tokens, choice]``."""
-        made, given = self.means.named(), self._routed.given
+        made, given = self.means.named, self._routed.given
         for word in ("keep", "mask"):
             if word in given:
                 made = self._builder.mask(made, given[word], fill=0.0)
         return made
 
+    @cached_property
     def _placed(self) -> Value:
-        """Return 1 for each choice that has a slot, ``[*tokens, choice]``."""
+        """1 for each choice that has a slot, ``[*tokens, choice]``."""
         b = self._builder
         none = b.constant(value=-1.0, dtype="i32")
         has_slot = b.less(none, self._routed.place)
-        return value(b.mask(self.means.named(), has_slot, fill=0.0))
+        return value(b.mask(self.means.named, has_slot, fill=0.0))

@@ -7,6 +7,7 @@ loss is taken in before it is averaged: a token group, a sequence, or the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
@@ -110,8 +111,9 @@ class Means:
     routed: Routed
     unit: str = "group"
 
+    @cached_property
     def named(self) -> Value:
-        """Return 1 for each choice that names an expert; of a type that counts are exact in."""
+        """1 for each choice that names an expert; of a type that counts are exact in."""
         b = self.builder
         hot = b.one_hot(self.routed.experts, into=(("expert", self.routed.count),))
         return value(b.sum(hot, axes="expert"))
@@ -154,7 +156,7 @@ class Means:
     def _counted(self, like: Value) -> Value:
         """Return 1 for tokens and 0 for padding, ``[*tokens]``."""
         b = self.builder
-        ones = self.cast(b.max(self.named(), axes=self.routed.choice), like)
+        ones = self.cast(b.max(self.named, axes=self.routed.choice), like)
         mask = self.routed.given.get("mask")
         return ones if mask is None else value(b.mask(ones, mask, fill=0.0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
@@ -15,7 +15,7 @@ from moecc.ir.metrics import MetricBuilder
 from moecc.ir.routed import Means
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc_passes.loss_outputs import Weighted, joined, metrics_of, total_of
-from moecc_passes.routed import RoutedLayer, routed_layers
+from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
 
 PREFIXES = ("loss.", "metric.")
 """What the names of the outputs begin with."""
@@ -92,6 +92,16 @@ class AddLossesPass(Pass):
             )  # fmt: skip
         return found
 
+    def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
+        """Return whether an earlier pass adds losses already."""
+        for item in earlier:
+            if isinstance(item, AddLossesPass) or getattr(item, "losses", False):
+                return [
+                    Problem("losses are added once", found=f"{item.name} adds them before",
+                            hint="st-moe{losses=false} adds none")
+                ]  # fmt: skip
+        return []
+
     def _coefficients(self) -> Iterator[tuple[str, float]]:
         yield "balance-coef", 0.0 if self.balance == "none" else self.balance_coef
         yield "z-coef", self.z_coef
@@ -125,7 +135,9 @@ class AddLossesPass(Pass):
             graph.set_output("loss.auxiliary", total_of(builder, every))
         graph.attrs[ATTRIBUTE] = {f.name: getattr(self, f.name) for f in fields(self)}
         added = len([n for n in graph.output_names if n.startswith(PREFIXES)])
-        return PassResult(added > 0, len(layers), {"layers": len(layers), "outputs-added": added})
+        stats = {"layers": len(layers), "outputs-added": added}
+        missing = [] if layers else [NOTHING_ROUTED]
+        return PassResult(added > 0, len(layers), stats, near_misses=missing)
 
     def _add_to_layer(self, graph: Graph, layer: RoutedLayer, ctx: Context) -> Weighted:
         builder = Builder(graph, loc=layer.placing.loc, origin=f"{ORIGIN}layer")

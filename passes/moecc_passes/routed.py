@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routed import Routed, Scores
 from moecc.ir.table.placing import PLACING, given_to
+from moecc.rewrite.match import NearMiss
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,12 @@ def routed_layers(graph: Graph) -> list[RoutedLayer]:
         name = base if names[base] == 1 else f"{base}.{names[base]}"
         found.append(RoutedLayer(node, _route_of(node), combine, dispatch, name))
     return found
+
+
+NOTHING_ROUTED = NearMiss(
+    "routed layers", "the graph", "no layer is sparse; st-moe or upcycle makes some so"
+)
+"""Why a pass that works on routed layers found none."""
 
 
 def _user(value: Value, name: str) -> Node | None:

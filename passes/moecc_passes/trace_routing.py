@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.errors import InputError
+from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
-from moecc_passes.routed import routed_layers
+from moecc_passes.routed import NOTHING_ROUTED, routed_layers
 
 PREFIX = "trace."
 
@@ -38,6 +39,12 @@ class TraceRoutingPass(Pass):
     must_match: ClassVar[bool] = True
     preserves = EXACT
 
+    def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
+        """Return whether an earlier pass traces already."""
+        if not any(isinstance(item, TraceRoutingPass) for item in earlier):
+            return []
+        return [Problem("a graph is traced once", hint="one trace-routing, after the conversion")]
+
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Add the outputs.
 
@@ -54,4 +61,6 @@ class TraceRoutingPass(Pass):
                 values["logits"] = layer.route.operands[0]
             for name, value in values.items():
                 graph.set_output(f"{PREFIX}{layer.name}.{name}", value)
-        return PassResult(bool(layers), len(layers), {"layers": len(layers)})
+        missing = [] if layers else [NOTHING_ROUTED]
+        stats = {"layers": len(layers)}
+        return PassResult(bool(layers), len(layers), stats, near_misses=missing)

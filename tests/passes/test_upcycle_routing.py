@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moecc_passes.upcycle.gates import GateLaw
-from moecc_passes.upcycle.lift import left_of_std
+from moecc_passes.upcycle.router_init import left_of_std
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError, UsageError

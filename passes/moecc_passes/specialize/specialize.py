@@ -11,7 +11,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import fingerprint
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc_passes.add_losses import remove_losses
-from moecc_passes.routed import RoutedLayer, causal_values, routed_layers
+from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, causal_values, routed_layers
 from moecc_passes.specialize import checks
 from moecc_passes.specialize.dropout import drop
 from moecc_passes.specialize.layer import Keys, specialise
@@ -128,6 +128,7 @@ class SpecializePass(Pass):
             losses.apply(graph, ctx)
         changed = fingerprint(graph) != before
         result = PassResult(changed, len(layers), stats)
+        result.near_misses = [] if layers else [NOTHING_ROUTED]
         result.preserves = self.preserves if changed else EXACT
         return result
 

@@ -11,8 +11,9 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from moecc.analysis.ffn import FFNBlock
+from moecc.analysis.ffn import FFNBlock, FFNSearch
 from moecc.errors import InputError, Problem
+from moecc_passes.inputs import is_decoder
 
 FORMS = (
     "all, nowhere, every:N, first:N, first:half, last:N, last:half, middle:N, a list 3,7,11, "
@@ -38,6 +39,44 @@ def check_layers(spec: str, option: str = "layers") -> Problem | None:
     if count.strip("0") == "":
         return Problem(f"{word}:0 selects no layer", option, expected=FORMS, found=spec)
     return None
+
+
+def choose(search: FFNSearch, spec: str, decoder_spec: str | None) -> list[FFNBlock]:
+    """Return the blocks that the options ``layers`` and ``decoder-layers`` name.
+
+    Args:
+      search: the blocks of a graph, and what is none.
+      spec: which layers; with `decoder_spec`, of all but the decoder of an encoder-decoder.
+      decoder_spec: which ones of that decoder; None where `spec` is for both stacks.
+
+    Raises:
+      InputError: a listed layer does not exist or has no block, or there is no such decoder.
+    """
+    if decoder_spec is None:
+        return select(search.blocks, spec, _total(search))
+    stacks = [_stack(search, decoder) for decoder in (False, True)]
+    if decoder_spec != "nowhere" and not _total(stacks[1]):
+        raise InputError(
+            "decoder-layers is about the decoder of an encoder-decoder",
+            expected="layers located under decoder.layers",
+            found=f"decoder-layers={decoder_spec}, and no such layer",
+            hint="layers says it for a model of one stack",
+        )
+    specs = zip(stacks, (spec, decoder_spec), strict=True)
+    return [b for stack, one in specs for b in select(stack.blocks, one, _total(stack))]
+
+
+def _stack(search: FFNSearch, decoder: bool) -> FFNSearch:
+    return FFNSearch(
+        [b for b in search.blocks if is_decoder(b.loc) == decoder],
+        [r for r in search.refusals if is_decoder(r.loc) == decoder],
+    )
+
+
+def _total(search: FFNSearch) -> int:
+    """Return the number of layers, counted from the highest number that a location has."""
+    layers = [*(b.layer for b in search.blocks), *(r.layer for r in search.refusals)]
+    return max((n for n in layers if n is not None), default=len(search.blocks) - 1) + 1
 
 
 def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:

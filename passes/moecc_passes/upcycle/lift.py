@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import erf, exp, pi, sqrt
 from typing import Literal
 
 from moecc.ir.dtypes import F32, PRED
 from moecc.ir.types import Axis, TensorType
 from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select
-from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform, derive_key
-from moecc.weights.expr import Expr, Full
+from moecc.weights.draws import Normal, Subset, derive_key
+from moecc.weights.expr import Expr
 from moecc.weights.movement import Merge, Permute, Slice, Split, Tile
 
 _MOMENTS: tuple[Literal["mean", "std"], ...] = ("mean", "std")
@@ -142,61 +141,6 @@ class Drop:
         normal = Normal(_floats(experts.type), std=1.0, mean=0.0, key=key)
         mean, std = (Moment(kind, experts, chosen, ("expert",)) for kind in _MOMENTS)
         return Select(chosen, Add(Mul(normal, std), mean), experts)
-
-
-def router_weight(
-    init: str, std: float, embed: Axis, division: Division, *, key: int, name: str = "expert"
-) -> Expr:
-    """Return the router's rows: one draw a group, repeated for the slices of the group.
-
-    Args:
-      init: normal, truncated-normal, switch, uniform or zero.
-      std: the standard deviation of the entries.
-      embed: the axis of the model's width.
-      division: how many groups and slices there are.
-      key: the key of the draw.
-      name: the name of the axis of experts.
-    """
-    copies = Axis(name if division.slices == 1 else "copy", division.copies)
-    draw = _drawn(init, std, TensorType(F32, (copies, embed)), key)
-    if division.slices == 1:
-        return draw
-    repeated = Tile(draw, "part", division.slices, position=1)
-    return Merge(repeated, ("copy", "part"), name)
-
-
-def slot_weight(init: str, std: float, embed: Axis, experts: int, slots: int, *, key: int) -> Expr:
-    """Return the weight ``[expert, slot, embed]`` that makes the slots of a soft mixture."""
-    axes = (Axis("expert", experts), Axis("slot", slots), embed)
-    return _drawn(init, std, TensorType(F32, axes), key)
-
-
-BOUNDS = {"truncated-normal": 3.0, "switch": 2.0}
-"""Where draws are cut, in standard deviations; Switch's are TensorFlow's."""
-
-
-def left_of_std(init: str) -> float:
-    """Return what share of a standard deviation is left of it by the cut of ``init``, if any.
-
-    The variance of a normal distribution cut at b is 1 − 2 b φ(b) / (2 Φ(b) − 1).
-    """
-    if init not in BOUNDS:
-        return 1.0
-    b = BOUNDS[init]
-    density = exp(-b * b / 2) / sqrt(2 * pi)
-    return sqrt(1 - 2 * b * density / erf(b / sqrt(2)))
-
-
-def _drawn(init: str, std: float, type: TensorType, key: int) -> Expr:
-    if init == "zero" or std == 0:
-        return Full(0.0, type)
-    if init == "uniform":
-        # A uniform distribution on [−a, a] has the standard deviation a / √3.
-        bound = std * 3**0.5
-        return Uniform(type, low=-bound, high=bound, key=key)
-    if init in BOUNDS:
-        return TruncatedNormal(type, std=std, key=key, bound=BOUNDS[init])
-    return Normal(type, std=std, mean=0.0, key=key)
 
 
 def _floats(type: TensorType) -> TensorType:

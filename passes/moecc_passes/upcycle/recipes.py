@@ -10,9 +10,10 @@ from moecc.errors import Problem
 from moecc.ir.graph import Graph, Value
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
-from moecc_passes.inputs import token_ids
-from moecc_passes.upcycle.lift import Division, Drop, Noise, router_weight, slot_weight
+from moecc_passes.inputs import is_decoder, token_ids
+from moecc_passes.upcycle.lift import Division, Drop, Noise
 from moecc_passes.upcycle.rewrite import Perturb, Recipe
+from moecc_passes.upcycle.router_init import router_weight, slot_weight
 from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES, Router
 from moecc_passes.upcycle.scaling import Factors, place_scale
 from moecc_passes.upcycle.sublayer import surroundings
@@ -67,10 +68,11 @@ def misrouted(
       causal: the values behind a causal mask.
     """
     if item.routing in LOOKS_AHEAD and block.x in causal:
+        other = ", or decoder-layers=nowhere" if is_decoder(block.loc) else ""
         return Problem(
             f"{NAMES[item.routing]} in a decoder decides about a token by later ones", block.loc,
-            hint="routing=token-choice, or decoder-layers=nowhere; ST-MoE (Appendix D) has what "
-            "looks ahead in encoders only",
+            hint=f"routing=token-choice{other}; ST-MoE (Appendix D) has what looks ahead in "
+            "encoders only",
         )  # fmt: skip
     tokens = [n for n in block.x.type.names if n != block.outer]
     if item.routing == "hash" and token_ids(graph, block.x.type, tokens, block.loc) is None:

@@ -7,20 +7,20 @@ from functools import cached_property
 from math import sqrt
 from typing import Annotated, ClassVar, Literal
 
-from moecc.analysis.ffn import FFNBlock, FFNSearch, find_ffn_blocks
+from moecc.analysis.ffn import FFNBlock, find_ffn_blocks
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
 from moecc.rewrite.match import NearMiss
-from moecc_passes.inputs import is_decoder
 from moecc_passes.routed import causal_values
-from moecc_passes.upcycle.checks import has_constant_gate, problems, warnings
+from moecc_passes.upcycle.checks import problems, warnings
 from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
 from moecc_passes.upcycle.gates import GateLaw
-from moecc_passes.upcycle.layers import select
-from moecc_passes.upcycle.lift import left_of_std
+from moecc_passes.upcycle.layers import choose
 from moecc_passes.upcycle.recipes import factors_of, misfit, misrouted, recipe, router_std
+from moecc_passes.upcycle.remarks import remarks
 from moecc_passes.upcycle.rewrite import rewrite_block
+from moecc_passes.upcycle.router_init import left_of_std
 from moecc_passes.upcycle.scaling import is_scaled, shares
 
 Gates = Literal[
@@ -187,62 +187,23 @@ class UpcyclePass(Pass):
             the routing does not suit its place; all problems at once.
         """
         search = find_ffn_blocks(graph)
-        chosen = self._chosen(search)
+        chosen = choose(search, self.layers, self.decoder_layers)
         causal = causal_values(graph)
         found = [misfit(self, b) or misrouted(self, graph, b, causal) for b in chosen]
         if any(found):
             raise InputError(p for p in found if p is not None)
         result = PassResult(changed=bool(chosen), matched=len(chosen))
         result.near_misses = [NearMiss("upcycle", r.loc, r.reason) for r in search.refusals]
+        if search.blocks and not chosen:
+            reason = f"layers={self.layers} selects none of its {len(search.blocks)} dense blocks"
+            result.near_misses.append(NearMiss("upcycle", "the graph", reason))
         result.stats = {"blocks found": len(search.blocks), "blocks converted": len(chosen)}
         promises = []
         for block in chosen:
             promises.append(self._contract(block).preserves)
             rewrite_block(graph, block, recipe(self, block, ctx.seed))
         result.preserves = of_blocks(promises) if promises else None
-        result.remarks = self._remarks(chosen)
+        result.remarks = remarks(self, chosen)
         for remark in result.remarks:
             ctx.remark(remark)
         return result
-
-    def _chosen(self, search: FFNSearch) -> list[FFNBlock]:
-        if self.decoder_layers is None:
-            return select(search.blocks, self.layers, _layers(search))
-        chosen: list[FFNBlock] = []
-        for spec, decoder in ((self.layers, False), (self.decoder_layers, True)):
-            part = FFNSearch(
-                [b for b in search.blocks if is_decoder(b.loc) == decoder],
-                [r for r in search.refusals if is_decoder(r.loc) == decoder],
-            )
-            chosen += select(part.blocks, spec, _layers(part))
-        return chosen
-
-    def _remarks(self, blocks: list[FFNBlock]) -> list[Remark]:
-        how = {
-            "token-choice": f"top-{self.top_k}",
-            "prototypes": f"one of each of {self.top_k} groups",
-            "hash": f"{self.top_k} by a hash of the token",
-            "expert-choice": "which choose tokens",
-            "soft": f"of {self.soft_slots} soft slots",
-        }[self.routing]
-        remarks = [Remark(b.loc, f"became {self.experts} experts, {how}") for b in blocks]
-        if has_constant_gate(self):
-            remarks.append(
-                Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
-                           "gets no gradient from the loss; gates=switch or top-k=2 trains it")
-            )  # fmt: skip
-        if self.router_init == "zero":
-            remarks.append(
-                Remark("", "a zero router sends every token to the first experts, and ties last "
-                           "until something breaks them; use it to check, not to train")
-            )  # fmt: skip
-        if self.experts & (self.experts - 1):
-            remarks.append(Remark("", "some runtimes want a power of two of experts"))
-        return remarks
-
-
-def _layers(search: FFNSearch) -> int:
-    """Return the number of layers, counted from the highest number that a location has."""
-    numbers = [b.layer for b in search.blocks if b.layer is not None]
-    sparse = [n for r in search.refusals if (n := r.layer) is not None]
-    return max([*numbers, *sparse], default=len(search.blocks) - 1) + 1

@@ -1,0 +1,37 @@
+"""What ``upcycle`` tells of a conversion that worked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moecc.analysis.ffn import FFNBlock
+from moecc.pipeline.passes import Remark
+from moecc_passes.upcycle.checks import has_constant_gate
+
+if TYPE_CHECKING:
+    from moecc_passes.upcycle.upcycle import UpcyclePass
+
+
+def remarks(item: UpcyclePass, blocks: list[FFNBlock]) -> list[Remark]:
+    """Return what is worth telling of the blocks that were converted."""
+    how = {
+        "token-choice": f"top-{item.top_k}",
+        "prototypes": f"one of each of {item.top_k} groups",
+        "hash": f"{item.top_k} by a hash of the token",
+        "expert-choice": "which choose tokens",
+        "soft": f"of {item.soft_slots} soft slots",
+    }[item.routing]
+    told = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
+    if has_constant_gate(item):
+        told.append(
+            Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
+                       "gets no gradient from the loss; gates=switch or top-k=2 trains it")
+        )  # fmt: skip
+    if item.router_init == "zero":
+        told.append(
+            Remark("", "a zero router sends every token to the first experts, and ties last "
+                       "until something breaks them; use it to check, not to train")
+        )  # fmt: skip
+    if item.experts & (item.experts - 1):
+        told.append(Remark("", "some runtimes want a power of two of experts"))
+    return told

@@ -1,0 +1,133 @@
+"""Routing on the command line: what contradicts itself is refused or warned of, with a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .conftest import GOLDEN
+
+REFUSED = [  # pipeline, exit code, parts of the message
+    # wrong by itself, so told when the pipeline is read
+    ("upcycle{experts=4 top-k=5}", 2, ("1 <= top-k <= experts=4", "ST-MoE has top-k=2")),
+    ("st-moe{experts=2 top-k=3}", 2, ("1 <= top-k <= experts=2", "ST-MoE has top-k=2")),
+    ("upcycle{slots=capacity capacity-factor=0.0}", 2, ("1.25 in training, 2.0 at evaluation",)),
+    ("specialize{capacity-factor=0.0}", 2, ("1.25 in training, 2.0 at evaluation",)),
+    ("st-moe{train-capacity-factor=0.0}", 2, ("1.25 in training, 2.0 at evaluation",)),
+    ("specialize{group-size=0}", 2, ("at least 1", "2 to 8 sequences")),
+    ("specialize{groups=2 group-size=8}", 2, ("by their number or by their size",)),
+    ("upcycle{routing=expert-choice decoder-layers=all}", 2, ("later ones", "Appendix D")),
+    ("upcycle{routing=soft layers=decoder.layers.*}", 2, ("later ones", "Appendix D")),
+    ("st-moe{top-k=1}", 2, ("the router would not learn", "top-k=2, as the paper has it")),
+    (
+        "upcycle{top-k=1 gates=switch},specialize{policy=threshold}", 2,
+        ("there are none", "policy=random threshold=0.2"),
+    ),
+    ("upcycle,specialize{expert-dropout=0.1}", 2, ("capacity-factor=1.25",)),
+    ("upcycle{routing=prototypes experts=8 top-k=3}", 2, ("a divisor of experts=8",)),
+    ("upcycle{routing=hash gates=sigmoid}", 2, ("a hash has no scores",)),
+    ("upcycle{balance-bias gates=ones}", 2, ("DeepSeek-V3",)),
+    ("specialize{mode=eval jitter=0.01}", 2, ("an evaluation is not perturbed",)),
+    ("specialize{dropless capacity-factor=1.0}", 2, ("what is to have no bound",)),
+    ("st-moe{layers=all},add-losses", 2, ("losses are added once", "losses=false")),
+    ("upcycle,trace-routing,trace-routing", 2, ("traced once",)),
+    ("freeze", 2, ("groups or only", "groups=moe")),
+    # wrong for this model, a decoder of three layers
+    ("upcycle{routing=expert-choice}", 1, ("layers.2.ffn", "routing=token-choice")),
+    ("upcycle,specialize{priority}", 1, ("batch-prioritised routing in a decoder", "force=true")),
+    ("upcycle{routing=hash},specialize{jitter=0.01}", 1, ("no router to perturb",)),
+    ("upcycle{layers=3,7,11}", 1, ("layer 3, 7, 11", "0-2")),
+    ("upcycle{layers=all decoder-layers=every:2}", 1, ("encoder-decoder",)),
+    ("st-moe", 1, ("layers=every:4 selects none of its 3 dense blocks",)),
+    ("specialize", 1, ("no layer is sparse",)),
+    ("add-losses", 1, ("no layer is sparse",)),
+    ("trace-routing", 1, ("no layer is sparse",)),
+]  # fmt: skip
+
+
+@pytest.fixture
+def graph(moecc: Callable, tmp_path: Path) -> Path:
+    path = tmp_path / "dense.moe"
+    assert moecc("import", GOLDEN / "llama_gqa", "-o", path).code == 0
+    return path
+
+
+@pytest.mark.parametrize(("pipeline", "code", "parts"), REFUSED, ids=[r[0] for r in REFUSED])
+def test_what_is_refused(
+    moecc: Callable, graph: Path, tmp_path: Path, pipeline: str, code: int, parts: tuple[str, ...]
+) -> None:
+    done = moecc("opt", graph, "-p", pipeline, "-o", tmp_path / "out.moe")
+    assert done.code == code, done.err
+    assert done.err.startswith("error: ")
+    for part in parts:
+        assert part in done.err
+    assert not (tmp_path / "out.moe").exists()
+
+
+def test_what_is_refused_needs_no_graph(moecc: Callable, tmp_path: Path) -> None:
+    """A pipeline is read before the file is: contradictions are told first."""
+    done = moecc("opt", tmp_path / "none.moe", "-p", "upcycle{top-k=9}")
+    assert done.code == 2
+    assert "top-k" in done.err
+    assert moecc("opt", tmp_path / "none.moe", "-p", "upcycle").code == 1
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "part"),
+    [
+        ("upcycle{top-k=1}", "top-k=2, as ST-MoE has it"),
+        ("upcycle{capacity-factor=2.0}", "slots=capacity"),
+    ],
+)
+def test_what_is_warned_of(
+    moecc: Callable, graph: Path, tmp_path: Path, pipeline: str, part: str
+) -> None:
+    done = moecc("opt", graph, "-p", pipeline, "-o", tmp_path / "out.moe")
+    assert done.code == 0
+    assert done.err.startswith("warning: upcycle, option ")
+    assert part in done.err
+
+
+def test_groups_that_do_not_divide_the_batch(moecc: Callable, tmp_path: Path) -> None:
+    out, ids = tmp_path / "out", tmp_path / "ids.npy"
+    pipeline = "upcycle{experts=4},specialize{mode=eval capacity-factor=2.0 group-size=8}"
+    assert moecc("convert", GOLDEN / "llama_gqa", out, "-p", pipeline, "--to", "st_moe").code == 0
+    np.save(ids, np.arange(12).reshape(2, 6))
+    done = moecc("run", out, "--inputs", ids, "--outputs", tmp_path / "y.npy")
+    assert done.code == 1
+    for part in ("layers.0.ffn", "a multiple of 8 tokens", "12", "choose a group size"):
+        assert part in done.err
+    np.save(ids, np.arange(12).reshape(2, 6).repeat(2, 0))
+    assert moecc("run", out, "--inputs", ids, "--outputs", tmp_path / "y.npy").code == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "decoder", "expected"),
+    [
+        ("all", "nowhere", ["encoder.layers.0", "encoder.layers.1"]),
+        ("nowhere", "last:1", ["decoder.layers.2"]),
+        ("first:1", "middle:1", ["encoder.layers.0", "decoder.layers.1"]),
+        ("every:2", "0,2", ["encoder.layers.1", "decoder.layers.0", "decoder.layers.2"]),
+    ],
+)
+def test_placement_in_encoder_and_decoder(
+    moecc: Callable, tmp_path: Path, layers: str, decoder: str, expected: list[str]
+) -> None:
+    dense, out = tmp_path / "t5.moe", tmp_path / "out.moe"
+    assert moecc("import", GOLDEN / "t5_gated_untied", "-o", dense).code == 0
+    pipeline = f"upcycle{{layers={layers} decoder-layers={decoder}}}"
+    assert moecc("opt", dense, "-p", pipeline, "-o", out).code == 0
+    lines = [x for x in out.read_text().splitlines() if " = dispatch " in x]
+    assert [x.split("@")[1].split(".ffn")[0] for x in lines] == expected
+
+
+def test_passes_are_listed_with_their_options(moecc: Callable) -> None:
+    for name in ("st-moe", "specialize", "add-losses", "freeze", "trace-routing"):
+        assert name in moecc("passes").out
+        assert f"{name}: " in moecc("passes", name).out
+    shown = moecc("passes", "specialize", "--format", "json").json()
+    options = {option["name"] for option in shown["options"]}
+    assert {"mode", "capacity-factor", "padding-mask", "dropout", "expert-dropout"} <= options
