@@ -100,7 +100,7 @@ def _memory(data: dict[str, Any]) -> Iterator[str]:
         f'<line x1="{limit:.1f}" y1="90" x2="{limit:.1f}" y2="{90 + ROW}" stroke="#222" '
         'stroke-dasharray="3 2"/>'
     )
-    shown = [(k, f"{k} {b / 1e9:.2f}") for k, b in kinds.items() if b >= 5e6]
+    shown = [(k, f"{k} {b / 1e9:.2f} GB") for k, b in kinds.items() if b >= 5e6]
     yield from _legend(136, shown)
 
 

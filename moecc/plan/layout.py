@@ -70,7 +70,8 @@ class Layout:
     def _split_weights(self, of_experts: bool) -> tuple[str, ...]:
         split = [n for n in self.mesh.names if n == "fsdp"]
         if not of_experts and self.dense_weights == "split":
-            split += [n for n in self.expert_axes if n not in split]
+            # Without experts on it the axis of data serves as well.
+            split += [n for n in self.expert_axes or ("data",) if n not in split]
         return tuple(n for n in self.mesh.names if n in split)
 
     def gradient_axes(self, of_experts: bool) -> tuple[str, ...]:

@@ -70,7 +70,9 @@ def _layouts(work: Workload, machine: Machine, wish: Wish) -> Iterator[Layout]:
         for dense in DENSE_WEIGHTS:
             for replicated in (False, True):
                 layout = Layout(mesh, work.experts, dense, replicated)
-                if (dense == "split" or replicated) and not layout.expert_axes:
+                if replicated and not layout.expert_axes:
+                    continue
+                if dense == "split" and not (layout.expert_axes or "data" in mesh.names):
                     continue
                 if wish.dense_weights in (None, dense) and not any(problems(layout, work)):
                     yield layout

@@ -69,7 +69,8 @@ class Sharding:
         sizes = {name: size / self._part(name, size) for name, size in weight.shape}
         parts = self.layout.mesh.size(self.layout.weight_axes(weight.of_experts))
         free = [n for n in sizes if sizes[n] % parts == 0 and n not in ("expert",)]
-        if parts > 1 and free:
+        # Vectors are small, and lie whole.
+        if parts > 1 and free and len(sizes) > 1:
             sizes[max(free, key=lambda n: sizes[n])] /= parts
         return sizes
 

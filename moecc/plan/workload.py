@@ -138,6 +138,9 @@ class Workload:
     dropless: bool
     tensor_sizes: dict[str, int]
 
+    def __repr__(self) -> str:
+        return f"Workload({self.parameters} parameters, {self.batch})"
+
     @property
     def model_flops(self) -> float:
         """FLOPs of the forward pass that the model asks for: without the padding of a capacity."""

@@ -1,0 +1,235 @@
+"""Laws of an estimate: nothing is lost between devices, more work is never cheaper."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from math import prod
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.families.describe import describe
+from moecc.ir.dtypes import F32
+from moecc.models import open_model
+from moecc.plan.batches import Batch, make_batch
+from moecc.plan.estimate import Estimate, Estimator
+from moecc.plan.exchanges import LOCAL, VIAS, Rows, legal
+from moecc.plan.layout import DENSE_WEIGHTS, Layout, problems
+from moecc.plan.machines import parse_machine
+from moecc.plan.meshes import meshes, plan_mesh
+from moecc.plan.sharding import Sharding
+from moecc.plan.strategy import REMATS, Setting, Strategy
+from moecc.plan.workload import Workload, workload
+
+MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
+MACHINES = ("tpu:v5p:2x2x4", "tpu:v4:2x2x2", "tpu:v6e:4x4", "gpu:h100:16")
+
+
+@cache
+def work_of(model: str, sequences: int = 64) -> Workload:
+    graph = open_model(f"preset:{model}").graph
+    lengths = (64,) if model in ("mixtral-8x7b", "smollm2-135m") else (64, 32)
+    each = sum(lengths)
+    return workload(graph, make_batch(graph, 16, sequences * each, lengths))
+
+
+@cache
+def legal_strategies(model: str) -> tuple[Strategy, ...]:
+    """Return all on 16 devices."""
+    work, found = work_of(model), []
+    for mesh, dense, replicated in product(meshes(16), DENSE_WEIGHTS, (False, True)):
+        layout = Layout(mesh, work.experts, dense, replicated)
+        if any(problems(layout, work)) or (replicated and not layout.expert_axes):
+            continue
+        devices = layout.mesh.size(layout.expert_axes)
+        for via, remat in product((*VIAS, LOCAL), REMATS):
+            if legal(via, devices, work.dropless) and (via == "replicated") == replicated:
+                found.append(Strategy(layout, via, "index", remat))
+    return tuple(found)
+
+
+def strategies(model: str) -> st.SearchStrategy[Strategy]:
+    # Drawn by number: a counterexample prints short.
+    every = legal_strategies(model)
+    return st.integers(0, len(every) - 1).map(every.__getitem__)
+
+
+def estimate(work: Workload, strategy: Strategy, machine: str, **setting: object) -> Estimate:
+    given = Setting(**setting)  # type: ignore[arg-type]
+    return Estimator(work, parse_machine(machine), given).estimate(strategy)
+
+
+def with_batch(work: Workload, model: str, factor: int) -> Workload:
+    return work_of(model, work.batch.sequences * factor)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_and_flops_are_those_of_the_description(model: str) -> None:
+    graph = open_model(f"preset:{model}").graph
+    facts = describe(graph)
+    lengths = {"S": 512, "T": 114}
+    names = list(facts.sequence.lengths)
+    batch = Batch(3, tuple((n, lengths[n]) for n in names))
+    work = workload(graph, batch)
+    assert work.parameters == facts.parameters.total
+    counted = sum(p.count * s.flops for p in work.parts for s in p.steps)
+    assert counted == pytest.approx(3 * (facts.sequence.weights + facts.sequence.attention))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataObject) -> None:
+    work = work_of(model)
+    layout = data.draw(strategies(model)).layout
+    local = Sharding(layout)
+    for weight, _ in work.weights:
+        stored, copies = local.stored_sizes(weight), layout.mesh.devices
+        for name, size in weight.shape:
+            assert size % stored[name] == 0
+            copies /= size / stored[name]
+        # Parts times devices are whole copies of all elements.
+        assert copies == int(copies) >= 1
+        assert prod(stored.values()) * layout.mesh.devices == weight.elements * copies
+        assert local.stored(weight) <= local.used(weight) <= weight.elements
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -> None:
+    work = work_of(model)
+    strategy = data.draw(strategies(model))
+    found = estimate(work, strategy, "tpu:v5p:2x2x4", train=False)
+    whole = sum(p.count * s.flops for p in work.parts for s in p.steps)
+    least = whole * 0.999 / strategy.layout.mesh.devices
+    assert found.flops >= least
+    if strategy.via not in ("replicated", "capacity") and "model" not in strategy.layout.mesh.names:
+        # Nothing is computed twice; what `model` does not divide is, and so are tokens that
+        # all devices of the experts have.
+        assert found.flops == pytest.approx(least / 0.999, rel=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), machine=st.sampled_from(MACHINES), factor=st.integers(2, 4))
+def test_a_larger_batch_costs_no_less(
+    model: str, data: st.DataObject, machine: str, factor: int
+) -> None:
+    work = work_of(model)
+    strategy = data.draw(strategies(model))
+    small = estimate(work, strategy, machine)
+    large = estimate(with_batch(work, model, factor), strategy, machine)
+    assert large.seconds >= small.seconds * (1 - 1e-9)
+    assert large.flops == pytest.approx(factor * small.flops)
+    assert large.memory.total >= small.memory.total
+    assert large.memory.arguments - large.memory.inputs == pytest.approx(
+        small.memory.arguments - small.memory.inputs
+    )
+    for op, row in small.collectives.items():
+        assert large.collectives[op]["sent_bytes"] >= row["sent_bytes"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_rematerialisation_trades_arithmetic_for_activations(
+    model: str, data: st.DataObject
+) -> None:
+    work = work_of(model)
+    drawn = data.draw(strategies(model))
+    none, save, full = (
+        estimate(work, replace(drawn, remat=r), "tpu:v5p:2x2x4") for r in ("none", "save", "full")
+    )
+    assert none.flops <= save.flops <= full.flops <= none.flops * 4 / 3
+    assert none.memory.activations >= save.memory.activations >= full.memory.activations
+    assert none.memory.arguments == save.memory.arguments == full.memory.arguments
+    assert none.model_flops == full.model_flops
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(
+    model: str, data: st.DataObject
+) -> None:
+    work = work_of(model)
+    strategy = data.draw(strategies(model))
+    adamw = estimate(work, strategy, "tpu:v5p:2x2x4", optimizer="adamw").memory
+    factored = estimate(work, strategy, "tpu:v5p:2x2x4", optimizer="adafactor").memory
+    assert adamw.optimizer == pytest.approx(2 * adamw.parameters)
+    assert factored.optimizer <= adamw.optimizer / 2
+    assert factored.parameters == adamw.parameters
+    narrow = estimate(work, strategy, "tpu:v5p:2x2x4", dtype=F32).memory
+    assert narrow.activations == pytest.approx(2 * adamw.activations)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), machine=st.sampled_from(MACHINES))
+def test_no_plan_beats_the_peak(model: str, data: st.DataObject, machine: str) -> None:
+    work = work_of(model)
+    found = estimate(work, data.draw(strategies(model)), machine)
+    assert 0 < found.mfu < 1
+    assert found.seconds == pytest.approx(sum(found.by_kind.values()))
+    assert all(seconds >= -1e-12 for seconds in found.by_kind.values())
+
+
+@given(
+    top_k=st.integers(1, 8),
+    experts=st.sampled_from([8, 16, 64]),
+    devices=st.sampled_from([1, 4, 8]),
+)
+def test_the_worst_case_has_room_for_every_choice(top_k: int, experts: int, devices: int) -> None:
+    """By trying to send as many choices to one device as there can be."""
+    tokens, mine = 4, experts // devices
+    rows = Rows(tokens, tokens * top_k, 2.0, devices, top_k, experts, True, 1)
+    # Each token of each device chooses as many experts of the first device as it can.
+    landed = sum(min(top_k, mine) for _ in range(tokens * devices))
+    assert rows.buffer_rows("ragged") == rows.buffer_rows("ring") == landed
+    assert rows.buffer_rows("capacity") == 1.25 * rows.rows
+
+
+def census(model: str, mesh: str, via: str, remat: str, *, train: bool) -> dict[str, float]:
+    work = work_of(model)
+    layout = Layout(plan_mesh(mesh), work.experts, "whole", via == "replicated")
+    strategy = Strategy(layout, via, "index", remat)
+    found = estimate(work, strategy, "tpu:v5p:2x2x4", train=train)
+    sparse = next(p for p in found.parts if p.name == "layers.ffn")
+    return {
+        f"{t.op} {t.why}": t.times for t, _ in sparse.transfers if t.waits and t.axes == ("expert",)
+    }
+
+
+@pytest.mark.parametrize(
+    ("via", "remat", "train", "expected"),
+    [
+        ("capacity", "none", False, {"all_to_all rows to experts and back": 2}),
+        ("capacity", "none", True, {"all_to_all rows to experts and back": 4}),
+        ("capacity", "full", True, {"all_to_all rows to experts and back": 6}),
+        ("ragged", "full", True, {"ragged_all_to_all rows to experts and back": 6}),
+        (
+            "ring", "none", False,
+            {
+                "all_gather tokens to all experts": 1,
+                "reduce_scatter sums to their tokens": 1,
+            },
+        ),
+        ("replicated", "none", False, {"all_reduce what the experts of each device say": 1}),
+    ],
+)  # fmt: skip
+def test_the_collectives_of_a_sparse_layer(
+    via: str, remat: str, train: bool, expected: dict[str, float]
+) -> None:
+    assert census("mixtral-8x7b", "data=2,expert=8", via, remat, train=train) == expected
+
+
+def test_full_rematerialisation_does_not_repeat_the_last_product_of_a_layer() -> None:
+    """Nothing asks for what the last dense block adds, so XLA drops it from the second pass."""
+    work = work_of("smollm2-135m")
+    ffn = next(p for p in work.parts if p.name == "layers.ffn")
+    products = [s for s in ffn.steps if s.op == "contract"]
+    assert [s.again for s in products] == [True, True, False]
