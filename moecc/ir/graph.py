@@ -342,6 +342,25 @@ class Graph:
             raise ValueError(f"parameter %{name} still has users")
         del self.params[name], self._names[name]
 
+    def order_params(self, values: Iterable[Value]) -> None:
+        """Put the parameters into the order of `values`.
+
+        Raises:
+          ValueError: `values` are not the parameters, each once.
+        """
+        ordered = {v.name: v for v in values}
+        if ordered.keys() != self.params.keys():
+            raise ValueError("an order has every parameter once")
+        self.params.clear()
+        self.params.update(ordered)
+
+    def every_node(self) -> Iterator[Node]:
+        """Yield the nodes in order, and those of bodies after the node that repeats them."""
+        for node in self:
+            yield node
+            if node.body is not None:
+                yield from node.body
+
     def erase_input(self, name: str) -> None:
         """Remove an input that nothing uses.
 

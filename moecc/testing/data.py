@@ -13,7 +13,9 @@ from math import prod
 import numpy as np
 
 from moecc.ir.graph import Graph, Value
+from moecc.ir.ranges import element, lengths
 from moecc.ir.table.placing import PLACING
+from moecc.ir.table.repetition import repetitions
 from moecc.ir.types import TensorType
 from moecc.testing.draws import Data, generator
 
@@ -34,7 +36,7 @@ def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
     values = [*graph.inputs.values(), *graph.params.values()]
     names = {s for v in values for s in v.type.sizes if isinstance(s, str)}
     sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
-    for node in graph:
+    for node in graph.every_node():
         if node.op.name in PLACING:
             groups = node.attrs["group_size"] or node.attrs["groups"]
             _make_divisible(sizes, node.operands[0].type, node.attrs["tokens"], groups)
@@ -90,15 +92,31 @@ def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[
 def _made(value: Value, seed: int, sizes: Sizes) -> Data:
     if value.weight is None:
         # What no expression makes is the tensor of its own name, for passes that say so.
-        return _draw(value, seed, sizes, "source")
+        rolled = _rolled(value, seed, sizes)
+        return _draw(value, seed, sizes, "source") if rolled is None else rolled
     from moecc.testing.weights import weight_for
 
     return weight_for(value.weight, seed)
 
 
-def _draw(value: Value, seed: int, sizes: Sizes, kind: str) -> Data:
-    dtype, shape = value.type.dtype, shape_of(value.type, sizes)
-    rng = generator(seed, kind, value.name)
+def _rolled(value: Value, seed: int, sizes: Sizes) -> Data | None:
+    """Return what stands for a parameter of each layer, or None where `value` is one of its own."""
+    for user in value.users:
+        axis, runs = repetitions(user.attrs) if user.body is not None else ("", 0)
+        if lengths(value.name) == {runs} and axis in value.type:
+            parts = (element(value.name, at) for at in range(runs))
+            each = [_draw(value, seed, sizes, "source", n, axis) for n in parts]
+            return np.stack(each, axis=value.type.names.index(axis))
+    return None
+
+
+def _draw(
+    value: Value, seed: int, sizes: Sizes, kind: str, name: str = "", without: str = ""
+) -> Data:
+    """Draw what `value` is, or what `name` is, which lacks the axis `without`."""
+    type = value.type.without(without) if without else value.type
+    dtype, shape = type.dtype, shape_of(type, sizes)
+    rng = generator(seed, kind, name or value.name)
     if dtype.kind == "float":
         return rng.standard_normal(shape).astype(dtype.numpy)
     if dtype.kind == "bool":
@@ -115,7 +133,10 @@ def _limits(value: Value, sizes: Sizes) -> Iterator[int]:
     while pending:
         index = pending.pop()
         for user in index.users:
-            if user.op.name == "embedding" and index is user.operands[1]:
+            if user.body is not None:
+                inner = zip(user.operands, user.body.inputs.values(), strict=True)
+                pending += [i for v, i in inner if v is index]
+            elif user.op.name == "embedding" and index is user.operands[1]:
                 table = user.operands[0].type
                 yield shape_of(table, sizes)[table.names.index(user.attrs["axis"])]
             elif user.op.name == "one_hot":

@@ -60,6 +60,12 @@ def _strip_sharding() -> type[Pass]:
     return StripShardingPass
 
 
+def _roll_layers() -> type[Pass]:
+    from moecc_passes.roll_layers.roll_layers import RollLayersPass
+
+    return RollLayersPass
+
+
 def _st_moe() -> type[Pass]:
     from moecc_passes.st_moe import StMoePass
 
@@ -78,6 +84,12 @@ def _trace_routing() -> type[Pass]:
     return TraceRoutingPass
 
 
+def _unroll_layers() -> type[Pass]:
+    from moecc_passes.unroll_layers import UnrollLayersPass
+
+    return UnrollLayersPass
+
+
 def _upcycle() -> type[Pass]:
     from moecc_passes.upcycle.upcycle import UpcyclePass
 
@@ -92,9 +104,11 @@ REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "dce": _dce,
     "freeze": _freeze,
     "lower-collectives": _lower_collectives,
+    "roll-layers": _roll_layers,
     "specialize": _specialize,
     "st-moe": _st_moe,
     "strip-sharding": _strip_sharding,
     "trace-routing": _trace_routing,
+    "unroll-layers": _unroll_layers,
     "upcycle": _upcycle,
 }

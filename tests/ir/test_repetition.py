@@ -277,6 +277,6 @@ graph g {
 }
 """)
     laws.check_graph(graph)
-    y = graph.input("y", parse_type("f32[batch@data=4]", graph.value))
-    with pytest.raises(InputError, match="index needs the axis 'batch' of %y whole"):
-        Builder(graph).index(y, axis="batch", at=0)
+    z = graph.input("z", parse_type("f32[batch@data=4]", graph.value))
+    with pytest.raises(InputError, match="index needs the axis 'batch' of %z whole"):
+        Builder(graph).index(z, axis="batch", at=0)

@@ -17,7 +17,8 @@ def stacked_along(axis: str, *xs: Array) -> Array:
 def picked(x: Array, axis: str, at: int) -> Array:
     """Return what stands at one position of an axis."""
     rest = tuple(a for a in x.axes if a != axis)
-    return Array(x.to((axis, *rest))[at], rest, x.dtype)
+    # Laid out as if it had never been part of a stack, so that it rounds the same.
+    return Array(np.array(x.to((axis, *rest))[at], order="C"), rest, x.dtype)
 
 
 @meaning("stack")

@@ -1,0 +1,175 @@
+"""Repeated layers written out again: what exporting, describing and other passes work on.
+
+It is the inverse of the pass ``roll-layers``: parameters of several layers become one of each, by
+the ranges in their names, and what was stacked or picked along the layers meets its layer directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.ranges import element, lengths
+from moecc.ir.structure import clone
+from moecc.ir.table.repetition import repetitions
+
+if TYPE_CHECKING:
+    from moecc.weights.expr import Expr
+
+
+def is_rolled(graph: Graph) -> bool:
+    """Return whether `graph` repeats a body."""
+    return any(node.body is not None for node in graph)
+
+
+def unrolled(graph: Graph) -> Graph:
+    """Return `graph` if it repeats nothing, and otherwise a copy with every layer written out."""
+    if not is_rolled(graph):
+        return graph
+    copy = clone(graph)
+    unroll(copy)
+    return copy
+
+
+def unroll(graph: Graph) -> int:
+    """Write out, in place, all that `graph` repeats; return how many scans there were."""
+    scans = [node for node in graph if node.body is not None]
+    for node in scans:
+        _Unroller(graph, node).run()
+    return len(scans)
+
+
+@dataclass
+class _Unroller:
+    """One scan that is written out.
+
+    Attributes:
+      graph: the graph that it is in.
+      node: the scan.
+    """
+
+    graph: Graph
+    node: Node
+
+    def run(self) -> None:
+        node, runs = self.node, self.runs
+        carries, last = node.attrs["carries"], node.attrs["carries"] + node.attrs["stacked"]
+        carry, captured = list(node.operands[:carries]), node.operands[last:]
+        slices = self.slices(node.operands[carries:last])
+        made: list[list[Value]] = []
+        for at in range(runs):
+            results = self.layer([*carry, *(s[at] for s in slices), *captured], at)
+            carry = results[:carries]
+            made.append(results[carries:])
+        for value, final in zip(node.results, carry, strict=False):
+            value.replace_by(final)
+        for value, each in zip(node.results[carries:], zip(*made, strict=True), strict=True):
+            self.give(value, list(each))
+        sources = dict.fromkeys(v.node for v in node.operands if v.node is not None)
+        node.erase()
+        for source in sources:
+            if source.op.name == "stack" and source.is_dead:
+                source.erase()
+
+    @property
+    def axis(self) -> str:
+        return repetitions(self.node.attrs)[0]
+
+    @property
+    def runs(self) -> int:
+        return repetitions(self.node.attrs)[1]
+
+    def layer(self, operands: list[Value], at: int) -> list[Value]:
+        """Write out one run of the body, and return its results."""
+        body = self.node.body
+        assert body is not None, "a scan has a body"
+        values = dict(zip(body.inputs.values(), operands, strict=True))
+        for inner in body:
+            made = self.graph.append(
+                inner.op,
+                [values[v] for v in inner.operands],
+                inner.attrs,
+                names=[element(v.name, at) for v in inner.results],
+                loc=element(inner.loc, at),
+                origin=inner.origin,
+                before=self.node,
+            )
+            values.update(zip(inner.results, made.results, strict=True))
+        return [values[v] for v in body.terminator.operands]
+
+    def slices(self, stacked: list[Value]) -> list[list[Value]]:
+        """Return, for each stacked operand, what each run gets of it."""
+        apart = [v for v in stacked if self.comes_apart(v)]
+        params = self.take_apart(apart)
+        return [params.get(v) or self.parts(v) for v in stacked]
+
+    def parts(self, value: Value) -> list[Value]:
+        source = value.node
+        if source is not None and source.op.name == "stack" and source.attrs["axis"] == self.axis:
+            return list(source.operands)
+        index = (
+            self.graph.append(
+                "index", [value], {"axis": self.axis, "at": at}, before=self.node, loc=self.node.loc
+            )
+            for at in range(self.runs)
+        )
+        return [node.result for node in index]
+
+    def comes_apart(self, value: Value) -> bool:
+        """Return whether a parameter stands for one of each layer, which nothing else uses."""
+        if (
+            not value.is_param
+            or lengths(value.name) != {self.runs}
+            or value.users != {self.node: 1}
+        ):
+            return False
+        return not any(element(value.name, at) in self.graph for at in range(self.runs))
+
+    def take_apart(self, stacked: list[Value]) -> dict[Value, list[Value]]:
+        """Make a parameter for each layer of each of `stacked`, in their places, layer by layer."""
+        graph, apart = self.graph, set(stacked)
+        made: dict[Value, list[Value]] = {}
+        order: list[Value] = []
+        for together, group in groupby(list(graph.params.values()), apart.__contains__):
+            values = list(group)
+            if not together:
+                order += values
+                continue
+            layers = [[self.part(v, at) for v in values] for at in range(self.runs)]
+            order += [v for layer in layers for v in layer]
+            made |= {v: list(parts) for v, *parts in zip(values, *layers, strict=True)}
+        for value, parts in made.items():
+            self.node.set_operand(self.node.operands.index(value), parts[0])
+            graph.erase_param(value.name)
+        graph.order_params(order)
+        return made
+
+    def part(self, value: Value, at: int) -> Value:
+        """Make the parameter of one layer of a stacked one."""
+        weight = None if value.weight is None else _part(value.weight, self.axis, at)
+        name, loc = element(value.name, at), element(value.loc, at)
+        return self.graph.param(name, value.type.without(self.axis), weight, loc=loc)
+
+    def give(self, value: Value, parts: list[Value]) -> None:
+        """Let the users of a stacked result use what each run made."""
+        for user in list(value.users):
+            if user.op.name == "index" and user.attrs["axis"] == self.axis:
+                user.replace_by(parts[user.attrs["at"]])
+        if not value.users:
+            return
+        first = next((n for n in self.graph.walk(self.node) if n in value.users), None)
+        loc = self.node.loc if first is None else first.loc
+        stack = self.graph.append("stack", parts, {"axis": self.axis}, loc=loc, before=first)
+        value.replace_by(stack.result)
+
+
+def _part(weight: Expr, axis: str, at: int) -> Expr:
+    """Return the expression of one layer of a stacked weight."""
+    from moecc.weights.movement import Index, Stack
+    from moecc.weights.simplify import simplify
+
+    if isinstance(weight, Stack) and weight.axis == axis:
+        return weight.xs[at]
+    return simplify(Index(weight, axis, at))

@@ -1,0 +1,1 @@
+"""The pass ``roll-layers``: equal layers as one layer that is repeated."""

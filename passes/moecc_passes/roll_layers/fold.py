@@ -1,0 +1,200 @@
+"""One scan in the place of layers that are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mesh import ATTRIBUTE as MESH
+from moecc.ir.ranges import joined
+from moecc.ir.structure import copied
+from moecc.ir.table.repetition import stacked
+from moecc.ir.types import Axis
+from moecc.weights.movement import Stack
+from moecc_passes.roll_layers.wiring import CannotRoll, Each, Wiring
+
+ORIGIN = "roll-layers/fold"
+
+AXIS = "layer"
+"""What the axis of the repetitions is called, with a number where a value has one so called."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept of a layer for the gradient: the attributes of the ``scan``."""
+
+    remat: str = "none"
+    save: tuple[str, ...] = ()
+
+
+@dataclass
+class Fold:
+    """Layers on their way into a scan.
+
+    Attributes:
+      graph: their graph.
+      wiring: the layers, and what flows in and out.
+      name: the location of the scan.
+      axis: the axis along which parameters and results are stacked.
+      merged: the parameters made, by those that they stand for.
+    """
+
+    graph: Graph
+    wiring: Wiring
+    name: str
+    axis: Axis = field(init=False)
+    merged: dict[Each, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = [v for b in self.wiring.blocks for n in b for v in (*n.operands, *n.results)]
+        taken = {name for v in values for name in v.type.names}
+        free = (n for n in (AXIS, *(f"{AXIS}{i}" for i in range(2, 99))) if n not in taken)
+        self.axis = Axis(next(free), len(self.wiring.blocks))
+
+    def run(self, keeping: Keeping) -> Node:
+        """Put the scan in the place of the layers, and return it.
+
+        Raises:
+          InputError: the locations of the layers are not those of a range, or a node cannot stand
+            in a body; nothing is changed.
+        """
+        wiring, first = self.wiring, self.wiring.blocks[0][0]
+        body = self.body(self.locations())
+        along = [*map(self.param, wiring.params), *(self.stack(e, first) for e in wiring.stacked)]
+        scan = self.graph.append(
+            "scan",
+            [*(e[0] for e in wiring.carries), *along, *(e[0] for e in wiring.captured)],
+            {
+                "over": ((self.axis.name, self.axis.size),),
+                "carries": len(wiring.carries),
+                "stacked": len(along),
+                "remat": keeping.remat,
+                "save": keeping.save,
+                "body": body,
+            },
+            names=body.output_names,
+            loc=self.name,
+            origin=ORIGIN,
+            before=first,
+        )
+        self.connect(scan, first)
+        for block in reversed(wiring.blocks):
+            for node in reversed(block):
+                node.erase()
+        self.order()
+        return scan
+
+    def locations(self) -> list[str]:
+        """Return the location of each node of the body, which stands for that of every layer."""
+        found = []
+        for nodes in zip(*self.wiring.blocks, strict=True):
+            loc = joined([node.loc for node in nodes])
+            if loc is None:
+                raise CannotRoll(
+                    "the numbers of the layers do not rise by equal steps",
+                    found=", ".join(node.loc for node in nodes),
+                )
+            found.append(loc)
+        return found
+
+    def body(self, locs: Sequence[str]) -> Graph:
+        """Return the body: what a block computes, from what flows into it."""
+        wiring, graph = self.wiring, Graph("body")
+        if MESH in self.graph.attrs:
+            graph.attrs[MESH] = self.graph.attrs[MESH]
+        entered = (*wiring.carries, *wiring.params, *wiring.stacked, *wiring.captured)
+        inputs = {e: graph.input(graph.fresh(_hint(e)), e[0].type) for e in entered}
+        values: dict[Value, Value] = {}
+        for nodes, loc in zip(zip(*wiring.blocks, strict=True), locs, strict=True):
+            first, slots = nodes[0], zip(*(node.operands for node in nodes), strict=True)
+            made = graph.append(
+                first.op,
+                [inputs[e] if e in inputs else values[e[0]] for e in slots],
+                copied(first.attrs),
+                names=[v.name for v in first.results],
+                loc=loc,
+                origin=first.origin,
+            )
+            values.update(zip(first.results, made.results, strict=True))
+        results = wiring.results(0)
+        for number in (*wiring.carries.values(), *wiring.collected):
+            value = values[results[number]]
+            graph.set_output(_free(value.name, graph.output_names), value)
+        return graph
+
+    def param(self, each: Each) -> Value:
+        """Return the parameter that stands for one of each block."""
+        weights = [v.weight for v in each if v.weight is not None]
+        name = joined([v.name for v in each])
+        assert name is not None, "its names are those of a range"
+        made = self.graph.param(
+            name,
+            stacked(each[0].type, self.axis),
+            Stack(tuple(weights), self.axis.name) if weights else None,
+            loc=joined([v.loc for v in each]) or "",
+        )
+        self.merged[each] = made
+        return made
+
+    def stack(self, each: Each, before: Node) -> Value:
+        """Return values of all blocks, one after the other."""
+        node = self.graph.append(
+            "stack", each, {"axis": self.axis.name}, loc=self.name, origin=ORIGIN, before=before
+        )
+        return node.result
+
+    def connect(self, scan: Node, before: Node) -> None:
+        """Let what used values of the layers use those of the scan."""
+        wiring, last = self.wiring, len(self.wiring.blocks) - 1
+        every = [wiring.results(block) for block in range(last + 1)]
+        numbers = list(wiring.carries.values())
+        for value, number in zip(scan.results[len(numbers) :], wiring.collected, strict=True):
+            self.join(value, [results[number] for results in every])
+        for number, blocks in wiring.returned.items():
+            for block in blocks:
+                old = every[block][number]
+                if block == last and number in numbers:
+                    old.replace_by(scan.results[numbers.index(number)])
+                elif self.is_needed(old):
+                    whole = scan.results[len(numbers) + wiring.collected.index(number)]
+                    old.replace_by(self.pick(whole, block, before))
+
+    def join(self, whole: Value, parts: list[Value]) -> None:
+        """Let what was stacked of all blocks be what the scan has stacked."""
+        for user in list(parts[0].users):
+            along = user.op.name == "stack" and user.attrs["axis"] == self.axis.name
+            if along and user.operands == parts:
+                user.replace_by(whole)
+
+    def is_needed(self, value: Value) -> bool:
+        """Return whether anything outside the layers uses a value of them."""
+        return any(user not in self.wiring.inside for user in value.users)
+
+    def pick(self, whole: Value, at: int, before: Node) -> Value:
+        """Return what one block made of what is stacked."""
+        attrs = {"axis": self.axis.name, "at": at}
+        node = self.graph.append(
+            "index", [whole], attrs, loc=self.name, origin=ORIGIN, before=before
+        )
+        return node.result
+
+    def order(self) -> None:
+        """Put each merged parameter where the first of its parts was, and erase the parts."""
+        graph = self.graph
+        place = {each[0]: made for each, made in self.merged.items()}
+        gone = {v for each in self.merged for v in each} | set(self.merged.values())
+        order = [place.get(v, v) for v in graph.params.values() if v in place or v not in gone]
+        for each in self.merged:
+            for value in each:
+                graph.erase_param(value.name)
+        graph.order_params(order)
+
+
+def _hint(each: Each) -> str:
+    name = joined([v.name for v in each]) if each[0].is_param else None
+    return name or each[0].name
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    return name if name not in taken else _free(f"{name}_", taken)

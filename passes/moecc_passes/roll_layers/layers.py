@@ -1,0 +1,142 @@
+"""The layers of a graph by the locations of its nodes, and which of them repeat one another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.structure import attributes
+from moecc.ir.types import Axis, Extent, TensorType
+
+_LAYER = re.compile(r"((?:.*?\.)?layers)\.(\d+)(?:\.|$)")
+
+
+@dataclass
+class Layer:
+    """Nodes next to one another, whose locations share a layer.
+
+    Attributes:
+      stack: what stands before the number, ``encoder.layers``.
+      name: the location up to the number, ``encoder.layers.3``.
+      nodes: its nodes, in order.
+    """
+
+    stack: str
+    name: str
+    nodes: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Layers of which each is like the one `period` before it.
+
+    Attributes:
+      start: the first of them.
+      period: the layers of one repetition.
+      runs: how often they repeat.
+    """
+
+    start: int
+    period: int
+    runs: int
+
+    @property
+    def stop(self) -> int:
+        """The first layer that does not belong to them."""
+        return self.start + self.period * self.runs
+
+
+def stacks_of(graph: Graph) -> list[list[Layer]]:
+    """Return the stacks of `graph`: layers that follow one another without anything between."""
+    stacks: list[list[Layer]] = []
+    last: Layer | None = None
+    for node in graph:
+        match = _LAYER.match(node.loc)
+        if match is None:
+            last = None
+            continue
+        name = match[0].rstrip(".")
+        if last is None or last.stack != match[1]:
+            stacks.append([])
+        if last is None or last.name != name:
+            last = Layer(match[1], name)
+            stacks[-1].append(last)
+        last.nodes.append(node)
+    return stacks
+
+
+def repetitions_in(layers: Sequence[Layer]) -> list[Repeated]:
+    """Return which of `layers` repeat: from each place on as many as can be, by a short period."""
+    classes: dict[object, int] = {}
+    keys = [classes.setdefault(key(layer.nodes), len(classes)) for layer in layers]
+    found: list[Repeated] = []
+    start = 0
+    while start < len(keys):
+        best = max(
+            (_repeated(keys, start, p) for p in range(1, (len(keys) - start) // 2 + 1)),
+            key=lambda r: (r.runs > 1, r.runs * r.period, -r.period),
+            default=Repeated(start, 1, 1),
+        )
+        if best.runs > 1:
+            found.append(best)
+        start = best.stop if best.runs > 1 else start + 1
+    return found
+
+
+def _repeated(keys: Sequence[int], start: int, period: int) -> Repeated:
+    stop = start + period
+    while stop < len(keys) and keys[stop] == keys[stop - period]:
+        stop += 1
+    return Repeated(start, period, (stop - start) // period)
+
+
+def key(nodes: Sequence[Node]) -> tuple[object, ...]:
+    """Return what `nodes` compute, up to where their operands from outside come from."""
+    numbers: dict[Value, int] = {}
+    return tuple(line(node, numbers) for node in nodes)
+
+
+def line(node: Node, numbers: dict[Value, int]) -> tuple[object, ...]:
+    """Return what one node computes, with the values of its layer by number; its own are added."""
+    uses = tuple(numbers.get(v, v.type) for v in node.operands)
+    for value in node.results:
+        numbers[value] = len(numbers)
+    types = tuple(_type_key(v.type, numbers) for v in node.results)
+    return (node.op.name, uses, attributes(node.attrs), types)
+
+
+def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
+    if not type.extents:
+        return type
+    return (type.dtype, tuple(_axis_key(a, numbers) for a in type.axes), type.unreduced)
+
+
+def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
+    if not isinstance(axis.size, Extent):
+        return axis
+    return (axis.name, axis.mesh, axis.size.kind, numbers.get(axis.size.value))
+
+
+def difference(layer: Layer, other: Layer) -> str:
+    """Return in what two layers that are not alike first differ."""
+    numbers: dict[Value, int] = {}
+    others: dict[Value, int] = {}
+    for a, b in zip(layer.nodes, other.nodes, strict=False):
+        if line(a, numbers) != line(b, others):
+            what = f"its {a.op.name} @{a.loc} uses other parts of its layer than in {other.name}"
+            return next(_reasons(a, b), what)
+    return f"it has {len(layer.nodes)} operations, and {other.name} has {len(other.nodes)}"
+
+
+def _reasons(a: Node, b: Node) -> Iterator[str]:
+    if a.op is not b.op:
+        yield f"it has {a.op.name} @{a.loc} where {b.loc} has {b.op.name}"
+        return
+    for name, value in a.attrs.items():
+        if value != b.attrs[name]:
+            yield f"its {a.op.name} @{a.loc} has {name}={value}, and {b.loc} {name}={b.attrs[name]}"
+    for x, y in zip((*a.operands, *a.results), (*b.operands, *b.results), strict=False):
+        if x.type != y.type and not x.type.extents:
+            yield f"its {a.op.name} @{a.loc} has {x!r}, and {b.loc} {y!r}"

@@ -1,0 +1,130 @@
+"""What flows into each repetition of layers, and out of it: carries, stacks, captured values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from moecc.errors import InputError
+from moecc.ir.graph import Node, Value
+from moecc.ir.ranges import joined
+from moecc.ir.table.placing import is_place
+
+Each = tuple[Value, ...]
+"""A value of every repetition, in order."""
+
+
+class CannotRoll(InputError):
+    """Why layers that are alike cannot be repeated."""
+
+
+@dataclass
+class Wiring:
+    """Layers that are alike, block by block, and what flows in and out.
+
+    Attributes:
+      blocks: the nodes of each repetition.
+      carries: what comes from the block before; of the first, from outside.  By the values.
+      params: parameters, one for each block, that nothing else uses.
+      stacked: other values from outside, another one for each block.
+      captured: a value from outside that all blocks use, as often as there are blocks.
+      returned: the blocks whose value is used outside, by its number among their results.
+    """
+
+    blocks: list[list[Node]]
+    carries: dict[Each, int] = field(default_factory=dict)
+    params: list[Each] = field(default_factory=list)
+    stacked: list[Each] = field(default_factory=list)
+    captured: list[Each] = field(default_factory=list)
+    returned: dict[int, list[int]] = field(default_factory=dict)
+
+    def results(self, block: int) -> list[Value]:
+        """Return the values that a block makes, by number."""
+        return [v for node in self.blocks[block] for v in node.results]
+
+    @cached_property
+    def inside(self) -> dict[Node, int]:
+        """The block of each node."""
+        return {node: i for i, block in enumerate(self.blocks) for node in block}
+
+    @cached_property
+    def collected(self) -> list[int]:
+        """The values that must be stacked of all blocks, not only known of the last."""
+        last, carried = len(self.blocks) - 1, set(self.carries.values())
+        return [n for n, blocks in self.returned.items() if n not in carried or blocks != [last]]
+
+
+def wire(blocks: list[list[Node]]) -> Wiring:
+    """Return what flows in and out of `blocks`, which are alike.
+
+    Raises:
+      CannotRoll: a value comes from another place than the block before, or the outside.
+    """
+    wiring = Wiring(blocks)
+    home = {v: (i, n) for i in range(len(blocks)) for n, v in enumerate(wiring.results(i))}
+    slots: dict[Each, None] = {}
+    for nodes in zip(*blocks, strict=True):
+        for each in zip(*(node.operands for node in nodes), strict=True):
+            if each[0] not in home or home[each[0]][0] != 0:
+                slots[each] = None
+    for each in slots:
+        _enter(wiring, each, home, slots)
+    _leave(wiring, home)
+    return wiring
+
+
+Home = dict[Value, tuple[int, int]]
+"""The block of a value, and its number among the results of that block."""
+
+
+def _enter(wiring: Wiring, each: Each, home: Home, slots: dict[Each, None]) -> None:
+    if each[0].type.extents:
+        raise CannotRoll(f"%{each[0].name} has sizes that are set outside the layers")
+    if any(v in home for v in each):
+        wiring.carries[each] = _carried(each, home)
+    elif len(set(each)) == 1:
+        wiring.captured.append(each)
+    elif _is_own(wiring, each, slots):
+        wiring.params.append(each)
+    else:
+        wiring.stacked.append(each)
+
+
+def _carried(each: Each, home: Home) -> int:
+    """Return the number of the value that goes from each block to the next."""
+    first, *later = (home.get(v) for v in each)
+    numbers = {place[1] for place in later if place is not None}
+    steps = [place[0] if place is not None else -1 for place in later]
+    if first is not None or len(numbers) != 1 or steps != list(range(len(later))):
+        wrong = next(v for v in each if v in home)
+        raise CannotRoll(f"%{wrong.name} is used farther away than in the layer after its own")
+    if each[0].type != each[1].type:
+        what = "what goes from layer to layer changes its type"
+        raise CannotRoll(what, expected=repr(each[0]), found=repr(each[1]))
+    return numbers.pop()
+
+
+def _is_own(wiring: Wiring, each: Each, slots: dict[Each, None]) -> bool:
+    """Whether a parameter of each block becomes one for all of them."""
+    if not all(
+        v.is_param and v.users.keys() <= set(b) for v, b in zip(each, wiring.blocks, strict=True)
+    ):
+        return False
+    if len({v.weight and v.weight.type for v in each}) != 1:
+        return False
+    if any(value in other for other in slots if other is not each for value in each):
+        return False
+    name = joined([v.name for v in each])
+    return name is not None and name not in each[0].graph
+
+
+def _leave(wiring: Wiring, home: Home) -> None:
+    for value, (block, number) in home.items():
+        outside = [user for user in value.users if user not in wiring.inside]
+        if not outside:
+            continue
+        wiring.returned.setdefault(number, []).append(block)
+        if value.type.extents:
+            raise CannotRoll(f"%{value.name} has sizes that its layer sets, and is used outside")
+        if is_place(value) and any(user.results for user in outside):
+            raise CannotRoll(f"the slots %{value.name} are used outside their layer")

@@ -1,0 +1,340 @@
+"""Rolled layers compute what the layers did; what is rolled, and why not; unrolling undoes it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from moecc_passes.roll_layers.layers import Layer, Repeated, repetitions_in
+from moecc_passes.roll_layers.roll_layers import RollLayersPass
+from moecc_passes.unroll_layers import UnrollLayersPass
+
+from moecc.errors import UsageError
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.ir import (
+    F32,
+    Builder,
+    Graph,
+    Node,
+    Value,
+    clone,
+    equal,
+    parse,
+    print_graph,
+    tensor,
+    verify,
+)
+from moecc.ir.dtypes import KEY
+from moecc.ir.types import TensorType
+from moecc.pipeline.passes import Context, PassResult, Remark
+from moecc.pipeline.text import Pipeline
+from moecc.presets import preset_config
+from moecc.testing import assert_same, laws
+from moecc.testing.stacks import stacks
+
+
+def roll(graph: Graph, **options: object) -> tuple[PassResult, list[str]]:
+    told: list[Remark] = []
+    result = RollLayersPass(**options).apply(graph, Context(remark=told.append))  # type: ignore[arg-type]
+    verify(graph)
+    return result, [str(r) for r in told]
+
+
+def scans(graph: Graph) -> list[Node]:
+    return [node for node in graph if node.body is not None]
+
+
+@settings(max_examples=150)
+@given(stacks())
+def test_rolling_is_exact(graph: Graph) -> None:
+    laws.check_pass(RollLayersPass(), graph)
+    rolled, _ = laws.applied(RollLayersPass(), graph)
+    laws.check_graph(rolled)
+
+
+@settings(max_examples=150)
+@given(stacks())
+def test_unrolling_is_the_inverse(graph: Graph) -> None:
+    rolled, result = laws.applied(RollLayersPass(), graph)
+    laws.check_pass(UnrollLayersPass(), rolled)
+    again, _ = laws.applied(UnrollLayersPass(), rolled)
+    if not result.stats["hoisted"]:
+        assert equal(graph, again), print_graph(again)
+    assert [(n.op.name, n.loc) for n in again if n.op.name != "constant"] == [
+        (n.op.name, n.loc) for n in graph if n.op.name != "constant"
+    ]
+    assert list(again.params) == list(graph.params)
+    assert [p.loc for p in again.params.values()] == [p.loc for p in graph.params.values()]
+
+
+PRESETS = {
+    "mixtral-8x7b": [32],
+    "llama-3.1-8b": [32],
+    "t5-xxl": [24, 24],
+    "st-moe-l": [6, 6],
+    "st-moe-32b": [6, 6],
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str) -> None:
+    graph = build(parse_config(preset_config(name)))
+    before = clone(graph)
+    result, told = roll(graph)
+    assert [node.attrs["over"][0][1] for node in scans(graph)] == PRESETS[name]
+    assert result.stats["layers-left"] == 0
+    assert all("rolled" in remark for remark in told)
+    assert len(graph) < len(before) / 5
+    laws.check_round_trip(graph)
+    UnrollLayersPass().apply(graph, Context())
+    assert equal(graph, before)
+
+
+def chain(*kinds: str, weights: bool = False) -> Graph:
+    """Return a graph with a layer for each of `kinds`, an operation on the stream of the last."""
+    graph = Graph()
+    h = graph.input("x", tensor(F32, batch="B"))
+    for number, kind in enumerate(kinds):
+        b = Builder(graph, loc=f"layers.{number}.ffn")
+        h = b.scale(h, by=2.0) if kind == "scale" else getattr(b, kind)(h)
+    graph.set_output("y", h)
+    return graph
+
+
+PATTERNS = {
+    "aaaa": [(0, 1, 4)],
+    "abab": [(0, 2, 2)],
+    "aaabaaab": [(0, 4, 2)],
+    "abbbb": [(1, 1, 4)],
+    "abcd": [],
+    "aabb": [(0, 1, 2), (2, 1, 2)],
+    "ababa": [(0, 2, 2)],
+    "aaabaaabaa": [(0, 4, 2), (8, 1, 2)],
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_repeats(pattern: str) -> None:
+    kinds = {"a": "silu", "b": "tanh", "c": "relu", "d": "gelu"}
+    graph = chain(*(kinds[letter] for letter in pattern))
+    layers = [Layer("layers", f"layers.{i}", [node]) for i, node in enumerate(graph)]
+    assert repetitions_in(layers) == [Repeated(*found) for found in PATTERNS[pattern]]
+
+
+def test_what_is_left_is_told_with_the_reason() -> None:
+    graph = chain("tanh", "silu", "silu", "silu", "scale")
+    result, told = roll(graph)
+    assert result.stats == {"scans": 1, "layers-rolled": 3, "layers-left": 2, "hoisted": 0}
+    assert told == [
+        "layers.{1..3}: rolled: one layer, repeated 3 times",
+        "layers.0: not rolled with layers.1: it has tanh @layers.0.ffn where layers.1.ffn has silu",
+        "layers.4: not rolled with layers.3: "
+        "it has scale @layers.4.ffn where layers.3.ffn has silu",
+    ]
+
+
+def test_an_attribute_that_differs_is_named() -> None:
+    graph = Graph()
+    h = graph.input("x", tensor(F32, batch="B", embed=4))
+    for number, factor in enumerate((2.0, 3.0)):
+        h = Builder(graph, loc=f"layers.{number}.ffn").scale(h, by=factor)
+    graph.set_output("y", h)
+    result, told = roll(graph)
+    assert not result.changed
+    assert told[0].endswith("its scale @layers.0.ffn has by=2.0, and layers.1.ffn by=3.0")
+
+
+def test_layers_of_other_sizes_are_left() -> None:
+    graph = Graph()
+    h = graph.input("x", tensor(F32, batch="B", embed=4))
+    for number, mlp in enumerate((3, 5)):
+        b = Builder(graph, loc=f"layers.{number}.ffn")
+        up = graph.param(f"layers.{number}.up", tensor(F32, mlp=mlp, embed=4))
+        down = graph.param(f"layers.{number}.down", tensor(F32, embed=4, mlp=mlp))
+        h = b.add(h, b.contract(b.contract(h, up, over="embed"), down, over="mlp"))
+    graph.set_output("y", h)
+    result, told = roll(graph)
+    assert not result.changed
+    assert "%layers.0.up : f32[mlp=3, embed=4]" in told[0]
+    assert "%layers.1.up : f32[mlp=5, embed=4]" in told[0]
+
+
+def test_what_skips_a_layer_is_not_rolled() -> None:
+    graph = Graph()
+    values = [graph.input(n, tensor(F32, batch="B")) for n in "xy"]
+    for number in range(4):
+        values.append(Builder(graph, loc=f"layers.{number}.ffn").add(*values[-2:]))
+    graph.set_output("y", values[-1])
+    before = clone(graph)
+    result, told = roll(graph)
+    assert not result.changed
+    assert equal(graph, before)
+    assert "is used farther away than in the layer after its own" in told[0]
+
+
+def test_numbers_that_do_not_rise_by_equal_steps() -> None:
+    graph = chain("silu", "silu", "silu")
+    for node, number in zip(graph, (0, 1, 3), strict=True):
+        node.loc = f"layers.{number}.ffn"
+    result, told = roll(graph)
+    assert not result.changed
+    assert "do not rise by equal steps" in told[0]
+
+
+def test_losses_of_layers_are_summed_as_they_were_stacked() -> None:
+    graph = Graph()
+    h, losses = graph.input("x", tensor(F32, batch="B")), []
+    for number in range(5):
+        b = Builder(graph, loc=f"layers.{number}.ffn")
+        h = b.tanh(h)
+        losses.append(b.mean(h, axes="batch"))
+    b = Builder(graph, loc="loss")
+    graph.set_output("loss", b.sum(b.stack(*losses, axis="layer"), axes="layer"))
+    before = clone(graph)
+    roll(graph)
+    assert [node.op.name for node in graph] == ["scan", "sum"]
+    assert_same(before, graph, exact=True)
+    UnrollLayersPass().apply(graph, Context())
+    assert equal(graph, before)
+
+
+def test_keys_and_shared_parameters_are_stacked() -> None:
+    graph = Graph()
+    h, key = graph.input("x", tensor(F32, batch=4)), graph.input("key", TensorType(KEY))
+    two = [graph.param(f"table.{n}", tensor(F32, batch=4)) for n in "ab"]
+    keys = [Builder(graph).fold_key(key, by=i) for i in range(4)]
+    for number in range(4):
+        b = Builder(graph, loc=f"layers.{number}.ffn")
+        h = b.tanh(b.add(b.add(h, b.random_normal(keys[number], h)), two[number % 2]))
+    graph.set_output("y", h)
+    before = clone(graph)
+    roll(graph)
+    (scan,) = scans(graph)
+    assert [v.node.op.name if v.node else v.name for v in scan.operands] == ["x", "stack", "stack"]
+    assert list(graph.params) == ["table.a", "table.b"]
+    assert_same(before, graph, exact=True)
+    UnrollLayersPass().apply(graph, Context())
+    assert equal(graph, before)
+
+
+def test_what_layers_share_is_computed_once() -> None:
+    graph = Graph()
+    h = graph.input("x", tensor(F32, batch="B", embed=4))
+    one = None
+    for number in range(4):
+        b = Builder(graph, loc=f"layers.{number}.ffn")
+        one = b.constant(value=2.0, dtype="f32") if one is None else one
+        h = b.mul(b.tanh(h), one)
+    graph.set_output("y", h)
+    before = clone(graph)
+    result, _ = roll(graph)
+    assert [node.op.name for node in graph] == ["constant", "scan"]
+    assert result.stats["layers-rolled"] == 4
+    assert_same(before, graph, exact=True)
+
+
+def test_what_all_later_layers_read_of_the_first_is_not_rolled() -> None:
+    graph = Graph()
+    h = graph.input("x", tensor(F32, batch="B", embed=4))
+    first: Value | None = None
+    for number in range(4):
+        b = Builder(graph, loc=f"layers.{number}.attention")
+        value = b.silu(h)
+        first = value if first is None else first
+        h = b.add(b.tanh(h), first)
+    graph.set_output("y", h)
+    _, told = roll(graph)
+    (scan,) = scans(graph)
+    assert scan.attrs["over"] == (("layer", 3),)
+    assert told[1].startswith(
+        "layers.0: not rolled with layers.1: its add @layers.0.attention uses"
+    )
+
+
+def test_names_that_no_range_says_are_stacked_as_values() -> None:
+    graph = Graph()
+    h = graph.input("x", tensor(F32, batch="B", embed=4))
+    for number, name in enumerate(("red", "green", "blue")):
+        h = Builder(graph, loc=f"layers.{number}.ffn").mul(
+            h, graph.param(name, tensor(F32, embed=4))
+        )
+    graph.set_output("y", h)
+    before = clone(graph)
+    roll(graph)
+    assert list(graph.params) == ["red", "green", "blue"]
+    assert [node.op.name for node in graph] == ["stack", "scan"]
+    UnrollLayersPass().apply(graph, Context())
+    assert equal(graph, before)
+
+
+def test_an_axis_called_layer_gets_another_name() -> None:
+    graph = Graph()
+    h = graph.input("x", tensor(F32, layer="B"))
+    for number in range(3):
+        w = graph.param(f"layers.{number}.w", tensor(F32, layer="B"))
+        h = Builder(graph, loc=f"layers.{number}.ffn").mul(h, w)
+    graph.set_output("y", h)
+    before = clone(graph)
+    roll(graph)
+    assert scans(graph)[0].attrs["over"] == (("layer2", 3),)
+    assert_same(before, graph, exact=True)
+
+
+def test_a_rolled_graph_that_was_written_by_hand_comes_apart() -> None:
+    """Parameters without ranges in their names, and axes that do not come first, are picked."""
+    graph = parse("""moecc 1
+graph g {
+  input %x : f32[batch=B]
+  param %w : f32[batch=B, layer=3]
+  %y, %s = scan %x, %w {over=(layer=3), carries=1, stacked=1} : f32[batch=B], f32[layer=3, batch=B] {
+    input %x : f32[batch=B]
+    input %w : f32[batch=B]
+    %m = mul %x, %w : f32[batch=B]
+    output m = %m
+    output s = %m
+  }
+  %t = sum %s {axes=layer} : f32[batch=B]
+  %z = index %s {axis=layer, at=1} : f32[batch=B]
+  output y = %y
+  output t = %t
+  output z = %z
+  output s = %s
+}
+""")  # noqa: E501
+    laws.check_pass(UnrollLayersPass(), graph)
+    after, _ = laws.applied(UnrollLayersPass(), graph)
+    names = [node.op.name for node in after]
+    assert names == ["index", "index", "index", "mul", "mul", "mul", "stack", "sum"]
+
+
+def test_what_is_kept_for_the_gradient() -> None:
+    graph = chain("silu", "silu")
+    roll(graph, remat="save", save=("combine", "rows"))
+    (scan,) = scans(graph)
+    assert scan.attrs["remat"] == "save"
+    assert scan.attrs["save"] == ("combine", "rows")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("save=combine", "names are saved under remat=save alone"),
+        ("remat=save save=combin", "nothing is called 'combin'"),
+        ("remat=all", "none, full, save"),
+    ],
+)
+def test_options_that_make_no_sense(options: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Pipeline.parse(f"roll-layers{{{options}}}")
+
+
+def test_every_repetition_is_of_one_length() -> None:
+    """A depth of any number of layers makes as many nodes."""
+    lengths = []
+    for depth in (4, 16, 64):
+        graph = chain(*["silu"] * depth)
+        roll(graph)
+        lengths.append(len(graph) + len(scans(graph)[0].attrs["body"]))
+    assert all(a == b for a, b in pairwise(lengths))
