@@ -7,6 +7,7 @@ counted: the size of the full tensor, of an exchange that of one device's rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moecc.plan.networks import Route
@@ -28,6 +29,16 @@ def sent_bytes(op: str, devices: int, tensor_bytes: float) -> float:
     """
     share = (devices - 1) / devices
     return tensor_bytes * share * (2 if op == "all_reduce" else 1)
+
+
+def rows_sent(counts: Sequence[Sequence[int]], row_bytes: float) -> list[float]:
+    """Return the bytes that each device sends in an exchange whose numbers of rows are known.
+
+    Args:
+      counts: for each device, how many of its rows go to each device, itself included.
+      row_bytes: of one row.
+    """
+    return [row_bytes * (sum(row) - row[i]) for i, row in enumerate(counts)]
 
 
 def seconds(op: str, route: Route, tensor_bytes: float) -> float:

@@ -32,7 +32,6 @@ class Rows:
       top_k: choices of a token.
       experts: how many there are.
       dropless: whether every token is taken.
-      tensor: devices that share the neurons.
     """
 
     tokens: float
@@ -42,7 +41,6 @@ class Rows:
     top_k: int
     experts: int
     dropless: bool
-    tensor: int
 
     def factor(self, via: str) -> float:
         """Return how many rows are computed for each row of the graph."""
@@ -75,17 +73,13 @@ def legal(via: str, devices: int, dropless: bool) -> bool:
     return via != LOCAL and (via != "ragged" or dropless)
 
 
-def transfers(
-    via: str, rows: Rows, axes: tuple[str, ...], tensor_axes: tuple[str, ...], again: float
-) -> Iterator[Transfer]:
+def transfers(via: str, rows: Rows, axes: tuple[str, ...], again: float) -> Iterator[Transfer]:
     """Yield the collectives of one sparse layer, forward and backward.
 
     Args:
       via: one of `VIAS`, or ``local``.
       rows: what is sent.
-      axes: the mesh axes of the experts.
-      tensor_axes: those of the neurons; the copies of a token that they hold are sent once, in
-        parts, and put together again (the paper's slice, exchange, gather).
+      axes: the mesh axes of the experts; devices that share neurons each send the same rows.
       again: how often the forward pass runs: 1, or 2 under rematerialisation, or 0 less gradients.
     """
     both = again + 1
@@ -93,9 +87,7 @@ def transfers(
     if via in ("capacity", "ragged"):
         op = "all_to_all" if via == "capacity" else "ragged_all_to_all"
         full = rows.rows * rows.factor(via) * rows.row_bytes
-        yield Transfer(op, axes, full / rows.tensor, 2 * both, "rows to experts and back")
-        if rows.tensor > 1:
-            yield Transfer("all_gather", tensor_axes, full, 2 * both, "parts of rows")
+        yield Transfer(op, axes, full, 2 * both, "rows to experts and back")
     elif via == "ring":
         full = tokens * rows.devices
         # The sum need not run again: nothing of it is kept.

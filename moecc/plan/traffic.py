@@ -26,7 +26,7 @@ def part_transfers(
         layout, again = strategy.layout, forwards(strategy.remat, setting.train)
         yield from _forward_only(
             exchange_transfers(
-                strategy.via, rows, layout.expert_axes, layout.tensor_axes, again
+                strategy.via, rows, layout.expert_axes, again
             ),
             setting.train,
         )  # fmt: skip
@@ -71,7 +71,6 @@ def sparse_rows(
         top_k=part.top_k,
         experts=work.experts,
         dropless=work.dropless,
-        tensor=layout.mesh.size(layout.tensor_axes),
     )
 
 
@@ -124,23 +123,25 @@ def _sums(
 def _sums_split(step: Step, shards: dict[str, int]) -> bool:
     """Whether a step leaves partial sums: a product over a split axis, a look-up in one."""
     if step.op == "embedding":
-        return any(name == "vocab" for name, _ in step.operands[0])
-    return bool(set(step.over) & _split(shards)) and _meets_weight(step)
+        return "vocab" in _split(step.operands[0], shards)
+    return bool(set(step.over) & _split(step.axes, shards)) and _meets_weight(step)
 
 
 def _makes_split(step: Step, shards: dict[str, int]) -> bool:
     if step.op != "contract" or not _meets_weight(step):
         return False
-    made = {name for name, _ in step.results[0]} - {name for name, _ in step.operands[0]}
-    return bool(made & _split(shards))
+    made = _split(step.results[0], shards) - set(step.operands[0].names)
+    return bool(made)
 
 
 def _meets_weight(step: Step) -> bool:
     return any(weight is not None for weight in step.weights)
 
 
-def _split(shards: dict[str, int]) -> set[str]:
-    return {n for n, parts in shards.items() if parts > 1} & {"q", "kv", "mlp", "vocab"}
+def _split(shape: Shape, shards: dict[str, int]) -> set[str]:
+    """Return the axes of `shape` that products make or sum over and that lie split."""
+    axes = {name for name, size in shape if shards.get(name, 1) > 1 and size % shards[name] == 0}
+    return axes & {"q", "kv", "mlp", "vocab"}
 
 
 def _runs_again(step: Step, remat: str) -> bool:

@@ -186,7 +186,7 @@ def test_no_plan_beats_the_peak(model: str, data: st.DataObject, machine: str) -
 def test_the_worst_case_has_room_for_every_choice(top_k: int, experts: int, devices: int) -> None:
     """By trying to send as many choices to one device as there can be."""
     tokens, mine = 4, experts // devices
-    rows = Rows(tokens, tokens * top_k, 2.0, devices, top_k, experts, True, 1)
+    rows = Rows(tokens, tokens * top_k, 2.0, devices, top_k, experts, True)
     # Each token of each device chooses as many experts of the first device as it can.
     landed = sum(min(top_k, mine) for _ in range(tokens * devices))
     assert rows.buffer_rows("ragged") == rows.buffer_rows("ring") == landed

@@ -1,0 +1,105 @@
+"""The plan's bytes are those that the reference counts when it runs a graph device by device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moecc_backends.reference.devices import Run, simulate
+
+from moecc.families import build
+from moecc.families.configs import read_config
+from moecc.ir import Graph, clone
+from moecc.ir.dtypes import F32
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.plan.batches import Batch, length_variables
+from moecc.plan.collectives import rows_sent
+from moecc.plan.estimate import Estimate, Estimator
+from moecc.plan.layout import Layout, check_layout
+from moecc.plan.machines import parse_machine
+from moecc.plan.meshes import plan_mesh
+from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.workload import workload
+from moecc.testing import inputs_for, params_for, sizes_for
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+SEQUENCES, TOKENS = 8, 6
+
+
+def run(graph: Graph, pipeline: str) -> None:
+    run_pipeline(graph, Pipeline.parse(pipeline), context=Context())
+
+
+def planned(graph: Graph, mesh: str, via: str) -> Estimate:
+    lengths = tuple((name, TOKENS) for name in length_variables(graph))
+    work = workload(graph, Batch(SEQUENCES, lengths))
+    layout = Layout(plan_mesh(mesh), work.experts)
+    check_layout(layout, work)
+    machine = parse_machine(f"cpu:{layout.mesh.devices}")
+    setting = Setting(train=False, dtype=F32)
+    return Estimator(work, machine, setting).estimate(Strategy(layout, via, "index", "none"))
+
+
+def simulated(graph: Graph, mesh: str, rules: str) -> Run:
+    run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}},lower-collectives")
+    sizes = dict.fromkeys(sizes_for(graph, 0), TOKENS) | {"B": SEQUENCES}
+    return simulate(graph, params_for(graph, 1, sizes), inputs_for(graph, 1, sizes))
+
+
+CAPACITY = "specialize{mode=train capacity-factor=2.0 groups=4}"
+
+
+@pytest.mark.parametrize(
+    ("case", "before", "mesh", "rules", "via"),
+    [
+        ("llama_gqa", "", "data:4,model:2", "tensor-parallel", "local"),
+        ("mixtral_gqa", CAPACITY, "data:4", "st-moe", "capacity"),
+        ("mixtral_gqa", CAPACITY, "data:4,model:2", "st-moe", "capacity"),
+        ("qwen2_moe_plain", CAPACITY, "data:2,expert:2", "expert-parallel", "capacity"),
+    ],
+)
+def test_collectives_send_what_the_plan_says(
+    case: str, before: str, mesh: str, rules: str, via: str
+) -> None:
+    graph = build(read_config(GOLDEN / case))
+    if before:
+        run(graph, before)
+    expected = planned(clone(graph), mesh, via)
+    found = simulated(graph, mesh, rules)
+    assert found.sent_bytes
+    assert found.sent_bytes == {
+        op: pytest.approx(row["sent_bytes"]) for op, row in expected.collectives.items()
+    }
+
+
+def test_parameters_are_gathered_as_the_plan_says_but_for_vectors() -> None:
+    graph = build(read_config(GOLDEN / "llama_gqa"))
+    vectors = [v for v in graph.params.values() if len(v.type) == 1]
+    expected = planned(clone(graph), "data=2,fsdp=4", "local").collectives["all_gather"]
+    found = simulated(graph, "data:2,fsdp:4", "data-parallel,fsdp").sent_bytes["all_gather"]
+    # The rules split vectors too, which the plan, as the compiled step, leaves whole.
+    small = sum(4 * v.type.shape[0] * 3 // 4 for v in vectors)
+    assert found == expected["sent_bytes"] + small
+
+
+def test_ragged_rows_are_counted_from_the_choices() -> None:
+    graph = build(read_config(GOLDEN / "mixtral_gqa"))
+    run(graph, "trace-routing")
+    found = simulated(graph, "data:4", "st-moe")
+    there, back = [t for t in found.traffic if "layers.0" in t.where]
+    experts = found.outputs["trace.layers.0.ffn.experts"].reshape(4, -1)
+    counts = np.stack([np.bincount(chosen, minlength=4) for chosen in experts])
+    row_bytes = 4 * 16
+    assert list(there.sent_bytes) == rows_sent(counts.tolist(), row_bytes)
+    assert list(back.sent_bytes) == rows_sent(counts.T.tolist(), row_bytes)
+    # The plan has the mean of them: an expert for each device, as many rows to each.
+    expected = planned(build(read_config(GOLDEN / "mixtral_gqa")), "data=4", "ragged")
+    layers = len([t for t in found.traffic if t.op == "ragged_all_to_all"]) // 2
+    even = np.full((4, 4), experts.size / 16).tolist()
+    assert expected.collectives["ragged_all_to_all"]["sent_bytes"] == pytest.approx(
+        2 * layers * rows_sent(even, row_bytes)[0]
+    )
