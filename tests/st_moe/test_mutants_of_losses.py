@@ -16,56 +16,61 @@ from moecc_passes import add_losses
 
 from moecc.ir.graph import Value
 from moecc.ir.losses import LossBuilder
+from moecc.ir.routed import Means
 
 from . import test_losses, test_numbers
+from .layers import TOKENS
 
 BALANCE = LossBuilder.balance
-PROPERTY = Callable[[], None]
 
 
 def count_all_choices(self: LossBuilder, choices: int = 1) -> Value:
-    return BALANCE(self, self._top_k)
+    return BALANCE(self, self.scores.top_k)
 
 
 def forget_the_number_of_experts(self: LossBuilder, choices: int = 1) -> Value:
-    return self.builder.scale(BALANCE(self, choices), by=1 / self.routed.count)
+    return self.means.builder.scale(BALANCE(self, choices), by=1 / self.scores.count)
 
 
 def share_of_the_probabilities(self: LossBuilder, choices: int = 1) -> Value:
     """P times P: smooth, and not the loss."""
-    b, mean = self.builder, self._unit_mean(self._probabilities())
+    b, means = self.means.builder, self.means
+    mean = means.over_units(b.softmax(self.scores.logits, axis="expert"))
     total = b.sum(b.square(mean), axes="expert")
-    return self._over_units(b.scale(total, by=float(self.routed.count)))
+    return means.all(b.scale(total, by=float(self.scores.count)))
 
 
 def do_not_square(self: LossBuilder) -> Value:
-    return self._token_mean(self._log_total())
+    b = self.means.builder
+    return self.means.over_tokens(b.logsumexp(self.scores.logits, axes="expert"))
 
 
 def square_of_the_largest_logit(self: LossBuilder) -> Value:
-    b = self.builder
-    return self._token_mean(b.square(b.max(self.routed.logits, axes="expert")))
+    b = self.means.builder
+    return self.means.over_tokens(b.square(b.max(self.scores.logits, axes="expert")))
 
 
-def count_padding(self: LossBuilder, x: Value) -> Value:
-    return self.builder.mean(x, axes=self.routed.tokens)
+def count_padding(self: Means, x: Value) -> Value:
+    return self.builder.mean(x, axes=TOKENS)
 
 
-def take_the_batch_for_a_group(self: LossBuilder, x: Value) -> Value:
-    return self.builder.mean(x, axes=self.routed.tokens)
+def take_the_batch_for_a_group(self: Means, x: Value) -> Value:
+    return self.builder.mean(x, axes=TOKENS)
 
 
-def variation_of_the_sum_of_squares(self: LossBuilder, x: Value) -> Value:
+def variation_of_the_sum_of_squares(self: LossBuilder) -> Value:
     """E[x²] / E[x]², which is one more than it should be."""
-    b = self.builder
-    return b.div(b.mean(b.square(x), axes="expert"), b.square(b.mean(x, axes="expert")))
+    b, means = self.means.builder, self.means
+    x = means.over_units(b.softmax(self.scores.logits, axis="expert"))
+    squares = b.mean(b.square(x), axes="expert")
+    return means.all(b.div(squares, b.square(b.mean(x, axes="expert"))))
 
 
 def always_average(builder: Any, layers: Any, how: str) -> Any:
     return JOINED(builder, layers, "mean")
 
 
-JOINED = add_losses._joined
+JOINED = add_losses.joined
 
 
 def one_slot_more(attrs: Any, tokens: int, choices: int) -> int:
@@ -74,7 +79,7 @@ def one_slot_more(attrs: Any, tokens: int, choices: int) -> int:
 
 CAPACITY = placing.capacity
 
-MUTANTS: dict[str, tuple[object, str, Any, PROPERTY]] = {
+MUTANTS: dict[str, tuple[object, str, Any, Callable[[], None]]] = {
     wrong.__name__: (place, name, wrong, law)
     for place, name, wrong, law in (
         (LossBuilder, "balance", count_all_choices, test_losses.test_balance_by_its_formula),
@@ -97,22 +102,22 @@ MUTANTS: dict[str, tuple[object, str, Any, PROPERTY]] = {
             square_of_the_largest_logit,
             test_losses.test_z_loss_of_shifted_logits,
         ),
-        (LossBuilder, "_token_mean", count_padding, test_losses.test_padding_counts_nowhere),
+        (Means, "over_tokens", count_padding, test_losses.test_padding_counts_nowhere),
         (
-            LossBuilder,
-            "_unit_mean",
+            Means,
+            "over_units",
             take_the_batch_for_a_group,
             test_losses.test_balance_over_groups_sequences_and_the_batch,
         ),
         (
             LossBuilder,
-            "_squared_variation",
+            "importance",
             variation_of_the_sum_of_squares,
             test_losses.test_importance_and_load_of_v_moe,
         ),
         (
             add_losses,
-            "_joined",
+            "joined",
             always_average,
             test_losses.test_losses_of_layers_are_summed_or_averaged,
         ),
