@@ -61,6 +61,9 @@ class StMoePass(Pass):
     ] = "all"
     threshold: Annotated[float, "what the policies compare gates with"] = 0.2
     group_size: Annotated[int | None, "the tokens of a group; none: the whole batch is one"] = None
+    decoder_group_size: Annotated[
+        int | None, "that of the decoder of an encoder-decoder, if it differs"
+    ] = None
     balance_coef: Annotated[float, "the coefficient of the balance loss"] = 0.01
     z_coef: Annotated[float, "that of the router z-loss"] = 0.001
     losses: Annotated[bool, "whether losses and metrics are added"] = True
@@ -97,6 +100,7 @@ class StMoePass(Pass):
             policy=policy,
             threshold=self.threshold if policy in ("threshold", "random") else None,
             group_size=self.group_size,
+            decoder_group_size=self.decoder_group_size,
         )
 
     @property
@@ -131,10 +135,11 @@ class StMoePass(Pass):
         if not self.threshold >= 0:
             yield Problem("an option is out of range", "threshold", "at least 0",
                           str(self.threshold))  # fmt: skip
-        if self.group_size is not None and self.group_size < 1:
-            yield Problem("an option is out of range", "group-size", "at least 1",
-                          str(self.group_size), "the paper has 2 to 8 sequences in a group"
-                          )  # fmt: skip
+        sizes = {"group-size": self.group_size, "decoder-group-size": self.decoder_group_size}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                yield Problem("an option is out of range", name, "at least 1", str(size),
+                              "the paper has 2 to 8 sequences in a group")  # fmt: skip
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Convert the layers, record the modes, and add the losses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,15 @@ import pytest
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.ir.table.placing import capacity
+from moecc.models import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import laws, run_reference
 
 from .layers import MLP, Data, transformer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def made(text: str, layers: int = 2, *, causal: bool = False) -> Graph:
@@ -250,3 +254,61 @@ def test_unrouted_padding_is_remarked() -> None:
     (item,) = Pipeline.parse("specialize")
     item.apply(plain, Context(remark=told.append))
     assert "padding-mask=true goes by %mask" in str(told[0])
+
+
+# --- some layers alone
+
+
+def encoder_decoder(text: str) -> Graph:
+    with open_model(str(GOLDEN / "t5_gated_untied")) as model:
+        graph = clone(model.graph)
+    run_pipeline(graph, Pipeline.parse(text))
+    return graph
+
+
+def placed(graph: Graph) -> dict[str, Any]:
+    return {n.loc: n for n in graph if n.op.name == "place"}
+
+
+def test_stacks_are_specialised_apart() -> None:
+    """Flaxformer's batch-prioritised routing in the encoder, none in the decoder."""
+    graph = encoder_decoder("upcycle{experts=4}")
+    with pytest.raises(InputError, match=re.escape("layers=encoder.*; force=true")):
+        then(graph, "specialize{priority}")
+    one = "specialize{layers=encoder.* priority capacity-factor=1.0 group-size=8 policy=random}"
+    two = "specialize{layers=decoder.* capacity-factor=2.0 group-size=2 jitter=0.1}"
+    both = then(graph, f"{one},{two}")
+    for loc, node in placed(both).items():
+        inside = loc.startswith("encoder")
+        assert node.attrs["capacity_factor"] == (1.0 if inside else 2.0)
+        assert node.attrs["group_size"] == (8 if inside else 2)
+        assert node.attrs["using"] == (("keep", "priority") if inside else ())
+    numbers = [n.attrs["by"] for n in both if n.op.name == "fold_key"]
+    assert sorted(numbers) == list(range(5))
+    # Either is taken back without the other.
+    assert equal(then(both, two), both)
+    back = then(both, "specialize{layers=encoder.* capacity-factor=1.0 group-size=8}")
+    jittered = [n.loc for n in back if n.op.name == "random_uniform"]
+    assert jittered
+    assert all(loc.startswith("decoder") for loc in jittered)
+
+
+def test_dropout_of_one_stack() -> None:
+    graph = then(encoder_decoder("upcycle{experts=4}"), "specialize{layers=encoder.* dropout=0.1}")
+    assert len(drawn(graph)) == 4
+    assert all(d.startswith("encoder.layers.") for d in drawn(graph))
+
+
+def test_layers_that_there_are_none_of() -> None:
+    with pytest.raises(InputError, match=r"names none of layers\.0\.ffn … layers\.1\.ffn"):
+        made("upcycle{experts=4},specialize{layers=encoder.*}")
+
+
+def test_decoders_may_have_groups_of_their_own() -> None:
+    """ST-MoE-L: 2048 tokens in the encoder, 456 in the decoder, 4 sequences in both (§7.2)."""
+    text = "st-moe{experts=4 layers=all group-size=2048 decoder-group-size=456 mode=train}"
+    sizes = {n: p.attrs["group_size"] for n, p in placed(encoder_decoder(text)).items()}
+    assert sizes == {
+        **{f"encoder.layers.{i}.ffn": 2048 for i in range(2)},
+        **{f"decoder.layers.{i}.ffn": 456 for i in range(3)},
+    }

@@ -7,8 +7,9 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from moecc.errors import Problem
-from moecc.pipeline.passes import Pass, Remark
-from moecc_passes.inputs import mask_misfit, mask_name
+from moecc.pipeline.passes import Pass
+from moecc_passes.inputs import is_decoder as is_decoder_at
+from moecc_passes.inputs import mask_misfit
 from moecc_passes.routed import RoutedLayer
 from moecc_passes.specialize.settings import Settings
 
@@ -37,6 +38,7 @@ def _out_of_range(item: SpecializePass) -> Iterator[Problem]:
         ("minimum", item.minimum, "at least 1", _within(1, inf)),
         ("groups", item.groups, "at least 1", _within(1, inf)),
         ("group-size", item.group_size, "at least 1", _within(1, inf)),
+        ("decoder-group-size", item.decoder_group_size, "at least 1", _within(1, inf)),
         ("threshold", item.threshold, "at least 0", _within(0, inf)),
         ("jitter", item.jitter, "0 <= jitter < 1", _within(0, 1)),
         ("input-dropout", item.input_dropout, "0 <= rate < 1", _within(0, 1)),
@@ -64,10 +66,12 @@ def _contradictions(item: SpecializePass) -> Iterator[Problem]:
             name = field.replace("_", "-")
             yield Problem(f"{name} bounds what is to have no bound", "dropless",
                           found=f"{name}={value}", hint="leave one of them out")  # fmt: skip
-    if item.groups is not None and item.group_size is not None:
-        yield Problem("groups are given by their number or by their size", "group-size",
-                      found=f"groups={item.groups} group-size={item.group_size}",
-                      hint="leave one of them out")  # fmt: skip
+    sizes = {"group-size": item.group_size, "decoder-group-size": item.decoder_group_size}
+    for name, size in sizes.items():
+        if item.groups is not None and size is not None:
+            yield Problem("groups are given by their number or by their size", name,
+                          found=f"groups={item.groups} {name}={size}",
+                          hint="leave one of them out")  # fmt: skip
     for field in TRAIN_ONLY if item.mode == "eval" else ():
         if getattr(item, field):
             yield Problem("an evaluation is not perturbed", field.replace("_", "-"),
@@ -118,9 +122,10 @@ def misfits(
     chooses = layer.placing.op.name == "expert_choice"
     if (settings.priority or chooses) and is_decoder and not item.force:
         what = "expert choice" if chooses else "batch-prioritised routing"
+        other = "; layers=encoder.*" if is_decoder_at(layer.placing.loc) else ""
         yield Problem(
             f"{what} in a decoder decides about a token by later ones", layer.name,
-            hint="ST-MoE (Appendix D) has it in encoders only; force=true allows it",
+            hint=f"ST-MoE (Appendix D) has it in encoders only{other}; force=true allows it",
         )  # fmt: skip
     if item.policy in FURTHER and (layer.top_k == 1 or layer.route is None):
         yield Problem(
@@ -162,33 +167,3 @@ def _cannot_drop(layer: RoutedLayer, settings: Settings) -> Iterator[Problem]:
     if layer.last_matrix is None:
         yield Problem("the last matrix of the experts was not found", layer.name,
                       hint="expert-dropout=0.0")  # fmt: skip
-
-
-def remarks(
-    layers: list[RoutedLayer], settings: Settings, is_decoder: dict[str, bool], mode: str
-) -> Iterator[Remark]:
-    """Yield what is worth telling of the layers as they are now."""
-    bounded = [y for y in layers if y.placing.attrs["slots"] == "capacity"]
-    leaks = [y for y in bounded if is_decoder[y.name] and _looks_ahead(y)]
-    if leaks:
-        yield Remark(
-            leaks[0].name,
-            "in a decoder under a capacity the paper's order lets later tokens decide whether a "
-            "second choice finds a slot; order=token is strictly causal",
-        )
-    for layer in bounded:
-        attrs = layer.placing.attrs
-        fits = attrs["capacity_factor"] / layer.top_k
-        if layer.placing.op.name == "place" and attrs["convention"] == "tokens" and fits < 1:
-            yield Remark(layer.name, f"at most {fits:.1%} of the choices find a slot")
-    for layer in layers:
-        name = mask_name(layer.placing.loc)
-        if name in layer.placing.graph.inputs and "mask" not in layer.given():
-            yield Remark(layer.name, f"routes padding, too; padding-mask=true goes by %{name}")
-    if mode == "eval" and settings.policy == "random":
-        yield Remark("", "policy=random makes an evaluation random, too; policy=all does not")
-
-
-def _looks_ahead(layer: RoutedLayer) -> bool:
-    attrs = layer.placing.attrs
-    return layer.top_k > 1 and attrs.get("order") == "choice"

@@ -14,12 +14,21 @@ Operand = tuple[Node, int]
 """A node, and the position of one of its operands."""
 
 
-def drop(graph: Graph, rate: float, next_key: Callable[[], Value]) -> int:
+def drop(
+    graph: Graph, rate: float, next_key: Callable[[], Value], covers: Callable[[str], bool]
+) -> int:
     """Put dropout on every sublayer and every dense hidden value; return on how many.
 
     A sublayer is norm, layer, dropout, and the sum with the residual stream (ST-MoE, eq. 4).
+
+    Args:
+      graph: the graph.
+      rate: the share that is dropped.
+      next_key: gives a key that nothing else uses.
+      covers: says which locations are concerned.
     """
-    places = [*sublayers(graph), *((b.down, 0) for b in find_ffn_blocks(graph).blocks)]
+    found = [*sublayers(graph), *((b.down, 0) for b in find_ffn_blocks(graph).blocks)]
+    places = [(node, index) for node, index in found if covers(node.loc)]
     for node, index in places:
         builder = Builder(graph, loc=node.loc, origin=f"{ORIGIN}dropout", before=node)
         dropped = emit_dropout(builder, node.operands[index], next_key(), rate)

@@ -31,16 +31,23 @@ class Keys:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.count = 0
+        # Layers that were specialised before, and are left alone now, have numbers already.
+        taken = (n.attrs["by"] for n in graph if n.op.name == "fold_key")
+        self.first = self.next = 1 + max(taken, default=-1)
 
     def __call__(self) -> Value:
         """Return the next key, made at the top of the graph."""
         # At the top, and at no location: layers of one structure stay alike.
         first = next(iter(self.graph), None)
         builder = Builder(self.graph, origin=f"{ORIGIN}key", before=first)
-        key: Value = builder.fold_key(self._input(), by=self.count)
-        self.count += 1
+        key: Value = builder.fold_key(self._input(), by=self.next)
+        self.next += 1
         return key
+
+    @property
+    def count(self) -> int:
+        """How many keys were made."""
+        return self.next - self.first
 
     def _input(self) -> Value:
         for value in self.graph.inputs.values():

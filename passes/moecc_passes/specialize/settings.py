@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from moecc.ir.graph import Graph
+from moecc_passes.inputs import is_decoder
 
 ATTRIBUTE = "routing"
 """The attribute of a graph that holds the settings of its modes."""
@@ -35,6 +36,7 @@ class Settings:
       cap: whether it is at most the tokens of a group.
       groups: the number of token groups.
       group_size: the tokens of a group.
+      decoder_group_size: that of the decoder of an encoder-decoder, where it differs.
       order: the order of filling.
       policy: which choices after the first are kept.
       threshold: what the policy compares gates with.
@@ -57,6 +59,7 @@ class Settings:
     cap: bool | None = None
     groups: int | None = None
     group_size: int | None = None
+    decoder_group_size: int | None = None
     order: str | None = None
     policy: str | None = None
     threshold: float | None = None
@@ -78,6 +81,13 @@ class Settings:
     def over(self, other: Settings) -> Settings:
         """Return these settings, and those of `other` where these say nothing."""
         return Settings(**{**other.said(), **self.said()})
+
+    def at(self, loc: str) -> Settings:
+        """Return the settings for a layer at `loc`: decoders may have other groups."""
+        if self.decoder_group_size is None:
+            return self
+        size = self.decoder_group_size if is_decoder(loc) else self.group_size
+        return replace(self, group_size=size, decoder_group_size=None)
 
     def said(self) -> dict[str, Any]:
         """Return the settings that say something, by name."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.structure import fingerprint
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
+from moecc.rewrite.match import NearMiss
 from moecc_passes.add_losses import remove_losses
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, causal_values, routed_layers
 from moecc_passes.specialize import checks
 from moecc_passes.specialize.dropout import drop
 from moecc_passes.specialize.layer import Keys, specialise
+from moecc_passes.specialize.remarks import remarks
 from moecc_passes.specialize.settings import Settings, recorded
 from moecc_passes.specialize.undo import undo
 
@@ -45,6 +48,7 @@ class SpecializePass(Pass):
     must_match: ClassVar[bool] = True
 
     mode: Annotated[Literal["train", "eval"], "what the graph is for"] = "train"
+    layers: Annotated[str, "all, or a glob over locations: encoder.*, layers.3.ffn"] = "all"
     capacity_factor: Annotated[float | None, "bounds the rows of an expert"] = None
     dropless: Annotated[bool | None, "no bound at all"] = None
     convention: Annotated[
@@ -57,6 +61,9 @@ class SpecializePass(Pass):
     cap: Annotated[bool | None, "whether it is at most the tokens of a group"] = None
     groups: Annotated[int | None, "the number of token groups"] = None
     group_size: Annotated[int | None, "the tokens of a group, in place of their number"] = None
+    decoder_group_size: Annotated[
+        int | None, "that of the decoder of an encoder-decoder, if it differs"
+    ] = None
     order: Annotated[
         Literal["choice", "token"] | None,
         "first choices before second ones, or token by token, which is strictly causal",
@@ -108,9 +115,9 @@ class SpecializePass(Pass):
         """
         before = fingerprint(graph)
         losses = remove_losses(graph)
-        undo(graph)
+        undo(graph, self.covers)
         settings = Settings.of(self).over(recorded(graph, self.mode))
-        layers = routed_layers(graph)
+        layers = self._layers(graph)
         causal = causal_values(graph)
         is_decoder = {y.name: y.dispatch.operands[0] in causal for y in layers}
         problems = [
@@ -121,27 +128,40 @@ class SpecializePass(Pass):
         stats = self._specialise(graph, layers, settings)
         if layers:
             graph.attrs["mode"] = self.mode
-        for remark in checks.remarks(routed_layers(graph), settings, is_decoder, self.mode):
+        for remark in remarks(self._layers(graph), settings, is_decoder, self.mode):
             ctx.remark(remark)
         if losses is not None:
             # They look at capacity and policy, so they are made anew.
             losses.apply(graph, ctx)
-        changed = fingerprint(graph) != before
-        result = PassResult(changed, len(layers), stats)
-        result.near_misses = [] if layers else [NOTHING_ROUTED]
-        result.preserves = self.preserves if changed else EXACT
+        result = PassResult(fingerprint(graph) != before, len(layers), stats)
+        result.near_misses = [] if layers else [self._near_miss(graph)]
+        result.preserves = self.preserves if result.changed else EXACT
         return result
+
+    def covers(self, loc: str) -> bool:
+        """Return whether the option ``layers`` names the place `loc`."""
+        return self.layers == "all" or fnmatchcase(loc, self.layers)
+
+    def _layers(self, graph: Graph) -> list[RoutedLayer]:
+        return [y for y in routed_layers(graph) if self.covers(y.placing.loc)]
+
+    def _near_miss(self, graph: Graph) -> NearMiss:
+        routed = routed_layers(graph)
+        if not routed:
+            return NOTHING_ROUTED
+        places = f"{routed[0].name} … {routed[-1].name}"
+        return NearMiss("specialize", "the graph", f"layers={self.layers} names none of {places}")
 
     def _specialise(
         self, graph: Graph, layers: list[RoutedLayer], settings: Settings
     ) -> dict[str, int]:
         keys, dropped = Keys(graph), 0
         for layer in layers:
-            specialise(layer, settings, keys)
+            specialise(layer, settings.at(layer.placing.loc), keys)
         if settings.padding_mask is False:
             _erase_unused_masks(graph)
         if settings.dropout and layers:
-            dropped = drop(graph, settings.dropout, keys)
+            dropped = drop(graph, settings.dropout, keys, self.covers)
         return {"layers": len(layers), "keys": keys.count, "dropouts": dropped}
 
 

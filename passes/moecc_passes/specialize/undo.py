@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from moecc.ir.graph import Graph, Node, Value
@@ -17,13 +18,19 @@ def is_added(value: Value) -> bool:
     return value.node is not None and _made_here(value.node)
 
 
-def undo(graph: Graph) -> None:
-    """Remove all that specialisations added, their key included."""
+def undo(graph: Graph, covers: Callable[[str], bool]) -> None:
+    """Remove all that specialisations added, the key that nothing needs any more included.
+
+    Args:
+      graph: the graph.
+      covers: says which locations are concerned.
+    """
     for layer in routed_layers(graph):
-        _undo_slots(layer)
+        if covers(layer.placing.loc):
+            _undo_slots(layer)
     for node in (*graph, graph.terminator):
         if not _made_here(node):
-            _undo_operands(node)
+            _undo_operands(node, covers)
     for node in graph.walk_back():
         if node.is_dead and _made_here(node):
             node.erase()
@@ -42,8 +49,10 @@ def _undo_slots(layer: RoutedLayer) -> None:
         placed_anew(layer.placing, kept, {})
 
 
-def _undo_operands(node: Node) -> None:
+def _undo_operands(node: Node, covers: Callable[[str], bool]) -> None:
     for index, value in enumerate(node.operands):
+        if not is_added(value) or value.node is None or not covers(value.node.loc):
+            continue
         before = original(value)
         # An output may be a mask or a number that was added: there is nothing in its place.
         if before is not value and before.type == value.type:

@@ -1,0 +1,40 @@
+"""What ``specialize`` tells of layers that it could do as it was asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moecc.pipeline.passes import Remark
+from moecc_passes.inputs import mask_name
+from moecc_passes.routed import RoutedLayer
+from moecc_passes.specialize.settings import Settings
+
+
+def remarks(
+    layers: list[RoutedLayer], settings: Settings, is_decoder: dict[str, bool], mode: str
+) -> Iterator[Remark]:
+    """Yield what is worth telling of the layers as they are now."""
+    bounded = [y for y in layers if y.placing.attrs["slots"] == "capacity"]
+    leaks = [y for y in bounded if is_decoder[y.name] and _looks_ahead(y)]
+    if leaks:
+        yield Remark(
+            leaks[0].name,
+            "in a decoder under a capacity the paper's order lets later tokens decide whether a "
+            "second choice finds a slot; order=token is strictly causal",
+        )
+    for layer in bounded:
+        attrs = layer.placing.attrs
+        fits = attrs["capacity_factor"] / layer.top_k
+        if layer.placing.op.name == "place" and attrs["convention"] == "tokens" and fits < 1:
+            yield Remark(layer.name, f"at most {fits:.1%} of the choices find a slot")
+    for layer in layers:
+        name = mask_name(layer.placing.loc)
+        if name in layer.placing.graph.inputs and "mask" not in layer.given():
+            yield Remark(layer.name, f"routes padding, too; padding-mask=true goes by %{name}")
+    if mode == "eval" and settings.policy == "random":
+        yield Remark("", "policy=random makes an evaluation random, too; policy=all does not")
+
+
+def _looks_ahead(layer: RoutedLayer) -> bool:
+    attrs = layer.placing.attrs
+    return layer.top_k > 1 and attrs.get("order") == "choice"
