@@ -42,6 +42,12 @@ def _dce() -> type[Pass]:
     return DcePass
 
 
+def _expert_parallel() -> type[Pass]:
+    from moecc_passes.sharding.experts.expert_parallel import ExpertParallelPass
+
+    return ExpertParallelPass
+
+
 def _freeze() -> type[Pass]:
     from moecc_passes.freeze import FreezePass
 
@@ -102,6 +108,7 @@ REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "canonicalize": _canonicalize,
     "cse": _cse,
     "dce": _dce,
+    "expert-parallel": _expert_parallel,
     "freeze": _freeze,
     "lower-collectives": _lower_collectives,
     "roll-layers": _roll_layers,

@@ -22,7 +22,7 @@ from moecc.ir.types import TensorType
 from moecc.ir.verify import where
 from moecc_backends.reference.arrays import Array, Data
 from moecc_backends.reference.elementwise import stored
-from moecc_backends.reference.exchange import EXCHANGES, Sent
+from moecc_backends.reference.exchange import EXCHANGES, Sent, added
 from moecc_backends.reference.interpreter import bind
 from moecc_backends.reference.on_device import run_local
 from moecc_backends.reference.placing import poison
@@ -243,7 +243,7 @@ def assembled(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) 
 
 def _summed(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) -> Parts:
     return {
-        d: replace(a, data=sum((parts[p].data for p in mesh.peers(d, type.unreduced)), 0 * a.data))
+        d: replace(a, data=added([parts[p].data for p in mesh.peers(d, type.unreduced)]))
         for d, a in parts.items()
     }
 

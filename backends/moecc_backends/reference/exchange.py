@@ -63,11 +63,18 @@ def _all_gather(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Se
     return parts, {d: a.data.size * (mesh.size(over) - 1) for d, a in x.items()}
 
 
+def added(parts: list[Data]) -> Data:
+    """Return the sum of what devices hold, in their order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
 def _sums(x: Parts, over: tuple[str, ...], mesh: Mesh) -> Parts:
     """Return the sum over `over` on every device, added in the order of the devices."""
     return {
-        d: replace(a, data=sum((x[p].data for p in mesh.peers(d, over)), 0 * a.data))
-        for d, a in x.items()
+        d: replace(a, data=added([x[p].data for p in mesh.peers(d, over)])) for d, a in x.items()
     }
 
 

@@ -13,6 +13,9 @@ from moecc.ir.table.placing import is_place
 from moecc.ir.types import Axis, Extent, Size, TensorType
 from moecc_passes.sharding.layout import LayoutRule
 
+PRODUCTS = ("contract", "embedding")
+"""Operations where rules decide what is brought where; others stay where their operands are."""
+
 FOLLOWING = ("positions", "random_uniform", "random_normal")
 """Operations that look at the axes of an operand alone: nothing is brought elsewhere for them."""
 
@@ -100,11 +103,13 @@ class Assigner:
         dimensions = _dimensions(node, space)
         for dimension in dimensions.values():
             dimension.cuts = set().union(*(self.cuts.get(n, set()) for n in dimension.names))
-        _keep_logits_whole(node, space, dimensions)
         _pin(node, space, dimensions)
-        if node.op.name not in FOLLOWING:
+        ruled = node.op.name in PRODUCTS
+        if ruled:
             self._by_rules(dimensions)
         self._follow(node, space, dimensions, placed)
+        if not ruled and node.op.name not in FOLLOWING:
+            self._by_rules(dimensions)
         return Assignment(space, dimensions)
 
     def lone(self, type: TensorType) -> TensorType:
@@ -127,7 +132,10 @@ class Assigner:
 
     def _by_rules(self, dimensions: Mapping[str, Dimension]) -> None:
         taken = {m for d in dimensions.values() for m in d.mesh}
+        names = {n for d in dimensions.values() for n in d.names}
         for rule in self.rules:
+            if rule.beside and rule.beside not in names:
+                continue
             for dimension in dimensions.values():
                 if rule.stored or not dimension.split or rule.axis not in dimension.names:
                     continue
@@ -252,13 +260,3 @@ def _pin(node: Node, space: Space, dimensions: Mapping[str, Dimension]) -> None:
             if axis.name in names:
                 dimensions[names[axis.name]].mesh = axis.mesh
                 dimensions[names[axis.name]].split = False
-
-
-def _keep_logits_whole(node: Node, space: Space, dimensions: Mapping[str, Dimension]) -> None:
-    """Let no rule split the logits of a router along the experts, which it must see whole."""
-    for value in node.results:
-        for user in value.users:
-            if user.op.name in ("route", "expert_choice") and user.operands[0] is value:
-                name = space.result.get(user.attrs["axis"])
-                if name is not None:
-                    dimensions[name].split = False

@@ -4,6 +4,7 @@
     batch = data
     mlp = model
     kv_head = model ?          # not where it does not divide
+    expert with slot = data    # only in operations that run along slots, too
     param embed = data*fsdp    # parameters alone, while they are stored
 
 A layout is a file of such lines, or one of those that moecc ships, by name.
@@ -22,7 +23,11 @@ from moecc.ir.types import is_name
 
 SUFFIX = ".rules"
 
-_LINE = re.compile(r"(?:(param)\s+)?(\w+)\s*=\s*([\w\s*]+?)\s*(\?)?\Z", re.ASCII)
+GRAMMAR = "[param] axis [with axis] = mesh*axes [?]"
+
+_LINE = re.compile(
+    r"(?:(param)\s+)?(\w+)(?:\s+with\s+(\w+))?\s*=\s*([\w\s*]+?)\s*(\?)?\Z", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class LayoutRule:
       axis: the named axis.
       mesh: the mesh axes that it lies on, outermost first, as far as the mesh has them.
       stored: whether only parameters lie so, and are gathered for use.
+      beside: an axis that the operation must run along, too; empty: none.
       optional: whether it is left out where it does not divide.
       source: the layout and line that it stands in.
     """
@@ -41,11 +47,13 @@ class LayoutRule:
     mesh: tuple[str, ...]
     stored: bool = False
     optional: bool = False
+    beside: str = ""
     source: str = ""
 
     def __str__(self) -> str:
         kind = "param " if self.stored else ""
-        return f"{kind}{self.axis} = {'*'.join(self.mesh)}{' ?' if self.optional else ''}"
+        beside = f" with {self.beside}" if self.beside else ""
+        return f"{kind}{self.axis}{beside} = {'*'.join(self.mesh)}{' ?' if self.optional else ''}"
 
 
 def parse_layout(text: str, name: str) -> list[LayoutRule]:
@@ -65,14 +73,14 @@ def parse_layout(text: str, name: str) -> list[LayoutRule]:
         if not content:
             continue
         match = _LINE.match(content)
-        mesh = tuple(p.strip() for p in match.group(3).split("*")) if match else ()
+        mesh = tuple(p.strip() for p in match.group(4).split("*")) if match else ()
         if match is None or not is_name(match.group(2)) or not all(map(is_name, mesh)):
-            problems.append(
-                Problem("not a rule", f"{name}:{number}", "[param] axis = mesh*axes [?]", content)
-            )
+            problems.append(Problem("not a rule", f"{name}:{number}", GRAMMAR, content))
             continue
-        stored, axis, _, optional = match.groups()
-        rules.append(LayoutRule(axis, mesh, bool(stored), bool(optional), f"{name}:{number}"))
+        stored, axis, beside, _, optional = match.groups()
+        rules.append(
+            LayoutRule(axis, mesh, bool(stored), bool(optional), beside or "", f"{name}:{number}")
+        )
     if problems:
         raise InputError(problems)
     return rules

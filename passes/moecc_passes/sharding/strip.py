@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.ir.graph import Graph
+from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import mesh_of, set_mesh
+from moecc.ir.replace import replace_value
 from moecc.ir.table.collectives import COLLECTIVES
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc_passes.sharding.groups import restore_groups
+
+REPEATING = "expert-parallel/"
+"""The origin of routing that was done again on gathered tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,4 +51,20 @@ class StripShardingPass(Pass):
             types = node.op.result_types(node.operands, node.attrs)
             for value, type in zip(node.results, types, strict=True):
                 value.type = type
-        return PassResult(changed, erased, {"collectives": erased})
+        again = _merge_repeated(graph)
+        return PassResult(changed, erased, {"collectives": erased, "repeated": again})
+
+
+def _merge_repeated(graph: Graph) -> int:
+    """Merge what ``expert-parallel`` did again with what it repeats; return how often."""
+    seen: dict[object, Node] = {}
+    merged = 0
+    for node in list(graph):
+        key = (node.op.name, *node.operands, *sorted(node.attrs.items()))
+        first = seen.setdefault(key, node)
+        if first is not node and node.origin.startswith(REPEATING):
+            for value, other in zip(node.results, first.results, strict=True):
+                replace_value(value, other)
+            node.erase()
+            merged += 1
+    return merged

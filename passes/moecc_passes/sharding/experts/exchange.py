@@ -1,0 +1,108 @@
+"""All-to-all: rows go to the devices of their experts, and results come back."""
+
+from __future__ import annotations
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.replace import infer_again, replace_value
+from moecc.ir.types import TensorType
+from moecc_passes.sharding.experts.layer import LaidLayer, moved, need
+from moecc_passes.sharding.lower import steps
+
+
+def exchange(graph: Graph, layer: LaidLayer, builder: Builder, slice_over: str | None) -> None:
+    """Bring the rows of `layer` to their experts by all-to-all, and the results back.
+
+    With `slice_over`, devices that are copies of one another along that mesh axis send a part of
+    each row, cut along its width, and gather the rows where the experts are (mesh-tensorflow's
+    ``d_model_split``).  Results are scattered, sent back and combined in parts, and gathered
+    as tokens, of which there are fewer than rows.
+    """
+    routed = layer.routed
+    width = _width(layer)
+    rows = routed.dispatch.results[0]
+    target = layer.entries[0].result.type
+    if slice_over is not None:
+        _check_slice(layer, slice_over, target)
+        builder.before = routed.dispatch
+        x = routed.dispatch.operands[0]
+        part = builder.shard(x, axis=width, mesh=slice_over, name=x.name)
+        routed.dispatch.set_operand(0, part)
+        infer_again(graph, [routed.dispatch], start=routed.dispatch)
+    _enter(layer, builder, rows, target, (width, slice_over))
+    _leave(layer, builder, (width, slice_over))
+
+
+def _width(layer: LaidLayer) -> str:
+    """Return the axis of a row's elements."""
+    left = [n for n in layer.made.type.names if n not in ("group", "expert", "slot")]
+    need(len(left) == 1, layer, "rows have one axis besides group, expert and slot",
+         "one axis, embed say", "leave the slice out")  # fmt: skip
+    return left[0]
+
+
+def _check_slice(layer: LaidLayer, mesh: str, target: TensorType) -> None:
+    x = layer.routed.dispatch.operands[0]
+    used = {m for t in (x.type, target) for a in t.axes for m in a.mesh}
+    need(mesh not in used, layer, f"rows lie on {mesh!r} already, and are no copies along it",
+         "a mesh axis that neither tokens nor experts lie on", "leave the slice out")  # fmt: skip
+
+
+def _enter(
+    layer: LaidLayer,
+    builder: Builder,
+    rows: Value,
+    target: TensorType,
+    sliced: tuple[str, str | None],
+) -> None:
+    width, over = sliced
+    builder.before = layer.entries[0]
+    value = rows
+    goal = target if over is None else moved(target, {width: (over,)})
+    for op, attrs in steps(rows.type, goal):
+        value = builder.node(op, value, names=(rows.name,), **attrs).result
+    if over is not None:
+        value = builder.all_gather(value, axis=width, mesh=over, name=rows.name)
+    for entry in layer.entries:
+        replace_value(entry.result, value)
+        entry.erase()
+
+
+def _leave(layer: LaidLayer, builder: Builder, sliced: tuple[str, str | None]) -> None:
+    width, over = sliced
+    combine, made = layer.routed.combine, layer.made
+    target = combine.operands[0].type
+    if over is not None:
+        target = moved(target, {width: (over,)})
+    builder.before = combine
+    value = made
+    for op, attrs in steps(made.type, target):
+        value = builder.node(op, value, names=(made.name,), **attrs).result
+    unused = combine.operands[0]
+    combine.set_operand(0, value)
+    erase_unused(unused)
+    if over is None:
+        return
+    (type,) = combine.op.result_types(combine.operands, combine.attrs)
+    users = uses(combine.result)
+    combine.result.type = type
+    builder.before = combine._next
+    whole = builder.all_gather(combine.result, axis=width, mesh=over, name=combine.result.name)
+    for user, number in users:
+        user.set_operand(number, whole)
+
+
+def uses(value: Value) -> list[tuple[Node, int]]:
+    """Return every use of `value`: the node and the number of its operand."""
+    return [(u, i) for u in value.users for i, v in enumerate(u.operands) if v is value]
+
+
+def erase_unused(value: Value) -> None:
+    """Erase the node of `value` if nothing uses it, and so on backwards."""
+    pending = [value]
+    while pending:
+        node = pending.pop().node
+        if node is not None and node.alive and node.is_dead:
+            operands = list(node.operands)
+            node.erase()
+            pending.extend(operands)

@@ -1,0 +1,158 @@
+"""Gathered tokens: every device sees the tokens of all, and keeps what its experts chose.
+
+The ring of experts gathers tokens before dispatch and scatters the sums after combine; routing is
+done again on what was gathered, which is exact and saves sending it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.replace import infer_again, replace_value
+from moecc.ir.table.collectives import format_placement
+from moecc.ir.types import TensorType
+from moecc_passes.sharding.experts.exchange import erase_unused, uses
+from moecc_passes.sharding.experts.layer import LaidLayer, need
+from moecc_passes.sharding.groups import ATTRIBUTE as GROUPS
+from moecc_passes.sharding.lower import steps
+
+
+def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: bool) -> None:
+    """Bring tokens instead of rows to the experts of `layer`.
+
+    Args:
+      graph: the graph.
+      layer: the layer.
+      builder: makes the nodes.
+      scatter: whether the results are scattered (ring), or summed everywhere (replicated).
+    """
+    over = layer.exchanged
+    last = "*".join(over)
+    need(not over or layer.token_mesh[-len(over) :] == over, layer,
+         "tokens can only be gathered along the innermost of their mesh axes",
+         f"tokens on …*{last}", "exchange the mesh axes in the rule of the batch")  # fmt: skip
+    routed = layer.routed
+    replay = _Replay(graph, layer, builder, over)
+    experts, place, gates = (replay.value(v) for v in (routed.experts, routed.place, routed.gates))
+    x = replay.value(routed.dispatch.operands[0])
+    rows = builder.dispatch(x, experts, place, name=routed.dispatch.results[0].name)
+    own = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
+    combine = routed.combine
+    tokens, exits = combine.result, combine.operands[0]
+    # What follows must not see the types change before the tokens are back where they were.
+    away = graph.input(graph.fresh("away"), tokens.type)
+    for user, number in uses(tokens):
+        user.set_operand(number, away)
+    for number, value in enumerate((layer.made, experts, place, gates)):
+        combine.set_operand(number, value)
+    erase_unused(exits)
+    for entry in layer.entries:
+        replace_value(entry.result, own)
+        erase_unused(entry.result)
+    infer_again(graph, [combine], start=combine)
+    builder.before = combine._next
+    y = combine.result
+    for op, attrs in _back(y.type, away.type, scatter):
+        y = builder.node(op, y, names=(tokens.name,), **attrs).result
+    away.replace_by(y)
+    graph.erase_input(away.name)
+    for value in (*routed.dispatch.results, routed.place, routed.gates, routed.experts):
+        erase_unused(value)
+    replay.take_names()
+
+
+def _back(
+    source: TensorType, target: TensorType, scatter: bool
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return the collectives that make tokens of what the experts of each device add to them."""
+    if scatter:
+        return list(steps(source, target))
+    whole = TensorType(source.dtype, source.axes)
+    return [*steps(source, whole), *steps(whole, target)]
+
+
+class _Replay:
+    """Does again, on gathered tokens, what the routing of a layer does.
+
+    Attributes:
+      over: the mesh axes along which tokens are gathered.
+    """
+
+    def __init__(
+        self, graph: Graph, layer: LaidLayer, builder: Builder, over: tuple[str, ...]
+    ) -> None:
+        self.graph = graph
+        self.over = set(over)
+        self.builder = builder
+        self.dispatch = layer.routed.dispatch
+        self.x = self.dispatch.operands[0]
+        builder.before = self.dispatch
+        self.map: dict[Value, Value] = {}
+        self.map[self.x] = self._gathered(self.x)
+        routed = layer.routed
+        for node in _between(graph, self.x, [routed.place, routed.gates, routed.experts]):
+            self._again(node)
+
+    def take_names(self) -> None:
+        """Call what was done again as what it stands for, where that is gone."""
+        groups = self.graph.attrs.get(GROUPS, {})
+        for old, new in self.map.items():
+            if old.name not in self.graph and new.name in self.graph:
+                self.graph.rename(new, old.name)
+            elif old.name in groups and new.node is not old.node:
+                groups[new.name] = groups[old.name]
+
+    def value(self, value: Value) -> Value:
+        """Return what stands for `value`: done again, gathered, or itself where it is whole."""
+        if value not in self.map:
+            self.map[value] = self._gathered(value)
+        return self.map[value]
+
+    def _gathered(self, value: Value) -> Value:
+        made = value
+        for axis in value.type.axes:
+            mesh = tuple(m for m in axis.mesh if m in self.over)
+            if mesh:
+                made = self.builder.all_gather(made, axis=axis.name, mesh=mesh, name=value.name)
+        return made
+
+    def _again(self, node: Node) -> None:
+        """Do `node` again, unless it brings its operand where the gathered one lies already."""
+        operands = [self.value(v) for v in node.operands]
+        attrs = dict(node.attrs)
+        if node.op.name == "reshard":
+            type = self._whole(node.result.type)
+            if type == operands[0].type:
+                self.map[node.result] = operands[0]
+                return
+            attrs["to"] = format_placement(type)
+        names = tuple(v.name for v in node.results)
+        made = self.builder.node(node.op.name, *operands, names=names, **attrs)
+        made.loc = node.loc
+        self.map.update(zip(node.results, made.results, strict=True))
+
+    def _whole(self, type: TensorType) -> TensorType:
+        axes = (replace(a, mesh=tuple(m for m in a.mesh if m not in self.over)) for a in type.axes)
+        return type.with_axes(axes)
+
+
+def _between(graph: Graph, x: Value, targets: list[Value]) -> list[Node]:
+    """Return the nodes, in order, that `targets` need and that depend on `x`, or give slots."""
+    needed: set[Node] = set()
+    pending = [v.node for v in targets if v.node is not None]
+    while pending:
+        node = pending.pop()
+        if node in needed or node is x.node:
+            continue
+        needed.add(node)
+        pending.extend(v.node for v in node.operands if v.node is not None)
+    depends, found = {x}, []
+    slots = {v.node for v in targets[:1]}
+    for node in graph.walk(x.node):
+        if node in needed and (node in slots or any(v in depends for v in node.operands)):
+            depends.update(node.results)
+            found.append(node)
+    return found

@@ -1,0 +1,87 @@
+"""A routed layer that lies on a mesh: where its tokens and its experts are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moecc.errors import InputError
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.table.collectives import COLLECTIVES
+from moecc.ir.types import TensorType
+from moecc_passes.routed import RoutedLayer, routed_layers
+
+
+@dataclass(frozen=True)
+class LaidLayer:
+    """A routed layer, and what brings its rows to the experts and back.
+
+    Attributes:
+      routed: the layer.
+      entries: the collectives that take the dispatched rows to the experts.
+      made: what the experts made of them, before anything brings it back.
+      expert_mesh: the mesh axes that the experts lie on.
+    """
+
+    routed: RoutedLayer
+    entries: tuple[Node, ...]
+    made: Value
+    expert_mesh: tuple[str, ...]
+
+    @property
+    def token_mesh(self) -> tuple[str, ...]:
+        """The mesh axes that the outermost token axis lies on."""
+        place = self.routed.place.type
+        return place[self.routed.placing.attrs["tokens"][0]].mesh
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the rows of an expert are not bounded."""
+        return bool(self.routed.placing.attrs["slots"] == "ragged")
+
+    @property
+    def exchanged(self) -> tuple[str, ...]:
+        """The mesh axes that both tokens and experts lie on, in the order of the tokens."""
+        return tuple(m for m in self.token_mesh if m in self.expert_mesh)
+
+
+def laid_layers(graph: Graph) -> list[LaidLayer]:
+    """Return the routed layers of `graph` whose experts lie split, in order."""
+    found: list[LaidLayer] = []
+    for routed in routed_layers(graph):
+        rows = routed.dispatch.results[0]
+        entries = tuple(n for n in rows.users if n.op.name in COLLECTIVES)
+        made = _before_collectives(routed.combine.operands[0])
+        mesh = made.type["expert"].mesh
+        if mesh:
+            found.append(LaidLayer(routed, entries, made, mesh))
+    return found
+
+
+def _before_collectives(value: Value) -> Value:
+    while value.node is not None and value.node.op.name in COLLECTIVES:
+        value = value.node.operands[0]
+    return value
+
+
+def need(holds: bool, layer: LaidLayer, what: str, expected: str, hint: str) -> None:
+    """Raise InputError unless `holds`, saying where the tokens and experts of `layer` lie."""
+    if holds:
+        return
+    tokens = "*".join(layer.token_mesh) or "no mesh axis"
+    experts = "*".join(layer.expert_mesh)
+    slots = layer.routed.placing.attrs["slots"]
+    raise InputError(
+        what,
+        where=layer.routed.name,
+        expected=expected,
+        found=f"tokens on {tokens}, experts on {experts}, slots={slots}",
+        hint=hint,
+    )
+
+
+def moved(type: TensorType, placement: dict[str, tuple[str, ...]]) -> TensorType:
+    """Return `type`, no sum any more, with the axes of `placement` lying there."""
+    from dataclasses import replace
+
+    axes = (replace(a, mesh=placement.get(a.name, a.mesh)) for a in type.axes)
+    return TensorType(type.dtype, tuple(axes))

@@ -1,0 +1,178 @@
+"""Which slots, meshes and ways of ``expert-parallel`` go together: tried, not listed by hand.
+
+    python -m moecc_passes.sharding.legal docs/sharding.md
+
+writes the table between two markers of the page; the tests run every case of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecc.errors import InputError
+from moecc.ir.builder import Builder
+from moecc.ir.dtypes import F32
+from moecc.ir.graph import Graph
+from moecc.ir.mixtures import emit_expert_choice
+from moecc.ir.moe import emit_routing
+from moecc.ir.types import tensor
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+
+BEGIN = "<!-- begin legal: written by python -m moecc_passes.sharding.legal -->"
+END = "<!-- end legal -->"
+
+SLOTS = ("capacity", "ragged", "expert-choice")
+"""What bounds the rows of an expert: a factor of 1, nothing, or the experts' own choice."""
+
+MESHES = (
+    ("data:8", "st-moe"),
+    ("data:2,model:4", "st-moe"),
+    ("data:4,model:2", "st-moe"),
+    ("data:2,expert:4", "expert-parallel"),
+    ("data:4,expert:2", "expert-parallel"),
+    ("outer:2,inner:4", "st-moe-outer"),
+    ("outer:4,inner:2", "st-moe-outer"),
+    ("far:2,near:4", "expert-hierarchical"),
+    ("far:4,near:2", "expert-hierarchical"),
+    ("data:2,expert:4", "expert-replicated"),
+    ("data:4,expert:2", "expert-replicated"),
+    ("fsdp:2,data:2,model:2", "fsdp,st-moe"),
+    ("data:2,expert:2,model:2", "expert-parallel,tensor-parallel"),
+    ("outer:2,inner:2,model:2", "st-moe-outer"),
+    ("far:2,near:2,model:2", "expert-hierarchical,tensor-parallel"),
+    ("data:2,expert:2,model:2", "expert-replicated,tensor-parallel"),
+)
+"""Meshes of eight devices, (8), (2, 4), (4, 2) and (2, 2, 2), with the layouts that suit them."""
+
+WAYS = (
+    "via=capacity",
+    "via=capacity slice=model",
+    "via=ragged",
+    "via=ragged slice=model",
+    "via=hierarchical",
+    "via=ring",
+    "via=replicated",
+)
+"""Options of ``expert-parallel``."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination."""
+
+    slots: str
+    mesh: str
+    rules: str
+    way: str
+
+    @property
+    def pipeline(self) -> str:
+        """The passes that lay a graph so."""
+        return (
+            f"annotate-sharding{{mesh={self.mesh} rules={self.rules}}},"
+            f"expert-parallel{{{self.way}}},lower-collectives"
+        )
+
+
+def cases() -> Iterator[Case]:
+    """Yield every combination, legal or not."""
+    for mesh, rules in MESHES:
+        for slots in SLOTS:
+            for way in WAYS:
+                yield Case(slots, mesh, rules, way)
+
+
+def layer(slots: str, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> Graph:
+    """Return one gated mixture of experts with a residual, its tokens in eight groups."""
+    graph = Graph("layer")
+    b = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(F32, batch="B", seq="S", embed=embed))
+    router = graph.param("router", tensor(F32, expert=experts, embed=embed))
+    gate = graph.param("gate", tensor(F32, expert=experts, mlp=mlp, embed=embed))
+    up = graph.param("up", tensor(F32, expert=experts, mlp=mlp, embed=embed))
+    bias = graph.param("bias", tensor(F32, expert=experts, mlp=mlp))
+    down = graph.param("down", tensor(F32, expert=experts, embed=embed, mlp=mlp))
+    if slots == "expert-choice":
+        tokens = ("batch", "seq")
+        chosen, gates, place = emit_expert_choice(
+            b, x, router, tokens=tokens, capacity_factor=2.0, groups=8, minimum=1
+        )
+        rows = b.dispatch(x, chosen, place)
+    else:
+        bound: Any = {"capacity_factor": 1.0, "minimum": 1} if slots == "capacity" else {}
+        rows, finish = emit_routing(
+            b, x, router, experts=experts, top_k=2, slots=slots, groups=8, **bound
+        )
+    act = b.silu(b.add(b.contract(rows, gate, over="embed"), bias))
+    hidden = b.mul(act, b.contract(rows, up, over="embed"))
+    made = b.contract(hidden, down, over="mlp")
+    y = b.combine(made, chosen, place, gates) if slots == "expert-choice" else finish(made)
+    graph.set_output("y", b.add(x, y))
+    return graph
+
+
+def outcome(case: Case) -> tuple[Graph | None, str]:
+    """Return the laid graph of a case and its collectives, or None and why there is none."""
+    graph = layer(case.slots)
+    try:
+        run_pipeline(graph, Pipeline.parse(case.pipeline))
+    except InputError as error:
+        return None, error.problems[0].what
+    found = Counter(n.op.name for n in graph if n.op.places and n.op.name != "shard")
+    return graph, ", ".join(f"{count} {op}" for op, count in sorted(found.items()))
+
+
+def render() -> str:
+    """Return the table as Markdown: a line for each mesh, layout, slots and way that go together.
+
+    What is refused stands below, by reason.
+    """
+    lines = ["| mesh | rules | slots | expert-parallel | collectives |", "|---|---|---|---|---|"]
+    refused: dict[str, set[str]] = {}
+    for case in cases():
+        graph, text = outcome(case)
+        if graph is None:
+            refused.setdefault(text, set()).add(f"`{case.way}` on `{case.rules}` ({case.slots})")
+            continue
+        lines.append(f"| `{case.mesh}` | `{case.rules}` | {case.slots} | `{case.way}` | {text} |")
+    lines += ["", "Refused, with the reason that is told:", ""]
+    for reason, which in sorted(refused.items()):
+        lines.append(f"* {reason}: {', '.join(sorted(which))}.")
+    return "\n".join(lines)
+
+
+def replace_table(page: str) -> str:
+    """Return `page` with the table written anew between the markers.
+
+    Raises:
+      InputError: the page lacks a marker.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError("the page has no place for the table", expected=f"{BEGIN} … {END}")
+    return f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the page that the command line names, and return the exit code."""
+    parser = argparse.ArgumentParser(description="Write the table of what is legal into a page.")
+    parser.add_argument("page", type=Path, help="docs/sharding.md")
+    page: Path = parser.parse_args(argv).page
+    try:
+        page.write_text(replace_table(page.read_text("utf-8")), "utf-8")
+    except (InputError, OSError) as error:
+        print(f"error: {page}: {error}", file=sys.stderr)
+        return InputError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

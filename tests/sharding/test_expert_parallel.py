@@ -1,0 +1,160 @@
+"""Every legal way to bring rows to their experts computes what one device does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from moecc_backends.reference.devices import simulate
+from moecc_passes.sharding.legal import Case, cases, layer, outcome
+
+from moecc.errors import InputError, UsageError
+from moecc.ir import Graph, clone, equal
+from moecc.ir.mesh import mesh_of
+from moecc.pipeline.text import Pipeline
+from moecc.testing import laws, run_reference
+
+from .meshes import census, model, run
+from .test_devices import check_every_value, data_for, largest_difference
+
+
+@functools.cache
+def laid(case: Case) -> tuple[Graph | None, str]:
+    return outcome(case)
+
+
+LEGAL = [case for case in cases() if laid(case)[0] is not None]
+
+
+def test_most_ways_are_legal_somewhere() -> None:
+    assert {case.way for case in LEGAL} == {case.way for case in cases()}
+    assert len(LEGAL) >= 100
+
+
+@pytest.mark.parametrize("case", LEGAL, ids=lambda c: f"{c.slots}-{c.mesh}-{c.rules}-{c.way}")
+def test_devices_compute_what_one_does(case: Case) -> None:
+    graph = clone(laid(case)[0] or Graph())
+    whole = layer(case.slots)
+    params, inputs = data_for(whole, batch=8)
+    found = simulate(graph, params, inputs)
+    expected = run_reference(whole, params=params, inputs=inputs)
+    assert largest_difference(expected, found.outputs) <= 1e-12
+    check_every_value(graph, params, inputs, found)
+    laws.check_round_trip(graph)
+    run(graph, "strip-sharding")
+    assert equal(graph, whole)
+
+
+BATCH, SEQ, EMBED, WIDTH, EXPERTS, CHOICES = 8, 6, 8, 4, 8, 2
+"""The sizes of the layer; a number takes four bytes."""
+
+
+def expected_bytes(case: Case) -> dict[str, float]:
+    """Return the bytes that a device sends, by the formulas of the cost model, without reductions.
+
+    Tokens of a device T, choices k, capacity C of eight groups, n devices that exchange.
+    """
+    graph = laid(case)[0] or Graph()
+    mesh = mesh_of(graph)
+    assert mesh is not None
+    experts = next(v for n, v in graph.params.items() if n == "gate").type["expert"].mesh
+    n = mesh.size(experts)
+    tokens = graph.inputs["x"].type["batch"].mesh
+    local = BATCH * SEQ // mesh.size(tokens)
+    if case.way in ("via=ring", "via=replicated"):
+        sent = local * EMBED * WIDTH * (n - 1) if set(experts) <= set(tokens) else 0
+        return {"all_gather": sent}
+    slots = 8 // mesh.size(tokens) * EXPERTS * 1  # a factor of 1 on six tokens: one slot
+    rows = slots * EMBED * WIDTH * (n - 1) / n
+    cut = mesh.size(("model",)) if "slice" in case.way else 1
+    return {"all_to_all": 2 * rows / cut}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in LEGAL if c.slots == "capacity" and c.way != "via=hierarchical"
+     and "hierarchical" not in c.rules and "fsdp" not in c.rules],
+    ids=lambda c: f"{c.mesh}-{c.rules}-{c.way}",
+)  # fmt: skip
+def test_what_is_sent_follows_the_formulas(case: Case) -> None:
+    graph = laid(case)[0] or Graph()
+    params, inputs = data_for(layer(case.slots), batch=BATCH)
+    found = simulate(graph, params, inputs).sent_bytes
+    for op, sent in expected_bytes(case).items():
+        if op == "all_gather" and "slice" in case.way:
+            continue
+        assert found.get(op, 0) == sent
+
+
+def test_drops_are_those_of_one_device() -> None:
+    """Capacities are those of local groups, so what finds no slot is the same, exactly."""
+    whole = layer("capacity")
+    run(whole, "trace-routing")
+    graph = clone(whole)
+    case = Case("capacity", "data:4,model:2", "st-moe", "via=capacity")
+    run(graph, case.pipeline)
+    params, inputs = data_for(whole, batch=8)
+    expected = run_reference(whole, params=params, inputs=inputs)["trace.layers.0.ffn.slots"]
+    found = simulate(graph, params, inputs).outputs["trace.layers.0.ffn.slots"]
+    assert np.array_equal(found, expected)
+    assert (expected < 0).sum() > 0
+
+
+CENSUS: dict[tuple[str, str], dict[str, int]] = {
+    # two layers each
+    ("via=capacity", "data:4"): {"all_to_all": 4},
+    ("via=ring", "data:4"): {"all_gather": 2, "reduce_scatter": 2, "shard": 2},
+    ("via=replicated", "data:4"): {"all_gather": 2, "all_reduce": 2, "shard": 4},
+}
+
+
+@pytest.mark.parametrize(("way", "mesh"), CENSUS)
+def test_the_collectives_of_a_model(way: str, mesh: str) -> None:
+    """Two all-to-alls a layer; one gather and one scattered sum in a ring; losses add no more."""
+    graph = model("mixtral_gqa")
+    run(graph, "specialize{mode=train capacity-factor=1.25 groups=4}")
+    plain = clone(graph)
+    run(graph, f"annotate-sharding{{mesh={mesh} rules=st-moe}},expert-parallel{{{way}}},"
+        "lower-collectives")  # fmt: skip
+    assert census(graph) == CENSUS[way, mesh]
+    run(plain, "add-losses{metrics=true}")
+    whole = clone(plain)
+    run(plain, f"annotate-sharding{{mesh={mesh} rules=st-moe}},expert-parallel{{{way}}},"
+        "lower-collectives")  # fmt: skip
+    more = census(plain)
+    for op in ("all_to_all", "all_gather", "reduce_scatter"):
+        assert more.get(op, 0) == CENSUS[way, mesh].get(op, 0)
+    run(plain, "strip-sharding")
+    assert equal(plain, whole)
+
+
+REFUSED: dict[tuple[str, str, str, str], str] = {
+    ("ragged", "data:8", "st-moe", "via=capacity"): "have no fixed room",
+    ("capacity", "data:8", "st-moe", "via=ragged"): "are not ragged",
+    ("capacity", "data:8", "st-moe", "via=hierarchical"): "crosses mesh axes one by one",
+    ("capacity", "data:2,expert:4", "expert-replicated", "via=ring"): "there is no ring",
+    ("capacity", "data:2,expert:4", "expert-replicated", "via=capacity"): "both tokens and experts",
+    ("capacity", "data:8", "st-moe", "via=capacity slice=model"): "the mesh has no axis 'model'",
+    ("capacity", "data:8", "st-moe", "via=capacity slice=data"): "lie on 'data' already",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_is_refused(options: tuple[str, str, str, str]) -> None:
+    graph = layer(options[0])
+    with pytest.raises(InputError, match=REFUSED[options]):
+        run(graph, Case(*options).pipeline)
+
+
+def test_options_and_graphs_that_do_not_suit() -> None:
+    with pytest.raises(UsageError, match="sliced where they are exchanged"):
+        Pipeline.parse("expert-parallel{via=ring slice=model}")
+    graph: Any = layer("capacity")
+    with pytest.raises(InputError, match="lies on no mesh"):
+        run(graph, "expert-parallel{via=ring}")
+    dense = model("llama_gqa")
+    run(dense, "annotate-sharding{mesh=data:2 rules=data-parallel}")
+    with pytest.raises(InputError, match="matched nothing"):
+        run(dense, "expert-parallel{via=ring}")
