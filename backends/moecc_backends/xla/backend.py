@@ -27,15 +27,19 @@ from moecc_backends.xla import lower_moe as lower_moe
 from moecc_backends.xla import lower_plain as lower_plain
 from moecc_backends.xla import lower_routing as lower_routing
 from moecc_backends.xla import lower_scan as lower_scan
-from moecc_backends.xla.context import LOWERINGS, Context, lower_node
+from moecc_backends.xla.context import LOWERINGS, Context, lower_nodes
+from moecc_backends.xla.dispatches import check_dispatch, dispatch_problems
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.named import Named, Operand
+from moecc_backends.xla.options import DEFAULTS, Options
 from moecc_backends.xla.segments import Segment, segments
 
 Tree = Mapping[str, jax.Array]
 
 
-def function(graph: Graph, *, dtype: DType = F32) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+def function(
+    graph: Graph, *, dtype: DType = F32, options: Options = DEFAULTS
+) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
     """Return `graph` as a pure function of parameters and inputs, by name.
 
     A random key is a key of jax's, ``jax.random.key(0)`` or what `jax_inputs` makes of a number.
@@ -43,22 +47,27 @@ def function(graph: Graph, *, dtype: DType = F32) -> Callable[[Tree, Tree], dict
     float32 (selective precision, ST-MoE §3.3), and floating-point outputs are float32.
 
     Raises:
-      InputError: an operation has no lowering (when the function is traced).
+      InputError: a dispatch lowering is forced that does not fit; when the function is traced, an
+        operation has no lowering.
     """
+    check_dispatch(graph, options)
     nodes = list(graph)
 
     def run(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
         _check_keys(graph, inputs)
         given = {v: inputs[n] for n, v in graph.inputs.items()}
         given |= {v: params[n] for n, v in graph.params.items() if v.users}
-        values = trace(nodes, given, dtype)
+        values = trace(nodes, given, dtype, options)
         return {n: finished(values[v], v) for n, v in graph.outputs.items()}
 
     return run
 
 
 def trace(
-    nodes: list[Node], given: Mapping[Value, jax.Array], dtype: DType
+    nodes: list[Node],
+    given: Mapping[Value, jax.Array],
+    dtype: DType,
+    options: Options = DEFAULTS,
 ) -> dict[Value, Operand]:
     """Return all values of `nodes`, lowered under the current trace from the `given` arrays."""
     # What another segment computed has its type already: a loss may be wider than the model.
@@ -71,10 +80,7 @@ def trace(
         )
         for v, array in given.items()
     }
-    context = Context(dtype.numpy, values)
-    for node in nodes:
-        results = lower_node(context, node, [values[v] for v in node.operands])
-        values.update(zip(node.results, results, strict=True))
+    lower_nodes(Context(dtype.numpy, values, options), nodes)
     return values
 
 
@@ -120,11 +126,14 @@ class XlaBackend:
 
     name = "xla"
 
-    def compile(self, graph: Graph, *, dtype: DType = F32) -> XlaProgram:
+    def compile(
+        self, graph: Graph, *, dtype: DType = F32, options: Options = DEFAULTS
+    ) -> XlaProgram:
         """Return `graph` ready to run in `dtype`.
 
         Raises:
-          InputError: an operation has no lowering, or an output is ragged.
+          InputError: an operation has no lowering, an output is ragged, or a dispatch lowering is
+            forced that does not fit.
         """
         problems = [
             Problem("a ragged value cannot be returned", f"output {n}", found=str(v.type))
@@ -136,9 +145,10 @@ class XlaBackend:
             for node in graph
             if node.op.name not in LOWERINGS
         ]
+        problems += dispatch_problems(graph, options)
         if problems:
             raise InputError(problems)
-        return XlaProgram(graph, dtype)
+        return XlaProgram(graph, dtype, options)
 
 
 class XlaProgram:
@@ -147,11 +157,13 @@ class XlaProgram:
     Attributes:
       graph: the graph.
       dtype: the type of the computation.
+      options: what was chosen for the lowering.
     """
 
-    def __init__(self, graph: Graph, dtype: DType) -> None:
+    def __init__(self, graph: Graph, dtype: DType, options: Options = DEFAULTS) -> None:
         self.graph = graph
         self.dtype = dtype
+        self.options = options
         self._segments = segments(graph)
         self._compiled: dict[tuple[object, ...], Any] = {}
 
@@ -200,7 +212,7 @@ class XlaProgram:
     def _segment_function(self, segment: Segment) -> Callable[..., list[jax.Array]]:
         def run(given: list[jax.Array], weights: list[jax.Array]) -> list[jax.Array]:
             named = dict(zip((*segment.inputs, *segment.params), (*given, *weights), strict=True))
-            values = trace(segment.nodes, named, self.dtype)
+            values = trace(segment.nodes, named, self.dtype, self.options)
             return [_boundary(values[v], v) for v in segment.outputs]
 
         return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,9 @@ from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
 from moecc.ir.kept import kept_name
 from moecc.ir.verify import where
-from moecc_backends.xla.named import Operand, Rows
+from moecc_backends.xla.expert_scan import Dense
+from moecc_backends.xla.named import Operand, Rows, poisoned_rows
+from moecc_backends.xla.options import Options
 from moecc_backends.xla.packing import Packing
 
 
@@ -23,14 +25,18 @@ class Context:
     Attributes:
       dtype: the type that floating-point values are computed in.
       values: what has been given and lowered so far.
+      options: what was chosen for the lowering.
       packings: how the rows of each ``place`` value lie, once it has been met.
       siblings: contractions that were lowered together with an earlier one.
+      put_off: values that the combine of their routing makes, expert by expert.
     """
 
     dtype: Any
     values: dict[Value, Operand]
-    packings: dict[Value, Packing] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+    packings: dict[Value, Packing | Dense] = field(default_factory=dict)
     siblings: dict[Node, Rows] = field(default_factory=dict)
+    put_off: dict[Value, Dense] = field(default_factory=dict)
 
 
 Lowering = Callable[..., "Operand | tuple[Operand, ...]"]
@@ -49,21 +55,46 @@ def lowering(*names: str) -> Callable[[Lowering], Lowering]:
     return register
 
 
-def lower_node(ctx: Context, node: Node, operands: list[Operand]) -> tuple[Operand, ...]:
-    """Return the results of `node` applied to `operands`, under trace.
+def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:
+    """Lower `nodes` in order, under trace; their results go to the values of `ctx`.
 
     Raises:
-      InputError: the operation has no lowering, or does not fit these operands.
+      InputError: an operation has no lowering, or does not fit its operands.
     """
+    for node in nodes:
+        dense = _puts_off(ctx, node)
+        if dense is not None:
+            dense.nodes.append(node)
+            ctx.put_off.update((v, dense) for v in node.results)
+            continue
+        results = _lowered(ctx, node)
+        ctx.values.update(zip(node.results, results, strict=True))
+
+
+def _puts_off(ctx: Context, node: Node) -> Dense | None:
+    """Return the routing whose combine is to lower `node`, or None if it is lowered now."""
+    name = node.op.name
+    if name == "dispatch":
+        packing = ctx.packings[node.operands[2]]
+        return packing if isinstance(packing, Dense) else None
+    if name == "combine" or (name == "positions" and node.attrs["axis"] in ("expert", "group")):
+        return None
+    return next((ctx.put_off[v] for v in node.operands if v in ctx.put_off), None)
+
+
+def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
     name = node.op.name
     function = LOWERINGS.get(name)
     if function is None:
         raise InputError(f"the xla backend cannot lower {name}", where=where(node))
+    operands = [None if v in ctx.put_off else ctx.values[v] for v in node.operands]
     try:
         result = function(ctx, node, *operands)
     except InputError as error:
         raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
     results = result if isinstance(result, tuple) else (result,)
+    if ctx.options.poison:
+        results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
     known = kept_name(node)
     return results if known is None else (_named(results[0], known), *results[1:])
 

@@ -13,7 +13,7 @@ from moecc.ir.table.attention import bucket_starts
 from moecc_backends.reference.attention import frequencies
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dtypes import accumulator
-from moecc_backends.xla.named import Named, Operand, Rows, lifted, lifted_all, per_row
+from moecc_backends.xla.named import Named, Operand, Rows, beside, lifted, lifted_all
 
 
 @lowering("rope")
@@ -49,18 +49,10 @@ def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
         at = full.axes.index(node.attrs["axis"])
         first, second = jnp.split(full.array, 2, axis=at)
         turned = jnp.concatenate([-second, first], axis=at)
-        cos, sin = (_beside(t, x).over(full.axes).astype(full.array.dtype) for t in tables)
+        cos, sin = (beside(t, x).over(full.axes).astype(full.array.dtype) for t in tables)
         return Named(full.array * cos + turned * sin, full.axes)
 
     return lifted(x, turn)
-
-
-def _beside(table: Operand, x: Operand) -> Named:
-    """Return a table whose axes lie within those of `x` as `x` is laid out."""
-    if isinstance(x, Rows):
-        return per_row(table, x.packing)
-    assert isinstance(table, Named), "the table has no axis that the rotated value lacks"
-    return table
 
 
 @lowering("causal")

@@ -13,8 +13,17 @@ from moecc.ir.kept import feeds_route
 from moecc_backends.xla.capacity import slot_matmul
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dtypes import accumulator
-from moecc_backends.xla.grouped import grouped_matmul
-from moecc_backends.xla.named import SLOT_AXES, Named, Operand, Rows, lifted, per_row
+from moecc_backends.xla.named import (
+    SLOT_AXES,
+    Named,
+    Operand,
+    Rows,
+    lifted,
+    per_row,
+    with_masked_rows,
+    zeroed_rows,
+)
+from moecc_backends.xla.sorted_rows import SortedRows
 
 
 @lowering("contract")
@@ -70,17 +79,27 @@ def _slots_times(x: Named, w: Named, over: tuple[str, ...]) -> Named:
 def _rows_times(ctx: Context, node: Node, x: Rows, w: Operand) -> Operand:
     """Multiply packed rows with the weights of their experts, or with what all of them share."""
     over: tuple[str, ...] = node.attrs["over"]
-    if isinstance(w, Rows) or not {"expert", "group"} & set(w.axes):
-        other = w.inner() if isinstance(w, Rows) else w
+    if isinstance(w, Rows):
+        other = w.inner()
         return lifted(x, lambda rows: einsum(rows, other, over))
+    if not {"expert", "group"} & set(w.axes):
+        return _shared_product(x, w, over)
     batch = [a for a in w.axes if a in x.axes and a not in over]
-    if "group" in w.axes or batch:
-        # A weight for each row: large, but so odd a product is small.
-        picked = per_row(w, x.packing)
+    packing = x.packing
+    if "group" in w.axes or batch or not isinstance(packing, SortedRows):
+        # A weight for each row, which is large: for few rows, or a product so odd that it is small.
+        picked = per_row(w, packing)
         return lifted(x, lambda rows: einsum(rows, picked, over))
     if node not in ctx.siblings:
-        _multiply_groups(ctx, [node, *_siblings(node)], x, w)
+        _multiply_groups(ctx, [node, *_siblings(node)], x, w, packing)
     return ctx.siblings[node]
+
+
+def _shared_product(x: Rows, w: Named, over: tuple[str, ...]) -> Operand:
+    """Multiply rows with what all of them share, whose gradient is a sum over rows."""
+    product = lifted(zeroed_rows(x), lambda rows: einsum(rows, w, over))
+    assert isinstance(product, Rows), "rows stay rows"
+    return with_masked_rows(product)
 
 
 def _siblings(node: Node) -> list[Node]:
@@ -102,7 +121,9 @@ def _siblings(node: Node) -> list[Node]:
     ]
 
 
-def _multiply_groups(ctx: Context, nodes: list[Node], x: Rows, w: Named) -> None:
+def _multiply_groups(
+    ctx: Context, nodes: list[Node], x: Rows, w: Named, packing: SortedRows
+) -> None:
     """Multiply rows with the weights of `nodes`, of which `w` is the first, for each expert."""
     over: tuple[str, ...] = nodes[0].attrs["over"]
     rest = tuple(a for a in w.axes if a not in over and a != "expert")
@@ -114,15 +135,14 @@ def _multiply_groups(ctx: Context, nodes: list[Node], x: Rows, w: Named) -> None
     sizes = tuple(w.size(a) for a in rest)
     width = prod(w.size(a) for a in over)
     shape = (-1, prod(sizes), width) if inner_last else (-1, width, prod(sizes))
-    assert x.packing.group_sizes is not None, "packed rows are sorted by expert"
     # Each row stands for as many as its other axes have entries.
     rows = x.inner().to(("rows", *kept, *over)).array
     lead = rows.shape[: 1 + len(kept)]
-    products = grouped_matmul(
+    products = packing.products(
         rows.reshape(-1, width),
         tuple(_of_shape(v, order, shape, rows) for v in weights),
-        x.packing.group_sizes * prod(lead[1:]),
-        contracting_axis=2 if inner_last else 1,
+        repeats=prod(lead[1:]),
+        axis=2 if inner_last else 1,
     )
     for node, product in zip(nodes, products, strict=True):
         ctx.siblings[node] = x.with_array(product.reshape(*lead, *sizes), (*kept, *rest))

@@ -1,7 +1,8 @@
-"""Lowering of routing: sorted rows where nothing drops, slots otherwise."""
+"""Lowering of routing, and of the way to the experts and back."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -9,13 +10,15 @@ import jax.numpy as jnp
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.table.placing import capacity, group_count
-from moecc_backends.xla.context import Context, lowering
-from moecc_backends.xla.dispatch import combine, dispatch
+from moecc_backends.xla.context import Context, lower_nodes, lowering
+from moecc_backends.xla.dispatches import packed
 from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.expert_scan import Dense, Lower, OneExpert, sum_over_experts
 from moecc_backends.xla.lower_plain import softmax
 from moecc_backends.xla.named import SLOT_AXES, Named, Operand, Rows, lifted_all
-from moecc_backends.xla.packing import Packing, packed
-from moecc_backends.xla.routing import capacity_placement, rank_in_expert, sort_by_expert
+from moecc_backends.xla.packing import Packing, Routing, RowPacking, SlotPacking
+from moecc_backends.xla.routing import rank_in_expert, sort_by_expert
+from moecc_backends.xla.unused_rows import poisoned_values, with_poisoned_gradient
 
 
 @lowering("route")
@@ -85,18 +88,12 @@ def _place(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     placed = _wanted(node, chosen, more, (*tokens, choice))
     order = _turns(more, tokens)
     slots = _ranks(chosen, groups, attrs, placed, order)
-    if attrs["slots"] == "ragged":
-        # Without a bound groups do not matter: rows are packed by expert alone.
-        packing = packed(sort_by_expert(chosen, attrs["experts"], placed), tokens, sizes)
-    else:
+    limit = None
+    if attrs["slots"] == "capacity":
         limit = capacity(attrs, chosen.shape[0] // max(groups, 1), chosen.shape[1])
         slots = jnp.where(slots < limit, slots, -1)
-        # The experts come first, as a batched product takes them.
-        placement = capacity_placement(
-            chosen, slots, attrs["experts"], limit, groups, expert_major=True
-        )
-        packing = Packing(placement, tokens, sizes, shape=(attrs["experts"], groups, limit))
-    ctx.packings[node.result] = packing
+    routing = Routing(chosen, slots, placed, attrs["experts"], groups, limit, tokens, sizes)
+    ctx.packings[node.result] = packed(node.result, routing, ctx.options, ctx.dtype)
     return Named(slots.reshape(*sizes, -1), (*tokens, choice)).to(experts.axes)
 
 
@@ -160,33 +157,64 @@ def _ranks(
 @lowering("dispatch")
 def _dispatch(ctx: Context, node: Node, x: Named, experts: Named, place: Named) -> Operand:
     packing = ctx.packings[node.operands[2]]
-    rest = tuple(a for a in x.axes if a not in packing.tokens)
-    source = x.to((*packing.tokens, *rest)).array
-    shape = source.shape[len(packing.tokens) :]
-    rows = dispatch(source.reshape(prod(packing.token_sizes), prod(shape)), packing.placement)
-    if packing.shape is None:
+    assert isinstance(packing, Packing), "dense rows are put off"
+    tokens = packing.routing.tokens
+    rest = tuple(a for a in x.axes if a not in tokens)
+    source = x.to((*tokens, *rest)).array
+    shape = source.shape[len(tokens) :]
+    rows = packing.dispatch(source.reshape(packing.routing.num_tokens, prod(shape)))
+    if isinstance(packing, RowPacking):
         return Rows(rows.reshape(-1, *shape), rest, packing)
+    assert isinstance(packing, SlotPacking), "rows lie in slots or by themselves"
+    if ctx.options.poison:
+        rows = with_poisoned_gradient(rows, packing.is_used)
     return Named(rows.reshape(*packing.shape, *shape), (*SLOT_AXES, *rest))
 
 
 @lowering("combine")
 def _combine(
-    ctx: Context, node: Node, rows: Operand, experts: Named, place: Named, gates: Named
+    ctx: Context, node: Node, rows: Operand | None, experts: Named, place: Named, gates: Named
 ) -> Operand:
     packing = ctx.packings[node.operands[2]]
+    routing = packing.routing
+    (choice,) = (a for a in gates.axes if a not in routing.tokens)
+    weights = gates.to((*routing.tokens, choice)).array.reshape(routing.num_tokens, -1)
+    if isinstance(packing, Dense):
+        made = sum_over_experts(
+            packing, node.operands[0], ctx.values, weights, _of_expert(ctx, node)
+        )
+    else:
+        assert rows is not None, "rows are made"
+        made = _gathered(ctx, packing, rows, weights)
+    outer = tuple(a for a in node.result.type.names if a in routing.tokens)
+    rest = made.axes[1:]
+    whole = made.array.reshape(*routing.token_sizes, *made.array.shape[1:])
+    return Named(whole, (*routing.tokens, *rest)).to((*outer, *rest))
+
+
+def _gathered(ctx: Context, packing: Packing, rows: Operand, gates: jax.Array) -> Named:
+    """Return the rows of each token, summed: ``[tokens, *axes]``."""
     if isinstance(rows, Rows):
         rest, array = rows.axes, rows.array
     else:
         rest = tuple(a for a in rows.axes if a not in SLOT_AXES)
         array = rows.to((*SLOT_AXES, *rest)).array
         array = array.reshape(prod(array.shape[:3]), *array.shape[3:])
+        if ctx.options.poison:
+            array = poisoned_values(array, packing.is_used)
     shape = array.shape[1:]
-    if not array.shape[0]:
-        # Without any tokens: from no rows at all nothing can be gathered.
-        array = jnp.zeros((1, *shape), array.dtype)
-    (choice,) = (a for a in gates.axes if a not in packing.tokens)
-    weights = gates.to((*packing.tokens, choice)).array.reshape(prod(packing.token_sizes), -1)
-    result = combine(array.reshape(array.shape[0], prod(shape)), packing.placement, weights)
-    outer = tuple(a for a in node.result.type.names if a in packing.tokens)
-    whole = Named(result.reshape(*packing.token_sizes, *shape), (*packing.tokens, *rest))
-    return whole.to((*outer, *rest))
+    if not packing.routing.num_tokens:
+        # From no rows at all nothing can be gathered.
+        return Named(jnp.zeros((0, *shape), array.dtype), ("rows", *rest))
+    result = packing.combine(array.reshape(array.shape[0], prod(shape)), gates)
+    return Named(result.reshape(-1, *shape), ("rows", *rest))
+
+
+def _of_expert(ctx: Context, combine: Node) -> Lower:
+    """Return what lowers the operations before `combine` with the rows of one expert."""
+
+    def lower(nodes: list[Node], values: dict[Value, Operand], packing: OneExpert) -> None:
+        packings: dict[Value, Packing | Dense] = {combine.operands[2]: packing}
+        lower_nodes(replace(ctx, values=values, packings=packings, siblings={}, put_off={}), nodes)
+
+    return lower

@@ -16,7 +16,15 @@ from moecc.ir.graph import Node
 from moecc.weights.rounding import is_lossless
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dtypes import accumulator
-from moecc_backends.xla.named import Named, Operand, Rows, lifted, per_row
+from moecc_backends.xla.named import (
+    Named,
+    Operand,
+    Rows,
+    beside,
+    lifted,
+    per_row,
+    with_masked_rows,
+)
 
 Array = jax.Array
 
@@ -175,14 +183,19 @@ def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
 
 
 @lowering("positions")
-def _positions(ctx: Context, node: Node, like: Operand) -> Operand:
+def _positions(ctx: Context, node: Node, like: Operand | None) -> Operand:
     axis = node.result.type.axes[0]
-    # Packed rows have no axis of experts to measure, but then its size is declared.
-    size = axis.size if isinstance(axis.size, int) else None
-    if size is None:
-        assert isinstance(like, Named), "no positions along a ragged axis"
-        size = like.size(axis.name)
+    size = axis.size if isinstance(axis.size, int) else _size(ctx, node, like, axis.name)
     return Named(jnp.arange(size, dtype=jnp.int32), (axis.name,))
+
+
+def _size(ctx: Context, node: Node, like: Operand | None, axis: str) -> int:
+    """Return the size of `axis`, which rows have or their routing knows."""
+    if like is None:
+        return ctx.put_off[node.operands[0]].routing.groups
+    if isinstance(like, Named):
+        return like.size(axis)
+    return like.packing.routing.groups if axis == "group" else like.inner().size(axis)
 
 
 @lowering("embedding")
@@ -197,7 +210,9 @@ def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operan
     # Either may be packed rows, but not both: their axes would be there twice.
     if isinstance(ids, Rows):
         assert isinstance(table, Named), "one of the two is"
-        return lifted(ids, lambda index: pick(table, index))
+        picked = lifted(ids, lambda index: pick(table, index))
+        assert isinstance(picked, Rows), "rows stay rows"
+        return with_masked_rows(picked)
     return lifted(table, lambda rows: pick(rows, ids))
 
 
@@ -267,7 +282,8 @@ def _unit(full: Named, node: Node, *, centre: bool) -> Array:
 @lowering("rms_norm")
 def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
     def norm(full: Named) -> Named:
-        return Named(_unit(full, node, centre=False) * scale.over(full.axes), full.axes)
+        factor = beside(scale, x).over(full.axes)
+        return Named(_unit(full, node, centre=False) * factor, full.axes)
 
     return lifted(x, norm)
 
@@ -276,6 +292,7 @@ def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
 def _layer_norm(ctx: Context, node: Node, x: Operand, scale: Named, bias: Named) -> Operand:
     def norm(full: Named) -> Named:
         unit = _unit(full, node, centre=True)
-        return Named(unit * scale.over(full.axes) + bias.over(full.axes), full.axes)
+        factor, shift = (beside(v, x).over(full.axes) for v in (scale, bias))
+        return Named(unit * factor + shift, full.axes)
 
     return lifted(x, norm)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from moecc.ir.graph import Node
 from moecc.ir.table.placing import capacity, group_count
 from moecc_backends.xla.context import Context, lowering
+from moecc_backends.xla.dispatches import packed
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.named import Named, Operand, Rows, lifted
-from moecc_backends.xla.packing import Packing
-from moecc_backends.xla.routing import capacity_placement
+from moecc_backends.xla.packing import Routing
 
 
 @lowering("fold_key")
@@ -105,11 +105,9 @@ def _expert_choice(ctx: Context, node: Node, scores: Named, *mask: Named) -> tup
         ranked = jnp.where(mask[0].to(tokens).array.reshape(-1, 1), values, -jnp.inf)
     experts = jnp.broadcast_to(jnp.arange(attrs["experts"], dtype=jnp.int32), values.shape)
     slots = _taken(jax.lax.stop_gradient(ranked), groups, limit)
-    placement = capacity_placement(
-        experts, slots, attrs["experts"], limit, groups, expert_major=True
-    )
-    shape = (attrs["experts"], groups, limit)
-    ctx.packings[node.results[-1]] = Packing(placement, tokens, sizes, shape=shape)
+    routing = Routing(experts, slots, None, attrs["experts"], groups, limit, tokens, sizes)
+    place = node.results[-1]
+    ctx.packings[place] = packed(place, routing, ctx.options, ctx.dtype)
     layout = (*tokens, attrs["choice"])
     every = (*(a for a in scores.axes if a != attrs["axis"]), attrs["choice"])
     results = (Named(a.reshape(*sizes, -1), layout).to(every) for a in (experts, values, slots))

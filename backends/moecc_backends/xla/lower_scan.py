@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.kept import DEFAULT
 from moecc.ir.table.repetition import repetitions
-from moecc_backends.xla.context import Context, lower_node, lowering
+from moecc_backends.xla.context import Context, lower_nodes, lowering
 from moecc_backends.xla.named import Named, Operand, lifted
 
 Arrays = tuple[jax.Array, ...]
@@ -95,10 +95,7 @@ def _remembering(run: Step, node: Node) -> Step:
 def run_body(ctx: Context, body: Graph, operands: list[Named]) -> list[Named]:
     """Return the outputs of `body`, in order, lowered under the current trace."""
     values: dict[Value, Operand] = dict(zip(body.inputs.values(), operands, strict=True))
-    inner = replace(ctx, values=values, packings={}, siblings={})
-    for node in body:
-        results = lower_node(inner, node, [values[v] for v in node.operands])
-        values.update(zip(node.results, results, strict=True))
+    lower_nodes(replace(ctx, values=values, packings={}, siblings={}, put_off={}), body)
     return [_whole(values[v], v) for v in body.terminator.operands]
 
 

@@ -1,7 +1,7 @@
-"""Arrays under trace, with the names of their axes, and rows packed by expert.
+"""Arrays under trace, with the names of their axes, and rows packed without an axis of experts.
 
-A value without a ragged axis is a `Named` array.  One with a ragged axis holds its rows packed,
-sorted by group and expert, as `Rows`: nothing is padded to the busiest expert.
+A value is a `Named` array, or holds what experts work on as `Rows`: nothing is padded to the
+busiest expert.  How rows lie is the matter of their packing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from moecc_backends.xla.expert_rows import expert_rows
+from moecc_backends.xla.unused_rows import poisoned, with_masked_gradient, zeroed
 
 if TYPE_CHECKING:
-    from moecc_backends.xla.packing import Packing
+    from moecc_backends.xla.packing import RowPacking
 
 SLOT_AXES = ("expert", "group", "slot")
 """The axes of slots under a capacity, in the order in which they lie."""
@@ -52,7 +52,7 @@ class Rows:
 
     array: jax.Array
     axes: tuple[str, ...]
-    packing: Packing
+    packing: RowPacking
 
     def with_array(self, array: jax.Array, axes: tuple[str, ...] | None = None) -> Rows:
         """Return rows of the same packing with other contents."""
@@ -83,27 +83,64 @@ def _packed(made: Named, like: Rows) -> Rows:
     return like.with_array(made.to(("rows", *inner)).array, inner)
 
 
-def per_row(value: Operand, packing: Packing) -> Named:
+def per_row(value: Operand, packing: RowPacking) -> Named:
     """Return `value` so that it broadcasts against packed rows, under the axis ``rows``.
 
     A value with an expert axis, such as the bias of each expert, is picked by the row's expert,
-    and one with a group axis by the group of the row's token.
+    and one with a group axis by the group of the row's token.  Rows that nothing was placed in
+    reach no gradient of what they share with others.
     """
     if isinstance(value, Rows):
         return value.inner()
     if "group" in value.axes:
-        return _per_group(value, packing)
+        return _masked(_per_group(value, packing), packing)
     if "expert" not in value.axes:
-        return value
+        return _masked(value, packing)
     rest = tuple(a for a in value.axes if a != "expert")
-    assert packing.group_sizes is not None, "packed rows are sorted by expert"
-    by_expert = value.to(("expert", *rest)).array
-    return Named(expert_rows(by_expert, packing.group_sizes, packing.rows), ("rows", *rest))
+    return Named(packing.by_expert(value.to(("expert", *rest)).array), ("rows", *rest))
 
 
-def _per_group(value: Named, packing: Packing) -> Named:
+def beside(value: Operand, x: Operand) -> Named:
+    """Return `value`, whose axes lie within those of `x`, as `x` is laid out."""
+    if isinstance(x, Rows):
+        return per_row(value, x.packing)
+    assert isinstance(value, Named), "it has no axis that the other lacks"
+    return value
+
+
+def with_masked_rows(x: Rows) -> Rows:
+    """Return `x`; no cotangent of rows that nothing was placed in gets past it."""
+    if x.packing.is_full or not jnp.issubdtype(x.array.dtype, jnp.floating):
+        return x
+    return x.with_array(with_masked_gradient(x.array, x.packing.is_used))
+
+
+def zeroed_rows(x: Rows) -> Rows:
+    """Return `x` with zeros in the rows that nothing was placed in, in values and cotangents."""
+    if x.packing.is_full:
+        return x
+    return x.with_array(zeroed(x.array, x.packing.is_used))
+
+
+def poisoned_rows(x: Rows) -> Rows:
+    """Return `x` with NaN in the rows that nothing was placed in, in values and cotangents."""
+    return x if x.packing.is_full else x.with_array(poisoned(x.array, x.packing.is_used))
+
+
+def _masked(value: Named, packing: RowPacking) -> Named:
+    """Return `value` for each row, with a gradient from those alone that something lies in."""
+    if packing.is_full or not jnp.issubdtype(value.array.dtype, jnp.floating):
+        return value
+    is_used, array = packing.is_used, value.array
+    if "rows" not in value.axes:
+        array = jnp.broadcast_to(array, (is_used.size, *array.shape))
+    rest = tuple(a for a in value.axes if a != "rows")
+    return Named(with_masked_gradient(array, is_used), ("rows", *rest))
+
+
+def _per_group(value: Named, packing: RowPacking) -> Named:
     rest = tuple(a for a in value.axes if a not in ("group", "expert"))
     by_group = value.to(tuple(a for a in ("group", "expert") if a in value.axes) + rest).array
-    group = packing.row_groups(value.size("group"))
+    group = packing.row_groups
     index = (group, packing.row_experts) if "expert" in value.axes else (group,)
     return Named(by_group[index], ("rows", *rest))

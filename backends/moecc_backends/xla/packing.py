@@ -1,60 +1,164 @@
-"""How the rows of a ``place`` value lie in memory while the experts work on them."""
+"""Where the rows that experts work on lie: what every dispatch lowering has to say of it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from math import prod
 
 import jax
 import jax.numpy as jnp
 
-from moecc_backends.xla.routing import Placement, SortedChoices, dropless_placement
+from moecc_backends.xla.dispatch import combine, dispatch
+from moecc_backends.xla.routing import Placement
 
 
 @dataclass(frozen=True)
-class Packing:
-    """The placement of a routing, and what lowerings need to know of it.
+class Routing:
+    """Which experts the tokens go to, before it is settled how rows lie.
+
+    Attributes:
+      experts: i32 ``[tokens, choice]``.
+      slots: i32 ``[tokens, choice]``, within group and expert; −1 where a choice was dropped.
+      wanted: bool ``[tokens, choice]``, which choices ask for a slot; None if all do.
+      num_experts: the number of experts.
+      groups: the number of token groups.
+      capacity: the slots of an expert in a group, or None where all that ask get one.
+      tokens: the token axes, outermost first.
+      token_sizes: their sizes.
+    """
+
+    experts: jax.Array
+    slots: jax.Array
+    wanted: jax.Array | None
+    num_experts: int
+    groups: int
+    capacity: int | None
+    tokens: tuple[str, ...]
+    token_sizes: tuple[int, ...]
+
+    @property
+    def placed(self) -> jax.Array | None:
+        """Which choices have a slot, ``[tokens, choice]``; None if all do."""
+        return self.wanted if self.capacity is None else self.slots >= 0
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens."""
+        return prod(self.token_sizes)
+
+    @property
+    def num_choices(self) -> int:
+        """The choices of all tokens."""
+        return int(self.experts.size)
+
+    @property
+    def num_slots(self) -> int | None:
+        """The slots of all experts and groups; None without a capacity."""
+        return None if self.capacity is None else self.num_experts * self.groups * self.capacity
+
+    def group_of(self, token: jax.Array) -> jax.Array:
+        """Return the group of each token; groups are equal runs of tokens."""
+        return token // max(self.num_tokens // max(self.groups, 1), 1)
+
+
+@dataclass(frozen=True)
+class Packing(ABC):
+    """Where the rows of a routing lie, and how tokens get there and back.
+
+    Attributes:
+      routing: what was routed.
+    """
+
+    routing: Routing
+
+    @property
+    @abstractmethod
+    def is_used(self) -> jax.Array:
+        """Whether something was placed in each row: bool ``[rows]``."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is certain that something was placed in every row."""
+        return False
+
+    @abstractmethod
+    def dispatch(self, tokens: jax.Array) -> jax.Array:
+        """Copy ``[tokens, width]`` into ``[rows, width]``; rows without a token may be anything."""
+
+    @abstractmethod
+    def combine(self, rows: jax.Array, gates: jax.Array) -> jax.Array:
+        """Sum the rows ``[rows, width]`` of each token, weighted with `gates` ``[tokens, choice]``.
+
+        The sum runs in float32 at least.  Rows without a token are never read.
+        """
+
+
+@dataclass(frozen=True)
+class SlotPacking(Packing):
+    """Rows ``[expert, group, slot]``: as many slots for each expert, empty ones zero."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The sizes of expert, group and slot."""
+        assert self.routing.capacity is not None, "slots need a capacity"
+        return self.routing.num_experts, self.routing.groups, self.routing.capacity
+
+
+@dataclass(frozen=True)
+class RowPacking(Packing):
+    """Rows without axes of experts and groups: each stands by itself."""
+
+    @property
+    @abstractmethod
+    def row_tokens(self) -> jax.Array:
+        """The token of each row, i32 ``[rows]``; any number where the row has none."""
+
+    @abstractmethod
+    def by_expert(self, values: jax.Array) -> jax.Array:
+        """Pick for each row what its expert has of ``[experts, …]``: ``[rows, …]``."""
+
+    @property
+    @abstractmethod
+    def row_experts(self) -> jax.Array:
+        """The expert of each row; one of them all where the row has none."""
+
+    @property
+    def row_groups(self) -> jax.Array:
+        """The group of the token of each row; the first where the row has none."""
+        group = self.routing.group_of(self.row_tokens)
+        return jnp.clip(group, 0, max(self.routing.groups - 1, 0))
+
+
+@dataclass(frozen=True)
+class PlacedRows(RowPacking):
+    """Rows that a placement maps to choices.
 
     Attributes:
       placement: the map between choices and rows.
-      tokens: the token axes, outermost first.
-      token_sizes: their sizes.
-      shape: the sizes of expert, group and slot where the rows are kept apart (a capacity), or
-        None where they are packed by expert (dropless).
-      group_sizes: for packed rows, how many rows each expert has.
     """
 
     placement: Placement
-    tokens: tuple[str, ...]
-    token_sizes: tuple[int, ...]
-    shape: tuple[int, int, int] | None = None
-    group_sizes: jax.Array | None = None
 
     @property
-    def rows(self) -> int:
-        """The number of rows, used or not."""
-        return self.placement.choice_of_row.shape[0]
+    def is_used(self) -> jax.Array:
+        """Whether something was placed in each row: bool ``[rows]``."""
+        return self.placement.choice_of_row >= 0
 
-    def row_groups(self, groups: int) -> jax.Array:
-        """Return the group of the token of each row; rows without a token count to the first."""
-        choices = self.placement.row_of_choice.shape
-        token = jnp.maximum(self.placement.choice_of_row, 0) // choices[1]
-        return token // (choices[0] // groups)
+    @property
+    def is_full(self) -> bool:
+        """Whether it is certain that something was placed in every row."""
+        return self.routing.placed is None
 
-    @cached_property
-    def row_experts(self) -> jax.Array:
-        """The expert of each packed row; rows that belong to none count to the last expert."""
-        assert self.group_sizes is not None, "rows under a capacity have an expert axis"
-        ends = jnp.cumsum(self.group_sizes)
-        rows = jnp.arange(self.rows, dtype=ends.dtype)
-        found = jnp.searchsorted(ends, rows, side="right", method="compare_all")
-        return jnp.minimum(found, self.group_sizes.size - 1)
+    @property
+    def row_tokens(self) -> jax.Array:
+        """The token of each row, i32 ``[rows]``; negative where the row has none."""
+        return self.placement.choice_of_row // self.routing.experts.shape[1]
 
+    def dispatch(self, tokens: jax.Array) -> jax.Array:
+        """Gather rows from tokens, forward and backward."""
+        return dispatch(tokens, self.placement)
 
-def packed(
-    choices: SortedChoices, tokens: tuple[str, ...], token_sizes: tuple[int, ...]
-) -> Packing:
-    """Return the packing of a dropless routing."""
-    return Packing(
-        dropless_placement(choices), tokens, token_sizes, group_sizes=choices.group_sizes
-    )
+    def combine(self, rows: jax.Array, gates: jax.Array) -> jax.Array:
+        """Gather the rows of each token, forward and backward."""
+        return combine(rows, self.placement, gates)
