@@ -8,7 +8,7 @@ that of a gather of the same value; of an exchange, what goes to other devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
+from moecc.ir.table.repetition import repetitions
 from moecc.ir.types import TensorType
 from moecc.ir.verify import where
 from moecc_backends.reference.arrays import Array, Data
@@ -26,6 +27,7 @@ from moecc_backends.reference.exchange import EXCHANGES, Sent, added
 from moecc_backends.reference.interpreter import bind
 from moecc_backends.reference.on_device import run_local
 from moecc_backends.reference.placing import poison
+from moecc_backends.reference.repetition import picked, stacked_along
 
 Parts = dict[Coordinates, Array]
 """What each device holds of one value."""
@@ -90,12 +92,11 @@ def simulate(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
     mesh = mesh_of(graph)
     if mesh is None:
         raise InputError("the graph lies on no mesh", hint="annotate-sharding lays it on one")
-    left = [n for n in graph if n.op.name == "reshard"]
+    left = [n for n in graph.every_node() if n.op.name == "reshard"]
     if left:
         what = "how a value is brought elsewhere is not said yet"
         raise InputError([Problem(what, where(n), hint="lower-collectives first") for n in left])
-    simulator = _Simulator(graph, mesh)
-    return simulator.run(params, inputs)
+    return _Simulator(mesh, Run(mesh)).run(graph, params, inputs)
 
 
 class _Simulator:
@@ -106,23 +107,32 @@ class _Simulator:
       extents: for each ``place`` value, the slots in use of the whole, ``[group, expert]``.
     """
 
-    def __init__(self, graph: Graph, mesh: Mesh) -> None:
-        self.graph = graph
+    def __init__(self, mesh: Mesh, result: Run) -> None:
         self.mesh = mesh
         self.held: dict[Value, Parts] = {}
         self.extents: dict[Value, Data] = {}
-        self.result = Run(mesh)
+        self.result = result
 
-    def run(self, params: Arrays, inputs: Arrays) -> Run:
-        for value, data in bind(self.graph, params, inputs).items():
+    def run(self, graph: Graph, params: Arrays, inputs: Arrays) -> Run:
+        """Run `graph` on parts of the arrays that are given whole."""
+        for value, data in bind(graph, params, inputs).items():
             whole = Array(stored(data, value.type.dtype), value.type.names, value.type.dtype)
             self.held[value] = self._at(f"%{value.name}", lambda v=value, w=whole: self._cut(w, v))
-        for node in self.graph:
-            self._at(where(node), lambda n=node: self._step(n))
-        for name, value in self.graph.outputs.items():
+        self._walk(graph)
+        for name, value in graph.outputs.items():
             self.result.outputs[name] = assembled(value.type, self.held[value], self.mesh).data
         self.result.held = self.held
         return self.result
+
+    def body(self, graph: Graph, given: Sequence[Parts]) -> list[Parts]:
+        """Run the body of a ``scan`` once, and return the parts of its outputs."""
+        self.held.update(zip(graph.inputs.values(), given, strict=True))
+        self._walk(graph)
+        return [self.held[v] for v in graph.terminator.operands]
+
+    def _walk(self, graph: Graph) -> None:
+        for node in graph:
+            self._at(where(node), lambda n=node: self._step(n))
 
     def _at(self, place: str, action: object) -> Parts:
         try:
@@ -136,7 +146,9 @@ class _Simulator:
 
     def _step(self, node: Node) -> Parts:
         exchange = EXCHANGES.get(node.op.name)
-        if exchange is None:
+        if node.body is not None:
+            self.held.update(zip(node.results, self._repeated(node, node.body), strict=True))
+        elif exchange is None:
             for number, parts in enumerate(self._locally(node)):
                 self.held[node.results[number]] = parts
         else:
@@ -153,6 +165,24 @@ class _Simulator:
         }
         for number in range(len(node.results)):
             yield {d: results[number] for d, results in made.items()}
+
+    def _repeated(self, node: Node, body: Graph) -> list[Parts]:
+        """Run the body of a ``scan`` for each position, on all devices in step."""
+        (axis, runs), carries = repetitions(node.attrs), node.attrs["carries"]
+        end = carries + node.attrs["stacked"]
+        given = [self.held[v] for v in node.operands]
+        carried, collected = given[:carries], []
+        for at in range(runs):
+            now = [{d: picked(a, axis, at) for d, a in p.items()} for p in given[carries:end]]
+            inner = _Simulator(self.mesh, self.result)
+            made = inner.body(body, [*carried, *now, *given[end:]])
+            carried = made[:carries]
+            collected.append(made[carries:])
+        stacks = zip(*collected, strict=True)
+        return [
+            *carried,
+            *({d: stacked_along(axis, *(p[d] for p in s)) for d in s[0]} for s in stacks),
+        ]
 
     def _exchange(self, node: Node, done: tuple[Parts, Sent]) -> None:
         self.held[node.result], sent = done

@@ -91,6 +91,11 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     """
     if mesh_of(graph) is not None:
         raise InputError("the graph lies on a mesh already", hint="strip-sharding first")
+    if any(node.body is not None for node in graph):
+        raise InputError(
+            "layers are laid on a mesh before they are rolled",
+            hint="unroll-layers, then roll again",
+        )
     set_mesh(graph, mesh)
     assigner = Assigner(mesh, rules, cuts_of(graph))
     told = cut_groups(graph, assigner)

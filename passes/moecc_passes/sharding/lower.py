@@ -45,12 +45,12 @@ class LowerCollectivesPass(Pass):
         """Replace every ``reshard``."""
         counts: Counter[str] = Counter()
         found = 0
-        for node in list(graph):
+        for node in list(graph.every_node()):
             if node.op.name != "reshard":
                 continue
             found += 1
             cause = _cause(node.origin)
-            builder = Builder(graph, loc=node.loc, origin=f"{NAME}/{cause}", before=node)
+            builder = Builder(node.graph, loc=node.loc, origin=f"{NAME}/{cause}", before=node)
             value, target = node.operands[0], node.result.type
             for op, attrs in steps(value.type, target):
                 value = _emit(builder, value, op, attrs)

@@ -38,21 +38,28 @@ class StripShardingPass(Pass):
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Erase the collectives, and make every type one of global values alone."""
         erased = 0
-        for node in list(graph):
+        for node in list(graph.every_node()):
             if node.op.name in COLLECTIVES:
                 node.replace_by(node.operands[0])
                 erased += 1
         changed = mesh_of(graph) is not None or erased > 0
-        set_mesh(graph, None)
         restore_groups(graph)
-        for value in (*graph.inputs.values(), *graph.params.values()):
-            value.type = value.type.bare
-        for node in graph:
-            types = node.op.result_types(node.operands, node.attrs)
-            for value, type in zip(node.results, types, strict=True):
-                value.type = type
+        _take_away(graph)
         again = _merge_repeated(graph)
         return PassResult(changed, erased, {"collectives": erased, "repeated": again})
+
+
+def _take_away(graph: Graph) -> None:
+    """Take the mesh away from `graph` and its bodies, and from all types."""
+    set_mesh(graph, None)
+    for value in (*graph.inputs.values(), *graph.params.values()):
+        value.type = value.type.bare
+    for node in graph:
+        if node.body is not None:
+            _take_away(node.body)
+        types = node.op.result_types(node.operands, node.attrs)
+        for value, type in zip(node.results, types, strict=True):
+            value.type = type
 
 
 def _merge_repeated(graph: Graph) -> int:
