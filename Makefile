@@ -49,6 +49,7 @@ types: $(STAMP) ## mypy --strict over the three packages
 docs: $(STAMP) ## write the pages that are generated
 	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.pipeline.docs docs/passes.md
+	$(BIN)/python -m moecc_passes.sharding.legal docs/sharding.md
 
 bench: $(STAMP) ## the benchmarks, one after the other
 	$(BIN)/python benchmarks/startup.py

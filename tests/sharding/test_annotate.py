@@ -106,10 +106,11 @@ def test_a_capacity_counts_in_groups_that_the_mesh_must_divide() -> None:
     graph = model("llama_gqa")
     run(graph, "upcycle{experts=4 capacity-factor=2.0 groups=2},specialize{mode=train "
         "capacity-factor=2.0 groups=2}")  # fmt: skip
-    with pytest.raises(InputError, match="'groups' does not divide over the mesh") as caught:
+    with pytest.raises(InputError, match="groups of tokens do not divide over the mesh") as caught:
         run(graph, "annotate-sharding{mesh=data:4 rules=st-moe}")
     (problem,) = caught.value.problems
     assert problem.expected == "a multiple of 4 (data:4)"
+    assert "specialize{groups=4} first" in (problem.hint or "")
     assert "place" in (problem.where or "")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from moecc_backends.reference.devices import simulate
-from moecc_passes.sharding.legal import Case, cases, layer, outcome
+from moecc_passes.sharding.legal import Case, cases, layer, main, outcome, replace_table
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal
@@ -45,6 +46,18 @@ def test_devices_compute_what_one_does(case: Case) -> None:
     laws.check_round_trip(graph)
     run(graph, "strip-sharding")
     assert equal(graph, whole)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "sharding.md"
+
+
+def test_the_page_has_the_table_as_it_is(tmp_path: Path) -> None:
+    page = PAGE.read_text("utf-8")
+    assert replace_table(page) == page, "run: make docs"
+    empty = tmp_path / "page.md"
+    empty.write_text("# a page\n")
+    assert main([str(empty)]) == 1
+    assert empty.read_text() == "# a page\n"
 
 
 BATCH, SEQ, EMBED, WIDTH, EXPERTS, CHOICES = 8, 6, 8, 4, 8, 2

@@ -179,6 +179,14 @@ class Assigner:
                 hint="copy the experts over an outer axis: rules=st-moe-outer "
                 f"mesh=outer:{parts // size},inner:{size}",
             )
+        if axis.name == "groups":
+            return Problem(
+                "the groups of tokens do not divide over the mesh",
+                expected=f"a multiple of {parts} ({sizes})",
+                found=f"groups={size}, and the rule {rule} ({rule.source})",
+                hint=f"specialize{{groups={nearest_multiple(size, parts)}}} first: capacities are "
+                "then those of a device's own tokens",
+            )
         return Problem(
             f"the axis {axis.name!r} does not divide over the mesh",
             expected=f"a multiple of {parts} ({sizes})",

@@ -130,22 +130,37 @@ def outcome(case: Case) -> tuple[Graph | None, str]:
 
 
 def render() -> str:
-    """Return the table as Markdown: a line for each mesh, layout, slots and way that go together.
+    """Return what is legal as Markdown: a row for each layout and mesh, a column for each way.
 
-    What is refused stands below, by reason.
+    A cell has the slots that go together with both, by their initials.  The reasons that are told
+    for the others stand below.
     """
-    lines = ["| mesh | rules | slots | expert-parallel | collectives |", "|---|---|---|---|---|"]
     refused: dict[str, set[str]] = {}
+    cells: dict[tuple[str, str, str], list[str]] = {}
+    sent: dict[str, str] = {}
     for case in cases():
         graph, text = outcome(case)
+        key = (case.mesh, case.rules, case.way)
         if graph is None:
-            refused.setdefault(text, set()).add(f"`{case.way}` on `{case.rules}` ({case.slots})")
+            refused.setdefault(text, set()).add(f"`{case.way}`")
             continue
-        lines.append(f"| `{case.mesh}` | `{case.rules}` | {case.slots} | `{case.way}` | {text} |")
-    lines += ["", "Refused, with the reason that is told:", ""]
-    for reason, which in sorted(refused.items()):
-        lines.append(f"* {reason}: {', '.join(sorted(which))}.")
+        cells.setdefault(key, []).append(case.slots[0].upper())
+        sent.setdefault(case.way, f"{text} (`{case.mesh}`)")
+    head = ["rules", "mesh", *(f"`{way}`" for way in WAYS)]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for mesh, rules in MESHES:
+        found = (" ".join(cells.get((mesh, rules, way), ["–"])) for way in WAYS)
+        lines.append(_row([f"`{rules}`", f"`{mesh}`", *found]))
+    lines += ["", "C: slots under a capacity; R: ragged; E: experts that choose.", ""]
+    lines += [_row(["way", "collectives of one layer"]), _row(["---", "---"])]
+    lines += [_row([f"`{way}`", text]) for way, text in sent.items()]
+    lines += ["", "What is refused, with the reason that is told:", ""]
+    lines += [f"* {what}: {', '.join(sorted(which))}." for what, which in sorted(refused.items())]
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def replace_table(page: str) -> str:
