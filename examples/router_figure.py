@@ -9,11 +9,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 
 STYLES = (("#D55E00", "-"), ("#0072B2", (0, (4, 1.5))))
 """Vermilion and blue of Okabe and Ito, which the colour-blind tell apart; lines differ as well."""
 
-SMOOTHED_STEPS = 5
+SMOOTHED = 2
+"""How many steps before and after each one its mean is taken over."""
 
 Line = tuple[str, str, Mapping[str, Sequence[float]]]
 """A run: its column, its kind, and its measures by name."""
@@ -67,7 +69,11 @@ def draw(path: Path, measures: Sequence[Measure], runs: Sequence[Line]) -> None:
 
 def draw_panel(axes: Any, measure: Measure, runs: Sequence[Line]) -> None:
     """Draw a measure: a thin line for each seed, a thick one for their mean, a little smoothed."""
-    axes.set_yscale("log" if measure.log else "linear")
+    if measure.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(axis="y", color="0.9", linewidth=0.6)
     kinds = dict.fromkeys(kind for _, kind, _ in runs)
     for kind, (colour, dashes) in zip(kinds, STYLES, strict=False):
@@ -84,8 +90,8 @@ def draw_panel(axes: Any, measure: Measure, runs: Sequence[Line]) -> None:
 
 
 def smoothed(values: Any) -> Any:
-    """Return the running mean over a few steps; the first ones are averaged over fewer."""
+    """Return the mean over each step and as many before it as after it, fewer near the ends."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - SMOOTHED_STEPS, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    at = np.arange(len(values))
+    reach = np.minimum(SMOOTHED, np.minimum(at, at[::-1]))
+    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
