@@ -30,6 +30,7 @@ GROUPS = (
     ("Slots", "placing"),
     ("Random numbers", "random"),
     ("Collectives", "collectives"),
+    ("Bounded buffers", "buffers"),
     ("Repetition", "repetition"),
 )
 """Headings, and the module of `moecc.ir.table` whose rows stand under each."""

@@ -3,8 +3,8 @@
 Every device runs the same operations on its parts.  Beside `local_attrs`, these operations need to
 know which part it is, because what they compute depends on the place in the whole:
 ``positions`` and random numbers along an axis that lies split, ``embedding`` of a table whose rows
-lie split, ``combine`` of experts that lie split (other devices add the rest), ``bound_rows``, and
-``mean`` over an axis that lies split, which divides by the size of the whole.
+lie split, ``combine`` of experts that lie split (other devices add the rest), ``within_buffer``,
+which numbers groups, and ``mean`` over an axis that lies split, which divides by the size of all.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def local_attrs(node: Node, mesh: Mesh) -> dict[str, Any]:
     if node.op.name in PLACING and not node.attrs["group_size"]:
         outermost = node.results[-1].type[node.attrs["tokens"][0]]
         return {**node.attrs, "groups": node.attrs["groups"] // mesh.size(outermost.mesh)}
+    if node.op.name == "within_buffer":
+        mesh_axes = node.operands[2].type["group"].mesh
+        return {**node.attrs, "blocks": node.attrs["blocks"] // mesh.size(mesh_axes)}
     if node.op.name == "split":
         (name, size), *others = node.attrs["into"]
         parts = mesh.size(node.result.type[name].mesh)

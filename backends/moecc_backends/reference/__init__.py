@@ -6,6 +6,7 @@ Importing this package fills the table of meanings; its files mirror `moecc.ir.t
 from moecc_backends.reference import (
     attention,
     axes,
+    buffers,
     collectives,
     contraction,
     elementwise,
@@ -19,6 +20,7 @@ from moecc_backends.reference import (
 __all__ = [
     "attention",
     "axes",
+    "buffers",
     "collectives",
     "contraction",
     "elementwise",

@@ -11,6 +11,7 @@ from moecc.ir.graph import Node
 from moecc.ir.local import local_attrs
 from moecc.ir.mesh import Coordinates, Mesh
 from moecc_backends.reference.arrays import MEANINGS, NOTHING, Array
+from moecc_backends.reference.buffers import kept_from
 
 Local = Callable[[Node, list[Array], Coordinates, Mesh], "Array | tuple[Array, ...]"]
 
@@ -101,6 +102,18 @@ def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> 
     mine = (index >= 0) & (index < size)
     own = replace(place, data=np.where(Array(mine, experts.axes).to(place.axes), place.data, -1))
     return _one(_plain(node, [rows, replace(experts, data=index), own, gates], at, mesh))
+
+
+@local("within_buffer")
+def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
+    """Return what has room of this device's tokens, from the counts of all that exchange."""
+    experts, place, counts = operands
+    attrs = local_attrs(node, mesh)
+    tokens = node.operands[0].type[attrs["tokens"][0]].mesh
+    over = tokens[len(node.operands[2].type["group"].mesh) :]
+    groups = counts.size("group") // mesh.size(over)
+    first = mesh.part(at, over) * groups
+    return kept_from(experts, place, counts, attrs["tokens"], attrs, first=first, groups=groups)
 
 
 def _one(made: Array | tuple[Array, ...]) -> Array:

@@ -21,6 +21,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.kept import only_routes
 from moecc.ir.verify import where
 from moecc_backends.xla import lower_attention as lower_attention
+from moecc_backends.xla import lower_buffers as lower_buffers
 from moecc_backends.xla import lower_collectives as lower_collectives
 from moecc_backends.xla import lower_contract as lower_contract
 from moecc_backends.xla import lower_moe as lower_moe

@@ -3,6 +3,7 @@
 from moecc.ir.table import (
     attention,
     axes,
+    buffers,
     collectives,
     contraction,
     elementwise,
@@ -17,6 +18,7 @@ from moecc.ir.table import (
 __all__ = [
     "attention",
     "axes",
+    "buffers",
     "collectives",
     "contraction",
     "elementwise",

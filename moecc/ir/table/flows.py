@@ -120,6 +120,14 @@ def _placing(operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space(names, every, whole=frozenset(every.values()) - {"group"}, counts=counts)
 
 
+@flow("within_buffer")
+def _within_buffer(operands: Sequence[Value], attrs: Attrs) -> Space:
+    # Where the counts lie is checked by the operation: of all that a device exchanges with.
+    names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
+    every = {n: d for own in names for n, d in own.items()}
+    return Space((*names, {}), every, whole=frozenset(every.values()) - {"group"})
+
+
 @flow("dispatch", "group_sum")
 def _dispatch(operands: Sequence[Value], attrs: Attrs) -> Space:
     tokens = placing(operands[-1]).attrs["tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
@@ -10,6 +11,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import mesh_of
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc_passes.sharding.experts.bound import bound_rows
 from moecc_passes.sharding.experts.exchange import exchange
 from moecc_passes.sharding.experts.gather import gather_tokens
 from moecc_passes.sharding.experts.layer import LaidLayer, laid_layers, need
@@ -27,6 +29,9 @@ class ExpertParallelPass(Pass):
     one first.  ring: tokens are gathered and routed again, results reduce-scattered; exact, and
     cheaper where tokens have many choices.  replicated: the same with an ``all_reduce``, for
     tokens that are the same along the experts' mesh axis, as when decoding.
+
+    A buffer factor bounds what a device receives: what it has no room for is not placed, so that
+    no exchange loses anything, and an output ``dropped.LAYER`` counts it.
 
     Before, as ``annotate-sharding`` leaves it::
 
@@ -53,17 +58,34 @@ class ExpertParallelPass(Pass):
         str | None, "the mesh axis along which copies send a part of each row (capacity, ragged)"
     ] = None
 
+    buffer_factor: Annotated[
+        float | None,
+        "the rows that a device has room for, in shares of the choices (ragged, ring, replicated)",
+    ] = None
+
     @property
     def preserves(self) -> Preserves:
-        """Collectives are the identity on the global value."""
-        return EXACT
+        """Collectives are the identity on the global value; a bounded buffer may lose rows."""
+        if self.buffer_factor is None:
+            return EXACT
+        reason = f"rows beyond {self.buffer_factor:g} times a device's share are dropped"
+        return Preserves("approximate", reason)
 
     def validate(self) -> list[Problem]:
         """Return which options do not go together."""
-        if self.slice is None or self.via in EXCHANGES:
-            return []
-        expected = f"one of {', '.join(EXCHANGES)}"
-        return [Problem("rows are sliced where they are exchanged", "slice", expected, self.via)]
+        found: list[Problem] = []
+        if self.slice is not None and self.via not in EXCHANGES:
+            expected = f"one of {', '.join(EXCHANGES)}"
+            what = "rows are sliced where they are exchanged"
+            found.append(Problem(what, "slice", expected, self.via))
+        factor = self.buffer_factor
+        if factor is not None and not 0 < factor < inf:
+            what = "a buffer has room for something"
+            found.append(Problem(what, "buffer-factor", "a positive number", str(factor)))
+        if factor is not None and self.via == "capacity":
+            what = "a capacity bounds every buffer already"
+            found.append(Problem(what, "buffer-factor", "another way", "via=capacity"))
+        return found
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Insert the collectives.
@@ -79,6 +101,10 @@ class ExpertParallelPass(Pass):
         layers = laid_layers(graph)
         for layer in layers:
             self._apply(graph, layer)
+        # The layers are other nodes now.
+        for layer in laid_layers(graph) if self.buffer_factor is not None else []:
+            builder = Builder(graph, loc=layer.routed.dispatch.loc, origin=f"{NAME}/buffer")
+            bound_rows(graph, layer, builder, mesh, self.buffer_factor or 1.0)
         if layers:
             where = layers[0].routed.name
             ctx.remark(Remark(where, f"{len(layers)} layers: {self.via} over "

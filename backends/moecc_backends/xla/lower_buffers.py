@@ -1,0 +1,33 @@
+"""Lowering of bounded receive buffers, where a program sees the tokens of all groups."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from moecc.ir.graph import Node
+from moecc.ir.table.buffers import buffer_rows
+from moecc_backends.xla.context import Context, lowering
+from moecc_backends.xla.named import Named
+
+
+@lowering("within_buffer")
+def _within_buffer(ctx: Context, node: Node, experts: Named, place: Named, counts: Named) -> Named:
+    attrs, tokens = node.attrs, node.attrs["tokens"]
+    (choice,) = (a for a in experts.axes if a not in tokens)
+    layout = (*tokens, choice)
+    whole = experts.to(layout).array
+    chosen, slots = (x.to(layout).array.reshape(-1, whole.shape[-1]) for x in (experts, place))
+    counted = counts.to(("group", "expert")).array.astype(jnp.int32)
+    groups, num_experts = counted.shape
+    blocks, parts = attrs["blocks"], attrs["parts"]
+    each = chosen.shape[0] // groups
+    rows = buffer_rows(attrs, each * groups // blocks, chosen.shape[1])
+    cells = counted.reshape(blocks, groups // blocks, parts, num_experts // parts)
+    line = cells.transpose(0, 2, 1, 3).reshape(blocks, parts, -1)
+    room = jnp.clip(rows - (jnp.cumsum(line, -1) - line), 0, line)
+    back = room.reshape(blocks, parts, groups // blocks, num_experts // parts)
+    limit = back.transpose(0, 2, 1, 3).reshape(groups, num_experts)
+    group = jnp.arange(chosen.shape[0]) // max(each, 1)
+    there = (slots >= 0) & (chosen >= 0) & (chosen < num_experts)
+    keep = there & (slots < limit[group[:, None], jnp.where(there, chosen, 0)])
+    return Named(keep.reshape(whole.shape), layout).to(experts.axes)

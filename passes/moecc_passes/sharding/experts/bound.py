@@ -1,0 +1,91 @@
+"""Bounded receive buffers: rows that a device has no room for are not placed, and counted."""
+
+from __future__ import annotations
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Value
+from moecc.ir.mesh import Mesh
+from moecc.ir.replace import infer_again
+from moecc.ir.table.placing import given_to
+from moecc_passes.sharding.experts.layer import LaidLayer, need
+
+PREFIX = "dropped."
+"""Outputs that count the choices which found no room begin so, and go on with the layer."""
+
+
+def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, factor: float) -> None:
+    """Leave out what does not fit into `factor` times a device's share, and return the count.
+
+    Args:
+      graph: the graph.
+      layer: a dropless layer.
+      builder: makes the nodes.
+      mesh: the mesh of the graph.
+      factor: the room of a device, in shares of the choices.
+    """
+    routed = layer.routed
+    need(layer.is_ragged, layer, "under a capacity every buffer is bounded already",
+         "slots=ragged", "leave buffer-factor out")  # fmt: skip
+    builder.before = routed.dispatch
+    place, experts = routed.place, routed.experts
+    counts = _counts(layer, builder)
+    outer = tuple(m for m in counts.type["group"].mesh if m not in layer.expert_mesh)
+    over = counts.type["group"].mesh[len(outer) :]
+    if over:
+        counts = builder.all_gather(counts, axis="group", mesh=over, name="counts")
+    tokens = routed.placing.attrs["tokens"]
+    keep = builder.within_buffer(
+        experts,
+        place,
+        counts,
+        tokens=tokens,
+        parts=mesh.size(layer.expert_mesh),
+        blocks=mesh.size(outer),
+        factor=factor,
+    )
+    bounded = _placed_again(layer, builder, keep)
+    routed.dispatch.set_operand(2, bounded)
+    routed.combine.set_operand(2, bounded)
+    dropped = _dropped(builder, place, bounded)
+    infer_again(graph, [routed.dispatch, routed.combine], start=routed.placing)
+    graph.set_output(f"{PREFIX}{routed.name}", dropped)
+
+
+def _placed(builder: Builder, place: Value) -> Value:
+    """Return 1 for each choice that has a slot, of the axes of `place`."""
+    none = builder.constant(value=-1.0, dtype="i32")
+    ones = builder.broadcast(builder.constant(value=1.0, dtype="f32"), place)
+    made: Value = builder.mask(ones, builder.less(none, place), fill=0.0)
+    return made
+
+
+def _counts(layer: LaidLayer, builder: Builder) -> Value:
+    """Return how many slots of each group and expert are taken, ``[group, expert]``."""
+    routed = layer.routed
+    attrs = routed.placing.attrs
+    hot = builder.one_hot(routed.experts, into=(("expert", attrs["experts"]),))
+    each = builder.sum(builder.mul(hot, _placed(builder, routed.place)), axes=routed.choice)
+    counts: Value = builder.group_sum(each, routed.place, name="counts")
+    return counts
+
+
+def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
+    node = layer.routed.placing
+    need(node.op.name == "place", layer, "experts that choose have a bound already",
+         "slots that place gives", "leave buffer-factor out")  # fmt: skip
+    given = {**given_to(node.operands, node.attrs), "keep": keep}
+    attrs = {**node.attrs, "using": tuple(given)}
+    place: Value = builder.place(
+        node.operands[0], *given.values(), **attrs, name=layer.routed.place.name
+    )
+    return place
+
+
+def _dropped(builder: Builder, before: Value, after: Value) -> Value:
+    """Return how many choices had a slot and have none any more."""
+    axes = before.type.names
+    lost = builder.sub(_placed(builder, before), _placed(builder, after))
+    total: Value = builder.sum(lost, axes=axes, name="dropped")
+    if total.type.unreduced:
+        total = builder.all_reduce(total, mesh=total.type.unreduced, name="dropped")
+    return total

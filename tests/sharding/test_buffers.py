@@ -1,0 +1,129 @@
+"""Bounded receive buffers: what is dropped, counted by hand."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import numpy as np
+import pytest
+from moecc_backends.reference.devices import simulate
+from moecc_passes.sharding.legal import layer
+
+from moecc.backend import get_backend
+from moecc.errors import InputError, UsageError
+from moecc.ir import F32, I32, Builder, Graph, clone, tensor, verify
+from moecc.pipeline.text import Pipeline
+from moecc.testing import laws, run_reference
+
+from .meshes import run
+from .test_devices import check_every_value, data_for, largest_difference
+
+Slots = np.ndarray[Any, np.dtype[Any]]
+
+WAYS = [
+    # mesh, rules, way, devices that share the experts, blocks of them
+    ("data:8", "st-moe", "via=ragged", 8, 1),
+    ("data:8", "st-moe", "via=ring", 8, 1),
+    ("data:2,expert:4", "expert-parallel", "via=ring", 4, 2),
+    ("data:2,expert:4", "expert-parallel", "via=ragged", 4, 2),
+    ("far:2,near:4", "expert-hierarchical", "via=hierarchical", 8, 1),
+    ("data:2,expert:4", "expert-replicated", "via=replicated", 4, 2),
+    ("data:4,model:2", "st-moe", "via=ragged slice=model", 4, 1),
+]
+
+
+def kept_by_hand(experts: Slots, parts: int, blocks: int, factor: float) -> Slots:
+    """Return which choices `[group, token, choice]` find room, row by row in order of arrival."""
+    groups, tokens, choices = experts.shape
+    keep = np.ones(experts.shape, bool)
+    each, count = groups // blocks, 8 // parts
+    room = ceil(Fraction(repr(factor)) * each * tokens * choices / parts)
+    for block in range(blocks):
+        for part in range(parts):
+            rows = []
+            for group in range(block * each, (block + 1) * each):
+                for expert in range(part * count, (part + 1) * count):
+                    # All first choices have slots before any second (ST-MoE, Appendix D).
+                    rows += [(group, token, choice) for choice in range(choices)
+                             for token in range(tokens)
+                             if experts[group, token, choice] == expert]  # fmt: skip
+            for row in rows[room:]:
+                keep[row] = False
+    return keep
+
+
+@pytest.mark.parametrize("factor", [0.75, 1.0, 1.3, 8.0])
+@pytest.mark.parametrize(("mesh", "rules", "way", "parts", "blocks"), WAYS)
+def test_what_has_no_room_is_dropped_and_counted(
+    mesh: str, rules: str, way: str, parts: int, blocks: int, factor: float
+) -> None:
+    whole = layer("ragged")
+    graph = clone(whole)
+    passes = f"annotate-sharding{{mesh={mesh} rules={rules}}},expert-parallel{{{way}"
+    run(graph, f"{passes} buffer-factor={factor}}},trace-routing,lower-collectives")
+    laws.check_round_trip(graph)
+    params, inputs = data_for(whole, batch=8)
+    found = simulate(graph, params, inputs)
+    expected = run_reference(graph, params=params, inputs=inputs)
+    assert largest_difference(expected, found.outputs) <= 1e-12
+    check_every_value(graph, params, inputs, found)
+    experts = expected["trace.layers.0.ffn.experts"].reshape(8, -1, 2)
+    keep = kept_by_hand(experts, parts, blocks, factor)
+    assert np.array_equal(expected["trace.layers.0.ffn.slots"].reshape(keep.shape) >= 0, keep)
+    assert found.outputs["dropped.layers.0.ffn"] == (~keep).sum()
+    unbounded = run_reference(whole, params=params, inputs=inputs)["y"]
+    assert bool((~keep).sum()) == (largest_difference({"y": unbounded}, found.outputs) > 1e-9)
+    run(graph, "strip-sharding")
+    verify(graph)
+    assert largest_difference(expected, run_reference(graph, params=params, inputs=inputs)) == 0
+
+
+def test_xla_drops_the_same() -> None:
+    pytest.importorskip("jax")
+    graph = layer("ragged")
+    run(graph, "annotate-sharding{mesh=data:4 rules=st-moe},"
+        "expert-parallel{via=ragged buffer-factor=1.0},lower-collectives")  # fmt: skip
+    params, inputs = data_for(graph, batch=8)
+    expected = run_reference(graph, params=params, inputs=inputs)
+    found = get_backend("xla").compile(graph, dtype=F32).run(params, inputs)
+    assert found["dropped.layers.0.ffn"] == expected["dropped.layers.0.ffn"] > 0
+    assert largest_difference(expected, found) <= 1e-5
+
+
+def test_a_bound_is_a_promise_less() -> None:
+    graph = layer("ragged")
+    report = run(graph, "annotate-sharding{mesh=data:8 rules=st-moe},"
+                 "expert-parallel{via=ring buffer-factor=1.5}")  # fmt: skip
+    assert report.preserves.kind == "approximate"
+    assert "1.5 times a device's share" in report.preserves.reason
+    for options, what in (
+        ("via=capacity buffer-factor=2.0", "bounds every buffer already"),
+        ("via=ring buffer-factor=0", "room for something"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            Pipeline.parse(f"expert-parallel{{{options}}}")
+    bounded = layer("capacity")
+    with pytest.raises(InputError, match="every buffer is bounded already"):
+        run(bounded, "annotate-sharding{mesh=data:8 rules=st-moe},"
+            "expert-parallel{via=ring buffer-factor=2.0}")  # fmt: skip
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "parts": ({"parts": 3}, "parts do not divide the axis 'expert'"),
+    "blocks": ({"blocks": 0}, "blocks do not divide the axis 'group'"),
+    "factor": ({"factor": 0.0}, "a positive factor"),
+    "tokens": ({"tokens": ("batch",)}, "choices by token"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_numbers_that_do_not_suit(name: str) -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(I32, batch=4, seq=2, choice=2))
+    counts = graph.input("counts", tensor(F32, group=2, expert=4))
+    attrs = {"tokens": ("batch", "seq"), "parts": 2, "factor": 1.0}
+    changed, what = WRONG[name]
+    with pytest.raises(InputError, match=what):
+        Builder(graph).within_buffer(x, x, counts, **(attrs | changed))
