@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from moecc.ir import Graph, verify
-from moecc.pipeline.passes import Context, Pass, PassResult
+# Before jax looks at its devices: what lies on a mesh is tested on a CPU that is eight devices.
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}".strip()
+
+from moecc.ir import Graph, verify  # noqa: E402
+from moecc.pipeline.passes import Context, Pass, PassResult  # noqa: E402
 
 # No deadline: the first example of a test pays for imports and caches.
 settings.register_profile("dev", deadline=None, max_examples=100)

@@ -71,12 +71,12 @@ def _softmax_behind(weights: Value) -> bool:
 
 
 def only_routes(value: Value) -> bool:
-    """Whether all that is done with `value`, in bodies too, is to route: a weight, or a bias."""
+    """Whether all that is done with `value`, in bodies too, is to make the logits of routers."""
     return all(_routes(user, value) for user in value.users)
 
 
 def _routes(user: Node, value: Value) -> bool:
     if user.body is None:
-        return user.op.name == "route" or feeds_route(user)
+        return feeds_route(user)
     inner = zip(user.operands, user.body.inputs.values(), strict=True)
     return all(only_routes(i) for v, i in inner if v is value)

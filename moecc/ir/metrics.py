@@ -37,23 +37,14 @@ class MetricBuilder:
 
     def loads(self) -> Value:
         """Return the share of the placed rows that each expert has, ``[expert]``."""
-        return self._share(self._placed)
-
-    def chosen(self) -> Value:
-        """Return the share of the choices that each expert got, before any drop, ``[expert]``.
-
-        It is what the bias of loss-free balancing goes by (`moecc.routing.updated_bias`).
-        """
-        mask = self._routed.given.get("mask")
-        named = self.means.named
-        return self._share(named if mask is None else self._builder.mask(named, mask, fill=0.0))
+        b = self._builder
+        hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
+        rows = b.sum(b.mul(hot, self._placed), axes=self._routed.place.type.names)
+        total = self.means.at_least_one(b.sum(rows, axes="expert"))
+        return value(b.div(rows, total))
 
     def max_violation(self, loads: Value) -> Value:
-        """Return the largest load over the mean load, less 1 (Wang et al. 2024).
-
-        Args:
-          loads: those before any drop, as theirs are: a capacity would hide what it drops.
-        """
+        """Return the largest load over the mean load, less 1 (Wang et al. 2024)."""
         b = self._builder
         largest = b.scale(b.max(loads, axes="expert"), by=float(self._routed.count))
         return value(b.sub(largest, self.means.constant(1.0, largest)))
@@ -107,13 +98,6 @@ class MetricBuilder:
     @property
     def _routed(self) -> Routed:
         return self.means.routed
-
-    def _share(self, counted: Value) -> Value:
-        """Return the share of each expert in the choices where `counted` is 1."""
-        b = self._builder
-        hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
-        rows = b.sum(b.mul(hot, counted), axes=self._routed.place.type.names)
-        return value(b.div(rows, self.means.at_least_one(b.sum(rows, axes="expert"))))
 
     def _wanted(self) -> Value:
         """Return 1 for each choice that asks for a slot, ``[*tokens, choice]``."""

@@ -24,13 +24,12 @@ def metrics_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
     found = {
         "left_behind": made.left_behind(),
         "gate_mean": made.gate_mean(),
+        "max_violation": made.max_violation(loads),
         "dead_experts": made.dead_experts(loads),
         "loads": loads,
     }
     if layer.placing.op.name == "place":
         found["dropped"] = made.dropped()
-        found["chosen"] = made.chosen()
-    found["max_violation"] = made.max_violation(found.get("chosen", loads))
     if layer.placing.attrs["slots"] == "capacity":
         found["utilisation"] = made.utilisation()
     if scores is not None:

@@ -31,6 +31,7 @@ from moecc_backends.xla import lower_scan as lower_scan
 from moecc_backends.xla.context import LOWERINGS, Context, lower_nodes
 from moecc_backends.xla.dispatches import check_dispatch, dispatch_problems
 from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.local import Local
 from moecc_backends.xla.named import Named, Operand
 from moecc_backends.xla.options import DEFAULTS, Options
 from moecc_backends.xla.segments import Segment, segments
@@ -69,8 +70,17 @@ def trace(
     given: Mapping[Value, jax.Array],
     dtype: DType,
     options: Options = DEFAULTS,
+    local: Local | None = None,
 ) -> dict[Value, Operand]:
-    """Return all values of `nodes`, lowered under the current trace from the `given` arrays."""
+    """Return all values of `nodes`, lowered under the current trace from the `given` arrays.
+
+    Args:
+      nodes: the nodes, in order.
+      given: the arrays of the values that they use and do not make.
+      dtype: the type of the computation.
+      options: what was chosen for the lowering.
+      local: where the device stands whose parts the arrays are; None where they are whole.
+    """
     # What another segment computed has its type already: a loss may be wider than the model.
     values: dict[Value, Operand] = {
         v: Named(
@@ -81,7 +91,7 @@ def trace(
         )
         for v, array in given.items()
     }
-    lower_nodes(Context(dtype.numpy, values, options), nodes)
+    lower_nodes(Context(dtype.numpy, values, options, local=local or Local()), nodes)
     return values
 
 

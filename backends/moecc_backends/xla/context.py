@@ -13,6 +13,7 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.kept import kept_name
 from moecc.ir.verify import where
 from moecc_backends.xla.expert_scan import Dense
+from moecc_backends.xla.local import Local, varies
 from moecc_backends.xla.named import Operand, Rows, poisoned_rows
 from moecc_backends.xla.options import Options
 from moecc_backends.xla.packing import Packing
@@ -29,6 +30,7 @@ class Context:
       packings: how the rows of each ``place`` value lie, once it has been met.
       siblings: contractions that were lowered together with an earlier one.
       put_off: values that the combine of their routing makes, expert by expert.
+      local: where the device stands on a mesh, if arrays are parts.
     """
 
     dtype: Any
@@ -37,6 +39,13 @@ class Context:
     packings: dict[Value, Packing | Dense] = field(default_factory=dict)
     siblings: dict[Node, Rows] = field(default_factory=dict)
     put_off: dict[Value, Dense] = field(default_factory=dict)
+    local: Local = field(default_factory=Local)
+
+    def beside(self, x: Operand, other: Operand) -> Operand:
+        """Return `x` as an array that varies over the mesh as `other` does."""
+        if self.local.mesh is None:
+            return x
+        return replace(x, array=self.local.varying(x.array, varies(other.array)))
 
 
 Lowering = Callable[..., "Operand | tuple[Operand, ...]"]
@@ -89,7 +98,7 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
         raise InputError(f"the xla backend cannot lower {name}", where=where(node))
     operands = [None if v in ctx.put_off else ctx.values[v] for v in node.operands]
     try:
-        result = function(ctx, node, *operands)
+        result = function(ctx, node, *_alike(ctx, node, operands))
     except InputError as error:
         raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
     results = result if isinstance(result, tuple) else (result,)
@@ -97,6 +106,19 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
     known = kept_name(node)
     return results if known is None else (_named(results[0], known), *results[1:])
+
+
+def _alike(ctx: Context, node: Node, operands: list[Operand | None]) -> list[Operand | None]:
+    """Return `operands` so that all of them vary over the mesh as one of them does.
+
+    An own gradient, such as that of a grouped product, knows nothing of what only some vary over.
+    """
+    if ctx.local.mesh is None or node.op.places or node.body is not None:
+        return operands
+    axes = frozenset[str]().union(*(varies(x.array) for x in operands if x is not None))
+    return [
+        x if x is None else replace(x, array=ctx.local.varying(x.array, axes)) for x in operands
+    ]
 
 
 def _named(x: Operand, name: str) -> Operand:

@@ -131,7 +131,7 @@ def _multiply_groups(
     # Whichever of the two stands last in the checkpoint stays last: nothing is transposed.
     inner_last = w.axes[-1] in over
     order = ("expert", *rest, *over) if inner_last else ("expert", *over, *rest)
-    weights = [w if n is nodes[0] else ctx.values[n.operands[1]] for n in nodes]
+    weights = [w if n is nodes[0] else ctx.beside(ctx.values[n.operands[1]], x) for n in nodes]
     sizes = tuple(w.size(a) for a in rest)
     width = prod(w.size(a) for a in over)
     shape = (-1, prod(sizes), width) if inner_last else (-1, width, prod(sizes))

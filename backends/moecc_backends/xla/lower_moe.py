@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node, Value
-from moecc.ir.table.placing import capacity, group_count
+from moecc.ir.table.placing import capacity
 from moecc_backends.xla.context import Context, lower_nodes, lowering
 from moecc_backends.xla.dispatches import packed
 from moecc_backends.xla.dtypes import accumulator
@@ -18,6 +18,7 @@ from moecc_backends.xla.lower_plain import softmax
 from moecc_backends.xla.named import SLOT_AXES, Named, Operand, Rows, lifted_all
 from moecc_backends.xla.packing import Packing, Routing, RowPacking, SlotPacking
 from moecc_backends.xla.routing import rank_in_expert, sort_by_expert
+from moecc_backends.xla.slots import GatheredSlots
 from moecc_backends.xla.unused_rows import poisoned_values, with_poisoned_gradient
 
 
@@ -83,7 +84,8 @@ def _place(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     (choice,) = (a for a in experts.axes if a not in tokens)
     sizes = tuple(experts.size(a) for a in tokens)
     chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), -1)
-    groups = group_count(attrs, chosen.shape[0])
+    outermost = node.operands[0].type[tokens[0]]
+    groups = ctx.local.groups(attrs, outermost, chosen.shape[0])
     more = dict(zip(attrs["using"], given, strict=True))
     placed = _wanted(node, chosen, more, (*tokens, choice))
     order = _turns(more, tokens)
@@ -175,7 +177,7 @@ def _dispatch(ctx: Context, node: Node, x: Named, experts: Named, place: Named) 
 def _combine(
     ctx: Context, node: Node, rows: Operand | None, experts: Named, place: Named, gates: Named
 ) -> Operand:
-    packing = ctx.packings[node.operands[2]]
+    packing = _at_hand(ctx, node.operands[0], ctx.packings[node.operands[2]])
     routing = packing.routing
     (choice,) = (a for a in gates.axes if a not in routing.tokens)
     weights = gates.to((*routing.tokens, choice)).array.reshape(routing.num_tokens, -1)
@@ -190,6 +192,17 @@ def _combine(
     rest = made.axes[1:]
     whole = made.array.reshape(*routing.token_sizes, *made.array.shape[1:])
     return Named(whole, (*routing.tokens, *rest)).to((*outer, *rest))
+
+
+def _at_hand(ctx: Context, rows: Value, packing: Packing | Dense) -> Packing | Dense:
+    """Return the packing of `rows`: under a mesh, of the experts whose rows the device has."""
+    parts = ctx.local.parts(rows.type["expert"])
+    if parts == 1:
+        return packing
+    assert isinstance(packing, GatheredSlots), "rows that go to other devices lie in slots"
+    own = packing.routing.num_experts // parts
+    first = ctx.local.offset(rows.type["expert"], own)
+    return GatheredSlots(packing.routing.of_experts(first, own))
 
 
 def _gathered(ctx: Context, packing: Packing, rows: Operand, gates: jax.Array) -> Named:

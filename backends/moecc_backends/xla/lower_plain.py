@@ -126,7 +126,8 @@ def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
 @lowering("split")
 def _split(ctx: Context, node: Node, x: Operand) -> Operand:
     names = tuple(n for n, _ in node.attrs["into"])
-    sizes = tuple(s for _, s in node.attrs["into"])
+    parts = [ctx.local.parts(node.result.type[n]) for n in names]
+    sizes = tuple(s // n for (_, s), n in zip(node.attrs["into"], parts, strict=True))
 
     def cut(full: Named) -> Named:
         at, shape = full.axes.index(node.attrs["axis"]), full.array.shape
@@ -185,8 +186,12 @@ def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
 @lowering("positions")
 def _positions(ctx: Context, node: Node, like: Operand | None) -> Operand:
     axis = node.result.type.axes[0]
-    size = axis.size if isinstance(axis.size, int) else _size(ctx, node, like, axis.name)
-    return Named(jnp.arange(size, dtype=jnp.int32), (axis.name,))
+    if isinstance(axis.size, int):
+        size = axis.size // ctx.local.parts(axis)
+    else:
+        size = _size(ctx, node, like, axis.name)
+    own = jnp.arange(size, dtype=jnp.int32) + ctx.local.offset(axis, size)
+    return Named(own, (axis.name,))
 
 
 def _size(ctx: Context, node: Node, like: Operand | None, axis: str) -> int:
@@ -201,10 +206,15 @@ def _size(ctx: Context, node: Node, like: Operand | None, axis: str) -> int:
 @lowering("embedding")
 def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operand:
     axis = node.attrs["axis"]
+    declared = node.operands[0].type[axis]
 
     def pick(rows: Named, index: Named) -> Named:
         rest = tuple(a for a in rows.axes if a != axis)
-        picked = jnp.take(rows.to((axis, *rest)).array, index.array, axis=0)
+        own = rows.to((axis, *rest)).array
+        if ctx.local.parts(declared) == 1:
+            picked = jnp.take(own, index.array, axis=0)
+        else:
+            picked = _of_own_rows(own, index.array - ctx.local.offset(declared, len(own)))
         return Named(picked, (*index.axes, *rest))
 
     # Either may be packed rows, but not both: their axes would be there twice.
@@ -214,6 +224,13 @@ def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operan
         assert isinstance(picked, Rows), "rows stay rows"
         return with_masked_rows(picked)
     return lifted(table, lambda rows: pick(rows, ids))
+
+
+def _of_own_rows(rows: Array, index: Array) -> Array:
+    """Return rows of the own part of a table, and zeros for those of other parts."""
+    is_own = (index >= 0) & (index < len(rows))
+    picked = jnp.take(rows, jnp.where(is_own, index, 0), axis=0)
+    return jnp.where(is_own.reshape(*index.shape, *[1] * (rows.ndim - 1)), picked, 0)
 
 
 @lowering("one_hot")
@@ -244,6 +261,10 @@ def _reduce(ctx: Context, node: Node, x: Operand) -> Operand:
     def along(full: Named) -> Named:
         at = tuple(full.axes.index(a) for a in axes)
         result = function(full.array.astype(_wide(full.array)), axis=at)
+        if node.op.name == "mean":
+            # The parts of a mean add up to it; they are of one size.
+            given = node.operands[0].type
+            result = result / prod(ctx.local.parts(given[a]) for a in axes)
         rest = tuple(a for a in full.axes if a not in axes)
         return Named(result.astype(full.array.dtype), rest)
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
-from moecc.ir.table.placing import capacity, group_count
+from moecc.ir.table.placing import capacity
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dispatches import packed
 from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.local import bits_at
 from moecc_backends.xla.named import Named, Operand, Rows, lifted
 from moecc_backends.xla.packing import Routing
 
@@ -22,9 +23,14 @@ def _fold_key(ctx: Context, node: Node, key: Named) -> Operand:
     return Named(jax.random.fold_in(key.array, node.attrs["by"]), ())
 
 
-def _uniform(ctx: Context, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _uniform(
+    ctx: Context, key: jax.Array, node: Node, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> jax.Array:
     """Return 23 random bits for each place as numbers on [0, 1)."""
-    bits = jax.random.bits(key, shape, jnp.uint32)
+    type = node.result.type
+    places = ctx.local.places(type.with_axes(type[a] for a in axes), shape)
+    # The part of a device has the numbers that the whole has there.
+    bits = jax.random.bits(key, shape, jnp.uint32) if places is None else bits_at(key, places)
     return (bits >> 9).astype(accumulator(ctx.dtype)) / 2**23
 
 
@@ -38,14 +44,15 @@ def _places(like: Named) -> tuple[tuple[str, ...], tuple[int, ...]]:
 def _random_uniform(ctx: Context, node: Node, key: Named, like: Named) -> Operand:
     axes, shape = _places(like)
     low, high = node.attrs["low"], node.attrs["high"]
-    numbers = low + _uniform(ctx, key.array, shape) * (high - low)
+    numbers = low + _uniform(ctx, key.array, node, axes, shape) * (high - low)
     return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
 
 
 @lowering("random_normal")
 def _random_normal(ctx: Context, node: Node, key: Named, like: Named) -> Operand:
     axes, shape = _places(like)
-    first, second = (_uniform(ctx, jax.random.fold_in(key.array, by), shape) for by in (0, 1))
+    keys = (jax.random.fold_in(key.array, by) for by in (0, 1))
+    first, second = (_uniform(ctx, k, node, axes, shape) for k in keys)
     numbers = jnp.sqrt(-2 * jnp.log1p(-first)) * jnp.cos(2 * pi * second) * node.attrs["std"]
     return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
 
@@ -98,7 +105,8 @@ def _expert_choice(ctx: Context, node: Node, scores: Named, *mask: Named) -> tup
     tokens: tuple[str, ...] = attrs["tokens"]
     sizes = tuple(scores.size(a) for a in tokens)
     values = scores.to((*tokens, attrs["axis"])).array.reshape(prod(sizes), -1)
-    groups = group_count(attrs, values.shape[0])
+    outermost = node.operands[0].type[tokens[0]]
+    groups = ctx.local.groups(attrs, outermost, values.shape[0])
     limit = capacity(attrs, values.shape[0] // max(groups, 1), 1)
     ranked = values
     if mask:
@@ -132,7 +140,7 @@ def _group_sum(ctx: Context, node: Node, x: Named, place: Named) -> Operand:
     rest = tuple(a for a in x.axes if a not in tokens)
     source = x.to((*tokens, *rest)).array
     flat = source.reshape(prod(source.shape[: len(tokens)]), *source.shape[len(tokens) :])
-    groups = group_count(attrs, flat.shape[0])
+    groups = ctx.local.groups(attrs, node.operands[0].type[tokens[0]], flat.shape[0])
     parts = flat.reshape(groups, flat.shape[0] // max(groups, 1), *flat.shape[1:])
     total = jnp.sum(parts.astype(accumulator(ctx.dtype)), axis=1).astype(x.array.dtype)
     return Named(total, ("group", *rest))

@@ -56,7 +56,8 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
         kept = tuple(m.to(n).array for m, n in zip(made[:carries], names[:carries], strict=True))
         return kept, tuple(m.array for m in made[carries:])
 
-    first = tuple(x.array for x in operands[:carries])
+    entered = zip(operands[:carries], node.operands, strict=False)
+    first = tuple(ctx.local.settled(x.array, v.type) for x, v in entered)
     carry, made = _repeat(_remembering(run, node), first, tuple(x.array for x in slices), runs)
     whole = [Named(a, n) for a, n in zip(carry, names[:carries], strict=True)]
     more = zip(made, node.results[carries:], strict=True)
@@ -95,10 +96,13 @@ def _remembering(run: Step, node: Node) -> Step:
 def run_body(ctx: Context, body: Graph, operands: list[Named]) -> list[Named]:
     """Return the outputs of `body`, in order, lowered under the current trace."""
     values: dict[Value, Operand] = dict(zip(body.inputs.values(), operands, strict=True))
-    lower_nodes(replace(ctx, values=values, packings={}, siblings={}, put_off={}), body)
-    return [_whole(values[v], v) for v in body.terminator.operands]
+    local = replace(ctx.local, spread={})
+    inner = replace(ctx, values=values, packings={}, siblings={}, put_off={}, local=local)
+    lower_nodes(inner, body)
+    return [_whole(inner, values[v], v) for v in body.terminator.operands]
 
 
-def _whole(value: Operand, declared: Value) -> Named:
+def _whole(ctx: Context, value: Operand, declared: Value) -> Named:
     assert isinstance(value, Named), "rows do not leave a body"
-    return value.to(declared.type.names)
+    settled = replace(value, array=ctx.local.settled(value.array, declared.type))
+    return settled.to(declared.type.names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import jax
@@ -56,6 +56,19 @@ class Routing:
     def num_slots(self) -> int | None:
         """The slots of all experts and groups; None without a capacity."""
         return None if self.capacity is None else self.num_experts * self.groups * self.capacity
+
+    def of_experts(self, first: jax.Array | int, count: int) -> Routing:
+        """Return the routing to `count` experts from `first` on; other choices have no slot."""
+        experts = self.experts - first
+        is_own = (experts >= 0) & (experts < count)
+        wanted = is_own if self.wanted is None else self.wanted & is_own
+        return replace(
+            self,
+            experts=jnp.where(is_own, experts, 0),
+            slots=jnp.where(is_own, self.slots, -1),
+            wanted=wanted,
+            num_experts=count,
+        )
 
     def group_of(self, token: jax.Array) -> jax.Array:
         """Return the group of each token; groups are equal runs of tokens."""

@@ -51,6 +51,8 @@ def _ends(node: Node, rows: Value) -> bool:
 def _why_not_alone(node: Node, place: Value) -> str | None:
     if node.op.name == "dispatch":
         return _why_leaves(node) if node.operands[2] is place else "rows are dispatched again"
+    if node.op.places:
+        return "rows go to other devices"
     if node.op.name == "combine":
         return "the gates or slots are made of rows"
     if node.body is not None:
