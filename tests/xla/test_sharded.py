@@ -50,6 +50,12 @@ EXPERTS = {
     "nowhere": "data-parallel mesh=data:8",
 }
 
+
+def _some(layouts: dict[str, str], *quick: str) -> list[Any]:
+    """Return the names, those that are not `quick` marked slow."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in layouts]
+
+
 Run = Callable[..., dict[str, Any]]
 
 
@@ -121,12 +127,12 @@ def census(program: str) -> Counter[str]:
     return Counter(re.findall(kinds, program))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", _some(LAYOUTS, "tensor", "fsdp"))
 def test_a_dense_model_is_the_same_on_a_mesh(name: str) -> None:
     assert_same(*decoder(DENSE, seq=8), LAYOUTS[name])
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", _some(EXPERTS, "rows, columns", "replicated tokens"))
 def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
     losses = Pipeline.parse("add-losses{metrics=true}", installed())
