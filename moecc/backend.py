@@ -20,7 +20,13 @@ Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
 class Program(Protocol):
-    """A graph made ready to run."""
+    """A graph made ready to run.
+
+    Attributes:
+      writes: whether this process writes what `run` returns; of several processes, one does.
+    """
+
+    writes: bool
 
     def run(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Return the outputs by name.

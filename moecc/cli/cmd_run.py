@@ -36,10 +36,13 @@ def register(app: typer.Typer) -> None:
         from moecc.cli.console import say
         from moecc.cli.files import check_writable, read_inputs, write_whole
         from moecc.inputs import default_inputs
+        from moecc.launch.place import check_alone
         from moecc.models import open_model
         from moecc.settings import float_type
 
         check_writable(outputs, force=force)
+        if backend != "xla":
+            check_alone(backend)
         chosen, type = get_backend(backend), float_type(dtype)
         with open_model(model, weights=weights) as opened:
             name = _output(opened.graph, output)
@@ -47,6 +50,8 @@ def register(app: typer.Typer) -> None:
             given = default_inputs(graph) if inputs is None else read_inputs(inputs, graph)
             program = chosen.compile(graph, dtype=type)
             result = program.run(opened.params(dtype=type), given)[name]
+        if not program.writes:
+            return
         buffer = io.BytesIO()
         np.save(buffer, result)
         write_whole(outputs, buffer.getvalue(), force=force)

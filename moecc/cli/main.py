@@ -26,7 +26,9 @@ EPILOG = (
     "4 the machine, 70 a bug in moecc, 130 interrupted."
 )
 
-COMMANDS = ("inspect", "import", "opt", "convert", "verify", "run", "generate", "plan", "passes")
+COMMANDS = (
+    "inspect", "import", "opt", "convert", "verify", "run", "generate", "plan", "launch", "passes",
+)  # fmt: skip
 """The subcommands, in the order of ``--help``; each stands in a module ``moecc.cli.cmd_NAME``."""
 
 

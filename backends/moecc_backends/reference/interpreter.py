@@ -47,9 +47,10 @@ class ReferenceBackend:
 
 @dataclass(frozen=True)
 class ReferenceProgram:
-    """A graph that the interpreter runs."""
+    """A graph that the interpreter runs, in one process."""
 
     graph: Graph
+    writes = True
 
     def run(self, params: Arrays, inputs: Arrays) -> dict[str, Data]:
         """Return the outputs by name: floats as float64, others as their types say.

@@ -20,6 +20,7 @@ from moecc.ir.dtypes import F32, F64, DType
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.kept import only_routes
 from moecc.ir.verify import where
+from moecc.launch.place import place_of
 from moecc_backends.xla import lower_attention as lower_attention
 from moecc_backends.xla import lower_buffers as lower_buffers
 from moecc_backends.xla import lower_collectives as lower_collectives
@@ -140,9 +141,10 @@ class XlaBackend:
     def compile(
         self, graph: Graph, *, dtype: DType = F32, options: Options = DEFAULTS
     ) -> XlaProgram:
-        """Return `graph` ready to run in `dtype`.
+        """Return `graph` ready to run in `dtype`: on all processes, where the environment says so.
 
         Raises:
+          MachineError: the processes did not meet.
           InputError: an operation has no lowering, an output is ragged, or a dispatch lowering is
             forced that does not fit.
         """
@@ -159,6 +161,11 @@ class XlaBackend:
         problems += dispatch_problems(graph, options)
         if problems:
             raise InputError(problems)
+        place = place_of()
+        if place is not None:
+            from moecc_backends.xla.shared import shared_program
+
+            return shared_program(graph, dtype, options, place)
         return XlaProgram(graph, dtype, options)
 
 
@@ -169,7 +176,10 @@ class XlaProgram:
       graph: the graph.
       dtype: the type of the computation.
       options: what was chosen for the lowering.
+      writes: whether this process writes what `run` returns.
     """
+
+    writes = True
 
     def __init__(self, graph: Graph, dtype: DType, options: Options = DEFAULTS) -> None:
         self.graph = graph
@@ -193,22 +203,29 @@ class XlaProgram:
             return self._run_all(params, inputs)
 
     def _run_all(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        alive = {v: _device(inputs[n], v) for n, v in self.graph.inputs.items()}
+        alive = {v: self._placed(inputs[n], v) for n, v in self.graph.inputs.items()}
         returned = set(self.graph.outputs.values())
         for segment in self._segments:
             given = {v: alive[v] for v in segment.inputs}
-            weights = {v: _device(params[v.name], v) for v in segment.params}
+            weights = {v: self._placed(params[v.name], v) for v in segment.params}
             alive.update(self._run(segment, given, weights))
             for value in segment.last_uses:
                 if value not in returned:
                     del alive[value]
         for value in returned:
             if value.is_param:
-                alive[value] = _device(params[value.name], value)
+                alive[value] = self._placed(params[value.name], value)
         return {
-            n: numpy_output(finished(Named(alive[v], v.type.names), v))
+            n: self._fetched(finished(Named(alive[v], v.type.names), v))
             for n, v in self.graph.outputs.items()
         }
+
+    def _placed(self, array: Any, value: Value) -> jax.Array:
+        """Return a parameter or input on its devices."""
+        return _device(array, value)
+
+    def _fetched(self, array: jax.Array) -> np.ndarray[Any, Any]:
+        return numpy_output(array)
 
     def _run(
         self, segment: Segment, given: dict[Value, jax.Array], weights: dict[Value, jax.Array]

@@ -1,0 +1,105 @@
+"""``moecc launch``: several processes on this machine, and scripts for clusters."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class How(StrEnum):
+    """What is launched."""
+
+    local = "local"
+    template = "template"
+
+
+MOST_LOCAL = 64
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @app.command(
+        "launch",
+        epilog="Example: moecc launch local -n 2 -- run smollm2-8x --outputs logits.npy",
+    )
+    def launch(
+        how: Annotated[
+            How, typer.Argument(metavar="local|template", help="Start, or print a script.")
+        ],
+        command: Annotated[
+            list[str],
+            typer.Argument(
+                metavar="[slurm|xpk] -- COMMAND…",
+                help="Of moecc, or: python FILE. For a template, the cluster stands first.",
+                show_default=False,
+            ),
+        ],
+        processes: Annotated[
+            int,
+            typer.Option("-n", "--processes", min=1, max=MOST_LOCAL, help="How many, local."),
+        ] = 2,
+        nodes: Annotated[
+            int, typer.Option("--nodes", min=1, help="Of a template: nodes, or slices of TPUs.")
+        ] = 1,
+        name: Annotated[str, typer.Option("--name", help="Of a template: the job.")] = "moecc",
+        step_seconds: Annotated[
+            int,
+            typer.Option(
+                "--step-seconds", min=1, help="A process that makes no step for so long is stuck."
+            ),
+        ] = 300,
+    ) -> None:
+        """Run COMMAND in several processes that compute together, or print a script that would.
+
+        The first process that fails, dies or hangs ends all, with a message.
+        """
+        if how is How.template:
+            from moecc.launch.templates import Job, fill_template
+
+            kind, *rest = command
+            job = Job(_checked(rest), name, nodes, step_seconds)
+            sys.stdout.write(fill_template(kind, job))
+            return
+        from moecc.launch.supervisor import Supervisor
+
+        words = _program(command)
+        # Processes of one machine cannot share its accelerators, but can its cores.
+        platforms = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+        ended = Supervisor(
+            words, processes, stuck_seconds=step_seconds, environment=platforms
+        ).run()
+        if ended.exit_code:
+            raise typer.Exit(ended.exit_code)
+
+
+def _checked(command: list[str]) -> list[str]:
+    """Return `command` if it is one of moecc's.
+
+    Raises:
+      UsageError: it is none.
+    """
+    from moecc.cli.main import COMMANDS
+    from moecc.errors import UsageError, nearest
+
+    known = [c for c in COMMANDS if c != "launch"]
+    if not command or command[0] not in known:
+        word = command[0] if command else ""
+        raise UsageError(
+            "what is to run is no command of moecc",
+            expected="run, say, after --",
+            found=word or "nothing",
+            hint=nearest(word, known),
+        )
+    return command
+
+
+def _program(command: list[str]) -> list[str]:
+    """Return what each process is started with."""
+    if command[0] == "python" and len(command) > 1:
+        return [sys.executable, *command[1:]]
+    return [sys.executable, "-m", "moecc", *_checked(command)]

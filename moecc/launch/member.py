@@ -1,0 +1,129 @@
+"""What a process does to be one of several: it says that it gets on, and ends with the others.
+
+A process that hangs in a collective neither fails nor finishes, and no timeout of JAX's covers it.
+So each process reports its steps: to the supervisor, over a pipe, where there is one; and to a
+thread of its own, which ends it with a stack trace if no step comes in time.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from moecc.errors import MachineError, UsageError
+
+BEATS, LIFELINE, LIMIT = "MOECC_BEATS_FD", "MOECC_LIFELINE_FD", "MOECC_STEP_SECONDS"
+
+EXIT_CODE = MachineError.exit_code
+
+
+class Watchdog:
+    """Ends this process if no step is reported in time.
+
+    The thread needs the interpreter now and then; a library that holds it for good is for the
+    supervisor to end.
+
+    Args:
+      limit_seconds: the longest time between two steps; None for no limit.
+      end: what ends the process; by default ``os._exit``.
+    """
+
+    def __init__(
+        self, limit_seconds: float | None, end: Callable[[int], object] = os._exit
+    ) -> None:
+        self._limit = limit_seconds
+        self._end = end
+        self._step = threading.Event()
+        self._done = False
+        self._what = "start"
+        self._beats = _descriptor(BEATS)
+        if limit_seconds is not None:
+            threading.Thread(target=self._watch, daemon=True, name="moecc-watchdog").start()
+
+    def beat(self, what: str) -> None:
+        """Report that this process got on to `what`."""
+        self._what = what
+        self._step.set()
+        if self._beats is not None:
+            try:
+                os.write(self._beats, b".")
+            except OSError:
+                # The supervisor has gone; the lifeline ends this process.
+                self._beats = None
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._done = True
+        self._step.set()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _watch(self) -> None:
+        while not self._done:
+            if not self._step.wait(self._limit):
+                self._bite()
+                return
+            self._step.clear()
+
+    def _bite(self) -> None:
+        _say(f"no step for {self._limit:g} s, the last one was: {self._what}; the stacks:")
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        self._end(EXIT_CODE)
+
+
+def watchdog_of_environment() -> Watchdog:
+    """Return a watchdog with the limit that ``MOECC_STEP_SECONDS`` says, or without one.
+
+    Raises:
+      UsageError: the limit is no number of seconds.
+    """
+    text = os.environ.get(LIMIT, "")
+    if not text:
+        return Watchdog(None)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < threading.TIMEOUT_MAX:
+        raise UsageError("not a number of seconds", where=LIMIT, expected="300", found=text)
+    return Watchdog(limit)
+
+
+def hold_lifeline() -> None:
+    """End this process when its supervisor goes, however it does; without one, do nothing."""
+    descriptor = _descriptor(LIFELINE)
+    if descriptor is not None:
+        threading.Thread(target=_follow, args=(descriptor,), daemon=True).start()
+
+
+def _follow(descriptor: int) -> NoReturn:
+    # The supervisor never writes; that reading ends says that it has gone.
+    while os.read(descriptor, 1):
+        pass
+    _say("the supervisor has gone")
+    os._exit(EXIT_CODE)
+
+
+def _say(text: str) -> None:
+    # Who would have read it may have gone.
+    with suppress(OSError):
+        os.write(2, f"error: {text}\n".encode())
+
+
+def _descriptor(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        return None
+    try:
+        os.fstat(int(text))
+    except OSError:
+        return None
+    return int(text)

@@ -1,0 +1,245 @@
+"""Starting processes on this machine, and ending all of them when one fails, dies or hangs.
+
+The supervisor imports no jax: nothing that hangs the processes can hang it.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import IO
+
+from moecc.errors import MachineError
+from moecc.launch.member import BEATS, LIFELINE
+from moecc.launch.place import Place
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 1.5
+"""How long a process has between being asked to end and being ended."""
+
+
+START_SECONDS = 120
+"""How long a process may take to its first step, at least: it imports, and waits for the others."""
+
+
+@dataclass
+class Process:
+    """A process that was started.
+
+    Attributes:
+      number: its number, from 0.
+      popen: the process.
+      beats: the end of a pipe that it writes a byte into at each step.
+      last_beat: when it did, or was started, on the monotonic clock.
+      steps: whether it has made one.
+    """
+
+    number: int
+    popen: subprocess.Popen[bytes]
+    beats: int
+    last_beat: float = field(default_factory=time.monotonic)
+    steps: bool = False
+
+    def is_late(self, limit_seconds: float) -> bool:
+        """Whether its next step is overdue."""
+        limit = limit_seconds if self.steps else max(limit_seconds, START_SECONDS)
+        return time.monotonic() - self.last_beat > limit
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+      exit_code: 0, that of the process that failed first, or `MachineError`'s for one that was
+        killed or hung.
+      reason: what happened, or empty.
+    """
+
+    exit_code: int
+    reason: str = ""
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+class Supervisor:
+    """Runs one command in several processes on this machine.
+
+    Args:
+      command: the program and its arguments.
+      processes: how many.
+      stuck_seconds: how long a process may report no step; None for no limit.
+      environment: variables beside those of this process.
+      say: prints a line for people.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        processes: int,
+        *,
+        stuck_seconds: float | None = None,
+        environment: Mapping[str, str] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.command = list(command)
+        self.count = processes
+        self.stuck_seconds = stuck_seconds
+        self.environment = dict(environment or {})
+        self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.processes: list[Process] = []
+        self._pumps: list[threading.Thread] = []
+        self._lifeline = os.pipe()
+
+    def run(self) -> Ended:
+        """Start the processes, wait for them, and end all when one fails.
+
+        Output of the first goes to standard output; errors of all to standard error, each line
+        with the number of its process.
+
+        Raises:
+          MachineError: a process cannot be started.
+          KeyboardInterrupt: the user interrupted; the processes have been ended.
+        """
+        try:
+            self._start()
+            ended = self._wait()
+            if ended.reason:
+                self.say(f"error: {ended.reason}")
+            return ended
+        finally:
+            self._end_all()
+            for pump in self._pumps:
+                pump.join(timeout=GRACE_SECONDS)
+            for descriptor in (*self._lifeline, *(p.beats for p in self.processes)):
+                with suppress(OSError):
+                    os.close(descriptor)
+
+    def _start(self) -> None:
+        coordinator = f"127.0.0.1:{free_port()}"
+        for number in range(self.count):
+            try:
+                self.processes.append(self._start_one(Place(coordinator, self.count, number)))
+            except OSError as error:
+                what = f"process {number} cannot be started: {error.strerror or error}"
+                raise MachineError(what, where=self.command[0]) from None
+
+    def _start_one(self, place: Place) -> Process:
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        held = (self._lifeline[0], writing)
+        names = {LIFELINE: str(held[0]), BEATS: str(held[1])}
+        popen = subprocess.Popen(
+            self.command,
+            env={**os.environ, **self.environment, **place.environment(), **names},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if place.process == 0 else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=held,
+            # A group of its own: an interrupt reaches the supervisor first.
+            start_new_session=True,
+        )
+        os.close(writing)
+        for pump, stream in ((self._pump_errors, popen.stderr), (self._pump_output, popen.stdout)):
+            if stream is not None:
+                thread = threading.Thread(target=pump, args=(place.process, stream), daemon=True)
+                thread.start()
+                self._pumps.append(thread)
+        return Process(place.process, popen, reading)
+
+    def _pump_errors(self, number: int, stream: IO[bytes]) -> None:
+        with stream:
+            for line in stream:
+                self.say(f"[{number}] {line.decode(errors='replace').rstrip()}")
+
+    def _pump_output(self, number: int, stream: IO[bytes]) -> None:
+        with stream:
+            for line in stream:
+                # What the library says of its connections is no part of the artefact.
+                if not line.startswith(b"[Gloo] "):
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.buffer.flush()
+
+    def _wait(self) -> Ended:
+        with selectors.DefaultSelector() as selector:
+            for process in self.processes:
+                selector.register(process.beats, selectors.EVENT_READ, process)
+            while True:
+                self._read_beats(selector)
+                running = [p for p in self.processes if p.popen.poll() is None]
+                ended = self._failed() or self._stuck(running)
+                if ended is not None:
+                    return ended
+                if not running:
+                    return Ended(0)
+
+    def _read_beats(self, selector: selectors.BaseSelector) -> None:
+        # Without anything to read this is the pause between two looks.
+        if not selector.get_map():
+            time.sleep(POLL_SECONDS)
+            return
+        for key, _ in selector.select(POLL_SECONDS):
+            if os.read(key.fd, 4096):
+                key.data.last_beat, key.data.steps = time.monotonic(), True
+            else:
+                selector.unregister(key.fd)
+
+    def _failed(self) -> Ended | None:
+        for process in self.processes:
+            code = process.popen.poll()
+            if code is None or code == 0:
+                continue
+            who = f"process {process.number} of {self.count}"
+            others = "; the others were ended" if self.count > 1 else ""
+            if code < 0:
+                name = signal.Signals(-code).name
+                return Ended(MachineError.exit_code, f"{who} was ended by {name}{others}")
+            return Ended(code, f"{who} failed with exit code {code}{others}")
+        return None
+
+    def _stuck(self, running: list[Process]) -> Ended | None:
+        if self.stuck_seconds is None:
+            return None
+        stuck = [p for p in running if p.is_late(self.stuck_seconds)]
+        if not stuck:
+            return None
+        # The one that fell silent first holds up the others, which wait for it.
+        first = min(stuck, key=lambda p: p.last_beat)
+        return Ended(
+            MachineError.exit_code,
+            f"process {first.number} of {self.count} made no step for "
+            f"{time.monotonic() - first.last_beat:.0f} s; all were ended",
+        )
+
+    def _end_all(self) -> None:
+        """End what runs: ask first, and do not wait long."""
+        running = [p.popen for p in self.processes if p.popen.poll() is None]
+        for popen in running:
+            _signal(popen, signal.SIGTERM)
+        limit = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < limit and any(p.poll() is None for p in running):
+            time.sleep(POLL_SECONDS)
+        for popen in running:
+            if popen.poll() is None:
+                _signal(popen, signal.SIGKILL)
+                popen.wait()
+
+
+def _signal(popen: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to a process and what it started."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(popen.pid, number)

@@ -1,0 +1,106 @@
+"""Run by several processes: logits and gradients of a model, or one of the things that go wrong.
+
+python program.py train CONFIG PIPELINE OUT.npz
+python program.py hang
+python program.py differ
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def model(config: str, pipeline: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Return the graph of a golden config after a pipeline, parameters and inputs."""
+    from moecc.families import build
+    from moecc.families.configs import read_config
+    from moecc.pipeline.passes import Context
+    from moecc.pipeline.runner import run_pipeline
+    from moecc.pipeline.text import Pipeline
+    from moecc.testing import inputs_for, params_for, sizes_for
+
+    graph = build(read_config(Path(config)))
+    if pipeline:
+        run_pipeline(graph, Pipeline.parse(pipeline), context=Context())
+    sizes = dict.fromkeys(sizes_for(graph, 0), 6) | {"B": 8}
+    params = params_for(graph, 1, sizes)
+    return graph, {n: a.astype(np.float32) for n, a in params.items()}, inputs_for(graph, 1, sizes)
+
+
+def loss_of(graph: Any) -> Any:
+    """Return a scalar that mixes the whole batch."""
+    import jax.numpy as jnp
+    from moecc_backends.xla.backend import function
+
+    run = function(graph)
+
+    def loss(params: Any, inputs: Any) -> Any:
+        logits = run(params, inputs)["logits"]
+        return jnp.mean(jnp.tanh(logits / 4) ** 2) + jnp.std(logits)
+
+    return loss
+
+
+def train(config: str, pipeline: str, out: str) -> None:
+    from moecc.backend import get_backend
+
+    graph, params, inputs = model(config, pipeline)
+    program = get_backend("xla").compile(graph)
+    outputs = program.run(params, inputs)
+    import jax
+    from moecc_backends.xla.distributed import value_and_grad
+
+    value, gradients = value_and_grad(loss_of(graph), params, inputs)
+    counts = np.array([jax.process_count(), jax.device_count()])
+    if program.writes:
+        grads = {f"grad {n}": g for n, g in gradients.items()}
+        np.savez(out, counts=counts, loss=value, logits=outputs["logits"], **grads)
+
+
+def hang() -> None:
+    """Add numbers up with the others, without end."""
+    import jax.numpy as jnp
+    from jax.experimental import multihost_utils
+    from moecc_backends.xla.distributed import join
+
+    from moecc.launch.member import hold_lifeline, watchdog_of_environment
+    from moecc.launch.place import place_of
+
+    place = place_of()
+    assert place is not None
+    hold_lifeline()
+    watchdog = watchdog_of_environment()
+    join(place)
+    for step in range(10_000):
+        multihost_utils.process_allgather(jnp.full(4, step))
+        watchdog.beat(f"step {step}")
+        if step == 2:
+            print(f"going {os.getpid()}", file=sys.stderr, flush=True)
+        time.sleep(0.01)
+
+
+def differ() -> None:
+    from moecc_backends.xla.distributed import configuration, join, preflight
+
+    from moecc.errors import InputError
+    from moecc.launch.place import place_of
+
+    place = place_of()
+    assert place is not None
+    join(place)
+    preflight(configuration(rate="0.001"))
+    try:
+        preflight(configuration(rate="0.001" if place.process == 0 else "0.01"))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    {"train": train, "hang": hang, "differ": differ}[sys.argv[1]](*sys.argv[2:])

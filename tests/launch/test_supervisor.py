@@ -1,0 +1,196 @@
+"""The first process that fails, dies or hangs ends all, within a bound and with a message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from moecc.launch.supervisor import Ended, Supervisor, free_port
+
+BOUND_SECONDS = 5
+
+ME = "import os, sys, time; me = int(os.environ['MOECC_PROCESS'])\n"
+
+
+def run(
+    code: str, processes: int = 3, *, stuck_seconds: float | None = None
+) -> tuple[Ended, list[str], Supervisor]:
+    said: list[str] = []
+    command = [sys.executable, "-c", ME + textwrap.dedent(code)]
+    supervisor = Supervisor(command, processes, stuck_seconds=stuck_seconds, say=said.append)
+    return supervisor.run(), said, supervisor
+
+
+def all_gone(supervisor: Supervisor) -> bool:
+    return all(p.popen.poll() is not None for p in supervisor.processes)
+
+
+def test_processes_know_their_places_and_the_first_has_the_output(
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    ended, said, supervisor = run(
+        """
+        print("output of", me, os.environ["MOECC_PROCESSES"])
+        print("line of", me, file=sys.stderr)
+        """
+    )
+    assert ended == Ended(0)
+    assert sorted(said) == [f"[{i}] line of {i}" for i in range(3)]
+    assert capfdbinary.readouterr().out == b"output of 0 3\n"
+    assert all_gone(supervisor)
+
+
+def test_one_that_fails_ends_the_others_with_its_code() -> None:
+    start = time.monotonic()
+    ended, said, supervisor = run("sys.exit(3) if me == 1 else time.sleep(60)")
+    assert time.monotonic() - start < BOUND_SECONDS + 5
+    assert ended.exit_code == 3
+    assert said[-1] == "error: process 1 of 3 failed with exit code 3; the others were ended"
+    assert all_gone(supervisor)
+
+
+def test_one_that_is_killed_ends_the_others() -> None:
+    ended, said, supervisor = run("os.kill(os.getpid(), 9) if me == 2 else time.sleep(60)")
+    assert ended.exit_code == 4
+    assert "process 2 of 3 was ended by SIGKILL" in said[-1]
+    assert all_gone(supervisor)
+
+
+def test_one_that_refuses_to_end_is_killed(tmp_path: Path) -> None:
+    ended, _, supervisor = run(
+        f"""
+        import signal
+        here = {str(tmp_path)!r}
+        if me == 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            open(here + "/ready", "w").close()
+            time.sleep(60)
+        while not os.path.exists(here + "/ready"):
+            time.sleep(0.01)
+        sys.exit(1)
+        """,
+        processes=2,
+    )
+    assert ended.exit_code == 1
+    assert all_gone(supervisor)
+    assert supervisor.processes[1].popen.returncode == -signal.SIGKILL
+
+
+def test_one_that_makes_no_step_ends_all() -> None:
+    """A stopped process neither fails nor finishes; the others go on reporting steps."""
+    ended, said, supervisor = run(
+        """
+        from moecc.launch.member import Watchdog
+        watchdog = Watchdog(None)
+        for step in range(600):
+            watchdog.beat(str(step))
+            if me == 1 and step == 3:
+                import signal
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.05)
+        """,
+        stuck_seconds=3.0,
+    )
+    assert ended.exit_code == 4
+    assert "process 1 of 3 made no step for 3 s" in said[-1]
+    assert all_gone(supervisor)
+
+
+def test_the_watchdog_of_a_process_ends_it_with_its_stack() -> None:
+    code = """
+        from moecc.launch.member import watchdog_of_environment
+        os.environ["MOECC_STEP_SECONDS"] = "0.3"
+        watchdog = watchdog_of_environment()
+        watchdog.beat("the first step")
+        def hangs(): time.sleep(60)
+        hangs()
+    """
+    ended, said, _ = run(code, processes=1)
+    assert ended.exit_code == 4
+    text = "\n".join(said)
+    assert "no step for 0.3 s, the last one was: the first step" in text
+    assert "in hangs" in text
+
+
+def test_a_watchdog_that_hears_steps_does_not_bite() -> None:
+    code = """
+        from moecc.launch.member import Watchdog
+        with Watchdog(5.0) as watchdog:
+            for step in range(5):
+                watchdog.beat(str(step))
+        time.sleep(0.2)
+    """
+    assert run(code, processes=1)[0] == Ended(0)
+
+
+def test_processes_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
+    child = (
+        "import os, time\n"
+        "from moecc.launch.member import hold_lifeline\n"
+        "hold_lifeline()\n"
+        f"open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    parent = (
+        "import sys\n"
+        "from moecc.launch.supervisor import Supervisor\n"
+        f"Supervisor([sys.executable, '-c', {child!r}], 2).run()\n"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    children = [int(p.name) for p in tmp_path.iterdir()]
+    supervisor.kill()
+    supervisor.wait()
+    wait_for(lambda: not any(map(is_running, children)))
+
+
+def wait_for(condition: object, seconds: float = 30) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < limit, "not in time"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")
+
+
+def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
+    child = (
+        f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w').close();"
+        "time.sleep(60)"
+    )
+    program = tmp_path.parent / f"{tmp_path.name}.py"
+    program.write_text(child)
+    command = [sys.executable, "-m", "moecc", "launch", "local", "-n", "2", "--", "python"]
+    launched = subprocess.Popen(
+        [*command, str(program)], stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    os.kill(launched.pid, signal.SIGINT)
+    _, err = launched.communicate(timeout=30)
+    assert launched.returncode == 130
+    assert b"interrupted" in err
+    assert not any(is_running(int(p.name)) for p in tmp_path.iterdir())
+
+
+def test_what_cannot_be_started_is_told() -> None:
+    from moecc.errors import MachineError
+
+    with pytest.raises(MachineError, match="process 0 cannot be started"):
+        Supervisor(["/nowhere/python"], 2, say=lambda line: None).run()
+
+
+def test_ports_are_free() -> None:
+    assert 1024 < free_port() < 65536
