@@ -15,6 +15,8 @@ from moecc.plan.collectives import Transfer
 
 VIAS = ("capacity", "ragged", "ring", "replicated")
 LOCAL = "local"
+SLICED = ("capacity", "ragged")
+"""Those that can send a part of each row from each of the devices that share its neurons."""
 
 BOUND = 1.25
 """The capacity factor of an exchange whose experts take every token in the graph."""
@@ -32,6 +34,7 @@ class Rows:
       top_k: choices of a token.
       experts: how many there are.
       dropless: whether every token is taken.
+      tensor: devices that share the neurons.
     """
 
     tokens: float
@@ -41,6 +44,7 @@ class Rows:
     top_k: int
     experts: int
     dropless: bool
+    tensor: int = 1
 
     def factor(self, via: str) -> float:
         """Return how many rows are computed for each row of the graph."""
@@ -73,21 +77,28 @@ def legal(via: str, devices: int, dropless: bool) -> bool:
     return via != LOCAL and (via != "ragged" or dropless)
 
 
-def transfers(via: str, rows: Rows, axes: tuple[str, ...], again: float) -> Iterator[Transfer]:
+def transfers(
+    via: str, rows: Rows, axes: tuple[str, ...], again: float, sliced: tuple[str, ...] = ()
+) -> Iterator[Transfer]:
     """Yield the collectives of one sparse layer, forward and backward.
 
     Args:
       via: one of `VIAS`, or ``local``.
       rows: what is sent.
-      axes: the mesh axes of the experts; devices that share neurons each send the same rows.
-      again: how often the forward pass runs: 1, or 2 under rematerialisation, or 0 less gradients.
+      axes: the mesh axes of the experts.
+      again: how often the forward pass runs: 1, or 2 under rematerialisation.
+      sliced: the mesh axes of the neurons, if their devices, which have the same tokens, send a
+        part of each row instead of all of it; see `_sliced`.
     """
     both = again + 1
     tokens = rows.tokens * rows.row_bytes
     if via in ("capacity", "ragged"):
         op = "all_to_all" if via == "capacity" else "ragged_all_to_all"
         full = rows.rows * rows.factor(via) * rows.row_bytes
-        yield Transfer(op, axes, full, 2 * both, "rows to experts and back")
+        parts = rows.tensor if sliced else 1
+        yield Transfer(op, axes, full / parts, 2 * both, "rows to experts and back")
+        if sliced:
+            yield from _sliced(full, tokens, sliced, both)
     elif via == "ring":
         full = tokens * rows.devices
         # The sum need not run again: nothing of it is kept.
@@ -95,3 +106,16 @@ def transfers(via: str, rows: Rows, axes: tuple[str, ...], again: float) -> Iter
         yield Transfer("reduce_scatter", axes, full, 2, "sums to their tokens")
     elif via == "replicated":
         yield Transfer("all_reduce", axes, tokens, 2, "what the experts of each device say")
+
+
+def _sliced(
+    rows_bytes: float, token_bytes: float, axes: tuple[str, ...], times: float
+) -> Iterator[Transfer]:
+    """Yield what puts parts of rows together where the experts are, and takes sums apart again.
+
+    The rows are gathered; the sums over neurons are reduce-scattered, go back in parts, and are
+    gathered as tokens when they have been combined (mesh-tensorflow's ``d_model_split``).
+    """
+    yield Transfer("all_gather", axes, rows_bytes, times, "parts of rows")
+    yield Transfer("reduce_scatter", axes, rows_bytes, times, "sums of rows")
+    yield Transfer("all_gather", axes, token_bytes, times, "parts of tokens")

@@ -57,6 +57,7 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
         "via": strategy.via,
         "dispatch": strategy.dispatch,
         "remat": strategy.remat,
+        "sliced": strategy.sliced,
     }
 
 
@@ -150,7 +151,7 @@ def _name(plan: dict[str, Any]) -> str:
     words = [mesh]
     if plan["dense_weights"] == "split":
         words.append("dense weights split over the experts' axis")
-    words.append(f"experts via {plan['via']}")
+    words.append(f"experts via {plan['via']}{' in slices' if plan['sliced'] else ''}")
     return ", ".join([*words, f"{plan['dispatch']} dispatch", f"remat {plan['remat']}"])
 
 

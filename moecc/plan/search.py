@@ -9,7 +9,7 @@ from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
 from moecc.plan.batches import Batch
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.exchanges import LOCAL, VIAS, exact, legal
+from moecc.plan.exchanges import LOCAL, SLICED, VIAS, exact, legal
 from moecc.plan.layout import DENSE_WEIGHTS, Layout, check_layout, problems
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.meshes import check_devices, meshes
@@ -62,6 +62,8 @@ def strategies(work: Workload, machine: Machine, wish: Wish, train: bool) -> Ite
             remats = REMATS if wish.remat is None else (wish.remat,)
             for remat in remats if train else ("none",):
                 yield Strategy(layout, via, dispatch, remat)
+                if via in SLICED and layout.tensor_axes:
+                    yield Strategy(layout, via, dispatch, remat, sliced=True)
 
 
 def _layouts(work: Workload, machine: Machine, wish: Wish) -> Iterator[Layout]:

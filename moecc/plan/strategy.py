@@ -44,16 +44,20 @@ class Strategy:
       dispatch: how rows are made: ``index`` for slots under a capacity, ``grouped`` for as many as
         there are, ``onehot`` for products with masks.
       remat: one of `REMATS`.
+      sliced: whether devices along ``model``, which have the same tokens, each send a part of a
+        row to the experts.
     """
 
     layout: Layout
     via: str = LOCAL
     dispatch: str = "index"
     remat: str = "full"
+    sliced: bool = False
 
     def __str__(self) -> str:
         mesh = str(self.layout.mesh) or "one device"
         dense = ", dense weights split" if self.layout.dense_weights == "split" else ""
         via = f", via {self.via}" if self.via != LOCAL else ""
+        via += " in slices" if self.sliced else ""
         rows = f", {self.dispatch}" if self.layout.experts else ""
         return f"{mesh}{dense}{via}{rows}, remat {self.remat}"

@@ -20,13 +20,14 @@ def part_transfers(
     width = setting.dtype.itemsize_bytes
     for weight in part.weights:
         yield from _weight_transfers(weight, setting, strategy, local, width)
-    yield from _sums(part, setting, strategy, local, width)
     rows = sparse_rows(part, work, setting, strategy, local)
+    yield from _sums(part, setting, strategy, local, rows)
     if rows is not None and strategy.via != LOCAL:
         layout, again = strategy.layout, forwards(strategy.remat, setting.train)
+        sliced = layout.tensor_axes if strategy.sliced else ()
         yield from _forward_only(
             exchange_transfers(
-                strategy.via, rows, layout.expert_axes, again
+                strategy.via, rows, layout.expert_axes, again, sliced
             ),
             setting.train,
         )  # fmt: skip
@@ -71,6 +72,7 @@ def sparse_rows(
         top_k=part.top_k,
         experts=work.experts,
         dropless=work.dropless,
+        tensor=layout.mesh.size(layout.tensor_axes),
     )
 
 
@@ -95,23 +97,29 @@ def _weight_transfers(
 
 
 def _sums(
-    part: Part, setting: Setting, strategy: Strategy, local: Sharding, width: int
+    part: Part, setting: Setting, strategy: Strategy, local: Sharding, rows: Rows | None
 ) -> Iterator[Transfer]:
     """Yield the sums over ``model``: where an axis that it splits is summed over, or made.
 
     Forward, a product over a split axis leaves a partial sum on each device.  Backward, a product
     that made a split axis leaves partial gradients of its operand; those of several products of
-    one operand are added first, and summed once.
+    one operand are added first, and summed once.  What is added up as tokens between devices of
+    experts is summed over ``model`` there, too: tokens are fewer than rows.
     """
-    layout = strategy.layout
+    layout, width = strategy.layout, setting.dtype.itemsize_bytes
     if layout.mesh.size(layout.tensor_axes) == 1:
         return
     shards = layout.shards
     sources: dict[Shape, None] = {}
     for step in part.steps:
+        if strategy.sliced and step.has_rows and _meets_weight(step):
+            # The exchange has it.
+            continue
         if _sums_split(step, shards):
             times = 1 + (setting.train and _runs_again(step, strategy.remat))
             size = local.elements(step.results[0]) * width
+            if rows is not None and step.has_rows and strategy.via in ("ring", "replicated"):
+                size = rows.tokens * rows.row_bytes
             yield Transfer("all_reduce", layout.tensor_axes, size, times, "partial sums")
         if setting.train and _makes_split(step, shards):
             sources[step.operands[0]] = None

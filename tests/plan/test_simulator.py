@@ -34,18 +34,21 @@ def run(graph: Graph, pipeline: str) -> None:
     run_pipeline(graph, Pipeline.parse(pipeline), context=Context())
 
 
-def planned(graph: Graph, mesh: str, via: str) -> Estimate:
+def planned(graph: Graph, mesh: str, via: str, sliced: bool = False) -> Estimate:
     lengths = tuple((name, TOKENS) for name in length_variables(graph))
     work = workload(graph, Batch(SEQUENCES, lengths))
-    layout = Layout(plan_mesh(mesh), work.experts)
+    layout = Layout(plan_mesh(mesh), work.experts, replicated=via == "replicated")
     check_layout(layout, work)
     machine = parse_machine(f"cpu:{layout.mesh.devices}")
     setting = Setting(train=False, dtype=F32)
-    return Estimator(work, machine, setting).estimate(Strategy(layout, via, "index", "none"))
+    return Estimator(work, machine, setting).estimate(
+        Strategy(layout, via, "index", "none", sliced)
+    )
 
 
-def simulated(graph: Graph, mesh: str, rules: str) -> Run:
-    run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}},lower-collectives")
+def simulated(graph: Graph, mesh: str, rules: str, way: str = "") -> Run:
+    chosen = f"expert-parallel{{{way}}}," if way else ""
+    run(graph, f"annotate-sharding{{mesh={mesh} rules={rules}}},{chosen}lower-collectives")
     sizes = dict.fromkeys(sizes_for(graph, 0), TOKENS) | {"B": SEQUENCES}
     return simulate(graph, params_for(graph, 1, sizes), inputs_for(graph, 1, sizes))
 
@@ -54,22 +57,40 @@ CAPACITY = "specialize{mode=train capacity-factor=2.0 groups=4}"
 
 
 @pytest.mark.parametrize(
-    ("case", "before", "mesh", "rules", "via"),
+    ("case", "before", "mesh", "rules", "via", "way"),
     [
-        ("llama_gqa", "", "data:4,model:2", "tensor-parallel", "local"),
-        ("mixtral_gqa", CAPACITY, "data:4", "st-moe", "capacity"),
-        ("mixtral_gqa", CAPACITY, "data:4,model:2", "st-moe", "capacity"),
-        ("qwen2_moe_plain", CAPACITY, "data:2,expert:2", "expert-parallel", "capacity"),
+        ("llama_gqa", "", "data:4,model:2", "tensor-parallel", "local", ""),
+        ("mixtral_gqa", CAPACITY, "data:4", "st-moe", "capacity", ""),
+        ("mixtral_gqa", CAPACITY, "data:4,model:2", "st-moe", "capacity", "via=capacity"),
+        (
+            "mixtral_gqa",
+            CAPACITY,
+            "data:4,model:2",
+            "st-moe",
+            "capacity",
+            "via=capacity slice=model",
+        ),
+        ("mixtral_gqa", CAPACITY, "data:4,model:2", "st-moe", "ring", "via=ring"),
+        ("mixtral_gqa", "", "data:4", "st-moe", "ring", "via=ring"),
+        ("qwen2_moe_plain", CAPACITY, "data:2,expert:2", "expert-parallel", "capacity", ""),
+        (
+            "qwen2_moe_plain",
+            "",
+            "data:2,expert:2",
+            "expert-replicated",
+            "replicated",
+            "via=replicated",
+        ),
     ],
 )
 def test_collectives_send_what_the_plan_says(
-    case: str, before: str, mesh: str, rules: str, via: str
+    case: str, before: str, mesh: str, rules: str, via: str, way: str
 ) -> None:
     graph = build(read_config(GOLDEN / case))
     if before:
         run(graph, before)
-    expected = planned(clone(graph), mesh, via)
-    found = simulated(graph, mesh, rules)
+    expected = planned(clone(graph), mesh, via, "slice" in way)
+    found = simulated(graph, mesh, rules, way)
     assert found.sent_bytes
     assert found.sent_bytes == {
         op: pytest.approx(row["sent_bytes"]) for op, row in expected.collectives.items()
