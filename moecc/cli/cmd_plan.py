@@ -61,6 +61,9 @@ def register(app: typer.Typer) -> None:
             ),
         ],
         machine: MachineOption,
+        pipeline: Annotated[
+            str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
+        ] = "",
         batch_tokens: Annotated[
             int | None,
             typer.Option(
@@ -110,7 +113,9 @@ def register(app: typer.Typer) -> None:
         """
         from moecc.cli.console import report, say
         from moecc.cli.files import check_writable, write_whole
+        from moecc.cli.pipelines import read_pipeline
         from moecc.models import open_model
+        from moecc.pipeline.runner import run_pipeline
         from moecc.plan.batches import make_batch, parse_lengths
         from moecc.plan.chart import chart
         from moecc.plan.machines import parse_machine
@@ -123,6 +128,7 @@ def register(app: typer.Typer) -> None:
 
         if svg is not None:
             check_writable(svg, force=force)
+        passes = read_pipeline(pipeline)
         where = parse_machine(machine)
         wish = Wish(plan_mesh(mesh) if mesh is not None else None, via, remat, dense_weights)
         lengths = parse_lengths(sequence) if sequence is not None else None
@@ -130,6 +136,7 @@ def register(app: typer.Typer) -> None:
             step is Step.train, optimizer.value, float_type(dtype), float_type(weight_dtype)
         )
         with open_model(model) as opened:
+            run_pipeline(opened.graph, passes)
             batch = make_batch(opened.graph, where.devices, batch_tokens, lengths)
             work = workload(opened.graph, batch)
         data = plan_json(model, work, where, setting, search(work, where, setting, wish))

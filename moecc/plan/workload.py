@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
+from moecc.errors import InputError
 from moecc.families.experts import choices_kept, expert_layers
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mesh import mesh_of
 from moecc.ir.table.placing import placing
 from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals
@@ -153,7 +155,12 @@ class Workload:
 
 
 def workload(graph: Graph, batch: Batch) -> Workload:
-    """Read from `graph` what a step of `batch` computes."""
+    """Read from `graph` what a step of `batch` computes.
+
+    Raises:
+      InputError: its layers are rolled, or it lies on a mesh.
+    """
+    _check_plain(graph)
     layers = expert_layers(graph)
     reader = _Reader(graph, batch)
     return Workload(
@@ -165,6 +172,17 @@ def workload(graph: Graph, batch: Batch) -> Workload:
         dropless=all(layer.slots == "ragged" for layer in layers),
         tensor_sizes=_tensor_sizes(graph),
     )
+
+
+def _check_plain(graph: Graph) -> None:
+    if any(node.body is not None for node in graph):
+        raise InputError(
+            "rolled layers cannot be planned", where=graph.name, hint="-p unroll-layers undoes it"
+        )
+    if mesh_of(graph) is not None:
+        raise InputError(
+            "the graph lies on a mesh already", where=graph.name, hint="-p strip-sharding"
+        )
 
 
 def _tensor_sizes(graph: Graph) -> dict[str, int]:

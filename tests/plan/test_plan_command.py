@@ -134,6 +134,34 @@ def test_what_cannot_fit_names_the_smallest_machine_that_would(
     assert plan(capsys, "preset:mixtral-8x7b", "--machine", "gpu:h100:16")["best"]["fits"]
 
 
+def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("preset:smollm2-135m", "--machine", "tpu:v5e:4x4", "-p", "upcycle{experts=8}")
+    found = plan(capsys, *given)
+    dense = plan(capsys, *given[:3])
+    assert found["parameters"] > 3 * dense["parameters"]
+    narrow = ("specialize{mode=train capacity-factor=1.25}",)
+    st_moe = ("preset:st-moe-l", "--machine", "tpu:v4:4x4x4", "--remat", "full")
+    wide = plan(capsys, *st_moe)["best"]
+    assert plan(capsys, *st_moe, "-p", *narrow)["best"]["flops"] < wide["flops"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "says"),
+    [
+        ("roll-layers", "-p unroll-layers undoes it"),
+        ("annotate-sharding{mesh=data:2 rules=data-parallel}", "lies on a mesh already"),
+        ("upcycle{experts=2 top-k=4}", "top-k"),
+    ],
+)
+def test_what_passes_leave_unplannable_is_told(
+    capsys: pytest.CaptureFixture[str], passes: str, says: str
+) -> None:
+    code, out, err = run(capsys, "plan", "preset:smollm2-135m", "--machine", "cpu", "-p", passes)
+    assert code in (1, 2)
+    assert out == ""
+    assert says in err
+
+
 def test_planning_starts_without_jax() -> None:
     code = (
         "import sys; from moecc.cli.main import main;"
