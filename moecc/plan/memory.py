@@ -117,11 +117,10 @@ def _kept_shapes(layer: Layer, remat: str) -> Iterator[Shape]:
 
 def _buffers(work: Workload, local: Sharding, setting: Setting, strategy: Strategy) -> float:
     width = setting.dtype.itemsize_bytes
-    layers = max((_layer(x, local, strategy.remat) for x in work.layers), default=0.0) * width
+    # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
+    remat = strategy.remat if setting.train else "none"
+    layers = max((_layer(x, local, remat) for x in work.layers), default=0.0) * width
     gathered = max((_gathered(p.weights, local) for p in work.parts), default=0.0) * width
-    if not setting.train:
-        # Nothing waits for the backward pass: an input and an output of one operation.
-        layers = max((_widest(x, local) for x in work.layers), default=0.0) * width
     return max(layers + gathered, _logits(work, local, setting))
 
 
@@ -131,17 +130,15 @@ def _layer(layer: Layer, local: Sharding, remat: str) -> float:
     Under rematerialisation its residuals are there again; they go as they are used, while the
     gradients of its values come and go.
     """
-    left = 0.0 if remat == "none" else sum(map(local.elements, layer.residuals.kept))
-    most = left
-    for alive, freed in layer.residuals.flow:
-        most = max(most, left + sum(map(local.elements, alive)))
-        if remat != "none":
-            left -= sum(map(local.elements, freed))
+    again = remat != "none"
+    now = most = sum(map(local.elements, layer.residuals.kept)) if again else 0.0
+    for step in layer.residuals.flow:
+        now += sum(map(local.elements, step.born))
+        most = max(most, now)
+        now -= sum(map(local.elements, step.done))
+        if again:
+            now -= sum(map(local.elements, step.freed))
     return most
-
-
-def _widest(layer: Layer, local: Sharding) -> float:
-    return max((sum(map(local.elements, alive)) for alive, _ in layer.residuals.flow), default=0.0)
 
 
 def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
@@ -151,7 +148,6 @@ def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
 
 def _logits(work: Workload, local: Sharding, setting: Setting) -> float:
     """Return the bytes of the logits: in float32 for the loss, and their gradient."""
-    found = (s for p in work.parts for step in p.steps for s in step.results)
-    sizes = [local.elements(s) for s in found if any(name == "vocab" for name, _ in s)]
+    sizes = map(local.elements, work.logits)
     each = 4 + (4 + setting.dtype.itemsize_bytes if setting.train else 0)
     return max(sizes, default=0.0) * each

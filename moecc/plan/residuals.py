@@ -27,6 +27,21 @@ COMPLEMENT = frozenset({"add", "sub", "rotate", "mask", "select", *ALIASES})
 
 
 @dataclass(frozen=True)
+class Flow:
+    """What the backward pass does to memory at one node.
+
+    Attributes:
+      born: the gradients that there are from here on.
+      done: those that nobody needs after it.
+      freed: the residuals that nobody needs after it.
+    """
+
+    born: tuple[Shape, ...]
+    done: tuple[Shape, ...]
+    freed: tuple[Shape, ...]
+
+
+@dataclass(frozen=True)
 class Residuals:
     """What the backward pass of one layer needs.
 
@@ -35,15 +50,14 @@ class Residuals:
       named: shapes of what the policy ``save`` keeps: the results of attention and of experts.
       again: nodes that full rematerialisation computes again.
       saved_again: nodes that the policy ``save`` computes again.
-      flow: for each node from last to first, the shapes whose gradients are alive, and those of
-        the residuals that nobody needs any more after it.
+      flow: what comes and goes at each node, from last to first.
     """
 
     kept: tuple[Shape, ...]
     named: tuple[Shape, ...]
     again: frozenset[Node]
     saved_again: frozenset[Node]
-    flow: tuple[tuple[tuple[Shape, ...], tuple[Shape, ...]], ...]
+    flow: tuple[Flow, ...]
 
     @property
     def key(self) -> object:
@@ -122,22 +136,25 @@ def _flow(
     uses: dict[Node, list[Value]],
     own: set[Value],
     shape: Callable[[Value], Shape],
-) -> Iterable[tuple[tuple[Shape, ...], tuple[Shape, ...]]]:
-    """Yield for each node, backwards, the gradients alive at it and the residuals freed after."""
+) -> Iterable[Flow]:
+    """Yield what comes and goes at each node, from the last to the first."""
     last_use: dict[Value, Node] = {}
     for node in reversed(nodes):
         for value in uses[node]:
             last_use[_root(value, own)] = node
-    alive: dict[Value, None] = {}
+    freed_at: dict[Node, list[Value]] = {}
+    for value, node in last_use.items():
+        freed_at.setdefault(node, []).append(value)
+    alive: set[Value] = set()
+
+    def shapes(values: Iterable[Value]) -> tuple[Shape, ...]:
+        return tuple(shape(v) for v in values if v.type.dtype.is_float)
+
     for node in reversed(nodes):
-        for value in node.results:
-            alive.setdefault(_root(value, own))
-        for value in node.operands:
-            if value.type.dtype.is_float and not value.is_param:
-                alive.setdefault(_root(value, own))
-        now = tuple(shape(v) for v in alive if v.type.dtype.is_float)
-        for value in node.results:
-            if node.op.name not in ALIASES:
-                alive.pop(value, None)
-        freed = (v for v, at in last_use.items() if at is node and v in own)
-        yield now, tuple(shape(v) for v in freed if v.type.dtype.is_float)
+        met = (*node.results, *(v for v in node.operands if not v.is_param))
+        born = [v for v in dict.fromkeys(_root(v, own) for v in met) if v not in alive]
+        alive.update(born)
+        done = [v for v in node.results if v in alive and node.op.name not in ALIASES]
+        alive.difference_update(done)
+        freed = [v for v in freed_at.get(node, ()) if v in own]
+        yield Flow(shapes(born), shapes(done), shapes(freed))

@@ -143,6 +143,12 @@ class Workload:
     def __repr__(self) -> str:
         return f"Workload({self.parameters} parameters, {self.batch})"
 
+    @cached_property
+    def logits(self) -> tuple[Shape, ...]:
+        """The shapes of values over the vocabulary."""
+        found = (s for p in self.parts for step in p.steps for s in step.results)
+        return tuple(dict.fromkeys(s for s in found if "vocab" in s.names))
+
     @property
     def model_flops(self) -> float:
         """FLOPs of the forward pass that the model asks for: without the padding of a capacity."""
