@@ -65,7 +65,8 @@ def memory(work: Workload, setting: Setting, strategy: Strategy, local: Sharding
       strategy: what is chosen.
       local: sizes on one device, with the rows that there is room for.
     """
-    stored = sum(n * local.stored(w) for w, n in work.weights) * setting.weight_dtype.itemsize_bytes
+    elements = local.once("stored", lambda: sum(n * local.stored(w) for w, n in work.weights))
+    stored = elements * setting.weight_dtype.itemsize_bytes
     width = setting.dtype.itemsize_bytes
     training = setting.train
     return Memory(
@@ -80,7 +81,8 @@ def memory(work: Workload, setting: Setting, strategy: Strategy, local: Sharding
 
 def optimizer_bytes(work: Workload, setting: Setting, local: Sharding) -> float:
     """Return the bytes of the optimizer's state on one device."""
-    return sum(n * _state(w, local, setting) for w, n in work.weights)
+    key = ("optimizer", setting.optimizer)
+    return local.once(key, lambda: sum(n * _state(w, local, setting) for w, n in work.weights))
 
 
 def _state(weight: Weight, local: Sharding, setting: Setting) -> float:
@@ -119,18 +121,22 @@ def _buffers(work: Workload, local: Sharding, setting: Setting, strategy: Strate
     width = setting.dtype.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
     remat = strategy.remat if setting.train else "none"
-    layers = max((_layer(x, local, remat) for x in work.layers), default=0.0) * width
-    gathered = max((_gathered(p.weights, local) for p in work.parts), default=0.0) * width
-    return max(layers + gathered, _logits(work, local, setting))
+    again = remat != "none"
+    layers = local.once(
+        ("layers", again), lambda: max((_layer(x, local, again) for x in work.layers), default=0.0)
+    )
+    gathered = local.once(
+        "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
+    )
+    return max((layers + gathered) * width, _logits(work, local, setting))
 
 
-def _layer(layer: Layer, local: Sharding, remat: str) -> float:
+def _layer(layer: Layer, local: Sharding, again: bool) -> float:
     """Return the most elements alive while the backward pass goes through a layer.
 
-    Under rematerialisation its residuals are there again; they go as they are used, while the
+    Computed `again`, its residuals are there; they go as they are used, while the
     gradients of its values come and go.
     """
-    again = remat != "none"
     now = most = sum(map(local.elements, layer.residuals.kept)) if again else 0.0
     for step in layer.residuals.flow:
         now += sum(map(local.elements, step.born))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -26,6 +27,15 @@ class Sharding:
         default_factory=dict, repr=False, compare=False
     )
     _known: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
+
+    _sums: dict[object, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: object, make: Callable[[], float]) -> float:
+        """Return what `make` returned when `key` was first asked for: plans share layouts."""
+        found = self._sums.get(key)
+        if found is None:
+            found = self._sums[key] = make()
+        return found
 
     @cached_property
     def _shards(self) -> dict[str, float]:
