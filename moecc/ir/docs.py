@@ -31,6 +31,7 @@ GROUPS = (
     ("Random numbers", "random"),
     ("Collectives", "collectives"),
     ("Bounded buffers", "buffers"),
+    ("Chunks", "chunks"),
     ("Repetition", "repetition"),
 )
 """Headings, and the module of `moecc.ir.table` whose rows stand under each."""

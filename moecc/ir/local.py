@@ -54,6 +54,9 @@ def local_attrs(node: Node, mesh: Mesh) -> dict[str, Any]:
     if node.op.name == "within_buffer":
         mesh_axes = node.operands[2].type["group"].mesh
         return {**node.attrs, "blocks": node.attrs["blocks"] // mesh.size(mesh_axes)}
+    if node.op.name in ("chunk", "join"):
+        mesh_axes = node.result.type[node.attrs["axis"]].mesh
+        return {**node.attrs, "parts": node.attrs["parts"] // mesh.size(mesh_axes)}
     if node.op.name == "split":
         (name, size), *others = node.attrs["into"]
         parts = mesh.size(node.result.type[name].mesh)

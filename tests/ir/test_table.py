@@ -164,7 +164,7 @@ OPEN: dict[str, dict[str, Any]] = {
 
 
 def test_operations_that_take_further_operands() -> None:
-    free = {"keep_choices", "stack", "scan"}
+    free = {"keep_choices", "stack", "scan", "join"}
     assert {*OPEN, *free} == {name for name, entry in OPS.items() if entry.variadic}
 
 

@@ -69,7 +69,7 @@ def test_what_has_no_room_is_dropped_and_counted(
     expected = run_reference(graph, params=params, inputs=inputs)
     assert largest_difference(expected, found.outputs) <= 1e-12
     check_every_value(graph, params, inputs, found)
-    experts = expected["trace.layers.0.ffn.experts"].reshape(8, -1, 2)
+    experts = expected["trace.layers.0.ffn.experts"].reshape(16, -1, 2)
     keep = kept_by_hand(experts, parts, blocks, factor)
     assert np.array_equal(expected["trace.layers.0.ffn.slots"].reshape(keep.shape) >= 0, keep)
     assert found.outputs["dropped.layers.0.ffn"] == (~keep).sum()

@@ -23,6 +23,7 @@ from moecc.ir.verify import where
 from moecc.launch.place import place_of
 from moecc_backends.xla import lower_attention as lower_attention
 from moecc_backends.xla import lower_buffers as lower_buffers
+from moecc_backends.xla import lower_chunks as lower_chunks
 from moecc_backends.xla import lower_collectives as lower_collectives
 from moecc_backends.xla import lower_contract as lower_contract
 from moecc_backends.xla import lower_moe as lower_moe

@@ -62,6 +62,12 @@ def _contract(operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space(*_by_name(operands), summed=frozenset(attrs["over"]))
 
 
+@flow("chunk", "join")
+def _chunks(operands: Sequence[Value], attrs: Attrs) -> Space:
+    counts = {attrs["axis"]: ("parts", attrs["parts"])}
+    return Space(*_by_name(operands), counts=counts)
+
+
 @flow("rename")
 def _rename(operands: Sequence[Value], attrs: Attrs) -> Space:
     own = _own(operands[0].type.names)

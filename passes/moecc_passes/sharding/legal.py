@@ -54,6 +54,7 @@ MESHES = (
 WAYS = (
     "via=capacity",
     "via=capacity slice=model",
+    "via=capacity chunks=2",
     "via=ragged",
     "via=ragged slice=model",
     "via=hierarchical",
@@ -90,7 +91,7 @@ def cases() -> Iterator[Case]:
 
 
 def layer(slots: str, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> Graph:
-    """Return one gated mixture of experts with a residual, its tokens in eight groups."""
+    """Return one gated mixture of experts with a residual, its tokens in sixteen groups."""
     graph = Graph("layer")
     b = Builder(graph, loc="layers.0.ffn")
     x = graph.input("x", tensor(F32, batch="B", seq="S", embed=embed))
@@ -102,13 +103,13 @@ def layer(slots: str, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> Gra
     if slots == "expert-choice":
         tokens = ("batch", "seq")
         chosen, gates, place = emit_expert_choice(
-            b, x, router, tokens=tokens, capacity_factor=2.0, groups=8, minimum=1
+            b, x, router, tokens=tokens, capacity_factor=2.0, groups=16, minimum=1
         )
         rows = b.dispatch(x, chosen, place)
     else:
         bound: Any = {"capacity_factor": 1.0, "minimum": 1} if slots == "capacity" else {}
         rows, finish = emit_routing(
-            b, x, router, experts=experts, top_k=2, slots=slots, groups=8, **bound
+            b, x, router, experts=experts, top_k=2, slots=slots, groups=16, **bound
         )
     act = b.silu(b.add(b.contract(rows, gate, over="embed"), bias))
     hidden = b.mul(act, b.contract(rows, up, over="embed"))

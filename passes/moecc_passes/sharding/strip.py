@@ -10,6 +10,7 @@ from moecc.ir.mesh import mesh_of, set_mesh
 from moecc.ir.replace import replace_value
 from moecc.ir.table.collectives import COLLECTIVES
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+from moecc_passes.sharding.experts.chunked import unchunk
 from moecc_passes.sharding.groups import restore_groups
 
 REPEATING = "expert-parallel/"
@@ -46,7 +47,10 @@ class StripShardingPass(Pass):
         restore_groups(graph)
         _take_away(graph)
         again = _merge_repeated(graph)
-        return PassResult(changed, erased, {"collectives": erased, "repeated": again})
+        whole = unchunk(graph)
+        return PassResult(
+            changed, erased, {"collectives": erased, "repeated": again, "unchunked": whole}
+        )
 
 
 def _take_away(graph: Graph) -> None:

@@ -12,6 +12,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.mesh import mesh_of
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc_passes.sharding.experts.bound import bound_rows
+from moecc_passes.sharding.experts.chunked import chunk_rows
 from moecc_passes.sharding.experts.exchange import exchange
 from moecc_passes.sharding.experts.gather import gather_tokens
 from moecc_passes.sharding.experts.layer import LaidLayer, laid_layers, need
@@ -29,6 +30,8 @@ class ExpertParallelPass(Pass):
     one first.  ring: tokens are gathered and routed again, results reduce-scattered; exact, and
     cheaper where tokens have many choices.  replicated: the same with an ``all_reduce``, for
     tokens that are the same along the experts' mesh axis, as when decoding.
+
+    With chunks, experts work on one part of the token groups while the next is on its way.
 
     A buffer factor bounds what a device receives: what it has no room for is not placed, so that
     no exchange loses anything, and an output ``dropped.LAYER`` counts it.
@@ -63,6 +66,10 @@ class ExpertParallelPass(Pass):
         "the rows that a device has room for, in shares of the choices (ragged, ring, replicated)",
     ] = None
 
+    chunks: Annotated[
+        int, "the chunks of rows that experts work on in turn (capacity, hierarchical)"
+    ] = 1
+
     @property
     def preserves(self) -> Preserves:
         """Collectives are the identity on the global value; a bounded buffer may lose rows."""
@@ -85,6 +92,10 @@ class ExpertParallelPass(Pass):
         if factor is not None and self.via == "capacity":
             what = "a capacity bounds every buffer already"
             found.append(Problem(what, "buffer-factor", "another way", "via=capacity"))
+        if self.chunks < 1 or (self.chunks > 1 and self.via not in ("capacity", "hierarchical")):
+            what = "rows of a fixed number are exchanged in chunks"
+            expected = "at least 1, and capacity or hierarchical"
+            found.append(Problem(what, "chunks", expected, f"{self.chunks}, via={self.via}"))
         return found
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -105,6 +116,9 @@ class ExpertParallelPass(Pass):
         for layer in laid_layers(graph) if self.buffer_factor is not None else []:
             builder = Builder(graph, loc=layer.routed.dispatch.loc, origin=f"{NAME}/buffer")
             bound_rows(graph, layer, builder, mesh, self.buffer_factor or 1.0)
+        for layer in laid_layers(graph) if self.chunks > 1 else []:
+            builder = Builder(graph, loc=layer.routed.dispatch.loc, origin=f"{NAME}/chunks")
+            chunk_rows(graph, layer, builder, mesh, self.chunks)
         if layers:
             where = layers[0].routed.name
             ctx.remark(Remark(where, f"{len(layers)} layers: {self.via} over "

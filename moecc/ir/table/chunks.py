@@ -1,0 +1,99 @@
+"""Chunks: a value in pieces, each of which every device has a part of, and together again.
+
+Work on one chunk may overlap with sending another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moecc.errors import InputError
+from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
+from moecc.ir.types import Axis, TensorType
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Value
+
+_PARTS = Attr("int", 1, doc="how many equal runs of the axis give a piece each to a chunk")
+
+
+def _whole(type: TensorType, attrs: Attrs, pieces: int) -> tuple[Axis, int]:
+    """Return the axis of `type` and its size, which `pieces` divide.
+
+    Raises:
+      InputError: they do not, or the size is not known.
+    """
+    axis = axis_of(type, attrs["axis"])
+    no_ragged(type, (axis.name,), "cannot cut")
+    if pieces < 1 or not isinstance(axis.size, int) or axis.size % pieces:
+        raise InputError(
+            f"the axis {axis.name!r} has no such chunks",
+            expected=f"a known size, a multiple of {pieces}",
+            found=str(axis),
+        )
+    return axis, axis.size
+
+
+def _resized(type: TensorType, axis: Axis, size: int) -> TensorType:
+    return type.with_axes(replace(a, size=size) if a is axis else a for a in type.axes)
+
+
+def _infer_chunk(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    type, of, parts = operands[0].type, attrs["of"], attrs["parts"]
+    if not 0 <= attrs["at"] < of or parts < 1:
+        raise InputError(
+            "there is no such chunk",
+            expected="0 <= at < of, and parts of at least 1",
+            found=f"at={attrs['at']}, of={of}, parts={parts}",
+        )
+    axis, size = _whole(type, attrs, of * parts)
+    return (_resized(type, axis, size // of),)
+
+
+register(
+    OpDef(
+        "chunk",
+        """One of `of` chunks of x along an axis: a piece of each of `parts` equal runs.
+
+        With the axis in parts on a mesh, every device has its piece of every chunk.""",
+        ("x",),
+        _infer_chunk,
+        results=("chunk",),
+        attrs={
+            "axis": Attr("axis", doc="the axis"),
+            "at": Attr("int", doc="which chunk"),
+            "of": Attr("int", doc="how many there are"),
+            "parts": _PARTS,
+        },
+        mixes=mixes_axis,
+        linear=(0,),
+    )
+)
+
+
+def _infer_join(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    first = operands[0].type
+    for value in operands[1:]:
+        if value.type != first:
+            raise InputError(
+                "chunks that are joined are of one type", expected=str(first), found=str(value.type)
+            )
+    axis, size = _whole(first, attrs, attrs["parts"])
+    return (_resized(first, axis, size * len(operands)),)
+
+
+register(
+    OpDef(
+        "join",
+        "The value whose chunks, in their order, the operands are.",
+        ("x",),
+        _infer_join,
+        results=("joined",),
+        attrs={"axis": Attr("axis", doc="the axis"), "parts": _PARTS},
+        mixes=mixes_axis,
+        variadic=True,
+    )
+)

@@ -1,0 +1,143 @@
+"""Chunks of rows, so that experts work on one while the next is on its way."""
+
+from __future__ import annotations
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mesh import Mesh
+from moecc.ir.replace import infer_again
+from moecc_passes.sharding.experts.exchange import erase_unused
+from moecc_passes.sharding.experts.layer import LaidLayer, need
+
+
+def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, count: int) -> None:
+    """Let the experts of `layer` work on `count` chunks of groups, one after the other.
+
+    Raises:
+      InputError: the groups of a device do not divide so, rows are ragged, or something else
+        looks at what the experts make.
+    """
+    routed = layer.routed
+    rows, combine = routed.dispatch.results[0], routed.combine
+    group = rows.type["group"]
+    parts = mesh.size(group.mesh)
+    need(not layer.is_ragged, layer, "ragged rows have no equal chunks", "slots=capacity",
+         "leave chunks out")  # fmt: skip
+    need(isinstance(group.size, int) and group.size % (parts * count) == 0, layer,
+         "the token groups of a device have no such chunks",
+         f"a multiple of {parts * count} groups, not {group.size}",
+         f"specialize{{groups={parts * count}}} first")  # fmt: skip
+    region = _region(layer)
+    made = combine.operands[0]
+    attrs = {"axis": "group", "of": count, "parts": parts}
+    away = graph.input(graph.fresh("away"), made.type)
+    combine.set_operand(0, away)
+    results = [made]
+    for at in range(1, count):
+        builder.before = combine
+        values = {rows: builder.chunk(rows, at=at, name=rows.name, **attrs)}
+        for node in region:
+            _copy(node, values, builder)
+        results.append(values[made])
+    builder.before = region[0]
+    first = builder.chunk(rows, at=0, name=rows.name, **attrs)
+    for node in region:
+        for number, value in enumerate(node.operands):
+            if value is rows:
+                node.set_operand(number, first)
+    infer_again(graph, region, start=region[0])
+    builder.before = combine
+    joined = builder.join(*results, axis="group", parts=parts, name=made.name)
+    combine.set_operand(0, joined)
+    graph.erase_input(away.name)
+
+
+def _region(layer: LaidLayer) -> list[Node]:
+    """Return the nodes between dispatch and combine, in order."""
+    rows, combine = layer.routed.dispatch.results[0], layer.routed.combine
+    depends: set[Value] = {rows}
+    found: list[Node] = []
+    for node in layer.routed.dispatch.graph.walk(layer.routed.dispatch):
+        if node is combine:
+            break
+        if any(v in depends for v in node.operands):
+            depends.update(node.results)
+            found.append(node)
+    inside = {*found, combine}
+    other = [u for n in found for v in n.results for u in v.users if u not in inside]
+    need(not other, layer, "something else looks at what the experts make",
+         "nothing between dispatch and combine is used elsewhere", "leave chunks out")  # fmt: skip
+    return found
+
+
+def _copy(node: Node, values: dict[Value, Value], builder: Builder) -> None:
+    operands = [values.get(v, v) for v in node.operands]
+    names = tuple(v.name for v in node.results)
+    made = builder.node(node.op.name, *operands, names=names, **node.attrs)
+    made.loc, made.origin = node.loc, node.origin
+    values.update(zip(node.results, made.results, strict=True))
+
+
+def unchunk(graph: Graph) -> int:
+    """Make one of all chunks that are worked on alike, and return how many were made one."""
+    count = 0
+    for join in [n for n in graph if n.op.name == "join"]:
+        chains = [_chain(v, at, len(join.operands)) for at, v in enumerate(join.operands)]
+        if None in chains or len(set(chains)) != 1:
+            continue
+        first, others = join.operands[0], join.operands[1:]
+        started = [n for n in _nodes_behind(first) if n.op.name == "chunk"]
+        join.result.replace_by(first)
+        join.erase()
+        for value in others:
+            erase_unused(value)
+        for node in started:
+            users, whole = list(node.result.users), node.operands[0]
+            node.replace_by(whole)
+            infer_again(graph, users, start=whole.node)
+        count += 1
+    return count
+
+
+def _nodes_behind(value: Value) -> list[Node]:
+    """Return the nodes that make `value` of the chunks it comes from, these included."""
+    found: dict[Node, None] = {}
+    pending = [value.node]
+    while pending:
+        node = pending.pop()
+        if node is None or node in found or not _has_chunk(node):
+            continue
+        found[node] = None
+        pending.extend(v.node for v in node.operands if node.op.name != "chunk")
+    return list(found)
+
+
+def _has_chunk(node: Node) -> bool:
+    """Whether a chunk is among what `node` is made of, up to a dispatch."""
+    pending, seen = [node], set()
+    while pending:
+        one = pending.pop()
+        if one.op.name == "chunk":
+            return True
+        if one in seen or one.op.name in ("dispatch", "join"):
+            continue
+        seen.add(one)
+        pending.extend(v.node for v in one.operands if v.node is not None)
+    return False
+
+
+def _chain(value: Value, at: int, of: int) -> object:
+    """Return what is done to chunk `at` to make `value`, alike for all chunks; None if nothing."""
+    nodes = _nodes_behind(value)
+    numbers = {n: i for i, n in enumerate(nodes)}
+    lines = []
+    for node in nodes:
+        attrs = dict(node.attrs)
+        if node.op.name == "chunk" and (attrs.pop("at"), attrs["of"]) != (at, of):
+            return None
+        uses = tuple(
+            numbers[v.node] if v.node in numbers and node.op.name != "chunk" else v
+            for v in node.operands
+        )
+        lines.append((node.op.name, uses, tuple(sorted(attrs.items()))))
+    return tuple(lines) or None

@@ -1,0 +1,89 @@
+"""Chunks: cut, exchanged in turn, joined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_passes.sharding.legal import layer
+
+from moecc.backend import get_backend
+from moecc.errors import InputError, UsageError
+from moecc.ir import F32, Builder, Graph, tensor, verify
+from moecc.pipeline.text import Pipeline
+from moecc.testing import run_reference
+
+from .meshes import census, model, run
+from .test_devices import data_for, largest_difference
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2))
+def test_joined_chunks_are_the_whole(parts: int, of: int, each: int) -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a=2, b=parts * of * each))
+    b = Builder(graph)
+    chunks = [b.chunk(x, axis="b", at=i, of=of, parts=parts) for i in range(of)]
+    graph.set_output("y", b.join(*chunks, axis="b", parts=parts))
+    graph.set_output("first", chunks[0])
+    verify(graph)
+    data = np.arange(2.0 * parts * of * each).reshape(2, -1)
+    found = run_reference(graph, params={}, inputs={"x": data})
+    assert np.array_equal(found["y"], data)
+    runs = data.reshape(2, parts, of * each)
+    assert np.array_equal(found["first"], runs[:, :, :each].reshape(2, -1))
+
+
+def test_xla_cuts_alike() -> None:
+    pytest.importorskip("jax")
+    graph = layer("capacity")
+    run(graph, "annotate-sharding{mesh=data:4 rules=st-moe},"
+        "expert-parallel{via=capacity chunks=4},lower-collectives")  # fmt: skip
+    assert census(graph) == {"all_to_all": 8}
+    params, inputs = data_for(graph, batch=8)
+    expected = run_reference(graph, params=params, inputs=inputs)
+    found = get_backend("xla").compile(graph, dtype=F32).run(params, inputs)
+    assert largest_difference(expected, found) <= 1e-5
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "at": ({"at": 2}, "there is no such chunk"),
+    "of": ({"of": 3}, "has no such chunks"),
+    "parts": ({"parts": 0}, "there is no such chunk"),
+    "axis": ({"axis": "a"}, "has no such chunks"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_chunks_that_are_not_there(name: str) -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a="N", b=4))
+    attrs = {"axis": "b", "at": 0, "of": 2, "parts": 1}
+    changed, what = WRONG[name]
+    with pytest.raises(InputError, match=what):
+        Builder(graph).chunk(x, **(attrs | changed))
+    y = graph.input("y", tensor(F32, a="N", b=8))
+    with pytest.raises(InputError, match="of one type"):
+        Builder(graph).join(x, y, axis="b")
+
+
+def test_what_has_no_chunks() -> None:
+    laid = "annotate-sharding{mesh=data:8 rules=st-moe}"
+    with pytest.raises(InputError, match="of a device have no such chunks") as caught:
+        run(layer("capacity"), f"{laid},expert-parallel{{via=capacity chunks=3}}")
+    assert caught.value.problems[0].hint == "specialize{groups=24} first"
+    with pytest.raises(UsageError, match="of a fixed number are exchanged in chunks"):
+        Pipeline.parse("expert-parallel{via=ring chunks=2}")
+    ragged = layer("ragged")
+    pipeline = "annotate-sharding{mesh=far:2,near:4 rules=expert-hierarchical}"
+    with pytest.raises(InputError, match="no equal chunks"):
+        run(ragged, f"{pipeline},expert-parallel{{via=hierarchical chunks=2}}")
+    seen = model("mixtral_gqa")
+    run(seen, "specialize{mode=train capacity-factor=2.0 groups=8}")
+    inner = next(n for n in seen if n.op.name == "silu")
+    seen.set_output("inner", inner.result)
+    run(seen, "annotate-sharding{mesh=data:4 rules=st-moe}")
+    with pytest.raises(InputError, match="something else looks at"):
+        run(seen, "expert-parallel{via=capacity chunks=2}")
