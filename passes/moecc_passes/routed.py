@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routed import Routed, Scores
 from moecc.ir.table.placing import PLACING, given_to
+from moecc.ir.verify import where
 from moecc.rewrite.match import NearMiss
 
 
@@ -100,10 +102,20 @@ class RoutedLayer:
 
 
 def routed_layers(graph: Graph) -> list[RoutedLayer]:
-    """Return the routed layers of `graph`, in order; those without a combination are left out."""
+    """Return the routed layers of `graph`, in order; those without a combination are left out.
+
+    Raises:
+      InputError: some are in the body of a scan, where they cannot be told apart.
+    """
     found: list[RoutedLayer] = []
     names: dict[str, int] = {}
     for node in graph:
+        if node.body is not None and any(n.op.name in PLACING for n in node.body):
+            raise InputError(
+                "layers of experts are rolled up in a scan",
+                where=where(node),
+                hint="run this pass before roll-layers, or unroll-layers before it",
+            )
         if node.op.name not in PLACING:
             continue
         combine, dispatch = (_user(node.results[-1], n) for n in ("combine", "dispatch"))

@@ -43,6 +43,10 @@ REFUSED = [  # pipeline, exit code, parts of the message
     ("upcycle{layers=all decoder-layers=every:2}", 1, ("encoder-decoder",)),
     ("st-moe", 1, ("layers=every:4 selects none of its 3 dense blocks",)),
     ("specialize", 1, ("no layer is sparse",)),
+    (
+        "upcycle{experts=4},roll-layers,specialize", 1,
+        ("rolled up in a scan", "before roll-layers"),
+    ),
     ("add-losses", 1, ("no layer is sparse",)),
     ("trace-routing", 1, ("no layer is sparse",)),
 ]  # fmt: skip
