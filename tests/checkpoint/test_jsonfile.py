@@ -77,14 +77,14 @@ def test_bad_utf8_is_reported_with_its_place():
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_deep_nesting_is_refused_quickly(opening):
     closing = "]" if opening == "[" else "}"
-    started = time.perf_counter()
+    started = time.process_time()
     for depth in (MAX_DEPTH + 1, 100_000):
         text = opening * depth + "1" + closing * depth
         with pytest.raises(InputError, match="nested more than 64 levels"):
             parse_json(text.encode(), "x")
     text = opening * MAX_DEPTH + "1" + closing * MAX_DEPTH
     assert parse_json(text.encode(), "x")
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_a_file_is_bounded_and_must_be_an_object(tmp_path):

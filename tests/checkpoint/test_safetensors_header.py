@@ -91,12 +91,12 @@ def test_a_mutated_file_is_refused_or_still_covers_its_bytes(tmp_path, write_raw
         mutated[position] = data.draw(st.integers(0, 255) | st.sampled_from(b'0-9"{}[],:.eN\\'))
     del mutated[data.draw(st.integers(len(mutated) - 30, len(mutated))) :]
     file.write_bytes(mutated)
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         tensors = read_header(file).tensors.values()
     except InputError:
         tensors = None
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     if tensors is not None:
         spans = sorted((info.offset, info.offset + info.nbytes) for info in tensors)
         ends = [8 + struct.unpack("<Q", mutated[:8])[0], *(end for _, end in spans)]

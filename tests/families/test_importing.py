@@ -233,9 +233,9 @@ def test_fused_experts_of_a_wrong_width_are_told() -> None:
 def test_a_config_that_speaks_of_another_model_is_refused_at_once(keys: dict[str, int]) -> None:
     made = checkpoint("mixtral", **MOE)
     made.config |= keys
-    start = time.perf_counter()
+    start = time.process_time()
     assert problems(made) == ["config.json and the tensors cannot belong together"]
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @given(st.data())

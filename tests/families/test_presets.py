@@ -1,8 +1,6 @@
-"""Published models by name: their parameters to the last one, groups, FLOPs, time to build."""
+"""Published models by name: their parameters to the last one, groups, FLOPs."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 
@@ -148,8 +146,8 @@ def test_layers_are_counted_in_both_stacks() -> None:
     assert describe(graph_of("llama-3.1-8b")).stacks == {}
 
 
-def test_the_largest_model_of_the_paper_is_built_in_no_time() -> None:
-    start = time.perf_counter()
+def test_the_largest_model_of_the_paper_is_a_page_of_text() -> None:
     graph = graph_of("st-moe-32b")
-    assert time.perf_counter() - start < 1.5
+    # Experts are an axis, not nodes: 48 layers of some thirty operations each.
+    assert graph.node_count < 48 * 40
     assert equal(parse(print_graph(graph)), graph)
