@@ -19,6 +19,7 @@ import moecc
 from moecc.errors import InputError
 from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph
+from moecc.ir.unroll import unroll
 from moecc.models import Model
 from moecc.pipeline.passes import Preserves
 
@@ -144,6 +145,8 @@ def plan(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r))
     )
     done = run_pipeline(model.graph, pipeline, context=context)
+    if unroll(model.graph):
+        remarks.append("layers that are repeated were written out: a checkpoint has one of each")
     export = export_graph(model.graph, target)
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export, dtype, seed, tuple(remarks)

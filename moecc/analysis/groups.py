@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from moecc.ir.graph import Graph, Value
+from moecc.ir.unroll import users_within
 
 GROUPS = ("all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding")
 """The groups; a parameter may be in several.
@@ -27,11 +28,11 @@ def _groups(value: Value) -> Iterable[str]:
     yield "all"
     if "expert" in value.type:
         yield "moe"
-        if not any("slot" in v.type for n in value.users for v in n.operands):
+        if not any("slot" in v.type for n in users_within(value) for v in n.operands):
             yield "router"
         return
     yield "non-moe"
-    names = {node.op.name for node in value.users}
+    names = {node.op.name for node in users_within(value)}
     place = value.loc.rpartition(".")[2]
     if any(name.endswith("_norm") for name in names):
         yield "norm"

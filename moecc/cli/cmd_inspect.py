@@ -45,8 +45,10 @@ def inspection(model: Model) -> dict[str, Any]:
     from moecc.families.describe import describe, paper_groups
     from moecc.families.flops import CONVENTION
     from moecc.families.propose import target_fits
+    from moecc.ir.unroll import unrolled
 
-    graph = model.graph
+    # Layers that are repeated count as often as they are.
+    graph = unrolled(model.graph)
     facts = describe(graph)
     search = find_ffn_blocks(graph)
     return {

@@ -13,6 +13,7 @@ from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, row
 from moecc.families.flops import SequenceFlops, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.types import TensorType
+from moecc.ir.unroll import unrolled
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
 
@@ -68,6 +69,7 @@ class Description:
 
 def describe(graph: Graph) -> Description:
     """Count what `graph` holds and computes; nothing is read or run."""
+    graph = unrolled(graph)
     linear, attention = flops(graph)
     stacks = count_layers(graph)
     return Description(

@@ -19,6 +19,7 @@ from moecc.families.propose import target_fits as target_fits
 from moecc.families.propose import targets as targets
 from moecc.ir.graph import Graph
 from moecc.ir.types import Size
+from moecc.ir.unroll import unrolled
 from moecc.weights.expr import Expr
 
 
@@ -44,13 +45,14 @@ class Export:
 def export_graph(graph: Graph, target: str) -> Export:
     """Return `graph` as a checkpoint of the family `target`; no weight is read.
 
-    The target builds its own graph for the proposed config, and that graph is mapped onto `graph`
-    from the outputs, so what is written is what the target computes.
+    The target builds its own graph for the proposed config, and that graph is mapped onto `graph`,
+    its repeated layers written out, from the outputs: what is written is what the target computes.
 
     Raises:
       UsageError: there is no such family.
       InputError: the family cannot say the graph; all reasons, or the places where the two part.
     """
+    graph = unrolled(graph)
     config = propose(graph, target)
     if not isinstance(config, ModelConfig):
         raise InputError(config)

@@ -6,6 +6,7 @@ the ranges in their names, and what was stacked or picked along the layers meets
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 def is_rolled(graph: Graph) -> bool:
     """Return whether `graph` repeats a body."""
     return any(node.body is not None for node in graph)
+
+
+def users_within(value: Value) -> Iterator[Node]:
+    """Yield the nodes that use `value`; in the place of a scan those of its body that do."""
+    for node in value.users:
+        if node.body is None:
+            yield node
+            continue
+        for operand, inner in zip(node.operands, node.body.inputs.values(), strict=True):
+            if operand is value:
+                yield from inner.users
 
 
 def unrolled(graph: Graph) -> Graph:

@@ -136,11 +136,14 @@ class Pass(ABC):
       name: kebab-case; what pipelines call it.
       summary: one line, without a full stop.
       must_match: whether it is an error that the pass finds nothing to work on.
+      takes_rolled: whether it works on a graph that repeats layers; others are refused there, since
+        they would see none of what is repeated.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     must_match: ClassVar[bool] = False
+    takes_rolled: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -11,6 +11,7 @@ from typing import Any
 from moecc.collector import collector_paused
 from moecc.errors import CheckError, InputError, Problem, UsageError
 from moecc.ir.graph import Graph
+from moecc.ir.unroll import is_rolled
 from moecc.ir.verify import VerifyError, verify
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.pipeline.reproducer import Reproducer
@@ -166,9 +167,15 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
     """Run one pass on `graph`, in place, and verify what it leaves.
 
     Raises:
-      InputError: it must match and matched nothing.
+      InputError: it must match and matched nothing, or it takes no layers that are repeated.
       CheckError: it left a graph that is not valid.
     """
+    if not item.takes_rolled and is_rolled(graph):
+        raise InputError(
+            "works layer by layer, and the graph repeats its layers",
+            where=item.name,
+            hint="unroll-layers before it, and roll-layers afterwards",
+        )
     told: list[Remark] = []
 
     def remark(said: Remark) -> None:

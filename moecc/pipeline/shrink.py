@@ -133,8 +133,10 @@ def _settle(
 def _values(graph: Graph) -> Iterable[Value]:
     yield from graph.inputs.values()
     yield from graph.params.values()
-    for node in graph:
+    for node in graph.every_node():
         yield from node.results
+        if node.body is not None:
+            yield from node.body.inputs.values()
 
 
 def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
@@ -142,7 +144,7 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
     pinned: set[int] = set()
     forms: dict[int, set[Form]] = {}
     cuts: dict[int, int] = {}
-    for node in graph:
+    for node in graph.every_node():
         if node.op.name in ("split", "merge"):
             whole, parts = _product(node)
             if len(parts) > 1:
@@ -150,6 +152,9 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
         elif node.op.name == "slice":
             size = _number(node.operands[0].type[node.attrs["axis"]].size)
             cuts[size] = gcd(cuts.get(size, size), node.attrs["start"], node.attrs["stop"])
+        elif node.body is not None:
+            # The ranges in names and locations say how many layers there are.
+            pinned.add(node.attrs["over"][0][1])
         elif node.op.name in ("place", "expert_choice", "hash_experts"):
             pinned.add(node.attrs["experts"])
         elif node.op.name == "route":
@@ -204,6 +209,8 @@ def _map_type(type: TensorType, sizes: Mapping[int, int]) -> TensorType:
 
 def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, Any]:
     attrs = dict(node.attrs)
+    if node.body is not None:
+        return {**attrs, "body": _mapped(node.body, sizes)}
     for name, spec in node.op.attrs.items():
         if spec.kind == "sizes":
             attrs[name] = tuple((n, sizes.get(s, s)) for n, s in attrs[name])

@@ -33,6 +33,7 @@ class CsePass(Pass):
 
     name: ClassVar[str] = "cse"
     summary: ClassVar[str] = "keep the first of nodes that compute the same"
+    takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

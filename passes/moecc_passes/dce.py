@@ -30,6 +30,7 @@ class DcePass(Pass):
 
     name: ClassVar[str] = "dce"
     summary: ClassVar[str] = "erase nodes and parameters that no output depends on"
+    takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
     keep_params: Annotated[bool, "leave parameters that nothing uses"] = False

@@ -33,6 +33,7 @@ class FreezePass(Pass):
     name: ClassVar[str] = "freeze"
     summary: ClassVar[str] = "say which groups of parameters are not trained"
     must_match: ClassVar[bool] = True
+    takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
     groups: Annotated[tuple[Group, ...], "the groups that are not trained"] = ()

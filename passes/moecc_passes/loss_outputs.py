@@ -48,9 +48,15 @@ def joined(builder: Builder, losses: Iterable[Weighted], how: str) -> Weighted:
         coefficients[name] = coefficient
     found: Weighted = []
     for name in sorted(kinds, key=ORDER.index):
-        total = reduce(builder.add, kinds[name])
-        if how == "mean" and len(kinds[name]) > 1:
-            total = builder.scale(total, by=1 / len(kinds[name]))
+        total = kinds[name][0]
+        if len(kinds[name]) > 1:
+            # One sum over all layers, which rolled layers have as it is.
+            every = builder.stack(*kinds[name], axis="layer")
+            total = (
+                builder.sum(every, axes="layer")
+                if how == "sum"
+                else builder.mean(every, axes="layer")
+            )
         found.append((name, coefficients[name], total))
     return found
 

@@ -33,6 +33,7 @@ class UnrollLayersPass(Pass):
 
     name: ClassVar[str] = "unroll-layers"
     summary: ClassVar[str] = "write out every layer that is repeated"
+    takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

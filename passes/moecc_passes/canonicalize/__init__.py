@@ -38,6 +38,7 @@ class CanonicalizePass(Pass):
 
     name: ClassVar[str] = "canonicalize"
     summary: ClassVar[str] = "bring a graph into the form in which other passes expect it"
+    takes_rolled: ClassVar[bool] = True
 
     exact: Annotated[bool, "leave out what is equal only in real arithmetic"] = False
 

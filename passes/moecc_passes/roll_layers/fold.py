@@ -106,8 +106,7 @@ class Fold:
         entered = (*wiring.carries, *wiring.params, *wiring.stacked, *wiring.captured)
         inputs = {e: graph.input(graph.fresh(_hint(e)), e[0].type) for e in entered}
         values: dict[Value, Value] = {}
-        for nodes, loc in zip(zip(*wiring.blocks, strict=True), locs, strict=True):
-            first, slots = nodes[0], zip(*(node.operands for node in nodes), strict=True)
+        for first, slots, loc in zip(wiring.blocks[0], wiring.operands, locs, strict=True):
             made = graph.append(
                 first.op,
                 [inputs[e] if e in inputs else values[e[0]] for e in slots],

@@ -100,11 +100,18 @@ def key(nodes: Sequence[Node]) -> tuple[object, ...]:
 
 def line(node: Node, numbers: dict[Value, int]) -> tuple[object, ...]:
     """Return what one node computes, with the values of its layer by number; its own are added."""
-    uses = tuple(numbers.get(v, v.type) for v in node.operands)
+    uses: list[int | TensorType] = [numbers.get(v, v.type) for v in node.operands]
+    if node.op.commutative:
+        # Which comes first says nothing, and other passes exchange them by other rules.
+        uses.sort(key=_rank)
     for value in node.results:
         numbers[value] = len(numbers)
     types = tuple(_type_key(v.type, numbers) for v in node.results)
-    return (node.op.name, uses, attributes(node.attrs), types)
+    return (node.op.name, tuple(uses), attributes(node.attrs), types)
+
+
+def _rank(use: int | TensorType) -> tuple[int, str]:
+    return (use, "") if isinstance(use, int) else (-1, str(use))
 
 
 def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:

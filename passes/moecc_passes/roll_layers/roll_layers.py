@@ -51,6 +51,7 @@ class RollLayersPass(Pass):
     name: ClassVar[str] = "roll-layers"
     summary: ClassVar[str] = "make one layer, which is repeated, of layers that are alike"
     must_match: ClassVar[bool] = True
+    takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
     remat: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,6 +28,7 @@ class Wiring:
       carries: what comes from the block before; of the first, from outside.  By the values.
       params: parameters, one for each block, that nothing else uses.
       stacked: other values from outside, another one for each block.
+      operands: for each node of a block, its operands in every block.
       captured: a value from outside that all blocks use, as often as there are blocks.
       returned: the blocks whose value is used outside, by its number among their results.
     """
@@ -36,6 +38,7 @@ class Wiring:
     params: list[Each] = field(default_factory=list)
     stacked: list[Each] = field(default_factory=list)
     captured: list[Each] = field(default_factory=list)
+    operands: list[list[Each]] = field(default_factory=list)
     returned: dict[int, list[int]] = field(default_factory=dict)
 
     def results(self, block: int) -> list[Value]:
@@ -54,6 +57,10 @@ class Wiring:
         return [n for n, blocks in self.returned.items() if n not in carried or blocks != [last]]
 
 
+Home = dict[Value, tuple[int, int]]
+"""The block of a value, and its number among the results of that block."""
+
+
 def wire(blocks: list[list[Node]]) -> Wiring:
     """Return what flows in and out of `blocks`, which are alike.
 
@@ -63,8 +70,9 @@ def wire(blocks: list[list[Node]]) -> Wiring:
     wiring = Wiring(blocks)
     home = {v: (i, n) for i in range(len(blocks)) for n, v in enumerate(wiring.results(i))}
     slots: dict[Each, None] = {}
-    for nodes in zip(*blocks, strict=True):
-        for each in zip(*(node.operands for node in nodes), strict=True):
+    wiring.operands = [slots_of(nodes, home) for nodes in zip(*blocks, strict=True)]
+    for node in wiring.operands:
+        for each in node:
             if each[0] not in home or home[each[0]][0] != 0:
                 slots[each] = None
     for each in slots:
@@ -73,8 +81,31 @@ def wire(blocks: list[list[Node]]) -> Wiring:
     return wiring
 
 
-Home = dict[Value, tuple[int, int]]
-"""The block of a value, and its number among the results of that block."""
+def slots_of(nodes: Sequence[Node], home: Home) -> list[Each]:
+    """Return the operands of a node in every block, those that may be exchanged in one order."""
+    rows = [node.operands for node in nodes]
+    if nodes[0].op.commutative:
+        # The first block alone takes the stream from outside, so the second is the one to follow.
+        rows = [_turned(row, rows[1], i, home) for i, row in enumerate(rows)]
+    return list(zip(*rows, strict=True))
+
+
+def _turned(row: list[Value], like: list[Value], block: int, home: Home) -> list[Value]:
+    """Return two operands in the order in which they best fit those of the second block."""
+    as_is, turned = (
+        sum(_fit(v, w, block, home) for v, w in zip(some, like, strict=True))
+        for some in (row, row[::-1])
+    )
+    return row[::-1] if turned > as_is else row
+
+
+def _fit(value: Value, like: Value, block: int, home: Home) -> int:
+    if value is like:
+        return 2
+    if value in home and like in home:
+        steps = (home[value][0] - block, home[like][0] - 1)
+        return 2 if steps[0] == steps[1] and home[value][1] == home[like][1] else 0
+    return 1 if value.is_param and like.is_param else 0
 
 
 def _enter(wiring: Wiring, each: Each, home: Home, slots: dict[Each, None]) -> None:
