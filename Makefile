@@ -56,6 +56,7 @@ bench: $(STAMP) ## the benchmarks, one after the other
 	$(BIN)/python benchmarks/passes.py
 	$(BIN)/python benchmarks/moe_layer.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/compile_time.py
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -1,0 +1,124 @@
+"""Every pass on a graph that repeats its layers: it works, or says how to go on."""
+
+from __future__ import annotations
+
+import pytest
+from moecc_passes import REGISTRY
+
+from moecc.errors import InputError
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.ir import Graph, clone, equal, verify
+from moecc.ir.unroll import is_rolled, unroll
+from moecc.pipeline.check import check_pipeline
+from moecc.pipeline.runner import Report, run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.presets import preset_config
+from moecc.testing import assert_same
+
+SMALL = {
+    "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "num_hidden_layers": 4, "vocab_size": 32,
+}  # fmt: skip
+
+OPTIONS = {
+    "annotate-sharding": "mesh=data:2 rules=fsdp",
+    "freeze": "groups=attention",
+    "specialize": "mode=train",
+    "upcycle": "experts=4",
+}
+"""Options without which a pass has nothing to do."""
+
+WORKING = ("canonicalize", "cse", "dce", "freeze", "roll-layers", "unroll-layers")
+
+
+def dense() -> Graph:
+    return build(parse_config({**preset_config("smollm2-135m"), **SMALL}))
+
+
+def then(graph: Graph, text: str) -> Report:
+    return run_pipeline(graph, Pipeline.parse(text))
+
+
+def rolled(before: str = "upcycle{experts=4 layers=every:2},add-losses") -> Graph:
+    graph = dense()
+    then(graph, f"{before},roll-layers" if before else "roll-layers")
+    return graph
+
+
+def spelled(name: str) -> str:
+    return f"{name}{{{OPTIONS[name]}}}" if name in OPTIONS else name
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTRY if n not in WORKING])
+def test_a_pass_that_works_layer_by_layer_says_so(name: str) -> None:
+    graph = rolled()
+    before = clone(graph)
+    with pytest.raises(InputError, match="works layer by layer") as caught:
+        then(graph, spelled(name))
+    assert caught.value.problems[0].where == name
+    assert "unroll-layers" in str(caught.value.problems[0].hint)
+    assert equal(graph, before)
+
+
+@pytest.mark.parametrize("name", [n for n in WORKING if "roll" not in n])
+def test_other_passes_work(name: str) -> None:
+    graph = rolled()
+    before = clone(graph)
+    then(graph, spelled(name))
+    assert is_rolled(graph)
+    assert_same(before, graph, exact=True)
+
+
+def test_the_way_out_is_one() -> None:
+    graph = rolled("")
+    then(graph, "unroll-layers,upcycle{experts=4},roll-layers")
+    direct = dense()
+    then(direct, "upcycle{experts=4},roll-layers")
+    assert equal(graph, direct)
+
+
+def test_frozen_groups_are_those_of_the_layers_written_out() -> None:
+    from moecc.analysis.groups import parameter_groups
+    from moecc.ir.ranges import element, lengths
+
+    graph = rolled()
+    apart = clone(graph)
+    unroll(apart)
+    expected = parameter_groups(apart)
+    for name, groups in parameter_groups(graph).items():
+        (count,) = lengths(name) or {1}
+        assert {expected[element(name, i)] for i in range(count)} == {groups}
+
+
+def test_canonical_order_does_not_hide_what_is_alike() -> None:
+    text = "upcycle{experts=4 layers=every:2},add-losses{metrics=false},canonicalize,cse"
+    graph = rolled(text)
+    assert [n.attrs["over"] for n in graph if n.body is not None] == [(("layer", 2),)]
+    apart = dense()
+    then(apart, text)
+    assert_same(apart, graph, exact=True)
+
+
+@pytest.mark.parametrize("text", ["roll-layers", "roll-layers,unroll-layers"])
+def test_promises_are_checked(text: str) -> None:
+    graph = dense()
+    then(graph, "upcycle{experts=4}")
+    assert [c.measured for c in check_pipeline(graph, Pipeline.parse(text))] == [0.0] * (
+        text.count(",") + 1
+    )
+
+
+def test_a_rolled_graph_is_reduced_for_a_check() -> None:
+    graph = build(parse_config({**preset_config("smollm2-135m"), "num_hidden_layers": 4}))
+    then(graph, "roll-layers")
+    (found,) = check_pipeline(graph, Pipeline.parse("unroll-layers"))
+    assert found.measured == 0.0
+
+
+def test_what_a_pass_sees_of_another_depth() -> None:
+    """A stack that only in part repeats stays valid when the rest of it is rewritten."""
+    graph = dense()
+    then(graph, "upcycle{experts=4 layers=0},roll-layers,canonicalize,cse,dce")
+    verify(graph)
+    assert [n.attrs["over"] for n in graph if n.body is not None] == [(("layer", 3),)]
