@@ -3,7 +3,7 @@
     python benchmarks/compile_time.py [--format json] [--layers 4 16 64] [--step forward|train]
                                       [--repeat 3]
 
-The model is a small llama with a mixture of experts in every fourth layer, made by the passes
+The model is a small llama with a mixture of experts in every second layer, made by the passes
 ``upcycle`` and ``roll-layers``.  Compiling does not depend on the sizes of the axes, so these are
 small.  A step is the forward pass, or with ``train`` the gradient of a loss, under full
 rematerialisation where the layers are rolled.  All programs are compiled in one process, in turn;
@@ -57,7 +57,7 @@ def make_graph(layers: int, form: str) -> Graph:
     graph = build(
         parse_config({**preset_config("smollm2-135m"), **SMALL, "num_hidden_layers": layers})
     )
-    run_pipeline(graph, Pipeline.parse(f"upcycle{{experts=8 layers=every:4}}{FORMS[form]}"))
+    run_pipeline(graph, Pipeline.parse(f"upcycle{{experts=8 layers=every:2}}{FORMS[form]}"))
     return graph
 
 

@@ -4,6 +4,7 @@ expr     = name "(" … ")"
 source("name" : bf16[mlp=1536, embed=576])      full(0.5 : f32[expert=8])
 tile(x, expert=8)  tile(x, expert=8, position=1)
 stack(x, y, axis=expert)  concat(x, y, axis=mlp)
+each(expert=0..7, source("experts.{expert}.w" : bf16[mlp=1536]))  for a stack of eight
 index(x, expert=3)  slice(x, mlp=0:768)  rename(x, mlp=inner)  permute(x, (embed, mlp))
 split(x, mlp=(group=2, mlp=768))  merge(x, (group, mlp)=mlp)
 scale(x, 2.0)  cast(x, f32)  add(x, y)  mul(x, y)  select(mask, x, y)
@@ -22,6 +23,7 @@ from typing import Any
 
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
+from moecc.weights.each import in_short
 from moecc.weights.expr import Expr, Full, Source
 from moecc.weights.movement import (
     Concat,
@@ -52,7 +54,11 @@ def _tile(e: Tile) -> str:
 
 
 def _stack(e: Stack) -> str:
-    return f"stack({_list(e.xs)}, axis={e.axis}{_position(e.position)})"
+    texts = [format_expr(x) for x in e.xs]
+    short = in_short(texts, e.axis)
+    if short is not None:
+        return f"each({short}{_position(e.position)})"
+    return f"stack({', '.join(texts)}, axis={e.axis}{_position(e.position)})"
 
 
 def _split(e: Split) -> str:

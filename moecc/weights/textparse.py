@@ -9,6 +9,7 @@ from moecc.errors import nearest, printable
 from moecc.ir.types import TensorType
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
+from moecc.weights.each import in_full
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
 from moecc.weights.movement import (
     Concat,
@@ -37,10 +38,16 @@ def parse_expr(text: str, offset: int = 0) -> tuple[Expr, int]:
     return expr, reader.at
 
 
+MAX_EACH = 100_000
+"""How many expressions all ranges of one may stand for."""
+
+
 class _Reader(Cursor):
-    def __init__(self, text: str, at: int) -> None:
+    def __init__(self, text: str, at: int, around: _Reader | None = None) -> None:
         super().__init__(text, at)
         self.depth = 0
+        # Shared with the readers of the texts that an `each` stands for.
+        self.left: list[int] = [MAX_EACH] if around is None else around.left
 
     def expr(self, depth: int) -> Expr:
         """Read an expression that stands at `depth`; a deeper one may stand inside."""
@@ -59,6 +66,17 @@ class _Reader(Cursor):
         self.punct(")")
         self.depth = depth
         return made
+
+    def inner(self, text: str, at: int) -> Expr:
+        """Read the whole of another `text`, whose errors are told at `at`."""
+        reader = _Reader(text, 0, self)
+        try:
+            found = reader.expr(self.depth)
+        except ExprSyntaxError as error:
+            self.fail(f"in {printable(text, 60)!r}: {error}", at)
+        if reader.skip() != len(text):
+            self.fail(f"in {printable(text, 60)!r}: more than one expression", at)
+        return found
 
     def operand(self) -> Expr:
         return self.expr(self.depth)
@@ -93,6 +111,24 @@ def _stack(r: _Reader) -> Expr:
     xs = r.operands()
     r.keyword("axis")
     return Stack(xs, r.name(), _position(r))
+
+
+def _each(r: _Reader) -> Expr:
+    axis = r.name()
+    r.punct("=")
+    begin = r.skip()
+    numbers = r.range()
+    r.left[0] -= numbers.count
+    if r.left[0] < 0:
+        r.fail(f"an expression stands for more than {MAX_EACH:,} others", begin)
+    r.comma()
+    start = r.skip()
+    # What the marks stand for is put in their places, and the texts are read one by one.
+    end = r.end_of_argument()
+    texts = in_full(r.text[start:end], axis, numbers)
+    xs = tuple(r.inner(text, start) for text in texts)
+    r.at = end
+    return Stack(xs, axis, _position(r))
 
 
 def _position(r: _Reader) -> int:
@@ -225,6 +261,7 @@ _PARSERS: dict[str, Callable[[_Reader], Expr]] = {
     "full": _full,
     "tile": _tile,
     "stack": _stack,
+    "each": _each,
     "concat": _concat,
     "index": _index,
     "slice": _slice,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from moecc.errors import InputError, nearest, printable
 from moecc.ir.dtypes import DTYPES, DType
 from moecc.ir.literals import parse_type
+from moecc.ir.ranges import Progression
 from moecc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ _SPACE = re.compile(r"[ \t]*")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _NATURAL = re.compile(r"[0-9]{1,18}(?![0-9])")
+_RANGE = re.compile(r"[0-9]{1,9}\.\.[0-9]{1,9}(?:\.\.[0-9]{1,9})?(?![0-9.])")
+_PIECE = re.compile(r'"(?:[^"\\\n]|\\.)*"|[^"()\[\],\n]+|.|\n')
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
 _KEY = re.compile(r"0x[0-9a-fA-F]{1,32}(?![0-9a-fA-F])")
 _TYPE = re.compile(r"[a-z][a-z0-9]*\[[^\]\n]*\]")
@@ -142,6 +145,25 @@ class Cursor:
     def natural(self) -> int:
         """Read a whole number."""
         return int(self.match(_NATURAL, "a whole number"))
+
+    def range(self) -> Progression:
+        """Read ``first..last``, or ``first..last..step``, of at least two numbers."""
+        start = self.skip()
+        numbers = map(int, self.match(_RANGE, "a range, 0..29").split(".."))
+        low, high, step, *_ = (*numbers, 1)
+        if step < 1 or high <= low or (high - low) % step:
+            self.fail("a range rises by whole steps", start)
+        return Progression(low, step, (high - low) // step + 1)
+
+    def end_of_argument(self) -> int:
+        """Return where the argument that starts here ends: before a comma or parenthesis."""
+        depth, end = 0, self.at
+        for match in _PIECE.finditer(self.text, self.at):
+            mark, end = match.group(), match.end()
+            if mark == "\n" or (not depth and mark in (",", ")")):
+                return match.start()
+            depth += (mark in ("(", "[")) - (mark in (")", "]"))
+        return end
 
     def number(self) -> float:
         """Read a finite number."""

@@ -91,8 +91,10 @@ def test_it_runs(moecc: Callable, dense: Path, rolled: Path, tmp_path: Path) -> 
 
 
 def test_the_checkpoint_of_a_rolled_graph_is_looked_at(moecc: Callable, rolled: Path) -> None:
-    text = rolled.read_text().replace("layers.1.self_attn.q_proj", "layers.1.self_attn.no_proj")
-    rolled.write_text(text)
+    text = rolled.read_text()
+    name = "model.layers.{layer}.self_attn.q_proj"
+    assert name in text
+    rolled.write_text(text.replace(name, "model.layers.{layer}.self_attn.no_proj"))
     done = moecc("run", rolled, "--outputs", rolled.with_suffix(".npy"))
     assert done.code == 1
     assert "the graph reads a tensor that the checkpoint lacks" in done.err

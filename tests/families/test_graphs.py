@@ -140,9 +140,9 @@ def test_experts_are_one_stacked_parameter() -> None:
     graph = build(config_of("mixtral", num_local_experts=2))
     name = "model.layers.0.block_sparse_moe.experts.w3.weight"
     assert str(graph.params[name].type) == "f32[expert=2, mlp=24, embed=16]"
-    part = 'source("model.layers.0.block_sparse_moe.experts.{}.w3.weight" : f32[mlp=24, embed=16])'
+    part = "model.layers.0.block_sparse_moe.experts.{expert}.w3.weight"
     assert str(graph.params[name].weight) == (
-        f"stack({part.format(0)}, {part.format(1)}, axis=expert)"
+        f'each(expert=0..1, source("{part}" : f32[mlp=24, embed=16]))'
     )
     down = graph.params["model.layers.0.block_sparse_moe.experts.w2.weight"]
     assert str(down.type) == "f32[expert=2, embed=16, mlp=24]"

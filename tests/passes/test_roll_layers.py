@@ -338,3 +338,32 @@ def test_every_repetition_is_of_one_length() -> None:
         roll(graph)
         lengths.append(len(graph) + len(scans(graph)[0].attrs["body"]))
     assert all(a == b for a, b in pairwise(lengths))
+
+
+def test_a_graph_without_layers_says_so() -> None:
+    graph = Graph()
+    graph.set_output("y", Builder(graph).silu(graph.input("x", tensor(F32, batch="B"))))
+    result, _ = roll(graph)
+    assert [m.where for m in result.near_misses] == ["the graph"]
+
+
+def test_what_came_nearest_is_told_where_nothing_matches() -> None:
+    result, told = roll(chain("silu", "tanh"))
+    assert [f"{m.where}: {m.reason}" for m in result.near_misses] == told
+
+
+def test_operands_that_were_exchanged_are_alike() -> None:
+    graph = Graph()
+    h, memory = (graph.input(n, tensor(F32, batch="B", embed=4)) for n in "xm")
+    for number in range(4):
+        b = Builder(graph, loc=f"layers.{number}.ffn")
+        w = graph.param(f"layers.{number}.w", tensor(F32, embed=4))
+        for other in (w, memory):
+            h = b.mul(*((h, other) if (number % 3 or other is w) else (other, h)))
+            h = b.add(*((h, b.silu(h)) if number % 2 else (b.silu(h), h)))
+    graph.set_output("y", h)
+    before = clone(graph)
+    result, _ = roll(graph)
+    assert result.stats["layers-rolled"] == 4
+    assert list(graph.params) == ["layers.{0..3}.w"]
+    assert_same(before, graph, exact=True)

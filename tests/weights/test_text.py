@@ -37,6 +37,28 @@ EXAMPLES: list[tuple[Expr, str]] = [
     (Tile(W, "position", 8, 1), f"tile({TEXT}, position=8, position=1)"),
     (Stack((W, W), "expert"), f"stack({TEXT}, {TEXT}, axis=expert)"),
     (Stack((W,), "axis", 2), f"stack({TEXT}, axis=axis, position=2)"),
+    (
+        Stack(tuple(Source(f"l.{i}.w", W.type) for i in (3, 5)), "layer", 1),
+        'each(layer=3..5..2, source("l.{layer}.w" : bf16[mlp=6, embed=4]), position=1)',
+    ),
+    (
+        Stack(
+            tuple(
+                Stack(tuple(Source(f"{i}, {j})", W.type) for j in (0, 1)), "expert")
+                for i in range(11)
+            ),
+            "layer",
+        ),
+        'each(layer=0..10, each(expert=0..1, source("{layer}, {expert})" : bf16[mlp=6, embed=4])))',
+    ),
+    (
+        Stack(tuple(Source(f"a{i}b{2 * i}", tensor(F32)) for i in (1, 2)), "layer"),
+        'stack(source("a1b2" : f32[]), source("a2b4" : f32[]), axis=layer)',
+    ),
+    (
+        Stack(tuple(Source(f"{{layer}}{i}", tensor(F32)) for i in (1, 2)), "layer"),
+        'stack(source("{layer}1" : f32[]), source("{layer}2" : f32[]), axis=layer)',
+    ),
     (Concat((W, W), "mlp"), f"concat({TEXT}, {TEXT}, axis=mlp)"),
     (Index(W, "mlp", 3), f"index({TEXT}, mlp=3)"),
     (Slice(W, "mlp", 0, 3), f"slice({TEXT}, mlp=0:3)"),
@@ -102,6 +124,14 @@ def test_each_kind_reads_well_and_comes_back(expr: Expr, text: str) -> None:
         ("normal(f32[], std=1, key=31)", "expected a key", 25),
         (f"normal(f32[], std=1, key=0x{'1' * 33})", "expected a key", 25),
         ("normal(f32[], key=0x1)", "expected std=", 14),
+        ('each(a=0..2, source("{a}" : f33[]))', ": f33[])': unknown element type", 13),
+        ("each(a=0..2, full(1.0 : f32[]) x)", "in 'full(1.0 : f32[]) x': more than one", 13),
+        ("each(a=2..1, full({a} : f32[]))", "a range rises by whole steps", 7),
+        ("each(a=0..2..3, full({a} : f32[]))", "a range rises by whole steps", 7),
+        ("each(a=0, full({a} : f32[]))", "expected a range, 0..29", 7),
+        ("each(a=0..999999999, full({a} : f32[]))", "stands for more than 100,000", 7),
+        ("each(a=0..999, each(b=0..999, full({a} : f32[])))", "more than 100,000", 15),
+        ("each(a=0..2, full({a} : f32[])", "expected ), found the end of the line", 30),
         ('index(source("a" : f32[a=4]), a=1234567890123456789)', "a whole number", 32),
     ],
 )

@@ -11,10 +11,17 @@ from moecc.ir.graph import Graph
 from moecc.ir.kept import DEFAULT, KEPT
 from moecc.ir.ranges import joined
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
+from moecc.rewrite.match import NearMiss
 from moecc_passes.roll_layers.fold import Fold, Keeping
 from moecc_passes.roll_layers.hoist import data_dependent, hoist
 from moecc_passes.roll_layers.layers import Layer, Repeated, difference, repetitions_in, stacks_of
 from moecc_passes.roll_layers.wiring import wire
+
+NO_LAYERS = NearMiss(
+    "roll-layers",
+    "the graph",
+    "no two layers follow one another: locations like layers.3.ffn say them",
+)
 
 
 @dataclass(frozen=True)
@@ -79,22 +86,30 @@ class RollLayersPass(Pass):
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Roll what can be rolled; say what was, and why the rest was not."""
         stats = {"scans": 0, "layers-rolled": 0, "layers-left": 0, "hoisted": 0}
-        dependent = data_dependent(graph)
+        dependent, told = data_dependent(graph), list[Remark]()
         for layers in stacks_of(graph):
             stats["hoisted"] += hoist(layers, dependent)
             repeated = repetitions_in(layers)
             rest = list(_left(layers, repeated))
-            done = [r for r in repeated if self._roll(graph, layers, r, ctx)]
+            reasons = [self._roll(graph, layers, r, ctx) for r in repeated]
+            done = [r for r, why in zip(repeated, reasons, strict=True) if why is None]
+            rest = [*(why for why in reasons if why is not None), *rest]
             for remark in rest:
                 ctx.remark(remark)
+            told += rest
             rolled = sum(r.stop - r.start for r in done)
             stats["scans"] += len(done)
             stats["layers-rolled"] += rolled
             stats["layers-left"] += len(layers) - rolled
         changed = stats["scans"] + stats["hoisted"] > 0
-        return PassResult(changed, stats["scans"], stats)
+        misses = [NearMiss(self.name, r.where, r.text) for r in told] or [NO_LAYERS]
+        near = [] if stats["scans"] else misses
+        return PassResult(changed, stats["scans"], stats, near_misses=near)
 
-    def _roll(self, graph: Graph, layers: Sequence[Layer], found: Repeated, ctx: Context) -> bool:
+    def _roll(
+        self, graph: Graph, layers: Sequence[Layer], found: Repeated, ctx: Context
+    ) -> Remark | None:
+        """Roll layers that repeat, or return why they cannot be."""
         some = layers[found.start : found.stop]
         blocks = [
             [node for layer in some[i : i + found.period] for node in layer.nodes]
@@ -104,11 +119,10 @@ class RollLayersPass(Pass):
         try:
             Fold(graph, wire(blocks), some[0].stack).run(Keeping(self.remat, self.save))
         except InputError as error:
-            ctx.remark(Remark(name, f"alike, and not rolled: {error.problems[0]}"))
-            return False
+            return Remark(name, f"alike, and not rolled: {error.problems[0]}")
         each = f"{found.period} layers" if found.period > 1 else "one layer"
         ctx.remark(Remark(name, f"rolled: {each}, repeated {found.runs} times"))
-        return True
+        return None
 
 
 def _left(layers: Sequence[Layer], repeated: Sequence[Repeated]) -> Iterator[Remark]:

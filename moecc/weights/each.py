@@ -1,0 +1,31 @@
+"""Stacks of many expressions that differ in a number, in a short text.
+
+``each(layer=0..2, source("layers.{layer}.w" : f32[embed=4]))`` is the stack, along ``layer``, of
+the three expressions that the text in it spells with 0, 1 and 2 in the place of ``{layer}``.
+Several may stand in one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moecc.ir.ranges import Progression, varying
+
+
+def in_short(texts: Sequence[str], axis: str) -> str | None:
+    """Return ``axis=first..last, text`` for what `texts` spell, or None if it cannot be said so."""
+    mark = f"{{{axis}}}"
+    if len(texts) < 2 or any(mark in text for text in texts):
+        return None
+    found = varying(texts)
+    if found is None or len(set(found[1].values())) != 1:
+        return None
+    pieces, numbers = found
+    spelled = "".join(mark if i in numbers else piece for i, piece in enumerate(pieces))
+    return f"{axis}={next(iter(numbers.values()))}, {spelled}"
+
+
+def in_full(text: str, axis: str, numbers: Progression) -> list[str]:
+    """Return the texts that ``each`` stands for."""
+    mark = f"{{{axis}}}"
+    return [text.replace(mark, str(numbers.start + i * numbers.step)) for i in range(numbers.count)]
