@@ -14,7 +14,7 @@ from moecc.errors import InputError, nearest
 from moecc.ir.flow import spelled
 from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.rules import axis_of
-from moecc.ir.types import Axis, TensorType, is_name
+from moecc.ir.types import Axis, Extent, TensorType, is_name
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Value
@@ -47,6 +47,8 @@ def _scattered(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType
             else "over which mesh axis is not said",
             found=str(type),
         )
+    if isinstance(axis.size, Extent) and axis.size.kind != "groups":
+        raise InputError(f"slots cannot lie split: {name!r}", found=str(type))
     return type.with_axes(replace(a, mesh=(*a.mesh, *mesh)) if a is axis else a for a in type.axes)
 
 
