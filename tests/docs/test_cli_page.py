@@ -140,10 +140,19 @@ def test_plan(report: Any) -> None:
     compare(documented("plan", "key"), plans)
 
 
+@pytest.mark.slow
+def test_compile(report: Any) -> None:
+    pytest.importorskip("jax")
+    small = ["--batch-tokens", "64", "--sequence", "16", "--machine", "cpu:2", "--step", "forward"]
+    found = [report("compile", str(GOLDEN / "mixtral_gqa"), "--mesh", "data=2", *small)]
+    compare(documented("compile", "key"), found)
+
+
 def test_schemas_are_those_of_the_page(report: Any) -> None:
     assert set(re.findall(r"`(moecc\.[\w-]+/\d+)`", PAGE)) == {
         "moecc.inspect/1",
         "moecc.plan/1",
+        "moecc.compile/1",
         "moecc.convert/1",
         "moecc.verify/1",
         "moecc.verify-manifest/1",

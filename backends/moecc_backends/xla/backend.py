@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moecc.ahead.request import Job, Result
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.dtypes import F32, F64, DType
@@ -30,7 +31,7 @@ from moecc_backends.xla import lower_moe as lower_moe
 from moecc_backends.xla import lower_plain as lower_plain
 from moecc_backends.xla import lower_routing as lower_routing
 from moecc_backends.xla import lower_scan as lower_scan
-from moecc_backends.xla.context import LOWERINGS, Context, lower_nodes
+from moecc_backends.xla.context import LOWERINGS, Around, Context, lower_nodes
 from moecc_backends.xla.dispatches import check_dispatch, dispatch_problems
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.local import Local
@@ -42,13 +43,23 @@ Tree = Mapping[str, jax.Array]
 
 
 def function(
-    graph: Graph, *, dtype: DType = F32, options: Options = DEFAULTS
+    graph: Graph,
+    *,
+    dtype: DType = F32,
+    options: Options = DEFAULTS,
+    around: Around | None = None,
 ) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
     """Return `graph` as a pure function of parameters and inputs, by name.
 
     A random key is a key of jax's, ``jax.random.key(0)`` or what `jax_inputs` makes of a number.
     Floating-point parameters and inputs are cast to `dtype`; norms, softmax and routing compute in
     float32 (selective precision, ST-MoE §3.3), and floating-point outputs are float32.
+
+    Args:
+      graph: the graph.
+      dtype: the type of the computation.
+      options: what was chosen for the lowering.
+      around: what calls each lowering, see `Context`.
 
     Raises:
       InputError: a dispatch lowering is forced that does not fit; when the function is traced, an
@@ -61,7 +72,7 @@ def function(
         _check_keys(graph, inputs)
         given = {v: inputs[n] for n, v in graph.inputs.items()}
         given |= {v: params[n] for n, v in graph.params.items() if v.users}
-        values = trace(nodes, given, dtype, options)
+        values = trace(nodes, given, dtype, options, around=around)
         return {n: finished(values[v], v) for n, v in graph.outputs.items()}
 
     return run
@@ -73,6 +84,7 @@ def trace(
     dtype: DType,
     options: Options = DEFAULTS,
     local: Local | None = None,
+    around: Around | None = None,
 ) -> dict[Value, Operand]:
     """Return all values of `nodes`, lowered under the current trace from the `given` arrays.
 
@@ -82,6 +94,7 @@ def trace(
       dtype: the type of the computation.
       options: what was chosen for the lowering.
       local: where the device stands whose parts the arrays are; None where they are whole.
+      around: what calls each lowering, see `Context`.
     """
     # What another segment computed has its type already: a loss may be wider than the model.
     values: dict[Value, Operand] = {
@@ -93,7 +106,8 @@ def trace(
         )
         for v, array in given.items()
     }
-    lower_nodes(Context(dtype.numpy, values, options, local=local or Local()), nodes)
+    context = Context(dtype.numpy, values, options, local=local or Local(), around=around)
+    lower_nodes(context, nodes)
     return values
 
 
@@ -168,6 +182,12 @@ class XlaBackend:
 
             return shared_program(graph, dtype, options, place)
         return XlaProgram(graph, dtype, options)
+
+    def compile_ahead(self, graph: Graph, job: Job) -> Result:
+        """Compile a step of `graph` for a machine that need not be there; see `moecc.ahead`."""
+        from moecc_backends.xla.aot.compiler import compile_ahead
+
+        return compile_ahead(graph, job)
 
 
 class XlaProgram:

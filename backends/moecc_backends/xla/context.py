@@ -31,6 +31,7 @@ class Context:
       siblings: contractions that were lowered together with an earlier one.
       put_off: values that the combine of their routing makes, expert by expert.
       local: where the device stands on a mesh, if arrays are parts.
+      around: calls every lowering, where something lays operands and results over devices.
     """
 
     dtype: Any
@@ -40,6 +41,7 @@ class Context:
     siblings: dict[Node, Rows] = field(default_factory=dict)
     put_off: dict[Value, Dense] = field(default_factory=dict)
     local: Local = field(default_factory=Local)
+    around: Around | None = None
 
     def beside(self, x: Operand, other: Operand) -> Operand:
         """Return `x` as an array that varies over the mesh as `other` does."""
@@ -49,6 +51,11 @@ class Context:
 
 
 Lowering = Callable[..., "Operand | tuple[Operand, ...]"]
+
+Around = Callable[
+    [Context, Node, "list[Operand | None]", Lowering], "Operand | tuple[Operand, ...]"
+]
+"""Takes the place of the plain call of a lowering."""
 
 LOWERINGS: dict[str, Lowering] = {}
 
@@ -98,7 +105,10 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
         raise InputError(f"the xla backend cannot lower {name}", where=where(node))
     operands = [None if v in ctx.put_off else ctx.values[v] for v in node.operands]
     try:
-        result = function(ctx, node, *_alike(ctx, node, operands))
+        if ctx.around is None:
+            result = function(ctx, node, *_alike(ctx, node, operands))
+        else:
+            result = ctx.around(ctx, node, operands, function)
     except InputError as error:
         raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
     results = result if isinstance(result, tuple) else (result,)

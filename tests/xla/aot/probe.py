@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import sys
 
-from moecc_backends.xla.aot.topology import devices, parse_target, prepare
+from moecc_backends.xla.aot.topology import devices, prepare
+
+from moecc.plan.machines import parse_machine
 
 LAYERS, BATCH, SEQ, EMBED, MLP = 5, 64, 128, 512, 1024
 DATA, MODEL = 4, 2
 
 
 def main(machine: str) -> None:
-    target = parse_target(machine)
+    target = parse_machine(machine)
     prepare(target)
     import jax
     import jax.numpy as jnp

@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("jax")
 
-from moecc_backends.xla.aot.topology import missing, parse_target
+from moecc_backends.xla.aot.topology import missing
+
+from moecc.plan.machines import parse_machine
 
 from .probe import BATCH, DATA, EMBED, LAYERS, MLP, MODEL, SEQ
 
@@ -27,7 +29,7 @@ MACHINES = [
 
 @functools.cache
 def probed(machine: str) -> dict[str, Any]:
-    why = missing(parse_target(machine).platform)
+    why = missing(parse_machine(machine).kind)
     if why is not None:
         pytest.skip(why)
     script = Path(__file__).parent / "probe.py"

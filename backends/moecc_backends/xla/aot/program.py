@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moecc.errors import InputError
-from moecc_backends.xla.aot.topology import Target
+from moecc.plan.machines import Machine
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
@@ -85,15 +85,15 @@ class Compiled:
     host_peak_bytes: int
 
 
-def lower(function: Callable[..., Any], arguments: Sequence[Any], target: Target) -> Any:
-    """Trace and lower a jitted `function` of abstract `arguments` for `target`."""
-    platform = {"gpu": "cuda"}.get(target.platform, target.platform)
+def lower(function: Callable[..., Any], arguments: Sequence[Any], machine: Machine) -> Any:
+    """Trace and lower a jitted `function` of abstract `arguments` for `machine`."""
+    platform = {"gpu": "cuda"}.get(machine.kind, machine.kind)
     jitted: Any = function
     return jitted.trace(*arguments).lower(lowering_platforms=(platform,))
 
 
 def compile_ahead(
-    function: Callable[..., Any], arguments: Sequence[Any], target: Target
+    function: Callable[..., Any], arguments: Sequence[Any], machine: Machine
 ) -> Compiled:
     """Compile a jitted `function` of abstract `arguments`, whose shardings name the devices.
 
@@ -101,12 +101,12 @@ def compile_ahead(
       DoesNotFit: a device has not enough memory.
     """
     start = time.perf_counter()
-    lowered = lower(function, arguments, target)
+    lowered = lower(function, arguments, machine)
     lowered_seconds = time.perf_counter() - start
-    return compile_lowered(lowered, lowered_seconds, target)
+    return compile_lowered(lowered, lowered_seconds, machine)
 
 
-def compile_lowered(lowered: Any, lowered_seconds: float, target: Target) -> Compiled:
+def compile_lowered(lowered: Any, lowered_seconds: float, machine: Machine) -> Compiled:
     """Compile what `lower` returned.
 
     Raises:
@@ -116,12 +116,12 @@ def compile_lowered(lowered: Any, lowered_seconds: float, target: Target) -> Com
     try:
         compiled = lowered.compile()
     except RuntimeError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
     seconds = time.perf_counter() - start
     return Compiled(
         lowered_seconds,
         seconds,
-        _memory(compiled.memory_analysis(), is_cpu=target.platform == "cpu"),
+        _memory(compiled.memory_analysis(), is_cpu=machine.kind == "cpu"),
         compiled.as_text(),
         host_peak_bytes(),
     )
@@ -145,7 +145,8 @@ def _memory(analysis: Any, *, is_cpu: bool) -> Memory:
     return Memory(arguments, outputs, aliased, temporaries, code, peak)
 
 
-def _refusal(error: RuntimeError) -> Exception:
+def refusal(error: RuntimeError) -> Exception:
+    """Return the compiler's error, as `DoesNotFit` where it is about the memory of a device."""
     matches = (pattern.search(str(error)) for pattern in _TOO_LARGE)
     found = next((match for match in matches if match is not None), None)
     if found is None:

@@ -1,0 +1,74 @@
+"""A job of `moecc compile`, done with XLA."""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+from typing import Any
+
+from moecc.ahead.request import Job, Result
+from moecc.errors import MachineError
+from moecc.ir.graph import Graph
+from moecc_backends.xla.aot.census import census
+from moecc_backends.xla.aot.program import (
+    Compiled,
+    DoesNotFit,
+    compile_lowered,
+    host_peak_bytes,
+    lower,
+)
+from moecc_backends.xla.aot.steps import Setting, Step, make_step
+from moecc_backends.xla.aot.topology import devices
+
+
+def compile_ahead(graph: Graph, job: Job) -> Result:
+    """Compile a step of `graph`, or lower it alone where only StableHLO is wanted.
+
+    Raises:
+      MachineError: an extra is missing.
+      UsageError: libtpu refuses the topology.
+      InputError: the mesh does not suit the graph.
+    """
+    if job.export and find_spec("flatbuffers") is None:
+        raise MachineError("exporting needs flatbuffers: pip install flatbuffers")
+    setting = Setting(job.layout, job.sizes, job.dtype, job.optimizer)
+    step = make_step(graph, setting, devices(job.machine))
+    start = time.perf_counter()
+    lowered = lower(step.function, step.arguments, job.machine)
+    seconds = time.perf_counter() - start
+    program = lowered.as_text() if job.emit == "stablehlo" else ""
+    artefact = _exported(step, job) if job.export else b""
+    try:
+        compiled = compile_lowered(lowered, seconds, job.machine)
+    except DoesNotFit as error:
+        took = time.perf_counter() - start - seconds
+        return Result(
+            seconds, took, host_peak_bytes(), None, error.needed_bytes, error.available_bytes,
+            program=program, artefact=artefact,
+        )  # fmt: skip
+    return _told(compiled, program if job.emit != "hlo" else compiled.hlo, artefact)
+
+
+def _told(compiled: Compiled, program: str, artefact: bytes) -> Result:
+    found = census(compiled.hlo)
+    return Result(
+        lower_seconds=compiled.lowered_seconds,
+        compile_seconds=compiled.compiled_seconds,
+        host_peak_bytes=compiled.host_peak_bytes,
+        memory=compiled.memory.to_json(),
+        needed_bytes=compiled.memory.peak,
+        flops=found.flops,
+        collectives=found.by_kind(),
+        unknown_loops=found.unknown_loops,
+        opaque=found.opaque,
+        program=program,
+        artefact=artefact,
+    )
+
+
+def _exported(step: Step, job: Job) -> bytes:
+    from jax import export
+
+    platform = {"gpu": "cuda"}.get(job.machine.kind, job.machine.kind)
+    made: Any = export.export(step.function, platforms=[platform])(*step.arguments)
+    return bytes(made.serialize())

@@ -1,0 +1,146 @@
+"""From a request to a job: the graph of a step, its layout, and the plan's prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moecc.ahead.request import Job, Request
+from moecc.ir.dtypes import F32
+from moecc.ir.graph import Graph
+from moecc.models import open_model
+from moecc.plan.batches import Batch, make_batch
+from moecc.plan.estimate import Estimate, Estimator
+from moecc.plan.exchanges import LOCAL
+from moecc.plan.layout import Layout
+from moecc.plan.machines import Machine, parse_machine
+from moecc.plan.meshes import plan_mesh
+from moecc.plan.search import Wish, check_wish, search
+from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.workload import Workload, workload
+from moecc.settings import float_type
+
+CAPACITY_FACTOR = 1.25
+"""What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What bounds the rows of an expert: a factor, and what it multiplies (see ``place``)."""
+
+    factor: float
+    convention: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job, and what is known of it beforehand.
+
+    Attributes:
+      graph: what is compiled.
+      job: how.
+      work: what it takes.
+      estimate: the plan's prediction.
+      bound: of the rows of an expert; None in a dense model.
+      remarks: what was decided for the user.
+    """
+
+    graph: Graph
+    job: Job
+    work: Workload
+    estimate: Estimate
+    bound: Bound | None
+    remarks: tuple[str, ...]
+
+
+def prepare(request: Request) -> Prepared:
+    """Return the job that `request` asks for.
+
+    Raises:
+      UsageError: a machine, mesh or type is unknown.
+      InputError: the model cannot be read, the mesh does not suit it, or nothing fits.
+    """
+    machine = parse_machine(request.machine)
+    train = request.step == "train"
+    dtype = float_type(request.dtype)
+    setting = Setting(train, request.optimizer, dtype, F32 if train else dtype)
+    with open_model(request.model) as model:
+        graph = model.graph
+    batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths)
+    bound, remarks = _bounded(graph, request, train)
+    work = workload(graph, batch)
+    strategy = _strategy(request, work, machine, setting)
+    if bound is not None:
+        _run(graph, _specialize(train, bound, strategy.layout))
+    if train:
+        _run(graph, "add-losses{metrics=false}")
+    _run(graph, f"cse,roll-layers{{remat={strategy.remat}}}")
+    job = Job(
+        machine, strategy.layout, _sizes(graph, batch), setting.dtype,
+        request.optimizer if train else None, request.emit, request.export,
+    )  # fmt: skip
+    estimate = Estimator(work, machine, setting).estimate(strategy)
+    return Prepared(graph, job, work, estimate, bound, tuple(remarks))
+
+
+def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None, list[str]]:
+    """Bound the rows of experts by a capacity; return the bound, and what to say of it."""
+    places = [node.attrs for node in graph if node.op.name == "place"]
+    if not places:
+        return None, []
+    config: dict[str, Any] = graph.attrs.get("config") or {}
+    own = config.get("train_capacity_factor" if train else "eval_capacity_factor")
+    factor = request.capacity_factor or own or _stated(places) or CAPACITY_FACTOR
+    # A model without a capacity of its own has no way of counting it either.
+    is_dropless = all(p["slots"] == "ragged" for p in places)
+    bound = Bound(float(factor), "assignments" if is_dropless else places[0]["convention"])
+    _run(graph, _specialize(train, bound, None))
+    if request.capacity_factor is None and is_dropless:
+        return bound, [
+            f"the model keeps every row; it is compiled with a capacity factor of {factor}, "
+            "which may drop some: --capacity-factor sets another"
+        ]
+    return bound, []
+
+
+def _stated(places: list[dict[str, Any]]) -> float | None:
+    stated = {p["capacity_factor"] for p in places if p["slots"] == "capacity"}
+    return float(stated.pop()) if len(stated) == 1 else None
+
+
+def _specialize(train: bool, bound: Bound, layout: Layout | None) -> str:
+    groups = "" if layout is None else f" groups={layout.mesh.size(layout.batch_axes)}"
+    mode = "train" if train else "eval"
+    return (
+        f"specialize{{mode={mode} capacity-factor={bound.factor} "
+        f"convention={bound.convention}{groups}}}"
+    )
+
+
+def _strategy(request: Request, work: Workload, machine: Machine, setting: Setting) -> Strategy:
+    """Return what the request fixes, or the best of the plan where it leaves the mesh open."""
+    mesh = None if request.mesh is None else plan_mesh(request.mesh)
+    if mesh is None:
+        wish = Wish(
+            None, "capacity" if work.experts else None, request.remat, request.dense_weights
+        )
+        return search(work, machine, setting, wish).best.strategy
+    check_wish(work, machine, Wish(mesh))
+    layout = Layout(mesh, work.experts, request.dense_weights or "whole")
+    remat = request.remat or ("full" if setting.train else "none")
+    return Strategy(layout, "capacity" if layout.expert_axes else LOCAL, "index", remat)
+
+
+def _run(graph: Graph, passes: str) -> None:
+    from moecc.pipeline.passes import Context
+    from moecc.pipeline.registry import installed
+    from moecc.pipeline.runner import run_pipeline
+    from moecc.pipeline.text import Pipeline
+
+    pipeline = Pipeline.parse(passes, installed())
+    run_pipeline(graph, pipeline, context=Context(allow_unmatched=True))
+
+
+def _sizes(graph: Graph, batch: Batch) -> dict[str, int]:
+    names = {a.size for v in graph.inputs.values() for a in v.type if isinstance(a.size, str)}
+    return {name: batch.size(name) for name in names}

@@ -1,0 +1,129 @@
+"""What is asked of a compilation ahead of time, and what a backend answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from moecc.ir.dtypes import DType
+from moecc.ir.graph import Graph
+from moecc.plan.layout import Layout
+from moecc.plan.machines import Machine
+
+EMITS = ("stablehlo", "hlo")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A compilation, as the command line asks for it; None leaves a choice to the plan.
+
+    Attributes:
+      model: a model or preset.
+      machine: by name.
+      step: ``train`` or ``forward``.
+      batch_tokens: tokens of a step.
+      lengths: of a sequence, by stack.
+      optimizer: of a training step.
+      remat: what the backward pass computes again.
+      dtype: the type of the computation.
+      mesh: the mesh.
+      dense_weights: how parameters that are no experts' lie along the experts' axis.
+      capacity_factor: bounds the rows of an expert.
+      emit: of `EMITS`, the program that is wanted besides.
+      export: whether an artefact of ``jax.export`` is.
+    """
+
+    model: str
+    machine: str
+    step: str = "train"
+    batch_tokens: int | None = None
+    lengths: tuple[int, ...] | None = None
+    optimizer: str = "adamw"
+    remat: str | None = None
+    dtype: str = "bf16"
+    mesh: str | None = None
+    dense_weights: str | None = None
+    capacity_factor: float | None = None
+    emit: str | None = None
+    export: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the request as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Request:
+        """Return the request that `to_json` wrote."""
+        lengths = data["lengths"]
+        return cls(**{**data, "lengths": None if lengths is None else tuple(lengths)})
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a backend compiles.
+
+    Attributes:
+      machine: where it is to run.
+      layout: where everything lies.
+      sizes: what the variables of the graph stand for.
+      dtype: the type of the computation.
+      optimizer: of a training step; None for the forward pass.
+      emit: of `EMITS`, the program that is wanted besides.
+      export: whether an artefact of ``jax.export`` is.
+    """
+
+    machine: Machine
+    layout: Layout
+    sizes: Mapping[str, int]
+    dtype: DType
+    optimizer: str | None
+    emit: str | None = None
+    export: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job.
+
+    Attributes:
+      lower_seconds: tracing, and lowering to StableHLO.
+      compile_seconds: what XLA took.
+      host_peak_bytes: the most memory of the process that compiled.
+      memory: of one device, bytes by kind; None where the compiler refused the program.
+      needed_bytes: of one device, at the worst moment.
+      available_bytes: what the compiler says that a device has, where it says so.
+      flops: of one device: dots and convolutions, two for each multiplication.
+      collectives: by kind the ``count``, ``runs`` and ``bytes`` of one device's program.
+      unknown_loops: loops of which is not known how often they run; they count once.
+      opaque: kernels whose multiplications are not known, by name.
+      program: what was to be emitted.
+      artefact: what was to be exported.
+    """
+
+    lower_seconds: float
+    compile_seconds: float
+    host_peak_bytes: int
+    memory: Mapping[str, int] | None
+    needed_bytes: int
+    available_bytes: int | None = None
+    flops: int = 0
+    collectives: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unknown_loops: int = 0
+    opaque: Mapping[str, int] = field(default_factory=dict)
+    program: str = ""
+    artefact: bytes = b""
+
+
+class Compiler(Protocol):
+    """A backend that compiles ahead of time."""
+
+    def compile_ahead(self, graph: Graph, job: Job) -> Result:
+        """Compile a step of `graph`.
+
+        Raises:
+          MachineError: an extra is missing, in one line with what to install.
+          UsageError: the compiler refuses the machine's topology.
+          InputError: the mesh does not suit the graph.
+        """
+        ...

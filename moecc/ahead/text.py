@@ -1,0 +1,87 @@
+"""A compilation for people, the plan's prediction beside each figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moecc.cli.console import count_text, size_text
+
+
+def compile_text(data: dict[str, Any]) -> str:
+    """Return the report for people.
+
+    Args:
+      data: what `moecc.ahead.worker.report` returned.
+    """
+    return "\n".join([*_heading(data), *_memory(data), *_work(data), *_collectives(data)])
+
+
+def _heading(data: dict[str, Any]) -> Iterator[str]:
+    machine, batch = data["machine"], data["batch"]
+    step = f"training with {data['optimizer']}" if data["optimizer"] else "forward pass"
+    mesh = " x ".join(f"{name} {size}" for name, size in data["mesh"].items())
+    lengths = " + ".join(map(str, batch["lengths"].values()))
+    yield (
+        f"{data['model']} for {machine['name']}: {machine['devices']:,} devices, {step}, "
+        f"{data['dtype']}"
+    )
+    yield f"  parameters   {data['parameters']:,}"
+    sequences = f"{batch['sequences']:,} sequences of {lengths}"
+    yield f"  batch        {batch['tokens']:,} tokens: {sequences}"
+    capacity = data["capacity"]
+    bound = (
+        "" if capacity is None else f", capacity {capacity['factor']} x {capacity['convention']}"
+    )
+    lies = f"{mesh}, dense weights {data['dense_weights']}"
+    yield f"  mesh         {lies}, remat {data['remat']}{bound}"
+    seconds, host = data["seconds"], size_text(data["host_peak_bytes"])
+    yield (
+        f"  compiled     in {seconds['compile']:.1f} s after {seconds['lower']:.1f} s of lowering, "
+        f"with {host} of host memory"
+    )
+
+
+def _memory(data: dict[str, Any]) -> Iterator[str]:
+    usable, needed = data["machine"]["usable_bytes"], data["needed_bytes"]
+    predicted = data["predicted"]
+    spare = size_text(abs(usable - needed))
+    fits = f"fits, {spare} to spare" if data["fits"] else f"does not fit: {spare} too much"
+    yield f"  a device     {size_text(needed)} of {size_text(usable)}: {fits}"
+    yield f"{'':15}{'compiled':>12}{'planned':>12}"
+    memory = data["memory"] or {}
+    rows = {"arguments": "arguments_bytes", "temporaries": "temporaries_bytes"}
+    for title, key in rows.items():
+        found = size_text(memory[key]) if key in memory else "-"
+        yield f"    {title:<11}{found:>12}{size_text(predicted[key]):>12}"
+    if "outputs_bytes" in memory:
+        new = memory["outputs_bytes"] - memory["aliased_bytes"]
+        yield f"    {'new outputs':<11}{size_text(new):>12}"
+    yield f"    {'peak':<11}{size_text(needed):>12}{size_text(predicted['needed_bytes']):>12}"
+
+
+def _work(data: dict[str, Any]) -> Iterator[str]:
+    if data["memory"] is None:
+        return
+    flops, model = data["flops"], data["model_flops"]
+    yield f"    {'FLOPs':<11}{count_text(flops):>12}{count_text(data['predicted']['flops']):>12}"
+    share = model / max(flops, 1)
+    yield f"    of the model alone {count_text(model)}, {share:.0%} of what is computed"
+    if data["unknown_loops"]:
+        yield f"    {data['unknown_loops']} loops of unknown length are counted once"
+    for name, count in data["opaque"].items():
+        yield f"    {count} runs of {name} multiply in a way that the program does not tell"
+
+
+def _collectives(data: dict[str, Any]) -> Iterator[str]:
+    found, predicted = data["collectives"], data["predicted"]["collectives"]
+    if not found:
+        return
+    yield f"  {'collectives of a device':<25}{'text':>6}{'runs':>8}{'bytes':>12}{'planned':>12}"
+    for kind in sorted({*found, *predicted}):
+        total = found.get(kind, {"count": 0, "runs": 0, "bytes": 0})
+        planned = size_text(predicted[kind]["bytes"]) if kind in predicted else "-"
+        yield (
+            f"    {kind:<23}{total['count']:>6}{total['runs']:>8}"
+            f"{size_text(total['bytes']):>12}{planned:>12}"
+        )

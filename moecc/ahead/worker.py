@@ -1,0 +1,95 @@
+"""The process that compiles: reads a request from a folder, and leaves its answer there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from moecc.ahead.prepare import Prepared, prepare
+from moecc.ahead.request import Compiler, Request, Result
+from moecc.backend import get_backend
+from moecc.errors import MoeccError
+
+REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt", "artefact.bin"
+"""The files in the folder between the two processes."""
+
+
+def main(folder: Path) -> None:
+    """Answer the request in `folder`."""
+    request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
+    try:
+        answer = _answer(request, folder)
+    except MoeccError as error:
+        problems = [asdict(problem) for problem in error.problems]
+        answer = {"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems}
+    (folder / ANSWER).write_text(json.dumps(answer), "utf-8")
+
+
+def _answer(request: Request, folder: Path) -> dict[str, Any]:
+    prepared = prepare(request)
+    compiler = cast(Compiler, get_backend("xla"))
+    result = compiler.compile_ahead(prepared.graph, prepared.job)
+    if result.program:
+        (folder / PROGRAM).write_text(result.program, "utf-8")
+    if result.artefact:
+        (folder / ARTEFACT).write_bytes(result.artefact)
+    return report(request, prepared, result)
+
+
+def report(request: Request, prepared: Prepared, result: Result) -> dict[str, Any]:
+    """Return what `moecc compile` says, as JSON values."""
+    job, estimate, work = prepared.job, prepared.estimate, prepared.work
+    usable = result.available_bytes or job.machine.usable_bytes
+    memory = estimate.memory
+    return {
+        "model": request.model,
+        "machine": {
+            "name": job.machine.name,
+            "devices": job.machine.devices,
+            "usable_bytes": usable,
+        },
+        "step": request.step,
+        "optimizer": job.optimizer,
+        "dtype": job.dtype.name,
+        "batch": {
+            "tokens": work.batch.tokens,
+            "sequences": work.batch.sequences,
+            "lengths": dict(work.batch.lengths),
+        },
+        "parameters": work.parameters,
+        "mesh": dict(job.layout.mesh.axes),
+        "dense_weights": job.layout.dense_weights,
+        "remat": estimate.strategy.remat,
+        "capacity": None if prepared.bound is None else asdict(prepared.bound),
+        "remarks": list(prepared.remarks),
+        "seconds": {"lower": result.lower_seconds, "compile": result.compile_seconds},
+        "host_peak_bytes": result.host_peak_bytes,
+        "memory": None if result.memory is None else dict(result.memory),
+        "needed_bytes": result.needed_bytes,
+        "fits": result.needed_bytes <= usable,
+        "flops": result.flops,
+        "model_flops": estimate.model_flops / job.machine.devices,
+        "collectives": {kind: dict(total) for kind, total in result.collectives.items()},
+        "unknown_loops": result.unknown_loops,
+        "opaque": dict(result.opaque),
+        "predicted": {
+            "arguments_bytes": memory.arguments,
+            "temporaries_bytes": memory.temporaries,
+            "needed_bytes": memory.total,
+            "fits": estimate.fits,
+            "flops": estimate.flops,
+            "seconds": estimate.seconds,
+            "mfu": estimate.mfu,
+            "collectives": {
+                op.replace("_", "-"): {"count": c["count"], "bytes": c["tensor_bytes"]}
+                for op, c in estimate.collectives.items()
+            },
+        },
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

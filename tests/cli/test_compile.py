@@ -1,0 +1,146 @@
+"""``moecc compile``: what it says of a small model on this machine, and what bad input gets."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Done
+
+pytest.importorskip("jax")
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+MIXTRAL, LLAMA = str(GOLDEN / "mixtral_gqa"), str(GOLDEN / "llama_gqa")
+SMALL = ("--batch-tokens", "64", "--sequence", "16")
+
+Moecc = Callable[..., Done]
+
+
+def needs_optax() -> None:
+    pytest.importorskip("optax")
+
+
+@pytest.mark.slow
+def test_a_training_step_is_what_the_plan_foretold(moecc: Moecc) -> None:
+    needs_optax()
+    done = moecc(
+        "compile", MIXTRAL, "--machine", "cpu:4", "--mesh", "data=2,expert=2", *SMALL,
+        "--dtype", "f32", "--remat", "none", "--optimizer", "adafactor", "--format", "json",
+    )  # fmt: skip
+    assert done.code == 0
+    found = done.json()
+    assert found["fits"]
+    assert found["flops"] == pytest.approx(found["predicted"]["flops"], rel=0.02)
+    arguments = found["memory"]["arguments_bytes"]
+    assert arguments == pytest.approx(found["predicted"]["arguments_bytes"], rel=0.05)
+    # Parameters and moments are donated, so nothing but the metrics is new.
+    memory = found["memory"]
+    assert memory["outputs_bytes"] - memory["aliased_bytes"] < 1024
+    assert found["collectives"]["all-to-all"]["runs"] >= 4
+    assert found["unknown_loops"] == 0
+    assert "capacity factor of 1.25" in done.err
+
+
+@pytest.mark.slow
+def test_a_forward_pass_for_people(moecc: Moecc) -> None:
+    done = moecc("compile", LLAMA, "--machine", "cpu:2", "--step", "forward", *SMALL)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert "2 devices, forward pass, bf16" in lines[0]
+    assert any("fits" in line for line in lines)
+    assert done.err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "begins"), [("stablehlo", "module @"), ("hlo", "HloModule")])
+def test_the_program_is_printed_alone(moecc: Moecc, kind: str, begins: str) -> None:
+    done = moecc("compile", LLAMA, "--machine", "cpu", "--step", "forward", *SMALL, "--emit", kind)
+    assert done.code == 0
+    assert done.out.startswith(begins)
+
+
+@pytest.mark.slow
+def test_an_exported_program_gives_what_the_graph_gives(moecc: Moecc, tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers")
+    import numpy as np
+    from jax import export
+    from moecc_backends.xla.backend import function
+
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+
+    out = tmp_path / "llama.bin"
+    command = ("compile", LLAMA, "--machine", "cpu", "--step", "forward", *SMALL)
+    assert moecc(*command, "--dtype", "f32", "--save", out).code == 0
+    again = moecc(*command, "--save", out)
+    assert again.code == 1
+    assert "exists" in again.err
+
+    request = Request(LLAMA, "cpu", "forward", 64, (16,), dtype="f32")
+    graph, rng = prepare(request).graph, np.random.default_rng(0)
+    params = {
+        n: rng.normal(size=p.type.shape).astype(np.float32)
+        for n, p in graph.params.items()
+        if p.users
+    }
+    inputs = {"tokens": rng.integers(0, 37, (4, 16)).astype(np.int32)}
+    found: Any = export.deserialize(bytearray(out.read_bytes()))
+    assert found.platforms == ("cpu",)
+    logits = np.asarray(found.call(params, inputs)["logits"])
+    expected = np.asarray(function(graph)(params, inputs)["logits"])
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--machine", "tpu:v9:2x2x2"), 2, "unknown machine 'tpu:v9:2x2x2'"),
+        (("--machine", "tpu:v5p:3x5x7"), 2, "no topology '3x5x7'"),
+        (("--machine", "cpu:2", "--mesh", "rows=2"), 2, "unknown mesh axis 'rows'"),
+        (("--machine", "cpu:2", "--dtype", "f33"), 2, "unknown element type 'f33'"),
+        (("--machine", "cpu:2", "--sequence", "many"), 2, "not lengths of a sequence"),
+        (("--machine", "cpu:2", "--save", "nowhere/file"), 1, "does not exist"),
+    ],
+)
+def test_what_is_wrong_by_itself_is_told_at_once(
+    moecc: Moecc, options: tuple[str, ...], code: int, says: str
+) -> None:
+    done = moecc("compile", LLAMA, *options)
+    assert done.code == code
+    assert says in done.err
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--mesh", "data=3"), "different numbers of devices"),
+        (("--mesh", "data=4", "--batch-tokens", "96"), "data does not divide the batch"),
+        (("--mesh", "model=4", "--batch-tokens", "64"), "does not divide"),
+        (("--batch-tokens", "63"), "not whole sequences"),
+    ],
+)
+def test_what_does_not_divide_is_told_with_what_would(
+    moecc: Moecc, options: tuple[str, ...], says: str
+) -> None:
+    done = moecc("compile", LLAMA, "--machine", "cpu:4", "--sequence", "16", *options)
+    assert done.code == 1
+    assert says in done.err
+
+
+def test_a_compilation_ends_when_its_time_is_up(moecc: Moecc) -> None:
+    done = moecc("compile", LLAMA, "--machine", "cpu", *SMALL, "--time-limit", "0.05")
+    assert done.code == 4
+    assert "longer than 0.05 seconds" in done.err
+    assert "--time-limit" in done.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_one_line_says_what_to_install(moecc: Moecc) -> None:
+    done = moecc("compile", LLAMA, "--machine", "tpu:v5p:2x2x1", "--step", "forward", *SMALL)
+    assert done.code == 4
+    assert done.err == "error: compiling for TPUs needs libtpu: pip install 'moecc[tpu]'\n"
