@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -51,6 +51,35 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class LoweringBackend(Backend, Protocol):
+    """A backend that turns graphs into another language."""
+
+    def lower(
+        self,
+        graph: Graph,
+        inputs: Arrays,
+        *,
+        emit: str,
+        dtype: DType = F32,
+        options: Mapping[str, str | None],
+    ) -> str:
+        """Return `graph` as text.
+
+        Args:
+          graph: the graph.
+          inputs: arrays for its inputs, of which only the shapes matter.
+          emit: the language, as the backend calls it.
+          dtype: the type of the computation.
+          options: what else may be chosen, by name.
+
+        Raises:
+          UsageError: there is no such language, option or choice.
+          InputError: the graph cannot be lowered as was chosen.
+        """
+        ...
+
+
 @cache
 def _factories() -> dict[str, Callable[[], Backend]]:
     found: dict[str, Callable[[], Backend]] = {}
@@ -81,3 +110,16 @@ def get_backend(name: str) -> Backend:
             hint=nearest(name, _factories()) or f"backends: {', '.join(backend_names())}",
         )
     return factory()
+
+
+def get_lowering_backend(name: str) -> LoweringBackend:
+    """Return the backend `name`, which turns graphs into another language.
+
+    Raises:
+      UsageError: there is no such backend, or it runs graphs as they are.
+      MachineError: it needs an extra that is not installed.
+    """
+    backend = get_backend(name)
+    if not isinstance(backend, LoweringBackend):
+        raise UsageError(f"the {name} backend runs graphs as they are", hint="xla lowers them")
+    return backend

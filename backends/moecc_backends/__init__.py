@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+from moecc.errors import MachineError
 
 if TYPE_CHECKING:
     from moecc.backend import Backend
@@ -16,6 +19,8 @@ def _reference() -> Backend:
 
 
 def _xla() -> Backend:
+    if find_spec("jax") is None:
+        raise MachineError("the xla backend needs jax", hint="pip install 'moecc[xla]'")
     from moecc_backends.xla.backend import XlaBackend
 
     return XlaBackend()

@@ -27,7 +27,7 @@ EPILOG = (
 )
 
 COMMANDS = (
-    "inspect", "import", "opt", "convert", "verify", "run", "generate", "plan", "compile",
+    "inspect", "import", "opt", "convert", "verify", "run", "lower", "generate", "plan", "compile",
     "launch", "passes",
 )  # fmt: skip
 """The subcommands, in the order of ``--help``; each stands in a module ``moecc.cli.cmd_NAME``."""

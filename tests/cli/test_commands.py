@@ -23,13 +23,14 @@ def convert(moecc: Callable, source: Path, out: Path, *more: str):
 def test_help_lists_the_commands_and_exit_codes(moecc: Callable) -> None:
     done = moecc("--help")
     assert done.code == 0
-    names = ("inspect", "import", "opt", "convert", "verify", "run", "generate", "passes")
+    names = ("inspect", "import", "opt", "convert", "verify", "run", "lower", "generate", "passes")
     assert all(f"  {name} " in done.out for name in names)
     assert "130 interrupted" in done.out
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "import", "opt", "convert", "verify", "run", "generate", "passes"]
+    "command",
+    ["inspect", "import", "opt", "convert", "verify", "run", "lower", "generate", "passes"],
 )
 def test_each_help_shows_an_example(moecc: Callable, command: str) -> None:
     done = moecc(command, "--help")

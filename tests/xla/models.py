@@ -89,5 +89,5 @@ def relative(found: Any, expected: Array) -> float:
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
-def compiled(graph: Graph, dtype: Any) -> Any:
-    return get_backend("xla").compile(graph, dtype=dtype)
+def compiled(graph: Graph, dtype: Any, **options: Any) -> Any:
+    return get_backend("xla").compile(graph, dtype=dtype, **options)

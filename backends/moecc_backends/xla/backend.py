@@ -36,7 +36,7 @@ from moecc_backends.xla.dispatches import check_dispatch, dispatch_problems
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.local import Local
 from moecc_backends.xla.named import Named, Operand
-from moecc_backends.xla.options import DEFAULTS, Options
+from moecc_backends.xla.options import AUTO, DEFAULTS, Options
 from moecc_backends.xla.segments import Segment, segments
 
 Tree = Mapping[str, jax.Array]
@@ -188,6 +188,29 @@ class XlaBackend:
         from moecc_backends.xla.aot.compiler import compile_ahead
 
         return compile_ahead(graph, job)
+
+    def lower(
+        self,
+        graph: Graph,
+        inputs: Arrays,
+        *,
+        emit: str,
+        dtype: DType = F32,
+        options: Mapping[str, str | None],
+    ) -> str:
+        """Return `graph` as text: a ``jaxpr``, ``stablehlo``, or ``hlo`` as compiled here.
+
+        The options ``dispatch`` and ``platform`` are those of `Options`.
+
+        Raises:
+          UsageError: there is no such text, dispatch lowering or platform.
+          MachineError: HLO is asked for, for a platform that is not here.
+          InputError: the graph has no lowering, or the forced dispatch does not fit it.
+        """
+        from moecc_backends.xla.emit import emitted
+
+        chosen = Options(options.get("dispatch") or AUTO, options.get("platform"))
+        return emitted(graph, inputs, emit=emit, dtype=dtype, options=chosen)
 
 
 class XlaProgram:

@@ -1,0 +1,127 @@
+"""``moecc lower``: the texts of a lowering, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jax")
+
+ROWS = "group=1, expert=4, slot={slots}(%place)"
+GRAPH = """moecc 1
+graph layer {{
+  input %x : f32[token=T, embed=8]
+  param %router : f32[expert=4, embed=8]
+  param %up : f32[expert=4, mlp=16, embed=8]
+  param %down : f32[expert=4, embed=8, mlp=16]
+  %logits = contract %x, %router {{over=embed}} : f32[token=T, expert=4]
+  %experts, %gates = route %logits {{top_k=2}} : i32[token=T, choice=2], f32[token=T, choice=2]
+  %place = place %experts {{tokens=token, experts=4{place}}} : i32[token=T, choice=2]
+  %rows = dispatch %x, %experts, %place : f32[{rows}, embed=8]
+  %a = contract %rows, %up {{over=embed}} : f32[{rows}, mlp=16]
+  %s = silu %a : f32[{rows}, mlp=16]
+  %o = contract %s, %down {{over=mlp}} : f32[{rows}, embed=8]
+  %y = combine %o, %experts, %place, %gates : f32[token=T, embed=8]
+  output y = %y
+}}
+"""
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Callable[..., Path]:
+    """Write a sparse layer, dropless or with a capacity, and return its path."""
+
+    def write(slots: str = "ragged") -> Path:
+        place = "" if slots == "ragged" else ", slots=capacity, capacity_factor=1.25"
+        path = tmp_path / f"{slots}.moe"
+        path.write_text(GRAPH.format(place=place, rows=ROWS.format(slots=slots)))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("emit", "says"), [("jaxpr", "lambda"), ("stablehlo", "module @"), ("hlo", "HloModule")]
+)
+def test_every_text(moecc: Callable, layer: Callable, emit: str, says: str) -> None:
+    done = moecc("lower", layer(), "--emit", emit, "--seq", "32")
+    assert done.code == 0, done.err
+    assert says in done.out
+    assert done.err == ""
+
+
+def test_the_platform_and_the_dispatch_show(moecc: Callable, layer: Callable) -> None:
+    """On a TPU sorted rows meet ragged_dot, on a CPU a loop over blocks."""
+    on_tpu = moecc("lower", layer(), "--platform", "tpu", "--seq", "32").out
+    on_cpu = moecc("lower", layer(), "--platform", "cpu", "--seq", "32").out
+    assert "ragged_dot" in on_tpu
+    assert "stablehlo.while" in on_cpu
+    assert "ragged_dot" not in on_cpu
+    dense = moecc("lower", layer(), "--emit", "jaxpr", "--dispatch", "scan", "--seq", "32").out
+    assert "length=4" in dense
+
+
+def test_sizes_are_those_asked_for(moecc: Callable, layer: Callable) -> None:
+    assert "tensor<48x8xf32>" in moecc("lower", layer(), "--seq", "48").out
+
+
+def test_a_whole_model_from_a_folder_and_into_a_file(
+    moecc: Callable, dense: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.txt"
+    arguments = ("lower", dense, "--emit", "jaxpr", "--dtype", "bf16", "-o", path)
+    done = moecc(*arguments)
+    assert (done.code, done.out) == (0, ""), done.err
+    assert "bf16" in path.read_text()
+    again = moecc(*arguments)
+    assert again.code == 1
+    assert "--force" in again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--emit", "stablehlp"], 2, "did you mean 'stablehlo'?"),
+        (["--dispatch", "gahter"], 2, "did you mean 'gather'?"),
+        (["--platform", "npu"], 2, "cpu, gpu, tpu"),
+        (["--dtype", "f12"], 2, "unknown element type"),
+        (["--batch", "0"], 2, "--batch"),
+        (["--seq", "many"], 2, "--seq"),
+        (["--emit", "hlo", "--platform", "tpu"], 4, "--emit stablehlo"),
+        (["--dispatch", "gather"], 1, "sets no capacity"),
+        (["--dispatch", "einsum"], 1, "auto, scan, grouped, ragged_dot, gathered"),
+        (["--weights", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_refusals(
+    moecc: Callable, layer: Callable, options: list[str], code: int, says: str
+) -> None:
+    done = moecc("lower", layer(), *options)
+    assert (done.code, done.out) == (code, "")
+    assert says in done.err
+
+
+def test_a_refused_dispatch_says_where_and_why(moecc: Callable, layer: Callable) -> None:
+    done = moecc("lower", layer(), "--dispatch", "gather")
+    assert "%place = place" in done.err
+    assert moecc("lower", layer("capacity"), "--dispatch", "gather", "--seq", "32").code == 0
+
+
+def test_no_such_model(moecc: Callable, tmp_path: Path) -> None:
+    done = moecc("lower", tmp_path / "none.moe")
+    assert (done.code, done.out) == (1, "")
+    assert "none.moe" in done.err
+
+
+def test_without_jax_it_says_what_to_install(
+    moecc: Callable, layer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = layer()
+    # What is None there cannot be imported.
+    monkeypatch.setitem(sys.modules, "jax", None)
+    done = moecc("lower", path)
+    assert (done.code, done.out) == (4, "")
+    assert "pip install 'moecc[xla]'" in done.err

@@ -1,0 +1,311 @@
+"""Every dispatch lowering is the dense one, in values and gradients, and reads nothing unused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.errors import InputError, UsageError
+from moecc.ir import F32, F64, I32, PRED, Builder, Graph, Value, tensor
+from moecc.testing import run_reference
+
+from .models import Array, Arrays, compiled
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from moecc_backends.xla.backend import function  # noqa: E402
+from moecc_backends.xla.dispatches import TABLE, choose  # noqa: E402
+from moecc_backends.xla.options import Options  # noqa: E402
+from moecc_backends.xla.packing import Routing  # noqa: E402
+
+BATCH, SEQ, EMBED, MLP, EXPERTS = 2, 6, 4, 5, 3
+CLOSE = {F32: 1e-5, F64: 1e-12}
+
+Block = Callable[[Builder, Value, Value], Value]
+
+
+class Layer:
+    """A layer of gated experts with biases and a norm, routed in some way."""
+
+    def __init__(self, groups: int = 1) -> None:
+        self.graph = Graph("layer")
+        self.b = Builder(self.graph, loc="layers.0.ffn")
+        self.x = self.graph.input("x", tensor(F32, batch=BATCH, seq=SEQ, embed=EMBED))
+        self.groups = groups
+
+    def logits(self) -> Value:
+        router = self.graph.param("router", tensor(F32, expert=EXPERTS, embed=EMBED))
+        return self.b.contract(self.x, router, over="embed")
+
+    def finish(self, experts: Value, place: Value, gates: Value) -> Graph:
+        """Put the experts between dispatch and combine."""
+        b, p = self.b, self._param
+        rows = b.rms_norm(b.dispatch(self.x, experts, place), p("norm", embed=EMBED), axis="embed")
+        gate = b.contract(rows, p("gate", expert=EXPERTS, mlp=MLP, embed=EMBED), over="embed")
+        up = b.contract(rows, p("up", expert=EXPERTS, mlp=MLP, embed=EMBED), over="embed")
+        gate = b.add(gate, p("bias", expert=EXPERTS, mlp=MLP))
+        if self.groups > 1:
+            gate = b.add(gate, p("of_group", group=self.groups, mlp=MLP))
+        shared = b.contract(up, p("shared", mlp=MLP, wide=MLP), over="mlp")
+        middle = b.mul(b.silu(gate), b.rename(shared, axis="wide", to="mlp"))
+        out = b.contract(middle, p("down", expert=EXPERTS, embed=EMBED, mlp=MLP), over="mlp")
+        self.graph.set_output("y", b.combine(out, experts, place, gates))
+        return self.graph
+
+    def _param(self, name: str, **axes: Any) -> Value:
+        return self.graph.param(name, tensor(F32, **axes))
+
+
+def chosen(top_k: int, slots: str, **attrs: Any) -> Graph:
+    """Tokens choose; a mask leaves some out."""
+    groups = attrs.get("groups", 1)
+    layer = Layer(groups)
+    mask = layer.graph.input("mask", tensor(PRED, batch=BATCH, seq=SEQ))
+    experts, gates = layer.b.route(layer.logits(), top_k=top_k, gates="softmax")
+    place = layer.b.place(
+        experts, mask, using=("mask",), tokens=("batch", "seq"), experts=EXPERTS, slots=slots,
+        **attrs,
+    )  # fmt: skip
+    return layer.finish(experts, place, gates)
+
+
+def unmasked(top_k: int) -> Graph:
+    """Tokens choose, and nothing is ever dropped."""
+    layer = Layer()
+    experts, gates = layer.b.route(layer.logits(), top_k=top_k)
+    place = layer.b.place(experts, tokens=("batch", "seq"), experts=EXPERTS)
+    return layer.finish(experts, place, gates)
+
+
+def expert_choice() -> Graph:
+    """Experts choose."""
+    layer = Layer(2)
+    scores = layer.b.softmax(layer.logits(), axis="expert")
+    experts, gates, place = layer.b.expert_choice(
+        scores, tokens=("batch", "seq"), experts=EXPERTS, groups=2, capacity_factor=1.0, minimum=1
+    )
+    return layer.finish(experts, place, gates)
+
+
+def hashed() -> Graph:
+    """A hash of token ids chooses."""
+    layer = Layer()
+    ids = layer.graph.input("ids", tensor(I32, batch=BATCH, seq=SEQ))
+    gates = layer.graph.input("gates", tensor(F32, batch=BATCH, seq=SEQ, choice=2))
+    experts = layer.b.hash_experts(ids, experts=EXPERTS, top_k=2)
+    place = layer.b.place(
+        experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=0.8,
+        minimum=1,
+    )  # fmt: skip
+    return layer.finish(experts, place, gates)
+
+
+BOUND = {"capacity_factor": 0.8, "minimum": 1, "convention": "assignments"}
+ROUTINGS: dict[str, Callable[[], Graph]] = {
+    "dropless": lambda: unmasked(2),
+    "dropless, masked, top-1": lambda: chosen(1, "ragged"),
+    "capacity, top-2, groups": lambda: chosen(2, "capacity", groups=2, **BOUND),
+    "capacity, top-3, token-major": lambda: chosen(3, "capacity", order="token", **BOUND),
+    "expert choice": expert_choice,
+    "hash": hashed,
+}
+QUICK = ("dropless, masked, top-1", "capacity, top-2, groups")
+
+
+def legal(graph: Graph) -> list[str]:
+    return [n for n in TABLE if all(TABLE[n].why_not(p) is None for p in _places(graph))]
+
+
+def _places(graph: Graph) -> list[Value]:
+    return [n.results[-1] for n in graph if n.op.name in ("place", "expert_choice")]
+
+
+def draw(graph: Graph, seed: int, skew: float) -> tuple[Arrays, Arrays]:
+    """Draw experts that differ, tokens, and a mask; `skew` sends more and more to one expert."""
+    rng = np.random.default_rng(seed)
+    params = {n: rng.normal(size=p.type.shape) for n, p in graph.params.items()}
+    if "router" in params:
+        params["router"][0] *= skew
+    inputs: Arrays = {}
+    for name, value in graph.inputs.items():
+        shape, kind = value.type.shape, value.type.dtype.kind
+        inputs[name] = {
+            "float": lambda s=shape: rng.normal(size=s),
+            "int": lambda s=shape: rng.integers(0, 50, s).astype(np.int32),
+            "bool": lambda s=shape: rng.random(s) < 0.8,
+        }[kind]()
+    return params, inputs
+
+
+@cache
+def step(name: str, dispatch: str, dtype: Any, poison: bool) -> Any:
+    """Compile values and gradients of a routing, lowered in one way."""
+    graph = ROUTINGS[name]()
+    run = function(graph, dtype=dtype, options=Options(dispatch, poison=poison))
+
+    def loss(params: Any, floats: Any, rest: Any, weights: Any) -> Any:
+        y = run(params, {**floats, **rest})["y"]
+        return (y * weights).sum(), y
+
+    with jax.enable_x64(dtype == F64):
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+
+def results(
+    name: str, dispatch: str, dtype: Any, data: tuple[Arrays, Arrays], *, poison: bool
+) -> tuple[Array, dict[str, Array]]:
+    """Return the values, and the gradients by name."""
+    params, inputs = data
+    floats = {n: a for n, a in inputs.items() if a.dtype.kind == "f"}
+    rest = {n: a for n, a in inputs.items() if n not in floats}
+    weights = np.random.default_rng(1).normal(size=(BATCH, SEQ, EMBED))
+    with jax.enable_x64(dtype == F64):
+        (_, y), (d_params, d_inputs) = step(name, dispatch, dtype, poison)(
+            params, floats, rest, weights
+        )
+    return np.asarray(y), {n: np.asarray(a) for n, a in (d_params | d_inputs).items()}
+
+
+def assert_near(found: Array, expected: Array, dtype: Any, name: str) -> None:
+    size = max(1.0, float(np.abs(expected).max()))
+    assert np.abs(found - expected).max() <= CLOSE[dtype] * size, name
+
+
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ROUTINGS if n not in QUICK]
+
+
+@pytest.mark.parametrize("dtype", [F64, pytest.param(F32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+@given(seed=st.integers(0, 2**31), skew=st.sampled_from((0.0, 1.0, 30.0)))
+@settings(max_examples=20)
+def test_every_lowering_is_the_dense_one(name: str, dtype: Any, seed: int, skew: float) -> None:
+    """Values are those of the reference, gradients those of the scan; NaN in unused rows too."""
+    graph = ROUTINGS[name]()
+    data = draw(graph, seed, skew)
+    expected = run_reference(graph, params=data[0], inputs=data[1])["y"]
+    _, gradients = results(name, "scan", dtype, data, poison=False)
+    assert gradients.keys() >= {"x", "gate", "up", "down", "norm", "shared", "bias"}
+    for dispatch in legal(graph):
+        y, found = results(name, dispatch, dtype, data, poison=True)
+        assert_near(y, expected, dtype, dispatch)
+        for parameter, gradient in gradients.items():
+            assert_near(found[parameter], gradient, dtype, f"{dispatch}: {parameter}")
+
+
+@pytest.mark.parametrize("name", ["dropless", *QUICK])
+def test_the_gradient_of_the_oracle_is_a_central_difference(name: str) -> None:
+    graph = ROUTINGS[name]()
+    params, inputs = data = draw(graph, 3, 1.0)
+    _, gradients = results(name, "scan", F64, data, poison=True)
+    weights = np.random.default_rng(1).normal(size=(BATCH, SEQ, EMBED))
+    for parameter in ("gate", "down", "norm", "shared"):
+        direction = np.random.default_rng(2).normal(size=params[parameter].shape)
+        values = []
+        for size in (1e-6, -1e-6):
+            moved = params | {parameter: params[parameter] + size * direction}
+            y = run_reference(graph, params=moved, inputs=inputs)["y"]
+            values.append(float((y * weights).sum()))
+        slope = (values[0] - values[1]) / 2e-6
+        assert abs(float((gradients[parameter] * direction).sum()) - slope) <= 1e-6 * max(
+            1.0, abs(slope)
+        )
+
+
+def test_something_is_dropped_and_something_is_not() -> None:
+    """Of the routings above: the laws would be empty otherwise."""
+    for name in ("capacity, top-2, groups", "capacity, top-3, token-major", "hash"):
+        graph = ROUTINGS[name]()
+        (place,) = _places(graph)
+        graph.set_output("place", place)
+        params, inputs = draw(graph, 0, 1.0)
+        slots = run_reference(graph, params=params, inputs=inputs)["place"]
+        assert (slots < 0).any()
+        assert (slots >= 0).any()
+
+
+def test_poison_is_where_nothing_was_placed() -> None:
+    """Rows that a lowering returns show it: the test mode does something."""
+    layer = Layer()
+    experts, gates = layer.b.route(layer.logits(), top_k=1)
+    place = layer.b.place(
+        experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=3.0
+    )
+    graph = layer.finish(experts, place, gates)
+    params, inputs = draw(graph, 0, 1.0)
+    for dispatch in ("grouped", "gathered"):
+        run = function(graph, options=Options(dispatch, poison=True))
+        text = str(jax.make_jaxpr(run)(params, inputs))
+        plain = str(jax.make_jaxpr(function(graph, options=Options(dispatch)))(params, inputs))
+        assert "nan" in text
+        assert "nan" not in plain
+
+
+# --- what is chosen, and refused
+
+
+def routing(tokens: int, experts: int, capacity: int | None) -> Routing:
+    names = jnp.zeros((tokens, 2), jnp.int32)
+    return Routing(names, names, None, experts, 1, capacity, ("token",), (tokens,))
+
+
+def test_the_choice_by_platform_and_shape() -> None:
+    (ragged,) = _places(ROUTINGS["dropless"]())
+    (bound,) = _places(ROUTINGS["capacity, top-3, token-major"]())
+    cases = [
+        (ragged, routing(64, 8, None), "cpu", "grouped"),
+        (ragged, routing(64, 8, None), "tpu", "ragged_dot"),
+        (ragged, routing(64, 8, None), "gpu", "grouped"),
+        (ragged, routing(1, 8, None), "tpu", "gathered"),
+        (ragged, routing(1, 8, None), "cpu", "grouped"),
+        (bound, routing(64, 8, 20), "cpu", "gather"),
+        (bound, routing(64, 8, 64), "cpu", "grouped"),
+        (bound, routing(64, 8, 64), "tpu", "ragged_dot"),
+    ]
+    for place, routed, platform, expected in cases:
+        assert choose(place, routed, Options(platform=platform), jnp.float32) == expected
+
+
+def test_where_rows_meet_they_lie_in_slots() -> None:
+    layer = Layer()
+    experts, gates = layer.b.route(layer.logits(), top_k=2)
+    place = layer.b.place(
+        experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=4.0
+    )
+    rows = layer.b.dispatch(layer.x, experts, place)
+    layer.graph.set_output("sums", layer.b.sum(rows, axes=("slot",)))
+    layer.graph.set_output("y", layer.b.combine(rows, experts, place, gates))
+    assert choose(place, routing(12, EXPERTS, 12), Options(platform="cpu"), jnp.float32) == "gather"
+    assert legal(layer.graph) == ["einsum", "gather"]
+    with pytest.raises(InputError) as error:
+        compiled(layer.graph, F64, options=Options("grouped"))
+    (problem,) = error.value.problems
+    assert "mixes the rows along slot" in str(problem.found)
+    assert problem.expected == "auto, einsum, gather"
+    params, inputs = draw(layer.graph, 0, 1.0)
+    expected = run_reference(layer.graph, params=params, inputs=inputs)
+    for dispatch in ("auto", "einsum", "gather"):
+        program = compiled(layer.graph, F64, options=Options(dispatch, poison=True))
+        found = program.run(params, inputs)
+        for name in ("sums", "y"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "einsum"])
+def test_slots_need_a_capacity(dispatch: str) -> None:
+    with pytest.raises(InputError, match="sets no capacity"):
+        function(ROUTINGS["dropless"](), options=Options(dispatch))
+
+
+def test_unknown_names_are_told_together() -> None:
+    with pytest.raises(UsageError) as error:
+        Options("ragged", platform="gpus")
+    first, second = error.value.problems
+    assert first.expected == "auto, scan, einsum, gather, grouped, ragged_dot, gathered"
+    assert second.hint == "did you mean 'gpu'?"
