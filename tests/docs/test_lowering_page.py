@@ -10,9 +10,12 @@ from moecc.ir.kept import KEPT
 PAGE = Path(__file__).parents[2].joinpath("docs", "lowering.md").read_text("utf-8")
 
 
+def _section(heading: str) -> str:
+    return PAGE.partition(f"## {heading}\n")[2].partition("\n##")[0]
+
+
 def _names(heading: str) -> list[str]:
-    section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    return re.findall(r"^\| `(\w+)` \|", _section(heading), re.MULTILINE)
 
 
 def test_the_names_that_a_gradient_keeps() -> None:
@@ -27,5 +30,6 @@ def test_the_dispatch_lowerings_and_what_is_legal() -> None:
 
     assert _names("Dispatch lowerings") == list(TABLE)
     for name, way in TABLE.items():
-        (row,) = re.findall(rf"^\| `{name}` \|.*", PAGE, re.MULTILINE)
+        table = _section("Dispatch lowerings")
+        (row,) = re.findall(rf"^\| `{name}` \|.*", table, re.MULTILINE)
         assert ("under a capacity" in row) == way.in_slots
