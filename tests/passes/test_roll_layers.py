@@ -27,8 +27,10 @@ from moecc.ir import (
     verify,
 )
 from moecc.ir.dtypes import KEY
+from moecc.ir.table.collectives import COLLECTIVES
 from moecc.ir.types import TensorType
 from moecc.pipeline.passes import Context, PassResult, Remark
+from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.presets import preset_config
 from moecc.testing import assert_same, laws
@@ -367,3 +369,29 @@ def test_operands_that_were_exchanged_are_alike() -> None:
     assert result.stats["layers-rolled"] == 4
     assert list(graph.params) == ["layers.{0..3}.w"]
     assert_same(before, graph, exact=True)
+
+
+SHARDED = {
+    "tensor-parallel": "mesh=data:2,model:2 rules=tensor-parallel",
+    "expert-parallel": "mesh=data:2,expert:2 rules=expert-parallel",
+}
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+def test_layers_on_a_mesh_are_rolled_with_their_collectives(layout: str) -> None:
+    small = {
+        "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 32,
+    }  # fmt: skip
+    graph = build(parse_config({**preset_config("smollm2-135m"), **small}))
+    text = "upcycle{experts=4},specialize{capacity-factor=2.0 groups=4},"
+    text += f"annotate-sharding{{{SHARDED[layout]}}},lower-collectives"
+    run_pipeline(graph, Pipeline.parse(text))
+    before = clone(graph)
+    roll(graph)
+    (scan,) = scans(graph)
+    assert any(node.op.name in COLLECTIVES for node in scan.attrs["body"])
+    laws.check_round_trip(graph)
+    assert_same(before, graph, exact=True)
+    UnrollLayersPass().apply(graph, Context())
+    assert equal(graph, before)
