@@ -10,8 +10,10 @@ from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
 from moecc.ir.table.collectives import COLLECTIVES
 from moecc_backends.xla.context import Context, lowering
+from moecc_backends.xla.exchanged_rows import own_rows, rows_sent, rows_sent_back
 from moecc_backends.xla.local import Local
-from moecc_backends.xla.named import Named, Operand
+from moecc_backends.xla.named import Named, Operand, Rows, lifted
+from moecc_backends.xla.sorted_rows import SortedRows
 
 Collective = Callable[[Local, Node, Named], jax.Array]
 
@@ -23,14 +25,27 @@ def _collective(ctx: Context, node: Node, x: Operand) -> Operand:
     if ctx.local.mesh is None:
         # On the global value it is the identity.
         return x
+    if isinstance(x, Rows) and {"expert", "group"} & set(node.attrs.values()):
+        return _of_rows(ctx, node, x)
     function = _LOCAL.get(node.op.name)
-    if function is None or not isinstance(x, Named):
+    if function is None:
         raise InputError(
             f"the xla backend cannot lower {node.op.name} on a mesh",
             found=str(node.operands[0].type),
             hint="lower-collectives" if node.op.name == "reshard" else None,
         )
-    return Named(function(ctx.local, node, x), x.axes)
+    return lifted(x, lambda full: Named(function(ctx.local, node, full), full.axes))
+
+
+def _of_rows(ctx: Context, node: Node, x: Rows) -> Rows:
+    """Bring packed rows to the devices of their experts, or back from them."""
+    packing = x.packing
+    assert isinstance(packing, SortedRows), "rows that go to other devices are sorted"
+    if node.op.name == "shard":
+        return own_rows(ctx, node, x, packing)
+    if node.attrs["split"] == "expert":
+        return rows_sent(ctx, node, x, packing)
+    return rows_sent_back(x, packing)
 
 
 def _collective_of(name: str) -> Callable[[Collective], Collective]:

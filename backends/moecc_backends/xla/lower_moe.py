@@ -177,7 +177,9 @@ def _dispatch(ctx: Context, node: Node, x: Named, experts: Named, place: Named) 
 def _combine(
     ctx: Context, node: Node, rows: Operand | None, experts: Named, place: Named, gates: Named
 ) -> Operand:
-    packing = _at_hand(ctx, node.operands[0], ctx.packings[node.operands[2]])
+    packing = ctx.packings[node.operands[2]]
+    # Under a mesh a device may have the rows of some experts alone.
+    packing = rows.packing if isinstance(rows, Rows) else _at_hand(ctx, node.operands[0], packing)
     routing = packing.routing
     (choice,) = (a for a in gates.axes if a not in routing.tokens)
     weights = gates.to((*routing.tokens, choice)).array.reshape(routing.num_tokens, -1)

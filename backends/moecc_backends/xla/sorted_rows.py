@@ -20,9 +20,11 @@ class SortedRows(PlacedRows):
 
     Attributes:
       group_sizes: i32 ``[experts]``, how many rows each has.
+      journey: how rows came from other devices; None where they are those of the own tokens.
     """
 
     group_sizes: jax.Array
+    journey: object | None = None
 
     @classmethod
     def of(cls, routing: Routing) -> SortedRows:
