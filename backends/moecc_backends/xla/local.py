@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
+from moecc.ir.graph import Node
+from moecc.ir.local import local_attrs
 from moecc.ir.mesh import Mesh
 from moecc.ir.ops import Attrs
-from moecc.ir.table.placing import group_count
 from moecc.ir.types import Axis, TensorType
 
 
@@ -39,23 +40,20 @@ class Local:
         """Return the number of parts that `axis` lies in."""
         return 1 if self.mesh is None else self.mesh.size(axis.mesh)
 
+    def part(self, mesh: tuple[str, ...]) -> jax.Array | int:
+        """Return which of the parts that the axes `mesh` make is the own one."""
+        if self.mesh is None or self.mesh.size(mesh) == 1:
+            return 0
+        index: jax.Array = jax.lax.axis_index(mesh)
+        return index
+
     def offset(self, axis: Axis, size: int) -> jax.Array | int:
         """Return where the own part of `axis`, of `size` elements, begins."""
-        if self.parts(axis) == 1:
-            return 0
-        index: jax.Array = jax.lax.axis_index(axis.mesh)
-        return index * size
+        return self.part(axis.mesh) * size
 
-    def groups(self, attrs: Attrs, outermost: Axis, tokens: int) -> int:
-        """Return the number of token groups among the `tokens` tokens at hand.
-
-        Args:
-          attrs: those of the ``place`` or ``expert_choice``.
-          outermost: the outermost axis of the tokens, along which groups lie split.
-          tokens: how many tokens the own part has.
-        """
-        parts = self.parts(outermost)
-        return group_count(attrs, tokens * parts) // parts
+    def attrs(self, node: Node) -> Attrs:
+        """Return the attributes of `node` for the own part: sizes and counts are local."""
+        return node.attrs if self.mesh is None else local_attrs(node, self.mesh)
 
     def places(self, type: TensorType, shape: tuple[int, ...]) -> jax.Array | None:
         """Return the number of each element of a part among those of the whole, row by row.

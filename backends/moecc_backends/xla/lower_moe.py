@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node, Value
-from moecc.ir.table.placing import capacity
+from moecc.ir.ops import Attrs
+from moecc.ir.table.placing import capacity, group_count
 from moecc_backends.xla.context import Context, lower_nodes, lowering
 from moecc_backends.xla.dispatches import packed
 from moecc_backends.xla.dtypes import accumulator
@@ -79,13 +80,12 @@ def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.
 
 @lowering("place")
 def _place(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
-    attrs = node.attrs
+    attrs = ctx.local.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
     sizes = tuple(experts.size(a) for a in tokens)
     chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), -1)
-    outermost = node.operands[0].type[tokens[0]]
-    groups = ctx.local.groups(attrs, outermost, chosen.shape[0])
+    groups = group_count(attrs, chosen.shape[0])
     more = dict(zip(attrs["using"], given, strict=True))
     placed = _wanted(node, chosen, more, (*tokens, choice))
     order = _turns(more, tokens)
@@ -130,7 +130,7 @@ def _turns(more: dict[str, Named], tokens: tuple[str, ...]) -> jax.Array | None:
 def _ranks(
     chosen: jax.Array,
     groups: int,
-    attrs: dict[str, object],
+    attrs: Attrs,
     placed: jax.Array | None,
     order: jax.Array | None,
 ) -> jax.Array:

@@ -126,8 +126,7 @@ def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
 @lowering("split")
 def _split(ctx: Context, node: Node, x: Operand) -> Operand:
     names = tuple(n for n, _ in node.attrs["into"])
-    parts = [ctx.local.parts(node.result.type[n]) for n in names]
-    sizes = tuple(s // n for (_, s), n in zip(node.attrs["into"], parts, strict=True))
+    sizes = tuple(s for _, s in ctx.local.attrs(node)["into"])
 
     def cut(full: Named) -> Named:
         at, shape = full.axes.index(node.attrs["axis"]), full.array.shape

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
-from moecc.ir.table.placing import capacity
+from moecc.ir.table.placing import capacity, group_count
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.dispatches import packed
 from moecc_backends.xla.dtypes import accumulator
@@ -101,12 +101,11 @@ def _hash_experts(ctx: Context, node: Node, ids: Operand) -> Operand:
 
 @lowering("expert_choice")
 def _expert_choice(ctx: Context, node: Node, scores: Named, *mask: Named) -> tuple[Operand, ...]:
-    attrs = node.attrs
+    attrs = ctx.local.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]
     sizes = tuple(scores.size(a) for a in tokens)
     values = scores.to((*tokens, attrs["axis"])).array.reshape(prod(sizes), -1)
-    outermost = node.operands[0].type[tokens[0]]
-    groups = ctx.local.groups(attrs, outermost, values.shape[0])
+    groups = group_count(attrs, values.shape[0])
     limit = capacity(attrs, values.shape[0] // max(groups, 1), 1)
     ranked = values
     if mask:
@@ -135,12 +134,12 @@ def _taken(ranked: jax.Array, groups: int, limit: int) -> jax.Array:
 
 @lowering("group_sum")
 def _group_sum(ctx: Context, node: Node, x: Named, place: Named) -> Operand:
-    (attrs,) = (v.node.attrs for v in node.operands[1:] if v.node is not None)
+    (attrs,) = (ctx.local.attrs(v.node) for v in node.operands[1:] if v.node is not None)
     tokens: tuple[str, ...] = attrs["tokens"]
     rest = tuple(a for a in x.axes if a not in tokens)
     source = x.to((*tokens, *rest)).array
     flat = source.reshape(prod(source.shape[: len(tokens)]), *source.shape[len(tokens) :])
-    groups = ctx.local.groups(attrs, node.operands[0].type[tokens[0]], flat.shape[0])
+    groups = group_count(attrs, flat.shape[0])
     parts = flat.reshape(groups, flat.shape[0] // max(groups, 1), *flat.shape[1:])
     total = jnp.sum(parts.astype(accumulator(ctx.dtype)), axis=1).astype(x.array.dtype)
     return Named(total, ("group", *rest))

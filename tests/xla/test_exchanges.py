@@ -1,0 +1,189 @@
+"""Every way to bring rows to experts, on eight devices: values, gradients, drops, collectives."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from moecc_passes.sharding.legal import Case, cases, layer, outcome
+
+from moecc.ir import Graph
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing import run_reference
+
+jax = pytest.importorskip("jax")
+
+from jax.sharding import PartitionSpec  # noqa: E402
+from moecc_backends.xla.backend import function  # noqa: E402
+from moecc_backends.xla.exchange import Way, emulated, hop, send, send_back  # noqa: E402
+from moecc_backends.xla.sharded import device_mesh, sharded_function  # noqa: E402
+
+from .test_sharded import census  # noqa: E402
+
+QUICK = {
+    Case("capacity", "data:4,model:2", "st-moe", "via=capacity slice=model"),
+    Case("ragged", "far:2,near:4", "expert-hierarchical", "via=hierarchical"),
+    Case("ragged", "data:4,model:2", "st-moe", "via=ring"),
+    Case("expert-choice", "data:2,expert:4", "expert-replicated", "via=replicated"),
+}
+LEGAL = [
+    c if c in QUICK else pytest.param(c, marks=pytest.mark.slow)
+    for c in cases()
+    if outcome(c)[0] is not None
+]
+
+
+@cache
+def data(slots: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters, experts that differ among them, and tokens."""
+    rng = np.random.default_rng(0)
+    drawn = {n: rng.normal(size=v.type.shape) for n, v in layer(slots).params.items()}
+    params = {n: jax.numpy.asarray(a, "float32") for n, a in drawn.items()}
+    return params, {"x": jax.numpy.asarray(rng.normal(size=(8, 8, 8)), "float32")}
+
+
+def compiled(run: Any, slots: str) -> Any:
+    """Return the values and the gradients, by parameters and tokens, as one program."""
+
+    def loss(params: Any, inputs: Any) -> tuple[Any, Any]:
+        outputs = run(params, inputs)
+        weights = np.random.default_rng(5).normal(size=outputs["y"].shape).astype("f")
+        return (outputs["y"] * weights).mean(), outputs
+
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return program.lower(*data(slots)).compile()
+
+
+@cache
+def expected(slots: str) -> tuple[Any, Any]:
+    (_, outputs), slopes = compiled(function(layer(slots)), slots)(*data(slots))
+    assert all(np.abs(a).max() > 0 for a in jax.tree.leaves(slopes)), "every gradient counts"
+    return outputs, slopes
+
+
+def on_mesh(graph: Graph, slots: str) -> tuple[Any, Any, str]:
+    program = compiled(sharded_function(graph, device_mesh(graph)), slots)
+    (_, outputs), slopes = program(*data(slots))
+    return outputs, slopes, program.as_text()
+
+
+def assert_near(expected: Any, found: Any) -> None:
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+@pytest.mark.parametrize("case", LEGAL, ids=str)
+def test_every_legal_way_is_the_layer_on_one_device(case: Case) -> None:
+    graph, _ = outcome(case)
+    assert graph is not None
+    outputs, slopes, _ = on_mesh(graph, case.slots)
+    assert_near(expected(case.slots), (outputs, slopes))
+
+
+def laid(slots: str, text: str) -> Graph:
+    graph = layer(slots)
+    run_pipeline(graph, Pipeline.parse(text))
+    return graph
+
+
+@pytest.mark.parametrize("factor", [0.75, pytest.param(1.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("mesh", "way"),
+    [
+        ("mesh=data:4,model:2 rules=st-moe", "via=ragged"),
+        pytest.param("mesh=data:8 rules=st-moe", "via=ring", marks=pytest.mark.slow),
+    ],
+)
+def test_a_bounded_buffer_drops_what_the_reference_drops(
+    mesh: str, way: str, factor: float
+) -> None:
+    graph = laid("ragged", f"annotate-sharding{{{mesh}}},"
+                 f"expert-parallel{{{way} buffer-factor={factor}}},lower-collectives")  # fmt: skip
+    params, inputs = data("ragged")
+    wide = ({n: np.asarray(a, float) for n, a in d.items()} for d in (params, inputs))
+    reference = run_reference(graph, **dict(zip(("params", "inputs"), wide, strict=True)))
+    outputs, slopes, _ = on_mesh(graph, "ragged")
+    assert_near({n: reference[n] for n in outputs}, outputs)
+    assert outputs["dropped.layers.0.ffn"] == reference["dropped.layers.0.ffn"]
+    assert (factor > 1) or outputs["dropped.layers.0.ffn"] > 0
+    (_, whole), one = compiled(function(graph), "ragged")(params, inputs)
+    assert_near((whole, one), (outputs, slopes))
+
+
+@pytest.mark.parametrize(
+    ("way", "wanted"),
+    [
+        ("via=capacity", {"all-to-all": 4}),
+        ("via=ring", {"all-gather": 2, "reduce-scatter": 2}),
+    ],
+)
+def test_the_program_has_the_collectives_of_the_graph_and_no_others(
+    way: str, wanted: dict[str, int]
+) -> None:
+    """One way there and one back, and the same for gradients; those of the router are summed."""
+    graph = laid("capacity", "annotate-sharding{mesh=data:8 rules=st-moe},"
+                 f"expert-parallel{{{way}}},lower-collectives")  # fmt: skip
+    _, _, program = on_mesh(graph, "capacity")
+    found = census(program)
+    del found["all-reduce"]
+    assert found == wanted
+
+
+def _runs(rng: np.random.Generator, devices: int, rows: int) -> Any:
+    """Return how many rows each device sends to each, at most `rows` in all from one."""
+    cuts = np.sort(rng.integers(0, rows + 1, (devices, devices)), axis=1)
+    return np.diff(cuts, prepend=0, axis=1).astype(np.int32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_emulation_is_an_exchange_row_by_row(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = _runs(rng, 8, 6)
+    rows = rng.normal(size=(8, 6, 3)).astype("f")
+    starts, places = (np.cumsum(sizes, axis) - sizes for axis in (1, 0))
+    wanted = np.full((8, 48, 3), -1, "f")
+    for a in range(8):
+        for b in range(8):
+            run = rows[a, starts[a, b] : starts[a, b] + sizes[a, b]]
+            wanted[b, places[a, b] : places[a, b] + sizes[a, b]] = run
+
+    def one(rows: Any, *runs: Any) -> Any:
+        room = jax.numpy.full((48, 3), -1.0)
+        return emulated(rows[0], room, *(r[0] for r in runs), axis_name=("d",))[None]
+
+    found = _on_all(one)(rows, starts, sizes, places, sizes.T.copy())
+    np.testing.assert_array_equal(found, wanted)
+
+
+def _on_all(one: Any) -> Any:
+    mesh = jax.make_mesh((8,), ("d",), (jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("d")
+    return jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_come_to_their_experts_in_order_and_go_back(seed: int) -> None:
+    """Sixteen experts, two a device: rows of an expert lie together, device by device."""
+    rng = np.random.default_rng(seed)
+    experts = np.sort(rng.integers(0, 16, (8, 6)), axis=1)
+    rows = np.stack([experts, np.arange(48).reshape(8, 6)], axis=-1).astype("f")
+    sizes = np.stack([np.bincount(e, minlength=16) for e in experts]).astype(np.int32)
+    way = Way(("d",), 6, 48, is_emulated=True)
+
+    def one(rows: Any, sizes: Any) -> Any:
+        there = hop(sizes[0], ("d",), 48)
+        sent = send(rows[0], there, way)
+        return sent[None], send_back(sent, there, way)[None], there.group_sizes[None]
+
+    sent, back, counts = _on_all(one)(rows, sizes)
+    np.testing.assert_array_equal(back, rows)
+    flat = rows.reshape(-1, 2)
+    for device in range(8):
+        mine = [flat[flat[:, 0] == e] for e in (2 * device, 2 * device + 1)]
+        np.testing.assert_array_equal(counts[device], [len(m) for m in mine])
+        whole = np.concatenate(mine)
+        np.testing.assert_array_equal(sent[device][: len(whole)], whole)
+        assert not sent[device][len(whole) :].any()
