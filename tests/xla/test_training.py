@@ -9,7 +9,7 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32, I32
+from moecc.ir.dtypes import BF16, F32, I32
 from moecc.ir.graph import Graph
 from moecc.ir.types import tensor
 
@@ -18,11 +18,13 @@ pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from moecc_backends.xla.options import Options  # noqa: E402
 from moecc_backends.xla.training import (  # noqa: E402
     IGNORED,
     OPTIMIZERS,
     TARGETS,
     cross_entropy,
+    loss_function,
     moments_like,
     optimizer,
     train_step,
@@ -79,6 +81,26 @@ def test_a_few_steps_learn_which_token_comes_next(name: str) -> None:
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] / 4
     assert np.isfinite(losses).all()
+
+
+def product_types(platform: str) -> set[tuple[str, ...]]:
+    graph = bigram()
+    loss = loss_function(graph, dtype=BF16, options=Options(platform=platform))
+    params = {n: jnp.ones(p.type.shape) for n, p in graph.params.items()}
+    tokens = jnp.ones((4, 16), jnp.int32)
+    traced = jax.make_jaxpr(jax.grad(loss, has_aux=True))(
+        params, {"tokens": tokens, TARGETS: tokens}
+    )
+    products = [e for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert len(products) == 3
+    return {tuple(str(v.aval.dtype) for v in (*e.invars, *e.outvars)) for e in products}
+
+
+def test_products_for_accelerators_are_narrow_forward_and_backward() -> None:
+    assert product_types("tpu") == {("bfloat16",) * 3}
+    assert product_types("gpu") == {("bfloat16",) * 3}
+    # A CPU would sum in the type of the result.
+    assert ("bfloat16", "bfloat16", "float32") in product_types("cpu")
 
 
 def test_what_makes_no_logits_cannot_be_trained() -> None:

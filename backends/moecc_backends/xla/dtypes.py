@@ -14,6 +14,16 @@ def accumulator(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def product_type(dtype: Any, platform: str) -> Any:
+    """Give the type that products of `dtype` are asked for in.
+
+    Units of accelerators sum in float32 whatever the result is; asked for float32, a result that
+    several devices add up would be sent wide, and gradients would multiply wide with narrow.  A CPU
+    sums in the type of the result.
+    """
+    return accumulator(dtype) if platform == "cpu" else jnp.dtype(dtype)
+
+
 def stored_as(dtype: Any) -> Any:
     """Give the type to move `dtype` as: unsigned integers for floats under 32 bits.
 

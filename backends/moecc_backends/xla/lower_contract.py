@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from moecc.ir.graph import Node
 from moecc.ir.kept import feeds_route
 from moecc_backends.xla.capacity import slot_matmul
 from moecc_backends.xla.context import Context, lowering
-from moecc_backends.xla.dtypes import accumulator
+from moecc_backends.xla.dtypes import accumulator, product_type
 from moecc_backends.xla.named import (
     SLOT_AXES,
     Named,
@@ -35,16 +36,23 @@ def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
             wide = accumulator(ctx.dtype)
             x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
         if _fits_slots(x, w, over):
-            return _slots_times(x, w, over)
-        return einsum(x, w, over)
+            return _slots_times(ctx, x, w, over)
+        return einsum(x, w, over, product_type(x.array.dtype, ctx.options.target))
     if isinstance(x, Rows):
         return _rows_times(ctx, node, x, w)
     assert isinstance(w, Rows), "one of the two is"
     return _rows_times(ctx, node, w, x)
 
 
-def einsum(x: Named, w: Named, over: tuple[str, ...]) -> Named:
-    """Sum the product of two arrays over the axes `over`; others that both have are batch axes."""
+def einsum(x: Named, w: Named, over: tuple[str, ...], kind: Any = None) -> Named:
+    """Sum the product of two arrays over the axes `over`; others that both have are batch axes.
+
+    Args:
+      x: one of them; the result has its type.
+      w: the other.
+      over: what is summed over.
+      kind: the type that the product is asked for in; float32 at least by default.
+    """
     result = (
         *(a for a in x.axes if a not in over),
         *(a for a in w.axes if a not in over and a not in x.axes),
@@ -55,7 +63,7 @@ def einsum(x: Named, w: Named, over: tuple[str, ...]) -> Named:
         f"{spell[0]},{spell[1]}->{spell[2]}",
         x.array,
         w.array,
-        preferred_element_type=accumulator(x.array.dtype),
+        preferred_element_type=kind or accumulator(x.array.dtype),
     )
     return Named(array.astype(x.array.dtype), result)
 
@@ -67,12 +75,13 @@ def _fits_slots(x: Named, w: Named, over: tuple[str, ...]) -> bool:
     return is_slots and is_matrix and set(w.axes) & set(x.axes) == {"expert", *over}
 
 
-def _slots_times(x: Named, w: Named, over: tuple[str, ...]) -> Named:
+def _slots_times(ctx: Context, x: Named, w: Named, over: tuple[str, ...]) -> Named:
     """Multiply ``[expert, group, slot, a]`` with the matrices of the experts, in one product."""
     (rest,) = (a for a in w.axes[1:] if a not in over)
     experts, groups, slots, width = x.array.shape
     rows = x.array.reshape(experts, groups * slots, width)
-    product = slot_matmul(rows, w.array.astype(rows.dtype), w.axes.index(over[0]))
+    kind = product_type(rows.dtype, ctx.options.target)
+    product = slot_matmul(rows, w.array.astype(rows.dtype), w.axes.index(over[0]), kind)
     return Named(product.reshape(experts, groups, slots, -1), (*SLOT_AXES, rest))
 
 

@@ -20,6 +20,7 @@ from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.context import Around
+from moecc_backends.xla.options import DEFAULTS, Options
 
 # Typed by jax in part only.
 _spec: Any = PartitionSpec
@@ -92,7 +93,11 @@ def check_trainable(graph: Graph) -> None:
 
 
 def loss_function(
-    graph: Graph, *, dtype: DType = F32, around: Around | None = None
+    graph: Graph,
+    *,
+    dtype: DType = F32,
+    options: Options = DEFAULTS,
+    around: Around | None = None,
 ) -> Callable[[Tree, Tree], tuple[jax.Array, dict[str, jax.Array]]]:
     """Return ``(params, inputs) → (loss, metrics)`` of `graph`.
 
@@ -103,7 +108,7 @@ def loss_function(
       InputError: the graph has no logits.
     """
     check_trainable(graph)
-    model = function(graph, dtype=dtype, around=around)
+    model = function(graph, dtype=dtype, options=options, around=around)
 
     def loss(params: Tree, inputs: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         given = {name: inputs[name] for name in graph.inputs}
@@ -116,7 +121,12 @@ def loss_function(
 
 
 def train_step(
-    graph: Graph, update: Any, *, dtype: DType = F32, around: Around | None = None
+    graph: Graph,
+    update: Any,
+    *,
+    dtype: DType = F32,
+    options: Options = DEFAULTS,
+    around: Around | None = None,
 ) -> Step:
     """Return the step ``(state, inputs) → (state, metrics)`` of `graph` under an optimiser.
 
@@ -124,9 +134,10 @@ def train_step(
       graph: the graph, with its losses.
       update: what `optimizer` returns.
       dtype: the type of the computation.
+      options: what was chosen for the lowering.
       around: what calls each lowering, see `Context`.
     """
-    loss = loss_function(graph, dtype=dtype, around=around)
+    loss = loss_function(graph, dtype=dtype, options=options, around=around)
 
     def step(state: State, inputs: Tree) -> tuple[State, dict[str, jax.Array]]:
         params, moments = state

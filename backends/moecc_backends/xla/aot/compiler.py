@@ -31,7 +31,7 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     """
     if job.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers: pip install flatbuffers")
-    setting = Setting(job.layout, job.sizes, job.dtype, job.optimizer)
+    setting = Setting(job.layout, job.sizes, job.dtype, job.optimizer, job.machine.kind)
     step = make_step(graph, setting, devices(job.machine))
     start = time.perf_counter()
     lowered = lower(step.function, step.arguments, job.machine)

@@ -19,6 +19,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.table.repetition import repetitions
 from moecc.plan.layout import Layout
 from moecc_backends.xla.backend import function
+from moecc_backends.xla.options import Options
 from moecc_backends.xla.placement import group_counts, value_parts
 from moecc_backends.xla.spread import Spread
 from moecc_backends.xla.training import (
@@ -44,12 +45,14 @@ class Setting:
       sizes: what the variables of the graph stand for.
       dtype: the type of the computation.
       optimizer: of `moecc_backends.xla.training.OPTIMIZERS`; None for the forward pass.
+      platform: what it is lowered for, ``tpu``, ``gpu`` or ``cpu``.
     """
 
     layout: Layout
     sizes: Mapping[str, int]
     dtype: DType
     optimizer: str | None = None
+    platform: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,15 @@ def make_step(
     spread = Spread(mesh, setting.layout)
     params = _params(graph, spread, setting)
     inputs = {n: _input(v, spread, setting) for n, v in graph.inputs.items()}
+    options = Options(platform=setting.platform)
     if setting.optimizer is None:
-        return Step(jax.jit(function(graph, dtype=setting.dtype, around=spread)), (params, inputs))
+        run = function(graph, dtype=setting.dtype, options=options, around=spread)
+        return Step(jax.jit(run), (params, inputs))
     check_trainable(graph)
     update = update or optimizer(setting.optimizer)
     state = params, moments_like(update, params)
     inputs[TARGETS] = _targets(graph.outputs[LOGITS], spread, setting)
-    step = train_step(graph, update, dtype=setting.dtype, around=spread)
+    step = train_step(graph, update, dtype=setting.dtype, options=options, around=spread)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=(0,), out_shardings=(places, None))
     return Step(jitted, (state, inputs))
