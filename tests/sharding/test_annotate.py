@@ -9,6 +9,7 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone, equal
+from moecc.pipeline.check import check_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import laws
 
@@ -132,3 +133,19 @@ def test_a_graph_is_laid_once() -> None:
     run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
     with pytest.raises(InputError, match="lies on a mesh already"):
         run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
+
+
+KEPT = {
+    "annotate-sharding{mesh=data:4,model:2 rules=st-moe},expert-parallel{via=ring},"
+    "lower-collectives,strip-sharding": ["reassociation", "exact", "exact", "reassociation"],
+    "specialize{mode=train capacity-factor=1.0 groups=8},"
+    "annotate-sharding{mesh=data:4 rules=st-moe},expert-parallel{via=capacity chunks=2},"
+    "lower-collectives": ["approximate", "exact", "reassociation", "exact"],
+}
+
+
+@pytest.mark.parametrize("pipeline", KEPT)
+def test_promises_are_kept(pipeline: str) -> None:
+    checked = check_pipeline(model("mixtral_gqa"), Pipeline.parse(pipeline))
+    assert [c.promise.kind for c in checked] == KEPT[pipeline]
+    assert all(c.measured <= 1e-12 for c in checked if c.promise.kind != "approximate")

@@ -15,10 +15,11 @@ from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
 from moecc.ir.table.collectives import format_placement
 from moecc.ir.table.placing import placed_experts
 from moecc.ir.types import Axis, TensorType
+from moecc.ir.unroll import is_rolled
 from moecc.ir.verify import where
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc_passes.sharding.assign import Assigner, Assignment, cuts_of
-from moecc_passes.sharding.groups import cut_groups
+from moecc_passes.sharding.groups import REGROUPED, cut_groups
 from moecc_passes.sharding.layout import LayoutRule, read_layouts
 
 NAME = "annotate-sharding"
@@ -56,8 +57,8 @@ class AnnotateShardingPass(Pass):
 
     @property
     def preserves(self) -> Preserves:
-        """Only sums over axes that lie split change: their parts are added last."""
-        return EXACT
+        """A ``reshard`` is the identity; dropless layers may be cut into other groups."""
+        return REGROUPED
 
     def validate(self) -> list[Problem]:
         """Return what is wrong with the mesh or the layouts by themselves."""
@@ -91,7 +92,7 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     """
     if mesh_of(graph) is not None:
         raise InputError("the graph lies on a mesh already", hint="strip-sharding first")
-    if any(node.body is not None for node in graph):
+    if is_rolled(graph):
         raise InputError(
             "layers are laid on a mesh before they are rolled",
             hint="unroll-layers, then roll again",
@@ -103,7 +104,8 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     annotator.run()
     stats = {"laid": annotator.laid, "reshards": annotator.count}
     remarks = [*told, *annotator.remarks()]
-    return assigner, PassResult(True, annotator.laid, stats, remarks)
+    kept = REGROUPED if told else EXACT
+    return assigner, PassResult(True, annotator.laid, stats, remarks, preserves=kept)
 
 
 def _check_used(assigner: Assigner, names: tuple[str, ...]) -> None:

@@ -6,8 +6,11 @@ from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import nearest_multiple
 from moecc.ir.replace import infer_again
 from moecc.ir.table.placing import PLACING
-from moecc.pipeline.passes import Remark
+from moecc.pipeline.passes import Preserves, Remark
 from moecc_passes.sharding.assign import Assigner
+
+REGROUPED = Preserves("reassociation", "the rows of dropless layers stand in other groups")
+"""What changes where the number of groups of a dropless layer does."""
 
 ATTRIBUTE = "groups_whole"
 """The attribute of a graph that says how many groups a ``place`` had before, by its name."""
@@ -46,10 +49,11 @@ def _parts(node: Node, assigner: Assigner) -> int | None:
     return assigner.mesh.size(type[outermost].mesh)
 
 
-def restore_groups(graph: Graph) -> None:
-    """Give dropless layers the number of groups that they had before."""
+def restore_groups(graph: Graph) -> bool:
+    """Give dropless layers the number of groups that they had before; return whether any had."""
     before = graph.attrs.pop(ATTRIBUTE, {})
     for node in graph:
         name = node.results[-1].name
         if name in before and node.op.name in PLACING:
             node.attrs["groups"] = before[name]
+    return bool(before)

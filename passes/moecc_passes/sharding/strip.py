@@ -11,7 +11,7 @@ from moecc.ir.replace import replace_value
 from moecc.ir.table.collectives import COLLECTIVES
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc_passes.sharding.experts.chunked import unchunk
-from moecc_passes.sharding.groups import restore_groups
+from moecc_passes.sharding.groups import REGROUPED, restore_groups
 
 REPEATING = "expert-parallel/"
 """The origin of routing that was done again on gathered tokens."""
@@ -34,7 +34,7 @@ class StripShardingPass(Pass):
 
     name: ClassVar[str] = "strip-sharding"
     summary: ClassVar[str] = "take the mesh and its collectives away"
-    preserves = EXACT
+    preserves = REGROUPED
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Erase the collectives, and make every type one of global values alone."""
@@ -44,13 +44,13 @@ class StripShardingPass(Pass):
                 node.replace_by(node.operands[0])
                 erased += 1
         changed = mesh_of(graph) is not None or erased > 0
-        restore_groups(graph)
+        regrouped = restore_groups(graph)
         _take_away(graph)
         again = _merge_repeated(graph)
         whole = unchunk(graph)
-        return PassResult(
-            changed, erased, {"collectives": erased, "repeated": again, "unchunked": whole}
-        )
+        stats = {"collectives": erased, "repeated": again, "unchunked": whole}
+        kept = REGROUPED if regrouped or whole else EXACT
+        return PassResult(changed, erased, stats, preserves=kept)
 
 
 def _take_away(graph: Graph) -> None:

@@ -18,6 +18,7 @@ from moecc_passes.sharding.experts.gather import gather_tokens
 from moecc_passes.sharding.experts.layer import LaidLayer, laid_layers, need
 
 NAME = "expert-parallel"
+CHUNKED = Preserves("reassociation", "rows are multiplied a chunk at a time")
 EXCHANGES = ("capacity", "ragged", "hierarchical")
 
 
@@ -74,7 +75,7 @@ class ExpertParallelPass(Pass):
     def preserves(self) -> Preserves:
         """Collectives are the identity on the global value; a bounded buffer may lose rows."""
         if self.buffer_factor is None:
-            return EXACT
+            return EXACT if self.chunks == 1 else CHUNKED
         reason = f"rows beyond {self.buffer_factor:g} times a device's share are dropped"
         return Preserves("approximate", reason)
 
