@@ -56,10 +56,19 @@ CARRIED = (
 INCLUSIVE = CONSTANT.replace("LT", "LE")
 
 
+UNROLLED = (
+    "%next = s32[] add(%i, %one)",
+    "%next.1 = s32[] add(%i, %one)\n  %next = s32[] add(%next.1, %one)",
+)
+"""A counter that a turn advances by two, as XLA leaves it when it has unrolled a loop."""
+
+
 @pytest.mark.parametrize(
     ("text", "times"),
     [
         (loop(CONSTANT), 5),
+        (loop(CONSTANT).replace(*UNROLLED), 3),
+        (loop(CARRIED).replace("%one = s32[] constant(1)", "%one = s32[] constant(3)"), 3),
         (loop(CONSTANT, "%c0 = s32[] constant(2)"), 3),
         (loop(CONSTANT, "%c0 = s32[] constant(7)"), 0),
         (loop(CARRIED), 9),

@@ -144,7 +144,22 @@ class Module:
         if condition is None:
             return None
         bounds = self._compared(where, loop, condition)
-        return None if bounds is None else max(bounds[1] - bounds[0], 0)
+        if bounds is None:
+            return None
+        return max(-((bounds[0] - bounds[1]) // self._stride(loop, condition)), 0)
+
+    def _stride(self, loop: Instruction, condition: Computation) -> int:
+        """Return by how much a turn of the body advances the counter: XLA unrolls some loops."""
+        (name,) = re.findall(r"body=%([^\s,)}]+)", loop.attributes)
+        body = self.computations[name]
+        carried = body.instructions[body.root]
+        counters = [i for i in condition if i.opcode == "get-tuple-element"]
+        for index in (int(i.attribute("index")) for i in counters):
+            if carried.opcode == "tuple" and index < len(carried.operands):
+                stride = _added(body, carried.operands[index], index)
+                if stride > 0:
+                    return stride
+        return 1
 
     def _compared(
         self, where: Computation, loop: Instruction, condition: Computation
@@ -253,6 +268,21 @@ def _until_comma(text: str, start: int) -> str:
         elif text[at] == "," and depth == 0:
             return text[start:at]
     return text[start:]
+
+
+def _added(body: Computation, name: str, index: int) -> int:
+    """Return what `name` adds to the carried value `index` in all, or 0 if it is no such sum."""
+    total, made = 0, body.instructions[name]
+    while made.opcode in ("add", "copy"):
+        operands = [body.instructions[operand] for operand in made.operands]
+        constants = [i for i in operands if i.opcode == "constant"]
+        rest = [i for i in operands if i.opcode != "constant"]
+        if len(rest) != 1 or not all(i.operands[0].isdigit() for i in constants):
+            return 0
+        total += sum(int(i.operands[0]) for i in constants)
+        made = rest[0]
+    is_counter = made.opcode == "get-tuple-element" and made.attribute("index") == str(index)
+    return total if is_counter and made.operands[0] in body.parameters else 0
 
 
 def _number(where: Computation, loop: Instruction, inner: Computation, name: str) -> int | None:
