@@ -74,8 +74,13 @@ def memory(work: Workload, setting: Setting, strategy: Strategy, local: Sharding
         gradients=stored if training else 0.0,
         optimizer=optimizer_bytes(work, setting, local) if training else 0.0,
         activations=_kept(work, local, strategy.remat) * width if training else 0.0,
-        buffers=_buffers(work, local, setting, strategy),
-        inputs=4.0 * work.batch.tokens / strategy.layout.shards["batch"],
+        buffers=max(
+            _layer_bytes(work, local, setting, strategy.remat),
+            # Gradients of layers come when the logits have gone.
+            _logits(work, local, setting) - (stored if training else 0.0),
+        ),
+        # Tokens, and in training what they should be.
+        inputs=4.0 * (1 + training) * work.batch.tokens / strategy.layout.shards["batch"],
     )
 
 
@@ -117,18 +122,18 @@ def _kept_shapes(layer: Layer, remat: str) -> Iterator[Shape]:
         yield from layer.residuals.named
 
 
-def _buffers(work: Workload, local: Sharding, setting: Setting, strategy: Strategy) -> float:
+def _layer_bytes(work: Workload, local: Sharding, setting: Setting, remat: str) -> float:
+    """Return the most that is alive while a layer is computed, and its gathered parameters."""
     width = setting.dtype.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
-    remat = strategy.remat if setting.train else "none"
-    again = remat != "none"
+    again = setting.train and remat != "none"
     layers = local.once(
         ("layers", again), lambda: max((_layer(x, local, again) for x in work.layers), default=0.0)
     )
     gathered = local.once(
         "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
     )
-    return max((layers + gathered) * width, _logits(work, local, setting))
+    return (layers + gathered) * width
 
 
 def _layer(layer: Layer, local: Sharding, again: bool) -> float:
@@ -153,7 +158,6 @@ def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
 
 
 def _logits(work: Workload, local: Sharding, setting: Setting) -> float:
-    """Return the bytes of the logits: in float32 for the loss, and their gradient."""
+    """Return the bytes of the logits: in float32, or in training twice in a narrow type."""
     sizes = map(local.elements, work.logits)
-    each = 4 + (4 + setting.dtype.itemsize_bytes if setting.train else 0)
-    return max(sizes, default=0.0) * each
+    return max(sizes, default=0.0) * 4.0
