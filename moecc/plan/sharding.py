@@ -88,6 +88,10 @@ class Sharding:
         parts = self._shards.get(name, 1)
         return parts if size % parts == 0 else 1
 
+    def is_cut(self, weight: Weight) -> bool:
+        """Whether a parameter is stored in parts that are gathered where it is used."""
+        return self.stored(weight) < self.used(weight)
+
     def stored(self, weight: Weight) -> float:
         """Return the elements of a parameter where it lies."""
         return prod(self.stored_sizes(weight).values())

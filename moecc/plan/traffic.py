@@ -17,9 +17,12 @@ def part_transfers(
     part: Part, work: Workload, setting: Setting, strategy: Strategy, local: Sharding
 ) -> Iterator[Transfer]:
     """Yield the collectives of one part, forward and, in training, backward."""
-    width = setting.dtype.itemsize_bytes
-    for weight in part.weights:
-        yield from _weight_transfers(weight, setting, strategy, local, width)
+    yield from _gathers(part, setting, strategy, local)
+    if setting.train:
+        for weight in part.looked_up:
+            yield from _gradient_sums(weight, setting.dtype.itemsize_bytes, strategy, local)
+        for weight in part.multiplied:
+            yield from _gradient_sums(weight, setting.sums, strategy, local)
     rows = sparse_rows(part, work, setting, strategy, local)
     yield from _sums(part, setting, strategy, local, rows)
     if rows is not None and strategy.via != LOCAL:
@@ -76,24 +79,33 @@ def sparse_rows(
     )
 
 
-def _weight_transfers(
-    weight: Weight, setting: Setting, strategy: Strategy, local: Sharding, width: int
+def _gathers(
+    part: Part, setting: Setting, strategy: Strategy, local: Sharding
 ) -> Iterator[Transfer]:
-    """Yield how a parameter is gathered, and its gradient summed."""
+    """Yield how parameters that are stored in parts are gathered.
+
+    Under rematerialisation those of layers are gathered once more for the backward pass.
+    """
+    again = setting.train and strategy.remat != "none" and part.in_layer
+    for weight in part.weights:
+        axes = strategy.layout.weight_axes(weight.of_experts)
+        if local.is_cut(weight):
+            size = local.used(weight) * setting.dtype.itemsize_bytes
+            yield Transfer("all_gather", axes, size, 2 if again else 1, "parameters", False)
+
+
+def _gradient_sums(
+    weight: Weight, width: int, strategy: Strategy, local: Sharding
+) -> Iterator[Transfer]:
+    """Yield how a gradient, with elements of `width` bytes, is summed over the batch."""
     layout = strategy.layout
     axes = layout.weight_axes(weight.of_experts)
-    used = local.used(weight)
-    if layout.mesh.size(axes) > 1 and local.stored(weight) < used:
-        again = setting.train and strategy.remat != "none"
-        yield Transfer("all_gather", axes, used * width, 2 if again else 1, "parameters", False)
-        if setting.train:
-            yield Transfer("reduce_scatter", axes, used * width, 1, "gradients", False)
-    elif setting.train and layout.mesh.size(axes) > 1:
-        yield Transfer("all_reduce", axes, used * width, 1, "gradients", False)
+    if layout.mesh.size(axes) > 1:
+        op = "reduce_scatter" if local.is_cut(weight) else "all_reduce"
+        yield Transfer(op, axes, local.used(weight) * width, 1, "gradients", False)
     sums = layout.gradient_axes(weight.of_experts)
-    if setting.train and layout.mesh.size(sums) > 1:
-        stored = local.stored(weight) * width
-        yield Transfer("all_reduce", sums, stored, 1, "gradients", False)
+    if layout.mesh.size(sums) > 1:
+        yield Transfer("all_reduce", sums, local.stored(weight) * width, 1, "gradients", False)
 
 
 def _sums(
@@ -102,30 +114,26 @@ def _sums(
     """Yield the sums over ``model``: where an axis that it splits is summed over, or made.
 
     Forward, a product over a split axis leaves a partial sum on each device.  Backward, a product
-    that made a split axis leaves partial gradients of its operand; those of several products of
-    one operand are added first, and summed once.  What is added up as tokens between devices of
-    experts is summed over ``model`` there, too: tokens are fewer than rows.
+    that made a split axis leaves partial gradients of its operand, which XLA sums for each product.
+    What is added up as tokens between devices of experts is summed over ``model`` there, too:
+    tokens are fewer than rows.
     """
-    layout, width = strategy.layout, setting.dtype.itemsize_bytes
+    layout = strategy.layout
     if layout.mesh.size(layout.tensor_axes) == 1:
         return
-    shards = layout.shards
-    sources: dict[Shape, None] = {}
     for step in part.steps:
         if strategy.sliced and step.has_rows and _meets_weight(step):
             # The exchange has it.
             continue
-        if _sums_split(step, shards):
+        if _sums_split(step, layout.shards):
             times = 1 + (setting.train and _runs_again(step, strategy.remat))
-            size = local.elements(step.results[0]) * width
+            size = local.elements(step.results[0]) * setting.sums
             if rows is not None and step.has_rows and strategy.via in ("ring", "replicated"):
                 size = rows.tokens * rows.row_bytes
             yield Transfer("all_reduce", layout.tensor_axes, size, times, "partial sums")
-        if setting.train and _makes_split(step, shards):
-            sources[step.operands[0]] = None
-    for shape in sources:
-        size = local.elements(shape) * width
-        yield Transfer("all_reduce", layout.tensor_axes, size, 1, "gradients of partial sums")
+        if setting.train and _makes_split(step, layout.shards):
+            size = local.elements(step.operands[0]) * setting.sums
+            yield Transfer("all_reduce", layout.tensor_axes, size, 1, "gradients of partial sums")
 
 
 def _sums_split(step: Step, shards: dict[str, int]) -> bool:

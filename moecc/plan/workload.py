@@ -7,7 +7,7 @@ a shallow one.  Sizes are global; a layout divides them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -86,14 +86,20 @@ class Part:
       count: how many there are.
       steps: the operations of one.
       weights: the parameters of one that no earlier part has.
+      looked_up: those whose rows are looked up, and of which no earlier part did so.
+      multiplied: the others, in the same way: a tied parameter has a gradient of either kind.
       top_k: of experts: choices a token, 0 in a dense part.
+      in_layer: whether it is a part of a layer, which rematerialisation computes again.
     """
 
     name: str
     count: int
     steps: tuple[Step, ...]
     weights: tuple[Weight, ...]
+    looked_up: tuple[Weight, ...] = ()
+    multiplied: tuple[Weight, ...] = ()
     top_k: int = 0
+    in_layer: bool = True
 
     @property
     def is_sparse(self) -> bool:
@@ -103,7 +109,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layer:
-    """A run of equal layers, the unit of rematerialisation.
+    """Equal units of rematerialisation: layers, or runs of layers that a stack repeats.
 
     Attributes:
       name: ``layers``, ``encoder.layers``.
@@ -201,19 +207,53 @@ def _tensor_sizes(graph: Graph) -> dict[str, int]:
     return found
 
 
+def _units(graph: Graph, shape: Callable[[Value], Shape]) -> dict[str, str]:
+    """Return for each location the unit of rematerialisation that it belongs to.
+
+    A unit is a layer, or the shortest run of layers that the stack repeats: what ``roll-layers``
+    makes one body of.
+    """
+    layers: dict[str, dict[int, list[Node]]] = {}
+    found: dict[str, str] = {}
+    for node in graph:
+        match = _LAYER.match(node.loc)
+        found[node.loc] = f"{match[1]}{match[2]}" if match else node.loc
+        if match:
+            layers.setdefault(match[1], {}).setdefault(int(match[2]), []).append(node)
+    for stack, numbered in layers.items():
+        looks = [
+            tuple((n.op.name, *map(shape, n.results)) for n in numbered[i])
+            for i in sorted(numbered)
+        ]
+        period = _period(looks)
+        for loc in found:
+            match = _LAYER.match(loc)
+            if match and match[1] == stack:
+                found[loc] = f"{stack}{int(match[2]) // period}"
+    return found
+
+
+def _period(items: Sequence[object]) -> int:
+    """Return the length of the shortest run that `items` repeat, 1 where they repeat none."""
+    count = len(items)
+    for length in range(1, count // 2 + 1):
+        if count % length == 0 and all(items[i] == items[i % length] for i in range(count)):
+            return length
+    return 1
+
+
 class _Reader:
     """Reads shapes and groups nodes; holds what the graph's values look like."""
 
     def __init__(self, graph: Graph, batch: Batch) -> None:
         self.graph = graph
         self.batch = batch
-        self.seen: set[str] = set()
+        self.seen: set[object] = set()
         self.shapes = Shapes()
         self.units: dict[str, list[Node]] = {}
+        self.unit_of = _units(graph, self.shape)
         for node in graph:
-            match = _LAYER.match(node.loc)
-            unit = f"{match[1]}{match[2]}" if match else node.loc
-            self.units.setdefault(unit, []).append(node)
+            self.units.setdefault(self.unit_of[node.loc], []).append(node)
         self.residuals = {unit: residuals(nodes, self.shape) for unit, nodes in self.units.items()}
 
     def shape(self, value: Value) -> Shape:
@@ -295,7 +335,10 @@ class _Reader:
         found: dict[object, Part] = {}
         for loc, nodes in self._sublayers():
             part = self._part(loc, nodes)
-            anonymous = tuple(replace(w, name="") for w in part.weights)
+            anonymous = tuple(
+                tuple(replace(w, name="") for w in group)
+                for group in (part.weights, part.looked_up, part.multiplied)
+            )
             steps = tuple(
                 replace(s, weights=tuple(w and replace(w, name="") for w in s.weights))
                 for s in part.steps
@@ -314,15 +357,25 @@ class _Reader:
     def _part(self, loc: str, nodes: list[Node]) -> Part:
         match = _LAYER.match(loc)
         name = f"{match[1]}{match[3] or ''}".rstrip(".") if match else loc or "model"
-        unit = self.residuals[f"{match[1]}{match[2]}" if match else loc]
-        weights = []
-        for value in (v for node in nodes for v in node.operands if v.is_param):
-            if value.name not in self.seen:
-                self.seen.add(value.name)
-                weights.append(self.weight(value))
+        unit = self.residuals[self.unit_of[loc]]
+        uses = [(v, n.op.name == "embedding") for n in nodes for v in n.operands if v.is_param]
+        weights = tuple(self._new((v, v.name) for v, _ in uses))
+        looked_up, multiplied = (
+            tuple(self._new((v, (v.name, kind)) for v, kind in uses if kind is wanted))
+            for wanted in (True, False)
+        )
         steps = tuple(self._step(node, unit) for node in nodes)
         top_k = max((n.attrs["top_k"] for n in nodes if n.op.name == "route"), default=0)
-        return Part(name, 1, steps, tuple(weights), top_k)
+        return Part(
+            name, 1, steps, weights, looked_up, multiplied, top_k, in_layer=match is not None
+        )
+
+    def _new(self, keyed: Iterable[tuple[Value, object]]) -> Iterator[Weight]:
+        """Yield the parameters whose keys are met for the first time."""
+        for value, key in keyed:
+            if key not in self.seen:
+                self.seen.add(key)
+                yield self.weight(value)
 
     def _step(self, node: Node, unit: Residuals) -> Step:
         rows = next((v for v in (*node.operands, *node.results) if "slot" in v.type), None)
