@@ -1,0 +1,139 @@
+"""The plan against the compiler: FLOPs, bytes of collectives and memory of whole training steps.
+
+    python benchmarks/plan_vs_xla.py [NAME…] [--out FILE.md]
+
+Each pair of a model and a machine is compiled ahead of time by ``moecc compile``, for TPUs (extra
+``tpu``) or GPUs (extra ``gpu-aot``), with optax (extra ``train``).  A row has what the compiler
+says, and how far the plan is from it; an exclamation mark stands behind what lies beyond the bound.
+What cannot be compiled here is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BOUNDS = {
+    "FLOPs": 0.02, "collectives": 0.05, "arguments": 0.01, "temporaries": 0.25, "peak": 0.15,
+}  # fmt: skip
+"""How far the plan may be from the compiler."""
+
+UNITS = {"FLOPs": 1e12}
+"""What figures are divided by; those that are not here are bytes, in GB."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A training step.
+
+    Attributes:
+      model: a preset.
+      machine: where it is compiled for.
+      mesh: the mesh.
+      batch_tokens: of a step.
+      options: more of ``moecc compile``.
+    """
+
+    model: str
+    machine: str
+    mesh: str
+    batch_tokens: int
+    options: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that compiles it."""
+        return [
+            sys.executable, "-m", "moecc", "compile", f"preset:{self.model}",
+            "--machine", self.machine, "--mesh", self.mesh,
+            "--batch-tokens", str(self.batch_tokens), *self.options, "--format", "json",
+        ]  # fmt: skip
+
+
+FACTORED = ("--optimizer", "adafactor")
+SPLIT = ("--dense-weights", "split")
+
+PAIRS = {
+    "smollm2": Pair("smollm2-135m", "tpu:v5e:2x4", "data=8", 65536),
+    "llama": Pair("llama-3.1-8b", "tpu:v5p:2x2x4", "fsdp=16", 65536),
+    "llama-model": Pair("llama-3.1-8b", "tpu:v6e:4x4", "fsdp=4,model=4", 65536),
+    "llama-gpu": Pair("llama-3.1-8b", "gpu:h100:8", "fsdp=8", 32768),
+    "mixtral": Pair("mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=8,expert=8", 262144, SPLIT),
+    "mixtral-gpu": Pair("mixtral-8x7b", "gpu:h100:16", "fsdp=2,expert=8", 65536, SPLIT),
+    "st-moe-l": Pair("st-moe-l", "tpu:v4:2x2x2", "data=8,model=2", 40064, (*FACTORED, *SPLIT)),
+    "st-moe-32b": Pair(
+        "st-moe-32b", "tpu:v4:8x8x8", "data=64,model=16", 1282048, (*FACTORED, *SPLIT)
+    ),
+    "t5-xxl": Pair("t5-xxl", "tpu:v5p:2x2x4", "fsdp=16", 80128, FACTORED),
+    "dense-l": Pair("dense-l", "tpu:v6e:2x4", "data=8", 40064, (*FACTORED, "--remat", "none")),
+}
+
+
+def figures(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what the compiler says of a report of ``moecc compile``, and what the plan says."""
+    memory, plan = found["memory"], found["predicted"]
+    compiled = {
+        "FLOPs": found["flops"],
+        "collectives": sum(row["bytes"] for row in found["collectives"].values()),
+        "arguments": memory["arguments_bytes"],
+        "temporaries": memory["temporaries_bytes"],
+        "peak": memory["peak_bytes"],
+    }
+    planned = {
+        "FLOPs": plan["flops"],
+        "collectives": sum(row["bytes"] for row in plan["collectives"].values()),
+        "arguments": plan["arguments_bytes"],
+        "temporaries": plan["temporaries_bytes"],
+        "peak": plan["needed_bytes"],
+    }
+    return compiled, planned
+
+
+def row_of(pair: Pair, found: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    cells = [pair.model, pair.machine, pair.mesh]
+    compiled, planned = figures(found)
+    for kind, bound in BOUNDS.items():
+        off = planned[kind] / compiled[kind] - 1 if compiled[kind] else 0.0
+        mark = "" if abs(off) <= bound else " !"
+        cells.append(f"{compiled[kind] / UNITS.get(kind, 1e9):.2f} ({off:+.1%}{mark})")
+    cells.append(f"{found['seconds']['compile']:.0f} s")
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = [
+    "model", "machine", "mesh", "TFLOPs", "collectives, GB", "arguments, GB", "temporaries, GB",
+    "peak, GB", "compiled in",
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"pairs, of {', '.join(PAIRS)}; all without one")
+    parser.add_argument("--out", type=Path, help="where the table goes, too")
+    given = parser.parse_args()
+    unknown = [name for name in given.names if name not in PAIRS]
+    if unknown:
+        parser.error(f"unknown pair {unknown[0]!r}; pairs: {', '.join(PAIRS)}")
+    rows = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    print("\n".join(rows), flush=True)
+    for name in given.names or PAIRS:
+        done = subprocess.run(PAIRS[name].command, capture_output=True, text=True)
+        report = json.loads(done.stdout) if done.stdout.startswith("{") else {}
+        if not report.get("memory"):
+            last = done.stderr.strip().splitlines()[-1:]
+            print(f"{name} is left out: {''.join(last)}", file=sys.stderr, flush=True)
+            continue
+        rows.append(row_of(PAIRS[name], report))
+        print(rows[-1], flush=True)
+    if given.out:
+        given.out.write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The table of ``benchmarks/plan_vs_xla.py``: what it compares, and how it marks what is off."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.models import open_model
+from moecc.plan.batches import make_batch
+from moecc.plan.layout import Layout, check_layout
+from moecc.plan.machines import parse_machine
+from moecc.plan.meshes import check_devices, plan_mesh
+from moecc.plan.workload import workload
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "plan_vs_xla.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("plan_vs_xla", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plan_vs_xla"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def report(flops: float, peak: float) -> dict[str, Any]:
+    sizes = {"arguments_bytes": 1e9, "temporaries_bytes": 2e9}
+    return {
+        "flops": 100e12,
+        "collectives": {"all-gather": {"bytes": 3e9}, "all-to-all": {"bytes": 1e9}},
+        "memory": {**sizes, "peak_bytes": 4e9},
+        "predicted": {
+            **sizes, "flops": flops, "needed_bytes": peak,
+            "collectives": {"all_gather": {"bytes": 4e9}},
+        },
+        "seconds": {"compile": 12.3},
+    }  # fmt: skip
+
+
+def test_a_row_marks_what_lies_beyond_its_bound(benchmark: Any) -> None:
+    pair = benchmark.PAIRS["llama"]
+    near = benchmark.row_of(pair, report(101e12, 4.5e9))
+    assert "100.00 (+1.0%) | 4.00 (+0.0%) | 1.00 (+0.0%) | 2.00 (+0.0%) | 4.00 (+12.5%)" in near
+    far = benchmark.row_of(pair, report(97e12, 4.7e9))
+    assert "100.00 (-3.0% !)" in far
+    assert "4.00 (+17.5% !)" in far
+
+
+def test_there_are_eight_pairs_and_each_can_be_laid_out(benchmark: Any) -> None:
+    assert len(benchmark.PAIRS) >= 8
+    for pair in benchmark.PAIRS.values():
+        graph, machine = open_model(f"preset:{pair.model}").graph, parse_machine(pair.machine)
+        work = workload(graph, make_batch(graph, machine.devices, pair.batch_tokens))
+        mesh = plan_mesh(pair.mesh)
+        check_devices(mesh, machine.devices, machine.name)
+        check_layout(Layout(mesh, work.experts), work)
