@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
@@ -151,7 +151,7 @@ class Estimator:
     def __init__(self, work: Workload, machine: Machine, setting: Setting) -> None:
         self.work = work
         self.machine = machine
-        self.setting = replace(setting, sum_bytes=machine.sum_bytes(setting.dtype.itemsize_bytes))
+        self.setting = setting
         self._local: dict[tuple[Layout, float], Sharding] = {}
         self._routes: dict[object, Mapping[tuple[str, ...], Route]] = {}
 

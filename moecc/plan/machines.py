@@ -48,13 +48,6 @@ class Machine:
     network: Network
     sources: tuple[str, ...]
 
-    def sum_bytes(self, itemsize_bytes: int) -> int:
-        """Return the bytes of an element of a sum over devices, of products in a type.
-
-        The matrix units of TPUs add in float32, and XLA sums over devices before it rounds.
-        """
-        return max(4, itemsize_bytes) if self.kind == "tpu" else itemsize_bytes
-
     def peak(self, dtype: str) -> float:
         """Return the FLOP/s of products of a type, or of float32 where the table has no other."""
         return self.peak_flops.get(dtype, self.peak_flops["f32"])

@@ -26,19 +26,12 @@ class Setting:
       optimizer: one of `OPTIMIZERS`.
       dtype: the type of the computation.
       weight_dtype: the type of the parameters.
-      sum_bytes: of an element of a sum of products over devices; 0 for those of `dtype`.
     """
 
     train: bool = True
     optimizer: str = "adamw"
     dtype: DType = BF16
     weight_dtype: DType = F32
-    sum_bytes: int = 0
-
-    @property
-    def sums(self) -> int:
-        """The bytes of an element of a sum of products over devices."""
-        return self.sum_bytes or self.dtype.itemsize_bytes
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ def part_transfers(
     """Yield the collectives of one part, forward and, in training, backward."""
     yield from _gathers(part, setting, strategy, local)
     if setting.train:
-        for weight in part.looked_up:
+        for weight in (*part.looked_up, *part.multiplied):
             yield from _gradient_sums(weight, setting.dtype.itemsize_bytes, strategy, local)
-        for weight in part.multiplied:
-            yield from _gradient_sums(weight, setting.sums, strategy, local)
     rows = sparse_rows(part, work, setting, strategy, local)
     yield from _sums(part, setting, strategy, local, rows)
     if rows is not None and strategy.via != LOCAL:
@@ -114,26 +112,30 @@ def _sums(
     """Yield the sums over ``model``: where an axis that it splits is summed over, or made.
 
     Forward, a product over a split axis leaves a partial sum on each device.  Backward, a product
-    that made a split axis leaves partial gradients of its operand, which XLA sums for each product.
+    that made a split axis leaves partial gradients of its operand; those of several products of one
+    operand are added first, and summed once.
     What is added up as tokens between devices of experts is summed over ``model`` there, too:
     tokens are fewer than rows.
     """
-    layout = strategy.layout
+    layout, width = strategy.layout, setting.dtype.itemsize_bytes
     if layout.mesh.size(layout.tensor_axes) == 1:
         return
+    sources: dict[Shape, None] = {}
     for step in part.steps:
         if strategy.sliced and step.has_rows and _meets_weight(step):
             # The exchange has it.
             continue
         if _sums_split(step, layout.shards):
             times = 1 + (setting.train and _runs_again(step, strategy.remat))
-            size = local.elements(step.results[0]) * setting.sums
+            size = local.elements(step.results[0]) * width
             if rows is not None and step.has_rows and strategy.via in ("ring", "replicated"):
                 size = rows.tokens * rows.row_bytes
             yield Transfer("all_reduce", layout.tensor_axes, size, times, "partial sums")
         if setting.train and _makes_split(step, layout.shards):
-            size = local.elements(step.operands[0]) * setting.sums
-            yield Transfer("all_reduce", layout.tensor_axes, size, 1, "gradients of partial sums")
+            sources[step.operands[0]] = None
+    for shape in sources:
+        size = local.elements(shape) * width
+        yield Transfer("all_reduce", layout.tensor_axes, size, 1, "gradients of partial sums")
 
 
 def _sums_split(step: Step, shards: dict[str, int]) -> bool:
