@@ -202,5 +202,33 @@ def test_rolled_layers_send_what_unrolled_ones_do() -> None:
     verify(graph)
     assert "mesh" not in graph.attrs
     assert largest_difference(expected, run_reference(graph, params=params, inputs=inputs)) <= 1e-12
-    with pytest.raises(InputError, match="before they are rolled"):
+    with pytest.raises(InputError, match="repeats its layers"):
         run(graph, "annotate-sharding{mesh=data:4,model:2 rules=st-moe}")
+
+
+SPLIT = {
+    # what sums or counts along an axis that lies split
+    "sum": "%s = sum %x {axes=batch} : f32[embed=6] unreduced(data)",
+    "mean": "%s = mean %x {axes=(batch, embed)} : f32[] unreduced(data)",
+    "contract": "%s = contract %h, %w {over=mlp} : bf16[batch@data=B, embed=6] unreduced(model)",
+    "embedding": "%s = embedding %w, %i {axis=mlp} : bf16[batch@data=B, embed=6] unreduced(model)",
+    "positions": "%s = positions %x {axis=batch} : i32[batch@data=B]",
+    "random": "%s = random_normal %k, %h : bf16[batch@data=B, mlp@model=8]",
+    "split": "%s = split %h {axis=mlp, into=(n=4, m=2)} : bf16[batch@data=B, n@model=4, m=2]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_devices_know_which_part_is_theirs(name: str) -> None:
+    inputs = "  input %i : i32[batch@data=B]\n  input %k : key[]\n"
+    reduced = SPLIT[name].partition("unreduced(")[2].strip(")")
+    kind = SPLIT[name].partition(" : ")[2].partition(" unreduced")[0]
+    line = f"  %r = all_reduce %s {{mesh={reduced}}} : {kind}\n" if reduced else ""
+    last = "r" if reduced else "s"
+    graph = parse(f"{TEXT}{inputs}  {SPLIT[name]}\n{line}  output y = %{last}\n}}")
+    verify(graph)
+    params, given_inputs = data_for(graph, batch=4)
+    found = simulate(graph, params, given_inputs)
+    expected = run_reference(graph, params=params, inputs=given_inputs)
+    assert largest_difference(expected, found.outputs) <= 1e-12
+    check_every_value(graph, params, given_inputs, found)

@@ -15,7 +15,6 @@ from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
 from moecc.ir.table.collectives import format_placement
 from moecc.ir.table.placing import placed_experts
 from moecc.ir.types import Axis, TensorType
-from moecc.ir.unroll import is_rolled
 from moecc.ir.verify import where
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc_passes.sharding.assign import Assigner, Assignment, cuts_of
@@ -92,11 +91,6 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     """
     if mesh_of(graph) is not None:
         raise InputError("the graph lies on a mesh already", hint="strip-sharding first")
-    if is_rolled(graph):
-        raise InputError(
-            "layers are laid on a mesh before they are rolled",
-            hint="unroll-layers, then roll again",
-        )
     set_mesh(graph, mesh)
     assigner = Assigner(mesh, rules, cuts_of(graph))
     told = cut_groups(graph, assigner)

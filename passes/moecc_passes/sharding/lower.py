@@ -39,6 +39,7 @@ class LowerCollectivesPass(Pass):
 
     name: ClassVar[str] = NAME
     summary: ClassVar[str] = "make collectives of what is brought elsewhere"
+    takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

@@ -34,6 +34,7 @@ class StripShardingPass(Pass):
 
     name: ClassVar[str] = "strip-sharding"
     summary: ClassVar[str] = "take the mesh and its collectives away"
+    takes_rolled: ClassVar[bool] = True
     preserves = REGROUPED
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
