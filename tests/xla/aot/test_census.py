@@ -134,6 +134,20 @@ def test_a_start_is_counted_and_its_end_is_not(types: str, kind: str) -> None:
     assert census(program(body)).by_kind() == {kind: {"count": 1, "runs": 1, "bytes": 512}}
 
 
+def test_a_fusion_that_keeps_a_slice_of_a_sum_is_a_reduce_scatter() -> None:
+    more = """%all-reduce-scatter.1 (i: f32[32,4]) -> f32[8,4] {
+  %i = f32[32,4] parameter(0)
+  %s = f32[32,4] all-reduce(%i), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %d = f32[8,4] slice(%s), slice={[0:8], [0:4]}
+}
+"""
+    fusion = "fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1"
+    body = f"  %p = f32[32,4] parameter(0)\n  ROOT %r = f32[8,4] {fusion}"
+    assert census(program(body, more=more)).by_kind() == {
+        "reduce-scatter": {"count": 1, "runs": 1, "bytes": 512}
+    }
+
+
 def test_an_exchange_within_one_device_is_none() -> None:
     gather = "all-gather(%p), replica_groups=[8,1]<=[8]"
     body = f"  %p = f32[8,4] parameter(0)\n  ROOT %r = f32[8,4] {gather}"

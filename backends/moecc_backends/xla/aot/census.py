@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from moecc_backends.xla.aot.convolutions import convolution_flops
@@ -21,6 +21,9 @@ KINDS = (
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 """The collectives, as HLO names them."""
+
+_REDUCE_SCATTER = "all-reduce-scatter"
+"""What a TPU calls a reduce-scatter: a fusion of an all-reduce and the slice that is kept."""
 
 _MATMUL_TARGETS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8", "__triton_gemm")
 _OPAQUE_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic", "__onednn", "__cudnn$fmha")
@@ -121,7 +124,18 @@ class _Counter:
         elif made.opcode == "conditional":
             yield max(map(self.of, made.called), key=_weight)
         elif made.opcode in ("fusion", "call", "async-start"):
-            yield from map(self.of, made.called)
+            yield from map(self._called, made.called)
+
+    def _called(self, name: str) -> Census:
+        """Return the census of a computation; on a TPU one may be a collective by itself."""
+        found = self.of(name)
+        if not name.startswith(_REDUCE_SCATTER):
+            return found
+        made = tuple(
+            replace(c, kind="reduce-scatter") if c.kind == "all-reduce" else c
+            for c in found.collectives
+        )
+        return replace(found, collectives=made)
 
     def _loop(self, where: Computation, made: Instruction) -> Census:
         times = self._module.trip_count(where, made)
@@ -129,7 +143,7 @@ class _Counter:
         is_unknown = times is None
         turns = 1 if times is None else times
         return Census(
-            tuple(_again(found, turns) for found in body.collectives),
+            tuple(replace(c, times=c.times * turns) for c in body.collectives),
             body.flops * turns,
             body.unknown_loops + is_unknown,
             Counter({target: n * turns for target, n in body.opaque.items()}),
@@ -146,13 +160,6 @@ def _sum(parts: list[Census]) -> Census:
         sum(part.unknown_loops for part in parts),
         opaque,
     )
-
-
-def _again(found: Collective, turns: int) -> Collective:
-    return Collective(
-        found.kind, found.size_bytes, found.group_size, found.times * turns, found.dtype,
-        found.source,
-    )  # fmt: skip
 
 
 def _weight(counted: Census) -> tuple[int, int]:

@@ -1,0 +1,50 @@
+"""The census of steps that are compiled for other machines: what the layout says, and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+from moecc_backends.xla.aot.topology import missing
+
+from moecc.ahead.apart import compile_apart
+from moecc.ahead.request import Request
+from moecc.plan.machines import parse_machine
+
+MODEL = str(Path(__file__).parents[2] / "golden" / "mixtral_gqa")
+LAYERS = 2
+
+pytestmark = pytest.mark.slow
+
+
+def compiled(machine: str, **options: Any) -> dict[str, Any]:
+    why = missing(parse_machine(machine).kind)
+    if why is not None:
+        pytest.skip(why)
+    request = Request(
+        MODEL, machine, batch_tokens=8 * 64, lengths=(64,), optimizer="adafactor", **options
+    )
+    return compile_apart(request).data
+
+
+@pytest.mark.parametrize("machine", ["cpu:8", "gpu:h100:8", "tpu:v5p:2x2x2", "tpu:v6e:2x4"])
+@pytest.mark.parametrize(
+    ("step", "remat", "exchanges"),
+    [("forward", "none", 2), ("train", "none", 4), ("train", "full", 6)],
+)
+def test_two_exchanges_a_layer_and_as_many_for_each_pass_back(
+    machine: str, step: str, remat: str, exchanges: int
+) -> None:
+    found = compiled(machine, step=step, remat=remat, mesh="data=2,expert=4")
+    moved = found["collectives"]["all-to-all"]
+    assert moved["runs"] == exchanges * LAYERS
+    foretold = found["predicted"]["collectives"]["all-to-all"]["bytes"]
+    # A CPU moves bfloat16 as float32.
+    assert moved["bytes"] == pytest.approx(foretold * (2 if machine == "cpu:8" else 1), rel=0.05)
+    assert found["flops"] == pytest.approx(found["predicted"]["flops"], rel=0.02)
+    assert found["fits"]
