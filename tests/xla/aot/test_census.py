@@ -82,11 +82,6 @@ def test_a_loop_runs_as_often_as_its_condition_says(text: str, times: int) -> No
     assert found.by_kind()["all-reduce"] == {"count": 1, "runs": times, "bytes": 128 * times}
 
 
-def test_a_loop_that_takes_two_turns_at_once_runs_half_as_often() -> None:
-    text = loop(CONSTANT).replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
-    assert census(text).by_kind()["all-reduce"]["runs"] == 3
-
-
 def test_what_xla_has_noted_of_a_loop_comes_first() -> None:
     noted = ', backend_config={"known_trip_count":{"n":"12"}}'
     text = loop(CONSTANT).replace("body=%body", f"body=%body{noted}")
