@@ -30,7 +30,7 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
       InputError: the mesh does not suit the graph.
     """
     if job.export and find_spec("flatbuffers") is None:
-        raise MachineError("exporting needs flatbuffers: pip install flatbuffers")
+        raise MachineError("exporting needs flatbuffers: pip install 'moecc[export]'")
     setting = Setting(job.layout, job.sizes, job.dtype, job.optimizer, job.machine.kind)
     step = make_step(graph, setting, devices(job.machine))
     start = time.perf_counter()
