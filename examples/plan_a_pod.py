@@ -1,0 +1,110 @@
+"""From a configuration to a program for a pod that is not there: SmolLM2 and Mixtral.
+
+    python examples/plan_a_pod.py [--out FOLDER] [--time-limit SECONDS]
+
+For each model the best plan on a machine is searched, its training step compiled for that machine
+ahead of time, and both are written side by side into a report, ``pods.md``, with a chart of each
+plan.  It needs no accelerator and no weights; ``pip install 'moecc[tpu,train]'`` has the compiler.
+``moecc plan`` and ``moecc compile`` do the same from the shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from script import OUT, console, exit_code, step
+
+from moecc.ahead.apart import compile_apart
+from moecc.ahead.request import Request
+from moecc.ahead.text import compile_text
+from moecc.cli.files import write_whole
+from moecc.ir.dtypes import BF16, F32
+from moecc.models import open_model
+from moecc.plan.batches import make_batch
+from moecc.plan.chart import chart
+from moecc.plan.machines import parse_machine
+from moecc.plan.report import plan_json, plan_text
+from moecc.plan.search import Wish, search
+from moecc.plan.strategy import Setting
+from moecc.plan.workload import workload
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A model and the machine that is to train it.
+
+    Attributes:
+      model: a preset; a folder with a config.json does as well.
+      machine: by name.
+      lengths: tokens of a sequence.
+    """
+
+    model: str
+    machine: str
+    lengths: tuple[int, ...]
+
+
+PODS = (
+    Pod("preset:smollm2-135m", "tpu:v5e:2x4", (2048,)),
+    Pod("preset:mixtral-8x7b", "tpu:v5p:4x4x4", (4096,)),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan and compile each pod, and return the exit code, as ``moecc`` has them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=OUT / "pods", help="the folder to write into")
+    parser.add_argument("--time-limit", type=float, default=600.0, help="seconds for one program")
+    arguments = parser.parse_args(argv)
+    return exit_code(lambda: _write(arguments.out, arguments.time_limit))
+
+
+def _write(out: Path, time_limit: float) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    pages = ["# Two models and their pods", ""]
+    for pod in PODS:
+        name = pod.model.removeprefix("preset:")
+        with step(f"{name}: a plan on {pod.machine}"):
+            plan = planned(pod)
+            write_whole(str(out / f"{name}.svg"), chart(plan).encode(), force=True)
+            console.print(plan_text(plan))
+        with step(f"{name}: a training step, compiled"):
+            program = compiled(pod, plan, time_limit)
+            console.print(compile_text(program))
+        pages += _page(name, plan, program)
+    write_whole(str(out / "pods.md"), "\n".join(pages).encode(), force=True)
+    console.print(f"\nThe report is {out / 'pods.md'}")
+
+
+def planned(pod: Pod) -> dict[str, Any]:
+    """Return the best plan for `pod`, and the next best, as ``moecc plan --format json`` does."""
+    machine = parse_machine(pod.machine)
+    setting = Setting(train=True, optimizer="adamw", dtype=BF16, weight_dtype=F32)
+    with open_model(pod.model) as model:
+        batch = make_batch(model.graph, machine.devices, None, pod.lengths)
+        work = workload(model.graph, batch)
+    return plan_json(pod.model, work, machine, setting, search(work, machine, setting, Wish(remat="full")))
+
+
+def compiled(pod: Pod, plan: dict[str, Any], time_limit: float) -> dict[str, Any]:
+    """Return the report on the step that `plan` found best, compiled in a process of its own."""
+    best = plan["best"]
+    mesh = ",".join(f"{name}={size}" for name, size in best["mesh"].items())
+    request = Request(pod.model, pod.machine, lengths=pod.lengths, remat=best["remat"], mesh=mesh)
+    return compile_apart(request, time_limit).data
+
+
+def _page(name: str, plan: dict[str, Any], program: dict[str, Any]) -> Iterator[str]:
+    yield from (f"## {name} on {plan['machine']['name']}", "")
+    yield from (f"![memory and time of a step]({name}.svg)", "")
+    yield from ("The plan:", "", "```text", plan_text(plan), "```", "")
+    yield from ("The program:", "", "```text", compile_text(program), "```", "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
