@@ -88,7 +88,9 @@ def planned(pod: Pod) -> dict[str, Any]:
     with open_model(pod.model) as model:
         batch = make_batch(model.graph, machine.devices, None, pod.lengths)
         work = workload(model.graph, batch)
-    return plan_json(pod.model, work, machine, setting, search(work, machine, setting, Wish(remat="full")))
+    return plan_json(
+        pod.model, work, machine, setting, search(work, machine, setting, Wish(remat="full"))
+    )
 
 
 def compiled(pod: Pod, plan: dict[str, Any], time_limit: float) -> dict[str, Any]:

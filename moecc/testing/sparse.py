@@ -116,20 +116,22 @@ def _given(g: Growth, logits: Value, gates: Value) -> dict[str, Value]:
     """Return what the slots are given beside the experts: often nothing."""
     made: dict[str, Value] = {}
     b = g.builder
-    if g.chance(25):
-        policy = g.pick(POLICIES)
+    # A policy is about choices after the first.
+    has_further = gates.type["choice"].size != 1
+    if g.chance(60 if has_further else 15):
+        policy = g.pick((*POLICIES, "threshold", "random"))
         numbers = [b.random_uniform(g.input("key", TensorType(KEY)), gates)]
         if policy != "random":
             numbers = []
-        made["keep"] = b.keep_choices(gates, *numbers, policy=policy, threshold=g.pick((0.2, 0.5)))
-    if g.chance(15):
+        made["keep"] = b.keep_choices(gates, *numbers, policy=policy, threshold=g.pick((0.5, 0.2)))
+    if g.chance(25):
         made["priority"] = emit_priority(b, logits)
     return made | _mask(g, logits)
 
 
 def _mask(g: Growth, like: Value) -> dict[str, Value]:
     """Return at times a mask of the tokens of `like`."""
-    if not g.chance(15):
+    if not g.chance(30):
         return {}
     return {"mask": g.input("mask", TensorType(PRED, tuple(symbolic(like.type))))}
 

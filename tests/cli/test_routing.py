@@ -45,7 +45,7 @@ REFUSED = [  # pipeline, exit code, parts of the message
     ("specialize", 1, ("no layer is sparse",)),
     (
         "upcycle{experts=4},roll-layers,specialize", 1,
-        ("rolled up in a scan", "before roll-layers"),
+        ("works layer by layer", "unroll-layers before it"),
     ),
     ("add-losses", 1, ("no layer is sparse",)),
     ("trace-routing", 1, ("no layer is sparse",)),

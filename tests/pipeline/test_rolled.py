@@ -39,7 +39,10 @@ def rolled(before: str = "upcycle{experts=4 layers=every:2},add-losses") -> Grap
     return graph
 
 
-TAKEN = {"roll-layers", "unroll-layers", *(text.partition("{")[0] for text in WORKING)}
+MESH = {"lower-collectives", "strip-sharding"}
+"""They take a rolled graph that lies on a mesh: see the tests of sharding."""
+
+TAKEN = {"roll-layers", "unroll-layers", *MESH, *(text.partition("{")[0] for text in WORKING)}
 
 
 @pytest.mark.parametrize("name", sorted({*REGISTRY} - TAKEN))
