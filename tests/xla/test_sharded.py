@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from moecc.errors import InputError
+from moecc.families import build
+from moecc.families.configs import parse_config
 from moecc.ir import Graph
 from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
 from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.presets import preset_config
 
 from .models import Arrays, decoder
 
@@ -185,3 +188,27 @@ def test_what_is_not_ready_for_a_mesh_is_refused() -> None:
         sharded_function(on_mesh, device_mesh(laid(graph, LAYOUTS["data"])))
     with pytest.raises(InputError, match="not enough devices"):
         device_mesh(on_mesh, jax.devices()[:4])
+
+
+@pytest.mark.parametrize("remat", ["full", pytest.param("save", marks=pytest.mark.slow)])
+def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str) -> None:
+    small = {
+        "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 32,
+    }  # fmt: skip
+    graph = build(parse_config({**preset_config("smollm2-135m"), **small}))
+    text = "upcycle{experts=8 top-k=2 layers=every:2 slots=capacity capacity-factor=0.75 groups=8}"
+    run_pipeline(graph, Pipeline.parse(f"{text},add-losses", installed()))
+    on_mesh = laid(graph, EXPERTS["rows, columns"])
+    run_pipeline(graph, Pipeline.parse("roll-layers", installed()))
+    run_pipeline(on_mesh, Pipeline.parse(f"roll-layers{{remat={remat}}}", installed()))
+    rng = np.random.default_rng(0)
+    params = {
+        n: (rng.normal(size=v.type.shape) * 0.3 + ("norm" in n)).astype("f")
+        for n, v in graph.params.items()
+    }
+    given = data_for(graph, {})
+    expected, slopes = of(function(graph), params, given)[:2]
+    found, found_slopes, _ = of(sharded_function(on_mesh, device_mesh(on_mesh)), params, given)
+    for name, value in (*expected.items(), *slopes.items()):
+        assert_near(value, {**found, **found_slopes}[name], name)

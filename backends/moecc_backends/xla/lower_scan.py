@@ -1,21 +1,32 @@
-"""Lowering of repetition: a body that is compiled once, whatever the number of runs."""
+"""Lowering of repetition: a body that is compiled once, whatever the number of runs.
+
+Under rematerialisation a run is a checkpoint: what lies between two runs is kept, and for the
+gradient the run is computed again.  Where a run is a block of several layers, each of them is a
+checkpoint within it, so that the intermediates of one layer alone are alive at once.  That
+computes the layers of a block once more, but for the last.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.kept import DEFAULT
+from moecc.ir.table.placing import is_place
 from moecc.ir.table.repetition import repetitions
 from moecc_backends.xla.context import Context, lower_nodes, lowering
 from moecc_backends.xla.named import Named, Operand, lifted
+from moecc_backends.xla.segments import Segment, layer_of, segments
 
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
+Remembering = Callable[..., Callable[..., Any]]
 
 _WIDENINGS = 3
 """How often the type of a carry may widen before it must stay: bf16, f32, f64."""
@@ -49,16 +60,20 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     names = [x.axes for x in operands]
     names[carries:last] = [x.axes[1:] for x in slices]
 
+    remembering = _remembering(node)
+
     def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
         given = zip((*carry, *now, *captured), names, strict=True)
-        made = run_body(ctx, body, [Named(array, axes) for array, axes in given])
+        made = run_body(ctx, body, [Named(array, axes) for array, axes in given], remembering)
         # A carry keeps the order of its axes from run to run.
         kept = tuple(m.to(n).array for m, n in zip(made[:carries], names[:carries], strict=True))
         return kept, tuple(m.array for m in made[carries:])
 
     entered = zip(operands[:carries], node.operands, strict=False)
     first = tuple(ctx.local.settled(x.array, v.type) for x, v in entered)
-    carry, made = _repeat(_remembering(run, node), first, tuple(x.array for x in slices), runs)
+    # Within a loop nothing could be merged across the barrier that this would set.
+    step = run if remembering is None else remembering(run, prevent_cse=False)
+    carry, made = _repeat(step, first, tuple(x.array for x in slices), runs)
     whole = [Named(a, n) for a, n in zip(carry, names[:carries], strict=True)]
     more = zip(made, node.results[carries:], strict=True)
     return (*whole, *(Named(array, value.type.names) for array, value in more))
@@ -79,30 +94,77 @@ def _repeat(run: Step, carry: Arrays, slices: Arrays, runs: int) -> tuple[Arrays
     return found
 
 
-def _remembering(run: Step, node: Node) -> Step:
-    """Return `run` so that its gradient keeps what the node says, and computes the rest again."""
+def _remembering(node: Node) -> Remembering | None:
+    """Return what makes a gradient keep what `node` says, and compute the rest again."""
     remat = node.attrs["remat"]
     if remat == "none":
-        return run
+        return None
     policy = None
     if remat == "save":
         names = node.attrs["save"] or DEFAULT
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-    # Within a loop nothing could be merged across the barrier that this would set.
-    remembering: Step = jax.checkpoint(run, prevent_cse=False, policy=policy)
-    return remembering
+    return partial(jax.checkpoint, policy=policy)
 
 
-def run_body(ctx: Context, body: Graph, operands: list[Named]) -> list[Named]:
-    """Return the outputs of `body`, in order, lowered under the current trace."""
-    values: dict[Value, Operand] = dict(zip(body.inputs.values(), operands, strict=True))
+def run_body(
+    ctx: Context, body: Graph, operands: list[Named], remembering: Remembering | None = None
+) -> list[Named]:
+    """Return the outputs of `body`, in order, lowered under the current trace.
+
+    Args:
+      ctx: the state outside.
+      body: what is lowered.
+      operands: its inputs, in order.
+      remembering: makes a checkpoint; each layer gets one of its own, if there are several.
+    """
+    inner = _within(ctx, dict(zip(body.inputs.values(), operands, strict=True)))
+    pieces = [] if remembering is None else _layers(body)
+    if remembering is None or not pieces:
+        lower_nodes(inner, body)
+    for piece in pieces:
+        if remembering is None or layer_of(piece.nodes[0]) is None:
+            lower_nodes(inner, piece.nodes)
+        else:
+            _lower_layer(inner, piece, remembering)
+    return [_whole(inner, inner.values[v], v) for v in body.terminator.operands]
+
+
+def _within(ctx: Context, values: dict[Value, Operand]) -> Context:
+    """Return `ctx` for a trace within its own, which sees `values` alone."""
     local = replace(ctx.local, spread={})
-    inner = replace(ctx, values=values, packings={}, siblings={}, put_off={}, local=local)
-    lower_nodes(inner, body)
-    return [_whole(inner, values[v], v) for v in body.terminator.operands]
+    return replace(ctx, values=values, packings={}, siblings={}, put_off={}, local=local)
+
+
+def _layers(body: Graph) -> list[Segment]:
+    """Return `body` cut into layers; nothing if there is one, or if rows go from one to another."""
+    pieces = segments(body)
+    between = [v for piece in pieces for v in piece.outputs]
+    several = sum(layer_of(piece.nodes[0]) is not None for piece in pieces) > 1
+    return pieces if several and not any(v.type.extents or is_place(v) for v in between) else []
+
+
+def _lower_layer(ctx: Context, layer: Segment, remembering: Remembering) -> None:
+    """Lower `layer` as a checkpoint; what is used later goes to the values of `ctx`."""
+    given = [(v, ctx.values[v]) for v in layer.inputs]
+
+    def run(arrays: Arrays) -> Arrays:
+        named = zip(given, arrays, strict=True)
+        inner = _within(ctx, {v: replace(x, array=array) for (v, x), array in named})
+        lower_nodes(inner, layer.nodes)
+        return tuple(_named(inner.values[v]).to(v.type.names).array for v in layer.outputs)
+
+    # Its barrier keeps XLA from merging what is computed again for the block with what is
+    # computed again for the layer, and so from keeping all of it.
+    made = remembering(run, prevent_cse=True)(tuple(x.array for _, x in given))
+    arrays = zip(layer.outputs, made, strict=True)
+    ctx.values.update((v, Named(array, v.type.names)) for v, array in arrays)
 
 
 def _whole(ctx: Context, value: Operand, declared: Value) -> Named:
-    assert isinstance(value, Named), "rows do not leave a body"
-    settled = replace(value, array=ctx.local.settled(value.array, declared.type))
-    return settled.to(declared.type.names)
+    settled = ctx.local.settled(value.array, declared.type)
+    return replace(_named(value), array=settled).to(declared.type.names)
+
+
+def _named(value: Operand) -> Named:
+    assert isinstance(value, Named), "rows do not leave a body, nor a layer of it"
+    return value

@@ -16,7 +16,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.table.placing import is_place
 from moecc.ir.types import Axis, Extent, TensorType
 
-_LAYER = re.compile(r"(.*?layers\.\d+)(?:\.|$)")
+_LAYER = re.compile(r"(.*?layers\.(?:\d+|\{[^}]*\}))(?:\.|$)")
 
 
 @dataclass
@@ -50,6 +50,12 @@ def segments(graph: Graph) -> list[Segment]:
     return found
 
 
+def layer_of(node: Node) -> str | None:
+    """Return the layer that `node` belongs to, ``layers.3`` or ``layers.{3..23..4}``, or None."""
+    match = _LAYER.match(node.loc)
+    return match.group(1) if match else None
+
+
 def _runs(graph: Graph) -> Iterator[list[Node]]:
     """Yield runs of nodes of one layer; a run never ends while a ragged value is alive."""
     run: list[Node] = []
@@ -57,8 +63,7 @@ def _runs(graph: Graph) -> Iterator[list[Node]]:
     ragged: set[Value] = set()
     seen: set[Node] = set()
     for node in graph:
-        match = _LAYER.match(node.loc)
-        here = match.group(1) if match else None
+        here = layer_of(node)
         if run and here != layer and not ragged:
             yield run
             run = []
