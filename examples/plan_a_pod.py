@@ -2,9 +2,10 @@
 
     python examples/plan_a_pod.py [--out FOLDER] [--time-limit SECONDS]
 
-For each model the best plan on a machine is searched, its training step compiled for that machine
-ahead of time, and both are written side by side into a report, ``pods.md``, with a chart of each
-plan.  It needs no accelerator and no weights; ``pip install 'moecc[tpu,train]'`` has the compiler.
+For each model the best plan with full rematerialisation is searched, its training step compiled for
+that machine ahead of time, and both are written side by side into a report, ``pods.md``, with a
+chart of each plan.  It needs no accelerator and no weights; ``pip install 'moecc[tpu,train]'`` has
+the compiler.
 ``moecc plan`` and ``moecc compile`` do the same from the shell.
 """
 

@@ -1,0 +1,31 @@
+"""From a configuration to a plan, a compiled step and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .loading import load
+
+example = load("plan_a_pod")
+
+
+@pytest.mark.parametrize("pod", example.PODS, ids=lambda p: p.model)
+def test_every_pod_has_a_plan_that_fits(pod: object) -> None:
+    best = example.planned(pod)["best"]
+    assert best["fits"]
+    assert best["remat"] == "full"
+
+
+@pytest.mark.slow
+def test_the_report_has_the_plan_and_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    monkeypatch.setattr(example, "PODS", (example.Pod("preset:smollm2-135m", "cpu", (128,)),))
+    assert example.main(["--out", str(tmp_path)]) == 0
+    page = (tmp_path / "pods.md").read_text("utf-8")
+    assert "parameters   134,515,008" in page
+    assert (tmp_path / "smollm2-135m.svg").read_text("utf-8").startswith("<svg")
