@@ -9,7 +9,14 @@ import typer
 
 from moecc.cli.cmd_plan import DenseWeights, Optimizer, Remat, Step
 from moecc.cli.console import Format
-from moecc.cli.options import FormatOption, MachineOption
+from moecc.cli.options import (
+    AnyModelArgument,
+    BatchTokensOption,
+    ComputeTypeOption,
+    FormatOption,
+    MachineOption,
+    SequenceOption,
+)
 
 
 class Emit(StrEnum):
@@ -27,33 +34,18 @@ def register(app: typer.Typer) -> None:
         epilog="Example: moecc compile preset:st-moe-base --machine tpu:v5p:2x2x2 --step train",
     )
     def compile(
-        model: Annotated[
-            str,
-            typer.Argument(
-                metavar="MODEL", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
-            ),
-        ],
+        model: AnyModelArgument,
         machine: MachineOption,
         step: Annotated[Step, typer.Option("--step", help="What is compiled.")] = Step.train,
-        batch_tokens: Annotated[
-            int | None,
-            typer.Option(
-                "--batch-tokens", metavar="N", help="Of a step; by default 4096 a device."
-            ),
-        ] = None,
-        sequence: Annotated[
-            str | None,
-            typer.Option(
-                "--sequence", metavar="N[,N]", help="Tokens of a sequence: 4096, or 512,114."
-            ),
-        ] = None,
+        batch_tokens: BatchTokensOption = None,
+        sequence: SequenceOption = None,
         optimizer: Annotated[
             Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
         ] = Optimizer.adamw,
         remat: Annotated[
             Remat | None, typer.Option("--remat", help="What is computed twice.")
         ] = None,
-        dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "bf16",
+        dtype: ComputeTypeOption = "bf16",
         mesh: Annotated[
             str | None,
             typer.Option("--mesh", metavar="AXIS=N,…", help="The mesh, instead of the plan's."),

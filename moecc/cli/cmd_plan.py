@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from moecc.cli.console import Format
-from moecc.cli.options import FormatOption, MachineOption
+from moecc.cli.options import (
+    AnyModelArgument,
+    BatchTokensOption,
+    ComputeTypeOption,
+    FormatOption,
+    MachineOption,
+    SequenceOption,
+)
 
 
 class Step(StrEnum):
@@ -54,28 +61,13 @@ def register(app: typer.Typer) -> None:
 
     @app.command("plan", epilog="Example: moecc plan preset:mixtral-8x7b --machine tpu:v5p:4x4x4")
     def plan(
-        model: Annotated[
-            str,
-            typer.Argument(
-                metavar="MODEL", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
-            ),
-        ],
+        model: AnyModelArgument,
         machine: MachineOption,
         pipeline: Annotated[
             str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
         ] = "",
-        batch_tokens: Annotated[
-            int | None,
-            typer.Option(
-                "--batch-tokens", metavar="N", help="Of a step; by default 4096 a device."
-            ),
-        ] = None,
-        sequence: Annotated[
-            str | None,
-            typer.Option(
-                "--sequence", metavar="N[,N]", help="Tokens of a sequence: 4096, or 512,114."
-            ),
-        ] = None,
+        batch_tokens: BatchTokensOption = None,
+        sequence: SequenceOption = None,
         mesh: Annotated[
             str | None,
             typer.Option("--mesh", metavar="AXIS=N,…", help="The mesh, instead of the best."),
@@ -96,7 +88,7 @@ def register(app: typer.Typer) -> None:
         optimizer: Annotated[
             Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
         ] = Optimizer.adamw,
-        dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "bf16",
+        dtype: ComputeTypeOption = "bf16",
         weight_dtype: Annotated[
             str, typer.Option("--weight-dtype", help="The type of the parameters.")
         ] = "f32",

@@ -58,3 +58,20 @@ MachineOption = Annotated[
         help="tpu:v5p:4x4x4, gpu:h100:8, cpu: the chip, and the topology or number.",
     ),
 ]
+
+AnyModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."),
+]
+
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option("--batch-tokens", metavar="N", help="Of a step; by default 4096 a device."),
+]
+
+SequenceOption = Annotated[
+    str | None,
+    typer.Option("--sequence", metavar="N[,N]", help="Tokens of a sequence: 4096, or 512,114."),
+]
+
+ComputeTypeOption = Annotated[str, typer.Option("--dtype", help="The type to compute in.")]

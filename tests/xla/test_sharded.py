@@ -212,3 +212,17 @@ def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str)
     found, found_slopes, _ = of(sharded_function(on_mesh, device_mesh(on_mesh)), params, given)
     for name, value in (*expected.items(), *slopes.items()):
         assert_near(value, {**found, **found_slopes}[name], name)
+
+
+def test_places_that_32_bits_do_not_count_are_refused() -> None:
+    """Else two elements would draw the same number."""
+    from moecc_backends.xla.local import Local
+
+    from moecc.ir.dtypes import F32
+    from moecc.ir.mesh import parse_mesh
+    from moecc.ir.types import Axis, TensorType
+
+    local = Local(parse_mesh("data:8"))
+    large = TensorType(F32, (Axis("batch", 2**23, ("data",)), Axis("mlp", 2**10)))
+    with pytest.raises(InputError, match="32 bits"):
+        local.places(large, (2**20, 2**10))

@@ -8,17 +8,21 @@ parts, or where the own part begins.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
+from moecc.errors import InputError
 from moecc.ir.graph import Node
 from moecc.ir.local import local_attrs
 from moecc.ir.mesh import Mesh
 from moecc.ir.ops import Attrs
 from moecc.ir.types import Axis, TensorType
+
+_MOST_PLACES = 2**32
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,20 @@ class Local:
         Args:
           type: the type of the whole, its axes in the order in which elements are numbered.
           shape: the shape of the part.
+
+        Raises:
+          InputError: the whole has more elements than 32 bits count; they would draw twice alike.
         """
-        if all(self.parts(a) == 1 for a in type.axes):
+        parts = [self.parts(a) for a in type.axes]
+        if all(n == 1 for n in parts):
             return None
+        if prod(shape) * prod(parts) > _MOST_PLACES:
+            raise InputError(
+                "random numbers for more elements than 32 bits can count, on a mesh",
+                expected=f"at most {_MOST_PLACES:,}",
+                found=f"{prod(shape) * prod(parts):,}",
+                hint="noise on smaller values, or a smaller batch",
+            )
         number = jnp.zeros(shape, jnp.uint32)
         for at, (axis, size) in enumerate(zip(type.axes, shape, strict=True)):
             along = jax.lax.broadcasted_iota(jnp.uint32, shape, at)

@@ -87,9 +87,9 @@ def _place(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), -1)
     groups = group_count(attrs, chosen.shape[0])
     more = dict(zip(attrs["using"], given, strict=True))
-    placed = _wanted(node, chosen, more, (*tokens, choice))
+    placed = wanted_choices(node, chosen, more, (*tokens, choice))
     order = _turns(more, tokens)
-    slots = _ranks(chosen, groups, attrs, placed, order)
+    slots = ranks_in_experts(chosen, groups, attrs, placed, order)
     limit = None
     if attrs["slots"] == "capacity":
         limit = capacity(attrs, chosen.shape[0] // max(groups, 1), chosen.shape[1])
@@ -99,7 +99,7 @@ def _place(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     return Named(slots.reshape(*sizes, -1), (*tokens, choice)).to(experts.axes)
 
 
-def _wanted(
+def wanted_choices(
     node: Node, chosen: jax.Array, more: dict[str, Named], layout: tuple[str, ...]
 ) -> jax.Array | None:
     """Return which choices ask for a slot, ``[token, choice]``, or None if all do."""
@@ -127,7 +127,7 @@ def _turns(more: dict[str, Named], tokens: tuple[str, ...]) -> jax.Array | None:
     return jnp.argsort(-priority, stable=True)
 
 
-def _ranks(
+def ranks_in_experts(
     chosen: jax.Array,
     groups: int,
     attrs: Attrs,

@@ -23,7 +23,7 @@ from moecc.ir.table.placing import capacity, group_count
 from moecc.plan.layout import Layout
 from moecc_backends.xla.context import Context, Lowering
 from moecc_backends.xla.dispatch import combine, dispatch
-from moecc_backends.xla.lower_moe import _ranks, _wanted
+from moecc_backends.xla.lower_moe import ranks_in_experts, wanted_choices
 from moecc_backends.xla.named import SLOT_AXES, Named, Operand
 from moecc_backends.xla.packing import Routing, SlotPacking
 from moecc_backends.xla.placement import Parts, group_parts, value_parts, weight_parts
@@ -145,7 +145,7 @@ class Spread:
         chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), -1)
         groups = group_count(attrs, chosen.shape[0])
         more = dict(zip(attrs["using"], given, strict=True))
-        wanted = _wanted(node, chosen, more, (*tokens, choice))
+        wanted = wanted_choices(node, chosen, more, (*tokens, choice))
         limit = capacity(attrs, chosen.shape[0] // groups, chosen.shape[1])
         if "priority" in more:
             order = self._grouped(more["priority"].to(tokens).array.reshape(-1), groups)
@@ -156,7 +156,7 @@ class Spread:
             chosen: jax.Array, wanted: jax.Array | None, priority: jax.Array | None
         ) -> tuple[jax.Array, RowPlacement]:
             turns = None if priority is None else jnp.argsort(-priority, stable=True)
-            slots = _ranks(chosen, 1, attrs, wanted, turns)
+            slots = ranks_in_experts(chosen, 1, attrs, wanted, turns)
             slots = jnp.where(slots < limit, slots, -1)
             return slots, capacity_placement(chosen, slots, attrs["experts"], limit)
 
