@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moecc.ahead.request import Job, Request
+from moecc.ahead.request import EXPLICIT, GSPMD, Job, Request
+from moecc.errors import UsageError
 from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph
 from moecc.models import open_model
@@ -15,6 +17,7 @@ from moecc.plan.exchanges import LOCAL
 from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
+from moecc.plan.rules import rules_of
 from moecc.plan.search import Wish, check_wish, search
 from moecc.plan.strategy import Setting, Strategy
 from moecc.plan.workload import Workload, workload
@@ -41,7 +44,8 @@ class Prepared:
       job: how.
       work: what it takes.
       estimate: the plan's prediction.
-      bound: of the rows of an expert; None in a dense model.
+      bound: of the rows of an expert; None where there is none.
+      pipeline: the passes that made the graph of the model's.
       remarks: what was decided for the user.
     """
 
@@ -50,6 +54,7 @@ class Prepared:
     work: Workload
     estimate: Estimate
     bound: Bound | None
+    pipeline: str
     remarks: tuple[str, ...]
 
 
@@ -57,48 +62,62 @@ def prepare(request: Request) -> Prepared:
     """Return the job that `request` asks for.
 
     Raises:
-      UsageError: a machine, mesh or type is unknown.
+      UsageError: a machine, mesh or type is unknown; the partitioner has no such exchange.
       InputError: the model cannot be read, the mesh does not suit it, or nothing fits.
     """
     machine = parse_machine(request.machine)
     train = request.step == "train"
     dtype = float_type(request.dtype)
     setting = Setting(train, request.optimizer, dtype, F32 if train else dtype)
+    _check_exchange(request)
     with open_model(request.model) as model:
         graph = model.graph
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths)
     bound, remarks = _bounded(graph, request, train)
     work = workload(graph, batch)
     strategy = _strategy(request, work, machine, setting)
-    if bound is not None:
-        _run(graph, _specialize(train, bound, strategy.layout))
-    if train:
-        _run(graph, "add-losses{metrics=false}")
-    _run(graph, f"cse,roll-layers{{remat={strategy.remat}}}")
+    pipeline = ",".join(_passes(request.partition, train, bound, strategy))
+    _run(graph, pipeline)
     job = Job(
         machine, strategy.layout, _sizes(graph, batch), setting.dtype,
-        request.optimizer if train else None, request.emit, request.export,
+        request.optimizer if train else None, request.emit, request.export, request.partition,
     )  # fmt: skip
     estimate = Estimator(work, machine, setting).estimate(strategy)
-    return Prepared(graph, job, work, estimate, bound, tuple(remarks))
+    return Prepared(graph, job, work, estimate, bound, pipeline, tuple(remarks))
+
+
+def _check_exchange(request: Request) -> None:
+    """Raise UsageError if XLA's partitioner is to exchange rows as it does not."""
+    if request.partition != GSPMD or (request.via in (None, "capacity") and not request.sliced):
+        return
+    raise UsageError(
+        "the partitioner of XLA exchanges whole slots under a capacity",
+        expected="via capacity",
+        found=f"via {request.via or 'capacity'}{' in slices' if request.sliced else ''}",
+        hint=f"--partition {EXPLICIT} has every way",
+    )
 
 
 def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None, list[str]]:
-    """Bound the rows of experts by a capacity; return the bound, and what to say of it."""
+    """Bound the rows of experts by a capacity; return the bound, and what to say of it.
+
+    A model that keeps every row stays so where the way to the experts is not ``capacity``.
+    """
     places = [node.attrs for node in graph if node.op.name == "place"]
-    if not places:
+    is_dropless = all(p["slots"] == "ragged" for p in places)
+    keeps = request.via not in (None, "capacity") and request.capacity_factor is None
+    if not places or (is_dropless and keeps):
         return None, []
     config: dict[str, Any] = graph.attrs.get("config") or {}
     own = config.get("train_capacity_factor" if train else "eval_capacity_factor")
     factor = request.capacity_factor or own or _stated(places) or CAPACITY_FACTOR
     # A model without a capacity of its own has no way of counting it either.
-    is_dropless = all(p["slots"] == "ragged" for p in places)
     bound = Bound(float(factor), "assignments" if is_dropless else places[0]["convention"])
     _run(graph, _specialize(train, bound, None))
     if request.capacity_factor is None and is_dropless:
         return bound, [
             f"the model keeps every row; it is compiled with a capacity factor of {factor}, "
-            "which may drop some: --capacity-factor sets another"
+            "which may drop some: --capacity-factor sets another, --via ragged or ring has none"
         ]
     return bound, []
 
@@ -108,27 +127,54 @@ def _stated(places: list[dict[str, Any]]) -> float | None:
     return float(stated.pop()) if len(stated) == 1 else None
 
 
-def _specialize(train: bool, bound: Bound, layout: Layout | None) -> str:
-    groups = "" if layout is None else f" groups={layout.mesh.size(layout.batch_axes)}"
-    mode = "train" if train else "eval"
-    return (
-        f"specialize{{mode={mode} capacity-factor={bound.factor} "
-        f"convention={bound.convention}{groups}}}"
-    )
+def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy) -> Iterator[str]:
+    """Yield the passes between the model's graph and the one that is compiled."""
+    if strategy.layout.experts:
+        yield _specialize(train, bound, strategy.layout)
+        if train:
+            yield "add-losses{metrics=false}"
+    yield "cse"
+    if partition == EXPLICIT:
+        mesh, rules = strategy.layout.mesh, ",".join(rules_of(strategy.layout))
+        yield f"annotate-sharding{{mesh={mesh} rules={rules}}}"
+        if strategy.via != LOCAL:
+            sliced = " slice=model" if strategy.sliced else ""
+            yield f"expert-parallel{{via={strategy.via}{sliced}}}"
+        yield "lower-collectives"
+        yield "cse"
+    yield f"roll-layers{{remat={strategy.remat}}}"
+
+
+def _specialize(train: bool, bound: Bound | None, layout: Layout | None) -> str:
+    parts = [f"mode={'train' if train else 'eval'}"]
+    if bound is not None:
+        parts += [f"capacity-factor={bound.factor}", f"convention={bound.convention}"]
+    if layout is not None:
+        parts.append(f"groups={layout.mesh.size(layout.batch_axes)}")
+    return f"specialize{{{' '.join(parts)}}}"
 
 
 def _strategy(request: Request, work: Workload, machine: Machine, setting: Setting) -> Strategy:
     """Return what the request fixes, or the best of the plan where it leaves the mesh open."""
     mesh = None if request.mesh is None else plan_mesh(request.mesh)
     if mesh is None:
-        wish = Wish(
-            None, "capacity" if work.experts else None, request.remat, request.dense_weights
-        )
+        wish = Wish(None, _via(request, work), request.remat, request.dense_weights)
         return search(work, machine, setting, wish).best.strategy
-    check_wish(work, machine, Wish(mesh))
-    layout = Layout(mesh, work.experts, request.dense_weights or "whole")
+    check_wish(work, machine, Wish(mesh, request.via))
+    dense, replicated = request.dense_weights or "whole", request.via == "replicated"
+    layout = Layout(mesh, work.experts, dense, replicated)
+    devices = mesh.size(layout.expert_axes)
+    via = request.via or ("capacity" if devices > 1 else LOCAL)
     remat = request.remat or ("full" if setting.train else "none")
-    return Strategy(layout, "capacity" if layout.expert_axes else LOCAL, "index", remat)
+    dispatch = "grouped" if work.dropless else "index"
+    return Strategy(layout, via, dispatch, remat, request.sliced)
+
+
+def _via(request: Request, work: Workload) -> str | None:
+    """Return the way to the experts that the plan is to take; None leaves it to the plan."""
+    if request.partition == EXPLICIT or not work.experts:
+        return request.via
+    return "capacity"
 
 
 def _run(graph: Graph, passes: str) -> None:

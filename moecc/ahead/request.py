@@ -13,6 +13,9 @@ from moecc.plan.machines import Machine
 
 EMITS = ("stablehlo", "hlo")
 
+EXPLICIT, GSPMD = PARTITIONS = ("explicit", "gspmd")
+"""Whose collectives a program has: the graph's own, or those that XLA's partitioner adds."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -29,6 +32,9 @@ class Request:
       dtype: the type of the computation.
       mesh: the mesh.
       dense_weights: how parameters that are no experts' lie along the experts' axis.
+      partition: one of `PARTITIONS`.
+      via: how tokens reach experts, of `moecc.plan.exchanges.VIAS`.
+      sliced: whether devices along ``model`` each send a part of a row to the experts.
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
@@ -44,6 +50,9 @@ class Request:
     dtype: str = "bf16"
     mesh: str | None = None
     dense_weights: str | None = None
+    partition: str = EXPLICIT
+    via: str | None = None
+    sliced: bool = False
     capacity_factor: float | None = None
     emit: str | None = None
     export: bool = False
@@ -71,6 +80,7 @@ class Job:
       optimizer: of a training step; None for the forward pass.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
+      partition: one of `PARTITIONS`.
     """
 
     machine: Machine
@@ -80,6 +90,7 @@ class Job:
     optimizer: str | None
     emit: str | None = None
     export: bool = False
+    partition: str = EXPLICIT
 
 
 @dataclass(frozen=True)

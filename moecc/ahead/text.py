@@ -35,11 +35,24 @@ def _heading(data: dict[str, Any]) -> Iterator[str]:
     )
     lies = f"{mesh}, dense weights {data['dense_weights']}"
     yield f"  mesh         {lies}, remat {data['remat']}{bound}"
+    yield f"  program      {_program(data)}"
+    yield f"  passes       {data['pipeline']}"
     seconds, host = data["seconds"], size_text(data["host_peak_bytes"])
     yield (
         f"  compiled     in {seconds['compile']:.1f} s after {seconds['lower']:.1f} s of lowering, "
         f"with {host} of host memory"
     )
+
+
+def _program(data: dict[str, Any]) -> str:
+    """Return whose collectives the program has, and how tokens reach their experts."""
+    whose = {
+        "explicit": "the graph's own collectives in one shard_map",
+        "gspmd": "collectives by XLA's partitioner (GSPMD)",
+    }[data["partition"]]
+    if data["via"] is None:
+        return whose
+    return f"{whose}, experts via {data['via']}{' in slices' if data['sliced'] else ''}"
 
 
 def _memory(data: dict[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moecc.cli.cmd_plan import DenseWeights, Optimizer, Remat, Step
+from moecc.cli.cmd_plan import DenseWeights, Optimizer, Remat, Step, Via
 from moecc.cli.console import Format
 from moecc.cli.options import (
     AnyModelArgument,
@@ -24,6 +24,13 @@ class Emit(StrEnum):
 
     stablehlo = "stablehlo"
     hlo = "hlo"
+
+
+class Partition(StrEnum):
+    """Whose collectives a program has."""
+
+    explicit = "explicit"
+    gspmd = "gspmd"
 
 
 def register(app: typer.Typer) -> None:
@@ -56,6 +63,16 @@ def register(app: typer.Typer) -> None:
                 "--dense-weights", help="Parameters of no expert, along the experts' axis."
             ),
         ] = None,
+        partition: Annotated[
+            Partition,
+            typer.Option("--partition", help="The graph's own collectives, or XLA's partitioner."),
+        ] = Partition.explicit,
+        via: Annotated[
+            Via | None, typer.Option("--via", help="How tokens reach experts on other devices.")
+        ] = None,
+        slice: Annotated[
+            bool, typer.Option("--slice", help="Along model, each device sends a part of a row.")
+        ] = False,
         capacity_factor: Annotated[
             float | None, typer.Option("--capacity-factor", help="Bounds the rows of an expert.")
         ] = None,
@@ -103,6 +120,9 @@ def register(app: typer.Typer) -> None:
             dtype=float_type(dtype).name,
             mesh=mesh,
             dense_weights=None if dense_weights is None else dense_weights.value,
+            partition=partition.value,
+            via=None if via is None else via.value,
+            sliced=slice,
             capacity_factor=capacity_factor,
             emit=None if emit is None else emit.value,
             export=save is not None,

@@ -21,6 +21,10 @@ TENSOR_AXES = ("q", "kv", "head", "kv_head", "mlp", "vocab")
 """The axes of values that ``model`` splits."""
 
 
+STORED_AXES = ("embed", "vocab", "mlp", "q", "kv")
+"""The axes of parameters that are cut for storage: the first of them that divides."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where everything lies.
@@ -69,7 +73,8 @@ class Layout:
 
     def _split_weights(self, of_experts: bool) -> tuple[str, ...]:
         split = [n for n in self.mesh.names if n == "fsdp"]
-        if not of_experts and self.dense_weights == "split":
+        # Experts that lie whole are stored as other weights are.
+        if self.dense_weights == "split" and not (of_experts and self.expert_axes):
             # Without experts on it the axis of data serves as well.
             split += [n for n in self.expert_axes or ("data",) if n not in split]
         return tuple(n for n in self.mesh.names if n in split)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-from moecc.plan.layout import Layout
+from moecc.plan.layout import STORED_AXES, Layout
 from moecc.plan.shapes import Shape
 from moecc.plan.workload import Weight
 
@@ -67,7 +67,7 @@ class Sharding:
     def stored_sizes(self, weight: Weight) -> dict[str, float]:
         """Return the sizes of a parameter where it lies, by axis.
 
-        The parts that are gathered at use are cut from the largest axis that can be cut.
+        The parts that are gathered at use are cut from the first of `STORED_AXES` that divides.
         """
         key = (weight.shape, weight.of_experts)
         found = self._stored.get(key)
@@ -78,10 +78,10 @@ class Sharding:
     def _stored_sizes(self, weight: Weight) -> dict[str, float]:
         sizes = {name: size / self._part(name, size) for name, size in weight.shape}
         parts = self.layout.mesh.size(self.layout.weight_axes(weight.of_experts))
-        free = [n for n in sizes if sizes[n] % parts == 0 and n not in ("expert",)]
+        free = [n for n in STORED_AXES if n in sizes and sizes[n] % parts == 0]
         # Vectors are small, and lie whole.
         if parts > 1 and free and len(sizes) > 1:
-            sizes[max(free, key=lambda n: sizes[n])] /= parts
+            sizes[free[0]] /= parts
         return sizes
 
     def _part(self, name: str, size: float) -> float:

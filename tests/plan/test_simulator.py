@@ -97,14 +97,11 @@ def test_collectives_send_what_the_plan_says(
     }
 
 
-def test_parameters_are_gathered_as_the_plan_says_but_for_vectors() -> None:
+def test_parameters_are_gathered_as_the_plan_says() -> None:
     graph = build(read_config(GOLDEN / "llama_gqa"))
-    vectors = [v for v in graph.params.values() if len(v.type) == 1]
     expected = planned(clone(graph), "data=2,fsdp=4", "local").collectives["all_gather"]
     found = simulated(graph, "data:2,fsdp:4", "data-parallel,fsdp").sent_bytes["all_gather"]
-    # The rules split vectors too, which the plan, as the compiled step, leaves whole.
-    small = sum(4 * v.type.shape[0] * 3 // 4 for v in vectors)
-    assert found == expected["sent_bytes"] + small
+    assert found == expected["sent_bytes"] > 0
 
 
 def test_ragged_rows_are_counted_from_the_choices() -> None:

@@ -46,6 +46,7 @@ def main(mesh: str, dense_weights: str, remat: str) -> None:
     import optax
     from moecc_backends.xla.aot.census import census
     from moecc_backends.xla.aot.steps import Setting, make_step
+    from moecc_backends.xla.backend import function
     from moecc_backends.xla.training import train_step
 
     from moecc.ir.dtypes import F64
@@ -58,7 +59,10 @@ def main(mesh: str, dense_weights: str, remat: str) -> None:
     layout = Layout(plan_mesh(mesh), CONFIG["num_experts"], dense_weights)
     update = optax.sgd(1.0)
     step = make_step(
-        graph, Setting(layout, SIZES, F64, "adafactor"), devices(parse_machine("cpu:8")), update
+        graph,
+        Setting(SIZES, F64, "adafactor", layout=layout),
+        devices(parse_machine("cpu:8")),
+        update,
     )
     rng = np.random.default_rng(0)
 
@@ -70,7 +74,7 @@ def main(mesh: str, dense_weights: str, remat: str) -> None:
 
     (params, _), inputs = jax.tree_util.tree_map_with_path(drawn, step.arguments)
     state = params, update.init(params)
-    (alone, _), told = jax.jit(train_step(graph, update, dtype=F64))(state, inputs)
+    (alone, _), told = jax.jit(train_step(function(graph, dtype=F64), update))(state, inputs)
     placed = jax.tree.map(
         lambda a, s: jax.device_put(a, s.sharding), (state, inputs), step.arguments
     )

@@ -18,11 +18,13 @@ pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.options import Options  # noqa: E402
 from moecc_backends.xla.training import (  # noqa: E402
     IGNORED,
     OPTIMIZERS,
     TARGETS,
+    check_trainable,
     cross_entropy,
     loss_function,
     moments_like,
@@ -74,7 +76,7 @@ def test_a_few_steps_learn_which_token_comes_next(name: str) -> None:
     state = params, update.init(params)
     tokens = rng.integers(0, 11, (4, 16)).astype(np.int32)
     inputs = {"tokens": tokens, TARGETS: (tokens * 3 + 1) % 11}
-    step = jax.jit(train_step(graph, update))
+    step = jax.jit(train_step(function(graph), update))
     losses = []
     for _ in range(60):
         state, metrics = step(state, inputs)
@@ -85,7 +87,7 @@ def test_a_few_steps_learn_which_token_comes_next(name: str) -> None:
 
 def product_types(platform: str) -> set[tuple[str, ...]]:
     graph = bigram()
-    loss = loss_function(graph, dtype=BF16, options=Options(platform=platform))
+    loss = loss_function(function(graph, dtype=BF16, options=Options(platform=platform)))
     params = {n: jnp.ones(p.type.shape) for n, p in graph.params.items()}
     tokens = jnp.ones((4, 16), jnp.int32)
     traced = jax.make_jaxpr(jax.grad(loss, has_aux=True))(
@@ -108,7 +110,7 @@ def test_what_makes_no_logits_cannot_be_trained() -> None:
     graph.set_output("scores", graph.outputs["logits"])
     graph.drop_output("logits")
     with pytest.raises(InputError, match="needs logits"):
-        train_step(graph, None)
+        check_trainable(graph)
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest() -> None:

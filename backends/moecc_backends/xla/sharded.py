@@ -18,12 +18,18 @@ from moecc.ir.mesh import Mesh, mesh_of
 from moecc.ir.types import TensorType
 from moecc.ir.verify import where
 from moecc_backends.xla.backend import Tree, finished, trace
+from moecc_backends.xla.dispatches import check_dispatch
 from moecc_backends.xla.local import Local
 from moecc_backends.xla.named import Operand
+from moecc_backends.xla.options import DEFAULTS, Options
 
 
 def sharded_function(
-    graph: Graph, mesh: jax.sharding.Mesh, *, dtype: DType = F32
+    graph: Graph,
+    mesh: jax.sharding.Mesh,
+    *,
+    dtype: DType = F32,
+    options: Options = DEFAULTS,
 ) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
     """Return `graph` as a function of global parameters and inputs, run part by part on `mesh`.
 
@@ -31,18 +37,21 @@ def sharded_function(
       graph: a graph on a mesh, its collectives lowered.
       mesh: devices, with the axes of the graph's mesh.
       dtype: what to compute in, as in `moecc_backends.xla.backend.function`.
+      options: what was chosen for the lowering; its platform is that of the devices.
 
     Raises:
-      InputError: the graph is on no mesh, or on another; an output is a sum not yet carried out.
+      InputError: the graph is on no mesh, or on another; an output is a sum not yet carried out;
+        a dispatch lowering is forced that does not fit.
     """
     own = _checked(graph, mesh)
+    check_dispatch(graph, options)
     nodes = list(graph)
     params = {n: v for n, v in graph.params.items() if v.users}
 
     def one(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
         given = {v: inputs[n] for n, v in graph.inputs.items()}
         given |= {v: weights[n] for n, v in params.items()}
-        values = trace(nodes, given, dtype, local=Local(own))
+        values = trace(nodes, given, dtype, options, local=Local(own))
         return {n: _settled(values[v], v, own) for n, v in graph.outputs.items()}
 
     mapped = jax.shard_map(

@@ -16,11 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, MachineError, UsageError, nearest
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph
-from moecc_backends.xla.backend import function
-from moecc_backends.xla.context import Around
-from moecc_backends.xla.options import DEFAULTS, Options
 
 # Typed by jax in part only.
 _spec: Any = PartitionSpec
@@ -42,6 +38,9 @@ State = tuple[Tree, Any]
 """Parameters by name, and the state of the optimiser."""
 
 Step = Callable[[State, Tree], tuple[State, dict[str, jax.Array]]]
+
+Model = Callable[[Tree, Tree], dict[str, jax.Array]]
+"""A graph as ``(params, inputs) → outputs``: on one device, or on a mesh."""
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -92,27 +91,19 @@ def check_trainable(graph: Graph) -> None:
         )
 
 
-def loss_function(
-    graph: Graph,
-    *,
-    dtype: DType = F32,
-    options: Options = DEFAULTS,
-    around: Around | None = None,
-) -> Callable[[Tree, Tree], tuple[jax.Array, dict[str, jax.Array]]]:
-    """Return ``(params, inputs) → (loss, metrics)`` of `graph`.
+def loss_function(model: Model) -> Callable[[Tree, Tree], tuple[jax.Array, dict[str, jax.Array]]]:
+    """Return ``(params, inputs) → (loss, metrics)`` of `model`.
 
     The loss is the cross entropy of the logits, and the losses of the routers if the graph has
     them (``add-losses``).  `inputs` has `TARGETS` beside the inputs of the graph.
 
-    Raises:
-      InputError: the graph has no logits.
+    Args:
+      model: what `moecc_backends.xla.backend.function` or
+        `moecc_backends.xla.sharded.sharded_function` makes of a graph with logits.
     """
-    check_trainable(graph)
-    model = function(graph, dtype=dtype, options=options, around=around)
 
     def loss(params: Tree, inputs: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        given = {name: inputs[name] for name in graph.inputs}
-        outputs = model(params, given)
+        outputs = model(params, {n: a for n, a in inputs.items() if n != TARGETS})
         entropy = cross_entropy(outputs.pop(LOGITS), inputs[TARGETS])
         total = entropy + outputs.get(AUXILIARY, 0.0)
         return total, {"loss": total, "loss.cross_entropy": entropy, **outputs}
@@ -120,24 +111,14 @@ def loss_function(
     return loss
 
 
-def train_step(
-    graph: Graph,
-    update: Any,
-    *,
-    dtype: DType = F32,
-    options: Options = DEFAULTS,
-    around: Around | None = None,
-) -> Step:
-    """Return the step ``(state, inputs) → (state, metrics)`` of `graph` under an optimiser.
+def train_step(model: Model, update: Any) -> Step:
+    """Return the step ``(state, inputs) → (state, metrics)`` of `model` under an optimiser.
 
     Args:
-      graph: the graph, with its losses.
+      model: the model with its losses, see `loss_function`.
       update: what `optimizer` returns.
-      dtype: the type of the computation.
-      options: what was chosen for the lowering.
-      around: what calls each lowering, see `Context`.
     """
-    loss = loss_function(graph, dtype=dtype, options=options, around=around)
+    loss = loss_function(model)
 
     def step(state: State, inputs: Tree) -> tuple[State, dict[str, jax.Array]]:
         params, moments = state

@@ -120,7 +120,13 @@ class Assigner:
         return TensorType(type.dtype, tuple(axes))
 
     def stored(self, type: TensorType) -> TensorType:
-        """Return the `type` of a parameter that lies for use, as it is stored."""
+        """Return the `type` of a parameter that lies for use, as it is stored.
+
+        A parameter of one axis, the scale of a norm, stays as it is: it is small, and to gather
+        hundreds of them costs more than to keep them.
+        """
+        if len(type.axes) < 2:
+            return type
         taken = {m for a in type.axes for m in a.mesh}
         axes = {a.name: a for a in type.axes}
         for rule in self.rules:

@@ -6,7 +6,7 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
-from moecc.ahead.request import Job, Result
+from moecc.ahead.request import GSPMD, Job, Result
 from moecc.errors import MachineError
 from moecc.ir.graph import Graph
 from moecc_backends.xla.aot.census import census
@@ -31,7 +31,8 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     """
     if job.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers: pip install 'moecc[export]'")
-    setting = Setting(job.layout, job.sizes, job.dtype, job.optimizer, job.machine.kind)
+    layout = job.layout if job.partition == GSPMD else None
+    setting = Setting(job.sizes, job.dtype, job.optimizer, job.machine.kind, layout)
     step = make_step(graph, setting, devices(job.machine))
     start = time.perf_counter()
     lowered = lower(step.function, step.arguments, job.machine)

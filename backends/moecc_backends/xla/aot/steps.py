@@ -1,37 +1,44 @@
 """The training step or the forward pass of a graph on a mesh, ready to be compiled ahead of time.
 
-No weights are needed: parameters, state and inputs are shapes, types and places.
+No weights are needed: parameters, state and inputs are shapes, types and places.  A graph that lies
+on a mesh says itself where everything lies; one that does not is spread by XLA's partitioner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, Problem
 from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.mesh import mesh_of
 from moecc.ir.table.repetition import repetitions
 from moecc.plan.layout import Layout
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.options import Options
 from moecc_backends.xla.placement import group_counts, value_parts
+from moecc_backends.xla.sharded import sharded_function, spec
 from moecc_backends.xla.spread import Spread
 from moecc_backends.xla.training import (
     LOGITS,
     TARGETS,
+    Model,
     check_trainable,
     moments_like,
     optimizer,
     train_step,
 )
 
+# Typed by jax in part only.
 _struct: Any = jax.ShapeDtypeStruct
+_spec: Any = PartitionSpec
 
 _INTEGER = np.dtype("int32")
 
@@ -41,18 +48,23 @@ class Setting:
     """How a graph is trained or run.
 
     Attributes:
-      layout: where everything lies.
       sizes: what the variables of the graph stand for.
       dtype: the type of the computation.
       optimizer: of `moecc_backends.xla.training.OPTIMIZERS`; None for the forward pass.
       platform: what it is lowered for, ``tpu``, ``gpu`` or ``cpu``.
+      layout: what XLA's partitioner spreads the graph by; None where the graph lies on a mesh.
     """
 
-    layout: Layout
     sizes: Mapping[str, int]
     dtype: DType
     optimizer: str | None = None
     platform: str = "cpu"
+    layout: Layout | None = None
+
+    @property
+    def options(self) -> Options:
+        """What is chosen for the lowering."""
+        return Options(platform=self.platform)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,64 @@ class Step:
 
     function: Any
     arguments: tuple[Any, ...]
+
+
+class Places(Protocol):
+    """Where the parameters and inputs of a graph lie, and the graph as a function of them."""
+
+    def param(self, value: Value) -> NamedSharding:
+        """Return where a parameter lies."""
+        ...
+
+    def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
+        """Return where an array lies whose axes, with these sizes, lie as those of `value`."""
+        ...
+
+    def model(self, graph: Graph) -> Model:
+        """Return `graph` as a function on the mesh."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Places as the types of the graph state them, with the graph's own collectives."""
+
+    mesh: jax.sharding.Mesh
+    setting: Setting
+
+    def param(self, value: Value) -> NamedSharding:
+        """Return where a parameter lies."""
+        return NamedSharding(self.mesh, spec(value.type))
+
+    def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
+        """Return where an array lies whose axes, with these sizes, lie as those of `value`."""
+        return NamedSharding(self.mesh, _spec(*(value.type[n].mesh or None for n in sizes)))
+
+    def model(self, graph: Graph) -> Model:
+        """Return `graph` as a function on the mesh."""
+        setting = self.setting
+        return sharded_function(graph, self.mesh, dtype=setting.dtype, options=setting.options)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Places as a layout of the plan has them, with the collectives that XLA's partitioner adds."""
+
+    spread: Spread
+    setting: Setting
+
+    def param(self, value: Value) -> NamedSharding:
+        """Return where a parameter lies."""
+        return self.spread.weight_sharding(value, stored=True, layers=_layer_axis(value))
+
+    def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
+        """Return where an array lies whose axes, with these sizes, lie as those of `value`."""
+        return self.spread.sharding(tuple(sizes), value_parts(self.spread.layout, sizes))
+
+    def model(self, graph: Graph) -> Model:
+        """Return `graph` as a function on the mesh."""
+        setting = self.setting
+        return function(graph, dtype=setting.dtype, options=setting.options, around=self.spread)
 
 
 def make_step(
@@ -77,24 +147,30 @@ def make_step(
     Raises:
       InputError: the mesh cuts a group of tokens, or the graph cannot be trained.
     """
-    check_groups(graph, setting.layout)
-    grid = setting.layout.mesh
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(grid.shape), grid.names)
-    spread = Spread(mesh, setting.layout)
-    params = _params(graph, spread, setting)
-    inputs = {n: _input(v, spread, setting) for n, v in graph.inputs.items()}
-    options = Options(platform=setting.platform)
+    places = _places(graph, setting, devices)
+    params = _params(graph, places, setting)
+    inputs = {n: _input(v, places, setting) for n, v in graph.inputs.items()}
     if setting.optimizer is None:
-        run = function(graph, dtype=setting.dtype, options=options, around=spread)
-        return Step(jax.jit(run), (params, inputs))
+        return Step(jax.jit(places.model(graph)), (params, inputs))
     check_trainable(graph)
     update = update or optimizer(setting.optimizer)
     state = params, moments_like(update, params)
-    inputs[TARGETS] = _targets(graph.outputs[LOGITS], spread, setting)
-    step = train_step(graph, update, dtype=setting.dtype, options=options, around=spread)
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(step, donate_argnums=(0,), out_shardings=(places, None))
+    inputs[TARGETS] = _targets(graph.outputs[LOGITS], places, setting)
+    step = train_step(places.model(graph), update)
+    lie = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step, donate_argnums=(0,), out_shardings=(lie, None))
     return Step(jitted, (state, inputs))
+
+
+def _places(graph: Graph, setting: Setting, devices: list[Any]) -> Places:
+    grid = mesh_of(graph) if setting.layout is None else setting.layout.mesh
+    if grid is None:
+        raise InputError("the graph is on no mesh", hint="annotate-sharding{mesh=data:8}")
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(grid.shape), grid.names)
+    if setting.layout is None:
+        return Stated(mesh, setting)
+    check_groups(graph, setting.layout)
+    return Guided(Spread(mesh, setting.layout), setting)
 
 
 def check_groups(graph: Graph, layout: Layout) -> None:
@@ -115,14 +191,10 @@ def check_groups(graph: Graph, layout: Layout) -> None:
         raise InputError(found)
 
 
-def _params(graph: Graph, spread: Spread, setting: Setting) -> dict[str, Any]:
+def _params(graph: Graph, places: Places, setting: Setting) -> dict[str, Any]:
     kind = np.dtype("float32") if setting.optimizer is not None else setting.dtype.numpy
     return {
-        name: _struct(
-            value.type.shape,
-            kind,
-            sharding=spread.weight_sharding(value, stored=True, layers=_layer_axis(value)),
-        )
+        name: _struct(value.type.shape, kind, sharding=places.param(value))
         for name, value in graph.params.items()
         if value.users
     }
@@ -140,24 +212,23 @@ def _is_stacked(scan: Node, value: Value) -> bool:
     return value in scan.operands[first : first + scan.attrs["stacked"]]
 
 
-def _input(value: Value, spread: Spread, setting: Setting) -> Any:
+def _input(value: Value, places: Places, setting: Setting) -> Any:
     if value.type.dtype.kind == "key":
-        return _struct((), jax.random.key(0).dtype, sharding=spread.sharding((), {}))
+        return _struct((), jax.random.key(0).dtype, sharding=places.along(value, {}))
     kind = {"float": setting.dtype.numpy, "bool": np.dtype(bool)}.get(value.type.dtype.kind)
-    return _abstract(value, value.type.names, kind or _INTEGER, spread, setting)
+    return _abstract(value, value.type.names, kind or _INTEGER, places, setting)
 
 
-def _targets(logits: Value, spread: Spread, setting: Setting) -> Any:
+def _targets(logits: Value, places: Places, setting: Setting) -> Any:
     tokens = tuple(n for n in logits.type.names if n != "vocab")
-    return _abstract(logits, tokens, _INTEGER, spread, setting)
+    return _abstract(logits, tokens, _INTEGER, places, setting)
 
 
 def _abstract(
-    value: Value, names: tuple[str, ...], kind: np.dtype[Any], spread: Spread, setting: Setting
+    value: Value, names: tuple[str, ...], kind: np.dtype[Any], places: Places, setting: Setting
 ) -> Any:
     sizes = {n: _size(value.type[n].size, setting) for n in names}
-    parts = value_parts(spread.layout, sizes)
-    return _struct(tuple(sizes.values()), jnp.dtype(kind), sharding=spread.sharding(names, parts))
+    return _struct(tuple(sizes.values()), jnp.dtype(kind), sharding=places.along(value, sizes))
 
 
 def _size(size: object, setting: Setting) -> int:
