@@ -14,6 +14,9 @@ KEPT = ("router", "rows", "experts", "combine", "attention")
 DEFAULT = ("combine", "attention")
 """What is kept unless something else is asked for: what the sublayers add to the stream."""
 
+ALIASES = frozenset({"rename", "split", "merge", "cast", "scale", "broadcast", "neg", "slice"})
+"""Operations whose result is not kept beside their operand, but made of it again."""
+
 _BEFORE_ROUTE = frozenset(
     ("add", "sub", "mul", "scale", "mask", "select", "cast", "stop_gradient", "softmax", "split")
 )

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from moecc.ir.graph import Node, Value
+from moecc.ir.kept import ALIASES
 from moecc.plan.shapes import Shape
-
-ALIASES = frozenset({"rename", "split", "merge", "cast", "scale", "broadcast", "neg", "slice"})
-"""Operations whose result is not kept beside their operand."""
 
 _OPERAND = frozenset(
     {"silu", "gelu", "gelu_tanh", "relu", "square", "log", "normal_cdf", "rms_norm", "layer_norm"}

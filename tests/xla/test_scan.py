@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moecc_backends.xla.backend import function, jax_inputs
+from moecc_backends.xla.lower_plain import softmax
 
 from moecc.backend import get_backend
 from moecc.ir import BF16, F32, Builder, Graph, Value, parse, tensor
@@ -128,6 +129,31 @@ def saved(remat: str, save: tuple[str, ...] = ()) -> int:
 def test_less_is_kept_the_more_is_computed_again() -> None:
     some = saved("save", ("attention",))
     assert saved("full") < some < saved("save", KEPT) < saved("none")
+
+
+def test_of_the_values_of_a_body_only_those_of_the_graph_are_kept() -> None:
+    """Once each, in the type of the computation: no copy in float32, no denominator of softmax."""
+    graph = scanned("none")
+    params, inputs = data(graph)
+    run = function(graph, dtype=BF16)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: run(p, inputs)["y"].astype("f4").sum()))(params)
+    forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
+    weights = [v.aval for v in forward.outvars if v.aval.shape == (RUNS, 2, 5, 5)]
+    assert [str(a.dtype) for a in weights] == ["bfloat16"], "what the softmax makes, once"
+    # The sum over the keys would be a number for each query.
+    assert all(v.aval.shape != (RUNS, 2, 5, 1) for v in forward.outvars)
+
+
+def test_the_derivative_of_a_softmax() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 7))
+    x[1] = [*x[1][:4], *[-np.inf] * 3]
+    x[2] = -np.inf
+    with jax.enable_x64(True):
+        found = jax.jacobian(lambda v: softmax(v, -1))(x)
+    for row in range(2):
+        p = np.exp(x[row]) / np.exp(x[row]).sum()
+        np.testing.assert_allclose(found[row, :, row], np.diag(p) - np.outer(p, p), atol=1e-12)
+    assert not np.asarray(found[2]).any(), "where nothing may be chosen"
 
 
 CUTS = {"between blocks": ("add", 2), "among rows": ("silu", 0), "one layer": (None, 0)}

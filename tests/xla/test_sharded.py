@@ -214,6 +214,28 @@ def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str)
         assert_near(value, {**found, **found_slopes}[name], name)
 
 
+def test_a_loop_keeps_no_parameter_that_was_gathered() -> None:
+    """Parameters are gathered again for the gradient whatever is kept, and tokens are not."""
+    kept, again = (gathers("fsdp", remat) for remat in ("none", "full"))
+    assert kept == again > 0
+    kept, again = (gathers("sequence", remat) for remat in ("none", "full"))
+    assert 0 < kept < again
+
+
+def gathers(layout: str, remat: str) -> int:
+    """Return how many all-gathers the gradient of a model of rolled layers has."""
+    small = {
+        "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 32,
+    }  # fmt: skip
+    graph = laid(build(parse_config({**preset_config("smollm2-135m"), **small})), LAYOUTS[layout])
+    run_pipeline(graph, Pipeline.parse(f"roll-layers{{remat={remat}}}", installed()))
+    run, given = sharded_function(graph, device_mesh(graph)), data_for(graph, {})
+    params = {n: np.ones(v.type.shape, "f") for n, v in graph.params.items()}
+    gradient = jax.grad(lambda p: run(p, given)["logits"].sum())
+    return str(jax.make_jaxpr(gradient)(params)).count("all_gather[")
+
+
 def test_places_that_32_bits_do_not_count_are_refused() -> None:
     """Else two elements would draw the same number."""
     from moecc_backends.xla.local import Local

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.kept import kept_name
+from moecc.ir.kept import ALIASES, kept_name
 from moecc.ir.verify import where
 from moecc_backends.xla.expert_scan import Dense
 from moecc_backends.xla.local import Local, varies
@@ -31,6 +33,7 @@ class Context:
       siblings: contractions that were lowered together with an earlier one.
       put_off: values that the combine of their routing makes, expert by expert.
       local: where the device stands on a mesh, if arrays are parts.
+      weights: the parameters of a body, and what is made of them alone.
       around: calls every lowering, where something lays operands and results over devices.
     """
 
@@ -41,6 +44,7 @@ class Context:
     siblings: dict[Node, Rows] = field(default_factory=dict)
     put_off: dict[Value, Dense] = field(default_factory=dict)
     local: Local = field(default_factory=Local)
+    weights: set[Value] = field(default_factory=set)
     around: Around | None = None
 
     def beside(self, x: Operand, other: Operand) -> Operand:
@@ -58,6 +62,9 @@ Around = Callable[
 """Takes the place of the plain call of a lowering."""
 
 LOWERINGS: dict[str, Lowering] = {}
+
+VALUE = "value"
+"""The name of what the graph calls a value and no policy calls otherwise; parameters have none."""
 
 
 def lowering(*names: str) -> Callable[[Lowering], Lowering]:
@@ -83,6 +90,8 @@ def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:
             dense.nodes.append(node)
             ctx.put_off.update((v, dense) for v in node.results)
             continue
+        if node.operands and ctx.weights.issuperset(node.operands):
+            ctx.weights.update(node.results)
         results = _lowered(ctx, node)
         ctx.values.update(zip(node.results, results, strict=True))
 
@@ -114,8 +123,11 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
     results = result if isinstance(result, tuple) else (result,)
     if ctx.options.poison:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
-    known = kept_name(node)
-    return results if known is None else (_named(results[0], known), *results[1:])
+    first = kept_name(node)
+    unnamed = node.op.name in ALIASES or node.op.name == "softmax"
+    if first is None and (unnamed or ctx.weights.issuperset(node.results)):
+        return results
+    return (_named(results[0], first or VALUE), *(_named(x, VALUE) for x in results[1:]))
 
 
 def _alike(ctx: Context, node: Node, operands: list[Operand | None]) -> list[Operand | None]:
@@ -133,4 +145,6 @@ def _alike(ctx: Context, node: Node, operands: list[Operand | None]) -> list[Ope
 
 def _named(x: Operand, name: str) -> Operand:
     """Return `x` under the name by which a policy of rematerialisation knows it."""
+    if jnp.issubdtype(x.array.dtype, jax.dtypes.extended):
+        return x
     return replace(x, array=checkpoint_name(x.array, name))  # type: ignore[no-untyped-call]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.dtypes import canonicalize_dtype
 
 from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Node
 from moecc.weights.rounding import is_lossless
-from moecc_backends.xla.context import Context, lowering
+from moecc_backends.xla.context import VALUE, Context, lowering
 from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.named import (
     Named,
@@ -270,21 +272,33 @@ def _reduce(ctx: Context, node: Node, x: Operand) -> Operand:
     return lifted(x, along)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax(x: Array, axis: int) -> Array:
-    """Return the softmax along `axis`, which is zero where all of `x` is −∞."""
+    """Return the softmax along `axis`, which is zero where all of `x` is −∞.
+
+    It is computed in float32 at least, and has the type of `x`.  Its derivative reads the result.
+    """
     # −∞ − (−∞) is undefined, and any finite number serves to shift by.
-    top = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
-    parts = jnp.exp(x - jnp.where(jnp.isneginf(top), 0, top))
+    wide = x.astype(_wide(x))
+    top = jnp.max(wide, axis, keepdims=True)
+    parts = jnp.exp(wide - jnp.where(jnp.isneginf(top), 0, top))
     total = jnp.sum(parts, axis, keepdims=True)
-    return parts / jnp.where(total == 0, 1, total)
+    return (parts / jnp.where(total == 0, 1, total)).astype(x.dtype)
+
+
+@softmax.defjvp
+def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Named here, so that the derivative reads the very array that is kept.
+    result: Array = checkpoint_name(softmax(primals[0], axis), VALUE)  # type: ignore[no-untyped-call]
+    wide, tangent = (v.astype(_wide(v)) for v in (result, tangents[0]))
+    change = wide * (tangent - jnp.sum(wide * tangent, axis, keepdims=True))
+    return result, change.astype(result.dtype)
 
 
 @lowering("softmax")
 def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
     def along(full: Named) -> Named:
-        wide = full.array.astype(_wide(full.array))
-        result = softmax(wide, full.axes.index(node.attrs["axis"]))
-        return Named(result.astype(full.array.dtype), full.axes)
+        return Named(softmax(full.array, full.axes.index(node.attrs["axis"])), full.axes)
 
     return lifted(x, along)
 

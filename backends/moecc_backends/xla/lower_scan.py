@@ -4,6 +4,9 @@ Under rematerialisation a run is a checkpoint: what lies between two runs is kep
 gradient the run is computed again.  Where a run is a block of several layers, each of them is a
 checkpoint within it, so that the intermediates of one layer alone are alive at once.  That
 computes the layers of a block once more, but for the last.
+
+Without rematerialisation what the gradient needs of the values of the graph is kept, and what is
+dear of that which lowerings have between them.  Parameters are gathered again all the same.
 """
 
 from __future__ import annotations
@@ -27,6 +30,17 @@ from moecc_backends.xla.segments import Segment, layer_of, segments
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 Remembering = Callable[..., Callable[..., Any]]
+
+_CHEAP = frozenset({
+    "all_gather", "all_gather_invariant", "pvary", "pcast", "transpose", "reshape", "squeeze",
+    "broadcast_in_dim", "convert_element_type", "reduce_precision", "add", "sub", "mul", "div",
+    "max", "min", "neg", "sign", "abs", "integer_pow", "pow", "exp", "exp2", "expm1", "log",
+    "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "rsqrt", "square", "select_n", "eq", "ne",
+    "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "stop_gradient", "custom_jvp_call",
+    "reduce_sum", "reduce_max",
+})  # fmt: skip
+"""Primitives of jax whose results are made again from values of the graph: gathers of parameters,
+and what XLA fuses into its user."""
 
 _WIDENINGS = 3
 """How often the type of a carry may widen before it must stay: bf16, f32, f64."""
@@ -61,10 +75,13 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     names[carries:last] = [x.axes[1:] for x in slices]
 
     remembering = _remembering(node)
+    inner = zip(body.inputs.values(), node.operands, strict=True)
+    weights = {i for i, v in inner if v.is_param or v in ctx.weights}
 
     def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
         given = zip((*carry, *now, *captured), names, strict=True)
-        made = run_body(ctx, body, [Named(array, axes) for array, axes in given], remembering)
+        within = replace(ctx, weights=set(weights))
+        made = run_body(within, body, [Named(array, axes) for array, axes in given], remembering)
         # A carry keeps the order of its axes from run to run.
         kept = tuple(m.to(n).array for m, n in zip(made[:carries], names[:carries], strict=True))
         return kept, tuple(m.array for m in made[carries:])
@@ -72,7 +89,7 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
     entered = zip(operands[:carries], node.operands, strict=False)
     first = tuple(ctx.local.settled(x.array, v.type) for x, v in entered)
     # Within a loop nothing could be merged across the barrier that this would set.
-    step = run if remembering is None else remembering(run, prevent_cse=False)
+    step = (remembering or partial(jax.checkpoint, policy=_worth_keeping))(run, prevent_cse=False)
     carry, made = _repeat(step, first, tuple(x.array for x in slices), runs)
     whole = [Named(a, n) for a, n in zip(carry, names[:carries], strict=True)]
     more = zip(made, node.results[carries:], strict=True)
@@ -104,6 +121,14 @@ def _remembering(node: Node) -> Remembering | None:
         names = node.attrs["save"] or DEFAULT
         policy = jax.checkpoint_policies.save_only_these_names(*names)
     return partial(jax.checkpoint, policy=policy)
+
+
+def _worth_keeping(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether a run of a loop that computes nothing dear again keeps what `primitive` makes.
+
+    Values of the graph are kept by their names, and between them what is not cheap.
+    """
+    return primitive.name not in _CHEAP
 
 
 def run_body(

@@ -181,9 +181,10 @@ SCAN_DOC = """The body, run once for each position of an axis, one after the oth
         returns the carries, then what is stacked: results are the last carries, and the others of
         all runs along the axis, which comes first.
 
-        remat is what is kept of a run for the gradient. none: everything that the gradient needs.
-        full: the operands of the run alone; the rest is computed again. save: the values of the
-        names in `save`, which a backend gives, and the rest is computed again. It never changes
+        remat is what is kept of a run for the gradient. none: all values that the gradient needs,
+        but for parameters, which are gathered again. full: the operands of the run alone; the rest
+        is computed again. save: the values of the names in `save`, which a backend gives, and the
+        rest is computed again. It never changes
         a value."""
 
 
