@@ -81,7 +81,7 @@ def report(request: Request, prepared: Prepared, result: Result) -> dict[str, An
         "opaque": dict(result.opaque),
         "predicted": {
             "arguments_bytes": memory.arguments,
-            "temporaries_bytes": memory.temporaries,
+            "temporaries_bytes": memory.heap,
             "needed_bytes": memory.total,
             "fits": estimate.fits,
             "flops": estimate.flops,

@@ -13,6 +13,7 @@ WIDTH, LEFT, RIGHT, ROW = 920, 250, 110, 26
 COLOURS = {
     "parameters": "#4c72b0",
     "gradients": "#55a868",
+    "copies": "#da8bc3",
     "optimizer": "#8172b3",
     "activations": "#dd8452",
     "buffers": "#ccb974",

@@ -158,7 +158,7 @@ class Estimator:
     def memory(self, strategy: Strategy) -> Memory:
         """Return the memory of a device."""
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=True))
-        return memory(self.work, self.setting, strategy, local)
+        return memory(self.work, self.setting, strategy, local, self.machine.kind)
 
     def _sharding(self, layout: Layout, rows: float = 1.0) -> Sharding:
         """Return sizes on one device; what is worked out for one strategy serves the next."""
@@ -228,7 +228,7 @@ class Estimator:
     def _update(self, local: Sharding) -> PartCost:
         """Return the cost of the optimizer: parameters, gradients and state, read and written."""
         stored = sum(n * local.stored(w) for w, n in self.work.weights)
-        state = optimizer_bytes(self.work, self.setting, local)
+        state = optimizer_bytes(self.work, self.setting, local, self.machine.kind)
         moved = stored * self.setting.weight_dtype.itemsize_bytes * 3 + 2 * state
         time = moved / (self.machine.hbm_bytes_per_second * efficiency("hbm"))
         return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
@@ -238,7 +238,7 @@ def _passes(step: Step, strategy: Strategy, setting: Setting) -> float:
     """Return how often a step's work is done: forward, twice backward, again."""
     if not setting.train:
         return 1.0
-    again = {"none": False, "save": step.saved_again, "full": step.again}[strategy.remat]
+    again = {"none": 0, "save": step.saved_again, "full": step.again}[strategy.remat]
     return 3.0 + again
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from math import prod
 
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.tiles import padded
 from moecc.plan.workload import Layer, Weight, Workload
 
 FACTORED_LEAST = 128
 """Adafactor keeps rows and columns of matrices whose two largest axes have at least so many
 entries, and all entries of smaller ones (optax: ``min_dim_size_to_factor``)."""
+
+
+GAPS = {"tpu": 0.25}
+"""What the compiler's heap loses between temporaries, as a share of those that are alive at a time,
+by kind of machine: the middle of what `benchmarks/plan_vs_xla.py` finds, 11 % to 51 %."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +27,23 @@ class Memory:
 
     Attributes:
       parameters: the parameters.
-      gradients: their gradients.
+      gradients: their gradients, in the type of the computation.
+      copies: the parameters of layers in the type of the computation, where they are wider.
       optimizer: what the optimizer keeps.
       activations: what the backward pass keeps.
       buffers: what lives for a moment: a layer being computed, gathered parameters, logits.
       inputs: the tokens.
+      gaps: the share of the temporaries that is lost between them.
     """
 
     parameters: float
     gradients: float
+    copies: float
     optimizer: float
     activations: float
     buffers: float
     inputs: float
+    gaps: float = 0.0
 
     @property
     def arguments(self) -> float:
@@ -43,8 +52,13 @@ class Memory:
 
     @property
     def temporaries(self) -> float:
-        """What a step needs beside what it is given."""
-        return self.gradients + self.activations + self.buffers
+        """What a step needs beside what it is given, at the worst moment."""
+        return self.gradients + self.copies + self.activations + self.buffers
+
+    @property
+    def heap(self) -> float:
+        """The temporaries and what is lost between them: what a compiler calls temporaries."""
+        return self.temporaries * (1 + self.gaps)
 
     @property
     def total(self) -> float:
@@ -53,10 +67,12 @@ class Memory:
 
     def kinds(self) -> dict[str, float]:
         """Return the bytes by kind."""
-        return asdict(self)
+        return {name: size for name, size in asdict(self).items() if name != "gaps"}
 
 
-def memory(work: Workload, setting: Setting, strategy: Strategy, local: Sharding) -> Memory:
+def memory(
+    work: Workload, setting: Setting, strategy: Strategy, local: Sharding, kind: str
+) -> Memory:
     """Return the memory of one device.
 
     Args:
@@ -64,46 +80,61 @@ def memory(work: Workload, setting: Setting, strategy: Strategy, local: Sharding
       setting: what is given.
       strategy: what is chosen.
       local: sizes on one device, with the rows that there is room for.
+      kind: of the machine.
     """
-    elements = local.once("stored", lambda: sum(n * local.stored(w) for w, n in work.weights))
-    stored = elements * setting.weight_dtype.itemsize_bytes
-    width = setting.dtype.itemsize_bytes
+    stored, of_layers = _stored(work, local, kind)
+    width, wide = setting.dtype.itemsize_bytes, setting.weight_dtype.itemsize_bytes
     training = setting.train
     return Memory(
-        parameters=stored,
-        gradients=stored if training else 0.0,
-        optimizer=optimizer_bytes(work, setting, local) if training else 0.0,
+        parameters=stored * wide,
+        gradients=stored * width if training else 0.0,
+        copies=of_layers * width if width < wide else 0.0,
+        optimizer=optimizer_bytes(work, setting, local, kind) if training else 0.0,
         activations=_kept(work, local, strategy.remat) * width if training else 0.0,
         buffers=max(
             _layer_bytes(work, local, setting, strategy.remat),
             # Gradients of layers come when the logits have gone.
-            _logits(work, local, setting) - (stored if training else 0.0),
+            _logits(work, local, setting) - (stored * width if training else 0.0),
         ),
         # Tokens, and in training what they should be.
         inputs=4.0 * (1 + training) * work.batch.tokens / strategy.layout.shards["batch"],
+        gaps=GAPS.get(kind, 0.0),
     )
 
 
-def optimizer_bytes(work: Workload, setting: Setting, local: Sharding) -> float:
-    """Return the bytes of the optimizer's state on one device."""
-    key = ("optimizer", setting.optimizer)
-    return local.once(key, lambda: sum(n * _state(w, local, setting) for w, n in work.weights))
+def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
+    """Return the entries of the parameters on one device, and of those of layers."""
+
+    def total(weights: Iterable[tuple[Weight, int]]) -> float:
+        return sum(n * padded(local.stored_sizes(w).values(), kind) for w, n in weights)
+
+    every = local.once(("stored", kind), lambda: total(work.weights))
+    layers = ((w, part.count) for part in work.parts if part.in_layer for w in part.weights)
+    return every, local.once(("stored in layers", kind), lambda: total(layers))
 
 
-def _state(weight: Weight, local: Sharding, setting: Setting) -> float:
+def optimizer_bytes(work: Workload, setting: Setting, local: Sharding, kind: str) -> float:
+    """Return the bytes of the optimizer's state on one device of a machine of `kind`."""
+    key = ("optimizer", setting.optimizer, kind)
+    return local.once(
+        key, lambda: sum(n * _state(w, local, setting, kind) for w, n in work.weights)
+    )
+
+
+def _state(weight: Weight, local: Sharding, setting: Setting, kind: str) -> float:
     """Return the bytes of the optimizer's state of a parameter, in float32.
 
     AdamW keeps two moments.  Adafactor keeps, of the second, means over one of the two largest axes
     and over the other (Shazeer and Stern 2018), and here no first.
     """
+    stored = local.stored_sizes(weight)
     if setting.optimizer == "adamw":
-        return 8.0 * local.stored(weight)
+        return 8.0 * padded(stored.values(), kind)
     sizes = sorted(((size, name) for name, size in weight.shape), reverse=True)
     if len(sizes) < 2 or sizes[1][0] < FACTORED_LEAST:
-        return 4.0 * local.stored(weight)
-    stored = local.stored_sizes(weight)
-    whole = prod(stored.values())
-    return sum(4.0 * whole / stored[name] for _, name in sizes[:2])
+        return 4.0 * padded(stored.values(), kind)
+    kept = ([size for n, size in stored.items() if n != name] for _, name in sizes[:2])
+    return sum(4.0 * padded(axes, kind) for axes in kept)
 
 
 def _kept(work: Workload, local: Sharding, remat: str) -> float:
@@ -117,7 +148,8 @@ def _kept_shapes(layer: Layer, remat: str) -> Iterator[Shape]:
     if remat == "none":
         yield from layer.residuals.kept
         return
-    yield from layer.inputs
+    if layer.is_first:
+        yield from layer.inputs
     if remat == "save":
         yield from layer.residuals.named
 
@@ -130,6 +162,10 @@ def _layer_bytes(work: Workload, local: Sharding, setting: Setting, remat: str) 
     layers = local.once(
         ("layers", again), lambda: max((_layer(x, local, again) for x in work.layers), default=0.0)
     )
+    if again:
+        # The inputs of the other layers of a unit, which are there once it has been run again.
+        inputs = (sum(map(local.elements, x.inputs)) for x in work.layers)
+        layers += (work.unit - 1) * max(inputs, default=0.0)
     gathered = local.once(
         "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
     )
@@ -144,9 +180,10 @@ def _layer(layer: Layer, local: Sharding, again: bool) -> float:
     """
     now = most = sum(map(local.elements, layer.residuals.kept)) if again else 0.0
     for step in layer.residuals.flow:
-        now += sum(map(local.elements, step.born))
+        born, done = (sum(map(local.elements, s)) for s in (step.born, step.done))
+        now += born
         most = max(most, now)
-        now -= sum(map(local.elements, step.done))
+        now -= done
         if again:
             now -= sum(map(local.elements, step.freed))
     return most

@@ -20,9 +20,6 @@ _OPERAND = frozenset(
 _RESULT = frozenset({"softmax", "sigmoid", "tanh", "exp", "rsqrt", "logsumexp"})
 _PAIRS = frozenset({"contract", "mul", "div", "maximum", "minimum"})
 
-COMPLEMENT = frozenset({"add", "sub", "rotate", "mask", "select", *ALIASES})
-"""Operations that need nothing of the token's own values to be differentiated."""
-
 
 @dataclass(frozen=True)
 class Flow:
@@ -48,6 +45,8 @@ class Residuals:
       named: shapes of what the policy ``save`` keeps: the results of attention and of experts.
       again: nodes that full rematerialisation computes again.
       saved_again: nodes that the policy ``save`` computes again.
+      onward: nodes that lead to what later layers take.
+      saved_onward: those of them that the policy ``save`` computes again for these.
       flow: what comes and goes at each node, from last to first.
     """
 
@@ -55,6 +54,8 @@ class Residuals:
     named: tuple[Shape, ...]
     again: frozenset[Node]
     saved_again: frozenset[Node]
+    onward: frozenset[Node]
+    saved_onward: frozenset[Node]
     flow: tuple[Flow, ...]
 
     @property
@@ -70,11 +71,15 @@ def residuals(nodes: Sequence[Node], shape: Callable[[Value], Shape]) -> Residua
     kept = dict.fromkeys(_root(v, own) for node in nodes for v in uses[node])
     mine = [v for v in kept if v in own and v.type.dtype.is_float]
     named = [v for v in map(_named, nodes) if v is not None]
+    inside = set(nodes)
+    outputs = [v for v in own if not inside.issuperset(v.users)]
     return Residuals(
         kept=tuple(map(shape, mine)),
         named=tuple(map(shape, named)),
         again=_made_again(mine, own, frozenset()),
         saved_again=_made_again(mine, own, frozenset(named)),
+        onward=_made_again(outputs, own, frozenset()),
+        saved_onward=_made_again(outputs, own, frozenset(named)),
         flow=tuple(_flow(nodes, uses, own, shape)),
     )
 
@@ -99,6 +104,13 @@ def _needs(node: Node) -> list[Value]:
 
 def _root(value: Value, own: set[Value]) -> Value:
     while value in own and value.node is not None and value.node.op.name in ALIASES:
+        value = value.node.operands[0]
+    return value
+
+
+def root_of(value: Value) -> Value:
+    """Return what `value` is by another name."""
+    while value.node is not None and value.node.op.name == "rename":
         value = value.node.operands[0]
     return value
 

@@ -19,12 +19,13 @@ def part_transfers(
     """Yield the collectives of one part, forward and, in training, backward."""
     yield from _gathers(part, setting, strategy, local)
     if setting.train:
-        for weight in (*part.looked_up, *part.multiplied):
+        for weight in part.weights:
             yield from _gradient_sums(weight, setting.dtype.itemsize_bytes, strategy, local)
     rows = sparse_rows(part, work, setting, strategy, local)
     yield from _sums(part, setting, strategy, local, rows)
     if rows is not None and strategy.via != LOCAL:
         layout, again = strategy.layout, forwards(strategy.remat, setting.train)
+        again += part.onward and setting.train and strategy.remat == "full"
         sliced = layout.tensor_axes if strategy.sliced else ()
         yield from _forward_only(
             exchange_transfers(
@@ -82,14 +83,16 @@ def _gathers(
 ) -> Iterator[Transfer]:
     """Yield how parameters that are stored in parts are gathered.
 
-    Under rematerialisation those of layers are gathered once more for the backward pass.
+    Those of layers are gathered once more for the backward pass, whatever else is kept.
     """
-    again = setting.train and strategy.remat != "none" and part.in_layer
+    times = 1
+    if setting.train and part.in_layer:
+        times += 1 + (part.onward and strategy.remat != "none")
     for weight in part.weights:
         axes = strategy.layout.weight_axes(weight.of_experts)
         if local.is_cut(weight):
             size = local.used(weight) * setting.dtype.itemsize_bytes
-            yield Transfer("all_gather", axes, size, 2 if again else 1, "parameters", False)
+            yield Transfer("all_gather", axes, size, times, "parameters", False)
 
 
 def _gradient_sums(
@@ -113,29 +116,29 @@ def _sums(
 
     Forward, a product over a split axis leaves a partial sum on each device.  Backward, a product
     that made a split axis leaves partial gradients of its operand; those of several products of one
-    operand are added first, and summed once.
+    operand are added first, and summed once; of an operand from another stack, once a unit.
     What is added up as tokens between devices of experts is summed over ``model`` there, too:
     tokens are fewer than rows.
     """
     layout, width = strategy.layout, setting.dtype.itemsize_bytes
     if layout.mesh.size(layout.tensor_axes) == 1:
         return
-    sources: dict[Shape, None] = {}
+    sources: dict[int, tuple[Shape, float]] = {}
     for step in part.steps:
         if strategy.sliced and step.has_rows and _meets_weight(step):
             # The exchange has it.
             continue
         if _sums_split(step, layout.shards):
-            times = 1 + (setting.train and _runs_again(step, strategy.remat))
+            times = 1 + (_times_again(step, strategy.remat) if setting.train else 0)
             size = local.elements(step.results[0]) * width
             if rows is not None and step.has_rows and strategy.via in ("ring", "replicated"):
                 size = rows.tokens * rows.row_bytes
             yield Transfer("all_reduce", layout.tensor_axes, size, times, "partial sums")
         if setting.train and _makes_split(step, layout.shards):
-            sources[step.operands[0]] = None
-    for shape in sources:
+            sources[step.source] = step.operands[0], step.source_share
+    for shape, share in sources.values():
         size = local.elements(shape) * width
-        yield Transfer("all_reduce", layout.tensor_axes, size, 1, "gradients of partial sums")
+        yield Transfer("all_reduce", layout.tensor_axes, size, share, "gradients of partial sums")
 
 
 def _sums_split(step: Step, shards: dict[str, int]) -> bool:
@@ -162,5 +165,5 @@ def _split(shape: Shape, shards: dict[str, int]) -> set[str]:
     return axes & {"q", "kv", "mlp", "vocab"}
 
 
-def _runs_again(step: Step, remat: str) -> bool:
-    return {"none": False, "save": step.saved_again, "full": step.again}[remat]
+def _times_again(step: Step, remat: str) -> int:
+    return {"none": 0, "save": step.saved_again, "full": step.again}[remat]

@@ -18,7 +18,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.placing import placing
 from moecc.plan.batches import Batch
-from moecc.plan.residuals import Residuals, residuals
+from moecc.plan.residuals import Residuals, residuals, root_of
 from moecc.plan.shapes import Shape, Shapes
 
 _LAYER = re.compile(r"^(.*?\.?layers\.)(\d+)(?:\.(.*))?$")
@@ -50,8 +50,10 @@ class Step:
       results: the shapes of its results.
       over: of a contraction, the axes that it sums over.
       weights: the parameters among the operands, by position.
-      again: whether full rematerialisation computes it twice.
-      saved_again: whether rematerialisation that saves attention and combine does.
+      again: how often full rematerialisation computes it again.
+      saved_again: how often rematerialisation that saves attention and combine does.
+      source: the number of what its first operand is, by whatever name, in its part.
+      source_share: of an operand from another stack, one part for each layer of a unit; else 1.
       exact_rows: by how much less rows there would be if a capacity did not pad them.
       axes: those of all operands, each once.
     """
@@ -61,8 +63,10 @@ class Step:
     results: tuple[Shape, ...]
     over: tuple[str, ...]
     weights: tuple[Weight | None, ...]
-    again: bool
-    saved_again: bool
+    again: int
+    saved_again: int
+    source: int
+    source_share: float
     exact_rows: float
     axes: Shape
 
@@ -86,20 +90,18 @@ class Part:
       count: how many there are.
       steps: the operations of one.
       weights: the parameters of one that no earlier part has.
-      looked_up: those whose rows are looked up, and of which no earlier part did so.
-      multiplied: the others, in the same way: a tied parameter has a gradient of either kind.
       top_k: of experts: choices a token, 0 in a dense part.
       in_layer: whether it is a part of a layer, which rematerialisation computes again.
+      onward: whether it is computed once more for the layers behind it in its unit.
     """
 
     name: str
     count: int
     steps: tuple[Step, ...]
     weights: tuple[Weight, ...]
-    looked_up: tuple[Weight, ...] = ()
-    multiplied: tuple[Weight, ...] = ()
     top_k: int = 0
     in_layer: bool = True
+    onward: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -109,19 +111,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Layer:
-    """Equal units of rematerialisation: layers, or runs of layers that a stack repeats.
+    """Equal layers.
 
     Attributes:
       name: ``layers``, ``encoder.layers``.
       count: how many there are.
       residuals: what the backward pass of one keeps.
       inputs: the shapes of what one takes from the layer before.
+      is_first: whether it is the first of its unit: of a run of layers that a stack repeats, of
+        which rematerialisation keeps no more than the input.
     """
 
     name: str
     count: int
     residuals: Residuals
     inputs: tuple[Shape, ...]
+    is_first: bool = True
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,8 @@ class Workload:
     Attributes:
       batch: the batch.
       parts: the sublayers and what stands before and after them.
-      layers: the units of rematerialisation.
+      layers: the layers.
+      unit: how many layers the longest unit of rematerialisation has.
       weights: all parameters; of equal ones the first, with their number.
       experts: how many experts a layer has at most, 0 in a dense model.
       dropless: whether the experts take every token.
@@ -141,6 +147,7 @@ class Workload:
     batch: Batch
     parts: tuple[Part, ...]
     layers: tuple[Layer, ...]
+    unit: int
     weights: tuple[tuple[Weight, int], ...]
     experts: int
     dropless: bool
@@ -179,6 +186,7 @@ def workload(graph: Graph, batch: Batch) -> Workload:
         batch=batch,
         parts=tuple(reader.parts()),
         layers=tuple(reader.layers()),
+        unit=max(reader.periods.values(), default=1),
         weights=tuple(reader.weights()),
         experts=max((layer.experts for layer in layers), default=0),
         dropless=all(layer.slots == "ragged" for layer in layers),
@@ -207,29 +215,37 @@ def _tensor_sizes(graph: Graph) -> dict[str, int]:
     return found
 
 
-def _units(graph: Graph, shape: Callable[[Value], Shape]) -> dict[str, str]:
-    """Return for each location the unit of rematerialisation that it belongs to.
+def _stack_of(of: Value | Node) -> str | None:
+    """Return the stack that a node belongs to, or that the node that makes a value does."""
+    node = of if isinstance(of, Node) else of.node
+    match = _LAYER.match(node.loc) if node is not None else None
+    return match[1] if match else None
 
-    A unit is a layer, or the shortest run of layers that the stack repeats: what ``roll-layers``
-    makes one body of.
+
+def _layer_of(loc: str) -> str:
+    """Return the layer that a location belongs to, or the location where it is in none."""
+    match = _LAYER.match(loc)
+    return f"{match[1]}{match[2]}" if match else loc
+
+
+def _periods(graph: Graph, shape: Callable[[Value], Shape]) -> dict[str, int]:
+    """Return for each stack how many layers make a unit of rematerialisation.
+
+    A unit is the shortest run of layers that the stack repeats: what ``roll-layers`` makes one
+    body of.
     """
     layers: dict[str, dict[int, list[Node]]] = {}
-    found: dict[str, str] = {}
     for node in graph:
         match = _LAYER.match(node.loc)
-        found[node.loc] = f"{match[1]}{match[2]}" if match else node.loc
         if match:
             layers.setdefault(match[1], {}).setdefault(int(match[2]), []).append(node)
+    found: dict[str, int] = {}
     for stack, numbered in layers.items():
         looks = [
             tuple((n.op.name, *map(shape, n.results)) for n in numbered[i])
             for i in sorted(numbered)
         ]
-        period = _period(looks)
-        for loc in found:
-            match = _LAYER.match(loc)
-            if match and match[1] == stack:
-                found[loc] = f"{stack}{int(match[2]) // period}"
+        found[stack] = _period(looks)
     return found
 
 
@@ -248,13 +264,19 @@ class _Reader:
     def __init__(self, graph: Graph, batch: Batch) -> None:
         self.graph = graph
         self.batch = batch
-        self.seen: set[object] = set()
+        self.seen: set[Value] = set()
         self.shapes = Shapes()
-        self.units: dict[str, list[Node]] = {}
-        self.unit_of = _units(graph, self.shape)
+        self.nodes: dict[str, list[Node]] = {}
+        self.periods = _periods(graph, self.shape)
         for node in graph:
-            self.units.setdefault(self.unit_of[node.loc], []).append(node)
-        self.residuals = {unit: residuals(nodes, self.shape) for unit, nodes in self.units.items()}
+            self.nodes.setdefault(_layer_of(node.loc), []).append(node)
+        self.residuals = {at: residuals(nodes, self.shape) for at, nodes in self.nodes.items()}
+
+    def _at(self, loc: str) -> tuple[int, int]:
+        """Return the number of a layer in its unit, and how many layers the unit has."""
+        match = _LAYER.match(loc)
+        period = self.periods[match[1]] if match else 1
+        return (int(match[2]) % period if match else 0), period
 
     def shape(self, value: Value) -> Shape:
         """Return the global shape of a value."""
@@ -306,13 +328,14 @@ class _Reader:
     def layers(self) -> Iterator[Layer]:
         """Yield the layers, equal ones as one."""
         found: dict[object, Layer] = {}
-        for unit, nodes in self.units.items():
-            match = _LAYER.match(unit)
+        for loc, nodes in self.nodes.items():
+            match = _LAYER.match(loc)
             if match is None:
                 continue
-            kept = self.residuals[unit]
-            layer = Layer(match[1].rstrip("."), 1, kept, tuple(self._inputs(nodes)))
-            key = (layer.name, kept.key, layer.inputs)
+            kept = self.residuals[loc]
+            first = self._at(loc)[0] == 0
+            layer = Layer(match[1].rstrip("."), 1, kept, tuple(self._inputs(nodes)), first)
+            key = (layer.name, kept.key, layer.inputs, first)
             old = found.get(key)
             found[key] = layer if old is None else replace(old, count=old.count + 1)
         yield from found.values()
@@ -335,10 +358,7 @@ class _Reader:
         found: dict[object, Part] = {}
         for loc, nodes in self._sublayers():
             part = self._part(loc, nodes)
-            anonymous = tuple(
-                tuple(replace(w, name="") for w in group)
-                for group in (part.weights, part.looked_up, part.multiplied)
-            )
+            anonymous = tuple(replace(w, name="") for w in part.weights)
             steps = tuple(
                 replace(s, weights=tuple(w and replace(w, name="") for w in s.weights))
                 for s in part.steps
@@ -357,27 +377,25 @@ class _Reader:
     def _part(self, loc: str, nodes: list[Node]) -> Part:
         match = _LAYER.match(loc)
         name = f"{match[1]}{match[3] or ''}".rstrip(".") if match else loc or "model"
-        unit = self.residuals[self.unit_of[loc]]
-        uses = [(v, n.op.name == "embedding") for n in nodes for v in n.operands if v.is_param]
-        weights = tuple(self._new((v, v.name) for v, _ in uses))
-        looked_up, multiplied = (
-            tuple(self._new((v, (v.name, kind)) for v, kind in uses if kind is wanted))
-            for wanted in (True, False)
-        )
-        steps = tuple(self._step(node, unit) for node in nodes)
+        number, period = self._at(loc)
+        onward = number + 1 < period
+        roots: dict[Value, int] = {}
+        weights = tuple(self._new(v for n in nodes for v in n.operands if v.is_param))
+        steps = tuple(self._step(node, roots, onward, period) for node in nodes)
         top_k = max((n.attrs["top_k"] for n in nodes if n.op.name == "route"), default=0)
-        return Part(
-            name, 1, steps, weights, looked_up, multiplied, top_k, in_layer=match is not None
-        )
+        return Part(name, 1, steps, weights, top_k, match is not None, onward)
 
-    def _new(self, keyed: Iterable[tuple[Value, object]]) -> Iterator[Weight]:
-        """Yield the parameters whose keys are met for the first time."""
-        for value, key in keyed:
-            if key not in self.seen:
-                self.seen.add(key)
+    def _new(self, params: Iterable[Value]) -> Iterator[Weight]:
+        """Yield the parameters that are met for the first time."""
+        for value in params:
+            if value not in self.seen:
+                self.seen.add(value)
                 yield self.weight(value)
 
-    def _step(self, node: Node, unit: Residuals) -> Step:
+    def _step(self, node: Node, roots: dict[Value, int], onward: bool, period: int) -> Step:
+        kept = self.residuals[_layer_of(node.loc)]
+        root = root_of(node.operands[0]) if node.operands else None
+        outside = root is not None and _stack_of(root) != _stack_of(node)
         rows = next((v for v in (*node.operands, *node.results) if "slot" in v.type), None)
         exact = 1.0
         if rows is not None:
@@ -390,8 +408,10 @@ class _Reader:
             results=tuple(map(self.shape, node.results)),
             over=tuple(node.attrs.get("over", ())) if node.op.name == "contract" else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
-            again=node in unit.again,
-            saved_again=node in unit.saved_again,
+            again=(node in kept.again) + (onward and node in kept.onward),
+            saved_again=(node in kept.saved_again) + (onward and node in kept.saved_onward),
+            source=-1 if root is None else roots.setdefault(root, len(roots)),
+            source_share=1 / period if outside else 1.0,
             exact_rows=exact,
             axes=self.shapes.of(tuple(axes.items())),
         )

@@ -1,0 +1,29 @@
+"""The room that an array takes: a TPU keeps arrays in tiles, and pads them to whole ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import permutations
+from math import ceil, prod
+
+TILE = (8, 128)
+"""Entries of the last axis but one and of the last, in one tile of a TPU (XLA, tiled layout)."""
+
+
+def padded(sizes: Iterable[float], kind: str) -> float:
+    """Return the entries that an array takes on a machine of `kind`, padding included.
+
+    Of all orders of its axes XLA takes one that pads least.
+    """
+    axes = [s for s in sizes if s != 1]
+    whole = float(prod(axes))
+    if kind != "tpu" or len(axes) < 2:
+        return whole
+    return min(
+        whole / (outer * inner) * _whole(outer, TILE[0]) * _whole(inner, TILE[1])
+        for outer, inner in permutations(axes, 2)
+    )
+
+
+def _whole(size: float, tile: int) -> int:
+    return ceil(size / tile) * tile

@@ -1,0 +1,42 @@
+"""The room of an array on a TPU, against the tiles of every order of its axes, counted."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.plan.tiles import padded
+
+
+def rooms(sizes: list[int]) -> list[int]:
+    """Return the entries in the tiles that each order of the axes touches."""
+    found = []
+    for *outer, rows, columns in permutations(sizes):
+        tiles = len(range(0, rows, 8)) * len(range(0, columns, 128))
+        for size in outer:
+            tiles *= size
+        found.append(tiles * 8 * 128)
+    return found
+
+
+@given(st.lists(st.integers(2, 400), min_size=2, max_size=4))
+def test_of_all_orders_the_one_that_pads_least(sizes: list[int]) -> None:
+    assert padded(sizes, "tpu") == pytest.approx(min(rooms(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((192, 576), 192 * 640),
+        ((49152, 576), 49152 * 576),
+        ((576,), 576),
+        ((1, 100), 100),
+        ((4, 14336), 8 * 14336),
+    ],
+)
+def test_the_room_of_some_parameters(sizes: tuple[int, ...], expected: int) -> None:
+    assert padded(sizes, "tpu") == expected
+    assert padded(sizes, "gpu") == padded(sizes, "cpu") <= expected
