@@ -81,6 +81,7 @@ def report(request: Request, prepared: Prepared, result: Result) -> dict[str, An
         "opaque": dict(result.opaque),
         "predicted": {
             "arguments_bytes": memory.arguments,
+            "outputs_bytes": memory.state if job.optimizer else None,
             "temporaries_bytes": memory.heap,
             "needed_bytes": memory.total,
             "fits": estimate.fits,

@@ -51,6 +51,11 @@ class Memory:
         return self.parameters + self.optimizer + self.inputs
 
     @property
+    def state(self) -> float:
+        """What a training step returns in the place of what it is given."""
+        return self.parameters + self.optimizer
+
+    @property
     def temporaries(self) -> float:
         """What a step needs beside what it is given, at the worst moment."""
         return self.gradients + self.copies + self.activations + self.buffers
@@ -92,7 +97,7 @@ def memory(
         optimizer=optimizer_bytes(work, setting, local, kind) if training else 0.0,
         activations=_kept(work, local, strategy.remat) * width if training else 0.0,
         buffers=max(
-            _layer_bytes(work, local, setting, strategy.remat),
+            _layer_bytes(work, local, setting, strategy.remat, kind),
             # Gradients of layers come when the logits have gone.
             _logits(work, local, setting) - (stored * width if training else 0.0),
         ),
@@ -154,13 +159,14 @@ def _kept_shapes(layer: Layer, remat: str) -> Iterator[Shape]:
         yield from layer.residuals.named
 
 
-def _layer_bytes(work: Workload, local: Sharding, setting: Setting, remat: str) -> float:
+def _layer_bytes(work: Workload, local: Sharding, setting: Setting, remat: str, kind: str) -> float:
     """Return the most that is alive while a layer is computed, and its gathered parameters."""
     width = setting.dtype.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
-    again = setting.train and remat != "none"
+    again, fuses = setting.train and remat != "none", kind == "tpu"
     layers = local.once(
-        ("layers", again), lambda: max((_layer(x, local, again) for x in work.layers), default=0.0)
+        ("layers", again, fuses),
+        lambda: max((_layer(x, local, again, fuses) for x in work.layers), default=0.0),
     )
     if again:
         # The inputs of the other layers of a unit, which are there once it has been run again.
@@ -172,17 +178,18 @@ def _layer_bytes(work: Workload, local: Sharding, setting: Setting, remat: str) 
     return (layers + gathered) * width
 
 
-def _layer(layer: Layer, local: Sharding, again: bool) -> float:
+def _layer(layer: Layer, local: Sharding, again: bool, fuses: bool) -> float:
     """Return the most elements alive while the backward pass goes through a layer.
 
     Computed `again`, its residuals are there; they go as they are used, while the
     gradients of its values come and go.
     """
-    now = most = sum(map(local.elements, layer.residuals.kept)) if again else 0.0
-    for step in layer.residuals.flow:
+    backward = layer.residuals.fused if fuses else layer.residuals.plain
+    now = most = sum(map(local.elements, backward.alive)) if again else 0.0
+    for step in backward.flow:
         born, done = (sum(map(local.elements, s)) for s in (step.born, step.done))
         now += born
-        most = max(most, now)
+        most = max(most, now - min(born, done) if step.in_place else now)
         now -= done
         if again:
             now -= sum(map(local.elements, step.freed))

@@ -7,7 +7,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moecc.ir.graph import Node, Value
@@ -21,6 +21,15 @@ _RESULT = frozenset({"softmax", "sigmoid", "tanh", "exp", "rsqrt", "logsumexp"})
 _PAIRS = frozenset({"contract", "mul", "div", "maximum", "minimum"})
 
 
+IN_PLACE = frozenset(
+    {"silu", "gelu", "gelu_tanh", "relu", "square", "sigmoid", "tanh", "exp", "mul", "mask"}
+)
+"""Operations on entries, whose gradient takes the place of that of their result on a TPU."""
+
+FUSED = IN_PLACE | {"softmax", "rms_norm", "layer_norm"}
+"""Operations that the compiler of a TPU makes a part of the product that reads their result."""
+
+
 @dataclass(frozen=True)
 class Flow:
     """What the backward pass does to memory at one node.
@@ -29,11 +38,26 @@ class Flow:
       born: the gradients that there are from here on.
       done: those that nobody needs after it.
       freed: the residuals that nobody needs after it.
+      in_place: whether gradients take the place of those that they are made of.
     """
 
     born: tuple[Shape, ...]
     done: tuple[Shape, ...]
     freed: tuple[Shape, ...]
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The memory of the backward pass of a layer that is computed again.
+
+    Attributes:
+      alive: shapes of what there is when it begins.
+      flow: what comes and goes at each node, from last to first.
+    """
+
+    alive: tuple[Shape, ...]
+    flow: tuple[Flow, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +71,8 @@ class Residuals:
       saved_again: nodes that the policy ``save`` computes again.
       onward: nodes that lead to what later layers take.
       saved_onward: those of them that the policy ``save`` computes again for these.
-      flow: what comes and goes at each node, from last to first.
+      plain: its backward pass where every residual is an array.
+      fused: its backward pass where what is computed entry by entry is a part of its user.
     """
 
     kept: tuple[Shape, ...]
@@ -56,20 +81,21 @@ class Residuals:
     saved_again: frozenset[Node]
     onward: frozenset[Node]
     saved_onward: frozenset[Node]
-    flow: tuple[Flow, ...]
+    plain: Backward
+    fused: Backward
 
     @property
     def key(self) -> object:
         """What equal layers share."""
-        return self.kept, self.named, self.flow
+        return self.kept, self.named, self.plain, self.fused
 
 
 def residuals(nodes: Sequence[Node], shape: Callable[[Value], Shape]) -> Residuals:
     """Find the residuals of the layer made of `nodes`."""
     own = {v for node in nodes for v in node.results}
-    uses = {node: _needs(node) for node in nodes}
-    kept = dict.fromkeys(_root(v, own) for node in nodes for v in uses[node])
-    mine = [v for v in kept if v in own and v.type.dtype.is_float]
+    uses = {node: [_root(v, own) for v in _needs(node)] for node in nodes}
+    fused = {node: list(_arrays(found, own)) for node, found in uses.items()}
+    mine = _kept(uses, own)
     named = [v for v in map(_named, nodes) if v is not None]
     inside = set(nodes)
     outputs = [v for v in own if not inside.issuperset(v.users)]
@@ -80,8 +106,30 @@ def residuals(nodes: Sequence[Node], shape: Callable[[Value], Shape]) -> Residua
         saved_again=_made_again(mine, own, frozenset(named)),
         onward=_made_again(outputs, own, frozenset()),
         saved_onward=_made_again(outputs, own, frozenset(named)),
-        flow=tuple(_flow(nodes, uses, own, shape)),
+        plain=Backward(tuple(map(shape, mine)), tuple(_flow(nodes, uses, own, shape, ()))),
+        fused=Backward(
+            tuple(map(shape, _kept(fused, own))), tuple(_flow(nodes, fused, own, shape, IN_PLACE))
+        ),
     )
+
+
+def _kept(uses: dict[Node, list[Value]], own: set[Value]) -> list[Value]:
+    needed = dict.fromkeys(v for found in uses.values() for v in found)
+    return [v for v in needed if v in own and v.type.dtype.is_float]
+
+
+def _arrays(values: Iterable[Value], own: set[Value]) -> Iterator[Value]:
+    """Yield what `values` are made of, entry by entry: each an array that is read anyway."""
+    work, seen = list(values), set[Value]()
+    while work:
+        value = _root(work.pop(), own)
+        if value in seen:
+            continue
+        seen.add(value)
+        if value in own and value.node is not None and value.node.op.name in FUSED:
+            work += [v for v in value.node.operands if not v.is_param]
+        else:
+            yield value
 
 
 def _needs(node: Node) -> list[Value]:
@@ -146,12 +194,13 @@ def _flow(
     uses: dict[Node, list[Value]],
     own: set[Value],
     shape: Callable[[Value], Shape],
+    in_place: Collection[str],
 ) -> Iterable[Flow]:
     """Yield what comes and goes at each node, from the last to the first."""
     last_use: dict[Value, Node] = {}
     for node in reversed(nodes):
         for value in uses[node]:
-            last_use[_root(value, own)] = node
+            last_use[value] = node
     freed_at: dict[Node, list[Value]] = {}
     for value, node in last_use.items():
         freed_at.setdefault(node, []).append(value)
@@ -167,4 +216,4 @@ def _flow(
         done = [v for v in node.results if v in alive and node.op.name not in ALIASES]
         alive.difference_update(done)
         freed = [v for v in freed_at.get(node, ()) if v in own]
-        yield Flow(shapes(born), shapes(done), shapes(freed))
+        yield Flow(shapes(born), shapes(done), shapes(freed), node.op.name in in_place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -262,6 +263,19 @@ def test_layers_of_a_unit_are_computed_again_for_those_behind_them() -> None:
     # What the encoder returns is one operand of all layers of a unit.
     cross = next(p for p in work.parts if p.name == "decoder.layers.cross_attention")
     assert {s.source_share for s in cross.steps} == {0.25, 1.0}
+
+
+def test_a_tpu_fuses_what_is_computed_entry_by_entry() -> None:
+    """Of a gated block there are the products alone: gate and up, not what is made of them."""
+    (layer,) = work_of("smollm2-135m").layers
+    plain, fused = (
+        Counter(s.names for s in backward.alive)
+        for backward in (layer.residuals.plain, layer.residuals.fused)
+    )
+    mlp = ("batch", "seq", "mlp")
+    assert [plain[mlp], fused[mlp]] == [4, 2]
+    assert sum(fused.values()) < sum(plain.values())
+    assert layer.residuals.kept == layer.residuals.plain.alive
 
 
 def test_queries_and_keys_are_made_of_one_operand() -> None:
