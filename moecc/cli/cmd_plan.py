@@ -110,12 +110,12 @@ def register(app: typer.Typer) -> None:
         from moecc.pipeline.runner import run_pipeline
         from moecc.plan.batches import make_batch, parse_lengths
         from moecc.plan.chart import chart
-        from moecc.plan.machines import parse_machine
+        from moecc.plan.machines import Machine, parse_machine
         from moecc.plan.meshes import plan_mesh
         from moecc.plan.report import plan_json, plan_text
         from moecc.plan.search import Wish, search
         from moecc.plan.strategy import Setting
-        from moecc.plan.workload import workload
+        from moecc.plan.workload import Workload, workload
         from moecc.settings import float_type
 
         if svg is not None:
@@ -129,9 +129,14 @@ def register(app: typer.Typer) -> None:
         )
         with open_model(model) as opened:
             run_pipeline(opened.graph, passes)
-            batch = make_batch(opened.graph, where.devices, batch_tokens, lengths)
-            work = workload(opened.graph, batch)
-        data = plan_json(model, work, where, setting, search(work, where, setting, wish))
+            graph = opened.graph
+
+        def work_on(other: Machine) -> Workload:
+            return workload(graph, make_batch(graph, other.devices, batch_tokens, lengths))
+
+        work = work_on(where)
+        ranking = search(work, where, setting, wish, work_on=work_on)
+        data = plan_json(model, work, where, setting, ranking)
         if svg is not None:
             write_whole(svg, chart(data).encode(), force=force)
             say(f"the plan is drawn in {svg}")

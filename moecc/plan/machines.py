@@ -155,14 +155,14 @@ def topologies(name: str) -> tuple[tuple[int, ...], ...]:
     """Return the topologies of a TPU in chips, smallest first.
 
     Small ones are parts of a host's or a cube's 4x4x4 chips; larger ones of three dimensions are
-    made of whole cubes, their sizes ascending.
+    made of whole cubes, their sizes ascending; of equal ones the least drawn out comes first.
     """
     entry = table()["tpu"][name]
     if entry["dims"] == 2:
         flat = [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
         return tuple(flat)
     small = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
-    return (*small, *sorted(_cubes(entry["max_chips"]), key=lambda t: (prod(t), t)))
+    return (*small, *sorted(_cubes(entry["max_chips"]), key=lambda t: (prod(t), max(t), t)))
 
 
 def _cubes(most: int) -> Iterator[tuple[int, int, int]]:

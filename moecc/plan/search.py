@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
-from moecc.plan.batches import Batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import LOCAL, SLICED, VIAS, exact, legal
 from moecc.plan.layout import DENSE_WEIGHTS, Layout, check_layout, problems
@@ -116,8 +115,17 @@ def check_wish(work: Workload, machine: Machine, wish: Wish) -> None:
         )
 
 
+WorkOn = Callable[[Machine], Workload]
+"""What a machine would be given: a batch may grow with its devices."""
+
+
 def search(
-    work: Workload, machine: Machine, setting: Setting, wish: Wish | None = None, keep: int = 5
+    work: Workload,
+    machine: Machine,
+    setting: Setting,
+    wish: Wish | None = None,
+    keep: int = 5,
+    work_on: WorkOn | None = None,
 ) -> Ranking:
     """Rank the strategies for `work` on `machine`.
 
@@ -127,6 +135,7 @@ def search(
       setting: what is given.
       wish: what the user fixed.
       keep: how many beside the best.
+      work_on: the work on another machine; None where it is the same.
 
     Raises:
       InputError: nothing is legal, or nothing fits; the smallest machine that would is named.
@@ -143,7 +152,7 @@ def search(
         elif least is None or total < least[0]:
             least = (total, strategy)
     if not found:
-        raise _nothing(work, machine, setting, wish, least)
+        raise _nothing(work, machine, setting, wish, least, work_on or (lambda _: work))
     found.sort(key=lambda e: e.seconds)
     keeping = [e for e in found if exact(e.strategy.via, work.dropless) or wish.via is not None]
     if not keeping:
@@ -159,6 +168,7 @@ def _nothing(
     setting: Setting,
     wish: Wish,
     least: tuple[float, Strategy] | None,
+    work_on: WorkOn,
 ) -> InputError:
     if least is None:
         return InputError(
@@ -169,8 +179,11 @@ def _nothing(
             "a device",
         )
     size, strategy = least
-    larger = smallest_that_fits(work, machine, setting, wish)
+    other = _otherwise(work, machine, setting, wish)
+    larger = smallest_that_fits(work_on, machine, setting, wish) if other is None else None
     hint = f"{larger.name} is the smallest that would" if larger else "no machine of the kind would"
+    if other is not None:
+        hint = f"{other} would"
     return InputError(
         "does not fit",
         where=machine.name,
@@ -180,32 +193,39 @@ def _nothing(
     )
 
 
-def smallest_that_fits(
-    work: Workload, machine: Machine, setting: Setting, wish: Wish
-) -> Machine | None:
-    """Return the smallest machine of the same chip on which something fits, or None.
-
-    The batch grows with the machine to a sequence for each device that splits it; a mesh that was
-    wished for is no longer one.
-    """
-    free = replace(wish, mesh=None)
-    for other in sizes_of_kind(machine):
-        if other.devices <= machine.devices:
-            continue
-        sequences = work.batch.sequences
-        grown = -(-other.devices // sequences) * sequences if other.devices > sequences else 0
-        batch = Batch(grown or sequences, work.batch.lengths)
-        if _fits(replace(work, batch=batch) if not grown else work, other, setting, free):
-            return other
+def _otherwise(work: Workload, machine: Machine, setting: Setting, wish: Wish) -> Strategy | None:
+    """Return what would fit if one wish, or all of how parameters lie, were left to the search."""
+    free = [{"dense_weights": None}, {"mesh": None}, {"mesh": None, "dense_weights": None}]
+    for change in free:
+        relaxed = replace(wish, **change)
+        found = _fitting(work, machine, setting, relaxed) if relaxed != wish else None
+        if found is not None:
+            return found
     return None
 
 
-def _fits(work: Workload, machine: Machine, setting: Setting, wish: Wish) -> bool:
+def smallest_that_fits(
+    work_on: WorkOn, machine: Machine, setting: Setting, wish: Wish
+) -> Machine | None:
+    """Return the smallest machine of the same chip on which something fits, or None.
+
+    A mesh that was wished for is no longer one.
+    """
+    free = replace(wish, mesh=None)
+    larger = (other for other in sizes_of_kind(machine) if other.devices > machine.devices)
+    fitting = (other for other in larger if _fitting(work_on(other), other, setting, free))
+    return next(fitting, None)
+
+
+def _fitting(work: Workload, machine: Machine, setting: Setting, wish: Wish) -> Strategy | None:
+    """Return a strategy that fits, the first that is met."""
     estimator = Estimator(work, machine, setting)
-    return any(
-        estimator.memory(s).total <= machine.usable_bytes
+    fitting = (
+        s
         for s in strategies(work, machine, wish, setting.train)
+        if estimator.memory(s).total <= machine.usable_bytes
     )
+    return next(fitting, None)
 
 
 def why_slower(other: Estimate, best: Estimate) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,34 @@ def test_what_cannot_fit_names_the_smallest_machine_that_would(
     assert (code, out) == (1, "")
     assert "gpu:h100:16 is the smallest that would" in err
     assert plan(capsys, "preset:mixtral-8x7b", "--machine", "gpu:h100:16")["best"]["fits"]
+
+
+def test_what_cannot_fit_names_what_would_on_the_same_machine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """ST-MoE-32B as in the paper: dense weights whole on every row are too much, split they fit."""
+    given = (
+        "preset:st-moe-32b", "--machine", "tpu:v4:8x8x8", "--mesh", "data=64,model=16",
+        "--sequence", "512,114", "--batch-tokens", "1282048", "--optimizer", "adafactor",
+        "--remat", "full",
+    )  # fmt: skip
+    code, out, err = run(capsys, "plan", *given, "--dense-weights", "whole")
+    assert (code, out) == (1, "")
+    assert "data:64,model:16, dense weights split" in err
+    best = plan(capsys, *given)["best"]
+    assert best["dense_weights"] == "split"
+    assert best["fits"]
+
+
+def test_the_batch_grows_with_the_machine_that_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A sequence each: what is named fits when it is asked for, with more sequences."""
+    given = ("preset:llama-3.1-8b", "--sequence", "8192", "--remat", "full")
+    code, _, err = run(capsys, "plan", *given, "--machine", "tpu:v5p:1x1x1")
+    assert code == 1
+    (named,) = re.findall(r"(tpu:v5p:\S+) is the smallest that would", err)
+    assert plan(capsys, *given, "--machine", named)["best"]["fits"]
 
 
 def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
