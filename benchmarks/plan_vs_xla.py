@@ -72,7 +72,7 @@ PAIRS = {
     "smollm2-none": Pair("smollm2-135m", "tpu:v5e:2x4", "data=8", 32768, NONE, (2048,)),
     "smollm2-save": Pair("smollm2-135m", "tpu:v5e:2x4", "data=8", 65536, SAVE),
     "llama": Pair("llama-3.1-8b", "tpu:v5p:2x2x4", "fsdp=16", 65536),
-    "llama-none": Pair("llama-3.1-8b", "tpu:v5p:2x2x4", "fsdp=16", 32768, NONE, (2048,)),
+    "llama-none": Pair("llama-3.1-8b", "tpu:v5p:2x2x4", "fsdp=16", 65536, NONE),
     "llama-model": Pair("llama-3.1-8b", "tpu:v6e:4x4", "fsdp=4,model=4", 65536),
     "llama-gpu": Pair("llama-3.1-8b", "gpu:h100:8", "fsdp=8", 32768),
     "mixtral": Pair("mixtral-8x7b", "tpu:v5p:4x4x4", "fsdp=8,expert=8", 262144, SPLIT),

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from moecc_backends.reference.devices import Run, assembled, simulate
 from moecc_backends.reference.interpreter import ReferenceProgram
 from moecc_passes.sharding.annotate import lay
-from moecc_passes.sharding.layout import LayoutRule
 from moecc_passes.sharding.lower import LowerCollectivesPass
 
 from moecc.errors import InputError
 from moecc.ir import Graph, clone, parse, verify
 from moecc.ir.mesh import parse_mesh
+from moecc.layouts.rules import LayoutRule
 from moecc.pipeline.passes import Context
 from moecc.testing import graphs, inputs_for, params_for, run_reference, sizes_for
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -86,9 +87,10 @@ def parse_layout(text: str, name: str) -> list[LayoutRule]:
     return rules
 
 
+@cache
 def builtin_layouts() -> dict[str, str]:
     """Return the layouts that moecc ships, by name, as text."""
-    folder = files("moecc_passes.sharding") / "layouts"
+    folder = files("moecc.layouts")
     found = sorted(f.name for f in folder.iterdir() if f.name.endswith(SUFFIX))
     return {n.removesuffix(SUFFIX): (folder / n).read_text("utf-8") for n in found}
 
