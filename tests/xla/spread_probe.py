@@ -21,8 +21,13 @@ CONFIG = {
 SIZES = {"B": 16, "S": 8, "T": 4}
 
 
-def small_model(remat: str) -> Any:
-    """Return a graph like ST-MoE's, for training, with as many groups as devices."""
+def small_model(remat: str, on_mesh: str = "") -> Any:
+    """Return a graph like ST-MoE's, for training, with as many groups as devices.
+
+    Args:
+      remat: of the rolled layers; ``unrolled`` for none.
+      on_mesh: passes that lay the graph on a mesh.
+    """
     from moecc.families import build
     from moecc.families.configs import parse_config
     from moecc.pipeline.passes import Context
@@ -32,14 +37,23 @@ def small_model(remat: str) -> Any:
     from moecc.presets import preset_config
 
     graph = build(parse_config({**preset_config("st-moe-base"), **CONFIG}))
-    passes = "specialize{mode=train capacity-factor=1.25 groups=8},add-losses"
+    passes = f"specialize{{mode=train capacity-factor=1.25 groups=8}},add-losses,cse{on_mesh}"
     if remat != "unrolled":
-        passes += f",cse,roll-layers{{remat={remat}}}"
+        passes += f",roll-layers{{remat={remat}}}"
     run_pipeline(graph, Pipeline.parse(passes, installed()), context=Context())
     return graph
 
 
-def main(mesh: str, dense_weights: str, remat: str) -> None:
+def explicit(layout: Any, via: str) -> str:
+    """Return the passes that lay a graph on the mesh of `layout`."""
+    from moecc.plan.rules import rules_of
+
+    rules = ",".join(rules_of(layout))
+    laid = f",annotate-sharding{{mesh={layout.mesh} rules={rules}}}"
+    return f"{laid},expert-parallel{{via={via}}},lower-collectives,cse"
+
+
+def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     prepare(parse_machine("cpu:8"))
     import jax
     import numpy as np
@@ -55,15 +69,13 @@ def main(mesh: str, dense_weights: str, remat: str) -> None:
 
     # Parameters are float32; what computes with them is not, so that nothing but a fault differs.
     jax.config.update("jax_enable_x64", True)
-    graph = small_model(remat)
+    whole = small_model(remat)
     layout = Layout(plan_mesh(mesh), CONFIG["num_experts"], dense_weights)
     update = optax.sgd(1.0)
-    step = make_step(
-        graph,
-        Setting(SIZES, F64, "adafactor", layout=layout),
-        devices(parse_machine("cpu:8")),
-        update,
-    )
+    is_spread = way == "gspmd"
+    graph = whole if is_spread else small_model(remat, explicit(layout, way))
+    setting = Setting(SIZES, F64, "adafactor", layout=layout if is_spread else None)
+    step = make_step(graph, setting, devices(parse_machine("cpu:8")), update)
     rng = np.random.default_rng(0)
 
     def drawn(path: Any, leaf: Any) -> Any:
@@ -74,7 +86,7 @@ def main(mesh: str, dense_weights: str, remat: str) -> None:
 
     (params, _), inputs = jax.tree_util.tree_map_with_path(drawn, step.arguments)
     state = params, update.init(params)
-    (alone, _), told = jax.jit(train_step(function(graph, dtype=F64), update))(state, inputs)
+    (alone, _), told = jax.jit(train_step(function(whole, dtype=F64), update))(state, inputs)
     placed = jax.tree.map(
         lambda a, s: jax.device_put(a, s.sharding), (state, inputs), step.arguments
     )
