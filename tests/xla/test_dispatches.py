@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moecc.errors import InputError, UsageError
-from moecc.ir import F32, F64, I32, PRED, Builder, Graph, Value, tensor
+from moecc.ir import BF16, F32, F64, I32, PRED, Builder, Graph, Value, tensor
 from moecc.testing import run_reference
 
 from .models import Array, Arrays, compiled
@@ -272,6 +272,24 @@ def test_the_choice_by_platform_and_shape() -> None:
     ]
     for place, routed, platform, expected in cases:
         assert choose(place, routed, Options(platform=platform), jnp.float32) == expected
+
+
+def ragged_products(platform: str) -> list[tuple[str, ...]]:
+    graph = unmasked(2)
+    run = function(graph, dtype=BF16, options=Options("ragged_dot", platform=platform))
+    params = {n: jnp.ones(p.type.shape) for n, p in graph.params.items()}
+    inputs = {n: jnp.ones(v.type.shape) for n, v in graph.inputs.items()}
+    traced = jax.make_jaxpr(jax.grad(lambda w, x: run(w, x)["y"].sum()))(params, inputs)
+    products = [e for e in traced.jaxpr.eqns if e.primitive.name == "ragged_dot_general"]
+    return [tuple(str(v.aval.dtype) for v in (*e.invars[:2], *e.outvars)) for e in products]
+
+
+def test_ragged_products_for_accelerators_are_narrow_forward_and_backward() -> None:
+    """A kernel writes what it is asked for: float32 rows would take twice the memory."""
+    # Three products, each with two gradients.
+    assert ragged_products("tpu") == [("bfloat16",) * 3] * 9
+    # A CPU would sum in the type of the result.
+    assert ("bfloat16", "bfloat16", "float32") in ragged_products("cpu")
 
 
 def test_where_rows_meet_they_lie_in_slots() -> None:

@@ -152,6 +152,7 @@ def _multiply_groups(
         tuple(_of_shape(v, order, shape, rows) for v in weights),
         repeats=prod(lead[1:]),
         axis=2 if inner_last else 1,
+        kind=product_type(rows.dtype, ctx.options.target),
     )
     for node, product in zip(nodes, products, strict=True):
         ctx.siblings[node] = x.with_array(product.reshape(*lead, *sizes), (*kept, *rest))

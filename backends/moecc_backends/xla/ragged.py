@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +28,22 @@ def ragged_matmul(
     group_sizes: jax.Array,
     is_used: jax.Array | None,
     contracting_axis: int,
+    kind: Any = None,
 ) -> jax.Array:
     """Multiply the rows ``[rows, a]`` of each group with the weights of its expert.
 
     `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
     ``contracting_axis=2``.  Rows beyond the last group, of which accelerators make anything, are
     where `is_used` (bool ``[rows]``, None if all are) is false: they are zeroed on the way in and
-    on the way out, in values and gradients.
+    on the way out, in values and gradients.  Products are asked for in `kind`, float32 at least by
+    default; a kernel writes them as such, and the gradients have that type, too.
     """
     if contracting_axis == 2:
         weights = jnp.swapaxes(weights, 1, 2)
     if is_used is not None:
         rows = with_masked_gradient(zeroed(rows, is_used), is_used)
-    kind = accumulator(rows.dtype)
-    products = lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=kind)
+    wanted = kind or accumulator(rows.dtype)
+    products = lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=wanted)
     products = products.astype(rows.dtype)
     return products if is_used is None else zeroed(products, is_used)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,9 @@ class SortedRows(PlacedRows):
         found = jnp.searchsorted(ends, rows, side="right", method="compare_all")
         return jnp.minimum(found, self.group_sizes.size - 1)
 
-    def products(self, rows: jax.Array, weights: Arrays, repeats: int, axis: int) -> Arrays:
+    def products(
+        self, rows: jax.Array, weights: Arrays, repeats: int, axis: int, kind: Any
+    ) -> Arrays:
         """Multiply rows with each of the weights of their experts.
 
         Args:
@@ -61,6 +64,7 @@ class SortedRows(PlacedRows):
           weights: ``[experts, a, b]`` with ``axis=1``, or ``[experts, b, a]`` with ``axis=2``.
           repeats: the entries of a row's other axes.
           axis: the axis of the weights that is summed over.
+          kind: the type that a kernel is asked for; the loop sums in float32 at least.
         """
         return grouped_matmul(rows, weights, self.group_sizes * repeats, contracting_axis=axis)
 
@@ -68,8 +72,10 @@ class SortedRows(PlacedRows):
 class RaggedRows(SortedRows):
     """Sorted rows whose products are JAX's own."""
 
-    def products(self, rows: jax.Array, weights: Arrays, repeats: int, axis: int) -> Arrays:
+    def products(
+        self, rows: jax.Array, weights: Arrays, repeats: int, axis: int, kind: Any
+    ) -> Arrays:
         """Multiply rows with each of the weights of their experts, see `SortedRows`."""
         is_used = None if self.is_full else jnp.repeat(self.is_used, repeats)
         sizes = self.group_sizes * repeats
-        return tuple(ragged_matmul(rows, w, sizes, is_used, axis) for w in weights)
+        return tuple(ragged_matmul(rows, w, sizes, is_used, axis, kind) for w in weights)
