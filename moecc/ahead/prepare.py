@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecc.ahead.request import EXPLICIT, GSPMD, Job, Request
-from moecc.errors import UsageError
+from moecc.errors import InputError, UsageError
 from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph
 from moecc.models import open_model
@@ -161,6 +161,8 @@ def _strategy(request: Request, work: Workload, machine: Machine, setting: Setti
         wish = Wish(None, _via(request, work), request.remat, request.dense_weights)
         return search(work, machine, setting, wish).best.strategy
     check_wish(work, machine, Wish(mesh, request.via))
+    if request.sliced and not work.experts:
+        raise InputError("the model has no experts whose rows would be sent in slices")
     dense, replicated = request.dense_weights or "whole", request.via == "replicated"
     layout = Layout(mesh, work.experts, dense, replicated)
     devices = mesh.size(layout.expert_axes)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from moecc.ahead.request import PARTITIONS
+
 from .conftest import Done
 
 pytest.importorskip("jax")
@@ -25,11 +27,13 @@ def needs_optax() -> None:
 
 
 @pytest.mark.slow
-def test_a_training_step_is_what_the_plan_foretold(moecc: Moecc) -> None:
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_training_step_is_what_the_plan_foretold(moecc: Moecc, partition: str) -> None:
     needs_optax()
     done = moecc(
         "compile", MIXTRAL, "--machine", "cpu:4", "--mesh", "data=2,expert=2", *SMALL,
         "--dtype", "f32", "--remat", "none", "--optimizer", "adafactor", "--format", "json",
+        "--partition", partition,
     )  # fmt: skip
     assert done.code == 0
     found = done.json()
@@ -43,6 +47,41 @@ def test_a_training_step_is_what_the_plan_foretold(moecc: Moecc) -> None:
     assert found["collectives"]["all-to-all"]["runs"] >= 4
     assert found["unknown_loops"] == 0
     assert "capacity factor of 1.25" in done.err
+    assert (found["partition"], found["via"], found["sliced"]) == (partition, "capacity", False)
+
+
+@pytest.mark.slow
+def test_a_model_that_keeps_every_row_is_compiled_as_it_is(moecc: Moecc) -> None:
+    needs_optax()
+    done = moecc(
+        "compile", MIXTRAL, "--machine", "cpu:4", "--mesh", "expert=4", *SMALL,
+        "--via", "ring", "--optimizer", "adafactor", "--format", "json",
+    )  # fmt: skip
+    assert done.code == 0
+    assert done.err == ""
+    found = done.json()
+    assert found["capacity"] is None
+    assert found["via"] == "ring"
+    assert "all-to-all" not in found["collectives"]
+    # Two layers: tokens gathered forward, and again for the gradient; sums scattered.
+    assert found["collectives"]["all-gather"]["runs"] >= 4
+    assert found["collectives"]["reduce-scatter"]["runs"] >= 4
+
+
+def test_the_passes_of_the_report_make_the_graph(moecc: Moecc, tmp_path: Path) -> None:
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+    from moecc.ir.printer import print_graph
+
+    request = Request(MIXTRAL, "cpu:4", "forward", 64, (16,), mesh="expert=2,model=2", sliced=True)
+    prepared = prepare(request)
+    assert "rules=expert-parallel,tensor-parallel" in prepared.pipeline
+    assert "expert-parallel{via=capacity slice=model}" in prepared.pipeline
+    model = tmp_path / "model.moe"
+    model.write_text(moecc("import", MIXTRAL).out)
+    done = moecc("opt", model, "-p", prepared.pipeline)
+    assert done.code == 0
+    assert done.out == print_graph(prepared.graph)
 
 
 @pytest.mark.slow
@@ -56,15 +95,22 @@ def test_a_forward_pass_for_people(moecc: Moecc) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize(("kind", "begins"), [("stablehlo", "module @"), ("hlo", "HloModule")])
-def test_the_program_is_printed_alone(moecc: Moecc, kind: str, begins: str) -> None:
-    done = moecc("compile", LLAMA, "--machine", "cpu", "--step", "forward", *SMALL, "--emit", kind)
+def test_the_program_is_printed_alone(moecc: Moecc, kind: str, begins: str, partition: str) -> None:
+    done = moecc(
+        "compile", LLAMA, "--machine", "cpu:2", "--step", "forward", *SMALL,
+        "--emit", kind, "--partition", partition,
+    )  # fmt: skip
     assert done.code == 0
     assert done.out.startswith(begins)
 
 
 @pytest.mark.slow
-def test_an_exported_program_gives_what_the_graph_gives(moecc: Moecc, tmp_path: Path) -> None:
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_an_exported_program_gives_what_the_graph_gives(
+    moecc: Moecc, tmp_path: Path, partition: str
+) -> None:
     pytest.importorskip("flatbuffers")
     import numpy as np
     from jax import export
@@ -75,12 +121,13 @@ def test_an_exported_program_gives_what_the_graph_gives(moecc: Moecc, tmp_path: 
 
     out = tmp_path / "llama.bin"
     command = ("compile", LLAMA, "--machine", "cpu", "--step", "forward", *SMALL)
+    command = (*command, "--partition", partition)
     assert moecc(*command, "--dtype", "f32", "--save", out).code == 0
     again = moecc(*command, "--save", out)
     assert again.code == 1
     assert "exists" in again.err
 
-    request = Request(LLAMA, "cpu", "forward", 64, (16,), dtype="f32")
+    request = Request(LLAMA, "cpu", "forward", 64, (16,), dtype="f32", partition="gspmd")
     graph, rng = prepare(request).graph, np.random.default_rng(0)
     params = {
         n: rng.normal(size=p.type.shape).astype(np.float32)
@@ -122,6 +169,8 @@ def test_what_is_wrong_by_itself_is_told_at_once(
         (("--mesh", "data=4", "--batch-tokens", "96"), "data does not divide the batch"),
         (("--mesh", "model=4", "--batch-tokens", "64"), "does not divide"),
         (("--batch-tokens", "63"), "not whole sequences"),
+        (("--mesh", "data=4", "--via", "ring"), "cannot be reached via ring"),
+        (("--mesh", "data=4", "--slice"), "no experts whose rows"),
     ],
 )
 def test_what_does_not_divide_is_told_with_what_would(
@@ -129,6 +178,24 @@ def test_what_does_not_divide_is_told_with_what_would(
 ) -> None:
     done = moecc("compile", LLAMA, "--machine", "cpu:4", "--sequence", "16", *options)
     assert done.code == 1
+    assert says in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--mesh", "data=2,expert=2", "--slice"), 1, "the mesh has no axis 'model'"),
+        (("--mesh", "data=4", "--via", "replicated"), 1, "cannot all have the same tokens"),
+        (("--mesh", "expert=4", "--via", "ragged", "--capacity-factor", "1.5"), 1, "ragged is for"),
+        (("--partition", "gspmd", "--via", "ring"), 2, "--partition explicit has every way"),
+        (("--partition", "gspmd", "--slice"), 2, "--partition explicit has every way"),
+    ],
+)
+def test_ways_to_the_experts_that_there_are_not(
+    moecc: Moecc, options: tuple[str, ...], code: int, says: str
+) -> None:
+    done = moecc("compile", MIXTRAL, "--machine", "cpu:4", *SMALL, *options)
+    assert done.code == code
     assert says in done.err
 
 

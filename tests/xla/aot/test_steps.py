@@ -13,7 +13,7 @@ pytest.importorskip("optax")
 from moecc_backends.xla.aot.topology import missing
 
 from moecc.ahead.apart import compile_apart
-from moecc.ahead.request import Request
+from moecc.ahead.request import PARTITIONS, Request
 from moecc.plan.machines import parse_machine
 
 MODEL = str(Path(__file__).parents[2] / "golden" / "mixtral_gqa")
@@ -32,15 +32,16 @@ def compiled(machine: str, **options: Any) -> dict[str, Any]:
     return compile_apart(request).data
 
 
+@pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("machine", ["cpu:8", "gpu:h100:8", "tpu:v5p:2x2x2", "tpu:v6e:2x4"])
 @pytest.mark.parametrize(
     ("step", "remat", "exchanges"),
     [("forward", "none", 2), ("train", "none", 4), ("train", "full", 6)],
 )
 def test_two_exchanges_a_layer_and_as_many_for_each_pass_back(
-    machine: str, step: str, remat: str, exchanges: int
+    machine: str, step: str, remat: str, exchanges: int, partition: str
 ) -> None:
-    found = compiled(machine, step=step, remat=remat, mesh="data=2,expert=4")
+    found = compiled(machine, step=step, remat=remat, mesh="data=2,expert=4", partition=partition)
     moved = found["collectives"]["all-to-all"]
     assert moved["runs"] == exchanges * LAYERS
     foretold = found["predicted"]["collectives"]["all-to-all"]["bytes"]
