@@ -142,6 +142,52 @@ def test_an_exported_program_gives_what_the_graph_gives(
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
+def test_an_exported_training_step_takes_the_leaves_of_the_state(
+    moecc: Moecc, tmp_path: Path
+) -> None:
+    needs_optax()
+    pytest.importorskip("flatbuffers")
+    import jax
+    import numpy as np
+    from jax import export
+    from moecc_backends.xla.backend import function
+    from moecc_backends.xla.training import optimizer, train_step
+
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+
+    out = tmp_path / "step.bin"
+    done = moecc(
+        "compile", LLAMA, "--machine", "cpu:2", "--mesh", "fsdp=2", *SMALL, "--dtype", "f32",
+        "--optimizer", "adafactor", "--save", out,
+    )  # fmt: skip
+    assert done.code == 0
+    request = Request(LLAMA, "cpu", "train", 64, (16,), dtype="f32", partition="gspmd")
+    graph, rng = prepare(request).graph, np.random.default_rng(0)
+    params = {
+        n: rng.normal(size=p.type.shape).astype(np.float32)
+        for n, p in graph.params.items()
+        if p.users
+    }
+    tokens = rng.integers(0, 37, (4, 16)).astype(np.int32)
+    update, inputs = optimizer("adafactor"), {"tokens": tokens, "targets": tokens}
+    state = params, update.init(params)
+    (expected, _), told = jax.jit(train_step(function(graph), update))(state, inputs)
+    found: Any = export.deserialize(bytearray(out.read_bytes()))
+    mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,))
+    placed = jax.device_put(
+        ((params, jax.tree.leaves(state[1])), inputs), jax.tree.unflatten(
+            found.in_tree, found.in_shardings_jax(mesh)
+        )[0]
+    )  # fmt: skip
+    (together, _), metrics = found.call(*placed)
+    assert float(metrics["loss"]) == pytest.approx(float(told["loss"]), rel=1e-5)
+    for name, value in expected.items():
+        moved = np.abs(np.asarray(value) - params[name]).max()
+        assert np.abs(np.asarray(value) - np.asarray(together[name])).max() <= 1e-3 * moved
+
+
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [

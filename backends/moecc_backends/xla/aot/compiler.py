@@ -71,5 +71,24 @@ def _exported(step: Step, job: Job) -> bytes:
     from jax import export
 
     platform = {"gpu": "cuda"}.get(job.machine.kind, job.machine.kind)
-    made: Any = export.export(step.function, platforms=[platform])(*step.arguments)
+    flat = step if job.optimizer is None else _with_leaves(step)
+    made: Any = export.export(flat.function, platforms=[platform])(*flat.arguments)
     return bytes(made.serialize())
+
+
+def _with_leaves(step: Step) -> Step:
+    """Return a training step whose optimiser's state is the list of its leaves.
+
+    The types that optax has for it are none that ``jax.export`` writes.
+    """
+    import jax
+
+    (params, moments), inputs = step.arguments
+    leaves, kind = jax.tree.flatten(moments)
+
+    def run(state: tuple[Any, list[Any]], inputs: Any) -> tuple[Any, Any]:
+        given = state[0], jax.tree.unflatten(kind, state[1])
+        (made, changed), metrics = step.function(given, inputs)
+        return (made, jax.tree.leaves(changed)), metrics
+
+    return Step(jax.jit(run, donate_argnums=(0,)), ((params, leaves), inputs))
