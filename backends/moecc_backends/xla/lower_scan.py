@@ -1,9 +1,9 @@
 """Lowering of repetition: a body that is compiled once, whatever the number of runs.
 
 Under rematerialisation a run is a checkpoint: what lies between two runs is kept, and for the
-gradient the run is computed again.  Where a run is a block of several layers, each of them is a
-checkpoint within it, so that the intermediates of one layer alone are alive at once.  That
-computes the layers of a block once more, but for the last.
+gradient the run is computed again.  Where a run is a block of several layers, those that are alike
+are a loop within it, and each of them a checkpoint: they are compiled once, and the intermediates
+of one of them alone are alive at a time.  They are computed once more for that.
 
 Without rematerialisation what the gradient needs of the values of the graph is kept, and what is
 dear of that which lowerings have between them.  Parameters are gathered again all the same.
@@ -21,11 +21,10 @@ import jax.numpy as jnp
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.kept import DEFAULT
-from moecc.ir.table.placing import is_place
 from moecc.ir.table.repetition import repetitions
 from moecc_backends.xla.context import Context, lower_nodes, lowering
+from moecc_backends.xla.layer_loops import LayerLoop, pieces_of
 from moecc_backends.xla.named import Named, Operand, lifted
-from moecc_backends.xla.segments import Segment, layer_of, segments
 
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
@@ -140,17 +139,17 @@ def run_body(
       ctx: the state outside.
       body: what is lowered.
       operands: its inputs, in order.
-      remembering: makes a checkpoint; each layer gets one of its own, if there are several.
+      remembering: makes a checkpoint of each layer, where several that are alike become a loop.
     """
     inner = _within(ctx, dict(zip(body.inputs.values(), operands, strict=True)))
-    pieces = [] if remembering is None else _layers(body)
-    if remembering is None or not pieces:
+    if remembering is None:
         lower_nodes(inner, body)
-    for piece in pieces:
-        if remembering is None or layer_of(piece.nodes[0]) is None:
-            lower_nodes(inner, piece.nodes)
-        else:
-            _lower_layer(inner, piece, remembering)
+    else:
+        for piece in pieces_of(body):
+            if isinstance(piece, LayerLoop):
+                _lower_loop(inner, piece, remembering)
+            else:
+                lower_nodes(inner, piece.nodes)
     return [_whole(inner, inner.values[v], v) for v in body.terminator.operands]
 
 
@@ -160,36 +159,34 @@ def _within(ctx: Context, values: dict[Value, Operand]) -> Context:
     return replace(ctx, values=values, packings={}, siblings={}, put_off={}, local=local)
 
 
-def _layers(body: Graph) -> list[Segment]:
-    """Return `body` cut into layers; nothing if there is one, or if rows go from one to another."""
-    pieces = segments(body)
-    between = [v for piece in pieces for v in piece.outputs]
-    several = sum(layer_of(piece.nodes[0]) is not None for piece in pieces) > 1
-    return pieces if several and not any(v.type.extents or is_place(v) for v in between) else []
+def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None:
+    """Lower layers that are alike as a loop; what is used later goes to the values of `ctx`."""
+    captured = {each[0]: ctx.values[each[0]] for each in loop.captured}
+    entries = [each[0] for each in (*loop.carries, *loop.stacked)]
 
+    def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
+        given = zip(entries, (*carry, *now), strict=True)
+        inner = _within(ctx, captured | {v: Named(a, v.type.names) for v, a in given})
+        lower_nodes(inner, loop.first.nodes)
+        made = [_whole(inner, inner.values[v], v).array for v in loop.first.outputs]
+        kept = tuple(made[number] for number in loop.carries.values())
+        return kept, tuple(made[number] for number in loop.collected)
 
-def _lower_layer(ctx: Context, layer: Segment, remembering: Remembering) -> None:
-    """Lower `layer` as a checkpoint; what is used later goes to the values of `ctx`."""
-    given = [(v, ctx.values[v]) for v in layer.inputs]
-
-    def run(arrays: Arrays) -> Arrays:
-        named = zip(given, arrays, strict=True)
-        inner = _within(ctx, {v: replace(x, array=array) for (v, x), array in named})
-        lower_nodes(inner, layer.nodes)
-        return tuple(_named(inner.values[v]).to(v.type.names).array for v in layer.outputs)
-
-    # Its barrier keeps XLA from merging what is computed again for the block with what is
-    # computed again for the layer, and so from keeping all of it.
-    made = remembering(run, prevent_cse=True)(tuple(x.array for _, x in given))
-    arrays = zip(layer.outputs, made, strict=True)
-    ctx.values.update((v, Named(array, v.type.names)) for v, array in arrays)
+    first = tuple(_whole(ctx, ctx.values[each[0]], each[0]).array for each in loop.carries)
+    slices = tuple(
+        jnp.stack([_whole(ctx, ctx.values[v], v).array for v in each]) for each in loop.stacked
+    )
+    step = remembering(run, prevent_cse=False)
+    carry, made = _repeat(step, first, slices, len(loop.layers))
+    for number, array in zip(loop.carries.values(), carry, strict=True):
+        last = loop.output(number)[-1]
+        ctx.values[last] = Named(array, last.type.names)
+    for number, stacked in zip(loop.collected, made, strict=True):
+        for value, array in zip(loop.output(number), stacked, strict=True):
+            ctx.values[value] = Named(array, value.type.names)
 
 
 def _whole(ctx: Context, value: Operand, declared: Value) -> Named:
-    settled = ctx.local.settled(value.array, declared.type)
-    return replace(_named(value), array=settled).to(declared.type.names)
-
-
-def _named(value: Operand) -> Named:
     assert isinstance(value, Named), "rows do not leave a body, nor a layer of it"
-    return value
+    settled = ctx.local.settled(value.array, declared.type)
+    return replace(value, array=settled).to(declared.type.names)
