@@ -15,7 +15,7 @@ from moecc_passes.sharding.annotate import lay
 from moecc_passes.sharding.lower import LowerCollectivesPass
 
 from moecc.errors import InputError
-from moecc.ir import Graph, clone, parse, verify
+from moecc.ir import Graph, clone, equal, parse, verify
 from moecc.ir.mesh import parse_mesh
 from moecc.layouts.rules import LayoutRule
 from moecc.pipeline.passes import Context
@@ -204,6 +204,44 @@ def test_rolled_layers_send_what_unrolled_ones_do() -> None:
     assert largest_difference(expected, run_reference(graph, params=params, inputs=inputs)) <= 1e-12
     with pytest.raises(InputError, match="repeats its layers"):
         run(graph, "annotate-sharding{mesh=data:4,model:2 rules=st-moe}")
+
+
+def test_what_goes_from_layer_to_layer_is_kept_in_parts() -> None:
+    """Each run gathers it, and so does what follows: half of the stream from the one neighbour."""
+    whole = model("mixtral_gqa")
+    laid = clone(whole)
+    run(laid, "annotate-sharding{mesh=data:4,model:2 rules=st-moe},lower-collectives")
+    found = {}
+    for split in ("", "{split=model}"):
+        graph = clone(laid)
+        run(graph, f"roll-layers{split}")
+        params, inputs = data_for(graph, batch=8)
+        found[split] = simulate(graph, params, inputs)
+        (scan,) = (node for node in graph if node.body is not None)
+        stream = scan.operands[0]
+        assert stream.type["embed"].mesh == (("model",) if split else ())
+    expected = run_reference(whole, params=data_for(whole, batch=8)[0], inputs=inputs)
+    assert largest_difference(expected, found["{split=model}"].outputs) <= 1e-12
+    sent, more = (dict(f.sent_bytes) for f in found.values())
+    runs, embed = scan.attrs["over"][0][1], stream.type["embed"].size
+    tokens = inputs["tokens"].size // 4
+    assert isinstance(embed, int)
+    gathered = more.pop("all_gather") - sent.pop("all_gather", 0)
+    assert gathered == (runs + 1) * tokens * embed // 2 * 4
+    assert sent == more
+    run(graph, "strip-sharding")
+    again = clone(whole)
+    run(again, "roll-layers")
+    assert equal(graph, again)
+
+
+def test_only_a_mesh_axis_keeps_in_parts() -> None:
+    graph = model("mixtral_gqa")
+    with pytest.raises(InputError, match="lies on no mesh"):
+        run(graph, "roll-layers{split=model}")
+    run(graph, "annotate-sharding{mesh=data:4,model:2 rules=st-moe},lower-collectives")
+    with pytest.raises(InputError, match="no axis 'modell'"):
+        run(graph, "roll-layers{split=modell}")
 
 
 SPLIT = {

@@ -156,43 +156,6 @@ def test_the_derivative_of_a_softmax() -> None:
     assert not np.asarray(found[2]).any(), "where nothing may be chosen"
 
 
-CUTS = {"between blocks": ("add", 2), "among rows": ("silu", 0), "one layer": (None, 0)}
-"""After which operation another layer begins, and how many layers get checkpoints."""
-
-
-def of_two_layers(remat: str, last: str | None) -> Graph:
-    """Return the graph whose body has another layer's location after the first node `last`."""
-    graph = scanned(remat)
-    (body,) = (node.body for node in graph if node.body is not None)
-    layer = 0
-    for node in body:
-        node.loc = f"layers.{{{layer}..{layer + 4}..2}}.ffn"
-        layer += node.op.name == last and not layer
-    return graph
-
-
-@pytest.mark.parametrize(("last", "checkpoints"), CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("remat", ["full", "save"])
-def test_layers_of_a_body_are_computed_again_one_by_one(
-    remat: str, last: str | None, checkpoints: int
-) -> None:
-    """A layer whose rows go to the next is computed again together with it."""
-    graph = of_two_layers(remat, last)
-    params, inputs = data(graph)
-    run = function(graph)
-
-    def loss(params: dict[str, jax.Array]) -> jax.Array:
-        outputs = run(params, inputs)
-        return jnp.sum(jnp.square(outputs["y"])) + outputs["loss"]
-
-    scan = next(e for e in jax.make_jaxpr(loss)(params).eqns if e.primitive.name == "scan")
-    assert str(scan.params["jaxpr"]).count("prevent_cse=True") == checkpoints
-    expected, found = gradients("none", ()), jax.jit(jax.grad(loss))(params)
-    for name, array in expected.items():
-        scale = float(jnp.abs(array).max())
-        np.testing.assert_allclose(found[name], array, atol=1e-5 * scale)
-
-
 def test_a_carry_may_widen() -> None:
     """The first run takes what was embedded in bfloat16, the others what a float32 loss made."""
     text = """moecc 1

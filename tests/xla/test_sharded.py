@@ -190,7 +190,9 @@ def test_what_is_not_ready_for_a_mesh_is_refused() -> None:
         device_mesh(on_mesh, jax.devices()[:4])
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "remat", ["full", "full split=model", pytest.param("save", marks=pytest.mark.slow)]
+)
 def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str) -> None:
     small = {
         "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,

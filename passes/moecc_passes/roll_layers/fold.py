@@ -12,6 +12,7 @@ from moecc.ir.structure import copied
 from moecc.ir.table.repetition import stacked
 from moecc.ir.types import Axis
 from moecc.weights.movement import Stack
+from moecc_passes.roll_layers.cuts import Cuts
 from moecc_passes.roll_layers.wiring import CannotRoll, Each, Wiring
 
 ORIGIN = "roll-layers/fold"
@@ -22,10 +23,17 @@ AXIS = "layer"
 
 @dataclass(frozen=True)
 class Keeping:
-    """What is kept of a layer for the gradient: the attributes of the ``scan``."""
+    """What is kept of a layer for the gradient.
+
+    Attributes:
+      remat: as of the ``scan``.
+      save: as of the ``scan``.
+      split: a mesh axis along which what goes from run to run is kept in parts, or None.
+    """
 
     remat: str = "none"
     save: tuple[str, ...] = ()
+    split: str | None = None
 
 
 @dataclass
@@ -60,11 +68,16 @@ class Fold:
             in a body; nothing is changed.
         """
         wiring, first = self.wiring, self.wiring.blocks[0][0]
-        body = self.body(self.locations())
+        cuts = Cuts(self.graph, keeping.split, self.name)
+        body = self.body(self.locations(), cuts)
         along = [*map(self.param, wiring.params), *(self.stack(e, first) for e in wiring.stacked)]
         scan = self.graph.append(
             "scan",
-            [*(e[0] for e in wiring.carries), *along, *(e[0] for e in wiring.captured)],
+            [
+                *(cuts.cut(e[0], self.graph, first) for e in wiring.carries),
+                *along,
+                *(e[0] for e in wiring.captured),
+            ],
             {
                 "over": ((self.axis.name, self.axis.size),),
                 "carries": len(wiring.carries),
@@ -78,7 +91,7 @@ class Fold:
             origin=ORIGIN,
             before=first,
         )
-        self.connect(scan, first)
+        self.connect(self.whole(scan, cuts, first), first)
         for block in reversed(wiring.blocks):
             for node in reversed(block):
                 node.erase()
@@ -98,13 +111,17 @@ class Fold:
             found.append(loc)
         return found
 
-    def body(self, locs: Sequence[str]) -> Graph:
+    def body(self, locs: Sequence[str], cuts: Cuts) -> Graph:
         """Return the body: what a block computes, from what flows into it."""
         wiring, graph = self.wiring, Graph("body")
         if MESH in self.graph.attrs:
             graph.attrs[MESH] = self.graph.attrs[MESH]
         entered = (*wiring.carries, *wiring.params, *wiring.stacked, *wiring.captured)
-        inputs = {e: graph.input(graph.fresh(_hint(e)), e[0].type) for e in entered}
+        types = {e: cuts.type(e[0].type) if e in wiring.carries else e[0].type for e in entered}
+        given = {e: graph.input(graph.fresh(_hint(e)), types[e]) for e in entered}
+        inputs = dict(given)
+        for each in wiring.carries:
+            inputs[each] = cuts.joined(given[each], each[0].type, graph)
         values: dict[Value, Value] = {}
         for first, slots, loc in zip(wiring.blocks[0], wiring.operands, locs, strict=True):
             made = graph.append(
@@ -117,10 +134,19 @@ class Fold:
             )
             values.update(zip(first.results, made.results, strict=True))
         results = wiring.results(0)
-        for number in (*wiring.carries.values(), *wiring.collected):
+        for at, number in enumerate((*wiring.carries.values(), *wiring.collected)):
             value = values[results[number]]
-            graph.set_output(_free(value.name, graph.output_names), value)
+            kept = cuts.cut(value, graph) if at < len(wiring.carries) else value
+            graph.set_output(_free(value.name, graph.output_names), kept)
         return graph
+
+    def whole(self, scan: Node, cuts: Cuts, before: Node) -> list[Value]:
+        """Return the results of the scan, those that something uses as whole as they went in."""
+        made = list(scan.results)
+        for at, (each, number) in enumerate(self.wiring.carries.items()):
+            if number in self.wiring.returned:
+                made[at] = cuts.joined(made[at], each[0].type, self.graph, before)
+        return made
 
     def param(self, each: Each) -> Value:
         """Return the parameter that stands for one of each block."""
@@ -143,20 +169,20 @@ class Fold:
         )
         return node.result
 
-    def connect(self, scan: Node, before: Node) -> None:
-        """Let what used values of the layers use those of the scan."""
+    def connect(self, made: Sequence[Value], before: Node) -> None:
+        """Let what used values of the layers use those that the scan has `made`."""
         wiring, last = self.wiring, len(self.wiring.blocks) - 1
         every = [wiring.results(block) for block in range(last + 1)]
         numbers = list(wiring.carries.values())
-        for value, number in zip(scan.results[len(numbers) :], wiring.collected, strict=True):
+        for value, number in zip(made[len(numbers) :], wiring.collected, strict=True):
             self.join(value, [results[number] for results in every])
         for number, blocks in wiring.returned.items():
             for block in blocks:
                 old = every[block][number]
                 if block == last and number in numbers:
-                    old.replace_by(scan.results[numbers.index(number)])
+                    old.replace_by(made[numbers.index(number)])
                 elif self.is_needed(old):
-                    whole = scan.results[len(numbers) + wiring.collected.index(number)]
+                    whole = made[len(numbers) + wiring.collected.index(number)]
                     old.replace_by(self.pick(whole, block, before))
 
     def join(self, whole: Value, parts: list[Value]) -> None:

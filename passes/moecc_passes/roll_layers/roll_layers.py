@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph
 from moecc.ir.kept import DEFAULT, KEPT
+from moecc.ir.mesh import mesh_of
 from moecc.ir.ranges import joined
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.rewrite.match import NearMiss
@@ -69,6 +70,11 @@ class RollLayersPass(Pass):
         tuple[str, ...], f"remat=save: names of {', '.join(KEPT)}; none: {', '.join(DEFAULT)}"
     ] = ()
 
+    split: Annotated[
+        str | None,
+        "the mesh axis along which what goes from layer to layer is kept in parts",
+    ] = None
+
     def validate(self) -> list[Problem]:
         """Return which names are unknown, or have no meaning."""
         if self.save and self.remat != "save":
@@ -84,7 +90,12 @@ class RollLayersPass(Pass):
         ]  # fmt: skip
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Roll what can be rolled; say what was, and why the rest was not."""
+        """Roll what can be rolled; say what was, and why the rest was not.
+
+        Raises:
+          InputError: `split` is no axis of the graph's mesh.
+        """
+        self._check_split(graph)
         stats = {"scans": 0, "layers-rolled": 0, "layers-left": 0, "hoisted": 0}
         dependent, told = data_dependent(graph), list[Remark]()
         for layers in stacks_of(graph):
@@ -106,6 +117,18 @@ class RollLayersPass(Pass):
         near = [] if stats["scans"] else misses
         return PassResult(changed, stats["scans"], stats, near_misses=near)
 
+    @property
+    def _keeping(self) -> Keeping:
+        return Keeping(self.remat, self.save, self.split)
+
+    def _check_split(self, graph: Graph) -> None:
+        if self.split is None:
+            return
+        mesh = mesh_of(graph)
+        if mesh is None:
+            raise InputError("the graph lies on no mesh", hint="annotate-sharding first")
+        mesh.size((self.split,))
+
     def _roll(
         self, graph: Graph, layers: Sequence[Layer], found: Repeated, ctx: Context
     ) -> Remark | None:
@@ -117,7 +140,7 @@ class RollLayersPass(Pass):
         ]
         name = joined([layer.name for layer in some]) or some[0].stack
         try:
-            Fold(graph, wire(blocks), some[0].stack).run(Keeping(self.remat, self.save))
+            Fold(graph, wire(blocks), some[0].stack).run(self._keeping)
         except InputError as error:
             return Remark(name, f"alike, and not rolled: {error.problems[0]}")
         each = f"{found.period} layers" if found.period > 1 else "one layer"
