@@ -17,7 +17,6 @@ from moecc.plan.exchanges import LOCAL
 from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.rules import rules_of
 from moecc.plan.search import Wish, check_wish, search
 from moecc.plan.strategy import Setting, Strategy
 from moecc.plan.workload import Workload, workload
@@ -135,7 +134,7 @@ def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy
             yield "add-losses{metrics=false}"
     yield "cse"
     if partition == EXPLICIT:
-        mesh, rules = strategy.layout.mesh, ",".join(rules_of(strategy.layout))
+        mesh, rules = strategy.layout.mesh, ",".join(strategy.layout.names)
         yield f"annotate-sharding{{mesh={mesh} rules={rules}}}"
         if strategy.via != LOCAL:
             sliced = " slice=model" if strategy.sliced else ""

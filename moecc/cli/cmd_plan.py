@@ -84,6 +84,14 @@ def register(app: typer.Typer) -> None:
                 "--dense-weights", help="Parameters of no expert, along the experts' axis."
             ),
         ] = None,
+        rules: Annotated[
+            str | None,
+            typer.Option(
+                "--rules",
+                metavar="LAYOUT,…",
+                help="Layouts, or files of rules, that lay the model.",
+            ),
+        ] = None,
         step: Annotated[Step, typer.Option("--step", help="What is planned.")] = Step.train,
         optimizer: Annotated[
             Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
@@ -106,12 +114,13 @@ def register(app: typer.Typer) -> None:
         from moecc.cli.console import report, say
         from moecc.cli.files import check_writable, write_whole
         from moecc.cli.pipelines import read_pipeline
+        from moecc.layouts.rules import mesh_axes
         from moecc.models import open_model
         from moecc.pipeline.runner import run_pipeline
         from moecc.plan.batches import make_batch, parse_lengths
         from moecc.plan.chart import chart
         from moecc.plan.machines import Machine, parse_machine
-        from moecc.plan.meshes import plan_mesh
+        from moecc.plan.meshes import AXES, plan_mesh
         from moecc.plan.report import plan_json, plan_text
         from moecc.plan.search import Wish, search
         from moecc.plan.strategy import Setting
@@ -122,7 +131,10 @@ def register(app: typer.Typer) -> None:
             check_writable(svg, force=force)
         passes = read_pipeline(pipeline)
         where = parse_machine(machine)
-        wish = Wish(plan_mesh(mesh) if mesh is not None else None, via, remat, dense_weights)
+        names = None if rules is None else tuple(rules.split(","))
+        axes = AXES if names is None else mesh_axes(names)
+        fixed = None if mesh is None else plan_mesh(mesh, axes)
+        wish = Wish(fixed, via, remat, dense_weights, names)
         lengths = parse_lengths(sequence) if sequence is not None else None
         setting = Setting(
             step is Step.train, optimizer.value, float_type(dtype), float_type(weight_dtype)

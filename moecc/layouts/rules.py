@@ -95,6 +95,11 @@ def builtin_layouts() -> dict[str, str]:
     return {n.removesuffix(SUFFIX): (folder / n).read_text("utf-8") for n in found}
 
 
+@cache
+def _shipped(name: str) -> tuple[LayoutRule, ...]:
+    return tuple(parse_layout(builtin_layouts()[name], name))
+
+
 def read_layout(name: str) -> list[LayoutRule]:
     """Return the rules of a layout: one that moecc ships, or a file.
 
@@ -104,7 +109,7 @@ def read_layout(name: str) -> list[LayoutRule]:
     """
     shipped = builtin_layouts()
     if name in shipped:
-        return parse_layout(shipped[name], name)
+        return list(_shipped(name))
     if not name.endswith(SUFFIX) and "/" not in name:
         hint = nearest(name, shipped) or f"layouts: {', '.join(shipped)}; or a file, my{SUFFIX}"
         raise UsageError(f"unknown layout {name!r}", hint=hint)
@@ -118,3 +123,8 @@ def read_layout(name: str) -> list[LayoutRule]:
 def read_layouts(names: Iterable[str]) -> list[LayoutRule]:
     """Return the rules of several layouts, those of the first first."""
     return [rule for name in names for rule in read_layout(name)]
+
+
+def mesh_axes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the mesh axes that the rules of several layouts speak of, in their order."""
+    return tuple(dict.fromkeys(m for rule in read_layouts(names) for m in rule.mesh))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from moecc.errors import InputError, UsageError, nearest
 from moecc.ir.mesh import Mesh, parse_mesh
@@ -15,8 +15,12 @@ the experts; ``model`` splits heads, neurons and the vocabulary.
 """
 
 
-def plan_mesh(text: str) -> Mesh:
+def plan_mesh(text: str, axes: Collection[str] = AXES) -> Mesh:
     """Return the mesh that `text` says: ``data=8,expert=8``.
+
+    Args:
+      text: the axes with their sizes.
+      axes: those that there may be.
 
     Raises:
       UsageError: it cannot be read, an axis is unknown, or stands twice.
@@ -26,8 +30,8 @@ def plan_mesh(text: str) -> Mesh:
     except InputError as error:
         raise UsageError(error.problems) from None
     for name in mesh.names:
-        if name not in AXES:
-            hint = nearest(name, AXES) or f"axes: {', '.join(AXES)}"
+        if name not in axes:
+            hint = nearest(name, axes) or f"axes: {', '.join(axes)}"
             raise UsageError(f"unknown mesh axis {name!r}", found=text, hint=hint)
     return mesh
 
@@ -51,11 +55,11 @@ def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
     )
 
 
-def meshes(devices: int) -> Iterator[Mesh]:
-    """Yield every mesh of `devices` devices over `AXES`; one device is ``data:1``."""
-    for sizes in _products(devices, len(AXES)):
-        axes = tuple((n, s) for n, s in zip(AXES, sizes, strict=True) if s > 1)
-        yield Mesh(axes or (("data", 1),))
+def meshes(devices: int, names: Sequence[str] = AXES) -> Iterator[Mesh]:
+    """Yield every mesh of `devices` devices over axes of `names`; one device is ``data:1``."""
+    for sizes in _products(devices, len(names)):
+        axes = tuple((n, s) for n, s in zip(names, sizes, strict=True) if s > 1)
+        yield Mesh(axes or ((names[0], 1),))
 
 
 def _products(of: int, count: int) -> Iterator[tuple[int, ...]]:

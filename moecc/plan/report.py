@@ -53,6 +53,7 @@ def plan_json(
 def _strategy(strategy: Strategy) -> dict[str, Any]:
     return {
         "mesh": dict(strategy.layout.mesh.axes),
+        "rules": list(strategy.layout.names),
         "dense_weights": strategy.layout.dense_weights,
         "via": strategy.via,
         "dispatch": strategy.dispatch,
@@ -149,6 +150,7 @@ def _heading(data: dict[str, Any]) -> list[str]:
 def _name(plan: dict[str, Any]) -> str:
     mesh = ",".join(f"{n}={s}" for n, s in plan["mesh"].items()) or "one device"
     words = [mesh]
+    words.append(f"rules {','.join(plan['rules'])}")
     if plan["dense_weights"] == "split":
         words.append("dense weights split over the experts' axis")
     words.append(f"experts via {plan['via']}{' in slices' if plan['sliced'] else ''}")

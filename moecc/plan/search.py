@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
+from moecc.layouts.rules import mesh_axes
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import LOCAL, SLICED, VIAS, exact, legal
-from moecc.plan.layout import DENSE_WEIGHTS, Layout, check_layout, problems
+from moecc.plan.layout import Layout, check_layout, layouts, problems
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.meshes import check_devices, meshes
 from moecc.plan.strategy import REMATS, Setting, Strategy
@@ -27,6 +28,7 @@ class Wish:
     via: str | None = None
     remat: str | None = None
     dense_weights: str | None = None
+    rules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,22 @@ def strategies(work: Workload, machine: Machine, wish: Wish, train: bool) -> Ite
 
 
 def _layouts(work: Workload, machine: Machine, wish: Wish) -> Iterator[Layout]:
-    found = _meshes(work, machine) if wish.mesh is None else (wish.mesh,)
-    for mesh in found:
-        for dense in DENSE_WEIGHTS:
-            for replicated in (False, True):
-                layout = Layout(mesh, work.experts, dense, replicated)
-                if replicated and not layout.expert_axes:
-                    continue
-                if dense == "split" and not (layout.expert_axes or "data" in mesh.names):
-                    continue
-                if wish.dense_weights in (None, dense) and not any(problems(layout, work)):
-                    yield layout
+    for mesh in _meshes(work, machine, wish) if wish.mesh is None else (wish.mesh,):
+        if wish.rules is None:
+            found = layouts(mesh, work)
+            yield from (x for x in found if wish.dense_weights in (None, x.dense_weights))
+            continue
+        layout = Layout.ruled(mesh, work.experts, wish.rules)
+        if not any(problems(layout, work)):
+            yield layout
 
 
-def _meshes(work: Workload, machine: Machine) -> Iterator[Mesh]:
+def _meshes(work: Workload, machine: Machine, wish: Wish) -> Iterator[Mesh]:
     """Yield meshes, less those that are another one by another name."""
+    if wish.rules is not None:
+        # Those of an axis that nothing lies on are no layouts.
+        yield from meshes(machine.devices, mesh_axes(wish.rules))
+        return
     for mesh in meshes(machine.devices):
         sizes = dict(mesh.axes)
         data = sizes.get("data", 1)
@@ -102,7 +105,10 @@ def check_wish(work: Workload, machine: Machine, wish: Wish) -> None:
     if wish.mesh is None:
         return
     check_devices(wish.mesh, machine.devices, machine.name)
-    layout = Layout(wish.mesh, work.experts, "whole", wish.via == "replicated")
+    if wish.rules is None:
+        layout = Layout(wish.mesh, work.experts, "whole", wish.via == "replicated")
+    else:
+        layout = Layout.ruled(wish.mesh, work.experts, wish.rules)
     check_layout(layout, work)
     devices = layout.mesh.size(layout.expert_axes)
     if wish.via is not None and not legal(wish.via, devices, work.dropless):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-from moecc.plan.layout import STORED_AXES, Layout
+from moecc.plan.layout import Layout
 from moecc.plan.shapes import Shape
 from moecc.plan.workload import Weight
 
@@ -23,7 +23,7 @@ class Sharding:
 
     layout: Layout
     rows: float = 1.0
-    _stored: dict[tuple[Shape, bool], dict[str, float]] = field(
+    _stored: dict[tuple[Shape, bool], tuple[dict[str, float], tuple[str, ...]]] = field(
         default_factory=dict, repr=False, compare=False
     )
     _known: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
@@ -65,32 +65,34 @@ class Sharding:
         return self.elements(weight.shape)
 
     def stored_sizes(self, weight: Weight) -> dict[str, float]:
-        """Return the sizes of a parameter where it lies, by axis.
+        """Return the sizes of a parameter where it lies, by axis."""
+        return self._lies(weight)[0]
 
-        The parts that are gathered at use are cut from the first of `STORED_AXES` that divides.
-        """
+    def stored_axes(self, weight: Weight) -> tuple[str, ...]:
+        """Return the mesh axes that cut a parameter for storage, which is gathered for use."""
+        return self._lies(weight)[1]
+
+    def _lies(self, weight: Weight) -> tuple[dict[str, float], tuple[str, ...]]:
         key = (weight.shape, weight.of_experts)
         found = self._stored.get(key)
         if found is None:
-            found = self._stored[key] = self._stored_sizes(weight)
+            found = self._stored[key] = self._cut(weight)
         return found
 
-    def _stored_sizes(self, weight: Weight) -> dict[str, float]:
+    def _cut(self, weight: Weight) -> tuple[dict[str, float], tuple[str, ...]]:
         sizes = {name: size / self._part(name, size) for name, size in weight.shape}
-        parts = self.layout.mesh.size(self.layout.weight_axes(weight.of_experts))
-        free = [n for n in STORED_AXES if n in sizes and sizes[n] % parts == 0]
-        # Vectors are small, and lie whole.
-        if parts > 1 and free and len(sizes) > 1:
-            sizes[free[0]] /= parts
-        return sizes
+        layout = self.layout
+        experts = "expert" in sizes and sizes["expert"] < weight.shape.size("expert")
+        neurons = any(sizes[n] < size for n, size in weight.shape if n in _TENSOR)
+        taken = (layout.expert_axes if experts else ()) + (layout.tensor_axes if neurons else ())
+        parts = layout.stored_parts(sizes, taken)
+        for name, axes in parts.items():
+            sizes[name] /= layout.mesh.size(axes)
+        return sizes, tuple(n for n in layout.mesh.names if any(n in a for a in parts.values()))
 
     def _part(self, name: str, size: float) -> float:
         parts = self._shards.get(name, 1)
         return parts if size % parts == 0 else 1
-
-    def is_cut(self, weight: Weight) -> bool:
-        """Whether a parameter is stored in parts that are gathered where it is used."""
-        return self.stored(weight) < self.used(weight)
 
     def stored(self, weight: Weight) -> float:
         """Return the elements of a parameter where it lies."""

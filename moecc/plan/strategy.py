@@ -57,6 +57,7 @@ class Strategy:
     def __str__(self) -> str:
         mesh = str(self.layout.mesh) or "one device"
         dense = ", dense weights split" if self.layout.dense_weights == "split" else ""
+        dense += f", rules {','.join(self.layout.own)}" if self.layout.own else ""
         via = f", via {self.via}" if self.via != LOCAL else ""
         via += " in slices" if self.sliced else ""
         rows = f", {self.dispatch}" if self.layout.experts else ""

@@ -89,8 +89,8 @@ def _gathers(
     if setting.train and part.in_layer:
         times += 1 + (part.onward and strategy.remat != "none")
     for weight in part.weights:
-        axes = strategy.layout.weight_axes(weight.of_experts)
-        if local.is_cut(weight):
+        axes = local.stored_axes(weight)
+        if axes:
             size = local.used(weight) * setting.dtype.itemsize_bytes
             yield Transfer("all_gather", axes, size, times, "parameters", False)
 
@@ -100,11 +100,11 @@ def _gradient_sums(
 ) -> Iterator[Transfer]:
     """Yield how a gradient, with elements of `width` bytes, is summed over the batch."""
     layout = strategy.layout
-    axes = layout.weight_axes(weight.of_experts)
-    if layout.mesh.size(axes) > 1:
-        op = "reduce_scatter" if local.is_cut(weight) else "all_reduce"
-        yield Transfer(op, axes, local.used(weight) * width, 1, "gradients", False)
-    sums = layout.gradient_axes(weight.of_experts)
+    stored = local.stored_axes(weight)
+    axes = tuple(n for n in stored if n in layout.batch_axes)
+    if axes:
+        yield Transfer("reduce_scatter", axes, local.used(weight) * width, 1, "gradients", False)
+    sums = layout.gradient_axes(weight.of_experts, stored)
     if layout.mesh.size(sums) > 1:
         yield Transfer("all_reduce", sums, local.stored(weight) * width, 1, "gradients", False)
 

@@ -18,7 +18,7 @@ from moecc.models import open_model
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import LOCAL, VIAS, Rows, legal
-from moecc.plan.layout import DENSE_WEIGHTS, Layout, problems
+from moecc.plan.layout import Layout, layouts
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
@@ -41,13 +41,10 @@ def work_of(model: str, sequences: int = 64) -> Workload:
 def legal_strategies(model: str) -> tuple[Strategy, ...]:
     """Return all on 16 devices."""
     work, found = work_of(model), []
-    for mesh, dense, replicated in product(meshes(16), DENSE_WEIGHTS, (False, True)):
-        layout = Layout(mesh, work.experts, dense, replicated)
-        if any(problems(layout, work)) or (replicated and not layout.expert_axes):
-            continue
+    for layout in (found for mesh in meshes(16) for found in layouts(mesh, work)):
         devices = layout.mesh.size(layout.expert_axes)
         for via, remat in product((*VIAS, LOCAL), REMATS):
-            if legal(via, devices, work.dropless) and (via == "replicated") == replicated:
+            if legal(via, devices, work.dropless) and (via == "replicated") == layout.replicated:
                 found.append(Strategy(layout, via, "index", remat))
     return tuple(found)
 

@@ -163,6 +163,18 @@ def test_the_batch_grows_with_the_machine_that_is_named(
     assert plan(capsys, *given, "--machine", named)["best"]["fits"]
 
 
+def test_rules_take_the_place_of_names(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("preset:mixtral-8x7b", "--machine", "gpu:h100:16", "--remat", "full")
+    named = plan(capsys, *given, "--rules", "fsdp,expert-parallel,zero-expert")["best"]
+    assert set(named["mesh"]) <= {"fsdp", "data", "expert"}
+    assert named["rules"] == ["fsdp", "expert-parallel", "zero-expert"]
+    same = plan(capsys, *given, "--mesh", ",".join(f"{n}={s}" for n, s in named["mesh"].items()))
+    assert same["best"]["seconds"] <= named["seconds"]
+    code, _, err = run(capsys, "plan", *given, "--rules", "fsdp", "--mesh", "data=16")
+    assert code == 2
+    assert "unknown mesh axis 'data'" in err
+
+
 def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
     given = ("preset:smollm2-135m", "--machine", "tpu:v5e:4x4", "-p", "upcycle{experts=8}")
     found = plan(capsys, *given)

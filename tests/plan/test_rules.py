@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moecc.errors import InputError
+from moecc.errors import InputError, UsageError
 from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.ir import Graph
 from moecc.ir.local import local_type
-from moecc.ir.mesh import mesh_of
+from moecc.ir.mesh import mesh_of, parse_mesh
 from moecc.ir.structure import clone
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
-from moecc.plan.layout import DENSE_WEIGHTS, Layout, problems
+from moecc.plan.estimate import Estimator
+from moecc.plan.exchanges import LOCAL, VIAS, legal
+from moecc.plan.layout import Layout, layouts, problems
+from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
-from moecc.plan.rules import rules_of
 from moecc.plan.sharding import Sharding
+from moecc.plan.strategy import Setting, Strategy
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
 
@@ -44,25 +47,11 @@ def known(model: str) -> tuple[Graph, Workload]:
     return graph, workload(graph, make_batch(graph, DEVICES, 64 * sum(lengths), lengths))
 
 
-def layouts(model: str) -> list[Layout]:
-    _, work = known(model)
-    found = []
-    for mesh, dense, replicated in product(meshes(DEVICES), DENSE_WEIGHTS, (False, True)):
-        layout = Layout(mesh, work.experts, dense, replicated)
-        split = bool(layout.expert_axes) or "data" in mesh.names
-        fits = split if dense == "split" else True
-        if replicated and layout.expert_axes != ("expert",):
-            continue
-        if fits and not any(problems(layout, work)):
-            found.append(layout)
-    return found
-
-
 def held(model: str, layout: Layout) -> tuple[int, int]:
     """Return the elements that a device holds of the laid graph: of matrices, of vectors."""
     graph = clone(known(model)[0])
     groups = layout.mesh.size(layout.batch_axes)
-    passes = f"annotate-sharding{{mesh={layout.mesh} rules={','.join(rules_of(layout))}}}"
+    passes = f"annotate-sharding{{mesh={layout.mesh} rules={','.join(layout.names)}}}"
     if layout.experts:
         passes = f"specialize{{groups={groups}}},{passes}"
     run_pipeline(graph, Pipeline.parse(passes))
@@ -76,13 +65,13 @@ def held(model: str, layout: Layout) -> tuple[int, int]:
 def test_a_device_holds_what_the_plan_says(model: str) -> None:
     work = known(model)[1]
     wrong = []
-    for layout in layouts(model):
+    for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
         local = Sharding(layout)
         matrices = sum(n * local.stored(w) for w, n in work.weights if len(w.shape.axes) > 1)
         vectors = sum(n * local.stored(w) for w, n in work.weights if len(w.shape.axes) == 1)
         found = held(model, layout)
         if found != (matrices, vectors):
-            wrong.append((str(layout.mesh), layout.dense_weights, rules_of(layout), found,
+            wrong.append((str(layout.mesh), layout.dense_weights, layout.names, found,
                           (matrices, vectors)))  # fmt: skip
     assert wrong == []
 
@@ -102,9 +91,50 @@ def test_a_device_holds_what_the_plan_says(model: str) -> None:
 def test_the_names_of_a_layout(
     mesh: str, experts: int, dense: str, replicated: bool, rules: str
 ) -> None:
-    assert ",".join(rules_of(Layout(plan_mesh(mesh), experts, dense, replicated))) == rules
+    assert ",".join(Layout(plan_mesh(mesh), experts, dense, replicated).names) == rules
+
+
+@pytest.mark.parametrize("model", FEW)
+def test_a_plan_reads_the_rules_that_a_graph_is_laid_by(model: str) -> None:
+    """Named by the user or stood for by the mesh, the same rules are the same plan."""
+    work = known(model)[1]
+    estimator = Estimator(work, parse_machine("gpu:h100:16"), Setting())
+    for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
+        own = Layout.ruled(layout.mesh, work.experts, layout.names)
+        assert own.replicated is layout.replicated
+        devices = layout.mesh.size(layout.expert_axes)
+        vias = [v for v in (*VIAS, LOCAL) if legal(v, devices, work.dropless)]
+        first, second = (estimator.estimate(Strategy(x, vias[0])) for x in (layout, own))
+        assert first.memory == second.memory
+        assert first.collectives == second.collectives
+
+
+def test_rules_of_a_file_are_planned_and_laid_alike(tmp_path: Path) -> None:
+    """Under mesh axes of other names: rows and columns."""
+    file = tmp_path / "grid.rules"
+    lines = ("batch = rows", "group = rows", "expert with slot = rows", "mlp = columns",
+             "param embed = rows ?")  # fmt: skip
+    file.write_text("\n".join(lines))
+    work = known("mixtral-8x7b")[1]
+    layout = Layout.ruled(parse_mesh("rows=8,columns=2"), work.experts, (str(file),))
+    local = Sharding(layout)
+    planned = sum(n * local.stored(w) for w, n in work.weights)
+    assert planned == sum(held("mixtral-8x7b", layout))
+    assert local.stored_axes(next(w for w, _ in work.weights if w.of_experts)) == ()
+
+
+def test_what_a_plan_cannot_read_of_rules_is_refused(tmp_path: Path) -> None:
+    mesh = parse_mesh("data=8,model=2")
+    with pytest.raises(InputError, match="what it costs to split the axis 'seq'"):
+        Layout.ruled(mesh, 0, ("tensor-parallel", "sequence-parallel"))
+    with pytest.raises(UsageError, match="unknown layout 'tensor'"):
+        Layout.ruled(mesh, 0, ("tensor",))
+    unused = Layout.ruled(mesh, 0, ("data-parallel",))
+    found = [str(p) for p in problems(unused, known("llama-3.1-8b")[1])]
+    assert any("nothing lies on the mesh axis 'model'" in p for p in found)
 
 
 def test_rows_of_data_have_tokens_of_their_own() -> None:
+    layout = Layout(plan_mesh("data=8"), 8, "whole", replicated=True)
     with pytest.raises(InputError, match="cannot all have the same tokens"):
-        rules_of(Layout(plan_mesh("data=8"), 8, "whole", replicated=True))
+        print(layout.names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from moecc.ir.graph import Graph, Node
-from moecc.plan.layout import STORED_AXES, TENSOR_AXES, Layout
+from moecc.plan.layout import TENSOR_AXES, Layout
 
 Parts = dict[str, tuple[str, ...]]
 """For each axis that is split, the mesh axes that it lies on, outermost first."""
@@ -55,12 +55,11 @@ def weight_parts(layout: Layout, sizes: Sizes, *, stored: bool, layers: str = ""
     if of_experts:
         _split(layout, parts, inner, "expert", layout.expert_axes)
     _split_tensor(layout, parts, inner)
-    axes = layout.weight_axes(of_experts)
-    if stored and axes and len(inner) > 1:
-        count = layout.mesh.size(axes)
-        free = [n for n in STORED_AXES if n in inner and n not in parts and inner[n] % count == 0]
-        if free:
-            _split(layout, parts, inner, free[0], axes)
+    if stored:
+        taken = [m for axes in parts.values() for m in axes]
+        here = {n: size / layout.mesh.size(parts.get(n, ())) for n, size in inner.items()}
+        for name, axes in layout.stored_parts(here, taken).items():
+            parts[name] = (*parts.get(name, ()), *axes)
     return parts
 
 
