@@ -7,18 +7,13 @@ replaces what stands between two markers; a test holds that the file is current.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import moecc.ir.table as _filled
-from moecc.errors import InputError
 from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
 from moecc.ir.printer import format_attr
-
-BEGIN = "<!-- begin operations: written by python -m moecc.ir.docs -->"
-END = "<!-- end operations -->"
+from moecc.pages import WrittenPart
 
 GROUPS = (
     ("Arithmetic, selection, constants", "elementwise"),
@@ -51,32 +46,6 @@ def render_operations() -> str:
         if attributes:
             parts.append(_table(ATTRIBUTE_COLUMNS, attributes))
     return "\n\n".join(parts)
-
-
-def replace_operations(page: str) -> str:
-    """Return `page` with the operations written anew between the markers.
-
-    Raises:
-      InputError: the page lacks a marker.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError("the page has no place for the operations", expected=f"{BEGIN} … {END}")
-    return f"{before}{BEGIN}\n\n{render_operations()}\n\n{END}{after}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the page that the command line names, and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write the operations into a page.")
-    parser.add_argument("page", type=Path, help="docs/ir.md")
-    page: Path = parser.parse_args(argv).page
-    try:
-        page.write_text(replace_operations(page.read_text("utf-8")), "utf-8")
-    except (InputError, OSError) as error:
-        print(f"error: {page}: {error}", file=sys.stderr)
-        return InputError.exit_code
-    return 0
 
 
 def _heading() -> str:
@@ -169,5 +138,7 @@ def _cell(text: str) -> str:
 
 assert _filled.__all__, "importing the table fills it"
 
+OPERATIONS = WrittenPart("operations", "moecc.ir.docs", render_operations)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(OPERATIONS.main())

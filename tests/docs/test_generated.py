@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moecc.errors import InputError
-from moecc.ir.docs import BEGIN, END, main, render_operations, replace_operations
+from moecc.ir.docs import OPERATIONS, render_operations
 from moecc.ir.ops import OPS
 
 PAGE = Path(__file__).parents[2] / "docs" / "ir.md"
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "ir.md"
 
 def test_the_page_has_the_operations_as_they_are() -> None:
     page = PAGE.read_text("utf-8")
-    assert replace_operations(page) == page, "run: make docs"
+    assert OPERATIONS.replace(page) == page, "run: make docs"
 
 
 def test_every_operation_and_attribute_has_its_row() -> None:
@@ -43,20 +43,20 @@ def test_a_row_says_what_is_mixed(operation: str, mixed: str) -> None:
 
 
 def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no place for the operations"):
-        replace_operations(f"# a page\n{END}\n{BEGIN}\n")
+    with pytest.raises(InputError, match="no place for the part 'operations'"):
+        OPERATIONS.replace(f"# a page\n{OPERATIONS.end}\n{OPERATIONS.begin}\n")
     page = tmp_path / "page.md"
     page.write_text("# a page\n")
-    assert main([str(page)]) == 1
+    assert OPERATIONS.main([str(page)]) == 1
     assert page.read_text() == "# a page\n"
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert main([str(page)]) == 0
+    page.write_text(f"before\n{OPERATIONS.begin}\nold\n{OPERATIONS.end}\nafter\n")
+    assert OPERATIONS.main([str(page)]) == 0
     text = page.read_text("utf-8")
-    assert text.startswith(f"before\n{BEGIN}\n")
-    assert text.endswith(f"\n{END}\nafter\n")
+    assert text.startswith(f"before\n{OPERATIONS.begin}\n")
+    assert text.endswith(f"\n{OPERATIONS.end}\nafter\n")
     assert render_operations() in text
     assert "old" not in text.splitlines()

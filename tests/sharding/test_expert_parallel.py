@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from moecc_backends.reference.devices import simulate
-from moecc_passes.sharding.legal import Case, cases, layer, main, outcome, replace_table
+from moecc_passes.sharding.legal import TABLE, Case, cases, layer, outcome
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal
@@ -53,10 +53,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "sharding.md"
 
 def test_the_page_has_the_table_as_it_is(tmp_path: Path) -> None:
     page = PAGE.read_text("utf-8")
-    assert replace_table(page) == page, "run: make docs"
+    assert TABLE.replace(page) == page, "run: make docs"
     empty = tmp_path / "page.md"
     empty.write_text("# a page\n")
-    assert main([str(empty)]) == 1
+    assert TABLE.main([str(empty)]) == 1
     assert empty.read_text() == "# a page\n"
 
 

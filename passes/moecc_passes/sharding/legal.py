@@ -7,12 +7,10 @@ writes the table between two markers of the page; the tests run every case of it
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moecc.errors import InputError
@@ -22,11 +20,9 @@ from moecc.ir.graph import Graph
 from moecc.ir.mixtures import emit_expert_choice
 from moecc.ir.moe import emit_routing
 from moecc.ir.types import tensor
+from moecc.pages import WrittenPart
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-
-BEGIN = "<!-- begin legal: written by python -m moecc_passes.sharding.legal -->"
-END = "<!-- end legal -->"
 
 SLOTS = ("capacity", "ragged", "expert-choice")
 """What bounds the rows of an expert: a factor of 1, nothing, or the experts' own choice."""
@@ -164,31 +160,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def replace_table(page: str) -> str:
-    """Return `page` with the table written anew between the markers.
-
-    Raises:
-      InputError: the page lacks a marker.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError("the page has no place for the table", expected=f"{BEGIN} … {END}")
-    return f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the page that the command line names, and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write the table of what is legal into a page.")
-    parser.add_argument("page", type=Path, help="docs/sharding.md")
-    page: Path = parser.parse_args(argv).page
-    try:
-        page.write_text(replace_table(page.read_text("utf-8")), "utf-8")
-    except (InputError, OSError) as error:
-        print(f"error: {page}: {error}", file=sys.stderr)
-        return InputError.exit_code
-    return 0
-
+TABLE = WrittenPart("legal", "moecc_passes.sharding.legal", render)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(TABLE.main())
