@@ -37,6 +37,7 @@ from moecc_backends.xla.dtypes import accumulator
 from moecc_backends.xla.local import Local
 from moecc_backends.xla.named import Named, Operand
 from moecc_backends.xla.options import AUTO, DEFAULTS, Options
+from moecc_backends.xla.quiet import find_devices
 from moecc_backends.xla.segments import Segment, segments
 
 Tree = Mapping[str, jax.Array]
@@ -181,6 +182,7 @@ class XlaBackend:
             from moecc_backends.xla.shared import shared_program
 
             return shared_program(graph, dtype, options, place)
+        find_devices()
         return XlaProgram(graph, dtype, options)
 
     def compile_ahead(self, graph: Graph, job: Job) -> Result:
@@ -209,6 +211,7 @@ class XlaBackend:
         """
         from moecc_backends.xla.emit import emitted
 
+        find_devices()
         chosen = Options(options.get("dispatch") or AUTO, options.get("platform"))
         return emitted(graph, inputs, emit=emit, dtype=dtype, options=chosen)
 

@@ -1,0 +1,98 @@
+"""Importing jax on a computer without accelerators, where plug-ins for them may be installed.
+
+The extras `tpu` and `gpu-aot` are there to compile for machines elsewhere.  jax tries every plug-in
+when it starts, and those that find no device say so at length: here they are not asked.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+
+_DEVICES = (
+    "/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel*",
+    "/dev/vfio/[0-9]*",
+)  # fmt: skip
+_PCI_VENDORS = "/sys/bus/pci/devices/*/vendor"
+_GOOGLE = "0x1ae0"
+
+_CUDA = "jax_plugins.xla_cuda"
+_ABSENT = (b"cudart_stub.cc", b"All log messages before absl::InitializeLog()")
+"""What lines say that are written while CUDA's plug-in is loaded where there is no CUDA."""
+
+
+def import_jax() -> None:
+    """Import jax, for the CPU alone if this computer has nothing else and the user says nothing.
+
+    ``JAX_PLATFORMS`` is left alone where it is set, where a device of a TPU or a GPU is seen, where
+    a TPU's runtime has left a variable, and where there are plug-ins for other accelerators.
+    """
+    if not is_cpu_alone():
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with _without(_ABSENT):
+        import_module("jax")
+
+
+def find_devices() -> None:
+    """Let jax find its devices, which loads the plug-ins.
+
+    Not before processes have met: `jax.distributed` comes first.
+    """
+    import jax
+
+    if is_cpu_alone():
+        with _without(_ABSENT):
+            jax.devices()
+
+
+@cache
+def is_cpu_alone() -> bool:
+    """Return whether jax can find nothing here but a CPU."""
+    return not has_accelerator() and all(name.startswith(_CUDA) for name in _plugins())
+
+
+def has_accelerator() -> bool:
+    """Return whether this computer may have an accelerator that jax can use."""
+    if sys.platform != "linux" or any(name.startswith("TPU_") for name in os.environ):
+        return True
+    if any(glob.glob(pattern) for pattern in _DEVICES):
+        return True
+    return any(Path(p).read_text("ascii").strip() == _GOOGLE for p in glob.glob(_PCI_VENDORS))
+
+
+def _plugins() -> list[str]:
+    """Return the modules of the plug-ins that jax would try, libtpu's aside."""
+    spec = find_spec("jax_plugins")
+    folders = [] if spec is None else spec.submodule_search_locations
+    names = [m.name for m in iter_modules(folders, "jax_plugins.")]
+    return sorted({*names, *(p.value for p in entry_points(group="jax_plugins"))})
+
+
+@contextmanager
+def _without(noise: tuple[bytes, ...]) -> Iterator[None]:
+    """Hold back what is written to the standard error, and then write all but lines of `noise`."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            held.seek(0)
+            for line in held:
+                if not any(text in line for text in noise):
+                    os.write(2, line)

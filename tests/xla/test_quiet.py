@@ -1,0 +1,74 @@
+"""Plug-ins for accelerators that are not here do not speak, and nothing else is held back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax")
+
+from moecc_backends.xla import quiet
+
+MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
+
+
+def test_a_command_says_what_it_has_to_say_and_no_more(tmp_path: Path) -> None:
+    """Where libtpu or the CUDA plug-in is installed, this is what they would fill."""
+    np.save(tmp_path / "tokens.npy", np.array([[1, 2, 3]], np.int32))
+    words = ["run", str(MODEL), "--inputs", "tokens.npy", "--outputs", "logits.npy"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moecc", *words],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    if quiet.is_cpu_alone():
+        assert done.stderr.splitlines() == ["logits [1, 3, 37] written to logits.npy"]
+
+
+def test_only_lines_of_noise_are_held_back(capfd: pytest.CaptureFixture[str]) -> None:
+    def loud() -> None:
+        with quiet._without((b"cudart_stub.cc",)):
+            os.write(2, b"I0000 cudart_stub.cc:31] Could not find cuda drivers\n")
+            print("a warning that counts", file=sys.stderr)
+            os.write(2, b"an error, half a line")
+            raise ImportError("a library is missing")
+
+    with pytest.raises(ImportError, match="a library"):
+        loud()
+    os.write(2, b", and the rest\n")
+    assert capfd.readouterr().err == "a warning that counts\nan error, half a line, and the rest\n"
+
+
+def test_what_may_be_an_accelerator_is_left_to_jax(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in [n for n in os.environ if n.startswith("TPU_")]:
+        monkeypatch.delenv(name)
+    vendor = tmp_path / "vendor"
+    vendor.write_text("0x8086\n")
+    monkeypatch.setattr(quiet, "_DEVICES", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(quiet, "_PCI_VENDORS", str(vendor))
+    assert not quiet.has_accelerator()
+    vendor.write_text("0x1ae0\n")
+    assert quiet.has_accelerator()
+    vendor.write_text("0x8086\n")
+    (tmp_path / "nvidia0").touch()
+    assert quiet.has_accelerator()
+    (tmp_path / "nvidia0").unlink()
+    monkeypatch.setenv("TPU_WORKER_ID", "0")
+    assert quiet.has_accelerator()
+
+
+@pytest.mark.parametrize("other", [[], ["jax_plugins.xla_cuda12"], ["jax_plugins.metal"]])
+def test_plug_ins_for_other_accelerators_are_asked(
+    monkeypatch: pytest.MonkeyPatch, other: list[str]
+) -> None:
+    monkeypatch.setattr(quiet, "has_accelerator", lambda: False)
+    monkeypatch.setattr(quiet, "_plugins", lambda: other)
+    assert quiet.is_cpu_alone.__wrapped__() == ("jax_plugins.metal" not in other)
