@@ -168,10 +168,6 @@ def _layer_bytes(work: Workload, local: Sharding, setting: Setting, remat: str, 
         ("layers", again, fuses),
         lambda: max((_layer(x, local, again, fuses) for x in work.layers), default=0.0),
     )
-    if again:
-        # The inputs of the other layers of a unit, which are there once it has been run again.
-        inputs = (sum(map(local.elements, x.inputs)) for x in work.layers)
-        layers += (work.unit - 1) * max(inputs, default=0.0)
     gathered = local.once(
         "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
     )
@@ -185,7 +181,8 @@ def _layer(layer: Layer, local: Sharding, again: bool, fuses: bool) -> float:
     gradients of its values come and go.
     """
     backward = layer.residuals.fused if fuses else layer.residuals.plain
-    now = most = sum(map(local.elements, backward.alive)) if again else 0.0
+    there = (*backward.alive, *layer.beside[fuses])
+    now = most = sum(map(local.elements, there)) if again else 0.0
     for step in backward.flow:
         born, done = (sum(map(local.elements, s)) for s in (step.born, step.done))
         now += born

@@ -6,8 +6,7 @@ a shallow one.  Sizes are global; a layout divides them.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -20,8 +19,7 @@ from moecc.ir.table.placing import placing
 from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
 from moecc.plan.shapes import Shape, Shapes
-
-_LAYER = re.compile(r"^(.*?\.?layers\.)(\d+)(?:\.(.*))?$")
+from moecc.plan.units import LAYER, Unit, layer_of, stack_of, units_of
 
 HEADS = ("head", "kv_head")
 
@@ -92,7 +90,7 @@ class Part:
       weights: the parameters of one that no earlier part has.
       top_k: of experts: choices a token, 0 in a dense part.
       in_layer: whether it is a part of a layer, which rematerialisation computes again.
-      onward: whether it is computed once more for the layers behind it in its unit.
+      onward: whether it is one of a loop in its unit, and computed once more for that.
     """
 
     name: str
@@ -118,8 +116,11 @@ class Layer:
       count: how many there are.
       residuals: what the backward pass of one keeps.
       inputs: the shapes of what one takes from the layer before.
-      is_first: whether it is the first of its unit: of a run of layers that a stack repeats, of
-        which rematerialisation keeps no more than the input.
+      is_first: whether it is the first of its unit, of which full rematerialisation keeps no more
+        than the input.
+      beside: what there is of earlier layers of its unit, computed again, when it is
+        differentiated: the inputs of those of a loop, what the others need; where all of it is
+        arrays, and where what is computed entry by entry is not.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Layer:
     residuals: Residuals
     inputs: tuple[Shape, ...]
     is_first: bool = True
+    beside: tuple[tuple[Shape, ...], tuple[Shape, ...]] = ((), ())
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,6 @@ class Workload:
       batch: the batch.
       parts: the sublayers and what stands before and after them.
       layers: the layers.
-      unit: how many layers the longest unit of rematerialisation has.
       weights: all parameters; of equal ones the first, with their number.
       experts: how many experts a layer has at most, 0 in a dense model.
       dropless: whether the experts take every token.
@@ -147,7 +148,6 @@ class Workload:
     batch: Batch
     parts: tuple[Part, ...]
     layers: tuple[Layer, ...]
-    unit: int
     weights: tuple[tuple[Weight, int], ...]
     experts: int
     dropless: bool
@@ -186,7 +186,6 @@ def workload(graph: Graph, batch: Batch) -> Workload:
         batch=batch,
         parts=tuple(reader.parts()),
         layers=tuple(reader.layers()),
-        unit=max(reader.periods.values(), default=1),
         weights=tuple(reader.weights()),
         experts=max((layer.experts for layer in layers), default=0),
         dropless=all(layer.slots == "ragged" for layer in layers),
@@ -215,49 +214,6 @@ def _tensor_sizes(graph: Graph) -> dict[str, int]:
     return found
 
 
-def _stack_of(of: Value | Node) -> str | None:
-    """Return the stack that a node belongs to, or that the node that makes a value does."""
-    node = of if isinstance(of, Node) else of.node
-    match = _LAYER.match(node.loc) if node is not None else None
-    return match[1] if match else None
-
-
-def _layer_of(loc: str) -> str:
-    """Return the layer that a location belongs to, or the location where it is in none."""
-    match = _LAYER.match(loc)
-    return f"{match[1]}{match[2]}" if match else loc
-
-
-def _periods(graph: Graph, shape: Callable[[Value], Shape]) -> dict[str, int]:
-    """Return for each stack how many layers make a unit of rematerialisation.
-
-    A unit is the shortest run of layers that the stack repeats: what ``roll-layers`` makes one
-    body of.
-    """
-    layers: dict[str, dict[int, list[Node]]] = {}
-    for node in graph:
-        match = _LAYER.match(node.loc)
-        if match:
-            layers.setdefault(match[1], {}).setdefault(int(match[2]), []).append(node)
-    found: dict[str, int] = {}
-    for stack, numbered in layers.items():
-        looks = [
-            tuple((n.op.name, *map(shape, n.results)) for n in numbered[i])
-            for i in sorted(numbered)
-        ]
-        found[stack] = _period(looks)
-    return found
-
-
-def _period(items: Sequence[object]) -> int:
-    """Return the length of the shortest run that `items` repeat, 1 where they repeat none."""
-    count = len(items)
-    for length in range(1, count // 2 + 1):
-        if count % length == 0 and all(items[i] == items[i % length] for i in range(count)):
-            return length
-    return 1
-
-
 class _Reader:
     """Reads shapes and groups nodes; holds what the graph's values look like."""
 
@@ -267,16 +223,18 @@ class _Reader:
         self.seen: set[Value] = set()
         self.shapes = Shapes()
         self.nodes: dict[str, list[Node]] = {}
-        self.periods = _periods(graph, self.shape)
+        self.units = units_of(graph, self.shape)
         for node in graph:
-            self.nodes.setdefault(_layer_of(node.loc), []).append(node)
+            self.nodes.setdefault(layer_of(node.loc), []).append(node)
         self.residuals = {at: residuals(nodes, self.shape) for at, nodes in self.nodes.items()}
 
-    def _at(self, loc: str) -> tuple[int, int]:
-        """Return the number of a layer in its unit, and how many layers the unit has."""
-        match = _LAYER.match(loc)
-        period = self.periods[match[1]] if match else 1
-        return (int(match[2]) % period if match else 0), period
+    def _at(self, loc: str) -> tuple[int, Unit]:
+        """Return the number of a layer in its unit, and the unit."""
+        match = LAYER.match(loc)
+        if match is None:
+            return 0, Unit((False,))
+        unit = self.units[match[1]]
+        return int(match[2]) % unit.size, unit
 
     def shape(self, value: Value) -> Shape:
         """Return the global shape of a value."""
@@ -329,16 +287,32 @@ class _Reader:
         """Yield the layers, equal ones as one."""
         found: dict[object, Layer] = {}
         for loc, nodes in self.nodes.items():
-            match = _LAYER.match(loc)
+            match = LAYER.match(loc)
             if match is None:
                 continue
             kept = self.residuals[loc]
-            first = self._at(loc)[0] == 0
-            layer = Layer(match[1].rstrip("."), 1, kept, tuple(self._inputs(nodes)), first)
-            key = (layer.name, kept.key, layer.inputs, first)
+            name, inputs = match[1].rstrip("."), tuple(self._inputs(nodes))
+            first, beside = self._at(loc)[0] == 0, self._beside(loc)
+            layer = Layer(name, 1, kept, inputs, first, beside)
+            key = (name, kept.key, inputs, first, beside)
             old = found.get(key)
             found[key] = layer if old is None else replace(old, count=old.count + 1)
         yield from found.values()
+
+    def _beside(self, loc: str) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+        """Return what there is of the layers before `loc` in its unit."""
+        (at, unit), name = self._at(loc), loc.rstrip("0123456789")
+        number = int(loc.removeprefix(name))
+        plain: list[Shape] = []
+        fused: list[Shape] = []
+        for back in range(1, at + 1):
+            earlier = f"{name}{number - back}"
+            kept = self.residuals[earlier]
+            inputs = tuple(self._inputs(self.nodes[earlier]))
+            looped = unit.looped[at - back]
+            plain += inputs if looped else kept.plain.alive
+            fused += inputs if looped else kept.fused.alive
+        return tuple(plain), tuple(fused)
 
     def _inputs(self, nodes: list[Node]) -> Iterator[Shape]:
         """Yield what a layer takes from others, once: floating-point values of tokens."""
@@ -375,15 +349,14 @@ class _Reader:
         return found.items()
 
     def _part(self, loc: str, nodes: list[Node]) -> Part:
-        match = _LAYER.match(loc)
+        match = LAYER.match(loc)
         name = f"{match[1]}{match[3] or ''}".rstrip(".") if match else loc or "model"
-        number, period = self._at(loc)
-        onward = number + 1 < period
+        number, unit = self._at(loc)
         roots: dict[Value, int] = {}
         weights = tuple(self._new(v for n in nodes for v in n.operands if v.is_param))
-        steps = tuple(self._step(node, roots, onward, period) for node in nodes)
+        steps = tuple(self._step(node, roots, number, unit) for node in nodes)
         top_k = max((n.attrs["top_k"] for n in nodes if n.op.name == "route"), default=0)
-        return Part(name, 1, steps, weights, top_k, match is not None, onward)
+        return Part(name, 1, steps, weights, top_k, match is not None, unit.looped[number])
 
     def _new(self, params: Iterable[Value]) -> Iterator[Weight]:
         """Yield the parameters that are met for the first time."""
@@ -392,10 +365,10 @@ class _Reader:
                 self.seen.add(value)
                 yield self.weight(value)
 
-    def _step(self, node: Node, roots: dict[Value, int], onward: bool, period: int) -> Step:
-        kept = self.residuals[_layer_of(node.loc)]
+    def _step(self, node: Node, roots: dict[Value, int], number: int, unit: Unit) -> Step:
+        kept = self.residuals[layer_of(node.loc)]
         root = root_of(node.operands[0]) if node.operands else None
-        outside = root is not None and _stack_of(root) != _stack_of(node)
+        outside = root is not None and stack_of(root) != stack_of(node)
         rows = next((v for v in (*node.operands, *node.results) if "slot" in v.type), None)
         exact = 1.0
         if rows is not None:
@@ -408,10 +381,24 @@ class _Reader:
             results=tuple(map(self.shape, node.results)),
             over=tuple(node.attrs.get("over", ())) if node.op.name == "contract" else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
-            again=(node in kept.again) + (onward and node in kept.onward),
-            saved_again=(node in kept.saved_again) + (onward and node in kept.saved_onward),
+            again=_again(number, unit, node in kept.again, node in kept.onward),
+            saved_again=_again(number, unit, node in kept.saved_again, node in kept.saved_onward),
             source=-1 if root is None else roots.setdefault(root, len(roots)),
-            source_share=1 / period if outside else 1.0,
+            source_share=1 / unit.size if outside else 1.0,
             exact_rows=exact,
             axes=self.shapes.of(tuple(axes.items())),
         )
+
+
+def _again(number: int, unit: Unit, own: bool, onward: bool) -> int:
+    """Return how often a node runs again.
+
+    Args:
+      number: of its layer in the unit.
+      unit: the unit.
+      own: whether its own layer needs it to be differentiated.
+      onward: whether it leads to what the layers behind its own take.
+    """
+    if unit.looped[number]:
+        return own + onward
+    return int(own or (onward and number + 1 < unit.size))

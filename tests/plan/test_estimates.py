@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from moecc.families.describe import describe
 from moecc.ir.dtypes import F32
 from moecc.models import open_model
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import LOCAL, VIAS, Rows, legal
@@ -142,8 +144,8 @@ def test_rematerialisation_trades_arithmetic_for_activations(
     none, save, full = (
         estimate(work, replace(drawn, remat=r), "tpu:v5p:2x2x4") for r in ("none", "save", "full")
     )
-    # Within a unit of several layers, each is computed once more for those behind it.
-    most = 4 if work.unit == 1 else 5
+    # Layers that are a loop in a unit of several are computed once more for that.
+    most = 5 if any(part.onward for part in work.parts) else 4
     assert none.flops <= save.flops <= full.flops <= none.flops * most / 3
     assert none.memory.activations >= save.memory.activations >= full.memory.activations
     assert none.memory.arguments == save.memory.arguments == full.memory.arguments
@@ -247,10 +249,9 @@ def test_parameters_of_layers_are_gathered_for_either_pass(remat: str) -> None:
     assert found.collectives["all_gather"]["tensor_bytes"] == 2 * (table.elements + 2 * layers)
 
 
-def test_layers_of_a_unit_are_computed_again_for_those_behind_them() -> None:
-    """A unit of ST-MoE is four layers: three of them run again for the unit, all for themselves."""
+def test_layers_that_are_a_loop_in_their_unit_are_computed_again_for_it() -> None:
+    """A unit of ST-MoE is four layers; three are a loop, run again for it and for themselves."""
     work = work_of("st-moe-l")
-    assert work.unit == 4
     parts = [p for p in work.parts if p.name == "encoder.layers.attention"]
     assert sum(p.count for p in parts if p.onward) == 18
     assert sum(p.count for p in parts if not p.onward) == 6
@@ -273,6 +274,21 @@ def test_a_tpu_fuses_what_is_computed_entry_by_entry() -> None:
     assert [plain[mlp], fused[mlp]] == [4, 2]
     assert sum(fused.values()) < sum(plain.values())
     assert layer.residuals.kept == layer.residuals.plain.alive
+
+
+def test_a_unit_of_two_layers_has_no_loop() -> None:
+    """Both are computed once more together, the first up to its end, for the second needs that."""
+    graph = open_model("preset:smollm2-135m").graph
+    run_pipeline(graph, Pipeline.parse("upcycle{experts=8 top-k=2 layers=every:2}"))
+    work = workload(graph, make_batch(graph, 16, 16 * 64, (64,)))
+    dense, sparse = (p for p in work.parts if p.name == "layers.ffn")
+    again = [[s.again for s in p.steps if s.op == "contract"] for p in (dense, sparse)]
+    assert again == [[1, 1, 1], [1, 1, 1, 1]]
+    assert not dense.onward
+    first, second = work.layers
+    assert [first.is_first, second.is_first] == [True, False]
+    assert first.beside == ((), ())
+    assert second.beside[0] == first.residuals.plain.alive
 
 
 def test_queries_and_keys_are_made_of_one_operand() -> None:
