@@ -155,15 +155,19 @@ def _specialize(train: bool, bound: Bound | None, layout: Layout | None) -> str:
 
 def _strategy(request: Request, work: Workload, machine: Machine, setting: Setting) -> Strategy:
     """Return what the request fixes, or the best of the plan where it leaves the mesh open."""
-    mesh = None if request.mesh is None else plan_mesh(request.mesh)
+    rules = request.rules
+    mesh = None if request.mesh is None else plan_mesh(request.mesh, rules)
     if mesh is None:
-        wish = Wish(None, _via(request, work), request.remat, request.dense_weights)
+        wish = Wish(None, _via(request, work), request.remat, request.dense_weights, rules)
         return search(work, machine, setting, wish).best.strategy
-    check_wish(work, machine, Wish(mesh, request.via))
+    check_wish(work, machine, Wish(mesh, request.via, rules=rules))
     if request.sliced and not work.experts:
         raise InputError("the model has no experts whose rows would be sent in slices")
     dense, replicated = request.dense_weights or "whole", request.via == "replicated"
-    layout = Layout(mesh, work.experts, dense, replicated)
+    if rules is None:
+        layout = Layout(mesh, work.experts, dense, replicated)
+    else:
+        layout = Layout.ruled(mesh, work.experts, rules)
     devices = mesh.size(layout.expert_axes)
     via = request.via or ("capacity" if devices > 1 else LOCAL)
     remat = request.remat or ("full" if setting.train else "none")

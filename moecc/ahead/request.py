@@ -32,6 +32,7 @@ class Request:
       dtype: the type of the computation.
       mesh: the mesh.
       dense_weights: how parameters that are no experts' lie along the experts' axis.
+      rules: layouts by name or file, in place of those that the mesh's axes stand for.
       partition: one of `PARTITIONS`.
       via: how tokens reach experts, of `moecc.plan.exchanges.VIAS`.
       sliced: whether devices along ``model`` each send a part of a row to the experts.
@@ -50,6 +51,7 @@ class Request:
     dtype: str = "bf16"
     mesh: str | None = None
     dense_weights: str | None = None
+    rules: tuple[str, ...] | None = None
     partition: str = EXPLICIT
     via: str | None = None
     sliced: bool = False
@@ -64,8 +66,8 @@ class Request:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
         """Return the request that `to_json` wrote."""
-        lengths = data["lengths"]
-        return cls(**{**data, "lengths": None if lengths is None else tuple(lengths)})
+        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules")}
+        return cls(**{**data, **lists})
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Job:
       optimizer: of a training step; None for the forward pass.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
+      rules: layouts by name or file, in place of those that the mesh's axes stand for.
       partition: one of `PARTITIONS`.
     """
 

@@ -15,6 +15,7 @@ from moecc.cli.options import (
     ComputeTypeOption,
     FormatOption,
     MachineOption,
+    RulesOption,
     SequenceOption,
 )
 
@@ -63,6 +64,7 @@ def register(app: typer.Typer) -> None:
                 "--dense-weights", help="Parameters of no expert, along the experts' axis."
             ),
         ] = None,
+        rules: RulesOption = None,
         partition: Annotated[
             Partition,
             typer.Option("--partition", help="The graph's own collectives, or XLA's partitioner."),
@@ -105,8 +107,9 @@ def register(app: typer.Typer) -> None:
         from moecc.settings import float_type
 
         parse_machine(machine)
+        names = None if rules is None else tuple(rules.split(","))
         if mesh is not None:
-            plan_mesh(mesh)
+            plan_mesh(mesh, names)
         if save is not None:
             check_writable(save, force=force)
         request = Request(
@@ -120,6 +123,7 @@ def register(app: typer.Typer) -> None:
             dtype=float_type(dtype).name,
             mesh=mesh,
             dense_weights=None if dense_weights is None else dense_weights.value,
+            rules=names,
             partition=partition.value,
             via=None if via is None else via.value,
             sliced=slice,

@@ -14,6 +14,7 @@ from moecc.cli.options import (
     ComputeTypeOption,
     FormatOption,
     MachineOption,
+    RulesOption,
     SequenceOption,
 )
 
@@ -84,14 +85,7 @@ def register(app: typer.Typer) -> None:
                 "--dense-weights", help="Parameters of no expert, along the experts' axis."
             ),
         ] = None,
-        rules: Annotated[
-            str | None,
-            typer.Option(
-                "--rules",
-                metavar="LAYOUT,…",
-                help="Layouts, or files of rules, that lay the model.",
-            ),
-        ] = None,
+        rules: RulesOption = None,
         step: Annotated[Step, typer.Option("--step", help="What is planned.")] = Step.train,
         optimizer: Annotated[
             Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
@@ -114,13 +108,12 @@ def register(app: typer.Typer) -> None:
         from moecc.cli.console import report, say
         from moecc.cli.files import check_writable, write_whole
         from moecc.cli.pipelines import read_pipeline
-        from moecc.layouts.rules import mesh_axes
         from moecc.models import open_model
         from moecc.pipeline.runner import run_pipeline
         from moecc.plan.batches import make_batch, parse_lengths
         from moecc.plan.chart import chart
         from moecc.plan.machines import Machine, parse_machine
-        from moecc.plan.meshes import AXES, plan_mesh
+        from moecc.plan.meshes import plan_mesh
         from moecc.plan.report import plan_json, plan_text
         from moecc.plan.search import Wish, search
         from moecc.plan.strategy import Setting
@@ -132,8 +125,7 @@ def register(app: typer.Typer) -> None:
         passes = read_pipeline(pipeline)
         where = parse_machine(machine)
         names = None if rules is None else tuple(rules.split(","))
-        axes = AXES if names is None else mesh_axes(names)
-        fixed = None if mesh is None else plan_mesh(mesh, axes)
+        fixed = None if mesh is None else plan_mesh(mesh, names)
         wish = Wish(fixed, via, remat, dense_weights, names)
         lengths = parse_lengths(sequence) if sequence is not None else None
         setting = Setting(

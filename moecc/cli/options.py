@@ -75,3 +75,8 @@ SequenceOption = Annotated[
 ]
 
 ComputeTypeOption = Annotated[str, typer.Option("--dtype", help="The type to compute in.")]
+
+RulesOption = Annotated[
+    str | None,
+    typer.Option("--rules", metavar="LAYOUT,…", help="Layouts by name, or files of rules."),
+]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from moecc.errors import InputError, UsageError, nearest
 from moecc.ir.mesh import Mesh, parse_mesh
+from moecc.layouts.rules import mesh_axes
 
 AXES = ("data", "fsdp", "expert", "model")
 """The axes that layouts use, outermost first.
@@ -15,12 +16,12 @@ the experts; ``model`` splits heads, neurons and the vocabulary.
 """
 
 
-def plan_mesh(text: str, axes: Collection[str] = AXES) -> Mesh:
+def plan_mesh(text: str, rules: Sequence[str] | None = None) -> Mesh:
     """Return the mesh that `text` says: ``data=8,expert=8``.
 
     Args:
       text: the axes with their sizes.
-      axes: those that there may be.
+      rules: the layouts whose axes it may have; None: `AXES`.
 
     Raises:
       UsageError: it cannot be read, an axis is unknown, or stands twice.
@@ -29,6 +30,7 @@ def plan_mesh(text: str, axes: Collection[str] = AXES) -> Mesh:
         mesh = parse_mesh(text)
     except InputError as error:
         raise UsageError(error.problems) from None
+    axes = AXES if rules is None else mesh_axes(rules)
     for name in mesh.names:
         if name not in axes:
             hint = nearest(name, axes) or f"axes: {', '.join(axes)}"

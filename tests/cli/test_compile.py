@@ -68,6 +68,20 @@ def test_a_model_that_keeps_every_row_is_compiled_as_it_is(moecc: Moecc) -> None
     assert found["collectives"]["reduce-scatter"]["runs"] >= 4
 
 
+def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
+    from moecc.ahead.prepare import prepare
+    from moecc.ahead.request import Request
+    from moecc.ir.mesh import mesh_of
+
+    file = tmp_path / "grid.rules"
+    file.write_text("batch = rows\ngroup = rows\nexpert with slot = rows\n")
+    asked = Request(MIXTRAL, "cpu:4", "forward", 64, (16,), mesh="rows=4", rules=(str(file),))
+    prepared = prepare(Request.from_json(asked.to_json()))
+    assert f"rules={file}" in prepared.pipeline
+    assert str(mesh_of(prepared.graph)) == "rows:4"
+    assert prepared.estimate.collectives["all_to_all"]["count"] == 4, "two layers, there and back"
+
+
 def test_the_passes_of_the_report_make_the_graph(moecc: Moecc, tmp_path: Path) -> None:
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
