@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 
@@ -11,7 +13,7 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.table.collectives import COLLECTIVES
 from moecc_backends.xla.context import Context, lowering
 from moecc_backends.xla.exchanged_rows import own_rows, rows_sent, rows_sent_back
-from moecc_backends.xla.local import Local
+from moecc_backends.xla.local import Local, varies
 from moecc_backends.xla.named import Named, Operand, Rows, lifted
 from moecc_backends.xla.sorted_rows import SortedRows
 
@@ -62,10 +64,39 @@ def _shard(local: Local, node: Node, x: Named) -> jax.Array:
     at, before = x.axes.index(name), node.operands[0].type[name]
     assert local.mesh is not None, "without a mesh nothing is sent"
     size = x.size(name) // local.mesh.size(mesh)
+    if not varies(x.array) & {*mesh, *before.mesh}:
+        part: jax.Array = _part_of_agreed(x.array, mesh, at, size)
+        return part
+    array = local.varying(x.array, frozenset((*mesh, *before.mesh)))
+    return _part(array, mesh, at, size)
+
+
+def _part(array: jax.Array, mesh: tuple[str, ...], at: int, size: int) -> jax.Array:
     # The mesh axes join innermost, so the own part lies within the part that is there.
     start = jax.lax.axis_index(mesh) * size
-    array = local.varying(x.array, frozenset((*mesh, *before.mesh)))
     return jax.lax.dynamic_slice_in_dim(array, start, size, at)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _part_of_agreed(array: Any, mesh: tuple[str, ...], at: int, size: int) -> Any:
+    """Return the own part of what is the same along `mesh`; its gradient is gathered.
+
+    Left to itself it would be a sum of parts among zeros, which sends twice as much.
+    """
+    return _part(jax.lax.pcast(array, mesh, to="varying"), mesh, at, size)
+
+
+def _part_forward(array: Any, mesh: tuple[str, ...], at: int, size: int) -> tuple[Any, None]:
+    return _part_of_agreed(array, mesh, at, size), None
+
+
+def _part_backward(
+    mesh: tuple[str, ...], at: int, size: int, residuals: None, gradient: Any
+) -> tuple[Any]:
+    return (jax.lax.all_gather(gradient, mesh, axis=at, tiled=True, to="invarying"),)
+
+
+_part_of_agreed.defvjp(_part_forward, _part_backward)
 
 
 @_collective_of("all_gather")
