@@ -46,6 +46,7 @@ class Via(StrEnum):
 
     capacity = "capacity"
     ragged = "ragged"
+    hierarchical = "hierarchical"
     ring = "ring"
     replicated = "replicated"
 

@@ -1,9 +1,10 @@
 """How tokens get to their experts and back, and what each way costs.
 
 ``capacity`` exchanges a fixed number of rows between any two devices, ``ragged`` as many as there
-are, ``ring`` gathers all tokens and scatters the sums, ``replicated`` has all tokens on all devices
-and adds what they computed, ``local`` has all experts everywhere.  Formulas: GShard (Lepikhin et
-al. 2020) for the first; MaxText for the second and third.
+are, ``hierarchical`` either of them across one mesh axis and then across another, ``ring`` gathers
+all tokens and scatters the sums, ``replicated`` has all tokens on all devices and adds what they
+computed, ``local`` has all experts everywhere.  Formulas: GShard (Lepikhin et al. 2020) for the
+first; MaxText for ragged and ring.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from moecc.plan.collectives import Transfer
 
-VIAS = ("capacity", "ragged", "ring", "replicated")
+VIAS = ("capacity", "ragged", "hierarchical", "ring", "replicated")
 LOCAL = "local"
 SLICED = ("capacity", "ragged")
 """Those that can send a part of each row from each of the devices that share its neurons."""
@@ -67,13 +68,15 @@ def exact(via: str, dropless: bool) -> bool:
     return not (via == "capacity" and dropless)
 
 
-def legal(via: str, devices: int, dropless: bool) -> bool:
-    """Whether `via` can serve experts that lie on `devices` devices.
+def legal(via: str, devices: int, dropless: bool, axes: int = 1) -> bool:
+    """Whether `via` can serve experts that lie on `devices` devices along `axes` mesh axes.
 
     A capacity makes rows of equal number, for which ``ragged`` would be the same exchange.
     """
     if devices == 1:
         return via == LOCAL
+    if via == "hierarchical":
+        return axes > 1
     return via != LOCAL and (via != "ragged" or dropless)
 
 
@@ -92,11 +95,13 @@ def transfers(
     """
     both = again + 1
     tokens = rows.tokens * rows.row_bytes
-    if via in ("capacity", "ragged"):
-        op = "all_to_all" if via == "capacity" else "ragged_all_to_all"
+    if via in ("capacity", "ragged", "hierarchical"):
+        bounded = via == "capacity" or not rows.dropless
+        op = "all_to_all" if bounded else "ragged_all_to_all"
         full = rows.rows * rows.factor(via) * rows.row_bytes
         parts = rows.tensor if sliced else 1
-        yield Transfer(op, axes, full / parts, 2 * both, "rows to experts and back")
+        for crossed in ((axis,) for axis in axes) if via == "hierarchical" else (axes,):
+            yield Transfer(op, crossed, full / parts, 2 * both, "rows to experts and back")
         if sliced:
             yield from _sliced(full, tokens, sliced, both)
     elif via == "ring":

@@ -20,6 +20,12 @@ MOST_TENSOR = 64
 """The search splits neurons over at most so many devices; a mesh that is given may have more."""
 
 
+_NEEDS = {
+    "ragged": "ragged is for models without a capacity",
+    "hierarchical": "hierarchical is for experts on two mesh axes: --rules expert-hierarchical",
+}
+
+
 @dataclass(frozen=True)
 class Wish:
     """What the user fixed; None leaves it to the search."""
@@ -53,9 +59,8 @@ class Ranking:
 def strategies(work: Workload, machine: Machine, wish: Wish, train: bool) -> Iterator[Strategy]:
     """Yield every strategy that is legal and agrees with `wish`."""
     for layout in _layouts(work, machine, wish):
-        devices = layout.mesh.size(layout.expert_axes)
-        for via in (*VIAS, LOCAL):
-            if wish.via not in (None, via) or not legal(via, devices, work.dropless):
+        for via in _vias(layout, work):
+            if wish.via not in (None, via):
                 continue
             if (via == "replicated") != layout.replicated:
                 continue
@@ -65,6 +70,13 @@ def strategies(work: Workload, machine: Machine, wish: Wish, train: bool) -> Ite
                 yield Strategy(layout, via, dispatch, remat)
                 if via in SLICED and layout.tensor_axes:
                     yield Strategy(layout, via, dispatch, remat, sliced=True)
+
+
+def _vias(layout: Layout, work: Workload) -> list[str]:
+    """Return the ways to the experts that a layout has."""
+    axes = [n for n, size in layout.mesh.axes if n in layout.expert_axes and size > 1]
+    devices = layout.mesh.size(axes)
+    return [v for v in (*VIAS, LOCAL) if legal(v, devices, work.dropless, len(axes))]
 
 
 def _layouts(work: Workload, machine: Machine, wish: Wish) -> Iterator[Layout]:
@@ -100,8 +112,12 @@ def check_wish(work: Workload, machine: Machine, wish: Wish) -> None:
 
     Raises:
       InputError: the mesh has another number of devices, or does not divide what it splits; the
-        exchange suits neither model nor mesh.
+        exchange does not suit model or mesh.
     """
+    if wish.via == "hierarchical" and wish.rules is None:
+        raise InputError(
+            "by its names, experts lie on one axis of a mesh", hint=_NEEDS["hierarchical"]
+        )
     if wish.mesh is None:
         return
     check_devices(wish.mesh, machine.devices, machine.name)
@@ -110,14 +126,13 @@ def check_wish(work: Workload, machine: Machine, wish: Wish) -> None:
     else:
         layout = Layout.ruled(wish.mesh, work.experts, wish.rules)
     check_layout(layout, work)
-    devices = layout.mesh.size(layout.expert_axes)
-    if wish.via is not None and not legal(wish.via, devices, work.dropless):
-        fitting = [v for v in (*VIAS, LOCAL) if legal(v, devices, work.dropless)]
+    devices, fitting = layout.mesh.size(layout.expert_axes), _vias(layout, work)
+    if wish.via is not None and wish.via not in fitting:
         raise InputError(
             f"experts on {devices} devices cannot be reached via {wish.via}",
             where=f"mesh {wish.mesh}",
             expected=", ".join(fitting),
-            hint="ragged is for models without a capacity" if wish.via == "ragged" else None,
+            hint=_NEEDS.get(wish.via),
         )
 
 

@@ -175,6 +175,21 @@ def test_rules_take_the_place_of_names(capsys: pytest.CaptureFixture[str]) -> No
     assert "unknown mesh axis 'data'" in err
 
 
+def test_a_hierarchical_exchange_needs_two_axes_for_the_experts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ("preset:st-moe-l", "--machine", "tpu:v4:2x2x4", "--via", "hierarchical")
+    code, _, err = run(capsys, "plan", *given)
+    assert code == 1
+    assert "--rules expert-hierarchical" in err
+    best = plan(capsys, *given, "--rules", "expert-hierarchical", "--mesh", "far=4,near=8")["best"]
+    once = plan(capsys, *given[:3], "--rules", "expert-hierarchical", "--mesh", "far=4,near=8",
+                "--via", "capacity", "--remat", best["remat"])["best"]  # fmt: skip
+    there, direct = (b["collectives"]["all_to_all"] for b in (best, once))
+    assert there["count"] == 2 * direct["count"]
+    assert there["tensor_bytes"] == 2 * direct["tensor_bytes"]
+
+
 def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
     given = ("preset:smollm2-135m", "--machine", "tpu:v5e:4x4", "-p", "upcycle{experts=8}")
     found = plan(capsys, *given)

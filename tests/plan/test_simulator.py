@@ -34,10 +34,11 @@ def run(graph: Graph, pipeline: str) -> None:
     run_pipeline(graph, Pipeline.parse(pipeline), context=Context())
 
 
-def planned(graph: Graph, mesh: str, via: str, sliced: bool = False) -> Estimate:
+def planned(graph: Graph, mesh: str, rules: str, via: str, sliced: bool = False) -> Estimate:
     lengths = tuple((name, TOKENS) for name in length_variables(graph))
     work = workload(graph, Batch(SEQUENCES, lengths))
-    layout = Layout(plan_mesh(mesh), work.experts, replicated=via == "replicated")
+    names = tuple(rules.split(","))
+    layout = Layout.ruled(plan_mesh(mesh, names), work.experts, names)
     check_layout(layout, work)
     machine = parse_machine(f"cpu:{layout.mesh.devices}")
     setting = Setting(train=False, dtype=F32)
@@ -70,6 +71,22 @@ CAPACITY = "specialize{mode=train capacity-factor=2.0 groups=4}"
             "capacity",
             "via=capacity slice=model",
         ),
+        (
+            "mixtral_gqa",
+            CAPACITY,
+            "far:2,near:2",
+            "expert-hierarchical",
+            "hierarchical",
+            "via=hierarchical",
+        ),
+        (
+            "mixtral_gqa",
+            CAPACITY,
+            "outer:2,inner:2,model:2",
+            "st-moe-outer",
+            "capacity",
+            "via=capacity",
+        ),
         ("mixtral_gqa", CAPACITY, "data:4,model:2", "st-moe", "ring", "via=ring"),
         ("mixtral_gqa", "", "data:4", "st-moe", "ring", "via=ring"),
         ("qwen2_moe_plain", CAPACITY, "data:2,expert:2", "expert-parallel", "capacity", ""),
@@ -89,7 +106,7 @@ def test_collectives_send_what_the_plan_says(
     graph = build(read_config(GOLDEN / case))
     if before:
         run(graph, before)
-    expected = planned(clone(graph), mesh, via, "slice" in way)
+    expected = planned(clone(graph), mesh, rules, via, "slice" in way)
     found = simulated(graph, mesh, rules, way)
     assert found.sent_bytes
     assert found.sent_bytes == {
@@ -99,8 +116,9 @@ def test_collectives_send_what_the_plan_says(
 
 def test_parameters_are_gathered_as_the_plan_says() -> None:
     graph = build(read_config(GOLDEN / "llama_gqa"))
-    expected = planned(clone(graph), "data=2,fsdp=4", "local").collectives["all_gather"]
-    found = simulated(graph, "data:2,fsdp:4", "data-parallel,fsdp").sent_bytes["all_gather"]
+    rules = "data-parallel,fsdp"
+    expected = planned(clone(graph), "data=2,fsdp=4", rules, "local").collectives["all_gather"]
+    found = simulated(graph, "data:2,fsdp:4", rules).sent_bytes["all_gather"]
     assert found == expected["sent_bytes"] > 0
 
 
@@ -115,7 +133,7 @@ def test_ragged_rows_are_counted_from_the_choices() -> None:
     assert list(there.sent_bytes) == rows_sent(counts.tolist(), row_bytes)
     assert list(back.sent_bytes) == rows_sent(counts.T.tolist(), row_bytes)
     # The plan has the mean of them: an expert for each device, as many rows to each.
-    expected = planned(build(read_config(GOLDEN / "mixtral_gqa")), "data=4", "ragged")
+    expected = planned(build(read_config(GOLDEN / "mixtral_gqa")), "data=4", "st-moe", "ragged")
     layers = len([t for t in found.traffic if t.op == "ragged_all_to_all"]) // 2
     even = np.full((4, 4), experts.size / 16).tolist()
     assert expected.collectives["ragged_all_to_all"]["sent_bytes"] == pytest.approx(
