@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -274,22 +275,22 @@ def test_the_choice_by_platform_and_shape() -> None:
         assert choose(place, routed, Options(platform=platform), jnp.float32) == expected
 
 
-def ragged_products(platform: str) -> list[tuple[str, ...]]:
+def ragged_products(platform: str) -> list[str]:
+    """The types that ragged products are asked for in, forward and backward."""
     graph = unmasked(2)
     run = function(graph, dtype=BF16, options=Options("ragged_dot", platform=platform))
     params = {n: jnp.ones(p.type.shape) for n, p in graph.params.items()}
     inputs = {n: jnp.ones(v.type.shape) for n, v in graph.inputs.items()}
     traced = jax.make_jaxpr(jax.grad(lambda w, x: run(w, x)["y"].sum()))(params, inputs)
-    products = [e for e in traced.jaxpr.eqns if e.primitive.name == "ragged_dot_general"]
-    return [tuple(str(v.aval.dtype) for v in (*e.invars[:2], *e.outvars)) for e in products]
+    return re.findall(r":(\w+)\[[\d,]*\] = ragged_dot_general", str(traced))
 
 
 def test_ragged_products_for_accelerators_are_narrow_forward_and_backward() -> None:
     """A kernel writes what it is asked for: float32 rows would take twice the memory."""
-    # Three products, each with two gradients.
-    assert ragged_products("tpu") == [("bfloat16",) * 3] * 9
+    # Three products, and the gradients of their rows; those of weights are loops.
+    assert ragged_products("tpu") == ["bf16"] * 6
     # A CPU would sum in the type of the result.
-    assert ("bfloat16", "bfloat16", "float32") in ragged_products("cpu")
+    assert ragged_products("cpu") == ["f32"] * 6
 
 
 def test_where_rows_meet_they_lie_in_slots() -> None:

@@ -17,8 +17,10 @@ from moecc.testing import run_reference
 jax = pytest.importorskip("jax")
 
 from jax.sharding import PartitionSpec  # noqa: E402
+from moecc_backends.xla import dispatches  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.exchange import Way, emulated, hop, send, send_back  # noqa: E402
+from moecc_backends.xla.options import DEFAULTS, Options  # noqa: E402
 from moecc_backends.xla.sharded import device_mesh, sharded_function  # noqa: E402
 
 from .test_sharded import census  # noqa: E402
@@ -64,8 +66,8 @@ def expected(slots: str) -> tuple[Any, Any]:
     return outputs, slopes
 
 
-def on_mesh(graph: Graph, slots: str) -> tuple[Any, Any, str]:
-    program = compiled(sharded_function(graph, device_mesh(graph)), slots)
+def on_mesh(graph: Graph, slots: str, options: Options = DEFAULTS) -> tuple[Any, Any, str]:
+    program = compiled(sharded_function(graph, device_mesh(graph), options=options), slots)
     (_, outputs), slopes = program(*data(slots))
     return outputs, slopes, program.as_text()
 
@@ -87,6 +89,18 @@ def laid(slots: str, text: str) -> Graph:
     graph = layer(slots)
     run_pipeline(graph, Pipeline.parse(text))
     return graph
+
+
+@pytest.mark.parametrize("way", ["ragged", pytest.param("ring", marks=pytest.mark.slow)])
+def test_kernels_of_accelerators_may_leave_anything_in_rows_that_hold_nothing(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Room for the worst case is mostly empty; with NaN there the layer is that of one device."""
+    monkeypatch.setattr(dispatches, "why_no_kernel", lambda *_: None)
+    graph = laid("ragged", "annotate-sharding{mesh=data:4,model:2 rules=st-moe},"
+                 f"expert-parallel{{via={way}}},lower-collectives")  # fmt: skip
+    outputs, slopes, _ = on_mesh(graph, "ragged", Options(poison=True))
+    assert_near(expected("ragged"), (outputs, slopes))
 
 
 @pytest.mark.parametrize("factor", [0.75, pytest.param(1.5, marks=pytest.mark.slow)])

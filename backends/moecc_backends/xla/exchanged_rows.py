@@ -68,6 +68,10 @@ def own_rows(ctx: Context, node: Node, x: Rows, packing: SortedRows) -> Rows:
     count = packing.routing.num_experts // ctx.local.mesh.size(mesh)
     first = jax.lax.axis_index(mesh) * count
     own = type(packing).of(packing.routing.of_experts(first, count))
+    # A token goes to an expert at most once, so few own experts have fewer rows than all.
+    tokens, choices = packing.routing.experts.shape
+    most = own.placement.choice_of_row[: tokens * min(choices, count)]
+    own = replace(own, placement=own.placement._replace(choice_of_row=most))
     choice = own.placement.choice_of_row
     row = packing.placement.row_of_choice.reshape(-1)[jnp.maximum(choice, 0)]
     array = ctx.local.varying(x.array, frozenset(mesh))

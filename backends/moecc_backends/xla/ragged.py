@@ -7,15 +7,22 @@ arithmetic and memory as experts, which is right and slow.
 from __future__ import annotations
 
 import re
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from moecc_backends.xla.blocks import inside, zeros_after
 from moecc_backends.xla.dtypes import accumulator
-from moecc_backends.xla.unused_rows import with_masked_gradient, zeroed
+
+Arrays = tuple[jax.Array, ...]
+
+_BLOCK = 2048
+"""Rows of a gradient at a time: enough work for a product to hide reading and writing its sum."""
 
 _LEAST_JAXLIB = (0, 11)
 _LEAST_CUDNN = 92200
@@ -26,26 +33,79 @@ def ragged_matmul(
     rows: jax.Array,
     weights: jax.Array,
     group_sizes: jax.Array,
-    is_used: jax.Array | None,
     contracting_axis: int,
     kind: Any = None,
 ) -> jax.Array:
     """Multiply the rows ``[rows, a]`` of each group with the weights of its expert.
 
     `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
-    ``contracting_axis=2``.  Rows beyond the last group, of which accelerators make anything, are
-    where `is_used` (bool ``[rows]``, None if all are) is false: they are zeroed on the way in and
-    on the way out, in values and gradients.  Products are asked for in `kind`, float32 at least by
-    default; a kernel writes them as such, and the gradients have that type, too.
+    ``contracting_axis=2``.  Beyond the last group, accelerators make anything; what `rows` holds
+    there reaches no other row and no gradient of the weights.  Products are asked for in `kind`,
+    float32 at least by default; a kernel writes them as such, and gradients have that type, too.
     """
     if contracting_axis == 2:
         weights = jnp.swapaxes(weights, 1, 2)
-    if is_used is not None:
-        rows = with_masked_gradient(zeroed(rows, is_used), is_used)
-    wanted = kind or accumulator(rows.dtype)
-    products = lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=wanted)
-    products = products.astype(rows.dtype)
-    return products if is_used is None else zeroed(products, is_used)
+    wanted = jnp.dtype(kind or accumulator(rows.dtype))
+    return _products(rows, weights, group_sizes, wanted).astype(rows.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _products(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[Any]
+) -> jax.Array:
+    return lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=kind)
+
+
+def _forward(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[Any]
+) -> tuple[jax.Array, Arrays]:
+    return _products(rows, weights, group_sizes, kind), (rows, weights, group_sizes)
+
+
+def _backward(
+    kind: np.dtype[Any], residuals: Arrays, d_products: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    rows, weights, group_sizes = residuals
+    narrow = d_products.astype(rows.dtype)
+    d_rows = _products(narrow, jnp.swapaxes(weights, 1, 2), group_sizes, kind)
+    d_weights = _outer_products(rows, narrow, group_sizes)
+    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), None
+
+
+_products.defvjp(_forward, _backward)
+
+
+def _outer_products(rows: jax.Array, d_products: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Sum, for each group, the outer products of its rows and their cotangents.
+
+    JAX's own derivative has a kernel nowhere: it multiplies all rows, once for each group.  Here a
+    loop takes blocks of the rows that there are.  The sums run in float32 at least, one is stored:
+    ``[groups, a, b]``, of the type of `rows`.
+    """
+    num_rows, kind = rows.shape[0], accumulator(rows.dtype)
+    size = min(num_rows, _BLOCK)
+    shape = rows.shape[1], d_products.shape[1]
+
+    def of_group(run: Arrays) -> jax.Array:
+        start, count = run
+
+        def step(turn: jax.Array, total: jax.Array) -> jax.Array:
+            # At the end of the array the block moves left, over rows that the mask leaves out.
+            first = jnp.minimum(start + turn * size, num_rows - size)
+            mask = inside(first, size, start + turn * size, start + count)
+            left, right = (
+                jnp.where(mask, lax.dynamic_slice_in_dim(x, first, size), 0)
+                for x in (rows, d_products)
+            )
+            dimensions = (((0,), (0,)), ((), ()))
+            return total + lax.dot_general(left, right, dimensions, preferred_element_type=kind)
+
+        turns = (count + size - 1) // size
+        total: jax.Array = lax.fori_loop(0, turns, step, zeros_after(d_products, shape, kind, 0))
+        return total.astype(rows.dtype)
+
+    summed: jax.Array = lax.map(of_group, (jnp.cumsum(group_sizes) - group_sizes, group_sizes))
+    return summed
 
 
 def why_no_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str | None:

@@ -76,6 +76,5 @@ class RaggedRows(SortedRows):
         self, rows: jax.Array, weights: Arrays, repeats: int, axis: int, kind: Any
     ) -> Arrays:
         """Multiply rows with each of the weights of their experts, see `SortedRows`."""
-        is_used = None if self.is_full else jnp.repeat(self.is_used, repeats)
         sizes = self.group_sizes * repeats
-        return tuple(ragged_matmul(rows, w, sizes, is_used, axis, kind) for w in weights)
+        return tuple(ragged_matmul(rows, w, sizes, axis, kind) for w in weights)
