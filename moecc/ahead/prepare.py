@@ -141,7 +141,9 @@ def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy
             yield f"expert-parallel{{via={strategy.via}{sliced}}}"
         yield "lower-collectives"
         yield "cse"
-    yield f"roll-layers{{remat={strategy.remat}}}"
+    axis = strategy.stream_axis if partition == EXPLICIT and train else None
+    split = "" if axis is None else f" split={axis}"
+    yield f"roll-layers{{remat={strategy.remat}{split}}}"
 
 
 def _specialize(train: bool, bound: Bound | None, layout: Layout | None) -> str:

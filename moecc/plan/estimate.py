@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -180,7 +180,7 @@ class Estimator:
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=False))
         parts = [self._part(part, strategy, local) for part in self.work.parts]
         if self.setting.train:
-            parts.append(self._update(local))
+            parts += [*self._streams(strategy, local), self._update(local)]
         passes = 3 if self.setting.train else 1
         return Estimate(
             strategy=strategy,
@@ -224,6 +224,19 @@ class Estimator:
         route = self._routes[mesh][axes]
         ideal = seconds(transfer.op, route, transfer.tensor_bytes)
         return transfer.times * ideal / efficiency("network")
+
+    def _streams(self, strategy: Strategy, local: Sharding) -> Iterator[PartCost]:
+        """Yield what gathers the stream that goes from unit to unit, kept in parts, for each.
+
+        It is gathered forward and again, and its gradient behind the unit.
+        """
+        axis, width = strategy.stream_axis, self.setting.dtype.itemsize_bytes
+        for layer in self.work.layers if axis is not None else ():
+            for shape in layer.inputs if layer.is_first else ():
+                size = local.elements(shape) * width
+                found = Transfer("all_gather", (str(axis),), size, 3.0, "what layers hand on")
+                times = ((found, self._seconds(found, strategy)),)
+                yield PartCost(f"{layer.name}.stream", layer.count, 0.0, 0.0, 0.0, 0.0, 0.0, times)
 
     def _update(self, local: Sharding) -> PartCost:
         """Return the cost of the optimizer: parameters, gradients and state, read and written."""

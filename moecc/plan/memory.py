@@ -95,7 +95,7 @@ def memory(
         gradients=stored * width if training else 0.0,
         copies=of_layers * width if width < wide else 0.0,
         optimizer=optimizer_bytes(work, setting, local, kind) if training else 0.0,
-        activations=_kept(work, local, strategy.remat) * width if training else 0.0,
+        activations=_kept(work, local, strategy) * width if training else 0.0,
         buffers=max(
             _layer_bytes(work, local, setting, strategy.remat, kind),
             # Gradients of layers come when the logits have gone.
@@ -142,19 +142,23 @@ def _state(weight: Weight, local: Sharding, setting: Setting, kind: str) -> floa
     return sum(4.0 * padded(axes, kind) for axes in kept)
 
 
-def _kept(work: Workload, local: Sharding, remat: str) -> float:
+def _kept(work: Workload, local: Sharding, strategy: Strategy) -> float:
     """Return the elements that the backward pass keeps of all layers."""
-    return sum(
-        layer.count * sum(map(local.elements, _kept_shapes(layer, remat))) for layer in work.layers
-    )
+    axis = strategy.stream_axis
+    streams = strategy.layout.mesh.size((axis,)) if axis is not None else 1
+    total = 0.0
+    for layer in work.layers:
+        kept = sum(map(local.elements, _kept_shapes(layer, strategy.remat)))
+        if strategy.remat != "none" and layer.is_first:
+            kept += sum(map(local.elements, layer.inputs)) / streams
+        total += layer.count * kept
+    return total
 
 
 def _kept_shapes(layer: Layer, remat: str) -> Iterator[Shape]:
+    """Yield what is kept of a layer beside the input of its unit."""
     if remat == "none":
         yield from layer.residuals.kept
-        return
-    if layer.is_first:
-        yield from layer.inputs
     if remat == "save":
         yield from layer.residuals.named
 

@@ -54,6 +54,15 @@ class Strategy:
     remat: str = "full"
     sliced: bool = False
 
+    @property
+    def stream_axis(self) -> str | None:
+        """The mesh axis along which what goes from layer to layer is kept in parts, or None.
+
+        Devices that split neurons all have it; under rematerialisation it is most of what is kept.
+        """
+        tensor = [n for n in self.layout.tensor_axes if self.layout.mesh.size((n,)) > 1]
+        return tensor[0] if tensor and self.remat != "none" else None
+
     def __str__(self) -> str:
         mesh = str(self.layout.mesh) or "one device"
         dense = ", dense weights split" if self.layout.dense_weights == "split" else ""
