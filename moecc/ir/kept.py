@@ -22,6 +22,9 @@ _BEFORE_ROUTE = frozenset(
 )
 """What may stand between a router's product and the choice: a bias, noise, a mask, parts."""
 
+_BROUGHT = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
+"""Collectives that bring a result to where it is used."""
+
 _STEPS_TO_ROUTE = 4
 """How far the choice may be: a residual stream is a chain of sums without end."""
 
@@ -30,7 +33,14 @@ _STEPS_TO_ATTENTION = 3
 
 
 def kept_name(node: Node) -> str | None:
-    """Return the name of what `node` makes, by what makes or uses it; None for most nodes."""
+    """Return the name of what `node` makes, by what makes or uses it; None for most nodes.
+
+    What a collective makes of a value that is kept by default has its name, too: it is not sent
+    again.
+    """
+    if node.op.name in _BROUGHT and node.operands[0].node is not None:
+        before = kept_name(node.operands[0].node)
+        return before if before in DEFAULT else None
     if node.op.name in ("combine", "dispatch"):
         return "combine" if node.op.name == "combine" else "rows"
     if any(

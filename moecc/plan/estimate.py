@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -226,15 +227,19 @@ class Estimator:
         return transfer.times * ideal / efficiency("network")
 
     def _streams(self, strategy: Strategy, local: Sharding) -> Iterator[PartCost]:
-        """Yield what gathers the stream that goes from unit to unit, kept in parts, for each.
+        """Yield what gathers the stream that goes from unit to unit, kept in parts.
 
-        It is gathered forward and again, and its gradient behind the unit.
+        It is gathered for each unit forward and again, and its gradient behind the unit; and so are
+        what leaves the last unit of a stack and its gradient.
         """
         axis, width = strategy.stream_axis, self.setting.dtype.itemsize_bytes
+        units: Counter[str] = Counter()
+        for layer in self.work.layers:
+            units[layer.name] += layer.count * layer.is_first
         for layer in self.work.layers if axis is not None else ():
             for shape in layer.inputs if layer.is_first else ():
-                size = local.elements(shape) * width
-                found = Transfer("all_gather", (str(axis),), size, 3.0, "what layers hand on")
+                size, each = local.elements(shape) * width, 3 + 2 / units[layer.name]
+                found = Transfer("all_gather", (str(axis),), size, each, "what layers hand on")
                 times = ((found, self._seconds(found, strategy)),)
                 yield PartCost(f"{layer.name}.stream", layer.count, 0.0, 0.0, 0.0, 0.0, 0.0, times)
 

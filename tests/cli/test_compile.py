@@ -51,6 +51,36 @@ def test_a_training_step_is_what_the_plan_foretold(moecc: Moecc, partition: str)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "mesh", "more"),
+    [
+        (LLAMA, "fsdp=4,model=2", ("--remat", "full")),
+        (LLAMA, "fsdp=4,model=2", ("--remat", "save")),
+        (MIXTRAL, "data=4,model=2", ("--remat", "full", "--slice")),
+        (MIXTRAL, "data=4,model=2", ("--remat", "save", "--slice")),
+        (MIXTRAL, "fsdp=2,expert=4", ("--remat", "none", "--dense-weights", "split")),
+    ],
+)
+def test_a_step_sends_what_the_plan_foretold(
+    moecc: Moecc, model: str, mesh: str, more: tuple[str, ...]
+) -> None:
+    """All collectives together: a compiler may make one of another, and sum several at once."""
+    needs_optax()
+    done = moecc(
+        "compile", model, "--machine", "cpu:8", "--mesh", mesh, "--batch-tokens", "512",
+        "--sequence", "64", "--dtype", "f32", "--optimizer", "adafactor", *more,
+        "--format", "json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = done.json()
+    sent, planned = (
+        sum(row["bytes"] for row in x["collectives"].values()) for x in (found, found["predicted"])
+    )
+    assert sent == pytest.approx(planned, rel=0.01)
+    assert found["flops"] == pytest.approx(found["predicted"]["flops"], rel=0.001)
+
+
+@pytest.mark.slow
 def test_a_model_that_keeps_every_row_is_compiled_as_it_is(moecc: Moecc) -> None:
     needs_optax()
     done = moecc(

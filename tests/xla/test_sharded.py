@@ -218,14 +218,22 @@ def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str)
 
 def test_a_loop_keeps_no_parameter_that_was_gathered() -> None:
     """Parameters are gathered again for the gradient whatever is kept, and tokens are not."""
-    kept, again = (gathers("fsdp", remat) for remat in ("none", "full"))
+    kept, again = (collectives("all_gather", "fsdp", remat) for remat in ("none", "full"))
     assert kept == again > 0
-    kept, again = (gathers("sequence", remat) for remat in ("none", "full"))
+    kept, again = (collectives("all_gather", "sequence", remat) for remat in ("none", "full"))
     assert 0 < kept < again
 
 
-def gathers(layout: str, remat: str) -> int:
-    """Return how many all-gathers the gradient of a model of rolled layers has."""
+def test_a_sum_that_is_kept_is_not_sent_again() -> None:
+    """Of the two sums of a layer, after attention and after the neurons, the last is never."""
+    none, save, full = (
+        collectives("psum_invariant", "tensor", remat) for remat in ("none", "save", "full")
+    )
+    assert 0 < none == save < full
+
+
+def collectives(name: str, layout: str, remat: str) -> int:
+    """Return how many there are of a primitive in the gradient of a model of rolled layers."""
     small = {
         "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
         "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 32,
@@ -235,7 +243,7 @@ def gathers(layout: str, remat: str) -> int:
     run, given = sharded_function(graph, device_mesh(graph)), data_for(graph, {})
     params = {n: np.ones(v.type.shape, "f") for n, v in graph.params.items()}
     gradient = jax.grad(lambda p: run(p, given)["logits"].sum())
-    return str(jax.make_jaxpr(gradient)(params)).count("all_gather[")
+    return str(jax.make_jaxpr(gradient)(params)).count(f"{name}[")
 
 
 def test_places_that_32_bits_do_not_count_are_refused() -> None:
