@@ -1,99 +1,157 @@
-"""The collectives of a sparse layer in programs whose exchanges stand in the graph.
+"""The collectives of a sparse layer in the steps that `moecc compile` makes, way by way.
 
-The same model under XLA's partitioner is counted in `test_steps`.
+Every layer is sparse, and layers are rolled.  Sizes differ, so that a shape tells what it is of.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
-import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("jax")
+pytest.importorskip("optax")
 
+from moecc_backends.xla.aot.census import census
+from moecc_backends.xla.aot.hlo import ITEMSIZE_BYTES, parse_hlo
 from moecc_backends.xla.aot.topology import missing
 
+from moecc.ahead.apart import compile_apart
+from moecc.ahead.request import EXPLICIT, PARTITIONS, Request
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.ir.printer import print_graph
+from moecc.pipeline.registry import installed
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
 from moecc.plan.machines import parse_machine
+from moecc.presets import preset_config
 
-from .explicit_probe import BATCH, EMBED, EXPERTS, LAYERS, MLP, SEQ
+LAYERS, EXPERTS, EMBED, MLP, DEVICES, SEQ = 3, 8, 128, 400, 8, 64
+CONFIG = {
+    "hidden_size": EMBED, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640,
+}  # fmt: skip
 
-CASES = (
-    "capacity forward none", "capacity train none", "capacity train full",
-    "ring forward none", "ring train none", "ring train full",
-)  # fmt: skip
-QUICK = ("cpu:8", "capacity train full")
-MACHINES = ("cpu:8", "tpu:v5p:2x2x2", "tpu:v6e:2x4", "gpu:h100:8")
-EVERY = [
-    pytest.param(machine, case, marks=[] if (machine, case) == QUICK else pytest.mark.slow)
-    for machine in MACHINES
-    for case in CASES
-]
-
-TOKENS = BATCH * SEQ * EMBED
+TOKENS = DEVICES * SEQ * EMBED
 """Elements of all tokens, which a ring gathers, and to whose sums it adds."""
 
-ROWS = EXPERTS * 10 * EMBED
-"""Elements of the rows of a device's group: 10 for each expert, 1.25 times its share of 64."""
+ROWS = EXPERTS * (SEQ * 2 * 5 // 4 // EXPERTS) * EMBED
+"""Elements of the rows of a device: 1.25 times an expert's share of two choices a token."""
+
+MACHINES = ("cpu:8", "tpu:v5p:2x2x2", "tpu:v6e:2x4", "gpu:h100:8")
+STEPS = (("forward", "none"), ("train", "none"), ("train", "full"))
+QUICK = ("cpu:8", "train", "full")
+EVERY = [
+    pytest.param(*case, marks=[] if case == QUICK else pytest.mark.slow)
+    for case in ((machine, *step) for machine in MACHINES for step in STEPS)
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a program of one device has: runs of collectives by kind and elements, and gathers."""
+
+    runs: Counter[tuple[str, int]]
+    gathered: set[tuple[int, ...]]
+
+    def per_layer(self, kind: str, elements: int) -> float:
+        """Return how many tensors of `elements` a collective `kind` moves in a layer.
+
+        XLA makes one instruction of several, so sizes count, and a CPU moves bfloat16 as float32,
+        so elements do.  What is no multiple is something else.
+        """
+        moved = (size * n for (k, size), n in self.runs.items() if k == kind)
+        return sum(total for total in moved if total % elements == 0) / elements / LAYERS
+
+    def sizes(self, kind: str) -> set[int]:
+        return {size for k, size in self.runs if k == kind}
 
 
 @functools.cache
-def probed(machine: str, *cases: str) -> dict[str, Any]:
+def model(passes: str) -> str:
+    """Return a model whose layers are all sparse; with `passes`, of what they make.
+
+    Those start from six dense layers.
+    """
+    sparse = {**preset_config("mixtral-8x7b"), **CONFIG, "num_local_experts": EXPERTS}
+    dense = {**preset_config("smollm2-135m"), **CONFIG, "num_hidden_layers": 6}
+    graph = build(parse_config(dense if passes else sparse))
+    if passes:
+        run_pipeline(graph, Pipeline.parse(passes, installed()))
+    return print_graph(graph)
+
+
+@functools.cache
+def compiled(
+    machine: str, step: str, remat: str, via: str, partition: str = EXPLICIT, passes: str = ""
+) -> Found:
     why = missing(parse_machine(machine).kind)
     if why is not None:
         pytest.skip(why)
-    script = Path(__file__).parent / "explicit_probe.py"
-    command = [sys.executable, str(script), machine, *cases]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.moe"
+        file.write_text(model(passes), "utf-8")
+        request = Request(
+            str(file), machine, step=step, batch_tokens=DEVICES * SEQ, lengths=(SEQ,), remat=remat,
+            optimizer="adafactor", mesh="data=8", via=via, partition=partition, emit="hlo",
+        )  # fmt: skip
+        program = compile_apart(request).program
+    found, runs = census(program), Counter[tuple[str, int]]()
+    # A ring keeps every row, whose blocks are as many as the routing makes them.
+    assert found.unknown_loops == 0 or via == "ring"
+    for moved in found.collectives:
+        runs[moved.kind, moved.size_bytes // ITEMSIZE_BYTES[moved.dtype]] += moved.times
+    made = [i for where in parse_hlo(program).computations.values() for i in where]
+    gathers = [i for i in made if i.opcode in ("all-gather", "all-gather-start")]
+    return Found(runs, {s.sizes for i in gathers for s in i.shapes})
 
 
-def program(machine: str, case: str) -> dict[str, Any]:
-    """Return what was found in a program; those of a machine are compiled in one process."""
-    cases = (case,) if (machine, case) == QUICK else CASES
-    found: dict[str, Any] = probed(machine, *cases)[case]
-    assert found["unknown_loops"] == 0
-    return found
-
-
-def per_layer(found: dict[str, Any], kind: str, elements: int) -> float:
-    """Return how many tensors of `elements` a collective `kind` moves in a layer.
-
-    XLA makes one instruction of several, so bytes count; a CPU moves bfloat16 as float32, so
-    elements do.  What is smaller, or no multiple, is something else.
-    """
-    moved = (size * n for k, size, n in found["runs"] if k == kind and size % elements == 0)
-    return sum(moved) / elements / LAYERS
-
-
-@pytest.mark.parametrize(("machine", "case"), [c for c in EVERY if "capacity" in c.values[1]])
+@pytest.mark.parametrize(("machine", "step", "remat"), EVERY)
 def test_slots_are_exchanged_twice_forward_twice_back_and_twice_again(
-    machine: str, case: str
+    machine: str, step: str, remat: str
 ) -> None:
-    found = program(machine, case)
-    wanted = {"forward none": 2, "train none": 4, "train full": 6}[case.partition(" ")[2]]
-    assert per_layer(found, "all-to-all", ROWS) == wanted
-    kinds = {k: n for k, _, n in found["runs"] if k not in ("all-reduce", "all-to-all")}
-    assert kinds == {}, "nothing is gathered, and gradients of what lies whole are summed"
+    found = compiled(machine, step, remat, "capacity")
+    wanted = {"forward none": 2, "train none": 4, "train full": 6}[f"{step} {remat}"]
+    assert found.per_layer("all-to-all", ROWS) == wanted
+    assert found.sizes("all-to-all") == {ROWS}
+    kinds = {kind for kind, _ in found.runs} - {"all-reduce"}
+    assert kinds == {"all-to-all"}, "nothing is gathered, and gradients of what lies whole summed"
 
 
-@pytest.mark.parametrize(("machine", "case"), [c for c in EVERY if "ring" in c.values[1]])
-def test_tokens_go_round_a_ring_and_experts_stay(machine: str, case: str) -> None:
-    found = program(machine, case)
+@pytest.mark.parametrize(("machine", "step", "remat"), EVERY)
+def test_tokens_go_round_a_ring_and_experts_stay(machine: str, step: str, remat: str) -> None:
+    found = compiled(machine, step, remat, "ring")
     gathers, scatters = {
         "forward none": (1, 1), "train none": (2, 2), "train full": (3, 2),
-    }[case.partition(" ")[2]]  # fmt: skip
-    assert per_layer(found, "all-gather", TOKENS) == gathers
+    }[f"{step} {remat}"]  # fmt: skip
+    assert found.per_layer("all-gather", TOKENS) == gathers
     # On a v5p, libtpu sums tokens everywhere and keeps a slice.
-    kind = "all-reduce" if "v5p" in machine else "reduce-scatter"
-    assert per_layer(found, kind, TOKENS) == scatters
-    kinds = {k for k, *_ in found["runs"]}
-    assert kinds <= {"all-gather", "reduce-scatter", "all-reduce"}
-    gathered = [size for kind, size, _ in found["runs"] if kind == "all-gather"]
-    assert all(size % TOKENS == 0 for size in gathered), "nothing but tokens is gathered"
-    assert not any(MLP in sizes for sizes in found["gathered"])
+    scattered = "all-reduce" if "v5p" in machine else "reduce-scatter"
+    assert found.per_layer(scattered, TOKENS) == scatters
+    assert {kind for kind, _ in found.runs} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    assert all(size % TOKENS == 0 for size in found.sizes("all-gather")), "tokens, nothing else"
+    assert not any(MLP in sizes for sizes in found.gathered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_no_partition_gathers_the_weights_of_experts(machine: str, partition: str) -> None:
+    found = compiled(machine, "train", "full", "capacity", partition)
+    assert found.per_layer("all-to-all", ROWS) == 6
+    assert not any(MLP in sizes for sizes in found.gathered)
+    weights = EXPERTS * EMBED * MLP
+    assert max(found.sizes("all-gather"), default=0) < weights // DEVICES
+
+
+@pytest.mark.slow
+def test_sparse_layers_that_are_a_loop_in_a_block_are_computed_once_more() -> None:
+    """A block is a dense layer and two sparse ones; there are two blocks."""
+    passes = f"upcycle{{experts={EXPERTS} top-k=2 layers=1,2,4,5}}"
+    found = compiled("cpu:8", "train", "full", "capacity", passes=passes)
+    assert found.per_layer("all-to-all", ROWS) * LAYERS == 8 * 4
