@@ -193,6 +193,27 @@ def test_the_order_is_the_same_in_every_process() -> None:
     assert [v.node.op.name for v in list(graph)[-1].operands if v.node] == ["contract", "silu"]
 
 
+def repeated(name: str, does: str) -> str:
+    return f"""
+  %{name} = scan %x {{over=(layer=2), carries=1, stacked=0}} : f32[batch=B, embed=12] {{
+    input %h : f32[batch=B, embed=12]
+    %o = {does} %h : f32[batch=B, embed=12]
+    output h = %o
+  }}
+"""
+
+
+def test_what_is_repeated_has_its_place_by_what_it_does() -> None:
+    one, other = repeated("a", "silu"), repeated("b", "neg")
+    for text in (one + other, other + one):
+        head = "moecc 1\ngraph g {\n  input %x : f32[batch=B, embed=12]\n"
+        tail = "  %y = add %a, %b : f32[batch=B, embed=12]\n  output y = %y\n}\n"
+        graph = parse(head + text + tail)
+        canonical(graph)
+        copies = [clone(graph) for _ in range(16)]
+        assert [order_operands(copy) for copy in copies] == [0] * 16
+
+
 def test_operands_that_settle_the_order_of_axes_stay() -> None:
     graph = Graph()
     b = Builder(graph)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from zlib import crc32
 
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.structure import attributes
 
 
 def order_operands(graph: Graph) -> int:
@@ -26,12 +27,19 @@ def order_operands(graph: Graph) -> int:
         if node.op.commutative and parts[0] > parts[1] and _exchange(node):
             parts.reverse()
             exchanged += 1
-        row = _row(rows, f"{node.op.name} {node.attrs}" if node.attrs else node.op.name)
+        row = _row(rows, _made_by(node))
         # A hash of whole numbers is the same in every process; a hash of text is not.
         key = hash((row, *parts))
         for value in node.results:
             keys[value] = key + value.index
     return exchanged
+
+
+def _made_by(node: Node) -> str:
+    """Return the operation and its attributes; a body by its structure, not by where it lies."""
+    if not node.attrs:
+        return node.op.name
+    return f"{node.op.name} {node.attrs if node.body is None else attributes(node.attrs)}"
 
 
 def _row(rows: dict[str, int], text: str) -> int:
