@@ -120,7 +120,7 @@ def figures(report: dict[str, Any]) -> Figures:
 def row_of(name: str, found: Figures, beside: Figures | None = None) -> tuple[str, bool]:
     """Return a row of the table, and whether all is below the figures `beside`."""
     parts = (
-        f"{kind} {f'{runs} × ' if runs else ''}{_gigabytes(size)}"
+        f"{kind} {_gigabytes(size)}{f' in {runs} runs' if runs else ''}"
         for kind, (runs, size) in found.collectives.items()
         if size >= 0.005e9
     )
@@ -148,7 +148,7 @@ def _gigabytes(size: float) -> str:
 
 
 HEAD = [
-    "program", "collectives, runs × and GB in all", "moved, GB", "temporaries, GB", "peak, GB",
+    "program", "collectives, GB", "moved, GB", "temporaries, GB", "peak, GB",
     "compiled in", "host memory, GB",
 ]  # fmt: skip
 
