@@ -148,6 +148,31 @@ def test_a_fusion_that_keeps_a_slice_of_a_sum_is_a_reduce_scatter() -> None:
     }
 
 
+def test_a_collective_that_is_written_in_parts_counts_once() -> None:
+    """A TPU begins a gather in one fusion and ends it in another; each has all of it."""
+
+    def part(name: str, chain: int, channel: int) -> str:
+        gather = (
+            f"all-gather(%i), channel_id={channel}, replica_groups=[2,4]<=[8], dimensions={{0}}"
+        )
+        return f"""%{name} (i: f32[8,4]) -> f32[32,4] {{
+  %i = f32[8,4] parameter(0)
+  ROOT %g = f32[32,4] {gather}, frontend_attributes={{chain_id="{chain}"}}
+}}
+
+"""
+
+    more = part("begin", 0, 7) + part("end", 0, 7) + part("other", 1, 8)
+    calls = "\n".join(
+        f"  %{name}.1 = f32[32,4] fusion(%p), kind=kCustom, calls=%{name}"
+        for name in ("begin", "end", "other")
+    )
+    body = f"  %p = f32[8,4] parameter(0)\n{calls}\n  ROOT %r = f32[8,4] slice(%end.1)"
+    assert census(program(body, more=more)).by_kind() == {
+        "all-gather": {"count": 2, "runs": 2, "bytes": 1024}
+    }
+
+
 def test_an_exchange_within_one_device_is_none() -> None:
     gather = "all-gather(%p), replica_groups=[8,1]<=[8]"
     body = f"  %p = f32[8,4] parameter(0)\n  ROOT %r = f32[8,4] {gather}"

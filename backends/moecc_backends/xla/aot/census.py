@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -41,6 +41,7 @@ class Collective:
       times: how often it runs.
       dtype: the element type of what is moved.
       source: what it was traced from.
+      chain: what its parts have in common, where a TPU computes between them; else empty.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Collective:
     times: int
     dtype: str
     source: str
+    chain: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -155,11 +157,25 @@ def _sum(parts: list[Census]) -> Census:
     for part in parts:
         opaque.update(part.opaque)
     return Census(
-        tuple(found for part in parts for found in part.collectives),
+        tuple(_once(found for part in parts for found in part.collectives)),
         sum(part.flops for part in parts),
         sum(part.unknown_loops for part in parts),
         opaque,
     )
+
+
+def _once(found: Iterable[Collective]) -> Iterator[Collective]:
+    """Yield collectives, of the parts of one only the first.
+
+    A TPU that computes while it exchanges has a fusion for the beginning, one for each step and one
+    for the end, and writes the whole collective into all of them.
+    """
+    seen: set[str] = set()
+    for one in found:
+        if one.chain not in seen:
+            yield one
+        if one.chain:
+            seen.add(one.chain)
 
 
 def _weight(counted: Census) -> tuple[int, int]:
@@ -183,7 +199,15 @@ def _collective(module: Module, where: Computation, made: Instruction, kind: str
     if kind == "ragged-all-to-all":
         full = max(s.size_bytes for s in given)
     dtype = given[0].dtype if given else made.shapes[0].dtype
-    return Collective(kind, full, _group_size(module, made), 1, dtype, made.source)
+    group = _group_size(module, made)
+    return Collective(kind, full, group, 1, dtype, made.source, _chain(made))
+
+
+def _chain(made: Instruction) -> str:
+    """Return the chain and channel of a collective that is written in parts, or nothing."""
+    chain = re.search(r'chain_id="(\d+)"', made.attributes)
+    channel = re.search(r"channel_id=(\d+)", made.attributes)
+    return f"{chain[1]}/{channel[1]}" if chain and channel else ""
 
 
 def _group_size(module: Module, made: Instruction) -> int:
