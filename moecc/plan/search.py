@@ -191,6 +191,16 @@ def _nothing(
     least: tuple[float, Strategy] | None,
     work_on: WorkOn,
 ) -> InputError:
+    if least is None and wish.via is not None:
+        free = strategies(work, machine, replace(wish, via=None), setting.train)
+        if next(free, None) is not None:
+            return InputError(
+                f"nothing goes via {wish.via}",
+                where=machine.name,
+                expected="experts that lie on several devices"
+                + (", and keep every row" if wish.via == "ragged" else ""),
+                found=f"{work.experts} experts, {machine.devices} devices",
+            )
     if least is None:
         return InputError(
             "no mesh of this machine divides model and batch",

@@ -274,6 +274,7 @@ def test_what_does_not_divide_is_told_with_what_would(
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
+        (("--machine", "cpu", "--via", "ring"), 1, "nothing goes via ring"),
         (("--mesh", "data=2,expert=2", "--slice"), 1, "the mesh has no axis 'model'"),
         (("--mesh", "data=4", "--via", "replicated"), 1, "cannot all have the same tokens"),
         (("--mesh", "expert=4", "--via", "ragged", "--capacity-factor", "1.5"), 1, "ragged is for"),
