@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from moecc_backends.reference.interpreter import ReferenceProgram
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
@@ -19,6 +20,9 @@ from moecc.testing import inputs_for, params_for, run_reference
 GOLDEN = Path(__file__).parents[1] / "golden"
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
+
+TIE = 1e-13
+"""How near to one another scores are equal but for rounding, as a share of the largest."""
 
 
 def decoder(case: str, seq: int = 6, **upcycle: Any) -> tuple[Graph, Arrays, Arrays]:
@@ -62,6 +66,19 @@ def assert_close(
     for name, a in expected.items():
         assert np.shape(found[name]) == a.shape
         assert (_apart(a, found[name]) <= allowed[name]).all(), name
+
+
+def is_decided(graph: Graph, params: Arrays, inputs: Arrays) -> bool:
+    """Whether no router's scores are so near to one another that rounding orders them."""
+    program = ReferenceProgram(graph)
+    for value, array in program.trace(params, inputs):
+        for node in value.users:
+            if node.op.name in ("route", "expert_choice") and node.operands[0] is value:
+                at = array.axes.index("expert")
+                gaps = np.diff(np.sort(array.data, axis=at), axis=at)
+                if (gaps < TIE * max(1.0, _largest(array.data))).any():
+                    return False
+    return True
 
 
 def _largest(a: Array) -> float:

@@ -17,7 +17,7 @@ from moecc.ir.types import TensorType, tensor
 from moecc.models import open_model
 from moecc.testing import graphs, random_graph, run_reference
 
-from .models import GOLDEN, assert_close, compiled, decoder, random_data, relative
+from .models import GOLDEN, assert_close, compiled, decoder, is_decided, random_data, relative
 
 jax = pytest.importorskip("jax")
 
@@ -64,6 +64,8 @@ def test_more_random_graphs(seed: int) -> None:
     if is_ragged(graph):
         for name in [n for n, v in graph.outputs.items() if v.type.ragged]:
             graph.drop_output(name)
+    if not is_decided(graph, *random_data(graph, seed)):
+        pytest.skip("scores of a router are equal, and rounding puts them in order")
     check_both_ways(graph, seed)
 
 
