@@ -26,12 +26,10 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_MMAP_THRESHOLD_": "262144",
+    "MALLOC_ARENA_MAX": "2",
 }
-"""What keeps jax from looking for accelerators, and libtpu from asking a cloud about itself;
-and what keeps a compiler small: no tracebacks in the program, and memory that is given back."""
+"""What keeps jax from looking for accelerators, and libtpu from asking a cloud about itself; and
+what keeps a compiler small: no tracebacks in the program, and threads that share free memory."""
 
 _TAIL = 3000
 

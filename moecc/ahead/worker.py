@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from moecc.ahead.prepare import Prepared, prepare
 from moecc.ahead.request import Compiler, Request, Result
+from moecc.ahead.trimming import trimmed
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
 
@@ -31,7 +32,8 @@ def main(folder: Path) -> None:
 def _answer(request: Request, folder: Path) -> dict[str, Any]:
     prepared = prepare(request)
     compiler = cast(Compiler, get_backend("xla"))
-    result = compiler.compile_ahead(prepared.graph, prepared.job)
+    with trimmed():
+        result = compiler.compile_ahead(prepared.graph, prepared.job)
     if result.program:
         (folder / PROGRAM).write_text(result.program, "utf-8")
     if result.artefact:
