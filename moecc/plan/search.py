@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
@@ -178,9 +179,19 @@ def search(
     keeping = [e for e in found if exact(e.strategy.via, work.dropless) or wish.via is not None]
     if not keeping:
         keeping = found
-    best = keeping[0]
+    best, *others = islice(_distinct(keeping), keep + 1)
     lossy = found[0] if found[0] is not best else None
-    return Ranking(best, tuple(keeping[1 : keep + 1]), tried, len(found), lossy)
+    return Ranking(best, tuple(others), tried, len(found), lossy)
+
+
+def _distinct(found: list[Estimate]) -> Iterator[Estimate]:
+    """Yield those that are not an earlier one with other names for its axes."""
+    seen: set[tuple[float, float]] = set()
+    for estimate in found:
+        figures = (estimate.seconds, estimate.memory.total)
+        if figures not in seen:
+            seen.add(figures)
+            yield estimate
 
 
 def _nothing(

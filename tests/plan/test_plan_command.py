@@ -226,3 +226,10 @@ def test_planning_starts_without_jax() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_next_best_is_another_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mesh whose axes have other names is the same program, and is not listed again."""
+    found = plan(capsys, "preset:smollm2-135m", "--machine", "tpu:v5e:2x4")
+    figures = [(p["seconds"], p["total_bytes"]) for p in (found["best"], *found["others"])]
+    assert len(set(figures)) == len(figures) > 1
