@@ -82,7 +82,6 @@ class Job:
       optimizer: of a training step; None for the forward pass.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
-      rules: layouts by name or file, in place of those that the mesh's axes stand for.
       partition: one of `PARTITIONS`.
     """
 
