@@ -130,13 +130,13 @@ def embed(folder: Path, sentences: Sequence[str]) -> Array:
 
 def encode(model: Model, sentences: Sequence[str]) -> Mapping[str, Array]:
     """Return the tokens of each sentence and the mask of those that are no padding."""
-    tokenizer = load_tokenizer(model)
-    tokenizer.enable_padding()
-    found = tokenizer.encode_batch(list(sentences))
-    return {
-        "tokens": np.array([line.ids for line in found], np.int32),
-        "mask": np.array([line.attention_mask for line in found], bool),
-    }
+    with load_tokenizer(model) as tokenizer:
+        lines = tokenizer.encode_all(sentences)
+    lengths = np.array([len(line) for line in lines])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(lines)
+    return {"tokens": tokens, "mask": mask}
 
 
 def show_nearest(sentences: Sequence[str], dense: Array, sparse: Array) -> None:
