@@ -154,12 +154,17 @@ class OpDef:
 
     @property
     def gradient_in_place(self) -> bool:
-        """Whether a gradient takes the place of that of the result: it multiplies it in place."""
-        return self.elementwise and bool(self.residual)
+        """Whether a gradient takes the place of that of the result, as on a TPU.
+
+        Activations, products and masks do so.  What is not defined everywhere (a quotient, a root)
+        and what chooses between operands was seen to have an array of its own.
+        """
+        chooses, everywhere = self.homogeneity.alike, self.domain is not Domain.POSITIVE
+        return self.elementwise and bool(self.residual) and everywhere and not chooses
 
     @property
     def fusable(self) -> bool:
-        """Whether a compiler makes it a part of the product that reads its result."""
+        """Whether the compiler of a TPU makes it a part of the product that reads its result."""
         return self.gradient_in_place or self.normalises
 
     @property

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 class Residual:
     """What the derivative of an operation reads: the values that a gradient keeps.
 
-    Only floating-point values count; masks and indices are small.
-
     Attributes:
       operands: the positions of the operands that it reads.
       result: whether it reads the first result.
+      of: the operands that have a gradient; all floating-point ones where it is empty.  Tables of
+        positions are floating-point, and nothing behind them is trained.
     """
 
     operands: tuple[int, ...] = ()
     result: bool = False
+    of: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.operands) or self.result
@@ -181,7 +182,9 @@ class Index:
     Attributes:
       operand: its position.
       below: the size that they stay below.
+      strict: whether other integers have no meaning; else they pick nothing.
     """
 
     operand: int
     below: IndexRule
+    strict: bool = False

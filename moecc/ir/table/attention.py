@@ -118,7 +118,7 @@ register(
         attrs={"axis": Attr("axis", doc="the axis")},
         mixes=mixes_axis,
         linear=(0,),
-        residual=Residual((0, 1, 2)),
+        residual=Residual((1, 2), of=(0,)),
         sharding=by_name,
     )
 )

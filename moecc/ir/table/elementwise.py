@@ -174,6 +174,7 @@ register(
         ("condition", "a", "b"),
         _infer_select,
         logical=True,
+        residual=OPERAND,
         homogeneous=alike(None, 1, 1),
     )
 )
@@ -206,6 +207,7 @@ register(
         _infer_mask,
         attrs={"fill": Attr("float", float("-inf"), doc="what stands where nothing is kept")},
         logical=True,
+        residual=Residual((1,)),
     )
 )
 

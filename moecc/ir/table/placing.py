@@ -365,6 +365,7 @@ register(
         results=("rows",),
         mixes=lambda operands, _attrs: tuple(placing(operands[2]).attrs["tokens"]),
         linear=(0,),
+        residual=Residual((1, 2)),
         cost=Cost.READ_WRITE,
         sharding=dispatched,
         moves=RowMove.TO_SLOTS,
@@ -394,7 +395,7 @@ register(
         _infer_combine,
         mixes=lambda _operands, _attrs: ("group", "expert", "slot"),
         linear=(0, 3),
-        residual=Residual((0, 3)),
+        residual=Residual((0, 1, 2, 3)),
         cost=Cost.READ_WRITE,
         sharding=combined,
         moves=RowMove.TO_TOKENS,
@@ -421,6 +422,7 @@ register(
         _infer_group_sum,
         mixes=lambda operands, _attrs: tuple(placing(operands[1]).attrs["tokens"]),
         linear=(0,),
+        residual=Residual((1,)),
         sharding=dispatched,
     )
 )
