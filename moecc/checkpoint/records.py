@@ -20,8 +20,8 @@ import numpy as np
 import moecc
 from moecc.checkpoint.files import file_fault, read_bounded
 from moecc.checkpoint.jsonfile import parse_json
+from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
-from moecc.checkpoint.safetensors import name_fault
 from moecc.errors import CheckError, InputError
 from moecc.ir.dtypes import DTYPES
 
