@@ -86,7 +86,7 @@ def register(app: typer.Typer) -> None:
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return what was planned, and written unless `dry_run`, for people."""
-    from moecc.cli.console import count_text, size_text
+    from moecc.support.text import count_text, size_text
 
     data = planned.to_json()
     parameters = data["parameters"]

@@ -87,8 +87,8 @@ def inspection(model: Model) -> dict[str, Any]:
 
 def inspection_text(data: dict[str, Any]) -> str:
     """Return an inspection for people."""
-    from moecc.cli.console import count_text
     from moecc.families.describe import PAPER_GROUPS
+    from moecc.support.text import count_text
 
     parameters, blocks = data["parameters"], data["ffn_blocks"]
     named = {k: f"{k} {count_text(v)}" for k, v in parameters["groups"].items()}
