@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.mesh import mesh_of, nearest_multiple
+from moecc.ir.operand import Attrs, Entry, Operand
 from moecc.ir.types import Axis, TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-    from moecc.ir.ops import Attrs, OpDef
 
 Names = Mapping[str, str]
 """Axis → dimension; an axis that is not named has no influence, and in a result lies whole."""
@@ -43,7 +39,7 @@ class Space:
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
-Rule = Callable[[Sequence["Value"], "Attrs"], Space]
+Rule = Callable[[Sequence[Operand], Attrs], Space]
 
 FLOWS: dict[str, Rule] = {}
 """The rules, by operation."""
@@ -62,7 +58,7 @@ def flow(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def space_of(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Return the dimensions of an operation; all of them whole, where it has no rule."""
     rule = FLOWS.get(entry.name)
     if rule is not None:
@@ -72,7 +68,7 @@ def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
 
 
 def placed_types(
-    entry: OpDef, operands: Sequence[Value], attrs: Attrs, types: Sequence[TensorType]
+    entry: Entry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
 ) -> tuple[TensorType, ...]:
     """Return the result `types` with the placements that follow from the operands.
 
@@ -100,7 +96,7 @@ class _Lies:
 _WHOLE = _Lies(())
 
 
-def _dimensions(entry: OpDef, operands: Sequence[Value], space: Space) -> dict[str, _Lies]:
+def _dimensions(entry: Entry, operands: Sequence[Operand], space: Space) -> dict[str, _Lies]:
     lies: dict[str, _Lies] = {}
     for value, names in zip(operands, space.operands, strict=True):
         for axis in value.type.axes:
@@ -145,7 +141,7 @@ def _check_once(lies: Mapping[str, _Lies]) -> None:
                 )
 
 
-def _check_counts(operands: Sequence[Value], space: Space, lies: Mapping[str, _Lies]) -> None:
+def _check_counts(operands: Sequence[Operand], space: Space, lies: Mapping[str, _Lies]) -> None:
     mesh = mesh_of(operands[0].graph) if space.counts else None
     if mesh is None:
         return
@@ -162,7 +158,7 @@ def _check_counts(operands: Sequence[Value], space: Space, lies: Mapping[str, _L
             )
 
 
-def _carried(entry: OpDef, operands: Sequence[Value], lies: Mapping[str, _Lies]) -> Iterator[str]:
+def _carried(entry: Entry, operands: Sequence[Operand], lies: Mapping[str, _Lies]) -> Iterator[str]:
     """Yield the mesh axes over which operands, and so the result, are sums not carried out."""
     split = {m for where in lies.values() for m in where.mesh}
     sums = [set(v.type.unreduced) for v in operands]

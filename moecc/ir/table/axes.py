@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import F32, I32
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.types import Axis, TensorType
 
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
-
-def _infer_rename(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_rename(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot rename")
@@ -36,7 +33,7 @@ register(
 )
 
 
-def _infer_split(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_split(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot split")
@@ -67,7 +64,7 @@ register(
 )
 
 
-def _infer_merge(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_merge(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     names: tuple[str, ...] = attrs["axes"]
     parts = [axis_of(type, n) for n in names]
@@ -94,7 +91,7 @@ register(
 )
 
 
-def _infer_broadcast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_broadcast(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, like = (v.type for v in operands)
     for axis in x.axes:
         same_size(axis_of(like, axis.name, "the operand that gives the axes"), axis)
@@ -112,7 +109,7 @@ register(
 )
 
 
-def _infer_slice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_slice(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot slice")
@@ -143,7 +140,7 @@ register(
 )
 
 
-def _infer_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_positions(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     axis = axis_of(operands[0].type, attrs["axis"])
     if axis.is_ragged:
         raise InputError(f"no positions along the ragged axis {axis.name!r}", found=str(axis))
@@ -162,7 +159,7 @@ register(
 )
 
 
-def _infer_embedding(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_embedding(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     table, ids = (v.type for v in operands)
     need_kind(ids, "int", "the indices")
     picked = axis_of(table, attrs["axis"], "the table")
@@ -183,7 +180,7 @@ register(
 )
 
 
-def _infer_one_hot(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_one_hot(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     ids = operands[0].type
     need_kind(ids, "int", "the indices")
     into = tuple(Axis(name, size) for name, size in attrs["into"])

@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil, inf
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import PRED
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_ragged
 from moecc.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 
 def buffer_rows(attrs: Attrs, tokens: int, choices: int) -> int:
@@ -32,7 +29,7 @@ def buffer_rows(attrs: Attrs, tokens: int, choices: int) -> int:
     return ceil(Fraction(repr(attrs["factor"])) * share)
 
 
-def _infer_within_buffer(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_within_buffer(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     experts, place, counts = (v.type for v in operands)
     need_kind(experts, "int", "the experts")
     need_kind(place, "int", "the slots")

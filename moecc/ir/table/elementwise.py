@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, nearest
 from moecc.ir.dtypes import DTYPES, PRED, DType
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import (
     arithmetic,
@@ -18,9 +18,6 @@ from moecc.ir.table.rules import (
     widest,
 )
 from moecc.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 UNARY = {
     "silu": "x · sigmoid(x).",
@@ -64,7 +61,7 @@ register(OpDef("maximum", "The larger of a and b.", ("a", "b"), arithmetic, comm
 register(OpDef("minimum", "The smaller of a and b.", ("a", "b"), arithmetic, commutative=True))
 
 
-def _infer_cast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_cast(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     dtype = DTYPES.get(attrs["dtype"])
     if dtype is None:
         raise InputError(
@@ -85,7 +82,7 @@ register(
 )
 
 
-def _infer_select(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_select(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     condition, *branches = (v.type for v in operands)
     need_kind(condition, "bool", "the condition")
     dtype = same_dtype(branches)
@@ -102,7 +99,7 @@ register(
 )
 
 
-def _infer_mask(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_mask(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, keep = (v.type for v in operands)
     need_kind(keep, "bool", "the mask")
     if widest([x, keep]).names != x.names:
@@ -132,7 +129,7 @@ register(
 )
 
 
-def _infer_compare(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_compare(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     return (elementwise(operands, attrs)[0].with_dtype(PRED),)
 
 
@@ -140,7 +137,7 @@ register(OpDef("less", "Whether a < b.", ("a", "b"), _infer_compare))
 register(OpDef("equal", "Whether a = b.", ("a", "b"), _infer_compare, commutative=True))
 
 
-def _infer_constant(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_constant(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     dtype = DTYPES.get(attrs["dtype"])
     if dtype is None:
         raise InputError(

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from moecc.ir.flow import Names, Space, flow
+from moecc.ir.operand import Operand
 from moecc.ir.ops import OPS, Attrs
 from moecc.ir.table.elementwise import UNARY
 from moecc.ir.table.placing import placing
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 
 def _own(names: Iterable[str]) -> dict[str, str]:
     return {n: n for n in names}
 
 
-def _by_name(operands: Sequence[Value]) -> tuple[tuple[Names, ...], dict[str, str]]:
+def _by_name(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], dict[str, str]]:
     """Return dimensions called as the axes are, of the operands and of all of them together."""
     every = _own(n for v in operands for n in v.type.names)
     return tuple(_own(v.type.names) for v in operands), every
@@ -33,7 +30,7 @@ _ALIKE = (
 
 
 @flow(*_ALIKE)
-def _alike(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _alike(operands: Sequence[Operand], attrs: Attrs) -> Space:
     # Random numbers belong to their places, and every device knows the places of its elements.
     return Space(*_by_name(operands))
 
@@ -42,7 +39,7 @@ def _mixing(name: str) -> None:
     """Give an operation the rule that it needs what it mixes whole, and the rest by name."""
 
     @flow(name)
-    def rule(operands: Sequence[Value], attrs: Attrs) -> Space:
+    def rule(operands: Sequence[Operand], attrs: Attrs) -> Space:
         return Space(*_by_name(operands), whole=frozenset(OPS[name].mixes(operands, attrs)))
 
 
@@ -53,30 +50,30 @@ for _name in ("route", "keep_choices", "index"):
 
 
 @flow("sum", "mean")
-def _summing(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _summing(operands: Sequence[Operand], attrs: Attrs) -> Space:
     return Space(*_by_name(operands), summed=frozenset(attrs["axes"]))
 
 
 @flow("contract")
-def _contract(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _contract(operands: Sequence[Operand], attrs: Attrs) -> Space:
     return Space(*_by_name(operands), summed=frozenset(attrs["over"]))
 
 
 @flow("chunk", "join")
-def _chunks(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _chunks(operands: Sequence[Operand], attrs: Attrs) -> Space:
     counts = {attrs["axis"]: ("parts", attrs["parts"])}
     return Space(*_by_name(operands), counts=counts)
 
 
 @flow("rename")
-def _rename(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _rename(operands: Sequence[Operand], attrs: Attrs) -> Space:
     own = _own(operands[0].type.names)
     kept = {n: d for n, d in own.items() if n != attrs["axis"]}
     return Space((own,), {**kept, attrs["to"]: attrs["axis"]})
 
 
 @flow("split")
-def _split(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _split(operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The first of the new axes is the outermost, so a part of the old axis is a part of it."""
     own = _own(operands[0].type.names)
     kept = {n: d for n, d in own.items() if n != attrs["axis"]}
@@ -84,7 +81,7 @@ def _split(operands: Sequence[Value], attrs: Attrs) -> Space:
 
 
 @flow("merge")
-def _merge(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _merge(operands: Sequence[Operand], attrs: Attrs) -> Space:
     own = _own(operands[0].type.names)
     first, *others = attrs["axes"]
     kept = {n: d for n, d in own.items() if n not in attrs["axes"]}
@@ -92,13 +89,13 @@ def _merge(operands: Sequence[Value], attrs: Attrs) -> Space:
 
 
 @flow("positions")
-def _positions(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _positions(operands: Sequence[Operand], attrs: Attrs) -> Space:
     one = _own([attrs["axis"]])
     return Space((one,), one)
 
 
 @flow("embedding")
-def _embedding(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _embedding(operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device adds the rows of its part of the table, and nothing for the others."""
     table, ids = (v.type for v in operands)
     rows = {n: n for n in table.names if n != attrs["axis"]}
@@ -118,7 +115,7 @@ def _tokens(names: Iterable[str], tokens: Sequence[str]) -> dict[str, str]:
 
 
 @flow("place", "expert_choice")
-def _placing(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _placing(operands: Sequence[Operand], attrs: Attrs) -> Space:
     tokens = attrs["tokens"]
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
     every = {n: d for own in names for n, d in own.items()}
@@ -127,7 +124,7 @@ def _placing(operands: Sequence[Value], attrs: Attrs) -> Space:
 
 
 @flow("within_buffer")
-def _within_buffer(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _within_buffer(operands: Sequence[Operand], attrs: Attrs) -> Space:
     # Where the counts lie is checked by the operation: of all that a device exchanges with.
     names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
     every = {n: d for own in names for n, d in own.items()}
@@ -135,7 +132,7 @@ def _within_buffer(operands: Sequence[Value], attrs: Attrs) -> Space:
 
 
 @flow("dispatch", "group_sum")
-def _dispatch(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _dispatch(operands: Sequence[Operand], attrs: Attrs) -> Space:
     tokens = placing(operands[-1]).attrs["tokens"]
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
     routing = {d for own in names[1:] for d in own.values()}
@@ -145,7 +142,7 @@ def _dispatch(operands: Sequence[Value], attrs: Attrs) -> Space:
 
 
 @flow("combine")
-def _combine(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _combine(operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device combines the rows of its experts; what other experts add is summed afterwards."""
     rows, _, place, _ = operands
     tokens = placing(place).attrs["tokens"]
