@@ -3,13 +3,15 @@
 An operation loops over *dimensions*.  Its rule says which dimension each axis of each operand and
 result runs along, which dimensions it sums over, and which it must have whole.  A dimension lies on
 the same mesh axes in all that run along it; a sum over one that lies split is *unreduced*.  The
-rules stand in `moecc.ir.table.flows`; an operation without a rule takes operands that lie whole.
+rule is a field of the operation's row (`moecc.ir.table.flows` has those that rows name); an
+operation without one takes operands that lie whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from moecc.errors import InputError
 from moecc.ir.mesh import mesh_of, nearest_multiple
@@ -39,36 +41,28 @@ class Space:
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
-Rule = Callable[[Sequence[Operand], Attrs], Space]
-
-FLOWS: dict[str, Rule] = {}
-"""The rules, by operation."""
+Rule = Callable[[Entry, Sequence[Operand], Attrs], Space]
 
 
-def flow(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of the operations `names`."""
+class ShardedEntry(Entry, Protocol):
+    """A row of the operation table, with the rule by which it shares a mesh."""
 
-    def register(rule: Rule) -> Rule:
-        for name in names:
-            if name in FLOWS:
-                raise ValueError(f"operation {name!r} has two rules of flow")
-            FLOWS[name] = rule
-        return rule
-
-    return register
+    @property
+    def sharding(self) -> Rule | None:
+        """The rule, or None where all operands lie whole."""
+        ...
 
 
-def space_of(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Return the dimensions of an operation; all of them whole, where it has no rule."""
-    rule = FLOWS.get(entry.name)
-    if rule is not None:
-        return rule(operands, attrs)
+    if entry.sharding is not None:
+        return entry.sharding(entry, operands, attrs)
     names = tuple({n: f"{i}.{n}" for n in v.type.names} for i, v in enumerate(operands))
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 
 
 def placed_types(
-    entry: Entry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
+    entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
 ) -> tuple[TensorType, ...]:
     """Return the result `types` with the placements that follow from the operands.
 

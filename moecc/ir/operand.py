@@ -8,7 +8,7 @@ these protocols; `moecc.ir.graph` has what fits them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from moecc.ir.types import TensorType
@@ -33,6 +33,16 @@ class Entry(Protocol):
     @property
     def jointly(self) -> bool:
         """Whether it is linear only in all of `linear` together."""
+        ...
+
+    @property
+    def mixes(self) -> Callable[[Sequence[Operand], Attrs], tuple[str, ...]]:
+        """The operand axes that it mixes."""
+        ...
+
+    @property
+    def assigns_slots(self) -> bool:
+        """Whether its last result is the slot of each choice."""
         ...
 
 
@@ -90,6 +100,11 @@ class Definition(Protocol):
     @property
     def results(self) -> Sequence[Operand]:
         """The values that it defines."""
+        ...
+
+    @property
+    def result(self) -> Operand:
+        """The only result."""
         ...
 
     @property
