@@ -141,3 +141,28 @@ def test_nobody_imports_the_command_line(graph: nx.DiGraph[str]) -> None:
     assert len(inside) > 10
     importing = {a for a, _ in graph.in_edges(inside)} - set(inside)
     assert importing == MAY_CALL_THE_COMMAND_LINE
+
+
+def test_nobody_imports_the_front_door(graph: nx.DiGraph[str]) -> None:
+    assert {a for a, _ in graph.in_edges("moecc")} == set()
+
+
+FRONT_DOOR = {"__init__", "__main__", "backend", "errors", "version"}
+"""The only modules of the core that stand in no room."""
+
+
+def room(module: str) -> str:
+    """Return the room of a module: a folder of the core, or another package as a whole."""
+    package, *rest = module.split(".")
+    return f"{package}.{rest[0]}" if package == "moecc" and rest else package
+
+
+def test_modules_of_the_core_stand_in_rooms() -> None:
+    assert {file.stem for file in PACKAGES["moecc"].glob("*.py")} == FRONT_DOOR
+
+
+def test_no_circle_of_rooms(graph: nx.DiGraph[str]) -> None:
+    rooms: nx.DiGraph[str] = nx.DiGraph()
+    rooms.add_edges_from((room(a), room(b)) for a, b in graph.edges if room(a) != room(b))
+    assert len(rooms) > 20
+    assert circles(rooms) == []
