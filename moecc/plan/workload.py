@@ -13,7 +13,7 @@ from math import prod
 
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept, expert_layers
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.placing import placing
 from moecc.ir.traits import Cost, RowMove
@@ -261,7 +261,7 @@ class _Reader:
 
     def _slots(self, value: Value) -> float:
         """Return the mean rows of an expert, all groups together."""
-        place = next(iter(value.type.extents)).value
+        place = setter_of(value.type.extents[0])
         node = placing(place)
         tokens = prod(self._size(place.type[n].size) for n in node.attrs["tokens"])
         return tokens * choices_kept(value) / self._size(value.type["expert"].size)

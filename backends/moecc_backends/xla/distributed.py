@@ -19,12 +19,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moecc import __version__
 from moecc.errors import InputError, MachineError, Problem, UsageError
 from moecc.ir.mesh import nearest_multiple
 from moecc.launch.member import JOIN, seconds_of_environment
 from moecc.launch.place import DISTRIBUTED, Place
 from moecc.launch.rendezvous import meet
+from moecc.version import __version__
 
 JOIN_SECONDS = 60
 """How long processes wait for one another at the start."""
