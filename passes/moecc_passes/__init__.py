@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moecc.pipeline.passes import Pass
+    from moecc.pipeline.template import PipelineTemplate
 
 
 def _add_losses() -> type[Pass]:
@@ -72,10 +73,16 @@ def _roll_layers() -> type[Pass]:
     return RollLayersPass
 
 
-def _st_moe() -> type[Pass]:
-    from moecc_passes.st_moe import StMoePass
+def _record_modes() -> type[Pass]:
+    from moecc_passes.specialize.record_modes import RecordModesPass
 
-    return StMoePass
+    return RecordModesPass
+
+
+def _st_moe() -> PipelineTemplate:
+    from moecc_passes.st_moe import ST_MOE
+
+    return ST_MOE
 
 
 def _specialize() -> type[Pass]:
@@ -102,7 +109,7 @@ def _upcycle() -> type[Pass]:
     return UpcyclePass
 
 
-REGISTRY: dict[str, Callable[[], type[Pass]]] = {
+REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "add-losses": _add_losses,
     "annotate-sharding": _annotate_sharding,
     "canonicalize": _canonicalize,
@@ -111,6 +118,7 @@ REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "expert-parallel": _expert_parallel,
     "freeze": _freeze,
     "lower-collectives": _lower_collectives,
+    "record-modes": _record_modes,
     "roll-layers": _roll_layers,
     "specialize": _specialize,
     "st-moe": _st_moe,
