@@ -55,6 +55,12 @@ def _freeze() -> type[Pass]:
     return FreezePass
 
 
+def _fuse_gate_up() -> type[Pass]:
+    from moecc_passes.fuse_gate_up import FuseGateUpPass
+
+    return FuseGateUpPass
+
+
 def _lower_collectives() -> type[Pass]:
     from moecc_passes.sharding.lower import LowerCollectivesPass
 
@@ -117,6 +123,7 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "dce": _dce,
     "expert-parallel": _expert_parallel,
     "freeze": _freeze,
+    "fuse-gate-up": _fuse_gate_up,
     "lower-collectives": _lower_collectives,
     "record-modes": _record_modes,
     "roll-layers": _roll_layers,
