@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moecc.plan.collectives import Transfer
-from moecc.plan.exchanges import LOCAL, Rows
+from moecc.plan.exchanges import Rows
 from moecc.plan.exchanges import transfers as exchange_transfers
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Part, Step, Weight, Workload
 
 

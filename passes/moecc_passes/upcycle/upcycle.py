@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from moecc.analysis.ffn import FFNBlock, find_ffn_blocks
 from moecc.errors import InputError, Problem
+from moecc.ir.gates import convention
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
 from moecc.rewrite.match import NearMiss
@@ -120,10 +121,8 @@ class UpcyclePass(Pass):
     @cached_property
     def law(self) -> GateLaw:
         """The sum of the gates under these options."""
-        # Switch routing is the probability of the one expert chosen: softmax gates at top-1.
-        same = {"switch": "softmax", "top-k-softmax": "renormalised"}
         return GateLaw(
-            same.get(self.gates, self.gates), self.experts, self.top_k, self.granularity,
+            convention(self.gates).name, self.experts, self.top_k, self.granularity,
             self.gate_scale, has_prototypes=self.routing == "prototypes",
         )  # fmt: skip
 
