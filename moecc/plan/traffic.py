@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from moecc.ir.traits import Cost, RowMove
 from moecc.plan.collectives import Transfer
-from moecc.plan.exchanges import LOCAL, Rows
+from moecc.plan.exchanges import Rows
 from moecc.plan.exchanges import transfers as exchange_transfers
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Part, Step, Weight, Workload
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import jax
 
 from moecc.errors import InputError, Problem
+from moecc.ir.dispatch_strategies import DISPATCHES
 from moecc.ir.graph import Graph, Value
 from moecc.ir.table.placing import is_place
 from moecc.ir.verify import where
 from moecc_backends.xla.chosen_rows import ChosenRows
 from moecc_backends.xla.expert_scan import Dense
-from moecc_backends.xla.options import AUTO, DISPATCHES, Options
+from moecc_backends.xla.options import AUTO, Options
 from moecc_backends.xla.packing import Packing, Routing
 from moecc_backends.xla.ragged import why_no_kernel
 from moecc_backends.xla.regions import is_ragged, why_rows_meet

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.gates import convention
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops import Attrs
 from moecc.ir.table.placing import capacity, group_count
@@ -46,23 +48,18 @@ def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Ope
 
 def _scores(kind: str, logits: jax.Array) -> jax.Array:
     """Return what a bias for choosing is added to."""
-    return jax.nn.sigmoid(logits) if kind.startswith("sigmoid") else jax.nn.softmax(logits, axis=-1)
+    is_sigmoid = convention(kind).score == "sigmoid"
+    return jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)
 
 
 def _gates(kind: str, scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
     """Return the gates of the chosen experts; see ``route`` in the operation table."""
-    if kind == "renormalised":
-        return softmax(best, -1)
-    if kind == "softmax":
-        return jnp.take_along_axis(softmax(scores, -1), experts, -1)
-    if kind == "sigmoid-renormalised":
-        chosen = jax.nn.sigmoid(best)
-        return chosen / chosen.sum(-1, keepdims=True)
-    if kind == "sigmoid":
-        return jax.nn.sigmoid(best)
-    if kind == "sparsemixer":
-        return _sparsemixer(scores, best, experts)
-    return jnp.ones_like(best)
+    return GATES[kind](scores, best, experts)
+
+
+def _sigmoid_renormalised(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
+    chosen = jax.nn.sigmoid(best)
+    return chosen / chosen.sum(-1, keepdims=True)
 
 
 def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
@@ -76,6 +73,18 @@ def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.
         taken = jax.nn.one_hot(experts[..., k], scores.shape[-1], dtype=bool)
         left = jnp.where(taken, -jnp.inf, left)
     return jnp.concatenate(gates, axis=-1)
+
+
+GATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "renormalised": lambda scores, best, experts: softmax(best, -1),
+    "softmax": lambda scores, best, experts: jnp.take_along_axis(softmax(scores, -1), experts, -1),
+    "sigmoid-renormalised": _sigmoid_renormalised,
+    "sigmoid": lambda scores, best, experts: jax.nn.sigmoid(best),
+    "sparsemixer": _sparsemixer,
+    "ones": lambda scores, best, experts: jnp.ones_like(best),
+}
+"""By convention: from logits ``[…, expert]``, those of the choices and their experts
+``[…, choice]`` to gates ``[…, choice]``."""
 
 
 @lowering("place")

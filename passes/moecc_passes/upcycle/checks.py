@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from math import isfinite
 
 from moecc.errors import Problem
+from moecc.ir.gates import convention
 from moecc_passes.inputs import is_decoder
 from moecc_passes.upcycle.layers import check_layers
 from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES
 
 RENORMALISED = ("renormalised", "top-k-softmax")
-"""Spellings of one thing: the softmax of the chosen logits is the softmax of all, renormalised."""
+"""Spellings of one convention, see `moecc.ir.gates.SPELLINGS`."""
 
 GATES_OF = {
     "prototypes": (*RENORMALISED, "softmax"),
@@ -62,14 +63,16 @@ def _gates(item: UpcycleOptions) -> Iterator[Problem]:
     if item.gates == "switch" and k != 1:
         yield Problem("switch routing has one expert a token", "gates", "top-k=1", f"top-k={k}",
                       "gates=softmax weighs several by their probabilities")  # fmt: skip
-    if item.gates == "sparsemixer" and k > 2:
-        yield Problem("sparsemixer gates exist for one or two experts a token", "gates",
-                      "top-k<=2", f"top-k={k}", "gates=renormalised takes any top-k")  # fmt: skip
-    if item.gates == "sparsemixer" and g > 1:
-        yield Problem("sparsemixer gives the members of a virtual group different gates",
+    row = convention(item.gates)
+    if row.max_top_k is not None and k > row.max_top_k:
+        yield Problem(f"{row.name} gates exist for one or two experts a token", "gates",
+                      f"top-k<={row.max_top_k}", f"top-k={k}", "gates=renormalised takes any top-k"
+                      )  # fmt: skip
+    if not row.equal_for_equal_logits and g > 1:
+        yield Problem(f"{row.name} gives the members of a virtual group different gates",
                       "gates", "granularity=1", f"granularity={g}",
                       "gates=renormalised suits any granularity")  # fmt: skip
-    if item.balance_bias and item.gates in ("sparsemixer", "ones"):
+    if item.balance_bias and row.score is None:
         yield Problem(f"{item.gates} gates have no score that a bias could be added to",
                       "balance-bias", found=f"gates={item.gates}",
                       hint="gates=sigmoid-renormalised is DeepSeek-V3's")  # fmt: skip
@@ -161,5 +164,5 @@ def warnings(item: UpcycleOptions) -> list[Problem]:
 
 def has_constant_gate(item: UpcycleOptions) -> bool:
     """Return whether a router is to be trained whose one gate is always 1."""
-    is_one = item.top_k == 1 and item.gates in (*RENORMALISED, "sigmoid-renormalised")
+    is_one = item.top_k == 1 and convention(item.gates).renormalised
     return is_one and item.routing in ("token-choice", "prototypes")

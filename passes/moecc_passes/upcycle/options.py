@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal
 
+from moecc.ir.gates import convention
 from moecc_passes.upcycle.gates import GateLaw
 
 Gates = Literal[
@@ -77,10 +78,8 @@ class UpcycleOptions:
     @cached_property
     def law(self) -> GateLaw:
         """The sum of the gates under these options."""
-        # Switch routing is the probability of the one expert chosen: softmax gates at top-1.
-        same = {"switch": "softmax", "top-k-softmax": "renormalised"}
         return GateLaw(
-            same.get(self.gates, self.gates), self.experts, self.top_k, self.granularity,
+            convention(self.gates).name, self.experts, self.top_k, self.granularity,
             self.gate_scale, has_prototypes=self.routing == "prototypes",
         )  # fmt: skip
 
