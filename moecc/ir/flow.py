@@ -3,7 +3,8 @@
 An operation loops over *dimensions*.  Its rule says which dimension each axis of each operand and
 result runs along, which dimensions it sums over, and which it must have whole.  A dimension lies on
 the same mesh axes in all that run along it; a sum over one that lies split is *unreduced*.  The
-rules stand in `moecc.ir.table.flows`; an operation without a rule takes operands that lie whole.
+rule is a field of the operation's row (`moecc.ir.table.flows` has those that rows name); an
+operation without one takes operands that lie whole.
 """
 
 from __future__ import annotations
@@ -43,30 +44,13 @@ class Space:
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
-Rule = Callable[[Sequence["Value"], "Attrs"], Space]
-
-FLOWS: dict[str, Rule] = {}
-"""The rules, by operation."""
-
-
-def flow(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of the operations `names`."""
-
-    def register(rule: Rule) -> Rule:
-        for name in names:
-            if name in FLOWS:
-                raise ValueError(f"operation {name!r} has two rules of flow")
-            FLOWS[name] = rule
-        return rule
-
-    return register
+Rule = Callable[["OpDef", Sequence["Value"], "Attrs"], Space]
 
 
 def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
     """Return the dimensions of an operation; all of them whole, where it has no rule."""
-    rule = FLOWS.get(entry.name)
-    if rule is not None:
-        return rule(operands, attrs)
+    if entry.sharding is not None:
+        return entry.sharding(entry, operands, attrs)
     names = tuple({n: f"{i}.{n}" for n in v.type.names} for i, v in enumerate(operands))
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.dtypes import F32, I32, PRED
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import (
     axis_of,
     mixes_axis,
@@ -18,6 +19,7 @@ from moecc.ir.table.rules import (
     no_ragged,
     widest,
 )
+from moecc.ir.traits import Residual
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ register(
         results=("cos", "sin"),
         attrs={
             "axis": Attr("axis", doc="the new axis"),
-            "size": Attr("int", doc="its size, the head dimension"),
+            "size": Attr("int", doc="its size, the head dimension", shrinks=True),
             "theta": Attr("float", 10000.0, doc="the base of the frequencies"),
             "scaling": Attr("str", "default", ROPE_SCALINGS, doc="how the frequencies are scaled"),
             "factor": Attr("float", 1.0, doc="the scaling factor"),
@@ -84,6 +86,7 @@ register(
             "attention_factor": Attr("float", 1.0, doc="what both tables are multiplied by"),
         },
         mixes=_mixes_positions,
+        sharding=by_name,
     )
 )
 
@@ -115,6 +118,8 @@ register(
         attrs={"axis": Attr("axis", doc="the axis")},
         mixes=mixes_axis,
         linear=(0,),
+        residual=Residual((0, 1, 2)),
+        sharding=by_name,
     )
 )
 
@@ -133,6 +138,7 @@ register(
         ("query", "key"),
         _infer_causal,
         attrs={"window": Attr("int", 0, doc="the sliding window in tokens; 0: none")},
+        sharding=by_name,
     )
 )
 
@@ -191,5 +197,6 @@ register(
             "buckets": Attr("int", 32, doc="the number of buckets, of both directions together"),
             "max_distance": Attr("int", 128, doc="from where on all distances are one bucket"),
         },
+        sharding=by_name,
     )
 )

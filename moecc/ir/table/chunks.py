@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import in_parts
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Value
+    from moecc.ir.graph import Node, Value
+    from moecc.ir.mesh import Mesh
 
 _PARTS = Attr("int", 1, doc="how many equal runs of the axis give a piece each to a chunk")
 
@@ -53,6 +55,11 @@ def _infer_chunk(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (_resized(type, axis, size // of),)
 
 
+def _own_parts(node: Node, mesh: Mesh) -> dict[str, Any]:
+    shards = mesh.size(node.result.type[node.attrs["axis"]].mesh)
+    return {**node.attrs, "parts": node.attrs["parts"] // shards}
+
+
 register(
     OpDef(
         "chunk",
@@ -69,6 +76,8 @@ register(
             "parts": _PARTS,
         },
         mixes=mixes_axis,
+        sharding=in_parts,
+        local=_own_parts,
         linear=(0,),
     )
 )
@@ -94,6 +103,8 @@ register(
         results=("joined",),
         attrs={"axis": Attr("axis", doc="the axis"), "parts": _PARTS},
         mixes=mixes_axis,
+        sharding=in_parts,
+        local=_own_parts,
         variadic=True,
     )
 )

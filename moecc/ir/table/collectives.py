@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, nearest
 from moecc.ir.flow import spelled
-from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
+from moecc.ir.ops import OPS, Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.rules import axis_of
+from moecc.ir.traits import Collective
 from moecc.ir.types import Axis, Extent, TensorType, is_name
 
 if TYPE_CHECKING:
@@ -154,8 +155,9 @@ def _infer_reshard(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType,
     return (made,)
 
 
-def _register(name: str, doc: str, infer: Infer, **attrs: Attr) -> None:
-    register(OpDef(name, doc, ("x",), infer, attrs=attrs, linear=(0,), places=True))
+def _register(name: str, doc: str, infer: Infer, does: Collective, **attrs: Attr) -> None:
+    row = OpDef(name, doc, ("x",), infer, attrs=attrs, linear=(0,), places=True, collective=does)
+    register(row)
 
 
 _SPLIT = Attr("axis", doc="the axis that is split over them afterwards")
@@ -167,12 +169,14 @@ _register(
     ``annotate-sharding`` puts it where the placements of two operations disagree;
     ``lower-collectives`` makes collectives of it.  A sum that is not yet carried out is.""",
     _infer_reshard,
+    Collective.ANY,
     to=Attr("str", "", doc="the axes that lie split, `batch@data,mlp@model`; others lie whole"),
 )
 _register(
     "shard",
     "x, of which every device keeps its part along an axis; nothing is sent.",
     _infer_shard,
+    Collective.LOCAL,
     axis=_SPLIT,
     mesh=_MESH,
 )
@@ -180,6 +184,7 @@ _register(
     "all_gather",
     "x, of which every device gets the parts of the others along an axis.",
     _infer_all_gather,
+    Collective.BRINGS,
     axis=Attr("axis", doc="the axis that is whole afterwards"),
     mesh=_MESH,
 )
@@ -187,12 +192,14 @@ _register(
     "all_reduce",
     "x, a sum that is carried out over mesh axes; every device gets all of it.",
     _infer_all_reduce,
+    Collective.BRINGS,
     mesh=_MESH,
 )
 _register(
     "reduce_scatter",
     "x, a sum that is carried out over mesh axes; every device gets its part along an axis.",
     _infer_reduce_scatter,
+    Collective.BRINGS,
     axis=_SPLIT,
     mesh=_MESH,
 )
@@ -200,6 +207,7 @@ _register(
     "all_to_all",
     "x, of which every device gives parts along one axis for parts along another.",
     _infer_all_to_all,
+    Collective.EXCHANGES,
     mesh=_MESH,
     split=_SPLIT,
     gather=Attr("axis", doc="the axis that is whole afterwards"),
@@ -208,18 +216,11 @@ _register(
     "ragged_all_to_all",
     "Ragged rows, exchanged between their groups and their experts; only rows that are there.",
     _infer_ragged,
+    Collective.EXCHANGES,
     mesh=_MESH,
     split=_SPLIT,
     gather=Attr("axis", doc="the axis that is whole afterwards"),
 )
 
-COLLECTIVES = (
-    "reshard",
-    "shard",
-    "all_gather",
-    "all_reduce",
-    "reduce_scatter",
-    "all_to_all",
-    "ragged_all_to_all",
-)
+COLLECTIVES = tuple(name for name, entry in OPS.items() if entry.collective is not None)
 """The operations that change only where a value lies."""

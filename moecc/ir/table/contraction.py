@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import summing
 from moecc.ir.table.rules import axis_of, no_ragged, same_dtype, same_size
+from moecc.ir.traits import PAIR, Cost, Role
 from moecc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -62,6 +64,9 @@ register(
         attrs={"over": Attr("axes", doc="the axes to sum over")},
         mixes=lambda _operands, attrs: tuple(attrs["over"]),
         linear=(0, 1),
-        commutative=False,
+        residual=PAIR,
+        cost=Cost.PRODUCT,
+        sharding=summing("over"),
+        roles=(Role.MATRIX, Role.MATRIX),
     )
 )

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import I32
-from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import combined, dispatched, numbered
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.traits import Cost, Index, Residual, RowMove
 from moecc.ir.types import Axis, Extent, TensorType
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Node, Value
-
-PLACING = ("place", "expert_choice")
-"""The operations that give slots; the last result is the slot of each choice."""
+    from moecc.ir.mesh import Mesh
 
 USING = ("keep", "priority", "mask")
 """What ``place`` may be given beside the experts, by the words of its attribute ``using``."""
@@ -130,6 +130,13 @@ def _check_given(given: dict[str, Value], experts: TensorType, tokens: tuple[str
         _check_per_token(given["mask"].type, experts, tokens, "the mask")
 
 
+def _own_groups(node: Node, mesh: Mesh) -> Attrs:
+    if node.attrs["group_size"]:
+        return node.attrs
+    outermost = node.results[-1].type[node.attrs["tokens"][0]]
+    return {**node.attrs, "groups": node.attrs["groups"] // mesh.size(outermost.mesh)}
+
+
 register(
     OpDef(
         "place",
@@ -153,7 +160,7 @@ register(
         results=("place",),
         attrs={
             "tokens": Attr("axes", doc="the token axes"),
-            "experts": Attr("int", doc="the number of experts"),
+            "experts": Attr("int", doc="the number of experts", pins=True),
             **_GROUPS,
             "slots": Attr("str", "ragged", ("ragged", "capacity"), doc="dropless, or bounded"),
             "capacity_factor": Attr("float", 0.0, doc="the capacity factor"),
@@ -166,6 +173,10 @@ register(
         },
         mixes=lambda _operands, attrs: tuple(attrs["tokens"]),
         variadic=True,
+        sharding=numbered,
+        local=_own_groups,
+        index=Index(0, lambda node: node.attrs["experts"]),
+        assigns_slots=True,
     )
 )
 
@@ -208,7 +219,7 @@ register(
         results=("experts", "gates", "place"),
         attrs={
             "tokens": Attr("axes", doc="the token axes"),
-            "experts": Attr("int", doc="the number of experts"),
+            "experts": Attr("int", doc="the number of experts", pins=True),
             **_GROUPS,
             "slots": Attr("str", "capacity", ("capacity",), doc="always bounded"),
             "capacity_factor": Attr("float", doc="the mean number of experts of a token"),
@@ -220,6 +231,10 @@ register(
         },
         mixes=lambda _operands, attrs: (attrs["axis"], *attrs["tokens"]),
         variadic=True,
+        sharding=numbered,
+        local=_own_groups,
+        chooses=True,
+        assigns_slots=True,
     )
 )
 
@@ -271,7 +286,7 @@ def group_count(attrs: Attrs, tokens: int) -> int:
 def is_place(value: Value) -> bool:
     """Return whether `value` is the slots of choices, which set the extents of rows."""
     node = value.node
-    return node is not None and node.op.name in PLACING and value is node.results[-1]
+    return node is not None and node.op.assigns_slots and value is node.results[-1]
 
 
 def placing(value: Value) -> Node:
@@ -308,7 +323,7 @@ def group_axis(place: Value) -> Axis:
 def placed_experts(place: Value) -> Value:
     """Return the experts to which `place` gives slots: what was placed, or what was chosen."""
     node = placing(place)
-    return node.operands[0] if node.op.name == "place" else node.results[0]
+    return node.results[0] if node.op.chooses else node.operands[0]
 
 
 def _check_experts(place: Value, experts: Value) -> None:
@@ -350,6 +365,9 @@ register(
         results=("rows",),
         mixes=lambda operands, _attrs: tuple(placing(operands[2]).attrs["tokens"]),
         linear=(0,),
+        cost=Cost.READ_WRITE,
+        sharding=dispatched,
+        moves=RowMove.TO_SLOTS,
     )
 )
 
@@ -376,6 +394,10 @@ register(
         _infer_combine,
         mixes=lambda _operands, _attrs: ("group", "expert", "slot"),
         linear=(0, 3),
+        residual=Residual((0, 3)),
+        cost=Cost.READ_WRITE,
+        sharding=combined,
+        moves=RowMove.TO_TOKENS,
     )
 )
 
@@ -399,5 +421,9 @@ register(
         _infer_group_sum,
         mixes=lambda operands, _attrs: tuple(placing(operands[1]).attrs["tokens"]),
         linear=(0,),
+        sharding=dispatched,
     )
 )
+
+PLACING = tuple(name for name, entry in OPS.items() if entry.assigns_slots)
+"""The operations that give slots; the last result is the slot of each choice."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import by_name, summing
 from moecc.ir.table.rules import (
     axis_of,
     mixes_axis,
@@ -15,6 +16,7 @@ from moecc.ir.table.rules import (
     same_dtype,
     same_size,
 )
+from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Cost, Homogeneity, Residual, Role, powers
 from moecc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -34,23 +36,35 @@ def _mixes_axes(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
     return tuple(attrs["axes"])
 
 
-for _name, _doc, _linear in (
-    ("sum", "The sum over the named axes.", (0,)),
-    ("mean", "The mean over the named axes.", (0,)),
-    ("max", "The maximum over the named axes.", ()),
-    ("logsumexp", "log Σ exp(x) over the named axes, without overflow.", ()),
-):
+def _reduction(
+    name: str,
+    doc: str,
+    *,
+    linear: tuple[int, ...] = (),
+    residual: Residual = NOTHING,
+    homogeneous: Homogeneity | None = None,
+) -> None:
+    """Add a reduction to the table; one that is linear is a sum, which may lie unreduced."""
     register(
         OpDef(
-            _name,
-            _doc,
+            name,
+            doc,
             ("x",),
             _infer_reduce,
             attrs={"axes": Attr("axes", doc="the axes")},
             mixes=_mixes_axes,
-            linear=_linear,
+            linear=linear,
+            residual=residual,
+            homogeneous=homogeneous,
+            sharding=summing("axes") if linear else by_name,
         )
     )
+
+
+_reduction("sum", "The sum over the named axes.", linear=(0,))
+_reduction("mean", "The mean over the named axes.", linear=(0,))
+_reduction("max", "The maximum over the named axes.", residual=BOTH, homogeneous=powers(1))
+_reduction("logsumexp", "log Σ exp(x) over the named axes, without overflow.", residual=BOTH)
 
 
 def _infer_softmax(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -69,6 +83,10 @@ register(
         _infer_softmax,
         attrs={"axis": Attr("axis", doc="the axis")},
         mixes=mixes_axis,
+        residual=RESULT,
+        normalises=True,
+        cost=Cost.READ_WRITE,
+        sharding=by_name,
     )
 )
 
@@ -94,6 +112,12 @@ _NORM = {
     "axis": Attr("axis", doc="the axis"),
     "eps": Attr("float", 1e-6, doc="added under the root"),
 }
+_ROWS: dict[str, Any] = {
+    "residual": PAIR,
+    "normalises": True,
+    "cost": Cost.READ_WRITE,
+    "sharding": by_name,
+}
 
 register(
     OpDef(
@@ -104,6 +128,8 @@ register(
         attrs=_NORM,
         mixes=mixes_axis,
         linear=(1,),
+        **_ROWS,
+        roles=(Role.VALUE, Role.GAIN),
     )
 )
 register(
@@ -114,5 +140,7 @@ register(
         _infer_norm,
         attrs=_NORM,
         mixes=mixes_axis,
+        **_ROWS,
+        roles=(Role.VALUE, Role.GAIN, Role.BIAS),
     )
 )

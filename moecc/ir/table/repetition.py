@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
 from moecc.ir.types import Axis, TensorType
 
@@ -50,6 +51,7 @@ register(
         _infer_stack,
         attrs={"axis": Attr("axis", doc="the new axis")},
         results=("stacked",),
+        sharding=by_name,
         variadic=True,
     )
 )
@@ -77,6 +79,7 @@ register(
         attrs={"axis": Attr("axis", doc="the axis"), "at": Attr("int", doc="the position")},
         mixes=mixes_axis,
         linear=(0,),
+        sharding=by_name,
     )
 )
 
@@ -190,7 +193,7 @@ SCAN_DOC = """The body, run once for each position of an axis, one after the oth
 
 def _scan_attributes() -> dict[str, Any]:
     return {
-        "over": Attr("sizes", doc="the axis, and how often the body runs"),
+        "over": Attr("sizes", doc="the axis, and how often the body runs", pins=True),
         "carries": Attr("int", 0, doc="how many of the operands are carries"),
         "stacked": Attr("int", 0, doc="how many of them are stacked"),
         "remat": Attr("str", "none", REMATERIALISATION, doc="what is kept for the gradient"),

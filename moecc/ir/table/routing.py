@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.dtypes import I32, PRED
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import by_name
 from moecc.ir.table.placing import given_to
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.traits import OPERAND
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
@@ -83,14 +85,17 @@ register(
         _infer_route,
         results=("experts", "gates"),
         attrs={
-            "top_k": Attr("int", doc="experts per token"),
+            "top_k": Attr("int", doc="experts per token", pins=True),
             "gates": Attr("str", "renormalised", GATES, doc="the gate convention"),
             "scale": Attr("float", 1.0, doc="what the gates are multiplied by"),
-            "axis": Attr("axis", "expert", doc="the axis of the experts"),
+            "axis": Attr("axis", "expert", doc="the axis of the experts", pins=True),
             "choice": Attr("axis", "choice", doc="the new axis, of size top_k"),
             "using": Attr("words", (), ("bias",), doc="what the further operands are"),
         },
         mixes=lambda _operands, attrs: (attrs["axis"],),
+        residual=OPERAND,
+        sharding=by_name,
+        chooses=True,
         variadic=True,
     )
 )
@@ -141,6 +146,7 @@ register(
             "choice": Attr("axis", "choice", doc="the axis of the choices, best first"),
         },
         mixes=lambda _operands, attrs: (attrs["choice"],),
+        sharding=by_name,
         variadic=True,
     )
 )
@@ -169,10 +175,11 @@ register(
         _infer_hash,
         results=("experts",),
         attrs={
-            "experts": Attr("int", doc="the number of experts"),
+            "experts": Attr("int", doc="the number of experts", pins=True),
             "top_k": Attr("int", 1, doc="experts per token"),
             "seed": Attr("int", 0, doc="chooses the hash; layers may have different ones"),
             "choice": Attr("axis", "choice", doc="the new axis, of size top_k"),
         },
+        sharding=by_name,
     )
 )
