@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.kept import ALIASES, kept_name
+from moecc.ir.kept import kept_name
 from moecc.ir.verify import where
 from moecc_backends.xla.expert_scan import Dense
 from moecc_backends.xla.local import Local, varies
@@ -124,7 +124,7 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
     if ctx.options.poison:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
     first = kept_name(node)
-    unnamed = node.op.name in ALIASES or node.op.name == "softmax"
+    unnamed = node.op.alias or node.op.is_distribution
     if first is None and (unnamed or ctx.weights.issuperset(node.results)):
         return results
     return (_named(results[0], first or VALUE), *(_named(x, VALUE) for x in results[1:]))
