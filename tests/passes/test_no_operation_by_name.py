@@ -43,8 +43,14 @@ def compared(tree: ast.AST) -> Iterator[int]:
 
 
 def listed(tree: ast.AST) -> Iterator[int]:
-    """Yield the lines with a collection of two names of operations or more, and nothing else."""
+    """Yield the lines with a collection of two names of operations or more, and nothing else.
+
+    The words of an option, in ``Literal[…]``, are no operations.
+    """
+    options = {id(n.slice) for n in ast.walk(tree) if isinstance(n, ast.Subscript)}
     for node in ast.walk(tree):
+        if id(node) in options:
+            continue
         if not isinstance(node, ast.Tuple | ast.List | ast.Set):
             continue
         words = [e.value for e in node.elts if isinstance(e, ast.Constant)]
