@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import I32, PRED
 from moecc.ir.gates import CONVENTIONS, GATES, convention
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name
 from moecc.ir.table.placing import given_to
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.traits import OPERAND
 from moecc.ir.types import Axis, TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 POLICIES = ("all", "none", "threshold", "random")
 """What may happen to choices after the first (ST-MoE, Appendix G)."""
@@ -30,7 +27,7 @@ POLICIES = ("all", "none", "threshold", "random")
 _SPELLED = "\n".join(f"{row.name}: {row.doc}." for row in CONVENTIONS)
 
 
-def _infer_route(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_route(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     logits = operands[0].type
     need_float(logits, "the router's logits")
     expert = axis_of(logits, attrs["axis"])
@@ -97,7 +94,7 @@ register(
 )
 
 
-def _infer_keep(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_keep(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     gates = operands[0].type
     need_float(gates, "the gates")
     axis_of(gates, attrs["choice"])
@@ -148,7 +145,7 @@ register(
 )
 
 
-def _infer_hash(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_hash(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     ids = operands[0].type
     need_kind(ids, "int", "the token ids")
     if not 1 <= attrs["top_k"] <= attrs["experts"]:
