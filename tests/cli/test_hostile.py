@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +93,76 @@ def test_what_is_only_copied_is_copied_whatever_it_is(
     (dense / "generation_config.json").write_text(text)
     assert convert(moecc, dense, tmp_path / "out").code == 0
     assert (tmp_path / "out" / "generation_config.json").read_text() == text
+
+
+# --- what is not UTF-8
+
+ODD = os.fsdecode(b"caf\xe9")
+LOCALES = {
+    "UTF-8": {},
+    "C": {"LC_ALL": "C"},
+    "ASCII": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "output in ASCII": {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+    "output in ASCII or not at all": {"PYTHONIOENCODING": "ascii:strict"},
+    "output in Latin-1": {"PYTHONIOENCODING": "latin-1"},
+}
+
+
+def in_locale(locale: str, *args: str | Path) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [sys.executable, "-m", "moecc", *args],
+        env={**os.environ, **LOCALES[locale]},
+        capture_output=True,
+        timeout=120,
+    )
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize("locale", ["UTF-8", "ASCII"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("inspect", ODD),
+        (ODD,),
+        ("passes", ODD),
+        ("convert", "preset:smollm2-135m", ODD, "-p", UPCYCLE, "--to", "mixtral"),
+        ("opt", "-", "-p", ODD),
+        ("inspect", "model", f"--{ODD}"),
+    ],
+)
+def test_arguments_that_are_not_utf8_are_refused(locale: str, args: tuple[str, ...]) -> None:
+    done = in_locale(locale, *args)
+    assert done.returncode == 2
+    assert b"error: an argument is not UTF-8" in done.stderr
+    assert b"caf\\udce9" in done.stderr
+    assert done.stdout == b""
+
+
+@pytest.mark.parametrize("locale", [name for name in LOCALES if name != "ASCII"])
+def test_artefacts_are_utf8_in_every_locale(locale: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "caf\u00e9", tmp_path / "\u00fc \U0001f600"
+    shutil.copytree(GOLDEN / "llama_gqa", source)
+    found = in_locale(locale, "inspect", source, "--format", "json")
+    assert found.returncode == 0
+    assert json.loads(found.stdout.decode())["source"] == str(source)
+    graph = in_locale(locale, "import", source)
+    assert graph.returncode == 0
+    assert graph.stdout.decode() == in_locale("UTF-8", "import", source).stdout.decode()
+    done = in_locale(locale, "convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
+    assert done.returncode == 0, done.stderr
+    assert load(out).source == source.name
+    for words in (("--help",), ("passes", "upcycle"), ("inspect", source)):
+        assert in_locale(locale, *words).returncode == 0
+
+
+def test_names_that_utf8_cannot_say_are_written_as_escapes(tmp_path: Path) -> None:
+    """A name that was read from a file need not be text, either."""
+    source = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama_gqa", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "note": "\ud800"}))
+    for words in (("inspect", source, "--format", "json"), ("import", source)):
+        done = in_locale("UTF-8", *words)
+        assert done.returncode == 0, done.stderr
+        done.stdout.decode()
