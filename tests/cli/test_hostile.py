@@ -45,6 +45,18 @@ def test_additional_chat_templates_are_copied_and_recorded(
     assert name in changed.err
 
 
+@pytest.mark.parametrize("name", ["LICENSE\n", "LICENSE\x1b[31m", "NOTICE\\x", "LICENSE\udcff"])
+def test_what_a_manifest_cannot_name_is_refused(
+    moecc: Callable, dense: Path, tmp_path: Path, name: str
+) -> None:
+    (dense / name).write_text("mine")
+    done = convert(moecc, dense, tmp_path / "out")
+    assert done.code == 1
+    assert "a manifest cannot name the file" in done.err
+    assert "\x1b" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
 # --- JSON
 
 LONG = "1" * 5000
