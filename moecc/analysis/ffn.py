@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 
 def _layer_of(loc: str) -> int | None:

@@ -11,7 +11,7 @@ from moecc.families.sequence_capacity import sequence_capacity_of
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.table.placing import placing
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
