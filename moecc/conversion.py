@@ -15,13 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import moecc
 from moecc.errors import InputError
 from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.models import Model
 from moecc.pipeline.passes import Preserves
+from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.checkpoint.writer import OutputTensor, WriteReport
@@ -207,7 +207,7 @@ def write(
 
 
 def _provenance(planned: Plan) -> dict[str, str]:
-    return {"moecc": moecc.__version__, "pipeline": planned.pipeline.in_full()}
+    return {"moecc": __version__, "pipeline": planned.pipeline.in_full()}
 
 
 def _write_companions(folder: Path, planned: Plan, title: str) -> None:
@@ -247,7 +247,7 @@ def _card(planned: Plan, title: str) -> str:
             seed=planned.seed,
             parameters=planned.parameters,
             active_parameters=facts.parameters.active,
-            moecc_version=moecc.__version__,
+            moecc_version=__version__,
             task=task,
             auto_class=auto_class,
             base_model=hub_repository(path),

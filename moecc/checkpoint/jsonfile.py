@@ -94,13 +94,13 @@ class _Hooks:
             self.faults.clear()
             return self._loads(text, parse_int=self.integer)
 
-    def _loads(self, text: str, **more: Callable[[str], int]) -> Any:
+    def _loads(self, text: str, parse_int: Callable[[str], int] | None = None) -> Any:
         return json.loads(
             text,
             object_pairs_hook=self.pairs,
             parse_float=self.number,
             parse_constant=self.constant,
-            **more,
+            parse_int=parse_int,
         )
 
     def integer(self, digits: str) -> int:

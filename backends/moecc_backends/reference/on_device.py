@@ -108,7 +108,7 @@ def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> 
 def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return what has room of this device's tokens, from the counts of all that exchange."""
     experts, place, counts = operands
-    attrs = local_attrs(node, mesh)
+    attrs = dict(local_attrs(node, mesh))
     tokens = node.operands[0].type[attrs["tokens"][0]].mesh
     over = tokens[len(node.operands[2].type["group"].mesh) :]
     groups = counts.size("group") // mesh.size(over)

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil, inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import PRED
+from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import received
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_ragged
 from moecc.ir.types import TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Value
+    from moecc.ir.mesh import Mesh
 
 
 def buffer_rows(attrs: Attrs, tokens: int, choices: int) -> int:
@@ -32,7 +34,7 @@ def buffer_rows(attrs: Attrs, tokens: int, choices: int) -> int:
     return ceil(Fraction(repr(attrs["factor"])) * share)
 
 
-def _infer_within_buffer(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_within_buffer(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     experts, place, counts = (v.type for v in operands)
     need_kind(experts, "int", "the experts")
     need_kind(place, "int", "the slots")
@@ -83,6 +85,11 @@ def _check_placement(tokens: tuple[str, ...], counts: TensorType) -> None:
         )
 
 
+def _in_own_block(node: Definition, mesh: Mesh) -> dict[str, Any]:
+    shards = mesh.size(node.operands[2].type["group"].mesh)
+    return {**node.attrs, "blocks": node.attrs["blocks"] // shards}
+
+
 register(
     OpDef(
         "within_buffer",
@@ -103,5 +110,7 @@ register(
             "factor": Attr("float", doc="the room of a device, in shares"),
         },
         mixes=lambda _operands, attrs: tuple(attrs["tokens"]),
+        sharding=received,
+        local=_in_own_block,
     )
 )

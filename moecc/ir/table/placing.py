@@ -10,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import ceil, floor, inf, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import I32
-from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.graph import Node, Value
+from moecc.ir.operand import Definition, Operand
+from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import combined, dispatched, numbered
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.traits import Cost, Index, Residual, RowMove
 from moecc.ir.types import Axis, Extent, TensorType
 
-if TYPE_CHECKING:
-    from moecc.ir.graph import Node, Value
+V = TypeVar("V", bound=Operand)
 
-PLACING = ("place", "expert_choice")
-"""The operations that give slots; the last result is the slot of each choice."""
+if TYPE_CHECKING:
+    from moecc.ir.mesh import Mesh
 
 USING = ("keep", "priority", "mask")
 """What ``place`` may be given beside the experts, by the words of its attribute ``using``."""
@@ -39,7 +42,7 @@ _ROUNDED = {
 }
 
 
-def given_to(operands: Sequence[Value], attrs: Attrs) -> dict[str, Value]:
+def given_to(operands: Sequence[V], attrs: Attrs) -> dict[str, V]:
     """Return what a node with an attribute ``using`` is given beyond its first operand, by word.
 
     Raises:
@@ -93,7 +96,7 @@ def _check_per_token(type: TensorType, like: TensorType, tokens: Sequence[str], 
         same_size(like[name], type[name])
 
 
-def _infer_place(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_place(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     experts = operands[0].type
     need_kind(experts, "int", "the experts")
     for name in attrs["tokens"]:
@@ -112,7 +115,7 @@ def _infer_place(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (TensorType(I32, experts.axes),)
 
 
-def _check_given(given: dict[str, Value], experts: TensorType, tokens: tuple[str, ...]) -> None:
+def _check_given(given: dict[str, Operand], experts: TensorType, tokens: tuple[str, ...]) -> None:
     if "keep" in given:
         keep = given["keep"].type
         need_kind(keep, "bool", "what is kept")
@@ -128,6 +131,13 @@ def _check_given(given: dict[str, Value], experts: TensorType, tokens: tuple[str
     if "mask" in given:
         need_kind(given["mask"].type, "bool", "the mask")
         _check_per_token(given["mask"].type, experts, tokens, "the mask")
+
+
+def _own_groups(node: Definition, mesh: Mesh) -> Attrs:
+    if node.attrs["group_size"]:
+        return node.attrs
+    outermost = node.results[-1].type[node.attrs["tokens"][0]]
+    return {**node.attrs, "groups": node.attrs["groups"] // mesh.size(outermost.mesh)}
 
 
 register(
@@ -153,7 +163,7 @@ register(
         results=("place",),
         attrs={
             "tokens": Attr("axes", doc="the token axes"),
-            "experts": Attr("int", doc="the number of experts"),
+            "experts": Attr("int", doc="the number of experts", pins=True),
             **_GROUPS,
             "slots": Attr("str", "ragged", ("ragged", "capacity"), doc="dropless, or bounded"),
             "capacity_factor": Attr("float", 0.0, doc="the capacity factor"),
@@ -166,11 +176,15 @@ register(
         },
         mixes=lambda _operands, attrs: tuple(attrs["tokens"]),
         variadic=True,
+        sharding=numbered,
+        local=_own_groups,
+        index=Index(0, lambda node: node.attrs["experts"]),
+        assigns_slots=True,
     )
 )
 
 
-def _infer_expert_choice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_expert_choice(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     scores = operands[0].type
     need_float(scores, "the scores")
     expert = axis_of(scores, attrs["axis"])
@@ -208,7 +222,7 @@ register(
         results=("experts", "gates", "place"),
         attrs={
             "tokens": Attr("axes", doc="the token axes"),
-            "experts": Attr("int", doc="the number of experts"),
+            "experts": Attr("int", doc="the number of experts", pins=True),
             **_GROUPS,
             "slots": Attr("str", "capacity", ("capacity",), doc="always bounded"),
             "capacity_factor": Attr("float", doc="the mean number of experts of a token"),
@@ -220,6 +234,10 @@ register(
         },
         mixes=lambda _operands, attrs: (attrs["axis"], *attrs["tokens"]),
         variadic=True,
+        sharding=numbered,
+        local=_own_groups,
+        chooses=True,
+        assigns_slots=True,
     )
 )
 
@@ -268,28 +286,29 @@ def group_count(attrs: Attrs, tokens: int) -> int:
     return tokens // size if size else divisor
 
 
-def is_place(value: Value) -> bool:
+def is_place(value: Operand) -> bool:
     """Return whether `value` is the slots of choices, which set the extents of rows."""
     node = value.node
-    return node is not None and node.op.name in PLACING and value is node.results[-1]
+    return node is not None and node.op.assigns_slots and value is node.results[-1]
 
 
-def placing(value: Value) -> Node:
+def placing(value: Operand) -> Node:
     """Return the node that gives the slots `value`: a ``place`` or an ``expert_choice``.
 
     Raises:
       InputError: something else defines it.
     """
-    if value.node is None or not is_place(value):
+    node = value.node
+    if not isinstance(node, Node) or not is_place(value):
         raise InputError(
             "slots come from a place operation",
             found=f"%{value.name} : {value.type}",
             hint="place the experts first",
         )
-    return value.node
+    return node
 
 
-def slot_axes(place: Value) -> tuple[Axis, Axis, Axis]:
+def slot_axes(place: Operand) -> tuple[Axis, Axis, Axis]:
     """Return the axes group, expert and slot that rows have between dispatch and combine."""
     attrs = placing(place).attrs
     return (
@@ -299,19 +318,19 @@ def slot_axes(place: Value) -> tuple[Axis, Axis, Axis]:
     )
 
 
-def group_axis(place: Value) -> Axis:
+def group_axis(place: Operand) -> Axis:
     """Return the axis of the token groups that `place` counts in."""
     attrs = placing(place).attrs
     return Axis("group", Extent("groups", place) if attrs["group_size"] else attrs["groups"])
 
 
-def placed_experts(place: Value) -> Value:
+def placed_experts(place: Operand) -> Value:
     """Return the experts to which `place` gives slots: what was placed, or what was chosen."""
     node = placing(place)
-    return node.operands[0] if node.op.name == "place" else node.results[0]
+    return node.results[0] if node.op.chooses else node.operands[0]
 
 
-def _check_experts(place: Value, experts: Value) -> None:
+def _check_experts(place: Operand, experts: Operand) -> None:
     placed = placed_experts(place)
     if placed is not experts:
         raise InputError(
@@ -321,7 +340,7 @@ def _check_experts(place: Value, experts: Value) -> None:
         )
 
 
-def _check_gates(place: Value, gates: TensorType) -> None:
+def _check_gates(place: Operand, gates: TensorType) -> None:
     if place.type.names != gates.names or place.type.sizes != gates.sizes:
         raise InputError(
             "gates and slots belong to different choices",
@@ -330,7 +349,7 @@ def _check_gates(place: Value, gates: TensorType) -> None:
         )
 
 
-def _infer_dispatch(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_dispatch(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, experts, place = operands
     tokens = placing(place).attrs["tokens"]
     _check_experts(place, experts)
@@ -350,11 +369,15 @@ register(
         results=("rows",),
         mixes=lambda operands, _attrs: tuple(placing(operands[2]).attrs["tokens"]),
         linear=(0,),
+        residual=Residual((1, 2)),
+        cost=Cost.READ_WRITE,
+        sharding=dispatched,
+        moves=RowMove.TO_SLOTS,
     )
 )
 
 
-def _infer_combine(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     rows, experts, place, gates = operands
     _check_experts(place, experts)
     _check_gates(place, gates.type)
@@ -376,11 +399,15 @@ register(
         _infer_combine,
         mixes=lambda _operands, _attrs: ("group", "expert", "slot"),
         linear=(0, 3),
+        residual=Residual((0, 1, 2, 3)),
+        cost=Cost.READ_WRITE,
+        sharding=combined,
+        moves=RowMove.TO_TOKENS,
     )
 )
 
 
-def _infer_group_sum(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_group_sum(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, place = operands
     need_float(x.type)
     tokens = placing(place).attrs["tokens"]
@@ -399,5 +426,10 @@ register(
         _infer_group_sum,
         mixes=lambda operands, _attrs: tuple(placing(operands[1]).attrs["tokens"]),
         linear=(0,),
+        residual=Residual((1,)),
+        sharding=dispatched,
     )
 )
+
+PLACING = tuple(name for name, entry in OPS.items() if entry.assigns_slots)
+"""The operations that give slots; the last result is the slot of each choice."""
