@@ -154,6 +154,13 @@ def load(folder: Path) -> Manifest:
     return _Reader(parse_json(data, str(path), max_values=_MAX_VALUES), str(path)).manifest()
 
 
+def is_recordable(name: str) -> bool:
+    """Whether a manifest can name this file: printable, and inside the folder on every system."""
+    path = PureWindowsPath(name)
+    outside = path.drive or path.root or ".." in path.parts or "\\" in name
+    return not (name_fault(name) or outside)
+
+
 def seal(content: bytes) -> bytes:
     """Append the line that seals the content of a manifest."""
     return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + _TAIL
@@ -316,6 +323,5 @@ class _Reader:
 
     def _require_inside(self, name: str, key: str) -> None:
         """Report a file name that would lead out of the folder."""
-        path = PureWindowsPath(name)
-        if name_fault(name) or path.drive or path.root or ".." in path.parts or "\\" in name:
+        if not is_recordable(name):
             self._wrong(key, "names of files in the folder", name)

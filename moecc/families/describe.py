@@ -18,7 +18,7 @@ from moecc.ir.unroll import unrolled
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
 
-_LAYER = re.compile(r"(.*?\.)?layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(.*?\.)?layers\.(\d{1,9})(?:\.|$)")
 
 GROUPS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", "other")
 

@@ -13,7 +13,7 @@ from moecc.ir.ops import OpDef
 from moecc.ir.table.placing import placing
 from moecc.ir.traits import RowMove
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
