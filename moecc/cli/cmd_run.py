@@ -38,7 +38,7 @@ def run(asked: RunRequest) -> None:
     from moecc.backend import get_backend
     from moecc.cli.files import check_writable, read_inputs
     from moecc.inputs import default_inputs
-    from moecc.launch.place import check_alone
+    from moecc.launch.process_info import check_alone
     from moecc.models import open_model
     from moecc.settings import float_type
 

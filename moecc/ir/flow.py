@@ -61,7 +61,7 @@ def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> 
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 
 
-def placed_types(
+def propagate_sharding(
     entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
 ) -> tuple[TensorType, ...]:
     """Return the result `types` with the placements that follow from the operands.

@@ -16,7 +16,7 @@ OPTIMIZERS = ("adamw", "adafactor")
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepConfig:
     """What is given.
 
     Attributes:

@@ -8,7 +8,7 @@ import numpy as np
 
 from moecc.ir.dtypes import BF16, F32, F64
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.table.placing import is_place
+from moecc.ir.table.slots import is_slots
 from moecc.ir.types import TensorType
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.growth import Growth, Step
@@ -126,7 +126,7 @@ def _cut(graph: Graph, node: Node) -> None:
 def _stand_in(value: Value) -> Value | str | None:
     """Return what `value` may be exchanged for: an operand, ``"input"``, or None for nothing."""
     assert value.node is not None
-    if is_place(value):
+    if is_slots(value):
         return None
     if not value.type.extents:
         return "input"

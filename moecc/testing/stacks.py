@@ -83,11 +83,11 @@ class _Stack:
     def experts(self, b: Builder, h: Value, name: str) -> Value:
         router = self.param(f"{name}.router", b.loc, expert=EXPERTS, embed=EMBED)
         experts, gates = b.route(b.contract(h, router, over="embed"), top_k=2)
-        place = b.place(experts, tokens="batch", experts=EXPERTS)
+        slots = b.assign_slots(experts, tokens="batch", experts=EXPERTS)
         weight = self.param(name, b.loc, expert=EXPERTS, mlp=2, embed=EMBED)
-        rows = b.silu(b.contract(b.dispatch(h, experts, place), weight, over="embed"))
+        rows = b.silu(b.contract(b.dispatch(h, experts, slots), weight, over="embed"))
         down = self.param(f"{name}.down", b.loc, expert=EXPERTS, embed=EMBED, mlp=2)
-        made: Value = b.combine(b.contract(rows, down, over="mlp"), experts, place, gates)
+        made: Value = b.combine(b.contract(rows, down, over="mlp"), experts, slots, gates)
         return made
 
     def param(self, name: str, loc: str, **axes: int) -> Value:

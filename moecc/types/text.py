@@ -55,6 +55,6 @@ def _parse_size(text: str, lookup: Lookup) -> Size:
     match = _EXTENT.match(text)
     if match is None:
         raise InputError(
-            "not a size", expected="a number, a variable, or ragged(%place)", found=text
+            "not a size", expected="a number, a variable, or ragged(%slots)", found=text
         )
     return Extent(match.group(1), lookup(match.group(2)))

@@ -128,7 +128,7 @@ def test_a_capacity_counts_where_it_binds_and_never_in_the_paper() -> None:
     graph = graph_of("st-moe-l")
     before = sequence_flops(graph)
     for node in graph:
-        if node.op.name == "place":
+        if node.op.name == "assign_slots":
             assert node.attrs["capacity_factor"] == 2.0
             node.attrs = {**node.attrs, "capacity_factor": 1.25}
     after = sequence_flops(graph)

@@ -142,12 +142,12 @@ def test_the_error_under_a_capacity_is_what_was_dropped(gates: str, groups: int)
     bound = {"slots": "capacity", "capacity_factor": 1.5, "groups": groups}
     limited, _ = sparse(BIASED, **options, **bound)
     for node in limited:
-        if node.op.name in ("route", "place"):
+        if node.op.name in ("route", "assign_slots"):
             for value in node.results:
                 limited.set_output(value.name, value)
     inputs = tokens(BIASED, 24)
     found = run(limited, params, inputs)
-    dropped = found["place"] < 0
+    dropped = found["slots"] < 0
     assert 0 < dropped.mean() < 1, "the case must have choices of both kinds"
     outputs = expert_outputs(inputs["x"], params)
     chosen = np.take_along_axis(outputs, found["experts"][..., None].astype(int), 2)

@@ -187,10 +187,10 @@ def test_experts_and_top_k_stay() -> None:
     b = Builder(graph)
     logits = graph.input("logits", tensor(F32, batch="B", seq="S", expert=160))
     experts, gates = b.route(logits, top_k=6)
-    place = b.place(experts, tokens=("batch", "seq"), experts=160)
+    slots = b.assign_slots(experts, tokens=("batch", "seq"), experts=160)
     x = graph.input("x", tensor(F32, batch="B", seq="S", embed=1024))
-    rows = b.dispatch(x, experts, place)
-    graph.set_output("y", b.combine(rows, experts, place, gates))
+    rows = b.dispatch(x, experts, slots)
+    graph.set_output("y", b.combine(rows, experts, slots, gates))
     small = reduced(graph)
     verify(small)
     assert small.inputs["logits"].type["expert"].size == 160

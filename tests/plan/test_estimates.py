@@ -24,7 +24,7 @@ from moecc.plan.layout import Layout, layouts
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import REMATS, Setting, Strategy
+from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
 
@@ -59,7 +59,7 @@ def strategies(model: str) -> st.SearchStrategy[Strategy]:
 
 
 def estimate(work: Workload, strategy: Strategy, machine: str, **setting: object) -> Estimate:
-    given = Setting(**setting)  # type: ignore[arg-type]
+    given = StepConfig(**setting)  # type: ignore[arg-type]
     return Estimator(work, parse_machine(machine), given).estimate(strategy)
 
 

@@ -21,7 +21,7 @@ from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.layout import Layout, check_layout
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import workload
 from moecc.testing import inputs_for, params_for, sizes_for
 
@@ -41,7 +41,7 @@ def planned(graph: Graph, mesh: str, rules: str, via: str, sliced: bool = False)
     layout = Layout.ruled(plan_mesh(mesh, names), work.experts, names)
     check_layout(layout, work)
     machine = parse_machine(f"cpu:{layout.mesh.devices}")
-    setting = Setting(train=False, dtype=F32)
+    setting = StepConfig(train=False, dtype=F32)
     return Estimator(work, machine, setting).estimate(
         Strategy(layout, via, "index", "none", sliced)
     )

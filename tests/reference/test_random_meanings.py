@@ -115,7 +115,7 @@ def test_a_ragged_value_has_no_places() -> None:
     rows = b.dispatch(
         graph.input("x", tensor(F64, token="T", embed=2)),
         e,
-        b.place(e, tokens="token", experts=2),
+        b.assign_slots(e, tokens="token", experts=2),
     )
     with pytest.raises(InputError, match="ragged"):
         b.random_uniform(key, rows)

@@ -39,10 +39,10 @@ def test_rescaled_gates_keep_their_sum(seed: int, gates: str, factor: float) -> 
     b = Builder(graph)
     logits = graph.input("l", tensor(F64, token="T", expert=4))
     experts, weights = b.route(logits, top_k=3, gates=gates)
-    place = b.place(
+    slots = b.assign_slots(
         experts, tokens="token", experts=4, slots="capacity", capacity_factor=factor, minimum=1
     )
-    for name, value in {"g": weights, "p": place, "r": emit_rescaled(b, weights, place)}.items():
+    for name, value in {"g": weights, "p": slots, "r": emit_rescaled(b, weights, slots)}.items():
         graph.set_output(name, value)
     data = np.random.default_rng(seed).normal(size=(12, 4))
     found = run_reference(graph, inputs={"l": data})

@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph
-from moecc.ir.kept import DEFAULT, KEPT
 from moecc.ir.mesh import mesh_of
 from moecc.ir.ranges import joined
+from moecc.ir.remat_names import DEFAULT, KEPT
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.rewrite.match import NearMiss
 from moecc_passes.roll_layers.fold import Fold, Keeping
