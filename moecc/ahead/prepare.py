@@ -28,7 +28,7 @@ CAPACITY_FACTOR = 1.25
 
 @dataclass(frozen=True)
 class Bound:
-    """What bounds the rows of an expert: a factor, and what it multiplies (see ``assign_slots``)."""
+    """The bound on an expert's rows: a factor, and what it multiplies (see ``assign_slots``)."""
 
     factor: float
     convention: str

@@ -1,8 +1,9 @@
 """A bound on the tokens of one sequence that an expert takes, as switch_transformers has it.
 
-The capacity of ``assign_slots`` counts in groups of so many tokens, and the length of a sequence is not
-known when a graph is built.  So the count is made of other operations: a token's turn at its expert
-is the number of tokens up to it that chose the same one, and ``assign_slots`` keeps turns up to the bound.
+The capacity of ``assign_slots`` counts in groups of so many tokens, and the length of a sequence is
+not known when a graph is built.  So the count is made of other operations: a token's turn at its
+expert is the number of tokens up to it that chose the same one, and ``assign_slots`` keeps turns up
+to the bound.
 """
 
 from __future__ import annotations

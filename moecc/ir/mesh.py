@@ -141,7 +141,8 @@ def set_mesh(graph: Region, mesh: Mesh | None) -> None:
 def sharding_problems(type: TensorType, mesh: Mesh | None) -> Iterator[Problem]:
     """Yield what keeps a value of `type` from lying on `mesh`.
 
-    A symbolic size, and one that an ``assign_slots`` value sets, shows at run time whether it divides.
+    A symbolic size, and one that an ``assign_slots`` value sets, shows at run time whether it
+    divides.
     """
     if not type.is_sharded:
         return

@@ -1,8 +1,9 @@
 """The routing around an expert block, as both an imported model and a pass build it.
 
-A mixture-of-experts layer is the router's product, ``route``, ``assign_slots``, ``dispatch``, the expert's
-own operations lifted over the expert axis, and ``combine``.  Families and passes call the same
-functions, so that a graph that was upcycled and one that was read from disk are the same graph.
+A mixture-of-experts layer is the router's product, ``route``, ``assign_slots``, ``dispatch``, the
+expert's own operations lifted over the expert axis, and ``combine``.  Families and passes call the
+same functions, so that a graph that was upcycled and one that was read from disk are the same
+graph.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exchanging one value for another, and the types that follow from it.
 
-A type may refer to a value: the slots of dispatched rows have the extents that their ``assign_slots``
-value sets.  So whoever exchanges a value must infer again what refers to it.
+A type may refer to a value: the slots of dispatched rows have the extents that their
+``assign_slots`` value sets.  So whoever exchanges a value must infer again what refers to it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What losses and metrics of routing look at: one routed layer, and means over its tokens.
 
-Where ``assign_slots`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a balancing
-loss is taken in before it is averaged: a token group, a sequence, or the batch.
+Where ``assign_slots`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a
+balancing loss is taken in before it is averaged: a token group, a sequence, or the batch.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class TraceRoutingPass(Pass):
 
     Before::
 
-        %p = assign_slots %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2] @layers.3.ffn
+        %p = assign_slots %e {tokens=(batch, seq), experts=8} : i32[…, choice=2] @layers.3.ffn
         output logits = %y
 
     After::

@@ -1,8 +1,8 @@
 """The whole way from logits to weights of slots, against other descriptions of the same.
 
 mesh-tensorflow and flaxformer say it with one-hot tensors and running sums (ST-MoE, Appendix G, and
-Switch, Appendix); here it is ``route``, ``keep_choices``, ``assign_slots`` and the gates of ``combine``.
-What is compared is the tensor of combine weights, ``[group, token, expert, slot]``.
+Switch, Appendix); here it is ``route``, ``keep_choices``, ``assign_slots`` and the gates of
+``combine``. What is compared is the tensor of combine weights, ``[group, token, expert, slot]``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Slots: who gets one at which expert, and the exchange of rows between tokens and slots.
 
-``assign_slots`` gives slots to what tokens have chosen, ``expert_choice`` lets experts choose tokens; both
-say for every choice of every token its slot, or −1, so that ``dispatch`` and ``combine`` are the
-same for both.
+``assign_slots`` gives slots to what tokens have chosen, ``expert_choice`` lets experts choose
+tokens; both say for every choice of every token its slot, or −1, so that ``dispatch`` and
+``combine`` are the same for both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh
 
 USING = ("keep", "priority", "mask")
-"""What ``assign_slots`` may be given beside the experts, by the words of its attribute ``using``."""
+"""Further operands of ``assign_slots``, by the words of its attribute ``using``."""
 
 _GROUPS = {
     "groups": Attr("int", 1, doc="the number of token groups"),
@@ -213,10 +213,11 @@ register(
         "expert_choice",
         """Each expert takes the C tokens of a group that score highest with it (Zhou et al. 2022).
 
-        The results are those of ``route`` and ``assign_slots``: a token has one choice for each expert,
-        the gate is the score, and the slot is −1 where the expert did not take the token.  Equal
-        scores go to the earlier token.  C is that of ``assign_slots``, and always at most the tokens of a
-        group.  Whether a token is taken depends on all tokens of its group: not causal.""",
+        The results are those of ``route`` and ``assign_slots``: a token has one choice for each
+        expert, the gate is the score, and the slot is −1 where the expert did not take the token.
+        Equal scores go to the earlier token.  C is that of ``assign_slots``, and always at most the
+        tokens of a group.  Whether a token is taken depends on all tokens of its group: not
+        causal.""",
         ("scores",),
         _infer_expert_choice,
         results=("experts", "gates", "slots"),

@@ -13,7 +13,7 @@ REGROUPED = Preserves("reassociation", "the rows of dropless layers stand in oth
 """What changes where the number of groups of a dropless layer does."""
 
 ATTRIBUTE = "groups_whole"
-"""The attribute of a graph that says how many groups an ``assign_slots`` had before, by its name."""
+"""The graph attribute with the groups that each ``assign_slots`` had before, by its name."""
 
 
 def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
@@ -39,7 +39,7 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
 
 
 def _parts(node: Node, assigner: Assigner) -> int | None:
-    """Return the parts that the tokens of a dropless ``assign_slots`` lie in, or None for other nodes."""
+    """Return over how many shards a dropless ``assign_slots`` has its tokens; None elsewhere."""
     if (
         node.op.name not in SLOT_ASSIGNERS
         or node.attrs["slots"] != "ragged"

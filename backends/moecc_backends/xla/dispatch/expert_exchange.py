@@ -100,7 +100,7 @@ def _room(node: Node, packing: SortedRows, devices: int, num_experts: int) -> in
 
 
 def _buffer(rows: Value) -> Node | None:
-    """Return what bounds the buffers for `rows`, which ``assign_slots`` is given as what it keeps."""
+    """Return what bounds the buffers for `rows`: the `keep` operand of ``assign_slots``."""
     extent = rows.type.ragged
     place = None if extent is None else getattr(extent.size, "value", None)
     node = None if place is None else place.node
