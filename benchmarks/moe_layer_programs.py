@@ -14,7 +14,7 @@ from moecc_backends.xla.backend import function
 from moecc_backends.xla.trace.options import Options
 
 from moecc.ir import parse
-from moecc.ir.dtypes import BF16, F32
+from moecc.types.dtypes import BF16, F32
 
 Weights = dict[str, jax.Array]
 

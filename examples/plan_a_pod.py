@@ -24,8 +24,7 @@ from moecc.ahead.compile_in_subprocess import compile_apart
 from moecc.ahead.request import Request
 from moecc.ahead.text import compile_text
 from moecc.cli.files import write_whole
-from moecc.ir.dtypes import BF16, F32
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
 from moecc.plan.chart import chart
 from moecc.plan.machines import parse_machine
@@ -33,6 +32,7 @@ from moecc.plan.report import plan_json, plan_text
 from moecc.plan.search import Constraints, search
 from moecc.plan.strategy import StepConfig
 from moecc.plan.workload import workload
+from moecc.types.dtypes import BF16, F32
 
 
 @dataclass(frozen=True)

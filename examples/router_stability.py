@@ -35,13 +35,13 @@ from texts import help_topics
 from moecc.errors import MachineError, UsageError
 from moecc.families import build
 from moecc.families.configs import parse_config
-from moecc.initial import initialise
-from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Graph
-from moecc.models import Model
+from moecc.model.initialise import initialise
+from moecc.model.open import Model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.types.dtypes import DTYPES
 
 try:
     import jax

@@ -34,12 +34,12 @@ from texts import Text, help_topics
 
 from moecc.backend import get_backend
 from moecc.errors import InputError
-from moecc.generation import Kept, load_tokenizer
-from moecc.inputs import longest
-from moecc.models import Model, open_model
+from moecc.model.inputs import longest
+from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.generate import Kept, load_tokenizer
 
 if TYPE_CHECKING:
     from moecc.tokenizer.process import Tokenizer

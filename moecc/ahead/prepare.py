@@ -8,9 +8,8 @@ from typing import Any
 
 from moecc.ahead.request import EXPLICIT, GSPMD, Job, Request
 from moecc.errors import InputError, UsageError
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.layout import Layout
@@ -20,7 +19,8 @@ from moecc.plan.search import Constraints, check_wish, search
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Workload, workload
-from moecc.settings import float_type
+from moecc.support.parse_units import float_type
+from moecc.types.dtypes import F32
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""

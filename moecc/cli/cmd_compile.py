@@ -121,7 +121,7 @@ def ahead_request(asked: CompileRequest) -> Request:
     """
     from moecc.ahead.request import Request
     from moecc.plan.batches import parse_lengths
-    from moecc.settings import float_type
+    from moecc.support.parse_units import float_type
 
     names = None if asked.rules is None else tuple(asked.rules.split(","))
     _check_machine(asked, names)

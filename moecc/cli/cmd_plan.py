@@ -129,7 +129,7 @@ def planned(asked: PlanRequest) -> dict[str, Any]:
       InputError: the model, or the passes on it, do not work out, or nothing fits.
     """
     from moecc.cli.pipelines import read_pipeline
-    from moecc.models import open_model
+    from moecc.model.open import open_model
     from moecc.pipeline.runner import run_pipeline
     from moecc.plan.batches import make_batch, parse_lengths
     from moecc.plan.machines import Machine, parse_machine
@@ -165,7 +165,7 @@ def _wish(asked: PlanRequest) -> Constraints:
 
 def _setting(asked: PlanRequest) -> StepConfig:
     from moecc.plan.strategy import StepConfig
-    from moecc.settings import float_type
+    from moecc.support.parse_units import float_type
 
     types = float_type(asked.dtype), float_type(asked.weight_dtype)
     return StepConfig(asked.step is Step.train, asked.optimizer.value, *types)

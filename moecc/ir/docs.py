@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import moecc.ir.table as _filled
 from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
 from moecc.ir.printer import format_attr
-from moecc.pages import WrittenPart
+from moecc.support.generated_docs import WrittenPart
 
 GROUPS = (
     ("Arithmetic, selection, constants", "elementwise"),

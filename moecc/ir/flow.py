@@ -16,7 +16,7 @@ from typing import Protocol
 from moecc.errors import InputError
 from moecc.ir.mesh import mesh_of, nearest_multiple
 from moecc.ir.operand import Attrs, Entry, Operand
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 Names = Mapping[str, str]
 """Axis → dimension; an axis that is not named has no influence, and in a result lies whole."""

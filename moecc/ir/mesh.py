@@ -14,7 +14,7 @@ from math import prod
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.operand import Region
-from moecc.ir.types import Axis, TensorType, is_name
+from moecc.types.tensor import Axis, TensorType, is_name
 
 ATTRIBUTE = "mesh"
 

@@ -12,7 +12,7 @@ from typing import Any
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-from moecc.ir.types import Axis
+from moecc.types.tensor import Axis
 
 
 def emit_jitter(builder: Builder, x: Value, key: Value, width: float) -> Value:

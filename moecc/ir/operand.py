@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 Attrs = Mapping[str, Any]
 """Attributes of a node, complete: every attribute of the table entry has its value."""

@@ -10,9 +10,9 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.mesh import Mesh, mesh_of, sharding_problems
-from moecc.ir.ranges import lengths
 from moecc.ir.table.repetition import repetitions
-from moecc.ir.types import TensorType
+from moecc.types.ranges import lengths
+from moecc.types.tensor import TensorType
 
 MAX_PROBLEMS = 20
 

@@ -10,8 +10,8 @@ from moecc.ir.flow import Space, space_of
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
 from moecc.ir.table.slots import is_slots
-from moecc.ir.types import Axis, Extent, Size, TensorType
 from moecc.sharding.rules import LayoutRule
+from moecc.types.tensor import Axis, Extent, Size, TensorType
 
 PRODUCTS = ("contract", "embedding")
 """Operations where rules decide what is brought where; others stay where their operands are."""

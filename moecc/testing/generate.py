@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moecc.ir.dtypes import BF16, F32, F64
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.table.slots import is_slots
-from moecc.ir.types import TensorType
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.growth import Growth, Step
 from moecc.testing.steps import SIMPLE
+from moecc.types.dtypes import BF16, F32, F64
+from moecc.types.tensor import TensorType
 
 MAX_STEPS = 8
 """The most steps of a graph; a step is an operation or a block."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moecc.ir.dtypes import I32, KEY, PRED
 from moecc.ir.gates import GATES, convention
 from moecc.ir.graph import Value
 from moecc.ir.mixtures import emit_hash_routing, emit_priority, emit_rescaled
 from moecc.ir.table.routing import POLICIES
-from moecc.ir.types import Axis, TensorType
 from moecc.testing.growth import Growth, symbolic
+from moecc.types.dtypes import I32, KEY, PRED
+from moecc.types.tensor import Axis, TensorType
 
 EmitBlock = Callable[[Growth, Value, Axis, Iterable[Axis]], Value]
 """Appends what the experts compute: from rows along an axis, with weights that share axes."""

@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph, Value
-from moecc.ir.types import TensorType, tensor
+from moecc.types.dtypes import F32
+from moecc.types.tensor import TensorType, tensor
 from moecc.weights.draws import Normal
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Tile

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 
 from moecc.errors import InputError, nearest
-from moecc.ir.dtypes import DTYPES
-from moecc.ir.types import Axis, Extent, Setter, Size, TensorType, is_name
+from moecc.types.dtypes import DTYPES
+from moecc.types.tensor import Axis, Extent, Setter, Size, TensorType, is_name
 
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?: unreduced\(([^)]*)\))?\Z")
 _AXIS = re.compile(r"([A-Za-z_]\w*)(?:@([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*))?=(.+)\Z", re.ASCII)

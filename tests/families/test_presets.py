@@ -9,7 +9,7 @@ from moecc.families.configs import parse_config
 from moecc.families.describe import count_parameters, describe, paper_groups
 from moecc.families.flops import sequence_flops
 from moecc.ir import Graph, equal, parse, print_graph, verify
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.presets import preset_config, preset_names
 
 # Totals: ST-MoE by the formula below, Mixtral of its published config, the others of T5's.

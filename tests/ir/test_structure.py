@@ -25,8 +25,8 @@ from moecc.ir import (
     print_graph,
     tensor,
 )
-from moecc.ir.types import Extent
 from moecc.testing import graphs, random_graph
+from moecc.types.tensor import Extent
 
 
 def shuffled_names(graph: Graph) -> Graph:

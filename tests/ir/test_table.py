@@ -24,8 +24,8 @@ from moecc.ir import (
     verify,
 )
 from moecc.ir.ops import REQUIRED, op
-from moecc.ir.types import Extent
 from moecc.testing import laws, run_reference
+from moecc.types.tensor import Extent
 
 AXES = ("a", "b", "expert", "slot", "group")
 SIZES = st.sampled_from([2, 1, 4, "N"])

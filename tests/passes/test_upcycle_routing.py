@@ -15,9 +15,9 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, I32, Builder, Graph, equal, tensor
+from moecc.model.balance import updated_bias
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
-from moecc.routing import updated_bias
 from moecc.testing import laws
 
 from .dense_blocks import Arrays, Dense, Tensors, relative, rms_error, run, tokens, upcycled

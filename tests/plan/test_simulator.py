@@ -11,7 +11,6 @@ from moecc_backends.reference.devices import Run, simulate
 from moecc.families import build
 from moecc.families.configs import read_config
 from moecc.ir import Graph, clone
-from moecc.ir.dtypes import F32
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -24,6 +23,7 @@ from moecc.plan.meshes import plan_mesh
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import workload
 from moecc.testing import inputs_for, params_for, sizes_for
+from moecc.types.dtypes import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

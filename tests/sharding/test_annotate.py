@@ -9,8 +9,8 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone, equal
-from moecc.pipeline.check import check_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.check import check_pipeline
 from moecc.testing import laws
 
 from .meshes import census, model, run

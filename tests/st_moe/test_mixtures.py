@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import F64, I32, Builder, Graph, tensor
-from moecc.ir.dtypes import KEY
 from moecc.ir.mixtures import (
     emit_dropout,
     emit_expert_choice,
@@ -22,8 +21,9 @@ from moecc.ir.mixtures import (
     emit_rescaled,
     emit_soft_slots,
 )
-from moecc.routing import flaxformer_groups, split_into_groups, updated_bias
+from moecc.model.balance import flaxformer_groups, split_into_groups, updated_bias
 from moecc.testing import run_reference
+from moecc.types.dtypes import KEY
 
 SEEDS = st.integers(0, 2**32 - 1)
 

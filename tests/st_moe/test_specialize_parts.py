@@ -12,7 +12,7 @@ import pytest
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal, parse, print_graph
 from moecc.ir.table.slots import capacity
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline

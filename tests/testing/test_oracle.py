@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moecc.ir import BF16, DTYPES, F32, F64, I32, Builder, Graph, TensorType, Value, parse, tensor
-from moecc.ir.types import Axis
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.testing import (
     assert_same,
@@ -19,6 +18,7 @@ from moecc.testing import (
     run_reference,
     sizes_for,
 )
+from moecc.types.tensor import Axis
 from moecc.weights.arithmetic import Cast, Scale
 from moecc.weights.expr import Source
 from moecc.weights.movement import Index, Tile

@@ -11,10 +11,10 @@ import pytest
 from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32, F64, I32
 from moecc.ir.graph import Value
-from moecc.ir.types import tensor
 from moecc.testing import run_reference
+from moecc.types.dtypes import F32, F64, I32
+from moecc.types.tensor import tensor
 
 from .models import Array, Arrays, compiled, relative
 

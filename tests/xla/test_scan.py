@@ -14,9 +14,9 @@ from moecc_backends.xla.lower.elementwise import softmax
 
 from moecc.backend import get_backend
 from moecc.ir import BF16, F32, Builder, Graph, Value, parse, tensor
-from moecc.ir.dtypes import KEY
 from moecc.ir.remat_names import KEPT
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import KEY
+from moecc.types.tensor import TensorType
 
 RUNS = 3
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.ir.dtypes import DType
+from moecc.types.dtypes import DType
 
 Data = np.ndarray[Any, Any]
 

@@ -19,8 +19,8 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
-from moecc.ir.types import TensorType
 from moecc.ir.verify import where
+from moecc.types.tensor import TensorType
 from moecc_backends.reference.arrays import Array, Data
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.exchange import EXCHANGES, Sent, added

@@ -14,7 +14,7 @@ import numpy as np
 
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Coordinates, Mesh
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 from moecc_backends.reference.arrays import Array, Data
 
 Parts = dict[Coordinates, Array]

@@ -15,10 +15,10 @@ import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.dtypes import F64, DType
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.types import Extent
 from moecc.ir.verify import where
+from moecc.types.dtypes import F64, DType
+from moecc.types.tensor import Extent
 from moecc_backends.reference.arrays import MEANINGS, Array, Data, SlotAssignment
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.slots import poisoned

@@ -17,11 +17,11 @@ import numpy as np
 from moecc.ahead.request import Job, Result
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.dtypes import F32, F64, DType
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.remat_names import only_routes
 from moecc.ir.verify import where
 from moecc.launch.process_info import process_info
+from moecc.types.dtypes import F32, F64, DType
 from moecc_backends.xla.dispatch.choose import check_dispatch, dispatch_problems
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.lower import attention as attention

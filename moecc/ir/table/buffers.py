@@ -11,12 +11,12 @@ from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import PRED
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import received
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_ragged
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import PRED
+from moecc.types.tensor import TensorType
 
 if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh

@@ -15,7 +15,7 @@ from moecc.ir.operand import Operand
 from moecc.ir.ops import OPS, Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.rules import axis_of
 from moecc.ir.traits import Collective
-from moecc.ir.types import Axis, Extent, TensorType, is_name
+from moecc.types.tensor import Axis, Extent, TensorType, is_name
 
 _MESH = Attr("axes", doc="the mesh axes, outermost first")
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from math import inf
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import I32, PRED
 from moecc.ir.gates import CONVENTIONS, GATES, convention
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
@@ -18,7 +17,8 @@ from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import OPERAND
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import I32, PRED
+from moecc.types.tensor import Axis, TensorType
 
 POLICIES = ("all", "none", "threshold", "random")
 """What may happen to choices after the first (ST-MoE, Appendix G)."""

@@ -13,14 +13,14 @@ from math import ceil, floor, inf, prod
 from typing import TYPE_CHECKING, TypeVar
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import I32
 from moecc.ir.graph import Node, Value
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import combined, dispatched, numbered
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.traits import Cost, Index, Residual, RowMove
-from moecc.ir.types import Axis, Extent, TensorType
+from moecc.types.dtypes import I32
+from moecc.types.tensor import Axis, Extent, TensorType
 
 V = TypeVar("V", bound=Operand)
 

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.ranges import joined
 from moecc.ir.table.slots import is_slots
+from moecc.types.ranges import joined
 
 Each = tuple[Value, ...]
 """A value of every repetition, in order."""

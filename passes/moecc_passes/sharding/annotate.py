@@ -14,11 +14,11 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
 from moecc.ir.table.collectives import format_sharding
 from moecc.ir.table.slots import experts_of
-from moecc.ir.types import Axis, TensorType
 from moecc.ir.verify import where
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner, Assignment, cuts_of
 from moecc.sharding.rules import LayoutRule, read_layouts
+from moecc.types.tensor import Axis, TensorType
 from moecc_passes.sharding.groups import REGROUPED, cut_groups
 
 NAME = "annotate-sharding"

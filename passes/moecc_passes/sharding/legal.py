@@ -15,14 +15,14 @@ from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph
 from moecc.ir.mixtures import emit_expert_choice
 from moecc.ir.moe import emit_routing
-from moecc.ir.types import tensor
-from moecc.pages import WrittenPart
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.support.generated_docs import WrittenPart
+from moecc.types.dtypes import F32
+from moecc.types.tensor import tensor
 
 SLOTS = ("capacity", "ragged", "expert-choice")
 """What bounds the rows of an expert: a factor of 1, nothing, or the experts' own choice."""

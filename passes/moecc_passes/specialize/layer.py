@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import KEY
 from moecc.ir.gates import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mixtures import (
@@ -15,8 +14,9 @@ from moecc.ir.mixtures import (
     emit_priority,
     emit_rescaled,
 )
-from moecc.ir.types import TensorType
 from moecc.rewrite import P, fits
+from moecc.types.dtypes import KEY
+from moecc.types.tensor import TensorType
 from moecc_passes.inputs import padding_mask
 from moecc_passes.routed import RoutedLayer
 from moecc_passes.specialize.mode_config import ModeConfig

@@ -18,7 +18,7 @@ from moecc.ir.mixtures import (
     emit_unit,
 )
 from moecc.ir.moe import Finish, emit_chosen, emit_routing
-from moecc.ir.types import tensor
+from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Full
 from moecc_passes.inputs import token_ids
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moecc.backend import Arrays
-from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import fingerprint
 from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
 from moecc.launch.process_info import ProcessInfo
+from moecc.types.dtypes import DType
 from moecc_backends.xla.backend import XlaProgram
 from moecc_backends.xla.lower.segments import Segment
 from moecc_backends.xla.run.processes import (

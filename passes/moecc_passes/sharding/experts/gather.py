@@ -13,8 +13,8 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
 from moecc.ir.table.collectives import format_sharding
-from moecc.ir.types import TensorType
 from moecc.sharding.collectives import steps
+from moecc.types.tensor import TensorType
 from moecc_passes.sharding.experts.exchange import erase_unused, uses
 from moecc_passes.sharding.experts.layer import LaidLayer, need
 from moecc_passes.sharding.groups import ATTRIBUTE as GROUPS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.table.collectives import COLLECTIVES
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 from moecc_passes.routed import RoutedLayer, routed_layers
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from moecc.ir.dtypes import DType
+from moecc.types.dtypes import DType
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
