@@ -60,8 +60,9 @@ def changed_attribute(graph: Graph, node: Node) -> bool:
         if spec.kind == "float":
             node.attrs[name] += 0.5
             return True
-        if spec.choices:
-            node.attrs[name] = next(c for c in spec.choices if c != node.attrs[name])
+        others = [c for c in spec.choices if c != node.attrs[name]]
+        if others:
+            node.attrs[name] = others[0]
             return True
     return False
 
