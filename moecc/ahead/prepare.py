@@ -102,7 +102,7 @@ def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None,
 
     A model that keeps every row stays so where the way to the experts is not ``capacity``.
     """
-    places = [node.attrs for node in graph if node.op.name == "place"]
+    places = [node.attrs for node in graph if node.op.assigns_slots and not node.op.chooses]
     is_dropless = all(p["slots"] == "ragged" for p in places)
     keeps = request.via not in (None, "capacity") and request.capacity_factor is None
     if not places or (is_dropless and keeps):

@@ -43,7 +43,7 @@ def sequence_flops(graph: Graph, lengths: Mapping[str, int] | None = None) -> Se
     used = _lengths(graph, PAPER_LENGTHS if lengths is None else lengths)
     paper = weights = attention = 0.0
     for node in graph:
-        if node.op.name != "contract":
+        if not node.op.is_product:
             continue
         work = _work(node, used)
         if not any(v.is_param for v in node.operands):

@@ -164,6 +164,31 @@ class OpDef:
         return self.gradient_in_place or self.normalises
 
     @property
+    def is_product(self) -> bool:
+        """Whether it multiplies and sums, as a matrix product does."""
+        return self.cost is Cost.PRODUCT
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it adds operands element by element."""
+        return self.elementwise and self.jointly and self.commutative
+
+    @property
+    def is_scaling(self) -> bool:
+        """Whether it multiplies operands element by element."""
+        return self.elementwise and self.linear == (0, 1) and not self.jointly
+
+    @property
+    def routes(self) -> bool:
+        """Whether tokens choose their experts by it."""
+        return self.chooses and not self.assigns_slots
+
+    @property
+    def is_distribution(self) -> bool:
+        """Whether it turns scores into shares of a whole."""
+        return self.normalises and not self.is_norm
+
+    @property
     def is_norm(self) -> bool:
         """Whether it normalises with parameters, as layers do."""
         return self.normalises and Role.GAIN in self.roles

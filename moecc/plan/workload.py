@@ -385,7 +385,7 @@ class _Reader:
             moves=node.op.moves,
             operands=operands,
             results=tuple(map(self.shape, node.results)),
-            over=tuple(node.attrs["over"]) if node.op.cost is Cost.PRODUCT else (),
+            over=tuple(node.attrs["over"]) if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
             again=_again(number, unit, node in kept.again, node in kept.onward),
             saved_again=_again(number, unit, node in kept.saved_again, node in kept.saved_onward),

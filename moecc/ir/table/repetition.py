@@ -19,7 +19,7 @@ from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Graph
+    from moecc.ir.graph import Graph, Node, Value
 
 REMATERIALISATION = ("none", "full", "save")
 """What is kept of a repetition for the gradient: everything, its operands, or named values."""
@@ -83,6 +83,20 @@ register(
         sharding=by_name,
     )
 )
+
+
+def stacked_parts(value: Value, axis: str) -> list[Value] | None:
+    """Return what `value` stacks along `axis`, or None where it is no stack."""
+    node = value.node
+    if node is None or node.op.name != "stack" or node.attrs["axis"] != axis:
+        return None
+    return list(node.operands)
+
+
+def picked_at(node: Node, axis: str) -> int | None:
+    """Return the position of `axis` that `node` picks from its operand, or None."""
+    is_index = node.op.name == "index" and node.attrs["axis"] == axis
+    return int(node.attrs["at"]) if is_index else None
 
 
 def repetitions(attrs: Attrs) -> tuple[str, int]:

@@ -116,7 +116,7 @@ def misfits(
       settings: the options, and what the graph says of the mode.
       is_decoder: whether the layer stands behind a causal mask.
     """
-    chooses = layer.placing.op.name == "expert_choice"
+    chooses = layer.experts_choose
     if (settings.priority or chooses) and is_decoder and not item.force:
         what = "expert choice" if chooses else "batch-prioritised routing"
         other = "; layers=encoder.*" if is_decoder_at(layer.placing.loc) else ""
@@ -149,14 +149,14 @@ def misfits(
 
 
 def _kind(layer: RoutedLayer) -> str:
-    if layer.placing.op.name == "expert_choice":
+    if layer.experts_choose:
         return "experts choose tokens"
     return "experts by a hash" if layer.scorer is None else "one expert of each prototype"
 
 
 def _cannot_drop(layer: RoutedLayer, settings: Settings) -> Iterator[Problem]:
     bounded = {**layer.placing.attrs, **settings.placement()}["slots"] == "capacity"
-    if not bounded and layer.placing.op.name == "place":
+    if not bounded and not layer.experts_choose:
         yield Problem(
             "dropout in experts needs slots that can be numbered", layer.name,
             "a capacity", "dropless rows", "capacity-factor=1.25, say",

@@ -16,6 +16,7 @@ from moecc.ir.mixtures import (
     emit_rescaled,
 )
 from moecc.ir.types import TensorType
+from moecc.rewrite import P, fits
 from moecc_passes.inputs import padding_mask
 from moecc_passes.routed import RoutedLayer
 from moecc_passes.specialize.settings import Settings
@@ -24,6 +25,8 @@ from moecc_passes.specialize.undo import ORIGIN, original, placed_anew
 NextKey = Callable[[], Value]
 """Gives a key that nothing else uses."""
 
+FOLDED = P.fold_key(P.any(), by=P.attr("by"))
+
 
 class Keys:
     """Keys for the random numbers of a graph, all made of one input."""
@@ -31,7 +34,7 @@ class Keys:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         # Layers that were specialised before, and are left alone now, have numbers already.
-        taken = (n.attrs["by"] for n in graph if n.op.name == "fold_key")
+        taken = (found.attr("by") for n in graph if (found := fits(FOLDED, n)))
         self.first = self.next = 1 + max(taken, default=-1)
 
     def __call__(self) -> Value:
@@ -61,7 +64,7 @@ def specialise(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> Non
         _perturb(layer.router, layer.scorer, settings, next_key)
     given = _given(layer, settings, next_key)
     attrs = {n: v for n, v in settings.placement().items() if n in layer.placing.op.attrs}
-    if layer.placing.op.name == "expert_choice":
+    if layer.experts_choose:
         # Experts always choose a bounded number of tokens.
         attrs = {n: v for n, v in attrs.items() if n not in ("slots", "convention")}
         attrs = attrs if attrs.get("capacity_factor") else {**attrs, **_factor(layer)}

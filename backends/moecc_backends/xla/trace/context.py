@@ -124,7 +124,7 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
     if ctx.options.poison:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
     first = kept_name(node)
-    unnamed = node.op.alias or node.op.name == "softmax"
+    unnamed = node.op.alias or node.op.is_distribution
     if first is None and (unnamed or ctx.weights.issuperset(node.results)):
         return results
     return (_named(results[0], first or VALUE), *(_named(x, VALUE) for x in results[1:]))
