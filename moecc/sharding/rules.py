@@ -22,7 +22,7 @@ from pathlib import Path
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError, UsageError, nearest, printable
-from moecc.ir.types import is_name
+from moecc.types.tensor import is_name
 
 SUFFIX = ".rules"
 
