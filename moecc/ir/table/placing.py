@@ -17,7 +17,7 @@ from moecc.ir.dtypes import I32
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import combined, dispatched, numbered
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
-from moecc.ir.traits import Cost, Index, Residual, RowMove
+from moecc.ir.traits import Index, Residual, RowMove
 from moecc.ir.types import Axis, Extent, TensorType
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ register(
             "order": Attr("str", "choice", ("choice", "token"), doc="the order of filling"),
             "using": Attr("words", (), USING, doc="what the further operands are"),
         },
-        mixes=lambda _operands, attrs: tuple(attrs["tokens"]),
+        mixes=lambda operands, _attrs: operands[0].type.names,
         variadic=True,
         sharding=numbered,
         local=_own_groups,
@@ -366,7 +366,6 @@ register(
         mixes=lambda operands, _attrs: tuple(placing(operands[2]).attrs["tokens"]),
         linear=(0,),
         residual=Residual((1, 2)),
-        cost=Cost.READ_WRITE,
         sharding=dispatched,
         moves=RowMove.TO_SLOTS,
     )
@@ -387,16 +386,20 @@ def _infer_combine(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType,
     return (rows.type.with_axes(no_duplicates((*outer, *inner))),)
 
 
+def _mixes_rows(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+    # The place of a token says in which group its rows are.
+    return ("group", "expert", "slot", *placing(operands[2]).attrs["tokens"])
+
+
 register(
     OpDef(
         "combine",
         "For each token the sum over its choices of gate times row; a dropped one adds nothing.",
         ("rows", "experts", "place", "gates"),
         _infer_combine,
-        mixes=lambda _operands, _attrs: ("group", "expert", "slot"),
+        mixes=_mixes_rows,
         linear=(0, 3),
         residual=Residual((0, 1, 2, 3)),
-        cost=Cost.READ_WRITE,
         sharding=combined,
         moves=RowMove.TO_TOKENS,
     )
@@ -422,7 +425,6 @@ register(
         _infer_group_sum,
         mixes=lambda operands, _attrs: tuple(placing(operands[1]).attrs["tokens"]),
         linear=(0,),
-        residual=Residual((1,)),
         sharding=dispatched,
     )
 )
