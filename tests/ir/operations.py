@@ -109,6 +109,14 @@ USES: dict[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 """Operands and attributes; what is not named takes `x`, or `x` and `row`."""
 
+ON_MESH: dict[str, Mapping[str, Any]] = {
+    "rope": {"scaling": "default"},
+    "chunk": {"parts": 2},
+    "join": {"parts": 2},
+    "within_buffer": {"blocks": 2},
+}
+"""Other attributes, with which an operation may run on shards of its first axis."""
+
 LIES: dict[str, TensorType] = {}
 """Where the operand of a collective lies, by the collective."""
 
@@ -128,14 +136,26 @@ def _type(text: str) -> TensorType:
     return TensorType(DTYPES[dtype], tuple(Axis(n, int(s)) for n, s in pairs))
 
 
-def applied(entry: OpDef, split: str = "") -> Node:
-    """Return a node of `entry` in a graph of its own, its axes `split` on a mesh of two devices.
+def _together(split: str) -> tuple[str, ...]:
+    """Return the axes that lie split where `split` does: a device counts what it exchanges."""
+    return ("seq", "group") if split == "seq" else (split,)
+
+
+def applied(entry: OpDef, split: str = "", *, on_mesh: bool = False) -> Node:
+    """Return a node of `entry` in a graph of its own.
+
+    Args:
+      entry: the row, of an operation that has a meaning.
+      split: the axis of its operands that lies on a mesh of two devices; empty for none.
+      on_mesh: whether it is the whole of what is split elsewhere.
 
     Raises:
       InputError: the operation does not take operands that lie so.
     """
     graph = Graph(attrs={"mesh": {"data": 2 if split else 1}})
     names, attrs = USES.get(entry.name, (" ".join(("x", "row")[: len(entry.operands)]), {}))
+    if split or on_mesh:
+        attrs = {**attrs, **ON_MESH.get(entry.name, {})}
     values: dict[str, Value] = {}
     wanted = set(names.split())
     wanted |= {"x", "chosen"} if wanted & {"place", "rows", "ragged"} else set()
@@ -143,7 +163,7 @@ def applied(entry: OpDef, split: str = "") -> Node:
         if name not in wanted:
             continue
         type = LIES.get(entry.name, _type(text)) if name == "x" else _type(text)
-        axes = (Axis(a.name, a.size, ("data",)) if a.name == split else a for a in type)
+        axes = (Axis(a.name, a.size, ("data",)) if a.name in _together(split) else a for a in type)
         values[name] = graph.input(name, type.with_axes(axes) if split else type)
     b = Builder(graph)
     if wanted & {"place", "rows"}:

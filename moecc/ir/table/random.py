@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.dtypes import F32, KEY
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name, by_place
+from moecc.ir.table.flows import by_place
 from moecc.ir.table.rules import need_kind, no_ragged
 from moecc.ir.types import TensorType
 
@@ -38,7 +38,6 @@ register(
         _infer_fold_key,
         results=("key",),
         attrs={"by": Attr("int", doc="the number, 0 to 2³² − 1")},
-        sharding=by_name,
     )
 )
 
