@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Role, RowMove
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 
 def _layer_of(loc: str) -> int | None:

@@ -13,12 +13,12 @@ from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, row
 from moecc.families.flops import SequenceFlops, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Cost
-from moecc.ir.types import TensorType
 from moecc.ir.unroll import unrolled
+from moecc.types.tensor import TensorType
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
 
-_LAYER = re.compile(r"(.*?\.)?layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(.*?\.)?layers\.(\d{1,9})(?:\.|$)")
 
 GROUPS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", "other")
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.flow import Rule, placed_types
+from moecc.ir.flow import Rule, propagate_sharding
+from moecc.ir.operand import Attrs as Attrs
+from moecc.ir.operand import Operand, Region
 from moecc.ir.traits import (
     NOTHING,
     Collective,
@@ -29,13 +31,7 @@ from moecc.ir.traits import (
     RowMove,
     SizeRule,
 )
-from moecc.ir.types import TensorType, is_name, is_size, is_whole
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-
-Attrs = Mapping[str, Any]
-"""Attributes of a node, complete: every attribute of the table entry has its value."""
+from moecc.types.tensor import TensorType, is_name, is_size, is_whole
 
 REQUIRED = object()
 """Marks an attribute that has no default."""
@@ -65,11 +61,11 @@ class Attr:
     pins: bool = False
 
 
-Infer = Callable[[Sequence["Value"], Attrs], tuple[TensorType, ...]]
-Mixes = Callable[[Sequence["Value"], Attrs], tuple[str, ...]]
+Infer = Callable[[Sequence[Operand], Attrs], tuple[TensorType, ...]]
+Mixes = Callable[[Sequence[Operand], Attrs], tuple[str, ...]]
 
 
-def mixes_none(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def mixes_none(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     """Return no axes: the operation works element by element."""
     return ()
 
@@ -254,16 +250,16 @@ class OpDef:
             raise InputError(problems)
         return full
 
-    def result_types(self, operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    def result_types(self, operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
         """Return the types of the results: what `infer` says, and where they lie on a mesh.
 
         Raises:
           InputError: operands or attributes do not suit the operation.
         """
         types = self.infer(operands, attrs)
-        if self.places or not any(v.type.is_placed for v in operands):
+        if self.places or not any(v.type.is_sharded for v in operands):
             return types
-        return placed_types(self, operands, attrs, types)
+        return propagate_sharding(self, operands, attrs, types)
 
     def _unknown(self, name: str) -> Problem:
         hint = nearest(name, self.attrs) or f"attributes: {', '.join(self.attrs) or 'none'}"
@@ -292,9 +288,7 @@ def _is_words(value: Any) -> bool:
 
 
 def _is_graph(value: Any) -> bool:
-    from moecc.ir.graph import Graph
-
-    return isinstance(value, Graph)
+    return isinstance(value, Region)
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {

@@ -14,10 +14,11 @@ from enum import Enum
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from moecc.ir.operand import Definition
+
 if TYPE_CHECKING:
-    from moecc.ir.graph import Node
     from moecc.ir.mesh import Mesh
-    from moecc.ir.types import Size
+    from moecc.types.tensor import Size
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,13 @@ class Cut:
     ends: tuple[int, ...]
 
 
-SizeRule = Callable[["Node"], Product | Cut]
+SizeRule = Callable[[Definition], Product | Cut]
 """What must hold between the sizes of a node when its graph is shrunk."""
 
-LocalRule = Callable[["Node", "Mesh"], Mapping[str, Any]]
+LocalRule = Callable[[Definition, "Mesh"], Mapping[str, Any]]
 """The attributes with which one device runs a node on its shards."""
 
-IndexRule = Callable[["Node"], "Size"]
+IndexRule = Callable[[Definition], "Size"]
 """What the integers of a node's index operand stay below."""
 
 

@@ -40,7 +40,7 @@ def _other(f: Function, at: int, array: Array, seed: int) -> Data:
     """Return other data for an operand, all of it different where that can be."""
     if array.dtype is not None and array.dtype.kind == "bool":
         return ~array.data
-    if array.placement is not None:
+    if array.assignment is not None:
         return np.full_like(array.data, -1)
     if f.types[at].dtype.kind == "int":
         return f.draw(seed)[at].data[::-1].copy()
@@ -112,7 +112,7 @@ def _moves_along(f: Function, axis: str, seed: int) -> bool:
 def _spreads(f: Function, axis: str, at: int, seed: int) -> bool:
     """Whether a change at the first position of `axis` is seen at others."""
     arrays = f.draw(seed)
-    if axis not in arrays[at].axes or arrays[at].placement is not None:
+    if axis not in arrays[at].axes or arrays[at].assignment is not None:
         return False
     data, where = arrays[at].data.copy(), arrays[at].axes.index(axis)
     index = tuple(0 if i == where else slice(None) for i in range(data.ndim))
@@ -511,7 +511,7 @@ def chooses(name: str) -> bool:
 def assigns_slots(name: str) -> bool:
     """Whether the last result says where rows go."""
     f = Function(sample(name))
-    return f(f.draw(0))[-1].placement is not None
+    return f(f.draw(0))[-1].assignment is not None
 
 
 @cache
@@ -519,7 +519,7 @@ def index(name: str) -> tuple[int, int, bool] | None:
     """Return the operand whose integers pick something, what they stay below, and if they must."""
     f = Function(sample(name))
     arrays = f.draw(0)
-    if OPS[name].elementwise or any(a.placement is not None for a in arrays):
+    if OPS[name].elementwise or any(a.assignment is not None for a in arrays):
         return None
     for at, type in enumerate(f.types):
         if type.dtype.kind != "int" or not (_is_nothing(f, at, 10**6) and _is_nothing(f, at, -1)):

@@ -11,9 +11,11 @@ import numpy as np
 from moecc_backends.reference.arrays import MEANINGS, Array, Data
 from moecc_backends.reference.interpreter import ReferenceBackend
 
-from moecc.ir import DTYPES, Axis, Builder, Graph, Node, TensorType, Value
+from moecc.ir import Builder, Graph, Node, Value
 from moecc.ir.ops import OPS, OpDef
 from moecc.ir.traits import Domain
+from moecc.types.dtypes import DTYPES
+from moecc.types.tensor import Axis, TensorType
 
 INPUTS = {
     "x": "f32 seq=4 embed=4",
@@ -37,7 +39,7 @@ INPUTS = {
     "small": "i32 seq=4 embed=4",
     "few": "i32 embed=4",
 }
-"""Values by name: element type and axes.  `place` and `rows` are made of them."""
+"""Values by name: element type and axes.  `slots` and `rows` are made of them."""
 
 _SEQ = {"axis": "seq"}
 _CAPACITY = {"tokens": ("seq",), "experts": 4, "slots": "capacity", "minimum": 1, "groups": 2}
@@ -74,15 +76,15 @@ USES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "positions": ("x", _SEQ),
     "embedding": ("table ids", {"axis": "vocab"}),
     "one_hot": ("ids", {"into": (("vocab", 6),)}),
-    "within_buffer": ("chosen place counts", {"tokens": ("seq",), "parts": 4, "factor": 0.4}),
+    "within_buffer": ("chosen slots counts", {"tokens": ("seq",), "parts": 4, "factor": 0.4}),
     "chunk": ("x", {**_SEQ, "at": 1, "of": 2}),
     "join": ("x y", _SEQ),
     "contract": ("x w", {"over": ("embed",)}),
-    "place": ("chosen", {**_CAPACITY, "capacity_factor": 1.0}),
+    "assign_slots": ("chosen", {**_CAPACITY, "capacity_factor": 1.0}),
     "expert_choice": ("scores", {**_CAPACITY, "capacity_factor": 1.5}),
-    "dispatch": ("x chosen place", {}),
-    "combine": ("rows chosen place gates", {}),
-    "group_sum": ("x place", {}),
+    "dispatch": ("x chosen slots", {}),
+    "combine": ("rows chosen slots gates", {}),
+    "group_sum": ("x slots", {}),
     "fold_key": ("key", {"by": 3}),
     "random_uniform": ("key x", {}),
     "random_normal": ("key x", {}),
@@ -158,7 +160,7 @@ def applied(entry: OpDef, split: str = "", *, on_mesh: bool = False) -> Node:
         attrs = {**attrs, **ON_MESH.get(entry.name, {})}
     values: dict[str, Value] = {}
     wanted = set(names.split())
-    wanted |= {"x", "chosen"} if wanted & {"place", "rows", "ragged"} else set()
+    wanted |= {"x", "chosen"} if wanted & {"slots", "rows", "ragged"} else set()
     for name, text in INPUTS.items():
         if name not in wanted:
             continue
@@ -166,13 +168,13 @@ def applied(entry: OpDef, split: str = "", *, on_mesh: bool = False) -> Node:
         axes = (Axis(a.name, a.size, ("data",)) if a.name in _together(split) else a for a in type)
         values[name] = graph.input(name, type.with_axes(axes) if split else type)
     b = Builder(graph)
-    if wanted & {"place", "rows"}:
-        values["place"] = b.place(values["chosen"], **_CAPACITY, capacity_factor=2.0)
+    if wanted & {"slots", "rows"}:
+        values["slots"] = b.assign_slots(values["chosen"], **_CAPACITY, capacity_factor=2.0)
         if "rows" in wanted:
-            values["rows"] = b.dispatch(values["x"], values["chosen"], values["place"])
+            values["rows"] = b.dispatch(values["x"], values["chosen"], values["slots"])
     if names == "ragged":
-        place = b.place(values["chosen"], tokens=("seq",), experts=4, groups=2)
-        rows = b.dispatch(values["x"], values["chosen"], place)
+        slots = b.assign_slots(values["chosen"], tokens=("seq",), experts=4, groups=2)
+        rows = b.dispatch(values["x"], values["chosen"], slots)
         values["ragged"] = b.shard(rows, axis="group", mesh=("data",))
     return graph.append(entry, [values[n] for n in names.split()], attrs)
 

@@ -151,7 +151,7 @@ _SHRINKING = {"rope": ("size",), "slice": ("start", "stop")}
 
 _PINNING = {
     "scan": ("over",),
-    "place": ("experts",),
+    "assign_slots": ("experts",),
     "expert_choice": ("experts",),
     "hash_experts": ("experts",),
     "route": ("top_k", "axis"),
@@ -187,7 +187,7 @@ def _is_right_on_shards(entry: OpDef, axis: str) -> bool:
         node = applied(entry, split=axis)
     except InputError:
         return False
-    if not any(v.type.is_placed for v in node.operands):
+    if not any(v.type.is_sharded for v in node.operands):
         return False
     graph, whole = node.graph, applied(OPS[entry.name], on_mesh=True).graph
     for g, made in ((graph, node), (whole, next(iter(whole.walk_back())))):
