@@ -1,4 +1,4 @@
-"""A builder: operations as methods, with the current location and origin.
+"""A builder: operations as methods that use the current location and origin.
 
 b = Builder(graph, loc="layers.0.ffn")
 hidden = b.mul(b.silu(b.contract(x, gate, over="embed")), b.contract(x, up, over="embed"))
@@ -17,14 +17,14 @@ from moecc.ir.ops import op
 class Builder:
     """Appends nodes to a graph, or inserts them before a node.
 
-    Every operation of the table is a method; it takes the operands, then the attributes by name,
-    and ``name=`` for the result.  It returns the result, or a tuple where there are several.
+    Every operation of the table is a method; it takes the operands, then keyword attributes,
+    and ``name=`` for the result.  It returns the result, or a tuple if there are several.
     An attribute of kind ``axes`` or ``words`` may be given as one name.
 
     Attributes:
-      graph: the graph that grows.
-      loc: the location of the nodes made.
-      origin: the pass and rewrite that make them.
+      graph: the graph that nodes are added to.
+      loc: the location of new nodes.
+      origin: the pass and rewrite recorded as the origin of new nodes.
       before: the node to insert in front of; None appends.
     """
 
@@ -38,7 +38,7 @@ class Builder:
 
     @contextmanager
     def at(self, loc: str) -> Iterator[Builder]:
-        """Use another location for a while."""
+        """Use another location within the context."""
         old, self.loc = self.loc, loc
         try:
             yield self
@@ -49,7 +49,7 @@ class Builder:
         """Append the operation `name` and return its node.
 
         Raises:
-          InputError: operands or attributes do not suit the operation.
+          InputError: operands or attributes are invalid for the operation.
         """
         entry = op(name)
         for key, value in attrs.items():
