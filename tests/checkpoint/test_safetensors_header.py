@@ -275,7 +275,7 @@ def test_a_hundred_thousand_tensors_are_read_in_seconds(tmp_path, write_raw):
     ("make", "what"),
     [
         (lambda: b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than"),
-        (lambda: b'{"a":"' + b"x" * (17 << 20) + b'"}', "far too long for what it lists"),
+        (lambda: b'{"a":"' + b"x" * (17 << 20) + b'"}', "far too long for its number"),
         (
             lambda: b"{" + b",".join(b'"%d":{"data_offsets":0}' % i for i in range(MAX_TENSORS + 1))
             + b"}",
