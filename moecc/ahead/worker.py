@@ -1,4 +1,4 @@
-"""The process that compiles: reads a request from a folder, and leaves its answer there."""
+"""The compiling process: reads a request from a folder, and writes its report there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt
 
 
 def main(folder: Path) -> None:
-    """Answer the request in `folder`."""
+    """Run the request in `folder`."""
     request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
     try:
         answer = _answer(request, folder)
@@ -42,7 +42,7 @@ def _answer(request: Request, folder: Path) -> dict[str, Any]:
 
 
 def report(request: Request, prepared: PreparedJob, result: Result) -> dict[str, Any]:
-    """Return what `moecc compile` says, as JSON values."""
+    """Return the report of `moecc compile` as JSON values."""
     job, estimate, work = prepared.job, prepared.estimate, prepared.work
     usable = result.available_bytes or job.machine.usable_bytes
     memory = estimate.memory

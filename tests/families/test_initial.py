@@ -90,7 +90,7 @@ def test_a_parameter_of_which_nothing_is_known() -> None:
     graph = graph_of(
         "param %w : f32[a=4, b=8]", "%m = maximum %x, %w : f32[a=4, b=8]", "output y = %m"
     )
-    with pytest.raises(InputError, match="not known how large") as error:
+    with pytest.raises(InputError, match="initial scale of this parameter is unknown") as error:
         initialise(graph)
     assert "%w" in str(error.value)
 
