@@ -13,7 +13,7 @@ from moecc_backends.xla.trace.values import Named, Operand
 
 @lowering("chunk")
 def _chunk(ctx: Context, node: Node, x: Operand) -> Named:
-    attrs, full = ctx.local.attrs(node), _named(node, x)
+    attrs, full = ctx.view.attrs(node), _named(node, x)
     place, size = full.axes.index(attrs["axis"]), full.size(attrs["axis"])
     shape = full.array.shape
     pieces = (attrs["parts"], attrs["of"], size // (attrs["parts"] * attrs["of"]))
@@ -26,7 +26,7 @@ def _chunk(ctx: Context, node: Node, x: Operand) -> Named:
 
 @lowering("join")
 def _join(ctx: Context, node: Node, *chunks: Operand) -> Named:
-    first, parts = _named(node, chunks[0]), ctx.local.attrs(node)["parts"]
+    first, parts = _named(node, chunks[0]), ctx.view.attrs(node)["parts"]
     place, size = first.axes.index(node.attrs["axis"]), first.size(node.attrs["axis"])
     shape = first.array.shape
     arrays = [_named(node, c).to(first.axes).array for c in chunks]

@@ -1,4 +1,4 @@
-"""Lowering of every operation that is not routing."""
+"""Lowering of element-wise operations, of axes, tables, reductions and norms."""
 
 from __future__ import annotations
 
@@ -16,17 +16,10 @@ from jax.dtypes import canonicalize_dtype
 from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Node
 from moecc.weights.rounding import is_lossless
+from moecc_backends.xla.trace.arrays import broadcast_like, elementwise, lifted, with_masked_rows
 from moecc_backends.xla.trace.context import VALUE, Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator
-from moecc_backends.xla.trace.values import (
-    Named,
-    Operand,
-    Rows,
-    beside,
-    lifted,
-    per_row,
-    with_masked_rows,
-)
+from moecc_backends.xla.trace.values import Deferred, DeferredRows, Named, Operand, Rows
 
 Array = jax.Array
 
@@ -58,28 +51,18 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def elementwise(function: Callable[..., Array], *operands: Operand) -> Operand:
-    """Apply `function` to operands broadcast over the axes of the one that has them all."""
-    packing = next((x.packing for x in operands if isinstance(x, Rows)), None)
-    named = [x if isinstance(x, Named) else x.inner() for x in operands]
-    if packing is not None:
-        named = [per_row(x, packing) for x in operands]
-    axes = max((x.axes for x in named), key=len)
-    result = function(*(x.over(axes) for x in named))
-    if packing is None:
-        return Named(result, axes)
-    inner = tuple(a for a in axes if a != "rows")
-    return Rows(Named(result, axes).to(("rows", *inner)).array, inner, packing)
+def _register(table: dict[str, Callable[..., Array]]) -> None:
+    """Register operations that are one function of elements."""
+    for name, function in table.items():
+        lowering(name)(partial(_apply, function))
 
 
-@lowering(*_UNARY)
-def _unary(ctx: Context, node: Node, x: Operand) -> Operand:
-    return elementwise(_UNARY[node.op.name], x)
+def _apply(function: Callable[..., Array], ctx: Context, node: Node, *operands: Operand) -> Operand:
+    return elementwise(function, *operands)
 
 
-@lowering(*_BINARY)
-def _binary(ctx: Context, node: Node, a: Operand, b: Operand) -> Operand:
-    return elementwise(_BINARY[node.op.name], a, b)
+_register(_UNARY)
+_register(_BINARY)
 
 
 @lowering("scale")
@@ -128,7 +111,7 @@ def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
 @lowering("split")
 def _split(ctx: Context, node: Node, x: Operand) -> Operand:
     names = tuple(n for n, _ in node.attrs["into"])
-    sizes = tuple(s for _, s in ctx.local.attrs(node)["into"])
+    sizes = tuple(s for _, s in ctx.view.attrs(node)["into"])
 
     def cut(full: Named) -> Named:
         at, shape = full.axes.index(node.attrs["axis"]), full.array.shape
@@ -184,24 +167,28 @@ def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
     return lifted(x, cut)
 
 
-@lowering("positions")
-def _positions(ctx: Context, node: Node, like: Operand | None) -> Operand:
+@lowering("positions", takes_deferred=True)
+def _positions(ctx: Context, node: Node, like: Operand | DeferredRows) -> Operand | Deferred:
     axis = node.result.type.axes[0]
+    if isinstance(like, DeferredRows) and axis.name not in ("expert", "group"):
+        return like.deferred
     if isinstance(axis.size, int):
-        size = axis.size // ctx.local.parts(axis)
+        size = axis.size // ctx.view.parts(axis)
     else:
-        size = _size(ctx, node, like, axis.name)
-    own = jnp.arange(size, dtype=jnp.int32) + ctx.local.offset(axis, size)
+        size = _size(like, axis.name)
+    own = jnp.arange(size, dtype=jnp.int32) + ctx.view.offset(axis, size)
     return Named(own, (axis.name,))
 
 
-def _size(ctx: Context, node: Node, like: Operand | None, axis: str) -> int:
+def _size(like: Operand | DeferredRows, axis: str) -> int:
     """Return the size of `axis`, which rows have or their routing knows."""
-    if like is None:
-        return ctx.put_off[node.operands[0]].routing.groups
     if isinstance(like, Named):
         return like.size(axis)
-    return like.packing.routing.groups if axis == "group" else like.inner().size(axis)
+    routing = like.routing if isinstance(like, DeferredRows) else like.layout.routing
+    if axis == "group":
+        return routing.groups
+    assert isinstance(like, Rows), "other axes are of rows that are there"
+    return like.inner().size(axis)
 
 
 @lowering("embedding")
@@ -212,10 +199,10 @@ def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operan
     def pick(rows: Named, index: Named) -> Named:
         rest = tuple(a for a in rows.axes if a != axis)
         own = rows.to((axis, *rest)).array
-        if ctx.local.parts(declared) == 1:
+        if ctx.view.parts(declared) == 1:
             picked = jnp.take(own, index.array, axis=0)
         else:
-            picked = _of_own_rows(own, index.array - ctx.local.offset(declared, len(own)))
+            picked = _of_local_rows(own, index.array - ctx.view.offset(declared, len(own)))
         return Named(picked, (*index.axes, *rest))
 
     # Either may be packed rows, but not both: their axes would be there twice.
@@ -227,8 +214,8 @@ def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operan
     return lifted(table, lambda rows: pick(rows, ids))
 
 
-def _of_own_rows(rows: Array, index: Array) -> Array:
-    """Return rows of the own part of a table, and zeros for those of other parts."""
+def _of_local_rows(rows: Array, index: Array) -> Array:
+    """Return rows of the local shard of a table, and zeros for those of other shards."""
     is_own = (index >= 0) & (index < len(rows))
     picked = jnp.take(rows, jnp.where(is_own, index, 0), axis=0)
     return jnp.where(is_own.reshape(*index.shape, *[1] * (rows.ndim - 1)), picked, 0)
@@ -249,27 +236,37 @@ def _wide(array: Array) -> Any:
 
 _REDUCTIONS: dict[str, Callable[..., Array]] = {
     "sum": jnp.sum,
-    "mean": jnp.mean,
     "max": jnp.max,
     "logsumexp": jax.nn.logsumexp,
 }
 
 
-@lowering(*_REDUCTIONS)
-def _reduce(ctx: Context, node: Node, x: Operand) -> Operand:
-    function, axes = _REDUCTIONS[node.op.name], node.attrs["axes"]
+def _reduce(
+    function: Callable[..., Array], ctx: Context, node: Node, x: Operand, *, parts: int = 1
+) -> Operand:
+    axes = node.attrs["axes"]
 
     def along(full: Named) -> Named:
         at = tuple(full.axes.index(a) for a in axes)
         result = function(full.array.astype(_wide(full.array)), axis=at)
-        if node.op.name == "mean":
-            # The parts of a mean add up to it; they are of one size.
-            given = node.operands[0].type
-            result = result / prod(ctx.local.parts(given[a]) for a in axes)
+        if parts != 1:
+            result = result / parts
         rest = tuple(a for a in full.axes if a not in axes)
         return Named(result.astype(full.array.dtype), rest)
 
     return lifted(x, along)
+
+
+for _name, _function in _REDUCTIONS.items():
+    lowering(_name)(partial(_reduce, _function))
+
+
+@lowering("mean")
+def _mean(ctx: Context, node: Node, x: Operand) -> Operand:
+    # The means of the shards add up to that of the whole; they are of one size.
+    given = node.operands[0].type
+    parts = prod(ctx.view.parts(given[a]) for a in node.attrs["axes"])
+    return _reduce(jnp.mean, ctx, node, x, parts=parts)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -295,7 +292,7 @@ def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tu
     return result, change.astype(result.dtype)
 
 
-@lowering("softmax")
+@lowering("softmax", names_result=True)
 def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
     def along(full: Named) -> Named:
         return Named(softmax(full.array, full.axes.index(node.attrs["axis"])), full.axes)
@@ -316,7 +313,7 @@ def _unit(full: Named, node: Node, *, centre: bool) -> Array:
 @lowering("rms_norm")
 def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
     def norm(full: Named) -> Named:
-        factor = beside(scale, x).over(full.axes)
+        factor = broadcast_like(scale, x).over(full.axes)
         return Named(_unit(full, node, centre=False) * factor, full.axes)
 
     return lifted(x, norm)
@@ -326,7 +323,7 @@ def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
 def _layer_norm(ctx: Context, node: Node, x: Operand, scale: Named, bias: Named) -> Operand:
     def norm(full: Named) -> Named:
         unit = _unit(full, node, centre=True)
-        factor, shift = (beside(v, x).over(full.axes) for v in (scale, bias))
+        factor, shift = (broadcast_like(v, x).over(full.axes) for v in (scale, bias))
         return Named(unit * factor + shift, full.axes)
 
     return lifted(x, norm)

@@ -1,18 +1,18 @@
-"""Where values and parameters lie on a mesh under a layout of the plan, by the names of their axes.
+"""How a layout of the plan shards values and parameters, by the names of their axes.
 
-`moecc.plan.layout.Layout` says which mesh axes split the batch, the experts, the neurons and the
+`moecc.plan.layout.Layout` says which mesh axes shard the batch, the experts, the neurons and the
 parameters; what stands here applies that to one array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from moecc.ir.graph import Graph, Node
+from moecc.ir.graph import Graph
 from moecc.plan.layout import TENSOR_AXES, Layout
 
 Parts = dict[str, tuple[str, ...]]
-"""For each axis that is split, the mesh axes that it lies on, outermost first."""
+"""For each axis that is sharded, the mesh axes, outermost first."""
 
 Sizes = Mapping[str, int]
 """The sizes of the axes of an array, by name."""
@@ -21,7 +21,7 @@ Sizes = Mapping[str, int]
 def value_parts(layout: Layout, sizes: Sizes) -> Parts:
     """Return the parts of a value whose axes have `sizes`.
 
-    Rows of experts lie with their experts, and their groups on what is left of the batch.
+    Slots are sharded as their experts, and their groups over what is left of the batch's axes.
     """
     parts: Parts = {}
     if "slot" in sizes and "expert" in sizes:
@@ -34,7 +34,7 @@ def value_parts(layout: Layout, sizes: Sizes) -> Parts:
 
 
 def group_parts(layout: Layout, sizes: Sizes) -> Parts:
-    """Return the parts of what lies with its token groups, before or after an exchange."""
+    """Return the parts of what is where its token groups are, before or after an exchange."""
     parts: Parts = {}
     _split(layout, parts, sizes, "group", layout.batch_axes)
     return parts
@@ -46,8 +46,8 @@ def weight_parts(layout: Layout, sizes: Sizes, *, stored: bool, layers: str = ""
     Args:
       layout: the layout.
       sizes: of its axes.
-      stored: where it lies, or else where it is used.
-      layers: the axis along which layers are stacked, which is never split.
+      stored: as it is stored, or else as it is used.
+      layers: the axis along which layers are stacked, which is never sharded.
     """
     parts: Parts = {}
     inner = {name: size for name, size in sizes.items() if name != layers}
@@ -78,15 +78,5 @@ def _split(layout: Layout, parts: Parts, sizes: Sizes, name: str, axes: tuple[st
 
 def group_counts(graph: Graph) -> set[int]:
     """Return the numbers of token groups in which slots are counted under a capacity."""
-    return {
-        int(node.attrs["groups"])
-        for node in _all_nodes(graph)
-        if node.op.name == "place" and node.attrs["slots"] == "capacity"
-    }
-
-
-def _all_nodes(graph: Graph) -> Iterator[Node]:
-    for node in graph:
-        yield node
-        if node.body is not None:
-            yield from node.body
+    nodes = (node for node in graph.every_node() if node.op.assigns_slots and not node.op.chooses)
+    return {int(node.attrs["groups"]) for node in nodes if node.attrs["slots"] == "capacity"}

@@ -14,7 +14,7 @@ AUTO = "auto"
 PLATFORMS = ("cpu", "gpu", "tpu")
 
 DISPATCHES = ("scan", "einsum", "gather", "grouped", "ragged_dot", "gathered")
-"""The dispatch lowerings by name; `dispatches` has what each does and where it is legal."""
+"""The dispatch lowerings by name; `dispatch.choose` has what each does and where it is legal."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Options:
     Attributes:
       dispatch: one of `DISPATCHES`, or ``auto``.
       platform: one of `PLATFORMS`; None for that of the devices at hand.
-      poison: fill the rows that nothing was placed in with NaN, to see that nothing reads them.
+      poison: fill padding rows, which have no token, with NaN, to see that nothing reads them.
 
     Raises:
       UsageError: there is no such lowering or platform.
