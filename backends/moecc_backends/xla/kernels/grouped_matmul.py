@@ -127,11 +127,11 @@ def _walk_gradient(
         total = outer(first, smallest, inside(first, smallest, tail, end))
         total = walk_blocks(starts[expert], whole, sizes, step, total)
         narrow = store(total.astype(weights.dtype))
-        return lax.dynamic_update_index_in_dim(gradient, narrow, expert, 0)
+        updated: jax.Array = lax.dynamic_update_index_in_dim(gradient, narrow, expert, 0)
+        return updated
 
     zeros = zeros_after(d_product, weights.shape, stored_as(weights.dtype), 0)
-    gradient: jax.Array = walk_experts(group_sizes, expert_body, zeros)
-    return load(gradient, weights.dtype)
+    return load(walk_experts(group_sizes, expert_body, zeros), weights.dtype)
 
 
 def _block(

@@ -1,25 +1,23 @@
-"""Lowering of element-wise operations, of axes, tables, reductions and norms."""
+"""Lowering of what works element by element."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.dtypes import canonicalize_dtype
 
 from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Node
 from moecc.weights.rounding import is_lossless
-from moecc_backends.xla.trace.arrays import broadcast_like, elementwise, lifted, with_masked_rows
-from moecc_backends.xla.trace.context import VALUE, Context, lowering
+from moecc_backends.xla.trace.arrays import elementwise
+from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator
-from moecc_backends.xla.trace.values import Deferred, DeferredRows, Named, Operand, Rows
+from moecc_backends.xla.trace.values import Named, Operand
 
 Array = jax.Array
 
@@ -101,43 +99,6 @@ def _constant(ctx: Context, node: Node) -> Operand:
     return Named(jnp.asarray(node.attrs["value"], dtype), ())
 
 
-@lowering("rename")
-def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
-    old, new = node.attrs["axis"], node.attrs["to"]
-    axes = tuple(new if a == old else a for a in x.axes)
-    return x.with_array(x.array, axes) if isinstance(x, Rows) else Named(x.array, axes)
-
-
-@lowering("split")
-def _split(ctx: Context, node: Node, x: Operand) -> Operand:
-    names = tuple(n for n, _ in node.attrs["into"])
-    sizes = tuple(s for _, s in ctx.view.attrs(node)["into"])
-
-    def cut(full: Named) -> Named:
-        at, shape = full.axes.index(node.attrs["axis"]), full.array.shape
-        array = full.array.reshape(*shape[:at], *sizes, *shape[at + 1 :])
-        return Named(array, (*full.axes[:at], *names, *full.axes[at + 1 :]))
-
-    return lifted(x, cut)
-
-
-@lowering("merge")
-def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
-    parts: tuple[str, ...] = node.attrs["axes"]
-
-    def join(full: Named) -> Named:
-        at = full.axes.index(parts[0])
-        before = tuple(a for a in full.axes[:at] if a not in parts)
-        after = tuple(a for a in full.axes[at:] if a not in parts)
-        moved = full.to((*before, *parts, *after))
-        sizes = [full.size(a) for a in parts]
-        outer, inner = ([full.size(a) for a in axes] for axes in (before, after))
-        array = moved.array.reshape(*outer, prod(sizes), *inner)
-        return Named(array, (*before, node.attrs["into"], *after))
-
-    return lifted(x, join)
-
-
 @lowering("broadcast")
 def _broadcast(ctx: Context, node: Node, x: Operand, like: Operand) -> Operand:
     def spread(a: Array, b: Array) -> Array:
@@ -155,175 +116,3 @@ def _kind_beside(a: Array, b: Array, ctx: Context) -> Any:
         return a.dtype
     is_float = jnp.issubdtype(b.dtype, jnp.floating)
     return jnp.promote_types(a.dtype, b.dtype if is_float else accumulator(ctx.dtype))
-
-
-@lowering("slice")
-def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
-    def cut(full: Named) -> Named:
-        at = full.axes.index(node.attrs["axis"])
-        start, stop = node.attrs["start"], node.attrs["stop"]
-        return Named(jax.lax.slice_in_dim(full.array, start, stop, axis=at), full.axes)
-
-    return lifted(x, cut)
-
-
-@lowering("positions", takes_deferred=True)
-def _positions(ctx: Context, node: Node, like: Operand | DeferredRows) -> Operand | Deferred:
-    axis = node.result.type.axes[0]
-    if isinstance(like, DeferredRows) and axis.name not in ("expert", "group"):
-        return like.deferred
-    if isinstance(axis.size, int):
-        size = axis.size // ctx.view.parts(axis)
-    else:
-        size = _size(like, axis.name)
-    own = jnp.arange(size, dtype=jnp.int32) + ctx.view.offset(axis, size)
-    return Named(own, (axis.name,))
-
-
-def _size(like: Operand | DeferredRows, axis: str) -> int:
-    """Return the size of `axis`, which rows have or their routing knows."""
-    if isinstance(like, Named):
-        return like.size(axis)
-    routing = like.routing if isinstance(like, DeferredRows) else like.layout.routing
-    if axis == "group":
-        return routing.groups
-    assert isinstance(like, Rows), "other axes are of rows that are there"
-    return like.inner().size(axis)
-
-
-@lowering("embedding")
-def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operand:
-    axis = node.attrs["axis"]
-    declared = node.operands[0].type[axis]
-
-    def pick(rows: Named, index: Named) -> Named:
-        rest = tuple(a for a in rows.axes if a != axis)
-        own = rows.to((axis, *rest)).array
-        if ctx.view.parts(declared) == 1:
-            picked = jnp.take(own, index.array, axis=0)
-        else:
-            picked = _of_local_rows(own, index.array - ctx.view.offset(declared, len(own)))
-        return Named(picked, (*index.axes, *rest))
-
-    # Either may be packed rows, but not both: their axes would be there twice.
-    if isinstance(ids, Rows):
-        assert isinstance(table, Named), "one of the two is"
-        picked = lifted(ids, lambda index: pick(table, index))
-        assert isinstance(picked, Rows), "rows stay rows"
-        return with_masked_rows(picked)
-    return lifted(table, lambda rows: pick(rows, ids))
-
-
-def _of_local_rows(rows: Array, index: Array) -> Array:
-    """Return rows of the local shard of a table, and zeros for those of other shards."""
-    is_own = (index >= 0) & (index < len(rows))
-    picked = jnp.take(rows, jnp.where(is_own, index, 0), axis=0)
-    return jnp.where(is_own.reshape(*index.shape, *[1] * (rows.ndim - 1)), picked, 0)
-
-
-@lowering("one_hot")
-def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
-    ((name, size),) = node.attrs["into"]
-    # Counts are made of these, which a narrow type would round.
-    kind = accumulator(ctx.dtype)
-    return lifted(ids, lambda i: Named(jax.nn.one_hot(i.array, size, dtype=kind), (*i.axes, name)))
-
-
-def _wide(array: Array) -> Any:
-    """Return the type to normalise in: at least float32 (selective precision, ST-MoE §3.3)."""
-    return jnp.promote_types(array.dtype, jnp.float32)
-
-
-_REDUCTIONS: dict[str, Callable[..., Array]] = {
-    "sum": jnp.sum,
-    "max": jnp.max,
-    "logsumexp": jax.nn.logsumexp,
-}
-
-
-def _reduce(
-    function: Callable[..., Array], ctx: Context, node: Node, x: Operand, *, parts: int = 1
-) -> Operand:
-    axes = node.attrs["axes"]
-
-    def along(full: Named) -> Named:
-        at = tuple(full.axes.index(a) for a in axes)
-        result = function(full.array.astype(_wide(full.array)), axis=at)
-        if parts != 1:
-            result = result / parts
-        rest = tuple(a for a in full.axes if a not in axes)
-        return Named(result.astype(full.array.dtype), rest)
-
-    return lifted(x, along)
-
-
-for _name, _function in _REDUCTIONS.items():
-    lowering(_name)(partial(_reduce, _function))
-
-
-@lowering("mean")
-def _mean(ctx: Context, node: Node, x: Operand) -> Operand:
-    # The means of the shards add up to that of the whole; they are of one size.
-    given = node.operands[0].type
-    parts = prod(ctx.view.parts(given[a]) for a in node.attrs["axes"])
-    return _reduce(jnp.mean, ctx, node, x, parts=parts)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax(x: Array, axis: int) -> Array:
-    """Return the softmax along `axis`, which is zero where all of `x` is −∞.
-
-    It is computed in float32 at least, and has the type of `x`.  Its derivative reads the result.
-    """
-    # −∞ − (−∞) is undefined, and any finite number serves to shift by.
-    wide = x.astype(_wide(x))
-    top = jnp.max(wide, axis, keepdims=True)
-    parts = jnp.exp(wide - jnp.where(jnp.isneginf(top), 0, top))
-    total = jnp.sum(parts, axis, keepdims=True)
-    return (parts / jnp.where(total == 0, 1, total)).astype(x.dtype)
-
-
-@softmax.defjvp
-def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # Named here, so that the derivative reads the very array that is kept.
-    result: Array = checkpoint_name(softmax(primals[0], axis), VALUE)  # type: ignore[no-untyped-call]
-    wide, tangent = (v.astype(_wide(v)) for v in (result, tangents[0]))
-    change = wide * (tangent - jnp.sum(wide * tangent, axis, keepdims=True))
-    return result, change.astype(result.dtype)
-
-
-@lowering("softmax", names_result=True)
-def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
-    def along(full: Named) -> Named:
-        return Named(softmax(full.array, full.axes.index(node.attrs["axis"])), full.axes)
-
-    return lifted(x, along)
-
-
-def _unit(full: Named, node: Node, *, centre: bool) -> Array:
-    """Return the array in wide precision divided by its root mean square, then narrowed."""
-    at = full.axes.index(node.attrs["axis"])
-    wide = full.array.astype(_wide(full.array))
-    if centre:
-        wide = wide - wide.mean(at, keepdims=True)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, at, keepdims=True) + node.attrs["eps"])
-    return scaled.astype(full.array.dtype)
-
-
-@lowering("rms_norm")
-def _rms_norm(ctx: Context, node: Node, x: Operand, scale: Named) -> Operand:
-    def norm(full: Named) -> Named:
-        factor = broadcast_like(scale, x).over(full.axes)
-        return Named(_unit(full, node, centre=False) * factor, full.axes)
-
-    return lifted(x, norm)
-
-
-@lowering("layer_norm")
-def _layer_norm(ctx: Context, node: Node, x: Operand, scale: Named, bias: Named) -> Operand:
-    def norm(full: Named) -> Named:
-        unit = _unit(full, node, centre=True)
-        factor, shift = (broadcast_like(v, x).over(full.axes) for v in (scale, bias))
-        return Named(unit * factor + shift, full.axes)
-
-    return lifted(x, norm)

@@ -16,6 +16,7 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc_backends.xla.dispatch.choose import check_dispatch
 from moecc_backends.xla.lower import assign_slots as assign_slots
 from moecc_backends.xla.lower import attention as attention
+from moecc_backends.xla.lower import axes as axes
 from moecc_backends.xla.lower import buffers as buffers
 from moecc_backends.xla.lower import chunks as chunks
 from moecc_backends.xla.lower import collectives as collectives
@@ -23,6 +24,7 @@ from moecc_backends.xla.lower import contract as contract
 from moecc_backends.xla.lower import dispatch_combine as dispatch_combine
 from moecc_backends.xla.lower import elementwise as elementwise
 from moecc_backends.xla.lower import random as random
+from moecc_backends.xla.lower import reductions as reductions
 from moecc_backends.xla.lower import route as route
 from moecc_backends.xla.lower import scan as scan
 from moecc_backends.xla.lower.precision import is_router_param

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
-from moecc_backends.xla.lower.elementwise import softmax
+from moecc_backends.xla.lower.reductions import softmax
 from moecc_backends.xla.trace.arrays import lifted, lifted_all
 from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator
