@@ -13,12 +13,12 @@ from moecc.ir.graph import Graph
 from moecc.models import open_model
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.exchanges import LOCAL
 from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.search import Wish, check_wish, search
 from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Workload, workload
 from moecc.settings import float_type
 
@@ -102,7 +102,7 @@ def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None,
 
     A model that keeps every row stays so where the way to the experts is not ``capacity``.
     """
-    places = [node.attrs for node in graph if node.op.name == "place"]
+    places = [node.attrs for node in graph if node.op.assigns_slots and not node.op.chooses]
     is_dropless = all(p["slots"] == "ragged" for p in places)
     keeps = request.via not in (None, "capacity") and request.capacity_factor is None
     if not places or (is_dropless and keeps):

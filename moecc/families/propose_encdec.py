@@ -17,7 +17,7 @@ from moecc.families.configs.switch import UNBOUNDED
 from moecc.families.experts import ExpertLayer
 from moecc.families.listing import ranges
 
-_PLACE = re.compile(r"(encoder|decoder)\.layers\.(\d+)(?:\.|$)")
+_PLACE = re.compile(r"(encoder|decoder)\.layers\.(\d{1,9})(?:\.|$)")
 
 Stacks = Mapping[str, Mapping[int, ExpertLayer]]
 """The expert layers of each stack, by number."""

@@ -10,8 +10,12 @@ from __future__ import annotations
 from moecc.families.configs import Experts
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Node, Value
+from moecc.rewrite import P, match
 
 NEXT = "kv_seq"
+
+_WITHIN = P.broadcast(P.less(P.any("turn"), P.constant(value=P.attr("bound"))), P.any("like"))
+"""Whether a turn lies within the bound."""
 
 
 def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) -> Value:
@@ -39,10 +43,7 @@ def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) ->
 def sequence_capacity_of(place: Node) -> int:
     """Return the bound that the choices of a ``place`` are kept within, or 0."""
     kept = next((v.node for v in place.operands[1:] if v.node is not None), None)
-    if kept is None or kept.op.name != "broadcast":
+    found = None if kept is None else match(_WITHIN, kept)
+    if found is None:
         return 0
-    less = kept.operands[0].node
-    bound = less.operands[1].node if less is not None and less.op.name == "less" else None
-    if bound is None or bound.op.name != "constant":
-        return 0
-    return int(bound.attrs["value"])
+    return int(found.attr("bound"))

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from moecc.errors import InputError
 from moecc.ir.mesh import mesh_of, nearest_multiple
+from moecc.ir.operand import Attrs, Entry, Operand
 from moecc.ir.types import Axis, TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-    from moecc.ir.ops import Attrs, OpDef
 
 Names = Mapping[str, str]
 """Axis → dimension; an axis that is not named has no influence, and in a result lies whole."""
@@ -44,10 +41,19 @@ class Space:
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
-Rule = Callable[["OpDef", Sequence["Value"], "Attrs"], Space]
+Rule = Callable[[Entry, Sequence[Operand], Attrs], Space]
 
 
-def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+class ShardedEntry(Entry, Protocol):
+    """A row of the operation table, with the rule by which it shares a mesh."""
+
+    @property
+    def sharding(self) -> Rule | None:
+        """The rule, or None where all operands lie whole."""
+        ...
+
+
+def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Return the dimensions of an operation; all of them whole, where it has no rule."""
     if entry.sharding is not None:
         return entry.sharding(entry, operands, attrs)
@@ -56,7 +62,7 @@ def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
 
 
 def placed_types(
-    entry: OpDef, operands: Sequence[Value], attrs: Attrs, types: Sequence[TensorType]
+    entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
 ) -> tuple[TensorType, ...]:
     """Return the result `types` with the placements that follow from the operands.
 
@@ -84,7 +90,7 @@ class _Lies:
 _WHOLE = _Lies(())
 
 
-def _dimensions(entry: OpDef, operands: Sequence[Value], space: Space) -> dict[str, _Lies]:
+def _dimensions(entry: Entry, operands: Sequence[Operand], space: Space) -> dict[str, _Lies]:
     lies: dict[str, _Lies] = {}
     for value, names in zip(operands, space.operands, strict=True):
         for axis in value.type.axes:
@@ -129,7 +135,7 @@ def _check_once(lies: Mapping[str, _Lies]) -> None:
                 )
 
 
-def _check_counts(operands: Sequence[Value], space: Space, lies: Mapping[str, _Lies]) -> None:
+def _check_counts(operands: Sequence[Operand], space: Space, lies: Mapping[str, _Lies]) -> None:
     mesh = mesh_of(operands[0].graph) if space.counts else None
     if mesh is None:
         return
@@ -146,7 +152,7 @@ def _check_counts(operands: Sequence[Value], space: Space, lies: Mapping[str, _L
             )
 
 
-def _carried(entry: OpDef, operands: Sequence[Value], lies: Mapping[str, _Lies]) -> Iterator[str]:
+def _carried(entry: Entry, operands: Sequence[Operand], lies: Mapping[str, _Lies]) -> Iterator[str]:
     """Yield the mesh axes over which operands, and so the result, are sums not carried out."""
     split = {m for where in lies.values() for m in where.mesh}
     sums = [set(v.type.unreduced) for v in operands]

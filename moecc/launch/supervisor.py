@@ -206,8 +206,8 @@ class Supervisor:
             who = f"process {process.number} of {self.count}"
             others = "; the others were ended" if self.count > 1 else ""
             if code < 0:
-                name = signal.Signals(-code).name
-                return Ended(MachineError.exit_code, f"{who} was ended by {name}{others}")
+                what = f"{who} was ended by {_signal_name(-code)}{others}"
+                return Ended(MachineError.exit_code, what)
             return Ended(code, f"{who} failed with exit code {code}{others}")
         return None
 
@@ -237,6 +237,14 @@ class Supervisor:
             if popen.poll() is None:
                 _signal(popen, signal.SIGKILL)
                 popen.wait()
+
+
+def _signal_name(number: int) -> str:
+    """Return the name of a signal; those of real time have none in Python."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _signal(popen: subprocess.Popen[bytes], number: int) -> None:

@@ -8,14 +8,15 @@ from itertools import islice
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
-from moecc.layouts.rules import mesh_axes
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.exchanges import LOCAL, SLICED, VIAS, exact, legal
+from moecc.plan.exchanges import SLICED, exact, legal
 from moecc.plan.layout import Layout, check_layout, layouts, problems
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.meshes import check_devices, meshes
 from moecc.plan.strategy import REMATS, Setting, Strategy
+from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload
+from moecc.sharding.rules import mesh_axes
 
 MOST_TENSOR = 64
 """The search splits neurons over at most so many devices; a mesh that is given may have more."""

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moecc_passes.sharding.lower import steps
 
 from moecc.ir import F32, Axis, Graph, TensorType
 from moecc.ir.mesh import Mesh, set_mesh
 from moecc.ir.table.collectives import parse_placement
+from moecc.sharding.collectives import steps
 
 MESHES = ("a", "b", "c")
 

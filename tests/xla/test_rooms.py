@@ -52,16 +52,6 @@ def test_a_room_imports_from_those_below_it(room: str) -> None:
     assert wrong == set()
 
 
-def test_there_is_no_circle_of_modules() -> None:
-    left = dict(ARROWS)
-    while True:
-        free = {name for name, others in left.items() if not others & left.keys()}
-        if not free:
-            break
-        left = {name: others for name, others in left.items() if name not in free}
-    assert left == {}
-
-
 def test_every_module_is_reached() -> None:
     """What nothing imports is not part of the backend: the façade leads to all of it."""
     doors = {"backend", "import_jax", "mesh.load_params"}

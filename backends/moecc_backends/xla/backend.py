@@ -57,7 +57,7 @@ class XlaBackend:
         return XlaProgram(graph, dtype, options)
 
     def compile_ahead(self, graph: Graph, job: Job) -> Result:
-        """Compile a step of `graph` for a machine that need not be there; see `moecc.ahead`."""
+        """Compile a step of `graph` for hardware that need not be attached; see `moecc.ahead`."""
         from moecc_backends.xla.aot.compiler import compile_ahead
 
         return compile_ahead(graph, job)

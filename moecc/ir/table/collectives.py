@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, nearest
 from moecc.ir.flow import spelled
+from moecc.ir.operand import Operand
 from moecc.ir.ops import OPS, Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.rules import axis_of
 from moecc.ir.traits import Collective
 from moecc.ir.types import Axis, Extent, TensorType, is_name
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 _MESH = Attr("axes", doc="the mesh axes, outermost first")
 
@@ -65,19 +62,19 @@ def _reduced(type: TensorType, mesh: tuple[str, ...]) -> TensorType:
     return TensorType(type.dtype, type.axes, left)
 
 
-def _infer_all_gather(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_all_gather(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     return (_gathered(operands[0].type, attrs["axis"], attrs["mesh"]),)
 
 
-def _infer_shard(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_shard(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     return (_scattered(operands[0].type, attrs["axis"], attrs["mesh"]),)
 
 
-def _infer_all_reduce(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_all_reduce(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     return (_reduced(operands[0].type, attrs["mesh"]),)
 
 
-def _infer_reduce_scatter(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_reduce_scatter(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     whole = _reduced(operands[0].type, attrs["mesh"])
     return (_scattered(whole, attrs["axis"], attrs["mesh"]),)
 
@@ -89,7 +86,7 @@ def _moved(type: TensorType, attrs: Attrs) -> TensorType:
     return _scattered(gathered, attrs["split"], attrs["mesh"])
 
 
-def _infer_all_to_all(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_all_to_all(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     if type.ragged is not None:
         raise InputError(
@@ -99,7 +96,7 @@ def _infer_all_to_all(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorTy
     return (_moved(type, attrs),)
 
 
-def _infer_ragged(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_ragged(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     if type.ragged is None or {attrs["split"], attrs["gather"]} != {"group", "expert"}:
         raise InputError(
@@ -134,7 +131,7 @@ def format_placement(type: TensorType) -> str:
     return ",".join(spelled(a) for a in type.axes if a.mesh)
 
 
-def _infer_reshard(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_reshard(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     placement = parse_placement(attrs["to"])
     for name in placement:

@@ -16,9 +16,9 @@ from moecc.ir.table.collectives import format_placement
 from moecc.ir.table.placing import placed_experts
 from moecc.ir.types import Axis, TensorType
 from moecc.ir.verify import where
-from moecc.layouts.rules import LayoutRule, read_layouts
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
-from moecc_passes.sharding.assign import Assigner, Assignment, cuts_of
+from moecc.sharding.assign import Assigner, Assignment, cuts_of
+from moecc.sharding.rules import LayoutRule, read_layouts
 from moecc_passes.sharding.groups import REGROUPED, cut_groups
 
 NAME = "annotate-sharding"

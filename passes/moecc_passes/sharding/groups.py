@@ -7,7 +7,7 @@ from moecc.ir.mesh import nearest_multiple
 from moecc.ir.replace import infer_again
 from moecc.ir.table.placing import PLACING
 from moecc.pipeline.passes import Preserves, Remark
-from moecc_passes.sharding.assign import Assigner
+from moecc.sharding.assign import Assigner
 
 REGROUPED = Preserves("reassociation", "the rows of dropless layers stand in other groups")
 """What changes where the number of groups of a dropless layer does."""

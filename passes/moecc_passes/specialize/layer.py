@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from moecc.ir.builder import Builder
 from moecc.ir.dtypes import KEY
+from moecc.ir.gates import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mixtures import (
     emit_dropout,
@@ -15,6 +16,7 @@ from moecc.ir.mixtures import (
     emit_rescaled,
 )
 from moecc.ir.types import TensorType
+from moecc.rewrite import P, fits
 from moecc_passes.inputs import padding_mask
 from moecc_passes.routed import RoutedLayer
 from moecc_passes.specialize.settings import Settings
@@ -23,7 +25,7 @@ from moecc_passes.specialize.undo import ORIGIN, original, placed_anew
 NextKey = Callable[[], Value]
 """Gives a key that nothing else uses."""
 
-RENORMALISED = ("renormalised", "sigmoid-renormalised")
+FOLDED = P.fold_key(P.any(), by=P.attr("by"))
 
 
 class Keys:
@@ -32,7 +34,7 @@ class Keys:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         # Layers that were specialised before, and are left alone now, have numbers already.
-        taken = (n.attrs["by"] for n in graph if n.op.name == "fold_key")
+        taken = (found.attr("by") for n in graph if (found := fits(FOLDED, n)))
         self.first = self.next = 1 + max(taken, default=-1)
 
     def __call__(self) -> Value:
@@ -62,7 +64,7 @@ def specialise(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> Non
         _perturb(layer.router, layer.scorer, settings, next_key)
     given = _given(layer, settings, next_key)
     attrs = {n: v for n, v in settings.placement().items() if n in layer.placing.op.attrs}
-    if layer.placing.op.name == "expert_choice":
+    if layer.experts_choose:
         # Experts always choose a bounded number of tokens.
         attrs = {n: v for n, v in attrs.items() if n not in ("slots", "convention")}
         attrs = attrs if attrs.get("capacity_factor") else {**attrs, **_factor(layer)}
@@ -127,7 +129,7 @@ def _kept(layer: RoutedLayer, route: Node, settings: Settings, next_key: NextKey
     """Return which choices the policy keeps, by gates that add up to one."""
     builder = _builder(layer.placing, "policy")
     gates = original(layer.gates)
-    if route.attrs["gates"] not in RENORMALISED:
+    if not convention(route.attrs["gates"]).renormalised:
         gates = builder.div(gates, builder.sum(gates, axes=layer.choice))
     elif route.attrs["scale"] != 1:
         gates = builder.scale(gates, by=1 / route.attrs["scale"])

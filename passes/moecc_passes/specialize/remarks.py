@@ -25,7 +25,7 @@ def remarks(
     for layer in bounded:
         attrs = layer.placing.attrs
         fits = attrs["capacity_factor"] / layer.top_k
-        if layer.placing.op.name == "place" and attrs["convention"] == "tokens" and fits < 1:
+        if not layer.experts_choose and attrs["convention"] == "tokens" and fits < 1:
             yield Remark(layer.name, f"at most {fits:.1%} of the choices find a slot")
     for layer in layers:
         name = mask_name(layer.placing.loc)

@@ -7,6 +7,7 @@ from typing import Any
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import replace_value
+from moecc.rewrite import P, fits
 from moecc_passes.routed import RoutedLayer, routed_layers
 
 ORIGIN = "specialize/"
@@ -61,20 +62,24 @@ def _undo_operands(node: Node, covers: Callable[[str], bool]) -> None:
 
 def original(value: Value) -> Value:
     """Return what `value` was before specialisations changed it."""
-    while is_added(value) and value.node is not None:
-        behind = [v for v in value.node.operands if not _is_aside(v)]
-        if value.node.op.name in ASIDE or not behind:
-            return value
-        value = behind[0]
+    while is_added(value) and (found := fits(CHANGED, value.node)):
+        value = found.value("x")
     return value
 
 
-ASIDE = ("fold_key", "random_uniform", "random_normal", "div", "less", "constant")
-"""What stands beside the value in the operations that change it, in whatever order."""
+_x = P.any("x")
 
-
-def _is_aside(value: Value) -> bool:
-    return is_added(value) and value.node is not None and value.node.op.name in ASIDE
+CHANGED = (
+    # Jitter, noise, and the end of rescaled gates.
+    P.mul(_x, P.random_uniform(P.any(), P.any()))
+    | P.add(_x, P.random_normal(P.any(), P.any()))
+    | P.mul(_x, P.div(P.any(), P.any()))
+    | P.mask(_x, P.any())
+    # Dropout.
+    | P.select(P.any(), P.constant(), _x)
+    | P.scale(_x)
+)
+"""How a specialisation changes a value, a step at a time; see `moecc.ir.mixtures`."""
 
 
 def placed_anew(old: Node, given: dict[str, Value], attrs: dict[str, Any]) -> Node:

@@ -112,7 +112,7 @@ class OneExpert:
 
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
         """Weight the rows of those who chose the expert; the result is float32 at least."""
-        assert isinstance(rows, Rows), "rows are packed"
+        assert isinstance(rows, Rows), "`permute` made rows"
         return rows_to_tokens(self.routing, rows, lambda flat: self._weighted(flat, gates))
 
     def of_experts(self, first: jax.Array | int, count: int) -> OneExpert:

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 
 from moecc.errors import InputError, Problem
+from moecc.ir.dispatch_strategies import DISPATCHES
 from moecc.ir.graph import Graph, Value
 from moecc.ir.table.placing import is_place
 from moecc.ir.verify import where
@@ -19,7 +20,7 @@ from moecc_backends.xla.dispatch.per_token_weights import PerTokenWeights
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul
 from moecc_backends.xla.kernels.ragged_dot import ragged_matmul, why_no_kernel
-from moecc_backends.xla.trace.options import AUTO, DISPATCHES, Options
+from moecc_backends.xla.trace.options import AUTO, Options
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import DispatchLayout, SlotLayout
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from moecc.ir.graph import Node, Value
+from moecc.ir.graph import Node, Value, setter_of
 from moecc.ir.table.buffers import buffer_rows
 from moecc.ir.table.placing import given_to
+from moecc.ir.types import Extent
 from moecc_backends.xla.dispatch.permutation import Permutation
 from moecc_backends.xla.dispatch.sorted_rows import ExchangeRecord, SortedRows
 from moecc_backends.xla.mesh.all_to_all import (
@@ -92,10 +93,11 @@ def _room(node: Node, layout: SortedRows, devices: int, num_experts: int) -> int
 
 
 def _buffer(rows: Value) -> Node | None:
-    """Return what bounds the buffers for `rows`, which ``place`` is given as what it keeps."""
-    extent = rows.type.ragged
-    place = None if extent is None else getattr(extent.size, "value", None)
-    node = None if place is None else place.node
+    """Return what bounds the buffers for `rows`, which their routing is given as what it keeps."""
+    axis = rows.type.ragged
+    if axis is None or not isinstance(axis.size, Extent):
+        return None
+    node = setter_of(axis.size).node
     if node is None:
         return None
     keep = given_to(node.operands, node.attrs).get("keep")

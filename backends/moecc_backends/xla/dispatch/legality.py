@@ -23,7 +23,7 @@ def is_ragged(place: Value) -> bool:
 
 
 def why_rows_meet(place: Value) -> str | None:
-    """Return why the rows of `place` have to lie in slots, or None if each stands by itself."""
+    """Return why the rows of `place` have to be in slots, or None if each stands by itself."""
     for node in region(place):
         reason = _why_not_alone(node, place)
         if reason is not None:

@@ -1,4 +1,4 @@
-"""A row for each choice, where it is, beside the weights of its expert: for few tokens."""
+"""A row for each choice, in its order, with a copy of its expert's weights: for few tokens."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class PerTokenWeights:
 
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
         """Sum the rows of each token, forward and backward by gathers."""
-        assert isinstance(rows, Rows), "rows are packed"
+        assert isinstance(rows, Rows), "`permute` made rows"
         return rows_to_tokens(
-            self.routing, rows, lambda packed: unpermute(packed, self.permutation, gates)
+            self.routing, rows, lambda flat: unpermute(flat, self.permutation, gates)
         )
 
     def of_experts(self, first: jax.Array | int, count: int) -> PerTokenWeights:

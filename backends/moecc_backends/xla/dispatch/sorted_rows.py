@@ -39,7 +39,7 @@ class SortedRows:
       kernel: multiplies rows with the weights of their experts.
       permutation: the map between choices and rows.
       group_sizes: i32 ``[experts]``, how many rows each expert has.
-      exchange: how rows came from other devices; None where they are those of the own tokens.
+      exchange: how rows came from other devices; None where nothing was exchanged.
     """
 
     routing: Routing
@@ -96,9 +96,9 @@ class SortedRows:
 
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
         """Gather the rows of each token, forward and backward."""
-        assert isinstance(rows, Rows), "rows are packed"
+        assert isinstance(rows, Rows), "`permute` made rows"
         return rows_to_tokens(
-            self.routing, rows, lambda packed: unpermute(packed, self.permutation, gates)
+            self.routing, rows, lambda flat: unpermute(flat, self.permutation, gates)
         )
 
     def of_experts(self, first: jax.Array | int, count: int) -> SortedRows:

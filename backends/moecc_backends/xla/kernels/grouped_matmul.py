@@ -42,7 +42,7 @@ def grouped_matmul(
     """Multiply the rows ``[rows, a]`` of each group with the weights of its expert.
 
     `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
-    ``contracting_axis=2``; neither is transposed.  Groups lie one after the other, of `group_sizes`
+    ``contracting_axis=2``; neither is transposed.  Groups follow one another, of `group_sizes`
     (i32 ``[experts]``) rows each.  The result ``[rows, b]`` is zero beyond the last group, and
     whatever `rows` holds there never reaches a result or a gradient.
     Sums run in float32 at least, whatever `kind` asks for; the result has the type of `rows`.

@@ -88,7 +88,7 @@ def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) ->
 
 
 def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Named]) -> Operand:
-    """Compare every query with every key; either may be packed rows.
+    """Compare every query with every key; either may be rows of experts.
 
     Both cannot be: their axes would be there twice.
     """

@@ -69,7 +69,7 @@ def _positions(ctx: Context, node: Node, like: Operand | DeferredRows) -> Operan
     if isinstance(like, DeferredRows) and axis.name not in ("expert", "group"):
         return like.deferred
     if isinstance(axis.size, int):
-        size = axis.size // ctx.view.parts(axis)
+        size = axis.size // ctx.view.shard_count(axis)
     else:
         size = _size(like, axis.name)
     own = jnp.arange(size, dtype=jnp.int32) + ctx.view.offset(axis, size)
@@ -95,13 +95,13 @@ def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operan
     def pick(rows: Named, index: Named) -> Named:
         rest = tuple(a for a in rows.axes if a != axis)
         own = rows.to((axis, *rest)).array
-        if ctx.view.parts(declared) == 1:
+        if ctx.view.shard_count(declared) == 1:
             picked = jnp.take(own, index.array, axis=0)
         else:
             picked = _of_local_rows(own, index.array - ctx.view.offset(declared, len(own)))
         return Named(picked, (*index.axes, *rest))
 
-    # Either may be packed rows, but not both: their axes would be there twice.
+    # Either may be rows of experts, but not both: their axes would be there twice.
     if isinstance(ids, Rows):
         assert isinstance(table, Named), "one of the two is"
         picked = lifted(ids, lambda index: pick(table, index))

@@ -28,7 +28,7 @@ def _within_buffer(ctx: Context, node: Node, experts: Named, place: Named, count
     room = jnp.clip(rows - (jnp.cumsum(line, -1) - line), 0, line)
     back = room.reshape(blocks, parts, groups // blocks, num_experts // parts)
     limit = back.transpose(0, 2, 1, 3).reshape(groups, num_experts)
-    first = ctx.view.part(_over(node)) * mine
+    first = ctx.view.shard_index(_over(node)) * mine
     group = first + jnp.arange(chosen.shape[0]) // max(each, 1)
     there = (slots >= 0) & (chosen >= 0) & (chosen < num_experts)
     keep = there & (slots < limit[group[:, None], jnp.where(there, chosen, 0)])

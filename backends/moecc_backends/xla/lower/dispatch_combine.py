@@ -45,7 +45,7 @@ def _layout_of(
     """Return the layout of `rows`: on a mesh, a device may have those of some experts alone."""
     if isinstance(rows, Rows):
         return rows.layout
-    parts = ctx.view.parts(value.type["expert"])
+    parts = ctx.view.shard_count(value.type["expert"])
     if parts == 1:
         return planned
     count = planned.routing.num_experts // parts

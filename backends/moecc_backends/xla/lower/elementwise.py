@@ -101,14 +101,14 @@ def _constant(ctx: Context, node: Node) -> Operand:
 
 @lowering("broadcast")
 def _broadcast(ctx: Context, node: Node, x: Operand, like: Operand) -> Operand:
-    def spread(a: Array, b: Array) -> Array:
-        return jnp.broadcast_to(a.astype(_kind_beside(a, b, ctx)), b.shape)
+    def widened(a: Array, b: Array) -> Array:
+        return jnp.broadcast_to(a.astype(_broadcast_type(a, b, ctx)), b.shape)
 
-    return elementwise(spread, x, like)
+    return elementwise(widened, x, like)
 
 
-def _kind_beside(a: Array, b: Array, ctx: Context) -> Any:
-    """Return the type of `a` spread over `b`: as wide as `b`, and not narrow where it counts.
+def _broadcast_type(a: Array, b: Array, ctx: Context) -> Any:
+    """Return the type of `a` broadcast over `b`: as wide as `b`, and not narrow where it counts.
 
     A 1 for each choice is summed to a count, which a narrow type would round.
     """

@@ -21,7 +21,7 @@ from moecc.ir.traits import Role
 from moecc.plan.layout import Layout
 from moecc_backends.xla.dispatch.group_slots import GroupSlots
 from moecc_backends.xla.lower.precision import is_router, is_router_param
-from moecc_backends.xla.mesh.layout_specs import Parts, group_parts, value_parts, weight_parts
+from moecc_backends.xla.mesh.layout_specs import AxisSpec, group_spec, param_spec, value_spec
 from moecc_backends.xla.trace.context import Context, Function, Given
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import Deferred, DispatchLayout, Named, Operand
@@ -82,25 +82,25 @@ class GspmdLowering:
     def _divides(self, groups: int) -> bool:
         return groups > 0 and groups % self.plan.mesh.size(self.plan.batch_axes) == 0
 
-    def sharding(self, axes: tuple[str, ...], parts: Parts) -> NamedSharding:
-        """Return the sharding of an array with `axes`, whose `parts` lie on mesh axes."""
-        return NamedSharding(self.mesh, _spec(*(parts.get(a) for a in axes)))
+    def sharding(self, axes: tuple[str, ...], spec: AxisSpec) -> NamedSharding:
+        """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""
+        return NamedSharding(self.mesh, _spec(*(spec.get(a) for a in axes)))
 
     def weight_sharding(self, value: Value, *, stored: bool, layers: str = "") -> NamedSharding:
-        """Return the sharding of a parameter, where it lies or where it is used."""
+        """Return the sharding of a parameter, as it is stored or as it is used."""
         sizes = {a.name: s for a, s in zip(value.type.axes, value.type.shape, strict=True)}
-        parts = weight_parts(self.plan, sizes, stored=stored, layers=layers)
-        return self.sharding(value.type.names, {} if is_router_param(value) else parts)
+        spec = param_spec(self.plan, sizes, stored=stored, layers=layers)
+        return self.sharding(value.type.names, {} if is_router_param(value) else spec)
 
-    def constrained(self, x: Named, parts: Parts) -> Named:
-        """Return `x` held to `parts`."""
-        held = _hold(x.array, self.sharding(x.axes, parts))
+    def constrained(self, x: Named, spec: AxisSpec) -> Named:
+        """Return `x` held to `spec`."""
+        held = _hold(x.array, self.sharding(x.axes, spec))
         return Named(held, x.axes)
 
     def _held(self, x: Operand) -> Operand:
         if not isinstance(x, Named) or x.array.ndim < 2 or not set(_TOKEN_AXES) & set(x.axes):
             return x
-        return self.constrained(x, value_parts(self.plan, x.sizes))
+        return self.constrained(x, value_spec(self.plan, x.sizes))
 
     def _gathered(self, x: Given, value: Value, node: Node) -> Given:
         """Return a parameter as it is used, gathered from where it is stored."""
@@ -111,7 +111,7 @@ class GspmdLowering:
         if is_router(node):
             return Named(_gathered_param(x.array, self.sharding(x.axes, {}), None), x.axes)
         used, stored = (
-            self.sharding(x.axes, weight_parts(self.plan, x.sizes, stored=s)) for s in (False, True)
+            self.sharding(x.axes, param_spec(self.plan, x.sizes, stored=s)) for s in (False, True)
         )
         return Named(_gathered_param(x.array, used, stored), x.axes)
 
@@ -123,18 +123,18 @@ class GspmdLowering:
 
     def with_groups(self, array: jax.Array) -> jax.Array:
         """Return ``[group, …]`` with each group where its tokens are."""
-        parts = group_parts(self.plan, {"group": array.shape[0]})
+        spec = group_spec(self.plan, {"group": array.shape[0]})
         axes = ("group", *("" for _ in array.shape[1:]))
-        held: jax.Array = _hold(array, self.sharding(axes, parts))
+        held: jax.Array = _hold(array, self.sharding(axes, spec))
         return held
 
     def at_groups(self, slots: Named) -> Named:
         """Return slots where the tokens of their groups are."""
-        return self.constrained(slots, group_parts(self.plan, slots.sizes))
+        return self.constrained(slots, group_spec(self.plan, slots.sizes))
 
     def at_experts(self, slots: Named) -> Named:
         """Return slots where their experts are."""
-        return self.constrained(slots, value_parts(self.plan, slots.sizes))
+        return self.constrained(slots, value_spec(self.plan, slots.sizes))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -55,7 +55,7 @@ for _name, _function in _REDUCTIONS.items():
 def _mean(ctx: Context, node: Node, x: Operand) -> Operand:
     # The means of the shards add up to that of the whole; they are of one size.
     given = node.operands[0].type
-    parts = prod(ctx.view.parts(given[a]) for a in node.attrs["axes"])
+    parts = prod(ctx.view.shard_count(given[a]) for a in node.attrs["axes"])
     return _reduce(jnp.mean, ctx, node, x, parts=parts)
 
 

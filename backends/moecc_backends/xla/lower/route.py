@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.gates import convention
 from moecc.ir.graph import Node
 from moecc_backends.xla.lower.reductions import softmax
 from moecc_backends.xla.trace.arrays import lifted, lifted_all
@@ -29,7 +30,7 @@ def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Ope
             best = jnp.take_along_axis(scores, experts, axis=-1)
         else:
             best, experts = jax.lax.top_k(scores, attrs["top_k"])
-        gates = _GATES[attrs["gates"]](scores, best, experts) * attrs["scale"]
+        gates = GATES[attrs["gates"]](scores, best, experts) * attrs["scale"]
         axes = (*rest, attrs["choice"])
         return Named(experts.astype(jnp.int32), axes), Named(gates, axes)
 
@@ -38,7 +39,8 @@ def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Ope
 
 def _scores(kind: str, logits: jax.Array) -> jax.Array:
     """Return what a bias for choosing is added to."""
-    return jax.nn.sigmoid(logits) if kind.startswith("sigmoid") else jax.nn.softmax(logits, axis=-1)
+    is_sigmoid = convention(kind).score == "sigmoid"
+    return jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)
 
 
 def _renormalised(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.Array:
@@ -75,7 +77,7 @@ def _sparsemixer(scores: jax.Array, best: jax.Array, experts: jax.Array) -> jax.
     return jnp.concatenate(gates, axis=-1)
 
 
-_GATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+GATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "renormalised": _renormalised,
     "softmax": _softmax,
     "sigmoid": _sigmoid,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.table.placing import is_place
 from moecc.ir.types import Axis, Extent, TensorType
 
@@ -111,5 +111,5 @@ def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
 
 def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
     if isinstance(axis.size, Extent):
-        return (axis.name, axis.size.kind, numbers.get(axis.size.value, -1))
+        return (axis.name, axis.size.kind, numbers.get(setter_of(axis.size), -1))
     return (axis.name, axis.size)

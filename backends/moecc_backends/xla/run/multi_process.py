@@ -50,7 +50,7 @@ class MultiProcessProgram(XlaProgram):
     """A graph that all processes run, each giving the same parameters and inputs.
 
     Attributes:
-      watchdog: what is told of every step.
+      watchdog: is informed of every step.
     """
 
     def __init__(self, graph: Graph, dtype: DType, options: Options, watchdog: Watchdog) -> None:

@@ -1,7 +1,7 @@
 """One program in several processes: joining, comparing configurations, arrays that all share.
 
 Every process runs the same program on its devices.  The batch is split over all devices and the
-parameters lie whole on each; XLA inserts what is needed so that the result is that of one process.
+parameters are replicated; XLA inserts what is needed so that the result is that of one process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Mapping
+from math import ceil
 from typing import Any
 
 import jax
@@ -18,10 +19,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moecc import __version__
 from moecc.errors import InputError, MachineError, Problem, UsageError
 from moecc.ir.mesh import nearest_multiple
+from moecc.launch.member import JOIN, seconds_of_environment
 from moecc.launch.place import DISTRIBUTED, Place
+from moecc.launch.rendezvous import meet
+from moecc.version import __version__
 
 JOIN_SECONDS = 60
 """How long processes wait for one another at the start."""
@@ -33,18 +36,28 @@ NumpyArray = np.ndarray[Any, Any]
 _joined: list[Place] = []
 
 
-def join(place: Place, *, seconds: int = JOIN_SECONDS) -> None:
+def join(place: Place, *, seconds: float | None = None) -> None:
     """Meet the other processes; a second call does nothing.
 
     Args:
       place: of this process; one that JAX finds is read from the variables of the cluster.
-      seconds: how long to wait for the others.
+      seconds: how long to wait for the others; by default what ``MOECC_JOIN_SECONDS`` says, or
+        `JOIN_SECONDS`.
 
     Raises:
-      MachineError: they did not come, or there is no cluster to be found.
+      MachineError: they did not come.
+      UsageError: there is no cluster to be found, or the variable is no number of seconds.
     """
     if _joined:
         return
+    limit = seconds or seconds_of_environment(JOIN) or JOIN_SECONDS
+    if not place.is_found_by_jax:
+        meet(place, limit)
+    _initialize(place, ceil(limit))
+    _joined.append(place)
+
+
+def _initialize(place: Place, seconds: int) -> None:
     # CPU devices of several processes need a library to talk through.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]
     try:
@@ -66,7 +79,6 @@ def join(place: Place, *, seconds: int = JOIN_SECONDS) -> None:
         raise MachineError(
             f"the processes did not meet: {reason}", where=place.coordinator
         ) from None
-    _joined.append(place)
 
 
 def is_first() -> bool:

@@ -1,4 +1,4 @@
-"""What lowerings do with values under trace, whether rows are packed or not."""
+"""What lowerings do with values under trace, whether they are arrays or rows of experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moecc_backends.xla.trace.values import Named, Operand, RowLayout, Rows
 
 
 def lifted(x: Operand, function: Callable[[Named], Named]) -> Operand:
-    """Apply to `x` what does something along its own axes; packed rows keep their layout."""
+    """Apply to `x` what does something along its own axes; rows keep their layout."""
     return lifted_all(x, lambda full: (function(full),))[0]
 
 
@@ -70,7 +70,7 @@ def einsum(x: Named, w: Named, over: tuple[str, ...], kind: Any = None) -> Named
 
 
 def per_row(value: Operand, layout: RowLayout) -> Named:
-    """Return `value` so that it broadcasts against packed rows, under the axis ``rows``.
+    """Return `value` so that it broadcasts against rows of experts, under the axis ``rows``.
 
     A value with an expert axis, such as the bias of each expert, is picked by the row's expert,
     and one with a group axis by the group of the row's token.  Rows without a token reach no

@@ -40,11 +40,11 @@ class DeviceView:
         default_factory=dict
     )
 
-    def parts(self, axis: Axis) -> int:
+    def shard_count(self, axis: Axis) -> int:
         """Return the number of shards of `axis`."""
         return 1 if self.mesh is None else self.mesh.size(axis.mesh)
 
-    def part(self, mesh: tuple[str, ...]) -> jax.Array | int:
+    def shard_index(self, mesh: tuple[str, ...]) -> jax.Array | int:
         """Return which of the shards along the mesh axes `mesh` is the local one."""
         if self.mesh is None or self.mesh.size(mesh) == 1:
             return 0
@@ -53,7 +53,7 @@ class DeviceView:
 
     def offset(self, axis: Axis, size: int) -> jax.Array | int:
         """Return where the local shard of `axis`, of `size` elements, begins."""
-        return self.part(axis.mesh) * size
+        return self.shard_index(axis.mesh) * size
 
     def attrs(self, node: Node) -> Attrs:
         """Return the attributes of `node` for the local shard: sizes and counts are local."""
@@ -71,21 +71,21 @@ class DeviceView:
         Raises:
           InputError: the whole has more elements than 32 bits count; they would draw twice alike.
         """
-        parts = [self.parts(a) for a in type.axes]
-        if all(n == 1 for n in parts):
+        counts = [self.shard_count(a) for a in type.axes]
+        if all(n == 1 for n in counts):
             return None
-        if prod(shape) * prod(parts) > _MOST_ELEMENTS:
+        if prod(shape) * prod(counts) > _MOST_ELEMENTS:
             raise InputError(
                 "random numbers for more elements than 32 bits can count, on a mesh",
                 expected=f"at most {_MOST_ELEMENTS:,}",
-                found=f"{prod(shape) * prod(parts):,}",
+                found=f"{prod(shape) * prod(counts):,}",
                 hint="noise on smaller values, or a smaller batch",
             )
         number = jnp.zeros(shape, jnp.uint32)
         for at, (axis, size) in enumerate(zip(type.axes, shape, strict=True)):
             along = jax.lax.broadcasted_iota(jnp.uint32, shape, at)
             start = jnp.asarray(self.offset(axis, size), jnp.uint32)
-            number = number * jnp.uint32(size * self.parts(axis)) + start + along
+            number = number * jnp.uint32(size * self.shard_count(axis)) + start + along
         return number
 
     def varying(self, array: jax.Array, axes: frozenset[str]) -> jax.Array:

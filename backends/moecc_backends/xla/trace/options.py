@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import jax
 
 from moecc.errors import Problem, UsageError, nearest
+from moecc.ir.dispatch_strategies import DISPATCHES
 
 AUTO = "auto"
 """The dispatch lowering is chosen for each routing by platform and shape."""
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-
-DISPATCHES = ("scan", "einsum", "gather", "grouped", "ragged_dot", "gathered")
-"""The dispatch lowerings by name; `dispatch.choose` has what each does and where it is legal."""
 
 
 @dataclass(frozen=True)

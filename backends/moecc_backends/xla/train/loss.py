@@ -16,7 +16,7 @@ AUXILIARY = "loss.auxiliary"
 """The output that `add-losses` makes of all the losses of routers."""
 
 TARGETS = "targets"
-"""The input of a step beside those of the graph: the next tokens, ``[batch, seq]``."""
+"""The input of a step besides those of the graph: the next tokens, ``[batch, seq]``."""
 
 IGNORED = -1
 """The target of a token that does not take part in the loss: padding."""
@@ -63,7 +63,7 @@ def loss_function(model: Model) -> Loss:
     """Return ``(params, inputs) → (loss, metrics)`` of `model`.
 
     The loss is the cross entropy of the logits, and the losses of the routers if the graph has
-    them (``add-losses``).  `inputs` has `TARGETS` beside the inputs of the graph.
+    them (``add-losses``).  `inputs` has `TARGETS` besides the inputs of the graph.
 
     Args:
       model: what `moecc_backends.xla.lower.function.function` or

@@ -23,7 +23,7 @@ from moecc.plan.layout import Layout
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.lower.gspmd import GspmdLowering
 from moecc_backends.xla.lower.shard_map import sharded_function
-from moecc_backends.xla.mesh.layout_specs import group_counts, value_parts
+from moecc_backends.xla.mesh.layout_specs import group_counts, value_spec
 from moecc_backends.xla.mesh.specs import spec
 from moecc_backends.xla.trace.options import Options
 from moecc_backends.xla.train.loss import Model
@@ -106,7 +106,7 @@ class GspmdShardings:
 
     def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
         """Return the sharding of an array with some axes of `value`, of the sizes given."""
-        return self.lowering.sharding(tuple(sizes), value_parts(self.lowering.plan, sizes))
+        return self.lowering.sharding(tuple(sizes), value_spec(self.lowering.plan, sizes))
 
     def model(self, graph: Graph) -> Model:
         """Return `graph` as a function on the mesh."""

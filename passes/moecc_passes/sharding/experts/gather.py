@@ -14,10 +14,10 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
 from moecc.ir.table.collectives import format_placement
 from moecc.ir.types import TensorType
+from moecc.sharding.collectives import steps
 from moecc_passes.sharding.experts.exchange import erase_unused, uses
 from moecc_passes.sharding.experts.layer import LaidLayer, need
 from moecc_passes.sharding.groups import ATTRIBUTE as GROUPS
-from moecc_passes.sharding.lower import steps
 
 
 def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: bool) -> None:

@@ -11,7 +11,7 @@ from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
 from moecc.ir.table.placing import is_place
 from moecc.ir.types import Axis, Extent, Size, TensorType
-from moecc.layouts.rules import LayoutRule
+from moecc.sharding.rules import LayoutRule
 
 PRODUCTS = ("contract", "embedding")
 """Operations where rules decide what is brought where; others stay where their operands are."""
