@@ -22,7 +22,7 @@ from moecc.checkpoint.jsonfile import parse_json
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.errors import CheckError, InputError
-from moecc.ir.dtypes import DTYPES
+from moecc.types.dtypes import DTYPES
 from moecc.version import __version__
 
 MANIFEST_NAME = "moecc_manifest.json"

@@ -13,8 +13,8 @@ from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, row
 from moecc.families.flops import SequenceFlops, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Cost
-from moecc.ir.types import TensorType
 from moecc.ir.unroll import unrolled
+from moecc.types.tensor import TensorType
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
 

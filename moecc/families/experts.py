@@ -10,7 +10,7 @@ from math import prod
 from moecc.families.sequence_capacity import sequence_capacity_of
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops import OpDef
-from moecc.ir.table.placing import placing
+from moecc.ir.table.slots import assigner
 from moecc.ir.traits import RowMove
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
@@ -46,7 +46,7 @@ class ExpertLayer:
     shared_gate: bool = False
     sequence_capacity: int = 0
 
-    def without_place(self) -> ExpertLayer:
+    def without_slots(self) -> ExpertLayer:
         """Return the same layer without its location, to be compared with others."""
         return replace(self, loc="")
 
@@ -69,13 +69,13 @@ def expert_layers(graph: Graph) -> list[ExpertLayer]:
     """
     routes = (node for node in graph if node.op.routes)
     placed = ((route, _user(route.results[0], _assigns_slots)) for route in routes)
-    return [_layer_of(route, place) for route, place in placed if place is not None]
+    return [_layer_of(route, slots) for route, slots in placed if slots is not None]
 
 
-def _layer_of(route: Node, place: Node) -> ExpertLayer:
+def _layer_of(route: Node, slots: Node) -> ExpertLayer:
     size = route.operands[0].type[route.attrs["axis"]].size
-    dispatch = _user(place.result, lambda entry: entry.moves is RowMove.TO_SLOTS)
-    combine = _user(place.result, lambda entry: entry.moves is RowMove.TO_TOKENS)
+    dispatch = _user(slots.result, lambda entry: entry.moves is RowMove.TO_SLOTS)
+    combine = _user(slots.result, lambda entry: entry.moves is RowMove.TO_TOKENS)
     shared, gated = _shared(combine) if combine else (0, False)
     return ExpertLayer(
         loc=route.loc,
@@ -83,12 +83,12 @@ def _layer_of(route: Node, place: Node) -> ExpertLayer:
         top_k=route.attrs["top_k"],
         gates=route.attrs["gates"],
         scale=route.attrs["scale"],
-        slots=place.attrs["slots"],
-        groups=place.attrs["groups"],
+        slots=slots.attrs["slots"],
+        groups=slots.attrs["groups"],
         width=_width(dispatch.result) if dispatch else 0,
         shared=shared,
         shared_gate=gated,
-        sequence_capacity=sequence_capacity_of(place),
+        sequence_capacity=sequence_capacity_of(slots),
     )
 
 
@@ -147,11 +147,11 @@ def choices_kept(rows: Value, *, bounded: bool = True) -> float:
       rows: a value between ``dispatch`` and ``combine``.
       bounded: whether a capacity counts; without it the choices do.
     """
-    place = setter_of(rows.type.extents[0])
-    node = placing(place)
+    slots = setter_of(rows.type.extents[0])
+    node = assigner(slots)
     attrs = node.attrs
     choices: int = prod(
-        a.size for a in place.type if a.name not in attrs["tokens"] and isinstance(a.size, int)
+        a.size for a in slots.type if a.name not in attrs["tokens"] and isinstance(a.size, int)
     )
     # Where experts choose, a token has as many choices as there are experts, and few are taken.
     if attrs["slots"] == "ragged" or (not bounded and not node.op.chooses):

@@ -99,7 +99,7 @@ def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
         return
     kinds: dict[ExpertLayer, str] = {}
     for layer in layers:
-        kinds.setdefault(layer.without_place(), layer.loc)
+        kinds.setdefault(layer.without_slots(), layer.loc)
     if len(kinds) > 1:
         found = "; ".join(f"{loc}: {kind}" for kind, loc in kinds.items())
         what = "switch_transformers has the same experts in every sparse layer"

@@ -1,8 +1,9 @@
 """A bound on the tokens of one sequence that an expert takes, as switch_transformers has it.
 
-The capacity of ``place`` counts in groups of so many tokens, and the length of a sequence is not
-known when a graph is built.  So the count is made of other operations: a token's turn at its expert
-is the number of tokens up to it that chose the same one, and ``place`` keeps turns up to the bound.
+The capacity of ``assign_slots`` counts in groups of so many tokens, and the length of a sequence is
+not known when a graph is built.  So the count is made of other operations: a token's turn at its
+expert is the number of tokens up to it that chose the same one, and ``assign_slots`` keeps turns up
+to the bound.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) ->
     return kept
 
 
-def sequence_capacity_of(place: Node) -> int:
-    """Return the bound that the choices of a ``place`` are kept within, or 0."""
-    kept = next((v.node for v in place.operands[1:] if v.node is not None), None)
+def sequence_capacity_of(slots: Node) -> int:
+    """Return the bound that the choices of an ``assign_slots`` are kept within, or 0."""
+    kept = next((v.node for v in slots.operands[1:] if v.node is not None), None)
     found = None if kept is None else match(_WITHIN, kept)
     if found is None:
         return 0

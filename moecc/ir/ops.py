@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.flow import Rule, placed_types
+from moecc.ir.flow import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
 from moecc.ir.operand import Operand, Region
 from moecc.ir.traits import (
@@ -31,7 +31,7 @@ from moecc.ir.traits import (
     RowMove,
     SizeRule,
 )
-from moecc.ir.types import TensorType, is_name, is_size, is_whole
+from moecc.types.tensor import TensorType, is_name, is_size, is_whole
 
 REQUIRED = object()
 """Marks an attribute that has no default."""
@@ -249,9 +249,9 @@ class OpDef:
           InputError: operands or attributes do not suit the operation.
         """
         types = self.infer(operands, attrs)
-        if self.places or not any(v.type.is_placed for v in operands):
+        if self.places or not any(v.type.is_sharded for v in operands):
             return types
-        return placed_types(self, operands, attrs, types)
+        return propagate_sharding(self, operands, attrs, types)
 
     def _unknown(self, name: str) -> Problem:
         hint = nearest(name, self.attrs) or f"attributes: {', '.join(self.attrs) or 'none'}"

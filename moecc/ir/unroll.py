@@ -12,9 +12,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.ranges import element, lengths
 from moecc.ir.structure import clone
 from moecc.ir.table.repetition import picked_at, repetitions, stacked_parts
+from moecc.types.ranges import element, lengths
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import replace_value
-from moecc.ir.types import Axis
 from moecc.rewrite.match import fits
 from moecc.rewrite.pattern import P
+from moecc.types.tensor import Axis
 from moecc.weights.movement import Concat
 
 PROJECTION = P.contract(P.any("x"), P.param("w"), over=P.attr("over"))

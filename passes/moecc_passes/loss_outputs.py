@@ -30,7 +30,7 @@ def metrics_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
     }
     if not layer.experts_choose:
         found["dropped"] = made.dropped()
-    if layer.placing.attrs["slots"] == "capacity":
+    if layer.assigner.attrs["slots"] == "capacity":
         found["utilisation"] = made.utilisation()
     if scores is not None:
         found["entropy"] = made.entropy(scores)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routed import Routed, Scores
-from moecc.ir.table.placing import given_to
+from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import RowMove
 from moecc.ir.verify import where
 from moecc.rewrite.match import NearMiss, fits
@@ -32,23 +32,23 @@ class RoutedLayer:
     """One mixture of experts.
 
     Attributes:
-      placing: the node that gives slots: ``place`` or ``expert_choice``.
+      assigner: the node that gives slots: ``assign_slots`` or ``expert_choice``.
       route: the node that chooses experts, or None where it is not ``route``.
       combine: the node that brings results back.
       dispatch: the node that moves tokens to the experts.
       name: its location; with a number where a location has several.
     """
 
-    placing: Node
+    assigner: Node
     route: Node | None
     combine: Node
     dispatch: Node
     name: str
 
     @property
-    def place(self) -> Value:
+    def slots(self) -> Value:
         """The slots."""
-        return self.placing.results[-1]
+        return self.assigner.results[-1]
 
     @property
     def gates(self) -> Value:
@@ -63,20 +63,20 @@ class RoutedLayer:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        tokens: tuple[str, ...] = self.placing.attrs["tokens"]
+        tokens: tuple[str, ...] = self.assigner.attrs["tokens"]
         return tokens
 
     @property
     def top_k(self) -> int:
         """The choices of a token."""
-        (size,) = (a.size for a in self.place.type if a.name not in self.tokens)
+        (size,) = (a.size for a in self.slots.type if a.name not in self.tokens)
         assert isinstance(size, int), "the choices are counted"
         return size
 
     @property
     def choice(self) -> str:
         """The name of the axis of choices."""
-        (name,) = (n for n in self.place.type.names if n not in self.tokens)
+        (name,) = (n for n in self.slots.type.names if n not in self.tokens)
         return name
 
     @property
@@ -90,7 +90,7 @@ class RoutedLayer:
     @property
     def scorer(self) -> Node | None:
         """The node that reads the router's logits; None where nothing is scored, as by a hash."""
-        return _first_behind(self.placing.operands[0], SCORER, AFTER_SCORER)
+        return _first_behind(self.assigner.operands[0], SCORER, AFTER_SCORER)
 
     @property
     def router(self) -> Node | None:
@@ -102,15 +102,15 @@ class RoutedLayer:
     @property
     def experts_choose(self) -> bool:
         """Whether experts choose tokens; else tokens choose experts, and `placing` gives slots."""
-        return self.placing.op.chooses
+        return self.assigner.op.chooses
 
     def given(self) -> dict[str, Value]:
         """What the slots are given beside the experts, by word."""
-        return given_to(self.placing.operands, self.placing.attrs)
+        return operands_by_word(self.assigner.operands, self.assigner.attrs)
 
     def routed(self) -> Routed:
         """Return what losses and metrics look at."""
-        return Routed(self.experts, self.gates, self.place, self._scores())
+        return Routed(self.experts, self.gates, self.slots, self._scores())
 
     def _scores(self) -> Scores | None:
         if self.scorer is None:
@@ -158,8 +158,8 @@ def _mover(slots: Value, way: RowMove) -> Node | None:
     return next((n for n in slots.users if n.op.moves is way), None)
 
 
-def _route_of(placing: Node) -> Node | None:
-    node = placing.operands[0].node
+def _route_of(assigner: Node) -> Node | None:
+    node = assigner.operands[0].node
     return node if node is not None and node.op.chooses else None
 
 

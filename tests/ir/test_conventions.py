@@ -15,11 +15,11 @@ from moecc.backend import get_backend
 from moecc.cli.cmd_plan import Via as ViaOption
 from moecc.ir import Builder, Graph
 from moecc.ir.dispatch_strategies import COST_CLASSES, DISPATCHES, STRATEGIES
-from moecc.ir.dtypes import F64
 from moecc.ir.gates import CONVENTIONS, GATES, SPELLINGS, GateConvention, convention
-from moecc.ir.types import tensor
 from moecc.plan.exchanges import Rows, transfers
 from moecc.plan.vias import VIAS, WAYS, Via
+from moecc.types.dtypes import F64
+from moecc.types.tensor import tensor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -251,9 +251,9 @@ def test_elements_that_32_bits_do_not_count_are_rejected() -> None:
     """Else two elements would draw the same number."""
     from moecc_backends.xla.trace.device_view import DeviceView
 
-    from moecc.ir.dtypes import F32
     from moecc.ir.mesh import parse_mesh
-    from moecc.ir.types import Axis, TensorType
+    from moecc.types.dtypes import F32
+    from moecc.types.tensor import Axis, TensorType
 
     view = DeviceView(parse_mesh("data:8"))
     large = TensorType(F32, (Axis("batch", 2**23, ("data",)), Axis("mlp", 2**10)))

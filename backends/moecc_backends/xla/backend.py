@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from moecc.ahead.request import Job, Result
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph
 from moecc.ir.verify import where
-from moecc.launch.place import place_of
+from moecc.launch.process_info import process_info
+from moecc.types.dtypes import F32, DType
 from moecc_backends.xla.dispatch.choose import dispatch_problems
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.lower.function import function as function
@@ -48,11 +48,11 @@ class XlaBackend:
         problems = list(_problems(graph, options))
         if problems:
             raise InputError(problems)
-        place = place_of()
-        if place is not None:
+        process = process_info()
+        if process is not None:
             from moecc_backends.xla.run.multi_process import multi_process_program
 
-            return multi_process_program(graph, dtype, options, place)
+            return multi_process_program(graph, dtype, options, process)
         find_devices()
         return XlaProgram(graph, dtype, options)
 

@@ -16,7 +16,7 @@ from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph, Node, Value

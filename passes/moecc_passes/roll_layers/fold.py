@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.ir.ranges import joined
 from moecc.ir.structure import copied
 from moecc.ir.table.repetition import stacked
-from moecc.ir.types import Axis
 from moecc.rewrite import P, fits
+from moecc.types.ranges import joined
+from moecc.types.tensor import Axis
 from moecc.weights.movement import Stack
 from moecc_passes.roll_layers.cuts import Cuts
 from moecc_passes.roll_layers.wiring import CannotRoll, Each, Wiring

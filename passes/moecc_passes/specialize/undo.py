@@ -27,7 +27,7 @@ def undo(graph: Graph, covers: Callable[[str], bool]) -> None:
       covers: says which locations are concerned.
     """
     for layer in routed_layers(graph):
-        if covers(layer.placing.loc):
+        if covers(layer.assigner.loc):
             _undo_slots(layer)
     for node in (*graph, graph.terminator):
         if not _made_here(node):
@@ -47,7 +47,7 @@ def _made_here(node: Node) -> bool:
 def _undo_slots(layer: RoutedLayer) -> None:
     kept = {w: v for w, v in layer.given().items() if not is_added(v)}
     if kept != layer.given():
-        placed_anew(layer.placing, kept, {})
+        reassign_slots(layer.assigner, kept, {})
 
 
 def _undo_operands(node: Node, covers: Callable[[str], bool]) -> None:
@@ -82,7 +82,7 @@ CHANGED = (
 """How a specialisation changes a value, a step at a time; see `moecc.ir.mixtures`."""
 
 
-def placed_anew(old: Node, given: dict[str, Value], attrs: dict[str, Any]) -> Node:
+def reassign_slots(old: Node, given: dict[str, Value], attrs: dict[str, Any]) -> Node:
     """Put another placing node in the place of `old`, with other operands and attributes."""
     graph = old.graph
     allowed = old.op.attrs["using"].choices

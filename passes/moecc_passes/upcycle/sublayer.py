@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from moecc.analysis.ffn import FFNBlock
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.types import Axis, TensorType
 from moecc.rewrite import P, fits
+from moecc.types.tensor import Axis, TensorType
 from moecc.weights.expr import Expr, Full, Source
 
 

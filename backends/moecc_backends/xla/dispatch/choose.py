@@ -11,7 +11,7 @@ import jax
 from moecc.errors import InputError, Problem
 from moecc.ir.dispatch_strategies import DISPATCHES
 from moecc.ir.graph import Graph, Value
-from moecc.ir.table.placing import is_place
+from moecc.ir.table.slots import is_slots
 from moecc.ir.verify import where
 from moecc_backends.xla.dispatch.all_experts import AllExperts
 from moecc_backends.xla.dispatch.capacity_slots import CapacitySlots, OneHotSlots, PoisonedSlots
@@ -48,9 +48,9 @@ class SlotStrategy:
         layout = self.plan(routing)
         return PoisonedSlots(layout) if options.poison else layout
 
-    def why_not(self, place: Value) -> str | None:
-        """Return why the routing of `place` cannot be lowered this way, or None."""
-        return "slots=ragged sets no capacity" if is_ragged(place) else None
+    def why_not(self, slots: Value) -> str | None:
+        """Return why the routing of `slots` cannot be lowered this way, or None."""
+        return "slots=ragged sets no capacity" if is_ragged(slots) else None
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class RowStrategy:
         """Return the layout of the rows of `routing`."""
         return self.plan(routing)
 
-    def why_not(self, place: Value) -> str | None:
-        """Return why the routing of `place` cannot be lowered this way, or None."""
-        return why_rows_meet(place)
+    def why_not(self, slots: Value) -> str | None:
+        """Return why the routing of `slots` cannot be lowered this way, or None."""
+        return why_rows_meet(slots)
 
 
 TABLE: dict[str, SlotStrategy | RowStrategy] = {
@@ -88,22 +88,22 @@ assert tuple(TABLE) == DISPATCHES, "options name what there is"
 
 
 def plan_dispatch(
-    place: Value, routing: Routing, options: Options, dtype: jax.typing.DTypeLike
+    slots: Value, routing: Routing, options: Options, dtype: jax.typing.DTypeLike
 ) -> DispatchLayout:
     """Lay out the rows of `routing`, by platform and shape, or as `options` force."""
-    name = choose(place, routing, options, dtype) if options.dispatch == AUTO else options.dispatch
+    name = choose(slots, routing, options, dtype) if options.dispatch == AUTO else options.dispatch
     return TABLE[name].layout(routing, options)
 
 
-def choose(place: Value, routing: Routing, options: Options, dtype: jax.typing.DTypeLike) -> str:
+def choose(slots: Value, routing: Routing, options: Options, dtype: jax.typing.DTypeLike) -> str:
     """Return the name of the dispatch lowering for `routing`.
 
     ``scan`` is an oracle, and ``einsum`` was slower than ``gather`` at every size measured
     (``benchmarks/moe_layer.py``): neither is chosen.
     """
-    slots = routing.num_slots
-    if slots is not None and (
-        slots <= _MOST_EMPTY * routing.num_choices or why_rows_meet(place) is not None
+    count = routing.num_slots
+    if count is not None and (
+        count <= _MOST_EMPTY * routing.num_choices or why_rows_meet(slots) is not None
     ):
         return "gather"
     if options.target != "cpu" and routing.num_choices <= min(_FEW_CHOICES, routing.num_experts):
@@ -115,8 +115,8 @@ def dispatch_problems(graph: Graph, options: Options) -> list[Problem]:
     """Return the routings of `graph` that the forced dispatch lowering does not fit."""
     if options.dispatch == AUTO:
         return []
-    places = (v for node in graph.every_node() for v in node.results[-1:] if is_place(v))
-    return [p for place in places if (p := _problem(place, options.dispatch)) is not None]
+    assigned = (v for node in graph.every_node() for v in node.results[-1:] if is_slots(v))
+    return [p for slots in assigned if (p := _problem(slots, options.dispatch)) is not None]
 
 
 def check_dispatch(graph: Graph, options: Options) -> None:
@@ -130,15 +130,15 @@ def check_dispatch(graph: Graph, options: Options) -> None:
         raise InputError(problems)
 
 
-def _problem(place: Value, name: str) -> Problem | None:
-    reason = TABLE[name].why_not(place)
+def _problem(slots: Value, name: str) -> Problem | None:
+    reason = TABLE[name].why_not(slots)
     if reason is None:
         return None
-    legal = [other for other, way in TABLE.items() if way.why_not(place) is None]
-    assert place.node is not None, "slots are made"
+    legal = [other for other, way in TABLE.items() if way.why_not(slots) is None]
+    assert slots.node is not None, "slots are made"
     return Problem(
         f"this routing cannot be lowered with dispatch={name}",
-        where(place.node),
+        where(slots.node),
         expected=f"auto, {', '.join(legal)}",
         found=reason,
     )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from moecc.ir.graph import Node, Value, setter_of
 from moecc.ir.table.buffers import buffer_rows
-from moecc.ir.table.placing import given_to
-from moecc.ir.types import Extent
+from moecc.ir.table.slots import operands_by_word
+from moecc.types.tensor import Extent
 from moecc_backends.xla.dispatch.permutation import Permutation
 from moecc_backends.xla.dispatch.sorted_rows import ExchangeRecord, SortedRows
 from moecc_backends.xla.mesh.all_to_all import (
@@ -93,13 +93,13 @@ def _room(node: Node, layout: SortedRows, devices: int, num_experts: int) -> int
 
 
 def _buffer(rows: Value) -> Node | None:
-    """Return what bounds the buffers for `rows`, which their routing is given as what it keeps."""
+    """Return what bounds the buffers for `rows`, the `keep` operand of ``assign_slots``."""
     axis = rows.type.ragged
     if axis is None or not isinstance(axis.size, Extent):
         return None
     node = setter_of(axis.size).node
     if node is None:
         return None
-    keep = given_to(node.operands, node.attrs).get("keep")
+    keep = operands_by_word(node.operands, node.attrs).get("keep")
     bound = None if keep is None else keep.node
     return bound if bound is not None and bound.op.name == "within_buffer" else None

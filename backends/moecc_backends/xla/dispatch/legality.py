@@ -17,23 +17,23 @@ from moecc_backends.xla.trace.values import SLOT_AXES
 _SLOTS = frozenset(SLOT_AXES)
 
 
-def is_ragged(place: Value) -> bool:
-    """Whether `place` gives as many slots as there are choices."""
-    return place.node is not None and place.node.attrs.get("slots") == "ragged"
+def is_ragged(slots: Value) -> bool:
+    """Whether `slots` gives as many slots as there are choices."""
+    return slots.node is not None and slots.node.attrs.get("slots") == "ragged"
 
 
-def why_rows_meet(place: Value) -> str | None:
-    """Return why the rows of `place` have to be in slots, or None if each stands by itself."""
-    for node in region(place):
-        reason = _why_not_alone(node, place)
+def why_rows_meet(slots: Value) -> str | None:
+    """Return why the rows of `slots` have to be in slots, or None if each stands by itself."""
+    for node in region(slots):
+        reason = _why_not_alone(node, slots)
         if reason is not None:
             return f"{where(node)}: {reason}"
     return None
 
 
-def region(place: Value) -> Iterator[Node]:
-    """Yield the nodes that work on the rows of `place`, and on what is made of them."""
-    left = [n for n in place.users if _dispatches(n, place)]
+def region(slots: Value) -> Iterator[Node]:
+    """Yield the nodes that work on the rows of `slots`, and on what is made of them."""
+    left = [n for n in slots.users if _dispatches(n, slots)]
     seen = set(left)
     while left:
         node = left.pop()
@@ -44,8 +44,8 @@ def region(place: Value) -> Iterator[Node]:
             left.extend(new)
 
 
-def _dispatches(node: Node, place: Value) -> bool:
-    return node.op.moves is RowMove.TO_SLOTS and node.operands[2] is place
+def _dispatches(node: Node, slots: Value) -> bool:
+    return node.op.moves is RowMove.TO_SLOTS and node.operands[2] is slots
 
 
 def _ends(node: Node, rows: Value) -> bool:
@@ -53,9 +53,9 @@ def _ends(node: Node, rows: Value) -> bool:
     return combines or node is rows.graph.terminator
 
 
-def _why_not_alone(node: Node, place: Value) -> str | None:
+def _why_not_alone(node: Node, slots: Value) -> str | None:
     if node.op.moves is RowMove.TO_SLOTS:
-        return _why_leaves(node) if _dispatches(node, place) else "rows are dispatched again"
+        return _why_leaves(node) if _dispatches(node, slots) else "rows are dispatched again"
     if node.op.places:
         return "rows go to other devices"
     if node.op.moves is RowMove.TO_TOKENS:

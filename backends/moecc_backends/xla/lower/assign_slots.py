@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops import Attrs
-from moecc.ir.table.placing import capacity, group_count
+from moecc.ir.table.slots import capacity, group_count
 from moecc_backends.xla.dispatch.choose import plan_dispatch
 from moecc_backends.xla.dispatch.permutation import rank_in_expert, sort_by_expert
 from moecc_backends.xla.trace.context import Context, lowering
@@ -23,15 +23,15 @@ from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import Named, Operand
 
 
-def _plan(ctx: Context, place: Value, routing: Routing) -> None:
+def _plan(ctx: Context, slots: Value, routing: Routing) -> None:
     """Lay out the rows of `routing`, as the interceptor must have it, or as is best here."""
     layout = ctx.interceptor.layout(routing)
     if layout is None:
-        layout = plan_dispatch(place, routing, ctx.options, ctx.dtype)
-    ctx.layouts[place] = layout
+        layout = plan_dispatch(slots, routing, ctx.options, ctx.dtype)
+    ctx.layouts[slots] = layout
 
 
-@lowering("place")
+@lowering("assign_slots")
 def _assign(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     attrs = ctx.view.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]
@@ -142,7 +142,7 @@ def _taken(ranked: jax.Array, groups: int, limit: int) -> jax.Array:
 
 
 @lowering("group_sum")
-def _group_sum(ctx: Context, node: Node, x: Named, place: Named) -> Operand:
+def _group_sum(ctx: Context, node: Node, x: Named, slots: Named) -> Operand:
     (attrs,) = (ctx.view.attrs(v.node) for v in node.operands[1:] if v.node is not None)
     tokens: tuple[str, ...] = attrs["tokens"]
     rest = tuple(a for a in x.axes if a not in tokens)

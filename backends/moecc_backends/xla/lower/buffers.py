@@ -11,12 +11,12 @@ from moecc_backends.xla.trace.values import Named
 
 
 @lowering("within_buffer")
-def _within_buffer(ctx: Context, node: Node, experts: Named, place: Named, counts: Named) -> Named:
+def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, counts: Named) -> Named:
     attrs, tokens = ctx.view.attrs(node), node.attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
     layout = (*tokens, choice)
     whole = experts.to(layout).array
-    chosen, slots = (x.to(layout).array.reshape(-1, whole.shape[-1]) for x in (experts, place))
+    chosen, taken = (x.to(layout).array.reshape(-1, whole.shape[-1]) for x in (experts, slots))
     counted = counts.to(("group", "expert")).array.astype(jnp.int32)
     groups, num_experts = counted.shape
     blocks, parts = attrs["blocks"], attrs["parts"]
@@ -30,8 +30,8 @@ def _within_buffer(ctx: Context, node: Node, experts: Named, place: Named, count
     limit = back.transpose(0, 2, 1, 3).reshape(groups, num_experts)
     first = ctx.view.shard_index(_over(node)) * mine
     group = first + jnp.arange(chosen.shape[0]) // max(each, 1)
-    there = (slots >= 0) & (chosen >= 0) & (chosen < num_experts)
-    keep = there & (slots < limit[group[:, None], jnp.where(there, chosen, 0)])
+    there = (taken >= 0) & (chosen >= 0) & (chosen < num_experts)
+    keep = there & (taken < limit[group[:, None], jnp.where(there, chosen, 0)])
     return Named(keep.reshape(whole.shape), layout).to(experts.axes)
 
 

@@ -16,7 +16,7 @@ from moecc_backends.xla.trace.values import (
 
 @lowering("dispatch")
 def _dispatch(
-    ctx: Context, node: Node, x: Named, experts: Named, place: Named
+    ctx: Context, node: Node, x: Named, experts: Named, slots: Named
 ) -> Operand | Deferred:
     return ctx.layouts[node.operands[2]].permute(x)
 
@@ -27,7 +27,7 @@ def _combine(
     node: Node,
     rows: Operand | DeferredRows,
     experts: Named,
-    place: Named,
+    slots: Named,
     gates: Named,
 ) -> Operand:
     layout = _layout_of(ctx, node.operands[0], rows, ctx.layouts[node.operands[2]])

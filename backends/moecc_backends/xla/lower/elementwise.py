@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import canonicalize_dtype
 
-from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Node
+from moecc.types.dtypes import DTYPES
 from moecc.weights.rounding import is_lossless
 from moecc_backends.xla.trace.arrays import elementwise
 from moecc_backends.xla.trace.context import Context, lowering

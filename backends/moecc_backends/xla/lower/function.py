@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph, Node, Value
+from moecc.types.dtypes import F32, DType
 from moecc_backends.xla.dispatch.choose import check_dispatch
 from moecc_backends.xla.lower import assign_slots as assign_slots
 from moecc_backends.xla.lower import attention as attention

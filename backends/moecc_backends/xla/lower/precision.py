@@ -6,7 +6,7 @@ The one place that says which products and parameters are a router's.
 from __future__ import annotations
 
 from moecc.ir.graph import Node, Value
-from moecc.ir.kept import feeds_route, only_routes
+from moecc.ir.remat_names import feeds_route, only_routes
 
 
 def is_router(node: Node) -> bool:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 import jax
 
 from moecc.errors import InputError, Problem
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of
 from moecc.ir.traits import Collective
 from moecc.ir.verify import where
+from moecc.types.dtypes import F32, DType
 from moecc_backends.xla.dispatch.choose import check_dispatch
 from moecc_backends.xla.lower.function import Tree, finalize_output, lower_values
 from moecc_backends.xla.mesh.specs import specs

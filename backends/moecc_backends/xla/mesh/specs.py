@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import mesh_of
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 
 def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -13,8 +13,8 @@ import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.dtypes import F64, DType
 from moecc.ir.graph import Graph, Value
+from moecc.types.dtypes import F64, DType
 from moecc_backends.xla.lower.function import finalize_output, lower_values
 from moecc_backends.xla.lower.segments import Segment, segments
 from moecc_backends.xla.trace.host_arrays import misfits, to_device, to_numpy

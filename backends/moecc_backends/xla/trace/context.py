@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.kept import kept_name
 from moecc.ir.ops import OpDef
+from moecc.ir.remat_names import remat_name
 from moecc.ir.verify import where
 from moecc_backends.xla.trace.arrays import poisoned_rows
 from moecc_backends.xla.trace.device_view import DeviceView, varies
@@ -215,7 +215,7 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...] | Deferred:
     results: tuple[Operand, ...] = made if isinstance(made, tuple) else (made,)
     if ctx.options.poison:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
-    first = kept_name(node)
+    first = remat_name(node)
     unnamed = node.op.alias or entry.names_result
     if first is None and (unnamed or ctx.weights.issuperset(node.results)):
         return results

@@ -25,14 +25,14 @@ _STEPS_TO_ATTENTION = 3
 """How far a projection may be from the product with the weights: parts are merged between."""
 
 
-def kept_name(node: Node) -> str | None:
+def remat_name(node: Node) -> str | None:
     """Return the name of what `node` makes, by what makes or uses it; None for most nodes.
 
     What a collective makes of a value that is kept by default has its name, too: it is not sent
     again.
     """
     if node.op.collective is Collective.BRINGS and node.operands[0].node is not None:
-        before = kept_name(node.operands[0].node)
+        before = remat_name(node.operands[0].node)
         return before if before in DEFAULT else None
     if node.op.moves is not None:
         return _MOVED[node.op.moves]

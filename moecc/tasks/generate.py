@@ -11,10 +11,10 @@ import numpy as np
 from moecc.backend import Backend, get_backend
 from moecc.checkpoint.files import read_bounded
 from moecc.errors import InputError, Problem, UsageError
-from moecc.ir.dtypes import F32, DType
-from moecc.models import Model
+from moecc.model.open import Model
+from moecc.tasks.verify import vocabulary
 from moecc.tokenizer.process import Tokenizer
-from moecc.verification import vocabulary
+from moecc.types.dtypes import F32, DType
 
 Array = np.ndarray[Any, Any]
 
