@@ -38,7 +38,7 @@ class ReferenceBackend:
         problems = [
             Problem("the reference backend has no meaning for this operation", where(node))
             for node in graph
-            if node.op.name not in MEANINGS
+            if MEANINGS.get(node.op.name) is None
         ]
         if problems:
             raise InputError(problems)
