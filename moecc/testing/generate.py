@@ -12,6 +12,7 @@ from moecc.ir.table.placing import is_place
 from moecc.ir.types import TensorType
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.growth import Growth, Step
+from moecc.testing.planting import Example, plant
 from moecc.testing.steps import SIMPLE
 
 MAX_STEPS = 8
@@ -35,6 +36,7 @@ def random_graph(
     steps: Sequence[Step] | None = None,
     max_steps: int = MAX_STEPS,
     dead: bool = False,
+    like: Sequence[Example] = (),
 ) -> Graph:
     """Return a well-typed graph whose outputs depend on everything in it.
 
@@ -44,12 +46,18 @@ def random_graph(
         None means operations, and in a third of the cases a whole block.
       max_steps: the most steps.
       dead: whether nodes that no output needs stay.
+      like: rules, patterns or graphs; what one of them matches is planted among the steps.
     """
     choices = Decisions(seed)
     growth = Growth(choices, (F32, F32, BF16, F64)[choices.below(4)])
     growth.input("x", TensorType(growth.dtype, (*growth.tokens, growth.embed)))
-    for _ in range(1 + choices.below(max_steps)):
+    count = 1 + choices.below(max_steps)
+    at = choices.below(count) if like else -1
+    for number in range(count):
         growth.relocate()
+        if number == at:
+            plant(growth, growth.pick(like))
+            continue
         kinds = steps or (BLOCKS if growth.chance(35) else SIMPLE)
         since = len(growth.values)
         growth.pick(kinds)(growth)

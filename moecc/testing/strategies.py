@@ -7,9 +7,12 @@ from typing import Any
 
 from moecc.errors import MachineError
 from moecc.ir.graph import Graph
+from moecc.ir.mesh import parse_mesh
 from moecc.ir.printer import print_graph
-from moecc.testing.generate import MAX_STEPS, keep_only, random_graph
+from moecc.testing.generate import MAX_STEPS, Decisions, keep_only, random_graph
 from moecc.testing.growth import Step
+from moecc.testing.planting import Example
+from moecc.testing.shardings import random_sharding
 
 try:
     from hypothesis import note
@@ -31,6 +34,8 @@ def graphs(
     steps: Sequence[Step] | None = None,
     max_steps: int = MAX_STEPS,
     dead: bool = False,
+    like: Example | Sequence[Example] = (),
+    mesh: str = "",
 ) -> Graph:
     """Draw a well-typed graph whose outputs depend on everything in it.
 
@@ -48,10 +53,17 @@ def graphs(
       steps: what may be appended, from simple to complex; a step is a function of a `Growth`.
       max_steps: the most steps.
       dead: whether nodes that no output needs stay.
+      like: rules, patterns or graphs, one or several: what one of them matches is planted in every
+        graph, as far as it can be made; at times with another user of what is inside.
+      mesh: a mesh, ``a:2,b:2``, on which the graph lies in a random way; empty: none.
     """
-    graph = random_graph(draw(_SEEDS), steps=steps, max_steps=max_steps, dead=dead)
+    examples = tuple(like) if isinstance(like, Sequence) else (like,)
+    seed = draw(_SEEDS)
+    graph = random_graph(seed, steps=steps, max_steps=max_steps, dead=dead, like=examples)
     kept = draw(_KEPT)
     if 0 in kept:
         keep_only(graph, lambda position: kept[position % len(kept)] > 0)
+    if mesh:
+        graph = random_sharding(graph, Decisions(seed), parse_mesh(mesh))
     note(print_graph(graph))
     return graph

@@ -44,6 +44,17 @@ class ReferenceBackend:
             raise InputError(problems)
         return ReferenceProgram(graph)
 
+    def run_on_mesh(self, graph: Graph, params: Arrays, inputs: Arrays) -> dict[str, Data]:
+        """Return the outputs that the devices of the mesh of `graph` compute together.
+
+        Raises:
+          InputError: as `moecc_backends.reference.devices.simulate`.
+          AssertionError: devices hold different copies of what should be the same.
+        """
+        from moecc_backends.reference.devices import simulate
+
+        return simulate(graph, params, inputs).outputs
+
 
 @dataclass(frozen=True)
 class ReferenceProgram:
