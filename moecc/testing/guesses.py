@@ -58,9 +58,9 @@ def stream_type(g: Growth, names: Iterable[str]) -> TensorType:
     return TensorType(g.dtype, (*tokens[: 1 + g.choices.below(2)], *wanted))
 
 
-def operand_type(g: Growth, anchor: TensorType, names: Sequence[str]) -> TensorType:
-    """Guess the type of an operand that stands beside one of type `anchor`."""
-    kind = g.choices.below(8)
+def operand_type(g: Growth, anchor: TensorType, names: Sequence[str], is_param: bool) -> TensorType:
+    """Guess the type of an operand, a parameter or not, that stands beside one of type `anchor`."""
+    kind = 2 + g.choices.below(6) if is_param else g.choices.below(8)
     if kind == 0:
         return anchor
     if kind == 1:
@@ -87,7 +87,7 @@ def attribute(
       g: makes the decisions.
       spec: what the table says of the attribute.
       wanted: what the pattern says: an `AttrPattern`, or None.
-      types: the type of the first operand, then those of what the pattern's names stand for.
+      types: the types of the operands, then those of what the pattern's names stand for.
       names: the axes that the pattern names.
     """
     options = _options(g, spec, types, names)
@@ -109,7 +109,9 @@ def _options(g: Growth, spec: Attr, types: Sequence[TensorType], names: Sequence
     if spec.kind == "axis":
         return own
     if spec.kind == "axes":
-        return [*((n,) for n in own), tuple(anchor.names[-2:]), (), *given]
+        # What two operands share is what they are contracted over.
+        shared = [(n,) for n in anchor.names if any(n in t for t in types[1:2])]
+        return [*((n,) for n in own), *shared * 3, tuple(anchor.names[-2:]), (), *given]
     if spec.kind == "sizes":
         return [*_splits(g, anchor), *(p for t in types[1:] for p in _runs(t))]
     if spec.kind == "int":

@@ -16,12 +16,13 @@ from moecc.errors import InputError
 from moecc.ir.dtypes import F32
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops import Attr, OpDef
-from moecc.ir.types import TensorType
+from moecc.ir.types import TensorType, is_name
 from moecc.rewrite.pattern import AttrPattern, Leaf, OneOf, OpPattern, Pattern
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.growth import Growth, Step, T
 from moecc.testing.guesses import attribute, operand_type, operands_of, stream_type
 from moecc.testing.steps import SIMPLE
+from moecc.testing.weights import grow_weight
 
 BUILDS = 6
 """How often the operands of one operation are made anew."""
@@ -139,10 +140,19 @@ class PatternMaker:
             raise Misfit
         g = self.g
         for _ in range(4):
-            made = g.param("w", type.axes, type.dtype) if is_param else g.input("t", type)
+            hint = pattern.name if is_name(pattern.name) else "w"
+            made = self._param(str(hint), type) if is_param else g.input("t", type)
             if _accepts(pattern, made):
                 return made
         raise Misfit
+
+    def _param(self, hint: str, type: TensorType) -> Value:
+        g = self.g
+        if g.chance(30):
+            return g.param(hint, type.axes, type.dtype)
+        # Rules about weights need expressions more often than other steps do.
+        weight = grow_weight(g, type)
+        return g.graph.param(g.graph.fresh(hint), type, weight, loc=g.builder.loc)
 
     def _bind(self, name: str | None, thing: T) -> T:
         if name is not None and self.bound.setdefault(name, thing) != thing:
@@ -193,7 +203,8 @@ class PatternMaker:
                 continue
             anchor = next(iter(operands.values()), None)
             leaf = item if isinstance(item, Leaf) else Leaf()
-            goal = operand_type(self.g, anchor.type, self.names) if anchor else None
+            is_param = leaf.kind == "param"
+            goal = operand_type(self.g, anchor.type, self.names, is_param) if anchor else None
             operands[at] = self.leaf(leaf, near if anchor is None else anchor, goal)
         return [operands[at] for at in range(len(wanted))]
 
@@ -201,7 +212,7 @@ class PatternMaker:
         self, pattern: OpPattern, entry: OpDef, operands: list[Value], goal: TensorType | None
     ) -> Value:
         wanted = dict(pattern.attrs)
-        types = [operands[0].type if operands else TensorType(self.g.dtype)]
+        types = [v.type for v in operands] or [TensorType(self.g.dtype)]
         types += [v.type for v in self.bound.values() if isinstance(v, Value)]
         attrs = {
             name: self._attribute(spec, wanted.get(name), types)
@@ -246,7 +257,7 @@ class PatternMaker:
         """Yield nodes of an operation: what makes `near`, what is there, and what steps make."""
         if near is not None and near.node is not None and near.node.op is entry:
             yield near.node
-        makers = _steps_by_operation().get(entry.name, ())
+        makers = steps_by_operation().get(entry.name, ())
         for _ in range(BUILDS if makers else 0):
             since = Mark(self.g)
             with suppress(InputError):
@@ -306,7 +317,7 @@ def _is_guessable(entry: OpDef) -> bool:
 
 
 @cache
-def _steps_by_operation() -> dict[str, tuple[Step, ...]]:
+def steps_by_operation() -> dict[str, tuple[Step, ...]]:
     """Return, for each operation, the steps that now and then append it."""
     from moecc.testing.generate import random_graph
 
