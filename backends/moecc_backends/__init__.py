@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _reference() -> Backend:
-    from moecc_backends.reference.interpreter import ReferenceBackend
+    from moecc_backends.reference.backend import ReferenceBackend
 
     return ReferenceBackend()
 
@@ -21,7 +21,7 @@ def _reference() -> Backend:
 def _xla() -> Backend:
     if find_spec("jax") is None:
         raise MachineError("the xla backend needs jax", hint="pip install 'moecc[xla]'")
-    from moecc_backends.xla.quiet import import_jax
+    from moecc_backends.xla.import_jax import import_jax
 
     import_jax()
     from moecc_backends.xla.backend import XlaBackend

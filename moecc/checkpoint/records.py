@@ -17,13 +17,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-import moecc
 from moecc.checkpoint.files import file_fault, read_bounded
 from moecc.checkpoint.jsonfile import parse_json
+from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
-from moecc.checkpoint.safetensors import name_fault
 from moecc.errors import CheckError, InputError
-from moecc.ir.dtypes import DTYPES
+from moecc.types.dtypes import DTYPES
+from moecc.version import __version__
 
 MANIFEST_NAME = "moecc_manifest.json"
 SCHEMA = 1
@@ -36,7 +36,7 @@ _TAIL = b'"\n}\n'
 def library_versions() -> dict[str, str]:
     """Return the versions that the bytes of a conversion can depend on."""
     return {
-        "moecc": moecc.__version__,
+        "moecc": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "ml_dtypes": str(ml_dtypes.__version__),
@@ -152,6 +152,13 @@ def load(folder: Path) -> Manifest:
         what = "the manifest was changed after it was written: its seal does not fit its content"
         raise CheckError(what, where=str(path), hint="fetch the file again")
     return _Reader(parse_json(data, str(path), max_values=_MAX_VALUES), str(path)).manifest()
+
+
+def is_recordable(name: str) -> bool:
+    """Whether a manifest can name this file: printable, and inside the folder on every system."""
+    path = PureWindowsPath(name)
+    outside = path.drive or path.root or ".." in path.parts or "\\" in name
+    return not (name_fault(name) or outside)
 
 
 def seal(content: bytes) -> bytes:
@@ -316,6 +323,5 @@ class _Reader:
 
     def _require_inside(self, name: str, key: str) -> None:
         """Report a file name that would lead out of the folder."""
-        path = PureWindowsPath(name)
-        if name_fault(name) or path.drive or path.root or ".." in path.parts or "\\" in name:
+        if not is_recordable(name):
             self._wrong(key, "names of files in the folder", name)

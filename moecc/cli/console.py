@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -22,6 +23,15 @@ class Format(StrEnum):
 
     human = "human"
     json = "json"
+
+
+def write_utf8() -> None:
+    """Write UTF-8 to stdout, whatever the locale says: an artefact is the same as in a file.
+
+    What UTF-8 has no bytes for is written as an escape, which JSON and Python read back.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def say(text: str) -> None:
@@ -100,21 +110,3 @@ class Bar:
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
         self._task = self._progress.add_task(self._title, total=total)
         self._progress.start()
-
-
-def size_text(count_bytes: float) -> str:
-    """Return a number of bytes for people: ``1.38 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count_bytes) < 1000:
-            return f"{count_bytes:.0f} B" if unit == "B" else f"{count_bytes:.2f} {unit}"
-        count_bytes /= 1000
-    return f"{count_bytes:.2f} TB"
-
-
-def count_text(count: float) -> str:
-    """Return a count for people: ``134.5 M``."""
-    for unit in ("", " K", " M", " B"):
-        if abs(count) < 1000:
-            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
-        count /= 1000
-    return f"{count:.1f} T"

@@ -3,22 +3,20 @@
 An operation loops over *dimensions*.  Its rule says which dimension each axis of each operand and
 result runs along, which dimensions it sums over, and which it must have whole.  A dimension lies on
 the same mesh axes in all that run along it; a sum over one that lies split is *unreduced*.  The
-rules stand in `moecc.ir.table.flows`; an operation without a rule takes operands that lie whole.
+rule is a field of the operation's row (`moecc.ir.table.flows` has those that rows name); an
+operation without one takes operands that lie whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from moecc.errors import InputError
 from moecc.ir.mesh import mesh_of, nearest_multiple
-from moecc.ir.types import Axis, TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-    from moecc.ir.ops import Attrs, OpDef
+from moecc.ir.operand import Attrs, Entry, Operand
+from moecc.types.tensor import Axis, TensorType
 
 Names = Mapping[str, str]
 """Axis → dimension; an axis that is not named has no influence, and in a result lies whole."""
@@ -43,36 +41,28 @@ class Space:
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
-Rule = Callable[[Sequence["Value"], "Attrs"], Space]
-
-FLOWS: dict[str, Rule] = {}
-"""The rules, by operation."""
+Rule = Callable[[Entry, Sequence[Operand], Attrs], Space]
 
 
-def flow(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of the operations `names`."""
+class ShardedEntry(Entry, Protocol):
+    """A row of the operation table, with the rule by which it shares a mesh."""
 
-    def register(rule: Rule) -> Rule:
-        for name in names:
-            if name in FLOWS:
-                raise ValueError(f"operation {name!r} has two rules of flow")
-            FLOWS[name] = rule
-        return rule
-
-    return register
+    @property
+    def sharding(self) -> Rule | None:
+        """The rule, or None where all operands lie whole."""
+        ...
 
 
-def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Return the dimensions of an operation; all of them whole, where it has no rule."""
-    rule = FLOWS.get(entry.name)
-    if rule is not None:
-        return rule(operands, attrs)
+    if entry.sharding is not None:
+        return entry.sharding(entry, operands, attrs)
     names = tuple({n: f"{i}.{n}" for n in v.type.names} for i, v in enumerate(operands))
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 
 
-def placed_types(
-    entry: OpDef, operands: Sequence[Value], attrs: Attrs, types: Sequence[TensorType]
+def propagate_sharding(
+    entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
 ) -> tuple[TensorType, ...]:
     """Return the result `types` with the placements that follow from the operands.
 
@@ -100,7 +90,7 @@ class _Lies:
 _WHOLE = _Lies(())
 
 
-def _dimensions(entry: OpDef, operands: Sequence[Value], space: Space) -> dict[str, _Lies]:
+def _dimensions(entry: Entry, operands: Sequence[Operand], space: Space) -> dict[str, _Lies]:
     lies: dict[str, _Lies] = {}
     for value, names in zip(operands, space.operands, strict=True):
         for axis in value.type.axes:
@@ -145,7 +135,7 @@ def _check_once(lies: Mapping[str, _Lies]) -> None:
                 )
 
 
-def _check_counts(operands: Sequence[Value], space: Space, lies: Mapping[str, _Lies]) -> None:
+def _check_counts(operands: Sequence[Operand], space: Space, lies: Mapping[str, _Lies]) -> None:
     mesh = mesh_of(operands[0].graph) if space.counts else None
     if mesh is None:
         return
@@ -162,7 +152,7 @@ def _check_counts(operands: Sequence[Value], space: Space, lies: Mapping[str, _L
             )
 
 
-def _carried(entry: OpDef, operands: Sequence[Value], lies: Mapping[str, _Lies]) -> Iterator[str]:
+def _carried(entry: Entry, operands: Sequence[Operand], lies: Mapping[str, _Lies]) -> Iterator[str]:
     """Yield the mesh axes over which operands, and so the result, are sums not carried out."""
     split = {m for where in lies.values() for m in where.mesh}
     sums = [set(v.type.unreduced) for v in operands]

@@ -9,14 +9,14 @@ which numbers groups, and ``mean`` over an axis that lies split, which divides b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
-from moecc.ir.table.placing import PLACING
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 
 def local_size(axis: Axis, size: int, mesh: Mesh) -> int:
@@ -46,19 +46,6 @@ def local_type(type: TensorType, mesh: Mesh) -> TensorType:
     return replace(type.bare, axes=tuple(axes))
 
 
-def local_attrs(node: Node, mesh: Mesh) -> dict[str, Any]:
+def local_attrs(node: Node, mesh: Mesh) -> Mapping[str, Any]:
     """Return the attributes with which a device runs `node` on its parts: local counts."""
-    if node.op.name in PLACING and not node.attrs["group_size"]:
-        outermost = node.results[-1].type[node.attrs["tokens"][0]]
-        return {**node.attrs, "groups": node.attrs["groups"] // mesh.size(outermost.mesh)}
-    if node.op.name == "within_buffer":
-        mesh_axes = node.operands[2].type["group"].mesh
-        return {**node.attrs, "blocks": node.attrs["blocks"] // mesh.size(mesh_axes)}
-    if node.op.name in ("chunk", "join"):
-        mesh_axes = node.result.type[node.attrs["axis"]].mesh
-        return {**node.attrs, "parts": node.attrs["parts"] // mesh.size(mesh_axes)}
-    if node.op.name == "split":
-        (name, size), *others = node.attrs["into"]
-        parts = mesh.size(node.result.type[name].mesh)
-        return {**node.attrs, "into": ((name, size // parts), *others)}
-    return node.attrs
+    return node.attrs if node.op.local is None else node.op.local(node, mesh)

@@ -1,7 +1,7 @@
 """What losses and metrics of routing look at: one routed layer, and means over its tokens.
 
-Where ``place`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a balancing
-loss is taken in before it is averaged: a token group, a sequence, or the batch.
+Where ``assign_slots`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a
+balancing loss is taken in before it is averaged: a token group, a sequence, or the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-from moecc.ir.table.placing import given_to, placing
+from moecc.ir.table.slots import assigner, operands_by_word
 
 UNITS = ("group", "sequence", "global")
 
@@ -63,38 +63,38 @@ class Routed:
     Attributes:
       experts: the experts of each choice, ``[*tokens, choice]``.
       gates: what the results are weighted by.
-      place: the slots, the result of ``place`` or ``expert_choice``.
+      slots: the slots, the result of ``assign_slots`` or ``expert_choice``.
       scores: what a router says; None where there is none.
     """
 
     experts: Value
     gates: Value
-    place: Value
+    slots: Value
     scores: Scores | None = None
 
     @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        tokens: tuple[str, ...] = placing(self.place).attrs["tokens"]
+        tokens: tuple[str, ...] = assigner(self.slots).attrs["tokens"]
         return tokens
 
     @property
     def choice(self) -> str:
         """The axis of the choices."""
-        (name,) = (n for n in self.place.type.names if n not in self.tokens)
+        (name,) = (n for n in self.slots.type.names if n not in self.tokens)
         return name
 
     @property
     def count(self) -> int:
         """The number of experts."""
-        experts: int = placing(self.place).attrs["experts"]
+        experts: int = assigner(self.slots).attrs["experts"]
         return experts
 
     @property
     def given(self) -> dict[str, Value]:
         """What the slots were given beside the experts."""
-        node = placing(self.place)
-        return given_to(node.operands, node.attrs)
+        node = assigner(self.slots)
+        return operands_by_word(node.operands, node.attrs)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,10 @@ class Means:
         return value(b.div(total, self.at_least_one(b.sum(counted, axes=tokens))))
 
     def over_units(self, x: Value) -> Value:
-        """Return the mean of ``[*tokens, expert]`` over the tokens of each unit."""
+        """Return the mean of ``[*tokens, expert]`` over the tokens of each unit.
+
+        A unit of nothing but padding has zeros.
+        """
         b = self.builder
         if "mask" not in self.routed.given and self.unit != "group":
             return value(b.mean(x, axes=self._inside_unit))
@@ -136,8 +139,27 @@ class Means:
         total, number = self._unit_sum(b.mul(x, counted)), self._unit_sum(counted)
         return value(b.div(total, self.at_least_one(number)))
 
+    def across_units(self, x: Value) -> Value:
+        """Return the mean of ``[*unit, …]`` over the units that have tokens, and over the rest.
+
+        Units of nothing but padding would dilute the mean; with no tokens at all it is 0.
+        """
+        b, filled = self.builder, self._filled
+        if filled is None or not filled.type.names:
+            return self.all(x)
+        units, counted = filled.type.names, self.cast(filled, x)
+        total = b.sum(b.mul(x, counted), axes=units)
+        return self.all(b.div(total, self.at_least_one(b.sum(counted, axes=units))))
+
+    def divisor(self, x: Value) -> Value:
+        """Return ``[*unit, …]`` with 1 for the units without tokens, so that 0 / 0 is not met."""
+        b, filled = self.builder, self._filled
+        if filled is None:
+            return x
+        return value(b.mask(x, b.less(self.constant(0.0, filled), filled), fill=1.0))
+
     def all(self, x: Value) -> Value:
-        """Return the mean of what is left: units, and prototypes."""
+        """Return the mean of what is left, prototypes for example."""
         return self.builder.mean(x, axes=x.type.names) if x.type.names else x
 
     def constant(self, number: float, like: Value) -> Value:
@@ -153,6 +175,14 @@ class Means:
         """Return `x`, a count that something is divided by."""
         return value(self.builder.maximum(x, self.constant(1.0, x)))
 
+    @cached_property
+    def _filled(self) -> Value | None:
+        """1 for the units that have tokens and 0 for the others; None where none is padding."""
+        if "mask" not in self.routed.given:
+            return None
+        number = self._unit_sum(self._counted(self.named))
+        return value(self.builder.minimum(number, self.constant(1.0, number)))
+
     def _counted(self, like: Value) -> Value:
         """Return 1 for tokens and 0 for padding, ``[*tokens]``."""
         b = self.builder
@@ -162,7 +192,7 @@ class Means:
 
     def _unit_sum(self, x: Value) -> Value:
         if self.unit == "group":
-            return value(self.builder.group_sum(x, self.routed.place))
+            return value(self.builder.group_sum(x, self.routed.slots))
         return value(self.builder.sum(x, axes=self._inside_unit))
 
     @property

@@ -7,20 +7,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from moecc.ir.traits import Cost
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
 from moecc.plan.networks import Route
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.traffic import part_transfers, sparse_rows
 from moecc.plan.workload import Part, Step, Workload
 
 BOUNDS = ("compute", "hbm", "network")
-
-MATERIALISED = frozenset({"softmax", "rms_norm", "layer_norm", "embedding", "dispatch", "combine"})
-"""Operations that read and write memory beside the products; others are fused into those."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class Estimate:
 class Estimator:
     """Estimates strategies for one model, batch and machine."""
 
-    def __init__(self, work: Workload, machine: Machine, setting: Setting) -> None:
+    def __init__(self, work: Workload, machine: Machine, setting: StepConfig) -> None:
         self.work = work
         self.machine = machine
         self.setting = setting
@@ -252,7 +250,7 @@ class Estimator:
         return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
 
 
-def _passes(step: Step, strategy: Strategy, setting: Setting) -> float:
+def _passes(step: Step, strategy: Strategy, setting: StepConfig) -> float:
     """Return how often a step's work is done: forward, twice backward, again."""
     if not setting.train:
         return 1.0
@@ -261,17 +259,17 @@ def _passes(step: Step, strategy: Strategy, setting: Setting) -> float:
 
 
 def _step_flops(step: Step, local: Sharding) -> float:
-    if step.op != "contract":
+    if step.cost is not Cost.PRODUCT:
         return 0.0
     return 2.0 * local.elements(step.axes)
 
 
 def _step_elements(step: Step, local: Sharding) -> float:
     """Return the elements that a step reads and writes, forward."""
-    if step.op != "contract" and step.op not in MATERIALISED:
+    if step.cost is Cost.FUSED:
         return 0.0
     shapes = [*step.operands, *step.results]
-    if step.op == "embedding":
+    if step.cost is Cost.LOOK_UP:
         # Of the table only the rows that are looked up.
         shapes = [*step.results, *step.results]
     return sum(map(local.elements, shapes))

@@ -15,8 +15,8 @@ from itertools import product
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh, nearest_divisor
-from moecc.layouts.rules import LayoutRule, read_layouts
 from moecc.plan.workload import Workload
+from moecc.sharding.rules import LayoutRule, read_layouts
 
 DENSE_WEIGHTS = ("whole", "split")
 """Whether parameters that are no experts' lie whole or split along the experts' axes."""

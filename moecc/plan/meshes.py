@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from moecc.errors import InputError, UsageError, nearest
 from moecc.ir.mesh import Mesh, parse_mesh
-from moecc.layouts.rules import mesh_axes
+from moecc.sharding.rules import mesh_axes
 
 AXES = ("data", "fsdp", "expert", "model")
 """The axes that layouts use, outermost first.

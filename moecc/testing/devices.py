@@ -14,6 +14,7 @@ from moecc.errors import InputError
 from moecc.ir.flow import spelled
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import mesh_of
+from moecc.ir.traits import Collective
 from moecc.testing.comparing import Trial, gaps
 from moecc.testing.data import Sizes, inputs_for, params_for
 
@@ -100,4 +101,4 @@ def device_gaps(trial: Trial) -> list[str]:
 
 def _is_open(graph: Graph) -> bool:
     """Whether it is not said yet by which collectives a value is brought elsewhere."""
-    return any(n.op.name == "reshard" for n in graph.every_node())
+    return any(n.op.collective is Collective.ANY for n in graph.every_node())

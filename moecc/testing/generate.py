@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from moecc.ir.dtypes import BF16, F32, F64
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.table.placing import is_place
-from moecc.ir.types import TensorType
+from moecc.ir.table.slots import is_slots
 from moecc.testing.blocks import BLOCKS
+from moecc.testing.choices import Decisions
 from moecc.testing.growth import Growth, Step
 from moecc.testing.planting import Example, plant
 from moecc.testing.steps import SIMPLE
+from moecc.types.dtypes import BF16, F32, F64
+from moecc.types.tensor import TensorType
 
 MAX_STEPS = 8
 """The most steps of a graph; a step is an operation or a block."""
-
-
-class Decisions:
-    """Decisions that a seed makes."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-
-    def below(self, count: int) -> int:
-        """Return a number from 0 to `count` − 1, each as likely."""
-        return int(self._rng.integers(count))
 
 
 def random_graph(
@@ -134,7 +122,7 @@ def _cut(graph: Graph, node: Node) -> None:
 def _stand_in(value: Value) -> Value | str | None:
     """Return what `value` may be exchanged for: an operand, ``"input"``, or None for nothing."""
     assert value.node is not None
-    if is_place(value):
+    if is_slots(value):
         return None
     if not value.type.extents:
         return "input"

@@ -36,7 +36,7 @@ def gradient_gaps(trial: Trial) -> list[str]:
 
 
 def _stops(graph: Graph) -> list[Node]:
-    return [n for n in graph if n.op.name == "stop_gradient" and n.result.type.dtype.is_float]
+    return [n for n in graph if n.op.blocks_gradient and n.result.type.dtype.is_float]
 
 
 _HeldRun = tuple[Graph, tuple[Arrays, Arrays], dict[str, Data]]

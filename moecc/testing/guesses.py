@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from types import CodeType
 from typing import Any
 
-from moecc.ir.dtypes import I32, KEY, PRED
 from moecc.ir.ops import Attr, OpDef
-from moecc.ir.types import Axis, TensorType
 from moecc.rewrite.pattern import AttrPattern, OneOf, OpPattern, Pattern
 from moecc.testing.growth import Growth, fixed, mixable_fixed
+from moecc.types.dtypes import I32, KEY, PRED
+from moecc.types.tensor import Axis, TensorType
 
 NEW_NAMES = ("mlp", "embed", "head", "vocab")
 """What axes that a weight adds may be called, beside what the pattern names."""

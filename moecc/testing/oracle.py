@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from math import lcm
 
 from moecc.ir.graph import Graph, Value
-from moecc.ir.types import Extent
 from moecc.testing.comparing import TOLERANCE, Trial
 from moecc.testing.comparing import run_reference as run_reference
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
 from moecc.testing.devices import device_gaps, divisible, moved_values
 from moecc.testing.gradients import gradient_gaps
 from moecc.testing.precision import weight_gaps
+from moecc.types.tensor import Extent
 
 
 def assert_same(

@@ -13,16 +13,17 @@ from functools import cache
 from typing import Any
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops import Attr, OpDef
-from moecc.ir.types import TensorType, is_name
 from moecc.rewrite.pattern import AttrPattern, Leaf, OneOf, OpPattern, Pattern
 from moecc.testing.blocks import BLOCKS
+from moecc.testing.choices import Decisions
 from moecc.testing.growth import Growth, Step, T
 from moecc.testing.guesses import attribute, operand_type, operands_of, stream_type
 from moecc.testing.steps import SIMPLE
 from moecc.testing.weights import grow_weight
+from moecc.types.dtypes import F32
+from moecc.types.tensor import TensorType, is_name
 
 BUILDS = 6
 """How often the operands of one operation are made anew."""
@@ -151,7 +152,7 @@ class PatternMaker:
         if g.chance(30):
             return g.param(hint, type.axes, type.dtype)
         # Rules about weights need expressions more often than other steps do.
-        weight = grow_weight(g, type)
+        weight = grow_weight(g.choices, type)
         return g.graph.param(g.graph.fresh(hint), type, weight, loc=g.builder.loc)
 
     def _bind(self, name: str | None, thing: T) -> T:
@@ -304,26 +305,29 @@ def _padded(pattern: OpPattern, node: Node) -> list[Pattern | None]:
 @cache
 def _is_guessable(entry: OpDef) -> bool:
     """Return whether guesses ever make the operation; they are tried on graphs of their own."""
-    from moecc.testing.generate import Decisions
-
     pattern = OpPattern(frozenset({entry}), tuple(Leaf() for _ in entry.operands))
     for seed in range(4):
-        g = Growth(Decisions(seed), F32)
-        x = g.input("x", TensorType(F32, (*g.tokens, g.embed)))
+        g = _new_growth(seed)
         with suppress(Misfit):
-            PatternMaker(g, ()).guessed(pattern, entry, x, None)
+            PatternMaker(g, ()).guessed(pattern, entry, g.values[0], None)
             return True
     return False
+
+
+def _new_growth(seed: int) -> Growth:
+    g = Growth(Decisions(seed), F32)
+    g.input("x", TensorType(F32, (*g.tokens, g.embed)))
+    return g
 
 
 @cache
 def steps_by_operation() -> dict[str, tuple[Step, ...]]:
     """Return, for each operation, the steps that now and then append it."""
-    from moecc.testing.generate import random_graph
-
     found: dict[str, list[Step]] = {}
     for step in (*SIMPLE, *BLOCKS):
-        graphs = (random_graph(s, steps=[step], max_steps=2, dead=True) for s in range(16))
-        for name in {n.op.name for graph in graphs for n in graph}:
+        grown = [_new_growth(seed) for seed in range(16)]
+        for g in grown * 2:
+            step(g)
+        for name in {n.op.name for g in grown for n in g.graph}:
             found.setdefault(name, []).append(step)
     return {name: tuple(steps) for name, steps in found.items()}

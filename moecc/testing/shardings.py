@@ -13,12 +13,12 @@ from typing import Any
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.mesh import Mesh, misplaced, set_mesh
+from moecc.ir.mesh import Mesh, set_mesh, sharding_problems
 from moecc.ir.structure import copied
-from moecc.ir.table.placing import is_place, placed_experts
-from moecc.ir.types import Axis, TensorType
+from moecc.ir.table.slots import experts_of, is_slots
 from moecc.ir.unroll import unrolled
-from moecc.testing.growth import Choices
+from moecc.testing.choices import Choices
+from moecc.types.tensor import Axis, TensorType
 
 
 def random_sharding(graph: Graph, choices: Choices, mesh: Mesh) -> Graph:
@@ -94,16 +94,16 @@ class _Sharder:
     def _append(self, node: Node) -> None:
         """Append a copy of `node`, on operands that lie as it can take them."""
         builder = Builder(self.copy, loc=node.loc, origin=node.origin)
-        slots = [v for v in node.operands if is_place(v)]
+        slots = [v for v in node.operands if is_slots(v)]
         # Slots belong to the choices that they were given to, as these lay.
-        bound = {placed_experts(p): placed_experts(self.values[p]) for p in slots}
+        bound = {experts_of(p): experts_of(self.values[p]) for p in slots}
         bound |= {p: self.values[p] for p in slots}
         operands = [bound.get(v) or self.values[v] for v in node.operands]
         free = [i for i, v in enumerate(node.operands) if v not in bound]
         for at in free:
             if self._chance(25):
                 operands[at] = self._moved(builder, operands[at])
-        if self.whole_slots and is_place(node.results[-1]):
+        if self.whole_slots and is_slots(node.results[-1]):
             operands = [_gathered(builder, v) for v in operands]
         made = self._first_that_fits(builder, node, operands, free)
         self.kept.add(made)
@@ -127,7 +127,7 @@ class _Sharder:
         made = self.copy.append(
             node.op, operands, copied(node.attrs), names=names, loc=node.loc, origin=node.origin
         )
-        problems = [p for v in made.results for p in misplaced(v.type, self.mesh)]
+        problems = [p for v in made.results for p in sharding_problems(v.type, self.mesh)]
         if problems:
             made.erase()
             raise InputError(problems)

@@ -12,7 +12,8 @@ from moecc.ir.graph import Graph
 from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
-from moecc.testing.generate import MAX_STEPS, Decisions, keep_only, random_graph
+from moecc.testing.choices import Decisions
+from moecc.testing.generate import MAX_STEPS, keep_only, random_graph
 from moecc.testing.growth import Step
 from moecc.testing.pattern_maker import steps_by_operation
 from moecc.testing.planting import Example

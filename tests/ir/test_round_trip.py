@@ -26,8 +26,8 @@ from moecc.ir import (
     print_graph,
     tensor,
 )
-from moecc.ir.literals import parse_type
 from moecc.testing import graphs, laws
+from moecc.types.text import parse_type
 
 FIRST = string.ascii_letters + string.digits + "_"
 VALUE_NAMES = st.builds(
@@ -246,7 +246,7 @@ def test_an_extent_refers_to_its_place_by_name() -> None:
         "moecc 1\ngraph g {\n"
         "  input %x : f32[batch=B, embed=4]\n"
         "  input %e : i32[batch=B, choice=2]\n"
-        "  %p.1 = place %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
+        "  %p.1 = assign_slots %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
         "  %r = dispatch %x, %e, %p.1 : f32[group=1, expert=3, slot=ragged(%p.1), embed=4]\n"
         "  output y = %r\n}\n"
     )

@@ -6,15 +6,16 @@ The global values stay: collectives are the identity there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from moecc.errors import InputError
-from moecc.ir import Builder, Graph, Value
-from moecc.ir.flow import FLOWS, Rule, Space
+from moecc.ir import OPS, Builder, Graph, Value
+from moecc.ir.flow import Rule, Space
 from moecc.ir.mesh import Mesh, mesh_of, set_mesh
-from moecc.ir.ops import Attrs
+from moecc.ir.operand import Attrs, Entry, Operand
 from moecc.ir.replace import infer_again
-from moecc.ir.types import Axis
+from moecc.types.tensor import Axis
 
 from .rewriting import maker, named
 
@@ -73,7 +74,7 @@ def return_a_sum_not_carried_out(graph: Graph) -> int:
 def exchange_the_mesh_axes(graph: Graph) -> int:
     """What lay on a lies on b, everywhere: a graph as good, which nobody asked for."""
     other = {"a": "b", "b": "a"}
-    laid = [v for v in (*graph.inputs.values(), *graph.params.values()) if v.type.is_placed]
+    laid = [v for v in (*graph.inputs.values(), *graph.params.values()) if v.type.is_sharded]
     for value in laid:
         axes = (Axis(a.name, a.size, tuple(other[m] for m in a.mesh)) for a in value.type.axes)
         value.type = value.type.with_axes(axes)
@@ -124,27 +125,25 @@ MUTANTS = named(
 )
 
 
-def free(name: str) -> Rule:
-    """Return the rule of `name`, which needs nothing whole any more."""
-    rule = FLOWS[name]
+def free(rule: Rule) -> Rule:
+    """Return a rule that needs nothing whole any more."""
 
-    def wrong(operands: Sequence[Value], attrs: Attrs) -> Space:
-        return replace(rule(operands, attrs), whole=frozenset())
-
-    return wrong
-
-
-def unsummed(name: str) -> Rule:
-    """Return the rule of `name`, which forgets that it sums."""
-    rule = FLOWS[name]
-
-    def wrong(operands: Sequence[Value], attrs: Attrs) -> Space:
-        return replace(rule(operands, attrs), summed=frozenset())
+    def wrong(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+        return replace(rule(entry, operands, attrs), whole=frozenset())
 
     return wrong
 
 
-TABLES: dict[str, Callable[[str], Rule]] = {
+def unsummed(rule: Rule) -> Rule:
+    """Return a rule that forgets that the operation sums."""
+
+    def wrong(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+        return replace(rule(entry, operands, attrs), summed=frozenset())
+
+    return wrong
+
+
+TABLES: dict[str, Callable[[Rule], Rule]] = {
     "softmax": free,
     "rms_norm": free,
     "max": free,
@@ -152,4 +151,17 @@ TABLES: dict[str, Callable[[str], Rule]] = {
     "contract": unsummed,
     "sum": unsummed,
 }
-"""Operations whose rule of flow is wrong, so that an axis may be split that must not be."""
+"""Operations whose row is wrong about sharding, so that an axis may be split that must not be."""
+
+
+@contextmanager
+def wrong_row(name: str) -> Iterator[None]:
+    """Make the row of an operation wrong about sharding for a while."""
+    entry, rule = OPS[name], OPS[name].sharding
+    assert rule is not None
+    # Rows are frozen, and compared by identity: a copy would be another operation.
+    object.__setattr__(entry, "sharding", TABLES[name](rule))
+    try:
+        yield
+    finally:
+        object.__setattr__(entry, "sharding", rule)

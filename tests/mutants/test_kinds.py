@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from moecc.ir import OPS, Graph, equal
-from moecc.ir.flow import FLOWS
 from moecc.pipeline.passes import Pass
 from moecc.rewrite import P
 from moecc.testing import graphs, laws
@@ -61,10 +60,7 @@ def test_each_mutant_is_caught(item: Pass, strategy: Any, start: int) -> None:
 
 @pytest.mark.parametrize("start", SEEDS)
 @pytest.mark.parametrize("name", meshes.TABLES)
-def test_a_table_that_splits_what_must_be_whole_is_caught(
-    name: str, start: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(FLOWS, name, meshes.TABLES[name](name))
+def test_a_row_that_splits_what_must_be_whole_is_caught(name: str, start: int) -> None:
     operation = P.op(name, *(P.any() for _ in OPS[name].operands))
 
     @seed(start)
@@ -73,7 +69,8 @@ def test_a_table_that_splits_what_must_be_whole_is_caught(
     def law(graph: Graph) -> None:
         laws.check_sharded(graph)
 
-    with pytest.raises(AssertionError, match="devices compute something else"):
+    wrong = pytest.raises(AssertionError, match="devices compute something else")
+    with meshes.wrong_row(name), wrong:
         law()
 
 

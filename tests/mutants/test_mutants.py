@@ -1,9 +1,10 @@
 """The tests are tested: every wrong pass is caught, and no right one is.
 
 The modules beside this one have deliberately wrong passes by subject, each a mistake that somebody
-has made or could make.  Those that values do not show are caught in ``test_kinds.py``.  The public strategies and laws catch each of them within 1,000 examples,
-most within a few.  Which examples those are hangs on the modules that are loaded, too, since
-Hypothesis draws constants from them.
+has made or could make.  Those that values do not show are caught in ``test_kinds.py``.  The public
+strategies and laws catch each of the others within 1,000 examples, most within a few.  Which
+examples those are hangs on the modules that are loaded, too, since Hypothesis draws constants from
+them.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from moecc_passes.sharding.lower import LowerCollectivesPass
 from moecc.errors import InputError
 from moecc.ir import Graph, clone, equal, parse, verify
 from moecc.ir.mesh import parse_mesh
-from moecc.layouts.rules import LayoutRule
 from moecc.pipeline.passes import Context
+from moecc.sharding.rules import LayoutRule
 from moecc.testing import graphs, inputs_for, params_for, run_reference, sizes_for
 
 from .meshes import model, run

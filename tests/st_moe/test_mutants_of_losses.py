@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import moecc_backends.reference.placing as placing
+import moecc_backends.reference.slots as placing
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from moecc_passes import add_losses
@@ -56,6 +56,14 @@ def count_padding(self: Means, x: Value) -> Value:
 
 def take_the_batch_for_a_group(self: Means, x: Value) -> Value:
     return self.builder.mean(x, axes=TOKENS)
+
+
+def count_units_of_padding(self: Means, x: Value) -> Value:
+    return self.all(x)
+
+
+def divide_by_the_mean_of_nothing(self: Means, x: Value) -> Value:
+    return x
 
 
 def variation_of_the_sum_of_squares(self: LossBuilder) -> Value:
@@ -108,6 +116,18 @@ MUTANTS: dict[str, tuple[object, str, Any, Callable[[], None]]] = {
             "over_units",
             take_the_batch_for_a_group,
             test_losses.test_balance_over_groups_sequences_and_the_batch,
+        ),
+        (
+            Means,
+            "across_units",
+            count_units_of_padding,
+            test_losses.test_a_unit_of_nothing_but_padding_counts_nowhere,
+        ),
+        (
+            Means,
+            "divisor",
+            divide_by_the_mean_of_nothing,
+            test_losses.test_a_unit_of_nothing_but_padding_counts_nowhere,
         ),
         (
             LossBuilder,

@@ -29,7 +29,7 @@ PATTERNS: dict[str, Pattern] = {
         P.contract(P.any("r"), P.param("w")), P.any("e"), P.any("p"), P.any("g")
     ),
     "a router": P.route(P.contract(P.any(), P.param("w")), ...),
-    "slots": P.place(P.op("route", ...), ...),
+    "slots": P.assign_slots(P.op("route", ...), ...),
     "rotary tables, the second result": P.rotate(
         _x, P.rope(P.positions(P.any())), P.rope(P.any()).result(1)
     ),

@@ -11,18 +11,18 @@ from hypothesis import assume, given, settings
 from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32, F64, I32, KEY
 from moecc.ir.ops import OPS
-from moecc.ir.types import TensorType, tensor
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.testing import graphs, random_graph, run_reference
+from moecc.types.dtypes import F32, F64, I32, KEY
+from moecc.types.tensor import TensorType, tensor
 
 from .models import GOLDEN, assert_close, compiled, decoder, is_decided, random_data, relative
 
 jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function, jax_inputs, numpy_output  # noqa: E402
-from moecc_backends.xla.context import LOWERINGS  # noqa: E402
+from moecc_backends.xla.trace.context import LOWERINGS  # noqa: E402
 
 EXACT = 1e-9
 """For float64; `assert_close` allows more where a graph amplifies rounding."""

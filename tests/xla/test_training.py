@@ -9,9 +9,9 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import BF16, F32, I32
 from moecc.ir.graph import Graph
-from moecc.ir.types import tensor
+from moecc.types.dtypes import BF16, F32, I32
+from moecc.types.tensor import tensor
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
@@ -19,8 +19,8 @@ pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.options import Options  # noqa: E402
-from moecc_backends.xla.training import (  # noqa: E402
+from moecc_backends.xla.trace.options import Options  # noqa: E402
+from moecc_backends.xla.train.step import (  # noqa: E402
     IGNORED,
     OPTIMIZERS,
     TARGETS,

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from moecc.ir.dtypes import DType
-
-if TYPE_CHECKING:
-    from moecc_backends.reference.placing import Placement
+from moecc.types.dtypes import DType
 
 Data = np.ndarray[Any, Any]
 
 NOTHING = np.iinfo(np.int64).min
 """What stands for an integer beyond a ragged extent, where a float has NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotAssignment:
+    """Where the choices of each group of tokens went.
+
+    Attributes:
+      tokens: the token axes, outermost first.
+      extents: the slots in use, `[group, expert]`.
+      slots: the slots that every expert has: the capacity, or the largest extent.
+      is_ragged: whether slots beyond an extent are not there.
+    """
+
+    tokens: tuple[str, ...]
+    extents: Data
+    slots: int
+    is_ragged: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +41,13 @@ class Array:
       data: float64, int64 (uint64 for u64 and keys) or bool.
       axes: the names of its axes, in order.
       dtype: the element type that the graph declares; only a cast asks for it.
-      placement: for a result of ``place``, what ``dispatch`` and ``combine`` need to know.
+      placement: for a result of ``assign_slots``, what ``dispatch`` and ``combine`` need to know.
     """
 
     data: Data
     axes: tuple[str, ...]
     dtype: DType | None = None
-    placement: Placement | None = None
+    assignment: SlotAssignment | None = None
 
     def size(self, axis: str) -> int:
         """Return the size of `axis`."""
@@ -48,7 +62,7 @@ class Array:
 
     def map(self, function: Callable[[Data], Data]) -> Array:
         """Return the array of what `function` makes of the data, whose axes stay."""
-        return replace(self, data=function(self.data), placement=None)
+        return replace(self, data=function(self.data), assignment=None)
 
     def positions(self, axes: Iterable[str]) -> tuple[int, ...]:
         """Return the positions of `axes`."""

@@ -15,19 +15,19 @@ import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
-from moecc.ir.types import TensorType
 from moecc.ir.verify import where
+from moecc.types.tensor import TensorType
 from moecc_backends.reference.arrays import Array, Data
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.exchange import EXCHANGES, Sent, added
 from moecc_backends.reference.interpreter import bind
 from moecc_backends.reference.on_device import run_local
-from moecc_backends.reference.placing import poison
 from moecc_backends.reference.repetition import picked, stacked_along
+from moecc_backends.reference.slots import poison
 
 Parts = dict[Coordinates, Array]
 """What each device holds of one value."""
@@ -104,7 +104,7 @@ class _Simulator:
 
     Attributes:
       held: the parts of every value that has been computed.
-      extents: for each ``place`` value, the slots in use of the whole, ``[group, expert]``.
+      extents: for each ``assign_slots`` value, the slots in use of the whole, ``[group, expert]``.
     """
 
     def __init__(self, mesh: Mesh, result: Run) -> None:
@@ -193,9 +193,9 @@ class _Simulator:
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 
     def _note_extents(self, node: Node) -> None:
-        """Put the extents of a ``place`` together from those that the devices counted."""
+        """Put the extents of an ``assign_slots`` together from those that the devices counted."""
         value = node.results[-1]
-        found = {d: a.placement for d, a in self.held[value].items()}
+        found = {d: a.assignment for d, a in self.held[value].items()}
         if any(p is None for p in found.values()):
             return
         outermost = value.type[node.attrs["tokens"][0]]
@@ -205,7 +205,7 @@ class _Simulator:
 
     def _rows(self, type: TensorType, at: Coordinates) -> Data:
         """Return the slots in use of the device's part of ragged rows, ``[group, expert]``."""
-        (place,) = {e.value for e in type.extents if e.kind == "ragged"}
+        (place,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
         whole = Array(self.extents[place], ("group", "expert"))
         kept = tuple(a for a in type.axes if a.name in ("group", "expert"))
         return cut(whole, type.with_axes(kept), at, self.mesh).to(("group", "expert"))
@@ -220,7 +220,7 @@ class _Simulator:
 
     def _emptied(self, x: Array, type: TensorType, at: Coordinates, slot: str) -> Array:
         """Return `x` with as many slots as the whole has, and nothing beyond the extents."""
-        (place,) = {e.value for e in type.extents if e.kind == "ragged"}
+        (place,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
         x = _with_slots(x, slot, int(self.extents[place].max(initial=0)))
         extents = self._rows(type, at)
         beyond = np.arange(x.size(slot)) >= extents[..., None]

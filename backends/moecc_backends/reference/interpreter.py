@@ -15,45 +15,12 @@ import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.dtypes import F64, DType
-from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.types import Extent
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.verify import where
-from moecc_backends.reference.arrays import MEANINGS, Array, Data
+from moecc.types.tensor import Extent
+from moecc_backends.reference.arrays import MEANINGS, Array, Data, SlotAssignment
 from moecc_backends.reference.elementwise import stored
-from moecc_backends.reference.placing import Placement, poisoned
-
-
-class ReferenceBackend:
-    """Runs graphs with the meaning of each operation, written down in NumPy."""
-
-    name = "reference"
-
-    def compile(self, graph: Graph, *, dtype: DType = F64) -> ReferenceProgram:
-        """Return `graph` ready to run; it is always computed in float64.
-
-        Raises:
-          InputError: an operation has no meaning here.
-        """
-        problems = [
-            Problem("the reference backend has no meaning for this operation", where(node))
-            for node in graph
-            if node.op.name not in MEANINGS
-        ]
-        if problems:
-            raise InputError(problems)
-        return ReferenceProgram(graph)
-
-    def run_on_mesh(self, graph: Graph, params: Arrays, inputs: Arrays) -> dict[str, Data]:
-        """Return the outputs that the devices of the mesh of `graph` compute together.
-
-        Raises:
-          InputError: as `moecc_backends.reference.devices.simulate`.
-          AssertionError: devices hold different copies of what should be the same.
-        """
-        from moecc_backends.reference.devices import simulate
-
-        return simulate(graph, params, inputs).outputs
+from moecc_backends.reference.slots import poisoned
 
 
 @dataclass(frozen=True)
@@ -101,7 +68,7 @@ class _State:
     """Arrays of the values that are still needed, and the placements, which are small."""
 
     arrays: dict[Value, Array]
-    placements: dict[Value, Placement]
+    assignments: dict[Value, SlotAssignment]
     left: dict[Value, int]
 
     def load(self, value: Value, given: Mapping[Value, Data]) -> Array:
@@ -135,11 +102,11 @@ class _State:
 
     def finish(self, array: Array, value: Value) -> Array:
         """Return a result with its declared type, and with nothing beyond ragged extents."""
-        if array.placement is not None:
-            self.placements[value] = array.placement
+        if array.assignment is not None:
+            self.assignments[value] = array.assignment
         ragged = value.type.ragged
         if ragged is not None and isinstance(ragged.size, Extent):
-            array = poisoned(array, ragged.name, self.placements[ragged.size.value])
+            array = poisoned(array, ragged.name, self.assignments[setter_of(ragged.size)])
         return replace(array, dtype=value.type.dtype)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32, I32, PRED
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import (
     axis_of,
     mixes_axis,
@@ -18,13 +18,12 @@ from moecc.ir.table.rules import (
     no_ragged,
     widest,
 )
-from moecc.ir.types import Axis, TensorType
+from moecc.ir.traits import Residual
+from moecc.types.dtypes import F32, I32, PRED
+from moecc.types.tensor import Axis, TensorType
 
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
-
-def _infer_rope(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_rope(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     positions = operands[0].type
     need_kind(positions, "int", "the positions")
     if attrs["size"] <= 0 or attrs["size"] % 2:
@@ -55,7 +54,7 @@ def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
         yield "beta_slow not above beta_fast", 0 < slow <= fast < math.inf
 
 
-def _mixes_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def _mixes_positions(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     # Dynamic scaling looks at the largest position of all.
     return operands[0].type.names if attrs["scaling"] == "dynamic" else ()
 
@@ -71,7 +70,7 @@ register(
         results=("cos", "sin"),
         attrs={
             "axis": Attr("axis", doc="the new axis"),
-            "size": Attr("int", doc="its size, the head dimension"),
+            "size": Attr("int", doc="its size, the head dimension", shrinks=True),
             "theta": Attr("float", 10000.0, doc="the base of the frequencies"),
             "scaling": Attr("str", "default", ROPE_SCALINGS, doc="how the frequencies are scaled"),
             "factor": Attr("float", 1.0, doc="the scaling factor"),
@@ -84,11 +83,12 @@ register(
             "attention_factor": Attr("float", 1.0, doc="what both tables are multiplied by"),
         },
         mixes=_mixes_positions,
+        sharding=by_name,
     )
 )
 
 
-def _infer_rotate(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_rotate(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, cos, sin = (v.type for v in operands)
     for type in (x, cos, sin):
         need_float(type)
@@ -115,11 +115,13 @@ register(
         attrs={"axis": Attr("axis", doc="the axis")},
         mixes=mixes_axis,
         linear=(0,),
+        residual=Residual((1, 2), of=(0,)),
+        sharding=by_name,
     )
 )
 
 
-def _infer_causal(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_causal(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     query, key = (v.type for v in operands)
     need_kind(query, "int", "the positions of the queries")
     need_kind(key, "int", "the positions of the keys")
@@ -133,6 +135,7 @@ register(
         ("query", "key"),
         _infer_causal,
         attrs={"window": Attr("int", 0, doc="the sliding window in tokens; 0: none")},
+        sharding=by_name,
     )
 )
 
@@ -159,7 +162,7 @@ def bucket_starts(attrs: Attrs) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def _infer_relative_buckets(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_relative_buckets(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     query, key = (v.type for v in operands)
     need_kind(query, "int", "the positions of the queries")
     need_kind(key, "int", "the positions of the keys")
@@ -191,5 +194,6 @@ register(
             "buckets": Attr("int", 32, doc="the number of buckets, of both directions together"),
             "max_distance": Attr("int", 128, doc="from where on all distances are one bucket"),
         },
+        sharding=by_name,
     )
 )

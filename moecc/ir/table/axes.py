@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32, I32
+from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import along_axis, by_name, cut, looked_up, merged, renamed
 from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, no_ragged, same_size
-from moecc.ir.types import Axis, TensorType
+from moecc.ir.traits import Cut, Index, Product, Residual, Role
+from moecc.types.dtypes import F32, I32
+from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Value
+    from moecc.ir.mesh import Mesh
 
 
-def _infer_rename(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_rename(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot rename")
@@ -32,11 +35,13 @@ register(
         _infer_rename,
         attrs={"axis": Attr("axis", doc="the old name"), "to": Attr("axis", doc="the new name")},
         linear=(0,),
+        alias=True,
+        sharding=renamed,
     )
 )
 
 
-def _infer_split(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_split(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot split")
@@ -55,6 +60,17 @@ def _infer_split(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (type.with_axes(no_duplicates(axes)),)
 
 
+def _split_sizes(node: Definition) -> Product:
+    whole = node.operands[0].type[node.attrs["axis"]].size
+    return Product(whole, tuple(size for _, size in node.attrs["into"]))
+
+
+def _split_locally(node: Definition, mesh: Mesh) -> dict[str, Any]:
+    (name, size), *others = node.attrs["into"]
+    shards = mesh.size(node.result.type[name].mesh)
+    return {**node.attrs, "into": ((name, size // shards), *others)}
+
+
 register(
     OpDef(
         "split",
@@ -63,11 +79,15 @@ register(
         _infer_split,
         attrs={"axis": Attr("axis", doc="the axis"), "into": Attr("sizes", doc="the new axes")},
         linear=(0,),
+        alias=True,
+        sharding=cut,
+        local=_split_locally,
+        sizes=_split_sizes,
     )
 )
 
 
-def _infer_merge(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_merge(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     names: tuple[str, ...] = attrs["axes"]
     parts = [axis_of(type, n) for n in names]
@@ -82,6 +102,11 @@ def _infer_merge(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (type.with_axes(no_duplicates(axes)),)
 
 
+def _merge_sizes(node: Definition) -> Product:
+    parts = tuple(node.operands[0].type[name].size for name in node.attrs["axes"])
+    return Product(node.result.type[node.attrs["into"]].size, parts)
+
+
 register(
     OpDef(
         "merge",
@@ -90,11 +115,14 @@ register(
         _infer_merge,
         attrs={"axes": Attr("axes", doc="the axes"), "into": Attr("axis", doc="the new axis")},
         linear=(0,),
+        alias=True,
+        sharding=merged,
+        sizes=_merge_sizes,
     )
 )
 
 
-def _infer_broadcast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_broadcast(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, like = (v.type for v in operands)
     for axis in x.axes:
         same_size(axis_of(like, axis.name, "the operand that gives the axes"), axis)
@@ -108,11 +136,13 @@ register(
         ("x", "like"),
         _infer_broadcast,
         linear=(0,),
+        alias=True,
+        sharding=by_name,
     )
 )
 
 
-def _infer_slice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_slice(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot slice")
@@ -126,6 +156,11 @@ def _infer_slice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (type.with_axes(Axis(a.name, stop - start) if a is old else a for a in type.axes),)
 
 
+def _slice_sizes(node: Definition) -> Cut:
+    size = node.operands[0].type[node.attrs["axis"]].size
+    return Cut(size, (node.attrs["start"], node.attrs["stop"]))
+
+
 register(
     OpDef(
         "slice",
@@ -134,16 +169,19 @@ register(
         _infer_slice,
         mixes=mixes_axis,
         linear=(0,),
+        alias=True,
+        sharding=by_name,
+        sizes=_slice_sizes,
         attrs={
             "axis": Attr("axis", doc="the axis"),
-            "start": Attr("int", doc="the first index"),
-            "stop": Attr("int", doc="the index after the last"),
+            "start": Attr("int", doc="the first index", shrinks=True),
+            "stop": Attr("int", doc="the index after the last", shrinks=True),
         },
     )
 )
 
 
-def _infer_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_positions(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     axis = axis_of(operands[0].type, attrs["axis"])
     if axis.is_ragged:
         raise InputError(f"no positions along the ragged axis {axis.name!r}", found=str(axis))
@@ -158,11 +196,12 @@ register(
         _infer_positions,
         attrs={"axis": Attr("axis", doc="the axis")},
         mixes=mixes_axis,
+        sharding=along_axis,
     )
 )
 
 
-def _infer_embedding(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_embedding(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     table, ids = (v.type for v in operands)
     need_kind(ids, "int", "the indices")
     picked = axis_of(table, attrs["axis"], "the table")
@@ -179,11 +218,15 @@ register(
         attrs={"axis": Attr("axis", doc="the axis of the table that the indices run over")},
         mixes=mixes_axis,
         linear=(0,),
+        residual=Residual((1,)),
+        sharding=looked_up,
+        index=Index(1, lambda node: node.operands[0].type[node.attrs["axis"]].size, strict=True),
+        roles=(Role.TABLE,),
     )
 )
 
 
-def _infer_one_hot(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_one_hot(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     ids = operands[0].type
     need_kind(ids, "int", "the indices")
     into = tuple(Axis(name, size) for name, size in attrs["into"])
@@ -201,5 +244,7 @@ register(
         ("ids",),
         _infer_one_hot,
         attrs={"into": Attr("sizes", doc="the new axis and its size")},
+        sharding=by_name,
+        index=Index(0, lambda node: node.attrs["into"][0][1]),
     )
 )

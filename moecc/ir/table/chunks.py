@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
+from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import in_parts
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Value
+    from moecc.ir.mesh import Mesh
 
 _PARTS = Attr("int", 1, doc="how many equal runs of the axis give a piece each to a chunk")
 
@@ -41,7 +43,7 @@ def _resized(type: TensorType, axis: Axis, size: int) -> TensorType:
     return type.with_axes(replace(a, size=size) if a is axis else a for a in type.axes)
 
 
-def _infer_chunk(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_chunk(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type, of, parts = operands[0].type, attrs["of"], attrs["parts"]
     if not 0 <= attrs["at"] < of or parts < 1:
         raise InputError(
@@ -51,6 +53,11 @@ def _infer_chunk(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
         )
     axis, size = _whole(type, attrs, of * parts)
     return (_resized(type, axis, size // of),)
+
+
+def _own_parts(node: Definition, mesh: Mesh) -> dict[str, Any]:
+    shards = mesh.size(node.result.type[node.attrs["axis"]].mesh)
+    return {**node.attrs, "parts": node.attrs["parts"] // shards}
 
 
 register(
@@ -69,12 +76,14 @@ register(
             "parts": _PARTS,
         },
         mixes=mixes_axis,
+        sharding=in_parts,
+        local=_own_parts,
         linear=(0,),
     )
 )
 
 
-def _infer_join(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_join(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     first = operands[0].type
     for value in operands[1:]:
         if value.type != first:
@@ -94,6 +103,8 @@ register(
         results=("joined",),
         attrs={"axis": Attr("axis", doc="the axis"), "parts": _PARTS},
         mixes=mixes_axis,
+        sharding=in_parts,
+        local=_own_parts,
         variadic=True,
     )
 )

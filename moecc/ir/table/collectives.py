@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, nearest
 from moecc.ir.flow import spelled
-from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
+from moecc.ir.operand import Operand
+from moecc.ir.ops import OPS, Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.rules import axis_of
-from moecc.ir.types import Axis, Extent, TensorType, is_name
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
+from moecc.ir.traits import Collective
+from moecc.types.tensor import Axis, Extent, TensorType, is_name
 
 _MESH = Attr("axes", doc="the mesh axes, outermost first")
 
@@ -64,19 +62,19 @@ def _reduced(type: TensorType, mesh: tuple[str, ...]) -> TensorType:
     return TensorType(type.dtype, type.axes, left)
 
 
-def _infer_all_gather(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_all_gather(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     return (_gathered(operands[0].type, attrs["axis"], attrs["mesh"]),)
 
 
-def _infer_shard(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_shard(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     return (_scattered(operands[0].type, attrs["axis"], attrs["mesh"]),)
 
 
-def _infer_all_reduce(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_all_reduce(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     return (_reduced(operands[0].type, attrs["mesh"]),)
 
 
-def _infer_reduce_scatter(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_reduce_scatter(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     whole = _reduced(operands[0].type, attrs["mesh"])
     return (_scattered(whole, attrs["axis"], attrs["mesh"]),)
 
@@ -88,7 +86,7 @@ def _moved(type: TensorType, attrs: Attrs) -> TensorType:
     return _scattered(gathered, attrs["split"], attrs["mesh"])
 
 
-def _infer_all_to_all(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_all_to_all(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     if type.ragged is not None:
         raise InputError(
@@ -98,19 +96,19 @@ def _infer_all_to_all(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorTy
     return (_moved(type, attrs),)
 
 
-def _infer_ragged(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_ragged(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     if type.ragged is None or {attrs["split"], attrs["gather"]} != {"group", "expert"}:
         raise InputError(
             "ragged_all_to_all exchanges ragged rows between their groups and their experts",
-            expected="an axis slot=ragged(%place); split and gather group and expert",
+            expected="an axis slot=ragged(%slots); split and gather group and expert",
             found=str(type),
             hint="all_to_all moves what is not ragged",
         )
     return (_moved(type, attrs),)
 
 
-def parse_placement(text: str) -> dict[str, tuple[str, ...]]:
+def parse_sharding(text: str) -> dict[str, tuple[str, ...]]:
     """Return the mesh axes of each axis that ``batch@data,mlp@model*expert`` names.
 
     Raises:
@@ -128,24 +126,24 @@ def parse_placement(text: str) -> dict[str, tuple[str, ...]]:
     return placement
 
 
-def format_placement(type: TensorType) -> str:
+def format_sharding(type: TensorType) -> str:
     """Return the text from which `parse_placement` reads where the axes of `type` lie."""
     return ",".join(spelled(a) for a in type.axes if a.mesh)
 
 
-def _infer_reshard(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_reshard(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
-    placement = parse_placement(attrs["to"])
+    placement = parse_sharding(attrs["to"])
     for name in placement:
         if name not in type:
             hint = nearest(name, type.names)
             raise InputError(f"there is no axis {name!r}", found=str(type), hint=hint)
     axes = tuple(Axis(a.name, a.size, placement.get(a.name, ())) for a in type.axes)
     made = TensorType(type.dtype, axes)
-    if format_placement(made) != attrs["to"]:
+    if format_sharding(made) != attrs["to"]:
         raise InputError(
             "a placement names axes in their order, without spaces",
-            expected=format_placement(made),
+            expected=format_sharding(made),
             found=attrs["to"],
         )
     used = [m for a in axes for m in a.mesh]
@@ -154,8 +152,9 @@ def _infer_reshard(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType,
     return (made,)
 
 
-def _register(name: str, doc: str, infer: Infer, **attrs: Attr) -> None:
-    register(OpDef(name, doc, ("x",), infer, attrs=attrs, linear=(0,), places=True))
+def _register(name: str, doc: str, infer: Infer, does: Collective, **attrs: Attr) -> None:
+    row = OpDef(name, doc, ("x",), infer, attrs=attrs, linear=(0,), places=True, collective=does)
+    register(row)
 
 
 _SPLIT = Attr("axis", doc="the axis that is split over them afterwards")
@@ -167,12 +166,14 @@ _register(
     ``annotate-sharding`` puts it where the placements of two operations disagree;
     ``lower-collectives`` makes collectives of it.  A sum that is not yet carried out is.""",
     _infer_reshard,
+    Collective.ANY,
     to=Attr("str", "", doc="the axes that lie split, `batch@data,mlp@model`; others lie whole"),
 )
 _register(
     "shard",
     "x, of which every device keeps its part along an axis; nothing is sent.",
     _infer_shard,
+    Collective.LOCAL,
     axis=_SPLIT,
     mesh=_MESH,
 )
@@ -180,6 +181,7 @@ _register(
     "all_gather",
     "x, of which every device gets the parts of the others along an axis.",
     _infer_all_gather,
+    Collective.BRINGS,
     axis=Attr("axis", doc="the axis that is whole afterwards"),
     mesh=_MESH,
 )
@@ -187,12 +189,14 @@ _register(
     "all_reduce",
     "x, a sum that is carried out over mesh axes; every device gets all of it.",
     _infer_all_reduce,
+    Collective.BRINGS,
     mesh=_MESH,
 )
 _register(
     "reduce_scatter",
     "x, a sum that is carried out over mesh axes; every device gets its part along an axis.",
     _infer_reduce_scatter,
+    Collective.BRINGS,
     axis=_SPLIT,
     mesh=_MESH,
 )
@@ -200,6 +204,7 @@ _register(
     "all_to_all",
     "x, of which every device gives parts along one axis for parts along another.",
     _infer_all_to_all,
+    Collective.EXCHANGES,
     mesh=_MESH,
     split=_SPLIT,
     gather=Attr("axis", doc="the axis that is whole afterwards"),
@@ -208,18 +213,11 @@ _register(
     "ragged_all_to_all",
     "Ragged rows, exchanged between their groups and their experts; only rows that are there.",
     _infer_ragged,
+    Collective.EXCHANGES,
     mesh=_MESH,
     split=_SPLIT,
     gather=Attr("axis", doc="the axis that is whole afterwards"),
 )
 
-COLLECTIVES = (
-    "reshard",
-    "shard",
-    "all_gather",
-    "all_reduce",
-    "reduce_scatter",
-    "all_to_all",
-    "ragged_all_to_all",
-)
+COLLECTIVES = tuple(name for name, entry in OPS.items() if entry.collective is not None)
 """The operations that change only where a value lies."""

@@ -1,104 +1,80 @@
-"""The rules of flow: the dimensions that each operation loops over (see `moecc.ir.flow`)."""
+"""The rules by which operations share a mesh: the dimensions each loops over (`moecc.ir.flow`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-from moecc.ir.flow import Names, Space, flow
-from moecc.ir.ops import OPS, Attrs
-from moecc.ir.table.elementwise import UNARY
-from moecc.ir.table.placing import placing
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
+from moecc.ir.flow import Names, Rule, Space
+from moecc.ir.operand import Attrs, Entry, Operand
 
 
 def _own(names: Iterable[str]) -> dict[str, str]:
     return {n: n for n in names}
 
 
-def _by_name(operands: Sequence[Value]) -> tuple[tuple[Names, ...], dict[str, str]]:
+def _by_name(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], dict[str, str]]:
     """Return dimensions called as the axes are, of the operands and of all of them together."""
     every = _own(n for v in operands for n in v.type.names)
     return tuple(_own(v.type.names) for v in operands), every
 
 
-_ALIKE = (
-    *UNARY,
-    *("neg", "scale", "stop_gradient", "add", "sub", "mul", "div", "maximum", "minimum"),
-    *("cast", "select", "mask", "less", "equal", "constant", "fold_key", "broadcast", "one_hot"),
-    *("random_uniform", "random_normal", "causal", "relative_buckets", "hash_experts", "stack"),
-)
+def by_name(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """Axes of one name are one dimension; what the operation mixes is whole."""
+    return Space(*_by_name(operands), whole=frozenset(entry.mixes(operands, attrs)))
 
 
-@flow(*_ALIKE)
-def _alike(operands: Sequence[Value], attrs: Attrs) -> Space:
-    # Random numbers belong to their places, and every device knows the places of its elements.
+def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """Axes of one name are one dimension, and every device knows the places of its elements.
+
+    So random numbers may lie split, although each belongs to its place.
+    """
     return Space(*_by_name(operands))
 
 
-def _mixing(name: str) -> None:
-    """Give an operation the rule that it needs what it mixes whole, and the rest by name."""
+def summing(attribute: str) -> Rule:
+    """Axes of one name are one dimension, and those that `attribute` names are summed over."""
 
-    @flow(name)
-    def rule(operands: Sequence[Value], attrs: Attrs) -> Space:
-        return Space(*_by_name(operands), whole=frozenset(OPS[name].mixes(operands, attrs)))
+    def rule(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+        return Space(*_by_name(operands), summed=frozenset(attrs[attribute]))
 
-
-for _name in ("softmax", "rms_norm", "layer_norm", "max", "logsumexp", "rope", "rotate", "slice"):
-    _mixing(_name)
-for _name in ("route", "keep_choices", "index"):
-    _mixing(_name)
+    return rule
 
 
-@flow("sum", "mean")
-def _summing(operands: Sequence[Value], attrs: Attrs) -> Space:
-    return Space(*_by_name(operands), summed=frozenset(attrs["axes"]))
-
-
-@flow("contract")
-def _contract(operands: Sequence[Value], attrs: Attrs) -> Space:
-    return Space(*_by_name(operands), summed=frozenset(attrs["over"]))
-
-
-@flow("chunk", "join")
-def _chunks(operands: Sequence[Value], attrs: Attrs) -> Space:
+def in_parts(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """Axes of one name are one dimension, and its shards must divide the equal runs."""
     counts = {attrs["axis"]: ("parts", attrs["parts"])}
     return Space(*_by_name(operands), counts=counts)
 
 
-@flow("rename")
-def _rename(operands: Sequence[Value], attrs: Attrs) -> Space:
+def renamed(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """The new name runs along the dimension of the old one."""
     own = _own(operands[0].type.names)
     kept = {n: d for n, d in own.items() if n != attrs["axis"]}
     return Space((own,), {**kept, attrs["to"]: attrs["axis"]})
 
 
-@flow("split")
-def _split(operands: Sequence[Value], attrs: Attrs) -> Space:
+def cut(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The first of the new axes is the outermost, so a part of the old axis is a part of it."""
     own = _own(operands[0].type.names)
     kept = {n: d for n, d in own.items() if n != attrs["axis"]}
     return Space((own,), {**kept, attrs["into"][0][0]: attrs["axis"]})
 
 
-@flow("merge")
-def _merge(operands: Sequence[Value], attrs: Attrs) -> Space:
+def merged(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """The merged axis is split as its outermost part is; the others are whole."""
     own = _own(operands[0].type.names)
     first, *others = attrs["axes"]
     kept = {n: d for n, d in own.items() if n not in attrs["axes"]}
     return Space((own,), {**kept, attrs["into"]: first}, whole=frozenset(others))
 
 
-@flow("positions")
-def _positions(operands: Sequence[Value], attrs: Attrs) -> Space:
+def along_axis(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """Only the axis that the attribute names counts."""
     one = _own([attrs["axis"]])
     return Space((one,), one)
 
 
-@flow("embedding")
-def _embedding(operands: Sequence[Value], attrs: Attrs) -> Space:
+def looked_up(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device adds the rows of its part of the table, and nothing for the others."""
     table, ids = (v.type for v in operands)
     rows = {n: n for n in table.names if n != attrs["axis"]}
@@ -117,8 +93,15 @@ def _tokens(names: Iterable[str], tokens: Sequence[str]) -> dict[str, str]:
     return {n: "group" if n == tokens[0] else n for n in names}
 
 
-@flow("place", "expert_choice")
-def _placing(operands: Sequence[Value], attrs: Attrs) -> Space:
+def _tokens_of(slots: Operand) -> tuple[str, ...]:
+    """Return the token axes of the operation that gives the slots `place`."""
+    assert slots.node is not None, "the operation was inferred, so slots come from a node"
+    tokens: tuple[str, ...] = slots.node.attrs["tokens"]
+    return tokens
+
+
+def numbered(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """Tokens are numbered in their groups, which may be split; all else is whole."""
     tokens = attrs["tokens"]
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
     every = {n: d for own in names for n, d in own.items()}
@@ -126,17 +109,17 @@ def _placing(operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space(names, every, whole=frozenset(every.values()) - {"group"}, counts=counts)
 
 
-@flow("within_buffer")
-def _within_buffer(operands: Sequence[Value], attrs: Attrs) -> Space:
+def received(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """As slots are numbered; counts are left as they are."""
     # Where the counts lie is checked by the operation: of all that a device exchanges with.
     names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
     every = {n: d for own in names for n, d in own.items()}
     return Space((*names, {}), every, whole=frozenset(every.values()) - {"group"})
 
 
-@flow("dispatch", "group_sum")
-def _dispatch(operands: Sequence[Value], attrs: Attrs) -> Space:
-    tokens = placing(operands[-1]).attrs["tokens"]
+def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
+    """Groups of tokens become groups of rows; the other token axes are whole."""
+    tokens = _tokens_of(operands[-1])
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
     routing = {d for own in names[1:] for d in own.values()}
     kept = {n: d for n, d in names[0].items() if n not in tokens}
@@ -144,11 +127,10 @@ def _dispatch(operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space(names, {**kept, "group": "group"}, whole=whole)
 
 
-@flow("combine")
-def _combine(operands: Sequence[Value], attrs: Attrs) -> Space:
+def combined(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device combines the rows of its experts; what other experts add is summed afterwards."""
-    rows, _, place, _ = operands
-    tokens = placing(place).attrs["tokens"]
+    rows, _, slots, _ = operands
+    tokens = _tokens_of(slots)
     routing = tuple(_tokens(v.type.names, tokens) for v in operands[1:])
     own = _own(rows.type.names)
     whole = frozenset({"slot", *(d for r in routing for d in r.values())} - {"group", "expert"})

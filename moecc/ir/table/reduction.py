@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moecc.errors import InputError
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import by_name, summing
 from moecc.ir.table.rules import (
     axis_of,
     mixes_axis,
@@ -15,13 +17,11 @@ from moecc.ir.table.rules import (
     same_dtype,
     same_size,
 )
-from moecc.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
+from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Homogeneity, Residual, Role, powers
+from moecc.types.tensor import TensorType
 
 
-def _infer_reduce(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_reduce(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     need_float(type)
     for name in attrs["axes"]:
@@ -30,30 +30,42 @@ def _infer_reduce(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, 
     return (type.without(*attrs["axes"]),)
 
 
-def _mixes_axes(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def _mixes_axes(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     return tuple(attrs["axes"])
 
 
-for _name, _doc, _linear in (
-    ("sum", "The sum over the named axes.", (0,)),
-    ("mean", "The mean over the named axes.", (0,)),
-    ("max", "The maximum over the named axes.", ()),
-    ("logsumexp", "log Σ exp(x) over the named axes, without overflow.", ()),
-):
+def _reduction(
+    name: str,
+    doc: str,
+    *,
+    linear: tuple[int, ...] = (),
+    residual: Residual = NOTHING,
+    homogeneous: Homogeneity | None = None,
+) -> None:
+    """Add a reduction to the table; one that is linear is a sum, which may lie unreduced."""
     register(
         OpDef(
-            _name,
-            _doc,
+            name,
+            doc,
             ("x",),
             _infer_reduce,
             attrs={"axes": Attr("axes", doc="the axes")},
             mixes=_mixes_axes,
-            linear=_linear,
+            linear=linear,
+            residual=residual,
+            homogeneous=homogeneous,
+            sharding=summing("axes") if linear else by_name,
         )
     )
 
 
-def _infer_softmax(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+_reduction("sum", "The sum over the named axes.", linear=(0,))
+_reduction("mean", "The mean over the named axes.", linear=(0,))
+_reduction("max", "The maximum over the named axes.", residual=BOTH, homogeneous=powers(1))
+_reduction("logsumexp", "log Σ exp(x) over the named axes, without overflow.", residual=BOTH)
+
+
+def _infer_softmax(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     need_float(type)
     axis_of(type, attrs["axis"])
@@ -69,11 +81,14 @@ register(
         _infer_softmax,
         attrs={"axis": Attr("axis", doc="the axis")},
         mixes=mixes_axis,
+        residual=RESULT,
+        normalises=True,
+        sharding=by_name,
     )
 )
 
 
-def _infer_norm(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_norm(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, *vectors = (v.type for v in operands)
     need_float(x)
     axis = axis_of(x, attrs["axis"])
@@ -94,6 +109,11 @@ _NORM = {
     "axis": Attr("axis", doc="the axis"),
     "eps": Attr("float", 1e-6, doc="added under the root"),
 }
+_ROWS: dict[str, Any] = {
+    "residual": PAIR,
+    "normalises": True,
+    "sharding": by_name,
+}
 
 register(
     OpDef(
@@ -104,6 +124,8 @@ register(
         attrs=_NORM,
         mixes=mixes_axis,
         linear=(1,),
+        **_ROWS,
+        roles=(Role.VALUE, Role.GAIN),
     )
 )
 register(
@@ -114,5 +136,7 @@ register(
         _infer_norm,
         attrs=_NORM,
         mixes=mixes_axis,
+        **_ROWS,
+        roles=(Role.VALUE, Role.GAIN, Role.BIAS),
     )
 )

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import ATTRIBUTE as MESH
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
+from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Graph, Value
+    from moecc.ir.graph import Graph, Node, Value
 
 REMATERIALISATION = ("none", "full", "save")
 """What is kept of a repetition for the gradient: everything, its operands, or named values."""
 
 
-def _infer_stack(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_stack(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     first = operands[0].type
     for value in operands:
         if value.type != first:
@@ -50,12 +52,13 @@ register(
         _infer_stack,
         attrs={"axis": Attr("axis", doc="the new axis")},
         results=("stacked",),
+        sharding=by_name,
         variadic=True,
     )
 )
 
 
-def _infer_index(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_index(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     axis = axis_of(type, attrs["axis"])
     no_ragged(type, (axis.name,), "cannot pick")
@@ -77,8 +80,23 @@ register(
         attrs={"axis": Attr("axis", doc="the axis"), "at": Attr("int", doc="the position")},
         mixes=mixes_axis,
         linear=(0,),
+        sharding=by_name,
     )
 )
+
+
+def stacked_parts(value: Value, axis: str) -> list[Value] | None:
+    """Return what `value` stacks along `axis`, or None where it is no stack."""
+    node = value.node
+    if node is None or node.op.name != "stack" or node.attrs["axis"] != axis:
+        return None
+    return list(node.operands)
+
+
+def picked_at(node: Node, axis: str) -> int | None:
+    """Return the position of `axis` that `node` picks from its operand, or None."""
+    is_index = node.op.name == "index" and node.attrs["axis"] == axis
+    return int(node.attrs["at"]) if is_index else None
 
 
 def repetitions(attrs: Attrs) -> tuple[str, int]:
@@ -87,7 +105,7 @@ def repetitions(attrs: Attrs) -> tuple[str, int]:
     return over  # type: ignore[no-any-return]
 
 
-def _infer_scan(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_scan(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     over = attrs["over"]
     if len(over) != 1 or not isinstance(over[0][1], int) or over[0][1] < 1:
         raise InputError("a scan runs along one axis of known size", found=str(over))
@@ -137,7 +155,7 @@ def _about_body(body: Graph, carries: int) -> list[Problem]:
 
 
 def _about_operands(
-    operands: Sequence[Value], body: Graph, attrs: Attrs, axis: Axis
+    operands: Sequence[Operand], body: Graph, attrs: Attrs, axis: Axis
 ) -> list[Problem]:
     carries, count = attrs["carries"], attrs["stacked"]
     given = [v.type for v in operands]
@@ -168,7 +186,7 @@ def _differing(what: str, wanted: list[TensorType], found: list[TensorType]) -> 
     return Problem(what, expected=f"{len(wanted)}", found=f"{len(found)}")
 
 
-def _mixes_all(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def _mixes_all(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     # A body may do anything, so a scan is taken to mix whatever axes come in.
     return tuple(dict.fromkeys(n for v in operands for n in v.type.names))
 
@@ -190,7 +208,7 @@ SCAN_DOC = """The body, run once for each position of an axis, one after the oth
 
 def _scan_attributes() -> dict[str, Any]:
     return {
-        "over": Attr("sizes", doc="the axis, and how often the body runs"),
+        "over": Attr("sizes", doc="the axis, and how often the body runs", pins=True),
         "carries": Attr("int", 0, doc="how many of the operands are carries"),
         "stacked": Attr("int", 0, doc="how many of them are stacked"),
         "remat": Attr("str", "none", REMATERIALISATION, doc="what is kept for the gradient"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
@@ -17,13 +17,14 @@ from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, causal_values, rout
 from moecc_passes.specialize import checks
 from moecc_passes.specialize.dropout import drop
 from moecc_passes.specialize.layer import Keys, specialise
+from moecc_passes.specialize.mode_config import ModeConfig, recorded
+from moecc_passes.specialize.options import SpecializeOptions
 from moecc_passes.specialize.remarks import remarks
-from moecc_passes.specialize.settings import Settings, recorded
 from moecc_passes.specialize.undo import undo
 
 
 @dataclass(frozen=True)
-class SpecializePass(Pass):
+class SpecializePass(SpecializeOptions, Pass):
     """Give the routed layers the capacity, the policy and the noise of training or evaluation.
 
     Weights stay as they are, so one checkpoint serves any capacity factor.  An option that is not
@@ -34,65 +35,18 @@ class SpecializePass(Pass):
 
     Before::
 
-        %p = place %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2]
+        %p = assign_slots %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2]
 
     After ``specialize{mode=train capacity-factor=1.25 policy=random}``::
 
         %u = random_uniform %k, %g : f32[batch=B, seq=S, choice=2]
         %s = keep_choices %g, %u : pred[batch=B, seq=S, choice=2]
-        %p = place %e, %s {…, slots=capacity, capacity_factor=1.25, using=keep} : i32[…]
+        %p = assign_slots %e, %s {…, slots=capacity, capacity_factor=1.25, using=keep} : i32[…]
     """
 
     name: ClassVar[str] = "specialize"
     summary: ClassVar[str] = "set capacity, policy and noise for training or evaluation"
     must_match: ClassVar[bool] = True
-
-    mode: Annotated[Literal["train", "eval"], "what the graph is for"] = "train"
-    layers: Annotated[str, "all, or a glob over locations: encoder.*, layers.3.ffn"] = "all"
-    capacity_factor: Annotated[float | None, "bounds the rows of an expert"] = None
-    dropless: Annotated[bool | None, "no bound at all"] = None
-    convention: Annotated[
-        Literal["tokens", "assignments"] | None,
-        "what the factor multiplies: tokens (ST-MoE), or tokens times top-k (V-MoE)",
-    ] = None
-    rounding: Annotated[Literal["floor", "round", "ceil"] | None, "of the capacity"] = None
-    multiple: Annotated[int | None, "the capacity is raised to a multiple of this"] = None
-    minimum: Annotated[int | None, "the least capacity"] = None
-    cap: Annotated[bool | None, "whether it is at most the tokens of a group"] = None
-    groups: Annotated[int | None, "the number of token groups"] = None
-    group_size: Annotated[int | None, "the tokens of a group, in place of their number"] = None
-    decoder_group_size: Annotated[
-        int | None, "that of the decoder of an encoder-decoder, if it differs"
-    ] = None
-    order: Annotated[
-        Literal["choice", "token"] | None,
-        "first choices before second ones, or token by token, which is strictly causal",
-    ] = None
-    policy: Annotated[
-        Literal["as-is", "all", "none", "threshold", "random"], "which further choices are kept"
-    ] = "as-is"
-    threshold: Annotated[
-        float | None, "what the policy compares renormalised gates with; none: 0.2"
-    ] = None
-    padding_mask: Annotated[
-        bool | None, "padding, by an input mask, gets no slot and counts in no loss"
-    ] = None
-    priority: Annotated[
-        bool | None, "tokens take turns by probability (batch-prioritised routing); not causal"
-    ] = None
-    after_drop: Annotated[
-        Literal["keep", "rescale"] | None, "what becomes of the gates that are left after a drop"
-    ] = None
-    jitter: Annotated[float | None, "train: the router's input times 1 ± this (Switch: 0.01)"] = (
-        None
-    )
-    input_dropout: Annotated[float | None, "train: dropout on the router's input"] = None
-    router_noise: Annotated[float | None, "train: the std of normal noise on the logits"] = None
-    dropout: Annotated[
-        float | None, "train: dropout on what sublayers add, and on the hidden values of dense ones"
-    ] = None
-    expert_dropout: Annotated[float | None, "train: dropout on the experts' hidden values"] = None
-    force: Annotated[bool, "allow in a decoder what looks at later tokens"] = False
 
     @property
     def preserves(self) -> Preserves:
@@ -116,7 +70,7 @@ class SpecializePass(Pass):
         before = fingerprint(graph)
         losses = remove_losses(graph)
         undo(graph, self.covers)
-        settings = Settings.of(self).over(recorded(graph, self.mode))
+        settings = ModeConfig.of(self).over(recorded(graph, self.mode))
         layers = self._layers(graph)
         causal = causal_values(graph)
         is_decoder = {y.name: y.dispatch.operands[0] in causal for y in layers}
@@ -143,7 +97,7 @@ class SpecializePass(Pass):
         return self.layers == "all" or fnmatchcase(loc, self.layers)
 
     def _layers(self, graph: Graph) -> list[RoutedLayer]:
-        return [y for y in routed_layers(graph) if self.covers(y.placing.loc)]
+        return [y for y in routed_layers(graph) if self.covers(y.assigner.loc)]
 
     def _near_miss(self, graph: Graph) -> NearMiss:
         routed = routed_layers(graph)
@@ -153,11 +107,11 @@ class SpecializePass(Pass):
         return NearMiss("specialize", "the graph", f"layers={self.layers} names none of {places}")
 
     def _specialise(
-        self, graph: Graph, layers: list[RoutedLayer], settings: Settings
+        self, graph: Graph, layers: list[RoutedLayer], settings: ModeConfig
     ) -> dict[str, int]:
         keys, dropped = Keys(graph), 0
         for layer in layers:
-            specialise(layer, settings.at(layer.placing.loc), keys)
+            specialise(layer, settings.at(layer.assigner.loc), keys)
         if settings.padding_mask is False:
             _erase_unused_masks(graph)
         if settings.dropout and layers:

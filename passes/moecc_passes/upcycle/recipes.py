@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import TYPE_CHECKING
 
 from moecc.analysis.ffn import FFNBlock
 from moecc.errors import Problem
@@ -12,20 +11,18 @@ from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.inputs import is_decoder, token_ids
 from moecc_passes.upcycle.lift import Division, Drop, Noise
+from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.rewrite import Perturb, Recipe
 from moecc_passes.upcycle.router_init import router_weight, slot_weight
 from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES, Router
 from moecc_passes.upcycle.scaling import Factors, place_scale
 from moecc_passes.upcycle.sublayer import surroundings
 
-if TYPE_CHECKING:
-    from moecc_passes.upcycle.upcycle import UpcyclePass
-
 DRAWN = {"logit-std": "normal", "switch": "switch"}
 """What is drawn where ``router-std`` is that of the logits."""
 
 
-def misfit(item: UpcyclePass, block: FFNBlock) -> Problem | None:
+def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
     """Return why `block` does not divide, or cannot be scaled, as the options ask, or None."""
     shared = item.shared * block.width
     whole = round(shared)
@@ -57,7 +54,7 @@ def misfit(item: UpcyclePass, block: FFNBlock) -> Problem | None:
 
 
 def misrouted(
-    item: UpcyclePass, graph: Graph, block: FFNBlock, causal: set[Value]
+    item: UpcycleOptions, graph: Graph, block: FFNBlock, causal: set[Value]
 ) -> Problem | None:
     """Return why the kind of routing does not suit the place of `block`, or None.
 
@@ -84,18 +81,18 @@ def misrouted(
     return None
 
 
-def _groups_fit(item: UpcyclePass, slices: int, neurons: int) -> bool:
+def _groups_fit(item: UpcycleOptions, slices: int, neurons: int) -> bool:
     return not (neurons % slices or item.top_k % slices or item.experts % slices)
 
 
-def factors_of(item: UpcyclePass, block: FFNBlock) -> Factors:
+def factors_of(item: UpcycleOptions, block: FFNBlock) -> Factors:
     """Return what each parameter of a block that fits is multiplied by."""
     chosen = place_scale(block, item.scale_placement, item.law.weight_scale)
     assert not isinstance(chosen, str), "checked before anything was changed"
     return chosen
 
 
-def recipe(item: UpcyclePass, block: FFNBlock, seed: int) -> Recipe:
+def recipe(item: UpcycleOptions, block: FFNBlock, seed: int) -> Recipe:
     """Return all that the rewrite of a block that fits needs to know."""
     division = _division(item, block)
     factors = dict(factors_of(item, block))
@@ -111,7 +108,7 @@ def recipe(item: UpcyclePass, block: FFNBlock, seed: int) -> Recipe:
     )
 
 
-def _division(item: UpcyclePass, block: FFNBlock) -> Division:
+def _division(item: UpcycleOptions, block: FFNBlock) -> Division:
     shared = round(item.shared * block.width)
     return Division(
         inner=block.inner,
@@ -122,10 +119,10 @@ def _division(item: UpcyclePass, block: FFNBlock) -> Division:
     )
 
 
-def _router(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Router:
-    placement: dict[str, object] = {"slots": item.slots}
+def _router(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Router:
+    assignment: dict[str, object] = {"slots": item.slots}
     if item.is_bounded:
-        placement |= {"capacity_factor": item.capacity_factor, "groups": item.groups}
+        assignment |= {"capacity_factor": item.capacity_factor, "groups": item.groups}
     return Router(
         kind=item.routing,
         weight=_weight(item, block, division, seed),
@@ -135,22 +132,22 @@ def _router(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -
         gate_scale=item.gate_scale,
         has_bias=item.balance_bias,
         seed=seed,
-        placement=placement,
+        assignment=assignment,
     )
 
 
-def _weight(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Expr | None:
+def _weight(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Expr | None:
     if item.routing == "hash":
         return None
     kind = DRAWN.get(item.router_init, item.router_init)
     std, outer = router_std(item, block), block.x.type[block.outer]
-    key = derive_key(seed, f"{_place(block)}/router")
+    key = derive_key(seed, f"{_slots(block)}/router")
     if item.routing == "soft":
         return slot_weight(kind, std, outer, item.experts, item.soft_slots, key=key)
     return router_weight(kind, std, outer, division, key=key)
 
 
-def router_std(item: UpcyclePass, block: FFNBlock) -> float:
+def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
     """Return the standard deviation of the router's entries.
 
     After a norm the router's input has unit mean square, up to the norm's own scale.
@@ -159,15 +156,15 @@ def router_std(item: UpcyclePass, block: FFNBlock) -> float:
     return item.router_std / sqrt(block.embed) if is_of_logits else item.router_std
 
 
-def _perturb(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Perturb:
+def _perturb(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Perturb:
     if item.init == "noise":
-        return Noise(item.noise_std, item.noise == "relative", seed, _place(block)).apply
+        return Noise(item.noise_std, item.noise == "relative", seed, _slots(block)).apply
     if item.init == "drop":
-        return Drop(item.drop_ratio, seed, _place(block), division).apply
+        return Drop(item.drop_ratio, seed, _slots(block), division).apply
     return _unperturbed
 
 
-def _place(block: FFNBlock) -> str:
+def _slots(block: FFNBlock) -> str:
     """Return what the draws of a block are keyed by; the location alone may not be the only one."""
     return f"{block.loc}/{block.down.operands[1].name}"
 

@@ -1,0 +1,191 @@
+"""Traits: what the rest of moecc may rely on of an operation, said once in its row.
+
+A trait is a fact about the meaning of an operation, not a note for one reader of it.  What readers
+need is derived: whether an operation may stand inside an expert, is fused into the product that
+reads it, or carries a parameter on to its use.  `tests/ir/test_traits.py` evaluates every operation
+and refutes a row that says something wrong of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from moecc.ir.operand import Definition
+
+if TYPE_CHECKING:
+    from moecc.ir.mesh import Mesh
+    from moecc.types.tensor import Size
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What the derivative of an operation reads: the values that a gradient keeps.
+
+    Attributes:
+      operands: the positions of the operands that it reads.
+      result: whether it reads the first result.
+      of: the operands that have a gradient; all floating-point ones where it is empty.  Tables of
+        positions are floating-point, and nothing behind them is trained.
+    """
+
+    operands: tuple[int, ...] = ()
+    result: bool = False
+    of: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.operands) or self.result
+
+
+NOTHING = Residual()
+"""The derivative is the same everywhere."""
+
+OPERAND = Residual((0,))
+"""The derivative reads the first operand."""
+
+RESULT = Residual((), result=True)
+"""The derivative is a polynomial of the result, which what comes next often keeps anyway."""
+
+BOTH = Residual((0,), result=True)
+"""The derivative reads the operand, and the result spares it a reduction."""
+
+PAIR = Residual((0, 1))
+"""The derivative in each of two operands reads the other."""
+
+
+@dataclass(frozen=True)
+class Homogeneity:
+    """What positive factors on the operands do to the result.
+
+    Attributes:
+      degrees: by operand; the result is multiplied by the product of the factors to these powers.
+        None stands for an operand that must not have a factor.
+      alike: all operands with a degree must have one factor, which the result then has, too.
+    """
+
+    degrees: tuple[float | None, ...]
+    alike: bool = False
+
+    def factor(self, given: Sequence[float]) -> float | None:
+        """Return what the result is multiplied by if the operands are by `given`, or None."""
+        pairs = self._together(given, 1.0, lambda a, b: abs(a / b - 1) < 1e-12)
+        if pairs is None or self.alike:
+            return pairs[0][0] if pairs else None
+        return prod(float(f**d) for f, d in pairs)
+
+    def degree(self, given: Sequence[float]) -> float | None:
+        """Return the degree of the result where the operands have the degrees `given`, or None."""
+        pairs = self._together(given, 0.0, lambda a, b: a == b)
+        if pairs is None or self.alike:
+            return pairs[0][0] if pairs else None
+        return sum(g * d for g, d in pairs)
+
+    def _together(
+        self, given: Sequence[float], neutral: float, same: Callable[[float, float], bool]
+    ) -> list[tuple[float, float]] | None:
+        """Return what is given to each operand with a degree, and the degree; None if not free."""
+        degrees = (*self.degrees, *[None] * (len(given) - len(self.degrees)))
+        pairs = list(zip(given, degrees, strict=True))
+        if any(d is None and not same(g, neutral) for g, d in pairs):
+            return None
+        known = [(g, d) for g, d in pairs if d is not None]
+        if self.alike and not all(same(g, known[0][0]) for g, _ in known):
+            return None
+        return known
+
+
+def powers(*degrees: float | None) -> Homogeneity:
+    """Return that a factor on each operand comes out to the power of its degree."""
+    return Homogeneity(degrees)
+
+
+def alike(*degrees: float | None) -> Homogeneity:
+    """Return that one factor on all operands with a degree comes out as it is."""
+    return Homogeneity(degrees, alike=True)
+
+
+class Cost(Enum):
+    """What an operation costs beside the products, into which a compiler fuses the others."""
+
+    FUSED = "fused"
+    READ_WRITE = "operands and results"
+    LOOK_UP = "results, read and written"
+    PRODUCT = "operands and results, and two FLOPs for each place of all axes"
+
+
+class Domain(Enum):
+    """Where an elementwise operation is defined and stays finite."""
+
+    REAL = "all numbers"
+    MODERATE = "all numbers, but it overflows for large ones"
+    POSITIVE = "positive numbers; of a quotient, the divisor"
+
+
+class Collective(Enum):
+    """What a collective does with a value that lies on a mesh."""
+
+    ANY = "whatever is needed, to be lowered"
+    LOCAL = "nothing is sent"
+    BRINGS = "brings a result to where it is used"
+    EXCHANGES = "devices give parts for parts"
+
+
+class RowMove(Enum):
+    """Which way an operation takes tokens: to the slots of experts, or back."""
+
+    TO_SLOTS = "to slots"
+    TO_TOKENS = "to tokens"
+
+
+class Role(Enum):
+    """What a parameter is in an operand, which says how large its elements are at first."""
+
+    VALUE = "no parameter is expected here"
+    MATRIX = "contracted"
+    TABLE = "looked up"
+    GAIN = "multiplies values, element by element"
+    BIAS = "is added to values"
+
+
+@dataclass(frozen=True)
+class Product:
+    """The size `whole` is the product of the sizes `parts`."""
+
+    whole: Size
+    parts: tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The size `whole` is cut at the positions `ends`."""
+
+    whole: Size
+    ends: tuple[int, ...]
+
+
+SizeRule = Callable[[Definition], Product | Cut]
+"""What must hold between the sizes of a node when its graph is shrunk."""
+
+LocalRule = Callable[[Definition, "Mesh"], Mapping[str, Any]]
+"""The attributes with which one device runs a node on its shards."""
+
+IndexRule = Callable[[Definition], "Size"]
+"""What the integers of a node's index operand stay below."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """An operand whose integers pick something.
+
+    Attributes:
+      operand: its position.
+      below: the size that they stay below.
+      strict: whether other integers have no meaning; else they pick nothing.
+    """
+
+    operand: int
+    below: IndexRule
+    strict: bool = False

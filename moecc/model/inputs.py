@@ -1,0 +1,145 @@
+"""What a model is run on: arrays for the inputs of its graph, given or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from moecc.errors import InputError, Problem, nearest
+from moecc.ir.graph import Graph, Value
+from moecc.ir.indices import index_sizes
+
+Array = np.ndarray[Any, Any]
+
+ANY_INDEX = 2
+"""Integers are below this where nothing says what they index."""
+
+
+def index_bound(value: Value) -> int | None:
+    """Return what the integers of `value` stay below: the rows of tables that they pick."""
+    return min((s for s in index_sizes(value, strict=True) if isinstance(s, int)), default=None)
+
+
+def longest(graph: Graph) -> int | None:
+    """Return the longest sequence that learned positions allow, or None where nothing bounds it."""
+    bounds = (index_bound(node.result) for node in graph if node.op.name == "positions")
+    return min((b for b in bounds if b is not None), default=None)
+
+
+def default_tokens(vocab: int, *, batch: int = 2, seq: int = 128, seed: int = 1) -> Array:
+    """Return random token ids ``[batch, seq]``, the same for the same arguments.
+
+    The default seed is one under which SmolLM2 has no token that becomes an attention sink late.
+    Its huge activation amplifies rounding: at such a token (one of 256 under seed 0) the float32
+    logits of the dense model itself are 7e-5 off its float64 logits.
+    """
+    return np.random.default_rng(seed).integers(0, vocab, (batch, seq)).astype(np.int32)
+
+
+def default_inputs(
+    *graphs: Graph, batch: int = 2, seq: int = 128, seed: int = 1
+) -> dict[str, Array]:
+    """Return random inputs that suit all of `graphs`, which take the same ones.
+
+    Token ids are drawn, masks are true everywhere, random keys are the seed.  The second and later
+    lengths of a graph, such as the decoder's, are an eighth shorter each, so that they differ.
+
+    Raises:
+      InputError: the graphs have inputs of other names.
+    """
+    first = graphs[0]
+    for other in graphs[1:]:
+        if other.inputs.keys() != first.inputs.keys():
+            raise InputError(
+                "the two models take different inputs",
+                expected=", ".join(first.inputs), found=", ".join(other.inputs),
+            )  # fmt: skip
+    bounds = [bound for graph in graphs if (bound := longest(graph)) is not None]
+    lengths = _Lengths(batch, min(seq, *bounds) if bounds else seq)
+    made: dict[str, Array] = {}
+    for number, name in enumerate(first.inputs):
+        shape = lengths.shape(first.inputs[name])
+        limits = (index_bound(graph.inputs[name]) for graph in graphs)
+        limit = min((b for b in limits if b is not None), default=ANY_INDEX)
+        made[name] = _draw(first.inputs[name], shape, limit, seed + number)
+    return made
+
+
+class _Lengths:
+    """Sizes for the variables of input types, in the order in which they are met."""
+
+    def __init__(self, batch: int, seq: int) -> None:
+        self._batch = batch
+        self._next = seq
+        self._sizes: dict[str, int] = {}
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return tuple(self._size(axis.name, axis.size) for axis in value.type)
+
+    def _size(self, name: str, size: object) -> int:
+        if isinstance(size, int):
+            return size
+        key = str(size)
+        if key not in self._sizes:
+            self._sizes[key] = self._batch if name == "batch" else self._next
+            if name != "batch":
+                self._next = max(self._next - self._next // 8, 1)
+        return self._sizes[key]
+
+
+def _draw(value: Value, shape: tuple[int, ...], limit: int, seed: int) -> Array:
+    dtype, rng = value.type.dtype, np.random.default_rng(seed)
+    if dtype.kind == "bool":
+        return np.ones(shape, bool)
+    if dtype.kind == "key":
+        return np.full(shape, seed, np.uint64)
+    if dtype.kind == "int":
+        return rng.integers(0, limit, shape).astype(np.int32)
+    return rng.standard_normal(shape).astype(dtype.numpy)
+
+
+def check_inputs(graph: Graph, given: Mapping[str, Array], where: str) -> dict[str, Array]:
+    """Return arrays for the inputs of `graph`; a batch axis is added where one sequence is given.
+
+    Raises:
+      InputError: one is missing, unknown or of another kind, or an id is not in its table.
+    """
+    problems = [
+        Problem("the model has no such input", f"{where}: {name}", hint=nearest(name, graph.inputs))
+        for name in given
+        if name not in graph.inputs
+    ]
+    found: dict[str, Array] = {}
+    for name, value in graph.inputs.items():
+        if name not in given:
+            hint = "give all inputs in one .npz file, by name" if len(graph.inputs) > 1 else None
+            what = f"the model also takes {name}"
+            problems.append(Problem(what, where, str(value.type), ", ".join(given), hint))
+            continue
+        array = given[name][None] if given[name].ndim == value.type.rank - 1 else given[name]
+        place = where if len(graph.inputs) == 1 else f"{where}: {name}"
+        problems.extend(_misfits(value, array, place))
+        found[name] = (
+            array.astype(value.type.dtype.numpy) if value.type.dtype.kind == "int" else array
+        )
+    if problems:
+        raise InputError(problems)
+    return found
+
+
+def _misfits(value: Value, array: Array, place: str) -> Iterator[Problem]:
+    shown = f"{array.dtype}{list(array.shape)}"
+    if value.type.dtype.kind == "int":
+        if array.dtype.kind not in "iu" or array.ndim != value.type.rank or not array.size:
+            yield Problem("not token ids", place, "whole numbers, [batch, seq] or [seq]", shown)
+            return
+        limit, low, high = index_bound(value), int(array.min()), int(array.max())
+        if limit is not None and (low < 0 or high >= limit):
+            what, found = "a token id is outside the vocabulary", low if low < 0 else high
+            yield Problem(what, place, f"0 <= id < {limit}", str(found))
+        return
+    kinds = {"bool": "b", "float": "f", "key": "u"}
+    if array.dtype.kind not in kinds[value.type.dtype.kind] or array.ndim != value.type.rank:
+        yield Problem("the array does not fit the input", place, str(value.type), shown)

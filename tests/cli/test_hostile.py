@@ -1,0 +1,194 @@
+"""Files that nobody vouches for: a message and an exit code, whatever is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moecc.checkpoint.manifest import MANIFEST_NAME, load, seal
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+UPCYCLE = "upcycle{experts=4 top-k=2}"
+
+
+def convert(moecc: Callable, source: Path, out: Path):
+    return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
+
+
+# --- companions in a folder of their own
+
+
+def test_additional_chat_templates_are_copied_and_recorded(
+    moecc: Callable, dense: Path, tmp_path: Path
+) -> None:
+    templates = dense / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (templates / "notes.txt").write_text("no template")
+    out = tmp_path / "out"
+    assert convert(moecc, dense, out).code == 0
+    name = "additional_chat_templates/tool_use.jinja"
+    assert (out / name).read_text() == "{{ tools }}"
+    assert sorted(p.name for p in (out / name).parent.iterdir()) == ["tool_use.jinja"]
+    assert name in load(out).files
+    assert moecc("verify", out).code == 0
+    (out / name).write_text("{{ other }}")
+    changed = moecc("verify", out)
+    assert changed.code == 3
+    assert name in changed.err
+
+
+@pytest.mark.parametrize("name", ["LICENSE\n", "LICENSE\x1b[31m", "NOTICE\\x", "LICENSE\udcff"])
+def test_what_a_manifest_cannot_name_is_refused(
+    moecc: Callable, dense: Path, tmp_path: Path, name: str
+) -> None:
+    (dense / name).write_text("mine")
+    done = convert(moecc, dense, tmp_path / "out")
+    assert done.code == 1
+    assert "a manifest cannot name the file" in done.err
+    assert "\x1b" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+# --- JSON
+
+LONG = "1" * 5000
+JSON = {
+    "a long integer before bad syntax": f'{{"a": {LONG} ]]]',
+    "closing brackets": "]]]",
+    "deep nesting": '{"a":' * 200_000,
+    "a long integer": f'{{"model_type": {LONG}}}',
+    "half a surrogate": '{"model_type": "\\ud800", "architectures": ["\\udfff"]}',
+}
+
+
+@pytest.mark.parametrize("text", JSON.values(), ids=JSON)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_hostile_json_is_refused(moecc: Callable, tmp_path: Path, name: str, text: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama_sharded", folder)
+    (folder / name).write_text(text)
+    done = moecc("inspect", folder)
+    assert done.code == 1, done.err
+    assert name in done.err
+
+
+@pytest.mark.parametrize("text", JSON.values(), ids=JSON)
+def test_hostile_headers_are_refused(moecc: Callable, dense: Path, text: str) -> None:
+    data = text.encode()
+    path = dense / "model.safetensors"
+    path.write_bytes(len(data).to_bytes(8, "little") + data)
+    done = moecc("inspect", dense)
+    assert done.code == 1, done.err
+    assert "model.safetensors" in done.err
+
+
+@pytest.mark.parametrize("text", JSON.values(), ids=JSON)
+def test_hostile_manifests_are_refused(moecc: Callable, dense: Path, text: str) -> None:
+    (dense / MANIFEST_NAME).write_bytes(seal(text.encode()))
+    done = moecc("verify", dense)
+    assert done.code == 1, done.err
+    assert MANIFEST_NAME in done.err
+
+
+@pytest.mark.parametrize("text", JSON.values(), ids=JSON)
+def test_what_is_only_copied_is_copied_whatever_it_is(
+    moecc: Callable, dense: Path, tmp_path: Path, text: str
+) -> None:
+    (dense / "generation_config.json").write_text(text)
+    assert convert(moecc, dense, tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
+
+
+# --- graphs
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["canonicalize", "roll-layers", "st-moe{experts=4}", "add-losses"]
+)
+def test_locations_of_thousands_of_digits(moecc: Callable, tmp_path: Path, pipeline: str) -> None:
+    graph = tmp_path / "graph.moe"
+    assert moecc("import", GOLDEN / "mixtral_gqa", "-o", graph).code == 0
+    graph.write_text(graph.read_text().replace("layers.1.", f"layers.{LONG}."))
+    assert moecc("inspect", graph).code in (0, 1)
+    assert moecc("opt", graph, "-p", pipeline).code in (0, 1)
+
+
+# --- what is not UTF-8
+
+ODD = os.fsdecode(b"caf\xe9")
+LOCALES = {
+    "UTF-8": {},
+    "C": {"LC_ALL": "C"},
+    "ASCII": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "output in ASCII": {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+    "output in ASCII or not at all": {"PYTHONIOENCODING": "ascii:strict"},
+    "output in Latin-1": {"PYTHONIOENCODING": "latin-1"},
+}
+
+
+def in_locale(locale: str, *args: str | Path) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [sys.executable, "-m", "moecc", *args],
+        env={**os.environ, **LOCALES[locale]},
+        capture_output=True,
+        timeout=120,
+    )
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize("locale", ["UTF-8", "ASCII"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("inspect", ODD),
+        (ODD,),
+        ("passes", ODD),
+        ("convert", "preset:smollm2-135m", ODD, "-p", UPCYCLE, "--to", "mixtral"),
+        ("opt", "-", "-p", ODD),
+        ("inspect", "model", f"--{ODD}"),
+    ],
+)
+def test_arguments_that_are_not_utf8_are_refused(locale: str, args: tuple[str, ...]) -> None:
+    done = in_locale(locale, *args)
+    assert done.returncode == 2
+    assert b"error: an argument is not UTF-8" in done.stderr
+    assert b"caf\\udce9" in done.stderr
+    assert done.stdout == b""
+
+
+@pytest.mark.parametrize("locale", [name for name in LOCALES if name != "ASCII"])
+def test_artefacts_are_utf8_in_every_locale(locale: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "caf\u00e9", tmp_path / "\u00fc \U0001f600"
+    shutil.copytree(GOLDEN / "llama_gqa", source)
+    found = in_locale(locale, "inspect", source, "--format", "json")
+    assert found.returncode == 0
+    assert json.loads(found.stdout.decode())["source"] == str(source)
+    graph = in_locale(locale, "import", source)
+    assert graph.returncode == 0
+    assert graph.stdout.decode() == in_locale("UTF-8", "import", source).stdout.decode()
+    done = in_locale(locale, "convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
+    assert done.returncode == 0, done.stderr
+    assert load(out).source == source.name
+    for words in (("--help",), ("passes", "upcycle"), ("inspect", source)):
+        assert in_locale(locale, *words).returncode == 0
+
+
+def test_names_that_utf8_cannot_say_are_written_as_escapes(tmp_path: Path) -> None:
+    """A name that was read from a file need not be text, either."""
+    source = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama_gqa", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "note": "\ud800"}))
+    for words in (("inspect", source, "--format", "json"), ("import", source)):
+        done = in_locale("UTF-8", *words)
+        assert done.returncode == 0, done.stderr
+        done.stdout.decode()
