@@ -66,6 +66,15 @@ class Builder:
             before=self.before,
         )
 
+    def clone(self, node: Node, *operands: Value, **attrs: Any) -> Node:
+        """Append `node` again, on other operands, and with other attributes where some are given.
+
+        Raises:
+          InputError: operands or attributes do not suit the operation.
+        """
+        names = tuple(v.name for v in node.results)
+        return self.node(node.op.name, *operands, names=names, **{**node.attrs, **attrs})
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)

@@ -124,7 +124,8 @@ def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
     (inner,) = found.attr("over")
     groups: dict[object, list[Node]] = {}
     for node in _projections_behind(found.value("x"), inner):
-        groups.setdefault((node.operands[0], node.attrs["over"]), []).append(node)
+        key = (node.operands[0], node.attrs["over"], node.attrs["precision"])
+        groups.setdefault(key, []).append(node)
     for group in groups.values():
         if len(group) > 1:
             yield sorted(group, key=order.__getitem__)
@@ -184,7 +185,7 @@ def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> Non
     """Put one contraction and its parts in the place of the siblings."""
     first, axis = siblings.nodes[0], siblings.axis
     builder = Builder(graph, loc=first.loc, origin=origin, before=first)
-    product = builder.contract(first.operands[0], whole, over=first.attrs["over"], name="fused")
+    product = builder.contract(first.operands[0], whole, **first.attrs, name="fused")
     parts: list[Value] = []
     start = 0
     for node, size in zip(siblings.nodes, siblings.sizes, strict=True):
