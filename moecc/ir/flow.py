@@ -10,11 +10,11 @@ operation without one takes operands that lie whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from moecc.errors import InputError
-from moecc.ir.mesh import mesh_of, nearest_multiple
+from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Space:
       summed: dimensions that it sums over; they may lie split, and the result is then unreduced.
       whole: dimensions that it must have whole.
       counts: numbers that the parts of a dimension must divide, and what they count.
+      shape_only: whether it looks at the axes of its operands, and at no element.
     """
 
     operands: tuple[Names, ...]
@@ -42,6 +43,7 @@ class Space:
     summed: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    shape_only: bool = False
 
 
 Rule = Callable[["OpDef", Sequence["Value"], "Attrs"], Space]
@@ -55,21 +57,55 @@ def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 
 
-def placed_types(
-    entry: OpDef, operands: Sequence[Value], attrs: Attrs, types: Sequence[TensorType]
+class Operand(NamedTuple):
+    """An operand by its name, for messages, and its type."""
+
+    name: str
+    type: TensorType
+
+
+def propagate_sharding(
+    entry: OpDef,
+    space: Space,
+    operands: Sequence[Operand],
+    types: Sequence[TensorType],
+    mesh: Mesh | None,
 ) -> tuple[TensorType, ...]:
-    """Return the result `types` with the placements that follow from the operands.
+    """Return the result `types` with the sharding that follows from the operands.
+
+    Args:
+      entry: the operation.
+      space: the dimensions of this application of it.
+      operands: names and types of the operands.
+      types: of the results, whose sharding does not count.
+      mesh: the mesh, or None where nobody asks whether counts divide.
 
     Raises:
       InputError: an operand lies where the operation cannot take it; it names operand and axis.
     """
-    space = space_of(entry, operands, attrs)
+    if not any(o.type.is_placed for o in operands):
+        return tuple(t.bare for t in types)
     lies = _dimensions(entry, operands, space)
     _check_once(lies)
-    _check_counts(operands, space, lies)
+    if mesh is not None:
+        _check_counts(mesh, space, lies)
     left = dict.fromkeys(m for d in sorted(space.summed) for m in lies.get(d, _WHOLE).mesh)
     left |= dict.fromkeys(_carried(entry, operands, lies))
     return tuple(_placed(t, space.result, lies, tuple(left)) for t in types)
+
+
+def placed_types(
+    entry: OpDef, operands: Sequence[Value], attrs: Attrs, types: Sequence[TensorType]
+) -> tuple[TensorType, ...]:
+    """Return the result `types` with the sharding that follows from the values `operands`.
+
+    Raises:
+      InputError: as `propagate_sharding` does.
+    """
+    space = space_of(entry, operands, attrs)
+    mesh = mesh_of(operands[0].graph) if space.counts else None
+    given = [Operand(v.name, v.type) for v in operands]
+    return propagate_sharding(entry, space, given, types, mesh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +120,7 @@ class _Lies:
 _WHOLE = _Lies(())
 
 
-def _dimensions(entry: OpDef, operands: Sequence[Value], space: Space) -> dict[str, _Lies]:
+def _dimensions(entry: OpDef, operands: Sequence[Operand], space: Space) -> dict[str, _Lies]:
     lies: dict[str, _Lies] = {}
     for value, names in zip(operands, space.operands, strict=True):
         for axis in value.type.axes:
@@ -129,10 +165,7 @@ def _check_once(lies: Mapping[str, _Lies]) -> None:
                 )
 
 
-def _check_counts(operands: Sequence[Value], space: Space, lies: Mapping[str, _Lies]) -> None:
-    mesh = mesh_of(operands[0].graph) if space.counts else None
-    if mesh is None:
-        return
+def _check_counts(mesh: Mesh, space: Space, lies: Mapping[str, _Lies]) -> None:
     for dimension, (what, count) in space.counts.items():
         where = lies.get(dimension, _WHOLE)
         parts = mesh.size(where.mesh)
@@ -146,7 +179,7 @@ def _check_counts(operands: Sequence[Value], space: Space, lies: Mapping[str, _L
             )
 
 
-def _carried(entry: OpDef, operands: Sequence[Value], lies: Mapping[str, _Lies]) -> Iterator[str]:
+def _carried(entry: OpDef, operands: Sequence[Operand], lies: Mapping[str, _Lies]) -> Iterator[str]:
     """Yield the mesh axes over which operands, and so the result, are sums not carried out."""
     split = {m for where in lies.values() for m in where.mesh}
     sums = [set(v.type.unreduced) for v in operands]
@@ -168,5 +201,5 @@ def _carried(entry: OpDef, operands: Sequence[Value], lies: Mapping[str, _Lies])
 def _placed(
     type: TensorType, names: Names, lies: Mapping[str, _Lies], unreduced: tuple[str, ...]
 ) -> TensorType:
-    axes = (replace(a, mesh=lies.get(names.get(a.name, ""), _WHOLE).mesh) for a in type.axes)
+    axes = (Axis(a.name, a.size, lies.get(names.get(a.name, ""), _WHOLE).mesh) for a in type.axes)
     return TensorType(type.dtype, tuple(axes), unreduced)
