@@ -11,6 +11,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import mesh_of
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
+from moecc.sharding.routes import EXCHANGES
 from moecc_passes.sharding.experts.bound import bound_rows
 from moecc_passes.sharding.experts.chunked import chunk_rows
 from moecc_passes.sharding.experts.exchange import exchange
@@ -19,7 +20,6 @@ from moecc_passes.sharding.experts.layer import LaidLayer, laid_layers, need
 
 NAME = "expert-parallel"
 CHUNKED = Preserves("reassociation", "rows are multiplied a chunk at a time")
-EXCHANGES = ("capacity", "ragged", "hierarchical")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ExpertParallelPass(Pass):
         need(self.via == "replicated" or bool(layer.exchanged), layer,
              "tokens do not lie on the experts' mesh axis, so there is no ring",
              "a mesh axis that both lie on", "via=replicated")  # fmt: skip
-        gather_tokens(graph, layer, builder, scatter=self.via == "ring")
+        gather_tokens(graph, layer, builder, self.via)
 
     def _check_exchange(self, layer: LaidLayer) -> None:
         need(set(layer.exchanged) == set(layer.expert_mesh), layer,
