@@ -12,7 +12,8 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from moecc.checkpoint.source import Checkpoint, open_checkpoint
+from moecc.checkpoint.open import open_checkpoint
+from moecc.checkpoint.source import Checkpoint
 from moecc.ir.dtypes import BY_TORCH
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from moecc_backends.xla.backend import function
-from moecc_backends.xla.options import Options
+from moecc_backends.xla.trace.options import Options
 
 from moecc.ir import parse
 from moecc.ir.dtypes import BF16, F32

@@ -42,7 +42,7 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from moecc.tokenizer.process import Tokenizer
 
 UPCYCLE = "st-moe{experts=8 layers=every:2 losses=false}"
 TRACE = "trace-routing"
@@ -150,19 +150,20 @@ def run(source: Path | None, path: Path | None, tokens: int, seed: int, out: Pat
     with step("The model"):
         source = source or MINILM.fetch(console.print)
         console.print(f"  {source}")
-    with open_model(str(source), padding=True) as model, step("Trace the routers"):
-        tokenizer = load_tokenizer(model)
-        drawn = add_trace(model, seed)
-        seq = min(SEQ, longest(model.graph) or SEQ)
-        layers = trace(model, windows(tokenizer, text, tokens, seq))
-        console.print(f"  {len(layers[0].tokens):,} tokens of {text.name}")
-    for layer in layers:
-        show(layer, tokenizer)
-    if drawn:
-        console.print(
-            "\nThe routers were drawn, not trained: this is how random planes sort hidden states."
-        )
-    write(out / "specialisation.json", layers, tokenizer, text, drawn)
+    with open_model(str(source), padding=True) as model, load_tokenizer(model) as tokenizer:
+        with step("Trace the routers"):
+            drawn = add_trace(model, seed)
+            seq = min(SEQ, longest(model.graph) or SEQ)
+            layers = trace(model, windows(tokenizer, text, tokens, seq))
+            console.print(f"  {len(layers[0].tokens):,} tokens of {text.name}")
+        for layer in layers:
+            show(layer, tokenizer)
+        if drawn:
+            console.print(
+                "\nThe routers were drawn, not trained: this is how random planes sort hidden "
+                "states."
+            )
+        write(out / "specialisation.json", layers, tokenizer, text, drawn)
 
 
 def add_trace(model: Model, seed: int) -> bool:
@@ -180,11 +181,7 @@ def windows(tokenizer: Tokenizer, text: Text, count: int, seq: int) -> Array:
     Raises:
       InputError: there is not enough text.
     """
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    ids = np.concatenate(
-        [np.array(e.ids, np.int32) for e in tokenizer.encode_batch(list(text.pieces))]
-    )
+    ids = np.concatenate([np.array(piece, np.int32) for piece in tokenizer.encode_all(text.pieces)])
     rows = max(count // (BATCH * seq), 1) * BATCH
     if len(ids) < rows * seq:
         raise InputError(
@@ -241,7 +238,7 @@ def show(layer: Routed, tokenizer: Tokenizer) -> None:
 
 def spell(tokenizer: Tokenizer, token: int) -> str:
     """Return a token as the vocabulary writes it."""
-    return str(tokenizer.id_to_token(token)).replace("\n", "↵")
+    return str(tokenizer.token(token)).replace("\n", "↵")
 
 
 def write(

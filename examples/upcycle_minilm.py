@@ -28,12 +28,12 @@ from script import OUT, console, exit_code, step
 
 from moecc.backend import get_backend
 from moecc.checkpoint.manifest import MANIFEST_NAME
-from moecc.cli.console import count_text, size_text
 from moecc.conversion import plan, write
 from moecc.errors import CheckError, InputError
 from moecc.generation import load_tokenizer
 from moecc.models import Model, open_model
 from moecc.pipeline.text import Pipeline
+from moecc.support.text import count_text, size_text
 
 PIPELINE = "st-moe{experts=8 layers=every:2}"
 BOUND = 1e-5
@@ -130,13 +130,13 @@ def embed(folder: Path, sentences: Sequence[str]) -> Array:
 
 def encode(model: Model, sentences: Sequence[str]) -> Mapping[str, Array]:
     """Return the tokens of each sentence and the mask of those that are no padding."""
-    tokenizer = load_tokenizer(model)
-    tokenizer.enable_padding()
-    found = tokenizer.encode_batch(list(sentences))
-    return {
-        "tokens": np.array([line.ids for line in found], np.int32),
-        "mask": np.array([line.attention_mask for line in found], bool),
-    }
+    with load_tokenizer(model) as tokenizer:
+        lines = tokenizer.encode_all(sentences)
+    lengths = np.array([len(line) for line in lines])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(lines)
+    return {"tokens": tokens, "mask": mask}
 
 
 def show_nearest(sentences: Sequence[str], dense: Array, sparse: Array) -> None:

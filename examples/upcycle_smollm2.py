@@ -21,7 +21,7 @@ from rich.table import Table
 from script import OUT, console, exit_code, step
 
 from moecc.checkpoint.manifest import MANIFEST_NAME, check_manifest
-from moecc.cli.console import Bar, count_text, size_text
+from moecc.cli.console import Bar
 from moecc.conversion import Conversion, Plan, plan, write
 from moecc.errors import CheckError
 from moecc.generation import generate
@@ -29,6 +29,7 @@ from moecc.ir.dtypes import BF16
 from moecc.ir.printer import print_graph
 from moecc.models import open_model
 from moecc.pipeline.text import Pipeline
+from moecc.support.text import count_text, size_text
 from moecc.verification import Verdict, compare
 
 PIPELINE = "upcycle{experts=8 top-k=2}"

@@ -1,3 +1,3 @@
 """moecc: a compiler that turns dense Transformers into sparse mixtures of experts."""
 
-__version__ = "0.1.0"
+from moecc.version import __version__ as __version__

@@ -15,13 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import moecc
 from moecc.errors import InputError
 from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.models import Model
 from moecc.pipeline.passes import Preserves
+from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.checkpoint.writer import OutputTensor, WriteReport
@@ -207,7 +207,7 @@ def write(
 
 
 def _provenance(planned: Plan) -> dict[str, str]:
-    return {"moecc": moecc.__version__, "pipeline": planned.pipeline.in_full()}
+    return {"moecc": __version__, "pipeline": planned.pipeline.in_full()}
 
 
 def _write_companions(folder: Path, planned: Plan, title: str) -> None:
@@ -216,7 +216,9 @@ def _write_companions(folder: Path, planned: Plan, title: str) -> None:
     assert checkpoint is not None, "a plan has weights"
     for name, content in checkpoint.companions().items():
         data = content.read_bytes() if isinstance(content, Path) else content
-        (folder / name).write_bytes(data)
+        place = folder / name
+        place.parent.mkdir(exist_ok=True)  # chat templates stand in a folder of their own
+        place.write_bytes(data)
     config = dict(planned.export.config_json)
     if planned.dtype is not None:
         config["torch_dtype"] = config["dtype"] = planned.dtype.torch
@@ -245,7 +247,7 @@ def _card(planned: Plan, title: str) -> str:
             seed=planned.seed,
             parameters=planned.parameters,
             active_parameters=facts.parameters.active,
-            moecc_version=moecc.__version__,
+            moecc_version=__version__,
             task=task,
             auto_class=auto_class,
             base_model=hub_repository(path),
@@ -282,9 +284,8 @@ def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:
         t.name: TensorRecord(t.sha256, t.dtype.name, t.shape, t.file) for t in written.tensors
     }
     weights = sorted({t.file for t in written.tensors})
-    others = [
-        p for p in sorted(folder.iterdir()) if p.name not in weights and p.name != "README.md"
-    ]
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    others = [name for name in names if name not in weights and name != "README.md"]
     nonfinite = tuple(f"not finite: {found}" for found in written.nonfinite)
     manifest = Manifest(
         pipeline=planned.pipeline.in_full(),
@@ -296,7 +297,7 @@ def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:
         dtype=planned.dtype.name if planned.dtype else "as stored",
         preserves=str(planned.preserves),
         weights={name: weight_file_record(folder / name) for name in weights},
-        files=file_records(others),
+        files=file_records({name: folder / name for name in others}),
         tensors=tensors,
         notes=(*_notes(planned), *nonfinite),
     )

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moecc.backend import Backend, get_backend
-from moecc.errors import InputError, MachineError
+from moecc.checkpoint.files import read_bounded
+from moecc.errors import InputError
 from moecc.ir.dtypes import F32, DType
 from moecc.models import Model
+from moecc.tokenizer.process import Tokenizer
 from moecc.verification import vocabulary
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 Array = np.ndarray[Any, Any]
+
+MAX_TOKENIZER_BYTES = 256 << 20
 
 BUCKET = 32
 """Lengths are rounded up to a multiple of this, so that few shapes are compiled."""
@@ -43,18 +44,12 @@ class Kept(Mapping[str, Array]):
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
-    """Return the tokenizer that lies beside the weights of `model`.
+    """Return the tokenizer that lies beside the weights of `model`, in a process of its own.
 
     Raises:
-      InputError: there is no ``tokenizer.json``.
+      InputError: there is no ``tokenizer.json``, or it cannot be read within its bounds.
       MachineError: the extra ``tokenizers`` is not installed.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MachineError(
-            "text needs the tokenizers library", hint="pip install 'moecc[tokenizers]'"
-        ) from None
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
     found = companions.get("tokenizer.json")
     if found is None:
@@ -62,11 +57,8 @@ def load_tokenizer(model: Model) -> Tokenizer:
             "no tokenizer.json beside the weights", where=model.name,
             hint="moecc run takes token ids instead of text",
         )  # fmt: skip
-    text = found.read_text("utf-8") if isinstance(found, Path) else found.decode()
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions for what it cannot read
-        raise InputError(f"the tokenizer cannot be read: {error}", where=model.name) from None
+    data = read_bounded(found, MAX_TOKENIZER_BYTES) if isinstance(found, Path) else found
+    return Tokenizer(data, model.name)
 
 
 def continue_tokens(
@@ -126,8 +118,8 @@ def generate(
     """Return the text with which `model` continues `prompt`.
 
     Raises:
-      InputError: the model is not a decoder alone, the prompt has no tokens, or a token that the
-        model does not know.
+      InputError: the model is not a decoder alone, the tokenizer cannot be used, the prompt has no
+        tokens, or a token that the model does not know.
     """
     if list(model.graph.inputs) != ["tokens"]:
         raise InputError(
@@ -135,17 +127,19 @@ def generate(
             expected="the input tokens", found=", ".join(model.graph.inputs),
             hint="moecc run takes the inputs of any model",
         )  # fmt: skip
-    tokenizer = load_tokenizer(model)
-    tokens = tokenizer.encode(prompt).ids
-    if not tokens:
-        raise InputError("the prompt has no tokens", hint="give some text to continue")
-    if max(tokens) >= vocabulary(model):
-        raise InputError("the tokenizer has tokens that the model does not know", where=model.name)
-    added = continue_tokens(
-        model, tokens, count, dtype=dtype, temperature=temperature, seed=seed,
-        stop=end_tokens(model),
-    )  # fmt: skip
-    return str(tokenizer.decode(list(added)))
+    with load_tokenizer(model) as tokenizer:
+        tokens = tokenizer.encode(prompt)
+        if not tokens:
+            raise InputError("the prompt has no tokens", hint="give some text to continue")
+        if max(tokens) >= vocabulary(model):
+            raise InputError(
+                "the tokenizer has tokens that the model does not know", where=model.name
+            )
+        added = continue_tokens(
+            model, tokens, count, dtype=dtype, temperature=temperature, seed=seed,
+            stop=end_tokens(model),
+        )  # fmt: skip
+        return tokenizer.decode(list(added))
 
 
 def end_tokens(model: Model) -> frozenset[int]:

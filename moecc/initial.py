@@ -8,19 +8,11 @@ from math import isfinite, prod, sqrt
 from moecc.errors import InputError, UsageError
 from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.traits import Role
 from moecc.ir.types import TensorType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.draws import Normal, derive_key
 from moecc.weights.expr import Expr, Full, sources
-
-_CARRIERS = ("rename", "split", "merge", "broadcast", "slice", "scale", "cast", "stop_gradient")
-"""Operations after which a parameter is still what it was."""
-
-_GAINS = {("rms_norm", 1), ("layer_norm", 1), ("mul", 0), ("mul", 1)}
-"""Operations, and which operand of theirs multiplies values element by element."""
-
-_BIASES = {("layer_norm", 2), ("add", 0), ("add", 1)}
-"""The same for what is added to values."""
 
 
 def initialise(graph: Graph, *, seed: int = 0, scale: float = 1.0) -> None:
@@ -44,9 +36,9 @@ def initialise(graph: Graph, *, seed: int = 0, scale: float = 1.0) -> None:
 
 def _drawn(param: Value, seed: int, scale: float) -> Expr:
     found = next(_uses(param), None)
-    if found is None or _place(found) in _BIASES:
+    if found is None or _role(*found) is Role.BIAS:
         return Full(0.0, param.type)
-    if _place(found) in _GAINS:
+    if _role(*found) is Role.GAIN:
         return Full(1.0, param.type)
     key = derive_key(seed, f"initialise {param.name}")
     std = sqrt(scale / _fan_in(*found))
@@ -54,16 +46,16 @@ def _drawn(param: Value, seed: int, scale: float) -> Expr:
     return draw if param.type.dtype is F32 else Cast(draw, param.type.dtype)
 
 
-def _place(use: tuple[Node, Value]) -> tuple[str, int]:
-    node, value = use
-    return node.op.name, node.operands.index(value)
+def _role(node: Node, value: Value) -> Role:
+    return node.op.role(node.operands.index(value))
 
 
 def _fan_in(node: Node, value: Value) -> int:
     """Return how many inputs each output is a sum of; for an embedding, the width."""
-    if node.op.name == "contract":
+    role = _role(node, value)
+    if role is Role.MATRIX:
         names = node.attrs["over"]
-    elif node.op.name == "embedding":
+    elif role is Role.TABLE:
         names = [a.name for a in value.type if a.name != node.attrs["axis"]]
     else:
         raise InputError(
@@ -81,7 +73,7 @@ def _uses(param: Value) -> Iterator[tuple[Node, Value]]:
     while pending:
         value = pending.pop()
         for node in value.users:
-            if node.op.name not in _CARRIERS:
+            if not node.op.carries:
                 yield node, value
             elif node.result not in seen:
                 seen.add(node.result)

@@ -9,6 +9,7 @@ import numpy as np
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Value
+from moecc.ir.indices import index_sizes
 
 Array = np.ndarray[Any, Any]
 
@@ -18,12 +19,7 @@ ANY_INDEX = 2
 
 def index_bound(value: Value) -> int | None:
     """Return what the integers of `value` stay below: the rows of tables that they pick."""
-    sizes = [
-        user.operands[0].type[user.attrs["axis"]].size
-        for user in value.users
-        if user.op.name == "embedding" and user.operands[1] is value
-    ]
-    return min((s for s in sizes if isinstance(s, int)), default=None)
+    return min((s for s in index_sizes(value, strict=True) if isinstance(s, int)), default=None)
 
 
 def longest(graph: Graph) -> int | None:

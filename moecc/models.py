@@ -159,7 +159,7 @@ def open_model(source: str, *, weights: str | None = None, padding: bool = False
         from moecc.families.configs import parse_config
 
         return Model(build(parse_config(preset_config(source)), padding=padding), source)
-    from moecc.checkpoint.source import open_checkpoint
+    from moecc.checkpoint.open import open_checkpoint
     from moecc.families import import_checkpoint
 
     checkpoint = open_checkpoint(source)
@@ -200,7 +200,7 @@ def read_graph(path: str) -> Graph:
 
 
 def _open_graph(source: str, weights: str | None) -> Model:
-    from moecc.checkpoint.source import open_checkpoint
+    from moecc.checkpoint.open import open_checkpoint
 
     graph = read_graph(source)
     place = weights or graph.attrs.get("checkpoint")

@@ -1,12 +1,15 @@
-"""Imports run one way: passes and backends use the core, and neither uses the other."""
+"""Imports run one way: from passes and backends to the core, and within each without a circle."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
+from importlib.util import resolve_name
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -59,3 +62,107 @@ def test_the_core_starts_without_jax(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('jax', 'torch', 'gguf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+COMMAND_LINE = "moecc.cli"
+MAY_CALL_THE_COMMAND_LINE = {"moecc.__main__"}
+
+BEING_RESTRUCTURED = "moecc_backends.xla"
+"""Whose circles are not looked at yet."""
+
+
+def modules() -> dict[str, Path]:
+    """Return the files of the three packages by the names of their modules."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for file in folder.rglob("*.py"):
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = file
+    return found
+
+
+def arrows(module: str, file: Path, known: Mapping[str, Path]) -> set[str]:
+    """Return the modules among `known` that a file imports anywhere, for types alone included."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                names.add(inner if inner in known else base)
+    return names & known.keys()
+
+
+@pytest.fixture(scope="module")
+def graph() -> nx.DiGraph[str]:
+    """Every module of the three packages, and an arrow to each that it imports."""
+    known = modules()
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for module, file in known.items():
+        graph.add_node(module)
+        graph.add_edges_from((module, other) for other in arrows(module, file, known))
+    return graph
+
+
+def circles(graph: nx.DiGraph[str]) -> list[list[str]]:
+    """Return the modules of each circle: an import of a module by itself is one, too."""
+    groups = nx.strongly_connected_components(graph)
+    return [sorted(g) for g in groups if len(g) > 1 or any(graph.has_edge(m, m) for m in g)]
+
+
+def test_no_circle_of_modules(graph: nx.DiGraph[str]) -> None:
+    looked_at = [m for m in graph if not m.startswith(BEING_RESTRUCTURED)]
+    assert len(looked_at) > 200
+    assert circles(graph.subgraph(looked_at)) == []
+
+
+def test_a_circle_closed_by_a_local_or_a_type_only_import_is_found(tmp_path: Path) -> None:
+    texts = {
+        "room.a": "def f():\n    from room import b\n",
+        "room.b": "if TYPE_CHECKING:\n    from .c import C\n",
+        "room.c": "import room.a\n",
+        "room.d": "from room.a import f\n",
+    }
+    known = {}
+    for name, text in texts.items():
+        known[name] = tmp_path / f"{name}.py"
+        known[name].write_text(text)
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for name, file in known.items():
+        graph.add_edges_from((name, other) for other in arrows(name, file, known))
+    assert circles(graph) == [["room.a", "room.b", "room.c"]]
+
+
+def test_nobody_imports_the_command_line(graph: nx.DiGraph[str]) -> None:
+    inside = [m for m in graph if m == COMMAND_LINE or m.startswith(f"{COMMAND_LINE}.")]
+    assert len(inside) > 10
+    importing = {a for a, _ in graph.in_edges(inside)} - set(inside)
+    assert importing == MAY_CALL_THE_COMMAND_LINE
+
+
+def test_nobody_imports_the_front_door(graph: nx.DiGraph[str]) -> None:
+    assert {a for a, _ in graph.in_edges("moecc")} == set()
+
+
+FRONT_DOOR = {"__init__", "__main__", "backend", "errors", "version"}
+"""The only modules of the core that stand in no room."""
+
+
+def room(module: str) -> str:
+    """Return the room of a module: a folder of the core, or another package as a whole."""
+    package, *rest = module.split(".")
+    return f"{package}.{rest[0]}" if package == "moecc" and rest else package
+
+
+def test_modules_of_the_core_stand_in_rooms() -> None:
+    assert {file.stem for file in PACKAGES["moecc"].glob("*.py")} == FRONT_DOOR
+
+
+def test_no_circle_of_rooms(graph: nx.DiGraph[str]) -> None:
+    rooms: nx.DiGraph[str] = nx.DiGraph()
+    rooms.add_edges_from((room(a), room(b)) for a, b in graph.edges if room(a) != room(b))
+    assert len(rooms) > 20
+    assert circles(rooms) == []

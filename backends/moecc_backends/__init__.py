@@ -21,7 +21,7 @@ def _reference() -> Backend:
 def _xla() -> Backend:
     if find_spec("jax") is None:
         raise MachineError("the xla backend needs jax", hint="pip install 'moecc[xla]'")
-    from moecc_backends.xla.quiet import import_jax
+    from moecc_backends.xla.import_jax import import_jax
 
     import_jax()
     from moecc_backends.xla.backend import XlaBackend

@@ -34,7 +34,7 @@ class Request:
       dense_weights: how parameters that are no experts' lie along the experts' axis.
       rules: layouts by name or file, in place of those that the mesh's axes stand for.
       partition: one of `PARTITIONS`.
-      via: how tokens reach experts, of `moecc.plan.exchanges.VIAS`.
+      via: how tokens reach experts, of `moecc.plan.vias.VIAS`.
       sliced: whether devices along ``model`` each send a part of a row to the experts.
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moecc.cli.console import count_text, size_text
+from moecc.support.text import count_text, size_text
 
 
 def compile_text(data: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.traits import Cost, Role, RowMove
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
@@ -75,7 +76,7 @@ class FFNBlock:
 
     def biases_of(self, up: Node) -> tuple[Value, ...]:
         """The parameters added straight to what `up` gives."""
-        adds = (user for user in up.result.users if user.op.name == "add")
+        adds = (user for user in up.result.users if _is_bias(user))
         return tuple(dict.fromkeys(v for add in adds for v in add.operands if v.is_param))
 
     @property
@@ -128,29 +129,25 @@ class FFNSearch:
     refusals: list[Refusal] = field(default_factory=list)
 
 
-# How elementwise operations of one operand change the degree of homogeneity.
-_POWERS = {"relu": 1, "scale": 1, "neg": 1, "square": 2, "cast": 1, "stop_gradient": 1}
-
-
 def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
     carried = [degree.get(v, 0) for v in node.operands]
-    if any(d is None for d in carried):
-        return None
     known = [d for d in carried if d is not None]
-    if node.op.name == "mul":
-        return sum(known)
-    if node.op.name in _POWERS:
-        return known[0] * _POWERS[node.op.name]
-    if node.op.name == "add" and any(v.is_param for v in node.operands):
+    if len(known) < len(carried):
+        return None
+    if _is_bias(node):
         # A bias straight on the product is scaled with the weight, so it changes no degree.
         return max(known) if all(v.is_param or _is_product(v) for v in node.operands) else None
-    if node.op.name in ("add", "sub", "maximum", "minimum") and len(set(known)) == 1:
-        return known[0]
-    return None
+    found = node.op.homogeneity.degree(known)
+    return int(found) if found is not None and found == int(found) else None
+
+
+def _is_bias(node: Node) -> bool:
+    """Whether `node` adds a parameter to a value."""
+    return any(v.is_param and node.op.role(i) is Role.BIAS for i, v in enumerate(node.operands))
 
 
 def _is_product(value: Value) -> bool:
-    return value.node is not None and value.node.op.name == "contract"
+    return value.node is not None and value.node.op.cost is Cost.PRODUCT
 
 
 def find_ffn_blocks(graph: Graph) -> FFNSearch:
@@ -175,7 +172,9 @@ def find_ffn_blocks(graph: Graph) -> FFNSearch:
 
 def _is_projection(node: Node) -> bool:
     """Whether `node` contracts an activation with a parameter over a single axis."""
-    return node.op.name == "contract" and node.operands[1].is_param and len(node.attrs["over"]) == 1
+    return (
+        node.op.cost is Cost.PRODUCT and node.operands[1].is_param and len(node.attrs["over"]) == 1
+    )
 
 
 def _outer_axis(down: Node) -> str | None:
@@ -231,7 +230,7 @@ def _why_not(ups: list[Node], inside: set[Node], down: Node, axes: tuple[str, st
 def _sparse_already(x: Value) -> str | None:
     if "expert" in x.type:
         return "it is sparse already"
-    if any(user.op.name == "dispatch" for user in x.users):
+    if any(user.op.moves is RowMove.TO_SLOTS for user in x.users):
         return "it stands beside experts, in a layer that is sparse already"
     return None
 
@@ -283,7 +282,7 @@ def _walk_back(
     while stack:
         value = stack.pop()
         node = value.node
-        if value.is_param or node in inside or (node and node.op.name == "constant"):
+        if value.is_param or node in inside or (node and not node.operands):
             continue
         if node is None:
             problem = problem or f"%{value.name} comes in from outside"
@@ -291,39 +290,12 @@ def _walk_back(
         if _is_projection(node) and node.attrs["over"] == (outer,):
             ups.append(node)
             inside.add(node)
-        elif node.mixes or node.op.name not in _LIFTABLE:
+        elif node.mixes or not node.op.liftable:
             problem = problem or f"%{value.name} = {node.op.name} is not elementwise"
         else:
             inside.add(node)
             stack.extend(node.operands)
     return (ups, inside, problem) if ups else None
-
-
-_LIFTABLE = frozenset(
-    (
-        "silu",
-        "gelu",
-        "gelu_tanh",
-        "relu",
-        "sigmoid",
-        "tanh",
-        "exp",
-        "log",
-        "square",
-        "rsqrt",
-        "neg",
-        "scale",
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "maximum",
-        "minimum",
-        "cast",
-        "stop_gradient",
-    )
-)
-"""Elementwise operations, which an expert axis passes through as they are."""
 
 
 def _escape(inside: set[Node], down: Node) -> str | None:
@@ -341,7 +313,7 @@ def _escape(inside: set[Node], down: Node) -> str | None:
 def _bias_after(down: Node, outer: str) -> Node | None:
     """Return the node that adds a parameter along `outer` to the result of `down`, or None."""
     user = down.result.only_user
-    if user is None or user.op.name != "add":
+    if user is None or not _is_bias(user):
         return None
     other = user.operands[1] if user.operands[0] is down.result else user.operands[0]
     return user if other.is_param and other.type.names == (outer,) else None

@@ -8,8 +8,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from moecc.checkpoint.jsonfile import read_json_object
+from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
-from moecc.checkpoint.safetensors import Header, name_fault
+from moecc.checkpoint.safetensors import Header
 
 MAX_INDEX_BYTES = 64 << 20
 SHARD_SUFFIX = ".safetensors"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from moecc.errors import InputError, Problem
 
 MAX_DEPTH = 64
 MAX_VALUES = 1 << 20
-_MAX_DIGITS = 4300  # more than Python reads
 # Finding places takes a hundred times as long as parsing.
 _LOCATED_CHARACTERS = 1 << 20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
@@ -58,20 +58,12 @@ def parse_json(data: bytes | bytearray, where: str, *, max_values: int = MAX_VAL
     text = _decode(data, where)
     hooks = _Hooks()
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=hooks.pairs,
-            parse_float=hooks.number,
-            parse_constant=hooks.constant,
-        )
+        value = hooks.parse(text)
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}:{error.colno}"
         raise InputError(f"not JSON: {error.msg}", where=place) from None
     except RecursionError:
         raise _too_deep(where) from None
-    except ValueError:  # the only one left: Python refuses to read so long an integer
-        hooks.faults.append("a number has thousands of digits")
-        value = None
     if hooks.faults:
         _report(text, where, hooks.faults)
     if _deeper_than(value, MAX_DEPTH):
@@ -84,6 +76,38 @@ class _Hooks:
 
     def __init__(self) -> None:
         self.faults: list[str] = []
+
+    def parse(self, text: str) -> Any:
+        """Return the value of `text`; what is wrong with it beside its syntax goes to `faults`.
+
+        Raises:
+          JSONDecodeError: it is not JSON.
+          RecursionError: it is nested too deeply for the parser.
+        """
+        try:
+            return self._loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            # Python refuses to read so long an integer, and has not looked at what follows it. Only
+            # now is a function called for each integer: headers have hundreds of thousands.
+            self.faults.clear()
+            return self._loads(text, parse_int=self.integer)
+
+    def _loads(self, text: str, parse_int: Callable[[str], int] | None = None) -> Any:
+        return json.loads(
+            text,
+            object_pairs_hook=self.pairs,
+            parse_float=self.number,
+            parse_constant=self.constant,
+            parse_int=parse_int,
+        )
+
+    def integer(self, digits: str) -> int:
+        if fault := _integer_fault(digits):
+            self.faults.append(fault)
+            return 0
+        return int(digits)
 
     def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -109,6 +133,13 @@ def _twice(key: str) -> str:
 
 def _not_finite(digits: str) -> str:
     return f"the number {describe(digits)} is not finite"
+
+
+def _integer_fault(text: str) -> str | None:
+    digits = len(text.lstrip("-"))
+    # Zero stands for no limit in Python; here there always is one.
+    limit = sys.get_int_max_str_digits() or sys.int_info.default_max_str_digits
+    return f"a number of {digits:,} digits" if digits > limit else None
 
 
 def _no_number(name: str) -> str:
@@ -171,7 +202,7 @@ def _number_fault(token: str) -> str | None:
     if token in ("true", "false", "null"):
         return None
     if token.lstrip("-").isdigit():
-        return f"a number of {len(token):,} digits" if len(token) > _MAX_DIGITS else None
+        return _integer_fault(token)
     return _not_finite(token) if math.isinf(float(token)) else None
 
 

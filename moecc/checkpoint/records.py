@@ -17,13 +17,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-import moecc
 from moecc.checkpoint.files import file_fault, read_bounded
 from moecc.checkpoint.jsonfile import parse_json
+from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
-from moecc.checkpoint.safetensors import name_fault
 from moecc.errors import CheckError, InputError
 from moecc.ir.dtypes import DTYPES
+from moecc.version import __version__
 
 MANIFEST_NAME = "moecc_manifest.json"
 SCHEMA = 1
@@ -36,7 +36,7 @@ _TAIL = b'"\n}\n'
 def library_versions() -> dict[str, str]:
     """Return the versions that the bytes of a conversion can depend on."""
     return {
-        "moecc": moecc.__version__,
+        "moecc": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "ml_dtypes": str(ml_dtypes.__version__),

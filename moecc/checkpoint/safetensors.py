@@ -15,6 +15,7 @@ from typing import Any
 
 from moecc.checkpoint.files import Identity, open_regular, read_into
 from moecc.checkpoint.jsonfile import parse_json
+from moecc.checkpoint.limits import MAX_SIZE, name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.checkpoint.sniff import SNIFFED_BYTES, sniff
 from moecc.checkpoint.source import TensorInfo
@@ -24,9 +25,7 @@ from moecc.ir.dtypes import BY_SAFETENSORS, DType
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 18
-MAX_NAME_CHARACTERS = 1024
 MAX_RANK = 64
-MAX_SIZE = (1 << 63) - 1
 _LENGTH_BYTES = 8
 # What goes beyond this for each tensor is no header, but a way to make a reader work.
 _FREE_HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 16 << 20, 512
@@ -300,17 +299,6 @@ class _Check:
                 expected=f"a file of {self.data_start + last.end:,} bytes",
                 found=f"{self.identity.size_bytes:,} bytes",
             )
-
-
-def name_fault(name: str) -> str | None:
-    """Say what is wrong with the name of a tensor or file, or None."""
-    if not name:
-        return "the name is empty"
-    if len(name) > MAX_NAME_CHARACTERS:
-        return f"the name is longer than {MAX_NAME_CHARACTERS:,} characters"
-    if not name.isprintable():
-        return "the name has control or invisible characters"
-    return None
 
 
 def _naturals(values: list[Any]) -> bool:

@@ -22,9 +22,9 @@ import numpy as np
 
 from moecc.checkpoint.files import os_problem
 from moecc.checkpoint.layout import INDEX_NAME
+from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.nonfinite import Nonfinite, ScanningReader
 from moecc.checkpoint.problems import Problems, quoted
-from moecc.checkpoint.safetensors import name_fault
 from moecc.checkpoint.shards import Entry, Shard, index_json, natural, plan_shards
 from moecc.errors import InputError, UsageError
 from moecc.ir.dtypes import DType

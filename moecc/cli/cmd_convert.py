@@ -2,91 +2,97 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moecc.cli.console import Format
+from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, PaddingMaskOption, SourceArgument
 
 if TYPE_CHECKING:
     from moecc.conversion import Plan
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What ``moecc convert`` is asked for."""
 
-    @app.command(
-        "convert",
-        epilog="Example: moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' "
-        "--to mixtral --dtype bf16",
-    )
-    def convert(
-        source: SourceArgument,
-        out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")],
-        pipeline: Annotated[
-            str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")
-        ],
-        to: Annotated[str, typer.Option("--to", metavar="FAMILY", help="The family to write.")],
-        dtype: Annotated[
-            str | None, typer.Option("--dtype", help="The type to write; else as stored.")
-        ] = None,
-        seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0,
-        padding_mask: PaddingMaskOption = False,
-        max_shard_bytes: Annotated[
-            str, typer.Option("--max-shard-bytes", metavar="N", help="The limit of a shard.")
-        ] = "5000000000",
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Plan from headers, write nothing.")
-        ] = False,
-        load: Annotated[
-            list[str] | None,
-            typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
-        ] = None,
-        allow_nonfinite: Annotated[
-            bool, typer.Option("--allow-nonfinite", help="Record NaN and Inf, do not refuse.")
-        ] = False,
-        allow_unmatched: Annotated[
-            bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
-        ] = False,
-        force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
-        format: FormatOption = Format.human,
-    ) -> None:
-        """Convert SOURCE and write it to the folder OUT.
+    source: SourceArgument
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
+    pipeline: Annotated[str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")]
+    to: Annotated[str, typer.Option("--to", metavar="FAMILY", help="The family to write.")]
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="The type to write; else as stored.")
+    ] = None
+    seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0
+    padding_mask: PaddingMaskOption = False
+    max_shard_bytes: Annotated[
+        str, typer.Option("--max-shard-bytes", metavar="N", help="The limit of a shard.")
+    ] = "5000000000"
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan from headers, write nothing.")
+    ] = False
+    load: Annotated[
+        list[str] | None,
+        typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
+    ] = None
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Record NaN and Inf, do not refuse.")
+    ] = False
+    allow_unmatched: Annotated[
+        bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
+    ] = False
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False
+    format: FormatOption = Format.human
 
-        Everything is checked from headers and configs before the first weight is read.
-        """
-        from moecc.checkpoint.outdir import check_output
-        from moecc.cli.console import Bar, report
-        from moecc.cli.pipelines import read_pipeline
-        from moecc.conversion import plan, write
-        from moecc.models import open_model
-        from moecc.settings import count_bytes, float_type
 
-        type = None if dtype is None else float_type(dtype)
-        limit = count_bytes(max_shard_bytes)
-        passes = read_pipeline(pipeline, load or [])
-        with open_model(source, padding=padding_mask) as model:
-            planned = plan(
-                model, passes, to, dtype=type, seed=seed, allow_unmatched=allow_unmatched
-            )
-            data = planned.to_json()
-            place = [model.checkpoint.path] if model.checkpoint else []
-            check_output(Path(out), inputs=place, force=force, needed_bytes=planned.size_bytes)
-            if not dry_run:
-                with Bar("writing") as bar:
-                    write(
-                        planned, out, max_shard_bytes=limit, force=force,
-                        allow_nonfinite=allow_nonfinite, progress=bar,
-                    )  # fmt: skip
-        data |= {"out": out, "dry_run": dry_run}
-        report("convert", data, lambda: plan_text(planned, out, dry_run), format)
+def convert(asked: ConvertRequest) -> None:
+    """Convert SOURCE and write it to the folder OUT.
+
+    Everything is checked from headers and configs before the first weight is read.
+    """
+    from moecc.checkpoint.outdir import check_output
+    from moecc.cli.console import report
+    from moecc.cli.pipelines import read_pipeline
+    from moecc.conversion import plan
+    from moecc.models import open_model
+    from moecc.settings import count_bytes, float_type
+
+    type = None if asked.dtype is None else float_type(asked.dtype)
+    limit = count_bytes(asked.max_shard_bytes)
+    passes = read_pipeline(asked.pipeline, asked.load or [])
+    out, force = asked.out, asked.force
+    with open_model(asked.source, padding=asked.padding_mask) as model:
+        planned = plan(
+            model, passes, asked.to, dtype=type, seed=asked.seed,
+            allow_unmatched=asked.allow_unmatched,
+        )  # fmt: skip
+        data = planned.to_json()
+        inputs = [model.checkpoint.path] if model.checkpoint else []
+        check_output(Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes)
+        if not asked.dry_run:
+            _write(planned, asked, limit)
+    data |= {"out": out, "dry_run": asked.dry_run}
+    report("convert", data, lambda: plan_text(planned, out, asked.dry_run), asked.format)
+
+
+def _write(planned: Plan, asked: ConvertRequest, max_shard_bytes: int) -> None:
+    from moecc.cli.console import Bar
+    from moecc.conversion import write
+
+    with Bar("writing") as bar:
+        write(
+            planned, asked.out, max_shard_bytes=max_shard_bytes, force=asked.force,
+            allow_nonfinite=asked.allow_nonfinite, progress=bar,
+        )  # fmt: skip
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return what was planned, and written unless `dry_run`, for people."""
-    from moecc.cli.console import count_text, size_text
+    from moecc.support.text import count_text, size_text
 
     data = planned.to_json()
     parameters = data["parameters"]
@@ -118,3 +124,15 @@ def _shortened(remarks: list[str]) -> list[str]:
         else f"{where[0]} … {where[-1]} ({len(where)}): {text}"
         for text, where in places.items()
     ]  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(
+        app,
+        "convert",
+        ConvertRequest,
+        convert,
+        "Example: moecc convert SmolLM2-135M smollm2-8x -p 'upcycle{experts=8 top-k=2}' "
+        "--to mixtral --dtype bf16",
+    )

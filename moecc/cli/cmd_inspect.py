@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moecc.cli.console import Format
+from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption
 
 if TYPE_CHECKING:
+    from moecc.analysis.ffn import FFNSearch
+    from moecc.families.describe import Parameters
+    from moecc.ir.graph import Graph
     from moecc.models import Model
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
+@dataclass(frozen=True)
+class InspectRequest:
+    """What ``moecc inspect`` is asked for."""
 
-    @app.command("inspect", epilog="Example: moecc inspect SmolLM2-135M --format json")
-    def inspect(
-        source: Annotated[
-            str,
-            typer.Argument(
-                metavar="SOURCE", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
-            ),
-        ],
-        format: FormatOption = Format.human,
-    ) -> None:
-        """Describe SOURCE from its headers; no weights are read.
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
+        ),
+    ]
+    format: FormatOption = Format.human
 
-        Says the family, layers, parameters, the feed-forward blocks found and how many can be
-        upcycled, and which families could hold the result, with the reasons why others cannot.
-        """
-        from moecc.cli.console import report
-        from moecc.models import open_model
 
-        with open_model(source) as model:
-            data = inspection(model)
-        report("inspect", data, lambda: inspection_text(data), format)
+def inspect(asked: InspectRequest) -> None:
+    """Describe SOURCE from its headers; no weights are read.
+
+    Says the family, layers, parameters, the feed-forward blocks found and how many can be
+    upcycled, and which families could hold the result, with the reasons why others cannot.
+    """
+    from moecc.cli.console import report
+    from moecc.models import open_model
+
+    with open_model(asked.source) as model:
+        data = inspection(model)
+    report("inspect", data, lambda: inspection_text(data), asked.format)
 
 
 def inspection(model: Model) -> dict[str, Any]:
     """Return what `moecc inspect` says of `model`, as JSON values."""
     from moecc.analysis.ffn import find_ffn_blocks
-    from moecc.families.describe import describe, paper_groups
+    from moecc.families.describe import describe
     from moecc.families.flops import CONVENTION
-    from moecc.families.propose import target_fits
     from moecc.ir.unroll import unrolled
 
     # Layers that are repeated count as often as they are.
     graph = unrolled(model.graph)
     facts = describe(graph)
-    search = find_ffn_blocks(graph)
     return {
         "source": model.name,
         "format": model.checkpoint.format if model.checkpoint else None,
@@ -60,11 +64,7 @@ def inspection(model: Model) -> dict[str, Any]:
         "layers": facts.layers,
         "stacks": facts.stacks,
         "nodes": len(graph),
-        "parameters": {
-            "total": facts.parameters.total,
-            "active": facts.parameters.active,
-            "groups": {**paper_groups(facts.parameters.groups), **facts.parameters.groups},
-        },
+        "parameters": _parameters(facts.parameters),
         "flops_per_token": facts.flops_per_token,
         "flops_per_sequence": facts.sequence.paper,
         "flops_convention": CONVENTION,
@@ -73,22 +73,42 @@ def inspection(model: Model) -> dict[str, Any]:
             "attention": facts.sequence.attention,
         },
         "sequence_lengths": facts.sequence.lengths,
-        "ffn_blocks": {
-            "found": len(search.blocks) + len(search.refusals),
-            "convertible": len(search.blocks),
-            "refused": [{"where": r.loc, "reason": r.reason} for r in search.refusals],
-        },
-        "targets": {
-            name: {"fits": not reasons, "reasons": [str(r) for r in reasons]}
-            for name, reasons in target_fits(graph).items()
-        },
+        "ffn_blocks": _blocks(find_ffn_blocks(graph)),
+        "targets": _targets(graph),
+    }
+
+
+def _parameters(found: Parameters) -> dict[str, Any]:
+    from moecc.families.describe import paper_groups
+
+    return {
+        "total": found.total,
+        "active": found.active,
+        "groups": {**paper_groups(found.groups), **found.groups},
+    }
+
+
+def _blocks(search: FFNSearch) -> dict[str, Any]:
+    return {
+        "found": len(search.blocks) + len(search.refusals),
+        "convertible": len(search.blocks),
+        "refused": [{"where": r.loc, "reason": r.reason} for r in search.refusals],
+    }
+
+
+def _targets(graph: Graph) -> dict[str, Any]:
+    from moecc.families.propose import target_fits
+
+    return {
+        name: {"fits": not reasons, "reasons": [str(r) for r in reasons]}
+        for name, reasons in target_fits(graph).items()
     }
 
 
 def inspection_text(data: dict[str, Any]) -> str:
     """Return an inspection for people."""
-    from moecc.cli.console import count_text
     from moecc.families.describe import PAPER_GROUPS
+    from moecc.support.text import count_text
 
     parameters, blocks = data["parameters"], data["ffn_blocks"]
     named = {k: f"{k} {count_text(v)}" for k, v in parameters["groups"].items()}
@@ -124,3 +144,10 @@ def _some(refused: list[dict[str, str]], limit: int = 4) -> list[dict[str, str]]
         return refused
     more = {"where": "…", "reason": f"{len(refused) - limit} more"}
     return [*refused[:limit], more]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(
+        app, "inspect", InspectRequest, inspect, "Example: moecc inspect SmolLM2-135M --format json"
+    )

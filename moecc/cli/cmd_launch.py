@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+from moecc.cli.face import add_command
 
 
 class How(StrEnum):
@@ -20,61 +23,56 @@ class How(StrEnum):
 MOST_LOCAL = 64
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What ``moecc launch`` is asked for."""
 
-    @app.command(
-        "launch",
-        epilog="Example: moecc launch local -n 2 -- run smollm2-8x --outputs logits.npy",
-    )
-    def launch(
-        how: Annotated[
-            How, typer.Argument(metavar="local|template", help="Start, or print a script.")
-        ],
-        command: Annotated[
-            list[str],
-            typer.Argument(
-                metavar="[slurm|xpk] -- COMMAND…",
-                help="Of moecc, or: python FILE. For a template, the cluster stands first.",
-                show_default=False,
-            ),
-        ],
-        processes: Annotated[
-            int,
-            typer.Option("-n", "--processes", min=1, max=MOST_LOCAL, help="How many, local."),
-        ] = 2,
-        nodes: Annotated[
-            int, typer.Option("--nodes", min=1, help="Of a template: nodes, or slices of TPUs.")
-        ] = 1,
-        name: Annotated[str, typer.Option("--name", help="Of a template: the job.")] = "moecc",
-        step_seconds: Annotated[
-            int,
-            typer.Option(
-                "--step-seconds", min=1, help="A process that makes no step for so long is stuck."
-            ),
-        ] = 300,
-    ) -> None:
-        """Run COMMAND in several processes that compute together, or print a script that would.
+    how: Annotated[How, typer.Argument(metavar="local|template", help="Start, or print a script.")]
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[slurm|xpk] -- COMMAND…",
+            help="Of moecc, or: python FILE. For a template, the cluster stands first.",
+            show_default=False,
+        ),
+    ]
+    processes: Annotated[
+        int,
+        typer.Option("-n", "--processes", min=1, max=MOST_LOCAL, help="How many, local."),
+    ] = 2
+    nodes: Annotated[
+        int, typer.Option("--nodes", min=1, help="Of a template: nodes, or slices of TPUs.")
+    ] = 1
+    name: Annotated[str, typer.Option("--name", help="Of a template: the job.")] = "moecc"
+    step_seconds: Annotated[
+        int,
+        typer.Option(
+            "--step-seconds", min=1, help="A process that makes no step for so long is stuck."
+        ),
+    ] = 300
 
-        The first process that fails, dies or hangs ends all, with a message.
-        """
-        if how is How.template:
-            from moecc.launch.templates import Job, fill_template
 
-            kind, *rest = command
-            job = Job(_checked(rest), name, nodes, step_seconds)
-            sys.stdout.write(fill_template(kind, job))
-            return
-        from moecc.launch.supervisor import Supervisor
+def launch(asked: LaunchRequest) -> int:
+    """Run COMMAND in several processes that compute together, or print a script that would.
 
-        words = _program(command)
-        # Processes of one machine cannot share its accelerators, but can its cores.
-        platforms = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-        ended = Supervisor(
-            words, processes, stuck_seconds=step_seconds, environment=platforms
-        ).run()
-        if ended.exit_code:
-            raise typer.Exit(ended.exit_code)
+    The first process that fails, dies or hangs ends all, with a message.
+    """
+    if asked.how is How.template:
+        from moecc.launch.templates import Job, fill_template
+
+        kind, *rest = asked.command
+        job = Job(_checked(rest), asked.name, asked.nodes, asked.step_seconds)
+        sys.stdout.write(fill_template(kind, job))
+        return 0
+    from moecc.launch.supervisor import Supervisor
+
+    words = _program(asked.command)
+    # Processes of one machine cannot share its accelerators, but can its cores.
+    platforms = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+    ended = Supervisor(
+        words, asked.processes, stuck_seconds=asked.step_seconds, environment=platforms
+    ).run()
+    return ended.exit_code
 
 
 def _checked(command: list[str]) -> list[str]:
@@ -103,3 +101,14 @@ def _program(command: list[str]) -> list[str]:
     if command[0] == "python" and len(command) > 1:
         return [sys.executable, *command[1:]]
     return [sys.executable, "-m", "moecc", *_checked(command)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(
+        app,
+        "launch",
+        LaunchRequest,
+        launch,
+        "Example: moecc launch local -n 2 -- run smollm2-8x --outputs logits.npy",
+    )

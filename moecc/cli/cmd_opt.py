@@ -3,110 +3,122 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli.face import add_command
+
 if TYPE_CHECKING:
+    from moecc.ir.graph import Graph
+    from moecc.pipeline.passes import Context
     from moecc.pipeline.runner import Instrument
+    from moecc.pipeline.text import Pipeline
+
+
+@dataclass(frozen=True)
+class OptRequest:
+    """What ``moecc opt`` is asked for."""
+
+    file: Annotated[str, typer.Argument(metavar="FILE|-", help="A .moe graph, or stdin.")]
+    pipeline: Annotated[
+        str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")
+    ] = ""
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Where to write, else stdout."),
+    ] = None
+    print_after: Annotated[
+        str | None,
+        typer.Option(
+            "--print-after", metavar="all|changed|NAME,…", help="Print the graph to stderr."
+        ),
+    ] = None
+    diff: Annotated[bool, typer.Option("--diff", help="Print what each pass changed.")] = False
+    dump_dir: Annotated[
+        str | None,
+        typer.Option("--dump-dir", metavar="DIR", help="Write 003_upcycle.moe and so on."),
+    ] = None
+    check: Annotated[bool, typer.Option("--check", help="Hold each pass to what it preserves.")] = (
+        False
+    )
+    timing: Annotated[bool, typer.Option("--timing", help="Say how long each took.")] = False
+    stats: Annotated[bool, typer.Option("--stats", help="Say what each pass counted.")] = False
+    remarks: Annotated[bool, typer.Option("--remarks", help="Print remarks and near misses.")] = (
+        False
+    )
+    seed: Annotated[int, typer.Option("--seed", help="Of all random choices.")] = 0
+    allow_unmatched: Annotated[
+        bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
+    ] = False
+    load: Annotated[
+        list[str] | None,
+        typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False
+
+
+def opt(asked: OptRequest) -> None:
+    """Run a pipeline over a graph; the verifier runs after every pass.
+
+    The graph goes to stdout or -o, everything else to stderr.
+    """
+    from moecc.cli.files import check_writable, write_text
+    from moecc.cli.pipelines import read_pipeline
+    from moecc.ir.printer import print_graph
+    from moecc.models import read_graph
+    from moecc.pipeline.passes import Context
+    from moecc.pipeline.runner import run_pipeline
+
+    passes = read_pipeline(asked.pipeline, asked.load or [])
+    if asked.output is not None and asked.output != "-":
+        check_writable(asked.output, force=asked.force)
+    watching = _instruments(asked)
+    graph = read_graph(asked.file)
+    context = Context(seed=asked.seed, allow_unmatched=asked.allow_unmatched)
+    if asked.check:
+        _check(graph, passes, context)
+    run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=Path.cwd())
+    write_text(print_graph(graph), asked.output, force=asked.force)
+
+
+def _check(graph: Graph, passes: Pipeline, context: Context) -> None:
+    from moecc.cli.console import say
+    from moecc.pipeline.check import check_pipeline
+
+    for checked in check_pipeline(graph, passes, context=context):
+        say(f"checked: {checked}")
+
+
+def _instruments(asked: OptRequest) -> list[Instrument]:
+    from moecc.pipeline import instruments
+
+    made: list[Instrument] = []
+    if asked.print_after is not None:
+        names = asked.print_after if asked.print_after in ("all", "changed") else None
+        which = names or frozenset(n.strip() for n in asked.print_after.split(","))
+        made.append(instruments.PrintAfter(which, sys.stderr))
+    if asked.diff:
+        made.append(instruments.DiffAfter(sys.stderr))
+    if asked.dump_dir is not None:
+        made.append(instruments.DumpFolder(Path(asked.dump_dir)))
+    if asked.timing:
+        made.append(instruments.Timing(sys.stderr))
+    if asked.stats:
+        made.append(instruments.Statistics(sys.stderr))
+    if asked.remarks:
+        made.append(instruments.Remarks(sys.stderr))
+    return made
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-
-    @app.command(
+    add_command(
+        app,
         "opt",
-        epilog="Example: moecc import SmolLM2-135M | moecc opt - -p 'upcycle{experts=8}' --diff",
+        OptRequest,
+        opt,
+        "Example: moecc import SmolLM2-135M | moecc opt - -p 'upcycle{experts=8}' --diff",
     )
-    def opt(
-        file: Annotated[str, typer.Argument(metavar="FILE|-", help="A .moe graph, or stdin.")],
-        pipeline: Annotated[
-            str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")
-        ] = "",
-        output: Annotated[
-            str | None,
-            typer.Option("-o", "--output", metavar="FILE", help="Where to write, else stdout."),
-        ] = None,
-        print_after: Annotated[
-            str | None,
-            typer.Option(
-                "--print-after", metavar="all|changed|NAME,…", help="Print the graph to stderr."
-            ),
-        ] = None,
-        diff: Annotated[bool, typer.Option("--diff", help="Print what each pass changed.")] = False,
-        dump_dir: Annotated[
-            str | None,
-            typer.Option("--dump-dir", metavar="DIR", help="Write 003_upcycle.moe and so on."),
-        ] = None,
-        check: Annotated[
-            bool, typer.Option("--check", help="Hold each pass to what it preserves.")
-        ] = False,
-        timing: Annotated[bool, typer.Option("--timing", help="Say how long each took.")] = False,
-        stats: Annotated[bool, typer.Option("--stats", help="Say what each pass counted.")] = False,
-        remarks: Annotated[
-            bool, typer.Option("--remarks", help="Print remarks and near misses.")
-        ] = False,
-        seed: Annotated[int, typer.Option("--seed", help="Of all random choices.")] = 0,
-        allow_unmatched: Annotated[
-            bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
-        ] = False,
-        load: Annotated[
-            list[str] | None,
-            typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
-        ] = None,
-        force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False,
-    ) -> None:
-        """Run a pipeline over a graph; the verifier runs after every pass.
-
-        The graph goes to stdout or -o, everything else to stderr.
-        """
-        from moecc.cli.console import say
-        from moecc.cli.files import check_writable, write_text
-        from moecc.cli.pipelines import read_pipeline
-        from moecc.ir.printer import print_graph
-        from moecc.models import read_graph
-        from moecc.pipeline.passes import Context
-        from moecc.pipeline.runner import run_pipeline
-
-        passes = read_pipeline(pipeline, load or [])
-        if output is not None and output != "-":
-            check_writable(output, force=force)
-        watching = _instruments(print_after, diff, dump_dir, timing, stats, remarks)
-        graph = read_graph(file)
-        context = Context(seed=seed, allow_unmatched=allow_unmatched)
-        if check:
-            from moecc.pipeline.check import check_pipeline
-
-            for checked in check_pipeline(graph, passes, context=context):
-                say(f"checked: {checked}")
-        run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=Path.cwd())
-        write_text(print_graph(graph), output, force=force)
-
-
-def _instruments(
-    print_after: str | None,
-    diff: bool,
-    dump_dir: str | None,
-    timing: bool,
-    stats: bool,
-    remarks: bool,
-) -> list[Instrument]:
-    from moecc.pipeline import instruments
-
-    made: list[Instrument] = []
-    if print_after is not None:
-        names = print_after if print_after in ("all", "changed") else None
-        which = names or frozenset(n.strip() for n in print_after.split(","))
-        made.append(instruments.PrintAfter(which, sys.stderr))
-    if diff:
-        made.append(instruments.DiffAfter(sys.stderr))
-    if dump_dir is not None:
-        made.append(instruments.DumpFolder(Path(dump_dir)))
-    if timing:
-        made.append(instruments.Timing(sys.stderr))
-    if stats:
-        made.append(instruments.Statistics(sys.stderr))
-    if remarks:
-        made.append(instruments.Remarks(sys.stderr))
-    return made

@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moecc.cli.console import Format
+from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption
 
 if TYPE_CHECKING:
     from moecc.pipeline.passes import Pass
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
+@dataclass(frozen=True)
+class PassesRequest:
+    """What ``moecc passes`` is asked for."""
 
-    @app.command("passes", epilog="Example: moecc passes upcycle")
-    def passes(
-        name: Annotated[
-            str | None, typer.Argument(metavar="[NAME]", help="Show this pass alone.")
-        ] = None,
-        load: Annotated[
-            list[str] | None,
-            typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
-        ] = None,
-        format: FormatOption = Format.human,
-    ) -> None:
-        """List the passes, or show one: options, types, defaults, before and after."""
-        from moecc.cli.console import report
-        from moecc.cli.pipelines import registry_with
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass alone.")] = (
+        None
+    )
+    load: Annotated[
+        list[str] | None,
+        typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
+    ] = None
+    format: FormatOption = Format.human
 
-        registry = registry_with(load or [])
-        if name is not None:
-            cls = registry.get(name)
-            report("pass", pass_json(cls), lambda: _one(cls), format)
-            return
-        classes = [registry.get(n) for n in registry.names()]
-        data = {"passes": [pass_json(cls) for cls in classes]}
-        report("passes", data, lambda: _all(classes), format)
+
+def passes(asked: PassesRequest) -> None:
+    """List the passes, or show one: options, types, defaults, before and after."""
+    from moecc.cli.console import report
+    from moecc.cli.pipelines import registry_with
+
+    registry = registry_with(asked.load or [])
+    if asked.name is not None:
+        cls = registry.get(asked.name)
+        report("pass", pass_json(cls), lambda: _one(cls), asked.format)
+        return
+    classes = [registry.get(n) for n in registry.names()]
+    data = {"passes": [pass_json(cls) for cls in classes]}
+    report("passes", data, lambda: _all(classes), asked.format)
 
 
 def pass_json(cls: type[Pass]) -> dict[str, Any]:
@@ -81,3 +84,8 @@ def _one(cls: type[Pass]) -> str:
         rows.append("  no options")
     rows += ["", inspect.getdoc(cls) or ""]
     return "\n".join(rows).rstrip()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(app, "passes", PassesRequest, passes, "Example: moecc passes upcycle")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moecc.cli.console import Format
+from moecc.cli.face import add_command
 from moecc.cli.options import (
     AnyModelArgument,
     BatchTokensOption,
@@ -17,6 +19,10 @@ from moecc.cli.options import (
     RulesOption,
     SequenceOption,
 )
+
+if TYPE_CHECKING:
+    from moecc.plan.search import Wish
+    from moecc.plan.strategy import Setting
 
 
 class Step(StrEnum):
@@ -58,91 +64,119 @@ class DenseWeights(StrEnum):
     cut = "split"
 
 
+@dataclass(frozen=True)
+class PlanRequest:
+    """What ``moecc plan`` is asked for."""
+
+    model: AnyModelArgument
+    machine: MachineOption
+    pipeline: Annotated[
+        str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
+    ] = ""
+    batch_tokens: BatchTokensOption = None
+    sequence: SequenceOption = None
+    mesh: Annotated[
+        str | None,
+        typer.Option("--mesh", metavar="AXIS=N,…", help="The mesh, instead of the best."),
+    ] = None
+    via: Annotated[
+        Via | None, typer.Option("--via", help="How tokens reach experts on other devices.")
+    ] = None
+    remat: Annotated[Remat | None, typer.Option("--remat", help="What is computed twice.")] = None
+    dense_weights: Annotated[
+        DenseWeights | None,
+        typer.Option("--dense-weights", help="Parameters of no expert, along the experts' axis."),
+    ] = None
+    rules: RulesOption = None
+    step: Annotated[Step, typer.Option("--step", help="What is planned.")] = Step.train
+    optimizer: Annotated[
+        Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
+    ] = Optimizer.adamw
+    dtype: ComputeTypeOption = "bf16"
+    weight_dtype: Annotated[
+        str, typer.Option("--weight-dtype", help="The type of the parameters.")
+    ] = "f32"
+    svg: Annotated[str | None, typer.Option("--svg", metavar="FILE", help="Draw the plan.")] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
+    format: FormatOption = Format.human
+
+
+def plan(asked: PlanRequest) -> None:
+    """Predict memory, time and traffic of MODEL on a machine, and find the best mesh.
+
+    Nothing is read but headers, nothing compiled or run. docs/planning.md says what is
+    counted, and what is not.
+    """
+    from moecc.cli.console import report, say
+    from moecc.cli.files import check_writable, write_whole
+    from moecc.plan.chart import chart
+    from moecc.plan.report import plan_text
+
+    if asked.svg is not None:
+        check_writable(asked.svg, force=asked.force)
+    data = planned(asked)
+    if asked.svg is not None:
+        write_whole(asked.svg, chart(data).encode(), force=asked.force)
+        say(f"the plan is drawn in {asked.svg}")
+    report("plan", data, lambda: plan_text(data), asked.format)
+
+
+def planned(asked: PlanRequest) -> dict[str, Any]:
+    """Return the plan as JSON values.
+
+    Raises:
+      UsageError: an option cannot be read.
+      InputError: the model, or the passes on it, do not work out, or nothing fits.
+    """
+    from moecc.cli.pipelines import read_pipeline
+    from moecc.models import open_model
+    from moecc.pipeline.runner import run_pipeline
+    from moecc.plan.batches import make_batch, parse_lengths
+    from moecc.plan.machines import Machine, parse_machine
+    from moecc.plan.report import plan_json
+    from moecc.plan.search import search
+    from moecc.plan.workload import Workload, workload
+
+    passes = read_pipeline(asked.pipeline)
+    where = parse_machine(asked.machine)
+    wish = _wish(asked)
+    lengths = parse_lengths(asked.sequence) if asked.sequence is not None else None
+    setting = _setting(asked)
+    with open_model(asked.model) as opened:
+        run_pipeline(opened.graph, passes)
+        graph = opened.graph
+
+    def work_on(other: Machine) -> Workload:
+        return workload(graph, make_batch(graph, other.devices, asked.batch_tokens, lengths))
+
+    work = work_on(where)
+    ranking = search(work, where, setting, wish, work_on=work_on)
+    return plan_json(asked.model, work, where, setting, ranking)
+
+
+def _wish(asked: PlanRequest) -> Wish:
+    from moecc.plan.meshes import plan_mesh
+    from moecc.plan.search import Wish
+
+    names = None if asked.rules is None else tuple(asked.rules.split(","))
+    fixed = None if asked.mesh is None else plan_mesh(asked.mesh, names)
+    return Wish(fixed, asked.via, asked.remat, asked.dense_weights, names)
+
+
+def _setting(asked: PlanRequest) -> Setting:
+    from moecc.plan.strategy import Setting
+    from moecc.settings import float_type
+
+    types = float_type(asked.dtype), float_type(asked.weight_dtype)
+    return Setting(asked.step is Step.train, asked.optimizer.value, *types)
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-
-    @app.command("plan", epilog="Example: moecc plan preset:mixtral-8x7b --machine tpu:v5p:4x4x4")
-    def plan(
-        model: AnyModelArgument,
-        machine: MachineOption,
-        pipeline: Annotated[
-            str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
-        ] = "",
-        batch_tokens: BatchTokensOption = None,
-        sequence: SequenceOption = None,
-        mesh: Annotated[
-            str | None,
-            typer.Option("--mesh", metavar="AXIS=N,…", help="The mesh, instead of the best."),
-        ] = None,
-        via: Annotated[
-            Via | None, typer.Option("--via", help="How tokens reach experts on other devices.")
-        ] = None,
-        remat: Annotated[
-            Remat | None, typer.Option("--remat", help="What is computed twice.")
-        ] = None,
-        dense_weights: Annotated[
-            DenseWeights | None,
-            typer.Option(
-                "--dense-weights", help="Parameters of no expert, along the experts' axis."
-            ),
-        ] = None,
-        rules: RulesOption = None,
-        step: Annotated[Step, typer.Option("--step", help="What is planned.")] = Step.train,
-        optimizer: Annotated[
-            Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
-        ] = Optimizer.adamw,
-        dtype: ComputeTypeOption = "bf16",
-        weight_dtype: Annotated[
-            str, typer.Option("--weight-dtype", help="The type of the parameters.")
-        ] = "f32",
-        svg: Annotated[
-            str | None, typer.Option("--svg", metavar="FILE", help="Draw the plan.")
-        ] = None,
-        force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-        format: FormatOption = Format.human,
-    ) -> None:
-        """Predict memory, time and traffic of MODEL on a machine, and find the best mesh.
-
-        Nothing is read but headers, nothing compiled or run. docs/planning.md says what is
-        counted, and what is not.
-        """
-        from moecc.cli.console import report, say
-        from moecc.cli.files import check_writable, write_whole
-        from moecc.cli.pipelines import read_pipeline
-        from moecc.models import open_model
-        from moecc.pipeline.runner import run_pipeline
-        from moecc.plan.batches import make_batch, parse_lengths
-        from moecc.plan.chart import chart
-        from moecc.plan.machines import Machine, parse_machine
-        from moecc.plan.meshes import plan_mesh
-        from moecc.plan.report import plan_json, plan_text
-        from moecc.plan.search import Wish, search
-        from moecc.plan.strategy import Setting
-        from moecc.plan.workload import Workload, workload
-        from moecc.settings import float_type
-
-        if svg is not None:
-            check_writable(svg, force=force)
-        passes = read_pipeline(pipeline)
-        where = parse_machine(machine)
-        names = None if rules is None else tuple(rules.split(","))
-        fixed = None if mesh is None else plan_mesh(mesh, names)
-        wish = Wish(fixed, via, remat, dense_weights, names)
-        lengths = parse_lengths(sequence) if sequence is not None else None
-        setting = Setting(
-            step is Step.train, optimizer.value, float_type(dtype), float_type(weight_dtype)
-        )
-        with open_model(model) as opened:
-            run_pipeline(opened.graph, passes)
-            graph = opened.graph
-
-        def work_on(other: Machine) -> Workload:
-            return workload(graph, make_batch(graph, other.devices, batch_tokens, lengths))
-
-        work = work_on(where)
-        ranking = search(work, where, setting, wish, work_on=work_on)
-        data = plan_json(model, work, where, setting, ranking)
-        if svg is not None:
-            write_whole(svg, chart(data).encode(), force=force)
-            say(f"the plan is drawn in {svg}")
-        report("plan", data, lambda: plan_text(data), format)
+    add_command(
+        app,
+        "plan",
+        PlanRequest,
+        plan,
+        "Example: moecc plan preset:mixtral-8x7b --machine tpu:v5p:4x4x4",
+    )

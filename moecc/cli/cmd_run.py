@@ -3,68 +3,89 @@
 from __future__ import annotations
 
 import io
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moecc.cli.face import add_command
 from moecc.cli.options import InputsOption, ModelArgument, WeightsOption
 
+if TYPE_CHECKING:
+    import numpy as np
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
-
-    @app.command(
-        "run",
-        epilog="Example: moecc run smollm2-8x --inputs tokens.npy --outputs logits.npy",
-    )
-    def run(
-        model: ModelArgument,
-        outputs: Annotated[
-            str, typer.Option("--outputs", metavar="FILE.npy", help="Where the output goes.")
-        ],
-        inputs: InputsOption = None,
-        backend: Annotated[str, typer.Option("--backend", help="xla or reference.")] = "xla",
-        dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32",
-        output: Annotated[str, typer.Option("--output", help="Which output of the graph.")] = "",
-        weights: WeightsOption = None,
-        force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    ) -> None:
-        """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
-        import numpy as np
-
-        from moecc.backend import get_backend
-        from moecc.cli.console import say
-        from moecc.cli.files import check_writable, read_inputs, write_whole
-        from moecc.inputs import default_inputs
-        from moecc.launch.place import check_alone
-        from moecc.models import open_model
-        from moecc.settings import float_type
-
-        check_writable(outputs, force=force)
-        if backend != "xla":
-            check_alone(backend)
-        chosen, type = get_backend(backend), float_type(dtype)
-        with open_model(model, weights=weights) as opened:
-            name = _output(opened.graph, output)
-            graph = opened.graph
-            given = default_inputs(graph) if inputs is None else read_inputs(inputs, graph)
-            program = chosen.compile(graph, dtype=type)
-            result = program.run(opened.params(dtype=type), given)[name]
-        if not program.writes:
-            return
-        buffer = io.BytesIO()
-        np.save(buffer, result)
-        write_whole(outputs, buffer.getvalue(), force=force)
-        say(f"{name} {list(result.shape)} written to {outputs}")
+    from moecc.ir.graph import Graph
 
 
-def _output(graph, name: str) -> str:  # type: ignore[no-untyped-def]
+@dataclass(frozen=True)
+class RunRequest:
+    """What ``moecc run`` is asked for."""
+
+    model: ModelArgument
+    outputs: Annotated[
+        str, typer.Option("--outputs", metavar="FILE.npy", help="Where the output goes.")
+    ]
+    inputs: InputsOption = None
+    backend: Annotated[str, typer.Option("--backend", help="xla or reference.")] = "xla"
+    dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
+    output: Annotated[str, typer.Option("--output", help="Which output of the graph.")] = ""
+    weights: WeightsOption = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
+
+
+def run(asked: RunRequest) -> None:
+    """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
+    from moecc.backend import get_backend
+    from moecc.cli.files import check_writable, read_inputs
+    from moecc.inputs import default_inputs
+    from moecc.launch.place import check_alone
+    from moecc.models import open_model
+    from moecc.settings import float_type
+
+    check_writable(asked.outputs, force=asked.force)
+    if asked.backend != "xla":
+        check_alone(asked.backend)
+    chosen, type = get_backend(asked.backend), float_type(asked.dtype)
+    with open_model(asked.model, weights=asked.weights) as opened:
+        graph = opened.graph
+        name = _output(graph, asked.output)
+        given = default_inputs(graph) if asked.inputs is None else read_inputs(asked.inputs, graph)
+        program = chosen.compile(graph, dtype=type)
+        result = program.run(opened.params(dtype=type), given)[name]
+    if program.writes:
+        _write(result, name, asked)
+
+
+def _write(result: np.ndarray[Any, Any], name: str, asked: RunRequest) -> None:
+    import numpy as np
+
+    from moecc.cli.console import say
+    from moecc.cli.files import write_whole
+
+    buffer = io.BytesIO()
+    np.save(buffer, result)
+    write_whole(asked.outputs, buffer.getvalue(), force=asked.force)
+    say(f"{name} {list(result.shape)} written to {asked.outputs}")
+
+
+def _output(graph: Graph, name: str) -> str:
     """Return the output called `name`, or the first one."""
     from moecc.errors import UsageError, nearest
 
     if not name:
-        return str(graph.output_names[0])
+        return graph.output_names[0]
     if name not in graph.output_names:
         hint = nearest(name, graph.output_names) or f"outputs: {', '.join(graph.output_names)}"
         raise UsageError(f"the graph has no output {name!r}", hint=hint)
     return name
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(
+        app,
+        "run",
+        RunRequest,
+        run,
+        "Example: moecc run smollm2-8x --inputs tokens.npy --outputs logits.npy",
+    )

@@ -3,50 +3,50 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moecc.cli.console import Format
+from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, InputsOption, ModelArgument, WeightsOption
 
 if TYPE_CHECKING:
     from moecc.verification import Verdict
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
+@dataclass(frozen=True)
+class VerifyRequest:
+    """What ``moecc verify`` is asked for."""
 
-    @app.command(
-        "verify",
-        epilog="Examples: moecc verify smollm2-8x; moecc verify smollm2-8x --against smollm2",
-    )
-    def verify(
-        model: ModelArgument,
-        against: Annotated[
-            str | None,
-            typer.Option("--against", metavar="SOURCE", help="Compare logits with this model."),
-        ] = None,
-        inputs: InputsOption = None,
-        tolerance: Annotated[
-            float, typer.Option("--tolerance", help="Bound on max |Δlogit| / max |logit|.")
-        ] = 1e-5,
-        dtype: Annotated[
-            str, typer.Option("--dtype", help="The type to compute in; f64 excludes rounding.")
-        ] = "f32",
-        weights: WeightsOption = None,
-        format: FormatOption = Format.human,
-    ) -> None:
-        """Check MODEL: every tensor against the manifest, or with --against its logits.
+    model: ModelArgument
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="SOURCE", help="Compare logits with this model."),
+    ] = None
+    inputs: InputsOption = None
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Bound on max |Δlogit| / max |logit|.")
+    ] = 1e-5
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="The type to compute in; f64 excludes rounding.")
+    ] = "f32"
+    weights: WeightsOption = None
+    format: FormatOption = Format.human
 
-        Both models run in float32, or the type that --dtype says; the weights of SOURCE are first
-        rounded to the type of MODEL's.
-        Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
-        """
-        if against is None:
-            _against_manifest(model, format)
-        else:
-            _against_source(model, against, inputs, tolerance, dtype, weights, format)
+
+def verify(asked: VerifyRequest) -> None:
+    """Check MODEL: every tensor against the manifest, or with --against its logits.
+
+    Both models run in float32, or the type that --dtype says; the weights of SOURCE are first
+    rounded to the type of MODEL's.
+    Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
+    """
+    if asked.against is None:
+        _against_manifest(asked.model, asked.format)
+    else:
+        _against_source(asked, asked.against)
 
 
 def _against_manifest(model: str, format: Format) -> None:
@@ -71,15 +71,7 @@ def _against_manifest(model: str, format: Format) -> None:
     )  # fmt: skip
 
 
-def _against_source(
-    model: str,
-    against: str,
-    inputs: str | None,
-    tolerance: float,
-    dtype: str,
-    weights: str | None,
-    format: Format,
-) -> None:
+def _against_source(asked: VerifyRequest, against: str) -> None:
     from moecc.cli.console import report
     from moecc.cli.files import read_inputs
     from moecc.errors import CheckError, UsageError
@@ -87,22 +79,24 @@ def _against_source(
     from moecc.settings import float_type
     from moecc.verification import compare
 
-    if not tolerance >= 0:
-        raise UsageError("a tolerance is not negative", found=str(tolerance))
-    type = float_type(dtype)
+    if not asked.tolerance >= 0:
+        raise UsageError("a tolerance is not negative", found=str(asked.tolerance))
+    type = float_type(asked.dtype)
     with ExitStack() as opened:
-        checked = opened.enter_context(open_model(model, weights=weights))
+        checked = opened.enter_context(open_model(asked.model, weights=asked.weights))
         # A model that was converted with a padding mask is compared with a source that has one.
         masked = "mask" in checked.graph.inputs
         source = opened.enter_context(open_model(against, padding=masked))
-        given = None if inputs is None else read_inputs(inputs, source.graph)
-        verdict = compare(checked, source, inputs=given, tolerance=tolerance, compute_dtype=type)
-    report("verify", verdict.to_json(), lambda: verdict_text(verdict), format)
+        given = None if asked.inputs is None else read_inputs(asked.inputs, source.graph)
+        verdict = compare(
+            checked, source, inputs=given, tolerance=asked.tolerance, compute_dtype=type
+        )
+    report("verify", verdict.to_json(), lambda: verdict_text(verdict), asked.format)
     if not verdict.passed:
         raise CheckError(
-            f"the {verdict.output} differ by more than the tolerance", where=model,
-            expected=f"at most {tolerance:g}", found=f"{verdict.difference.max_relative:.2e}",
-            hint=None if dtype == "f64" else "--dtype f64 tells a change from rounding",
+            f"the {verdict.output} differ by more than the tolerance", where=asked.model,
+            expected=f"at most {asked.tolerance:g}", found=f"{verdict.difference.max_relative:.2e}",
+            hint=None if asked.dtype == "f64" else "--dtype f64 tells a change from rounding",
         )  # fmt: skip
 
 
@@ -131,3 +125,14 @@ def verdict_text(verdict: Verdict) -> str:
             )
         )
     return "\n".join(rows)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(
+        app,
+        "verify",
+        VerifyRequest,
+        verify,
+        "Examples: moecc verify smollm2-8x; moecc verify smollm2-8x --against smollm2",
+    )

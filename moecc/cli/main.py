@@ -51,7 +51,7 @@ class Commands(TyperGroup):
 
 def _version(value: bool) -> None:
     if value:
-        from moecc import __version__
+        from moecc.version import __version__
 
         print(f"moecc {__version__}")
         raise typer.Exit

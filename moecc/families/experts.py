@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from moecc.families.sequence_capacity import sequence_capacity_of
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.table.placing import placing
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
@@ -141,7 +141,7 @@ def choices_kept(rows: Value, *, bounded: bool = True) -> float:
       rows: a value between ``dispatch`` and ``combine``.
       bounded: whether a capacity counts; without it the choices do.
     """
-    place = next(iter(rows.type.extents)).value
+    place = setter_of(rows.type.extents[0])
     node = placing(place)
     attrs = node.attrs
     choices: int = prod(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moecc.families.experts import choices_kept, rows_of
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.table.placing import placing
 
 PAPER_LENGTHS = {"S": 512, "T": 114}
@@ -82,7 +82,7 @@ def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
 
 def _tokens_behind(rows: Value, lengths: Mapping[str, int]) -> int:
     """Return the tokens of a sequence that were dispatched to `rows`."""
-    place = next(iter(rows.type.extents)).value
+    place = setter_of(rows.type.extents[0])
     tokens = placing(place).attrs["tokens"]
     return prod(_size(n, place.type[n].size, lengths) for n in tokens)
 

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
+from moecc.ir.operand import Attrs, Entry, Operand
 from moecc.ir.types import Axis, TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-    from moecc.ir.ops import Attrs, OpDef
 
 Names = Mapping[str, str]
 """Axis → dimension; an axis that is not named has no influence, and in a result lies whole."""
@@ -46,10 +43,19 @@ class Space:
     shape_only: bool = False
 
 
-Rule = Callable[["OpDef", Sequence["Value"], "Attrs"], Space]
+Rule = Callable[[Entry, Sequence[Operand], Attrs], Space]
 
 
-def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+class ShardedEntry(Entry, Protocol):
+    """A row of the operation table, with the rule by which it shares a mesh."""
+
+    @property
+    def sharding(self) -> Rule | None:
+        """The rule, or None where all operands lie whole."""
+        ...
+
+
+def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Return the dimensions of an operation; all of them whole, where it has no rule."""
     if entry.sharding is not None:
         return entry.sharding(entry, operands, attrs)
@@ -57,7 +63,7 @@ def space_of(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 
 
-class Operand(NamedTuple):
+class Given(NamedTuple):
     """An operand by its name, for messages, and its type."""
 
     name: str
@@ -65,9 +71,9 @@ class Operand(NamedTuple):
 
 
 def propagate_sharding(
-    entry: OpDef,
+    entry: Entry,
     space: Space,
-    operands: Sequence[Operand],
+    operands: Sequence[Given],
     types: Sequence[TensorType],
     mesh: Mesh | None,
 ) -> tuple[TensorType, ...]:
@@ -95,7 +101,7 @@ def propagate_sharding(
 
 
 def placed_types(
-    entry: OpDef, operands: Sequence[Value], attrs: Attrs, types: Sequence[TensorType]
+    entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
 ) -> tuple[TensorType, ...]:
     """Return the result `types` with the sharding that follows from the values `operands`.
 
@@ -104,7 +110,7 @@ def placed_types(
     """
     space = space_of(entry, operands, attrs)
     mesh = mesh_of(operands[0].graph) if space.counts else None
-    given = [Operand(v.name, v.type) for v in operands]
+    given = [Given(v.name, v.type) for v in operands]
     return propagate_sharding(entry, space, given, types, mesh)
 
 
@@ -120,7 +126,7 @@ class _Lies:
 _WHOLE = _Lies(())
 
 
-def _dimensions(entry: OpDef, operands: Sequence[Operand], space: Space) -> dict[str, _Lies]:
+def _dimensions(entry: Entry, operands: Sequence[Given], space: Space) -> dict[str, _Lies]:
     lies: dict[str, _Lies] = {}
     for value, names in zip(operands, space.operands, strict=True):
         for axis in value.type.axes:
@@ -179,7 +185,7 @@ def _check_counts(mesh: Mesh, space: Space, lies: Mapping[str, _Lies]) -> None:
             )
 
 
-def _carried(entry: OpDef, operands: Sequence[Operand], lies: Mapping[str, _Lies]) -> Iterator[str]:
+def _carried(entry: Entry, operands: Sequence[Given], lies: Mapping[str, _Lies]) -> Iterator[str]:
     """Yield the mesh axes over which operands, and so the result, are sums not carried out."""
     split = {m for where in lies.values() for m in where.mesh}
     sums = [set(v.type.unreduced) for v in operands]

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
+from moecc.ir.operand import Region
 from moecc.ir.ops import Attrs, OpDef, op
-from moecc.ir.types import TensorType, is_printable
+from moecc.ir.types import Extent, TensorType, is_printable
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
@@ -86,6 +87,12 @@ class Value:
             for i, operand in enumerate(node.operands):
                 if operand is self:
                     node.set_operand(i, other)
+
+
+def setter_of(extent: Extent) -> Value:
+    """Return the value that sets `extent`, as one of a graph."""
+    assert isinstance(extent.value, Value)
+    return extent.value
 
 
 class Node:
@@ -223,7 +230,7 @@ def _link(node: Node, before: Node) -> None:
     before._prev = node
 
 
-class Graph:
+class Graph(Region):
     """A model: inputs, parameters, nodes in topological order, named outputs, attributes.
 
     Attributes:

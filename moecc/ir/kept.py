@@ -7,6 +7,7 @@ that are kept while everything else is computed again.
 from __future__ import annotations
 
 from moecc.ir.graph import Node, Value
+from moecc.ir.traits import Collective, RowMove
 
 KEPT = ("router", "rows", "experts", "combine", "attention")
 """A router's logits, dispatched rows, what experts make of them, and what a layer adds."""
@@ -14,16 +15,12 @@ KEPT = ("router", "rows", "experts", "combine", "attention")
 DEFAULT = ("combine", "attention")
 """What is kept unless something else is asked for: what the sublayers add to the stream."""
 
-ALIASES = frozenset({"rename", "split", "merge", "cast", "scale", "broadcast", "neg", "slice"})
-"""Operations whose result is not kept beside their operand, but made of it again."""
-
 _BEFORE_ROUTE = frozenset(
     ("add", "sub", "mul", "scale", "mask", "select", "cast", "stop_gradient", "softmax", "split")
 )
 """What may stand between a router's product and the choice: a bias, noise, a mask, parts."""
 
-_BROUGHT = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
-"""Collectives that bring a result to where it is used."""
+_MOVED = {RowMove.TO_SLOTS: "rows", RowMove.TO_TOKENS: "combine"}
 
 _STEPS_TO_ROUTE = 4
 """How far the choice may be: a residual stream is a chain of sums without end."""
@@ -38,13 +35,15 @@ def kept_name(node: Node) -> str | None:
     What a collective makes of a value that is kept by default has its name, too: it is not sent
     again.
     """
-    if node.op.name in _BROUGHT and node.operands[0].node is not None:
+    if node.op.collective is Collective.BRINGS and node.operands[0].node is not None:
         before = kept_name(node.operands[0].node)
         return before if before in DEFAULT else None
-    if node.op.name in ("combine", "dispatch"):
-        return "combine" if node.op.name == "combine" else "rows"
+    if node.op.moves is not None:
+        return _MOVED[node.op.moves]
     if any(
-        u.op.name == "combine" and u.operands[0].node is node for v in node.results for u in v.users
+        user.op.moves is RowMove.TO_TOKENS and user.operands[0] is value
+        for value in node.results
+        for user in value.users
     ):
         return "experts"
     if feeds_route(node):
@@ -58,7 +57,7 @@ def feeds_route(node: Node) -> bool:
         return False
     users = list(node.result.users)
     for _ in range(_STEPS_TO_ROUTE):
-        if any(user.op.name in ("route", "expert_choice") for user in users):
+        if any(user.op.chooses for user in users):
             return True
         between = [user for user in users if user.op.name in _BEFORE_ROUTE]
         users = [later for user in between for later in user.result.users]

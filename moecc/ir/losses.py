@@ -14,6 +14,8 @@ class LossBuilder:
     """Builds the losses of one layer.
 
     With prototypes, each of which is a router of its own, a loss is the mean over them.
+    What is a mean over groups or sequences counts those that have tokens: not those that are
+    padding and nothing else.
 
     Attributes:
       means: means over the tokens of the layer.
@@ -32,7 +34,7 @@ class LossBuilder:
         b, means, n = self._builder, self.means, self.scores.count
         share = means.over_units(self._hot(0, choices))
         mean = means.over_units(self._probabilities())
-        return means.all(b.scale(b.sum(b.mul(share, mean), axes="expert"), by=float(n)))
+        return means.across_units(b.scale(b.sum(b.mul(share, mean), axes="expert"), by=float(n)))
 
     def router_z(self) -> Value:
         """Return the mean over tokens of (log Σ exp x)² (ST-MoE, eq. 5)."""
@@ -43,7 +45,7 @@ class LossBuilder:
     def importance(self) -> Value:
         """Return (std / mean)² over experts of the summed probabilities (V-MoE; Shazeer 2017)."""
         summed = self.means.over_units(self._probabilities())
-        return self.means.all(self._squared_variation(summed))
+        return self.means.across_units(self._squared_variation(summed))
 
     def load(self, std: float) -> Value:
         """Return (std / mean)² over experts of the chance to be chosen under noise (V-MoE).
@@ -59,7 +61,8 @@ class LossBuilder:
         noisy = b.sum(b.mask(scores.logits, is_last, fill=0.0), axes="expert")
         clean = scores.logits if scores.clean is None else scores.clean
         chance = b.normal_cdf(b.scale(b.sub(clean, noisy), by=1 / std))
-        return self.means.all(self._squared_variation(self.means.over_units(chance)))
+        variation = self._squared_variation(self.means.over_units(chance))
+        return self.means.across_units(variation)
 
     @property
     def _builder(self) -> Builder:
@@ -76,11 +79,11 @@ class LossBuilder:
         return self.means.cast(b.sum(hot, axes=scores.choice), scores.logits)
 
     def _squared_variation(self, x: Value) -> Value:
-        """Return (std / mean)² over ``expert``."""
+        """Return (std / mean)² over ``expert``; 0 for a unit without tokens."""
         b = self._builder
         mean = b.mean(x, axes="expert")
         variance = b.mean(b.square(b.sub(x, mean)), axes="expert")
-        return value(b.div(variance, b.square(mean)))
+        return value(b.div(variance, self.means.divisor(b.square(mean))))
 
 
 def emit_output_z(builder: Builder, logits: Value, axis: str = "vocab") -> Value:

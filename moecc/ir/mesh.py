@@ -11,13 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, Problem, nearest
+from moecc.ir.operand import Region
 from moecc.ir.types import Axis, TensorType, is_name
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Graph
 
 ATTRIBUTE = "mesh"
 
@@ -116,7 +113,7 @@ def parse_mesh(text: str) -> Mesh:
     return Mesh(tuple((m.group(1), int(m.group(2))) for m in parts if m is not None))
 
 
-def mesh_of(graph: Graph) -> Mesh | None:
+def mesh_of(graph: Region) -> Mesh | None:
     """Return the mesh of `graph`, or None where it has none.
 
     Raises:
@@ -132,7 +129,7 @@ def mesh_of(graph: Graph) -> Mesh | None:
     return Mesh(tuple(given.items()))
 
 
-def set_mesh(graph: Graph, mesh: Mesh | None) -> None:
+def set_mesh(graph: Region, mesh: Mesh | None) -> None:
     """Give `graph`, and the bodies in it, the mesh, or take it away."""
     bodies = [node.body for node in graph if node.body is not None]
     for each in (graph, *bodies):

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.flow import Rule, placed_types
+from moecc.ir.operand import Attrs as Attrs
+from moecc.ir.operand import Operand, Region
 from moecc.ir.traits import (
     NOTHING,
     Collective,
@@ -30,12 +32,6 @@ from moecc.ir.traits import (
     SizeRule,
 )
 from moecc.ir.types import TensorType, is_name, is_size, is_whole
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-
-Attrs = Mapping[str, Any]
-"""Attributes of a node, complete: every attribute of the table entry has its value."""
 
 REQUIRED = object()
 """Marks an attribute that has no default."""
@@ -65,11 +61,11 @@ class Attr:
     pins: bool = False
 
 
-Infer = Callable[[Sequence["Value"], Attrs], tuple[TensorType, ...]]
-Mixes = Callable[[Sequence["Value"], Attrs], tuple[str, ...]]
+Infer = Callable[[Sequence[Operand], Attrs], tuple[TensorType, ...]]
+Mixes = Callable[[Sequence[Operand], Attrs], tuple[str, ...]]
 
 
-def mixes_none(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def mixes_none(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     """Return no axes: the operation works element by element."""
     return ()
 
@@ -154,12 +150,17 @@ class OpDef:
 
     @property
     def gradient_in_place(self) -> bool:
-        """Whether a gradient takes the place of that of the result: it multiplies it in place."""
-        return self.elementwise and bool(self.residual)
+        """Whether a gradient takes the place of that of the result, as on a TPU.
+
+        Activations, products and masks do so.  What is not defined everywhere (a quotient, a root)
+        and what chooses between operands was seen to have an array of its own.
+        """
+        chooses, everywhere = self.homogeneity.alike, self.domain is not Domain.POSITIVE
+        return self.elementwise and bool(self.residual) and everywhere and not chooses
 
     @property
     def fusable(self) -> bool:
-        """Whether a compiler makes it a part of the product that reads its result."""
+        """Whether the compiler of a TPU makes it a part of the product that reads its result."""
         return self.gradient_in_place or self.normalises
 
     @property
@@ -216,7 +217,7 @@ class OpDef:
             raise InputError(problems)
         return full
 
-    def result_types(self, operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    def result_types(self, operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
         """Return the types of the results: what `infer` says, and where they lie on a mesh.
 
         Raises:
@@ -254,9 +255,7 @@ def _is_words(value: Any) -> bool:
 
 
 def _is_graph(value: Any) -> bool:
-    from moecc.ir.graph import Graph
-
-    return isinstance(value, Graph)
+    return isinstance(value, Region)
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {

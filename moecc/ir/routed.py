@@ -128,7 +128,10 @@ class Means:
         return value(b.div(total, self.at_least_one(b.sum(counted, axes=tokens))))
 
     def over_units(self, x: Value) -> Value:
-        """Return the mean of ``[*tokens, expert]`` over the tokens of each unit."""
+        """Return the mean of ``[*tokens, expert]`` over the tokens of each unit.
+
+        A unit of nothing but padding has zeros.
+        """
         b = self.builder
         if "mask" not in self.routed.given and self.unit != "group":
             return value(b.mean(x, axes=self._inside_unit))
@@ -136,8 +139,27 @@ class Means:
         total, number = self._unit_sum(b.mul(x, counted)), self._unit_sum(counted)
         return value(b.div(total, self.at_least_one(number)))
 
+    def across_units(self, x: Value) -> Value:
+        """Return the mean of ``[*unit, …]`` over the units that have tokens, and over the rest.
+
+        Units of nothing but padding would dilute the mean; with no tokens at all it is 0.
+        """
+        b, filled = self.builder, self._filled
+        if filled is None or not filled.type.names:
+            return self.all(x)
+        units, counted = filled.type.names, self.cast(filled, x)
+        total = b.sum(b.mul(x, counted), axes=units)
+        return self.all(b.div(total, self.at_least_one(b.sum(counted, axes=units))))
+
+    def divisor(self, x: Value) -> Value:
+        """Return ``[*unit, …]`` with 1 for the units without tokens, so that 0 / 0 is not met."""
+        b, filled = self.builder, self._filled
+        if filled is None:
+            return x
+        return value(b.mask(x, b.less(self.constant(0.0, filled), filled), fill=1.0))
+
     def all(self, x: Value) -> Value:
-        """Return the mean of what is left: units, and prototypes."""
+        """Return the mean of what is left, prototypes for example."""
         return self.builder.mean(x, axes=x.type.names) if x.type.names else x
 
     def constant(self, number: float, like: Value) -> Value:
@@ -152,6 +174,14 @@ class Means:
     def at_least_one(self, x: Value) -> Value:
         """Return `x`, a count that something is divided by."""
         return value(self.builder.maximum(x, self.constant(1.0, x)))
+
+    @cached_property
+    def _filled(self) -> Value | None:
+        """1 for the units that have tokens and 0 for the others; None where none is padding."""
+        if "mask" not in self.routed.given:
+            return None
+        number = self._unit_sum(self._counted(self.named))
+        return value(self.builder.minimum(number, self.constant(1.0, number)))
 
     def _counted(self, like: Value) -> Value:
         """Return 1 for tokens and 0 for padding, ``[*tokens]``."""

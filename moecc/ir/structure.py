@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moecc.ir.graph import Graph, Value
+from moecc.ir.graph import Graph, Value, setter_of
 from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.types import Axis, Extent, TensorType
 
@@ -17,7 +17,7 @@ def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
     if not type.extents:
         return type
     return type.with_axes(
-        Axis(a.name, Extent(a.size.kind, values.get(a.size.value, a.size.value)), a.mesh)
+        Axis(a.name, Extent(a.size.kind, _image(a.size, values)), a.mesh)
         if isinstance(a.size, Extent)
         else a
         for a in type.axes
@@ -48,6 +48,11 @@ def clone(graph: Graph) -> Graph:
     return copy
 
 
+def _image(extent: Extent, values: dict[Value, Value]) -> Value:
+    value = setter_of(extent)
+    return values.get(value, value)
+
+
 def copied(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the attributes of a node, with a graph of its own to repeat."""
     body = attrs.get("body")
@@ -58,7 +63,7 @@ def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
     if not type.extents:
         return type
     axes = tuple(
-        (a.name, a.mesh, a.size.kind, numbers.get(a.size.value, -1))
+        (a.name, a.mesh, a.size.kind, numbers.get(setter_of(a.size), -1))
         if isinstance(a.size, Extent)
         else a
         for a in type.axes

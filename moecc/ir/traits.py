@@ -14,8 +14,9 @@ from enum import Enum
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from moecc.ir.operand import Definition
+
 if TYPE_CHECKING:
-    from moecc.ir.graph import Node
     from moecc.ir.mesh import Mesh
     from moecc.ir.types import Size
 
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
 class Residual:
     """What the derivative of an operation reads: the values that a gradient keeps.
 
-    Only floating-point values count; masks and indices are small.
-
     Attributes:
       operands: the positions of the operands that it reads.
       result: whether it reads the first result.
+      of: the operands that have a gradient; all floating-point ones where it is empty.  Tables of
+        positions are floating-point, and nothing behind them is trained.
     """
 
     operands: tuple[int, ...] = ()
     result: bool = False
+    of: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.operands) or self.result
@@ -164,13 +166,13 @@ class Cut:
     ends: tuple[int, ...]
 
 
-SizeRule = Callable[["Node"], Product | Cut]
+SizeRule = Callable[[Definition], Product | Cut]
 """What must hold between the sizes of a node when its graph is shrunk."""
 
-LocalRule = Callable[["Node", "Mesh"], Mapping[str, Any]]
+LocalRule = Callable[[Definition, "Mesh"], Mapping[str, Any]]
 """The attributes with which one device runs a node on its shards."""
 
-IndexRule = Callable[["Node"], "Size"]
+IndexRule = Callable[[Definition], "Size"]
 """What the integers of a node's index operand stay below."""
 
 
@@ -181,7 +183,9 @@ class Index:
     Attributes:
       operand: its position.
       below: the size that they stay below.
+      strict: whether other integers have no meaning; else they pick nothing.
     """
 
     operand: int
     below: IndexRule
+    strict: bool = False

@@ -14,13 +14,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from moecc.ir.dtypes import DType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -40,6 +36,15 @@ def is_size(value: object) -> bool:
     return is_name(value) or (isinstance(value, int) and is_whole(value) and value >= 0)
 
 
+class Setter(Protocol):
+    """What sets extents: a value of a graph, which has a name there."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the graph, without ``%``."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """A size that a ``place`` value sets at run time.
@@ -51,7 +56,7 @@ class Extent:
     """
 
     kind: str
-    value: Value
+    value: Setter
 
     def __str__(self) -> str:
         return f"{self.kind}(%{self.value.name})"

@@ -17,6 +17,7 @@ from typing import NoReturn
 from moecc.errors import MachineError, UsageError
 
 BEATS, LIFELINE, LIMIT = "MOECC_BEATS_FD", "MOECC_LIFELINE_FD", "MOECC_STEP_SECONDS"
+JOIN = "MOECC_JOIN_SECONDS"
 
 EXIT_CODE = MachineError.exit_code
 
@@ -85,16 +86,25 @@ def watchdog_of_environment() -> Watchdog:
     Raises:
       UsageError: the limit is no number of seconds.
     """
-    text = os.environ.get(LIMIT, "")
+    return Watchdog(seconds_of_environment(LIMIT))
+
+
+def seconds_of_environment(name: str) -> float | None:
+    """Return the seconds that a variable says, or None where it is not set.
+
+    Raises:
+      UsageError: it is no number of seconds.
+    """
+    text = os.environ.get(name, "")
     if not text:
-        return Watchdog(None)
+        return None
     try:
-        limit = float(text)
+        seconds = float(text)
     except ValueError:
-        limit = 0.0
-    if not 0 < limit < threading.TIMEOUT_MAX:
-        raise UsageError("not a number of seconds", where=LIMIT, expected="300", found=text)
-    return Watchdog(limit)
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise UsageError("not a number of seconds", where=name, expected="300", found=text)
+    return seconds
 
 
 def hold_lifeline() -> None:

@@ -1,15 +1,15 @@
 """Which passes there are: those of installed packages, and those of a user's own file.
 
 A package offers passes behind the entry point ``moecc.passes``: a mapping from a name to a factory
-that imports and returns the class, so that listing names imports nothing.  moecc's own passes come
-through the same door.
+that imports and returns the class, or a pipeline template, so that listing names imports nothing.
+moecc's own passes come through the same door.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -21,10 +21,11 @@ from zlib import crc32
 from moecc.errors import Problem, UsageError, nearest
 from moecc.pipeline.options import unreadable
 from moecc.pipeline.passes import Pass
+from moecc.pipeline.template import PipelineTemplate
 
 _KEBAB = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*\Z")
 
-Factory = Callable[[], type[Pass]]
+Factory = Callable[[], type[Pass] | PipelineTemplate]
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,26 @@ class Registry:
         """Return the pass called `name`.
 
         Raises:
-          UsageError: there is none, and the nearest name is suggested; or the class is faulty.
+          UsageError: there is none, and the nearest name is suggested; or the class or template
+            is faulty.
         """
         factory = self.factories.get(name)
         if factory is None:
             raise UsageError([unknown_pass(self, name)])
         found = factory()
-        faults = list(_faults(found, name))
-        if faults:
-            raise UsageError(Problem(f, f"{self.origins[name]}, {found.__name__}") for f in faults)
+        if isinstance(found, PipelineTemplate):
+            self._refuse(name, found.class_name, found.faults())
+            found = found.as_pass
+        self._refuse(name, found.__name__, _faults(found, name))
         return found
+
+    def _offers(self, name: str, thing: type[Pass] | PipelineTemplate) -> bool:
+        return name in self.factories and self.factories[name]() is thing
+
+    def _refuse(self, name: str, what: str, faults: Iterable[str]) -> None:
+        problems = [Problem(fault, f"{self.origins[name]}, {what}") for fault in faults]
+        if problems:
+            raise UsageError(problems)
 
     def extended(self, factories: Mapping[str, Factory], origin: str) -> Registry:
         """Return this registry with more passes.
@@ -90,11 +101,13 @@ class Registry:
           UsageError: it cannot be read or run, defines no pass, or a name is taken.
         """
         found = _passes_of(_run(path))
+        # A template that the file only imports, to look at or to build on, is not another one.
+        found = {name: made for name, made in found.items() if not self._offers(name, made())}
         if not found:
             raise UsageError(
                 "the file defines no pass",
                 where=str(path),
-                hint="a pass is a subclass of Pass with a name",
+                hint="a pass is a subclass of Pass with a name, or a PipelineTemplate",
             )
         extended = self.extended(found, str(path))
         for name in found:
@@ -193,8 +206,10 @@ def _passes_of(module: ModuleType) -> dict[str, Factory]:
         and thing.__module__ == module.__name__
         and hasattr(thing, "name")
     ]
-    return {cls.name: _returning(cls) for cls in own}
+    templates = [thing for thing in vars(module).values() if isinstance(thing, PipelineTemplate)]
+    found: list[type[Pass] | PipelineTemplate] = [*own, *templates]
+    return {thing.name: _returning(thing) for thing in found}
 
 
-def _returning(cls: type[Pass]) -> Factory:
-    return lambda: cls
+def _returning(thing: type[Pass] | PipelineTemplate) -> Factory:
+    return lambda: thing

@@ -9,12 +9,13 @@ a pass makes copies of each other would then differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.traits import Cut, Product
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
@@ -145,21 +146,16 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
     forms: dict[int, set[Form]] = {}
     cuts: dict[int, int] = {}
     for node in graph.every_node():
-        if node.op.name in ("split", "merge"):
-            whole, parts = _product(node)
+        rule = None if node.op.sizes is None else node.op.sizes(node)
+        if isinstance(rule, Product):
+            # A part of size 1 makes the whole equal to another part, which then is the same number.
+            parts = tuple(p for p in map(_number, rule.parts) if p > 1)
             if len(parts) > 1:
-                forms.setdefault(whole, set()).add((1, parts))
-        elif node.op.name == "slice":
-            size = _number(node.operands[0].type[node.attrs["axis"]].size)
-            cuts[size] = gcd(cuts.get(size, size), node.attrs["start"], node.attrs["stop"])
-        elif node.body is not None:
-            # The ranges in names and locations say how many layers there are.
-            pinned.add(node.attrs["over"][0][1])
-        elif node.op.name in ("place", "expert_choice", "hash_experts"):
-            pinned.add(node.attrs["experts"])
-        elif node.op.name == "route":
-            experts = node.operands[0].type[node.attrs["axis"]].size
-            pinned.update({node.attrs["top_k"], _number(experts)})
+                forms.setdefault(_number(rule.whole), set()).add((1, parts))
+        elif isinstance(rule, Cut):
+            size = _number(rule.whole)
+            cuts[size] = gcd(cuts.get(size, size), *rule.ends)
+        pinned.update(_pinned(node))
     for size, unit in cuts.items():
         for count in range(1, size // unit + 1):
             forms.setdefault(count * unit, set()).add((count, (unit,)))
@@ -167,15 +163,18 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
     return pinned, {n: some for n, some in forms.items() if some}
 
 
-def _product(node: Node) -> tuple[int, tuple[int, ...]]:
-    type = node.operands[0].type
-    if node.op.name == "split":
-        whole, parts = type[node.attrs["axis"]].size, [s for _, s in node.attrs["into"]]
-    else:
-        parts = [type[n].size for n in node.attrs["axes"]]
-        whole = node.result.type[node.attrs["into"]].size
-    # A part of size 1 makes the whole equal to another part, which then is the same number.
-    return _number(whole), tuple(p for p in map(_number, parts) if p > 1)
+def _pinned(node: Node) -> Iterator[int]:
+    """Yield the sizes that stay because of `node`: layers, experts, and how many are chosen."""
+    for name, spec in node.op.attrs.items():
+        if not spec.pins:
+            continue
+        value = node.attrs[name]
+        if spec.kind == "axis":
+            yield _number(node.operands[0].type[value].size)
+        elif spec.kind == "sizes":
+            yield from (_number(size) for _, size in value)
+        else:
+            yield value
 
 
 def _mapped(graph: Graph, sizes: Mapping[int, int]) -> Graph:
@@ -214,9 +213,6 @@ def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, Any]:
     for name, spec in node.op.attrs.items():
         if spec.kind == "sizes":
             attrs[name] = tuple((n, sizes.get(s, s)) for n, s in attrs[name])
-    if node.op.name == "rope":
-        attrs["size"] = sizes.get(attrs["size"], attrs["size"])
-    if node.op.name == "slice":
-        for end in ("start", "stop"):
-            attrs[end] = sizes[attrs[end]] if attrs[end] else 0
+        elif spec.shrinks and attrs[name]:
+            attrs[name] = sizes.get(attrs[name], attrs[name])
     return attrs

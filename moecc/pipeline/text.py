@@ -1,12 +1,13 @@
 """Pipelines, and their text: ``canonicalize,upcycle{experts=8 top-k=2 layers=3,7,11}``.
 
     pipeline := (item (',' item)*)?
-    item     := name ('{' option (' ' option)* '}')?
+    item     := '@'? name ('{' option (' ' option)* '}')?
     option   := name ('=' value)?
     value    := piece (',' piece)*
     piece    := characters other than space, comma, quote and brace, or a JSON string
 
-An option without a value is a flag that is set.  Everything that is wrong with a text is reported
+An option without a value is a flag that is set.  ``@`` says that the name is one of a pipeline
+template; texts print without it.  Everything that is wrong with a text is reported
 together, each problem with the place that it is about.
 """
 
@@ -22,6 +23,7 @@ from moecc.ir.scanner import problem_at
 from moecc.pipeline.options import Option, Piece, choices, describe, options, read, split, write
 from moecc.pipeline.passes import Pass, Preserves, weakest
 from moecc.pipeline.registry import Registry, installed, unknown_pass
+from moecc.pipeline.template import TemplatePass
 
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
@@ -121,6 +123,7 @@ class _Item:
 
     name: str
     at: int
+    is_template: bool = False
     given: list[_Given] = field(default_factory=list)
 
 
@@ -186,7 +189,8 @@ class _Parser:
     def item(self) -> _Item:
         self.skip()
         start = self.at
-        item = _Item(self.name("the name of a pass"), start)
+        is_template = self.take("@")
+        item = _Item(self.name("the name of a pass"), start, is_template)
         if not self.take("{"):
             return item
         self.inside = True
@@ -248,6 +252,10 @@ class _Parser:
             self.problem(problem.what, item.at, hint=problem.hint)
             return None
         cls = self.registry.get(item.name)
+        if item.is_template and not issubclass(cls, TemplatePass):
+            what = f"{item.name} is a pass, not a pipeline template"
+            self.problem(what, item.at, hint=f"{item.name}, without @")
+            return None
         before = len(self.problems)
         values = self.values(cls, item)
         if len(self.problems) > before:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from moecc.ir.traits import Cost
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, efficiency
@@ -18,9 +19,6 @@ from moecc.plan.traffic import part_transfers, sparse_rows
 from moecc.plan.workload import Part, Step, Workload
 
 BOUNDS = ("compute", "hbm", "network")
-
-MATERIALISED = frozenset({"softmax", "rms_norm", "layer_norm", "embedding", "dispatch", "combine"})
-"""Operations that read and write memory beside the products; others are fused into those."""
 
 
 @dataclass(frozen=True)
@@ -261,17 +259,17 @@ def _passes(step: Step, strategy: Strategy, setting: Setting) -> float:
 
 
 def _step_flops(step: Step, local: Sharding) -> float:
-    if step.op != "contract":
+    if step.cost is not Cost.PRODUCT:
         return 0.0
     return 2.0 * local.elements(step.axes)
 
 
 def _step_elements(step: Step, local: Sharding) -> float:
     """Return the elements that a step reads and writes, forward."""
-    if step.op != "contract" and step.op not in MATERIALISED:
+    if step.cost is Cost.FUSED:
         return 0.0
     shapes = [*step.operands, *step.results]
-    if step.op == "embedding":
+    if step.cost is Cost.LOOK_UP:
         # Of the table only the rows that are looked up.
         shapes = [*step.results, *step.results]
     return sum(map(local.elements, shapes))

@@ -1,11 +1,4 @@
-"""How tokens get to their experts and back, and what each way costs.
-
-``capacity`` exchanges a fixed number of rows between any two devices, ``ragged`` as many as there
-are, ``hierarchical`` either of them across one mesh axis and then across another, ``ring`` gathers
-all tokens and scatters the sums, ``replicated`` has all tokens on all devices and adds what they
-computed, ``local`` has all experts everywhere.  Formulas: GShard (Lepikhin et al. 2020) for the
-first; MaxText for ragged and ring.
-"""
+"""What each way to the experts and back costs; the ways are the rows of `moecc.plan.vias`."""
 
 from __future__ import annotations
 
@@ -13,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moecc.plan.collectives import Transfer
+from moecc.plan.vias import WAYS, Slots
+from moecc.plan.vias import via as way_of
 
-VIAS = ("capacity", "ragged", "hierarchical", "ring", "replicated")
-LOCAL = "local"
-SLICED = ("capacity", "ragged")
-"""Those that can send a part of each row from each of the devices that share its neurons."""
+SLICED = tuple(way.name for way in WAYS if way.is_sliced and not way.per_axis)
+"""Those that a plan tries in slices: devices that share the neurons of a row send a part each."""
 
 BOUND = 1.25
 """The capacity factor of an exchange whose experts take every token in the graph."""
@@ -49,7 +42,7 @@ class Rows:
 
     def factor(self, via: str) -> float:
         """Return how many rows are computed for each row of the graph."""
-        return BOUND if via == "capacity" and self.dropless else 1.0
+        return 1.0 if exact(via, self.dropless) else BOUND
 
     def buffer_rows(self, via: str) -> float:
         """Return the rows that a device must have room for.
@@ -57,15 +50,17 @@ class Rows:
         Dropless, the worst case is that all choices of all devices fall on one: a token has at most
         one row for each expert there.
         """
-        if not self.dropless or via in ("capacity", LOCAL):
+        way = way_of(via)
+        if not self.dropless or way is None or way.is_bounded:
             return self.rows * self.factor(via)
         most = min(self.top_k, self.experts // self.devices)
-        return self.tokens * most * (1 if via == "replicated" else self.devices)
+        return self.tokens * most * (1 if way.tokens_everywhere else self.devices)
 
 
 def exact(via: str, dropless: bool) -> bool:
     """Whether an exchange loses no row that the graph keeps."""
-    return not (via == "capacity" and dropless)
+    way = way_of(via)
+    return way is None or not (way.is_bounded and dropless)
 
 
 def legal(via: str, devices: int, dropless: bool, axes: int = 1) -> bool:
@@ -73,11 +68,12 @@ def legal(via: str, devices: int, dropless: bool, axes: int = 1) -> bool:
 
     A capacity makes rows of equal number, for which ``ragged`` would be the same exchange.
     """
-    if devices == 1:
-        return via == LOCAL
-    if via == "hierarchical":
+    way = way_of(via)
+    if devices == 1 or way is None:
+        return devices == 1 and way is None
+    if way.per_axis:
         return axes > 1
-    return via != LOCAL and (via != "ragged" or dropless)
+    return dropless or way.takes("fixed")
 
 
 def transfers(
@@ -95,22 +91,26 @@ def transfers(
     """
     both = again + 1
     tokens = rows.tokens * rows.row_bytes
-    if via in ("capacity", "ragged", "hierarchical"):
-        bounded = via == "capacity" or not rows.dropless
-        op = "all_to_all" if bounded else "ragged_all_to_all"
+    way = way_of(via)
+    if way is None:
+        return
+    if way.exchanges_rows:
+        slots: Slots = "fixed" if way.is_bounded or not rows.dropless else "ragged"
+        op = way.to_experts.get(slots, "all_to_all")
         full = rows.rows * rows.factor(via) * rows.row_bytes
         parts = rows.tensor if sliced else 1
-        for crossed in ((axis,) for axis in axes) if via == "hierarchical" else (axes,):
+        for crossed in ((axis,) for axis in axes) if way.per_axis else (axes,):
             yield Transfer(op, crossed, full / parts, 2 * both, "rows to experts and back")
         if sliced:
             yield from _sliced(full, tokens, sliced, both)
-    elif via == "ring":
+    elif way.tokens_everywhere:
+        back = way.back["ragged"]
+        yield Transfer(back, axes, tokens, 2, "what the experts of each device say")
+    else:
         full = tokens * rows.devices
         # The sum need not run again: nothing of it is kept.
-        yield Transfer("all_gather", axes, full, again + 1, "tokens to all experts")
-        yield Transfer("reduce_scatter", axes, full, 2, "sums to their tokens")
-    elif via == "replicated":
-        yield Transfer("all_reduce", axes, tokens, 2, "what the experts of each device say")
+        yield Transfer(way.to_experts["ragged"], axes, full, again + 1, "tokens to all experts")
+        yield Transfer(way.back["ragged"], axes, full, 2, "sums to their tokens")
 
 
 def _sliced(

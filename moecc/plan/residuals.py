@@ -7,27 +7,11 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moecc.ir.graph import Node, Value
-from moecc.ir.kept import ALIASES
 from moecc.plan.shapes import Shape
-
-_OPERAND = frozenset(
-    {"silu", "gelu", "gelu_tanh", "relu", "square", "log", "normal_cdf", "rms_norm", "layer_norm"}
-)
-_RESULT = frozenset({"softmax", "sigmoid", "tanh", "exp", "rsqrt", "logsumexp"})
-_PAIRS = frozenset({"contract", "mul", "div", "maximum", "minimum"})
-
-
-IN_PLACE = frozenset(
-    {"silu", "gelu", "gelu_tanh", "relu", "square", "sigmoid", "tanh", "exp", "mul", "mask"}
-)
-"""Operations on entries, whose gradient takes the place of that of their result on a TPU."""
-
-FUSED = IN_PLACE | {"softmax", "rms_norm", "layer_norm"}
-"""Operations that the compiler of a TPU makes a part of the product that reads their result."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +90,10 @@ def residuals(nodes: Sequence[Node], shape: Callable[[Value], Shape]) -> Residua
         saved_again=_made_again(mine, own, frozenset(named)),
         onward=_made_again(outputs, own, frozenset()),
         saved_onward=_made_again(outputs, own, frozenset(named)),
-        plain=Backward(tuple(map(shape, mine)), tuple(_flow(nodes, uses, own, shape, ()))),
+        plain=Backward(tuple(map(shape, mine)), tuple(_flow(nodes, uses, own, shape, fuses=False))),
         fused=Backward(
-            tuple(map(shape, _kept(fused, own))), tuple(_flow(nodes, fused, own, shape, IN_PLACE))
+            tuple(map(shape, _kept(fused, own))),
+            tuple(_flow(nodes, fused, own, shape, fuses=True)),
         ),
     )
 
@@ -126,7 +111,7 @@ def _arrays(values: Iterable[Value], own: set[Value]) -> Iterator[Value]:
         if value in seen:
             continue
         seen.add(value)
-        if value in own and value.node is not None and value.node.op.name in FUSED:
+        if value in own and value.node is not None and value.node.op.fusable:
             work += [v for v in value.node.operands if not v.is_param]
         else:
             yield value
@@ -134,24 +119,16 @@ def _arrays(values: Iterable[Value], own: set[Value]) -> Iterator[Value]:
 
 def _needs(node: Node) -> list[Value]:
     """Return the values that the derivative of `node` reads, parameters aside."""
-    name = node.op.name
-    if name in _OPERAND:
-        found = [node.operands[0]]
-    elif name in _RESULT:
-        found = [node.results[0]]
-    elif name in _PAIRS:
-        found = list(node.operands)
-    elif name == "combine":
-        found = [node.operands[0], node.operands[-1]]
-    elif name == "route":
-        found = [node.operands[0]]
-    else:
-        found = []
-    return [v for v in found if not v.is_param]
+    reads = node.op.residual
+    found = [node.operands[i] for i in reads.operands]
+    if reads.result:
+        found.append(node.results[0])
+    # Masks and indices are small.
+    return [v for v in found if not v.is_param and v.type.dtype.is_float]
 
 
 def _root(value: Value, own: set[Value]) -> Value:
-    while value in own and value.node is not None and value.node.op.name in ALIASES:
+    while value in own and value.node is not None and value.node.op.alias:
         value = value.node.operands[0]
     return value
 
@@ -194,7 +171,8 @@ def _flow(
     uses: dict[Node, list[Value]],
     own: set[Value],
     shape: Callable[[Value], Shape],
-    in_place: Collection[str],
+    *,
+    fuses: bool,
 ) -> Iterable[Flow]:
     """Yield what comes and goes at each node, from the last to the first."""
     last_use: dict[Value, Node] = {}
@@ -213,7 +191,7 @@ def _flow(
         met = (*node.results, *(v for v in node.operands if not v.is_param))
         born = [v for v in dict.fromkeys(_root(v, own) for v in met) if v not in alive]
         alive.update(born)
-        done = [v for v in node.results if v in alive and node.op.name not in ALIASES]
+        done = [v for v in node.results if v in alive and not node.op.alias]
         alive.difference_update(done)
         freed = [v for v in freed_at.get(node, ()) if v in own]
-        yield Flow(shapes(born), shapes(done), shapes(freed), node.op.name in in_place)
+        yield Flow(shapes(born), shapes(done), shapes(freed), fuses and node.op.gradient_in_place)

@@ -9,11 +9,12 @@ from itertools import islice
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.exchanges import LOCAL, SLICED, VIAS, exact, legal
+from moecc.plan.exchanges import SLICED, exact, legal
 from moecc.plan.layout import Layout, check_layout, layouts, problems
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.meshes import check_devices, meshes
 from moecc.plan.strategy import REMATS, Setting, Strategy
+from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload
 from moecc.sharding.rules import mesh_axes
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecc.ir.dtypes import BF16, F32, DType
-from moecc.plan.exchanges import LOCAL
 from moecc.plan.layout import Layout
+from moecc.plan.vias import LOCAL
 
 REMATS = ("none", "save", "full")
 """What the backward pass computes again: nothing; all but the results of attention and combine;
 everything but the input of each layer."""
 
 OPTIMIZERS = ("adamw", "adafactor")
-
-DISPATCHES = ("index", "grouped", "onehot")
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class Strategy:
     Attributes:
       layout: the mesh, and what lies where.
       via: how tokens reach experts.
-      dispatch: how rows are made: ``index`` for slots under a capacity, ``grouped`` for as many as
-        there are, ``onehot`` for products with masks.
+      dispatch: the class of the dispatch strategy, as `moecc.ir.dispatch_strategies` has it.
       remat: one of `REMATS`.
       sliced: whether devices along ``model``, which have the same tokens, each send a part of a
         row to the experts.

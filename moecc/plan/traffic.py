@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moecc.ir.traits import Cost, RowMove
 from moecc.plan.collectives import Transfer
-from moecc.plan.exchanges import LOCAL, Rows
+from moecc.plan.exchanges import Rows
 from moecc.plan.exchanges import transfers as exchange_transfers
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Part, Step, Weight, Workload
 
 
@@ -57,7 +59,7 @@ def sparse_rows(
     part: Part, work: Workload, setting: Setting, strategy: Strategy, local: Sharding
 ) -> Rows | None:
     """Return the tokens and rows of a device at `part`, or None where there are no experts."""
-    step = next((s for s in part.steps if s.op == "dispatch"), None)
+    step = next((s for s in part.steps if s.moves is RowMove.TO_SLOTS), None)
     if step is None:
         return None
     layout = strategy.layout
@@ -142,13 +144,13 @@ def _sums(
 
 def _sums_split(step: Step, shards: dict[str, int]) -> bool:
     """Whether a step leaves partial sums: a product over a split axis, a look-up in one."""
-    if step.op == "embedding":
+    if step.cost is Cost.LOOK_UP:
         return "vocab" in _split(step.operands[0], shards)
     return bool(set(step.over) & _split(step.axes, shards)) and _meets_weight(step)
 
 
 def _makes_split(step: Step, shards: dict[str, int]) -> bool:
-    if step.op != "contract" or not _meets_weight(step):
+    if step.cost is not Cost.PRODUCT or not _meets_weight(step):
         return False
     made = _split(step.results[0], shards) - set(step.operands[0].names)
     return bool(made)

@@ -13,9 +13,10 @@ from math import prod
 
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept, expert_layers
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.placing import placing
+from moecc.ir.traits import Cost, RowMove
 from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
 from moecc.plan.shapes import Shape, Shapes
@@ -43,7 +44,8 @@ class Step:
     """An operation that moves or multiplies something.
 
     Attributes:
-      op: its name in the table of operations.
+      cost: what it costs.
+      moves: whether it takes tokens to experts, or back.
       operands: the shapes of its operands.
       results: the shapes of its results.
       over: of a contraction, the axes that it sums over.
@@ -56,7 +58,8 @@ class Step:
       axes: those of all operands, each once.
     """
 
-    op: str
+    cost: Cost
+    moves: RowMove | None
     operands: tuple[Shape, ...]
     results: tuple[Shape, ...]
     over: tuple[str, ...]
@@ -71,7 +74,7 @@ class Step:
     @cached_property
     def flops(self) -> float:
         """Two for each multiplication of a contraction, of all devices together."""
-        return 2.0 * self.axes.elements if self.op == "contract" else 0.0
+        return 2.0 * self.axes.elements if self.cost is Cost.PRODUCT else 0.0
 
     @property
     def has_rows(self) -> bool:
@@ -104,7 +107,7 @@ class Part:
     @property
     def is_sparse(self) -> bool:
         """Whether tokens are sent to experts here."""
-        return any(step.op == "dispatch" for step in self.steps)
+        return any(step.moves is RowMove.TO_SLOTS for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ class _Reader:
 
     def _slots(self, value: Value) -> float:
         """Return the mean rows of an expert, all groups together."""
-        place = next(iter(value.type.extents)).value
+        place = setter_of(value.type.extents[0])
         node = placing(place)
         tokens = prod(self._size(place.type[n].size) for n in node.attrs["tokens"])
         return tokens * choices_kept(value) / self._size(value.type["expert"].size)
@@ -323,7 +326,7 @@ class _Reader:
                 continue
             seen.add(value)
             carried = value.node is not None and "layers." in value.node.loc
-            first = value.node is not None and value.node.op.name == "embedding"
+            first = value.node is not None and value.node.op.cost is Cost.LOOK_UP
             if value.type.dtype.is_float and "batch" in value.type and (carried or first):
                 yield self.shape(value)
 
@@ -355,7 +358,9 @@ class _Reader:
         roots: dict[Value, int] = {}
         weights = tuple(self._new(v for n in nodes for v in n.operands if v.is_param))
         steps = tuple(self._step(node, roots, number, unit) for node in nodes)
-        top_k = max((n.attrs["top_k"] for n in nodes if n.op.name == "route"), default=0)
+        top_k = max(
+            (n.attrs["top_k"] for n in nodes if n.op.chooses and "top_k" in n.attrs), default=0
+        )
         return Part(name, 1, steps, weights, top_k, match is not None, unit.looped[number])
 
     def _new(self, params: Iterable[Value]) -> Iterator[Weight]:
@@ -376,10 +381,11 @@ class _Reader:
         operands = tuple(map(self.shape, node.operands))
         axes = {name: size for s in operands for name, size in s}
         return Step(
-            op=node.op.name,
+            cost=node.op.cost,
+            moves=node.op.moves,
             operands=operands,
             results=tuple(map(self.shape, node.results)),
-            over=tuple(node.attrs.get("over", ())) if node.op.name == "contract" else (),
+            over=tuple(node.attrs["over"]) if node.op.cost is Cost.PRODUCT else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
             again=_again(number, unit, node in kept.again, node in kept.onward),
             saved_again=_again(number, unit, node in kept.saved_again, node in kept.saved_onward),

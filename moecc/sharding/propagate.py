@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecc.errors import InputError
-from moecc.ir.flow import Operand, propagate_sharding
+from moecc.ir.flow import Given, propagate_sharding
 from moecc.ir.graph import Node, Value
 from moecc.ir.table.collectives import format_placement
 from moecc.ir.table.placing import placing
@@ -144,7 +144,7 @@ class _Walk:
             for number, ref in enumerate(refs)
         )
         self.found.operands[node] = taken
-        operands = [Operand(v.name, types[r]) for v, r in zip(site.operands, taken, strict=True)]
+        operands = [Given(v.name, types[r]) for v, r in zip(site.operands, taken, strict=True)]
         bare = [v.type for v in node.results]
         results = propagate_sharding(node.op, site.space, operands, bare, None)
         for value, type in zip(node.results, results, strict=True):

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from moecc.ir.dtypes import BF16, F32
 from moecc.ir.graph import Value
+from moecc.ir.ops import OPS
+from moecc.ir.traits import Domain
 from moecc.ir.types import Axis, TensorType
 from moecc.testing.growth import Growth, fixed, mixable, mixable_fixed
 
-UNARY = (
-    "relu",
-    "neg",
-    "silu",
-    "tanh",
-    "square",
-    "sigmoid",
-    "gelu",
-    "gelu_tanh",
-    "stop_gradient",
-    "normal_cdf",
-)
-BINARY = ("add", "mul", "sub", "maximum", "minimum")
+
+def _functions(operands: int) -> dict[str, Domain]:
+    """Return the functions of `operands` numbers in the table that need no attribute."""
+    rows = (row for row in OPS.values() if row.liftable and not row.attrs)
+    return {row.name: row.domain for row in rows if len(row.operands) == operands}
+
+
+def _everywhere(functions: dict[str, Domain]) -> tuple[str, ...]:
+    return tuple(name for name, domain in functions.items() if domain is Domain.REAL)
+
+
+UNARY = _everywhere(_functions(1))
+BINARY = _everywhere(_functions(2))
+GUARDED = {n: d for n, d in (_functions(1) | _functions(2)).items() if d is not Domain.REAL}
 
 
 def unary(g: Growth) -> None:
@@ -58,15 +61,15 @@ def guarded(g: Growth) -> None:
     x = g.find_float()
     if x is None:
         return
-    name = g.pick(("exp", "log", "rsqrt", "div"))
-    if name == "exp":
-        g.emit("exp", g.emit("tanh", x))
+    name = g.pick(tuple(GUARDED))
+    if GUARDED[name] is Domain.MODERATE:
+        g.emit(name, g.emit("tanh", x))
         return
     one = g.constant(1.0, x.type.dtype)
     positive = g.emit("add", g.emit("square", x), one)
-    if name == "div":
+    if len(OPS[name].operands) == 2:
         y = g.find_within(x.type) or x
-        g.emit("div", y, positive)
+        g.emit(name, y, positive)
         return
     g.emit(name, positive)
 

@@ -13,10 +13,10 @@ from math import prod
 import numpy as np
 
 from moecc.ir.graph import Graph, Value
+from moecc.ir.indices import index_sizes
 from moecc.ir.ranges import element, lengths
-from moecc.ir.table.placing import PLACING
 from moecc.ir.table.repetition import repetitions
-from moecc.ir.types import TensorType
+from moecc.ir.types import Size, TensorType
 from moecc.testing.draws import Data, generator
 
 Sizes = Mapping[str, int]
@@ -27,9 +27,6 @@ MAX_SIZE = 4
 ANY_INDEX = 8
 """Integers are below this where nothing says what they index."""
 
-_CARRIERS = ("rename", "split", "merge", "broadcast", "slice", "stop_gradient", "cast")
-"""Operations whose result has the elements of the first operand."""
-
 
 def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
     """Return small sizes for the variables of `graph`, such that groups divide the tokens."""
@@ -37,7 +34,7 @@ def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
     names = {s for v in values for s in v.type.sizes if isinstance(s, str)}
     sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
     for node in graph.every_node():
-        if node.op.name in PLACING:
+        if node.op.assigns_slots:
             groups = node.attrs["group_size"] or node.attrs["groups"]
             _make_divisible(sizes, node.operands[0].type, node.attrs["tokens"], groups)
     return sizes
@@ -54,9 +51,13 @@ def _make_divisible(
 
 def shape_of(type: TensorType, sizes: Sizes) -> tuple[int, ...]:
     """Return the shape of `type` under `sizes`; an extent counts as 1."""
-    return tuple(
-        sizes[s] if isinstance(s, str) else s if isinstance(s, int) else 1 for s in type.sizes
-    )
+    return tuple(_known(s, sizes) for s in type.sizes)
+
+
+def _known(size: Size, sizes: Sizes) -> int:
+    if isinstance(size, str):
+        return sizes[size]
+    return size if isinstance(size, int) else 1
 
 
 def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Data]:
@@ -132,18 +133,12 @@ def _limits(value: Value, sizes: Sizes) -> Iterator[int]:
     pending, seen = [value], {value}
     while pending:
         index = pending.pop()
+        yield from (_known(size, sizes) for size in index_sizes(index))
         for user in index.users:
             if user.body is not None:
                 inner = zip(user.operands, user.body.inputs.values(), strict=True)
                 pending += [i for v, i in inner if v is index]
-            elif user.op.name == "embedding" and index is user.operands[1]:
-                table = user.operands[0].type
-                yield shape_of(table, sizes)[table.names.index(user.attrs["axis"])]
-            elif user.op.name == "one_hot":
-                yield user.attrs["into"][0][1]
-            elif user.op.name == "place":
-                yield user.attrs["experts"]
-            elif user.op.name in _CARRIERS and index is user.operands[0]:
+            elif user.op.carries and index is user.operands[0]:
                 fresh = [v for v in user.results if v not in seen]
                 pending += fresh
                 seen.update(fresh)

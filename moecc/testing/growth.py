@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Value
 from moecc.ir.table.rules import EXTENT_AXES
 from moecc.ir.types import Axis, TensorType
+from moecc.testing.choices import Choices, pick
 from moecc.testing.weights import grow_weight
 
 T = TypeVar("T")
@@ -18,14 +19,6 @@ SIZES = (2, 1, 3, 4, 6)
 """Sizes of fixed axes, the ones to shrink to first."""
 
 LOCATIONS = ("", "layers.0.ffn", "layers.1.attn", "layers.11.mlp", "embed", "encoder.blocks.3")
-
-
-class Choices(Protocol):
-    """Where the decisions come from."""
-
-    def below(self, count: int) -> int:
-        """Return a number from 0 to `count` − 1; 0 is the simplest choice."""
-        ...
 
 
 class Growth:
@@ -53,7 +46,7 @@ class Growth:
 
     def pick(self, items: Sequence[T]) -> T:
         """Return one of `items`, which are ordered from simple to complex."""
-        return items[self.choices.below(len(items))]
+        return pick(self.choices, items)
 
     def chance(self, percent: int) -> bool:
         """Return whether something happens that happens in `percent` of all cases."""
@@ -84,7 +77,7 @@ class Growth:
         same = [v for v in self.graph.params.values() if v.type == type]
         if same and self.chance(15):
             return self.pick(same)
-        weight = grow_weight(self, type) if self.chance(25) else None
+        weight = grow_weight(self.choices, type) if self.chance(25) else None
         return self.graph.param(self.graph.fresh(hint), type, weight, loc=self.builder.loc)
 
     def constant(self, value: float, dtype: DType) -> Value:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from moecc.ir.dtypes import I32, KEY, PRED
+from moecc.ir.gates import GATES, convention
 from moecc.ir.graph import Value
 from moecc.ir.mixtures import emit_hash_routing, emit_priority, emit_rescaled
-from moecc.ir.table.routing import GATES, POLICIES
+from moecc.ir.table.routing import POLICIES
 from moecc.ir.types import Axis, TensorType
 from moecc.testing.growth import Growth, symbolic
 
@@ -40,9 +41,10 @@ def _by_router(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     """Tokens choose experts by logits, in one of the gate conventions, with or without a bias."""
     logits = _logits(g, x, axis, expert)
     gates = g.pick(GATES) if g.chance(60) else "renormalised"
-    top_k = 1 + g.choices.below(min(_size(expert), 2 if gates == "sparsemixer" else 3))
+    row = convention(gates)
+    top_k = 1 + g.choices.below(min(_size(expert), row.max_top_k or 3))
     bias = [g.param("bias", (expert,), x.type.dtype)] if g.chance(25) else []
-    if gates in ("sparsemixer", "ones"):
+    if row.score is None:
         bias = []
     chosen, weights = g.builder.route(
         logits,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from moecc.ir.dtypes import F32, F64
 from moecc.ir.types import TensorType
+from moecc.testing.choices import Choices, pick
 from moecc.testing.draws import Data, generator
 from moecc.weights.arithmetic import Cast, Scale
 from moecc.weights.draws import Normal
@@ -15,34 +14,31 @@ from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Expr, Source, sources, transform
 from moecc.weights.movement import Permute, Stack, Tile
 
-if TYPE_CHECKING:
-    from moecc.testing.growth import Growth
 
-
-def grow_weight(g: Growth, type: TensorType) -> Expr:
+def grow_weight(choices: Choices, type: TensorType) -> Expr:
     """Return an expression that makes a tensor of `type`."""
-    kind = g.pick(("source", "tile", "permute", "stack", "scale", "normal"))
+    kind = pick(choices, ("source", "tile", "permute", "stack", "scale", "normal"))
     if kind == "tile" and type.axes:
-        axis = g.pick(type.axes)
-        part = _source(g, type.without(axis.name))
+        axis = pick(choices, type.axes)
+        part = _source(choices, type.without(axis.name))
         return Tile(part, axis.name, int(str(axis.size)), type.names.index(axis.name))
     if kind == "stack" and type.axes:
         axis = type.axes[0]
         rest = type.without(axis.name)
-        return Stack(tuple(_source(g, rest) for _ in range(int(str(axis.size)))), axis.name)
+        return Stack(tuple(_source(choices, rest) for _ in range(int(str(axis.size)))), axis.name)
     if kind == "permute":
-        return Permute(_source(g, type.with_axes(type.axes[::-1])), type.names)
+        return Permute(_source(choices, type.with_axes(type.axes[::-1])), type.names)
     if kind == "scale":
-        return Scale(_source(g, type), g.pick((2.0, 0.5, -3.0)))
+        return Scale(_source(choices, type), pick(choices, (2.0, 0.5, -3.0)))
     if kind == "normal":
-        return Normal(type.with_dtype(F32), 0.5, g.choices.below(4))
-    return _source(g, type)
+        return Normal(type.with_dtype(F32), 0.5, choices.below(4))
+    return _source(choices, type)
 
 
-def _source(g: Growth, type: TensorType) -> Source:
+def _source(choices: Choices, type: TensorType) -> Source:
     # Few names, so that parameters of one type are sometimes tied.
     sizes = "x".join(map(str, type.shape))
-    return Source(f"model.{g.choices.below(3)}.weight_{sizes}_{'_'.join(type.names)}", type)
+    return Source(f"model.{choices.below(3)}.weight_{sizes}_{'_'.join(type.names)}", type)
 
 
 def weight_for(weight: Expr, seed: int) -> Data:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from moecc.ir.dtypes import F32, DType
 from moecc.ir.types import TensorType
-from moecc.weights.expr import Expr, axis_of, check_finite, computed, node
+from moecc.weights.expr import Expr, axis_of, check_finite, computed, listed, node
 
 F32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
@@ -34,6 +34,9 @@ class Scale(Expr):
             raise self.error("f32 does not hold the factor", found=str(self.factor))
         return self.x.type.with_dtype(dtype)
 
+    def __str__(self) -> str:
+        return f"scale({self.x}, {self.factor!r})"
+
 
 @node
 class Cast(Expr):
@@ -50,6 +53,9 @@ class Cast(Expr):
                 raise self.error("floats are cast to floats", found=str(self.dtype))
         return self.x.type.with_dtype(self.dtype)
 
+    def __str__(self) -> str:
+        return f"cast({self.x}, {self.dtype})"
+
 
 @node
 class Add(Expr):
@@ -62,6 +68,9 @@ class Add(Expr):
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
 
+    def __str__(self) -> str:
+        return f"add({listed(self.operands)})"
+
 
 @node
 class Mul(Expr):
@@ -73,6 +82,9 @@ class Mul(Expr):
 
     def _infer(self) -> TensorType:
         return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
+
+    def __str__(self) -> str:
+        return f"mul({listed(self.operands)})"
 
 
 @node
@@ -92,6 +104,9 @@ class Select(Expr):
         type = contained(self, self.a, self.b, self.mask)
         same = self.a.type.dtype is self.b.type.dtype
         return type.with_dtype(self.a.type.dtype if same else computed(self, self.a, self.b))
+
+    def __str__(self) -> str:
+        return f"select({listed(self.operands)})"
 
 
 @node
@@ -130,6 +145,11 @@ class Moment(Expr):
             _check_contained(self, self.x.type, self.mask.type)
         kept = self.x.type.with_axes(a for a in self.x.type.axes if a.name in self.keep)
         return kept.with_dtype(computed(self, self.x))
+
+    def __str__(self) -> str:
+        mask = f", {self.mask}" if self.mask is not None else ""
+        keep = f", keep=({', '.join(self.keep)})" if self.keep else ""
+        return f"{self.kind}({self.x}{mask}{keep})"
 
 
 def check_mask(expr: Expr, mask: Expr) -> None:

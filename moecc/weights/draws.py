@@ -32,6 +32,10 @@ class Draw(Expr):
 
     key: int
 
+    @property
+    def _key_text(self) -> str:
+        return f"key={self.key:#x}"
+
     def _check_draw(self, type: TensorType) -> TensorType:
         check_type(self, type)
         if type.dtype is not F32:
@@ -64,6 +68,10 @@ class Normal(Draw):
         _check_spread(self, self.std)
         return self._check_draw(self.type)
 
+    def __str__(self) -> str:
+        mean = "" if self.mean.hex() == "0x0.0p+0" else f", mean={self.mean!r}"
+        return f"normal({self.type}, std={self.std!r}{mean}, {self._key_text})"
+
 
 @node
 class TruncatedNormal(Draw):
@@ -84,6 +92,10 @@ class TruncatedNormal(Draw):
             raise self.error("no such bound", expected="0 < bound <= 8", found=str(self.bound))
         return self._check_draw(self.type)
 
+    def __str__(self) -> str:
+        bound = "" if self.bound == 3.0 else f", bound={self.bound!r}"
+        return f"truncated_normal({self.type}, std={self.std!r}{bound}, {self._key_text})"
+
 
 @node
 class Uniform(Draw):
@@ -102,6 +114,9 @@ class Uniform(Draw):
             raise self.error("the bounds are the wrong way round")
         check_finite(self, "the range", self.high - self.low)
         return self._check_draw(self.type)
+
+    def __str__(self) -> str:
+        return f"uniform({self.type}, low={self.low!r}, high={self.high!r}, {self._key_text})"
 
 
 @node
@@ -134,6 +149,9 @@ class Subset(Draw):
                 found=str(self.count),
             )
         return self._check_key(self.type)
+
+    def __str__(self) -> str:
+        return f"subset({self.type}, axis={self.axis}, count={self.count}, {self._key_text})"
 
 
 def _check_spread(expr: Expr, std: float) -> None:

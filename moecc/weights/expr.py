@@ -8,10 +8,11 @@ whatever their depth.  Its type, with fixed sizes only, is computed and checked 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 from weakref import WeakValueDictionary
@@ -120,11 +121,11 @@ class Expr(metaclass=_Interned):
         return InputError(what, where=where, expected=expected, found=found, hint=hint)
 
     def __str__(self) -> str:
-        from moecc.weights.text import format_expr
+        """Return the text, on one line; `moecc.weights.text` shows the grammar."""
+        raise TypeError(f"{self.__class__.__name__} is not a node of its own")
 
-        return format_expr(self)
-
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (self.__class__, self._fields())
@@ -178,6 +179,9 @@ class Source(Expr):
         check_type(self, self.type)
         return self.type
 
+    def __str__(self) -> str:
+        return f"source({json.dumps(self.name)} : {self.type})"
+
 
 @node
 class Full(Expr):
@@ -208,6 +212,9 @@ class Full(Expr):
                 found=str(self.value),
             )
         return self.type
+
+    def __str__(self) -> str:
+        return f"full({self.value!r} : {self.type})"
 
 
 def _limits(dtype: DType) -> tuple[float, float]:
@@ -277,6 +284,11 @@ def size(axis: Axis) -> int:
     """Return the size of an axis of a weight, which is always a number."""
     assert isinstance(axis.size, int)
     return axis.size
+
+
+def listed(operands: Iterable[Expr]) -> str:
+    """Return the texts of `operands` with commas between them."""
+    return ", ".join(map(str, operands))
 
 
 def sources(expr: Expr) -> tuple[Source, ...]:

@@ -6,7 +6,8 @@ from itertools import pairwise
 from math import prod
 
 from moecc.ir.types import Axis, TensorType
-from moecc.weights.expr import Expr, axis_of, check_name, node, size
+from moecc.weights.each import in_short
+from moecc.weights.expr import Expr, axis_of, check_name, listed, node, size
 
 Sizes = tuple[tuple[str, int], ...]
 """Names of axes with their sizes."""
@@ -33,6 +34,9 @@ class Tile(Expr):
         if self.size < 1:
             raise self.error("an axis needs at least one copy", found=str(self.size))
         return _with_new_axis(self, self.x.type, Axis(self.axis, self.size), self.position)
+
+    def __str__(self) -> str:
+        return f"tile({self.x}, {self.axis}={self.size}{_position(self.position)})"
 
 
 @node
@@ -64,6 +68,13 @@ class Stack(Expr):
                 )
         return _with_new_axis(self, first, Axis(self.axis, len(self.xs)), self.position)
 
+    def __str__(self) -> str:
+        texts = [str(x) for x in self.xs]
+        short = in_short(texts, self.axis)
+        if short is not None:
+            return f"each({short}{_position(self.position)})"
+        return f"stack({', '.join(texts)}, axis={self.axis}{_position(self.position)})"
+
 
 @node
 class Concat(Expr):
@@ -91,6 +102,9 @@ class Concat(Expr):
                 )
         return _resized(first, at, sum(size(x.type.axes[at]) for x in self.xs))
 
+    def __str__(self) -> str:
+        return f"concat({listed(self.xs)}, axis={self.axis})"
+
 
 @node
 class Index(Expr):
@@ -109,6 +123,9 @@ class Index(Expr):
                 expected=f"0 to {size(axis) - 1}",
             )
         return self.x.type.without(self.axis)
+
+    def __str__(self) -> str:
+        return f"index({self.x}, {self.axis}={self.at})"
 
 
 @node
@@ -130,6 +147,9 @@ class Slice(Expr):
                 found=f"{self.start}:{self.stop}",
             )
         return _resized(self.x.type, at, self.stop - self.start)
+
+    def __str__(self) -> str:
+        return f"slice({self.x}, {self.axis}={self.start}:{self.stop})"
 
 
 @node
@@ -158,6 +178,10 @@ class Split(Expr):
         parts = tuple(Axis(n, s) for n, s in self.into)
         return _renamed(self, _spliced(self.x.type, at, at + 1, parts))
 
+    def __str__(self) -> str:
+        into = ", ".join(f"{name}={size}" for name, size in self.into)
+        return f"split({self.x}, {self.axis}=({into}))"
+
 
 @node
 class Merge(Expr):
@@ -185,6 +209,9 @@ class Merge(Expr):
         axis = Axis(self.into, prod(size(a) for a in merged))
         return _renamed(self, _spliced(self.x.type, at[0], at[-1] + 1, (axis,)))
 
+    def __str__(self) -> str:
+        return f"merge({self.x}, ({', '.join(self.axes)})={self.into})"
+
 
 @node
 class Rename(Expr):
@@ -199,6 +226,9 @@ class Rename(Expr):
         at = axis_of(self, self.x, self.old)
         axis = Axis(self.new, self.x.type.axes[at].size)
         return _renamed(self, _spliced(self.x.type, at, at + 1, (axis,)))
+
+    def __str__(self) -> str:
+        return f"rename({self.x}, {self.old}={self.new})"
 
 
 @node
@@ -220,6 +250,13 @@ class Permute(Expr):
                 found=", ".join(self.order),
             )
         return self.x.type.with_axes(self.x.type[name] for name in self.order)
+
+    def __str__(self) -> str:
+        return f"permute({self.x}, ({', '.join(self.order)}))"
+
+
+def _position(position: int) -> str:
+    return f", position={position}" if position else ""
 
 
 def _spliced(type: TensorType, start: int, stop: int, axes: tuple[Axis, ...]) -> TensorType:

@@ -28,9 +28,14 @@ from moecc.weights.rules import arithmetic, movement, views
 
 Rule = Callable[[Any], Expr | None]
 
+
+def _reorder(e: Index | Slice) -> Expr | None:
+    return views.reorder(e, simplify)
+
+
 RULES: dict[type[Expr], tuple[Rule, ...]] = {
-    Index: (views.push_index, views.reorder),
-    Slice: (views.drop_slice, views.push_slice, views.reorder),
+    Index: (views.push_index, _reorder),
+    Slice: (views.drop_slice, views.push_slice, _reorder),
     Tile: (movement.fold_full, movement.rename_over_tile),
     Stack: (movement.same_operands, movement.stack_of_indices),
     Concat: (movement.same_fulls, movement.flatten_concat, movement.concat_of_slices),

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from moecc.errors import InputError, nearest, printable
 from moecc.ir.dtypes import DTYPES, DType
-from moecc.ir.literals import parse_type
 from moecc.ir.ranges import Progression
 from moecc.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
+from moecc.types.text import parse_type
 
 _SPACE = re.compile(r"[ \t]*")
 _NAME = re.compile(r"[A-Za-z_]\w*")
@@ -215,5 +212,5 @@ class Cursor:
         return known
 
 
-def _no_values(name: str) -> Value:
+def _no_values(name: str) -> NoReturn:
     raise InputError("a weight has fixed sizes only", found=f"%{name}")

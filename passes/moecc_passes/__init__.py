@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moecc.pipeline.passes import Pass
+    from moecc.pipeline.template import PipelineTemplate
 
 
 def _add_losses() -> type[Pass]:
@@ -54,6 +55,12 @@ def _freeze() -> type[Pass]:
     return FreezePass
 
 
+def _fuse_gate_up() -> type[Pass]:
+    from moecc_passes.fuse_gate_up import FuseGateUpPass
+
+    return FuseGateUpPass
+
+
 def _lower_collectives() -> type[Pass]:
     from moecc_passes.sharding.lower import LowerCollectivesPass
 
@@ -72,10 +79,16 @@ def _roll_layers() -> type[Pass]:
     return RollLayersPass
 
 
-def _st_moe() -> type[Pass]:
-    from moecc_passes.st_moe import StMoePass
+def _record_modes() -> type[Pass]:
+    from moecc_passes.specialize.record_modes import RecordModesPass
 
-    return StMoePass
+    return RecordModesPass
+
+
+def _st_moe() -> PipelineTemplate:
+    from moecc_passes.st_moe import ST_MOE
+
+    return ST_MOE
 
 
 def _specialize() -> type[Pass]:
@@ -102,7 +115,7 @@ def _upcycle() -> type[Pass]:
     return UpcyclePass
 
 
-REGISTRY: dict[str, Callable[[], type[Pass]]] = {
+REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "add-losses": _add_losses,
     "annotate-sharding": _annotate_sharding,
     "canonicalize": _canonicalize,
@@ -110,7 +123,9 @@ REGISTRY: dict[str, Callable[[], type[Pass]]] = {
     "dce": _dce,
     "expert-parallel": _expert_parallel,
     "freeze": _freeze,
+    "fuse-gate-up": _fuse_gate_up,
     "lower-collectives": _lower_collectives,
+    "record-modes": _record_modes,
     "roll-layers": _roll_layers,
     "specialize": _specialize,
     "st-moe": _st_moe,

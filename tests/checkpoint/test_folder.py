@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moecc.checkpoint.source import open_checkpoint
+from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError, MachineError
 from moecc.ir.dtypes import BY_SAFETENSORS
 

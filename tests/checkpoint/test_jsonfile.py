@@ -33,6 +33,30 @@ def test_random_bytes_give_a_value_or_an_input_error(data):
     assert json.loads(data) == value
 
 
+LONG = "1" * 5000
+PIECES = ["{", "}", "[", "]", "]]]", ",", ":", '"a"', '"\\ud800"', LONG, f"-{LONG}", "NaN", "1e999"]
+PIECES += ["0", "-", "tru", "null", '"', "\\", " ", "\n", "\0", "\ufeff", "[" * 70, '{"a":' * 70]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_hostile_pieces_give_a_value_or_an_input_error(text):
+    try:
+        value = parse_json(text.encode(), "x")
+    except InputError:
+        return
+    assert json.loads(text) == value
+
+
+@given(st.integers(4290, 4310), st.sampled_from(["", "-"]))
+def test_numbers_have_as_many_digits_as_python_reads(digits, sign):
+    text = f'{{"b": {sign}{"1" * digits}}}'
+    if digits <= 4300:
+        assert parse_json(text.encode(), "x") == json.loads(text)
+    else:
+        with pytest.raises(InputError, match=f"x:1:7: a number of {digits:,} digits"):
+            parse_json(text.encode(), "x")
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
@@ -44,6 +68,10 @@ def test_random_bytes_give_a_value_or_an_input_error(data):
         ('{"a": 1e400}', 'x:1:7: the number "1e400" is not finite'),
         ('{"a": -1e999}', "x:1:7: the number"),
         ('{"a": ' + "1" * 5000 + "}", "x:1:7: a number of 5,000 digits"),
+        ('{"a": ' + "1" * 5000, "x:1:5007: not JSON"),
+        ('{"a": ' + "1" * 5000 + "]]]", "x:1:5007: not JSON"),
+        ("1" * 5000 + "]]]", "x:1:5001: not JSON"),
+        ("]]]", "x:1:1: not JSON"),
         ('{"a": 1', "x:1:8: not JSON"),
         ('{"a": 1} x', "x:1:10: not JSON"),
         ('{"a": "\x01"}', "x:1:8: not JSON"),

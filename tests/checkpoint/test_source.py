@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from moecc.checkpoint.open import open_checkpoint
 from moecc.checkpoint.sniff import sniff
-from moecc.checkpoint.source import open_checkpoint
 from moecc.errors import InputError
 
 
@@ -100,7 +100,7 @@ def test_refusing_pickles_imports_no_torch_and_opening_no_jax(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     code = (
         "import sys\n"
-        "from moecc.checkpoint.source import open_checkpoint\n"
+        "from moecc.checkpoint.open import open_checkpoint\n"
         "from moecc.errors import InputError\n"
         f"try: open_checkpoint({str(tmp_path)!r})\n"
         "except InputError as error: assert 'pickle' in str(error)\n"

@@ -52,7 +52,7 @@ def test_every_operation_has_a_meaning() -> None:
 def test_every_operation_has_a_lowering() -> None:
     pytest.importorskip("jax")
     from moecc_backends.xla.backend import XlaBackend
-    from moecc_backends.xla.context import LOWERINGS
+    from moecc_backends.xla.trace.context import LOWERINGS
 
     assert XlaBackend.name == "xla"
     assert set(OPS) <= set(LOWERINGS)

@@ -26,7 +26,7 @@ def test_the_dispatch_lowerings_and_what_is_legal() -> None:
     import pytest
 
     pytest.importorskip("jax")
-    from moecc_backends.xla.dispatches import TABLE
+    from moecc_backends.xla.dispatch.choose import TABLE
 
     assert _names("Dispatch lowerings") == list(TABLE)
     for name, way in TABLE.items():

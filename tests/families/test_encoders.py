@@ -16,7 +16,7 @@ from moecc_passes.add_losses import AddLossesPass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
-from moecc.checkpoint.source import open_checkpoint
+from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError
 from moecc.families import build, import_checkpoint, rebuild
 from moecc.families.configs import (

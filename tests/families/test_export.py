@@ -15,7 +15,7 @@ from moecc_passes.dce import DcePass
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.backend import get_backend
-from moecc.checkpoint.source import open_checkpoint
+from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError, UsageError
 from moecc.families import build, import_checkpoint
 from moecc.families.configs import DECODERS, DecoderConfig, parse_config

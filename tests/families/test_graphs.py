@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from moecc.backend import get_backend
-from moecc.checkpoint.source import open_checkpoint
+from moecc.checkpoint.open import open_checkpoint
 from moecc.families import FAMILIES, build, import_checkpoint
 from moecc.families.configs import DecoderConfig, parse_config
 from moecc.families.decoder import build_decoder

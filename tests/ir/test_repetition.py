@@ -23,10 +23,10 @@ from moecc.ir import (
     tensor,
     verify,
 )
-from moecc.ir.literals import parse_type
 from moecc.ir.mesh import set_mesh
 from moecc.ir.ranges import element, has_range, joined, lengths
 from moecc.testing import laws
+from moecc.types.text import parse_type
 
 TEXT = """moecc 1
 graph g {

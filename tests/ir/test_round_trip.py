@@ -26,8 +26,8 @@ from moecc.ir import (
     print_graph,
     tensor,
 )
-from moecc.ir.literals import parse_type
 from moecc.testing import graphs, laws
+from moecc.types.text import parse_type
 
 FIRST = string.ascii_letters + string.digits + "_"
 VALUE_NAMES = st.builds(

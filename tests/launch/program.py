@@ -54,7 +54,7 @@ def train(config: str, pipeline: str, out: str) -> None:
     program = get_backend("xla").compile(graph)
     outputs = program.run(params, inputs)
     import jax
-    from moecc_backends.xla.distributed import value_and_grad
+    from moecc_backends.xla.run.processes import value_and_grad
 
     value, gradients = value_and_grad(loss_of(graph), params, inputs)
     counts = np.array([jax.process_count(), jax.device_count()])
@@ -67,7 +67,7 @@ def hang() -> None:
     """Add numbers up with the others, without end."""
     import jax.numpy as jnp
     from jax.experimental import multihost_utils
-    from moecc_backends.xla.distributed import join
+    from moecc_backends.xla.run.processes import join
 
     from moecc.launch.member import hold_lifeline, watchdog_of_environment
     from moecc.launch.place import place_of
@@ -86,7 +86,7 @@ def hang() -> None:
 
 
 def differ() -> None:
-    from moecc_backends.xla.distributed import configuration, join, preflight
+    from moecc_backends.xla.run.processes import configuration, join, preflight
 
     from moecc.errors import InputError
     from moecc.launch.place import place_of

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.specialize.specialize import SpecializePass
-from moecc_passes.st_moe import StMoePass
+from moecc_passes.st_moe import ST_MOE
 
 from moecc.ir import I32, Graph, clone, tensor
 from moecc.pipeline.passes import Context
@@ -286,7 +286,7 @@ def test_st_moe_keeps_the_function_whatever_its_options(
     dense = Dense(layers=2, residual=True, gated=gated, act="gelu", bias_out=not gated)
     graph = dense.graph()
     tensors = Tensors(graph, seed)
-    item = StMoePass(
+    item = ST_MOE(
         experts=sizes[0], top_k=sizes[1], layers=layers, extra_ffn=extra, expert_bias=bias,
         losses=False, eval_capacity_factor=float(sizes[0]),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from moecc.ir import Graph, clone, equal, verify
 from moecc.ir.unroll import is_rolled, unroll
 from moecc.pipeline.check import check_pipeline
 from moecc.pipeline.passes import Context
+from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import Report, run_pass, run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.presets import preset_config
@@ -50,7 +51,7 @@ def test_a_pass_that_works_layer_by_layer_says_so(name: str) -> None:
     graph = rolled()
     before = clone(graph)
     # Before a pass has seen the graph, so without its options.
-    item = object.__new__(REGISTRY[name]())
+    item = object.__new__(installed().get(name))
     with pytest.raises(InputError, match="works layer by layer") as caught:
         run_pass(graph, item, Context())
     assert caught.value.problems[0].where == name

@@ -20,12 +20,13 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
 from moecc.plan.estimate import Estimator
-from moecc.plan.exchanges import LOCAL, VIAS, legal
+from moecc.plan.exchanges import legal
 from moecc.plan.layout import Layout, layouts, problems
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moecc_backends.reference.devices import simulate
 from moecc_passes.add_losses import AddLossesPass
 
 from moecc.errors import InputError, UsageError
@@ -186,6 +187,49 @@ def test_padding_counts_nowhere(seed: int, over: str) -> None:
     for name, value in plain.items():
         if name != "y":
             np.testing.assert_allclose(padded[name], value, rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+@given(SEEDS, st.sampled_from(["group", "sequence", "global"]), st.sampled_from([[0], [1, 2]]))
+def test_a_unit_of_nothing_but_padding_counts_nowhere(
+    seed: int, over: str, empty: list[int]
+) -> None:
+    """Each group is one of three sequences; those that are padding dilute no mean of groups."""
+    logits = np.random.default_rng(seed).normal(size=(3, 4, 5))
+    mask = np.ones((3, 4), bool)
+    mask[empty] = False
+    options: dict[str, Any] = {"over": over, "importance_coef": 1.0, "load_coef": 1.0}
+    padded = losses(logits, 2, mask, placement={"groups": 3}, **options)
+    short = np.delete(logits, empty, axis=0)
+    plain = losses(short, 2, placement={"groups": 3 - len(empty)}, **options)
+    for name, value in plain.items():
+        if name != "y":
+            np.testing.assert_allclose(padded[name], value, rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("over", ["group", "sequence", "global"])
+def test_losses_of_nothing_but_padding_are_zero(over: str) -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 3, 4))
+    options: dict[str, Any] = {"importance_coef": 1.0, "load_coef": 1.0}
+    found = losses(logits, 2, np.zeros((2, 3), bool), over=over, placement={"groups": 2}, **options)
+    for name, value in found.items():
+        assert np.isfinite(value).all(), name
+        assert not name.startswith("loss.") or value == 0, name
+
+
+@pytest.mark.parametrize("over", ["group", "sequence", "global"])
+def test_losses_are_the_same_on_a_mesh_where_a_device_has_padding_alone(over: Any) -> None:
+    graph = router(4, 2, mask=True, groups=4)
+    applied(AddLossesPass(over=over, importance_coef=1.0, load_coef=1.0), graph)
+    whole = clone(graph)
+    text = "annotate-sharding{mesh=data:4 rules=data-parallel},lower-collectives"
+    run_pipeline(graph, Pipeline.parse(text))
+    rng = np.random.default_rng(0)
+    inputs = {"x": rng.normal(size=(4, 6, 2)), "logits": rng.normal(size=(4, 6, 4))}
+    inputs["mask"] = np.repeat(np.arange(4) != 1, 6).reshape(4, 6)
+    on_mesh = simulate(graph, {}, inputs).outputs
+    for name, value in evaluated(whole, **inputs).items():
+        assert np.isfinite(value).all(), name
+        np.testing.assert_allclose(on_mesh[name], value, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
 # --- V-MoE's

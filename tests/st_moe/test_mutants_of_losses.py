@@ -58,6 +58,14 @@ def take_the_batch_for_a_group(self: Means, x: Value) -> Value:
     return self.builder.mean(x, axes=TOKENS)
 
 
+def count_units_of_padding(self: Means, x: Value) -> Value:
+    return self.all(x)
+
+
+def divide_by_the_mean_of_nothing(self: Means, x: Value) -> Value:
+    return x
+
+
 def variation_of_the_sum_of_squares(self: LossBuilder) -> Value:
     """E[x²] / E[x]², which is one more than it should be."""
     b, means = self.means.builder, self.means
@@ -108,6 +116,18 @@ MUTANTS: dict[str, tuple[object, str, Any, Callable[[], None]]] = {
             "over_units",
             take_the_batch_for_a_group,
             test_losses.test_balance_over_groups_sequences_and_the_batch,
+        ),
+        (
+            Means,
+            "across_units",
+            count_units_of_padding,
+            test_losses.test_a_unit_of_nothing_but_padding_counts_nowhere,
+        ),
+        (
+            Means,
+            "divisor",
+            divide_by_the_mean_of_nothing,
+            test_losses.test_a_unit_of_nothing_but_padding_counts_nowhere,
         ),
         (
             LossBuilder,

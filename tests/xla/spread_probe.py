@@ -61,7 +61,7 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     from moecc_backends.xla.aot.census import census
     from moecc_backends.xla.aot.steps import Setting, make_step
     from moecc_backends.xla.backend import function
-    from moecc_backends.xla.training import train_step
+    from moecc_backends.xla.train.step import train_step
 
     from moecc.ir.dtypes import F64
     from moecc.plan.layout import Layout

@@ -22,7 +22,7 @@ from .models import GOLDEN, assert_close, compiled, decoder, is_decided, random_
 jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function, jax_inputs, numpy_output  # noqa: E402
-from moecc_backends.xla.context import LOWERINGS  # noqa: E402
+from moecc_backends.xla.trace.context import LOWERINGS  # noqa: E402
 
 EXACT = 1e-9
 """For float64; `assert_close` allows more where a graph amplifies rounding."""

@@ -17,11 +17,11 @@ from moecc.testing import run_reference
 jax = pytest.importorskip("jax")
 
 from jax.sharding import PartitionSpec  # noqa: E402
-from moecc_backends.xla import dispatches  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.exchange import Way, emulated, hop, send, send_back  # noqa: E402
-from moecc_backends.xla.options import DEFAULTS, Options  # noqa: E402
-from moecc_backends.xla.sharded import device_mesh, sharded_function  # noqa: E402
+from moecc_backends.xla.dispatch import choose as dispatches  # noqa: E402
+from moecc_backends.xla.lower.shard_map import device_mesh, sharded_function  # noqa: E402
+from moecc_backends.xla.mesh.all_to_all import Way, emulated, hop, send, send_back  # noqa: E402
+from moecc_backends.xla.trace.options import DEFAULTS, Options  # noqa: E402
 
 from .test_sharded import census  # noqa: E402
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.blocks import block_sizes  # noqa: E402
-from moecc_backends.xla.expert_rows import expert_rows  # noqa: E402
-from moecc_backends.xla.grouped import grouped_matmul  # noqa: E402
+from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul  # noqa: E402
+from moecc_backends.xla.kernels.repeat_by_group import expert_rows  # noqa: E402
+from moecc_backends.xla.kernels.row_blocks import block_sizes  # noqa: E402
 
 SHAPES = ((5, 3), (100, 2), (600, 4))
 """Rows and experts; one shape for each family of block sizes."""

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla import routing  # noqa: E402
-from moecc_backends.xla.capacity import slot_matmul  # noqa: E402
-from moecc_backends.xla.dispatch import combine, dispatch  # noqa: E402
-from moecc_backends.xla.expert_rows import expert_rows  # noqa: E402
-from moecc_backends.xla.grouped import grouped_matmul  # noqa: E402
+from moecc_backends.xla.dispatch import permutation as routing  # noqa: E402
+from moecc_backends.xla.dispatch.gather_vjp import combine, dispatch  # noqa: E402
+from moecc_backends.xla.kernels.batched_matmul import slot_matmul  # noqa: E402
+from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul  # noqa: E402
+from moecc_backends.xla.kernels.repeat_by_group import expert_rows  # noqa: E402
 
 TOKENS, CHOICES, NUM_EXPERTS, EMBED, MLP = 24, 2, 4, 6, 10
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from moecc_passes.add_losses import AddLossesPass  # noqa: E402
 from moecc.backend import get_backend  # noqa: E402
 from moecc.ir import BF16, F32, F64, PRED, Builder, Graph, tensor  # noqa: E402
 from moecc.pipeline.passes import Context  # noqa: E402
+from moecc.testing import run_reference  # noqa: E402
 
 TOKENS, EXPERTS = 24, 8
 
@@ -68,6 +71,64 @@ def test_gradients_of_the_losses() -> None:
     for gradient in (importance, load):
         assert np.isfinite(gradient).all()
         assert np.abs(gradient).max() > 0
+
+
+LOSSES = ("router_z", "balance", "importance", "load")
+
+
+def of_sequences(over: Any, masked: bool) -> Graph:
+    """Return a graph of top-2 routers over ``[batch, seq]``, in two groups, with all losses."""
+    graph = Graph()
+    b = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(F32, batch=2, seq="S", embed=1))
+    logits = graph.input("logits", tensor(F32, batch=2, seq="S", expert=EXPERTS))
+    mask = [graph.input("mask", tensor(PRED, batch=2, seq="S"))] if masked else []
+    experts, gates = b.route(logits, top_k=2)
+    place = b.place(
+        experts,
+        *mask,
+        tokens=("batch", "seq"),
+        experts=EXPERTS,
+        groups=2,
+        using=("mask",) if masked else (),
+    )
+    graph.set_output("y", b.combine(b.dispatch(x, experts, place), experts, place, gates))
+    AddLossesPass(importance_coef=1.0, load_coef=1.0, over=over).apply(graph, Context())
+    return graph
+
+
+@pytest.mark.parametrize("over", ["group", "sequence", "global"])
+@pytest.mark.parametrize("empty", [1, 2])
+def test_gradients_are_finite_where_a_sequence_is_padding(over: str, empty: int) -> None:
+    """The gradients are those of the tokens that are there, alone; padding has zeros."""
+    logits = np.random.default_rng(0).normal(size=(2, 12, EXPERTS))
+    mask = np.repeat(np.arange(2) < 2 - empty, 12).reshape(2, 12)
+    graph = of_sequences(over, masked=True)
+    x = np.zeros((2, 12, 1))
+    expected = run_reference(graph, inputs={"x": x, "logits": logits, "mask": mask})
+    with jax.enable_x64(True):
+        run = function(graph, dtype=F64)
+
+        def values(given: jax.Array) -> list[jax.Array]:
+            found = run({}, {"x": x, "logits": given, "mask": mask})
+            return [found[f"loss.{n}"] for n in (*LOSSES, "auxiliary")]
+
+        found = jax.jit(values)(logits)
+        gradients = [np.asarray(g) for g in jax.jit(jax.jacrev(values))(logits)]
+        alone = jax.jacrev(
+            lambda given: [
+                function(of_sequences("global", masked=False), dtype=F64)(
+                    {}, {"x": x[:, :6], "logits": given}
+                )[f"loss.{n}"]
+                for n in (*LOSSES, "auxiliary")
+            ]
+        )(logits[0].reshape(2, 6, EXPERTS))
+    for name, value in zip((*LOSSES, "auxiliary"), found, strict=True):
+        np.testing.assert_allclose(value, expected[f"loss.{name}"], rtol=1e-10, err_msg=name)
+    for gradient, one in zip(gradients, alone, strict=True):
+        assert (gradient[~mask] == 0).all()
+        if empty == 1:
+            np.testing.assert_allclose(gradient[0], one.reshape(12, -1), rtol=1e-9, atol=1e-14)
 
 
 def test_metrics_send_no_gradient_back() -> None:

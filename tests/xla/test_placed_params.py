@@ -20,8 +20,8 @@ from .test_sharded import DENSE, laid
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.placed_params import placed_params  # noqa: E402
-from moecc_backends.xla.sharded import device_mesh  # noqa: E402
+from moecc_backends.xla.lower.shard_map import device_mesh  # noqa: E402
+from moecc_backends.xla.mesh.load_params import placed_params  # noqa: E402
 
 
 class Recorder:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from moecc_backends.xla import quiet
+from moecc_backends.xla import import_jax as quiet
 
 MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
 

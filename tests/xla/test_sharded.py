@@ -26,7 +26,7 @@ from .models import Arrays, decoder
 jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
-from moecc_backends.xla.sharded import device_mesh, sharded_function, shardings  # noqa: E402
+from moecc_backends.xla.lower.shard_map import device_mesh, sharded_function, shardings  # noqa: E402
 
 DENSE = "llama_biases_head_dim"
 SPARSE: dict[str, Any] = {
@@ -248,7 +248,7 @@ def collectives(name: str, layout: str, remat: str) -> int:
 
 def test_places_that_32_bits_do_not_count_are_refused() -> None:
     """Else two elements would draw the same number."""
-    from moecc_backends.xla.local import Local
+    from moecc_backends.xla.trace.device_view import Local
 
     from moecc.ir.dtypes import F32
     from moecc.ir.mesh import parse_mesh

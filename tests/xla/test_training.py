@@ -19,8 +19,8 @@ pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
-from moecc_backends.xla.options import Options  # noqa: E402
-from moecc_backends.xla.training import (  # noqa: E402
+from moecc_backends.xla.trace.options import Options  # noqa: E402
+from moecc_backends.xla.train.step import (  # noqa: E402
     IGNORED,
     OPTIMIZERS,
     TARGETS,

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moecc.ir.dtypes import DType
 
-if TYPE_CHECKING:
-    from moecc_backends.reference.placing import Placement
-
 Data = np.ndarray[Any, Any]
 
 NOTHING = np.iinfo(np.int64).min
 """What stands for an integer beyond a ragged extent, where a float has NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the choices of each group of tokens went.
+
+    Attributes:
+      tokens: the token axes, outermost first.
+      extents: the slots in use, `[group, expert]`.
+      slots: the slots that every expert has: the capacity, or the largest extent.
+      is_ragged: whether slots beyond an extent are not there.
+    """
+
+    tokens: tuple[str, ...]
+    extents: Data
+    slots: int
+    is_ragged: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
@@ -205,7 +205,7 @@ class _Simulator:
 
     def _rows(self, type: TensorType, at: Coordinates) -> Data:
         """Return the slots in use of the device's part of ragged rows, ``[group, expert]``."""
-        (place,) = {e.value for e in type.extents if e.kind == "ragged"}
+        (place,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
         whole = Array(self.extents[place], ("group", "expert"))
         kept = tuple(a for a in type.axes if a.name in ("group", "expert"))
         return cut(whole, type.with_axes(kept), at, self.mesh).to(("group", "expert"))
@@ -220,7 +220,7 @@ class _Simulator:
 
     def _emptied(self, x: Array, type: TensorType, at: Coordinates, slot: str) -> Array:
         """Return `x` with as many slots as the whole has, and nothing beyond the extents."""
-        (place,) = {e.value for e in type.extents if e.kind == "ragged"}
+        (place,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
         x = _with_slots(x, slot, int(self.extents[place].max(initial=0)))
         extents = self._rows(type, at)
         beyond = np.arange(x.size(slot)) >= extents[..., None]

@@ -16,12 +16,12 @@ import numpy as np
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.dtypes import F64, DType
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.types import Extent
 from moecc.ir.verify import where
-from moecc_backends.reference.arrays import MEANINGS, Array, Data
+from moecc_backends.reference.arrays import MEANINGS, Array, Data, Placement
 from moecc_backends.reference.elementwise import stored
-from moecc_backends.reference.placing import Placement, poisoned
+from moecc_backends.reference.placing import poisoned
 
 
 class ReferenceBackend:
@@ -128,7 +128,7 @@ class _State:
             self.placements[value] = array.placement
         ragged = value.type.ragged
         if ragged is not None and isinstance(ragged.size, Extent):
-            array = poisoned(array, ragged.name, self.placements[ragged.size.value])
+            array = poisoned(array, ragged.name, self.placements[setter_of(ragged.size)])
         return replace(array, dtype=value.type.dtype)
 
 

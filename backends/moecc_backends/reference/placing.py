@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from moecc.ir.table.placing import capacity, group_count
-from moecc_backends.reference.arrays import NOTHING, Array, Data, meaning
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where the choices of each group of tokens went.
-
-    Attributes:
-      tokens: the token axes, outermost first.
-      extents: the slots in use, `[group, expert]`.
-      slots: the slots that every expert has: the capacity, or the largest extent.
-      is_ragged: whether slots beyond an extent are not there.
-    """
-
-    tokens: tuple[str, ...]
-    extents: Data
-    slots: int
-    is_ragged: bool
+from moecc_backends.reference.arrays import NOTHING, Array, Data, Placement, meaning
 
 
 @meaning("place")

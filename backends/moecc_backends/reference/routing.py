@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moecc.ir.gates import Score, convention
 from moecc_backends.reference.arrays import Array, Data, meaning
 from moecc_backends.reference.elementwise import logistic
 from moecc_backends.reference.reduction import normalised
@@ -30,8 +31,7 @@ def route(
     scores = logits.to((*rest, axis))
     ranked = scores
     for added in bias:
-        score = logistic(scores) if gates.startswith("sigmoid") else normalised(scores)
-        ranked = score + added.data
+        ranked = SCORES[convention(gates).score or "softmax"](scores) + added.data
     # A stable sort gives equal logits to the lowest expert.
     experts = np.argsort(-ranked, axis=-1, kind="stable")[..., :top_k]
     weights = GATES[gates](scores, experts) * scale
@@ -76,6 +76,9 @@ def _sparsemixer(scores: Data, experts: Data) -> Data:
 def _ones(scores: Data, experts: Data) -> Data:
     return np.ones(experts.shape)
 
+
+SCORES: dict[Score, Callable[[Data], Data]] = {"softmax": normalised, "sigmoid": logistic}
+"""What a bias for choosing is added to, by the score of the convention."""
 
 GATES: dict[str, Callable[[Data, Data], Data]] = {
     "renormalised": _renormalised,

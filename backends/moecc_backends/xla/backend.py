@@ -22,23 +22,23 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.kept import only_routes
 from moecc.ir.verify import where
 from moecc.launch.place import place_of
-from moecc_backends.xla import lower_attention as lower_attention
-from moecc_backends.xla import lower_buffers as lower_buffers
-from moecc_backends.xla import lower_chunks as lower_chunks
-from moecc_backends.xla import lower_collectives as lower_collectives
-from moecc_backends.xla import lower_contract as lower_contract
-from moecc_backends.xla import lower_moe as lower_moe
-from moecc_backends.xla import lower_plain as lower_plain
-from moecc_backends.xla import lower_routing as lower_routing
-from moecc_backends.xla import lower_scan as lower_scan
-from moecc_backends.xla.context import LOWERINGS, Around, Context, lower_nodes
-from moecc_backends.xla.dispatches import check_dispatch, dispatch_problems
-from moecc_backends.xla.dtypes import accumulator
-from moecc_backends.xla.local import Local
-from moecc_backends.xla.named import Named, Operand
-from moecc_backends.xla.options import AUTO, DEFAULTS, Options
-from moecc_backends.xla.quiet import find_devices
-from moecc_backends.xla.segments import Segment, segments
+from moecc_backends.xla.dispatch.choose import check_dispatch, dispatch_problems
+from moecc_backends.xla.import_jax import find_devices
+from moecc_backends.xla.lower import attention as attention
+from moecc_backends.xla.lower import buffers as buffers
+from moecc_backends.xla.lower import chunks as chunks
+from moecc_backends.xla.lower import collectives as collectives
+from moecc_backends.xla.lower import contract as contract
+from moecc_backends.xla.lower import dispatch_combine as dispatch_combine
+from moecc_backends.xla.lower import elementwise as elementwise
+from moecc_backends.xla.lower import random as random
+from moecc_backends.xla.lower import scan as scan
+from moecc_backends.xla.lower.segments import Segment, segments
+from moecc_backends.xla.trace.context import LOWERINGS, Around, Context, lower_nodes
+from moecc_backends.xla.trace.device_view import Local
+from moecc_backends.xla.trace.dtypes import accumulator
+from moecc_backends.xla.trace.options import AUTO, DEFAULTS, Options
+from moecc_backends.xla.trace.values import Named, Operand
 
 Tree = Mapping[str, jax.Array]
 
@@ -179,7 +179,7 @@ class XlaBackend:
             raise InputError(problems)
         place = place_of()
         if place is not None:
-            from moecc_backends.xla.shared import shared_program
+            from moecc_backends.xla.run.multi_process import shared_program
 
             return shared_program(graph, dtype, options, place)
         find_devices()
@@ -209,7 +209,7 @@ class XlaBackend:
           MachineError: HLO is asked for, for a platform that is not here.
           InputError: the graph has no lowering, or the forced dispatch does not fit it.
         """
-        from moecc_backends.xla.emit import emitted
+        from moecc_backends.xla.run.emitting import emitted
 
         find_devices()
         chosen = Options(options.get("dispatch") or AUTO, options.get("platform"))

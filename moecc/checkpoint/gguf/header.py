@@ -18,8 +18,8 @@ from moecc.checkpoint.files import Identity, open_regular
 from moecc.checkpoint.gguf.cursor import Cursor
 from moecc.checkpoint.gguf.metadata import Value, read_metadata
 from moecc.checkpoint.gguf.storage import STORAGES, Storage, storage_label
+from moecc.checkpoint.limits import MAX_SIZE, name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
-from moecc.checkpoint.safetensors import MAX_SIZE, name_fault
 from moecc.errors import InputError
 
 MAGIC = b"GGUF"

@@ -12,8 +12,8 @@ import numpy as np
 
 from moecc.checkpoint.files import Identity, open_regular, read_into
 from moecc.checkpoint.gguf.cursor import Cursor
+from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems
-from moecc.checkpoint.safetensors import name_fault
 from moecc.errors import InputError
 
 MAX_KEYS = 1 << 14

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import F32, I32, PRED
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import (
@@ -22,11 +22,8 @@ from moecc.ir.table.rules import (
 from moecc.ir.traits import Residual
 from moecc.ir.types import Axis, TensorType
 
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
-
-def _infer_rope(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_rope(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     positions = operands[0].type
     need_kind(positions, "int", "the positions")
     if attrs["size"] <= 0 or attrs["size"] % 2:
@@ -57,7 +54,7 @@ def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
         yield "beta_slow not above beta_fast", 0 < slow <= fast < math.inf
 
 
-def _mixes_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def _mixes_positions(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     # Dynamic scaling looks at the largest position of all.
     return operands[0].type.names if attrs["scaling"] == "dynamic" else ()
 
@@ -91,7 +88,7 @@ register(
 )
 
 
-def _infer_rotate(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_rotate(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, cos, sin = (v.type for v in operands)
     for type in (x, cos, sin):
         need_float(type)
@@ -118,13 +115,13 @@ register(
         attrs={"axis": Attr("axis", doc="the axis")},
         mixes=mixes_axis,
         linear=(0,),
-        residual=Residual((0, 1, 2)),
+        residual=Residual((1, 2), of=(0,)),
         sharding=by_name,
     )
 )
 
 
-def _infer_causal(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_causal(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     query, key = (v.type for v in operands)
     need_kind(query, "int", "the positions of the queries")
     need_kind(key, "int", "the positions of the keys")
@@ -165,7 +162,7 @@ def bucket_starts(attrs: Attrs) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def _infer_relative_buckets(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_relative_buckets(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     query, key = (v.type for v in operands)
     need_kind(query, "int", "the positions of the queries")
     need_kind(key, "int", "the positions of the keys")

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import F32, I32
+from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import along_axis, by_name, cut, looked_up, merged, renamed
 from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, no_ragged, same_size
-from moecc.ir.traits import Cost, Cut, Index, Product, Role
+from moecc.ir.traits import Cost, Cut, Index, Product, Residual, Role
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Node, Value
     from moecc.ir.mesh import Mesh
 
 
-def _infer_rename(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_rename(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot rename")
@@ -41,7 +41,7 @@ register(
 )
 
 
-def _infer_split(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_split(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot split")
@@ -60,12 +60,12 @@ def _infer_split(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (type.with_axes(no_duplicates(axes)),)
 
 
-def _split_sizes(node: Node) -> Product:
+def _split_sizes(node: Definition) -> Product:
     whole = node.operands[0].type[node.attrs["axis"]].size
     return Product(whole, tuple(size for _, size in node.attrs["into"]))
 
 
-def _split_locally(node: Node, mesh: Mesh) -> dict[str, Any]:
+def _split_locally(node: Definition, mesh: Mesh) -> dict[str, Any]:
     (name, size), *others = node.attrs["into"]
     shards = mesh.size(node.result.type[name].mesh)
     return {**node.attrs, "into": ((name, size // shards), *others)}
@@ -87,7 +87,7 @@ register(
 )
 
 
-def _infer_merge(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_merge(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     names: tuple[str, ...] = attrs["axes"]
     parts = [axis_of(type, n) for n in names]
@@ -102,7 +102,7 @@ def _infer_merge(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (type.with_axes(no_duplicates(axes)),)
 
 
-def _merge_sizes(node: Node) -> Product:
+def _merge_sizes(node: Definition) -> Product:
     parts = tuple(node.operands[0].type[name].size for name in node.attrs["axes"])
     return Product(node.result.type[node.attrs["into"]].size, parts)
 
@@ -122,7 +122,7 @@ register(
 )
 
 
-def _infer_broadcast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_broadcast(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, like = (v.type for v in operands)
     for axis in x.axes:
         same_size(axis_of(like, axis.name, "the operand that gives the axes"), axis)
@@ -142,7 +142,7 @@ register(
 )
 
 
-def _infer_slice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_slice(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     old = axis_of(type, attrs["axis"])
     no_ragged(type, (old.name,), "cannot slice")
@@ -156,7 +156,7 @@ def _infer_slice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (type.with_axes(Axis(a.name, stop - start) if a is old else a for a in type.axes),)
 
 
-def _slice_sizes(node: Node) -> Cut:
+def _slice_sizes(node: Definition) -> Cut:
     size = node.operands[0].type[node.attrs["axis"]].size
     return Cut(size, (node.attrs["start"], node.attrs["stop"]))
 
@@ -181,7 +181,7 @@ register(
 )
 
 
-def _infer_positions(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_positions(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     axis = axis_of(operands[0].type, attrs["axis"])
     if axis.is_ragged:
         raise InputError(f"no positions along the ragged axis {axis.name!r}", found=str(axis))
@@ -201,7 +201,7 @@ register(
 )
 
 
-def _infer_embedding(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_embedding(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     table, ids = (v.type for v in operands)
     need_kind(ids, "int", "the indices")
     picked = axis_of(table, attrs["axis"], "the table")
@@ -218,15 +218,16 @@ register(
         attrs={"axis": Attr("axis", doc="the axis of the table that the indices run over")},
         mixes=mixes_axis,
         linear=(0,),
+        residual=Residual((1,)),
         cost=Cost.LOOK_UP,
         sharding=looked_up,
-        index=Index(1, lambda node: node.operands[0].type[node.attrs["axis"]].size),
+        index=Index(1, lambda node: node.operands[0].type[node.attrs["axis"]].size, strict=True),
         roles=(Role.TABLE,),
     )
 )
 
 
-def _infer_one_hot(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_one_hot(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     ids = operands[0].type
     need_kind(ids, "int", "the indices")
     into = tuple(Axis(name, size) for name, size in attrs["into"])

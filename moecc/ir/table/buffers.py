@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import PRED
+from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import received
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_ragged
 from moecc.ir.types import TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Node, Value
     from moecc.ir.mesh import Mesh
 
 
@@ -34,7 +34,7 @@ def buffer_rows(attrs: Attrs, tokens: int, choices: int) -> int:
     return ceil(Fraction(repr(attrs["factor"])) * share)
 
 
-def _infer_within_buffer(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_within_buffer(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     experts, place, counts = (v.type for v in operands)
     need_kind(experts, "int", "the experts")
     need_kind(place, "int", "the slots")
@@ -85,7 +85,7 @@ def _check_placement(tokens: tuple[str, ...], counts: TensorType) -> None:
         )
 
 
-def _in_own_block(node: Node, mesh: Mesh) -> dict[str, Any]:
+def _in_own_block(node: Definition, mesh: Mesh) -> dict[str, Any]:
     shards = mesh.size(node.operands[2].type["group"].mesh)
     return {**node.attrs, "blocks": node.attrs["blocks"] // shards}
 

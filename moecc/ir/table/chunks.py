@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
+from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import in_parts
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Node, Value
     from moecc.ir.mesh import Mesh
 
 _PARTS = Attr("int", 1, doc="how many equal runs of the axis give a piece each to a chunk")
@@ -43,7 +43,7 @@ def _resized(type: TensorType, axis: Axis, size: int) -> TensorType:
     return type.with_axes(replace(a, size=size) if a is axis else a for a in type.axes)
 
 
-def _infer_chunk(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_chunk(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type, of, parts = operands[0].type, attrs["of"], attrs["parts"]
     if not 0 <= attrs["at"] < of or parts < 1:
         raise InputError(
@@ -55,7 +55,7 @@ def _infer_chunk(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (_resized(type, axis, size // of),)
 
 
-def _own_parts(node: Node, mesh: Mesh) -> dict[str, Any]:
+def _own_parts(node: Definition, mesh: Mesh) -> dict[str, Any]:
     shards = mesh.size(node.result.type[node.attrs["axis"]].mesh)
     return {**node.attrs, "parts": node.attrs["parts"] // shards}
 
@@ -83,7 +83,7 @@ register(
 )
 
 
-def _infer_join(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_join(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     first = operands[0].type
     for value in operands[1:]:
         if value.type != first:

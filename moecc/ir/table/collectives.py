@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, nearest
 from moecc.ir.flow import spelled
+from moecc.ir.operand import Operand
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import axis_of
 from moecc.ir.traits import Collective
 from moecc.ir.types import Axis, Extent, TensorType, is_name
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 _MESH = Attr("axes", doc="the mesh axes, outermost first")
 
@@ -166,7 +163,7 @@ def collective_type(name: str, type: TensorType, attrs: Attrs) -> TensorType:
 
 
 def _register(name: str, doc: str, change: Change, does: Collective, **attrs: Attr) -> None:
-    def infer(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+    def infer(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
         return (change(operands[0].type, attrs),)
 
     _CHANGES[name] = change

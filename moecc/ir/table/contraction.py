@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import summing
 from moecc.ir.table.rules import axis_of, no_ragged, same_dtype, same_size
 from moecc.ir.traits import PAIR, Cost, Role
 from moecc.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 
 def contract_type(x: TensorType, w: TensorType, over: tuple[str, ...]) -> TensorType:
@@ -42,7 +39,7 @@ def contract_type(x: TensorType, w: TensorType, over: tuple[str, ...]) -> Tensor
 _cached = lru_cache(maxsize=1024)(contract_type)
 
 
-def _infer(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, w = (v.type for v in operands)
     over: tuple[str, ...] = attrs["over"]
     if not over:

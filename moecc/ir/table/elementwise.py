@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moecc.errors import InputError, nearest
 from moecc.ir.dtypes import DTYPES, PRED, DType
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import (
@@ -30,9 +31,6 @@ from moecc.ir.traits import (
     powers,
 )
 from moecc.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 
 def unary(
@@ -138,7 +136,7 @@ _binary("maximum", "The larger of a and b.", **_LARGER)
 _binary("minimum", "The smaller of a and b.", **_LARGER)
 
 
-def _infer_cast(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_cast(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     dtype = DTYPES.get(attrs["dtype"])
     if dtype is None:
         raise InputError(
@@ -160,7 +158,7 @@ register(
 )
 
 
-def _infer_select(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_select(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     condition, *branches = (v.type for v in operands)
     need_kind(condition, "bool", "the condition")
     dtype = same_dtype(branches)
@@ -174,12 +172,13 @@ register(
         ("condition", "a", "b"),
         _infer_select,
         logical=True,
+        residual=OPERAND,
         homogeneous=alike(None, 1, 1),
     )
 )
 
 
-def _infer_mask(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_mask(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, keep = (v.type for v in operands)
     need_kind(keep, "bool", "the mask")
     if widest([x, keep]).names != x.names:
@@ -206,11 +205,12 @@ register(
         _infer_mask,
         attrs={"fill": Attr("float", float("-inf"), doc="what stands where nothing is kept")},
         logical=True,
+        residual=Residual((1,)),
     )
 )
 
 
-def _infer_compare(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_compare(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     return (elementwise(operands, attrs)[0].with_dtype(PRED),)
 
 
@@ -218,7 +218,7 @@ _binary("less", "Whether a < b.", _infer_compare, logical=True)
 _binary("equal", "Whether a = b.", _infer_compare, logical=True, commutative=True)
 
 
-def _infer_constant(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_constant(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     dtype = DTYPES.get(attrs["dtype"])
     if dtype is None:
         raise InputError(

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from moecc.ir.flow import Names, Rule, Space
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-    from moecc.ir.ops import Attrs, OpDef
+from moecc.ir.operand import Attrs, Entry, Operand
 
 
 def _own(names: Iterable[str]) -> dict[str, str]:
     return {n: n for n in names}
 
 
-def _by_name(operands: Sequence[Value]) -> tuple[tuple[Names, ...], dict[str, str]]:
+def _by_name(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], dict[str, str]]:
     """Return dimensions called as the axes are, of the operands and of all of them together."""
     every = _own(n for v in operands for n in v.type.names)
     return tuple(_own(v.type.names) for v in operands), every
 
 
-def by_name(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def by_name(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension; what the operation mixes is whole."""
     return Space(*_by_name(operands), whole=frozenset(entry.mixes(operands, attrs)))
 
 
-def by_place(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension, and every device knows the places of its elements.
 
     So random numbers may lie split, although each belongs to its place.
@@ -38,33 +34,33 @@ def by_place(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
 def summing(attribute: str) -> Rule:
     """Axes of one name are one dimension, and those that `attribute` names are summed over."""
 
-    def rule(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+    def rule(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
         return Space(*_by_name(operands), summed=frozenset(attrs[attribute]))
 
     return rule
 
 
-def in_parts(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def in_parts(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension, and its shards must divide the equal runs."""
     counts = {attrs["axis"]: ("parts", attrs["parts"])}
     return Space(*_by_name(operands), counts=counts)
 
 
-def renamed(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def renamed(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The new name runs along the dimension of the old one."""
     own = _own(operands[0].type.names)
     kept = {n: d for n, d in own.items() if n != attrs["axis"]}
     return Space((own,), {**kept, attrs["to"]: attrs["axis"]})
 
 
-def cut(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def cut(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The first of the new axes is the outermost, so a part of the old axis is a part of it."""
     own = _own(operands[0].type.names)
     kept = {n: d for n, d in own.items() if n != attrs["axis"]}
     return Space((own,), {**kept, attrs["into"][0][0]: attrs["axis"]})
 
 
-def merged(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def merged(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The merged axis is split as its outermost part is; the others are whole."""
     own = _own(operands[0].type.names)
     first, *others = attrs["axes"]
@@ -72,13 +68,13 @@ def merged(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space((own,), {**kept, attrs["into"]: first}, whole=frozenset(others))
 
 
-def along_axis(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def along_axis(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Only the axis that the attribute names counts."""
     one = _own([attrs["axis"]])
     return Space((one,), one, shape_only=True)
 
 
-def looked_up(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def looked_up(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device adds the rows of its part of the table, and nothing for the others."""
     table, ids = (v.type for v in operands)
     rows = {n: n for n in table.names if n != attrs["axis"]}
@@ -97,14 +93,14 @@ def _tokens(names: Iterable[str], tokens: Sequence[str]) -> dict[str, str]:
     return {n: "group" if n == tokens[0] else n for n in names}
 
 
-def _tokens_of(place: Value) -> tuple[str, ...]:
+def _tokens_of(place: Operand) -> tuple[str, ...]:
     """Return the token axes of the operation that gives the slots `place`."""
     assert place.node is not None, "the operation was inferred, so slots come from a node"
     tokens: tuple[str, ...] = place.node.attrs["tokens"]
     return tokens
 
 
-def numbered(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def numbered(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Tokens are numbered in their groups, which may be split; all else is whole."""
     tokens = attrs["tokens"]
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
@@ -113,7 +109,7 @@ def numbered(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space(names, every, whole=frozenset(every.values()) - {"group"}, counts=counts)
 
 
-def received(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def received(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """As slots are numbered; counts are left as they are."""
     # Where the counts lie is checked by the operation: of all that a device exchanges with.
     names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
@@ -121,7 +117,7 @@ def received(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space((*names, {}), every, whole=frozenset(every.values()) - {"group"})
 
 
-def dispatched(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Groups of tokens become groups of rows; the other token axes are whole."""
     tokens = _tokens_of(operands[-1])
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
@@ -131,7 +127,7 @@ def dispatched(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
     return Space(names, {**kept, "group": "group"}, whole=whole)
 
 
-def combined(entry: OpDef, operands: Sequence[Value], attrs: Attrs) -> Space:
+def combined(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device combines the rows of its experts; what other experts add is summed afterwards."""
     rows, _, place, _ = operands
     tokens = _tokens_of(place)

@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import ceil, floor, inf, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import I32
+from moecc.ir.graph import Node, Value
+from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import combined, dispatched, numbered
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.traits import Cost, Index, Residual, RowMove
 from moecc.ir.types import Axis, Extent, TensorType
 
+V = TypeVar("V", bound=Operand)
+
 if TYPE_CHECKING:
-    from moecc.ir.graph import Node, Value
     from moecc.ir.mesh import Mesh
 
 USING = ("keep", "priority", "mask")
@@ -39,7 +42,7 @@ _ROUNDED = {
 }
 
 
-def given_to(operands: Sequence[Value], attrs: Attrs) -> dict[str, Value]:
+def given_to(operands: Sequence[V], attrs: Attrs) -> dict[str, V]:
     """Return what a node with an attribute ``using`` is given beyond its first operand, by word.
 
     Raises:
@@ -93,7 +96,7 @@ def _check_per_token(type: TensorType, like: TensorType, tokens: Sequence[str], 
         same_size(like[name], type[name])
 
 
-def _infer_place(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_place(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     experts = operands[0].type
     need_kind(experts, "int", "the experts")
     for name in attrs["tokens"]:
@@ -112,7 +115,7 @@ def _infer_place(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
     return (TensorType(I32, experts.axes),)
 
 
-def _check_given(given: dict[str, Value], experts: TensorType, tokens: tuple[str, ...]) -> None:
+def _check_given(given: dict[str, Operand], experts: TensorType, tokens: tuple[str, ...]) -> None:
     if "keep" in given:
         keep = given["keep"].type
         need_kind(keep, "bool", "what is kept")
@@ -130,7 +133,7 @@ def _check_given(given: dict[str, Value], experts: TensorType, tokens: tuple[str
         _check_per_token(given["mask"].type, experts, tokens, "the mask")
 
 
-def _own_groups(node: Node, mesh: Mesh) -> Attrs:
+def _own_groups(node: Definition, mesh: Mesh) -> Attrs:
     if node.attrs["group_size"]:
         return node.attrs
     outermost = node.results[-1].type[node.attrs["tokens"][0]]
@@ -181,7 +184,7 @@ register(
 )
 
 
-def _infer_expert_choice(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_expert_choice(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     scores = operands[0].type
     need_float(scores, "the scores")
     expert = axis_of(scores, attrs["axis"])
@@ -283,28 +286,29 @@ def group_count(attrs: Attrs, tokens: int) -> int:
     return tokens // size if size else divisor
 
 
-def is_place(value: Value) -> bool:
+def is_place(value: Operand) -> bool:
     """Return whether `value` is the slots of choices, which set the extents of rows."""
     node = value.node
     return node is not None and node.op.assigns_slots and value is node.results[-1]
 
 
-def placing(value: Value) -> Node:
+def placing(value: Operand) -> Node:
     """Return the node that gives the slots `value`: a ``place`` or an ``expert_choice``.
 
     Raises:
       InputError: something else defines it.
     """
-    if value.node is None or not is_place(value):
+    node = value.node
+    if not isinstance(node, Node) or not is_place(value):
         raise InputError(
             "slots come from a place operation",
             found=f"%{value.name} : {value.type}",
             hint="place the experts first",
         )
-    return value.node
+    return node
 
 
-def slot_axes(place: Value) -> tuple[Axis, Axis, Axis]:
+def slot_axes(place: Operand) -> tuple[Axis, Axis, Axis]:
     """Return the axes group, expert and slot that rows have between dispatch and combine."""
     attrs = placing(place).attrs
     return (
@@ -314,19 +318,19 @@ def slot_axes(place: Value) -> tuple[Axis, Axis, Axis]:
     )
 
 
-def group_axis(place: Value) -> Axis:
+def group_axis(place: Operand) -> Axis:
     """Return the axis of the token groups that `place` counts in."""
     attrs = placing(place).attrs
     return Axis("group", Extent("groups", place) if attrs["group_size"] else attrs["groups"])
 
 
-def placed_experts(place: Value) -> Value:
+def placed_experts(place: Operand) -> Value:
     """Return the experts to which `place` gives slots: what was placed, or what was chosen."""
     node = placing(place)
     return node.results[0] if node.op.chooses else node.operands[0]
 
 
-def _check_experts(place: Value, experts: Value) -> None:
+def _check_experts(place: Operand, experts: Operand) -> None:
     placed = placed_experts(place)
     if placed is not experts:
         raise InputError(
@@ -336,7 +340,7 @@ def _check_experts(place: Value, experts: Value) -> None:
         )
 
 
-def _check_gates(place: Value, gates: TensorType) -> None:
+def _check_gates(place: Operand, gates: TensorType) -> None:
     if place.type.names != gates.names or place.type.sizes != gates.sizes:
         raise InputError(
             "gates and slots belong to different choices",
@@ -345,7 +349,7 @@ def _check_gates(place: Value, gates: TensorType) -> None:
         )
 
 
-def _infer_dispatch(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_dispatch(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, experts, place = operands
     tokens = placing(place).attrs["tokens"]
     _check_experts(place, experts)
@@ -365,6 +369,7 @@ register(
         results=("rows",),
         mixes=lambda operands, _attrs: tuple(placing(operands[2]).attrs["tokens"]),
         linear=(0,),
+        residual=Residual((1, 2)),
         cost=Cost.READ_WRITE,
         sharding=dispatched,
         moves=RowMove.TO_SLOTS,
@@ -372,7 +377,7 @@ register(
 )
 
 
-def _infer_combine(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     rows, experts, place, gates = operands
     _check_experts(place, experts)
     _check_gates(place, gates.type)
@@ -394,7 +399,7 @@ register(
         _infer_combine,
         mixes=lambda _operands, _attrs: ("group", "expert", "slot"),
         linear=(0, 3),
-        residual=Residual((0, 3)),
+        residual=Residual((0, 1, 2, 3)),
         cost=Cost.READ_WRITE,
         sharding=combined,
         moves=RowMove.TO_TOKENS,
@@ -402,7 +407,7 @@ register(
 )
 
 
-def _infer_group_sum(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_group_sum(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, place = operands
     need_float(x.type)
     tokens = placing(place).attrs["tokens"]
@@ -421,6 +426,7 @@ register(
         _infer_group_sum,
         mixes=lambda operands, _attrs: tuple(placing(operands[1]).attrs["tokens"]),
         linear=(0,),
+        residual=Residual((1,)),
         sharding=dispatched,
     )
 )

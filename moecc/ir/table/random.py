@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import F32, KEY
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name, by_place
 from moecc.ir.table.rules import need_kind, no_ragged
 from moecc.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 
 def _need_key(type: TensorType) -> None:
@@ -23,7 +20,7 @@ def _need_key(type: TensorType) -> None:
         raise InputError("one key, without axes, makes the numbers", found=str(type))
 
 
-def _infer_fold_key(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_fold_key(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     _need_key(operands[0].type)
     if not 0 <= attrs["by"] < 2**32:
         raise InputError("a key is folded by a number of 32 bits", found=str(attrs["by"]))
@@ -43,7 +40,7 @@ register(
 )
 
 
-def _infer_draw(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_draw(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     key, like = (v.type for v in operands)
     _need_key(key)
     no_ragged(like, like.names, "no random numbers")
@@ -53,7 +50,7 @@ def _infer_draw(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ..
     return (like.with_dtype(like.dtype if like.dtype.is_float else F32),)
 
 
-def _mixes_like(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def _mixes_like(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     # As with positions, a number belongs to its place.
     return operands[1].type.names
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moecc.errors import InputError
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name, summing
 from moecc.ir.table.rules import (
@@ -19,11 +20,8 @@ from moecc.ir.table.rules import (
 from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Cost, Homogeneity, Residual, Role, powers
 from moecc.ir.types import TensorType
 
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
-
-def _infer_reduce(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_reduce(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     need_float(type)
     for name in attrs["axes"]:
@@ -32,7 +30,7 @@ def _infer_reduce(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, 
     return (type.without(*attrs["axes"]),)
 
 
-def _mixes_axes(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def _mixes_axes(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     return tuple(attrs["axes"])
 
 
@@ -67,7 +65,7 @@ _reduction("max", "The maximum over the named axes.", residual=BOTH, homogeneous
 _reduction("logsumexp", "log Σ exp(x) over the named axes, without overflow.", residual=BOTH)
 
 
-def _infer_softmax(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_softmax(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     need_float(type)
     axis_of(type, attrs["axis"])
@@ -91,7 +89,7 @@ register(
 )
 
 
-def _infer_norm(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_norm(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, *vectors = (v.type for v in operands)
     need_float(x)
     axis = axis_of(x, attrs["axis"])

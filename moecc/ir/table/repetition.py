@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import ATTRIBUTE as MESH
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
 from moecc.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Graph, Value
+    from moecc.ir.graph import Graph
 
 REMATERIALISATION = ("none", "full", "save")
 """What is kept of a repetition for the gradient: everything, its operands, or named values."""
 
 
-def _infer_stack(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_stack(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     first = operands[0].type
     for value in operands:
         if value.type != first:
@@ -57,7 +58,7 @@ register(
 )
 
 
-def _infer_index(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_index(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
     axis = axis_of(type, attrs["axis"])
     no_ragged(type, (axis.name,), "cannot pick")
@@ -90,7 +91,7 @@ def repetitions(attrs: Attrs) -> tuple[str, int]:
     return over  # type: ignore[no-any-return]
 
 
-def _infer_scan(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_scan(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     over = attrs["over"]
     if len(over) != 1 or not isinstance(over[0][1], int) or over[0][1] < 1:
         raise InputError("a scan runs along one axis of known size", found=str(over))
@@ -140,7 +141,7 @@ def _about_body(body: Graph, carries: int) -> list[Problem]:
 
 
 def _about_operands(
-    operands: Sequence[Value], body: Graph, attrs: Attrs, axis: Axis
+    operands: Sequence[Operand], body: Graph, attrs: Attrs, axis: Axis
 ) -> list[Problem]:
     carries, count = attrs["carries"], attrs["stacked"]
     given = [v.type for v in operands]
@@ -171,7 +172,7 @@ def _differing(what: str, wanted: list[TensorType], found: list[TensorType]) -> 
     return Problem(what, expected=f"{len(wanted)}", found=f"{len(found)}")
 
 
-def _mixes_all(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def _mixes_all(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     # A body may do anything, so a scan is taken to mix whatever axes come in.
     return tuple(dict.fromkeys(n for v in operands for n in v.type.names))
 

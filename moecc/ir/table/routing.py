@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.dtypes import I32, PRED
+from moecc.ir.gates import CONVENTIONS, GATES, convention
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name
 from moecc.ir.table.placing import given_to
@@ -19,24 +20,14 @@ from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, 
 from moecc.ir.traits import OPERAND
 from moecc.ir.types import Axis, TensorType
 
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
-
-GATES = (
-    "renormalised",
-    "softmax",
-    "sigmoid-renormalised",
-    "sigmoid",
-    "sparsemixer",
-    "ones",
-)
-"""Gate conventions A, B, C, D, S and U of the exactness lemmas (``docs/exactness.md``)."""
-
 POLICIES = ("all", "none", "threshold", "random")
 """What may happen to choices after the first (ST-MoE, Appendix G)."""
 
 
-def _infer_route(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+_SPELLED = "\n".join(f"{row.name}: {row.doc}." for row in CONVENTIONS)
+
+
+def _infer_route(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     logits = operands[0].type
     need_float(logits, "the router's logits")
     expert = axis_of(logits, attrs["axis"])
@@ -46,8 +37,10 @@ def _infer_route(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, .
         raise InputError(
             "top_k does not suit the experts", expected=f"1 <= top_k <= {expert.size}", found=str(k)
         )
-    if attrs["gates"] == "sparsemixer" and k > 2:
-        raise InputError("sparsemixer gates are defined for top_k 1 and 2", found=str(k))
+    most = convention(attrs["gates"]).max_top_k
+    if most is not None and k > most:
+        defined = " and ".join(map(str, range(1, most + 1)))
+        raise InputError(f"{attrs['gates']} gates are defined for top_k {defined}", found=str(k))
     bias = given_to(operands, attrs).get("bias")
     if bias is not None:
         _check_bias(bias.type, expert, attrs["gates"])
@@ -63,20 +56,20 @@ def _check_bias(bias: TensorType, expert: Axis, gates: str) -> None:
             "the bias has one element per expert", expected=str(expert), found=str(bias)
         )
     same_size(expert, bias[expert.name])
-    if gates in ("sparsemixer", "ones"):
+    if convention(gates).score is None:
         raise InputError(f"{gates} gates have no score that a bias could be added to")
 
 
 register(
     OpDef(
         "route",
-        """The k experts with the largest logits, best first, and their gates.
+        f"""The k experts with the largest logits, best first, and their gates.
 
         A tie takes the lowest expert.  The gate conventions are
 
-        renormalised: softmax over the chosen logits. softmax: softmax over all, not renormalised.
-        sigmoid-renormalised: sigmoid, renormalised. sigmoid: sigmoid as is. sparsemixer: each
-        choice's softmax among the logits near it (PhiMoE). ones: 1.  All times `scale`.
+        {_SPELLED}
+
+        All times `scale`.
 
         `using=bias` adds an operand `[expert]`: experts are then chosen, and put in order, by
         their score (the sigmoid or softmax of the logits, as the convention has it) plus the bias;
@@ -101,7 +94,7 @@ register(
 )
 
 
-def _infer_keep(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_keep(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     gates = operands[0].type
     need_float(gates, "the gates")
     axis_of(gates, attrs["choice"])
@@ -152,7 +145,7 @@ register(
 )
 
 
-def _infer_hash(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_hash(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     ids = operands[0].type
     need_kind(ids, "int", "the token ids")
     if not 1 <= attrs["top_k"] <= attrs["experts"]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, nearest
 from moecc.ir.dtypes import DType
+from moecc.ir.operand import Operand
 from moecc.ir.ops import Attrs
 from moecc.ir.types import Axis, TensorType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Value
 
 
 def axis_of(type: TensorType, name: str, what: str = "the operand") -> Axis:
@@ -93,7 +90,7 @@ def widest(types: Sequence[TensorType]) -> TensorType:
     return wide
 
 
-def elementwise(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def elementwise(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     """Infer the type of an elementwise operation: that of the operand with all the axes."""
     first = operands[0].type
     if all(v.type is first for v in operands):
@@ -103,7 +100,7 @@ def elementwise(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ..
     return (widest(types),)
 
 
-def arithmetic(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def arithmetic(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     """Infer an elementwise type, of operands that are numbers."""
     for v in operands:
         if v.type.dtype.kind not in ("float", "int"):
@@ -111,14 +108,14 @@ def arithmetic(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...
     return elementwise(operands, attrs)
 
 
-def float_elementwise(operands: Sequence[Value], attrs: Attrs) -> tuple[TensorType, ...]:
+def float_elementwise(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     """Infer an elementwise type, of floating-point operands."""
     for v in operands:
         need_float(v.type)
     return elementwise(operands, attrs)
 
 
-def mixes_axis(operands: Sequence[Value], attrs: Attrs) -> tuple[str, ...]:
+def mixes_axis(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     """Return the axis that the attribute ``axis`` names."""
     return (attrs["axis"],)
 

@@ -41,16 +41,14 @@ def push_slice(e: Slice) -> Expr | None:
     return push(e, e.x) if push else None
 
 
-def reorder(e: View) -> Expr | None:
+def reorder(e: View, simplify: Callable[[Expr], Expr]) -> Expr | None:
     """Bring views of several axes into one order: slices first, each in the order of the axes.
 
-    Where the outer view can go further down than the inner one, it does so.
+    Where the outer view can go further down than the inner one, which `simplify` shows, it does so.
     """
     inner = e.x
     if not isinstance(inner, View) or inner.axis == e.axis:
         return None
-    from moecc.weights.simplify import simplify
-
     alone = _again(e, inner.x)
     pushed = simplify(alone)
     if pushed is alone and _order(e) > _order(inner):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.structure import attributes
 from moecc.ir.types import Axis, Extent, TensorType
 
@@ -123,7 +123,7 @@ def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
 def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
     if not isinstance(axis.size, Extent):
         return axis
-    return (axis.name, axis.mesh, axis.size.kind, numbers.get(axis.size.value))
+    return (axis.name, axis.mesh, axis.size.kind, numbers.get(setter_of(axis.size)))
 
 
 def difference(layer: Layer, other: Layer) -> str:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
-from typing import TYPE_CHECKING
 
 from moecc.errors import Problem
 from moecc.pipeline.passes import Pass
 from moecc_passes.inputs import is_decoder as is_decoder_at
 from moecc_passes.inputs import mask_misfit
 from moecc_passes.routed import RoutedLayer
+from moecc_passes.specialize.options import SpecializeOptions
 from moecc_passes.specialize.settings import Settings
-
-if TYPE_CHECKING:
-    from moecc_passes.specialize.specialize import SpecializePass
 
 TRAIN_ONLY = ("jitter", "input_dropout", "router_noise", "dropout", "expert_dropout")
 """What perturbs a model on purpose, which only training has use for."""
@@ -26,12 +23,12 @@ CAPACITY = ("capacity_factor", "convention", "rounding", "multiple", "minimum", 
 """Options that say how many rows an expert takes."""
 
 
-def problems(item: SpecializePass) -> list[Problem]:
+def problems(item: SpecializeOptions) -> list[Problem]:
     """Return what is wrong with the options, whatever the model."""
     return [*_out_of_range(item), *_contradictions(item)]
 
 
-def _out_of_range(item: SpecializePass) -> Iterator[Problem]:
+def _out_of_range(item: SpecializeOptions) -> Iterator[Problem]:
     checks = (
         ("capacity-factor", item.capacity_factor, "more than 0", _within(0, inf, open=True)),
         ("multiple", item.multiple, "at least 1", _within(1, inf)),
@@ -59,7 +56,7 @@ def _within(least: float, below: float, *, open: bool = False) -> Callable[[floa
     return lambda value: (least < value if open else least <= value) and value < below
 
 
-def _contradictions(item: SpecializePass) -> Iterator[Problem]:
+def _contradictions(item: SpecializeOptions) -> Iterator[Problem]:
     for field in CAPACITY if item.dropless else ():
         value = getattr(item, field)
         if value is not None:
@@ -84,7 +81,7 @@ def _contradictions(item: SpecializePass) -> Iterator[Problem]:
                       )  # fmt: skip
 
 
-def problems_after(item: SpecializePass, earlier: Sequence[Pass]) -> Iterator[Problem]:
+def problems_after(item: SpecializeOptions, earlier: Sequence[Pass]) -> Iterator[Problem]:
     """Yield what the options contradict in the conversion that runs before, if there is one."""
     made = next((p for p in reversed(earlier) if hasattr(p, "top_k")), None)
     if made is None:
@@ -109,7 +106,7 @@ def _is_dropless(made: Pass) -> bool:
 
 
 def misfits(
-    item: SpecializePass, layer: RoutedLayer, settings: Settings, is_decoder: bool
+    item: SpecializeOptions, layer: RoutedLayer, settings: Settings, is_decoder: bool
 ) -> Iterator[Problem]:
     """Yield why the settings do not suit `layer`.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from moecc.ir.builder import Builder
 from moecc.ir.dtypes import KEY
+from moecc.ir.gates import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mixtures import (
     emit_dropout,
@@ -22,8 +23,6 @@ from moecc_passes.specialize.undo import ORIGIN, original, placed_anew
 
 NextKey = Callable[[], Value]
 """Gives a key that nothing else uses."""
-
-RENORMALISED = ("renormalised", "sigmoid-renormalised")
 
 
 class Keys:
@@ -127,7 +126,7 @@ def _kept(layer: RoutedLayer, route: Node, settings: Settings, next_key: NextKey
     """Return which choices the policy keeps, by gates that add up to one."""
     builder = _builder(layer.placing, "policy")
     gates = original(layer.gates)
-    if route.attrs["gates"] not in RENORMALISED:
+    if not convention(route.attrs["gates"]).renormalised:
         gates = builder.div(gates, builder.sum(gates, axes=layer.choice))
     elif route.attrs["scale"] != 1:
         gates = builder.scale(gates, by=1 / route.attrs["scale"])

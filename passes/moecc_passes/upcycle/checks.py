@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isfinite
-from typing import TYPE_CHECKING
 
 from moecc.errors import Problem
+from moecc.ir.gates import convention
 from moecc_passes.inputs import is_decoder
 from moecc_passes.upcycle.layers import check_layers
+from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES
 
-if TYPE_CHECKING:
-    from moecc_passes.upcycle.upcycle import UpcyclePass
-
 RENORMALISED = ("renormalised", "top-k-softmax")
-"""Spellings of one thing: the softmax of the chosen logits is the softmax of all, renormalised."""
+"""Spellings of one convention, see `moecc.ir.gates.SPELLINGS`."""
 
 GATES_OF = {
     "prototypes": (*RENORMALISED, "softmax"),
@@ -33,7 +31,7 @@ _WHY = {
 }
 
 
-def problems(item: UpcyclePass) -> list[Problem]:
+def problems(item: UpcycleOptions) -> list[Problem]:
     """Return what is wrong with the options, whatever the model."""
     layers = check_layers(item.layers)
     decoder = check_layers(item.decoder_layers or "all", "decoder-layers")
@@ -41,7 +39,7 @@ def problems(item: UpcyclePass) -> list[Problem]:
     return [*_counts(item), *_gates(item), *_routing(item), *_out_of_range(item), *spelled]
 
 
-def _counts(item: UpcyclePass) -> Iterator[Problem]:
+def _counts(item: UpcycleOptions) -> Iterator[Problem]:
     n, k, g = item.experts, item.top_k, item.granularity
     if n < 2:
         yield Problem("a mixture has at least two experts", "experts", found=str(n))
@@ -60,25 +58,27 @@ def _counts(item: UpcyclePass) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _gates(item: UpcyclePass) -> Iterator[Problem]:
+def _gates(item: UpcycleOptions) -> Iterator[Problem]:
     k, g = item.top_k, item.granularity
     if item.gates == "switch" and k != 1:
         yield Problem("switch routing has one expert a token", "gates", "top-k=1", f"top-k={k}",
                       "gates=softmax weighs several by their probabilities")  # fmt: skip
-    if item.gates == "sparsemixer" and k > 2:
-        yield Problem("sparsemixer gates exist for one or two experts a token", "gates",
-                      "top-k<=2", f"top-k={k}", "gates=renormalised takes any top-k")  # fmt: skip
-    if item.gates == "sparsemixer" and g > 1:
-        yield Problem("sparsemixer gives the members of a virtual group different gates",
+    row = convention(item.gates)
+    if row.max_top_k is not None and k > row.max_top_k:
+        yield Problem(f"{row.name} gates exist for one or two experts a token", "gates",
+                      f"top-k<={row.max_top_k}", f"top-k={k}", "gates=renormalised takes any top-k"
+                      )  # fmt: skip
+    if not row.equal_for_equal_logits and g > 1:
+        yield Problem(f"{row.name} gives the members of a virtual group different gates",
                       "gates", "granularity=1", f"granularity={g}",
                       "gates=renormalised suits any granularity")  # fmt: skip
-    if item.balance_bias and item.gates in ("sparsemixer", "ones"):
+    if item.balance_bias and row.score is None:
         yield Problem(f"{item.gates} gates have no score that a bias could be added to",
                       "balance-bias", found=f"gates={item.gates}",
                       hint="gates=sigmoid-renormalised is DeepSeek-V3's")  # fmt: skip
 
 
-def _routing(item: UpcyclePass) -> Iterator[Problem]:
+def _routing(item: UpcycleOptions) -> Iterator[Problem]:
     """Yield which options say something that the kind of routing has no place for."""
     kind = item.routing
     if kind == "token-choice":
@@ -106,7 +106,7 @@ def _routing(item: UpcyclePass) -> Iterator[Problem]:
         yield from _decoders(item)
 
 
-def _decoders(item: UpcyclePass) -> Iterator[Problem]:
+def _decoders(item: UpcycleOptions) -> Iterator[Problem]:
     what = NAMES[item.routing]
     hint = "ST-MoE (Appendix D) has what looks ahead in encoders only: decoder-layers=nowhere"
     if item.decoder_layers not in (None, "nowhere"):
@@ -117,7 +117,7 @@ def _decoders(item: UpcyclePass) -> Iterator[Problem]:
                       "layers of an encoder", item.layers, hint)  # fmt: skip
 
 
-def _out_of_range(item: UpcyclePass) -> list[Problem]:
+def _out_of_range(item: UpcycleOptions) -> list[Problem]:
     checks = (
         ("shared", 0 <= item.shared < 1, "0 <= shared < 1", item.shared),
         ("drop-ratio", 0 <= item.drop_ratio <= 1, "0 <= drop-ratio <= 1", item.drop_ratio),
@@ -139,7 +139,7 @@ def _out_of_range(item: UpcyclePass) -> list[Problem]:
     ]
 
 
-def warnings(item: UpcyclePass) -> list[Problem]:
+def warnings(item: UpcycleOptions) -> list[Problem]:
     """Return what is allowed, and yet hardly what anyone wants."""
     found = []
     if has_constant_gate(item):
@@ -162,7 +162,7 @@ def warnings(item: UpcyclePass) -> list[Problem]:
     return found
 
 
-def has_constant_gate(item: UpcyclePass) -> bool:
+def has_constant_gate(item: UpcycleOptions) -> bool:
     """Return whether a router is to be trained whose one gate is always 1."""
-    is_one = item.top_k == 1 and item.gates in (*RENORMALISED, "sigmoid-renormalised")
+    is_one = item.top_k == 1 and convention(item.gates).renormalised
     return is_one and item.routing in ("token-choice", "prototypes")

@@ -8,15 +8,16 @@ for any router where Σ w is constant, and only for a zero router where it is no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from moecc.ir.gates import convention
 
-_CONSTANT = frozenset(("renormalised", "sigmoid-renormalised", "ones"))
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 SAMPLES = 4096
 """Random tokens from which the moments of the gates are estimated."""
@@ -45,25 +46,14 @@ class GateLaw:
     @property
     def is_constant(self) -> bool:
         """Whether the sum of the gates is the same for every router."""
-        keeps_all = self.convention == "softmax" and self.top_k == self.experts
-        return self.convention in _CONSTANT or keeps_all
+        return convention(self.convention).sum_is_constant(self.experts, self.top_k)
 
     @property
     def total(self) -> float:
         """The sum of the gates; where it is not constant, that of a zero router."""
-        n, k = self.experts, self.top_k
-        match self.convention:
-            case "renormalised" | "sigmoid-renormalised":
-                total = 1.0
-            case "softmax":
-                total = k * k / n if self.has_prototypes else k / n
-            case "sigmoid":
-                total = k / 2
-            case "sparsemixer":
-                total = 1 / n + (1 / (n - 1) if k == 2 else 0.0)
-            case _:
-                total = float(k)
-        return total * self.gate_scale
+        # A prototype is one of k groups, so that the softmax in it gives k times as much.
+        choices = self.top_k**2 if self.has_prototypes else self.top_k
+        return convention(self.convention).zero_router_sum(self.experts, choices) * self.gate_scale
 
     @property
     def weight_scale(self) -> float:
@@ -86,22 +76,13 @@ class GateLaw:
     def gates(self, logits: Array) -> Array:
         """Return the gates ``[tokens, choice]``, largest logit first, of ``[tokens, expert]``."""
         k = self.top_k
-        gates: Array
-        best = -np.sort(-logits, axis=1, kind="stable")
         if self.has_prototypes:
             parts = logits.reshape(len(logits), k, -1)
-            share = np.exp(parts - parts.max(2, keepdims=True))
-            gates = 1 / share.sum(2)
-        elif self.convention == "ones":
-            gates = np.ones((len(best), k))
-        elif self.convention.startswith("sigmoid"):
-            gates = 1 / (1 + np.exp(-best[:, :k]))
-        elif self.convention == "sparsemixer":
-            gates = np.stack([_sparsemixer(best, i) for i in range(k)], axis=1)
+            gates: Array = 1 / np.exp(parts - parts.max(2, keepdims=True)).sum(2)
         else:
-            share = np.exp(best - best[:, :1])
-            gates = share[:, :k] / share.sum(1, keepdims=True)
-        if self.convention.endswith("renormalised"):
+            best = -np.sort(-logits, axis=1, kind="stable")
+            gates = MEANINGS[self.convention](best, k)
+        if convention(self.convention).renormalised:
             gates = gates / gates.sum(1, keepdims=True)
         return gates * self.gate_scale
 
@@ -136,10 +117,41 @@ def _moments(law: GateLaw, logit_std: float) -> GateMoments:
     )
 
 
-def _sparsemixer(best: Array, chosen: int, jitter: float = 0.01) -> Array:
+def _softmax(best: Array, top_k: int) -> Array:
+    share = np.exp(best - best[:, :1])
+    gates: Array = share[:, :top_k] / share.sum(1, keepdims=True)
+    return gates
+
+
+def _sigmoid(best: Array, top_k: int) -> Array:
+    gates: Array = 1 / (1 + np.exp(-best[:, :top_k]))
+    return gates
+
+
+def _sparsemixer(best: Array, top_k: int) -> Array:
+    return np.stack([_nearest(best, chosen) for chosen in range(top_k)], axis=1)
+
+
+def _nearest(best: Array, chosen: int, jitter: float = 0.01) -> Array:
     """Return the gate of the choice number `chosen` among the sorted logits `best` (PhiMoE)."""
     left = best[:, chosen:]
     top = left[:, :1]
     near = (top - left) / np.maximum(np.abs(left), np.abs(top)).clip(1e-30) <= 2 * jitter
     gate: Array = 1 / np.where(near, np.exp(left - top), 0).sum(1)
     return gate
+
+
+def _ones(best: Array, top_k: int) -> Array:
+    return np.ones((len(best), top_k))
+
+
+MEANINGS: dict[str, Callable[[Array, int], Array]] = {
+    "renormalised": _softmax,
+    "softmax": _softmax,
+    "sigmoid-renormalised": _sigmoid,
+    "sigmoid": _sigmoid,
+    "sparsemixer": _sparsemixer,
+    "ones": _ones,
+}
+"""Gates ``[tokens, choice]`` of logits ``[tokens, expert]``, largest first, by convention, before
+any division by their sum: as the reference has them, for thousands of tokens at once."""

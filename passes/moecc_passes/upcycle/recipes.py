@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import TYPE_CHECKING
 
 from moecc.analysis.ffn import FFNBlock
 from moecc.errors import Problem
@@ -12,20 +11,18 @@ from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.inputs import is_decoder, token_ids
 from moecc_passes.upcycle.lift import Division, Drop, Noise
+from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.rewrite import Perturb, Recipe
 from moecc_passes.upcycle.router_init import router_weight, slot_weight
 from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES, Router
 from moecc_passes.upcycle.scaling import Factors, place_scale
 from moecc_passes.upcycle.sublayer import surroundings
 
-if TYPE_CHECKING:
-    from moecc_passes.upcycle.upcycle import UpcyclePass
-
 DRAWN = {"logit-std": "normal", "switch": "switch"}
 """What is drawn where ``router-std`` is that of the logits."""
 
 
-def misfit(item: UpcyclePass, block: FFNBlock) -> Problem | None:
+def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
     """Return why `block` does not divide, or cannot be scaled, as the options ask, or None."""
     shared = item.shared * block.width
     whole = round(shared)
@@ -57,7 +54,7 @@ def misfit(item: UpcyclePass, block: FFNBlock) -> Problem | None:
 
 
 def misrouted(
-    item: UpcyclePass, graph: Graph, block: FFNBlock, causal: set[Value]
+    item: UpcycleOptions, graph: Graph, block: FFNBlock, causal: set[Value]
 ) -> Problem | None:
     """Return why the kind of routing does not suit the place of `block`, or None.
 
@@ -84,18 +81,18 @@ def misrouted(
     return None
 
 
-def _groups_fit(item: UpcyclePass, slices: int, neurons: int) -> bool:
+def _groups_fit(item: UpcycleOptions, slices: int, neurons: int) -> bool:
     return not (neurons % slices or item.top_k % slices or item.experts % slices)
 
 
-def factors_of(item: UpcyclePass, block: FFNBlock) -> Factors:
+def factors_of(item: UpcycleOptions, block: FFNBlock) -> Factors:
     """Return what each parameter of a block that fits is multiplied by."""
     chosen = place_scale(block, item.scale_placement, item.law.weight_scale)
     assert not isinstance(chosen, str), "checked before anything was changed"
     return chosen
 
 
-def recipe(item: UpcyclePass, block: FFNBlock, seed: int) -> Recipe:
+def recipe(item: UpcycleOptions, block: FFNBlock, seed: int) -> Recipe:
     """Return all that the rewrite of a block that fits needs to know."""
     division = _division(item, block)
     factors = dict(factors_of(item, block))
@@ -111,7 +108,7 @@ def recipe(item: UpcyclePass, block: FFNBlock, seed: int) -> Recipe:
     )
 
 
-def _division(item: UpcyclePass, block: FFNBlock) -> Division:
+def _division(item: UpcycleOptions, block: FFNBlock) -> Division:
     shared = round(item.shared * block.width)
     return Division(
         inner=block.inner,
@@ -122,7 +119,7 @@ def _division(item: UpcyclePass, block: FFNBlock) -> Division:
     )
 
 
-def _router(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Router:
+def _router(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Router:
     placement: dict[str, object] = {"slots": item.slots}
     if item.is_bounded:
         placement |= {"capacity_factor": item.capacity_factor, "groups": item.groups}
@@ -139,7 +136,7 @@ def _router(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -
     )
 
 
-def _weight(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Expr | None:
+def _weight(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Expr | None:
     if item.routing == "hash":
         return None
     kind = DRAWN.get(item.router_init, item.router_init)
@@ -150,7 +147,7 @@ def _weight(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -
     return router_weight(kind, std, outer, division, key=key)
 
 
-def router_std(item: UpcyclePass, block: FFNBlock) -> float:
+def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
     """Return the standard deviation of the router's entries.
 
     After a norm the router's input has unit mean square, up to the norm's own scale.
@@ -159,7 +156,7 @@ def router_std(item: UpcyclePass, block: FFNBlock) -> float:
     return item.router_std / sqrt(block.embed) if is_of_logits else item.router_std
 
 
-def _perturb(item: UpcyclePass, block: FFNBlock, division: Division, seed: int) -> Perturb:
+def _perturb(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Perturb:
     if item.init == "noise":
         return Noise(item.noise_std, item.noise == "relative", seed, _place(block)).apply
     if item.init == "drop":

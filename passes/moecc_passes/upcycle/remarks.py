@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from moecc.analysis.ffn import FFNBlock
 from moecc.pipeline.passes import Remark
 from moecc_passes.upcycle.checks import has_constant_gate
-
-if TYPE_CHECKING:
-    from moecc_passes.upcycle.upcycle import UpcyclePass
+from moecc_passes.upcycle.options import UpcycleOptions
 
 
-def remarks(item: UpcyclePass, blocks: list[FFNBlock]) -> list[Remark]:
+def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
     """Return what is worth telling of the blocks that were converted."""
     how = {
         "token-choice": f"top-{item.top_k}",

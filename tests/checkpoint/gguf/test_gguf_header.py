@@ -20,7 +20,7 @@ from moecc.checkpoint.gguf.cursor import MAX_HEADER_BYTES, MAX_STRINGS
 from moecc.checkpoint.gguf.header import MAX_TENSORS, read_gguf_header
 from moecc.checkpoint.gguf.metadata import MAX_KEYS, GgufArray
 from moecc.checkpoint.gguf.storage import STORAGES
-from moecc.checkpoint.source import open_checkpoint
+from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError
 
 HUGE = 1 << 63

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from moecc.checkpoint.gguf import GgufFile, open_gguf
 from moecc.checkpoint.gguf.reader import halves_from_neighbours
 from moecc.checkpoint.gguf.storage import STORAGES, Storage
-from moecc.checkpoint.source import open_checkpoint
+from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError, MachineError
 
 QUANTISED = [storage for storage in STORAGES.values() if storage.is_quantised]
@@ -327,7 +327,7 @@ def test_without_the_package(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) 
 def test_opening_and_plain_reads_leave_the_package_alone(small_model: Any, tmp_path: Path) -> None:
     path = small_model(kind="BF16").write(tmp_path / "x.gguf")
     code = (
-        "import sys; from moecc.checkpoint.source import open_checkpoint\n"
+        "import sys; from moecc.checkpoint.open import open_checkpoint\n"
         f"c = open_checkpoint({str(path)!r}); c.read({UP_PROJ!r}); c.companions()\n"
         "found = {'gguf', 'tokenizers', 'jax', 'networkx'} & set(sys.modules)\n"
         "sys.exit(repr(found) if found else 0)"

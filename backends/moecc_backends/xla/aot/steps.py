@@ -22,11 +22,11 @@ from moecc.ir.mesh import mesh_of
 from moecc.ir.table.repetition import repetitions
 from moecc.plan.layout import Layout
 from moecc_backends.xla.backend import function
-from moecc_backends.xla.options import Options
-from moecc_backends.xla.placement import group_counts, value_parts
-from moecc_backends.xla.sharded import sharded_function, spec
-from moecc_backends.xla.spread import Spread
-from moecc_backends.xla.training import (
+from moecc_backends.xla.lower.gspmd import Spread
+from moecc_backends.xla.lower.shard_map import sharded_function, spec
+from moecc_backends.xla.mesh.layout_specs import group_counts, value_parts
+from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.train.step import (
     LOGITS,
     TARGETS,
     Model,
@@ -50,7 +50,7 @@ class Setting:
     Attributes:
       sizes: what the variables of the graph stand for.
       dtype: the type of the computation.
-      optimizer: of `moecc_backends.xla.training.OPTIMIZERS`; None for the forward pass.
+      optimizer: of `moecc_backends.xla.train.step.OPTIMIZERS`; None for the forward pass.
       platform: what it is lowered for, ``tpu``, ``gpu`` or ``cpu``.
       layout: what XLA's partitioner spreads the graph by; None where the graph lies on a mesh.
     """

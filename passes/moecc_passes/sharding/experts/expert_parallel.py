@@ -11,7 +11,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import mesh_of
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
-from moecc.sharding.routes import EXCHANGES
+from moecc.plan.vias import BY_NAME, WAYS
 from moecc_passes.sharding.experts.bound import bound_rows
 from moecc_passes.sharding.experts.chunked import chunk_rows
 from moecc_passes.sharding.experts.exchange import exchange
@@ -20,6 +20,7 @@ from moecc_passes.sharding.experts.layer import LaidLayer, laid_layers, need
 
 NAME = "expert-parallel"
 CHUNKED = Preserves("reassociation", "rows are multiplied a chunk at a time")
+EXCHANGES = tuple(way.name for way in WAYS if way.exchanges_rows)
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ class ExpertParallelPass(Pass):
         if factor is not None and not 0 < factor < inf:
             what = "a buffer has room for something"
             found.append(Problem(what, "buffer-factor", "a positive number", str(factor)))
-        if factor is not None and self.via == "capacity":
+        if factor is not None and BY_NAME[self.via].is_bounded:
             what = "a capacity bounds every buffer already"
             found.append(Problem(what, "buffer-factor", "another way", "via=capacity"))
-        if self.chunks < 1 or (self.chunks > 1 and self.via not in ("capacity", "hierarchical")):
+        if self.chunks < 1 or (self.chunks > 1 and not BY_NAME[self.via].is_chunked):
             what = "rows of a fixed number are exchanged in chunks"
             expected = "at least 1, and capacity or hierarchical"
             found.append(Problem(what, "chunks", expected, f"{self.chunks}, via={self.via}"))

@@ -1,0 +1,1 @@
+"""The strategies that bring tokens to their experts and back, and which is chosen where."""

@@ -1,0 +1,1 @@
+"""Products that compilers have no good form of, with gradients of their own."""

@@ -1,0 +1,94 @@
+"""How the rows of one expert are cut into blocks that a compiled loop can multiply.
+
+XLA needs static shapes, and the number of rows that an expert gets is known at run time only.
+So every expert is walked in blocks of a few static sizes, large ones first; only the smallest size
+may hold rows that are not the expert's, and only there is a mask needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moecc_backends.xla.trace.dtypes import load, store
+
+Carry = TypeVar("Carry")
+
+# step(start, size, is_partial, carry): multiply `size` rows from `start` on.
+Step = Callable[[jax.Array, int, bool, Carry], Carry]
+
+# Measured on two AVX-512 cores: from 128 rows on, a product runs within a tenth of its best rate.
+# Every further size costs about 0.05 s of compilation in each loop.
+_LARGE = (512, 256, 192, 128, 64, 32)
+_MEDIUM = (256, 64, 16)
+_SMALL = (128, 32, 8)
+
+
+def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """Choose descending block sizes for `num_rows` rows spread over `num_experts` experts.
+
+    Large blocks are offered even where the mean is small, so that a router that sends
+    everything to one expert costs no more than a balanced one.
+    """
+    mean = num_rows / num_experts
+    sizes = _LARGE if mean >= 128 else _MEDIUM if mean >= 32 else _SMALL
+    largest = min(num_rows, max(mean, 256))
+    return tuple(size for size in sizes if size <= largest) or (num_rows,)
+
+
+def walk_blocks(
+    start: jax.Array, count: jax.Array, sizes: tuple[int, ...], step: Step[Carry], carry: Carry
+) -> Carry:
+    """Run `step` over blocks that cover the rows ``start … start + count - 1``.
+
+    Every size is a loop of its own, possibly of no turns: unlike a branch, a loop updates its
+    carry in place.
+    """
+    for size in sizes:
+        is_partial = size == sizes[-1]
+        turns = (count + size - 1) // size if is_partial else count // size
+
+        def body(
+            turn: jax.Array, carry: Carry, start: jax.Array = start, size: int = size
+        ) -> Carry:
+            return step(start + turn * size, size, size == sizes[-1], carry)
+
+        carry = lax.fori_loop(0, turns, body, carry)
+        start, count = start + turns * size, count - turns * size
+    return carry
+
+
+def walk_experts(
+    group_sizes: jax.Array, body: Callable[[jax.Array, Carry], Carry], carry: Carry
+) -> Carry:
+    """Run `body(expert, carry)` over the experts that have rows, and only over those.
+
+    An expert without rows costs nothing, neither a product nor a read of its weights.
+    """
+    used = group_sizes > 0
+    order = jnp.argsort(~used, stable=True)
+    result = lax.fori_loop(0, jnp.sum(used), lambda turn, c: body(order[turn], c), carry)
+    return cast(Carry, result)
+
+
+def inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax.Array:
+    """Mask ``[size, 1]`` the rows from `first` on that lie in ``start … end - 1``."""
+    index = first + jnp.arange(size, dtype=first.dtype)
+    return ((index >= start) & (index < end))[:, None]
+
+
+def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: Any, salt: int) -> jax.Array:
+    """Make zeros that exist only once `value` does, and that nothing else shares.
+
+    XLA would merge equal constants, make them before anything else, and copy them for each loop
+    that writes into one.  These it cannot: they are one if the first element of `value` is both
+    NaN and equal to `salt`, and a different `salt` keeps zeros of the same shape apart.
+    They also vary over the mesh axes that `value` does, as the carry of a loop must.
+    """
+    first = load(store(value)[(0,) * value.ndim], value.dtype)
+    never = (first != first) & (first == salt)
+    return jnp.broadcast_to(never.astype(dtype), shape)

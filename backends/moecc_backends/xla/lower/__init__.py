@@ -1,0 +1,1 @@
+"""Operations as functions of jax, and graphs as one function."""

@@ -1,0 +1,97 @@
+"""Lowering of rotary positions and causal masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moecc.ir.graph import Node
+from moecc.ir.table.attention import bucket_starts
+from moecc_backends.reference.attention import frequencies
+from moecc_backends.xla.trace.context import Context, lowering
+from moecc_backends.xla.trace.dtypes import accumulator
+from moecc_backends.xla.trace.values import Named, Operand, Rows, beside, lifted, lifted_all
+
+
+@lowering("rope")
+def _rope(ctx: Context, node: Node, positions: Operand) -> tuple[Operand, ...]:
+    attrs = node.attrs
+    wide = accumulator(ctx.dtype)
+
+    def tables(full: Named) -> tuple[Named, Named]:
+        half = full.array.astype(wide)[..., None] * _rates(attrs, full.array, wide)
+        angles = jnp.concatenate([half, half], axis=-1)
+        axes, factor = (*full.axes, attrs["axis"]), attrs["attention_factor"]
+        return Named(jnp.cos(angles) * factor, axes), Named(jnp.sin(angles) * factor, axes)
+
+    return lifted_all(positions, tables)
+
+
+def _rates(attrs: dict[str, Any], positions: jax.Array, dtype: Any) -> jax.Array:
+    """Return the angle per position of each pair of entries, ``[size / 2]``."""
+    if attrs["scaling"] != "dynamic":
+        return jnp.asarray(frequencies(attrs["size"], 0, attrs), dtype)
+    # The number of positions is known at run time only (NTK scaling of bloc97 and emozilla).
+    size, factor, context = attrs["size"], attrs["factor"], attrs["original_context"]
+    length = jnp.max(positions, initial=0).astype(dtype) + 1
+    grown = factor * jnp.maximum(length, context) / context - (factor - 1)
+    theta = attrs["theta"] * grown ** (size / (size - 2))
+    rates: jax.Array = theta ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
+    return rates
+
+
+@lowering("rotate")
+def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
+    def turn(full: Named) -> Named:
+        at = full.axes.index(node.attrs["axis"])
+        first, second = jnp.split(full.array, 2, axis=at)
+        turned = jnp.concatenate([-second, first], axis=at)
+        cos, sin = (beside(t, x).over(full.axes).astype(full.array.dtype) for t in tables)
+        return Named(full.array * cos + turned * sin, full.axes)
+
+    return lifted(x, turn)
+
+
+@lowering("causal")
+def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+    def compare(q: Named, k: Named) -> Named:
+        axes = (*q.axes, *k.axes)
+        ahead = q.over(axes) - k.over(axes)
+        keep = ahead >= 0
+        if node.attrs["window"]:
+            keep &= ahead < node.attrs["window"]
+        return Named(keep, axes)
+
+    return _crossed(query, key, compare)
+
+
+@lowering("relative_buckets")
+def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+    both: bool = node.attrs["bidirectional"]
+
+    def compare(q: Named, k: Named) -> Named:
+        axes = (*q.axes, *k.axes)
+        ahead = k.over(axes) - q.over(axes)
+        distance = jnp.abs(ahead) if both else jnp.maximum(-ahead, 0)
+        starts = jnp.asarray(bucket_starts(node.attrs), distance.dtype)
+        near = jnp.searchsorted(starts, distance, side="right", method="compare_all")
+        near = near.astype(jnp.int32)
+        if both:
+            near = jnp.where(ahead > 0, near + node.attrs["buckets"] // 2, near)
+        return Named(near, axes)
+
+    return _crossed(query, key, compare)
+
+
+def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Named]) -> Operand:
+    """Compare every query with every key; either may be packed rows.
+
+    Both cannot be: their axes would be there twice.
+    """
+    if isinstance(query, Rows):
+        assert isinstance(key, Named), "one of the two is"
+        return lifted(query, lambda q: compare(q, key))
+    return lifted(key, lambda k: compare(query, k))

@@ -1,0 +1,192 @@
+"""Lowering of repetition: a body that is compiled once, whatever the number of runs.
+
+Under rematerialisation a run is a checkpoint: what lies between two runs is kept, and for the
+gradient the run is computed again.  Where a run is a block of several layers, those that are alike
+are a loop within it, and each of them a checkpoint: they are compiled once, and the intermediates
+of one of them alone are alive at a time.  They are computed once more for that.
+
+Without rematerialisation what the gradient needs of the values of the graph is kept, and what is
+dear of that which lowerings have between them.  Parameters are gathered again all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.kept import DEFAULT
+from moecc.ir.table.repetition import repetitions
+from moecc_backends.xla.lower.inner_loops import LayerLoop, pieces_of
+from moecc_backends.xla.trace.context import Context, lower_nodes, lowering
+from moecc_backends.xla.trace.values import Named, Operand, lifted
+
+Arrays = tuple[jax.Array, ...]
+Step = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
+Remembering = Callable[..., Callable[..., Any]]
+
+_CHEAP = frozenset({
+    "all_gather", "all_gather_invariant", "pvary", "pcast", "transpose", "reshape", "squeeze",
+    "broadcast_in_dim", "convert_element_type", "reduce_precision", "add", "sub", "mul", "div",
+    "max", "min", "neg", "sign", "abs", "integer_pow", "pow", "exp", "exp2", "expm1", "log",
+    "log1p", "tanh", "logistic", "erf", "erfc", "sqrt", "rsqrt", "square", "select_n", "eq", "ne",
+    "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "stop_gradient", "custom_jvp_call",
+    "reduce_sum", "reduce_max",
+})  # fmt: skip
+"""Primitives of jax whose results are made again from values of the graph: gathers of parameters,
+and what XLA fuses into its user."""
+
+_WIDENINGS = 3
+"""How often the type of a carry may widen before it must stay: bf16, f32, f64."""
+
+
+@lowering("stack")
+def _stack(ctx: Context, node: Node, *xs: Named) -> Operand:
+    axes = xs[0].axes
+    return Named(jnp.stack([x.to(axes).array for x in xs]), (node.attrs["axis"], *axes))
+
+
+@lowering("index")
+def _index(ctx: Context, node: Node, x: Operand) -> Operand:
+    axis, at = node.attrs["axis"], node.attrs["at"]
+
+    def pick(full: Named) -> Named:
+        rest = tuple(a for a in full.axes if a != axis)
+        return Named(jnp.take(full.array, at, axis=full.axes.index(axis)), rest)
+
+    return lifted(x, pick)
+
+
+@lowering("scan")
+def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
+    body = node.body
+    assert body is not None, "a scan has a body"
+    carries, last = node.attrs["carries"], node.attrs["carries"] + node.attrs["stacked"]
+    axis, runs = repetitions(node.attrs)
+    slices = [_leading(x, axis) for x in operands[carries:last]]
+    captured = [x.array for x in operands[last:]]
+    names = [x.axes for x in operands]
+    names[carries:last] = [x.axes[1:] for x in slices]
+
+    remembering = _remembering(node)
+    inner = zip(body.inputs.values(), node.operands, strict=True)
+    weights = {i for i, v in inner if v.is_param or v in ctx.weights}
+
+    def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
+        given = zip((*carry, *now, *captured), names, strict=True)
+        within = replace(ctx, weights=set(weights))
+        made = run_body(within, body, [Named(array, axes) for array, axes in given], remembering)
+        # A carry keeps the order of its axes from run to run.
+        kept = tuple(m.to(n).array for m, n in zip(made[:carries], names[:carries], strict=True))
+        return kept, tuple(m.array for m in made[carries:])
+
+    entered = zip(operands[:carries], node.operands, strict=False)
+    first = tuple(ctx.local.settled(x.array, v.type) for x, v in entered)
+    # Within a loop nothing could be merged across the barrier that this would set.
+    step = (remembering or partial(jax.checkpoint, policy=_worth_keeping))(run, prevent_cse=False)
+    carry, made = _repeat(step, first, tuple(x.array for x in slices), runs)
+    whole = [Named(a, n) for a, n in zip(carry, names[:carries], strict=True)]
+    more = zip(made, node.results[carries:], strict=True)
+    return (*whole, *(Named(array, value.type.names) for array, value in more))
+
+
+def _leading(x: Named, axis: str) -> Named:
+    return x.to((axis, *(a for a in x.axes if a != axis)))
+
+
+def _repeat(run: Step, carry: Arrays, slices: Arrays, runs: int) -> tuple[Arrays, Arrays]:
+    """Scan, with carries of a type that does not change: that which comes out."""
+    for _ in range(_WIDENINGS):
+        made, _ = jax.eval_shape(run, carry, tuple(a[0] for a in slices))
+        if all(a.dtype == m.dtype for a, m in zip(carry, made, strict=True)):
+            break
+        carry = tuple(a.astype(m.dtype) for a, m in zip(carry, made, strict=True))
+    found: tuple[Arrays, Arrays] = jax.lax.scan(run, carry, slices, runs)
+    return found
+
+
+def _remembering(node: Node) -> Remembering | None:
+    """Return what makes a gradient keep what `node` says, and compute the rest again."""
+    remat = node.attrs["remat"]
+    if remat == "none":
+        return None
+    policy = None
+    if remat == "save":
+        names = node.attrs["save"] or DEFAULT
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+    return partial(jax.checkpoint, policy=policy)
+
+
+def _worth_keeping(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether a run of a loop that computes nothing dear again keeps what `primitive` makes.
+
+    Values of the graph are kept by their names, and between them what is not cheap.
+    """
+    return primitive.name not in _CHEAP
+
+
+def run_body(
+    ctx: Context, body: Graph, operands: list[Named], remembering: Remembering | None = None
+) -> list[Named]:
+    """Return the outputs of `body`, in order, lowered under the current trace.
+
+    Args:
+      ctx: the state outside.
+      body: what is lowered.
+      operands: its inputs, in order.
+      remembering: makes a checkpoint of each layer, where several that are alike become a loop.
+    """
+    inner = _within(ctx, dict(zip(body.inputs.values(), operands, strict=True)))
+    if remembering is None:
+        lower_nodes(inner, body)
+    else:
+        for piece in pieces_of(body):
+            if isinstance(piece, LayerLoop):
+                _lower_loop(inner, piece, remembering)
+            else:
+                lower_nodes(inner, piece.nodes)
+    return [_whole(inner, inner.values[v], v) for v in body.terminator.operands]
+
+
+def _within(ctx: Context, values: dict[Value, Operand]) -> Context:
+    """Return `ctx` for a trace within its own, which sees `values` alone."""
+    local = replace(ctx.local, spread={})
+    return replace(ctx, values=values, packings={}, siblings={}, put_off={}, local=local)
+
+
+def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None:
+    """Lower layers that are alike as a loop; what is used later goes to the values of `ctx`."""
+    captured = {each[0]: ctx.values[each[0]] for each in loop.captured}
+    entries = [each[0] for each in (*loop.carries, *loop.stacked)]
+
+    def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
+        given = zip(entries, (*carry, *now), strict=True)
+        inner = _within(ctx, captured | {v: Named(a, v.type.names) for v, a in given})
+        lower_nodes(inner, loop.first.nodes)
+        made = [_whole(inner, inner.values[v], v).array for v in loop.first.outputs]
+        kept = tuple(made[number] for number in loop.carries.values())
+        return kept, tuple(made[number] for number in loop.collected)
+
+    first = tuple(_whole(ctx, ctx.values[each[0]], each[0]).array for each in loop.carries)
+    slices = tuple(
+        jnp.stack([_whole(ctx, ctx.values[v], v).array for v in each]) for each in loop.stacked
+    )
+    step = remembering(run, prevent_cse=False)
+    carry, made = _repeat(step, first, slices, len(loop.layers))
+    for number, array in zip(loop.carries.values(), carry, strict=True):
+        last = loop.output(number)[-1]
+        ctx.values[last] = Named(array, last.type.names)
+    for number, stacked in zip(loop.collected, made, strict=True):
+        for value, array in zip(loop.output(number), stacked, strict=True):
+            ctx.values[value] = Named(array, value.type.names)
+
+
+def _whole(ctx: Context, value: Operand, declared: Value) -> Named:
+    assert isinstance(value, Named), "rows do not leave a body, nor a layer of it"
+    settled = ctx.local.settled(value.array, declared.type)
+    return replace(value, array=settled).to(declared.type.names)

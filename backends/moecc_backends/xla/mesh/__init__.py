@@ -1,0 +1,1 @@
+"""Devices: specs of arrays, exchanges between devices, loading sharded parameters."""

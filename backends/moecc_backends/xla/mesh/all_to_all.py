@@ -1,0 +1,184 @@
+"""Rows that are there, exchanged between devices: to the experts that they chose, and back.
+
+Each device has its rows sorted by expert, so what goes to a peer is one run.  A peer gets a run
+from every device, and sorts the rows by expert again.  Both ways are the same partial one-to-one
+map, so the derivative of one is the other, and nothing is scattered or counted again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moecc_backends.xla.trace.device_view import varies
+
+Mesh = tuple[str, ...]
+
+
+class Hop(NamedTuple):
+    """The map of one exchange, as one device knows it; i32 arrays.
+
+    Attributes:
+      there: offsets and sizes of what is sent and received on the way to the experts.
+      back: those of the way back.
+      arrival_of_row: for each row, by expert, where it arrived; −1 where there is none.
+      row_of_arrival: for each place of arrival, the row that it goes to; −1 where there is none.
+      group_sizes: ``[experts]``, the rows of each of the own experts.
+    """
+
+    there: Runs
+    back: Runs
+    arrival_of_row: jax.Array
+    row_of_arrival: jax.Array
+    group_sizes: jax.Array
+
+
+class Runs(NamedTuple):
+    """Four of the operands of ``jax.lax.ragged_all_to_all``, each i32 ``[devices]``."""
+
+    input_offsets: jax.Array
+    send_sizes: jax.Array
+    output_offsets: jax.Array
+    recv_sizes: jax.Array
+
+
+@dataclass(frozen=True)
+class Way:
+    """What does not change during an exchange.
+
+    Attributes:
+      mesh: the mesh axes along which devices exchange rows.
+      rows: how many rows a device has before it.
+      arrivals: how many it has room for after it.
+      is_emulated: whether the platform has no ragged exchange.
+    """
+
+    mesh: Mesh
+    rows: int
+    arrivals: int
+    is_emulated: bool
+
+
+def hop(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> Hop:
+    """Return the map of an exchange along `mesh` of rows sorted by expert.
+
+    Args:
+      group_sizes: i32 ``[experts]``, the rows that this device has for each expert.
+      mesh: the mesh axes; each device along them gets an equal run of the experts.
+      arrivals: how many rows a device has room for.
+    """
+    sizes = jax.lax.all_gather(group_sizes, mesh)
+    own = jax.lax.axis_index(mesh)
+    devices = sizes.shape[0]
+    by_device = sizes.reshape(devices, devices, -1).sum(2)
+    sent, got = by_device[own], by_device[:, own]
+    there = Runs(_starts(sent), sent, _starts(by_device, 0)[own], got)
+    back = Runs(_starts(got), got, _starts(by_device, 1)[:, own], sent)
+    parts = jax.lax.dynamic_slice_in_dim(
+        sizes, own * (sizes.shape[1] // devices), sizes.shape[1] // devices, 1
+    )
+    arrived = _starts(parts.reshape(-1)).reshape(parts.shape)
+    sorted_ = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
+    return Hop(
+        there,
+        back,
+        _matched(sorted_, arrived.T, parts.T, arrivals),
+        _matched(arrived, sorted_.T, parts, arrivals),
+        parts.sum(0),
+    )
+
+
+def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
+    return jnp.cumsum(sizes, axis) - sizes
+
+
+def _matched(mine: jax.Array, other: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
+    """Return for each of `count` places of one order of runs its place in another, or −1.
+
+    Args:
+      mine: where each run begins in the one order; rising.
+      other: where it begins in the other.
+      sizes: how long it is.
+      count: the number of places.
+    """
+    starts, moved, lengths = (a.reshape(-1) for a in (mine, other, sizes))
+    place = jnp.arange(count, dtype=jnp.int32)
+    run = jnp.searchsorted(starts + lengths, place, side="right")
+    known = jnp.minimum(run, starts.size - 1)
+    return jnp.where(run < starts.size, place - starts[known] + moved[known], -1).astype(jnp.int32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def send(rows: jax.Array, hop: Hop, way: Way) -> jax.Array:
+    """Bring rows ``[rows, width]`` to the devices of their experts: ``[arrivals, width]``.
+
+    Rows that nothing arrives for are zero.
+    """
+    return _picked(_exchanged(rows, hop.there, way, way.arrivals), hop.arrival_of_row)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def send_back(rows: jax.Array, hop: Hop, way: Way) -> jax.Array:
+    """Bring rows ``[arrivals, width]`` back to where `send` took them from: ``[rows, width]``."""
+    return _exchanged(_picked(rows, hop.row_of_arrival), hop.back, way, way.rows)
+
+
+send.defvjp(
+    lambda rows, hop, way: (send(rows, hop, way), hop),
+    lambda way, hop, slope: (send_back(slope, hop, way), None),
+)
+send_back.defvjp(
+    lambda rows, hop, way: (send_back(rows, hop, way), hop),
+    lambda way, hop, slope: (send(slope, hop, way), None),
+)
+
+
+def _picked(rows: jax.Array, index: jax.Array) -> jax.Array:
+    taken = jnp.take(rows, index, axis=0, mode="clip")
+    return jnp.where((index >= 0)[:, None], taken, jnp.zeros((), rows.dtype))
+
+
+def _exchanged(rows: jax.Array, runs: Runs, way: Way, count: int) -> jax.Array:
+    zeros = jnp.zeros((count, rows.shape[1]), rows.dtype)
+    room = jax.lax.pcast(zeros, tuple(sorted(varies(rows))), to="varying")
+    exchange = emulated if way.is_emulated else _of_platform
+    return exchange(rows, room, *runs, axis_name=way.mesh)
+
+
+def _of_platform(*operands: jax.Array, axis_name: Mesh) -> jax.Array:
+    exchanged: jax.Array = jax.lax.ragged_all_to_all(  # type: ignore[no-untyped-call]
+        *operands, axis_name=axis_name
+    )
+    return exchanged
+
+
+def emulated(
+    operand: jax.Array,
+    output: jax.Array,
+    input_offsets: jax.Array,
+    send_sizes: jax.Array,
+    output_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    *,
+    axis_name: Mesh,
+) -> jax.Array:
+    """Do as ``jax.lax.ragged_all_to_all``, which a CPU has not: gather all rows and pick.
+
+    Every device sees the rows of all, so this tests a program and does not show its cost.
+    """
+    own = jax.lax.axis_index(axis_name)
+    every = jax.lax.all_gather(operand, axis_name)
+    starts, sizes, targets = (
+        jax.lax.all_gather(a, axis_name)[:, own]
+        for a in (input_offsets, send_sizes, output_offsets)
+    )
+    row = jnp.arange(output.shape[0], dtype=jnp.int32)[:, None]
+    is_there = (row >= targets) & (row < targets + sizes)
+    sender = jnp.argmax(is_there, axis=1)
+    source = row[:, 0] - targets[sender] + starts[sender]
+    found = every[sender, jnp.clip(source, 0, operand.shape[0] - 1)]
+    return jnp.where(is_there.any(axis=1)[:, None], found, output)

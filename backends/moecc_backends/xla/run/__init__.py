@@ -1,0 +1,1 @@
+"""Programs that run here: segment by segment, by several processes, or as text."""

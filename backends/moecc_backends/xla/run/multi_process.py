@@ -1,0 +1,105 @@
+"""A graph run by several processes together: the batch split over all of their devices."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moecc.backend import Arrays
+from moecc.ir.dtypes import DType
+from moecc.ir.graph import Graph, Value
+from moecc.ir.structure import fingerprint
+from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
+from moecc.launch.place import Place
+from moecc_backends.xla.backend import XlaProgram
+from moecc_backends.xla.lower.segments import Segment
+from moecc_backends.xla.run.processes import (
+    arrays_digest,
+    configuration,
+    is_first,
+    join,
+    preflight,
+    replicated,
+    split_batch,
+    whole,
+)
+from moecc_backends.xla.trace.options import Options
+
+
+def shared_program(graph: Graph, dtype: DType, options: Options, place: Place) -> SharedProgram:
+    """Meet the other processes, and return `graph` ready to run on the devices of all.
+
+    Raises:
+      MachineError: they did not come.
+      UsageError: the limit of the watchdog is no number of seconds.
+    """
+    hold_lifeline()
+    watchdog = watchdog_of_environment()
+    join(place)
+    watchdog.beat("all processes have met")
+    return SharedProgram(graph, dtype, options, watchdog)
+
+
+class SharedProgram(XlaProgram):
+    """A graph that all processes run, each giving the same parameters and inputs.
+
+    Attributes:
+      watchdog: what is told of every step.
+    """
+
+    def __init__(self, graph: Graph, dtype: DType, options: Options, watchdog: Watchdog) -> None:
+        super().__init__(graph, dtype, options)
+        self.watchdog = watchdog
+        self.writes = is_first()
+        self._read = 0
+
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the outputs by name, whole, in every process.
+
+        Raises:
+          InputError: configurations, inputs or parameters differ between processes; the devices
+            do not divide the batch; an array is missing or does not fit its type.
+        """
+        mine = configuration(
+            graph=fingerprint(self.graph)[:16],
+            dtype=self.dtype.name,
+            options=str(self.options),
+            inputs=arrays_digest(inputs),
+        )
+        preflight(mine)
+        self.watchdog.beat("configurations agree")
+        self._read = 0
+        outputs = super().run(params, inputs)
+        preflight({"parameters": f"{self._read:08x}"})
+        self.watchdog.stop()
+        return outputs
+
+    def _placed(self, array: Any, value: Value) -> jax.Array:
+        # Checks, and narrows what jax has no wide type for.
+        here = super()._placed(array, value)
+        if value.type.dtype.kind == "key":
+            return here
+        local = np.asarray(here)
+        if value.is_param:
+            self._read = zlib.crc32(np.ascontiguousarray(local).tobytes(), self._read)
+        if value.is_param or "batch" not in value.type:
+            return replicated(local)
+        return split_batch(local, value.type.names.index("batch"))
+
+    def _fetched(self, array: jax.Array) -> np.ndarray[Any, Any]:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return super()._fetched(array)
+        return whole(array)
+
+    def _run(
+        self, segment: Segment, given: dict[Value, jax.Array], weights: dict[Value, jax.Array]
+    ) -> dict[Value, jax.Array]:
+        results = super()._run(segment, given, weights)
+        # What was dispatched may still wait for another process.
+        jax.block_until_ready(list(results.values()))  # type: ignore[no-untyped-call]
+        self.watchdog.beat(segment.nodes[-1].loc or "the graph")
+        return results

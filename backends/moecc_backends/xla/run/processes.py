@@ -1,0 +1,218 @@
+"""One program in several processes: joining, comparing configurations, arrays that all share.
+
+Every process runs the same program on its devices.  The batch is split over all devices and the
+parameters lie whole on each; XLA inserts what is needed so that the result is that of one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from math import ceil
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moecc.errors import InputError, MachineError, Problem, UsageError
+from moecc.ir.mesh import nearest_multiple
+from moecc.launch.member import JOIN, seconds_of_environment
+from moecc.launch.place import DISTRIBUTED, Place
+from moecc.launch.rendezvous import meet
+from moecc.version import __version__
+
+JOIN_SECONDS = 60
+"""How long processes wait for one another at the start."""
+
+_WIDTH = 256
+
+NumpyArray = np.ndarray[Any, Any]
+
+_joined: list[Place] = []
+
+
+def join(place: Place, *, seconds: float | None = None) -> None:
+    """Meet the other processes; a second call does nothing.
+
+    Args:
+      place: of this process; one that JAX finds is read from the variables of the cluster.
+      seconds: how long to wait for the others; by default what ``MOECC_JOIN_SECONDS`` says, or
+        `JOIN_SECONDS`.
+
+    Raises:
+      MachineError: they did not come.
+      UsageError: there is no cluster to be found, or the variable is no number of seconds.
+    """
+    if _joined:
+        return
+    limit = seconds or seconds_of_environment(JOIN) or JOIN_SECONDS
+    if not place.is_found_by_jax:
+        meet(place, limit)
+    _initialize(place, ceil(limit))
+    _joined.append(place)
+
+
+def _initialize(place: Place, seconds: int) -> None:
+    # CPU devices of several processes need a library to talk through.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]
+    try:
+        if place.is_found_by_jax:
+            jax.distributed.initialize(initialization_timeout=seconds)
+        else:
+            jax.distributed.initialize(
+                place.coordinator, place.processes, place.process, initialization_timeout=seconds
+            )
+    except ValueError:
+        raise UsageError(
+            "no cluster is found in the environment",
+            where=DISTRIBUTED,
+            expected="Slurm, Open MPI, or a TPU of GKE or GCE, as JAX detects them",
+            hint="moecc launch local starts processes on one machine",
+        ) from None
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise MachineError(
+            f"the processes did not meet: {reason}", where=place.coordinator
+        ) from None
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what all have made."""
+    return jax.process_index() == 0
+
+
+def configuration(**more: str) -> dict[str, str]:
+    """Return what has to be equal in all processes, as short texts."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {
+        "moecc": __version__,
+        "jax": jax.__version__,
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "command": digest_of(" ".join(sys.argv[1:])),
+        "XLA_FLAGS": flags if len(flags) < 80 else digest_of(flags),
+        "devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
+        **more,
+    }
+
+
+def digest_of(content: str | bytes) -> str:
+    """Return sixteen hexadecimal digits that stand for `content`."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def arrays_digest(arrays: Mapping[str, NumpyArray]) -> str:
+    """Return digits that stand for named arrays: names, types, shapes and bytes."""
+    total = 0
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), total)
+        total = zlib.crc32(array.tobytes(), total)
+    return f"{total:08x}"
+
+
+def preflight(mine: Mapping[str, str]) -> None:
+    """Compare configurations, so that processes that differ do not compute nonsense, or hang.
+
+    Args:
+      mine: what has to be equal, by name; all processes give the same names.
+
+    Raises:
+      InputError: in every process, if some differ from the first: which, in what.
+    """
+    if jax.process_count() == 1:
+        return
+    texts = np.stack([_encoded(f"{name}\n{value}") for name, value in sorted(mine.items())])
+    everyone = np.asarray(multihost_utils.process_allgather(texts))
+    problems = list(differences([[_decoded(row) for row in rows] for rows in everyone]))
+    if problems:
+        raise InputError(problems)
+
+
+def differences(everyone: list[list[tuple[str, str]]]) -> list[Problem]:
+    """Return what each process has otherwise than the first.
+
+    Args:
+      everyone: for each process the names and values, in one order.
+    """
+    found = []
+    for number, theirs in enumerate(everyone):
+        for (name, first), (_, value) in zip(everyone[0], theirs, strict=True):
+            if value != first:
+                what = f"process {number} has another {name} than process 0"
+                found.append(Problem(what, None, first or "none", value or "none"))
+    return found
+
+
+def _encoded(text: str) -> NumpyArray:
+    data = text.encode()[:_WIDTH]
+    return np.frombuffer(data.ljust(_WIDTH, b"\0"), np.uint8)
+
+
+def _decoded(row: NumpyArray) -> tuple[str, str]:
+    name, _, value = row.tobytes().rstrip(b"\0").decode(errors="replace").partition("\n")
+    return name, value
+
+
+def data_mesh() -> Mesh:
+    """Return all devices of all processes, in a row."""
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def replicated(array: NumpyArray) -> jax.Array:
+    """Return `array` whole on every device of every process."""
+    return _global(array, ())
+
+
+def split_batch(array: NumpyArray, axis: int) -> jax.Array:
+    """Return `array` with its batch split over all devices; each process gives all of it.
+
+    Raises:
+      InputError: the devices do not divide the batch.
+    """
+    devices, size = jax.device_count(), array.shape[axis]
+    if size % devices:
+        raise InputError(
+            "the devices of all processes do not divide the batch",
+            expected=f"a multiple of {devices} sequences",
+            found=str(size),
+            hint=f"{nearest_multiple(size, devices)} sequences would do",
+        )
+    return _global(array, (*(None,) * axis, "data"))
+
+
+def _global(array: NumpyArray, axes: tuple[str | None, ...]) -> jax.Array:
+    spec = PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+    sharding = NamedSharding(data_mesh(), spec)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def whole(array: jax.Array) -> NumpyArray:
+    """Return a value that all processes share, put together in each of them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def value_and_grad(
+    loss: Callable[[Any, Any], jax.Array], params: Any, inputs: Mapping[str, NumpyArray]
+) -> tuple[NumpyArray, Any]:
+    """Return the loss and its gradients, computed by all processes together.
+
+    Args:
+      loss: a scalar of parameters and inputs; it may take means over the whole batch.
+      params: a tree of arrays, the same in every process.
+      inputs: arrays whose first axis is the batch, the same in every process.
+
+    Raises:
+      InputError: the devices do not divide the batch.
+    """
+    shared = jax.tree.map(lambda a: replicated(np.asarray(a)), params)
+    given = {name: split_batch(array, 0) for name, array in inputs.items()}
+    value, gradients = jax.jit(jax.value_and_grad(loss))(shared, given)
+    return whole(value), jax.tree.map(whole, gradients)

@@ -1,0 +1,57 @@
+"""What may be chosen when a graph is lowered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from moecc.errors import Problem, UsageError, nearest
+from moecc.ir.dispatch_strategies import DISPATCHES
+
+AUTO = "auto"
+"""The dispatch lowering is chosen for each routing by platform and shape."""
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices for the lowering of a graph.
+
+    Attributes:
+      dispatch: one of `DISPATCHES`, or ``auto``.
+      platform: one of `PLATFORMS`; None for that of the devices at hand.
+      poison: fill the rows that nothing was placed in with NaN, to see that nothing reads them.
+
+    Raises:
+      UsageError: there is no such lowering or platform.
+    """
+
+    dispatch: str = AUTO
+    platform: str | None = None
+    poison: bool = False
+
+    def __post_init__(self) -> None:
+        problems = _unknown("dispatch lowering", self.dispatch, (AUTO, *DISPATCHES))
+        if self.platform is not None:
+            problems += _unknown("platform", self.platform, PLATFORMS)
+        if problems:
+            raise UsageError(problems)
+
+    @property
+    def target(self) -> str:
+        """The platform that is lowered for."""
+        return self.platform or str(jax.default_backend())
+
+
+def _unknown(what: str, name: str, known: tuple[str, ...]) -> list[Problem]:
+    if name in known:
+        return []
+    return [
+        Problem(f"unknown {what} {name!r}", expected=", ".join(known), hint=nearest(name, known))
+    ]
+
+
+DEFAULTS = Options()
+"""Everything chosen by platform and shape."""

@@ -1,0 +1,79 @@
+"""Opens a checkpoint, whatever its format: the one place that knows all of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from moecc.checkpoint.files import os_problem
+from moecc.checkpoint.folder import open_folder
+from moecc.checkpoint.sniff import sniff_file
+from moecc.checkpoint.source import Checkpoint
+from moecc.errors import InputError, nearest, printable
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a Hugging Face folder of safetensors, or a ``.gguf`` file.
+
+    Everything is checked from headers and configs here; no weight is read.
+
+    Raises:
+      InputError: not a checkpoint, or a faulty one; all problems at once.
+      MachineError: the system does not let us read it.
+    """
+    source = Path(path)
+    try:
+        mode = os.stat(source).st_mode
+    except FileNotFoundError:
+        raise _missing(source) from None
+    except OSError as error:
+        raise os_problem(error, source) from None
+    except ValueError:
+        raise InputError("the path is not usable", where=printable(str(source))) from None
+    if stat.S_ISDIR(mode):
+        return open_folder(source)
+    return _open_file(source)
+
+
+def _open_file(source: Path) -> Checkpoint:
+    kind = sniff_file(source)
+    if kind is not None and kind.name == "GGUF":
+        # Few models come as GGUF, and its reader is half of this room.
+        from moecc.checkpoint.gguf import open_gguf
+
+        return open_gguf(source)
+    if source.suffix == ".gguf":
+        found = kind.text if kind else "a file that does not begin with the letters GGUF"
+        raise InputError("this is not a GGUF file", where=str(source), found=found)
+    if kind is None and source.suffix in (".safetensors", ".json"):
+        raise InputError(
+            "a checkpoint is a folder, not one file of it",
+            where=str(source),
+            expected="the folder with config.json and the weights",
+            hint=f"give {str(source.parent)!r} instead",
+        )
+    raise InputError(
+        "this is not a checkpoint",
+        where=str(source),
+        expected="a folder with config.json and *.safetensors, or a .gguf file",
+        found=kind.text if kind else "a file of a kind that moecc does not know",
+        hint=kind.hint if kind else None,
+    )
+
+
+def _missing(source: Path) -> InputError:
+    if os.path.lexists(source):
+        return InputError("this is a symbolic link to nothing", where=str(source))
+    parent = source.parent
+    if parent.is_dir():
+        neighbours = sorted(os.listdir(parent))[:10_000]
+        hint = nearest(source.name, neighbours)
+        return InputError("there is no such file or folder", where=str(source), hint=hint)
+    looks_like_hub = len(source.parts) == 2 and not source.is_absolute()
+    hint = "moecc reads local files: download the model first, then give the folder"
+    return InputError(
+        "there is no such file or folder",
+        where=str(source),
+        hint=hint if looks_like_hub else f"the folder {str(parent)!r} does not exist either",
+    )

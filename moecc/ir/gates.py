@@ -1,0 +1,110 @@
+"""Gate conventions: how ``route`` makes gates of the logits of the chosen experts, one row each.
+
+A row says what the rest of moecc may rely on: which options suit it, what copies of one expert add
+up to, and whether a router learns.  What a convention computes stands in each backend, in a table
+by name; `tests/ir/test_conventions.py` shows that none lacks a meaning and that no row lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Score = Literal["softmax", "sigmoid"]
+
+Total = Callable[[int, int], float]
+"""From the experts and the choices of a token to a sum of gates."""
+
+
+@dataclass(frozen=True)
+class GateConvention:
+    """A row of the table.
+
+    Attributes:
+      name: what the attribute ``gates`` of ``route`` says.
+      letter: what the lemmas of ``docs/exactness.md`` call it.
+      doc: what the gates are, as the documentation of ``route`` says it.
+      score: of which function of the logits gates are made, and what a bias for choosing is added
+        to; None where there is no such score.
+      renormalised: whether the gates of a token are divided by their sum, which is then 1.
+      zero_router_sum: the sum of the gates of a token where all logits are equal.
+      constant_sum: whether every router gives that sum: copies of a dense block are then the block
+        again after the factor that the sum asks for, whatever the router.
+      max_top_k: the most choices of a token that it is defined for; None: any number.
+      equal_for_equal_logits: whether experts of equal logits have equal gates, as the members of a
+        virtual group must.
+      learns_at_top_1: whether a router whose tokens have one expert gets a gradient through it.
+    """
+
+    name: str
+    letter: str
+    doc: str
+    score: Score | None
+    renormalised: bool
+    zero_router_sum: Total
+    constant_sum: bool
+    max_top_k: int | None = None
+    equal_for_equal_logits: bool = True
+    learns_at_top_1: bool = True
+
+    def sum_is_constant(self, experts: int, top_k: int) -> bool:
+        """Return whether the gates of a token have one sum, whatever the router."""
+        keeps_all = self.score == "softmax" and top_k == experts and self.equal_for_equal_logits
+        return self.constant_sum or keeps_all
+
+
+def _sparsemixer_sum(experts: int, top_k: int) -> float:
+    # The second choice is made among those that the first has left.
+    return 1 / experts + (1 / (experts - 1) if top_k == 2 else 0.0)
+
+
+CONVENTIONS = (
+    GateConvention(
+        "renormalised", "A", "softmax over the chosen logits", "softmax",
+        renormalised=True, zero_router_sum=lambda n, k: 1.0, constant_sum=True,
+        learns_at_top_1=False,
+    ),
+    GateConvention(
+        "softmax", "B", "softmax over all, not renormalised", "softmax",
+        renormalised=False, zero_router_sum=lambda n, k: k / n, constant_sum=False,
+    ),
+    GateConvention(
+        "sigmoid-renormalised", "C", "sigmoid, renormalised", "sigmoid",
+        renormalised=True, zero_router_sum=lambda n, k: 1.0, constant_sum=True,
+        learns_at_top_1=False,
+    ),
+    GateConvention(
+        "sigmoid", "D", "sigmoid as is", "sigmoid",
+        renormalised=False, zero_router_sum=lambda n, k: k / 2, constant_sum=False,
+    ),
+    GateConvention(
+        "sparsemixer", "S", "each choice's softmax among the logits near it (PhiMoE)", None,
+        renormalised=False, zero_router_sum=_sparsemixer_sum, constant_sum=False, max_top_k=2,
+        equal_for_equal_logits=False,
+    ),
+    GateConvention(
+        "ones", "U", "1", None,
+        renormalised=False, zero_router_sum=lambda n, k: float(k), constant_sum=True,
+        learns_at_top_1=False,
+    ),
+)  # fmt: skip
+"""The conventions, in the order in which the documentation has them."""
+
+BY_NAME = {row.name: row for row in CONVENTIONS}
+
+GATES = tuple(BY_NAME)
+"""Their names."""
+
+SPELLINGS = {"switch": "softmax", "top-k-softmax": "renormalised"}
+"""Names that users know a convention by: the probability of the one expert chosen (Switch), and the
+softmax of the chosen logits, which is the softmax of all renormalised."""
+
+
+def convention(name: str) -> GateConvention:
+    """Return the convention `name`, or the one that users know by it.
+
+    Raises:
+      KeyError: there is none.
+    """
+    return BY_NAME[SPELLINGS.get(name, name)]

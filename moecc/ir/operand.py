@@ -1,0 +1,118 @@
+"""What the operation table sees of a graph: operands, what defines them, and what holds them.
+
+The table stands below graphs, whose nodes refer to its rows.  Its rules read types, and now and
+then the operation behind an operand (whose slots a ``place`` counts), so they are written against
+these protocols; `moecc.ir.graph` has what fits them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from moecc.ir.types import TensorType
+
+Attrs = Mapping[str, Any]
+"""Attributes of a node, complete: every attribute of the table entry has its value."""
+
+
+class Entry(Protocol):
+    """A row of the operation table; `moecc.ir.ops.OpDef` says what its columns mean."""
+
+    @property
+    def name(self) -> str:
+        """What the IR prints."""
+        ...
+
+    @property
+    def linear(self) -> tuple[int, ...]:
+        """Positions of the operands in which it is linear."""
+        ...
+
+    @property
+    def jointly(self) -> bool:
+        """Whether it is linear only in all of `linear` together."""
+        ...
+
+    @property
+    def mixes(self) -> Callable[[Sequence[Operand], Attrs], tuple[str, ...]]:
+        """The operand axes that it mixes."""
+        ...
+
+    @property
+    def assigns_slots(self) -> bool:
+        """Whether its last result is the slot of each choice."""
+        ...
+
+
+class Region(ABC):
+    """What holds values, and may be an attribute of a node: a graph.
+
+    Attributes:
+      attrs: JSON values; the mesh is one of them.
+    """
+
+    attrs: dict[str, Any]
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Definition]:
+        """Yield the nodes in order."""
+
+
+class Operand(Protocol):
+    """A value that a node takes; `moecc.ir.graph.Value`."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the graph, without ``%``."""
+        ...
+
+    @property
+    def type(self) -> TensorType:
+        """Its type."""
+        ...
+
+    @property
+    def graph(self) -> Region:
+        """The graph that it belongs to."""
+        ...
+
+    @property
+    def node(self) -> Definition | None:
+        """What defines it, or None for an input or a parameter."""
+        ...
+
+
+class Definition(Protocol):
+    """The node that defines an operand; `moecc.ir.graph.Node`."""
+
+    @property
+    def op(self) -> Entry:
+        """The row of the table."""
+        ...
+
+    @property
+    def operands(self) -> Sequence[Operand]:
+        """The values that it takes."""
+        ...
+
+    @property
+    def results(self) -> Sequence[Operand]:
+        """The values that it defines."""
+        ...
+
+    @property
+    def result(self) -> Operand:
+        """The only result."""
+        ...
+
+    @property
+    def attrs(self) -> Attrs:
+        """Its attributes, complete."""
+        ...
+
+    @property
+    def body(self) -> Region | None:
+        """The graph that it repeats, or None."""
+        ...

@@ -1,0 +1,236 @@
+"""Where processes meet before any of them hands itself over to JAX.
+
+JAX's client is C++ that ends its process with SIGABRT when another one never comes: no error to
+catch.  So all meet over plain TCP first, at the address that JAX will listen at; it is free again
+when they part.  A process that dies between the two is still for JAX, or a supervisor, to notice.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import selectors
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from moecc.errors import MachineError, printable
+from moecc.launch.member import JOIN
+from moecc.launch.place import COORDINATOR, Place
+
+RETRY_SECONDS = 0.2
+PART_SECONDS = 5
+"""How long the first process waits for the others to close what they met over."""
+
+_HELLO = re.compile(rb"moecc (\d{1,6}) of (\d{1,6})\n\Z")
+_GO, _NO = b"go\n", b"no: "
+_MOST_BYTES = 1024
+
+
+def meet(place: Place, seconds: float) -> None:
+    """Wait until all processes are there; a process alone does not wait.
+
+    Args:
+      place: of this process; its coordinator is an address.
+      seconds: the longest wait.
+
+    Raises:
+      MachineError: they did not come in time, or the address cannot be used.
+    """
+    if place.processes == 1:
+        return
+    if place.process == 0:
+        _Host(place, seconds).wait()
+    else:
+        _visit(place, seconds)
+
+
+@dataclass
+class _Visitor:
+    """A connection to the first process: what it has said, and its number once it said it."""
+
+    connection: socket.socket
+    said: bytes = b""
+    number: int = -1
+
+
+class _Host:
+    """The first process, which waits for the others and tells them when all have come."""
+
+    def __init__(self, place: Place, seconds: float) -> None:
+        self.place = place
+        self.seconds = seconds
+        self.come: dict[int, _Visitor] = {}
+        self.turned_away = ""
+        self.selector = selectors.DefaultSelector()
+
+    def wait(self) -> None:
+        """Wait for all, and send them on.
+
+        Raises:
+          MachineError: some did not come; those that did are told.
+        """
+        deadline = time.monotonic() + self.seconds
+        with self.selector, _listening(self.place) as server:
+            self.selector.register(server, selectors.EVENT_READ)
+            try:
+                while len(self.come) < self.place.processes - 1:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        self._give_up()
+                    for key, _ in self.selector.select(left):
+                        if key.data is None:
+                            self._accept(server)
+                        else:
+                            self._hear(key.data)
+                self._part(_GO)
+            finally:
+                for key in [k for k in self.selector.get_map().values() if k.data is not None]:
+                    key.data.connection.close()
+
+    def _accept(self, server: socket.socket) -> None:
+        with suppress(BlockingIOError, ConnectionError):
+            connection, _ = server.accept()
+            connection.setblocking(False)
+            self.selector.register(connection, selectors.EVENT_READ, _Visitor(connection))
+
+    def _hear(self, visitor: _Visitor) -> None:
+        try:
+            data = visitor.connection.recv(_MOST_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        visitor.said += data
+        if not data or visitor.number >= 0 or len(visitor.said) > _MOST_BYTES:
+            self._drop(visitor)
+        elif visitor.said.endswith(b"\n"):
+            self._welcome(visitor)
+
+    def _welcome(self, visitor: _Visitor) -> None:
+        found = _HELLO.match(visitor.said)
+        if found is None:
+            self._drop(visitor)
+            return
+        number, count = int(found[1]), int(found[2])
+        if count != self.place.processes:
+            self._refuse(visitor, f"process {number} was told of {count} processes, "
+                         f"process 0 of {self.place.processes}")  # fmt: skip
+        elif number in self.come or not 0 < number < count:
+            self._refuse(visitor, f"there are two processes with the number {number}")
+        else:
+            visitor.number = number
+            self.come[number] = visitor
+
+    def _refuse(self, visitor: _Visitor, reason: str) -> None:
+        self.turned_away = reason
+        _send(visitor, _NO + reason.encode() + b"\n")
+        self._drop(visitor)
+
+    def _drop(self, visitor: _Visitor) -> None:
+        self.selector.unregister(visitor.connection)
+        visitor.connection.close()
+        self.come.pop(visitor.number, None)
+
+    def _give_up(self) -> None:
+        missing = [n for n in range(1, self.place.processes) if n not in self.come]
+        named = ", ".join(map(str, missing[:5])) + (", …" if missing[5:] else "")
+        which = f"process {named}" if len(missing) == 1 else f"processes {named}"
+        reason = f"{which} of {self.place.processes} did not come within {self.seconds:g} s"
+        self._part(_NO + reason.encode() + b"\n")
+        raise _apart(self.place, reason, self.turned_away)
+
+    def _part(self, word: bytes) -> None:
+        """Say the last word to all, and let them close first, which leaves the port free."""
+        for visitor in self.come.values():
+            _send(visitor, word)
+        limit = time.monotonic() + PART_SECONDS
+        for visitor in self.come.values():
+            visitor.connection.settimeout(max(0.01, limit - time.monotonic()))
+            with suppress(OSError):
+                visitor.connection.recv(1)
+
+
+def _send(visitor: _Visitor, word: bytes) -> None:
+    # A few bytes into an empty buffer never block; who has gone is noticed later.
+    with suppress(OSError):
+        visitor.connection.send(word)
+
+
+@contextmanager
+def _listening(place: Place) -> Iterator[socket.socket]:
+    _, port = _address(place)
+    try:
+        server = _server(port)
+    except OSError as error:
+        raise MachineError(
+            f"the first process cannot listen: {error.strerror or error}",
+            where=place.coordinator,
+            hint=f"give another port in {COORDINATOR}, to all processes",
+        ) from None
+    with server:
+        server.setblocking(False)
+        yield server
+
+
+def _server(port: int) -> socket.socket:
+    # All interfaces, as JAX does: the name of the coordinator may be that of a gateway.
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    return socket.create_server(("", port), backlog=1024)
+
+
+def _visit(place: Place, seconds: float) -> None:
+    """Go to the first process, again and again, until it says that all have come."""
+    deadline = time.monotonic() + seconds
+    reason = "it does not answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            answer = _answer(place, left)
+        except OSError as error:
+            reason = str(error.strerror or error)
+        else:
+            if answer == _GO:
+                return
+            if answer.startswith(_NO):
+                text = answer.removeprefix(_NO).decode(errors="replace").strip()
+                raise _apart(place, printable(text))
+            reason = "what answers there is no process of moecc" if answer else "it went away"
+        time.sleep(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
+    raise _apart(place, f"process 0 was not met within {seconds:g} s", reason)
+
+
+def _answer(place: Place, seconds: float) -> bytes:
+    deadline = time.monotonic() + seconds
+    with socket.create_connection(_address(place), timeout=seconds) as connection:
+        connection.sendall(b"moecc %d of %d\n" % (place.process, place.processes))
+        answer = b""
+        while not answer.endswith(b"\n") and len(answer) < _MOST_BYTES:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            data = connection.recv(_MOST_BYTES)
+            if not data:
+                break
+            answer += data
+        return answer
+
+
+def _address(place: Place) -> tuple[str, int]:
+    host, _, port = place.coordinator.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _apart(place: Place, reason: str, found: str = "") -> MachineError:
+    return MachineError(
+        f"the processes did not meet: {reason}",
+        where=place.coordinator,
+        found=found or None,
+        hint=f"start all of them with the same {COORDINATOR}; {JOIN} waits longer",
+    )

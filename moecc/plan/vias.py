@@ -1,0 +1,100 @@
+"""Ways to the experts (``via``): how tokens reach experts on other devices, one row each.
+
+Passes insert the collectives of a row, the plan prices them, the command line offers the names.
+Formulas: GShard (Lepikhin et al. 2020) for ``capacity``; MaxText for ``ragged`` and ``ring``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Slots = Literal["fixed", "ragged"]
+"""Whether every expert has as many slots as the others, or as many as ask."""
+
+
+@dataclass(frozen=True)
+class Via:
+    """A row of the table.
+
+    Attributes:
+      name: what users type.
+      doc: what becomes of tokens and rows, in a line.
+      to_experts: the collective that brings rows or tokens to experts, by the slots that the way
+        works on; empty where nothing is sent, and without the slots that it does not work on.
+      back: the collective that brings results to their tokens, likewise.
+      per_axis: whether rows cross the mesh axes of the experts one after the other, for which there
+        must be two.
+      is_sliced: whether devices that have the same tokens may each send a part of a row.
+      is_chunked: whether experts may work on one chunk of rows while the next is on its way.
+      is_bounded: whether the slots bound what a device receives, so that no buffer needs a bound.
+      tokens_everywhere: whether all devices of the experts have all tokens.
+    """
+
+    name: str
+    doc: str
+    to_experts: dict[Slots, str]
+    back: dict[Slots, str]
+    per_axis: bool = False
+    is_sliced: bool = False
+    is_chunked: bool = False
+    is_bounded: bool = False
+    tokens_everywhere: bool = False
+
+    @property
+    def exchanges_rows(self) -> bool:
+        """Whether rows are sent to the devices of their experts, and tokens to no other."""
+        return any("all_to_all" in op for op in self.to_experts.values())
+
+    def takes(self, slots: Slots) -> bool:
+        """Return whether the way works on such slots as they are."""
+        return slots in self.to_experts
+
+
+def _both(op: str) -> dict[Slots, str]:
+    return {"fixed": op, "ragged": op}
+
+
+_EITHER: dict[Slots, str] = {"fixed": "all_to_all", "ragged": "ragged_all_to_all"}
+
+WAYS = (
+    Via(
+        "capacity", "a fixed number of rows between any two devices",
+        {"fixed": "all_to_all"}, {"fixed": "all_to_all"},
+        is_sliced=True, is_chunked=True, is_bounded=True,
+    ),
+    Via(
+        "ragged", "as many rows as there are between any two devices",
+        {"ragged": "ragged_all_to_all"}, {"ragged": "ragged_all_to_all"}, is_sliced=True,
+    ),
+    Via(
+        "hierarchical", "rows across one mesh axis of the experts, and then across another",
+        _EITHER, _EITHER, per_axis=True, is_sliced=True, is_chunked=True,
+    ),
+    Via(
+        "ring", "all tokens are gathered, and the sums scattered",
+        _both("all_gather"), _both("reduce_scatter"),
+    ),
+    Via(
+        "replicated", "all devices have all tokens, and add what they computed",
+        _both(""), _both("all_reduce"), tokens_everywhere=True,
+    ),
+)  # fmt: skip
+"""The ways, in the order in which they are offered."""
+
+BY_NAME = {way.name: way for way in WAYS}
+
+VIAS = tuple(BY_NAME)
+"""Their names."""
+
+LOCAL = "local"
+"""No way at all: every device has all experts."""
+
+
+def via(name: str) -> Via | None:
+    """Return the way `name`; None for ``local``.
+
+    Raises:
+      KeyError: there is none.
+    """
+    return None if name == LOCAL else BY_NAME[name]

@@ -1,0 +1,207 @@
+"""Sibling contractions as one: gate and up, of one value, with parameters that end in one matrix.
+
+The rewrite of the pass ``fuse-gate-up``, in the core so that backends can make it too.  Siblings
+contract the same value, each with a parameter of its own, over the same axes and to the same new
+one, and meet, element by element, in what a further parameter contracts that axis of.  So query,
+key and value are none, nor are routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.replace import replace_value
+from moecc.ir.types import Axis
+from moecc.rewrite.match import match
+from moecc.rewrite.pattern import P
+from moecc.weights.movement import Concat
+
+PROJECTION = P.contract(P.any("x"), P.param("w"), over=P.attr("over"))
+"""A contraction of a value with a parameter."""
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Contractions of one value that can be one.
+
+    Attributes:
+      nodes: the contractions, in the order of the graph; each has one new axis, `axis`.
+      axis: the name of the axis along which the matrices are put together.
+    """
+
+    nodes: tuple[Node, ...]
+    axis: str
+
+    @property
+    def params(self) -> tuple[Value, ...]:
+        """The matrices, in the order of `nodes`."""
+        return tuple(node.operands[1] for node in self.nodes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of `axis`, in the order of `nodes`."""
+        return tuple(int(str(param.type[self.axis].size)) for param in self.params)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A parameter that stands for several, for whoever has values of those.
+
+    Attributes:
+      param: its name.
+      parts: the names of the parameters that it stands for, in order; they are gone.
+      axis: the axis along which their values are concatenated.
+    """
+
+    param: str
+    parts: tuple[str, ...]
+    axis: str
+
+
+def find_siblings(graph: Graph, *, need_weights: bool = True) -> list[Siblings]:
+    """Return the sibling contractions of `graph`, in order; a contraction is in one group at most.
+
+    Left out are parameters that something else reads too, of different types on disk, with axes in
+    different orders, or sharded along the axis that would grow: a shard of the whole is not the
+    shards of the parts.
+
+    Args:
+      graph: a graph.
+      need_weights: whether parameters without a weight expression are left out, too.  Whoever
+        concatenates their values by hand (see `Fusion`) needs none.
+    """
+    order = {node: i for i, node in enumerate(graph)}
+    found: list[Siblings] = []
+    taken: set[Node] = set()
+    for down in graph:
+        for group in _groups(down, order):
+            axis = _fusable_axis(group, need_weights)
+            if axis is not None and taken.isdisjoint(group):
+                found.append(Siblings(tuple(group), axis))
+                taken.update(group)
+    return found
+
+
+def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> list[Fusion]:
+    """Make one contraction of each group of siblings, in place, and return what became of them.
+
+    Before::
+
+        %a = contract %n, %gate {over=embed} : f32[batch=B, seq=S, mlp=1536]
+        %u = contract %n, %up {over=embed} : f32[batch=B, seq=S, mlp=1536]
+
+    After::
+
+        %f = contract %n, %gate.fused {over=embed} : f32[batch=B, seq=S, mlp=3072]
+        %a = slice %f {axis=mlp, start=0, stop=1536} : f32[batch=B, seq=S, mlp=1536]
+        %u = slice %f {axis=mlp, start=1536, stop=3072} : f32[batch=B, seq=S, mlp=1536]
+
+    Args:
+      graph: changed in place.
+      origin: the pass and rewrite, for the nodes that are made.
+      need_weights: see `find_siblings`.
+    """
+    made: dict[str, Value] = {}
+    fusions = []
+    for siblings in find_siblings(graph, need_weights=need_weights):
+        whole = _fused_param(graph, siblings)
+        parts = tuple(param.name for param in siblings.params)
+        _replace(graph, siblings, whole, origin)
+        made |= dict.fromkeys(parts, whole)
+        fusions.append(Fusion(whole.name, parts, siblings.axis))
+    _take_places(graph, made)
+    return fusions
+
+
+def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
+    """Yield the contractions that meet in what `down` contracts, those of one value together."""
+    found = match(PROJECTION, down)
+    if found is None or len(found.attr("over")) != 1:
+        return
+    (inner,) = found.attr("over")
+    groups: dict[object, list[Node]] = {}
+    for node in _projections_behind(found.value("x"), inner):
+        groups.setdefault((node.operands[0], node.attrs["over"]), []).append(node)
+    for group in groups.values():
+        if len(group) > 1:
+            yield sorted(group, key=order.__getitem__)
+
+
+def _projections_behind(value: Value, inner: str) -> list[Node]:
+    """Return the contractions to the axis `inner` that `value` is made of element by element."""
+    ends: list[Node] = []
+    seen: set[Node] = set()
+    stack = [value]
+    while stack:
+        node = stack.pop().node
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if match(PROJECTION, node) is not None:
+            if inner in node.operands[1].type:
+                ends.append(node)
+        elif not node.mixes and len(node.results) == 1 and inner in node.result.type:
+            stack.extend(v for v in node.operands if inner in v.type)
+    return ends
+
+
+def _fusable_axis(group: list[Node], need_weights: bool) -> str | None:
+    """Return the axis along which the matrices of `group` can be put together, or None."""
+    params = [node.operands[1] for node in group]
+    x, over = group[0].operands[0], group[0].attrs["over"]
+    added = [n for n in params[0].type.names if n not in over and n not in x.type]
+    if len(added) != 1 or len(set(params)) != len(params):
+        return None
+    axis = added[0]
+    if any(len(p.users) != 1 or p.type[axis].mesh for p in params):
+        return None
+    if len({p.type for p in params}) != 1:
+        return None
+    return axis if _weights_agree(params, need_weights) else None
+
+
+def _weights_agree(params: list[Value], need_weights: bool) -> bool:
+    """Return whether one expression can make what the parameters hold."""
+    weights = [p.weight for p in params]
+    if None in weights:
+        return not need_weights and not any(weights)
+    return len({w.type.dtype for w in weights if w is not None}) == 1
+
+
+def _fused_param(graph: Graph, siblings: Siblings) -> Value:
+    first = siblings.params[0]
+    axis, width = siblings.axis, sum(siblings.sizes)
+    type = first.type.with_axes(Axis(axis, width) if a.name == axis else a for a in first.type)
+    weights = tuple(p.weight for p in siblings.params if p.weight is not None)
+    weight = Concat(weights, axis) if weights else None
+    return graph.param(graph.fresh(f"{first.name}.fused"), type, weight, loc=first.loc)
+
+
+def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> None:
+    """Put one contraction and its parts in the place of the siblings."""
+    first, axis = siblings.nodes[0], siblings.axis
+    builder = Builder(graph, loc=first.loc, origin=origin, before=first)
+    product = builder.contract(first.operands[0], whole, over=first.attrs["over"], name="fused")
+    parts: list[Value] = []
+    start = 0
+    for node, size in zip(siblings.nodes, siblings.sizes, strict=True):
+        builder.loc = node.loc
+        parts.append(builder.slice(product, axis=axis, start=start, stop=start + size))
+        start += size
+    for node, part in zip(siblings.nodes, parts, strict=True):
+        name = node.result.name
+        replace_value(node.result, part)
+        node.erase()
+        # What takes the place of a value takes its name too: the text differs less.
+        graph.rename(part, name)
+
+
+def _take_places(graph: Graph, made: dict[str, Value]) -> None:
+    """Put each new parameter where the first that it stands for is, and erase those."""
+    order = dict.fromkeys(made.get(name, value) for name, value in graph.params.items())
+    for name in made:
+        graph.erase_param(name)
+    graph.order_params(order)

@@ -1,0 +1,21 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def size_text(count_bytes: float) -> str:
+    """Return a number of bytes for people: ``1.38 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count_bytes) < 1000:
+            return f"{count_bytes:.0f} B" if unit == "B" else f"{count_bytes:.2f} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.2f} TB"
+
+
+def count_text(count: float) -> str:
+    """Return a count for people: ``134.5 M``."""
+    for unit in ("", " K", " M", " B"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f} T"

@@ -1,0 +1,21 @@
+"""Decisions that a generator makes, each between alternatives from simple to complex."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Choices(Protocol):
+    """Where the decisions come from."""
+
+    def below(self, count: int) -> int:
+        """Return a number from 0 to `count` − 1; 0 is the simplest choice."""
+        ...
+
+
+def pick(choices: Choices, items: Sequence[T]) -> T:
+    """Return one of `items`, which are ordered from simple to complex."""
+    return items[choices.below(len(items))]

@@ -1,0 +1,154 @@
+"""A tokenizer behind a pipe: whatever its file holds, this process gets an answer or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from moecc.errors import InputError, MachineError, printable
+from moecc.tokenizer.worker import MEMORY_BYTES
+
+LIMIT_SECONDS = 60.0
+"""How long one request may take."""
+
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2", "RUST_BACKTRACE": "0"}
+_MOST_ANSWER_BYTES = 256 << 20
+_READ_BYTES = 1 << 16
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint, in a process that ends with this object.
+
+    Args:
+      data: the content of ``tokenizer.json``.
+      where: what it is called in messages.
+      limit_seconds: how long a request may take.
+
+    Raises:
+      InputError: it cannot be read, takes too long or too much memory, or panics.
+      MachineError: the extra ``tokenizers`` is not installed, or no process can be started.
+    """
+
+    def __init__(self, data: bytes, where: str, limit_seconds: float = LIMIT_SECONDS) -> None:
+        self.where = where
+        self.limit_seconds = limit_seconds
+        try:
+            self._process = subprocess.Popen(
+                # -P: a file of the working folder is not imported for a library.
+                [sys.executable, "-P", "-m", "moecc.tokenizer.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **_ENVIRONMENT},
+            )
+        except OSError as error:
+            raise MachineError(f"no process for the tokenizer: {error.strerror}") from None
+        try:
+            self._ask({"load": len(data)}, data, doing="read")
+        except BaseException:
+            self.close()
+            raise
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, special tokens included. Raises InputError as the class."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text. Raises InputError as the class."""
+        found: list[list[int]] = self._ask({"encode": list(texts)}, doing="used")
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens left out. Raises InputError as the class."""
+        return str(self._ask({"decode": list(ids)}, doing="used"))
+
+    def token(self, id: int) -> str | None:
+        """Return a token as the vocabulary writes it. Raises InputError as the class."""
+        found: str | None = self._ask({"token": id}, doing="used")
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ask(self, request: Mapping[str, Any], data: bytes = b"", *, doing: str) -> Any:
+        """Return the answer to a request, which `data` follows."""
+        message = json.dumps(request).encode() + b"\n" + data
+        line = self._exchange(message, doing)
+        answer = json.loads(line)
+        if "missing" in answer:
+            raise MachineError(
+                "text needs the tokenizers library", hint="pip install 'moecc[tokenizers]'"
+            )
+        if "error" in answer:
+            raise self._failed(doing, printable(answer["error"], 400))
+        return answer["result"]
+
+    def _exchange(self, message: bytes, doing: str) -> bytes:
+        """Write a message and return the line that answers it, both within the time."""
+        source, target = self._process.stdout, self._process.stdin
+        assert source is not None, "it is a pipe"
+        assert target is not None, "it is a pipe"
+        os.set_blocking(target.fileno(), False)
+        deadline = time.monotonic() + self.limit_seconds
+        left, answer = memoryview(message), bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(source, selectors.EVENT_READ)
+            selector.register(target, selectors.EVENT_WRITE)
+            while not answer.endswith(b"\n"):
+                ready = {key.fileobj for key, _ in selector.select(deadline - time.monotonic())}
+                if not ready or time.monotonic() > deadline:
+                    raise self._failed(doing, f"it takes more than {self.limit_seconds:g} s")
+                if target in ready:
+                    left = self._write(left)
+                if target in ready and not left:
+                    selector.unregister(target)
+                if source in ready:
+                    answer += self._read(doing)
+                if len(answer) > _MOST_ANSWER_BYTES:
+                    raise self._failed(doing, f"it answers more than {_MOST_ANSWER_BYTES:,} bytes")
+        return bytes(answer)
+
+    def _read(self, doing: str) -> bytes:
+        assert self._process.stdout is not None, "it is a pipe"
+        data = os.read(self._process.stdout.fileno(), _READ_BYTES)
+        if not data:
+            gigabytes = MEMORY_BYTES / (1 << 30)
+            reason = f"it ended its process, which may take {gigabytes:g} GiB of memory"
+            raise self._failed(doing, reason)
+        return data
+
+    def _write(self, left: memoryview) -> memoryview:
+        assert self._process.stdin is not None, "it is a pipe"
+        try:
+            return left[os.write(self._process.stdin.fileno(), left[:_READ_BYTES]) :]
+        except BlockingIOError:
+            return left
+        except BrokenPipeError:
+            # It has ended; reading says so.
+            return left[:0]
+
+    def _failed(self, doing: str, reason: str) -> InputError:
+        return InputError(f"the tokenizer cannot be {doing}: {reason}", where=self.where)

@@ -1,0 +1,89 @@
+"""The process that holds a tokenizer: answers one request a line, within bounds.
+
+The library is Rust: what it meets in a hostile ``tokenizer.json`` is a panic, which is no Exception
+in Python, or the end of the process where memory runs out.  Here either is an answer, or none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+MEMORY_BYTES = 4 << 30
+CPU_SECONDS = 120
+MOST_TOKENS = 1 << 22
+"""How many tokens one answer has at most."""
+
+
+def main() -> None:
+    """Answer the requests on standard input until it ends."""
+    _bound()
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    worker = Worker()
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer = {"result": worker.answer(request, requests)}
+        except ImportError:
+            answer = {"missing": True}
+        except BaseException as error:  # a panic of Rust is no Exception
+            answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+class Worker:
+    """A tokenizer, once it is loaded."""
+
+    def __init__(self) -> None:
+        self.tokenizer: Any = None
+
+    def answer(self, request: dict[str, Any], stream: BinaryIO) -> Any:
+        """Return the result of one request: load, encode, decode or token."""
+        ((what, given),) = request.items()
+        if what == "load":
+            return self._load(stream.read(given))
+        if what == "encode":
+            return self._encode(given)
+        if what == "decode":
+            return self.tokenizer.decode(given)
+        return self.tokenizer.id_to_token(given)
+
+    def _load(self, data: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+        # What a batch is padded or cut to is not what a text is.
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        found, count = [], 0
+        for text in texts:
+            ids = self.tokenizer.encode(text).ids
+            count += len(ids)
+            if count > MOST_TOKENS:
+                raise ValueError(f"more than {MOST_TOKENS:,} tokens")
+            found.append(ids)
+        return found
+
+
+def _bound() -> None:
+    """Let the system end this process rather than the machine run out of memory."""
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return
+    for kind, limit in (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CPU, CPU_SECONDS),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(kind, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The options of ``upcycle``, and what follows from them alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Literal
+
+from moecc.ir.gates import convention
+from moecc_passes.upcycle.gates import GateLaw
+
+Gates = Literal[
+    "renormalised", "top-k-softmax", "softmax", "sigmoid-renormalised", "sigmoid", "switch",
+    "sparsemixer", "ones",
+]  # fmt: skip
+Routing = Literal["token-choice", "prototypes", "hash", "expert-choice", "soft"]
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """What ``upcycle`` is asked for."""
+
+    experts: Annotated[int, "N, the experts stored"] = 8
+    top_k: Annotated[int, "k, the experts that a token goes to"] = 2
+    layers: Annotated[
+        str,
+        "all, nowhere, every:N, first:N|half, last:N|half, middle:N, a list 3,7,11, or a glob",
+    ] = "all"
+    granularity: Annotated[int, "G, the slices of a block that make up one virtual group"] = 1
+    shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
+    gates: Annotated[
+        Gates, "the gate convention; top-k-softmax, of the chosen, is renormalised by another name"
+    ] = "renormalised"
+    gate_scale: Annotated[float, "what the gates are multiplied by (routed scaling factor)"] = 1.0
+    scale_placement: Annotated[
+        Literal["down", "up-down", "cube-root"], "where the factor that gates ask for is put"
+    ] = "down"
+    init: Annotated[Literal["copy", "noise", "drop"], "how copies are made to differ"] = "copy"
+    noise_std: Annotated[float, "init=noise: the standard deviation"] = 0.01
+    noise: Annotated[
+        Literal["relative", "absolute"], "init=noise: whether std is in units of the tensor's own"
+    ] = "relative"
+    drop_ratio: Annotated[float, "init=drop: the share of neurons drawn anew"] = 0.5
+    router_init: Annotated[
+        Literal["normal", "truncated-normal", "uniform", "zero", "logit-std", "switch"],
+        "the router's weights; truncated-normal is cut at 3 std; logit-std: normal with the std "
+        "router-std / √embed, so that the logits of a normalised input have router-std; switch: "
+        "the same, cut at 2 std",
+    ] = "normal"
+    router_std: Annotated[float, "their standard deviation"] = 0.02
+    slots: Annotated[Literal["ragged", "capacity"], "dropless, or a bound on rows an expert"] = (
+        "ragged"
+    )
+    capacity_factor: Annotated[float, "slots=capacity: the capacity factor"] = 1.25
+    groups: Annotated[int, "slots=capacity: the token groups that capacity counts in"] = 1
+    routing: Annotated[
+        Routing,
+        "token-choice; prototypes: one expert from each of top-k groups (M6-T); hash: the token's "
+        "id decides; and in encoders only expert-choice, where experts choose tokens, and soft, "
+        "where they get averages of tokens",
+    ] = "token-choice"
+    balance_bias: Annotated[
+        bool, "a bias [expert] that takes part in the choice alone, for loss-free balancing"
+    ] = False
+    soft_slots: Annotated[int, "routing=soft: the slots of an expert"] = 1
+    decoder_layers: Annotated[
+        str | None, "layers for the decoder of an encoder-decoder; none: as layers says"
+    ] = None
+    extra_ffn: Annotated[
+        Literal["none", "before", "after"],
+        "a dense sublayer beside each sparse one; adds 0 at first",
+    ] = "none"
+    expert_bias: Annotated[
+        Literal["none", "multiplicative", "additive"],
+        "a vector for each expert before its last matrix; ones or zeros at first",
+    ] = "none"
+
+    @cached_property
+    def law(self) -> GateLaw:
+        """The sum of the gates under these options."""
+        return GateLaw(
+            convention(self.gates).name, self.experts, self.top_k, self.granularity,
+            self.gate_scale, has_prototypes=self.routing == "prototypes",
+        )  # fmt: skip
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether an expert takes a bounded number of rows."""
+        return self.routing == "expert-choice" or self.slots == "capacity"

@@ -1,0 +1,193 @@
+"""Gate conventions, ways to the experts and dispatch strategies: rows that hold, and meanings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+from moecc_backends.reference import routing as reference
+from moecc_passes.sharding.experts.expert_parallel import ExpertParallelPass
+from moecc_passes.upcycle.gates import MEANINGS, GateLaw
+from moecc_passes.upcycle.upcycle import Gates
+
+from moecc.backend import get_backend
+from moecc.cli.cmd_plan import Via as ViaOption
+from moecc.ir import Builder, Graph
+from moecc.ir.dispatch_strategies import COST_CLASSES, DISPATCHES, STRATEGIES
+from moecc.ir.dtypes import F64
+from moecc.ir.gates import CONVENTIONS, GATES, SPELLINGS, GateConvention, convention
+from moecc.ir.types import tensor
+from moecc.plan.exchanges import Rows, transfers
+from moecc.plan.vias import VIAS, WAYS, Via
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+EXPERTS = 5
+
+
+def gates_of(row: GateConvention, logits: Array, top_k: int) -> Array:
+    """Return the gates that the reference makes of ``[tokens, expert]``."""
+    graph = Graph("g")
+    x = graph.input("x", tensor(F64, batch="B", expert=logits.shape[1]))
+    _, gates = Builder(graph).route(x, top_k=top_k, gates=row.name)
+    graph.set_output("y", gates)
+    found: Array = get_backend("reference").compile(graph).run({}, {"x": logits})["y"]
+    return found
+
+
+def choices(row: GateConvention) -> range:
+    return range(1, 1 + min(row.max_top_k or EXPERTS, EXPERTS))
+
+
+def drawn(tokens: int = 64) -> Array:
+    """Return logits far apart, and logits so near to one another that sparsemixer mixes them."""
+    rng = np.random.default_rng(0)
+    far = rng.normal(0, 2, (tokens, EXPERTS))
+    return np.concatenate([far, 1 + rng.normal(0, 0.005, (tokens, EXPERTS))])
+
+
+ROWS = pytest.mark.parametrize("row", CONVENTIONS, ids=lambda row: str(row.name))
+
+
+@ROWS
+def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
+    pytest.importorskip("jax")
+    from moecc_backends.xla import lower_moe
+
+    for table in (reference.GATES, lower_moe.GATES, MEANINGS):
+        assert set(table) == set(GATES)
+    assert row.score is None or row.score in reference.SCORES
+
+
+@ROWS
+def test_equal_logits_have_the_sum_that_the_row_says(row: GateConvention) -> None:
+    for top_k in choices(row):
+        total = gates_of(row, np.zeros((1, EXPERTS)), top_k).sum()
+        assert total == pytest.approx(row.zero_router_sum(EXPERTS, top_k), rel=1e-14)
+
+
+@ROWS
+def test_the_sum_is_constant_where_the_row_says_so_and_nowhere_else(row: GateConvention) -> None:
+    for top_k in choices(row):
+        sums = gates_of(row, drawn(), top_k).sum(1)
+        is_constant = bool(np.ptp(sums) < 1e-12)
+        assert is_constant == row.sum_is_constant(EXPERTS, top_k), top_k
+        if row.constant_sum:
+            assert sums[0] == pytest.approx(row.zero_router_sum(EXPERTS, top_k), rel=1e-12)
+
+
+@ROWS
+def test_renormalised_gates_are_divided_by_their_sum(row: GateConvention) -> None:
+    sums = gates_of(row, drawn(), 2).sum(1)
+    assert bool(np.allclose(sums, 1, rtol=1e-12)) == row.renormalised
+
+
+@ROWS
+def test_a_router_learns_at_top_1_where_the_row_says_so(row: GateConvention) -> None:
+    logits = drawn()
+    moved = logits.copy()
+    moved[:, 0] += 1e-3
+    changes = np.abs(gates_of(row, moved, 1) - gates_of(row, logits, 1)).max()
+    assert bool(changes > 1e-9) == row.learns_at_top_1
+
+
+@ROWS
+def test_equal_logits_have_equal_gates_where_the_row_says_so(row: GateConvention) -> None:
+    # Two experts ahead of the others, as the members of a virtual group are.
+    logits = np.array([[1.0, 1.0, -0.5, 0.25, -1.0]])
+    first, second = gates_of(row, logits, 2)[0]
+    assert bool(first == second) == row.equal_for_equal_logits
+
+
+@ROWS
+def test_the_law_of_upcycle_has_the_gates_of_the_reference(row: GateConvention) -> None:
+    for top_k in choices(row):
+        law = GateLaw(row.name, EXPERTS, top_k)
+        found = law.gates(drawn())
+        assert np.allclose(found, gates_of(row, drawn(), top_k), rtol=1e-12, atol=1e-12)
+
+
+@ROWS
+def test_a_bias_needs_a_score(row: GateConvention) -> None:
+    graph = Graph("g")
+    x = graph.input("x", tensor(F64, batch="B", expert=EXPERTS))
+    bias = graph.param("bias", tensor(F64, expert=EXPERTS))
+    build = Builder(graph)
+
+    def biased() -> object:
+        return build.route(x, bias, top_k=1, gates=row.name, using=("bias",))
+
+    if row.score is None:
+        with pytest.raises(Exception, match="no score"):
+            biased()
+    else:
+        assert biased()
+
+
+def test_users_have_every_convention_and_the_spellings() -> None:
+    assert set(get_args(Gates)) == {*GATES, *SPELLINGS}
+    assert {convention(name).name for name in get_args(Gates)} == set(GATES)
+    with pytest.raises(KeyError):
+        convention("unknown")
+
+
+# --- ways to the experts
+
+
+def test_users_are_offered_every_way() -> None:
+    assert tuple(ViaOption) == VIAS
+    hint = get_type_hints(ExpertParallelPass, include_extras=True)["via"]
+    assert hint.__origin__ is not None
+    assert isinstance(hint, type(Annotated[int, ""]))
+    assert get_args(hint.__origin__) == VIAS
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.name))
+def test_a_plan_prices_the_collectives_of_the_row(way: Via) -> None:
+    for dropless in (True, False):
+        slots = "ragged" if dropless else "fixed"
+        if not way.takes(slots):
+            continue
+        rows = Rows(64, 128, 4, 4, 2, 8, dropless=dropless)
+        ops = {t.op for t in transfers(way.name, rows, ("near", "far"), 1)}
+        assert ops == {op for op in (way.to_experts[slots], way.back[slots]) if op}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.name))
+def test_the_pass_takes_what_the_row_allows(way: Via) -> None:
+    def fits(**options: Any) -> bool:
+        return not ExpertParallelPass(via=way.name, **options).validate()  # type: ignore[arg-type]
+
+    assert fits()
+    assert fits(slice="model") == way.is_sliced
+    assert fits(chunks=2) == way.is_chunked
+    assert fits(buffer_factor=2.0) != way.is_bounded
+
+
+# --- dispatch strategies
+
+
+def test_no_strategy_lacks_a_lowering() -> None:
+    pytest.importorskip("jax")
+    from moecc_backends.xla.dispatches import TABLE
+
+    assert tuple(TABLE) == DISPATCHES
+    assert {n for n, way in TABLE.items() if way.in_slots} == {
+        row.name for row in STRATEGIES if row.in_slots
+    }
+
+
+def test_what_a_plan_chooses_is_a_class_of_strategies() -> None:
+    assert set(COST_CLASSES) == {"index", "grouped", "onehot"}
+    assert [row.name for row in STRATEGIES if row.cost is None] == ["scan"]
+    assert all(row.in_slots == (row.cost in ("index", "onehot")) for row in STRATEGIES)
+
+
+def test_the_command_names_every_strategy() -> None:
+    import inspect
+
+    from moecc.cli import cmd_lower
+
+    source = inspect.getsource(cmd_lower)
+    assert f"auto, or {', '.join(DISPATCHES)} for all layers." in source

@@ -1,0 +1,233 @@
+"""Gate and up as one product: where it is done, where it is left, and that nothing else changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moecc_passes.fuse_gate_up import FuseGateUpPass
+
+from moecc.errors import CheckError
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.ir import Graph, clone, equal, parse, print_graph
+from moecc.ir.dtypes import F32
+from moecc.pipeline.check import check_pipeline
+from moecc.pipeline.passes import EXACT, Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.rewrite.fuse_siblings import Fusion, find_siblings, fuse_siblings
+from moecc.testing import assert_same, laws
+from moecc.testing.blocks import experts, feed_forward
+from moecc.testing.generate import random_graph
+from moecc.weights.expr import Source
+from moecc.weights.movement import Concat
+
+from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled
+
+ITEM = FuseGateUpPass()
+
+
+def with_sources(graph: Graph) -> Graph:
+    """Give each parameter that has none an expression: what has none is not fused."""
+    for name, value in graph.params.items():
+        value.weight = value.weight or Source(name, value.type)
+    return graph
+
+
+def fused(graph: Graph) -> Graph:
+    after = clone(graph)
+    ITEM.apply(after, Context())
+    laws.check_graph(after)
+    return after
+
+
+def contractions(graph: Graph) -> list[str]:
+    return [n.operands[1].name for n in graph if n.op.name == "contract"]
+
+
+def test_a_gated_block_has_two_products_instead_of_three() -> None:
+    dense = Dense(layers=2, residual=True, bias_in=True)
+    before = dense.graph()
+    after = fused(before)
+    assert contractions(before)[:3] == ["layers.0.gate", "layers.0.up", "layers.0.down"]
+    assert contractions(after) == [
+        f"layers.{i}.{n}" for i in range(2) for n in ("gate.fused", "down")
+    ]
+    whole = after.params["layers.0.gate.fused"]
+    assert str(whole.type) == "f64[mlp=24, embed=8]"
+    assert isinstance(whole.weight, Concat)
+    assert [x.name for x in whole.weight.xs if isinstance(x, Source)] == [
+        "layers.0.gate", "layers.0.up"
+    ]  # fmt: skip
+    # It stands where the first of its parts stood.
+    order = [n for n in after.params if n.startswith("layers.0")]
+    assert order.index("layers.0.gate.fused") == 1
+    tensors, inputs = Tensors(before), tokens(dense)
+    expected = run(before, tensors.params(before), inputs)["y"]
+    assert relative(run(after, tensors.params(after), inputs)["y"], expected) < 1e-14
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": "capacity", "capacity_factor": 1.0}])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_have_two_products_instead_of_three(
+    options: dict[str, str], transposed: bool
+) -> None:
+    dense = Dense(transposed=transposed)
+    sparse, _ = upcycled(dense.graph(), experts=4, init="noise", shared=0.5, **options)
+    assert [s.axis for s in find_siblings(sparse)] == ["mlp", "mlp"]
+    after = fused(sparse)
+    whole = after.params["layers.0.gate.fused"]
+    assert set(whole.type.names) == {"expert", "mlp", "embed"}
+    tensors, inputs = Tensors(sparse), tokens(dense)
+    expected = run(sparse, tensors.params(sparse), inputs)["y"]
+    assert relative(run(after, tensors.params(after), inputs)["y"], expected) < 1e-14
+
+
+def test_a_second_time_there_is_nothing_left() -> None:
+    after = fused(Dense().graph())
+    again = clone(after)
+    assert not ITEM.apply(again, Context()).changed
+    assert equal(after, again)
+
+
+GATED = """
+moecc 1
+graph g {
+  input %x : f32[batch=B, embed=4]
+  param %gate : f32[mlp=6, embed=4] = source("gate" : f32[mlp=6, embed=4])
+  param %up : f32[mlp=6, embed=4] = source("up" : f32[mlp=6, embed=4])
+  param %down : f32[embed=4, mlp=6] = source("down" : f32[embed=4, mlp=6])
+  %a = contract %x, %gate {over=embed} : f32[batch=B, mlp=6]
+  %u = contract %x, %up {over=embed} : f32[batch=B, mlp=6]
+  %s = silu %a : f32[batch=B, mlp=6]
+  %m = mul %s, %u : f32[batch=B, mlp=6]
+  %y = contract %m, %down {over=mlp} : f32[batch=B, embed=4]
+  output y = %y
+}
+"""
+
+
+def test_values_inside_keep_their_names_and_other_users() -> None:
+    graph = parse(GATED.replace("output y = %y", "output y = %y\n  output a = %a"))
+    after = fused(graph)
+    assert "%a = slice %fused {axis=mlp, start=0, stop=6}" in print_graph(after)
+    assert "%u = slice %fused {axis=mlp, start=6, stop=12}" in print_graph(after)
+    assert_same(graph, after)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  output y = %y", "  output y = %y\n  output w = %up"),
+        ("%u = contract %x, %up", "%u = contract %x, %gate"),
+        ('source("up" : f32[', 'source("up" : bf16['),
+        (' = source("up" : f32[mlp=6, embed=4])', ""),
+        (
+            '%up : f32[mlp=6, embed=4] = source("up" : f32[mlp=6, embed=4])',
+            '%up : f32[embed=4, mlp=6] = source("up" : f32[embed=4, mlp=6])',
+        ),
+        ("%u = contract %x, %up", "%v = neg %x : f32[batch=B, embed=4]\n  %u = contract %v, %up"),
+        ("%m = mul %s, %u : f32[batch=B, mlp=6]", "%m = silu %s : f32[batch=B, mlp=6]"),
+        ("%s = silu %a : ", "%s = softmax %a {axis=mlp} : "),
+    ],
+    ids=["an output", "shared", "element types", "no weight", "orders", "values", "apart", "mixed"],
+)  # fmt: skip
+def test_what_cannot_be_one_product_stays_as_it_is(old: str, new: str) -> None:
+    assert old in GATED
+    graph = parse(GATED.replace(old, new))
+    assert find_siblings(graph) == []
+    assert equal(fused(graph), graph)
+
+
+def test_a_parameter_that_two_layers_share_stays() -> None:
+    more = "  %y2 = contract %x, %up {over=embed} : f32[batch=B, mlp=6]\n  output z = %y2\n}"
+    graph = parse(GATED.replace("\n}", f"\n{more}"))
+    assert equal(fused(graph), graph)
+
+
+@pytest.mark.parametrize(("at", "count"), [("mlp", 0), ("embed", 1)])
+def test_a_shard_of_the_whole_is_not_the_shards_of_the_parts(at: str, count: int) -> None:
+    graph = parse(GATED.replace("graph g {", 'graph g {\n  attr mesh = {"model": 2}'))
+    for name in ("gate", "up"):
+        value = graph.params[name]
+        value.type = value.type.with_axes(
+            replace(a, mesh=("model",)) if a.name == at else a for a in value.type
+        )
+    assert len(find_siblings(graph)) == count
+
+
+def test_query_key_and_value_are_no_siblings() -> None:
+    """A Llama: three products of one value in attention stay, and two in each block are one."""
+    config = {
+        "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    }  # fmt: skip
+    found = find_siblings(build(parse_config(config, "config")), need_weights=False)
+    names = [[value.name for value in siblings.params] for siblings in found]
+    assert names == [
+        [f"model.layers.{i}.mlp.{n}_proj.weight" for n in ("gate", "up")] for i in range(2)
+    ]
+
+
+def test_whoever_has_values_is_told_how_to_join_them() -> None:
+    graph = parse(GATED)
+    for value in graph.params.values():
+        value.weight = None
+    after = clone(graph)
+    assert fuse_siblings(after, origin="here") == []
+    assert fuse_siblings(after, origin="here", need_weights=False) == [
+        Fusion("gate.fused", ("gate", "up"), "mlp")
+    ]
+    rng = np.random.default_rng(0)
+    params = {n: rng.normal(size=[a.size for a in v.type]) for n, v in graph.params.items()}
+    joined = {"down": params["down"]}
+    joined["gate.fused"] = np.concatenate([params["gate"], params["up"]], axis=0)
+    inputs = {"x": rng.normal(size=(3, 4))}
+    assert relative(run(after, joined, inputs)["y"], run(graph, params, inputs)["y"]) < 1e-14
+
+
+# --- laws
+
+
+@given(seed=st.integers(0, 2**24 - 1))
+def test_laws(seed: int) -> None:
+    laws.check_pass(ITEM, with_sources(random_graph(seed, steps=(feed_forward, experts))))
+
+
+def test_the_laws_are_not_empty() -> None:
+    """Of a hundred random graphs, at least every fourth has a place that the pass works on."""
+    found = [
+        len(find_siblings(with_sources(random_graph(seed, steps=(feed_forward, experts)))))
+        for seed in range(100)
+    ]
+    assert sum(n > 0 for n in found) >= 25
+
+
+# --- the promise
+
+
+class _ExactPass(FuseGateUpPass):
+    """The same, with a promise that it does not keep."""
+
+    name: ClassVar[str] = "fuse-exactly"
+    preserves = EXACT
+
+
+def test_it_is_not_bit_exact_and_the_check_says_so() -> None:
+    graph = Dense(embed=64, mlp=96, layers=2, residual=True, dtype=F32).graph()
+    check_pipeline(graph, Pipeline((ITEM,)))
+    with pytest.raises(CheckError, match="fuse-exactly"):
+        check_pipeline(graph, Pipeline((_ExactPass(),)))
+
+
+def test_in_a_pipeline() -> None:
+    graph = Dense(layers=2).graph()
+    report = run_pipeline(graph, Pipeline.parse("upcycle{experts=4},fuse-gate-up,dce"))
+    assert report.runs[1].result.stats == {"products-fused": 4, "products-made": 2}
+    assert not {n for n in graph.params if n.endswith((".gate", ".up"))}

@@ -1,0 +1,253 @@
+"""Pipeline templates: passes under one name, with their options forwarded by declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pytest
+
+from moecc.errors import InputError, Problem, UsageError
+from moecc.ir import Graph, parse
+from moecc.pipeline.options import options
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
+from moecc.pipeline.registry import Registry, installed
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.template import PipelineTemplate, Step, TemplateOption
+from moecc.pipeline.text import Pipeline
+from moecc.rewrite.match import NearMiss
+
+from .samples import REGISTRY
+
+
+@dataclass(frozen=True)
+class NotePass(Pass):
+    """Write words into the graph's attributes."""
+
+    name: ClassVar[str] = "note"
+    summary: ClassVar[str] = "write words"
+
+    word: Annotated[str, "what is written"]
+    times: Annotated[int, "how often"] = 1
+    kind: Annotated[Literal["exact", "approximate"], "the promise"] = "exact"
+
+    @property
+    def preserves(self) -> Preserves:
+        """As the option says."""
+        return Preserves("approximate", self.word) if self.kind == "approximate" else EXACT
+
+    def validate(self) -> list[Problem]:
+        """Refuse to write nothing."""
+        return [Problem("too few", "times", found=str(self.times))] if self.times < 1 else []
+
+    def warnings(self) -> list[Problem]:
+        """Warn of many."""
+        return [Problem("many", "times")] if self.times > 5 else []
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Write."""
+        graph.attrs["notes"] = [*graph.attrs.get("notes", []), *[self.word] * self.times]
+        return PassResult(True, self.times, {"words": self.times, self.word: 1})
+
+
+@dataclass(frozen=True)
+class PickyPass(Pass):
+    """Match only where asked to."""
+
+    name: ClassVar[str] = "picky"
+    summary: ClassVar[str] = "match where asked"
+    must_match: ClassVar[bool] = True
+    preserves = EXACT
+
+    found: bool = True
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Match or miss."""
+        misses = [] if self.found else [NearMiss("picky", "here", "was told so")]
+        return PassResult(self.found, int(self.found), near_misses=misses)
+
+
+def _not_both(item: Any) -> Iterator[Problem]:
+    if item.word == "both":
+        yield Problem("not both", "word")
+
+
+TWICE = PipelineTemplate(
+    name="note-twice",
+    summary="write two words",
+    options=(
+        TemplateOption("times", 2),
+        TemplateOption("word", doc="the first word"),
+        TemplateOption("second", True, "whether another follows", bool),
+        TemplateOption("kind"),
+    ),
+    steps=(
+        Step(NotePass, ("word", "times")),
+        Step(NotePass, ("kind",), {"word": "end"}, when="second", statistics=("end",)),
+    ),
+    check=_not_both,
+)
+
+
+def registry(*templates: PipelineTemplate) -> Registry:
+    made = {t.name: (lambda t=t: t) for t in templates}
+    return REGISTRY.extended(made, "the tests")
+
+
+def graph() -> Graph:
+    return parse("moecc 1\ngraph g {\n input %x : f32[a=2]\n output y = %x\n}\n")
+
+
+def run(text: str, template: PipelineTemplate = TWICE, **context: Any) -> tuple[Graph, Any]:
+    made = graph()
+    pipeline = Pipeline.parse(text, registry(template))
+    return made, run_pipeline(made, pipeline, context=Context(**context))
+
+
+def test_options_come_from_the_passes_unless_the_template_says_otherwise() -> None:
+    found = options(registry(TWICE).get("note-twice"))
+    assert list(found) == ["times", "word", "second", "kind"]
+    assert (found["times"].default, found["times"].doc) == (2, "how often")
+    assert found["word"].required
+    assert (found["word"].type, found["word"].doc) == (str, "the first word")
+    assert found["kind"].type == Literal["exact", "approximate"]
+    assert found["kind"].default == "exact"
+
+
+def test_it_runs_its_passes_in_order() -> None:
+    made, report = run("note-twice{word=a}")
+    assert made.attrs["notes"] == ["a", "a", "end"]
+    (one,) = report.runs
+    assert one.result.matched == 2
+    assert one.result.stats == {"words": 2, "a": 1, "end": 1}
+
+
+def test_a_step_is_left_out_by_its_option() -> None:
+    made, report = run("note-twice{word=a second=false kind=approximate}")
+    assert made.attrs["notes"] == ["a", "a"]
+    assert report.preserves == EXACT
+
+
+def test_the_promise_is_the_weakest() -> None:
+    _, report = run("note-twice{word=a kind=approximate}")
+    assert report.preserves == Preserves("approximate", "end")
+    assert TWICE(word="a", kind="approximate").preserves == report.preserves
+
+
+def test_both_spellings_are_one_and_print_as_one() -> None:
+    texts = (
+        "@note-twice{word=a times=3}",
+        "note-twice{word=a times=3}",
+        " @note-twice{times=3 word=a}",
+    )
+    made = [Pipeline.parse(text, registry(TWICE)) for text in texts]
+    assert made[0] == made[1] == made[2]
+    assert str(made[0]) == "note-twice{times=3 word=a}"
+
+
+def test_the_mark_is_for_templates() -> None:
+    with pytest.raises(UsageError, match="top is a pass, not a pipeline template") as caught:
+        Pipeline.parse("@note-twice{word=a},@top", registry(TWICE))
+    assert "1:21" in str(caught.value)
+    assert "top, without @" in str(caught.value)
+    with pytest.raises(UsageError, match="did you mean 'note-twice'"):
+        Pipeline.parse("@note-twic", registry(TWICE))
+    with pytest.raises(UsageError, match=r"expected the name of a pass, found '\{'"):
+        Pipeline.parse("@{word=a}", registry(TWICE))
+
+
+def test_problems_of_the_passes_are_shown_at_the_options_of_the_template() -> None:
+    with pytest.raises(UsageError) as caught:
+        Pipeline.parse("note-twice{word=both times=0}", registry(TWICE))
+    assert [p.what.partition("\n")[0] for p in caught.value.problems] == ["too few", "not both"]
+    assert "pipeline:1:22" in str(caught.value.problems[0].where)
+    warned = Pipeline.parse("note-twice{word=a times=6}", registry(TWICE)).warnings()
+    assert [p.where for p in warned] == ["note-twice, option times"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_must_match_ends_the_run(first: bool) -> None:
+    note = Step(NotePass, fixed={"word": "a"})
+    picky = Step(PickyPass, ("found",))
+    steps = (picky, note) if first else (note, picky)
+    template = PipelineTemplate("both", "two", steps, (TemplateOption("found"),))
+    with pytest.raises(InputError, match="both: matched nothing, and must match") as caught:
+        run("both{found=false}", template)
+    assert "here: was told so" in str(caught.value)
+    made, report = run("both{found=false}", template, allow_unmatched=True)
+    assert report.changed is not first
+    assert made.attrs.get("notes", []) == ([] if first else ["a"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"steps": ()}, "it has no step"),
+        ({"steps": (Step(NotePass, ("wrd",), {"word": "a"}),)}, "note has no option 'wrd'"),
+        ({"steps": (Step(NotePass, fixed={"word": "a", "x": 1}),)}, "note has no option 'x'"),
+        ({"steps": (Step(NotePass, ("times",)),)}, "note needs the option 'word'"),
+        (
+            {"steps": (Step(NotePass, ("word",), {"word": "a"}),)},
+            "the option 'word' of note is forwarded and fixed",
+        ),
+        ({"options": TWICE.options[1:]}, "it forwards 'times' to note, and does not offer it"),
+        (
+            {"options": (*TWICE.options[:2], TWICE.options[3])},
+            "note runs by the option 'second', which it does not offer",
+        ),
+        ({"options": (*TWICE.options, TemplateOption("times"))}, "offers the option 'times' twice"),
+        ({"options": (*TWICE.options, TemplateOption("more", 1, type=int))}, "no step takes its"),
+        (
+            {"options": (*TWICE.options[:2], TemplateOption("second", True), TWICE.options[3])},
+            "its option 'second' has no type",
+        ),
+        ({"name": "Two"}, "'Two' is not in kebab-case"),
+    ],
+)
+def test_a_faulty_declaration_is_refused_with_its_fault(changes: Any, fault: str) -> None:
+    faulty = replace(TWICE, **changes)
+    with pytest.raises(UsageError) as caught:
+        registry(faulty).get(faulty.name)
+    assert fault in str(caught.value)
+    assert "the tests, " in str(caught.value)
+
+
+OWN = """
+from moecc_passes.dce import DcePass
+from moecc_passes.st_moe import ST_MOE
+from moecc.pipeline.template import PipelineTemplate, Step
+
+CLEAN = PipelineTemplate("clean", "remove what is dead, twice", (Step(DcePass), Step(DcePass)))
+assert ST_MOE.steps
+"""
+
+
+def test_a_file_of_ones_own_may_hold_templates(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN, encoding="utf-8")
+    found = installed().with_file(path)
+    assert set(found.names()) - set(installed().names()) == {"clean"}
+    (item,) = Pipeline.parse("@clean", found)
+    assert item.preserves == EXACT
+    assert found.get("clean").__doc__ == "Remove what is dead, twice."
+
+
+def test_st_moe_is_a_template_and_upcycle_is_none() -> None:
+    assert Pipeline.parse("@st-moe{experts=4}") == Pipeline.parse("st-moe{experts=4}")
+    with pytest.raises(UsageError, match="upcycle is a pass, not a pipeline template"):
+        Pipeline.parse("@upcycle")
+
+
+def test_options_reach_the_passes_that_they_name() -> None:
+    """Whatever a step forwards has in the step's pass the value that the template was given."""
+    from moecc_passes.st_moe import ST_MOE
+
+    item = ST_MOE(experts=4, threshold=0.5, z_coef=0.25, mode="eval")
+    for step, made in item.parts:
+        assert all(getattr(made, name) == getattr(item, name) for name in step.forward)
+    assert [made.name for _, made in item.parts] == [
+        "upcycle", "record-modes", "specialize", "add-losses"
+    ]  # fmt: skip
+    assert [m.name for _, m in ST_MOE(losses=False).parts] == ["upcycle", "record-modes"]
