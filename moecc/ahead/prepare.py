@@ -13,14 +13,14 @@ from moecc.ir.graph import Graph
 from moecc.models import open_model
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.search import Wish, check_wish, search
 from moecc.plan.strategy import Setting, Strategy
-from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Workload, workload
 from moecc.settings import float_type
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import LOCAL
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""

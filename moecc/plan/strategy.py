@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moecc.ir.dtypes import BF16, F32, DType
-from moecc.plan.layout import Layout
-from moecc.plan.vias import LOCAL
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import LOCAL
 
 REMATS = ("none", "save", "full")
 """What the backward pass computes again: nothing; all but the results of attention and combine;

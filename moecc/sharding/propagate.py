@@ -60,12 +60,14 @@ class Propagation:
 
     Attributes:
       types: of each value as it is made, and of each reshard.
+      wanted: of each parameter as its first use wants it.
       visible: of each value what others see: itself, or its sum carried out.
       operands: of each node what it takes.
       reshards: what is brought elsewhere, in the order of the nodes.
     """
 
     types: dict[Ref, TensorType] = field(default_factory=dict)
+    wanted: dict[Value, TensorType] = field(default_factory=dict)
     visible: dict[Value, Ref] = field(default_factory=dict)
     operands: dict[Node, tuple[Ref, ...]] = field(default_factory=dict)
     reshards: list[Reshard] = field(default_factory=list)
@@ -111,7 +113,7 @@ def propagate(
             ) from None
     for value in params:
         if value not in walk.found.visible:
-            walk.make(value, assigner.stored(assigner.lone(value.type)))
+            walk.store(value, assigner.lone(value.type))
     return walk.found
 
 
@@ -128,6 +130,10 @@ class _Walk:
         self.found.types[value] = type
         self.found.visible[value] = value
 
+    def store(self, value: Value, wanted: TensorType) -> None:
+        self.found.wanted[value] = wanted
+        self.make(value, self.assigner.stored(wanted))
+
     def site(self, site: Site) -> None:
         node, types, visible = site.node, self.found.types, self.found.visible
         refs = [visible.get(v) for v in site.operands]
@@ -138,7 +144,7 @@ class _Walk:
         assignment = self.assigner.node(site, given, self.cuts)
         for number, value in enumerate(site.operands):
             if value not in visible:
-                self.make(value, self.assigner.stored(assignment.wanted(number, value.type)))
+                self.store(value, assignment.wanted(number, value.type))
         taken = tuple(
             self._brought(assignment, number, ref or visible[site.operands[number]])
             for number, ref in enumerate(refs)

@@ -19,7 +19,7 @@ from moecc.ir.dtypes import F64
 from moecc.ir.gates import CONVENTIONS, GATES, SPELLINGS, GateConvention, convention
 from moecc.ir.types import tensor
 from moecc.plan.exchanges import Rows, transfers
-from moecc.plan.vias import VIAS, WAYS, Via
+from moecc.sharding.vias import VIAS, WAYS, Via
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

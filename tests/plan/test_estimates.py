@@ -20,12 +20,13 @@ from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import Rows, legal
-from moecc.plan.layout import Layout, layouts
+from moecc.plan.layouts import layouts
+from moecc.sharding.layout import Layout
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import REMATS, Setting, Strategy
-from moecc.plan.vias import LOCAL, VIAS
+from moecc.sharding.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")

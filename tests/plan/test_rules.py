@@ -21,12 +21,13 @@ from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
 from moecc.plan.estimate import Estimator
 from moecc.plan.exchanges import legal
-from moecc.plan.layout import Layout, layouts, problems
+from moecc.plan.layouts import layouts, problems
+from moecc.sharding.layout import Layout
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import Setting, Strategy
-from moecc.plan.vias import LOCAL, VIAS
+from moecc.sharding.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
 

@@ -18,7 +18,8 @@ from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, length_variables
 from moecc.plan.collectives import rows_sent
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.layout import Layout, check_layout
+from moecc.plan.layouts import check_layout
+from moecc.sharding.layout import Layout
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.strategy import Setting, Strategy

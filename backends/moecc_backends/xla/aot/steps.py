@@ -20,7 +20,7 @@ from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.repetition import repetitions
-from moecc.plan.layout import Layout
+from moecc.sharding.layout import Layout
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.lower.gspmd import Spread
 from moecc_backends.xla.lower.shard_map import sharded_function, spec

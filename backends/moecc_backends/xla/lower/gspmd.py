@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moecc.ir.graph import Node, Value
 from moecc.ir.kept import feeds_route, only_routes
 from moecc.ir.table.placing import capacity, group_count
-from moecc.plan.layout import Layout
+from moecc.sharding.layout import Layout
 from moecc_backends.xla.dispatch.gather_vjp import combine, dispatch
 from moecc_backends.xla.dispatch.layout import Routing, SlotPacking
 from moecc_backends.xla.dispatch.permutation import Placement as RowPlacement

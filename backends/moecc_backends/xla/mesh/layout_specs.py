@@ -1,6 +1,6 @@
 """Where values and parameters lie on a mesh under a layout of the plan, by the names of their axes.
 
-`moecc.plan.layout.Layout` says which mesh axes split the batch, the experts, the neurons and the
+`moecc.sharding.layout.Layout` says which mesh axes split the batch, the experts, the neurons and the
 parameters; what stands here applies that to one array.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from moecc.ir.graph import Graph, Node
-from moecc.plan.layout import TENSOR_AXES, Layout
+from moecc.sharding.layout import TENSOR_AXES, Layout
 
 Parts = dict[str, tuple[str, ...]]
 """For each axis that is split, the mesh axes that it lies on, outermost first."""

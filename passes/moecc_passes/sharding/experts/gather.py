@@ -12,26 +12,23 @@ from moecc.ir.replace import infer_again, replace_value
 from moecc.ir.table.collectives import format_placement
 from moecc.ir.traits import Collective
 from moecc.sharding.routes import gathered, sums_back, without
+from moecc.sharding.vias import Via
 from moecc_passes.sharding.emit import emit
 from moecc_passes.sharding.experts.exchange import erase_unused, uses
-from moecc_passes.sharding.experts.layer import LaidLayer, need
+from moecc_passes.sharding.experts.layer import LaidLayer
 from moecc_passes.sharding.groups import ATTRIBUTE as GROUPS
 
 
-def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, via: str) -> None:
+def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) -> None:
     """Bring tokens instead of rows to the experts of `layer`.
 
     Args:
       graph: the graph.
       layer: the layer.
       builder: makes the nodes.
-      via: ``ring``, where the results are scattered, or ``replicated``, where all have the sums.
+      way: whether the results are scattered, or all have the sums.
     """
     over = layer.exchanged
-    last = "*".join(over)
-    need(not over or layer.token_mesh[-len(over) :] == over, layer,
-         "tokens can only be gathered along the innermost of their mesh axes",
-         f"tokens on …*{last}", "exchange the mesh axes in the rule of the batch")  # fmt: skip
     routed = layer.routed
     replay = _Replay(graph, layer, builder, over)
     experts, place, gates = (replay.value(v) for v in (routed.experts, routed.place, routed.gates))
@@ -53,7 +50,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, via: str) ->
     infer_again(graph, [combine], start=combine)
     builder.before = combine._next
     made = combine.result
-    y = emit(builder, made, sums_back(made.type, away.type, via))
+    y = emit(builder, made, sums_back(made.type, away.type, way))
     away.replace_by(y)
     graph.erase_input(away.name)
     for value in (*routed.dispatch.results, routed.place, routed.gates, routed.experts):
