@@ -187,6 +187,8 @@ def _check_counts(mesh: Mesh, space: Space, lies: Mapping[str, _Lies]) -> None:
 
 def _carried(entry: Entry, operands: Sequence[Given], lies: Mapping[str, _Lies]) -> Iterator[str]:
     """Yield the mesh axes over which operands, and so the result, are sums not carried out."""
+    if not any(v.type.unreduced for v in operands):
+        return
     split = {m for where in lies.values() for m in where.mesh}
     sums = [set(v.type.unreduced) for v in operands]
     for number, value in enumerate(operands):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecc.ir.graph import Node, Value
 from moecc.plan.part_traffic import Moved, moved
@@ -37,6 +37,13 @@ class Work:
             return 1
         return 2 + (part.onward and self.strategy.remat != "none")
 
+    def routed(self, one: Routed) -> int:
+        """Return how often a collective on the way to the experts or back runs."""
+        if one.step is not None:
+            return self.forward(one.step)
+        runs = not one.stream or self.strategy.stream_axis in one.stream
+        return int(self.setting.train and runs)
+
     def forward(self, step: Step) -> int:
         """Return how often a step runs forward, and again for the backward pass."""
         if not self.setting.train:
@@ -45,50 +52,53 @@ class Work:
         return 1 + again[self.strategy.remat]
 
 
+@dataclass(frozen=True)
+class Routed:
+    """A collective on the way to the experts or back.
+
+    Attributes:
+      moved: the collective.
+      step: what it runs forward with, and again; None: once, in the backward pass.
+      stream: mesh axes of which the stream between layers must be one for it to run; empty: always.
+    """
+
+    moved: Moved
+    step: Step | None
+    stream: tuple[str, ...] = ()
+
+
 def exchange(
-    layer: SparseLayer, way: Via, work: Work, steps: Mapping[Node, Step], sharded: Sharded
-) -> Iterator[tuple[Moved, int]]:
-    """Yield what tokens and rows of a layer go through on a way to the experts, and how often.
+    layer: SparseLayer, way: Via, part: Slice | None, steps: Mapping[Node, Step], sharded: Sharded
+) -> Iterator[Routed]:
+    """Yield what tokens and rows of a layer go through on a way to the experts and back.
 
     Args:
       layer: the layer.
       way: the way.
-      work: how often what is done.
+      part: how rows are cut in slices; None: they are sent whole.
       steps: the steps of the part that has the layer, by node.
       sharded: the part under its layout.
     """
-    strategy, train = work.strategy, work.setting.train
-    part = Slice(layer.width, strategy.layout.tensor_axes[0]) if strategy.sliced else None
     for stage in route(layer, way, sharded.found, part):
         step, shape = _subject(stage, layer, steps)
         for one in sent(stage.source, stage.steps):
             found = moved(sharded, one, shape, _why(stage, way, one.op))
+            back = moved(sharded, one, shape, "", transposed=True)
             if found is not None:
-                yield found, work.forward(step)
-            if train:
-                yield from _back(one, stage, way, shape, strategy, sharded)
-    if train and way.tokens_everywhere:
+                yield Routed(found, step)
+            if back is not None:
+                # Where all devices have all of a gradient, they take their part of it.
+                whole = stage.value == "added" and one.op == "all_gather"
+                named = replace(back, why=_why(stage, way, back.op))
+                yield Routed(named, None, one.mesh if whole else ())
+    if way.tokens_everywhere:
         # Each device has the gradient of what its own experts made of the tokens.
         shape = steps[layer.dispatch.node].operands[0]
         mesh = tuple(m for m in layer.expert_mesh if m not in layer.exchanged)
         one = Sent("all_reduce", mesh, layer.tokens, is_local=False)
         found = moved(sharded, one, shape, _WHY[way.exchanges_rows, False, "all_reduce"])
         if found is not None:
-            yield found, 1
-
-
-def _back(
-    one: Sent, stage: Stage, way: Via, shape: Shape, strategy: Strategy, sharded: Sharded
-) -> Iterator[tuple[Moved, int]]:
-    """Yield what brings the gradient back past a collective."""
-    found = moved(sharded, one, shape, _why(stage, way, one.op), transposed=True)
-    if found is None:
-        return
-    whole = stage.value == "added" and one.op == "all_gather"
-    if whole and strategy.stream_axis not in one.mesh:
-        # All devices have all of the gradient, and take their part of it.
-        return
-    yield Moved(found.op, found.axes, found.elements, _why(stage, way, found.op), found.of_rows), 1
+            yield Routed(found, None)
 
 
 def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tuple[Step, Shape]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moecc.ir.graph import Node, Value
@@ -10,7 +10,7 @@ from moecc.plan.residuals import root_of
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharded
 from moecc.plan.workload import Part, Step, Weight
-from moecc.sharding.collectives import TRANSPOSED, Sent, sent, steps
+from moecc.sharding.collectives import TRANSPOSED, Sent
 from moecc.sharding.gradients import GradientSum
 from moecc.sharding.propagate import Ref, Reshard
 from moecc.sharding.routes import SparseLayer, sparse_layer
@@ -78,9 +78,10 @@ def traffic_of(part: Part, sharded: Sharded) -> PartTraffic:
     sites = [sharded.work.sample.sites[node] for node in part.nodes]
     layer = sparse_layer(sites, sharded.found)
     reader = _Reader(part, sharded, layer)
+    gathers = [(w, tuple(reader.gathers(w))) for w in part.weights]
     return PartTraffic(
-        params=tuple(m for w in part.weights for m in reader.gathers(w)),
-        gradients=tuple(m for w in part.weights for m in reader.gradient_sums(w)),
+        params=tuple(m for _, found in gathers for m in found),
+        gradients=tuple(m for w, found in gathers for m in reader.summed(w, found)),
         forward=tuple(reader.forward()),
         backward=tuple(reader.backward()),
         layer=layer,
@@ -111,15 +112,15 @@ class _Reader:
     def gathers(self, weight: Weight) -> Iterator[Moved]:
         """Yield how a parameter that is stored in parts is gathered."""
         stored, used = self.sharded.stored(weight), self.sharded.used(weight)
-        for one in sent(stored, steps(stored, used)):
+        for one in self.sharded.work.sample.resharded(stored, used):
             found = moved(self.sharded, one, weight.shape, "parameters")
             if found is not None:
                 yield found
 
-    def gradient_sums(self, weight: Weight) -> Iterator[Moved]:
+    def summed(self, weight: Weight, gathers: Iterable[Moved]) -> Iterator[Moved]:
         """Yield how a gradient is summed: scattered where it is stored in parts, else reduced."""
         left = set(self.sharded.summed(weight))
-        for gathered in self.gathers(weight):
+        for gathered in gathers:
             axes = tuple(n for n in gathered.axes if n in left)
             left.difference_update(gathered.axes)
             if axes:
@@ -141,7 +142,7 @@ class _Reader:
                     yield self._carried(seen, step, shape, "partial sums")
 
     def _carried(self, reshard: Reshard, step: Step, shape: Shape, why: str) -> Carried:
-        done = sent(reshard.source, steps(reshard.source, reshard.target))
+        done = self.sharded.work.sample.resharded(reshard.source, reshard.target)
         found = (moved(self.sharded, one, shape, why) for one in done)
         return Carried(
             step, tuple(m for m in found if m is not None), in_route=self._routed(reshard)

@@ -45,7 +45,7 @@ class Sharded:
 
     @cached_property
     def _shard(self) -> tuple[Propagation, Gradients]:
-        return self.work.sample.shard(self.layout.assigner)
+        return self.work.sample.shard(self.layout)
 
     @cached_property
     def gradient_sums(self) -> dict[Node, list[GradientSum]]:
@@ -114,6 +114,7 @@ class Sharding:
 
     sharded: Sharded
     rows: float = 1.0
+    _known: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[object, float] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -123,7 +124,7 @@ class Sharding:
 
     def with_rows(self, rows: float) -> Sharding:
         """Return the same with another number of rows."""
-        return replace(self, rows=rows, _sums={})
+        return replace(self, rows=rows, _known={}, _sums={})
 
     @property
     def layout(self) -> Layout:
@@ -139,8 +140,11 @@ class Sharding:
 
     def elements(self, shape: Shape) -> float:
         """Return the elements of a value on one device."""
-        found = self.sharded.elements(shape)
-        return found * self.rows if shape.has_slots else found
+        found = self._known.get(shape)
+        if found is None:
+            rows = self.rows if shape.has_slots else 1.0
+            found = self._known[shape] = self.sharded.elements(shape) * rows
+        return found
 
     def used(self, weight: Weight) -> float:
         """Return the elements of a parameter where it is used: split over experts and neurons."""

@@ -18,6 +18,7 @@ from moecc.plan.part_traffic import Moved, traffic_of
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import Setting, Strategy
 from moecc.plan.workload import Part, Workload
+from moecc.sharding.routes import Slice, SparseLayer
 from moecc.sharding.vias import via
 
 
@@ -48,10 +49,18 @@ def part_transfers(
             yield transfer(one, carried.share)
     if layer is None or way is None:
         return
+    routed = sharded.once(
+        (id(part), way.name, strategy.sliced),
+        lambda: tuple(exchange(layer, way, _slice(layer, strategy), found.steps, sharded)),
+    )
     times: Counter[Moved] = Counter()
-    for one, count in exchange(layer, way, doing, found.steps, sharded):
-        times[one] += count
-    yield from (transfer(one, count) for one, count in times.items())
+    for each in routed:
+        times[each.moved] += doing.routed(each)
+    yield from (transfer(one, count) for one, count in times.items() if count)
+
+
+def _slice(layer: SparseLayer, strategy: Strategy) -> Slice | None:
+    return Slice(layer.width, strategy.layout.tensor_axes[0]) if strategy.sliced else None
 
 
 def sparse_rows(

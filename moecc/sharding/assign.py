@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
-from moecc.ir.types import Axis, Extent, Size, TensorType
+from moecc.ir.types import Axis, Extent, TensorType
 from moecc.sharding.rules import LayoutRule
 from moecc.sharding.sites import Site
 
@@ -77,12 +77,15 @@ class Assigner:
       rules: the rules, those that take mesh axes first in front.
       free: names of axes and counts that any number of shards divides: they are set afterwards.
       used: the mesh axes over which anything is sharded; it grows.
+      asked: whether a number is divided by the sizes of mesh axes, as far as it was asked; a mesh
+        of the same names that answers alike shards all alike.
     """
 
     mesh: Mesh
     rules: Sequence[LayoutRule]
     free: frozenset[str] = frozenset()
     used: set[str] = field(default_factory=set)
+    asked: dict[tuple[int, tuple[str, ...]], bool] = field(default_factory=dict)
 
     def node(self, site: Site, given: Sequence[TensorType | None], cuts: Cuts) -> Assignment:
         """Return how the dimensions of an operation are sharded.
@@ -164,9 +167,8 @@ class Assigner:
             if name not in self.mesh.names or name in taken:
                 continue
             mesh = (*dimension.mesh, *more, name)
-            parts = self.mesh.size(mesh)
-            wrong = [a for a in dimension.axes if not self._divides(a, parts)]
-            if rule.optional and any(cut % parts for cut in dimension.cuts):
+            wrong = [a for a in dimension.axes if not self._divides(a, mesh)]
+            if rule.optional and not all(self._parts_divide(c, mesh) for c in dimension.cuts):
                 continue
             if not wrong:
                 more.append(name)
@@ -228,18 +230,29 @@ class Assigner:
                 dimension.mesh = mesh
                 taken.update(mesh)
 
-    def _fits(self, dimension: Dimension, mesh: Iterable[str]) -> bool:
-        parts = self.mesh.size(mesh)
-        return all(self._divides(a, parts) for a in dimension.axes)
+    def _fits(self, dimension: Dimension, mesh: tuple[str, ...]) -> bool:
+        return all(self._divides(a, mesh) for a in dimension.axes)
 
-    def _divides(self, axis: Axis, parts: int) -> bool:
-        return axis.name in self.free or _divides(axis.size, parts)
+    def _divides(self, axis: Axis, mesh: tuple[str, ...]) -> bool:
+        size = axis.size
+        if isinstance(size, str) or axis.name in self.free:
+            return True
+        if isinstance(size, Extent):
+            # What a place sets shows at run time: one shard alone divides it for certain.
+            return size.kind == "groups" or self._parts_divide(1, mesh)
+        return self._parts_divide(size, mesh)
+
+    def _parts_divide(self, number: int, mesh: tuple[str, ...]) -> bool:
+        key = (number, mesh)
+        answer = self.asked.get(key)
+        if answer is None:
+            answer = self.asked[key] = divides(number, self.mesh, mesh)
+        return answer
 
 
-def _divides(size: Size, parts: int) -> bool:
-    if isinstance(size, Extent):
-        return size.kind == "groups" or parts == 1
-    return isinstance(size, str) or size % parts == 0
+def divides(number: int, mesh: Mesh, axes: Iterable[str]) -> bool:
+    """Whether the shards over `axes` of a mesh divide a number."""
+    return number % mesh.size(axes) == 0
 
 
 def _pin(
