@@ -96,7 +96,7 @@ def exchange(
         shape = steps[layer.dispatch.node].operands[0]
         mesh = tuple(m for m in layer.expert_mesh if m not in layer.exchanged)
         one = Sent("all_reduce", mesh, layer.tokens, is_local=False)
-        found = moved(sharded, one, shape, _WHY[way.exchanges_rows, False, "all_reduce"])
+        found = moved(sharded, one, shape, _SAID)
         if found is not None:
             yield Routed(found, None)
 
@@ -118,19 +118,19 @@ def _maker(value: Value) -> Node:
     return value.node
 
 
-_WHY = {
-    (True, True, "all_gather"): "parts of rows",
-    (True, True, "reduce_scatter"): "sums of rows",
-    (True, True, "all_reduce"): "partial sums",
-    (True, False, "all_gather"): "parts of tokens",
-    (True, False, "reduce_scatter"): "sums of tokens",
-    (False, False, "all_gather"): "tokens to all experts",
-    (False, False, "reduce_scatter"): "sums to their tokens",
-    (False, False, "all_reduce"): "what the experts of each device say",
-}
-"""What a collective is for, by whether rows are exchanged, whether it moves them, and its name."""
+_ROWS = {"all_gather": "parts of rows", "reduce_scatter": "sums of rows"}
+_SLICES = {"all_gather": "parts of tokens", "reduce_scatter": "sums of tokens"}
+_TOKENS = {"all_gather": "tokens to all experts", "reduce_scatter": "sums to their tokens"}
 
 
 def _why(stage: Stage, way: Via, op: str) -> str:
-    of_rows = stage.value in ("rows", "made")
-    return _WHY.get((way.exchanges_rows, of_rows, op), "rows to experts and back")
+    """Return what a collective is for, in a few words."""
+    if op == "all_reduce":
+        return _SAID if way.tokens_everywhere else "partial sums"
+    if not way.exchanges_rows:
+        return _TOKENS.get(op, "")
+    names = _ROWS if stage.value in ("rows", "made") else _SLICES
+    return names.get(op, "rows to experts and back")
+
+
+_SAID = "what the experts of each device say"

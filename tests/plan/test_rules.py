@@ -22,14 +22,14 @@ from moecc.plan.batches import make_batch
 from moecc.plan.estimate import Estimator
 from moecc.plan.exchanges import legal
 from moecc.plan.layouts import layouts, problems
-from moecc.sharding.layout import Layout
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import Setting, Strategy
-from moecc.sharding.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import LOCAL, VIAS
 
 DEVICES = 16
 FEW: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ def test_a_device_holds_what_the_plan_says(model: str) -> None:
     work = known(model)[1]
     wrong = []
     for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
-        local = Sharding(layout)
+        local = Sharding.of(layout, work)
         matrices = sum(n * local.stored(w) for w, n in work.weights if len(w.shape.axes) > 1)
         vectors = sum(n * local.stored(w) for w, n in work.weights if len(w.shape.axes) == 1)
         found = held(model, layout)
@@ -119,7 +119,7 @@ def test_rules_of_a_file_are_planned_and_laid_alike(tmp_path: Path) -> None:
     file.write_text("\n".join(lines))
     work = known("mixtral-8x7b")[1]
     layout = Layout.ruled(parse_mesh("rows=8,columns=2"), work.experts, (str(file),))
-    local = Sharding(layout)
+    local = Sharding.of(layout, work)
     planned = sum(n * local.stored(w) for w, n in work.weights)
     assert planned == sum(held("mixtral-8x7b", layout))
     assert local.stored_axes(next(w for w, _ in work.weights if w.of_experts)) == ()
