@@ -21,10 +21,11 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.repetition import repetitions
 from moecc.sharding.layout import Layout
+from moecc.sharding.spec import value_spec
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.lower.gspmd import Spread
 from moecc_backends.xla.lower.shard_map import sharded_function, spec
-from moecc_backends.xla.mesh.layout_specs import group_counts, value_parts
+from moecc_backends.xla.mesh.token_groups import group_counts
 from moecc_backends.xla.trace.options import Options
 from moecc_backends.xla.train.step import (
     LOGITS,
@@ -125,7 +126,7 @@ class Guided:
 
     def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
         """Return where an array lies whose axes, with these sizes, lie as those of `value`."""
-        return self.spread.sharding(tuple(sizes), value_parts(self.spread.layout, sizes))
+        return self.spread.sharding(tuple(sizes), value_spec(self.spread.layout, sizes))
 
     def model(self, graph: Graph) -> Model:
         """Return `graph` as a function on the mesh."""

@@ -21,12 +21,12 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.kept import feeds_route, only_routes
 from moecc.ir.table.placing import capacity, group_count
 from moecc.sharding.layout import Layout
+from moecc.sharding.spec import ShardingSpec, group_spec, param_spec, value_spec
 from moecc_backends.xla.dispatch.gather_vjp import combine, dispatch
 from moecc_backends.xla.dispatch.layout import Routing, SlotPacking
 from moecc_backends.xla.dispatch.permutation import Placement as RowPlacement
 from moecc_backends.xla.dispatch.permutation import capacity_placement
 from moecc_backends.xla.lower.dispatch_combine import ranks_in_experts, wanted_choices
-from moecc_backends.xla.mesh.layout_specs import Parts, group_parts, value_parts, weight_parts
 from moecc_backends.xla.trace.context import Context, Lowering
 from moecc_backends.xla.trace.values import SLOT_AXES, Named, Operand
 
@@ -91,17 +91,17 @@ class Spread:
         results = made if isinstance(made, tuple) else (made,)
         return tuple(map(self._held, results))
 
-    def sharding(self, axes: tuple[str, ...], parts: Parts) -> NamedSharding:
+    def sharding(self, axes: tuple[str, ...], parts: ShardingSpec) -> NamedSharding:
         """Return the sharding of an array with `axes`, whose `parts` lie on mesh axes."""
         return NamedSharding(self.mesh, _spec(*(parts.get(a) for a in axes)))
 
     def weight_sharding(self, value: Value, *, stored: bool, layers: str = "") -> NamedSharding:
         """Return the sharding of a parameter, where it lies or where it is used."""
         sizes = {a.name: s for a, s in zip(value.type.axes, value.type.shape, strict=True)}
-        parts = weight_parts(self.layout, sizes, stored=stored, layers=layers)
+        parts = param_spec(self.layout, sizes, stored=stored, layers=layers)
         return self.sharding(value.type.names, {} if only_routes(value) else parts)
 
-    def constrained(self, x: Named, parts: Parts) -> Named:
+    def constrained(self, x: Named, parts: ShardingSpec) -> Named:
         """Return `x` held to `parts`."""
         held = _hold(x.array, self.sharding(x.axes, parts))
         return Named(held, x.axes)
@@ -109,7 +109,7 @@ class Spread:
     def _held(self, x: Operand) -> Operand:
         if not isinstance(x, Named) or x.array.ndim < 2 or not set(_TOKEN_AXES) & set(x.axes):
             return x
-        return self.constrained(x, value_parts(self.layout, _sizes(x)))
+        return self.constrained(x, value_spec(self.layout, _sizes(x)))
 
     def _used(self, x: Operand | None, value: Value, node: Node) -> Operand | None:
         """Return a parameter as it is used, gathered from where it is stored."""
@@ -120,7 +120,7 @@ class Spread:
         if feeds_route(node):
             return Named(_gathered(x.array, self.sharding(x.axes, {}), None), x.axes)
         used, stored = (
-            self.sharding(x.axes, weight_parts(self.layout, _sizes(x), stored=s))
+            self.sharding(x.axes, param_spec(self.layout, _sizes(x), stored=s))
             for s in (False, True)
         )
         return Named(_gathered(x.array, used, stored), x.axes)
@@ -173,7 +173,7 @@ class Spread:
         return self._with_groups(parts)
 
     def _with_groups(self, array: jax.Array) -> jax.Array:
-        spec = group_parts(self.layout, {"group": array.shape[0]})
+        spec = group_spec(self.layout, {"group": array.shape[0]})
         axes = ("group", *("" for _ in array.shape[1:]))
         held: jax.Array = _hold(array, self.sharding(axes, spec))
         return held
@@ -197,8 +197,8 @@ class Spread:
 
     def _exchanged(self, slots: Named) -> Named:
         """Return rows that lie with their groups where their experts are."""
-        at_groups = self.constrained(slots, group_parts(self.layout, _sizes(slots)))
-        return self.constrained(at_groups, value_parts(self.layout, _sizes(slots)))
+        at_groups = self.constrained(slots, group_spec(self.layout, _sizes(slots)))
+        return self.constrained(at_groups, value_spec(self.layout, _sizes(slots)))
 
     def _combine(
         self,
@@ -214,8 +214,8 @@ class Spread:
         routing, groups = packing.routing, packing.routing.groups
         rest = tuple(a for a in rows.axes if a not in SLOT_AXES)
         slots = rows.to(("group", "expert", "slot", *rest))
-        at_experts = self.constrained(slots, value_parts(self.layout, _sizes(slots)))
-        back = self.constrained(at_experts, group_parts(self.layout, _sizes(slots))).array
+        at_experts = self.constrained(slots, value_spec(self.layout, _sizes(slots)))
+        back = self.constrained(at_experts, group_spec(self.layout, _sizes(slots))).array
         inner = back.shape[3:]
         (choice,) = (a for a in gates.axes if a not in routing.tokens)
         weights = gates.to((*routing.tokens, choice)).array
