@@ -12,6 +12,7 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.types import Axis, TensorType
 from moecc.plan.shapes import Shape
 from moecc.plan.workload import Weight, Workload
+from moecc.sharding.assign import ROWS
 from moecc.sharding.gradients import Gradients, GradientSum
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import Propagation
@@ -77,12 +78,13 @@ class Sharded:
         return self.layout.mesh.size(m for a in type.axes for m in a.mesh)
 
     def _lone(self, shape: Shape) -> TensorType:
-        axes = [Axis(name, int(size) if size == int(size) else name) for name, size in shape]
         if shape.has_slots:
             # The rows of all groups count as slots of a shape, and it is the groups that are split.
-            axes = [Axis("group", "group"), *(Axis(a.name, a.name) for a in axes)]
+            axes = [Axis("group", "group"), *(Axis(name, name) for name in shape.names)]
+            return self.layout.assigner.lone(TensorType(F32, tuple(axes)))
+        axes = [Axis(name, int(size) if size == int(size) else name) for name, size in shape]
         # An axis of this name meets rows; that of a router's choices has another.
-        beside = ("slot",) if "expert" in shape.names else ()
+        beside = ROWS if "expert" in shape.names else ()
         return self.layout.assigner.lone(TensorType(F32, tuple(axes)), beside)
 
     def value(self, weight: Weight) -> Value:

@@ -15,6 +15,10 @@ Cuts = Mapping[str, Collection[int]]
 """By the name of an axis, the numbers of what it is cut into or merged from: heads, say."""
 
 
+ROWS = (Axis("group", "group"), Axis("slot", "slot"))
+"""The axes of rows that run beside those of a parameter of experts where it is used."""
+
+
 @dataclass
 class Dimension:
     """A dimension of an operation, and the mesh axes over which it is sharded.
@@ -112,15 +116,15 @@ class Assigner:
             self._by_rules(dimensions, site.by_axis)
         return Assignment(site, dimensions)
 
-    def lone(self, type: TensorType, beside: Collection[str] = ()) -> TensorType:
+    def lone(self, type: TensorType, beside: Sequence[Axis] = ()) -> TensorType:
         """Return `type`, of a value that is looked at by itself, sharded by the rules.
 
         Args:
           type: the type.
-          beside: axes that run along with it where it is used.
+          beside: axes that run along with it where it is used, and take mesh axes, too.
         """
-        dimensions = {a.name: Dimension((a,)) for a in type.axes}
-        self._by_rules(dimensions, {n: (n,) for n in dimensions}, beside)
+        dimensions = {a.name: Dimension((a,)) for a in (*type.axes, *beside)}
+        self._by_rules(dimensions, {n: (n,) for n in dimensions})
         axes = (Axis(a.name, a.size, dimensions[a.name].mesh) for a in type.axes)
         return TensorType(type.dtype, tuple(axes))
 
@@ -142,16 +146,13 @@ class Assigner:
         return type.with_axes(axes.values())
 
     def _by_rules(
-        self,
-        dimensions: Mapping[str, Dimension],
-        by_axis: Mapping[str, Sequence[str]],
-        beside: Collection[str] = (),
+        self, dimensions: Mapping[str, Dimension], by_axis: Mapping[str, Sequence[str]]
     ) -> None:
         taken = {m for d in dimensions.values() for m in d.mesh}
         for rule in self.rules:
             if rule.stored or rule.axis not in by_axis:
                 continue
-            if rule.beside and rule.beside not in by_axis and rule.beside not in beside:
+            if rule.beside and rule.beside not in by_axis:
                 continue
             for name in by_axis[rule.axis]:
                 dimension = dimensions[name]

@@ -8,7 +8,7 @@ too and gathers them where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.dtypes import F32
 from moecc.ir.mesh import Mesh
 from moecc.ir.types import Axis, TensorType
-from moecc.sharding.assign import Assigner
+from moecc.sharding.assign import ROWS, Assigner
 from moecc.sharding.rules import LayoutRule, read_layouts
 
 DENSE_WEIGHTS = ("whole", "split")
@@ -118,7 +118,7 @@ class Layout:
         optional = [replace(rule, optional=True) for rule in self.rules]
         return Assigner(self.mesh, optional, frozenset(("group", "groups")))
 
-    def sharded(self, name: str, beside: Collection[str] = ()) -> tuple[str, ...]:
+    def sharded(self, name: str, beside: Sequence[Axis] = ()) -> tuple[str, ...]:
         """Return the mesh axes over which an axis is sharded, outermost first.
 
         Args:
@@ -128,7 +128,7 @@ class Layout:
         type = self.assigner.lone(TensorType(F32, (Axis(name, name),)), beside)
         return type[name].mesh
 
-    def axes_of(self, name: str, beside: Collection[str] = ()) -> tuple[str, ...]:
+    def axes_of(self, name: str, beside: Sequence[Axis] = ()) -> tuple[str, ...]:
         """Return the same in the order of the mesh."""
         found = self.sharded(name, beside)
         return tuple(n for n in self.mesh.names if n in found)
@@ -136,7 +136,7 @@ class Layout:
     @cached_property
     def expert_axes(self) -> tuple[str, ...]:
         """The mesh axes over which the experts are sharded."""
-        return self.axes_of("expert", ("slot",)) if self.experts else ()
+        return self.axes_of("expert", ROWS) if self.experts else ()
 
     @cached_property
     def batch_axes(self) -> tuple[str, ...]:

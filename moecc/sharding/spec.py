@@ -5,11 +5,12 @@ XLA's partitioner is told these; they are what propagation starts from at inputs
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moecc.ir.dtypes import F32
 from moecc.ir.types import Axis, TensorType
+from moecc.sharding.assign import ROWS
 from moecc.sharding.layout import Layout
 
 ShardingSpec = dict[str, tuple[str, ...]]
@@ -44,11 +45,11 @@ def param_spec(layout: Layout, sizes: Sizes, *, stored: bool, layers: str = "") 
       layers: the axis along which layers are stacked, which is never sharded.
     """
     inner = {name: size for name, size in sizes.items() if name != layers}
-    used = _lone(layout, inner, ("slot",) if "expert" in inner else ())
+    used = _lone(layout, inner, ROWS if "expert" in inner else ())
     return spec_of(layout.assigner.stored(used) if stored else used)
 
 
-def _lone(layout: Layout, sizes: Sizes, beside: Collection[str] = ()) -> TensorType:
+def _lone(layout: Layout, sizes: Sizes, beside: Sequence[Axis] = ()) -> TensorType:
     # Sizes are known here, and so are the numbers of groups.
     assigner = replace(layout.assigner, free=frozenset())
     type = TensorType(F32, tuple(Axis(name, size) for name, size in sizes.items()))
