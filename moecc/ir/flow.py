@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.operand import Attrs, Entry, Operand
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 Names = Mapping[str, str]
 """Axis → dimension; an axis that is not named has no influence, and in a result lies whole."""
@@ -70,7 +70,7 @@ class Given(NamedTuple):
     type: TensorType
 
 
-def propagate_sharding(
+def sharded_results(
     entry: Entry,
     space: Space,
     operands: Sequence[Given],
@@ -89,7 +89,7 @@ def propagate_sharding(
     Raises:
       InputError: an operand lies where the operation cannot take it; it names operand and axis.
     """
-    if not any(o.type.is_placed for o in operands):
+    if not any(o.type.is_sharded for o in operands):
         return tuple(t.bare for t in types)
     lies = _dimensions(entry, operands, space)
     _check_once(lies)
@@ -100,18 +100,18 @@ def propagate_sharding(
     return tuple(_placed(t, space.result, lies, tuple(left)) for t in types)
 
 
-def placed_types(
+def propagate_sharding(
     entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
 ) -> tuple[TensorType, ...]:
     """Return the result `types` with the sharding that follows from the values `operands`.
 
     Raises:
-      InputError: as `propagate_sharding` does.
+      InputError: as `sharded_results` does.
     """
     space = space_of(entry, operands, attrs)
     mesh = mesh_of(operands[0].graph) if space.counts else None
     given = [Given(v.name, v.type) for v in operands]
-    return propagate_sharding(entry, space, given, types, mesh)
+    return sharded_results(entry, space, given, types, mesh)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.flow import Rule, placed_types
+from moecc.ir.flow import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
 from moecc.ir.operand import Operand, Region
 from moecc.ir.traits import (
@@ -31,7 +31,7 @@ from moecc.ir.traits import (
     RowMove,
     SizeRule,
 )
-from moecc.ir.types import TensorType, is_name, is_size, is_whole
+from moecc.types.tensor import TensorType, is_name, is_size, is_whole
 
 REQUIRED = object()
 """Marks an attribute that has no default."""
@@ -95,7 +95,6 @@ class OpDef:
       homogeneous: what factors on operands do to the result, where `linear` does not say it.
       normalises: whether a row along the mixed axis is made independent of its magnitude.
       domain: where it is defined.
-      cost: what it costs.
       collective: of an operation that changes only where a value lies, what it does.
       sharding: by which dimensions it shares a mesh; without a rule all operands lie whole.
       local: the attributes with which one device runs it, where they differ.
@@ -127,7 +126,6 @@ class OpDef:
     homogeneous: Homogeneity | None = None
     normalises: bool = False
     domain: Domain = Domain.REAL
-    cost: Cost = Cost.FUSED
     collective: Collective | None = None
     sharding: Rule | None = None
     local: LocalRule | None = None
@@ -162,6 +160,41 @@ class OpDef:
     def fusable(self) -> bool:
         """Whether the compiler of a TPU makes it a part of the product that reads its result."""
         return self.gradient_in_place or self.normalises
+
+    @property
+    def cost(self) -> Cost:
+        """What it costs: products, look-ups, norms and rows pass through memory, others do not."""
+        if self.moves is not None or self.normalises:
+            return Cost.READ_WRITE
+        if self.index is not None and self.linear:
+            return Cost.LOOK_UP
+        multiplies = self.linear == (0, 1) and not self.jointly and not self.elementwise
+        return Cost.PRODUCT if multiplies else Cost.FUSED
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies and sums, as a matrix product does."""
+        return self.cost is Cost.PRODUCT
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it adds operands element by element."""
+        return self.elementwise and self.jointly and self.commutative
+
+    @property
+    def is_scaling(self) -> bool:
+        """Whether it multiplies operands element by element."""
+        return self.elementwise and self.linear == (0, 1) and not self.jointly
+
+    @property
+    def routes(self) -> bool:
+        """Whether tokens choose their experts by it."""
+        return self.chooses and not self.assigns_slots
+
+    @property
+    def is_distribution(self) -> bool:
+        """Whether it turns scores into shares of a whole."""
+        return self.normalises and not self.is_norm
 
     @property
     def is_norm(self) -> bool:
@@ -224,9 +257,9 @@ class OpDef:
           InputError: operands or attributes do not suit the operation.
         """
         types = self.infer(operands, attrs)
-        if self.places or not any(v.type.is_placed for v in operands):
+        if self.places or not any(v.type.is_sharded for v in operands):
             return types
-        return placed_types(self, operands, attrs, types)
+        return propagate_sharding(self, operands, attrs, types)
 
     def _unknown(self, name: str) -> Problem:
         hint = nearest(name, self.attrs) or f"attributes: {', '.join(self.attrs) or 'none'}"

@@ -9,7 +9,7 @@ from moecc.ir.graph import Node, Value
 from moecc.plan.part_traffic import Moved, moved
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharded
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Part, Step
 from moecc.sharding.collectives import Sent, sent
 from moecc.sharding.routes import Slice, SparseLayer, Stage, route
@@ -26,7 +26,7 @@ class Work:
     """
 
     strategy: Strategy
-    setting: Setting
+    setting: StepConfig
 
     def gathers(self, part: Part) -> int:
         """Return how often parameters are gathered.

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.types import TensorType
 from moecc.sharding.assign import Assigner, divides
 from moecc.sharding.collectives import Sent, sent, steps
 from moecc.sharding.gradients import Dependence, Gradients, dependence, gradients
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import Propagation, propagate
 from moecc.sharding.sites import Site, cuts_of, sites_of
+from moecc.types.tensor import TensorType
 
 Key = tuple[tuple[str, ...], tuple[str, ...]]
 """The names of rules, and of the axes of a mesh."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Node, Value
-from moecc.ir.types import Axis, TensorType
 from moecc.plan.shapes import Shape
 from moecc.plan.workload import Weight, Workload
 from moecc.sharding.assign import ROWS
 from moecc.sharding.gradients import Gradients, GradientSum
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import Propagation
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType
 
 T = TypeVar("T")
 

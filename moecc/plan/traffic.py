@@ -16,14 +16,14 @@ from moecc.plan.exchange_traffic import Work, exchange
 from moecc.plan.exchanges import Rows
 from moecc.plan.part_traffic import Moved, traffic_of
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Part, Workload
 from moecc.sharding.routes import Slice, SparseLayer
 from moecc.sharding.vias import via
 
 
 def part_transfers(
-    part: Part, setting: Setting, strategy: Strategy, local: Sharding
+    part: Part, setting: StepConfig, strategy: Strategy, local: Sharding
 ) -> Iterator[Transfer]:
     """Yield the collectives of one part, forward and, in training, backward."""
     sharded, train = local.sharded, setting.train
@@ -64,7 +64,7 @@ def _slice(layer: SparseLayer, strategy: Strategy) -> Slice | None:
 
 
 def sparse_rows(
-    part: Part, work: Workload, setting: Setting, strategy: Strategy, local: Sharding
+    part: Part, work: Workload, setting: StepConfig, strategy: Strategy, local: Sharding
 ) -> Rows | None:
     """Return the tokens and rows of a device at `part`, or None where there are no experts."""
     step = next((s for s in part.steps if s.moves is RowMove.TO_SLOTS), None)

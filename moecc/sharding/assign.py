@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
-from moecc.ir.types import Axis, Extent, TensorType
 from moecc.sharding.rules import LayoutRule
 from moecc.sharding.sites import Site
+from moecc.types.tensor import Axis, Extent, TensorType
 
 Cuts = Mapping[str, Collection[int]]
 """By the name of an axis, the numbers of what it is cut into or merged from: heads, say."""

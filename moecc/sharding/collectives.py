@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from moecc.ir.ops import op as entry_of
 from moecc.ir.table.collectives import collective_type
 from moecc.ir.traits import Collective
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 Step = tuple[str, dict[str, Any]]
 """A collective and its attributes."""

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moecc.ir.graph import Value
-from moecc.ir.types import TensorType
 from moecc.sharding.propagate import Propagation
 from moecc.sharding.sites import Site
+from moecc.types.tensor import TensorType
 
 
 @dataclass(frozen=True)

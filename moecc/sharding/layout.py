@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moecc.errors import InputError, Problem
-from moecc.ir.dtypes import F32
 from moecc.ir.mesh import Mesh
-from moecc.ir.types import Axis, TensorType
 from moecc.sharding.assign import ROWS, Assigner
 from moecc.sharding.rules import LayoutRule, read_layouts
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType
 
 DENSE_WEIGHTS = ("whole", "split")
 """Whether parameters that are no experts' lie whole or split along the experts' axes."""

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecc.errors import InputError
-from moecc.ir.flow import Given, propagate_sharding
+from moecc.ir.flow import Given, sharded_results
 from moecc.ir.graph import Node, Value
-from moecc.ir.table.collectives import format_placement
-from moecc.ir.table.placing import placing
-from moecc.ir.types import Axis, TensorType
+from moecc.ir.table.collectives import format_sharding
+from moecc.ir.table.slots import assigner
 from moecc.ir.verify import where
 from moecc.sharding.assign import Assigner, Assignment, Cuts
 from moecc.sharding.rules import LayoutRule
 from moecc.sharding.sites import Site, cuts_of
+from moecc.types.tensor import Axis, TensorType
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Propagation:
     @property
     def sharded(self) -> int:
         """How many values are sharded, or sums that are still to be carried out."""
-        return sum(self.types[value].is_placed for value in self.visible)
+        return sum(self.types[value].is_sharded for value in self.visible)
 
     def used(self, node: Node) -> list[TensorType]:
         """Return the types of the operands that `node` takes."""
@@ -152,7 +152,7 @@ class _Walk:
         self.found.operands[node] = taken
         operands = [Given(v.name, types[r]) for v, r in zip(site.operands, taken, strict=True)]
         bare = [v.type for v in node.results]
-        results = propagate_sharding(node.op, site.space, operands, bare, None)
+        results = sharded_results(node.op, site.space, operands, bare, None)
         for value, type in zip(node.results, results, strict=True):
             self.make(value, type)
             if type.unreduced:
@@ -160,7 +160,7 @@ class _Walk:
 
     def _placed(self, place: Value) -> Ref:
         """Return the experts that the slots `place` were given to."""
-        node = placing(place)
+        node = assigner(place)
         if node.op.chooses:
             return self.found.visible[node.results[0]]
         return self.found.operands[node][0]
@@ -201,7 +201,7 @@ class _Walk:
         """
         ref = reshard.operand
         is_param = isinstance(ref, Value) and ref.is_param
-        key = (ref, format_placement(reshard.target), reshard.node.loc if is_param else "")
+        key = (ref, format_sharding(reshard.target), reshard.node.loc if is_param else "")
         if key not in self.made:
             self.made[key] = reshard
             self.found.types[reshard] = reshard.target

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moecc.ir.flow import Given, propagate_sharding
+from moecc.ir.flow import Given, sharded_results
 from moecc.ir.traits import RowMove
-from moecc.ir.types import Axis, Extent, TensorType
 from moecc.sharding.collectives import Step, steps
 from moecc.sharding.propagate import Propagation, Reshard
 from moecc.sharding.sites import Site
 from moecc.sharding.vias import Via
+from moecc.types.tensor import Axis, Extent, TensorType
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _gathering(layer: SparseLayer, way: Via, found: Propagation) -> list[Stage]:
     types = [layer.made, *(without(t, over) for t in found.used(layer.combine.node)[1:])]
     given = [Given(v.name, t) for v, t in zip(layer.combine.operands, types, strict=True)]
     node, space = layer.combine.node, layer.combine.space
-    (sums,) = propagate_sharding(node.op, space, given, [node.result.type], None)
+    (sums,) = sharded_results(node.op, space, given, [node.result.type], None)
     return [
         Stage("tokens", layer.tokens, tuple(gathered(layer.tokens, over))),
         Stage("added", sums, tuple(sums_back(sums, layer.added, way))),

@@ -11,9 +11,9 @@ from functools import cached_property
 
 from moecc.ir.flow import Space, space_of
 from moecc.ir.graph import Node, Value
-from moecc.ir.table.placing import is_place
+from moecc.ir.table.slots import is_slots
 from moecc.ir.traits import Cost, Product
-from moecc.ir.types import Axis
+from moecc.types.tensor import Axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Site:
     @cached_property
     def slots(self) -> tuple[int, ...]:
         """The positions of the operands that are slots."""
-        return tuple(i for i, v in enumerate(self.operands) if is_place(v))
+        return tuple(i for i, v in enumerate(self.operands) if is_slots(v))
 
 
 def sites_of(nodes: Iterable[Node], same: Mapping[Value, Value] | None = None) -> list[Site]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from moecc.ir.dtypes import F32
-from moecc.ir.types import Axis, TensorType
 from moecc.sharding.assign import ROWS
 from moecc.sharding.layout import Layout
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType
 
 ShardingSpec = dict[str, tuple[str, ...]]
 """For each axis that is sharded, its mesh axes, outermost first."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moecc.ir.dtypes import I32, KEY, PRED
 from moecc.ir.gates import GATES, convention
 from moecc.ir.graph import Value
 from moecc.ir.mixtures import emit_hash_routing, emit_priority, emit_rescaled
 from moecc.ir.table.routing import POLICIES
-from moecc.ir.types import Axis, TensorType
 from moecc.testing.growth import Growth, symbolic
+from moecc.types.dtypes import I32, KEY, PRED
+from moecc.types.tensor import Axis, TensorType
 
 EmitBlock = Callable[[Growth, Value, Axis, Iterable[Axis]], Value]
 """Appends what the experts compute: from rows along an axis, with weights that share axes."""
@@ -25,15 +25,15 @@ def emit_mixture(g: Growth, x: Value, axis: Axis, emit_block: EmitBlock) -> Valu
     expert = Axis("expert", g.pick((2, 4, 1, 3)))
     ways = (_by_router, _by_router, _by_router, _by_hash, _by_expert)
     since = len(g.graph)
-    experts, gates, place = g.pick(ways)(g, x, axis, expert)
+    experts, gates, slots = g.pick(ways)(g, x, axis, expert)
     if g.chance(15):
-        gates = emit_rescaled(g.builder, gates, place)
-    rows = g.builder.dispatch(x, experts, place)
+        gates = emit_rescaled(g.builder, gates, slots)
+    rows = g.builder.dispatch(x, experts, slots)
     _note(g, since)
-    y: Value = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, place, gates)
+    y: Value = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, slots, gates)
     g.values.append(y)
     if g.chance(30):
-        g.emit("group_sum", gates if g.chance(50) else x, place)
+        g.emit("group_sum", gates if g.chance(50) else x, slots)
     return y
 
 
@@ -54,7 +54,7 @@ def _by_router(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
         scale=g.pick((1.0, 2.5)),
         using=("bias",) * len(bias),
     )
-    return chosen, weights, _place(g, x, expert, chosen, _given(g, logits, weights))
+    return chosen, weights, _slots(g, x, expert, chosen, _given(g, logits, weights))
 
 
 def _by_hash(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
@@ -64,14 +64,14 @@ def _by_hash(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     chosen, weights = emit_hash_routing(
         g.builder, ids, x, experts=_size(expert), top_k=top_k, seed=g.pick((0, 1, 5))
     )
-    return chosen, weights, _place(g, x, expert, chosen, _mask(g, x))
+    return chosen, weights, _slots(g, x, expert, chosen, _mask(g, x))
 
 
 def _by_expert(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     """Experts choose tokens."""
     b, mask = g.builder, _mask(g, x)
     scores = b.softmax(_logits(g, x, axis, expert), axis="expert")
-    chosen, weights, place = b.expert_choice(
+    chosen, weights, slots = b.expert_choice(
         scores,
         *mask.values(),
         tokens=_tokens(x),
@@ -81,7 +81,7 @@ def _by_expert(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
         using=tuple(mask),
         **_groups(g),
     )
-    return chosen, weights, place
+    return chosen, weights, slots
 
 
 def _logits(g: Growth, x: Value, axis: Axis, expert: Axis) -> Value:
@@ -90,10 +90,10 @@ def _logits(g: Growth, x: Value, axis: Axis, expert: Axis) -> Value:
     return logits
 
 
-def _place(g: Growth, x: Value, expert: Axis, chosen: Value, given: dict[str, Value]) -> Value:
-    placement: dict[str, Any] = {}
+def _slots(g: Growth, x: Value, expert: Axis, chosen: Value, given: dict[str, Value]) -> Value:
+    assignment: dict[str, Any] = {}
     if g.chance(50):
-        placement = {
+        assignment = {
             "slots": "capacity",
             "capacity_factor": g.pick((1.0, 0.5, 1.25, 0.75, 2.0)),
             "minimum": g.pick((1, 1, 2, 4)),
@@ -101,7 +101,7 @@ def _place(g: Growth, x: Value, expert: Axis, chosen: Value, given: dict[str, Va
             "convention": g.pick(("tokens", "assignments")),
             "multiple": g.pick((1, 2)),
         }
-    place: Value = g.builder.place(
+    slots: Value = g.builder.assign_slots(
         chosen,
         *given.values(),
         tokens=_tokens(x),
@@ -109,9 +109,9 @@ def _place(g: Growth, x: Value, expert: Axis, chosen: Value, given: dict[str, Va
         order=g.pick(("choice", "token")),
         using=tuple(given),
         **_groups(g),
-        **placement,
+        **assignment,
     )
-    return place
+    return slots
 
 
 def _given(g: Growth, logits: Value, gates: Value) -> dict[str, Value]:

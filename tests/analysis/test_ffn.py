@@ -20,12 +20,12 @@ from moecc.families.configs import (
 )
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Value
-from moecc.ir.types import tensor
 from moecc.testing import graphs
 from moecc.testing.blocks import attention, experts, feed_forward
 from moecc.testing.steps import binary, contract, unary
+from moecc.types.dtypes import F32
+from moecc.types.tensor import tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -163,7 +163,8 @@ def test_parameters_may_be_transformed_and_constants_taken_inside() -> None:
 
 @pytest.mark.parametrize(
     ("act", "gate", "up"),
-    [("silu", None, 1), ("gelu", None, 1), ("relu", 1, 1), ("square", 2, 1), ("neg", 1, 1),
+    [("silu", None, 1), ("normal_cdf", None, 1),
+     ("gelu", None, 1), ("relu", 1, 1), ("square", 2, 1), ("neg", 1, 1),
      ("sigmoid", None, 1), ("stop_gradient", 1, 1), ("exp", None, 1)],
 )  # fmt: skip
 def test_degrees_of_a_gated_block(act: str, gate: int | None, up: int) -> None:

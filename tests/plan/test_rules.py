@@ -25,10 +25,11 @@ from moecc.plan.layouts import layouts, problems
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
 from moecc.sharding.layout import Layout
+from moecc.sharding.rules import read_layout
 from moecc.sharding.vias import LOCAL, VIAS
 
 DEVICES = 16
@@ -100,7 +101,7 @@ def test_the_names_of_a_layout(
 def test_a_plan_reads_the_rules_that_a_graph_is_laid_by(model: str) -> None:
     """Named by the user or stood for by the mesh, the same rules are the same plan."""
     work = known(model)[1]
-    estimator = Estimator(work, parse_machine("gpu:h100:16"), Setting())
+    estimator = Estimator(work, parse_machine("gpu:h100:16"), StepConfig())
     for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
         own = Layout.ruled(layout.mesh, work.experts, layout.names)
         assert own.replicated is layout.replicated
@@ -143,6 +144,22 @@ def test_what_a_plan_cannot_read_of_rules_is_refused(tmp_path: Path) -> None:
     unused = Layout.ruled(mesh, 0, ("data-parallel",))
     found = [str(p) for p in problems(unused, known("llama-3.1-8b")[1])]
     assert any("nothing lies on the mesh axis 'model'" in p for p in found)
+
+
+def test_files_of_rules_are_bounded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a regular file"):
+        read_layout("/dev/zero")
+    file = tmp_path / "my.rules"
+    file.write_bytes(b"#" * ((1 << 20) + 1))
+    with pytest.raises(InputError, match="the layout cannot be read"):
+        read_layout(str(file))
+    file.write_bytes(b"batch = " + b" " * (1 << 19) + b"!\n" + b"x\n" * (1 << 17))
+    with pytest.raises(InputError, match="not a rule") as caught:
+        read_layout(str(file))
+    assert len(str(caught.value)) < 100_000
+    file.write_bytes(b"batch = \xff")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_layout(str(file))
 
 
 def test_rows_of_data_have_tokens_of_their_own() -> None:

@@ -14,22 +14,22 @@ from moecc.errors import InputError
 from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.ir import Graph, clone
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh
-from moecc.ir.table.placing import capacity, placing
+from moecc.ir.table.slots import capacity
 from moecc.ir.traits import Collective
-from moecc.ir.types import Axis, Extent, TensorType
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch
 from moecc.plan.estimate import Estimator
 from moecc.plan.machines import parse_machine
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import workload
 from moecc.presets import preset_config
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, Extent, TensorType
 
 SIZES = {"B": 64, "S": 16, "T": 32}
 
@@ -41,7 +41,7 @@ def size_of(axis: Axis, type: TensorType) -> float:
     """Return the global size of an axis; of ragged slots the mean."""
     if not isinstance(axis.size, Extent):
         return float(SIZES[axis.size] if isinstance(axis.size, str) else axis.size)
-    node = placing(axis.size.value)
+    node = assigner(axis.size.value)
     place, attrs = axis.size.value.type, node.attrs
     tokens = prod(int(size_of(place[n], place)) for n in attrs["tokens"]) // attrs["groups"]
     choices = prod(int(size_of(a, place)) for a in place if a.name not in attrs["tokens"])
@@ -76,7 +76,7 @@ def planned(graph: Graph, mesh: Mesh, rules: tuple[str, ...], via: str, sliced: 
     sizes = tuple((n, s) for n, s in SIZES.items() if n != "B")
     work = workload(graph, Batch(SIZES["B"], sizes))
     layout = Layout.ruled(mesh, work.experts, rules)
-    estimator = Estimator(work, parse_machine(f"cpu:{mesh.devices}"), Setting(False, dtype=F32))
+    estimator = Estimator(work, parse_machine(f"cpu:{mesh.devices}"), StepConfig(False, dtype=F32))
     found: Sends = Counter()
     for part in estimator.estimate(Strategy(layout, via, "index", "none", sliced)).parts:
         for one, _ in part.transfers:

@@ -74,7 +74,7 @@ def test_modes_come_from_what_the_pass_recorded() -> None:
     run_pipeline(train, Pipeline.parse("specialize{mode=train}"))
     run_pipeline(evaluated, Pipeline.parse("specialize{mode=eval}"))
     for graph, factor, policies in ((train, 1.25, ["random"] * 2), (evaluated, 2.0, [])):
-        places = [n for n in graph if n.op.name == "place"]
+        places = [n for n in graph if n.op.name == "assign_slots"]
         assert [n.attrs["capacity_factor"] for n in places] == [factor] * 2
         assert [n.attrs["policy"] for n in graph if n.op.name == "keep_choices"] == policies
     thresholds = [n.attrs["threshold"] for n in train if n.op.name == "keep_choices"]
@@ -122,6 +122,7 @@ def test_options_reach_the_parts(options: str) -> None:
     [
         ("experts=1", "at least two experts"),
         ("experts=2 top-k=3", "top-k does not suit"),
+        ("experts=70000", "too many experts"),
         ("top-k=1", "the router would not learn"),
         ("train-capacity-factor=0.0", "train-capacity-factor"),
         ("eval-capacity-factor=inf", "eval-capacity-factor"),

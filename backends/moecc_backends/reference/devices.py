@@ -19,15 +19,16 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
-from moecc.ir.types import TensorType
+from moecc.ir.traits import Collective
 from moecc.ir.verify import where
+from moecc.types.tensor import TensorType
 from moecc_backends.reference.arrays import Array, Data
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.exchange import EXCHANGES, Sent, added
 from moecc_backends.reference.interpreter import bind
 from moecc_backends.reference.on_device import run_local
-from moecc_backends.reference.placing import poison
 from moecc_backends.reference.repetition import picked, stacked_along
+from moecc_backends.reference.slots import poison
 
 Parts = dict[Coordinates, Array]
 """What each device holds of one value."""
@@ -92,7 +93,7 @@ def simulate(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
     mesh = mesh_of(graph)
     if mesh is None:
         raise InputError("the graph lies on no mesh", hint="annotate-sharding lays it on one")
-    left = [n for n in graph.every_node() if n.op.name == "reshard"]
+    left = [n for n in graph.every_node() if n.op.collective is Collective.ANY]
     if left:
         what = "how a value is brought elsewhere is not said yet"
         raise InputError([Problem(what, where(n), hint="lower-collectives first") for n in left])
@@ -104,7 +105,7 @@ class _Simulator:
 
     Attributes:
       held: the parts of every value that has been computed.
-      extents: for each ``place`` value, the slots in use of the whole, ``[group, expert]``.
+      extents: for each ``assign_slots`` value, the slots in use of the whole, ``[group, expert]``.
     """
 
     def __init__(self, mesh: Mesh, result: Run) -> None:
@@ -188,14 +189,14 @@ class _Simulator:
         self.held[node.result], sent = done
         size = node.result.type.dtype.itemsize_bytes
         total = tuple(sent[d] * size for d in self.mesh.coordinates())
-        if node.op.name != "shard":
+        if node.op.collective is not Collective.LOCAL:
             mesh = node.attrs["mesh"]
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 
     def _note_extents(self, node: Node) -> None:
-        """Put the extents of a ``place`` together from those that the devices counted."""
+        """Put the extents of an ``assign_slots`` together from those that the devices counted."""
         value = node.results[-1]
-        found = {d: a.placement for d, a in self.held[value].items()}
+        found = {d: a.assignment for d, a in self.held[value].items()}
         if any(p is None for p in found.values()):
             return
         outermost = value.type[node.attrs["tokens"][0]]

@@ -12,13 +12,13 @@ from moecc.ir.builder import Builder
 from moecc.ir.flow import spelled
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
-from moecc.ir.table.collectives import format_placement
-from moecc.ir.types import TensorType
+from moecc.ir.table.collectives import format_sharding
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner
 from moecc.sharding.propagate import Propagation, Ref, Reshard, propagate
 from moecc.sharding.rules import LayoutRule, read_layouts
 from moecc.sharding.sites import sites_of
+from moecc.types.tensor import TensorType
 from moecc_passes.sharding.groups import REGROUPED, cut_groups
 
 NAME = "annotate-sharding"
@@ -158,7 +158,7 @@ class _Writer:
         value, node, rules = self._value(reshard.operand, before), reshard.node, reshard.rules
         cause = rules[0].axis if rules else "whole"
         builder = Builder(self.graph, loc=node.loc, origin=f"{NAME}/{cause}", before=before)
-        to = format_placement(reshard.target)
+        to = format_sharding(reshard.target)
         made: Value = builder.reshard(value, to=to, name=value.name)
         step = f"{_shown(value.type)} → {_shown(made.type)} for {node.op.name}"
         because = f"{rules[0]} ({rules[0].source})" if rules else "no rule lays them elsewhere"

@@ -12,7 +12,7 @@ REGROUPED = Preserves("reassociation", "the rows of dropless layers stand in oth
 """What changes where the number of groups of a dropless layer does."""
 
 ATTRIBUTE = "groups_whole"
-"""The attribute of a graph that says how many groups a ``place`` had before, by its name."""
+"""The graph attribute with the groups that each ``assign_slots`` had before, by its name."""
 
 
 def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
@@ -38,7 +38,7 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
 
 
 def _parts(node: Node, assigner: Assigner) -> int | None:
-    """Return the parts that the tokens of a dropless ``place`` lie in, or None for other nodes."""
+    """Return over how many shards a dropless ``assign_slots`` has its tokens; None elsewhere."""
     if not node.op.assigns_slots or node.attrs["slots"] != "ragged" or node.attrs["group_size"]:
         return None
     if any(user.op.name == "group_sum" for user in node.results[-1].users):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
-from moecc.ir.table.collectives import format_placement
+from moecc.ir.table.collectives import format_sharding
 from moecc.ir.traits import Collective
 from moecc.sharding.routes import gathered, sums_back, without
 from moecc.sharding.vias import Via
@@ -31,7 +31,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     over = layer.exchanged
     routed = layer.routed
     replay = _Replay(graph, layer, builder, over)
-    experts, place, gates = (replay.value(v) for v in (routed.experts, routed.place, routed.gates))
+    experts, place, gates = (replay.value(v) for v in (routed.experts, routed.slots, routed.gates))
     x = replay.value(routed.dispatch.operands[0])
     rows = builder.dispatch(x, experts, place, name=routed.dispatch.results[0].name)
     own = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
@@ -53,7 +53,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     y = emit(builder, made, sums_back(made.type, away.type, way))
     away.replace_by(y)
     graph.erase_input(away.name)
-    for value in (*routed.dispatch.results, routed.place, routed.gates, routed.experts):
+    for value in (*routed.dispatch.results, routed.slots, routed.gates, routed.experts):
         erase_unused(value)
     replay.take_names()
 
@@ -77,7 +77,7 @@ class _Replay:
         self.map: dict[Value, Value] = {}
         self.map[self.x] = self._gathered(self.x)
         routed = layer.routed
-        for node in _between(graph, self.x, [routed.place, routed.gates, routed.experts]):
+        for node in _between(graph, self.x, [routed.slots, routed.gates, routed.experts]):
             self._again(node)
 
     def take_names(self) -> None:
@@ -107,7 +107,7 @@ class _Replay:
             if type == operands[0].type:
                 self.map[node.result] = operands[0]
                 return
-            attrs["to"] = format_placement(type)
+            attrs["to"] = format_sharding(type)
         names = tuple(v.name for v in node.results)
         made = self.builder.node(node.op.name, *operands, names=names, **attrs)
         made.loc = node.loc

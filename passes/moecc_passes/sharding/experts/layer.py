@@ -28,13 +28,13 @@ class LaidLayer:
     @property
     def token_mesh(self) -> tuple[str, ...]:
         """The mesh axes that the outermost token axis lies on."""
-        place = self.routed.place.type
-        return place[self.routed.placing.attrs["tokens"][0]].mesh
+        place = self.routed.slots.type
+        return place[self.routed.assigner.attrs["tokens"][0]].mesh
 
     @property
     def is_ragged(self) -> bool:
         """Whether the rows of an expert are not bounded."""
-        return bool(self.routed.placing.attrs["slots"] == "ragged")
+        return bool(self.routed.assigner.attrs["slots"] == "ragged")
 
     @property
     def exchanged(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def need(holds: bool, layer: LaidLayer, what: str, expected: str, hint: str) -> 
         return
     tokens = "*".join(layer.token_mesh) or "no mesh axis"
     experts = "*".join(layer.expert_mesh)
-    slots = layer.routed.placing.attrs["slots"]
+    slots = layer.routed.assigner.attrs["slots"]
     raise InputError(
         what,
         where=layer.routed.name,

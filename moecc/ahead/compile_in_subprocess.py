@@ -1,0 +1,123 @@
+"""Compiling in a process of its own, which is ended when its time is up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecc import errors
+from moecc.ahead.request import Request
+from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
+from moecc.errors import MachineError, MoeccError, Problem
+from moecc.plan.machines import Machine, parse_machine
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+    "MALLOC_ARENA_MAX": "2",
+}
+"""What keeps jax from looking for accelerators, and libtpu from asking a cloud about itself; and
+what keeps a compiler small: no tracebacks in the program, and threads that share free memory."""
+
+_TAIL = 3000
+
+
+@dataclass(frozen=True)
+class CompileOutcome:
+    """What a compilation left.
+
+    Attributes:
+      data: the report, as JSON values.
+      program: what was to be emitted.
+      artefact: what was to be exported.
+    """
+
+    data: dict[str, Any]
+    program: str = ""
+    artefact: bytes = b""
+
+
+def environment(machine: Machine) -> dict[str, str]:
+    """Return the environment in which jax can compile for `machine`."""
+    made = {**os.environ, **ENVIRONMENT}
+    if machine.kind == "cpu":
+        flag = f"--xla_force_host_platform_device_count={machine.devices}"
+        made["XLA_FLAGS"] = f"{made.get('XLA_FLAGS', '')} {flag}".strip()
+    return made
+
+
+def compile_apart(request: Request, time_limit_seconds: float | None = None) -> CompileOutcome:
+    """Compile what `request` asks for in another process.
+
+    Raises:
+      MachineError: the time is up, an extra is missing, or the process was killed.
+      InputError, UsageError: as `moecc.ahead.prepare.prepare` and the backend.
+    """
+    machine = parse_machine(request.machine)
+    with tempfile.TemporaryDirectory(prefix="moecc-compile-") as name:
+        folder = Path(name)
+        (folder / REQUEST).write_text(json.dumps(request.to_json()), "utf-8")
+        with (folder / "log").open("wb") as log, _worker(folder, machine, log) as process:
+            try:
+                process.wait(time_limit_seconds)
+            except subprocess.TimeoutExpired:
+                raise MachineError(
+                    f"compiling took longer than {time_limit_seconds:g} seconds",
+                    where=f"{request.model} for {request.machine}",
+                    hint="--time-limit allows more",
+                ) from None
+        return _read(folder, process.returncode)
+
+
+@contextmanager
+def _worker(folder: Path, machine: Machine, log: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the worker; whatever happens, it does not outlive this."""
+    command = [sys.executable, "-m", "moecc.ahead.worker", str(folder)]
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, env=environment(machine), start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _read(folder: Path, code: int) -> CompileOutcome:
+    answer = folder / ANSWER
+    if not answer.exists():
+        log = (folder / "log").read_text("utf-8", "replace")[-_TAIL:]
+        if code == -signal.SIGKILL or "std::bad_alloc" in log or "MemoryError" in log:
+            raise MachineError(
+                "the compiler was killed, most likely because this machine has too little memory"
+            )
+        raise RuntimeError(f"the process that compiles ended with {code}:\n{log}")
+    data = json.loads(answer.read_text("utf-8"))
+    if "error" in data:
+        raise _error(data)
+    program, artefact = folder / PROGRAM, folder / ARTEFACT
+    return CompileOutcome(
+        data,
+        program.read_text("utf-8") if program.exists() else "",
+        artefact.read_bytes() if artefact.exists() else b"",
+    )
+
+
+def _error(data: dict[str, Any]) -> MoeccError:
+    """Return the error that the worker met, as it was raised there or as its nearest base."""
+    kinds = (errors.InputError, errors.UsageError, errors.CheckError, errors.MachineError)
+    kind = next(k for k in kinds if k.exit_code == data["exit_code"])
+    return kind([Problem(**problem) for problem in data["problems"]])

@@ -1,0 +1,80 @@
+"""Weights for a model that is trained from scratch: draws in place of what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isfinite, prod, sqrt
+
+from moecc.errors import InputError, UsageError
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.traits import Role
+from moecc.types.dtypes import F32
+from moecc.types.tensor import TensorType
+from moecc.weights.arithmetic import Cast
+from moecc.weights.draws import Normal, derive_key
+from moecc.weights.expr import Expr, Full, sources
+
+
+def initialise(graph: Graph, *, seed: int = 0, scale: float = 1.0) -> None:
+    """Let the parameters of `graph` be drawn where they are read from a checkpoint now.
+
+    A matrix is normal with variance `scale` / fan-in, a table of embeddings with `scale` / width
+    (LeCun et al. 1998; a Switch Transformer has a scale of 0.1, section 2.4); gains are 1, and
+    biases 0.  Parameters are drawn whole, so that experts that were copies become different ones;
+    what a pass drew or filled stays.  A draw depends on the seed and the parameter's name alone.
+
+    Raises:
+      InputError: a parameter is used in a way that says nothing of its size.
+      UsageError: the scale is not a positive number.
+    """
+    if not (isfinite(scale) and scale > 0):
+        raise UsageError("the scale of the weights is not positive", found=str(scale))
+    for param in graph.params.values():
+        if param.weight is None or sources(param.weight):
+            param.weight = _drawn(param, seed, scale)
+
+
+def _drawn(param: Value, seed: int, scale: float) -> Expr:
+    found = next(_uses(param), None)
+    if found is None or _role(*found) is Role.BIAS:
+        return Full(0.0, param.type)
+    if _role(*found) is Role.GAIN:
+        return Full(1.0, param.type)
+    key = derive_key(seed, f"initialise {param.name}")
+    std = sqrt(scale / _fan_in(*found))
+    draw = Normal(TensorType(F32, param.type.axes), std, key)
+    return draw if param.type.dtype is F32 else Cast(draw, param.type.dtype)
+
+
+def _role(node: Node, value: Value) -> Role:
+    return node.op.role(node.operands.index(value))
+
+
+def _fan_in(node: Node, value: Value) -> int:
+    """Return how many inputs each output is a sum of; for an embedding, the width."""
+    role = _role(node, value)
+    if role is Role.MATRIX:
+        names = node.attrs["over"]
+    elif role is Role.TABLE:
+        names = [a.name for a in value.type if a.name != node.attrs["axis"]]
+    else:
+        raise InputError(
+            "it is not known how large this parameter should be", where=f"%{value.name}",
+            expected="a matrix, a table of embeddings, a gain or a bias",
+            found=f"an operand of {node.op.name}",
+            hint="give it a weight expression of its own, or draw weights before this pass",
+        )  # fmt: skip
+    return max(prod(s for s in (value.type[n].size for n in names) if isinstance(s, int)), 1)
+
+
+def _uses(param: Value) -> Iterator[tuple[Node, Value]]:
+    """Yield what uses `param`, and the value that stands for it there."""
+    pending, seen = [param], {param}
+    while pending:
+        value = pending.pop()
+        for node in value.users:
+            if not node.op.carries:
+                yield node, value
+            elif node.result not in seen:
+                seen.add(node.result)
+                pending.append(node.result)

@@ -1,0 +1,239 @@
+"""Opening what the command line calls a SOURCE or MODEL: a folder, a GGUF file, a preset, a graph.
+
+A model is a graph and a way to make its parameters.  Parameters are made one at a time, when they
+are asked for, from the weight expressions and the checkpoint that they read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moecc.errors import InputError, UsageError
+from moecc.ir.graph import Graph
+from moecc.presets import PREFIX, preset_config
+from moecc.types.dtypes import F32, DType
+
+if TYPE_CHECKING:
+    from moecc.checkpoint.source import Checkpoint
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Model(AbstractContextManager["Model"]):
+    """A graph with the checkpoint that its weights read.
+
+    Attributes:
+      graph: the graph.
+      name: what messages call it.
+      checkpoint: where the weights lie; None for a preset or a graph without one.
+    """
+
+    graph: Graph
+    name: str
+    checkpoint: Checkpoint | None = None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.close()
+
+    def remarks(self) -> list[str]:
+        """Return what a reader of the model should know: of its files, and what was left out."""
+        if self.checkpoint is None:
+            return []
+        from moecc.families.importing import unread_tensors
+
+        unread = unread_tensors(self.graph, self.checkpoint)
+        if not unread:
+            return self.checkpoint.remarks()
+        shown = ", ".join(unread[:4]) + (f" and {len(unread) - 4} more" if len(unread) > 4 else "")
+        return [*self.checkpoint.remarks(), f"no part of the graph, and not converted: {shown}"]
+
+    def params(self, *, dtype: DType = F32, rounded: DType | None = None) -> Params:
+        """Return the parameters by name, made on demand.
+
+        Args:
+          dtype: the type that they are returned in.
+          rounded: a type to round them to first, as writing them would.
+
+        Raises:
+          InputError: weights are to be read, and there is no checkpoint.
+        """
+        if self.checkpoint is None and _reads(self.graph):
+            raise InputError(
+                f"{self.name} has no weights", hint="give a checkpoint folder with --weights"
+            )
+        return Params(self.graph, self.checkpoint, dtype, rounded)
+
+    @cached_property
+    def dtype(self) -> DType:
+        """The type that most elements of the checkpoint are stored in; float32 without one."""
+        if self.checkpoint is None:
+            return F32
+        counts: dict[str, int] = {}
+        for info in self.checkpoint.tensors.values():
+            counts[info.dtype.name] = counts.get(info.dtype.name, 0) + info.nbytes
+        from moecc.types.dtypes import DTYPES
+
+        return DTYPES[max(counts, key=lambda n: counts[n])] if counts else F32
+
+
+class Params(Mapping[str, Array]):
+    """The parameters of a graph, each made from its weight expression when it is looked up."""
+
+    def __init__(
+        self, graph: Graph, checkpoint: Checkpoint | None, dtype: DType, rounded: DType | None
+    ) -> None:
+        self._graph = graph
+        self._read = _nothing if checkpoint is None else checkpoint.read
+        self._dtype = dtype
+        self._rounded = rounded
+
+    def __getitem__(self, name: str) -> Array:
+        from moecc.weights.evaluate import evaluate
+
+        weight = self._graph.params[name].weight
+        if weight is None:
+            raise InputError(f"the parameter %{name} has no weight expression")
+        if self._rounded is None or self._rounded == self._dtype:
+            return evaluate(weight, self._read, self._dtype)
+        narrow = evaluate(weight, self._read, self._rounded)
+        return narrow.astype(self._dtype.numpy)
+
+    def __contains__(self, name: object) -> bool:
+        # The mapping's own answer would make the parameter.
+        return name in self._graph.params
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._graph.params)
+
+    def __len__(self) -> int:
+        return len(self._graph.params)
+
+
+def _reads(graph: Graph) -> bool:
+    """Whether a parameter of `graph` is made from a checkpoint, or from nothing at all."""
+    from moecc.weights.expr import sources
+
+    weights = [value.weight for value in graph.params.values()]
+    return any(weight is None or sources(weight) for weight in weights)
+
+
+def _nothing(name: str, start: int = 0, stop: int | None = None) -> Array:
+    """Stand for the reader of a checkpoint where the weights are all drawn."""
+    raise InputError("there is no checkpoint to read", where=name)
+
+
+def open_model(source: str, *, weights: str | None = None, padding: bool = False) -> Model:
+    """Open a model.
+
+    Args:
+      source: a Hugging Face folder, a ``.gguf`` file, a ``.moe`` file, or ``preset:NAME``.
+      weights: for a ``.moe`` file, the checkpoint to read instead of the one that it names.
+      padding: whether the graph of an encoder that is imported has an input ``mask``.
+
+    Raises:
+      InputError: it is none of these, or is faulty.
+      UsageError: there is no such preset, or `weights` is given for something else than a graph.
+    """
+    if source.endswith(".moe"):
+        return _open_graph(source, weights)
+    if weights is not None:
+        raise UsageError("--weights goes with a .moe file", found=source)
+    if source.startswith(PREFIX):
+        from moecc.families import build
+        from moecc.families.configs import parse_config
+
+        return Model(build(parse_config(preset_config(source)), padding=padding), source)
+    from moecc.checkpoint.open import open_checkpoint
+    from moecc.families import import_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    try:
+        return Model(import_checkpoint(checkpoint, padding=padding), source, checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def read_graph(path: str) -> Graph:
+    """Return the graph in a ``.moe`` file, or on standard input for ``-``.
+
+    Raises:
+      ParseError: the text is not a graph.
+      InputError: the file cannot be read as text.
+    """
+    import sys
+
+    from moecc.ir.parser import parse
+
+    if path == "-":
+        data, name = sys.stdin.buffer.read(), "<stdin>"
+    else:
+        if os.path.isdir(path):
+            raise InputError(
+                "is a folder, not a graph", where=path, hint="moecc import prints its graph"
+            )
+        if not os.path.isfile(path):
+            raise InputError("no such file", where=path)
+        data, name = Path(path).read_bytes(), path
+    try:
+        return parse(data.decode(), name)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "not text: a .moe file is UTF-8", where=f"{name}: byte {error.start}"
+        ) from None
+
+
+def _open_graph(source: str, weights: str | None) -> Model:
+    from moecc.checkpoint.open import open_checkpoint
+
+    graph = read_graph(source)
+    place = weights or graph.attrs.get("checkpoint")
+    if not isinstance(place, str) or not place:
+        return Model(graph, source)
+    checkpoint = open_checkpoint(place)
+    problems = list(_missing(graph, checkpoint))
+    if problems:
+        checkpoint.close()
+        raise InputError(problems)
+    return Model(graph, source, checkpoint)
+
+
+def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Any]:
+    """Yield a problem for each source of `graph` that `checkpoint` lacks or has otherwise."""
+    from moecc.errors import Problem, nearest
+    from moecc.weights.expr import sources
+
+    seen: set[str] = set()
+    for param in graph.params.values():
+        for source in sources(param.weight) if param.weight is not None else ():
+            if source.name in seen:
+                continue
+            seen.add(source.name)
+            info = checkpoint.tensors.get(source.name)
+            where = f"{checkpoint.path}: {source.name}"
+            if info is None:
+                yield Problem(
+                    "the graph reads a tensor that the checkpoint lacks", where,
+                    hint=nearest(source.name, checkpoint.tensors),
+                )  # fmt: skip
+            elif info.shape != source.type.shape:
+                yield Problem(
+                    "the tensor has another shape than the graph says", where,
+                    str(source.type), str(info.shape),
+                )  # fmt: skip

@@ -1,0 +1,182 @@
+"""Whether two models are the same function: outputs side by side, and what rounding alone does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moecc.backend import Arrays, Backend, get_backend
+from moecc.errors import InputError
+from moecc.model.inputs import default_inputs
+from moecc.model.open import Model
+from moecc.types.dtypes import F32, DType
+
+Array = np.ndarray[Any, Any]
+
+TOLERANCE = 1e-5
+"""The default bound on the largest difference of logits, relative to the largest logit."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two outputs lie apart, logits ``[batch, seq, vocab]`` or hidden states.
+
+    Attributes:
+      max_relative: max |Δ| / max |reference|.
+      kl_nats: of logits, the mean over tokens of KL(reference ‖ other), in nats; else None.
+      top1_agreement: of logits, the share of tokens whose most likely next token is the same.
+    """
+
+    max_relative: float
+    kl_nats: float | None
+    top1_agreement: float | None
+
+
+def difference(reference: Array, other: Array, output: str = "logits") -> Difference:
+    """Return how far `other` lies from `reference`; both are what a model calls `output`.
+
+    Raises:
+      InputError: the shapes differ, or a logit is not finite.
+    """
+    if reference.shape != other.shape:
+        raise InputError(
+            f"the two models give {output} of different shapes",
+            expected=str(reference.shape), found=str(other.shape),
+            hint="compare models with the same vocabulary" if output == "logits" else None,
+        )  # fmt: skip
+    for name, array in (("reference", reference), ("model", other)):
+        if not np.isfinite(array).all():
+            raise InputError(f"the {output} of the {name} are not all finite")
+    scale = float(np.abs(reference).max()) or 1.0
+    # Token by token, so that two float64 copies of all logits are never held.
+    kl, same, worst = 0.0, 0, 0.0
+    rows = reference.reshape(-1, reference.shape[-1]), other.reshape(-1, other.shape[-1])
+    for a, b in zip(*rows, strict=True):
+        a64, b64 = a.astype(np.float64), b.astype(np.float64)
+        worst = max(worst, float(np.abs(a64 - b64).max()))
+        if output != "logits":
+            continue
+        log_p, log_q = _log_softmax(a64), _log_softmax(b64)
+        kl += float(np.sum(np.exp(log_p) * (log_p - log_q)))
+        same += int(a64.argmax() == b64.argmax())
+    if output != "logits":
+        return Difference(worst / scale, None, None)
+    count = len(rows[0])
+    return Difference(worst / scale, max(kl / count, 0.0), same / count)
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - x.max()
+    result: Array = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `compare` found.
+
+    Attributes:
+      model: the name of the model that was checked.
+      source: the name of the model that it was checked against.
+      output: what was compared, ``logits`` or ``hidden``.
+      inputs: the shapes of the inputs, by name.
+      dtype: the type of the model's weights, to which the source's were rounded first.
+      compute_dtype: the type that both were computed in.
+      difference: model against source, the source's weights rounded.
+      rounding: the rounded source against the source; None where nothing was rounded.
+      tolerance: the bound on `difference.max_relative`.
+    """
+
+    model: str
+    source: str
+    output: str
+    inputs: dict[str, tuple[int, ...]]
+    dtype: str
+    compute_dtype: str
+    difference: Difference
+    rounding: Difference | None
+    tolerance: float
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The shape of the first input, ``(batch, seq)``."""
+        return next(iter(self.inputs.values()))
+
+    @property
+    def passed(self) -> bool:
+        """Whether the model is the source's function within the tolerance."""
+        return self.difference.max_relative <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as JSON values."""
+        shapes = {name: list(shape) for name, shape in self.inputs.items()}
+        tokens = list(self.tokens)
+        return {**asdict(self), "inputs": shapes, "tokens": tokens, "passed": self.passed}
+
+
+def compare(
+    model: Model,
+    source: Model,
+    *,
+    inputs: Arrays | None = None,
+    tolerance: float = TOLERANCE,
+    compute_dtype: DType = F32,
+    backend: Backend | None = None,
+) -> Verdict:
+    """Run `model` and `source` on the same inputs and compare the source's first output.
+
+    In float32 a difference may be rounding that the model amplifies; float64 tells the two apart.
+    The source's weights are first rounded to the type of the model's, so that the comparison sees
+    what the conversion did; what that rounding alone changes is reported apart.
+
+    Raises:
+      InputError: a model has no weights, or the two take or give different things.
+    """
+    backend = backend or get_backend("xla")
+    output = source.graph.output_names[0]
+    if output not in model.graph.output_names:
+        found = ", ".join(model.graph.output_names)
+        raise InputError(
+            "the two models give different things", expected=output, found=found, where=model.name
+        )
+    given = default_inputs(source.graph, model.graph) if inputs is None else inputs
+    dtype = model.dtype
+
+    def run(which: Model, rounded: DType | None = None) -> Array:
+        program = backend.compile(which.graph, dtype=compute_dtype)
+        params = which.params(dtype=compute_dtype, rounded=rounded)
+        return program.run(params, given)[output]
+
+    rounded = run(source, dtype)
+    result = run(model)
+    plain = rounded if source.dtype == dtype else run(source)
+    return Verdict(
+        model=model.name,
+        source=source.name,
+        output=output,
+        inputs={name: array.shape for name, array in given.items()},
+        dtype=dtype.name,
+        compute_dtype=compute_dtype.name,
+        difference=difference(rounded, result, output),
+        rounding=None if plain is rounded else difference(plain, rounded, output),
+        tolerance=tolerance,
+    )
+
+
+def vocabulary(model: Model) -> int:
+    """Return the number of tokens that `model` tells apart.
+
+    Raises:
+      InputError: it gives no logits.
+    """
+    logits = model.graph.outputs.get("logits")
+    if logits is None:
+        found = ", ".join(model.graph.output_names)
+        raise InputError(
+            "the model gives no logits", where=model.name, expected="logits", found=found
+        )
+    size = logits.type["vocab"].size
+    assert isinstance(size, int), "a parameter has the axis vocab, so its size is known"
+    return size

@@ -1,0 +1,112 @@
+"""Train a small model a step, on one device and on a mesh of eight; run as a script.
+
+Prints how far loss and parameters differ, and the collectives of the program on the mesh.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from moecc_backends.xla.aot.topology import devices, prepare
+
+from moecc.plan.machines import parse_machine
+
+CONFIG = {
+    "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4,
+    "sparse_encoder_layers": [1, 3], "sparse_decoder_layers": [1, 3], "num_experts": 8,
+    "vocab_size": 64, "train_capacity_factor": 1.25,
+}  # fmt: skip
+SIZES = {"B": 16, "S": 8, "T": 4}
+
+
+def small_model(remat: str, on_mesh: str = "") -> Any:
+    """Return a graph like ST-MoE's, for training, with as many groups as devices.
+
+    Args:
+      remat: of the rolled layers; ``unrolled`` for none.
+      on_mesh: passes that lay the graph on a mesh.
+    """
+    from moecc.families import build
+    from moecc.families.configs import parse_config
+    from moecc.pipeline.passes import Context
+    from moecc.pipeline.registry import installed
+    from moecc.pipeline.runner import run_pipeline
+    from moecc.pipeline.text import Pipeline
+    from moecc.presets import preset_config
+
+    graph = build(parse_config({**preset_config("st-moe-base"), **CONFIG}))
+    passes = f"specialize{{mode=train capacity-factor=1.25 groups=8}},add-losses,cse{on_mesh}"
+    if remat != "unrolled":
+        passes += f",roll-layers{{remat={remat}}}"
+    run_pipeline(graph, Pipeline.parse(passes, installed()), context=Context())
+    return graph
+
+
+def explicit(layout: Any, via: str) -> str:
+    """Return the passes that lay a graph on the mesh of `layout`."""
+    from moecc.plan.rules import rules_of
+
+    rules = ",".join(rules_of(layout))
+    laid = f",annotate-sharding{{mesh={layout.mesh} rules={rules}}}"
+    return f"{laid},expert-parallel{{via={via}}},lower-collectives,cse"
+
+
+def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
+    prepare(parse_machine("cpu:8"))
+    import jax
+    import numpy as np
+    import optax
+    from moecc_backends.xla.aot.census import census
+    from moecc_backends.xla.backend import function
+    from moecc_backends.xla.train.abstract_step import make_step
+    from moecc_backends.xla.train.shardings import TrainStepConfig
+    from moecc_backends.xla.train.step import train_step
+
+    from moecc.plan.meshes import plan_mesh
+    from moecc.sharding.layout import Layout
+    from moecc.types.dtypes import F64
+
+    # Parameters are float32; what computes with them is not, so that nothing but a fault differs.
+    jax.config.update("jax_enable_x64", True)
+    whole = small_model(remat)
+    layout = Layout(plan_mesh(mesh), CONFIG["num_experts"], dense_weights)
+    update = optax.sgd(1.0)
+    is_gspmd = way == "gspmd"
+    graph = whole if is_gspmd else small_model(remat, explicit(layout, way))
+    config = TrainStepConfig(SIZES, F64, "adafactor", layout=layout if is_gspmd else None)
+    step = make_step(graph, config, devices(parse_machine("cpu:8")), update)
+    rng = np.random.default_rng(0)
+
+    def drawn(path: Any, leaf: Any) -> Any:
+        if np.issubdtype(leaf.dtype, np.integer):
+            return rng.integers(0, CONFIG["vocab_size"], leaf.shape).astype(np.int32)
+        scale = 0.2 if len(leaf.shape) > 1 else 1.0
+        return (scale * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    (params, _), inputs = jax.tree_util.tree_map_with_path(drawn, step.arguments)
+    state = params, update.init(params)
+    (alone, _), told = jax.jit(train_step(function(whole, dtype=F64), update))(state, inputs)
+    placed = jax.tree.map(
+        lambda a, s: jax.device_put(a, s.sharding), (state, inputs), step.arguments
+    )
+    compiled = step.function.lower(*placed).compile()
+    (together, _), told_together = compiled(*placed)
+    apart = {n: float(np.abs(np.asarray(alone[n]) - np.asarray(together[n])).max()) for n in alone}
+    moved = {n: float(np.abs(np.asarray(alone[n]) - params[n]).max()) for n in alone}
+    found = census(compiled.as_text())
+    gathered = (c.size_bytes for c in found.collectives if c.kind == "all-gather")
+    report = {
+        "loss": [float(told["loss"]), float(told_together["loss"])],
+        "auxiliary": float(told["loss.auxiliary"]),
+        "worst": max(apart[n] / max(moved[n], 1e-3) for n in alone),
+        "unmoved": sorted(n for n in alone if moved[n] == 0),
+        "collectives": found.by_kind(),
+        "largest_gather_bytes": max(gathered, default=0),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,261 @@
+"""A graph on a mesh of eight devices computes what the graph on one does, gradients included."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.errors import InputError
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.ir import Graph
+from moecc.ir.printer import print_graph
+from moecc.ir.structure import clone
+from moecc.pipeline.registry import installed
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.presets import preset_config
+
+from .models import Arrays, decoder
+
+jax = pytest.importorskip("jax")
+
+from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
+from moecc_backends.xla.lower.shard_map import sharded_function  # noqa: E402
+from moecc_backends.xla.mesh.specs import device_mesh, shardings  # noqa: E402
+
+DENSE = "llama_biases_head_dim"
+SPARSE: dict[str, Any] = {
+    "experts": 8, "top_k": 2, "layers": "0", "router_std": 0.5,
+    "slots": "capacity", "capacity_factor": 0.75, "groups": 8,
+}  # fmt: skip
+"""Experts that differ, a router that prefers some, and too few slots: choices are dropped."""
+
+LAYOUTS = {
+    "data": "data-parallel mesh=data:8",
+    "tensor": "tensor-parallel mesh=data:4,model:2",
+    "sequence": "tensor-parallel,sequence-parallel mesh=data:4,model:2",
+    "zero": "tensor-parallel,zero mesh=data:4,model:2",
+    "fsdp": "fsdp mesh=fsdp:8",
+}
+EXPERTS = {
+    "rows": "st-moe mesh=data:8",
+    "rows, columns": "st-moe mesh=data:4,model:2",
+    "rows, many columns": "st-moe mesh=data:2,model:4",
+    "outer rows": "st-moe-outer mesh=outer:2,inner:2,model:2",
+    "an axis of their own": "expert-parallel mesh=data:4,expert:2",
+    "two axes": "expert-hierarchical mesh=far:2,near:4",
+    "replicated tokens": "expert-replicated mesh=data:4,expert:2",
+    "nowhere": "data-parallel mesh=data:8",
+}
+
+
+def _some(layouts: dict[str, str], *quick: str) -> list[Any]:
+    """Return the names, those that are not `quick` marked slow."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in layouts]
+
+
+Run = Callable[..., dict[str, Any]]
+
+
+def laid(graph: Graph, layout: str) -> Graph:
+    copy = clone(graph)
+    text = f"annotate-sharding{{rules={layout}}},lower-collectives"
+    run_pipeline(copy, Pipeline.parse(text, installed()))
+    return copy
+
+
+def data_for(graph: Graph, inputs: Arrays, batch: int = 8, seq: int = 8) -> dict[str, Any]:
+    vocabulary = next(
+        a.size for v in graph.params.values() for a in v.type.axes if a.name == "vocab"
+    )
+    tokens = np.random.default_rng(1).integers(0, vocabulary, (batch, seq)).astype(np.int32)
+    return jax_inputs(graph, {n: tokens if n == "tokens" else 3 for n in graph.inputs})
+
+
+def of(run: Run, params: Any, inputs: dict[str, Any]) -> tuple[Any, Any, str]:
+    """Return the outputs, the gradients of a loss of all of them, and the program."""
+
+    def loss(params: Any) -> tuple[Any, Any]:
+        outputs = run(params, inputs)
+        parts = [
+            (out * np.random.default_rng(5).normal(size=out.shape).astype("f")).mean()
+            for _, out in sorted(outputs.items())
+            if np.issubdtype(out.dtype, np.floating)
+        ]
+        return sum(parts), outputs
+
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params).compile()
+    (_, outputs), gradients = compiled(params)
+    return outputs, gradients, compiled.as_text()
+
+
+def assert_same(graph: Graph, params: Arrays, inputs: Arrays, layout: str) -> str:
+    """Compare values and gradients within 1e-5, and return the program on the mesh."""
+    weights = {n: jax.numpy.asarray(a, "float32") for n, a in params.items()}
+    given = data_for(graph, inputs)
+    on_mesh = laid(graph, layout)
+    expected, slopes = _on_one_device(print_graph(graph), graph, weights, given)
+    run = sharded_function(on_mesh, device_mesh(on_mesh))
+    found, found_slopes, program = of(run, weights, given)
+    for name, value in expected.items():
+        assert_near(value, found[name], name)
+    for name, value in slopes.items():
+        assert np.abs(value).max() > 0, f"the gradient of {name} is zero"
+        assert_near(value, found_slopes[name], name)
+    return program
+
+
+_KNOWN: dict[str, tuple[Any, Any]] = {}
+
+
+def _on_one_device(text: str, graph: Graph, weights: Any, given: Any) -> tuple[Any, Any]:
+    # Several layouts ask for the same graph with the same data.
+    if text not in _KNOWN:
+        _KNOWN[text] = of(function(graph), weights, given)[:2]
+    return _KNOWN[text]
+
+
+def assert_near(expected: Any, found: Any, name: str) -> None:
+    a, b = np.asarray(expected, float), np.asarray(found, float)
+    assert np.abs(a - b).max(initial=0) <= 1e-5 * max(np.abs(a).max(initial=0), 1e-3), name
+
+
+def census(program: str) -> Counter[str]:
+    kinds = r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\("
+    return Counter(re.findall(kinds, program))
+
+
+@pytest.mark.parametrize("name", _some(LAYOUTS, "tensor", "fsdp"))
+def test_a_dense_model_is_the_same_on_a_mesh(name: str) -> None:
+    assert_same(*decoder(DENSE, seq=8), LAYOUTS[name])
+
+
+@pytest.mark.parametrize("name", _some(EXPERTS, "rows, columns", "replicated tokens"))
+def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
+    graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
+    losses = Pipeline.parse("add-losses{metrics=true}", installed())
+    run_pipeline(graph, losses)
+    assert_same(graph, params, inputs, EXPERTS[name])
+
+
+@pytest.mark.parametrize("name", ["rows, columns", "replicated tokens"])
+def test_noise_is_the_same_on_a_mesh(name: str) -> None:
+    graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
+    text = "specialize{mode=train capacity-factor=0.75 groups=8 jitter=0.3 router-noise=0.5}"
+    run_pipeline(graph, Pipeline.parse(text, installed()))
+    assert "key" in graph.inputs
+    assert_same(graph, params, inputs, EXPERTS[name])
+
+
+def test_experts_on_rows_take_two_exchanges_each_way_and_gather_no_weights() -> None:
+    program = assert_same(*decoder(DENSE, seq=8, **SPARSE), EXPERTS["rows"])
+    found = census(program)
+    assert found["all-to-all"] == 4
+    assert not found["all-gather"] + found["reduce-scatter"]
+
+
+def test_stored_parts_are_gathered_and_their_gradients_scattered() -> None:
+    graph, params, inputs = decoder(DENSE, seq=8)
+    found = census(assert_same(graph, params, inputs, LAYOUTS["fsdp"]))
+    assert found["all-gather"] == found["reduce-scatter"] > 0
+
+
+def test_parameters_lie_in_parts() -> None:
+    graph, params, _ = decoder(DENSE, seq=8, **SPARSE)
+    on_mesh = laid(graph, EXPERTS["rows"])
+    where = shardings(on_mesh.params, device_mesh(on_mesh))
+    name = "model.layers.0.mlp.up_proj.weight"
+    part = where[name].shard_shape(params[name].shape)
+    assert np.prod(part) * 8 == params[name].size
+
+
+def test_what_is_not_ready_for_a_mesh_is_refused() -> None:
+    graph, _, _ = decoder(DENSE, seq=8)
+    with pytest.raises(InputError, match="the graph is on no mesh"):
+        device_mesh(graph)
+    annotated = clone(graph)
+    text = "annotate-sharding{mesh=data:4,model:2 rules=tensor-parallel}"
+    run_pipeline(annotated, Pipeline.parse(text, installed()))
+    with pytest.raises(InputError, match="the collectives are not lowered"):
+        sharded_function(annotated, device_mesh(annotated))
+    on_mesh = laid(graph, LAYOUTS["tensor"])
+    with pytest.raises(InputError, match="another mesh"):
+        sharded_function(on_mesh, device_mesh(laid(graph, LAYOUTS["data"])))
+    with pytest.raises(InputError, match="not enough devices"):
+        device_mesh(on_mesh, jax.devices()[:4])
+
+
+@pytest.mark.parametrize(
+    "remat", ["full", "full split=model", pytest.param("save", marks=pytest.mark.slow)]
+)
+def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str) -> None:
+    small = {
+        "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 32,
+    }  # fmt: skip
+    graph = build(parse_config({**preset_config("smollm2-135m"), **small}))
+    text = "upcycle{experts=8 top-k=2 layers=every:2 slots=capacity capacity-factor=0.75 groups=8}"
+    run_pipeline(graph, Pipeline.parse(f"{text},add-losses", installed()))
+    on_mesh = laid(graph, EXPERTS["rows, columns"])
+    run_pipeline(graph, Pipeline.parse("roll-layers", installed()))
+    run_pipeline(on_mesh, Pipeline.parse(f"roll-layers{{remat={remat}}}", installed()))
+    rng = np.random.default_rng(0)
+    params = {
+        n: (rng.normal(size=v.type.shape) * 0.3 + ("norm" in n)).astype("f")
+        for n, v in graph.params.items()
+    }
+    given = data_for(graph, {})
+    expected, slopes = of(function(graph), params, given)[:2]
+    found, found_slopes, _ = of(sharded_function(on_mesh, device_mesh(on_mesh)), params, given)
+    for name, value in (*expected.items(), *slopes.items()):
+        assert_near(value, {**found, **found_slopes}[name], name)
+
+
+def test_a_loop_keeps_no_parameter_that_was_gathered() -> None:
+    """Parameters are gathered again for the gradient whatever is kept, and tokens are not."""
+    kept, again = (collectives("all_gather", "fsdp", remat) for remat in ("none", "full"))
+    assert kept == again > 0
+    kept, again = (collectives("all_gather", "sequence", remat) for remat in ("none", "full"))
+    assert 0 < kept < again
+
+
+def test_a_sum_that_is_kept_is_not_sent_again() -> None:
+    """Of the two sums of a layer, after attention and after the neurons, the last is never."""
+    none, save, full = (
+        collectives("psum_invariant", "tensor", remat) for remat in ("none", "save", "full")
+    )
+    assert 0 < none == save < full
+
+
+def collectives(name: str, layout: str, remat: str) -> int:
+    """Return how many there are of a primitive in the gradient of a model of rolled layers."""
+    small = {
+        "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 32,
+    }  # fmt: skip
+    graph = laid(build(parse_config({**preset_config("smollm2-135m"), **small})), LAYOUTS[layout])
+    run_pipeline(graph, Pipeline.parse(f"roll-layers{{remat={remat}}}", installed()))
+    run, given = sharded_function(graph, device_mesh(graph)), data_for(graph, {})
+    params = {n: np.ones(v.type.shape, "f") for n, v in graph.params.items()}
+    gradient = jax.grad(lambda p: run(p, given)["logits"].sum())
+    return str(jax.make_jaxpr(gradient)(params)).count(f"{name}[")
+
+
+def test_elements_that_32_bits_do_not_count_are_rejected() -> None:
+    """Else two elements would draw the same number."""
+    from moecc_backends.xla.trace.device_view import DeviceView
+
+    from moecc.ir.mesh import parse_mesh
+    from moecc.types.dtypes import F32
+    from moecc.types.tensor import Axis, TensorType
+
+    view = DeviceView(parse_mesh("data:8"))
+    large = TensorType(F32, (Axis("batch", 2**23, ("data",)), Axis("mlp", 2**10)))
+    with pytest.raises(InputError, match="32 bits"):
+        view.element_numbers(large, (2**20, 2**10))
