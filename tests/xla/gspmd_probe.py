@@ -62,8 +62,8 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     from moecc_backends.xla.train.shardings import TrainStepConfig
     from moecc_backends.xla.train.step import train_step
 
-    from moecc.plan.layout import Layout
     from moecc.plan.meshes import plan_mesh
+    from moecc.sharding.layout import Layout
     from moecc.types.dtypes import F64
 
     # Parameters are float32; what computes with them is not, so that nothing but a fault differs.
