@@ -87,8 +87,7 @@ class _Stack:
         weight = self.param(name, b.loc, expert=EXPERTS, mlp=2, embed=EMBED)
         rows = b.silu(b.contract(b.dispatch(h, experts, place), weight, over="embed"))
         down = self.param(f"{name}.down", b.loc, expert=EXPERTS, embed=EMBED, mlp=2)
-        made: Value = b.combine(b.contract(rows, down, over="mlp"), experts, place, gates)
-        return made
+        return b.combine(b.contract(rows, down, over="mlp"), experts, place, gates)
 
     def param(self, name: str, loc: str, **axes: int) -> Value:
         type = tensor(F32, **axes)

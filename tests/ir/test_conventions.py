@@ -9,7 +9,7 @@ import pytest
 from moecc_backends.reference import routing as reference
 from moecc_passes.sharding.experts.expert_parallel import ExpertParallelPass
 from moecc_passes.upcycle.gates import MEANINGS, GateLaw
-from moecc_passes.upcycle.upcycle import Gates
+from moecc_passes.upcycle.options import Gates
 
 from moecc.backend import get_backend
 from moecc.cli.cmd_plan import Via as ViaOption

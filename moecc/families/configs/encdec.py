@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from moecc.ir.attributes import Gates
+
 from .extras import EXTRA_DEFAULTS
 from .model import ACTIVATIONS, ModelConfig, activation_problem
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
@@ -62,7 +64,7 @@ class Experts:
 
     count: int
     top_k: int = 1
-    gates: str = "softmax"
+    gates: Gates = "softmax"
     sequence_capacity: int = 0
     capacity_factor: float = 0.0
     extra_ffn: str = "none"

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from moecc.ir.attributes import Gates
+
 from .encdec import ENCDEC_DEFAULTS, STACKS, EncDecConfig, Experts, read_activation
 from .extras import TOKEN_KEYS
 from .model import ModelConfig
@@ -48,7 +50,7 @@ class StMoeConfig(EncDecConfig):
 
     num_experts: int
     experts_per_token: int = 2
-    gates: str = "renormalised"
+    gates: Gates = "renormalised"
     sparse_encoder_layers: tuple[int, ...] = ()
     sparse_decoder_layers: tuple[int, ...] = ()
     extra_ffn: str = "none"

@@ -41,8 +41,7 @@ def _is_foldable(match: Match) -> str | None:
 
 def _fold(match: Match, b: Builder) -> Value:
     root = match.root
-    value: Value = b.constant(value=_folded(root), dtype=root.result.type.dtype.name)
-    return value
+    return b.constant(value=_folded(root), dtype=root.result.type.dtype.name)
 
 
 def _is_float(match: Match) -> str | None:
@@ -51,8 +50,7 @@ def _is_float(match: Match) -> str | None:
 
 
 def _scale(match: Match, b: Builder) -> Value:
-    value: Value = b.scale(match.value("x"), by=match.attr("value"))
-    return value
+    return b.scale(match.value("x"), by=match.attr("value"))
 
 
 _constant = P.constant()

@@ -223,7 +223,7 @@ class _Annotator:
             return self.made[key]
         cause = rules[0].axis if rules else "whole"
         builder = Builder(self.graph, loc=loc, origin=f"{NAME}/{cause}", before=before or node)
-        made: Value = builder.reshard(value, to=to, name=value.name)
+        made = builder.reshard(value, to=to, name=value.name)
         self.made[key] = made
         self.known.add(made)
         self.count += 1

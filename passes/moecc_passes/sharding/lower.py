@@ -64,5 +64,4 @@ def _cause(origin: str) -> str:
 
 
 def _emit(builder: Builder, value: Value, op: str, attrs: dict[str, Any]) -> Value:
-    made: Value = builder.node(op, value, names=(value.name,), **attrs).result
-    return made
+    return builder.node(op, value, names=(value.name,), **attrs).result

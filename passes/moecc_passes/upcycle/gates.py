@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.ir.gates import convention
+from moecc.ir.gates import Gates, convention
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -36,7 +36,7 @@ class GateLaw:
       has_prototypes: whether the experts are k groups that each give one, by a softmax of its own.
     """
 
-    convention: str
+    convention: Gates
     experts: int
     top_k: int
     granularity: int = 1

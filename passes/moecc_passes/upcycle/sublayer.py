@@ -106,8 +106,7 @@ class DenseCopy:
         if norm is None:
             return stream
         vectors = [self._param(builder, p, self.weights[p]) for p in norm.operands[1:]]
-        normed: Value = builder.node(norm.op.name, stream, *vectors, **norm.attrs).result
-        return normed
+        return builder.node(norm.op.name, stream, *vectors, **norm.attrs).result
 
     def _block(self, builder: Builder, x: Value) -> Value:
         image: dict[Value, Value] = {self.block.x: x}
@@ -126,8 +125,7 @@ class DenseCopy:
         """Emit again what the block reads beside `x` and parameters: it may be defined later."""
         node = value.node
         assert node is not None, "a block reads nothing from outside but constants"
-        again: Value = builder.node(node.op.name, **node.attrs).result
-        return again
+        return builder.node(node.op.name, **node.attrs).result
 
     def _param(self, builder: Builder, param: Value, weight: Expr) -> Value:
         name = builder.graph.fresh(f"{param.name}.extra")

@@ -55,8 +55,7 @@ def _placed(builder: Builder, place: Value) -> Value:
     """Return 1 for each choice that has a slot, of the axes of `place`."""
     none = builder.constant(value=-1.0, dtype="i32")
     ones = builder.broadcast(builder.constant(value=1.0, dtype="f32"), place)
-    made: Value = builder.mask(ones, builder.less(none, place), fill=0.0)
-    return made
+    return builder.mask(ones, builder.less(none, place), fill=0.0)
 
 
 def _counts(layer: LaidLayer, builder: Builder) -> Value:
@@ -65,8 +64,7 @@ def _counts(layer: LaidLayer, builder: Builder) -> Value:
     attrs = routed.placing.attrs
     hot = builder.one_hot(routed.experts, into=(("expert", attrs["experts"]),))
     each = builder.sum(builder.mul(hot, _placed(builder, routed.place)), axes=routed.choice)
-    counts: Value = builder.group_sum(each, routed.place, name="counts")
-    return counts
+    return builder.group_sum(each, routed.place, name="counts")
 
 
 def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
@@ -75,17 +73,14 @@ def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
          "slots that place gives", "leave buffer-factor out")  # fmt: skip
     given = {**given_to(node.operands, node.attrs), "keep": keep}
     attrs = {**node.attrs, "using": tuple(given)}
-    place: Value = builder.place(
-        node.operands[0], *given.values(), **attrs, name=layer.routed.place.name
-    )
-    return place
+    return builder.place(node.operands[0], *given.values(), **attrs, name=layer.routed.place.name)
 
 
 def _dropped(builder: Builder, before: Value, after: Value) -> Value:
     """Return how many choices had a slot and have none any more."""
     axes = before.type.names
     lost = builder.sub(_placed(builder, before), _placed(builder, after))
-    total: Value = builder.sum(lost, axes=axes, name="dropped")
+    total = builder.sum(lost, axes=axes, name="dropped")
     if total.type.unreduced:
         total = builder.all_reduce(total, mesh=total.type.unreduced, name="dropped")
     return total
