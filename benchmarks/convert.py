@@ -191,7 +191,7 @@ def convert_by_library(source: Path, out: Path) -> None:
     """Copy every feed-forward tensor to 8 experts with `write_checkpoint` alone."""
     from moecc.checkpoint.open import open_checkpoint
     from moecc.checkpoint.writer import OutputTensor, write_checkpoint
-    from moecc.ir.types import Axis, TensorType
+    from moecc.types.tensor import Axis, TensorType
     from moecc.weights.expr import Source
     from moecc.weights.movement import Index, Tile
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from moecc.checkpoint.open import open_checkpoint
 from moecc.checkpoint.source import Checkpoint
-from moecc.ir.dtypes import BY_TORCH
+from moecc.types.dtypes import BY_TORCH
 
 
 def write_dense_folder(checkpoint: Checkpoint, folder: Path, dtype: str = "bfloat16") -> None:

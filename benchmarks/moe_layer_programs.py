@@ -14,7 +14,7 @@ from moecc_backends.xla.backend import function
 from moecc_backends.xla.trace.options import Options
 
 from moecc.ir import parse
-from moecc.ir.dtypes import BF16, F32
+from moecc.types.dtypes import BF16, F32
 
 Weights = dict[str, jax.Array]
 
@@ -62,7 +62,7 @@ class Program(NamedTuple):
 def graph_text(case: Case, slots: str, place: str) -> str:
     """Return the text of the layer; `place` holds further attributes of the placement."""
     tokens, d, f, experts, k = case
-    rows = f"group=1, expert={experts}, slot={slots}(%place)"
+    rows = f"group=1, expert={experts}, slot={slots}(%slots)"
     return f"""moecc 1
 graph layer {{
   input %x : f32[token={tokens}, embed={d}]
@@ -72,14 +72,14 @@ graph layer {{
   param %down : f32[expert={experts}, embed={d}, mlp={f}]
   %logits = contract %x, %router {{over=embed}} : f32[token={tokens}, expert={experts}]
   %experts, %gates = route %logits {{top_k={k}}} : i32[token={tokens}, choice={k}], f32[token={tokens}, choice={k}]
-  %place = place %experts {{tokens=token, experts={experts}{place}}} : i32[token={tokens}, choice={k}]
-  %rows = dispatch %x, %experts, %place : f32[{rows}, embed={d}]
+  %slots = assign_slots %experts {{tokens=token, experts={experts}{place}}} : i32[token={tokens}, choice={k}]
+  %rows = dispatch %x, %experts, %slots : f32[{rows}, embed={d}]
   %a = contract %rows, %gate {{over=embed}} : f32[{rows}, mlp={f}]
   %s = silu %a : f32[{rows}, mlp={f}]
   %u = contract %rows, %up {{over=embed}} : f32[{rows}, mlp={f}]
   %m = mul %s, %u : f32[{rows}, mlp={f}]
   %o = contract %m, %down {{over=mlp}} : f32[{rows}, embed={d}]
-  %y = combine %o, %experts, %place, %gates : f32[token={tokens}, embed={d}]
+  %y = combine %o, %experts, %slots, %gates : f32[token={tokens}, embed={d}]
   output y = %y
 }}
 """  # noqa: E501

@@ -20,19 +20,19 @@ from typing import Any
 
 from script import OUT, console, exit_code, step
 
-from moecc.ahead.apart import compile_apart
+from moecc.ahead.compile_in_subprocess import compile_apart
 from moecc.ahead.request import Request
 from moecc.ahead.text import compile_text
 from moecc.cli.files import write_whole
-from moecc.ir.dtypes import BF16, F32
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
 from moecc.plan.chart import chart
 from moecc.plan.machines import parse_machine
 from moecc.plan.report import plan_json, plan_text
-from moecc.plan.search import Wish, search
-from moecc.plan.strategy import Setting
+from moecc.plan.search import Constraints, search
+from moecc.plan.strategy import StepConfig
 from moecc.plan.workload import workload
+from moecc.types.dtypes import BF16, F32
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def _write(out: Path, time_limit: float) -> None:
 def planned(pod: Pod) -> dict[str, Any]:
     """Return the best plan for `pod`, and the next best, as ``moecc plan --format json`` does."""
     machine = parse_machine(pod.machine)
-    setting = Setting(train=True, optimizer="adamw", dtype=BF16, weight_dtype=F32)
+    setting = StepConfig(train=True, optimizer="adamw", dtype=BF16, weight_dtype=F32)
     with open_model(pod.model) as model:
         batch = make_batch(model.graph, machine.devices, None, pod.lengths)
         work = workload(model.graph, batch)
     return plan_json(
-        pod.model, work, machine, setting, search(work, machine, setting, Wish(remat="full"))
+        pod.model, work, machine, setting, search(work, machine, setting, Constraints(remat="full"))
     )
 
 

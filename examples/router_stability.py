@@ -35,13 +35,13 @@ from texts import help_topics
 from moecc.errors import MachineError, UsageError
 from moecc.families import build
 from moecc.families.configs import parse_config
-from moecc.initial import initialise
-from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Graph
-from moecc.models import Model
+from moecc.model.initialise import initialise
+from moecc.model.open import Model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.types.dtypes import DTYPES
 
 try:
     import jax
@@ -83,7 +83,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepConfig:
     """What is tried.
 
     Attributes:
@@ -103,7 +103,7 @@ class Setting:
     dtype: str = "bf16"
 
 
-QUICK = Setting(rates=(0.01, 0.2), seeds=1, steps=12, layers=2, seq=32)
+QUICK = StepConfig(rates=(0.01, 0.2), seeds=1, steps=12, layers=2, seq=32)
 """To see that it runs; too short to show anything."""
 
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: run(setting_of(args), args.out))
 
 
-def setting_of(args: argparse.Namespace) -> Setting:
+def setting_of(args: argparse.Namespace) -> StepConfig:
     """Return what the command line asks for.
 
     Raises:
@@ -163,13 +163,13 @@ def setting_of(args: argparse.Namespace) -> Setting:
         ) from None
     given = {"steps": args.steps, "seeds": args.seeds, "dtype": args.dtype, "rates": rates}
     chosen = {name: value for name, value in given.items() if value is not None}
-    setting = replace(QUICK if args.quick else Setting(), **chosen)
+    setting = replace(QUICK if args.quick else StepConfig(), **chosen)
     if not min(setting.steps, setting.seeds, *setting.rates) > 0:
         raise UsageError("steps, seeds and rates are positive")
     return setting
 
 
-def run(setting: Setting, out: Path) -> None:
+def run(setting: StepConfig, out: Path) -> None:
     """Train everything, print a table, write a figure and the numbers.
 
     Raises:
@@ -194,7 +194,7 @@ def as_bytes(pieces: Sequence[str], held_out: bool) -> Array:
     return np.frombuffer("\n\n".join(chosen).encode(), np.uint8)
 
 
-def sparse_graph(setting: Setting, mode: str, seed: int = 0) -> Graph:
+def sparse_graph(setting: StepConfig, mode: str, seed: int = 0) -> Graph:
     """Return the graph of the sparse model for ``train`` or ``eval``, its weights drawn."""
     config = {"num_hidden_layers": setting.layers, "max_position_embeddings": setting.seq}
     graph = build(parse_config(CONFIG | config))
@@ -207,7 +207,7 @@ def sparse_graph(setting: Setting, mode: str, seed: int = 0) -> Graph:
 class Trainer:
     """Runs that share one compiled step: what differs between them are its arguments."""
 
-    def __init__(self, setting: Setting, text: Array, held_out: Array) -> None:
+    def __init__(self, setting: StepConfig, text: Array, held_out: Array) -> None:
         self._setting, self._text = setting, text
         self._windows = windows(held_out, HELD_OUT_WINDOWS, setting.seq, np.random.default_rng(0))
         forward, judged = (
@@ -301,7 +301,7 @@ def measures(outputs: Params) -> Params:
     }
 
 
-def train_all(trainer: Trainer, setting: Setting) -> list[Run]:
+def train_all(trainer: Trainer, setting: StepConfig) -> list[Run]:
     """Return a run for each learning rate, seed and variant; each is announced when it is done."""
     runs = []
     for rate in setting.rates:

@@ -34,12 +34,12 @@ from texts import Text, help_topics
 
 from moecc.backend import get_backend
 from moecc.errors import InputError
-from moecc.generation import Kept, load_tokenizer
-from moecc.inputs import longest
-from moecc.models import Model, open_model
+from moecc.model.inputs import longest
+from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.generate import Kept, load_tokenizer
 
 if TYPE_CHECKING:
     from moecc.tokenizer.process import Tokenizer
@@ -168,7 +168,7 @@ def run(source: Path | None, path: Path | None, tokens: int, seed: int, out: Pat
 
 def add_trace(model: Model, seed: int) -> bool:
     """Trace the routers of `model`; return whether they had to be made first."""
-    drawn = not any(node.op.name == "place" for node in model.graph)
+    drawn = not any(node.op.name == "assign_slots" for node in model.graph)
     pipeline = f"{UPCYCLE},{TRACE}" if drawn else TRACE
     run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context(seed=seed))
     console.print(f"  {pipeline}")
@@ -198,7 +198,7 @@ def trace(model: Model, ids: Array) -> list[Routed]:
     Raises:
       InputError: the model takes more than tokens, or no token of it chooses an expert.
     """
-    sizes = {n.loc: n.attrs["experts"] for n in model.graph if n.op.name == "place"}
+    sizes = {n.loc: n.attrs["experts"] for n in model.graph if n.op.name == "assign_slots"}
     if not sizes or not {"tokens", "mask"}.issuperset(model.graph.inputs):
         raise InputError(
             "only tokens that choose experts, in an encoder or a decoder alone, are traced here",

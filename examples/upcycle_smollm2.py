@@ -22,15 +22,15 @@ from script import OUT, console, exit_code, step
 
 from moecc.checkpoint.manifest import MANIFEST_NAME, check_manifest
 from moecc.cli.console import Bar
-from moecc.conversion import Conversion, Plan, plan, write
 from moecc.errors import CheckError
-from moecc.generation import generate
-from moecc.ir.dtypes import BF16
 from moecc.ir.printer import print_graph
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.support.text import count_text, size_text
-from moecc.verification import Verdict, compare
+from moecc.tasks.convert import Conversion, Plan, plan, write
+from moecc.tasks.generate import generate
+from moecc.tasks.verify import Verdict, compare
+from moecc.types.dtypes import BF16
 
 PIPELINE = "upcycle{experts=8 top-k=2}"
 TARGET = "mixtral"

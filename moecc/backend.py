@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moecc.errors import UsageError, nearest
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph
+from moecc.types.dtypes import F32, DType
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 

@@ -8,19 +8,19 @@ from typing import Any
 
 from moecc.ahead.request import EXPLICIT, GSPMD, Job, Request
 from moecc.errors import InputError, UsageError
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.search import Wish, check_wish, search
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.search import Constraints, check_wish, search
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Workload, workload
-from moecc.settings import float_type
+from moecc.support.parse_units import float_type
+from moecc.types.dtypes import F32
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""
@@ -28,14 +28,14 @@ CAPACITY_FACTOR = 1.25
 
 @dataclass(frozen=True)
 class Bound:
-    """What bounds the rows of an expert: a factor, and what it multiplies (see ``place``)."""
+    """The bound on an expert's rows: a factor, and what it multiplies (see ``assign_slots``)."""
 
     factor: float
     convention: str
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedJob:
     """A job, and what is known of it beforehand.
 
     Attributes:
@@ -57,7 +57,7 @@ class Prepared:
     remarks: tuple[str, ...]
 
 
-def prepare(request: Request) -> Prepared:
+def prepare(request: Request) -> PreparedJob:
     """Return the job that `request` asks for.
 
     Raises:
@@ -67,7 +67,7 @@ def prepare(request: Request) -> Prepared:
     machine = parse_machine(request.machine)
     train = request.step == "train"
     dtype = float_type(request.dtype)
-    setting = Setting(train, request.optimizer, dtype, F32 if train else dtype)
+    setting = StepConfig(train, request.optimizer, dtype, F32 if train else dtype)
     _check_exchange(request)
     with open_model(request.model) as model:
         graph = model.graph
@@ -82,7 +82,7 @@ def prepare(request: Request) -> Prepared:
         request.optimizer if train else None, request.emit, request.export, request.partition,
     )  # fmt: skip
     estimate = Estimator(work, machine, setting).estimate(strategy)
-    return Prepared(graph, job, work, estimate, bound, pipeline, tuple(remarks))
+    return PreparedJob(graph, job, work, estimate, bound, pipeline, tuple(remarks))
 
 
 def _check_exchange(request: Request) -> None:
@@ -102,7 +102,7 @@ def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None,
 
     A model that keeps every row stays so where the way to the experts is not ``capacity``.
     """
-    places = [node.attrs for node in graph if node.op.name == "place"]
+    places = [node.attrs for node in graph if node.op.assigns_slots and not node.op.chooses]
     is_dropless = all(p["slots"] == "ragged" for p in places)
     keeps = request.via not in (None, "capacity") and request.capacity_factor is None
     if not places or (is_dropless and keeps):
@@ -155,14 +155,14 @@ def _specialize(train: bool, bound: Bound | None, layout: Layout | None) -> str:
     return f"specialize{{{' '.join(parts)}}}"
 
 
-def _strategy(request: Request, work: Workload, machine: Machine, setting: Setting) -> Strategy:
+def _strategy(request: Request, work: Workload, machine: Machine, setting: StepConfig) -> Strategy:
     """Return what the request fixes, or the best of the plan where it leaves the mesh open."""
     rules = request.rules
     mesh = None if request.mesh is None else plan_mesh(request.mesh, rules)
     if mesh is None:
-        wish = Wish(None, _via(request, work), request.remat, request.dense_weights, rules)
+        wish = Constraints(None, _via(request, work), request.remat, request.dense_weights, rules)
         return search(work, machine, setting, wish).best.strategy
-    check_wish(work, machine, Wish(mesh, request.via, rules=rules))
+    check_wish(work, machine, Constraints(mesh, request.via, rules=rules))
     if request.sliced and not work.experts:
         raise InputError("the model has no experts whose rows would be sent in slices")
     dense, replicated = request.dense_weights or "whole", request.via == "replicated"

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph
 from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine
+from moecc.types.dtypes import DType
 
 EMITS = ("stablehlo", "hlo")
 

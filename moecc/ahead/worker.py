@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from moecc.ahead.prepare import Prepared, prepare
+from moecc.ahead.prepare import PreparedJob, prepare
 from moecc.ahead.request import Compiler, Request, Result
 from moecc.ahead.trimming import trimmed
 from moecc.backend import get_backend
@@ -41,7 +41,7 @@ def _answer(request: Request, folder: Path) -> dict[str, Any]:
     return report(request, prepared, result)
 
 
-def report(request: Request, prepared: Prepared, result: Result) -> dict[str, Any]:
+def report(request: Request, prepared: PreparedJob, result: Result) -> dict[str, Any]:
     """Return what `moecc compile` says, as JSON values."""
     job, estimate, work = prepared.job, prepared.estimate, prepared.work
     usable = result.available_bytes or job.machine.usable_bytes

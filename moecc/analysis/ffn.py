@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.traits import Cost, Role, RowMove
+from moecc.ir.traits import Role, RowMove
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 
 def _layer_of(loc: str) -> int | None:
@@ -147,7 +147,7 @@ def _is_bias(node: Node) -> bool:
 
 
 def _is_product(value: Value) -> bool:
-    return value.node is not None and value.node.op.cost is Cost.PRODUCT
+    return value.node is not None and value.node.op.is_product
 
 
 def find_ffn_blocks(graph: Graph) -> FFNSearch:
@@ -172,9 +172,7 @@ def find_ffn_blocks(graph: Graph) -> FFNSearch:
 
 def _is_projection(node: Node) -> bool:
     """Whether `node` contracts an activation with a parameter over a single axis."""
-    return (
-        node.op.cost is Cost.PRODUCT and node.operands[1].is_param and len(node.attrs["over"]) == 1
-    )
+    return node.op.is_product and node.operands[1].is_param and len(node.attrs["over"]) == 1
 
 
 def _outer_axis(down: Node) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from moecc.ir.graph import Graph, Value
+from moecc.ir.traits import Cost
 from moecc.ir.unroll import users_within
 
 GROUPS = ("all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding")
@@ -32,11 +33,11 @@ def _groups(value: Value) -> Iterable[str]:
             yield "router"
         return
     yield "non-moe"
-    names = {node.op.name for node in users_within(value)}
+    uses = [node.op for node in users_within(value)]
     place = value.loc.rpartition(".")[2]
-    if any(name.endswith("_norm") for name in names):
+    if any(entry.is_norm for entry in uses):
         yield "norm"
-    elif "embedding" in names or place == "head":
+    elif any(entry.cost is Cost.LOOK_UP for entry in uses) or place == "head":
         yield "embedding"
     elif "attention" in place:
         yield "attention"

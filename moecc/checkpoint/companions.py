@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from moecc.checkpoint.files import file_fault
-from moecc.checkpoint.problems import Problems
+from moecc.checkpoint.problems import Problems, quoted
+from moecc.checkpoint.records import is_recordable
 from moecc.checkpoint.sniff import PICKLE, ZIP, sniff_file
 
 _COPIED = (
@@ -53,6 +54,13 @@ def find_companions(folder: Path, problems: Problems) -> dict[str, Path]:
     for name in sorted(names):
         path = folder / name
         if path.is_dir():
+            continue
+        if not is_recordable(name):
+            problems.add(
+                f"a manifest cannot name the file {quoted(name)}, which an export would copy",
+                where=str(folder),
+                hint="rename it, or move it out of the folder",
+            )
             continue
         if _is_usable(path, folder, problems):
             companions[name] = path

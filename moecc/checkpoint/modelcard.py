@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moecc.checkpoint.files import file_fault, read_bounded
 from moecc.errors import InputError, printable
-from moecc.ir.dtypes import DTYPES
+from moecc.types.dtypes import DTYPES
 
 CARD_NAME = "README.md"
 GENERATION = "text-generation"
@@ -196,8 +196,8 @@ def _with_transformers(facts: CardFacts) -> list[str]:
 
 def _generating(facts: CardFacts) -> list[str]:
     return [
-        "from moecc.generation import generate",
-        "from moecc.models import open_model",
+        "from moecc.tasks.generate import generate",
+        "from moecc.model.open import open_model",
         "",
         _folder(facts),
         "with open_model(folder) as model:",
@@ -208,8 +208,8 @@ def _generating(facts: CardFacts) -> list[str]:
 def _running(facts: CardFacts) -> list[str]:
     return [
         "from moecc.backend import get_backend",
-        "from moecc.inputs import default_inputs",
-        "from moecc.models import open_model",
+        "from moecc.model.inputs import default_inputs",
+        "from moecc.model.open import open_model",
         "",
         _folder(facts),
         "with open_model(folder) as model:",

@@ -22,7 +22,7 @@ from moecc.checkpoint.jsonfile import parse_json
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.errors import CheckError, InputError
-from moecc.ir.dtypes import DTYPES
+from moecc.types.dtypes import DTYPES
 from moecc.version import __version__
 
 MANIFEST_NAME = "moecc_manifest.json"
@@ -152,6 +152,13 @@ def load(folder: Path) -> Manifest:
         what = "the manifest was changed after it was written: its seal does not fit its content"
         raise CheckError(what, where=str(path), hint="fetch the file again")
     return _Reader(parse_json(data, str(path), max_values=_MAX_VALUES), str(path)).manifest()
+
+
+def is_recordable(name: str) -> bool:
+    """Whether a manifest can name this file: printable, and inside the folder on every system."""
+    path = PureWindowsPath(name)
+    outside = path.drive or path.root or ".." in path.parts or "\\" in name
+    return not (name_fault(name) or outside)
 
 
 def seal(content: bytes) -> bytes:
@@ -316,6 +323,5 @@ class _Reader:
 
     def _require_inside(self, name: str, key: str) -> None:
         """Report a file name that would lead out of the folder."""
-        path = PureWindowsPath(name)
-        if name_fault(name) or path.drive or path.root or ".." in path.parts or "\\" in name:
+        if not is_recordable(name):
             self._wrong(key, "names of files in the folder", name)

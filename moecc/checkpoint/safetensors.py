@@ -19,9 +19,9 @@ from moecc.checkpoint.limits import MAX_SIZE, name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.checkpoint.sniff import SNIFFED_BYTES, sniff
 from moecc.checkpoint.source import TensorInfo
-from moecc.collector import collector_paused
 from moecc.errors import InputError, nearest
-from moecc.ir.dtypes import BY_SAFETENSORS, DType
+from moecc.support.gc_pause import collector_paused
+from moecc.types.dtypes import BY_SAFETENSORS, DType
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 18

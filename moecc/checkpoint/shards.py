@@ -10,7 +10,7 @@ from math import prod
 
 from moecc.checkpoint.layout import SINGLE_NAME
 from moecc.errors import InputError
-from moecc.ir.dtypes import DType
+from moecc.types.dtypes import DType
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format's reference reader."""

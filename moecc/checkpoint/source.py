@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from moecc.ir.dtypes import DType
+from moecc.types.dtypes import DType
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from moecc.checkpoint.nonfinite import Nonfinite, ScanningReader
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.shards import Entry, Shard, index_json, natural, plan_shards
 from moecc.errors import InputError, UsageError
-from moecc.ir.dtypes import DType
+from moecc.types.dtypes import DType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import row_blocks
 from moecc.weights.evaluate import Evaluator, Reader, ValuesOverflow, same_bytes

@@ -22,7 +22,7 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moecc.ahead.apart import Answer
+    from moecc.ahead.compile_in_subprocess import CompileOutcome
     from moecc.ahead.request import Request
 
 
@@ -96,7 +96,7 @@ def compile_step(asked: CompileRequest) -> int:
     No weights are read and no accelerator is needed: libtpu compiles for TPUs, the CUDA
     plug-in of jax for GPUs. Exit code 1 if the program does not fit.
     """
-    from moecc.ahead.apart import compile_apart
+    from moecc.ahead.compile_in_subprocess import compile_apart
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, write_whole
 
@@ -121,7 +121,7 @@ def ahead_request(asked: CompileRequest) -> Request:
     """
     from moecc.ahead.request import Request
     from moecc.plan.batches import parse_lengths
-    from moecc.settings import float_type
+    from moecc.support.parse_units import float_type
 
     names = None if asked.rules is None else tuple(asked.rules.split(","))
     _check_machine(asked, names)
@@ -160,7 +160,7 @@ def _value(choice: StrEnum | None) -> str | None:
     return None if choice is None else choice.value
 
 
-def _print(answer: Answer, asked: CompileRequest) -> None:
+def _print(answer: CompileOutcome, asked: CompileRequest) -> None:
     from moecc.ahead.text import compile_text
     from moecc.cli.console import report
 

@@ -13,7 +13,7 @@ from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, PaddingMaskOption, SourceArgument
 
 if TYPE_CHECKING:
-    from moecc.conversion import Plan
+    from moecc.tasks.convert import Plan
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def convert(asked: ConvertRequest) -> None:
     from moecc.checkpoint.outdir import check_output
     from moecc.cli.console import report
     from moecc.cli.pipelines import read_pipeline
-    from moecc.conversion import plan
-    from moecc.models import open_model
-    from moecc.settings import count_bytes, float_type
+    from moecc.model.open import open_model
+    from moecc.support.parse_units import count_bytes, float_type
+    from moecc.tasks.convert import plan
 
     type = None if asked.dtype is None else float_type(asked.dtype)
     limit = count_bytes(asked.max_shard_bytes)
@@ -81,7 +81,7 @@ def convert(asked: ConvertRequest) -> None:
 
 def _write(planned: Plan, asked: ConvertRequest, max_shard_bytes: int) -> None:
     from moecc.cli.console import Bar
-    from moecc.conversion import write
+    from moecc.tasks.convert import write
 
     with Bar("writing") as bar:
         write(

@@ -28,9 +28,9 @@ class GenerateRequest:
 
 def generate(asked: GenerateRequest) -> None:
     """Continue a text with MODEL; prints prompt and continuation."""
-    from moecc.generation import generate as continuation
-    from moecc.models import open_model
-    from moecc.settings import float_type
+    from moecc.model.open import open_model
+    from moecc.support.parse_units import float_type
+    from moecc.tasks.generate import generate as continuation
 
     type = float_type(asked.dtype)
     with open_model(asked.model, weights=asked.weights) as opened:

@@ -28,7 +28,7 @@ def import_graph(asked: ImportRequest) -> None:
     """Read the headers of SOURCE and print its graph; no weights are read."""
     from moecc.cli.files import write_text
     from moecc.ir.printer import print_graph
-    from moecc.models import open_model
+    from moecc.model.open import open_model
 
     with open_model(asked.source, padding=asked.padding_mask) as model:
         write_text(print_graph(model.graph), asked.output, force=asked.force)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moecc.analysis.ffn import FFNSearch
     from moecc.families.describe import Parameters
     from moecc.ir.graph import Graph
-    from moecc.models import Model
+    from moecc.model.open import Model
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def inspect(asked: InspectRequest) -> None:
     upcycled, and which families could hold the result, with the reasons why others cannot.
     """
     from moecc.cli.console import report
-    from moecc.models import open_model
+    from moecc.model.open import open_model
 
     with open_model(asked.source) as model:
         data = inspection(model)

@@ -50,9 +50,9 @@ def lower(asked: LowerRequest) -> None:
     """Print MODEL as jax or XLA sees it; no weights are read, and nothing is run."""
     from moecc.backend import get_lowering_backend
     from moecc.cli.files import check_writable, write_text
-    from moecc.inputs import default_inputs
-    from moecc.models import open_model
-    from moecc.settings import float_type
+    from moecc.model.inputs import default_inputs
+    from moecc.model.open import open_model
+    from moecc.support.parse_units import float_type
 
     if asked.output is not None and asked.output != "-":
         check_writable(asked.output, force=asked.force)

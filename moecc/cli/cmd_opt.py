@@ -68,7 +68,7 @@ def opt(asked: OptRequest) -> None:
     from moecc.cli.files import check_writable, write_text
     from moecc.cli.pipelines import read_pipeline
     from moecc.ir.printer import print_graph
-    from moecc.models import read_graph
+    from moecc.model.open import read_graph
     from moecc.pipeline.passes import Context
     from moecc.pipeline.runner import run_pipeline
 
@@ -86,7 +86,7 @@ def opt(asked: OptRequest) -> None:
 
 def _check(graph: Graph, passes: Pipeline, context: Context) -> None:
     from moecc.cli.console import say
-    from moecc.pipeline.check import check_pipeline
+    from moecc.tasks.check import check_pipeline
 
     for checked in check_pipeline(graph, passes, context=context):
         say(f"checked: {checked}")

@@ -21,8 +21,8 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moecc.plan.search import Wish
-    from moecc.plan.strategy import Setting
+    from moecc.plan.search import Constraints
+    from moecc.plan.strategy import StepConfig
 
 
 class Step(StrEnum):
@@ -129,7 +129,7 @@ def planned(asked: PlanRequest) -> dict[str, Any]:
       InputError: the model, or the passes on it, do not work out, or nothing fits.
     """
     from moecc.cli.pipelines import read_pipeline
-    from moecc.models import open_model
+    from moecc.model.open import open_model
     from moecc.pipeline.runner import run_pipeline
     from moecc.plan.batches import make_batch, parse_lengths
     from moecc.plan.machines import Machine, parse_machine
@@ -154,21 +154,21 @@ def planned(asked: PlanRequest) -> dict[str, Any]:
     return plan_json(asked.model, work, where, setting, ranking)
 
 
-def _wish(asked: PlanRequest) -> Wish:
+def _wish(asked: PlanRequest) -> Constraints:
     from moecc.plan.meshes import plan_mesh
-    from moecc.plan.search import Wish
+    from moecc.plan.search import Constraints
 
     names = None if asked.rules is None else tuple(asked.rules.split(","))
     fixed = None if asked.mesh is None else plan_mesh(asked.mesh, names)
-    return Wish(fixed, asked.via, asked.remat, asked.dense_weights, names)
+    return Constraints(fixed, asked.via, asked.remat, asked.dense_weights, names)
 
 
-def _setting(asked: PlanRequest) -> Setting:
-    from moecc.plan.strategy import Setting
-    from moecc.settings import float_type
+def _setting(asked: PlanRequest) -> StepConfig:
+    from moecc.plan.strategy import StepConfig
+    from moecc.support.parse_units import float_type
 
     types = float_type(asked.dtype), float_type(asked.weight_dtype)
-    return Setting(asked.step is Step.train, asked.optimizer.value, *types)
+    return StepConfig(asked.step is Step.train, asked.optimizer.value, *types)
 
 
 def register(app: typer.Typer) -> None:

@@ -37,10 +37,10 @@ def run(asked: RunRequest) -> None:
     """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
     from moecc.backend import get_backend
     from moecc.cli.files import check_writable, read_inputs
-    from moecc.inputs import default_inputs
-    from moecc.launch.place import check_alone
-    from moecc.models import open_model
-    from moecc.settings import float_type
+    from moecc.launch.process_info import check_alone
+    from moecc.model.inputs import default_inputs
+    from moecc.model.open import open_model
+    from moecc.support.parse_units import float_type
 
     check_writable(asked.outputs, force=asked.force)
     if asked.backend != "xla":

@@ -13,7 +13,7 @@ from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, InputsOption, ModelArgument, WeightsOption
 
 if TYPE_CHECKING:
-    from moecc.verification import Verdict
+    from moecc.tasks.verify import Verdict
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def _against_source(asked: VerifyRequest, against: str) -> None:
     from moecc.cli.console import report
     from moecc.cli.files import read_inputs
     from moecc.errors import CheckError, UsageError
-    from moecc.models import open_model
-    from moecc.settings import float_type
-    from moecc.verification import compare
+    from moecc.model.open import open_model
+    from moecc.support.parse_units import float_type
+    from moecc.tasks.verify import compare
 
     if not asked.tolerance >= 0:
         raise UsageError("a tolerance is not negative", found=str(asked.tolerance))

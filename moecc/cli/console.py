@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -22,6 +23,15 @@ class Format(StrEnum):
 
     human = "human"
     json = "json"
+
+
+def write_utf8() -> None:
+    """Write UTF-8 to stdout, whatever the locale says: an artefact is the same as in a file.
+
+    What UTF-8 has no bytes for is written as an escape, which JSON and Python read back.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def say(text: str) -> None:

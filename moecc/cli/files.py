@@ -71,7 +71,7 @@ def read_inputs(path: str, graph: Graph) -> dict[str, np.ndarray[Any, Any]]:
     Raises:
       InputError: it is no such file, or what it holds does not suit the graph.
     """
-    from moecc.inputs import check_inputs
+    from moecc.model.inputs import check_inputs
 
     if not os.path.isfile(path):
         raise InputError("no such file", where=path)

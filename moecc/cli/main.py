@@ -18,8 +18,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from moecc.cli.console import say, show_error
-from moecc.errors import MachineError, MoeccError, nearest
+from moecc.cli.console import say, show_error, write_utf8
+from moecc.errors import MachineError, MoeccError, Problem, UsageError, nearest, printable
 
 EPILOG = (
     "Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of meaning failed, "
@@ -86,7 +86,9 @@ def build_app() -> typer.Typer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code; nothing escapes but SystemExit."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        _check_words(words)
+        return _run(words)
     except MoeccError as error:
         show_error(error)
         return error.exit_code
@@ -104,6 +106,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _os_error(error)
     except Exception as error:
         return _bug(error)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raise UsageError for arguments that are not UTF-8: no text that moecc writes could say them.
+
+    Python stands for each byte that it cannot read with half a surrogate.
+    """
+    encoding = sys.getfilesystemencoding()
+    hint = "rename the file" if encoding == "utf-8" else f"PYTHONUTF8=1, instead of {encoding}"
+    problems = [
+        Problem("an argument is not UTF-8", found=printable(word), hint=hint)
+        for word in words
+        if any("\ud800" <= c <= "\udfff" for c in word)
+    ]
+    if problems:
+        raise UsageError(problems)
 
 
 def _run(argv: list[str]) -> int:
@@ -139,7 +157,7 @@ def _bug(error: Exception) -> int:
     path = getattr(error, "reproducer", None)
     if path is None:
         handle, path = tempfile.mkstemp(prefix="moecc-bug-", suffix=".txt")
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"moecc {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}")
     say(f"error: a bug in moecc: {type(error).__name__}: {error}")
     say(f"  what is needed to reproduce it is in {path}")
@@ -150,4 +168,5 @@ def _bug(error: Exception) -> int:
 
 def entry() -> None:
     """Run as the console script."""
+    write_utf8()
     sys.exit(main())

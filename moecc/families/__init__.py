@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moecc.checkpoint.source import Checkpoint
     from moecc.families.configs import ModelConfig
-    from moecc.ir.dtypes import DType
     from moecc.ir.graph import Graph
+    from moecc.types.dtypes import DType
 
     FAMILIES: Mapping[str, type[ModelConfig]]
 

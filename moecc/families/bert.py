@@ -10,9 +10,9 @@ from moecc.families.feedforward import ACTIVATION_OPS
 from moecc.families.names import names_of
 from moecc.families.parameters import DtypeOf, Parameters, float32_of
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import I32, PRED
 from moecc.ir.graph import Graph, Value
-from moecc.ir.types import Size, tensor
+from moecc.types.dtypes import I32, PRED
+from moecc.types.tensor import Size, tensor
 
 
 def build_bert(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moecc.collector import collector_paused
 from moecc.errors import InputError
 from moecc.families.bert import build_bert
 from moecc.families.configs import (
@@ -18,7 +17,8 @@ from moecc.families.encdec import build_encdec
 from moecc.families.graph_layout import build_graph
 from moecc.families.parameters import DtypeOf
 from moecc.ir.graph import Graph
-from moecc.ir.types import Size
+from moecc.support.gc_pause import collector_paused
+from moecc.types.tensor import Size
 
 
 def build_model(

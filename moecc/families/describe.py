@@ -12,12 +12,13 @@ from typing import Any
 from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, rows_of
 from moecc.families.flops import SequenceFlops, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.types import TensorType
+from moecc.ir.traits import Cost
 from moecc.ir.unroll import unrolled
+from moecc.types.tensor import TensorType
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
 
-_LAYER = re.compile(r"(.*?\.)?layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(.*?\.)?layers\.(\d{1,9})(?:\.|$)")
 
 GROUPS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", "other")
 
@@ -128,7 +129,7 @@ def flops(graph: Graph) -> tuple[int, int]:
     tokens = {axis.name for value in graph.inputs.values() for axis in value.type}
     fixed = per_position = 0.0
     for node in graph:
-        if node.op.name != "contract":
+        if not node.op.is_product:
             continue
         axes = {a.name: a.size for v in node.operands for a in v.type}
         rows = rows_of(node.operands)
@@ -172,13 +173,13 @@ def _group(value: Value) -> str:
 
 
 def _use(node: Node, value: Value) -> str:
-    if node.op.name == "embedding":
+    if node.op.cost is Cost.LOOK_UP:
         return "attention" if node.attrs["axis"] == "bucket" else "embedding"
-    if node.op.name.endswith("_norm"):
+    if node.op.is_norm:
         return "norm"
     if any("slot" in v.type for v in node.operands):
         return "experts"
-    if any(user.op.name == "route" for result in node.results for user in result.users):
+    if any(user.op.routes for result in node.results for user in result.users):
         return "router"
     place = value.loc.rpartition(".")[2]
     return next((group for group in ("attention", "ffn", "head") if group in place), "other")

@@ -9,9 +9,9 @@ from moecc.families.encdec_ffn import Sublayer, ffn_sublayers
 from moecc.families.names import names_of
 from moecc.families.parameters import DtypeOf, Parameters, float32_of
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import I32, PRED
 from moecc.ir.graph import Graph, Value
-from moecc.ir.types import Size, tensor
+from moecc.types.dtypes import I32, PRED
+from moecc.types.tensor import Size, tensor
 
 KV_SEQ = "kv_seq"
 """What a sequence is called where it is attended to."""

@@ -72,9 +72,9 @@ def _sparse(
     config: EncDecConfig,
     params: Parameters,
 ) -> Value:
-    placement: SlotOptions = {}
+    assignment: SlotOptions = {}
     if experts.capacity_factor:
-        placement = {"slots": "capacity", "capacity_factor": experts.capacity_factor}
+        assignment = {"slots": "capacity", "capacity_factor": experts.capacity_factor}
 
     def keep(_logits: Value, chosen: Value, _gates: Value) -> dict[Using, Value]:
         return {"keep": emit_sequence_capacity(builder, experts, chosen)}
@@ -87,7 +87,7 @@ def _sparse(
         top_k=experts.top_k,
         gates=experts.gates,
         given=keep if experts.sequence_capacity else None,
-        **placement,
+        **assignment,
     )
     axes = ffn_axes(config.hidden_size, config.intermediate_size)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 from moecc.families.sequence_capacity import sequence_capacity_of
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.table.placing import placing
+from moecc.ir.ops import OpDef
+from moecc.ir.table.slots import assigner
+from moecc.ir.traits import RowMove
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class ExpertLayer:
     shared_gate: bool = False
     sequence_capacity: int = 0
 
-    def without_place(self) -> ExpertLayer:
+    def without_slots(self) -> ExpertLayer:
         """Return the same layer without its location, to be compared with others."""
         return replace(self, loc="")
 
@@ -65,15 +67,15 @@ def expert_layers(graph: Graph) -> list[ExpertLayer]:
 
     A ``route`` whose choices are not placed is none; a metric may be made of one.
     """
-    routes = (node for node in graph if node.op.name == "route")
-    placed = ((route, next(_users(route.results[0], "place"), None)) for route in routes)
-    return [_layer_of(route, place) for route, place in placed if place is not None]
+    routes = (node for node in graph if node.op.routes)
+    placed = ((route, _user(route.results[0], _assigns_slots)) for route in routes)
+    return [_layer_of(route, slots) for route, slots in placed if slots is not None]
 
 
-def _layer_of(route: Node, place: Node) -> ExpertLayer:
+def _layer_of(route: Node, slots: Node) -> ExpertLayer:
     size = route.operands[0].type[route.attrs["axis"]].size
-    dispatch = next(_users(place.result, "dispatch"), None)
-    combine = next(_users(place.result, "combine"), None)
+    dispatch = _user(slots.result, lambda entry: entry.moves is RowMove.TO_SLOTS)
+    combine = _user(slots.result, lambda entry: entry.moves is RowMove.TO_TOKENS)
     shared, gated = _shared(combine) if combine else (0, False)
     return ExpertLayer(
         loc=route.loc,
@@ -81,22 +83,26 @@ def _layer_of(route: Node, place: Node) -> ExpertLayer:
         top_k=route.attrs["top_k"],
         gates=route.attrs["gates"],
         scale=route.attrs["scale"],
-        slots=place.attrs["slots"],
-        groups=place.attrs["groups"],
+        slots=slots.attrs["slots"],
+        groups=slots.attrs["groups"],
         width=_width(dispatch.result) if dispatch else 0,
         shared=shared,
         shared_gate=gated,
-        sequence_capacity=sequence_capacity_of(place),
+        sequence_capacity=sequence_capacity_of(slots),
     )
 
 
-def _users(value: Value, name: str) -> Iterator[Node]:
-    return (node for node in value.users if node.op.name == name)
+def _assigns_slots(entry: OpDef) -> bool:
+    return entry.assigns_slots
+
+
+def _user(value: Value, is_wanted: Callable[[OpDef], bool]) -> Node | None:
+    return next((node for node in value.users if is_wanted(node.op)), None)
 
 
 def _width(rows: Value) -> int:
     """Return the size of the axis that the experts' first matrices lead to."""
-    for node in _users(rows, "contract"):
+    for node in (user for user in rows.users if user.op.is_product):
         for axis in node.result.type:
             if axis.name not in rows.type and isinstance(axis.size, int):
                 return axis.size
@@ -108,17 +114,17 @@ def _shared(combine: Node) -> tuple[int, bool]:
 
     What the residual adds is itself a sum, or the embedding, and never a product.
     """
-    for add in _users(combine.result, "add"):
+    for add in (user for user in combine.result.users if user.op.is_sum):
         for other in add.operands:
             node = other.node
             if node is None or node is combine:
                 continue
-            if node.op.name == "contract":
+            if node.op.is_product:
                 return _inner(node), False
-            if node.op.name == "mul":
+            if node.op.is_scaling:
                 products = [v.node for v in node.operands if v.node is not None]
                 gated = any(n.op.name == "sigmoid" for n in products)
-                widths = [_inner(n) for n in products if n.op.name == "contract"]
+                widths = [_inner(n) for n in products if n.op.is_product]
                 return max(widths, default=0), gated
     return 0, False
 
@@ -141,14 +147,14 @@ def choices_kept(rows: Value, *, bounded: bool = True) -> float:
       rows: a value between ``dispatch`` and ``combine``.
       bounded: whether a capacity counts; without it the choices do.
     """
-    place = setter_of(rows.type.extents[0])
-    node = placing(place)
+    slots = setter_of(rows.type.extents[0])
+    node = assigner(slots)
     attrs = node.attrs
     choices: int = prod(
-        a.size for a in place.type if a.name not in attrs["tokens"] and isinstance(a.size, int)
+        a.size for a in slots.type if a.name not in attrs["tokens"] and isinstance(a.size, int)
     )
     # Where experts choose, a token has as many choices as there are experts, and few are taken.
-    if attrs["slots"] == "ragged" or (not bounded and node.op.name == "place"):
+    if attrs["slots"] == "ragged" or (not bounded and not node.op.chooses):
         return choices
     factor: float = attrs["capacity_factor"]
     bound = factor * choices if attrs["convention"] == "assignments" else factor

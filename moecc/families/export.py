@@ -18,8 +18,8 @@ from moecc.families.propose import propose as propose
 from moecc.families.propose import target_fits as target_fits
 from moecc.families.propose import targets as targets
 from moecc.ir.graph import Graph
-from moecc.ir.types import Size
 from moecc.ir.unroll import unrolled
+from moecc.types.tensor import Size
 from moecc.weights.expr import Expr
 
 

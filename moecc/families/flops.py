@@ -8,7 +8,7 @@ from math import prod
 
 from moecc.families.experts import choices_kept, rows_of
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.table.placing import placing
+from moecc.ir.table.slots import assigner
 
 PAPER_LENGTHS = {"S": 512, "T": 114}
 """Tokens of the encoder and of the decoder in the pre-training of ST-MoE (§6)."""
@@ -43,7 +43,7 @@ def sequence_flops(graph: Graph, lengths: Mapping[str, int] | None = None) -> Se
     used = _lengths(graph, PAPER_LENGTHS if lengths is None else lengths)
     paper = weights = attention = 0.0
     for node in graph:
-        if node.op.name != "contract":
+        if not node.op.is_product:
             continue
         work = _work(node, used)
         if not any(v.is_param for v in node.operands):
@@ -82,9 +82,9 @@ def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
 
 def _tokens_behind(rows: Value, lengths: Mapping[str, int]) -> int:
     """Return the tokens of a sequence that were dispatched to `rows`."""
-    place = setter_of(rows.type.extents[0])
-    tokens = placing(place).attrs["tokens"]
-    return prod(_size(n, place.type[n].size, lengths) for n in tokens)
+    slots = setter_of(rows.type.extents[0])
+    tokens = assigner(slots).attrs["tokens"]
+    return prod(_size(n, slots.type[n].size, lengths) for n in tokens)
 
 
 def _as_in_papers(node: Node, lengths: Mapping[str, int]) -> float:

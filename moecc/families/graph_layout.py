@@ -15,8 +15,8 @@ from moecc.ir.graph import Graph
 from moecc.ir.parser import parse
 from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
-from moecc.ir.types import TensorType
 from moecc.ir.verify import verify
+from moecc.types.tensor import TensorType
 from moecc.weights.expr import Expr, Source
 
 FAMILY = GraphConfig.model_type

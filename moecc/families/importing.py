@@ -20,9 +20,9 @@ from moecc.families.configs import (
 from moecc.families.facts import block_count, depth, depth_key, is_tied, layer_of
 from moecc.families.listing import capped, ranges
 from moecc.families.names import FUSED_GATE_UP, names_of
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import F32, DType
+from moecc.types.tensor import TensorType
 from moecc.weights.expr import sources
 
 _EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DOTALL)

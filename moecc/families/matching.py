@@ -14,7 +14,7 @@ from moecc.errors import InputError, Problem
 from moecc.families.listing import capped
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.printer import format_node
-from moecc.ir.types import Extent, TensorType
+from moecc.types.tensor import Extent, TensorType
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Permute
 from moecc.weights.simplify import simplify

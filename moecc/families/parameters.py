@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from moecc.errors import InputError
 from moecc.families.names import FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER, TensorNames
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph, Value
-from moecc.ir.types import tensor
+from moecc.types.dtypes import F32, DType
+from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Slice, Stack
 

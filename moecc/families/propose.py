@@ -237,14 +237,14 @@ def _sparse_reasons(
         return
     kinds: dict[ExpertLayer, int] = {}
     for number, layer in layers.items():
-        kinds.setdefault(layer.without_place(), number)
+        kinds.setdefault(layer.without_slots(), number)
     if len(kinds) > 1:
         found = "; ".join(f"layer {number}: {kind}" for kind, number in kinds.items())
         yield Problem(f"{target} has the same experts in every sparse layer", found=found)
     for kind, number in kinds.items():
-        place = layers[number].loc
+        slots = layers[number].loc
         for reason in _layer_reasons(kind, family):
-            yield replace(reason, where=place)
+            yield replace(reason, where=slots)
     yield from _pattern_reasons(source, layers, family)
 
 

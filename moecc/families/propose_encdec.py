@@ -17,7 +17,7 @@ from moecc.families.configs.switch import UNBOUNDED
 from moecc.families.experts import ExpertLayer
 from moecc.families.listing import ranges
 
-_PLACE = re.compile(r"(encoder|decoder)\.layers\.(\d+)(?:\.|$)")
+_PLACE = re.compile(r"(encoder|decoder)\.layers\.(\d{1,9})(?:\.|$)")
 
 Stacks = Mapping[str, Mapping[int, ExpertLayer]]
 """The expert layers of each stack, by number."""
@@ -99,7 +99,7 @@ def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
         return
     kinds: dict[ExpertLayer, str] = {}
     for layer in layers:
-        kinds.setdefault(layer.without_place(), layer.loc)
+        kinds.setdefault(layer.without_slots(), layer.loc)
     if len(kinds) > 1:
         found = "; ".join(f"{loc}: {kind}" for kind, loc in kinds.items())
         what = "switch_transformers has the same experts in every sparse layer"

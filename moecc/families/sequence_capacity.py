@@ -1,8 +1,9 @@
 """A bound on the tokens of one sequence that an expert takes, as switch_transformers has it.
 
-The capacity of ``place`` counts in groups of so many tokens, and the length of a sequence is not
-known when a graph is built.  So the count is made of other operations: a token's turn at its expert
-is the number of tokens up to it that chose the same one, and ``place`` keeps turns up to the bound.
+The capacity of ``assign_slots`` counts in groups of so many tokens, and the length of a sequence is
+not known when a graph is built.  So the count is made of other operations: a token's turn at its
+expert is the number of tokens up to it that chose the same one, and ``assign_slots`` keeps turns up
+to the bound.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 from moecc.families.configs import Experts
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Node, Value
+from moecc.rewrite import P, match
 
 NEXT = "kv_seq"
+
+_WITHIN = P.broadcast(P.less(P.any("turn"), P.constant(value=P.attr("bound"))), P.any("like"))
+"""Whether a turn lies within the bound."""
 
 
 def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) -> Value:
@@ -35,13 +40,10 @@ def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) ->
     return builder.broadcast(builder.less(turn, bound), chosen, name="kept")
 
 
-def sequence_capacity_of(place: Node) -> int:
-    """Return the bound that the choices of a ``place`` are kept within, or 0."""
-    kept = next((v.node for v in place.operands[1:] if v.node is not None), None)
-    if kept is None or kept.op.name != "broadcast":
+def sequence_capacity_of(slots: Node) -> int:
+    """Return the bound that the choices of an ``assign_slots`` are kept within, or 0."""
+    kept = next((v.node for v in slots.operands[1:] if v.node is not None), None)
+    found = None if kept is None else match(_WITHIN, kept)
+    if found is None:
         return 0
-    less = kept.operands[0].node
-    bound = less.operands[1].node if less is not None and less.op.name == "less" else None
-    if bound is None or bound.op.name != "constant":
-        return 0
-    return int(bound.attrs["value"])
+    return int(found.attr("bound"))

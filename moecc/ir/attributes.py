@@ -240,45 +240,6 @@ class ConstantAttrs(View):
     dtype: str
 
 
-class PlaceAttrs(View):
-    """Attributes of ``place``."""
-
-    operations = frozenset({"place"})
-    tokens: tuple[str, ...]
-    experts: int
-    groups: int
-    group_size: int
-    slots: Slots
-    capacity_factor: float
-    convention: Convention
-    rounding: Rounding
-    minimum: int
-    multiple: int
-    cap: bool
-    order: Order
-    using: tuple[Using, ...]
-
-
-class ExpertChoiceAttrs(View):
-    """Attributes of ``expert_choice``."""
-
-    operations = frozenset({"expert_choice"})
-    tokens: tuple[str, ...]
-    experts: int
-    groups: int
-    group_size: int
-    slots: Literal["capacity"]
-    capacity_factor: float
-    convention: Literal["tokens"]
-    rounding: Rounding
-    minimum: int
-    multiple: int
-    cap: bool
-    axis: str
-    choice: str
-    using: tuple[Literal["mask"], ...]
-
-
 class FoldKeyAttrs(View):
     """Attributes of ``fold_key``."""
 
@@ -379,6 +340,45 @@ class ScanAttrs(View):
     body: Graph
 
 
+class AssignSlotsAttrs(View):
+    """Attributes of ``assign_slots``."""
+
+    operations = frozenset({"assign_slots"})
+    tokens: tuple[str, ...]
+    experts: int
+    groups: int
+    group_size: int
+    slots: Slots
+    capacity_factor: float
+    convention: Convention
+    rounding: Rounding
+    minimum: int
+    multiple: int
+    cap: bool
+    order: Order
+    using: tuple[Using, ...]
+
+
+class ExpertChoiceAttrs(View):
+    """Attributes of ``expert_choice``."""
+
+    operations = frozenset({"expert_choice"})
+    tokens: tuple[str, ...]
+    experts: int
+    groups: int
+    group_size: int
+    slots: Literal["capacity"]
+    capacity_factor: float
+    convention: Literal["tokens"]
+    rounding: Rounding
+    minimum: int
+    multiple: int
+    cap: bool
+    axis: str
+    choice: str
+    using: tuple[Literal["mask"], ...]
+
+
 class RouteAttrs(View):
     """Attributes of ``route``."""
 
@@ -413,7 +413,7 @@ class HashExpertsAttrs(View):
 class SlotAttrs(View):
     """Attributes of what assigns slots: those that all of them have."""
 
-    operations = frozenset({"place", "expert_choice"})
+    operations = frozenset({"assign_slots", "expert_choice"})
     tokens: tuple[str, ...]
     experts: int
     groups: int

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import moecc.ir.table as _filled
 from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
 from moecc.ir.printer import format_attr
-from moecc.pages import WrittenPart
+from moecc.support.generated_docs import WrittenPart
 
 GROUPS = (
     ("Arithmetic, selection, constants", "elementwise"),
@@ -22,7 +22,7 @@ GROUPS = (
     ("Axes", "axes"),
     ("Positions and masks", "attention"),
     ("Routing", "routing"),
-    ("Slots", "placing"),
+    ("Slots", "slots"),
     ("Random numbers", "random"),
     ("Collectives", "collectives"),
     ("Bounded buffers", "buffers"),
@@ -109,8 +109,8 @@ def _mixes(entry: OpDef) -> str:
 
 
 MIXED_BY_OPERANDS = {
-    "dispatch": "the `tokens` of its `place`",
-    "group_sum": "the `tokens` of its `place`",
+    "dispatch": "the `tokens` of its `assign_slots`",
+    "group_sum": "the `tokens` of its `assign_slots`",
     "rope": "those of the positions, if dynamic",
     "random_uniform": "all",
     "random_normal": "all",

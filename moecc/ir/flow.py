@@ -16,7 +16,7 @@ from typing import Protocol
 from moecc.errors import InputError
 from moecc.ir.mesh import mesh_of, nearest_multiple
 from moecc.ir.operand import Attrs, Entry, Operand
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 Names = Mapping[str, str]
 """Axis → dimension; an axis that is not named has no influence, and in a result lies whole."""
@@ -61,7 +61,7 @@ def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> 
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 
 
-def placed_types(
+def propagate_sharding(
     entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
 ) -> tuple[TensorType, ...]:
     """Return the result `types` with the placements that follow from the operands.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moecc.errors import InputError
 from moecc.ir.operand import Region
 from moecc.ir.ops import Attrs, OpDef, op
-from moecc.ir.types import Extent, TensorType, is_printable
+from moecc.types.tensor import Extent, TensorType, is_printable
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr

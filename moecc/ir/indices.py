@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moecc.ir.graph import Value
-from moecc.ir.types import Size
+from moecc.types.tensor import Size
 
 
 def index_sizes(value: Value, *, strict: bool = False) -> Iterator[Size]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.ops import Attr, OpDef
-from moecc.ir.types import is_name
+from moecc.types.tensor import is_name
 
 _ATTR = re.compile(
     r"\s*([A-Za-z_]\w*)\s*=\s*"

@@ -16,7 +16,7 @@ from typing import Any
 from moecc.errors import InputError
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 
 def local_size(axis: Axis, size: int, mesh: Mesh) -> int:

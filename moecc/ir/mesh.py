@@ -14,7 +14,7 @@ from math import prod
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.operand import Region
-from moecc.ir.types import Axis, TensorType, is_name
+from moecc.types.tensor import Axis, TensorType, is_name
 
 ATTRIBUTE = "mesh"
 
@@ -138,12 +138,13 @@ def set_mesh(graph: Region, mesh: Mesh | None) -> None:
             each.attrs[ATTRIBUTE] = dict(mesh.axes)
 
 
-def misplaced(type: TensorType, mesh: Mesh | None) -> Iterator[Problem]:
+def sharding_problems(type: TensorType, mesh: Mesh | None) -> Iterator[Problem]:
     """Yield what keeps a value of `type` from lying on `mesh`.
 
-    A symbolic size, and one that a ``place`` value sets, shows at run time whether it divides.
+    A symbolic size, and one that an ``assign_slots`` value sets, shows at run time whether it
+    divides.
     """
-    if not type.is_placed:
+    if not type.is_sharded:
         return
     if mesh is None:
         yield Problem(

@@ -25,7 +25,7 @@ class MetricBuilder:
     def dropped(self) -> Value:
         """Return the share of the choices that asked for a slot and got none."""
         b = self._builder
-        axes = self._routed.place.type.names
+        axes = self._routed.slots.type.names
         asked, got = (b.sum(v, axes=axes) for v in (self._wanted(), self._placed))
         return b.div(b.sub(asked, got), self.means.at_least_one(asked))
 
@@ -39,7 +39,7 @@ class MetricBuilder:
         """Return the share of the placed rows that each expert has, ``[expert]``."""
         b = self._builder
         hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
-        rows = b.sum(b.mul(hot, self._placed), axes=self._routed.place.type.names)
+        rows = b.sum(b.mul(hot, self._placed), axes=self._routed.slots.type.names)
         total = self.means.at_least_one(b.sum(rows, axes="expert"))
         return b.div(rows, total)
 
@@ -60,7 +60,7 @@ class MetricBuilder:
         """Return the share of the slots that are filled; only under a capacity."""
         b, routed = self._builder, self._routed
         ones = b.max(self.means.named, axes=routed.choice)
-        rows = b.dispatch(ones, routed.experts, routed.place)
+        rows = b.dispatch(ones, routed.experts, routed.slots)
         return b.mean(rows, axes=("group", "expert", "slot"))
 
     def gate_mean(self) -> Value:
@@ -112,5 +112,5 @@ class MetricBuilder:
         """1 for each choice that has a slot, ``[*tokens, choice]``."""
         b = self._builder
         none = b.constant(value=-1.0, dtype="i32")
-        has_slot = b.less(none, self._routed.place)
+        has_slot = b.less(none, self._routed.slots)
         return b.mask(self.means.named, has_slot, fill=0.0)

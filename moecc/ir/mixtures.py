@@ -14,7 +14,7 @@ from moecc.ir.attributes import Gates
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.moe import ExpertChoiceOptions
-from moecc.ir.types import Axis
+from moecc.types.tensor import Axis
 
 
 def emit_jitter(builder: Builder, x: Value, key: Value, width: float) -> Value:
@@ -43,14 +43,14 @@ def emit_priority(builder: Builder, logits: Value, axis: str = "expert") -> Valu
     return builder.max(probabilities, axes=axis, name="priority")
 
 
-def emit_rescaled(builder: Builder, gates: Value, place: Value, choice: str = "choice") -> Value:
+def emit_rescaled(builder: Builder, gates: Value, slots: Value, choice: str = "choice") -> Value:
     """Return the gates of what was placed, scaled so that they add up to what all gates did.
 
     This is renormalisation after a drop: a token whose second expert was full leaves all its weight
     to the first.  A token of which nothing was placed gets zeros.
     """
     none = builder.constant(value=-1.0, dtype="i32")
-    kept = builder.mask(gates, builder.less(none, place), fill=0.0)
+    kept = builder.mask(gates, builder.less(none, slots), fill=0.0)
     whole, left = (builder.sum(g, axes=choice) for g in (gates, kept))
     zero, one = (builder.constant(value=v, dtype=gates.type.dtype.name) for v in (0.0, 1.0))
     # Dividing by 1 where nothing is left keeps 0/0 out of the gradient, too.

@@ -1,8 +1,9 @@
 """The routing around an expert block, as both an imported model and a pass build it.
 
-A mixture-of-experts layer is the router's product, ``route``, ``place``, ``dispatch``, the expert's
-own operations lifted over the expert axis, and ``combine``.  Families and passes call the same
-functions, so that a graph that was upcycled and one that was read from disk are the same graph.
+A mixture-of-experts layer is the router's product, ``route``, ``assign_slots``, ``dispatch``, the
+expert's own operations lifted over the expert axis, and ``combine``.  Families and passes call the
+same functions, so that a graph that was upcycled and one that was read from disk are the same
+graph.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Finish = Callable[[Value], Value]
 """Takes the experts' output rows back to the tokens."""
 
 Given = Callable[[Value, Value, Value], Mapping[Using, Value]]
-"""Makes further operands of ``place``, by word, from the logits, experts and gates."""
+"""Makes further operands of ``assign_slots``, by word, from the logits, experts and gates."""
 
 
 class BoundOptions(TypedDict, total=False):
@@ -40,7 +41,7 @@ class ExpertChoiceOptions(BoundOptions):
 
 
 class SlotOptions(BoundOptions, total=False):
-    """Attributes of ``place`` beside the axes and numbers that its operands decide."""
+    """Attributes of ``assign_slots`` beside the axes and numbers that its operands decide."""
 
     slots: Slots
     capacity_factor: float
@@ -60,7 +61,7 @@ def emit_routing(
     tokens: tuple[str, ...] = ("batch", "seq"),
     given: Given | None = None,
     bias: Value | None = None,
-    **placement: Unpack[SlotOptions],
+    **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
 
@@ -73,9 +74,9 @@ def emit_routing(
       gates: the gate convention, see ``route``.
       scale: what the gates are multiplied by.
       tokens: the axes of `x` that number tokens, outermost first.
-      given: makes what ``place`` is given beside the experts: keep, priority, mask.
+      given: makes what ``assign_slots`` is given beside the experts: keep, priority, mask.
       bias: ``[expert]``, takes part in the choice and not in the gates (loss-free balancing).
-      placement: further attributes of ``place``: slots, groups, capacity_factor and so on.
+      assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
     Returns:
       The rows, ``[group, expert, slot, embed]``, and a function from the experts' output rows to
@@ -99,13 +100,13 @@ def emit_routing(
         logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) if biases else ()
     )
     more = given(logits, chosen, weights) if given is not None else {}
-    return emit_placed(
+    return emit_chosen(
         builder, x, chosen, weights, experts=experts, tokens=tokens, given=more,
-        **placement,
+        **assignment,
     )  # fmt: skip
 
 
-def emit_placed(
+def emit_chosen(
     builder: Builder,
     x: Value,
     chosen: Value,
@@ -114,7 +115,7 @@ def emit_placed(
     experts: int,
     tokens: tuple[str, ...] = ("batch", "seq"),
     given: Mapping[Using, Value] | None = None,
-    **placement: Unpack[SlotOptions],
+    **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Place what is chosen already; return the rows and the function that combines them.
 
@@ -125,17 +126,17 @@ def emit_placed(
       gates: what their results are weighted by, of the same axes.
       experts: the number of experts.
       tokens: the axes of `x` that number tokens, outermost first.
-      given: further operands of ``place``, by word.
-      placement: further attributes of ``place``: slots, groups, capacity_factor and so on.
+      given: further operands of ``assign_slots``, by word.
+      assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
     """
     more = given or {}
-    place = builder.place(
-        chosen, *more.values(), tokens=tokens, experts=experts, using=tuple(more), **placement
+    slots = builder.assign_slots(
+        chosen, *more.values(), tokens=tokens, experts=experts, using=tuple(more), **assignment
     )
-    rows = builder.dispatch(x, chosen, place)
+    rows = builder.dispatch(x, chosen, slots)
 
     def finish(rows_out: Value) -> Value:
-        return builder.combine(rows_out, chosen, place, gates)
+        return builder.combine(rows_out, chosen, slots, gates)
 
     return rows, finish
 

@@ -1,8 +1,8 @@
 """What the operation table sees of a graph: operands, what defines them, and what holds them.
 
 The table stands below graphs, whose nodes refer to its rows.  Its rules read types, and now and
-then the operation behind an operand (whose slots a ``place`` counts), so they are written against
-these protocols; `moecc.ir.graph` has what fits them.
+then the operation behind an operand (whose slots an ``assign_slots`` counts), so they are written
+against these protocols; `moecc.ir.graph` has what fits them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 Attrs = Mapping[str, Any]
 """Attributes of a node, complete: every attribute of the table entry has its value."""

@@ -116,12 +116,12 @@ class Operations(ABC):
         return self.node("one_hot", ids, names=_names(name), into=into).result
 
     def within_buffer(
-        self, experts: Value, place: Value, counts: Value, /, *, tokens: Names, parts: int,
+        self, experts: Value, slots: Value, counts: Value, /, *, tokens: Names, parts: int,
         blocks: int = 1, factor: float, name: str | None = None
     ) -> Value:
         """Which choices have a slot and room in the buffer of the device that has their expert."""
         return self.node(
-            "within_buffer", experts, place, counts, names=_names(name), tokens=tokens, parts=parts,
+            "within_buffer", experts, slots, counts, names=_names(name), tokens=tokens, parts=parts,
             blocks=blocks, factor=factor
         ).result
 
@@ -287,53 +287,6 @@ class Operations(ABC):
         """A scalar constant."""
         return self.node("constant", names=_names(name), value=value, dtype=dtype).result
 
-    def place(
-        self, experts_value: Value, /, *more: Value, tokens: Names, experts: int, groups: int = 1,
-        group_size: int = 0, slots: Slots = "ragged", capacity_factor: float = 0.0,
-        convention: Convention = "tokens", rounding: Rounding = "floor", minimum: int = 4,
-        multiple: int = 1, cap: bool = True, order: Order = "choice",
-        using: Using | tuple[Using, ...] = (), name: str | None = None
-    ) -> Value:
-        """The slot of each choice at its expert, or −1 where it is dropped."""
-        return self.node(
-            "place", experts_value, *more, names=_names(name), tokens=tokens, experts=experts,
-            groups=groups, group_size=group_size, slots=slots, capacity_factor=capacity_factor,
-            convention=convention, rounding=rounding, minimum=minimum, multiple=multiple, cap=cap,
-            order=order, using=using
-        ).result
-
-    def expert_choice(
-        self, scores: Value, /, *more: Value, tokens: Names, experts: int, groups: int = 1,
-        group_size: int = 0, slots: Literal["capacity"] = "capacity", capacity_factor: float,
-        convention: Literal["tokens"] = "tokens", rounding: Rounding = "floor", minimum: int = 4,
-        multiple: int = 1, cap: bool = True, axis: str = "expert", choice: str = "choice",
-        using: Literal["mask"] | tuple[Literal["mask"], ...] = (), name: str | None = None
-    ) -> tuple[Value, Value, Value]:
-        """Each expert takes the C tokens of a group that score highest with it (Zhou et al. 2022)."""
-        first, second, third = self.node(
-            "expert_choice", scores, *more, names=_names(name), tokens=tokens, experts=experts,
-            groups=groups, group_size=group_size, slots=slots, capacity_factor=capacity_factor,
-            convention=convention, rounding=rounding, minimum=minimum, multiple=multiple, cap=cap,
-            axis=axis, choice=choice, using=using
-        ).results
-        return first, second, third
-
-    def dispatch(
-        self, x: Value, experts: Value, place: Value, /, *, name: str | None = None
-    ) -> Value:
-        """The tokens, each in the slots that its choices were given; an empty slot holds zeros."""
-        return self.node("dispatch", x, experts, place, names=_names(name)).result
-
-    def combine(
-        self, rows: Value, experts: Value, place: Value, gates: Value, /, *, name: str | None = None
-    ) -> Value:
-        """For each token the sum over its choices of gate times row; a dropped one adds nothing."""
-        return self.node("combine", rows, experts, place, gates, names=_names(name)).result
-
-    def group_sum(self, x: Value, place: Value, /, *, name: str | None = None) -> Value:
-        """The sum over the tokens of each group that a ``place`` counts in."""
-        return self.node("group_sum", x, place, names=_names(name)).result
-
     def fold_key(self, key: Value, /, *, by: int, name: str | None = None) -> Value:
         """Another key, made of a key and a number; keys of different numbers are independent."""
         return self.node("fold_key", key, names=_names(name), by=by).result
@@ -403,6 +356,53 @@ class Operations(ABC):
             "scan", x, *more, names=_names(name), over=over, carries=carries, stacked=stacked,
             remat=remat, save=save, body=body
         ).results
+
+    def assign_slots(
+        self, experts_value: Value, /, *more: Value, tokens: Names, experts: int, groups: int = 1,
+        group_size: int = 0, slots: Slots = "ragged", capacity_factor: float = 0.0,
+        convention: Convention = "tokens", rounding: Rounding = "floor", minimum: int = 4,
+        multiple: int = 1, cap: bool = True, order: Order = "choice",
+        using: Using | tuple[Using, ...] = (), name: str | None = None
+    ) -> Value:
+        """The slot of each choice at its expert, or −1 where it is dropped."""
+        return self.node(
+            "assign_slots", experts_value, *more, names=_names(name), tokens=tokens,
+            experts=experts, groups=groups, group_size=group_size, slots=slots,
+            capacity_factor=capacity_factor, convention=convention, rounding=rounding,
+            minimum=minimum, multiple=multiple, cap=cap, order=order, using=using
+        ).result
+
+    def expert_choice(
+        self, scores: Value, /, *more: Value, tokens: Names, experts: int, groups: int = 1,
+        group_size: int = 0, slots: Literal["capacity"] = "capacity", capacity_factor: float,
+        convention: Literal["tokens"] = "tokens", rounding: Rounding = "floor", minimum: int = 4,
+        multiple: int = 1, cap: bool = True, axis: str = "expert", choice: str = "choice",
+        using: Literal["mask"] | tuple[Literal["mask"], ...] = (), name: str | None = None
+    ) -> tuple[Value, Value, Value]:
+        """Each expert takes the C tokens of a group that score highest with it (Zhou et al. 2022)."""
+        first, second, third = self.node(
+            "expert_choice", scores, *more, names=_names(name), tokens=tokens, experts=experts,
+            groups=groups, group_size=group_size, slots=slots, capacity_factor=capacity_factor,
+            convention=convention, rounding=rounding, minimum=minimum, multiple=multiple, cap=cap,
+            axis=axis, choice=choice, using=using
+        ).results
+        return first, second, third
+
+    def dispatch(
+        self, x: Value, experts: Value, slots: Value, /, *, name: str | None = None
+    ) -> Value:
+        """The tokens, each in the slots that its choices were given; an empty slot holds zeros."""
+        return self.node("dispatch", x, experts, slots, names=_names(name)).result
+
+    def combine(
+        self, rows: Value, experts: Value, slots: Value, gates: Value, /, *, name: str | None = None
+    ) -> Value:
+        """For each token the sum over its choices of gate times row; a dropped one adds nothing."""
+        return self.node("combine", rows, experts, slots, gates, names=_names(name)).result
+
+    def group_sum(self, x: Value, slots: Value, /, *, name: str | None = None) -> Value:
+        """The sum over the tokens of each group that an ``assign_slots`` counts in."""
+        return self.node("group_sum", x, slots, names=_names(name)).result
 
     def route(
         self, logits: Value, /, *more: Value, top_k: int, gates: Gates = "renormalised",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.flow import Rule, placed_types
+from moecc.ir.flow import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
 from moecc.ir.operand import Operand, Region
 from moecc.ir.traits import (
@@ -31,7 +31,7 @@ from moecc.ir.traits import (
     RowMove,
     SizeRule,
 )
-from moecc.ir.types import TensorType, is_name, is_size, is_whole
+from moecc.types.tensor import TensorType, is_name, is_size, is_whole
 
 REQUIRED = object()
 """Marks an attribute that has no default."""
@@ -164,6 +164,31 @@ class OpDef:
         return self.gradient_in_place or self.normalises
 
     @property
+    def is_product(self) -> bool:
+        """Whether it multiplies and sums, as a matrix product does."""
+        return self.cost is Cost.PRODUCT
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it adds operands element by element."""
+        return self.elementwise and self.jointly and self.commutative
+
+    @property
+    def is_scaling(self) -> bool:
+        """Whether it multiplies operands element by element."""
+        return self.elementwise and self.linear == (0, 1) and not self.jointly
+
+    @property
+    def routes(self) -> bool:
+        """Whether tokens choose their experts by it."""
+        return self.chooses and not self.assigns_slots
+
+    @property
+    def is_distribution(self) -> bool:
+        """Whether it turns scores into shares of a whole."""
+        return self.normalises and not self.is_norm
+
+    @property
     def is_norm(self) -> bool:
         """Whether it normalises with parameters, as layers do."""
         return self.normalises and Role.GAIN in self.roles
@@ -224,9 +249,9 @@ class OpDef:
           InputError: operands or attributes do not suit the operation.
         """
         types = self.infer(operands, attrs)
-        if self.places or not any(v.type.is_placed for v in operands):
+        if self.places or not any(v.type.is_sharded for v in operands):
             return types
-        return placed_types(self, operands, attrs, types)
+        return propagate_sharding(self, operands, attrs, types)
 
     def _unknown(self, name: str) -> Problem:
         hint = nearest(name, self.attrs) or f"attributes: {', '.join(self.attrs) or 'none'}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from moecc.collector import collector_paused
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.ir.graph import Graph, Value
 from moecc.ir.literals import parse_attrs
@@ -17,8 +16,9 @@ from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.ops import OPS, OpDef, op
 from moecc.ir.printer import FORMAT
 from moecc.ir.scanner import ParseError, Scanner, Token
-from moecc.ir.types import TensorType
 from moecc.ir.verify import check_param
+from moecc.support.gc_pause import collector_paused
+from moecc.types.tensor import TensorType
 from moecc.types.text import parse_type
 
 if TYPE_CHECKING:

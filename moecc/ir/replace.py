@@ -1,7 +1,7 @@
 """Exchanging one value for another, and the types that follow from it.
 
-A type may refer to a value: the slots of dispatched rows have the extents that their ``place``
-value sets.  So whoever exchanges a value must infer again what refers to it.
+A type may refer to a value: the slots of dispatched rows have the extents that their
+``assign_slots`` value sets.  So whoever exchanges a value must infer again what refers to it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.table.placing import is_place
+from moecc.ir.table.slots import is_slots
 
 
 def replace_value(old: Value, new: Value) -> None:
@@ -25,7 +25,7 @@ def replace_value(old: Value, new: Value) -> None:
         return
     users = list(old.users)
     old.replace_by(new)
-    if old.type != new.type or is_place(old):
+    if old.type != new.type or is_slots(old):
         infer_again(old.graph, users, start=old.node)
 
 
@@ -60,7 +60,7 @@ def _infer(node: Node) -> list[Node]:
     for value, type in zip(
         node.results, node.op.result_types(node.operands, node.attrs), strict=True
     ):
-        if value.type != type or is_place(value):
+        if value.type != type or is_slots(value):
             value.type = type
             users.extend(value.users)
     return users

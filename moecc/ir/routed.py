@@ -1,7 +1,7 @@
 """What losses and metrics of routing look at: one routed layer, and means over its tokens.
 
-Where ``place`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a balancing
-loss is taken in before it is averaged: a token group, a sequence, or the batch.
+Where ``assign_slots`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a
+balancing loss is taken in before it is averaged: a token group, a sequence, or the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-from moecc.ir.table.placing import given_to, placing
+from moecc.ir.table.slots import assigner, operands_by_word
 
 UNITS = ("group", "sequence", "global")
 
@@ -67,38 +67,38 @@ class Routed:
     Attributes:
       experts: the experts of each choice, ``[*tokens, choice]``.
       gates: what the results are weighted by.
-      place: the slots, the result of ``place`` or ``expert_choice``.
+      slots: the slots, the result of ``assign_slots`` or ``expert_choice``.
       scores: what a router says; None where there is none.
     """
 
     experts: Value
     gates: Value
-    place: Value
+    slots: Value
     scores: Scores | None = None
 
     @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        tokens: tuple[str, ...] = placing(self.place).attrs["tokens"]
+        tokens: tuple[str, ...] = assigner(self.slots).attrs["tokens"]
         return tokens
 
     @property
     def choice(self) -> str:
         """The axis of the choices."""
-        (name,) = (n for n in self.place.type.names if n not in self.tokens)
+        (name,) = (n for n in self.slots.type.names if n not in self.tokens)
         return name
 
     @property
     def count(self) -> int:
         """The number of experts."""
-        experts: int = placing(self.place).attrs["experts"]
+        experts: int = assigner(self.slots).attrs["experts"]
         return experts
 
     @property
     def given(self) -> dict[str, Value]:
         """What the slots were given beside the experts."""
-        node = placing(self.place)
-        return given_to(node.operands, node.attrs)
+        node = assigner(self.slots)
+        return operands_by_word(node.operands, node.attrs)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Means:
 
     def _unit_sum(self, x: Value) -> Value:
         if self.unit == "group":
-            return self.builder.group_sum(x, self.routed.place)
+            return self.builder.group_sum(x, self.routed.slots)
         return self.builder.sum(x, axes=self._inside_unit)
 
     @property

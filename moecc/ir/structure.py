@@ -9,7 +9,7 @@ from typing import Any
 
 from moecc.ir.graph import Graph, Value, setter_of
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.ir.types import Axis, Extent, TensorType
+from moecc.types.tensor import Axis, Extent, TensorType
 
 
 def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:

@@ -18,7 +18,7 @@ from moecc.ir.operand import Definition
 
 if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh
-    from moecc.ir.types import Size
+    from moecc.types.tensor import Size
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.ranges import element, lengths
 from moecc.ir.structure import clone
-from moecc.ir.table.repetition import repetitions
+from moecc.ir.table.repetition import picked_at, repetitions, stacked_parts
+from moecc.types.ranges import element, lengths
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
@@ -79,11 +79,13 @@ class _Unroller:
             value.replace_by(final)
         for value, each in zip(node.results[carries:], zip(*made, strict=True), strict=True):
             self.give(value, list(each))
-        sources = dict.fromkeys(v.node for v in node.operands if v.node is not None)
+        stacks = dict.fromkeys(
+            v.node for v in node.operands if stacked_parts(v, self.axis) is not None
+        )
         node.erase()
-        for source in sources:
-            if source.op.name == "stack" and source.is_dead:
-                source.erase()
+        for stack in stacks:
+            if stack is not None and stack.is_dead:
+                stack.erase()
 
     @property
     def axis(self) -> str:
@@ -118,9 +120,9 @@ class _Unroller:
         return [params.get(v) or self.parts(v) for v in stacked]
 
     def parts(self, value: Value) -> list[Value]:
-        source = value.node
-        if source is not None and source.op.name == "stack" and source.attrs["axis"] == self.axis:
-            return list(source.operands)
+        parts = stacked_parts(value, self.axis)
+        if parts is not None:
+            return parts
         index = (
             self.graph.append(
                 "index", [value], {"axis": self.axis, "at": at}, before=self.node, loc=self.node.loc
@@ -167,8 +169,9 @@ class _Unroller:
     def give(self, value: Value, parts: list[Value]) -> None:
         """Let the users of a stacked result use what each run made."""
         for user in list(value.users):
-            if user.op.name == "index" and user.attrs["axis"] == self.axis:
-                user.replace_by(parts[user.attrs["at"]])
+            at = picked_at(user, self.axis)
+            if at is not None:
+                user.replace_by(parts[at])
         if not value.users:
             return
         first = next((n for n in self.graph.walk(self.node) if n in value.users), None)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.ir.mesh import Mesh, mesh_of, misplaced
-from moecc.ir.ranges import lengths
+from moecc.ir.mesh import Mesh, mesh_of, sharding_problems
 from moecc.ir.table.repetition import repetitions
-from moecc.ir.types import TensorType
+from moecc.types.ranges import lengths
+from moecc.types.tensor import TensorType
 
 MAX_PROBLEMS = 20
 
@@ -180,7 +180,7 @@ def _check_value(
             yield Problem(
                 f"the type of %{value.name} refers to %{other}, which is not in the graph"
             )
-    for problem in misplaced(value.type, mesh):
+    for problem in sharding_problems(value.type, mesh):
         yield replace(problem, where=f"%{value.name}")
     if value.graph is not graph:
         yield Problem(f"%{value.name} belongs to another graph")

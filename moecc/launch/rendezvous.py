@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from moecc.errors import MachineError, printable
 from moecc.launch.member import JOIN
-from moecc.launch.place import COORDINATOR, Place
+from moecc.launch.process_info import COORDINATOR, ProcessInfo
 
 RETRY_SECONDS = 0.2
 PART_SECONDS = 5
@@ -29,22 +29,22 @@ _GO, _NO = b"go\n", b"no: "
 _MOST_BYTES = 1024
 
 
-def meet(place: Place, seconds: float) -> None:
+def meet(process: ProcessInfo, seconds: float) -> None:
     """Wait until all processes are there; a process alone does not wait.
 
     Args:
-      place: of this process; its coordinator is an address.
+      process: of this process; its coordinator is an address.
       seconds: the longest wait.
 
     Raises:
       MachineError: they did not come in time, or the address cannot be used.
     """
-    if place.processes == 1:
+    if process.processes == 1:
         return
-    if place.process == 0:
-        _Host(place, seconds).wait()
+    if process.process == 0:
+        _Host(process, seconds).wait()
     else:
-        _visit(place, seconds)
+        _visit(process, seconds)
 
 
 @dataclass
@@ -59,8 +59,8 @@ class _Visitor:
 class _Host:
     """The first process, which waits for the others and tells them when all have come."""
 
-    def __init__(self, place: Place, seconds: float) -> None:
-        self.place = place
+    def __init__(self, process: ProcessInfo, seconds: float) -> None:
+        self.process = process
         self.seconds = seconds
         self.come: dict[int, _Visitor] = {}
         self.turned_away = ""
@@ -73,10 +73,10 @@ class _Host:
           MachineError: some did not come; those that did are told.
         """
         deadline = time.monotonic() + self.seconds
-        with self.selector, _listening(self.place) as server:
+        with self.selector, _listening(self.process) as server:
             self.selector.register(server, selectors.EVENT_READ)
             try:
-                while len(self.come) < self.place.processes - 1:
+                while len(self.come) < self.process.processes - 1:
                     left = deadline - time.monotonic()
                     if left <= 0:
                         self._give_up()
@@ -115,9 +115,9 @@ class _Host:
             self._drop(visitor)
             return
         number, count = int(found[1]), int(found[2])
-        if count != self.place.processes:
+        if count != self.process.processes:
             self._refuse(visitor, f"process {number} was told of {count} processes, "
-                         f"process 0 of {self.place.processes}")  # fmt: skip
+                         f"process 0 of {self.process.processes}")  # fmt: skip
         elif number in self.come or not 0 < number < count:
             self._refuse(visitor, f"there are two processes with the number {number}")
         else:
@@ -135,12 +135,12 @@ class _Host:
         self.come.pop(visitor.number, None)
 
     def _give_up(self) -> None:
-        missing = [n for n in range(1, self.place.processes) if n not in self.come]
+        missing = [n for n in range(1, self.process.processes) if n not in self.come]
         named = ", ".join(map(str, missing[:5])) + (", …" if missing[5:] else "")
         which = f"process {named}" if len(missing) == 1 else f"processes {named}"
-        reason = f"{which} of {self.place.processes} did not come within {self.seconds:g} s"
+        reason = f"{which} of {self.process.processes} did not come within {self.seconds:g} s"
         self._part(_NO + reason.encode() + b"\n")
-        raise _apart(self.place, reason, self.turned_away)
+        raise _apart(self.process, reason, self.turned_away)
 
     def _part(self, word: bytes) -> None:
         """Say the last word to all, and let them close first, which leaves the port free."""
@@ -160,14 +160,14 @@ def _send(visitor: _Visitor, word: bytes) -> None:
 
 
 @contextmanager
-def _listening(place: Place) -> Iterator[socket.socket]:
-    _, port = _address(place)
+def _listening(process: ProcessInfo) -> Iterator[socket.socket]:
+    _, port = _address(process)
     try:
         server = _server(port)
     except OSError as error:
         raise MachineError(
             f"the first process cannot listen: {error.strerror or error}",
-            where=place.coordinator,
+            where=process.coordinator,
             hint=f"give another port in {COORDINATOR}, to all processes",
         ) from None
     with server:
@@ -188,13 +188,13 @@ def _server(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-def _visit(place: Place, seconds: float) -> None:
+def _visit(process: ProcessInfo, seconds: float) -> None:
     """Go to the first process, again and again, until it says that all have come."""
     deadline = time.monotonic() + seconds
     reason = "it does not answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            answer = _answer(place, left)
+            answer = _answer(process, left)
         except OSError as error:
             reason = str(error.strerror or error)
         else:
@@ -202,16 +202,16 @@ def _visit(place: Place, seconds: float) -> None:
                 return
             if answer.startswith(_NO):
                 text = answer.removeprefix(_NO).decode(errors="replace").strip()
-                raise _apart(place, printable(text))
+                raise _apart(process, printable(text))
             reason = "what answers there is no process of moecc" if answer else "it went away"
         time.sleep(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
-    raise _apart(place, f"process 0 was not met within {seconds:g} s", reason)
+    raise _apart(process, f"process 0 was not met within {seconds:g} s", reason)
 
 
-def _answer(place: Place, seconds: float) -> bytes:
+def _answer(process: ProcessInfo, seconds: float) -> bytes:
     deadline = time.monotonic() + seconds
-    with socket.create_connection(_address(place), timeout=seconds) as connection:
-        connection.sendall(b"moecc %d of %d\n" % (place.process, place.processes))
+    with socket.create_connection(_address(process), timeout=seconds) as connection:
+        connection.sendall(b"moecc %d of %d\n" % (process.process, process.processes))
         answer = b""
         while not answer.endswith(b"\n") and len(answer) < _MOST_BYTES:
             connection.settimeout(max(0.01, deadline - time.monotonic()))
@@ -222,15 +222,15 @@ def _answer(place: Place, seconds: float) -> bytes:
         return answer
 
 
-def _address(place: Place) -> tuple[str, int]:
-    host, _, port = place.coordinator.rpartition(":")
+def _address(process: ProcessInfo) -> tuple[str, int]:
+    host, _, port = process.coordinator.rpartition(":")
     return host.strip("[]"), int(port)
 
 
-def _apart(place: Place, reason: str, found: str = "") -> MachineError:
+def _apart(process: ProcessInfo, reason: str, found: str = "") -> MachineError:
     return MachineError(
         f"the processes did not meet: {reason}",
-        where=place.coordinator,
+        where=process.coordinator,
         found=found or None,
         hint=f"start all of them with the same {COORDINATOR}; {JOIN} waits longer",
     )

@@ -20,7 +20,7 @@ from typing import IO
 
 from moecc.errors import MachineError
 from moecc.launch.member import BEATS, LIFELINE
-from moecc.launch.place import Place
+from moecc.launch.process_info import ProcessInfo
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 1.5
@@ -133,21 +133,21 @@ class Supervisor:
         coordinator = f"127.0.0.1:{free_port()}"
         for number in range(self.count):
             try:
-                self.processes.append(self._start_one(Place(coordinator, self.count, number)))
+                self.processes.append(self._start_one(ProcessInfo(coordinator, self.count, number)))
             except OSError as error:
                 what = f"process {number} cannot be started: {error.strerror or error}"
                 raise MachineError(what, where=self.command[0]) from None
 
-    def _start_one(self, place: Place) -> Process:
+    def _start_one(self, process: ProcessInfo) -> Process:
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         held = (self._lifeline[0], writing)
         names = {LIFELINE: str(held[0]), BEATS: str(held[1])}
         popen = subprocess.Popen(
             self.command,
-            env={**os.environ, **self.environment, **place.environment(), **names},
+            env={**os.environ, **self.environment, **process.environment(), **names},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if place.process == 0 else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if process.process == 0 else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=held,
             # A group of its own: an interrupt reaches the supervisor first.
@@ -156,10 +156,10 @@ class Supervisor:
         os.close(writing)
         for pump, stream in ((self._pump_errors, popen.stderr), (self._pump_output, popen.stdout)):
             if stream is not None:
-                thread = threading.Thread(target=pump, args=(place.process, stream), daemon=True)
+                thread = threading.Thread(target=pump, args=(process.process, stream), daemon=True)
                 thread.start()
                 self._pumps.append(thread)
-        return Process(place.process, popen, reading)
+        return Process(process.process, popen, reading)
 
     def _pump_errors(self, number: int, stream: IO[bytes]) -> None:
         with stream:
@@ -206,8 +206,8 @@ class Supervisor:
             who = f"process {process.number} of {self.count}"
             others = "; the others were ended" if self.count > 1 else ""
             if code < 0:
-                name = signal.Signals(-code).name
-                return Ended(MachineError.exit_code, f"{who} was ended by {name}{others}")
+                what = f"{who} was ended by {_signal_name(-code)}{others}"
+                return Ended(MachineError.exit_code, what)
             return Ended(code, f"{who} failed with exit code {code}{others}")
         return None
 
@@ -237,6 +237,14 @@ class Supervisor:
             if popen.poll() is None:
                 _signal(popen, signal.SIGKILL)
                 popen.wait()
+
+
+def _signal_name(number: int) -> str:
+    """Return the name of a signal; those of real time have none in Python."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _signal(popen: subprocess.Popen[bytes], number: int) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from moecc.collector import collector_paused
 from moecc.errors import CheckError, InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import is_rolled
@@ -16,6 +15,7 @@ from moecc.ir.verify import VerifyError, verify
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.pipeline.reproducer import Reproducer
 from moecc.pipeline.text import Pipeline, format_pass
+from moecc.support.gc_pause import collector_paused
 
 MAX_NEAR_MISSES = 5
 """How many near misses the error of a pass that matched nothing shows."""

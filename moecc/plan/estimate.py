@@ -14,7 +14,7 @@ from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
 from moecc.plan.networks import Route
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.traffic import part_transfers, sparse_rows
 from moecc.plan.workload import Part, Step, Workload
 
@@ -147,7 +147,7 @@ class Estimate:
 class Estimator:
     """Estimates strategies for one model, batch and machine."""
 
-    def __init__(self, work: Workload, machine: Machine, setting: Setting) -> None:
+    def __init__(self, work: Workload, machine: Machine, setting: StepConfig) -> None:
         self.work = work
         self.machine = machine
         self.setting = setting
@@ -250,7 +250,7 @@ class Estimator:
         return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
 
 
-def _passes(step: Step, strategy: Strategy, setting: Setting) -> float:
+def _passes(step: Step, strategy: Strategy, setting: StepConfig) -> float:
     """Return how often a step's work is done: forward, twice backward, again."""
     if not setting.train:
         return 1.0

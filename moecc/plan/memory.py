@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.tiles import padded
 from moecc.plan.workload import Layer, Weight, Workload
 
@@ -76,7 +76,7 @@ class Memory:
 
 
 def memory(
-    work: Workload, setting: Setting, strategy: Strategy, local: Sharding, kind: str
+    work: Workload, setting: StepConfig, strategy: Strategy, local: Sharding, kind: str
 ) -> Memory:
     """Return the memory of one device.
 
@@ -118,7 +118,7 @@ def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
     return every, local.once(("stored in layers", kind), lambda: total(layers))
 
 
-def optimizer_bytes(work: Workload, setting: Setting, local: Sharding, kind: str) -> float:
+def optimizer_bytes(work: Workload, setting: StepConfig, local: Sharding, kind: str) -> float:
     """Return the bytes of the optimizer's state on one device of a machine of `kind`."""
     key = ("optimizer", setting.optimizer, kind)
     return local.once(
@@ -126,7 +126,7 @@ def optimizer_bytes(work: Workload, setting: Setting, local: Sharding, kind: str
     )
 
 
-def _state(weight: Weight, local: Sharding, setting: Setting, kind: str) -> float:
+def _state(weight: Weight, local: Sharding, setting: StepConfig, kind: str) -> float:
     """Return the bytes of the optimizer's state of a parameter, in float32.
 
     AdamW keeps two moments.  Adafactor keeps, of the second, means over one of the two largest axes
@@ -163,7 +163,9 @@ def _kept_shapes(layer: Layer, remat: str) -> Iterator[Shape]:
         yield from layer.residuals.named
 
 
-def _layer_bytes(work: Workload, local: Sharding, setting: Setting, remat: str, kind: str) -> float:
+def _layer_bytes(
+    work: Workload, local: Sharding, setting: StepConfig, remat: str, kind: str
+) -> float:
     """Return the most that is alive while a layer is computed, and its gathered parameters."""
     width = setting.dtype.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
@@ -202,7 +204,7 @@ def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
     return sum(local.used(w) - local.stored(w) for w in weights)
 
 
-def _logits(work: Workload, local: Sharding, setting: Setting) -> float:
+def _logits(work: Workload, local: Sharding, setting: StepConfig) -> float:
     """Return the bytes of the logits: in float32, or in training twice in a narrow type."""
     sizes = map(local.elements, work.logits)
     return max(sizes, default=0.0) * 4.0

@@ -9,12 +9,12 @@ from moecc.plan.estimate import Estimate, PartCost
 from moecc.plan.exchanges import exact
 from moecc.plan.machines import Machine
 from moecc.plan.search import Ranking, seconds_text, why_slower
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
 
 
 def plan_json(
-    model: str, work: Workload, machine: Machine, setting: Setting, ranking: Ranking
+    model: str, work: Workload, machine: Machine, setting: StepConfig, ranking: Ranking
 ) -> dict[str, Any]:
     """Return the plan as the JSON values that ``docs/cli.md`` lists."""
     best = ranking.best

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moecc.ir.graph import Node, Value
+from moecc.ir.traits import RowMove
 from moecc.plan.shapes import Shape
 
 
@@ -142,11 +143,11 @@ def root_of(value: Value) -> Value:
 
 def _named(node: Node) -> Value | None:
     """Return the result of attention or of experts: what their layer adds to the hidden state."""
-    if node.op.name == "combine":
+    if node.op.moves is RowMove.TO_TOKENS:
         return node.result
-    if node.op.name != "contract" or "attention" not in node.loc.rpartition(".")[2]:
+    if not node.op.is_product or "attention" not in node.loc.rpartition(".")[2]:
         return None
-    return node.result if any(n.op.name == "add" for n in node.result.users) and any(
+    return node.result if any(n.op.is_sum for n in node.result.users) and any(
         v.is_param for v in node.operands
     ) else None  # fmt: skip
 

@@ -13,7 +13,7 @@ from moecc.plan.exchanges import SLICED, exact, legal
 from moecc.plan.layout import Layout, check_layout, layouts, problems
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.meshes import check_devices, meshes
-from moecc.plan.strategy import REMATS, Setting, Strategy
+from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload
 from moecc.sharding.rules import mesh_axes
@@ -29,7 +29,7 @@ _NEEDS = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class Constraints:
     """What the user fixed; None leaves it to the search."""
 
     mesh: Mesh | None = None
@@ -58,7 +58,9 @@ class Ranking:
     lossy: Estimate | None = None
 
 
-def strategies(work: Workload, machine: Machine, wish: Wish, train: bool) -> Iterator[Strategy]:
+def strategies(
+    work: Workload, machine: Machine, wish: Constraints, train: bool
+) -> Iterator[Strategy]:
     """Yield every strategy that is legal and agrees with `wish`."""
     for layout in _layouts(work, machine, wish):
         for via in _vias(layout, work):
@@ -81,7 +83,7 @@ def _vias(layout: Layout, work: Workload) -> list[str]:
     return [v for v in (*VIAS, LOCAL) if legal(v, devices, work.dropless, len(axes))]
 
 
-def _layouts(work: Workload, machine: Machine, wish: Wish) -> Iterator[Layout]:
+def _layouts(work: Workload, machine: Machine, wish: Constraints) -> Iterator[Layout]:
     for mesh in _meshes(work, machine, wish) if wish.mesh is None else (wish.mesh,):
         if wish.rules is None:
             found = layouts(mesh, work)
@@ -92,7 +94,7 @@ def _layouts(work: Workload, machine: Machine, wish: Wish) -> Iterator[Layout]:
             yield layout
 
 
-def _meshes(work: Workload, machine: Machine, wish: Wish) -> Iterator[Mesh]:
+def _meshes(work: Workload, machine: Machine, wish: Constraints) -> Iterator[Mesh]:
     """Yield meshes, less those that are another one by another name."""
     if wish.rules is not None:
         # Those of an axis that nothing lies on are no layouts.
@@ -109,7 +111,7 @@ def _meshes(work: Workload, machine: Machine, wish: Wish) -> Iterator[Mesh]:
         yield mesh
 
 
-def check_wish(work: Workload, machine: Machine, wish: Wish) -> None:
+def check_wish(work: Workload, machine: Machine, wish: Constraints) -> None:
     """Check what the user fixed.
 
     Raises:
@@ -145,8 +147,8 @@ WorkOn = Callable[[Machine], Workload]
 def search(
     work: Workload,
     machine: Machine,
-    setting: Setting,
-    wish: Wish | None = None,
+    setting: StepConfig,
+    wish: Constraints | None = None,
     keep: int = 5,
     work_on: WorkOn | None = None,
 ) -> Ranking:
@@ -163,7 +165,7 @@ def search(
     Raises:
       InputError: nothing is legal, or nothing fits; the smallest machine that would is named.
     """
-    wish = wish or Wish()
+    wish = wish or Constraints()
     check_wish(work, machine, wish)
     estimator = Estimator(work, machine, setting)
     tried, found, least = 0, [], None
@@ -198,8 +200,8 @@ def _distinct(found: list[Estimate]) -> Iterator[Estimate]:
 def _nothing(
     work: Workload,
     machine: Machine,
-    setting: Setting,
-    wish: Wish,
+    setting: StepConfig,
+    wish: Constraints,
     least: tuple[float, Strategy] | None,
     work_on: WorkOn,
 ) -> InputError:
@@ -236,7 +238,9 @@ def _nothing(
     )
 
 
-def _otherwise(work: Workload, machine: Machine, setting: Setting, wish: Wish) -> Strategy | None:
+def _otherwise(
+    work: Workload, machine: Machine, setting: StepConfig, wish: Constraints
+) -> Strategy | None:
     """Return what would fit if one wish, or all of how parameters lie, were left to the search."""
     free = [{"dense_weights": None}, {"mesh": None}, {"mesh": None, "dense_weights": None}]
     for change in free:
@@ -248,7 +252,7 @@ def _otherwise(work: Workload, machine: Machine, setting: Setting, wish: Wish) -
 
 
 def smallest_that_fits(
-    work_on: WorkOn, machine: Machine, setting: Setting, wish: Wish
+    work_on: WorkOn, machine: Machine, setting: StepConfig, wish: Constraints
 ) -> Machine | None:
     """Return the smallest machine of the same chip on which something fits, or None.
 
@@ -260,7 +264,9 @@ def smallest_that_fits(
     return next(fitting, None)
 
 
-def _fitting(work: Workload, machine: Machine, setting: Setting, wish: Wish) -> Strategy | None:
+def _fitting(
+    work: Workload, machine: Machine, setting: StepConfig, wish: Constraints
+) -> Strategy | None:
     """Return a strategy that fits, the first that is met."""
     estimator = Estimator(work, machine, setting)
     fitting = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecc.ir.dtypes import BF16, F32, DType
 from moecc.plan.layout import Layout
 from moecc.plan.vias import LOCAL
+from moecc.types.dtypes import BF16, F32, DType
 
 REMATS = ("none", "save", "full")
 """What the backward pass computes again: nothing; all but the results of attention and combine;
@@ -16,7 +16,7 @@ OPTIMIZERS = ("adamw", "adafactor")
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepConfig:
     """What is given.
 
     Attributes:

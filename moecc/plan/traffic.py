@@ -10,13 +10,13 @@ from moecc.plan.exchanges import Rows
 from moecc.plan.exchanges import transfers as exchange_transfers
 from moecc.plan.shapes import Shape
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Part, Step, Weight, Workload
 
 
 def part_transfers(
-    part: Part, work: Workload, setting: Setting, strategy: Strategy, local: Sharding
+    part: Part, work: Workload, setting: StepConfig, strategy: Strategy, local: Sharding
 ) -> Iterator[Transfer]:
     """Yield the collectives of one part, forward and, in training, backward."""
     yield from _gathers(part, setting, strategy, local)
@@ -56,7 +56,7 @@ def _forward_only(found: Iterator[Transfer], train: bool) -> Iterator[Transfer]:
 
 
 def sparse_rows(
-    part: Part, work: Workload, setting: Setting, strategy: Strategy, local: Sharding
+    part: Part, work: Workload, setting: StepConfig, strategy: Strategy, local: Sharding
 ) -> Rows | None:
     """Return the tokens and rows of a device at `part`, or None where there are no experts."""
     step = next((s for s in part.steps if s.moves is RowMove.TO_SLOTS), None)
@@ -80,7 +80,7 @@ def sparse_rows(
 
 
 def _gathers(
-    part: Part, setting: Setting, strategy: Strategy, local: Sharding
+    part: Part, setting: StepConfig, strategy: Strategy, local: Sharding
 ) -> Iterator[Transfer]:
     """Yield how parameters that are stored in parts are gathered.
 
@@ -111,7 +111,7 @@ def _gradient_sums(
 
 
 def _sums(
-    part: Part, setting: Setting, strategy: Strategy, local: Sharding, rows: Rows | None
+    part: Part, setting: StepConfig, strategy: Strategy, local: Sharding, rows: Rows | None
 ) -> Iterator[Transfer]:
     """Yield the sums over ``model``: where an axis that it splits is summed over, or made.
 

@@ -15,7 +15,7 @@ from moecc.errors import InputError
 from moecc.families.experts import choices_kept, expert_layers
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
-from moecc.ir.table.placing import placing
+from moecc.ir.table.slots import assigner
 from moecc.ir.traits import Cost, RowMove
 from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
@@ -261,9 +261,9 @@ class _Reader:
 
     def _slots(self, value: Value) -> float:
         """Return the mean rows of an expert, all groups together."""
-        place = setter_of(value.type.extents[0])
-        node = placing(place)
-        tokens = prod(self._size(place.type[n].size) for n in node.attrs["tokens"])
+        slots = setter_of(value.type.extents[0])
+        node = assigner(slots)
+        tokens = prod(self._size(slots.type[n].size) for n in node.attrs["tokens"])
         return tokens * choices_kept(value) / self._size(value.type["expert"].size)
 
     def of_experts(self, value: Value) -> bool:
@@ -385,7 +385,7 @@ class _Reader:
             moves=node.op.moves,
             operands=operands,
             results=tuple(map(self.shape, node.results)),
-            over=tuple(node.attrs["over"]) if node.op.cost is Cost.PRODUCT else (),
+            over=tuple(node.attrs["over"]) if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
             again=_again(number, unit, node in kept.again, node in kept.onward),
             saved_again=_again(number, unit, node in kept.saved_again, node in kept.saved_onward),

@@ -30,5 +30,5 @@ def preset_config(name: str) -> dict[str, Any]:
     if name not in preset_names():
         hint = nearest(name, preset_names()) or f"presets: {', '.join(preset_names())}"
         raise UsageError(f"unknown preset {name!r}", hint=hint)
-    config: dict[str, Any] = json.loads((files(__name__) / f"{name}.json").read_text())
+    config: dict[str, Any] = json.loads((files(__name__) / f"{name}.json").read_text("utf-8"))
     return config

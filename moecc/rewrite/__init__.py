@@ -8,6 +8,7 @@ from moecc.rewrite.driver import rewrite as rewrite
 from moecc.rewrite.match import Match as Match
 from moecc.rewrite.match import Misses as Misses
 from moecc.rewrite.match import NearMiss as NearMiss
+from moecc.rewrite.match import fits as fits
 from moecc.rewrite.match import match as match
 from moecc.rewrite.pattern import P as P
 from moecc.rewrite.pattern import Pattern as Pattern

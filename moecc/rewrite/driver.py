@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from moecc.collector import collector_paused
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
@@ -23,6 +22,7 @@ from moecc.ir.verify import where
 from moecc.rewrite.match import Match, Misses, NearMiss, match
 from moecc.rewrite.pattern import Heads, OpPattern, roots
 from moecc.rewrite.rule import Rule
+from moecc.support.gc_pause import collector_paused
 
 REWRITES_PER_NODE = 16
 """How many rewrites a node of the graph allows before the driver calls it a loop."""

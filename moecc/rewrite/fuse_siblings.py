@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import replace_value
-from moecc.ir.types import Axis
-from moecc.rewrite.match import match
+from moecc.rewrite.match import fits
 from moecc.rewrite.pattern import P
+from moecc.types.tensor import Axis
 from moecc.weights.movement import Concat
 
 PROJECTION = P.contract(P.any("x"), P.param("w"), over=P.attr("over"))
@@ -118,7 +118,7 @@ def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> li
 
 def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
     """Yield the contractions that meet in what `down` contracts, those of one value together."""
-    found = match(PROJECTION, down)
+    found = fits(PROJECTION, down)
     if found is None or len(found.attr("over")) != 1:
         return
     (inner,) = found.attr("over")
@@ -140,10 +140,10 @@ def _projections_behind(value: Value, inner: str) -> list[Node]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if match(PROJECTION, node) is not None:
+        if fits(PROJECTION, node):
             if inner in node.operands[1].type:
                 ends.append(node)
-        elif not node.mixes and len(node.results) == 1 and inner in node.result.type:
+        elif node.op.elementwise and inner in node.result.type:
             stack.extend(v for v in node.operands if inner in v.type)
     return ends
 

@@ -119,6 +119,22 @@ def match(
         todo = attempt.back()
 
 
+def fits(pattern: Pattern, node: Node | None) -> Match | None:
+    """Return how `pattern`, or the first of its alternatives that does, fits at `node`, or None.
+
+    For who recognises a node and rewrites nothing; None also where there is no node.
+    """
+    if node is None:
+        return None
+    for choice in pattern.choices if isinstance(pattern, OneOf) else (pattern,):
+        # Most nodes are of another operation, and nothing is tried on them.
+        if isinstance(choice, OpPattern) and node.op in choice.ops:
+            found = match(choice, node)
+            if found is not None:
+                return found
+    return None
+
+
 class _Attempt:
     """The state of one call of `match`."""
 

@@ -9,9 +9,9 @@ from moecc.errors import InputError, Problem
 from moecc.ir.flow import Space, space_of
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
-from moecc.ir.table.placing import is_place
-from moecc.ir.types import Axis, Extent, Size, TensorType
+from moecc.ir.table.slots import is_slots
 from moecc.sharding.rules import LayoutRule
+from moecc.types.tensor import Axis, Extent, Size, TensorType
 
 PRODUCTS = ("contract", "embedding")
 """Operations where rules decide what is brought where; others stay where their operands are."""
@@ -270,7 +270,7 @@ def cuts_of(graph: Graph) -> dict[str, set[int]]:
 def _pin(node: Node, space: Space, dimensions: Mapping[str, Dimension]) -> None:
     """Let the dimensions of slots lie as the slots do: these are never brought elsewhere."""
     for value, names in zip(node.operands, space.operands, strict=True):
-        for axis in value.type.axes if is_place(value) else ():
+        for axis in value.type.axes if is_slots(value) else ():
             if axis.name in names:
                 dimensions[names[axis.name]].mesh = axis.mesh
                 dimensions[names[axis.name]].split = False

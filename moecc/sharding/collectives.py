@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 Step = tuple[str, dict[str, Any]]
 """A collective and its attributes."""

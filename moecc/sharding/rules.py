@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from moecc.errors import InputError, Problem, UsageError, nearest
-from moecc.ir.types import is_name
+from moecc.types.tensor import is_name
 
 SUFFIX = ".rules"
 

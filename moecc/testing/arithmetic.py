@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from moecc.ir.dtypes import BF16, F32
 from moecc.ir.graph import Value
 from moecc.ir.ops import OPS
 from moecc.ir.traits import Domain
-from moecc.ir.types import Axis, TensorType
 from moecc.testing.growth import Growth, fixed, mixable, mixable_fixed
+from moecc.types.dtypes import BF16, F32
+from moecc.types.tensor import Axis, TensorType
 
 
 def _functions(operands: int) -> dict[str, Domain]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moecc.ir.graph import Value
-from moecc.ir.types import Axis
 from moecc.testing.arithmetic import emit_norm
 from moecc.testing.growth import Growth, Step, mixable_fixed, token_width
 from moecc.testing.places import rotate
 from moecc.testing.sparse import emit_mixture
+from moecc.types.tensor import Axis
 
 ROUTING_AXES = {"group", "expert", "slot", "choice"}
 ATTENTION_AXES = {"heads", "head", "head_dim", "kv_seq"}

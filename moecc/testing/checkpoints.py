@@ -11,7 +11,7 @@ import numpy as np
 
 from moecc.checkpoint.source import TensorInfo
 from moecc.families.configs import ModelConfig
-from moecc.ir.dtypes import DTYPES, F32, DType
+from moecc.types.dtypes import DTYPES, F32, DType
 from moecc.weights.expr import Expr, sources
 
 Array = np.ndarray[Any, Any]

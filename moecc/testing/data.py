@@ -14,10 +14,10 @@ import numpy as np
 
 from moecc.ir.graph import Graph, Value
 from moecc.ir.indices import index_sizes
-from moecc.ir.ranges import element, lengths
 from moecc.ir.table.repetition import repetitions
-from moecc.ir.types import Size, TensorType
 from moecc.testing.draws import Data, generator
+from moecc.types.ranges import element, lengths
+from moecc.types.tensor import Size, TensorType
 
 Sizes = Mapping[str, int]
 

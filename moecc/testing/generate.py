@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moecc.ir.dtypes import BF16, F32, F64
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.table.placing import is_place
-from moecc.ir.types import TensorType
+from moecc.ir.table.slots import is_slots
 from moecc.testing.blocks import BLOCKS
 from moecc.testing.growth import Growth, Step
 from moecc.testing.steps import SIMPLE
+from moecc.types.dtypes import BF16, F32, F64
+from moecc.types.tensor import TensorType
 
 MAX_STEPS = 8
 """The most steps of a graph; a step is an operation or a block."""
@@ -126,7 +126,7 @@ def _cut(graph: Graph, node: Node) -> None:
 def _stand_in(value: Value) -> Value | str | None:
     """Return what `value` may be exchanged for: an operand, ``"input"``, or None for nothing."""
     assert value.node is not None
-    if is_place(value):
+    if is_slots(value):
         return None
     if not value.type.extents:
         return "input"

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Value
 from moecc.ir.table.rules import EXTENT_AXES
-from moecc.ir.types import Axis, TensorType
 from moecc.testing.choices import Choices, pick
 from moecc.testing.weights import grow_weight
+from moecc.types.dtypes import DType
+from moecc.types.tensor import Axis, TensorType
 
 T = TypeVar("T")
 

@@ -16,9 +16,9 @@ from moecc.backend import Arrays, get_backend
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
-from moecc.ir.types import Extent
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
 from moecc.testing.draws import Data, generator
+from moecc.types.tensor import Extent
 
 TOLERANCE = 1e-12
 """The difference allowed between equal outputs, times their magnitude (at least 1)."""

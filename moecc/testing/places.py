@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from moecc.ir.dtypes import F32, I32, KEY
 from moecc.ir.graph import Value
-from moecc.ir.types import Axis, TensorType
 from moecc.testing.arithmetic import BINARY
 from moecc.testing.growth import Growth, mixable, mixable_fixed
+from moecc.types.dtypes import F32, I32, KEY
+from moecc.types.tensor import Axis, TensorType
 
 
 def lookup(g: Growth) -> None:

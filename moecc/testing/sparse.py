@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import get_args
 
 from moecc.ir.attributes import Gates, Policy, Using
-from moecc.ir.dtypes import I32, KEY, PRED
 from moecc.ir.gates import GATES, convention
 from moecc.ir.graph import Value
 from moecc.ir.mixtures import emit_hash_routing, emit_priority, emit_rescaled
 from moecc.ir.moe import SlotOptions
-from moecc.ir.types import Axis, TensorType
 from moecc.testing.growth import Growth, symbolic
+from moecc.types.dtypes import I32, KEY, PRED
+from moecc.types.tensor import Axis, TensorType
 
 EmitBlock = Callable[[Growth, Value, Axis, Iterable[Axis]], Value]
 """Appends what the experts compute: from rows along an axis, with weights that share axes."""
@@ -28,15 +28,15 @@ def emit_mixture(g: Growth, x: Value, axis: Axis, emit_block: EmitBlock) -> Valu
     expert = Axis("expert", g.pick((2, 4, 1, 3)))
     ways = (_by_router, _by_router, _by_router, _by_hash, _by_expert)
     since = len(g.graph)
-    experts, gates, place = g.pick(ways)(g, x, axis, expert)
+    experts, gates, slots = g.pick(ways)(g, x, axis, expert)
     if g.chance(15):
-        gates = emit_rescaled(g.builder, gates, place)
-    rows = g.builder.dispatch(x, experts, place)
+        gates = emit_rescaled(g.builder, gates, slots)
+    rows = g.builder.dispatch(x, experts, slots)
     _note(g, since)
-    y = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, place, gates)
+    y = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, slots, gates)
     g.values.append(y)
     if g.chance(30):
-        g.emit("group_sum", gates if g.chance(50) else x, place)
+        g.emit("group_sum", gates if g.chance(50) else x, slots)
     return y
 
 
@@ -57,7 +57,7 @@ def _by_router(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
         scale=g.pick((1.0, 2.5)),
         using=("bias",) if bias else (),
     )
-    return chosen, weights, _place(g, x, expert, chosen, _given(g, logits, weights))
+    return chosen, weights, _slots(g, x, expert, chosen, _given(g, logits, weights))
 
 
 def _by_hash(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
@@ -69,7 +69,7 @@ def _by_hash(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     )
     given: dict[Using, Value] = {}
     _give_mask(g, x, given)
-    return chosen, weights, _place(g, x, expert, chosen, given)
+    return chosen, weights, _slots(g, x, expert, chosen, given)
 
 
 def _by_expert(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
@@ -96,10 +96,10 @@ def _logits(g: Growth, x: Value, axis: Axis, expert: Axis) -> Value:
     return g.builder.contract(x, router, over=axis.name, name="router")
 
 
-def _place(g: Growth, x: Value, expert: Axis, chosen: Value, given: Mapping[Using, Value]) -> Value:
-    placement: SlotOptions = {}
+def _slots(g: Growth, x: Value, expert: Axis, chosen: Value, given: Mapping[Using, Value]) -> Value:
+    assignment: SlotOptions = {}
     if g.chance(50):
-        placement = {
+        assignment = {
             "slots": "capacity",
             "capacity_factor": g.pick((1.0, 0.5, 1.25, 0.75, 2.0)),
             "minimum": g.pick((1, 1, 2, 4)),
@@ -107,11 +107,11 @@ def _place(g: Growth, x: Value, expert: Axis, chosen: Value, given: Mapping[Usin
             "convention": g.pick(("tokens", "assignments")),
             "multiple": g.pick((1, 2)),
         }
-    placement["order"] = g.pick(("choice", "token"))
-    placement.update(_groups(g))
+    assignment["order"] = g.pick(("choice", "token"))
+    assignment.update(_groups(g))
     tokens, using = _tokens(x), tuple(given)
-    return g.builder.place(
-        chosen, *given.values(), tokens=tokens, experts=_size(expert), using=using, **placement
+    return g.builder.assign_slots(
+        chosen, *given.values(), tokens=tokens, experts=_size(expert), using=using, **assignment
     )
 
 

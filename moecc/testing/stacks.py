@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph, Value
-from moecc.ir.types import TensorType, tensor
+from moecc.types.dtypes import F32
+from moecc.types.tensor import TensorType, tensor
 from moecc.weights.draws import Normal
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Tile
@@ -83,11 +83,11 @@ class _Stack:
     def experts(self, b: Builder, h: Value, name: str) -> Value:
         router = self.param(f"{name}.router", b.loc, expert=EXPERTS, embed=EMBED)
         experts, gates = b.route(b.contract(h, router, over="embed"), top_k=2)
-        place = b.place(experts, tokens="batch", experts=EXPERTS)
+        slots = b.assign_slots(experts, tokens="batch", experts=EXPERTS)
         weight = self.param(name, b.loc, expert=EXPERTS, mlp=2, embed=EMBED)
-        rows = b.silu(b.contract(b.dispatch(h, experts, place), weight, over="embed"))
+        rows = b.silu(b.contract(b.dispatch(h, experts, slots), weight, over="embed"))
         down = self.param(f"{name}.down", b.loc, expert=EXPERTS, embed=EMBED, mlp=2)
-        return b.combine(b.contract(rows, down, over="mlp"), experts, place, gates)
+        return b.combine(b.contract(rows, down, over="mlp"), experts, slots, gates)
 
     def param(self, name: str, loc: str, **axes: int) -> Value:
         type = tensor(F32, **axes)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from moecc.ir.dtypes import F32, F64
-from moecc.ir.types import TensorType
 from moecc.testing.choices import Choices, pick
 from moecc.testing.draws import Data, generator
+from moecc.types.dtypes import F32, F64
+from moecc.types.tensor import TensorType
 from moecc.weights.arithmetic import Cast, Scale
 from moecc.weights.draws import Normal
 from moecc.weights.evaluate import evaluate

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 
 from moecc.errors import InputError, nearest
-from moecc.ir.dtypes import DTYPES
-from moecc.ir.types import Axis, Extent, Setter, Size, TensorType, is_name
+from moecc.types.dtypes import DTYPES
+from moecc.types.tensor import Axis, Extent, Setter, Size, TensorType, is_name
 
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?: unreduced\(([^)]*)\))?\Z")
 _AXIS = re.compile(r"([A-Za-z_]\w*)(?:@([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*))?=(.+)\Z", re.ASCII)
@@ -55,6 +55,6 @@ def _parse_size(text: str, lookup: Lookup) -> Size:
     match = _EXTENT.match(text)
     if match is None:
         raise InputError(
-            "not a size", expected="a number, a variable, or ragged(%place)", found=text
+            "not a size", expected="a number, a variable, or ragged(%slots)", found=text
         )
     return Extent(match.group(1), lookup(match.group(2)))

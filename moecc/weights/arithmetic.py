@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from moecc.ir.dtypes import F32, DType
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import F32, DType
+from moecc.types.tensor import TensorType
 from moecc.weights.expr import Expr, axis_of, check_finite, computed, listed, node
 
 F32_MAX = (2.0 - 2.0**-23) * 2.0**127

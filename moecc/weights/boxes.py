@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 Array = npt.NDArray[Any]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 
-from moecc.ir.dtypes import F32
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import F32
+from moecc.types.tensor import TensorType
 from moecc.weights.expr import Expr, axis_of, check_finite, check_type, node, size
 
 KEY_BITS = 128

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moecc.ir.ranges import Progression, varying
+from moecc.types.ranges import Progression, varying
 
 
 def in_short(texts: Sequence[str], axis: str) -> str | None:

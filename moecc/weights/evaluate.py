@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import DType
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import DType
+from moecc.types.tensor import TensorType
 from moecc.weights import moments, random
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.boxes import Box, align, extents, flat_boxes, project, row_blocks, whole

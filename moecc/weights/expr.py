@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from moecc.errors import InputError, printable
-from moecc.ir.dtypes import F32, F64, DType
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import F32, F64, DType
+from moecc.types.tensor import Axis, TensorType
 
 MAX_DEPTH = 100
 """How deep expressions may nest: what walks over them may recurse."""

@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from moecc.ir.dtypes import F64
+from moecc.types.dtypes import F64
 from moecc.weights.arithmetic import Moment
 from moecc.weights.boxes import Box, align, project
 from moecc.weights.expr import Expr

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from math import prod
 
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 from moecc.weights.each import in_short
 from moecc.weights.expr import Expr, axis_of, check_name, listed, node, size
 

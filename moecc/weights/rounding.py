@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moecc.ir.dtypes import BF16, F16, F32, F64, DType
+from moecc.types.dtypes import BF16, F16, F32, F64, DType
 
 Array = npt.NDArray[Any]
 

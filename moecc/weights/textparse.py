@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from moecc.errors import nearest, printable
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.each import in_full

@@ -8,9 +8,9 @@ import re
 from typing import NoReturn
 
 from moecc.errors import InputError, nearest, printable
-from moecc.ir.dtypes import DTYPES, DType
-from moecc.ir.ranges import Progression
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import DTYPES, DType
+from moecc.types.ranges import Progression
+from moecc.types.tensor import TensorType
 from moecc.types.text import parse_type
 
 _SPACE = re.compile(r"[ \t]*")

@@ -140,7 +140,7 @@ class AddLossesPass(Pass):
         return PassResult(added > 0, len(layers), stats, near_misses=missing)
 
     def _add_to_layer(self, graph: Graph, layer: RoutedLayer, ctx: Context) -> Weighted:
-        builder = Builder(graph, loc=layer.placing.loc, origin=f"{ORIGIN}layer")
+        builder = Builder(graph, loc=layer.assigner.loc, origin=f"{ORIGIN}layer")
         builder.before = layer.combine
         routed = layer.routed()
         means = Means(builder, routed, self.over)

@@ -17,7 +17,8 @@ class FuseGateUpPass(Pass):
     One large product is faster than two half as large.  Where the matrices cannot become one (a
     parameter that something else reads too, element types that differ on disk, an axis that is
     sharded, no weight expression) nothing is changed and nothing is said.  A graph of this form
-    is for running: no family has such a layer, so export before it.
+    is for running: no family has such a layer, so export before it, and lay it on its mesh before
+    it, too: what is cut along the neurons then stays two products.
 
     Before::
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecc.errors import Problem
-from moecc.ir.dtypes import PRED
 from moecc.ir.graph import Graph, Value
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import PRED
+from moecc.types.tensor import TensorType
 
 
 def is_decoder(loc: str) -> bool:

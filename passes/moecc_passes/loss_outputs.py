@@ -28,9 +28,9 @@ def metrics_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
         "dead_experts": made.dead_experts(loads),
         "loads": loads,
     }
-    if layer.placing.op.name == "place":
+    if not layer.experts_choose:
         found["dropped"] = made.dropped()
-    if layer.placing.attrs["slots"] == "capacity":
+    if layer.assigner.attrs["slots"] == "capacity":
         found["utilisation"] = made.utilisation()
     if scores is not None:
         found["entropy"] = made.entropy(scores)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routed import Routed, Scores
-from moecc.ir.table.placing import PLACING, given_to
+from moecc.ir.table.slots import operands_by_word
+from moecc.ir.traits import RowMove
 from moecc.ir.verify import where
-from moecc.rewrite.match import NearMiss
+from moecc.rewrite.match import NearMiss, fits
+from moecc.rewrite.pattern import P, Pattern
+
+# The anatomy of a routed layer: router, scorer, slots, dispatch, experts, combine.  The scorer
+# reads the router's logits, behind noise or the cut into prototypes; slots are given to what it
+# chose, behind prototypes put together.
+PRODUCT = P.contract(P.any(), P.any())
+AFTER_ROUTER = P.split(P.any()) | P.add(P.any(), P.any())
+SCORER = P.route(P.any(), ...) | P.softmax(P.any())
+AFTER_SCORER = P.merge(P.any()) | P.add(P.any(), P.any())
+AFTER_PRODUCT = P.add(P.any(), P.any()) | P.scale(P.any())
+NOISY = P.add(P.any("clean"), P.random_normal(P.any(), P.any(), std=P.attr("std")))
+MASKED = P.mask(P.any(), P.any("seen"))
+CAUSAL = P.causal(P.any(), ...)
 
 
 @dataclass(frozen=True)
@@ -18,23 +32,23 @@ class RoutedLayer:
     """One mixture of experts.
 
     Attributes:
-      placing: the node that gives slots: ``place`` or ``expert_choice``.
+      assigner: the node that gives slots: ``assign_slots`` or ``expert_choice``.
       route: the node that chooses experts, or None where it is not ``route``.
       combine: the node that brings results back.
       dispatch: the node that moves tokens to the experts.
       name: its location; with a number where a location has several.
     """
 
-    placing: Node
+    assigner: Node
     route: Node | None
     combine: Node
     dispatch: Node
     name: str
 
     @property
-    def place(self) -> Value:
+    def slots(self) -> Value:
         """The slots."""
-        return self.placing.results[-1]
+        return self.assigner.results[-1]
 
     @property
     def gates(self) -> Value:
@@ -49,55 +63,60 @@ class RoutedLayer:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        tokens: tuple[str, ...] = self.placing.attrs["tokens"]
+        tokens: tuple[str, ...] = self.assigner.attrs["tokens"]
         return tokens
 
     @property
     def top_k(self) -> int:
         """The choices of a token."""
-        (size,) = (a.size for a in self.place.type if a.name not in self.tokens)
+        (size,) = (a.size for a in self.slots.type if a.name not in self.tokens)
         assert isinstance(size, int), "the choices are counted"
         return size
 
     @property
     def choice(self) -> str:
         """The name of the axis of choices."""
-        (name,) = (n for n in self.place.type.names if n not in self.tokens)
+        (name,) = (n for n in self.slots.type.names if n not in self.tokens)
         return name
 
     @property
     def last_matrix(self) -> Node | None:
         """The experts' last contraction, before an output bias; None where it was not found."""
-        node = self.combine.operands[0].node
-        while node is not None and node.op.name in ("add", "scale"):
-            node = node.operands[0].node
-        return node if node is not None and node.op.name == "contract" else None
+        value = self.combine.operands[0]
+        while found := fits(AFTER_PRODUCT, value.node):
+            value = found.root.operands[0]
+        return value.node if fits(PRODUCT, value.node) else None
 
     @property
     def scorer(self) -> Node | None:
         """The node that reads the router's logits; None where nothing is scored, as by a hash."""
-        return _first_behind(self.placing.operands[0], ("route", "softmax"), ("merge", "add"))
+        return _first_behind(self.assigner.operands[0], SCORER, AFTER_SCORER)
 
     @property
     def router(self) -> Node | None:
         """The product of tokens with the router's weight; None where there is none."""
         if self.scorer is None:
             return None
-        return _first_behind(self.scorer.operands[0], ("contract",), ("split", "add"))
+        return _first_behind(self.scorer.operands[0], PRODUCT, AFTER_ROUTER)
+
+    @property
+    def experts_choose(self) -> bool:
+        """Whether experts choose tokens; else tokens choose experts, and `placing` gives slots."""
+        return self.assigner.op.chooses
 
     def given(self) -> dict[str, Value]:
         """What the slots are given beside the experts, by word."""
-        return given_to(self.placing.operands, self.placing.attrs)
+        return operands_by_word(self.assigner.operands, self.assigner.attrs)
 
     def routed(self) -> Routed:
         """Return what losses and metrics look at."""
-        return Routed(self.experts, self.gates, self.place, self._scores())
+        return Routed(self.experts, self.gates, self.slots, self._scores())
 
     def _scores(self) -> Scores | None:
         if self.scorer is None:
             return None
         logits = self.scorer.operands[0]
-        chosen = self.scorer.results[0] if self.scorer.op.name == "route" else None
+        chosen = self.scorer.results[0] if self.scorer.op.chooses else None
         return Scores(logits, chosen, *_clean(logits))
 
 
@@ -110,15 +129,16 @@ def routed_layers(graph: Graph) -> list[RoutedLayer]:
     found: list[RoutedLayer] = []
     names: dict[str, int] = {}
     for node in graph:
-        if node.body is not None and any(n.op.name in PLACING for n in node.body):
+        if node.body is not None and any(n.op.assigns_slots for n in node.body):
             raise InputError(
                 "layers of experts are rolled up in a scan",
                 where=where(node),
                 hint="run this pass before roll-layers, or unroll-layers before it",
             )
-        if node.op.name not in PLACING:
+        if not node.op.assigns_slots:
             continue
-        combine, dispatch = (_user(node.results[-1], n) for n in ("combine", "dispatch"))
+        moves = (RowMove.TO_TOKENS, RowMove.TO_SLOTS)
+        combine, dispatch = (_mover(node.results[-1], way) for way in moves)
         if combine is None or dispatch is None:
             continue
         base = node.loc or "layer"
@@ -134,34 +154,30 @@ NOTHING_ROUTED = NearMiss(
 """Why a pass that works on routed layers found none."""
 
 
-def _user(value: Value, name: str) -> Node | None:
-    return next((n for n in value.users if n.op.name == name), None)
+def _mover(slots: Value, way: RowMove) -> Node | None:
+    return next((n for n in slots.users if n.op.moves is way), None)
 
 
-def _route_of(placing: Node) -> Node | None:
-    node = placing.operands[0].node
-    return node if node is not None and node.op.name == "route" else None
+def _route_of(assigner: Node) -> Node | None:
+    node = assigner.operands[0].node
+    return node if node is not None and node.op.chooses else None
 
 
-def _first_behind(value: Value, wanted: Sequence[str], through: Sequence[str]) -> Node | None:
-    """Return the nearest node of some operations that `value` comes from, through others."""
+def _first_behind(value: Value, wanted: Pattern, through: Pattern) -> Node | None:
+    """Return the nearest node that `value` comes from and `wanted` fits, where `through` does."""
     values = [value]
     for one in values:
-        if one.node is not None and one.node.op.name in wanted:
+        if fits(wanted, one.node):
             return one.node
-        if one.node is not None and one.node.op.name in through:
-            values += one.node.operands
+        if found := fits(through, one.node):
+            values += found.root.operands
     return None
 
 
 def _clean(logits: Value) -> tuple[Value | None, float]:
     """Return the logits without the noise that was added, and its standard deviation."""
-    if logits.node is None or logits.node.op.name != "add":
-        return None, 0.0
-    for clean, noise in (logits.node.operands, logits.node.operands[::-1]):
-        if noise.node is not None and noise.node.op.name == "random_normal":
-            return clean, noise.node.attrs["std"]
-    return None, 0.0
+    found = fits(NOISY, logits.node)
+    return (found.value("clean"), found.attr("std")) if found else (None, 0.0)
 
 
 def causal_values(graph: Graph) -> set[Value]:
@@ -178,9 +194,8 @@ def causal_values(graph: Graph) -> set[Value]:
 
 
 def _masks_causally(node: Node) -> bool:
-    if node.op.name != "mask":
-        return False
-    return any(n.op.name == "causal" for n in _behind(node.operands[1], 3))
+    found = fits(MASKED, node)
+    return found is not None and any(fits(CAUSAL, n) for n in _behind(found.value("seen"), 3))
 
 
 def _behind(value: Value, steps: int) -> Iterator[Node]:

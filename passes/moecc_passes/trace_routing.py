@@ -20,7 +20,7 @@ class TraceRoutingPass(Pass):
 
     Before::
 
-        %p = place %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2] @layers.3.ffn
+        %p = assign_slots %e {tokens=(batch, seq), experts=8} : i32[…, choice=2] @layers.3.ffn
         output logits = %y
 
     After::
@@ -56,7 +56,7 @@ class TraceRoutingPass(Pass):
             raise InputError("the graph is traced already", found=", ".join(taken[:5]))
         layers = routed_layers(graph)
         for layer in layers:
-            values = {"experts": layer.experts, "gates": layer.gates, "slots": layer.place}
+            values = {"experts": layer.experts, "gates": layer.gates, "slots": layer.slots}
             if layer.route is not None:
                 values["logits"] = layer.route.operands[0]
             for name, value in values.items():

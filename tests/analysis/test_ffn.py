@@ -20,12 +20,12 @@ from moecc.families.configs import (
 )
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Value
-from moecc.ir.types import tensor
 from moecc.testing import graphs
 from moecc.testing.blocks import attention, experts, feed_forward
 from moecc.testing.steps import binary, contract, unary
+from moecc.types.dtypes import F32
+from moecc.types.tensor import tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

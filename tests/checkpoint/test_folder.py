@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError, MachineError
-from moecc.ir.dtypes import BY_SAFETENSORS
+from moecc.types.dtypes import BY_SAFETENSORS
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

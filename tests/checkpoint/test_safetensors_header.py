@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from moecc.checkpoint.safetensors import MAX_TENSORS, read_header
 from moecc.errors import InputError
-from moecc.ir.dtypes import BY_SAFETENSORS, F32
+from moecc.types.dtypes import BY_SAFETENSORS, F32
 
 SHARED_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 NAMES = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}

@@ -325,7 +325,7 @@ def test_a_bug_says_where_its_reproducer_is(
     def broken(*args: Any, **more: Any) -> None:
         raise RuntimeError("not meant to happen")
 
-    monkeypatch.setattr("moecc.models.open_model", broken)
+    monkeypatch.setattr("moecc.model.open.open_model", broken)
     done = moecc("inspect", dense)
     assert done.code == 70
     path = Path(done.err.rpartition(" ")[2].strip())

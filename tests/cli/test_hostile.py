@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +43,18 @@ def test_additional_chat_templates_are_copied_and_recorded(
     changed = moecc("verify", out)
     assert changed.code == 3
     assert name in changed.err
+
+
+@pytest.mark.parametrize("name", ["LICENSE\n", "LICENSE\x1b[31m", "NOTICE\\x", "LICENSE\udcff"])
+def test_what_a_manifest_cannot_name_is_refused(
+    moecc: Callable, dense: Path, tmp_path: Path, name: str
+) -> None:
+    (dense / name).write_text("mine")
+    done = convert(moecc, dense, tmp_path / "out")
+    assert done.code == 1
+    assert "a manifest cannot name the file" in done.err
+    assert "\x1b" not in done.err
+    assert not (tmp_path / "out").exists()
 
 
 # --- JSON
@@ -89,3 +105,90 @@ def test_what_is_only_copied_is_copied_whatever_it_is(
     (dense / "generation_config.json").write_text(text)
     assert convert(moecc, dense, tmp_path / "out").code == 0
     assert (tmp_path / "out" / "generation_config.json").read_text() == text
+
+
+# --- graphs
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["canonicalize", "roll-layers", "st-moe{experts=4}", "add-losses"]
+)
+def test_locations_of_thousands_of_digits(moecc: Callable, tmp_path: Path, pipeline: str) -> None:
+    graph = tmp_path / "graph.moe"
+    assert moecc("import", GOLDEN / "mixtral_gqa", "-o", graph).code == 0
+    graph.write_text(graph.read_text().replace("layers.1.", f"layers.{LONG}."))
+    assert moecc("inspect", graph).code in (0, 1)
+    assert moecc("opt", graph, "-p", pipeline).code in (0, 1)
+
+
+# --- what is not UTF-8
+
+ODD = os.fsdecode(b"caf\xe9")
+LOCALES = {
+    "UTF-8": {},
+    "C": {"LC_ALL": "C"},
+    "ASCII": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "output in ASCII": {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+    "output in ASCII or not at all": {"PYTHONIOENCODING": "ascii:strict"},
+    "output in Latin-1": {"PYTHONIOENCODING": "latin-1"},
+}
+
+
+def in_locale(locale: str, *args: str | Path) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [sys.executable, "-m", "moecc", *args],
+        env={**os.environ, **LOCALES[locale]},
+        capture_output=True,
+        timeout=120,
+    )
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize("locale", ["UTF-8", "ASCII"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("inspect", ODD),
+        (ODD,),
+        ("passes", ODD),
+        ("convert", "preset:smollm2-135m", ODD, "-p", UPCYCLE, "--to", "mixtral"),
+        ("opt", "-", "-p", ODD),
+        ("inspect", "model", f"--{ODD}"),
+    ],
+)
+def test_arguments_that_are_not_utf8_are_refused(locale: str, args: tuple[str, ...]) -> None:
+    done = in_locale(locale, *args)
+    assert done.returncode == 2
+    assert b"error: an argument is not UTF-8" in done.stderr
+    assert b"caf\\udce9" in done.stderr
+    assert done.stdout == b""
+
+
+@pytest.mark.parametrize("locale", [name for name in LOCALES if name != "ASCII"])
+def test_artefacts_are_utf8_in_every_locale(locale: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "caf\u00e9", tmp_path / "\u00fc \U0001f600"
+    shutil.copytree(GOLDEN / "llama_gqa", source)
+    found = in_locale(locale, "inspect", source, "--format", "json")
+    assert found.returncode == 0
+    assert json.loads(found.stdout.decode())["source"] == str(source)
+    graph = in_locale(locale, "import", source)
+    assert graph.returncode == 0
+    assert graph.stdout.decode() == in_locale("UTF-8", "import", source).stdout.decode()
+    done = in_locale(locale, "convert", source, out, "-p", UPCYCLE, "--to", "mixtral")
+    assert done.returncode == 0, done.stderr
+    assert load(out).source == source.name
+    for words in (("--help",), ("passes", "upcycle"), ("inspect", source)):
+        assert in_locale(locale, *words).returncode == 0
+
+
+def test_names_that_utf8_cannot_say_are_written_as_escapes(tmp_path: Path) -> None:
+    """A name that was read from a file need not be text, either."""
+    source = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama_gqa", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "note": "\ud800"}))
+    for words in (("inspect", source, "--format", "json"), ("import", source)):
+        done = in_locale("UTF-8", *words)
+        assert done.returncode == 0, done.stderr
+        done.stdout.decode()

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-ROWS = "group=1, expert=4, slot={slots}(%place)"
+ROWS = "group=1, expert=4, slot={slots}(%slots)"
 GRAPH = """moecc 1
 graph layer {{
   input %x : f32[token=T, embed=8]
@@ -19,12 +19,12 @@ graph layer {{
   param %down : f32[expert=4, embed=8, mlp=16]
   %logits = contract %x, %router {{over=embed}} : f32[token=T, expert=4]
   %experts, %gates = route %logits {{top_k=2}} : i32[token=T, choice=2], f32[token=T, choice=2]
-  %place = place %experts {{tokens=token, experts=4{place}}} : i32[token=T, choice=2]
-  %rows = dispatch %x, %experts, %place : f32[{rows}, embed=8]
+  %slots = assign_slots %experts {{tokens=token, experts=4{place}}} : i32[token=T, choice=2]
+  %rows = dispatch %x, %experts, %slots : f32[{rows}, embed=8]
   %a = contract %rows, %up {{over=embed}} : f32[{rows}, mlp=16]
   %s = silu %a : f32[{rows}, mlp=16]
   %o = contract %s, %down {{over=mlp}} : f32[{rows}, embed=8]
-  %y = combine %o, %experts, %place, %gates : f32[token=T, embed=8]
+  %y = combine %o, %experts, %slots, %gates : f32[token=T, embed=8]
   output y = %y
 }}
 """
@@ -106,7 +106,7 @@ def test_refusals(
 
 def test_a_refused_dispatch_says_where_and_why(moecc: Callable, layer: Callable) -> None:
     done = moecc("lower", layer(), "--dispatch", "gather")
-    assert "%place = place" in done.err
+    assert "%slots = place" in done.err
     assert moecc("lower", layer("capacity"), "--dispatch", "gather", "--seq", "32").code == 0
 
 

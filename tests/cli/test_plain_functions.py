@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from moecc.ahead.apart import Answer
+from moecc.ahead.compile_in_subprocess import CompileOutcome
 from moecc.cli.cmd_compile import CompileRequest, Emit, compile_step
 from moecc.cli.cmd_convert import ConvertRequest, convert
 from moecc.cli.cmd_import import ImportRequest, import_graph
@@ -55,11 +55,11 @@ def test_an_exit_code_is_returned_and_becomes_that_of_the_process(
 ) -> None:
     asked: list[Any] = []
 
-    def compile_apart(request: Any, seconds: float) -> Answer:
+    def compile_apart(request: Any, seconds: float) -> CompileOutcome:
         asked.append((request, seconds))
-        return Answer({"remarks": [], "fits": fits}, program="module")
+        return CompileOutcome({"remarks": [], "fits": fits}, program="module")
 
-    monkeypatch.setattr("moecc.ahead.apart.compile_apart", compile_apart)
+    monkeypatch.setattr("moecc.ahead.compile_in_subprocess.compile_apart", compile_apart)
     request = CompileRequest("preset:st-moe-base", "cpu:8", emit=Emit.hlo, via=Via.ring)
     assert compile_step(request) == (0 if fits else 1)
     words = ("--emit", "hlo", "--via", "ring", "--time-limit", "5")

@@ -15,10 +15,10 @@ from moecc.checkpoint.records import (
     WeightFileRecord,
     library_versions,
 )
-from moecc.conversion import MAX_SHARD_BYTES
 from moecc.families.configs import CONFIGS
 from moecc.families.configs.rope import SCALING_PARAMETERS
-from moecc.ir.dtypes import DTYPES
+from moecc.tasks.convert import MAX_SHARD_BYTES
+from moecc.types.dtypes import DTYPES
 from moecc.weights.textparse import _PARSERS
 
 from .pages import ROOT, blocks

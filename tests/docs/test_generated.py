@@ -32,7 +32,7 @@ def test_every_operation_and_attribute_has_its_row() -> None:
     [
         ("silu", ""),
         ("contract", "those of `over`"),
-        ("place", "those of `tokens`"),
+        ("assign_slots", "those of `tokens`"),
         ("combine", "`group`, `expert`, `slot`"),
     ],
 )

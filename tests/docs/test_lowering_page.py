@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from moecc.ir.kept import KEPT
+from moecc.ir.remat_names import KEPT
 
 PAGE = Path(__file__).parents[2].joinpath("docs", "lowering.md").read_text("utf-8")
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.conversion import plan, write
 from moecc.errors import InputError, MachineError
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.convert import plan, write
 
 from .conftest import WORDS
 from .loading import load

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moecc.errors import CheckError, InputError, MachineError
-from moecc.models import open_model
+from moecc.model.open import open_model
 
 from .loading import load
 

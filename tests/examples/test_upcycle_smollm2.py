@@ -11,7 +11,7 @@ from moecc.checkpoint.manifest import verify_manifest
 from moecc.cli.main import main
 from moecc.errors import MachineError
 from moecc.ir import parse, verify
-from moecc.models import open_model
+from moecc.model.open import open_model
 
 from .loading import load
 

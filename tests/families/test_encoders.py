@@ -30,9 +30,9 @@ from moecc.families.configs import (
 from moecc.families.export import export_graph
 from moecc.families.importing import unread_tensors
 from moecc.ir import Graph, equal, parse, print_graph, verify
-from moecc.pipeline.check import check_pipeline
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.check import check_pipeline
 from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint, random_checkpoint
 from moecc.testing.configs import small_bert_configs, small_encdec_configs
 from moecc.testing.data import inputs_for

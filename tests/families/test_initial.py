@@ -12,10 +12,10 @@ from moecc.backend import get_backend
 from moecc.errors import InputError, UsageError
 from moecc.families import build
 from moecc.families.configs import parse_config
-from moecc.initial import initialise
-from moecc.inputs import default_inputs
 from moecc.ir import Graph, parse
-from moecc.models import Model, open_model
+from moecc.model.initialise import initialise
+from moecc.model.inputs import default_inputs
+from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -9,7 +9,7 @@ from moecc.families.configs import parse_config
 from moecc.families.describe import count_parameters, describe, paper_groups
 from moecc.families.flops import sequence_flops
 from moecc.ir import Graph, equal, parse, print_graph, verify
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.presets import preset_config, preset_names
 
 # Totals: ST-MoE by the formula below, Mixtral of its published config, the others of T5's.
@@ -128,7 +128,7 @@ def test_a_capacity_counts_where_it_binds_and_never_in_the_paper() -> None:
     graph = graph_of("st-moe-l")
     before = sequence_flops(graph)
     for node in graph:
-        if node.op.name == "place":
+        if node.op.name == "assign_slots":
             assert node.attrs["capacity_factor"] == 2.0
             node.attrs = {**node.attrs, "capacity_factor": 1.25}
     after = sequence_flops(graph)

@@ -15,11 +15,11 @@ from moecc.backend import get_backend
 from moecc.cli.cmd_plan import Via as ViaOption
 from moecc.ir import Builder, Graph
 from moecc.ir.dispatch_strategies import COST_CLASSES, DISPATCHES, STRATEGIES
-from moecc.ir.dtypes import F64
 from moecc.ir.gates import CONVENTIONS, GATES, SPELLINGS, GateConvention, convention
-from moecc.ir.types import tensor
 from moecc.plan.exchanges import Rows, transfers
 from moecc.plan.vias import VIAS, WAYS, Via
+from moecc.types.dtypes import F64
+from moecc.types.tensor import tensor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -53,9 +53,9 @@ ROWS = pytest.mark.parametrize("row", CONVENTIONS, ids=lambda row: str(row.name)
 @ROWS
 def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
     pytest.importorskip("jax")
-    from moecc_backends.xla import lower_moe
+    from moecc_backends.xla.lower import dispatch_combine
 
-    for table in (reference.GATES, lower_moe.GATES, MEANINGS):
+    for table in (reference.GATES, dispatch_combine.GATES, MEANINGS):
         assert set(table) == set(GATES)
     assert row.score is None or row.score in reference.SCORES
 
@@ -170,7 +170,7 @@ def test_the_pass_takes_what_the_row_allows(way: Via) -> None:
 
 def test_no_strategy_lacks_a_lowering() -> None:
     pytest.importorskip("jax")
-    from moecc_backends.xla.dispatches import TABLE
+    from moecc_backends.xla.dispatch.choose import TABLE
 
     assert tuple(TABLE) == DISPATCHES
     assert {n for n, way in TABLE.items() if way.in_slots} == {

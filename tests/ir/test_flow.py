@@ -133,7 +133,7 @@ ROUTED = """  input %x : f32[b@data=8, s=4, d=6]
   param %w : f32[expert@data=4, mlp@model=10, d=6]
   param %o : f32[expert@data=4, d=6, mlp@model=10]
   %e, %g = route %l {top_k=2, choice=k} : CHOICES
-  %p = place %e {tokens=(b, s), experts=4, groups=4, SLOTS} : i32[b@data=8, s=4, k=2]
+  %p = assign_slots %e {tokens=(b, s), experts=4, groups=4, SLOTS} : i32[b@data=8, s=4, k=2]
   %r = dispatch %x, %e, %p : f32[group@data=4, expert=4, slot=KIND, d=6]
   %r1 = A2A %r {mesh=data, split=expert, gather=group} : f32[group=4, expert@data=4, slot=KIND, d=6]
   %h = contract %r1, %w {over=d} : f32[group=4, expert@data=4, slot=KIND, mlp@model=10]
@@ -187,7 +187,7 @@ def test_operations_without_a_rule_say_themselves_where_results_lie() -> None:
     assert {n for n, entry in OPS.items() if entry.places} == {*COLLECTIVES, "scan"}
 
 
-MISPLACED = {
+SHARDING_PROBLEMS = {
     "f32[embed@data=6]": (
         "does not divide",
         "a multiple of 4 (data:4)",
@@ -203,13 +203,13 @@ MISPLACED = {
 }
 
 
-@pytest.mark.parametrize("type", MISPLACED)
+@pytest.mark.parametrize("type", SHARDING_PROBLEMS)
 def test_a_type_that_does_not_lie_on_the_mesh(type: str) -> None:
     graph = parse(f"{HEAD}  input %x : {type}\n  output y = %x\n}}")
     with pytest.raises(VerifyError) as caught:
         verify(graph)
     (problem,) = caught.value.problems
-    what, expected, hint = MISPLACED[type]
+    what, expected, hint = SHARDING_PROBLEMS[type]
     assert what in problem.what
     assert problem.where == "%x"
     assert problem.expected == expected

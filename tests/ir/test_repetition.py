@@ -24,8 +24,8 @@ from moecc.ir import (
     verify,
 )
 from moecc.ir.mesh import set_mesh
-from moecc.ir.ranges import element, has_range, joined, lengths
 from moecc.testing import laws
+from moecc.types.ranges import element, has_range, joined, lengths
 from moecc.types.text import parse_type
 
 TEXT = """moecc 1
@@ -172,8 +172,8 @@ def test_rows_of_experts_do_not_leave_a_body() -> None:
     tokens = body.input("tokens", tensor(F32, batch="B", expert=2))
     b = Builder(body)
     experts, _ = b.route(tokens, top_k=1)
-    place = b.place(experts, tokens="batch", experts=2)
-    rows = b.dispatch(b.sum(tokens, axes="expert"), experts, place)
+    slots = b.assign_slots(experts, tokens="batch", experts=2)
+    rows = b.dispatch(b.sum(tokens, axes="expert"), experts, slots)
     body.set_output("rows", rows)
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", expert=2))

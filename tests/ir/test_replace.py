@@ -25,7 +25,7 @@ def routed() -> tuple[Graph, Builder, Value, Value]:
     logits = graph.input("logits", tensor(F32, batch="B", expert=4))
     x = graph.input("x", tensor(F32, batch="B", embed=8))
     experts, gates = b.route(logits, top_k=2)
-    first, second = (b.place(experts, tokens="batch", experts=4, name=n) for n in ("p", "q"))
+    first, second = (b.assign_slots(experts, tokens="batch", experts=4, name=n) for n in ("p", "q"))
     rows = b.silu(b.neg(b.dispatch(x, experts, second)))
     graph.set_output("y", b.combine(rows, experts, second, gates))
     graph.set_output("rows", rows)

@@ -246,7 +246,7 @@ def test_an_extent_refers_to_its_place_by_name() -> None:
         "moecc 1\ngraph g {\n"
         "  input %x : f32[batch=B, embed=4]\n"
         "  input %e : i32[batch=B, choice=2]\n"
-        "  %p.1 = place %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
+        "  %p.1 = assign_slots %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
         "  %r = dispatch %x, %e, %p.1 : f32[group=1, expert=3, slot=ragged(%p.1), embed=4]\n"
         "  output y = %r\n}\n"
     )

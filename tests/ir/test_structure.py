@@ -25,8 +25,8 @@ from moecc.ir import (
     print_graph,
     tensor,
 )
-from moecc.ir.types import Extent
 from moecc.testing import graphs, random_graph
+from moecc.types.tensor import Extent
 
 
 def shuffled_names(graph: Graph) -> Graph:
@@ -142,8 +142,8 @@ def test_extents_are_compared_up_to_renaming() -> None:
         "moecc 1\ngraph g {\n"
         "  input %x : f32[batch=B, embed=4]\n"
         "  input %e : i32[batch=B, choice=2]\n"
-        "  %p = place %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
-        "  %q = place %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
+        "  %p = assign_slots %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
+        "  %q = assign_slots %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
         "  %r = dispatch %x, %e, %p : f32[group=1, expert=3, slot=ragged(%p), embed=4]\n"
         "  output y = %r\n}\n"
     )

@@ -24,8 +24,8 @@ from moecc.ir import (
     verify,
 )
 from moecc.ir.ops import REQUIRED, op
-from moecc.ir.types import Extent
 from moecc.testing import laws, run_reference
+from moecc.types.tensor import Extent
 
 AXES = ("a", "b", "expert", "slot", "group")
 SIZES = st.sampled_from([2, 1, 4, "N"])
@@ -84,9 +84,9 @@ def routed(graph: Graph) -> None:
     x = graph.input("tokens", tensor(F32, a=4, b=2))
     choices = graph.input("choices", tensor(I32, a=4, choice=2))
     graph.input("gates", tensor(F32, a=4, choice=2))
-    place = b.place(choices, tokens="a", experts=2)
-    rows = b.dispatch(x, choices, place)
-    bounded = b.place(choices, tokens="a", experts=2, slots="capacity", capacity_factor=1.0)
+    slots = b.assign_slots(choices, tokens="a", experts=2)
+    rows = b.dispatch(x, choices, slots)
+    bounded = b.assign_slots(choices, tokens="a", experts=2, slots="capacity", capacity_factor=1.0)
     b.dispatch(x, choices, bounded)
     b.less(rows, rows)
 
@@ -157,7 +157,7 @@ def test_each_operation_checks_its_operands_and_attributes(name: str) -> None:
 
 
 OPEN: dict[str, dict[str, Any]] = {
-    "place": {"tokens": ("a",), "experts": 2},
+    "assign_slots": {"tokens": ("a",), "experts": 2},
     "expert_choice": {"tokens": ("a",), "experts": 2, "capacity_factor": 1.0},
     "route": {"top_k": 1},
 }
@@ -173,8 +173,8 @@ def test_operations_that_take_further_operands() -> None:
 def test_further_operands_are_those_that_using_names(name: str) -> None:
     """Too many are refused, and too few."""
     graph = Graph()
-    last = "choice" if name == "place" else "expert"
-    x = graph.input("x", tensor(I32 if name == "place" else F32, **{"a": 4, last: 2}))
+    last = "choice" if name == "assign_slots" else "expert"
+    x = graph.input("x", tensor(I32 if name == "assign_slots" else F32, **{"a": 4, last: 2}))
     word = OPS[name].attrs["using"].choices[-1]
     for operands, using in (([x, x], ()), ([x], (word,))):
         with pytest.raises(InputError, match="has its word in using"):

@@ -23,7 +23,7 @@ graph g {
   %s = add %a, %h : f32[batch=B, mlp=6]
   %l = contract %x, %r {over=embed} : f32[batch=B, expert=3]
   %e, %gates = route %l {top_k=2} : i32[batch=B, choice=2], f32[batch=B, choice=2]
-  %p = place %e {tokens=batch, experts=3} : i32[batch=B, choice=2]
+  %p = assign_slots %e {tokens=batch, experts=3} : i32[batch=B, choice=2]
   %rows = dispatch %x, %e, %p : f32[group=1, expert=3, slot=ragged(%p), embed=4]
   %y = combine %rows, %e, %p, %gates : f32[batch=B, embed=4]
   output s = %s
@@ -210,7 +210,7 @@ CORRUPTIONS: list[tuple[Callable[[Graph], None], str]] = [
     (missing_default, "the attributes are not complete"),
     (too_few_operands, "add takes other operands"),
     (too_many_operands, "silu takes other operands"),
-    (slots_of_nothing, "slots come from a place operation"),
+    (slots_of_nothing, "slots come from assign_slots or expert_choice"),
     (no_output, "the graph has no output"),
     (wrong_count, "the graph counts 9 nodes and has 8"),
     (broken_link, "the links of the list of nodes disagree"),

@@ -70,13 +70,13 @@ def hang() -> None:
     from moecc_backends.xla.run.processes import join
 
     from moecc.launch.member import hold_lifeline, watchdog_of_environment
-    from moecc.launch.place import place_of
+    from moecc.launch.process_info import process_info
 
-    place = place_of()
-    assert place is not None
+    process = process_info()
+    assert process is not None
     hold_lifeline()
     watchdog = watchdog_of_environment()
-    join(place)
+    join(process)
     for step in range(10_000):
         multihost_utils.process_allgather(jnp.full(4, step))
         watchdog.beat(f"step {step}")
@@ -89,14 +89,14 @@ def differ() -> None:
     from moecc_backends.xla.run.processes import configuration, join, preflight
 
     from moecc.errors import InputError
-    from moecc.launch.place import place_of
+    from moecc.launch.process_info import process_info
 
-    place = place_of()
-    assert place is not None
-    join(place)
+    process = process_info()
+    assert process is not None
+    join(process)
     preflight(configuration(rate="0.001"))
     try:
-        preflight(configuration(rate="0.001" if place.process == 0 else "0.01"))
+        preflight(configuration(rate="0.001" if process.process == 0 else "0.01"))
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

@@ -15,16 +15,16 @@ import pytest
 
 from moecc.errors import MachineError, UsageError
 from moecc.launch.member import JOIN, seconds_of_environment
-from moecc.launch.place import Place
+from moecc.launch.process_info import ProcessInfo
 from moecc.launch.rendezvous import meet
 from moecc.launch.supervisor import free_port
 
 LLAMA = Path(__file__).parent.parent / "golden" / "llama_gqa"
 
 
-def started(places: list[Place], seconds: float) -> list[Future[None]]:
+def started(places: list[ProcessInfo], seconds: float) -> list[Future[None]]:
     threads = ThreadPoolExecutor(len(places))
-    made = [threads.submit(meet, place, seconds) for place in places]
+    made = [threads.submit(meet, process, seconds) for process in places]
     threads.shutdown(wait=False)
     return made
 
@@ -38,10 +38,10 @@ def problem_of(future: Future[None]) -> str:
 def test_all_meet_in_any_order_and_leave_the_port_free() -> None:
     port = free_port()
     address = f"127.0.0.1:{port}"
-    others = started([Place(address, 4, n) for n in (3, 1, 2)], 30)
+    others = started([ProcessInfo(address, 4, n) for n in (3, 1, 2)], 30)
     time.sleep(0.3)
     assert not any(future.done() for future in others)
-    meet(Place(address, 4, 0), 30)
+    meet(ProcessInfo(address, 4, 0), 30)
     for future in others:
         assert future.result(timeout=30) is None
     # JAX listens there next, on all interfaces.
@@ -50,13 +50,13 @@ def test_all_meet_in_any_order_and_leave_the_port_free() -> None:
 
 
 def test_a_process_alone_waits_for_nobody() -> None:
-    meet(Place("nowhere.invalid:1", 1, 0), 0.01)
+    meet(ProcessInfo("nowhere.invalid:1", 1, 0), 0.01)
 
 
 def test_one_that_never_comes_is_named_to_all_that_came() -> None:
     address = f"127.0.0.1:{free_port()}"
     start = time.monotonic()
-    came = started([Place(address, 4, n) for n in (0, 2)], 1.5)
+    came = started([ProcessInfo(address, 4, n) for n in (0, 2)], 1.5)
     for problem in map(problem_of, came):
         assert "processes 1, 3 of 4 did not come within 1.5 s" in problem
         assert JOIN in problem
@@ -65,7 +65,7 @@ def test_one_that_never_comes_is_named_to_all_that_came() -> None:
 
 def test_without_the_first_the_others_end() -> None:
     address = f"127.0.0.1:{free_port()}"
-    (one,) = started([Place(address, 2, 1)], 0.5)
+    (one,) = started([ProcessInfo(address, 2, 1)], 0.5)
     problem = problem_of(one)
     assert "process 0 was not met within 0.5 s" in problem
     assert "refused" in problem
@@ -73,7 +73,7 @@ def test_without_the_first_the_others_end() -> None:
 
 def test_one_that_came_and_went_is_waited_for() -> None:
     port = free_port()
-    (first,) = started([Place(f"127.0.0.1:{port}", 2, 0)], 30)
+    (first,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 0)], 30)
     with connected(port) as gone:
         gone.sendall(b"moecc 1 of 3\n")
         assert b"was told of 3 processes" in gone.recv(100)
@@ -81,7 +81,7 @@ def test_one_that_came_and_went_is_waited_for() -> None:
         gone.sendall(b"moecc 1 of")
     time.sleep(0.2)
     assert not first.done()
-    meet(Place(f"127.0.0.1:{port}", 2, 1), 30)
+    meet(ProcessInfo(f"127.0.0.1:{port}", 2, 1), 30)
     assert first.result(timeout=30) is None
 
 
@@ -100,7 +100,7 @@ def connected(port: int) -> socket.socket:
 )
 def test_strangers_are_not_counted(said: bytes) -> None:
     port = free_port()
-    (first,) = started([Place(f"127.0.0.1:{port}", 2, 0)], 1.5)
+    (first,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 0)], 1.5)
     with connected(port) as stranger:
         stranger.sendall(said)
         with pytest.raises(MachineError):
@@ -109,12 +109,12 @@ def test_strangers_are_not_counted(said: bytes) -> None:
 
 def test_two_with_one_number_and_two_counts_are_told() -> None:
     address = f"127.0.0.1:{free_port()}"
-    (first,) = started([Place(address, 3, 0)], 2.5)
-    (one,) = started([Place(address, 3, 1)], 30)
+    (first,) = started([ProcessInfo(address, 3, 0)], 2.5)
+    (one,) = started([ProcessInfo(address, 3, 1)], 30)
     time.sleep(0.5)
-    (twin,) = started([Place(address, 3, 1)], 30)
+    (twin,) = started([ProcessInfo(address, 3, 1)], 30)
     assert "two processes with the number 1" in problem_of(twin)
-    (other,) = started([Place(address, 2, 1)], 30)
+    (other,) = started([ProcessInfo(address, 2, 1)], 30)
     assert "process 1 was told of 2 processes, process 0 of 3" in problem_of(other)
     for future in (first, one):
         assert "process 2 of 3 did not come" in problem_of(future)
@@ -123,7 +123,7 @@ def test_two_with_one_number_and_two_counts_are_told() -> None:
 def test_what_is_no_process_of_moecc_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        (one,) = started([Place(f"127.0.0.1:{port}", 2, 1)], 1)
+        (one,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 1)], 1)
         threading.Thread(target=_serve, args=(server,), daemon=True).start()
         assert "no process of moecc" in problem_of(one)
 
@@ -142,7 +142,7 @@ def test_an_address_in_use_is_told() -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(MachineError, match="the first process cannot listen"):
-            meet(Place(f"127.0.0.1:{port}", 2, 0), 1)
+            meet(ProcessInfo(f"127.0.0.1:{port}", 2, 0), 1)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan", "1e300"])
@@ -155,11 +155,11 @@ def test_the_limit_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_run_ends_with_a_message_when_the_other_never_comes(process: int, tmp_path: Path) -> None:
     pytest.importorskip("jax")
-    place = Place(f"127.0.0.1:{free_port()}", 2, process)
+    process = ProcessInfo(f"127.0.0.1:{free_port()}", 2, process)
     out = tmp_path / "logits.npy"
     done = subprocess.run(
         [sys.executable, "-m", "moecc", "run", LLAMA, "--outputs", out],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", JOIN: "1", **place.environment()},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", JOIN: "1", **process.environment()},
         capture_output=True,
         text=True,
         timeout=300,

@@ -63,6 +63,12 @@ def test_one_that_is_killed_ends_the_others() -> None:
     assert all_gone(supervisor)
 
 
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    ended, said, _ = run("os.kill(os.getpid(), 40)", processes=1)
+    assert ended.exit_code == 4
+    assert "process 0 of 1 was ended by signal 40" in said[-1]
+
+
 def test_one_that_refuses_to_end_is_killed(tmp_path: Path) -> None:
     ended, _, supervisor = run(
         f"""

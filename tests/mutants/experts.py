@@ -30,7 +30,7 @@ def reverse_the_experts_but_not_the_router(node: Node) -> int:
         return 0
     for user in list(experts.users):
         for at, operand in enumerate(user.operands):
-            if operand is experts and user.op.name in ("place", "dispatch", "combine"):
+            if operand is experts and user.op.name in ("assign_slots", "dispatch", "combine"):
                 user.set_operand(at, reversed_)
     return 1
 
@@ -59,9 +59,9 @@ MUTANTS = named(
     each(gate_off_by_a_percent, "route"),
     each(choose_one_expert_less, "route"),
     each(do_not_renormalise, "route"),
-    each(reverse_the_experts_but_not_the_router, "place"),
-    each(count_dropped_choices, "place"),
-    each(capacity_off_by_one, "place"),
-    each(fill_in_another_order, "place"),
-    each(forget_the_groups, "place"),
+    each(reverse_the_experts_but_not_the_router, "assign_slots"),
+    each(count_dropped_choices, "assign_slots"),
+    each(capacity_off_by_one, "assign_slots"),
+    each(fill_in_another_order, "assign_slots"),
+    each(forget_the_groups, "assign_slots"),
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from moecc.ir import Node, Value
 from moecc.ir.mixtures import emit_rescaled
 from moecc.ir.replace import replace_value
-from moecc.ir.table.placing import given_to
+from moecc.ir.table.slots import operands_by_word
 
 from .rewriting import before, each, exchange, named, set_attr
 
@@ -15,15 +15,15 @@ from .rewriting import before, each, exchange, named, set_attr
 
 
 def without(word: str, reason: str) -> Callable[[Node], int]:
-    """Return the rewrite that leaves out what ``place`` is given under `word`."""
+    """Return the rewrite that leaves out what ``assign_slots`` is given under `word`."""
 
     def rewrite(node: Node) -> int:
-        given = given_to(node.operands, node.attrs)
+        given = operands_by_word(node.operands, node.attrs)
         if word not in given:
             return 0
         left = {n: v for n, v in given.items() if n != word}
         attrs = {**node.attrs, "using": tuple(left)}
-        made = before(node).place(node.operands[0], *left.values(), **attrs)
+        made = before(node).assign_slots(node.operands[0], *left.values(), **attrs)
         return swap(node, made)
 
     rewrite.__doc__ = reason
@@ -102,17 +102,17 @@ def hash_with_another_seed(node: Node) -> int:
 
 def combine_without_gates(node: Node) -> int:
     """Every expert that saw a token counts fully."""
-    rows, experts, place, gates = node.operands
+    rows, experts, slots, gates = node.operands
     b = before(node)
     ones = b.broadcast(b.constant(value=1.0, dtype=gates.type.dtype.name), gates)
-    return exchange(node, b.combine(rows, experts, place, ones))
+    return exchange(node, b.combine(rows, experts, slots, ones))
 
 
 def rescale_after_a_drop(node: Node) -> int:
     """What is left of the gates is scaled up, as the paper does not."""
-    rows, experts, place, gates = node.operands
+    rows, experts, slots, gates = node.operands
     b = before(node)
-    return exchange(node, b.combine(rows, experts, place, emit_rescaled(b, gates, place)))
+    return exchange(node, b.combine(rows, experts, slots, emit_rescaled(b, gates, slots)))
 
 
 # --- T5's buckets
@@ -136,12 +136,12 @@ def buckets_up_to_another_distance(node: Node) -> int:
 
 
 MUTANTS = named(
-    each(without("keep", "What the policy left out gets a slot."), "place"),
-    each(without("mask", "Padding takes slots."), "place"),
-    each(without("priority", "Tokens take their turns by position."), "place"),
-    each(capacity_of_assignments, "place"),
-    each(no_least_capacity, "place"),
-    each(no_multiple, "place"),
+    each(without("keep", "What the policy left out gets a slot."), "assign_slots"),
+    each(without("mask", "Padding takes slots."), "assign_slots"),
+    each(without("priority", "Tokens take their turns by position."), "assign_slots"),
+    each(capacity_of_assignments, "assign_slots"),
+    each(no_least_capacity, "assign_slots"),
+    each(no_multiple, "assign_slots"),
     each(experts_take_twice_as_many, "expert_choice"),
     each(threshold_of_the_raw_ratio, "keep_choices"),
     each(choose_without_the_bias, "route"),

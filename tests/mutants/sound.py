@@ -60,9 +60,9 @@ def write_softmax_out(node: Node) -> int:
 
 def move_the_gate_before_the_combination(node: Node) -> int:
     """Gates times a factor, and rows divided by it."""
-    rows, experts, place, gates = node.operands
+    rows, experts, slots, gates = node.operands
     b = before(node)
-    scaled = b.combine(b.scale(rows, by=0.5), experts, place, b.scale(gates, by=2.0))
+    scaled = b.combine(b.scale(rows, by=0.5), experts, slots, b.scale(gates, by=2.0))
     return exchange(node, scaled)
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from moecc.backend import get_backend
-from moecc.conversion import plan, write
 from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig
 from moecc.families.propose import target_fits
-from moecc.ir.dtypes import F64
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.convert import plan, write
+from moecc.types.dtypes import F64
 
 from .interpreters import ask, in_each_interpreter
 

@@ -12,11 +12,11 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.backend import get_backend
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F64, DType
 from moecc.ir.graph import Value
 from moecc.ir.structure import clone
-from moecc.ir.types import tensor
 from moecc.pipeline.passes import Context, PassResult
+from moecc.types.dtypes import F64, DType
+from moecc.types.tensor import tensor
 from moecc.weights.evaluate import evaluate
 from moecc.weights.expr import Source, sources
 

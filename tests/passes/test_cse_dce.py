@@ -87,9 +87,9 @@ def mixture(graph: Graph, b: Builder, x: Value) -> Value:
     if router is None:
         router = graph.param("router", tensor(F32, expert=4, embed=4))
     experts, gates = b.route(b.contract(x, router, over="embed"), top_k=2)
-    place = b.place(experts, tokens="batch", experts=4)
-    rows = b.silu(b.dispatch(x, experts, place))
-    value: Value = b.combine(rows, experts, place, gates)
+    slots = b.assign_slots(experts, tokens="batch", experts=4)
+    rows = b.silu(b.dispatch(x, experts, slots))
+    value: Value = b.combine(rows, experts, slots, gates)
     return value
 
 
@@ -99,7 +99,7 @@ def test_equal_routings_become_one_and_types_follow() -> None:
     before = clone(graph)
     result = cse(graph)
     assert result.matched == 6
-    assert ops(graph).count("place") == 1
+    assert ops(graph).count("assign_slots") == 1
     assert len(graph) == 7
     assert_same(before, graph, exact=True)
 
@@ -110,9 +110,9 @@ def test_a_placement_is_merged_while_rows_stay_apart() -> None:
     experts, gates = b.route(logits, top_k=2)
     other = graph.input("other", x.type)
     for name, tokens in (("y", x), ("z", other)):
-        place = b.place(experts, tokens="batch", experts=4)
-        rows = b.tanh(b.silu(b.dispatch(tokens, experts, place)))
-        graph.set_output(name, b.combine(rows, experts, place, gates))
+        slots = b.assign_slots(experts, tokens="batch", experts=4)
+        rows = b.tanh(b.silu(b.dispatch(tokens, experts, slots)))
+        graph.set_output(name, b.combine(rows, experts, slots, gates))
     before = clone(graph)
     assert cse(graph).matched == 1
     assert_same(before, graph, exact=True)

@@ -15,15 +15,15 @@ from moecc.errors import CheckError
 from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.ir import Graph, clone, equal, parse, print_graph
-from moecc.ir.dtypes import F32
-from moecc.pipeline.check import check_pipeline
 from moecc.pipeline.passes import EXACT, Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.rewrite.fuse_siblings import Fusion, find_siblings, fuse_siblings
+from moecc.tasks.check import check_pipeline
 from moecc.testing import assert_same, laws
 from moecc.testing.blocks import experts, feed_forward
 from moecc.testing.generate import random_graph
+from moecc.types.dtypes import F32
 from moecc.weights.expr import Source
 from moecc.weights.movement import Concat
 

@@ -8,7 +8,7 @@ import pytest
 
 from moecc.ir import clone, fingerprint
 from moecc.ir.graph import Graph
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.pipeline.options import options
 from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import run_pipeline

@@ -26,15 +26,15 @@ from moecc.ir import (
     tensor,
     verify,
 )
-from moecc.ir.dtypes import KEY
 from moecc.ir.table.collectives import COLLECTIVES
-from moecc.ir.types import TensorType
 from moecc.pipeline.passes import Context, PassResult, Remark
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.presets import preset_config
 from moecc.testing import assert_same, laws
 from moecc.testing.stacks import stacks
+from moecc.types.dtypes import KEY
+from moecc.types.tensor import TensorType
 
 
 def roll(graph: Graph, **options: object) -> tuple[PassResult, list[str]]:

@@ -85,9 +85,9 @@ def different(kind: str, seed: int) -> Arrays:
 
 def shown(graph: Graph) -> Graph:
     for node in list(graph):
-        if node.op.name in ("place", "expert_choice"):
-            experts = node.operands[0] if node.op.name == "place" else node.results[0]
-            graph.set_output("place", node.results[-1])
+        if node.op.name in ("assign_slots", "expert_choice"):
+            experts = node.operands[0] if node.op.name == "assign_slots" else node.results[0]
+            graph.set_output("assign_slots", node.results[-1])
             graph.set_output("experts", experts)
     return graph
 
@@ -145,7 +145,7 @@ def test_the_order_of_experts_and_router_rows_does_not_matter(
     assert relative(after["y"], before["y"]) <= EXACT
     if kind in TOKEN_CHOICE:
         np.testing.assert_array_equal(np.array(order)[after["experts"]], before["experts"])
-        np.testing.assert_array_equal(after["place"], before["place"])
+        np.testing.assert_array_equal(after["assign_slots"], before["assign_slots"])
 
 
 # --- tokens have none either, where no order decides
@@ -171,9 +171,9 @@ def test_tokens_are_treated_alike_where_nothing_is_dropped(kind: str, seed: int)
     inputs = inputs_of(seed)
     others, reorder = reordered(inputs, np.random.default_rng(seed))
     before, after = (outputs(graph, params, i) for i in (inputs, others))
-    assert kind in EXPERT_CHOICE or (before["place"] >= 0).all()
+    assert kind in EXPERT_CHOICE or (before["assign_slots"] >= 0).all()
     assert relative(after["y"], reorder(before["y"])) <= EXACT
-    np.testing.assert_array_equal(after["place"] >= 0, reorder(before["place"]) >= 0)
+    np.testing.assert_array_equal(after["assign_slots"] >= 0, reorder(before["assign_slots"]) >= 0)
 
 
 @FEW
@@ -200,9 +200,9 @@ def test_under_a_priority_no_position_decides_who_is_dropped(
     inputs = inputs_of(seed)
     others, reorder = reordered(inputs, np.random.default_rng(seed))
     before, after = (outputs(graph, params, i) for i in (inputs, others))
-    assert (before["place"] < 0).any()
+    assert (before["assign_slots"] < 0).any()
     assert relative(after["y"], reorder(before["y"])) <= EXACT
-    np.testing.assert_array_equal(after["place"], reorder(before["place"]))
+    np.testing.assert_array_equal(after["assign_slots"], reorder(before["assign_slots"]))
 
 
 # --- an expert that nobody meets
@@ -219,7 +219,7 @@ def test_an_expert_that_nobody_chose_may_hold_anything_finite(
     params = different(kind, seed)
     inputs = {n: a[:, :1] for n, a in inputs_of(seed).items()}
     before = outputs(graph, params, inputs)
-    met = set(before["experts"][before["place"] >= 0].tolist())
+    met = set(before["experts"][before["assign_slots"] >= 0].tolist())
     wild = {n: a.copy() for n, a in params.items()}
     for name, param in graph.params.items():
         if "expert" in param.type and "router" not in name:
@@ -247,9 +247,9 @@ def test_a_larger_capacity_drops_nothing_that_a_smaller_one_keeps(
         outputs(sparse(kind, capacity_factor=f, **options), params, inputs)
         for f in (0.25, 0.5, 1.0, 2.0, float(EXPERTS))
     ]
-    assert all((a["place"] < 0)[b["place"] < 0].all() for a, b in pairwise(found))
-    assert (found[0]["place"] < 0).any()
-    assert (found[-1]["place"] >= 0).all()
+    assert all((a["assign_slots"] < 0)[b["assign_slots"] < 0].all() for a, b in pairwise(found))
+    assert (found[0]["assign_slots"] < 0).any()
+    assert (found[-1]["assign_slots"] >= 0).all()
     assert relative(found[-1]["y"], outputs(sparse(kind), params, inputs)["y"]) <= EXACT
 
 
@@ -263,7 +263,7 @@ def test_experts_that_may_take_more_tokens_take_the_same_and_more(seed: int) -> 
         for node in after:
             if node.op.name == "expert_choice":
                 node.attrs["capacity_factor"] = factor
-        found.append(outputs(after, params, inputs_of(seed))["place"] >= 0)
+        found.append(outputs(after, params, inputs_of(seed))["assign_slots"] >= 0)
     assert all((a <= b).all() for a, b in pairwise(found))
     assert found[-1].all()
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.ir import Graph
-from moecc.ir.dtypes import BF16, F64
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context
+from moecc.types.dtypes import BF16, F64
 from moecc.weights.evaluate import blocks, evaluate
 
 from .dense_blocks import Array, Arrays, Dense, Tensors, relative, run, tokens, upcycled

@@ -14,15 +14,15 @@ from moecc.analysis.ffn import find_ffn_blocks
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, parse, print_graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import BF16, F32, F64, I32
 from moecc.ir.graph import Value
 from moecc.ir.structure import clone, equal
-from moecc.ir.types import tensor
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing import graphs, laws
 from moecc.testing.blocks import feed_forward
+from moecc.types.dtypes import BF16, F32, F64, I32
+from moecc.types.tensor import tensor
 from moecc.weights.expr import Source
 
 from .dense_blocks import Dense, Tensors, relative, run, tokens, upcycled

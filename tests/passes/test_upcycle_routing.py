@@ -15,9 +15,9 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, I32, Builder, Graph, equal, tensor
+from moecc.model.balance import updated_bias
 from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
-from moecc.routing import updated_bias
 from moecc.testing import laws
 
 from .dense_blocks import Arrays, Dense, Tensors, relative, rms_error, run, tokens, upcycled
@@ -52,7 +52,7 @@ def same_function(dense: Dense, graph: Graph, more: Arrays, **options: Any) -> t
     inputs = {**tokens(dense), **more}
     expected = run(graph, tensors.params(graph), inputs)["y"]
     params = tensors.params(after)
-    found = run(shown(after, "route", "place", "hash_experts"), params, inputs)
+    found = run(shown(after, "route", "assign_slots", "hash_experts"), params, inputs)
     assert relative(found["y"], expected) <= EXACT
     return after, found
 
@@ -67,8 +67,8 @@ def test_prototypes_keep_the_function(sizes: tuple[int, int]) -> None:
     after, found = same_function(
         dense, dense.graph(), {}, routing="prototypes", experts=experts, top_k=top_k, router_std=0.5
     )
-    assert found["place.0"].shape[-1] == top_k
-    assert (found["place.0"] >= 0).all()
+    assert found["assign_slots.0"].shape[-1] == top_k
+    assert (found["assign_slots.0"] >= 0).all()
     assert sum(n.op.name == "route" for n in after) == 2
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import PRED
-from moecc.ir.types import tensor
+from moecc.types.dtypes import PRED
+from moecc.types.tensor import tensor
 
 from .dense_blocks import Array, Arrays, Dense, Tensors, relative, run, tokens, upcycled
 
@@ -142,12 +142,12 @@ def test_the_error_under_a_capacity_is_what_was_dropped(gates: str, groups: int)
     bound = {"slots": "capacity", "capacity_factor": 1.5, "groups": groups}
     limited, _ = sparse(BIASED, **options, **bound)
     for node in limited:
-        if node.op.name in ("route", "place"):
+        if node.op.name in ("route", "assign_slots"):
             for value in node.results:
                 limited.set_output(value.name, value)
     inputs = tokens(BIASED, 24)
     found = run(limited, params, inputs)
-    dropped = found["place"] < 0
+    dropped = found["slots"] < 0
     assert 0 < dropped.mean() < 1, "the case must have choices of both kinds"
     outputs = expert_outputs(inputs["x"], params)
     chosen = np.take_along_axis(outputs, found["experts"][..., None].astype(int), 2)

@@ -240,12 +240,12 @@ def test_experts_that_choose_tokens_keep_the_function_of_those_they_take() -> No
     laws.check_graph(after)
     assert result.preserves is not None
     assert result.preserves.kind == "approximate"
-    (place,) = (n.results[-1] for n in after if n.op.name == "expert_choice")
-    after.set_output("place", place)
+    (slots,) = (n.results[-1] for n in after if n.op.name == "expert_choice")
+    after.set_output("assign_slots", slots)
     inputs = tokens(dense, 32)
     expected = run(graph, tensors.params(graph), inputs)["y"]
     found = run(after, tensors.params(after), inputs)
-    taken = (found["place"] >= 0).any(-1)
+    taken = (found["assign_slots"] >= 0).any(-1)
     assert 0 < taken.mean() < 1
     assert relative(found["y"][taken], expected[taken]) <= EXACT
     np.testing.assert_array_equal(found["y"][~taken], inputs["x"][~taken])

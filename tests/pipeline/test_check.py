@@ -11,11 +11,11 @@ from moecc.errors import CheckError, InputError
 from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.ir import F32, I32, Builder, Graph, clone, equal, print_graph, tensor, verify
-from moecc.pipeline.check import check_pipeline, measure
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.shrink import reduce_sizes, reduced
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.check import check_pipeline, measure
+from moecc.tasks.shrink import reduce_sizes, reduced
 
 from .samples import REGISTRY, negations
 
@@ -187,10 +187,10 @@ def test_experts_and_top_k_stay() -> None:
     b = Builder(graph)
     logits = graph.input("logits", tensor(F32, batch="B", seq="S", expert=160))
     experts, gates = b.route(logits, top_k=6)
-    place = b.place(experts, tokens=("batch", "seq"), experts=160)
+    slots = b.assign_slots(experts, tokens=("batch", "seq"), experts=160)
     x = graph.input("x", tensor(F32, batch="B", seq="S", embed=1024))
-    rows = b.dispatch(x, experts, place)
-    graph.set_output("y", b.combine(rows, experts, place, gates))
+    rows = b.dispatch(x, experts, slots)
+    graph.set_output("y", b.combine(rows, experts, slots, gates))
     small = reduced(graph)
     verify(small)
     assert small.inputs["logits"].type["expert"].size == 160

@@ -10,12 +10,12 @@ from moecc.families import build
 from moecc.families.configs import parse_config
 from moecc.ir import Graph, clone, equal, verify
 from moecc.ir.unroll import is_rolled, unroll
-from moecc.pipeline.check import check_pipeline
 from moecc.pipeline.passes import Context
 from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import Report, run_pass, run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.presets import preset_config
+from moecc.tasks.check import check_pipeline
 from moecc.testing import assert_same
 
 SMALL = {
@@ -78,7 +78,7 @@ def test_the_way_out_is_one() -> None:
 
 def test_frozen_groups_are_those_of_the_layers_written_out() -> None:
     from moecc.analysis.groups import parameter_groups
-    from moecc.ir.ranges import element, lengths
+    from moecc.types.ranges import element, lengths
 
     graph = rolled()
     apart = clone(graph)

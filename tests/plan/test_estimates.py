@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.families.describe import describe
-from moecc.ir.dtypes import F32
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
@@ -24,9 +23,10 @@ from moecc.plan.layout import Layout, layouts
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import REMATS, Setting, Strategy
+from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
+from moecc.types.dtypes import F32
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
 MACHINES = ("tpu:v5p:2x2x4", "tpu:v4:2x2x2", "tpu:v6e:4x4", "gpu:h100:16")
@@ -59,7 +59,7 @@ def strategies(model: str) -> st.SearchStrategy[Strategy]:
 
 
 def estimate(work: Workload, strategy: Strategy, machine: str, **setting: object) -> Estimate:
-    given = Setting(**setting)  # type: ignore[arg-type]
+    given = StepConfig(**setting)  # type: ignore[arg-type]
     return Estimator(work, parse_machine(machine), given).estimate(strategy)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
 from moecc.plan.layout import Layout, check_layout
 from moecc.plan.machines import parse_machine

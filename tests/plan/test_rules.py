@@ -25,7 +25,7 @@ from moecc.plan.layout import Layout, layouts, problems
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
@@ -99,7 +99,7 @@ def test_the_names_of_a_layout(
 def test_a_plan_reads_the_rules_that_a_graph_is_laid_by(model: str) -> None:
     """Named by the user or stood for by the mesh, the same rules are the same plan."""
     work = known(model)[1]
-    estimator = Estimator(work, parse_machine("gpu:h100:16"), Setting())
+    estimator = Estimator(work, parse_machine("gpu:h100:16"), StepConfig())
     for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
         own = Layout.ruled(layout.mesh, work.experts, layout.names)
         assert own.replicated is layout.replicated

@@ -11,7 +11,6 @@ from moecc_backends.reference.devices import Run, simulate
 from moecc.families import build
 from moecc.families.configs import read_config
 from moecc.ir import Graph, clone
-from moecc.ir.dtypes import F32
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -21,9 +20,10 @@ from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.layout import Layout, check_layout
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.strategy import Setting, Strategy
+from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import workload
 from moecc.testing import inputs_for, params_for, sizes_for
+from moecc.types.dtypes import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -41,7 +41,7 @@ def planned(graph: Graph, mesh: str, rules: str, via: str, sliced: bool = False)
     layout = Layout.ruled(plan_mesh(mesh, names), work.experts, names)
     check_layout(layout, work)
     machine = parse_machine(f"cpu:{layout.mesh.devices}")
-    setting = Setting(train=False, dtype=F32)
+    setting = StepConfig(train=False, dtype=F32)
     return Estimator(work, machine, setting).estimate(
         Strategy(layout, via, "index", "none", sliced)
     )

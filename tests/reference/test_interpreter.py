@@ -27,12 +27,12 @@ def mixture(slots: str = "ragged", **attrs: Any) -> Graph:
     up = graph.param("up", tensor(F32, expert=3, mlp=5, embed=4))
     down = graph.param("down", tensor(F32, expert=3, embed=4, mlp=5))
     experts, gates = b.route(b.contract(x, router, over="embed"), top_k=2)
-    place = b.place(experts, tokens="batch", experts=3, slots=slots, **attrs)
-    rows = b.dispatch(x, experts, place)
+    slots = b.assign_slots(experts, tokens="batch", experts=3, slots=slots, **attrs)
+    rows = b.dispatch(x, experts, slots)
     hidden = b.silu(b.contract(rows, up, over="embed"))
     out = b.contract(hidden, down, over="mlp")
-    outputs = {"rows": rows, "hidden": hidden, "place": place, "experts": experts}
-    for name, value in {**outputs, "y": b.combine(out, experts, place, gates)}.items():
+    outputs = {"rows": rows, "hidden": hidden, "assign_slots": slots, "experts": experts}
+    for name, value in {**outputs, "y": b.combine(out, experts, slots, gates)}.items():
         graph.set_output(name, value)
     return graph
 
@@ -228,8 +228,8 @@ def test_every_array_has_the_axes_and_sizes_of_its_type(graph: Graph, seed: int)
         if not value.type.extents:
             assert array.data.shape == shape_of(value.type, sizes)
         for extent in value.type.extents:
-            placement = seen[extent.value].placement
-            counted = len(placement.extents) if extent.kind == "groups" else placement.slots
+            assignment = seen[extent.value].assignment
+            counted = len(assignment.extents) if extent.kind == "groups" else assignment.slots
             assert {array.size(a.name) for a in value.type if a.size == extent} == {counted}
     assert set(seen) >= {v for n in graph for v in n.results} | set(graph.outputs.values())
 

@@ -19,7 +19,7 @@ EMBED, MLP = 3, 4
 
 def mixture(experts: int, **routing: Any) -> Graph:
     """Return a graph of a mixture of gated experts, with its choices and places as outputs."""
-    placement = {k: routing.pop(k) for k in list(routing) if k not in ("top_k", "gates", "scale")}
+    assignment = {k: routing.pop(k) for k in list(routing) if k not in ("top_k", "gates", "scale")}
     graph = Graph()
     b = Builder(graph)
     x = graph.input("x", tensor(F64, token="T", embed=EMBED))
@@ -33,13 +33,13 @@ def mixture(experts: int, **routing: Any) -> Graph:
     w = {n: graph.param(n, tensor(F64, expert=experts, **s)) for n, s in shapes.items()}
     logits = b.add(b.contract(x, w["router"], over="embed"), bias)
     chosen, gates = b.route(logits, **routing)
-    place = b.place(chosen, tokens="token", experts=experts, **placement)
-    rows = b.dispatch(x, chosen, place)
+    slots = b.assign_slots(chosen, tokens="token", experts=experts, **assignment)
+    rows = b.dispatch(x, chosen, slots)
     hidden = b.mul(
         b.silu(b.contract(rows, w["gate"], over="embed")), b.contract(rows, w["up"], over="embed")
     )
     out = b.contract(hidden, w["down"], over="mlp")
-    results = {"y": b.combine(out, chosen, place, gates), "chosen": chosen, "place": place}
+    results = {"y": b.combine(out, chosen, slots, gates), "chosen": chosen, "assign_slots": slots}
     for name, value in {**results, "gates": gates}.items():
         graph.set_output(name, value)
     return graph
@@ -156,7 +156,7 @@ def test_the_error_of_a_capacity_is_what_was_dropped(
     )
     outputs = expert_outputs(params, inputs["x"])
     lost = np.zeros((tokens, EMBED))
-    for token, rank in zip(*np.nonzero(bounded["place"] < 0), strict=True):
+    for token, rank in zip(*np.nonzero(bounded["assign_slots"] < 0), strict=True):
         lost[token] += free["gates"][token, rank] * outputs[free["chosen"][token, rank], token]
     np.testing.assert_allclose(free["y"] - bounded["y"], lost, rtol=1e-9, atol=1e-12)
 

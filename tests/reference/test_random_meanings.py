@@ -13,8 +13,8 @@ from moecc_backends.reference.random import folded, threefry, uniform
 
 from moecc.errors import InputError
 from moecc.ir import F32, F64, I32, Axis, Builder, Graph, TensorType, tensor
-from moecc.ir.dtypes import KEY
 from moecc.testing import run_reference
+from moecc.types.dtypes import KEY
 
 KEYS = st.integers(0, 2**64 - 1)
 
@@ -115,7 +115,7 @@ def test_a_ragged_value_has_no_places() -> None:
     rows = b.dispatch(
         graph.input("x", tensor(F64, token="T", embed=2)),
         e,
-        b.place(e, tokens="token", experts=2),
+        b.assign_slots(e, tokens="token", experts=2),
     )
     with pytest.raises(InputError, match="ragged"):
         b.random_uniform(key, rows)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import F64, I32, Builder, Graph, tensor
-from moecc.ir.table.placing import capacity
+from moecc.ir.table.slots import capacity
 from moecc.testing import run_reference
 
 Data = np.ndarray[Any, Any]
@@ -147,7 +147,7 @@ def test_a_capacity_needs_a_positive_factor(factor: float) -> None:
     graph = Graph()
     experts = graph.input("e", tensor(I32, token=4, choice=2))
     with pytest.raises(InputError, match="positive capacity_factor"):
-        Builder(graph).place(
+        Builder(graph).assign_slots(
             experts, tokens="token", experts=2, slots="capacity", capacity_factor=factor
         )
 
@@ -155,7 +155,7 @@ def test_a_capacity_needs_a_positive_factor(factor: float) -> None:
 def test_an_expert_has_at_least_one_slot() -> None:
     experts = Graph().input("e", tensor(I32, token=4, choice=2))
     with pytest.raises(InputError, match="minimum must be at least 1"):
-        Builder(experts.graph).place(
+        Builder(experts.graph).assign_slots(
             experts, tokens="token", experts=2, slots="capacity", capacity_factor=1.0, minimum=0
         )
 
@@ -163,9 +163,13 @@ def test_an_expert_has_at_least_one_slot() -> None:
 # --- places
 
 
-def place(choices: Any, evaluate: Any, experts: int, **attrs: Any) -> Any:
+def slots(choices: Any, evaluate: Any, experts: int, **attrs: Any) -> Any:
     return evaluate(
-        "place", (np.asarray(choices), "token choice"), tokens="token", experts=experts, **attrs
+        "assign_slots",
+        (np.asarray(choices), "token choice"),
+        tokens="token",
+        experts=experts,
+        **attrs,
     )
 
 
@@ -174,48 +178,54 @@ BOUND = {"slots": "capacity", "minimum": 1}
 
 def test_ragged_slots_count_up_and_drop_nothing(evaluate: Any) -> None:
     choices = [[0, 1], [0, 2], [1, 0]]
-    assert place(choices, evaluate, 3).tolist() == [[0, 1], [1, 0], [0, 2]]
+    assert slots(choices, evaluate, 3).tolist() == [[0, 1], [1, 0], [0, 2]]
 
 
 def test_first_choices_beat_second_ones(evaluate: Any) -> None:
     # Capacity 1: token 0 wants expert 1 second, token 1 wants it first.
     choices = [[0, 1], [1, 0]]
-    by_choice = place(choices, evaluate, 2, **BOUND, capacity_factor=1.0)
+    by_choice = slots(choices, evaluate, 2, **BOUND, capacity_factor=1.0)
     assert by_choice.tolist() == [[0, -1], [0, -1]]
-    by_token = place(choices, evaluate, 2, **BOUND, capacity_factor=1.0, order="token")
+    by_token = slots(choices, evaluate, 2, **BOUND, capacity_factor=1.0, order="token")
     assert by_token.tolist() == [[0, 0], [-1, -1]]
 
 
 def test_earlier_tokens_beat_later_ones(evaluate: Any) -> None:
-    found = place([[0], [0], [1], [0]], evaluate, 2, **BOUND, capacity_factor=1.0)
+    found = slots([[0], [0], [1], [0]], evaluate, 2, **BOUND, capacity_factor=1.0)
     assert found.tolist() == [[0], [1], [0], [-1]]
 
 
 def test_groups_are_counted_apart(evaluate: Any) -> None:
     choices = [[0], [0], [0], [0]]
-    assert place(choices, evaluate, 2, groups=2).tolist() == [[0], [1], [0], [1]]
+    assert slots(choices, evaluate, 2, groups=2).tolist() == [[0], [1], [0], [1]]
     # Two tokens a group: one slot each.
-    found = place(choices, evaluate, 2, groups=2, **BOUND, capacity_factor=1.0)
+    found = slots(choices, evaluate, 2, groups=2, **BOUND, capacity_factor=1.0)
     assert found.tolist() == [[0], [-1], [0], [-1]]
 
 
 def test_groups_must_divide_the_tokens() -> None:
     with pytest.raises(InputError, match="the groups do not divide the tokens") as caught:
-        run_place(np.zeros((3, 1), int), 2, groups=2)
-    assert caught.value.problems[0].where == "%place = place"
+        run_assign_slots(np.zeros((3, 1), int), 2, groups=2)
+    assert caught.value.problems[0].where == "%slots = place"
 
 
 def test_a_choice_of_no_expert_takes_no_slot(evaluate: Any) -> None:
-    assert place([[-1], [0], [2], [0]], evaluate, 2).tolist() == [[-1], [0], [-1], [1]]
+    assert slots([[-1], [0], [2], [0]], evaluate, 2).tolist() == [[-1], [0], [-1], [1]]
 
 
 def test_tokens_are_numbered_in_the_order_of_the_token_axes(evaluate: Any) -> None:
     choices = np.zeros((2, 3, 1), int)
-    found = evaluate("place", (choices, "batch seq choice"), tokens=("batch", "seq"), experts=1)
+    found = evaluate(
+        "assign_slots", (choices, "batch seq choice"), tokens=("batch", "seq"), experts=1
+    )
     assert found[..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    found = evaluate("place", (choices, "batch seq choice"), tokens=("seq", "batch"), experts=1)
+    found = evaluate(
+        "assign_slots", (choices, "batch seq choice"), tokens=("seq", "batch"), experts=1
+    )
     assert found[..., 0].tolist() == [[0, 2, 4], [1, 3, 5]]
-    found = evaluate("place", (choices.T, "choice seq batch"), tokens=("batch", "seq"), experts=1)
+    found = evaluate(
+        "assign_slots", (choices.T, "choice seq batch"), tokens=("batch", "seq"), experts=1
+    )
     assert found[0].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
@@ -230,10 +240,10 @@ def routings(draw: Any, max_tokens: int = 24) -> tuple[Data, int]:
     return np.argsort(-scores, axis=1)[:, :top_k], experts
 
 
-def run_place(choices: Data, experts: int, **attrs: Any) -> Data:
+def run_assign_slots(choices: Data, experts: int, **attrs: Any) -> Data:
     graph = Graph()
     e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
-    graph.set_output("p", Builder(graph).place(e, tokens="token", experts=experts, **attrs))
+    graph.set_output("p", Builder(graph).assign_slots(e, tokens="token", experts=experts, **attrs))
     return run_reference(graph, inputs={"e": choices})["p"]
 
 
@@ -247,7 +257,7 @@ def test_a_slot_holds_one_token_and_the_lowest_are_filled(
 ) -> None:
     choices, experts = routing
     bound = slots_of(factor, len(choices), experts, choices.shape[1], minimum=1)
-    found = run_place(
+    found = run_assign_slots(
         choices, experts, slots="capacity", capacity_factor=factor, minimum=1, order=order
     )
     for expert in range(experts):
@@ -259,8 +269,8 @@ def test_a_slot_holds_one_token_and_the_lowest_are_filled(
 @given(routings(), ORDERS)
 def test_a_capacity_of_the_whole_group_never_drops(routing: tuple[Data, int], order: str) -> None:
     choices, experts = routing
-    free = run_place(choices, experts, order=order)
-    wide = run_place(
+    free = run_assign_slots(choices, experts, order=order)
+    wide = run_assign_slots(
         choices, experts, order=order, slots="capacity", capacity_factor=float(experts)
     )
     assert (free >= 0).all()
@@ -271,7 +281,9 @@ def test_a_capacity_of_the_whole_group_never_drops(routing: tuple[Data, int], or
 def test_more_capacity_drops_no_more(routing: tuple[Data, int], order: str) -> None:
     choices, experts = routing
     kept = [
-        run_place(choices, experts, order=order, slots="capacity", capacity_factor=f, minimum=1)
+        run_assign_slots(
+            choices, experts, order=order, slots="capacity", capacity_factor=f, minimum=1
+        )
         >= 0
         for f in (0.5, 1.0, 2.0)
     ]
@@ -290,7 +302,10 @@ def test_filling_by_token_is_strictly_causal_and_first_choices_always_are(
     other[cut:] = np.argsort(-later, axis=1)[:, : choices.shape[1]]
     bound = {"slots": "capacity", "capacity_factor": 0.75, "minimum": 1}
     for order, ranks in (("token", slice(None)), ("choice", slice(1))):
-        kept = [run_place(c, experts, order=order, **bound)[:cut, ranks] for c in (choices, other)]
+        kept = [
+            run_assign_slots(c, experts, order=order, **bound)[:cut, ranks]
+            for c in (choices, other)
+        ]
         np.testing.assert_array_equal(*kept)
 
 
@@ -303,7 +318,7 @@ def test_second_choices_look_ahead_when_first_ones_are_filled_first() -> None:
         scores = rng.normal(size=(64, 8))
         other = np.concatenate([scores[:32], rng.normal(size=(32, 8))])
         kept = [
-            run_place(np.argsort(-s, axis=1)[:, :2], 8, **bound)[:32, 1] >= 0
+            run_assign_slots(np.argsort(-s, axis=1)[:, :2], 8, **bound)[:32, 1] >= 0
             for s in (scores, other)
         ]
         moved += bool((kept[0] != kept[1]).any())
@@ -316,7 +331,7 @@ def test_drop_rates_of_uniform_top_1_routing() -> None:
     rates = []
     for _ in range(4):
         choices = rng.integers(0, 64, (4096, 1))
-        placed = run_place(choices, 64, slots="capacity", capacity_factor=1.0)
+        placed = run_assign_slots(choices, 64, slots="capacity", capacity_factor=1.0)
         rates.append((placed < 0).mean())
     assert np.mean(rates) == pytest.approx(0.04941, abs=0.004)
 
@@ -324,7 +339,9 @@ def test_drop_rates_of_uniform_top_1_routing() -> None:
 def test_at_most_the_capacity_survives(evaluate: Any) -> None:
     """Top-2 with a factor of 1.25 per token: at most 62.5 % of the assignments fit (§2)."""
     scores = np.random.default_rng(6).normal(size=(64, 8))
-    found = run_place(np.argsort(-scores, axis=1)[:, :2], 8, slots="capacity", capacity_factor=1.25)
+    found = run_assign_slots(
+        np.argsort(-scores, axis=1)[:, :2], 8, slots="capacity", capacity_factor=1.25
+    )
     assert (found >= 0).sum() <= 80
     assert (found >= 0).mean() <= 0.625
 
@@ -339,7 +356,7 @@ def exchange(choices: Data, experts: int, x: Data, gates: Data, **attrs: Any) ->
     v = graph.input("x", tensor(F64, token="T", embed=x.shape[1]))
     e = graph.input("e", tensor(I32, token="T", choice=choices.shape[1]))
     g = graph.input("g", tensor(F64, token="T", choice=choices.shape[1]))
-    p = b.place(e, tokens="token", experts=experts, **attrs)
+    p = b.assign_slots(e, tokens="token", experts=experts, **attrs)
     rows = b.dispatch(v, e, p)
     graph.set_output("p", p)
     graph.set_output("rows", rows)

@@ -9,8 +9,8 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import clone, equal
-from moecc.pipeline.check import check_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.check import check_pipeline
 from moecc.testing import laws
 
 from .meshes import census, model, run
@@ -52,7 +52,7 @@ def test_a_layout_becomes_collectives_and_can_be_taken_away(
 def test_parameters_of_one_axis_are_not_stored_in_parts() -> None:
     graph = model("llama_gqa")
     run(graph, "annotate-sharding{mesh=fsdp:4 rules=fsdp},lower-collectives")
-    placed = {len(p.type.axes): p.type.is_placed for p in graph.params.values()}
+    placed = {len(p.type.axes): p.type.is_sharded for p in graph.params.values()}
     assert placed == {1: False, 2: True}
     gathered = [n.operands[0] for n in graph if n.op.name == "all_gather"]
     assert len(gathered) == sum(len(p.type.axes) > 1 for p in graph.params.values())
@@ -121,7 +121,7 @@ def test_a_capacity_counts_in_groups_that_the_mesh_must_divide() -> None:
     (problem,) = caught.value.problems
     assert problem.expected == "a multiple of 4 (data:4)"
     assert "specialize{groups=4} first" in (problem.hint or "")
-    assert "place" in (problem.where or "")
+    assert "assign_slots" in (problem.where or "")
 
 
 @pytest.mark.parametrize(

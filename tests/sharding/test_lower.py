@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from moecc.ir import F32, Axis, Graph, TensorType
 from moecc.ir.mesh import Mesh, set_mesh
-from moecc.ir.table.collectives import parse_placement
+from moecc.ir.table.collectives import parse_sharding
 from moecc.sharding.collectives import steps
 
 MESHES = ("a", "b", "c")
 
 
 def laid(text: str, unreduced: tuple[str, ...] = ()) -> TensorType:
-    placement = parse_placement(text)
+    placement = parse_sharding(text)
     axes = tuple(Axis(n, 8, placement.get(n, ())) for n in ("x", "y", "z"))
     return TensorType(F32, axes, unreduced)
 

@@ -7,7 +7,7 @@ from math import prod
 from moecc.ir import verify
 from moecc.ir.local import local_type
 from moecc.ir.mesh import mesh_of
-from moecc.models import open_model
+from moecc.model.open import open_model
 
 from .meshes import census, run
 

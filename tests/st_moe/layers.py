@@ -33,10 +33,10 @@ def router(
             logits = graph.input(name, tensor(F64, batch="B", seq="S", expert=experts))
             chosen, gates = b.route(logits, top_k=top_k, **attrs)
             using = ("mask",) if mask else ()
-            place = b.place(
+            slots = b.assign_slots(
                 chosen, *given, tokens=TOKENS, experts=experts, using=using, **placement
             )
-            x = b.combine(b.dispatch(x, chosen, place), chosen, place, gates)
+            x = b.combine(b.dispatch(x, chosen, slots), chosen, slots, gates)
     graph.set_output("y", x)
     return graph
 
@@ -49,7 +49,7 @@ def slots(choices: Data, experts: int, priority: Data | None = None, **attrs: An
     operands = [graph.input(n, tensor(F64, token="T")) for n in given]
     bound = {"slots": "capacity", "minimum": 4, "using": tuple(given), **attrs}
     b = Builder(graph)
-    graph.set_output("p", b.place(e, *operands, tokens="token", experts=experts, **bound))
+    graph.set_output("p", b.assign_slots(e, *operands, tokens="token", experts=experts, **bound))
     return run_reference(graph, inputs={"e": choices, **given})["p"]
 
 

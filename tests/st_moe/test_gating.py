@@ -1,8 +1,8 @@
 """The whole way from logits to weights of slots, against other descriptions of the same.
 
 mesh-tensorflow and flaxformer say it with one-hot tensors and running sums (ST-MoE, Appendix G, and
-Switch, Appendix); here it is ``route``, ``keep_choices``, ``place`` and the gates of ``combine``.
-What is compared is the tensor of combine weights, ``[group, token, expert, slot]``.
+Switch, Appendix); here it is ``route``, ``keep_choices``, ``assign_slots`` and the gates of
+``combine``. What is compared is the tensor of combine weights, ``[group, token, expert, slot]``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def gating(
         given["priority"] = emit_priority(b, logits)
     if mask:
         given["mask"] = graph.input("mask", tensor(PRED, token="T"))
-    place = b.place(
+    slots = b.assign_slots(
         experts, *given.values(), tokens="token", experts=EXPERTS, using=tuple(given),
         slots="capacity", groups=GROUPS, **placement,
     )  # fmt: skip
-    for name, value in {"experts": experts, "gates": weights, "place": place}.items():
+    for name, value in {"experts": experts, "gates": weights, "assign_slots": slots}.items():
         graph.set_output(name, value)
     return graph
 
@@ -55,9 +55,9 @@ def combine_weights(graph: Graph, slots: int, **inputs: Data) -> Data:
     """Return the combine weights that the graph gives."""
     found = run_reference(graph, inputs=inputs)
     made = np.zeros((GROUPS, SIZE, EXPERTS, slots))
-    for token, choice in zip(*np.nonzero(found["place"] >= 0), strict=True):
+    for token, choice in zip(*np.nonzero(found["assign_slots"] >= 0), strict=True):
         group, at = divmod(token, SIZE)
-        slot = found["place"][token, choice]
+        slot = found["assign_slots"][token, choice]
         made[group, at, found["experts"][token, choice], slot] += found["gates"][token, choice]
     return made
 

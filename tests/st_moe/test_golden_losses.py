@@ -18,7 +18,7 @@ from moecc_passes.add_losses import AddLossesPass
 
 from moecc.backend import get_backend
 from moecc.ir import F64
-from moecc.models import open_model
+from moecc.model.open import open_model
 
 from .layers import Data, applied, evaluated, router
 

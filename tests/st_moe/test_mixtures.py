@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import F64, I32, Builder, Graph, tensor
-from moecc.ir.dtypes import KEY
 from moecc.ir.mixtures import (
     emit_dropout,
     emit_expert_choice,
@@ -22,8 +21,9 @@ from moecc.ir.mixtures import (
     emit_rescaled,
     emit_soft_slots,
 )
-from moecc.routing import flaxformer_groups, split_into_groups, updated_bias
+from moecc.model.balance import flaxformer_groups, split_into_groups, updated_bias
 from moecc.testing import run_reference
+from moecc.types.dtypes import KEY
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -39,10 +39,10 @@ def test_rescaled_gates_keep_their_sum(seed: int, gates: str, factor: float) -> 
     b = Builder(graph)
     logits = graph.input("l", tensor(F64, token="T", expert=4))
     experts, weights = b.route(logits, top_k=3, gates=gates)
-    place = b.place(
+    slots = b.assign_slots(
         experts, tokens="token", experts=4, slots="capacity", capacity_factor=factor, minimum=1
     )
-    for name, value in {"g": weights, "p": place, "r": emit_rescaled(b, weights, place)}.items():
+    for name, value in {"g": weights, "p": slots, "r": emit_rescaled(b, weights, slots)}.items():
         graph.set_output(name, value)
     data = np.random.default_rng(seed).normal(size=(12, 4))
     found = run_reference(graph, inputs={"l": data})

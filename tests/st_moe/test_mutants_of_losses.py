@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import moecc_backends.reference.placing as placing
+import moecc_backends.reference.slots as placing
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from moecc_passes import add_losses

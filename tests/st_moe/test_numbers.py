@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.ir import BF16, F32, F64, Builder, Graph, tensor
-from moecc.ir.table.placing import capacity
+from moecc.ir.table.slots import capacity
 from moecc.testing import run_reference
 from moecc.weights.rounding import round_to
 
@@ -152,10 +152,10 @@ def test_combine_weights(seed: int, factor: float) -> None:
     b = Builder(graph)
     logits = graph.input("l", tensor(F64, token="T", expert=6))
     experts, gates = b.route(logits, top_k=2)
-    place = b.place(
+    slots = b.assign_slots(
         experts, tokens="token", experts=6, slots="capacity", capacity_factor=factor, minimum=4
     )
-    for name, value in {"e": experts, "g": gates, "p": place}.items():
+    for name, value in {"e": experts, "g": gates, "p": slots}.items():
         graph.set_output(name, value)
     found = run_reference(graph, inputs={"l": np.random.default_rng(seed).normal(size=(48, 6))})
     kept = found["p"] >= 0

@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moecc_passes.canonicalize import CanonicalizePass
-from moecc_passes.specialize.settings import Settings, record, recorded
+from moecc_passes.specialize.mode_config import ModeConfig, record, recorded
 from moecc_passes.specialize.specialize import SpecializePass
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, Builder, Graph, clone, equal, parse, print_graph, tensor
 from moecc.ir.mixtures import emit_expert_choice
 from moecc.ir.moe import emit_routing
-from moecc.pipeline.check import check_pipeline
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.check import check_pipeline
 from moecc.testing import laws, params_for, run_reference
 
 Data = np.ndarray[Any, Any]
@@ -75,7 +75,7 @@ def traced(graph: Graph, inputs: dict[str, Data], seed: int = 0) -> dict[str, Da
     """Return the output and the slots, gates and what is kept of every layer."""
     seen = clone(graph)
     for node in list(seen):
-        if node.op.name in ("place", "route", "keep_choices", "combine"):
+        if node.op.name in ("assign_slots", "route", "keep_choices", "combine"):
             for value in node.results:
                 seen.set_output(value.name, value)
     return run_reference(seen, inputs=inputs, seed=seed)
@@ -96,7 +96,7 @@ def given_inputs(graph: Graph, inputs: dict[str, Data]) -> dict[str, Data]:
 def test_capacities_per_mode() -> None:
     graph = model()
     bounded = specialised(graph, capacity_factor=1.25, minimum=1)
-    places = [n for n in bounded if n.op.name == "place"]
+    places = [n for n in bounded if n.op.name == "assign_slots"]
     assert [n.attrs["slots"] for n in places] == ["capacity"] * 2
     found = traced(bounded, given_inputs(bounded, tokens()))
     # ⌊1.25 · 16 / 4⌋ slots an expert, 20 of 32 choices at most.
@@ -106,7 +106,7 @@ def test_capacities_per_mode() -> None:
     again = specialised(bounded, mode="eval", dropless=True)
     graph.attrs["mode"] = "eval"
     for node in graph:
-        if node.op.name == "place":
+        if node.op.name == "assign_slots":
             node.attrs["minimum"] = 1
     assert equal(again, graph)
 
@@ -123,7 +123,7 @@ def test_policies_see_renormalised_gates(policy: str, threshold: float, gates: s
     )  # fmt: skip
     found = traced(graph, given_inputs(graph, tokens()))
     share = found["gates"] / found["gates"].sum(-1, keepdims=True)
-    keep, slots = found["keep"], found["place"]
+    keep, slots = found["keep"], found["slots"]
     np.testing.assert_array_equal(keep, slots >= 0)
     assert keep[..., 0].all()
     second = share[..., 1]
@@ -196,12 +196,12 @@ def test_priority_is_the_probability_of_the_first_choice() -> None:
     graph = specialised(
         model(layers=1), capacity_factor=0.5, minimum=1, priority=True, policy="none"
     )
-    (place,) = (n for n in graph if n.op.name == "place")
+    (place,) = (n for n in graph if n.op.name == "assign_slots")
     assert place.attrs["using"] == ("keep", "priority")
     found = traced(graph, given_inputs(graph, tokens()))
     logits = tokens()["x"].reshape(-1, EMBED) @ params(graph)["router0"].T
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    slots = found["place"].reshape(-1, 2)[:, 0]
+    slots = found["slots"].reshape(-1, 2)[:, 0]
     for expert in range(4):
         mine = p.argmax(1) == expert
         kept, lost = p.max(1)[mine & (slots >= 0)], p.max(1)[mine & (slots < 0)]
@@ -236,8 +236,8 @@ def test_a_mode_does_not_depend_on_the_one_before(
     first: dict[str, Any], second: dict[str, Any], tidy: bool
 ) -> None:
     """Except for attributes of slots, which stay as they are where nothing is said."""
-    placement = {"capacity_factor": 1.0, "order": "choice", "groups": 1}
-    second = {**placement, **second}
+    assignment = {"capacity_factor": 1.0, "order": "choice", "groups": 1}
+    second = {**assignment, **second}
     if "group_size" in second:
         del second["groups"]
     graph = model()
@@ -272,12 +272,12 @@ def test_settings_of_a_graph_are_used_and_options_win() -> None:
     graph = model()
     record(
         graph,
-        train=Settings(capacity_factor=1.25, policy="random"),
-        eval=Settings(capacity_factor=2.0, policy="all"),
+        train=ModeConfig(capacity_factor=1.25, policy="random"),
+        eval=ModeConfig(capacity_factor=2.0, policy="all"),
     )
     graph = parse(print_graph(graph))
-    assert recorded(graph, "train") == Settings(capacity_factor=1.25, policy="random")
-    assert recorded(graph, "serve") == Settings()
+    assert recorded(graph, "train") == ModeConfig(capacity_factor=1.25, policy="random")
+    assert recorded(graph, "serve") == ModeConfig()
     factors = {
         mode: [
             n.attrs["capacity_factor"]
@@ -290,7 +290,7 @@ def test_settings_of_a_graph_are_used_and_options_win() -> None:
     assert "key" in specialised(graph, mode="train").inputs
     assert "key" not in specialised(graph, mode="eval").inputs
     other = specialised(graph, mode="eval", capacity_factor=3.0)
-    assert [n.attrs["capacity_factor"] for n in other if n.op.name == "place"] == [3.0] * 2
+    assert [n.attrs["capacity_factor"] for n in other if n.op.name == "assign_slots"] == [3.0] * 2
 
 
 def test_check_measures_what_a_mode_changes() -> None:
@@ -311,7 +311,7 @@ def test_a_larger_factor_at_evaluation_never_drops_more(seed: int) -> None:
     for factor in (0.5, 1.0, 2.0, 4.0, 8.0):
         bounded = specialised(graph, mode="eval", capacity_factor=factor, minimum=1)
         found = traced(bounded, given_inputs(bounded, inputs))
-        kept.append(found["place"] >= 0)
+        kept.append(found["slots"] >= 0)
         outputs.append(found["y"])
     assert all((a <= b).all() for a, b in pairwise(kept))
     # With a factor of E every expert has a slot for every token.

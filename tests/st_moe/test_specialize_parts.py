@@ -11,8 +11,8 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone, equal, parse, print_graph
-from moecc.ir.table.placing import capacity
-from moecc.models import open_model
+from moecc.ir.table.slots import capacity
+from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -156,7 +156,7 @@ def test_an_input_of_that_name_may_be_something_else() -> None:
 )
 def test_how_many_slots_there_are(options: str, slots: int) -> None:
     graph = then(made("upcycle{experts=4 layers=0}"), f"specialize{{{options}}}")
-    (place,) = (n for n in graph if n.op.name == "place")
+    (place,) = (n for n in graph if n.op.name == "assign_slots")
     size = place.attrs["group_size"] or 16 // place.attrs["groups"]
     assert capacity(place.attrs, size, 2) == slots
     (dispatch,) = (n for n in graph if n.op.name == "dispatch")
@@ -247,7 +247,7 @@ def test_unrouted_padding_is_remarked() -> None:
     told: list[Any] = []
     graph = then(made("upcycle{experts=4}"), "specialize{padding-mask=true}")
     for node in list(graph):
-        if node.op.name == "place":
+        if node.op.name == "assign_slots":
             assert "mask" in node.attrs["using"]
     plain = made("upcycle{experts=4}")
     plain.input("mask", graph.inputs["mask"].type)
@@ -267,7 +267,7 @@ def encoder_decoder(text: str) -> Graph:
 
 
 def placed(graph: Graph) -> dict[str, Any]:
-    return {n.loc: n for n in graph if n.op.name == "place"}
+    return {n.loc: n for n in graph if n.op.name == "assign_slots"}
 
 
 def test_stacks_are_specialised_apart() -> None:

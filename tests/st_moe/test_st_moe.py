@@ -74,7 +74,7 @@ def test_modes_come_from_what_the_pass_recorded() -> None:
     run_pipeline(train, Pipeline.parse("specialize{mode=train}"))
     run_pipeline(evaluated, Pipeline.parse("specialize{mode=eval}"))
     for graph, factor, policies in ((train, 1.25, ["random"] * 2), (evaluated, 2.0, [])):
-        places = [n for n in graph if n.op.name == "place"]
+        places = [n for n in graph if n.op.name == "assign_slots"]
         assert [n.attrs["capacity_factor"] for n in places] == [factor] * 2
         assert [n.attrs["policy"] for n in graph if n.op.name == "keep_choices"] == policies
     thresholds = [n.attrs["threshold"] for n in train if n.op.name == "keep_choices"]

@@ -40,7 +40,7 @@ def test_every_operation_and_every_gate_convention_occurs() -> None:
     assert set(counts) == {n for n, table in tables.items() if table not in WRITTEN_BY_PASSES}
     routes = [n for g in many for n in g if n.op.name == "route"]
     assert len({n.attrs["gates"] for n in routes}) == 6
-    places = [n for g in many for n in g if n.op.name == "place"]
+    places = [n for g in many for n in g if n.op.name == "assign_slots"]
     for name in ("slots", "order", "convention", "rounding", "groups"):
         assert len({n.attrs[name] for n in places}) > 1
 

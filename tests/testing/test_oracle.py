@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moecc.ir import BF16, DTYPES, F32, F64, I32, Builder, Graph, TensorType, Value, parse, tensor
-from moecc.ir.types import Axis
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 from moecc.testing import (
     assert_same,
@@ -19,6 +18,7 @@ from moecc.testing import (
     run_reference,
     sizes_for,
 )
+from moecc.types.tensor import Axis
 from moecc.weights.arithmetic import Cast, Scale
 from moecc.weights.expr import Source
 from moecc.weights.movement import Index, Tile
@@ -74,7 +74,7 @@ def test_indices_stay_within_all_that_they_index() -> None:
     assert set(np.unique(found["ids"])) == {0, 1, 2}
     assert found["free"].max() == 7
     choices = graph.input("choices", tensor(I32, batch=50, choice=2))
-    b.place(choices, tokens="batch", experts=2)
+    b.assign_slots(choices, tokens="batch", experts=2)
     hot = graph.input("hot", tensor(I32, batch=50))
     b.one_hot(hot, into=(("k", 5),))
     found = inputs_for(graph)
@@ -86,8 +86,8 @@ def test_indices_stay_within_all_that_they_index() -> None:
 def test_sizes_let_groups_divide_the_tokens() -> None:
     graph = Graph()
     e = graph.input("e", TensorType(I32, (Axis("batch", "B"), Axis("seq", "S"), Axis("choice", 2))))
-    place = Builder(graph).place(e, tokens=("batch", "seq"), experts=3, groups=3)
-    graph.set_output("p", place)
+    slots = Builder(graph).assign_slots(e, tokens=("batch", "seq"), experts=3, groups=3)
+    graph.set_output("p", slots)
     for seed in range(20):
         sizes = sizes_for(graph, seed)
         assert sizes["B"] * sizes["S"] % 3 == 0
@@ -219,7 +219,7 @@ def test_extents_may_belong_to_places_of_other_names() -> None:
         "moecc 1\ngraph g {\n"
         "  input %x : f32[batch=B, embed=4]\n"
         "  input %e : i32[batch=B, choice=2]\n"
-        "  %p = place %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
+        "  %p = assign_slots %e {tokens=batch, experts=3} : i32[batch=B, choice=2]\n"
         "  %r = dispatch %x, %e, %p : f32[group=1, expert=3, slot=ragged(%p), embed=4]\n"
         "  output y = %r\n}\n"
     )

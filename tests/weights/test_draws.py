@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecc.ir.dtypes import F32, PRED
-from moecc.ir.types import tensor
+from moecc.types.dtypes import F32, PRED
+from moecc.types.tensor import tensor
 from moecc.weights import random
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import evaluate

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import BF16, DTYPES, F16, F32, F64, I32, PRED, DType
-from moecc.ir.types import tensor
+from moecc.types.dtypes import BF16, DTYPES, F16, F32, F64, I32, PRED, DType
+from moecc.types.tensor import tensor
 from moecc.weights import evaluate as evaluator
 from moecc.weights import moments
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select

@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import BF16, F16, F32, F64, KEY, PRED
-from moecc.ir.types import Axis, TensorType, tensor
+from moecc.types.dtypes import BF16, F16, F32, F64, KEY, PRED
+from moecc.types.tensor import Axis, TensorType, tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform, derive_key
 from moecc.weights.evaluate import is_pure_copy

@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import BF16, DTYPES, F16, F32, F64, PRED, DType
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import BF16, DTYPES, F16, F32, F64, PRED, DType
+from moecc.types.tensor import Axis, TensorType
 from moecc.weights import random
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.boxes import row_blocks

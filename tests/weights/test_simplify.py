@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.ir.dtypes import BF16, F16, F32, F64, PRED
-from moecc.ir.types import tensor
+from moecc.types.dtypes import BF16, F16, F32, F64, PRED
+from moecc.types.tensor import tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.boxes import whole
 from moecc.weights.draws import Normal, Subset

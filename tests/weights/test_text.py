@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import BF16, F16, F32, PRED
-from moecc.ir.types import tensor
+from moecc.types.dtypes import BF16, F16, F32, PRED
+from moecc.types.tensor import tensor
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source

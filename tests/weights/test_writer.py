@@ -20,8 +20,8 @@ from moecc.checkpoint.safetensors import read_header
 from moecc.checkpoint.shards import Entry, natural, plan_shards
 from moecc.checkpoint.writer import OutputTensor, WriteReport, write_checkpoint
 from moecc.errors import InputError, MachineError, UsageError
-from moecc.ir.dtypes import BF16, DTYPES, F16, F32, I64, PRED, DType
-from moecc.ir.types import tensor
+from moecc.types.dtypes import BF16, DTYPES, F16, F32, I64, PRED, DType
+from moecc.types.tensor import tensor
 from moecc.weights.arithmetic import Add, Scale
 from moecc.weights.draws import Normal
 from moecc.weights.expr import Expr, Source

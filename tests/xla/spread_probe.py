@@ -63,9 +63,9 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     from moecc_backends.xla.backend import function
     from moecc_backends.xla.train.step import train_step
 
-    from moecc.ir.dtypes import F64
     from moecc.plan.layout import Layout
     from moecc.plan.meshes import plan_mesh
+    from moecc.types.dtypes import F64
 
     # Parameters are float32; what computes with them is not, so that nothing but a fault differs.
     jax.config.update("jax_enable_x64", True)

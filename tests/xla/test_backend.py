@@ -11,11 +11,11 @@ from hypothesis import assume, given, settings
 from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32, F64, I32, KEY
 from moecc.ir.ops import OPS
-from moecc.ir.types import TensorType, tensor
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.testing import graphs, random_graph, run_reference
+from moecc.types.dtypes import F32, F64, I32, KEY
+from moecc.types.tensor import TensorType, tensor
 
 from .models import GOLDEN, assert_close, compiled, decoder, is_decided, random_data, relative
 

@@ -70,7 +70,7 @@ def chosen(top_k: int, slots: str, **attrs: Any) -> Graph:
     layer = Layer(groups)
     mask = layer.graph.input("mask", tensor(PRED, batch=BATCH, seq=SEQ))
     experts, gates = layer.b.route(layer.logits(), top_k=top_k, gates="softmax")
-    place = layer.b.place(
+    place = layer.b.assign_slots(
         experts, mask, using=("mask",), tokens=("batch", "seq"), experts=EXPERTS, slots=slots,
         **attrs,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def unmasked(top_k: int) -> Graph:
     """Tokens choose, and nothing is ever dropped."""
     layer = Layer()
     experts, gates = layer.b.route(layer.logits(), top_k=top_k)
-    place = layer.b.place(experts, tokens=("batch", "seq"), experts=EXPERTS)
+    place = layer.b.assign_slots(experts, tokens=("batch", "seq"), experts=EXPERTS)
     return layer.finish(experts, place, gates)
 
 
@@ -101,7 +101,7 @@ def hashed() -> Graph:
     ids = layer.graph.input("ids", tensor(I32, batch=BATCH, seq=SEQ))
     gates = layer.graph.input("gates", tensor(F32, batch=BATCH, seq=SEQ, choice=2))
     experts = layer.b.hash_experts(ids, experts=EXPERTS, top_k=2)
-    place = layer.b.place(
+    place = layer.b.assign_slots(
         experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=0.8,
         minimum=1,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def legal(graph: Graph) -> list[str]:
 
 
 def _places(graph: Graph) -> list[Value]:
-    return [n.results[-1] for n in graph if n.op.name in ("place", "expert_choice")]
+    return [n.results[-1] for n in graph if n.op.name in ("assign_slots", "expert_choice")]
 
 
 def draw(graph: Graph, seed: int, skew: float) -> tuple[Arrays, Arrays]:
@@ -226,9 +226,9 @@ def test_something_is_dropped_and_something_is_not() -> None:
     for name in ("capacity, top-2, groups", "capacity, top-3, token-major", "hash"):
         graph = ROUTINGS[name]()
         (place,) = _places(graph)
-        graph.set_output("place", place)
+        graph.set_output("assign_slots", place)
         params, inputs = draw(graph, 0, 1.0)
-        slots = run_reference(graph, params=params, inputs=inputs)["place"]
+        slots = run_reference(graph, params=params, inputs=inputs)["assign_slots"]
         assert (slots < 0).any()
         assert (slots >= 0).any()
 
@@ -237,7 +237,7 @@ def test_poison_is_where_nothing_was_placed() -> None:
     """Rows that a lowering returns show it: the test mode does something."""
     layer = Layer()
     experts, gates = layer.b.route(layer.logits(), top_k=1)
-    place = layer.b.place(
+    place = layer.b.assign_slots(
         experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=3.0
     )
     graph = layer.finish(experts, place, gates)
@@ -296,7 +296,7 @@ def test_ragged_products_for_accelerators_are_narrow_forward_and_backward() -> N
 def test_where_rows_meet_they_lie_in_slots() -> None:
     layer = Layer()
     experts, gates = layer.b.route(layer.logits(), top_k=2)
-    place = layer.b.place(
+    place = layer.b.assign_slots(
         experts, tokens=("batch", "seq"), experts=EXPERTS, slots="capacity", capacity_factor=4.0
     )
     rows = layer.b.dispatch(layer.x, experts, place)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from moecc.ir import Graph
-from moecc.ir.dtypes import F64
 from moecc.testing import run_reference
+from moecc.types.dtypes import F64
 
 from .models import Array, Arrays, decoder
 

@@ -34,7 +34,7 @@ def routed(embed: int = 0, *using: str) -> Graph:
         x = graph.input("x", tensor(F32, token="T", embed=1))
         logits = graph.input("logits", tensor(F32, token="T", expert=EXPERTS))
     experts, gates = b.route(logits, top_k=2)
-    place = b.place(
+    place = b.assign_slots(
         experts,
         *(graph.input(word, tensor(PRED, token="T")) for word in using),
         tokens="token",
@@ -84,7 +84,7 @@ def of_sequences(over: Any, masked: bool) -> Graph:
     logits = graph.input("logits", tensor(F32, batch=2, seq="S", expert=EXPERTS))
     mask = [graph.input("mask", tensor(PRED, batch=2, seq="S"))] if masked else []
     experts, gates = b.route(logits, top_k=2)
-    place = b.place(
+    place = b.assign_slots(
         experts,
         *mask,
         tokens=("batch", "seq"),

@@ -11,9 +11,9 @@ import pytest
 
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import BF16, F32, F64
-from moecc.ir.types import tensor
 from moecc.testing import run_reference
+from moecc.types.dtypes import BF16, F32, F64
+from moecc.types.tensor import tensor
 
 from .models import compiled, decoder, relative
 

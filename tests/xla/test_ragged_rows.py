@@ -11,10 +11,10 @@ import pytest
 from moecc.errors import InputError
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32, F64, I32
 from moecc.ir.graph import Value
-from moecc.ir.types import tensor
 from moecc.testing import run_reference
+from moecc.types.dtypes import F32, F64, I32
+from moecc.types.tensor import tensor
 
 from .models import Array, Arrays, compiled, relative
 
@@ -43,10 +43,10 @@ def route_tokens(
     x = graph.input("x", tensor(F32, batch=2, seq=6, head=2, embed=4))
     chosen = graph.input("chosen", tensor(I32, batch=2, seq=6, choice=2))
     gates = graph.input("gates", tensor(F32, batch=2, seq=6, choice=2))
-    place = b.place(chosen, tokens=("batch", "seq"), experts=3, groups=groups, slots=slots,
+    place = b.assign_slots(chosen, tokens=("batch", "seq"), experts=3, groups=groups, slots=slots,
                     **bound)  # fmt: skip
     rows = b.dispatch(x, chosen, place)
-    graph.set_output("place", place)
+    graph.set_output("assign_slots", place)
 
     def combined(body: Body, axes: dict[str, str], prefix: str) -> Value:
         params = {
@@ -216,8 +216,8 @@ def test_rows_give_what_the_reference_gives(slots: str, grouped: bool) -> None:
     params, inputs = data(graph)
     expected = run_reference(graph, params=params, inputs=inputs)
     found = compiled(graph, F64).run(params, inputs)
-    np.testing.assert_array_equal(found["place"], expected["place"])
-    assert (found["place"] < 0).any() == (slots == "capacity")
+    np.testing.assert_array_equal(found["assign_slots"], expected["assign_slots"])
+    assert (found["assign_slots"] < 0).any() == (slots == "capacity")
     for number, name in enumerate(BODIES):
         if f"y{number}" in expected:
             assert relative(found[f"y{number}"], expected[f"y{number}"]) <= 1e-12, name
@@ -296,9 +296,9 @@ def test_every_placement_is_that_of_the_reference(attrs: dict[str, Any]) -> None
     chosen = graph.input("chosen", tensor(I32, batch="B", choice=2, seq="S"))
     gates = graph.input("gates", tensor(F32, batch="B", choice=2, seq="S"))
     w = graph.param("w", tensor(F32, expert=3, mlp=5, embed=4))
-    place = b.place(chosen, tokens=("seq", "batch"), experts=3, **attrs)
+    place = b.assign_slots(chosen, tokens=("seq", "batch"), experts=3, **attrs)
     rows = b.contract(b.dispatch(x, chosen, place), w, over="embed")
-    graph.set_output("place", place)
+    graph.set_output("assign_slots", place)
     graph.set_output("y", b.combine(rows, chosen, place, gates))
     program = compiled(graph, F64)
     rng = np.random.default_rng(0)
@@ -311,7 +311,7 @@ def test_every_placement_is_that_of_the_reference(attrs: dict[str, Any]) -> None
         params = {"w": rng.normal(size=(3, 5, 4))}
         expected = run_reference(graph, params=params, inputs=inputs)
         found = program.run(params, inputs)
-        np.testing.assert_array_equal(found["place"], expected["place"])
+        np.testing.assert_array_equal(found["assign_slots"], expected["assign_slots"])
         np.testing.assert_allclose(found["y"], expected["y"], rtol=1e-12, atol=1e-12)
 
 
@@ -340,9 +340,9 @@ def test_groups_that_do_not_divide_the_tokens_are_refused() -> None:
     graph = Graph("odd")
     b = Builder(graph, loc="layers.2.ffn")
     chosen = graph.input("chosen", tensor(I32, batch="B", choice=1))
-    graph.set_output("y", b.place(chosen, tokens=("batch",), experts=2, groups=2))
+    graph.set_output("y", b.assign_slots(chosen, tokens=("batch",), experts=2, groups=2))
     with pytest.raises(InputError, match="do not divide the tokens") as error:
         compiled(graph, F32).run({}, {"chosen": np.zeros((3, 1), np.int32)})
     where = error.value.problems[0].where
     assert where is not None
-    assert where.endswith("= place @layers.2.ffn")
+    assert where.endswith("= assign_slots @layers.2.ffn")

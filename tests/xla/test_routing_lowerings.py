@@ -16,7 +16,6 @@ from moecc_backends.xla.backend import function  # noqa: E402
 
 from moecc.backend import get_backend  # noqa: E402
 from moecc.ir import F32, F64, I32, PRED, Builder, Graph, Value, tensor  # noqa: E402
-from moecc.ir.dtypes import KEY  # noqa: E402
 from moecc.ir.mixtures import (  # noqa: E402
     emit_dropout,
     emit_expert_choice,
@@ -27,6 +26,7 @@ from moecc.ir.mixtures import (  # noqa: E402
     emit_rescaled,
     emit_soft_slots,
 )
+from moecc.types.dtypes import KEY  # noqa: E402
 
 Data = np.ndarray[Any, Any]
 TOKENS = ("batch", "seq")
@@ -75,7 +75,7 @@ def policy(layer: Layer, slots: dict[str, Any]) -> None:
     b = layer.b
     experts, gates = b.route(layer.logits(layer.x), top_k=2)
     keep = b.keep_choices(gates, b.random_uniform(layer.key, gates), threshold=0.4)
-    place = b.place(experts, keep, tokens=TOKENS, experts=EXPERTS, using="keep", **slots)
+    place = b.assign_slots(experts, keep, tokens=TOKENS, experts=EXPERTS, using="keep", **slots)
     layer.mixture(experts, emit_rescaled(b, gates, place), place)
 
 
@@ -85,7 +85,7 @@ def prioritised(layer: Layer, slots: dict[str, Any]) -> None:
     experts, gates = b.route(logits, top_k=2, gates="softmax")
     given = (emit_priority(b, logits), layer.mask)
     using = ("priority", "mask")
-    place = b.place(experts, *given, tokens=TOKENS, experts=EXPERTS, using=using, **slots)
+    place = b.assign_slots(experts, *given, tokens=TOKENS, experts=EXPERTS, using=using, **slots)
     layer.mixture(experts, gates, place)
 
 
@@ -95,14 +95,16 @@ def biased(layer: Layer, slots: dict[str, Any]) -> None:
     experts, gates = b.route(
         noisy, layer.w["bias"], top_k=2, gates="sigmoid-renormalised", using="bias"
     )
-    place = b.place(experts, tokens=TOKENS, experts=EXPERTS, **slots)
+    place = b.assign_slots(experts, tokens=TOKENS, experts=EXPERTS, **slots)
     layer.mixture(experts, gates, place)
 
 
 def prototypes(layer: Layer, slots: dict[str, Any]) -> None:
     b = layer.b
     experts, gates = emit_prototypes(b, layer.logits(emit_dropout(b, layer.x, layer.key, 0.3)), 2)
-    place = b.place(experts, layer.mask, tokens=TOKENS, experts=EXPERTS, using="mask", **slots)
+    place = b.assign_slots(
+        experts, layer.mask, tokens=TOKENS, experts=EXPERTS, using="mask", **slots
+    )
     layer.mixture(experts, gates, place)
 
 
@@ -110,7 +112,7 @@ def hashed(layer: Layer, slots: dict[str, Any]) -> None:
     b = layer.b
     experts = b.hash_experts(layer.ids, experts=EXPERTS, top_k=2, seed=5)
     gates = b.broadcast(b.constant(value=0.5), experts)
-    place = b.place(experts, tokens=TOKENS, experts=EXPERTS, **slots)
+    place = b.assign_slots(experts, tokens=TOKENS, experts=EXPERTS, **slots)
     layer.mixture(experts, gates, place)
 
 

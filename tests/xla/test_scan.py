@@ -14,9 +14,9 @@ from moecc_backends.xla.lower.elementwise import softmax
 
 from moecc.backend import get_backend
 from moecc.ir import BF16, F32, Builder, Graph, Value, parse, tensor
-from moecc.ir.dtypes import KEY
-from moecc.ir.kept import KEPT
-from moecc.ir.types import TensorType
+from moecc.ir.remat_names import KEPT
+from moecc.types.dtypes import KEY
+from moecc.types.tensor import TensorType
 
 RUNS = 3
 
@@ -42,7 +42,7 @@ def sparse_body(runs: int = RUNS, embed: int = 6, mlp: int = 8) -> Graph:
     b.loc = f"layers.{{0..{runs - 1}}}.ffn"
     logits = b.contract(h, router, over="embed")
     experts, gates = b.route(logits, top_k=2)
-    place = b.place(experts, tokens=("batch", "seq"), experts=4)
+    place = b.assign_slots(experts, tokens=("batch", "seq"), experts=4)
     rows = b.contract(b.dispatch(h, experts, place), up, over="embed")
     made = b.combine(b.contract(b.silu(rows), down, over="mlp"), experts, place, gates)
     body.set_output("h", b.add(h, made))

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.ir.dtypes import F32, F64
-from moecc.models import open_model
+from moecc.model.open import open_model
 from moecc.testing import run_reference
+from moecc.types.dtypes import F32, F64
 
 from .models import GOLDEN, Array, Arrays, compiled, decoder, relative
 

@@ -250,9 +250,9 @@ def test_places_that_32_bits_do_not_count_are_refused() -> None:
     """Else two elements would draw the same number."""
     from moecc_backends.xla.trace.device_view import Local
 
-    from moecc.ir.dtypes import F32
     from moecc.ir.mesh import parse_mesh
-    from moecc.ir.types import Axis, TensorType
+    from moecc.types.dtypes import F32
+    from moecc.types.tensor import Axis, TensorType
 
     local = Local(parse_mesh("data:8"))
     large = TensorType(F32, (Axis("batch", 2**23, ("data",)), Axis("mlp", 2**10)))

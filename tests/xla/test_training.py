@@ -9,9 +9,9 @@ import pytest
 
 from moecc.errors import InputError, UsageError
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import BF16, F32, I32
 from moecc.ir.graph import Graph
-from moecc.ir.types import tensor
+from moecc.types.dtypes import BF16, F32, I32
+from moecc.types.tensor import tensor
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")

@@ -11,11 +11,11 @@ from moecc_backends.reference import (
     collectives,
     contraction,
     elementwise,
-    placing,
     random,
     reduction,
     repetition,
     routing,
+    slots,
 )
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "collectives",
     "contraction",
     "elementwise",
-    "placing",
+    "slots",
     "random",
     "reduction",
     "repetition",

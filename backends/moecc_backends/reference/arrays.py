@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moecc.ir.dtypes import DType
+from moecc.types.dtypes import DType
 
 Data = np.ndarray[Any, Any]
 
@@ -17,7 +17,7 @@ NOTHING = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class SlotAssignment:
     """Where the choices of each group of tokens went.
 
     Attributes:
@@ -41,13 +41,13 @@ class Array:
       data: float64, int64 (uint64 for u64 and keys) or bool.
       axes: the names of its axes, in order.
       dtype: the element type that the graph declares; only a cast asks for it.
-      placement: for a result of ``place``, what ``dispatch`` and ``combine`` need to know.
+      placement: for a result of ``assign_slots``, what ``dispatch`` and ``combine`` need to know.
     """
 
     data: Data
     axes: tuple[str, ...]
     dtype: DType | None = None
-    placement: Placement | None = None
+    assignment: SlotAssignment | None = None
 
     def size(self, axis: str) -> int:
         """Return the size of `axis`."""
@@ -62,7 +62,7 @@ class Array:
 
     def map(self, function: Callable[[Data], Data]) -> Array:
         """Return the array of what `function` makes of the data, whose axes stay."""
-        return replace(self, data=function(self.data), placement=None)
+        return replace(self, data=function(self.data), assignment=None)
 
     def positions(self, axes: Iterable[str]) -> tuple[int, ...]:
         """Return the positions of `axes`."""

@@ -13,7 +13,7 @@ from moecc_backends.reference.arrays import Array, Data, meaning
 
 @meaning("within_buffer")
 def within_buffer(
-    experts: Array, place: Array, counts: Array, *, tokens: tuple[str, ...], **attrs: Any
+    experts: Array, slots: Array, counts: Array, *, tokens: tuple[str, ...], **attrs: Any
 ) -> Array:
     """Return which choices have a slot and room at the device of their expert.
 
@@ -21,12 +21,12 @@ def within_buffer(
       InputError: blocks do not divide the groups, or groups the tokens.
     """
     total = counts.size("group")
-    return kept_from(experts, place, counts, tokens, attrs, first=0, groups=total)
+    return kept_from(experts, slots, counts, tokens, attrs, first=0, groups=total)
 
 
 def kept_from(
     experts: Array,
-    place: Array,
+    slots: Array,
     counts: Array,
     tokens: tuple[str, ...],
     attrs: dict[str, Any],
@@ -38,7 +38,7 @@ def kept_from(
     (choice,) = (a for a in experts.axes if a not in tokens)
     layout = (*tokens, choice)
     shape = [experts.size(a) for a in layout]
-    chosen, slots = (x.to(layout).reshape(-1, shape[-1]) for x in (experts, place))
+    chosen, taken = (x.to(layout).reshape(-1, shape[-1]) for x in (experts, slots))
     every = counts.size("group")
     if every % attrs["blocks"] or len(chosen) % groups:
         raise InputError(
@@ -50,9 +50,9 @@ def kept_from(
     rows = buffer_rows(attrs, each * every // attrs["blocks"], shape[-1])
     room = _room(counts.to(("group", "expert")), attrs, rows)
     group = first + np.arange(len(chosen)) // max(each, 1)
-    there = (slots >= 0) & (chosen >= 0) & (chosen < counts.size("expert"))
+    there = (taken >= 0) & (chosen >= 0) & (chosen < counts.size("expert"))
     limit = room[group[:, None], np.where(there, chosen, 0)]
-    keep = there & (slots < limit)
+    keep = there & (taken < limit)
     return Array(Array(keep.reshape(shape), layout).to(experts.axes), experts.axes)
 
 

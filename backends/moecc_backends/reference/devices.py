@@ -19,15 +19,15 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
-from moecc.ir.types import TensorType
 from moecc.ir.verify import where
+from moecc.types.tensor import TensorType
 from moecc_backends.reference.arrays import Array, Data
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.exchange import EXCHANGES, Sent, added
 from moecc_backends.reference.interpreter import bind
 from moecc_backends.reference.on_device import run_local
-from moecc_backends.reference.placing import poison
 from moecc_backends.reference.repetition import picked, stacked_along
+from moecc_backends.reference.slots import poison
 
 Parts = dict[Coordinates, Array]
 """What each device holds of one value."""
@@ -104,7 +104,7 @@ class _Simulator:
 
     Attributes:
       held: the parts of every value that has been computed.
-      extents: for each ``place`` value, the slots in use of the whole, ``[group, expert]``.
+      extents: for each ``assign_slots`` value, the slots in use of the whole, ``[group, expert]``.
     """
 
     def __init__(self, mesh: Mesh, result: Run) -> None:
@@ -193,9 +193,9 @@ class _Simulator:
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 
     def _note_extents(self, node: Node) -> None:
-        """Put the extents of a ``place`` together from those that the devices counted."""
+        """Put the extents of an ``assign_slots`` together from those that the devices counted."""
         value = node.results[-1]
-        found = {d: a.placement for d, a in self.held[value].items()}
+        found = {d: a.assignment for d, a in self.held[value].items()}
         if any(p is None for p in found.values()):
             return
         outermost = value.type[node.attrs["tokens"][0]]

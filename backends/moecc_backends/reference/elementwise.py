@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from moecc.ir.dtypes import DTYPES, DType
+from moecc.types.dtypes import DTYPES, DType
 from moecc.weights.rounding import is_lossless, round_to
 from moecc_backends.reference.arrays import Array, Data, meaning, together
 

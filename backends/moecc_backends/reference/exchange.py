@@ -14,7 +14,7 @@ import numpy as np
 
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Coordinates, Mesh
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 from moecc_backends.reference.arrays import Array, Data
 
 Parts = dict[Coordinates, Array]
@@ -41,12 +41,12 @@ def _block(x: Array, axis: str, part: int, parts: int) -> Array:
     """Return block `part` of the `parts` equal blocks of `x` along `axis`."""
     at = x.axes.index(axis)
     size = x.data.shape[at] // parts
-    return replace(x, data=x.data.take(range(part * size, (part + 1) * size), at), placement=None)
+    return replace(x, data=x.data.take(range(part * size, (part + 1) * size), at), assignment=None)
 
 
 def _together(pieces: list[Array], axis: str) -> Array:
     at = pieces[0].axes.index(axis)
-    return replace(pieces[0], data=np.concatenate([p.data for p in pieces], at), placement=None)
+    return replace(pieces[0], data=np.concatenate([p.data for p in pieces], at), assignment=None)
 
 
 @exchange("shard")

@@ -15,13 +15,13 @@ import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.dtypes import F64, DType
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.types import Extent
 from moecc.ir.verify import where
-from moecc_backends.reference.arrays import MEANINGS, Array, Data, Placement
+from moecc.types.dtypes import F64, DType
+from moecc.types.tensor import Extent
+from moecc_backends.reference.arrays import MEANINGS, Array, Data, SlotAssignment
 from moecc_backends.reference.elementwise import stored
-from moecc_backends.reference.placing import poisoned
+from moecc_backends.reference.slots import poisoned
 
 
 class ReferenceBackend:
@@ -90,7 +90,7 @@ class _State:
     """Arrays of the values that are still needed, and the placements, which are small."""
 
     arrays: dict[Value, Array]
-    placements: dict[Value, Placement]
+    assignments: dict[Value, SlotAssignment]
     left: dict[Value, int]
 
     def load(self, value: Value, given: Mapping[Value, Data]) -> Array:
@@ -124,11 +124,11 @@ class _State:
 
     def finish(self, array: Array, value: Value) -> Array:
         """Return a result with its declared type, and with nothing beyond ragged extents."""
-        if array.placement is not None:
-            self.placements[value] = array.placement
+        if array.assignment is not None:
+            self.assignments[value] = array.assignment
         ragged = value.type.ragged
         if ragged is not None and isinstance(ragged.size, Extent):
-            array = poisoned(array, ragged.name, self.placements[setter_of(ragged.size)])
+            array = poisoned(array, ragged.name, self.assignments[setter_of(ragged.size)])
         return replace(array, dtype=value.type.dtype)
 
 

@@ -95,25 +95,25 @@ def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -
 @local("combine")
 def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return what the experts of this device add to each token."""
-    rows, experts, place, gates = operands
+    rows, experts, slots, gates = operands
     axis = node.operands[0].type["expert"]
     size = rows.size("expert")
     index = experts.data - mesh.part(at, axis.mesh) * size
     mine = (index >= 0) & (index < size)
-    own = replace(place, data=np.where(Array(mine, experts.axes).to(place.axes), place.data, -1))
+    own = replace(slots, data=np.where(Array(mine, experts.axes).to(slots.axes), slots.data, -1))
     return _one(_plain(node, [rows, replace(experts, data=index), own, gates], at, mesh))
 
 
 @local("within_buffer")
 def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return what has room of this device's tokens, from the counts of all that exchange."""
-    experts, place, counts = operands
+    experts, slots, counts = operands
     attrs = dict(local_attrs(node, mesh))
     tokens = node.operands[0].type[attrs["tokens"][0]].mesh
     over = tokens[len(node.operands[2].type["group"].mesh) :]
     groups = counts.size("group") // mesh.size(over)
     first = mesh.part(at, over) * groups
-    return kept_from(experts, place, counts, attrs["tokens"], attrs, first=first, groups=groups)
+    return kept_from(experts, slots, counts, attrs["tokens"], attrs, first=first, groups=groups)
 
 
 def _one(made: Array | tuple[Array, ...]) -> Array:

@@ -17,11 +17,11 @@ import numpy as np
 from moecc.ahead.request import Job, Result
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.dtypes import F32, F64, DType
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.kept import only_routes
+from moecc.ir.remat_names import only_routes
 from moecc.ir.verify import where
-from moecc.launch.place import place_of
+from moecc.launch.process_info import process_info
+from moecc.types.dtypes import F32, F64, DType
 from moecc_backends.xla.dispatch.choose import check_dispatch, dispatch_problems
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.lower import attention as attention
@@ -177,11 +177,11 @@ class XlaBackend:
         problems += dispatch_problems(graph, options)
         if problems:
             raise InputError(problems)
-        place = place_of()
-        if place is not None:
+        process = process_info()
+        if process is not None:
             from moecc_backends.xla.run.multi_process import shared_program
 
-            return shared_program(graph, dtype, options, place)
+            return shared_program(graph, dtype, options, process)
         find_devices()
         return XlaProgram(graph, dtype, options)
 

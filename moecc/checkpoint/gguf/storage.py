@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecc.ir.dtypes import BF16, F16, F32, DType
+from moecc.types.dtypes import BF16, F16, F32, DType
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ from moecc.ir.table import (
     contraction,
     elementwise,
     flows,
-    placing,
     random,
     reduction,
     repetition,
     routing,
+    slots,
 )
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "contraction",
     "elementwise",
     "flows",
-    "placing",
+    "slots",
     "random",
     "reduction",
     "repetition",

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32, I32, PRED
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name
@@ -20,7 +19,8 @@ from moecc.ir.table.rules import (
     widest,
 )
 from moecc.ir.traits import Residual
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import F32, I32, PRED
+from moecc.types.tensor import Axis, TensorType
 
 
 def _infer_rope(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:

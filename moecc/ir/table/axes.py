@@ -7,13 +7,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32, I32
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import along_axis, by_name, cut, looked_up, merged, renamed
 from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.traits import Cost, Cut, Index, Product, Residual, Role
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import F32, I32
+from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh

@@ -11,12 +11,12 @@ from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import PRED
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import received
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_ragged
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import PRED
+from moecc.types.tensor import TensorType
 
 if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh
@@ -35,19 +35,19 @@ def buffer_rows(attrs: Attrs, tokens: int, choices: int) -> int:
 
 
 def _infer_within_buffer(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    experts, place, counts = (v.type for v in operands)
+    experts, slots, counts = (v.type for v in operands)
     need_kind(experts, "int", "the experts")
-    need_kind(place, "int", "the slots")
+    need_kind(slots, "int", "the slots")
     need_float(counts, "the counts")
     tokens: tuple[str, ...] = attrs["tokens"]
     for name in tokens:
         axis_of(experts, name)
     no_ragged(experts, experts.names, "no buffer")
-    if not tokens or experts.names != place.names or experts.sizes != place.sizes:
+    if not tokens or experts.names != slots.names or experts.sizes != slots.sizes:
         raise InputError(
             "experts and slots belong to different choices",
             expected=str(experts),
-            found=str(place),
+            found=str(slots),
         )
     if len(experts) != len(tokens) + 1 or set(counts.names) != {"group", "expert"}:
         raise InputError(
@@ -99,8 +99,8 @@ register(
         exchange rows among themselves.  A device has room for `factor` times its share of the
         choices of a block, rounded up; rows arrive by group, then expert, then slot, and what
         arrives later is left out.  counts says how many slots of each group and expert are taken.
-        As `keep` of a ``place`` the result leaves the other slots as they are.""",
-        ("experts", "place", "counts"),
+        As `keep` of an ``assign_slots`` the result leaves the other slots as they are.""",
+        ("experts", "slots", "counts"),
         _infer_within_buffer,
         results=("keep",),
         attrs={

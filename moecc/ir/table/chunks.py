@@ -14,7 +14,7 @@ from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import in_parts
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh

@@ -15,7 +15,7 @@ from moecc.ir.operand import Operand
 from moecc.ir.ops import OPS, Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.rules import axis_of
 from moecc.ir.traits import Collective
-from moecc.ir.types import Axis, Extent, TensorType, is_name
+from moecc.types.tensor import Axis, Extent, TensorType, is_name
 
 _MESH = Attr("axes", doc="the mesh axes, outermost first")
 
@@ -101,14 +101,14 @@ def _infer_ragged(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType
     if type.ragged is None or {attrs["split"], attrs["gather"]} != {"group", "expert"}:
         raise InputError(
             "ragged_all_to_all exchanges ragged rows between their groups and their experts",
-            expected="an axis slot=ragged(%place); split and gather group and expert",
+            expected="an axis slot=ragged(%slots); split and gather group and expert",
             found=str(type),
             hint="all_to_all moves what is not ragged",
         )
     return (_moved(type, attrs),)
 
 
-def parse_placement(text: str) -> dict[str, tuple[str, ...]]:
+def parse_sharding(text: str) -> dict[str, tuple[str, ...]]:
     """Return the mesh axes of each axis that ``batch@data,mlp@model*expert`` names.
 
     Raises:
@@ -126,24 +126,24 @@ def parse_placement(text: str) -> dict[str, tuple[str, ...]]:
     return placement
 
 
-def format_placement(type: TensorType) -> str:
+def format_sharding(type: TensorType) -> str:
     """Return the text from which `parse_placement` reads where the axes of `type` lie."""
     return ",".join(spelled(a) for a in type.axes if a.mesh)
 
 
 def _infer_reshard(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     type = operands[0].type
-    placement = parse_placement(attrs["to"])
+    placement = parse_sharding(attrs["to"])
     for name in placement:
         if name not in type:
             hint = nearest(name, type.names)
             raise InputError(f"there is no axis {name!r}", found=str(type), hint=hint)
     axes = tuple(Axis(a.name, a.size, placement.get(a.name, ())) for a in type.axes)
     made = TensorType(type.dtype, axes)
-    if format_placement(made) != attrs["to"]:
+    if format_sharding(made) != attrs["to"]:
         raise InputError(
             "a placement names axes in their order, without spaces",
-            expected=format_placement(made),
+            expected=format_sharding(made),
             found=attrs["to"],
         )
     used = [m for a in axes for m in a.mesh]

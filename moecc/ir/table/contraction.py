@@ -11,7 +11,7 @@ from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import summing
 from moecc.ir.table.rules import axis_of, no_ragged, same_dtype, same_size
 from moecc.ir.traits import PAIR, Cost, Role
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 
 def contract_type(x: TensorType, w: TensorType, over: tuple[str, ...]) -> TensorType:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from moecc.errors import InputError, nearest
-from moecc.ir.dtypes import DTYPES, PRED, DType
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.flows import by_name
@@ -30,7 +29,8 @@ from moecc.ir.traits import (
     alike,
     powers,
 )
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import DTYPES, PRED, DType
+from moecc.types.tensor import TensorType
 
 
 def unary(

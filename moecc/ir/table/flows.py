@@ -93,10 +93,10 @@ def _tokens(names: Iterable[str], tokens: Sequence[str]) -> dict[str, str]:
     return {n: "group" if n == tokens[0] else n for n in names}
 
 
-def _tokens_of(place: Operand) -> tuple[str, ...]:
+def _tokens_of(slots: Operand) -> tuple[str, ...]:
     """Return the token axes of the operation that gives the slots `place`."""
-    assert place.node is not None, "the operation was inferred, so slots come from a node"
-    tokens: tuple[str, ...] = place.node.attrs["tokens"]
+    assert slots.node is not None, "the operation was inferred, so slots come from a node"
+    tokens: tuple[str, ...] = slots.node.attrs["tokens"]
     return tokens
 
 
@@ -129,8 +129,8 @@ def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space
 
 def combined(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """A device combines the rows of its experts; what other experts add is summed afterwards."""
-    rows, _, place, _ = operands
-    tokens = _tokens_of(place)
+    rows, _, slots, _ = operands
+    tokens = _tokens_of(slots)
     routing = tuple(_tokens(v.type.names, tokens) for v in operands[1:])
     own = _own(rows.type.names)
     whole = frozenset({"slot", *(d for r in routing for d in r.values())} - {"group", "expert"})

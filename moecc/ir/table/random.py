@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from math import isfinite
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32, KEY
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name, by_place
 from moecc.ir.table.rules import need_kind, no_ragged
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import F32, KEY
+from moecc.types.tensor import TensorType
 
 
 def _need_key(type: TensorType) -> None:

@@ -18,7 +18,7 @@ from moecc.ir.table.rules import (
     same_size,
 )
 from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Cost, Homogeneity, Residual, Role, powers
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 
 def _infer_reduce(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:

@@ -16,10 +16,10 @@ from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Graph
+    from moecc.ir.graph import Graph, Node, Value
 
 REMATERIALISATION = ("none", "full", "save")
 """What is kept of a repetition for the gradient: everything, its operands, or named values."""
@@ -83,6 +83,20 @@ register(
         sharding=by_name,
     )
 )
+
+
+def stacked_parts(value: Value, axis: str) -> list[Value] | None:
+    """Return what `value` stacks along `axis`, or None where it is no stack."""
+    node = value.node
+    if node is None or node.op.name != "stack" or node.attrs["axis"] != axis:
+        return None
+    return list(node.operands)
+
+
+def picked_at(node: Node, axis: str) -> int | None:
+    """Return the position of `axis` that `node` picks from its operand, or None."""
+    is_index = node.op.name == "index" and node.attrs["axis"] == axis
+    return int(node.attrs["at"]) if is_index else None
 
 
 def repetitions(attrs: Attrs) -> tuple[str, int]:

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from math import inf
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import I32, PRED
 from moecc.ir.gates import CONVENTIONS, GATES, convention
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import by_name
-from moecc.ir.table.placing import given_to
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import OPERAND
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import I32, PRED
+from moecc.types.tensor import Axis, TensorType
 
 POLICIES = ("all", "none", "threshold", "random")
 """What may happen to choices after the first (ST-MoE, Appendix G)."""
@@ -41,7 +41,7 @@ def _infer_route(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType,
     if most is not None and k > most:
         defined = " and ".join(map(str, range(1, most + 1)))
         raise InputError(f"{attrs['gates']} gates are defined for top_k {defined}", found=str(k))
-    bias = given_to(operands, attrs).get("bias")
+    bias = operands_by_word(operands, attrs).get("bias")
     if bias is not None:
         _check_bias(bias.type, expert, attrs["gates"])
     rest = [a for a in logits.axes if a is not expert]

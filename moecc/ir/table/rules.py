@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moecc.errors import InputError, nearest
-from moecc.ir.dtypes import DType
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attrs
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import DType
+from moecc.types.tensor import Axis, TensorType
 
 
 def axis_of(type: TensorType, name: str, what: str = "the operand") -> Axis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import (

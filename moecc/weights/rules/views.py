@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from moecc.ir.types import Axis
+from moecc.types.tensor import Axis
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import (

@@ -96,5 +96,11 @@ RULES = (
         _slice_once,
     ),
     Rule("broadcast-to-same", P.broadcast(_x, P.any()), operand, same_type),
-    Rule("reduce-nothing", P.op(("sum", "mean", "max"), _x, axes=_reduces_nothing), operand),
+    Rule(
+        "reduce-nothing",
+        P.sum(_x, axes=_reduces_nothing)
+        | P.mean(_x, axes=_reduces_nothing)
+        | P.max(_x, axes=_reduces_nothing),
+        operand,
+    ),
 )

@@ -7,41 +7,35 @@ from collections.abc import Callable
 from math import copysign, isfinite
 
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Node, Value
-from moecc.rewrite import Match, P, Rule
+from moecc.ir.graph import Value
+from moecc.rewrite import Match, P, Pattern, Rule
 
-# Only operations that IEEE 754 rounds correctly: their result is the same everywhere.
-_BINARY: dict[str, Callable[[float, float], float]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "maximum": max,
-    "minimum": min,
-}
+Compute = Callable[[Match], float]
+"""Returns what an operation on constants gives."""
 
 
-def _folded(node: Node) -> float:
-    values = [v.node.attrs["value"] for v in node.operands if v.node is not None]
-    if node.op.name == "neg":
-        return -float(values[0])
-    if node.op.name == "scale":
-        return float(values[0] * node.attrs["by"])
-    return float(_BINARY[node.op.name](values[0], values[1]))
+def _folding(pattern: Pattern, compute: Compute) -> Rule:
+    """Return the rule that puts a constant in the place of an operation on constants."""
+
+    def check(match: Match) -> str | None:
+        if not match.root.result.type.dtype.is_float:
+            return "whole numbers may overflow"
+        value = float(compute(match))
+        # An attribute cannot be −0.
+        if isfinite(value) and (value != 0 or copysign(1, value) > 0):
+            return None
+        return f"the result would be {value}"
+
+    def build(match: Match, b: Builder) -> Value:
+        dtype = match.root.result.type.dtype.name
+        value: Value = b.constant(value=float(compute(match)), dtype=dtype)
+        return value
+
+    return Rule("fold-constants", pattern, build, check)
 
 
-def _is_foldable(match: Match) -> str | None:
-    if not match.root.result.type.dtype.is_float:
-        return "whole numbers may overflow"
-    value = _folded(match.root)
-    # An attribute cannot be −0.
-    if isfinite(value) and (value != 0 or copysign(1, value) > 0):
-        return None
-    return f"the result would be {value}"
-
-
-def _fold(match: Match, b: Builder) -> Value:
-    root = match.root
-    return b.constant(value=_folded(root), dtype=root.result.type.dtype.name)
+def _of_both(compute: Callable[[float, float], float]) -> Compute:
+    return lambda match: compute(match.attr("a"), match.attr("b"))
 
 
 def _is_float(match: Match) -> str | None:
@@ -50,18 +44,21 @@ def _is_float(match: Match) -> str | None:
 
 
 def _scale(match: Match, b: Builder) -> Value:
-    return b.scale(match.value("x"), by=match.attr("value"))
+    value: Value = b.scale(match.value("x"), by=match.attr("value"))
+    return value
 
 
-_constant = P.constant()
+_a, _b = P.constant(value=P.attr("a")), P.constant(value=P.attr("b"))
 
 RULES = (
-    Rule(
-        "fold-constants",
-        P.op(("neg", "scale"), _constant) | P.op(_BINARY, _constant, _constant),
-        _fold,
-        _is_foldable,
-    ),
+    # Only operations that IEEE 754 rounds correctly: their result is the same everywhere.
+    _folding(P.neg(_a), lambda match: -match.attr("a")),
+    _folding(P.scale(_a, by=P.attr("b")), _of_both(operator.mul)),
+    _folding(P.add(_a, _b), _of_both(operator.add)),
+    _folding(P.sub(_a, _b), _of_both(operator.sub)),
+    _folding(P.mul(_a, _b), _of_both(operator.mul)),
+    _folding(P.maximum(_a, _b), _of_both(max)),
+    _folding(P.minimum(_a, _b), _of_both(min)),
     # x · c is a scale, which says more.
     Rule(
         "mul-by-constant", P.mul(P.any("x"), P.constant(value=P.attr("value"))), _scale, _is_float

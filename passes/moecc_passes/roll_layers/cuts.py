@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 
 ORIGIN = "roll-layers/split"
 

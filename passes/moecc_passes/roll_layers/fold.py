@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import ATTRIBUTE as MESH
-from moecc.ir.ranges import joined
 from moecc.ir.structure import copied
 from moecc.ir.table.repetition import stacked
-from moecc.ir.types import Axis
+from moecc.rewrite import P, fits
+from moecc.types.ranges import joined
+from moecc.types.tensor import Axis
 from moecc.weights.movement import Stack
 from moecc_passes.roll_layers.cuts import Cuts
 from moecc_passes.roll_layers.wiring import CannotRoll, Each, Wiring
@@ -187,9 +188,9 @@ class Fold:
 
     def join(self, whole: Value, parts: list[Value]) -> None:
         """Let what was stacked of all blocks be what the scan has stacked."""
+        along = P.stack(P.any(), ..., axis=self.axis.name)
         for user in list(parts[0].users):
-            along = user.op.name == "stack" and user.attrs["axis"] == self.axis.name
-            if along and user.operands == parts:
+            if fits(along, user) and user.operands == parts:
                 user.replace_by(whole)
 
     def is_needed(self, value: Value) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecc.ir.graph import Graph, Node, Value
+from moecc.rewrite import P, fits
 from moecc_passes.roll_layers.layers import Layer
+
+POSITIONS = P.positions(P.any())
 
 
 def data_dependent(graph: Graph) -> set[Value]:
@@ -13,7 +16,7 @@ def data_dependent(graph: Graph) -> set[Value]:
     found = {v for v in graph.inputs.values() if v.type.dtype.kind != "key"}
     for node in graph:
         # Positions are known from the shape.
-        if node.op.name != "positions" and any(v in found for v in node.operands):
+        if not fits(POSITIONS, node) and any(v in found for v in node.operands):
             found.update(node.results)
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.structure import attributes
-from moecc.ir.types import Axis, Extent, TensorType
+from moecc.types.tensor import Axis, Extent, TensorType
 
 _LAYER = re.compile(r"((?:.*?\.)?layers)\.(\d+)(?:\.|$)")
 

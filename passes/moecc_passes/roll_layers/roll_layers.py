@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph
-from moecc.ir.kept import DEFAULT, KEPT
 from moecc.ir.mesh import mesh_of
-from moecc.ir.ranges import joined
+from moecc.ir.remat_names import DEFAULT, KEPT
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.rewrite.match import NearMiss
+from moecc.types.ranges import joined
 from moecc_passes.roll_layers.fold import Fold, Keeping
 from moecc_passes.roll_layers.hoist import data_dependent, hoist
 from moecc_passes.roll_layers.layers import Layer, Repeated, difference, repetitions_in, stacks_of

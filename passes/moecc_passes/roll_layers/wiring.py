@@ -8,8 +8,8 @@ from functools import cached_property
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.ranges import joined
-from moecc.ir.table.placing import is_place
+from moecc.ir.table.slots import is_slots
+from moecc.types.ranges import joined
 
 Each = tuple[Value, ...]
 """A value of every repetition, in order."""
@@ -157,5 +157,5 @@ def _leave(wiring: Wiring, home: Home) -> None:
         wiring.returned.setdefault(number, []).append(block)
         if value.type.extents:
             raise CannotRoll(f"%{value.name} has sizes that its layer sets, and is used outside")
-        if is_place(value) and any(user.results for user in outside):
+        if is_slots(value) and any(user.results for user in outside):
             raise CannotRoll(f"the slots %{value.name} are used outside their layer")

@@ -12,13 +12,13 @@ from moecc.ir.builder import Builder
 from moecc.ir.flow import spelled
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
-from moecc.ir.table.collectives import format_placement
-from moecc.ir.table.placing import placed_experts
-from moecc.ir.types import Axis, TensorType
+from moecc.ir.table.collectives import format_sharding
+from moecc.ir.table.slots import experts_of
 from moecc.ir.verify import where
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner, Assignment, cuts_of
 from moecc.sharding.rules import LayoutRule, read_layouts
+from moecc.types.tensor import Axis, TensorType
 from moecc_passes.sharding.groups import REGROUPED, cut_groups
 
 NAME = "annotate-sharding"
@@ -152,12 +152,12 @@ class _Annotator:
     def lay(self, value: Value, type: TensorType) -> None:
         value.type = type
         self.known.add(value)
-        self.laid += type.is_placed
+        self.laid += type.is_sharded
 
     def node(self, node: Node) -> None:
         if node.op.name in ("dispatch", "combine"):
             # Slots and the experts that they were given for belong together.
-            node.set_operand(1, placed_experts(node.operands[2]))
+            node.set_operand(1, experts_of(node.operands[2]))
         assignment = self.assigner.node(node, [v in self.known for v in node.operands])
         for number, value in enumerate(node.operands):
             if value not in self.known:
@@ -217,7 +217,7 @@ class _Annotator:
           rules: what wants it so.
           before: the node to stand in front of, if not `node`.
         """
-        to, loc = format_placement(wanted), node.loc
+        to, loc = format_sharding(wanted), node.loc
         key = (value, to, loc if value.is_param else "")
         if key in self.made:
             return self.made[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import nearest_multiple
 from moecc.ir.replace import infer_again
-from moecc.ir.table.placing import PLACING
+from moecc.ir.table.slots import SLOT_ASSIGNERS
 from moecc.pipeline.passes import Preserves, Remark
 from moecc.sharding.assign import Assigner
 
@@ -13,7 +13,7 @@ REGROUPED = Preserves("reassociation", "the rows of dropless layers stand in oth
 """What changes where the number of groups of a dropless layer does."""
 
 ATTRIBUTE = "groups_whole"
-"""The attribute of a graph that says how many groups a ``place`` had before, by its name."""
+"""The graph attribute with the groups that each ``assign_slots`` had before, by its name."""
 
 
 def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
@@ -39,8 +39,12 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
 
 
 def _parts(node: Node, assigner: Assigner) -> int | None:
-    """Return the parts that the tokens of a dropless ``place`` lie in, or None for other nodes."""
-    if node.op.name not in PLACING or node.attrs["slots"] != "ragged" or node.attrs["group_size"]:
+    """Return over how many shards a dropless ``assign_slots`` has its tokens; None elsewhere."""
+    if (
+        node.op.name not in SLOT_ASSIGNERS
+        or node.attrs["slots"] != "ragged"
+        or node.attrs["group_size"]
+    ):
         return None
     if any(user.op.name == "group_sum" for user in node.results[-1].users):
         return None
@@ -54,6 +58,6 @@ def restore_groups(graph: Graph) -> bool:
     before = graph.attrs.pop(ATTRIBUTE, {})
     for node in graph:
         name = node.results[-1].name
-        if name in before and node.op.name in PLACING:
+        if name in before and node.op.name in SLOT_ASSIGNERS:
             node.attrs["groups"] = before[name]
     return bool(before)

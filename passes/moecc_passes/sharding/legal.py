@@ -15,14 +15,14 @@ from typing import Literal, get_args
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph
 from moecc.ir.mixtures import emit_expert_choice
 from moecc.ir.moe import SlotOptions, emit_routing
-from moecc.ir.types import tensor
-from moecc.pages import WrittenPart
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.support.generated_docs import WrittenPart
+from moecc.types.dtypes import F32
+from moecc.types.tensor import tensor
 
 Bound = Literal["capacity", "ragged", "expert-choice"]
 SLOTS: tuple[Bound, ...] = get_args(Bound)
@@ -99,10 +99,10 @@ def layer(slots: Bound, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> G
     down = graph.param("down", tensor(F32, expert=experts, embed=embed, mlp=mlp))
     if slots == "expert-choice":
         tokens = ("batch", "seq")
-        chosen, gates, place = emit_expert_choice(
+        chosen, gates, assigned = emit_expert_choice(
             b, x, router, tokens=tokens, capacity_factor=2.0, groups=16, minimum=1
         )
-        rows = b.dispatch(x, chosen, place)
+        rows = b.dispatch(x, chosen, assigned)
     else:
         bound: SlotOptions = {"slots": slots, "groups": 16}
         if slots == "capacity":
@@ -111,7 +111,7 @@ def layer(slots: Bound, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> G
     act = b.silu(b.add(b.contract(rows, gate, over="embed"), bias))
     hidden = b.mul(act, b.contract(rows, up, over="embed"))
     made = b.contract(hidden, down, over="mlp")
-    y = b.combine(made, chosen, place, gates) if slots == "expert-choice" else finish(made)
+    y = b.combine(made, chosen, assigned, gates) if slots == "expert-choice" else finish(made)
     graph.set_output("y", b.add(x, y))
     return graph
 

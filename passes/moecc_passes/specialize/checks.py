@@ -10,8 +10,8 @@ from moecc.pipeline.passes import Pass
 from moecc_passes.inputs import is_decoder as is_decoder_at
 from moecc_passes.inputs import mask_misfit
 from moecc_passes.routed import RoutedLayer
+from moecc_passes.specialize.mode_config import ModeConfig
 from moecc_passes.specialize.options import SpecializeOptions
-from moecc_passes.specialize.settings import Settings
 
 TRAIN_ONLY = ("jitter", "input_dropout", "router_noise", "dropout", "expert_dropout")
 """What perturbs a model on purpose, which only training has use for."""
@@ -106,7 +106,7 @@ def _is_dropless(made: Pass) -> bool:
 
 
 def misfits(
-    item: SpecializeOptions, layer: RoutedLayer, settings: Settings, is_decoder: bool
+    item: SpecializeOptions, layer: RoutedLayer, settings: ModeConfig, is_decoder: bool
 ) -> Iterator[Problem]:
     """Yield why the settings do not suit `layer`.
 
@@ -116,10 +116,10 @@ def misfits(
       settings: the options, and what the graph says of the mode.
       is_decoder: whether the layer stands behind a causal mask.
     """
-    chooses = layer.placing.op.name == "expert_choice"
+    chooses = layer.experts_choose
     if (settings.priority or chooses) and is_decoder and not item.force:
         what = "expert choice" if chooses else "batch-prioritised routing"
-        other = "; layers=encoder.*" if is_decoder_at(layer.placing.loc) else ""
+        other = "; layers=encoder.*" if is_decoder_at(layer.assigner.loc) else ""
         yield Problem(
             f"{what} in a decoder decides about a token by later ones", layer.name,
             hint=f"ST-MoE (Appendix D) has it in encoders only{other}; force=true allows it",
@@ -141,7 +141,7 @@ def misfits(
             yield Problem("there is no router to perturb", layer.name, found=_kind(layer),
                           hint=f"leave {field.replace('_', '-')} out")  # fmt: skip
     if settings.padding_mask:
-        graph, type, loc = layer.placing.graph, layer.place.type, layer.placing.loc
+        graph, type, loc = layer.assigner.graph, layer.slots.type, layer.assigner.loc
         misfit = mask_misfit(graph, type, layer.tokens, loc)
         yield from [misfit] if misfit else []
     if settings.expert_dropout:
@@ -149,14 +149,14 @@ def misfits(
 
 
 def _kind(layer: RoutedLayer) -> str:
-    if layer.placing.op.name == "expert_choice":
+    if layer.experts_choose:
         return "experts choose tokens"
     return "experts by a hash" if layer.scorer is None else "one expert of each prototype"
 
 
-def _cannot_drop(layer: RoutedLayer, settings: Settings) -> Iterator[Problem]:
-    bounded = {**layer.placing.attrs, **settings.placement()}["slots"] == "capacity"
-    if not bounded and layer.placing.op.name == "place":
+def _cannot_drop(layer: RoutedLayer, settings: ModeConfig) -> Iterator[Problem]:
+    bounded = {**layer.assigner.attrs, **settings.assignment()}["slots"] == "capacity"
+    if not bounded and not layer.experts_choose:
         yield Problem(
             "dropout in experts needs slots that can be numbered", layer.name,
             "a capacity", "dropless rows", "capacity-factor=1.25, say",

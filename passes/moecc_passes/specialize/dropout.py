@@ -8,7 +8,11 @@ from moecc.analysis.ffn import find_ffn_blocks
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mixtures import emit_dropout
+from moecc.rewrite import P, fits
+from moecc_passes.routed import PRODUCT
 from moecc_passes.specialize.undo import ORIGIN
+
+SUM = P.add(P.any(), P.any())
 
 Operand = tuple[Node, int]
 """A node, and the position of one of its operands."""
@@ -43,7 +47,7 @@ def sublayers(graph: Graph) -> list[Operand]:
     """
     found: dict[Value, Operand] = {}
     for node in graph:
-        if node.op.name != "add" or not node.result.type.dtype.is_float:
+        if not fits(SUM, node) or not node.result.type.dtype.is_float:
             continue
         a, b = node.operands
         if a.type != b.type:
@@ -61,7 +65,7 @@ def _is_behind(stream: Value, branch: Value, sums: dict[Value, Operand]) -> bool
     reaches = multiplies = False
     while left:
         node = left.pop().node
-        multiplies |= node is not None and node.op.name == "contract"
+        multiplies |= fits(PRODUCT, node) is not None
         for value in node.operands if node is not None else ():
             reaches |= value is stream
             if value is not stream and value not in seen and value not in sums:

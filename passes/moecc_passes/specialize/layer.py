@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from moecc.ir.attributes import Policy, RouteAttrs
 from moecc.ir.builder import Builder
-from moecc.ir.dtypes import KEY
 from moecc.ir.gates import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mixtures import (
@@ -16,14 +15,18 @@ from moecc.ir.mixtures import (
     emit_priority,
     emit_rescaled,
 )
-from moecc.ir.types import TensorType
+from moecc.rewrite import P, fits
+from moecc.types.dtypes import KEY
+from moecc.types.tensor import TensorType
 from moecc_passes.inputs import padding_mask
 from moecc_passes.routed import RoutedLayer
-from moecc_passes.specialize.settings import Settings
-from moecc_passes.specialize.undo import ORIGIN, original, placed_anew
+from moecc_passes.specialize.mode_config import ModeConfig
+from moecc_passes.specialize.undo import ORIGIN, original, reassign_slots
 
 NextKey = Callable[[], Value]
 """Gives a key that nothing else uses."""
+
+FOLDED = P.fold_key(P.any(), by=P.attr("by"))
 
 
 class Keys:
@@ -32,7 +35,7 @@ class Keys:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         # Layers that were specialised before, and are left alone now, have numbers already.
-        taken = (n.attrs["by"] for n in graph if n.op.name == "fold_key")
+        taken = (found.attr("by") for n in graph if (found := fits(FOLDED, n)))
         self.first = self.next = 1 + max(taken, default=-1)
 
     def __call__(self) -> Value:
@@ -56,38 +59,38 @@ class Keys:
         return self.graph.input(self.graph.fresh("key"), TensorType(KEY))
 
 
-def specialise(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> None:
+def specialise(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> None:
     """Give `layer` the capacity, policy and noise of a mode; what was added before is gone."""
     if layer.scorer is not None:
         _perturb(layer.router, layer.scorer, settings, next_key)
     given = _given(layer, settings, next_key)
-    attrs = {n: v for n, v in settings.placement().items() if n in layer.placing.op.attrs}
-    if layer.placing.op.name == "expert_choice":
+    attrs = {n: v for n, v in settings.assignment().items() if n in layer.assigner.op.attrs}
+    if layer.experts_choose:
         # Experts always choose a bounded number of tokens.
         attrs = {n: v for n, v in attrs.items() if n not in ("slots", "convention")}
         attrs = attrs if attrs.get("capacity_factor") else {**attrs, **_factor(layer)}
-    placing = placed_anew(layer.placing, given, attrs)
+    assigner = reassign_slots(layer.assigner, given, attrs)
     if settings.after_drop == "rescale":
         builder = _builder(layer.combine, "rescale")
-        rescaled = emit_rescaled(builder, layer.gates, placing.results[-1])
+        rescaled = emit_rescaled(builder, layer.gates, assigner.results[-1])
         layer.combine.set_operand(3, rescaled)
     if settings.expert_dropout:
         # Last, because slots must have numbers before dropout can be drawn for them.
         _drop_hidden(layer, settings.expert_dropout, next_key)
 
 
-def _given(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> dict[str, Value]:
+def _given(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> dict[str, Value]:
     """Return what the slots are given beside the experts, by word."""
     given = layer.given()
     policy = settings.policy or "all"
     if policy != "all" and layer.top_k > 1 and layer.route is not None:
         given["keep"] = _kept(layer, layer.route, policy, settings.threshold, next_key)
     if settings.priority and layer.route is not None:
-        builder = _builder(layer.placing, "priority")
+        builder = _builder(layer.assigner, "priority")
         given["priority"] = emit_priority(builder, layer.route.operands[0])
     if settings.padding_mask:
         given["mask"] = padding_mask(
-            layer.placing.graph, layer.place.type, layer.tokens, layer.placing.loc
+            layer.assigner.graph, layer.slots.type, layer.tokens, layer.assigner.loc
         )
     elif settings.padding_mask is not None:
         given.pop("mask", None)
@@ -95,14 +98,14 @@ def _given(layer: RoutedLayer, settings: Settings, next_key: NextKey) -> dict[st
 
 
 def _factor(layer: RoutedLayer) -> dict[str, float]:
-    return {"capacity_factor": layer.placing.attrs["capacity_factor"]}
+    return {"capacity_factor": layer.assigner.attrs["capacity_factor"]}
 
 
 def _builder(before: Node, why: str) -> Builder:
     return Builder(before.graph, loc=before.loc, origin=f"{ORIGIN}{why}", before=before)
 
 
-def _perturb(product: Node | None, scorer: Node, settings: Settings, next_key: NextKey) -> None:
+def _perturb(product: Node | None, scorer: Node, settings: ModeConfig, next_key: NextKey) -> None:
     if product is not None:
         x = product.operands[0]
         builder = _builder(product, "perturb")
@@ -128,7 +131,7 @@ def _kept(
     layer: RoutedLayer, route: Node, policy: Policy, threshold: float | None, next_key: NextKey
 ) -> Value:
     """Return which choices the policy keeps, by gates that add up to one."""
-    builder = _builder(layer.placing, "policy")
+    builder = _builder(layer.assigner, "policy")
     gates = original(layer.gates)
     made = RouteAttrs.of_node(route)
     if not convention(made.gates).renormalised:

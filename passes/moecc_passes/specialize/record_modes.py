@@ -10,7 +10,7 @@ from moecc.errors import Problem
 from moecc.ir.attributes import Policy
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
-from moecc_passes.specialize.settings import ATTRIBUTE, Settings, record
+from moecc_passes.specialize.mode_config import ATTRIBUTE, ModeConfig, record
 
 MODES = ("train", "eval")
 """The modes that a graph can be specialised for."""
@@ -43,10 +43,10 @@ class RecordModesPass(Pass):
         int | None, "that of the decoder of an encoder-decoder, if it differs"
     ] = None
 
-    def settings(self, mode: str) -> Settings:
+    def settings(self, mode: str) -> ModeConfig:
         """Return what `mode`, one of `MODES`, is."""
         policy: Policy = getattr(self, f"{mode}_policy")
-        return Settings(
+        return ModeConfig(
             capacity_factor=getattr(self, f"{mode}_capacity_factor"),
             policy=policy,
             threshold=self.threshold if policy in ("threshold", "random") else None,

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from moecc.pipeline.passes import Remark
 from moecc_passes.inputs import mask_name
 from moecc_passes.routed import RoutedLayer
-from moecc_passes.specialize.settings import Settings
+from moecc_passes.specialize.mode_config import ModeConfig
 
 
 def remarks(
-    layers: list[RoutedLayer], settings: Settings, is_decoder: dict[str, bool], mode: str
+    layers: list[RoutedLayer], settings: ModeConfig, is_decoder: dict[str, bool], mode: str
 ) -> Iterator[Remark]:
     """Yield what is worth telling of the layers as they are now."""
-    bounded = [y for y in layers if y.placing.attrs["slots"] == "capacity"]
+    bounded = [y for y in layers if y.assigner.attrs["slots"] == "capacity"]
     leaks = [y for y in bounded if is_decoder[y.name] and _looks_ahead(y)]
     if leaks:
         yield Remark(
@@ -23,18 +23,18 @@ def remarks(
             "second choice finds a slot; order=token is strictly causal",
         )
     for layer in bounded:
-        attrs = layer.placing.attrs
+        attrs = layer.assigner.attrs
         fits = attrs["capacity_factor"] / layer.top_k
-        if layer.placing.op.name == "place" and attrs["convention"] == "tokens" and fits < 1:
+        if not layer.experts_choose and attrs["convention"] == "tokens" and fits < 1:
             yield Remark(layer.name, f"at most {fits:.1%} of the choices find a slot")
     for layer in layers:
-        name = mask_name(layer.placing.loc)
-        if name in layer.placing.graph.inputs and "mask" not in layer.given():
+        name = mask_name(layer.assigner.loc)
+        if name in layer.assigner.graph.inputs and "mask" not in layer.given():
             yield Remark(layer.name, f"routes padding, too; padding-mask=true goes by %{name}")
     if mode == "eval" and settings.policy == "random":
         yield Remark("", "policy=random makes an evaluation random, too; policy=all does not")
 
 
 def _looks_ahead(layer: RoutedLayer) -> bool:
-    attrs = layer.placing.attrs
+    attrs = layer.assigner.attrs
     return layer.top_k > 1 and attrs.get("order") == "choice"

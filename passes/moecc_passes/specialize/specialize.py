@@ -17,9 +17,9 @@ from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, causal_values, rout
 from moecc_passes.specialize import checks
 from moecc_passes.specialize.dropout import drop
 from moecc_passes.specialize.layer import Keys, specialise
+from moecc_passes.specialize.mode_config import ModeConfig, recorded
 from moecc_passes.specialize.options import SpecializeOptions
 from moecc_passes.specialize.remarks import remarks
-from moecc_passes.specialize.settings import Settings, recorded
 from moecc_passes.specialize.undo import undo
 
 
@@ -35,13 +35,13 @@ class SpecializePass(SpecializeOptions, Pass):
 
     Before::
 
-        %p = place %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2]
+        %p = assign_slots %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2]
 
     After ``specialize{mode=train capacity-factor=1.25 policy=random}``::
 
         %u = random_uniform %k, %g : f32[batch=B, seq=S, choice=2]
         %s = keep_choices %g, %u : pred[batch=B, seq=S, choice=2]
-        %p = place %e, %s {…, slots=capacity, capacity_factor=1.25, using=keep} : i32[…]
+        %p = assign_slots %e, %s {…, slots=capacity, capacity_factor=1.25, using=keep} : i32[…]
     """
 
     name: ClassVar[str] = "specialize"
@@ -70,7 +70,7 @@ class SpecializePass(SpecializeOptions, Pass):
         before = fingerprint(graph)
         losses = remove_losses(graph)
         undo(graph, self.covers)
-        settings = Settings.of(self).over(recorded(graph, self.mode))
+        settings = ModeConfig.of(self).over(recorded(graph, self.mode))
         layers = self._layers(graph)
         causal = causal_values(graph)
         is_decoder = {y.name: y.dispatch.operands[0] in causal for y in layers}
@@ -97,7 +97,7 @@ class SpecializePass(SpecializeOptions, Pass):
         return self.layers == "all" or fnmatchcase(loc, self.layers)
 
     def _layers(self, graph: Graph) -> list[RoutedLayer]:
-        return [y for y in routed_layers(graph) if self.covers(y.placing.loc)]
+        return [y for y in routed_layers(graph) if self.covers(y.assigner.loc)]
 
     def _near_miss(self, graph: Graph) -> NearMiss:
         routed = routed_layers(graph)
@@ -107,11 +107,11 @@ class SpecializePass(SpecializeOptions, Pass):
         return NearMiss("specialize", "the graph", f"layers={self.layers} names none of {places}")
 
     def _specialise(
-        self, graph: Graph, layers: list[RoutedLayer], settings: Settings
+        self, graph: Graph, layers: list[RoutedLayer], settings: ModeConfig
     ) -> dict[str, int]:
         keys, dropped = Keys(graph), 0
         for layer in layers:
-            specialise(layer, settings.at(layer.placing.loc), keys)
+            specialise(layer, settings.at(layer.assigner.loc), keys)
         if settings.padding_mask is False:
             _erase_unused_masks(graph)
         if settings.dropout and layers:

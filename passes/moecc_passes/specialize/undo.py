@@ -7,6 +7,7 @@ from typing import Any
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import replace_value
+from moecc.rewrite import P, fits
 from moecc_passes.routed import RoutedLayer, routed_layers
 
 ORIGIN = "specialize/"
@@ -26,7 +27,7 @@ def undo(graph: Graph, covers: Callable[[str], bool]) -> None:
       covers: says which locations are concerned.
     """
     for layer in routed_layers(graph):
-        if covers(layer.placing.loc):
+        if covers(layer.assigner.loc):
             _undo_slots(layer)
     for node in (*graph, graph.terminator):
         if not _made_here(node):
@@ -46,7 +47,7 @@ def _made_here(node: Node) -> bool:
 def _undo_slots(layer: RoutedLayer) -> None:
     kept = {w: v for w, v in layer.given().items() if not is_added(v)}
     if kept != layer.given():
-        placed_anew(layer.placing, kept, {})
+        reassign_slots(layer.assigner, kept, {})
 
 
 def _undo_operands(node: Node, covers: Callable[[str], bool]) -> None:
@@ -61,23 +62,27 @@ def _undo_operands(node: Node, covers: Callable[[str], bool]) -> None:
 
 def original(value: Value) -> Value:
     """Return what `value` was before specialisations changed it."""
-    while is_added(value) and value.node is not None:
-        behind = [v for v in value.node.operands if not _is_aside(v)]
-        if value.node.op.name in ASIDE or not behind:
-            return value
-        value = behind[0]
+    while is_added(value) and (found := fits(CHANGED, value.node)):
+        value = found.value("x")
     return value
 
 
-ASIDE = ("fold_key", "random_uniform", "random_normal", "div", "less", "constant")
-"""What stands beside the value in the operations that change it, in whatever order."""
+_x = P.any("x")
+
+CHANGED = (
+    # Jitter, noise, and the end of rescaled gates.
+    P.mul(_x, P.random_uniform(P.any(), P.any()))
+    | P.add(_x, P.random_normal(P.any(), P.any()))
+    | P.mul(_x, P.div(P.any(), P.any()))
+    | P.mask(_x, P.any())
+    # Dropout.
+    | P.select(P.any(), P.constant(), _x)
+    | P.scale(_x)
+)
+"""How a specialisation changes a value, a step at a time; see `moecc.ir.mixtures`."""
 
 
-def _is_aside(value: Value) -> bool:
-    return is_added(value) and value.node is not None and value.node.op.name in ASIDE
-
-
-def placed_anew(old: Node, given: dict[str, Value], attrs: dict[str, Any]) -> Node:
+def reassign_slots(old: Node, given: dict[str, Value], attrs: dict[str, Any]) -> Node:
     """Put another placing node in the place of `old`, with other operands and attributes."""
     graph = old.graph
     allowed = old.op.attrs["using"].choices

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from moecc.ir.dtypes import F32, PRED
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import F32, PRED
+from moecc.types.tensor import Axis, TensorType
 from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, derive_key
 from moecc.weights.expr import Expr

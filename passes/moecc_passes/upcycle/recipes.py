@@ -121,9 +121,9 @@ def _division(item: UpcycleOptions, block: FFNBlock) -> Division:
 
 
 def _router(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Router:
-    placement: SlotOptions = {"slots": item.slots}
+    assignment: SlotOptions = {"slots": item.slots}
     if item.is_bounded:
-        placement["capacity_factor"], placement["groups"] = item.capacity_factor, item.groups
+        assignment["capacity_factor"], assignment["groups"] = item.capacity_factor, item.groups
     return Router(
         kind=item.routing,
         weight=_weight(item, block, division, seed),
@@ -133,7 +133,7 @@ def _router(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int
         gate_scale=item.gate_scale,
         has_bias=item.balance_bias,
         seed=seed,
-        placement=placement,
+        assignment=assignment,
     )
 
 
@@ -142,7 +142,7 @@ def _weight(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int
         return None
     kind = DRAWN.get(item.router_init, item.router_init)
     std, outer = router_std(item, block), block.x.type[block.outer]
-    key = derive_key(seed, f"{_place(block)}/router")
+    key = derive_key(seed, f"{_slots(block)}/router")
     if item.routing == "soft":
         return slot_weight(kind, std, outer, item.experts, item.soft_slots, key=key)
     return router_weight(kind, std, outer, division, key=key)
@@ -159,13 +159,13 @@ def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
 
 def _perturb(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Perturb:
     if item.init == "noise":
-        return Noise(item.noise_std, item.noise == "relative", seed, _place(block)).apply
+        return Noise(item.noise_std, item.noise == "relative", seed, _slots(block)).apply
     if item.init == "drop":
-        return Drop(item.drop_ratio, seed, _place(block), division).apply
+        return Drop(item.drop_ratio, seed, _slots(block), division).apply
     return _unperturbed
 
 
-def _place(block: FFNBlock) -> str:
+def _slots(block: FFNBlock) -> str:
     """Return what the draws of a block are keyed by; the location alone may not be the only one."""
     return f"{block.loc}/{block.down.operands[1].name}"
 

@@ -10,7 +10,7 @@ from moecc.analysis.ffn import FFNBlock
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import emit_shared_gate
-from moecc.ir.types import Axis, TensorType, tensor
+from moecc.types.tensor import Axis, TensorType, tensor
 from moecc.weights.expr import Expr, Full, Source
 from moecc_passes.upcycle.lift import Division, lifted, scaled, shared_part
 from moecc_passes.upcycle.routers import Router

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import erf, exp, pi, sqrt
 
-from moecc.ir.dtypes import F32
-from moecc.ir.types import Axis, TensorType
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType
 from moecc.weights.draws import Normal, TruncatedNormal, Uniform
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Merge, Tile

@@ -17,8 +17,8 @@ from moecc.ir.mixtures import (
     emit_soft_slots,
     emit_unit,
 )
-from moecc.ir.moe import Finish, SlotOptions, emit_placed, emit_routing
-from moecc.ir.types import tensor
+from moecc.ir.moe import Finish, SlotOptions, emit_chosen, emit_routing
+from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Full
 from moecc_passes.inputs import token_ids
 
@@ -42,7 +42,7 @@ class Router:
       gate_scale: what the gates are multiplied by.
       has_bias: whether a bias for loss-free balancing takes part in the choice.
       seed: of the hash.
-      placement: the attributes of ``place``: slots, capacity_factor and so on.
+      assignment: the attributes of ``assign_slots``: slots, capacity_factor and so on.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Router:
     gate_scale: float
     has_bias: bool
     seed: int
-    placement: SlotOptions
+    assignment: SlotOptions
 
     def emit(self, builder: Builder, block: FFNBlock, prefix: str) -> tuple[Value, Finish]:
         """Emit the routing; return the experts' rows and what brings results back to the tokens.
@@ -100,7 +100,7 @@ def _token_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
         bias = at.param("router.balance_bias", Full(0.0, type))
     return emit_routing(
         at.builder, at.x, weight, experts=router.experts, top_k=router.top_k, gates=router.gates,
-        scale=router.gate_scale, tokens=at.tokens, bias=bias, **router.placement,
+        scale=router.gate_scale, tokens=at.tokens, bias=bias, **router.assignment,
     )  # fmt: skip
 
 
@@ -125,24 +125,24 @@ def _hash(at: _Place, router: Router) -> tuple[Value, Finish]:
 
 
 def _placed(at: _Place, router: Router, chosen: Value, gates: Value) -> tuple[Value, Finish]:
-    return emit_placed(
+    return emit_chosen(
         at.builder, at.x, chosen, gates, experts=router.experts, tokens=at.tokens,
-        **router.placement,
+        **router.assignment,
     )  # fmt: skip
 
 
 def _expert_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
     """Let experts choose tokens; the gates of a token that is taken at all add up to one."""
     b, weight = at.builder, at.router(router)
-    factor, groups = router.placement["capacity_factor"], router.placement["groups"]
-    chosen, scores, place = emit_expert_choice(
+    factor, groups = router.assignment["capacity_factor"], router.assignment["groups"]
+    chosen, scores, slots = emit_expert_choice(
         b, at.x, weight, tokens=at.tokens, capacity_factor=factor, groups=groups
     )
-    gates = emit_rescaled(b, scores, place)
-    rows = b.dispatch(at.x, chosen, place)
+    gates = emit_rescaled(b, scores, slots)
+    rows = b.dispatch(at.x, chosen, slots)
 
     def finish(rows_out: Value) -> Value:
-        return b.combine(rows_out, chosen, place, gates)
+        return b.combine(rows_out, chosen, slots, gates)
 
     return rows, finish
 

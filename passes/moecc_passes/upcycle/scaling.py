@@ -68,25 +68,9 @@ def is_scaled(block: FFNBlock, factors: Factors, scale: float) -> bool:
     return found is not None and abs(found / scale - 1) < 1e-9
 
 
-_SAME = frozenset(("add", "sub", "maximum", "minimum"))
-_HOMOGENEOUS = frozenset(("relu", "scale", "neg", "cast", "stop_gradient"))
-
-
 def _scaled_by(node: Node, given: list[float | None]) -> float | None:
     """Return what the result is multiplied by if the operands are, by positive factors."""
     factors = [f for f in given if f is not None]
     if len(factors) < len(given):
         return None
-    first, name = factors[0], node.op.name
-    if name in ("mul", "contract"):
-        return first * factors[1]
-    if name == "div":
-        return first / factors[1]
-    if name == "square":
-        return first**2
-    if name == "rsqrt":
-        return float(first**-0.5)
-    if name in _HOMOGENEOUS:
-        return first
-    same = all(abs(f / first - 1) < 1e-12 for f in factors)
-    return first if same and (name in _SAME or first == 1) else None
+    return node.op.homogeneity.factor(factors)

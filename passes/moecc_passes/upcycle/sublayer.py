@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from moecc.analysis.ffn import FFNBlock
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.types import Axis, TensorType
+from moecc.rewrite import P, fits
+from moecc.types.tensor import Axis, TensorType
 from moecc.weights.expr import Expr, Full, Source
 
 
@@ -38,12 +39,12 @@ def surroundings(block: FFNBlock) -> Surroundings | str:
     if total is None:
         return "nothing adds its output to a residual stream"
     norm = block.x.node
-    if norm is not None and norm.op.name.endswith("_norm") and norm.operands[0] in total.operands:
+    if norm is not None and norm.op.is_norm and norm.operands[0] in total.operands:
         return Surroundings(norm.operands[0], total.result, norm, total)
     if block.x not in total.operands:
         return "its output is added to something else than what it reads"
     behind = total.result.only_user
-    is_normed = behind is not None and behind.op.name.endswith("_norm")
+    is_normed = behind is not None and behind.op.is_norm
     after = behind.result if behind is not None and is_normed else total.result
     return Surroundings(block.x, after, None, total)
 
@@ -51,9 +52,13 @@ def surroundings(block: FFNBlock) -> Surroundings | str:
 def _sum_after(output: Value) -> Node | None:
     """Return the node that adds `output`, scaled perhaps, to something."""
     user = output.only_user
-    while user is not None and user.op.name == "scale":
-        user = user.result.only_user
-    return user if user is not None and user.op.name == "add" else None
+    while found := fits(SCALED, user):
+        user = found.root.result.only_user
+    return user if fits(SUM, user) else None
+
+
+SCALED = P.scale(P.any())
+SUM = P.add(P.any(), P.any())
 
 
 def extra_location(loc: str) -> str:

@@ -42,7 +42,7 @@ class UpcyclePass(UpcycleOptions, Pass):
 
         %router = contract %n, %w {over=embed} : f32[batch=B, seq=S, expert=8]
         %e, %g = route %router {top_k=2} : i32[batch=B, seq=S, choice=2], f32[…]
-        %p = place %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2]
+        %p = assign_slots %e {tokens=(batch, seq), experts=8} : i32[batch=B, seq=S, choice=2]
         %x = dispatch %n, %e, %p : f32[group=1, expert=8, slot=ragged(%p), embed=576]
         %a = contract %x, %gate {over=embed} : f32[group=1, expert=8, slot=ragged(%p), mlp=1536]
         …

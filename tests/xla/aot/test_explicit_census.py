@@ -20,7 +20,7 @@ from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.aot.hlo import ITEMSIZE_BYTES, parse_hlo
 from moecc_backends.xla.aot.topology import missing
 
-from moecc.ahead.apart import compile_apart
+from moecc.ahead.compile_in_subprocess import compile_apart
 from moecc.ahead.request import EXPLICIT, PARTITIONS, Request
 from moecc.families import build
 from moecc.families.configs import parse_config

@@ -12,7 +12,7 @@ pytest.importorskip("optax")
 
 from moecc_backends.xla.aot.topology import missing
 
-from moecc.ahead.apart import compile_apart
+from moecc.ahead.compile_in_subprocess import compile_apart
 from moecc.ahead.request import PARTITIONS, Request
 from moecc.plan.machines import parse_machine
 

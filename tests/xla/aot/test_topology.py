@@ -9,7 +9,7 @@ from moecc_backends.xla.aot import topology
 from moecc_backends.xla.aot.gpus import GPUS, description
 from moecc_backends.xla.aot.topology import require
 
-from moecc.ahead.apart import environment
+from moecc.ahead.compile_in_subprocess import environment
 from moecc.errors import MachineError
 from moecc.plan.machines import parse_machine, table
 

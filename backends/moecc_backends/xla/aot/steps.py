@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, Problem
-from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.repetition import repetitions
 from moecc.plan.layout import Layout
+from moecc.types.dtypes import DType
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.lower.gspmd import Spread
 from moecc_backends.xla.lower.shard_map import sharded_function, spec

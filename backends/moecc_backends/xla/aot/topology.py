@@ -10,7 +10,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from moecc.ahead.apart import environment
+from moecc.ahead.compile_in_subprocess import environment
 from moecc.errors import MachineError, UsageError
 from moecc.plan.machines import Machine
 from moecc_backends.xla.aot.gpus import description

@@ -10,7 +10,7 @@ import jax
 from moecc.errors import InputError, Problem
 from moecc.ir.dispatch_strategies import DISPATCHES
 from moecc.ir.graph import Graph, Value
-from moecc.ir.table.placing import is_place
+from moecc.ir.table.slots import is_slots
 from moecc.ir.verify import where
 from moecc_backends.xla.dispatch.all_experts import Dense
 from moecc_backends.xla.dispatch.capacity_slots import GatheredSlots, OneHotSlots
@@ -89,7 +89,7 @@ def dispatch_problems(graph: Graph, options: Options) -> list[Problem]:
     """Return the routings of `graph` that the forced dispatch lowering does not fit."""
     if options.dispatch == AUTO:
         return []
-    places = (v for node in graph.every_node() for v in node.results[-1:] if is_place(v))
+    places = (v for node in graph.every_node() for v in node.results[-1:] if is_slots(v))
     return [p for place in places if (p := _problem(place, options.dispatch)) is not None]
 
 

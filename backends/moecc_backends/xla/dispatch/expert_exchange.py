@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.table.buffers import buffer_rows
-from moecc.ir.table.placing import given_to
+from moecc.ir.table.slots import operands_by_word
 from moecc_backends.xla.dispatch.permutation import Placement
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.mesh.all_to_all import Hop, Way, hop, send, send_back
@@ -100,12 +100,12 @@ def _room(node: Node, packing: SortedRows, devices: int, num_experts: int) -> in
 
 
 def _buffer(rows: Value) -> Node | None:
-    """Return what bounds the buffers for `rows`, which ``place`` is given as what it keeps."""
+    """Return what bounds the buffers for `rows`: the `keep` operand of ``assign_slots``."""
     extent = rows.type.ragged
     place = None if extent is None else getattr(extent.size, "value", None)
     node = None if place is None else place.node
     if node is None:
         return None
-    keep = given_to(node.operands, node.attrs).get("keep")
+    keep = operands_by_word(node.operands, node.attrs).get("keep")
     bound = None if keep is None else keep.node
     return bound if bound is not None and bound.op.name == "within_buffer" else None

@@ -55,9 +55,9 @@ def _combine_backward(
     residuals: tuple[jax.Array, Placement, jax.Array], d_tokens: jax.Array
 ) -> tuple[jax.Array, None, jax.Array]:
     rows, placement, gates = residuals
-    is_placed = placement.choice_of_row >= 0
-    gate_of_row = jnp.where(is_placed, gates.reshape(-1)[placement.choice_of_row], 0)
-    d_rows = _take(d_tokens, _token_of(placement), is_placed)
+    is_sharded = placement.choice_of_row >= 0
+    gate_of_row = jnp.where(is_sharded, gates.reshape(-1)[placement.choice_of_row], 0)
+    d_rows = _take(d_tokens, _token_of(placement), is_sharded)
     d_rows = (gate_of_row[:, None] * d_rows).astype(rows.dtype)
     return d_rows, None, _gate_gradient(rows, placement, d_tokens).astype(gates.dtype)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
-from moecc.ir.kept import feeds_route
+from moecc.ir.remat_names import feeds_route
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.kernels.batched_matmul import slot_matmul
 from moecc_backends.xla.trace.context import Context, lowering

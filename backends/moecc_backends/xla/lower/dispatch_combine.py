@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from moecc.ir.gates import convention
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops import Attrs
-from moecc.ir.table.placing import capacity, group_count
+from moecc.ir.table.slots import capacity, group_count
 from moecc_backends.xla.dispatch.all_experts import Dense, Lower, OneExpert, sum_over_experts
 from moecc_backends.xla.dispatch.capacity_slots import GatheredSlots
 from moecc_backends.xla.dispatch.choose import packed
@@ -87,7 +87,7 @@ GATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
 ``[…, choice]`` to gates ``[…, choice]``."""
 
 
-@lowering("place")
+@lowering("assign_slots")
 def _place(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     attrs = ctx.local.attrs(node)
     tokens: tuple[str, ...] = attrs["tokens"]

@@ -13,8 +13,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.dtypes import canonicalize_dtype
 
-from moecc.ir.dtypes import DTYPES
 from moecc.ir.graph import Node
+from moecc.types.dtypes import DTYPES
 from moecc.weights.rounding import is_lossless
 from moecc_backends.xla.trace.context import VALUE, Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.ir.graph import Node, Value
-from moecc.ir.kept import feeds_route, only_routes
-from moecc.ir.table.placing import capacity, group_count
+from moecc.ir.remat_names import feeds_route, only_routes
+from moecc.ir.table.slots import capacity, group_count
 from moecc.plan.layout import Layout
 from moecc_backends.xla.dispatch.gather_vjp import combine, dispatch
 from moecc_backends.xla.dispatch.layout import Routing, SlotPacking
@@ -129,7 +129,7 @@ class Spread:
 
     def _by_group(self, ctx: Context, node: Node) -> Lowering | None:
         name = node.op.name
-        if name == "place" and node.attrs["slots"] == "capacity":
+        if name == "assign_slots" and node.attrs["slots"] == "capacity":
             return self._place
         if name not in ("dispatch", "combine"):
             return None

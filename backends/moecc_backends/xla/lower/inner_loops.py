@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from moecc.ir.graph import Graph, Value
-from moecc.ir.table.placing import is_place
+from moecc.ir.table.slots import is_slots
 from moecc_backends.xla.lower.segments import Segment, layer_of, segments
 
 Each = tuple[Value, ...]
@@ -69,7 +69,7 @@ def _loop(layers: list[Segment]) -> LayerLoop | None:
     given = [tuple(each) for each in zip(*(layer.inputs for layer in layers), strict=True)]
     outputs = [loop.output(n) for n in range(len(loop.first.outputs))]
     for each in (*given, *outputs):
-        if len({v.type for v in each}) > 1 or each[0].type.extents or is_place(each[0]):
+        if len({v.type for v in each}) > 1 or each[0].type.extents or is_slots(each[0]):
             return None
     for each in given:
         number = next((n for n, some in enumerate(outputs) if each[1:] == some[:-1]), None)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Node
-from moecc.ir.table.placing import capacity, group_count
+from moecc.ir.table.slots import capacity, group_count
 from moecc_backends.xla.dispatch.choose import packed
 from moecc_backends.xla.dispatch.layout import Routing
 from moecc_backends.xla.trace.context import Context, lowering

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.kept import DEFAULT
+from moecc.ir.remat_names import DEFAULT
 from moecc.ir.table.repetition import repetitions
 from moecc_backends.xla.lower.inner_loops import LayerLoop, pieces_of
 from moecc_backends.xla.trace.context import Context, lower_nodes, lowering

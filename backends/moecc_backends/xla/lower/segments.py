@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moecc.ir.graph import Graph, Node, Value, setter_of
-from moecc.ir.table.placing import is_place
-from moecc.ir.types import Axis, Extent, TensorType
+from moecc.ir.table.slots import is_slots
+from moecc.types.tensor import Axis, Extent, TensorType
 
 _LAYER = re.compile(r"(.*?layers\.(?:\d+|\{[^}]*\}))(?:\.|$)")
 
@@ -71,7 +71,7 @@ def _runs(graph: Graph) -> Iterator[list[Node]]:
         run.append(node)
         seen.add(node)
         # The packing that a place sets travels beside its value, so it counts as ragged too.
-        ragged.update(v for v in node.results if v.type.ragged or is_place(v))
+        ragged.update(v for v in node.results if v.type.ragged or is_slots(v))
         ragged = {v for v in ragged if not v.users.keys() <= seen}
     if run:
         yield run

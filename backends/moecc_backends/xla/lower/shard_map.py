@@ -12,11 +12,11 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moecc.errors import InputError, Problem
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh, mesh_of
-from moecc.ir.types import TensorType
 from moecc.ir.verify import where
+from moecc.types.dtypes import F32, DType
+from moecc.types.tensor import TensorType
 from moecc_backends.xla.backend import Tree, finished, trace
 from moecc_backends.xla.dispatch.choose import check_dispatch
 from moecc_backends.xla.trace.device_view import Local

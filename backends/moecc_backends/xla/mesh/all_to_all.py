@@ -106,10 +106,12 @@ def _matched(mine: jax.Array, other: jax.Array, sizes: jax.Array, count: int) ->
       count: the number of places.
     """
     starts, moved, lengths = (a.reshape(-1) for a in (mine, other, sizes))
-    place = jnp.arange(count, dtype=jnp.int32)
-    run = jnp.searchsorted(starts + lengths, place, side="right")
+    process = jnp.arange(count, dtype=jnp.int32)
+    run = jnp.searchsorted(starts + lengths, process, side="right")
     known = jnp.minimum(run, starts.size - 1)
-    return jnp.where(run < starts.size, place - starts[known] + moved[known], -1).astype(jnp.int32)
+    return jnp.where(run < starts.size, process - starts[known] + moved[known], -1).astype(
+        jnp.int32
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -81,7 +81,7 @@ def group_counts(graph: Graph) -> set[int]:
     return {
         int(node.attrs["groups"])
         for node in _all_nodes(graph)
-        if node.op.name == "place" and node.attrs["slots"] == "capacity"
+        if node.op.name == "assign_slots" and node.attrs["slots"] == "capacity"
     }
 
 

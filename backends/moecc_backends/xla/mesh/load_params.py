@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph, Value
+from moecc.types.dtypes import F32, DType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import Box
 from moecc.weights.evaluate import Evaluator, Reader

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from moecc.backend import Arrays
 from moecc.errors import MachineError, UsageError, nearest
-from moecc.ir.dtypes import F64, DType
 from moecc.ir.graph import Graph, Value
+from moecc.types.dtypes import F64, DType
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.trace.options import Options
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moecc.backend import Arrays
-from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import fingerprint
 from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
-from moecc.launch.place import Place
+from moecc.launch.process_info import ProcessInfo
+from moecc.types.dtypes import DType
 from moecc_backends.xla.backend import XlaProgram
 from moecc_backends.xla.lower.segments import Segment
 from moecc_backends.xla.run.processes import (
@@ -30,7 +30,9 @@ from moecc_backends.xla.run.processes import (
 from moecc_backends.xla.trace.options import Options
 
 
-def shared_program(graph: Graph, dtype: DType, options: Options, place: Place) -> SharedProgram:
+def shared_program(
+    graph: Graph, dtype: DType, options: Options, process: ProcessInfo
+) -> SharedProgram:
     """Meet the other processes, and return `graph` ready to run on the devices of all.
 
     Raises:
@@ -39,7 +41,7 @@ def shared_program(graph: Graph, dtype: DType, options: Options, place: Place) -
     """
     hold_lifeline()
     watchdog = watchdog_of_environment()
-    join(place)
+    join(process)
     watchdog.beat("all processes have met")
     return SharedProgram(graph, dtype, options, watchdog)
 

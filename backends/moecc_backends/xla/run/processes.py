@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moecc.errors import InputError, MachineError, Problem, UsageError
 from moecc.ir.mesh import nearest_multiple
 from moecc.launch.member import JOIN, seconds_of_environment
-from moecc.launch.place import DISTRIBUTED, Place
+from moecc.launch.process_info import DISTRIBUTED, ProcessInfo
 from moecc.launch.rendezvous import meet
 from moecc.version import __version__
 
@@ -33,14 +33,14 @@ _WIDTH = 256
 
 NumpyArray = np.ndarray[Any, Any]
 
-_joined: list[Place] = []
+_joined: list[ProcessInfo] = []
 
 
-def join(place: Place, *, seconds: float | None = None) -> None:
+def join(process: ProcessInfo, *, seconds: float | None = None) -> None:
     """Meet the other processes; a second call does nothing.
 
     Args:
-      place: of this process; one that JAX finds is read from the variables of the cluster.
+      process: of this process; one that JAX finds is read from the variables of the cluster.
       seconds: how long to wait for the others; by default what ``MOECC_JOIN_SECONDS`` says, or
         `JOIN_SECONDS`.
 
@@ -51,21 +51,24 @@ def join(place: Place, *, seconds: float | None = None) -> None:
     if _joined:
         return
     limit = seconds or seconds_of_environment(JOIN) or JOIN_SECONDS
-    if not place.is_found_by_jax:
-        meet(place, limit)
-    _initialize(place, ceil(limit))
-    _joined.append(place)
+    if not process.is_found_by_jax:
+        meet(process, limit)
+    _initialize(process, ceil(limit))
+    _joined.append(process)
 
 
-def _initialize(place: Place, seconds: int) -> None:
+def _initialize(process: ProcessInfo, seconds: int) -> None:
     # CPU devices of several processes need a library to talk through.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]
     try:
-        if place.is_found_by_jax:
+        if process.is_found_by_jax:
             jax.distributed.initialize(initialization_timeout=seconds)
         else:
             jax.distributed.initialize(
-                place.coordinator, place.processes, place.process, initialization_timeout=seconds
+                process.coordinator,
+                process.processes,
+                process.process,
+                initialization_timeout=seconds,
             )
     except ValueError:
         raise UsageError(
@@ -77,7 +80,7 @@ def _initialize(place: Place, seconds: int) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise MachineError(
-            f"the processes did not meet: {reason}", where=place.coordinator
+            f"the processes did not meet: {reason}", where=process.coordinator
         ) from None
 
 

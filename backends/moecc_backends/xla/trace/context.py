@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
-from moecc.ir.kept import kept_name
+from moecc.ir.remat_names import remat_name
 from moecc.ir.verify import where
 from moecc_backends.xla.dispatch.all_experts import Dense
 from moecc_backends.xla.dispatch.layout import Packing
@@ -29,7 +29,7 @@ class Context:
       dtype: the type that floating-point values are computed in.
       values: what has been given and lowered so far.
       options: what was chosen for the lowering.
-      packings: how the rows of each ``place`` value lie, once it has been met.
+      packings: how the rows of each ``assign_slots`` value lie, once it has been met.
       siblings: contractions that were lowered together with an earlier one.
       put_off: values that the combine of their routing makes, expert by expert.
       local: where the device stands on a mesh, if arrays are parts.
@@ -123,8 +123,8 @@ def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
     results = result if isinstance(result, tuple) else (result,)
     if ctx.options.poison:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
-    first = kept_name(node)
-    unnamed = node.op.alias or node.op.name == "softmax"
+    first = remat_name(node)
+    unnamed = node.op.alias or node.op.is_distribution
     if first is None and (unnamed or ctx.weights.issuperset(node.results)):
         return results
     return (_named(results[0], first or VALUE), *(_named(x, VALUE) for x in results[1:]))

@@ -20,7 +20,7 @@ from moecc.ir.graph import Node
 from moecc.ir.local import local_attrs
 from moecc.ir.mesh import Mesh
 from moecc.ir.ops import Attrs
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 _MOST_PLACES = 2**32
 

@@ -6,7 +6,7 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh
 from moecc.ir.replace import infer_again
-from moecc.ir.table.placing import given_to
+from moecc.ir.table.slots import operands_by_word
 from moecc_passes.sharding.experts.layer import LaidLayer, need
 
 PREFIX = "dropped."
@@ -27,16 +27,16 @@ def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, fac
     need(layer.is_ragged, layer, "under a capacity every buffer is bounded already",
          "slots=ragged", "leave buffer-factor out")  # fmt: skip
     builder.before = routed.dispatch
-    place, experts = routed.place, routed.experts
+    slots, experts = routed.slots, routed.experts
     counts = _counts(layer, builder)
     outer = tuple(m for m in counts.type["group"].mesh if m not in layer.expert_mesh)
     over = counts.type["group"].mesh[len(outer) :]
     if over:
         counts = builder.all_gather(counts, axis="group", mesh=over, name="counts")
-    tokens = routed.placing.attrs["tokens"]
+    tokens = routed.assigner.attrs["tokens"]
     keep = builder.within_buffer(
         experts,
-        place,
+        slots,
         counts,
         tokens=tokens,
         parts=mesh.size(layer.expert_mesh),
@@ -46,34 +46,36 @@ def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, fac
     bounded = _placed_again(layer, builder, keep)
     routed.dispatch.set_operand(2, bounded)
     routed.combine.set_operand(2, bounded)
-    dropped = _dropped(builder, place, bounded)
-    infer_again(graph, [routed.dispatch, routed.combine], start=routed.placing)
+    dropped = _dropped(builder, slots, bounded)
+    infer_again(graph, [routed.dispatch, routed.combine], start=routed.assigner)
     graph.set_output(f"{PREFIX}{routed.name}", dropped)
 
 
-def _placed(builder: Builder, place: Value) -> Value:
+def _placed(builder: Builder, slots: Value) -> Value:
     """Return 1 for each choice that has a slot, of the axes of `place`."""
     none = builder.constant(value=-1.0, dtype="i32")
-    ones = builder.broadcast(builder.constant(value=1.0, dtype="f32"), place)
-    return builder.mask(ones, builder.less(none, place), fill=0.0)
+    ones = builder.broadcast(builder.constant(value=1.0, dtype="f32"), slots)
+    return builder.mask(ones, builder.less(none, slots), fill=0.0)
 
 
 def _counts(layer: LaidLayer, builder: Builder) -> Value:
     """Return how many slots of each group and expert are taken, ``[group, expert]``."""
     routed = layer.routed
-    attrs = routed.placing.attrs
+    attrs = routed.assigner.attrs
     hot = builder.one_hot(routed.experts, into=(("expert", attrs["experts"]),))
-    each = builder.sum(builder.mul(hot, _placed(builder, routed.place)), axes=routed.choice)
-    return builder.group_sum(each, routed.place, name="counts")
+    each = builder.sum(builder.mul(hot, _placed(builder, routed.slots)), axes=routed.choice)
+    return builder.group_sum(each, routed.slots, name="counts")
 
 
 def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
-    node = layer.routed.placing
-    need(node.op.name == "place", layer, "experts that choose have a bound already",
+    node = layer.routed.assigner
+    need(node.op.name == "assign_slots", layer, "experts that choose have a bound already",
          "slots that place gives", "leave buffer-factor out")  # fmt: skip
-    given = {**given_to(node.operands, node.attrs), "keep": keep}
+    given = {**operands_by_word(node.operands, node.attrs), "keep": keep}
     attrs = {**node.attrs, "using": tuple(given)}
-    return builder.place(node.operands[0], *given.values(), **attrs, name=layer.routed.place.name)
+    return builder.assign_slots(
+        node.operands[0], *given.values(), **attrs, name=layer.routed.slots.name
+    )
 
 
 def _dropped(builder: Builder, before: Value, after: Value) -> Value:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
-from moecc.ir.types import TensorType
 from moecc.sharding.collectives import steps
+from moecc.types.tensor import TensorType
 from moecc_passes.sharding.experts.layer import LaidLayer, moved, need
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
-from moecc.ir.table.collectives import format_placement
-from moecc.ir.types import TensorType
+from moecc.ir.table.collectives import format_sharding
 from moecc.sharding.collectives import steps
+from moecc.types.tensor import TensorType
 from moecc_passes.sharding.experts.exchange import erase_unused, uses
 from moecc_passes.sharding.experts.layer import LaidLayer, need
 from moecc_passes.sharding.groups import ATTRIBUTE as GROUPS
@@ -36,9 +36,9 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: 
          f"tokens on …*{last}", "exchange the mesh axes in the rule of the batch")  # fmt: skip
     routed = layer.routed
     replay = _Replay(graph, layer, builder, over)
-    experts, place, gates = (replay.value(v) for v in (routed.experts, routed.place, routed.gates))
+    experts, slots, gates = (replay.value(v) for v in (routed.experts, routed.slots, routed.gates))
     x = replay.value(routed.dispatch.operands[0])
-    rows = builder.dispatch(x, experts, place, name=routed.dispatch.results[0].name)
+    rows = builder.dispatch(x, experts, slots, name=routed.dispatch.results[0].name)
     own = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
     combine = routed.combine
     tokens, exits = combine.result, combine.operands[0]
@@ -46,7 +46,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: 
     away = graph.input(graph.fresh("away"), tokens.type)
     for user, number in uses(tokens):
         user.set_operand(number, away)
-    for number, value in enumerate((layer.made, experts, place, gates)):
+    for number, value in enumerate((layer.made, experts, slots, gates)):
         combine.set_operand(number, value)
     erase_unused(exits)
     for entry in layer.entries:
@@ -59,7 +59,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: 
         y = builder.node(op, y, names=(tokens.name,), **attrs).result
     away.replace_by(y)
     graph.erase_input(away.name)
-    for value in (*routed.dispatch.results, routed.place, routed.gates, routed.experts):
+    for value in (*routed.dispatch.results, routed.slots, routed.gates, routed.experts):
         erase_unused(value)
     replay.take_names()
 
@@ -93,7 +93,7 @@ class _Replay:
         self.map: dict[Value, Value] = {}
         self.map[self.x] = self._gathered(self.x)
         routed = layer.routed
-        for node in _between(graph, self.x, [routed.place, routed.gates, routed.experts]):
+        for node in _between(graph, self.x, [routed.slots, routed.gates, routed.experts]):
             self._again(node)
 
     def take_names(self) -> None:
@@ -128,7 +128,7 @@ class _Replay:
             if type == operands[0].type:
                 self.map[node.result] = operands[0]
                 return
-            attrs["to"] = format_placement(type)
+            attrs["to"] = format_sharding(type)
         names = tuple(v.name for v in node.results)
         made = self.builder.node(node.op.name, *operands, names=names, **attrs)
         made.loc = node.loc

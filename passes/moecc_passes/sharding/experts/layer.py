@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.table.collectives import COLLECTIVES
-from moecc.ir.types import TensorType
+from moecc.types.tensor import TensorType
 from moecc_passes.routed import RoutedLayer, routed_layers
 
 
@@ -30,13 +30,13 @@ class LaidLayer:
     @property
     def token_mesh(self) -> tuple[str, ...]:
         """The mesh axes that the outermost token axis lies on."""
-        place = self.routed.place.type
-        return place[self.routed.placing.attrs["tokens"][0]].mesh
+        slots = self.routed.slots.type
+        return slots[self.routed.assigner.attrs["tokens"][0]].mesh
 
     @property
     def is_ragged(self) -> bool:
         """Whether the rows of an expert are not bounded."""
-        return bool(self.routed.placing.attrs["slots"] == "ragged")
+        return bool(self.routed.assigner.attrs["slots"] == "ragged")
 
     @property
     def exchanged(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def need(holds: bool, layer: LaidLayer, what: str, expected: str, hint: str) -> 
         return
     tokens = "*".join(layer.token_mesh) or "no mesh axis"
     experts = "*".join(layer.expert_mesh)
-    slots = layer.routed.placing.attrs["slots"]
+    slots = layer.routed.assigner.attrs["slots"]
     raise InputError(
         what,
         where=layer.routed.name,

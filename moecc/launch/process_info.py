@@ -20,7 +20,7 @@ _ADDRESS = re.compile(r"[^\s:]+:(\d{1,5})\Z|\[[0-9a-fA-F:]+\]:(\d{1,5})\Z")
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """The place of a process among all.
 
     Attributes:
@@ -47,7 +47,7 @@ class Place:
         }
 
 
-def place_of(environment: Mapping[str, str] | None = None) -> Place | None:
+def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | None:
     """Return the place that `environment` says, or None for a process alone.
 
     The variables are ``MOECC_COORDINATOR``, ``MOECC_PROCESSES`` and ``MOECC_PROCESS``; or
@@ -66,7 +66,7 @@ def place_of(environment: Mapping[str, str] | None = None) -> Place | None:
     names = (COORDINATOR, PROCESSES, PROCESS)
     there = [n for n in names if given.get(n)]
     if not there:
-        return Place() if mode == CLUSTER else None
+        return ProcessInfo() if mode == CLUSTER else None
     if len(there) < len(names):
         missing = ", ".join(n for n in names if n not in there)
         raise UsageError(
@@ -78,7 +78,7 @@ def place_of(environment: Mapping[str, str] | None = None) -> Place | None:
     problems = list(_problems(given))
     if problems:
         raise UsageError(problems)
-    return Place(given[COORDINATOR], int(given[PROCESSES]), int(given[PROCESS]))
+    return ProcessInfo(given[COORDINATOR], int(given[PROCESSES]), int(given[PROCESS]))
 
 
 def check_alone(what: str) -> None:
@@ -87,7 +87,7 @@ def check_alone(what: str) -> None:
     Raises:
       UsageError: it is one of several, in which `what` cannot run.
     """
-    if place_of() is not None:
+    if process_info() is not None:
         raise UsageError(
             f"{what} runs in one process",
             where="environment",

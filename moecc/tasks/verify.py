@@ -9,9 +9,9 @@ import numpy as np
 
 from moecc.backend import Arrays, Backend, get_backend
 from moecc.errors import InputError
-from moecc.inputs import default_inputs
-from moecc.ir.dtypes import F32, DType
-from moecc.models import Model
+from moecc.model.inputs import default_inputs
+from moecc.model.open import Model
+from moecc.types.dtypes import F32, DType
 
 Array = np.ndarray[Any, Any]
 

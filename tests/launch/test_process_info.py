@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moecc.errors import UsageError
-from moecc.launch.place import Place, place_of
+from moecc.launch.process_info import ProcessInfo, process_info
 
 WHOLE = {
     "MOECC_COORDINATOR": "127.0.0.1:8476",
@@ -15,23 +15,25 @@ WHOLE = {
 
 
 def test_a_place_is_read_as_it_is_written() -> None:
-    place = Place("127.0.0.1:8476", 4, 3)
-    assert place_of(WHOLE) == place
-    assert place.environment() == WHOLE
+    process = ProcessInfo("127.0.0.1:8476", 4, 3)
+    assert process_info(WHOLE) == process
+    assert process.environment() == WHOLE
 
 
 def test_nothing_says_that_a_process_is_alone() -> None:
-    assert place_of({}) is None
-    assert place_of({"MOECC_DISTRIBUTED": "off"}) is None
+    assert process_info({}) is None
+    assert process_info({"MOECC_DISTRIBUTED": "off"}) is None
     # A shell inside a Slurm job is no task of it.
-    assert place_of({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}) is None
+    assert process_info({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}) is None
 
 
 def test_a_cluster_is_left_to_jax() -> None:
-    found = place_of({"MOECC_DISTRIBUTED": "cluster", "SLURM_JOB_ID": "1"})
+    found = process_info({"MOECC_DISTRIBUTED": "cluster", "SLURM_JOB_ID": "1"})
     assert found is not None
     assert found.is_found_by_jax
-    assert place_of({"MOECC_DISTRIBUTED": "cluster", **WHOLE}) == Place("127.0.0.1:8476", 4, 3)
+    assert process_info({"MOECC_DISTRIBUTED": "cluster", **WHOLE}) == ProcessInfo(
+        "127.0.0.1:8476", 4, 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,5 +51,5 @@ def test_a_cluster_is_left_to_jax() -> None:
 )
 def test_what_is_no_place_is_told(change: dict[str, str], says: str) -> None:
     with pytest.raises(UsageError) as error:
-        place_of({**WHOLE, **change})
+        process_info({**WHOLE, **change})
     assert says in str(error.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from moecc.errors import UsageError, nearest
-from moecc.ir.dtypes import BF16, BY_TORCH, F16, F32, F64, DType
+from moecc.types.dtypes import BF16, BY_TORCH, F16, F32, F64, DType
 
 _FLOATS = {d.name: d for d in (F32, BF16, F16, F64)}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?\Z", re.IGNORECASE)

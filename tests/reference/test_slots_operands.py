@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from moecc.errors import InputError
 from moecc.ir import F64, I32, PRED, Builder, Graph, Value, equal, parse, print_graph, tensor
-from moecc.ir.dtypes import KEY
-from moecc.ir.types import TensorType
 from moecc.testing import run_reference
+from moecc.types.dtypes import KEY
+from moecc.types.tensor import TensorType
 
 Data = np.ndarray[Any, Any]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -29,7 +29,7 @@ def placed(choices: Data, experts: int, more: dict[str, Data] | None = None, **a
         "mask": tensor(PRED, token="T"),
     }
     operands = [graph.input(name, types[name]) for name in more]
-    p = Builder(graph).place(
+    p = Builder(graph).assign_slots(
         e, *operands, tokens="token", experts=experts, using=tuple(more), **attrs
     )
     graph.set_output("p", p)
@@ -104,16 +104,16 @@ def test_the_number_of_groups_of_a_size_is_known_at_run_time() -> None:
     b = Builder(graph)
     e = graph.input("e", tensor(I32, token="T", choice=1))
     x = graph.input("x", tensor(F64, token="T", embed=2))
-    place = b.place(
+    slots = b.assign_slots(
         e, tokens="token", experts=2, group_size=4, slots="capacity", capacity_factor=1.0
     )
-    rows = b.dispatch(x, e, place)
+    rows = b.dispatch(x, e, slots)
     graph.set_output(
-        "y", b.combine(rows, e, place, b.broadcast(b.constant(value=1.0, dtype="f64"), e))
+        "y", b.combine(rows, e, slots, b.broadcast(b.constant(value=1.0, dtype="f64"), e))
     )
-    graph.set_output("sums", b.group_sum(x, place))
+    graph.set_output("sums", b.group_sum(x, slots))
     graph.set_output("rows", rows)
-    assert str(rows.type) == "f64[group=groups(%place), expert=2, slot=capacity(%place), embed=2]"
+    assert str(rows.type) == "f64[group=groups(%slots), expert=2, slot=capacity(%slots), embed=2]"
     assert equal(parse(print_graph(graph)), graph)
     data = np.arange(24.0).reshape(12, 2)
     found = run_reference(graph, inputs={"e": np.zeros((12, 1), int), "x": data})
@@ -190,7 +190,7 @@ def chosen(scores: Data, factor: float, mask: Data | None = None, **attrs: Any) 
     results = b.expert_choice(
         s, *masks, tokens="token", experts=scores.shape[1], capacity_factor=factor, **attrs
     )
-    for name, value in zip(("experts", "gates", "place"), results, strict=True):
+    for name, value in zip(("experts", "gates", "assign_slots"), results, strict=True):
         graph.set_output(name, value)
     assert equal(parse(print_graph(graph)), graph)
     arrays = {"s": scores} if mask is None else {"s": scores, "mask": mask}
@@ -210,7 +210,7 @@ def test_an_expert_takes_its_best_tokens_in_every_group(
     for group, expert in np.ndindex(groups, 4):
         part = slice(group * size, (group + 1) * size)
         best = np.argsort(-scores[part, expert])[:limit]
-        slots = found["place"][part, expert]
+        slots = found["assign_slots"][part, expert]
         assert slots[best].tolist() == list(range(limit))
         assert (slots >= 0).sum() == limit
 
@@ -219,12 +219,17 @@ def test_experts_take_no_padding_even_where_slots_are_left() -> None:
     scores = np.random.default_rng(0).normal(size=(6, 2))
     mask = np.array([True, False, False, True, False, False])
     found = chosen(scores, 1.0, mask)
-    assert (found["place"][~mask] == -1).all()
-    assert np.sort(found["place"][mask], axis=0).tolist() == [[0, 0], [1, 1]]
+    assert (found["assign_slots"][~mask] == -1).all()
+    assert np.sort(found["assign_slots"][mask], axis=0).tolist() == [[0, 0], [1, 1]]
 
 
 def test_equal_scores_go_to_the_earlier_token() -> None:
-    assert chosen(np.zeros((4, 2)), 1.0)["place"].tolist() == [[0, 0], [1, 1], [-1, -1], [-1, -1]]
+    assert chosen(np.zeros((4, 2)), 1.0)["assign_slots"].tolist() == [
+        [0, 0],
+        [1, 1],
+        [-1, -1],
+        [-1, -1],
+    ]
 
 
 def test_expert_choice_is_not_causal() -> None:
@@ -234,7 +239,7 @@ def test_expert_choice_is_not_causal() -> None:
     for _ in range(20):
         scores = rng.normal(size=(16, 4))
         other = np.concatenate([scores[:8], rng.normal(size=(8, 4))])
-        before, after = (chosen(s, 1.0)["place"][:8] >= 0 for s in (scores, other))
+        before, after = (chosen(s, 1.0)["assign_slots"][:8] >= 0 for s in (scores, other))
         moved += bool((before != after).any())
     assert moved > 15
 
@@ -245,11 +250,11 @@ def test_rows_of_chosen_tokens_come_back_weighted() -> None:
     b = Builder(graph)
     s = graph.input("s", tensor(F64, token="T", expert=3))
     x = graph.input("x", tensor(F64, token="T", embed=2))
-    experts, gates, place = b.expert_choice(
+    experts, gates, slots = b.expert_choice(
         s, tokens="token", experts=3, capacity_factor=1.0, minimum=1
     )
-    graph.set_output("p", place)
-    graph.set_output("y", b.combine(b.dispatch(x, experts, place), experts, place, gates))
+    graph.set_output("p", slots)
+    graph.set_output("y", b.combine(b.dispatch(x, experts, slots), experts, slots, gates))
     scores, data = rng.normal(size=(9, 3)), rng.normal(size=(9, 2))
     found = run_reference(graph, inputs={"s": scores, "x": data})
     weight = np.where(found["p"] >= 0, scores, 0).sum(1)
@@ -315,36 +320,42 @@ def build(make: Any) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "word": (lambda b, e, **_: b.place(e, tokens="token", experts=4, using="keep"), "its word"),
-    "operand": (lambda b, e, keep, **_: b.place(e, keep, tokens="token", experts=4), "its word"),
+    "word": (
+        lambda b, e, **_: b.assign_slots(e, tokens="token", experts=4, using="keep"),
+        "its word",
+    ),
+    "operand": (
+        lambda b, e, keep, **_: b.assign_slots(e, keep, tokens="token", experts=4),
+        "its word",
+    ),
     "unknown": (
-        lambda b, e, keep, **_: b.place(e, keep, tokens="token", experts=4, using="kept"),
-        "'using' of place is wrong",
+        lambda b, e, keep, **_: b.assign_slots(e, keep, tokens="token", experts=4, using="kept"),
+        "'using' of assign_slots is wrong",
     ),
     "twice": (
-        lambda b, e, keep, **_: b.place(
+        lambda b, e, keep, **_: b.assign_slots(
             e, keep, keep, tokens="token", experts=4, using=("keep", "keep")
         ),
-        "'using' of place is wrong",
+        "'using' of assign_slots is wrong",
     ),
     "float": (
-        lambda b, e, g, **_: b.place(e, g, tokens="token", experts=4, using="keep"),
+        lambda b, e, g, **_: b.assign_slots(e, g, tokens="token", experts=4, using="keep"),
         "bool elements",
     ),
     "size": (
-        lambda b, e, wide, **_: b.place(e, wide, tokens="token", experts=4, using="keep"),
+        lambda b, e, wide, **_: b.assign_slots(e, wide, tokens="token", experts=4, using="keep"),
         "two sizes",
     ),
     "priority": (
-        lambda b, e, g, **_: b.place(e, g, tokens="token", experts=4, using="priority"),
+        lambda b, e, g, **_: b.assign_slots(e, g, tokens="token", experts=4, using="priority"),
         "one element per token",
     ),
     "both": (
-        lambda b, e, **_: b.place(e, tokens="token", experts=4, groups=2, group_size=2),
+        lambda b, e, **_: b.assign_slots(e, tokens="token", experts=4, groups=2, group_size=2),
         "by their number or by their size",
     ),
     "multiple": (
-        lambda b, e, **_: b.place(e, tokens="token", experts=4, multiple=0),
+        lambda b, e, **_: b.assign_slots(e, tokens="token", experts=4, multiple=0),
         "multiple must be at least 1",
     ),
     "uniform": (lambda b, g, **_: b.keep_choices(g), "uniform numbers"),
@@ -379,11 +390,11 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
 
 def test_slots_are_the_last_result_of_expert_choice() -> None:
     def make(b: Builder, s: Value, **_: Value) -> None:
-        experts, _gates, _place = b.expert_choice(s, tokens="token", experts=4, capacity_factor=1.0)
+        experts, _gates, _slots = b.expert_choice(s, tokens="token", experts=4, capacity_factor=1.0)
         x = b.graph.input("x", tensor(F64, token="T", embed=2))
         b.dispatch(x, experts, experts)
 
-    with pytest.raises(InputError, match="slots come from a place operation"):
+    with pytest.raises(InputError, match="slots come from assign_slots or expert_choice"):
         build(make)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from math import isfinite, prod, sqrt
 
 from moecc.errors import InputError, UsageError
-from moecc.ir.dtypes import F32
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Role
-from moecc.ir.types import TensorType
+from moecc.types.dtypes import F32
+from moecc.types.tensor import TensorType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.draws import Normal, derive_key
 from moecc.weights.expr import Expr, Full, sources

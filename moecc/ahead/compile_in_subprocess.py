@@ -35,7 +35,7 @@ _TAIL = 3000
 
 
 @dataclass(frozen=True)
-class Answer:
+class CompileOutcome:
     """What a compilation left.
 
     Attributes:
@@ -58,7 +58,7 @@ def environment(machine: Machine) -> dict[str, str]:
     return made
 
 
-def compile_apart(request: Request, time_limit_seconds: float | None = None) -> Answer:
+def compile_apart(request: Request, time_limit_seconds: float | None = None) -> CompileOutcome:
     """Compile what `request` asks for in another process.
 
     Raises:
@@ -96,7 +96,7 @@ def _worker(folder: Path, machine: Machine, log: Any) -> Iterator[subprocess.Pop
             process.wait()
 
 
-def _read(folder: Path, code: int) -> Answer:
+def _read(folder: Path, code: int) -> CompileOutcome:
     answer = folder / ANSWER
     if not answer.exists():
         log = (folder / "log").read_text("utf-8", "replace")[-_TAIL:]
@@ -109,7 +109,7 @@ def _read(folder: Path, code: int) -> Answer:
     if "error" in data:
         raise _error(data)
     program, artefact = folder / PROGRAM, folder / ARTEFACT
-    return Answer(
+    return CompileOutcome(
         data,
         program.read_text("utf-8") if program.exists() else "",
         artefact.read_bytes() if artefact.exists() else b"",

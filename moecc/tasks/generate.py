@@ -10,11 +10,11 @@ import numpy as np
 
 from moecc.backend import Backend, get_backend
 from moecc.checkpoint.files import read_bounded
-from moecc.errors import InputError
-from moecc.ir.dtypes import F32, DType
-from moecc.models import Model
+from moecc.errors import InputError, Problem, UsageError
+from moecc.model.open import Model
+from moecc.tasks.verify import vocabulary
 from moecc.tokenizer.process import Tokenizer
-from moecc.verification import vocabulary
+from moecc.types.dtypes import F32, DType
 
 Array = np.ndarray[Any, Any]
 
@@ -85,7 +85,12 @@ def continue_tokens(
       seed: of the draws.
       backend: the backend; xla by default.
       stop: tokens that end the text.
+
+    Raises:
+      UsageError: a temperature or seed below 0, or no number.
+      InputError: no logit is finite, or one is NaN or +∞.
     """
+    _check_draws(temperature, seed)
     program = (backend or get_backend("xla")).compile(model.graph, dtype=dtype)
     params = Kept(model.params(dtype=dtype))
     rng = np.random.default_rng(seed)
@@ -96,6 +101,11 @@ def continue_tokens(
         padded = np.zeros((1, width), np.int32)
         padded[0, : len(line)] = line
         logits = program.run(params, {"tokens": padded})["logits"][0, len(line) - 1]
+        if not np.isfinite(logits.max()):
+            raise InputError(
+                "the logits say nothing: there is NaN or infinity among them", where=model.name,
+                expected="finite logits", found=f"a largest of {logits.max()}",
+            )  # fmt: skip
         token = _choose(logits, temperature, rng)
         if token in stop:
             return
@@ -103,11 +113,25 @@ def continue_tokens(
         yield token
 
 
+def _check_draws(temperature: float, seed: int) -> None:
+    problems = []
+    if not 0 <= temperature < float("inf"):
+        problems.append(
+            Problem("not a temperature", "--temperature", "0 or more", str(temperature))
+        )
+    if seed < 0:
+        problems.append(Problem("not a seed of draws", "--seed", "0 or more", str(seed)))
+    if problems:
+        raise UsageError(problems)
+
+
 def _choose(logits: Array, temperature: float, rng: np.random.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    share = np.exp(scaled - scaled.max())
+    wide = logits.astype(np.float64)
+    # The largest is 0 before it is divided: a tiny temperature must not make it infinite.
+    with np.errstate(over="ignore"):
+        share = np.exp((wide - wide.max()) / temperature)
     return int(rng.choice(len(share), p=share / share.sum()))
 
 

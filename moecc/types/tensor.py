@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from moecc.ir.dtypes import DType
+from moecc.types.dtypes import DType
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -47,12 +47,12 @@ class Setter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A size that a ``place`` value sets at run time.
+    """A size that an ``assign_slots`` value sets at run time.
 
     Attributes:
       kind: ``ragged`` (one extent per expert and group), ``capacity`` (one for all of them) or
         ``groups`` (the number of token groups).
-      value: the ``place`` result; compared by identity, and up to renaming between graphs.
+      value: the ``assign_slots`` result; compared by identity, and up to renaming between graphs.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Extent:
 
 
 Size = int | str | Extent
-"""A number, a variable, or an extent that a ``place`` value sets."""
+"""A number, a variable, or an extent that an ``assign_slots`` value sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +127,14 @@ class TensorType:
         return len(self.axes)
 
     @cached_property
-    def is_placed(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether an axis lies split over a mesh, or the value is a sum not yet carried out."""
         return bool(self.unreduced) or any(a.mesh for a in self.axes)
 
     @property
     def bare(self) -> TensorType:
         """This type without any mesh axis."""
-        if not self.is_placed:
+        if not self.is_sharded:
             return self
         return TensorType(self.dtype, tuple(Axis(a.name, a.size) for a in self.axes))
 
@@ -150,7 +150,7 @@ class TensorType:
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        """The extents, set by ``place`` values, that the sizes of this type refer to."""
+        """The extents, set by ``assign_slots`` values, that the sizes of this type refer to."""
         return tuple(a.size for a in self.axes if isinstance(a.size, Extent))
 
     @cached_property

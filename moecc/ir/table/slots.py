@@ -1,8 +1,8 @@
 """Slots: who gets one at which expert, and the exchange of rows between tokens and slots.
 
-``place`` gives slots to what tokens have chosen, ``expert_choice`` lets experts choose tokens; both
-say for every choice of every token its slot, or −1, so that ``dispatch`` and ``combine`` are the
-same for both.
+``assign_slots`` gives slots to what tokens have chosen, ``expert_choice`` lets experts choose
+tokens; both say for every choice of every token its slot, or −1, so that ``dispatch`` and
+``combine`` are the same for both.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from math import ceil, floor, inf, prod
 from typing import TYPE_CHECKING, TypeVar
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import I32
 from moecc.ir.graph import Node, Value
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import combined, dispatched, numbered
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.traits import Cost, Index, Residual, RowMove
-from moecc.ir.types import Axis, Extent, TensorType
+from moecc.types.dtypes import I32
+from moecc.types.tensor import Axis, Extent, TensorType
 
 V = TypeVar("V", bound=Operand)
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh
 
 USING = ("keep", "priority", "mask")
-"""What ``place`` may be given beside the experts, by the words of its attribute ``using``."""
+"""Further operands of ``assign_slots``, by the words of its attribute ``using``."""
 
 _GROUPS = {
     "groups": Attr("int", 1, doc="the number of token groups"),
@@ -42,7 +42,7 @@ _ROUNDED = {
 }
 
 
-def given_to(operands: Sequence[V], attrs: Attrs) -> dict[str, V]:
+def operands_by_word(operands: Sequence[V], attrs: Attrs) -> dict[str, V]:
     """Return what a node with an attribute ``using`` is given beyond its first operand, by word.
 
     Raises:
@@ -96,7 +96,7 @@ def _check_per_token(type: TensorType, like: TensorType, tokens: Sequence[str], 
         same_size(like[name], type[name])
 
 
-def _infer_place(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+def _infer_assign_slots(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     experts = operands[0].type
     need_kind(experts, "int", "the experts")
     for name in attrs["tokens"]:
@@ -111,7 +111,7 @@ def _infer_place(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType,
         )
     _check_counts(attrs)
     _check_groups(experts, attrs)
-    _check_given(given_to(operands, attrs), experts, attrs["tokens"])
+    _check_given(operands_by_word(operands, attrs), experts, attrs["tokens"])
     return (TensorType(I32, experts.axes),)
 
 
@@ -142,7 +142,7 @@ def _own_groups(node: Definition, mesh: Mesh) -> Attrs:
 
 register(
     OpDef(
-        "place",
+        "assign_slots",
         """The slot of each choice at its expert, or −1 where it is dropped.
 
         Tokens are numbered over the token axes, outermost first, and cut into `groups` equal
@@ -159,8 +159,8 @@ register(
         2021); not causal.  mask, `pred[tokens]`: true for tokens, false for padding, which gets no
         slot but counts to its group.""",
         ("experts",),
-        _infer_place,
-        results=("place",),
+        _infer_assign_slots,
+        results=("slots",),
         attrs={
             "tokens": Attr("axes", doc="the token axes"),
             "experts": Attr("int", doc="the number of experts", pins=True),
@@ -199,7 +199,7 @@ def _infer_expert_choice(operands: Sequence[Operand], attrs: Attrs) -> tuple[Ten
     no_ragged(scores, scores.names, "cannot choose")
     _check_counts(attrs)
     _check_groups(scores, attrs)
-    given = given_to(operands, attrs)
+    given = operands_by_word(operands, attrs)
     if "mask" in given:
         need_kind(given["mask"].type, "bool", "the mask")
         _check_per_token(given["mask"].type, scores, attrs["tokens"], "the mask")
@@ -213,13 +213,14 @@ register(
         "expert_choice",
         """Each expert takes the C tokens of a group that score highest with it (Zhou et al. 2022).
 
-        The results are those of ``route`` and ``place``: a token has one choice for each expert,
-        the gate is the score, and the slot is −1 where the expert did not take the token.  Equal
-        scores go to the earlier token.  C is that of ``place``, and always at most the tokens of a
-        group.  Whether a token is taken depends on all tokens of its group: not causal.""",
+        The results are those of ``route`` and ``assign_slots``: a token has one choice for each
+        expert, the gate is the score, and the slot is −1 where the expert did not take the token.
+        Equal scores go to the earlier token.  C is that of ``assign_slots``, and always at most the
+        tokens of a group.  Whether a token is taken depends on all tokens of its group: not
+        causal.""",
         ("scores",),
         _infer_expert_choice,
-        results=("experts", "gates", "place"),
+        results=("experts", "gates", "slots"),
         attrs={
             "tokens": Attr("axes", doc="the token axes"),
             "experts": Attr("int", doc="the number of experts", pins=True),
@@ -247,13 +248,13 @@ _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {"floor": floor, "round": rou
 
 
 def capacity(attrs: Attrs, tokens: int, choices: int) -> int:
-    """Return the slots that a ``place`` with `attrs` gives each expert in a group.
+    """Return the slots that an ``assign_slots`` with `attrs` gives each expert in a group.
 
     The factor counts as the decimal number that is written, not as the float nearest to it, so
     that 0.7 · 10 tokens are 7 slots everywhere.
 
     Args:
-      attrs: of the ``place`` or ``expert_choice`` node.
+      attrs: of the ``assign_slots`` or ``expert_choice`` node.
       tokens: the tokens of a group.
       choices: the choices of a token.
     """
@@ -267,7 +268,7 @@ def capacity(attrs: Attrs, tokens: int, choices: int) -> int:
 
 
 def group_count(attrs: Attrs, tokens: int) -> int:
-    """Return the number of groups that a ``place`` with `attrs` cuts `tokens` tokens into.
+    """Return the number of groups that an ``assign_slots`` with `attrs` cuts `tokens` tokens into.
 
     Raises:
       InputError: the groups do not divide the tokens.
@@ -286,88 +287,88 @@ def group_count(attrs: Attrs, tokens: int) -> int:
     return tokens // size if size else divisor
 
 
-def is_place(value: Operand) -> bool:
+def is_slots(value: Operand) -> bool:
     """Return whether `value` is the slots of choices, which set the extents of rows."""
     node = value.node
     return node is not None and node.op.assigns_slots and value is node.results[-1]
 
 
-def placing(value: Operand) -> Node:
-    """Return the node that gives the slots `value`: a ``place`` or an ``expert_choice``.
+def assigner(value: Operand) -> Node:
+    """Return the node that gives the slots `value`: an ``assign_slots`` or an ``expert_choice``.
 
     Raises:
       InputError: something else defines it.
     """
     node = value.node
-    if not isinstance(node, Node) or not is_place(value):
+    if not isinstance(node, Node) or not is_slots(value):
         raise InputError(
-            "slots come from a place operation",
+            "slots come from assign_slots or expert_choice",
             found=f"%{value.name} : {value.type}",
             hint="place the experts first",
         )
     return node
 
 
-def slot_axes(place: Operand) -> tuple[Axis, Axis, Axis]:
+def slot_axes(slots: Operand) -> tuple[Axis, Axis, Axis]:
     """Return the axes group, expert and slot that rows have between dispatch and combine."""
-    attrs = placing(place).attrs
+    attrs = assigner(slots).attrs
     return (
-        group_axis(place),
+        group_axis(slots),
         Axis("expert", attrs["experts"]),
-        Axis("slot", Extent(attrs["slots"], place)),
+        Axis("slot", Extent(attrs["slots"], slots)),
     )
 
 
-def group_axis(place: Operand) -> Axis:
+def group_axis(slots: Operand) -> Axis:
     """Return the axis of the token groups that `place` counts in."""
-    attrs = placing(place).attrs
-    return Axis("group", Extent("groups", place) if attrs["group_size"] else attrs["groups"])
+    attrs = assigner(slots).attrs
+    return Axis("group", Extent("groups", slots) if attrs["group_size"] else attrs["groups"])
 
 
-def placed_experts(place: Operand) -> Value:
+def experts_of(slots: Operand) -> Value:
     """Return the experts to which `place` gives slots: what was placed, or what was chosen."""
-    node = placing(place)
+    node = assigner(slots)
     return node.results[0] if node.op.chooses else node.operands[0]
 
 
-def _check_experts(place: Operand, experts: Operand) -> None:
-    placed = placed_experts(place)
+def _check_experts(slots: Operand, experts: Operand) -> None:
+    placed = experts_of(slots)
     if placed is not experts:
         raise InputError(
             "experts and slots belong to different choices",
-            expected=f"%{placed.name}, which %{place.name} places",
+            expected=f"%{placed.name}, which %{slots.name} belongs to",
             found=f"%{experts.name}",
         )
 
 
-def _check_gates(place: Operand, gates: TensorType) -> None:
-    if place.type.names != gates.names or place.type.sizes != gates.sizes:
+def _check_gates(slots: Operand, gates: TensorType) -> None:
+    if slots.type.names != gates.names or slots.type.sizes != gates.sizes:
         raise InputError(
             "gates and slots belong to different choices",
-            expected=str(place.type),
+            expected=str(slots.type),
             found=str(gates),
         )
 
 
 def _infer_dispatch(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    x, experts, place = operands
-    tokens = placing(place).attrs["tokens"]
-    _check_experts(place, experts)
+    x, experts, slots = operands
+    tokens = assigner(slots).attrs["tokens"]
+    _check_experts(slots, experts)
     for name in tokens:
-        same_size(axis_of(x.type, name), place.type[name])
+        same_size(axis_of(x.type, name), slots.type[name])
     no_ragged(x.type, tokens, "cannot dispatch tokens")
     rest = (a for a in x.type.axes if a.name not in tokens)
-    return (x.type.with_axes(no_duplicates((*slot_axes(place), *rest))),)
+    return (x.type.with_axes(no_duplicates((*slot_axes(slots), *rest))),)
 
 
 register(
     OpDef(
         "dispatch",
         "The tokens, each in the slots that its choices were given; an empty slot holds zeros.",
-        ("x", "experts", "place"),
+        ("x", "experts", "slots"),
         _infer_dispatch,
         results=("rows",),
-        mixes=lambda operands, _attrs: tuple(placing(operands[2]).attrs["tokens"]),
+        mixes=lambda operands, _attrs: tuple(assigner(operands[2]).attrs["tokens"]),
         linear=(0,),
         residual=Residual((1, 2)),
         cost=Cost.READ_WRITE,
@@ -378,16 +379,16 @@ register(
 
 
 def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    rows, experts, place, gates = operands
-    _check_experts(place, experts)
-    _check_gates(place, gates.type)
-    for axis in slot_axes(place):
+    rows, experts, slots, gates = operands
+    _check_experts(slots, experts)
+    _check_gates(slots, gates.type)
+    for axis in slot_axes(slots):
         same_size(axis_of(rows.type, axis.name, "the rows"), axis)
     need_float(rows.type, "the rows")
     need_float(gates.type, "the gates")
-    tokens = placing(place).attrs["tokens"]
+    tokens = assigner(slots).attrs["tokens"]
     inner = (a for a in rows.type.axes if a.name not in ("group", "expert", "slot"))
-    outer = (a for a in place.type.axes if a.name in tokens)
+    outer = (a for a in slots.type.axes if a.name in tokens)
     return (rows.type.with_axes(no_duplicates((*outer, *inner))),)
 
 
@@ -395,7 +396,7 @@ register(
     OpDef(
         "combine",
         "For each token the sum over its choices of gate times row; a dropped one adds nothing.",
-        ("rows", "experts", "place", "gates"),
+        ("rows", "experts", "slots", "gates"),
         _infer_combine,
         mixes=lambda _operands, _attrs: ("group", "expert", "slot"),
         linear=(0, 3),
@@ -408,28 +409,28 @@ register(
 
 
 def _infer_group_sum(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    x, place = operands
+    x, slots = operands
     need_float(x.type)
-    tokens = placing(place).attrs["tokens"]
+    tokens = assigner(slots).attrs["tokens"]
     for name in tokens:
-        same_size(axis_of(x.type, name), place.type[name])
+        same_size(axis_of(x.type, name), slots.type[name])
     no_ragged(x.type, tokens, "cannot sum")
     rest = (a for a in x.type.axes if a.name not in tokens)
-    return (x.type.with_axes(no_duplicates((group_axis(place), *rest))),)
+    return (x.type.with_axes(no_duplicates((group_axis(slots), *rest))),)
 
 
 register(
     OpDef(
         "group_sum",
-        "The sum over the tokens of each group that a ``place`` counts in.",
-        ("x", "place"),
+        "The sum over the tokens of each group that an ``assign_slots`` counts in.",
+        ("x", "slots"),
         _infer_group_sum,
-        mixes=lambda operands, _attrs: tuple(placing(operands[1]).attrs["tokens"]),
+        mixes=lambda operands, _attrs: tuple(assigner(operands[1]).attrs["tokens"]),
         linear=(0,),
         residual=Residual((1,)),
         sharding=dispatched,
     )
 )
 
-PLACING = tuple(name for name, entry in OPS.items() if entry.assigns_slots)
+SLOT_ASSIGNERS = tuple(name for name, entry in OPS.items() if entry.assigns_slots)
 """The operations that give slots; the last result is the slot of each choice."""

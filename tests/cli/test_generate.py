@@ -1,4 +1,4 @@
-"""A hostile ``tokenizer.json`` is a message and exit code 1, never the end of moecc."""
+"""A hostile ``tokenizer.json`` is a message and exit code 1; so is a draw that cannot be made."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_padding_and_truncation_of_batches_are_no_part_of_a_prompt(
 def test_a_tokenizer_too_large_to_be_one_is_refused(
     moecc: Callable, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moecc.generation.MAX_TOKENIZER_BYTES", 100)
+    monkeypatch.setattr("moecc.tasks.generate.MAX_TOKENIZER_BYTES", 100)
     (dense / "tokenizer.json").write_bytes(changed())
     done = moecc("generate", dense, "--prompt", "the cat", "--tokens", "1")
     assert done.code == 1
@@ -138,3 +138,43 @@ def test_a_tokenizer_that_takes_too_long_is_ended() -> None:
     with pytest.raises(InputError, match=r"it takes more than 0\.5 s"):
         slow()
     assert time.monotonic() - start < 30
+
+
+# --- drawing
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--temperature", "nan"], "not a temperature"),
+        (["--temperature", "inf"], "not a temperature"),
+        (["--temperature", "1", "--seed", "-1"], "not a seed"),
+    ],
+)
+def test_draws_that_cannot_be_are_refused(
+    moecc: Callable, dense: Path, more: list[str], says: str
+) -> None:
+    (dense / "tokenizer.json").write_bytes(changed())
+    done = moecc("generate", dense, "--prompt", "the cat", "--tokens", "1", *more)
+    assert done.code == 2
+    assert says in done.err
+
+
+def test_a_temperature_next_to_0_is_that_of_the_likeliest(moecc: Callable, dense: Path) -> None:
+    (dense / "tokenizer.json").write_bytes(changed())
+    args = ("generate", dense, "--prompt", "the cat", "--tokens", "4", "--temperature")
+    likeliest, drawn = moecc(*args, "0"), moecc(*args, "1e-320")
+    assert (drawn.code, drawn.out) == (0, likeliest.out)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_logits_that_are_nan_are_refused(moecc: Callable, dense: Path, temperature: str) -> None:
+    (dense / "tokenizer.json").write_bytes(changed())
+    path = dense / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-4096] + b"\xff" * 4096)
+    done = moecc(
+        "generate", dense, "--prompt", "the", "--tokens", "1", "--temperature", temperature
+    )
+    assert done.code == 1, done.err
+    assert "NaN or infinity" in done.err

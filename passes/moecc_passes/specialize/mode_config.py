@@ -16,15 +16,15 @@ ATTRIBUTE = "routing"
 UNSAID = "as-is"
 """What an option says that has ``none`` among its words, and leaves a layer as it is."""
 
-PLACEMENT = (
+ASSIGNMENT = (
     "capacity_factor", "convention", "rounding", "multiple", "minimum", "cap", "groups",
     "group_size", "order",
 )  # fmt: skip
-"""Settings that are attributes of ``place``."""
+"""Settings that are attributes of ``assign_slots``."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModeConfig:
     """The settings of one mode; None leaves a layer as it is.
 
     Attributes:
@@ -74,16 +74,16 @@ class Settings:
     expert_dropout: float | None = None
 
     @classmethod
-    def of(cls, item: object) -> Settings:
+    def of(cls, item: object) -> ModeConfig:
         """Return the settings among the fields of a pass."""
         named = {f.name: getattr(item, f.name) for f in fields(cls)}
         return cls(**{n: v for n, v in named.items() if v != UNSAID})
 
-    def over(self, other: Settings) -> Settings:
+    def over(self, other: ModeConfig) -> ModeConfig:
         """Return these settings, and those of `other` where these say nothing."""
-        return Settings(**{**other.said(), **self.said()})
+        return ModeConfig(**{**other.said(), **self.said()})
 
-    def at(self, loc: str) -> Settings:
+    def at(self, loc: str) -> ModeConfig:
         """Return the settings for a layer at `loc`: decoders may have other groups."""
         if self.decoder_group_size is None:
             return self
@@ -95,9 +95,9 @@ class Settings:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {n: v for n, v in named.items() if v is not None}
 
-    def placement(self) -> dict[str, Any]:
-        """Return the attributes of ``place`` that they ask for."""
-        attrs = {n: v for n, v in self.said().items() if n in PLACEMENT}
+    def assignment(self) -> dict[str, Any]:
+        """Return the attributes of ``assign_slots`` that they ask for."""
+        attrs = {n: v for n, v in self.said().items() if n in ASSIGNMENT}
         if self.group_size:
             attrs["groups"] = 1
         elif self.groups:
@@ -109,16 +109,16 @@ class Settings:
         return attrs
 
 
-def recorded(graph: Graph, mode: str) -> Settings:
+def recorded(graph: Graph, mode: str) -> ModeConfig:
     """Return what `graph` says about `mode`; nothing where it says nothing."""
     modes = graph.attrs.get(ATTRIBUTE)
     found = modes.get(mode) if isinstance(modes, Mapping) else None
     if not isinstance(found, Mapping):
-        return Settings()
-    known = {f.name for f in fields(Settings)}
-    return Settings(**{n: v for n, v in found.items() if n in known})
+        return ModeConfig()
+    known = {f.name for f in fields(ModeConfig)}
+    return ModeConfig(**{n: v for n, v in found.items() if n in known})
 
 
-def record(graph: Graph, **modes: Settings) -> None:
+def record(graph: Graph, **modes: ModeConfig) -> None:
     """Let `graph` say what its modes are."""
     graph.attrs[ATTRIBUTE] = {name: settings.said() for name, settings in modes.items()}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Cut, Product
-from moecc.ir.types import Axis, TensorType
+from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moecc.errors import InputError, UsageError
-from moecc.ir.dtypes import F32, DType
 from moecc.ir.graph import Graph
 from moecc.presets import PREFIX, preset_config
+from moecc.types.dtypes import F32, DType
 
 if TYPE_CHECKING:
     from moecc.checkpoint.source import Checkpoint
@@ -87,7 +87,7 @@ class Model(AbstractContextManager["Model"]):
         counts: dict[str, int] = {}
         for info in self.checkpoint.tensors.values():
             counts[info.dtype.name] = counts.get(info.dtype.name, 0) + info.nbytes
-        from moecc.ir.dtypes import DTYPES
+        from moecc.types.dtypes import DTYPES
 
         return DTYPES[max(counts, key=lambda n: counts[n])] if counts else F32
 

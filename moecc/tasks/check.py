@@ -20,8 +20,8 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context, Pass, Preserves
 from moecc.pipeline.runner import run_pass
-from moecc.pipeline.shrink import reduced
 from moecc.pipeline.text import Pipeline, format_pass
+from moecc.tasks.shrink import reduced
 
 SEEDS = (0, 1)
 """Each pass is compared on random data of these seeds."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from moecc.ir.table.placing import capacity, group_count
-from moecc_backends.reference.arrays import NOTHING, Array, Data, Placement, meaning
+from moecc.ir.table.slots import capacity, group_count
+from moecc_backends.reference.arrays import NOTHING, Array, Data, SlotAssignment, meaning
 
 
-@meaning("place")
-def place(
+@meaning("assign_slots")
+def assign_slots(
     choices: Array,
     /,
     *given: Array,
@@ -45,8 +45,8 @@ def place(
         extents[group, expert] += 1
     count = int(extents.max(initial=0)) if limit is None else limit
     result = Array(placed.reshape([choices.size(a) for a in layout]), layout)
-    placement = Placement(tokens, extents, count, limit is None)
-    return Array(result.to(choices.axes), choices.axes, placement=placement)
+    assignment = SlotAssignment(tokens, extents, count, limit is None)
+    return Array(result.to(choices.axes), choices.axes, assignment=assignment)
 
 
 def _bounds(attrs: dict[str, Any], tokens: int, choices: int) -> tuple[int, int, int | None]:
@@ -117,8 +117,8 @@ def expert_choice(
     every = (*(a for a in scores.axes if a != axis), choice)
     numbers = np.broadcast_to(np.arange(values.shape[1]), values.shape)
     results = [Array(d.reshape(shape), layout).to(every) for d in (numbers, values, placed)]
-    placement = Placement(tokens, extents, limit, False)
-    last = Array(results[2], every, placement=placement)
+    assignment = SlotAssignment(tokens, extents, limit, False)
+    last = Array(results[2], every, assignment=assignment)
     return Array(results[0], every), Array(results[1], every), last
 
 
@@ -127,55 +127,55 @@ def _by_token(x: Array, tokens: tuple[str, ...], rest: tuple[str, ...]) -> Data:
     return x.to((*tokens, *rest)).reshape(-1, *(x.size(a) for a in rest))
 
 
-def _placement(place: Array) -> Placement:
-    if place.placement is None:
-        raise TypeError("these slots do not come from a place operation")
-    return place.placement
+def _assignment(slots: Array) -> SlotAssignment:
+    if slots.assignment is None:
+        raise TypeError("these slots do not come from assign_slots or expert_choice")
+    return slots.assignment
 
 
-def _routes(experts: Array, place: Array) -> Iterator[tuple[int, tuple[Data, Data, Data, Data]]]:
+def _routes(experts: Array, slots: Array) -> Iterator[tuple[int, tuple[Data, Data, Data, Data]]]:
     """Yield, for each rank of choice, token, group, expert and slot of what was placed."""
-    placement = _placement(place)
-    rest = tuple(a for a in place.axes if a not in placement.tokens)
-    slots = _by_token(place, placement.tokens, rest)
-    chosen = _by_token(experts, placement.tokens, rest)
-    size = max(1, len(slots) // len(placement.extents))
-    for rank in range(slots.shape[1]):
-        (token,) = np.nonzero(slots[:, rank] >= 0)
-        yield rank, (token, token // size, chosen[token, rank], slots[token, rank])
+    assignment = _assignment(slots)
+    rest = tuple(a for a in slots.axes if a not in assignment.tokens)
+    taken = _by_token(slots, assignment.tokens, rest)
+    chosen = _by_token(experts, assignment.tokens, rest)
+    size = max(1, len(taken) // len(assignment.extents))
+    for rank in range(taken.shape[1]):
+        (token,) = np.nonzero(taken[:, rank] >= 0)
+        yield rank, (token, token // size, chosen[token, rank], taken[token, rank])
 
 
 @meaning("dispatch")
-def dispatch(x: Array, experts: Array, place: Array) -> Array:
+def dispatch(x: Array, experts: Array, slots: Array) -> Array:
     """Return the tokens, each in the slots that its choices were given.
 
     An empty slot under a capacity holds zeros.  Beyond a ragged extent there is nothing: NaN.
     """
-    placement = _placement(place)
-    rest = tuple(a for a in x.axes if a not in placement.tokens)
-    source = _by_token(x, placement.tokens, rest)
-    empty = poison(x.data) if placement.is_ragged else x.data.dtype.type(0)
-    rows = np.full((*placement.extents.shape, placement.slots, *source.shape[1:]), empty)
-    for _, (token, group, expert, slot) in _routes(experts, place):
+    assignment = _assignment(slots)
+    rest = tuple(a for a in x.axes if a not in assignment.tokens)
+    source = _by_token(x, assignment.tokens, rest)
+    empty = poison(x.data) if assignment.is_ragged else x.data.dtype.type(0)
+    rows = np.full((*assignment.extents.shape, assignment.slots, *source.shape[1:]), empty)
+    for _, (token, group, expert, slot) in _routes(experts, slots):
         rows[group, expert, slot] = source[token]
     return Array(rows, ("group", "expert", "slot", *rest))
 
 
 @meaning("combine")
-def combine(rows: Array, experts: Array, place: Array, gates: Array) -> Array:
+def combine(rows: Array, experts: Array, slots: Array, gates: Array) -> Array:
     """Return each token's sum over its choices of gate times row; a dropped one adds nothing."""
-    placement = _placement(place)
+    assignment = _assignment(slots)
     rest = tuple(a for a in rows.axes if a not in ("group", "expert", "slot"))
     source = rows.to(("group", "expert", "slot", *rest))
-    (choice,) = (a for a in gates.axes if a not in placement.tokens)
-    weights = _by_token(gates, placement.tokens, (choice,))
+    (choice,) = (a for a in gates.axes if a not in assignment.tokens)
+    weights = _by_token(gates, assignment.tokens, (choice,))
     total = np.zeros((len(weights), *source.shape[3:]))
-    for rank, (token, group, expert, slot) in _routes(experts, place):
+    for rank, (token, group, expert, slot) in _routes(experts, slots):
         weight = weights[token, rank].reshape(-1, *[1] * len(rest))
         total[token] += weight * source[group, expert, slot]
-    outer = tuple(a for a in place.axes if a in placement.tokens)
-    shape = [place.size(a) for a in placement.tokens]
-    result = Array(total.reshape(*shape, *total.shape[1:]), (*placement.tokens, *rest))
+    outer = tuple(a for a in slots.axes if a in assignment.tokens)
+    shape = [slots.size(a) for a in assignment.tokens]
+    result = Array(total.reshape(*shape, *total.shape[1:]), (*assignment.tokens, *rest))
     return Array(result.to((*outer, *rest)), (*outer, *rest))
 
 
@@ -186,26 +186,26 @@ def poison(data: Data) -> float | int | bool:
     return NOTHING if data.dtype.kind == "i" else False
 
 
-def poisoned(x: Array, slot: str, placement: Placement) -> Array:
+def poisoned(x: Array, slot: str, assignment: SlotAssignment) -> Array:
     """Return `x` with nothing beyond the extents of its ragged axis `slot`.
 
     A value that lost its group or expert axis, or part of one, is returned as it is.
     """
     where = ("group", "expert", slot)
-    shape = (*placement.extents.shape, placement.slots)
+    shape = (*assignment.extents.shape, assignment.slots)
     if not set(where) <= set(x.axes) or tuple(x.size(a) for a in where) != shape:
         return x
-    beyond = np.arange(placement.slots) >= placement.extents[..., None]
+    beyond = np.arange(assignment.slots) >= assignment.extents[..., None]
     data = np.where(Array(beyond, where).to(x.axes), poison(x.data), x.data)
     return replace(x, data=data.astype(x.data.dtype))
 
 
 @meaning("group_sum")
-def group_sum(x: Array, place: Array) -> Array:
+def group_sum(x: Array, slots: Array) -> Array:
     """Return the sum over the tokens of each group."""
-    placement = _placement(place)
-    rest = tuple(a for a in x.axes if a not in placement.tokens)
-    source = _by_token(x, placement.tokens, rest)
-    groups = len(placement.extents)
+    assignment = _assignment(slots)
+    rest = tuple(a for a in x.axes if a not in assignment.tokens)
+    source = _by_token(x, assignment.tokens, rest)
+    groups = len(assignment.extents)
     parts = source.reshape(groups, -1, *source.shape[1:])
     return Array(parts.sum(1), ("group", *rest))

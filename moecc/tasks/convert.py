@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
-from moecc.ir.dtypes import DType
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
-from moecc.models import Model
+from moecc.model.open import Model
 from moecc.pipeline.passes import Preserves
+from moecc.types.dtypes import DType
 from moecc.version import __version__
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""A model: opened, given inputs, initialised, balanced."""

@@ -1,0 +1,1 @@
+"""What commands call: convert, verify, generate, check."""

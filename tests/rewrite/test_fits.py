@@ -1,0 +1,39 @@
+"""Recognising a node by a pattern, where nothing is rewritten."""
+
+from __future__ import annotations
+
+from moecc.ir import F32, Builder, Graph, tensor
+from moecc.rewrite import P, fits
+
+
+def graph() -> Graph:
+    made = Graph("g")
+    x = made.input("x", tensor(F32, batch="B"))
+    b = Builder(made)
+    made.set_output("y", b.add(b.scale(x, by=2.0), b.neg(x)))
+    return made
+
+
+def test_alternatives_are_tried_in_their_order() -> None:
+    scale, neg, add = graph()
+    either = P.scale(P.any("x"), by=3.0) | P.scale(P.any("x"), by=P.attr("by")) | P.neg(P.any("x"))
+    found = fits(either, scale)
+    assert found is not None
+    assert found.attr("by") == 2.0
+    assert found.root is scale
+    negated = fits(either, neg)
+    assert negated is not None
+    assert "by" not in negated
+    assert fits(either, add) is None
+
+
+def test_what_no_node_makes_fits_nothing() -> None:
+    assert fits(P.neg(P.any()), graph().inputs["x"].node) is None
+
+
+def test_operands_count_and_may_be_exchanged() -> None:
+    _, neg, add = graph()
+    found = fits(P.add(P.neg(P.any()).named("n"), P.any("other")), add)
+    assert found is not None
+    assert found.value("n") is neg.result
+    assert fits(P.add(P.neg(P.any()), P.neg(P.any())), add) is None
