@@ -21,6 +21,7 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import Header, read_header
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest
+from moecc.types.arrays import Array
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
@@ -49,7 +50,7 @@ class SafetensorsFolder:
         self._companions = companions
         self._pool = DescriptorPool()
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
 
         Raises:

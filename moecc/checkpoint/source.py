@@ -8,8 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
-
+from moecc.types.arrays import Array
 from moecc.types.dtypes import DType
 
 
@@ -51,7 +50,7 @@ class Checkpoint(Protocol):
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
 
         Raises:

@@ -15,17 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from moecc.errors import InputError, UsageError
 from moecc.ir.graph import Graph
 from moecc.presets import PREFIX, preset_config
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
 
 if TYPE_CHECKING:
     from moecc.checkpoint.source import Checkpoint
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass

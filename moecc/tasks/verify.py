@@ -11,9 +11,8 @@ from moecc.backend import Arrays, Backend, get_backend
 from moecc.errors import InputError
 from moecc.model.inputs import default_inputs
 from moecc.model.open import Model
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
-
-Array = np.ndarray[Any, Any]
 
 TOLERANCE = 1e-5
 """The default bound on the largest difference of logits, relative to the largest logit."""

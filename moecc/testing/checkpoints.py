@@ -11,10 +11,9 @@ import numpy as np
 
 from moecc.checkpoint.source import TensorInfo
 from moecc.families.configs import ModelConfig
+from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES, F32, DType
 from moecc.weights.expr import Expr, sources
-
-Array = np.ndarray[Any, Any]
 
 
 class MemoryCheckpoint:

@@ -15,7 +15,8 @@ import numpy as np
 from moecc.ir.graph import Graph, Value
 from moecc.ir.indices import index_sizes
 from moecc.ir.table.repetition import repetitions
-from moecc.testing.draws import Data, generator
+from moecc.testing.draws import generator
+from moecc.types.arrays import Array
 from moecc.types.ranges import element, lengths
 from moecc.types.tensor import Size, TensorType
 
@@ -60,7 +61,7 @@ def _known(size: Size, sizes: Sizes) -> int:
     return size if isinstance(size, int) else 1
 
 
-def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Data]:
+def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Array]:
     """Return random arrays for the inputs of `graph`.
 
     Floats are normal with standard deviation 1; integers stay within the tables, one-hot axes and
@@ -75,7 +76,7 @@ def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[
     return {n: _draw(v, seed, sizes, "input") for n, v in graph.inputs.items()}
 
 
-def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Data]:
+def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Array]:
     """Return random arrays for the parameters of `graph`.
 
     A parameter with a weight expression is what the expression makes of random source tensors,
@@ -90,7 +91,7 @@ def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[
     return {n: _made(v, seed, sizes) for n, v in graph.params.items()}
 
 
-def _made(value: Value, seed: int, sizes: Sizes) -> Data:
+def _made(value: Value, seed: int, sizes: Sizes) -> Array:
     if value.weight is None:
         # What no expression makes is the tensor of its own name, for passes that say so.
         rolled = _rolled(value, seed, sizes)
@@ -100,7 +101,7 @@ def _made(value: Value, seed: int, sizes: Sizes) -> Data:
     return weight_for(value.weight, seed)
 
 
-def _rolled(value: Value, seed: int, sizes: Sizes) -> Data | None:
+def _rolled(value: Value, seed: int, sizes: Sizes) -> Array | None:
     """Return what stands for a parameter of each layer, or None where `value` is one of its own."""
     for user in value.users:
         axis, runs = repetitions(user.attrs) if user.body is not None else ("", 0)
@@ -113,7 +114,7 @@ def _rolled(value: Value, seed: int, sizes: Sizes) -> Data | None:
 
 def _draw(
     value: Value, seed: int, sizes: Sizes, kind: str, name: str = "", without: str = ""
-) -> Data:
+) -> Array:
     """Draw what `value` is, or what `name` is, which lacks the axis `without`."""
     type = value.type.without(without) if without else value.type
     dtype, shape = type.dtype, shape_of(type, sizes)

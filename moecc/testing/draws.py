@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
-
-Data = np.ndarray[Any, Any]
 
 
 def generator(seed: int, *words: str) -> np.random.Generator:

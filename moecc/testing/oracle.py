@@ -17,7 +17,8 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
-from moecc.testing.draws import Data, generator
+from moecc.testing.draws import generator
+from moecc.types.arrays import Array
 from moecc.types.tensor import Extent
 
 TOLERANCE = 1e-12
@@ -36,7 +37,7 @@ def run_reference(
     seed: int = 0,
     params: Arrays | None = None,
     inputs: Arrays | None = None,
-) -> dict[str, Data]:
+) -> dict[str, Array]:
     """Return the outputs of `graph` in the reference interpreter, on random data.
 
     Args:
@@ -140,7 +141,7 @@ def _common_sizes(before: Graph, after: Graph, seed: int) -> dict[str, int]:
     return {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
 
 
-def _magnitude(data: Data) -> float:
+def _magnitude(data: Array) -> float:
     if data.dtype.kind != "f":
         return 0.0
     finite = np.abs(data[np.isfinite(data)])
@@ -148,10 +149,10 @@ def _magnitude(data: Data) -> float:
 
 
 def _amplified(
-    graph: Graph, params: Arrays, inputs: Arrays, expected: Mapping[str, Data]
-) -> dict[str, Data]:
+    graph: Graph, params: Arrays, inputs: Arrays, expected: Mapping[str, Array]
+) -> dict[str, Array]:
     """Return how far each output moves under small errors of the data and of each operation."""
-    moved: dict[str, Data] = {}
+    moved: dict[str, Array] = {}
     for draw in range(3):
         near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in (params, inputs)]
         outputs = run_reference(_with_errors(graph, draw), params=near[0], inputs=near[1])
@@ -183,14 +184,14 @@ def _use_instead(old: Value, new: Value, users: Sequence[Node]) -> None:
                 user.set_operand(at, new)
 
 
-def _nudged(data: Data, draw: int, name: str) -> Data:
+def _nudged(data: Array, draw: int, name: str) -> Array:
     if data.dtype.kind not in "fV":
         return data
     noise = generator(draw, "nudge", name).uniform(-1, 1, data.shape)
     return np.asarray(data.astype(np.float64) * (1 + PERTURBATION * noise))
 
 
-def _distance(expected: Data, found: Data) -> Data:
+def _distance(expected: Array, found: Array) -> Array:
     """Return how far the arrays are apart: 0 where undefined, ∞ where only one is infinite."""
     a, b = expected.astype(np.float64), found.astype(np.float64)
     with np.errstate(all="ignore"):
@@ -199,7 +200,7 @@ def _distance(expected: Data, found: Data) -> Data:
     return np.where(np.isnan(a), 0.0, np.where(np.isnan(apart), np.inf, apart))
 
 
-def _unequal(expected: Mapping[str, Data], found: Mapping[str, Data], seed: int) -> Iterator[str]:
+def _unequal(expected: Mapping[str, Array], found: Mapping[str, Array], seed: int) -> Iterator[str]:
     for name, a in expected.items():
         if not np.array_equal(a, found[name], equal_nan=a.dtype.kind == "f"):
             yield from _beyond({name: a}, found, {name: 0.0}, seed)
@@ -207,7 +208,7 @@ def _unequal(expected: Mapping[str, Data], found: Mapping[str, Data], seed: int)
 
 
 def _beyond(
-    expected: Mapping[str, Data], found: Mapping[str, Data], allowed: Mapping[str, Any], seed: int
+    expected: Mapping[str, Array], found: Mapping[str, Array], allowed: Mapping[str, Any], seed: int
 ) -> Iterator[str]:
     for name, a in expected.items():
         b = found[name]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from moecc.testing.choices import Choices, pick
-from moecc.testing.draws import Data, generator
+from moecc.testing.draws import generator
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, F64
 from moecc.types.tensor import TensorType
 from moecc.weights.arithmetic import Cast, Scale
@@ -41,7 +42,7 @@ def _source(choices: Choices, type: TensorType) -> Source:
     return Source(f"model.{choices.below(3)}.weight_{sizes}_{'_'.join(type.names)}", type)
 
 
-def weight_for(weight: Expr, seed: int) -> Data:
+def weight_for(weight: Expr, seed: int) -> Array:
     """Return what `weight` makes of random source tensors, in float64 throughout.
 
     Casts between floats are left out: rounded to a narrow type, weights that are equal in real
@@ -67,7 +68,7 @@ class _Sources:
         self.seed = seed
         self.types = {s.name: s.type for s in sources(weight)}
 
-    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Data:
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         type = self.types[name]
         rng = generator(self.seed, "source", name)
         if not type.dtype.is_float:

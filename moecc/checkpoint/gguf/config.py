@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
 from moecc.checkpoint.gguf.keys import Keys, token_id
 from moecc.checkpoint.gguf.names import EMBEDDING, HEAD, GgufFamily
 from moecc.checkpoint.gguf.rope import read_rope
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError
+from moecc.types.arrays import Array
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
@@ -52,7 +51,7 @@ class Sizes:
 def make_config(
     header: GgufHeader,
     family: GgufFamily,
-    divisors: np.ndarray[Any, Any] | None,
+    divisors: Array | None,
     problems: Problems,
 ) -> tuple[dict[str, Any], Sizes]:
     """Return config.json and the sizes of a head; everything wrong goes to `problems`."""

@@ -6,7 +6,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moecc.checkpoint.gguf.cursor import Cursor
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError
+from moecc.types.arrays import Array
 
 MAX_KEYS = 1 << 14
 _LEAST_KEY_BYTES = 8 + 1 + 4 + 1
@@ -78,7 +79,7 @@ class GgufArray:
                 raise InputError("a string is not UTF-8", where=where) from None
         return texts
 
-    def numbers(self) -> np.ndarray[Any, Any]:
+    def numbers(self) -> Array:
         """Read an array of numbers [count]. Raises as `strings`."""
         if not self.letter:
             raise self._wrong("numbers")

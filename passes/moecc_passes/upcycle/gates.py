@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from moecc.ir.gates import Gates, convention
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from moecc.types.arrays import Doubles as Array
 
 SAMPLES = 4096
 """Random tokens from which the moments of the gates are estimated."""
