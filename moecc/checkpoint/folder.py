@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class SafetensorsFolder:
     def __init__(
         self,
         path: Path,
-        config: dict[str, Any],
+        config: dict[str, object],
         headers: dict[Path, Header],
         companions: dict[str, Path],
     ) -> None:
@@ -160,7 +160,7 @@ def _list(path: Path) -> set[str]:
         raise os_problem(error, path) from None
 
 
-def _read_config(path: Path, problems: Problems) -> dict[str, Any]:
+def _read_config(path: Path, problems: Problems) -> dict[str, object]:
     file = path / CONFIG_NAME
     if not os.path.lexists(file):
         hint = "it comes with the weights; moecc needs it to know the architecture"

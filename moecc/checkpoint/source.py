@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DType
@@ -47,7 +47,7 @@ class Checkpoint(Protocol):
 
     path: Path
     format: str
-    config: dict[str, Any]
+    config: dict[str, object]
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:

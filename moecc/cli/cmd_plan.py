@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -121,7 +121,7 @@ def plan(asked: PlanRequest) -> None:
     report("plan", data, lambda: plan_text(data), asked.format)
 
 
-def planned(asked: PlanRequest) -> dict[str, Any]:
+def planned(asked: PlanRequest) -> dict[str, object]:
     """Return the plan as JSON values.
 
     Raises:

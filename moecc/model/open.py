@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.presets import PREFIX, preset_config
 from moecc.types.arrays import Array
@@ -211,9 +211,9 @@ def _open_graph(source: str, weights: str | None) -> Model:
     return Model(graph, source, checkpoint)
 
 
-def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Any]:
+def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
     """Yield a problem for each source of `graph` that `checkpoint` lacks or has otherwise."""
-    from moecc.errors import Problem, nearest
+    from moecc.errors import nearest
     from moecc.weights.expr import sources
 
     seen: set[str] = set()

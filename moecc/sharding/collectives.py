@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Required, TypedDict
 
 from moecc.types.tensor import TensorType
 
-Step = tuple[str, dict[str, Any]]
+
+class Attributes(TypedDict, total=False):
+    """Attributes of a collective."""
+
+    mesh: Required[tuple[str, ...]]
+    axis: str
+    split: str
+    gather: str
+
+
+Step = tuple[str, Attributes]
 """A collective and its attributes."""
 
 
@@ -115,5 +125,5 @@ def _merged(*parts: Iterator[Step]) -> Iterator[Step]:
         yield last
 
 
-def _same_axis(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def _same_axis(a: Attributes, b: Attributes) -> bool:
     return "split" not in a and a.get("axis") == b.get("axis")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import gcd, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
@@ -206,7 +206,7 @@ def _map_type(type: TensorType, sizes: Mapping[int, int]) -> TensorType:
     )
 
 
-def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, Any]:
+def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, object]:
     attrs = dict(node.attrs)
     if node.body is not None:
         return {**attrs, "body": _mapped(node.body, sizes)}

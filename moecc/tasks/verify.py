@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -108,7 +107,7 @@ class Verdict:
         """Whether the model is the source's function within the tolerance."""
         return self.difference.max_relative <= self.tolerance
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the verdict as JSON values."""
         shapes = {name: list(shape) for name, shape in self.inputs.items()}
         tokens = list(self.tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -25,9 +25,9 @@ class MemoryCheckpoint:
 
     format = "safetensors"
 
-    def __init__(self, config: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    def __init__(self, config: Mapping[str, object], arrays: Mapping[str, Array]) -> None:
         self.path = Path("memory")
-        self.config: dict[str, Any] = dict(config)
+        self.config: dict[str, object] = dict(config)
         self.arrays = dict(arrays)
         self.reads: list[str] = []
 
@@ -105,7 +105,7 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: DT
 
 
 def exported_checkpoint(
-    config: Mapping[str, Any], tensors: Iterable[tuple[str, Expr]], source: MemoryCheckpoint
+    config: Mapping[str, object], tensors: Iterable[tuple[str, Expr]], source: MemoryCheckpoint
 ) -> MemoryCheckpoint:
     """Return the checkpoint that an export from `source` would write."""
     from moecc.weights.evaluate import evaluate

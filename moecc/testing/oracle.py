@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import lcm
-from typing import Any
 
 import numpy as np
 
@@ -110,7 +109,7 @@ def differences(
     found = run_reference(after, params=params_for(after, seed, sizes), inputs=inputs)
     if exact:
         return list(_unequal(expected, found, seed))
-    allowed: dict[str, Any] = {n: tolerance * _magnitude(a) for n, a in expected.items()}
+    allowed = {n: np.asarray(tolerance * _magnitude(a)) for n, a in expected.items()}
     if not any(_beyond(expected, found, allowed, seed)):
         return []
     for name, moved in _amplified(before, params, inputs, expected).items():
@@ -203,12 +202,15 @@ def _distance(expected: Array, found: Array) -> Array:
 def _unequal(expected: Mapping[str, Array], found: Mapping[str, Array], seed: int) -> Iterator[str]:
     for name, a in expected.items():
         if not np.array_equal(a, found[name], equal_nan=a.dtype.kind == "f"):
-            yield from _beyond({name: a}, found, {name: 0.0}, seed)
+            yield from _beyond({name: a}, found, {name: np.zeros(())}, seed)
             yield f"output {name}: not equal bit for bit (seed {seed})"
 
 
 def _beyond(
-    expected: Mapping[str, Array], found: Mapping[str, Array], allowed: Mapping[str, Any], seed: int
+    expected: Mapping[str, Array],
+    found: Mapping[str, Array],
+    allowed: Mapping[str, Array],
+    seed: int,
 ) -> Iterator[str]:
     for name, a in expected.items():
         b = found[name]

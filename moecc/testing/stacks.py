@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hypothesis import strategies as st
 
@@ -127,7 +126,8 @@ def stacks(draw: st.DrawFn) -> Graph:
 
 @st.composite
 def _layers(draw: st.DrawFn) -> list[tuple[str, ...]]:
-    steps: Any = st.lists(st.sampled_from(STEPS), min_size=1, max_size=4).map(tuple)
+    few = st.lists(st.sampled_from(STEPS), min_size=1, max_size=4)
+    steps: st.SearchStrategy[tuple[str, ...]] = few.map(tuple)
     odd = st.lists(steps, max_size=1)
     period = draw(st.lists(steps, min_size=1, max_size=3))
     return [*draw(odd), *(period * draw(st.integers(1, 4))), *draw(odd)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from moecc.errors import MachineError
 from moecc.ir.graph import Graph
@@ -26,7 +25,7 @@ _KEPT = st.binary(min_size=96, max_size=96)
 
 @st.composite
 def graphs(
-    draw: Any,
+    draw: st.DrawFn,
     *,
     steps: Sequence[Step] | None = None,
     max_steps: int = MAX_STEPS,

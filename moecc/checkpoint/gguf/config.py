@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
 from moecc.checkpoint.gguf.keys import Keys, token_id
@@ -53,14 +52,14 @@ def make_config(
     family: GgufFamily,
     divisors: Array | None,
     problems: Problems,
-) -> tuple[dict[str, Any], Sizes]:
+) -> tuple[dict[str, object], Sizes]:
     """Return config.json and the sizes of a head; everything wrong goes to `problems`."""
     architecture = str(header.metadata["general.architecture"])
     keys = Keys(header.metadata, architecture, header.path, problems)
     hidden, context = keys.size("embedding_length"), keys.size("context_length")
     sizes = _head_sizes(keys, hidden)
     vocab = _vocabulary_size(keys, header)
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": vocab,

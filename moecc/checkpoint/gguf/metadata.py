@@ -20,7 +20,6 @@ from moecc.types.arrays import Array
 MAX_KEYS = 1 << 14
 _LEAST_KEY_BYTES = 8 + 1 + 4 + 1
 _STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
-_CODE = struct.Struct("<I")
 _SCALARS: dict[int, tuple[str, str]] = {
     0: ("u8", "B"),
     1: ("i8", "b"),
@@ -125,7 +124,7 @@ def read_metadata(
             problems.add(fault, where=cursor.where)
         elif key in metadata:
             problems.add("the key appears twice", where=cursor.where)
-        metadata[key] = _value(cursor, cursor.number(_CODE), identity, problems)
+        metadata[key] = _value(cursor, cursor.code(), identity, problems)
     return metadata
 
 
@@ -146,12 +145,11 @@ def _value(cursor: Cursor, code: int, identity: Identity, problems: Problems) ->
     if code == _FLOAT32:
         # The shortest decimal that rounds to the same number: 1e-05, not 9.999999747378752e-06.
         return float(str(np.float32(value)))
-    found: int | float = value
-    return found
+    return value
 
 
 def _array(cursor: Cursor, identity: Identity) -> GgufArray:
-    code = cursor.number(_CODE)
+    code = cursor.code()
     count = cursor.length()
     offset = cursor.offset
     if code == _STRING:

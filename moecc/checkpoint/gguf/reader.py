@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class GgufFile:
     def __init__(
         self,
         header: GgufHeader,
-        config: dict[str, Any],
+        config: dict[str, object],
         tensors: dict[str, TensorInfo],
         head_dims: dict[str, int],
         pool: DescriptorPool,
@@ -150,6 +150,8 @@ class GgufFile:
     def _tokenizer(self) -> tuple[dict[str, bytes], str | None]:
         if self._turned is None:
             rows, length = self.config["vocab_size"], self.config["max_position_embeddings"]
+            assert isinstance(rows, int), "a size"
+            assert isinstance(length, int), "a size"
             try:
                 self._turned = tokenizer_files(self.metadata, rows, length), None
             except InputError as error:

@@ -7,7 +7,6 @@ resulting divisor of each frequency is stored, as the tensor ``rope_freqs.weight
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ _BETAS = ("beta_fast", "beta_slow")
 _TYPES = ("none", "linear", "yarn")
 
 
-def read_rope(keys: Keys, context_length: int, divisors: Array | None) -> dict[str, Any]:
+def read_rope(keys: Keys, context_length: int, divisors: Array | None) -> dict[str, object]:
     """Return ``rope_theta`` and ``rope_scaling``; what cannot be said goes to the problems.
 
     `divisors` [head_dim / 2] is the content of ``rope_freqs.weight`` where there is one.
@@ -42,7 +41,7 @@ def read_rope(keys: Keys, context_length: int, divisors: Array | None) -> dict[s
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _stated(keys: Keys, context_length: int) -> dict[str, Any] | None:
+def _stated(keys: Keys, context_length: int) -> dict[str, object] | None:
     older = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", 0.0) or older
     kind = keys.text("rope.scaling.type", "linear")
@@ -66,7 +65,7 @@ def _stated(keys: Keys, context_length: int) -> dict[str, Any] | None:
     return None
 
 
-def _llama3(keys: Keys, theta: float, divisors: Array) -> dict[str, Any] | None:
+def _llama3(keys: Keys, theta: float, divisors: Array) -> dict[str, object] | None:
     """Find the parameters that give these divisors.
 
     Only the ratios of the old length to the two wavelength factors shape them, so with the

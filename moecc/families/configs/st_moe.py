@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from moecc.ir.attributes import Gates
 
@@ -95,7 +95,7 @@ class StMoeConfig(EncDecConfig):
                 yield key_problem("negative", "at least 0", f"{getattr(self, key)}", key)
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         values = super()._read(reader)
         stated = reader.value("scale_decoder_outputs") is not None
         tied = values["tie_word_embeddings"]
@@ -168,7 +168,7 @@ class GraphConfig(ModelConfig):
         return "\n".join(self.lines) + "\n"
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         if reader.value("moecc_layout") != LAYOUT:
             what = "written by another version of moecc"
             reader.refuse("moecc_layout", what, expected=str(LAYOUT))

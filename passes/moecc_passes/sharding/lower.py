@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
@@ -63,5 +64,5 @@ def _cause(origin: str) -> str:
     return origin.rpartition("/")[2] or "reshard"
 
 
-def _emit(builder: Builder, value: Value, op: str, attrs: dict[str, Any]) -> Value:
+def _emit(builder: Builder, value: Value, op: str, attrs: Mapping[str, object]) -> Value:
     return builder.node(op, value, names=(value.name,), **attrs).result

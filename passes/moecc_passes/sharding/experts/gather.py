@@ -7,13 +7,12 @@ done again on what was gathered, which is exact and saves sending it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
 from moecc.ir.table.collectives import format_sharding
-from moecc.sharding.collectives import steps
+from moecc.sharding.collectives import Step, steps
 from moecc.types.tensor import TensorType
 from moecc_passes.sharding.experts.exchange import erase_unused, uses
 from moecc_passes.sharding.experts.layer import LaidLayer, need
@@ -64,9 +63,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: 
     replay.take_names()
 
 
-def _back(
-    source: TensorType, target: TensorType, scatter: bool
-) -> list[tuple[str, dict[str, Any]]]:
+def _back(source: TensorType, target: TensorType, scatter: bool) -> list[Step]:
     """Return the collectives that make tokens of what the experts of each device add to them."""
     if scatter:
         return list(steps(source, target))
