@@ -21,6 +21,7 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from moecc.plan.report_types import Report
     from moecc.plan.search import Constraints
     from moecc.plan.strategy import StepConfig
 
@@ -121,7 +122,7 @@ def plan(asked: PlanRequest) -> None:
     report("plan", data, lambda: plan_text(data), asked.format)
 
 
-def planned(asked: PlanRequest) -> dict[str, object]:
+def planned(asked: PlanRequest) -> Report:
     """Return the plan as JSON values.
 
     Raises:
@@ -156,6 +157,7 @@ def planned(asked: PlanRequest) -> dict[str, object]:
 
 def _wish(asked: PlanRequest) -> Constraints:
     from moecc.plan.meshes import plan_mesh
+    from moecc.plan.report_types import Report
     from moecc.plan.search import Constraints
 
     names = None if asked.rules is None else tuple(asked.rules.split(","))
