@@ -157,7 +157,6 @@ def planned(asked: PlanRequest) -> Report:
 
 def _wish(asked: PlanRequest) -> Constraints:
     from moecc.plan.meshes import plan_mesh
-    from moecc.plan.report_types import Report
     from moecc.plan.search import Constraints
 
     names = None if asked.rules is None else tuple(asked.rules.split(","))
