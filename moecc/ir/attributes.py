@@ -428,6 +428,13 @@ class SlotAttrs(View):
     using: tuple[Using, ...]
 
 
+class ProductAttrs(View):
+    """Attributes of what is a product of matrices: those that all of them have."""
+
+    operations = frozenset({"contract"})
+    over: tuple[str, ...]
+
+
 class ChoosingAttrs(View):
     """Attributes of what chooses experts by scores: those that all of them have."""
 

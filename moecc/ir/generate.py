@@ -36,6 +36,7 @@ _GIVEN = {**_READ, "axes": "Names", "words": "Names"}
 
 COMMON: dict[str, tuple[str, Callable[[OpDef], bool]]] = {
     "SlotAttrs": ("assigns slots", lambda entry: entry.assigns_slots),
+    "ProductAttrs": ("is a product of matrices", lambda entry: entry.is_product),
     "ChoosingAttrs": ("chooses experts by scores", lambda entry: entry.chooses),
     "CollectiveAttrs": (
         "moves data between devices",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.table.slots import assigner, operands_by_word
@@ -79,8 +80,7 @@ class Routed:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        tokens: tuple[str, ...] = assigner(self.slots).attrs["tokens"]
-        return tokens
+        return SlotAttrs.of_node(assigner(self.slots)).tokens
 
     @property
     def choice(self) -> str:
@@ -91,8 +91,7 @@ class Routed:
     @property
     def count(self) -> int:
         """The number of experts."""
-        experts: int = assigner(self.slots).attrs["experts"]
-        return experts
+        return SlotAttrs.of_node(assigner(self.slots)).experts
 
     @property
     def given(self) -> dict[str, Value]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moecc.errors import InputError, Problem
+from moecc.ir.attributes import MergeAttrs, SplitAttrs
 from moecc.ir.flow import Space, space_of
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
@@ -259,11 +260,14 @@ def cuts_of(graph: Graph) -> dict[str, set[int]]:
     cuts: dict[str, set[int]] = {}
     for node in graph:
         if node.op.name == "split":
-            cuts.setdefault(node.attrs["axis"], set()).add(node.attrs["into"][0][1])
+            cut = SplitAttrs.of_node(node)
+            if isinstance(parts := cut.into[0][1], int):
+                cuts.setdefault(cut.axis, set()).add(parts)
         elif node.op.name == "merge":
-            outermost = node.operands[0].type[node.attrs["axes"][0]].size
+            merge = MergeAttrs.of_node(node)
+            outermost = node.operands[0].type[merge.axes[0]].size
             if isinstance(outermost, int):
-                cuts.setdefault(node.attrs["into"], set()).add(outermost)
+                cuts.setdefault(merge.into, set()).add(outermost)
     return cuts
 
 

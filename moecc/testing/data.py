@@ -12,6 +12,7 @@ from math import prod
 
 import numpy as np
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
 from moecc.ir.indices import index_sizes
 from moecc.ir.table.repetition import repetitions
@@ -36,8 +37,9 @@ def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
     sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
     for node in graph.every_node():
         if node.op.assigns_slots:
-            groups = node.attrs["group_size"] or node.attrs["groups"]
-            _make_divisible(sizes, node.operands[0].type, node.attrs["tokens"], groups)
+            attrs = SlotAttrs.of_node(node)
+            groups = attrs.group_size or attrs.groups
+            _make_divisible(sizes, node.operands[0].type, attrs.tokens, groups)
     return sizes
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
+from moecc.ir.attributes import CollectiveAttrs, ScanAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
@@ -168,8 +169,8 @@ class _Simulator:
 
     def _repeated(self, node: Node, body: Graph) -> list[Parts]:
         """Run the body of a ``scan`` for each position, on all devices in step."""
-        (axis, runs), carries = repetitions(node.attrs), node.attrs["carries"]
-        end = carries + node.attrs["stacked"]
+        (axis, runs), attrs = repetitions(node.attrs), ScanAttrs.of_node(node)
+        carries, end = attrs.carries, attrs.carries + attrs.stacked
         given = [self.held[v] for v in node.operands]
         carried, collected = given[:carries], []
         for at in range(runs):
@@ -189,7 +190,7 @@ class _Simulator:
         size = node.result.type.dtype.itemsize_bytes
         total = tuple(sent[d] * size for d in self.mesh.coordinates())
         if node.op.name != "shard":
-            mesh = node.attrs["mesh"]
+            mesh = CollectiveAttrs.of_node(node).mesh
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 
     def _note_extents(self, node: Node) -> None:
@@ -198,7 +199,7 @@ class _Simulator:
         found = {d: a.assignment for d, a in self.held[value].items()}
         if any(p is None for p in found.values()):
             return
-        outermost = value.type[node.attrs["tokens"][0]]
+        outermost = value.type[SlotAttrs.of_node(node).tokens[0]]
         by_part = {self.mesh.part(d, outermost.mesh): p for d, p in found.items()}
         counted = [by_part[i].extents for i in sorted(by_part)]  # type: ignore[union-attr]
         self.extents[value] = np.concatenate(counted)

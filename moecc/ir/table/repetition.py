@@ -95,8 +95,9 @@ def stacked_parts(value: Value, axis: str) -> list[Value] | None:
 
 def picked_at(node: Node, axis: str) -> int | None:
     """Return the position of `axis` that `node` picks from its operand, or None."""
-    is_index = node.op.name == "index" and node.attrs["axis"] == axis
-    return int(node.attrs["at"]) if is_index else None
+    attrs: Attrs = node.attrs
+    is_index = node.op.name == "index" and attrs["axis"] == axis
+    return int(attrs["at"]) if is_index else None
 
 
 def repetitions(attrs: Attrs) -> tuple[str, int]:

@@ -98,7 +98,7 @@ def _given(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> dict[
 
 
 def _factor(layer: RoutedLayer) -> dict[str, float]:
-    return {"capacity_factor": layer.assigner.attrs["capacity_factor"]}
+    return {"capacity_factor": layer.assignment.capacity_factor}
 
 
 def _builder(before: Node, why: str) -> Builder:

@@ -33,7 +33,7 @@ def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, fac
     over = counts.type["group"].mesh[len(outer) :]
     if over:
         counts = builder.all_gather(counts, axis="group", mesh=over, name="counts")
-    tokens = routed.assigner.attrs["tokens"]
+    tokens = routed.tokens
     keep = builder.within_buffer(
         experts,
         slots,
@@ -61,8 +61,8 @@ def _placed(builder: Builder, slots: Value) -> Value:
 def _counts(layer: LaidLayer, builder: Builder) -> Value:
     """Return how many slots of each group and expert are taken, ``[group, expert]``."""
     routed = layer.routed
-    attrs = routed.assigner.attrs
-    hot = builder.one_hot(routed.experts, into=(("expert", attrs["experts"]),))
+    count = routed.assignment.experts
+    hot = builder.one_hot(routed.experts, into=(("expert", count),))
     each = builder.sum(builder.mul(hot, _placed(builder, routed.slots)), axes=routed.choice)
     return builder.group_sum(each, routed.slots, name="counts")
 
@@ -73,9 +73,8 @@ def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
          "slots that place gives", "leave buffer-factor out")  # fmt: skip
     given = {**operands_by_word(node.operands, node.attrs), "keep": keep}
     attrs = {**node.attrs, "using": tuple(given)}
-    return builder.assign_slots(
-        node.operands[0], *given.values(), **attrs, name=layer.routed.slots.name
-    )
+    operands, names = (node.operands[0], *given.values()), (layer.routed.slots.name,)
+    return builder.node(node.op.name, *operands, names=names, **attrs).result
 
 
 def _dropped(builder: Builder, before: Value, after: Value) -> Value:

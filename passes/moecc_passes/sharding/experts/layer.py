@@ -31,12 +31,12 @@ class LaidLayer:
     def token_mesh(self) -> tuple[str, ...]:
         """The mesh axes that the outermost token axis lies on."""
         slots = self.routed.slots.type
-        return slots[self.routed.assigner.attrs["tokens"][0]].mesh
+        return slots[self.routed.tokens[0]].mesh
 
     @property
     def is_ragged(self) -> bool:
         """Whether the rows of an expert are not bounded."""
-        return bool(self.routed.assigner.attrs["slots"] == "ragged")
+        return self.routed.assignment.slots == "ragged"
 
     @property
     def exchanged(self) -> tuple[str, ...]:
