@@ -111,6 +111,8 @@ def _mixes(entry: OpDef) -> str:
 MIXED_BY_OPERANDS = {
     "dispatch": "the `tokens` of its `assign_slots`",
     "group_sum": "the `tokens` of its `assign_slots`",
+    "combine": "`group`, `expert`, `slot`, the `tokens` of its `assign_slots`",
+    "assign_slots": "all",
     "rope": "those of the positions, if dynamic",
     "random_uniform": "all",
     "random_normal": "all",

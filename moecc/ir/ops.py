@@ -95,7 +95,6 @@ class OpDef:
       homogeneous: what factors on operands do to the result, where `linear` does not say it.
       normalises: whether a row along the mixed axis is made independent of its magnitude.
       domain: where it is defined.
-      cost: what it costs.
       collective: of an operation that changes only where a value lies, what it does.
       sharding: by which dimensions it shares a mesh; without a rule all operands lie whole.
       local: the attributes with which one device runs it, where they differ.
@@ -127,7 +126,6 @@ class OpDef:
     homogeneous: Homogeneity | None = None
     normalises: bool = False
     domain: Domain = Domain.REAL
-    cost: Cost = Cost.FUSED
     collective: Collective | None = None
     sharding: Rule | None = None
     local: LocalRule | None = None
@@ -162,6 +160,16 @@ class OpDef:
     def fusable(self) -> bool:
         """Whether the compiler of a TPU makes it a part of the product that reads its result."""
         return self.gradient_in_place or self.normalises
+
+    @property
+    def cost(self) -> Cost:
+        """What it costs: products, look-ups, norms and rows pass through memory, others do not."""
+        if self.moves is not None or self.normalises:
+            return Cost.READ_WRITE
+        if self.index is not None and self.linear:
+            return Cost.LOOK_UP
+        multiplies = self.linear == (0, 1) and not self.jointly and not self.elementwise
+        return Cost.PRODUCT if multiplies else Cost.FUSED
 
     @property
     def is_product(self) -> bool:

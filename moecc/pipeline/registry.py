@@ -181,7 +181,8 @@ class _Blamed:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception):
+        # A file that ends Python would end the command as if it had done its work.
+        if not isinstance(error, Exception | SystemExit):
             return
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(self.path, error)
         place = f"{self.path}:{line}" if line else str(self.path)

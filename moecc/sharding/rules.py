@@ -19,12 +19,17 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.checkpoint.files import read_bounded
+from moecc.checkpoint.problems import Problems
+from moecc.errors import InputError, UsageError, nearest, printable
 from moecc.types.tensor import is_name
 
 SUFFIX = ".rules"
 
 GRAMMAR = "[param] axis [with axis] = mesh*axes [?]"
+
+MAX_FILE_BYTES = 1 << 20
+_LONGEST_RULE = 1000  # characters; the time of matching grows with their square
 
 _LINE = re.compile(
     r"(?:(param)\s+)?(\w+)(?:\s+with\s+(\w+))?\s*=\s*([\w\s*]+?)\s*(\?)?\Z", re.ASCII
@@ -68,22 +73,22 @@ def parse_layout(text: str, name: str) -> list[LayoutRule]:
       InputError: with every line that is no rule.
     """
     rules: list[LayoutRule] = []
-    problems: list[Problem] = []
+    problems = Problems()
     for number, line in enumerate(text.splitlines(), 1):
         content = line.partition("#")[0].strip()
         if not content:
             continue
-        match = _LINE.match(content)
+        match = _LINE.match(content) if len(content) <= _LONGEST_RULE else None
         mesh = tuple(p.strip() for p in match.group(4).split("*")) if match else ()
         if match is None or not is_name(match.group(2)) or not all(map(is_name, mesh)):
-            problems.append(Problem("not a rule", f"{name}:{number}", GRAMMAR, content))
+            found = printable(content)
+            problems.add("not a rule", where=f"{name}:{number}", expected=GRAMMAR, found=found)
             continue
         stored, axis, beside, _, optional = match.groups()
         rules.append(
             LayoutRule(axis, mesh, bool(stored), bool(optional), beside or "", f"{name}:{number}")
         )
-    if problems:
-        raise InputError(problems)
+    problems.raise_if_any()
     return rules
 
 
@@ -105,7 +110,9 @@ def read_layout(name: str) -> list[LayoutRule]:
 
     Raises:
       UsageError: there is neither.
-      InputError: the file cannot be read, or a line of it is no rule.
+      InputError: there is no such regular file, it is too large or not UTF-8, or a line of it is
+        no rule.
+      MachineError: the file cannot be read.
     """
     shipped = builtin_layouts()
     if name in shipped:
@@ -114,8 +121,8 @@ def read_layout(name: str) -> list[LayoutRule]:
         hint = nearest(name, shipped) or f"layouts: {', '.join(shipped)}; or a file, my{SUFFIX}"
         raise UsageError(f"unknown layout {name!r}", hint=hint)
     try:
-        text = Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(Path(name), MAX_FILE_BYTES).decode("utf-8")
+    except (InputError, UnicodeDecodeError) as error:
         raise InputError("the layout cannot be read", where=name, found=str(error)) from None
     return parse_layout(text, name)
 

@@ -163,7 +163,8 @@ def test_parameters_may_be_transformed_and_constants_taken_inside() -> None:
 
 @pytest.mark.parametrize(
     ("act", "gate", "up"),
-    [("silu", None, 1), ("gelu", None, 1), ("relu", 1, 1), ("square", 2, 1), ("neg", 1, 1),
+    [("silu", None, 1), ("normal_cdf", None, 1),
+     ("gelu", None, 1), ("relu", 1, 1), ("square", 2, 1), ("neg", 1, 1),
      ("sigmoid", None, 1), ("stop_gradient", 1, 1), ("exp", None, 1)],
 )  # fmt: skip
 def test_degrees_of_a_gated_block(act: str, gate: int | None, up: int) -> None:

@@ -106,7 +106,7 @@ def test_refusals(
 
 def test_a_refused_dispatch_says_where_and_why(moecc: Callable, layer: Callable) -> None:
     done = moecc("lower", layer(), "--dispatch", "gather")
-    assert "%slots = place" in done.err
+    assert "%slots = assign_slots" in done.err
     assert moecc("lower", layer("capacity"), "--dispatch", "gather", "--seq", "32").code == 0
 
 

@@ -32,8 +32,8 @@ def test_every_operation_and_attribute_has_its_row() -> None:
     [
         ("silu", ""),
         ("contract", "those of `over`"),
-        ("assign_slots", "those of `tokens`"),
-        ("combine", "`group`, `expert`, `slot`"),
+        ("assign_slots", "all"),
+        ("combine", "`group`, `expert`, `slot`, the `tokens` of its `assign_slots`"),
     ],
 )
 def test_a_row_says_what_is_mixed(operation: str, mixed: str) -> None:

@@ -53,9 +53,9 @@ ROWS = pytest.mark.parametrize("row", CONVENTIONS, ids=lambda row: str(row.name)
 @ROWS
 def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
     pytest.importorskip("jax")
-    from moecc_backends.xla.lower import dispatch_combine
+    from moecc_backends.xla.lower import route
 
-    for table in (reference.GATES, dispatch_combine.GATES, MEANINGS):
+    for table in (reference.GATES, route.GATES, MEANINGS):
         assert set(table) == set(GATES)
     assert row.score is None or row.score in reference.SCORES
 

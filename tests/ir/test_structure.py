@@ -58,10 +58,12 @@ def test_the_hash_tells_graphs_apart_as_equality_does(a: Graph, b: Graph) -> Non
 def changed_attribute(graph: Graph, node: Node) -> bool:
     for name, spec in node.op.attrs.items():
         if spec.kind == "float":
-            node.attrs[name] += 0.5
+            # Adding to the −∞ of a mask would change nothing.
+            node.attrs[name] = 0.75 if node.attrs[name] == 0.5 else 0.5
             return True
-        if spec.choices:
-            node.attrs[name] = next(c for c in spec.choices if c != node.attrs[name])
+        others = [c for c in spec.choices if c != node.attrs[name]]
+        if others:
+            node.attrs[name] = others[0]
             return True
     return False
 

@@ -111,6 +111,8 @@ def test_faulty_files_are_blamed_with_their_line(tmp_path: Path) -> None:
     refused(path, r"faulty\.py:2: SyntaxError")
     path.write_text("def f():\n    return nothing\n\nf()\n", encoding="utf-8")
     refused(path, r"faulty\.py:2: NameError: name 'nothing'")
+    path.write_text("import sys\nsys.exit(0)\n", encoding="utf-8")
+    refused(path, r"faulty\.py:2: SystemExit: 0")
     refused(own(tmp_path, "bad-pattern", "\nfrom moecc.rewrite import P\nP.add(P.any())\n"), "a, b")
     text = tmp_path / "faulty.txt"
     text.write_text("", encoding="utf-8")

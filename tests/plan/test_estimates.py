@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.families.describe import describe
+from moecc.ir.traits import Cost
 from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -257,7 +258,7 @@ def test_layers_that_are_a_loop_in_their_unit_are_computed_again_for_it() -> Non
     assert sum(p.count for p in parts if p.onward) == 18
     assert sum(p.count for p in parts if not p.onward) == 6
     for part in parts:
-        last = [s for s in part.steps if s.op == "contract"][-1]
+        last = [s for s in part.steps if s.cost is Cost.PRODUCT][-1]
         assert [last.again, last.saved_again] == [1 + part.onward, 0], "its result is saved"
     # What the encoder returns is one operand of all layers of a unit.
     cross = next(p for p in work.parts if p.name == "decoder.layers.cross_attention")
@@ -283,7 +284,7 @@ def test_a_unit_of_two_layers_has_no_loop() -> None:
     run_pipeline(graph, Pipeline.parse("upcycle{experts=8 top-k=2 layers=every:2}"))
     work = workload(graph, make_batch(graph, 16, 16 * 64, (64,)))
     dense, sparse = (p for p in work.parts if p.name == "layers.ffn")
-    again = [[s.again for s in p.steps if s.op == "contract"] for p in (dense, sparse)]
+    again = [[s.again for s in p.steps if s.cost is Cost.PRODUCT] for p in (dense, sparse)]
     assert again == [[1, 1, 1], [1, 1, 1, 1]]
     assert not dense.onward
     first, second = work.layers
@@ -295,7 +296,7 @@ def test_a_unit_of_two_layers_has_no_loop() -> None:
 def test_queries_and_keys_are_made_of_one_operand() -> None:
     work = work_of("smollm2-135m")
     attention = next(p for p in work.parts if p.name == "layers.attention")
-    makers = [s for s in attention.steps if s.op == "contract" and "embed" in s.over]
+    makers = [s for s in attention.steps if s.cost is Cost.PRODUCT and "embed" in s.over]
     assert len(makers) == 3
     assert len({s.source for s in makers}) == 1
 
@@ -304,5 +305,5 @@ def test_full_rematerialisation_does_not_repeat_the_last_product_of_a_layer() ->
     """Nothing asks for what the last dense block adds, so XLA drops it from the second pass."""
     work = work_of("smollm2-135m")
     ffn = next(p for p in work.parts if p.name == "layers.ffn")
-    products = [s for s in ffn.steps if s.op == "contract"]
+    products = [s for s in ffn.steps if s.cost is Cost.PRODUCT]
     assert [s.again for s in products] == [True, True, False]

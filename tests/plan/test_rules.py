@@ -29,6 +29,7 @@ from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
+from moecc.sharding.rules import read_layout
 
 DEVICES = 16
 FEW: dict[str, dict[str, Any]] = {
@@ -133,6 +134,22 @@ def test_what_a_plan_cannot_read_of_rules_is_refused(tmp_path: Path) -> None:
     unused = Layout.ruled(mesh, 0, ("data-parallel",))
     found = [str(p) for p in problems(unused, known("llama-3.1-8b")[1])]
     assert any("nothing lies on the mesh axis 'model'" in p for p in found)
+
+
+def test_files_of_rules_are_bounded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a regular file"):
+        read_layout("/dev/zero")
+    file = tmp_path / "my.rules"
+    file.write_bytes(b"#" * ((1 << 20) + 1))
+    with pytest.raises(InputError, match="the layout cannot be read"):
+        read_layout(str(file))
+    file.write_bytes(b"batch = " + b" " * (1 << 19) + b"!\n" + b"x\n" * (1 << 17))
+    with pytest.raises(InputError, match="not a rule") as caught:
+        read_layout(str(file))
+    assert len(str(caught.value)) < 100_000
+    file.write_bytes(b"batch = \xff")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_layout(str(file))
 
 
 def test_rows_of_data_have_tokens_of_their_own() -> None:

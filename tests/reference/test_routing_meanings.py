@@ -206,7 +206,7 @@ def test_groups_are_counted_apart(evaluate: Any) -> None:
 def test_groups_must_divide_the_tokens() -> None:
     with pytest.raises(InputError, match="the groups do not divide the tokens") as caught:
         run_assign_slots(np.zeros((3, 1), int), 2, groups=2)
-    assert caught.value.problems[0].where == "%slots = place"
+    assert caught.value.problems[0].where == "%slots = assign_slots"
 
 
 def test_a_choice_of_no_expert_takes_no_slot(evaluate: Any) -> None:

@@ -122,6 +122,7 @@ def test_options_reach_the_parts(options: str) -> None:
     [
         ("experts=1", "at least two experts"),
         ("experts=2 top-k=3", "top-k does not suit"),
+        ("experts=70000", "too many experts"),
         ("top-k=1", "the router would not learn"),
         ("train-capacity-factor=0.0", "train-capacity-factor"),
         ("eval-capacity-factor=inf", "eval-capacity-factor"),

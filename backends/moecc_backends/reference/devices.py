@@ -20,6 +20,7 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
+from moecc.ir.traits import Collective
 from moecc.ir.verify import where
 from moecc.types.tensor import TensorType
 from moecc_backends.reference.arrays import Array, Data
@@ -93,7 +94,7 @@ def simulate(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
     mesh = mesh_of(graph)
     if mesh is None:
         raise InputError("the graph lies on no mesh", hint="annotate-sharding lays it on one")
-    left = [n for n in graph.every_node() if n.op.name == "reshard"]
+    left = [n for n in graph.every_node() if n.op.collective is Collective.ANY]
     if left:
         what = "how a value is brought elsewhere is not said yet"
         raise InputError([Problem(what, where(n), hint="lower-collectives first") for n in left])
@@ -189,7 +190,7 @@ class _Simulator:
         self.held[node.result], sent = done
         size = node.result.type.dtype.itemsize_bytes
         total = tuple(sent[d] * size for d in self.mesh.coordinates())
-        if node.op.name != "shard":
+        if node.op.collective is not Collective.LOCAL:
             mesh = CollectiveAttrs.of_node(node).mesh
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 

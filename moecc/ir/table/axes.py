@@ -11,7 +11,7 @@ from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import along_axis, by_name, cut, looked_up, merged, renamed
 from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, no_ragged, same_size
-from moecc.ir.traits import Cost, Cut, Index, Product, Residual, Role
+from moecc.ir.traits import Cut, Index, Product, Residual, Role
 from moecc.types.dtypes import F32, I32
 from moecc.types.tensor import Axis, TensorType
 
@@ -219,7 +219,6 @@ register(
         mixes=mixes_axis,
         linear=(0,),
         residual=Residual((1,)),
-        cost=Cost.LOOK_UP,
         sharding=looked_up,
         index=Index(1, lambda node: node.operands[0].type[node.attrs["axis"]].size, strict=True),
         roles=(Role.TABLE,),

@@ -10,7 +10,7 @@ from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import summing
 from moecc.ir.table.rules import axis_of, no_ragged, same_dtype, same_size
-from moecc.ir.traits import PAIR, Cost, Role
+from moecc.ir.traits import PAIR, Role
 from moecc.types.tensor import TensorType
 
 
@@ -62,7 +62,6 @@ register(
         mixes=lambda _operands, attrs: tuple(attrs["over"]),
         linear=(0, 1),
         residual=PAIR,
-        cost=Cost.PRODUCT,
         sharding=summing("over"),
         roles=(Role.MATRIX, Role.MATRIX),
     )

@@ -238,6 +238,5 @@ register(
             "value": Attr("float", doc="its value"),
             "dtype": Attr("str", "f32", doc="its type"),
         },
-        sharding=by_name,
     )
 )

@@ -8,7 +8,7 @@ from math import isfinite
 from moecc.errors import InputError
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name, by_place
+from moecc.ir.table.flows import by_place
 from moecc.ir.table.rules import need_kind, no_ragged
 from moecc.types.dtypes import F32, KEY
 from moecc.types.tensor import TensorType
@@ -35,7 +35,6 @@ register(
         _infer_fold_key,
         results=("key",),
         attrs={"by": Attr("int", doc="the number, 0 to 2³² − 1")},
-        sharding=by_name,
     )
 )
 

@@ -17,7 +17,7 @@ from moecc.ir.table.rules import (
     same_dtype,
     same_size,
 )
-from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Cost, Homogeneity, Residual, Role, powers
+from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Homogeneity, Residual, Role, powers
 from moecc.types.tensor import TensorType
 
 
@@ -83,7 +83,6 @@ register(
         mixes=mixes_axis,
         residual=RESULT,
         normalises=True,
-        cost=Cost.READ_WRITE,
         sharding=by_name,
     )
 )
@@ -113,7 +112,6 @@ _NORM = {
 _ROWS: dict[str, Any] = {
     "residual": PAIR,
     "normalises": True,
-    "cost": Cost.READ_WRITE,
     "sharding": by_name,
 }
 

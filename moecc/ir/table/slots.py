@@ -18,7 +18,7 @@ from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.table.flows import combined, dispatched, numbered
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
-from moecc.ir.traits import Cost, Index, Residual, RowMove
+from moecc.ir.traits import Index, Residual, RowMove
 from moecc.types.dtypes import I32
 from moecc.types.tensor import Axis, Extent, TensorType
 
@@ -174,7 +174,7 @@ register(
             "order": Attr("str", "choice", ("choice", "token"), doc="the order of filling"),
             "using": Attr("words", (), USING, doc="what the further operands are"),
         },
-        mixes=lambda _operands, attrs: tuple(attrs["tokens"]),
+        mixes=lambda operands, _attrs: operands[0].type.names,
         variadic=True,
         sharding=numbered,
         local=_own_groups,
@@ -376,7 +376,6 @@ register(
         mixes=lambda operands, _attrs: tuple(_assignment(operands[2])["tokens"]),
         linear=(0,),
         residual=Residual((1, 2)),
-        cost=Cost.READ_WRITE,
         sharding=dispatched,
         moves=RowMove.TO_SLOTS,
     )
@@ -397,16 +396,20 @@ def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorTyp
     return (rows.type.with_axes(no_duplicates((*outer, *inner))),)
 
 
+def _mixes_rows(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
+    # The place of a token says in which group its rows are.
+    return ("group", "expert", "slot", *assigner(operands[2]).attrs["tokens"])
+
+
 register(
     OpDef(
         "combine",
         "For each token the sum over its choices of gate times row; a dropped one adds nothing.",
         ("rows", "experts", "slots", "gates"),
         _infer_combine,
-        mixes=lambda _operands, _attrs: ("group", "expert", "slot"),
+        mixes=_mixes_rows,
         linear=(0, 3),
         residual=Residual((0, 1, 2, 3)),
-        cost=Cost.READ_WRITE,
         sharding=combined,
         moves=RowMove.TO_TOKENS,
     )
@@ -432,7 +435,6 @@ register(
         _infer_group_sum,
         mixes=lambda operands, _attrs: tuple(_assignment(operands[1])["tokens"]),
         linear=(0,),
-        residual=Residual((1,)),
         sharding=dispatched,
     )
 )

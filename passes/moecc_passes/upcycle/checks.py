@@ -23,6 +23,9 @@ GATES_OF = {
 }
 """The gate conventions of each kind of routing; those of token choice are all."""
 
+MOST_EXPERTS = 1 << 14
+"""Each is a weight of its own on disk: a limit keeps a slip of the hand from taking hours."""
+
 _WHY = {
     "prototypes": "each prototype chooses by a softmax of its own",
     "hash": "a hash has no scores that gates could be made of",
@@ -43,6 +46,9 @@ def _counts(item: UpcycleOptions) -> Iterator[Problem]:
     n, k, g = item.experts, item.top_k, item.granularity
     if n < 2:
         yield Problem("a mixture has at least two experts", "experts", found=str(n))
+    if n > MOST_EXPERTS:
+        yield Problem("too many experts", "experts", f"at most {MOST_EXPERTS:,}", f"{n:,}",
+                      "Switch-C, the largest that was published, has 2,048")  # fmt: skip
     if k > n or k < 1:
         yield Problem(
             "top-k does not suit the experts", "top-k", f"1 <= top-k <= experts={n}", str(k),

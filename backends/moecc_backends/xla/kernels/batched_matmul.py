@@ -1,7 +1,7 @@
 """Expert matrix multiplication under a capacity: one batched product.
 
 Every expert has the same number of slots; empty ones are zero rows that cost their share.  Rows are
-placed with `routing.capacity_placement` and moved with `dispatch.dispatch` and `dispatch.combine`.
+made with `dispatch.gather_vjp.permute`, of what `dispatch.permutation.capacity_permutation` says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def slot_matmul(
     """Multiply ``[experts, slots, a]`` with each expert's weights into ``[experts, slots, b]``.
 
     `weights` is ``[experts, a, b]`` with ``contracting_axis=1`` or ``[experts, b, a]`` with
-    ``contracting_axis=2``; neither is transposed.  Several groups lie side by side in `slots`.
+    ``contracting_axis=2``; neither is transposed.  Several groups stand side by side in `slots`.
     Keep the operations between two products in this shape: XLA lets an elementwise operation
     overwrite its operand only where no reshape follows it.
     The result has the type of `slots`; products are asked for in `kind`, float32 at least by

@@ -112,7 +112,7 @@ def why_no_kernel(platform: str, dtype: jax.typing.DTypeLike) -> str | None:
     """Return why XLA would multiply every row with every expert on `platform`, or None.
 
     A GPU has a kernel with jaxlib 0.11, cuDNN 9.22, compute capability 8.0 and 16-bit elements;
-    of a GPU that is not there nothing is known.
+    of a GPU that is not attached nothing is known.
     """
     if platform == "tpu":
         return None

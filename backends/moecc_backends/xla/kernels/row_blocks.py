@@ -29,7 +29,7 @@ _SMALL = (128, 32, 8)
 
 
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Choose descending block sizes for `num_rows` rows spread over `num_experts` experts.
+    """Choose descending block sizes for `num_rows` rows of `num_experts` experts.
 
     Large blocks are offered even where the mean is small, so that a router that sends
     everything to one expert costs no more than a balanced one.
@@ -76,7 +76,7 @@ def walk_experts(
 
 
 def inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax.Array:
-    """Mask ``[size, 1]`` the rows from `first` on that lie in ``start … end - 1``."""
+    """Mask ``[size, 1]`` the rows from `first` on that are in ``start … end - 1``."""
     index = first + jnp.arange(size, dtype=first.dtype)
     return ((index >= start) & (index < end))[:, None]
 

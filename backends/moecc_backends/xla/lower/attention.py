@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from moecc.ir.graph import Node
 from moecc.ir.table.attention import bucket_starts
 from moecc_backends.reference.attention import frequencies
+from moecc_backends.xla.trace.arrays import broadcast_like, lifted, lifted_all
 from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator
-from moecc_backends.xla.trace.values import Named, Operand, Rows, beside, lifted, lifted_all
+from moecc_backends.xla.trace.values import Named, Operand, Rows
 
 
 @lowering("rope")
@@ -49,7 +50,7 @@ def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
         at = full.axes.index(node.attrs["axis"])
         first, second = jnp.split(full.array, 2, axis=at)
         turned = jnp.concatenate([-second, first], axis=at)
-        cos, sin = (beside(t, x).over(full.axes).astype(full.array.dtype) for t in tables)
+        cos, sin = (broadcast_like(t, x).over(full.axes).astype(full.array.dtype) for t in tables)
         return Named(full.array * cos + turned * sin, full.axes)
 
     return lifted(x, turn)
@@ -87,7 +88,7 @@ def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) ->
 
 
 def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Named]) -> Operand:
-    """Compare every query with every key; either may be packed rows.
+    """Compare every query with every key; either may be rows of experts.
 
     Both cannot be: their axes would be there twice.
     """

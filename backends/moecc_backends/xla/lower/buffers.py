@@ -11,12 +11,12 @@ from moecc_backends.xla.trace.values import Named
 
 
 @lowering("within_buffer")
-def _within_buffer(ctx: Context, node: Node, experts: Named, place: Named, counts: Named) -> Named:
-    attrs, tokens = ctx.local.attrs(node), node.attrs["tokens"]
+def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, counts: Named) -> Named:
+    attrs, tokens = ctx.view.attrs(node), node.attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
     layout = (*tokens, choice)
     whole = experts.to(layout).array
-    chosen, slots = (x.to(layout).array.reshape(-1, whole.shape[-1]) for x in (experts, place))
+    chosen, taken = (x.to(layout).array.reshape(-1, whole.shape[-1]) for x in (experts, slots))
     counted = counts.to(("group", "expert")).array.astype(jnp.int32)
     groups, num_experts = counted.shape
     blocks, parts = attrs["blocks"], attrs["parts"]
@@ -28,10 +28,10 @@ def _within_buffer(ctx: Context, node: Node, experts: Named, place: Named, count
     room = jnp.clip(rows - (jnp.cumsum(line, -1) - line), 0, line)
     back = room.reshape(blocks, parts, groups // blocks, num_experts // parts)
     limit = back.transpose(0, 2, 1, 3).reshape(groups, num_experts)
-    first = ctx.local.part(_over(node)) * mine
+    first = ctx.view.shard_index(_over(node)) * mine
     group = first + jnp.arange(chosen.shape[0]) // max(each, 1)
-    there = (slots >= 0) & (chosen >= 0) & (chosen < num_experts)
-    keep = there & (slots < limit[group[:, None], jnp.where(there, chosen, 0)])
+    there = (taken >= 0) & (chosen >= 0) & (chosen < num_experts)
+    keep = there & (taken < limit[group[:, None], jnp.where(there, chosen, 0)])
     return Named(keep.reshape(whole.shape), layout).to(experts.axes)
 
 
@@ -42,4 +42,4 @@ def _over(node: Node) -> tuple[str, ...]:
 
 
 def _peers(ctx: Context, node: Node) -> int:
-    return 1 if ctx.local.mesh is None else ctx.local.mesh.size(_over(node))
+    return 1 if ctx.view.mesh is None else ctx.view.mesh.size(_over(node))

@@ -12,7 +12,7 @@ from moecc.backend import Arrays
 from moecc.errors import MachineError, UsageError, nearest
 from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import F64, DType
-from moecc_backends.xla.backend import function
+from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.trace.options import Options
 
 _XLA_PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}

@@ -1,7 +1,7 @@
 """One program in several processes: joining, comparing configurations, arrays that all share.
 
 Every process runs the same program on its devices.  The batch is split over all devices and the
-parameters lie whole on each; XLA inserts what is needed so that the result is that of one process.
+parameters are replicated; XLA inserts what is needed so that the result is that of one process.
 """
 
 from __future__ import annotations
