@@ -428,6 +428,21 @@ class SlotAttrs(View):
     using: tuple[Using, ...]
 
 
+class NormAttrs(View):
+    """Attributes of what is a norm with parameters: those that all of them have."""
+
+    operations = frozenset({"rms_norm", "layer_norm"})
+    axis: str
+    eps: float
+
+
+class ReductionAttrs(View):
+    """Attributes of what reduces axes away: those that all of them have."""
+
+    operations = frozenset({"sum", "mean", "max", "logsumexp"})
+    axes: tuple[str, ...]
+
+
 class ProductAttrs(View):
     """Attributes of what is a product of matrices: those that all of them have."""
 

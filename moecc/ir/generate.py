@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import indent, wrap
 
 import moecc.ir.table as _filled
-from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef
+from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
 
 WIDTH = 100
 NO_BREAK = "\u00a0"
@@ -36,6 +36,11 @@ _GIVEN = {**_READ, "axes": "Names", "words": "Names"}
 
 COMMON: dict[str, tuple[str, Callable[[OpDef], bool]]] = {
     "SlotAttrs": ("assigns slots", lambda entry: entry.assigns_slots),
+    "NormAttrs": ("is a norm with parameters", lambda entry: entry.is_norm),
+    "ReductionAttrs": (
+        "reduces axes away",
+        lambda entry: "axes" in entry.attrs and entry.mixes is not mixes_none,
+    ),
     "ProductAttrs": ("is a product of matrices", lambda entry: entry.is_product),
     "ChoosingAttrs": ("chooses experts by scores", lambda entry: entry.chooses),
     "CollectiveAttrs": (
@@ -182,7 +187,7 @@ def _parameter(name: str, spec: Attr) -> str:
 
 def _default(spec: Attr) -> str:
     if spec.kind == "float":
-        return repr(float(spec.default))
+        return repr(float(str(spec.default)))
     return _quoted(spec.default) if isinstance(spec.default, str) else repr(spec.default)
 
 

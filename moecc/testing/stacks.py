@@ -100,7 +100,8 @@ class _Stack:
         if self.weight == "tile":
             first, *rest = type.axes
             inner = Source(name, type.with_axes(rest))
-            return Tile(inner, first.name, int(first.size))  # type: ignore[arg-type]
+            assert isinstance(first.size, int), "parameters have fixed sizes"
+            return Tile(inner, first.name, first.size)
         return Source(name, type)
 
 

@@ -398,7 +398,7 @@ def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorTyp
 
 def _mixes_rows(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     # The place of a token says in which group its rows are.
-    return ("group", "expert", "slot", *assigner(operands[2]).attrs["tokens"])
+    return ("group", "expert", "slot", *_assignment(operands[2])["tokens"])
 
 
 register(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.plan.layout import TENSOR_AXES, Layout
 
@@ -79,4 +80,5 @@ def _shard(layout: Layout, spec: AxisSpec, sizes: Sizes, name: str, axes: tuple[
 def group_counts(graph: Graph) -> set[int]:
     """Return the numbers of token groups in which slots are counted under a capacity."""
     nodes = (node for node in graph.every_node() if node.op.assigns_slots and not node.op.chooses)
-    return {int(node.attrs["groups"]) for node in nodes if node.attrs["slots"] == "capacity"}
+    bounded = (attrs for attrs in map(SlotAttrs.of_node, nodes) if attrs.slots == "capacity")
+    return {attrs.groups for attrs in bounded}
