@@ -18,6 +18,7 @@ Convention = Literal["tokens", "assignments"]
 Gates = Literal["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "sparsemixer", "ones"]
 Order = Literal["choice", "token"]
 Policy = Literal["all", "none", "threshold", "random"]
+Precision = Literal["default", "f32"]
 Remat = Literal["none", "full", "save"]
 Rounding = Literal["floor", "round", "ceil"]
 Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -27,7 +28,6 @@ Using = Literal["keep", "priority", "mask"]
 
 class RopeAttrs(View):
     """Attributes of ``rope``."""
-
     operations = frozenset({"rope"})
     axis: str
     size: int
@@ -45,21 +45,18 @@ class RopeAttrs(View):
 
 class RotateAttrs(View):
     """Attributes of ``rotate``."""
-
     operations = frozenset({"rotate"})
     axis: str
 
 
 class CausalAttrs(View):
     """Attributes of ``causal``."""
-
     operations = frozenset({"causal"})
     window: int
 
 
 class RelativeBucketsAttrs(View):
     """Attributes of ``relative_buckets``."""
-
     operations = frozenset({"relative_buckets"})
     bidirectional: bool
     buckets: int
@@ -68,7 +65,6 @@ class RelativeBucketsAttrs(View):
 
 class RenameAttrs(View):
     """Attributes of ``rename``."""
-
     operations = frozenset({"rename"})
     axis: str
     to: str
@@ -76,7 +72,6 @@ class RenameAttrs(View):
 
 class SplitAttrs(View):
     """Attributes of ``split``."""
-
     operations = frozenset({"split"})
     axis: str
     into: Sizes
@@ -84,7 +79,6 @@ class SplitAttrs(View):
 
 class MergeAttrs(View):
     """Attributes of ``merge``."""
-
     operations = frozenset({"merge"})
     axes: tuple[str, ...]
     into: str
@@ -92,7 +86,6 @@ class MergeAttrs(View):
 
 class SliceAttrs(View):
     """Attributes of ``slice``."""
-
     operations = frozenset({"slice"})
     axis: str
     start: int
@@ -101,28 +94,24 @@ class SliceAttrs(View):
 
 class PositionsAttrs(View):
     """Attributes of ``positions``."""
-
     operations = frozenset({"positions"})
     axis: str
 
 
 class EmbeddingAttrs(View):
     """Attributes of ``embedding``."""
-
     operations = frozenset({"embedding"})
     axis: str
 
 
 class OneHotAttrs(View):
     """Attributes of ``one_hot``."""
-
     operations = frozenset({"one_hot"})
     into: Sizes
 
 
 class WithinBufferAttrs(View):
     """Attributes of ``within_buffer``."""
-
     operations = frozenset({"within_buffer"})
     tokens: tuple[str, ...]
     parts: int
@@ -132,7 +121,6 @@ class WithinBufferAttrs(View):
 
 class ChunkAttrs(View):
     """Attributes of ``chunk``."""
-
     operations = frozenset({"chunk"})
     axis: str
     at: int
@@ -142,7 +130,6 @@ class ChunkAttrs(View):
 
 class JoinAttrs(View):
     """Attributes of ``join``."""
-
     operations = frozenset({"join"})
     axis: str
     parts: int
@@ -150,14 +137,12 @@ class JoinAttrs(View):
 
 class ReshardAttrs(View):
     """Attributes of ``reshard``."""
-
     operations = frozenset({"reshard"})
     to: str
 
 
 class ShardAttrs(View):
     """Attributes of ``shard``."""
-
     operations = frozenset({"shard"})
     axis: str
     mesh: tuple[str, ...]
@@ -165,7 +150,6 @@ class ShardAttrs(View):
 
 class AllGatherAttrs(View):
     """Attributes of ``all_gather``."""
-
     operations = frozenset({"all_gather"})
     axis: str
     mesh: tuple[str, ...]
@@ -173,14 +157,12 @@ class AllGatherAttrs(View):
 
 class AllReduceAttrs(View):
     """Attributes of ``all_reduce``."""
-
     operations = frozenset({"all_reduce"})
     mesh: tuple[str, ...]
 
 
 class ReduceScatterAttrs(View):
     """Attributes of ``reduce_scatter``."""
-
     operations = frozenset({"reduce_scatter"})
     axis: str
     mesh: tuple[str, ...]
@@ -188,7 +170,6 @@ class ReduceScatterAttrs(View):
 
 class AllToAllAttrs(View):
     """Attributes of ``all_to_all``."""
-
     operations = frozenset({"all_to_all"})
     mesh: tuple[str, ...]
     split: str
@@ -197,7 +178,6 @@ class AllToAllAttrs(View):
 
 class RaggedAllToAllAttrs(View):
     """Attributes of ``ragged_all_to_all``."""
-
     operations = frozenset({"ragged_all_to_all"})
     mesh: tuple[str, ...]
     split: str
@@ -206,35 +186,31 @@ class RaggedAllToAllAttrs(View):
 
 class ContractAttrs(View):
     """Attributes of ``contract``."""
-
     operations = frozenset({"contract"})
     over: tuple[str, ...]
+    precision: Precision
 
 
 class ScaleAttrs(View):
     """Attributes of ``scale``."""
-
     operations = frozenset({"scale"})
     by: float
 
 
 class CastAttrs(View):
     """Attributes of ``cast``."""
-
     operations = frozenset({"cast"})
     dtype: str
 
 
 class MaskAttrs(View):
     """Attributes of ``mask``."""
-
     operations = frozenset({"mask"})
     fill: float
 
 
 class ConstantAttrs(View):
     """Attributes of ``constant``."""
-
     operations = frozenset({"constant"})
     value: float
     dtype: str
@@ -242,14 +218,12 @@ class ConstantAttrs(View):
 
 class FoldKeyAttrs(View):
     """Attributes of ``fold_key``."""
-
     operations = frozenset({"fold_key"})
     by: int
 
 
 class RandomUniformAttrs(View):
     """Attributes of ``random_uniform``."""
-
     operations = frozenset({"random_uniform"})
     low: float
     high: float
@@ -257,49 +231,42 @@ class RandomUniformAttrs(View):
 
 class RandomNormalAttrs(View):
     """Attributes of ``random_normal``."""
-
     operations = frozenset({"random_normal"})
     std: float
 
 
 class SumAttrs(View):
     """Attributes of ``sum``."""
-
     operations = frozenset({"sum"})
     axes: tuple[str, ...]
 
 
 class MeanAttrs(View):
     """Attributes of ``mean``."""
-
     operations = frozenset({"mean"})
     axes: tuple[str, ...]
 
 
 class MaxAttrs(View):
     """Attributes of ``max``."""
-
     operations = frozenset({"max"})
     axes: tuple[str, ...]
 
 
 class LogsumexpAttrs(View):
     """Attributes of ``logsumexp``."""
-
     operations = frozenset({"logsumexp"})
     axes: tuple[str, ...]
 
 
 class SoftmaxAttrs(View):
     """Attributes of ``softmax``."""
-
     operations = frozenset({"softmax"})
     axis: str
 
 
 class RmsNormAttrs(View):
     """Attributes of ``rms_norm``."""
-
     operations = frozenset({"rms_norm"})
     axis: str
     eps: float
@@ -307,7 +274,6 @@ class RmsNormAttrs(View):
 
 class LayerNormAttrs(View):
     """Attributes of ``layer_norm``."""
-
     operations = frozenset({"layer_norm"})
     axis: str
     eps: float
@@ -315,14 +281,12 @@ class LayerNormAttrs(View):
 
 class StackAttrs(View):
     """Attributes of ``stack``."""
-
     operations = frozenset({"stack"})
     axis: str
 
 
 class IndexAttrs(View):
     """Attributes of ``index``."""
-
     operations = frozenset({"index"})
     axis: str
     at: int
@@ -330,7 +294,6 @@ class IndexAttrs(View):
 
 class ScanAttrs(View):
     """Attributes of ``scan``."""
-
     operations = frozenset({"scan"})
     over: Sizes
     carries: int
@@ -342,7 +305,6 @@ class ScanAttrs(View):
 
 class AssignSlotsAttrs(View):
     """Attributes of ``assign_slots``."""
-
     operations = frozenset({"assign_slots"})
     tokens: tuple[str, ...]
     experts: int
@@ -361,7 +323,6 @@ class AssignSlotsAttrs(View):
 
 class ExpertChoiceAttrs(View):
     """Attributes of ``expert_choice``."""
-
     operations = frozenset({"expert_choice"})
     tokens: tuple[str, ...]
     experts: int
@@ -381,7 +342,6 @@ class ExpertChoiceAttrs(View):
 
 class RouteAttrs(View):
     """Attributes of ``route``."""
-
     operations = frozenset({"route"})
     top_k: int
     gates: Gates
@@ -393,7 +353,6 @@ class RouteAttrs(View):
 
 class KeepChoicesAttrs(View):
     """Attributes of ``keep_choices``."""
-
     operations = frozenset({"keep_choices"})
     policy: Policy
     threshold: float
@@ -402,7 +361,6 @@ class KeepChoicesAttrs(View):
 
 class HashExpertsAttrs(View):
     """Attributes of ``hash_experts``."""
-
     operations = frozenset({"hash_experts"})
     experts: int
     top_k: int
@@ -412,7 +370,6 @@ class HashExpertsAttrs(View):
 
 class SlotAttrs(View):
     """Attributes of what assigns slots: those that all of them have."""
-
     operations = frozenset({"assign_slots", "expert_choice"})
     tokens: tuple[str, ...]
     experts: int
@@ -430,7 +387,6 @@ class SlotAttrs(View):
 
 class NormAttrs(View):
     """Attributes of what is a norm with parameters: those that all of them have."""
-
     operations = frozenset({"rms_norm", "layer_norm"})
     axis: str
     eps: float
@@ -438,21 +394,19 @@ class NormAttrs(View):
 
 class ReductionAttrs(View):
     """Attributes of what reduces axes away: those that all of them have."""
-
     operations = frozenset({"sum", "mean", "max", "logsumexp"})
     axes: tuple[str, ...]
 
 
 class ProductAttrs(View):
     """Attributes of what is a product of matrices: those that all of them have."""
-
     operations = frozenset({"contract"})
     over: tuple[str, ...]
+    precision: Precision
 
 
 class ChoosingAttrs(View):
     """Attributes of what chooses experts by scores: those that all of them have."""
-
     operations = frozenset({"expert_choice", "route"})
     axis: str
     choice: str
@@ -460,7 +414,6 @@ class ChoosingAttrs(View):
 
 class CollectiveAttrs(View):
     """Attributes of what moves data between devices: those that all of them have."""
-
     operations = frozenset(
         {"shard", "all_gather", "all_reduce", "reduce_scatter", "all_to_all", "ragged_all_to_all"}
     )

@@ -137,7 +137,7 @@ def _view(name: str, of: str, entries: list[OpDef]) -> str:
     common = {n: t for n, t in types.items() if len(t) == len(entries)}
     operations = _call("operations = frozenset", [_set(entries)], "", 4)
     fields = [f"{n}: {t}" for n, given in common.items() if (t := _widest(given))]
-    lines = [f'"""Attributes of {of}."""', "", operations, *fields]
+    lines = [f'"""Attributes of {of}."""', operations, *fields]
     return f"\n\nclass {name}(View):\n" + indent("\n".join(lines), "    ")
 
 

@@ -127,7 +127,8 @@ def emit_expert_choice(
       attrs: of ``expert_choice``: capacity_factor, groups and so on.
     """
     over = tuple(n for n in router_weight.type.names if n in x.type)
-    scores = builder.softmax(builder.contract(x, router_weight, over=over), axis="expert")
+    logits = builder.contract(x, router_weight, over=over, precision="f32")
+    scores = builder.softmax(logits, axis="expert")
     experts = _count(scores, "expert")
     return builder.expert_choice(scores, tokens=tuple(tokens), experts=experts, **attrs)
 

@@ -94,7 +94,7 @@ def emit_routing(
             expected=f"an axis expert={experts} beside those of the tokens, {x.type}",
             found=str(router_weight.type),
         )
-    logits = builder.contract(x, router_weight, over=over, name="router")
+    logits = builder.contract(x, router_weight, over=over, precision="f32", name="router")
     biases = () if bias is None else (bias,)
     chosen, weights = builder.route(
         logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) if biases else ()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Gates,
         Order,
         Policy,
+        Precision,
         Remat,
         Rounding,
         Scaling,
@@ -177,9 +178,14 @@ class Operations(ABC):
             "ragged_all_to_all", x, names=_names(name), mesh=mesh, split=split, gather=gather
         ).result
 
-    def contract(self, x: Value, w: Value, /, *, over: Names, name: str | None = None) -> Value:
+    def contract(
+        self, x: Value, w: Value, /, *, over: Names, precision: Precision = "default",
+        name: str | None = None
+    ) -> Value:
         """The sum over the named axes of x · w; other axes that both have are batch axes."""
-        return self.node("contract", x, w, names=_names(name), over=over).result
+        return self.node(
+            "contract", x, w, names=_names(name), over=over, precision=precision
+        ).result
 
     def silu(self, x: Value, /, *, name: str | None = None) -> Value:
         """x · sigmoid(x)."""

@@ -125,7 +125,9 @@ def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
     (inner,) = found.attr("over")
     groups: dict[object, list[Node]] = {}
     for node in _projections_behind(found.value("x"), inner):
-        groups.setdefault((node.operands[0], ProductAttrs.of_node(node).over), []).append(node)
+        attrs = ProductAttrs.of_node(node)
+        key = (node.operands[0], attrs.over, attrs.precision)
+        groups.setdefault(key, []).append(node)
     for group in groups.values():
         if len(group) > 1:
             yield sorted(group, key=order.__getitem__)
@@ -185,8 +187,10 @@ def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> Non
     """Put one contraction and its parts in the place of the siblings."""
     first, axis = siblings.nodes[0], siblings.axis
     builder = Builder(graph, loc=first.loc, origin=origin, before=first)
-    over = ProductAttrs.of_node(first).over
-    product = builder.contract(first.operands[0], whole, over=over, name="fused")
+    attrs = ProductAttrs.of_node(first)
+    product = builder.contract(
+        first.operands[0], whole, over=attrs.over, precision=attrs.precision, name="fused"
+    )
     parts: list[Value] = []
     start = 0
     for node, size in zip(siblings.nodes, siblings.sizes, strict=True):

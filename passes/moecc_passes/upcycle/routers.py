@@ -106,7 +106,7 @@ def _token_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
 
 def _prototypes(at: _Place, router: Router) -> tuple[Value, Finish]:
     b, weight = at.builder, at.router(router)
-    logits = b.contract(at.x, weight, over=at.block.outer, name="router")
+    logits = b.contract(at.x, weight, over=at.block.outer, precision="f32", name="router")
     chosen, gates = emit_prototypes(b, logits, router.top_k, gates="softmax")
     if router.gates == "renormalised":
         gates = b.div(gates, b.sum(gates, axes="choice"))

@@ -43,12 +43,14 @@ def _assign(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     more = dict(zip(attrs["using"], given, strict=True))
     wanted = _wanted_choices(node, chosen, more, (*tokens, choice))
     priority = more["priority"].to(tokens).array.reshape(-1) if "priority" in more else None
-    rank = partial(_ranks_in_experts, attrs)
-    slots = ctx.interceptor.by_group(rank, groups, (chosen, wanted, priority))
-    limit = None
+    rank, limit = partial(_ranks_in_experts, attrs), None
     if attrs["slots"] == "capacity":
         limit = capacity(attrs, chosen.shape[0] // max(groups, 1), chosen.shape[1])
+        slots = ctx.interceptor.by_group(rank, groups, (chosen, wanted, priority))
         slots = jnp.where(slots < limit, slots, -1)
+    else:
+        # Rows are sorted over all groups: nothing is gained by ranking them apart.
+        slots = rank(groups, chosen, wanted, priority)
     routing = Routing(chosen, slots, wanted, attrs["experts"], groups, limit, tokens, sizes)
     _plan(ctx, node.result, routing)
     return Named(slots.reshape(*sizes, -1), (*tokens, choice)).to(experts.axes)

@@ -22,6 +22,13 @@ from moecc_backends.xla.trace.values import Named, Operand
 
 Array = jax.Array
 
+
+def _normal_cdf(x: Array) -> Array:
+    """Return Φ(x), computed in float32 at least: JAX has none for narrower types."""
+    wide = jax.scipy.special.ndtr(x.astype(accumulator(x.dtype)))
+    return wide.astype(x.dtype)
+
+
 _UNARY: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -33,7 +40,7 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
     "log": jnp.log,
     "square": jnp.square,
     "rsqrt": jax.lax.rsqrt,
-    "normal_cdf": jax.scipy.special.ndtr,
+    "normal_cdf": _normal_cdf,
     "neg": jnp.negative,
     "stop_gradient": jax.lax.stop_gradient,
 }

@@ -19,7 +19,7 @@ from moecc.ir.graph import Node, Value
 from moecc.ir.traits import Role
 from moecc.plan.layout import Layout
 from moecc_backends.xla.dispatch.group_slots import GroupSlots
-from moecc_backends.xla.lower.precision import is_router, is_router_param
+from moecc_backends.xla.lower.precision import is_precise, is_precise_param
 from moecc_backends.xla.mesh.layout_specs import AxisSpec, group_spec, param_spec, value_spec
 from moecc_backends.xla.trace.context import Context, Function, Given, Lowered
 from moecc_backends.xla.trace.routing import Routing
@@ -88,7 +88,7 @@ class GspmdLowering:
         """Return the sharding of a parameter, as it is stored or as it is used."""
         sizes = {a.name: s for a, s in zip(value.type.axes, value.type.shape, strict=True)}
         spec = param_spec(self.plan, sizes, stored=stored, layers=layers)
-        return self.sharding(value.type.names, {} if is_router_param(value) else spec)
+        return self.sharding(value.type.names, {} if is_precise_param(value) else spec)
 
     def constrained(self, x: Named, spec: AxisSpec) -> Named:
         """Return `x` held to `spec`."""
@@ -105,7 +105,7 @@ class GspmdLowering:
             return x
         if x.array.ndim < 2 or not jnp.issubdtype(x.array.dtype, jnp.floating):
             return x
-        if is_router(node):
+        if is_precise(node):
             return Named(_gathered_param(x.array, self.sharding(x.axes, {}), None), x.axes)
         used, stored = (
             self.sharding(x.axes, param_spec(self.plan, x.sizes, stored=s)) for s in (False, True)
