@@ -39,7 +39,7 @@ def named_axes(pattern: Pattern) -> list[str]:
             left += item.operands
             for name, value in item.attrs:
                 kinds = {entry.attrs[name].kind for entry in item.ops if name in entry.attrs}
-                if kinds & {"axis", "axes"} and not isinstance(value, AttrPattern):
+                if kinds & {"axis", "axes"} and isinstance(value, str | tuple):
                     found += [value] if isinstance(value, str) else value
     return list(dict.fromkeys(found))
 
