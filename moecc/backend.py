@@ -78,6 +78,25 @@ class LoweringBackend(Backend, Protocol):
         ...
 
 
+@runtime_checkable
+class MeshBackend(Backend, Protocol):
+    """A backend that simulates the devices of a graph's mesh in one process."""
+
+    def run_on_mesh(self, graph: Graph, params: Arrays, inputs: Arrays) -> dict[str, Array]:
+        """Return the outputs by name, whole, put together from what each device holds.
+
+        Args:
+          graph: a graph that lies on a mesh, with collectives wherever a value is moved.
+          params: the parameters by name, whole.
+          inputs: the inputs by name, whole.
+
+        Raises:
+          InputError: the graph cannot run so, an array does not fit, or a size does not divide.
+          AssertionError: devices hold different copies of what should be the same.
+        """
+        ...
+
+
 @cache
 def _factories() -> dict[str, Callable[[], Backend]]:
     found: dict[str, Callable[[], Backend]] = {}

@@ -12,13 +12,13 @@ from moecc.ir.graph import Graph
 from moecc.model.open import open_model
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.search import Constraints, check_wish, search
 from moecc.plan.strategy import StepConfig, Strategy
-from moecc.plan.vias import LOCAL
 from moecc.plan.workload import Workload, workload
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import LOCAL
 from moecc.support.parse_units import float_type
 from moecc.types.dtypes import F32
 

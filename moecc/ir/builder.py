@@ -69,6 +69,15 @@ class Builder(Operations):
             before=self.before,
         )
 
+    def clone(self, node: Node, *operands: Value, **attrs: object) -> Node:
+        """Append `node` again, on other operands, and with other attributes where some are given.
+
+        Raises:
+          InputError: operands or attributes do not suit the operation.
+        """
+        names = tuple(v.name for v in node.results)
+        return self.node(node.op.name, *operands, names=names, **{**node.attrs, **attrs})
+
     if not TYPE_CHECKING:
         # An operation registered from outside is a method too, which no checker can know of.
         def __getattr__(self, name):

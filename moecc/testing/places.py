@@ -110,6 +110,6 @@ def drawn(g: Growth, like: Value) -> Value:
 
 def key(g: Growth) -> Value:
     """Return a key: one that is there, a new input, or one folded from either."""
-    found = g.find(lambda v: v.type.dtype == KEY) if g.chance(50) else None
+    found = g.find(lambda v: v.type == TensorType(KEY)) if g.chance(50) else None
     source = found or g.input("key", TensorType(KEY))
     return g.emit("fold_key", source, by=g.pick((0, 1, 7))) if g.chance(50) else source

@@ -17,7 +17,7 @@ from moecc.ir import Builder, Graph
 from moecc.ir.dispatch_strategies import COST_CLASSES, DISPATCHES, STRATEGIES
 from moecc.ir.gates import CONVENTIONS, GATES, SPELLINGS, GateConvention, convention
 from moecc.plan.exchanges import Rows, transfers
-from moecc.plan.vias import VIAS, WAYS, Via
+from moecc.sharding.vias import VIAS, WAYS, Via
 from moecc.types.dtypes import F64
 from moecc.types.tensor import tensor
 

@@ -46,9 +46,7 @@ def small_model(remat: str, on_mesh: str = "") -> Any:
 
 def explicit(layout: Any, via: str) -> str:
     """Return the passes that lay a graph on the mesh of `layout`."""
-    from moecc.plan.rules import rules_of
-
-    rules = ",".join(rules_of(layout))
+    rules = ",".join(layout.names)
     laid = f",annotate-sharding{{mesh={layout.mesh} rules={rules}}}"
     return f"{laid},expert-parallel{{via={via}}},lower-collectives,cse"
 
@@ -64,8 +62,8 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     from moecc_backends.xla.train.shardings import TrainStepConfig
     from moecc_backends.xla.train.step import train_step
 
-    from moecc.plan.layout import Layout
     from moecc.plan.meshes import plan_mesh
+    from moecc.sharding.layout import Layout
     from moecc.types.dtypes import F64
 
     # Parameters are float32; what computes with them is not, so that nothing but a fault differs.

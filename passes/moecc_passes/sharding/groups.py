@@ -6,7 +6,6 @@ from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import nearest_multiple
 from moecc.ir.replace import infer_again
-from moecc.ir.table.slots import SLOT_ASSIGNERS
 from moecc.pipeline.passes import Preserves, Remark
 from moecc.sharding.assign import Assigner
 
@@ -42,7 +41,7 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
 
 def _parts(node: Node, assigner: Assigner) -> int | None:
     """Return over how many shards a dropless ``assign_slots`` has its tokens; None elsewhere."""
-    if node.op.name not in SLOT_ASSIGNERS:
+    if not node.op.assigns_slots:
         return None
     attrs = SlotAttrs.of_node(node)
     if attrs.slots != "ragged" or attrs.group_size:
@@ -59,6 +58,6 @@ def restore_groups(graph: Graph) -> bool:
     before = graph.attrs.pop(ATTRIBUTE, {})
     for node in graph:
         name = node.results[-1].name
-        if name in before and node.op.name in SLOT_ASSIGNERS:
+        if name in before and node.op.assigns_slots:
             node.attrs["groups"] = before[name]
     return bool(before)

@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.traits import Role
-from moecc.plan.layout import Layout
+from moecc.sharding.layout import Layout
+from moecc.sharding.spec import ShardingSpec, group_spec, param_spec, value_spec
 from moecc_backends.xla.dispatch.group_slots import GroupSlots
 from moecc_backends.xla.lower.precision import is_precise, is_precise_param
-from moecc_backends.xla.mesh.layout_specs import AxisSpec, group_spec, param_spec, value_spec
 from moecc_backends.xla.trace.context import Context, Function, Given, Lowered
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.typed_jax import partition_spec, with_sharding
@@ -80,7 +80,7 @@ class GspmdLowering:
     def _divides(self, groups: int) -> bool:
         return groups > 0 and groups % self.plan.mesh.size(self.plan.batch_axes) == 0
 
-    def sharding(self, axes: tuple[str, ...], spec: AxisSpec) -> NamedSharding:
+    def sharding(self, axes: tuple[str, ...], spec: ShardingSpec) -> NamedSharding:
         """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""
         return NamedSharding(self.mesh, partition_spec(*(spec.get(a) for a in axes)))
 
@@ -90,7 +90,7 @@ class GspmdLowering:
         spec = param_spec(self.plan, sizes, stored=stored, layers=layers)
         return self.sharding(value.type.names, {} if is_precise_param(value) else spec)
 
-    def constrained(self, x: Named, spec: AxisSpec) -> Named:
+    def constrained(self, x: Named, spec: ShardingSpec) -> Named:
         """Return `x` held to `spec`."""
         return Named(with_sharding(x.array, self.sharding(x.axes, spec)), x.axes)
 

@@ -77,7 +77,7 @@ def lowering(
 
 def is_lowered(op: OpDef) -> bool:
     """Return whether the operation `op` has a lowering."""
-    return op.name in LOWERINGS
+    return LOWERINGS.get(op.name) is not None
 
 
 class Interceptor(Protocol):

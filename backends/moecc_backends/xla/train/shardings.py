@@ -19,13 +19,14 @@ from moecc.ir.attributes import ScanAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.repetition import repetitions
-from moecc.plan.layout import Layout
+from moecc.sharding.layout import Layout
+from moecc.sharding.spec import value_spec
 from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.lower.gspmd import GspmdLowering
 from moecc_backends.xla.lower.shard_map import sharded_function
-from moecc_backends.xla.mesh.layout_specs import group_counts, value_spec
 from moecc_backends.xla.mesh.specs import spec
+from moecc_backends.xla.mesh.token_groups import group_counts
 from moecc_backends.xla.trace.options import Options
 from moecc_backends.xla.trace.typed_jax import Devices, partition_spec
 from moecc_backends.xla.train.loss import Model
