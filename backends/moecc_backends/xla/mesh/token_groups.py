@@ -9,5 +9,5 @@ from moecc.ir.graph import Graph
 def group_counts(graph: Graph) -> set[int]:
     """Return the numbers of token groups in which slots are counted under a capacity."""
     nodes = (node for node in graph.every_node() if node.op.assigns_slots and not node.op.chooses)
-    found = map(SlotAttrs.of_node, nodes)
-    return {attrs.groups for attrs in found if attrs.slots == "capacity"}
+    bounded = (attrs for attrs in map(SlotAttrs.of_node, nodes) if attrs.slots == "capacity")
+    return {attrs.groups for attrs in bounded}
