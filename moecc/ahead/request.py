@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from moecc.ir.graph import Graph
-from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine
+from moecc.sharding.layout import Layout
 from moecc.types.dtypes import DType
 
 EMITS = ("stablehlo", "hlo")
@@ -34,7 +34,7 @@ class Request:
       dense_weights: how parameters that are no experts' lie along the experts' axis.
       rules: layouts by name or file, in place of those that the mesh's axes stand for.
       partition: one of `PARTITIONS`.
-      via: how tokens reach experts, of `moecc.plan.vias.VIAS`.
+      via: how tokens reach experts, of `moecc.sharding.vias.VIAS`.
       sliced: whether devices along ``model`` each send a part of a row to the experts.
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.
@@ -59,7 +59,7 @@ class Request:
     emit: str | None = None
     export: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the request as JSON values."""
         return asdict(self)
 

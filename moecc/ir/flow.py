@@ -10,11 +10,11 @@ operation without one takes operands that lie whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from moecc.errors import InputError
-from moecc.ir.mesh import mesh_of, nearest_multiple
+from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.operand import Attrs, Entry, Operand
 from moecc.types.tensor import Axis, TensorType
 
@@ -32,6 +32,7 @@ class Space:
       summed: dimensions that it sums over; they may lie split, and the result is then unreduced.
       whole: dimensions that it must have whole.
       counts: numbers that the parts of a dimension must divide, and what they count.
+      shape_only: whether it looks at the axes of its operands, and at no element.
     """
 
     operands: tuple[Names, ...]
@@ -39,6 +40,7 @@ class Space:
     summed: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     counts: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    shape_only: bool = False
 
 
 Rule = Callable[[Entry, Sequence[Operand], Attrs], Space]
@@ -61,21 +63,55 @@ def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> 
     return Space(names, {}, whole=frozenset(d for n in names for d in n.values()))
 
 
-def propagate_sharding(
-    entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
+class Given(NamedTuple):
+    """An operand by its name, for messages, and its type."""
+
+    name: str
+    type: TensorType
+
+
+def sharded_results(
+    entry: Entry,
+    space: Space,
+    operands: Sequence[Given],
+    types: Sequence[TensorType],
+    mesh: Mesh | None,
 ) -> tuple[TensorType, ...]:
-    """Return the result `types` with the placements that follow from the operands.
+    """Return the result `types` with the sharding that follows from the operands.
+
+    Args:
+      entry: the operation.
+      space: the dimensions of this application of it.
+      operands: names and types of the operands.
+      types: of the results, whose sharding does not count.
+      mesh: the mesh, or None where nobody asks whether counts divide.
 
     Raises:
       InputError: an operand lies where the operation cannot take it; it names operand and axis.
     """
-    space = space_of(entry, operands, attrs)
+    if not any(o.type.is_sharded for o in operands):
+        return tuple(t.bare for t in types)
     lies = _dimensions(entry, operands, space)
     _check_once(lies)
-    _check_counts(operands, space, lies)
+    if mesh is not None:
+        _check_counts(mesh, space, lies)
     left = dict.fromkeys(m for d in sorted(space.summed) for m in lies.get(d, _WHOLE).mesh)
     left |= dict.fromkeys(_carried(entry, operands, lies))
     return tuple(_placed(t, space.result, lies, tuple(left)) for t in types)
+
+
+def propagate_sharding(
+    entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs, types: Sequence[TensorType]
+) -> tuple[TensorType, ...]:
+    """Return the result `types` with the sharding that follows from the values `operands`.
+
+    Raises:
+      InputError: as `sharded_results` does.
+    """
+    space = space_of(entry, operands, attrs)
+    mesh = mesh_of(operands[0].graph) if space.counts else None
+    given = [Given(v.name, v.type) for v in operands]
+    return sharded_results(entry, space, given, types, mesh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +126,7 @@ class _Lies:
 _WHOLE = _Lies(())
 
 
-def _dimensions(entry: Entry, operands: Sequence[Operand], space: Space) -> dict[str, _Lies]:
+def _dimensions(entry: Entry, operands: Sequence[Given], space: Space) -> dict[str, _Lies]:
     lies: dict[str, _Lies] = {}
     for value, names in zip(operands, space.operands, strict=True):
         for axis in value.type.axes:
@@ -135,10 +171,7 @@ def _check_once(lies: Mapping[str, _Lies]) -> None:
                 )
 
 
-def _check_counts(operands: Sequence[Operand], space: Space, lies: Mapping[str, _Lies]) -> None:
-    mesh = mesh_of(operands[0].graph) if space.counts else None
-    if mesh is None:
-        return
+def _check_counts(mesh: Mesh, space: Space, lies: Mapping[str, _Lies]) -> None:
     for dimension, (what, count) in space.counts.items():
         where = lies.get(dimension, _WHOLE)
         parts = mesh.size(where.mesh)
@@ -152,8 +185,10 @@ def _check_counts(operands: Sequence[Operand], space: Space, lies: Mapping[str, 
             )
 
 
-def _carried(entry: Entry, operands: Sequence[Operand], lies: Mapping[str, _Lies]) -> Iterator[str]:
+def _carried(entry: Entry, operands: Sequence[Given], lies: Mapping[str, _Lies]) -> Iterator[str]:
     """Yield the mesh axes over which operands, and so the result, are sums not carried out."""
+    if not any(v.type.unreduced for v in operands):
+        return
     split = {m for where in lies.values() for m in where.mesh}
     sums = [set(v.type.unreduced) for v in operands]
     for number, value in enumerate(operands):
@@ -174,5 +209,5 @@ def _carried(entry: Entry, operands: Sequence[Operand], lies: Mapping[str, _Lies
 def _placed(
     type: TensorType, names: Names, lies: Mapping[str, _Lies], unreduced: tuple[str, ...]
 ) -> TensorType:
-    axes = (replace(a, mesh=lies.get(names.get(a.name, ""), _WHOLE).mesh) for a in type.axes)
+    axes = (Axis(a.name, a.size, lies.get(names.get(a.name, ""), _WHOLE).mesh) for a in type.axes)
     return TensorType(type.dtype, tuple(axes), unreduced)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -45,10 +46,15 @@ class Mesh:
     def __str__(self) -> str:
         return ",".join(f"{n}:{s}" for n, s in self.axes)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of the axes."""
         return tuple(n for n, _ in self.axes)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the axes, by name."""
+        return dict(self.axes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,15 +72,16 @@ class Mesh:
         Raises:
           InputError: the mesh has no such axis.
         """
-        axes, sizes = tuple(axes), dict(self.axes)
-        unknown = [a for a in axes if a not in sizes]
-        if unknown:
-            raise InputError(
-                f"the mesh has no axis {unknown[0]!r}",
-                expected=str(self),
-                hint=nearest(unknown[0], sizes),
-            )
-        return prod(sizes[a] for a in axes)
+        found, sizes = 1, self.sizes
+        for name in axes:
+            if name not in sizes:
+                raise InputError(
+                    f"the mesh has no axis {name!r}",
+                    expected=str(self),
+                    hint=nearest(name, sizes),
+                )
+            found *= sizes[name]
+        return found
 
     def coordinates(self) -> Iterator[Coordinates]:
         """Yield the coordinates of every device, in the order of their numbers."""

@@ -42,13 +42,16 @@ def remat_name(node: Node) -> str | None:
         for user in value.users
     ):
         return "experts"
-    if feeds_route(node):
+    if _feeds_route(node):
         return "router"
     return "attention" if _projects_attention(node) else None
 
 
-def feeds_route(node: Node) -> bool:
-    """Whether `node` computes the logits of a router, directly or after a few steps."""
+def _feeds_route(node: Node) -> bool:
+    """Whether `node` makes the logits of a router, bare or after a few steps.
+
+    This names a value; its precision is an attribute of ``contract``.
+    """
     if not node.op.is_product:
         return False
     users = list(node.result.users)
@@ -82,15 +85,3 @@ def _softmax_behind(weights: Value) -> bool:
     # Dropout may be applied between the softmax and its use.
     near = [weights, *(weights.node.operands if weights.node is not None else ())]
     return any(v.node is not None and v.node.op.is_distribution for v in near)
-
-
-def only_routes(value: Value) -> bool:
-    """Whether `value` is used, in bodies too, only to compute the logits of routers."""
-    return all(_routes(user, value) for user in value.users)
-
-
-def _routes(user: Node, value: Value) -> bool:
-    if user.body is None:
-        return feeds_route(user)
-    inner = zip(user.operands, user.body.inputs.values(), strict=True)
-    return all(only_routes(i) for v, i in inner if v is value)

@@ -9,7 +9,6 @@ from functools import cached_property
 
 from moecc.ir.traits import Cost
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
-from moecc.plan.layout import Layout
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
 from moecc.plan.networks import Route
@@ -17,6 +16,7 @@ from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.traffic import part_transfers, sparse_rows
 from moecc.plan.workload import Part, Step, Workload
+from moecc.sharding.layout import Layout
 
 BOUNDS = ("compute", "hbm", "network")
 
@@ -161,7 +161,11 @@ class Estimator:
 
     def _sharding(self, layout: Layout, rows: float = 1.0) -> Sharding:
         """Return sizes on one device; what is worked out for one strategy serves the next."""
-        return self._local.setdefault((layout, rows), Sharding(layout, rows))
+        key = (layout, rows)
+        if key not in self._local:
+            plain = self._local.setdefault((layout, 1.0), Sharding.of(layout, self.work))
+            self._local[key] = plain.with_rows(rows)
+        return self._local[key]
 
     def _row_factor(self, strategy: Strategy, *, buffer: bool) -> float:
         """Return how many rows there are, or there is room for, by each row of the graph."""
@@ -203,7 +207,7 @@ class Estimator:
             times = (work / rates[0], bytes_ * passes / rates[1])
             flops, moved = flops + work, moved + bytes_ * passes
             compute, hbm, both = compute + times[0], hbm + times[1], both + max(times)
-        found = part_transfers(part, self.work, self.setting, strategy, local)
+        found = part_transfers(part, self.setting, strategy, local)
         return PartCost(
             name=part.name,
             count=part.count,

@@ -9,14 +9,17 @@ from itertools import islice
 from moecc.errors import InputError
 from moecc.ir.mesh import Mesh
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.exchanges import SLICED, exact, legal
-from moecc.plan.layout import Layout, check_layout, layouts, problems
+from moecc.plan.exchanges import SLICED, exact
+from moecc.plan.layouts import check_layout, layouts, problems
 from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.meshes import check_devices, meshes
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
-from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload
+from moecc.sharding.assign import ROWS
+from moecc.sharding.layout import Layout
+from moecc.sharding.legal import refusals
 from moecc.sharding.rules import mesh_axes
+from moecc.sharding.vias import LOCAL, WAYS, Slots, Via
 
 MOST_TENSOR = 64
 """The search splits neurons over at most so many devices; a mesh that is given may have more."""
@@ -78,9 +81,19 @@ def strategies(
 
 def _vias(layout: Layout, work: Workload) -> list[str]:
     """Return the ways to the experts that a layout has."""
-    axes = [n for n, size in layout.mesh.axes if n in layout.expert_axes and size > 1]
-    devices = layout.mesh.size(axes)
-    return [v for v in (*VIAS, LOCAL) if legal(v, devices, work.dropless, len(axes))]
+    tokens, experts = (
+        tuple(n for n in axes if layout.mesh.size((n,)) > 1)
+        for axes in (layout.sharded("batch"), layout.sharded("expert", ROWS))
+    )
+    if not work.experts or not experts:
+        return [LOCAL]
+    return [way.name for way in WAYS if _suits(way, tokens, experts, work)]
+
+
+def _suits(way: Via, tokens: tuple[str, ...], experts: tuple[str, ...], work: Workload) -> bool:
+    """Whether a way suits a layout; a capacity makes slots of fixed number of any model's."""
+    slots: Slots = "ragged" if work.dropless and not way.is_bounded else "fixed"
+    return not any(refusals(way, tokens, experts, slots))
 
 
 def _layouts(work: Workload, machine: Machine, wish: Constraints) -> Iterator[Layout]:

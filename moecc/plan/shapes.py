@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 
@@ -16,10 +17,15 @@ class Shape:
 
     axes: tuple[tuple[str, float], ...]
 
-    @property
+    @cached_property
     def elements(self) -> float:
         """How many elements there are, on all devices together."""
         return prod(size for _, size in self.axes)
+
+    @cached_property
+    def has_slots(self) -> bool:
+        """Whether it is one of rows of experts."""
+        return "slot" in self.names
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,14 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from typing import TypeVar
 
-from moecc.plan.layout import Layout
+from moecc.ir.graph import Node, Value
 from moecc.plan.shapes import Shape
-from moecc.plan.workload import Weight
+from moecc.plan.workload import Weight, Workload
+from moecc.sharding.assign import ROWS
+from moecc.sharding.gradients import Gradients, GradientSum
+from moecc.sharding.layout import Layout
+from moecc.sharding.propagate import Propagation
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """One layer of each kind under a layout; what is worked out of it serves all strategies.
+
+    Attributes:
+      layout: the layout.
+      work: the model.
+    """
+
+    layout: Layout
+    work: Workload
+    _known: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def found(self) -> Propagation:
+        """How the values are sharded."""
+        return self._shard[0]
+
+    @property
+    def gradients(self) -> Gradients:
+        """What the backward pass sums."""
+        return self._shard[1]
+
+    @cached_property
+    def _shard(self) -> tuple[Propagation, Gradients]:
+        return self.work.sample.shard(self.layout)
+
+    @cached_property
+    def gradient_sums(self) -> dict[Node, list[GradientSum]]:
+        """The sums of gradients of values, by the node that differs from device to device."""
+        found: dict[Node, list[GradientSum]] = {}
+        for one in self.gradients.values:
+            found.setdefault(one.site.node, []).append(one)
+        return found
+
+    def ordered(self, axes: Collection[str]) -> tuple[str, ...]:
+        """Return mesh axes in the order of the mesh."""
+        return tuple(n for n in self.layout.mesh.names if n in axes)
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return what `make` returned when `key` was first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[return-value]
+
+    def elements(self, shape: Shape) -> float:
+        """Return the elements on one device of a value that is looked at by itself."""
+        found = self._known.get(shape)
+        if found is None:
+            found = self._known[shape] = shape.elements / self.shards(self._lone(shape))
+        return found
+
+    def shards(self, type: TensorType) -> int:
+        """Return in how many shards a value of `type` is."""
+        return self.layout.mesh.size(m for a in type.axes for m in a.mesh)
+
+    def _lone(self, shape: Shape) -> TensorType:
+        if shape.has_slots:
+            # The rows of all groups count as slots of a shape, and it is the groups that are split.
+            axes = [Axis("group", "group"), *(Axis(name, name) for name in shape.names)]
+            return self.layout.assigner.lone(TensorType(F32, tuple(axes)))
+        axes = [Axis(name, int(size) if size == int(size) else name) for name, size in shape]
+        # An axis of this name meets rows; that of a router's choices has another.
+        beside = ROWS if "expert" in shape.names else ()
+        return self.layout.assigner.lone(TensorType(F32, tuple(axes)), beside)
+
+    def value(self, weight: Weight) -> Value:
+        """Return the parameter of the sampled layers that `weight` is, or is like."""
+        value = self.work.params.get(weight.name)
+        return value or self.work.params_by_kind[weight.shape, weight.of_experts]
+
+    def used(self, weight: Weight) -> TensorType:
+        """Return the type of a parameter where it is used: sharded over experts and neurons."""
+        return self.found.wanted[self.value(weight)]
+
+    def stored(self, weight: Weight) -> TensorType:
+        """Return the type of a parameter as it is stored."""
+        return self.found.types[self.value(weight)]
+
+    def summed(self, weight: Weight) -> set[str]:
+        """Return the mesh axes over which the gradient of a parameter is summed."""
+        return self.gradients.params.get(self.value(weight), set())
 
 
 @dataclass(frozen=True)
@@ -17,18 +110,28 @@ class Sharding:
     """Sizes under a layout.
 
     Attributes:
-      layout: the layout.
+      sharded: the layers under the layout.
       rows: by how much more rows of experts there are than in the graph.
     """
 
-    layout: Layout
+    sharded: Sharded
     rows: float = 1.0
-    _stored: dict[tuple[Shape, bool], tuple[dict[str, float], tuple[str, ...]]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
     _known: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
-
     _sums: dict[object, float] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, layout: Layout, work: Workload) -> Sharding:
+        """Return the sizes of `work` under `layout`, with the rows of the graph."""
+        return cls(Sharded(layout, work))
+
+    def with_rows(self, rows: float) -> Sharding:
+        """Return the same with another number of rows."""
+        return replace(self, rows=rows, _known={}, _sums={})
+
+    @property
+    def layout(self) -> Layout:
+        """The layout."""
+        return self.sharded.layout
 
     def once(self, key: object, make: Callable[[], float]) -> float:
         """Return what `make` returned when `key` was first asked for: plans share layouts."""
@@ -37,66 +140,30 @@ class Sharding:
             found = self._sums[key] = make()
         return found
 
-    @cached_property
-    def _shards(self) -> dict[str, float]:
-        return {**self.layout.shards, "slot": self.layout.shards["slot"] / self.rows}
-
     def elements(self, shape: Shape) -> float:
         """Return the elements of a value on one device."""
         found = self._known.get(shape)
         if found is None:
-            found = self._known[shape] = self._elements(shape)
-        return found
-
-    def _elements(self, shape: Shape) -> float:
-        shards = self._shards
-        found = 1.0
-        split = False
-        for name, size in shape:
-            parts = shards.get(name, 1)
-            # Heads that were made of one axis share its split.
-            if parts > 1 and name in _TENSOR:
-                parts, split = (1 if split or size % parts else parts), True
-            found *= size / parts
+            rows = self.rows if shape.has_slots else 1.0
+            found = self._known[shape] = self.sharded.elements(shape) * rows
         return found
 
     def used(self, weight: Weight) -> float:
         """Return the elements of a parameter where it is used: split over experts and neurons."""
-        return self.elements(weight.shape)
-
-    def stored_sizes(self, weight: Weight) -> dict[str, float]:
-        """Return the sizes of a parameter where it lies, by axis."""
-        return self._lies(weight)[0]
-
-    def stored_axes(self, weight: Weight) -> tuple[str, ...]:
-        """Return the mesh axes that cut a parameter for storage, which is gathered for use."""
-        return self._lies(weight)[1]
-
-    def _lies(self, weight: Weight) -> tuple[dict[str, float], tuple[str, ...]]:
-        key = (weight.shape, weight.of_experts)
-        found = self._stored.get(key)
-        if found is None:
-            found = self._stored[key] = self._cut(weight)
-        return found
-
-    def _cut(self, weight: Weight) -> tuple[dict[str, float], tuple[str, ...]]:
-        sizes = {name: size / self._part(name, size) for name, size in weight.shape}
-        layout = self.layout
-        experts = "expert" in sizes and sizes["expert"] < weight.shape.size("expert")
-        neurons = any(sizes[n] < size for n, size in weight.shape if n in _TENSOR)
-        taken = (layout.expert_axes if experts else ()) + (layout.tensor_axes if neurons else ())
-        parts = layout.stored_parts(sizes, taken)
-        for name, axes in parts.items():
-            sizes[name] /= layout.mesh.size(axes)
-        return sizes, tuple(n for n in layout.mesh.names if any(n in a for a in parts.values()))
-
-    def _part(self, name: str, size: float) -> float:
-        parts = self._shards.get(name, 1)
-        return parts if size % parts == 0 else 1
+        return weight.shape.elements / self.sharded.shards(self.sharded.used(weight))
 
     def stored(self, weight: Weight) -> float:
         """Return the elements of a parameter where it lies."""
-        return prod(self.stored_sizes(weight).values())
+        return weight.shape.elements / self.sharded.shards(self.sharded.stored(weight))
 
+    def stored_sizes(self, weight: Weight) -> dict[str, float]:
+        """Return the sizes of a parameter where it lies, by axis."""
+        type, mesh = self.sharded.stored(weight), self.layout.mesh
+        pairs = zip(weight.shape, type, strict=True)
+        return {name: size / mesh.size(axis.mesh) for (name, size), axis in pairs}
 
-_TENSOR = frozenset({"q", "kv", "head", "kv_head", "mlp", "vocab"})
+    def stored_axes(self, weight: Weight) -> tuple[str, ...]:
+        """Return the mesh axes that cut a parameter for storage, which is gathered for use."""
+        stored, used = self.sharded.stored(weight), self.sharded.used(weight)
+        found = {m for a in stored for m in a.mesh} - {m for a in used for m in a.mesh}
+        return self.sharded.ordered(found)

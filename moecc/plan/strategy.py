@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecc.plan.layout import Layout
-from moecc.plan.vias import LOCAL
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import LOCAL
 from moecc.types.dtypes import BF16, F32, DType
 
 REMATS = ("none", "save", "full")

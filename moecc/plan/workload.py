@@ -6,19 +6,21 @@ a shallow one.  Sizes are global; a layout divides them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept, expert_layers
+from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.slots import assigner
 from moecc.ir.traits import Cost, RowMove
 from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
+from moecc.plan.sample import Sample
 from moecc.plan.shapes import Shape, Shapes
 from moecc.plan.units import LAYER, Unit, layer_of, stack_of, units_of
 
@@ -94,6 +96,7 @@ class Part:
       top_k: of experts: choices a token, 0 in a dense part.
       in_layer: whether it is a part of a layer, which rematerialisation computes again.
       onward: whether it is one of a loop in its unit, and computed once more for that.
+      nodes: the nodes of the first, of each step.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Part:
     top_k: int = 0
     in_layer: bool = True
     onward: bool = False
+    nodes: tuple[Node, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def is_sparse(self) -> bool:
@@ -146,6 +150,9 @@ class Workload:
       experts: how many experts a layer has at most, 0 in a dense model.
       dropless: whether the experts take every token.
       tensor_sizes: the axes that ``model`` has to divide: heads and neurons.
+      sample: the nodes of one part of each kind.
+      params: the parameters of the sample, by name.
+      params_by_kind: one of each shape, of experts or not.
     """
 
     batch: Batch
@@ -155,6 +162,9 @@ class Workload:
     experts: int
     dropless: bool
     tensor_sizes: dict[str, int]
+    sample: Sample = field(compare=False)
+    params: dict[str, Value] = field(compare=False)
+    params_by_kind: dict[tuple[Shape, bool], Value] = field(compare=False)
 
     def __repr__(self) -> str:
         return f"Workload({self.parameters} parameters, {self.batch})"
@@ -185,14 +195,19 @@ def workload(graph: Graph, batch: Batch) -> Workload:
     _check_plain(graph)
     layers = expert_layers(graph)
     reader = _Reader(graph, batch)
+    parts = tuple(reader.parts())
+    sample = reader.sample(parts)
     return Workload(
         batch=batch,
-        parts=tuple(reader.parts()),
+        parts=parts,
         layers=tuple(reader.layers()),
         weights=tuple(reader.weights()),
         experts=max((layer.experts for layer in layers), default=0),
         dropless=all(layer.slots == "ragged" for layer in layers),
         tensor_sizes=_tensor_sizes(graph),
+        sample=sample,
+        params={v.name: v for v in sample.params},
+        params_by_kind=reader.kinds(sample.params),
     )
 
 
@@ -224,6 +239,7 @@ class _Reader:
         self.graph = graph
         self.batch = batch
         self.seen: set[Value] = set()
+        self.same: dict[Value, Value] = {}
         self.shapes = Shapes()
         self.nodes: dict[str, list[Node]] = {}
         self.units = units_of(graph, self.shape)
@@ -263,7 +279,7 @@ class _Reader:
         """Return the mean rows of an expert, all groups together."""
         slots = setter_of(value.type.extents[0])
         node = assigner(slots)
-        tokens = prod(self._size(slots.type[n].size) for n in node.attrs["tokens"])
+        tokens = prod(self._size(slots.type[n].size) for n in SlotAttrs.of_node(node).tokens)
         return tokens * choices_kept(value) / self._size(value.type["expert"].size)
 
     def of_experts(self, value: Value) -> bool:
@@ -343,7 +359,22 @@ class _Reader:
             key = (part.name, steps, anonymous)
             old = found.get(key)
             found[key] = part if old is None else replace(old, count=old.count + 1)
+            for node, like in zip(nodes, found[key].nodes, strict=True):
+                self.same.update(zip(node.results, like.results, strict=True))
         yield from found.values()
+
+    def sample(self, parts: Sequence[Part]) -> Sample:
+        """Return the nodes of `parts`, which `parts` yielded, in the order of the graph."""
+        chosen = {node for part in parts for node in part.nodes}
+        return Sample(self.graph, tuple(n for n in self.graph if n in chosen), self.same)
+
+    def kinds(self, params: Iterable[Value]) -> dict[tuple[Shape, bool], Value]:
+        """Return one of `params` for each shape, of experts or not."""
+        found: dict[tuple[Shape, bool], Value] = {}
+        for value in params:
+            weight = self.weight(value)
+            found.setdefault((weight.shape, weight.of_experts), value)
+        return found
 
     def _sublayers(self) -> Iterable[tuple[str, list[Node]]]:
         found: dict[str, list[Node]] = {}
@@ -358,10 +389,9 @@ class _Reader:
         roots: dict[Value, int] = {}
         weights = tuple(self._new(v for n in nodes for v in n.operands if v.is_param))
         steps = tuple(self._step(node, roots, number, unit) for node in nodes)
-        top_k = max(
-            (n.attrs["top_k"] for n in nodes if n.op.chooses and "top_k" in n.attrs), default=0
-        )
-        return Part(name, 1, steps, weights, top_k, match is not None, unit.looped[number])
+        top_k = max((RouteAttrs.of_node(n).top_k for n in nodes if n.op.routes), default=0)
+        in_layer, onward = match is not None, unit.looped[number]
+        return Part(name, 1, steps, weights, top_k, in_layer, onward, tuple(nodes))
 
     def _new(self, params: Iterable[Value]) -> Iterator[Weight]:
         """Yield the parameters that are met for the first time."""
@@ -385,7 +415,7 @@ class _Reader:
             moves=node.op.moves,
             operands=operands,
             results=tuple(map(self.shape, node.results)),
-            over=tuple(node.attrs["over"]) if node.op.is_product else (),
+            over=ProductAttrs.of_node(node).over if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
             again=_again(number, unit, node in kept.again, node in kept.onward),
             saved_again=_again(number, unit, node in kept.saved_again, node in kept.saved_onward),

@@ -2,72 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moecc.errors import InputError, Problem
-from moecc.ir.flow import Space, space_of
-from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
-from moecc.ir.table.slots import is_slots
 from moecc.sharding.rules import LayoutRule
-from moecc.types.tensor import Axis, Extent, Size, TensorType
+from moecc.sharding.sites import Site
+from moecc.types.tensor import Axis, Extent, TensorType
 
-PRODUCTS = ("contract", "embedding")
-"""Operations where rules decide what is brought where; others stay where their operands are."""
+Cuts = Mapping[str, Collection[int]]
+"""By the name of an axis, the numbers of what it is cut into or merged from: heads, say."""
 
-FOLLOWING = ("positions", "random_uniform", "random_normal")
-"""Operations that look at the axes of an operand alone: nothing is brought elsewhere for them."""
+
+ROWS = (Axis("group", "group"), Axis("slot", "slot"))
+"""The axes of rows that run beside those of a parameter of experts where it is used."""
 
 
 @dataclass
 class Dimension:
-    """A dimension of an operation, and where it lies.
+    """A dimension of an operation, and the mesh axes over which it is sharded.
 
     Attributes:
-      axes: the axes that run along it; a count that its parts must divide stands as one.
-      split: whether it may lie split at all.
-      cuts: numbers that its parts should divide, too: heads, where the axis is cut into heads.
-      mesh: the mesh axes that it lies on.
+      axes: the axes that run along it; a count that its shards must divide is one, too.
+      split: whether it may be sharded at all.
+      cuts: numbers that its shards should divide, too: heads, where the axis is cut into heads.
+      mesh: the mesh axes over which it is sharded.
       rules: the rules that say so.
     """
 
-    axes: list[Axis] = field(default_factory=list)
+    axes: Sequence[Axis] = ()
     split: bool = True
-    cuts: set[int] = field(default_factory=set)
+    cuts: Collection[int] = ()
     mesh: tuple[str, ...] = ()
     rules: list[LayoutRule] = field(default_factory=list)
-
-    @property
-    def names(self) -> set[str]:
-        """The names of its axes."""
-        return {a.name for a in self.axes}
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where the dimensions of one operation lie.
+    """How the dimensions of one operation are sharded.
 
     Attributes:
-      space: which axis runs along which dimension.
+      site: the operation.
       dimensions: the dimensions by name.
     """
 
-    space: Space
+    site: Site
     dimensions: Mapping[str, Dimension]
 
     def wanted(self, number: int, type: TensorType) -> TensorType:
-        """Return `type`, of operand `number`, as it should lie; axes without influence stay."""
-        names = self.space.operands[number]
-        axes = (
-            Axis(a.name, a.size, self.dimensions[names[a.name]].mesh if a.name in names else a.mesh)
-            for a in type.axes
-        )
+        """Return `type`, of operand `number`, sharded as it should be.
+
+        Axes without influence on the operation stay as they are.
+        """
+        names = self.site.space.operands[number]
+        found = [
+            self.dimensions[names[a.name]].mesh if a.name in names else a.mesh for a in type.axes
+        ]
+        if not type.unreduced and all(a.mesh == m for a, m in zip(type.axes, found, strict=True)):
+            return type
+        axes = (Axis(a.name, a.size, m) for a, m in zip(type.axes, found, strict=True))
         return TensorType(type.dtype, tuple(axes))
 
     def rules(self, number: int, type: TensorType) -> list[LayoutRule]:
-        """Return the rules by which operand `number`, of `type`, should lie elsewhere."""
-        names, wanted = self.space.operands[number], self.wanted(number, type)
+        """Return the rules by which operand `number`, of `type`, should be sharded otherwise."""
+        names, wanted = self.site.space.operands[number], self.wanted(number, type)
         moved = [a.name for a, b in zip(type, wanted, strict=True) if a.mesh != b.mesh]
         found = (r for n in moved if n in names for r in self.dimensions[names[n]].rules)
         return list(dict.fromkeys(found))
@@ -75,52 +74,62 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Assigner:
-    """Lays dimensions on a mesh by rules.
+    """Gives mesh axes to dimensions by rules.
 
     Attributes:
       mesh: the mesh.
       rules: the rules, those that take mesh axes first in front.
-      cuts: by the name of an axis, the numbers of what it is cut into or merged from.
-      used: the mesh axes that anything lies on; it grows.
+      free: names of axes and counts that any number of shards divides: they are set afterwards.
+      used: the mesh axes over which anything is sharded; it grows.
+      asked: whether a number is divided by the sizes of mesh axes, as far as it was asked; a mesh
+        of the same names that answers alike shards all alike.
     """
 
     mesh: Mesh
     rules: Sequence[LayoutRule]
-    cuts: Mapping[str, set[int]] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
     used: set[str] = field(default_factory=set)
+    asked: dict[tuple[int, tuple[str, ...]], bool] = field(default_factory=dict)
 
-    def node(self, node: Node, placed: Iterable[bool]) -> Assignment:
-        """Return where the dimensions of `node` lie.
+    def node(self, site: Site, given: Sequence[TensorType | None], cuts: Cuts) -> Assignment:
+        """Return how the dimensions of an operation are sharded.
 
         Args:
-          node: the operation.
-          placed: for each operand, whether it lies somewhere already.
+          site: the operation.
+          given: for each operand its type, or None where it is sharded in no way yet.
+          cuts: what axes are cut into or merged from.
 
         Raises:
           InputError: a rule that is not optional does not divide.
         """
-        space = space_of(node.op, node.operands, node.attrs)
-        dimensions = _dimensions(node, space)
-        for dimension in dimensions.values():
-            dimension.cuts = set().union(*(self.cuts.get(n, set()) for n in dimension.names))
-        _pin(node, space, dimensions)
-        ruled = node.op.name in PRODUCTS
-        if ruled:
-            self._by_rules(dimensions)
-        self._follow(node, space, dimensions, placed)
-        if not ruled and node.op.name not in FOLLOWING:
-            self._by_rules(dimensions)
-        return Assignment(space, dimensions)
+        dimensions = {
+            name: Dimension(axes, name not in site.space.whole)
+            for name, axes in site.dimensions.items()
+        }
+        for name, names in site.names.items() if cuts else ():
+            dimensions[name].cuts = {c for n in names for c in cuts.get(n, ())}
+        _pin(site, given, dimensions)
+        if site.is_product:
+            self._by_rules(dimensions, site.by_axis)
+        self._follow(site, given, dimensions)
+        if not site.is_product and not site.space.shape_only:
+            self._by_rules(dimensions, site.by_axis)
+        return Assignment(site, dimensions)
 
-    def lone(self, type: TensorType) -> TensorType:
-        """Return `type`, of a value that is looked at by itself, as the rules lay it."""
-        dimensions = {a.name: Dimension([a]) for a in type.axes}
-        self._by_rules(dimensions)
+    def lone(self, type: TensorType, beside: Sequence[Axis] = ()) -> TensorType:
+        """Return `type`, of a value that is looked at by itself, sharded by the rules.
+
+        Args:
+          type: the type.
+          beside: axes that run along with it where it is used, and take mesh axes, too.
+        """
+        dimensions = {a.name: Dimension((a,)) for a in (*type.axes, *beside)}
+        self._by_rules(dimensions, {n: (n,) for n in dimensions})
         axes = (Axis(a.name, a.size, dimensions[a.name].mesh) for a in type.axes)
         return TensorType(type.dtype, tuple(axes))
 
     def stored(self, type: TensorType) -> TensorType:
-        """Return the `type` of a parameter that lies for use, as it is stored.
+        """Return the `type` of a parameter that is sharded for use, as it is stored.
 
         A parameter of one axis, the scale of a norm, stays as it is: it is small, and to gather
         hundreds of them costs more than to keep them.
@@ -132,20 +141,22 @@ class Assigner:
         for rule in self.rules:
             axis = axes.get(rule.axis)
             if rule.stored and axis is not None:
-                more = self._free(rule, taken, Dimension([axis], mesh=axis.mesh))
+                more = self._free(rule, taken, Dimension((axis,), mesh=axis.mesh))
                 axes[rule.axis] = Axis(axis.name, axis.size, (*axis.mesh, *more))
         return type.with_axes(axes.values())
 
-    def _by_rules(self, dimensions: Mapping[str, Dimension]) -> None:
+    def _by_rules(
+        self, dimensions: Mapping[str, Dimension], by_axis: Mapping[str, Sequence[str]]
+    ) -> None:
         taken = {m for d in dimensions.values() for m in d.mesh}
-        names = {n for d in dimensions.values() for n in d.names}
         for rule in self.rules:
-            if rule.beside and rule.beside not in names:
+            if rule.stored or rule.axis not in by_axis:
                 continue
-            for dimension in dimensions.values():
-                if rule.stored or not dimension.split or rule.axis not in dimension.names:
-                    continue
-                more = self._free(rule, taken, dimension)
+            if rule.beside and rule.beside not in by_axis:
+                continue
+            for name in by_axis[rule.axis]:
+                dimension = dimensions[name]
+                more = self._free(rule, taken, dimension) if dimension.split else ()
                 if more:
                     dimension.mesh = (*dimension.mesh, *more)
                     dimension.rules.append(rule)
@@ -157,9 +168,8 @@ class Assigner:
             if name not in self.mesh.names or name in taken:
                 continue
             mesh = (*dimension.mesh, *more, name)
-            parts = self.mesh.size(mesh)
-            wrong = [a for a in dimension.axes if not _divides(a.size, parts)]
-            if rule.optional and any(cut % parts for cut in dimension.cuts):
+            wrong = [a for a in dimension.axes if not self._divides(a, mesh)]
+            if rule.optional and not all(self._parts_divide(c, mesh) for c in dimension.cuts):
                 continue
             if not wrong:
                 more.append(name)
@@ -203,16 +213,15 @@ class Assigner:
 
     def _follow(
         self,
-        node: Node,
-        space: Space,
+        site: Site,
+        given: Sequence[TensorType | None],
         dimensions: Mapping[str, Dimension],
-        placed: Iterable[bool],
     ) -> None:
-        """Let dimensions that no rule lays lie as all of their operands do, where that is free."""
+        """Shard dimensions that no rule shards as all of their operands are, where that is free."""
         taken = {m for d in dimensions.values() for m in d.mesh}
         found: dict[str, set[tuple[str, ...]]] = {}
-        for value, names, known in zip(node.operands, space.operands, placed, strict=True):
-            for axis in value.type.axes if known else ():
+        for type, names in zip(given, site.space.operands, strict=True):
+            for axis in type.axes if type is not None else ():
                 if axis.name in names:
                     found.setdefault(names[axis.name], set()).add(axis.mesh)
         for name, meshes in found.items():
@@ -223,54 +232,37 @@ class Assigner:
                 taken.update(mesh)
 
     def _fits(self, dimension: Dimension, mesh: tuple[str, ...]) -> bool:
-        return all(_divides(a.size, self.mesh.size(mesh)) for a in dimension.axes)
+        return all(self._divides(a, mesh) for a in dimension.axes)
+
+    def _divides(self, axis: Axis, mesh: tuple[str, ...]) -> bool:
+        size = axis.size
+        if isinstance(size, str) or axis.name in self.free:
+            return True
+        if isinstance(size, Extent):
+            # What a place sets shows at run time: one shard alone divides it for certain.
+            return size.kind == "groups" or self._parts_divide(1, mesh)
+        return self._parts_divide(size, mesh)
+
+    def _parts_divide(self, number: int, mesh: tuple[str, ...]) -> bool:
+        key = (number, mesh)
+        answer = self.asked.get(key)
+        if answer is None:
+            answer = self.asked[key] = divides(number, self.mesh, mesh)
+        return answer
 
 
-def _divides(size: Size, parts: int) -> bool:
-    if isinstance(size, Extent):
-        return size.kind == "groups" or parts == 1
-    return isinstance(size, str) or size % parts == 0
+def divides(number: int, mesh: Mesh, axes: Iterable[str]) -> bool:
+    """Whether the shards over `axes` of a mesh divide a number."""
+    return number % mesh.size(axes) == 0
 
 
-def _dimensions(node: Node, space: Space) -> dict[str, Dimension]:
-    dimensions: dict[str, Dimension] = {}
-    values = [
-        *zip(node.operands, space.operands, strict=True),
-        *((v, space.result) for v in node.results),
-    ]
-    for value, names in values:
-        for axis in value.type.axes:
-            if axis.name in names:
-                dimension = dimensions.setdefault(names[axis.name], Dimension())
-                dimension.axes.append(Axis(axis.name, axis.size))
-    for name, (what, count) in space.counts.items():
-        dimensions[name].axes.append(Axis(what, count))
-    for name in space.whole & set(dimensions):
-        dimensions[name].split = False
-    return dimensions
-
-
-def cuts_of(graph: Graph) -> dict[str, set[int]]:
-    """Return, by the name of an axis, the numbers of parts that it is cut into or merged from.
-
-    Names of axes mean one thing in all of a model, so what a projection is cut into later counts
-    where it is made.
-    """
-    cuts: dict[str, set[int]] = {}
-    for node in graph:
-        if node.op.name == "split":
-            cuts.setdefault(node.attrs["axis"], set()).add(node.attrs["into"][0][1])
-        elif node.op.name == "merge":
-            outermost = node.operands[0].type[node.attrs["axes"][0]].size
-            if isinstance(outermost, int):
-                cuts.setdefault(node.attrs["into"], set()).add(outermost)
-    return cuts
-
-
-def _pin(node: Node, space: Space, dimensions: Mapping[str, Dimension]) -> None:
-    """Let the dimensions of slots lie as the slots do: these are never brought elsewhere."""
-    for value, names in zip(node.operands, space.operands, strict=True):
-        for axis in value.type.axes if is_slots(value) else ():
-            if axis.name in names:
-                dimensions[names[axis.name]].mesh = axis.mesh
-                dimensions[names[axis.name]].split = False
+def _pin(
+    site: Site, given: Sequence[TensorType | None], dimensions: Mapping[str, Dimension]
+) -> None:
+    """Shard the dimensions of slots as the slots are: these are never brought elsewhere."""
+    for number in site.slots:
+        type = given[number]
+        for axis in type.axes if type is not None else ():
+            if axis.name in site.space.operands[number]:
+                dimension = dimensions[site.space.operands[number][axis.name]]
+                dimension.mesh, dimension.split = axis.mesh, False

@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
+from moecc.ir.ops import op as entry_of
+from moecc.ir.table.collectives import collective_type
+from moecc.ir.traits import Collective
 from moecc.types.tensor import TensorType
 
 Step = tuple[str, dict[str, Any]]
 """A collective and its attributes."""
+
+TRANSPOSED = {
+    "all_gather": "reduce_scatter",
+    "reduce_scatter": "all_gather",
+    "shard": "all_gather",
+    "all_to_all": "all_to_all",
+    "ragged_all_to_all": "ragged_all_to_all",
+}
+"""What brings the gradient back, of the same size: a part is gathered, parts of a sum are
+scattered.  The gradient of a sum that was carried out is there already."""
+
+
+class Sent(NamedTuple):
+    """A collective that is done to a value.
+
+    Attributes:
+      op: its name.
+      mesh: the mesh axes that it runs over.
+      type: the type of its operand or result, of which a device has more.
+      is_local: whether nothing is sent, as where a device takes its shard.
+    """
+
+    op: str
+    mesh: tuple[str, ...]
+    type: TensorType
+    is_local: bool
+
+
+def sent(source: TensorType, steps: Iterable[Step]) -> Iterator[Sent]:
+    """Yield what `steps`, one after the other, do to a value of type `source`."""
+    type = source
+    for op, attrs in steps:
+        made = collective_type(op, type, attrs)
+        larger = type if _is_larger(type, made) else made
+        yield Sent(op, attrs["mesh"], larger, entry_of(op).collective is Collective.LOCAL)
+        type = made
+
+
+def _is_larger(type: TensorType, other: TensorType) -> bool:
+    """Whether a device has more of a value of `type`: the fewer mesh axes, the larger the shard."""
+    count, less = (sum(len(a.mesh) for a in t.axes) for t in (type, other))
+    return count <= less
 
 
 def steps(source: TensorType, target: TensorType) -> Iterator[Step]:

@@ -3,7 +3,8 @@
 Each pass runs on the reduced graph, and the reference interpreter compares before and after on
 random data: bit for bit where ``exact`` is promised, to 1e-12 of the magnitude for
 ``reassociation``; the error of an ``approximate`` pass is measured and shown beside the predicted
-one.
+one.  The oracle is that of `moecc.testing`, which compares gradients, weights as they are stored
+and the devices of small meshes, too.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def test_a_wrong_start_is_named(tmp_path, content, what):
         # element types
         ({"a": entry("f32")}, 8, ["unknown", "did you mean 'F32'?"]),
         ({"a": entry("F6_X")}, 8, ["unknown", "expected: one of F64, F32, F16, BF16"]),
-        ({"a": entry("F4", (4,), (0, 2))}, 2, ["packs several elements into a byte"]),
+        ({"a": entry("F4", (4,), (0, 2))}, 2, ["pack several elements into a byte"]),
         ({"a": entry("F8_E8M0", (2,), (0, 2))}, 2, ["does not compute with this element type"]),
         ({"a": entry(3)}, 8, ["unknown", "found: 3"]),
         ({"a": entry(["F32"])}, 8, ["unknown", "found: a list of 1 values"]),

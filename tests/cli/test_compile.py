@@ -196,7 +196,8 @@ def test_an_exported_training_step_takes_the_leaves_of_the_state(
     import numpy as np
     from jax import export
     from moecc_backends.xla.backend import function
-    from moecc_backends.xla.train.step import optimizer, train_step
+    from moecc_backends.xla.train.optimizer import optimizer
+    from moecc_backends.xla.train.step import train_step
 
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request

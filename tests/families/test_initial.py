@@ -97,7 +97,7 @@ def test_a_parameter_of_which_nothing_is_known() -> None:
 
 def test_a_scale_that_is_none() -> None:
     for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="not positive"):
+        with pytest.raises(UsageError, match="must be positive"):
             drawn(scale=scale)
 
 

@@ -17,7 +17,7 @@ from moecc.ir import Builder, Graph
 from moecc.ir.dispatch_strategies import COST_CLASSES, DISPATCHES, STRATEGIES
 from moecc.ir.gates import CONVENTIONS, GATES, SPELLINGS, GateConvention, convention
 from moecc.plan.exchanges import Rows, transfers
-from moecc.plan.vias import VIAS, WAYS, Via
+from moecc.sharding.vias import VIAS, WAYS, Via
 from moecc.types.dtypes import F64
 from moecc.types.tensor import tensor
 
@@ -53,9 +53,9 @@ ROWS = pytest.mark.parametrize("row", CONVENTIONS, ids=lambda row: str(row.name)
 @ROWS
 def test_no_convention_lacks_a_meaning(row: GateConvention) -> None:
     pytest.importorskip("jax")
-    from moecc_backends.xla.lower import dispatch_combine
+    from moecc_backends.xla.lower import route
 
-    for table in (reference.GATES, dispatch_combine.GATES, MEANINGS):
+    for table in (reference.GATES, route.GATES, MEANINGS):
         assert set(table) == set(GATES)
     assert row.score is None or row.score in reference.SCORES
 

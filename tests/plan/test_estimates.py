@@ -20,13 +20,14 @@ from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import Rows, legal
-from moecc.plan.layout import Layout, layouts
+from moecc.plan.layouts import layouts
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
-from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import LOCAL, VIAS
 from moecc.types.dtypes import F32
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
@@ -87,7 +88,7 @@ def test_parameters_and_flops_are_those_of_the_description(model: str) -> None:
 def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataObject) -> None:
     work = work_of(model)
     layout = data.draw(strategies(model)).layout
-    local = Sharding(layout)
+    local = Sharding.of(layout, work)
     for weight, _ in work.weights:
         stored, copies = local.stored_sizes(weight), layout.mesh.devices
         for name, size in weight.shape:

@@ -11,10 +11,11 @@ import pytest
 
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
-from moecc.plan.layout import Layout, check_layout
+from moecc.plan.layouts import check_layout
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import check_devices, plan_mesh
 from moecc.plan.workload import workload
+from moecc.sharding.layout import Layout
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "plan_vs_xla.py"
 

@@ -21,15 +21,16 @@ from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
 from moecc.plan.estimate import Estimator
 from moecc.plan.exchanges import legal
-from moecc.plan.layout import Layout, layouts, problems
+from moecc.plan.layouts import layouts, problems
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import StepConfig, Strategy
-from moecc.plan.vias import LOCAL, VIAS
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
+from moecc.sharding.layout import Layout
 from moecc.sharding.rules import read_layout
+from moecc.sharding.vias import LOCAL, VIAS
 
 DEVICES = 16
 FEW: dict[str, dict[str, Any]] = {
@@ -68,7 +69,7 @@ def test_a_device_holds_what_the_plan_says(model: str) -> None:
     work = known(model)[1]
     wrong = []
     for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
-        local = Sharding(layout)
+        local = Sharding.of(layout, work)
         matrices = sum(n * local.stored(w) for w, n in work.weights if len(w.shape.axes) > 1)
         vectors = sum(n * local.stored(w) for w, n in work.weights if len(w.shape.axes) == 1)
         found = held(model, layout)
@@ -111,18 +112,27 @@ def test_a_plan_reads_the_rules_that_a_graph_is_laid_by(model: str) -> None:
         assert first.collectives == second.collectives
 
 
-def test_rules_of_a_file_are_planned_and_laid_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lines", "stored"),
+    [
+        (("expert with slot = rows", "group = rows"), ()),
+        # What stands first takes the mesh axis: experts are everywhere, and gathered for use.
+        (("group = rows", "expert with slot = rows"), ("rows",)),
+    ],
+)
+def test_rules_of_a_file_are_planned_and_laid_alike(
+    tmp_path: Path, lines: tuple[str, ...], stored: tuple[str, ...]
+) -> None:
     """Under mesh axes of other names: rows and columns."""
     file = tmp_path / "grid.rules"
-    lines = ("batch = rows", "group = rows", "expert with slot = rows", "mlp = columns",
-             "param embed = rows ?")  # fmt: skip
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(("batch = rows", *lines, "mlp = columns", "param embed = rows ?")))
     work = known("mixtral-8x7b")[1]
     layout = Layout.ruled(parse_mesh("rows=8,columns=2"), work.experts, (str(file),))
-    local = Sharding(layout)
+    local = Sharding.of(layout, work)
     planned = sum(n * local.stored(w) for w, n in work.weights)
     assert planned == sum(held("mixtral-8x7b", layout))
-    assert local.stored_axes(next(w for w, _ in work.weights if w.of_experts)) == ()
+    assert local.stored_axes(next(w for w, _ in work.weights if w.of_experts)) == stored
+    assert layout.expert_axes == (("rows",) if not stored else ())
 
 
 def test_what_a_plan_cannot_read_of_rules_is_refused(tmp_path: Path) -> None:

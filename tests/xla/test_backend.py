@@ -21,8 +21,9 @@ from .models import GOLDEN, assert_close, compiled, decoder, is_decided, random_
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.backend import function, jax_inputs, numpy_output  # noqa: E402
+from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
 from moecc_backends.xla.trace.context import LOWERINGS  # noqa: E402
+from moecc_backends.xla.trace.host_arrays import to_numpy  # noqa: E402
 
 EXACT = 1e-9
 """For float64; `assert_close` allows more where a graph amplifies rounding."""
@@ -46,7 +47,7 @@ def check_both_ways(graph: Graph, seed: int = 0) -> None:
     assert_close(graph, params, inputs, program.run(params, inputs), EXACT)
     with jax.enable_x64(True):
         whole = jax.jit(function(graph, dtype=F64))(params, jax_inputs(graph, inputs))
-        whole = {n: numpy_output(a) for n, a in whole.items()}
+        whole = {n: to_numpy(a) for n, a in whole.items()}
     assert_close(graph, params, inputs, whole, EXACT)
 
 

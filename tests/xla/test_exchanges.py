@@ -19,11 +19,18 @@ jax = pytest.importorskip("jax")
 from jax.sharding import PartitionSpec  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.dispatch import choose as dispatches  # noqa: E402
-from moecc_backends.xla.lower.shard_map import device_mesh, sharded_function  # noqa: E402
-from moecc_backends.xla.mesh.all_to_all import Way, emulated, hop, send, send_back  # noqa: E402
+from moecc_backends.xla.lower.shard_map import sharded_function  # noqa: E402
+from moecc_backends.xla.mesh.all_to_all import (  # noqa: E402
+    ExchangeSpec,
+    emulated,
+    exchange_map,
+    send,
+    send_back,
+)
+from moecc_backends.xla.mesh.specs import device_mesh  # noqa: E402
 from moecc_backends.xla.trace.options import DEFAULTS, Options  # noqa: E402
 
-from .test_sharded import census  # noqa: E402
+from .test_shard_map import census  # noqa: E402
 
 QUICK = {
     Case("capacity", "data:4,model:2", "st-moe", "via=capacity slice=model"),
@@ -185,10 +192,10 @@ def test_rows_come_to_their_experts_in_order_and_go_back(seed: int) -> None:
     experts = np.sort(rng.integers(0, 16, (8, 6)), axis=1)
     rows = np.stack([experts, np.arange(48).reshape(8, 6)], axis=-1).astype("f")
     sizes = np.stack([np.bincount(e, minlength=16) for e in experts]).astype(np.int32)
-    way = Way(("d",), 6, 48, is_emulated=True)
+    way = ExchangeSpec(("d",), 6, 48, is_emulated=True)
 
     def one(rows: Any, sizes: Any) -> Any:
-        there = hop(sizes[0], ("d",), 48)
+        there = exchange_map(sizes[0], ("d",), 48)
         sent = send(rows[0], there, way)
         return sent[None], send_back(sent, there, way)[None], there.group_sizes[None]
 

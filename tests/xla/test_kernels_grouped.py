@@ -15,7 +15,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul  # noqa: E402
-from moecc_backends.xla.kernels.repeat_by_group import expert_rows  # noqa: E402
+from moecc_backends.xla.kernels.repeat_by_group import repeat_by_group  # noqa: E402
 from moecc_backends.xla.kernels.row_blocks import block_sizes  # noqa: E402
 
 SHAPES = ((5, 3), (100, 2), (600, 4))
@@ -38,7 +38,7 @@ def _arrays(num_rows: int, num_experts: int, axis: int, seed: int = 0) -> list[n
     a, b = WIDTHS
     rng = np.random.default_rng(seed)
     shape = (num_experts, a, b) if axis == 1 else (num_experts, b, a)
-    shapes = ((num_rows, a), shape, shape, (num_rows, b), (num_rows, b))
+    shapes = ((num_rows, a), shape, (num_rows, b))
     return [rng.standard_normal(s) for s in shapes]
 
 
@@ -63,10 +63,10 @@ def _oracle(
 
 
 @partial(jax.jit, static_argnums=3)
-def _pair(rows: Any, weights: Any, sizes: Any, axis: int, cotangents: Any) -> Any:
+def _with_gradients(rows: Any, weights: Any, sizes: Any, axis: int, cotangent: Any) -> Any:
     call = partial(grouped_matmul, group_sizes=sizes, contracting_axis=axis)
-    products, pull = jax.vjp(lambda r, w: call(r, w), rows, weights)
-    return products, pull(cotangents)
+    product, pull = jax.vjp(lambda r, w: call(r, w), rows, weights)
+    return product, *pull(cotangent)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -74,18 +74,10 @@ def _pair(rows: Any, weights: Any, sizes: Any, axis: int, cotangents: Any) -> An
 @settings(max_examples=25)
 def test_values_and_gradients_are_exact(case: tuple[int, np.ndarray], seed: int, axis: int) -> None:
     num_rows, sizes = case
-    rows, gate, up, d_gate, d_up = _arrays(num_rows, sizes.size, axis, seed)
+    rows, weights, d_product = _arrays(num_rows, sizes.size, axis, seed)
     with jax.enable_x64(True):
-        products, (d_rows, d_weights) = _pair(rows, (gate, up), sizes, axis, (d_gate, d_up))
-    first = _oracle(rows, gate, d_gate, sizes, axis)
-    second = _oracle(rows, up, d_up, sizes, axis)
-    for found, expected in (
-        (products[0], first[0]),
-        (products[1], second[0]),
-        (d_rows, first[1] + second[1]),
-        (d_weights[0], first[2]),
-        (d_weights[1], second[2]),
-    ):
+        made = _with_gradients(rows, weights, sizes, axis, d_product)
+    for found, expected in zip(made, _oracle(rows, weights, d_product, sizes, axis), strict=True):
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11)
 
@@ -99,32 +91,23 @@ def test_what_lies_beyond_the_groups_never_leaks(axis: int) -> None:
         if array.shape[0] == 128:
             array[sizes.sum() :], other[sizes.sum() :] = 0, np.nan
     results = [
-        jax.tree.leaves(_pair(r, (g, u), sizes, axis, (dg, du)))
-        for r, g, u, dg, du in (clean, poisoned)
+        _with_gradients(rows, weights, sizes, axis, d_product)
+        for rows, weights, d_product in (clean, poisoned)
     ]
     for expected, found in zip(*results, strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
 def test_no_rows_give_zeros() -> None:
-    rows, gate, up, d_gate, d_up = _arrays(100, 2, 1)
-    results = _pair(rows, (gate, up), np.zeros(2, np.int32), 1, (d_gate, d_up))
-    for found in jax.tree.leaves(results):
+    rows, weights, d_product = _arrays(100, 2, 1)
+    for found in _with_gradients(rows, weights, np.zeros(2, np.int32), 1, d_product):
         np.testing.assert_array_equal(found, 0)
 
 
-def test_one_weight_gives_one_product() -> None:
-    rows, gate, up, *_ = _arrays(100, 2, 2)
-    sizes = np.array([60, 40], np.int32)
-    alone = grouped_matmul(rows, jnp.asarray(gate), sizes, contracting_axis=2)
-    both = grouped_matmul(rows, (jnp.asarray(gate), jnp.asarray(up)), sizes, contracting_axis=2)
-    np.testing.assert_array_equal(alone, both[0])
-
-
 def test_the_contracting_axis_must_be_one_of_two() -> None:
-    rows, gate, *_ = _arrays(5, 3, 1)
+    rows, weights, _ = _arrays(5, 3, 1)
     with pytest.raises(ValueError, match="1 or 2, found 0"):
-        grouped_matmul(rows, gate, np.array([5, 0, 0]), contracting_axis=0)
+        grouped_matmul(rows, weights, np.array([5, 0, 0]), contracting_axis=0)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -134,7 +117,7 @@ def test_bfloat16_sums_in_float32(axis: int) -> None:
     rows = np.ones((num_rows, width), ml_dtypes.bfloat16)
     shape = (2, width, 3) if axis == 1 else (2, 3, width)
     weight, d_product = np.ones(shape, rows.dtype), np.ones((num_rows, 3), rows.dtype)
-    (product,), (d_rows, (d_weight,)) = _pair(rows, (weight,), sizes, axis, (d_product,))
+    product, d_rows, d_weight = _with_gradients(rows, weight, sizes, axis, d_product)
     assert product.dtype == d_rows.dtype == d_weight.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(np.asarray(product, np.float32), width)
     np.testing.assert_array_equal(np.asarray(d_rows, np.float32), 3)
@@ -145,12 +128,10 @@ def test_bfloat16_sums_in_float32(axis: int) -> None:
 def test_bfloat16_rounds_only_the_result() -> None:
     sizes = np.array([300, 0, 200, 100], np.int32)
     arrays = [a.astype(ml_dtypes.bfloat16) for a in _arrays(600, 4, 2)]
-    rows, gate, _, d_gate, _ = arrays
-    (product,), (d_rows, (d_gate_weight,)) = _pair(rows, (gate,), sizes, 2, (d_gate,))
-    wide = [a.astype(np.float64) for a in (rows, gate, d_gate)]
-    for found, expected in zip(
-        (product, d_rows, d_gate_weight), _oracle(*wide, sizes, 2), strict=True
-    ):
+    rows, weights, d_product = arrays
+    made = _with_gradients(rows, weights, sizes, 2, d_product)
+    wide = [a.astype(np.float64) for a in arrays]
+    for found, expected in zip(made, _oracle(*wide, sizes, 2), strict=True):
         # Half a unit in the last of eight places, which is 2⁻⁸ of the value at most, and the
         # rounding of the float32 sum.
         error = np.abs(np.asarray(found).astype(np.float64) - expected)
@@ -160,17 +141,17 @@ def test_bfloat16_rounds_only_the_result() -> None:
 def test_bfloat16_is_never_widened_whole() -> None:
     # XLA would widen the array that a block is written into, were it of bfloat16.
     like = [jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in _arrays(600, 4, 2)]
-    rows, gate, _, d_gate, _ = like
+    rows, weights, d_product = like
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
-    program = _pair.lower(rows, (gate,), sizes, 2, (d_gate,)).compile().as_text()
+    program = _with_gradients.lower(rows, weights, sizes, 2, d_product).compile().as_text()
     assert "u16[600,10]" in program
-    for array in (rows, gate, d_gate):
+    for array in like:
         assert f"f32[{','.join(map(str, array.shape))}]" not in program
 
 
 @partial(jax.jit, static_argnums=2)
 def _bias(values: Any, sizes: Any, num_rows: int, cotangent: Any) -> Any:
-    repeated, pull = jax.vjp(lambda v: expert_rows(v, sizes, num_rows), values)
+    repeated, pull = jax.vjp(lambda v: repeat_by_group(v, sizes, num_rows), values)
     return repeated, pull(cotangent)[0]
 
 
@@ -195,7 +176,7 @@ def test_gradients_need_no_array_of_the_size_of_the_weights_beside_the_result() 
     rows = jax.ShapeDtypeStruct((num_rows, width), jnp.float32)
     weight = jax.ShapeDtypeStruct((num_experts, width, width), jnp.float32)
     sizes = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
-    memory = _pair.lower(rows, (weight,), sizes, 2, (rows,)).compile().memory_analysis()
+    memory = _with_gradients.lower(rows, weight, sizes, 2, rows).compile().memory_analysis()
     weights_bytes = num_experts * width * width * 4
     assert memory.temp_size_in_bytes < weights_bytes // 4
 

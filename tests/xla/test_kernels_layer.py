@@ -14,11 +14,11 @@ from hypothesis import given, settings
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.dispatch import permutation as routing  # noqa: E402
-from moecc_backends.xla.dispatch.gather_vjp import combine, dispatch  # noqa: E402
+from moecc_backends.xla.dispatch import permutation as perm  # noqa: E402
+from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute  # noqa: E402
 from moecc_backends.xla.kernels.batched_matmul import slot_matmul  # noqa: E402
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul  # noqa: E402
-from moecc_backends.xla.kernels.repeat_by_group import expert_rows  # noqa: E402
+from moecc_backends.xla.kernels.repeat_by_group import repeat_by_group  # noqa: E402
 
 TOKENS, CHOICES, NUM_EXPERTS, EMBED, MLP = 24, 2, 4, 6, 10
 
@@ -79,26 +79,26 @@ def dense(case: Case, tokens: Any, gates: Any, w: Weights) -> Any:
 
 def dropless(case: Case, tokens: Any, gates: Any, w: Weights) -> Any:
     """Run each expert on its own rows, packed."""
-    choices = routing.sort_by_expert(case.experts, NUM_EXPERTS, jnp.asarray(case.slots) >= 0)
-    placement = routing.dropless_placement(choices)
+    choices = perm.sort_by_expert(case.experts, NUM_EXPERTS, jnp.asarray(case.slots) >= 0)
+    permutation = perm.sorted_permutation(choices)
     product = partial(grouped_matmul, group_sizes=choices.group_sizes, contracting_axis=2)
-    rows = dispatch(tokens, placement)
-    gate, up = product(rows, (w.gate, w.up))
-    hidden = jax.nn.silu(gate + expert_rows(w.bias, choices.group_sizes, len(rows))) * up
-    return combine(product(hidden, w.down), placement, gates)
+    rows = permute(tokens, permutation)
+    gate, up = product(rows, w.gate), product(rows, w.up)
+    hidden = jax.nn.silu(gate + repeat_by_group(w.bias, choices.group_sizes, len(rows))) * up
+    return unpermute(product(hidden, w.down), permutation, gates)
 
 
 def capacity(case: Case, tokens: Any, gates: Any, w: Weights, groups: int = 1) -> Any:
     """Run each expert on its slots; as many slots as there are choices, so that any case fits."""
     slots = TOKENS * CHOICES
-    placement = routing.capacity_placement(
+    permutation = perm.capacity_permutation(
         jnp.asarray(case.experts), case.slots, NUM_EXPERTS, slots, groups, expert_major=True
     )
-    rows = dispatch(tokens, placement).reshape(NUM_EXPERTS, groups * slots, -1)
+    rows = permute(tokens, permutation).reshape(NUM_EXPERTS, groups * slots, -1)
     gate = slot_matmul(rows, w.gate, 2) + w.bias[:, None, :]
     hidden = jax.nn.silu(gate) * slot_matmul(rows, w.up, 2)
     down = slot_matmul(hidden, w.down, 2)
-    return combine(down.reshape(-1, down.shape[-1]), placement, gates)
+    return unpermute(down.reshape(-1, down.shape[-1]), permutation, gates)
 
 
 LAYERS = {"dropless": dropless, "capacity": capacity}
@@ -123,12 +123,12 @@ def test_layer_is_the_dense_layer(name: str, case: Case) -> None:
 
 
 def test_rows_that_nothing_is_placed_in_are_zero_both_ways() -> None:
-    placement = routing.Placement(jnp.array([1, -1, 2, -1]), jnp.array([[-1, 0], [2, -1]]))
+    permutation = perm.Permutation(jnp.array([1, -1, 2, -1]), jnp.array([[-1, 0], [2, -1]]))
     tokens, gates = jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 4.0], [5.0, 6.0]])
-    rows = dispatch(tokens, placement)
+    rows = permute(tokens, permutation)
     np.testing.assert_array_equal(rows, [[1], [0], [2], [0]])
     poisoned = jnp.where(rows == 0, jnp.nan, rows)
-    result, pull = jax.vjp(lambda r, g: combine(r, placement, g), poisoned, gates)
+    result, pull = jax.vjp(lambda r, g: unpermute(r, permutation, g), poisoned, gates)
     np.testing.assert_array_equal(result, [[4], [10]])
     d_rows, d_gates = pull(jnp.array([[7.0], [8.0]]))
     np.testing.assert_array_equal(d_rows, [[28], [0], [40], [0]])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moecc_backends.xla.backend import function, jax_inputs
-from moecc_backends.xla.lower.elementwise import softmax
+from moecc_backends.xla.lower.reductions import softmax
 
 from moecc.backend import get_backend
 from moecc.ir import BF16, F32, Builder, Graph, Value, parse, tensor

@@ -20,17 +20,15 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.trace.options import Options  # noqa: E402
-from moecc_backends.xla.train.step import (  # noqa: E402
+from moecc_backends.xla.train.loss import (  # noqa: E402
     IGNORED,
-    OPTIMIZERS,
     TARGETS,
     check_trainable,
     cross_entropy,
     loss_function,
-    moments_like,
-    optimizer,
-    train_step,
 )
+from moecc_backends.xla.train.optimizer import OPTIMIZERS, moments_like, optimizer  # noqa: E402
+from moecc_backends.xla.train.step import train_step  # noqa: E402
 
 
 def test_cross_entropy_by_its_definition() -> None:

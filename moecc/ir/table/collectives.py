@@ -6,13 +6,13 @@ so that a part is always a run of neighbouring elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from moecc.errors import InputError, nearest
 from moecc.ir.flow import spelled
 from moecc.ir.operand import Operand
-from moecc.ir.ops import OPS, Attr, Attrs, Infer, OpDef, register
+from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import axis_of
 from moecc.ir.traits import Collective
 from moecc.types.tensor import Axis, Extent, TensorType, is_name
@@ -62,21 +62,20 @@ def _reduced(type: TensorType, mesh: tuple[str, ...]) -> TensorType:
     return TensorType(type.dtype, type.axes, left)
 
 
-def _infer_all_gather(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    return (_gathered(operands[0].type, attrs["axis"], attrs["mesh"]),)
+def _all_gather(type: TensorType, attrs: Attrs) -> TensorType:
+    return _gathered(type, attrs["axis"], attrs["mesh"])
 
 
-def _infer_shard(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    return (_scattered(operands[0].type, attrs["axis"], attrs["mesh"]),)
+def _shard(type: TensorType, attrs: Attrs) -> TensorType:
+    return _scattered(type, attrs["axis"], attrs["mesh"])
 
 
-def _infer_all_reduce(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    return (_reduced(operands[0].type, attrs["mesh"]),)
+def _all_reduce(type: TensorType, attrs: Attrs) -> TensorType:
+    return _reduced(type, attrs["mesh"])
 
 
-def _infer_reduce_scatter(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    whole = _reduced(operands[0].type, attrs["mesh"])
-    return (_scattered(whole, attrs["axis"], attrs["mesh"]),)
+def _reduce_scatter(type: TensorType, attrs: Attrs) -> TensorType:
+    return _scattered(_reduced(type, attrs["mesh"]), attrs["axis"], attrs["mesh"])
 
 
 def _moved(type: TensorType, attrs: Attrs) -> TensorType:
@@ -86,18 +85,16 @@ def _moved(type: TensorType, attrs: Attrs) -> TensorType:
     return _scattered(gathered, attrs["split"], attrs["mesh"])
 
 
-def _infer_all_to_all(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    type = operands[0].type
+def _all_to_all(type: TensorType, attrs: Attrs) -> TensorType:
     if type.ragged is not None:
         raise InputError(
             "ragged rows are exchanged by ragged_all_to_all, which sends the rows that are there",
             found=str(type),
         )
-    return (_moved(type, attrs),)
+    return _moved(type, attrs)
 
 
-def _infer_ragged(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    type = operands[0].type
+def _ragged_all_to_all(type: TensorType, attrs: Attrs) -> TensorType:
     if type.ragged is None or {attrs["split"], attrs["gather"]} != {"group", "expert"}:
         raise InputError(
             "ragged_all_to_all exchanges ragged rows between their groups and their experts",
@@ -105,7 +102,7 @@ def _infer_ragged(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType
             found=str(type),
             hint="all_to_all moves what is not ragged",
         )
-    return (_moved(type, attrs),)
+    return _moved(type, attrs)
 
 
 def parse_sharding(text: str) -> dict[str, tuple[str, ...]]:
@@ -127,12 +124,11 @@ def parse_sharding(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def format_sharding(type: TensorType) -> str:
-    """Return the text from which `parse_placement` reads where the axes of `type` lie."""
+    """Return the text from which `parse_sharding` reads where the axes of `type` lie."""
     return ",".join(spelled(a) for a in type.axes if a.mesh)
 
 
-def _infer_reshard(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    type = operands[0].type
+def _reshard(type: TensorType, attrs: Attrs) -> TensorType:
     placement = parse_sharding(attrs["to"])
     for name in placement:
         if name not in type:
@@ -149,10 +145,28 @@ def _infer_reshard(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorTyp
     used = [m for a in axes for m in a.mesh]
     if len(set(used)) != len(used):
         raise InputError("a mesh axis is used twice", found=attrs["to"])
-    return (made,)
+    return made
 
 
-def _register(name: str, doc: str, infer: Infer, does: Collective, **attrs: Attr) -> None:
+Change = Callable[[TensorType, Attrs], TensorType]
+
+_CHANGES: dict[str, Change] = {}
+
+
+def collective_type(name: str, type: TensorType, attrs: Attrs) -> TensorType:
+    """Return what the collective `name` makes of the type of its operand.
+
+    Raises:
+      InputError: the collective cannot be done to such a value.
+    """
+    return _CHANGES[name](type, attrs)
+
+
+def _register(name: str, doc: str, change: Change, does: Collective, **attrs: Attr) -> None:
+    def infer(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+        return (change(operands[0].type, attrs),)
+
+    _CHANGES[name] = change
     row = OpDef(name, doc, ("x",), infer, attrs=attrs, linear=(0,), places=True, collective=does)
     register(row)
 
@@ -165,14 +179,14 @@ _register(
 
     ``annotate-sharding`` puts it where the placements of two operations disagree;
     ``lower-collectives`` makes collectives of it.  A sum that is not yet carried out is.""",
-    _infer_reshard,
+    _reshard,
     Collective.ANY,
     to=Attr("str", "", doc="the axes that lie split, `batch@data,mlp@model`; others lie whole"),
 )
 _register(
     "shard",
     "x, of which every device keeps its part along an axis; nothing is sent.",
-    _infer_shard,
+    _shard,
     Collective.LOCAL,
     axis=_SPLIT,
     mesh=_MESH,
@@ -180,7 +194,7 @@ _register(
 _register(
     "all_gather",
     "x, of which every device gets the parts of the others along an axis.",
-    _infer_all_gather,
+    _all_gather,
     Collective.BRINGS,
     axis=Attr("axis", doc="the axis that is whole afterwards"),
     mesh=_MESH,
@@ -188,14 +202,14 @@ _register(
 _register(
     "all_reduce",
     "x, a sum that is carried out over mesh axes; every device gets all of it.",
-    _infer_all_reduce,
+    _all_reduce,
     Collective.BRINGS,
     mesh=_MESH,
 )
 _register(
     "reduce_scatter",
     "x, a sum that is carried out over mesh axes; every device gets its part along an axis.",
-    _infer_reduce_scatter,
+    _reduce_scatter,
     Collective.BRINGS,
     axis=_SPLIT,
     mesh=_MESH,
@@ -203,7 +217,7 @@ _register(
 _register(
     "all_to_all",
     "x, of which every device gives parts along one axis for parts along another.",
-    _infer_all_to_all,
+    _all_to_all,
     Collective.EXCHANGES,
     mesh=_MESH,
     split=_SPLIT,
@@ -212,7 +226,7 @@ _register(
 _register(
     "ragged_all_to_all",
     "Ragged rows, exchanged between their groups and their experts; only rows that are there.",
-    _infer_ragged,
+    _ragged_all_to_all,
     Collective.EXCHANGES,
     mesh=_MESH,
     split=_SPLIT,

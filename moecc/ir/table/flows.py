@@ -28,7 +28,7 @@ def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
 
     So random numbers may lie split, although each belongs to its place.
     """
-    return Space(*_by_name(operands))
+    return Space(*_by_name(operands), shape_only=True)
 
 
 def summing(attribute: str) -> Rule:
@@ -71,7 +71,7 @@ def merged(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
 def along_axis(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Only the axis that the attribute names counts."""
     one = _own([attrs["axis"]])
-    return Space((one,), one)
+    return Space((one,), one, shape_only=True)
 
 
 def looked_up(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:

@@ -13,12 +13,12 @@ from moecc.ir.flow import spelled
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
 from moecc.ir.table.collectives import format_sharding
-from moecc.ir.table.slots import experts_of
-from moecc.ir.verify import where
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
-from moecc.sharding.assign import Assigner, Assignment, cuts_of
+from moecc.sharding.assign import Assigner
+from moecc.sharding.propagate import Propagation, Ref, Reshard, propagate
 from moecc.sharding.rules import LayoutRule, read_layouts
-from moecc.types.tensor import Axis, TensorType
+from moecc.sharding.sites import sites_of
+from moecc.types.tensor import TensorType
 from moecc_passes.sharding.groups import REGROUPED, cut_groups
 
 NAME = "annotate-sharding"
@@ -92,14 +92,15 @@ def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner
     if mesh_of(graph) is not None:
         raise InputError("the graph lies on a mesh already", hint="strip-sharding first")
     set_mesh(graph, mesh)
-    assigner = Assigner(mesh, rules, cuts_of(graph))
+    assigner = Assigner(mesh, rules)
     told = cut_groups(graph, assigner)
-    annotator = _Annotator(graph, assigner)
-    annotator.run()
-    stats = {"laid": annotator.laid, "reshards": annotator.count}
-    remarks = [*told, *annotator.remarks()]
+    found = propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), assigner)
+    writer = _Writer(graph, found)
+    writer.write()
+    stats = {"laid": found.sharded, "reshards": len(found.reshards)}
+    remarks = [*told, *writer.remarks()]
     kept = REGROUPED if told else EXACT
-    return assigner, PassResult(True, annotator.laid, stats, remarks, preserves=kept)
+    return assigner, PassResult(True, found.sharded, stats, remarks, preserves=kept)
 
 
 def _check_used(assigner: Assigner, names: tuple[str, ...]) -> None:
@@ -117,120 +118,52 @@ def _check_used(assigner: Assigner, names: tuple[str, ...]) -> None:
         )
 
 
-class _Annotator:
-    """The state of one application.
+class _Writer:
+    """Writes a propagation into its graph.
 
     Attributes:
-      laid: how many values lie split.
-      count: how many reshards were put in.
+      values: what stands for each reshard.
     """
 
-    def __init__(self, graph: Graph, assigner: Assigner) -> None:
+    def __init__(self, graph: Graph, found: Propagation) -> None:
         self.graph = graph
-        self.assigner = assigner
-        self.known: set[Value] = set()
-        self.made: dict[tuple[Value, str, str], Value] = {}
-        self.laid = 0
-        self.count = 0
+        self.found = found
+        self.values: dict[Reshard, Value] = {}
         self._caused: Counter[tuple[str, str]] = Counter()
         self._first: dict[tuple[str, str], str] = {}
 
-    def run(self) -> None:
-        for value in self.graph.inputs.values():
-            self.lay(value, self.assigner.lone(value.type))
+    def write(self) -> None:
+        for value in self.found.visible:
+            value.type = self.found.types[value]
         for node in list(self.graph):
-            try:
-                self.node(node)
-            except InputError as error:
-                raise InputError(
-                    replace(p, where=p.where or where(node)) for p in error.problems
-                ) from None
-        for value in self.graph.params.values():
-            if value not in self.known:
-                self.lay(value, self.assigner.stored(self.assigner.lone(value.type)))
+            self._node(node)
+        for number, value in enumerate(self.graph.terminator.operands):
+            self.graph.terminator.set_operand(number, self._value(self.found.visible[value], None))
 
-    def lay(self, value: Value, type: TensorType) -> None:
-        value.type = type
-        self.known.add(value)
-        self.laid += type.is_sharded
-
-    def node(self, node: Node) -> None:
-        if node.op.name in ("dispatch", "combine"):
-            # Slots and the experts that they were given for belong together.
-            node.set_operand(1, experts_of(node.operands[2]))
-        assignment = self.assigner.node(node, [v in self.known for v in node.operands])
-        for number, value in enumerate(node.operands):
-            if value not in self.known:
-                wanted = assignment.wanted(number, value.type)
-                self.lay(value, self.assigner.stored(wanted))
-        for number, value in enumerate(node.operands):
-            wanted = assignment.wanted(number, value.type)
-            if wanted != value.type:
-                rules = assignment.rules(number, value.type) or self._rules_of(value, wanted)
-                node.set_operand(number, self.reshard(value, wanted, node, rules))
-        types = node.op.result_types(node.operands, node.attrs)
-        for value, type in zip(node.results, types, strict=True):
-            self.lay(value, type)
+    def _node(self, node: Node) -> None:
+        for number, ref in enumerate(self.found.operands[node]):
+            node.set_operand(number, self._value(ref, node))
         for value in node.results:
-            if value.type.unreduced:
-                self.reduce(value, node, assignment)
+            self._value(self.found.visible[value], node._next)
 
-    def _rules_of(self, value: Value, wanted: TensorType) -> list[LayoutRule]:
-        """Return the rules behind where `value` lies now, and shall not."""
-        pairs = zip(value.type, wanted, strict=True)
-        axes = {a.name for a, b in pairs if a.mesh != b.mesh}
-        return [r for r in self.assigner.rules if r.axis in axes]
+    def _value(self, ref: Ref, before: Node | None) -> Value:
+        """Return the value that stands for `ref`; a reshard that is new stands before a node."""
+        if isinstance(ref, Value):
+            return ref
+        if ref not in self.values:
+            self.values[ref] = self._reshard(ref, before)
+        return self.values[ref]
 
-    def reduce(self, value: Value, node: Node, assignment: Assignment) -> None:
-        """Carry out the sum `value`, so that it lies where the rules want it."""
-        wanted = self.assigner.lone(TensorType(value.type.dtype, value.type.axes).bare)
-        # What no rule lays stays where it is.
-        taken = {m for a in wanted.axes for m in a.mesh}
-        axes = [
-            a if a.mesh or taken & set(old.mesh) else Axis(a.name, a.size, old.mesh)
-            for a, old in zip(wanted.axes, value.type.axes, strict=True)
-        ]
-        users = list(value.users)
-        summed = [assignment.dimensions[d].rules for d in sorted(assignment.space.summed)]
-        rules = [r for rs in summed for r in rs]
-        wanted = TensorType(value.type.dtype, tuple(axes))
-        made = self.reshard(value, wanted, node, rules, before=node._next)
-        for user in users:
-            for number, operand in enumerate(user.operands):
-                if operand is value:
-                    user.set_operand(number, made)
-
-    def reshard(
-        self,
-        value: Value,
-        wanted: TensorType,
-        node: Node,
-        rules: list[LayoutRule],
-        before: Node | None = None,
-    ) -> Value:
-        """Return `value`, lying as `wanted`; a parameter is brought anew at every place.
-
-        Args:
-          value: what lies elsewhere.
-          wanted: its type as it shall lie.
-          node: the operation that makes or uses it.
-          rules: what wants it so.
-          before: the node to stand in front of, if not `node`.
-        """
-        to, loc = format_sharding(wanted), node.loc
-        key = (value, to, loc if value.is_param else "")
-        if key in self.made:
-            return self.made[key]
+    def _reshard(self, reshard: Reshard, before: Node | None) -> Value:
+        value, node, rules = self._value(reshard.operand, before), reshard.node, reshard.rules
         cause = rules[0].axis if rules else "whole"
-        builder = Builder(self.graph, loc=loc, origin=f"{NAME}/{cause}", before=before or node)
+        builder = Builder(self.graph, loc=node.loc, origin=f"{NAME}/{cause}", before=before)
+        to = format_sharding(reshard.target)
         made: Value = builder.reshard(value, to=to, name=value.name)
-        self.made[key] = made
-        self.known.add(made)
-        self.count += 1
         step = f"{_shown(value.type)} → {_shown(made.type)} for {node.op.name}"
         because = f"{rules[0]} ({rules[0].source})" if rules else "no rule lays them elsewhere"
         self._caused[step, because] += 1
-        self._first.setdefault((step, because), loc)
+        self._first.setdefault((step, because), node.loc)
         return made
 
     def remarks(self) -> list[Remark]:

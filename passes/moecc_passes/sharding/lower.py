@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph, Value
+from moecc.ir.graph import Graph
 from moecc.ir.traits import Collective
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc.sharding.collectives import steps
+from moecc_passes.sharding.emit import emit
 
 NAME = "lower-collectives"
 
@@ -50,10 +51,9 @@ class LowerCollectivesPass(Pass):
             cause = _cause(node.origin)
             builder = Builder(node.graph, loc=node.loc, origin=f"{NAME}/{cause}", before=node)
             value, target = node.operands[0], node.result.type
-            for op, attrs in steps(value.type, target):
-                value = _emit(builder, value, op, attrs)
-                counts[op] += 1
-            node.replace_by(value)
+            chosen = list(steps(value.type, target))
+            counts.update(op for op, _ in chosen)
+            node.replace_by(emit(builder, value, chosen))
         for op, count in sorted(counts.items()):
             ctx.remark(Remark("", f"{count} × {op}"))
         return PassResult(found > 0, found, dict(sorted(counts.items())))
@@ -61,8 +61,3 @@ class LowerCollectivesPass(Pass):
 
 def _cause(origin: str) -> str:
     return origin.rpartition("/")[2] or "reshard"
-
-
-def _emit(builder: Builder, value: Value, op: str, attrs: dict[str, Any]) -> Value:
-    made: Value = builder.node(op, value, names=(value.name,), **attrs).result
-    return made

@@ -8,7 +8,6 @@ from typing import ClassVar
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import mesh_of, set_mesh
 from moecc.ir.replace import replace_value
-from moecc.ir.table.collectives import COLLECTIVES
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc_passes.sharding.experts.chunked import unchunk
 from moecc_passes.sharding.groups import REGROUPED, restore_groups
@@ -41,7 +40,7 @@ class StripShardingPass(Pass):
         """Erase the collectives, and make every type one of global values alone."""
         erased = 0
         for node in list(graph.every_node()):
-            if node.op.name in COLLECTIVES:
+            if node.op.collective is not None:
                 node.replace_by(node.operands[0])
                 erased += 1
         changed = mesh_of(graph) is not None or erased > 0

@@ -1,1 +1,1 @@
-"""Compiling ahead of time, for machines that are not there, and reading what the compiler made."""
+"""Compiling for hardware that is not attached, and reading what the compiler made."""

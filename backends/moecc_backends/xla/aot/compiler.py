@@ -17,8 +17,9 @@ from moecc_backends.xla.aot.program import (
     host_peak_bytes,
     lower,
 )
-from moecc_backends.xla.aot.steps import Setting, Step, make_step
 from moecc_backends.xla.aot.topology import devices
+from moecc_backends.xla.train.abstract_step import AbstractStep, make_step
+from moecc_backends.xla.train.shardings import TrainStepConfig
 
 
 def compile_ahead(graph: Graph, job: Job) -> Result:
@@ -32,8 +33,8 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     if job.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers: pip install 'moecc[export]'")
     layout = job.layout if job.partition == GSPMD else None
-    setting = Setting(job.sizes, job.dtype, job.optimizer, job.machine.kind, layout)
-    step = make_step(graph, setting, devices(job.machine))
+    config = TrainStepConfig(job.sizes, job.dtype, job.optimizer, job.machine.kind, layout)
+    step = make_step(graph, config, devices(job.machine))
     start = time.perf_counter()
     lowered = lower(step.function, step.arguments, job.machine)
     seconds = time.perf_counter() - start
@@ -47,10 +48,10 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
             seconds, took, host_peak_bytes(), None, error.needed_bytes, error.available_bytes,
             program=program, artefact=artefact,
         )  # fmt: skip
-    return _told(compiled, program if job.emit != "hlo" else compiled.hlo, artefact)
+    return _result(compiled, program if job.emit != "hlo" else compiled.hlo, artefact)
 
 
-def _told(compiled: Compiled, program: str, artefact: bytes) -> Result:
+def _result(compiled: Compiled, program: str, artefact: bytes) -> Result:
     found = census(compiled.hlo)
     return Result(
         lower_seconds=compiled.lowered_seconds,
@@ -67,7 +68,7 @@ def _told(compiled: Compiled, program: str, artefact: bytes) -> Result:
     )
 
 
-def _exported(step: Step, job: Job) -> bytes:
+def _exported(step: AbstractStep, job: Job) -> bytes:
     from jax import export
 
     platform = {"gpu": "cuda"}.get(job.machine.kind, job.machine.kind)
@@ -76,7 +77,7 @@ def _exported(step: Step, job: Job) -> bytes:
     return bytes(made.serialize())
 
 
-def _with_leaves(step: Step) -> Step:
+def _with_leaves(step: AbstractStep) -> AbstractStep:
     """Return a training step whose optimiser's state is the list of its leaves.
 
     The types that optax has for it are none that ``jax.export`` writes.
@@ -91,4 +92,4 @@ def _with_leaves(step: Step) -> Step:
         (made, changed), metrics = step.function(given, inputs)
         return (made, jax.tree.leaves(changed)), metrics
 
-    return Step(jax.jit(run, donate_argnums=(0,)), ((params, leaves), inputs))
+    return AbstractStep(jax.jit(run, donate_argnums=(0,)), ((params, leaves), inputs))

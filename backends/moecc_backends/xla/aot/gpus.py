@@ -1,4 +1,4 @@
-"""GPUs as XLA wants them described, to compile for one that is not there.
+"""GPUs as XLA wants them described, to compile for one that is not attached.
 
 The numbers are what the CUDA driver reports of each; XLA carries the same under
 ``xla/backends/gpu/target_config/specs``.

@@ -1,4 +1,4 @@
-"""Compiling a function for a machine that is not there, and what came of it."""
+"""Compiling a function for hardware that is not attached, and what came of it."""
 
 from __future__ import annotations
 

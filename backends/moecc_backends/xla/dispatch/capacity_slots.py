@@ -2,53 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import jax
 import jax.numpy as jnp
 
-from moecc_backends.xla.dispatch.gather_vjp import combine, dispatch
-from moecc_backends.xla.dispatch.layout import SlotPacking
-from moecc_backends.xla.dispatch.permutation import Placement, capacity_placement
+from moecc_backends.xla.dispatch.flat import slots_to_tokens, tokens_to_slots
+from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute
+from moecc_backends.xla.dispatch.permutation import Permutation, capacity_permutation
 from moecc_backends.xla.trace.dtypes import accumulator
-from moecc_backends.xla.trace.padding_rows import with_masked_gradient, zeroed
+from moecc_backends.xla.trace.padding_rows import (
+    poisoned_values,
+    with_masked_gradient,
+    with_poisoned_gradient,
+    zeroed,
+)
+from moecc_backends.xla.trace.routing import Routing
+from moecc_backends.xla.trace.values import SLOT_AXES, DeferredRows, Named, Operand, SlotLayout
+
+_Poison = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
-class GatheredSlots(SlotPacking):
+class CapacitySlots:
     """Slots filled from an index of each, and read by one; gradients gather as well."""
 
+    routing: Routing
+
     @cached_property
-    def placement(self) -> Placement:
+    def permutation(self) -> Permutation:
         """The map between choices and slots, experts first, as a batched product takes them."""
         routing = self.routing
-        experts, groups, limit = self.shape
-        return capacity_placement(
+        experts, groups, limit = routing.slot_shape
+        return capacity_permutation(
             routing.experts, routing.slots, experts, limit, groups, expert_major=True
         )
 
     @property
     def is_used(self) -> jax.Array:
-        """Whether something was placed in each slot: bool ``[rows]``."""
-        return self.placement.choice_of_row >= 0
+        """Whether each slot has a token: bool ``[expert * group * slot]``."""
+        return self.permutation.choice_of_row >= 0
 
-    def dispatch(self, tokens: jax.Array) -> jax.Array:
+    def permute(self, x: Named) -> Named:
         """Gather slots from tokens."""
-        return dispatch(tokens, self.placement)
+        return tokens_to_slots(self.routing, x, lambda tokens: permute(tokens, self.permutation))
 
-    def combine(self, rows: jax.Array, gates: jax.Array) -> jax.Array:
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
         """Gather the slots of each token."""
-        return combine(rows, self.placement, gates)
+        assert isinstance(rows, Named), "slots have axes"
+        return slots_to_tokens(
+            self.routing, rows, lambda slots: unpermute(slots, self.permutation, gates)
+        )
+
+    def of_experts(self, first: jax.Array | int, count: int) -> CapacitySlots:
+        """Return the slots of `count` experts from `first` on."""
+        return CapacitySlots(self.routing.of_experts(first, count))
 
 
 @dataclass(frozen=True)
-class OneHotSlots(SlotPacking):
+class OneHotSlots:
     """Slots filled and read by products with one-hot masks (GShard, Lepikhin et al. 2020).
 
     The masks have ``tokens · experts · capacity`` elements, and each product costs as many
     multiplications for every element of a token.
     """
+
+    routing: Routing
 
     @cached_property
     def _expert_hot(self) -> jax.Array:
@@ -60,16 +82,28 @@ class OneHotSlots(SlotPacking):
     @cached_property
     def _slot_hot(self) -> jax.Array:
         """1 at the slot of each choice that has one: ``[group, token, choice, slot]``."""
-        return jax.nn.one_hot(self._in_groups(self.routing.slots), self.shape[2], dtype=bool)
+        limit = self.routing.slot_shape[2]
+        return jax.nn.one_hot(self._in_groups(self.routing.slots), limit, dtype=bool)
 
     @cached_property
     def is_used(self) -> jax.Array:
-        """Whether something was placed in each slot: bool ``[rows]``."""
+        """Whether each slot has a token: bool ``[expert * group * slot]``."""
         return jnp.any(self._mask(None, jnp.float32) > 0, axis=1).swapaxes(0, 1).reshape(-1)
 
-    def dispatch(self, tokens: jax.Array) -> jax.Array:
-        """Multiply tokens with the mask of who lies where."""
-        experts, groups, limit = self.shape
+    def permute(self, x: Named) -> Named:
+        """Multiply tokens with the mask of who has which slot."""
+        return tokens_to_slots(self.routing, x, self._filled)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+        """Multiply slots with the mask of who has which slot, times the gates."""
+        assert isinstance(rows, Named), "slots have axes"
+        return slots_to_tokens(self.routing, rows, lambda slots: self._read(slots, gates))
+
+    def of_experts(self, first: jax.Array | int, count: int) -> OneHotSlots:
+        """Return the slots of `count` experts from `first` on."""
+        return OneHotSlots(self.routing.of_experts(first, count))
+
+    def _filled(self, tokens: jax.Array) -> jax.Array:
         mask = self._mask(None, tokens.dtype)
         rows = jnp.einsum(
             "gtes,gtd->egsd",
@@ -77,14 +111,13 @@ class OneHotSlots(SlotPacking):
             self._in_groups(tokens),
             preferred_element_type=accumulator(tokens.dtype),
         )
-        rows = rows.astype(tokens.dtype).reshape(experts * groups * limit, -1)
+        rows = rows.astype(tokens.dtype).reshape(-1, tokens.shape[1])
         return with_masked_gradient(rows, self.is_used)
 
-    def combine(self, rows: jax.Array, gates: jax.Array) -> jax.Array:
-        """Multiply slots with the mask of who lies where, times the gates."""
-        kind = accumulator(rows.dtype)
+    def _read(self, rows: jax.Array, gates: jax.Array) -> jax.Array:
+        kind, shape = accumulator(rows.dtype), self.routing.slot_shape
         mask = self._mask(self._in_groups(gates).astype(kind), kind)
-        slots = zeroed(rows, self.is_used).astype(kind).reshape(*self.shape, rows.shape[-1])
+        slots = zeroed(rows, self.is_used).astype(kind).reshape(*shape, rows.shape[-1])
         result = jnp.einsum("gtes,egsd->gtd", mask, slots, preferred_element_type=kind)
         return result.reshape(-1, rows.shape[-1]).astype(rows.dtype)
 
@@ -95,5 +128,51 @@ class OneHotSlots(SlotPacking):
         return jnp.einsum("gtke,gtks->gtes", weighted, self._slot_hot.astype(kind))
 
     def _in_groups(self, values: jax.Array) -> jax.Array:
-        groups = self.shape[1]
+        groups = self.routing.groups
         return values.reshape(groups, values.shape[0] // max(groups, 1), *values.shape[1:])
+
+
+@dataclass(frozen=True)
+class PoisonedSlots:
+    """Slots with NaN in the empty ones, in values and cotangents, to see that nothing reads them.
+
+    Attributes:
+      layout: fills the slots.
+    """
+
+    layout: SlotLayout
+
+    @property
+    def routing(self) -> Routing:
+        """What was routed."""
+        return self.layout.routing
+
+    @property
+    def is_used(self) -> jax.Array:
+        """Whether each slot has a token: bool ``[expert * group * slot]``."""
+        return self.layout.is_used
+
+    def permute(self, x: Named) -> Named:
+        """Fill the slots; cotangents of empty ones become NaN.
+
+        Their values are zeros that an operation may read: a sum over slots, say.
+        """
+        slots = self.layout.permute(x)
+        assert isinstance(slots, Named), "slots have axes"
+        return self._flat(slots, with_poisoned_gradient)
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+        """Read the slots, the empty ones filled with NaN."""
+        assert isinstance(rows, Named), "slots have axes"
+        return self.layout.unpermute(self._flat(rows, poisoned_values), gates)
+
+    def of_experts(self, first: jax.Array | int, count: int) -> PoisonedSlots:
+        """Return the slots of `count` experts from `first` on."""
+        own = self.layout.of_experts(first, count)
+        return PoisonedSlots(own)
+
+    def _flat(self, slots: Named, function: _Poison) -> Named:
+        made = slots.to((*SLOT_AXES, *(a for a in slots.axes if a not in SLOT_AXES)))
+        shape = made.array.shape
+        flat = function(made.array.reshape(prod(shape[:3]), *shape[3:]), self.is_used)
+        return Named(flat.reshape(shape), made.axes)

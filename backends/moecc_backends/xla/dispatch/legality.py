@@ -1,8 +1,8 @@
-"""What lies between dispatch and combine, and whether each row could be anywhere.
+"""What stands between dispatch and combine, and whether each row stands by itself.
 
 Under a capacity, rows may meet: a graph can sum over the slots of an expert, or return them.  Then
-they have to lie in slots, empty ones included.  Where no row meets another, they can be packed,
-or never be made at all.
+they have to be in slots, empty ones included.  Where no row meets another, they can be sorted, or
+never be made at all.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moecc.ir.graph import Node, Value
+from moecc.ir.traits import RowMove
 from moecc.ir.verify import where
 from moecc_backends.xla.trace.values import SLOT_AXES
 
 _SLOTS = frozenset(SLOT_AXES)
 
 
-def is_ragged(place: Value) -> bool:
-    """Whether `place` gives as many slots as there are choices."""
-    return place.node is not None and place.node.attrs.get("slots") == "ragged"
+def is_ragged(slots: Value) -> bool:
+    """Whether `slots` gives as many slots as there are choices."""
+    return slots.node is not None and slots.node.attrs.get("slots") == "ragged"
 
 
-def why_rows_meet(place: Value) -> str | None:
-    """Return why the rows of `place` have to lie in slots, or None if each stands by itself."""
-    for node in region(place):
-        reason = _why_not_alone(node, place)
+def why_rows_meet(slots: Value) -> str | None:
+    """Return why the rows of `slots` have to be in slots, or None if each stands by itself."""
+    for node in region(slots):
+        reason = _why_not_alone(node, slots)
         if reason is not None:
             return f"{where(node)}: {reason}"
     return None
 
 
-def region(place: Value) -> Iterator[Node]:
-    """Yield the nodes that work on the rows of `place`, and on what is made of them."""
-    left = [n for n in place.users if n.op.name == "dispatch" and n.operands[2] is place]
+def region(slots: Value) -> Iterator[Node]:
+    """Yield the nodes that work on the rows of `slots`, and on what is made of them."""
+    left = [n for n in slots.users if _dispatches(n, slots)]
     seen = set(left)
     while left:
         node = left.pop()
@@ -43,28 +44,39 @@ def region(place: Value) -> Iterator[Node]:
             left.extend(new)
 
 
+def _dispatches(node: Node, slots: Value) -> bool:
+    return node.op.moves is RowMove.TO_SLOTS and node.operands[2] is slots
+
+
 def _ends(node: Node, rows: Value) -> bool:
-    is_combined = node.op.name == "combine" and node.operands[0] is rows
-    return is_combined or node is rows.graph.terminator
+    combines = node.op.moves is RowMove.TO_TOKENS and node.operands[0] is rows
+    return combines or node is rows.graph.terminator
 
 
-def _why_not_alone(node: Node, place: Value) -> str | None:
-    if node.op.name == "dispatch":
-        return _why_leaves(node) if node.operands[2] is place else "rows are dispatched again"
+def _why_not_alone(node: Node, slots: Value) -> str | None:
+    if node.op.moves is RowMove.TO_SLOTS:
+        return _why_leaves(node) if _dispatches(node, slots) else "rows are dispatched again"
     if node.op.places:
         return "rows go to other devices"
-    if node.op.name == "combine":
+    if node.op.moves is RowMove.TO_TOKENS:
         return "the gates or slots are made of rows"
     if node.body is not None:
         return "rows enter a body"
-    counted = node.op.name == "positions"
+    return _why_mixed(node) or _why_leaves(node)
+
+
+def _why_mixed(node: Node) -> str | None:
+    """Return why `node` takes rows together, or the axes of their slots apart."""
     mixed = _SLOTS & set(node.mixes)
-    if mixed and not (counted and "slot" not in mixed):
-        return f"{node.op.name} mixes the rows along {', '.join(sorted(mixed))}"
+    if node.op.name == "positions" and "slot" not in mixed:
+        # It reads no row: which expert or group a row belongs to is known wherever the row is.
+        return None
+    if mixed:
+        return f"{node.op} mixes the rows along {', '.join(sorted(mixed))}"
     rows = any(set(v.type.names) >= _SLOTS for v in node.operands)
-    if rows and not counted and not all(set(v.type.names) >= _SLOTS for v in node.results):
-        return f"{node.op.name} takes the axes {', '.join(SLOT_AXES)} apart"
-    return _why_leaves(node)
+    if rows and not all(set(v.type.names) >= _SLOTS for v in node.results):
+        return f"{node.op} takes the axes {', '.join(SLOT_AXES)} apart"
+    return None
 
 
 def _why_leaves(node: Node) -> str | None:

@@ -1,6 +1,6 @@
-"""Where the choices of a routing lie: sorted by expert, or in slots under a capacity.
+"""Which choice has which row: sorted by expert, or in slots under a capacity.
 
-A *choice* is one (token, k) pair, counted ``token * choices + k``.  A *row* is a place in the array
+A *choice* is one (token, k) pair, counted ``token * choices + k``.  A *row* is a row of the array
 that the experts work on.  Both ways of routing are the same partial one-to-one map between the two,
 kept in both directions, so that moving rows forward and backward are gathers.
 """
@@ -20,7 +20,7 @@ class SortedChoices(NamedTuple):
     """Choices in the order of their experts.
 
     Attributes:
-      order: i32 ``[rows]``, the choice in each row; those not placed come last.
+      order: i32 ``[rows]``, the choice in each row; those without a slot come last.
       inverse: i32 ``[tokens, choice]``, the row of each choice.
       group_sizes: i32 ``[experts]``, how many rows each expert has.
     """
@@ -30,7 +30,7 @@ class SortedChoices(NamedTuple):
     group_sizes: jax.Array
 
 
-class Placement(NamedTuple):
+class Permutation(NamedTuple):
     """A partial one-to-one map between choices and rows; -1 stands for "none".
 
     Attributes:
@@ -41,19 +41,24 @@ class Placement(NamedTuple):
     choice_of_row: jax.Array
     row_of_choice: jax.Array
 
+    @property
+    def token_of_row(self) -> jax.Array:
+        """The token of each row, i32 ``[rows]``; negative where the row has none."""
+        return self.choice_of_row // self.row_of_choice.shape[1]
+
 
 def sort_by_expert(
-    experts: jax.Array, num_experts: int, placed: jax.Array | None = None
+    experts: jax.Array, num_experts: int, assigned: jax.Array | None = None
 ) -> SortedChoices:
     """Sort the choices ``[tokens, choice]`` by expert, ties in the order of the choices.
 
-    Expert and choice are packed into one int32 key, which sorts about four times as fast on a CPU
+    Expert and choice make one int32 key, which sorts about four times as fast on a CPU
     as a stable argsort; where they do not fit into 31 bits, the stable argsort does it.
-    `placed` (bool ``[tokens, choice]``) leaves choices out.
+    `assigned` (bool ``[tokens, choice]``) leaves choices out.
     """
     keys = experts.reshape(-1).astype(jnp.int32)
-    if placed is not None:
-        keys = jnp.where(placed.reshape(-1), keys, num_experts)
+    if assigned is not None:
+        keys = jnp.where(assigned.reshape(-1), keys, num_experts)
     index = jnp.arange(keys.size, dtype=jnp.int32)
     order = _order(keys, index, num_experts)
     inverse = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
@@ -75,18 +80,18 @@ def rank_in_expert(sorted_choices: SortedChoices, experts: jax.Array) -> jax.Arr
     return sorted_choices.inverse - starts[experts]
 
 
-def dropless_placement(sorted_choices: SortedChoices) -> Placement:
-    """Place every choice in its row of the sorted order; rows ``[tokens * choices]``."""
+def sorted_permutation(sorted_choices: SortedChoices) -> Permutation:
+    """Give every choice its row of the sorted order; rows ``[tokens * choices]``."""
     order, inverse, group_sizes = sorted_choices
-    num_placed = jnp.sum(group_sizes)
+    num_assigned = jnp.sum(group_sizes)
     index = jnp.arange(order.size, dtype=jnp.int32)
-    return Placement(
-        jnp.where(index < num_placed, order, -1),
-        jnp.where(inverse < num_placed, inverse, -1),
+    return Permutation(
+        jnp.where(index < num_assigned, order, -1),
+        jnp.where(inverse < num_assigned, inverse, -1),
     )
 
 
-def capacity_placement(
+def capacity_permutation(
     experts: jax.Array,
     slots: jax.Array,
     num_experts: int,
@@ -94,11 +99,11 @@ def capacity_placement(
     groups: int = 1,
     *,
     expert_major: bool = False,
-) -> Placement:
-    """Place the choices ``[tokens, choice]`` in rows ``[groups * experts * capacity]``.
+) -> Permutation:
+    """Give the choices ``[tokens, choice]`` their rows ``[groups * experts * capacity]``.
 
     `slots` is the slot of each choice within its group and expert, or -1 where it was dropped;
-    a group is ``tokens / groups`` consecutive tokens.  Rows lie in the order ``[group, expert,
+    a group is ``tokens / groups`` consecutive tokens.  The order of rows is ``[group, expert,
     slot]``, or with `expert_major` as ``[expert, group, slot]``, which a batched product over the
     experts takes without a transpose.
     """
@@ -112,4 +117,4 @@ def capacity_placement(
     target = jnp.where(row >= 0, row, num_rows).reshape(-1)
     choice = jnp.arange(row.size, dtype=jnp.int32)
     choice_of_row = jnp.full(num_rows, -1, jnp.int32).at[target].set(choice, mode="drop")
-    return Placement(choice_of_row, row)
+    return Permutation(choice_of_row, row)

@@ -2,79 +2,152 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from moecc_backends.xla.dispatch.layout import PlacedRows, Routing
-from moecc_backends.xla.dispatch.permutation import dropless_placement, sort_by_expert
-from moecc_backends.xla.kernels.grouped_matmul import Arrays, grouped_matmul
-from moecc_backends.xla.kernels.ragged_dot import ragged_matmul
-from moecc_backends.xla.kernels.repeat_by_group import expert_rows
+from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
+from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute
+from moecc_backends.xla.dispatch.permutation import (
+    Permutation,
+    sort_by_expert,
+    sorted_permutation,
+)
+from moecc_backends.xla.kernels.repeat_by_group import repeat_by_group
+from moecc_backends.xla.mesh.all_to_all import ExchangeMap, ExchangeSpec
+from moecc_backends.xla.trace.routing import Routing
+from moecc_backends.xla.trace.values import DeferredRows, Named, Operand, Rows
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], jax.Array]
+"""Multiplies rows ``[rows, a]`` with the weights of their group.
+
+The weights are ``[experts, a, b]``, or ``[experts, b, a]`` where the axis that is summed over (the
+fourth argument) is 2; the third argument is the group sizes, the last the type to ask for.
+"""
 
 
 @dataclass(frozen=True)
-class SortedRows(PlacedRows):
+class SortedRows:
     """The rows of each expert one after the other; what has no slot has no row.
 
     Attributes:
-      group_sizes: i32 ``[experts]``, how many rows each has.
-      journey: how rows came from other devices; None where they are those of the own tokens.
+      routing: what was routed.
+      kernel: multiplies rows with the weights of their experts.
+      permutation: the map between choices and rows.
+      group_sizes: i32 ``[experts]``, how many rows each expert has.
+      exchange: how rows came from other devices; None where nothing was exchanged.
     """
 
+    routing: Routing
+    kernel: Kernel
+    permutation: Permutation
     group_sizes: jax.Array
-    journey: object | None = None
+    exchange: ExchangeRecord | None = None
 
     @classmethod
-    def of(cls, routing: Routing) -> SortedRows:
+    def of(cls, routing: Routing, kernel: Kernel) -> SortedRows:
         """Sort the choices of `routing`.
 
         Groups do not matter here: they bound what a capacity counts, and that is settled.
         """
-        choices = sort_by_expert(routing.experts, routing.num_experts, routing.placed)
-        placement = dropless_placement(choices)
+        choices = sort_by_expert(routing.experts, routing.num_experts, routing.assigned)
+        permutation = sorted_permutation(choices)
         if routing.num_slots is not None:
             # No more rows can be used than there are slots.
-            placement = placement._replace(
-                choice_of_row=placement.choice_of_row[: routing.num_slots]
+            permutation = permutation._replace(
+                choice_of_row=permutation.choice_of_row[: routing.num_slots]
             )
-        return cls(routing, placement, choices.group_sizes)
+        return cls(routing, kernel, permutation, choices.group_sizes)
 
-    def by_expert(self, values: jax.Array) -> jax.Array:
-        """Repeat what each expert has over its rows."""
-        return expert_rows(values, self.group_sizes, self.placement.choice_of_row.size)
+    @property
+    def is_used(self) -> jax.Array:
+        """Whether each row has a token: bool ``[rows]``."""
+        return self.permutation.choice_of_row >= 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is certain that every row has a token."""
+        return self.routing.assigned is None
 
     @property
     def row_experts(self) -> jax.Array:
         """The expert of each row; rows that belong to none count to the last expert."""
         ends = jnp.cumsum(self.group_sizes)
-        rows = jnp.arange(self.placement.choice_of_row.size, dtype=ends.dtype)
+        rows = jnp.arange(self.permutation.choice_of_row.size, dtype=ends.dtype)
         found = jnp.searchsorted(ends, rows, side="right", method="compare_all")
         return jnp.minimum(found, self.group_sizes.size - 1)
 
-    def products(
-        self, rows: jax.Array, weights: Arrays, repeats: int, axis: int, kind: Any
-    ) -> Arrays:
-        """Multiply rows with each of the weights of their experts.
+    @property
+    def row_groups(self) -> jax.Array:
+        """The group of the token of each row; the first where the row has none."""
+        return self.routing.row_groups(self.permutation.token_of_row)
 
-        Args:
-          rows: ``[rows * repeats, a]``, each row as often as its other axes have entries.
-          weights: ``[experts, a, b]`` with ``axis=1``, or ``[experts, b, a]`` with ``axis=2``.
-          repeats: the entries of a row's other axes.
-          axis: the axis of the weights that is summed over.
-          kind: the type that a kernel is asked for; the loop sums in float32 at least.
-        """
-        return grouped_matmul(rows, weights, self.group_sizes * repeats, contracting_axis=axis)
+    def by_expert(self, values: jax.Array) -> jax.Array:
+        """Repeat what each expert has over its rows."""
+        return repeat_by_group(values, self.group_sizes, self.permutation.choice_of_row.size)
+
+    def permute(self, x: Named) -> Rows:
+        """Gather rows from tokens, forward and backward."""
+        return tokens_to_rows(self, x, lambda tokens: permute(tokens, self.permutation))
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+        """Gather the rows of each token, forward and backward."""
+        assert isinstance(rows, Rows), "`permute` made rows"
+        return rows_to_tokens(
+            self.routing, rows, lambda flat: unpermute(flat, self.permutation, gates)
+        )
+
+    def of_experts(self, first: jax.Array | int, count: int) -> SortedRows:
+        """Return the rows of `count` experts from `first` on, sorted again."""
+        return SortedRows.of(self.routing.of_experts(first, count), self.kernel)
+
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
+        """Multiply rows with the weights of their experts, group by group."""
+        if "group" in weight.axes or set(weight.axes) & set(x.axes) != set(over):
+            return gathered_matmul(x, weight, over)
+        rest = tuple(a for a in weight.axes if a not in over and a != "expert")
+        kept = tuple(a for a in x.axes if a not in over)
+        # Each row stands for as many as its other axes have entries.
+        rows = x.inner().to(("rows", *kept, *over)).array
+        lead, sizes = rows.shape[: 1 + len(kept)], tuple(weight.size(a) for a in rest)
+        matrices, contracting_axis = _matrices(weight, over, rest)
+        product = self.kernel(
+            rows.reshape(-1, prod(rows.shape[len(lead) :])),
+            matrices.astype(rows.dtype),
+            self.group_sizes * prod(lead[1:]),
+            contracting_axis,
+            kind,
+        )
+        return x.with_array(product.reshape(*lead, *sizes), (*kept, *rest))
 
 
-class RaggedRows(SortedRows):
-    """Sorted rows whose products are JAX's own."""
+@dataclass(frozen=True)
+class ExchangeRecord:
+    """How rows came from the devices of their tokens to those of their experts.
 
-    def products(
-        self, rows: jax.Array, weights: Arrays, repeats: int, axis: int, kind: Any
-    ) -> Arrays:
-        """Multiply rows with each of the weights of their experts, see `SortedRows`."""
-        sizes = self.group_sizes * repeats
-        return tuple(ragged_matmul(rows, w, sizes, axis, kind) for w in weights)
+    Attributes:
+      origin: the layout before.
+      map: offsets and sizes of the exchange.
+      spec: its mesh axes and static sizes.
+    """
+
+    origin: SortedRows
+    map: ExchangeMap
+    spec: ExchangeSpec
+
+
+def _matrices(weight: Named, over: tuple[str, ...], rest: tuple[str, ...]) -> tuple[jax.Array, int]:
+    """Return weights as ``[experts, a, b]`` or ``[experts, b, a]``, and the axis of `over`.
+
+    Whichever of the two stands last in the checkpoint stays last: nothing is transposed.
+    """
+    inner_last = weight.axes[-1] in over
+    order = ("expert", *rest, *over) if inner_last else ("expert", *over, *rest)
+    width, out = (prod(weight.size(a) for a in axes) for axes in (over, rest))
+    shape = (out, width) if inner_last else (width, out)
+    array = weight.to(order).array.reshape(weight.size("expert"), *shape)
+    return array, 2 if inner_last else 1

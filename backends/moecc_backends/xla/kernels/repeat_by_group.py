@@ -16,7 +16,7 @@ _SUMMED_ROWS = 128
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def expert_rows(values: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax.Array:
+def repeat_by_group(values: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax.Array:
     """Repeat ``[experts, …]`` over the rows of each expert into ``[rows, …]``.
 
     Rows beyond the last group get the last expert's values; what their cotangent holds does not
@@ -30,7 +30,7 @@ def expert_rows(values: jax.Array, group_sizes: jax.Array, num_rows: int) -> jax
 def _forward(
     values: jax.Array, group_sizes: jax.Array, num_rows: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return expert_rows(values, group_sizes, num_rows), (values, group_sizes)
+    return repeat_by_group(values, group_sizes, num_rows), (values, group_sizes)
 
 
 def _backward(
@@ -60,4 +60,4 @@ def _backward(
     return sums.astype(values.dtype).reshape(values.shape), None
 
 
-expert_rows.defvjp(_forward, _backward)
+repeat_by_group.defvjp(_forward, _backward)

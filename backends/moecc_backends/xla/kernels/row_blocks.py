@@ -8,11 +8,12 @@ may hold rows that are not the expert's, and only there is a mask needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from moecc_backends.xla.trace.dtypes import load, store
 
@@ -29,7 +30,7 @@ _SMALL = (128, 32, 8)
 
 
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Choose descending block sizes for `num_rows` rows spread over `num_experts` experts.
+    """Choose descending block sizes for `num_rows` rows of `num_experts` experts.
 
     Large blocks are offered even where the mean is small, so that a router that sends
     everything to one expert costs no more than a balanced one.
@@ -76,12 +77,12 @@ def walk_experts(
 
 
 def inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax.Array:
-    """Mask ``[size, 1]`` the rows from `first` on that lie in ``start … end - 1``."""
+    """Mask ``[size, 1]`` the rows from `first` on that are in ``start … end - 1``."""
     index = first + jnp.arange(size, dtype=first.dtype)
     return ((index >= start) & (index < end))[:, None]
 
 
-def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: Any, salt: int) -> jax.Array:
+def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, salt: int) -> jax.Array:
     """Make zeros that exist only once `value` does, and that nothing else shares.
 
     XLA would merge equal constants, make them before anything else, and copy them for each loop

@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.attributes import IndexAttrs, ScanAttrs, StackAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.remat_names import DEFAULT
 from moecc.ir.table.repetition import repetitions
 from moecc_backends.xla.lower.inner_loops import LayerLoop, pieces_of
+from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import Context, lower_nodes, lowering
-from moecc_backends.xla.trace.values import Named, Operand, lifted
+from moecc_backends.xla.trace.values import Named, Operand
 
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
@@ -48,12 +50,13 @@ _WIDENINGS = 3
 @lowering("stack")
 def _stack(ctx: Context, node: Node, *xs: Named) -> Operand:
     axes = xs[0].axes
-    return Named(jnp.stack([x.to(axes).array for x in xs]), (node.attrs["axis"], *axes))
+    return Named(jnp.stack([x.to(axes).array for x in xs]), (StackAttrs.of_node(node).axis, *axes))
 
 
 @lowering("index")
 def _index(ctx: Context, node: Node, x: Operand) -> Operand:
-    axis, at = node.attrs["axis"], node.attrs["at"]
+    attrs = IndexAttrs.of_node(node)
+    axis, at = attrs.axis, attrs.at
 
     def pick(full: Named) -> Named:
         rest = tuple(a for a in full.axes if a != axis)
@@ -64,9 +67,10 @@ def _index(ctx: Context, node: Node, x: Operand) -> Operand:
 
 @lowering("scan")
 def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
+    attrs = ScanAttrs.of_node(node)
     body = node.body
     assert body is not None, "a scan has a body"
-    carries, last = node.attrs["carries"], node.attrs["carries"] + node.attrs["stacked"]
+    carries, last = attrs.carries, attrs.carries + attrs.stacked
     axis, runs = repetitions(node.attrs)
     slices = [_leading(x, axis) for x in operands[carries:last]]
     captured = [x.array for x in operands[last:]]
@@ -85,8 +89,8 @@ def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
         kept = tuple(m.to(n).array for m, n in zip(made[:carries], names[:carries], strict=True))
         return kept, tuple(m.array for m in made[carries:])
 
-    entered = zip(operands[:carries], node.operands, strict=False)
-    first = tuple(ctx.local.settled(x.array, v.type) for x, v in entered)
+    initial = zip(operands[:carries], node.operands, strict=False)
+    first = tuple(ctx.view.settled(x.array, v.type) for x, v in initial)
     # Within a loop nothing could be merged across the barrier that this would set.
     step = (remembering or partial(jax.checkpoint, policy=_worth_keeping))(run, prevent_cse=False)
     carry, made = _repeat(step, first, tuple(x.array for x in slices), runs)
@@ -112,12 +116,12 @@ def _repeat(run: Step, carry: Arrays, slices: Arrays, runs: int) -> tuple[Arrays
 
 def _remembering(node: Node) -> Remembering | None:
     """Return what makes a gradient keep what `node` says, and compute the rest again."""
-    remat = node.attrs["remat"]
-    if remat == "none":
+    attrs = ScanAttrs.of_node(node)
+    if attrs.remat == "none":
         return None
     policy = None
-    if remat == "save":
-        names = node.attrs["save"] or DEFAULT
+    if attrs.remat == "save":
+        names = attrs.save or DEFAULT
         policy = jax.checkpoint_policies.save_only_these_names(*names)
     return partial(jax.checkpoint, policy=policy)
 
@@ -141,7 +145,7 @@ def run_body(
       operands: its inputs, in order.
       remembering: makes a checkpoint of each layer, where several that are alike become a loop.
     """
-    inner = _within(ctx, dict(zip(body.inputs.values(), operands, strict=True)))
+    inner = ctx.within(dict(zip(body.inputs.values(), operands, strict=True)))
     if remembering is None:
         lower_nodes(inner, body)
     else:
@@ -153,12 +157,6 @@ def run_body(
     return [_whole(inner, inner.values[v], v) for v in body.terminator.operands]
 
 
-def _within(ctx: Context, values: dict[Value, Operand]) -> Context:
-    """Return `ctx` for a trace within its own, which sees `values` alone."""
-    local = replace(ctx.local, spread={})
-    return replace(ctx, values=values, packings={}, siblings={}, put_off={}, local=local)
-
-
 def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None:
     """Lower layers that are alike as a loop; what is used later goes to the values of `ctx`."""
     captured = {each[0]: ctx.values[each[0]] for each in loop.captured}
@@ -166,7 +164,7 @@ def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None
 
     def run(carry: Arrays, now: Arrays) -> tuple[Arrays, Arrays]:
         given = zip(entries, (*carry, *now), strict=True)
-        inner = _within(ctx, captured | {v: Named(a, v.type.names) for v, a in given})
+        inner = ctx.within(captured | {v: Named(a, v.type.names) for v, a in given})
         lower_nodes(inner, loop.first.nodes)
         made = [_whole(inner, inner.values[v], v).array for v in loop.first.outputs]
         kept = tuple(made[number] for number in loop.carries.values())
@@ -188,5 +186,5 @@ def _lower_loop(ctx: Context, loop: LayerLoop, remembering: Remembering) -> None
 
 def _whole(ctx: Context, value: Operand, declared: Value) -> Named:
     assert isinstance(value, Named), "rows do not leave a body, nor a layer of it"
-    settled = ctx.local.settled(value.array, declared.type)
+    settled = ctx.view.settled(value.array, declared.type)
     return replace(value, array=settled).to(declared.type.names)

@@ -70,7 +70,7 @@ def _runs(graph: Graph) -> Iterator[list[Node]]:
         layer = here
         run.append(node)
         seen.add(node)
-        # The packing that a place sets travels beside its value, so it counts as ragged too.
+        # The layout that a routing has goes with its value, so that counts as ragged too.
         ragged.update(v for v in node.results if v.type.ragged or is_slots(v))
         ragged = {v for v in ragged if not v.users.keys() <= seen}
     if run:

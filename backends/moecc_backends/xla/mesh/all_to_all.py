@@ -1,4 +1,4 @@
-"""Rows that are there, exchanged between devices: to the experts that they chose, and back.
+"""Ragged rows exchanged between devices: to the experts that they chose, and back.
 
 Each device has its rows sorted by expert, so what goes to a peer is one run.  A peer gets a run
 from every device, and sorts the rows by expert again.  Both ways are the same partial one-to-one
@@ -15,29 +15,30 @@ import jax
 import jax.numpy as jnp
 
 from moecc_backends.xla.trace.device_view import varies
+from moecc_backends.xla.trace.typed_jax import ragged_all_to_all
 
 Mesh = tuple[str, ...]
 
 
-class Hop(NamedTuple):
+class ExchangeMap(NamedTuple):
     """The map of one exchange, as one device knows it; i32 arrays.
 
     Attributes:
       there: offsets and sizes of what is sent and received on the way to the experts.
       back: those of the way back.
       arrival_of_row: for each row, by expert, where it arrived; −1 where there is none.
-      row_of_arrival: for each place of arrival, the row that it goes to; −1 where there is none.
-      group_sizes: ``[experts]``, the rows of each of the own experts.
+      row_of_arrival: for each arrival, the row that it goes to; −1 where there is none.
+      group_sizes: ``[experts]``, the rows of each of this device's experts.
     """
 
-    there: Runs
-    back: Runs
+    there: RaggedArgs
+    back: RaggedArgs
     arrival_of_row: jax.Array
     row_of_arrival: jax.Array
     group_sizes: jax.Array
 
 
-class Runs(NamedTuple):
+class RaggedArgs(NamedTuple):
     """Four of the operands of ``jax.lax.ragged_all_to_all``, each i32 ``[devices]``."""
 
     input_offsets: jax.Array
@@ -47,7 +48,7 @@ class Runs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Way:
+class ExchangeSpec:
     """What does not change during an exchange.
 
     Attributes:
@@ -63,7 +64,7 @@ class Way:
     is_emulated: bool
 
 
-def hop(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> Hop:
+def exchange_map(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> ExchangeMap:
     """Return the map of an exchange along `mesh` of rows sorted by expert.
 
     Args:
@@ -76,14 +77,14 @@ def hop(group_sizes: jax.Array, mesh: Mesh, arrivals: int) -> Hop:
     devices = sizes.shape[0]
     by_device = sizes.reshape(devices, devices, -1).sum(2)
     sent, got = by_device[own], by_device[:, own]
-    there = Runs(_starts(sent), sent, _starts(by_device, 0)[own], got)
-    back = Runs(_starts(got), got, _starts(by_device, 1)[:, own], sent)
+    there = RaggedArgs(_starts(sent), sent, _starts(by_device, 0)[own], got)
+    back = RaggedArgs(_starts(got), got, _starts(by_device, 1)[:, own], sent)
     parts = jax.lax.dynamic_slice_in_dim(
         sizes, own * (sizes.shape[1] // devices), sizes.shape[1] // devices, 1
     )
     arrived = _starts(parts.reshape(-1)).reshape(parts.shape)
     sorted_ = _starts(parts.T.reshape(-1)).reshape(parts.T.shape)
-    return Hop(
+    return ExchangeMap(
         there,
         back,
         _matched(sorted_, arrived.T, parts.T, arrivals),
@@ -97,45 +98,43 @@ def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def _matched(mine: jax.Array, other: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
-    """Return for each of `count` places of one order of runs its place in another, or −1.
+    """Return for each of `count` rows in one order of runs its number in another, or −1.
 
     Args:
       mine: where each run begins in the one order; rising.
       other: where it begins in the other.
       sizes: how long it is.
-      count: the number of places.
+      count: the number of rows.
     """
     starts, moved, lengths = (a.reshape(-1) for a in (mine, other, sizes))
-    process = jnp.arange(count, dtype=jnp.int32)
-    run = jnp.searchsorted(starts + lengths, process, side="right")
+    row = jnp.arange(count, dtype=jnp.int32)
+    run = jnp.searchsorted(starts + lengths, row, side="right")
     known = jnp.minimum(run, starts.size - 1)
-    return jnp.where(run < starts.size, process - starts[known] + moved[known], -1).astype(
-        jnp.int32
-    )
+    return jnp.where(run < starts.size, row - starts[known] + moved[known], -1).astype(jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send(rows: jax.Array, hop: Hop, way: Way) -> jax.Array:
+def send(rows: jax.Array, map: ExchangeMap, spec: ExchangeSpec) -> jax.Array:
     """Bring rows ``[rows, width]`` to the devices of their experts: ``[arrivals, width]``.
 
     Rows that nothing arrives for are zero.
     """
-    return _picked(_exchanged(rows, hop.there, way, way.arrivals), hop.arrival_of_row)
+    return _picked(_exchanged(rows, map.there, spec, spec.arrivals), map.arrival_of_row)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send_back(rows: jax.Array, hop: Hop, way: Way) -> jax.Array:
+def send_back(rows: jax.Array, map: ExchangeMap, spec: ExchangeSpec) -> jax.Array:
     """Bring rows ``[arrivals, width]`` back to where `send` took them from: ``[rows, width]``."""
-    return _exchanged(_picked(rows, hop.row_of_arrival), hop.back, way, way.rows)
+    return _exchanged(_picked(rows, map.row_of_arrival), map.back, spec, spec.rows)
 
 
 send.defvjp(
-    lambda rows, hop, way: (send(rows, hop, way), hop),
-    lambda way, hop, slope: (send_back(slope, hop, way), None),
+    lambda rows, map, spec: (send(rows, map, spec), map),
+    lambda spec, map, slope: (send_back(slope, map, spec), None),
 )
 send_back.defvjp(
-    lambda rows, hop, way: (send_back(rows, hop, way), hop),
-    lambda way, hop, slope: (send(slope, hop, way), None),
+    lambda rows, map, spec: (send_back(rows, map, spec), map),
+    lambda spec, map, slope: (send(slope, map, spec), None),
 )
 
 
@@ -144,18 +143,15 @@ def _picked(rows: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where((index >= 0)[:, None], taken, jnp.zeros((), rows.dtype))
 
 
-def _exchanged(rows: jax.Array, runs: Runs, way: Way, count: int) -> jax.Array:
+def _exchanged(rows: jax.Array, args: RaggedArgs, spec: ExchangeSpec, count: int) -> jax.Array:
     zeros = jnp.zeros((count, rows.shape[1]), rows.dtype)
     room = jax.lax.pcast(zeros, tuple(sorted(varies(rows))), to="varying")
-    exchange = emulated if way.is_emulated else _of_platform
-    return exchange(rows, room, *runs, axis_name=way.mesh)
+    exchange = emulated if spec.is_emulated else _of_platform
+    return exchange(rows, room, *args, axis_name=spec.mesh)
 
 
 def _of_platform(*operands: jax.Array, axis_name: Mesh) -> jax.Array:
-    exchanged: jax.Array = jax.lax.ragged_all_to_all(  # type: ignore[no-untyped-call]
-        *operands, axis_name=axis_name
-    )
-    return exchanged
+    return ragged_all_to_all(*operands, axes=axis_name)
 
 
 def emulated(

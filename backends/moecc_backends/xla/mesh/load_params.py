@@ -1,6 +1,6 @@
 """Parameters made on the devices that hold them: each process reads the slices of its devices.
 
-A weight expression is evaluated box by box, so no host ever has a whole parameter that lies split,
+A weight expression is evaluated box by box, so no host ever has a whole parameter that is sharded,
 let alone the whole model.
 """
 
@@ -13,16 +13,16 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import Box
 from moecc.weights.evaluate import Evaluator, Reader
-from moecc.weights.rounding import Array
 from moecc.weights.simplify import simplify
-from moecc_backends.xla.lower.shard_map import shardings
+from moecc_backends.xla.mesh.specs import shardings
 
 
-def placed_params(
+def load_params(
     graph: Graph, reader: Reader, mesh: jax.sharding.Mesh, *, dtype: DType = F32
 ) -> dict[str, jax.Array]:
     """Return the parameters of `graph` as arrays on `mesh`, each made from its weight expression.
@@ -39,10 +39,10 @@ def placed_params(
     where = shardings(graph.params, mesh)
     evaluator = Evaluator(reader)
     used: Mapping[str, Value] = {n: v for n, v in graph.params.items() if v.users}
-    return {n: _placed(v, evaluator, where[n], dtype) for n, v in used.items()}
+    return {n: _load(v, evaluator, where[n], dtype) for n, v in used.items()}
 
 
-def _placed(
+def _load(
     param: Value, evaluator: Evaluator, where: jax.sharding.NamedSharding, dtype: DType
 ) -> jax.Array:
     if param.weight is None:

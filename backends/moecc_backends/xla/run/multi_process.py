@@ -1,4 +1,4 @@
-"""A graph run by several processes together: the batch split over all of their devices."""
+"""A graph run by several processes together: the batch sharded over all of their devices."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import fingerprint
 from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
 from moecc.launch.process_info import ProcessInfo
+from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import DType
-from moecc_backends.xla.backend import XlaProgram
 from moecc_backends.xla.lower.segments import Segment
 from moecc_backends.xla.run.processes import (
     arrays_digest,
@@ -27,12 +27,14 @@ from moecc_backends.xla.run.processes import (
     split_batch,
     whole,
 )
+from moecc_backends.xla.run.program import XlaProgram
 from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.trace.typed_jax import wait_for
 
 
-def shared_program(
+def multi_process_program(
     graph: Graph, dtype: DType, options: Options, process: ProcessInfo
-) -> SharedProgram:
+) -> MultiProcessProgram:
     """Meet the other processes, and return `graph` ready to run on the devices of all.
 
     Raises:
@@ -43,14 +45,14 @@ def shared_program(
     watchdog = watchdog_of_environment()
     join(process)
     watchdog.beat("all processes have met")
-    return SharedProgram(graph, dtype, options, watchdog)
+    return MultiProcessProgram(graph, dtype, options, watchdog)
 
 
-class SharedProgram(XlaProgram):
+class MultiProcessProgram(XlaProgram):
     """A graph that all processes run, each giving the same parameters and inputs.
 
     Attributes:
-      watchdog: what is told of every step.
+      watchdog: is informed of every step.
     """
 
     def __init__(self, graph: Graph, dtype: DType, options: Options, watchdog: Watchdog) -> None:
@@ -59,7 +61,7 @@ class SharedProgram(XlaProgram):
         self.writes = is_first()
         self._read = 0
 
-    def run(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:
         """Return the outputs by name, whole, in every process.
 
         Raises:
@@ -80,9 +82,9 @@ class SharedProgram(XlaProgram):
         self.watchdog.stop()
         return outputs
 
-    def _placed(self, array: Any, value: Value) -> jax.Array:
+    def _to_devices(self, array: Any, value: Value) -> jax.Array:
         # Checks, and narrows what jax has no wide type for.
-        here = super()._placed(array, value)
+        here = super()._to_devices(array, value)
         if value.type.dtype.kind == "key":
             return here
         local = np.asarray(here)
@@ -92,9 +94,9 @@ class SharedProgram(XlaProgram):
             return replicated(local)
         return split_batch(local, value.type.names.index("batch"))
 
-    def _fetched(self, array: jax.Array) -> np.ndarray[Any, Any]:
+    def _to_numpy(self, array: jax.Array) -> NumpyArray:
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            return super()._fetched(array)
+            return super()._to_numpy(array)
         return whole(array)
 
     def _run(
@@ -102,6 +104,6 @@ class SharedProgram(XlaProgram):
     ) -> dict[Value, jax.Array]:
         results = super()._run(segment, given, weights)
         # What was dispatched may still wait for another process.
-        jax.block_until_ready(list(results.values()))  # type: ignore[no-untyped-call]
+        wait_for(results.values())
         self.watchdog.beat(segment.nodes[-1].loc or "the graph")
         return results

@@ -1,24 +1,138 @@
-"""The table of lowerings, and what a lowering may look at."""
+"""The table of lowerings, and what a lowering may look at.
+
+The framework lowers nodes in order and knows no operation: what is particular to one stands at its
+registration.  It knows no dispatch strategy either, only that some rows are `Deferred`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
+from moecc.ir.ops import OpDef
 from moecc.ir.remat_names import remat_name
 from moecc.ir.verify import where
-from moecc_backends.xla.dispatch.all_experts import Dense
-from moecc_backends.xla.dispatch.layout import Packing
-from moecc_backends.xla.trace.device_view import Local, varies
+from moecc_backends.xla.trace.arrays import poisoned_rows
+from moecc_backends.xla.trace.device_view import DeviceView, varies
 from moecc_backends.xla.trace.options import Options
-from moecc_backends.xla.trace.values import Operand, Rows, poisoned_rows
+from moecc_backends.xla.trace.routing import Routing
+from moecc_backends.xla.trace.typed_jax import named
+from moecc_backends.xla.trace.values import (
+    Deferred,
+    DeferredRows,
+    DispatchLayout,
+    Operand,
+    Rows,
+)
+
+Lowered = Operand | tuple[Operand, ...] | Deferred
+"""What a lowering returns."""
+
+Function = Callable[..., Lowered]
+"""``(context, node, *operands)`` → an operand, a tuple of them, or `Deferred`."""
+
+Given = Operand | DeferredRows
+
+VALUE = "value"
+"""The name of what the graph calls a value and no policy calls otherwise; parameters have none."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How an operation is lowered.
+
+    Attributes:
+      function: makes the results.
+      takes_deferred: whether it is called with `DeferredRows` too, instead of being deferred.
+      names_result: whether it names its result for rematerialisation itself.
+    """
+
+    function: Function
+    takes_deferred: bool = False
+    names_result: bool = False
+
+
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def lowering(
+    *names: str, takes_deferred: bool = False, names_result: bool = False
+) -> Callable[[Function], Function]:
+    """Register a function as the lowering of the operations `names`, see `Lowering`."""
+
+    def register(function: Function) -> Function:
+        entry = Lowering(function, takes_deferred, names_result)
+        LOWERINGS.update(dict.fromkeys(names, entry))
+        return function
+
+    return register
+
+
+def is_lowered(op: OpDef) -> bool:
+    """Return whether the operation `op` has a lowering."""
+    return LOWERINGS.get(op.name) is not None
+
+
+class Interceptor(Protocol):
+    """What stands between the framework and lowerings, where something else shards values."""
+
+    def __call__(
+        self, ctx: Context, node: Node, operands: list[Given], function: Function
+    ) -> Lowered:
+        """Return what the lowering `function` of `node` makes of `operands`."""
+        ...
+
+    def by_group(
+        self,
+        function: Callable[..., jax.Array],
+        groups: int,
+        arrays: tuple[jax.Array | None, ...],
+    ) -> jax.Array:
+        """Return ``function(groups, *arrays)``, which works on each token group by itself.
+
+        Args:
+          function: takes a number of groups and arrays with the tokens of all of them in front.
+          groups: how many there are.
+          arrays: ``[tokens, …]``, or None.
+        """
+        ...
+
+    def layout(self, routing: Routing) -> DispatchLayout | None:
+        """Return the layout that the rows of `routing` must have; None leaves the choice."""
+        ...
+
+
+class DirectCalls:
+    """Calls lowerings as they are: what arrays need of a mesh, a device knows itself."""
+
+    def __call__(
+        self, ctx: Context, node: Node, operands: list[Given], function: Function
+    ) -> Lowered:
+        """Return what the lowering `function` of `node` makes of `operands`."""
+        return function(ctx, node, *_alike(ctx, node, operands))
+
+    def by_group(
+        self,
+        function: Callable[..., jax.Array],
+        groups: int,
+        arrays: tuple[jax.Array | None, ...],
+    ) -> jax.Array:
+        """Return ``function(groups, *arrays)``: all groups at once."""
+        return function(groups, *arrays)
+
+    def layout(self, routing: Routing) -> DispatchLayout | None:
+        """Return None: any layout will do."""
+        return None
+
+
+DIRECT = DirectCalls()
 
 
 @dataclass
@@ -29,53 +143,43 @@ class Context:
       dtype: the type that floating-point values are computed in.
       values: what has been given and lowered so far.
       options: what was chosen for the lowering.
-      packings: how the rows of each ``assign_slots`` value lie, once it has been met.
-      siblings: contractions that were lowered together with an earlier one.
-      put_off: values that the combine of their routing makes, expert by expert.
-      local: where the device stands on a mesh, if arrays are parts.
+      layouts: how the rows of each routing are laid out, by the value that assigns its slots.
+      deferred: values that are made when the rows of their routing are combined.
+      view: which device of a mesh this is, if arrays are shards.
       weights: the parameters of a body, and what is made of them alone.
-      around: calls every lowering, where something lays operands and results over devices.
+      interceptor: calls every lowering.
     """
 
-    dtype: Any
+    dtype: DTypeLike
     values: dict[Value, Operand]
     options: Options = field(default_factory=Options)
-    packings: dict[Value, Packing | Dense] = field(default_factory=dict)
-    siblings: dict[Node, Rows] = field(default_factory=dict)
-    put_off: dict[Value, Dense] = field(default_factory=dict)
-    local: Local = field(default_factory=Local)
+    layouts: dict[Value, DispatchLayout] = field(default_factory=dict)
+    deferred: dict[Value, Deferred] = field(default_factory=dict)
+    view: DeviceView = field(default_factory=DeviceView)
     weights: set[Value] = field(default_factory=set)
-    around: Around | None = None
+    interceptor: Interceptor = DIRECT
 
-    def beside(self, x: Operand, other: Operand) -> Operand:
-        """Return `x` as an array that varies over the mesh as `other` does."""
-        if self.local.mesh is None:
-            return x
-        return replace(x, array=self.local.varying(x.array, varies(other.array)))
+    def within(
+        self,
+        values: dict[Value, Operand],
+        layouts: Mapping[Value, DispatchLayout] | None = None,
+    ) -> Context:
+        """Return the state of a trace within this one, which sees `values` alone."""
+        # An array that was made varying within the inner trace must not leave it.
+        view = replace(self.view, varied={})
+        return replace(self, values=values, layouts=dict(layouts or {}), deferred={}, view=view)
 
+    def operand(self, value: Value) -> Given:
+        """Return a value that was lowered, or the rows that were deferred."""
+        if value not in self.deferred:
+            return self.values[value]
+        return DeferredRows(value, self.deferred[value], self.values, self._lower_deferred)
 
-Lowering = Callable[..., "Operand | tuple[Operand, ...]"]
-
-Around = Callable[
-    [Context, Node, "list[Operand | None]", Lowering], "Operand | tuple[Operand, ...]"
-]
-"""Takes the place of the plain call of a lowering."""
-
-LOWERINGS: dict[str, Lowering] = {}
-
-VALUE = "value"
-"""The name of what the graph calls a value and no policy calls otherwise; parameters have none."""
-
-
-def lowering(*names: str) -> Callable[[Lowering], Lowering]:
-    """Register a function as the lowering of the operations `names`."""
-
-    def register(function: Lowering) -> Lowering:
-        for name in names:
-            LOWERINGS[name] = function
-        return function
-
-    return register
+    def _lower_deferred(
+        self, nodes: list[Node], values: dict[Value, Operand], layout: DispatchLayout
+    ) -> None:
+        layouts = {v: layout for v in self.layouts if self.layouts[v].routing is layout.routing}
+        lower_nodes(self.within(values, layouts), nodes)
 
 
 def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:
@@ -85,61 +189,59 @@ def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:
       InputError: an operation has no lowering, or does not fit its operands.
     """
     for node in nodes:
-        dense = _puts_off(ctx, node)
-        if dense is not None:
-            dense.nodes.append(node)
-            ctx.put_off.update((v, dense) for v in node.results)
-            continue
         if node.operands and ctx.weights.issuperset(node.operands):
             ctx.weights.update(node.results)
-        results = _lowered(ctx, node)
-        ctx.values.update(zip(node.results, results, strict=True))
-
-
-def _puts_off(ctx: Context, node: Node) -> Dense | None:
-    """Return the routing whose combine is to lower `node`, or None if it is lowered now."""
-    name = node.op.name
-    if name == "dispatch":
-        packing = ctx.packings[node.operands[2]]
-        return packing if isinstance(packing, Dense) else None
-    if name == "combine" or (name == "positions" and node.attrs["axis"] in ("expert", "group")):
-        return None
-    return next((ctx.put_off[v] for v in node.operands if v in ctx.put_off), None)
-
-
-def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...]:
-    name = node.op.name
-    function = LOWERINGS.get(name)
-    if function is None:
-        raise InputError(f"the xla backend cannot lower {name}", where=where(node))
-    operands = [None if v in ctx.put_off else ctx.values[v] for v in node.operands]
-    try:
-        if ctx.around is None:
-            result = function(ctx, node, *_alike(ctx, node, operands))
+        made = _deferred(ctx, node) or _lowered(ctx, node)
+        if isinstance(made, Deferred):
+            made.nodes.append(node)
+            ctx.deferred.update(dict.fromkeys(node.results, made))
         else:
-            result = ctx.around(ctx, node, operands, function)
+            ctx.values.update(zip(node.results, made, strict=True))
+
+
+def _deferred(ctx: Context, node: Node) -> Deferred | None:
+    """Return what `node` is deferred with, because an operand is and it cannot do without."""
+    found = next((ctx.deferred[v] for v in node.operands if v in ctx.deferred), None)
+    return None if found is None or _entry(node).takes_deferred else found
+
+
+def _entry(node: Node) -> Lowering:
+    found = LOWERINGS.get(node.op.name)
+    if found is None:
+        raise InputError(f"the xla backend cannot lower {node.op}", where=where(node))
+    return found
+
+
+def _lowered(ctx: Context, node: Node) -> tuple[Operand, ...] | Deferred:
+    entry = _entry(node)
+    try:
+        made = ctx.interceptor(ctx, node, [*map(ctx.operand, node.operands)], entry.function)
     except InputError as error:
         raise InputError(replace(p, where=p.where or where(node)) for p in error.problems) from None
-    results = result if isinstance(result, tuple) else (result,)
+    if isinstance(made, Deferred):
+        return made
+    results: tuple[Operand, ...] = made if isinstance(made, tuple) else (made,)
     if ctx.options.poison:
         results = tuple(poisoned_rows(x) if isinstance(x, Rows) else x for x in results)
     first = remat_name(node)
-    unnamed = node.op.alias or node.op.is_distribution
+    unnamed = node.op.alias or entry.names_result
     if first is None and (unnamed or ctx.weights.issuperset(node.results)):
         return results
     return (_named(results[0], first or VALUE), *(_named(x, VALUE) for x in results[1:]))
 
 
-def _alike(ctx: Context, node: Node, operands: list[Operand | None]) -> list[Operand | None]:
+def _alike(ctx: Context, node: Node, operands: list[Given]) -> list[Given]:
     """Return `operands` so that all of them vary over the mesh as one of them does.
 
     An own gradient, such as that of a grouped product, knows nothing of what only some vary over.
     """
-    if ctx.local.mesh is None or node.op.places or node.body is not None:
+    if ctx.view.mesh is None or node.op.places or node.body is not None:
         return operands
-    axes = frozenset[str]().union(*(varies(x.array) for x in operands if x is not None))
+    made = [x for x in operands if not isinstance(x, DeferredRows)]
+    axes = frozenset[str]().union(*(varies(x.array) for x in made))
     return [
-        x if x is None else replace(x, array=ctx.local.varying(x.array, axes)) for x in operands
+        x if isinstance(x, DeferredRows) else replace(x, array=ctx.view.varying(x.array, axes))
+        for x in operands
     ]
 
 
@@ -147,4 +249,4 @@ def _named(x: Operand, name: str) -> Operand:
     """Return `x` under the name by which a policy of rematerialisation knows it."""
     if jnp.issubdtype(x.array.dtype, jax.dtypes.extended):
         return x
-    return replace(x, array=checkpoint_name(x.array, name))  # type: ignore[no-untyped-call]
+    return replace(x, array=named(x.array, name))

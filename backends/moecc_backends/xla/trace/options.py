@@ -22,7 +22,7 @@ class Options:
     Attributes:
       dispatch: one of `DISPATCHES`, or ``auto``.
       platform: one of `PLATFORMS`; None for that of the devices at hand.
-      poison: fill the rows that nothing was placed in with NaN, to see that nothing reads them.
+      poison: fill padding rows, which have no token, with NaN, to see that nothing reads them.
 
     Raises:
       UsageError: there is no such lowering or platform.

@@ -1,25 +1,24 @@
-"""Arrays under trace, with the names of their axes, and rows packed without an axis of experts.
+"""Values under trace: arrays with named axes, the rows that experts work on, and rows to come.
 
-A value is a `Named` array, or holds what experts work on as `Rows`: nothing is padded to the
-busiest expert.  How rows lie is the matter of their packing.
+What a dispatch strategy has to offer is a protocol here, so that the framework knows no strategy
+and imports none; `moecc_backends.xla.dispatch` has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from moecc_backends.xla.trace.padding_rows import poisoned, with_masked_gradient, zeroed
-
-if TYPE_CHECKING:
-    from moecc_backends.xla.dispatch.layout import RowPacking
+from moecc.ir.graph import Node, Value
+from moecc_backends.xla.trace.routing import Routing
 
 SLOT_AXES = ("expert", "group", "slot")
-"""The axes of slots under a capacity, in the order in which they lie."""
+"""The axes of slots under a capacity, in the order in which they are laid out."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,11 @@ class Named:
     def size(self, axis: str) -> int:
         """Return the size of `axis`."""
         return int(self.array.shape[self.axes.index(axis)])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the name of the axis, in order."""
+        return dict(zip(self.axes, self.array.shape, strict=True))
 
     def to(self, axes: tuple[str, ...]) -> Named:
         """Return this array with its axes in the order `axes`, which has the same names."""
@@ -48,15 +52,18 @@ class Named:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows ``[rows, *axes]`` in place of the axes group, expert and slot."""
+    """Rows ``[rows, *axes]`` in place of the axes group, expert and slot.
+
+    Nothing is padded to the busiest expert; `layout` knows which row belongs to which expert.
+    """
 
     array: jax.Array
     axes: tuple[str, ...]
-    packing: RowPacking
+    layout: RowLayout
 
     def with_array(self, array: jax.Array, axes: tuple[str, ...] | None = None) -> Rows:
-        """Return rows of the same packing with other contents."""
-        return Rows(array, self.axes if axes is None else axes, self.packing)
+        """Return rows of the same layout with other contents."""
+        return Rows(array, self.axes if axes is None else axes, self.layout)
 
     def inner(self) -> Named:
         """Return the rows as an ordinary array whose first axis is called ``rows``."""
@@ -66,81 +73,156 @@ class Rows:
 Operand = Named | Rows
 
 
-def lifted(x: Operand, function: Callable[[Named], Named]) -> Operand:
-    """Apply to `x` what does something along its own axes; packed rows keep their packing."""
-    return lifted_all(x, lambda full: (function(full),))[0]
+@dataclass(frozen=True)
+class Deferred:
+    """What a lowering returns that makes nothing yet: its node is lowered at the combine.
 
-
-def lifted_all(x: Operand, function: Callable[[Named], tuple[Named, ...]]) -> tuple[Operand, ...]:
-    """Apply to `x` a function of several results, as `lifted` does."""
-    if isinstance(x, Named):
-        return function(x)
-    return tuple(_packed(made, x) for made in function(x.inner()))
-
-
-def _packed(made: Named, like: Rows) -> Rows:
-    inner = tuple(a for a in made.axes if a != "rows")
-    return like.with_array(made.to(("rows", *inner)).array, inner)
-
-
-def per_row(value: Operand, packing: RowPacking) -> Named:
-    """Return `value` so that it broadcasts against packed rows, under the axis ``rows``.
-
-    A value with an expert axis, such as the bias of each expert, is picked by the row's expert,
-    and one with a group axis by the group of the row's token.  Rows that nothing was placed in
-    reach no gradient of what they share with others.
+    Attributes:
+      routing: of the rows that are deferred.
+      nodes: the operations that were deferred so far, in order.
     """
-    if isinstance(value, Rows):
-        return value.inner()
-    if "group" in value.axes:
-        return _masked(_per_group(value, packing), packing)
-    if "expert" not in value.axes:
-        return _masked(value, packing)
-    rest = tuple(a for a in value.axes if a != "expert")
-    return Named(packing.by_expert(value.to(("expert", *rest)).array), ("rows", *rest))
+
+    routing: Routing
+    nodes: list[Node] = field(default_factory=list)
+
+    def nodes_behind(self, rows: Value) -> list[Node]:
+        """Return the deferred operations that `rows` is made of, in order."""
+        mine, wanted, left = set(self.nodes), set(), [rows]
+        while left:
+            node = left.pop().node
+            if node in mine and node not in wanted:
+                wanted.add(node)
+                left.extend(node.operands)
+        return [node for node in self.nodes if node in wanted]
 
 
-def beside(value: Operand, x: Operand) -> Named:
-    """Return `value`, whose axes lie within those of `x`, as `x` is laid out."""
-    if isinstance(x, Rows):
-        return per_row(value, x.packing)
-    assert isinstance(value, Named), "it has no axis that the other lacks"
-    return value
+@dataclass(frozen=True)
+class DeferredRows:
+    """Rows that were never made, as the operand of an operation that can do without them.
+
+    Attributes:
+      value: the rows.
+      deferred: the operations that were deferred.
+      values: everything that has been lowered so far.
+      lower: lowers nodes into values, with the rows that `dispatch` makes in a layout.
+    """
+
+    value: Value
+    deferred: Deferred
+    values: Mapping[Value, Operand]
+    lower: Callable[[list[Node], dict[Value, Operand], DispatchLayout], None]
+
+    @property
+    def routing(self) -> Routing:
+        """The routing of the rows."""
+        return self.deferred.routing
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The operations that the rows are made by, in order."""
+        return self.deferred.nodes_behind(self.value)
+
+    def outside(self) -> dict[Value, Named]:
+        """Return what the operations take that was made before."""
+        nodes = self.nodes
+        made = {v for node in nodes for v in node.results}
+        taken: dict[Value, Named] = {}
+        for value in (v for node in nodes for v in node.operands if v not in made):
+            found = self.values[value]
+            assert isinstance(found, Named), "rows of two routings never meet"
+            taken[value] = found
+        return taken
+
+    def make(self, outside: Mapping[Value, Named], layout: DispatchLayout) -> Operand:
+        """Return the rows, made of what `outside` holds, in a layout."""
+        values: dict[Value, Operand] = dict(outside)
+        self.lower(self.nodes, values, layout)
+        return values[self.value]
 
 
-def with_masked_rows(x: Rows) -> Rows:
-    """Return `x`; no cotangent of rows that nothing was placed in gets past it."""
-    if x.packing.is_full or not jnp.issubdtype(x.array.dtype, jnp.floating):
-        return x
-    return x.with_array(with_masked_gradient(x.array, x.packing.is_used))
+class DispatchLayout(Protocol):
+    """How a strategy lays out the rows of a routing: plan, permute, multiply, unpermute.
+
+    A strategy is planned once for a routing; then tokens are permuted into rows, experts work on
+    them, and rows are unpermuted into tokens.  Both take and return arrays with named axes, so a
+    strategy may exchange rows between devices, do so in rounds, or bring a gradient of its own.
+    """
+
+    @property
+    def routing(self) -> Routing:
+        """What was routed."""
+        ...
+
+    def permute(self, x: Named) -> Operand | Deferred:
+        """Return the rows of tokens ``[*tokens, *axes]``.
+
+        Rows without a token may hold anything.
+        """
+        ...
+
+    def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
+        """Return for each token the sum of its rows, weighted: ``[*tokens, *axes]``.
+
+        The sum runs in float32 at least.  Rows without a token are never read.
+
+        Args:
+          rows: what experts made of the rows that `permute` returned.
+          gates: ``[tokens, choice]``, all token axes flattened.
+        """
+        ...
+
+    def of_experts(self, first: jax.Array | int, count: int) -> DispatchLayout:
+        """Return the same strategy for `count` experts from `first` on, which a device has."""
+        ...
 
 
-def zeroed_rows(x: Rows) -> Rows:
-    """Return `x` with zeros in the rows that nothing was placed in, in values and cotangents."""
-    if x.packing.is_full:
-        return x
-    return x.with_array(zeroed(x.array, x.packing.is_used))
+class SlotLayout(DispatchLayout, Protocol):
+    """Rows ``[expert, group, slot]``: as many slots for each expert, empty ones zero."""
+
+    @property
+    def is_used(self) -> jax.Array:
+        """Whether each slot has a token: bool ``[expert * group * slot]``."""
+        ...
+
+    def of_experts(self, first: jax.Array | int, count: int) -> SlotLayout:
+        """Return the same strategy for `count` experts from `first` on, which a device has."""
+        ...
 
 
-def poisoned_rows(x: Rows) -> Rows:
-    """Return `x` with NaN in the rows that nothing was placed in, in values and cotangents."""
-    return x if x.packing.is_full else x.with_array(poisoned(x.array, x.packing.is_used))
+class RowLayout(DispatchLayout, Protocol):
+    """Rows without axes of experts and groups: each stands by itself."""
 
+    @property
+    def is_used(self) -> jax.Array:
+        """Whether each row has a token: bool ``[rows]``."""
+        ...
 
-def _masked(value: Named, packing: RowPacking) -> Named:
-    """Return `value` for each row, with a gradient from those alone that something lies in."""
-    if packing.is_full or not jnp.issubdtype(value.array.dtype, jnp.floating):
-        return value
-    is_used, array = packing.is_used, value.array
-    if "rows" not in value.axes:
-        array = jnp.broadcast_to(array, (is_used.size, *array.shape))
-    rest = tuple(a for a in value.axes if a != "rows")
-    return Named(with_masked_gradient(array, is_used), ("rows", *rest))
+    @property
+    def is_full(self) -> bool:
+        """Whether it is certain that every row has a token."""
+        ...
 
+    @property
+    def row_experts(self) -> jax.Array:
+        """The expert of each row, i32 ``[rows]``; any expert where the row has no token."""
+        ...
 
-def _per_group(value: Named, packing: RowPacking) -> Named:
-    rest = tuple(a for a in value.axes if a not in ("group", "expert"))
-    by_group = value.to(tuple(a for a in ("group", "expert") if a in value.axes) + rest).array
-    group = packing.row_groups
-    index = (group, packing.row_experts) if "expert" in value.axes else (group,)
-    return Named(by_group[index], ("rows", *rest))
+    @property
+    def row_groups(self) -> jax.Array:
+        """The group of the token of each row; any group where the row has no token."""
+        ...
+
+    def by_expert(self, values: jax.Array) -> jax.Array:
+        """Pick for each row what its expert has of ``[experts, …]``: ``[rows, …]``."""
+        ...
+
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
+        """Multiply rows with the weights of their experts, and sum over the axes `over`.
+
+        Args:
+          x: the rows.
+          weight: of each expert or group, over all axes `over`.
+          over: what is summed over.
+          kind: the type that a kernel is asked for; others sum in float32 at least.
+        """
+        ...

@@ -5,9 +5,10 @@ from __future__ import annotations
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
-from moecc.sharding.collectives import steps
+from moecc.sharding.routes import Slice, from_experts, to_experts
 from moecc.types.tensor import TensorType
-from moecc_passes.sharding.experts.layer import LaidLayer, moved, need
+from moecc_passes.sharding.emit import emit
+from moecc_passes.sharding.experts.layer import LaidLayer, need
 
 
 def exchange(graph: Graph, layer: LaidLayer, builder: Builder, slice_over: str | None) -> None:
@@ -19,18 +20,17 @@ def exchange(graph: Graph, layer: LaidLayer, builder: Builder, slice_over: str |
     as tokens, of which there are fewer than rows.
     """
     routed = layer.routed
-    width = _width(layer)
     rows = routed.dispatch.results[0]
     target = layer.entries[0].result.type
-    if slice_over is not None:
-        _check_slice(layer, slice_over, target)
+    part = None if slice_over is None else Slice(_width(layer), slice_over)
+    if part is not None:
+        _check_slice(layer, part.mesh, target)
         builder.before = routed.dispatch
         x = routed.dispatch.operands[0]
-        part = builder.shard(x, axis=width, mesh=slice_over, name=x.name)
-        routed.dispatch.set_operand(0, part)
+        routed.dispatch.set_operand(0, emit(builder, x, [part.shard]))
         infer_again(graph, [routed.dispatch], start=routed.dispatch)
-    _enter(layer, builder, rows, target, (width, slice_over))
-    _leave(layer, builder, (width, slice_over))
+    _enter(layer, builder, rows, target, part)
+    _leave(layer, builder, part)
 
 
 def _width(layer: LaidLayer) -> str:
@@ -49,45 +49,28 @@ def _check_slice(layer: LaidLayer, mesh: str, target: TensorType) -> None:
 
 
 def _enter(
-    layer: LaidLayer,
-    builder: Builder,
-    rows: Value,
-    target: TensorType,
-    sliced: tuple[str, str | None],
+    layer: LaidLayer, builder: Builder, rows: Value, target: TensorType, part: Slice | None
 ) -> None:
-    width, over = sliced
     builder.before = layer.entries[0]
-    value = rows
-    goal = target if over is None else moved(target, {width: (over,)})
-    for op, attrs in steps(rows.type, goal):
-        value = builder.node(op, value, names=(rows.name,), **attrs).result
-    if over is not None:
-        value = builder.all_gather(value, axis=width, mesh=over, name=rows.name)
+    value = emit(builder, rows, to_experts(rows.type, target, part))
     for entry in layer.entries:
         replace_value(entry.result, value)
         entry.erase()
 
 
-def _leave(layer: LaidLayer, builder: Builder, sliced: tuple[str, str | None]) -> None:
-    width, over = sliced
+def _leave(layer: LaidLayer, builder: Builder, part: Slice | None) -> None:
     combine, made = layer.routed.combine, layer.made
-    target = combine.operands[0].type
-    if over is not None:
-        target = moved(target, {width: (over,)})
     builder.before = combine
-    value = made
-    for op, attrs in steps(made.type, target):
-        value = builder.node(op, value, names=(made.name,), **attrs).result
     unused = combine.operands[0]
-    combine.set_operand(0, value)
+    combine.set_operand(0, emit(builder, made, from_experts(made.type, unused.type, part)))
     erase_unused(unused)
-    if over is None:
+    if part is None:
         return
     (type,) = combine.op.result_types(combine.operands, combine.attrs)
     users = uses(combine.result)
     combine.result.type = type
     builder.before = combine._next
-    whole = builder.all_gather(combine.result, axis=width, mesh=over, name=combine.result.name)
+    whole = emit(builder, combine.result, [part.gather])
     for user, number in users:
         user.set_operand(number, whole)
 

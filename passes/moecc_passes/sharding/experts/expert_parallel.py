@@ -11,7 +11,8 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mesh import mesh_of
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
-from moecc.plan.vias import BY_NAME, WAYS
+from moecc.sharding.legal import refusals
+from moecc.sharding.vias import BY_NAME, WAYS, Slots
 from moecc_passes.sharding.experts.bound import bound_rows
 from moecc_passes.sharding.experts.chunked import chunk_rows
 from moecc_passes.sharding.experts.exchange import exchange
@@ -129,27 +130,11 @@ class ExpertParallelPass(Pass):
 
     def _apply(self, graph: Graph, layer: LaidLayer) -> None:
         builder = Builder(graph, loc=layer.routed.dispatch.loc, origin=f"{NAME}/{self.via}")
-        if self.via in EXCHANGES:
-            self._check_exchange(layer)
+        way = BY_NAME[self.via]
+        slots: Slots = "ragged" if layer.is_ragged else "fixed"
+        for refusal in refusals(way, layer.token_mesh, layer.expert_mesh, slots):
+            need(False, layer, refusal.what, refusal.expected, refusal.hint)
+        if way.exchanges_rows:
             exchange(graph, layer, builder, self.slice)
-            return
-        need(self.via == "replicated" or bool(layer.exchanged), layer,
-             "tokens do not lie on the experts' mesh axis, so there is no ring",
-             "a mesh axis that both lie on", "via=replicated")  # fmt: skip
-        gather_tokens(graph, layer, builder, scatter=self.via == "ring")
-
-    def _check_exchange(self, layer: LaidLayer) -> None:
-        need(set(layer.exchanged) == set(layer.expert_mesh), layer,
-             "rows are exchanged along mesh axes that both tokens and experts lie on",
-             "tokens on the mesh axes of the experts, too", "via=replicated")  # fmt: skip
-        ragged = layer.is_ragged
-        need(self.via != "capacity" or not ragged, layer,
-             "rows without a bound have no fixed room", "slots=capacity", "via=ragged")  # fmt: skip
-        need(self.via != "ragged" or ragged, layer,
-             "rows under a capacity are not ragged", "slots=ragged", "via=capacity")  # fmt: skip
-        if self.via == "hierarchical":
-            tokens, experts = layer.exchanged, layer.expert_mesh
-            need(len(experts) >= 2 and tokens == experts[::-1], layer,
-                 "a hierarchical exchange crosses mesh axes one by one",
-                 "tokens on far*near, experts on near*far",
-                 "rules=expert-hierarchical mesh=far:2,near:4")  # fmt: skip
+        else:
+            gather_tokens(graph, layer, builder, way)

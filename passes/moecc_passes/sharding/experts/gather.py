@@ -6,39 +6,34 @@ done again on what was gathered, which is exact and saves sending it.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import infer_again, replace_value
 from moecc.ir.table.collectives import format_sharding
-from moecc.sharding.collectives import steps
-from moecc.types.tensor import TensorType
+from moecc.ir.traits import Collective
+from moecc.sharding.routes import gathered, sums_back, without
+from moecc.sharding.vias import Via
+from moecc_passes.sharding.emit import emit
 from moecc_passes.sharding.experts.exchange import erase_unused, uses
-from moecc_passes.sharding.experts.layer import LaidLayer, need
+from moecc_passes.sharding.experts.layer import LaidLayer
 from moecc_passes.sharding.groups import ATTRIBUTE as GROUPS
 
 
-def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: bool) -> None:
+def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) -> None:
     """Bring tokens instead of rows to the experts of `layer`.
 
     Args:
       graph: the graph.
       layer: the layer.
       builder: makes the nodes.
-      scatter: whether the results are scattered (ring), or summed everywhere (replicated).
+      way: whether the results are scattered, or all have the sums.
     """
     over = layer.exchanged
-    last = "*".join(over)
-    need(not over or layer.token_mesh[-len(over) :] == over, layer,
-         "tokens can only be gathered along the innermost of their mesh axes",
-         f"tokens on …*{last}", "exchange the mesh axes in the rule of the batch")  # fmt: skip
     routed = layer.routed
     replay = _Replay(graph, layer, builder, over)
-    experts, slots, gates = (replay.value(v) for v in (routed.experts, routed.slots, routed.gates))
+    experts, place, gates = (replay.value(v) for v in (routed.experts, routed.slots, routed.gates))
     x = replay.value(routed.dispatch.operands[0])
-    rows = builder.dispatch(x, experts, slots, name=routed.dispatch.results[0].name)
+    rows = builder.dispatch(x, experts, place, name=routed.dispatch.results[0].name)
     own = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
     combine = routed.combine
     tokens, exits = combine.result, combine.operands[0]
@@ -46,7 +41,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: 
     away = graph.input(graph.fresh("away"), tokens.type)
     for user, number in uses(tokens):
         user.set_operand(number, away)
-    for number, value in enumerate((layer.made, experts, slots, gates)):
+    for number, value in enumerate((layer.made, experts, place, gates)):
         combine.set_operand(number, value)
     erase_unused(exits)
     for entry in layer.entries:
@@ -54,24 +49,13 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, *, scatter: 
         erase_unused(entry.result)
     infer_again(graph, [combine], start=combine)
     builder.before = combine._next
-    y = combine.result
-    for op, attrs in _back(y.type, away.type, scatter):
-        y = builder.node(op, y, names=(tokens.name,), **attrs).result
+    made = combine.result
+    y = emit(builder, made, sums_back(made.type, away.type, way))
     away.replace_by(y)
     graph.erase_input(away.name)
     for value in (*routed.dispatch.results, routed.slots, routed.gates, routed.experts):
         erase_unused(value)
     replay.take_names()
-
-
-def _back(
-    source: TensorType, target: TensorType, scatter: bool
-) -> list[tuple[str, dict[str, Any]]]:
-    """Return the collectives that make tokens of what the experts of each device add to them."""
-    if scatter:
-        return list(steps(source, target))
-    whole = TensorType(source.dtype, source.axes)
-    return [*steps(source, whole), *steps(whole, target)]
 
 
 class _Replay:
@@ -85,7 +69,7 @@ class _Replay:
         self, graph: Graph, layer: LaidLayer, builder: Builder, over: tuple[str, ...]
     ) -> None:
         self.graph = graph
-        self.over = set(over)
+        self.over = over
         self.builder = builder
         self.dispatch = layer.routed.dispatch
         self.x = self.dispatch.operands[0]
@@ -112,19 +96,14 @@ class _Replay:
         return self.map[value]
 
     def _gathered(self, value: Value) -> Value:
-        made = value
-        for axis in value.type.axes:
-            mesh = tuple(m for m in axis.mesh if m in self.over)
-            if mesh:
-                made = self.builder.all_gather(made, axis=axis.name, mesh=mesh, name=value.name)
-        return made
+        return emit(self.builder, value, gathered(value.type, self.over))
 
     def _again(self, node: Node) -> None:
         """Do `node` again, unless it brings its operand where the gathered one lies already."""
         operands = [self.value(v) for v in node.operands]
         attrs = dict(node.attrs)
-        if node.op.name == "reshard":
-            type = self._whole(node.result.type)
+        if node.op.collective is Collective.ANY:
+            type = without(node.result.type, self.over)
             if type == operands[0].type:
                 self.map[node.result] = operands[0]
                 return
@@ -133,10 +112,6 @@ class _Replay:
         made = self.builder.node(node.op.name, *operands, names=names, **attrs)
         made.loc = node.loc
         self.map.update(zip(node.results, made.results, strict=True))
-
-    def _whole(self, type: TensorType) -> TensorType:
-        axes = (replace(a, mesh=tuple(m for m in a.mesh if m not in self.over)) for a in type.axes)
-        return type.with_axes(axes)
 
 
 def _between(graph: Graph, x: Value, targets: list[Value]) -> list[Node]:

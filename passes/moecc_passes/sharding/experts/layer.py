@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.table.collectives import COLLECTIVES
-from moecc.types.tensor import TensorType
 from moecc_passes.routed import RoutedLayer, routed_layers
 
 
@@ -30,8 +28,8 @@ class LaidLayer:
     @property
     def token_mesh(self) -> tuple[str, ...]:
         """The mesh axes that the outermost token axis lies on."""
-        slots = self.routed.slots.type
-        return slots[self.routed.assigner.attrs["tokens"][0]].mesh
+        place = self.routed.slots.type
+        return place[self.routed.tokens[0]].mesh
 
     @property
     def is_ragged(self) -> bool:
@@ -49,7 +47,7 @@ def laid_layers(graph: Graph) -> list[LaidLayer]:
     found: list[LaidLayer] = []
     for routed in routed_layers(graph):
         rows = routed.dispatch.results[0]
-        entries = tuple(n for n in rows.users if n.op.name in COLLECTIVES)
+        entries = tuple(n for n in rows.users if n.op.collective is not None)
         made = _before_collectives(routed.combine.operands[0])
         mesh = made.type["expert"].mesh
         if mesh:
@@ -58,7 +56,7 @@ def laid_layers(graph: Graph) -> list[LaidLayer]:
 
 
 def _before_collectives(value: Value) -> Value:
-    while value.node is not None and value.node.op.name in COLLECTIVES:
+    while value.node is not None and value.node.op.collective is not None:
         value = value.node.operands[0]
     return value
 
@@ -77,11 +75,3 @@ def need(holds: bool, layer: LaidLayer, what: str, expected: str, hint: str) -> 
         found=f"tokens on {tokens}, experts on {experts}, slots={slots}",
         hint=hint,
     )
-
-
-def moved(type: TensorType, placement: dict[str, tuple[str, ...]]) -> TensorType:
-    """Return `type`, no sum any more, with the axes of `placement` lying there."""
-    from dataclasses import replace
-
-    axes = (replace(a, mesh=placement.get(a.name, a.mesh)) for a in type.axes)
-    return TensorType(type.dtype, tuple(axes))

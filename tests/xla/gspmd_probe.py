@@ -46,9 +46,7 @@ def small_model(remat: str, on_mesh: str = "") -> Any:
 
 def explicit(layout: Any, via: str) -> str:
     """Return the passes that lay a graph on the mesh of `layout`."""
-    from moecc.plan.rules import rules_of
-
-    rules = ",".join(rules_of(layout))
+    rules = ",".join(layout.names)
     laid = f",annotate-sharding{{mesh={layout.mesh} rules={rules}}}"
     return f"{laid},expert-parallel{{via={via}}},lower-collectives,cse"
 
@@ -59,12 +57,13 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     import numpy as np
     import optax
     from moecc_backends.xla.aot.census import census
-    from moecc_backends.xla.aot.steps import Setting, make_step
     from moecc_backends.xla.backend import function
+    from moecc_backends.xla.train.abstract_step import make_step
+    from moecc_backends.xla.train.shardings import TrainStepConfig
     from moecc_backends.xla.train.step import train_step
 
-    from moecc.plan.layout import Layout
     from moecc.plan.meshes import plan_mesh
+    from moecc.sharding.layout import Layout
     from moecc.types.dtypes import F64
 
     # Parameters are float32; what computes with them is not, so that nothing but a fault differs.
@@ -72,10 +71,10 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     whole = small_model(remat)
     layout = Layout(plan_mesh(mesh), CONFIG["num_experts"], dense_weights)
     update = optax.sgd(1.0)
-    is_spread = way == "gspmd"
-    graph = whole if is_spread else small_model(remat, explicit(layout, way))
-    setting = Setting(SIZES, F64, "adafactor", layout=layout if is_spread else None)
-    step = make_step(graph, setting, devices(parse_machine("cpu:8")), update)
+    is_gspmd = way == "gspmd"
+    graph = whole if is_gspmd else small_model(remat, explicit(layout, way))
+    config = TrainStepConfig(SIZES, F64, "adafactor", layout=layout if is_gspmd else None)
+    step = make_step(graph, config, devices(parse_machine("cpu:8")), update)
     rng = np.random.default_rng(0)
 
     def drawn(path: Any, leaf: Any) -> Any:

@@ -16,12 +16,12 @@ from moecc.pipeline.passes import Context
 from moecc.weights.evaluate import evaluate, sources
 
 from .models import GOLDEN, Array
-from .test_sharded import DENSE, laid
+from .test_shard_map import DENSE, laid
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.lower.shard_map import device_mesh  # noqa: E402
-from moecc_backends.xla.mesh.load_params import placed_params  # noqa: E402
+from moecc_backends.xla.mesh.load_params import load_params  # noqa: E402
+from moecc_backends.xla.mesh.specs import device_mesh  # noqa: E402
 
 
 class Recorder:
@@ -56,7 +56,7 @@ def sparse() -> Graph:
 def test_parts_are_those_of_the_whole(layout: str) -> None:
     graph = laid(sparse(), layout)
     reader = Recorder(graph)
-    placed = placed_params(graph, reader, device_mesh(graph))
+    placed = load_params(graph, reader, device_mesh(graph))
     for name, array in placed.items():
         weight: Any = graph.params[name].weight
         np.testing.assert_array_equal(np.asarray(array), evaluate(weight, reader))
@@ -65,7 +65,7 @@ def test_parts_are_those_of_the_whole(layout: str) -> None:
 def test_no_device_reads_more_than_its_part() -> None:
     graph = laid(build(read_config(GOLDEN / DENSE)), "tensor-parallel mesh=data:1,model:4")
     reader = Recorder(graph)
-    placed_params(graph, reader, device_mesh(graph))
+    load_params(graph, reader, device_mesh(graph))
     for name in ("mlp.up_proj", "mlp.gate_proj"):
         tensor = f"model.layers.0.{name}.weight"
         # Neurons are the rows of these: each of four devices reads a quarter of them, once.
@@ -76,7 +76,7 @@ def test_experts_are_read_where_they_lie() -> None:
     graph = laid(sparse(), "st-moe mesh=data:8")
     mesh = device_mesh(graph)
     name = "model.layers.0.mlp.down_proj.weight"
-    array = placed_params(graph, Recorder(graph), mesh)[name]
+    array = load_params(graph, Recorder(graph), mesh)[name]
     assert {s.data.shape[0] for s in array.addressable_shards} == {1}
 
 
@@ -85,4 +85,4 @@ def test_a_parameter_without_a_weight_is_refused() -> None:
     reader = Recorder(graph)
     graph.params["model.norm.weight"].weight = None
     with pytest.raises(InputError, match="has no weight expression"):
-        placed_params(graph, reader, device_mesh(graph))
+        load_params(graph, reader, device_mesh(graph))

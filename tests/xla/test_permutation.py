@@ -12,17 +12,17 @@ from hypothesis import given, settings
 
 jax = pytest.importorskip("jax")
 
-from moecc_backends.xla.dispatch import permutation as routing  # noqa: E402
+from moecc_backends.xla.dispatch import permutation as perm  # noqa: E402
 
 SHAPES = ((1, 1), (7, 2), (33, 3), (64, 8))
 """Few shapes, so that few programs are compiled: the routing varies, not the program."""
 
 NUM_EXPERTS = 8
 
-sort = jax.jit(routing.sort_by_expert, static_argnums=1)
-rank = jax.jit(routing.rank_in_expert)
+sort = jax.jit(perm.sort_by_expert, static_argnums=1)
+rank = jax.jit(perm.rank_in_expert)
 place = jax.jit(
-    routing.capacity_placement,
+    perm.capacity_permutation,
     static_argnames=("num_experts", "capacity", "groups", "expert_major"),
 )
 
@@ -59,28 +59,28 @@ def test_choices_that_are_not_placed_come_last(case: tuple[np.ndarray, np.ndarra
     np.testing.assert_array_equal(order[: kept.size], expected)
     np.testing.assert_array_equal(np.sort(order[kept.size :]), np.flatnonzero(~placed))
     np.testing.assert_array_equal(sizes, np.bincount(experts[placed], minlength=NUM_EXPERTS))
-    placement = routing.dropless_placement(routing.SortedChoices(order, inverse, sizes))
-    np.testing.assert_array_equal(np.asarray(placement.row_of_choice) >= 0, placed)
-    _assert_one_to_one(placement)
+    permutation = perm.sorted_permutation(perm.SortedChoices(order, inverse, sizes))
+    np.testing.assert_array_equal(np.asarray(permutation.row_of_choice) >= 0, placed)
+    _assert_one_to_one(permutation)
 
 
 def test_keys_too_large_to_pack_are_sorted_by_a_stable_argsort(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experts = np.random.default_rng(0).integers(0, 5, (40, 2), dtype=np.int32)
-    packed = routing.sort_by_expert(experts, 5)
-    monkeypatch.setattr(routing, "_INT32_MAX", 6 * experts.size - 1)
+    packed = perm.sort_by_expert(experts, 5)
+    monkeypatch.setattr(perm, "_INT32_MAX", 6 * experts.size - 1)
     assert _sort_operands(experts, 5) == 2
-    fallen_back = routing.sort_by_expert(experts, 5)
+    fallen_back = perm.sort_by_expert(experts, 5)
     for a, b in zip(packed, fallen_back, strict=True):
         np.testing.assert_array_equal(a, b)
-    monkeypatch.setattr(routing, "_INT32_MAX", 6 * experts.size)
+    monkeypatch.setattr(perm, "_INT32_MAX", 6 * experts.size)
     assert _sort_operands(experts, 5) == 1
 
 
 def _sort_operands(experts: np.ndarray, num_experts: int) -> int:
     """Return how many arrays the sort moves: one packed key, or a key and an index."""
-    program = jax.jit(partial(routing.sort_by_expert, num_experts=num_experts)).lower(experts)
+    program = jax.jit(partial(perm.sort_by_expert, num_experts=num_experts)).lower(experts)
     (operands,) = re.findall(r'"stablehlo.sort"\(([^)]*)\)', program.as_text())
     return len(operands.split(","))
 
@@ -107,7 +107,7 @@ def test_slots_become_rows(
     tokens = experts.shape[0]
     groups = tokens if tokens < 8 else 1
     slots = _slots(experts, capacity, groups)
-    placement = place(
+    permutation = place(
         experts,
         slots,
         num_experts=NUM_EXPERTS,
@@ -115,7 +115,7 @@ def test_slots_become_rows(
         groups=groups,
         expert_major=expert_major,
     )
-    rows = np.asarray(placement.row_of_choice)
+    rows = np.asarray(permutation.row_of_choice)
     group = np.arange(tokens)[:, None] // (tokens // groups)
     where = (experts, group, slots) if expert_major else (group, experts, slots)
     shape = (NUM_EXPERTS, groups, capacity) if expert_major else (groups, NUM_EXPERTS, capacity)
@@ -125,7 +125,7 @@ def test_slots_become_rows(
     )
     np.testing.assert_array_equal(rows[kept], expected)
     np.testing.assert_array_equal(rows[~kept], -1)
-    _assert_one_to_one(placement)
+    _assert_one_to_one(permutation)
 
 
 def _slots(experts: np.ndarray, capacity: int, groups: int) -> np.ndarray:
@@ -140,9 +140,9 @@ def _slots(experts: np.ndarray, capacity: int, groups: int) -> np.ndarray:
     return slots
 
 
-def _assert_one_to_one(placement: routing.Placement) -> None:
-    choice_of_row = np.asarray(placement.choice_of_row)
-    row_of_choice = np.asarray(placement.row_of_choice).reshape(-1)
+def _assert_one_to_one(permutation: perm.Permutation) -> None:
+    choice_of_row = np.asarray(permutation.choice_of_row)
+    row_of_choice = np.asarray(permutation.row_of_choice).reshape(-1)
     rows, choices = np.flatnonzero(choice_of_row >= 0), np.flatnonzero(row_of_choice >= 0)
     np.testing.assert_array_equal(row_of_choice[choice_of_row[rows]], rows)
     np.testing.assert_array_equal(choice_of_row[row_of_choice[choices]], choices)

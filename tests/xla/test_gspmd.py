@@ -28,7 +28,7 @@ partitioner, or the graph by the way that is named."""
 
 @functools.cache
 def probed(*case: str) -> dict[str, Any]:
-    script = Path(__file__).parent / "spread_probe.py"
+    script = Path(__file__).parent / "gspmd_probe.py"
     done = subprocess.run(
         [sys.executable, str(script), *case], capture_output=True, text=True, check=False
     )

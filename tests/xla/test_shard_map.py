@@ -26,7 +26,8 @@ from .models import Arrays, decoder
 jax = pytest.importorskip("jax")
 
 from moecc_backends.xla.backend import function, jax_inputs  # noqa: E402
-from moecc_backends.xla.lower.shard_map import device_mesh, sharded_function, shardings  # noqa: E402
+from moecc_backends.xla.lower.shard_map import sharded_function  # noqa: E402
+from moecc_backends.xla.mesh.specs import device_mesh, shardings  # noqa: E402
 
 DENSE = "llama_biases_head_dim"
 SPARSE: dict[str, Any] = {
@@ -246,15 +247,15 @@ def collectives(name: str, layout: str, remat: str) -> int:
     return str(jax.make_jaxpr(gradient)(params)).count(f"{name}[")
 
 
-def test_places_that_32_bits_do_not_count_are_refused() -> None:
+def test_elements_that_32_bits_do_not_count_are_rejected() -> None:
     """Else two elements would draw the same number."""
-    from moecc_backends.xla.trace.device_view import Local
+    from moecc_backends.xla.trace.device_view import DeviceView
 
     from moecc.ir.mesh import parse_mesh
     from moecc.types.dtypes import F32
     from moecc.types.tensor import Axis, TensorType
 
-    local = Local(parse_mesh("data:8"))
+    view = DeviceView(parse_mesh("data:8"))
     large = TensorType(F32, (Axis("batch", 2**23, ("data",)), Axis("mlp", 2**10)))
     with pytest.raises(InputError, match="32 bits"):
-        local.places(large, (2**20, 2**10))
+        view.element_numbers(large, (2**20, 2**10))

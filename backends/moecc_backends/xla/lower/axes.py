@@ -1,0 +1,138 @@
+"""Lowering of what changes or reads axes: renaming, splitting, slices, positions, tables."""
+
+from __future__ import annotations
+
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+from moecc.ir.attributes import (
+    EmbeddingAttrs,
+    MergeAttrs,
+    OneHotAttrs,
+    RenameAttrs,
+    SliceAttrs,
+    SplitAttrs,
+)
+from moecc.ir.graph import Node
+from moecc_backends.xla.trace.arrays import lifted, with_masked_rows
+from moecc_backends.xla.trace.context import Context, lowering
+from moecc_backends.xla.trace.dtypes import accumulator
+from moecc_backends.xla.trace.values import Deferred, DeferredRows, Named, Operand, Rows
+
+Array = jax.Array
+
+
+@lowering("rename")
+def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
+    attrs = RenameAttrs.of_node(node)
+    old, new = attrs.axis, attrs.to
+    axes = tuple(new if a == old else a for a in x.axes)
+    return x.with_array(x.array, axes) if isinstance(x, Rows) else Named(x.array, axes)
+
+
+@lowering("split")
+def _split(ctx: Context, node: Node, x: Operand) -> Operand:
+    names = tuple(n for n, _ in SplitAttrs.of_node(node).into)
+    sizes = tuple(s for _, s in ctx.view.attrs(node)["into"])
+
+    def cut(full: Named) -> Named:
+        at, shape = full.axes.index(SplitAttrs.of_node(node).axis), full.array.shape
+        array = full.array.reshape(*shape[:at], *sizes, *shape[at + 1 :])
+        return Named(array, (*full.axes[:at], *names, *full.axes[at + 1 :]))
+
+    return lifted(x, cut)
+
+
+@lowering("merge")
+def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
+    attrs = MergeAttrs.of_node(node)
+    parts: tuple[str, ...] = attrs.axes
+
+    def join(full: Named) -> Named:
+        at = full.axes.index(parts[0])
+        before = tuple(a for a in full.axes[:at] if a not in parts)
+        after = tuple(a for a in full.axes[at:] if a not in parts)
+        moved = full.to((*before, *parts, *after))
+        sizes = [full.size(a) for a in parts]
+        outer, inner = ([full.size(a) for a in axes] for axes in (before, after))
+        array = moved.array.reshape(*outer, prod(sizes), *inner)
+        return Named(array, (*before, attrs.into, *after))
+
+    return lifted(x, join)
+
+
+@lowering("slice")
+def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
+    attrs = SliceAttrs.of_node(node)
+
+    def cut(full: Named) -> Named:
+        at = full.axes.index(attrs.axis)
+        start, stop = attrs.start, attrs.stop
+        return Named(jax.lax.slice_in_dim(full.array, start, stop, axis=at), full.axes)
+
+    return lifted(x, cut)
+
+
+@lowering("positions", takes_deferred=True)
+def _positions(ctx: Context, node: Node, like: Operand | DeferredRows) -> Operand | Deferred:
+    axis = node.result.type.axes[0]
+    if isinstance(like, DeferredRows) and axis.name not in ("expert", "group"):
+        return like.deferred
+    if isinstance(axis.size, int):
+        size = axis.size // ctx.view.shard_count(axis)
+    else:
+        size = _size(like, axis.name)
+    own = jnp.arange(size, dtype=jnp.int32) + ctx.view.offset(axis, size)
+    return Named(own, (axis.name,))
+
+
+def _size(like: Operand | DeferredRows, axis: str) -> int:
+    """Return the size of `axis`, which rows have or their routing knows."""
+    if isinstance(like, Named):
+        return like.size(axis)
+    routing = like.routing if isinstance(like, DeferredRows) else like.layout.routing
+    if axis == "group":
+        return routing.groups
+    assert isinstance(like, Rows), "other axes are of rows that are there"
+    return like.inner().size(axis)
+
+
+@lowering("embedding")
+def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operand:
+    axis = EmbeddingAttrs.of_node(node).axis
+    declared = node.operands[0].type[axis]
+
+    def pick(rows: Named, index: Named) -> Named:
+        rest = tuple(a for a in rows.axes if a != axis)
+        own = rows.to((axis, *rest)).array
+        if ctx.view.shard_count(declared) == 1:
+            picked = jnp.take(own, index.array, axis=0)
+        else:
+            picked = _of_local_rows(own, index.array - ctx.view.offset(declared, len(own)))
+        return Named(picked, (*index.axes, *rest))
+
+    # Either may be rows of experts, but not both: their axes would be there twice.
+    if isinstance(ids, Rows):
+        assert isinstance(table, Named), "one of the two is"
+        picked = lifted(ids, lambda index: pick(table, index))
+        assert isinstance(picked, Rows), "rows stay rows"
+        return with_masked_rows(picked)
+    return lifted(table, lambda rows: pick(rows, ids))
+
+
+def _of_local_rows(rows: Array, index: Array) -> Array:
+    """Return rows of the local shard of a table, and zeros for those of other shards."""
+    is_own = (index >= 0) & (index < len(rows))
+    picked = jnp.take(rows, jnp.where(is_own, index, 0), axis=0)
+    return jnp.where(is_own.reshape(*index.shape, *[1] * (rows.ndim - 1)), picked, 0)
+
+
+@lowering("one_hot")
+def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
+    ((name, size),) = OneHotAttrs.of_node(node).into
+    assert isinstance(size, int), "the type is checked"
+    # Counts are made of these, which a narrow type would round.
+    kind = accumulator(ctx.dtype)
+    return lifted(ids, lambda i: Named(jax.nn.one_hot(i.array, size, dtype=kind), (*i.axes, name)))

@@ -1,0 +1,134 @@
+"""A graph as one pure function, ``(params, inputs) → outputs``, and the trace that makes it.
+
+The lowerings of all operations are imported here, which registers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moecc.errors import InputError
+from moecc.ir.graph import Graph, Node, Value
+from moecc.types.dtypes import F32, DType
+from moecc_backends.xla.dispatch.choose import check_dispatch
+from moecc_backends.xla.lower import assign_slots as assign_slots
+from moecc_backends.xla.lower import attention as attention
+from moecc_backends.xla.lower import axes as axes
+from moecc_backends.xla.lower import buffers as buffers
+from moecc_backends.xla.lower import chunks as chunks
+from moecc_backends.xla.lower import collectives as collectives
+from moecc_backends.xla.lower import contract as contract
+from moecc_backends.xla.lower import dispatch_combine as dispatch_combine
+from moecc_backends.xla.lower import elementwise as elementwise
+from moecc_backends.xla.lower import random as random
+from moecc_backends.xla.lower import reductions as reductions
+from moecc_backends.xla.lower import route as route
+from moecc_backends.xla.lower import scan as scan
+from moecc_backends.xla.lower.precision import is_precise_param
+from moecc_backends.xla.trace.context import DIRECT, Context, Interceptor, lower_nodes
+from moecc_backends.xla.trace.device_view import DeviceView
+from moecc_backends.xla.trace.dtypes import accumulator
+from moecc_backends.xla.trace.host_arrays import check_keys
+from moecc_backends.xla.trace.options import DEFAULTS, Options
+from moecc_backends.xla.trace.values import Named, Operand
+
+Tree = Mapping[str, jax.Array]
+
+
+def function(
+    graph: Graph,
+    *,
+    dtype: DType = F32,
+    options: Options = DEFAULTS,
+    interceptor: Interceptor = DIRECT,
+) -> Callable[[Tree, Tree], dict[str, jax.Array]]:
+    """Return `graph` as a pure function of parameters and inputs, by name.
+
+    A random key is a key of jax's, ``jax.random.key(0)`` or what `jax_inputs` makes of a number.
+    Floating-point parameters and inputs are cast to `dtype`; norms, softmax and routing compute in
+    float32 (selective precision, ST-MoE §3.3), and floating-point outputs are float32.
+
+    Args:
+      graph: the graph.
+      dtype: the type of the computation.
+      options: what was chosen for the lowering.
+      interceptor: calls each lowering, see `Interceptor`.
+
+    Raises:
+      InputError: a dispatch lowering is forced that does not fit; when the function is traced, an
+        operation has no lowering.
+    """
+    check_dispatch(graph, options)
+    nodes = list(graph)
+
+    def run(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
+        check_keys(graph, inputs)
+        operands = {v: inputs[n] for n, v in graph.inputs.items()}
+        operands |= {v: params[n] for n, v in graph.params.items() if v.users}
+        values = lower_values(nodes, operands, dtype, options, interceptor=interceptor)
+        return {n: finalize_output(values[v], v) for n, v in graph.outputs.items()}
+
+    return run
+
+
+def lower_values(
+    nodes: list[Node],
+    arrays: Mapping[Value, jax.Array],
+    dtype: DType,
+    options: Options = DEFAULTS,
+    view: DeviceView | None = None,
+    interceptor: Interceptor = DIRECT,
+) -> dict[Value, Operand]:
+    """Return all values of `nodes`, lowered under the current trace from `arrays`.
+
+    Args:
+      nodes: the nodes, in order.
+      arrays: of the values that they use and do not make.
+      dtype: the type of the computation.
+      options: what was chosen for the lowering.
+      view: the device whose shards the arrays are; None where they are whole.
+      interceptor: calls each lowering, see `Interceptor`.
+    """
+    # What another segment computed has its type already: a loss may be wider than the model.
+    values: dict[Value, Operand] = {
+        v: Named(
+            cast_input(array, dtype, precise=is_precise_param(v)) if v.node is None else array,
+            v.type.names,
+        )
+        for v, array in arrays.items()
+    }
+    context = Context(
+        dtype.numpy, values, options, view=view or DeviceView(), interceptor=interceptor
+    )
+    lower_nodes(context, nodes)
+    return values
+
+
+def cast_input(array: jax.Array, dtype: DType, *, precise: bool = False) -> jax.Array:
+    """Return an array cast to the type of the computation if it is floating-point.
+
+    Args:
+      array: a parameter or an input.
+      dtype: the type of the computation.
+      precise: whether it is float32 at least, as a router is under selective precision.
+    """
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(accumulator(dtype.numpy) if precise else dtype.numpy)
+    return array.astype(jnp.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array
+
+
+def finalize_output(value: Operand, declared: Value) -> jax.Array:
+    """Return an output with its axes in the declared order, floats as float32 at least.
+
+    Raises:
+      InputError: the output is ragged.
+    """
+    if not isinstance(value, Named):
+        raise InputError("a ragged value cannot be returned", where=f"%{declared.name}")
+    array = value.to(declared.type.names).array
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array

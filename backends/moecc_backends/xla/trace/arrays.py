@@ -1,0 +1,132 @@
+"""What lowerings do with values under trace, whether they are arrays or rows of experts."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moecc_backends.xla.trace.dtypes import accumulator
+from moecc_backends.xla.trace.padding_rows import poisoned, with_masked_gradient, zeroed
+from moecc_backends.xla.trace.values import Named, Operand, RowLayout, Rows
+
+
+def lifted(x: Operand, function: Callable[[Named], Named]) -> Operand:
+    """Apply to `x` what does something along its own axes; rows keep their layout."""
+    return lifted_all(x, lambda full: (function(full),))[0]
+
+
+def lifted_all(x: Operand, function: Callable[[Named], tuple[Named, ...]]) -> tuple[Operand, ...]:
+    """Apply to `x` a function of several results, as `lifted` does."""
+    if isinstance(x, Named):
+        return function(x)
+    return tuple(_packed(made, x) for made in function(x.inner()))
+
+
+def _packed(made: Named, like: Rows) -> Rows:
+    inner = tuple(a for a in made.axes if a != "rows")
+    return like.with_array(made.to(("rows", *inner)).array, inner)
+
+
+def elementwise(function: Callable[..., jax.Array], *operands: Operand) -> Operand:
+    """Apply `function` to operands broadcast over the axes of the one that has them all."""
+    layout = next((x.layout for x in operands if isinstance(x, Rows)), None)
+    named = [x if isinstance(x, Named) else x.inner() for x in operands]
+    if layout is not None:
+        named = [per_row(x, layout) for x in operands]
+    axes = max((x.axes for x in named), key=len)
+    result = function(*(x.over(axes) for x in named))
+    if layout is None:
+        return Named(result, axes)
+    inner = tuple(a for a in axes if a != "rows")
+    return Rows(Named(result, axes).to(("rows", *inner)).array, inner, layout)
+
+
+def einsum(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike | None = None) -> Named:
+    """Sum the product of two arrays over the axes `over`; others that both have are batch axes.
+
+    Args:
+      x: one of them; the result has its type.
+      w: the other.
+      over: what is summed over.
+      kind: the type that the product is asked for in; float32 at least by default.
+    """
+    result = (
+        *(a for a in x.axes if a not in over),
+        *(a for a in w.axes if a not in over and a not in x.axes),
+    )
+    letters = dict(zip(dict.fromkeys((*x.axes, *w.axes)), string.ascii_letters, strict=False))
+    spell = ["".join(letters[a] for a in axes) for axes in (x.axes, w.axes, result)]
+    array = jnp.einsum(
+        f"{spell[0]},{spell[1]}->{spell[2]}",
+        x.array,
+        w.array,
+        preferred_element_type=kind or accumulator(x.array.dtype),
+    )
+    return Named(array.astype(x.array.dtype), result)
+
+
+def per_row(value: Operand, layout: RowLayout) -> Named:
+    """Return `value` so that it broadcasts against rows of experts, under the axis ``rows``.
+
+    A value with an expert axis, such as the bias of each expert, is picked by the row's expert,
+    and one with a group axis by the group of the row's token.  Rows without a token reach no
+    gradient of what they share with others.
+    """
+    if isinstance(value, Rows):
+        return value.inner()
+    if "group" in value.axes:
+        return _masked(_per_group(value, layout), layout)
+    if "expert" not in value.axes:
+        return _masked(value, layout)
+    rest = tuple(a for a in value.axes if a != "expert")
+    return Named(layout.by_expert(value.to(("expert", *rest)).array), ("rows", *rest))
+
+
+def broadcast_like(value: Operand, x: Operand) -> Named:
+    """Return `value`, whose axes are among those of `x`, so that it broadcasts against `x`."""
+    if isinstance(x, Rows):
+        return per_row(value, x.layout)
+    assert isinstance(value, Named), "it has no axis that the other lacks"
+    return value
+
+
+def with_masked_rows(x: Rows) -> Rows:
+    """Return `x`; no cotangent of rows without a token gets past it."""
+    if x.layout.is_full or not jnp.issubdtype(x.array.dtype, jnp.floating):
+        return x
+    return x.with_array(with_masked_gradient(x.array, x.layout.is_used))
+
+
+def zeroed_rows(x: Rows) -> Rows:
+    """Return `x` with zeros in the rows without a token, in values and cotangents."""
+    if x.layout.is_full:
+        return x
+    return x.with_array(zeroed(x.array, x.layout.is_used))
+
+
+def poisoned_rows(x: Rows) -> Rows:
+    """Return `x` with NaN in the rows without a token, in values and cotangents."""
+    return x if x.layout.is_full else x.with_array(poisoned(x.array, x.layout.is_used))
+
+
+def _masked(value: Named, layout: RowLayout) -> Named:
+    """Return `value` for each row, with a gradient from the rows alone that have a token."""
+    if layout.is_full or not jnp.issubdtype(value.array.dtype, jnp.floating):
+        return value
+    is_used, array = layout.is_used, value.array
+    if "rows" not in value.axes:
+        array = jnp.broadcast_to(array, (is_used.size, *array.shape))
+    rest = tuple(a for a in value.axes if a != "rows")
+    return Named(with_masked_gradient(array, is_used), ("rows", *rest))
+
+
+def _per_group(value: Named, layout: RowLayout) -> Named:
+    rest = tuple(a for a in value.axes if a not in ("group", "expert"))
+    by_group = value.to(tuple(a for a in ("group", "expert") if a in value.axes) + rest).array
+    group = layout.row_groups
+    index = (group, layout.row_experts) if "expert" in value.axes else (group,)
+    return Named(by_group[index], ("rows", *rest))

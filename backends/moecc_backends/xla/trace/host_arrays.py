@@ -1,0 +1,113 @@
+"""Arrays of NumPy's and jax's: whether they fit the types of a graph, and how they become another.
+
+A random key is a key of jax's in a program, and the 64-bit number that has its bits outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moecc.backend import Arrays
+from moecc.errors import InputError, Problem
+from moecc.ir.graph import Graph, Value
+from moecc.types.arrays import Array as NumpyArray
+
+
+def jax_inputs(graph: Graph, inputs: Arrays) -> dict[str, Any]:
+    """Return `inputs` as the function of `graph` takes them: with keys of jax's.
+
+    A key may be one already, or the 64-bit number that the reference takes: then both draw the
+    same numbers.  Under ``jax.jit`` it is too late for that, as jax halves such a number.
+    """
+    is_key = {n: v.type.dtype.kind == "key" for n, v in graph.inputs.items()}
+    return {n: _key(a) if is_key.get(n) else a for n, a in inputs.items()}
+
+
+def to_device(array: Any, value: Value) -> jax.Array:
+    """Return a parameter or an input as an array of jax's, on one device.
+
+    Raises:
+      InputError: it does not fit the type of `value`.
+    """
+    problems = misfits(value, array, {})
+    if problems:
+        raise InputError(problems)
+    if value.type.dtype.kind == "key":
+        key: jax.Array = _key(array)
+        return key
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        array = np.asarray(array).astype(np.int32)
+    return jnp.asarray(array)
+
+
+def to_numpy(array: jax.Array) -> NumpyArray:
+    """Return an output as NumPy's; a key of jax's as the 64-bit number that has its bits."""
+    if not _is_key(array):
+        return np.asarray(array)
+    words = np.asarray(jax.random.key_data(array)).astype(np.uint64)
+    return np.asarray((words[..., 0] << np.uint64(32)) | words[..., 1])
+
+
+def check_keys(graph: Graph, inputs: Mapping[str, jax.Array]) -> None:
+    """Raise InputError if an input that is to be a random key is none of jax's."""
+    problems = [
+        Problem(
+            "this is no key of jax's",
+            f"input %{name}",
+            expected="jax.random.key(0), for example",
+            found=element_kind(inputs[name].dtype),
+            hint="jax_inputs(graph, inputs) makes one of a number",
+        )
+        for name, value in graph.inputs.items()
+        if value.type.dtype.kind == "key" and not _is_key(inputs[name])
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def misfits(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:
+    """Return what is wrong with the shape or the kind of an array for `value`.
+
+    Args:
+      value: an input or a parameter.
+      array: what is given for it.
+      sizes: what variables stand for, completed here.
+    """
+    wanted, shape = value.type.sizes, np.shape(array)
+    fits = len(wanted) == len(shape) and all(
+        (size == n) if isinstance(size, int) else sizes.setdefault(str(size), n) == n
+        for size, n in zip(wanted, shape, strict=True)
+    )
+    kind, expected = element_kind(array.dtype), value.type.dtype.kind
+    if fits and (kind == expected or (kind, expected) == ("int", "key")):
+        return []
+    here = f"{'param' if value.is_param else 'input'} %{value.name}"
+    return [Problem("the array does not fit", here, str(value.type), f"{kind}{list(shape)}")]
+
+
+def element_kind(dtype: np.dtype[np.generic]) -> str:
+    """Return the kind of element as the types of the IR name it; `dtype` is NumPy's or jax's."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return "key"
+    if jnp.issubdtype(dtype, jnp.floating):
+        return "float"
+    return {"i": "int", "u": "int", "b": "bool"}.get(dtype.kind, str(dtype))
+
+
+def _is_key(array: Any) -> bool:
+    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _key(array: Any) -> Any:
+    """Return the key of jax's that has the bits of a 64-bit number; one of jax's as it is."""
+    if _is_key(array):
+        return array
+    bits = np.asarray(array, np.uint64)
+    words = np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1)
+    data = jnp.asarray(words.astype(np.uint32))
+    return jax.random.wrap_key_data(data, impl="threefry2x32")

@@ -1,0 +1,136 @@
+"""What the ways to the experts send: the stages of a route, forward, again and transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from moecc.ir.graph import Node, Value
+from moecc.plan.part_traffic import Moved, moved
+from moecc.plan.shapes import Shape
+from moecc.plan.sharding import Sharded
+from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.workload import Part, Step
+from moecc.sharding.collectives import Sent, sent
+from moecc.sharding.routes import Slice, SparseLayer, Stage, route
+from moecc.sharding.vias import Via
+
+
+@dataclass(frozen=True)
+class Work:
+    """How often a step does what.
+
+    Attributes:
+      strategy: what is chosen.
+      setting: what is given.
+    """
+
+    strategy: Strategy
+    setting: StepConfig
+
+    def gathers(self, part: Part) -> int:
+        """Return how often parameters are gathered.
+
+        Those of layers are gathered once more for the backward pass, whatever else is kept.
+        """
+        if not self.setting.train or not part.in_layer:
+            return 1
+        return 2 + (part.onward and self.strategy.remat != "none")
+
+    def routed(self, one: Routed) -> int:
+        """Return how often a collective on the way to the experts or back runs."""
+        if one.step is not None:
+            return self.forward(one.step)
+        runs = not one.stream or self.strategy.stream_axis in one.stream
+        return int(self.setting.train and runs)
+
+    def forward(self, step: Step) -> int:
+        """Return how often a step runs forward, and again for the backward pass."""
+        if not self.setting.train:
+            return 1
+        again = {"none": 0, "save": step.saved_again, "full": step.again}
+        return 1 + again[self.strategy.remat]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A collective on the way to the experts or back.
+
+    Attributes:
+      moved: the collective.
+      step: what it runs forward with, and again; None: once, in the backward pass.
+      stream: mesh axes of which the stream between layers must be one for it to run; empty: always.
+    """
+
+    moved: Moved
+    step: Step | None
+    stream: tuple[str, ...] = ()
+
+
+def exchange(
+    layer: SparseLayer, way: Via, part: Slice | None, steps: Mapping[Node, Step], sharded: Sharded
+) -> Iterator[Routed]:
+    """Yield what tokens and rows of a layer go through on a way to the experts and back.
+
+    Args:
+      layer: the layer.
+      way: the way.
+      part: how rows are cut in slices; None: they are sent whole.
+      steps: the steps of the part that has the layer, by node.
+      sharded: the part under its layout.
+    """
+    for stage in route(layer, way, sharded.found, part):
+        step, shape = _subject(stage, layer, steps)
+        for one in sent(stage.source, stage.steps):
+            found = moved(sharded, one, shape, _why(stage, way, one.op))
+            back = moved(sharded, one, shape, "", transposed=True)
+            if found is not None:
+                yield Routed(found, step)
+            if back is not None:
+                # Where all devices have all of a gradient, they take their part of it.
+                whole = stage.value == "added" and one.op == "all_gather"
+                named = replace(back, why=_why(stage, way, back.op))
+                yield Routed(named, None, one.mesh if whole else ())
+    if way.tokens_everywhere:
+        # Each device has the gradient of what its own experts made of the tokens.
+        shape = steps[layer.dispatch.node].operands[0]
+        mesh = tuple(m for m in layer.expert_mesh if m not in layer.exchanged)
+        one = Sent("all_reduce", mesh, layer.tokens, is_local=False)
+        found = moved(sharded, one, shape, _SAID)
+        if found is not None:
+            yield Routed(found, None)
+
+
+def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tuple[Step, Shape]:
+    """Return the step that makes what a stage brings elsewhere, and its shape."""
+    dispatch, combine = layer.dispatch.node, layer.combine.node
+    if stage.value == "tokens":
+        return steps[dispatch], steps[dispatch].operands[0]
+    if stage.value == "rows":
+        return steps[dispatch], steps[dispatch].results[0]
+    if stage.value == "added":
+        return steps[combine], steps[combine].results[0]
+    return steps[_maker(layer.combine.operands[0])], steps[combine].operands[0]
+
+
+def _maker(value: Value) -> Node:
+    assert value.node is not None, "experts make what is combined"
+    return value.node
+
+
+_ROWS = {"all_gather": "parts of rows", "reduce_scatter": "sums of rows"}
+_SLICES = {"all_gather": "parts of tokens", "reduce_scatter": "sums of tokens"}
+_TOKENS = {"all_gather": "tokens to all experts", "reduce_scatter": "sums to their tokens"}
+
+
+def _why(stage: Stage, way: Via, op: str) -> str:
+    """Return what a collective is for, in a few words."""
+    if op == "all_reduce":
+        return _SAID if way.tokens_everywhere else "partial sums"
+    if not way.exchanges_rows:
+        return _TOKENS.get(op, "")
+    names = _ROWS if stage.value in ("rows", "made") else _SLICES
+    return names.get(op, "rows to experts and back")
+
+
+_SAID = "what the experts of each device say"

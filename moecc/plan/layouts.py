@@ -1,0 +1,76 @@
+"""The layouts that a plan tries, and why a model cannot be laid out so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from moecc.errors import InputError, Problem
+from moecc.ir.mesh import Mesh, nearest_divisor
+from moecc.plan.workload import Workload
+from moecc.sharding.layout import DENSE_WEIGHTS, Layout
+
+
+def layouts(mesh: Mesh, work: Workload) -> Iterator[Layout]:
+    """Yield the layouts of `work` that the names of the mesh's axes stand for."""
+    apart = bool(work.experts) and "expert" in mesh.names
+    for dense, replicated in product(DENSE_WEIGHTS, (False, True) if apart else (False,)):
+        layout = Layout(mesh, work.experts, dense, replicated)
+        if dense == "split" and not (apart or "data" in mesh.names):
+            continue
+        if not any(problems(layout, work)):
+            yield layout
+
+
+def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
+    """Yield why `work` cannot be laid out so: which axis, which size, the nearest that would."""
+    where = f"mesh {layout.mesh}"
+    batch = layout.shards["batch"]
+    if work.batch.sequences % batch:
+        yield Problem(
+            f"{' x '.join(layout.batch_axes)} does not divide the batch",
+            where,
+            f"a divisor of {work.batch.sequences} sequences",
+            str(batch),
+            f"{nearest_divisor(work.batch.sequences, batch)} would",
+        )
+    for name, size in work.tensor_sizes.items():
+        parts = layout.shards[name]
+        if size % parts:
+            yield Problem(
+                f"{' x '.join(layout.tensor_axes)} does not divide the axis {name}",
+                where,
+                f"a divisor of {size}",
+                str(parts),
+                f"{nearest_divisor(size, parts)} would",
+            )
+    for name, size in layout.mesh.axes:
+        if size > 1 and name not in layout.used:
+            dense = name == "expert" and not work.experts
+            yield Problem(
+                "the mesh has an axis expert, and the model has no experts" if dense
+                else f"nothing lies on the mesh axis {name!r}",
+                where,
+            )  # fmt: skip
+    experts = layout.shards["expert"]
+    if work.experts and work.experts % experts:
+        yield Problem(
+            f"{' x '.join(layout.expert_axes)} does not divide the experts"
+            if experts < work.experts
+            else "more devices for experts than experts",
+            where,
+            f"a divisor of {work.experts}",
+            str(experts),
+            f"{nearest_divisor(work.experts, experts)} would",
+        )  # fmt: skip
+
+
+def check_layout(layout: Layout, work: Workload) -> None:
+    """Check that every axis divides what it splits.
+
+    Raises:
+      InputError: with every axis that does not.
+    """
+    found = list(problems(layout, work))
+    if found:
+        raise InputError(found)

@@ -1,0 +1,165 @@
+"""Layouts: which mesh axes split the batch, the experts, the neurons and the parameters.
+
+They are those of the rules by which ``annotate-sharding`` lays a graph: rules that the user names,
+or those that the axes of the mesh stand for.  The paper's layout has the experts on the rows of
+data and splits heads and neurons over ``model`` (ST-MoE, appendix H); ``fsdp`` splits parameters
+too and gathers them where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from moecc.errors import InputError, Problem
+from moecc.ir.mesh import Mesh
+from moecc.sharding.assign import ROWS, Assigner
+from moecc.sharding.rules import LayoutRule, read_layouts
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType
+
+DENSE_WEIGHTS = ("whole", "split")
+"""Whether parameters that are no experts' lie whole or split along the experts' axes."""
+
+TENSOR_AXES = ("q", "kv", "head", "kv_head", "mlp", "vocab")
+"""The axes of values that tensor parallelism splits."""
+
+KNOWN = frozenset({"batch", "group", "expert", *TENSOR_AXES})
+"""The axes of values that a layout of a plan may split."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies.
+
+    Attributes:
+      mesh: the mesh.
+      experts: how many experts a layer has, 0 in a dense model.
+      dense_weights: one of `DENSE_WEIGHTS`.
+      replicated: whether all devices of the experts' axes have the same tokens.
+      own: the names or files of the rules; empty: those that the mesh's axes stand for.
+    """
+
+    mesh: Mesh
+    experts: int = 0
+    dense_weights: str = "whole"
+    replicated: bool = False
+    own: tuple[str, ...] = ()
+
+    @classmethod
+    def ruled(cls, mesh: Mesh, experts: int, rules: tuple[str, ...]) -> Layout:
+        """Return the layout of rules that the user names.
+
+        Raises:
+          UsageError: there is no such layout.
+          InputError: a file cannot be read, or splits an axis that a plan does not know.
+        """
+        found = cls(mesh, experts, own=rules)
+        unknown = [r for r in found.rules if not r.stored and r.axis not in KNOWN]
+        if unknown:
+            raise InputError(
+                Problem(
+                    f"the plan does not know what it costs to split the axis {rule.axis!r}",
+                    rule.source,
+                    ", ".join(sorted(KNOWN)),
+                    str(rule),
+                )
+                for rule in unknown
+            )
+        apart = not set(found.expert_axes) <= set(found.batch_axes)
+        return cls(mesh, experts, "whole", apart, rules)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the rules, those that count most in front.
+
+        ``fsdp`` comes first, so that the batch lies on the experts' axis innermost and rows reach
+        their experts by one exchange.
+
+        Raises:
+          InputError: tokens are to be the same along the axis of data.
+        """
+        if self.own:
+            return self.own
+        names = [n for n in ("fsdp",) if n in self.mesh.names]
+        names += self._rows()
+        if "model" in self.mesh.names and "st-moe" not in names:
+            names.append("tensor-parallel")
+        if self.dense_weights == "split":
+            apart = self.experts and "expert" in self.mesh.names
+            names.append("zero-expert" if apart else "zero")
+        return tuple(names)
+
+    def _rows(self) -> list[str]:
+        """Return what says where the batch lies besides, and the experts."""
+        sizes = dict(self.mesh.axes)
+        if self.experts and "expert" in sizes:
+            return ["expert-replicated" if self.replicated else "expert-parallel"]
+        data = sizes.get("data", 1)
+        if self.experts and data > 1 and self.experts % data == 0:
+            if self.replicated:
+                raise InputError(
+                    "the rows of data cannot all have the same tokens",
+                    where=f"mesh {self.mesh}",
+                    hint="experts on an axis of their own: expert=8",
+                )
+            return ["st-moe"]
+        return ["data-parallel"] if "data" in sizes else []
+
+    @cached_property
+    def rules(self) -> tuple[LayoutRule, ...]:
+        """The rules, those that count most in front."""
+        return tuple(read_layouts(self.names))
+
+    @cached_property
+    def assigner(self) -> Assigner:
+        """What shards values and parameters; where a rule does not divide, it is left out."""
+        optional = [replace(rule, optional=True) for rule in self.rules]
+        return Assigner(self.mesh, optional, frozenset(("group", "groups")))
+
+    def sharded(self, name: str, beside: Sequence[Axis] = ()) -> tuple[str, ...]:
+        """Return the mesh axes over which an axis is sharded, outermost first.
+
+        Args:
+          name: of the axis.
+          beside: axes that run along with it.
+        """
+        type = self.assigner.lone(TensorType(F32, (Axis(name, name),)), beside)
+        return type[name].mesh
+
+    def axes_of(self, name: str, beside: Sequence[Axis] = ()) -> tuple[str, ...]:
+        """Return the same in the order of the mesh."""
+        found = self.sharded(name, beside)
+        return tuple(n for n in self.mesh.names if n in found)
+
+    @cached_property
+    def expert_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which the experts are sharded."""
+        return self.axes_of("expert", ROWS) if self.experts else ()
+
+    @cached_property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which the batch is sharded."""
+        return self.axes_of("batch")
+
+    @cached_property
+    def tensor_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which heads, neurons and the vocabulary are sharded."""
+        found = {m for name in TENSOR_AXES for m in self.axes_of(name)}
+        return tuple(n for n in self.mesh.names if n in found)
+
+    @cached_property
+    def shards(self) -> dict[str, int]:
+        """In how many shards each axis of a value is."""
+        return {
+            **{name: self.mesh.size(self.axes_of(name)) for name in TENSOR_AXES},
+            "batch": self.mesh.size(self.batch_axes),
+            "expert": self.mesh.size(self.expert_axes),
+        }
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """The mesh axes over which anything is sharded."""
+        stored = {m for r in self.rules if r.stored for m in r.mesh}
+        return frozenset((*self.batch_axes, *self.expert_axes, *self.tensor_axes, *stored))

@@ -1,0 +1,209 @@
+"""Propagation: how every value of a graph is sharded by the rules of a layout, and where anew.
+
+Nothing is changed: the pass ``annotate-sharding`` writes what is found into the graph, and a plan
+prices it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from moecc.errors import InputError
+from moecc.ir.flow import Given, sharded_results
+from moecc.ir.graph import Node, Value
+from moecc.ir.table.collectives import format_sharding
+from moecc.ir.table.slots import assigner
+from moecc.ir.verify import where
+from moecc.sharding.assign import Assigner, Assignment, Cuts
+from moecc.sharding.rules import LayoutRule
+from moecc.sharding.sites import Site, cuts_of
+from moecc.types.tensor import Axis, TensorType
+
+
+@dataclass(frozen=True, eq=False)
+class Reshard:
+    """A value that is brought from one sharding to another.
+
+    Attributes:
+      operand: the value, or an earlier reshard of it.
+      source: its type.
+      target: its type afterwards.
+      node: the operation that it is brought to; of a sum, the one that makes it.
+      rules: the rules that want it so.
+      is_sum: whether it carries out a sum, at once, for all that use it.
+    """
+
+    operand: Value | Reshard
+    source: TensorType
+    target: TensorType
+    node: Node
+    rules: tuple[LayoutRule, ...]
+    is_sum: bool = False
+
+    @property
+    def value(self) -> Value:
+        """The value that is brought elsewhere."""
+        ref = self.operand
+        while isinstance(ref, Reshard):
+            ref = ref.operand
+        return ref
+
+
+Ref = Value | Reshard
+"""A value as it was made, or brought elsewhere."""
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """How the values of a graph are sharded.
+
+    Attributes:
+      types: of each value as it is made, and of each reshard.
+      wanted: of each parameter as its first use wants it.
+      visible: of each value what others see: itself, or its sum carried out.
+      operands: of each node what it takes.
+      reshards: what is brought elsewhere, in the order of the nodes.
+    """
+
+    types: dict[Ref, TensorType] = field(default_factory=dict)
+    wanted: dict[Value, TensorType] = field(default_factory=dict)
+    visible: dict[Value, Ref] = field(default_factory=dict)
+    operands: dict[Node, tuple[Ref, ...]] = field(default_factory=dict)
+    reshards: list[Reshard] = field(default_factory=list)
+
+    @property
+    def sharded(self) -> int:
+        """How many values are sharded, or sums that are still to be carried out."""
+        return sum(self.types[value].is_sharded for value in self.visible)
+
+    def used(self, node: Node) -> list[TensorType]:
+        """Return the types of the operands that `node` takes."""
+        return [self.types[ref] for ref in self.operands[node]]
+
+
+def propagate(
+    sites: Sequence[Site],
+    inputs: Iterable[Value],
+    params: Iterable[Value],
+    assigner: Assigner,
+    cuts: Cuts | None = None,
+) -> Propagation:
+    """Return how the values that `sites` take and make are sharded.
+
+    Args:
+      sites: the operations, in topological order.
+      inputs: values from outside, sharded as the rules shard a value by itself.
+      params: parameters, sharded as their first use wants them, and stored as the rules store.
+      assigner: the rules and the mesh.
+      cuts: what axes are cut into; None: as `sites` say.
+
+    Raises:
+      InputError: a rule does not divide; an operation cannot take its operands.
+    """
+    walk = _Walk(assigner, cuts_of(sites) if cuts is None else cuts)
+    for value in inputs:
+        walk.make(value, assigner.lone(value.type))
+    for site in sites:
+        try:
+            walk.site(site)
+        except InputError as error:
+            raise InputError(
+                replace(p, where=p.where or where(site.node)) for p in error.problems
+            ) from None
+    for value in params:
+        if value not in walk.found.visible:
+            walk.store(value, assigner.lone(value.type))
+    return walk.found
+
+
+class _Walk:
+    """The state of one propagation."""
+
+    def __init__(self, assigner: Assigner, cuts: Cuts) -> None:
+        self.assigner = assigner
+        self.cuts = cuts
+        self.found = Propagation()
+        self.made: dict[tuple[Ref, str, str], Reshard] = {}
+
+    def make(self, value: Value, type: TensorType) -> None:
+        self.found.types[value] = type
+        self.found.visible[value] = value
+
+    def store(self, value: Value, wanted: TensorType) -> None:
+        self.found.wanted[value] = wanted
+        self.make(value, self.assigner.stored(wanted))
+
+    def site(self, site: Site) -> None:
+        node, types, visible = site.node, self.found.types, self.found.visible
+        refs = [visible.get(v) for v in site.operands]
+        if node.op.moves is not None:
+            # Slots and the experts that they were given for belong together.
+            refs[1] = self._placed(site.operands[2])
+        given = [None if ref is None else types[ref] for ref in refs]
+        assignment = self.assigner.node(site, given, self.cuts)
+        for number, value in enumerate(site.operands):
+            if value not in visible:
+                self.store(value, assignment.wanted(number, value.type))
+        taken = tuple(
+            self._brought(assignment, number, ref or visible[site.operands[number]])
+            for number, ref in enumerate(refs)
+        )
+        self.found.operands[node] = taken
+        operands = [Given(v.name, types[r]) for v, r in zip(site.operands, taken, strict=True)]
+        bare = [v.type for v in node.results]
+        results = sharded_results(node.op, site.space, operands, bare, None)
+        for value, type in zip(node.results, results, strict=True):
+            self.make(value, type)
+            if type.unreduced:
+                visible[value] = self._summed(assignment, value, type)
+
+    def _placed(self, place: Value) -> Ref:
+        """Return the experts that the slots `place` were given to."""
+        node = assigner(place)
+        if node.op.chooses:
+            return self.found.visible[node.results[0]]
+        return self.found.operands[node][0]
+
+    def _brought(self, assignment: Assignment, number: int, ref: Ref) -> Ref:
+        """Return operand `number` as the operation wants it."""
+        type = self.found.types[ref]
+        wanted = assignment.wanted(number, type)
+        if wanted == type:
+            return ref
+        rules = assignment.rules(number, type) or self._rules_of(type, wanted)
+        return self._reshard(Reshard(ref, type, wanted, assignment.site.node, tuple(rules)))
+
+    def _rules_of(self, type: TensorType, wanted: TensorType) -> list[LayoutRule]:
+        """Return the rules behind how a value is sharded now, and shall not be."""
+        axes = {a.name for a, b in zip(type, wanted, strict=True) if a.mesh != b.mesh}
+        return [r for r in self.assigner.rules if r.axis in axes]
+
+    def _summed(self, assignment: Assignment, value: Value, type: TensorType) -> Reshard:
+        """Carry out the sum `value`, so that it is sharded as the rules want it."""
+        wanted = self.assigner.lone(type.bare)
+        # What no rule shards stays as it is.
+        taken = {m for a in wanted.axes for m in a.mesh}
+        axes = [
+            a if a.mesh or taken & set(old.mesh) else Axis(a.name, a.size, old.mesh)
+            for a, old in zip(wanted.axes, type.axes, strict=True)
+        ]
+        summed = sorted(assignment.site.space.summed)
+        rules = tuple(r for d in summed for r in assignment.dimensions[d].rules)
+        target = TensorType(type.dtype, tuple(axes))
+        node = assignment.site.node
+        return self._reshard(Reshard(value, type, target, node, rules, is_sum=True))
+
+    def _reshard(self, reshard: Reshard) -> Reshard:
+        """Return a reshard, or the same one that was made before.
+
+        A parameter is brought anew at every place in the model, so that it need not stay there.
+        """
+        ref = reshard.operand
+        is_param = isinstance(ref, Value) and ref.is_param
+        key = (ref, format_sharding(reshard.target), reshard.node.loc if is_param else "")
+        if key not in self.made:
+            self.made[key] = reshard
+            self.found.types[reshard] = reshard.target
+            self.found.reshards.append(reshard)
+        return self.made[key]

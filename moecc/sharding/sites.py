@@ -1,0 +1,115 @@
+"""What propagation reads of a graph, whatever the mesh: its operations as loops over dimensions.
+
+A planner asks for hundreds of meshes of one graph, so this is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from moecc.ir.flow import Space, space_of
+from moecc.ir.graph import Node, Value
+from moecc.ir.table.slots import is_slots
+from moecc.ir.traits import Cost, Product
+from moecc.types.tensor import Axis
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An operation of a graph, as propagation sees it.
+
+    Attributes:
+      node: the node.
+      operands: its operands; of layers that are told once, those of the layer that stands for all.
+      space: which axis runs along which dimension.
+      dimensions: the axes along each dimension, of operands and results, and the counts that its
+        shards must divide.
+    """
+
+    node: Node
+    operands: tuple[Value, ...]
+    space: Space
+    dimensions: Mapping[str, Sequence[Axis]]
+
+    @cached_property
+    def is_product(self) -> bool:
+        """Whether the rules decide what is brought where; others stay where their operands are.
+
+        What costs FLOPs or reads a table does, so that its operands come to it.
+        """
+        return self.node.op.cost in (Cost.PRODUCT, Cost.LOOK_UP)
+
+    @cached_property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """The names of the axes along each dimension."""
+        return {d: tuple({a.name: None for a in axes}) for d, axes in self.dimensions.items()}
+
+    @cached_property
+    def by_axis(self) -> dict[str, list[str]]:
+        """The dimensions along which each axis runs, by its name."""
+        found: dict[str, list[str]] = {}
+        for dimension, names in self.names.items():
+            for name in names:
+                found.setdefault(name, []).append(dimension)
+        return found
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """The positions of the operands that are slots."""
+        return tuple(i for i, v in enumerate(self.operands) if is_slots(v))
+
+
+def sites_of(nodes: Iterable[Node], same: Mapping[Value, Value] | None = None) -> list[Site]:
+    """Return the operations of `nodes`, in order.
+
+    Args:
+      nodes: in topological order.
+      same: by a value that no node of `nodes` makes, one that stands for it.
+    """
+    return [_site(node, same or {}) for node in nodes]
+
+
+def _site(node: Node, same: Mapping[Value, Value]) -> Site:
+    space = space_of(node.op, node.operands, node.attrs)
+    dimensions: dict[str, list[Axis]] = {}
+    values = [
+        *zip(node.operands, space.operands, strict=True),
+        *((v, space.result) for v in node.results),
+    ]
+    for value, names in values:
+        for axis in value.type.axes:
+            if axis.name in names:
+                dimensions.setdefault(names[axis.name], []).append(Axis(axis.name, axis.size))
+    for name, (what, count) in space.counts.items():
+        dimensions[name].append(Axis(what, count))
+    operands = tuple(same.get(v, v) for v in node.operands)
+    return Site(node, operands, space, dimensions)
+
+
+def cuts_of(sites: Iterable[Site]) -> dict[str, set[int]]:
+    """Return, by the name of an axis, the numbers of parts that it is cut into or merged from.
+
+    Names of axes mean one thing in all of a model, so what a projection is cut into later counts
+    where it is made.
+    """
+    cuts: dict[str, set[int]] = {}
+    for site in sites:
+        sizes = site.node.op.sizes
+        product = None if sizes is None else sizes(site.node)
+        if not isinstance(product, Product) or not isinstance(product.parts[0], int):
+            continue
+        whole = _whole(site.node)
+        if whole is not None:
+            cuts.setdefault(whole, set()).add(product.parts[0])
+    return cuts
+
+
+def _whole(node: Node) -> str | None:
+    """Return the axis that a node cuts, or that it merges others into."""
+    before, after = node.operands[0].type, node.result.type
+    if len(after) < len(before):
+        before, after = after, before
+    changed = (a.name for a in before if a.name not in after or after[a.name].size != a.size)
+    return next(changed, None)

@@ -1,0 +1,163 @@
+"""The collectives that a plan prices are those that the passes write into the graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from math import prod
+from typing import Any
+
+import pytest
+from moecc_passes.sharding.legal import MESHES, cases, layer
+
+from moecc.errors import InputError
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.ir import Graph, clone
+from moecc.ir.graph import Node
+from moecc.ir.mesh import Mesh, mesh_of, parse_mesh
+from moecc.ir.table.slots import assigner, capacity
+from moecc.ir.traits import Collective
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.plan.batches import Batch
+from moecc.plan.estimate import Estimator
+from moecc.plan.machines import parse_machine
+from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.workload import workload
+from moecc.presets import preset_config
+from moecc.sharding.layout import Layout
+from moecc.sharding.vias import LOCAL
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, Extent, TensorType
+
+SIZES = {"B": 64, "S": 16, "T": 32}
+
+Sends = Counter[tuple[str, tuple[str, ...], float]]
+"""How often a collective runs, by its name, its mesh axes, and the bytes of its larger side."""
+
+
+def size_of(axis: Axis, type: TensorType) -> float:
+    """Return the global size of an axis; of ragged slots the mean."""
+    if not isinstance(axis.size, Extent):
+        return float(SIZES[axis.size] if isinstance(axis.size, str) else axis.size)
+    node = assigner(axis.size.value)
+    place, attrs = axis.size.value.type, node.attrs
+    tokens = prod(int(size_of(place[n], place)) for n in attrs["tokens"]) // attrs["groups"]
+    choices = prod(int(size_of(a, place)) for a in place if a.name not in attrs["tokens"])
+    if axis.is_ragged:
+        return tokens * choices / type["expert"].size
+    return float(capacity(attrs, tokens, choices))
+
+
+def bytes_of(type: TensorType, mesh: Mesh) -> float:
+    elements = prod(size_of(a, type) / mesh.size(a.mesh) for a in type)
+    return elements * F32.itemsize_bytes
+
+
+def written(graph: Graph) -> Sends:
+    """Return the collectives of a graph."""
+    mesh = mesh_of(graph)
+    assert mesh is not None
+    found: Sends = Counter()
+    for node in graph:
+        if node.op.collective not in (None, Collective.LOCAL):
+            axes = tuple(n for n in mesh.names if n in node.attrs["mesh"])
+            found[node.op.name, axes, round(larger(node, mesh))] += 1
+    return found
+
+
+def larger(node: Node, mesh: Mesh) -> float:
+    return max(bytes_of(v.type, mesh) for v in (*node.operands, *node.results))
+
+
+def planned(graph: Graph, mesh: Mesh, rules: tuple[str, ...], via: str, sliced: bool) -> Sends:
+    """Return the collectives of a forward pass that the plan prices."""
+    sizes = tuple((n, s) for n, s in SIZES.items() if n != "B")
+    work = workload(graph, Batch(SIZES["B"], sizes))
+    layout = Layout.ruled(mesh, work.experts, rules)
+    estimator = Estimator(work, parse_machine(f"cpu:{mesh.devices}"), StepConfig(False, dtype=F32))
+    found: Sends = Counter()
+    for part in estimator.estimate(Strategy(layout, via, "index", "none", sliced)).parts:
+        for one, _ in part.transfers:
+            found[one.op, one.axes, round(one.tensor_bytes)] += int(part.count * one.times)
+    return found
+
+
+def through(graph: Graph, pipeline: str) -> Sends | None:
+    """Return what passes write into a copy of `graph`, or None where they refuse it."""
+    copy = clone(graph)
+    try:
+        run_pipeline(copy, Pipeline.parse(pipeline))
+    except InputError:
+        return None
+    return written(copy)
+
+
+@pytest.mark.parametrize(("mesh", "rules"), MESHES)
+@pytest.mark.parametrize("slots", ["capacity", "ragged"])
+def test_a_plan_prices_what_passes_write_into_a_sparse_layer(
+    slots: str, mesh: str, rules: str
+) -> None:
+    graph, compared = layer(slots, embed=32, mlp=64), 0
+    for case in cases():
+        if (case.slots, case.mesh, case.rules) != (slots, mesh, rules) or "chunks" in case.way:
+            continue
+        expected = through(graph, case.pipeline)
+        if expected is None:
+            continue
+        via, *options = case.way.removeprefix("via=").split(" ")
+        names = tuple(rules.split(","))
+        found = planned(graph, parse_mesh(mesh), names, via, "slice=model" in options)
+        assert found == expected, case.way
+        compared += 1
+    assert compared
+
+
+FEW: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {"num_hidden_layers": 3},
+    "llama-3.1-8b": {"num_hidden_layers": 3},
+    "st-moe-l": {
+        "num_layers": 4, "num_decoder_layers": 4,
+        "sparse_encoder_layers": [1, 3], "sparse_decoder_layers": [1, 3],
+    },
+}  # fmt: skip
+
+
+@cache
+def model(name: str) -> Graph:
+    graph = build(parse_config({**preset_config(name), **FEW[name]}))
+    if name == "st-moe-l":
+        run_pipeline(graph, Pipeline.parse("specialize{groups=8}"))
+    return graph
+
+
+LAYOUTS = [
+    ("mixtral-8x7b", "data:2,fsdp:2,expert:2", "data-parallel,fsdp,expert-parallel", "ragged"),
+    ("mixtral-8x7b", "fsdp:2,expert:4", "fsdp,expert-parallel,zero-expert", "ragged"),
+    ("mixtral-8x7b", "data:4,model:2", "st-moe,zero", "ring"),
+    ("mixtral-8x7b", "data:2,expert:2,model:2", "expert-replicated,tensor-parallel", "replicated"),
+    ("mixtral-8x7b", "expert:8", "expert-replicated,zero-expert", "replicated"),
+    ("mixtral-8x7b", "data:2,fsdp:2,model:2", "data-parallel,fsdp,tensor-parallel", LOCAL),
+    ("llama-3.1-8b", "fsdp:8", "fsdp", LOCAL),
+    ("llama-3.1-8b", "fsdp:2,data:2,model:2", "fsdp,tensor-parallel,zero", LOCAL),
+    ("st-moe-l", "data:4,model:2", "st-moe", "capacity"),
+    ("st-moe-l", "data:4,model:2", "st-moe,zero", "capacity slice=model"),
+    ("st-moe-l", "fsdp:2,expert:4", "fsdp,expert-parallel", "ring"),
+    ("st-moe-l", "expert:8", "expert-replicated,zero-expert", "replicated"),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh", "rules", "way"), LAYOUTS)
+def test_a_plan_prices_what_passes_write_into_a_model(
+    name: str, mesh: str, rules: str, way: str
+) -> None:
+    """Every kind of layer, parameters that are gathered and sums over neurons included."""
+    graph = model(name)
+    chosen = f"expert-parallel{{via={way}}}," if way != LOCAL else ""
+    passes = f"annotate-sharding{{mesh={mesh} rules={rules}}},{chosen}lower-collectives,cse"
+    via, *options = way.split(" ")
+    names = tuple(rules.split(","))
+    found = planned(graph, parse_mesh(mesh), names, via, bool(options))
+    assert found == through(graph, passes)
+    assert found

@@ -1,0 +1,258 @@
+"""The one propagation: what it finds, that it changes nothing, and what reads it."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import pytest
+from moecc_passes.sharding.annotate import lay
+from moecc_passes.sharding.legal import layer
+
+from moecc.errors import InputError
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.ir import Graph, clone
+from moecc.ir.builder import Builder
+from moecc.ir.mesh import parse_mesh
+from moecc.ir.printer import print_graph
+from moecc.plan.batches import make_batch
+from moecc.plan.layouts import layouts
+from moecc.plan.meshes import meshes
+from moecc.plan.sharding import Sharded
+from moecc.plan.workload import workload
+from moecc.presets import preset_config
+from moecc.sharding.assign import ROWS, Assigner, divides
+from moecc.sharding.collectives import sent, steps
+from moecc.sharding.gradients import dependence, gradients
+from moecc.sharding.propagate import Propagation, Reshard, propagate
+from moecc.sharding.rules import parse_layout, read_layouts
+from moecc.sharding.sites import cuts_of, sites_of
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType, tensor
+
+MEGATRON = ("batch = data", "mlp = model", "kv_head = model ?", "q = model ?")
+FEW: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {"num_hidden_layers": 2},
+    "st-moe-l": {
+        "num_layers": 2, "num_decoder_layers": 2,
+        "sparse_encoder_layers": [1], "sparse_decoder_layers": [1],
+    },
+}  # fmt: skip
+
+
+@cache
+def model(name: str) -> Graph:
+    return build(parse_config({**preset_config(name), **FEW[name]}))
+
+
+def assigner(mesh: str, *lines: str) -> Assigner:
+    return Assigner(parse_mesh(mesh), parse_layout("\n".join(lines), "test"))
+
+
+def found_in(graph: Graph, by: Assigner) -> Propagation:
+    return propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), by)
+
+
+def block() -> Graph:
+    """Return a feed-forward block behind a norm, with its residual."""
+    graph = Graph("block")
+    b = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(F32, batch="B", seq="S", embed=16))
+    scale = graph.param("scale", tensor(F32, embed=16))
+    up = graph.param("up", tensor(F32, mlp=64, embed=16))
+    down = graph.param("down", tensor(F32, embed=16, mlp=64))
+    n = b.rms_norm(x, scale, axis="embed", name="n")
+    h = b.silu(b.contract(n, up, over="embed", name="h"))
+    y = b.contract(h, down, over="mlp", name="y")
+    graph.set_output("z", b.add(x, y, name="z"))
+    return graph
+
+
+def test_a_sum_over_sharded_neurons_is_carried_out_at_once_for_all() -> None:
+    graph = block()
+    before = print_graph(graph)
+    found = found_in(graph, assigner("data:4,model:2", *MEGATRON))
+    assert print_graph(graph) == before, "nothing is written"
+    h, y, z = (graph.value(n) for n in ("h", "y", "z"))
+    assert str(found.types[h]) == "f32[batch@data=B, seq=S, mlp@model=64]"
+    assert str(found.types[y]) == "f32[batch@data=B, seq=S, embed=16] unreduced(model)"
+    summed = found.visible[y]
+    assert isinstance(summed, Reshard)
+    assert summed.is_sum
+    assert summed.value is y
+    assert z.node is not None
+    assert found.operands[z.node] == (graph.value("x"), summed)
+    assert found.reshards == [summed]
+    assert [r.axis for r in summed.rules] == ["mlp"]
+    done = [(s.op, s.mesh) for s in sent(summed.source, steps(summed.source, summed.target))]
+    assert done == [("all_reduce", ("model",))]
+
+
+def test_a_parameter_is_gathered_from_where_it_is_stored() -> None:
+    graph = block()
+    found = found_in(graph, assigner("fsdp:4", "batch = fsdp", "param embed = fsdp ?"))
+    up = graph.value("up")
+    assert str(found.types[up]) == "f32[mlp=64, embed@fsdp=16]"
+    assert str(found.wanted[up]) == "f32[mlp=64, embed=16]"
+    assert found.types[graph.value("scale")].is_sharded is False, "vectors are small"
+    assert {r.value.name for r in found.reshards} == {"up", "down"}
+    (one,) = sent(found.types[up], steps(found.types[up], found.wanted[up]))
+    assert (one.op, one.mesh, one.type) == ("all_gather", ("fsdp",), found.wanted[up])
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    ("mesh", "rules"),
+    [
+        ("data:2,model:2", "tensor-parallel"),
+        ("fsdp:2,expert:2,model:2", "fsdp,expert-parallel,tensor-parallel,zero-expert"),
+        ("data:4", "st-moe"),
+    ],
+)
+def test_the_pass_writes_what_propagation_finds(name: str, mesh: str, rules: str) -> None:
+    graph = clone(model(name))
+    for node in graph:
+        if node.op.assigns_slots:
+            node.attrs["groups"] = 16
+    graph, read = clone(graph), read_layouts(rules.split(","))
+    found = found_in(graph, Assigner(parse_mesh(mesh), read))
+    nodes = list(graph)
+    lay(graph, parse_mesh(mesh), read)
+    for value in (*graph.inputs.values(), *graph.params.values()):
+        assert value.type == found.types[value]
+    for node in nodes:
+        assert [v.type for v in node.results] == [found.types[v] for v in node.results]
+        assert [v.type for v in node.operands] == found.used(node)
+    written = [n for n in graph if n.op.name == "reshard"]
+    assert len(written) == len(found.reshards)
+    assert [n.result.type for n in written] == [r.target for r in found.reshards]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_meshes_that_answer_alike_share_a_propagation_that_is_theirs(name: str) -> None:
+    graph = model(name)
+    lengths = (64, 32) if name == "st-moe-l" else (64,)
+    work = workload(graph, make_batch(graph, 16, 64 * sum(lengths), lengths))
+    shared = set()
+    for layout in (found for mesh in meshes(16) for found in layouts(mesh, work)):
+        found, _ = work.sample.shard(layout)
+        fresh = propagate(
+            tuple(work.sample.sites.values()), graph.inputs.values(), work.sample.params,
+            layout.assigner,
+        )  # fmt: skip
+        assert {r: t for r, t in found.types.items() if not isinstance(r, Reshard)} == {
+            r: t for r, t in fresh.types.items() if not isinstance(r, Reshard)
+        }
+        assert [r.target for r in found.reshards] == [r.target for r in fresh.reshards]
+        shared.add(id(found))
+        asked = layout.assigner.asked
+        assert all(divides(n, layout.mesh, axes) is yes for (n, axes), yes in asked.items())
+    assert 1 < len(shared) < len(list(layouts_of(work)))
+
+
+def layouts_of(work: Any) -> Any:
+    return (found for mesh in meshes(16) for found in layouts(mesh, work))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_value_by_itself_has_as_much_on_a_device_as_in_its_layer(name: str) -> None:
+    """The plan's memory looks at shapes alone."""
+    graph = model(name)
+    lengths = (64, 32) if name == "st-moe-l" else (64,)
+    work = workload(graph, make_batch(graph, 8, 64 * sum(lengths), lengths))
+    for layout in (found for mesh in meshes(8) for found in layouts(mesh, work)):
+        sharded = Sharded(layout, work)
+        for part in work.parts:
+            for node, step in zip(part.nodes, part.steps, strict=True):
+                for value, shape in zip(node.results, step.results, strict=True):
+                    if value.type.dtype.is_float and "batch" in shape.names:
+                        shards = sharded.shards(sharded.found.types[value])
+                        alone = shape.elements / sharded.elements(shape)
+                        # A table that is looked up again, and stored over an axis that the batch
+                        # leaves free, is not gathered: what is looked up is sharded as it is.
+                        free = layout.replicated and layout.dense_weights == "split"
+                        wrong = f"{layout.names} {layout.mesh} {value}"
+                        assert shards == alone or (free and shards > alone), wrong
+
+
+def test_gradients_are_summed_where_an_operand_has_no_axis_that_is_sharded() -> None:
+    graph = block()
+    sites = sites_of(graph)
+    found = found_in(graph, assigner("data:4,model:2", *MEGATRON))
+    made = gradients(sites, found, dependence(sites, graph.inputs.values()))
+    assert {v.name for v in made.params} == {"scale", "up", "down"}
+    assert all(axes == {"data"} for axes in made.params.values())
+    (one,) = made.values
+    assert one.site.operands[one.number].name == "n", "made of it, a part on each device"
+    assert one.axes == {"model"}
+
+
+def test_the_scale_of_heads_that_are_sharded_has_a_part_of_its_gradient_on_each_device() -> None:
+    graph = Graph("heads")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", kv_head=8, head_dim=4))
+    scale = graph.param("scale", tensor(F32, head_dim=4))
+    frozen = graph.param("frozen", tensor(F32, head_dim=4))
+    y = b.mul(b.rms_norm(x, scale, axis="head_dim"), b.stop_gradient(frozen))
+    graph.set_output("y", y)
+    sites = sites_of(graph)
+    found = found_in(graph, assigner("data:4,model:2", *MEGATRON))
+    made = gradients(sites, found, dependence(sites, graph.inputs.values()))
+    assert {v.name: axes for v, axes in made.params.items() if axes} == {
+        "scale": {"data", "model"}
+    }, "no gradient comes to the other"
+    assert made.values == []
+
+
+def test_what_parameters_alone_make_is_summed_in_their_gradients() -> None:
+    """A table of biases is looked up by positions, and its rows meet the batch afterwards."""
+    graph = model("st-moe-l")
+    sites = sites_of(graph)
+    by = Assigner(
+        parse_mesh("data:4,model:2"), read_layouts(["st-moe"]), frozenset(("group", "groups"))
+    )
+    made = gradients(sites, found_in(graph, by), dependence(sites, graph.inputs.values()))
+    (table,) = (
+        v for v in made.params if "relative_attention_bias" in v.name and "encoder" in v.name
+    )
+    assert made.params[table] == {"data"}
+    assert all("relative" not in s.site.operands[s.number].name for s in made.values)
+
+
+def test_what_stands_first_takes_a_mesh_axis() -> None:
+    experts = TensorType(F32, (Axis("expert", 8), Axis("embed", 16)))
+    first = ("expert with slot = data", "group = data")
+    for lines, mesh in ((first, ("data",)), (first[::-1], ())):
+        assert assigner("data:4", *lines).lone(experts, ROWS)["expert"].mesh == mesh
+    assert assigner("data:4", *first).lone(experts)["expert"].mesh == (), "not beside rows"
+
+
+def test_cuts_are_read_from_the_axes_that_one_dimension_has() -> None:
+    graph = Graph("cuts")
+    b = Builder(graph)
+    x = graph.input("x", tensor(F32, batch="B", q=24, kv_head=2, head=3))
+    cut = b.split(x, axis="q", into=(("a", 6), ("c", 4)))
+    graph.set_output("y", b.merge(cut, axes=("kv_head", "head"), into="joined"))
+    assert cuts_of(sites_of(graph)) == {"q": {6}, "joined": {2}}
+
+
+def test_a_rule_that_does_not_divide_says_where() -> None:
+    with pytest.raises(InputError, match="does not divide over the mesh") as caught:
+        found_in(block(), assigner("model:3", "mlp = model"))
+    assert "layers.0.ffn" in str(caught.value)
+
+
+def test_rows_are_brought_to_their_experts_and_back() -> None:
+    graph = layer("capacity")
+    by = Assigner(parse_mesh("data:4"), read_layouts(["st-moe"]))
+    found = found_in(graph, by)
+    kinds = [
+        [s.op for s in sent(r.source, steps(r.source, r.target))]
+        for r in found.reshards
+        if "slot" in r.source
+    ]
+    assert kinds == [["all_to_all"], ["all_to_all"]]
+    sharded = prod(by.mesh.size(a.mesh) for a in found.reshards[0].target)
+    assert sharded == 4
