@@ -1,4 +1,4 @@
-"""What ``upcycle`` tells of a conversion that worked."""
+"""The remarks of ``upcycle`` on converted blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moecc_passes.upcycle.options import UpcycleOptions
 
 
 def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
-    """Return what is worth telling of the blocks that were converted."""
+    """Return remarks on the converted blocks."""
     how = {
         "token-choice": f"top-{item.top_k}",
         "prototypes": f"one of each of {item.top_k} groups",
