@@ -165,7 +165,7 @@ def test_options_and_graphs_that_do_not_suit() -> None:
     with pytest.raises(UsageError, match="sliced where they are exchanged"):
         Pipeline.parse("expert-parallel{via=ring slice=model}")
     graph: Any = layer("capacity")
-    with pytest.raises(InputError, match="has no mesh"):
+    with pytest.raises(InputError, match="lies on no mesh"):
         run(graph, "expert-parallel{via=ring}")
     dense = model("llama_gqa")
     run(dense, "annotate-sharding{mesh=data:2 rules=data-parallel}")
