@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
+from typing import Protocol, runtime_checkable
 
 from moecc.errors import UsageError, nearest
 from moecc.ir.graph import Graph
+from moecc.types.arrays import Array
+from moecc.types.arrays import Arrays as Arrays
 from moecc.types.dtypes import F32, DType
-
-Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
 class Program(Protocol):
@@ -28,7 +26,7 @@ class Program(Protocol):
 
     writes: bool
 
-    def run(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, Array]:
         """Return the outputs by name.
 
         Args:
@@ -84,9 +82,7 @@ class LoweringBackend(Backend, Protocol):
 class MeshBackend(Backend, Protocol):
     """A backend that simulates the devices of a graph's mesh in one process."""
 
-    def run_on_mesh(
-        self, graph: Graph, params: Arrays, inputs: Arrays
-    ) -> dict[str, np.ndarray[Any, Any]]:
+    def run_on_mesh(self, graph: Graph, params: Arrays, inputs: Arrays) -> dict[str, Array]:
         """Return the outputs by name, whole, put together from what each device holds.
 
         Args:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moecc import errors
+from moecc.ahead.report_types import CompileReport
 from moecc.ahead.request import Request
 from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
 from moecc.errors import MachineError, MoeccError, Problem
@@ -44,7 +45,7 @@ class CompileOutcome:
       artefact: what was to be exported.
     """
 
-    data: dict[str, Any]
+    data: CompileReport
     program: str = ""
     artefact: bytes = b""
 
@@ -82,7 +83,7 @@ def compile_apart(request: Request, time_limit_seconds: float | None = None) -> 
 
 
 @contextmanager
-def _worker(folder: Path, machine: Machine, log: Any) -> Iterator[subprocess.Popen[bytes]]:
+def _worker(folder: Path, machine: Machine, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Run the worker; whatever happens, it does not outlive this."""
     command = [sys.executable, "-m", "moecc.ahead.worker", str(folder)]
     process = subprocess.Popen(

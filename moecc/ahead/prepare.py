@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from moecc.ahead.request import EXPLICIT, GSPMD, Job, Request
 from moecc.errors import InputError, UsageError
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
 from moecc.plan.batches import Batch, make_batch
@@ -102,16 +102,18 @@ def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None,
 
     A model that keeps every row stays so where the way to the experts is not ``capacity``.
     """
-    places = [node.attrs for node in graph if node.op.assigns_slots and not node.op.chooses]
-    is_dropless = all(p["slots"] == "ragged" for p in places)
+    places = [
+        SlotAttrs.of_node(node) for node in graph if node.op.assigns_slots and not node.op.chooses
+    ]
+    is_dropless = all(p.slots == "ragged" for p in places)
     keeps = request.via not in (None, "capacity") and request.capacity_factor is None
     if not places or (is_dropless and keeps):
         return None, []
-    config: dict[str, Any] = graph.attrs.get("config") or {}
+    config = graph.attrs.get("config") or {}
     own = config.get("train_capacity_factor" if train else "eval_capacity_factor")
     factor = request.capacity_factor or own or _stated(places) or CAPACITY_FACTOR
     # A model without a capacity of its own has no way of counting it either.
-    bound = Bound(float(factor), "assignments" if is_dropless else places[0]["convention"])
+    bound = Bound(float(factor), "assignments" if is_dropless else places[0].convention)
     _run(graph, _specialize(train, bound, None))
     if request.capacity_factor is None and is_dropless:
         return bound, [
@@ -121,8 +123,8 @@ def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None,
     return bound, []
 
 
-def _stated(places: list[dict[str, Any]]) -> float | None:
-    stated = {p["capacity_factor"] for p in places if p["slots"] == "capacity"}
+def _stated(places: list[SlotAttrs]) -> float | None:
+    stated = {p.capacity_factor for p in places if p.slots == "capacity"}
     return float(stated.pop()) if len(stated) == 1 else None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from moecc.ir.attributes import ProductAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Role, RowMove
 
@@ -172,12 +173,14 @@ def find_ffn_blocks(graph: Graph) -> FFNSearch:
 
 def _is_projection(node: Node) -> bool:
     """Whether `node` contracts an activation with a parameter over a single axis."""
-    return node.op.is_product and node.operands[1].is_param and len(node.attrs["over"]) == 1
+    if not (node.op.is_product and node.operands[1].is_param):
+        return False
+    return len(ProductAttrs.of_node(node).over) == 1
 
 
 def _outer_axis(down: Node) -> str | None:
     """Return the one axis that the weight of `down` adds, or None."""
-    inner = down.attrs["over"][0]
+    inner = ProductAttrs.of_node(down).over[0]
     x = down.operands[0].type
     added = [n for n in down.operands[1].type.names if n != inner and n not in x]
     return added[0] if len(added) == 1 else None
@@ -185,7 +188,7 @@ def _outer_axis(down: Node) -> str | None:
 
 def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
     """Return the block that ends in `down`, a near miss, or None where nothing looks like one."""
-    inner, outer = down.attrs["over"][0], _outer_axis(down)
+    inner, outer = ProductAttrs.of_node(down).over[0], _outer_axis(down)
     if outer is None or down.operands[0].node is None:
         return None
     region = _walk_back(down, inner, outer)
@@ -238,7 +241,7 @@ def _wrong_axes(x: Value, down: Node, outer: str) -> str | None:
         return f"it reads %{x.name}, which has no axis of tokens"
     if x.type.by_name.keys() != down.result.type.by_name.keys():
         return f"it does not lead from {outer!r} back to {outer!r}"
-    taken = [n for n in (*x.type.names, *down.attrs["over"]) if n in ROUTING_AXES]
+    taken = [n for n in (*x.type.names, *ProductAttrs.of_node(down).over) if n in ROUTING_AXES]
     return f"its axis {taken[0]!r} has the name of one that routing makes" if taken else None
 
 

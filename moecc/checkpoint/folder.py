@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import Header, read_header
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest
+from moecc.types.arrays import Array
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
@@ -34,7 +35,7 @@ class SafetensorsFolder:
     def __init__(
         self,
         path: Path,
-        config: dict[str, Any],
+        config: dict[str, object],
         headers: dict[Path, Header],
         companions: dict[str, Path],
     ) -> None:
@@ -49,7 +50,7 @@ class SafetensorsFolder:
         self._companions = companions
         self._pool = DescriptorPool()
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
 
         Raises:
@@ -159,7 +160,7 @@ def _list(path: Path) -> set[str]:
         raise os_problem(error, path) from None
 
 
-def _read_config(path: Path, problems: Problems) -> dict[str, Any]:
+def _read_config(path: Path, problems: Problems) -> dict[str, object]:
     file = path / CONFIG_NAME
     if not os.path.lexists(file):
         hint = "it comes with the weights; moecc needs it to know the architecture"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.checkpoint.limits import name_fault
@@ -96,14 +95,14 @@ def _compare_total(index: Index, headers: dict[Path, Header], problems: Problems
         )
 
 
-def _usable(weight_map: dict[str, Any], path: Path, problems: Problems) -> dict[str, str]:
+def _usable(weight_map: dict[str, object], path: Path, problems: Problems) -> dict[str, str]:
     """Return the entries whose file may be opened; report each bad name, and each bad file once."""
     for name in weight_map:
         if name_problem := name_fault(name):
             problems.add(name_problem, where=f"{path}, tensor {quoted(name)}")
     usable = {}
     refused: Counter[str] = Counter()
-    examples: dict[str, tuple[str, Any, str]] = {}
+    examples: dict[str, tuple[str, object, str]] = {}
     checked: dict[str, str | None] = {}
     for name, file in weight_map.items():
         key = file if isinstance(file, str) else describe(file)
@@ -113,7 +112,7 @@ def _usable(weight_map: dict[str, Any], path: Path, problems: Problems) -> dict[
         if reason is not None:
             refused[key] += 1
             examples.setdefault(key, (name, file, reason))
-        else:
+        elif isinstance(file, str):
             usable[name] = file
     for key, (name, file, why) in examples.items():
         others = f" and {refused[key] - 1:,} more" if refused[key] > 1 else ""
@@ -126,7 +125,7 @@ def _usable(weight_map: dict[str, Any], path: Path, problems: Problems) -> dict[
     return usable
 
 
-def shard_name_fault(file: Any) -> str | None:
+def shard_name_fault(file: object) -> str | None:
     """Say why a file name in an index must not be opened, or None."""
     if not isinstance(file, str):
         return "is not a string"
@@ -145,7 +144,7 @@ def shard_name_fault(file: Any) -> str | None:
     return None
 
 
-def _total_size(metadata: Any, path: Path, problems: Problems) -> int | None:
+def _total_size(metadata: object, path: Path, problems: Problems) -> int | None:
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is None:
         return None

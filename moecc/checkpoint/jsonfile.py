@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.problems import Problems, describe, quoted
@@ -26,7 +25,7 @@ _LOCATED_CHARACTERS = 1 << 20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 
 
-def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
+def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, object]:
     """Read a JSON object from a regular file of at most `limit_bytes`.
 
     Raises:
@@ -44,7 +43,7 @@ def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
     return value
 
 
-def parse_json(data: bytes | bytearray, where: str, *, max_values: int = MAX_VALUES) -> Any:
+def parse_json(data: bytes | bytearray, where: str, *, max_values: int = MAX_VALUES) -> object:
     """Parse strict JSON in UTF-8, at most MAX_DEPTH levels deep.
 
     Raises:
@@ -77,7 +76,7 @@ class _Hooks:
     def __init__(self) -> None:
         self.faults: list[str] = []
 
-    def parse(self, text: str) -> Any:
+    def parse(self, text: str) -> object:
         """Return the value of `text`; what is wrong with it beside its syntax goes to `faults`.
 
         Raises:
@@ -94,7 +93,7 @@ class _Hooks:
             self.faults.clear()
             return self._loads(text, parse_int=self.integer)
 
-    def _loads(self, text: str, parse_int: Callable[[str], int] | None = None) -> Any:
+    def _loads(self, text: str, parse_int: Callable[[str], int] | None = None) -> object:
         return json.loads(
             text,
             object_pairs_hook=self.pairs,
@@ -109,7 +108,7 @@ class _Hooks:
             return 0
         return int(digits)
 
-    def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def pairs(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) != len(pairs):
             counts = Counter(key for key, _ in pairs)
@@ -206,7 +205,7 @@ def _number_fault(token: str) -> str | None:
     return _not_finite(token) if math.isinf(float(token)) else None
 
 
-def _deeper_than(value: Any, limit: int) -> bool:
+def _deeper_than(value: object, limit: int) -> bool:
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(limit):
         level = [

@@ -10,8 +10,9 @@ import numpy as np
 
 from moecc.checkpoint.problems import quoted
 from moecc.errors import Problem
+from moecc.types.arrays import Array
 from moecc.weights.evaluate import Reader
-from moecc.weights.rounding import Array, first_nonfinite
+from moecc.weights.rounding import first_nonfinite
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from moecc.errors import InputError, MoeccError, Problem, printable
 
@@ -53,7 +52,7 @@ class Problems:
             raise error(self.listed())
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Describe a foreign JSON value in a few words, whatever its size or depth."""
     if isinstance(value, dict):
         return f"an object with {len(value):,} keys"

@@ -12,7 +12,6 @@ import platform
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -151,7 +150,22 @@ def load(folder: Path) -> Manifest:
     if seal(content) != data:
         what = "the manifest was changed after it was written: its seal does not fit its content"
         raise CheckError(what, where=str(path), hint="fetch the file again")
-    return _Reader(parse_json(data, str(path), max_values=_MAX_VALUES), str(path)).manifest()
+    document = parse_json(data, str(path), max_values=_MAX_VALUES)
+    return _Reader(_of_known_schema(document, str(path)), str(path)).manifest()
+
+
+def _of_known_schema(document: object, where: str) -> dict[str, object]:
+    """Return the document, or raise InputError if it is none that this moecc reads."""
+    found = document if isinstance(document, dict) else {}
+    schema = found.get("schema")
+    if type(schema) is int and schema == SCHEMA:
+        return found
+    raise InputError(
+        "the manifest is of a version that this moecc does not read",
+        where=where,
+        expected=f'"schema": {SCHEMA}',
+        found=describe(schema),
+    )
 
 
 def is_recordable(name: str) -> bool:
@@ -166,17 +180,18 @@ def seal(content: bytes) -> bytes:
     return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + _TAIL
 
 
-def _plain(records: Mapping[str, FileRecord | WeightFileRecord | TensorRecord]) -> dict[str, Any]:
+def _plain(
+    records: Mapping[str, FileRecord | WeightFileRecord | TensorRecord],
+) -> dict[str, object]:
     return {
         name: {key: getattr(record, key) for key in record.__slots__}
         for name, record in sorted(records.items())
     }
 
 
-def _layout(value: Any) -> str:
+def _layout(value: object) -> str:
     """Print a value on one line, or a mapping of records with one line each."""
-    records = isinstance(value, dict) and any(isinstance(item, dict) for item in value.values())
-    if not records:
+    if not isinstance(value, dict) or not any(isinstance(v, dict) for v in value.values()):
         return json.dumps(value)
     lines = (f" {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
     return "{\n" + ",\n".join(lines) + "\n}"
@@ -185,14 +200,13 @@ def _layout(value: Any) -> str:
 class _Reader:
     """Checks the fields of a manifest one by one, and collects every problem."""
 
-    def __init__(self, document: Any, where: str) -> None:
+    def __init__(self, document: dict[str, object], where: str) -> None:
         self.document = document
         self.where = where
         self.problems = Problems()
 
     def manifest(self) -> Manifest:
         """Return the manifest, or raise all its problems."""
-        self._require_known_schema()
         self._refuse_strange_keys()
         weights = self._weights()
         made = Manifest(
@@ -213,23 +227,12 @@ class _Reader:
         self.problems.raise_if_any(InputError)
         return made
 
-    def _require_known_schema(self) -> None:
-        schema = self.document.get("schema") if isinstance(self.document, dict) else None
-        if type(schema) is int and schema == SCHEMA:
-            return
-        raise InputError(
-            "the manifest is of a version that this moecc does not read",
-            where=self.where,
-            expected=f'"schema": {SCHEMA}',
-            found=describe(schema),
-        )
-
     def _refuse_strange_keys(self) -> None:
         known = {item.name for item in fields(Manifest)} | {"seal"}
         for key in self.document.keys() - known:
             self.problems.add(f"the manifest has an unknown key {quoted(key)}", where=self.where)
 
-    def _wrong(self, key: str, expected: str, found: Any) -> None:
+    def _wrong(self, key: str, expected: str, found: object) -> None:
         what = f"the manifest's {quoted(key)} is wrong"
         self.problems.add(what, where=self.where, expected=expected, found=describe(found))
 
@@ -237,24 +240,24 @@ class _Reader:
         value = self.document.get(key)
         return value if isinstance(value, str) else self._no_text(key, value)
 
-    def _no_text(self, key: str, value: Any) -> str:
+    def _no_text(self, key: str, value: object) -> str:
         self._wrong(key, "a string", value)
         return ""
 
-    def _integer(self, value: Any, key: str, *, least: int | None = None) -> int:
+    def _integer(self, value: object, key: str, *, least: int | None = None) -> int:
         if type(value) is int and (least is None or value >= least):
             return value
         self._wrong(key, "a whole number", value)
         return 0
 
-    def _sha256(self, value: Any, key: str) -> str:
+    def _sha256(self, value: object, key: str) -> str:
         digits = set(value) if isinstance(value, str) else set()
         if isinstance(value, str) and len(value) == 64 and digits <= set("0123456789abcdef"):
             return value
         self._wrong(key, "64 hexadecimal digits", value)
         return ""
 
-    def _records(self, key: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    def _records(self, key: str, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
         """Return those entries of a mapping that have exactly the fields of their record."""
         value = self.document.get(key)
         if not isinstance(value, dict):
@@ -295,13 +298,13 @@ class _Reader:
             records[name] = TensorRecord(digest, dtype, self._shape(item["shape"], place), file)
         return records
 
-    def _one_of(self, value: Any, known: Collection[str], expected: str, place: str) -> str:
+    def _one_of(self, value: object, known: Collection[str], expected: str, place: str) -> str:
         if isinstance(value, str) and value in known:
             return value
         self._wrong(place, expected, value)
         return ""
 
-    def _shape(self, value: Any, place: str) -> tuple[int, ...]:
+    def _shape(self, value: object, place: str) -> tuple[int, ...]:
         if isinstance(value, list):
             return tuple(self._integer(size, place, least=0) for size in value)
         self._wrong(place, "a list of sizes", value)

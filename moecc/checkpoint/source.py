@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
-import numpy as np
-
+from moecc.types.arrays import Array
 from moecc.types.dtypes import DType
 
 
@@ -48,10 +47,10 @@ class Checkpoint(Protocol):
 
     path: Path
     format: str
-    config: dict[str, Any]
+    config: dict[str, object]
     tensors: Mapping[str, TensorInfo]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
 
         Raises:

@@ -27,12 +27,12 @@ from moecc.checkpoint.nonfinite import Nonfinite, ScanningReader
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.shards import Entry, Shard, index_json, natural, plan_shards
 from moecc.errors import InputError, UsageError
+from moecc.types.arrays import Array
 from moecc.types.dtypes import DType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import row_blocks
 from moecc.weights.evaluate import Evaluator, Reader, ValuesOverflow, same_bytes
 from moecc.weights.expr import Expr, sources
-from moecc.weights.rounding import Array
 from moecc.weights.simplify import simplify
 
 BLOCK_BYTES = 4 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,24 +95,23 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return what was planned, and written unless `dry_run`, for people."""
     from moecc.support.text import count_text, size_text
 
-    data = planned.to_json()
-    parameters = data["parameters"]
+    facts, family = planned.facts, planned.graph.attrs.get("family")
     rows = [
-        f"{data['source']} ({data['family_from']}) -> {out} ({data['family_to']})",
-        f"  pipeline    {data['pipeline']}",
+        f"{planned.model.name} ({family}) -> {out} ({planned.target})",
+        f"  pipeline    {planned.pipeline}",
         f"  preserves   {planned.preserves}",
-        f"  parameters  {count_text(parameters['total'])}, "
-        f"{count_text(parameters['active'])} active per token",
-        f"  FLOPs       {count_text(data['flops_per_token'])} per token",
-        f"  on disk     {size_text(data['size_bytes'])} in {data['tensors']} tensors, "
-        f"{data['dtype']}",
-        *(f"  remark      {r}" for r in _shortened(data["remarks"])),
+        f"  parameters  {count_text(planned.parameters)}, "
+        f"{count_text(facts.parameters.active)} active per token",
+        f"  FLOPs       {count_text(facts.flops_per_token)} per token",
+        f"  on disk     {size_text(planned.size_bytes)} in {len(planned.tensors)} tensors, "
+        f"{planned.dtype.name if planned.dtype else 'as stored'}",
+        *(f"  remark      {r}" for r in _shortened(planned.remarks)),
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",
     ]
     return "\n".join(rows)
 
 
-def _shortened(remarks: list[str]) -> list[str]:
+def _shortened(remarks: Iterable[str]) -> list[str]:
     """Return the remarks with those of equal text at many places made one line."""
     places: dict[str, list[str]] = {}
     for remark in remarks:

@@ -78,7 +78,7 @@ def inspection(model: Model) -> dict[str, Any]:
     }
 
 
-def _parameters(found: Parameters) -> dict[str, Any]:
+def _parameters(found: Parameters) -> dict[str, object]:
     from moecc.families.describe import paper_groups
 
     return {
@@ -88,7 +88,7 @@ def _parameters(found: Parameters) -> dict[str, Any]:
     }
 
 
-def _blocks(search: FFNSearch) -> dict[str, Any]:
+def _blocks(search: FFNSearch) -> dict[str, object]:
     return {
         "found": len(search.blocks) + len(search.refusals),
         "convertible": len(search.blocks),
@@ -96,7 +96,7 @@ def _blocks(search: FFNSearch) -> dict[str, Any]:
     }
 
 
-def _targets(graph: Graph) -> dict[str, Any]:
+def _targets(graph: Graph) -> dict[str, object]:
     from moecc.families.propose import target_fits
 
     return {

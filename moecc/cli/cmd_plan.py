@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,7 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from moecc.plan.report_types import Report
     from moecc.plan.search import Constraints
     from moecc.plan.strategy import StepConfig
 
@@ -121,7 +122,7 @@ def plan(asked: PlanRequest) -> None:
     report("plan", data, lambda: plan_text(data), asked.format)
 
 
-def planned(asked: PlanRequest) -> dict[str, Any]:
+def planned(asked: PlanRequest) -> Report:
     """Return the plan as JSON values.
 
     Raises:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moecc.cli.face import add_command
 from moecc.cli.options import InputsOption, ModelArgument, WeightsOption
+from moecc.types.arrays import Array
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from moecc.ir.graph import Graph
 
 
@@ -56,7 +55,7 @@ def run(asked: RunRequest) -> None:
         _write(result, name, asked)
 
 
-def _write(result: np.ndarray[Any, Any], name: str, asked: RunRequest) -> None:
+def _write(result: Array, name: str, asked: RunRequest) -> None:
     import numpy as np
 
     from moecc.cli.console import say

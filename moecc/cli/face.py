@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
 import typer
 
@@ -36,7 +36,7 @@ def add_command(
       epilog: an example, under the help.
     """
 
-    def face(**given: Any) -> None:
+    def face(**given: object) -> None:
         code = command(asked(**given))
         if code:
             raise typer.Exit(code)
@@ -49,7 +49,7 @@ def add_command(
     app.command(name, epilog=epilog)(face)
 
 
-def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
+def _parameter(field: Field[object], hint: object) -> inspect.Parameter:
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(field.name, kind, default=default, annotation=hint)

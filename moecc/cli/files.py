@@ -7,11 +7,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from moecc.errors import InputError, MachineError
+from moecc.types.arrays import Array
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
@@ -62,7 +63,7 @@ def write_whole(path: str, content: bytes, *, force: bool) -> None:
         raise
 
 
-def read_inputs(path: str, graph: Graph) -> dict[str, np.ndarray[Any, Any]]:
+def read_inputs(path: str, graph: Graph) -> dict[str, Array]:
     """Return the inputs of `graph` from a file.
 
     A ``.npy`` file holds the token ids of a model that takes nothing else, ``[batch, seq]`` or
@@ -81,7 +82,7 @@ def read_inputs(path: str, graph: Graph) -> dict[str, np.ndarray[Any, Any]]:
         return check_inputs(graph, {next(iter(graph.inputs)): _load(file, path)}, path)
 
 
-def _load_all(path: str) -> dict[str, np.ndarray[Any, Any]]:
+def _load_all(path: str) -> dict[str, Array]:
     # Pickled objects are code; NumPy refuses them unless asked.
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -92,7 +93,7 @@ def _load_all(path: str) -> dict[str, np.ndarray[Any, Any]]:
         raise MachineError("the arrays do not fit into memory", where=path) from None
 
 
-def _load(file: IO[bytes], path: str) -> np.ndarray[Any, Any]:
+def _load(file: IO[bytes], path: str) -> Array:
     # Pickled objects are code; NumPy refuses them unless asked.
     try:
         loaded = np.lib.format.read_array(file, allow_pickle=False)

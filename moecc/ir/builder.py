@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.ops import op
+from moecc.ir.operations import Operations
+from moecc.ir.ops import op as find_op
 
 
-class Builder:
+class Builder(Operations):
     """Appends nodes to a graph, or inserts them before a node.
 
-    Every operation of the table is a method; it takes the operands, then the attributes by name,
-    and ``name=`` for the result.  It returns the result, or a tuple where there are several.
-    An attribute of kind ``axes`` or ``words`` may be given as one name.
+    Every operation of the table is a method (`moecc.ir.operations`); it takes the operands, then
+    the attributes by name, and ``name=`` for the result.  It returns the result, or a tuple where
+    there are several.  An attribute of kind ``axes`` or ``words`` may be given as one name.
 
     Attributes:
       graph: the graph that grows.
@@ -45,13 +46,15 @@ class Builder:
         finally:
             self.loc = old
 
-    def node(self, name: str, *operands: Value, names: tuple[str, ...] = (), **attrs: Any) -> Node:
-        """Append the operation `name` and return its node.
+    def node(
+        self, op: str, /, *operands: Value, names: tuple[str, ...] = (), **attrs: object
+    ) -> Node:
+        """Append the operation `op` and return its node.
 
         Raises:
           InputError: operands or attributes do not suit the operation.
         """
-        entry = op(name)
+        entry = find_op(op)
         for key, value in attrs.items():
             spec = entry.attrs.get(key)
             if isinstance(value, str) and spec is not None and spec.kind in ("axes", "words"):
@@ -66,7 +69,7 @@ class Builder:
             before=self.before,
         )
 
-    def clone(self, node: Node, *operands: Value, **attrs: Any) -> Node:
+    def clone(self, node: Node, *operands: Value, **attrs: object) -> Node:
         """Append `node` again, on other operands, and with other attributes where some are given.
 
         Raises:
@@ -75,14 +78,16 @@ class Builder:
         names = tuple(v.name for v in node.results)
         return self.node(node.op.name, *operands, names=names, **{**node.attrs, **attrs})
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        entry = op(name)
+    if not TYPE_CHECKING:
+        # An operation registered from outside is a method too, which no checker can know of.
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            entry = find_op(name)
 
-        def emit(*operands: Value, name: str | None = None, **attrs: Any) -> Any:
-            names = () if name is None else (name,)
-            node = self.node(entry.name, *operands, names=names, **attrs)
-            return node.results[0] if len(node.results) == 1 else node.results
+            def emit(*operands, name=None, **attrs):
+                names = () if name is None else (name,)
+                results = self.node(entry.name, *operands, names=names, **attrs).results
+                return results[0] if len(results) == 1 else results
 
-        return emit
+            return emit

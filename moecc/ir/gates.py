@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+Gates = Literal["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "sparsemixer", "ones"]
 Score = Literal["softmax", "sigmoid"]
 
 Total = Callable[[int, int], float]
@@ -37,7 +38,7 @@ class GateConvention:
       learns_at_top_1: whether a router whose tokens have one expert gets a gradient through it.
     """
 
-    name: str
+    name: Gates
     letter: str
     doc: str
     score: Score | None
@@ -91,9 +92,9 @@ CONVENTIONS = (
 )  # fmt: skip
 """The conventions, in the order in which the documentation has them."""
 
-BY_NAME = {row.name: row for row in CONVENTIONS}
+BY_NAME: dict[str, GateConvention] = {row.name: row for row in CONVENTIONS}
 
-GATES = tuple(BY_NAME)
+GATES = tuple(row.name for row in CONVENTIONS)
 """Their names."""
 
 SPELLINGS = {"switch": "softmax", "top-k-softmax": "renormalised"}

@@ -122,7 +122,7 @@ class Node:
     )
 
     def __init__(
-        self, graph: Graph, entry: OpDef, operands: Sequence[Value], attrs: dict[str, Any]
+        self, graph: Graph, entry: OpDef, operands: Sequence[Value], attrs: dict[str, object]
     ) -> None:
         self.graph = graph
         self.op = entry
@@ -159,7 +159,8 @@ class Node:
     @property
     def body(self) -> Graph | None:
         """The graph that a ``scan`` repeats; None for every other operation."""
-        return self.attrs.get("body")
+        body = self.attrs.get("body")
+        return body if isinstance(body, Graph) else None
 
     @property
     def is_dead(self) -> bool:

@@ -9,13 +9,12 @@ which numbers groups, and ``mean`` over an axis that lies split, which divides b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
+from moecc.ir.operand import Attrs
 from moecc.types.tensor import Axis, TensorType
 
 
@@ -46,6 +45,6 @@ def local_type(type: TensorType, mesh: Mesh) -> TensorType:
     return replace(type.bare, axes=tuple(axes))
 
 
-def local_attrs(node: Node, mesh: Mesh) -> Mapping[str, Any]:
+def local_attrs(node: Node, mesh: Mesh) -> Attrs:
     """Return the attributes with which a device runs `node` on its parts: local counts."""
     return node.attrs if node.op.local is None else node.op.local(node, mesh)

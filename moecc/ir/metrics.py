@@ -7,7 +7,7 @@ from functools import cached_property
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-from moecc.ir.routed import Means, Routed, Scores, value
+from moecc.ir.routed import Means, Routed, Scores
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MetricBuilder:
         b = self._builder
         axes = self._routed.slots.type.names
         asked, got = (b.sum(v, axes=axes) for v in (self._wanted(), self._placed))
-        return value(b.div(b.sub(asked, got), self.means.at_least_one(asked)))
+        return b.div(b.sub(asked, got), self.means.at_least_one(asked))
 
     def left_behind(self) -> Value:
         """Return the share of the tokens of which no choice was placed (flaxformer)."""
@@ -41,27 +41,27 @@ class MetricBuilder:
         hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
         rows = b.sum(b.mul(hot, self._placed), axes=self._routed.slots.type.names)
         total = self.means.at_least_one(b.sum(rows, axes="expert"))
-        return value(b.div(rows, total))
+        return b.div(rows, total)
 
     def max_violation(self, loads: Value) -> Value:
         """Return the largest load over the mean load, less 1 (Wang et al. 2024)."""
         b = self._builder
         largest = b.scale(b.max(loads, axes="expert"), by=float(self._routed.count))
-        return value(b.sub(largest, self.means.constant(1.0, largest)))
+        return b.sub(largest, self.means.constant(1.0, largest))
 
     def dead_experts(self, loads: Value) -> Value:
         """Return how many experts got no row."""
         b = self._builder
         zero, one = (self.means.constant(v, loads) for v in (0.0, 1.0))
         idle = b.mask(b.broadcast(one, loads), b.equal(loads, zero), fill=0.0)
-        return value(b.sum(idle, axes="expert"))
+        return b.sum(idle, axes="expert")
 
     def utilisation(self) -> Value:
         """Return the share of the slots that are filled; only under a capacity."""
         b, routed = self._builder, self._routed
         ones = b.max(self.means.named, axes=routed.choice)
         rows = b.dispatch(ones, routed.experts, routed.slots)
-        return value(b.mean(rows, axes=("group", "expert", "slot")))
+        return b.mean(rows, axes=("group", "expert", "slot"))
 
     def gate_mean(self) -> Value:
         """Return the mean gate of each choice, ``[choice]``."""
@@ -113,4 +113,4 @@ class MetricBuilder:
         b = self._builder
         none = b.constant(value=-1.0, dtype="i32")
         has_slot = b.less(none, self._routed.slots)
-        return value(b.mask(self.means.named, has_slot, fill=0.0))
+        return b.mask(self.means.named, has_slot, fill=0.0)

@@ -7,19 +7,20 @@ formula, it is named.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from moecc.errors import InputError
+from moecc.ir.attributes import Gates
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
+from moecc.ir.moe import ExpertChoiceOptions
 from moecc.types.tensor import Axis
 
 
 def emit_jitter(builder: Builder, x: Value, key: Value, width: float) -> Value:
     """Return `x` times uniform numbers on [1 − width, 1 + width) (Switch, Fedus et al. 2021)."""
     factor = builder.random_uniform(key, x, low=1 - width, high=1 + width, name="jitter")
-    jittered: Value = builder.mul(x, factor)
-    return jittered
+    return builder.mul(x, factor)
 
 
 def emit_dropout(builder: Builder, x: Value, key: Value, rate: float) -> Value:
@@ -28,21 +29,18 @@ def emit_dropout(builder: Builder, x: Value, key: Value, rate: float) -> Value:
     bound = builder.constant(value=rate, dtype=uniform.type.dtype.name)
     dropped = builder.less(uniform, bound)
     zero = builder.constant(value=0.0, dtype=x.type.dtype.name)
-    kept: Value = builder.select(dropped, zero, builder.scale(x, by=1 / (1 - rate)))
-    return kept
+    return builder.select(dropped, zero, builder.scale(x, by=1 / (1 - rate)))
 
 
 def emit_noise(builder: Builder, logits: Value, key: Value, std: float) -> Value:
     """Return `logits` plus normal noise of standard deviation `std` (Shazeer et al. 2017)."""
-    noisy: Value = builder.add(logits, builder.random_normal(key, logits, std=std, name="noise"))
-    return noisy
+    return builder.add(logits, builder.random_normal(key, logits, std=std, name="noise"))
 
 
 def emit_priority(builder: Builder, logits: Value, axis: str = "expert") -> Value:
     """Return each token's largest probability, ``[*tokens]`` (V-MoE, Riquelme et al. 2021)."""
     probabilities = builder.softmax(logits, axis=axis)
-    priority: Value = builder.max(probabilities, axes=axis, name="priority")
-    return priority
+    return builder.max(probabilities, axes=axis, name="priority")
 
 
 def emit_rescaled(builder: Builder, gates: Value, slots: Value, choice: str = "choice") -> Value:
@@ -57,12 +55,11 @@ def emit_rescaled(builder: Builder, gates: Value, slots: Value, choice: str = "c
     zero, one = (builder.constant(value=v, dtype=gates.type.dtype.name) for v in (0.0, 1.0))
     # Dividing by 1 where nothing is left keeps 0/0 out of the gradient, too.
     divisor = builder.select(builder.less(zero, left), left, one)
-    rescaled: Value = builder.mul(kept, builder.div(whole, divisor))
-    return rescaled
+    return builder.mul(kept, builder.div(whole, divisor))
 
 
 def emit_prototypes(
-    builder: Builder, logits: Value, prototypes: int, *, gates: str = "softmax"
+    builder: Builder, logits: Value, prototypes: int, *, gates: Gates = "softmax"
 ) -> tuple[Value, Value]:
     """Return experts and gates of k groups of experts with top-1 routing each (M6-T, 2021).
 
@@ -108,12 +105,17 @@ def emit_hash_routing(
     """
     chosen = builder.hash_experts(ids, experts=experts, top_k=top_k, seed=seed)
     share = builder.constant(value=1 / top_k, dtype=like.type.dtype.name)
-    gates: Value = builder.broadcast(share, chosen, name="gates")
+    gates = builder.broadcast(share, chosen, name="gates")
     return chosen, gates
 
 
 def emit_expert_choice(
-    builder: Builder, x: Value, router_weight: Value, *, tokens: Sequence[str], **attrs: Any
+    builder: Builder,
+    x: Value,
+    router_weight: Value,
+    *,
+    tokens: Sequence[str],
+    **attrs: Unpack[ExpertChoiceOptions],
 ) -> tuple[Value, Value, Value]:
     """Return experts, gates and slots where experts choose tokens (Zhou et al. 2022).
 
@@ -128,18 +130,14 @@ def emit_expert_choice(
     logits = builder.contract(x, router_weight, over=over, precision="f32")
     scores = builder.softmax(logits, axis="expert")
     experts = _count(scores, "expert")
-    chosen, gates, slots = builder.expert_choice(
-        scores, tokens=tuple(tokens), experts=experts, **attrs
-    )
-    return chosen, gates, slots
+    return builder.expert_choice(scores, tokens=tuple(tokens), experts=experts, **attrs)
 
 
 def emit_unit(builder: Builder, x: Value, axis: str, eps: float = 1e-6) -> Value:
     """Return `x` divided by its length along `axis`; `eps` is added to the squared length."""
     squared = builder.sum(builder.square(x), axes=axis)
     small = builder.constant(value=eps, dtype=x.type.dtype.name)
-    unit: Value = builder.mul(x, builder.rsqrt(builder.add(squared, small)))
-    return unit
+    return builder.mul(x, builder.rsqrt(builder.add(squared, small)))
 
 
 def emit_soft_slots(

@@ -9,17 +9,44 @@ graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Required, TypedDict, Unpack
 
 from moecc.errors import InputError
+from moecc.ir.attributes import Convention, Gates, Order, Rounding, Slots, Using
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 
 Finish = Callable[[Value], Value]
 """Takes the experts' output rows back to the tokens."""
 
-Given = Callable[[Value, Value, Value], Mapping[str, Value]]
+Given = Callable[[Value, Value, Value], Mapping[Using, Value]]
 """Makes further operands of ``assign_slots``, by word, from the logits, experts and gates."""
+
+
+class BoundOptions(TypedDict, total=False):
+    """How tokens are cut into groups, and how a capacity becomes a whole number."""
+
+    groups: int
+    group_size: int
+    rounding: Rounding
+    minimum: int
+    multiple: int
+    cap: bool
+
+
+class ExpertChoiceOptions(BoundOptions):
+    """Attributes of ``expert_choice`` beside the axes and numbers that its operands decide."""
+
+    capacity_factor: Required[float]
+
+
+class SlotOptions(BoundOptions, total=False):
+    """Attributes of ``assign_slots`` beside the axes and numbers that its operands decide."""
+
+    slots: Slots
+    capacity_factor: float
+    convention: Convention
+    order: Order
 
 
 def emit_routing(
@@ -29,13 +56,12 @@ def emit_routing(
     *,
     experts: int,
     top_k: int,
-    gates: str = "renormalised",
+    gates: Gates = "renormalised",
     scale: float = 1.0,
     tokens: tuple[str, ...] = ("batch", "seq"),
-    slots: str = "ragged",
     given: Given | None = None,
     bias: Value | None = None,
-    **assignment: Any,
+    **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
 
@@ -48,10 +74,9 @@ def emit_routing(
       gates: the gate convention, see ``route``.
       scale: what the gates are multiplied by.
       tokens: the axes of `x` that number tokens, outermost first.
-      slots: ``ragged`` (dropless) or ``capacity``.
       given: makes what ``assign_slots`` is given beside the experts: keep, priority, mask.
       bias: ``[expert]``, takes part in the choice and not in the gates (loss-free balancing).
-      assignment: further attributes of ``assign_slots``: groups, capacity_factor, order and so on.
+      assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
     Returns:
       The rows, ``[group, expert, slot, embed]``, and a function from the experts' output rows to
@@ -72,11 +97,11 @@ def emit_routing(
     logits = builder.contract(x, router_weight, over=over, precision="f32", name="router")
     biases = () if bias is None else (bias,)
     chosen, weights = builder.route(
-        logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) * len(biases)
+        logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) if biases else ()
     )
-    more = dict(given(logits, chosen, weights)) if given is not None else {}
+    more = given(logits, chosen, weights) if given is not None else {}
     return emit_chosen(
-        builder, x, chosen, weights, experts=experts, tokens=tokens, given=more, slots=slots,
+        builder, x, chosen, weights, experts=experts, tokens=tokens, given=more,
         **assignment,
     )  # fmt: skip
 
@@ -89,8 +114,8 @@ def emit_chosen(
     *,
     experts: int,
     tokens: tuple[str, ...] = ("batch", "seq"),
-    given: Mapping[str, Value] | None = None,
-    **assignment: Any,
+    given: Mapping[Using, Value] | None = None,
+    **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Place what is chosen already; return the rows and the function that combines them.
 
@@ -111,8 +136,7 @@ def emit_chosen(
     rows = builder.dispatch(x, chosen, slots)
 
     def finish(rows_out: Value) -> Value:
-        combined: Value = builder.combine(rows_out, chosen, slots, gates)
-        return combined
+        return builder.combine(rows_out, chosen, slots, gates)
 
     return rows, finish
 
@@ -127,5 +151,4 @@ def emit_shared_gate(builder: Builder, x: Value, gate_weight: Value, shared: Val
       shared: what it returns, ``[batch, seq, embed]``.
     """
     gate = builder.sigmoid(builder.contract(x, gate_weight, over=gate_weight.type.names))
-    gated: Value = builder.mul(gate, shared)
-    return gated
+    return builder.mul(gate, shared)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.flow import Rule, propagate_sharding
@@ -54,7 +53,7 @@ class Attr:
     """
 
     kind: str
-    default: Any = REQUIRED
+    default: object = REQUIRED
     choices: tuple[str, ...] = ()
     doc: str = ""
     shrinks: bool = False
@@ -222,7 +221,7 @@ class OpDef:
         # Table entries are compared by identity, so a copied graph must find the same one.
         return op, (self.name,)
 
-    def complete(self, given: Attrs) -> dict[str, Any]:
+    def complete(self, given: Attrs) -> dict[str, object]:
         """Return `given` checked against the table and completed with the defaults.
 
         Raises:
@@ -231,7 +230,7 @@ class OpDef:
         if not given and not self.attrs:
             return {}
         problems = [self._unknown(name) for name in given if name not in self.attrs]
-        full: dict[str, Any] = {}
+        full: dict[str, object] = {}
         for name, spec in self.attrs.items():
             value = given.get(name, spec.default)
             if value is REQUIRED:
@@ -277,21 +276,21 @@ class OpDef:
             )
 
 
-def _is_pairs(value: Any) -> bool:
+def _is_pairs(value: object) -> bool:
     return isinstance(value, tuple) and all(
         isinstance(p, tuple) and len(p) == 2 and is_name(p[0]) and is_size(p[1]) for p in value
     )
 
 
-def _is_words(value: Any) -> bool:
+def _is_words(value: object) -> bool:
     return isinstance(value, tuple) and all(map(is_name, value)) and len(set(value)) == len(value)
 
 
-def _is_graph(value: Any) -> bool:
+def _is_graph(value: object) -> bool:
     return isinstance(value, Region)
 
 
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "int": ("a whole number", is_whole),
     "float": (
         "a number",
@@ -310,12 +309,12 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _mismatch(spec: Attr, value: Any) -> str | None:
+def _mismatch(spec: Attr, value: object) -> str | None:
     """Return what was expected of `value`, or None if it fits."""
     expected, fits = _KINDS[spec.kind]
     if not fits(value):
         return expected
-    if spec.choices and spec.kind == "words" and not set(value) <= set(spec.choices):
+    if spec.choices and isinstance(value, tuple) and not set(value) <= set(spec.choices):
         return f"words among {', '.join(spec.choices)}"
     if spec.choices and spec.kind == "str" and value not in spec.choices:
         return f"one of {', '.join(spec.choices)}"

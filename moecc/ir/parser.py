@@ -7,7 +7,8 @@ of a text are raised together.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.ir.graph import Graph, Value
@@ -29,6 +30,8 @@ MAX_PROBLEMS = 20
 
 _CLOSING = re.compile(r"^[ \t]*\}", re.MULTILINE)
 """The brace that ends what a node repeats, on a line of its own."""
+
+T = TypeVar("T")
 
 
 class _Poisoned(Exception):
@@ -61,7 +64,7 @@ class _Parser:
         self.problems: list[Problem] = [] if around is None else around.problems
         self.poisoned: set[str] = set()
         self.types: dict[str, TensorType] = {} if around is None else around.types
-        self.attrs: dict[tuple[OpDef, str], dict[str, Any]] = {}
+        self.attrs: dict[tuple[OpDef, str], dict[str, object]] = {}
 
     def module(self) -> Graph:
         scan = self.scan
@@ -289,7 +292,7 @@ class _Parser:
     def lookup(self, name: str) -> Value:
         return self.graph.value(name)
 
-    def attributes(self, entry: OpDef) -> dict[str, Any]:
+    def attributes(self, entry: OpDef) -> dict[str, object]:
         token = self.scan.advance()
         key = (entry, token.text)
         known = self.attrs.get(key)
@@ -313,7 +316,7 @@ class _Parser:
             for p in error.problems
         )
 
-    def guarded(self, at: int, make: Any) -> Any:
+    def guarded(self, at: int, make: Callable[[], T]) -> T:
         try:
             return make()
         except ParseError:
@@ -322,7 +325,7 @@ class _Parser:
             raise self.at(error, at) from None
 
 
-def _caught(action: Any) -> InputError:
+def _caught(action: Callable[[], object]) -> InputError:
     try:
         action()
     except InputError as error:

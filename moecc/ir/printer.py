@@ -47,7 +47,7 @@ def format_attr(spec: Attr, value: Any) -> str:
     return str(value)
 
 
-def format_attrs(entry: OpDef, attrs: Mapping[str, Any]) -> str:
+def format_attrs(entry: OpDef, attrs: Mapping[str, object]) -> str:
     """Return the attributes that differ from their defaults, in braces, or nothing."""
     parts = [
         f"{name}={format_attr(spec, attrs[name])}"

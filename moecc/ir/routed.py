@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.table.slots import assigner, operands_by_word
@@ -41,17 +42,21 @@ class Scores:
         return size
 
     @property
+    def picks(self) -> Value:
+        """The experts that the tokens chose, where tokens choose."""
+        assert self.chosen is not None, "tokens choose"
+        return self.chosen
+
+    @property
     def choice(self) -> str:
         """The axis of the choices, best first."""
-        assert self.chosen is not None, "tokens choose"
-        (name,) = (n for n in self.chosen.type.names if n not in self.logits.type)
+        (name,) = (n for n in self.picks.type.names if n not in self.logits.type)
         return name
 
     @property
     def top_k(self) -> int:
         """How many experts the logits choose."""
-        assert self.chosen is not None, "tokens choose"
-        size = self.chosen.type[self.choice].size
+        size = self.picks.type[self.choice].size
         assert isinstance(size, int), "choices are counted"
         return size
 
@@ -75,8 +80,7 @@ class Routed:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        tokens: tuple[str, ...] = assigner(self.slots).attrs["tokens"]
-        return tokens
+        return SlotAttrs.of_node(assigner(self.slots)).tokens
 
     @property
     def choice(self) -> str:
@@ -87,8 +91,7 @@ class Routed:
     @property
     def count(self) -> int:
         """The number of experts."""
-        experts: int = assigner(self.slots).attrs["experts"]
-        return experts
+        return SlotAttrs.of_node(assigner(self.slots)).experts
 
     @property
     def given(self) -> dict[str, Value]:
@@ -116,16 +119,16 @@ class Means:
         """1 for each choice that names an expert; of a type that counts are exact in."""
         b = self.builder
         hot = b.one_hot(self.routed.experts, into=(("expert", self.routed.count),))
-        return value(b.sum(hot, axes="expert"))
+        return b.sum(hot, axes="expert")
 
     def over_tokens(self, x: Value) -> Value:
         """Return the mean over all tokens, padding left out."""
         b, tokens = self.builder, self.routed.tokens
         if "mask" not in self.routed.given:
-            return value(b.mean(x, axes=tokens))
+            return b.mean(x, axes=tokens)
         counted = self._counted(x)
         total = b.sum(b.mul(x, counted), axes=tokens)
-        return value(b.div(total, self.at_least_one(b.sum(counted, axes=tokens))))
+        return b.div(total, self.at_least_one(b.sum(counted, axes=tokens)))
 
     def over_units(self, x: Value) -> Value:
         """Return the mean of ``[*tokens, expert]`` over the tokens of each unit.
@@ -134,10 +137,10 @@ class Means:
         """
         b = self.builder
         if "mask" not in self.routed.given and self.unit != "group":
-            return value(b.mean(x, axes=self._inside_unit))
+            return b.mean(x, axes=self._inside_unit)
         counted = self._counted(x)
         total, number = self._unit_sum(b.mul(x, counted)), self._unit_sum(counted)
-        return value(b.div(total, self.at_least_one(number)))
+        return b.div(total, self.at_least_one(number))
 
     def across_units(self, x: Value) -> Value:
         """Return the mean of ``[*unit, …]`` over the units that have tokens, and over the rest.
@@ -156,7 +159,7 @@ class Means:
         b, filled = self.builder, self._filled
         if filled is None:
             return x
-        return value(b.mask(x, b.less(self.constant(0.0, filled), filled), fill=1.0))
+        return b.mask(x, b.less(self.constant(0.0, filled), filled), fill=1.0)
 
     def all(self, x: Value) -> Value:
         """Return the mean of what is left, prototypes for example."""
@@ -164,16 +167,16 @@ class Means:
 
     def constant(self, number: float, like: Value) -> Value:
         """Return `number` with the element type of `like`."""
-        return value(self.builder.constant(value=number, dtype=like.type.dtype.name))
+        return self.builder.constant(value=number, dtype=like.type.dtype.name)
 
     def cast(self, x: Value, like: Value) -> Value:
         """Return `x` with the element type of `like`."""
         kind = like.type.dtype
-        return x if x.type.dtype == kind else value(self.builder.cast(x, dtype=kind.name))
+        return x if x.type.dtype == kind else self.builder.cast(x, dtype=kind.name)
 
     def at_least_one(self, x: Value) -> Value:
         """Return `x`, a count that something is divided by."""
-        return value(self.builder.maximum(x, self.constant(1.0, x)))
+        return self.builder.maximum(x, self.constant(1.0, x))
 
     @cached_property
     def _filled(self) -> Value | None:
@@ -181,26 +184,21 @@ class Means:
         if "mask" not in self.routed.given:
             return None
         number = self._unit_sum(self._counted(self.named))
-        return value(self.builder.minimum(number, self.constant(1.0, number)))
+        return self.builder.minimum(number, self.constant(1.0, number))
 
     def _counted(self, like: Value) -> Value:
         """Return 1 for tokens and 0 for padding, ``[*tokens]``."""
         b = self.builder
         ones = self.cast(b.max(self.named, axes=self.routed.choice), like)
         mask = self.routed.given.get("mask")
-        return ones if mask is None else value(b.mask(ones, mask, fill=0.0))
+        return ones if mask is None else b.mask(ones, mask, fill=0.0)
 
     def _unit_sum(self, x: Value) -> Value:
         if self.unit == "group":
-            return value(self.builder.group_sum(x, self.routed.slots))
-        return value(self.builder.sum(x, axes=self._inside_unit))
+            return self.builder.group_sum(x, self.routed.slots)
+        return self.builder.sum(x, axes=self._inside_unit)
 
     @property
     def _inside_unit(self) -> tuple[str, ...]:
         tokens = self.routed.tokens
         return tokens if self.unit == "global" else tokens[1:]
-
-
-def value(made: Value) -> Value:
-    """Return `made`, whose type a builder does not tell."""
-    return made

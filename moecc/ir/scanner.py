@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from moecc.errors import InputError, Problem, printable
 
@@ -121,7 +120,7 @@ class Scanner:
         """Return a `ParseError` at offset `at`."""
         return ParseError([self.problem(what, at, **more)])
 
-    def json_line(self) -> Any:
+    def json_line(self) -> object:
         """Return the JSON value that fills the rest of the line after the last token read.
 
         Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from moecc.ir.graph import Graph, Value, setter_of
 from moecc.ir.mesh import ATTRIBUTE as MESH
@@ -53,10 +52,10 @@ def _image(extent: Extent, values: dict[Value, Value]) -> Value:
     return values.get(value, value)
 
 
-def copied(attrs: Mapping[str, Any]) -> dict[str, Any]:
+def copied(attrs: Mapping[str, object]) -> dict[str, object]:
     """Return a copy of the attributes of a node, with a graph of its own to repeat."""
     body = attrs.get("body")
-    return {**attrs, "body": clone(body)} if body is not None else dict(attrs)
+    return {**attrs, "body": clone(body)} if isinstance(body, Graph) else dict(attrs)
 
 
 def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
@@ -96,12 +95,13 @@ def structure(graph: Graph, *, named: bool = True) -> Iterator[object]:
     yield tuple((n if named else "", numbers[v]) for n, v in graph.outputs.items())
 
 
-def attributes(attrs: Mapping[str, Any]) -> tuple[object, ...]:
+def attributes(attrs: Mapping[str, object]) -> tuple[object, ...]:
     """Return the attributes of a node, what it repeats by its structure."""
     if "body" not in attrs:
         return tuple(attrs.items())
     return tuple(
-        (n, tuple(structure(v, named=False)) if n == "body" else v) for n, v in attrs.items()
+        (n, tuple(structure(v, named=False)) if isinstance(v, Graph) else v)
+        for n, v in attrs.items()
     )
 
 

@@ -8,13 +8,13 @@ and refutes a row that says something wrong of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moecc.ir.operand import Definition
+from moecc.ir.operand import Attrs, Definition
 
 if TYPE_CHECKING:
     from moecc.ir.mesh import Mesh
@@ -169,7 +169,7 @@ class Cut:
 SizeRule = Callable[[Definition], Product | Cut]
 """What must hold between the sizes of a node when its graph is shrunk."""
 
-LocalRule = Callable[[Definition, "Mesh"], Mapping[str, Any]]
+LocalRule = Callable[[Definition, "Mesh"], Attrs]
 """The attributes with which one device runs a node on its shards."""
 
 IndexRule = Callable[[Definition], "Size"]

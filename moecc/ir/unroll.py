@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from moecc.ir.attributes import ScanAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
 from moecc.ir.table.repetition import picked_at, repetitions, stacked_parts
@@ -67,7 +68,8 @@ class _Unroller:
 
     def run(self) -> None:
         node, runs = self.node, self.runs
-        carries, last = node.attrs["carries"], node.attrs["carries"] + node.attrs["stacked"]
+        attrs = ScanAttrs.of_node(node)
+        carries, last = attrs.carries, attrs.carries + attrs.stacked
         carry, captured = list(node.operands[:carries]), node.operands[last:]
         slices = self.slices(node.operands[carries:last])
         made: list[list[Value]] = []

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import isfinite, prod, sqrt
 
 from moecc.errors import InputError, UsageError
+from moecc.ir.attributes import EmbeddingAttrs, ProductAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Role
 from moecc.types.dtypes import F32
@@ -54,9 +55,10 @@ def _fan_in(node: Node, value: Value) -> int:
     """Return how many inputs each output is a sum of; for an embedding, the width."""
     role = _role(node, value)
     if role is Role.MATRIX:
-        names = node.attrs["over"]
+        names = ProductAttrs.of_node(node).over
     elif role is Role.TABLE:
-        names = [a.name for a in value.type if a.name != node.attrs["axis"]]
+        axis = EmbeddingAttrs.of_node(node).axis
+        names = tuple(a.name for a in value.type if a.name != axis)
     else:
         raise InputError(
             "it is not known how large this parameter should be", where=f"%{value.name}",

@@ -13,19 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.presets import PREFIX, preset_config
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
 
 if TYPE_CHECKING:
     from moecc.checkpoint.source import Checkpoint
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass
@@ -214,9 +211,9 @@ def _open_graph(source: str, weights: str | None) -> Model:
     return Model(graph, source, checkpoint)
 
 
-def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Any]:
+def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
     """Yield a problem for each source of `graph` that `checkpoint` lacks or has otherwise."""
-    from moecc.errors import Problem, nearest
+    from moecc.errors import nearest
     from moecc.weights.expr import sources
 
     seen: set[str] = set()

@@ -7,7 +7,7 @@ import re
 import types
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 from moecc.pipeline.passes import Pass
 
@@ -38,9 +38,9 @@ class Option:
 
     name: str
     field: str
-    type: Any
+    type: object
     doc: str
-    default: Any
+    default: object
 
     @property
     def required(self) -> bool:
@@ -76,7 +76,7 @@ def unreadable(cls: type[Pass]) -> list[str]:
     ]
 
 
-def _is_spelled(type: Any) -> bool:
+def _is_spelled(type: object) -> bool:
     if type in (int, float, bool, str, types.NoneType) or get_origin(type) is Literal:
         return True
     if get_origin(type) is tuple or _is_union(type):
@@ -89,7 +89,7 @@ class _NoFit(ValueError):
     """The text does not spell a value of the type."""
 
 
-def read(type: Any, pieces: tuple[Piece, ...]) -> Any:
+def read(type: object, pieces: tuple[Piece, ...]) -> object:
     """Return the value of `type` that `pieces` spell.
 
     Raises:
@@ -106,7 +106,7 @@ def read(type: Any, pieces: tuple[Piece, ...]) -> Any:
     return _read_one(type, pieces[0])
 
 
-def _read_one(type: Any, piece: Piece) -> Any:
+def _read_one(type: object, piece: Piece) -> object:
     text = piece.text
     if get_origin(type) is Literal:
         for choice in get_args(type):
@@ -128,7 +128,7 @@ def _read_one(type: Any, piece: Piece) -> Any:
     raise _NoFit
 
 
-def _read_tuple(elements: tuple[Any, ...], pieces: tuple[Piece, ...]) -> tuple[Any, ...]:
+def _read_tuple(elements: tuple[object, ...], pieces: tuple[Piece, ...]) -> tuple[object, ...]:
     if pieces == (Piece("()"),):
         pieces = ()
     each = elements[:1] * len(pieces) if elements[-1] is ... else elements
@@ -137,7 +137,7 @@ def _read_tuple(elements: tuple[Any, ...], pieces: tuple[Piece, ...]) -> tuple[A
     return tuple(read(t, (p,)) for t, p in zip(each, pieces, strict=True))
 
 
-def _read_union(type: Any, pieces: tuple[Piece, ...]) -> Any:
+def _read_union(type: object, pieces: tuple[Piece, ...]) -> object:
     for member in _members(type):
         try:
             return read(member, pieces)
@@ -146,15 +146,15 @@ def _read_union(type: Any, pieces: tuple[Piece, ...]) -> Any:
     raise _NoFit
 
 
-def _is_union(type: Any) -> bool:
+def _is_union(type: object) -> bool:
     return get_origin(type) in (Union, types.UnionType)
 
 
-def _members(type: Any) -> list[Any]:
+def _members(type: object) -> list[object]:
     """Return the members of a union, those that fewer texts spell first."""
     order = [types.NoneType, bool, int, float]
 
-    def rank(member: Any) -> int:
+    def rank(member: object) -> int:
         if member in order:
             return order.index(member)
         if get_origin(member) is Literal:
@@ -164,13 +164,13 @@ def _members(type: Any) -> list[Any]:
     return sorted(get_args(type), key=rank)
 
 
-def write(type: Any, value: Any) -> str:
+def write(type: object, value: object) -> str:
     """Return the text from which `read` makes `value` again.
 
     Raises:
       ValueError: `value` is not of `type`.
     """
-    if get_origin(type) is tuple or (_is_union(type) and isinstance(value, tuple)):
+    if isinstance(value, tuple) and (get_origin(type) is tuple or _is_union(type)):
         text = _write_tuple(type, value)
     else:
         text = _write_one(type, value)
@@ -179,7 +179,7 @@ def write(type: Any, value: Any) -> str:
     return text
 
 
-def _write_tuple(type: Any, value: tuple[Any, ...]) -> str:
+def _write_tuple(type: object, value: tuple[object, ...]) -> str:
     if not value:
         return "()"
     if _is_union(type):
@@ -190,12 +190,12 @@ def _write_tuple(type: Any, value: tuple[Any, ...]) -> str:
     return ",".join(parts) if parts != ["()"] else '"()"'
 
 
-def _write_element(type: Any, value: Any) -> str:
+def _write_element(type: object, value: object) -> str:
     text = _write_one(type, value)
     return json.dumps(value) if "," in text and text[0] != '"' else text
 
 
-def _write_one(type: Any, value: Any) -> str:
+def _write_one(type: object, value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -210,7 +210,7 @@ def _write_one(type: Any, value: Any) -> str:
     return json.dumps(value)
 
 
-def _spells(type: Any, pieces: tuple[Piece, ...], value: Any) -> bool:
+def _spells(type: object, pieces: tuple[Piece, ...], value: object) -> bool:
     try:
         back = read(type, pieces)
     except _NoFit:
@@ -250,14 +250,14 @@ def _piece(text: str) -> Piece:
     return Piece(json.loads(text, strict=False), quoted=True)
 
 
-def choices(type: Any) -> list[str]:
+def choices(type: object) -> list[str]:
     """Return the words that the literals in `type` allow."""
     if get_origin(type) is Literal:
         return list(map(str, get_args(type)))
     return [word for inner in get_args(type) for word in choices(inner)]
 
 
-def describe(type: Any) -> str:
+def describe(type: object) -> str:
     """Return what a value of `type` looks like, as messages and the documentation say it."""
     if get_origin(type) is Literal:
         return f"one of {', '.join(map(str, get_args(type)))}"
@@ -268,5 +268,10 @@ def describe(type: Any) -> str:
         return f"{len(inner)} values separated by commas: {', '.join(map(describe, inner))}"
     if _is_union(type):
         return " or ".join(describe(t) for t in get_args(type))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    words: dict[object, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }
     return "none" if type is types.NoneType else words[type]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from moecc.errors import CheckError, InputError, Problem, UsageError
 from moecc.ir.graph import Graph
@@ -68,7 +67,7 @@ class Report:
         """What the passes together did to the function; those that changed nothing don't count."""
         return weakest(r.preserves for r in self.runs if r.result.changed)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the report as JSON values."""
         total = self.preserves
         return {
@@ -78,7 +77,7 @@ class Report:
         }
 
 
-def _promise_dict(promise: Preserves) -> dict[str, Any]:
+def _promise_dict(promise: Preserves) -> dict[str, object]:
     return {
         "kind": promise.kind,
         "reason": promise.reason,
@@ -86,7 +85,7 @@ def _promise_dict(promise: Preserves) -> dict[str, Any]:
     }
 
 
-def _run_dict(run: PassRun) -> dict[str, Any]:
+def _run_dict(run: PassRun) -> dict[str, object]:
     result = run.result
     return {
         "pass": format_pass(run.item),

@@ -18,7 +18,7 @@ from moecc.ir.graph import Graph
 from moecc.pipeline.options import Option, options
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, weakest
 
-INHERITED: Any = object()
+INHERITED: object = object()
 """Marks what an option of a template takes from the pass that it is forwarded to."""
 
 
@@ -34,9 +34,9 @@ class TemplateOption:
     """
 
     field: str
-    default: Any = INHERITED
+    default: object = INHERITED
     doc: str = ""
-    type: Any = INHERITED
+    type: object = INHERITED
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Step:
 
     cls: type[Pass]
     forward: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, object] = field(default_factory=dict)
     when: str | None = None
     statistics: tuple[str, ...] | None = None
 
@@ -73,7 +73,7 @@ class Step:
         return {name: result.stats[name] for name in wanted if name in result.stats}
 
 
-def _no_problems(item: Any) -> Iterable[Problem]:
+def _no_problems(item: object) -> Iterable[Problem]:
     return ()
 
 
@@ -97,7 +97,7 @@ class PipelineTemplate:
     doc: str = ""
     check: Callable[[Any], Iterable[Problem]] = _no_problems
 
-    def __call__(self, **given: Any) -> TemplatePass:
+    def __call__(self, **given: object) -> TemplatePass:
         """Return the template with options, as a pass.
 
         Raises:
@@ -155,7 +155,7 @@ class PipelineTemplate:
                 return _fields(step.cls).get(name)
         return None
 
-    def _field(self, option: TemplateOption) -> tuple[str, Any, Any]:
+    def _field(self, option: TemplateOption) -> tuple[str, object, object]:
         """Return the field of the pass for an option, as `make_dataclass` takes it."""
         target = self._target(option.field)
         kind: Any = target.type if target and option.type is INHERITED else option.type

@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from moecc.errors import Problem, UsageError, nearest, printable
 from moecc.ir.scanner import problem_at
@@ -103,7 +102,7 @@ def format_pass(item: Pass, *, in_full: bool = False) -> str:
     return f"{item.name}{{{' '.join(parts)}}}" if parts else item.name
 
 
-def _format_option(option: Option, value: Any) -> str:
+def _format_option(option: Option, value: object) -> str:
     return option.name if value is True else f"{option.name}={write(option.type, value)}"
 
 
@@ -267,7 +266,7 @@ class _Parser:
             self.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
         return made
 
-    def values(self, cls: type[Pass], item: _Item) -> dict[str, Any]:
+    def values(self, cls: type[Pass], item: _Item) -> dict[str, object]:
         known, values = options(cls), {}
         for given in item.given:
             option = known.get(given.name)
@@ -288,7 +287,7 @@ class _Parser:
                 )
         return values
 
-    def value(self, option: Option, given: _Given) -> Any:
+    def value(self, option: Option, given: _Given) -> object:
         try:
             value = read(option.type, given.pieces or _SET)
             if given.pieces or value is True:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
@@ -137,12 +136,14 @@ class _Candidate:
 class _RecordingBuilder(Builder):
     """A builder that remembers what it made."""
 
-    def __init__(self, graph: Graph, **where: Any) -> None:
-        super().__init__(graph, **where)
+    def __init__(self, graph: Graph, *, loc: str, origin: str, before: Node) -> None:
+        super().__init__(graph, loc=loc, origin=origin, before=before)
         self.made: list[Node] = []
 
-    def node(self, name: str, *operands: Value, names: tuple[str, ...] = (), **attrs: Any) -> Node:
-        node = super().node(name, *operands, names=names, **attrs)
+    def node(
+        self, op: str, /, *operands: Value, names: tuple[str, ...] = (), **attrs: object
+    ) -> Node:
+        node = super().node(op, *operands, names=names, **attrs)
         self.made.append(node)
         return node
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moecc.ir.attributes import ProductAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import replace_value
@@ -124,7 +125,8 @@ def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
     (inner,) = found.attr("over")
     groups: dict[object, list[Node]] = {}
     for node in _projections_behind(found.value("x"), inner):
-        key = (node.operands[0], node.attrs["over"], node.attrs["precision"])
+        attrs = ProductAttrs.of_node(node)
+        key = (node.operands[0], attrs.over, attrs.precision)
         groups.setdefault(key, []).append(node)
     for group in groups.values():
         if len(group) > 1:
@@ -152,7 +154,7 @@ def _projections_behind(value: Value, inner: str) -> list[Node]:
 def _fusable_axis(group: list[Node], need_weights: bool) -> str | None:
     """Return the axis along which the matrices of `group` can be put together, or None."""
     params = [node.operands[1] for node in group]
-    x, over = group[0].operands[0], group[0].attrs["over"]
+    x, over = group[0].operands[0], ProductAttrs.of_node(group[0]).over
     added = [n for n in params[0].type.names if n not in over and n not in x.type]
     if len(added) != 1 or len(set(params)) != len(params):
         return None
@@ -185,7 +187,10 @@ def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> Non
     """Put one contraction and its parts in the place of the siblings."""
     first, axis = siblings.nodes[0], siblings.axis
     builder = Builder(graph, loc=first.loc, origin=origin, before=first)
-    product = builder.contract(first.operands[0], whole, **first.attrs, name="fused")
+    attrs = ProductAttrs.of_node(first)
+    product = builder.contract(
+        first.operands[0], whole, over=attrs.over, precision=attrs.precision, name="fused"
+    )
     parts: list[Value] = []
     start = 0
     for node, size in zip(siblings.nodes, siblings.sizes, strict=True):

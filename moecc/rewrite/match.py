@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.verify import where
@@ -28,7 +28,7 @@ class Match:
 
     root: Node
     nodes: tuple[Node, ...]
-    captures: Mapping[str, Any]
+    captures: Mapping[str, object]
 
     def value(self, name: str) -> Value:
         """Return the value captured as `name`."""
@@ -88,7 +88,7 @@ class Misses:
 
 
 # What is left to match, as a linked list: pattern, value, and the rest.
-_Todo = tuple[Pattern, Value, Any]
+_Todo: TypeAlias = "tuple[Pattern, Value, _Todo | None]"
 
 
 def match(
@@ -141,7 +141,7 @@ class _Attempt:
     __slots__ = ("alone", "captures", "choices", "failure", "nodes", "trail")
 
     def __init__(self) -> None:
-        self.captures: dict[str, Any] = {}
+        self.captures: dict[str, object] = {}
         self.trail: list[str] = []
         self.nodes: list[Node] = []
         self.alone: list[Value] = []
@@ -166,9 +166,9 @@ class _Attempt:
             self.failure = (pattern, value, "where")
         elif pattern.name is not None and not self.bind(pattern.name, value):
             self.failure = (pattern, value, "bind")
-        return rest  # type: ignore[no-any-return]
+        return rest
 
-    def enter(self, pattern: OpPattern, value: Value, rest: Any) -> _Todo | None:
+    def enter(self, pattern: OpPattern, value: Value, rest: _Todo | None) -> _Todo | None:
         node = value.node
         why = ""
         if node is None or node.op not in pattern.ops:
@@ -197,7 +197,7 @@ class _Attempt:
             return (p, a, (q, b, rest))
         for i in range(len(pattern.operands) - 1, -1, -1):
             rest = (pattern.operands[i], node.operands[i], rest)
-        return rest  # type: ignore[no-any-return]
+        return rest
 
     def attributes(self, pattern: OpPattern, node: Node) -> bool:
         for name, wanted in pattern.attrs:
@@ -212,7 +212,7 @@ class _Attempt:
                 return False
         return True
 
-    def bind(self, name: str, thing: Any) -> bool:
+    def bind(self, name: str, thing: object) -> bool:
         if name in self.captures:
             return bool(self.captures[name] == thing)
         self.captures[name] = thing
@@ -255,6 +255,7 @@ class _Attempt:
         if why == "bind":
             assert isinstance(pattern, Leaf | OpPattern)
             bound = self.captures[pattern.name or ""]
+            assert isinstance(bound, Value), "a name is of a value or of an attribute, not of both"
             return f"%{value.name} should be the same value as %{bound.name}"
         assert isinstance(pattern, OpPattern)
         if why == "op":

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Any
 
 from moecc.errors import UsageError, nearest
 from moecc.ir.ops import OpDef, op
 
-Where = Callable[[Any], bool]
+Where = Callable[[object], bool]
 """A predicate of a value or of an attribute."""
 
 Heads = frozenset[OpDef | None]
@@ -91,7 +90,7 @@ class OpPattern(Pattern):
 
     ops: frozenset[OpDef]
     operands: tuple[Pattern, ...]
-    attrs: tuple[tuple[str, Any], ...] = ()
+    attrs: tuple[tuple[str, object], ...] = ()
     rest: bool = False
     name: str | None = None
     alone: bool = False
@@ -199,7 +198,7 @@ class Patterns:
         return AttrPattern(name, where, why)
 
     def op(
-        self, names: str | Iterable[str], *operands: Pattern | EllipsisType, **attrs: Any
+        self, names: str | Iterable[str], *operands: Pattern | EllipsisType, **attrs: object
     ) -> OpPattern:
         """Return a pattern of a node of any of the operations `names`.
 
@@ -236,13 +235,13 @@ class Patterns:
             raise AttributeError(name)
         entry = op(name)
 
-        def make(*operands: Pattern | EllipsisType, **attrs: Any) -> OpPattern:
+        def make(*operands: Pattern | EllipsisType, **attrs: object) -> OpPattern:
             return self.op(entry.name, *operands, **attrs)
 
         return make
 
 
-def _check(entry: OpDef, count: int, rest: bool, attrs: dict[str, Any]) -> None:
+def _check(entry: OpDef, count: int, rest: bool, attrs: dict[str, object]) -> None:
     least = len(entry.operands)
     if (count > least and not entry.variadic) or (count < least and not rest):
         raise UsageError(
@@ -258,7 +257,7 @@ def _check(entry: OpDef, count: int, rest: bool, attrs: dict[str, Any]) -> None:
             )
 
 
-def _attr(entry: OpDef, name: str, value: Any) -> Any:
+def _attr(entry: OpDef, name: str, value: object) -> object:
     if callable(value):
         return AttrPattern(where=value)
     # As in the builder, one axis needs no tuple.

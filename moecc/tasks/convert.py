@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
@@ -25,6 +25,7 @@ from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.checkpoint.writer import OutputTensor, WriteReport
+    from moecc.families.describe import Description
     from moecc.families.export import Export
     from moecc.pipeline.text import Pipeline
 
@@ -84,11 +85,16 @@ class Plan:
         """The number of parameters to write."""
         return sum(prod(t.expr.type.shape) for t in self.tensors)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
+    @cached_property
+    def facts(self) -> Description:
+        """What is said of the model that will be written."""
         from moecc.families.describe import describe
 
-        facts = describe(self.graph)
+        return describe(self.graph)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the plan as JSON values."""
+        facts = self.facts
         return {
             "source": self.model.name,
             "family_from": self.graph.attrs.get("family"),
@@ -228,11 +234,10 @@ def _write_companions(folder: Path, planned: Plan, title: str) -> None:
 
 def _card(planned: Plan, title: str) -> str:
     from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
-    from moecc.families.describe import describe
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
-    path, facts = checkpoint.path, describe(planned.graph)
+    path, facts = checkpoint.path, planned.facts
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
     made = (f"{count} of {facts.layers} layers have {kind}" for kind, count in kinds.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,8 @@ from moecc.errors import InputError, Problem, UsageError
 from moecc.model.open import Model
 from moecc.tasks.verify import vocabulary
 from moecc.tokenizer.process import Tokenizer
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
-
-Array = np.ndarray[Any, Any]
 
 MAX_TOKENIZER_BYTES = 256 << 20
 

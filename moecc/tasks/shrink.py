@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.operand import Attrs
 from moecc.ir.traits import Cut, Product
 from moecc.types.tensor import Axis, TensorType
 
@@ -165,10 +166,11 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
 
 def _pinned(node: Node) -> Iterator[int]:
     """Yield the sizes that stay because of `node`: layers, experts, and how many are chosen."""
+    attrs: Attrs = node.attrs
     for name, spec in node.op.attrs.items():
         if not spec.pins:
             continue
-        value = node.attrs[name]
+        value = attrs[name]
         if spec.kind == "axis":
             yield _number(node.operands[0].type[value].size)
         elif spec.kind == "sizes":
@@ -206,8 +208,8 @@ def _map_type(type: TensorType, sizes: Mapping[int, int]) -> TensorType:
     )
 
 
-def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, Any]:
-    attrs = dict(node.attrs)
+def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, object]:
+    attrs: dict[str, Any] = dict(node.attrs)
     if node.body is not None:
         return {**attrs, "body": _mapped(node.body, sizes)}
     for name, spec in node.op.attrs.items():

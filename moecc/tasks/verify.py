@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -11,9 +10,8 @@ from moecc.backend import Arrays, Backend, get_backend
 from moecc.errors import InputError
 from moecc.model.inputs import default_inputs
 from moecc.model.open import Model
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
-
-Array = np.ndarray[Any, Any]
 
 TOLERANCE = 1e-5
 """The default bound on the largest difference of logits, relative to the largest logit."""
@@ -109,7 +107,7 @@ class Verdict:
         """Whether the model is the source's function within the tolerance."""
         return self.difference.max_relative <= self.tolerance
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the verdict as JSON values."""
         shapes = {name: list(shape) for name, shape in self.inputs.items()}
         tokens = list(self.tokens)

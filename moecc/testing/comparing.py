@@ -17,7 +17,8 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
 from moecc.testing.data import Sizes, inputs_for, params_for
-from moecc.testing.draws import Data, generator
+from moecc.testing.draws import generator
+from moecc.types.arrays import Array
 
 TOLERANCE = 1e-12
 """The difference allowed between equal outputs, times their magnitude (at least 1)."""
@@ -35,7 +36,7 @@ def run_reference(
     seed: int = 0,
     params: Arrays | None = None,
     inputs: Arrays | None = None,
-) -> dict[str, Data]:
+) -> dict[str, Array]:
     """Return the outputs of `graph` in the reference interpreter, on random data.
 
     Args:
@@ -55,7 +56,7 @@ def run_reference(
 def gaps(
     graph: Graph,
     data: tuple[Arrays, Arrays],
-    found: Mapping[str, Data],
+    found: Mapping[str, Array],
     *,
     seed: int,
     exact: bool = False,
@@ -107,13 +108,13 @@ class Trial:
     tolerance: float = TOLERANCE
 
     def gaps(
-        self, graph: Graph, data: tuple[Arrays, Arrays], found: Mapping[str, Data]
+        self, graph: Graph, data: tuple[Arrays, Arrays], found: Mapping[str, Array]
     ) -> list[str]:
         """Return `gaps` of `found` and the outputs of `graph`, as strictly as was promised."""
         return gaps(graph, data, found, seed=self.seed, exact=self.exact, tolerance=self.tolerance)
 
 
-def magnitude(data: Data) -> float:
+def magnitude(data: Array) -> float:
     """Return the largest finite number of `data`, at least 1; 0 for what is no float."""
     if data.dtype.kind != "f":
         return 0.0
@@ -122,10 +123,10 @@ def magnitude(data: Data) -> float:
 
 
 def amplified(
-    graph: Graph, params: Arrays, inputs: Arrays, expected: Mapping[str, Data]
-) -> dict[str, Data]:
+    graph: Graph, params: Arrays, inputs: Arrays, expected: Mapping[str, Array]
+) -> dict[str, Array]:
     """Return how far each output moves under small errors of the data and of each operation."""
-    moved: dict[str, Data] = {}
+    moved: dict[str, Array] = {}
     for draw in range(3):
         near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in (params, inputs)]
         outputs = run_reference(_with_errors(graph, draw), params=near[0], inputs=near[1])
@@ -157,14 +158,14 @@ def _use_instead(old: Value, new: Value, users: Sequence[Node]) -> None:
                 user.set_operand(at, new)
 
 
-def _nudged(data: Data, draw: int, name: str) -> Data:
+def _nudged(data: Array, draw: int, name: str) -> Array:
     if data.dtype.kind not in "fV":
         return data
     noise = generator(draw, "nudge", name).uniform(-1, 1, data.shape)
     return np.asarray(data.astype(np.float64) * (1 + PERTURBATION * noise))
 
 
-def distance(expected: Data, found: Data) -> Data:
+def distance(expected: Array, found: Array) -> Array:
     """Return how far the arrays are apart: 0 where undefined, ∞ where only one is infinite."""
     a, b = expected.astype(np.float64), found.astype(np.float64)
     with np.errstate(all="ignore"):
@@ -173,7 +174,7 @@ def distance(expected: Data, found: Data) -> Data:
     return np.where(np.isnan(a), 0.0, np.where(np.isnan(apart), np.inf, apart))
 
 
-def unequal(expected: Mapping[str, Data], found: Mapping[str, Data], seed: int) -> Iterator[str]:
+def unequal(expected: Mapping[str, Array], found: Mapping[str, Array], seed: int) -> Iterator[str]:
     """Yield a line for each output that is not equal bit for bit."""
     for name, a in expected.items():
         if not np.array_equal(a, found[name], equal_nan=a.dtype.kind == "f"):
@@ -182,7 +183,7 @@ def unequal(expected: Mapping[str, Data], found: Mapping[str, Data], seed: int) 
 
 
 def beyond(
-    expected: Mapping[str, Data], found: Mapping[str, Data], allowed: Mapping[str, Any], seed: int
+    expected: Mapping[str, Array], found: Mapping[str, Array], allowed: Mapping[str, Any], seed: int
 ) -> Iterator[str]:
     """Yield a line for each output that differs by more than `allowed`: the worst element."""
     for name, a in expected.items():

@@ -12,10 +12,12 @@ from math import prod
 
 import numpy as np
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
 from moecc.ir.indices import index_sizes
 from moecc.ir.table.repetition import repetitions
-from moecc.testing.draws import Data, generator, moved
+from moecc.testing.draws import generator, moved
+from moecc.types.arrays import Array
 from moecc.types.ranges import element, lengths
 from moecc.types.tensor import Size, TensorType
 
@@ -35,8 +37,9 @@ def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
     sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
     for node in graph.every_node():
         if node.op.assigns_slots:
-            groups = node.attrs["group_size"] or node.attrs["groups"]
-            _make_divisible(sizes, node.operands[0].type, node.attrs["tokens"], groups)
+            attrs = SlotAttrs.of_node(node)
+            groups = attrs.group_size or attrs.groups
+            _make_divisible(sizes, node.operands[0].type, attrs.tokens, groups)
     return sizes
 
 
@@ -62,7 +65,7 @@ def _known(size: Size, sizes: Sizes) -> int:
 
 def inputs_for(
     graph: Graph, seed: int = 0, sizes: Sizes | None = None, step: float = 0.0
-) -> dict[str, Data]:
+) -> dict[str, Array]:
     """Return random arrays for the inputs of `graph`.
 
     Floats are normal with standard deviation 1; integers stay within the tables, one-hot axes and
@@ -80,7 +83,7 @@ def inputs_for(
 
 def params_for(
     graph: Graph, seed: int = 0, sizes: Sizes | None = None, step: float = 0.0
-) -> dict[str, Data]:
+) -> dict[str, Array]:
     """Return random arrays for the parameters of `graph`.
 
     A parameter with a weight expression is what the expression makes of random source tensors,
@@ -97,7 +100,7 @@ def params_for(
     return {n: _made(v, seed, sizes, step) for n, v in graph.params.items()}
 
 
-def _made(value: Value, seed: int, sizes: Sizes, step: float) -> Data:
+def _made(value: Value, seed: int, sizes: Sizes, step: float) -> Array:
     if value.weight is None:
         # What no expression makes is the tensor of its own name, for passes that say so.
         rolled = _rolled(value, seed, sizes, step)
@@ -107,7 +110,7 @@ def _made(value: Value, seed: int, sizes: Sizes, step: float) -> Data:
     return weight_for(value.weight, seed, step)
 
 
-def _rolled(value: Value, seed: int, sizes: Sizes, step: float) -> Data | None:
+def _rolled(value: Value, seed: int, sizes: Sizes, step: float) -> Array | None:
     """Return what stands for a parameter of each layer, or None where `value` is one of its own."""
     for user in value.users:
         axis, runs = repetitions(user.attrs) if user.body is not None else ("", 0)
@@ -126,7 +129,7 @@ def _draw(
     step: float,
     name: str = "",
     without: str = "",
-) -> Data:
+) -> Array:
     """Draw what `value` is, or what `name` is, which lacks the axis `without`."""
     type = value.type.without(without) if without else value.type
     dtype, shape = type.dtype, shape_of(type, sizes)

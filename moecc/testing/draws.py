@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 
-Data = np.ndarray[Any, Any]
+from moecc.types.arrays import Array
 
 
 def generator(seed: int, *words: str) -> np.random.Generator:
@@ -16,7 +15,7 @@ def generator(seed: int, *words: str) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest, "little")])
 
 
-def moved(data: Data, step: float, seed: int, *words: str) -> Data:
+def moved(data: Array, step: float, seed: int, *words: str) -> Array:
     """Return `data`, in float64 and a step further in a direction that `words` decide.
 
     Where the step is 0, `data` itself: in its own element type.

@@ -15,7 +15,7 @@ from moecc.ir.structure import clone
 from moecc.ir.unroll import unrolled
 from moecc.testing.comparing import Trial, gaps, run_reference
 from moecc.testing.data import inputs_for, params_for
-from moecc.testing.draws import Data
+from moecc.types.arrays import Array
 
 STEP = 1e-6
 """How far the data move: few choices and kinks lie so near, and 1e-12 still shows a gradient."""
@@ -39,7 +39,7 @@ def _stops(graph: Graph) -> list[Node]:
     return [n for n in graph if n.op.blocks_gradient and n.result.type.dtype.is_float]
 
 
-_HeldRun = tuple[Graph, tuple[Arrays, Arrays], dict[str, Data]]
+_HeldRun = tuple[Graph, tuple[Arrays, Arrays], dict[str, Array]]
 """A graph whose stopped values are inputs, its parameters and inputs, and its outputs."""
 
 
@@ -55,7 +55,7 @@ def _held_run(graph: Graph, trial: Trial) -> _HeldRun:
     return graph, (params, inputs), run_reference(graph, params=params, inputs=inputs)
 
 
-def _values_of(graph: Graph, kept: dict[str, Node], trial: Trial) -> dict[str, Data]:
+def _values_of(graph: Graph, kept: dict[str, Node], trial: Trial) -> dict[str, Array]:
     """Return, by name, what the nodes `kept` result in where the data are."""
     shown = clone(graph)
     for name, node in kept.items():

@@ -40,7 +40,7 @@ def named_axes(pattern: Pattern) -> list[str]:
             for name, value in item.attrs:
                 kinds = {entry.attrs[name].kind for entry in item.ops if name in entry.attrs}
                 if kinds & {"axis", "axes"} and not isinstance(value, AttrPattern):
-                    found += [value] if isinstance(value, str) else value
+                    found += value if isinstance(value, tuple) else [str(value)]
     return list(dict.fromkeys(found))
 
 

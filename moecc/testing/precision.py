@@ -15,8 +15,9 @@ import numpy as np
 from moecc.ir.graph import Graph
 from moecc.testing.comparing import Trial, beyond, distance, magnitude, run_reference, unequal
 from moecc.testing.data import inputs_for, params_for
-from moecc.testing.draws import Data, generator
+from moecc.testing.draws import generator
 from moecc.testing.weights import stored_weight
+from moecc.types.arrays import Array
 
 SINGLE = 2.0**-20
 """The relative error of a weight that float32 explains: of eight roundings."""
@@ -51,7 +52,7 @@ def _expressions(graph: Graph) -> set[object]:
     return {v.weight for v in graph.params.values() if v.weight is not None}
 
 
-def _stored(graph: Graph, trial: Trial) -> dict[str, Data]:
+def _stored(graph: Graph, trial: Trial) -> dict[str, Array]:
     made = {
         n: stored_weight(v.weight, trial.seed)
         for n, v in graph.params.items()
@@ -60,7 +61,7 @@ def _stored(graph: Graph, trial: Trial) -> dict[str, Data]:
     return params_for(graph, trial.seed, trial.sizes) | made
 
 
-def _rounded(data: Data, draw: int, name: str) -> Data:
+def _rounded(data: Array, draw: int, name: str) -> Array:
     if data.dtype.kind not in "fV":
         return data
     noise = generator(draw, "rounded", name).uniform(-1, 1, data.shape)

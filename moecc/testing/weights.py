@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from moecc.testing.choices import Choices, pick
-from moecc.testing.draws import Data, generator, moved
+from moecc.testing.draws import generator, moved
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, F64
 from moecc.types.tensor import TensorType
 from moecc.weights.arithmetic import Cast, Scale
@@ -41,7 +42,7 @@ def _source(choices: Choices, type: TensorType) -> Source:
     return Source(f"model.{choices.below(3)}.weight_{sizes}_{'_'.join(type.names)}", type)
 
 
-def weight_for(weight: Expr, seed: int, step: float = 0.0) -> Data:
+def weight_for(weight: Expr, seed: int, step: float = 0.0) -> Array:
     """Return what `weight` makes of random source tensors, in float64 throughout.
 
     Casts between floats are left out: rounded to a narrow type, weights that are equal in real
@@ -55,7 +56,7 @@ def weight_for(weight: Expr, seed: int, step: float = 0.0) -> Data:
     return evaluate(transform(weight, _in_float64), _Sources(weight, seed, step))
 
 
-def stored_weight(weight: Expr, seed: int) -> Data:
+def stored_weight(weight: Expr, seed: int) -> Array:
     """Return what `weight` makes of random source tensors as a checkpoint would hold it.
 
     Every cast and every product rounds as the types of the expression say; what comes out is in
@@ -83,7 +84,7 @@ class _Sources:
         self.step = step
         self.types = {s.name: s.type for s in sources(weight)}
 
-    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Data:
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         type = self.types[name]
         rng = generator(self.seed, "source", name)
         if not type.dtype.is_float:
@@ -98,5 +99,5 @@ class _Sources:
 class _Stored(_Sources):
     """Reads the same tensors in their own element types."""
 
-    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Data:
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         return super().__call__(name, start, stop).astype(self.types[name].dtype.numpy)

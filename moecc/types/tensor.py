@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 from moecc.types.dtypes import DType
 
@@ -200,6 +200,6 @@ def is_printable(type: TensorType) -> bool:
     )
 
 
-def tensor(dtype: DType, /, **sizes: Any) -> TensorType:
+def tensor(dtype: DType, /, **sizes: Size) -> TensorType:
     """Return a type from keyword sizes: ``tensor(F32, batch="B", embed=576)``."""
     return TensorType(dtype, tuple(Axis(n, s) for n, s in sizes.items()))

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from math import prod
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from moecc.types.arrays import Array
 from moecc.types.tensor import TensorType
-
-Array = npt.NDArray[Any]
 
 Box = tuple[tuple[int, int], ...]
 """A range [start, stop) for each axis, in order."""

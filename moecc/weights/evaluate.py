@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moecc.errors import InputError
+from moecc.types.arrays import Array
 from moecc.types.dtypes import DType
 from moecc.types.tensor import TensorType
 from moecc.weights import moments, random
@@ -33,7 +34,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
-from moecc.weights.rounding import Array, first_nonfinite, round_to, widen
+from moecc.weights.rounding import first_nonfinite, round_to, widen
 from moecc.weights.simplify import simplify
 
 BLOCK_BYTES = 4 << 20

@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 from weakref import WeakValueDictionary
 
 import ml_dtypes
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
-_table: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()
+_table: WeakValueDictionary[tuple[object, ...], Expr] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -67,7 +67,7 @@ class Expr(metaclass=_Interned):
     depth: int
     nodes: int
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -92,10 +92,10 @@ class Expr(metaclass=_Interned):
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _fields(self) -> tuple[Any, ...]:
+    def _fields(self) -> tuple[object, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
-    def _key(self) -> tuple[Any, ...]:
+    def _key(self) -> tuple[object, ...]:
         # 0.0 equals -0.0, yet they make other bytes.
         values = (v.hex() if isinstance(v, float) else v for v in self._fields())
         return (self.__class__, *values)
@@ -127,7 +127,7 @@ class Expr(metaclass=_Interned):
     def __repr__(self) -> str:
         return str(self)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return (self.__class__, self._fields())
 
     def __copy__(self) -> Expr:
@@ -152,7 +152,7 @@ def _operands(expr: Expr) -> Iterator[Expr]:
             yield from (v for v in value if isinstance(v, Expr))
 
 
-def _replaced(value: Any, rest: Iterator[Expr]) -> Any:
+def _replaced(value: object, rest: Iterator[Expr]) -> object:
     if isinstance(value, Expr):
         return next(rest)
     if isinstance(value, tuple) and value and isinstance(value[0], Expr):

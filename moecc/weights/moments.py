@@ -11,11 +11,12 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F64
 from moecc.weights.arithmetic import Moment
 from moecc.weights.boxes import Box, align, project
 from moecc.weights.expr import Expr
-from moecc.weights.rounding import Array, widen
+from moecc.weights.rounding import widen
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]

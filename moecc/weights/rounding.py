@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from moecc.types.arrays import Array
 from moecc.types.dtypes import BF16, F16, F32, F64, DType
-
-Array = npt.NDArray[Any]
 
 _LOSSLESS = {
     "f8e4m3fn": {"f16", "bf16", "f32", "f64"},

@@ -161,7 +161,7 @@ def test_a_body_is_made_by_hand() -> None:
     body.set_output("h", Builder(body).silu(h))
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B"))
-    graph.set_output("y", Builder(graph).scan(x, over=(("layer", 4),), carries=1, body=body))
+    graph.set_output("y", Builder(graph).scan(x, over=(("layer", 4),), carries=1, body=body)[0])
     laws.check_graph(graph)
     with pytest.raises(InputError, match="a graph, in braces after the line"):
         Builder(graph).scan(x, over=(("layer", 4),), carries=1, body="body")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from moecc.checkpoint.gguf.storage import Storage
 from moecc.errors import MachineError
+from moecc.types.arrays import Array
 
 # The package works row by row, slowly where rows are short.  Blocks know nothing of rows, so they
 # are handed over in pieces of this many elements, whose temporary arrays stay in the cache.
 _PIECE = 1 << 16
 
 
-def dequantise(raw: np.ndarray[Any, Any], storage: Storage) -> np.ndarray[Any, Any]:
+def dequantise(raw: Array, storage: Storage) -> Array:
     """Return the elements of whole blocks [bytes] as float32 [elements].
 
     Raises:

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
 from moecc.checkpoint.gguf.keys import Keys, token_id
@@ -19,6 +16,7 @@ from moecc.checkpoint.gguf.names import EMBEDDING, HEAD, GgufFamily
 from moecc.checkpoint.gguf.rope import read_rope
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError
+from moecc.types.arrays import Array
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
@@ -52,16 +50,16 @@ class Sizes:
 def make_config(
     header: GgufHeader,
     family: GgufFamily,
-    divisors: np.ndarray[Any, Any] | None,
+    divisors: Array | None,
     problems: Problems,
-) -> tuple[dict[str, Any], Sizes]:
+) -> tuple[dict[str, object], Sizes]:
     """Return config.json and the sizes of a head; everything wrong goes to `problems`."""
     architecture = str(header.metadata["general.architecture"])
     keys = Keys(header.metadata, architecture, header.path, problems)
     hidden, context = keys.size("embedding_length"), keys.size("context_length")
     sizes = _head_sizes(keys, hidden)
     vocab = _vocabulary_size(keys, header)
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": vocab,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.files import read_into
 from moecc.errors import InputError, printable
@@ -21,6 +20,7 @@ MAX_STRINGS = 1 << 21
 MAX_TEXT_BYTES = 16 << 20
 WINDOW_BYTES = 1 << 20
 _LENGTH = struct.Struct("<Q")
+_CODE = struct.Struct("<I")
 
 
 class Cursor:
@@ -48,7 +48,7 @@ class Cursor:
         """The file and what is being read in it."""
         return f"{self.path}, {self._place}"
 
-    def number(self, layout: struct.Struct) -> Any:
+    def number(self, layout: struct.Struct) -> int | float:
         """Read one number.
 
         Raises:
@@ -56,7 +56,12 @@ class Cursor:
         """
         begin = self._see(layout.size)
         self.offset += layout.size
-        return layout.unpack_from(self._window, begin)[0]
+        found: int | float = layout.unpack_from(self._window, begin)[0]
+        return found
+
+    def code(self) -> int:
+        """Read a 32-bit code or small count. Raises as `number`."""
+        return int(self.number(_CODE))
 
     def length(self) -> int:
         """Read a 64-bit length or count. Raises as `number`."""

@@ -131,13 +131,13 @@ class _Check:
         cursor = self.cursor
         cursor.reading = "the preamble"
         cursor.require(_PREAMBLE_BYTES)
-        magic = _U32.pack(cursor.number(_U32))
+        magic = cursor.code().to_bytes(4, "little")
         if magic != MAGIC:
             older = _OLDER.get(magic)
             found = f"the older {older} format" if older else f"the bytes {magic!r}"
             hint = "convert the original model with a current llama.cpp" if older else None
             raise cursor.error("this is not a GGUF file", expected="GGUF", found=found, hint=hint)
-        version = int(cursor.number(_U32))
+        version = cursor.code()
         if version in VERSIONS:
             return version
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -181,12 +181,12 @@ class _Check:
         cursor.reading = f"tensor {index + 1:,} of {count:,}"
         name = cursor.text()
         cursor.reading = f"tensor '{name}'"
-        rank = cursor.number(_U32)
+        rank = cursor.code()
         if not 1 <= rank <= MAX_RANK:
             # A rank that is wrong says nothing of where the next entry begins.
             raise cursor.error("wrong number of axes", expected="1 to 4", found=f"{rank:,}")
         dimensions = tuple(cursor.length() for _ in range(rank))
-        return _Entry(name, dimensions, cursor.number(_U32), cursor.length())
+        return _Entry(name, dimensions, cursor.code(), cursor.length())
 
     def _data_start(self, metadata: dict[str, Value]) -> int:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)

@@ -69,8 +69,10 @@ class Keys:
         value = self.value(key)
         if value is None:
             return default
-        if type(value) in (int, float) and math.isfinite(number := float(value)) and number >= 0:  # type: ignore[arg-type]
-            return number
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = float(value)
+            if math.isfinite(number) and number >= 0:
+                return number
         self.refuse(key, "not a usable number", expected="a finite number, 0 or above")
         return default
 

@@ -6,7 +6,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,11 +15,11 @@ from moecc.checkpoint.gguf.cursor import Cursor
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError
+from moecc.types.arrays import Array
 
 MAX_KEYS = 1 << 14
 _LEAST_KEY_BYTES = 8 + 1 + 4 + 1
 _STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
-_CODE = struct.Struct("<I")
 _SCALARS: dict[int, tuple[str, str]] = {
     0: ("u8", "B"),
     1: ("i8", "b"),
@@ -78,7 +78,7 @@ class GgufArray:
                 raise InputError("a string is not UTF-8", where=where) from None
         return texts
 
-    def numbers(self) -> np.ndarray[Any, Any]:
+    def numbers(self) -> Array:
         """Read an array of numbers [count]. Raises as `strings`."""
         if not self.letter:
             raise self._wrong("numbers")
@@ -124,7 +124,7 @@ def read_metadata(
             problems.add(fault, where=cursor.where)
         elif key in metadata:
             problems.add("the key appears twice", where=cursor.where)
-        metadata[key] = _value(cursor, cursor.number(_CODE), identity, problems)
+        metadata[key] = _value(cursor, cursor.code(), identity, problems)
     return metadata
 
 
@@ -145,12 +145,11 @@ def _value(cursor: Cursor, code: int, identity: Identity, problems: Problems) ->
     if code == _FLOAT32:
         # The shortest decimal that rounds to the same number: 1e-05, not 9.999999747378752e-06.
         return float(str(np.float32(value)))
-    found: int | float = value
-    return found
+    return value
 
 
 def _array(cursor: Cursor, identity: Identity) -> GgufArray:
-    code = cursor.number(_CODE)
+    code = cursor.code()
     count = cursor.length()
     offset = cursor.offset
     if code == _STRING:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from moecc.checkpoint.gguf.tokenizer import tokenizer_files
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest, printable
+from moecc.types.arrays import Array
 
 _GUESSES = 20
 
@@ -50,7 +51,7 @@ class GgufFile:
     def __init__(
         self,
         header: GgufHeader,
-        config: dict[str, Any],
+        config: dict[str, object],
         tensors: dict[str, TensorInfo],
         head_dims: dict[str, int],
         pool: DescriptorPool,
@@ -64,7 +65,7 @@ class GgufFile:
         self._pool = pool
         self._turned: tuple[dict[str, bytes], str | None] | None = None
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
 
         Raises:
@@ -129,7 +130,7 @@ class GgufFile:
     ) -> None:
         self.close()
 
-    def _stored(self, info: TensorInfo, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def _stored(self, info: TensorInfo, start: int, stop: int) -> Array:
         """Read rows in the order of the file."""
         shape, skipped = rows_of(info, start, stop)
         raw = np.empty(shape[0] * (info.nbytes // info.shape[0]), np.uint8)
@@ -149,6 +150,8 @@ class GgufFile:
     def _tokenizer(self) -> tuple[dict[str, bytes], str | None]:
         if self._turned is None:
             rows, length = self.config["vocab_size"], self.config["max_position_embeddings"]
+            assert isinstance(rows, int), "a size"
+            assert isinstance(length, int), "a size"
             try:
                 self._turned = tokenizer_files(self.metadata, rows, length), None
             except InputError as error:
@@ -156,7 +159,7 @@ class GgufFile:
         return self._turned
 
 
-def halves_from_neighbours(rows: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+def halves_from_neighbours(rows: Array, head_dim: int) -> Array:
     """Reorder the rows [heads x head_dim, ...] of a query or key projection.
 
     In the file the rotary embedding turns row 2i of a head against row 2i + 1; Hugging Face turns
@@ -235,9 +238,7 @@ def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[s
     return names
 
 
-def _rotary_divisors(
-    header: GgufHeader, pool: DescriptorPool, problems: Problems
-) -> np.ndarray[Any, Any] | None:
+def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problems) -> Array | None:
     """Read what the rotary frequencies are divided by: half a head of numbers."""
     stored = header.tensors.get(ROPE_FACTORS)
     if stored is None:
@@ -253,7 +254,7 @@ def _rotary_divisors(
 
 
 def _check_divisors(
-    header: GgufHeader, divisors: np.ndarray[Any, Any] | None, sizes: Sizes, problems: Problems
+    header: GgufHeader, divisors: Array | None, sizes: Sizes, problems: Problems
 ) -> None:
     if divisors is not None and 2 * divisors.size != sizes.head_dim:
         problems.add(

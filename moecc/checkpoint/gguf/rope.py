@@ -7,11 +7,11 @@ resulting divisor of each frequency is stored, as the tensor ``rope_freqs.weight
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from moecc.checkpoint.gguf.keys import Keys
+from moecc.types.arrays import Array, Doubles
 
 _LOW, _HIGH = 1.0, 4.0
 # What Llama 3.1 to 3.3 were trained with comes first.
@@ -27,9 +27,7 @@ _BETAS = ("beta_fast", "beta_slow")
 _TYPES = ("none", "linear", "yarn")
 
 
-def read_rope(
-    keys: Keys, context_length: int, divisors: np.ndarray[Any, Any] | None
-) -> dict[str, Any]:
+def read_rope(keys: Keys, context_length: int, divisors: Array | None) -> dict[str, object]:
     """Return ``rope_theta`` and ``rope_scaling``; what cannot be said goes to the problems.
 
     `divisors` [head_dim / 2] is the content of ``rope_freqs.weight`` where there is one.
@@ -43,7 +41,7 @@ def read_rope(
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _stated(keys: Keys, context_length: int) -> dict[str, Any] | None:
+def _stated(keys: Keys, context_length: int) -> dict[str, object] | None:
     older = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", 0.0) or older
     kind = keys.text("rope.scaling.type", "linear")
@@ -67,7 +65,7 @@ def _stated(keys: Keys, context_length: int) -> dict[str, Any] | None:
     return None
 
 
-def _llama3(keys: Keys, theta: float, divisors: np.ndarray[Any, Any]) -> dict[str, Any] | None:
+def _llama3(keys: Keys, theta: float, divisors: Array) -> dict[str, object] | None:
     """Find the parameters that give these divisors.
 
     Only the ratios of the old length to the two wavelength factors shape them, so with the
@@ -94,12 +92,10 @@ def _llama3(keys: Keys, theta: float, divisors: np.ndarray[Any, Any]) -> dict[st
     return None
 
 
-def _llama3_divisors(
-    theta: float, count: int, factor: float, length: int
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _llama3_divisors(theta: float, count: int, factor: float, length: int) -> Doubles:
     """Return by what Llama 3.1 divides each of `count` frequencies."""
     frequencies = theta ** (-np.arange(count) / count)
     turns = length * frequencies / (2 * math.pi)
     kept = np.clip((turns - _LOW) / (_HIGH - _LOW), 0.0, 1.0)
-    divisors: np.ndarray[Any, np.dtype[np.float64]] = 1 / ((1 - kept) / factor + kept)
+    divisors: Doubles = 1 / ((1 - kept) / factor + kept)
     return divisors

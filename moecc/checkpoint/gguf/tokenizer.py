@@ -8,9 +8,8 @@ of a ``tokenizer.json``; for every other name there is no tokenizer rather than 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import Any
 
 from moecc.checkpoint.gguf.keys import shown
 from moecc.checkpoint.gguf.metadata import Value
@@ -39,12 +38,12 @@ _GPT2_STEPS = ({"type": "ByteLevel", "use_regex": True},)
 _DIGIT_STEPS = ({"type": "Digits", "individual_digits": True}, *_GPT2_STEPS)
 
 
-def _split(words: str) -> tuple[dict[str, Any], ...]:
+def _split(words: str) -> tuple[dict[str, object], ...]:
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
     return split, {"type": "ByteLevel", "use_regex": False}
 
 
-_PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
+_PRE_TOKENIZERS: Mapping[str, tuple[dict[str, object], ...]] = {
     "gpt-2": _GPT2_STEPS,
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGIT_STEPS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _split(_LLAMA3_WORDS)),
@@ -77,7 +76,7 @@ def tokenizer_files(
     }
 
 
-def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
+def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
     steps = _PRE_TOKENIZERS.get(vocabulary.pre)
     if steps is None:
         raise InputError(
@@ -105,7 +104,7 @@ def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _sentence_piece(vocabulary: Vocabulary) -> dict[str, Any]:
+def _sentence_piece(vocabulary: Vocabulary) -> dict[str, object]:
     to_marks = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     to_spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     prefix = [{"type": "Prepend", "prepend": _SPACE}] if vocabulary.adds_space else []
@@ -169,7 +168,7 @@ def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     return [(token[:-cut], token[-cut:]) for _, cut, token in ranked]
 
 
-def _frame(vocabulary: Vocabulary) -> dict[str, Any]:
+def _frame(vocabulary: Vocabulary) -> dict[str, object]:
     """Return what does not depend on the kind of the tokenizer."""
     added = [
         {
@@ -193,7 +192,7 @@ def _frame(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _template(vocabulary: Vocabulary) -> dict[str, Any] | None:
+def _template(vocabulary: Vocabulary) -> dict[str, object] | None:
     """Return the post-processor that puts the first and last token around a text."""
     special = vocabulary.special
     first = [special["bos"]] if vocabulary.adds_bos and "bos" in special else []
@@ -201,12 +200,13 @@ def _template(vocabulary: Vocabulary) -> dict[str, Any] | None:
     if not first and not last:
         return None
 
-    def text(name: str, kind: int) -> list[dict[str, Any]]:
-        before, after = (
-            [{"SpecialToken": {"id": vocabulary.tokens[number], "type_id": kind}} for number in ids]
-            for ids in (first, last)
-        )
-        return [*before, {"Sequence": {"id": name, "type_id": kind}}, *after]
+    def text(name: str, kind: int) -> list[dict[str, object]]:
+        def special_tokens(ids: list[int]) -> Iterator[dict[str, object]]:
+            for number in ids:
+                yield {"SpecialToken": {"id": vocabulary.tokens[number], "type_id": kind}}
+
+        sequence: dict[str, object] = {"Sequence": {"id": name, "type_id": kind}}
+        return [*special_tokens(first), sequence, *special_tokens(last)]
 
     tokens = {vocabulary.tokens[number]: number for number in chain(first, last)}
     return {
@@ -222,9 +222,9 @@ def _template(vocabulary: Vocabulary) -> dict[str, Any] | None:
 
 def _tokenizer_config(
     vocabulary: Vocabulary, metadata: Mapping[str, Value], context_length: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
@@ -253,7 +253,7 @@ def _chat_template(metadata: Mapping[str, Value]) -> str | list[dict[str, str]] 
     return [{"name": "default", "template": default}, *named] if named else default
 
 
-def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
+def _generation_config(vocabulary: Vocabulary) -> dict[str, object]:
     ends = vocabulary.ends
     ids = {
         "bos_token_id": vocabulary.special.get("bos"),
@@ -263,5 +263,5 @@ def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _json(value: Any, indent: int | None = None) -> bytes:
+def _json(value: object, indent: int | None = None) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
@@ -65,7 +65,7 @@ def _split_sizes(node: Definition) -> Product:
     return Product(whole, tuple(size for _, size in node.attrs["into"]))
 
 
-def _split_locally(node: Definition, mesh: Mesh) -> dict[str, Any]:
+def _split_locally(node: Definition, mesh: Mesh) -> Attrs:
     (name, size), *others = node.attrs["into"]
     shards = mesh.size(node.result.type[name].mesh)
     return {**node.attrs, "into": ((name, size // shards), *others)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil, inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
@@ -85,7 +85,7 @@ def _check_placement(tokens: tuple[str, ...], counts: TensorType) -> None:
         )
 
 
-def _in_own_block(node: Definition, mesh: Mesh) -> dict[str, Any]:
+def _in_own_block(node: Definition, mesh: Mesh) -> Attrs:
     shards = mesh.size(node.operands[2].type["group"].mesh)
     return {**node.attrs, "blocks": node.attrs["blocks"] // shards}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
@@ -55,7 +55,7 @@ def _infer_chunk(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType,
     return (_resized(type, axis, size // of),)
 
 
-def _own_parts(node: Definition, mesh: Mesh) -> dict[str, Any]:
+def _own_parts(node: Definition, mesh: Mesh) -> Attrs:
     shards = mesh.size(node.result.type[node.attrs["axis"]].mesh)
     return {**node.attrs, "parts": node.attrs["parts"] // shards}
 

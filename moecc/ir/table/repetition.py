@@ -8,7 +8,7 @@ all there is to see without looking inside.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import ATTRIBUTE as MESH
@@ -95,8 +95,9 @@ def stacked_parts(value: Value, axis: str) -> list[Value] | None:
 
 def picked_at(node: Node, axis: str) -> int | None:
     """Return the position of `axis` that `node` picks from its operand, or None."""
-    is_index = node.op.name == "index" and node.attrs["axis"] == axis
-    return int(node.attrs["at"]) if is_index else None
+    attrs: Attrs = node.attrs
+    is_index = node.op.name == "index" and attrs["axis"] == axis
+    return int(attrs["at"]) if is_index else None
 
 
 def repetitions(attrs: Attrs) -> tuple[str, int]:
@@ -206,7 +207,7 @@ SCAN_DOC = """The body, run once for each position of an axis, one after the oth
         a value."""
 
 
-def _scan_attributes() -> dict[str, Any]:
+def _scan_attributes() -> dict[str, Attr]:
     return {
         "over": Attr("sizes", doc="the axis, and how often the body runs", pins=True),
         "carries": Attr("int", 0, doc="how many of the operands are carries"),

@@ -309,9 +309,14 @@ def assigner(value: Operand) -> Node:
     return node
 
 
+def _assignment(slots: Operand) -> Attrs:
+    """Return the attributes of what gives `slots`."""
+    return assigner(slots).attrs
+
+
 def slot_axes(slots: Operand) -> tuple[Axis, Axis, Axis]:
     """Return the axes group, expert and slot that rows have between dispatch and combine."""
-    attrs = assigner(slots).attrs
+    attrs = _assignment(slots)
     return (
         group_axis(slots),
         Axis("expert", attrs["experts"]),
@@ -321,7 +326,7 @@ def slot_axes(slots: Operand) -> tuple[Axis, Axis, Axis]:
 
 def group_axis(slots: Operand) -> Axis:
     """Return the axis of the token groups that `place` counts in."""
-    attrs = assigner(slots).attrs
+    attrs = _assignment(slots)
     return Axis("group", Extent("groups", slots) if attrs["group_size"] else attrs["groups"])
 
 
@@ -352,7 +357,7 @@ def _check_gates(slots: Operand, gates: TensorType) -> None:
 
 def _infer_dispatch(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, experts, slots = operands
-    tokens = assigner(slots).attrs["tokens"]
+    tokens = _assignment(slots)["tokens"]
     _check_experts(slots, experts)
     for name in tokens:
         same_size(axis_of(x.type, name), slots.type[name])
@@ -368,7 +373,7 @@ register(
         ("x", "experts", "slots"),
         _infer_dispatch,
         results=("rows",),
-        mixes=lambda operands, _attrs: tuple(assigner(operands[2]).attrs["tokens"]),
+        mixes=lambda operands, _attrs: tuple(_assignment(operands[2])["tokens"]),
         linear=(0,),
         residual=Residual((1, 2)),
         sharding=dispatched,
@@ -385,7 +390,7 @@ def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorTyp
         same_size(axis_of(rows.type, axis.name, "the rows"), axis)
     need_float(rows.type, "the rows")
     need_float(gates.type, "the gates")
-    tokens = assigner(slots).attrs["tokens"]
+    tokens = _assignment(slots)["tokens"]
     inner = (a for a in rows.type.axes if a.name not in ("group", "expert", "slot"))
     outer = (a for a in slots.type.axes if a.name in tokens)
     return (rows.type.with_axes(no_duplicates((*outer, *inner))),)
@@ -393,7 +398,7 @@ def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorTyp
 
 def _mixes_rows(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
     # The place of a token says in which group its rows are.
-    return ("group", "expert", "slot", *assigner(operands[2]).attrs["tokens"])
+    return ("group", "expert", "slot", *_assignment(operands[2])["tokens"])
 
 
 register(
@@ -414,7 +419,7 @@ register(
 def _infer_group_sum(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
     x, slots = operands
     need_float(x.type)
-    tokens = assigner(slots).attrs["tokens"]
+    tokens = _assignment(slots)["tokens"]
     for name in tokens:
         same_size(axis_of(x.type, name), slots.type[name])
     no_ragged(x.type, tokens, "cannot sum")
@@ -428,7 +433,7 @@ register(
         "The sum over the tokens of each group that an ``assign_slots`` counts in.",
         ("x", "slots"),
         _infer_group_sum,
-        mixes=lambda operands, _attrs: tuple(assigner(operands[1]).attrs["tokens"]),
+        mixes=lambda operands, _attrs: tuple(_assignment(operands[1])["tokens"]),
         linear=(0,),
         sharding=dispatched,
     )

@@ -6,10 +6,11 @@ from math import frexp, isfinite
 
 import numpy as np
 
+from moecc.types.arrays import Array
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Merge, Permute, Rename, Split, Tile
-from moecc.weights.rounding import Array, is_lossless, round_to, widen
+from moecc.weights.rounding import is_lossless, round_to, widen
 
 
 def under_movement(e: Scale | Cast) -> Expr | None:

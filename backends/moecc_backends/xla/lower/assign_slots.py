@@ -12,6 +12,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops import Attrs
 from moecc.ir.table.slots import capacity, group_count
@@ -61,7 +62,7 @@ def _wanted_choices(
     """Return which choices ask for a slot, ``[token, choice]``, or None if all do."""
     wanted = None
     if not _always_names_experts(node.operands[0]):
-        wanted = (chosen >= 0) & (chosen < node.attrs["experts"])
+        wanted = (chosen >= 0) & (chosen < SlotAttrs.of_node(node).experts)
     if "keep" in more:
         keep = more["keep"].to(layout).array.reshape(chosen.shape)
         wanted = keep if wanted is None else wanted & keep

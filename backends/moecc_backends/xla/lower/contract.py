@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moecc.ir.attributes import ContractAttrs
 from moecc.ir.graph import Node
 from moecc_backends.xla.kernels.batched_matmul import slot_matmul
 from moecc_backends.xla.lower.precision import is_precise
@@ -18,7 +19,7 @@ from moecc_backends.xla.trace.values import SLOT_AXES, Named, Operand, Rows
 
 @lowering("contract")
 def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
-    over: tuple[str, ...] = node.attrs["over"]
+    over: tuple[str, ...] = ContractAttrs.of_node(node).over
     if isinstance(x, Named) and isinstance(w, Named):
         if is_precise(node):
             wide = accumulator(ctx.dtype)
