@@ -30,6 +30,16 @@ REASONS: dict[str, tuple[int, str]] = {
         1,
         "route and hash_experts name an expert for every choice",
     ),
+    "passes/moecc_passes/sharding/experts/chunked.py": (
+        7,
+        "the pass that makes chunks and joins finds those that it made",
+    ),
+    "passes/moecc_passes/sharding/experts/bound.py": (
+        1,
+        "buffers bound assign_slots; experts that choose have a bound",
+    ),
+    "passes/moecc_passes/sharding/groups.py": (1, "group_sum counts in token groups"),
+    "passes/moecc_passes/sharding/legal.py": (1, "shard starts a case and is none of its way"),
 }
 """By file: how many comparisons of an operation's name there are, and why."""
 

@@ -54,15 +54,10 @@ class Value:
         weight: Expr | None = None,
         loc: str = "",
     ) -> None:
-        self.graph = graph
-        self.name = name
-        self.type = type
-        self.node = node
-        self.index = index
+        self.graph, self.name, self.type = graph, name, type
+        self.node, self.index = node, index
         self.users: dict[Node, int] = {}
-        self.is_param = is_param
-        self.weight = weight
-        self.loc = loc
+        self.is_param, self.weight, self.loc = is_param, weight, loc
 
     def __repr__(self) -> str:
         return f"%{self.name} : {self.type}"
