@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from moecc.errors import InputError
 from moecc.ir.operand import Region
 from moecc.ir.ops import Attrs, OpDef, op
-from moecc.types.tensor import Extent, TensorType, is_printable
+from moecc.types.tensor import Extent, TensorType
+from moecc.types.text import check_printable
 
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
@@ -53,15 +54,10 @@ class Value:
         weight: Expr | None = None,
         loc: str = "",
     ) -> None:
-        self.graph = graph
-        self.name = name
-        self.type = type
-        self.node = node
-        self.index = index
+        self.graph, self.name, self.type = graph, name, type
+        self.node, self.index = node, index
         self.users: dict[Node, int] = {}
-        self.is_param = is_param
-        self.weight = weight
-        self.loc = loc
+        self.is_param, self.weight, self.loc = is_param, weight, loc
 
     def __repr__(self) -> str:
         return f"%{self.name} : {self.type}"
@@ -215,16 +211,6 @@ def _drop_use(value: Value, node: Node) -> None:
         del value.users[node]
 
 
-def _check_type(name: str, type: TensorType) -> None:
-    if not is_printable(type):
-        raise InputError(
-            "the type cannot be printed",
-            where=f"%{name}",
-            expected="letters, digits and underscores in names, each name once, sizes not negative",
-            found=str(type),
-        )
-
-
 def _link(node: Node, before: Node) -> None:
     node._prev, node._next = before._prev, before
     before._prev._next = node
@@ -323,7 +309,7 @@ class Graph(Region):
         Raises:
           InputError: the name is taken, or the name or type cannot be printed.
         """
-        _check_type(name, type)
+        check_printable(name, type)
         self.inputs[name] = self._define(Value(self, name, type))
         return self.inputs[name]
 
@@ -335,7 +321,7 @@ class Graph(Region):
         Raises:
           InputError: the name is taken, or the name or type cannot be printed.
         """
-        _check_type(name, type)
+        check_printable(name, type)
         value = Value(self, name, type, is_param=True, weight=weight, loc=loc)
         self.params[name] = self._define(value)
         return value

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from moecc.errors import InputError, nearest
 from moecc.types.dtypes import DTYPES
-from moecc.types.tensor import Axis, Extent, Setter, Size, TensorType, is_name
+from moecc.types.tensor import Axis, Extent, Setter, Size, TensorType, is_name, is_printable
 
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?: unreduced\(([^)]*)\))?\Z")
 _AXIS = re.compile(r"([A-Za-z_]\w*)(?:@([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*))?=(.+)\Z", re.ASCII)
@@ -58,3 +58,14 @@ def _parse_size(text: str, lookup: Lookup) -> Size:
             "not a size", expected="a number, a variable, or ragged(%slots)", found=text
         )
     return Extent(match.group(1), lookup(match.group(2)))
+
+
+def check_printable(name: str, type: TensorType) -> None:
+    """Raise InputError unless `type`, that of the value `name`, can be printed and parsed again."""
+    if not is_printable(type):
+        raise InputError(
+            "the type cannot be printed",
+            where=f"%{name}",
+            expected="letters, digits and underscores in names, each name once, sizes not negative",
+            found=str(type),
+        )

@@ -95,14 +95,14 @@ class RoutedLayer:
     @property
     def scorer(self) -> Node | None:
         """The node that reads the router's logits; None if nothing is scored, as with a hash."""
-        return _first_behind(self.assigner.operands[0], SCORER, AFTER_SCORER)
+        return _first_ancestor(self.assigner.operands[0], SCORER, AFTER_SCORER)
 
     @property
     def router(self) -> Node | None:
         """The product of tokens with the router's weight; None if there is none."""
         if self.scorer is None:
             return None
-        return _first_behind(self.scorer.operands[0], PRODUCT, AFTER_ROUTER)
+        return _first_ancestor(self.scorer.operands[0], PRODUCT, AFTER_ROUTER)
 
     @property
     def experts_choose(self) -> bool:
@@ -168,7 +168,7 @@ def _route_of(assigner: Node) -> Node | None:
     return node if node is not None and node.op.chooses else None
 
 
-def _first_behind(value: Value, wanted: Pattern, through: Pattern) -> Node | None:
+def _first_ancestor(value: Value, wanted: Pattern, through: Pattern) -> Node | None:
     """Return the nearest node matching `wanted` that `value` depends on via `through` nodes."""
     values = [value]
     for one in values:
@@ -200,10 +200,10 @@ def causal_values(graph: Graph) -> set[Value]:
 
 def _masks_causally(node: Node) -> bool:
     found = fits(MASKED, node)
-    return found is not None and any(fits(CAUSAL, n) for n in _behind(found.value("seen"), 3))
+    return found is not None and any(fits(CAUSAL, n) for n in _ancestors(found.value("seen"), 3))
 
 
-def _behind(value: Value, steps: int) -> Iterator[Node]:
+def _ancestors(value: Value, steps: int) -> Iterator[Node]:
     """Yield the nodes that `value` is computed by, up to `steps` of them in a row."""
     values = [value]
     for _ in range(steps):

@@ -10,7 +10,6 @@ from moecc_passes.sharding.legal import layer
 
 jax = pytest.importorskip("jax")
 
-from moecc.plan.layout import Layout  # noqa: E402
 from moecc_backends.xla.aot.census import census  # noqa: E402
 from moecc_backends.xla.backend import function  # noqa: E402
 from moecc_backends.xla.lower.gspmd import GspmdLowering  # noqa: E402
@@ -18,6 +17,7 @@ from moecc_backends.xla.trace.context import DIRECT, Interceptor  # noqa: E402
 
 from moecc.ir import Graph  # noqa: E402
 from moecc.plan.meshes import plan_mesh  # noqa: E402
+from moecc.sharding.layout import Layout  # noqa: E402
 
 EXPERTS = 8
 

@@ -53,13 +53,13 @@ def sublayers(graph: Graph) -> list[Operand]:
         if a.type != b.type:
             continue
         for stream, branch, index in ((a, b, 1), (b, a, 0)):
-            if _is_behind(stream, branch, found):
+            if _depends_on(stream, branch, found):
                 found[node.result] = (node, index)
                 break
     return list(found.values())
 
 
-def _is_behind(stream: Value, branch: Value, sums: dict[Value, Operand]) -> bool:
+def _depends_on(stream: Value, branch: Value, sums: dict[Value, Operand]) -> bool:
     """Return whether `branch` is computed from `stream`, through at least one product."""
     seen, left = {branch}, [branch]
     reaches = multiplies = False

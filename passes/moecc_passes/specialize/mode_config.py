@@ -81,7 +81,7 @@ class ModeConfig:
 
     def over(self, other: ModeConfig) -> ModeConfig:
         """Return these settings, completed by those of `other`."""
-        return ModeConfig(**{**other.said(), **self.said()})
+        return ModeConfig(**{**other.non_default(), **self.non_default()})
 
     def at(self, loc: str) -> ModeConfig:
         """Return the settings for a layer at `loc`: decoders may have other groups."""
@@ -90,14 +90,14 @@ class ModeConfig:
         size = self.decoder_group_size if is_decoder(loc) else self.group_size
         return replace(self, group_size=size, decoder_group_size=None)
 
-    def said(self) -> dict[str, Any]:
+    def non_default(self) -> dict[str, Any]:
         """Return the settings that are not None, by name."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {n: v for n, v in named.items() if v is not None}
 
     def assignment(self) -> dict[str, Any]:
         """Return the attributes of ``assign_slots`` that the settings determine."""
-        attrs = {n: v for n, v in self.said().items() if n in ASSIGNMENT}
+        attrs = {n: v for n, v in self.non_default().items() if n in ASSIGNMENT}
         if self.group_size:
             attrs["groups"] = 1
         elif self.groups:
@@ -121,4 +121,4 @@ def recorded(graph: Graph, mode: str) -> ModeConfig:
 
 def record(graph: Graph, **modes: ModeConfig) -> None:
     """Record the settings of modes in `graph`."""
-    graph.attrs[ATTRIBUTE] = {name: settings.said() for name, settings in modes.items()}
+    graph.attrs[ATTRIBUTE] = {name: settings.non_default() for name, settings in modes.items()}

@@ -17,17 +17,17 @@ def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
         "expert-choice": "which choose tokens",
         "soft": f"of {item.soft_slots} soft slots",
     }[item.routing]
-    told = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
+    found = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
     if has_constant_gate(item):
-        told.append(
+        found.append(
             Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
                        "gets no gradient from the loss; gates=switch or top-k=2 trains it")
         )  # fmt: skip
     if item.router_init == "zero":
-        told.append(
+        found.append(
             Remark("", "a zero router sends every token to the first experts, and ties last "
                        "until something breaks them; use it to check, not to train")
         )  # fmt: skip
     if item.experts & (item.experts - 1):
-        told.append(Remark("", "some runtimes want a power of two of experts"))
-    return told
+        found.append(Remark("", "some runtimes want a power of two of experts"))
+    return found
