@@ -24,9 +24,9 @@ def by_name(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
 
 
 def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """Axes of one name are one dimension, and every device knows the global indices of its elements.
+    """Axes of one name are one dimension, and every device knows its elements' global indices.
 
-    So random numbers may lie split, although each belongs to its place.
+    So random numbers may be sharded, although each depends on its global index.
     """
     return Space(*_by_name(operands), shape_only=True)
 
