@@ -17,7 +17,7 @@ from moecc.families.encdec import build_encdec
 from moecc.families.graph_layout import build_graph
 from moecc.families.parameters import DtypeOf
 from moecc.ir.graph import Graph
-from moecc.support.gc_pause import collector_paused
+from moecc.support.gc_pause import gc_paused
 from moecc.types.tensor import Size
 
 
@@ -54,7 +54,7 @@ def build_model(
             hint="padding after a text changes nothing: no earlier token attends to it",
         )
     # The graph of a model with 2048 experts per layer has several hundred thousand objects.
-    with collector_paused():
+    with gc_paused():
         return _build(
             config,
             dtype_of,

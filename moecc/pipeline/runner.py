@@ -14,7 +14,7 @@ from moecc.ir.verify import VerifyError, verify
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.pipeline.reproducer import Reproducer
 from moecc.pipeline.text import Pipeline, format_pass
-from moecc.support.gc_pause import collector_paused
+from moecc.support.gc_pause import gc_paused
 
 MAX_NEAR_MISSES = 5
 """How many near misses are shown in the error of a pass that matched nothing."""
@@ -147,7 +147,7 @@ def run_pipeline(
         instrument.start(graph, pipeline)
     runs: list[PassRun] = []
     with (
-        collector_paused(),
+        gc_paused(),
         Reproducer(graph, str(pipeline), context.seed, crash_folder) as reproducer,
     ):
         for number, item in enumerate(pipeline, 1):

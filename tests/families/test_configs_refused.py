@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "length outside": (
         small("llama", rope_scaling=YARN, original_max_position_embeddings=32),
         "original_max_position_embeddings",
-        "disagree",
+        "differently",
     ),
     "partial rotary": (
         small("llama", partial_rotary_factor=0.5),

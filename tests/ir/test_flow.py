@@ -110,7 +110,7 @@ REFUSED = {
         "is sharded over the mesh axis 'data' already",
         "batch@data",
     ),
-    "all_reduce %x {mesh=model}": ("no sum still to be carried out over model", "batch@data"),
+    "all_reduce %x {mesh=model}": ("not an unreduced sum over model", "batch@data"),
     "all_to_all %x {mesh=data, split=batch, gather=batch}": ("split and gathered", "batch"),
     "ragged_all_to_all %x {mesh=data, split=seq, gather=batch}": ("ragged rows", "batch@data"),
     'reshard %x {to="expert@data"}': ("there is no axis 'expert'", "batch@data"),

@@ -14,16 +14,16 @@ from moecc.ir.mesh import Coordinates, Mesh
 from moecc_backends.reference.arrays import MEANINGS, NOTHING, Array
 from moecc_backends.reference.buffers import kept_from
 
-Local = Callable[[Node, list[Array], Coordinates, Mesh], "Array | tuple[Array, ...]"]
+PerDevice = Callable[[Node, list[Array], Coordinates, Mesh], "Array | tuple[Array, ...]"]
 
-LOCAL: dict[str, Local] = {}
+LOCAL: dict[str, PerDevice] = {}
 """Implementations of operations that depend on the coordinates of the device."""
 
 
-def local(*names: str) -> Callable[[Local], Local]:
+def local(*names: str) -> Callable[[PerDevice], PerDevice]:
     """Register a function as the per-device implementation of the operations `names`."""
 
-    def register(function: Local) -> Local:
+    def register(function: PerDevice) -> PerDevice:
         LOCAL.update(dict.fromkeys(names, function))
         return function
 

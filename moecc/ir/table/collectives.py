@@ -54,7 +54,7 @@ def _reduced(type: TensorType, mesh: tuple[str, ...]) -> TensorType:
     """Return `type` as a sum that is carried out over `mesh`."""
     if not mesh or not set(mesh) <= set(type.unreduced):
         raise InputError(
-            f"the value is no sum still to be carried out over {', '.join(mesh) or 'nothing'}",
+            f"the value is not an unreduced sum over {', '.join(mesh) or 'nothing'}",
             found=str(type),
             hint="leave the collective out",
         )

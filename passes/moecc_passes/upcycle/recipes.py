@@ -16,7 +16,7 @@ from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.rewrite import Perturb, Recipe
 from moecc_passes.upcycle.router_init import router_weight, slot_weight
 from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES, Router
-from moecc_passes.upcycle.scaling import Factors, place_scale
+from moecc_passes.upcycle.scaling import Factors, scale_factors
 from moecc_passes.upcycle.sublayer import surroundings
 
 DRAWN = {"logit-std": "normal", "switch": "switch"}
@@ -41,7 +41,7 @@ def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
             f"the {routed} neurons do not divide into granularity={item.granularity} slices",
             block.loc, f"G among {', '.join(map(str, fits))}", str(item.granularity),
         )  # fmt: skip
-    chosen = place_scale(block, item.scale_placement, item.law.weight_scale)
+    chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
     if isinstance(chosen, str):
         hint = None if item.scale_placement == "down" else "scale-placement=down"
         return Problem(f"{chosen} (by {item.law.weight_scale:g})", block.loc, hint=hint)
@@ -88,7 +88,7 @@ def _groups_fit(item: UpcycleOptions, slices: int, neurons: int) -> bool:
 
 def factors_of(item: UpcycleOptions, block: FFNBlock) -> Factors:
     """Return the factor of each parameter of a valid block."""
-    chosen = place_scale(block, item.scale_placement, item.law.weight_scale)
+    chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
     assert not isinstance(chosen, str), "checked before anything was changed"
     return chosen
 

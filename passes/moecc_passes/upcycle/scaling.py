@@ -13,7 +13,7 @@ Factors = Mapping[Value, float]
 PLACEMENTS = ("down", "up-down", "cube-root")
 
 
-def place_scale(block: FFNBlock, placement: str, scale: float) -> Factors | str:
+def scale_factors(block: FFNBlock, placement: str, scale: float) -> Factors | str:
     """Return the factor of each parameter of `block`, or why `placement` is not possible.
 
     ``down`` puts the whole scale on the last matrix.  ``up-down`` puts √scale there and √scale on
