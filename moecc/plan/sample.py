@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.sharding.assign import Assigner, divides
+from moecc.plan.shapes import Shape
+from moecc.sharding.alike import Alike
+from moecc.sharding.assign import ROWS, Assigner
 from moecc.sharding.collectives import Sent, sent, steps
 from moecc.sharding.gradients import Dependence, Gradients, dependence, gradients
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import Propagation, propagate
 from moecc.sharding.sites import Site, cuts_of, sites_of
-from moecc.types.tensor import TensorType
-
-Key = tuple[tuple[str, ...], tuple[str, ...]]
-"""The names of rules, and of the axes of a mesh."""
-
-Answers = Mapping[tuple[int, tuple[str, ...]], bool]
-"""Whether numbers are divided by mesh axes."""
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType
 
 Found = tuple[Propagation, Gradients]
+"""How values are sharded, and what the backward pass sums."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +35,8 @@ class Sample:
     graph: Graph
     nodes: Sequence[Node]
     same: Mapping[Value, Value]
-    _known: dict[Key, list[tuple[Answers, Found]]] = field(default_factory=dict)
+    _found: Alike[Found] = field(default_factory=Alike)
+    _alone: Alike[TensorType] = field(default_factory=Alike)
     _sent: dict[tuple[TensorType, TensorType], tuple[Sent, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -63,20 +62,17 @@ class Sample:
     def shard(self, layout: Layout) -> Found:
         """Return how the values are sharded under a layout, and what the backward pass sums.
 
-        Of meshes that differ in their sizes alone most shard all values over the same mesh axes:
-        those on which what was asked when it was worked out has the same answers.
-
         Raises:
           InputError: an operation cannot take its operands.
         """
-        known = self._known.setdefault((layout.names, layout.mesh.names), [])
-        for asked, found in known:
-            if all(divides(n, layout.mesh, axes) is yes for (n, axes), yes in asked.items()):
-                return found
-        assigner = replace(layout.assigner, asked={})
-        found = self._shard(assigner)
-        known.append((assigner.asked, found))
-        return found
+        return self._found.under(layout, None, self._shard)
+
+    def alone(self, shape: Shape, layout: Layout) -> TensorType:
+        """Return how a value of `shape` is sharded that is looked at by itself.
+
+        The groups of rows, which a shape counts as slots, are an axis of their own.
+        """
+        return self._alone.under(layout, shape, lambda assigner: _lone(shape, assigner))
 
     def resharded(self, source: TensorType, target: TensorType) -> tuple[Sent, ...]:
         """Return the collectives that bring a value of type `source` to where `target` is."""
@@ -89,3 +85,13 @@ class Sample:
         sites, inputs = tuple(self.sites.values()), self.graph.inputs.values()
         found = propagate(sites, inputs, self.params, assigner, self._cuts)
         return found, gradients(sites, found, self._depends)
+
+
+def _lone(shape: Shape, assigner: Assigner) -> TensorType:
+    if shape.has_slots:
+        axes = [Axis("group", "group"), *(Axis(name, name) for name in shape.names)]
+        return assigner.lone(TensorType(F32, tuple(axes)))
+    axes = [Axis(name, int(size) if size == int(size) else name) for name, size in shape]
+    # An axis of this name meets rows; that of a router's choices has another.
+    beside = ROWS if "expert" in shape.names else ()
+    return assigner.lone(TensorType(F32, tuple(axes)), beside)
