@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,17 +24,13 @@ Found = tuple[Propagation, Gradients]
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The nodes of one layer of each kind, and what propagation reads of them.
+    """One layer of each kind, and what propagation reads of it.
 
     Attributes:
-      graph: the model.
-      nodes: the nodes, in order.
-      same: by the value of a node that is left out, that of the node that stands for it.
+      graph: the layers, a graph of their own: passes may change the model meanwhile.
     """
 
     graph: Graph
-    nodes: Sequence[Node]
-    same: Mapping[Value, Value]
     _found: Alike[Found] = field(default_factory=Alike)
     _alone: Alike[TensorType] = field(default_factory=Alike)
     _sent: dict[tuple[TensorType, TensorType], tuple[Sent, ...]] = field(default_factory=dict)
@@ -42,14 +38,7 @@ class Sample:
     @cached_property
     def sites(self) -> Mapping[Node, Site]:
         """The nodes as propagation sees them, in order."""
-        return {site.node: site for site in sites_of(self.nodes, self.same)}
-
-    @cached_property
-    def params(self) -> tuple[Value, ...]:
-        """The parameters that the nodes take, and those that nothing takes."""
-        found = [v for node in self.nodes for v in node.operands if v.is_param]
-        found += [v for v in self.graph.params.values() if not v.users]
-        return tuple(dict.fromkeys(found))
+        return {site.node: site for site in sites_of(self.graph)}
 
     @cached_property
     def _cuts(self) -> Mapping[str, set[int]]:
@@ -82,9 +71,38 @@ class Sample:
         return self._sent[key]
 
     def _shard(self, assigner: Assigner) -> Found:
-        sites, inputs = tuple(self.sites.values()), self.graph.inputs.values()
-        found = propagate(sites, inputs, self.params, assigner, self._cuts)
+        sites, graph = tuple(self.sites.values()), self.graph
+        inputs, params = graph.inputs.values(), graph.params.values()
+        found = propagate(sites, inputs, params, assigner, self._cuts)
         return found, gradients(sites, found, self._depends)
+
+
+def sample_of(
+    graph: Graph, chosen: Collection[Node], same: Mapping[Value, Value]
+) -> tuple[Sample, dict[Node, Node]]:
+    """Return the sample of `graph` that has the nodes `chosen`, and its node for each of them.
+
+    Args:
+      graph: the model.
+      chosen: the nodes of one layer of each kind.
+      same: by the value of a node that is left out, that of the node that stands for it.
+    """
+    copy, nodes = Graph(graph.name), dict[Node, Node]()
+    values = {value: copy.input(name, value.type) for name, value in graph.inputs.items()}
+    taken = {v for node in chosen for v in node.operands}
+    for name, value in graph.params.items():
+        # What nothing takes is stored all the same.
+        if value in taken or not value.users:
+            values[value] = copy.param(name, value.type)
+    for node in graph:
+        if node not in chosen:
+            continue
+        operands = [values[same.get(v, v)] for v in node.operands]
+        names = [v.name for v in node.results]
+        made = copy.append(node.op, operands, dict(node.attrs), names=names, loc=node.loc)
+        values.update(zip(node.results, made.results, strict=True))
+        nodes[node] = made
+    return Sample(copy), nodes
 
 
 def _lone(shape: Shape, assigner: Assigner) -> TensorType:
