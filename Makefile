@@ -46,7 +46,8 @@ format: $(STAMP) ## let ruff rewrite
 types: $(STAMP) ## mypy --strict over the three packages
 	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
 
-docs: $(STAMP) ## write the pages that are generated
+docs: $(STAMP) ## write the pages and modules that are generated
+	$(BIN)/python -m moecc.ir.generate
 	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.pipeline.docs docs/passes.md
 	$(BIN)/python -m moecc_passes.sharding.legal docs/sharding.md

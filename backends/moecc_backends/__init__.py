@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _reference() -> Backend:
-    from moecc_backends.reference.interpreter import ReferenceBackend
+    from moecc_backends.reference.backend import ReferenceBackend
 
     return ReferenceBackend()
 

@@ -59,7 +59,7 @@ class Request:
     emit: str | None = None
     export: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the request as JSON values."""
         return asdict(self)
 

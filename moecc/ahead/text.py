@@ -1,23 +1,23 @@
-"""A compilation for people, the plan's prediction beside each figure."""
+"""The human-readable report of a compilation, with the plan's prediction beside each figure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
+from moecc.ahead.report_types import CompileReport
 from moecc.support.text import count_text, size_text
 
 
-def compile_text(data: dict[str, Any]) -> str:
-    """Return the report for people.
+def compile_text(data: CompileReport) -> str:
+    """Return the human-readable report.
 
     Args:
-      data: what `moecc.ahead.worker.report` returned.
+      data: the result of `moecc.ahead.worker.report`.
     """
     return "\n".join([*_heading(data), *_memory(data), *_work(data), *_collectives(data)])
 
 
-def _heading(data: dict[str, Any]) -> Iterator[str]:
+def _heading(data: CompileReport) -> Iterator[str]:
     machine, batch = data["machine"], data["batch"]
     step = f"training with {data['optimizer']}" if data["optimizer"] else "forward pass"
     mesh = " x ".join(f"{name} {size}" for name, size in data["mesh"].items())
@@ -44,8 +44,8 @@ def _heading(data: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _program(data: dict[str, Any]) -> str:
-    """Return whose collectives the program has, and how tokens reach their experts."""
+def _program(data: CompileReport) -> str:
+    """Return where the program's collectives come from, and how tokens reach their experts."""
     whose = {
         "explicit": "the graph's own collectives in one shard_map",
         "gspmd": "collectives by XLA's partitioner (GSPMD)",
@@ -55,7 +55,7 @@ def _program(data: dict[str, Any]) -> str:
     return f"{whose}, experts via {data['via']}{' in slices' if data['sliced'] else ''}"
 
 
-def _memory(data: dict[str, Any]) -> Iterator[str]:
+def _memory(data: CompileReport) -> Iterator[str]:
     usable, needed = data["machine"]["usable_bytes"], data["needed_bytes"]
     predicted = data["predicted"]
     spare = size_text(abs(usable - needed))
@@ -63,17 +63,20 @@ def _memory(data: dict[str, Any]) -> Iterator[str]:
     yield f"  a device     {size_text(needed)} of {size_text(usable)}: {fits}"
     yield f"{'':15}{'compiled':>12}{'planned':>12}"
     memory = data["memory"] or {}
-    rows = {"arguments": "arguments_bytes", "temporaries": "temporaries_bytes"}
-    for title, key in rows.items():
+    rows = (
+        ("arguments", "arguments_bytes", predicted["arguments_bytes"]),
+        ("temporaries", "temporaries_bytes", predicted["temporaries_bytes"]),
+    )
+    for title, key, planned in rows:
         found = size_text(memory[key]) if key in memory else "-"
-        yield f"    {title:<11}{found:>12}{size_text(predicted[key]):>12}"
+        yield f"    {title:<11}{found:>12}{size_text(planned):>12}"
     if "outputs_bytes" in memory:
         new = memory["outputs_bytes"] - memory["aliased_bytes"]
         yield f"    {'new outputs':<11}{size_text(new):>12}"
     yield f"    {'peak':<11}{size_text(needed):>12}{size_text(predicted['needed_bytes']):>12}"
 
 
-def _work(data: dict[str, Any]) -> Iterator[str]:
+def _work(data: CompileReport) -> Iterator[str]:
     if data["memory"] is None:
         return
     flops, model = data["flops"], data["model_flops"]
@@ -83,10 +86,10 @@ def _work(data: dict[str, Any]) -> Iterator[str]:
     if data["unknown_loops"]:
         yield f"    {data['unknown_loops']} loops of unknown length are counted once"
     for name, count in data["opaque"].items():
-        yield f"    {count} runs of {name} multiply in a way that the program does not tell"
+        yield f"    {count} runs of {name} have multiplications that the program does not show"
 
 
-def _collectives(data: dict[str, Any]) -> Iterator[str]:
+def _collectives(data: CompileReport) -> Iterator[str]:
     found, predicted = data["collectives"], data["predicted"]["collectives"]
     if not found:
         return

@@ -1,4 +1,4 @@
-"""The process that compiles: reads a request from a folder, and leaves its answer there."""
+"""The compiling process: reads a request from a folder, and writes its report there."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from moecc.ahead.prepare import PreparedJob, prepare
+from moecc.ahead.prepare import Bound, PreparedJob, prepare
+from moecc.ahead.report_types import BoundReport, CompileReport
 from moecc.ahead.request import Compiler, Request, Result
 from moecc.ahead.trimming import trimmed
 from moecc.backend import get_backend
@@ -19,17 +20,17 @@ REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt
 
 
 def main(folder: Path) -> None:
-    """Answer the request in `folder`."""
+    """Run the request in `folder`."""
     request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
     try:
-        answer = _answer(request, folder)
+        answer: object = _answer(request, folder)
     except MoeccError as error:
         problems = [asdict(problem) for problem in error.problems]
         answer = {"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems}
     (folder / ANSWER).write_text(json.dumps(answer), "utf-8")
 
 
-def _answer(request: Request, folder: Path) -> dict[str, Any]:
+def _answer(request: Request, folder: Path) -> CompileReport:
     prepared = prepare(request)
     compiler = cast(Compiler, get_backend("xla"))
     with trimmed():
@@ -41,8 +42,8 @@ def _answer(request: Request, folder: Path) -> dict[str, Any]:
     return report(request, prepared, result)
 
 
-def report(request: Request, prepared: PreparedJob, result: Result) -> dict[str, Any]:
-    """Return what `moecc compile` says, as JSON values."""
+def report(request: Request, prepared: PreparedJob, result: Result) -> CompileReport:
+    """Return the report of `moecc compile` as JSON values."""
     job, estimate, work = prepared.job, prepared.estimate, prepared.work
     usable = result.available_bytes or job.machine.usable_bytes
     memory = estimate.memory
@@ -69,7 +70,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> dict[str,
         "via": estimate.strategy.via if work.experts else None,
         "sliced": estimate.strategy.sliced,
         "pipeline": prepared.pipeline,
-        "capacity": None if prepared.bound is None else asdict(prepared.bound),
+        "capacity": _bound(prepared.bound),
         "remarks": list(prepared.remarks),
         "seconds": {"lower": result.lower_seconds, "compile": result.compile_seconds},
         "host_peak_bytes": result.host_peak_bytes,
@@ -96,6 +97,10 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> dict[str,
             },
         },
     }
+
+
+def _bound(bound: Bound | None) -> BoundReport | None:
+    return None if bound is None else {"factor": bound.factor, "convention": bound.convention}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Opens a Hugging Face folder: config.json, one safetensors file or shards with an index."""
+"""Open a Hugging Face folder: config.json, one safetensors file or shards with an index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import Header, read_header
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest
+from moecc.types.arrays import Array
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
@@ -34,7 +35,7 @@ class SafetensorsFolder:
     def __init__(
         self,
         path: Path,
-        config: dict[str, Any],
+        config: dict[str, object],
         headers: dict[Path, Header],
         companions: dict[str, Path],
     ) -> None:
@@ -49,12 +50,12 @@ class SafetensorsFolder:
         self._companions = companions
         self._pool = DescriptorPool()
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
-        """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a tensor; thread-safe.
 
         Raises:
-          InputError: no such tensor, its file was cut, changed or replaced since it was opened, or
-            a boolean is neither 0 nor 1.
+          InputError: no such tensor, its file was truncated, changed or replaced since opening,
+            or a boolean is neither 0 nor 1.
           MachineError: the system cannot read it.
           ValueError: rows beyond the tensor.
         """
@@ -78,7 +79,7 @@ class SafetensorsFolder:
         return dict(self._companions)
 
     def remarks(self) -> list[str]:
-        """Return nothing: what a folder holds is what is read."""
+        """Return nothing: the folder is read without loss."""
         return []
 
     def licence(self) -> dict[str, str]:
@@ -86,7 +87,7 @@ class SafetensorsFolder:
         return read_licence(self.path)
 
     def files(self) -> list[Path]:
-        """Return the weight files, the index where there is one, and the config."""
+        """Return the weight files, the index if there is one, and the config."""
         beside = [self.path / INDEX_NAME, self.path / CONFIG_NAME]
         return [*self._identities, *(path for path in beside if path.exists())]
 
@@ -116,10 +117,10 @@ class SafetensorsFolder:
 
 
 def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, ...], int]:
-    """Return the shape of rows [start, stop) of a tensor, and the bytes before them.
+    """Return the shape of rows [start, stop) of a tensor, and the number of bytes before them.
 
     Raises:
-      ValueError: rows beyond the tensor, or rows of a tensor without axes.
+      ValueError: rows out of range, or rows of a tensor without axes.
     """
     if not info.shape:
         if start or stop is not None:
@@ -134,11 +135,11 @@ def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, 
 
 
 def open_folder(path: Path) -> SafetensorsFolder:
-    """Open a folder; config, index and all headers are checked, and no weight is read.
+    """Open a folder; config, index and all headers are checked, but no weight is read.
 
     Raises:
       InputError: with all problems of the folder.
-      MachineError: the system does not let us read it.
+      MachineError: the system denies access.
     """
     problems = Problems()
     names = _list(path)
@@ -159,7 +160,7 @@ def _list(path: Path) -> set[str]:
         raise os_problem(error, path) from None
 
 
-def _read_config(path: Path, problems: Problems) -> dict[str, Any]:
+def _read_config(path: Path, problems: Problems) -> dict[str, object]:
     file = path / CONFIG_NAME
     if not os.path.lexists(file):
         hint = "it comes with the weights; moecc needs it to know the architecture"

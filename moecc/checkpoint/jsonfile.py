@@ -1,6 +1,6 @@
-"""Reads JSON from files that nobody vouches for: bounded, and without second meanings.
+"""Read JSON from untrusted files: bounded and unambiguous.
 
-Python's own reader lets the last of two equal keys win and accepts NaN.  Here both are problems,
+Python's own parser lets the last of two equal keys win and accepts NaN.  Here both are problems,
 and each is reported with its line and column.
 """
 
@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.problems import Problems, describe, quoted
@@ -21,12 +20,12 @@ from moecc.errors import InputError, Problem
 
 MAX_DEPTH = 64
 MAX_VALUES = 1 << 20
-# Finding places takes a hundred times as long as parsing.
+# Locating problems takes a hundred times as long as parsing.
 _LOCATED_CHARACTERS = 1 << 20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 
 
-def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
+def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, object]:
     """Read a JSON object from a regular file of at most `limit_bytes`.
 
     Raises:
@@ -44,7 +43,7 @@ def read_json_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
     return value
 
 
-def parse_json(data: bytes | bytearray, where: str, *, max_values: int = MAX_VALUES) -> Any:
+def parse_json(data: bytes | bytearray, where: str, *, max_values: int = MAX_VALUES) -> object:
     """Parse strict JSON in UTF-8, at most MAX_DEPTH levels deep.
 
     Raises:
@@ -72,13 +71,13 @@ def parse_json(data: bytes | bytearray, where: str, *, max_values: int = MAX_VAL
 
 
 class _Hooks:
-    """Notices duplicate keys and unusable numbers while the C parser runs."""
+    """Detects duplicate keys and unusable numbers while the C parser runs."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
 
-    def parse(self, text: str) -> Any:
-        """Return the value of `text`; what is wrong with it beside its syntax goes to `faults`.
+    def parse(self, text: str) -> object:
+        """Return the value of `text`; errors besides syntax go to `faults`.
 
         Raises:
           JSONDecodeError: it is not JSON.
@@ -89,12 +88,12 @@ class _Hooks:
         except json.JSONDecodeError:
             raise
         except ValueError:
-            # Python refuses to read so long an integer, and has not looked at what follows it. Only
-            # now is a function called for each integer: headers have hundreds of thousands.
+            # Python refuses to parse so long an integer, and stops there. Only in this case
+            # is a function called for each integer: headers have hundreds of thousands.
             self.faults.clear()
             return self._loads(text, parse_int=self.integer)
 
-    def _loads(self, text: str, parse_int: Callable[[str], int] | None = None) -> Any:
+    def _loads(self, text: str, parse_int: Callable[[str], int] | None = None) -> object:
         return json.loads(
             text,
             object_pairs_hook=self.pairs,
@@ -109,7 +108,7 @@ class _Hooks:
             return 0
         return int(digits)
 
-    def pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def pairs(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) != len(pairs):
             counts = Counter(key for key, _ in pairs)
@@ -160,7 +159,7 @@ def _decode(data: bytes | bytearray, where: str) -> str:
 
 
 def _report(text: str, where: str, faults: list[str]) -> None:
-    """Raise every duplicate key and unusable number, with its place unless the text is long."""
+    """Raise with every duplicate key and unusable number, located unless the text is long."""
     problems = Problems()
     if len(text) > _LOCATED_CHARACTERS:
         problems.extend(Problem(fault, where) for fault in faults)
@@ -206,7 +205,7 @@ def _number_fault(token: str) -> str | None:
     return _not_finite(token) if math.isinf(float(token)) else None
 
 
-def _deeper_than(value: Any, limit: int) -> bool:
+def _deeper_than(value: object, limit: int) -> bool:
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(limit):
         level = [

@@ -1,7 +1,7 @@
-"""``moecc_manifest.json``: where a checkpoint came from, and the digest of everything in it.
+"""``moecc_manifest.json``: the provenance of a checkpoint, and digests of all its content.
 
-The last line of the file seals it: a SHA-256 of every byte before.  With it, one changed bit
-anywhere in a checkpoint is found, in the manifest as in the weights.
+The last line of the file is a seal: the SHA-256 of all bytes before it.  It detects a changed bit
+anywhere in a checkpoint, in the manifest as in the weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import platform
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +33,7 @@ _TAIL = b'"\n}\n'
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that the bytes of a conversion can depend on."""
+    """Return the versions of the libraries that the bytes of a conversion may depend on."""
     return {
         "moecc": __version__,
         "python": platform.python_version(),
@@ -56,7 +55,7 @@ class WeightFileRecord:
     """A safetensors file: its size in bytes, and the SHA-256 of its header.
 
     The header is everything before the data, the length included; the data are covered by the
-    digests of the tensors, and are hashed once.
+    digests of the tensors, and are hashed only once.
     """
 
     size_bytes: int
@@ -75,23 +74,23 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a written checkpoint.
+    """The content of a manifest.
 
     Attributes:
       pipeline: the passes, as a pipeline string.
       seed: of the random numbers.
       source: the last part of the source's path, or its preset.
-      source_files: the files that were read, by name.
+      source_files: the input files, by name.
       family_from: the family of the source.
       family_to: the family that was written.
-      dtype: the element type asked for, or ``as stored``.
+      dtype: the requested element type, or ``as stored``.
       preserves: the contract of the pipeline (``exact``, ``reassociation``, or the reason).
       weights: the safetensors files, by name.
       files: the other files, by name; the model card, which people edit, is not among them.
       tensors: by name.
-      notes: what a reader should know, e.g. tensors with values that are not finite.
-      versions: of moecc and the libraries below it.
-      schema: version of this layout.
+      notes: remarks for readers, e.g. tensors with values that are not finite.
+      versions: of moecc and the libraries it uses.
+      schema: the version of this layout.
     """
 
     pipeline: str
@@ -136,8 +135,8 @@ def load(folder: Path) -> Manifest:
     """Read the manifest of a folder.
 
     Raises:
-      InputError: there is none, or it is one of another version of moecc; all problems at once.
-      CheckError: it is not as moecc wrote it.
+      InputError: there is none, or another version of moecc wrote it; all problems at once.
+      CheckError: it differs from what moecc wrote.
       MachineError: it cannot be read.
     """
     path = folder / MANIFEST_NAME
@@ -149,34 +148,50 @@ def load(folder: Path) -> Manifest:
     data = read_bounded(path, MAX_MANIFEST_BYTES)
     content = data[: max(0, data.rfind(_SEAL))]
     if seal(content) != data:
-        what = "the manifest was changed after it was written: its seal does not fit its content"
+        what = "the manifest was changed after it was written: its seal does not match its content"
         raise CheckError(what, where=str(path), hint="fetch the file again")
-    return _Reader(parse_json(data, str(path), max_values=_MAX_VALUES), str(path)).manifest()
+    document = parse_json(data, str(path), max_values=_MAX_VALUES)
+    return _Reader(_of_known_schema(document, str(path)), str(path)).manifest()
+
+
+def _of_known_schema(document: object, where: str) -> dict[str, object]:
+    """Return the document, or raise InputError if it is none that this moecc reads."""
+    found = document if isinstance(document, dict) else {}
+    schema = found.get("schema")
+    if type(schema) is int and schema == SCHEMA:
+        return found
+    raise InputError(
+        "the manifest is of a version that this moecc does not read",
+        where=where,
+        expected=f'"schema": {SCHEMA}',
+        found=describe(schema),
+    )
 
 
 def is_recordable(name: str) -> bool:
-    """Whether a manifest can name this file: printable, and inside the folder on every system."""
+    """Whether a manifest allows this file name: printable, and inside the folder everywhere."""
     path = PureWindowsPath(name)
     outside = path.drive or path.root or ".." in path.parts or "\\" in name
     return not (name_fault(name) or outside)
 
 
 def seal(content: bytes) -> bytes:
-    """Append the line that seals the content of a manifest."""
+    """Append the seal line to the content of a manifest."""
     return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + _TAIL
 
 
-def _plain(records: Mapping[str, FileRecord | WeightFileRecord | TensorRecord]) -> dict[str, Any]:
+def _plain(
+    records: Mapping[str, FileRecord | WeightFileRecord | TensorRecord],
+) -> dict[str, object]:
     return {
         name: {key: getattr(record, key) for key in record.__slots__}
         for name, record in sorted(records.items())
     }
 
 
-def _layout(value: Any) -> str:
+def _layout(value: object) -> str:
     """Print a value on one line, or a mapping of records with one line each."""
-    records = isinstance(value, dict) and any(isinstance(item, dict) for item in value.values())
-    if not records:
+    if not isinstance(value, dict) or not any(isinstance(v, dict) for v in value.values()):
         return json.dumps(value)
     lines = (f" {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
     return "{\n" + ",\n".join(lines) + "\n}"
@@ -185,14 +200,13 @@ def _layout(value: Any) -> str:
 class _Reader:
     """Checks the fields of a manifest one by one, and collects every problem."""
 
-    def __init__(self, document: Any, where: str) -> None:
+    def __init__(self, document: dict[str, object], where: str) -> None:
         self.document = document
         self.where = where
         self.problems = Problems()
 
     def manifest(self) -> Manifest:
-        """Return the manifest, or raise all its problems."""
-        self._require_known_schema()
+        """Return the manifest, or raise with all its problems."""
         self._refuse_strange_keys()
         weights = self._weights()
         made = Manifest(
@@ -213,23 +227,12 @@ class _Reader:
         self.problems.raise_if_any(InputError)
         return made
 
-    def _require_known_schema(self) -> None:
-        schema = self.document.get("schema") if isinstance(self.document, dict) else None
-        if type(schema) is int and schema == SCHEMA:
-            return
-        raise InputError(
-            "the manifest is of a version that this moecc does not read",
-            where=self.where,
-            expected=f'"schema": {SCHEMA}',
-            found=describe(schema),
-        )
-
     def _refuse_strange_keys(self) -> None:
         known = {item.name for item in fields(Manifest)} | {"seal"}
         for key in self.document.keys() - known:
             self.problems.add(f"the manifest has an unknown key {quoted(key)}", where=self.where)
 
-    def _wrong(self, key: str, expected: str, found: Any) -> None:
+    def _wrong(self, key: str, expected: str, found: object) -> None:
         what = f"the manifest's {quoted(key)} is wrong"
         self.problems.add(what, where=self.where, expected=expected, found=describe(found))
 
@@ -237,25 +240,25 @@ class _Reader:
         value = self.document.get(key)
         return value if isinstance(value, str) else self._no_text(key, value)
 
-    def _no_text(self, key: str, value: Any) -> str:
+    def _no_text(self, key: str, value: object) -> str:
         self._wrong(key, "a string", value)
         return ""
 
-    def _integer(self, value: Any, key: str, *, least: int | None = None) -> int:
+    def _integer(self, value: object, key: str, *, least: int | None = None) -> int:
         if type(value) is int and (least is None or value >= least):
             return value
         self._wrong(key, "a whole number", value)
         return 0
 
-    def _sha256(self, value: Any, key: str) -> str:
+    def _sha256(self, value: object, key: str) -> str:
         digits = set(value) if isinstance(value, str) else set()
         if isinstance(value, str) and len(value) == 64 and digits <= set("0123456789abcdef"):
             return value
         self._wrong(key, "64 hexadecimal digits", value)
         return ""
 
-    def _records(self, key: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-        """Return those entries of a mapping that have exactly the fields of their record."""
+    def _records(self, key: str, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
+        """Return the entries of a mapping that have exactly the fields of their record."""
         value = self.document.get(key)
         if not isinstance(value, dict):
             self._wrong(key, "an object", value)
@@ -295,13 +298,13 @@ class _Reader:
             records[name] = TensorRecord(digest, dtype, self._shape(item["shape"], place), file)
         return records
 
-    def _one_of(self, value: Any, known: Collection[str], expected: str, place: str) -> str:
+    def _one_of(self, value: object, known: Collection[str], expected: str, place: str) -> str:
         if isinstance(value, str) and value in known:
             return value
         self._wrong(place, expected, value)
         return ""
 
-    def _shape(self, value: Any, place: str) -> tuple[int, ...]:
+    def _shape(self, value: object, place: str) -> tuple[int, ...]:
         if isinstance(value, list):
             return tuple(self._integer(size, place, least=0) for size in value)
         self._wrong(place, "a list of sizes", value)
@@ -322,6 +325,6 @@ class _Reader:
         return {}
 
     def _require_inside(self, name: str, key: str) -> None:
-        """Report a file name that would lead out of the folder."""
+        """Report a file name that points outside the folder."""
         if not is_recordable(name):
             self._wrong(key, "names of files in the folder", name)

@@ -2,7 +2,7 @@
 
 The format is eight bytes of length N, N bytes of JSON, and one buffer of data that the tensors
 cover without gap or overlap (the README of the safetensors project is its specification).  The
-usual parser is laxer: it lets duplicate names, stray fields and unreadable shapes pass.
+usual parser is laxer: it accepts duplicate names, stray fields and unreadable shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.files import Identity, open_regular, read_into
 from moecc.checkpoint.jsonfile import parse_json
@@ -27,7 +26,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 18
 MAX_RANK = 64
 _LENGTH_BYTES = 8
-# What goes beyond this for each tensor is no header, but a way to make a reader work.
+# A header longer than this per tensor is an attack on the reader, not a header.
 _FREE_HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 16 << 20, 512
 _FREE_VALUES, _VALUES_PER_TENSOR = 1 << 20, 16
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -41,9 +40,9 @@ class Header:
     """A checked header.
 
     Attributes:
-      tensors: what the file holds, by name, in the order of the header.
+      tensors: the tensors by name, in the order of the header.
       metadata: the strings under ``__metadata__``.
-      data_start_bytes: where the buffer begins in the file.
+      data_start_bytes: the offset of the buffer in the file.
       identity: the state of the file when its header was read.
     """
 
@@ -81,7 +80,7 @@ def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytearray:
 
 
 def _length_fault(length: int, head: bytes, size_bytes: int) -> tuple[str, str, str] | None:
-    """Return what is wrong, what was expected and what was found at the start of a file."""
+    """Return the problem, the expected and the found value of a wrong start of a file, or None."""
     if size_bytes < _LENGTH_BYTES:
         return "the file is too small to have a header", "8 bytes or more", f"{size_bytes} bytes"
     if length > MAX_HEADER_BYTES:
@@ -111,7 +110,7 @@ def _not_safetensors(path: Path, head: bytes, what: str, expected: str, found: s
     )
 
 
-def _parse(raw: bytearray, path: Path) -> dict[str, Any]:
+def _parse(raw: bytearray, path: Path) -> dict[str, object]:
     tensors = raw.count(b'"data_offsets"')
     if tensors > MAX_TENSORS:
         raise InputError(
@@ -122,7 +121,7 @@ def _parse(raw: bytearray, path: Path) -> dict[str, Any]:
         )
     if len(raw) > _FREE_HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * tensors:
         raise InputError(
-            "the header is far too long for what it lists",
+            "the header is far too long for its number of tensors",
             where=str(path),
             found=f"{len(raw):,} bytes for {tensors:,} tensors",
         )
@@ -142,7 +141,7 @@ class _Span:
 
 
 class _Check:
-    """One pass over the entries of a header, which collects every problem."""
+    """One pass over the entries of a header that collects every problem."""
 
     def __init__(self, path: Path, header_bytes: int, identity: Identity) -> None:
         self.path = path
@@ -153,8 +152,8 @@ class _Check:
         self.spans: list[_Span] = []
         self.spans_complete = True
 
-    def header(self, entries: dict[str, Any]) -> Header:
-        """Return the checked header, or raise all its problems."""
+    def header(self, entries: dict[str, object]) -> Header:
+        """Return the checked header, or raise with all its problems."""
         metadata = self._metadata(entries.pop("__metadata__", {}))
         tensors = {}
         for name, entry in entries.items():
@@ -165,11 +164,13 @@ class _Check:
         self.problems.raise_if_any()
         return Header(tensors, metadata, self.data_start, self.identity)
 
-    def _add(self, name: str, what: str, expected: str | None, found: Any, **more: Any) -> None:
+    def _add(
+        self, name: str, what: str, expected: str | None, found: object, hint: str | None = None
+    ) -> None:
         where = f"{self.path}, tensor {quoted(name)}"
-        self.problems.add(what, where=where, expected=expected, found=describe(found), **more)
+        self.problems.add(what, where=where, expected=expected, found=describe(found), hint=hint)
 
-    def _metadata(self, value: Any) -> dict[str, str]:
+    def _metadata(self, value: object) -> dict[str, str]:
         if not isinstance(value, dict):
             self._add("__metadata__", "the metadata is not an object", "an object", value)
             return {}
@@ -179,7 +180,7 @@ class _Check:
                 self._add("__metadata__", what, "a string", text)
         return value
 
-    def _tensor(self, name: str, entry: Any) -> TensorInfo | None:
+    def _tensor(self, name: str, entry: object) -> TensorInfo | None:
         if fault := name_fault(name):
             self._add(name, fault, None, name)
         if type(entry) is not dict or entry.keys() != _FIELDS:
@@ -205,7 +206,7 @@ class _Check:
         offset = self.data_start + span.begin
         return TensorInfo(name, dtype, shape, nbytes, self.path, offset)
 
-    def _wrong_fields(self, name: str, entry: Any) -> None:
+    def _wrong_fields(self, name: str, entry: object) -> None:
         expected = "an object with dtype, shape and data_offsets, and nothing else"
         if not isinstance(entry, dict):
             self._add(name, "the entry of the tensor is not an object", expected, entry)
@@ -220,14 +221,14 @@ class _Check:
             found=", ".join(found),
         )
 
-    def _dtype(self, name: str, value: Any) -> DType | None:
+    def _dtype(self, name: str, value: object) -> DType | None:
         dtype = BY_SAFETENSORS.get(value) if type(value) is str else None
         if dtype is not None:
             return dtype
         expected = f"one of {', '.join(BY_SAFETENSORS)}"
         word = value if type(value) is str and len(value) <= _LONGEST_DTYPE else ""
         if word in _SUB_BYTE:
-            what = "the element type packs several elements into a byte, which moecc does not read"
+            what = "moecc does not support types that pack several elements into a byte"
             self._add(name, what, expected, value, hint="use an unpacked copy of the model")
         elif word in _UNSUPPORTED:
             self._add(name, "moecc does not compute with this element type", expected, value)
@@ -236,12 +237,12 @@ class _Check:
             self._add(name, "the element type is unknown", expected, value, hint=hint)
         return None
 
-    def _shape(self, name: str, value: Any) -> tuple[int, ...] | None:
+    def _shape(self, name: str, value: object) -> tuple[int, ...] | None:
         if type(value) is not list or len(value) > MAX_RANK or not _naturals(value):
             expected = f"a list of at most {MAX_RANK} whole numbers from 0 to 2^63 - 1"
             self._add(name, "the shape is not usable", expected, _first_odd(value))
             return None
-        # Zero axes are left out: NumPy refuses [0, 2**62, 2**62] although it has no element.
+        # Axes of size 0 are excluded: NumPy rejects [0, 2**62, 2**62] although it has no element.
         elements = prod(size for size in value if size)
         if elements > MAX_SIZE:
             expected = "fewer than 2^63 elements"
@@ -249,21 +250,19 @@ class _Check:
             return None
         return tuple(value)
 
-    def _span(self, name: str, value: Any) -> _Span | None:
-        ordered = (
-            type(value) is list and len(value) == 2 and _naturals(value) and value[0] <= value[1]
-        )
-        if not ordered:
+    def _span(self, name: str, value: object) -> _Span | None:
+        pair = value if type(value) is list and len(value) == 2 else []
+        if not pair or not _naturals(pair) or pair[0] > pair[1]:
             self.spans_complete = False
             expected = "two whole numbers [begin, end], 0 <= begin <= end < 2^63"
             self._add(name, "the data offsets are not usable", expected, _first_odd(value))
             return None
-        span = _Span(value[0], value[1], name)
+        span = _Span(pair[0], pair[1], name)
         self.spans.append(span)
         return span
 
     def _layout(self) -> None:
-        """Check that the tensors cover the buffer once, and nothing beyond it."""
+        """Check that the tensors cover the buffer exactly once."""
         where = str(self.path)
         reach = _Span(0, 0, "")
         for span in sorted(self.spans, key=lambda span: (span.begin, span.end)):
@@ -301,7 +300,7 @@ class _Check:
             )
 
 
-def _naturals(values: list[Any]) -> bool:
+def _naturals(values: list[object]) -> bool:
     # Not all(): a generator takes three times as long, on 200,000 short lists.
     for value in values:  # noqa: SIM110
         if type(value) is not int or not 0 <= value <= MAX_SIZE:
@@ -309,8 +308,8 @@ def _naturals(values: list[Any]) -> bool:
     return True
 
 
-def _first_odd(value: Any) -> Any:
-    """Return the first element of a list that is not a usable size, where there is one."""
+def _first_odd(value: object) -> object:
+    """Return the first element of a list that is not a usable size, if any."""
     if type(value) is not list:
         return value
     return next((item for item in value if not _naturals([item])), value)

@@ -1,7 +1,8 @@
-"""``moecc convert``: a checkpoint through a pipeline into another family."""
+"""``moecc convert``: convert a checkpoint through a pipeline to another family."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What ``moecc convert`` is asked for."""
+    """The arguments and options of ``moecc convert``."""
 
     source: SourceArgument
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
@@ -91,28 +92,27 @@ def _write(planned: Plan, asked: ConvertRequest, max_shard_bytes: int) -> None:
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
-    """Return what was planned, and written unless `dry_run`, for people."""
+    """Return the human-readable plan, written unless `dry_run`."""
     from moecc.support.text import count_text, size_text
 
-    data = planned.to_json()
-    parameters = data["parameters"]
+    facts, family = planned.facts, planned.graph.attrs.get("family")
     rows = [
-        f"{data['source']} ({data['family_from']}) -> {out} ({data['family_to']})",
-        f"  pipeline    {data['pipeline']}",
+        f"{planned.model.name} ({family}) -> {out} ({planned.target})",
+        f"  pipeline    {planned.pipeline}",
         f"  preserves   {planned.preserves}",
-        f"  parameters  {count_text(parameters['total'])}, "
-        f"{count_text(parameters['active'])} active per token",
-        f"  FLOPs       {count_text(data['flops_per_token'])} per token",
-        f"  on disk     {size_text(data['size_bytes'])} in {data['tensors']} tensors, "
-        f"{data['dtype']}",
-        *(f"  remark      {r}" for r in _shortened(data["remarks"])),
+        f"  parameters  {count_text(planned.parameters)}, "
+        f"{count_text(facts.parameters.active)} active per token",
+        f"  FLOPs       {count_text(facts.flops_per_token)} per token",
+        f"  on disk     {size_text(planned.size_bytes)} in {len(planned.tensors)} tensors, "
+        f"{planned.dtype.name if planned.dtype else 'as stored'}",
+        *(f"  remark      {r}" for r in _shortened(planned.remarks)),
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",
     ]
     return "\n".join(rows)
 
 
-def _shortened(remarks: list[str]) -> list[str]:
-    """Return the remarks with those of equal text at many places made one line."""
+def _shortened(remarks: Iterable[str]) -> list[str]:
+    """Return the remarks, with equal texts at several locations merged into one line."""
     places: dict[str, list[str]] = {}
     for remark in remarks:
         where, _, text = remark.partition(": ")

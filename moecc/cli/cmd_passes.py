@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PassesRequest:
-    """What ``moecc passes`` is asked for."""
+    """The arguments and options of ``moecc passes``."""
 
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass alone.")] = (
         None
@@ -45,7 +45,7 @@ def passes(asked: PassesRequest) -> None:
     report("passes", data, lambda: _all(classes), asked.format)
 
 
-def pass_json(cls: type[Pass]) -> dict[str, Any]:
+def pass_json(cls: type[Pass]) -> dict[str, object]:
     """Return a pass and its options as JSON values."""
     from moecc.pipeline.options import describe, options
 

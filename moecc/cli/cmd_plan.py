@@ -1,10 +1,10 @@
-"""``moecc plan``: what a model costs on a machine, and the mesh that suits it best."""
+"""``moecc plan``: predict the cost of a model on a machine, and find the best mesh."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,7 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from moecc.plan.report_types import Report
     from moecc.plan.search import Constraints
     from moecc.plan.strategy import StepConfig
 
@@ -33,14 +34,14 @@ class Step(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """What updates the parameters."""
+    """The optimizer of the parameters."""
 
     adamw = "adamw"
     adafactor = "adafactor"
 
 
 class Remat(StrEnum):
-    """What the backward pass computes again."""
+    """What the backward pass recomputes."""
 
     none = "none"
     save = "save"
@@ -58,7 +59,7 @@ class Via(StrEnum):
 
 
 class DenseWeights(StrEnum):
-    """How parameters that are no experts' lie along the experts' axis."""
+    """How parameters that are not experts' are sharded over the experts' axis."""
 
     whole = "whole"
     cut = "split"
@@ -66,7 +67,7 @@ class DenseWeights(StrEnum):
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What ``moecc plan`` is asked for."""
+    """The arguments and options of ``moecc plan``."""
 
     model: AnyModelArgument
     machine: MachineOption
@@ -121,12 +122,12 @@ def plan(asked: PlanRequest) -> None:
     report("plan", data, lambda: plan_text(data), asked.format)
 
 
-def planned(asked: PlanRequest) -> dict[str, Any]:
+def planned(asked: PlanRequest) -> Report:
     """Return the plan as JSON values.
 
     Raises:
-      UsageError: an option cannot be read.
-      InputError: the model, or the passes on it, do not work out, or nothing fits.
+      UsageError: an option cannot be parsed.
+      InputError: the model or a pass on it is invalid, or nothing fits.
     """
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model

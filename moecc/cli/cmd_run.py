@@ -1,25 +1,24 @@
-"""``moecc run``: what a model makes of given tokens."""
+"""``moecc run``: run a model on given tokens."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moecc.cli.face import add_command
 from moecc.cli.options import InputsOption, ModelArgument, WeightsOption
+from moecc.types.arrays import Array
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from moecc.ir.graph import Graph
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What ``moecc run`` is asked for."""
+    """The arguments and options of ``moecc run``."""
 
     model: ModelArgument
     outputs: Annotated[
@@ -56,7 +55,7 @@ def run(asked: RunRequest) -> None:
         _write(result, name, asked)
 
 
-def _write(result: np.ndarray[Any, Any], name: str, asked: RunRequest) -> None:
+def _write(result: Array, name: str, asked: RunRequest) -> None:
     import numpy as np
 
     from moecc.cli.console import say

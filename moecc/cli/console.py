@@ -1,4 +1,4 @@
-"""Where output goes: the artefact to stdout, everything else to stderr; colour and progress."""
+"""Console output: the artefact to stdout, everything else to stderr; colour and progress."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 from moecc.errors import MoeccError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 
 class Format(StrEnum):
@@ -26,9 +26,9 @@ class Format(StrEnum):
 
 
 def write_utf8() -> None:
-    """Write UTF-8 to stdout, whatever the locale says: an artefact is the same as in a file.
+    """Write UTF-8 to stdout, whatever the locale: an artefact is the same as in a file.
 
-    What UTF-8 has no bytes for is written as an escape, which JSON and Python read back.
+    Characters that UTF-8 cannot encode are written as escapes, which JSON and Python read back.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -39,14 +39,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def report(kind: str, data: Mapping[str, Any], human: Callable[[], str], format: Format) -> None:
+def report(kind: str, data: Mapping[str, object], human: Callable[[], str], format: Format) -> None:
     """Print a report to stdout.
 
     Args:
       kind: the name of the schema, ``inspect``; the JSON says ``"schema": "moecc.inspect/1"``.
       data: the keys documented in ``docs/cli.md``.
-      human: makes the text for people.
-      format: which of the two.
+      human: returns the human-readable text.
+      format: the chosen format.
     """
     if format is Format.json:
         print(json.dumps({"schema": f"moecc.{kind}/1", **data}, indent=2, ensure_ascii=False))
@@ -54,30 +54,29 @@ def report(kind: str, data: Mapping[str, Any], human: Callable[[], str], format:
         print(human())
 
 
-def use_colour(stream: Any = None) -> bool:
-    """Whether `stream` (stderr) is a terminal that wants colour."""
+def use_colour(stream: TextIO | None = None) -> bool:
+    """Whether `stream` (stderr) is a terminal that supports colour."""
     stream = stream or sys.stderr
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
-    return bool(stream.isatty())
+    return stream.isatty()
 
 
 def show_error(error: MoeccError) -> None:
-    """Print the problems of `error` to stderr, all of them."""
+    """Print all problems of `error` to stderr."""
     red, plain = ("\033[31m", "\033[0m") if use_colour() else ("", "")
     for problem in error.problems:
         say(f"{red}error:{plain} {problem}")
 
 
 class Bar:
-    """A progress bar on a terminal, shown once the work has taken a second; elsewhere nothing."""
+    """A progress bar on a terminal, shown once the work has taken a second; otherwise silent."""
 
     def __init__(self, title: str, unit_bytes: bool = True) -> None:
         self._title = title
         self._unit_bytes = unit_bytes
         self._start = time.monotonic()
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._shown: tuple[Progress, TaskID] | None = None
 
     def __enter__(self) -> Bar:
         return self
@@ -88,25 +87,25 @@ class Bar:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._shown is not None:
+            self._shown[0].stop()
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` are done."""
         if not sys.stderr.isatty() or time.monotonic() - self._start < 1:
             return
-        if self._progress is None:
-            self._open(total)
-        assert self._progress is not None
-        self._progress.update(self._task, completed=done)
+        self._shown = self._shown or self._open(total)
+        progress, task = self._shown
+        progress.update(task, completed=done)
 
-    def _open(self, total: int) -> None:
+    def _open(self, total: int) -> tuple[Progress, TaskID]:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
         columns = [TextColumn("{task.description}"), BarColumn()]
         if self._unit_bytes:
             columns.append(DownloadColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task(self._title, total=total)
-        self._progress.start()
+        progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        task = progress.add_task(self._title, total=total)
+        progress.start()
+        return progress, task

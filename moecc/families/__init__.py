@@ -6,7 +6,7 @@ Everything here is imported on first use, so that the command line starts quickl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moecc.checkpoint.source import Checkpoint
@@ -50,7 +50,7 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
     return import_checkpoint(checkpoint, padding=padding)
 
 
-def rebuild(attrs: Mapping[str, Any], shrink: bool = True) -> Graph:
+def rebuild(attrs: Mapping[str, object], shrink: bool = True) -> Graph:
     """Return the graph whose attributes are `attrs`, unrewritten and with float32 weights.
 
     Args:
@@ -64,11 +64,12 @@ def rebuild(attrs: Mapping[str, Any], shrink: bool = True) -> Graph:
     from moecc.families.configs import parse_config
     from moecc.families.shrinking import shrink_config
 
-    config = parse_config(attrs.get("config", {}), "attr config")
+    stated = attrs.get("config")
+    config = parse_config(stated if isinstance(stated, Mapping) else {}, "attr config")
     return build_model(shrink_config(config) if shrink else config)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "FAMILIES":
         from moecc.families.configs import CONFIGS
 

@@ -17,8 +17,7 @@ KV_SEQ = "kv_seq"
 
 def as_keys(builder: Builder, x: Value) -> Value:
     """Return `x` with its sequence under the name that keys and values have."""
-    renamed: Value = builder.rename(x, axis="seq", to=KV_SEQ)
-    return renamed
+    return builder.rename(x, axis="seq", to=KV_SEQ)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class Tables:
         """Emit the positions, rotary tables and masks of a model."""
         positions = builder.positions(tokens, axis="seq", name="positions")
         rope = _rope_attrs(config)
-        cos, sin = builder.rope(positions, axis="head_dim", size=config.head_dim, **rope)
+        # By name, because the table completes what a config leaves out.
+        cos, sin = builder.node("rope", positions, names=(), **rope).results
         keys = as_keys(builder, positions)
         windows = dict.fromkeys(w or 0 for w in config.sliding_windows)
         masks = {w: builder.causal(positions, keys, window=w, name="causal") for w in windows}
@@ -49,6 +49,8 @@ class Tables:
 def _rope_attrs(config: DecoderConfig) -> dict[str, object]:
     rope = config.rope
     attrs: dict[str, object] = {
+        "axis": "head_dim",
+        "size": config.head_dim,
         "theta": rope.theta,
         "scaling": rope.type,
         "factor": rope.factor,
@@ -128,18 +130,14 @@ class _Heads:
         y = self.builder.contract(x, weight, over="embed", name=letter)
         if self.config.qkv_bias:
             y = self.builder.add(y, self.params.plain(f"{name}.bias", loc, **{axis: width}))
-        heads: Value = self.builder.split(y, axis=axis, into=tuple(into.items()))
-        return heads
+        return self.builder.split(y, axis=axis, into=tuple(into.items()))
 
     def norm(self, x: Value, letter: str) -> Value:
         if not self.config.qk_norm:
             return x
         name = f"{self.prefix}{letter}_norm.weight"
         weight = self.params.plain(name, self.builder.loc, head_dim=self.config.head_dim)
-        normed: Value = self.builder.rms_norm(
-            x, weight, axis="head_dim", eps=self.config.rms_norm_eps
-        )
-        return normed
+        return self.builder.rms_norm(x, weight, axis="head_dim", eps=self.config.rms_norm_eps)
 
     def output(self, mixed: Value) -> Value:
         loc, embed = self.builder.loc, self.config.hidden_size
@@ -147,7 +145,7 @@ class _Heads:
         width = self.config.num_attention_heads * self.config.head_dim
         name = f"{self.prefix}o_proj"
         weight = self.params.plain(f"{name}.weight", loc, embed=embed, q=width)
-        y: Value = self.builder.contract(merged, weight, over="q")
+        y = self.builder.contract(merged, weight, over="q")
         if self.config.output_bias:
             y = self.builder.add(y, self.params.plain(f"{name}.bias", loc, embed=embed))
         return y

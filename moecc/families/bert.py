@@ -110,8 +110,7 @@ class _Encoder:
         config = self.config
         y = self._linear(x, name, {axis: config.hidden_size}, "embed")
         into = (("head", config.num_attention_heads), ("head_dim", config.head_dim))
-        heads: Value = self.builder.split(y, axis=axis, into=into)
-        return heads
+        return self.builder.split(y, axis=axis, into=into)
 
     def _ffn(self, x: Value, prefix: str) -> Value:
         mlp = {"mlp": self.config.intermediate_size}
@@ -126,13 +125,11 @@ class _Encoder:
         assert isinstance(size, int), "the width of a model is known"
         weight = self.params.plain(f"{name}.weight", self.builder.loc, **to, **{over: size})
         bias = self.params.plain(f"{name}.bias", self.builder.loc, **to)
-        y: Value = self.builder.add(self.builder.contract(x, weight, over=over), bias)
-        return y
+        return self.builder.add(self.builder.contract(x, weight, over=over), bias)
 
     def _norm(self, x: Value, prefix: str) -> Value:
         embed, loc = self.config.hidden_size, self.builder.loc
         scale = self.params.plain(f"{prefix}LayerNorm.weight", loc, embed=embed)
         bias = self.params.plain(f"{prefix}LayerNorm.bias", loc, embed=embed)
         eps = self.config.layer_norm_eps
-        normed: Value = self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
-        return normed
+        return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")

@@ -66,18 +66,14 @@ def _layer(
         )
     with builder.at(f"layers.{layer}.ffn"):
         x = _norm(builder, hidden, f"{prefix}post_attention_layernorm.weight", config, params)
-        added: Value = builder.add(
-            hidden, feed_forward(builder, x, layer, config, params), name="hidden"
-        )
-    return added
+        return builder.add(hidden, feed_forward(builder, x, layer, config, params), name="hidden")
 
 
 def _norm(
     builder: Builder, x: Value, name: str, config: DecoderConfig, params: Parameters
 ) -> Value:
     scale = params.plain(name, builder.loc, embed=config.hidden_size)
-    normed: Value = builder.rms_norm(x, scale, axis="embed", eps=config.rms_norm_eps, name="norm")
-    return normed
+    return builder.rms_norm(x, scale, axis="embed", eps=config.rms_norm_eps, name="norm")
 
 
 def _embedding(config: DecoderConfig, params: Parameters) -> Value:

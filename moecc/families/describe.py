@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
 
 from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, rows_of
 from moecc.families.flops import SequenceFlops, sequence_flops
@@ -63,7 +62,7 @@ class Description:
     sequence: SequenceFlops
     expert_layers: tuple[ExpertLayer, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the description as JSON values."""
         return {**asdict(self), "expert_layers": [asdict(layer) for layer in self.expert_layers]}
 

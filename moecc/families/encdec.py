@@ -67,8 +67,7 @@ def build_encdec(
 
 def as_keys(builder: Builder, x: Value) -> Value:
     """Return `x` with its sequence under the name that keys and values have."""
-    renamed: Value = builder.rename(x, axis="seq", to=KV_SEQ)
-    return renamed
+    return builder.rename(x, axis="seq", to=KV_SEQ)
 
 
 def embedding_of(config: EncDecConfig, params: Parameters) -> Value:
@@ -149,8 +148,7 @@ class _Stack:
             x = self._norm(hidden, f"{self._prefix(layer)}layer.0.layer_norm.weight")
             heads = _Heads(self, f"{self._prefix(layer)}layer.0.SelfAttention.")
             found = heads.attend(x, as_keys(self.builder, x), bias, masks)
-            added: Value = self.builder.add(hidden, found, name="hidden")
-            return added
+            return self.builder.add(hidden, found, name="hidden")
 
     def _cross_attention(self, hidden: Value, layer: int, memory: Value) -> Value:
         with self.builder.at(f"{self.stack}.layers.{layer}.cross_attention"):
@@ -158,8 +156,7 @@ class _Stack:
             heads = _Heads(self, f"{self._prefix(layer)}layer.1.EncDecAttention.")
             masks = [] if self.keep is None else [self.keep]
             found = heads.attend(x, memory, None, masks)
-            added: Value = self.builder.add(hidden, found, name="hidden")
-            return added
+            return self.builder.add(hidden, found, name="hidden")
 
     def _ffn(self, hidden: Value, layer: int, sublayer: Sublayer) -> Value:
         prefix = f"{self._prefix(layer)}layer.{1 if self.is_encoder else 2}."
@@ -167,14 +164,12 @@ class _Stack:
         with self.builder.at(f"{self.stack}.layers.{layer}.{sublayer.place}"):
             x = self._norm(hidden, f"{prefix}layer_norm.weight")
             found = sublayer.emit(self.builder, x, prefix, self.config, self.params)
-            added: Value = self.builder.add(hidden, found, name="hidden")
-            return added
+            return self.builder.add(hidden, found, name="hidden")
 
     def _norm(self, x: Value, name: str) -> Value:
         scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
         eps = self.config.rms_norm_eps
-        normed: Value = self.builder.rms_norm(x, scale, axis="embed", eps=eps, name="norm")
-        return normed
+        return self.builder.rms_norm(x, scale, axis="embed", eps=eps, name="norm")
 
 
 @dataclass
@@ -198,8 +193,7 @@ class _Heads:
         mixed = builder.contract(weights, value, over=KV_SEQ, name="mixed")
         merged = builder.merge(mixed, axes=("head", "head_dim"), into="q")
         weight = self._weight("o", embed=self._embed, q=self._width)
-        y: Value = builder.contract(merged, weight, over="q")
-        return y
+        return builder.contract(merged, weight, over="q")
 
     def _project(self, x: Value, letter: str) -> Value:
         """Project to heads; the weight stays whole, as on disk, and the result is split."""
@@ -208,8 +202,7 @@ class _Heads:
         weight = self._weight(letter, **{axis: self._width, "embed": self._embed})
         y = builder.contract(x, weight, over="embed", name=letter)
         into = (("head", config.num_attention_heads), ("head_dim", config.head_dim))
-        heads: Value = builder.split(y, axis=axis, into=into)
-        return heads
+        return builder.split(y, axis=axis, into=into)
 
     @property
     def _embed(self) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from moecc.families.configs import EncDecConfig, Experts
 from moecc.families.feedforward import ffn_axes, two_or_three
 from moecc.families.parameters import Parameters
 from moecc.families.sequence_capacity import emit_sequence_capacity
+from moecc.ir.attributes import Using
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-from moecc.ir.moe import emit_routing
+from moecc.ir.moe import SlotOptions, emit_routing
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def _sparse(
     config: EncDecConfig,
     params: Parameters,
 ) -> Value:
-    assignment: dict[str, Any] = {}
+    assignment: SlotOptions = {}
     if experts.capacity_factor:
         assignment = {"slots": "capacity", "capacity_factor": experts.capacity_factor}
 
-    def keep(_logits: Value, chosen: Value, _gates: Value) -> dict[str, Value]:
+    def keep(_logits: Value, chosen: Value, _gates: Value) -> dict[Using, Value]:
         return {"keep": emit_sequence_capacity(builder, experts, chosen)}
 
     rows, finish = emit_routing(

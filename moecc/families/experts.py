@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from moecc.families.sequence_capacity import sequence_capacity_of
+from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.ops import OpDef
 from moecc.ir.table.slots import assigner
@@ -73,18 +74,19 @@ def expert_layers(graph: Graph) -> list[ExpertLayer]:
 
 
 def _layer_of(route: Node, slots: Node) -> ExpertLayer:
-    size = route.operands[0].type[route.attrs["axis"]].size
+    attrs, assignment = RouteAttrs.of_node(route), SlotAttrs.of_node(slots)
+    size = route.operands[0].type[attrs.axis].size
     dispatch = _user(slots.result, lambda entry: entry.moves is RowMove.TO_SLOTS)
     combine = _user(slots.result, lambda entry: entry.moves is RowMove.TO_TOKENS)
     shared, gated = _shared(combine) if combine else (0, False)
     return ExpertLayer(
         loc=route.loc,
         experts=size if isinstance(size, int) else 0,
-        top_k=route.attrs["top_k"],
-        gates=route.attrs["gates"],
-        scale=route.attrs["scale"],
-        slots=slots.attrs["slots"],
-        groups=slots.attrs["groups"],
+        top_k=attrs.top_k,
+        gates=attrs.gates,
+        scale=attrs.scale,
+        slots=assignment.slots,
+        groups=assignment.groups,
         width=_width(dispatch.result) if dispatch else 0,
         shared=shared,
         shared_gate=gated,
@@ -131,7 +133,7 @@ def _shared(combine: Node) -> tuple[int, bool]:
 
 def _inner(down: Node) -> int:
     sizes: Mapping[str, object] = {a.name: a.size for a in down.operands[0].type}
-    size = sizes.get(down.attrs["over"][0])
+    size = sizes.get(ProductAttrs.of_node(down).over[0])
     return size if isinstance(size, int) else 0
 
 
@@ -149,13 +151,13 @@ def choices_kept(rows: Value, *, bounded: bool = True) -> float:
     """
     slots = setter_of(rows.type.extents[0])
     node = assigner(slots)
-    attrs = node.attrs
+    attrs = SlotAttrs.of_node(node)
     choices: int = prod(
-        a.size for a in slots.type if a.name not in attrs["tokens"] and isinstance(a.size, int)
+        a.size for a in slots.type if a.name not in attrs.tokens and isinstance(a.size, int)
     )
     # Where experts choose, a token has as many choices as there are experts, and few are taken.
-    if attrs["slots"] == "ragged" or (not bounded and not node.op.chooses):
+    if attrs.slots == "ragged" or (not bounded and not node.op.chooses):
         return choices
-    factor: float = attrs["capacity_factor"]
-    bound = factor * choices if attrs["convention"] == "assignments" else factor
-    return min(bound, float(attrs["experts"]))
+    factor = attrs.capacity_factor
+    bound = factor * choices if attrs.convention == "assignments" else factor
+    return min(bound, float(attrs.experts))

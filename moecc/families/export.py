@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.families.building import build_model
@@ -37,7 +36,7 @@ class Export:
     tensors: list[tuple[str, Expr]]
 
     @property
-    def config_json(self) -> dict[str, Any]:
+    def config_json(self) -> dict[str, object]:
         """config.json, with the keys of transformers 4 and 5 side by side."""
         return self.config.to_json()
 

@@ -30,7 +30,7 @@ def gated(builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias) -> V
     """
 
     def linear(value: Value, name: str, over: str) -> Value:
-        y: Value = builder.contract(value, matrix(name), over=over, name=name)
+        y = builder.contract(value, matrix(name), over=over, name=name)
         shift = bias(name)
         return y if shift is None else builder.add(y, shift)
 
@@ -47,8 +47,7 @@ def two_or_three(
         return gated(builder, x, act, matrix, lambda name: None)
     up = builder.contract(x, matrix("up"), over="embed", name="up")
     hidden = builder.node(ACTIVATION_OPS[act], up).result
-    y: Value = builder.contract(hidden, matrix("down"), over="mlp", name="down")
-    return y
+    return builder.contract(hidden, matrix("down"), over="mlp", name="down")
 
 
 def feed_forward(
@@ -122,5 +121,4 @@ def _sparse(
     shared_prefix = prefix + params.names.sparse + params.names.shared
     shared = _dense(builder, x, shared_prefix, width, config, params)
     gate = params.shared_gate(prefix, builder.loc, embed=embed)
-    both: Value = builder.add(out, emit_shared_gate(builder, x, gate, shared))
-    return both
+    return builder.add(out, emit_shared_gate(builder, x, gate, shared))

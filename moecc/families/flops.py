@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moecc.families.experts import choices_kept, rows_of
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.table.slots import assigner
 
@@ -83,7 +84,7 @@ def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
 def _tokens_behind(rows: Value, lengths: Mapping[str, int]) -> int:
     """Return the tokens of a sequence that were dispatched to `rows`."""
     slots = setter_of(rows.type.extents[0])
-    tokens = assigner(slots).attrs["tokens"]
+    tokens = SlotAttrs.of_node(assigner(slots)).tokens
     return prod(_size(n, slots.type[n].size, lengths) for n in tokens)
 
 

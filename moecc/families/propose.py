@@ -311,7 +311,7 @@ def _pattern_reasons(
 
 def _sparse_fields(
     source: DecoderConfig, layers: Layers, family: type[MoeConfig]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the fields of a config; what `_sparse_reasons` refuses has a value that passes."""
     layer = next(iter(layers.values()), ExpertLayer("", 1, 1))
     width = layer.width or 1
@@ -332,9 +332,9 @@ def _sparse_fields(
     return fields
 
 
-def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, Any]:
+def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, object]:
     """Return what does not change the function and another family may take over."""
-    kept = {
+    kept: dict[str, object] = {
         "router_aux_loss_coef": source.router_aux_loss_coef,
         "output_router_logits": source.output_router_logits,
     }
@@ -343,7 +343,7 @@ def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, An
     return kept
 
 
-def _pattern(source: DecoderConfig, layers: Layers) -> dict[str, Any]:
+def _pattern(source: DecoderConfig, layers: Layers) -> dict[str, object]:
     """Return the fields that say which layers are sparse: those of the source where they do."""
     count = source.num_hidden_layers
     sparse = tuple(number in layers for number in range(count))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from moecc.errors import Problem
 from moecc.families.configs import (
@@ -41,7 +40,7 @@ def in_stacks(layers: list[ExpertLayer]) -> Stacks | list[Problem]:
 
 def encdec_fields(
     source: EncDecConfig, stacks: Stacks, family: type[EncDecConfig]
-) -> tuple[dict[str, Any], list[Problem]]:
+) -> tuple[dict[str, object], list[Problem]]:
     """Return the fields of a config of `family`, and the reasons why it cannot say the model."""
     fields = source.common()
     layers = [layer for stack in stacks.values() for layer in stack.values()]
@@ -52,9 +51,9 @@ def encdec_fields(
     return fields, [Problem(what, found=found)] if layers else []
 
 
-def _switch_fields(source: EncDecConfig, stacks: Stacks) -> dict[str, Any]:
+def _switch_fields(source: EncDecConfig, stacks: Stacks) -> dict[str, object]:
     layer = _first(stacks)
-    fields: dict[str, Any] = {
+    fields: dict[str, object] = {
         "num_experts": layer.experts,
         "expert_capacity": layer.sequence_capacity or UNBOUNDED,
     }

@@ -37,8 +37,7 @@ def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) ->
     counts = builder.contract(others, before, over=NEXT, name="counts")
     turn = builder.sum(builder.mul(counts, mine), axes="expert", name="turn")
     bound = builder.constant(value=experts.sequence_capacity + 0.5, dtype="f32")
-    kept: Value = builder.broadcast(builder.less(turn, bound), chosen, name="kept")
-    return kept
+    return builder.broadcast(builder.less(turn, bound), chosen, name="kept")
 
 
 def sequence_capacity_of(slots: Node) -> int:

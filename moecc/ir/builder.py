@@ -1,4 +1,4 @@
-"""A builder: operations as methods, with the current location and origin.
+"""A builder: operations as methods that use the current location and origin.
 
 b = Builder(graph, loc="layers.0.ffn")
 hidden = b.mul(b.silu(b.contract(x, gate, over="embed")), b.contract(x, up, over="embed"))
@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.ops import op
+from moecc.ir.operations import Operations
+from moecc.ir.ops import op as find_op
 
 
-class Builder:
+class Builder(Operations):
     """Appends nodes to a graph, or inserts them before a node.
 
-    Every operation of the table is a method; it takes the operands, then the attributes by name,
-    and ``name=`` for the result.  It returns the result, or a tuple where there are several.
-    An attribute of kind ``axes`` or ``words`` may be given as one name.
+    Every operation of the table is a method (`moecc.ir.operations`); it takes the operands, then
+    the attributes by name, and ``name=`` for the result.  It returns the result, or a tuple where
+    there are several.  An attribute of kind ``axes`` or ``words`` may be given as one name.
 
     Attributes:
-      graph: the graph that grows.
-      loc: the location of the nodes made.
-      origin: the pass and rewrite that make them.
+      graph: the graph that nodes are added to.
+      loc: the location of new nodes.
+      origin: the pass and rewrite recorded as the origin of new nodes.
       before: the node to insert in front of; None appends.
     """
 
@@ -38,20 +39,22 @@ class Builder:
 
     @contextmanager
     def at(self, loc: str) -> Iterator[Builder]:
-        """Use another location for a while."""
+        """Use another location within the context."""
         old, self.loc = self.loc, loc
         try:
             yield self
         finally:
             self.loc = old
 
-    def node(self, name: str, *operands: Value, names: tuple[str, ...] = (), **attrs: Any) -> Node:
-        """Append the operation `name` and return its node.
+    def node(
+        self, op: str, /, *operands: Value, names: tuple[str, ...] = (), **attrs: object
+    ) -> Node:
+        """Append the operation `op` and return its node.
 
         Raises:
-          InputError: operands or attributes do not suit the operation.
+          InputError: operands or attributes are invalid for the operation.
         """
-        entry = op(name)
+        entry = find_op(op)
         for key, value in attrs.items():
             spec = entry.attrs.get(key)
             if isinstance(value, str) and spec is not None and spec.kind in ("axes", "words"):
@@ -66,14 +69,25 @@ class Builder:
             before=self.before,
         )
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        entry = op(name)
+    def clone(self, node: Node, *operands: Value, **attrs: object) -> Node:
+        """Append `node` again, on other operands, and with other attributes where some are given.
 
-        def emit(*operands: Value, name: str | None = None, **attrs: Any) -> Any:
-            names = () if name is None else (name,)
-            node = self.node(entry.name, *operands, names=names, **attrs)
-            return node.results[0] if len(node.results) == 1 else node.results
+        Raises:
+          InputError: operands or attributes do not suit the operation.
+        """
+        names = tuple(v.name for v in node.results)
+        return self.node(node.op.name, *operands, names=names, **{**node.attrs, **attrs})
 
-        return emit
+    if not TYPE_CHECKING:
+        # An operation registered from outside is a method too, which no checker can know of.
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            entry = find_op(name)
+
+            def emit(*operands, name=None, **attrs):
+                names = () if name is None else (name,)
+                results = self.node(entry.name, *operands, names=names, **attrs).results
+                return results[0] if len(results) == 1 else results
+
+            return emit

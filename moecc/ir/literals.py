@@ -1,10 +1,9 @@
-"""Reading attribute values from their text."""
+"""Parse attribute values."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.ops import Attr, OpDef
@@ -16,30 +15,30 @@ _ATTR = re.compile(
 )
 
 
-def parse_attrs(entry: OpDef, text: str) -> dict[str, Any]:
-    """Return the attributes that `text`, with its braces, gives to `entry`.
+def parse_attrs(entry: OpDef, text: str) -> dict[str, object]:
+    """Return the attributes of `entry` parsed from `text`, braces included.
 
     Raises:
       InputError: the text does not parse; kinds are checked by `OpDef.complete`.
     """
     inner, pos = text[1:-1].rstrip(), 0
-    attrs: dict[str, Any] = {}
+    attrs: dict[str, object] = {}
     while pos < len(inner):
         match = _ATTR.match(inner, pos)
         if match is None:
             raise InputError("not an attribute", expected="name=value", found=inner[pos:])
         name, value, _ = match.groups()
         if name in attrs:
-            raise InputError(f"attribute {name!r} is given twice")
+            raise InputError(f"attribute {name!r} is defined twice")
         attrs[name] = _parse_value(entry.attrs.get(name), value)
         pos = match.end()
     return attrs
 
 
-def _parse_value(spec: Attr | None, text: str) -> Any:
+def _parse_value(spec: Attr | None, text: str) -> object:
     kind = spec.kind if spec is not None else ""
     if kind in ("str", "axis") and text[0] not in '("':
-        # A word is never taken for a number: an axis may well be called inf.
+        # A word is never parsed as a number: an axis may well be called inf.
         return text
     if kind in ("axes", "words"):
         # One axis needs no parentheses, so that {over=embed} reads well.
@@ -51,7 +50,7 @@ def _parts(inner: str) -> list[str]:
     return [p.strip() for p in inner.split(",") if p.strip()]
 
 
-def _parse_tuple(inner: str) -> tuple[Any, ...]:
+def _parse_tuple(inner: str) -> tuple[object, ...]:
     parts = _parts(inner)
     if parts and all("=" in p for p in parts):
         pairs = (p.split("=", 1) for p in parts)
@@ -59,11 +58,11 @@ def _parse_tuple(inner: str) -> tuple[Any, ...]:
     return tuple(_parse_scalar(p) for p in parts)
 
 
-def _parse_size_word(text: str) -> Any:
+def _parse_size_word(text: str) -> object:
     return text if is_name(text) or not text else _parse_scalar(text)
 
 
-def _parse_scalar(text: str) -> Any:
+def _parse_scalar(text: str) -> object:
     if text[0] == '"':
         try:
             return json.loads(text)

@@ -1,29 +1,28 @@
-"""What one device sees of a graph that lies on a mesh: local types and local attributes.
+"""The program of one device: local types and local attributes of a graph sharded on a mesh.
 
-Every device runs the same operations on its parts.  Beside `local_attrs`, these operations need to
-know which part it is, because what they compute depends on the place in the whole:
-``positions`` and random numbers along an axis that lies split, ``embedding`` of a table whose rows
-lie split, ``combine`` of experts that lie split (other devices add the rest), ``within_buffer``,
-which numbers groups, and ``mean`` over an axis that lies split, which divides by the size of all.
+Every device runs the same operations on its local shards.  Beyond `local_attrs`, these operations
+need the device's coordinates, because their result depends on the position in the global value:
+``positions`` and random numbers along a sharded axis, ``embedding`` of a table with sharded rows,
+``combine`` of sharded experts (other devices add the rest), ``within_buffer``,
+which numbers groups, and ``mean`` over a sharded axis, which divides by the global size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
+from moecc.ir.operand import Attrs
 from moecc.types.tensor import Axis, TensorType
 
 
 def local_size(axis: Axis, size: int, mesh: Mesh) -> int:
-    """Return the size of a device's part of `axis`, whose size is `size`.
+    """Return the size of a local shard of `axis`, whose global size is `size`.
 
     Raises:
-      InputError: it does not divide.
+      InputError: the mesh axes do not divide it.
     """
     parts = mesh.size(axis.mesh)
     if size % parts:
@@ -38,7 +37,7 @@ def local_size(axis: Axis, size: int, mesh: Mesh) -> int:
 
 
 def local_type(type: TensorType, mesh: Mesh) -> TensorType:
-    """Return the type of a device's part of a value of `type`; other sizes than numbers stay."""
+    """Return the type of a local shard of a value of `type`; sizes that are not numbers stay."""
     axes = (
         Axis(a.name, local_size(a, a.size, mesh) if isinstance(a.size, int) else a.size)
         for a in type.axes
@@ -46,6 +45,6 @@ def local_type(type: TensorType, mesh: Mesh) -> TensorType:
     return replace(type.bare, axes=tuple(axes))
 
 
-def local_attrs(node: Node, mesh: Mesh) -> Mapping[str, Any]:
-    """Return the attributes with which a device runs `node` on its parts: local counts."""
+def local_attrs(node: Node, mesh: Mesh) -> Attrs:
+    """Return the attributes with which a device runs `node` on its local shards: local counts."""
     return node.attrs if node.op.local is None else node.op.local(node, mesh)

@@ -1,4 +1,4 @@
-"""Auxiliary losses of routing, as operations of a graph; in float32 wherever the router is."""
+"""Auxiliary losses of routing, built of graph operations; float32 wherever the router is."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-from moecc.ir.routed import Means, Scores, value
+from moecc.ir.routed import Means, Scores
 
 
 @dataclass(frozen=True)
 class LossBuilder:
     """Builds the losses of one layer.
 
-    With prototypes, each of which is a router of its own, a loss is the mean over them.
-    What is a mean over groups or sequences counts those that have tokens: not those that are
-    padding and nothing else.
+    With prototypes, each of which is a router of its own, a loss is the mean over the prototypes.
+    Means over groups or sequences count only those that contain tokens, not
+    those that are all padding.
 
     Attributes:
       means: means over the tokens of the layer.
-      scores: what its router says.
+      scores: the router's logits and choices.
     """
 
     means: Means
@@ -69,12 +69,12 @@ class LossBuilder:
         return self.means.builder
 
     def _probabilities(self) -> Value:
-        return value(self._builder.softmax(self.scores.logits, axis="expert"))
+        return self._builder.softmax(self.scores.logits, axis="expert")
 
     def _hot(self, start: int, stop: int) -> Value:
         """Return 1 at the experts of the choices from `start` to `stop`, with the logits' axes."""
         b, scores = self._builder, self.scores
-        part = b.slice(scores.chosen, axis=scores.choice, start=start, stop=stop)
+        part = b.slice(scores.picks, axis=scores.choice, start=start, stop=stop)
         hot = b.one_hot(part, into=(("expert", scores.count),))
         return self.means.cast(b.sum(hot, axes=scores.choice), scores.logits)
 
@@ -83,11 +83,10 @@ class LossBuilder:
         b = self._builder
         mean = b.mean(x, axes="expert")
         variance = b.mean(b.square(b.sub(x, mean)), axes="expert")
-        return value(b.div(variance, self.means.divisor(b.square(mean))))
+        return b.div(variance, self.means.divisor(b.square(mean)))
 
 
 def emit_output_z(builder: Builder, logits: Value, axis: str = "vocab") -> Value:
     """Return the mean of (log Σ exp x)² over all but `axis`: the z-loss of the output softmax."""
     squared = builder.square(builder.logsumexp(logits, axes=axis))
-    loss: Value = builder.mean(squared, axes=squared.type.names)
-    return loss
+    return builder.mean(squared, axes=squared.type.names)

@@ -1,25 +1,52 @@
-"""The routing around an expert block, as both an imported model and a pass build it.
+"""The routing around an expert block, shared by imported models and passes.
 
 A mixture-of-experts layer is the router's product, ``route``, ``assign_slots``, ``dispatch``, the
-expert's own operations lifted over the expert axis, and ``combine``.  Families and passes call the
-same functions, so that a graph that was upcycled and one that was read from disk are the same
+expert's own operations lifted over the expert axis, and ``combine``.  Families and passes use the
+same functions, so that an upcycled graph and the graph read back from its checkpoint are the same
 graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Required, TypedDict, Unpack
 
 from moecc.errors import InputError
+from moecc.ir.attributes import Convention, Gates, Order, Rounding, Slots, Using
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 
 Finish = Callable[[Value], Value]
-"""Takes the experts' output rows back to the tokens."""
+"""Combines the experts' output rows into tokens."""
 
-Given = Callable[[Value, Value, Value], Mapping[str, Value]]
-"""Makes further operands of ``assign_slots``, by word, from the logits, experts and gates."""
+Given = Callable[[Value, Value, Value], Mapping[Using, Value]]
+"""Makes further operands of ``assign_slots``, by word, from logits, experts and gates."""
+
+
+class BoundOptions(TypedDict, total=False):
+    """How tokens are cut into groups, and how a capacity becomes a whole number."""
+
+    groups: int
+    group_size: int
+    rounding: Rounding
+    minimum: int
+    multiple: int
+    cap: bool
+
+
+class ExpertChoiceOptions(BoundOptions):
+    """Attributes of ``expert_choice`` beside the axes and numbers that its operands decide."""
+
+    capacity_factor: Required[float]
+
+
+class SlotOptions(BoundOptions, total=False):
+    """Attributes of ``assign_slots`` beside the axes and numbers that its operands decide."""
+
+    slots: Slots
+    capacity_factor: float
+    convention: Convention
+    order: Order
 
 
 def emit_routing(
@@ -29,36 +56,34 @@ def emit_routing(
     *,
     experts: int,
     top_k: int,
-    gates: str = "renormalised",
+    gates: Gates = "renormalised",
     scale: float = 1.0,
     tokens: tuple[str, ...] = ("batch", "seq"),
-    slots: str = "ragged",
     given: Given | None = None,
     bias: Value | None = None,
-    **assignment: Any,
+    **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       x: the tokens, ``[*tokens, embed]``.
       router_weight: ``[expert, embed]``.
       experts: the number of experts, at least `top_k`.
       top_k: experts per token.
       gates: the gate convention, see ``route``.
-      scale: what the gates are multiplied by.
+      scale: a factor on the gates.
       tokens: the axes of `x` that number tokens, outermost first.
-      slots: ``ragged`` (dropless) or ``capacity``.
-      given: makes what ``assign_slots`` is given beside the experts: keep, priority, mask.
-      bias: ``[expert]``, takes part in the choice and not in the gates (loss-free balancing).
-      assignment: further attributes of ``assign_slots``: groups, capacity_factor, order and so on.
+      given: makes the operands of ``assign_slots`` after the experts: keep, priority, mask.
+      bias: ``[expert]``, added for the choice and not for the gates (loss-free balancing).
+      assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
     Returns:
       The rows, ``[group, expert, slot, embed]``, and a function from the experts' output rows to
-      ``[*tokens, embed]``; it emits ``combine`` at the builder's place when it is called.
+      ``[*tokens, embed]``; it emits ``combine`` at the builder's position when called.
 
     Raises:
-      InputError: operands or attributes do not suit one another.
+      InputError: operands or attributes are inconsistent.
     """
     over = tuple(n for n in router_weight.type.names if n in x.type and n not in tokens)
     left = [a for a in router_weight.type.axes if a.name not in over]
@@ -66,17 +91,17 @@ def emit_routing(
         raise InputError(
             "the router has one row per expert",
             where=f"%{router_weight.name}",
-            expected=f"an axis expert={experts} beside those of the tokens, {x.type}",
+            expected=f"an axis expert={experts} besides those of the tokens, {x.type}",
             found=str(router_weight.type),
         )
-    logits = builder.contract(x, router_weight, over=over, name="router")
+    logits = builder.contract(x, router_weight, over=over, precision="f32", name="router")
     biases = () if bias is None else (bias,)
     chosen, weights = builder.route(
-        logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) * len(biases)
+        logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) if biases else ()
     )
-    more = dict(given(logits, chosen, weights)) if given is not None else {}
+    more = given(logits, chosen, weights) if given is not None else {}
     return emit_chosen(
-        builder, x, chosen, weights, experts=experts, tokens=tokens, given=more, slots=slots,
+        builder, x, chosen, weights, experts=experts, tokens=tokens, given=more,
         **assignment,
     )  # fmt: skip
 
@@ -89,16 +114,16 @@ def emit_chosen(
     *,
     experts: int,
     tokens: tuple[str, ...] = ("batch", "seq"),
-    given: Mapping[str, Value] | None = None,
-    **assignment: Any,
+    given: Mapping[Using, Value] | None = None,
+    **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
-    """Place what is chosen already; return the rows and the function that combines them.
+    """Assign slots to experts already chosen; return the rows and the function that combines them.
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       x: the tokens, ``[*tokens, embed]``.
       chosen: the experts of each token, ``[*tokens, choice]``.
-      gates: what their results are weighted by, of the same axes.
+      gates: the weights of their results, with the same axes.
       experts: the number of experts.
       tokens: the axes of `x` that number tokens, outermost first.
       given: further operands of ``assign_slots``, by word.
@@ -111,8 +136,7 @@ def emit_chosen(
     rows = builder.dispatch(x, chosen, slots)
 
     def finish(rows_out: Value) -> Value:
-        combined: Value = builder.combine(rows_out, chosen, slots, gates)
-        return combined
+        return builder.combine(rows_out, chosen, slots, gates)
 
     return rows, finish
 
@@ -122,10 +146,9 @@ def emit_shared_gate(builder: Builder, x: Value, gate_weight: Value, shared: Val
 
     Args:
       builder: where the operations go.
-      x: what the shared expert reads, ``[batch, seq, embed]``.
+      x: the input of the shared expert, ``[batch, seq, embed]``.
       gate_weight: ``[embed]``.
-      shared: what it returns, ``[batch, seq, embed]``.
+      shared: its output, ``[batch, seq, embed]``.
     """
     gate = builder.sigmoid(builder.contract(x, gate_weight, over=gate_weight.type.names))
-    gated: Value = builder.mul(gate, shared)
-    return gated
+    return builder.mul(gate, shared)

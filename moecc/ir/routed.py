@@ -1,7 +1,7 @@
-"""What losses and metrics of routing look at: one routed layer, and means over its tokens.
+"""Inputs of routing losses and metrics: one routed layer, and means over its tokens.
 
-Where ``assign_slots`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a
-balancing loss is taken in before it is averaged: a token group, a sequence, or the batch.
+If ``assign_slots`` has a mask, padding is excluded everywhere.  A *unit* is the set of tokens that
+a balancing loss is computed over before averaging: a token group, a sequence, or the batch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.table.slots import assigner, operands_by_word
@@ -18,14 +19,14 @@ UNITS = ("group", "sequence", "global")
 
 @dataclass(frozen=True)
 class Scores:
-    """What a router gave to each expert.
+    """A router's scores of the experts.
 
     Attributes:
-      logits: with the noise if there is any, ``[*tokens, expert]``; prototypes have an axis more.
-      chosen: the experts that they chose, best first, ``[*tokens, choice]``; those of prototypes
-        are counted within each, ``[*tokens, choice, first]``.  None where experts choose tokens.
-      clean: the logits without noise, where noise was added.
-      noise_std: the standard deviation of that noise; 0 where there is none.
+      logits: including noise if there is any, ``[*tokens, expert]``; prototypes add an axis.
+      chosen: the chosen experts, best first, ``[*tokens, choice]``; with prototypes
+        numbered within each, ``[*tokens, choice, first]``.  None where experts choose tokens.
+      clean: the logits without noise, if noise was added.
+      noise_std: the standard deviation of that noise; 0 without noise.
     """
 
     logits: Value
@@ -35,24 +36,28 @@ class Scores:
 
     @property
     def count(self) -> int:
-        """The experts that the logits are of: those of one prototype."""
+        """The number of experts that the logits score: those of one prototype."""
         size = self.logits.type["expert"].size
-        assert isinstance(size, int), "experts are counted"
+        assert isinstance(size, int), "the number of experts is known"
         return size
+
+    @property
+    def picks(self) -> Value:
+        """The experts that the tokens chose, where tokens choose."""
+        assert self.chosen is not None, "tokens choose"
+        return self.chosen
 
     @property
     def choice(self) -> str:
         """The axis of the choices, best first."""
-        assert self.chosen is not None, "tokens choose"
-        (name,) = (n for n in self.chosen.type.names if n not in self.logits.type)
+        (name,) = (n for n in self.picks.type.names if n not in self.logits.type)
         return name
 
     @property
     def top_k(self) -> int:
-        """How many experts the logits choose."""
-        assert self.chosen is not None, "tokens choose"
-        size = self.chosen.type[self.choice].size
-        assert isinstance(size, int), "choices are counted"
+        """The number of experts chosen per token."""
+        size = self.picks.type[self.choice].size
+        assert isinstance(size, int), "the number of choices is known"
         return size
 
 
@@ -62,9 +67,9 @@ class Routed:
 
     Attributes:
       experts: the experts of each choice, ``[*tokens, choice]``.
-      gates: what the results are weighted by.
+      gates: the weights of the experts' results.
       slots: the slots, the result of ``assign_slots`` or ``expert_choice``.
-      scores: what a router says; None where there is none.
+      scores: the router's scores; None without a router.
     """
 
     experts: Value
@@ -75,8 +80,7 @@ class Routed:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        tokens: tuple[str, ...] = assigner(self.slots).attrs["tokens"]
-        return tokens
+        return SlotAttrs.of_node(assigner(self.slots)).tokens
 
     @property
     def choice(self) -> str:
@@ -87,12 +91,11 @@ class Routed:
     @property
     def count(self) -> int:
         """The number of experts."""
-        experts: int = assigner(self.slots).attrs["experts"]
-        return experts
+        return SlotAttrs.of_node(assigner(self.slots)).experts
 
     @property
     def given(self) -> dict[str, Value]:
-        """What the slots were given beside the experts."""
+        """The operands of the slot assignment besides the experts, by word."""
         node = assigner(self.slots)
         return operands_by_word(node.operands, node.attrs)
 
@@ -102,7 +105,7 @@ class Means:
     """Builds means over the tokens of a layer.
 
     Attributes:
-      builder: where the operations go.
+      builder: where operations are appended.
       routed: the routing.
       unit: ``group``, ``sequence`` or ``global``.
     """
@@ -113,36 +116,36 @@ class Means:
 
     @cached_property
     def named(self) -> Value:
-        """1 for each choice that names an expert; of a type that counts are exact in."""
+        """1 for each choice that names an expert; of a type in which counts are exact."""
         b = self.builder
         hot = b.one_hot(self.routed.experts, into=(("expert", self.routed.count),))
-        return value(b.sum(hot, axes="expert"))
+        return b.sum(hot, axes="expert")
 
     def over_tokens(self, x: Value) -> Value:
-        """Return the mean over all tokens, padding left out."""
+        """Return the mean over all tokens, padding excluded."""
         b, tokens = self.builder, self.routed.tokens
         if "mask" not in self.routed.given:
-            return value(b.mean(x, axes=tokens))
+            return b.mean(x, axes=tokens)
         counted = self._counted(x)
         total = b.sum(b.mul(x, counted), axes=tokens)
-        return value(b.div(total, self.at_least_one(b.sum(counted, axes=tokens))))
+        return b.div(total, self.at_least_one(b.sum(counted, axes=tokens)))
 
     def over_units(self, x: Value) -> Value:
         """Return the mean of ``[*tokens, expert]`` over the tokens of each unit.
 
-        A unit of nothing but padding has zeros.
+        A unit that is all padding has zeros.
         """
         b = self.builder
         if "mask" not in self.routed.given and self.unit != "group":
-            return value(b.mean(x, axes=self._inside_unit))
+            return b.mean(x, axes=self._inside_unit)
         counted = self._counted(x)
         total, number = self._unit_sum(b.mul(x, counted)), self._unit_sum(counted)
-        return value(b.div(total, self.at_least_one(number)))
+        return b.div(total, self.at_least_one(number))
 
     def across_units(self, x: Value) -> Value:
-        """Return the mean of ``[*unit, …]`` over the units that have tokens, and over the rest.
+        """Return the mean of ``[*unit, …]`` over the units with tokens, and over the other axes.
 
-        Units of nothing but padding would dilute the mean; with no tokens at all it is 0.
+        Units of padding would dilute the mean; without any token it is 0.
         """
         b, filled = self.builder, self._filled
         if filled is None or not filled.type.names:
@@ -152,55 +155,50 @@ class Means:
         return self.all(b.div(total, self.at_least_one(b.sum(counted, axes=units))))
 
     def divisor(self, x: Value) -> Value:
-        """Return ``[*unit, …]`` with 1 for the units without tokens, so that 0 / 0 is not met."""
+        """Return ``[*unit, …]`` with 1 for the units without tokens, to avoid 0 / 0."""
         b, filled = self.builder, self._filled
         if filled is None:
             return x
-        return value(b.mask(x, b.less(self.constant(0.0, filled), filled), fill=1.0))
+        return b.mask(x, b.less(self.constant(0.0, filled), filled), fill=1.0)
 
     def all(self, x: Value) -> Value:
-        """Return the mean of what is left, prototypes for example."""
+        """Return the mean over all remaining axes, prototypes for example."""
         return self.builder.mean(x, axes=x.type.names) if x.type.names else x
 
     def constant(self, number: float, like: Value) -> Value:
         """Return `number` with the element type of `like`."""
-        return value(self.builder.constant(value=number, dtype=like.type.dtype.name))
+        return self.builder.constant(value=number, dtype=like.type.dtype.name)
 
     def cast(self, x: Value, like: Value) -> Value:
         """Return `x` with the element type of `like`."""
         kind = like.type.dtype
-        return x if x.type.dtype == kind else value(self.builder.cast(x, dtype=kind.name))
+        return x if x.type.dtype == kind else self.builder.cast(x, dtype=kind.name)
 
     def at_least_one(self, x: Value) -> Value:
-        """Return `x`, a count that something is divided by."""
-        return value(self.builder.maximum(x, self.constant(1.0, x)))
+        """Return max(`x`, 1), for a count used as a divisor."""
+        return self.builder.maximum(x, self.constant(1.0, x))
 
     @cached_property
     def _filled(self) -> Value | None:
-        """1 for the units that have tokens and 0 for the others; None where none is padding."""
+        """1 for the units that have tokens and 0 for the others; None without padding."""
         if "mask" not in self.routed.given:
             return None
         number = self._unit_sum(self._counted(self.named))
-        return value(self.builder.minimum(number, self.constant(1.0, number)))
+        return self.builder.minimum(number, self.constant(1.0, number))
 
     def _counted(self, like: Value) -> Value:
         """Return 1 for tokens and 0 for padding, ``[*tokens]``."""
         b = self.builder
         ones = self.cast(b.max(self.named, axes=self.routed.choice), like)
         mask = self.routed.given.get("mask")
-        return ones if mask is None else value(b.mask(ones, mask, fill=0.0))
+        return ones if mask is None else b.mask(ones, mask, fill=0.0)
 
     def _unit_sum(self, x: Value) -> Value:
         if self.unit == "group":
-            return value(self.builder.group_sum(x, self.routed.slots))
-        return value(self.builder.sum(x, axes=self._inside_unit))
+            return self.builder.group_sum(x, self.routed.slots)
+        return self.builder.sum(x, axes=self._inside_unit)
 
     @property
     def _inside_unit(self) -> tuple[str, ...]:
         tokens = self.routed.tokens
         return tokens if self.unit == "global" else tokens[1:]
-
-
-def value(made: Value) -> Value:
-    """Return `made`, whose type a builder does not tell."""
-    return made

@@ -1,17 +1,15 @@
-"""What a model is run on: arrays for the inputs of its graph, given or drawn."""
+"""Inputs for a model: arrays for the inputs of its graph, checked or drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Value
 from moecc.ir.indices import index_sizes
-
-Array = np.ndarray[Any, Any]
+from moecc.types.arrays import Array
 
 ANY_INDEX = 2
 """Integers are below this where nothing says what they index."""

@@ -1,7 +1,7 @@
-"""Opening what the command line calls a SOURCE or MODEL: a folder, a GGUF file, a preset, a graph.
+"""Open a SOURCE or MODEL of the command line: a folder, a GGUF file, a preset, a graph.
 
-A model is a graph and a way to make its parameters.  Parameters are made one at a time, when they
-are asked for, from the weight expressions and the checkpoint that they read.
+A model is a graph and a way to evaluate its parameters.  Parameters are evaluated one at a time,
+on demand, from the weight expressions and the checkpoint that they read.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from moecc.errors import InputError, UsageError
+from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.presets import PREFIX, preset_config
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
 
 if TYPE_CHECKING:
     from moecc.checkpoint.source import Checkpoint
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass
@@ -34,8 +31,8 @@ class Model(AbstractContextManager["Model"]):
 
     Attributes:
       graph: the graph.
-      name: what messages call it.
-      checkpoint: where the weights lie; None for a preset or a graph without one.
+      name: its name in messages.
+      checkpoint: the checkpoint of its weights; None for a preset or a graph without one.
     """
 
     graph: Graph
@@ -214,9 +211,9 @@ def _open_graph(source: str, weights: str | None) -> Model:
     return Model(graph, source, checkpoint)
 
 
-def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Any]:
+def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
     """Yield a problem for each source of `graph` that `checkpoint` lacks or has otherwise."""
-    from moecc.errors import Problem, nearest
+    from moecc.errors import nearest
     from moecc.weights.expr import sources
 
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""The options of a pass: its fields, and how their values are read and written as text."""
+"""The options of a pass: its fields, and parsing and printing of their values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import types
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 from moecc.pipeline.passes import Pass
 
@@ -18,7 +18,7 @@ _FLOAT = re.compile(r"[+-]?(?:inf|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a value between commas: its text, and whether it stood in quotes."""
+    """A part of a value between commas: its text, and whether it was quoted."""
 
     text: str
     quoted: bool = False
@@ -29,22 +29,22 @@ class Option:
     """An option of a pass.
 
     Attributes:
-      name: as the text spells it, ``top-k``.
-      field: as Python spells it, ``top_k``.
+      name: the name in the text, ``top-k``.
+      field: the name of the Python field, ``top_k``.
       type: its annotation.
-      doc: what it means, in a line.
-      default: its value where the text says nothing, or `dataclasses.MISSING`.
+      doc: its meaning, in a line.
+      default: its value where the text omits it, or `dataclasses.MISSING`.
     """
 
     name: str
     field: str
-    type: Any
+    type: object
     doc: str
-    default: Any
+    default: object
 
     @property
     def required(self) -> bool:
-        """Whether the text must give it."""
+        """Whether the text must state it."""
         return self.default is MISSING
 
 
@@ -64,19 +64,19 @@ def options(cls: type[Pass]) -> dict[str, Option]:
 
 
 def unreadable(cls: type[Pass]) -> list[str]:
-    """Return what is wrong with the annotations of a pass: types that no text spells."""
+    """Return the annotations of a pass that cannot be resolved or have no text form."""
     try:
         found = options(cls)
     except NameError as error:
         return [f"an annotation cannot be resolved: {error}"]
     return [
-        f"option {o.name!r} is of a type that no text spells: {o.type}"
+        f"option {o.name!r} has a type without a text form: {o.type}"
         for o in found.values()
         if not _is_spelled(o.type)
     ]
 
 
-def _is_spelled(type: Any) -> bool:
+def _is_spelled(type: object) -> bool:
     if type in (int, float, bool, str, types.NoneType) or get_origin(type) is Literal:
         return True
     if get_origin(type) is tuple or _is_union(type):
@@ -86,14 +86,14 @@ def _is_spelled(type: Any) -> bool:
 
 
 class _NoFit(ValueError):
-    """The text does not spell a value of the type."""
+    """The text is not a value of the type."""
 
 
-def read(type: Any, pieces: tuple[Piece, ...]) -> Any:
-    """Return the value of `type` that `pieces` spell.
+def read(type: object, pieces: tuple[Piece, ...]) -> object:
+    """Return the value of `type` parsed from `pieces`.
 
     Raises:
-      ValueError: they spell none.
+      ValueError: they are not a value of the type.
     """
     if get_origin(type) is tuple:
         return _read_tuple(get_args(type), pieces)
@@ -106,7 +106,7 @@ def read(type: Any, pieces: tuple[Piece, ...]) -> Any:
     return _read_one(type, pieces[0])
 
 
-def _read_one(type: Any, piece: Piece) -> Any:
+def _read_one(type: object, piece: Piece) -> object:
     text = piece.text
     if get_origin(type) is Literal:
         for choice in get_args(type):
@@ -128,7 +128,7 @@ def _read_one(type: Any, piece: Piece) -> Any:
     raise _NoFit
 
 
-def _read_tuple(elements: tuple[Any, ...], pieces: tuple[Piece, ...]) -> tuple[Any, ...]:
+def _read_tuple(elements: tuple[object, ...], pieces: tuple[Piece, ...]) -> tuple[object, ...]:
     if pieces == (Piece("()"),):
         pieces = ()
     each = elements[:1] * len(pieces) if elements[-1] is ... else elements
@@ -137,7 +137,7 @@ def _read_tuple(elements: tuple[Any, ...], pieces: tuple[Piece, ...]) -> tuple[A
     return tuple(read(t, (p,)) for t, p in zip(each, pieces, strict=True))
 
 
-def _read_union(type: Any, pieces: tuple[Piece, ...]) -> Any:
+def _read_union(type: object, pieces: tuple[Piece, ...]) -> object:
     for member in _members(type):
         try:
             return read(member, pieces)
@@ -146,15 +146,15 @@ def _read_union(type: Any, pieces: tuple[Piece, ...]) -> Any:
     raise _NoFit
 
 
-def _is_union(type: Any) -> bool:
+def _is_union(type: object) -> bool:
     return get_origin(type) in (Union, types.UnionType)
 
 
-def _members(type: Any) -> list[Any]:
-    """Return the members of a union, those that fewer texts spell first."""
+def _members(type: object) -> list[object]:
+    """Return the members of a union, the most restrictive first."""
     order = [types.NoneType, bool, int, float]
 
-    def rank(member: Any) -> int:
+    def rank(member: object) -> int:
         if member in order:
             return order.index(member)
         if get_origin(member) is Literal:
@@ -164,13 +164,13 @@ def _members(type: Any) -> list[Any]:
     return sorted(get_args(type), key=rank)
 
 
-def write(type: Any, value: Any) -> str:
-    """Return the text from which `read` makes `value` again.
+def write(type: object, value: object) -> str:
+    """Return the text that `read` parses back to `value`.
 
     Raises:
       ValueError: `value` is not of `type`.
     """
-    if get_origin(type) is tuple or (_is_union(type) and isinstance(value, tuple)):
+    if isinstance(value, tuple) and (get_origin(type) is tuple or _is_union(type)):
         text = _write_tuple(type, value)
     else:
         text = _write_one(type, value)
@@ -179,7 +179,7 @@ def write(type: Any, value: Any) -> str:
     return text
 
 
-def _write_tuple(type: Any, value: tuple[Any, ...]) -> str:
+def _write_tuple(type: object, value: tuple[object, ...]) -> str:
     if not value:
         return "()"
     if _is_union(type):
@@ -190,12 +190,12 @@ def _write_tuple(type: Any, value: tuple[Any, ...]) -> str:
     return ",".join(parts) if parts != ["()"] else '"()"'
 
 
-def _write_element(type: Any, value: Any) -> str:
+def _write_element(type: object, value: object) -> str:
     text = _write_one(type, value)
     return json.dumps(value) if "," in text and text[0] != '"' else text
 
 
-def _write_one(type: Any, value: Any) -> str:
+def _write_one(type: object, value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -210,12 +210,12 @@ def _write_one(type: Any, value: Any) -> str:
     return json.dumps(value)
 
 
-def _spells(type: Any, pieces: tuple[Piece, ...], value: Any) -> bool:
+def _spells(type: object, pieces: tuple[Piece, ...], value: object) -> bool:
     try:
         back = read(type, pieces)
     except _NoFit:
         return False
-    # A float may be given as an int in Python, but True is not 1.
+    # A float may be an int in Python, but True is not 1.
     return bool(back == value) and isinstance(back, bool) == isinstance(value, bool)
 
 
@@ -246,19 +246,19 @@ def split(text: str) -> tuple[Piece, ...]:
 def _piece(text: str) -> Piece:
     if text[0] != '"':
         return Piece(text)
-    # json refuses control characters inside quotes, which a shell may well pass on.
+    # json rejects control characters inside quotes, which a shell may well pass on.
     return Piece(json.loads(text, strict=False), quoted=True)
 
 
-def choices(type: Any) -> list[str]:
+def choices(type: object) -> list[str]:
     """Return the words that the literals in `type` allow."""
     if get_origin(type) is Literal:
         return list(map(str, get_args(type)))
     return [word for inner in get_args(type) for word in choices(inner)]
 
 
-def describe(type: Any) -> str:
-    """Return what a value of `type` looks like, as messages and the documentation say it."""
+def describe(type: object) -> str:
+    """Return a description of the values of `type`, for messages and the documentation."""
     if get_origin(type) is Literal:
         return f"one of {', '.join(map(str, get_args(type)))}"
     if get_origin(type) is tuple:
@@ -268,5 +268,10 @@ def describe(type: Any) -> str:
         return f"{len(inner)} values separated by commas: {', '.join(map(describe, inner))}"
     if _is_union(type):
         return " or ".join(describe(t) for t in get_args(type))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    words: dict[object, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }
     return "none" if type is types.NoneType else words[type]

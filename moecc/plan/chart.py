@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 from xml.sax.saxutils import escape
 
+from moecc.plan.report_types import PartReport, Report
 from moecc.plan.search import seconds_text
 
 WIDTH, LEFT, RIGHT, ROW = 920, 250, 110, 26
@@ -24,7 +24,7 @@ COLOURS = {
 }
 
 
-def chart(data: dict[str, Any]) -> str:
+def chart(data: Report) -> str:
     """Return an SVG of a plan.
 
     Args:
@@ -49,7 +49,7 @@ def chart(data: dict[str, Any]) -> str:
     )
 
 
-def _subtitle(data: dict[str, Any]) -> str:
+def _subtitle(data: Report) -> str:
     best = data["best"]
     mesh = ", ".join(f"{n} {s}" for n, s in best["mesh"].items()) or "one device"
     return (
@@ -89,7 +89,7 @@ def _stack(y: float, scale: float, sizes: Iterable[tuple[str, float]]) -> Iterat
             x += size * scale
 
 
-def _memory(data: dict[str, Any]) -> Iterator[str]:
+def _memory(data: Report) -> Iterator[str]:
     best, usable = data["best"], data["machine"]["usable_bytes"]
     kinds = best["memory_bytes"]
     room = WIDTH - LEFT - RIGHT
@@ -115,13 +115,13 @@ def _legend(y: float, entries: Iterable[tuple[str, str]]) -> Iterator[str]:
         x += 36 + 7.2 * len(words)
 
 
-def _shown(data: dict[str, Any]) -> list[dict[str, Any]]:
+def _shown(data: Report) -> list[PartReport]:
     """Return the parts that take at least a five-hundredth of a step."""
     best = data["best"]
     return [p for p in best["parts"] if p["seconds"]["total"] >= best["seconds"] * 2e-3]
 
 
-def _times(data: dict[str, Any], parts: list[dict[str, Any]]) -> Iterator[str]:
+def _times(data: Report, parts: list[PartReport]) -> Iterator[str]:
     best = data["best"]
     scale = (WIDTH - LEFT - RIGHT) / max(p["seconds"]["total"] for p in best["parts"])
     y = 188.0

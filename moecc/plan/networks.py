@@ -6,6 +6,7 @@ ideal links, in seconds, beside a latency for each hop; bytes are of one device.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import combinations
 from math import gcd, prod
@@ -44,18 +45,18 @@ class Dim:
 
 
 @dataclass(frozen=True)
-class Route:
+class Route(ABC):
     """The part of a network that one mesh axis lies on, or several together."""
 
     devices: int
 
+    @abstractmethod
     def all_gather(self, full_bytes: float) -> float:
         """Return the seconds to gather `full_bytes`, of which each device has its share."""
-        raise NotImplementedError
 
+    @abstractmethod
     def all_to_all(self, local_bytes: float) -> float:
         """Return the seconds to exchange `local_bytes` of each device, an equal part with each."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ class SwitchRoute(Route):
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(ABC):
     """How the devices of a machine are joined."""
 
+    @abstractmethod
     def routes(self, sizes: dict[str, int]) -> dict[tuple[str, ...], Route]:
         """Lay the axes of a mesh on the network.
 
@@ -132,7 +134,6 @@ class Network:
           A route for each axis, and for each set of axes that one collective may run over; keys
           are in the order of `sizes`.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moecc.plan.collectives import sent_bytes
 from moecc.plan.estimate import Estimate, PartCost
 from moecc.plan.exchanges import exact
 from moecc.plan.machines import Machine
+from moecc.plan.report_types import (
+    PartReport,
+    PlanReport,
+    Report,
+    StrategyReport,
+    SummaryReport,
+)
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
@@ -15,7 +20,7 @@ from moecc.plan.workload import Workload
 
 def plan_json(
     model: str, work: Workload, machine: Machine, setting: StepConfig, ranking: Ranking
-) -> dict[str, Any]:
+) -> Report:
     """Return the plan as the JSON values that ``docs/cli.md`` lists."""
     best = ranking.best
     return {
@@ -50,7 +55,7 @@ def plan_json(
     }
 
 
-def _strategy(strategy: Strategy) -> dict[str, Any]:
+def _strategy(strategy: Strategy) -> StrategyReport:
     return {
         "mesh": dict(strategy.layout.mesh.axes),
         "rules": list(strategy.layout.names),
@@ -62,7 +67,7 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
     }
 
 
-def _summary(estimate: Estimate, work: Workload) -> dict[str, Any]:
+def _summary(estimate: Estimate, work: Workload) -> SummaryReport:
     return {
         **_strategy(estimate.strategy),
         "exact": exact(estimate.strategy.via, work.dropless),
@@ -72,7 +77,7 @@ def _summary(estimate: Estimate, work: Workload) -> dict[str, Any]:
     }
 
 
-def _plan(estimate: Estimate, work: Workload) -> dict[str, Any]:
+def _plan(estimate: Estimate, work: Workload) -> PlanReport:
     memory = estimate.memory
     return {
         **_summary(estimate, work),
@@ -87,7 +92,7 @@ def _plan(estimate: Estimate, work: Workload) -> dict[str, Any]:
     }
 
 
-def _part(part: PartCost, estimate: Estimate) -> dict[str, Any]:
+def _part(part: PartCost, estimate: Estimate) -> PartReport:
     sizes = estimate.strategy.layout.mesh
     return {
         "name": part.name,
@@ -121,7 +126,7 @@ def _part(part: PartCost, estimate: Estimate) -> dict[str, Any]:
 # --- for people ----------------------------------------------------------------------------
 
 
-def plan_text(data: dict[str, Any]) -> str:
+def plan_text(data: Report) -> str:
     """Return the plan for people.
 
     Args:
@@ -132,7 +137,7 @@ def plan_text(data: dict[str, Any]) -> str:
     )
 
 
-def _heading(data: dict[str, Any]) -> list[str]:
+def _heading(data: Report) -> list[str]:
     best, machine, batch = data["best"], data["machine"], data["batch"]
     lengths = " and ".join(f"{n}" for n in batch["lengths"].values())
     step = f"training with {data['optimizer']}" if data["step"] == "train" else "forward pass"
@@ -147,7 +152,7 @@ def _heading(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _name(plan: dict[str, Any]) -> str:
+def _name(plan: StrategyReport) -> str:
     mesh = ",".join(f"{n}={s}" for n, s in plan["mesh"].items()) or "one device"
     words = [mesh]
     words.append(f"rules {','.join(plan['rules'])}")
@@ -157,7 +162,7 @@ def _name(plan: dict[str, Any]) -> str:
     return ", ".join([*words, f"{plan['dispatch']} dispatch", f"remat {plan['remat']}"])
 
 
-def _memory_rows(data: dict[str, Any]) -> list[str]:
+def _memory_rows(data: Report) -> list[str]:
     best, usable = data["best"], data["machine"]["usable_bytes"]
     kinds = ", ".join(f"{n} {b / 1e9:.2f}" for n, b in best["memory_bytes"].items() if b >= 5e6)
     left = (usable - best["total_bytes"]) / 1e9
@@ -168,7 +173,7 @@ def _memory_rows(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _time_rows(data: dict[str, Any]) -> list[str]:
+def _time_rows(data: Report) -> list[str]:
     rows = [
         f"  {'part':34} {'count':>5} {'bound':>8} {'total':>9} {'compute':>9} {'hbm':>9} "
         f"{'network':>9} {'TFLOPs':>8}"
@@ -187,7 +192,7 @@ def _time_rows(data: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _traffic(data: dict[str, Any]) -> list[str]:
+def _traffic(data: Report) -> list[str]:
     rows = []
     for op, row in data["best"]["collectives"].items():
         rows.append(
@@ -202,7 +207,7 @@ def _traffic(data: dict[str, Any]) -> list[str]:
     return [title, *rows]
 
 
-def _others(data: dict[str, Any]) -> list[str]:
+def _others(data: Report) -> list[str]:
     best = data["best"]
     rows = [f"  {data['fitting']} of {data['tried']} plans fit; the next best"]
     for other in data["others"]:

@@ -13,6 +13,7 @@ from math import prod
 
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept, expert_layers
+from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.slots import assigner
@@ -277,7 +278,7 @@ class _Reader:
         """Return the mean rows of an expert, all groups together."""
         slots = setter_of(value.type.extents[0])
         node = assigner(slots)
-        tokens = prod(self._size(slots.type[n].size) for n in node.attrs["tokens"])
+        tokens = prod(self._size(slots.type[n].size) for n in SlotAttrs.of_node(node).tokens)
         return tokens * choices_kept(value) / self._size(value.type["expert"].size)
 
     def of_experts(self, value: Value) -> bool:
@@ -389,9 +390,7 @@ class _Reader:
         roots: dict[Value, int] = {}
         weights = tuple(self._new(v for n in nodes for v in n.operands if v.is_param))
         steps = tuple(self._step(node, roots, number, unit) for node in nodes)
-        top_k = max(
-            (n.attrs["top_k"] for n in nodes if n.op.chooses and "top_k" in n.attrs), default=0
-        )
+        top_k = max((RouteAttrs.of_node(n).top_k for n in nodes if n.op.routes), default=0)
         in_layer, onward = match is not None, unit.looped[number]
         return Part(name, 1, steps, weights, top_k, in_layer, onward, tuple(nodes))
 
@@ -417,7 +416,7 @@ class _Reader:
             moves=node.op.moves,
             operands=operands,
             results=tuple(map(self.shape, node.results)),
-            over=tuple(node.attrs["over"]) if node.op.is_product else (),
+            over=ProductAttrs.of_node(node).over if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
             again=_again(number, unit, node in kept.again, node in kept.onward),
             saved_again=_again(number, unit, node in kept.saved_again, node in kept.saved_onward),

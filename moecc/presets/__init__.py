@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
-from typing import Any
 
 from moecc.errors import UsageError, nearest
 
@@ -17,7 +16,7 @@ def preset_names() -> list[str]:
     return sorted(name.removesuffix(".json") for name in found)
 
 
-def preset_config(name: str) -> dict[str, Any]:
+def preset_config(name: str) -> dict[str, object]:
     """Return the config.json of a published model.
 
     Args:
@@ -30,5 +29,5 @@ def preset_config(name: str) -> dict[str, Any]:
     if name not in preset_names():
         hint = nearest(name, preset_names()) or f"presets: {', '.join(preset_names())}"
         raise UsageError(f"unknown preset {name!r}", hint=hint)
-    config: dict[str, Any] = json.loads((files(__name__) / f"{name}.json").read_text("utf-8"))
+    config: dict[str, object] = json.loads((files(__name__) / f"{name}.json").read_text("utf-8"))
     return config

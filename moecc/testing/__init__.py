@@ -8,7 +8,7 @@ The strategies need Hypothesis (``pip install 'moecc[testing]'``); the rest does
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.testing import laws as laws
 from moecc.testing.data import inputs_for as inputs_for
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moecc.testing.strategies import graphs as graphs
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Hypothesis is optional, and takes a while to import.
     if name == "graphs":
         from moecc.testing.strategies import graphs

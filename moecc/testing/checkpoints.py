@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from moecc.checkpoint.source import TensorInfo
 from moecc.families.configs import ModelConfig
+from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES, F32, DType
 from moecc.weights.expr import Expr, sources
-
-Array = np.ndarray[Any, Any]
 
 
 class MemoryCheckpoint:
@@ -26,9 +25,9 @@ class MemoryCheckpoint:
 
     format = "safetensors"
 
-    def __init__(self, config: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    def __init__(self, config: Mapping[str, object], arrays: Mapping[str, Array]) -> None:
         self.path = Path("memory")
-        self.config: dict[str, Any] = dict(config)
+        self.config: dict[str, object] = dict(config)
         self.arrays = dict(arrays)
         self.reads: list[str] = []
 
@@ -106,7 +105,7 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: DT
 
 
 def exported_checkpoint(
-    config: Mapping[str, Any], tensors: Iterable[tuple[str, Expr]], source: MemoryCheckpoint
+    config: Mapping[str, object], tensors: Iterable[tuple[str, Expr]], source: MemoryCheckpoint
 ) -> MemoryCheckpoint:
     """Return the checkpoint that an export from `source` would write."""
     from moecc.weights.evaluate import evaluate

@@ -12,10 +12,12 @@ from math import prod
 
 import numpy as np
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
 from moecc.ir.indices import index_sizes
 from moecc.ir.table.repetition import repetitions
-from moecc.testing.draws import Data, generator
+from moecc.testing.draws import generator, moved
+from moecc.types.arrays import Array
 from moecc.types.ranges import element, lengths
 from moecc.types.tensor import Size, TensorType
 
@@ -35,8 +37,9 @@ def sizes_for(graph: Graph, seed: int) -> dict[str, int]:
     sizes = {n: int(generator(seed, "size", n).integers(1, MAX_SIZE + 1)) for n in sorted(names)}
     for node in graph.every_node():
         if node.op.assigns_slots:
-            groups = node.attrs["group_size"] or node.attrs["groups"]
-            _make_divisible(sizes, node.operands[0].type, node.attrs["tokens"], groups)
+            attrs = SlotAttrs.of_node(node)
+            groups = attrs.group_size or attrs.groups
+            _make_divisible(sizes, node.operands[0].type, attrs.tokens, groups)
     return sizes
 
 
@@ -60,7 +63,9 @@ def _known(size: Size, sizes: Sizes) -> int:
     return size if isinstance(size, int) else 1
 
 
-def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Data]:
+def inputs_for(
+    graph: Graph, seed: int = 0, sizes: Sizes | None = None, step: float = 0.0
+) -> dict[str, Array]:
     """Return random arrays for the inputs of `graph`.
 
     Floats are normal with standard deviation 1; integers stay within the tables, one-hot axes and
@@ -70,12 +75,15 @@ def inputs_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[
       graph: the graph.
       seed: chooses the arrays, together with the name of the input.
       sizes: the sizes of the variables; missing, they are drawn.
+      step: how far every float moves from there, in a direction that its name decides.
     """
     sizes = sizes_for(graph, seed) if sizes is None else sizes
-    return {n: _draw(v, seed, sizes, "input") for n, v in graph.inputs.items()}
+    return {n: _draw(v, seed, sizes, "input", step) for n, v in graph.inputs.items()}
 
 
-def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[str, Data]:
+def params_for(
+    graph: Graph, seed: int = 0, sizes: Sizes | None = None, step: float = 0.0
+) -> dict[str, Array]:
     """Return random arrays for the parameters of `graph`.
 
     A parameter with a weight expression is what the expression makes of random source tensors,
@@ -85,41 +93,50 @@ def params_for(graph: Graph, seed: int = 0, sizes: Sizes | None = None) -> dict[
       graph: the graph.
       seed: chooses the arrays, together with the name of the parameter or source tensor.
       sizes: the sizes of the variables; missing, they are drawn.
+      step: how far every float of a source tensor moves from there, in a direction that its name
+        decides.
     """
     sizes = sizes_for(graph, seed) if sizes is None else sizes
-    return {n: _made(v, seed, sizes) for n, v in graph.params.items()}
+    return {n: _made(v, seed, sizes, step) for n, v in graph.params.items()}
 
 
-def _made(value: Value, seed: int, sizes: Sizes) -> Data:
+def _made(value: Value, seed: int, sizes: Sizes, step: float) -> Array:
     if value.weight is None:
         # What no expression makes is the tensor of its own name, for passes that say so.
-        rolled = _rolled(value, seed, sizes)
-        return _draw(value, seed, sizes, "source") if rolled is None else rolled
+        rolled = _rolled(value, seed, sizes, step)
+        return _draw(value, seed, sizes, "source", step) if rolled is None else rolled
     from moecc.testing.weights import weight_for
 
-    return weight_for(value.weight, seed)
+    return weight_for(value.weight, seed, step)
 
 
-def _rolled(value: Value, seed: int, sizes: Sizes) -> Data | None:
+def _rolled(value: Value, seed: int, sizes: Sizes, step: float) -> Array | None:
     """Return what stands for a parameter of each layer, or None where `value` is one of its own."""
     for user in value.users:
         axis, runs = repetitions(user.attrs) if user.body is not None else ("", 0)
         if lengths(value.name) == {runs} and axis in value.type:
             parts = (element(value.name, at) for at in range(runs))
-            each = [_draw(value, seed, sizes, "source", n, axis) for n in parts]
+            each = [_draw(value, seed, sizes, "source", step, n, axis) for n in parts]
             return np.stack(each, axis=value.type.names.index(axis))
     return None
 
 
 def _draw(
-    value: Value, seed: int, sizes: Sizes, kind: str, name: str = "", without: str = ""
-) -> Data:
+    value: Value,
+    seed: int,
+    sizes: Sizes,
+    kind: str,
+    step: float,
+    name: str = "",
+    without: str = "",
+) -> Array:
     """Draw what `value` is, or what `name` is, which lacks the axis `without`."""
     type = value.type.without(without) if without else value.type
     dtype, shape = type.dtype, shape_of(type, sizes)
-    rng = generator(seed, kind, name or value.name)
+    name = name or value.name
+    rng = generator(seed, kind, name)
     if dtype.kind == "float":
-        return rng.standard_normal(shape).astype(dtype.numpy)
+        return moved(rng.standard_normal(shape).astype(dtype.numpy), step, seed, kind, name)
     if dtype.kind == "bool":
         return rng.random(shape) < 0.5
     if dtype.kind == "key":
@@ -138,7 +155,7 @@ def _limits(value: Value, sizes: Sizes) -> Iterator[int]:
             if user.body is not None:
                 inner = zip(user.operands, user.body.inputs.values(), strict=True)
                 pending += [i for v, i in inner if v is index]
-            elif user.op.carries and index is user.operands[0]:
+            elif (user.op.carries or user.op.collective) and index is user.operands[0]:
                 fresh = [v for v in user.results if v not in seen]
                 pending += fresh
                 seen.update(fresh)

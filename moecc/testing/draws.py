@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 
-Data = np.ndarray[Any, Any]
+from moecc.types.arrays import Array
 
 
 def generator(seed: int, *words: str) -> np.random.Generator:
     """Return a generator that depends on `seed` and `words` alone."""
     digest = hashlib.blake2b("\0".join(words).encode(), digest_size=8).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, "little")])
+
+
+def moved(data: Array, step: float, seed: int, *words: str) -> Array:
+    """Return `data`, in float64 and a step further in a direction that `words` decide.
+
+    Where the step is 0, `data` itself: in its own element type.
+    """
+    if not step:
+        return data
+    direction = generator(seed, "direction", *words).standard_normal(data.shape)
+    return np.asarray(data.astype(np.float64) + step * direction)

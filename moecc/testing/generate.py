@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.table.slots import is_slots
 from moecc.testing.blocks import BLOCKS
+from moecc.testing.choices import Decisions
 from moecc.testing.growth import Growth, Step
+from moecc.testing.planting import Example, plant
 from moecc.testing.steps import SIMPLE
 from moecc.types.dtypes import BF16, F32, F64
 from moecc.types.tensor import TensorType
@@ -18,23 +18,13 @@ MAX_STEPS = 8
 """The most steps of a graph; a step is an operation or a block."""
 
 
-class Decisions:
-    """Decisions that a seed makes."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-
-    def below(self, count: int) -> int:
-        """Return a number from 0 to `count` − 1, each as likely."""
-        return int(self._rng.integers(count))
-
-
 def random_graph(
     seed: int,
     *,
     steps: Sequence[Step] | None = None,
     max_steps: int = MAX_STEPS,
     dead: bool = False,
+    like: Sequence[Example] = (),
 ) -> Graph:
     """Return a well-typed graph whose outputs depend on everything in it.
 
@@ -44,12 +34,18 @@ def random_graph(
         None means operations, and in a third of the cases a whole block.
       max_steps: the most steps.
       dead: whether nodes that no output needs stay.
+      like: rules, patterns or graphs; what one of them matches is planted among the steps.
     """
     choices = Decisions(seed)
     growth = Growth(choices, (F32, F32, BF16, F64)[choices.below(4)])
     growth.input("x", TensorType(growth.dtype, (*growth.tokens, growth.embed)))
-    for _ in range(1 + choices.below(max_steps)):
+    count = 1 + choices.below(max_steps)
+    at = choices.below(count) if like else -1
+    for number in range(count):
         growth.relocate()
+        if number == at:
+            plant(growth, growth.pick(like))
+            continue
         kinds = steps or (BLOCKS if growth.chance(35) else SIMPLE)
         since = len(growth.values)
         growth.pick(kinds)(growth)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
@@ -56,9 +56,9 @@ class Growth:
         """Give the nodes that follow another location."""
         self.builder.loc = self.pick(LOCATIONS)
 
-    def emit(self, op: str, *operands: Value, **attrs: Any) -> Value:
+    def emit(self, op: str, *operands: Value, **attrs: object) -> Value:
         """Append an operation and return its first result; later steps may use all results."""
-        node = self.builder.node(op, *operands, **attrs)
+        node = self.builder.node(op, *operands, names=(), **attrs)
         self.values += node.results
         return node.results[0]
 

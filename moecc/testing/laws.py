@@ -18,6 +18,7 @@ from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone, equal, fingerprint
 from moecc.ir.verify import VerifyError, verify
 from moecc.pipeline.passes import Context, Pass, PassResult
+from moecc.testing.hits import LEAST, tally
 from moecc.testing.oracle import assert_same
 
 Rewrite = Callable[[Graph], object]
@@ -72,11 +73,16 @@ def applied(item: Pass, graph: Graph, seed: int = 0) -> tuple[Graph, PassResult]
     return after, result
 
 
-def check_changed_flag(item: Pass, graph: Graph) -> None:
-    """Check that the pass says that it changed the graph exactly when it did."""
+def check_changed_flag(item: Pass, graph: Graph) -> tuple[Graph, PassResult]:
+    """Check that the pass says that it changed the graph exactly when it did.
+
+    Returns:
+      what `applied` returns.
+    """
     after, result = applied(item, graph)
     if result.changed == equal(graph, after):
         _fail(f"changed={result.changed}, which is not so", graph, after)
+    return after, result
 
 
 def check_idempotent(item: Pass, graph: Graph) -> None:
@@ -106,20 +112,48 @@ def check_preserves(item: Pass, graph: Graph, seeds: Sequence[int] = (0,)) -> No
 
 
 def check_pass(
-    item: Pass, graph: Graph, *, seeds: Sequence[int] = (0,), idempotent: bool = True
+    item: Pass,
+    graph: Graph,
+    *,
+    seeds: Sequence[int] = (0,),
+    idempotent: bool = True,
+    least: float = LEAST,
 ) -> None:
-    """Check all laws of a pass on `graph`.
+    """Check all laws of a pass on `graph`, and that graphs like it give the pass something to do.
+
+    What is called again and again from one place, with one pass, is a test on drawn graphs.  Once
+    there were enough of them and the pass has matched on fewer than the share `least`, the test
+    fails, and says on how many: a law of a pass that does nothing says nothing.
 
     Args:
       item: the pass.
       graph: stays as it is.
       seeds: of the random data on which the function is compared.
       idempotent: whether the pass is expected to change nothing the second time.
+      least: the share of the graphs on which the pass must match; 0 for one that need not.
     """
-    check_changed_flag(item, graph)
+    hits = tally(item)
+    _, result = check_changed_flag(item, graph)
+    complaint = hits.count(bool(result.changed or result.matched), least)
+    if complaint:
+        raise AssertionError(complaint)
     check_preserves(item, graph, seeds)
     if idempotent:
         check_idempotent(item, graph)
+
+
+def check_sharded(graph: Graph, seeds: Sequence[int] = (0,)) -> None:
+    """Check that the devices of the mesh of `graph` together compute what it means.
+
+    Args:
+      graph: a graph on a mesh of at most `moecc.testing.devices.MAX_DEVICES` devices.
+      seeds: of the random data on which it runs.
+    """
+    check_valid(graph)
+    try:
+        assert_same(graph, graph, seeds=seeds)
+    except AssertionError as error:
+        _fail(str(error), graph)
 
 
 def check_rewrite(

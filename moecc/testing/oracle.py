@@ -1,56 +1,23 @@
 """Whether two graphs compute the same: the reference interpreter as the oracle.
 
-In float64 a correct rewrite of a small graph differs by about 1e-14 times the magnitude of what is
-summed, and a wrong one by 1e-7 or more, so the tolerance of 1e-12 separates them.
+Beside the values it looks at gradients (`moecc.testing.gradients`), at weights as they are stored
+(`moecc.testing.precision`), and, on a mesh, at every device (`moecc.testing.devices`).
+``moecc opt --check`` asks the same oracle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from math import lcm
-from typing import Any
 
-import numpy as np
-
-from moecc.backend import Arrays, get_backend
-from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.structure import clone
+from moecc.ir.graph import Graph, Value
+from moecc.testing.comparing import TOLERANCE, Trial
+from moecc.testing.comparing import run_reference as run_reference
 from moecc.testing.data import Sizes, inputs_for, params_for, sizes_for
-from moecc.testing.draws import Data, generator
+from moecc.testing.devices import device_gaps, divisible, moved_values
+from moecc.testing.gradients import gradient_gaps
+from moecc.testing.precision import weight_gaps
 from moecc.types.tensor import Extent
-
-TOLERANCE = 1e-12
-"""The difference allowed between equal outputs, times their magnitude (at least 1)."""
-
-PERTURBATION = 1e-13
-"""The relative change of the data that shows how far errors are amplified."""
-
-ROUNDING = 4e-15
-"""The relative error of each operation that does so: as of sums of a few dozen terms."""
-
-
-def run_reference(
-    graph: Graph,
-    *,
-    seed: int = 0,
-    params: Arrays | None = None,
-    inputs: Arrays | None = None,
-) -> dict[str, Data]:
-    """Return the outputs of `graph` in the reference interpreter, on random data.
-
-    Args:
-      graph: the graph.
-      seed: chooses the parameters and inputs that are not given.
-      params: the parameters by name.
-      inputs: the inputs by name.
-
-    Raises:
-      InputError: the arrays do not fit the graph.
-    """
-    params = params_for(graph, seed) if params is None else params
-    inputs = inputs_for(graph, seed) if inputs is None else inputs
-    return get_backend("reference").compile(graph).run(params, inputs)
 
 
 def assert_same(
@@ -61,7 +28,7 @@ def assert_same(
     exact: bool = False,
     tolerance: float = TOLERANCE,
 ) -> None:
-    """Check that two graphs have the same inputs and compute the same outputs.
+    """Check that two graphs have the same inputs and compute the same outputs; see `differences`.
 
     Args:
       before: the graph that is right.
@@ -88,8 +55,9 @@ def differences(
 ) -> list[str]:
     """Return what differs between two graphs on random data, a line for each output.
 
-    Where an output differs by more than the tolerance, `before` runs again with small errors in
-    the data and in every result: as far as they move the output, rounding may have.
+    Compared are the signatures, the values, and what the values do not show: gradients, weights as
+    they are stored, and what the devices of a mesh compute.  The first of these that differs is
+    returned.
 
     Args:
       before: the graph that is right.
@@ -103,18 +71,18 @@ def differences(
     if changed:
         return changed
     sizes = _common_sizes(before, after, seed) if sizes is None else sizes
-    inputs = inputs_for(before, seed, sizes)
-    params = params_for(before, seed, sizes)
-    expected = run_reference(before, params=params, inputs=inputs)
-    found = run_reference(after, params=params_for(after, seed, sizes), inputs=inputs)
-    if exact:
-        return list(_unequal(expected, found, seed))
-    allowed: dict[str, Any] = {n: tolerance * _magnitude(a) for n, a in expected.items()}
-    if not any(_beyond(expected, found, allowed, seed)):
-        return []
-    for name, moved in _amplified(before, params, inputs, expected).items():
-        allowed[name] = allowed[name] + moved
-    return list(_beyond(expected, found, allowed, seed))
+    for law in (_value_gaps, gradient_gaps, weight_gaps, device_gaps):
+        found = law(Trial(before, after, seed, sizes, exact, tolerance))
+        if found:
+            return found
+    return []
+
+
+def _value_gaps(trial: Trial) -> list[str]:
+    inputs = inputs_for(trial.before, trial.seed, trial.sizes)
+    params = [params_for(g, trial.seed, trial.sizes) for g in (trial.before, trial.after)]
+    found = run_reference(trial.after, params=params[1], inputs=inputs)
+    return trial.gaps(trial.before, (params[0], inputs), found)
 
 
 def _signature_changes(before: Graph, after: Graph) -> Iterator[str]:
@@ -125,6 +93,7 @@ def _signature_changes(before: Graph, after: Graph) -> Iterator[str]:
         expected, found = (", ".join(map(_signature, vs.items())) for vs in (old, new))
         if expected != found:
             yield f"the {what} differ\n  expected: {expected}\n  found: {found}"
+    yield from moved_values(before, after)
 
 
 def _signature(item: tuple[str, Value]) -> str:
@@ -137,90 +106,5 @@ def _signature(item: tuple[str, Value]) -> str:
 def _common_sizes(before: Graph, after: Graph, seed: int) -> dict[str, int]:
     """Return sizes that suit both graphs: groups of tokens divide them in each."""
     old, new = sizes_for(before, seed), sizes_for(after, seed)
-    return {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
-
-
-def _magnitude(data: Data) -> float:
-    if data.dtype.kind != "f":
-        return 0.0
-    finite = np.abs(data[np.isfinite(data)])
-    return max(1.0, float(finite.max(initial=0.0)))
-
-
-def _amplified(
-    graph: Graph, params: Arrays, inputs: Arrays, expected: Mapping[str, Data]
-) -> dict[str, Data]:
-    """Return how far each output moves under small errors of the data and of each operation."""
-    moved: dict[str, Data] = {}
-    for draw in range(3):
-        near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in (params, inputs)]
-        outputs = run_reference(_with_errors(graph, draw), params=near[0], inputs=near[1])
-        for name, data in outputs.items():
-            step = _distance(expected[name], data)
-            moved[name] = np.maximum(moved.get(name, 0.0), step)
-    return moved
-
-
-def _with_errors(graph: Graph, draw: int) -> Graph:
-    """Return `graph` with each float result off by a few units in the last place."""
-    copy = clone(graph)
-    nodes = list(copy)
-    for node, following in zip(nodes, [*nodes[1:], None], strict=True):
-        builder = Builder(copy, before=following)
-        for value in node.results:
-            if value.type.dtype.is_float:
-                noise = generator(draw, "error", value.name).uniform(-1, 1)
-                users = list(value.users)
-                off = builder.scale(value, by=1 + ROUNDING * noise)
-                _use_instead(value, off, users)
-    return copy
-
-
-def _use_instead(old: Value, new: Value, users: Sequence[Node]) -> None:
-    for user in users:
-        for at, operand in enumerate(user.operands):
-            if operand is old:
-                user.set_operand(at, new)
-
-
-def _nudged(data: Data, draw: int, name: str) -> Data:
-    if data.dtype.kind not in "fV":
-        return data
-    noise = generator(draw, "nudge", name).uniform(-1, 1, data.shape)
-    return np.asarray(data.astype(np.float64) * (1 + PERTURBATION * noise))
-
-
-def _distance(expected: Data, found: Data) -> Data:
-    """Return how far the arrays are apart: 0 where undefined, ∞ where only one is infinite."""
-    a, b = expected.astype(np.float64), found.astype(np.float64)
-    with np.errstate(all="ignore"):
-        apart = np.where(a == b, 0.0, np.abs(a - b))
-    # What is not a number before may be anything after; the reverse is a difference.
-    return np.where(np.isnan(a), 0.0, np.where(np.isnan(apart), np.inf, apart))
-
-
-def _unequal(expected: Mapping[str, Data], found: Mapping[str, Data], seed: int) -> Iterator[str]:
-    for name, a in expected.items():
-        if not np.array_equal(a, found[name], equal_nan=a.dtype.kind == "f"):
-            yield from _beyond({name: a}, found, {name: 0.0}, seed)
-            yield f"output {name}: not equal bit for bit (seed {seed})"
-
-
-def _beyond(
-    expected: Mapping[str, Data], found: Mapping[str, Data], allowed: Mapping[str, Any], seed: int
-) -> Iterator[str]:
-    for name, a in expected.items():
-        b = found[name]
-        if a.shape != b.shape:
-            yield f"output {name}: shape {a.shape} became {b.shape} (seed {seed})"
-            continue
-        apart, bounds = _distance(a, b), np.broadcast_to(allowed[name], a.shape)
-        if not (apart > bounds).any():
-            continue
-        worst = int(np.argmax(np.where(apart > bounds, apart, -1.0)))
-        at = tuple(int(i) for i in np.unravel_index(worst, a.shape))
-        bound = float(bounds[at])
-        yield (
-            f"output {name}{list(at)}: expected {a[at]!r}, found {b[at]!r}, "
-            f"allowed difference {bound:.3g} (seed {seed})"
-        )
+    sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
+    return divisible(sizes, before, after)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moecc.ir.graph import Value
 from moecc.testing.arithmetic import BINARY
 from moecc.testing.growth import Growth, mixable, mixable_fixed
@@ -61,10 +59,11 @@ def rotate(g: Growth, x: Value, positions: Value, axis: Axis) -> Value:
     scaling = g.pick(("default", "linear", "llama3", "yarn", "dynamic"))
     if scaling == "dynamic" and axis.size == 2:
         scaling = "default"
-    attrs: dict[str, Any] = {"axis": axis.name, "size": axis.size, "scaling": scaling}
+    attrs: dict[str, object] = {"axis": axis.name, "size": axis.size, "scaling": scaling}
     if scaling != "default":
         attrs |= {"factor": 4.0, "original_context": 64}
-    tables = g.builder.node("rope", positions, theta=g.pick((10000.0, 500.0)), **attrs).results
+    theta = g.pick((10000.0, 500.0))
+    tables = g.builder.node("rope", positions, names=(), theta=theta, **attrs).results
     if x.type.dtype != F32:
         tables = tuple(g.emit("cast", t, dtype=x.type.dtype.name) for t in tables)
     return g.emit("rotate", x, *tables, axis=axis.name)
@@ -111,6 +110,6 @@ def drawn(g: Growth, like: Value) -> Value:
 
 def key(g: Growth) -> Value:
     """Return a key: one that is there, a new input, or one folded from either."""
-    found = g.find(lambda v: v.type.dtype == KEY) if g.chance(50) else None
+    found = g.find(lambda v: v.type == TensorType(KEY)) if g.chance(50) else None
     source = found or g.input("key", TensorType(KEY))
     return g.emit("fold_key", source, by=g.pick((0, 1, 7))) if g.chance(50) else source

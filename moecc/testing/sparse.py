@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import get_args
 
+from moecc.ir.attributes import Gates, Policy, Using
 from moecc.ir.gates import GATES, convention
 from moecc.ir.graph import Value
 from moecc.ir.mixtures import emit_hash_routing, emit_priority, emit_rescaled
-from moecc.ir.table.routing import POLICIES
+from moecc.ir.moe import SlotOptions
 from moecc.testing.growth import Growth, symbolic
 from moecc.types.dtypes import I32, KEY, PRED
 from moecc.types.tensor import Axis, TensorType
 
 EmitBlock = Callable[[Growth, Value, Axis, Iterable[Axis]], Value]
 """Appends what the experts compute: from rows along an axis, with weights that share axes."""
+
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 Choice = tuple[Value, Value, Value]
 """The experts of each token, their gates, and the slots."""
@@ -30,7 +33,7 @@ def emit_mixture(g: Growth, x: Value, axis: Axis, emit_block: EmitBlock) -> Valu
         gates = emit_rescaled(g.builder, gates, slots)
     rows = g.builder.dispatch(x, experts, slots)
     _note(g, since)
-    y: Value = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, slots, gates)
+    y = g.builder.combine(emit_block(g, rows, axis, (expert,)), experts, slots, gates)
     g.values.append(y)
     if g.chance(30):
         g.emit("group_sum", gates if g.chance(50) else x, slots)
@@ -40,7 +43,7 @@ def emit_mixture(g: Growth, x: Value, axis: Axis, emit_block: EmitBlock) -> Valu
 def _by_router(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     """Tokens choose experts by logits, in one of the gate conventions, with or without a bias."""
     logits = _logits(g, x, axis, expert)
-    gates = g.pick(GATES) if g.chance(60) else "renormalised"
+    gates: Gates = g.pick(GATES) if g.chance(60) else "renormalised"
     row = convention(gates)
     top_k = 1 + g.choices.below(min(_size(expert), row.max_top_k or 3))
     bias = [g.param("bias", (expert,), x.type.dtype)] if g.chance(25) else []
@@ -52,7 +55,7 @@ def _by_router(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
         top_k=top_k,
         gates=gates,
         scale=g.pick((1.0, 2.5)),
-        using=("bias",) * len(bias),
+        using=("bias",) if bias else (),
     )
     return chosen, weights, _slots(g, x, expert, chosen, _given(g, logits, weights))
 
@@ -64,34 +67,37 @@ def _by_hash(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     chosen, weights = emit_hash_routing(
         g.builder, ids, x, experts=_size(expert), top_k=top_k, seed=g.pick((0, 1, 5))
     )
-    return chosen, weights, _slots(g, x, expert, chosen, _mask(g, x))
+    given: dict[Using, Value] = {}
+    _give_mask(g, x, given)
+    return chosen, weights, _slots(g, x, expert, chosen, given)
 
 
 def _by_expert(g: Growth, x: Value, axis: Axis, expert: Axis) -> Choice:
     """Experts choose tokens."""
-    b, mask = g.builder, _mask(g, x)
+    b, given = g.builder, dict[Using, Value]()
+    _give_mask(g, x, given)
     scores = b.softmax(_logits(g, x, axis, expert), axis="expert")
-    chosen, weights, slots = b.expert_choice(
+    factor, least, groups = g.pick((1.0, 0.5, 2.0)), g.pick((1, 2)), _groups(g)
+    return b.expert_choice(
         scores,
-        *mask.values(),
+        *given.values(),
         tokens=_tokens(x),
         experts=_size(expert),
-        capacity_factor=g.pick((1.0, 0.5, 2.0)),
-        minimum=g.pick((1, 2)),
-        using=tuple(mask),
-        **_groups(g),
+        capacity_factor=factor,
+        minimum=least,
+        using=("mask",) if given else (),
+        groups=groups.get("groups", 1),
+        group_size=groups.get("group_size", 0),
     )
-    return chosen, weights, slots
 
 
 def _logits(g: Growth, x: Value, axis: Axis, expert: Axis) -> Value:
     router = g.param("w_router", (expert, axis), x.type.dtype)
-    logits: Value = g.builder.contract(x, router, over=axis.name, name="router")
-    return logits
+    return g.builder.contract(x, router, over=axis.name, name="router")
 
 
-def _slots(g: Growth, x: Value, expert: Axis, chosen: Value, given: dict[str, Value]) -> Value:
-    assignment: dict[str, Any] = {}
+def _slots(g: Growth, x: Value, expert: Axis, chosen: Value, given: Mapping[Using, Value]) -> Value:
+    assignment: SlotOptions = {}
     if g.chance(50):
         assignment = {
             "slots": "capacity",
@@ -101,45 +107,41 @@ def _slots(g: Growth, x: Value, expert: Axis, chosen: Value, given: dict[str, Va
             "convention": g.pick(("tokens", "assignments")),
             "multiple": g.pick((1, 2)),
         }
-    slots: Value = g.builder.assign_slots(
-        chosen,
-        *given.values(),
-        tokens=_tokens(x),
-        experts=_size(expert),
-        order=g.pick(("choice", "token")),
-        using=tuple(given),
-        **_groups(g),
-        **assignment,
+    assignment["order"] = g.pick(("choice", "token"))
+    assignment.update(_groups(g))
+    tokens, using = _tokens(x), tuple(given)
+    return g.builder.assign_slots(
+        chosen, *given.values(), tokens=tokens, experts=_size(expert), using=using, **assignment
     )
-    return slots
 
 
-def _given(g: Growth, logits: Value, gates: Value) -> dict[str, Value]:
+def _given(g: Growth, logits: Value, gates: Value) -> dict[Using, Value]:
     """Return what the slots are given beside the experts: often nothing."""
-    made: dict[str, Value] = {}
+    made: dict[Using, Value] = {}
     b = g.builder
     # A policy is about choices after the first.
     has_further = gates.type["choice"].size != 1
     if g.chance(60 if has_further else 15):
-        policy = g.pick((*POLICIES, "threshold", "random"))
+        policy: Policy = g.pick((*POLICIES, "threshold", "random"))
         numbers = [b.random_uniform(g.input("key", TensorType(KEY)), gates)]
         if policy != "random":
             numbers = []
         made["keep"] = b.keep_choices(gates, *numbers, policy=policy, threshold=g.pick((0.5, 0.2)))
     if g.chance(25):
         made["priority"] = emit_priority(b, logits)
-    return made | _mask(g, logits)
+    _give_mask(g, logits, made)
+    return made
 
 
-def _mask(g: Growth, like: Value) -> dict[str, Value]:
-    """Return at times a mask of the tokens of `like`."""
-    if not g.chance(30):
-        return {}
-    return {"mask": g.input("mask", TensorType(PRED, tuple(symbolic(like.type))))}
+def _give_mask(g: Growth, like: Value, given: dict[Using, Value]) -> None:
+    """Give at times a mask of the tokens of `like`."""
+    if g.chance(30):
+        given["mask"] = g.input("mask", TensorType(PRED, tuple(symbolic(like.type))))
 
 
-def _groups(g: Growth) -> dict[str, int]:
-    return g.pick(({"groups": 1}, {"groups": 2}, {"group_size": 2}))
+def _groups(g: Growth) -> SlotOptions:
+    ways: tuple[SlotOptions, ...] = ({"groups": 1}, {"groups": 2}, {"group_size": 2})
+    return g.pick(ways)
 
 
 def _tokens(x: Value) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hypothesis import strategies as st
 
@@ -87,8 +86,7 @@ class _Stack:
         weight = self.param(name, b.loc, expert=EXPERTS, mlp=2, embed=EMBED)
         rows = b.silu(b.contract(b.dispatch(h, experts, slots), weight, over="embed"))
         down = self.param(f"{name}.down", b.loc, expert=EXPERTS, embed=EMBED, mlp=2)
-        made: Value = b.combine(b.contract(rows, down, over="mlp"), experts, slots, gates)
-        return made
+        return b.combine(b.contract(rows, down, over="mlp"), experts, slots, gates)
 
     def param(self, name: str, loc: str, **axes: int) -> Value:
         type = tensor(F32, **axes)
@@ -102,7 +100,8 @@ class _Stack:
         if self.weight == "tile":
             first, *rest = type.axes
             inner = Source(name, type.with_axes(rest))
-            return Tile(inner, first.name, int(first.size))  # type: ignore[arg-type]
+            assert isinstance(first.size, int), "parameters have fixed sizes"
+            return Tile(inner, first.name, first.size)
         return Source(name, type)
 
 
@@ -128,7 +127,8 @@ def stacks(draw: st.DrawFn) -> Graph:
 
 @st.composite
 def _layers(draw: st.DrawFn) -> list[tuple[str, ...]]:
-    steps: Any = st.lists(st.sampled_from(STEPS), min_size=1, max_size=4).map(tuple)
+    few = st.lists(st.sampled_from(STEPS), min_size=1, max_size=4)
+    steps: st.SearchStrategy[tuple[str, ...]] = few.map(tuple)
     odd = st.lists(steps, max_size=1)
     period = draw(st.lists(steps, min_size=1, max_size=3))
     return [*draw(odd), *(period * draw(st.integers(1, 4))), *draw(odd)]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from moecc.errors import MachineError
 from moecc.ir.graph import Graph
+from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.ir.printer import print_graph
+from moecc.ir.structure import clone
+from moecc.testing.choices import Decisions
 from moecc.testing.generate import MAX_STEPS, keep_only, random_graph
 from moecc.testing.growth import Step
+from moecc.testing.pattern_maker import steps_by_operation
+from moecc.testing.planting import Example
+from moecc.testing.shardings import random_sharding
 
 try:
     from hypothesis import note
@@ -24,14 +32,14 @@ _SEEDS = st.integers(0, 2**24 - 1)
 _KEPT = st.binary(min_size=96, max_size=96)
 
 
-@st.composite
 def graphs(
-    draw: Any,
     *,
     steps: Sequence[Step] | None = None,
     max_steps: int = MAX_STEPS,
     dead: bool = False,
-) -> Graph:
+    like: Example | Sequence[Example] = (),
+    mesh: str = "",
+) -> st.SearchStrategy[Graph]:
     """Draw a well-typed graph whose outputs depend on everything in it.
 
     Operations and whole blocks (feed-forward, attention, mixture of experts) are appended, each
@@ -44,14 +52,46 @@ def graphs(
     the block in which the fault lies.
 
     Args:
-      draw: given by Hypothesis.
       steps: what may be appended, from simple to complex; a step is a function of a `Growth`.
       max_steps: the most steps.
       dead: whether nodes that no output needs stay.
+      like: rules, patterns or graphs, one or several: what one of them matches is planted in every
+        graph, as far as it can be made; at times with another user of what is inside.
+      mesh: a mesh, ``a:2,b:2``, on which the graph lies in a random way; empty: none.
     """
-    graph = random_graph(draw(_SEEDS), steps=steps, max_steps=max_steps, dead=dead)
+    examples = tuple(like) if isinstance(like, Sequence) else (like,)
+    if examples:
+        # Here, not while Hypothesis takes the time of what it draws.
+        steps_by_operation()
+    chosen = tuple(steps) if steps is not None else None
+    options = _Options(chosen, max_steps, dead, examples)
+    return _graphs(options, parse_mesh(mesh) if mesh else None)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `random_graph` takes beside the seed."""
+
+    steps: tuple[Step, ...] | None
+    max_steps: int
+    dead: bool
+    like: tuple[Example, ...]
+
+
+@lru_cache(maxsize=4)
+def _grown(options: _Options, seed: int) -> Graph:
+    """Return the graph of a seed; to shrink is, most of the time, to cut up the same one."""
+    return random_graph(seed, **vars(options))
+
+
+@st.composite
+def _graphs(draw: Any, options: _Options, mesh: Mesh | None) -> Graph:
+    seed = draw(_SEEDS)
+    graph = clone(_grown(options, seed))
     kept = draw(_KEPT)
     if 0 in kept:
         keep_only(graph, lambda position: kept[position % len(kept)] > 0)
+    if mesh is not None:
+        graph = random_sharding(graph, Decisions(seed), mesh)
     note(print_graph(graph))
     return graph

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from moecc.testing.choices import Choices, pick
-from moecc.testing.draws import Data, generator
+from moecc.testing.draws import generator, moved
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, F64
 from moecc.types.tensor import TensorType
 from moecc.weights.arithmetic import Cast, Scale
@@ -41,13 +42,28 @@ def _source(choices: Choices, type: TensorType) -> Source:
     return Source(f"model.{choices.below(3)}.weight_{sizes}_{'_'.join(type.names)}", type)
 
 
-def weight_for(weight: Expr, seed: int) -> Data:
+def weight_for(weight: Expr, seed: int, step: float = 0.0) -> Array:
     """Return what `weight` makes of random source tensors, in float64 throughout.
 
     Casts between floats are left out: rounded to a narrow type, weights that are equal in real
     arithmetic would differ.
+
+    Args:
+      weight: the expression.
+      seed: chooses the source tensors, together with their names.
+      step: how far each of their floats moves from there.
     """
-    return evaluate(transform(weight, _in_float64), _Sources(weight, seed))
+    return evaluate(transform(weight, _in_float64), _Sources(weight, seed, step))
+
+
+def stored_weight(weight: Expr, seed: int) -> Array:
+    """Return what `weight` makes of random source tensors as a checkpoint would hold it.
+
+    Every cast and every product rounds as the types of the expression say; what comes out is in
+    float64 again, as far as it is a float.
+    """
+    made = evaluate(weight, _Stored(weight, seed))
+    return made.astype(np.float64) if weight.type.dtype.is_float else made
 
 
 def _in_float64(expr: Expr) -> Expr:
@@ -63,11 +79,12 @@ def _in_float64(expr: Expr) -> Expr:
 class _Sources:
     """Reads source tensors that depend on the seed and on their names alone."""
 
-    def __init__(self, weight: Expr, seed: int) -> None:
+    def __init__(self, weight: Expr, seed: int, step: float = 0.0) -> None:
         self.seed = seed
+        self.step = step
         self.types = {s.name: s.type for s in sources(weight)}
 
-    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Data:
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         type = self.types[name]
         rng = generator(self.seed, "source", name)
         if not type.dtype.is_float:
@@ -75,4 +92,12 @@ class _Sources:
         else:
             # As stored: a checkpoint holds what its element type can say.
             whole = rng.standard_normal(type.shape).astype(type.dtype.numpy).astype(np.float64)
+            whole = moved(whole, self.step, self.seed, "source", name)
         return whole[start:stop] if type.axes else whole
+
+
+class _Stored(_Sources):
+    """Reads the same tensors in their own element types."""
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        return super().__call__(name, start, stop).astype(self.types[name].dtype.numpy)

@@ -1,4 +1,4 @@
-"""Reading types from their text."""
+"""Parse types from text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from moecc.errors import InputError, nearest
 from moecc.types.dtypes import DTYPES
-from moecc.types.tensor import Axis, Extent, Setter, Size, TensorType, is_name
+from moecc.types.tensor import Axis, Extent, Setter, Size, TensorType, is_name, is_printable
 
 _TYPE = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?: unreduced\(([^)]*)\))?\Z")
 _AXIS = re.compile(r"([A-Za-z_]\w*)(?:@([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*))?=(.+)\Z", re.ASCII)
@@ -17,7 +17,7 @@ Lookup = Callable[[str], Setter]
 
 
 def parse_type(text: str, lookup: Lookup) -> TensorType:
-    """Return the type that `text` spells; `lookup` finds the values that extents name.
+    """Return the type described by `text`; `lookup` finds the values that extents name.
 
     Raises:
       InputError: it is not a type.
@@ -31,10 +31,10 @@ def parse_type(text: str, lookup: Lookup) -> TensorType:
         raise InputError(f"unknown element type {name!r}", hint=nearest(name, DTYPES))
     axes = tuple(_parse_axis(part.strip(), lookup) for part in inner.split(",") if part.strip())
     if len({a.name for a in axes}) != len(axes):
-        raise InputError("two axes of one name", found=text)
+        raise InputError("two axes have the same name", found=text)
     used = [m for a in axes for m in a.mesh]
     if len(set(used)) != len(used):
-        raise InputError("a mesh axis appears twice", found=text)
+        raise InputError("a mesh axis is used twice", found=text)
     sums = tuple(m.strip() for m in unreduced.split(",")) if unreduced else ()
     return TensorType(dtype, axes, sums)
 
@@ -58,3 +58,14 @@ def _parse_size(text: str, lookup: Lookup) -> Size:
             "not a size", expected="a number, a variable, or ragged(%slots)", found=text
         )
     return Extent(match.group(1), lookup(match.group(2)))
+
+
+def check_printable(name: str, type: TensorType) -> None:
+    """Raise InputError unless `type`, that of the value `name`, can be printed and parsed again."""
+    if not is_printable(type):
+        raise InputError(
+            "the type cannot be printed",
+            where=f"%{name}",
+            expected="letters, digits and underscores in names, each name once, sizes not negative",
+            found=str(type),
+        )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moecc.errors import InputError
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.routed import Routed, Scores
 from moecc.ir.table.slots import operands_by_word
@@ -61,10 +62,14 @@ class RoutedLayer:
         return self.combine.operands[1]
 
     @property
+    def assignment(self) -> SlotAttrs:
+        """How slots are assigned."""
+        return SlotAttrs.of_node(self.assigner)
+
+    @property
     def tokens(self) -> tuple[str, ...]:
         """The token axes, outermost first."""
-        tokens: tuple[str, ...] = self.assigner.attrs["tokens"]
-        return tokens
+        return self.assignment.tokens
 
     @property
     def top_k(self) -> int:

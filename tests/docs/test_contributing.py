@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from moecc_backends.reference.arrays import MEANINGS
-from moecc_backends.reference.interpreter import ReferenceBackend
+from moecc_backends.reference.backend import ReferenceBackend
 
 from moecc.ir import OPS
 

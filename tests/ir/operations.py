@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from moecc_backends.reference.arrays import MEANINGS, Array, Data
-from moecc_backends.reference.interpreter import ReferenceBackend
+from moecc_backends.reference.backend import ReferenceBackend
 
 from moecc.ir import Builder, Graph, Node, Value
 from moecc.ir.ops import OPS, OpDef

@@ -12,8 +12,8 @@ from math import prod
 
 import numpy as np
 import pytest
+from moecc_backends.reference.backend import ReferenceBackend
 from moecc_backends.reference.devices import simulate
-from moecc_backends.reference.interpreter import ReferenceBackend
 
 from moecc.errors import InputError
 from moecc.ir import OPS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from moecc.ir import Graph, Node
+from moecc.ir import BF16, F32, F64, Builder, Graph, Node
 from moecc.pipeline.passes import Pass
+from moecc.rewrite import P, Pattern
+from moecc.weights.arithmetic import Cast, Scale
 
 from .rewriting import EXACT, RewritePass, before, each, exchange, maker, named, nodes
 from .upcycling import COPIES, PROTOTYPES, SCALED, SHIFTED, SLICES, TamperedUpcycle
@@ -78,6 +80,65 @@ def reassociate(node: Node) -> int:
     return 0
 
 
+def stop_before_the_scale(node: Node) -> int:
+    """sg(c · x) becomes c · sg(x): no gradient flows either way."""
+    scaled, b = maker(node.operands[0], "scale"), before(node)
+    if scaled is None:
+        return 0
+    stopped = b.stop_gradient(scaled.operands[0])
+    return exchange(node, b.scale(stopped, by=scaled.attrs["by"]))
+
+
+def stop_what_has_no_gradient(node: Node) -> int:
+    """A constant, or what was a whole number: a stop_gradient behind it changes nothing."""
+    is_constant = not any(v.type.dtype.is_float for v in node.operands)
+    is_stopped = any(user.op.name == "stop_gradient" for user in node.result.users)
+    if not node.result.type.dtype.is_float or not is_constant or is_stopped:
+        return 0
+    b = Builder(node.graph, before=node._next)
+    users = list(node.result.users)
+    stopped = b.stop_gradient(node.result)
+    for user in users:
+        for at, operand in enumerate(user.operands):
+            if operand is node.result:
+                user.set_operand(at, stopped)
+    return 1
+
+
+def store_in_a_wider_type(graph: Graph) -> int:
+    """Weights go through float64, which holds whatever they were."""
+    changed = 0
+    for param in graph.params.values():
+        weight = param.weight
+        if weight is None or isinstance(weight, Cast) or weight.type.dtype not in (F32, BF16):
+            continue
+        param.weight = Cast(Cast(weight, F64), weight.type.dtype)
+        changed += 1
+    return changed
+
+
+def fold_a_scale_into_the_weight(node: Node) -> int:
+    """A factor moves into the expression of the weight, where float32 rounds it."""
+    product = maker(node.operands[0], "contract")
+    if product is None or product.result.only_user is not node:
+        return 0
+    w = product.operands[1]
+    if w.weight is None or not w.weight.type.dtype.is_float:
+        return 0
+    graph = node.graph
+    scaled = graph.param(graph.fresh("scaled"), w.type, Scale(w.weight, node.attrs["by"]))
+    product.set_operand(1, scaled)
+    return exchange(node, product.result)
+
+
+LIKE: dict[str, Pattern] = {
+    "stop_before_the_scale": P.add(P.any(), P.stop_gradient(P.scale(P.any()))),
+    "fold_a_scale_into_the_weight": P.scale(
+        P.contract(P.any(), P.param(where=lambda w: w.weight is not None))
+    ),
+}
+"""What the rarer ones look for, so that graphs have it."""
+
 SOUND: dict[str, Pass] = {
     **named(
         commute,
@@ -87,7 +148,11 @@ SOUND: dict[str, Pass] = {
         each(write_softmax_out, "softmax"),
         each(move_the_gate_before_the_combination, "combine"),
         each(reassociate, "add", "mul"),
+        each(stop_before_the_scale, "stop_gradient"),
+        each(stop_what_has_no_gradient, "constant", "cast", "one_hot"),
+        each(fold_a_scale_into_the_weight, "scale"),
     ),
+    "store_in_a_wider_type": RewritePass(store_in_a_wider_type, EXACT),
     "commute_and_promise_exact": RewritePass(commute, EXACT),
     "upcycle": COPIES,
     **{

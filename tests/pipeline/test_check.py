@@ -64,6 +64,31 @@ def test_a_promise_that_is_broken(promise: str) -> None:
     assert "output y[" in str(e.value)
 
 
+@dataclass(frozen=True)
+class ThroughPass(Pass):
+    """Takes a stop_gradient for the identity that its values show."""
+
+    name: ClassVar[str] = "through"
+    summary: ClassVar[str] = "remove every stop_gradient"
+    preserves = EXACT
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        stops = [n for n in graph if n.op.blocks_gradient]
+        for node in stops:
+            node.replace_by(node.operands[0])
+        return PassResult(bool(stops), len(stops))
+
+
+def test_a_gradient_that_values_hide_is_part_of_the_promise() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B", embed=64))
+    w = graph.param("w", tensor(F32, embed=64))
+    b = Builder(graph)
+    graph.set_output("y", b.mul(x, b.stop_gradient(b.square(w))))
+    with pytest.raises(CheckError, match="the gradient differs"):
+        check_pipeline(graph, Pipeline((ThroughPass(),)))
+
+
 def test_every_broken_promise_is_named() -> None:
     with pytest.raises(CheckError) as caught:
         check("scale-output{promise=exact},un-neg,scale-output{promise=exact}", negations(3))

@@ -67,7 +67,7 @@ def test_a_scan_without_carries_maps() -> None:
     body.set_output("y", Builder(body).silu(body.input("x", tensor(F32, batch=2))))
     graph = Graph()
     x = graph.input("x", tensor(F32, batch=2, step=5))
-    graph.set_output("y", Builder(graph).scan(x, over=(("step", 5),), stacked=1, body=body))
+    graph.set_output("y", Builder(graph).scan(x, over=(("step", 5),), stacked=1, body=body)[0])
     graph.set_output("z", Builder(graph).silu(x))
     data = np.random.default_rng(0).normal(size=(2, 5))
     found = get_backend("reference").compile(graph).run({}, {"x": data})
@@ -81,7 +81,7 @@ def test_a_wrong_index_in_a_body_is_told_with_its_node() -> None:
     body.set_output("y", Builder(body, loc="layers.{0..1}.ffn").embedding(table, ids, axis="vocab"))
     graph = Graph()
     inputs = [graph.input("table", table.type), graph.input("ids", ids.type)]
-    graph.set_output("y", Builder(graph).scan(*inputs, over=(("layer", 2),), body=body))
+    graph.set_output("y", Builder(graph).scan(*inputs, over=(("layer", 2),), body=body)[0])
     program = get_backend("reference").compile(graph)
     with pytest.raises(InputError, match="an index is outside the table") as caught:
         program.run({}, {"table": np.zeros((4, 2)), "ids": np.array([0, 1, 4])})

@@ -400,7 +400,7 @@ def test_slots_are_the_last_result_of_expert_choice() -> None:
 
 def test_capacity_factor_of_expert_choice_is_required() -> None:
     with pytest.raises(InputError, match="needs the attribute 'capacity_factor'"):
-        build(lambda b, s, **_: b.expert_choice(s, tokens="token", experts=4))
+        build(lambda b, s, **_: b.node("expert_choice", s, tokens="token", experts=4))
 
 
 def test_tokens_must_be_there() -> None:

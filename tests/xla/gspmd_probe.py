@@ -46,9 +46,7 @@ def small_model(remat: str, on_mesh: str = "") -> Any:
 
 def explicit(layout: Any, via: str) -> str:
     """Return the passes that lay a graph on the mesh of `layout`."""
-    from moecc.plan.rules import rules_of
-
-    rules = ",".join(rules_of(layout))
+    rules = ",".join(layout.names)
     laid = f",annotate-sharding{{mesh={layout.mesh} rules={rules}}}"
     return f"{laid},expert-parallel{{via={via}}},lower-collectives,cse"
 

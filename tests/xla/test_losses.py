@@ -28,7 +28,10 @@ def routed(embed: int = 0, *using: str) -> Graph:
     if embed:
         x = graph.input("x", tensor(F32, token="T", embed=embed))
         logits = b.contract(
-            x, graph.param("w", tensor(F32, expert=EXPERTS, embed=embed)), over="embed"
+            x,
+            graph.param("w", tensor(F32, expert=EXPERTS, embed=embed)),
+            over="embed",
+            precision="f32",
         )
     else:
         x = graph.input("x", tensor(F32, token="T", embed=1))

@@ -57,31 +57,3 @@ def test_every_module_is_reached() -> None:
     doors = {"backend", "import_jax", "mesh.load_params"}
     imported = {other for others in ARROWS.values() for other in others}
     assert ARROWS.keys() - imported <= doors
-
-
-BACKENDS = XLA.parent
-
-KNOWN_BY_NAME = {
-    "xla/dispatch/legality.py": "`positions` reads the shape of rows and none of their elements",
-    "xla/dispatch/expert_exchange.py": "`within_buffer` bounds what can arrive",
-    "xla/lower/assign_slots.py": "`route` and `hash_experts` name an expert for every choice",
-}
-"""Where the name of an operation is compared, once each, and why."""
-
-
-def _compares_names(node: ast.AST) -> bool:
-    """Whether a node compares ``….op.name`` with anything but a table of functions."""
-    if not isinstance(node, ast.Compare):
-        return False
-    sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
-    return any(s.endswith("op.name") for s in sides) and not any(s.isupper() for s in sides)
-
-
-def test_operations_are_known_by_name_where_there_is_a_reason() -> None:
-    found = [
-        str(path.relative_to(BACKENDS))
-        for path in sorted(BACKENDS.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if _compares_names(node)
-    ]
-    assert sorted(found) == sorted(KNOWN_BY_NAME)

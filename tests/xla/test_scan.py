@@ -40,7 +40,7 @@ def sparse_body(runs: int = RUNS, embed: int = 6, mlp: int = 8) -> Graph:
     weights = b.softmax(b.contract(query, keys, over="q"), axis="kv_seq")
     h = b.add(h, b.contract(b.contract(weights, values, over="kv_seq"), o, over="q"))
     b.loc = f"layers.{{0..{runs - 1}}}.ffn"
-    logits = b.contract(h, router, over="embed")
+    logits = b.contract(h, router, over="embed", precision="f32")
     experts, gates = b.route(logits, top_k=2)
     place = b.assign_slots(experts, tokens=("batch", "seq"), experts=4)
     rows = b.contract(b.dispatch(h, experts, place), up, over="embed")

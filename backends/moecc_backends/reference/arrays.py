@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import DType
 
-Data = np.ndarray[Any, Any]
+Data = NumpyArray
+"""The elements of an array, without the names of its axes."""
 
 NOTHING = np.iinfo(np.int64).min
 """What stands for an integer beyond a ragged extent, where a float has NaN."""

@@ -8,26 +8,26 @@ trained with: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from moecc.ir.attributes import RopeAttrs
 from moecc_backends.reference.arrays import Array, Data, meaning
 
 
 @meaning("rope")
-def rope(positions: Array, *, axis: str, size: int, **scaling: Any) -> tuple[Array, Array]:
+def rope(positions: Array, *, axis: str, size: int, **scaling: object) -> tuple[Array, Array]:
     """Return cosines and sines of position times frequency; the second half repeats the first."""
+    attrs = RopeAttrs.of_attrs({"axis": axis, "size": size, **scaling})
     length = int(positions.data.max(initial=0)) + 1
-    half = positions.data[..., None] * frequencies(size, length, scaling)
+    half = positions.data[..., None] * frequencies(size, length, attrs)
     angles = np.concatenate([half, half], -1)
     axes = (*positions.axes, axis)
-    factor = scaling["attention_factor"]
+    factor = attrs.attention_factor
     return Array(np.cos(angles) * factor, axes), Array(np.sin(angles) * factor, axes)
 
 
-def frequencies(size: int, length: int, scaling: Mapping[str, Any]) -> Data:
+def frequencies(size: int, length: int, scaling: RopeAttrs) -> Data:
     """Return the angle per position of each pair of entries, ``[size / 2]``.
 
     Args:
@@ -35,10 +35,10 @@ def frequencies(size: int, length: int, scaling: Mapping[str, Any]) -> Data:
       length: the number of positions, on which dynamic scaling depends.
       scaling: the attributes of ``rope``.
     """
-    kind, factor = scaling["scaling"], scaling["factor"]
-    theta = scaling["theta"]
+    kind, factor = scaling.scaling, scaling.factor
+    theta = scaling.theta
     if kind == "dynamic":
-        theta *= _dynamic_stretch(size, length, factor, scaling["original_context"])
+        theta *= _dynamic_stretch(size, length, factor, scaling.original_context)
     plain = np.asarray(theta ** -(np.arange(0, size, 2) / size))
     if kind == "linear":
         return np.asarray(plain / factor)
@@ -56,29 +56,29 @@ def _dynamic_stretch(size: int, length: int, factor: float, context: int) -> flo
     return float(grown ** (size / (size - 2)))
 
 
-def _llama3(plain: Data, scaling: Mapping[str, Any]) -> Data:
+def _llama3(plain: Data, scaling: RopeAttrs) -> Data:
     """Slow frequencies are divided by the factor, fast ones kept, those between interpolated."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_context"] * plain / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_context * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
-    return np.asarray(plain / scaling["factor"] * (1 - keep) + plain * keep)
+    return np.asarray(plain / scaling.factor * (1 - keep) + plain * keep)
 
 
-def _yarn_ramp(size: int, scaling: Mapping[str, Any]) -> Data:
+def _yarn_ramp(size: int, scaling: RopeAttrs) -> Data:
     """Return 0 where a frequency is kept, 1 where it is divided, and a ramp between."""
-    first = _yarn_entry(scaling["beta_fast"], size, scaling)
-    last = _yarn_entry(scaling["beta_slow"], size, scaling)
-    if scaling["truncate"]:
+    first = _yarn_entry(scaling.beta_fast, size, scaling)
+    last = _yarn_entry(scaling.beta_slow, size, scaling)
+    if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, size - 1)
     width = last - first if last != first else 0.001
     return np.asarray(np.clip((np.arange(size // 2) - first) / width, 0, 1))
 
 
-def _yarn_entry(turns: float, size: int, scaling: Mapping[str, Any]) -> float:
+def _yarn_entry(turns: float, size: int, scaling: RopeAttrs) -> float:
     """Return the entry, as a real number, that makes `turns` turns in the original context."""
-    wavelength = scaling["original_context"] / (turns * 2 * math.pi)
-    return size * math.log(wavelength) / (2 * math.log(scaling["theta"]))
+    wavelength = scaling.original_context / (turns * 2 * math.pi)
+    return size * math.log(wavelength) / (2 * math.log(scaling.theta))
 
 
 @meaning("rotate")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from moecc.errors import InputError
+from moecc.ir.operand import Attrs
 from moecc.ir.table.buffers import buffer_rows
 from moecc_backends.reference.arrays import Array, Data, meaning
 
 
 @meaning("within_buffer")
 def within_buffer(
-    experts: Array, slots: Array, counts: Array, *, tokens: tuple[str, ...], **attrs: Any
+    experts: Array, slots: Array, counts: Array, *, tokens: tuple[str, ...], **attrs: object
 ) -> Array:
     """Return which choices have a slot and room at the device of their expert.
 
@@ -29,7 +28,7 @@ def kept_from(
     slots: Array,
     counts: Array,
     tokens: tuple[str, ...],
-    attrs: dict[str, Any],
+    attrs: Attrs,
     *,
     first: int,
     groups: int,
@@ -56,7 +55,7 @@ def kept_from(
     return Array(Array(keep.reshape(shape), layout).to(experts.axes), experts.axes)
 
 
-def _room(counts: Data, attrs: dict[str, Any], rows: int) -> Data:
+def _room(counts: Data, attrs: Attrs, rows: int) -> Data:
     """Return how many slots of each group and expert find room, ``[group, expert]``."""
     groups, experts = counts.shape
     blocks, parts = attrs["blocks"], attrs["parts"]

@@ -5,13 +5,11 @@ What they do on each device stands in `moecc_backends.reference.devices`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from moecc.ir.table.collectives import COLLECTIVES
 from moecc_backends.reference.arrays import Array, meaning
 
 
-def _identity(x: Array, **attrs: Any) -> Array:
+def _identity(x: Array, **attrs: object) -> Array:
     return x
 
 

@@ -8,8 +8,11 @@ from moecc_backends.reference.arrays import Array, meaning
 
 
 @meaning("contract")
-def contract(x: Array, w: Array, *, over: tuple[str, ...]) -> Array:
-    """Sum x · w over the axes `over`; every other axis that both have is a batch axis."""
+def contract(x: Array, w: Array, *, over: tuple[str, ...], precision: str) -> Array:
+    """Sum x · w over the axes `over`; every other axis that both have is a batch axis.
+
+    The reference computes in float64, which is precise enough for every `precision`.
+    """
     result = [a for a in dict.fromkeys((*x.axes, *w.axes)) if a not in over]
     number = {a: i for i, a in enumerate(dict.fromkeys((*x.axes, *w.axes)))}
     product = np.einsum(

@@ -8,13 +8,16 @@ that of a gather of the same value; of an exchange, what goes to other devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
+from moecc.ir.attributes import CollectiveAttrs, ScanAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.local import local_size
 from moecc.ir.mesh import Coordinates, Mesh, mesh_of
@@ -32,6 +35,8 @@ from moecc_backends.reference.slots import poison
 
 Parts = dict[Coordinates, Array]
 """What each device holds of one value."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class _Simulator:
         """Run `graph` on parts of the arrays that are given whole."""
         for value, data in bind(graph, params, inputs).items():
             whole = Array(stored(data, value.type.dtype), value.type.names, value.type.dtype)
-            self.held[value] = self._at(f"%{value.name}", lambda v=value, w=whole: self._cut(w, v))
+            self.held[value] = self._at(f"%{value.name}", partial(self._cut, whole, value))
         self._walk(graph)
         for name, value in graph.outputs.items():
             self.result.outputs[name] = assembled(value.type, self.held[value], self.mesh).data
@@ -133,12 +138,12 @@ class _Simulator:
 
     def _walk(self, graph: Graph) -> None:
         for node in graph:
-            self._at(where(node), lambda n=node: self._step(n))
+            self._at(where(node), partial(self._step, node))
 
-    def _at(self, place: str, action: object) -> Parts:
+    def _at(self, place: str, action: Callable[[], T]) -> T:
         try:
             with np.errstate(all="ignore"):
-                return action()  # type: ignore[operator, no-any-return]
+                return action()
         except InputError as error:
             raise InputError(replace(p, where=place) for p in error.problems) from None
 
@@ -169,8 +174,8 @@ class _Simulator:
 
     def _repeated(self, node: Node, body: Graph) -> list[Parts]:
         """Run the body of a ``scan`` for each position, on all devices in step."""
-        (axis, runs), carries = repetitions(node.attrs), node.attrs["carries"]
-        end = carries + node.attrs["stacked"]
+        (axis, runs), attrs = repetitions(node.attrs), ScanAttrs.of_node(node)
+        carries, end = attrs.carries, attrs.carries + attrs.stacked
         given = [self.held[v] for v in node.operands]
         carried, collected = given[:carries], []
         for at in range(runs):
@@ -190,18 +195,19 @@ class _Simulator:
         size = node.result.type.dtype.itemsize_bytes
         total = tuple(sent[d] * size for d in self.mesh.coordinates())
         if node.op.collective is not Collective.LOCAL:
-            mesh = node.attrs["mesh"]
+            mesh = CollectiveAttrs.of_node(node).mesh
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 
     def _note_extents(self, node: Node) -> None:
         """Put the extents of an ``assign_slots`` together from those that the devices counted."""
         value = node.results[-1]
-        found = {d: a.assignment for d, a in self.held[value].items()}
-        if any(p is None for p in found.values()):
+        held = self.held[value]
+        found = {d: p for d, a in held.items() if (p := a.assignment) is not None}
+        if len(found) < len(held):
             return
-        outermost = value.type[node.attrs["tokens"][0]]
+        outermost = value.type[SlotAttrs.of_node(node).tokens[0]]
         by_part = {self.mesh.part(d, outermost.mesh): p for d, p in found.items()}
-        counted = [by_part[i].extents for i in sorted(by_part)]  # type: ignore[union-attr]
+        counted = [by_part[i].extents for i in sorted(by_part)]
         self.extents[value] = np.concatenate(counted)
 
     def _rows(self, type: TensorType, at: Coordinates) -> Data:

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from moecc.ir.attributes import (
+    AllGatherAttrs,
+    AllReduceAttrs,
+    AllToAllAttrs,
+    RaggedAllToAllAttrs,
+    ReduceScatterAttrs,
+    ShardAttrs,
+)
 from moecc.ir.graph import Node
 from moecc.ir.mesh import Coordinates, Mesh
 from moecc.types.tensor import TensorType
@@ -51,15 +58,17 @@ def _together(pieces: list[Array], axis: str) -> Array:
 
 @exchange("shard")
 def _shard(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    axis, over = node.attrs["axis"], node.attrs["mesh"]
-    parts = {d: _block(a, axis, mesh.part(d, over), mesh.size(over)) for d, a in x.items()}
+    attrs = ShardAttrs.of_node(node)
+    over, n = attrs.mesh, mesh.size(attrs.mesh)
+    parts = {d: _block(a, attrs.axis, mesh.part(d, over), n) for d, a in x.items()}
     return parts, dict.fromkeys(x, 0)
 
 
 @exchange("all_gather")
 def _all_gather(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    axis, over = node.attrs["axis"], node.attrs["mesh"]
-    parts = {d: _together([x[p] for p in mesh.peers(d, over)], axis) for d in x}
+    attrs = AllGatherAttrs.of_node(node)
+    over = attrs.mesh
+    parts = {d: _together([x[p] for p in mesh.peers(d, over)], attrs.axis) for d in x}
     return parts, {d: a.data.size * (mesh.size(over) - 1) for d, a in x.items()}
 
 
@@ -80,27 +89,28 @@ def _sums(x: Parts, over: tuple[str, ...], mesh: Mesh) -> Parts:
 
 @exchange("all_reduce")
 def _all_reduce(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    over = node.attrs["mesh"]
+    over = AllReduceAttrs.of_node(node).mesh
     n = mesh.size(over)
     return _sums(x, over, mesh), {d: 2 * a.data.size * (n - 1) // n for d, a in x.items()}
 
 
 @exchange("reduce_scatter")
 def _reduce_scatter(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    axis, over = node.attrs["axis"], node.attrs["mesh"]
-    n = mesh.size(over)
-    parts = {d: _block(a, axis, mesh.part(d, over), n) for d, a in _sums(x, over, mesh).items()}
+    attrs = ReduceScatterAttrs.of_node(node)
+    over, n, sums = attrs.mesh, mesh.size(attrs.mesh), _sums(x, attrs.mesh, mesh)
+    parts = {d: _block(a, attrs.axis, mesh.part(d, over), n) for d, a in sums.items()}
     return parts, {d: a.data.size * (n - 1) // n for d, a in x.items()}
 
 
 @exchange("all_to_all")
 def _all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    n = mesh.size(node.attrs["mesh"])
-    return _exchanged(node.attrs, x, mesh), {d: a.data.size * (n - 1) // n for d, a in x.items()}
+    attrs = AllToAllAttrs.of_node(node)
+    n = mesh.size(attrs.mesh)
+    return _exchanged(attrs, x, mesh), {d: a.data.size * (n - 1) // n for d, a in x.items()}
 
 
-def _exchanged(attrs: dict[str, Any], x: Parts, mesh: Mesh) -> Parts:
-    over, split, gather = attrs["mesh"], attrs["split"], attrs["gather"]
+def _exchanged(attrs: AllToAllAttrs | RaggedAllToAllAttrs, x: Parts, mesh: Mesh) -> Parts:
+    over, split, gather = attrs.mesh, attrs.split, attrs.gather
     return {
         d: _together(
             [_block(x[p], split, mesh.part(d, over), mesh.size(over)) for p in mesh.peers(d, over)],
@@ -113,11 +123,11 @@ def _exchanged(attrs: dict[str, Any], x: Parts, mesh: Mesh) -> Parts:
 @exchange("ragged_all_to_all")
 def _ragged_all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
     """Send the rows that are there; the devices have room for equally many slots."""
-    type, over, split = node.operands[0].type, node.attrs["mesh"], node.attrs["split"]
+    type, attrs = node.operands[0].type, RaggedAllToAllAttrs.of_node(node)
     ragged = type.ragged
     assert ragged is not None, "the type is checked"
-    return _exchanged(node.attrs, x, mesh), {
-        d: _rows_sent(rows(type, d), split, mesh, d, over) * _row_size(a, ragged.name)
+    return _exchanged(attrs, x, mesh), {
+        d: _rows_sent(rows(type, d), attrs.split, mesh, d, attrs.mesh) * _row_size(a, ragged.name)
         for d, a in x.items()
     }
 

@@ -17,32 +17,10 @@ from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.verify import where
-from moecc.types.dtypes import F64, DType
 from moecc.types.tensor import Extent
 from moecc_backends.reference.arrays import MEANINGS, Array, Data, SlotAssignment
 from moecc_backends.reference.elementwise import stored
 from moecc_backends.reference.slots import poisoned
-
-
-class ReferenceBackend:
-    """Runs graphs with the meaning of each operation, written down in NumPy."""
-
-    name = "reference"
-
-    def compile(self, graph: Graph, *, dtype: DType = F64) -> ReferenceProgram:
-        """Return `graph` ready to run; it is always computed in float64.
-
-        Raises:
-          InputError: an operation has no meaning here.
-        """
-        problems = [
-            Problem("the reference backend has no meaning for this operation", where(node))
-            for node in graph
-            if node.op.name not in MEANINGS
-        ]
-        if problems:
-            raise InputError(problems)
-        return ReferenceProgram(graph)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from moecc.ir.attributes import EmbeddingAttrs, MeanAttrs
 from moecc.ir.graph import Node
 from moecc.ir.local import local_attrs
 from moecc.ir.mesh import Coordinates, Mesh
@@ -71,7 +72,7 @@ def _mean(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Arr
     made = _plain(node, operands, at, mesh)
     assert isinstance(made, Array), "one result"
     type = node.operands[0].type
-    parts = mesh.size(m for n in node.attrs["axes"] for m in type[n].mesh)
+    parts = mesh.size(m for n in MeanAttrs.of_node(node).axes for m in type[n].mesh)
     return made.map(lambda d: d / parts)
 
 
@@ -79,7 +80,7 @@ def _mean(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Arr
 def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
     """Return the rows that this device has, and zeros for the others."""
     table, ids = operands
-    axis = node.operands[0].type[node.attrs["axis"]]
+    axis = node.operands[0].type[EmbeddingAttrs.of_node(node).axis]
     size = table.size(axis.name)
     if not axis.mesh:
         return _one(_plain(node, operands, at, mesh))

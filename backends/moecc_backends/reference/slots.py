@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from moecc.ir.operand import Attrs
 from moecc.ir.table.slots import capacity, group_count
 from moecc_backends.reference.arrays import NOTHING, Array, Data, SlotAssignment, meaning
 
@@ -18,9 +18,10 @@ def assign_slots(
     /,
     *given: Array,
     tokens: tuple[str, ...],
+    experts: int,
     order: str,
     using: tuple[str, ...],
-    **attrs: Any,
+    **attrs: object,
 ) -> Array:
     """Return the slot of each choice at its expert, or −1 where it is dropped.
 
@@ -30,11 +31,10 @@ def assign_slots(
     (choice,) = (a for a in choices.axes if a not in tokens)
     layout = (*tokens, choice)
     chosen = _by_token(choices, tokens, (choice,))
-    groups, size, limit = _bounds(attrs, *chosen.shape)
+    groups, size, limit = _bounds({**attrs, "experts": experts}, *chosen.shape)
     more = dict(zip(using, given, strict=True))
     wanted = _wanted(chosen, more, tokens, choice)
     turns = _turns(more, tokens, len(chosen))
-    experts = attrs["experts"]
     extents = np.zeros((groups, experts), np.int64)
     placed = np.full_like(chosen, -1)
     for token, rank in _filling(turns, chosen.shape[1], order):
@@ -49,7 +49,7 @@ def assign_slots(
     return Array(result.to(choices.axes), choices.axes, assignment=assignment)
 
 
-def _bounds(attrs: dict[str, Any], tokens: int, choices: int) -> tuple[int, int, int | None]:
+def _bounds(attrs: Attrs, tokens: int, choices: int) -> tuple[int, int, int | None]:
     """Return the number of groups, the tokens of one, and the capacity if there is one."""
     groups = group_count(attrs, tokens)
     size = max(1, tokens // max(groups, 1))
@@ -91,7 +91,7 @@ def expert_choice(
     axis: str,
     choice: str,
     using: tuple[str, ...],
-    **attrs: Any,
+    **attrs: object,
 ) -> tuple[Array, Array, Array]:
     """Return, for each token and expert, the expert, the score, and the slot or −1.
 

@@ -1,4 +1,4 @@
-"""The keys and values at the front of a GGUF file; arrays stay in the file until asked for."""
+"""The metadata keys and values of a GGUF file; arrays are read from the file on demand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,11 +15,11 @@ from moecc.checkpoint.gguf.cursor import Cursor
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError
+from moecc.types.arrays import Array
 
 MAX_KEYS = 1 << 14
 _LEAST_KEY_BYTES = 8 + 1 + 4 + 1
 _STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
-_CODE = struct.Struct("<I")
 _SCALARS: dict[int, tuple[str, str]] = {
     0: ("u8", "B"),
     1: ("i8", "b"),
@@ -38,15 +38,15 @@ _LAYOUTS = {code: struct.Struct(f"<{letter}") for code, (_, letter) in _SCALARS.
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array that lies in the file.
+    """An array stored in the file.
 
     Attributes:
       path: the file.
       identity: the state of the file when its header was read.
       kind: ``string`` or the name of a number, ``i32``.
-      letter: NumPy's letter for the number, empty for strings.
-      count: its elements.
-      offset: where its first byte lies.
+      letter: NumPy's type code of the number, empty for strings.
+      count: the number of elements.
+      offset: the offset of its first byte.
       nbytes: its size in bytes.
     """
 
@@ -62,7 +62,7 @@ class GgufArray:
         """Read an array of strings.
 
         Raises:
-          InputError: it holds no strings, one is not UTF-8, or the file changed.
+          InputError: its elements are not strings, one is not UTF-8, or the file changed.
           MachineError: the file cannot be read.
         """
         if self.letter:
@@ -78,7 +78,7 @@ class GgufArray:
                 raise InputError("a string is not UTF-8", where=where) from None
         return texts
 
-    def numbers(self) -> np.ndarray[Any, Any]:
+    def numbers(self) -> Array:
         """Read an array of numbers [count]. Raises as `strings`."""
         if not self.letter:
             raise self._wrong("numbers")
@@ -106,10 +106,10 @@ Value: TypeAlias = int | float | bool | str | GgufArray
 def read_metadata(
     cursor: Cursor, count: int, identity: Identity, problems: Problems
 ) -> dict[str, Value]:
-    """Read `count` keys with their values; duplicates and odd values go to `problems`.
+    """Read `count` keys with their values; duplicates and invalid values go to `problems`.
 
     Raises:
-      InputError: what follows cannot be found any more.
+      InputError: the start of the next key is unknown.
     """
     if count > MAX_KEYS or count * _LEAST_KEY_BYTES > cursor.left_bytes:
         limit = min(MAX_KEYS, cursor.left_bytes // _LEAST_KEY_BYTES)
@@ -124,7 +124,7 @@ def read_metadata(
             problems.add(fault, where=cursor.where)
         elif key in metadata:
             problems.add("the key appears twice", where=cursor.where)
-        metadata[key] = _value(cursor, cursor.number(_CODE), identity, problems)
+        metadata[key] = _value(cursor, cursor.code(), identity, problems)
     return metadata
 
 
@@ -134,7 +134,7 @@ def _value(cursor: Cursor, code: int, identity: Identity, problems: Problems) ->
     if code == _ARRAY:
         return _array(cursor, identity)
     if code not in _SCALARS:
-        # Its size is unknown, so nothing after it can be found.
+        # Its size is unknown, so nothing after it can be located.
         raise cursor.error("unknown type of a value", expected="0 to 12", found=f"{code}")
     value = cursor.number(_LAYOUTS[code])
     if code == _BOOL:
@@ -145,12 +145,11 @@ def _value(cursor: Cursor, code: int, identity: Identity, problems: Problems) ->
     if code == _FLOAT32:
         # The shortest decimal that rounds to the same number: 1e-05, not 9.999999747378752e-06.
         return float(str(np.float32(value)))
-    found: int | float = value
-    return found
+    return value
 
 
 def _array(cursor: Cursor, identity: Identity) -> GgufArray:
-    code = cursor.number(_CODE)
+    code = cursor.code()
     count = cursor.length()
     offset = cursor.offset
     if code == _STRING:

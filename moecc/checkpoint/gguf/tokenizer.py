@@ -1,16 +1,15 @@
-"""Turns the vocabulary of a GGUF file into the tokenizer files of Hugging Face.
+"""Translate the vocabulary of a GGUF file to the tokenizer files of Hugging Face.
 
-GGUF keeps tokens, merges or scores, and a name for the rule that cuts text into words; the rule
-itself is in llama.cpp.  Here each name that moecc can vouch for is spelt out as the pre-tokenizer
-of a ``tokenizer.json``; for every other name there is no tokenizer rather than a nearly right one.
+GGUF stores tokens, merges or scores, and a name for the rule that cuts text into words; the rule
+itself is in llama.cpp.  Each name whose rule is known exactly is written as the pre-tokenizer
+of a ``tokenizer.json``; for every other name there is no tokenizer rather than an approximate one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import Any
 
 from moecc.checkpoint.gguf.keys import shown
 from moecc.checkpoint.gguf.metadata import Value
@@ -39,19 +38,19 @@ _GPT2_STEPS = ({"type": "ByteLevel", "use_regex": True},)
 _DIGIT_STEPS = ({"type": "Digits", "individual_digits": True}, *_GPT2_STEPS)
 
 
-def _split(words: str) -> tuple[dict[str, Any], ...]:
+def _split(words: str) -> tuple[dict[str, object], ...]:
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
     return split, {"type": "ByteLevel", "use_regex": False}
 
 
-_PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
+_PRE_TOKENIZERS: Mapping[str, tuple[dict[str, object], ...]] = {
     "gpt-2": _GPT2_STEPS,
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGIT_STEPS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _split(_LLAMA3_WORDS)),
     "qwen2": _split(_QWEN2_WORDS),
     "tekken": _split(_TEKKEN_WORDS),
 }
-# A word that is a token as a whole is taken as one, whatever the merges would make of it.
+# A word that is itself a token is used directly, regardless of the merges.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _SPACE = "\u2581"
@@ -64,7 +63,7 @@ def tokenizer_files(
     """Return tokenizer.json, tokenizer_config.json and generation_config.json.
 
     Raises:
-      InputError: why there can be none.
+      InputError: the reason if there can be none.
       MachineError: the file cannot be read.
     """
     vocabulary = read_vocabulary(metadata, rows)
@@ -77,7 +76,7 @@ def tokenizer_files(
     }
 
 
-def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
+def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
     steps = _PRE_TOKENIZERS.get(vocabulary.pre)
     if steps is None:
         raise InputError(
@@ -105,7 +104,7 @@ def _byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _sentence_piece(vocabulary: Vocabulary) -> dict[str, Any]:
+def _sentence_piece(vocabulary: Vocabulary) -> dict[str, object]:
     to_marks = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     to_spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     prefix = [{"type": "Prepend", "prepend": _SPACE}] if vocabulary.adds_space else []
@@ -144,10 +143,10 @@ _MODEL = {
 
 
 def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Return every pair of pieces that makes a piece, the best score first.
+    """Return every pair of pieces whose concatenation is a piece, the best score first.
 
-    SentencePiece merges the two neighbours that make the piece with the best score (Kudo and
-    Richardson 1808.06226, §3.1), which is what merges ranked by that score do.
+    SentencePiece merges the two neighbours that yield the piece with the best score (Kudo and
+    Richardson 1808.06226, §3.1), which is equivalent to merges ranked by that score.
     """
     columns = zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True)
     scores = {token: score for token, score, kind in columns if kind == NORMAL}
@@ -169,8 +168,8 @@ def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     return [(token[:-cut], token[-cut:]) for _, cut, token in ranked]
 
 
-def _frame(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return what does not depend on the kind of the tokenizer."""
+def _frame(vocabulary: Vocabulary) -> dict[str, object]:
+    """Return the parts that do not depend on the kind of tokenizer."""
     added = [
         {
             "id": number,
@@ -193,20 +192,21 @@ def _frame(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _template(vocabulary: Vocabulary) -> dict[str, Any] | None:
-    """Return the post-processor that puts the first and last token around a text."""
+def _template(vocabulary: Vocabulary) -> dict[str, object] | None:
+    """Return the post-processor that adds the first and last token to a text."""
     special = vocabulary.special
     first = [special["bos"]] if vocabulary.adds_bos and "bos" in special else []
     last = [special["eos"]] if vocabulary.adds_eos and "eos" in special else []
     if not first and not last:
         return None
 
-    def text(name: str, kind: int) -> list[dict[str, Any]]:
-        before, after = (
-            [{"SpecialToken": {"id": vocabulary.tokens[number], "type_id": kind}} for number in ids]
-            for ids in (first, last)
-        )
-        return [*before, {"Sequence": {"id": name, "type_id": kind}}, *after]
+    def text(name: str, kind: int) -> list[dict[str, object]]:
+        def special_tokens(ids: list[int]) -> Iterator[dict[str, object]]:
+            for number in ids:
+                yield {"SpecialToken": {"id": vocabulary.tokens[number], "type_id": kind}}
+
+        sequence: dict[str, object] = {"Sequence": {"id": name, "type_id": kind}}
+        return [*special_tokens(first), sequence, *special_tokens(last)]
 
     tokens = {vocabulary.tokens[number]: number for number in chain(first, last)}
     return {
@@ -222,9 +222,9 @@ def _template(vocabulary: Vocabulary) -> dict[str, Any] | None:
 
 def _tokenizer_config(
     vocabulary: Vocabulary, metadata: Mapping[str, Value], context_length: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
@@ -240,7 +240,7 @@ def _tokenizer_config(
 
 
 def _chat_template(metadata: Mapping[str, Value]) -> str | list[dict[str, str]] | None:
-    """Return the template, or the list of named ones where there are several."""
+    """Return the template, or the list of named ones if there are several."""
     start = "tokenizer.chat_template"
     named = [
         {"name": key[len(start) + 1 :], "template": value}
@@ -253,7 +253,7 @@ def _chat_template(metadata: Mapping[str, Value]) -> str | list[dict[str, str]] 
     return [{"name": "default", "template": default}, *named] if named else default
 
 
-def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
+def _generation_config(vocabulary: Vocabulary) -> dict[str, object]:
     ends = vocabulary.ends
     ids = {
         "bos_token_id": vocabulary.special.get("bos"),
@@ -263,5 +263,5 @@ def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _json(value: Any, indent: int | None = None) -> bytes:
+def _json(value: object, indent: int | None = None) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()

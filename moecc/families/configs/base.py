@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from . import windows as window_keys
 from .extras import EXTRA_DEFAULTS
@@ -89,7 +89,7 @@ class DecoderConfig(ModelConfig):
         yield from super().checks()
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         layers = reader.size("num_hidden_layers")
         heads = reader.size("num_attention_heads")
         hidden = reader.size("hidden_size")

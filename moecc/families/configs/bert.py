@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .encdec import read_activation
 from .extras import EXTRA_DEFAULTS
@@ -86,7 +86,7 @@ class BertConfig(ModelConfig):
         yield from super().checks()
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         for key in ("is_decoder", "add_cross_attention"):
             if reader.flag(key):
                 reader.refuse(key, "a bert that decodes is not supported", expected="false")

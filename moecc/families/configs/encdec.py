@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from moecc.ir.attributes import Gates
 
 from .extras import EXTRA_DEFAULTS
 from .model import ACTIVATIONS, ModelConfig, activation_problem
@@ -62,7 +64,7 @@ class Experts:
 
     count: int
     top_k: int = 1
-    gates: str = "softmax"
+    gates: Gates = "softmax"
     sequence_capacity: int = 0
     capacity_factor: float = 0.0
     extra_ffn: str = "none"
@@ -135,7 +137,7 @@ class EncDecConfig(ModelConfig):
             yield key_problem(what, f"more than {count // 2}", f"{reach}", furthest, buckets)
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         sizes = {name: reader.size(key) for name, key in KEYS.items() if key != DECODER_LAYERS}
         if not reader.flag("is_encoder_decoder"):
             reader.refuse("is_encoder_decoder", f"a {cls.model_type} without a decoder")

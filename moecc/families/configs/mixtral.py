@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .moe import MOE_DEFAULTS, MoeConfig
 from .reader import KeyProblem, Reader, key_problem
@@ -64,7 +64,7 @@ class MixtralConfig(MoeConfig):
             yield key_problem(what, f"{self.intermediate_size}", found, "intermediate_size")
 
     @classmethod
-    def _read_layout(cls, reader: Reader) -> dict[str, Any]:
+    def _read_layout(cls, reader: Reader) -> dict[str, object]:
         return {
             "expert_intermediate_size": reader.size("intermediate_size"),
             "norm_topk_prob": reader.flag("norm_topk_prob"),

@@ -90,7 +90,7 @@ class ModelConfig:
         }
         return {key: copy.deepcopy(keys[key]) for key in sorted(keys)}
 
-    def common(self) -> dict[str, Any]:
+    def common(self) -> dict[str, object]:
         """Return the fields that every config of this shape has, to make another family's from."""
         return {f.name: getattr(self, f.name) for f in fields(self.shape())}
 
@@ -100,7 +100,7 @@ class ModelConfig:
         return ModelConfig
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         """Read the fields that all families have; families add their own."""
         return {"vocab_size": reader.size("vocab_size"), "dtype": _read_dtype(reader)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .base import DEFAULTS, DecoderConfig
 from .reader import KeyProblem, Reader, key_problem
@@ -89,7 +89,7 @@ class MoeConfig(DecoderConfig):
             yield key_problem(what, f"1 to {self.num_experts}", found, *keys)
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         shared = "shared_expert_intermediate_size"
         return {
             **super()._read(reader),
@@ -102,7 +102,7 @@ class MoeConfig(DecoderConfig):
         }
 
     @classmethod
-    def _read_layout(cls, reader: Reader) -> dict[str, Any]:
+    def _read_layout(cls, reader: Reader) -> dict[str, object]:
         return {
             "expert_intermediate_size": reader.size("moe_intermediate_size"),
             "norm_topk_prob": reader.flag("norm_topk_prob"),

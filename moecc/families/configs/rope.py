@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from moecc.errors import nearest
 
@@ -187,7 +186,7 @@ def _rope(part: Reader, theta: float, original_length: int | None) -> RopeConfig
         part.conflict(("rope_type", "type"), "the scaling is named twice and differs")
     key = "rope_type" if part.has("rope_type") or not part.has("type") else "type"
     kind = part.choice(key, SCALING_PARAMETERS)
-    values: dict[str, Any] = {}
+    values: dict[str, float | None] = {}
     for name in SCALING_PARAMETERS[kind]:
         if name in REQUIRED_PARAMETERS:
             values[name] = part.number(name, above=0)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from moecc.ir.attributes import Gates
 
 from .encdec import ENCDEC_DEFAULTS, STACKS, EncDecConfig, Experts, read_activation
 from .extras import TOKEN_KEYS
@@ -48,7 +50,7 @@ class StMoeConfig(EncDecConfig):
 
     num_experts: int
     experts_per_token: int = 2
-    gates: str = "renormalised"
+    gates: Gates = "renormalised"
     sparse_encoder_layers: tuple[int, ...] = ()
     sparse_decoder_layers: tuple[int, ...] = ()
     extra_ffn: str = "none"
@@ -93,7 +95,7 @@ class StMoeConfig(EncDecConfig):
                 yield key_problem("negative", "at least 0", f"{getattr(self, key)}", key)
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         values = super()._read(reader)
         stated = reader.value("scale_decoder_outputs") is not None
         tied = values["tie_word_embeddings"]
@@ -166,7 +168,7 @@ class GraphConfig(ModelConfig):
         return "\n".join(self.lines) + "\n"
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         if reader.value("moecc_layout") != LAYOUT:
             what = "written by another version of moecc"
             reader.refuse("moecc_layout", what, expected=str(LAYOUT))

@@ -102,7 +102,7 @@ class SwitchTransformersConfig(EncDecConfig):
             yield key_problem("not a number of layers", f"0 to {layers}", f"{sparse}", key)
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         values = super()._read(reader)
         for key in ("add_cross_attention", "is_decoder"):
             reader.value(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .encdec import ENCDEC_DEFAULTS, T5_ACTIVATIONS, EncDecConfig
 from .model import ACTIVATIONS
@@ -43,14 +43,14 @@ class T5Config(EncDecConfig):
             yield key_problem(what, "gelu_pytorch_tanh", "gelu", "feed_forward_proj")
 
     @classmethod
-    def _read(cls, reader: Reader) -> dict[str, Any]:
+    def _read(cls, reader: Reader) -> dict[str, object]:
         values = super()._read(reader)
         act, gated = _read_projection(reader)
         # transformers writes these beside the projection, which alone it reads.
         for key in ("dense_act_fn", "is_gated_act", "is_decoder"):
             reader.value(key)
         stated = reader.value("scale_decoder_outputs") is not None
-        tied: bool = values["tie_word_embeddings"]
+        tied = values["tie_word_embeddings"]
         scaled = reader.flag("scale_decoder_outputs") if stated else tied
         return {**values, "hidden_act": act, "gated": gated, "scale_outputs": scaled}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
@@ -50,7 +50,7 @@ def _infer_split(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType,
     whole = prod(s for s in sizes if isinstance(s, int))
     if not all(isinstance(s, int) for s in sizes) or whole != old.size:
         raise InputError(
-            f"the axis {old.name!r} does not split so",
+            f"the axis {old.name!r} cannot be split into these sizes",
             expected=f"sizes whose product is {old.size}",
             found=", ".join(map(str, into)),
         )
@@ -65,7 +65,7 @@ def _split_sizes(node: Definition) -> Product:
     return Product(whole, tuple(size for _, size in node.attrs["into"]))
 
 
-def _split_locally(node: Definition, mesh: Mesh) -> dict[str, Any]:
+def _split_locally(node: Definition, mesh: Mesh) -> Attrs:
     (name, size), *others = node.attrs["into"]
     shards = mesh.size(node.result.type[name].mesh)
     return {**node.attrs, "into": ((name, size // shards), *others)}

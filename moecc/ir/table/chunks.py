@@ -1,4 +1,4 @@
-"""Chunks: a value in pieces, each of which every device has a part of, and together again.
+"""Chunks: split a value into chunks of which every device has a shard, and join them again.
 
 Work on one chunk may overlap with sending another.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
@@ -26,13 +26,13 @@ def _whole(type: TensorType, attrs: Attrs, pieces: int) -> tuple[Axis, int]:
     """Return the axis of `type` and its size, which `pieces` divide.
 
     Raises:
-      InputError: they do not, or the size is not known.
+      InputError: they do not, or the size is not fixed.
     """
     axis = axis_of(type, attrs["axis"])
     no_ragged(type, (axis.name,), "cannot cut")
     if pieces < 1 or not isinstance(axis.size, int) or axis.size % pieces:
         raise InputError(
-            f"the axis {axis.name!r} has no such chunks",
+            f"the axis {axis.name!r} cannot be cut into these chunks",
             expected=f"a known size, a multiple of {pieces}",
             found=str(axis),
         )
@@ -55,7 +55,7 @@ def _infer_chunk(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType,
     return (_resized(type, axis, size // of),)
 
 
-def _own_parts(node: Definition, mesh: Mesh) -> dict[str, Any]:
+def _own_parts(node: Definition, mesh: Mesh) -> Attrs:
     shards = mesh.size(node.result.type[node.attrs["axis"]].mesh)
     return {**node.attrs, "parts": node.attrs["parts"] // shards}
 
@@ -88,7 +88,7 @@ def _infer_join(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, 
     for value in operands[1:]:
         if value.type != first:
             raise InputError(
-                "chunks that are joined are of one type", expected=str(first), found=str(value.type)
+                "joined chunks must have one type", expected=str(first), found=str(value.type)
             )
     axis, size = _whole(first, attrs, attrs["parts"])
     return (_resized(first, axis, size * len(operands)),)

@@ -58,7 +58,12 @@ register(
         "The sum over the named axes of x · w; other axes that both have are batch axes.",
         ("x", "w"),
         _infer,
-        attrs={"over": Attr("axes", doc="the axes to sum over")},
+        attrs={
+            "over": Attr("axes", doc="the axes to sum over"),
+            "precision": Attr(
+                "str", "default", ("default", "f32"), doc="f32: computed in float32 at least"
+            ),
+        },
         mixes=lambda _operands, attrs: tuple(attrs["over"]),
         linear=(0, 1),
         residual=PAIR,

@@ -16,8 +16,7 @@ def _renames_to_itself(match: Match) -> str | None:
 
 
 def _rename_once(match: Match, b: Builder) -> Value:
-    value: Value = b.rename(match.value("x"), axis=match.attr("old"), to=match.attr("new"))
-    return value
+    return b.rename(match.value("x"), axis=match.attr("old"), to=match.attr("new"))
 
 
 def _same_parts(match: Match) -> str | None:
@@ -42,13 +41,12 @@ def _parts_made_whole(match: Match) -> str | None:
 
 def _slice_once(match: Match, b: Builder) -> Value:
     offset = match.attr("offset")
-    value: Value = b.slice(
+    return b.slice(
         match.value("x"),
         axis=match.attr("axis"),
         start=offset + match.attr("start"),
         stop=offset + match.attr("stop"),
     )
-    return value
 
 
 def _reduces_nothing(axes: tuple[str, ...]) -> bool:

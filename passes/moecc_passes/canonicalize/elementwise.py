@@ -30,8 +30,7 @@ def _product_is_safe(match: Match) -> str | None:
 
 
 def _scale_once(match: Match, b: Builder) -> Value:
-    value: Value = b.scale(match.value("x"), by=match.attr("a") * match.attr("b"))
-    return value
+    return b.scale(match.value("x"), by=match.attr("a") * match.attr("b"))
 
 
 def _is_not_zero(match: Match) -> str | None:
@@ -40,13 +39,11 @@ def _is_not_zero(match: Match) -> str | None:
 
 
 def _scale_negated(match: Match, b: Builder) -> Value:
-    value: Value = b.scale(match.value("x"), by=-match.attr("a"))
-    return value
+    return b.scale(match.value("x"), by=-match.attr("a"))
 
 
 def _negate(match: Match, b: Builder) -> Value:
-    value: Value = b.neg(match.value("x"))
-    return value
+    return b.neg(match.value("x"))
 
 
 def _stop_once(match: Match, b: Builder) -> Value:

@@ -141,9 +141,12 @@ def _reasons(a: Node, b: Node) -> Iterator[str]:
     if a.op is not b.op:
         yield f"it has {a.op.name} @{a.loc} where {b.loc} has {b.op.name}"
         return
+    values = [*zip(a.operands, b.operands, strict=False), *zip(a.results, b.results, strict=False)]
+    differing = [(x, y) for x, y in values if x.type != y.type and not x.type.extents]
+    # Another parameter says more of a layer than the attributes that follow from it.
+    yield from (f"its {a.op.name} @{a.loc} has {x!r}, and {b.loc} {y!r}"
+                for x, y in differing if x.is_param)  # fmt: skip
     for name, value in a.attrs.items():
         if value != b.attrs[name]:
             yield f"its {a.op.name} @{a.loc} has {name}={value}, and {b.loc} {name}={b.attrs[name]}"
-    for x, y in zip((*a.operands, *a.results), (*b.operands, *b.results), strict=False):
-        if x.type != y.type and not x.type.extents:
-            yield f"its {a.op.name} @{a.loc} has {x!r}, and {b.loc} {y!r}"
+    yield from (f"its {a.op.name} @{a.loc} has {x!r}, and {b.loc} {y!r}" for x, y in differing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Node
 from moecc.ir.mesh import nearest_multiple
 from moecc.ir.replace import infer_again
@@ -25,9 +26,10 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
     told: list[Remark] = []
     for node in list(graph):
         parts = _parts(node, assigner)
-        if parts is None or node.attrs["groups"] % parts == 0:
+        was = SlotAttrs.of_node(node).groups if parts is not None else 0
+        if parts is None or was % parts == 0:
             continue
-        was = before[node.results[-1].name] = node.attrs["groups"]
+        before[node.results[-1].name] = was
         now = node.attrs["groups"] = nearest_multiple(was, parts)
         infer_again(graph, [node], start=node)
         text = f"{now} groups in place of {was}: without a capacity the number changes nothing"
@@ -39,11 +41,14 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
 
 def _parts(node: Node, assigner: Assigner) -> int | None:
     """Return over how many shards a dropless ``assign_slots`` has its tokens; None elsewhere."""
-    if not node.op.assigns_slots or node.attrs["slots"] != "ragged" or node.attrs["group_size"]:
+    if not node.op.assigns_slots:
+        return None
+    attrs = SlotAttrs.of_node(node)
+    if attrs.slots != "ragged" or attrs.group_size:
         return None
     if any(user.op.name == "group_sum" for user in node.results[-1].users):
         return None
-    outermost = node.attrs["tokens"][0]
+    outermost = attrs.tokens[0]
     type = assigner.lone(node.operands[0].type)
     return assigner.mesh.size(type[outermost].mesh)
 

@@ -11,20 +11,21 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, get_args
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph
 from moecc.ir.mixtures import emit_expert_choice
-from moecc.ir.moe import emit_routing
+from moecc.ir.moe import SlotOptions, emit_routing
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.support.generated_docs import WrittenPart
 from moecc.types.dtypes import F32
 from moecc.types.tensor import tensor
 
-SLOTS = ("capacity", "ragged", "expert-choice")
+Bound = Literal["capacity", "ragged", "expert-choice"]
+SLOTS: tuple[Bound, ...] = get_args(Bound)
 """What bounds the rows of an expert: a factor of 1, nothing, or the experts' own choice."""
 
 MESHES = (
@@ -64,7 +65,7 @@ WAYS = (
 class Case:
     """One combination."""
 
-    slots: str
+    slots: Bound
     mesh: str
     rules: str
     way: str
@@ -86,7 +87,7 @@ def cases() -> Iterator[Case]:
                 yield Case(slots, mesh, rules, way)
 
 
-def layer(slots: str, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> Graph:
+def layer(slots: Bound, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> Graph:
     """Return one gated mixture of experts with a residual, its tokens in sixteen groups."""
     graph = Graph("layer")
     b = Builder(graph, loc="layers.0.ffn")
@@ -103,10 +104,10 @@ def layer(slots: str, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> Gra
         )
         rows = b.dispatch(x, chosen, assigned)
     else:
-        bound: Any = {"capacity_factor": 1.0, "minimum": 1} if slots == "capacity" else {}
-        rows, finish = emit_routing(
-            b, x, router, experts=experts, top_k=2, slots=slots, groups=16, **bound
-        )
+        bound: SlotOptions = {"slots": slots, "groups": 16}
+        if slots == "capacity":
+            bound |= {"capacity_factor": 1.0, "minimum": 1}
+        rows, finish = emit_routing(b, x, router, experts=experts, top_k=2, **bound)
     act = b.silu(b.add(b.contract(rows, gate, over="embed"), bias))
     hidden = b.mul(act, b.contract(rows, up, over="embed"))
     made = b.contract(hidden, down, over="mlp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from moecc.ir.attributes import Policy, RouteAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.gates import convention
 from moecc.ir.graph import Graph, Node, Value
@@ -42,7 +43,7 @@ class Keys:
         # At the top, and at no location: layers of one structure stay alike.
         first = next(iter(self.graph), None)
         builder = Builder(self.graph, origin=f"{ORIGIN}key", before=first)
-        key: Value = builder.fold_key(self._input(), by=self.next)
+        key = builder.fold_key(self._input(), by=self.next)
         self.next += 1
         return key
 
@@ -81,8 +82,9 @@ def specialise(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> N
 def _given(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> dict[str, Value]:
     """Return what the slots are given beside the experts, by word."""
     given = layer.given()
-    if settings.policy not in (None, "all") and layer.top_k > 1 and layer.route is not None:
-        given["keep"] = _kept(layer, layer.route, settings, next_key)
+    policy = settings.policy or "all"
+    if policy != "all" and layer.top_k > 1 and layer.route is not None:
+        given["keep"] = _kept(layer, layer.route, policy, settings.threshold, next_key)
     if settings.priority and layer.route is not None:
         builder = _builder(layer.assigner, "priority")
         given["priority"] = emit_priority(builder, layer.route.operands[0])
@@ -96,7 +98,7 @@ def _given(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> dict[
 
 
 def _factor(layer: RoutedLayer) -> dict[str, float]:
-    return {"capacity_factor": layer.assigner.attrs["capacity_factor"]}
+    return {"capacity_factor": layer.assignment.capacity_factor}
 
 
 def _builder(before: Node, why: str) -> Builder:
@@ -125,19 +127,21 @@ def _drop_hidden(layer: RoutedLayer, rate: float, next_key: NextKey) -> None:
     last.set_operand(0, emit_dropout(builder, last.operands[0], next_key(), rate))
 
 
-def _kept(layer: RoutedLayer, route: Node, settings: ModeConfig, next_key: NextKey) -> Value:
+def _kept(
+    layer: RoutedLayer, route: Node, policy: Policy, threshold: float | None, next_key: NextKey
+) -> Value:
     """Return which choices the policy keeps, by gates that add up to one."""
     builder = _builder(layer.assigner, "policy")
     gates = original(layer.gates)
-    if not convention(route.attrs["gates"]).renormalised:
+    made = RouteAttrs.of_node(route)
+    if not convention(made.gates).renormalised:
         gates = builder.div(gates, builder.sum(gates, axes=layer.choice))
-    elif route.attrs["scale"] != 1:
-        gates = builder.scale(gates, by=1 / route.attrs["scale"])
-    threshold = 0.2 if settings.threshold is None else settings.threshold
+    elif made.scale != 1:
+        gates = builder.scale(gates, by=1 / made.scale)
     numbers = []
-    if settings.policy == "random":
+    if policy == "random":
         numbers = [builder.random_uniform(next_key(), gates)]
-    keep: Value = builder.keep_choices(
-        gates, *numbers, policy=settings.policy, threshold=threshold, choice=layer.choice
+    bound = 0.2 if threshold is None else threshold
+    return builder.keep_choices(
+        gates, *numbers, policy=policy, threshold=bound, choice=layer.choice
     )
-    return keep

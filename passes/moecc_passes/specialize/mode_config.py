@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from moecc.ir.attributes import Policy
 from moecc.ir.graph import Graph
 from moecc_passes.inputs import is_decoder
 
@@ -61,7 +62,7 @@ class ModeConfig:
     group_size: int | None = None
     decoder_group_size: int | None = None
     order: str | None = None
-    policy: str | None = None
+    policy: Policy | None = None
     threshold: float | None = None
     padding_mask: bool | None = None
     priority: bool | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from moecc.errors import Problem
+from moecc.ir.attributes import Policy
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 from moecc_passes.specialize.mode_config import ATTRIBUTE, ModeConfig, record
@@ -34,12 +35,8 @@ class RecordModesPass(Pass):
 
     train_capacity_factor: Annotated[float, "the capacity factor of training"] = 1.25
     eval_capacity_factor: Annotated[float, "that of evaluation"] = 2.0
-    train_policy: Annotated[
-        Literal["all", "none", "threshold", "random"], "which second choices training keeps"
-    ] = "random"
-    eval_policy: Annotated[
-        Literal["all", "none", "threshold", "random"], "which ones evaluation keeps"
-    ] = "all"
+    train_policy: Annotated[Policy, "which second choices training keeps"] = "random"
+    eval_policy: Annotated[Policy, "which ones evaluation keeps"] = "all"
     threshold: Annotated[float, "what the policies compare gates with"] = 0.2
     group_size: Annotated[int | None, "the tokens of a group; none: the whole batch is one"] = None
     decoder_group_size: Annotated[
@@ -48,7 +45,7 @@ class RecordModesPass(Pass):
 
     def settings(self, mode: str) -> ModeConfig:
         """Return what `mode`, one of `MODES`, is."""
-        policy: str = getattr(self, f"{mode}_policy")
+        policy: Policy = getattr(self, f"{mode}_policy")
         return ModeConfig(
             capacity_factor=getattr(self, f"{mode}_capacity_factor"),
             policy=policy,

@@ -14,7 +14,7 @@ def remarks(
     layers: list[RoutedLayer], settings: ModeConfig, is_decoder: dict[str, bool], mode: str
 ) -> Iterator[Remark]:
     """Yield what is worth telling of the layers as they are now."""
-    bounded = [y for y in layers if y.assigner.attrs["slots"] == "capacity"]
+    bounded = [y for y in layers if y.assignment.slots == "capacity"]
     leaks = [y for y in bounded if is_decoder[y.name] and _looks_ahead(y)]
     if leaks:
         yield Remark(
@@ -23,9 +23,9 @@ def remarks(
             "second choice finds a slot; order=token is strictly causal",
         )
     for layer in bounded:
-        attrs = layer.assigner.attrs
-        fits = attrs["capacity_factor"] / layer.top_k
-        if not layer.experts_choose and attrs["convention"] == "tokens" and fits < 1:
+        attrs = layer.assignment
+        fits = attrs.capacity_factor / layer.top_k
+        if not layer.experts_choose and attrs.convention == "tokens" and fits < 1:
             yield Remark(layer.name, f"at most {fits:.1%} of the choices find a slot")
     for layer in layers:
         name = mask_name(layer.assigner.loc)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.replace import replace_value
@@ -82,7 +81,7 @@ CHANGED = (
 """How a specialisation changes a value, a step at a time; see `moecc.ir.mixtures`."""
 
 
-def reassign_slots(old: Node, given: dict[str, Value], attrs: dict[str, Any]) -> Node:
+def reassign_slots(old: Node, given: dict[str, Value], attrs: dict[str, object]) -> Node:
     """Put another placing node in the place of `old`, with other operands and attributes."""
     graph = old.graph
     allowed = old.op.attrs["using"].choices

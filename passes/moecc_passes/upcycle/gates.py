@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from moecc.ir.gates import convention
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from moecc.ir.gates import Gates, convention
+from moecc.types.arrays import Doubles as Array
 
 SAMPLES = 4096
 """Random tokens from which the moments of the gates are estimated."""
@@ -36,7 +34,7 @@ class GateLaw:
       has_prototypes: whether the experts are k groups that each give one, by a softmax of its own.
     """
 
-    convention: str
+    convention: Gates
     experts: int
     top_k: int
     granularity: int = 1

@@ -7,6 +7,7 @@ from math import sqrt
 from moecc.analysis.ffn import FFNBlock
 from moecc.errors import Problem
 from moecc.ir.graph import Graph, Value
+from moecc.ir.moe import SlotOptions
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.inputs import is_decoder, token_ids
@@ -120,9 +121,9 @@ def _division(item: UpcycleOptions, block: FFNBlock) -> Division:
 
 
 def _router(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Router:
-    assignment: dict[str, object] = {"slots": item.slots}
+    assignment: SlotOptions = {"slots": item.slots}
     if item.is_bounded:
-        assignment |= {"capacity_factor": item.capacity_factor, "groups": item.groups}
+        assignment["capacity_factor"], assignment["groups"] = item.capacity_factor, item.groups
     return Router(
         kind=item.routing,
         weight=_weight(item, block, division, seed),

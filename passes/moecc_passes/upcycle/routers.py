@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from moecc.analysis.ffn import FFNBlock
+from moecc.ir.attributes import Gates
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.mixtures import (
@@ -17,7 +17,7 @@ from moecc.ir.mixtures import (
     emit_soft_slots,
     emit_unit,
 )
-from moecc.ir.moe import Finish, emit_chosen, emit_routing
+from moecc.ir.moe import Finish, SlotOptions, emit_chosen, emit_routing
 from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Full
 from moecc_passes.inputs import token_ids
@@ -42,18 +42,18 @@ class Router:
       gate_scale: what the gates are multiplied by.
       has_bias: whether a bias for loss-free balancing takes part in the choice.
       seed: of the hash.
-      placement: the attributes of ``assign_slots``: slots, capacity_factor and so on.
+      assignment: the attributes of ``assign_slots``: slots, capacity_factor and so on.
     """
 
     kind: str
     weight: Expr | None
     experts: int
     top_k: int
-    gates: str
+    gates: Gates
     gate_scale: float
     has_bias: bool
     seed: int
-    assignment: Mapping[str, Any]
+    assignment: SlotOptions
 
     def emit(self, builder: Builder, block: FFNBlock, prefix: str) -> tuple[Value, Finish]:
         """Emit the routing; return the experts' rows and what brings results back to the tokens.
@@ -106,7 +106,7 @@ def _token_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
 
 def _prototypes(at: _Place, router: Router) -> tuple[Value, Finish]:
     b, weight = at.builder, at.router(router)
-    logits = b.contract(at.x, weight, over=at.block.outer, name="router")
+    logits = b.contract(at.x, weight, over=at.block.outer, precision="f32", name="router")
     chosen, gates = emit_prototypes(b, logits, router.top_k, gates="softmax")
     if router.gates == "renormalised":
         gates = b.div(gates, b.sum(gates, axes="choice"))
@@ -134,14 +134,15 @@ def _placed(at: _Place, router: Router, chosen: Value, gates: Value) -> tuple[Va
 def _expert_choice(at: _Place, router: Router) -> tuple[Value, Finish]:
     """Let experts choose tokens; the gates of a token that is taken at all add up to one."""
     b, weight = at.builder, at.router(router)
-    attrs = {n: v for n, v in router.assignment.items() if n != "slots"}
-    chosen, scores, slots = emit_expert_choice(b, at.x, weight, tokens=at.tokens, **attrs)
+    factor, groups = router.assignment["capacity_factor"], router.assignment["groups"]
+    chosen, scores, slots = emit_expert_choice(
+        b, at.x, weight, tokens=at.tokens, capacity_factor=factor, groups=groups
+    )
     gates = emit_rescaled(b, scores, slots)
     rows = b.dispatch(at.x, chosen, slots)
 
     def finish(rows_out: Value) -> Value:
-        combined: Value = b.combine(rows_out, chosen, slots, gates)
-        return combined
+        return b.combine(rows_out, chosen, slots, gates)
 
     return rows, finish
 
@@ -157,8 +158,7 @@ def _soft(at: _Place, router: Router) -> tuple[Value, Finish]:
     )
 
     def finish(rows_out: Value) -> Value:
-        mixed: Value = b.contract(weights, rows_out, over=("expert", "slot"))
-        return mixed
+        return b.contract(weights, rows_out, over=("expert", "slot"))
 
     return rows, finish
 

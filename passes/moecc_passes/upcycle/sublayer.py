@@ -111,8 +111,7 @@ class DenseCopy:
         if norm is None:
             return stream
         vectors = [self._param(builder, p, self.weights[p]) for p in norm.operands[1:]]
-        normed: Value = builder.node(norm.op.name, stream, *vectors, **norm.attrs).result
-        return normed
+        return builder.node(norm.op.name, stream, *vectors, names=(), **norm.attrs).result
 
     def _block(self, builder: Builder, x: Value) -> Value:
         image: dict[Value, Value] = {self.block.x: x}
@@ -123,7 +122,7 @@ class DenseCopy:
             image[param] = self._param(builder, param, made)
         for node in self.block.nodes:
             operands = [image.get(v) or self._constant(builder, v) for v in node.operands]
-            again = builder.node(node.op.name, *operands, **node.attrs)
+            again = builder.node(node.op.name, *operands, names=(), **node.attrs)
             image.update(zip(node.results, again.results, strict=True))
         return image[self.block.output]
 
@@ -131,8 +130,7 @@ class DenseCopy:
         """Emit again what the block reads beside `x` and parameters: it may be defined later."""
         node = value.node
         assert node is not None, "a block reads nothing from outside but constants"
-        again: Value = builder.node(node.op.name, **node.attrs).result
-        return again
+        return builder.node(node.op.name, names=(), **node.attrs).result
 
     def _param(self, builder: Builder, param: Value, weight: Expr) -> Value:
         name = builder.graph.fresh(f"{param.name}.extra")

@@ -6,9 +6,14 @@ description of one.  `prepare` must run before jax is imported.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moecc_backends.xla.trace.typed_jax import Devices
+
+
 import os
 from importlib.util import find_spec
-from typing import Any
 
 from moecc.ahead.compile_in_subprocess import environment
 from moecc.errors import MachineError, UsageError
@@ -47,7 +52,7 @@ def prepare(machine: Machine) -> None:
     os.environ.update(environment(machine))
 
 
-def devices(machine: Machine) -> list[Any]:
+def devices(machine: Machine) -> Devices:
     """Return the devices of `machine` as jax describes them.
 
     Raises:
@@ -75,7 +80,7 @@ def devices(machine: Machine) -> list[Any]:
         raise UsageError(f"libtpu refuses the topology {name}", found=reason) from None
 
 
-def _gpus(machine: Machine) -> list[Any]:
+def _gpus(machine: Machine) -> Devices:
     from jax.experimental import topologies
 
     hosts = max(machine.devices // _GPUS_PER_HOST, 1)

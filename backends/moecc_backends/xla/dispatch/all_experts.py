@@ -8,10 +8,10 @@ combine, which repeats it for each expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
@@ -119,7 +119,7 @@ class OneExpert:
         """Return the same expert, as one of `count` from `first` on."""
         return OneExpert(self.routing.of_experts(first, count), self.expert - first)
 
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: Any) -> Rows:
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply each row with a copy of the weights that it is given."""
         return gathered_matmul(x, weight, over)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.attributes import CollectiveAttrs, WithinBufferAttrs
 from moecc.ir.graph import Node, Value, setter_of
 from moecc.ir.table.buffers import buffer_rows
 from moecc.ir.table.slots import operands_by_word
@@ -26,7 +27,7 @@ from moecc_backends.xla.trace.values import Rows
 
 def send_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
     """Return the rows that all devices have for the local experts, sorted by expert."""
-    mesh, count = node.attrs["mesh"], x.array.shape[0]
+    mesh, count = CollectiveAttrs.of_node(node).mesh, x.array.shape[0]
     assert ctx.view.mesh is not None, "without a mesh nothing is sent"
     devices = ctx.view.mesh.size(mesh)
     num_experts = layout.routing.num_experts // devices
@@ -56,7 +57,7 @@ def send_rows_back(x: Rows, layout: SortedRows) -> Rows:
 
 def local_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
     """Return the rows of the local experts, of rows that every device has for all of them."""
-    mesh = node.attrs["mesh"]
+    mesh = CollectiveAttrs.of_node(node).mesh
     assert ctx.view.mesh is not None, "without a mesh all experts are local"
     count = layout.routing.num_experts // ctx.view.mesh.size(mesh)
     first = jax.lax.axis_index(mesh) * count
@@ -87,7 +88,10 @@ def _room(node: Node, layout: SortedRows, devices: int, num_experts: int) -> int
         before = before.origin.exchange
     room = tokens * devices * min(choices, num_experts)
     bound = _buffer(node.operands[0])
-    if bound is None or bound.attrs["parts"] * num_experts != bound.operands[2].type["expert"].size:
+    if bound is None:
+        return room
+    parts = WithinBufferAttrs.of_node(bound).parts
+    if parts * num_experts != bound.operands[2].type["expert"].size:
         return room
     return min(room, buffer_rows(bound.attrs, tokens * devices, choices))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
 from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute
@@ -77,6 +77,6 @@ class PerTokenWeights:
         """Return the rows of `count` experts from `first` on; the others stay, unused."""
         return PerTokenWeights.of(self.routing.of_experts(first, count))
 
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: Any) -> Rows:
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply each row with a copy of its expert's weights."""
         return gathered_matmul(x, weight, over)

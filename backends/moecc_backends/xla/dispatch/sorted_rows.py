@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
 from moecc_backends.xla.dispatch.gather_vjp import permute, unpermute
@@ -22,7 +22,7 @@ from moecc_backends.xla.mesh.all_to_all import ExchangeMap, ExchangeSpec
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import DeferredRows, Named, Operand, Rows
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, int, Any], jax.Array]
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], jax.Array]
 """Multiplies rows ``[rows, a]`` with the weights of their group.
 
 The weights are ``[experts, a, b]``, or ``[experts, b, a]`` where the axis that is summed over (the
@@ -105,7 +105,7 @@ class SortedRows:
         """Return the rows of `count` experts from `first` on, sorted again."""
         return SortedRows.of(self.routing.of_experts(first, count), self.kernel)
 
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: Any) -> Rows:
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply rows with the weights of their experts, group by group."""
         if "group" in weight.axes or set(weight.axes) & set(x.axes) != set(over):
             return gathered_matmul(x, weight, over)

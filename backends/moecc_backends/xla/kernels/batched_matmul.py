@@ -7,17 +7,17 @@ made with `dispatch.gather_vjp.permute`, of what `dispatch.permutation.capacity_
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from jax import lax
+from jax.typing import DTypeLike
 
 from moecc_backends.xla.trace.dtypes import accumulator
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def slot_matmul(
-    slots: jax.Array, weights: jax.Array, contracting_axis: int, kind: Any = None
+    slots: jax.Array, weights: jax.Array, contracting_axis: int, kind: DTypeLike | None = None
 ) -> jax.Array:
     """Multiply ``[experts, slots, a]`` with each expert's weights into ``[experts, slots, b]``.
 
@@ -32,14 +32,14 @@ def slot_matmul(
 
 
 def _forward(
-    slots: jax.Array, weights: jax.Array, contracting_axis: int, kind: Any
+    slots: jax.Array, weights: jax.Array, contracting_axis: int, kind: DTypeLike | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return slot_matmul(slots, weights, contracting_axis, kind), (slots, weights)
 
 
 def _backward(
     contracting_axis: int,
-    kind: Any,
+    kind: DTypeLike | None,
     residuals: tuple[jax.Array, jax.Array],
     d_products: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -53,7 +53,7 @@ slot_matmul.defvjp(_forward, _backward)
 
 
 def _batched(
-    left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, kind: Any
+    left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, kind: DTypeLike | None
 ) -> jax.Array:
     dimensions = (((left_axis,), (right_axis,)), ((0,), (0,)))
     wanted = kind or accumulator(left.dtype)

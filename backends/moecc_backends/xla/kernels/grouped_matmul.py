@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from moecc_backends.xla.kernels.row_blocks import (
     block_sizes,
@@ -37,7 +37,7 @@ def grouped_matmul(
     weights: jax.Array,
     group_sizes: jax.Array,
     contracting_axis: int,
-    kind: Any = None,
+    kind: DTypeLike | None = None,
 ) -> jax.Array:
     """Multiply the rows ``[rows, a]`` of each group with the weights of its expert.
 

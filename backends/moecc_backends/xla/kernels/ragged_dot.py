@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from moecc_backends.xla.kernels.row_blocks import inside, zeros_after
 from moecc_backends.xla.trace.dtypes import accumulator
@@ -34,7 +34,7 @@ def ragged_matmul(
     weights: jax.Array,
     group_sizes: jax.Array,
     contracting_axis: int,
-    kind: Any = None,
+    kind: DTypeLike | None = None,
 ) -> jax.Array:
     """Multiply the rows ``[rows, a]`` of each group with the weights of its expert.
 
@@ -51,19 +51,19 @@ def ragged_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _products(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[Any]
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[np.generic]
 ) -> jax.Array:
     return lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=kind)
 
 
 def _forward(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[Any]
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, kind: np.dtype[np.generic]
 ) -> tuple[jax.Array, Arrays]:
     return _products(rows, weights, group_sizes, kind), (rows, weights, group_sizes)
 
 
 def _backward(
-    kind: np.dtype[Any], residuals: Arrays, d_products: jax.Array
+    kind: np.dtype[np.generic], residuals: Arrays, d_products: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     rows, weights, group_sizes = residuals
     narrow = d_products.astype(rows.dtype)

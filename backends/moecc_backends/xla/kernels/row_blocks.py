@@ -8,11 +8,12 @@ may hold rows that are not the expert's, and only there is a mask needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from moecc_backends.xla.trace.dtypes import load, store
 
@@ -81,7 +82,7 @@ def inside(first: jax.Array, size: int, start: jax.Array, end: jax.Array) -> jax
     return ((index >= start) & (index < end))[:, None]
 
 
-def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: Any, salt: int) -> jax.Array:
+def zeros_after(value: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, salt: int) -> jax.Array:
     """Make zeros that exist only once `value` does, and that nothing else shares.
 
     XLA would merge equal constants, make them before anything else, and copy them for each loop

@@ -12,6 +12,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Node, Value
 from moecc.ir.ops import Attrs
 from moecc.ir.table.slots import capacity, group_count
@@ -42,12 +43,14 @@ def _assign(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     more = dict(zip(attrs["using"], given, strict=True))
     wanted = _wanted_choices(node, chosen, more, (*tokens, choice))
     priority = more["priority"].to(tokens).array.reshape(-1) if "priority" in more else None
-    rank = partial(_ranks_in_experts, attrs)
-    slots = ctx.interceptor.by_group(rank, groups, (chosen, wanted, priority))
-    limit = None
+    rank, limit = partial(_ranks_in_experts, attrs), None
     if attrs["slots"] == "capacity":
         limit = capacity(attrs, chosen.shape[0] // max(groups, 1), chosen.shape[1])
+        slots = ctx.interceptor.by_group(rank, groups, (chosen, wanted, priority))
         slots = jnp.where(slots < limit, slots, -1)
+    else:
+        # Rows are sorted over all groups: nothing is gained by ranking them apart.
+        slots = rank(groups, chosen, wanted, priority)
     routing = Routing(chosen, slots, wanted, attrs["experts"], groups, limit, tokens, sizes)
     _plan(ctx, node.result, routing)
     return Named(slots.reshape(*sizes, -1), (*tokens, choice)).to(experts.axes)
@@ -59,7 +62,7 @@ def _wanted_choices(
     """Return which choices ask for a slot, ``[token, choice]``, or None if all do."""
     wanted = None
     if not _always_names_experts(node.operands[0]):
-        wanted = (chosen >= 0) & (chosen < node.attrs["experts"])
+        wanted = (chosen >= 0) & (chosen < SlotAttrs.of_node(node).experts)
     if "keep" in more:
         keep = more["keep"].to(layout).array.reshape(chosen.shape)
         wanted = keep if wanted is None else wanted & keep

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from moecc.ir.attributes import CausalAttrs, RelativeBucketsAttrs, RopeAttrs, RotateAttrs
 from moecc.ir.graph import Node
 from moecc.ir.table.attention import bucket_starts
 from moecc_backends.reference.attention import frequencies
@@ -19,27 +20,27 @@ from moecc_backends.xla.trace.values import Named, Operand, Rows
 
 @lowering("rope")
 def _rope(ctx: Context, node: Node, positions: Operand) -> tuple[Operand, ...]:
-    attrs = node.attrs
+    attrs = RopeAttrs.of_node(node)
     wide = accumulator(ctx.dtype)
 
     def tables(full: Named) -> tuple[Named, Named]:
         half = full.array.astype(wide)[..., None] * _rates(attrs, full.array, wide)
         angles = jnp.concatenate([half, half], axis=-1)
-        axes, factor = (*full.axes, attrs["axis"]), attrs["attention_factor"]
+        axes, factor = (*full.axes, attrs.axis), attrs.attention_factor
         return Named(jnp.cos(angles) * factor, axes), Named(jnp.sin(angles) * factor, axes)
 
     return lifted_all(positions, tables)
 
 
-def _rates(attrs: dict[str, Any], positions: jax.Array, dtype: Any) -> jax.Array:
+def _rates(attrs: RopeAttrs, positions: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Return the angle per position of each pair of entries, ``[size / 2]``."""
-    if attrs["scaling"] != "dynamic":
-        return jnp.asarray(frequencies(attrs["size"], 0, attrs), dtype)
+    if attrs.scaling != "dynamic":
+        return jnp.asarray(frequencies(attrs.size, 0, attrs), dtype)
     # The number of positions is known at run time only (NTK scaling of bloc97 and emozilla).
-    size, factor, context = attrs["size"], attrs["factor"], attrs["original_context"]
+    size, factor, context = attrs.size, attrs.factor, attrs.original_context
     length = jnp.max(positions, initial=0).astype(dtype) + 1
     grown = factor * jnp.maximum(length, context) / context - (factor - 1)
-    theta = attrs["theta"] * grown ** (size / (size - 2))
+    theta = attrs.theta * grown ** (size / (size - 2))
     rates: jax.Array = theta ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
     return rates
 
@@ -47,7 +48,7 @@ def _rates(attrs: dict[str, Any], positions: jax.Array, dtype: Any) -> jax.Array
 @lowering("rotate")
 def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
     def turn(full: Named) -> Named:
-        at = full.axes.index(node.attrs["axis"])
+        at = full.axes.index(RotateAttrs.of_node(node).axis)
         first, second = jnp.split(full.array, 2, axis=at)
         turned = jnp.concatenate([-second, first], axis=at)
         cos, sin = (broadcast_like(t, x).over(full.axes).astype(full.array.dtype) for t in tables)
@@ -58,12 +59,14 @@ def _rotate(ctx: Context, node: Node, x: Operand, *tables: Operand) -> Operand:
 
 @lowering("causal")
 def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+    attrs = CausalAttrs.of_node(node)
+
     def compare(q: Named, k: Named) -> Named:
         axes = (*q.axes, *k.axes)
         ahead = q.over(axes) - k.over(axes)
         keep = ahead >= 0
-        if node.attrs["window"]:
-            keep &= ahead < node.attrs["window"]
+        if attrs.window:
+            keep &= ahead < attrs.window
         return Named(keep, axes)
 
     return _crossed(query, key, compare)
@@ -71,7 +74,8 @@ def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
 
 @lowering("relative_buckets")
 def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
-    both: bool = node.attrs["bidirectional"]
+    attrs = RelativeBucketsAttrs.of_node(node)
+    both = attrs.bidirectional
 
     def compare(q: Named, k: Named) -> Named:
         axes = (*q.axes, *k.axes)
@@ -81,7 +85,7 @@ def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) ->
         near = jnp.searchsorted(starts, distance, side="right", method="compare_all")
         near = near.astype(jnp.int32)
         if both:
-            near = jnp.where(ahead > 0, near + node.attrs["buckets"] // 2, near)
+            near = jnp.where(ahead > 0, near + attrs.buckets // 2, near)
         return Named(near, axes)
 
     return _crossed(query, key, compare)

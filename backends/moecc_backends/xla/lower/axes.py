@@ -7,6 +7,14 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.attributes import (
+    EmbeddingAttrs,
+    MergeAttrs,
+    OneHotAttrs,
+    RenameAttrs,
+    SliceAttrs,
+    SplitAttrs,
+)
 from moecc.ir.graph import Node
 from moecc_backends.xla.trace.arrays import lifted, with_masked_rows
 from moecc_backends.xla.trace.context import Context, lowering
@@ -18,18 +26,19 @@ Array = jax.Array
 
 @lowering("rename")
 def _rename(ctx: Context, node: Node, x: Operand) -> Operand:
-    old, new = node.attrs["axis"], node.attrs["to"]
+    attrs = RenameAttrs.of_node(node)
+    old, new = attrs.axis, attrs.to
     axes = tuple(new if a == old else a for a in x.axes)
     return x.with_array(x.array, axes) if isinstance(x, Rows) else Named(x.array, axes)
 
 
 @lowering("split")
 def _split(ctx: Context, node: Node, x: Operand) -> Operand:
-    names = tuple(n for n, _ in node.attrs["into"])
+    names = tuple(n for n, _ in SplitAttrs.of_node(node).into)
     sizes = tuple(s for _, s in ctx.view.attrs(node)["into"])
 
     def cut(full: Named) -> Named:
-        at, shape = full.axes.index(node.attrs["axis"]), full.array.shape
+        at, shape = full.axes.index(SplitAttrs.of_node(node).axis), full.array.shape
         array = full.array.reshape(*shape[:at], *sizes, *shape[at + 1 :])
         return Named(array, (*full.axes[:at], *names, *full.axes[at + 1 :]))
 
@@ -38,7 +47,8 @@ def _split(ctx: Context, node: Node, x: Operand) -> Operand:
 
 @lowering("merge")
 def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
-    parts: tuple[str, ...] = node.attrs["axes"]
+    attrs = MergeAttrs.of_node(node)
+    parts: tuple[str, ...] = attrs.axes
 
     def join(full: Named) -> Named:
         at = full.axes.index(parts[0])
@@ -48,16 +58,18 @@ def _merge(ctx: Context, node: Node, x: Operand) -> Operand:
         sizes = [full.size(a) for a in parts]
         outer, inner = ([full.size(a) for a in axes] for axes in (before, after))
         array = moved.array.reshape(*outer, prod(sizes), *inner)
-        return Named(array, (*before, node.attrs["into"], *after))
+        return Named(array, (*before, attrs.into, *after))
 
     return lifted(x, join)
 
 
 @lowering("slice")
 def _slice(ctx: Context, node: Node, x: Operand) -> Operand:
+    attrs = SliceAttrs.of_node(node)
+
     def cut(full: Named) -> Named:
-        at = full.axes.index(node.attrs["axis"])
-        start, stop = node.attrs["start"], node.attrs["stop"]
+        at = full.axes.index(attrs.axis)
+        start, stop = attrs.start, attrs.stop
         return Named(jax.lax.slice_in_dim(full.array, start, stop, axis=at), full.axes)
 
     return lifted(x, cut)
@@ -89,7 +101,7 @@ def _size(like: Operand | DeferredRows, axis: str) -> int:
 
 @lowering("embedding")
 def _embedding(ctx: Context, node: Node, table: Operand, ids: Operand) -> Operand:
-    axis = node.attrs["axis"]
+    axis = EmbeddingAttrs.of_node(node).axis
     declared = node.operands[0].type[axis]
 
     def pick(rows: Named, index: Named) -> Named:
@@ -119,7 +131,8 @@ def _of_local_rows(rows: Array, index: Array) -> Array:
 
 @lowering("one_hot")
 def _one_hot(ctx: Context, node: Node, ids: Operand) -> Operand:
-    ((name, size),) = node.attrs["into"]
+    ((name, size),) = OneHotAttrs.of_node(node).into
+    assert isinstance(size, int), "the type is checked"
     # Counts are made of these, which a narrow type would round.
     kind = accumulator(ctx.dtype)
     return lifted(ids, lambda i: Named(jax.nn.one_hot(i.array, size, dtype=kind), (*i.axes, name)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from moecc.ir.attributes import WithinBufferAttrs
 from moecc.ir.graph import Node
 from moecc.ir.table.buffers import buffer_rows
 from moecc_backends.xla.trace.context import Context, lowering
@@ -12,7 +13,7 @@ from moecc_backends.xla.trace.values import Named
 
 @lowering("within_buffer")
 def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, counts: Named) -> Named:
-    attrs, tokens = ctx.view.attrs(node), node.attrs["tokens"]
+    attrs, tokens = ctx.view.attrs(node), WithinBufferAttrs.of_node(node).tokens
     (choice,) = (a for a in experts.axes if a not in tokens)
     layout = (*tokens, choice)
     whole = experts.to(layout).array
@@ -37,7 +38,7 @@ def _within_buffer(ctx: Context, node: Node, experts: Named, slots: Named, count
 
 def _over(node: Node) -> tuple[str, ...]:
     """Return the mesh axes along which the counts are of all tokens, and the tokens of some."""
-    tokens = node.operands[0].type[node.attrs["tokens"][0]].mesh
+    tokens = node.operands[0].type[WithinBufferAttrs.of_node(node).tokens[0]].mesh
     return tokens[len(node.operands[2].type["group"].mesh) :]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from moecc.errors import InputError
+from moecc.ir.attributes import JoinAttrs
 from moecc.ir.graph import Node
 from moecc.ir.verify import where
 from moecc_backends.xla.trace.context import Context, lowering
@@ -25,7 +26,8 @@ def _chunk(ctx: Context, node: Node, x: Operand) -> Named:
 @lowering("join")
 def _join(ctx: Context, node: Node, *chunks: Operand) -> Named:
     first, parts = _named(node, chunks[0]), ctx.view.attrs(node)["parts"]
-    at, size = first.axes.index(node.attrs["axis"]), first.size(node.attrs["axis"])
+    axis = JoinAttrs.of_node(node).axis
+    at, size = first.axes.index(axis), first.size(axis)
     shape = first.array.shape
     arrays = [_named(node, c).to(first.axes).array for c in chunks]
     cells = [a.reshape(*shape[:at], parts, size // parts, *shape[at + 1 :]) for a in arrays]

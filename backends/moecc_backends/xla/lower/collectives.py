@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 
 from moecc.errors import InputError
+from moecc.ir.attributes import (
+    AllGatherAttrs,
+    AllReduceAttrs,
+    AllToAllAttrs,
+    ReduceScatterAttrs,
+    ShardAttrs,
+)
 from moecc.ir.graph import Node, Value
 from moecc_backends.xla.dispatch.expert_exchange import local_rows, send_rows, send_rows_back
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
 from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.device_view import DeviceView, varies
+from moecc_backends.xla.trace.typed_jax import all_to_all, psum, psum_scatter
 from moecc_backends.xla.trace.values import Named, Operand, Rows
 
 Collective = Callable[[DeviceView, Node, Named], jax.Array]
@@ -63,7 +70,8 @@ def _exchange_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Row
 
 @collective("shard", of_rows=local_rows)
 def _shard(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    name, mesh = node.attrs["axis"], node.attrs["mesh"]
+    attrs = ShardAttrs.of_node(node)
+    name, mesh = attrs.axis, attrs.mesh
     at, before = x.axes.index(name), node.operands[0].type[name]
     assert view.mesh is not None, "without a mesh nothing is sent"
     size = x.size(name) // view.mesh.size(mesh)
@@ -81,7 +89,7 @@ def _part(array: jax.Array, mesh: tuple[str, ...], at: int, size: int) -> jax.Ar
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _shard_of_replicated(array: Any, mesh: tuple[str, ...], at: int, size: int) -> Any:
+def _shard_of_replicated(array: jax.Array, mesh: tuple[str, ...], at: int, size: int) -> jax.Array:
     """Slice this device's shard of an array replicated along `mesh`; its gradient is gathered.
 
     The derivative of a slice would be a sum of shards among zeros, which sends twice as much.
@@ -89,13 +97,15 @@ def _shard_of_replicated(array: Any, mesh: tuple[str, ...], at: int, size: int) 
     return _part(jax.lax.pcast(array, mesh, to="varying"), mesh, at, size)
 
 
-def _shard_forward(array: Any, mesh: tuple[str, ...], at: int, size: int) -> tuple[Any, None]:
+def _shard_forward(
+    array: jax.Array, mesh: tuple[str, ...], at: int, size: int
+) -> tuple[jax.Array, None]:
     return _shard_of_replicated(array, mesh, at, size), None
 
 
 def _shard_backward(
-    mesh: tuple[str, ...], at: int, size: int, residuals: None, gradient: Any
-) -> tuple[Any]:
+    mesh: tuple[str, ...], at: int, size: int, residuals: None, gradient: jax.Array
+) -> tuple[jax.Array]:
     return (jax.lax.all_gather(gradient, mesh, axis=at, tiled=True, to="invarying"),)
 
 
@@ -104,10 +114,11 @@ _shard_of_replicated.defvjp(_shard_forward, _shard_backward)
 
 @collective("all_gather")
 def _all_gather(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    mesh = node.attrs["mesh"]
+    attrs = AllGatherAttrs.of_node(node)
+    mesh = attrs.mesh
     array = view.varying(x.array, frozenset(mesh))
     to = "invarying" if any(_is_agreed(node.result, m) for m in mesh) else "varying"
-    at = x.axes.index(node.attrs["axis"])
+    at = x.axes.index(attrs.axis)
     gathered: jax.Array = jax.lax.all_gather(array, mesh, axis=at, tiled=True, to=to)
     return gathered
 
@@ -130,33 +141,22 @@ def _is_sharded(value: Value, mesh: str) -> bool:
 
 @collective("all_reduce")
 def _all_reduce(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    mesh = node.attrs["mesh"]
-    array = view.varying(x.array, frozenset(mesh))
-    reduced: jax.Array = jax.lax.psum(array, mesh)  # type: ignore[no-untyped-call]
-    return reduced
+    mesh = AllReduceAttrs.of_node(node).mesh
+    return psum(view.varying(x.array, frozenset(mesh)), mesh)
 
 
 @collective("reduce_scatter")
 def _reduce_scatter(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    mesh, at = node.attrs["mesh"], x.axes.index(node.attrs["axis"])
-    array = view.varying(x.array, frozenset(mesh))
-    part: jax.Array = jax.lax.psum_scatter(  # type: ignore[no-untyped-call]
-        array, mesh, scatter_dimension=at, tiled=True
-    )
-    return part
+    attrs = ReduceScatterAttrs.of_node(node)
+    array = view.varying(x.array, frozenset(attrs.mesh))
+    return psum_scatter(array, attrs.mesh, x.axes.index(attrs.axis))
 
 
 @collective("all_to_all", of_rows=_exchange_rows)
 def _all_to_all(view: DeviceView, node: Node, x: Named) -> jax.Array:
-    mesh, split, gather = (node.attrs[n] for n in ("mesh", "split", "gather"))
-    moved: jax.Array = jax.lax.all_to_all(  # type: ignore[no-untyped-call]
-        view.varying(x.array, frozenset(mesh)),
-        mesh,
-        split_axis=x.axes.index(split),
-        concat_axis=x.axes.index(gather),
-        tiled=True,
-    )
-    return moved
+    attrs = AllToAllAttrs.of_node(node)
+    array = view.varying(x.array, frozenset(attrs.mesh))
+    return all_to_all(array, attrs.mesh, x.axes.index(attrs.split), x.axes.index(attrs.gather))
 
 
 @collective("ragged_all_to_all", of_rows=_exchange_rows)

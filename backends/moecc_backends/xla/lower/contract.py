@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from moecc.ir.attributes import ContractAttrs
 from moecc.ir.graph import Node
 from moecc_backends.xla.kernels.batched_matmul import slot_matmul
-from moecc_backends.xla.lower.precision import is_router
+from moecc_backends.xla.lower.precision import is_precise
 from moecc_backends.xla.trace.arrays import (
     einsum,
     lifted,
@@ -18,9 +19,9 @@ from moecc_backends.xla.trace.values import SLOT_AXES, Named, Operand, Rows
 
 @lowering("contract")
 def _contract(ctx: Context, node: Node, x: Operand, w: Operand) -> Operand:
-    over: tuple[str, ...] = node.attrs["over"]
+    over: tuple[str, ...] = ContractAttrs.of_node(node).over
     if isinstance(x, Named) and isinstance(w, Named):
-        if is_router(node):
+        if is_precise(node):
             wide = accumulator(ctx.dtype)
             x, w = (Named(v.array.astype(wide), v.axes) for v in (x, w))
         if _fits_slots(x, w, over):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import canonicalize_dtype
+from jax.typing import DTypeLike
 
+from moecc.ir.attributes import CastAttrs, ConstantAttrs, MaskAttrs, ScaleAttrs
 from moecc.ir.graph import Node
 from moecc.types.dtypes import DTYPES
 from moecc.weights.rounding import is_lossless
@@ -20,6 +21,13 @@ from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.values import Named, Operand
 
 Array = jax.Array
+
+
+def _normal_cdf(x: Array) -> Array:
+    """Return Φ(x), computed in float32 at least: JAX has none for narrower types."""
+    wide = jax.scipy.special.ndtr(x.astype(accumulator(x.dtype)))
+    return wide.astype(x.dtype)
+
 
 _UNARY: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -32,7 +40,7 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
     "log": jnp.log,
     "square": jnp.square,
     "rsqrt": jax.lax.rsqrt,
-    "normal_cdf": jax.scipy.special.ndtr,
+    "normal_cdf": _normal_cdf,
     "neg": jnp.negative,
     "stop_gradient": jax.lax.stop_gradient,
 }
@@ -65,12 +73,12 @@ _register(_BINARY)
 
 @lowering("scale")
 def _scale(ctx: Context, node: Node, x: Operand) -> Operand:
-    return elementwise(lambda v: v * jnp.asarray(node.attrs["by"], v.dtype), x)
+    return elementwise(lambda v: v * jnp.asarray(ScaleAttrs.of_node(node).by, v.dtype), x)
 
 
 @lowering("cast")
 def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
-    dtype = DTYPES[node.attrs["dtype"]]
+    dtype = DTYPES[CastAttrs.of_node(node).dtype]
     if not dtype.is_float:
         wanted = canonicalize_dtype(dtype.numpy)
         return elementwise(lambda v: v.astype(wanted), x)
@@ -88,15 +96,16 @@ def _select(ctx: Context, node: Node, condition: Operand, a: Operand, b: Operand
 
 @lowering("mask")
 def _mask(ctx: Context, node: Node, x: Operand, keep: Operand) -> Operand:
-    fill = node.attrs["fill"]
+    fill = MaskAttrs.of_node(node).fill
     return elementwise(lambda v, k: jnp.where(k, v, jnp.asarray(fill, v.dtype)), x, keep)
 
 
 @lowering("constant")
 def _constant(ctx: Context, node: Node) -> Operand:
-    declared = DTYPES[node.attrs["dtype"]]
+    attrs = ConstantAttrs.of_node(node)
+    declared = DTYPES[attrs.dtype]
     dtype = ctx.dtype if declared.is_float else canonicalize_dtype(declared.numpy)
-    return Named(jnp.asarray(node.attrs["value"], dtype), ())
+    return Named(jnp.asarray(attrs.value, dtype), ())
 
 
 @lowering("broadcast")
@@ -107,7 +116,7 @@ def _broadcast(ctx: Context, node: Node, x: Operand, like: Operand) -> Operand:
     return elementwise(widened, x, like)
 
 
-def _broadcast_type(a: Array, b: Array, ctx: Context) -> Any:
+def _broadcast_type(a: Array, b: Array, ctx: Context) -> DTypeLike:
     """Return the type of `a` broadcast over `b`: as wide as `b`, and not narrow where it counts.
 
     A 1 for each choice is summed to a count, which a narrow type would round.

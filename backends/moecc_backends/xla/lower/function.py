@@ -27,7 +27,7 @@ from moecc_backends.xla.lower import random as random
 from moecc_backends.xla.lower import reductions as reductions
 from moecc_backends.xla.lower import route as route
 from moecc_backends.xla.lower import scan as scan
-from moecc_backends.xla.lower.precision import is_router_param
+from moecc_backends.xla.lower.precision import is_precise_param
 from moecc_backends.xla.trace.context import DIRECT, Context, Interceptor, lower_nodes
 from moecc_backends.xla.trace.device_view import DeviceView
 from moecc_backends.xla.trace.dtypes import accumulator
@@ -95,7 +95,7 @@ def lower_values(
     # What another segment computed has its type already: a loss may be wider than the model.
     values: dict[Value, Operand] = {
         v: Named(
-            cast_input(array, dtype, precise=is_router_param(v)) if v.node is None else array,
+            cast_input(array, dtype, precise=is_precise_param(v)) if v.node is None else array,
             v.type.names,
         )
         for v, array in arrays.items()

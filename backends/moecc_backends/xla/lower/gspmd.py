@@ -10,25 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from moecc.ir.graph import Node, Value
 from moecc.ir.traits import Role
 from moecc.sharding.layout import Layout
 from moecc.sharding.spec import ShardingSpec, group_spec, param_spec, value_spec
 from moecc_backends.xla.dispatch.group_slots import GroupSlots
-from moecc_backends.xla.lower.precision import is_router, is_router_param
-from moecc_backends.xla.trace.context import Context, Function, Given
+from moecc_backends.xla.lower.precision import is_precise, is_precise_param
+from moecc_backends.xla.trace.context import Context, Function, Given, Lowered
 from moecc_backends.xla.trace.routing import Routing
+from moecc_backends.xla.trace.typed_jax import partition_spec, with_sharding
 from moecc_backends.xla.trace.values import Deferred, DispatchLayout, Named, Operand
-
-# Typed by jax in part only.
-_hold: Any = jax.lax.with_sharding_constraint
-_spec: Any = PartitionSpec
 
 _TOKEN_AXES = ("batch", "group", "slot")
 """The axes that a parameter never has."""
@@ -49,7 +45,9 @@ class GspmdLowering:
     mesh: jax.sharding.Mesh
     plan: Layout
 
-    def __call__(self, ctx: Context, node: Node, operands: list[Given], function: Function) -> Any:
+    def __call__(
+        self, ctx: Context, node: Node, operands: list[Given], function: Function
+    ) -> Lowered:
         """Return the results of a lowering, each held to its sharding."""
         if not _WEIGHTS.isdisjoint(node.op.roles):
             pairs = zip(operands, node.operands, strict=True)
@@ -84,18 +82,17 @@ class GspmdLowering:
 
     def sharding(self, axes: tuple[str, ...], spec: ShardingSpec) -> NamedSharding:
         """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""
-        return NamedSharding(self.mesh, _spec(*(spec.get(a) for a in axes)))
+        return NamedSharding(self.mesh, partition_spec(*(spec.get(a) for a in axes)))
 
     def weight_sharding(self, value: Value, *, stored: bool, layers: str = "") -> NamedSharding:
         """Return the sharding of a parameter, as it is stored or as it is used."""
         sizes = {a.name: s for a, s in zip(value.type.axes, value.type.shape, strict=True)}
         spec = param_spec(self.plan, sizes, stored=stored, layers=layers)
-        return self.sharding(value.type.names, {} if is_router_param(value) else spec)
+        return self.sharding(value.type.names, {} if is_precise_param(value) else spec)
 
     def constrained(self, x: Named, spec: ShardingSpec) -> Named:
         """Return `x` held to `spec`."""
-        held = _hold(x.array, self.sharding(x.axes, spec))
-        return Named(held, x.axes)
+        return Named(with_sharding(x.array, self.sharding(x.axes, spec)), x.axes)
 
     def _held(self, x: Operand) -> Operand:
         if not isinstance(x, Named) or x.array.ndim < 2 or not set(_TOKEN_AXES) & set(x.axes):
@@ -108,7 +105,7 @@ class GspmdLowering:
             return x
         if x.array.ndim < 2 or not jnp.issubdtype(x.array.dtype, jnp.floating):
             return x
-        if is_router(node):
+        if is_precise(node):
             return Named(_gathered_param(x.array, self.sharding(x.axes, {}), None), x.axes)
         used, stored = (
             self.sharding(x.axes, param_spec(self.plan, x.sizes, stored=s)) for s in (False, True)
@@ -125,8 +122,7 @@ class GspmdLowering:
         """Return ``[group, …]`` with each group where its tokens are."""
         spec = group_spec(self.plan, {"group": array.shape[0]})
         axes = ("group", *("" for _ in array.shape[1:]))
-        held: jax.Array = _hold(array, self.sharding(axes, spec))
-        return held
+        return with_sharding(array, self.sharding(axes, spec))
 
     def at_groups(self, slots: Named) -> Named:
         """Return slots where the tokens of their groups are."""
@@ -138,22 +134,24 @@ class GspmdLowering:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered_param(array: Any, used: NamedSharding, stored: NamedSharding | None) -> Any:
-    return _hold(array, used)
+def _gathered_param(
+    array: jax.Array, used: NamedSharding, stored: NamedSharding | None
+) -> jax.Array:
+    return with_sharding(array, used)
 
 
 def _gather_forward(
-    array: Any, used: NamedSharding, stored: NamedSharding | None
-) -> tuple[Any, None]:
+    array: jax.Array, used: NamedSharding, stored: NamedSharding | None
+) -> tuple[jax.Array, None]:
     return _gathered_param(array, used, stored), None
 
 
 def _gather_backward(
-    used: NamedSharding, stored: NamedSharding | None, residuals: None, gradient: Any
-) -> tuple[Any]:
+    used: NamedSharding, stored: NamedSharding | None, residuals: None, gradient: jax.Array
+) -> tuple[jax.Array]:
     if stored is None:
         return (gradient,)
-    return (_hold(gradient, stored),)
+    return (with_sharding(gradient, stored),)
 
 
 _gathered_param.defvjp(_gather_forward, _gather_backward)

@@ -1,19 +1,29 @@
-"""Selective precision: routers compute in float32 (ST-MoE, §3.3).
+"""Selective precision: routers compute in float32 (ST-MoE, §3.3), as their products ask for.
 
-The one place that says which products and parameters are a router's.
+The one place that reads the attribute ``precision`` of ``contract``.
 """
 
 from __future__ import annotations
 
 from moecc.ir.graph import Node, Value
-from moecc.ir.remat_names import feeds_route, only_routes
 
 
-def is_router(node: Node) -> bool:
-    """Return whether `node` makes the logits of a router, in float32 at least."""
-    return feeds_route(node)
+def is_precise(node: Node) -> bool:
+    """Return whether `node` is a product that is computed in float32 at least."""
+    return node.attrs.get("precision") == "f32"
 
 
-def is_router_param(value: Value) -> bool:
-    """Return whether `value` is a parameter of routers alone, which stays float32 and whole."""
-    return value.is_param and only_routes(value)
+def is_precise_param(value: Value) -> bool:
+    """Return whether all products with the parameter `value` are precise; it stays float32."""
+    return value.is_param and _only_precise(value)
+
+
+def _only_precise(value: Value) -> bool:
+    return all(_reads_precisely(user, value) for user in value.users)
+
+
+def _reads_precisely(user: Node, value: Value) -> bool:
+    if user.body is None:
+        return is_precise(user)
+    inner = zip(user.operands, user.body.inputs.values(), strict=True)
+    return all(_only_precise(i) for v, i in inner if v is value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from math import pi
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from moecc.ir.attributes import FoldKeyAttrs, RandomNormalAttrs, RandomUniformAttrs
 from moecc.ir.graph import Node
 from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.device_view import bits_at
@@ -17,7 +18,7 @@ from moecc_backends.xla.trace.values import Named, Operand
 
 @lowering("fold_key")
 def _fold_key(ctx: Context, node: Node, key: Named) -> Operand:
-    return Named(jax.random.fold_in(key.array, node.attrs["by"]), ())
+    return Named(jax.random.fold_in(key.array, FoldKeyAttrs.of_node(node).by), ())
 
 
 def _uniform(
@@ -39,8 +40,9 @@ def _numbered(like: Named) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 @lowering("random_uniform")
 def _random_uniform(ctx: Context, node: Node, key: Named, like: Named) -> Operand:
+    attrs = RandomUniformAttrs.of_node(node)
     axes, shape = _numbered(like)
-    low, high = node.attrs["low"], node.attrs["high"]
+    low, high = attrs.low, attrs.high
     numbers = low + _uniform(ctx, key.array, node, axes, shape) * (high - low)
     return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
 
@@ -50,10 +52,11 @@ def _random_normal(ctx: Context, node: Node, key: Named, like: Named) -> Operand
     axes, shape = _numbered(like)
     keys = (jax.random.fold_in(key.array, by) for by in (0, 1))
     first, second = (_uniform(ctx, k, node, axes, shape) for k in keys)
-    numbers = jnp.sqrt(-2 * jnp.log1p(-first)) * jnp.cos(2 * pi * second) * node.attrs["std"]
+    std = RandomNormalAttrs.of_node(node).std
+    numbers = jnp.sqrt(-2 * jnp.log1p(-first)) * jnp.cos(2 * pi * second) * std
     return Named(numbers.astype(_kind(like, ctx)), axes).to(like.axes)
 
 
-def _kind(like: Named, ctx: Context) -> Any:
+def _kind(like: Named, ctx: Context) -> DTypeLike:
     is_float = jnp.issubdtype(like.array.dtype, jnp.floating)
     return like.array.dtype if is_float else accumulator(ctx.dtype)

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
+from moecc.ir.attributes import MeanAttrs, NormAttrs, ReductionAttrs, SoftmaxAttrs
 from moecc.ir.graph import Node
 from moecc_backends.xla.trace.arrays import broadcast_like, lifted
 from moecc_backends.xla.trace.context import VALUE, Context, lowering
+from moecc_backends.xla.trace.typed_jax import named
 from moecc_backends.xla.trace.values import Named, Operand
 
 Array = jax.Array
 
 
-def _wide(array: Array) -> Any:
+def _wide(array: Array) -> DTypeLike:
     """Return the type to normalise in: at least float32 (selective precision, ST-MoE §3.3)."""
     return jnp.promote_types(array.dtype, jnp.float32)
 
@@ -34,7 +35,7 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
 def _reduce(
     function: Callable[..., Array], ctx: Context, node: Node, x: Operand, *, parts: int = 1
 ) -> Operand:
-    axes = node.attrs["axes"]
+    axes = ReductionAttrs.of_node(node).axes
 
     def along(full: Named) -> Named:
         at = tuple(full.axes.index(a) for a in axes)
@@ -55,7 +56,7 @@ for _name, _function in _REDUCTIONS.items():
 def _mean(ctx: Context, node: Node, x: Operand) -> Operand:
     # The means of the shards add up to that of the whole; they are of one size.
     given = node.operands[0].type
-    parts = prod(ctx.view.shard_count(given[a]) for a in node.attrs["axes"])
+    parts = prod(ctx.view.shard_count(given[a]) for a in MeanAttrs.of_node(node).axes)
     return _reduce(jnp.mean, ctx, node, x, parts=parts)
 
 
@@ -76,7 +77,7 @@ def softmax(x: Array, axis: int) -> Array:
 @softmax.defjvp
 def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # Named here, so that the derivative reads the very array that is kept.
-    result: Array = checkpoint_name(softmax(primals[0], axis), VALUE)  # type: ignore[no-untyped-call]
+    result = named(softmax(primals[0], axis), VALUE)
     wide, tangent = (v.astype(_wide(v)) for v in (result, tangents[0]))
     change = wide * (tangent - jnp.sum(wide * tangent, axis, keepdims=True))
     return result, change.astype(result.dtype)
@@ -84,19 +85,22 @@ def _softmax_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tu
 
 @lowering("softmax", names_result=True)
 def _softmax(ctx: Context, node: Node, x: Operand) -> Operand:
+    axis = SoftmaxAttrs.of_node(node).axis
+
     def along(full: Named) -> Named:
-        return Named(softmax(full.array, full.axes.index(node.attrs["axis"])), full.axes)
+        return Named(softmax(full.array, full.axes.index(axis)), full.axes)
 
     return lifted(x, along)
 
 
 def _unit(full: Named, node: Node, *, centre: bool) -> Array:
     """Return the array in wide precision divided by its root mean square, then narrowed."""
-    at = full.axes.index(node.attrs["axis"])
+    attrs = NormAttrs.of_node(node)
+    at = full.axes.index(attrs.axis)
     wide = full.array.astype(_wide(full.array))
     if centre:
         wide = wide - wide.mean(at, keepdims=True)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, at, keepdims=True) + node.attrs["eps"])
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, at, keepdims=True) + attrs.eps)
     return scaled.astype(full.array.dtype)
 
 

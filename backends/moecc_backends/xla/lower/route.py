@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.attributes import HashExpertsAttrs, KeepChoicesAttrs, RouteAttrs
 from moecc.ir.gates import convention
 from moecc.ir.graph import Node
 from moecc_backends.xla.lower.reductions import softmax
@@ -18,20 +19,20 @@ from moecc_backends.xla.trace.values import Named, Operand, Rows
 
 @lowering("route")
 def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Operand, ...]:
-    attrs = node.attrs
+    attrs = RouteAttrs.of_node(node)
 
     def choose(full: Named) -> tuple[Named, Named]:
-        rest = tuple(a for a in full.axes if a != attrs["axis"])
-        scores = full.to((*rest, attrs["axis"])).array
+        rest = tuple(a for a in full.axes if a != attrs.axis)
+        scores = full.to((*rest, attrs.axis)).array
         scores = scores.astype(accumulator(scores.dtype))
         if bias:
-            ranked = _scores(attrs["gates"], scores) + bias[0].array.astype(scores.dtype)
-            _, experts = jax.lax.top_k(jax.lax.stop_gradient(ranked), attrs["top_k"])
+            ranked = _scores(attrs.gates, scores) + bias[0].array.astype(scores.dtype)
+            _, experts = jax.lax.top_k(jax.lax.stop_gradient(ranked), attrs.top_k)
             best = jnp.take_along_axis(scores, experts, axis=-1)
         else:
-            best, experts = jax.lax.top_k(scores, attrs["top_k"])
-        gates = GATES[attrs["gates"]](scores, best, experts) * attrs["scale"]
-        axes = (*rest, attrs["choice"])
+            best, experts = jax.lax.top_k(scores, attrs.top_k)
+        gates = GATES[attrs.gates](scores, best, experts) * attrs.scale
+        axes = (*rest, attrs.choice)
         return Named(experts.astype(jnp.int32), axes), Named(gates, axes)
 
     return lifted_all(logits, choose)
@@ -91,11 +92,12 @@ chosen, and of the experts that were."""
 
 @lowering("keep_choices")
 def _keep_choices(ctx: Context, node: Node, gates: Operand, *uniform: Operand) -> Operand:
-    policy, threshold = node.attrs["policy"], node.attrs["threshold"]
+    attrs = KeepChoicesAttrs.of_node(node)
+    policy, threshold = attrs.policy, attrs.threshold
 
     def decide(full: Named) -> Named:
-        first = (jnp.arange(full.size(node.attrs["choice"])) == 0).reshape(
-            [-1 if a == node.attrs["choice"] else 1 for a in full.axes]
+        first = (jnp.arange(full.size(attrs.choice)) == 0).reshape(
+            [-1 if a == attrs.choice else 1 for a in full.axes]
         )
         keep = jnp.full(full.array.shape, policy == "all")
         if policy == "threshold":
@@ -113,14 +115,14 @@ def _plain(x: Operand) -> Named:
 
 @lowering("hash_experts")
 def _hash_experts(ctx: Context, node: Node, ids: Operand) -> Operand:
-    attrs = node.attrs
+    attrs = HashExpertsAttrs.of_node(node)
 
     def choose(full: Named) -> Named:
-        h = full.array.astype(jnp.uint32) ^ jnp.uint32(attrs["seed"] * 0x9E3779B9 % 2**32)
+        h = full.array.astype(jnp.uint32) ^ jnp.uint32(attrs.seed * 0x9E3779B9 % 2**32)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             h = (h ^ (h >> shift)) * jnp.uint32(factor)
-        first = ((h ^ (h >> 16)) % jnp.uint32(attrs["experts"])).astype(jnp.int32)
-        chosen = (first[..., None] + jnp.arange(attrs["top_k"], dtype=jnp.int32)) % attrs["experts"]
-        return Named(chosen, (*full.axes, attrs["choice"]))
+        first = ((h ^ (h >> 16)) % jnp.uint32(attrs.experts)).astype(jnp.int32)
+        chosen = (first[..., None] + jnp.arange(attrs.top_k, dtype=jnp.int32)) % attrs.experts
+        return Named(chosen, (*full.axes, attrs.choice))
 
     return lifted(ids, choose)

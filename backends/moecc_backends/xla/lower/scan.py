@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.attributes import IndexAttrs, ScanAttrs, StackAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.remat_names import DEFAULT
 from moecc.ir.table.repetition import repetitions
@@ -49,12 +50,13 @@ _WIDENINGS = 3
 @lowering("stack")
 def _stack(ctx: Context, node: Node, *xs: Named) -> Operand:
     axes = xs[0].axes
-    return Named(jnp.stack([x.to(axes).array for x in xs]), (node.attrs["axis"], *axes))
+    return Named(jnp.stack([x.to(axes).array for x in xs]), (StackAttrs.of_node(node).axis, *axes))
 
 
 @lowering("index")
 def _index(ctx: Context, node: Node, x: Operand) -> Operand:
-    axis, at = node.attrs["axis"], node.attrs["at"]
+    attrs = IndexAttrs.of_node(node)
+    axis, at = attrs.axis, attrs.at
 
     def pick(full: Named) -> Named:
         rest = tuple(a for a in full.axes if a != axis)
@@ -65,9 +67,10 @@ def _index(ctx: Context, node: Node, x: Operand) -> Operand:
 
 @lowering("scan")
 def _scan(ctx: Context, node: Node, *operands: Named) -> tuple[Operand, ...]:
+    attrs = ScanAttrs.of_node(node)
     body = node.body
     assert body is not None, "a scan has a body"
-    carries, last = node.attrs["carries"], node.attrs["carries"] + node.attrs["stacked"]
+    carries, last = attrs.carries, attrs.carries + attrs.stacked
     axis, runs = repetitions(node.attrs)
     slices = [_leading(x, axis) for x in operands[carries:last]]
     captured = [x.array for x in operands[last:]]
@@ -113,12 +116,12 @@ def _repeat(run: Step, carry: Arrays, slices: Arrays, runs: int) -> tuple[Arrays
 
 def _remembering(node: Node) -> Remembering | None:
     """Return what makes a gradient keep what `node` says, and compute the rest again."""
-    remat = node.attrs["remat"]
-    if remat == "none":
+    attrs = ScanAttrs.of_node(node)
+    if attrs.remat == "none":
         return None
     policy = None
-    if remat == "save":
-        names = node.attrs["save"] or DEFAULT
+    if attrs.remat == "save":
+        names = attrs.save or DEFAULT
         policy = jax.checkpoint_policies.save_only_these_names(*names)
     return partial(jax.checkpoint, policy=policy)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc_backends.xla.trace.device_view import varies
+from moecc_backends.xla.trace.typed_jax import ragged_all_to_all
 
 Mesh = tuple[str, ...]
 
@@ -150,10 +151,7 @@ def _exchanged(rows: jax.Array, args: RaggedArgs, spec: ExchangeSpec, count: int
 
 
 def _of_platform(*operands: jax.Array, axis_name: Mesh) -> jax.Array:
-    exchanged: jax.Array = jax.lax.ragged_all_to_all(  # type: ignore[no-untyped-call]
-        *operands, axis_name=axis_name
-    )
-    return exchanged
+    return ragged_all_to_all(*operands, axes=axis_name)
 
 
 def emulated(

@@ -13,11 +13,11 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
 from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import Box
 from moecc.weights.evaluate import Evaluator, Reader
-from moecc.weights.rounding import Array
 from moecc.weights.simplify import simplify
 from moecc_backends.xla.mesh.specs import shardings
 

@@ -9,6 +9,7 @@ from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import mesh_of
 from moecc.types.tensor import TensorType
+from moecc_backends.xla.trace.typed_jax import partition_spec
 
 
 def device_mesh(graph: Graph, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -46,4 +47,4 @@ def specs(values: dict[str, Value]) -> dict[str, PartitionSpec]:
 def spec(type: TensorType) -> PartitionSpec:
     """Return how the axes of `type` are sharded, as jax spells it."""
     parts = (axis.mesh or None for axis in type.axes)
-    return PartitionSpec(*parts)  # type: ignore[no-untyped-call]
+    return partition_spec(*parts)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moecc.backend import Arrays
 from moecc.errors import MachineError, UsageError, nearest
@@ -14,6 +14,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import F64, DType
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.trace.typed_jax import abstract_array
 
 _XLA_PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
@@ -51,25 +52,25 @@ def emitted(graph: Graph, inputs: Arrays, *, emit: str, dtype: DType, options: O
 
 def _shape(value: Value, shape: tuple[int, ...], dtype: DType) -> jax.ShapeDtypeStruct:
     """Return an array without elements: nothing of a large model is in memory."""
-    kinds: dict[str, Any] = {"float": dtype.numpy, "int": jnp.int32, "bool": jnp.bool_}
+    kinds: dict[str, DTypeLike] = {"float": dtype.numpy, "int": jnp.int32, "bool": jnp.bool_}
     kind = value.type.dtype.kind
     element = jax.random.key(0).dtype if kind == "key" else kinds[kind]
-    return jax.ShapeDtypeStruct(shape, element)  # type: ignore[no-untyped-call]
+    return abstract_array(shape, element)
 
 
-def _jaxpr(traced: Any, options: Options) -> str:
+def _jaxpr(traced: jax.stages.Traced, options: Options) -> str:
     return str(traced.jaxpr)
 
 
-def _stablehlo(traced: Any, options: Options) -> str:
+def _stablehlo(traced: jax.stages.Traced, options: Options) -> str:
     return str(traced.lower(lowering_platforms=(_XLA_PLATFORMS[options.target],)).as_text())
 
 
-def _hlo(traced: Any, options: Options) -> str:
+def _hlo(traced: jax.stages.Traced, options: Options) -> str:
     return str(traced.lower().compile().as_text())
 
 
-_EMITTERS: dict[str, Callable[[Any, Options], str]] = {
+_EMITTERS: dict[str, Callable[[jax.stages.Traced, Options], str]] = {
     "jaxpr": _jaxpr,
     "stablehlo": _stablehlo,
     "hlo": _hlo,

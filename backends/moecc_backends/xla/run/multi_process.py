@@ -14,6 +14,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.structure import fingerprint
 from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
 from moecc.launch.process_info import ProcessInfo
+from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.segments import Segment
 from moecc_backends.xla.run.processes import (
@@ -28,6 +29,7 @@ from moecc_backends.xla.run.processes import (
 )
 from moecc_backends.xla.run.program import XlaProgram
 from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.trace.typed_jax import wait_for
 
 
 def multi_process_program(
@@ -59,7 +61,7 @@ class MultiProcessProgram(XlaProgram):
         self.writes = is_first()
         self._read = 0
 
-    def run(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:
         """Return the outputs by name, whole, in every process.
 
         Raises:
@@ -92,7 +94,7 @@ class MultiProcessProgram(XlaProgram):
             return replicated(local)
         return split_batch(local, value.type.names.index("batch"))
 
-    def _to_numpy(self, array: jax.Array) -> np.ndarray[Any, Any]:
+    def _to_numpy(self, array: jax.Array) -> NumpyArray:
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             return super()._to_numpy(array)
         return whole(array)
@@ -102,6 +104,6 @@ class MultiProcessProgram(XlaProgram):
     ) -> dict[Value, jax.Array]:
         results = super()._run(segment, given, weights)
         # What was dispatched may still wait for another process.
-        jax.block_until_ready(list(results.values()))  # type: ignore[no-untyped-call]
+        wait_for(results.values())
         self.watchdog.beat(segment.nodes[-1].loc or "the graph")
         return results

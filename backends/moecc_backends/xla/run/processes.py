@@ -17,21 +17,21 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from moecc.errors import InputError, MachineError, Problem, UsageError
 from moecc.ir.mesh import nearest_multiple
 from moecc.launch.member import JOIN, seconds_of_environment
 from moecc.launch.process_info import DISTRIBUTED, ProcessInfo
 from moecc.launch.rendezvous import meet
+from moecc.types.arrays import Array
 from moecc.version import __version__
+from moecc_backends.xla.trace.typed_jax import configure, partition_spec
 
 JOIN_SECONDS = 60
 """How long processes wait for one another at the start."""
 
 _WIDTH = 256
-
-NumpyArray = np.ndarray[Any, Any]
 
 _joined: list[ProcessInfo] = []
 
@@ -59,7 +59,7 @@ def join(process: ProcessInfo, *, seconds: float | None = None) -> None:
 
 def _initialize(process: ProcessInfo, seconds: int) -> None:
     # CPU devices of several processes need a library to talk through.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]
+    configure("jax_cpu_collectives_implementation", "gloo")
     try:
         if process.is_found_by_jax:
             jax.distributed.initialize(initialization_timeout=seconds)
@@ -109,7 +109,7 @@ def digest_of(content: str | bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def arrays_digest(arrays: Mapping[str, NumpyArray]) -> str:
+def arrays_digest(arrays: Mapping[str, Array]) -> str:
     """Return digits that stand for named arrays: names, types, shapes and bytes."""
     total = 0
     for name in sorted(arrays):
@@ -152,12 +152,12 @@ def differences(everyone: list[list[tuple[str, str]]]) -> list[Problem]:
     return found
 
 
-def _encoded(text: str) -> NumpyArray:
+def _encoded(text: str) -> Array:
     data = text.encode()[:_WIDTH]
     return np.frombuffer(data.ljust(_WIDTH, b"\0"), np.uint8)
 
 
-def _decoded(row: NumpyArray) -> tuple[str, str]:
+def _decoded(row: Array) -> tuple[str, str]:
     name, _, value = row.tobytes().rstrip(b"\0").decode(errors="replace").partition("\n")
     return name, value
 
@@ -167,12 +167,12 @@ def data_mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), ("data",))
 
 
-def replicated(array: NumpyArray) -> jax.Array:
+def replicated(array: Array) -> jax.Array:
     """Return `array` whole on every device of every process."""
     return _global(array, ())
 
 
-def split_batch(array: NumpyArray, axis: int) -> jax.Array:
+def split_batch(array: Array, axis: int) -> jax.Array:
     """Return `array` with its batch split over all devices; each process gives all of it.
 
     Raises:
@@ -189,13 +189,12 @@ def split_batch(array: NumpyArray, axis: int) -> jax.Array:
     return _global(array, (*(None,) * axis, "data"))
 
 
-def _global(array: NumpyArray, axes: tuple[str | None, ...]) -> jax.Array:
-    spec = PartitionSpec(*axes)  # type: ignore[no-untyped-call]
-    sharding = NamedSharding(data_mesh(), spec)
+def _global(array: Array, axes: tuple[str | None, ...]) -> jax.Array:
+    sharding = NamedSharding(data_mesh(), partition_spec(*axes))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def whole(array: jax.Array) -> NumpyArray:
+def whole(array: jax.Array) -> Array:
     """Return a value that all processes share, put together in each of them."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
@@ -203,8 +202,8 @@ def whole(array: jax.Array) -> NumpyArray:
 
 
 def value_and_grad(
-    loss: Callable[[Any, Any], jax.Array], params: Any, inputs: Mapping[str, NumpyArray]
-) -> tuple[NumpyArray, Any]:
+    loss: Callable[[Any, Any], jax.Array], params: Any, inputs: Mapping[str, Array]
+) -> tuple[Array, Any]:
     """Return the loss and its gradients, computed by all processes together.
 
     Args:

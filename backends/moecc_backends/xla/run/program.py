@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem, nearest
 from moecc.ir.graph import Graph, Value
+from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import F64, DType
 from moecc_backends.xla.lower.function import finalize_output, lower_values
 from moecc_backends.xla.lower.segments import Segment, segments
@@ -41,7 +41,7 @@ class XlaProgram:
         self._segments = segments(graph)
         self._compiled: dict[tuple[object, ...], Any] = {}
 
-    def run(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def run(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:
         """Return the outputs by name.
 
         Parameters are looked up in `params` when their segment runs, so a mapping that makes them
@@ -55,7 +55,7 @@ class XlaProgram:
         with jax.enable_x64(self.dtype == F64):
             return self._run_all(params, inputs)
 
-    def _run_all(self, params: Arrays, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def _run_all(self, params: Arrays, inputs: Arrays) -> dict[str, NumpyArray]:
         alive = {v: self._to_devices(inputs[n], v) for n, v in self.graph.inputs.items()}
         returned = set(self.graph.outputs.values())
         for segment in self._segments:
@@ -77,7 +77,7 @@ class XlaProgram:
         """Return a parameter or input on its devices."""
         return to_device(array, value)
 
-    def _to_numpy(self, array: jax.Array) -> np.ndarray[Any, Any]:
+    def _to_numpy(self, array: jax.Array) -> NumpyArray:
         return to_numpy(array)
 
     def _run(

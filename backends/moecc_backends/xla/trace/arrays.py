@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.padding_rows import poisoned, with_masked_gradient, zeroed
@@ -45,7 +45,7 @@ def elementwise(function: Callable[..., jax.Array], *operands: Operand) -> Opera
     return Rows(Named(result, axes).to(("rows", *inner)).array, inner, layout)
 
 
-def einsum(x: Named, w: Named, over: tuple[str, ...], kind: Any = None) -> Named:
+def einsum(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike | None = None) -> Named:
     """Sum the product of two arrays over the axes `over`; others that both have are batch axes.
 
     Args:

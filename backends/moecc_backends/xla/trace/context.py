@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
@@ -23,6 +23,7 @@ from moecc_backends.xla.trace.arrays import poisoned_rows
 from moecc_backends.xla.trace.device_view import DeviceView, varies
 from moecc_backends.xla.trace.options import Options
 from moecc_backends.xla.trace.routing import Routing
+from moecc_backends.xla.trace.typed_jax import named
 from moecc_backends.xla.trace.values import (
     Deferred,
     DeferredRows,
@@ -31,7 +32,10 @@ from moecc_backends.xla.trace.values import (
     Rows,
 )
 
-Function = Callable[..., Any]
+Lowered = Operand | tuple[Operand, ...] | Deferred
+"""What a lowering returns."""
+
+Function = Callable[..., Lowered]
 """``(context, node, *operands)`` → an operand, a tuple of them, or `Deferred`."""
 
 Given = Operand | DeferredRows
@@ -73,13 +77,15 @@ def lowering(
 
 def is_lowered(op: OpDef) -> bool:
     """Return whether the operation `op` has a lowering."""
-    return op.name in LOWERINGS
+    return LOWERINGS.get(op.name) is not None
 
 
 class Interceptor(Protocol):
     """What stands between the framework and lowerings, where something else shards values."""
 
-    def __call__(self, ctx: Context, node: Node, operands: list[Given], function: Function) -> Any:
+    def __call__(
+        self, ctx: Context, node: Node, operands: list[Given], function: Function
+    ) -> Lowered:
         """Return what the lowering `function` of `node` makes of `operands`."""
         ...
 
@@ -106,7 +112,9 @@ class Interceptor(Protocol):
 class DirectCalls:
     """Calls lowerings as they are: what arrays need of a mesh, a device knows itself."""
 
-    def __call__(self, ctx: Context, node: Node, operands: list[Given], function: Function) -> Any:
+    def __call__(
+        self, ctx: Context, node: Node, operands: list[Given], function: Function
+    ) -> Lowered:
         """Return what the lowering `function` of `node` makes of `operands`."""
         return function(ctx, node, *_alike(ctx, node, operands))
 
@@ -142,7 +150,7 @@ class Context:
       interceptor: calls every lowering.
     """
 
-    dtype: Any
+    dtype: DTypeLike
     values: dict[Value, Operand]
     options: Options = field(default_factory=Options)
     layouts: dict[Value, DispatchLayout] = field(default_factory=dict)
@@ -241,4 +249,4 @@ def _named(x: Operand, name: str) -> Operand:
     """Return `x` under the name by which a policy of rematerialisation knows it."""
     if jnp.issubdtype(x.array.dtype, jax.dtypes.extended):
         return x
-    return replace(x, array=checkpoint_name(x.array, name))  # type: ignore[no-untyped-call]
+    return replace(x, array=named(x.array, name))

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node
@@ -21,6 +19,7 @@ from moecc.ir.local import local_attrs
 from moecc.ir.mesh import Mesh
 from moecc.ir.ops import Attrs
 from moecc.types.tensor import Axis, TensorType
+from moecc_backends.xla.trace.typed_jax import threefry, varying_axes
 
 _MOST_ELEMENTS = 2**32
 
@@ -110,9 +109,7 @@ class DeviceView:
 
 def varies(array: jax.Array) -> frozenset[str]:
     """Return the mesh axes along which `array` may differ from device to device."""
-    kind: Any = jax.typeof(array)
-    found: frozenset[str] = kind.manual_axis_type.varying
-    return found
+    return varying_axes(array)
 
 
 def bits_at(key: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -123,6 +120,5 @@ def bits_at(key: jax.Array, numbers: jax.Array) -> jax.Array:
     words = jax.random.key_data(key).astype(jnp.uint32)
     key_words = (jnp.broadcast_to(w, numbers.shape) for w in words)
     counters = (jnp.zeros_like(numbers), numbers)
-    first, second = threefry2x32_p.bind(*key_words, *counters)  # type: ignore[no-untyped-call]
-    bits: jax.Array = first ^ second
-    return bits
+    first, second = threefry(key_words, counters)
+    return first ^ second

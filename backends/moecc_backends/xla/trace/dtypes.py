@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 
-def accumulator(dtype: Any) -> Any:
+def accumulator(dtype: DTypeLike) -> np.dtype[np.generic]:
     """Give the type to accumulate `dtype` in: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def product_type(dtype: Any, platform: str) -> Any:
+def product_type(dtype: DTypeLike, platform: str) -> np.dtype[np.generic]:
     """Give the type that products of `dtype` are asked for in.
 
     Units of accelerators sum in float32 whatever the result is; asked for float32, a result that
@@ -24,7 +24,7 @@ def product_type(dtype: Any, platform: str) -> Any:
     return accumulator(dtype) if platform == "cpu" else jnp.dtype(dtype)
 
 
-def stored_as(dtype: Any) -> Any:
+def stored_as(dtype: DTypeLike) -> np.dtype[np.generic]:
     """Give the type to move `dtype` as: unsigned integers for floats under 32 bits.
 
     On a CPU, XLA widens those around every operation but a product, moving data included: to write
@@ -40,6 +40,6 @@ def store(values: jax.Array) -> jax.Array:
     return values if values.dtype == kind else lax.bitcast_convert_type(values, kind)
 
 
-def load(stored: jax.Array, dtype: Any) -> jax.Array:
+def load(stored: jax.Array, dtype: DTypeLike) -> jax.Array:
     """View what was stored as `dtype` again."""
     return stored if stored.dtype == dtype else lax.bitcast_convert_type(stored, dtype)

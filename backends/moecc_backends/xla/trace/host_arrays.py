@@ -15,6 +15,7 @@ import numpy as np
 from moecc.backend import Arrays
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Value
+from moecc.types.arrays import Array as NumpyArray
 
 
 def jax_inputs(graph: Graph, inputs: Arrays) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def to_device(array: Any, value: Value) -> jax.Array:
     return jnp.asarray(array)
 
 
-def to_numpy(array: jax.Array) -> np.ndarray[Any, Any]:
+def to_numpy(array: jax.Array) -> NumpyArray:
     """Return an output as NumPy's; a key of jax's as the 64-bit number that has its bits."""
     if not _is_key(array):
         return np.asarray(array)
@@ -89,7 +90,7 @@ def misfits(value: Value, array: Any, sizes: dict[str, int]) -> list[Problem]:
     return [Problem("the array does not fit", here, str(value.type), f"{kind}{list(shape)}")]
 
 
-def element_kind(dtype: Any) -> str:
+def element_kind(dtype: np.dtype[np.generic]) -> str:
     """Return the kind of element as the types of the IR name it; `dtype` is NumPy's or jax's."""
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return "key"

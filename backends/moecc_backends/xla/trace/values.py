@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moecc.ir.graph import Node, Value
 from moecc_backends.xla.trace.routing import Routing
@@ -215,7 +216,7 @@ class RowLayout(DispatchLayout, Protocol):
         """Pick for each row what its expert has of ``[experts, …]``: ``[rows, …]``."""
         ...
 
-    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: Any) -> Rows:
+    def matmul(self, x: Rows, weight: Named, over: tuple[str, ...], kind: DTypeLike) -> Rows:
         """Multiply rows with the weights of their experts, and sum over the axes `over`.
 
         Args:

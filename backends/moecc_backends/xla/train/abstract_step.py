@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moecc.ir.graph import Graph, Value
+from moecc_backends.xla.trace.typed_jax import Devices, abstract_array
 from moecc_backends.xla.train.loss import LOGITS, TARGETS, check_trainable
 from moecc_backends.xla.train.optimizer import moments_like, optimizer
 from moecc_backends.xla.train.shardings import StepShardings, TrainStepConfig, step_shardings
 from moecc_backends.xla.train.step import train_step
-
-# Typed by jax in part only.
-_struct: Any = jax.ShapeDtypeStruct
 
 _INTEGER = np.dtype("int32")
 
@@ -34,7 +32,7 @@ class AbstractStep:
 
 
 def make_step(
-    graph: Graph, config: TrainStepConfig, devices: list[Any], update: Any | None = None
+    graph: Graph, config: TrainStepConfig, devices: Devices, update: Any | None = None
 ) -> AbstractStep:
     """Return the step of `graph` over `devices`, which the mesh has as many of.
 
@@ -62,23 +60,27 @@ def make_step(
     return AbstractStep(jitted, (state, inputs))
 
 
-def _params(graph: Graph, shardings: StepShardings, config: TrainStepConfig) -> dict[str, Any]:
+def _params(
+    graph: Graph, shardings: StepShardings, config: TrainStepConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
     kind = np.dtype("float32") if config.optimizer is not None else config.dtype.numpy
     return {
-        name: _struct(value.type.shape, kind, sharding=shardings.param(value))
+        name: abstract_array(value.type.shape, kind, shardings.param(value))
         for name, value in graph.params.items()
         if value.users
     }
 
 
-def _input(value: Value, shardings: StepShardings, config: TrainStepConfig) -> Any:
+def _input(value: Value, shardings: StepShardings, config: TrainStepConfig) -> jax.ShapeDtypeStruct:
     if value.type.dtype.kind == "key":
-        return _struct((), jax.random.key(0).dtype, sharding=shardings.along(value, {}))
+        return abstract_array((), jax.random.key(0).dtype, shardings.along(value, {}))
     kind = {"float": config.dtype.numpy, "bool": np.dtype(bool)}.get(value.type.dtype.kind)
     return _abstract(value, value.type.names, kind or _INTEGER, shardings, config)
 
 
-def _targets(logits: Value, shardings: StepShardings, config: TrainStepConfig) -> Any:
+def _targets(
+    logits: Value, shardings: StepShardings, config: TrainStepConfig
+) -> jax.ShapeDtypeStruct:
     tokens = tuple(n for n in logits.type.names if n != "vocab")
     return _abstract(logits, tokens, _INTEGER, shardings, config)
 
@@ -86,12 +88,12 @@ def _targets(logits: Value, shardings: StepShardings, config: TrainStepConfig) -
 def _abstract(
     value: Value,
     names: tuple[str, ...],
-    kind: np.dtype[Any],
+    kind: np.dtype[np.generic],
     shardings: StepShardings,
     config: TrainStepConfig,
-) -> Any:
+) -> jax.ShapeDtypeStruct:
     sizes = {n: _size(value.type[n].size, config) for n in names}
-    return _struct(tuple(sizes.values()), jnp.dtype(kind), sharding=shardings.along(value, sizes))
+    return abstract_array(tuple(sizes.values()), jnp.dtype(kind), shardings.along(value, sizes))
 
 
 def _size(size: object, config: TrainStepConfig) -> int:

@@ -7,13 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from moecc.errors import MachineError, UsageError, nearest
-
-# Typed by jax in part only.
-_spec: Any = PartitionSpec
-_struct: Any = jax.ShapeDtypeStruct
+from moecc_backends.xla.trace.typed_jax import abstract_array, partition_spec
 
 OPTIMIZERS = ("adafactor", "adamw")
 
@@ -46,24 +43,24 @@ def moments_like(update: Any, params: Mapping[str, jax.ShapeDtypeStruct]) -> Any
     state = jax.eval_shape(update.init, dict(params))
 
     some = next((p.sharding for p in params.values()), None)
-    everywhere = None if some is None else NamedSharding(some.mesh, _spec())
+    everywhere = None if some is None else NamedSharding(some.mesh, partition_spec())
 
     def sharded(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
         names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
         param = next((params[n] for n in names if isinstance(n, str) and n in params), None)
         follows = everywhere if param is None or some is None else _follow(leaf, param, names)
-        return _struct(leaf.shape, leaf.dtype, sharding=follows)
+        return abstract_array(leaf.shape, leaf.dtype, follows)
 
     mesh = next((p.sharding.mesh for p in params.values() if p.sharding is not None), None)
     made = jax.tree_util.tree_map_with_path(sharded, state)
     if mesh is None:
         return made
-    everywhere = NamedSharding(mesh, _spec())
+    everywhere = NamedSharding(mesh, partition_spec())
     return jax.tree.map(
         lambda leaf: (
             leaf
             if leaf.sharding is not None
-            else _struct(leaf.shape, leaf.dtype, sharding=everywhere)
+            else abstract_array(leaf.shape, leaf.dtype, everywhere)
         ),
         made,
     )
@@ -72,11 +69,11 @@ def moments_like(update: Any, params: Mapping[str, jax.ShapeDtypeStruct]) -> Any
 def _follow(leaf: Any, param: Any, names: list[Any]) -> NamedSharding:
     spec = [*param.sharding.spec, *(None for _ in range(len(param.shape)))][: len(param.shape)]
     if leaf.shape == param.shape:
-        return NamedSharding(param.sharding.mesh, _spec(*spec))
+        return NamedSharding(param.sharding.mesh, partition_spec(*spec))
     order = np.argsort(param.shape)
     for name, dropped in (("v_row", order[-1]), ("v_col", order[-2] if len(order) > 1 else 0)):
         rest = (*param.shape[:dropped], *param.shape[dropped + 1 :])
         if name in names and leaf.shape == rest:
             kept = (*spec[:dropped], *spec[dropped + 1 :])
-            return NamedSharding(param.sharding.mesh, _spec(*kept))
-    return NamedSharding(param.sharding.mesh, _spec())
+            return NamedSharding(param.sharding.mesh, partition_spec(*kept))
+    return NamedSharding(param.sharding.mesh, partition_spec())

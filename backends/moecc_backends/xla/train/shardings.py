@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from moecc.errors import InputError, Problem
+from moecc.ir.attributes import ScanAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.repetition import repetitions
@@ -27,10 +28,8 @@ from moecc_backends.xla.lower.shard_map import sharded_function
 from moecc_backends.xla.mesh.specs import spec
 from moecc_backends.xla.mesh.token_groups import group_counts
 from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.trace.typed_jax import Devices, partition_spec
 from moecc_backends.xla.train.loss import Model
-
-# Typed by jax in part only.
-_spec: Any = PartitionSpec
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,9 @@ class ExplicitShardings:
 
     def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
         """Return the sharding of an array with some axes of `value`, of the sizes given."""
-        return NamedSharding(self.mesh, _spec(*(value.type[n].mesh or None for n in sizes)))
+        return NamedSharding(
+            self.mesh, partition_spec(*(value.type[n].mesh or None for n in sizes))
+        )
 
     def model(self, graph: Graph) -> Model:
         """Return `graph` as a function on the mesh."""
@@ -117,7 +118,7 @@ class GspmdShardings:
         )
 
 
-def step_shardings(graph: Graph, config: TrainStepConfig, devices: list[Any]) -> StepShardings:
+def step_shardings(graph: Graph, config: TrainStepConfig, devices: Devices) -> StepShardings:
     """Return the shardings of the step of `graph` over `devices`.
 
     Raises:
@@ -159,5 +160,5 @@ def _layer_axis(value: Value) -> str:
 
 
 def _is_stacked(scan: Node, value: Value) -> bool:
-    first = scan.attrs["carries"]
-    return value in scan.operands[first : first + scan.attrs["stacked"]]
+    attrs = ScanAttrs.of_node(scan)
+    return value in scan.operands[attrs.carries : attrs.carries + attrs.stacked]

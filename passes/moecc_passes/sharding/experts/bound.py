@@ -33,7 +33,7 @@ def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, fac
     over = counts.type["group"].mesh[len(outer) :]
     if over:
         counts = builder.all_gather(counts, axis="group", mesh=over, name="counts")
-    tokens = routed.assigner.attrs["tokens"]
+    tokens = routed.tokens
     keep = builder.within_buffer(
         experts,
         slots,
@@ -55,18 +55,16 @@ def _placed(builder: Builder, slots: Value) -> Value:
     """Return 1 for each choice that has a slot, of the axes of `place`."""
     none = builder.constant(value=-1.0, dtype="i32")
     ones = builder.broadcast(builder.constant(value=1.0, dtype="f32"), slots)
-    made: Value = builder.mask(ones, builder.less(none, slots), fill=0.0)
-    return made
+    return builder.mask(ones, builder.less(none, slots), fill=0.0)
 
 
 def _counts(layer: LaidLayer, builder: Builder) -> Value:
     """Return how many slots of each group and expert are taken, ``[group, expert]``."""
     routed = layer.routed
-    attrs = routed.assigner.attrs
-    hot = builder.one_hot(routed.experts, into=(("expert", attrs["experts"]),))
+    count = routed.assignment.experts
+    hot = builder.one_hot(routed.experts, into=(("expert", count),))
     each = builder.sum(builder.mul(hot, _placed(builder, routed.slots)), axes=routed.choice)
-    counts: Value = builder.group_sum(each, routed.slots, name="counts")
-    return counts
+    return builder.group_sum(each, routed.slots, name="counts")
 
 
 def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
@@ -75,17 +73,15 @@ def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
          "slots that place gives", "leave buffer-factor out")  # fmt: skip
     given = {**operands_by_word(node.operands, node.attrs), "keep": keep}
     attrs = {**node.attrs, "using": tuple(given)}
-    slots: Value = builder.assign_slots(
-        node.operands[0], *given.values(), **attrs, name=layer.routed.slots.name
-    )
-    return slots
+    operands, names = (node.operands[0], *given.values()), (layer.routed.slots.name,)
+    return builder.node(node.op.name, *operands, names=names, **attrs).result
 
 
 def _dropped(builder: Builder, before: Value, after: Value) -> Value:
     """Return how many choices had a slot and have none any more."""
     axes = before.type.names
     lost = builder.sub(_placed(builder, before), _placed(builder, after))
-    total: Value = builder.sum(lost, axes=axes, name="dropped")
+    total = builder.sum(lost, axes=axes, name="dropped")
     if total.type.unreduced:
         total = builder.all_reduce(total, mesh=total.type.unreduced, name="dropped")
     return total

@@ -29,18 +29,17 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
          f"specialize{{groups={parts * count}}} first")  # fmt: skip
     region = _region(layer)
     made = combine.operands[0]
-    attrs = {"axis": "group", "of": count, "parts": parts}
     away = graph.input(graph.fresh("away"), made.type)
     combine.set_operand(0, away)
     results = [made]
     for at in range(1, count):
         builder.before = combine
-        values = {rows: builder.chunk(rows, at=at, name=rows.name, **attrs)}
+        values = {rows: _chunk(builder, rows, at, count, parts)}
         for node in region:
             _copy(node, values, builder)
         results.append(values[made])
     builder.before = region[0]
-    first = builder.chunk(rows, at=0, name=rows.name, **attrs)
+    first = _chunk(builder, rows, 0, count, parts)
     for node in region:
         for number, value in enumerate(node.operands):
             if value is rows:
@@ -50,6 +49,10 @@ def chunk_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, cou
     joined = builder.join(*results, axis="group", parts=parts, name=made.name)
     combine.set_operand(0, joined)
     graph.erase_input(away.name)
+
+
+def _chunk(builder: Builder, rows: Value, at: int, count: int, parts: int) -> Value:
+    return builder.chunk(rows, axis="group", at=at, of=count, parts=parts, name=rows.name)
 
 
 def _region(layer: LaidLayer) -> list[Node]:

@@ -29,7 +29,7 @@ class LaidLayer:
     def token_mesh(self) -> tuple[str, ...]:
         """The mesh axes that the outermost token axis lies on."""
         place = self.routed.slots.type
-        return place[self.routed.assigner.attrs["tokens"][0]].mesh
+        return place[self.routed.tokens[0]].mesh
 
     @property
     def is_ragged(self) -> bool:

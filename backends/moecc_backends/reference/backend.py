@@ -1,0 +1,42 @@
+"""The reference backend: the interpreter, and the simulation of a mesh, behind one door."""
+
+from __future__ import annotations
+
+from moecc.backend import Arrays
+from moecc.errors import InputError, Problem
+from moecc.ir.graph import Graph
+from moecc.ir.verify import where
+from moecc.types.dtypes import F64, DType
+from moecc_backends.reference.arrays import MEANINGS, Data
+from moecc_backends.reference.devices import simulate
+from moecc_backends.reference.interpreter import ReferenceProgram
+
+
+class ReferenceBackend:
+    """Runs graphs with the meaning of each operation, written down in NumPy."""
+
+    name = "reference"
+
+    def compile(self, graph: Graph, *, dtype: DType = F64) -> ReferenceProgram:
+        """Return `graph` ready to run; it is always computed in float64.
+
+        Raises:
+          InputError: an operation has no meaning here.
+        """
+        problems = [
+            Problem("the reference backend has no meaning for this operation", where(node))
+            for node in graph
+            if MEANINGS.get(node.op.name) is None
+        ]
+        if problems:
+            raise InputError(problems)
+        return ReferenceProgram(graph)
+
+    def run_on_mesh(self, graph: Graph, params: Arrays, inputs: Arrays) -> dict[str, Data]:
+        """Return the outputs that the devices of the mesh of `graph` compute together.
+
+        Raises:
+          InputError: as `moecc_backends.reference.devices.simulate`.
+          AssertionError: devices hold different copies of what should be the same.
+        """
+        return simulate(graph, params, inputs).outputs

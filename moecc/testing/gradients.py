@@ -1,0 +1,66 @@
+"""Whether gradients flow where they did: ``stop_gradient`` is the identity, so values hide it.
+
+What a gradient sees of a graph is the function of its inputs and source tensors in which every
+result of a ``stop_gradient`` is a constant.  So both graphs run once where the data are, then a
+small step away with those results held at what they were.  Rewrites that keep the values and let
+gradients flow where they did keep this function, too; a ``stop_gradient`` removed or put in
+changes it by the step times the gradient that was lost or gained.
+"""
+
+from __future__ import annotations
+
+from moecc.backend import Arrays
+from moecc.ir.graph import Graph, Node
+from moecc.ir.structure import clone
+from moecc.ir.unroll import unrolled
+from moecc.testing.comparing import Trial, gaps, run_reference
+from moecc.testing.data import inputs_for, params_for
+from moecc.types.arrays import Array
+
+STEP = 1e-6
+"""How far the data move: few choices and kinks lie so near, and 1e-12 still shows a gradient."""
+
+_PREFIX = "the gradient differs: with the results of stop_gradient held, a step away, "
+
+
+def gradient_gaps(trial: Trial) -> list[str]:
+    """Return a line for each output whose gradient flows elsewhere after than before."""
+    graphs = [unrolled(g) for g in (trial.before, trial.after)]
+    stops = [_stops(g) for g in graphs]
+    # Rows in slots cannot be an input of a graph, so what is held of them cannot be given.
+    if not any(stops) or any(n.result.type.extents for s in stops for n in s):
+        return []
+    held, found = (_held_run(g, trial) for g in graphs)
+    lines = gaps(held[0], held[1], found[2], seed=trial.seed, tolerance=trial.tolerance)
+    return [_PREFIX + line for line in lines]
+
+
+def _stops(graph: Graph) -> list[Node]:
+    return [n for n in graph if n.op.blocks_gradient and n.result.type.dtype.is_float]
+
+
+_HeldRun = tuple[Graph, tuple[Arrays, Arrays], dict[str, Array]]
+"""A graph whose stopped values are inputs, its parameters and inputs, and its outputs."""
+
+
+def _held_run(graph: Graph, trial: Trial) -> _HeldRun:
+    """Run `graph` a step away from the data, its stopped values held at what they are there."""
+    graph = clone(graph)
+    kept = {graph.fresh(f"held_{at}_{n.result.name}"): n for at, n in enumerate(_stops(graph))}
+    constants = _values_of(graph, kept, trial)
+    for name, node in kept.items():
+        node.replace_by(graph.input(name, node.result.type))
+    inputs = inputs_for(graph, trial.seed, trial.sizes, STEP) | constants
+    params = params_for(graph, trial.seed, trial.sizes, STEP)
+    return graph, (params, inputs), run_reference(graph, params=params, inputs=inputs)
+
+
+def _values_of(graph: Graph, kept: dict[str, Node], trial: Trial) -> dict[str, Array]:
+    """Return, by name, what the nodes `kept` result in where the data are."""
+    shown = clone(graph)
+    for name, node in kept.items():
+        shown.set_output(name, shown.value(node.result.name))
+    inputs = inputs_for(graph, trial.seed, trial.sizes)
+    params = params_for(graph, trial.seed, trial.sizes)
+    outputs = run_reference(shown, params=params, inputs=inputs)
+    return {name: outputs[name] for name in kept}

@@ -1,0 +1,88 @@
+"""A law that is never put to the test fails, and says on how many graphs it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from hypothesis import given, settings
+
+from moecc.ir import Graph
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+from moecc.rewrite import P, Rule, rewrite
+from moecc.testing import graphs, laws, random_graph
+
+_x = P.any("x")
+
+RARE = Rule("rare", P.square(P.neg(P.square(_x))), lambda m, b: b.square(b.square(m.value("x"))))
+
+
+@dataclass(frozen=True)
+class RarePass(Pass):
+    """Replaces what random graphs hardly ever have."""
+
+    name: ClassVar[str] = "rare"
+    summary: ClassVar[str] = "drop a sign that a square drops, too"
+    preserves = EXACT
+    salt: int = 0
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        return PassResult.of(rewrite(graph, [RARE], origin=self.name))
+
+
+def test_a_pass_that_never_matches_fails() -> None:
+    @given(graphs())
+    def law(graph: Graph) -> None:
+        laws.check_pass(RarePass(), graph)
+
+    with pytest.raises(AssertionError, match=r"(?s)rare matched on 0 of 50 graphs.*like=RULE"):
+        law()
+
+
+def test_so_it_does_where_few_graphs_are_drawn() -> None:
+    @settings(max_examples=25)
+    @given(graphs())
+    def law(graph: Graph) -> None:
+        laws.check_pass(RarePass(salt=1), graph)
+
+    with pytest.raises(AssertionError, match=r"matched on 0 of 25 graphs"):
+        law()
+
+
+def test_graphs_without_hypothesis_are_counted_too() -> None:
+    def check(seed: int) -> None:
+        laws.check_pass(RarePass(salt=2), random_graph(seed))
+
+    for seed in range(49):
+        check(seed)
+    with pytest.raises(AssertionError, match="matched on 0 of 50 graphs"):
+        check(49)
+
+
+@settings(max_examples=60)
+@given(graphs(like=RARE))
+def test_planted_graphs_are_enough(graph: Graph) -> None:
+    laws.check_pass(RarePass(salt=3), graph, least=0.5)
+
+
+@settings(max_examples=60)
+@given(graphs())
+def test_a_pass_need_not_match_where_that_is_said(graph: Graph) -> None:
+    laws.check_pass(RarePass(salt=4), graph, least=0)
+
+
+def test_a_share_can_be_asked_for() -> None:
+    def check(seed: int) -> None:
+        like = [RARE] if seed % 4 == 0 else []
+        laws.check_pass(RarePass(salt=5), random_graph(seed, like=like), least=0.5)
+
+    for seed in range(49):
+        check(seed)
+    with pytest.raises(AssertionError, match=r"of 50 graphs.*\n  expected: at least 50%"):
+        check(49)
+
+
+def test_passes_with_other_options_are_counted_apart() -> None:
+    for seed in range(60):
+        laws.check_pass(RarePass(salt=100 + seed), random_graph(seed))

@@ -1,0 +1,115 @@
+"""Planting: what a pattern describes is there, whatever it describes; and nothing else is lost."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from moecc_passes.canonicalize.axes import RULES as AXES
+from moecc_passes.canonicalize.elementwise import RULES as ELEMENTWISE
+
+from moecc.ir import Graph, parse, print_graph, verify
+from moecc.rewrite import P, Pattern, Rule, find
+from moecc.testing import graphs, laws, random_graph
+
+_x = P.any("x")
+
+PATTERNS: dict[str, Pattern] = {
+    "a block": P.contract(
+        P.mul(
+            P.silu(P.contract(_x, P.param("g"), over="embed")).only_used_here(),
+            P.contract(_x, P.param("u"), over="embed"),
+        ),
+        P.param("d"),
+        over="mlp",
+    ),
+    "axes of strange names": P.contract(
+        P.contract(_x, P.param("w"), over="rows"), P.param("v"), over="cols"
+    ),
+    "rows in slots": P.combine(
+        P.contract(P.any("r"), P.param("w")), P.any("e"), P.any("p"), P.any("g")
+    ),
+    "a router": P.route(P.contract(P.any(), P.param("w")), ...),
+    "slots": P.assign_slots(P.op("route", ...), ...),
+    "rotary tables, the second result": P.rotate(
+        _x, P.rope(P.positions(P.any())), P.rope(P.any()).result(1)
+    ),
+    "a causal mask": P.softmax(P.mask(P.any(), P.causal(P.any(), P.any()))),
+    "a number in a predicate": P.scale(P.add(P.any(), P.param("b")), by=lambda v: v == 0.625),
+    "attributes that must agree": P.rename(
+        P.rename(_x, axis=P.attr("a"), to=P.attr("b")), axis=P.attr("b"), to=P.attr("a")
+    ),
+    "a table and ids": P.embedding(P.param("t"), P.input("ids")),
+    "the same value twice": P.sub(_x, _x),
+    "a weight of one axis": P.mul(
+        _x, P.param(where=lambda v: v.type.rank == 1 and v.weight is not None)
+    ),
+    "a comparison": P.select(P.less(P.any("a"), P.any("b")), P.any("a"), P.any("b")),
+    "random numbers": P.mul(_x, P.random_normal(P.fold_key(P.any()), _x)),
+    "one of two": P.neg(P.relu(_x) | P.square(_x)),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_what_a_pattern_describes_is_there(name: str) -> None:
+    rule = Rule(name, PATTERNS[name], build=lambda m, b: m.root.result)
+    made = [random_graph(seed, like=[PATTERNS[name]]) for seed in range(30)]
+    for graph in made:
+        verify(graph)
+    assert sum(next(find(g, rule), None) is not None for g in made) >= 20
+
+
+@pytest.mark.parametrize("rule", [*AXES, *ELEMENTWISE], ids=lambda r: r.name)
+def test_what_a_rule_accepts_is_there(rule: Rule) -> None:
+    """The rule's check included: axes that are split as they were merged, say."""
+    made = [random_graph(seed, like=[rule]) for seed in range(40)]
+    assert sum(next(find(g, rule), None) is not None for g in made) >= 5
+
+
+def test_values_inside_are_at_times_used_elsewhere_and_at_times_returned() -> None:
+    pattern = P.scale(P.contract(_x, P.param("w")), by=P.attr("by"))
+    rule = Rule("inside", pattern, build=lambda m, b: m.root.result)
+    inside = [
+        match.root.operands[0]
+        for seed in range(100)
+        for match in list(find(random_graph(seed, like=[pattern]), rule))[:1]
+    ]
+    returned = [v for v in inside if v.is_output]
+    shared = [v for v in inside if len(v.users) > 1 and not v.is_output]
+    assert len(inside) > 90
+    assert 5 < len(returned) < 60
+    assert shared
+
+
+def test_a_graph_is_planted_as_it_stands() -> None:
+    example = parse(
+        "moecc 1\ngraph g {\n  input %x : f32[batch=B, embed=4]\n"
+        '  param %w : f32[mlp=3, embed=4] = source("w" : f32[mlp=3, embed=4])\n'
+        "  %a = contract %x, %w {over=embed} : f32[batch=B, mlp=3]\n"
+        "  %b = square %a : f32[batch=B, mlp=3]\n  output y = %b\n}\n"
+    )
+    rule = Rule(
+        "square-of-product",
+        P.square(P.contract(P.any(), P.param("w", where=lambda v: "source" in str(v.weight)))),
+        build=lambda m, b: m.root.result,
+    )
+    for seed in range(20):
+        assert next(find(random_graph(seed, like=[example]), rule), None) is not None
+
+
+def test_a_seed_is_still_a_graph() -> None:
+    for pattern in PATTERNS.values():
+        first, second = (random_graph(11, like=[pattern]) for _ in range(2))
+        assert print_graph(first) == print_graph(second)
+
+
+@settings(max_examples=50)
+@given(graphs(like=tuple(PATTERNS.values())))
+def test_planted_graphs_are_as_good_as_others(graph: Graph) -> None:
+    laws.check_graph(graph)
+    assert not any(n.is_dead for n in graph)
+    assert all(v.users for v in [*graph.inputs.values(), *graph.params.values()])
+
+
+def test_what_cannot_be_made_is_left_out() -> None:
+    never = P.scale(_x, by=lambda v: v != v)
+    verify(random_graph(1, like=[never]))

@@ -1,0 +1,164 @@
+"""What values do not show: gradients, stored weights, devices; and what is no difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from moecc_passes.roll_layers.roll_layers import RollLayersPass
+
+from moecc.ir import BF16, F32, Builder, Graph, clone, parse, tensor, verify
+from moecc.ir.mesh import parse_mesh
+from moecc.pipeline.passes import Context
+from moecc.testing import differences, graphs, laws, random_graph
+from moecc.testing.choices import Decisions
+from moecc.testing.shardings import random_sharding
+from moecc.weights.arithmetic import Cast, Scale
+from moecc.weights.expr import Source
+
+# --- gradients
+
+
+def of(make: Any) -> Graph:
+    """Return the graph of a function of a builder, an input and a parameter."""
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B", embed=4))
+    w = graph.param("w", tensor(F32, embed=4))
+    graph.set_output("y", make(Builder(graph), x, w))
+    return graph
+
+
+def test_a_gradient_that_no_longer_flows_is_a_difference() -> None:
+    free = of(lambda b, x, w: b.mul(x, b.square(w)))
+    stopped = of(lambda b, x, w: b.mul(x, b.stop_gradient(b.square(w))))
+    for pair in ((free, stopped), (stopped, free)):
+        (line,) = differences(*pair)
+        assert line.startswith("the gradient differs: with the results of stop_gradient held")
+        assert "output y[" in line
+    assert differences(stopped, stopped) == []
+
+
+def test_where_a_gradient_is_stopped_does_not_matter_if_none_passes() -> None:
+    late = of(lambda b, x, w: b.mul(x, b.stop_gradient(b.scale(w, by=3.0))))
+    early = of(lambda b, x, w: b.mul(x, b.scale(b.stop_gradient(w), by=3.0)))
+    twice = of(lambda b, x, w: b.mul(x, b.stop_gradient(b.scale(b.stop_gradient(w), by=3.0))))
+    assert differences(late, early) == differences(early, twice) == []
+
+
+def test_the_straight_through_estimator_is_not_what_it_estimates() -> None:
+    """x + sg(f(x) − x) has the values of f and the gradient of x."""
+    plain = of(lambda b, x, w: b.add(b.tanh(x), w))
+    through = of(lambda b, x, w: b.add(b.add(x, b.stop_gradient(b.sub(b.tanh(x), x))), w))
+    assert "the gradient differs" in differences(plain, through)[0]
+
+
+def test_a_gradient_that_is_stopped_in_repeated_layers_counts() -> None:
+    def layers(stops: bool) -> Graph:
+        graph = Graph()
+        h = graph.input("x", tensor(F32, batch="B", embed=4))
+        for number in range(3):
+            w = graph.param(f"layers.{number}.w", tensor(F32, embed=4), loc=f"layers.{number}")
+            b = Builder(graph, loc=f"layers.{number}")
+            w = b.stop_gradient(w) if stops else w
+            h = b.tanh(b.mul(h, w))
+        graph.set_output("y", h)
+        return graph
+
+    for stops in (False, True):
+        rolled = layers(stops)
+        assert RollLayersPass().apply(rolled, Context()).changed
+        assert differences(layers(stops), rolled) == []
+        assert "the gradient differs" in differences(layers(not stops), rolled)[0]
+
+
+# --- weights as they are stored
+
+
+def weighted(weight: Any) -> Graph:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B", embed=64))
+    w = graph.param("w", weight.type.with_dtype(F32), weight)
+    graph.set_output("y", Builder(graph).contract(x, w, over="embed"))
+    return graph
+
+
+SOURCE = Source("w", tensor(F32, mlp=3, embed=64))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_weights_rounded_on_the_way_are_a_difference(exact: bool) -> None:
+    rounded = Cast(Cast(SOURCE, BF16), F32)
+    lines = differences(weighted(SOURCE), weighted(rounded), exact=exact)
+    assert all(line.startswith("with weights as they are stored, output y") for line in lines)
+    assert lines
+
+
+def test_what_float32_rounds_is_a_difference_after_exact_alone() -> None:
+    # In float64, as the oracle computes, the two factors give 1.
+    nothing = Scale(Scale(SOURCE, 3.0), 1 / 3)
+    assert differences(weighted(SOURCE), weighted(nothing)) == []
+    lines = differences(weighted(SOURCE), weighted(nothing), exact=True)
+    assert lines
+
+
+def test_a_type_that_holds_the_weights_is_no_difference() -> None:
+    stored = Source("w", tensor(BF16, mlp=3, embed=64))
+    again = Cast(Cast(stored, F32), BF16)
+    assert differences(weighted(stored), weighted(again), exact=True) == []
+
+
+# --- meshes
+
+LAID = """moecc 1
+graph g {
+  attr mesh = {"a": 2, "b": 2}
+  input %x : f32[batch@a=B, embed=8]
+  param %w : f32[mlp=4, embed@b=8]
+  %g = all_gather %w {axis=embed, mesh=b} : f32[mlp=4, embed=8]
+  %h = contract %x, %g {over=embed} : f32[batch@a=B, mlp=4]
+  output y = %h
+}
+"""
+
+
+def test_inputs_and_outputs_lie_where_they_did() -> None:
+    laid = parse(LAID)
+    whole = clone(laid)
+    whole.set_output("y", Builder(whole).all_gather(whole.value("h"), axis="batch", mesh="a"))
+    (line,) = differences(laid, whole)
+    assert line == (
+        "output y is sharded in another way\n  expected: [batch@a, mlp]\n  found: [batch, mlp]"
+    )
+    assert differences(laid, clone(laid)) == []
+
+
+def test_the_mesh_is_part_of_what_a_graph_says() -> None:
+    other = parse(LAID.replace('"b": 2', '"b": 4'))
+    (line,) = differences(parse(LAID), other)
+    assert line == "the mesh differs\n  expected: a:2,b:2\n  found: a:2,b:4"
+
+
+def test_who_lays_a_graph_on_a_mesh_says_where() -> None:
+    plain = parse(
+        "moecc 1\ngraph g {\n  input %x : f32[batch=B, embed=8]\n  param %w : f32[mlp=4, embed=8]\n"
+        "  %h = contract %x, %w {over=embed} : f32[batch=B, mlp=4]\n  output y = %h\n}\n"
+    )
+    assert differences(plain, parse(LAID)) == []
+    assert differences(parse(LAID), plain) == []
+
+
+@settings(max_examples=50)
+@given(graphs(mesh="a:2,b:3"))
+def test_graphs_lie_on_meshes_in_every_way(graph: Graph) -> None:
+    verify(graph)
+    laws.check_sharded(graph)
+
+
+def test_collectives_of_every_kind_occur() -> None:
+    mesh = parse_mesh("a:2,b:2")
+    made = [random_sharding(random_graph(s), Decisions(s), mesh) for s in range(100)]
+    found = {n.op.name for g in made for n in g}
+    assert {"shard", "all_gather", "all_reduce", "reduce_scatter", "all_to_all"} <= found
+    split = [v for g in made for v in g.outputs.values() if any(a.mesh for a in v.type)]
+    assert len(split) > 20
