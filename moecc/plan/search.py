@@ -15,7 +15,6 @@ from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.meshes import check_devices, meshes
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.workload import Workload
-from moecc.sharding.assign import ROWS
 from moecc.sharding.layout import Layout
 from moecc.sharding.legal import refusals
 from moecc.sharding.rules import mesh_axes
@@ -83,7 +82,7 @@ def _vias(layout: Layout, work: Workload) -> list[str]:
     """Return the ways to the experts that a layout has."""
     tokens, experts = (
         tuple(n for n in axes if layout.mesh.size((n,)) > 1)
-        for axes in (layout.sharded("batch"), layout.sharded("expert", ROWS))
+        for axes in (layout.sharded("batch"), layout.sharded("expert", of_rows=True))
     )
     if not work.experts or not experts:
         return [LOCAL]
