@@ -1,4 +1,4 @@
-"""What a backend is, and how the core finds one without importing it.
+"""The backend protocols, and the registry through which the core finds backends unimported.
 
 Backends register under the entry point ``moecc.backends``: a mapping from a name to a factory.
 """
@@ -18,10 +18,10 @@ from moecc.types.dtypes import F32, DType
 
 
 class Program(Protocol):
-    """A graph made ready to run.
+    """A compiled graph, ready to run.
 
     Attributes:
-      writes: whether this process writes what `run` returns; of several processes, one does.
+      writes: whether this process writes the result of `run`; among several, one does.
     """
 
     writes: bool
@@ -40,18 +40,18 @@ class Program(Protocol):
 
 
 class Backend(Protocol):
-    """A way to run graphs."""
+    """Compiles graphs to programs."""
 
     name: str
 
     def compile(self, graph: Graph, *, dtype: DType = F32) -> Program:
-        """Return `graph` ready to run, computing in `dtype`."""
+        """Return `graph` compiled, computing in `dtype`."""
         ...
 
 
 @runtime_checkable
 class LoweringBackend(Backend, Protocol):
-    """A backend that turns graphs into another language."""
+    """A backend that translates graphs into another language."""
 
     def lower(
         self,
@@ -67,13 +67,13 @@ class LoweringBackend(Backend, Protocol):
         Args:
           graph: the graph.
           inputs: arrays for its inputs, of which only the shapes matter.
-          emit: the language, as the backend calls it.
-          dtype: the type of the computation.
-          options: what else may be chosen, by name.
+          emit: the target language, by the backend's name for it.
+          dtype: the element type of the computation.
+          options: further backend options, by name.
 
         Raises:
-          UsageError: there is no such language, option or choice.
-          InputError: the graph cannot be lowered as was chosen.
+          UsageError: there is no such language, option or value.
+          InputError: the graph cannot be lowered with these options.
         """
         ...
 
@@ -130,10 +130,10 @@ def get_backend(name: str) -> Backend:
 
 
 def get_lowering_backend(name: str) -> LoweringBackend:
-    """Return the backend `name`, which turns graphs into another language.
+    """Return the backend `name`, which must translate graphs into another language.
 
     Raises:
-      UsageError: there is no such backend, or it runs graphs as they are.
+      UsageError: there is no such backend, or it cannot lower.
       MachineError: it needs an extra that is not installed.
     """
     backend = get_backend(name)

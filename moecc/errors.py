@@ -1,7 +1,7 @@
-"""What moecc says when something is wrong, and the exit code that goes with it.
+"""Errors that moecc reports, and their exit codes.
 
-An error is a list of problems, because an input is reported whole: every problem that can be
-seen is collected first, then raised once.  The class says whose fault it is, and with that the
+An error is a list of problems, because all problems of an input are reported together: they
+are collected first, then raised once.  The class states whose fault it is, and with that the
 exit code of the command line.
 """
 
@@ -15,7 +15,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: what, where, what was expected, what was found, a way out."""
+    """One problem: what, where, what was expected, what was found, a way out."""
 
     what: str
     where: str | None = None
@@ -57,36 +57,36 @@ class MoeccError(Exception):
 
 
 class InputError(MoeccError):
-    """Wrong for this input: a checkpoint, a config, a graph, a target that cannot say it."""
+    """The input is invalid: a checkpoint, a config, a graph, a target that cannot express it."""
 
     exit_code = 1
 
 
 class UsageError(MoeccError):
-    """Wrong by itself: an unknown pass, option, type or machine; top-k greater than experts."""
+    """The request is invalid: an unknown pass, option, type or machine; top-k above experts."""
 
     exit_code = 2
 
 
 class CheckError(MoeccError):
-    """A check of meaning failed: ``verify``, a manifest, ``--check``."""
+    """A semantic check failed: ``verify``, a manifest, ``--check``."""
 
     exit_code = 3
 
 
 class MachineError(MoeccError):
-    """The machine: disk, memory, permission, time limit, a missing extra."""
+    """The environment failed: disk, memory, permission, time limit, a missing extra."""
 
     exit_code = 4
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """Return a "did you mean" sentence for the closest of `choices`, or None."""
+    """Return a "did you mean" hint for the closest of `choices`, or None."""
     found = get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"did you mean {found[0]!r}?" if found else None
 
 
 def printable(name: str, limit: int = 120) -> str:
-    """Escape control and bidirectional characters of a foreign name, and cap its length."""
+    """Escape control and bidirectional characters of an untrusted name, and cap its length."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"

@@ -1,3 +1,3 @@
-"""Which moecc this is."""
+"""The version of moecc."""
 
 __version__ = "0.1.0"

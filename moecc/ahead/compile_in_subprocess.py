@@ -1,4 +1,4 @@
-"""Compiling in a process of its own, which is ended when its time is up."""
+"""Compile in a subprocess, which is ended when its time limit is exceeded."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _TAIL = 3000
 
 @dataclass(frozen=True)
 class CompileOutcome:
-    """What a compilation left.
+    """The outcome of a compilation.
 
     Attributes:
       data: the report, as JSON values.
-      program: what was to be emitted.
-      artefact: what was to be exported.
+      program: the emitted program, if requested.
+      artefact: the exported artefact, if requested.
     """
 
     data: CompileReport
@@ -60,10 +60,10 @@ def environment(machine: Machine) -> dict[str, str]:
 
 
 def compile_apart(request: Request, time_limit_seconds: float | None = None) -> CompileOutcome:
-    """Compile what `request` asks for in another process.
+    """Run the compilation `request` in another process.
 
     Raises:
-      MachineError: the time is up, an extra is missing, or the process was killed.
+      MachineError: the time limit is exceeded, an extra is missing, or the process was killed.
       InputError, UsageError: as `moecc.ahead.prepare.prepare` and the backend.
     """
     machine = parse_machine(request.machine)
@@ -84,7 +84,7 @@ def compile_apart(request: Request, time_limit_seconds: float | None = None) -> 
 
 @contextmanager
 def _worker(folder: Path, machine: Machine, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the worker; whatever happens, it does not outlive this."""
+    """Run the worker; it never outlives this context."""
     command = [sys.executable, "-m", "moecc.ahead.worker", str(folder)]
     process = subprocess.Popen(
         command, stdout=log, stderr=log, env=environment(machine), start_new_session=True
@@ -118,7 +118,7 @@ def _read(folder: Path, code: int) -> CompileOutcome:
 
 
 def _error(data: dict[str, Any]) -> MoeccError:
-    """Return the error that the worker met, as it was raised there or as its nearest base."""
+    """Return the error that the worker reported, as its own class or the nearest base."""
     kinds = (errors.InputError, errors.UsageError, errors.CheckError, errors.MachineError)
     kind = next(k for k in kinds if k.exit_code == data["exit_code"])
     return kind([Problem(**problem) for problem in data["problems"]])

@@ -1,4 +1,4 @@
-"""From a request to a job: the graph of a step, its layout, and the plan's prediction."""
+"""Prepare a job from a request: the graph of a step, its layout, and the plan's prediction."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Bound:
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A job, and what is known of it beforehand.
+    """A job, with the plan's prediction.
 
     Attributes:
-      graph: what is compiled.
-      job: how.
-      work: what it takes.
+      graph: the graph to compile.
+      job: how it is compiled.
+      work: its workload.
       estimate: the plan's prediction.
-      bound: of the rows of an expert; None where there is none.
-      pipeline: the passes that made the graph of the model's.
-      remarks: what was decided for the user.
+      bound: the bound on an expert's rows; None if there is none.
+      pipeline: the passes that produced the graph from the model's.
+      remarks: choices made on the user's behalf.
     """
 
     graph: Graph
@@ -58,11 +58,11 @@ class PreparedJob:
 
 
 def prepare(request: Request) -> PreparedJob:
-    """Return the job that `request` asks for.
+    """Return the job for `request`.
 
     Raises:
-      UsageError: a machine, mesh or type is unknown; the partitioner has no such exchange.
-      InputError: the model cannot be read, the mesh does not suit it, or nothing fits.
+      UsageError: a machine, mesh or type is unknown; the partitioner lacks the exchange.
+      InputError: the model cannot be read, the mesh is invalid for it, or nothing fits.
     """
     machine = parse_machine(request.machine)
     train = request.step == "train"
@@ -86,7 +86,7 @@ def prepare(request: Request) -> PreparedJob:
 
 
 def _check_exchange(request: Request) -> None:
-    """Raise UsageError if XLA's partitioner is to exchange rows as it does not."""
+    """Raise UsageError if XLA's partitioner does not support the requested exchange."""
     if request.partition != GSPMD or (request.via in (None, "capacity") and not request.sliced):
         return
     raise UsageError(
@@ -98,9 +98,9 @@ def _check_exchange(request: Request) -> None:
 
 
 def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None, list[str]]:
-    """Bound the rows of experts by a capacity; return the bound, and what to say of it.
+    """Bound the rows of experts by a capacity; return the bound, and remarks on it.
 
-    A model that keeps every row stays so where the way to the experts is not ``capacity``.
+    A dropless model stays dropless unless the way to the experts is ``capacity``.
     """
     places = [
         SlotAttrs.of_node(node) for node in graph if node.op.assigns_slots and not node.op.chooses
@@ -112,7 +112,7 @@ def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None,
     config = graph.attrs.get("config") or {}
     own = config.get("train_capacity_factor" if train else "eval_capacity_factor")
     factor = request.capacity_factor or own or _stated(places) or CAPACITY_FACTOR
-    # A model without a capacity of its own has no way of counting it either.
+    # A model without a capacity has no convention for it either.
     bound = Bound(float(factor), "assignments" if is_dropless else places[0].convention)
     _run(graph, _specialize(train, bound, None))
     if request.capacity_factor is None and is_dropless:
@@ -129,7 +129,7 @@ def _stated(places: list[SlotAttrs]) -> float | None:
 
 
 def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy) -> Iterator[str]:
-    """Yield the passes between the model's graph and the one that is compiled."""
+    """Yield the passes from the model's graph to the one that is compiled."""
     if strategy.layout.experts:
         yield _specialize(train, bound, strategy.layout)
         if train:
@@ -158,7 +158,7 @@ def _specialize(train: bool, bound: Bound | None, layout: Layout | None) -> str:
 
 
 def _strategy(request: Request, work: Workload, machine: Machine, setting: StepConfig) -> Strategy:
-    """Return what the request fixes, or the best of the plan where it leaves the mesh open."""
+    """Return the strategy that the request fixes, or the plan's best if the mesh is open."""
     rules = request.rules
     mesh = None if request.mesh is None else plan_mesh(request.mesh, rules)
     if mesh is None:
@@ -180,7 +180,7 @@ def _strategy(request: Request, work: Workload, machine: Machine, setting: StepC
 
 
 def _via(request: Request, work: Workload) -> str | None:
-    """Return the way to the experts that the plan is to take; None leaves it to the plan."""
+    """Return the requested way to the experts; None leaves it to the plan."""
     if request.partition == EXPLICIT or not work.experts:
         return request.via
     return "capacity"

@@ -1,4 +1,4 @@
-"""A compilation for people, the plan's prediction beside each figure."""
+"""The human-readable report of a compilation, with the plan's prediction beside each figure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from moecc.support.text import count_text, size_text
 
 
 def compile_text(data: CompileReport) -> str:
-    """Return the report for people.
+    """Return the human-readable report.
 
     Args:
-      data: what `moecc.ahead.worker.report` returned.
+      data: the result of `moecc.ahead.worker.report`.
     """
     return "\n".join([*_heading(data), *_memory(data), *_work(data), *_collectives(data)])
 
@@ -45,7 +45,7 @@ def _heading(data: CompileReport) -> Iterator[str]:
 
 
 def _program(data: CompileReport) -> str:
-    """Return whose collectives the program has, and how tokens reach their experts."""
+    """Return where the program's collectives come from, and how tokens reach their experts."""
     whose = {
         "explicit": "the graph's own collectives in one shard_map",
         "gspmd": "collectives by XLA's partitioner (GSPMD)",
@@ -86,7 +86,7 @@ def _work(data: CompileReport) -> Iterator[str]:
     if data["unknown_loops"]:
         yield f"    {data['unknown_loops']} loops of unknown length are counted once"
     for name, count in data["opaque"].items():
-        yield f"    {count} runs of {name} multiply in a way that the program does not tell"
+        yield f"    {count} runs of {name} have multiplications that the program does not show"
 
 
 def _collectives(data: CompileReport) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Memory that a compiler has freed, given back to the system while it runs.
+"""Return memory that a compiler has freed to the system while it runs.
 
-glibc keeps what threads free, each thread's for itself.  A compiler of many passes frees most of
-what it takes, and its peak is lower where that goes back.
+glibc keeps freed memory, separately for each thread.  A compiler of many passes frees most of
+what it allocates, and its peak is lower if freed memory is returned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SECONDS = 1.0
 
 @contextmanager
 def trimmed() -> Iterator[None]:
-    """Give freed memory back every second, in a thread, where the C library can."""
+    """Trim the heap every second, in a thread, if the C library supports it."""
     trim = _trim() if sys.platform == "linux" else None
     if trim is None:
         yield

@@ -1,4 +1,4 @@
-"""The process that compiles: reads a request from a folder, and leaves its answer there."""
+"""The compiling process: reads a request from a folder, and writes its report there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt
 
 
 def main(folder: Path) -> None:
-    """Answer the request in `folder`."""
+    """Run the request in `folder`."""
     request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
     try:
         answer: object = _answer(request, folder)
@@ -43,7 +43,7 @@ def _answer(request: Request, folder: Path) -> CompileReport:
 
 
 def report(request: Request, prepared: PreparedJob, result: Result) -> CompileReport:
-    """Return what `moecc compile` says, as JSON values."""
+    """Return the report of `moecc compile` as JSON values."""
     job, estimate, work = prepared.job, prepared.estimate, prepared.work
     usable = result.available_bytes or job.machine.usable_bytes
     memory = estimate.memory

@@ -1,1 +1,1 @@
-"""What can be read off a graph without changing it."""
+"""Analyses: facts read from a graph without changing it."""

@@ -1,9 +1,9 @@
-"""Finding feed-forward blocks by their dataflow, not by their names.
+"""Find feed-forward blocks by dataflow, not by parameter names.
 
 A block goes from the model's width to an inner axis and back: one or more contractions of one
 value with parameters, elementwise operations that are not all linear, a contraction over the inner
-axis with a parameter, and possibly a bias.  Nothing in it mixes token axes, its parameters have no
-token axis, and nothing inside it is used outside.
+axis with a parameter, and possibly a bias.  Nothing inside mixes token axes, its parameters have no
+token axis, and no inner value is used outside the block.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class FFNBlock:
     """A feed-forward block.
 
     Attributes:
-      loc: its place in the model, ``layers.3.ffn``.
-      output: what comes out, with the axes of `x`.
+      loc: its location in the model, ``layers.3.ffn``.
+      output: the result, with the axes of `x`.
       ups: the contractions of `x` with parameters, to the inner axis.
       down: the contraction back.
       nodes: all nodes of the block in order, `ups`, `down` and an output bias included.
@@ -47,7 +47,7 @@ class FFNBlock:
 
     @property
     def x(self) -> Value:
-        """What goes in, ``[…tokens, embed]``; rewriting an earlier block may change it."""
+        """The block's input, ``[…tokens, embed]``; rewriting an earlier block may change it."""
         return self.ups[0].operands[0]
 
     @property
@@ -66,34 +66,34 @@ class FFNBlock:
 
     @property
     def layer(self) -> int | None:
-        """The number of its layer, read from the location, or None."""
+        """The layer number, parsed from the location, or None."""
         return _layer_of(self.loc)
 
     @property
     def params(self) -> tuple[Value, ...]:
-        """The parameters of the block, each once, in the order of use."""
+        """The parameters of the block without duplicates, in the order of use."""
         found = (v for n in self.nodes for v in n.operands if v.is_param)
         return tuple(dict.fromkeys(found))
 
     def biases_of(self, up: Node) -> tuple[Value, ...]:
-        """The parameters added straight to what `up` gives."""
+        """The bias parameters added directly to the result of `up`."""
         adds = (user for user in up.result.users if _is_bias(user))
         return tuple(dict.fromkeys(v for add in adds for v in add.operands if v.is_param))
 
     @property
     def output_bias(self) -> Value | None:
-        """The parameter added to what `down` gives, or None."""
+        """The bias parameter added to the result of `down`, or None."""
         if self.output is self.down.result:
             return None
         (node,) = self.down.result.users
         return next(v for v in node.operands if v.is_param)
 
     def degrees(self) -> dict[Value, int | None]:
-        """Return how the hidden value scales with each weight of `ups`.
+        """Return the degree of homogeneity of the hidden value in each weight of `ups`.
 
         A degree d means that a·W for W, and a·b for its bias b, with a > 0, give aᵈ times the
-        hidden value; None means that no d does, as when the weight's product goes through SiLU
-        (lemma L3).
+        hidden value; None means that there is no such d, as when the weight's product goes
+        through SiLU (lemma L3).
         """
         return {up.operands[1]: self._degree(up.operands[1]) for up in self.ups}
 
@@ -111,20 +111,20 @@ class FFNBlock:
 
 @dataclass
 class Refusal:
-    """Why something that looks like a block is none: the reason and the place."""
+    """Why a candidate is not an FFN block: the reason and the location."""
 
     loc: str
     reason: str
 
     @property
     def layer(self) -> int | None:
-        """The number of its layer, read from the location, or None."""
+        """The layer number, parsed from the location, or None."""
         return _layer_of(self.loc)
 
 
 @dataclass
 class FFNSearch:
-    """The blocks of a graph, and what nearly was one."""
+    """The FFN blocks of a graph, and the candidates that were rejected."""
 
     blocks: list[FFNBlock] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -136,7 +136,7 @@ def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
     if len(known) < len(carried):
         return None
     if _is_bias(node):
-        # A bias straight on the product is scaled with the weight, so it changes no degree.
+        # A bias added directly to the product is scaled with the weight, so it changes no degree.
         return max(known) if all(v.is_param or _is_product(v) for v in node.operands) else None
     found = node.op.homogeneity.degree(known)
     return int(found) if found is not None and found == int(found) else None
@@ -154,7 +154,7 @@ def _is_product(value: Value) -> bool:
 def find_ffn_blocks(graph: Graph) -> FFNSearch:
     """Return the feed-forward blocks of `graph`, first to last, with near misses.
 
-    No two have a node in common: of two that overlap the first counts.
+    Blocks never share a node: of two overlapping candidates the first one wins.
     """
     search = FFNSearch()
     order = {node: i for i, node in enumerate(graph)}
@@ -187,7 +187,7 @@ def _outer_axis(down: Node) -> str | None:
 
 
 def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
-    """Return the block that ends in `down`, a near miss, or None where nothing looks like one."""
+    """Return the block that ends in `down`, a near miss, or None if `down` is no candidate."""
     inner, outer = ProductAttrs.of_node(down).over[0], _outer_axis(down)
     if outer is None or down.operands[0].node is None:
         return None
@@ -212,7 +212,7 @@ def _block_of(down: Node, order: dict[Node, int]) -> FFNBlock | Refusal | None:
 
 
 def _why_not(ups: list[Node], inside: set[Node], down: Node, axes: tuple[str, str]) -> str | None:
-    """Return why the nodes `inside`, from `ups` to `down`, are no block, or None."""
+    """Return why the nodes `inside`, from `ups` to `down`, are not a block, or None."""
     outer, inner = axes
     roots = list(dict.fromkeys(up.operands[0] for up in ups))
     if len(roots) != 1:
@@ -232,7 +232,7 @@ def _sparse_already(x: Value) -> str | None:
     if "expert" in x.type:
         return "it is sparse already"
     if any(user.op.moves is RowMove.TO_SLOTS for user in x.users):
-        return "it stands beside experts, in a layer that is sparse already"
+        return "it is parallel to experts, in a layer that is sparse already"
     return None
 
 
@@ -240,33 +240,33 @@ def _wrong_axes(x: Value, down: Node, outer: str) -> str | None:
     if x.is_param or len(x.type) == 1:
         return f"it reads %{x.name}, which has no axis of tokens"
     if x.type.by_name.keys() != down.result.type.by_name.keys():
-        return f"it does not lead from {outer!r} back to {outer!r}"
+        return f"it does not map {outer!r} back to {outer!r}"
     taken = [n for n in (*x.type.names, *ProductAttrs.of_node(down).over) if n in ROUTING_AXES]
-    return f"its axis {taken[0]!r} has the name of one that routing makes" if taken else None
+    return f"its axis {taken[0]!r} has the name of an axis that routing adds" if taken else None
 
 
 ROUTING_AXES = frozenset(("group", "expert", "slot", "choice"))
-"""The axes that a block gets when it becomes sparse."""
+"""The axes that a block gains when it becomes sparse."""
 
 
 def _wrong_params(nodes: set[Node], axes: set[str]) -> str | None:
     for param in sorted((v for n in nodes for v in n.operands if v.is_param), key=lambda v: v.name):
         beyond = [n for n in param.type.names if n not in axes]
         if beyond:
-            return f"its parameter %{param.name} has the axis {beyond[0]!r} too"
+            return f"its parameter %{param.name} also has the axis {beyond[0]!r}"
         if not param.type.is_static:
             return f"the sizes of its parameter %{param.name} are not known: {param.type}"
     return None
 
 
 def _linear(inside: set[Node], ups: list[Node]) -> str | None:
-    """Return that the nodes `inside` are linear in what `ups` give, if they are."""
+    """Return a reason if the nodes `inside` are linear in the results of `ups`."""
     tokens = {v for n in inside for v in n.results}
     for node in inside.difference(ups):
         carried = [i for i, v in enumerate(node.operands) if v in tokens]
         if (len(carried) > 1 and not node.op.jointly) or not set(carried) <= set(node.op.linear):
             return None
-    return "it is linear: no activation stands between its contractions"
+    return "it is linear: there is no activation between its contractions"
 
 
 def _walk_back(
@@ -274,7 +274,7 @@ def _walk_back(
 ) -> tuple[list[Node], set[Node], str | None] | None:
     """Return the contractions from `outer` that feed `down`, all nodes between, and a problem.
 
-    None where no such contraction is met: then `down` is no end of a block at all.
+    Return None if no such contraction is reached: then `down` does not end a block.
     """
     ups: list[Node] = []
     inside: set[Node] = set()
@@ -300,7 +300,7 @@ def _walk_back(
 
 
 def _escape(inside: set[Node], down: Node) -> str | None:
-    """Return which value inside the block is used outside it, if one is."""
+    """Return a reason if a value inside the block is used outside it."""
     for node in inside:
         for value in node.results:
             for user in value.users:

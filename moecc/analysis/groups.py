@@ -1,4 +1,4 @@
-"""Groups of parameters, as fine-tuning a sparse model tells them apart (ST-MoE, section 4.2)."""
+"""Parameter groups of sparse models for selective fine-tuning (ST-MoE, section 4.2)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from moecc.ir.traits import Cost
 from moecc.ir.unroll import users_within
 
 GROUPS = ("all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding")
-"""The groups; a parameter may be in several.
+"""The groups; a parameter may belong to several.
 
-``moe`` is whatever has one part for each expert, the router included; ``non-moe`` is the rest.
+``moe`` holds every parameter with an expert axis, the router included; ``non-moe`` is the rest.
 ``attention`` is self-attention and cross-attention, ``ffn`` the dense feed-forward layers, both
-without their norms.  ``embedding`` has the table of tokens and the output matrix.
+without their norms.  ``embedding`` holds the token table and the output matrix.
 """
 
 ATTRIBUTE = "frozen"
-"""The attribute of a graph that names the groups that are not trained."""
+"""The graph attribute that names the frozen groups."""
 
 
 def parameter_groups(graph: Graph) -> dict[str, frozenset[str]]:
@@ -48,8 +48,8 @@ def _groups(value: Value) -> Iterable[str]:
 def trainable(graph: Graph) -> dict[str, bool]:
     """Return for every parameter whether it is trained: a mask as ``optax.masked`` takes it.
 
-    The graph's attribute ``frozen`` names the groups that are not (the pass ``freeze`` sets it);
-    without it all are.
+    The graph's attribute ``frozen`` names the groups that are not (set by the pass ``freeze``);
+    without it every parameter is trained.
     """
     found = graph.attrs.get(ATTRIBUTE)
     chosen: Mapping[str, Iterable[str]] = found if isinstance(found, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Which files beside the weights an export copies byte for byte.
+"""Companion files, besides the weights, that an export copies byte for byte.
 
 Tokenizers are copied, never saved again: transformers 5 writes tokenizer classes that version 4
 rejects.  Code and pickles are never copied, and the model card is written anew.
@@ -44,7 +44,7 @@ _ARRAYS = {".h5", ".keras", ".msgpack", ".nemo"}
 
 
 def find_companions(folder: Path, problems: Problems) -> dict[str, Path]:
-    """Return the files to copy by their name below `folder`; unusable ones go to `problems`."""
+    """Return the files to copy by their path in `folder`; unusable ones go to `problems`."""
     names = [name for name in os.listdir(folder) if is_companion(name)]
     templates = folder / _TEMPLATES
     if templates.is_dir():
@@ -57,7 +57,7 @@ def find_companions(folder: Path, problems: Problems) -> dict[str, Path]:
             continue
         if not is_recordable(name):
             problems.add(
-                f"a manifest cannot name the file {quoted(name)}, which an export would copy",
+                f"an export would copy {quoted(name)}, whose name no manifest allows",
                 where=str(folder),
                 hint="rename it, or move it out of the folder",
             )
@@ -68,7 +68,7 @@ def find_companions(folder: Path, problems: Problems) -> dict[str, Path]:
 
 
 def is_companion(name: str) -> bool:
-    """Say whether a file of this name is copied into an export."""
+    """Return whether a file of this name is copied into an export."""
     if Path(name).suffix.lower() in _CODE | _PICKLES | _ARRAYS:
         return False
     return any(fnmatchcase(name, pattern) for pattern in _COPIED)
@@ -81,7 +81,7 @@ def _is_usable(path: Path, folder: Path, problems: Problems) -> bool:
     kind = sniff_file(path)
     if kind in (PICKLE, ZIP):
         problems.add(
-            "a file that an export would copy is not what its name says",
+            "a file that an export would copy does not have the type of its name",
             where=str(path),
             found=kind.text,
             hint="remove it from the folder",

@@ -1,7 +1,7 @@
-"""Opens and reads the files of a checkpoint without trusting them.
+"""Open and read the files of a checkpoint, treating them as untrusted.
 
-A file is looked at before it is opened, so that a FIFO or a device never blocks; it is read by
-position, never mapped, because a mapped file that shrinks kills the process; and it must be the
+A file is checked with stat before it is opened, so that a FIFO or a device never blocks; it is read
+with pread, never mapped, because a mapped file that shrinks kills the process; and it must be the
 same file after a read as when its header was read.
 """
 
@@ -26,7 +26,7 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.E
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What tells one state of a file from another."""
+    """Identifies one state of a file."""
 
     device: int
     inode: int
@@ -40,7 +40,7 @@ class Identity:
 
 
 def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
-    """Return the error to raise when the system refuses a file: InputError or MachineError."""
+    """Return the error for a failed system call on a file: InputError or MachineError."""
     reason = error.strerror or str(error)
     if error.errno in _ABSENT:
         return InputError(f"cannot {doing} the file: {reason}", where=str(path))
@@ -58,7 +58,7 @@ def identify(path: Path) -> Identity:
 
     Raises:
       InputError: there is no such file, or it is a folder, FIFO, device or socket.
-      MachineError: the system does not let us look.
+      MachineError: the system denies access.
     """
     try:
         status = os.stat(path)
@@ -74,7 +74,7 @@ def open_regular(path: Path) -> tuple[int, Identity]:
     """Open a regular file for reading; return its descriptor and identity. Raises as `identify`."""
     identify(path)
     try:
-        # O_NONBLOCK: a FIFO put in place since the look would otherwise block for ever.
+        # O_NONBLOCK: a FIFO created since the check would otherwise block forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise os_problem(error, path) from None
@@ -102,7 +102,7 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
             raise os_problem(error, path) from None
         if count == 0:
             raise InputError(
-                "the file ends in the middle of what was to be read",
+                "the file ends in the middle of a read",
                 where=str(path),
                 expected=f"at least {offset + len(buffer):,} bytes",
                 found=f"{offset + done:,} bytes",
@@ -116,7 +116,7 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     try:
         if identity.size_bytes > limit_bytes:
             raise InputError(
-                "the file is too large for what it should be",
+                "the file is too large for its kind",
                 where=str(path),
                 expected=f"at most {limit_bytes:,} bytes",
                 found=f"{identity.size_bytes:,} bytes",
@@ -129,9 +129,9 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 
 
 def file_fault(path: Path, root: Path) -> Problem | None:
-    """Say why a file in folder `root` must not be opened, or None.
+    """Return why a file in folder `root` must not be opened, or None.
 
-    It must exist, be a regular file, and lie in the folder once symbolic links are followed; a
+    It must exist, be a regular file, and be inside the folder once symbolic links are resolved; a
     Hugging Face cache may link into the ``blobs`` of its own repository.
     """
     try:
@@ -150,12 +150,12 @@ def file_fault(path: Path, root: Path) -> Problem | None:
 
 
 def _own_blobs(real_root: Path) -> list[Path]:
-    """Return the blob folder of the cache in which a snapshot folder lies, if it lies in one."""
+    """Return the blob folder of the Hugging Face cache that contains a snapshot folder, if any."""
     return [above.parent / "blobs" for above in real_root.parents if above.name == "snapshots"][:1]
 
 
 class DescriptorPool:
-    """Reads by position from many files through a bounded number of descriptors; thread-safe."""
+    """Reads at offsets of many files through a bounded number of descriptors; thread-safe."""
 
     def __init__(self, limit: int = OPEN_DESCRIPTORS) -> None:
         self._limit = limit
@@ -165,21 +165,21 @@ class DescriptorPool:
         self._closed = False
 
     def read_into(self, path: Path, identity: Identity, buffer: memoryview, offset: int) -> None:
-        """Fill a byte buffer from `offset` of a file that must still be the one identified.
+        """Fill a byte buffer from `offset` of a file, which must still have the given identity.
 
         Raises:
-          InputError: the file was cut, changed or replaced since.
+          InputError: the file was truncated, changed or replaced since.
           MachineError: the system cannot read it.
         """
         with self._lease(path) as descriptor:
             try:
                 read_into(descriptor, buffer, offset, path)
             finally:
-                # Looked at after the read: a change during it must not pass.
+                # Checked after the read, so that a change during it is detected.
                 self._require_same(path, identity, descriptor)
 
     def close(self) -> None:
-        """Close what is open; a read that is under way finishes first."""
+        """Close all descriptors; a read in progress finishes first."""
         with self._lock:
             self._closed = True
             self._shrink(0)
@@ -219,7 +219,7 @@ class DescriptorPool:
         return descriptor
 
     def _shrink(self, limit: int) -> None:
-        """Close the least recently used descriptors that nobody reads from, down to `limit`."""
+        """Close the least recently used idle descriptors, down to `limit`."""
         idle = [path for path, descriptor in self._open.items() if not self._users[descriptor]]
         for path in idle[: max(0, len(self._open) - limit)]:
             descriptor = self._open.pop(path)

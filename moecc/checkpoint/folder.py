@@ -1,4 +1,4 @@
-"""Opens a Hugging Face folder: config.json, one safetensors file or shards with an index."""
+"""Open a Hugging Face folder: config.json, one safetensors file or shards with an index."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class SafetensorsFolder:
         self._pool = DescriptorPool()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
+        """Return rows [start, stop) of the first axis of a tensor; thread-safe.
 
         Raises:
-          InputError: no such tensor, its file was cut, changed or replaced since it was opened, or
-            a boolean is neither 0 nor 1.
+          InputError: no such tensor, its file was truncated, changed or replaced since opening,
+            or a boolean is neither 0 nor 1.
           MachineError: the system cannot read it.
           ValueError: rows beyond the tensor.
         """
@@ -79,7 +79,7 @@ class SafetensorsFolder:
         return dict(self._companions)
 
     def remarks(self) -> list[str]:
-        """Return nothing: what a folder holds is what is read."""
+        """Return nothing: the folder is read without loss."""
         return []
 
     def licence(self) -> dict[str, str]:
@@ -87,7 +87,7 @@ class SafetensorsFolder:
         return read_licence(self.path)
 
     def files(self) -> list[Path]:
-        """Return the weight files, the index where there is one, and the config."""
+        """Return the weight files, the index if there is one, and the config."""
         beside = [self.path / INDEX_NAME, self.path / CONFIG_NAME]
         return [*self._identities, *(path for path in beside if path.exists())]
 
@@ -117,10 +117,10 @@ class SafetensorsFolder:
 
 
 def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, ...], int]:
-    """Return the shape of rows [start, stop) of a tensor, and the bytes before them.
+    """Return the shape of rows [start, stop) of a tensor, and the number of bytes before them.
 
     Raises:
-      ValueError: rows beyond the tensor, or rows of a tensor without axes.
+      ValueError: rows out of range, or rows of a tensor without axes.
     """
     if not info.shape:
         if start or stop is not None:
@@ -135,11 +135,11 @@ def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, 
 
 
 def open_folder(path: Path) -> SafetensorsFolder:
-    """Open a folder; config, index and all headers are checked, and no weight is read.
+    """Open a folder; config, index and all headers are checked, but no weight is read.
 
     Raises:
       InputError: with all problems of the folder.
-      MachineError: the system does not let us read it.
+      MachineError: the system denies access.
     """
     problems = Problems()
     names = _list(path)

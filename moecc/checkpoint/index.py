@@ -1,4 +1,4 @@
-"""Reads ``model.safetensors.index.json``: which shard holds which tensor."""
+"""Read ``model.safetensors.index.json``, which maps tensors to shards."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Index:
 
     Attributes:
       path: its file.
-      weight_map: file name of each tensor; only those whose file name is usable.
-      named: the tensors that it names, the others included.
-      total_size_bytes: the sum of the tensors' sizes, where the index states it.
+      weight_map: file name of each tensor; only those with a usable file name.
+      named: all tensors that it names, including those with unusable file names.
+      total_size_bytes: the sum of the tensors' sizes, if the index states it.
     """
 
     path: Path
@@ -38,10 +38,10 @@ class Index:
 
 
 def read_index(path: Path, problems: Problems) -> Index:
-    """Read and check an index; what is wrong inside it goes to `problems`.
+    """Read and check an index; errors in its content go to `problems`.
 
     Raises:
-      InputError: the file is no bounded JSON object.
+      InputError: the file is not a bounded JSON object.
       MachineError: the file cannot be read.
     """
     content = read_json_object(path, limit_bytes=MAX_INDEX_BYTES)
@@ -60,7 +60,7 @@ def read_index(path: Path, problems: Problems) -> Index:
 
 
 def compare_with_headers(index: Index, headers: dict[Path, Header], problems: Problems) -> None:
-    """Compare an index with the headers of those of its shards that could be read."""
+    """Compare an index with the headers of the shards that could be read."""
     homes: dict[str, Path] = {}
     for file, header in headers.items():
         for name in header.tensors:
@@ -96,7 +96,7 @@ def _compare_total(index: Index, headers: dict[Path, Header], problems: Problems
 
 
 def _usable(weight_map: dict[str, object], path: Path, problems: Problems) -> dict[str, str]:
-    """Return the entries whose file may be opened; report each bad name, and each bad file once."""
+    """Return the entries with a usable file name; report each bad tensor name and file once."""
     for name in weight_map:
         if name_problem := name_fault(name):
             problems.add(name_problem, where=f"{path}, tensor {quoted(name)}")
@@ -126,12 +126,12 @@ def _usable(weight_map: dict[str, object], path: Path, problems: Problems) -> di
 
 
 def shard_name_fault(file: object) -> str | None:
-    """Say why a file name in an index must not be opened, or None."""
+    """Return why a file name in an index must not be opened, or None."""
     if not isinstance(file, str):
         return "is not a string"
     if fault := name_fault(file):
-        return f"cannot be used: {fault}"
-    # Windows' rules are the wider ones: they see drives, shares and both kinds of slash.
+        return f"is not usable: {fault}"
+    # Windows' rules are the stricter ones: they cover drives, shares and both kinds of slash.
     windows = PureWindowsPath(file)
     if windows.drive or windows.root:
         return "has an absolute path"

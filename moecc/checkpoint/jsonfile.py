@@ -1,6 +1,6 @@
-"""Reads JSON from files that nobody vouches for: bounded, and without second meanings.
+"""Read JSON from untrusted files: bounded and unambiguous.
 
-Python's own reader lets the last of two equal keys win and accepts NaN.  Here both are problems,
+Python's own parser lets the last of two equal keys win and accepts NaN.  Here both are problems,
 and each is reported with its line and column.
 """
 
@@ -20,7 +20,7 @@ from moecc.errors import InputError, Problem
 
 MAX_DEPTH = 64
 MAX_VALUES = 1 << 20
-# Finding places takes a hundred times as long as parsing.
+# Locating problems takes a hundred times as long as parsing.
 _LOCATED_CHARACTERS = 1 << 20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 
@@ -71,13 +71,13 @@ def parse_json(data: bytes | bytearray, where: str, *, max_values: int = MAX_VAL
 
 
 class _Hooks:
-    """Notices duplicate keys and unusable numbers while the C parser runs."""
+    """Detects duplicate keys and unusable numbers while the C parser runs."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
 
     def parse(self, text: str) -> object:
-        """Return the value of `text`; what is wrong with it beside its syntax goes to `faults`.
+        """Return the value of `text`; errors besides syntax go to `faults`.
 
         Raises:
           JSONDecodeError: it is not JSON.
@@ -88,8 +88,8 @@ class _Hooks:
         except json.JSONDecodeError:
             raise
         except ValueError:
-            # Python refuses to read so long an integer, and has not looked at what follows it. Only
-            # now is a function called for each integer: headers have hundreds of thousands.
+            # Python refuses to parse so long an integer, and stops there. Only in this case
+            # is a function called for each integer: headers have hundreds of thousands.
             self.faults.clear()
             return self._loads(text, parse_int=self.integer)
 
@@ -159,7 +159,7 @@ def _decode(data: bytes | bytearray, where: str) -> str:
 
 
 def _report(text: str, where: str, faults: list[str]) -> None:
-    """Raise every duplicate key and unusable number, with its place unless the text is long."""
+    """Raise with every duplicate key and unusable number, located unless the text is long."""
     problems = Problems()
     if len(text) > _LOCATED_CHARACTERS:
         problems.extend(Problem(fault, where) for fault in faults)

@@ -1,4 +1,4 @@
-"""Which files of a folder are its weights, and what to say where that is not clear."""
+"""Select the weight files of a folder, and report ambiguous or missing ones."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SHOWN_NAMES = 10
 def choose_weights(
     path: Path, names: set[str], problems: Problems
 ) -> tuple[Index | None, list[str]]:
-    """Return the index of a folder, where there is one, and the names of the files to open.
+    """Return the index of a folder, if there is one, and the names of the files to open.
 
     Args:
       path: the folder.
-      names: what it holds.
-      problems: receives what is wrong; files that were ignored knowingly are not.
+      names: the files in the folder.
+      problems: receives the errors; files that are known to be irrelevant are not reported.
     """
     numbered = sorted(name for name in names if _SHARD.fullmatch(name))
     if INDEX_NAME in names:
@@ -66,7 +66,7 @@ def _read_index(path: Path, problems: Problems) -> Index | None:
 def _refuse_strangers(
     path: Path, names: set[str], numbered: list[str], index: Index, problems: Problems
 ) -> None:
-    """Report weight files that transformers might load in place of what the index names."""
+    """Report weight files that transformers might load instead of those the index names."""
     shards = set(index.shards)
     if SINGLE_NAME in names and SINGLE_NAME not in shards:
         _ambiguous(path, [SINGLE_NAME, INDEX_NAME], problems)
@@ -86,12 +86,12 @@ def _ambiguous(path: Path, found: list[str], problems: Problems) -> None:
         where=str(path),
         expected=f"either {SINGLE_NAME}, or shards with {INDEX_NAME}",
         found=_some(found),
-        hint="move the set that you do not mean out of the folder",
+        hint="move the set that is not wanted out of the folder",
     )
 
 
 def _no_weights(path: Path, names: set[str], problems: Problems) -> None:
-    """Say what a folder without a usable set of weights holds instead."""
+    """Report what a folder without a usable set of weights holds instead."""
     expected = f"{SINGLE_NAME}, or shards with {INDEX_NAME}"
     what, found, hint = _what_instead(names)
     problems.add(what, where=str(path), expected=expected, found=found, hint=hint)

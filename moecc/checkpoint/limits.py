@@ -1,15 +1,15 @@
-"""Limits of what is believed of a file, whatever its format: sizes and names."""
+"""Limits on untrusted sizes and names, shared by all formats."""
 
 from __future__ import annotations
 
 MAX_NAME_CHARACTERS = 1024
 
 MAX_SIZE = (1 << 63) - 1
-"""The largest size, offset or number of elements: what a signed 64-bit number holds."""
+"""The largest size, offset or number of elements: the range of a signed 64-bit integer."""
 
 
 def name_fault(name: str) -> str | None:
-    """Say what is wrong with the name of a tensor or file, or None."""
+    """Return the problem of a tensor or file name, or None."""
     if not name:
         return "the name is empty"
     if len(name) > MAX_NAME_CHARACTERS:

@@ -1,4 +1,4 @@
-"""Digests of files and tensors, and the comparison of a checkpoint with its manifest."""
+"""Digest files and tensors, and verify a checkpoint against its manifest."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _local = threading.local()
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a regular file, in hexadecimal; memory does not grow with its size.
+    """Return the SHA-256 of a regular file, in hexadecimal, in constant memory.
 
     Raises:
       InputError: there is no such regular file.
@@ -69,7 +69,7 @@ def file_digest(path: Path) -> str:
 
 
 def file_records(files: Mapping[str, Path] | Iterable[Path]) -> dict[str, FileRecord]:
-    """Return size and digest of files, by the names given or by their own; uses two threads.
+    """Return size and digest of files, by the given names or by file name; uses two threads.
 
     Raises: as `file_digest`.
     """
@@ -102,7 +102,7 @@ def verify_manifest(folder: Path) -> list[Problem]:
 
 
 def check_manifest(folder: Path) -> None:
-    """Raise CheckError with everything that `verify_manifest` finds; raises as it otherwise."""
+    """Raise CheckError with all problems that `verify_manifest` finds; otherwise raises as it."""
     if problems := verify_manifest(folder):
         raise CheckError(problems)
 
@@ -172,14 +172,14 @@ class _Verification:
     def _extra_weights(self) -> None:
         for name in sorted(os.listdir(self.folder)):
             if name.endswith(SHARD_SUFFIX) and name not in self.manifest.weights:
-                what = f"the manifest does not know the weight file {quoted(name)}"
+                what = f"the weight file {quoted(name)} is not in the manifest"
                 self.found.add(what, where=str(self.folder), hint="move it out of the folder")
 
     def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
         """Compare names, types and shapes; return the tensors whose bytes can be compared."""
         for file, header in headers.items():
             for name in header.tensors.keys() - self.manifest.tensors.keys():
-                what = f"the manifest does not know the tensor {quoted(name)}"
+                what = f"the tensor {quoted(name)} is not in the manifest"
                 self.found.add(what, where=str(self.folder / file))
         comparable = []
         for name, record in self.manifest.tensors.items():
@@ -203,7 +203,7 @@ class _Verification:
         return comparable
 
     def _digests(self, tensors: list[TensorInfo]) -> None:
-        """Hash the bytes of tensors, in the order in which they lie on disk."""
+        """Hash the bytes of tensors, in their order on disk."""
         ordered = sorted(tensors, key=lambda info: (info.file, info.offset))
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             for info, found in zip(ordered, threads.map(self._digest, ordered), strict=True):

@@ -1,6 +1,6 @@
-"""Writes the model card (README.md) of an export, and reads the licence from its source's card.
+"""Write the model card (README.md) of an export, and read the licence of the source's card.
 
-Nothing is invented: without a licence in the source's card, the new card names none.
+Nothing is invented: if the source's card states no licence, the new card has none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moecc.types.dtypes import DTYPES
 
 CARD_NAME = "README.md"
 GENERATION = "text-generation"
-"""The task of the Hub of a decoder alone."""
+"""The Hub's task of a decoder-only model."""
 
 TAGS = ("moe", "upcycled", "moecc")
 _MAX_CARD_BYTES = 4 << 20
@@ -27,7 +27,7 @@ _PLAIN_SCALAR = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says.
+    """The content of a model card.
 
     Attributes:
       title: the name of the output.
@@ -37,15 +37,15 @@ class CardFacts:
       preserves: the contract of the pipeline, in words.
       dtype: the element type that was written.
       seed: of the random numbers.
-      parameters: how many there are.
-      active_parameters: how many of them a token meets.
+      parameters: the number of parameters.
+      active_parameters: the number of parameters used per token.
       moecc_version: the version that wrote it.
-      task: the pipeline tag of the Hub, where there is one.
-      auto_class: the class of transformers that loads it; None where only moecc does.
-      base_model: the source on the Hub, where known.
+      task: the Hub's pipeline tag, if there is one.
+      auto_class: the transformers class that loads it; None if only moecc does.
+      base_model: the source on the Hub, if known.
       licence: the licence keys of the source's card.
       digests: SHA-256 of the weight files or the source's, by name.
-      notes: what a reader should know, e.g. that the source was quantised.
+      notes: remarks for readers, e.g. that the source was quantised.
     """
 
     title: str
@@ -128,7 +128,7 @@ def _unquoted(item: str) -> str:
 
 
 def _scalar(value: str) -> str:
-    """Print a YAML scalar; what is not plainly a word is quoted (JSON strings are YAML)."""
+    """Print a YAML scalar, quoted unless it is plainly a word (JSON strings are YAML)."""
     plain = _PLAIN_SCALAR.fullmatch(value) and value.lower() not in ("true", "false", "null", "no")
     return value if plain else json.dumps(value)
 
@@ -237,10 +237,10 @@ def _digests(facts: CardFacts) -> str:
 
 
 def _escape(text: str) -> str:
-    """Make a foreign text harmless in Markdown: one line, no markup, no control characters."""
+    """Escape untrusted text for Markdown: one line, no markup, no control characters."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(text, 1000))
 
 
 def _code(text: str) -> str:
-    """Make a foreign text harmless between backticks."""
+    """Escape untrusted text for use between backticks."""
     return printable(text, 1000).replace("`", "'").replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""Looks for NaN and infinity in the tensors of a source, while they are read."""
+"""Detect NaN and infinity in the tensors of a source while they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Nonfinite:
 
     Attributes:
       tensor: its name.
-      index: where the first such element lies.
+      index: the index of the first such element.
       value: ``nan``, ``inf`` or ``-inf``.
     """
 
@@ -33,7 +33,7 @@ class Nonfinite:
         return f"{self.tensor}: {self.value} at {list(self.index)}"
 
     def problem(self) -> Problem:
-        """Return what to tell the user."""
+        """Return the problem to report."""
         return Problem(
             "a weight is not finite",
             f"tensor {quoted(self.tensor)}",
@@ -43,10 +43,10 @@ class Nonfinite:
 
 
 class ScanningReader:
-    """Reads through another reader, and notes what is not finite; safe to use from threads.
+    """A reader that wraps another one and records values that are not finite; thread-safe.
 
     Args:
-      reader: what reads.
+      reader: the wrapped reader.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -57,7 +57,7 @@ class ScanningReader:
 
     @property
     def found(self) -> tuple[Nonfinite, ...]:
-        """What was found so far, by the names of the tensors."""
+        """The tensors found so far, sorted by name."""
         with self._lock:
             return tuple(self._found[name][1] for name in sorted(self._found))
 

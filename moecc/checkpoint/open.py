@@ -1,4 +1,4 @@
-"""Opens a checkpoint, whatever its format: the one place that knows all of them."""
+"""Open a checkpoint of any format: the only module that knows all formats."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Everything is checked from headers and configs here; no weight is read.
 
     Raises:
-      InputError: not a checkpoint, or a faulty one; all problems at once.
-      MachineError: the system does not let us read it.
+      InputError: not a checkpoint, or an invalid one; all problems at once.
+      MachineError: the system denies access.
     """
     source = Path(path)
     try:
@@ -39,7 +39,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def _open_file(source: Path) -> Checkpoint:
     kind = sniff_file(source)
     if kind is not None and kind.name == "GGUF":
-        # Few models come as GGUF, and its reader is half of this room.
+        # GGUF models are rare, and its reader is half of this package.
         from moecc.checkpoint.gguf import open_gguf
 
         return open_gguf(source)

@@ -1,7 +1,7 @@
-"""The folder that a conversion writes: refused early, filled aside, put in place whole.
+"""The output folder of a conversion: checked early, filled under a temporary name, then renamed.
 
-The new folder is filled under a temporary name beside the place where it will stand and renamed
-when it is complete.  Whoever looks meets the old folder, no folder, or the complete new one.
+The new folder is filled under a temporary name next to its destination and renamed
+when it is complete.  Other processes see the old folder, no folder, or the complete new one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _PRIVATE = 0o700
 
 @dataclass(frozen=True, slots=True)
 class OutputPlace:
-    """A checked place for an output folder.
+    """A checked destination of an output folder.
 
     Attributes:
-      folder: where it will stand, symbolic links followed.
-      replaces: whether an old folder with content stands there and will be replaced.
+      folder: the destination, symbolic links resolved.
+      replaces: whether an existing folder with content will be replaced.
     """
 
     folder: Path
@@ -45,18 +45,18 @@ def check_output(
     force: bool = False,
     needed_bytes: int = 0,
 ) -> OutputPlace:
-    """Say whether a folder may be written, before anything is; nothing is created.
+    """Check whether a folder may be written, before anything is; nothing is created.
 
     Args:
-      out: the folder to write.
-      inputs: folders and files that are read: the output must not touch them.
+      out: the output folder.
+      inputs: folders and files that are read, which the output must not touch.
       force: whether an existing folder may be replaced.
-      needed_bytes: what will be written.
+      needed_bytes: the size of the output.
 
     Raises:
-      InputError: it is a file, not empty, equal to or inside an input or the other way about, the
+      InputError: it is a file, not empty, equal to or inside an input or vice versa, the
         working folder or a mount point, or has no parent; all problems at once.
-      MachineError: the parent cannot be written, or the disk is too small.
+      MachineError: the parent is not writable, or the disk is too small.
     """
     folder = Path(os.path.realpath(out))
     problems = Problems()
@@ -79,9 +79,9 @@ def output_folder(
     force: bool = False,
     needed_bytes: int = 0,
 ) -> Iterator[Path]:
-    """Give a temporary folder to fill; put it in place at the end, or remove it on any failure.
+    """Yield a temporary folder to fill; rename it at the end, or remove it on any failure.
 
-    Files must have been synchronised by whoever wrote them.  An old folder is replaced only once
+    The writer must have synchronised its files.  An old folder is replaced only once
     the new one is complete.  Arguments and errors are those of `check_output`.
     """
     place = check_output(out, inputs=inputs, force=force, needed_bytes=needed_bytes)
@@ -92,13 +92,13 @@ def output_folder(
         temporary.chmod(mode)
         _synchronise_tree(temporary)
         _put_in_place(temporary, place)
-    except BaseException:  # Ctrl-C included: nothing half-written stays
+    except BaseException:  # Ctrl-C included: nothing half-written remains
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def _check_existing(folder: Path, out: Path, force: bool, problems: Problems) -> bool:
-    """Report why what stands at the output cannot be replaced; say whether it has content."""
+    """Report why an existing output cannot be replaced; return whether it has content."""
     where = str(out)
     if not os.path.lexists(folder):
         return False
@@ -135,16 +135,16 @@ def _names(folder: Path) -> list[str]:
 
 
 def _check_apart(folder: Path, source: Path, out: Path, given: Path, problems: Problems) -> None:
-    """Report an output that equals an input, lies in it, or holds it."""
+    """Report an output that equals an input, is inside it, or contains it."""
     if _same(folder, source):
         what = "the output is the input"
     elif any(_same(above, source) for above in folder.parents):
-        what = "the output lies inside the input"
+        what = "the output is inside the input"
     elif any(_same(above, folder) for above in source.parents):
-        what = "the input lies inside the output"
+        what = "the input is inside the output"
     else:
         return
-    hint = "give a folder apart from the input"
+    hint = "choose a folder outside the input"
     problems.add(what, where=str(out), found=f"the input {given}", hint=hint)
 
 
@@ -177,7 +177,7 @@ def _require_machine(folder: Path, out: Path, needed_bytes: int) -> None:
 
 
 def _make_private(folder: Path) -> int:
-    """Make a folder that only this user can enter; return the mode that the umask would give."""
+    """Create a folder that only this user can enter; return the mode that the umask implies."""
     try:
         folder.mkdir()
         mode = stat.S_IMODE(folder.stat().st_mode)
@@ -219,7 +219,7 @@ def _put_in_place(temporary: Path, place: OutputPlace) -> None:
         if os.path.lexists(old) and not os.path.lexists(place.folder):
             os.rename(old, place.folder)
         raise
-    # rmtree works on descriptors: a link that appears meanwhile is removed, never followed.
+    # rmtree uses descriptors: a link created meanwhile is removed, never followed.
     shutil.rmtree(old, ignore_errors=True)
     if os.path.lexists(old):
         raise MachineError(
@@ -236,7 +236,7 @@ def _rename_in(temporary: Path, folder: Path) -> None:
     except OSError as error:
         if os.path.isdir(folder) and os.listdir(folder):
             raise InputError(
-                "the output folder was filled by something else in the meantime",
+                "the output folder was filled by another process in the meantime",
                 where=str(folder),
             ) from None
         raise os_problem(error, folder, "rename") from None

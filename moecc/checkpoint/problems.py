@@ -1,4 +1,4 @@
-"""Collects what is wrong with an input, so that it is reported whole, and in bounded length."""
+"""Collect the problems of an input, so that all are reported, in bounded length."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ class Problems:
                 self._hidden += 1
 
     def listed(self) -> list[Problem]:
-        """Return what was recorded, with a last line that counts what was left out."""
+        """Return the recorded problems, with a last line that counts the omitted ones."""
         if not self._hidden:
             return list(self._shown)
         return [*self._shown, Problem(f"and {self._hidden:,} more problems like these")]
 
     def raise_if_any(self, error: type[MoeccError] = InputError) -> None:
-        """Raise `error` with everything that was recorded, if anything was."""
+        """Raise `error` with all recorded problems, if there are any."""
         if self._shown:
             raise error(self.listed())
 
 
 def describe(value: object) -> str:
-    """Describe a foreign JSON value in a few words, whatever its size or depth."""
+    """Describe an untrusted JSON value in a few words, whatever its size or depth."""
     if isinstance(value, dict):
         return f"an object with {len(value):,} keys"
     if isinstance(value, list):
@@ -66,11 +66,11 @@ def describe(value: object) -> str:
 
 
 def quoted(name: str) -> str:
-    """Return a foreign name in quotes, safe for a terminal."""
+    """Return an untrusted name in quotes, safe for a terminal."""
     return f"'{_clipped(name, 160)}'"
 
 
 def _clipped(text: str, limit: int) -> str:
-    """Escape the beginning of a foreign text: it is cut first, because it may be megabytes."""
+    """Escape the beginning of an untrusted text, truncated first, because it may be megabytes."""
     shown = printable(text[:limit], limit * 10)
     return shown if len(text) <= limit else f"{shown}… ({len(text):,} characters)"

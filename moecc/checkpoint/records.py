@@ -1,7 +1,7 @@
-"""``moecc_manifest.json``: where a checkpoint came from, and the digest of everything in it.
+"""``moecc_manifest.json``: the provenance of a checkpoint, and digests of all its content.
 
-The last line of the file seals it: a SHA-256 of every byte before.  With it, one changed bit
-anywhere in a checkpoint is found, in the manifest as in the weights.
+The last line of the file is a seal: the SHA-256 of all bytes before it.  It detects a changed bit
+anywhere in a checkpoint, in the manifest as in the weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TAIL = b'"\n}\n'
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that the bytes of a conversion can depend on."""
+    """Return the versions of the libraries that the bytes of a conversion may depend on."""
     return {
         "moecc": __version__,
         "python": platform.python_version(),
@@ -55,7 +55,7 @@ class WeightFileRecord:
     """A safetensors file: its size in bytes, and the SHA-256 of its header.
 
     The header is everything before the data, the length included; the data are covered by the
-    digests of the tensors, and are hashed once.
+    digests of the tensors, and are hashed only once.
     """
 
     size_bytes: int
@@ -74,23 +74,23 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a written checkpoint.
+    """The content of a manifest.
 
     Attributes:
       pipeline: the passes, as a pipeline string.
       seed: of the random numbers.
       source: the last part of the source's path, or its preset.
-      source_files: the files that were read, by name.
+      source_files: the input files, by name.
       family_from: the family of the source.
       family_to: the family that was written.
-      dtype: the element type asked for, or ``as stored``.
+      dtype: the requested element type, or ``as stored``.
       preserves: the contract of the pipeline (``exact``, ``reassociation``, or the reason).
       weights: the safetensors files, by name.
       files: the other files, by name; the model card, which people edit, is not among them.
       tensors: by name.
-      notes: what a reader should know, e.g. tensors with values that are not finite.
-      versions: of moecc and the libraries below it.
-      schema: version of this layout.
+      notes: remarks for readers, e.g. tensors with values that are not finite.
+      versions: of moecc and the libraries it uses.
+      schema: the version of this layout.
     """
 
     pipeline: str
@@ -135,8 +135,8 @@ def load(folder: Path) -> Manifest:
     """Read the manifest of a folder.
 
     Raises:
-      InputError: there is none, or it is one of another version of moecc; all problems at once.
-      CheckError: it is not as moecc wrote it.
+      InputError: there is none, or another version of moecc wrote it; all problems at once.
+      CheckError: it differs from what moecc wrote.
       MachineError: it cannot be read.
     """
     path = folder / MANIFEST_NAME
@@ -148,7 +148,7 @@ def load(folder: Path) -> Manifest:
     data = read_bounded(path, MAX_MANIFEST_BYTES)
     content = data[: max(0, data.rfind(_SEAL))]
     if seal(content) != data:
-        what = "the manifest was changed after it was written: its seal does not fit its content"
+        what = "the manifest was changed after it was written: its seal does not match its content"
         raise CheckError(what, where=str(path), hint="fetch the file again")
     document = parse_json(data, str(path), max_values=_MAX_VALUES)
     return _Reader(_of_known_schema(document, str(path)), str(path)).manifest()
@@ -169,14 +169,14 @@ def _of_known_schema(document: object, where: str) -> dict[str, object]:
 
 
 def is_recordable(name: str) -> bool:
-    """Whether a manifest can name this file: printable, and inside the folder on every system."""
+    """Whether a manifest allows this file name: printable, and inside the folder everywhere."""
     path = PureWindowsPath(name)
     outside = path.drive or path.root or ".." in path.parts or "\\" in name
     return not (name_fault(name) or outside)
 
 
 def seal(content: bytes) -> bytes:
-    """Append the line that seals the content of a manifest."""
+    """Append the seal line to the content of a manifest."""
     return content + _SEAL + hashlib.sha256(content).hexdigest().encode() + _TAIL
 
 
@@ -206,7 +206,7 @@ class _Reader:
         self.problems = Problems()
 
     def manifest(self) -> Manifest:
-        """Return the manifest, or raise all its problems."""
+        """Return the manifest, or raise with all its problems."""
         self._refuse_strange_keys()
         weights = self._weights()
         made = Manifest(
@@ -258,7 +258,7 @@ class _Reader:
         return ""
 
     def _records(self, key: str, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
-        """Return those entries of a mapping that have exactly the fields of their record."""
+        """Return the entries of a mapping that have exactly the fields of their record."""
         value = self.document.get(key)
         if not isinstance(value, dict):
             self._wrong(key, "an object", value)
@@ -325,6 +325,6 @@ class _Reader:
         return {}
 
     def _require_inside(self, name: str, key: str) -> None:
-        """Report a file name that would lead out of the folder."""
+        """Report a file name that points outside the folder."""
         if not is_recordable(name):
             self._wrong(key, "names of files in the folder", name)

@@ -2,7 +2,7 @@
 
 The format is eight bytes of length N, N bytes of JSON, and one buffer of data that the tensors
 cover without gap or overlap (the README of the safetensors project is its specification).  The
-usual parser is laxer: it lets duplicate names, stray fields and unreadable shapes pass.
+usual parser is laxer: it accepts duplicate names, stray fields and unreadable shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 18
 MAX_RANK = 64
 _LENGTH_BYTES = 8
-# What goes beyond this for each tensor is no header, but a way to make a reader work.
+# A header longer than this per tensor is an attack on the reader, not a header.
 _FREE_HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 16 << 20, 512
 _FREE_VALUES, _VALUES_PER_TENSOR = 1 << 20, 16
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -40,9 +40,9 @@ class Header:
     """A checked header.
 
     Attributes:
-      tensors: what the file holds, by name, in the order of the header.
+      tensors: the tensors by name, in the order of the header.
       metadata: the strings under ``__metadata__``.
-      data_start_bytes: where the buffer begins in the file.
+      data_start_bytes: the offset of the buffer in the file.
       identity: the state of the file when its header was read.
     """
 
@@ -80,7 +80,7 @@ def _read_raw(descriptor: int, size_bytes: int, path: Path) -> bytearray:
 
 
 def _length_fault(length: int, head: bytes, size_bytes: int) -> tuple[str, str, str] | None:
-    """Return what is wrong, what was expected and what was found at the start of a file."""
+    """Return the problem, the expected and the found value of a wrong start of a file, or None."""
     if size_bytes < _LENGTH_BYTES:
         return "the file is too small to have a header", "8 bytes or more", f"{size_bytes} bytes"
     if length > MAX_HEADER_BYTES:
@@ -121,7 +121,7 @@ def _parse(raw: bytearray, path: Path) -> dict[str, object]:
         )
     if len(raw) > _FREE_HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * tensors:
         raise InputError(
-            "the header is far too long for what it lists",
+            "the header is far too long for its number of tensors",
             where=str(path),
             found=f"{len(raw):,} bytes for {tensors:,} tensors",
         )
@@ -141,7 +141,7 @@ class _Span:
 
 
 class _Check:
-    """One pass over the entries of a header, which collects every problem."""
+    """One pass over the entries of a header that collects every problem."""
 
     def __init__(self, path: Path, header_bytes: int, identity: Identity) -> None:
         self.path = path
@@ -153,7 +153,7 @@ class _Check:
         self.spans_complete = True
 
     def header(self, entries: dict[str, object]) -> Header:
-        """Return the checked header, or raise all its problems."""
+        """Return the checked header, or raise with all its problems."""
         metadata = self._metadata(entries.pop("__metadata__", {}))
         tensors = {}
         for name, entry in entries.items():
@@ -228,7 +228,7 @@ class _Check:
         expected = f"one of {', '.join(BY_SAFETENSORS)}"
         word = value if type(value) is str and len(value) <= _LONGEST_DTYPE else ""
         if word in _SUB_BYTE:
-            what = "the element type packs several elements into a byte, which moecc does not read"
+            what = "moecc does not support types that pack several elements into a byte"
             self._add(name, what, expected, value, hint="use an unpacked copy of the model")
         elif word in _UNSUPPORTED:
             self._add(name, "moecc does not compute with this element type", expected, value)
@@ -242,7 +242,7 @@ class _Check:
             expected = f"a list of at most {MAX_RANK} whole numbers from 0 to 2^63 - 1"
             self._add(name, "the shape is not usable", expected, _first_odd(value))
             return None
-        # Zero axes are left out: NumPy refuses [0, 2**62, 2**62] although it has no element.
+        # Axes of size 0 are excluded: NumPy rejects [0, 2**62, 2**62] although it has no element.
         elements = prod(size for size in value if size)
         if elements > MAX_SIZE:
             expected = "fewer than 2^63 elements"
@@ -262,7 +262,7 @@ class _Check:
         return span
 
     def _layout(self) -> None:
-        """Check that the tensors cover the buffer once, and nothing beyond it."""
+        """Check that the tensors cover the buffer exactly once."""
         where = str(self.path)
         reach = _Span(0, 0, "")
         for span in sorted(self.spans, key=lambda span: (span.begin, span.end)):
@@ -309,7 +309,7 @@ def _naturals(values: list[object]) -> bool:
 
 
 def _first_odd(value: object) -> object:
-    """Return the first element of a list that is not a usable size, where there is one."""
+    """Return the first element of a list that is not a usable size, if any."""
     if type(value) is not list:
         return value
     return next((item for item in value if not _naturals([item])), value)

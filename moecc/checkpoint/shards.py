@@ -1,4 +1,4 @@
-"""Which tensor goes into which safetensors file, where in it, and the headers that say so."""
+"""Assign tensors to safetensors files and offsets, and write the headers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Shard:
 
     Attributes:
       name: its name in the folder.
-      header: the length and the header, padded: everything before the data.
-      offsets: where the data of each tensor begin in the file, by the tensor's name, in order.
+      header: the length and the padded header: everything before the data.
+      offsets: the start of the data of each tensor in the file, by the tensor's name, in order.
       size_bytes: the size of the file.
     """
 
@@ -55,7 +55,7 @@ def plan_shards(
 ) -> list[Shard]:
     """Distribute tensors over files of at most `max_shard_bytes`, header included.
 
-    Neighbours by name, numbers counted as numbers, stay together, so that a layer lies in one or
+    Tensors are sorted by name, numbers compared as numbers, so that a layer is stored in one or
     two files; within a file the tensors with the largest elements come first, so that all are
     aligned.  A tensor larger than the limit gets a file of its own.
 
@@ -96,7 +96,7 @@ def natural(name: str) -> tuple[tuple[int, int | str], ...]:
     """Return a key that sorts ``layers.2`` before ``layers.10``."""
     parts = _DIGITS.split(name)
     key = tuple((0, int(p)) if i % 2 else (1, p) for i, p in enumerate(parts))
-    # Equal numbers with other leading zeros are still other names.
+    # Equal numbers with different leading zeros are different names.
     return (*key, (2, name))
 
 
@@ -134,7 +134,7 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def _entry_bytes(entry: Entry) -> int:
-    """Return at least the bytes of an entry of the header, wherever its data lie."""
+    """Return a lower bound on the bytes of a header entry, for any offsets."""
     name = len(json.dumps(entry.name, ensure_ascii=False).encode())
     fixed = len(',:{"dtype":"","shape":[],"data_offsets":[,]}') + 2 * 19
     return name + fixed + 8 + sum(len(str(size)) + 1 for size in entry.shape)

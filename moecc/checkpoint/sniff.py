@@ -1,4 +1,4 @@
-"""Tells from the first bytes of a file what it really is, whatever it is called."""
+"""Detect the actual type of a file from its first bytes, whatever its name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FETCH = "the download did not fetch the content; fetch it again"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of file: its name, a few words for a message, and a way out."""
+    """A type of file: its name, a description for messages, and a way out."""
 
     name: str
     text: str
@@ -49,7 +49,7 @@ _MARKUP = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 
 
 def sniff(head: bytes) -> Kind | None:
-    """Return the kind of a file that begins with `head`, or None where it is not known."""
+    """Return the kind of a file that begins with `head`, or None if unknown."""
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind

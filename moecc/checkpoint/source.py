@@ -1,4 +1,4 @@
-"""What a checkpoint is to the rest of moecc; `moecc.checkpoint.open` opens one."""
+"""The checkpoint protocol; `moecc.checkpoint.open` opens one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TensorInfo:
       shape: its sizes, outermost first.
       nbytes: its size in the file, in bytes.
       file: the file that holds it.
-      offset: where its first byte lies in that file.
-      storage: the type on disk where that is another one (``Q4_1``), else empty.
+      offset: the offset of its first byte in that file.
+      storage: the type on disk if it differs (``Q4_1``), otherwise empty.
     """
 
     name: str
@@ -36,13 +36,13 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """An opened checkpoint: everything known from headers, weights read on demand.
+    """An opened checkpoint: metadata from headers, weights read on demand.
 
     Attributes:
       path: the folder or file that was opened.
       format: ``safetensors`` or ``gguf``.
       config: the content of config.json.
-      tensors: what it holds, by name.
+      tensors: the tensors, by name.
     """
 
     path: Path
@@ -51,25 +51,25 @@ class Checkpoint(Protocol):
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
+        """Return rows [start, stop) of the first axis of a tensor; thread-safe.
 
         Raises:
-          InputError: no such tensor, or its file was cut, changed or replaced since it was opened.
+          InputError: no such tensor, or its file was truncated, changed or replaced since opening.
           MachineError: the system cannot read it.
           ValueError: rows beyond the tensor.
         """
         ...
 
     def companions(self) -> dict[str, Path | bytes]:
-        """Return what an export copies byte for byte: tokenizer, generation config, licences."""
+        """Return the files that an export copies: tokenizer, generation config, licences."""
         ...
 
     def remarks(self) -> list[str]:
-        """Return what a reader of the result should know, such as that weights were quantised."""
+        """Return notes for readers of the result, such as that weights were quantised."""
         ...
 
     def licence(self) -> dict[str, str]:
-        """Return the licence keys of the model's card, where it states one."""
+        """Return the licence keys of the model's card, if it states any."""
         ...
 
     def files(self) -> list[Path]:

@@ -1,8 +1,8 @@
-"""Writes weight expressions as a sharded safetensors checkpoint, in bounded memory.
+"""Write weight expressions as a sharded safetensors checkpoint, in bounded memory.
 
 Each distinct expression is read, evaluated and hashed once, a block at a time, and every block is
-written at once to all places that hold it.  Threads take one expression each, so that reading and
-hashing of one runs beside the writing of another; where a byte goes is settled before, and no byte
+written at once to all its destinations.  Each thread takes one expression, so that reading and
+hashing of one overlap with writing of another; offsets are fixed beforehand, so no byte
 depends on the threads.
 """
 
@@ -36,10 +36,10 @@ from moecc.weights.expr import Expr, sources
 from moecc.weights.simplify import simplify
 
 BLOCK_BYTES = 4 << 20
-"""How much of a tensor is evaluated at a time: it should still lie in a cache when it is hashed."""
+"""The block size of evaluation: a block should still be in the cache when it is hashed."""
 
 Progress = Callable[[int, int], None]
-"""Gets the bytes written so far and the bytes in all."""
+"""Receives the bytes written so far and the total bytes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class OutputTensor:
 
     Attributes:
       name: its name in the checkpoint.
-      expr: how it is made; the order of its axes is that on disk.
+      expr: its expression; the order of its axes is that on disk.
       dtype: its element type on disk.
     """
 
@@ -59,7 +59,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A tensor that was written: what it is, in which file, and the SHA-256 of its bytes."""
+    """A written tensor: name, type, file, and the SHA-256 of its bytes."""
 
     name: str
     dtype: DType
@@ -71,13 +71,13 @@ class WrittenTensor:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What was written.
+    """A report of the written files and tensors.
 
     Attributes:
-      tensors: in the order of their names, numbers counted as numbers.
-      files: the size of each file in bytes, by its name; the index is one of them.
+      tensors: sorted by name, numbers compared as numbers.
+      files: the size of each file in bytes, by its name, the index included.
       total_bytes: the bytes of all tensors.
-      distinct_bytes: the bytes of the tensors that differ, which were evaluated and hashed.
+      distinct_bytes: the bytes of the distinct tensors, which were evaluated and hashed.
       nonfinite: the source tensors that hold NaN or infinity.
     """
 
@@ -99,26 +99,26 @@ def write_checkpoint(
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
 ) -> WriteReport:
-    """Write `tensors` into `folder`, synchronised to the disk.
+    """Write `tensors` into `folder`, and synchronise it to the disk.
 
     Args:
-      folder: an existing folder without weights; what is in it after an error is of no use.
-      tensors: what to write, in any order.
+      folder: an existing folder without weights; after an error its content is undefined.
+      tensors: the tensors to write, in any order.
       reader: reads the sources; called from several threads.
       max_shard_bytes: the limit of a file; a larger tensor gets a file of its own.
-      metadata: goes into the header of each file, beside ``format``.
-      threads: how many expressions are evaluated at a time.
+      metadata: additional header entries of each file, besides ``format``.
+      threads: the number of expressions evaluated concurrently.
       progress: called after each block, from one thread at a time.
       allow_nonfinite: whether sources may hold NaN and infinity.
 
     Raises:
-      UsageError: a limit that is none.
+      UsageError: an invalid limit.
       InputError: names that cannot be written; sources that are not finite, or values that
         overflow, all of them at once; a source that changed.
-      MachineError: the system refuses to write.
+      MachineError: a write failed.
     """
     if max_shard_bytes < 1 or threads < 1:
-        raise UsageError("max_shard_bytes and threads are at least 1")
+        raise UsageError("max_shard_bytes and threads must be at least 1")
     wanted = _checked(tensors)
     entries = [Entry(t.name, t.dtype, t.expr.type.shape) for t in tensors]
     shards = plan_shards(entries, max_shard_bytes, {"format": "pt", **(metadata or {})})
@@ -141,7 +141,7 @@ def write_checkpoint(
 
 
 def _checked(tensors: Sequence[OutputTensor]) -> list[Expr]:
-    """Return the expressions to evaluate, simplified. Raises InputError with all that is wrong."""
+    """Return the expressions to evaluate, simplified. Raises InputError with all problems."""
     problems = Problems()
     made: list[Expr] = []
     names: set[str] = set()
@@ -162,7 +162,7 @@ def _checked(tensors: Sequence[OutputTensor]) -> list[Expr]:
 
 @dataclass(eq=False)
 class _Job:
-    """A distinct expression, the files and offsets that its bytes go to, and then their digest."""
+    """A distinct expression, the files and offsets of its copies, and finally their digest."""
 
     expr: Expr
     names: list[str] = field(default_factory=list)
@@ -191,7 +191,7 @@ class _File:
 def _jobs(
     tensors: Sequence[OutputTensor], wanted: list[Expr], places: Mapping[str, tuple[_File, int]]
 ) -> list[_Job]:
-    """Group the tensors by what makes their bytes; the largest first, to end together."""
+    """Group the tensors by the expression of their bytes; the largest first, to end together."""
     jobs: dict[Expr, _Job] = {}
     for tensor, expr in zip(tensors, wanted, strict=True):
         key = same_bytes(expr)
@@ -204,7 +204,7 @@ def _jobs(
 
 
 class _Work:
-    """Evaluates, hashes and writes jobs; after a problem it goes on without writing."""
+    """Evaluates, hashes and writes jobs; after a problem it continues without writing."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class _Work:
         self._problems = Problems()
 
     def run(self, jobs: Sequence[_Job], threads: int) -> None:
-        """Do all jobs; an exception of one ends the others."""
+        """Run all jobs; an exception in one ends the others."""
         with ThreadPoolExecutor(threads) as pool:
             futures = [pool.submit(self._job, job) for job in jobs]
             try:
@@ -238,7 +238,7 @@ class _Work:
                 raise
 
     def raise_problems(self) -> None:
-        """Raise InputError with everything that was wrong with the values."""
+        """Raise InputError with all problems of the values."""
         if not self._allow_nonfinite:
             self._problems.extend(found.problem() for found in self._scan.found)
         self._problems.raise_if_any()
@@ -299,7 +299,7 @@ def _bytes(values: Array) -> memoryview:
 
 @contextmanager
 def _opened(folder: Path, shards: Sequence[Shard]) -> Iterator[dict[str, _File]]:
-    """Make the files, at their full size and with their headers; close them in the end."""
+    """Create the files, at their full size and with their headers; close them in the end."""
     files: dict[str, _File] = {}
     try:
         for shard in shards:

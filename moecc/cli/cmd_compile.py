@@ -1,4 +1,4 @@
-"""``moecc compile``: a step of a model, compiled for a machine that need not be there."""
+"""``moecc compile``: compile a step of a model for hardware that need not be attached."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Emit(StrEnum):
 
 
 class Partition(StrEnum):
-    """Whose collectives a program has."""
+    """The origin of a program's collectives."""
 
     explicit = "explicit"
     gspmd = "gspmd"
@@ -42,7 +42,7 @@ class Partition(StrEnum):
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """What ``moecc compile`` is asked for."""
+    """The arguments and options of ``moecc compile``."""
 
     model: AnyModelArgument
     machine: MachineOption
@@ -114,10 +114,10 @@ def compile_step(asked: CompileRequest) -> int:
 
 
 def ahead_request(asked: CompileRequest) -> Request:
-    """Return what the compiling process is asked for.
+    """Return the request to the compiling process.
 
     Raises:
-      UsageError: machine, mesh, rules, lengths or type cannot be read.
+      UsageError: machine, mesh, rules, lengths or type cannot be parsed.
     """
     from moecc.ahead.request import Request
     from moecc.plan.batches import parse_lengths
@@ -147,7 +147,7 @@ def ahead_request(asked: CompileRequest) -> Request:
 
 
 def _check_machine(asked: CompileRequest, rules: tuple[str, ...] | None) -> None:
-    # The compiling process reads both again; what is wrong is said before one is started.
+    # The compiling process parses both again; errors are reported before it is started.
     from moecc.plan.machines import parse_machine
     from moecc.plan.meshes import plan_mesh
 

@@ -1,4 +1,4 @@
-"""``moecc convert``: a checkpoint through a pipeline into another family."""
+"""``moecc convert``: convert a checkpoint through a pipeline to another family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What ``moecc convert`` is asked for."""
+    """The arguments and options of ``moecc convert``."""
 
     source: SourceArgument
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
@@ -92,7 +92,7 @@ def _write(planned: Plan, asked: ConvertRequest, max_shard_bytes: int) -> None:
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
-    """Return what was planned, and written unless `dry_run`, for people."""
+    """Return the human-readable plan, written unless `dry_run`."""
     from moecc.support.text import count_text, size_text
 
     facts, family = planned.facts, planned.graph.attrs.get("family")
@@ -112,7 +112,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
 
 
 def _shortened(remarks: Iterable[str]) -> list[str]:
-    """Return the remarks with those of equal text at many places made one line."""
+    """Return the remarks, with equal texts at several locations merged into one line."""
     places: dict[str, list[str]] = {}
     for remark in remarks:
         where, _, text = remark.partition(": ")

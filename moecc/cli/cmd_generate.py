@@ -13,7 +13,7 @@ from moecc.cli.options import ModelArgument, WeightsOption
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What ``moecc generate`` is asked for."""
+    """The arguments and options of ``moecc generate``."""
 
     model: ModelArgument
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")]

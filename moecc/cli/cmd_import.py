@@ -1,4 +1,4 @@
-"""``moecc import``: the graph of a checkpoint, as text."""
+"""``moecc import``: print the graph of a checkpoint as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moecc.cli.options import PaddingMaskOption, SourceArgument
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """What ``moecc import`` is asked for."""
+    """The arguments and options of ``moecc import``."""
 
     source: SourceArgument
     output: Annotated[

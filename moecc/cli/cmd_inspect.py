@@ -1,4 +1,4 @@
-"""``moecc inspect``: what a model is, what of it can be upcycled, and where it could go."""
+"""``moecc inspect``: describe a model, its convertible FFN blocks and its export targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InspectRequest:
-    """What ``moecc inspect`` is asked for."""
+    """The arguments and options of ``moecc inspect``."""
 
     source: Annotated[
         str,
@@ -46,13 +46,13 @@ def inspect(asked: InspectRequest) -> None:
 
 
 def inspection(model: Model) -> dict[str, Any]:
-    """Return what `moecc inspect` says of `model`, as JSON values."""
+    """Return the inspection of `model` as JSON values."""
     from moecc.analysis.ffn import find_ffn_blocks
     from moecc.families.describe import describe
     from moecc.families.flops import CONVENTION
     from moecc.ir.unroll import unrolled
 
-    # Layers that are repeated count as often as they are.
+    # Repeated layers count once per repetition.
     graph = unrolled(model.graph)
     facts = describe(graph)
     return {
@@ -106,7 +106,7 @@ def _targets(graph: Graph) -> dict[str, object]:
 
 
 def inspection_text(data: dict[str, Any]) -> str:
-    """Return an inspection for people."""
+    """Return a human-readable inspection."""
     from moecc.families.describe import PAPER_GROUPS
     from moecc.support.text import count_text
 

@@ -1,4 +1,4 @@
-"""``moecc launch``: several processes on this machine, and scripts for clusters."""
+"""``moecc launch``: run several processes on this machine, or print scripts for clusters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_LOCAL = 64
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """What ``moecc launch`` is asked for."""
+    """The arguments and options of ``moecc launch``."""
 
     how: Annotated[How, typer.Argument(metavar="local|template", help="Start, or print a script.")]
     command: Annotated[
@@ -67,7 +67,7 @@ def launch(asked: LaunchRequest) -> int:
     from moecc.launch.supervisor import Supervisor
 
     words = _program(asked.command)
-    # Processes of one machine cannot share its accelerators, but can its cores.
+    # Processes of one machine cannot share its accelerators, but can share its cores.
     platforms = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
     ended = Supervisor(
         words, asked.processes, stuck_seconds=asked.step_seconds, environment=platforms
@@ -76,10 +76,10 @@ def launch(asked: LaunchRequest) -> int:
 
 
 def _checked(command: list[str]) -> list[str]:
-    """Return `command` if it is one of moecc's.
+    """Return `command` if it is a command of moecc.
 
     Raises:
-      UsageError: it is none.
+      UsageError: it is not.
     """
     from moecc.cli.main import COMMANDS
     from moecc.errors import UsageError, nearest
@@ -88,8 +88,8 @@ def _checked(command: list[str]) -> list[str]:
     if not command or command[0] not in known:
         word = command[0] if command else ""
         raise UsageError(
-            "what is to run is no command of moecc",
-            expected="run, say, after --",
+            "the command to run is not a command of moecc",
+            expected="for example run, after --",
             found=word or "nothing",
             hint=nearest(word, known),
         )
@@ -97,7 +97,7 @@ def _checked(command: list[str]) -> list[str]:
 
 
 def _program(command: list[str]) -> list[str]:
-    """Return what each process is started with."""
+    """Return the command line that each process is started with."""
     if command[0] == "python" and len(command) > 1:
         return [sys.executable, *command[1:]]
     return [sys.executable, "-m", "moecc", *_checked(command)]

@@ -1,4 +1,4 @@
-"""``moecc lower``: what a graph becomes on its way to a machine."""
+"""``moecc lower``: print a model's program at a level of lowering."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moecc.cli.options import WeightsOption
 
 @dataclass(frozen=True)
 class LowerRequest:
-    """What ``moecc lower`` is asked for."""
+    """The arguments and options of ``moecc lower``."""
 
     model: Annotated[
         str,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptRequest:
-    """What ``moecc opt`` is asked for."""
+    """The arguments and options of ``moecc opt``."""
 
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A .moe graph, or stdin.")]
     pipeline: Annotated[

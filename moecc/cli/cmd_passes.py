@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PassesRequest:
-    """What ``moecc passes`` is asked for."""
+    """The arguments and options of ``moecc passes``."""
 
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass alone.")] = (
         None

@@ -1,4 +1,4 @@
-"""``moecc plan``: what a model costs on a machine, and the mesh that suits it best."""
+"""``moecc plan``: predict the cost of a model on a machine, and find the best mesh."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Step(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """What updates the parameters."""
+    """The optimizer of the parameters."""
 
     adamw = "adamw"
     adafactor = "adafactor"
 
 
 class Remat(StrEnum):
-    """What the backward pass computes again."""
+    """What the backward pass recomputes."""
 
     none = "none"
     save = "save"
@@ -59,7 +59,7 @@ class Via(StrEnum):
 
 
 class DenseWeights(StrEnum):
-    """How parameters that are no experts' lie along the experts' axis."""
+    """How parameters that are not experts' are sharded over the experts' axis."""
 
     whole = "whole"
     cut = "split"
@@ -67,7 +67,7 @@ class DenseWeights(StrEnum):
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What ``moecc plan`` is asked for."""
+    """The arguments and options of ``moecc plan``."""
 
     model: AnyModelArgument
     machine: MachineOption
@@ -126,8 +126,8 @@ def planned(asked: PlanRequest) -> Report:
     """Return the plan as JSON values.
 
     Raises:
-      UsageError: an option cannot be read.
-      InputError: the model, or the passes on it, do not work out, or nothing fits.
+      UsageError: an option cannot be parsed.
+      InputError: the model or a pass on it is invalid, or nothing fits.
     """
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model

@@ -1,4 +1,4 @@
-"""``moecc run``: what a model makes of given tokens."""
+"""``moecc run``: run a model on given tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What ``moecc run`` is asked for."""
+    """The arguments and options of ``moecc run``."""
 
     model: ModelArgument
     outputs: Annotated[

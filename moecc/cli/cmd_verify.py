@@ -1,4 +1,4 @@
-"""``moecc verify``: a model against its manifest, or against the model that it was made from."""
+"""``moecc verify``: check a model against its manifest, or against its source model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """What ``moecc verify`` is asked for."""
+    """The arguments and options of ``moecc verify``."""
 
     model: ModelArgument
     against: Annotated[
@@ -60,14 +60,14 @@ def _against_manifest(model: str, format: Format) -> None:
     folder = Path(model)
     if not folder.is_dir():
         raise InputError(
-            "a manifest lies in a folder", where=model, hint="or give --against SOURCE"
+            "only a folder has a manifest", where=model, hint="or give --against SOURCE"
         )
     check_manifest(folder)
     manifest = load(folder)
     data = {"model": model, "tensors": len(manifest.tensors), "passed": True}
     report(
         "verify-manifest", data,
-        lambda: f"{len(manifest.tensors)} tensors are those of the manifest", format,
+        lambda: f"{len(manifest.tensors)} tensors match the manifest", format,
     )  # fmt: skip
 
 
@@ -80,11 +80,11 @@ def _against_source(asked: VerifyRequest, against: str) -> None:
     from moecc.tasks.verify import compare
 
     if not asked.tolerance >= 0:
-        raise UsageError("a tolerance is not negative", found=str(asked.tolerance))
+        raise UsageError("a tolerance must not be negative", found=str(asked.tolerance))
     type = float_type(asked.dtype)
     with ExitStack() as opened:
         checked = opened.enter_context(open_model(asked.model, weights=asked.weights))
-        # A model that was converted with a padding mask is compared with a source that has one.
+        # A model converted with a padding mask is compared with a source that has one.
         masked = "mask" in checked.graph.inputs
         source = opened.enter_context(open_model(against, padding=masked))
         given = None if asked.inputs is None else read_inputs(asked.inputs, source.graph)
@@ -101,7 +101,7 @@ def _against_source(asked: VerifyRequest, against: str) -> None:
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """Return a verdict for people."""
+    """Return a human-readable verdict."""
     found = verdict.difference
     shapes = " and ".join(" x ".join(map(str, shape)) for shape in verdict.inputs.values())
     name = {"logits": "logit"}.get(verdict.output, verdict.output)

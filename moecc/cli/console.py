@@ -1,4 +1,4 @@
-"""Where output goes: the artefact to stdout, everything else to stderr; colour and progress."""
+"""Console output: the artefact to stdout, everything else to stderr; colour and progress."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Format(StrEnum):
 
 
 def write_utf8() -> None:
-    """Write UTF-8 to stdout, whatever the locale says: an artefact is the same as in a file.
+    """Write UTF-8 to stdout, whatever the locale: an artefact is the same as in a file.
 
-    What UTF-8 has no bytes for is written as an escape, which JSON and Python read back.
+    Characters that UTF-8 cannot encode are written as escapes, which JSON and Python read back.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -45,8 +45,8 @@ def report(kind: str, data: Mapping[str, object], human: Callable[[], str], form
     Args:
       kind: the name of the schema, ``inspect``; the JSON says ``"schema": "moecc.inspect/1"``.
       data: the keys documented in ``docs/cli.md``.
-      human: makes the text for people.
-      format: which of the two.
+      human: returns the human-readable text.
+      format: the chosen format.
     """
     if format is Format.json:
         print(json.dumps({"schema": f"moecc.{kind}/1", **data}, indent=2, ensure_ascii=False))
@@ -55,7 +55,7 @@ def report(kind: str, data: Mapping[str, object], human: Callable[[], str], form
 
 
 def use_colour(stream: TextIO | None = None) -> bool:
-    """Whether `stream` (stderr) is a terminal that wants colour."""
+    """Whether `stream` (stderr) is a terminal that supports colour."""
     stream = stream or sys.stderr
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
@@ -63,14 +63,14 @@ def use_colour(stream: TextIO | None = None) -> bool:
 
 
 def show_error(error: MoeccError) -> None:
-    """Print the problems of `error` to stderr, all of them."""
+    """Print all problems of `error` to stderr."""
     red, plain = ("\033[31m", "\033[0m") if use_colour() else ("", "")
     for problem in error.problems:
         say(f"{red}error:{plain} {problem}")
 
 
 class Bar:
-    """A progress bar on a terminal, shown once the work has taken a second; elsewhere nothing."""
+    """A progress bar on a terminal, shown once the work has taken a second; otherwise silent."""
 
     def __init__(self, title: str, unit_bytes: bool = True) -> None:
         self._title = title

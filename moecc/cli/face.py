@@ -1,10 +1,10 @@
-"""The face of a command: its options from the fields of a dataclass, its exit code from a function.
+"""Commands from dataclasses and functions: fields become options, return values exit codes.
 
-A command is a plain function of one request, which a test or a notebook calls as it is::
+A command is a plain function of one request, which a test or a notebook calls directly::
 
     convert(ConvertRequest("SmolLM2-135M", "out", "upcycle{experts=8}", "mixtral"))
 
-A field is an argument or an option of the command line, as its annotation says; its default is the
+A field is an argument or an option of the command line, as annotated; its default is the
 option's.  The docstring of the function is the help.
 """
 
@@ -30,9 +30,9 @@ def add_command(
 
     Args:
       app: the application.
-      name: what the command is called.
+      name: the name of the command.
       asked: a dataclass; typer reads its fields.
-      command: does the work; what it returns, where that is not None, is the exit code.
+      command: the function; its return value, unless None, is the exit code.
       epilog: an example, under the help.
     """
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def write_text(text: str, path: str | None, *, force: bool) -> None:
-    """Write `text` to `path`, whole or not at all; to stdout where `path` is None or ``-``.
+    """Write `text` to `path` atomically; to stdout if `path` is None or ``-``.
 
     Raises:
-      InputError: the file exists and `force` is not given, or has no parent folder.
+      InputError: the file exists and `force` is not set, or has no parent folder.
     """
     if path is None or path == "-":
         sys.stdout.write(text)
@@ -32,7 +32,7 @@ def write_text(text: str, path: str | None, *, force: bool) -> None:
 
 
 def check_writable(path: str, *, force: bool) -> None:
-    """Raise InputError if `path` is there already (without `force`) or has no parent folder."""
+    """Raise InputError if `path` exists (without `force`) or has no parent folder."""
     place = Path(path)
     if place.is_dir():
         raise InputError("is a folder", where=path, hint="name a file in it")
@@ -43,7 +43,7 @@ def check_writable(path: str, *, force: bool) -> None:
 
 
 def write_whole(path: str, content: bytes, *, force: bool) -> None:
-    """Write `content` to `path` through a temporary file beside it.
+    """Write `content` to `path` through a temporary file in the same folder.
 
     Raises:
       InputError: see `check_writable`.
@@ -66,11 +66,11 @@ def write_whole(path: str, content: bytes, *, force: bool) -> None:
 def read_inputs(path: str, graph: Graph) -> dict[str, Array]:
     """Return the inputs of `graph` from a file.
 
-    A ``.npy`` file holds the token ids of a model that takes nothing else, ``[batch, seq]`` or
+    A ``.npy`` file holds the token ids of a model with no other input, ``[batch, seq]`` or
     ``[seq]``; a ``.npz`` file holds an array for each input, by name.
 
     Raises:
-      InputError: it is no such file, or what it holds does not suit the graph.
+      InputError: it is no such file, or its content does not match the graph.
     """
     from moecc.model.inputs import check_inputs
 
@@ -83,7 +83,7 @@ def read_inputs(path: str, graph: Graph) -> dict[str, Array]:
 
 
 def _load_all(path: str) -> dict[str, Array]:
-    # Pickled objects are code; NumPy refuses them unless asked.
+    # Pickled objects are code; NumPy rejects them by default.
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -94,7 +94,7 @@ def _load_all(path: str) -> dict[str, Array]:
 
 
 def _load(file: IO[bytes], path: str) -> Array:
-    # Pickled objects are code; NumPy refuses them unless asked.
+    # Pickled objects are code; NumPy rejects them by default.
     try:
         loaded = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:

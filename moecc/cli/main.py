@@ -1,4 +1,4 @@
-"""``moecc``: the commands, and the one place where errors become exit codes.
+"""``moecc``: the commands, and the one module where errors become exit codes.
 
 Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of meaning failed,
 4 the machine, 70 a bug in moecc, 130 interrupted.
@@ -30,7 +30,7 @@ COMMANDS = (
     "inspect", "import", "opt", "convert", "verify", "run", "lower", "generate", "plan", "compile",
     "launch", "passes",
 )  # fmt: skip
-"""The subcommands, in the order of ``--help``; each stands in a module ``moecc.cli.cmd_NAME``."""
+"""The subcommands, in the order of ``--help``; each is in a module ``moecc.cli.cmd_NAME``."""
 
 
 class Commands(TyperGroup):
@@ -84,7 +84,7 @@ def build_app() -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` and return the exit code; nothing escapes but SystemExit."""
+    """Run the command line `argv` and return the exit code; only SystemExit escapes."""
     try:
         words = list(sys.argv[1:] if argv is None else argv)
         _check_words(words)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more at exit.
+        # The reader of our output has exited; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
@@ -109,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_words(words: Sequence[str]) -> None:
-    """Raise UsageError for arguments that are not UTF-8: no text that moecc writes could say them.
+    """Raise UsageError for arguments that are not UTF-8, which no text of moecc could contain.
 
-    Python stands for each byte that it cannot read with half a surrogate.
+    Python decodes each undecodable byte to a lone surrogate.
     """
     encoding = sys.getfilesystemencoding()
     hint = "rename the file" if encoding == "utf-8" else f"PYTHONUTF8=1, instead of {encoding}"
@@ -133,7 +133,7 @@ def _run(argv: list[str]) -> int:
     except _UsageError as error:
         error.show(sys.stderr)
         return int(error.exit_code)
-    # Some typers turn an interrupt into this code themselves.
+    # Some versions of typer turn an interrupt into this code themselves.
     if result == _INTERRUPTED:
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
@@ -141,7 +141,7 @@ def _run(argv: list[str]) -> int:
 
 _INTERRUPTED = 130
 
-# Newer typers bring a copy of click, older ones use the package; both derive this from its base.
+# Newer versions of typer bundle click, older ones import it; both derive this from its base.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}

@@ -1,4 +1,4 @@
-"""Reading pipeline strings, with the passes of a user's own files."""
+"""Parse pipeline strings with the passes of a user's own files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def registry_with(files: Sequence[str]) -> Registry:
-    """Return the installed passes and those that `files` define.
+    """Return the installed passes and those defined by `files`.
 
     Raises:
       UsageError: a file cannot be run or defines no pass, or a name is taken.
@@ -26,10 +26,10 @@ def registry_with(files: Sequence[str]) -> Registry:
 
 
 def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
-    """Return the pipeline that `text` says, after telling what it warns of on stderr.
+    """Return the pipeline of `text`, after printing its warnings to stderr.
 
     Raises:
-      UsageError: with every problem of the text.
+      UsageError: all problems of the text.
     """
     from moecc.cli.console import say
     from moecc.pipeline.text import Pipeline

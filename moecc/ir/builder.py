@@ -1,4 +1,4 @@
-"""A builder: operations as methods, with the current location and origin.
+"""A builder: operations as methods that use the current location and origin.
 
 b = Builder(graph, loc="layers.0.ffn")
 hidden = b.mul(b.silu(b.contract(x, gate, over="embed")), b.contract(x, up, over="embed"))
@@ -23,9 +23,9 @@ class Builder(Operations):
     there are several.  An attribute of kind ``axes`` or ``words`` may be given as one name.
 
     Attributes:
-      graph: the graph that grows.
-      loc: the location of the nodes made.
-      origin: the pass and rewrite that make them.
+      graph: the graph that nodes are added to.
+      loc: the location of new nodes.
+      origin: the pass and rewrite recorded as the origin of new nodes.
       before: the node to insert in front of; None appends.
     """
 
@@ -39,7 +39,7 @@ class Builder(Operations):
 
     @contextmanager
     def at(self, loc: str) -> Iterator[Builder]:
-        """Use another location for a while."""
+        """Use another location within the context."""
         old, self.loc = self.loc, loc
         try:
             yield self
@@ -52,7 +52,7 @@ class Builder(Operations):
         """Append the operation `op` and return its node.
 
         Raises:
-          InputError: operands or attributes do not suit the operation.
+          InputError: operands or attributes are invalid for the operation.
         """
         entry = find_op(op)
         for key, value in attrs.items():

@@ -1,7 +1,7 @@
-"""Dispatch strategies: how tokens become the rows that experts work on, one row each.
+"""Dispatch strategies: how tokens become the rows that experts multiply, one table row each.
 
-What a strategy does stands in the backend that lowers it, in a table by name.  A plan knows classes
-of them, by what they cost: the rows that are multiplied, and whether masks are multiplied as well.
+The backend that lowers a strategy implements it, in a table by name.  A plan distinguishes cost
+classes of strategies: how many rows are multiplied, and whether masks are multiplied as well.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 CostClass = Literal["index", "grouped", "onehot"]
-"""``index``: all slots under a capacity, empty ones included, copied by index.  ``grouped``: the
-rows that there are, whatever their number.  ``onehot``: slots under a capacity, by products with
+"""``index``: all slots under a capacity, empty ones included, copied by index.  ``grouped``: only
+the occupied rows, whatever their number.  ``onehot``: slots under a capacity, by products with
 masks."""
 
 
@@ -21,9 +21,9 @@ class DispatchStrategy:
 
     Attributes:
       name: what users type.
-      doc: what becomes of tokens and rows, in a line.
-      cost: what a plan takes it for; None for the oracle, which no plan has.
-      in_slots: whether rows lie in slots, as many for each expert, which needs a capacity.
+      doc: how tokens become rows, in a line.
+      cost: the cost class in a plan; None for the oracle, which no plan uses.
+      in_slots: whether rows are stored in slots, equally many per expert, which needs a capacity.
     """
 
     name: str
@@ -40,10 +40,10 @@ STRATEGIES = (
     DispatchStrategy("ragged_dot", "a ragged product of sorted rows", "grouped"),
     DispatchStrategy("gathered", "the weights of its expert for each row", "grouped"),
 )
-"""The strategies, in the order in which they are offered."""
+"""The strategies, in the order in which they are tried and listed."""
 
 DISPATCHES = tuple(row.name for row in STRATEGIES)
 """Their names."""
 
 COST_CLASSES = tuple(dict.fromkeys(row.cost for row in STRATEGIES if row.cost is not None))
-"""What a plan chooses among."""
+"""The strategies that a plan chooses among."""

@@ -1,8 +1,8 @@
-"""Writes the table of operations in ``docs/ir.md`` from the operation table itself.
+"""Generate the operation tables in ``docs/ir.md`` from the operation table itself.
 
     python -m moecc.ir.docs docs/ir.md
 
-replaces what stands between two markers; a test holds that the file is current.
+replaces the text between two markers; a test checks that the file is current.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUPS = (
     ("Chunks", "chunks"),
     ("Repetition", "repetition"),
 )
-"""Headings, and the module of `moecc.ir.table` whose rows stand under each."""
+"""Headings, and the module of `moecc.ir.table` whose rows are listed under each."""
 
 OPERATION_COLUMNS = ("operation", "computes", "mixes", "linear in")
 ATTRIBUTE_COLUMNS = ("operation", "attribute", "kind", "default", "meaning")
@@ -59,7 +59,7 @@ def _heading() -> str:
 
 
 def _module(entry: OpDef) -> str:
-    # A row stands where its rule of inference does; the shared rules are those of arithmetic.
+    # A row is listed under the module of its inference rule; shared rules count as arithmetic.
     name = entry.infer.__module__.rpartition(".")[2]
     return "elementwise" if name == "rules" else name
 
@@ -77,7 +77,7 @@ def _operation(entry: OpDef) -> tuple[str, ...]:
 
 
 def _signature(entry: OpDef) -> str:
-    """Return how a line of the text begins, with ``{…}`` where there are attributes."""
+    """Return the operation's signature in the text format, with ``{…}`` if it has attributes."""
     results = ", ".join(f"%{name}" for name in entry.results)
     operands = [f"%{name}" for name in entry.operands] + ["…"] * entry.variadic
     made = f"{results} = " if entry.results != OpDef.results else ""
@@ -90,18 +90,18 @@ def _lines(entry: OpDef) -> list[str]:
 
 
 def _note(entry: OpDef) -> str:
-    """Return what the table entry says beyond its first line."""
+    """Return the lines of the entry's documentation after the first."""
     rest = "\n".join(_lines(entry)[1:]).strip()
     return f"**{entry.name}.** {rest}"
 
 
 def _mixes(entry: OpDef) -> str:
-    """Return in words which axes `entry` mixes; empty where none."""
+    """Return in words which axes `entry` mixes; empty if none."""
     if entry.mixes is mixes_none:
         return ""
     if entry.name in MIXED_BY_OPERANDS:
         return MIXED_BY_OPERANDS[entry.name]
-    # Attributes that name axes are given their own names, and come back as what is mixed.
+    # Give each axis attribute its own name as the value, so that `mixes` returns attribute names.
     axes = {name: (name,) for name, spec in entry.attrs.items() if spec.kind == "axes"}
     axis = {name: name for name, spec in entry.attrs.items() if spec.kind == "axis"}
     mixed = entry.mixes((), {**axes, **axis})
@@ -118,7 +118,7 @@ MIXED_BY_OPERANDS = {
     "random_normal": "all",
     "scan": "all",
 }
-"""Operations whose operands decide which axes they mix, which no attribute can tell."""
+"""Operations whose mixed axes depend on their operands, not on attributes alone."""
 
 
 def _attributes(entry: OpDef) -> Iterator[tuple[str, ...]]:

@@ -1,8 +1,8 @@
-"""Gate conventions: how ``route`` makes gates of the logits of the chosen experts, one row each.
+"""Gate conventions: how ``route`` computes gates from the chosen experts' logits, one row each.
 
-A row says what the rest of moecc may rely on: which options suit it, what copies of one expert add
-up to, and whether a router learns.  What a convention computes stands in each backend, in a table
-by name; `tests/ir/test_conventions.py` shows that none lacks a meaning and that no row lies.
+A row states what the rest of moecc may rely on: which options it allows, what copies of one expert
+add up to, and whether a router learns.  Each backend implements the conventions, in a table by
+name; `tests/ir/test_conventions.py` shows that none lacks an implementation and no row is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Gates = Literal["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "s
 Score = Literal["softmax", "sigmoid"]
 
 Total = Callable[[int, int], float]
-"""From the experts and the choices of a token to a sum of gates."""
+"""From the number of experts and of choices per token to a sum of gates."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,19 @@ class GateConvention:
     """A row of the table.
 
     Attributes:
-      name: what the attribute ``gates`` of ``route`` says.
-      letter: what the lemmas of ``docs/exactness.md`` call it.
-      doc: what the gates are, as the documentation of ``route`` says it.
-      score: of which function of the logits gates are made, and what a bias for choosing is added
-        to; None where there is no such score.
+      name: the value of the attribute ``gates`` of ``route``.
+      letter: its name in the lemmas of ``docs/exactness.md``.
+      doc: how gates are computed, as shown in the documentation of ``route``.
+      score: the function of the logits that gates are made of, and that a routing bias is added
+        to; None if there is no such score.
       renormalised: whether the gates of a token are divided by their sum, which is then 1.
-      zero_router_sum: the sum of the gates of a token where all logits are equal.
-      constant_sum: whether every router gives that sum: copies of a dense block are then the block
-        again after the factor that the sum asks for, whatever the router.
-      max_top_k: the most choices of a token that it is defined for; None: any number.
-      equal_for_equal_logits: whether experts of equal logits have equal gates, as the members of a
+      zero_router_sum: the sum of the gates of a token if all logits are equal.
+      constant_sum: whether every router yields that sum: copies of a dense block then equal the
+        block after one rescaling factor, whatever the router.
+      max_top_k: the largest top-k that it is defined for; None: any.
+      equal_for_equal_logits: whether experts with equal logits get equal gates, as the members of a
         virtual group must.
-      learns_at_top_1: whether a router whose tokens have one expert gets a gradient through it.
+      learns_at_top_1: whether the router gets a gradient through the gates when top-k is 1.
     """
 
     name: Gates
@@ -50,7 +50,7 @@ class GateConvention:
     learns_at_top_1: bool = True
 
     def sum_is_constant(self, experts: int, top_k: int) -> bool:
-        """Return whether the gates of a token have one sum, whatever the router."""
+        """Return whether the gates of a token have the same sum for every router."""
         keeps_all = self.score == "softmax" and top_k == experts and self.equal_for_equal_logits
         return self.constant_sum or keeps_all
 
@@ -90,7 +90,7 @@ CONVENTIONS = (
         learns_at_top_1=False,
     ),
 )  # fmt: skip
-"""The conventions, in the order in which the documentation has them."""
+"""The conventions, in the order of the documentation."""
 
 BY_NAME: dict[str, GateConvention] = {row.name: row for row in CONVENTIONS}
 
@@ -98,14 +98,14 @@ GATES = tuple(row.name for row in CONVENTIONS)
 """Their names."""
 
 SPELLINGS = {"switch": "softmax", "top-k-softmax": "renormalised"}
-"""Names that users know a convention by: the probability of the one expert chosen (Switch), and the
+"""Aliases of conventions: the probability of the one expert chosen (Switch), and the
 softmax of the chosen logits, which is the softmax of all renormalised."""
 
 
 def convention(name: str) -> GateConvention:
-    """Return the convention `name`, or the one that users know by it.
+    """Return the convention `name`, which may be an alias.
 
     Raises:
-      KeyError: there is none.
+      KeyError: there is no such convention.
     """
     return BY_NAME[SPELLINGS.get(name, name)]

@@ -20,7 +20,7 @@ from moecc.types.tensor import Extent, TensorType, is_printable
 if TYPE_CHECKING:
     from moecc.weights.expr import Expr
 
-# A name may hold ranges: %layers.{0..29}.weight is what stands for thirty parameters.
+# A name may hold ranges: %layers.{0..29}.weight stands for thirty parameters.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:\{[0-9.]+\}[A-Za-z0-9_.\-]*)*\Z")
 
 RETURN = OpDef("return", "Mark the outputs of a graph.", (), lambda _o, _a: (), variadic=True)
@@ -36,7 +36,7 @@ class Value:
       node: the node that defines it, or None for an input or a parameter.
       users: how many operand slots of each node it fills, the terminator included.
       weight: for a parameter, the expression that makes it.
-      loc: for a parameter, the place in the model that it belongs to.
+      loc: for a parameter, its location in the model.
     """
 
     __slots__ = ("graph", "index", "is_param", "loc", "name", "node", "type", "users", "weight")
@@ -80,7 +80,7 @@ class Value:
         return node if count == 1 and node is not self.graph.terminator else None
 
     def replace_by(self, other: Value) -> None:
-        """Make every user of this value, the outputs included, use `other`."""
+        """Replace all uses of this value, outputs included, by `other`."""
         if other is self:
             return
         for node in list(self.users):
@@ -90,7 +90,7 @@ class Value:
 
 
 def setter_of(extent: Extent) -> Value:
-    """Return the value that sets `extent`, as one of a graph."""
+    """Return the value that sets `extent`, typed as a value of a graph."""
     assert isinstance(extent.value, Value)
     return extent.value
 
@@ -103,7 +103,7 @@ class Node:
       operands: the values it takes.
       attrs: its attributes, complete.
       results: the values it defines.
-      loc: the place in the model, ``layers.3.ffn``.
+      loc: the location in the model, ``layers.3.ffn``.
       origin: the pass and rewrite that made it, ``upcycle/lift``; empty for an imported node.
       alive: whether it is still in its graph.
     """
@@ -168,7 +168,7 @@ class Node:
         return not any(v.users for v in self.results)
 
     def set_operand(self, index: int, value: Value) -> None:
-        """Exchange operand `index` for `value`, keeping the use lists right."""
+        """Replace operand `index` by `value`, keeping the use lists consistent."""
         old = self.operands[index]
         if old is value:
             return
@@ -177,7 +177,7 @@ class Node:
         value.users[self] = value.users.get(self, 0) + 1
 
     def replace_by(self, *values: Value) -> None:
-        """Replace the results, in order, by `values`, and erase this node."""
+        """Replace all uses of the results, in order, by `values`, and erase this node."""
         for old, new in zip(self.results, values, strict=True):
             old.replace_by(new)
         self.erase()
@@ -186,7 +186,7 @@ class Node:
         """Remove this node from its graph.
 
         Raises:
-          ValueError: a result still has users, or the node was erased before.
+          ValueError: a result still has users, or the node is erased already.
         """
         if not self.alive:
             raise ValueError(f"{self!r} was erased before")
@@ -218,7 +218,7 @@ def _drop_use(value: Value, node: Node) -> None:
 def _check_type(name: str, type: TensorType) -> None:
     if not is_printable(type):
         raise InputError(
-            "the text cannot say this type",
+            "the type cannot be printed",
             where=f"%{name}",
             expected="letters, digits and underscores in names, each name once, sizes not negative",
             found=str(type),
@@ -267,7 +267,7 @@ class Graph(Region):
         while node is not self.terminator:
             following = node._next
             yield node
-            # An erased node keeps its link, which leads on to the nodes that are left.
+            # An erased node keeps its link, which leads to the nodes that remain.
             while not following.alive:
                 following = following._next
             node = following
@@ -299,7 +299,7 @@ class Graph(Region):
         return name in self._names
 
     def fresh(self, hint: str) -> str:
-        """Return a name that no value has: `hint`, or `hint` with a number."""
+        """Return an unused name: `hint`, or `hint` with a number."""
         if hint not in self._names:
             return hint
         base = hint.rstrip("0123456789") or hint
@@ -313,7 +313,7 @@ class Graph(Region):
         if value.name in self._names:
             raise InputError(f"%{value.name} is defined twice", hint="give each value its own name")
         if not _NAME.match(value.name):
-            raise InputError(f"{value.name!r} cannot be the name of a value")
+            raise InputError(f"{value.name!r} is not a valid name of a value")
         self._names[value.name] = value
         return value
 
@@ -321,7 +321,7 @@ class Graph(Region):
         """Add an input.
 
         Raises:
-          InputError: the name is taken, or the text cannot say name or type.
+          InputError: the name is taken, or the name or type cannot be printed.
         """
         _check_type(name, type)
         self.inputs[name] = self._define(Value(self, name, type))
@@ -333,7 +333,7 @@ class Graph(Region):
         """Add a parameter, made by `weight`.
 
         Raises:
-          InputError: the name is taken, or the text cannot say name or type.
+          InputError: the name is taken, or the name or type cannot be printed.
         """
         _check_type(name, type)
         value = Value(self, name, type, is_param=True, weight=weight, loc=loc)
@@ -358,12 +358,12 @@ class Graph(Region):
         """
         ordered = {v.name: v for v in values}
         if ordered.keys() != self.params.keys():
-            raise ValueError("an order has every parameter once")
+            raise ValueError("the order must contain every parameter once")
         self.params.clear()
         self.params.update(ordered)
 
     def every_node(self) -> Iterator[Node]:
-        """Yield the nodes in order, and those of bodies after the node that repeats them."""
+        """Yield the nodes in order, each followed by the nodes of its body."""
         for node in self:
             yield node
             if node.body is not None:
@@ -396,7 +396,7 @@ class Graph(Region):
             raise
         del self._names[old]
         if self.params.get(old) is value:
-            # Keeping its place would cost a pass over all parameters for each one renamed.
+            # Keeping its position would cost a pass over all parameters for each renaming.
             del self.params[old]
             self.params[name] = value
         elif self.inputs.get(old) is value:
@@ -422,12 +422,12 @@ class Graph(Region):
           operands: values of this graph.
           attrs: attributes; missing ones take their defaults.
           names: hints for the names of the results.
-          loc: the place in the model.
-          origin: the pass and rewrite that make it.
+          loc: the location in the model.
+          origin: the pass and rewrite that create it.
           before: the node to insert in front of.
 
         Raises:
-          InputError: operands or attributes do not suit the operation.
+          InputError: operands or attributes are invalid for the operation.
         """
         entry = op(entry) if isinstance(entry, str) else entry
         operands = list(operands)
@@ -448,7 +448,7 @@ class Graph(Region):
         return node
 
     def set_output(self, name: str, value: Value) -> None:
-        """Return `value` under `name`, replacing what was returned under it."""
+        """Make `value` the output `name`, replacing the previous output of that name."""
         if name in self.output_names:
             self.terminator.set_operand(self.output_names.index(name), value)
             return
@@ -457,7 +457,7 @@ class Graph(Region):
         value.users[self.terminator] = value.users.get(self.terminator, 0) + 1
 
     def drop_output(self, name: str) -> None:
-        """Stop returning the output `name`."""
+        """Remove the output `name`."""
         at = self.output_names.index(name)
         _drop_use(self.terminator.operands[at], self.terminator)
         del self.output_names[at], self.terminator.operands[at]

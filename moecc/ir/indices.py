@@ -1,4 +1,4 @@
-"""What the integers of a value pick, and what they stay below."""
+"""Values used as indices, and the bounds of their elements."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from moecc.types.tensor import Size
 
 
 def index_sizes(value: Value, *, strict: bool = False) -> Iterator[Size]:
-    """Yield what the integers of `value` stay below where operations use them as indices.
+    """Yield the exclusive upper bounds of `value` where operations use it as an index.
 
     Args:
-      value: the integers.
-      strict: whether to look only at uses that have no meaning for other integers.
+      value: an integer value.
+      strict: whether to consider only uses that are undefined for out-of-range integers.
     """
     for user in value.users:
         index = user.op.index

@@ -1,4 +1,4 @@
-"""Reading attribute values from their text."""
+"""Parse attribute values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ATTR = re.compile(
 
 
 def parse_attrs(entry: OpDef, text: str) -> dict[str, object]:
-    """Return the attributes that `text`, with its braces, gives to `entry`.
+    """Return the attributes of `entry` parsed from `text`, braces included.
 
     Raises:
       InputError: the text does not parse; kinds are checked by `OpDef.complete`.
@@ -29,7 +29,7 @@ def parse_attrs(entry: OpDef, text: str) -> dict[str, object]:
             raise InputError("not an attribute", expected="name=value", found=inner[pos:])
         name, value, _ = match.groups()
         if name in attrs:
-            raise InputError(f"attribute {name!r} is given twice")
+            raise InputError(f"attribute {name!r} is defined twice")
         attrs[name] = _parse_value(entry.attrs.get(name), value)
         pos = match.end()
     return attrs
@@ -38,7 +38,7 @@ def parse_attrs(entry: OpDef, text: str) -> dict[str, object]:
 def _parse_value(spec: Attr | None, text: str) -> object:
     kind = spec.kind if spec is not None else ""
     if kind in ("str", "axis") and text[0] not in '("':
-        # A word is never taken for a number: an axis may well be called inf.
+        # A word is never parsed as a number: an axis may well be called inf.
         return text
     if kind in ("axes", "words"):
         # One axis needs no parentheses, so that {over=embed} reads well.

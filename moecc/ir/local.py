@@ -1,10 +1,10 @@
-"""What one device sees of a graph that lies on a mesh: local types and local attributes.
+"""The program of one device: local types and local attributes of a graph sharded on a mesh.
 
-Every device runs the same operations on its parts.  Beside `local_attrs`, these operations need to
-know which part it is, because what they compute depends on the place in the whole:
-``positions`` and random numbers along an axis that lies split, ``embedding`` of a table whose rows
-lie split, ``combine`` of experts that lie split (other devices add the rest), ``within_buffer``,
-which numbers groups, and ``mean`` over an axis that lies split, which divides by the size of all.
+Every device runs the same operations on its local shards.  Beyond `local_attrs`, these operations
+need the device's coordinates, because their result depends on the position in the global value:
+``positions`` and random numbers along a sharded axis, ``embedding`` of a table with sharded rows,
+``combine`` of sharded experts (other devices add the rest), ``within_buffer``,
+which numbers groups, and ``mean`` over a sharded axis, which divides by the global size.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from moecc.types.tensor import Axis, TensorType
 
 
 def local_size(axis: Axis, size: int, mesh: Mesh) -> int:
-    """Return the size of a device's part of `axis`, whose size is `size`.
+    """Return the size of a local shard of `axis`, whose global size is `size`.
 
     Raises:
-      InputError: it does not divide.
+      InputError: the mesh axes do not divide it.
     """
     parts = mesh.size(axis.mesh)
     if size % parts:
@@ -37,7 +37,7 @@ def local_size(axis: Axis, size: int, mesh: Mesh) -> int:
 
 
 def local_type(type: TensorType, mesh: Mesh) -> TensorType:
-    """Return the type of a device's part of a value of `type`; other sizes than numbers stay."""
+    """Return the type of a local shard of a value of `type`; sizes that are not numbers stay."""
     axes = (
         Axis(a.name, local_size(a, a.size, mesh) if isinstance(a.size, int) else a.size)
         for a in type.axes
@@ -46,5 +46,5 @@ def local_type(type: TensorType, mesh: Mesh) -> TensorType:
 
 
 def local_attrs(node: Node, mesh: Mesh) -> Attrs:
-    """Return the attributes with which a device runs `node` on its parts: local counts."""
+    """Return the attributes with which a device runs `node` on its local shards: local counts."""
     return node.attrs if node.op.local is None else node.op.local(node, mesh)

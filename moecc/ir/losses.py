@@ -1,4 +1,4 @@
-"""Auxiliary losses of routing, as operations of a graph; in float32 wherever the router is."""
+"""Auxiliary losses of routing, built of graph operations; float32 wherever the router is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moecc.ir.routed import Means, Scores
 class LossBuilder:
     """Builds the losses of one layer.
 
-    With prototypes, each of which is a router of its own, a loss is the mean over them.
-    What is a mean over groups or sequences counts those that have tokens: not those that are
-    padding and nothing else.
+    With prototypes, each of which is a router of its own, a loss is the mean over the prototypes.
+    Means over groups or sequences count only those that contain tokens, not
+    those that are all padding.
 
     Attributes:
       means: means over the tokens of the layer.
-      scores: what its router says.
+      scores: the router's logits and choices.
     """
 
     means: Means

@@ -1,4 +1,4 @@
-"""Metrics of routing, as operations of a graph; no gradient flows through them."""
+"""Routing metrics, built of graph operations; no gradient flows through them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class MetricBuilder:
 
     means: Means
 
-    # --- of what was placed
+    # --- of slot assignment
 
     def dropped(self) -> Value:
-        """Return the share of the choices that asked for a slot and got none."""
+        """Return the share of the choices that requested a slot and got none."""
         b = self._builder
         axes = self._routed.slots.type.names
         asked, got = (b.sum(v, axes=axes) for v in (self._wanted(), self._placed))
         return b.div(b.sub(asked, got), self.means.at_least_one(asked))
 
     def left_behind(self) -> Value:
-        """Return the share of the tokens of which no choice was placed (flaxformer)."""
+        """Return the share of the tokens none of whose choices got a slot (flaxformer)."""
         b = self._builder
         placed = b.max(self._placed, axes=self._routed.choice)
         return self.means.over_tokens(b.sub(self.means.constant(1.0, placed), placed))
 
     def loads(self) -> Value:
-        """Return the share of the placed rows that each expert has, ``[expert]``."""
+        """Return each expert's share of the rows with a slot, ``[expert]``."""
         b = self._builder
         hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
         rows = b.sum(b.mul(hot, self._placed), axes=self._routed.slots.type.names)
@@ -50,14 +50,14 @@ class MetricBuilder:
         return b.sub(largest, self.means.constant(1.0, largest))
 
     def dead_experts(self, loads: Value) -> Value:
-        """Return how many experts got no row."""
+        """Return the number of experts without a row."""
         b = self._builder
         zero, one = (self.means.constant(v, loads) for v in (0.0, 1.0))
         idle = b.mask(b.broadcast(one, loads), b.equal(loads, zero), fill=0.0)
         return b.sum(idle, axes="expert")
 
     def utilisation(self) -> Value:
-        """Return the share of the slots that are filled; only under a capacity."""
+        """Return the share of the slots that are filled; requires a capacity."""
         b, routed = self._builder, self._routed
         ones = b.max(self.means.named, axes=routed.choice)
         rows = b.dispatch(ones, routed.experts, routed.slots)
@@ -67,13 +67,13 @@ class MetricBuilder:
         """Return the mean gate of each choice, ``[choice]``."""
         return self.means.over_tokens(self._builder.stop_gradient(self._routed.gates))
 
-    # --- of what a router says
+    # --- of a router's logits
 
     def entropy(self, scores: Scores) -> Value:
         """Return the mean entropy of the router's probabilities, in nats."""
         b = self._builder
         logits = b.stop_gradient(scores.logits)
-        # Where a logit is −∞ its probability is 0, and 0 · ∞ must not spoil the sum.
+        # Where a logit is −∞ its probability is 0; the product 0 · ∞ must not make the sum NaN.
         finite = b.maximum(logits, self.means.constant(-1e30, logits))
         shared = b.sum(b.mul(b.softmax(logits, axis="expert"), finite), axes="expert")
         entropy = b.sub(b.logsumexp(logits, axes="expert"), shared)
@@ -89,7 +89,7 @@ class MetricBuilder:
         )
         return self.means.all(self.means.over_tokens(b.sub(first, second)))
 
-    # --- what they share
+    # --- shared helpers
 
     @property
     def _builder(self) -> Builder:
@@ -100,7 +100,7 @@ class MetricBuilder:
         return self.means.routed
 
     def _wanted(self) -> Value:
-        """Return 1 for each choice that asks for a slot, ``[*tokens, choice]``."""
+        """Return 1 for each choice that requests a slot, ``[*tokens, choice]``."""
         made, given = self.means.named, self._routed.given
         for word in ("keep", "mask"):
             if word in given:

@@ -1,7 +1,7 @@
-"""Pieces of routing that are made of the operation table, for passes and for models by hand.
+"""Building blocks of routing from operations of the table, for passes and hand-written models.
 
-Each function appends operations to a builder and returns what they give.  Where a paper has the
-formula, it is named.
+Each function appends operations to a builder and returns their results.  Formulas are cited
+from their papers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def emit_jitter(builder: Builder, x: Value, key: Value, width: float) -> Value:
 
 
 def emit_dropout(builder: Builder, x: Value, key: Value, rate: float) -> Value:
-    """Return `x` with a share `rate` of its elements zero and the others scaled up for it."""
+    """Return `x` with a share `rate` of its elements zero and the rest scaled up to compensate."""
     uniform = builder.random_uniform(key, x)
     bound = builder.constant(value=rate, dtype=uniform.type.dtype.name)
     dropped = builder.less(uniform, bound)
@@ -44,16 +44,16 @@ def emit_priority(builder: Builder, logits: Value, axis: str = "expert") -> Valu
 
 
 def emit_rescaled(builder: Builder, gates: Value, slots: Value, choice: str = "choice") -> Value:
-    """Return the gates of what was placed, scaled so that they add up to what all gates did.
+    """Return the gates of the choices with a slot, scaled to the sum of all gates of the token.
 
-    This is renormalisation after a drop: a token whose second expert was full leaves all its weight
-    to the first.  A token of which nothing was placed gets zeros.
+    This is renormalisation after a drop: a token whose second expert was full gives all its weight
+    to the first.  A token without any slot gets zeros.
     """
     none = builder.constant(value=-1.0, dtype="i32")
     kept = builder.mask(gates, builder.less(none, slots), fill=0.0)
     whole, left = (builder.sum(g, axes=choice) for g in (gates, kept))
     zero, one = (builder.constant(value=v, dtype=gates.type.dtype.name) for v in (0.0, 1.0))
-    # Dividing by 1 where nothing is left keeps 0/0 out of the gradient, too.
+    # Dividing by 1 where no gate is left keeps 0/0 out of the gradient, too.
     divisor = builder.select(builder.less(zero, left), left, one)
     return builder.mul(kept, builder.div(whole, divisor))
 
@@ -64,7 +64,7 @@ def emit_prototypes(
     """Return experts and gates of k groups of experts with top-1 routing each (M6-T, 2021).
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       logits: ``[*tokens, expert]``.
       prototypes: the number of groups; it divides the experts.
       gates: the gate convention within a group.
@@ -96,9 +96,9 @@ def emit_hash_routing(
     """Return experts by the hash of each token's id, and equal gates that add up to one.
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       ids: ``[*tokens]``, integers.
-      like: a value with the element type that the gates shall have.
+      like: a value with the element type of the gates.
       experts: the number of experts.
       top_k: experts per token.
       seed: chooses the hash.
@@ -120,7 +120,7 @@ def emit_expert_choice(
     """Return experts, gates and slots where experts choose tokens (Zhou et al. 2022).
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       x: ``[*tokens, embed]``.
       router_weight: ``[expert, embed]``.
       tokens: the axes of `x` that number tokens, outermost first.
@@ -149,20 +149,20 @@ def emit_soft_slots(
     embed: str = "embed",
     like: Value | None = None,
 ) -> tuple[Value, Value]:
-    """Return the rows of a soft mixture, and the weights that bring results back.
+    """Return the rows of a soft mixture, and the weights that combine the experts' results.
 
     Every slot is a mean of all tokens of a sequence, every token a mean of all slots (Puigcerver
     et al. 2023); the paper's logits are of `emit_unit` of both, times a learned scale.  The result
-    is the ``contract`` of what the experts make of the rows with the weights, over expert and slot.
+    is the ``contract`` of the experts' results with the weights, over expert and slot.
     Not causal.
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       x: ``[batch, tokens, embed]``.
       slot_weight: ``[expert, slot, embed]``.
       tokens: the axis of the tokens that are mixed.
       embed: the axis of the model's width.
-      like: what the logits are made of in place of `x`: `x` normalised, say.
+      like: computes the logits in place of `x`: a normalised `x`, for example.
     """
     logits = builder.contract(x if like is None else like, slot_weight, over=embed)
     rows = builder.contract(builder.softmax(logits, axis=tokens), x, over=tokens, name="rows")

@@ -1,8 +1,8 @@
-"""The routing around an expert block, as both an imported model and a pass build it.
+"""The routing around an expert block, shared by imported models and passes.
 
 A mixture-of-experts layer is the router's product, ``route``, ``assign_slots``, ``dispatch``, the
-expert's own operations lifted over the expert axis, and ``combine``.  Families and passes call the
-same functions, so that a graph that was upcycled and one that was read from disk are the same
+expert's own operations lifted over the expert axis, and ``combine``.  Families and passes use the
+same functions, so that an upcycled graph and the graph read back from its checkpoint are the same
 graph.
 """
 
@@ -17,10 +17,10 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 
 Finish = Callable[[Value], Value]
-"""Takes the experts' output rows back to the tokens."""
+"""Combines the experts' output rows into tokens."""
 
 Given = Callable[[Value, Value, Value], Mapping[Using, Value]]
-"""Makes further operands of ``assign_slots``, by word, from the logits, experts and gates."""
+"""Makes further operands of ``assign_slots``, by word, from logits, experts and gates."""
 
 
 class BoundOptions(TypedDict, total=False):
@@ -66,24 +66,24 @@ def emit_routing(
     """Route `x` to `experts` experts; return their rows and the function that combines them.
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       x: the tokens, ``[*tokens, embed]``.
       router_weight: ``[expert, embed]``.
       experts: the number of experts, at least `top_k`.
       top_k: experts per token.
       gates: the gate convention, see ``route``.
-      scale: what the gates are multiplied by.
+      scale: a factor on the gates.
       tokens: the axes of `x` that number tokens, outermost first.
-      given: makes what ``assign_slots`` is given beside the experts: keep, priority, mask.
-      bias: ``[expert]``, takes part in the choice and not in the gates (loss-free balancing).
+      given: makes the operands of ``assign_slots`` after the experts: keep, priority, mask.
+      bias: ``[expert]``, added for the choice and not for the gates (loss-free balancing).
       assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
     Returns:
       The rows, ``[group, expert, slot, embed]``, and a function from the experts' output rows to
-      ``[*tokens, embed]``; it emits ``combine`` at the builder's place when it is called.
+      ``[*tokens, embed]``; it emits ``combine`` at the builder's position when called.
 
     Raises:
-      InputError: operands or attributes do not suit one another.
+      InputError: operands or attributes are inconsistent.
     """
     over = tuple(n for n in router_weight.type.names if n in x.type and n not in tokens)
     left = [a for a in router_weight.type.axes if a.name not in over]
@@ -91,7 +91,7 @@ def emit_routing(
         raise InputError(
             "the router has one row per expert",
             where=f"%{router_weight.name}",
-            expected=f"an axis expert={experts} beside those of the tokens, {x.type}",
+            expected=f"an axis expert={experts} besides those of the tokens, {x.type}",
             found=str(router_weight.type),
         )
     logits = builder.contract(x, router_weight, over=over, precision="f32", name="router")
@@ -117,13 +117,13 @@ def emit_chosen(
     given: Mapping[Using, Value] | None = None,
     **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
-    """Place what is chosen already; return the rows and the function that combines them.
+    """Assign slots to experts already chosen; return the rows and the function that combines them.
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       x: the tokens, ``[*tokens, embed]``.
       chosen: the experts of each token, ``[*tokens, choice]``.
-      gates: what their results are weighted by, of the same axes.
+      gates: the weights of their results, with the same axes.
       experts: the number of experts.
       tokens: the axes of `x` that number tokens, outermost first.
       given: further operands of ``assign_slots``, by word.
@@ -146,9 +146,9 @@ def emit_shared_gate(builder: Builder, x: Value, gate_weight: Value, shared: Val
 
     Args:
       builder: where the operations go.
-      x: what the shared expert reads, ``[batch, seq, embed]``.
+      x: the input of the shared expert, ``[batch, seq, embed]``.
       gate_weight: ``[embed]``.
-      shared: what it returns, ``[batch, seq, embed]``.
+      shared: its output, ``[batch, seq, embed]``.
     """
     gate = builder.sigmoid(builder.contract(x, gate_weight, over=gate_weight.type.names))
     return builder.mul(gate, shared)

@@ -1,8 +1,8 @@
-"""What the operation table sees of a graph: operands, what defines them, and what holds them.
+"""Protocols through which the operation table sees a graph: operands, definitions and regions.
 
-The table stands below graphs, whose nodes refer to its rows.  Its rules read types, and now and
-then the operation behind an operand (whose slots an ``assign_slots`` counts), so they are written
-against these protocols; `moecc.ir.graph` has what fits them.
+The table is imported by graphs, whose nodes refer to its rows.  Its rules read types and sometimes
+the operation that defines an operand (whose slots an ``assign_slots`` counts), so they are written
+against these protocols; `moecc.ir.graph` has the classes that implement them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any, Protocol
 from moecc.types.tensor import TensorType
 
 Attrs = Mapping[str, Any]
-"""Attributes of a node, complete: every attribute of the table entry has its value."""
+"""Attributes of a node, complete: every attribute of the table entry has a value."""
 
 
 class Entry(Protocol):
-    """A row of the operation table; `moecc.ir.ops.OpDef` says what its columns mean."""
+    """A row of the operation table; `moecc.ir.ops.OpDef` documents its columns."""
 
     @property
     def name(self) -> str:
-        """What the IR prints."""
+        """The name in the text format."""
         ...
 
     @property
@@ -42,12 +42,12 @@ class Entry(Protocol):
 
     @property
     def assigns_slots(self) -> bool:
-        """Whether its last result is the slot of each choice."""
+        """Whether its last result holds the slot of each choice."""
         ...
 
 
 class Region(ABC):
-    """What holds values, and may be an attribute of a node: a graph.
+    """A container of values that may be an attribute of a node: a graph.
 
     Attributes:
       attrs: JSON values; the mesh is one of them.
@@ -80,7 +80,7 @@ class Operand(Protocol):
 
     @property
     def node(self) -> Definition | None:
-        """What defines it, or None for an input or a parameter."""
+        """The node that defines it, or None for an input or a parameter."""
         ...
 
 

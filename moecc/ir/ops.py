@@ -1,11 +1,11 @@
-"""The operation table: one entry an operation, from which everything else is read.
+"""The operation table: one row an operation, from which everything else is derived.
 
-An entry says how the types of the results follow from the operands (`infer`), which axes the
+A row states how result types are inferred from the operands (`infer`), which axes the
 operation *mixes* (an element of the result needs other elements along them), in which operands it
-is linear, and what else holds of it (`moecc.ir.traits`).  Lifting over an expert axis, raggedness,
+is linear, and its further traits (`moecc.ir.traits`).  Lifting over an expert axis, raggedness,
 sharding, unreduced sums, the finding of FFN blocks, scaling, shrinking and the planner all read
-these, and none of them knows an operation by name.  The meaning of an operation stands in the
-reference backend.
+these, and none of them knows an operation by name.  The reference backend defines the meaning of
+each operation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from moecc.ir.traits import (
 from moecc.types.tensor import TensorType, is_name, is_size, is_whole
 
 REQUIRED = object()
-"""Marks an attribute that has no default."""
+"""Marks an attribute without a default."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Attr:
     Attributes:
       kind: ``int``, ``float``, ``bool``, ``str``, ``words`` (a tuple of words), ``axis`` (a name),
         ``axes`` (a tuple of names), ``sizes`` (a tuple of (name, size) pairs) or ``region`` (a
-        graph, which the text shows in braces after the line).
-      default: its value where the text says nothing, or REQUIRED.
+        graph, printed in braces after the line).
+      default: its value where the text omits it, or REQUIRED.
       choices: the only values allowed, for ``str``, or the only words, for ``words``.
-      doc: what it means, in half a line.
-      shrinks: whether the number is a size, or an end within one, and smaller in a smaller graph.
-      pins: whether the size that it says, or that of the axis that it names, stays in a smaller
-        graph.
+      doc: its meaning, in half a line.
+      shrinks: whether the number is a size, or a bound within one, that shrinking a graph reduces.
+      pins: whether the size it states, or the size of the axis it names, is kept when a graph is
+        shrunk.
     """
 
     kind: str
@@ -74,9 +74,9 @@ class OpDef:
     """A row of the operation table.
 
     Attributes:
-      name: what the IR prints.
+      name: the name in the text format.
       doc: what the operation computes; the first line is the summary in ``docs/ir.md``.
-      operands: the names of the operands; with `variadic`, of those that must be there.
+      operands: the names of the operands; with `variadic`, of the mandatory ones.
       infer: result types from operands and attributes; raises InputError.
       attrs: the attributes by name, in printing order.
       results: hints for the names of the results.
@@ -85,24 +85,24 @@ class OpDef:
       jointly: whether it is linear only in all of `linear` together, as a sum is.
       commutative: whether the operands may be exchanged.
       variadic: whether more operands may follow.
-      places: whether `infer` says itself where the results lie on a mesh, as of a collective.
+      places: whether `infer` also infers the sharding of the results, as for collectives.
       elementwise: whether an element of the result is a function of one element of each operand.
-      logical: whether truth values are among its operands or results.
-      alias: whether the result is the first operand in another form, remade from it at no cost.
-      blocks_gradient: whether the result is the first operand, and no gradient flows through.
-      residual: what its derivative reads, and a gradient therefore keeps.
-      homogeneous: what factors on operands do to the result, where `linear` does not say it.
-      normalises: whether a row along the mixed axis is made independent of its magnitude.
+      logical: whether operands or results are booleans.
+      alias: whether the result is a view of the first operand, recomputed from it at no cost.
+      blocks_gradient: whether the result is the first operand and no gradient flows through it.
+      residual: the values that its derivative reads and a gradient therefore keeps.
+      homogeneous: the effect of factors on operands, where `linear` does not imply it.
+      normalises: whether a row along the mixed axis becomes independent of its magnitude.
       domain: where it is defined.
-      collective: of an operation that changes only where a value lies, what it does.
-      sharding: by which dimensions it shares a mesh; without a rule all operands lie whole.
+      collective: for an operation that changes only sharding, its kind.
+      sharding: the dimensions by which it can be sharded; without a rule all operands are whole.
       local: the attributes with which one device runs it, where they differ.
-      sizes: what holds between its sizes beyond those that are equal.
-      index: the operand whose integers pick something.
+      sizes: constraints between its sizes besides equality.
+      index: the operand whose integers are indices.
       chooses: whether it chooses experts by the scores in its first operand.
-      assigns_slots: whether its last result is the slot of each choice.
-      moves: whether it takes tokens to the slots of experts, or back.
-      roles: what a parameter is in each operand; it is a plain value in those not said.
+      assigns_slots: whether its last result holds the slot of each choice.
+      moves: whether it moves tokens to the slots of experts, or back.
+      roles: the role of a parameter in each operand; operands not listed expect no parameter.
     """
 
     name: str
@@ -137,32 +137,32 @@ class OpDef:
 
     @property
     def liftable(self) -> bool:
-        """Whether it may stand inside an expert: an expert axis passes through it as it is."""
+        """Whether it may be used inside an expert: an expert axis passes through it unchanged."""
         return self.elementwise and not self.logical and not self.variadic
 
     @property
     def carries(self) -> bool:
-        """Whether the result has the elements of the first operand: a parameter is still one."""
+        """Whether the result has the elements of the first operand: a parameter stays one."""
         return self.alias or self.blocks_gradient
 
     @property
     def gradient_in_place(self) -> bool:
-        """Whether a gradient takes the place of that of the result, as on a TPU.
+        """Whether the gradient reuses the buffer of the result's gradient, as on a TPU.
 
-        Activations, products and masks do so.  What is not defined everywhere (a quotient, a root)
-        and what chooses between operands was seen to have an array of its own.
+        Activations, products and masks do so.  Operations not defined everywhere (a quotient, a
+        root) and selections between operands were observed to allocate an array of their own.
         """
         chooses, everywhere = self.homogeneity.alike, self.domain is not Domain.POSITIVE
         return self.elementwise and bool(self.residual) and everywhere and not chooses
 
     @property
     def fusable(self) -> bool:
-        """Whether the compiler of a TPU makes it a part of the product that reads its result."""
+        """Whether XLA on a TPU fuses it into the product that reads its result."""
         return self.gradient_in_place or self.normalises
 
     @property
     def cost(self) -> Cost:
-        """What it costs: products, look-ups, norms and rows pass through memory, others do not."""
+        """Its cost class: products, look-ups, norms and row moves use memory, others fuse."""
         if self.moves is not None or self.normalises:
             return Cost.READ_WRITE
         if self.index is not None and self.linear:
@@ -202,7 +202,7 @@ class OpDef:
 
     @property
     def homogeneity(self) -> Homogeneity:
-        """What positive factors on the operands do to the result; what is linear has degree 1."""
+        """The effect of positive factors on the operands; a linear operation has degree 1."""
         if self.homogeneous is not None:
             return self.homogeneous
         count = len(self.operands)
@@ -211,7 +211,7 @@ class OpDef:
         )
 
     def role(self, operand: int) -> Role:
-        """Return what a parameter is as operand number `operand`."""
+        """Return the role of a parameter as operand number `operand`."""
         return self.roles[operand] if operand < len(self.roles) else Role.VALUE
 
     def __str__(self) -> str:
@@ -250,10 +250,10 @@ class OpDef:
         return full
 
     def result_types(self, operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-        """Return the types of the results: what `infer` says, and where they lie on a mesh.
+        """Return the types of the results, as `infer` returns them, with their sharding.
 
         Raises:
-          InputError: operands or attributes do not suit the operation.
+          InputError: operands or attributes are invalid for the operation.
         """
         types = self.infer(operands, attrs)
         if self.places or not any(v.type.is_sharded for v in operands):
@@ -265,7 +265,7 @@ class OpDef:
         return Problem(f"{self.name} has no attribute {name!r}", hint=hint)
 
     def check_arity(self, count: int) -> None:
-        """Raise InputError unless `count` operands suit this operation."""
+        """Raise InputError unless the operation accepts `count` operands."""
         enough = count >= len(self.operands) if self.variadic else count == len(self.operands)
         if not enough:
             names = ", ".join(self.operands) + (", …" if self.variadic else "")
@@ -310,7 +310,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 
 def _mismatch(spec: Attr, value: object) -> str | None:
-    """Return what was expected of `value`, or None if it fits."""
+    """Return what was expected of `value`, or None if it is valid."""
     expected, fits = _KINDS[spec.kind]
     if not fits(value):
         return expected
@@ -325,7 +325,7 @@ OPS: dict[str, OpDef] = {}
 
 
 def register(entry: OpDef) -> OpDef:
-    """Add `entry` to the table; two entries of one name are a bug in the caller."""
+    """Add `entry` to the table; a duplicate name is a bug of the caller."""
     if entry.name in OPS:
         raise ValueError(f"operation {entry.name!r} is defined twice")
     OPS[entry.name] = entry
@@ -333,7 +333,7 @@ def register(entry: OpDef) -> OpDef:
 
 
 def op(name: str) -> OpDef:
-    """Return the table entry `name`.
+    """Return the row `name` of the table.
 
     Raises:
       InputError: there is no such operation; the nearest name is suggested.

@@ -1,6 +1,6 @@
-"""From text to a graph: the inverse of the printer, with errors that point at the place.
+"""Parse the text of a graph: the inverse of the printer, with errors that point at the location.
 
-A line that is wrong is reported and skipped, and so, silently, is what depends on it; all problems
+A wrong line is reported and skipped, and lines that depend on it are skipped silently; all problems
 of a text are raised together.
 """
 
@@ -29,7 +29,7 @@ MAX_PROBLEMS = 20
 
 
 _CLOSING = re.compile(r"^[ \t]*\}", re.MULTILINE)
-"""The brace that ends what a node repeats, on a line of its own."""
+"""The brace that closes a body, on a line of its own."""
 
 T = TypeVar("T")
 
@@ -39,18 +39,18 @@ class _Poisoned(Exception):
 
 
 class _WrongBody(Exception):
-    """The body of the node was read to its end, and its problems are noted."""
+    """The body of the node was parsed to its end, and its problems are recorded."""
 
 
 def parse(text: str, file: str = "<text>") -> Graph:
-    """Return the graph that `text` spells.
+    """Return the graph that `text` describes.
 
     Args:
-      text: what `print_graph` prints; ``#`` starts a comment.
-      file: the name that messages give it.
+      text: the output of `print_graph`; ``#`` starts a comment.
+      file: the name of the text in messages.
 
     Raises:
-      ParseError: with every problem found, up to a limit.
+      ParseError: all problems found, up to a limit.
     """
     with collector_paused():
         return _Parser(Scanner(text, file)).module()
@@ -72,7 +72,7 @@ class _Parser:
         version = scan.expect("number", what="the version of the format")
         if version.text != str(FORMAT):
             raise scan.error(
-                f"format {version.text} is not known", version.at, expected=str(FORMAT)
+                f"format {version.text} is not supported", version.at, expected=str(FORMAT)
             )
         scan.expect("name", "graph")
         self.graph.name = scan.expect("name", what="the name of the graph").text
@@ -83,7 +83,7 @@ class _Parser:
         return self.graph
 
     def statements(self) -> bool:
-        """Parse statements in braces, and say whether the closing brace is there."""
+        """Parse statements in braces, and return whether the closing brace is present."""
         scan = self.scan
         scan.expect("punct", "{")
         while not (scan.token.kind == "punct" and scan.token.text == "}"):
@@ -96,12 +96,12 @@ class _Parser:
         return True
 
     def line(self) -> None:
-        """Parse one statement; on an error note it and go on with the next line."""
+        """Parse one statement; on an error record it and continue with the next line."""
         start = self.scan.token
         try:
             self.statement(start)
         except ParseError as error:
-            # Those of a body are there already: both parsers note in one list.
+            # Those of a body are recorded already: both parsers share one list.
             self.problems.extend(p for p in error.problems if p not in self.problems)
             self.recover(start)
         except _Poisoned:
@@ -112,7 +112,7 @@ class _Parser:
             raise ParseError(self.problems)
 
     def poison(self, start: Token) -> str:
-        """Note that what the line from `start` on defines means nothing, and return the line."""
+        """Mark what the line from `start` on defines as undefined, and return the line."""
         end = self.scan.text.find("\n", start.at)
         line = self.scan.text[start.at : end if end >= 0 else None]
         head = line.split("=", 1)[0].split(":", 1)[0]
@@ -123,7 +123,7 @@ class _Parser:
         text, line = self.scan.text, self.poison(start)
         end = start.at + len(line)
         if start.kind == "value" and line.rstrip().endswith("{"):
-            # What a wrong line repeats means nothing without it.
+            # The body of a wrong line has no meaning without it.
             close = _CLOSING.search(text, end)
             end = close.end() if close is not None else len(text)
         while True:
@@ -155,7 +155,7 @@ class _Parser:
         equals = self.scan.token
         if equals.text != "=":
             raise self.scan.error("expected =", equals.at)
-        # What follows is JSON, not our tokens, so step over the sign by hand.
+        # JSON follows, which is not made of our tokens, so step over the sign by hand.
         self.scan.token = Token("json", "", equals.at + 1)
         self.graph.attrs[name] = self.scan.json_line()
 
@@ -175,7 +175,7 @@ class _Parser:
         place = scan.token.at
         loc, origin = self.loc()
         if origin:
-            raise scan.error("a parameter has a location, and no origin", place)
+            raise scan.error("a parameter has a location and no origin", place)
         value = self.guarded(
             name.at, lambda: self.graph.param(name.text[1:], type, weight, loc=loc)
         )
@@ -200,7 +200,7 @@ class _Parser:
         self.scan.expect("punct", "=")
         value = self.operand()
         if name.text in self.graph.output_names:
-            raise self.scan.error(f"output {name.text!r} is given twice", name.at)
+            raise self.scan.error(f"output {name.text!r} is defined twice", name.at)
         self.graph.set_output(name.text, value)
 
     def node(self) -> None:
@@ -233,7 +233,7 @@ class _Parser:
             raise scan.error("a node defines one value twice", results[0].at)
         if "body" in entry.attrs:
             if "body" in attrs:
-                raise scan.error("a body stands in braces after the line", word.at)
+                raise scan.error("a body is written in braces after the line", word.at)
             attrs = {**attrs, "body": self.body(word)}
         made = self.guarded(
             word.at,
@@ -251,7 +251,7 @@ class _Parser:
             )
 
     def body(self, word: Token) -> Graph:
-        """Parse what the node of the operation `word` repeats, in braces after its line."""
+        """Parse the body of the node of the operation `word`, in braces after its line."""
         if self.around is not None:
             raise self.scan.error("a scan within a scan", word.at, hint="unroll the inner one")
         inner, before = _Parser(self.scan, self), len(self.problems)
@@ -310,7 +310,7 @@ class _Parser:
         return loc, origin
 
     def at(self, error: InputError, at: int) -> ParseError:
-        """Return `error`, which knows no place, at offset `at`."""
+        """Return `error`, which has no position, at offset `at`."""
         return ParseError(
             self.scan.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
             for p in error.problems

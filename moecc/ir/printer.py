@@ -1,4 +1,4 @@
-"""The text of a graph: flat SSA, one line a node, which parses back to the same graph."""
+"""Print a graph as text: flat SSA, one line a node, which parses back to the same graph."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def format_attrs(entry: OpDef, attrs: Mapping[str, object]) -> str:
 
 
 def format_loc(loc: str, origin: str) -> str:
-    """Return the location and origin as they stand at the end of a line."""
+    """Return the location and origin as printed at the end of a line."""
     if not loc and not origin:
         return ""
     return f" @{loc} by {origin}" if origin else f" @{loc}"
 
 
 def format_node(node: Node) -> str:
-    """Return the line of one node, without indentation, and without what it repeats."""
+    """Return the line of one node, without indentation and without its body."""
     results = ", ".join(["%" + v.name for v in node.results])
     operands = "".join([" %" + v.name + "," for v in node.operands])[:-1]
     attrs = format_attrs(node.op, node.attrs) if node.attrs else ""
@@ -105,7 +105,7 @@ def _inputs(graph: Graph, indent: str) -> Iterator[str]:
 
 
 def _computation(graph: Graph, indent: str) -> Iterator[str]:
-    """Yield the lines of nodes, what they repeat in braces, and those of outputs."""
+    """Yield the lines of nodes, their bodies in braces, and the outputs."""
     for node in graph:
         body = node.body
         yield indent + format_node(node) + (" {" if body is not None else "")

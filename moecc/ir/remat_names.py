@@ -1,7 +1,7 @@
-"""Names of the values of a layer that rematerialisation may keep for the gradient.
+"""Names of the values of a layer that rematerialisation may save for the gradient.
 
-A backend marks what a node makes with its name here; ``scan {remat=save, save=(…)}`` lists those
-that are kept while everything else is computed again.
+A backend tags the result of a node with its name here; ``scan {remat=save, save=(…)}`` lists the
+names that are saved while everything else is recomputed.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from moecc.ir.ops import OpDef
 from moecc.ir.traits import Collective, RowMove
 
 KEPT = ("router", "rows", "experts", "combine", "attention")
-"""A router's logits, dispatched rows, what experts make of them, and what a layer adds."""
+"""A router's logits, dispatched rows, the experts' results, and the outputs of sublayers."""
 
 DEFAULT = ("combine", "attention")
-"""What is kept unless something else is asked for: what the sublayers add to the stream."""
+"""The names saved by default: what the sublayers add to the residual stream."""
 
 _MOVED = {RowMove.TO_SLOTS: "rows", RowMove.TO_TOKENS: "combine"}
 
 _STEPS_TO_ROUTE = 4
-"""How far the choice may be: a residual stream is a chain of sums without end."""
+"""How many nodes to look ahead for the choice: a residual stream is an endless chain of sums."""
 
 _STEPS_TO_ATTENTION = 3
-"""How far a projection may be from the product with the weights: parts are merged between."""
+"""How many nodes a projection may be away from the product with the attention weights."""
 
 
 def remat_name(node: Node) -> str | None:
-    """Return the name of what `node` makes, by what makes or uses it; None for most nodes.
+    """Return the name of the result of `node`, by its producer or users; None for most nodes.
 
-    What a collective makes of a value that is kept by default has its name, too: it is not sent
-    again.
+    The result of a collective on a value that is saved by default has the same name, so that it is
+    not sent again.
     """
     if node.op.collective is Collective.BRINGS and node.operands[0].node is not None:
         before = remat_name(node.operands[0].node)
@@ -64,13 +64,13 @@ def _feeds_route(node: Node) -> bool:
 
 
 def _passes_scores(entry: OpDef) -> bool:
-    """Whether scores are still scores behind `entry`: a bias, noise, a mask, parts, shares."""
+    """Whether scores remain scores after `entry`: a bias, noise, a mask, slices, shares."""
     within = entry.elementwise and (bool(entry.linear) or entry.logical)
     return within or entry.carries or entry.is_distribution
 
 
 def _projects_attention(node: Node) -> bool:
-    """Whether `node` projects the product of values with the weights that a softmax made."""
+    """Whether `node` projects the product of the values with the attention weights."""
     source = node.operands[0].node if node.op.is_product else None
     for _ in range(_STEPS_TO_ATTENTION):
         if source is None or source.op.is_product:
@@ -82,6 +82,6 @@ def _projects_attention(node: Node) -> bool:
 
 
 def _softmax_behind(weights: Value) -> bool:
-    # Dropout may stand between the softmax and its use.
+    # Dropout may be applied between the softmax and its use.
     near = [weights, *(weights.node.operands if weights.node is not None else ())]
     return any(v.node is not None and v.node.op.is_distribution for v in near)

@@ -1,7 +1,7 @@
-"""Exchanging one value for another, and the types that follow from it.
+"""Replace one value by another and update the types that refer to it.
 
 A type may refer to a value: the slots of dispatched rows have the extents that their
-``assign_slots`` value sets.  So whoever exchanges a value must infer again what refers to it.
+``assign_slots`` value sets.  So replacing a value must infer again the types that refer to it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from moecc.ir.table.slots import is_slots
 
 
 def replace_value(old: Value, new: Value) -> None:
-    """Make every user of `old`, the outputs included, use `new`, and keep all types right.
+    """Replace all uses of `old`, outputs included, by `new`, and update all types.
 
     `new` must be defined before the users of `old`.  Linear in the users of `old`, unless types
-    change: then in the distance between `old` and the last value that is concerned.
+    change: then linear in the distance between `old` and the last affected value.
 
     Raises:
-      InputError: the type of a user does not follow any more; the graph is then half changed.
+      InputError: the type of a user cannot be inferred any more; the graph is then half changed.
     """
     if old is new:
         return
@@ -30,15 +30,15 @@ def replace_value(old: Value, new: Value) -> None:
 
 
 def infer_again(graph: Graph, nodes: Iterable[Node], *, start: Node | None = None) -> None:
-    """Infer the types of the results of `nodes` again, and of all that follows from those.
+    """Infer again the result types of `nodes`, and of everything that depends on them.
 
     Args:
       graph: the graph.
       nodes: nodes whose operands or attributes have changed.
-      start: a node that is not after any of them; None is the beginning of the graph.
+      start: a node not after any of them; None is the beginning of the graph.
 
     Raises:
-      InputError: operands and attributes do not suit an operation any more.
+      InputError: operands and attributes are no longer valid for an operation.
     """
     pending = set(nodes)
     pending.discard(graph.terminator)
@@ -52,9 +52,9 @@ def infer_again(graph: Graph, nodes: Iterable[Node], *, start: Node | None = Non
 
 
 def _infer(node: Node) -> list[Node]:
-    """Infer the types of one node again and return the users that may be concerned.
+    """Infer again the types of one node and return the users that may be affected.
 
-    The types of dispatched rows follow from the attributes of a placing node, not from its type.
+    The types of dispatched rows depend on the attributes of an assigning node, not on its type.
     """
     users: list[Node] = []
     for value, type in zip(

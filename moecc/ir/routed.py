@@ -1,7 +1,7 @@
-"""What losses and metrics of routing look at: one routed layer, and means over its tokens.
+"""Inputs of routing losses and metrics: one routed layer, and means over its tokens.
 
-Where ``assign_slots`` was given a mask, padding counts nowhere.  A *unit* is what the mean of a
-balancing loss is taken in before it is averaged: a token group, a sequence, or the batch.
+If ``assign_slots`` has a mask, padding is excluded everywhere.  A *unit* is the set of tokens that
+a balancing loss is computed over before averaging: a token group, a sequence, or the batch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ UNITS = ("group", "sequence", "global")
 
 @dataclass(frozen=True)
 class Scores:
-    """What a router gave to each expert.
+    """A router's scores of the experts.
 
     Attributes:
-      logits: with the noise if there is any, ``[*tokens, expert]``; prototypes have an axis more.
-      chosen: the experts that they chose, best first, ``[*tokens, choice]``; those of prototypes
-        are counted within each, ``[*tokens, choice, first]``.  None where experts choose tokens.
-      clean: the logits without noise, where noise was added.
-      noise_std: the standard deviation of that noise; 0 where there is none.
+      logits: including noise if there is any, ``[*tokens, expert]``; prototypes add an axis.
+      chosen: the chosen experts, best first, ``[*tokens, choice]``; with prototypes
+        numbered within each, ``[*tokens, choice, first]``.  None where experts choose tokens.
+      clean: the logits without noise, if noise was added.
+      noise_std: the standard deviation of that noise; 0 without noise.
     """
 
     logits: Value
@@ -36,9 +36,9 @@ class Scores:
 
     @property
     def count(self) -> int:
-        """The experts that the logits are of: those of one prototype."""
+        """The number of experts that the logits score: those of one prototype."""
         size = self.logits.type["expert"].size
-        assert isinstance(size, int), "experts are counted"
+        assert isinstance(size, int), "the number of experts is known"
         return size
 
     @property
@@ -55,9 +55,9 @@ class Scores:
 
     @property
     def top_k(self) -> int:
-        """How many experts the logits choose."""
+        """The number of experts chosen per token."""
         size = self.picks.type[self.choice].size
-        assert isinstance(size, int), "choices are counted"
+        assert isinstance(size, int), "the number of choices is known"
         return size
 
 
@@ -67,9 +67,9 @@ class Routed:
 
     Attributes:
       experts: the experts of each choice, ``[*tokens, choice]``.
-      gates: what the results are weighted by.
+      gates: the weights of the experts' results.
       slots: the slots, the result of ``assign_slots`` or ``expert_choice``.
-      scores: what a router says; None where there is none.
+      scores: the router's scores; None without a router.
     """
 
     experts: Value
@@ -95,7 +95,7 @@ class Routed:
 
     @property
     def given(self) -> dict[str, Value]:
-        """What the slots were given beside the experts."""
+        """The operands of the slot assignment besides the experts, by word."""
         node = assigner(self.slots)
         return operands_by_word(node.operands, node.attrs)
 
@@ -105,7 +105,7 @@ class Means:
     """Builds means over the tokens of a layer.
 
     Attributes:
-      builder: where the operations go.
+      builder: where operations are appended.
       routed: the routing.
       unit: ``group``, ``sequence`` or ``global``.
     """
@@ -116,13 +116,13 @@ class Means:
 
     @cached_property
     def named(self) -> Value:
-        """1 for each choice that names an expert; of a type that counts are exact in."""
+        """1 for each choice that names an expert; of a type in which counts are exact."""
         b = self.builder
         hot = b.one_hot(self.routed.experts, into=(("expert", self.routed.count),))
         return b.sum(hot, axes="expert")
 
     def over_tokens(self, x: Value) -> Value:
-        """Return the mean over all tokens, padding left out."""
+        """Return the mean over all tokens, padding excluded."""
         b, tokens = self.builder, self.routed.tokens
         if "mask" not in self.routed.given:
             return b.mean(x, axes=tokens)
@@ -133,7 +133,7 @@ class Means:
     def over_units(self, x: Value) -> Value:
         """Return the mean of ``[*tokens, expert]`` over the tokens of each unit.
 
-        A unit of nothing but padding has zeros.
+        A unit that is all padding has zeros.
         """
         b = self.builder
         if "mask" not in self.routed.given and self.unit != "group":
@@ -143,9 +143,9 @@ class Means:
         return b.div(total, self.at_least_one(number))
 
     def across_units(self, x: Value) -> Value:
-        """Return the mean of ``[*unit, …]`` over the units that have tokens, and over the rest.
+        """Return the mean of ``[*unit, …]`` over the units with tokens, and over the other axes.
 
-        Units of nothing but padding would dilute the mean; with no tokens at all it is 0.
+        Units of padding would dilute the mean; without any token it is 0.
         """
         b, filled = self.builder, self._filled
         if filled is None or not filled.type.names:
@@ -155,14 +155,14 @@ class Means:
         return self.all(b.div(total, self.at_least_one(b.sum(counted, axes=units))))
 
     def divisor(self, x: Value) -> Value:
-        """Return ``[*unit, …]`` with 1 for the units without tokens, so that 0 / 0 is not met."""
+        """Return ``[*unit, …]`` with 1 for the units without tokens, to avoid 0 / 0."""
         b, filled = self.builder, self._filled
         if filled is None:
             return x
         return b.mask(x, b.less(self.constant(0.0, filled), filled), fill=1.0)
 
     def all(self, x: Value) -> Value:
-        """Return the mean of what is left, prototypes for example."""
+        """Return the mean over all remaining axes, prototypes for example."""
         return self.builder.mean(x, axes=x.type.names) if x.type.names else x
 
     def constant(self, number: float, like: Value) -> Value:
@@ -175,12 +175,12 @@ class Means:
         return x if x.type.dtype == kind else self.builder.cast(x, dtype=kind.name)
 
     def at_least_one(self, x: Value) -> Value:
-        """Return `x`, a count that something is divided by."""
+        """Return max(`x`, 1), for a count used as a divisor."""
         return self.builder.maximum(x, self.constant(1.0, x))
 
     @cached_property
     def _filled(self) -> Value | None:
-        """1 for the units that have tokens and 0 for the others; None where none is padding."""
+        """1 for the units that have tokens and 0 for the others; None without padding."""
         if "mask" not in self.routed.given:
             return None
         number = self._unit_sum(self._counted(self.named))

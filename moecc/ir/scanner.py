@@ -1,4 +1,4 @@
-"""Tokens of the text format, with their places, and errors that point at them."""
+"""Tokens of the text format with their offsets, and errors that point at them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOKEN = re.compile(
 
 
 class ParseError(InputError):
-    """Text that is not a graph; each problem says line and column and shows the place."""
+    """Text that is not a valid graph; each problem has line, column and a caret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,13 @@ class Token:
 
 
 def problem_at(text: str, file: str, what: str, at: int, **more: str | None) -> Problem:
-    """Return a problem at offset `at` of `text`, with its line and a caret below the place."""
+    """Return a problem at offset `at` of `text`, with its line and a caret below the column."""
     line = text.count("\n", 0, at) + 1
     start = text.rfind("\n", 0, at) + 1
     column = at - start + 1
     end = text.find("\n", start)
     whole = text[start : end if end >= 0 else len(text)]
-    # A long line is cut around the place, so that the caret stays on the screen.
+    # A long line is cut around the column, so that the caret stays on the screen.
     cut = max(0, column - 61)
     shown = printable(whole[cut : cut + 110], 110)
     pad = len(printable(whole[cut : column - 1], 110)) if column > 1 else 0
@@ -56,9 +56,9 @@ class Scanner:
     """Reads the tokens of `text` one after the other.
 
     Attributes:
-      text: what is read.
+      text: the input.
       file: its name in messages.
-      token: the token that comes next; its kind is ``end`` at the end.
+      token: the next token; its kind is ``end`` at the end.
     """
 
     def __init__(self, text: str, file: str = "<text>") -> None:
@@ -69,10 +69,10 @@ class Scanner:
         self.advance()
 
     def advance(self) -> Token:
-        """Return the token that came next, and read the one after it.
+        """Return the next token, and scan the one after it.
 
         Raises:
-          ParseError: the text goes on with something that is no token.
+          ParseError: the text continues with an invalid token.
         """
         before = self.token
         match = _TOKEN.match(self.text, self.pos)
@@ -89,15 +89,15 @@ class Scanner:
         return before
 
     def jump(self, pos: int) -> None:
-        """Go on reading at offset `pos`."""
+        """Continue at offset `pos`."""
         self.pos = pos
         self.advance()
 
     def expect(self, kind: str, text: str | None = None, what: str | None = None) -> Token:
-        """Return the next token, which must be of `kind` (and read `text`).
+        """Return the next token, which must be of `kind` (and equal `text`).
 
         Raises:
-          ParseError: it is another one.
+          ParseError: it differs.
         """
         token = self.token
         if token.kind != kind or (text is not None and token.text != text):
@@ -106,7 +106,7 @@ class Scanner:
         return self.advance()
 
     def take(self, kind: str, text: str) -> bool:
-        """Read the next token if it is `text`, and say whether it was."""
+        """Consume the next token if it is `text`, and return whether it was."""
         if self.token.kind != kind or self.token.text != text:
             return False
         self.advance()

@@ -1,4 +1,4 @@
-"""Copies of graphs, and equality and hash up to the names of values."""
+"""Copy graphs; equality and hash up to the names of values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moecc.types.tensor import Axis, Extent, TensorType
 
 
 def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
-    """Return `type` with its extents referring to the images of their values in `values`."""
+    """Return `type` with its extents remapped to the images of their values in `values`."""
     if not type.extents:
         return type
     return type.with_axes(
@@ -24,7 +24,7 @@ def retype(type: TensorType, values: dict[Value, Value]) -> TensorType:
 
 
 def clone(graph: Graph) -> Graph:
-    """Return a copy of `graph` with the same names, sharing weight expressions alone."""
+    """Return a copy of `graph` with the same names; only weight expressions are shared."""
     copy = Graph(graph.name, json.loads(json.dumps(graph.attrs)))
     values: dict[Value, Value] = {}
     for name, value in graph.inputs.items():
@@ -53,7 +53,7 @@ def _image(extent: Extent, values: dict[Value, Value]) -> Value:
 
 
 def copied(attrs: Mapping[str, object]) -> dict[str, object]:
-    """Return a copy of the attributes of a node, with a graph of its own to repeat."""
+    """Return a copy of a node's attributes, with bodies cloned."""
     body = attrs.get("body")
     return {**attrs, "body": clone(body)} if isinstance(body, Graph) else dict(attrs)
 
@@ -71,10 +71,10 @@ def _type_key(type: TensorType, numbers: dict[Value, int]) -> object:
 
 
 def structure(graph: Graph, *, named: bool = True) -> Iterator[object]:
-    """Yield what `graph` says, a statement at a time, with values by number instead of name.
+    """Yield the content of `graph`, a statement at a time, with values numbered, not named.
 
     The names of inputs, parameters and outputs count; those of other values, and locations, don't.
-    Of a graph that is not `named`, which a node repeats, inputs and outputs go by their order.
+    If not `named`, as for a body, inputs and outputs are identified by their order.
     """
     numbers: dict[Value, int] = {}
     yield json.dumps(graph.attrs, sort_keys=True)
@@ -106,7 +106,7 @@ def attributes(attrs: Mapping[str, object]) -> tuple[object, ...]:
 
 
 def equal(a: Graph, b: Graph) -> bool:
-    """Whether two graphs say the same, whatever their values are called."""
+    """Whether two graphs are equal up to the names of values."""
     return a is b or list(structure(a)) == list(structure(b))
 
 

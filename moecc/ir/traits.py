@@ -1,9 +1,9 @@
-"""Traits: what the rest of moecc may rely on of an operation, said once in its row.
+"""Traits: what the rest of moecc may rely on of an operation, stated once in its row.
 
-A trait is a fact about the meaning of an operation, not a note for one reader of it.  What readers
-need is derived: whether an operation may stand inside an expert, is fused into the product that
-reads it, or carries a parameter on to its use.  `tests/ir/test_traits.py` evaluates every operation
-and refutes a row that says something wrong of it.
+A trait is a fact about the meaning of an operation, not a flag for one reader.  Everything else
+is derived: whether an operation may be used inside an expert, is fused into the product that
+reads it, or passes a parameter on to its use.  `tests/ir/test_traits.py` evaluates every operation
+and fails for a row with a wrong trait.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Residual:
-    """What the derivative of an operation reads: the values that a gradient keeps.
+    """The values that the derivative of an operation reads and a gradient keeps.
 
     Attributes:
       operands: the positions of the operands that it reads.
       result: whether it reads the first result.
-      of: the operands that have a gradient; all floating-point ones where it is empty.  Tables of
-        positions are floating-point, and nothing behind them is trained.
+      of: the operands that have a gradient; all floating-point ones if empty.  Position tables
+        are floating-point, and nothing that they depend on is trained.
     """
 
     operands: tuple[int, ...] = ()
@@ -41,43 +41,43 @@ class Residual:
 
 
 NOTHING = Residual()
-"""The derivative is the same everywhere."""
+"""The derivative is constant."""
 
 OPERAND = Residual((0,))
 """The derivative reads the first operand."""
 
 RESULT = Residual((), result=True)
-"""The derivative is a polynomial of the result, which what comes next often keeps anyway."""
+"""The derivative is a polynomial of the result, which the next operation often keeps anyway."""
 
 BOTH = Residual((0,), result=True)
-"""The derivative reads the operand, and the result spares it a reduction."""
+"""The derivative reads the operand, and the result saves it a reduction."""
 
 PAIR = Residual((0, 1))
-"""The derivative in each of two operands reads the other."""
+"""The derivative in each of two operands reads the other one."""
 
 
 @dataclass(frozen=True)
 class Homogeneity:
-    """What positive factors on the operands do to the result.
+    """The effect of positive factors on the operands on the result.
 
     Attributes:
       degrees: by operand; the result is multiplied by the product of the factors to these powers.
-        None stands for an operand that must not have a factor.
-      alike: all operands with a degree must have one factor, which the result then has, too.
+        None marks an operand that must not have a factor.
+      alike: all operands with a degree must have the same factor, which the result then has, too.
     """
 
     degrees: tuple[float | None, ...]
     alike: bool = False
 
     def factor(self, given: Sequence[float]) -> float | None:
-        """Return what the result is multiplied by if the operands are by `given`, or None."""
+        """Return the factor on the result if the operands have the factors `given`, or None."""
         pairs = self._together(given, 1.0, lambda a, b: abs(a / b - 1) < 1e-12)
         if pairs is None or self.alike:
             return pairs[0][0] if pairs else None
         return prod(float(f**d) for f, d in pairs)
 
     def degree(self, given: Sequence[float]) -> float | None:
-        """Return the degree of the result where the operands have the degrees `given`, or None."""
+        """Return the degree of the result if the operands have the degrees `given`, or None."""
         pairs = self._together(given, 0.0, lambda a, b: a == b)
         if pairs is None or self.alike:
             return pairs[0][0] if pairs else None
@@ -86,7 +86,7 @@ class Homogeneity:
     def _together(
         self, given: Sequence[float], neutral: float, same: Callable[[float, float], bool]
     ) -> list[tuple[float, float]] | None:
-        """Return what is given to each operand with a degree, and the degree; None if not free."""
+        """Return the factors of the operands with a degree, and the degree; None if not allowed."""
         degrees = (*self.degrees, *[None] * (len(given) - len(self.degrees)))
         pairs = list(zip(given, degrees, strict=True))
         if any(d is None and not same(g, neutral) for g, d in pairs):
@@ -98,17 +98,17 @@ class Homogeneity:
 
 
 def powers(*degrees: float | None) -> Homogeneity:
-    """Return that a factor on each operand comes out to the power of its degree."""
+    """Return a homogeneity in which each operand's factor is raised to its degree."""
     return Homogeneity(degrees)
 
 
 def alike(*degrees: float | None) -> Homogeneity:
-    """Return that one factor on all operands with a degree comes out as it is."""
+    """Return a homogeneity in which a common factor on all operands with a degree is kept."""
     return Homogeneity(degrees, alike=True)
 
 
 class Cost(Enum):
-    """What an operation costs beside the products, into which a compiler fuses the others."""
+    """The cost class of an operation: products, and what a compiler does not fuse into them."""
 
     FUSED = "fused"
     READ_WRITE = "operands and results"
@@ -117,7 +117,7 @@ class Cost(Enum):
 
 
 class Domain(Enum):
-    """Where an elementwise operation is defined and stays finite."""
+    """Where an elementwise operation is defined and finite."""
 
     REAL = "all numbers"
     MODERATE = "all numbers, but it overflows for large ones"
@@ -125,7 +125,7 @@ class Domain(Enum):
 
 
 class Collective(Enum):
-    """What a collective does with a value that lies on a mesh."""
+    """The effect of a collective on a sharded value."""
 
     ANY = "whatever is needed, to be lowered"
     LOCAL = "nothing is sent"
@@ -134,14 +134,14 @@ class Collective(Enum):
 
 
 class RowMove(Enum):
-    """Which way an operation takes tokens: to the slots of experts, or back."""
+    """The direction in which an operation moves tokens: to the slots of experts, or back."""
 
     TO_SLOTS = "to slots"
     TO_TOKENS = "to tokens"
 
 
 class Role(Enum):
-    """What a parameter is in an operand, which says how large its elements are at first."""
+    """The role of a parameter in an operand, which determines its initial scale."""
 
     VALUE = "no parameter is expected here"
     MATRIX = "contracted"
@@ -167,23 +167,23 @@ class Cut:
 
 
 SizeRule = Callable[[Definition], Product | Cut]
-"""What must hold between the sizes of a node when its graph is shrunk."""
+"""Constraints between the sizes of a node when its graph is shrunk."""
 
 LocalRule = Callable[[Definition, "Mesh"], Attrs]
 """The attributes with which one device runs a node on its shards."""
 
 IndexRule = Callable[[Definition], "Size"]
-"""What the integers of a node's index operand stay below."""
+"""The exclusive upper bound of a node's index operand."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """An operand whose integers pick something.
+    """An operand whose integers are indices.
 
     Attributes:
       operand: its position.
-      below: the size that they stay below.
-      strict: whether other integers have no meaning; else they pick nothing.
+      below: their exclusive upper bound.
+      strict: whether out-of-range integers are undefined; otherwise they select nothing.
     """
 
     operand: int

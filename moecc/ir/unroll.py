@@ -1,7 +1,7 @@
-"""Repeated layers written out again: what exporting, describing and other passes work on.
+"""Unroll repeated layers, for exporting, describing and passes that need flat graphs.
 
-It is the inverse of the pass ``roll-layers``: parameters of several layers become one of each, by
-the ranges in their names, and what was stacked or picked along the layers meets its layer directly.
+The inverse of the pass ``roll-layers``: a stacked parameter becomes one parameter per layer, by
+the ranges in its name, and values stacked or picked along the layers connect to it directly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_rolled(graph: Graph) -> bool:
 
 
 def users_within(value: Value) -> Iterator[Node]:
-    """Yield the nodes that use `value`; in the place of a scan those of its body that do."""
+    """Yield the nodes that use `value`, descending into the bodies of scans."""
     for node in value.users:
         if node.body is None:
             yield node
@@ -38,7 +38,7 @@ def users_within(value: Value) -> Iterator[Node]:
 
 
 def unrolled(graph: Graph) -> Graph:
-    """Return `graph` if it repeats nothing, and otherwise a copy with every layer written out."""
+    """Return `graph` if nothing is repeated, and otherwise an unrolled copy."""
     if not is_rolled(graph):
         return graph
     copy = clone(graph)
@@ -47,7 +47,7 @@ def unrolled(graph: Graph) -> Graph:
 
 
 def unroll(graph: Graph) -> int:
-    """Write out, in place, all that `graph` repeats; return how many scans there were."""
+    """Unroll, in place, every scan of `graph`; return how many there were."""
     scans = [node for node in graph if node.body is not None]
     for node in scans:
         _Unroller(graph, node).run()
@@ -56,10 +56,10 @@ def unroll(graph: Graph) -> int:
 
 @dataclass
 class _Unroller:
-    """One scan that is written out.
+    """Unrolls one scan.
 
     Attributes:
-      graph: the graph that it is in.
+      graph: the graph that contains it.
       node: the scan.
     """
 
@@ -98,7 +98,7 @@ class _Unroller:
         return repetitions(self.node.attrs)[1]
 
     def layer(self, operands: list[Value], at: int) -> list[Value]:
-        """Write out one run of the body, and return its results."""
+        """Copy the body for one iteration, and return its results."""
         body = self.node.body
         assert body is not None, "a scan has a body"
         values = dict(zip(body.inputs.values(), operands, strict=True))
@@ -116,7 +116,7 @@ class _Unroller:
         return [values[v] for v in body.terminator.operands]
 
     def slices(self, stacked: list[Value]) -> list[list[Value]]:
-        """Return, for each stacked operand, what each run gets of it."""
+        """Return, for each stacked operand, its slice for each iteration."""
         apart = [v for v in stacked if self.comes_apart(v)]
         params = self.take_apart(apart)
         return [params.get(v) or self.parts(v) for v in stacked]
@@ -134,7 +134,7 @@ class _Unroller:
         return [node.result for node in index]
 
     def comes_apart(self, value: Value) -> bool:
-        """Return whether a parameter stands for one of each layer, which nothing else uses."""
+        """Return whether a parameter stacks one parameter per layer and has no other use."""
         if (
             not value.is_param
             or lengths(value.name) != {self.runs}
@@ -144,7 +144,7 @@ class _Unroller:
         return not any(element(value.name, at) in self.graph for at in range(self.runs))
 
     def take_apart(self, stacked: list[Value]) -> dict[Value, list[Value]]:
-        """Make a parameter for each layer of each of `stacked`, in their places, layer by layer."""
+        """Replace each of `stacked` by one parameter per layer, in position, layer by layer."""
         graph, apart = self.graph, set(stacked)
         made: dict[Value, list[Value]] = {}
         order: list[Value] = []
@@ -163,13 +163,13 @@ class _Unroller:
         return made
 
     def part(self, value: Value, at: int) -> Value:
-        """Make the parameter of one layer of a stacked one."""
+        """Create the parameter of one layer of a stacked one."""
         weight = None if value.weight is None else _part(value.weight, self.axis, at)
         name, loc = element(value.name, at), element(value.loc, at)
         return self.graph.param(name, value.type.without(self.axis), weight, loc=loc)
 
     def give(self, value: Value, parts: list[Value]) -> None:
-        """Let the users of a stacked result use what each run made."""
+        """Replace a stacked result by the results of the iterations."""
         for user in list(value.users):
             at = picked_at(user, self.axis)
             if at is not None:

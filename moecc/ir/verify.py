@@ -1,4 +1,4 @@
-"""The verifier: what must hold of every graph, checked after every pass."""
+"""The verifier: invariants of every graph, checked after every pass."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _LOC = re.compile(r"\S+\Z")
 
 
 class VerifyError(InputError):
-    """A graph that breaks a rule of the IR."""
+    """A graph that violates an invariant of the IR."""
 
 
 def verify(graph: Graph) -> None:
     """Check that `graph` is well-formed.
 
-    Each value is defined once and before its uses; use lists agree with operands; attributes suit
-    the table; types are those that follow from the operands, and lie on the mesh; each parameter's
-    axes are those of its weight expression; names and locations are such as the text can say; at
-    least one output.
+    Each value is defined once and before its uses; use lists agree with operands; attributes are
+    valid for the table; types are as inferred from the operands, and shardable on the mesh; each
+    parameter's axes are those of its weight expression; names and locations can be printed; there
+    is at least one output.
 
     Raises:
       VerifyError: with all problems found, up to a limit.
@@ -44,7 +44,7 @@ def verify(graph: Graph) -> None:
         count += 1
         _check_node(node, defined, problems)
         defined.update(node.results)
-        # Links that lead back would otherwise be followed for ever.
+        # A cycle of links would otherwise be followed forever.
         if len(problems) >= MAX_PROBLEMS or count > graph.node_count:
             break
     _check_uses(graph.terminator, defined, problems)
@@ -71,7 +71,7 @@ def _mesh(graph: Graph, problems: list[Problem]) -> Mesh | None:
 
 
 def where(node: Node) -> str:
-    """Return how messages call a node: its first result, operation and location."""
+    """Return a node's description in messages: its first result, operation and location."""
     name = f"%{node.results[0].name} = " if node.results else ""
     loc = f" @{node.loc}" if node.loc else ""
     origin = f" by {node.origin}" if node.origin else ""
@@ -79,7 +79,7 @@ def where(node: Node) -> str:
 
 
 def _check_words(graph: Graph) -> Iterator[Problem]:
-    """Yield the names beside those of values and axes that would not read back as they are."""
+    """Yield the names, besides those of values and axes, that would not parse back unchanged."""
     for table in (graph.inputs, graph.params):
         wrong = [(name, value) for name, value in table.items() if name != value.name]
         yield from (Problem(f"%{v.name} is listed as %{n}") for n, v in wrong)
@@ -88,7 +88,7 @@ def _check_words(graph: Graph) -> Iterator[Problem]:
     for what, name in named:
         if not _WORD.match(name):
             yield Problem(
-                f"{name!r} cannot be the name of the {what}", hint="letters, digits, _./-"
+                f"{name!r} is not a valid name of the {what}", hint="letters, digits, _./-"
             )
     for value in graph.params.values():
         if value.loc and not _LOC.match(value.loc):
@@ -104,7 +104,7 @@ def _check_node(node: Node, defined: set[Value], problems: list[Problem]) -> Non
     if node.loc and not _LOC.match(node.loc):
         problems.append(Problem(f"the location {node.loc!r} has a space", where(node)))
     if node.origin and not _WORD.match(node.origin):
-        problems.append(Problem(f"{node.origin!r} cannot name a pass and rewrite", where(node)))
+        problems.append(Problem(f"{node.origin!r} is not a valid pass and rewrite", where(node)))
     try:
         node.op.check_arity(len(node.operands))
         full = node.op.complete(node.attrs)
@@ -122,7 +122,7 @@ def _check_node(node: Node, defined: set[Value], problems: list[Problem]) -> Non
     if have != types:
         problems.append(
             Problem(
-                "the type does not follow from the operands",
+                "the type is not the one inferred from the operands",
                 where(node),
                 ", ".join(map(str, types)),
                 ", ".join(map(str, have)),
@@ -134,7 +134,7 @@ def _check_node(node: Node, defined: set[Value], problems: list[Problem]) -> Non
 
 
 def _check_body(node: Node, body: Graph) -> Iterator[Problem]:
-    """Yield what is wrong within what a node repeats."""
+    """Yield the problems within a node's body."""
     try:
         verify(body)
     except VerifyError as error:
@@ -143,11 +143,11 @@ def _check_body(node: Node, body: Graph) -> Iterator[Problem]:
             yield Problem(p.what, place, p.expected, p.found, p.hint)
     if body.attrs.get(MESH) != node.graph.attrs.get(MESH):
         found, wanted = (str(g.attrs.get(MESH)) for g in (body, node.graph))
-        yield Problem("the body lies on another mesh than the graph", where(node), wanted, found)
+        yield Problem("the body has another mesh than the graph", where(node), wanted, found)
     _, runs = repetitions(node.attrs)
     for inner in body:
         if not lengths(inner.loc) <= {runs}:
-            what = f"the location {inner.loc!r} is not one for each run"
+            what = f"the location {inner.loc!r} is not one per iteration"
             yield Problem(what, where(node), f"ranges of {runs} numbers")
 
 
@@ -193,7 +193,7 @@ def _layout(type: TensorType) -> tuple[tuple[str, object], ...]:
 
 
 def check_param(value: Value) -> list[Problem]:
-    """Return what is wrong with the weight expression of a parameter: other axes, or nothing."""
+    """Return the problems of a parameter's weight expression: other axes, or nothing."""
     if value.weight is None:
         return []
     made = value.weight.type
@@ -201,7 +201,7 @@ def check_param(value: Value) -> list[Problem]:
         return []
     return [
         Problem(
-            "the weight expression makes other axes than the parameter has",
+            "the weight expression has other axes than the parameter",
             f"param %{value.name}",
             str(value.type),
             str(made),

@@ -1,1 +1,1 @@
-"""Several processes that run one program: their places, what ends them all, and templates."""
+"""Multi-process runs: process numbers, supervision, and templates for clusters."""

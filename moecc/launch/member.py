@@ -1,8 +1,8 @@
-"""What a process does to be one of several: it says that it gets on, and ends with the others.
+"""A process of a multi-process run: reports its progress, and ends with the others.
 
-A process that hangs in a collective neither fails nor finishes, and no timeout of JAX's covers it.
-So each process reports its steps: to the supervisor, over a pipe, where there is one; and to a
-thread of its own, which ends it with a stack trace if no step comes in time.
+A process that hangs in a collective neither fails nor finishes, and no timeout of JAX covers it.
+So each process reports its steps: to the supervisor, over a pipe, if there is one; and to a
+watchdog thread, which ends the process with a stack trace if no step comes in time.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ EXIT_CODE = MachineError.exit_code
 class Watchdog:
     """Ends this process if no step is reported in time.
 
-    The thread needs the interpreter now and then; a library that holds it for good is for the
-    supervisor to end.
+    The thread needs the interpreter lock now and then; a library that holds it forever is left to
+    the supervisor.
 
     Args:
       limit_seconds: the longest time between two steps; None for no limit.
-      end: what ends the process; by default ``os._exit``.
+      end: ends the process; by default ``os._exit``.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True, name="moecc-watchdog").start()
 
     def beat(self, what: str) -> None:
-        """Report that this process got on to `what`."""
+        """Report that this process reached the step `what`."""
         self._what = what
         self._step.set()
         if self._beats is not None:
             try:
                 os.write(self._beats, b".")
             except OSError:
-                # The supervisor has gone; the lifeline ends this process.
+                # The supervisor has exited; the lifeline ends this process.
                 self._beats = None
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._done = True
         self._step.set()
 
@@ -81,19 +81,19 @@ class Watchdog:
 
 
 def watchdog_of_environment() -> Watchdog:
-    """Return a watchdog with the limit that ``MOECC_STEP_SECONDS`` says, or without one.
+    """Return a watchdog with the limit in ``MOECC_STEP_SECONDS``, or without one.
 
     Raises:
-      UsageError: the limit is no number of seconds.
+      UsageError: the limit is not a number of seconds.
     """
     return Watchdog(seconds_of_environment(LIMIT))
 
 
 def seconds_of_environment(name: str) -> float | None:
-    """Return the seconds that a variable says, or None where it is not set.
+    """Return the seconds in a variable, or None if it is not set.
 
     Raises:
-      UsageError: it is no number of seconds.
+      UsageError: it is not a number of seconds.
     """
     text = os.environ.get(name, "")
     if not text:
@@ -108,14 +108,14 @@ def seconds_of_environment(name: str) -> float | None:
 
 
 def hold_lifeline() -> None:
-    """End this process when its supervisor goes, however it does; without one, do nothing."""
+    """End this process when its supervisor exits for any reason; without one, do nothing."""
     descriptor = _descriptor(LIFELINE)
     if descriptor is not None:
         threading.Thread(target=_follow, args=(descriptor,), daemon=True).start()
 
 
 def _follow(descriptor: int) -> NoReturn:
-    # The supervisor never writes; that reading ends says that it has gone.
+    # The supervisor never writes; the end of the pipe means that it has exited.
     while os.read(descriptor, 1):
         pass
     _say("the supervisor has gone")
@@ -123,7 +123,7 @@ def _follow(descriptor: int) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    # Who would have read it may have gone.
+    # The reader may have exited.
     with suppress(OSError):
         os.write(2, f"error: {text}\n".encode())
 

@@ -1,4 +1,4 @@
-"""Which process of how many this one is, as the environment says."""
+"""The number of this process and the number of processes, from the environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moecc.errors import Problem, UsageError
 COORDINATOR, PROCESSES, PROCESS = "MOECC_COORDINATOR", "MOECC_PROCESSES", "MOECC_PROCESS"
 DISTRIBUTED = "MOECC_DISTRIBUTED"
 CLUSTER = "cluster"
-"""The value of MOECC_DISTRIBUTED that leaves it to JAX to find its cluster."""
+"""The value of MOECC_DISTRIBUTED that lets JAX detect its cluster."""
 
 MOST_PROCESSES = 100_000
 
@@ -21,12 +21,12 @@ _ADDRESS = re.compile(r"[^\s:]+:(\d{1,5})\Z|\[[0-9a-fA-F:]+\]:(\d{1,5})\Z")
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """The place of a process among all.
+    """The number of a process among all, and their coordinator.
 
     Attributes:
-      coordinator: host and port of the process that the others meet at; empty where JAX finds it.
-      processes: how many there are; 0 where JAX finds out.
-      process: the number of this one, from 0; -1 where JAX finds out.
+      coordinator: host and port of the process where the others connect; empty if JAX finds it.
+      processes: the number of processes; 0 if JAX finds it.
+      process: the number of this one, from 0; -1 if JAX finds it.
     """
 
     coordinator: str = ""
@@ -35,11 +35,11 @@ class ProcessInfo:
 
     @property
     def is_found_by_jax(self) -> bool:
-        """Whether a cluster's own variables say the rest."""
+        """Whether JAX reads the rest from a cluster's own variables."""
         return not self.coordinator
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that say this place."""
+        """Return the environment variables that state this information."""
         return {
             COORDINATOR: self.coordinator,
             PROCESSES: str(self.processes),
@@ -48,14 +48,14 @@ class ProcessInfo:
 
 
 def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | None:
-    """Return the place that `environment` says, or None for a process alone.
+    """Return the process information in `environment`, or None for a single process.
 
     The variables are ``MOECC_COORDINATOR``, ``MOECC_PROCESSES`` and ``MOECC_PROCESS``; or
-    ``MOECC_DISTRIBUTED=cluster``, which leaves it to JAX to read those of Slurm, Open MPI, GKE or
-    GCE.  Nothing is guessed: a shell inside a Slurm job is no cluster of its own.
+    ``MOECC_DISTRIBUTED=cluster``, which lets JAX read those of Slurm, Open MPI, GKE or
+    GCE.  Nothing is guessed: a shell inside a Slurm job is not a cluster of its own.
 
     Raises:
-      UsageError: some of the variables are missing, or are no numbers.
+      UsageError: some of the variables are missing, or are not numbers.
     """
     given = os.environ if environment is None else environment
     mode = given.get(DISTRIBUTED, "")
@@ -70,7 +70,7 @@ def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | 
     if len(there) < len(names):
         missing = ", ".join(n for n in names if n not in there)
         raise UsageError(
-            "a part of what says the place of a process is missing",
+            "a variable that states the number of a process is missing",
             where="environment",
             expected=missing,
             hint="moecc launch local sets all of them",
@@ -82,16 +82,16 @@ def process_info(environment: Mapping[str, str] | None = None) -> ProcessInfo | 
 
 
 def check_alone(what: str) -> None:
-    """Check that this process is alone.
+    """Check that this process is the only one.
 
     Raises:
-      UsageError: it is one of several, in which `what` cannot run.
+      UsageError: it is one of several, in which `what` is not supported.
     """
     if process_info() is not None:
         raise UsageError(
             f"{what} runs in one process",
             where="environment",
-            expected="no MOECC_ variables that say a place",
+            expected="no MOECC_ variables of a multi-process run",
             hint="several processes run --backend xla",
         )
 

@@ -1,8 +1,8 @@
-"""Where processes meet before any of them hands itself over to JAX.
+"""A rendezvous of all processes before any of them starts JAX's client.
 
-JAX's client is C++ that ends its process with SIGABRT when another one never comes: no error to
-catch.  So all meet over plain TCP first, at the address that JAX will listen at; it is free again
-when they part.  A process that dies between the two is still for JAX, or a supervisor, to notice.
+JAX's client is C++ that ends its process with SIGABRT if another one never comes: no error to
+catch.  So all meet over plain TCP first, at the address that JAX will use; it is free again
+when they part.  A process that dies in between is left to JAX, or a supervisor, to detect.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moecc.launch.process_info import COORDINATOR, ProcessInfo
 
 RETRY_SECONDS = 0.2
 PART_SECONDS = 5
-"""How long the first process waits for the others to close what they met over."""
+"""How long the first process waits for the others to close their connections."""
 
 _HELLO = re.compile(rb"moecc (\d{1,6}) of (\d{1,6})\n\Z")
 _GO, _NO = b"go\n", b"no: "
@@ -30,14 +30,14 @@ _MOST_BYTES = 1024
 
 
 def meet(process: ProcessInfo, seconds: float) -> None:
-    """Wait until all processes are there; a process alone does not wait.
+    """Wait until all processes are connected; a single process does not wait.
 
     Args:
-      process: of this process; its coordinator is an address.
+      process: this process; its coordinator is an address.
       seconds: the longest wait.
 
     Raises:
-      MachineError: they did not come in time, or the address cannot be used.
+      MachineError: they did not connect in time, or the address cannot be used.
     """
     if process.processes == 1:
         return
@@ -49,7 +49,7 @@ def meet(process: ProcessInfo, seconds: float) -> None:
 
 @dataclass
 class _Visitor:
-    """A connection to the first process: what it has said, and its number once it said it."""
+    """A connection to the first process: the bytes received, and the sender's number once known."""
 
     connection: socket.socket
     said: bytes = b""
@@ -57,7 +57,7 @@ class _Visitor:
 
 
 class _Host:
-    """The first process, which waits for the others and tells them when all have come."""
+    """The first process, which waits for the others and notifies them when all are connected."""
 
     def __init__(self, process: ProcessInfo, seconds: float) -> None:
         self.process = process
@@ -67,10 +67,10 @@ class _Host:
         self.selector = selectors.DefaultSelector()
 
     def wait(self) -> None:
-        """Wait for all, and send them on.
+        """Wait for all, and release them.
 
         Raises:
-          MachineError: some did not come; those that did are told.
+          MachineError: some did not connect; those that did are notified.
         """
         deadline = time.monotonic() + self.seconds
         with self.selector, _listening(self.process) as server:
@@ -143,7 +143,7 @@ class _Host:
         raise _apart(self.process, reason, self.turned_away)
 
     def _part(self, word: bytes) -> None:
-        """Say the last word to all, and let them close first, which leaves the port free."""
+        """Send the final message to all, and let them close first, which leaves the port free."""
         for visitor in self.come.values():
             _send(visitor, word)
         limit = time.monotonic() + PART_SECONDS
@@ -154,7 +154,7 @@ class _Host:
 
 
 def _send(visitor: _Visitor, word: bytes) -> None:
-    # A few bytes into an empty buffer never block; who has gone is noticed later.
+    # A few bytes into an empty buffer never block; a closed connection is detected later.
     with suppress(OSError):
         visitor.connection.send(word)
 
@@ -189,7 +189,7 @@ def _server(port: int) -> socket.socket:
 
 
 def _visit(process: ProcessInfo, seconds: float) -> None:
-    """Go to the first process, again and again, until it says that all have come."""
+    """Connect to the first process, with retries, until it reports that all are connected."""
     deadline = time.monotonic() + seconds
     reason = "it does not answer"
     while (left := deadline - time.monotonic()) > 0:
@@ -203,7 +203,11 @@ def _visit(process: ProcessInfo, seconds: float) -> None:
             if answer.startswith(_NO):
                 text = answer.removeprefix(_NO).decode(errors="replace").strip()
                 raise _apart(process, printable(text))
-            reason = "what answers there is no process of moecc" if answer else "it went away"
+            reason = (
+                "a server that is not moecc answers there"
+                if answer
+                else "the connection was closed"
+            )
         time.sleep(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
     raise _apart(process, f"process 0 was not met within {seconds:g} s", reason)
 

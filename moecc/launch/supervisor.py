@@ -1,4 +1,4 @@
-"""Starting processes on this machine, and ending all of them when one fails, dies or hangs.
+"""Start processes on this machine, and end all of them when one fails, dies or hangs.
 
 The supervisor imports no jax: nothing that hangs the processes can hang it.
 """
@@ -24,23 +24,23 @@ from moecc.launch.process_info import ProcessInfo
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 1.5
-"""How long a process has between being asked to end and being ended."""
+"""The grace period between SIGTERM and SIGKILL."""
 
 
 START_SECONDS = 120
-"""How long a process may take to its first step, at least: it imports, and waits for the others."""
+"""The minimum time for a process's first step: it imports, and waits for the others."""
 
 
 @dataclass
 class Process:
-    """A process that was started.
+    """A started process.
 
     Attributes:
       number: its number, from 0.
       popen: the process.
-      beats: the end of a pipe that it writes a byte into at each step.
-      last_beat: when it did, or was started, on the monotonic clock.
-      steps: whether it has made one.
+      beats: the read end of a pipe into which it writes a byte at each step.
+      last_beat: the time of its last step, or of its start, on the monotonic clock.
+      steps: whether it has made a step.
     """
 
     number: int
@@ -57,12 +57,12 @@ class Process:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
       exit_code: 0, that of the process that failed first, or `MachineError`'s for one that was
         killed or hung.
-      reason: what happened, or empty.
+      reason: the reason, or empty.
     """
 
     exit_code: int
@@ -83,8 +83,8 @@ class Supervisor:
       command: the program and its arguments.
       processes: how many.
       stuck_seconds: how long a process may report no step; None for no limit.
-      environment: variables beside those of this process.
-      say: prints a line for people.
+      environment: variables besides those of this process.
+      say: prints a human-readable line.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Supervisor:
             stdout=subprocess.PIPE if process.process == 0 else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=held,
-            # A group of its own: an interrupt reaches the supervisor first.
+            # A separate process group: an interrupt reaches only the supervisor at first.
             start_new_session=True,
         )
         os.close(writing)
@@ -169,7 +169,7 @@ class Supervisor:
     def _pump_output(self, number: int, stream: IO[bytes]) -> None:
         with stream:
             for line in stream:
-                # What the library says of its connections is no part of the artefact.
+                # The library's log of its connections is not part of the artefact.
                 if not line.startswith(b"[Gloo] "):
                     sys.stdout.buffer.write(line)
                     sys.stdout.buffer.flush()
@@ -188,7 +188,7 @@ class Supervisor:
                     return Ended(0)
 
     def _read_beats(self, selector: selectors.BaseSelector) -> None:
-        # Without anything to read this is the pause between two looks.
+        # Without anything to read this is the pause between two checks.
         if not selector.get_map():
             time.sleep(POLL_SECONDS)
             return
@@ -226,7 +226,7 @@ class Supervisor:
         )
 
     def _end_all(self) -> None:
-        """End what runs: ask first, and do not wait long."""
+        """End running processes: terminate, and after a short wait kill."""
         running = [p.popen for p in self.processes if p.popen.poll() is None]
         for popen in running:
             _signal(popen, signal.SIGTERM)
@@ -240,7 +240,7 @@ class Supervisor:
 
 
 def _signal_name(number: int) -> str:
-    """Return the name of a signal; those of real time have none in Python."""
+    """Return the name of a signal; Python has none for real-time signals."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -248,6 +248,6 @@ def _signal_name(number: int) -> str:
 
 
 def _signal(popen: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to a process and what it started."""
+    """Send a signal to a process and its descendants."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, number)

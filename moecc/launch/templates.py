@@ -1,4 +1,4 @@
-"""Scripts that start moecc on a cluster: printed, for people to read and change, never run."""
+"""Cluster scripts that start moecc: printed, for people to read and change, never run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LABEL = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?\Z")
 
 @dataclass(frozen=True)
 class Job:
-    """What a template is filled in with.
+    """The parameters of a template.
 
     Attributes:
       command: arguments of moecc, ``run`` first.
-      name: of the job: a DNS label, as Kubernetes wants it.
-      nodes: machines, or slices of TPUs.
+      name: the name of the job: a DNS label, as Kubernetes requires.
+      nodes: the number of machines, or slices of TPUs.
       stuck_seconds: how long a process may report no step.
     """
 
@@ -41,14 +41,14 @@ def fill_template(kind: str, job: Job) -> str:
       job: what to run.
 
     Raises:
-      UsageError: there is no such template, or the name is no DNS label.
+      UsageError: there is no such template, or the name is not a DNS label.
     """
     if kind not in TEMPLATES:
         hint = nearest(kind, TEMPLATES) or f"templates: {', '.join(TEMPLATES)}"
         raise UsageError(f"unknown template {kind!r}", hint=hint)
     if _LABEL.match(job.name) is None:
         raise UsageError(
-            "not a name for a job",
+            "not a valid name of a job",
             expected="a DNS label of at most 40: small letters, digits and dashes",
             found=job.name,
         )

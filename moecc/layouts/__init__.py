@@ -1,1 +1,1 @@
-"""Layouts: rules that say on which axes of a mesh the named axes of a model lie."""
+"""Layouts: rules that map the named axes of a model to the axes of a mesh."""

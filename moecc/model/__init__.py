@@ -1,1 +1,1 @@
-"""A model: opened, given inputs, initialised, balanced."""
+"""Models: opening, inputs, initialisation, balancing."""

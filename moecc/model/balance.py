@@ -1,4 +1,4 @@
-"""Rules of routing that are no part of a graph: token groups, and the bias of loss-free balancing.
+"""Routing rules outside a graph: token groups, and the bias of loss-free balancing.
 
 They work on numbers, and on arrays of NumPy, jax or torch alike.
 """
@@ -13,16 +13,16 @@ from moecc.errors import InputError
 def split_into_groups(tokens: int, max_group_size: int, multiple_of: int = 1) -> tuple[int, int]:
     """Return number and size of the groups that mesh-tensorflow 0.1.21 cuts `tokens` into.
 
-    The number is the least that suits, from ``tokens // max_group_size`` upwards; that division
+    The number is the smallest valid one from ``tokens // max_group_size`` upwards; that division
     is a floor, so a group may be larger than `max_group_size`.
 
     Args:
       tokens: all tokens of the batch.
-      max_group_size: the size of a group that is aimed at.
-      multiple_of: what the number of groups is a multiple of: the devices that share them.
+      max_group_size: the target size of a group.
+      multiple_of: a divisor of the number of groups: the devices that share them.
 
     Raises:
-      InputError: no number of groups suits.
+      InputError: there is no valid number of groups.
     """
     count = max(1, tokens // max_group_size)
     while count <= tokens:
@@ -62,12 +62,12 @@ def flaxformer_groups(tokens: int, max_group_size: int, experts: int, replicas: 
 def updated_bias(bias: Any, load: Any, rate: float = 1e-3) -> Any:
     """Return the bias of loss-free balancing after a step (Wang et al. 2024, DeepSeek-V3).
 
-    ``b + rate · sign(mean load − load)``: an expert that got less than its share is favoured.
+    ``b + rate · sign(mean load − load)``: raises the bias of an expert with less than its share.
     Called once a step, outside the gradient, on the loads of the whole batch.
 
     Args:
       bias: ``[expert]``, or ``[layer, expert]``.
-      load: how many choices each expert got, of the same shape.
+      load: the number of choices of each expert, of the same shape.
       rate: the step, γ.
     """
     missing = load.mean(-1)[..., None] - load

@@ -1,4 +1,4 @@
-"""Weights for a model that is trained from scratch: draws in place of what a checkpoint holds."""
+"""Initial weights for training from scratch: draws in place of a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from moecc.weights.expr import Expr, Full, sources
 
 
 def initialise(graph: Graph, *, seed: int = 0, scale: float = 1.0) -> None:
-    """Let the parameters of `graph` be drawn where they are read from a checkpoint now.
+    """Replace the checkpoint tensors of the parameters of `graph` by random draws.
 
     A matrix is normal with variance `scale` / fan-in, a table of embeddings with `scale` / width
     (LeCun et al. 1998; a Switch Transformer has a scale of 0.1, section 2.4); gains are 1, and
-    biases 0.  Parameters are drawn whole, so that experts that were copies become different ones;
-    what a pass drew or filled stays.  A draw depends on the seed and the parameter's name alone.
+    biases 0.  Parameters are drawn whole, so that experts that were copies become different;
+    values that a pass drew or filled stay.  A draw depends on seed and parameter name alone.
 
     Raises:
-      InputError: a parameter is used in a way that says nothing of its size.
+      InputError: the use of a parameter does not determine its scale.
       UsageError: the scale is not a positive number.
     """
     if not (isfinite(scale) and scale > 0):
-        raise UsageError("the scale of the weights is not positive", found=str(scale))
+        raise UsageError("the scale of the weights must be positive", found=str(scale))
     for param in graph.params.values():
         if param.weight is None or sources(param.weight):
             param.weight = _drawn(param, seed, scale)
@@ -52,7 +52,7 @@ def _role(node: Node, value: Value) -> Role:
 
 
 def _fan_in(node: Node, value: Value) -> int:
-    """Return how many inputs each output is a sum of; for an embedding, the width."""
+    """Return the number of inputs that each output sums; for an embedding, the width."""
     role = _role(node, value)
     if role is Role.MATRIX:
         names = ProductAttrs.of_node(node).over
@@ -61,7 +61,7 @@ def _fan_in(node: Node, value: Value) -> int:
         names = tuple(a.name for a in value.type if a.name != axis)
     else:
         raise InputError(
-            "it is not known how large this parameter should be", where=f"%{value.name}",
+            "the initial scale of this parameter is unknown", where=f"%{value.name}",
             expected="a matrix, a table of embeddings, a gain or a bias",
             found=f"an operand of {node.op.name}",
             hint="give it a weight expression of its own, or draw weights before this pass",
@@ -70,7 +70,7 @@ def _fan_in(node: Node, value: Value) -> int:
 
 
 def _uses(param: Value) -> Iterator[tuple[Node, Value]]:
-    """Yield what uses `param`, and the value that stands for it there."""
+    """Yield the nodes that use `param`, and the value that stands for it there."""
     pending, seen = [param], {param}
     while pending:
         value = pending.pop()

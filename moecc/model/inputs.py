@@ -1,4 +1,4 @@
-"""What a model is run on: arrays for the inputs of its graph, given or drawn."""
+"""Inputs for a model: arrays for the inputs of its graph, checked or drawn."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Opening what the command line calls a SOURCE or MODEL: a folder, a GGUF file, a preset, a graph.
+"""Open a SOURCE or MODEL of the command line: a folder, a GGUF file, a preset, a graph.
 
-A model is a graph and a way to make its parameters.  Parameters are made one at a time, when they
-are asked for, from the weight expressions and the checkpoint that they read.
+A model is a graph and a way to evaluate its parameters.  Parameters are evaluated one at a time,
+on demand, from the weight expressions and the checkpoint that they read.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Model(AbstractContextManager["Model"]):
 
     Attributes:
       graph: the graph.
-      name: what messages call it.
-      checkpoint: where the weights lie; None for a preset or a graph without one.
+      name: its name in messages.
+      checkpoint: the checkpoint of its weights; None for a preset or a graph without one.
     """
 
     graph: Graph

@@ -1,4 +1,4 @@
-"""Writes ``docs/passes.md`` from the registry; a test holds that the file is current.
+"""Generate ``docs/passes.md`` from the registry; a test checks that the file is current.
 
 python -m moecc.pipeline.docs docs/passes.md
 """
@@ -28,7 +28,7 @@ def render(registry: Registry | None = None) -> str:
     """Return the reference of all passes as Markdown.
 
     Args:
-      registry: the passes; by default those that are installed.
+      registry: the passes; by default the installed ones.
     """
     registry = installed() if registry is None else registry
     classes = [registry.get(name) for name in registry.names()]
@@ -50,7 +50,7 @@ def _section(cls: type[Pass]) -> str:
 
 
 def _default_promise(cls: type[Pass]) -> str | None:
-    """Return what a pass promises where no option is given, if it needs none."""
+    """Return the promise of a pass without options, if it needs none."""
     if any(option.required for option in options(cls).values()):
         return None
     return f"Preserves, without options: {cls().preserves}."
@@ -75,7 +75,7 @@ def _cell(text: str) -> str:
 
 def _paragraphs(cls: type[Pass]) -> Iterator[str]:
     """Yield the paragraphs of the docstring, its literal blocks fenced."""
-    # Without one of its own, a dataclass gets its signature for a docstring.
+    # A dataclass without a docstring gets its signature as one.
     text = inspect.cleandoc(cls.__doc__ or "")
     blocks = text.split("\n\n") if not text.startswith(f"{cls.__name__}(") else []
     literal = False
@@ -93,7 +93,7 @@ def _markdown(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page to the file that the command line names."""
+    """Write the page to the file named on the command line."""
     parser = argparse.ArgumentParser(description="Write the reference of all passes.")
     parser.add_argument("file", type=Path)
     file: Path = parser.parse_args(arguments).file

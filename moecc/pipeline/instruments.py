@@ -1,7 +1,7 @@
-"""Instruments: what to show of a pipeline while it runs.
+"""Instruments: observers that print a pipeline's progress and results.
 
-All but `DumpFolder` write to a stream that they are given, which is never standard output: that
-carries the artefact and nothing else.
+All but `DumpFolder` write to a given stream, which is never standard output: standard output
+carries only the artefact.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from moecc.pipeline.text import Pipeline
 
 @dataclass
 class PrintAfter(Instrument):
-    """Prints the graph after passes; what it prints parses.
+    """Prints the graph after passes; the output can be parsed.
 
     Attributes:
       which: ``all``, ``changed`` (passes that changed the graph), or names of passes.
-      stream: where to.
+      stream: the output stream.
     """
 
     which: str | frozenset[str]
     stream: TextIO
 
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
-        """Check the names.
+        """Check the pass names.
 
         Raises:
-          UsageError: the pipeline has no pass of a name.
+          UsageError: a name is not that of a pass of the pipeline.
         """
         if isinstance(self.which, str):
             return
@@ -52,7 +52,7 @@ class PrintAfter(Instrument):
             raise UsageError(problems)
 
     def after(self, run: PassRun, graph: Graph) -> None:
-        """Print the graph if it is wanted after this pass."""
+        """Print the graph if it is requested after this pass."""
         if self.which == "changed":
             wanted = run.result.changed
         else:
@@ -70,11 +70,11 @@ class DiffAfter(Instrument):
         self.title = "input"
 
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
-        """Keep the text of the input."""
+        """Store the text of the input."""
         self.before = print_graph(graph).splitlines(keepends=True)
 
     def after(self, run: PassRun, graph: Graph) -> None:
-        """Print the difference to the text before, and keep this one."""
+        """Print the difference to the previous text, and store this one."""
         text = print_graph(graph).splitlines(keepends=True)
         self.stream.writelines(unified_diff(self.before, text, self.title, run.title))
         self.before, self.title = text, run.title
@@ -87,14 +87,14 @@ _MARK = "# moecc dump: "
 class DumpFolder(Instrument):
     """Writes ``000_input.moe``, ``001_canonicalize.moe`` … into a folder.
 
-    Of an earlier run it deletes what it recognises, by name and first line, and nothing else.
+    It deletes files of an earlier run, recognised by name and first line, and nothing else.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
-        """Make the folder, clear it of an earlier run, and write the input.
+        """Create the folder, delete the files of an earlier run, and write the input.
 
         Raises:
           MachineError: the folder cannot be written.
@@ -150,7 +150,7 @@ class Timing(Instrument):
 
 @dataclass
 class Statistics(Instrument):
-    """Prints what each pass counted, and its rules: hits, attempts and time."""
+    """Prints the counts of each pass, and of its rules hits, attempts and time."""
 
     stream: TextIO
 
@@ -173,23 +173,23 @@ class Statistics(Instrument):
 
 @dataclass
 class Remarks(Instrument):
-    """Prints the remarks of each pass, and what nearly matched."""
+    """Prints the remarks and near misses of each pass."""
 
     stream: TextIO
 
     def after(self, run: PassRun, graph: Graph) -> None:
-        """Print the remarks of this pass."""
+        """Print the remarks and near misses of this pass."""
         for remark in run.remarks:
             self.stream.write(f"remark: {run.item.name}: {remark}\n")
         for miss in run.result.near_misses:
-            # Of a clean-up rule, a root that fits and nothing else is no news.
+            # For a clean-up rule, a miss in which only the root matched is not worth printing.
             if miss.score < 2 and not run.item.must_match:
                 continue
             self.stream.write(f"missed: {run.item.name}: {miss}\n")
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Yield the lines of a table: the first column to the left, the others to the right."""
+    """Yield the lines of a table: the first column left-aligned, the others right-aligned."""
     if not rows:
         return
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

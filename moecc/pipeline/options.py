@@ -1,4 +1,4 @@
-"""The options of a pass: its fields, and how their values are read and written as text."""
+"""The options of a pass: its fields, and parsing and printing of their values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FLOAT = re.compile(r"[+-]?(?:inf|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a value between commas: its text, and whether it stood in quotes."""
+    """A part of a value between commas: its text, and whether it was quoted."""
 
     text: str
     quoted: bool = False
@@ -29,11 +29,11 @@ class Option:
     """An option of a pass.
 
     Attributes:
-      name: as the text spells it, ``top-k``.
-      field: as Python spells it, ``top_k``.
+      name: the name in the text, ``top-k``.
+      field: the name of the Python field, ``top_k``.
       type: its annotation.
-      doc: what it means, in a line.
-      default: its value where the text says nothing, or `dataclasses.MISSING`.
+      doc: its meaning, in a line.
+      default: its value where the text omits it, or `dataclasses.MISSING`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether the text must give it."""
+        """Whether the text must state it."""
         return self.default is MISSING
 
 
@@ -64,13 +64,13 @@ def options(cls: type[Pass]) -> dict[str, Option]:
 
 
 def unreadable(cls: type[Pass]) -> list[str]:
-    """Return what is wrong with the annotations of a pass: types that no text spells."""
+    """Return the annotations of a pass that cannot be resolved or have no text form."""
     try:
         found = options(cls)
     except NameError as error:
         return [f"an annotation cannot be resolved: {error}"]
     return [
-        f"option {o.name!r} is of a type that no text spells: {o.type}"
+        f"option {o.name!r} has a type without a text form: {o.type}"
         for o in found.values()
         if not _is_spelled(o.type)
     ]
@@ -86,14 +86,14 @@ def _is_spelled(type: object) -> bool:
 
 
 class _NoFit(ValueError):
-    """The text does not spell a value of the type."""
+    """The text is not a value of the type."""
 
 
 def read(type: object, pieces: tuple[Piece, ...]) -> object:
-    """Return the value of `type` that `pieces` spell.
+    """Return the value of `type` parsed from `pieces`.
 
     Raises:
-      ValueError: they spell none.
+      ValueError: they are not a value of the type.
     """
     if get_origin(type) is tuple:
         return _read_tuple(get_args(type), pieces)
@@ -151,7 +151,7 @@ def _is_union(type: object) -> bool:
 
 
 def _members(type: object) -> list[object]:
-    """Return the members of a union, those that fewer texts spell first."""
+    """Return the members of a union, the most restrictive first."""
     order = [types.NoneType, bool, int, float]
 
     def rank(member: object) -> int:
@@ -165,7 +165,7 @@ def _members(type: object) -> list[object]:
 
 
 def write(type: object, value: object) -> str:
-    """Return the text from which `read` makes `value` again.
+    """Return the text that `read` parses back to `value`.
 
     Raises:
       ValueError: `value` is not of `type`.
@@ -215,7 +215,7 @@ def _spells(type: object, pieces: tuple[Piece, ...], value: object) -> bool:
         back = read(type, pieces)
     except _NoFit:
         return False
-    # A float may be given as an int in Python, but True is not 1.
+    # A float may be an int in Python, but True is not 1.
     return bool(back == value) and isinstance(back, bool) == isinstance(value, bool)
 
 
@@ -246,7 +246,7 @@ def split(text: str) -> tuple[Piece, ...]:
 def _piece(text: str) -> Piece:
     if text[0] != '"':
         return Piece(text)
-    # json refuses control characters inside quotes, which a shell may well pass on.
+    # json rejects control characters inside quotes, which a shell may well pass on.
     return Piece(json.loads(text, strict=False), quoted=True)
 
 
@@ -258,7 +258,7 @@ def choices(type: object) -> list[str]:
 
 
 def describe(type: object) -> str:
-    """Return what a value of `type` looks like, as messages and the documentation say it."""
+    """Return a description of the values of `type`, for messages and the documentation."""
     if get_origin(type) is Literal:
         return f"one of {', '.join(map(str, get_args(type)))}"
     if get_origin(type) is tuple:

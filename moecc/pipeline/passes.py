@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass whose fields are its options, and a promise that is checked.
+"""The `Pass` base class: a frozen dataclass whose fields are its options, with a checked promise.
 
 A subclass sets `name`, `summary` and `preserves`, and writes `apply`.  Each field is an option of
 the pipeline string, ``top_k`` as ``top-k``; its type is one of int, float, bool, str, a Literal, a
@@ -24,7 +24,7 @@ _ORDER: tuple[PreservesKind, ...] = ("exact", "reassociation", "approximate")
 
 @dataclass(frozen=True)
 class Preserves:
-    """What a pass does to the function.
+    """How a pass changes the function that the graph computes.
 
     Attributes:
       kind: ``exact`` (bit-identical in the reference), ``reassociation`` (equal in real
@@ -48,10 +48,10 @@ EXACT = Preserves("exact")
 
 
 def weakest(promises: Iterable[Preserves]) -> Preserves:
-    """Return what several passes in a row preserve.
+    """Return the combined promise of several passes in a row.
 
-    The weakest kind, the reasons joined, and the predicted errors added where each pass that is
-    approximate predicts one.
+    The weakest kind, the reasons joined, and the predicted errors added up if every approximate
+    pass predicts one.
     """
     some = list(promises)
     kind = max((p.kind for p in some), key=_ORDER.index, default=_ORDER[0])
@@ -64,7 +64,7 @@ def weakest(promises: Iterable[Preserves]) -> Preserves:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Something worth telling that a pass did or left: where, and what."""
+    """A note of a pass on what it did or left undone: where, and what."""
 
     where: str
     text: str
@@ -74,17 +74,17 @@ class Remark:
 
 
 def _ignore(remark: Remark) -> None:
-    """Drop a remark: what a context does with them unless it is told otherwise."""
+    """Drop a remark: the default of a context."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass is given besides the graph.
+    """The environment of a pass besides the graph.
 
     Attributes:
-      seed: fixes every random choice of the pipeline.
+      seed: determines every random choice of the pipeline.
       allow_unmatched: whether a pass that must match may match nothing.
-      remark: takes remarks as they arise.
+      remark: receives remarks as they arise.
     """
 
     seed: int = 0
@@ -94,17 +94,17 @@ class Context:
 
 @dataclass
 class PassResult:
-    """What a pass did.
+    """The result of a pass.
 
     Attributes:
-      changed: whether the graph says something else than before.
-      matched: how many places the pass found to work on.
+      changed: whether the graph differs from before.
+      matched: the number of sites that the pass found to work on.
       stats: counts by name.
-      remarks: what is worth telling, beyond what the context was told already.
-      near_misses: what nearly matched, and why it did not.
+      remarks: remarks beyond those passed to the context already.
+      near_misses: candidates that nearly matched, and why they did not.
       rules: statistics of the rewrite rules, by rule.
-      preserves: what this application does to the function, where the graph decides more than
-        the options could; None means what the pass declares.
+      preserves: what this application does to the function, if the graph decides more than
+        the options do; None means the pass's declared promise.
     """
 
     changed: bool
@@ -117,7 +117,7 @@ class PassResult:
 
     @classmethod
     def of(cls, done: RewriteResult) -> PassResult:
-        """Return the result of a pass that does nothing but `moecc.rewrite.rewrite`."""
+        """Return the result of a pass that only runs `moecc.rewrite.rewrite`."""
         stats = {name: rule.hits for name, rule in done.rules.items() if rule.hits}
         return cls(
             changed=done.rewrites > 0,
@@ -133,11 +133,11 @@ class Pass(ABC):
     """Base of all passes.
 
     Attributes:
-      name: kebab-case; what pipelines call it.
+      name: kebab-case; the name in pipelines.
       summary: one line, without a full stop.
-      must_match: whether it is an error that the pass finds nothing to work on.
-      takes_rolled: whether it works on a graph that repeats layers; others are refused there, since
-        they would see none of what is repeated.
+      must_match: whether it is an error if the pass finds nothing to work on.
+      takes_rolled: whether it accepts a graph with repeated layers; other passes are rejected
+        there, since they would not see the bodies.
     """
 
     name: ClassVar[str]
@@ -148,31 +148,31 @@ class Pass(ABC):
     @property
     @abstractmethod
     def preserves(self) -> Preserves:
-        """What the pass, with these options, does to the function."""
+        """The promise of the pass with these options."""
 
     @abstractmethod
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Rewrite `graph` in place; it is valid before and after, not always in between.
 
         Raises:
-          InputError: the pass cannot do its work on this graph.
+          InputError: the pass cannot be applied to this graph.
         """
 
     def validate(self) -> list[Problem]:
-        """Return what is wrong with the options by themselves, whatever the graph.
+        """Return the problems of the options alone, independent of the graph.
 
-        A problem's ``where`` may name the option that it is about, as the text spells it.
+        A problem's ``where`` may name the option concerned, by its name in the text.
         """
         return []
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
-        """Return what the options contradict in the passes before this one, whatever the graph.
+        """Return contradictions with the passes before this one, independent of the graph.
 
         Args:
-          earlier: the passes that run before it, in their order.
+          earlier: the passes that run before it, in order.
         """
         return []
 
     def warnings(self) -> list[Problem]:
-        """Return what is allowed, and yet hardly what anyone wants; told when a text is read."""
+        """Return warnings of options that are allowed but rarely intended."""
         return []

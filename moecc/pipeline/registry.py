@@ -1,8 +1,8 @@
-"""Which passes there are: those of installed packages, and those of a user's own file.
+"""The registry of passes: those of installed packages, and those of a user's file.
 
-A package offers passes behind the entry point ``moecc.passes``: a mapping from a name to a factory
-that imports and returns the class, or a pipeline template, so that listing names imports nothing.
-moecc's own passes come through the same door.
+A package registers passes under the entry point ``moecc.passes``: a mapping from a name to a
+factory that imports and returns the class, or a pipeline template, so that listing names imports
+nothing.  moecc's own passes are registered in the same way.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Registry:
     """Passes by name.
 
     Attributes:
-      factories: what imports each pass.
-      origins: the package or file that each comes from.
+      factories: the factory of each pass.
+      origins: the package or file of each pass.
     """
 
     factories: Mapping[str, Factory]
@@ -51,8 +51,8 @@ class Registry:
         """Return the pass called `name`.
 
         Raises:
-          UsageError: there is none, and the nearest name is suggested; or the class or template
-            is faulty.
+          UsageError: there is no such pass (the nearest name is suggested), or the class or
+            template is invalid.
         """
         factory = self.factories.get(name)
         if factory is None:
@@ -101,7 +101,7 @@ class Registry:
           UsageError: it cannot be read or run, defines no pass, or a name is taken.
         """
         found = _passes_of(_run(path))
-        # A template that the file only imports, to look at or to build on, is not another one.
+        # A template that the file only imports does not count as one that it defines.
         found = {name: made for name, made in found.items() if not self._offers(name, made())}
         if not found:
             raise UsageError(
@@ -120,7 +120,7 @@ def installed() -> Registry:
     """Return the passes of all installed packages.
 
     Raises:
-      UsageError: two of them define a pass of one name.
+      UsageError: two packages define a pass of the same name.
     """
     registry = Registry({}, {})
     for point in entry_points(group="moecc.passes"):
@@ -136,9 +136,9 @@ def unknown_pass(registry: Registry, name: str) -> Problem:
 
 
 def _faults(cls: type[Pass], name: str) -> Iterator[str]:
-    """Yield what keeps a class from being the pass `name`."""
+    """Yield why a class cannot be the pass `name`."""
     if cls.name != name:
-        yield f"the pass registered as {name!r} calls itself {cls.name!r}"
+        yield f"the pass registered as {name!r} has the name {cls.name!r}"
     if not _KEBAB.match(name):
         yield f"{name!r} is not in kebab-case"
     if not isinstance(getattr(cls, "summary", None), str):
@@ -152,17 +152,17 @@ def _faults(cls: type[Pass], name: str) -> Iterator[str]:
 
 
 def _run(path: Path) -> ModuleType:
-    """Run a Python file as a module of its own.
+    """Run a Python file as a separate module.
 
-    A failure is the user's to mend, whatever it is: it is reported with its line, not as a crash.
+    Any failure is the user's to fix: it is reported with its line, not as a crash.
     """
     if not path.is_file():
         raise UsageError("there is no such file", where=str(path))
-    # Files of one name in two folders are two modules.
+    # Files with the same name in two folders are two modules.
     name = f"moecc_loaded_{path.stem}_{crc32(str(path.resolve()).encode()):08x}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError("not a Python file", where=str(path), hint="its name ends in .py")
+        raise UsageError("not a Python file", where=str(path), hint="its name must end in .py")
     module = module_from_spec(spec)
     # dataclasses looks the module up by name to resolve annotations.
     sys.modules[name] = module
@@ -181,7 +181,7 @@ class _Blamed:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # A file that ends Python would end the command as if it had done its work.
+        # A file that exits Python would otherwise end the command successfully.
         if not isinstance(error, Exception | SystemExit):
             return
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(self.path, error)

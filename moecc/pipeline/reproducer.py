@@ -1,4 +1,4 @@
-"""What happens when a pass crashes: the input, the pipeline and the seed are written to a file."""
+"""Crash reproducers: the input, the pipeline and the seed are written to a file."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 
 _KNOWN = (MoeccError, MemoryError, OSError)
-"""What is not a bug of a pass: the user's input, or the machine."""
+"""Exceptions that are not a bug of a pass: the user's input, or the machine."""
 
 
 class PassCrash(MoeccError):
-    """A pass raised what no pass should: a bug, in the pass or in moecc."""
+    """A pass raised an unexpected exception: a bug, in the pass or in moecc."""
 
     exit_code: ClassVar[int] = 70
 
 
 class Reproducer:
-    """Turns an unexpected exception inside it into a `PassCrash`, and keeps what led to it.
+    """Turns an unexpected exception inside it into a `PassCrash`, and writes a reproducer.
 
     The text of the graph is taken when this is made, before any pass changes it.
 
     Attributes:
-      current: the pass that is running, as messages call it.
+      current: the description of the running pass in messages.
     """
 
     def __init__(self, graph: Graph, pipeline: str, seed: int, folder: Path | None) -> None:
@@ -41,7 +41,7 @@ class Reproducer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # What a user or the machine causes has messages of its own.
+        # Errors of the user or the machine have messages of their own.
         if not isinstance(error, Exception) or isinstance(error, _KNOWN):
             return
         hint = None if self.folder is None else self.kept(error)
@@ -50,11 +50,11 @@ class Reproducer:
         ) from error
 
     def kept(self, error: Exception) -> str:
-        """Write the reproducer and say where it is, or why it is not."""
+        """Write the reproducer and return where it is, or why it could not be written."""
         try:
             return f"the input, the pipeline and the seed are in {self.write(error)}"
         except OSError as failure:
-            return f"what led to it could not be written: {failure}"
+            return f"the reproducer could not be written: {failure}"
 
     def write(self, error: Exception) -> Path:
         """Write the reproducer and return its path; no existing file is overwritten."""
@@ -67,7 +67,7 @@ class Reproducer:
         return path
 
     def content(self, error: Exception, path: Path) -> str:
-        """Return the text of the reproducer: a graph, after comments that say what happened."""
+        """Return the text of the reproducer: a graph, after comments that describe the crash."""
         said = "".join(traceback.format_exception(error)).splitlines()
         head = [
             f"moecc reproducer: {self.current} crashed",

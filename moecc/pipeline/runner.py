@@ -1,4 +1,4 @@
-"""Running a pipeline: every pass in order, the verifier after each, instruments watching."""
+"""Run a pipeline: every pass in order, with the verifier and the instruments after each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moecc.pipeline.text import Pipeline, format_pass
 from moecc.support.gc_pause import collector_paused
 
 MAX_NEAR_MISSES = 5
-"""How many near misses the error of a pass that matched nothing shows."""
+"""How many near misses are shown in the error of a pass that matched nothing."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class PassRun:
     Attributes:
       number: its position, from 1.
       item: the pass.
-      result: what it says that it did.
-      remarks: its remarks, each once.
+      result: the result that it returned.
+      remarks: its remarks, without duplicates.
       seconds: its time.
       verify_seconds: the time of the verifier after it.
     """
@@ -42,12 +42,12 @@ class PassRun:
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Its description in messages."""
         return f"{self.number} {format_pass(self.item)}"
 
     @property
     def preserves(self) -> Preserves:
-        """What it did to the function of this graph."""
+        """The effect on the function of this graph."""
         return self.result.preserves or self.item.preserves
 
 
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def preserves(self) -> Preserves:
-        """What the passes together did to the function; those that changed nothing don't count."""
+        """The combined promise of the passes that changed something."""
         return weakest(r.preserves for r in self.runs if r.result.changed)
 
     def as_dict(self) -> dict[str, object]:
@@ -103,16 +103,16 @@ def _run_dict(run: PassRun) -> dict[str, object]:
 
 
 class Instrument:
-    """Watches a pipeline run; does nothing by itself."""
+    """Observes a pipeline run; the methods do nothing by default."""
 
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
-        """See the graph before the first pass."""
+        """Receive the graph before the first pass."""
 
     def after(self, run: PassRun, graph: Graph) -> None:
-        """See the graph after a pass, verified."""
+        """Receive the verified graph after a pass."""
 
     def finish(self, report: Report) -> None:
-        """See what all passes did."""
+        """Receive the report of all passes."""
 
 
 def run_pipeline(
@@ -123,20 +123,20 @@ def run_pipeline(
     instruments: Sequence[Instrument] = (),
     crash_folder: Path | None = None,
 ) -> Report:
-    """Run `pipeline` on `graph`, in place, and say what each pass did.
+    """Run `pipeline` on `graph`, in place, and return a report of the passes.
 
     Args:
       graph: changed in place; after an error it may be half changed.
       pipeline: the passes.
-      context: the seed, and what else passes are given.
-      instruments: told before the first pass, after each, and at the end.
+      context: the seed, and the other context of passes.
+      instruments: notified before the first pass, after each, and at the end.
       crash_folder: where a reproducer is written if a pass crashes; None writes none.
 
     Raises:
-      UsageError: options contradict themselves; all problems at once.
-      InputError: the graph is not valid, or a pass that must match matched nothing.
-      CheckError: a pass left a graph that is not valid.
-      PassCrash: a pass raised something else.
+      UsageError: options contradict each other; all problems at once.
+      InputError: the graph is invalid, or a pass that must match matched nothing.
+      CheckError: a pass produced an invalid graph.
+      PassCrash: a pass raised another exception.
     """
     context = Context() if context is None else context
     problems = pipeline.problems()
@@ -163,15 +163,15 @@ def run_pipeline(
 
 
 def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> PassRun:
-    """Run one pass on `graph`, in place, and verify what it leaves.
+    """Run one pass on `graph`, in place, and verify the result.
 
     Raises:
-      InputError: it must match and matched nothing, or it takes no layers that are repeated.
-      CheckError: it left a graph that is not valid.
+      InputError: it must match and matched nothing, or it does not accept repeated layers.
+      CheckError: it produced an invalid graph.
     """
     if not item.takes_rolled and is_rolled(graph):
         raise InputError(
-            "works layer by layer, and the graph repeats its layers",
+            "the pass works layer by layer, but the graph repeats its layers",
             where=item.name,
             hint="unroll-layers before it, and roll-layers afterwards",
         )
@@ -204,9 +204,9 @@ def _unmatched(item: Pass, result: PassResult) -> Problem:
     lines = [f"\n    {m.where}: {m.reason}" for m in misses]
     if left:
         lines.append(f"\n    and {left} more")
-    found = f"what came nearest:{''.join(lines)}" if misses else "nothing like it"
+    found = f"nearest misses:{''.join(lines)}" if misses else "no candidate"
     return Problem(
-        "matched nothing, and must match",
+        "matched nothing, but must match",
         item.name,
         found=found,
         hint="--allow-unmatched lets the pipeline go on without it",

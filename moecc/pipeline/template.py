@@ -1,9 +1,9 @@
 """Pipeline templates: a tuple of passes under one name, whose options are forwarded by declaration.
 
-A template is data.  It says which passes run, which of their options it offers (under the name that
-they have there, with the type and, unless it says otherwise, the default and meaning), and which it
-fixes.  `PipelineTemplate.as_pass` makes a pass of it, so that pipelines, the registry, listings and
-documentation know nothing of templates; ``@st-moe{experts=8}`` and ``st-moe{experts=8}`` name it.
+A template is data: which passes run, which of their options it exposes (under the same name and
+type and, unless overridden, with the same default and meaning), and which options it
+fixes.  `PipelineTemplate.as_pass` turns it into a pass, so that pipelines, the registry, listings
+and documentation need no special case; ``@st-moe{experts=8}`` and ``st-moe{experts=8}`` name it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from moecc.pipeline.options import Option, options
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, weakest
 
 INHERITED: object = object()
-"""Marks what an option of a template takes from the pass that it is forwarded to."""
+"""Marks a field of a template option as inherited from the pass that it is forwarded to."""
 
 
 @dataclass(frozen=True)
 class TemplateOption:
-    """An option that a template offers.
+    """An option of a template.
 
     Attributes:
-      field: as Python spells it; the steps that forward it name the same field.
-      default: its value where the text says nothing.
-      doc: what it means, in a line.
-      type: its annotation, where no step has one or the template allows other values.
+      field: the name of the Python field; the steps that forward it have a field of the same name.
+      default: its value where the text omits it.
+      doc: its meaning, in a line.
+      type: its annotation, if no step has one or the template allows other values.
     """
 
     field: str
@@ -45,11 +45,11 @@ class Step:
 
     Attributes:
       cls: the pass.
-      forward: the options that come from the template.
-      fixed: the options that the template decides.
-      when: the option of the template without which the step is left out: where it is false or
+      forward: the options forwarded from the template.
+      fixed: the options set by the template.
+      when: the template option that enables the step: it is skipped where the option is false or
         ``none``.  None: the step always runs.
-      statistics: the counts that the template reports of it; None: all.
+      statistics: the counts of it that the template reports; None: all.
     """
 
     cls: type[Pass]
@@ -59,11 +59,11 @@ class Step:
     statistics: tuple[str, ...] | None = None
 
     def runs(self, item: Pass) -> bool:
-        """Return whether the options `item` of the template leave the step in."""
+        """Return whether the template's options `item` enable the step."""
         return self.when is None or getattr(item, self.when) not in (False, None, "none")
 
     def made(self, item: Pass) -> Pass:
-        """Return the pass with the options that `item`, the template with its own, gives it."""
+        """Return the pass with the options forwarded from `item`, the template with its options."""
         forwarded = {name: getattr(item, name) for name in self.forward}
         return self.cls(**forwarded, **self.fixed)
 
@@ -79,15 +79,15 @@ def _no_problems(item: object) -> Iterable[Problem]:
 
 @dataclass(frozen=True)
 class PipelineTemplate:
-    """Passes in a row, under one name.
+    """A sequence of passes under one name.
 
     Attributes:
-      name: kebab-case; what pipelines call it.
+      name: kebab-case; the name in pipelines.
       summary: one line, without a full stop.
       steps: the passes, in the order in which they run.
-      options: what it offers, in the order in which it is listed.
-      doc: the text of its documentation, as the docstring of a pass.
-      check: yields what is wrong with the options beyond what the passes say.
+      options: its options, in the order in which they are listed.
+      doc: its documentation, as the docstring of a pass.
+      check: yields problems of the options beyond those the passes report.
     """
 
     name: str
@@ -107,7 +107,7 @@ class PipelineTemplate:
 
     @cached_property
     def as_pass(self) -> type[TemplatePass]:
-        """The class of the pass that the template is; call it only where `faults` are none."""
+        """Return the template as a pass class; call it only if `faults` yields nothing."""
         made: type[TemplatePass] = make_dataclass(
             self.class_name,
             [self._field(option) for option in self.options],
@@ -119,7 +119,7 @@ class PipelineTemplate:
                 "takes_rolled": all(step.cls.takes_rolled for step in self.steps),
                 "template": self,
                 "__doc__": self.doc or f"{self.summary[:1].upper()}{self.summary[1:]}.",
-                # Without it `dataclass` asks for the module of the caller, which is this one.
+                # Without it `dataclass` would use the module of the caller, which is this one.
                 "__module__": __name__,
             },
             frozen=True,
@@ -129,11 +129,11 @@ class PipelineTemplate:
 
     @property
     def class_name(self) -> str:
-        """What the class of the pass is called."""
+        """The name of the pass class."""
         return f"{''.join(word.capitalize() for word in self.name.split('-'))}Pass"
 
     def faults(self) -> Iterator[str]:
-        """Yield what keeps the declaration from being a pass."""
+        """Yield the errors of the declaration."""
         offered = [option.field for option in self.options]
         twice = {name for name in offered if offered.count(name) > 1}
         yield from (f"it offers the option {name!r} twice" for name in sorted(twice))
@@ -181,9 +181,9 @@ def _faults_of_step(step: Step, offered: Sequence[str]) -> Iterator[str]:
         if name in step.fixed:
             yield f"the option {name!r} of {step.cls.name} is forwarded and fixed"
         if name not in offered:
-            yield f"it forwards {name!r} to {step.cls.name}, and does not offer it"
+            yield f"it forwards {name!r} to {step.cls.name}, but does not offer it"
     if step.when is not None and step.when not in offered:
-        yield f"{step.cls.name} runs by the option {step.when!r}, which it does not offer"
+        yield f"{step.cls.name} is enabled by the option {step.when!r}, which it does not offer"
     for option in there.values():
         if option.required and option.field not in (*step.forward, *step.fixed):
             yield f"{step.cls.name} needs the option {option.field!r}"
@@ -197,29 +197,29 @@ class TemplatePass(Pass):
 
     @property
     def parts(self) -> list[tuple[Step, Pass]]:
-        """The steps that run under these options, with the passes that they are."""
+        """The steps enabled by these options, with their passes."""
         return [(step, step.made(self)) for step in self.template.steps if step.runs(self)]
 
     @property
     def preserves(self) -> Preserves:
-        """What the passes together do to the function."""
+        """The combined promise of the passes."""
         return weakest(item.preserves for _, item in self.parts)
 
     def validate(self) -> list[Problem]:
-        """Return what the passes say is wrong with their options, and the template's own check."""
+        """Return the problems that the passes report, and those of the template's own check."""
         found = [p for _, item in self.parts for p in item.validate()]
         return [*found, *self.template.check(self)]
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
-        """Return what the options contradict in the passes before this one."""
+        """Return contradictions with the passes before this one."""
         return [p for _, item in self.parts for p in item.validate_after(earlier)]
 
     def warnings(self) -> list[Problem]:
-        """Return what the passes warn of."""
+        """Return the warnings of the passes."""
         return [p for _, item in self.parts for p in item.warnings()]
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Run the passes; one that must match and matches nothing ends the run.
+        """Run the passes; a pass that must match and matches nothing ends the run.
 
         Raises:
           InputError: as the passes raise it.
@@ -240,7 +240,7 @@ class TemplatePass(Pass):
 
 
 def _joined(total: PassResult | None, result: PassResult, stats: dict[str, int]) -> PassResult:
-    """Return what earlier steps and another one did; what matched is what the first one found."""
+    """Return the joined result of the steps; `matched` is that of the first one."""
     if total is None:
         return PassResult(
             result.changed, result.matched, stats, [*result.remarks], [*result.near_misses],

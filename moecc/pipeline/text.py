@@ -6,9 +6,9 @@
     value    := piece (',' piece)*
     piece    := characters other than space, comma, quote and brace, or a JSON string
 
-An option without a value is a flag that is set.  ``@`` says that the name is one of a pipeline
-template; texts print without it.  Everything that is wrong with a text is reported
-together, each problem with the place that it is about.
+An option without a value is a flag that is set.  ``@`` marks the name of a pipeline
+template; printed texts omit it.  All problems of a text are reported
+together, each with its position.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str, registry: Registry | None = None, file: str = "pipeline") -> Pipeline:
-        """Return the pipeline that `text` spells, its options checked.
+        """Return the pipeline parsed from `text`, its options checked.
 
         Args:
           text: see the grammar of this module.
-          registry: the passes to choose from; by default those that are installed.
-          file: what messages call the text.
+          registry: the available passes; by default the installed ones.
+          file: the name of the text in messages.
 
         Raises:
-          UsageError: with everything that is wrong.
+          UsageError: all problems of the text.
         """
         return cls(_Parser(text, file, installed() if registry is None else registry).passes())
 
@@ -60,11 +60,11 @@ class Pipeline:
         return ",".join(map(format_pass, self.passes))
 
     def in_full(self) -> str:
-        """Return the text with every option, which later defaults cannot change."""
+        """Return the text with every option stated, so that later defaults cannot change it."""
         return ",".join(format_pass(item, in_full=True) for item in self.passes)
 
     def problems(self) -> list[Problem]:
-        """Return what the options contradict in themselves or in the passes before."""
+        """Return contradictions of options with each other or with earlier passes."""
         return [p for i in range(len(self.passes)) for p in self._problems_of(i)]
 
     def _problems_of(self, index: int) -> Iterator[Problem]:
@@ -73,7 +73,7 @@ class Pipeline:
             yield replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
 
     def warnings(self) -> list[Problem]:
-        """Return what is allowed, and yet hardly what anyone wants, with the pass that it is in."""
+        """Return warnings of options that are allowed but rarely intended, with their pass."""
         return [
             replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
             for item in self.passes
@@ -82,7 +82,7 @@ class Pipeline:
 
     @property
     def preserves(self) -> Preserves:
-        """What the passes together do to the function."""
+        """The combined promise of the passes."""
         return weakest(p.preserves for p in self.passes)
 
 
@@ -91,7 +91,7 @@ def format_pass(item: Pass, *, in_full: bool = False) -> str:
 
     Args:
       item: the pass.
-      in_full: whether options that have their defaults are spelled out too.
+      in_full: whether options at their defaults are printed too.
     """
     given = [(o, getattr(item, o.field)) for o in options(type(item)).values()]
     parts = [
@@ -108,7 +108,7 @@ def _format_option(option: Option, value: object) -> str:
 
 @dataclass
 class _Given:
-    """An option as the text gives it; a flag has no pieces."""
+    """An option as written in the text; a flag has no pieces."""
 
     name: str
     at: int
@@ -118,7 +118,7 @@ class _Given:
 
 @dataclass
 class _Item:
-    """A pass as the text gives it."""
+    """A pass as written in the text."""
 
     name: str
     at: int
@@ -127,7 +127,7 @@ class _Item:
 
 
 class _SyntaxProblem(Exception):
-    """The text does not follow the grammar at an offset."""
+    """The text violates the grammar at an offset."""
 
     def __init__(self, what: str, at: int) -> None:
         super().__init__(what)
@@ -176,7 +176,7 @@ class _Parser:
             return found
 
     def recover(self) -> bool:
-        """Go to what follows the next comma outside braces, and say whether there is one."""
+        """Skip to the next comma outside braces, and return whether there is one."""
         if self.inside:
             end = self.text.find("}", self.at)
             self.at = end + 1 if end >= 0 else len(self.text)
@@ -245,7 +245,7 @@ class _Parser:
         return _SyntaxProblem(f"expected {what}, found {found}", self.at)
 
     def make(self, item: _Item, earlier: Sequence[Pass]) -> Pass | None:
-        """Return the pass that `item` spells, or None after noting what is wrong with it."""
+        """Return the pass that `item` describes, or None after recording its problems."""
         if item.name not in self.registry:
             problem = unknown_pass(self.registry, item.name)
             self.problem(problem.what, item.at, hint=problem.hint)
@@ -274,7 +274,7 @@ class _Parser:
                 hint = nearest(given.name, known) or f"options: {', '.join(known) or 'none'}"
                 self.problem(f"{item.name} has no option {given.name!r}", given.at, hint=hint)
             elif option.field in values:
-                self.problem(f"option {given.name!r} is given twice", given.at)
+                self.problem(f"option {given.name!r} is defined twice", given.at)
             else:
                 values[option.field] = self.value(option, given)
         for option in known.values():

@@ -1,9 +1,9 @@
-"""The driver: applies rules wherever they match, until none does.
+"""The rewrite driver: applies rules wherever they match, until none does.
 
-A worklist starts with every node in order and grows by what a rewrite may have made match: the new
-nodes, the users of what was replaced, and the last users of what lost one.  So the work is linear
-in the graph and the rewrites.  Rules that undo each other would go on for ever; a bound in
-proportion to the graph stops them, and the error names the rules.
+A worklist starts with every node in order and grows by the nodes that a rewrite may have enabled:
+the new nodes, the users of replaced values, and the remaining users of values that lost one.  So
+the work is linear in the graph and the rewrites.  Rules that undo each other would never terminate;
+a bound proportional to the graph stops them, and the error names the rules.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from moecc.rewrite.rule import Rule
 from moecc.support.gc_pause import collector_paused
 
 REWRITES_PER_NODE = 16
-"""How many rewrites a node of the graph allows before the driver calls it a loop."""
+"""The number of rewrites per node of the graph beyond which the driver reports a loop."""
 
 
 class RewriteLimitError(InputError):
-    """Rules that go on rewriting without end."""
+    """Rules that rewrite without end."""
 
 
 @dataclass
 class RuleStats:
-    """What a rule did: nodes tried, rewrites made, and the time of both in seconds."""
+    """The statistics of a rule: nodes tried, rewrites made, and the time of both in seconds."""
 
     attempts: int = 0
     hits: int = 0
@@ -43,12 +43,12 @@ class RuleStats:
 
 @dataclass
 class RewriteResult:
-    """What the driver did.
+    """The result of the driver.
 
     Attributes:
       rewrites: how many rewrites it made.
       rules: statistics by rule.
-      near_misses: the nearest miss of each rule, whether or not it matched elsewhere.
+      near_misses: the nearest miss of each rule, even if it matched elsewhere.
     """
 
     rewrites: int = 0
@@ -62,7 +62,7 @@ def rewrite(
     """Apply `rules` to `graph`, in place, until none matches.
 
     At a node the first rule that matches wins.  Nodes that a rewrite leaves without users are
-    erased; parameters are not.  Nodes that nothing used before stay as they are.
+    erased; parameters are not.  Nodes that were unused before stay as they are.
 
     Args:
       graph: changed in place.
@@ -71,7 +71,7 @@ def rewrite(
       limit: the most rewrites allowed; by default in proportion to the graph.
 
     Raises:
-      RewriteLimitError: there were more.
+      RewriteLimitError: the limit was exceeded.
     """
     with collector_paused():
         return _Driver(graph, rules, origin, limit).run()
@@ -89,7 +89,7 @@ def find(graph: Graph, rule: Rule, *, misses: Misses | None = None) -> Iterator[
 
 
 class _Candidate:
-    """A rule with one of the operation patterns that it may begin with."""
+    """A rule with one of the operation patterns that may be its root."""
 
     __slots__ = ("heads", "name", "pattern", "rule", "stats")
 
@@ -102,7 +102,7 @@ class _Candidate:
         self.heads: tuple[tuple[int, Heads], ...] = tuple((i, h) for i, h in heads if h is not None)
 
     def rejects(self, node: Node) -> bool:
-        """Whether the operations that make the operands already rule a match out."""
+        """Whether the operations that define the operands already rule out a match."""
         operands = node.operands
         if len(operands) < len(self.pattern.operands):
             return True
@@ -116,9 +116,9 @@ class _Candidate:
         return False
 
     def find(self, node: Node, misses: Misses | None) -> Match | None:
-        """Return a match that the rule's check accepts, or None, and note a near miss."""
+        """Return a match that the rule's check accepts, or None, and record a near miss."""
         if self.rejects(node):
-            # The matcher says why, once; a rule that fails everywhere must not be silent.
+            # The matcher records the reason once; a rule that fails everywhere must not be silent.
             if misses is not None and misses.beats(self.name, 1):
                 match(self.pattern, node, misses, self.name)
             return None
@@ -134,7 +134,7 @@ class _Candidate:
 
 
 class _RecordingBuilder(Builder):
-    """A builder that remembers what it made."""
+    """A builder that records the nodes it creates."""
 
     def __init__(self, graph: Graph, *, loc: str, origin: str, before: Node) -> None:
         super().__init__(graph, loc=loc, origin=origin, before=before)
@@ -172,7 +172,7 @@ class _Driver:
         while self.stack:
             node = self.stack.pop()
             self.queued.discard(node)
-            # Dead nodes are for dead-code elimination, and nobody would see the difference.
+            # Dead nodes are left to dead-code elimination; rewriting them has no effect.
             if node.alive and not node.is_dead:
                 self.visit(node)
         self.result.near_misses = list(self.misses.best.values())
@@ -207,7 +207,7 @@ class _Driver:
             replace_value(old, new)
         self.erase_dead([*found.nodes, *builder.made])
         for new, name in names:
-            # What takes the place of a value takes its name too: the text differs less.
+            # A replacement takes over the name of the value, so that the text differs less.
             if new.name in self.graph and name not in self.graph:
                 self.graph.rename(new, name)
         self.enqueue_users(users)
@@ -222,14 +222,14 @@ class _Driver:
             return
         keep = ", ".join(f"{self.origin}/{n} ({c} times)" for n, c in self.recent.most_common(4))
         raise RewriteLimitError(
-            f"{self.origin}: rewriting does not come to an end",
+            f"{self.origin}: rewriting does not terminate",
             expected=f"at most {self.limit} rewrites of {len(self.graph)} nodes",
             found=f"rules that keep firing: {keep}",
             hint="a rule undoes another, or matches what it builds itself",
         )
 
     def erase_dead(self, nodes: Iterable[Node]) -> None:
-        """Erase those of `nodes` that nothing uses, and what only they used."""
+        """Erase the unused nodes among `nodes`, and what only they used."""
         left = list(nodes)
         while left:
             node = left.pop()
@@ -249,7 +249,7 @@ class _Driver:
             self.queued.add(node)
 
     def enqueue_users(self, users: Iterable[Node]) -> None:
-        """Enqueue `users` and theirs, as far as the deepest pattern reaches."""
+        """Enqueue `users` and their users, up to the depth of the deepest pattern."""
         level = list(dict.fromkeys(users))
         for _ in range(self.reach):
             for node in level:
@@ -258,9 +258,9 @@ class _Driver:
 
 
 def _check_values(origin: str, root: Node, values: tuple[Value, ...], made: Sequence[Node]) -> None:
-    """Raise ValueError unless `values` can replace the results of `root`: a bug in the rule."""
+    """Raise ValueError unless `values` can replace the results of `root`: a bug of the rule."""
     if any(node in value.users for value in root.results for node in made):
-        raise ValueError(f"{origin} uses what it replaces, the results of {where(root)}")
+        raise ValueError(f"{origin} uses the results of {where(root)}, which it replaces")
     if len(values) != len(root.results):
         raise ValueError(
             f"{origin} returns {len(values)} values for the {len(root.results)} of {where(root)}"

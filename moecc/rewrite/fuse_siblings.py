@@ -1,9 +1,9 @@
-"""Sibling contractions as one: gate and up, of one value, with parameters that end in one matrix.
+"""Fuse sibling contractions: gate and up, of one value, whose results meet in one down matrix.
 
-The rewrite of the pass ``fuse-gate-up``, in the core so that backends can make it too.  Siblings
-contract the same value, each with a parameter of its own, over the same axes and to the same new
-one, and meet, element by element, in what a further parameter contracts that axis of.  So query,
-key and value are none, nor are routers.
+The rewrite of the pass ``fuse-gate-up``, in the core so that backends can apply it too.  Siblings
+contract the same value, each with its own parameter, over the same axes and to the same new
+axis, and meet, element by element, in a value whose new axis a further parameter contracts.
+Query, key and value are therefore no siblings, nor are routers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PROJECTION = P.contract(P.any("x"), P.param("w"), over=P.attr("over"))
 
 @dataclass(frozen=True)
 class Siblings:
-    """Contractions of one value that can be one.
+    """Contractions of one value that can be fused.
 
     Attributes:
       nodes: the contractions, in the order of the graph; each has one new axis, `axis`.
-      axis: the name of the axis along which the matrices are put together.
+      axis: the axis along which the matrices are concatenated.
     """
 
     nodes: tuple[Node, ...]
@@ -49,11 +49,11 @@ class Siblings:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A parameter that stands for several, for whoever has values of those.
+    """A parameter that replaces several, for callers that hold the values of those.
 
     Attributes:
-      param: its name.
-      parts: the names of the parameters that it stands for, in order; they are gone.
+      param: the new parameter's name.
+      parts: the names of the replaced parameters, in order; they no longer exist.
       axis: the axis along which their values are concatenated.
     """
 
@@ -63,16 +63,16 @@ class Fusion:
 
 
 def find_siblings(graph: Graph, *, need_weights: bool = True) -> list[Siblings]:
-    """Return the sibling contractions of `graph`, in order; a contraction is in one group at most.
+    """Return the sibling contractions of `graph`, in order; a contraction is in at most one group.
 
-    Left out are parameters that something else reads too, of different types on disk, with axes in
-    different orders, or sharded along the axis that would grow: a shard of the whole is not the
-    shards of the parts.
+    Excluded are parameters that are also read elsewhere, of different types on disk, with axes in
+    different orders, or sharded along the concatenated axis: a shard of the whole is not the
+    concatenation of the shards of the parts.
 
     Args:
       graph: a graph.
-      need_weights: whether parameters without a weight expression are left out, too.  Whoever
-        concatenates their values by hand (see `Fusion`) needs none.
+      need_weights: whether parameters without a weight expression are excluded too.  A caller that
+        concatenates their values itself (see `Fusion`) does not need expressions.
     """
     order = {node: i for i, node in enumerate(graph)}
     found: list[Siblings] = []
@@ -87,7 +87,7 @@ def find_siblings(graph: Graph, *, need_weights: bool = True) -> list[Siblings]:
 
 
 def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> list[Fusion]:
-    """Make one contraction of each group of siblings, in place, and return what became of them.
+    """Fuse each group of siblings into one contraction, in place, and return the fusions.
 
     Before::
 
@@ -102,7 +102,7 @@ def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> li
 
     Args:
       graph: changed in place.
-      origin: the pass and rewrite, for the nodes that are made.
+      origin: the pass and rewrite, for the new nodes.
       need_weights: see `find_siblings`.
     """
     made: dict[str, Value] = {}
@@ -118,7 +118,7 @@ def fuse_siblings(graph: Graph, *, origin: str, need_weights: bool = True) -> li
 
 
 def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
-    """Yield the contractions that meet in what `down` contracts, those of one value together."""
+    """Yield the contractions that meet in the operand of `down`, grouped by their input."""
     found = fits(PROJECTION, down)
     if found is None or len(found.attr("over")) != 1:
         return
@@ -134,7 +134,7 @@ def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
 
 
 def _projections_behind(value: Value, inner: str) -> list[Node]:
-    """Return the contractions to the axis `inner` that `value` is made of element by element."""
+    """Return the contractions to the axis `inner` that feed `value` element by element."""
     ends: list[Node] = []
     seen: set[Node] = set()
     stack = [value]
@@ -152,7 +152,7 @@ def _projections_behind(value: Value, inner: str) -> list[Node]:
 
 
 def _fusable_axis(group: list[Node], need_weights: bool) -> str | None:
-    """Return the axis along which the matrices of `group` can be put together, or None."""
+    """Return the axis along which the matrices of `group` can be concatenated, or None."""
     params = [node.operands[1] for node in group]
     x, over = group[0].operands[0], ProductAttrs.of_node(group[0]).over
     added = [n for n in params[0].type.names if n not in over and n not in x.type]
@@ -167,7 +167,7 @@ def _fusable_axis(group: list[Node], need_weights: bool) -> str | None:
 
 
 def _weights_agree(params: list[Value], need_weights: bool) -> bool:
-    """Return whether one expression can make what the parameters hold."""
+    """Return whether one expression can hold the values of all the parameters."""
     weights = [p.weight for p in params]
     if None in weights:
         return not need_weights and not any(weights)
@@ -184,7 +184,7 @@ def _fused_param(graph: Graph, siblings: Siblings) -> Value:
 
 
 def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> None:
-    """Put one contraction and its parts in the place of the siblings."""
+    """Replace the siblings by one contraction and its slices."""
     first, axis = siblings.nodes[0], siblings.axis
     builder = Builder(graph, loc=first.loc, origin=origin, before=first)
     attrs = ProductAttrs.of_node(first)
@@ -201,12 +201,12 @@ def _replace(graph: Graph, siblings: Siblings, whole: Value, origin: str) -> Non
         name = node.result.name
         replace_value(node.result, part)
         node.erase()
-        # What takes the place of a value takes its name too: the text differs less.
+        # A replacement takes over the name of the value, so that the text differs less.
         graph.rename(part, name)
 
 
 def _take_places(graph: Graph, made: dict[str, Value]) -> None:
-    """Put each new parameter where the first that it stands for is, and erase those."""
+    """Put each new parameter at the position of the first that it replaces, and erase those."""
     order = dict.fromkeys(made.get(name, value) for name, value in graph.params.items())
     for name in made:
         graph.erase_param(name)

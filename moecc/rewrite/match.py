@@ -1,8 +1,8 @@
-"""Matching a pattern at a node, and what to say where it nearly matched.
+"""Match a pattern at a node, and report near misses.
 
 The matcher works through an agenda of (pattern, value) pairs; where there is a choice (operands of
-a commutative operation, alternatives) it notes the other way and comes back to it on failure, so
-that every combination is tried and none is written out as a rule of its own.
+a commutative operation, alternatives) it records the alternative and backtracks on failure, so
+that every combination is tried and none needs a rule of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from moecc.rewrite.pattern import AttrPattern, Leaf, OneOf, OpPattern, Pattern
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A place where a pattern fits.
+    """A subgraph that a pattern matches.
 
     Attributes:
-      root: the node that the pattern begins with.
+      root: the node at the root of the pattern.
       nodes: all nodes of the match, the root first.
-      captures: values and attributes by the names that the pattern gives them.
+      captures: values and attributes by their names in the pattern.
     """
 
     root: Node
@@ -39,7 +39,7 @@ class Match:
     def node(self, name: str) -> Node:
         """Return the node captured as `name`."""
         node = self.value(name).node
-        assert node is not None, f"{name!r} captures a value that no node makes"
+        assert node is not None, f"{name!r} captures a value that no node defines"
         return node
 
     def attr(self, name: str) -> Any:
@@ -55,10 +55,10 @@ class NearMiss:
     """The attempt of a rule that came nearest, and why it failed.
 
     Attributes:
-      rule: the rule, or whatever looked for a match.
+      rule: the rule, or the name of the search.
       where: the node at which it was tried, with its location.
-      reason: what does not fit.
-      score: how many nodes did fit.
+      reason: the mismatch.
+      score: the number of nodes that matched.
     """
 
     rule: str
@@ -82,25 +82,25 @@ class Misses:
         return known is None or score > known.score
 
     def note(self, rule: str, root: Node, reason: str, score: int) -> None:
-        """Keep a miss, unless `rule` has one as near."""
+        """Record a miss, unless `rule` has one as near."""
         if self.beats(rule, score):
             self.best[rule] = NearMiss(rule, where(root), reason, score)
 
 
-# What is left to match, as a linked list: pattern, value, and the rest.
+# The remaining agenda, as a linked list: pattern, value, and the rest.
 _Todo: TypeAlias = "tuple[Pattern, Value, _Todo | None]"
 
 
 def match(
     pattern: OpPattern, root: Node, misses: Misses | None = None, rule: str = ""
 ) -> Match | None:
-    """Return how `pattern` fits at `root`, or None.
+    """Return the match of `pattern` at `root`, or None.
 
     Args:
-      pattern: begins with an operation; see `moecc.rewrite.pattern.roots`.
+      pattern: its root is an operation; see `moecc.rewrite.pattern.roots`.
       root: the node to start from.
-      misses: where the nearest miss is noted.
-      rule: the name under which it is.
+      misses: where the nearest miss is recorded.
+      rule: the name under which it is recorded.
     """
     attempt = _Attempt()
     todo: _Todo | None = (pattern, root.results[pattern.index], None)
@@ -120,14 +120,14 @@ def match(
 
 
 def fits(pattern: Pattern, node: Node | None) -> Match | None:
-    """Return how `pattern`, or the first of its alternatives that does, fits at `node`, or None.
+    """Return the match of `pattern`, or of its first alternative that matches, at `node`, or None.
 
-    For who recognises a node and rewrites nothing; None also where there is no node.
+    For callers that recognise a node without rewriting; None also if `node` is None.
     """
     if node is None:
         return None
     for choice in pattern.choices if isinstance(pattern, OneOf) else (pattern,):
-        # Most nodes are of another operation, and nothing is tried on them.
+        # Most nodes are another operation, so this quick check avoids an attempt.
         if isinstance(choice, OpPattern) and node.op in choice.ops:
             found = match(choice, node)
             if found is not None:
@@ -149,7 +149,7 @@ class _Attempt:
         self.failure: tuple[Pattern, Value, str] | None = None
 
     def step(self, todo: _Todo) -> _Todo | None:
-        """Match the first pair of the agenda; return what is left, or set `failure`."""
+        """Match the first pair of the agenda; return the rest, or set `failure`."""
         pattern, value, rest = todo
         if isinstance(pattern, OpPattern):
             return self.enter(pattern, value, rest)
@@ -220,7 +220,7 @@ class _Attempt:
         return True
 
     def is_closed(self) -> bool:
-        """Whether the values that may only be used here are; else set `failure`."""
+        """Whether the values restricted to uses within the match are; otherwise set `failure`."""
         for value in self.alone:
             if any(user not in self.nodes for user in value.users):
                 self.failure = (_NOWHERE, value, "alone")
@@ -231,7 +231,7 @@ class _Attempt:
         self.choices.append((todo, len(self.trail), len(self.nodes), len(self.alone)))
 
     def back(self) -> _Todo:
-        """Return to the last choice."""
+        """Backtrack to the last choice."""
         todo, names, nodes, alone = self.choices.pop()
         for name in self.trail[names:]:
             del self.captures[name]
@@ -278,18 +278,18 @@ class _Attempt:
                 return f"{place}, {have!r}, {wanted.why}"
             elif wanted.name is not None and self.captures.get(wanted.name, have) != have:
                 return f"{place} is {have!r}, expected {self.captures[wanted.name]!r} as elsewhere"
-        raise AssertionError("every attribute fits")
+        raise AssertionError("every attribute matches")
 
 
 _NOWHERE = Leaf()
 
 
 def _made(value: Value) -> str:
-    """Return how a value is made, as the beginning of a sentence."""
+    """Return how a value is defined, as the beginning of a sentence."""
     if value.node is None:
         return f"%{value.name} is {'a parameter' if value.is_param else 'an input'}"
     loc = f" @{value.node.loc}" if value.node.loc else ""
-    return f"%{value.name} is made by {value.node.op.name}{loc}"
+    return f"%{value.name} is defined by {value.node.op.name}{loc}"
 
 
 def _other_user(value: Value, inside: list[Node]) -> str:

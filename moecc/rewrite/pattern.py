@@ -1,8 +1,8 @@
-"""Patterns: what a piece of a graph must look like, written as operation calls.
+"""Patterns: the shape of a subgraph, written as operation calls.
 
 ``P.neg(P.neg(P.any("x")))`` matches a value that is negated twice, and captures it as ``x``.  A
-pattern describes how a value is made, so it is written from its root, the last node, backwards
-through operands.  A name that occurs twice must mean the same value both times.  Operands of a
+pattern describes how a value is computed, so it is written from its root, the last node, backwards
+through operands.  A name that occurs twice must denote the same value both times.  Operands of a
 commutative operation are tried both ways.
 """
 
@@ -26,39 +26,39 @@ class Pattern:
     """Base of all patterns of a value."""
 
     def __or__(self, other: Pattern) -> OneOf:
-        """Return a pattern that matches where one of the two does; this one is tried first."""
+        """Return a pattern that matches where either does; this one is tried first."""
         return OneOf((*_choices(self), *_choices(other)))
 
     @property
     def heads(self) -> Heads | None:
-        """The operations that may define what this matches, or None: any."""
+        """The operations that may define the matched value, or None: any."""
         return None
 
     @property
     def depth(self) -> int:
-        """The number of nodes on the longest way from the root to a leaf."""
+        """The number of nodes on the longest path from the root to a leaf."""
         return 0
 
 
 @dataclass(frozen=True, eq=False)
 class Leaf(Pattern):
-    """A value, however it is made.
+    """Any value, whatever defines it.
 
     Attributes:
       kind: ``value``, ``param`` or ``input``.
-      name: what captures it; None captures nothing.
+      name: the name of the capture; None captures nothing.
       where: a predicate that must hold of the value.
-      why: what is wrong with a value for which it does not: ``%x`` and this are a sentence.
+      why: the reason if the predicate does not hold; completes a sentence that begins ``%x``.
     """
 
     kind: str = "value"
     name: str | None = None
     where: Where | None = None
-    why: str = "is refused by the pattern"
+    why: str = "is rejected by the pattern"
 
     @property
     def heads(self) -> Heads | None:
-        """The operations that may define what this matches, or None: any."""
+        """The operations that may define the matched value, or None: any."""
         return None if self.kind == "value" else frozenset({None})
 
 
@@ -68,7 +68,7 @@ class AttrPattern:
 
     name: str | None = None
     where: Where | None = None
-    why: str = "is refused by the pattern"
+    why: str = "is rejected by the pattern"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +80,11 @@ class OpPattern(Pattern):
       operands: patterns of its operands, in order.
       attrs: names of attributes, each with a literal or an `AttrPattern`.
       rest: whether more operands may follow.
-      name: what captures the node and its value.
+      name: the name that captures the node and its value.
       alone: whether nothing outside the match may use the value.
-      index: which result of the node the value is.
+      index: the number of the node's result that is the value.
       where: a predicate of the value.
-      why: what is wrong where the predicate does not hold.
+      why: the reason if the predicate does not hold.
       commutative: whether the operands may be exchanged.
     """
 
@@ -96,11 +96,11 @@ class OpPattern(Pattern):
     alone: bool = False
     index: int = 0
     where: Where | None = None
-    why: str = "is refused by the pattern"
+    why: str = "is rejected by the pattern"
     commutative: bool = False
 
     def named(self, name: str) -> OpPattern:
-        """Capture the node, and with it its value, as `name`."""
+        """Capture the node, and its value, as `name`."""
         return replace(self, name=name)
 
     def only_used_here(self) -> OpPattern:
@@ -117,17 +117,17 @@ class OpPattern(Pattern):
 
     @property
     def heads(self) -> Heads | None:
-        """The operations that may define what this matches."""
+        """The operations that may define the matched value."""
         return self.ops
 
     @property
     def depth(self) -> int:
-        """The number of nodes on the longest way from the root to a leaf."""
+        """The number of nodes on the longest path from the root to a leaf."""
         return 1 + max((p.depth for p in self.operands), default=0)
 
     @property
     def label(self) -> str:
-        """What messages call the operations."""
+        """The description of the operations in messages."""
         return " or ".join(sorted(o.name for o in self.ops))
 
 
@@ -139,7 +139,7 @@ class OneOf(Pattern):
 
     @property
     def heads(self) -> Heads | None:
-        """The operations that may define what this matches, or None: any."""
+        """The operations that may define the matched value, or None: any."""
         heads: set[OpDef | None] = set()
         for choice in self.choices:
             some = choice.heads
@@ -150,7 +150,7 @@ class OneOf(Pattern):
 
     @property
     def depth(self) -> int:
-        """The number of nodes on the longest way from the root to a leaf."""
+        """The number of nodes on the longest path from the root to a leaf."""
         return max(p.depth for p in self.choices)
 
 
@@ -159,10 +159,10 @@ def _choices(pattern: Pattern) -> tuple[Pattern, ...]:
 
 
 def roots(pattern: Pattern) -> tuple[OpPattern, ...]:
-    """Return the operation patterns with which a rule's pattern may begin.
+    """Return the operation patterns that may be the root of a rule's pattern.
 
     Raises:
-      UsageError: it may also begin with a value that no operation makes.
+      UsageError: the root may also be a value that no operation defines.
     """
     found = _choices(pattern)
     if not all(isinstance(p, OpPattern) for p in found):
@@ -205,10 +205,10 @@ class Patterns:
         Args:
           names: one name or several.
           operands: their patterns; ``...`` at the end allows more.
-          attrs: literals, predicates, or what `attr` returns; those not named are free.
+          attrs: literals, predicates, or results of `attr`; attributes not named are unrestricted.
 
         Raises:
-          UsageError: an operation has no such attribute, or not so many operands.
+          UsageError: an operation has no such attribute, or another number of operands.
           InputError: there is no such operation.
         """
         entries = [op(n) for n in ([names] if isinstance(names, str) else names)]
@@ -220,7 +220,7 @@ class Patterns:
             _check(entry, len(given), rest, attrs)
         commutative = all(e.commutative for e in entries)
         if commutative and rest:
-            # So that the operand that is given is looked for on both sides.
+            # So that the one operand pattern is tried on both sides.
             given, rest = (*given, Leaf(), Leaf())[:2], False
         return OpPattern(
             frozenset(entries),
@@ -248,7 +248,7 @@ def _check(entry: OpDef, count: int, rest: bool, attrs: dict[str, object]) -> No
             f"a pattern of {entry.name} has other operands",
             expected=f"{least} ({', '.join(entry.operands)})",
             found=str(count),
-            hint="... at the end stands for those that do not matter",
+            hint="... at the end allows further operands",
         )
     for name in attrs:
         if name not in entry.attrs:
@@ -267,4 +267,4 @@ def _attr(entry: OpDef, name: str, value: object) -> object:
 
 
 P = Patterns()
-"""Where patterns come from: ``P.add(P.any("a"), P.param("b"))``."""
+"""The pattern constructors: ``P.add(P.any("a"), P.param("b"))``."""

@@ -1,4 +1,4 @@
-"""Rules: a pattern, a check that may refuse with a reason, and what is built instead.
+"""Rules: a pattern, a check that may reject with a reason, and the replacement to build.
 
 A rule keeps no state: whatever `build` needs, it reads from the match, as `check` did.
 """
@@ -15,14 +15,14 @@ from moecc.rewrite.match import Match
 from moecc.rewrite.pattern import Pattern
 
 PreservesKind = Literal["exact", "reassociation", "approximate"]
-"""What a rewrite does to the function, from the strongest promise to the weakest."""
+"""The promises of a rewrite, from the strongest to the weakest."""
 
 Build = Callable[[Match, Builder], Value | tuple[Value, ...]]
 Check = Callable[[Match], str | None]
 
 
 def accept(match: Match) -> None:
-    """Refuse nothing: the check of a rule whose pattern says it all."""
+    """Reject nothing: the check of a rule whose pattern is sufficient."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Rule:
     """A rewrite.
 
     Attributes:
-      name: kebab-case; nodes that it makes have the origin ``pass/name``.
-      pattern: what it applies to; begins with an operation.
+      name: kebab-case; new nodes have the origin ``pass/name``.
+      pattern: the subgraph it applies to; its root is an operation.
       build: returns one replacement for each result of the root, of the same types.
-      check: returns why a match is refused, or None.
-      preserves: what it does to the function.
+      check: returns why a match is rejected, or None.
+      preserves: its promise.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Pausing the cyclic garbage collector while much is allocated and little is freed.
+"""Pause the cyclic garbage collector during large allocations.
 
 A graph of 50,000 nodes, or a header of 100,000 tensors, is millions of objects; each full
-collection walks them all and finds nothing, which doubles the cost of a node.
+collection traverses them all and frees nothing, which doubles the cost of a node.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Let no collection run inside; nests, and leaves a collector alone that is off already."""
+    """Disable the collector inside; nests, and leaves an already disabled collector alone."""
     if not gc.isenabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""Pages of the documentation of which a part is written by a program, between two markers."""
+"""Documentation pages with a generated part between two markers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moecc.errors import InputError
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """A part of a page.
+    """A generated part of a page.
 
     Attributes:
-      name: what it is called in its markers, in one word.
-      module: what writes it, ``python -m MODULE PAGE``.
-      render: returns it as Markdown.
+      name: its name in the markers, one word.
+      module: its generator, ``python -m MODULE PAGE``.
+      render: returns the part as Markdown.
     """
 
     name: str
@@ -27,16 +27,16 @@ class WrittenPart:
 
     @property
     def begin(self) -> str:
-        """The line before it."""
+        """The opening marker."""
         return f"<!-- begin {self.name}: written by python -m {self.module} -->"
 
     @property
     def end(self) -> str:
-        """The line after it."""
+        """The closing marker."""
         return f"<!-- end {self.name} -->"
 
     def replace(self, page: str) -> str:
-        """Return `page` with this part written anew between its markers.
+        """Return `page` with this part regenerated between its markers.
 
         Raises:
           InputError: the page lacks a marker.
@@ -44,12 +44,12 @@ class WrittenPart:
         before, begin, rest = page.partition(self.begin)
         _, end, after = rest.partition(self.end)
         if not begin or not end:
-            what = f"the page has no place for the part {self.name!r}"
+            what = f"the page has no markers for the part {self.name!r}"
             raise InputError(what, expected=f"{self.begin} … {self.end}")
         return f"{before}{begin}\n\n{self.render()}\n\n{end}{after}"
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Rewrite the page that the command line names, and return the exit code."""
+        """Regenerate the part in the page named on the command line, and return the exit code."""
         parser = argparse.ArgumentParser(description=f"Write the part {self.name!r} of a page.")
         parser.add_argument("page", type=Path)
         page: Path = parser.parse_args(argv).page

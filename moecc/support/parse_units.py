@@ -1,4 +1,4 @@
-"""Reading settings that people write: element types, counts of bytes."""
+"""Parse element types and byte counts that users write."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def float_type(name: str) -> DType:
 
 
 def count_bytes(text: str) -> int:
-    """Return the number of bytes that `text` says: ``5000000000``, ``5GB``, ``500 MB``.
+    """Return the number of bytes that `text` denotes: ``5000000000``, ``5GB``, ``500 MB``.
 
     Raises:
-      UsageError: it cannot be read, or is zero.
+      UsageError: it cannot be parsed, or is zero.
     """
     match = _BYTES.match(text.strip())
     count = int(float(match.group(1)) * _UNITS[match.group(2).lower()]) if match else 0

@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Human-readable numbers."""
 
 from __future__ import annotations
 
 
 def size_text(count_bytes: float) -> str:
-    """Return a number of bytes for people: ``1.38 GB``."""
+    """Return a human-readable number of bytes: ``1.38 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count_bytes) < 1000:
             return f"{count_bytes:.0f} B" if unit == "B" else f"{count_bytes:.2f} {unit}"
@@ -13,7 +13,7 @@ def size_text(count_bytes: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """Return a count for people: ``134.5 M``."""
+    """Return a human-readable count: ``134.5 M``."""
     for unit in ("", " K", " M", " B"):
         if abs(count) < 1000:
             return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"

@@ -1,1 +1,1 @@
-"""What commands call: convert, verify, generate, check."""
+"""The functions behind commands: convert, verify, generate, check."""

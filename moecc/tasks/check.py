@@ -1,8 +1,8 @@
-"""``--check``: whether the passes of a pipeline keep what they promise, on a reduced graph.
+"""``--check``: verify that the passes of a pipeline keep their promises, on a reduced graph.
 
 Each pass runs on the reduced graph, and the reference interpreter compares before and after on
 random data: bit for bit where ``exact`` is promised, to 1e-12 of the magnitude for
-``reassociation``; of an ``approximate`` pass the error is measured and stands beside the predicted
+``reassociation``; the error of an ``approximate`` pass is measured and shown beside the predicted
 one.  The oracle is that of `moecc.testing`, which compares gradients, weights as they are stored
 and the devices of small meshes, too.
 """
@@ -25,19 +25,19 @@ from moecc.pipeline.text import Pipeline, format_pass
 from moecc.tasks.shrink import reduced
 
 SEEDS = (0, 1)
-"""Each pass is compared on random data of these seeds."""
+"""The seeds of the random data on which each pass is compared."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A pass, checked.
+    """The result of checking a pass.
 
     Attributes:
       number: its position, from 1.
       item: the pass.
-      promise: what it said that it does to the function of the reduced graph.
-      measured: the root mean square of what outputs changed by, relative to the outputs.
-      problems: where it broke its promise.
+      promise: its promise for the reduced graph.
+      measured: the root mean square of the change of outputs, relative to the outputs.
+      problems: the violations of its promise.
     """
 
     number: int
@@ -60,11 +60,11 @@ def check_pipeline(
     context: Context | None = None,
     seeds: Sequence[int] = SEEDS,
 ) -> list[Checked]:
-    """Check each pass of `pipeline` on `graph` at reduced sizes; `graph` stays as it is.
+    """Check each pass of `pipeline` on `graph` at reduced sizes; `graph` is not changed.
 
     Raises:
-      CheckError: a pass broke its promise; all that did are named.
-      InputError: the graph cannot be reduced, or a pass does not work on the reduced graph.
+      CheckError: a pass broke its promise; all such passes are named.
+      InputError: the graph cannot be reduced, or a pass cannot be applied to the reduced graph.
     """
     context = Context() if context is None else context
     small = reduced(graph)
@@ -98,7 +98,7 @@ def _checked(
 ) -> Checked:
     from moecc.testing.oracle import differences
 
-    # A pass may add outputs, a loss, say; what was there before must stay.
+    # A pass may add outputs, such as a loss; existing outputs must stay.
     same = clone(after)
     for name in [n for n in same.output_names if n not in before.output_names]:
         same.drop_output(name)
@@ -116,17 +116,17 @@ def _checked(
 
 
 def measure(before: Graph, after: Graph, seed: int = 0) -> float:
-    """Return how far the outputs of `after` are from those of `before` on random data.
+    """Return the difference of the outputs of `after` from those of `before` on random data.
 
-    This is the root mean square of the difference over that of the output; the largest over the
-    outputs that are floats.
+    This is the root mean square of the difference over that of the output; the maximum over
+    floating-point outputs.
     """
     from moecc.testing.data import inputs_for, params_for, sizes_for
     from moecc.testing.oracle import run_reference
 
     old, new = sizes_for(before, seed), sizes_for(after, seed)
     sizes = {n: lcm(old.get(n, 1), new.get(n, 1)) for n in old | new}
-    # A pass may add an input, a random key, say.
+    # A pass may add an input, such as a random key.
     inputs = inputs_for(after, seed, sizes) | inputs_for(before, seed, sizes)
     given = {n: inputs[n] for n in before.inputs}
     expected = run_reference(before, params=params_for(before, seed, sizes), inputs=given)

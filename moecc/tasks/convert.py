@@ -1,6 +1,6 @@
-"""Converting a checkpoint: everything is planned from headers, then streamed to disk.
+"""Convert a checkpoint: everything is planned from headers, then streamed to disk.
 
-`plan` reads configs and headers only, and refuses there whatever cannot be.  `write` evaluates the
+`plan` reads only configs and headers, and rejects invalid conversions.  `write` evaluates the
 plan's weight expressions tensor by tensor into a temporary folder, which is renamed when complete.
 """
 
@@ -37,18 +37,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that has been found possible.
+    """A validated conversion.
 
     Attributes:
-      model: the source, open.
+      model: the opened source.
       graph: the rewritten graph.
-      pipeline: the passes that rewrote it.
-      preserves: what they promise.
-      target: the family to write.
+      pipeline: the passes applied to it.
+      preserves: their combined promise.
+      target: the output family.
       export: its config and tensors.
-      dtype: the element type asked for; None keeps that of the source.
+      dtype: the requested element type; None keeps that of the source.
       seed: of the random numbers.
-      remarks: what the passes had to say.
+      remarks: the remarks of the passes.
     """
 
     model: Model
@@ -70,7 +70,7 @@ class Plan:
         made = []
         for name, weight in self.export.tensors:
             read = sources(weight)
-            # What is drawn has no type of its own and takes that of most of the model.
+            # Drawn tensors have no type on disk and take that of most of the model.
             kept = read[0].type.dtype if read else self.model.dtype
             made.append(OutputTensor(name, weight, self.dtype or kept))
         return made
@@ -124,19 +124,19 @@ def plan(
     seed: int = 0,
     allow_unmatched: bool = False,
 ) -> Plan:
-    """Return the plan of a conversion; nothing but headers has been read by then.
+    """Return the plan of a conversion; only headers are read.
 
     Args:
       model: the source; its graph is rewritten in place.
       pipeline: the passes.
-      target: the family to write.
+      target: the output family.
       dtype: the element type to write; None keeps that of the source.
       seed: of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
 
     Raises:
       UsageError: there is no such target.
-      InputError: a pass cannot do its work on this model, or the target cannot say the result.
+      InputError: a pass cannot be applied to this model, or the target cannot express the result.
     """
     from moecc.families.export import export_graph
     from moecc.families.propose import check_target
@@ -152,7 +152,7 @@ def plan(
     )
     done = run_pipeline(model.graph, pipeline, context=context)
     if unroll(model.graph):
-        remarks.append("layers that are repeated were written out: a checkpoint has one of each")
+        remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
     export = export_graph(model.graph, target)
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export, dtype, seed, tuple(remarks)
@@ -161,12 +161,12 @@ def plan(
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote.
+    """A completed conversion.
 
     Attributes:
-      folder: where it stands.
-      plan: what was planned.
-      written: what the writer did: sizes, digests, values that are not finite.
+      folder: the output folder.
+      plan: the plan.
+      written: the writer's report: sizes, digests, values that are not finite.
     """
 
     folder: Path
@@ -183,11 +183,11 @@ def write(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write a planned conversion to the folder `out`, whole or not at all.
+    """Write a planned conversion to the folder `out`, atomically.
 
     Raises:
       InputError: the folder cannot be used; a weight is not finite.
-      MachineError: the disk is too small, or the system refuses.
+      MachineError: the disk is too small, or a write failed.
     """
     from moecc.checkpoint.outdir import output_folder
     from moecc.checkpoint.writer import write_checkpoint
@@ -223,7 +223,7 @@ def _write_companions(folder: Path, planned: Plan, title: str) -> None:
     for name, content in checkpoint.companions().items():
         data = content.read_bytes() if isinstance(content, Path) else content
         place = folder / name
-        place.parent.mkdir(exist_ok=True)  # chat templates stand in a folder of their own
+        place.parent.mkdir(exist_ok=True)  # chat templates are in a subfolder
         place.write_bytes(data)
     config = dict(planned.export.config_json)
     if planned.dtype is not None:
@@ -263,7 +263,7 @@ def _card(planned: Plan, title: str) -> str:
 
 
 def _loaded_as(planned: Plan) -> tuple[str, str | None]:
-    """Return the task of what is written, and the class of transformers that loads it."""
+    """Return the Hub task of the output, and the transformers class that loads it."""
     from moecc.families.graph_layout import FAMILY
 
     if "logits" not in planned.graph.outputs:

@@ -1,4 +1,4 @@
-"""Continuing a text, token by token, greedily or with a seeded temperature."""
+"""Continue a text, token by token, greedily or with a seeded temperature."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from moecc.types.dtypes import F32, DType
 MAX_TOKENIZER_BYTES = 256 << 20
 
 BUCKET = 32
-"""Lengths are rounded up to a multiple of this, so that few shapes are compiled."""
+"""Lengths are rounded up to a multiple of this, to compile few shapes."""
 
 
 class Kept(Mapping[str, Array]):
-    """Parameters that are made once and then kept, for a model that runs many times."""
+    """Parameters that are evaluated once and cached, for a model that runs many times."""
 
     def __init__(self, params: Mapping[str, Array]) -> None:
         self._params = params
@@ -42,7 +42,7 @@ class Kept(Mapping[str, Array]):
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
-    """Return the tokenizer that lies beside the weights of `model`, in a process of its own.
+    """Return the tokenizer next to the weights of `model`, in a subprocess.
 
     Raises:
       InputError: there is no ``tokenizer.json``, or it cannot be read within its bounds.
@@ -72,20 +72,20 @@ def continue_tokens(
 ) -> Iterator[int]:
     """Yield up to `count` tokens that follow `tokens`, ending before one of `stop`.
 
-    The whole sequence runs again for each token: simple, and the same graph that is exported.
+    The whole sequence is run again for each token: simple, and the same graph that is exported.
 
     Args:
       model: the model.
       tokens: the prompt, not empty.
       count: the most tokens to add.
       dtype: the type to compute in.
-      temperature: 0 takes the likeliest token, and more draws one.
+      temperature: 0 takes the likeliest token, and larger values draw one.
       seed: of the draws.
       backend: the backend; xla by default.
       stop: tokens that end the text.
 
     Raises:
-      UsageError: a temperature or seed below 0, or no number.
+      UsageError: a temperature or seed that is negative or not a number.
       InputError: no logit is finite, or one is NaN or +∞.
     """
     _check_draws(temperature, seed)
@@ -94,14 +94,14 @@ def continue_tokens(
     rng = np.random.default_rng(seed)
     line = list(tokens)
     for _ in range(count):
-        # Padding stands behind the text, where no token of a causal model sees it.
+        # Padding comes after the text, where no token of a causal model attends to it.
         width = -(-len(line) // BUCKET) * BUCKET
         padded = np.zeros((1, width), np.int32)
         padded[0, : len(line)] = line
         logits = program.run(params, {"tokens": padded})["logits"][0, len(line) - 1]
         if not np.isfinite(logits.max()):
             raise InputError(
-                "the logits say nothing: there is NaN or infinity among them", where=model.name,
+                "the logits contain NaN or infinity", where=model.name,
                 expected="finite logits", found=f"a largest of {logits.max()}",
             )  # fmt: skip
         token = _choose(logits, temperature, rng)
@@ -127,7 +127,7 @@ def _choose(logits: Array, temperature: float, rng: np.random.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     wide = logits.astype(np.float64)
-    # The largest is 0 before it is divided: a tiny temperature must not make it infinite.
+    # The maximum is subtracted before dividing: a tiny temperature must not make it infinite.
     with np.errstate(over="ignore"):
         share = np.exp((wide - wide.max()) / temperature)
     return int(rng.choice(len(share), p=share / share.sum()))
@@ -140,12 +140,12 @@ def generate(
     """Return the text with which `model` continues `prompt`.
 
     Raises:
-      InputError: the model is not a decoder alone, the tokenizer cannot be used, the prompt has no
+      InputError: the model is not decoder-only, the tokenizer cannot be used, the prompt has no
         tokens, or a token that the model does not know.
     """
     if list(model.graph.inputs) != ["tokens"]:
         raise InputError(
-            "only a decoder alone continues a text", where=model.name,
+            "only a decoder-only model continues a text", where=model.name,
             expected="the input tokens", found=", ".join(model.graph.inputs),
             hint="moecc run takes the inputs of any model",
         )  # fmt: skip
@@ -165,7 +165,7 @@ def generate(
 
 
 def end_tokens(model: Model) -> frozenset[int]:
-    """Return the ids that end a text, as the model's config says."""
+    """Return the ids that end a text, from the model's config."""
     config = {} if model.checkpoint is None else model.checkpoint.config
     ends = config.get("eos_token_id")
     ids = ends if isinstance(ends, list) else [ends]

@@ -1,10 +1,10 @@
-"""A graph at reduced sizes, on which the reference interpreter can check what passes promise.
+"""A graph at reduced sizes, on which the reference interpreter can check promises of passes.
 
-A graph that a family has just built is built again from a smaller config.  Any other graph is
+A graph as imported is built again from a smaller config.  Any other graph is
 shrunk by its size constraints: equal numbers stay equal, the parts of a split or merge still make
 up the whole, slices still cut at the same fractions, and experts and top-k stay.  Its parameters
-become source tensors, which are drawn at random; parameters themselves cannot be, since those that
-a pass makes copies of each other would then differ.
+become source tensors, which are drawn at random; parameters themselves cannot be drawn, since those
+that a pass copies from each other would then differ.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from moecc.weights.expr import Expr
 
 KEPT = 8
-"""Sizes up to this stay."""
+"""Sizes up to this are not reduced."""
 
 MAX_SIZE = 24
-"""The most that a free size is reduced to."""
+"""The largest value of an unconstrained size."""
 
 MAX_ELEMENTS = 4_000_000
-"""The most elements of all parameters together that the interpreter is asked to handle."""
+"""The limit on the elements of all parameters together, for the interpreter."""
 
 Form = tuple[int, tuple[int, ...]]
-"""A size as a product: a fixed factor, and sizes that are reduced themselves."""
+"""A size as a product: a fixed factor, and other sizes to be reduced."""
 
 
 def reduced(graph: Graph) -> Graph:
@@ -57,7 +57,7 @@ def reduced(graph: Graph) -> Graph:
 
 
 def not_reducible(why: str, where: str | None = None) -> InputError:
-    """Return the error that a graph cannot be reduced."""
+    """Return the error for a graph that cannot be reduced."""
     return InputError(
         f"the graph is not reducible, so it cannot be checked: {why}",
         where=where,
@@ -70,7 +70,7 @@ def _number(size: object) -> int:
 
 
 def _from_config(graph: Graph) -> Graph | None:
-    """Return the graph built from a reduced config, or None if the graph is not just built."""
+    """Return the graph built from a reduced config, or None if the graph was changed since."""
     if not {"family", "config"} <= set(graph.attrs):
         return None
     from moecc.families import rebuild
@@ -80,7 +80,7 @@ def _from_config(graph: Graph) -> Graph | None:
         small = rebuild(graph.attrs, shrink=True)
     except InputError:
         return None
-    # A rewritten graph keeps its config, but is not what the config builds any more.
+    # A rewritten graph keeps its config, but differs from what the config builds.
     return small if _skeleton(whole) == _skeleton(graph) else None
 
 
@@ -100,7 +100,7 @@ def _source(value: Value) -> Expr | None:
 def reduce_sizes(graph: Graph) -> dict[int, int]:
     """Return a reduced size for each fixed size of `graph`.
 
-    Sizes for which the constraints leave no other choice stay as they are.
+    Sizes for which the constraints leave no other value are not reduced.
     """
     pinned, forms = _constraints(graph)
     numbers = {s for v in _values(graph) for s in v.type.sizes if isinstance(s, int)}
@@ -109,7 +109,7 @@ def reduce_sizes(graph: Graph) -> dict[int, int]:
         sizes = _settle(sorted(numbers | set(forms)), pinned, forms)
         if isinstance(sizes, dict):
             return sizes
-        # Two products disagree: the size stays, and so do its parts.
+        # Two products disagree: the size and its parts are kept.
         pinned.add(sizes)
         pinned.update(part for _, parts in forms[sizes] for part in parts)
 
@@ -117,7 +117,7 @@ def reduce_sizes(graph: Graph) -> dict[int, int]:
 def _settle(
     numbers: Iterable[int], pinned: set[int], forms: Mapping[int, set[Form]]
 ) -> dict[int, int] | int:
-    """Return reduced sizes, or the first number that would have to have two."""
+    """Return reduced sizes, or the first number with two contradicting sizes."""
     from moecc.families.shrinking import shrink_size
 
     sizes: dict[int, int] = {}
@@ -142,7 +142,7 @@ def _values(graph: Graph) -> Iterable[Value]:
 
 
 def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
-    """Return the sizes that stay, and the products that sizes must be."""
+    """Return the sizes to keep, and the products that sizes must equal."""
     pinned: set[int] = set()
     forms: dict[int, set[Form]] = {}
     cuts: dict[int, int] = {}
@@ -165,7 +165,7 @@ def _constraints(graph: Graph) -> tuple[set[int], dict[int, set[Form]]]:
 
 
 def _pinned(node: Node) -> Iterator[int]:
-    """Yield the sizes that stay because of `node`: layers, experts, and how many are chosen."""
+    """Yield the sizes kept because of `node`: layers, experts, and how many are chosen."""
     attrs: Attrs = node.attrs
     for name, spec in node.op.attrs.items():
         if not spec.pins:

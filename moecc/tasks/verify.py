@@ -1,4 +1,4 @@
-"""Whether two models are the same function: outputs side by side, and what rounding alone does."""
+"""Compare two models: differences of outputs, and the effect of rounding alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two outputs lie apart, logits ``[batch, seq, vocab]`` or hidden states.
+    """The difference of two outputs, logits ``[batch, seq, vocab]`` or hidden states.
 
     Attributes:
       max_relative: max |Δ| / max |reference|.
-      kl_nats: of logits, the mean over tokens of KL(reference ‖ other), in nats; else None.
-      top1_agreement: of logits, the share of tokens whose most likely next token is the same.
+      kl_nats: for logits, the mean over tokens of KL(reference ‖ other), in nats; else None.
+      top1_agreement: for logits, the share of tokens with the same most likely next token.
     """
 
     max_relative: float
@@ -33,7 +33,7 @@ class Difference:
 
 
 def difference(reference: Array, other: Array, output: str = "logits") -> Difference:
-    """Return how far `other` lies from `reference`; both are what a model calls `output`.
+    """Return the difference of `other` from `reference`; both are the output `output`.
 
     Raises:
       InputError: the shapes differ, or a logit is not finite.
@@ -73,17 +73,17 @@ def _log_softmax(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
       model: the name of the model that was checked.
       source: the name of the model that it was checked against.
-      output: what was compared, ``logits`` or ``hidden``.
+      output: the compared output, ``logits`` or ``hidden``.
       inputs: the shapes of the inputs, by name.
       dtype: the type of the model's weights, to which the source's were rounded first.
       compute_dtype: the type that both were computed in.
       difference: model against source, the source's weights rounded.
-      rounding: the rounded source against the source; None where nothing was rounded.
+      rounding: the rounded source against the source; None if nothing was rounded.
       tolerance: the bound on `difference.max_relative`.
     """
 
@@ -125,19 +125,19 @@ def compare(
 ) -> Verdict:
     """Run `model` and `source` on the same inputs and compare the source's first output.
 
-    In float32 a difference may be rounding that the model amplifies; float64 tells the two apart.
+    In float32 a difference may be amplified rounding; float64 distinguishes the two.
     The source's weights are first rounded to the type of the model's, so that the comparison sees
-    what the conversion did; what that rounding alone changes is reported apart.
+    the effect of the conversion; the effect of that rounding alone is reported separately.
 
     Raises:
-      InputError: a model has no weights, or the two take or give different things.
+      InputError: a model has no weights, or inputs or outputs of the two differ.
     """
     backend = backend or get_backend("xla")
     output = source.graph.output_names[0]
     if output not in model.graph.output_names:
         found = ", ".join(model.graph.output_names)
         raise InputError(
-            "the two models give different things", expected=output, found=found, where=model.name
+            "the two models have different outputs", expected=output, found=found, where=model.name
         )
     given = default_inputs(source.graph, model.graph) if inputs is None else inputs
     dtype = model.dtype
@@ -164,16 +164,16 @@ def compare(
 
 
 def vocabulary(model: Model) -> int:
-    """Return the number of tokens that `model` tells apart.
+    """Return the vocabulary size of `model`.
 
     Raises:
-      InputError: it gives no logits.
+      InputError: it has no logits.
     """
     logits = model.graph.outputs.get("logits")
     if logits is None:
         found = ", ".join(model.graph.output_names)
         raise InputError(
-            "the model gives no logits", where=model.name, expected="logits", found=found
+            "the model has no logits", where=model.name, expected="logits", found=found
         )
     size = logits.type["vocab"].size
     assert isinstance(size, int), "a parameter has the axis vocab, so its size is known"

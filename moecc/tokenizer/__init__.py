@@ -1,1 +1,1 @@
-"""A checkpoint's tokenizer, run in a process of its own: it is a file that nobody vouches for."""
+"""A checkpoint's tokenizer, run in a subprocess because its file is untrusted."""

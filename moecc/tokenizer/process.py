@@ -1,4 +1,4 @@
-"""A tokenizer behind a pipe: whatever its file holds, this process gets an answer or an error."""
+"""A tokenizer in a subprocess: whatever its file holds, the caller gets a result or an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moecc.errors import InputError, MachineError, printable
 from moecc.tokenizer.worker import MEMORY_BYTES
 
 LIMIT_SECONDS = 60.0
-"""How long one request may take."""
+"""The time limit of one request."""
 
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2", "RUST_BACKTRACE": "0"}
 _MOST_ANSWER_BYTES = 256 << 20
@@ -24,12 +24,12 @@ _READ_BYTES = 1 << 16
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint, in a process that ends with this object.
+    """The tokenizer of a checkpoint, in a subprocess that ends with this object.
 
     Args:
       data: the content of ``tokenizer.json``.
-      where: what it is called in messages.
-      limit_seconds: how long a request may take.
+      where: its name in messages.
+      limit_seconds: the time limit of a request.
 
     Raises:
       InputError: it cannot be read, takes too long or too much memory, or panics.
@@ -41,7 +41,7 @@ class Tokenizer:
         self.limit_seconds = limit_seconds
         try:
             self._process = subprocess.Popen(
-                # -P: a file of the working folder is not imported for a library.
+                # -P: a file in the working folder must not shadow a library.
                 [sys.executable, "-P", "-m", "moecc.tokenizer.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -94,7 +94,7 @@ class Tokenizer:
         self.close()
 
     def _ask(self, request: Mapping[str, Any], data: bytes = b"", *, doing: str) -> Any:
-        """Return the answer to a request, which `data` follows."""
+        """Return the response to a request, which `data` follows."""
         message = json.dumps(request).encode() + b"\n" + data
         line = self._exchange(message, doing)
         answer = json.loads(line)
@@ -107,7 +107,7 @@ class Tokenizer:
         return answer["result"]
 
     def _exchange(self, message: bytes, doing: str) -> bytes:
-        """Write a message and return the line that answers it, both within the time."""
+        """Write a message and return the response line, both within the time limit."""
         source, target = self._process.stdout, self._process.stdin
         assert source is not None, "it is a pipe"
         assert target is not None, "it is a pipe"
@@ -147,7 +147,7 @@ class Tokenizer:
         except BlockingIOError:
             return left
         except BrokenPipeError:
-            # It has ended; reading says so.
+            # The process has ended; the next read reports it.
             return left[:0]
 
     def _failed(self, doing: str, reason: str) -> InputError:

@@ -1,7 +1,7 @@
-"""The process that holds a tokenizer: answers one request a line, within bounds.
+"""The tokenizer subprocess: answers one request per line, within bounds.
 
-The library is Rust: what it meets in a hostile ``tokenizer.json`` is a panic, which is no Exception
-in Python, or the end of the process where memory runs out.  Here either is an answer, or none.
+The library is Rust: a hostile ``tokenizer.json`` may cause a panic, which is not an Exception
+in Python, or end the process when memory runs out.  Either is reported to the caller as an error.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 120
 MOST_TOKENS = 1 << 22
-"""How many tokens one answer has at most."""
+"""The limit on tokens of one response."""
 
 
 def main() -> None:
-    """Answer the requests on standard input until it ends."""
+    """Serve the requests on standard input until it ends."""
     _bound()
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     worker = Worker()
@@ -28,7 +28,7 @@ def main() -> None:
             answer = {"result": worker.answer(request, requests)}
         except ImportError:
             answer = {"missing": True}
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
@@ -55,7 +55,7 @@ class Worker:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-        # What a batch is padded or cut to is not what a text is.
+        # Padding and truncation are for batches, not for single texts.
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
 
@@ -71,7 +71,7 @@ class Worker:
 
 
 def _bound() -> None:
-    """Let the system end this process rather than the machine run out of memory."""
+    """Limit this process's memory, so that the system ends it before memory runs out."""
     try:
         import resource
     except ImportError:  # no such limits on this system

@@ -1,4 +1,4 @@
-"""Element types: the names that the IR prints, NumPy's types for them, and safetensors' names.
+"""Element types: their names in the IR, in NumPy and in safetensors.
 
 bfloat16 and the 8-bit floats come from ``ml_dtypes``; ``key`` is the type of a random key, which
 has no arithmetic and is never stored in a checkpoint.
@@ -19,10 +19,10 @@ class DType:
     """An element type.
 
     Attributes:
-      name: what the IR prints, ``bf16``.
+      name: the name in the IR, ``bf16``.
       kind: ``float``, ``int``, ``bool`` or ``key``.
       itemsize_bytes: size of one element in bytes.
-      safetensors: the name in a safetensors header, or None where there is none.
+      safetensors: the name in a safetensors header, or None if it is never stored.
       torch: the spelling of ``torch_dtype`` in config.json, or None.
     """
 

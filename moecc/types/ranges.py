@@ -1,6 +1,6 @@
 """Names and locations of several layers at once: ``layers.{0..29}.ffn``, ``layers.{3..23..4}.ffn``.
 
-A range holds the numbers from the first to the last, both included, by steps, as in a shell.  The
+A range includes its first and last number and has an optional step, as in a shell.  The
 element of a text at position i has the i-th number of each of its ranges.
 """
 
@@ -33,7 +33,7 @@ class Progression:
 
 
 def progression(numbers: Sequence[int]) -> Progression | None:
-    """Return the rising progression that `numbers`, two at least, are, or None."""
+    """Return `numbers`, two at least, as a rising progression, or None if they are not one."""
     if len(numbers) < 2:
         return None
     found = Progression(numbers[0], numbers[1] - numbers[0], len(numbers))
@@ -44,7 +44,7 @@ def progression(numbers: Sequence[int]) -> Progression | None:
 def varying(texts: Sequence[str]) -> tuple[list[str], dict[int, Progression]] | None:
     """Return the pieces of the first of `texts`, and which of them are numbers that progress.
 
-    None if the texts, two at least, differ in anything else, or have ranges already.
+    None if the texts, two at least, differ in anything else, or contain ranges already.
     """
     split = [_NUMBER.split(text) for text in texts]
     if len({len(pieces) for pieces in split}) != 1 or any(map(has_range, texts)):
@@ -53,7 +53,7 @@ def varying(texts: Sequence[str]) -> tuple[list[str], dict[int, Progression]] | 
     for at, pieces in enumerate(zip(*split, strict=True)):
         if len(set(pieces)) == 1:
             continue
-        # The split puts numbers at odd places; one with leading zeros would not come back.
+        # The split puts numbers at odd indices; one with leading zeros would not be restored.
         if at % 2 == 0 or any(len(p) > 9 or str(int(p)) != p for p in pieces):
             return None
         numbers = progression([int(p) for p in pieces])
@@ -64,7 +64,7 @@ def varying(texts: Sequence[str]) -> tuple[list[str], dict[int, Progression]] | 
 
 
 def joined(texts: Sequence[str]) -> str | None:
-    """Return the text with ranges whose elements are `texts`, or None where there is none."""
+    """Return the text with ranges whose elements are `texts`, or None if there is none."""
     if len(texts) < 2:
         return texts[0] if texts and not has_range(texts[0]) else None
     found = varying(texts)
@@ -75,19 +75,19 @@ def joined(texts: Sequence[str]) -> str | None:
 
 
 def element(text: str, at: int) -> str:
-    """Return the text that `text` stands for at position `at`."""
+    """Return the element of the text with ranges `text` at position `at`."""
     if "{" not in text:
         return text
     return _RANGE.sub(lambda m: str(int(m[1]) + at * int(m[3] or 1)), text)
 
 
 def has_range(text: str) -> bool:
-    """Return whether `text` stands for several."""
+    """Return whether `text` contains a range."""
     return "{" in text and _RANGE.search(text) is not None
 
 
 def lengths(text: str) -> set[int]:
-    """Return how many numbers each range of `text` has; 0 stands for a range that is none."""
+    """Return the numbers of elements of the ranges of `text`; 0 for an invalid range."""
     if "{" not in text:
         return set()
     return {_length(int(m[1]), int(m[2]), int(m[3] or 1)) for m in _RANGE.finditer(text)}

@@ -1,11 +1,11 @@
-"""Types: an element type and an ordered list of named axes.
+"""Tensor types: an element type and an ordered list of named axes.
 
 ``bf16[batch=B, seq=S, embed=576]`` has two symbolic sizes and one fixed one; equal variables are
 equal sizes.  ``slot=ragged(%p)`` is an axis whose extents the value ``%p`` sets at run time, one
 per expert; ``slot=capacity(%p)`` is one whose single extent ``%p`` sets.  ``expert@model`` says
-that the axis lies split over the mesh axis ``model``, and ``unreduced(model)`` that the value is
-still a sum over it.  The order is what is printed, and for a parameter the order on disk; no
-operation's meaning depends on it.
+that the axis is sharded over the mesh axis ``model``, and ``unreduced(model)`` that the value is
+still a partial sum over it.  The order is the printed order, and for a parameter the order on
+disk; no operation's meaning depends on it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def is_name(value: object) -> bool:
-    """Return whether `value` can name an axis, a mesh axis or a variable in the text."""
+    """Return whether `value` is a valid name of an axis, a mesh axis or a variable."""
     return isinstance(value, str) and _NAME.match(value) is not None
 
 
 def is_whole(value: object) -> bool:
-    """Return whether `value` is a whole number that the text can say: up to eighteen digits."""
+    """Return whether `value` is a printable integer: at most eighteen digits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18
 
 
 def is_size(value: object) -> bool:
-    """Return whether `value` can be a fixed or symbolic size in the text."""
+    """Return whether `value` is a valid fixed or symbolic size."""
     return is_name(value) or (isinstance(value, int) and is_whole(value) and value >= 0)
 
 
 class Setter(Protocol):
-    """What sets extents: a value of a graph, which has a name there."""
+    """The value that sets an extent, which has a name in its graph."""
 
     @property
     def name(self) -> str:
@@ -128,12 +128,12 @@ class TensorType:
 
     @cached_property
     def is_sharded(self) -> bool:
-        """Whether an axis lies split over a mesh, or the value is a sum not yet carried out."""
+        """Whether an axis is sharded over a mesh axis, or the value is an unreduced sum."""
         return bool(self.unreduced) or any(a.mesh for a in self.axes)
 
     @property
     def bare(self) -> TensorType:
-        """This type without any mesh axis."""
+        """This type without any sharding."""
         if not self.is_sharded:
             return self
         return TensorType(self.dtype, tuple(Axis(a.name, a.size) for a in self.axes))
@@ -187,7 +187,7 @@ class TensorType:
 
 
 def is_printable(type: TensorType) -> bool:
-    """Return whether the text can say `type`: names, sizes, and each name once.
+    """Return whether `type` can be printed: valid names and sizes, each name once.
 
     Results of operations need no such check, because their axes come from operands and attributes.
     """

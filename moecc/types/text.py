@@ -1,4 +1,4 @@
-"""Reading types from their text."""
+"""Parse types from text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Lookup = Callable[[str], Setter]
 
 
 def parse_type(text: str, lookup: Lookup) -> TensorType:
-    """Return the type that `text` spells; `lookup` finds the values that extents name.
+    """Return the type described by `text`; `lookup` finds the values that extents name.
 
     Raises:
       InputError: it is not a type.
@@ -31,10 +31,10 @@ def parse_type(text: str, lookup: Lookup) -> TensorType:
         raise InputError(f"unknown element type {name!r}", hint=nearest(name, DTYPES))
     axes = tuple(_parse_axis(part.strip(), lookup) for part in inner.split(",") if part.strip())
     if len({a.name for a in axes}) != len(axes):
-        raise InputError("two axes of one name", found=text)
+        raise InputError("two axes have the same name", found=text)
     used = [m for a in axes for m in a.mesh]
     if len(set(used)) != len(used):
-        raise InputError("a mesh axis appears twice", found=text)
+        raise InputError("a mesh axis is used twice", found=text)
     sums = tuple(m.strip() for m in unreduced.split(",")) if unreduced else ()
     return TensorType(dtype, axes, sums)
 

@@ -1,7 +1,7 @@
-"""Expressions that compute.
+"""Arithmetic weight expressions.
 
 Arithmetic is done in float32, in float64 where an operand is f64, and its result has that type;
-a `Cast`, or the type that is asked for in the end, rounds once, to nearest, ties to even.  The
+a `Cast`, or the requested output type, rounds once, to nearest, ties to even.  The
 axes of one operand contain those of the others, which are broadcast by name.
 """
 
@@ -18,7 +18,7 @@ F32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
 @node
 class Scale(Expr):
-    """A product with a number, which is rounded to the type of the arithmetic first."""
+    """A product with a number, which is first rounded to the type of the arithmetic."""
 
     op = "scale"
     x: Expr
@@ -91,7 +91,7 @@ class Mul(Expr):
 class Select(Expr):
     """The first choice where the mask holds, the second elsewhere.
 
-    Choices of one element type keep it, and every bit; otherwise both become that of arithmetic.
+    Choices of the same element type keep it bit for bit; otherwise both become that of arithmetic.
     """
 
     op = "select"
@@ -114,13 +114,13 @@ class Moment(Expr):
     """The mean or the standard deviation over all axes but `keep`; NumPy's, with divisor n.
 
     Computed in float64, by a fixed tree of additions, then rounded to the type of the arithmetic.
-    Where the mask leaves nothing, both are 0.
+    Where the mask selects nothing, both are 0.
 
     Attributes:
       kind: ``mean`` or ``std``.
-      x: whose moment.
-      mask: which elements count; its axes are among those of `x`.
-      keep: the axes that stay; the result has them in the order of `x`.
+      x: the expression whose moment it is.
+      mask: the elements that count; its axes are among those of `x`.
+      keep: the axes that are kept; the result has them in the order of `x`.
     """
 
     op = "moment"
@@ -174,7 +174,7 @@ def _check_contained(expr: Expr, large: TensorType, small: TensorType) -> None:
     for axis in small.axes:
         if axis.name not in large:
             raise expr.error(
-                "the axes of one operand contain those of the others",
+                "the axes of one operand must contain those of the others",
                 expected=f"axes among {', '.join(large.names) or 'none'}",
                 found=str(small),
                 hint=f"tile the other operand over {axis.name!r}",

@@ -1,4 +1,4 @@
-"""Boxes: a range of each axis of a type, and how they follow from one another."""
+"""Boxes: a range of each axis of a type, and mappings between them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def extents(box: Box) -> tuple[int, ...]:
 
 
 def project(box: Box, large: TensorType, small: TensorType) -> Box:
-    """Return the box of `small`, whose axes are among those of `large`, below a box of `large`."""
+    """Return the box of `small`, whose axes are among those of `large`, within a box of `large`."""
     by_name = dict(zip(large.names, box, strict=True))
     return tuple(by_name[name] for name in small.names)
 
@@ -64,14 +64,14 @@ def flat_boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
 def row_blocks(type: TensorType, block_bytes: int) -> Iterator[Box]:
     """Yield boxes, contiguous and in row-major order, of at most about `block_bytes` each.
 
-    One element is the least.
+    A block has at least one element.
     """
     sizes = type.shape
     limit = max(1, block_bytes // type.dtype.itemsize_bytes)
     if prod(sizes) <= limit:
         yield whole(type)
         return
-    # The axis that is cut: what lies below one of its positions fits.
+    # The axis to cut: everything within one of its positions fits.
     at = next(i for i in range(len(sizes)) if prod(sizes[i + 1 :]) <= limit)
     step = max(1, limit // prod(sizes[at + 1 :]))
     inner = tuple((0, size) for size in sizes[at + 1 :])

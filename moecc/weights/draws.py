@@ -1,9 +1,9 @@
-"""Expressions that are drawn at random, by key and by the place of an element.
+"""Random expressions, addressed by key and element index.
 
 Element number i of a draw, counted in the order of the draw's own axes, depends on the key and on
-i alone: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) gives
-the 64-bit word number i of the stream that the key opens.  So slicing, renaming, chunking and
-threads never change a byte.  Keys are fixed when the expression is made.
+i alone: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) yields
+the 64-bit word number i of the stream with that key.  So slicing, renaming, chunking and
+threads never change a byte.  Keys are fixed when the expression is created.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ KEY_BITS = 128
 
 
 def derive_key(seed: int, location: str) -> int:
-    """Return the key of a draw: 128 bits of the SHA-256 of the seed and of where it is used."""
+    """Return the key of a draw: 128 bits of the SHA-256 of the seed and of its location."""
     text = f"moecc draw\0{seed}\0{location}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[: KEY_BITS // 8], "big")
 
 
 class Draw(Expr):
-    """Base of the expressions that are drawn.
+    """Base of the random expressions.
 
     Attributes:
-      key: which stream of random words.
+      key: the stream of random words.
     """
 
     key: int
@@ -75,9 +75,9 @@ class Normal(Draw):
 
 @node
 class TruncatedNormal(Draw):
-    """Normal numbers with mean 0 within `bound` standard deviations; `std` is that before the cut.
+    """Normal numbers with mean 0 truncated to `bound` standard deviations; `std` is untruncated.
 
-    Drawn by inversion: nothing is rejected, so the place of an element still decides its value.
+    Drawn by inversion: nothing is rejected, so an element's index still determines its value.
     """
 
     op = "truncated_normal"
@@ -89,7 +89,8 @@ class TruncatedNormal(Draw):
     def _infer(self) -> TensorType:
         _check_spread(self, self.std)
         if not 0.0 < self.bound <= 8.0:
-            raise self.error("no such bound", expected="0 < bound <= 8", found=str(self.bound))
+            what = "the bound is out of range"
+            raise self.error(what, expected="0 < bound <= 8", found=str(self.bound))
         return self._check_draw(self.type)
 
     def __str__(self) -> str:
@@ -99,7 +100,7 @@ class TruncatedNormal(Draw):
 
 @node
 class Uniform(Draw):
-    """Numbers spread evenly over [low, high)."""
+    """Numbers uniform on [low, high)."""
 
     op = "uniform"
     type: TensorType
@@ -111,7 +112,7 @@ class Uniform(Draw):
         check_finite(self, "the lower bound", self.low)
         check_finite(self, "the upper bound", self.high)
         if self.low > self.high:
-            raise self.error("the bounds are the wrong way round")
+            raise self.error("the lower bound is not below the upper one")
         check_finite(self, "the range", self.high - self.low)
         return self._check_draw(self.type)
 
@@ -123,7 +124,7 @@ class Uniform(Draw):
 class Subset(Draw):
     """A random subset of `count` positions of `axis` for each position of the other axes.
 
-    The positions whose random words are the smallest.
+    The positions with the smallest random words are chosen.
 
     Attributes:
       type: of element type ``pred``.
@@ -144,7 +145,7 @@ class Subset(Draw):
         axis_of(self, self, self.axis)
         if not 0 <= self.count <= size(self.type[self.axis]):
             raise self.error(
-                "no such number of positions",
+                "the number of positions is out of range",
                 expected=f"0 to {size(self.type[self.axis])}",
                 found=str(self.count),
             )
@@ -157,4 +158,4 @@ class Subset(Draw):
 def _check_spread(expr: Expr, std: float) -> None:
     check_finite(expr, "the standard deviation", std)
     if std < 0.0:
-        raise expr.error("a standard deviation is not negative", found=str(std))
+        raise expr.error("a standard deviation must not be negative", found=str(std))

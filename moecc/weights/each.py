@@ -1,8 +1,8 @@
-"""Stacks of many expressions that differ in a number, in a short text.
+"""A short text for stacks of many expressions that differ in a number.
 
 ``each(layer=0..2, source("layers.{layer}.w" : f32[embed=4]))`` is the stack, along ``layer``, of
-the three expressions that the text in it spells with 0, 1 and 2 in the place of ``{layer}``.
-Several may stand in one another.
+the three expressions obtained with 0, 1 and 2 substituted for ``{layer}``.
+They can be nested.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moecc.types.ranges import Progression, varying
 
 
 def in_short(texts: Sequence[str], axis: str) -> str | None:
-    """Return ``axis=first..last, text`` for what `texts` spell, or None if it cannot be said so."""
+    """Return ``axis=first..last, text`` for the expressions `texts`, or None if there is none."""
     mark = f"{{{axis}}}"
     if len(texts) < 2 or any(mark in text for text in texts):
         return None
@@ -26,6 +26,6 @@ def in_short(texts: Sequence[str], axis: str) -> str | None:
 
 
 def in_full(text: str, axis: str, numbers: Progression) -> list[str]:
-    """Return the texts that ``each`` stands for."""
+    """Return the texts that ``each`` expands to."""
     mark = f"{{{axis}}}"
     return [text.replace(mark, str(numbers.start + i * numbers.step)) for i in range(numbers.count)]

@@ -1,8 +1,8 @@
-"""Evaluates weight expressions, any box of elements at a time, in bounded memory.
+"""Evaluate weight expressions, any box of elements at a time, in bounded memory.
 
-Each node turns the box of its result that is wanted into boxes of its operands, down to rows of
+Each node maps the requested box of its result to boxes of its operands, down to rows of
 the tensors on disk and to words of random streams.  So a row of a stacked, permuted, sliced tensor
-costs that row, and the bytes do not depend on how the whole was cut.
+costs only that row, and the bytes do not depend on how the whole is divided into boxes.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from moecc.weights.simplify import simplify
 BLOCK_BYTES = 4 << 20
 
 WIDE_BYTES = 32 << 20
-"""Up to here a box of a split axis is cut from one run; above, its rows are fetched one by one."""
+"""Up to this size, a box of a split axis is cut from one run; above, rows are read one by one."""
 
 
 class ValuesOverflow(InputError):
-    """Finite values that a type cannot hold."""
+    """Finite values that overflow a type."""
 
 
 class Reader(Protocol):
@@ -61,16 +61,16 @@ def evaluate(
     dtype: DType | None = None,
     rows: tuple[int, int] | None = None,
 ) -> Array:
-    """Return what `expr` makes, or some of its rows.
+    """Return the value of `expr`, or some of its rows.
 
     Args:
       expr: the expression; it is simplified first.
       reader: reads the sources.
-      dtype: the element type wanted; the expression's own where it is None.
-      rows: the range [start, stop) of the first axis that is wanted; all where it is None.
+      dtype: the requested element type; the expression's own if None.
+      rows: the requested range [start, stop) of the first axis; all if None.
 
     Raises:
-      InputError: a source does not fit its type, or values overflow `dtype`.
+      InputError: a source does not match its type, or values overflow `dtype`.
     """
     wanted = simplify(expr if dtype is None else Cast(expr, dtype))
     box = whole(wanted.type)
@@ -82,17 +82,17 @@ def evaluate(
 
 
 def materialise(expr: Expr, reader: Reader, dtype: DType | None = None) -> Array:
-    """Return all that `expr` makes, for tensors that are small. Raises as `evaluate`."""
+    """Return the whole value of `expr`, for small tensors. Raises as `evaluate`."""
     return evaluate(expr, reader, dtype)
 
 
 def blocks(
     expr: Expr, reader: Reader, dtype: DType | None = None, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[Array]:
-    """Yield what `expr` makes in contiguous pieces of at most about `block_bytes`, in order.
+    """Yield the value of `expr` in contiguous pieces of at most about `block_bytes`, in order.
 
     Raises:
-      InputError: a source does not fit its type, or values overflow `dtype`.
+      InputError: a source does not match its type, or values overflow `dtype`.
     """
     wanted = simplify(expr if dtype is None else Cast(expr, dtype))
     evaluator = Evaluator(reader)
@@ -101,7 +101,7 @@ def blocks(
 
 
 def is_pure_copy(expr: Expr, dtype: DType | None = None) -> bool:
-    """Whether the bytes of `expr` are those of one tensor of the checkpoint, unchanged."""
+    """Whether the bytes of `expr` are those of one checkpoint tensor, unchanged."""
     return isinstance(same_bytes(simplify(expr if dtype is None else Cast(expr, dtype))), Source)
 
 
@@ -113,7 +113,7 @@ def same_bytes(expr: Expr) -> Expr:
 
 
 class Evaluator:
-    """Evaluates expressions as they stand; safe to use from several threads.
+    """Evaluates expressions without simplifying them; thread-safe.
 
     Args:
       reader: reads the sources.
@@ -127,7 +127,7 @@ class Evaluator:
         """Return the elements of `expr` in `box`; the array may be read-only and not contiguous.
 
         Raises:
-          InputError: a source does not fit its type, or values overflow a type.
+          InputError: a source does not match its type, or values overflow a type.
         """
         if any(start == stop for start, stop in box):
             return np.empty(extents(box), expr.type.dtype.numpy)
@@ -140,7 +140,7 @@ class Evaluator:
         expected = (*extents(box[:1]), *e.type.shape[1:])
         if rows.shape != expected or rows.dtype != e.type.dtype.numpy:
             raise e.error(
-                "the tensor in the checkpoint is of another type",
+                "the tensor in the checkpoint has another type",
                 expected=f"{e.type.dtype}{list(expected)}",
                 found=f"{rows.dtype}{list(rows.shape)}",
             )
@@ -204,7 +204,7 @@ class Evaluator:
     def _index(self, e: Index, box: Box) -> Array:
         at = e.x.type.names.index(e.axis)
         x = self.block(e.x, (*box[:at], (e.at, e.at + 1), *box[at:]))
-        # The ellipsis makes an array of what would be a scalar.
+        # The ellipsis yields an array where the result would be a scalar.
         return x[(slice(None),) * at + (0, ...)]
 
     def _slice(self, e: Slice, box: Box) -> Array:
@@ -256,7 +256,7 @@ class Evaluator:
     # --- arithmetic
 
     def _operand(self, x: Expr, type: TensorType, box: Box) -> Array:
-        """Return operand `x` of a node of `type`, with the axes of the node, some of size 1."""
+        """Return operand `x` of a node of `type`, with all its axes, broadcast ones of size 1."""
         values = self.block(x, project(box, type, x.type))
         return align(values, x.type.names, type.names)
 
@@ -285,7 +285,7 @@ class Evaluator:
             e.error(
                 f"values overflow {e.dtype}",
                 found=f"{float(x[place])} at {index}",
-                hint="choose an element type of a larger range, bf16 or f32",
+                hint="choose an element type with a larger range, bf16 or f32",
             ).problems
         )
 
@@ -317,7 +317,7 @@ class Evaluator:
 
 
 class _Overflow:
-    """Turns an overflow of arithmetic into an error; what was infinite before is not one."""
+    """Turns an overflow of arithmetic into an error; operands that are infinite are not one."""
 
     def __init__(self, expr: Expr) -> None:
         self._expr = expr

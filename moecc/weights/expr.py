@@ -1,8 +1,8 @@
-"""A weight as a typed expression: the base of all its nodes, and the leaves.
+"""Typed weight expressions: the base of all nodes, and the leaves.
 
-An expression says how a tensor is made of the tensors of a checkpoint.  It is immutable and
+An expression states how a tensor is computed from the tensors of a checkpoint.  It is immutable and
 interned: equal expressions are the same object, so comparing and hashing them costs nothing,
-whatever their depth.  Its type, with fixed sizes only, is computed and checked when it is made.
+whatever their depth.  Its type, with fixed sizes only, is inferred and checked on construction.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from moecc.types.dtypes import F32, F64, DType
 from moecc.types.tensor import Axis, TensorType
 
 MAX_DEPTH = 100
-"""How deep expressions may nest: what walks over them may recurse."""
+"""The depth limit of expressions, which recursive traversals rely on."""
 
 MAX_NODES = 1_000_000
-"""How many nodes an expression may have when shared parts are counted at each use."""
+"""The limit on nodes of an expression, counting shared parts at each use."""
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ _lock = threading.Lock()
 
 
 class _Interned(type):
-    """Makes a class return the object that already stands for an equal expression."""
+    """Makes a class return the existing object for an equal expression."""
 
     if not TYPE_CHECKING:  # mypy takes the signature of the dataclass
 
@@ -53,10 +53,10 @@ class Expr(metaclass=_Interned):
     """A node of a weight expression.
 
     Attributes:
-      type: the element type and the axes, in the order of the bytes, of what it makes.
-      operands: the expressions that it is made of, in the order of its fields.
-      depth: how deep it nests; a leaf has depth 1.
-      nodes: how many nodes it has, shared parts counted at each use.
+      type: the element type and the axes, in the order of the bytes, of the value.
+      operands: the operand expressions, in the order of its fields.
+      depth: the nesting depth; a leaf has depth 1.
+      nodes: the number of nodes, shared parts counted at each use.
     """
 
     op: ClassVar[str]
@@ -83,11 +83,11 @@ class Expr(metaclass=_Interned):
         self._set("type", self._infer())
 
     def _normalise(self) -> None:
-        """Bring the fields into the form in which equal expressions are the same."""
+        """Normalise the fields so that equal expressions are the same object."""
 
     def _infer(self) -> TensorType:
         """Check the fields and return the type. Raises: InputError."""
-        raise TypeError(f"{self.__class__.__name__} is not a node of its own")
+        raise TypeError(f"{self.__class__.__name__} is an abstract node")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -96,12 +96,12 @@ class Expr(metaclass=_Interned):
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def _key(self) -> tuple[object, ...]:
-        # 0.0 equals -0.0, yet they make other bytes.
+        # 0.0 equals -0.0, yet their bytes differ.
         values = (v.hex() if isinstance(v, float) else v for v in self._fields())
         return (self.__class__, *values)
 
     def with_operands(self, *operands: Expr) -> Expr:
-        """Return this node over other operands, given in the order of `operands`."""
+        """Return this node with other operands, in the order of `operands`."""
         if operands == self.operands:
             return self
         rest = iter(operands)
@@ -122,7 +122,7 @@ class Expr(metaclass=_Interned):
 
     def __str__(self) -> str:
         """Return the text, on one line; `moecc.weights.text` shows the grammar."""
-        raise TypeError(f"{self.__class__.__name__} is not a node of its own")
+        raise TypeError(f"{self.__class__.__name__} is an abstract node")
 
     def __repr__(self) -> str:
         return str(self)
@@ -139,7 +139,7 @@ class Expr(metaclass=_Interned):
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 def node(cls: type[T]) -> type[T]:
-    """Make `cls` the class of a node: fields, no equality but identity, the text as its repr."""
+    """Make `cls` a node class: fields, equality by identity, the text as its repr."""
     return dataclass(frozen=True, eq=False, repr=False)(cls)
 
 
@@ -175,7 +175,7 @@ class Source(Expr):
 
     def _infer(self) -> TensorType:
         if not self.name:
-            raise self.error("a source has a name")
+            raise self.error("a source needs a name")
         check_type(self, self.type)
         return self.type
 
@@ -185,11 +185,11 @@ class Source(Expr):
 
 @node
 class Full(Expr):
-    """One value everywhere.
+    """A constant tensor.
 
     Attributes:
       value: the value; it is rounded to the element type.
-      type: what is filled.
+      type: the type of the tensor.
     """
 
     op = "full"
@@ -204,10 +204,10 @@ class Full(Expr):
         check_finite(self, "the value", self.value)
         low, high = _limits(self.type.dtype)
         if self.type.dtype.kind != "float" and not self.value.is_integer():
-            raise self.error(f"{self.type.dtype} holds no fractions", found=str(self.value))
+            raise self.error(f"{self.type.dtype} cannot hold fractions", found=str(self.value))
         if not low <= self.value <= high:
             raise self.error(
-                f"{self.type.dtype} does not hold the value",
+                f"{self.type.dtype} cannot hold the value",
                 expected=f"{low} to {high}",
                 found=str(self.value),
             )
@@ -223,33 +223,33 @@ def _limits(dtype: DType) -> tuple[float, float]:
     if dtype.is_float:
         limits = ml_dtypes.finfo(dtype.numpy)  # type: ignore[no-untyped-call]
         return float(limits.min), float(limits.max)
-    # A float64 holds whole numbers up to here.
+    # A float64 represents all integers up to here.
     whole = np.iinfo(dtype.numpy)
     return max(int(whole.min), -(2**53)), min(int(whole.max), 2**53)
 
 
 def check_type(expr: Expr, type: TensorType) -> None:
-    """Check that a leaf's `type` has fixed sizes, distinct names, and nothing of a mesh.
+    """Check that a leaf's `type` has fixed sizes, distinct names, and no mesh axes.
 
     Raises:
       InputError: it does not.
     """
     if type.dtype.kind == "key":
-        raise expr.error("a weight is never a random key")
+        raise expr.error("a weight cannot be a random key")
     if type.unreduced or any(a.mesh for a in type.axes):
-        raise expr.error("a weight expression knows no mesh", found=str(type))
+        raise expr.error("a weight expression has no mesh axes", found=str(type))
     for axis in type.axes:
         check_name(expr, axis.name)
         if not isinstance(axis.size, int) or axis.size < 0:
             raise expr.error(f"axis {axis.name!r} has no fixed size", found=str(axis.size))
     if len(set(type.names)) != len(type.names):
-        raise expr.error("two axes of one name", found=str(type))
+        raise expr.error("two axes have the same name", found=str(type))
 
 
 def check_name(expr: Expr, name: str) -> None:
-    """Check that `name` can name an axis. Raises: InputError."""
+    """Check that `name` is a valid axis name. Raises: InputError."""
     if not _NAME.fullmatch(name):
-        raise expr.error("not the name of an axis", found=repr(printable(name, 40)))
+        raise expr.error("not a valid axis name", found=repr(printable(name, 40)))
 
 
 def check_finite(expr: Expr, what: str, value: float) -> None:
@@ -259,10 +259,10 @@ def check_finite(expr: Expr, what: str, value: float) -> None:
 
 
 def computed(expr: Expr, *operands: Expr) -> DType:
-    """Return the type in which arithmetic on `operands` is done: f32, or f64 where one is f64.
+    """Return the type of arithmetic on `operands`: f32, or f64 if one is f64.
 
     Raises:
-      InputError: an operand is not of floats.
+      InputError: an operand is not floating-point.
     """
     for x in operands:
         if not x.type.dtype.is_float:
@@ -271,7 +271,7 @@ def computed(expr: Expr, *operands: Expr) -> DType:
 
 
 def axis_of(expr: Expr, x: Expr, name: str) -> int:
-    """Return the position of axis `name` of `x`. Raises: InputError where it has none."""
+    """Return the position of axis `name` of `x`. Raises: InputError if there is none."""
     try:
         return x.type.names.index(name)
     except ValueError:
@@ -281,7 +281,7 @@ def axis_of(expr: Expr, x: Expr, name: str) -> int:
 
 
 def size(axis: Axis) -> int:
-    """Return the size of an axis of a weight, which is always a number."""
+    """Return the size of an axis of a weight, which is always fixed."""
     assert isinstance(axis.size, int)
     return axis.size
 
@@ -292,7 +292,7 @@ def listed(operands: Iterable[Expr]) -> str:
 
 
 def sources(expr: Expr) -> tuple[Source, ...]:
-    """Return the tensors of the checkpoint that `expr` is made of, each once, in order."""
+    """Return the checkpoint tensors that `expr` reads, without duplicates, in order."""
     return tuple(x for x in walk(expr) if isinstance(x, Source))
 
 
@@ -314,8 +314,8 @@ def transform(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
     """Return `expr` with `change` applied to each node, operands first.
 
     Args:
-      expr: what is transformed.
-      change: gets a node whose operands were changed; returns it, or another one.
+      expr: the expression to transform.
+      change: receives a node whose operands are transformed; returns it, or a replacement.
     """
     made: dict[Expr, Expr] = {}
     for x in walk(expr):

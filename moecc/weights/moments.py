@@ -1,4 +1,4 @@
-"""Means and standard deviations whose bytes do not depend on how the work is cut."""
+"""Means and standard deviations whose bytes do not depend on the division into blocks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REMEMBERED_BYTES = 1 << 16
 
 
 class Memory:
-    """Computes moments, and remembers small results: each block of a tensor asks for them again."""
+    """Computes moments and caches small results, which each block of a tensor needs again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -119,7 +119,7 @@ class _Sums:
 def _fold(values: Floats) -> Floats:
     """Sum the last axis, halving it again and again.
 
-    A tree of additions that the length alone decides: `numpy.sum` may add in another order on
+    The tree of additions depends on the length alone: `numpy.sum` may add in another order on
     another processor.
     """
     while values.shape[-1] > 1:

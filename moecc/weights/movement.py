@@ -1,4 +1,4 @@
-"""Expressions that move data and compute nothing: the bytes of an element never change."""
+"""Expressions that move data without arithmetic: the bytes of an element never change."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Tile(Expr):
     """Copies along a new axis: ``tile(x, expert=8)``.
 
     Attributes:
-      x: what is copied.
+      x: the expression to copy.
       axis: the name of the new axis.
-      size: how many copies.
-      position: where the new axis stands in the result.
+      size: the number of copies.
+      position: the position of the new axis in the result.
     """
 
     op = "tile"
@@ -44,9 +44,9 @@ class Stack(Expr):
     """Expressions of one type along a new axis: ``stack(x, y, axis=expert)``.
 
     Attributes:
-      xs: what is stacked.
+      xs: the expressions to stack.
       axis: the name of the new axis.
-      position: where the new axis stands in the result.
+      position: the position of the new axis in the result.
     """
 
     op = "stack"
@@ -64,7 +64,7 @@ class Stack(Expr):
         for x in self.xs[1:]:
             if x.type != first:
                 raise self.error(
-                    "stacked expressions have one type", expected=str(first), found=str(x.type)
+                    "stacked expressions must have one type", expected=str(first), found=str(x.type)
                 )
         return _with_new_axis(self, first, Axis(self.axis, len(self.xs)), self.position)
 
@@ -78,7 +78,7 @@ class Stack(Expr):
 
 @node
 class Concat(Expr):
-    """Expressions one after the other along an axis that they have: ``concat(x, y, axis=mlp)``."""
+    """Expressions concatenated along an existing axis: ``concat(x, y, axis=mlp)``."""
 
     op = "concat"
     xs: tuple[Expr, ...]
@@ -96,7 +96,7 @@ class Concat(Expr):
             same = x.type.names == first.names and x.type.dtype is first.dtype
             if not same or _resized(x.type, at, 0) != _resized(first, at, 0):
                 raise self.error(
-                    f"concatenated expressions differ in axis {self.axis!r} only",
+                    f"concatenated expressions may differ only in axis {self.axis!r}",
                     expected=str(first),
                     found=str(x.type),
                 )
@@ -108,7 +108,7 @@ class Concat(Expr):
 
 @node
 class Index(Expr):
-    """One position of an axis, which disappears: ``index(x, expert=3)``."""
+    """One position of an axis, which is removed: ``index(x, expert=3)``."""
 
     op = "index"
     x: Expr
@@ -154,7 +154,7 @@ class Slice(Expr):
 
 @node
 class Split(Expr):
-    """An axis as several, the first the slowest: ``split(x, mlp=(group=2, mlp=768))``."""
+    """An axis split into several, outermost first: ``split(x, mlp=(group=2, mlp=768))``."""
 
     op = "split"
     x: Expr
@@ -168,10 +168,10 @@ class Split(Expr):
         at = axis_of(self, self.x, self.axis)
         whole = size(self.x.type.axes[at])
         if not self.into or any(s < 1 for _, s in self.into):
-            raise self.error("the parts of an axis have sizes of at least 1")
+            raise self.error("the parts of an axis need sizes of at least 1")
         if prod(s for _, s in self.into) != whole:
             raise self.error(
-                f"the sizes of the parts do not multiply to that of axis {self.axis!r}",
+                f"the product of the parts is not the size of axis {self.axis!r}",
                 expected=str(whole),
                 found=" * ".join(str(s) for _, s in self.into),
             )
@@ -185,7 +185,7 @@ class Split(Expr):
 
 @node
 class Merge(Expr):
-    """Neighbouring axes as one, the inverse of `Split`: ``merge(x, (group, mlp)=mlp)``."""
+    """Neighbouring axes merged into one, the inverse of `Split`: ``merge(x, (group, mlp)=mlp)``."""
 
     op = "merge"
     x: Expr
@@ -201,7 +201,7 @@ class Merge(Expr):
         at = [axis_of(self, self.x, name) for name in self.axes]
         if any(b != a + 1 for a, b in pairwise(at)):
             raise self.error(
-                "merged axes are neighbours, in order",
+                "merged axes must be neighbours, in order",
                 found=str(self.x.type),
                 hint="permute the operand first",
             )
@@ -245,7 +245,7 @@ class Permute(Expr):
     def _infer(self) -> TensorType:
         if sorted(self.order) != sorted(self.x.type.names):
             raise self.error(
-                "the order names each axis once",
+                "the order must name each axis once",
                 expected=", ".join(self.x.type.names),
                 found=", ".join(self.order),
             )
@@ -271,13 +271,15 @@ def _renamed(expr: Expr, type: TensorType) -> TensorType:
     for name in type.names:
         check_name(expr, name)
     if len(set(type.names)) != len(type.names):
-        raise expr.error("the result would have two axes of one name", found=str(type))
+        raise expr.error("the result would have two axes of the same name", found=str(type))
     return type
 
 
 def _with_new_axis(expr: Expr, type: TensorType, axis: Axis, position: int) -> TensorType:
     if not 0 <= position <= type.rank:
         raise expr.error(
-            "no such position for the new axis", expected=f"0 to {type.rank}", found=str(position)
+            "the position of the new axis is out of range",
+            expected=f"0 to {type.rank}",
+            found=str(position),
         )
     return _renamed(expr, _spliced(type, position, position, (axis,)))

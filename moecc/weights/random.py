@@ -1,8 +1,8 @@
-"""Random words addressed by place, and the numbers made of them.
+"""Random words addressed by index, and the numbers computed from them.
 
 Only additions, products, quotients, square roots and shifts are used, each of which IEEE 754
-rounds in one way, so that every platform draws the same bytes; logarithms and error functions of
-the C library would not.
+rounds uniquely, so that every platform draws the same bytes; logarithms and error functions of
+the C library do not guarantee that.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Box = tuple[tuple[int, int], ...]
 
 _WORDS_PER_COUNTER = 4
 _BLOCK = 1 << 17
-"""How many numbers are made at a time: what lies in between should stay in a cache, and threads
-should not meet at the interpreter lock too often."""
+"""How many numbers are computed at a time: intermediates should stay in the cache, and threads
+should not contend for the interpreter lock too often."""
 
 _MAX_WASTE = 4
 
 
 def stream(key: int, start: int, count: int) -> Words:
-    """Return words [start, start + count) of the stream that `key` opens, ``u64[count]``.
+    """Return words [start, start + count) of the stream of `key`, ``u64[count]``.
 
     Philox4x64-10 gives four words for each value of its counter.
     """
@@ -48,7 +48,7 @@ def box_words(key: int, sizes: tuple[int, ...], box: Box) -> Words:
     whole = _first_whole(sizes, box)
     inner = max(0, whole - 1)
     if prod(extents[:inner]) > 1 and prod(sizes[inner:]) <= _MAX_WASTE * prod(extents[inner:]):
-        # One long run is faster than many short ones, though some of its words are not used.
+        # One long run is faster than many short ones, although some of its words are unused.
         rows = box_words(key, sizes, (*box[:inner], *((0, n) for n in sizes[inner:])))
         return rows[(slice(None),) * inner + tuple(slice(*ends) for ends in box[inner:])]
     if prod(extents[:inner]) == 1:
@@ -62,7 +62,7 @@ def box_words(key: int, sizes: tuple[int, ...], box: Box) -> Words:
 
 
 def _first_whole(sizes: tuple[int, ...], box: Box) -> int:
-    """Return the first axis from which on `box` leaves nothing out."""
+    """Return the first axis from which on `box` covers all positions."""
     at = len(sizes)
     while at and box[at - 1] == (0, sizes[at - 1]):
         at -= 1
@@ -70,7 +70,7 @@ def _first_whole(sizes: tuple[int, ...], box: Box) -> int:
 
 
 def _flat(sizes: tuple[int, ...], place: list[int]) -> int:
-    """Return the number of the element at `place`, in row-major order, as an exact integer."""
+    """Return the row-major index of the element at `place`, as an exact integer."""
     flat = 0
     for size, at in zip(sizes, place, strict=True):
         flat = flat * size + at
@@ -78,7 +78,7 @@ def _flat(sizes: tuple[int, ...], place: list[int]) -> int:
 
 
 def uniform(words: Words, low: float, high: float) -> npt.NDArray[np.float32]:
-    """Return numbers spread evenly over [low, high), of the same shape."""
+    """Return numbers uniform on [low, high), of the same shape."""
     return _blockwise(words, lambda w: low + (high - low) * ((w >> np.uint64(11)) * 2.0**-53))
 
 
@@ -101,7 +101,7 @@ def truncated_normal(words: Words, std: float, bound: float) -> npt.NDArray[np.f
 
 
 def open_unit(words: Words) -> Floats:
-    """Return numbers spread evenly over the open interval (0, 1)."""
+    """Return numbers uniform on the open interval (0, 1)."""
     # With 53 bits the largest would round to 1.
     return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
@@ -174,7 +174,7 @@ _ATANH = tuple(2.0 / (2 * k + 1) for k in reversed(range(12)))
 
 
 def _log(x: Floats) -> Floats:
-    """Return natural logarithms, to about 1e-16, from exactly rounded operations only."""
+    """Return natural logarithms, to about 1e-16, using only exactly rounded operations."""
     mantissa, exponent = np.frexp(x)
     low = mantissa < 0.7071067811865476
     mantissa = np.where(low, mantissa * 2.0, mantissa)
@@ -186,7 +186,7 @@ def _log(x: Floats) -> Floats:
 
 @lru_cache
 def tail(bound: float) -> float:
-    """Return the probability that a normal number lies below -`bound`, for bounds up to 8."""
+    """Return the probability that a normal number is below -`bound`, for bounds up to 8."""
     context = Context(prec=60)
     b = Decimal(bound)
     term = total = b

@@ -1,4 +1,4 @@
-"""From one float type to another: exactly where that is possible, else rounded once, to even."""
+"""Conversion between float types: exact where possible, else rounded once, ties to even."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _BLOCK = 1 << 16
 
 
 def is_lossless(source: DType, target: DType) -> bool:
-    """Whether every value of the float type `source` is one of `target`."""
+    """Whether every value of the float type `source` is representable in `target`."""
     return source is target or target.name in _LOSSLESS.get(source.name, ())
 
 
 def widen(values: Array, dtype: DType) -> Array:
-    """Return `values`, floats, in `dtype`, f32 or f64, which holds them exactly; always a copy."""
+    """Return `values`, floats, in `dtype`, f32 or f64, without loss; always a copy."""
     if values.dtype == BF16.numpy and dtype is F32:
         # The bits of a bf16 are the upper half of those of the f32.
         bits = values.view(np.uint16).astype(np.uint32)
@@ -57,9 +57,9 @@ def round_to(values: Array, dtype: DType) -> Array:
 
 
 def _to_bf16(values: Array) -> Array:
-    """Round ``f32[n]`` to bf16 on the bits; a NaN stays one."""
+    """Round ``f32[n]`` to bf16 on the bits; a NaN stays a NaN."""
     bits = values.view(np.uint32)
-    # Half of what is cut off, and one less where the last bit that stays is 0: ties to even.
+    # Add half of the discarded part, less one if the last kept bit is 0: ties to even.
     rounded = bits >> np.uint32(16)
     rounded &= np.uint32(1)
     rounded += np.uint32(0x7FFF)
@@ -73,7 +73,7 @@ def _to_bf16(values: Array) -> Array:
 
 
 def _round_to_odd(values: Array) -> Array:
-    """Return f64 as f32 with the last bit set where it is inexact: rounding again is then right.
+    """Return f64 as f32, setting the last bit if inexact, so that rounding again is correct.
 
     Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Transactions on
     Computers 57(4), 2008.
@@ -89,7 +89,7 @@ def _round_to_odd(values: Array) -> Array:
 
 
 def first_nonfinite(values: Array) -> int | None:
-    """Return the number, in row-major order, of the first NaN or infinity of an array, or None.
+    """Return the row-major index of the first NaN or infinity of an array, or None.
 
     Element types without NaN and infinity have none.
     """
@@ -101,7 +101,7 @@ def first_nonfinite(values: Array) -> int | None:
         return _first(~np.isfinite(flat))
     bits = flat.view(exponent.dtype)
     limit = exponent << exponent.dtype.type(1)
-    # Without its sign, a NaN or an infinity is at least the exponent of all ones.
+    # Without the sign bit, a NaN or an infinity is at least the all-ones exponent.
     work = np.empty(min(_BLOCK, bits.size), bits.dtype)
     for at in range(0, bits.size, _BLOCK):
         block = bits[at : at + _BLOCK]

@@ -1,9 +1,9 @@
-"""Rewrites an expression into a simpler one that makes the same bytes of the same type.
+"""Rewrites an expression into a simpler one with the same bytes and the same type.
 
-An ordered list of rules for each kind of node, applied until none fits.  They move an `Index` or a
-`Slice` down to the tensors and random streams, so that only what is wanted is read or drawn; they
-compute before data are copied or get other axes; and they drop what does nothing.  A rule that
-rounding could notice is not here: two scalings become one only where that is exact.
+An ordered list of rules for each kind of node, applied until none matches.  They move an `Index` or
+a `Slice` down to the tensors and random streams, so that only the requested part is read or drawn;
+they compute before data are copied or axes change; and they drop no-ops.  Every rule is exact under
+rounding: two scalings are merged only where that is exact.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ RULES: dict[type[Expr], tuple[Rule, ...]] = {
 
 
 def simplify(expr: Expr) -> Expr:
-    """Return the simplest expression that the rules find; it makes the same bytes."""
+    """Return the simplified expression, which has the same bytes."""
     passed: list[Expr] = []
     while (known := getattr(expr, "_simple", None)) is None:
         passed.append(expr)
@@ -93,7 +93,7 @@ def simplify(expr: Expr) -> Expr:
     if isinstance(known, Expr):
         expr = known
     for e in passed:
-        # An expression that points at itself would have to wait for the cyclic collector.
+        # A self-referencing expression would have to wait for the cyclic collector.
         e._set("_simple", True if e is expr else expr)
     return expr
 

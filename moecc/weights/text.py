@@ -23,5 +23,5 @@ from moecc.weights.textscan import ExprSyntaxError as ExprSyntaxError
 
 
 def format_expr(expr: Expr) -> str:
-    """Return the text of `expr`; `parse_expr` reads it back."""
+    """Return the text of `expr`, which `parse_expr` parses back."""
     return str(expr)

@@ -1,4 +1,4 @@
-"""From text to a weight expression; `moecc.weights.text` shows the grammar."""
+"""Parse weight expressions; `moecc.weights.text` shows the grammar."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from moecc.weights.textscan import ExprSyntaxError as ExprSyntaxError
 
 
 def parse_expr(text: str, offset: int = 0) -> tuple[Expr, int]:
-    """Return the expression that `text` spells from `offset` on, and the offset of its end.
+    """Return the expression parsed from `text` at `offset`, and the offset of its end.
 
     Raises:
-      ExprSyntaxError: the text is no expression.
-      InputError: it is one, whose types do not fit.
+      ExprSyntaxError: the text is not an expression.
+      InputError: the expression has a type error.
     """
     reader = _Reader(text, offset)
     expr = reader.expr(1)
@@ -39,18 +39,18 @@ def parse_expr(text: str, offset: int = 0) -> tuple[Expr, int]:
 
 
 MAX_EACH = 100_000
-"""How many expressions all ranges of one may stand for."""
+"""The limit on expressions that all ranges of one expression expand to."""
 
 
 class _Reader(Cursor):
     def __init__(self, text: str, at: int, around: _Reader | None = None) -> None:
         super().__init__(text, at)
         self.depth = 0
-        # Shared with the readers of the texts that an `each` stands for.
+        # Shared with the parsers of the expanded texts of an `each`.
         self.left: list[int] = [MAX_EACH] if around is None else around.left
 
     def expr(self, depth: int) -> Expr:
-        """Read an expression that stands at `depth`; a deeper one may stand inside."""
+        """Parse an expression at nesting depth `depth`."""
         start = self.skip()
         if depth > MAX_DEPTH:
             self.fail(f"the expression nests deeper than {MAX_DEPTH}", start)
@@ -68,7 +68,7 @@ class _Reader(Cursor):
         return made
 
     def inner(self, text: str, at: int) -> Expr:
-        """Read the whole of another `text`, whose errors are told at `at`."""
+        """Parse all of another `text`, whose errors are reported at `at`."""
         reader = _Reader(text, 0, self)
         try:
             found = reader.expr(self.depth)
@@ -82,7 +82,7 @@ class _Reader(Cursor):
         return self.expr(self.depth)
 
     def operands(self) -> tuple[Expr, ...]:
-        """Read expressions with commas between and after them, up to ``axis=``."""
+        """Parse operands separated by commas, up to ``axis=``."""
         found = []
         while not self.ahead("axis"):
             found.append(self.operand())
@@ -120,10 +120,10 @@ def _each(r: _Reader) -> Expr:
     numbers = r.range()
     r.left[0] -= numbers.count
     if r.left[0] < 0:
-        r.fail(f"an expression stands for more than {MAX_EACH:,} others", begin)
+        r.fail(f"an expression expands to more than {MAX_EACH:,} others", begin)
     r.comma()
     start = r.skip()
-    # What the marks stand for is put in their places, and the texts are read one by one.
+    # The marks are substituted, and the resulting texts are parsed one by one.
     end = r.end_of_argument()
     texts = in_full(r.text[start:end], axis, numbers)
     xs = tuple(r.inner(text, start) for text in texts)

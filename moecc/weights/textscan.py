@@ -1,4 +1,4 @@
-"""Reads the small pieces of the text of a weight expression, and says where one is wrong."""
+"""The scanner of weight expression texts, with errors that state the offset."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?")
 _KEY = re.compile(r"0x[0-9a-fA-F]{1,32}(?![0-9a-fA-F])")
 _TYPE = re.compile(r"[a-z][a-z0-9]*\[[^\]\n]*\]")
 
-# A model has thousands of tensors of a few types.
+# Cached: a model has thousands of tensors of a few types.
 _types: dict[str, TensorType] = {}
 _REMEMBERED = 4096
 
@@ -32,7 +32,7 @@ class ExprSyntaxError(ValueError):
     """Text that is not a weight expression.
 
     Attributes:
-      offset: where in the text.
+      offset: the offset in the text.
     """
 
     def __init__(self, message: str, offset: int) -> None:
@@ -41,13 +41,13 @@ class ExprSyntaxError(ValueError):
 
 
 class Cursor:
-    """A place in a text, which moves on with every piece that is read.
+    """A position in a text, which advances with every token.
 
-    Every method that reads raises `ExprSyntaxError` where something else stands.
+    Every method that parses raises `ExprSyntaxError` on other input.
 
     Attributes:
-      text: what is read.
-      at: the offset of what comes next.
+      text: the input.
+      at: the offset of the next token.
     """
 
     def __init__(self, text: str, at: int) -> None:
@@ -55,7 +55,7 @@ class Cursor:
         self.at = at
 
     def skip(self) -> int:
-        """Step over blanks; return where the next piece starts."""
+        """Skip blanks; return the offset of the next token."""
         match = _SPACE.match(self.text, self.at)
         assert match is not None
         self.at = match.end()
@@ -66,13 +66,13 @@ class Cursor:
         raise ExprSyntaxError(message, offset)
 
     def expected(self, what: str) -> NoReturn:
-        """Raise an error that names what should stand here and what does."""
+        """Raise an error with what was expected here and what was found."""
         rest = self.text[self.at : self.at + 20].split("\n")[0]
         found = repr(printable(rest, 40)) if rest else "the end of the line"
         self.fail(f"expected {what}, found {found}", self.at)
 
     def match(self, pattern: re.Pattern[str], what: str) -> str:
-        """Read what `pattern` matches."""
+        """Consume text that `pattern` matches."""
         match = pattern.match(self.text, self.skip())
         if match is None:
             self.expected(what)
@@ -80,20 +80,20 @@ class Cursor:
         return match.group()
 
     def punct(self, mark: str) -> None:
-        """Read a mark."""
+        """Consume a punctuation mark."""
         if not self.text.startswith(mark, self.skip()):
             self.expected(mark)
         self.at += len(mark)
 
     def take(self, mark: str) -> bool:
-        """Read a mark if it comes next, and say whether it did."""
+        """Consume a mark if it comes next, and return whether it did."""
         if not self.text.startswith(mark, self.skip()):
             return False
         self.at += len(mark)
         return True
 
     def comma(self) -> None:
-        """Read a comma."""
+        """Consume a comma."""
         self.punct(",")
 
     def ahead(self, keyword: str) -> bool:
@@ -104,13 +104,13 @@ class Cursor:
         )
 
     def keyword(self, name: str) -> None:
-        """Read ``name=``."""
+        """Consume ``name=``."""
         if not self.ahead(name):
             self.expected(f"{name}=")
         self.at += len(name) + 1
 
     def optional(self, name: str) -> bool:
-        """Read ``, name=`` if it comes next, and say whether it did."""
+        """Consume ``, name=`` if it comes next, and return whether it did."""
         start = self.at
         if self.take(",") and self.ahead(name):
             self.keyword(name)
@@ -119,18 +119,18 @@ class Cursor:
         return False
 
     def name(self, what: str = "the name of an axis") -> str:
-        """Read a name."""
+        """Parse a name."""
         return self.match(_NAME, what)
 
     def axis(self) -> str:
-        """Read ``, axis=`` for an axis of any name."""
+        """Parse ``, axis=`` and the name of an axis."""
         self.comma()
         name = self.name()
         self.punct("=")
         return name
 
     def names(self) -> tuple[str, ...]:
-        """Read names in parentheses."""
+        """Parse names in parentheses."""
         self.punct("(")
         found: list[str] = []
         while not self.take(")"):
@@ -140,20 +140,20 @@ class Cursor:
         return tuple(found)
 
     def natural(self) -> int:
-        """Read a whole number."""
+        """Parse an integer that is not negative."""
         return int(self.match(_NATURAL, "a whole number"))
 
     def range(self) -> Progression:
-        """Read ``first..last``, or ``first..last..step``, of at least two numbers."""
+        """Parse ``first..last``, or ``first..last..step``, of at least two numbers."""
         start = self.skip()
         numbers = map(int, self.match(_RANGE, "a range, 0..29").split(".."))
         low, high, step, *_ = (*numbers, 1)
         if step < 1 or high <= low or (high - low) % step:
-            self.fail("a range rises by whole steps", start)
+            self.fail("a range must rise in equal steps", start)
         return Progression(low, step, (high - low) // step + 1)
 
     def end_of_argument(self) -> int:
-        """Return where the argument that starts here ends: before a comma or parenthesis."""
+        """Return the end of the argument that starts here: before a comma or parenthesis."""
         depth, end = 0, self.at
         for match in _PIECE.finditer(self.text, self.at):
             mark, end = match.group(), match.end()
@@ -163,7 +163,7 @@ class Cursor:
         return end
 
     def number(self) -> float:
-        """Read a finite number."""
+        """Parse a finite number."""
         start = self.skip()
         value = float(self.match(_NUMBER, "a number"))
         if math.isinf(value):
@@ -171,13 +171,13 @@ class Cursor:
         return value
 
     def key(self) -> int:
-        """Read ``, key=`` and a number of 128 bits."""
+        """Parse ``, key=`` and a 128-bit number."""
         self.comma()
         self.keyword("key")
         return int(self.match(_KEY, "a key of up to 32 hexadecimal digits, 0x…"), 16)
 
     def string(self) -> str:
-        """Read a string in double quotes."""
+        """Parse a string in double quotes."""
         start = self.skip()
         quoted = self.match(_STRING, "a string in double quotes")
         try:
@@ -188,7 +188,7 @@ class Cursor:
         return value
 
     def dtype(self) -> DType:
-        """Read the name of an element type."""
+        """Parse the name of an element type."""
         start = self.skip()
         name = self.name("an element type")
         if name not in DTYPES:
@@ -198,7 +198,7 @@ class Cursor:
         return DTYPES[name]
 
     def type(self) -> TensorType:
-        """Read a type."""
+        """Parse a type."""
         start = self.skip()
         text = self.match(_TYPE, "a type such as f32[mlp=8]")
         known = _types.get(text)

@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[Build, dict[str, str], str]] = {
     "different roots": (
         two_inputs, {"gate": UP, "up": UP, "down": DOWN}, "take different values: %v1, %x",
     ),
-    "a linear pair": (linear, {"up": UP, "down": DOWN}, "it is linear: no activation"),
+    "a linear pair": (linear, {"up": UP, "down": DOWN}, "it is linear: there is no activation"),
 }  # fmt: skip
 
 
@@ -283,14 +283,14 @@ def test_a_value_from_outside_makes_a_near_miss() -> None:
 def test_a_parameter_with_a_token_axis_makes_a_near_miss() -> None:
     """Per-head weights are not lifted by an expert axis alone: heads are tokens here."""
     graph = graph_of(plain, ("batch", "head", "embed"), up="head mlp embed", down=DOWN)
-    assert only_refusal(graph) == "its parameter %up has the axis 'head' too"
+    assert only_refusal(graph) == "its parameter %up also has the axis 'head'"
 
     def biased(b: Builder, x: Value, up: Value, p: Value, down: Value) -> Value:
         h = b.silu(b.add(b.contract(x, up, over="embed"), p))
         return b.contract(h, down, over="mlp")
 
     graph = graph_of(biased, ("batch", "head", "embed"), up=UP, p="head mlp", down=DOWN)
-    assert only_refusal(graph) == "its parameter %p has the axis 'head' too"
+    assert only_refusal(graph) == "its parameter %p also has the axis 'head'"
 
 
 def test_unknown_sizes_make_a_near_miss() -> None:
@@ -318,7 +318,7 @@ def test_names_that_routing_takes_make_a_near_miss(axis: str) -> None:
     x = graph.input("x", tensor(F32, **{axis: "B", "embed": 4}))
     up, down = (graph.param(n, tensor(F32, mlp=6, embed=4)) for n in ("up", "down"))
     graph.set_output("y", plain(b, x, up, down))
-    assert only_refusal(graph) == f"its axis {axis!r} has the name of one that routing makes"
+    assert only_refusal(graph) == f"its axis {axis!r} has the name of an axis that routing adds"
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_a_huge_index_is_not_read(make_folder):
     folder = make_folder({ONE: {"a": 3}})
     os.truncate(folder / INDEX, 10 << 30)  # sparse: takes no disk
     [problem] = problems(folder)
-    assert "too large for what it should be" in problem
+    assert "too large for its kind" in problem
 
 
 def test_index_and_shards_are_compared_and_all_is_reported(make_folder):

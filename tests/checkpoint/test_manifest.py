@@ -160,7 +160,7 @@ def test_every_bit_of_a_manifest_is_sealed(written):
     tail = range(8 * (len(data) - 80), 8 * len(data))
     for bit in [*range(0, 8 * len(data), 9), *tail]:  # 9: each bit of a byte has its turn
         (written / MANIFEST_NAME).write_bytes(_flipped(data, bit))
-        with pytest.raises(CheckError, match="its seal does not fit"):
+        with pytest.raises(CheckError, match="its seal does not match"):
             load(written)
 
 
@@ -203,7 +203,7 @@ def test_missing_extra_and_changed_tensors_are_named(written):
     text = "\n".join(found(written))
     assert f"{SHARDS[1]}: the header differs" in text
     assert "the tensor 'layers.1.down' is missing" in text
-    assert "does not know the tensor 'extra'" in text
+    assert "the tensor 'extra' is not in the manifest" in text
     assert "the tensor 'layers.1.up' has another type or shape" in text
     assert "expected: f16 [3, 4]\n  found: f16 [4, 3]" in text
 
@@ -221,7 +221,7 @@ def test_missing_and_extra_files_are_named(written):
     text = "\n".join(found(written))
     assert f"the file '{SHARDS[0]}' is missing" in text
     assert "the file 'config.json' is missing" in text
-    assert "does not know the weight file 'model.safetensors'" in text
+    assert "the weight file 'model.safetensors' is not in the manifest" in text
     assert text.count("cannot be checked") == 2
 
 

@@ -179,7 +179,7 @@ def test_a_wrong_start_is_named(tmp_path, content, what):
         # element types
         ({"a": entry("f32")}, 8, ["unknown", "did you mean 'F32'?"]),
         ({"a": entry("F6_X")}, 8, ["unknown", "expected: one of F64, F32, F16, BF16"]),
-        ({"a": entry("F4", (4,), (0, 2))}, 2, ["packs several elements into a byte"]),
+        ({"a": entry("F4", (4,), (0, 2))}, 2, ["pack several elements into a byte"]),
         ({"a": entry("F8_E8M0", (2,), (0, 2))}, 2, ["does not compute with this element type"]),
         ({"a": entry(3)}, 8, ["unknown", "found: 3"]),
         ({"a": entry(["F32"])}, 8, ["unknown", "found: a list of 1 values"]),
@@ -275,7 +275,7 @@ def test_a_hundred_thousand_tensors_are_read_in_seconds(tmp_path, write_raw):
     ("make", "what"),
     [
         (lambda: b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than"),
-        (lambda: b'{"a":"' + b"x" * (17 << 20) + b'"}', "far too long for what it lists"),
+        (lambda: b'{"a":"' + b"x" * (17 << 20) + b'"}', "far too long for its number"),
         (
             lambda: b"{" + b",".join(b'"%d":{"data_offsets":0}' % i for i in range(MAX_TENSORS + 1))
             + b"}",

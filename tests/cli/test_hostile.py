@@ -52,7 +52,7 @@ def test_what_a_manifest_cannot_name_is_refused(
     (dense / name).write_text("mine")
     done = convert(moecc, dense, tmp_path / "out")
     assert done.code == 1
-    assert "a manifest cannot name the file" in done.err
+    assert "whose name no manifest allows" in done.err
     assert "\x1b" not in done.err
     assert not (tmp_path / "out").exists()
 

@@ -43,7 +43,7 @@ def test_a_row_says_what_is_mixed(operation: str, mixed: str) -> None:
 
 
 def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no place for the part 'operations'"):
+    with pytest.raises(InputError, match="no markers for the part 'operations'"):
         OPERATIONS.replace(f"# a page\n{OPERATIONS.end}\n{OPERATIONS.begin}\n")
     page = tmp_path / "page.md"
     page.write_text("# a page\n")

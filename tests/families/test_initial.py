@@ -90,14 +90,14 @@ def test_a_parameter_of_which_nothing_is_known() -> None:
     graph = graph_of(
         "param %w : f32[a=4, b=8]", "%m = maximum %x, %w : f32[a=4, b=8]", "output y = %m"
     )
-    with pytest.raises(InputError, match="not known how large") as error:
+    with pytest.raises(InputError, match="initial scale of this parameter is unknown") as error:
         initialise(graph)
     assert "%w" in str(error.value)
 
 
 def test_a_scale_that_is_none() -> None:
     for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="not positive"):
+        with pytest.raises(UsageError, match="must be positive"):
             drawn(scale=scale)
 
 

@@ -101,8 +101,8 @@ ERRORS = {
     ),
     "unknown statement 'param'": ("    input %w :", "    param %w :"),
     "the inputs of the body are not its operands": ("input %w : f32[embed=4]", "input %w : f32[]"),
-    "a carry comes out of the body as another type": ("output h = %o", "output h = %m"),
-    "operand 1 is stacked, and has no axis layer=2": ("over=(layer=3)", "over=(layer=2)"),
+    "a carry leaves the body with another type": ("output h = %o", "output h = %m"),
+    "operand 1 is stacked and has no axis layer=2": ("over=(layer=3)", "over=(layer=2)"),
     "a scan runs along one axis of known size": ("over=(layer=3)", "over=(layer=L)"),
     "a scan has carries, then stacked operands": ("stacked=1", "stacked=3"),
     "names are saved under remat=save alone": ("stacked=1", "stacked=1, save=(combine)"),
@@ -151,7 +151,7 @@ def test_the_verifier_looks_into_bodies() -> None:
 def test_the_verifier_counts_the_ranges_of_locations() -> None:
     last = "%m = mean %o {axes=embed} : f32[batch=B] @layers."
     graph = parse(TEXT.replace(last + "{0..2}", last + "{0..3}"))
-    with pytest.raises(VerifyError, match=r"the location 'layers.{0..3}.ffn' is not one for each"):
+    with pytest.raises(VerifyError, match=r"the location 'layers.{0..3}.ffn' is not one per"):
         verify(graph)
 
 
@@ -177,7 +177,7 @@ def test_rows_of_experts_do_not_leave_a_body() -> None:
     body.set_output("rows", rows)
     graph = Graph()
     x = graph.input("x", tensor(F32, batch="B", expert=2))
-    with pytest.raises(InputError, match="sizes that a place sets do not go in or out"):
+    with pytest.raises(InputError, match="values with extents cannot enter or leave"):
         Builder(graph).scan(x, over=(("layer", 4),), body=body)
 
 
@@ -191,7 +191,7 @@ def test_stack_and_index() -> None:
     for at in (-1, 2):
         with pytest.raises(InputError, match="there is no position"):
             b.index(stacked, axis="layer", at=at)
-    with pytest.raises(InputError, match="only values of one type are stacked"):
+    with pytest.raises(InputError, match="stacked values must have one type"):
         b.stack(x, stacked, axis="new")
     with pytest.raises(InputError, match="there is an axis 'embed' already"):
         b.stack(x, y, axis="embed")
@@ -259,7 +259,7 @@ def test_a_body_lies_on_the_mesh_of_its_graph() -> None:
     laws.check_graph(graph)
     assert print_graph(graph) == text
     body_of(graph).attrs["mesh"] = {"data": 4}
-    with pytest.raises(VerifyError, match="the body lies on another mesh"):
+    with pytest.raises(VerifyError, match="the body has another mesh"):
         verify(graph)
     set_mesh(graph, None)
     with pytest.raises(VerifyError, match="data"):

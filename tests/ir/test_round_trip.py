@@ -202,9 +202,9 @@ def test_an_axis_name_that_the_text_cannot_say_is_refused(name: str) -> None:
     ids=str,
 )
 def test_a_type_that_the_text_cannot_say_is_refused(type: TensorType) -> None:
-    with pytest.raises(InputError, match="the text cannot say this type"):
+    with pytest.raises(InputError, match="the type cannot be printed"):
         Graph().input("x", type)
-    with pytest.raises(InputError, match="the text cannot say this type"):
+    with pytest.raises(InputError, match="the type cannot be printed"):
         Graph().param("x", type)
 
 

@@ -186,7 +186,7 @@ def test_a_policy_takes_uniform_numbers_or_none() -> None:
     graph = Graph()
     x = graph.input("x", tensor(F32, a=4, choice=2))
     for operands, policy in (([x], "random"), ([x, x], "all"), ([x, x, x], "random")):
-        with pytest.raises(InputError, match="takes uniform numbers with policy=random"):
+        with pytest.raises(InputError, match="takes uniform numbers exactly with policy=random"):
             graph.append("keep_choices", operands, {"policy": policy})
 
 

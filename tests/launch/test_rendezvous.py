@@ -125,7 +125,7 @@ def test_what_is_no_process_of_moecc_is_told() -> None:
         port = server.getsockname()[1]
         (one,) = started([ProcessInfo(f"127.0.0.1:{port}", 2, 1)], 1)
         threading.Thread(target=_serve, args=(server,), daemon=True).start()
-        assert "no process of moecc" in problem_of(one)
+        assert "that is not moecc answers" in problem_of(one)
 
 
 def _serve(server: socket.socket) -> None:

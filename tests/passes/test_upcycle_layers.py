@@ -162,7 +162,7 @@ def test_two_blocks_of_one_layer_number_are_both_selected() -> None:
 
 def test_a_selection_of_nothing_is_an_error_of_the_pipeline() -> None:
     pipeline = Pipeline.parse("upcycle{layers=every:9}")
-    with pytest.raises(InputError, match="matched nothing, and must match"):
+    with pytest.raises(InputError, match="matched nothing, but must match"):
         run_pipeline(clone(model(4)), pipeline)
     report = run_pipeline(clone(model(4)), pipeline, context=Context(allow_unmatched=True))
     assert not report.changed

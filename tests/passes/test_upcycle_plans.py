@@ -367,7 +367,7 @@ def test_a_linear_pair_of_contractions_is_a_near_miss() -> None:
         return b.contract(hidden, down, over="mlp")
 
     graph = odd(adapter, up=OUT_IN, down=IN_OUT, bias=("mlp",))
-    assert refusals(graph) == ["it is linear: no activation stands between its contractions"]
+    assert refusals(graph) == ["it is linear: there is no activation between its contractions"]
 
 
 def test_the_product_of_two_projections_is_a_block() -> None:

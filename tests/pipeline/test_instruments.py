@@ -114,5 +114,5 @@ def test_statistics() -> None:
 def test_remarks_and_near_misses() -> None:
     text = shown(Remarks, "un-neg,bad{way=miss}", negated=1)
     assert text.startswith("remark: un-neg: here: looked around\n")
-    assert "missed: un-neg: pair: not at %v1 = neg @layers.0: %v is made by silu" in text
+    assert "missed: un-neg: pair: not at %v1 = neg @layers.0: %v is defined by silu" in text
     assert text.count("missed: bad: ffn") == 7

@@ -93,7 +93,7 @@ def test_unknown_names() -> None:
 
 def test_a_name_that_is_not_the_pass_s_own() -> None:
     registry = Registry({}, {}).extended({"tip": lambda: TopPass}, "a package")
-    with pytest.raises(UsageError, match="registered as 'tip' calls itself 'top'"):
+    with pytest.raises(UsageError, match="registered as 'tip' has the name 'top'"):
         registry.get("tip")
 
 
@@ -126,8 +126,8 @@ def test_faulty_files_are_blamed_with_their_line(tmp_path: Path) -> None:
         ('    summary: ClassVar[str] = "do nothing"\n', "", "it has no summary"),
         ("    preserves = EXACT\n", "", "it does not define preserves"),
         ("def apply", "def applied", "it does not define apply"),
-        ("int | None", "list[int]", "option 'times' is of a type that no text spells: list"),
-        ("int | None", "tuple[()]", "no text spells"),
+        ("int | None", "list[int]", "option 'times' has a type without a text form: list"),
+        ("int | None", "tuple[()]", "without a text form"),
         ("int | None", "Nothing", "an annotation cannot be resolved: name 'Nothing'"),
         ('"mine"', '"My Pass"', "is not in kebab-case"),
     ],

@@ -71,14 +71,14 @@ def test_a_pass_that_must_match_and_does_not_is_an_error_with_near_misses() -> N
     assert "reason 1" not in text
     assert "and 2 more" in text
     assert "--allow-unmatched" in text
-    with pytest.raises(InputError, match="found: nothing like it"):
+    with pytest.raises(InputError, match="found: no candidate"):
         run(negations(), "bad{way=nothing}")
     report = run(negations(), "bad{way=nothing}", context=Context(allow_unmatched=True))
     assert not report.changed
 
 
 def test_a_near_miss_of_a_rule_is_shown() -> None:
-    with pytest.raises(InputError, match=r"%v1 = neg @layers.0: %v is made by silu"):
+    with pytest.raises(InputError, match=r"%v1 = neg @layers.0: %v is defined by silu"):
         run(negations(1), "un-neg")
 
 

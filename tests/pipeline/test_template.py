@@ -173,7 +173,7 @@ def test_a_step_that_must_match_ends_the_run(first: bool) -> None:
     picky = Step(PickyPass, ("found",))
     steps = (picky, note) if first else (note, picky)
     template = PipelineTemplate("both", "two", steps, (TemplateOption("found"),))
-    with pytest.raises(InputError, match="both: matched nothing, and must match") as caught:
+    with pytest.raises(InputError, match="both: matched nothing, but must match") as caught:
         run("both{found=false}", template)
     assert "here: was told so" in str(caught.value)
     made, report = run("both{found=false}", template, allow_unmatched=True)
@@ -192,10 +192,10 @@ def test_a_step_that_must_match_ends_the_run(first: bool) -> None:
             {"steps": (Step(NotePass, ("word",), {"word": "a"}),)},
             "the option 'word' of note is forwarded and fixed",
         ),
-        ({"options": TWICE.options[1:]}, "it forwards 'times' to note, and does not offer it"),
+        ({"options": TWICE.options[1:]}, "it forwards 'times' to note, but does not offer it"),
         (
             {"options": (*TWICE.options[:2], TWICE.options[3])},
-            "note runs by the option 'second', which it does not offer",
+            "note is enabled by the option 'second', which it does not offer",
         ),
         ({"options": (*TWICE.options, TemplateOption("times"))}, "offers the option 'times' twice"),
         ({"options": (*TWICE.options, TemplateOption("more", 1, type=int))}, "no step takes its"),

@@ -167,7 +167,7 @@ def wrong(build: object, match_text: str) -> None:
 
 def test_bugs_of_a_rule_are_told() -> None:
     wrong(lambda m, b: m.root.result, "returns a result of the node that it replaces")
-    wrong(lambda m, b: b.exp(m.root.result), "t/wrong uses what it replaces")
+    wrong(lambda m, b: b.exp(m.root.result), "t/wrong uses the results of")
     wrong(lambda m, b: b.constant(value=1.0), "which is of another type")
     wrong(lambda m, b: (m.value("x"), m.value("x")), "2 values for the 1")
 

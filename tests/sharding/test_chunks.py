@@ -50,9 +50,9 @@ def test_xla_cuts_alike() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "at": ({"at": 2}, "there is no such chunk"),
-    "of": ({"of": 3}, "has no such chunks"),
+    "of": ({"of": 3}, "cannot be cut into these chunks"),
     "parts": ({"parts": 0}, "there is no such chunk"),
-    "axis": ({"axis": "a"}, "has no such chunks"),
+    "axis": ({"axis": "a"}, "cannot be cut into these chunks"),
 }
 
 
@@ -65,7 +65,7 @@ def test_chunks_that_are_not_there(name: str) -> None:
     with pytest.raises(InputError, match=what):
         Builder(graph).chunk(x, **(attrs | changed))
     y = graph.input("y", tensor(F32, a="N", b=8))
-    with pytest.raises(InputError, match="of one type"):
+    with pytest.raises(InputError, match="must have one type"):
         Builder(graph).join(x, y, axis="b")
 
 

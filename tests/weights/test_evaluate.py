@@ -82,11 +82,11 @@ def test_the_deepest_expression_can_be_worked_with() -> None:
 
 
 def test_a_tensor_of_another_type_is_named() -> None:
-    with pytest.raises(InputError, match="of another type") as caught:
+    with pytest.raises(InputError, match="has another type") as caught:
         evaluate(E8M4, Reader(w=ramp(8, 5)))
     assert caught.value.problems[0].expected == "f32[8, 4]"
     assert caught.value.problems[0].found == "float32[8, 5]"
-    with pytest.raises(InputError, match="of another type"):
+    with pytest.raises(InputError, match="has another type"):
         evaluate(E8M4, Reader(w=ramp(8, 4, dtype=np.float64)))
 
 

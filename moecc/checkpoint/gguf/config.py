@@ -1,7 +1,7 @@
-"""Writes the config.json that a GGUF file stands for.
+"""Translate the metadata of a GGUF file to config.json.
 
-Every key of the architecture must be understood: one that moecc has never heard of may change
-what the model computes, and is refused rather than dropped.
+Every key of the architecture must be understood: an unknown key may change what the model
+computes, and is rejected rather than dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "residual_scale": (0, 1),
     "use_parallel_residual": (False,),
 }
-"""Keys that change what a model computes, with the values at which they do not."""
+"""Keys that change what a model computes, with the values at which they have no effect."""
 
 _INERT = ("rope.scaling.finetuned", "tensor_data_layout")
 _TORCH_ORDER = ("bfloat16", "float16", "float32")
@@ -40,7 +40,7 @@ _TORCH_ORDER = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes that the order of rows in a file depends on."""
+    """The sizes that determine the row order in a file."""
 
     heads: int
     groups: int
@@ -53,7 +53,7 @@ def make_config(
     divisors: Array | None,
     problems: Problems,
 ) -> tuple[dict[str, object], Sizes]:
-    """Return config.json and the sizes of a head; everything wrong goes to `problems`."""
+    """Return config.json and the sizes of a head; every error goes to `problems`."""
     architecture = str(header.metadata["general.architecture"])
     keys = Keys(header.metadata, architecture, header.path, problems)
     hidden, context = keys.size("embedding_length"), keys.size("context_length")
@@ -135,7 +135,7 @@ def _special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[
 
 
 def _torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
-    """Return the type that most elements are read as; what is quantised is read as float32."""
+    """Return the type in which most elements are read; quantised ones are read as float32."""
     elements: Counter[str] = Counter()
     for tensor in tensors.values():
         size = tensor.nbytes // tensor.storage.block_bytes * tensor.storage.block
@@ -148,8 +148,8 @@ def _refuse_the_rest(keys: Keys) -> None:
         value = keys.value(name)
         if value is not None and value not in values:
             expected = " or ".join(str(value) for value in values)
-            keys.refuse(name, "moecc does not read models with this", expected=expected)
+            keys.refuse(name, "moecc does not support models with this key", expected=expected)
     for name in keys.unused():
         if name not in _INERT:
-            what = "moecc does not know what this key does to the model"
+            what = "moecc does not know the effect of this key on the model"
             keys.refuse(name, what, expected="only keys that moecc reads")

@@ -1,8 +1,8 @@
-"""Walks through the header of a GGUF file, whose length nothing states beforehand.
+"""Scan the header of a GGUF file, whose length is not stated anywhere.
 
-Every length in the file is a claim.  A claim is compared with the bytes that are left before
-anything is read or allocated for it, and what lies between two values is skipped by position, so
-that memory stays at one window whatever a file claims.
+Every length in the file is a claim.  A claim is compared with the bytes that remain before
+anything is read or allocated for it, and data between two values are skipped by offset, so
+that memory is bounded by one window whatever a file claims.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CODE = struct.Struct("<I")
 
 
 class Cursor:
-    """A position in a file, and what is being read there, for messages."""
+    """An offset in a file, and a description of the part being read, for messages."""
 
     def __init__(self, descriptor: int, path: Path, size_bytes: int) -> None:
         self.path = path
@@ -40,12 +40,12 @@ class Cursor:
 
     @property
     def left_bytes(self) -> int:
-        """The bytes between the position and the furthest that a header may reach."""
+        """The bytes between the offset and the furthest end that a header may have."""
         return self._end - self.offset
 
     @property
     def where(self) -> str:
-        """The file and what is being read in it."""
+        """The file and the part being read."""
         return f"{self.path}, {self._place}"
 
     def number(self, layout: struct.Struct) -> int | float:
@@ -71,7 +71,7 @@ class Cursor:
         """Read a string.
 
         Raises:
-          InputError: it is longer than the rest of the file, too long to keep, or not UTF-8.
+          InputError: it is longer than the rest of the file, too long to store, or not UTF-8.
         """
         count = self.length()
         self.require(count)
@@ -92,15 +92,15 @@ class Cursor:
             raise self.error("a string is not UTF-8", found=found) from None
 
     def skip(self, count: int) -> None:
-        """Go past `count` bytes, which are not read. Raises as `number`."""
+        """Skip `count` bytes without reading them. Raises as `number`."""
         self.require(count)
         self.offset += count
 
     def skip_strings(self, count: int) -> None:
-        """Go past `count` strings, of which only the lengths are read.
+        """Skip `count` strings, reading only their lengths.
 
         Raises:
-          InputError: they reach beyond the file, or are more than any header has.
+          InputError: they extend beyond the file, or are more than any header has.
         """
         self._strings += count
         if self._strings > MAX_STRINGS:
@@ -118,7 +118,7 @@ class Cursor:
             self.skip(self._window_start + position - self.offset)
 
     def require(self, count: int) -> None:
-        """Refuse a claim of `count` bytes that the file cannot hold. Raises InputError."""
+        """Reject a claim of `count` bytes that the file cannot hold. Raises InputError."""
         if count <= self.left_bytes:
             return
         if count <= self.size_bytes - self.offset:
@@ -137,16 +137,16 @@ class Cursor:
     def error(
         self, what: str, *, expected: str | None = None, found: str, hint: str | None = None
     ) -> InputError:
-        """Make the error for what is being read."""
+        """Return the error for the part being read."""
         return InputError(what, where=self.where, expected=expected, found=found, hint=hint)
 
     @property
     def _place(self) -> str:
-        # Cut before it is escaped, because a name may be megabytes.
+        # Truncated before it is escaped, because a name may be megabytes.
         return printable(self.reading[:300], 1000)
 
     def _see(self, count: int) -> int:
-        """Bring the next `count` bytes into the window; return where in it they begin."""
+        """Load the next `count` bytes into the window; return their start in it."""
         begin = self.offset - self._window_start
         if begin >= 0 and begin + count <= len(self._window):
             return begin

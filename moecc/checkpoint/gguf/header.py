@@ -1,4 +1,4 @@
-"""A bounded reader of GGUF headers: nothing in the file is believed before it is checked.
+"""A bounded reader of GGUF headers: nothing in the file is trusted before it is checked.
 
 The format is a preamble (magic, version, two counts), metadata, one entry a tensor, padding, and
 the data (docs/gguf.md of the ggml project is its specification).  The usual Python reader hangs
@@ -36,13 +36,13 @@ _OLDER = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as GGUF has it.
+    """A tensor as stored in GGUF.
 
     Attributes:
       name: its name in GGUF.
-      storage: how its elements are stored.
+      storage: the storage type of its elements.
       shape: its sizes, outermost first.
-      offset: where its first byte lies in the file.
+      offset: the offset of its first byte in the file.
       nbytes: its size in the file, in bytes.
     """
 
@@ -60,8 +60,8 @@ class GgufHeader:
     Attributes:
       path: the file.
       version: the version of the format.
-      metadata: keys and values, in the order of the file.
-      tensors: what the file holds, by GGUF's names.
+      metadata: keys and values, in file order.
+      tensors: the tensors, by their GGUF names.
       identity: the state of the file when its header was read.
     """
 
@@ -88,7 +88,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the header says of a tensor, before it is checked."""
+    """A tensor's entry in the header, before it is checked."""
 
     name: str
     dimensions: tuple[int, ...]
@@ -97,7 +97,7 @@ class _Entry:
 
 
 class _Check:
-    """One pass over a header, which collects every problem."""
+    """One pass over a header that collects every problem."""
 
     def __init__(self, cursor: Cursor, identity: Identity) -> None:
         self.cursor = cursor
@@ -107,7 +107,7 @@ class _Check:
         self.unread: dict[int, list[str]] = {}
 
     def header(self) -> GgufHeader:
-        """Return the checked header, or raise all its problems."""
+        """Return the checked header, or raise with all its problems."""
         version = self._preamble()
         try:
             tensor_count, key_count = self.cursor.length(), self.cursor.length()
@@ -183,7 +183,7 @@ class _Check:
         cursor.reading = f"tensor '{name}'"
         rank = cursor.code()
         if not 1 <= rank <= MAX_RANK:
-            # A rank that is wrong says nothing of where the next entry begins.
+            # With a wrong rank the start of the next entry is unknown.
             raise cursor.error("wrong number of axes", expected="1 to 4", found=f"{rank:,}")
         dimensions = tuple(cursor.length() for _ in range(rank))
         return _Entry(name, dimensions, cursor.code(), cursor.length())
@@ -251,7 +251,7 @@ class _Check:
     def _report_unread(self) -> None:
         for code, names in self.unread.items():
             self.problems.add(
-                "moecc does not read this type of storage",
+                "moecc does not support this storage type",
                 where=f"{self.path}, {len(names):,} tensors, the first {quoted(names[0])}",
                 expected=f"one of {', '.join(storage.name for storage in STORAGES.values())}",
                 found=storage_label(code),
@@ -259,7 +259,7 @@ class _Check:
             )
 
     def _layout(self, tensors: list[StoredTensor], data_start: int) -> None:
-        """Check that the data of each tensor lies in the file, and apart from the others'."""
+        """Check that the data of each tensor are inside the file and do not overlap."""
         size = self.identity.size_bytes
         reach: StoredTensor | None = None
         for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):

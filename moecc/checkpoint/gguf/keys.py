@@ -1,4 +1,4 @@
-"""Typed values out of a GGUF file's metadata, with every problem kept instead of the first."""
+"""Typed metadata values of a GGUF file; every problem is collected, not only the first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moecc.checkpoint.problems import Problems, describe
 from moecc.errors import InputError
 
 MAX_LAYERS = 1 << 16
-"""The longest array that is read for a key with one value a layer."""
+"""The longest array that is read for a key with one value per layer."""
 
 Default = TypeVar("Default")
 
@@ -32,24 +32,24 @@ class Keys:
     def refuse(
         self, key: str, what: str, *, expected: str | None = None, hint: str | None = None
     ) -> None:
-        """Note that the value of a key cannot be used."""
+        """Record that the value of a key is rejected."""
         where = f"{self.where}, metadata key {self._prefix + key!r}"
         value = self._metadata.get(self._prefix + key)
         self.problems.add(what, where=where, expected=expected, found=shown(value), hint=hint)
 
     def unused(self) -> list[str]:
-        """Return the keys of the architecture that nothing has read."""
+        """Return the keys of the architecture that were never read."""
         own = (key for key in self._metadata if key.startswith(self._prefix))
         return [name for key in own if (name := key[len(self._prefix) :]) not in self.used]
 
     def value(self, key: str) -> Value | None:
-        """Return a value, or None where there is none; one value for all layers is unwrapped."""
+        """Return a value, or None if it is missing; an array with equal layers is unwrapped."""
         self.used.add(key)
         value = self._metadata.get(self._prefix + key)
         return self._unwrapped(key, value) if isinstance(value, GgufArray) else value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """Return a whole number above 0; without a default it must be there."""
+        """Return a positive integer; without a default it is required."""
         value = default if (found := self.value(key)) is None else found
         if type(value) is int and value >= 1:
             return value
@@ -102,14 +102,14 @@ def shown(value: Value | None) -> str:
 
 
 def token_id(metadata: Mapping[str, Value], name: str, count: int) -> int | None:
-    """Return the id of a special token below `count`, or None where the file has none.
+    """Return the id of a special token below `count`, or None if the file has none.
 
     Raises:
-      InputError: the id is no such number.
+      InputError: the value is not such an id.
     """
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
-    # The converter writes -1, as 2^32 - 1, where a tokenizer has no such token.
+    # The converter writes -1, as 2^32 - 1, if a tokenizer has no such token.
     if value is None or (type(value) is int and value in (-1, (1 << 32) - 1)):
         return None
     if type(value) is int and 0 <= value < count:

@@ -1,4 +1,4 @@
-"""The keys and values at the front of a GGUF file; arrays stay in the file until asked for."""
+"""The metadata keys and values of a GGUF file; arrays are read from the file on demand."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _LAYOUTS = {code: struct.Struct(f"<{letter}") for code, (_, letter) in _SCALARS.
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array that lies in the file.
+    """An array stored in the file.
 
     Attributes:
       path: the file.
       identity: the state of the file when its header was read.
       kind: ``string`` or the name of a number, ``i32``.
-      letter: NumPy's letter for the number, empty for strings.
-      count: its elements.
-      offset: where its first byte lies.
+      letter: NumPy's type code of the number, empty for strings.
+      count: the number of elements.
+      offset: the offset of its first byte.
       nbytes: its size in bytes.
     """
 
@@ -62,7 +62,7 @@ class GgufArray:
         """Read an array of strings.
 
         Raises:
-          InputError: it holds no strings, one is not UTF-8, or the file changed.
+          InputError: its elements are not strings, one is not UTF-8, or the file changed.
           MachineError: the file cannot be read.
         """
         if self.letter:
@@ -106,10 +106,10 @@ Value: TypeAlias = int | float | bool | str | GgufArray
 def read_metadata(
     cursor: Cursor, count: int, identity: Identity, problems: Problems
 ) -> dict[str, Value]:
-    """Read `count` keys with their values; duplicates and odd values go to `problems`.
+    """Read `count` keys with their values; duplicates and invalid values go to `problems`.
 
     Raises:
-      InputError: what follows cannot be found any more.
+      InputError: the start of the next key is unknown.
     """
     if count > MAX_KEYS or count * _LEAST_KEY_BYTES > cursor.left_bytes:
         limit = min(MAX_KEYS, cursor.left_bytes // _LEAST_KEY_BYTES)
@@ -134,7 +134,7 @@ def _value(cursor: Cursor, code: int, identity: Identity, problems: Problems) ->
     if code == _ARRAY:
         return _array(cursor, identity)
     if code not in _SCALARS:
-        # Its size is unknown, so nothing after it can be found.
+        # Its size is unknown, so nothing after it can be located.
         raise cursor.error("unknown type of a value", expected="0 to 12", found=f"{code}")
     value = cursor.number(_LAYOUTS[code])
     if code == _BOOL:

@@ -1,4 +1,4 @@
-"""What GGUF calls the tensors of a dense decoder, and what Hugging Face calls them."""
+"""The names of a dense decoder's tensors in GGUF and in Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class GgufFamily:
       model_type: its name in config.json.
       architecture: the model class in config.json.
       pairs_neighbours: whether the rows of queries and keys are stored so that the rotary
-        embedding turns neighbours, where Hugging Face turns halves of a head.
-      head_norms: whether queries and keys are normalised in each head.
+        embedding rotates neighbours, where Hugging Face rotates halves of a head.
+      head_norms: whether queries and keys are normalised per head.
     """
 
     model_type: str
@@ -61,7 +61,7 @@ _EXPERT = re.compile(r"blk\.\d+\.(ffn_\w+_(exps|shexp|chexps)|ffn_gate_inp\w*|ff
 
 
 def hugging_face_name(name: str, family: GgufFamily) -> str | None:
-    """Translate the name of a tensor, or return None where the family has no such tensor."""
+    """Translate a tensor name, or return None if the family has no such tensor."""
     if name in _GLOBAL:
         return _GLOBAL[name]
     match = _BLOCK.fullmatch(name)
@@ -81,11 +81,11 @@ def known_names(family: GgufFamily) -> list[str]:
 
 
 def turned_projection(name: str) -> str | None:
-    """Return ``q`` or ``k`` where a Hugging Face name is a projection that rotary turns."""
+    """Return ``q`` or ``k`` if a Hugging Face name is a projection that is rotated."""
     match = re.search(r"\.self_attn\.([qk])_proj\.(weight|bias)$", name)
     return match.group(1) if match else None
 
 
 def first_expert(names: Iterable[str]) -> str | None:
-    """Return the name of a tensor that belongs to a mixture of experts, if there is one."""
+    """Return the name of a tensor that belongs to a mixture of experts, if any."""
     return next((name for name in names if _EXPERT.match(name)), None)

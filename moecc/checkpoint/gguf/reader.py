@@ -1,6 +1,6 @@
-"""Opens a GGUF file as if it were a Hugging Face folder: its names, its order of rows, its config.
+"""Open a GGUF file as a Hugging Face folder: with its names, row order and config.
 
-The blocks of quantised weights are turned into float32 when they are read, some rows at a time.
+Quantised blocks are dequantised to float32 when they are read, some rows at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class GgufFile:
     """A checkpoint in a GGUF file; see `moecc.checkpoint.source.Checkpoint`.
 
     Attributes:
-      metadata: the keys and values at the front of the file.
+      metadata: the metadata keys and values of the file.
     """
 
     format = "gguf"
@@ -66,10 +66,10 @@ class GgufFile:
         self._turned: tuple[dict[str, bytes], str | None] | None = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Return rows [start, stop) of the first axis of a tensor; safe to call from threads.
+        """Return rows [start, stop) of the first axis of a tensor; thread-safe.
 
         Raises:
-          InputError: no such tensor, or the file was cut, changed or replaced since it was opened.
+          InputError: no such tensor, or the file was truncated, changed or replaced since opening.
           MachineError: the system cannot read it, or the `gguf` package is missing.
           ValueError: rows beyond the tensor.
         """
@@ -85,9 +85,9 @@ class GgufFile:
         return np.ascontiguousarray(heads[start - first : stop - first])
 
     def companions(self) -> dict[str, Path | bytes]:
-        """Return the tokenizer and generation config, made from the metadata.
+        """Return the tokenizer and generation config, translated from the metadata.
 
-        Without a tokenizer there is nothing, and `remarks` says why.
+        Without a tokenizer the result is empty, and `remarks` has the reason.
 
         Raises:
           MachineError: the file cannot be read.
@@ -95,7 +95,7 @@ class GgufFile:
         return dict(self._tokenizer()[0])
 
     def remarks(self) -> list[str]:
-        """Say what is lost in this file, or could not be taken from it. Raises as `companions`."""
+        """Return notes on what this file lost or could not provide. Raises as `companions`."""
         remarks = []
         stored = Counter(info.storage for info in self.tensors.values() if info.storage)
         if stored:
@@ -107,7 +107,7 @@ class GgufFile:
         return remarks
 
     def licence(self) -> dict[str, str]:
-        """Return the licence that the metadata state."""
+        """Return the licence stated in the metadata."""
         found = self.metadata.get("general.license")
         return {"license": found} if isinstance(found, str) and found else {}
 
@@ -131,7 +131,7 @@ class GgufFile:
         self.close()
 
     def _stored(self, info: TensorInfo, start: int, stop: int) -> Array:
-        """Read rows in the order of the file."""
+        """Read rows in file order."""
         shape, skipped = rows_of(info, start, stop)
         raw = np.empty(shape[0] * (info.nbytes // info.shape[0]), np.uint8)
         if raw.size:
@@ -162,19 +162,19 @@ class GgufFile:
 def halves_from_neighbours(rows: Array, head_dim: int) -> Array:
     """Reorder the rows [heads x head_dim, ...] of a query or key projection.
 
-    In the file the rotary embedding turns row 2i of a head against row 2i + 1; Hugging Face turns
-    row i against row i + head_dim / 2.
+    In the file the rotary embedding rotates row 2i of a head with row 2i + 1; Hugging Face rotates
+    row i with row i + head_dim / 2.
     """
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
-    """Open a GGUF file; header and metadata are checked, and no weight is read.
+    """Open a GGUF file; header and metadata are checked, but no weight is read.
 
     Raises:
-      InputError: not a GGUF file, a faulty one, or a model that moecc cannot take; all problems.
-      MachineError: the system does not let us read it.
+      InputError: not a GGUF file, an invalid one, or an unsupported model; all problems.
+      MachineError: the system denies access.
     """
     header = read_gguf_header(Path(path))
     family = _family(header)
@@ -198,7 +198,7 @@ def _family(header: GgufHeader) -> GgufFamily:
     expert = first_expert(header.tensors)
     if not isinstance(architecture, str) or not architecture:
         raise InputError(
-            "the file does not say what architecture it has",
+            "the file does not state its architecture",
             where=f"{header.path}, metadata key 'general.architecture'",
             expected=f"one of {', '.join(GGUF_FAMILIES)}",
         )
@@ -209,12 +209,12 @@ def _family(header: GgufHeader) -> GgufFamily:
             where=str(header.path),
             expected="a dense model",
             found=f"{experts} experts" + (f", tensor {quoted(expert)}" if expert else ""),
-            hint="take the dense model that it was made from",
+            hint="use the dense model that it was made from",
         )
     if architecture in GGUF_FAMILIES:
         return GGUF_FAMILIES[architecture]
     raise InputError(
-        "moecc does not read this architecture",
+        "moecc does not support this architecture",
         where=f"{header.path}, metadata key 'general.architecture'",
         expected=f"one of {', '.join(GGUF_FAMILIES)}",
         found=printable(architecture[:100]),
@@ -232,14 +232,14 @@ def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[s
             names[name] = new
         elif name != ROPE_FACTORS:
             what = f"a dense {family.model_type} has no tensor {quoted(name)}"
-            # Looking for the nearest name takes longer than everything else.
+            # Suggesting the nearest name takes longer than everything else.
             hint = nearest(name[:100], known) if (guesses := guesses - 1) >= 0 else None
             problems.add(what, where=str(header.path), hint=hint)
     return names
 
 
 def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problems) -> Array | None:
-    """Read what the rotary frequencies are divided by: half a head of numbers."""
+    """Read the divisors of the rotary frequencies, ``[head_dim / 2]``."""
     stored = header.tensors.get(ROPE_FACTORS)
     if stored is None:
         return None
@@ -258,7 +258,7 @@ def _check_divisors(
 ) -> None:
     if divisors is not None and 2 * divisors.size != sizes.head_dim:
         problems.add(
-            "the divisors of the rotary frequencies do not fit a head",
+            "the number of divisors of the rotary frequencies does not match the head",
             where=f"{header.path}, tensor {ROPE_FACTORS!r}",
             expected=f"{sizes.head_dim / 2:g} for heads of width {sizes.head_dim}",
             found=f"{divisors.size}",
@@ -272,7 +272,7 @@ def _head_dims(
     sizes: Sizes,
     problems: Problems,
 ) -> dict[str, int]:
-    """Return the width of a head for the tensors whose rows are stored in another order."""
+    """Return the head width of the tensors whose rows are stored in another order."""
     if not family.pairs_neighbours:
         return {}
     head_dims = {}

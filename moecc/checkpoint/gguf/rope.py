@@ -1,4 +1,4 @@
-"""The rotary embedding of a GGUF file in the words of config.json.
+"""Translate the rotary embedding of a GGUF file to config.json.
 
 GGUF states the base period and a scaling by name, except for Llama 3's, of which only the
 resulting divisor of each frequency is stored, as the tensor ``rope_freqs.weight``.
@@ -14,7 +14,7 @@ from moecc.checkpoint.gguf.keys import Keys
 from moecc.types.arrays import Array, Doubles
 
 _LOW, _HIGH = 1.0, 4.0
-# What Llama 3.1 to 3.3 were trained with comes first.
+# The length that Llama 3.1 to 3.3 were trained with comes first.
 _OLD_LENGTHS = (8192, *(1 << power for power in range(9, 21) if power != 13))
 _TOLERANCE = 1e-5
 _YARN_DEFAULTS = {
@@ -28,9 +28,9 @@ _TYPES = ("none", "linear", "yarn")
 
 
 def read_rope(keys: Keys, context_length: int, divisors: Array | None) -> dict[str, object]:
-    """Return ``rope_theta`` and ``rope_scaling``; what cannot be said goes to the problems.
+    """Return ``rope_theta`` and ``rope_scaling``; what config.json cannot express is a problem.
 
-    `divisors` [head_dim / 2] is the content of ``rope_freqs.weight`` where there is one.
+    `divisors` [head_dim / 2] is the content of ``rope_freqs.weight`` if there is one.
     """
     theta = keys.number("rope.freq_base", 10_000.0)
     scaling = _stated(keys, context_length)
@@ -66,10 +66,10 @@ def _stated(keys: Keys, context_length: int) -> dict[str, object] | None:
 
 
 def _llama3(keys: Keys, theta: float, divisors: Array) -> dict[str, object] | None:
-    """Find the parameters that give these divisors.
+    """Find the parameters that yield these divisors.
 
-    Only the ratios of the old length to the two wavelength factors shape them, so with the
-    published factors 1 and 4 one length is left to find, and what is found is exact.
+    Only the ratios of the old length to the two wavelength factors determine them, so with the
+    published factors 1 and 4 only the length is unknown, and a solution is exact.
     """
     factor = float(divisors.max())
     usable = bool(np.all(np.isfinite(divisors)) and divisors.min() >= 1 and theta > 0)
@@ -84,7 +84,7 @@ def _llama3(keys: Keys, theta: float, divisors: Array) -> dict[str, object] | No
                 "original_max_position_embeddings": length,
             }
     keys.problems.add(
-        "the divisors of the rotary frequencies are none that config.json can say",
+        "config.json cannot express the divisors of the rotary frequencies",
         where=f"{keys.where}, tensor 'rope_freqs.weight'",
         expected="those of Llama 3, with low_freq_factor 1 and high_freq_factor 4",
         found=f"divisors from {divisors.min():g} to {divisors.max():g}",
@@ -93,7 +93,7 @@ def _llama3(keys: Keys, theta: float, divisors: Array) -> dict[str, object] | No
 
 
 def _llama3_divisors(theta: float, count: int, factor: float, length: int) -> Doubles:
-    """Return by what Llama 3.1 divides each of `count` frequencies."""
+    """Return the divisors that Llama 3.1 applies to each of `count` frequencies."""
     frequencies = theta ** (-np.arange(count) / count)
     turns = length * frequencies / (2 * math.pi)
     kept = np.clip((turns - _LOW) / (_HIGH - _LOW), 0.0, 1.0)

@@ -1,7 +1,7 @@
-"""How GGUF stores the elements of a tensor: plain, or in blocks of quantised ones.
+"""The storage types of GGUF: plain, or blocks of quantised elements.
 
 The numbers are those of `ggml_type` in ggml.h; sizes in bytes are those of the block structures
-in ggml-common.h.  moecc reads the types that `gguf.quants` can turn into float32 and that dense
+in ggml-common.h.  moecc supports the types that `gguf.quants` can dequantise and that dense
 models are published in.
 """
 
@@ -32,7 +32,7 @@ class Storage:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether a read has to turn blocks into float32."""
+        """Whether a read has to dequantise blocks."""
         return self.block > 1
 
 
@@ -83,6 +83,6 @@ _NOT_READ = {
 
 
 def storage_label(code: int) -> str:
-    """Name a storage type that moecc does not read."""
+    """Return the name of a storage type that moecc does not support."""
     name = _NOT_READ.get(code)
     return f"{name} (type {code})" if name else f"the unknown type {code}"

@@ -1,8 +1,8 @@
-"""Turns the vocabulary of a GGUF file into the tokenizer files of Hugging Face.
+"""Translate the vocabulary of a GGUF file to the tokenizer files of Hugging Face.
 
-GGUF keeps tokens, merges or scores, and a name for the rule that cuts text into words; the rule
-itself is in llama.cpp.  Here each name that moecc can vouch for is spelt out as the pre-tokenizer
-of a ``tokenizer.json``; for every other name there is no tokenizer rather than a nearly right one.
+GGUF stores tokens, merges or scores, and a name for the rule that cuts text into words; the rule
+itself is in llama.cpp.  Each name whose rule is known exactly is written as the pre-tokenizer
+of a ``tokenizer.json``; for every other name there is no tokenizer rather than an approximate one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _PRE_TOKENIZERS: Mapping[str, tuple[dict[str, object], ...]] = {
     "qwen2": _split(_QWEN2_WORDS),
     "tekken": _split(_TEKKEN_WORDS),
 }
-# A word that is a token as a whole is taken as one, whatever the merges would make of it.
+# A word that is itself a token is used directly, regardless of the merges.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _SPACE = "\u2581"
@@ -63,7 +63,7 @@ def tokenizer_files(
     """Return tokenizer.json, tokenizer_config.json and generation_config.json.
 
     Raises:
-      InputError: why there can be none.
+      InputError: the reason if there can be none.
       MachineError: the file cannot be read.
     """
     vocabulary = read_vocabulary(metadata, rows)
@@ -143,10 +143,10 @@ _MODEL = {
 
 
 def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Return every pair of pieces that makes a piece, the best score first.
+    """Return every pair of pieces whose concatenation is a piece, the best score first.
 
-    SentencePiece merges the two neighbours that make the piece with the best score (Kudo and
-    Richardson 1808.06226, §3.1), which is what merges ranked by that score do.
+    SentencePiece merges the two neighbours that yield the piece with the best score (Kudo and
+    Richardson 1808.06226, §3.1), which is equivalent to merges ranked by that score.
     """
     columns = zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True)
     scores = {token: score for token, score, kind in columns if kind == NORMAL}
@@ -169,7 +169,7 @@ def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 
 def _frame(vocabulary: Vocabulary) -> dict[str, object]:
-    """Return what does not depend on the kind of the tokenizer."""
+    """Return the parts that do not depend on the kind of tokenizer."""
     added = [
         {
             "id": number,
@@ -193,7 +193,7 @@ def _frame(vocabulary: Vocabulary) -> dict[str, object]:
 
 
 def _template(vocabulary: Vocabulary) -> dict[str, object] | None:
-    """Return the post-processor that puts the first and last token around a text."""
+    """Return the post-processor that adds the first and last token to a text."""
     special = vocabulary.special
     first = [special["bos"]] if vocabulary.adds_bos and "bos" in special else []
     last = [special["eos"]] if vocabulary.adds_eos and "eos" in special else []
@@ -240,7 +240,7 @@ def _tokenizer_config(
 
 
 def _chat_template(metadata: Mapping[str, Value]) -> str | list[dict[str, str]] | None:
-    """Return the template, or the list of named ones where there are several."""
+    """Return the template, or the list of named ones if there are several."""
     start = "tokenizer.chat_template"
     named = [
         {"name": key[len(start) + 1 :], "template": value}

@@ -1,4 +1,4 @@
-"""The vocabulary in a GGUF file's metadata, read and checked before anything is made of it."""
+"""The vocabulary in a GGUF file's metadata, read and checked before use."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moecc.checkpoint.problems import quoted
 from moecc.errors import InputError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""The types of a token, as llama.cpp numbers them."""
+"""The types of a token, as numbered by llama.cpp."""
 
 _PREFIX = "tokenizer.ggml."
-# What llama.cpp assumes where a file is silent, by the model of the tokenizer.
+# llama.cpp's defaults for missing keys, by the model of the tokenizer.
 _SPECIAL_DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "llama": {"bos": 1, "eos": 2, "unknown": 0},
     "gpt2": {},
@@ -33,7 +33,7 @@ class Vocabulary:
       types: the type of each id, `NORMAL` to `BYTE`.
       scores: the score of each id, for ``llama``.
       merges: pairs that merge, most urgent first, for ``gpt2``.
-      special: ids by ``bos``, ``eos``, ``unknown`` and ``padding``, where the file has them.
+      special: ids by ``bos``, ``eos``, ``unknown`` and ``padding``, as far as the file has them.
       ends: every id that ends a text or a turn, the end of the text first.
       adds_bos: whether a text begins with the id of ``bos``.
       adds_eos: whether a text ends with the id of ``eos``.
@@ -53,7 +53,7 @@ class Vocabulary:
     adds_space: bool
 
     def index(self) -> dict[str, int]:
-        """Return the id of each token, without the fillers of the embedding."""
+        """Return the id of each token, without the padding rows of the embedding."""
         return {
             token: number
             for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
@@ -62,10 +62,10 @@ class Vocabulary:
 
 
 def read_vocabulary(metadata: Mapping[str, Value], rows: int) -> Vocabulary:
-    """Read the vocabulary of a model whose embedding has `rows`.
+    """Read the vocabulary of a model whose embedding has `rows` rows.
 
     Raises:
-      InputError: the first thing that makes it unusable.
+      InputError: the first error that makes it unusable.
       MachineError: the file cannot be read.
     """
     model = _text(metadata, "model")
@@ -135,7 +135,7 @@ def _merges(metadata: Mapping[str, Value], tokens: set[str]) -> list[tuple[str, 
         left, space, right = line.partition(" ")
         if not space or not {left, right, left + right} <= tokens:
             expected = "two tokens with a space between, which together are a token"
-            raise _unusable("merges", "a merge that cannot be", expected, quoted(line))
+            raise _unusable("merges", "not a valid merge", expected, quoted(line))
         merges.append((left, right))
     return merges
 
@@ -144,7 +144,7 @@ def _text(metadata: Mapping[str, Value], name: str) -> str:
     value = metadata.get(_PREFIX + name)
     if isinstance(value, str):
         return value
-    what = "the file does not say this" if value is None else "not a string"
+    what = "the file does not state this" if value is None else "not a string"
     raise _unusable(name, what, "a string", shown(value))
 
 

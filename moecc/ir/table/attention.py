@@ -30,13 +30,13 @@ def _infer_rope(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, 
         raise InputError("rotary tables have an even number of entries", found=str(attrs["size"]))
     for rule, holds in _scaling_rules(attrs):
         if not holds:
-            raise InputError(f"rope scaling {attrs['scaling']} cannot be computed", expected=rule)
+            raise InputError(f"rope scaling {attrs['scaling']} is not defined", expected=rule)
     axes = no_duplicates((*positions.axes, Axis(attrs["axis"], attrs["size"])))
     return (TensorType(F32, axes), TensorType(F32, axes))
 
 
 def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
-    """Yield what must hold of the attributes of ``rope``, and whether it does."""
+    """Yield the conditions on the attributes of ``rope``, and whether each holds."""
     kind, theta = attrs["scaling"], attrs["theta"]
     least = 1 if kind == "yarn" else 0
     yield f"theta above {least}", least < theta < math.inf
@@ -55,7 +55,7 @@ def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
 
 
 def _mixes_positions(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
-    # Dynamic scaling looks at the largest position of all.
+    # Dynamic scaling reads the largest position of all.
     return operands[0].type.names if attrs["scaling"] == "dynamic" else ()
 
 
@@ -172,7 +172,7 @@ def _infer_relative_buckets(operands: Sequence[Operand], attrs: Attrs) -> tuple[
         raise InputError("too few buckets, or an odd number", expected=expected, found=str(buckets))
     if not buckets // directions // 2 < attrs["max_distance"] <= MOST_DISTANCE:
         expected = f"more than {buckets // directions // 2}, at most {MOST_DISTANCE}"
-        what = "max_distance does not suit the buckets"
+        what = "max_distance is out of range for the buckets"
         raise InputError(what, expected=expected, found=str(attrs["max_distance"]))
     return (TensorType(I32, no_duplicates((*query.axes, *key.axes))),)
 
@@ -190,9 +190,9 @@ register(
         ("query", "key"),
         _infer_relative_buckets,
         attrs={
-            "bidirectional": Attr("bool", doc="whether keys ahead of the query are told apart"),
+            "bidirectional": Attr("bool", doc="whether keys ahead have buckets of their own"),
             "buckets": Attr("int", 32, doc="the number of buckets, of both directions together"),
-            "max_distance": Attr("int", 128, doc="from where on all distances are one bucket"),
+            "max_distance": Attr("int", 128, doc="the distance from which on all share one bucket"),
         },
         sharding=by_name,
     )

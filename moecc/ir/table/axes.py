@@ -50,7 +50,7 @@ def _infer_split(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType,
     whole = prod(s for s in sizes if isinstance(s, int))
     if not all(isinstance(s, int) for s in sizes) or whole != old.size:
         raise InputError(
-            f"the axis {old.name!r} does not split so",
+            f"the axis {old.name!r} cannot be split into these sizes",
             expected=f"sizes whose product is {old.size}",
             found=", ".join(map(str, into)),
         )

@@ -1,6 +1,6 @@
-"""Bounded receive buffers: which rows a device has room for, where an exchange may lose some.
+"""Bounded receive buffers: which rows fit on a device, where an exchange may drop some.
 
-The exchange itself stays the identity: what has no room is not placed at all.
+The exchange itself stays the identity: a row without room gets no slot at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def buffer_rows(attrs: Attrs, tokens: int, choices: int) -> int:
-    """Return the rows that a device has room for: its share of the choices times the factor.
+    """Return the rows that fit on a device: its share of the choices times the factor.
 
     Args:
       attrs: of a ``within_buffer`` node.
@@ -78,7 +78,7 @@ def _check_placement(tokens: tuple[str, ...], counts: TensorType) -> None:
     mesh = counts["group"].mesh
     if counts["expert"].mesh or counts.unreduced or tokens[: len(mesh)] != mesh:
         raise InputError(
-            "the counts do not lie so that a device knows those of its peers",
+            "the counts are not sharded so that a device knows those of its peers",
             expected=f"group on the outermost of {'*'.join(tokens) or 'no mesh axis'}",
             found=str(counts),
             hint="all_gather them over the mesh axes of the exchange",
@@ -95,8 +95,8 @@ register(
         "within_buffer",
         """Which choices have a slot and room in the buffer of the device that has their expert.
 
-        Experts lie in `parts` equal runs, one a device, and groups in `blocks` equal runs that
-        exchange rows among themselves.  A device has room for `factor` times its share of the
+        Experts are cut into `parts` equal runs, one a device, and groups into `blocks` equal runs
+        that exchange rows among themselves.  A device has room for `factor` times its share of the
         choices of a block, rounded up; rows arrive by group, then expert, then slot, and what
         arrives later is left out.  counts says how many slots of each group and expert are taken.
         As `keep` of an ``assign_slots`` the result leaves the other slots as they are.""",

@@ -1,4 +1,4 @@
-"""Chunks: a value in pieces, each of which every device has a part of, and together again.
+"""Chunks: split a value into chunks of which every device has a shard, and join them again.
 
 Work on one chunk may overlap with sending another.
 """
@@ -26,13 +26,13 @@ def _whole(type: TensorType, attrs: Attrs, pieces: int) -> tuple[Axis, int]:
     """Return the axis of `type` and its size, which `pieces` divide.
 
     Raises:
-      InputError: they do not, or the size is not known.
+      InputError: they do not, or the size is not fixed.
     """
     axis = axis_of(type, attrs["axis"])
     no_ragged(type, (axis.name,), "cannot cut")
     if pieces < 1 or not isinstance(axis.size, int) or axis.size % pieces:
         raise InputError(
-            f"the axis {axis.name!r} has no such chunks",
+            f"the axis {axis.name!r} cannot be cut into these chunks",
             expected=f"a known size, a multiple of {pieces}",
             found=str(axis),
         )
@@ -88,7 +88,7 @@ def _infer_join(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, 
     for value in operands[1:]:
         if value.type != first:
             raise InputError(
-                "chunks that are joined are of one type", expected=str(first), found=str(value.type)
+                "joined chunks must have one type", expected=str(first), found=str(value.type)
             )
     axis, size = _whole(first, attrs, attrs["parts"])
     return (_resized(first, axis, size * len(operands)),)

@@ -1,8 +1,8 @@
-"""A body that is repeated, and what goes with it: stacking values, and picking one of a stack.
+"""Repetition: ``scan`` and its body, stacking values, and picking from a stack.
 
-``scan`` is the only operation with a region.  The body is a graph of its own, closed: what it uses
-of the graph around it comes in as an operand, so use lists, rewrites and dead-code elimination see
-all there is to see without looking inside.
+``scan`` is the only operation with a region.  The body is a closed graph: what it uses of the
+enclosing graph is an operand of the scan, so use lists, rewrites and dead-code elimination see
+every use without looking inside.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moecc.ir.graph import Graph, Node, Value
 
 REMATERIALISATION = ("none", "full", "save")
-"""What is kept of a repetition for the gradient: everything, its operands, or named values."""
+"""What a repetition keeps for the gradient: everything, its operands, or named values."""
 
 
 def _infer_stack(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
@@ -30,15 +30,15 @@ def _infer_stack(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType,
     for value in operands:
         if value.type != first:
             raise InputError(
-                "only values of one type are stacked", expected=str(first), found=str(value.type)
+                "stacked values must have one type", expected=str(first), found=str(value.type)
             )
     if first.extents:
-        raise InputError("values whose sizes a place sets are not stacked", found=str(first))
+        raise InputError("values with extents cannot be stacked", found=str(first))
     return (stacked(first, Axis(attrs["axis"], len(operands))),)
 
 
 def stacked(type: TensorType, axis: Axis) -> TensorType:
-    """Return `type` with `axis` in front. Raises: InputError where it has one of that name."""
+    """Return `type` with `axis` in front. Raises: InputError where that name is taken."""
     if axis.name in type:
         raise InputError(f"there is an axis {axis.name!r} already", found=str(type))
     return type.with_axes((axis, *type.axes))
@@ -86,7 +86,7 @@ register(
 
 
 def stacked_parts(value: Value, axis: str) -> list[Value] | None:
-    """Return what `value` stacks along `axis`, or None where it is no stack."""
+    """Return the values that `value` stacks along `axis`, or None if it is no stack."""
     node = value.node
     if node is None or node.op.name != "stack" or node.attrs["axis"] != axis:
         return None
@@ -132,12 +132,12 @@ def _about_body(body: Graph, carries: int) -> list[Problem]:
     found = []
     more = [*(f"param %{n}" for n in body.params), *(n for n in body.attrs if n != MESH)]
     if more:
-        what = "a body has inputs, nodes and outputs, and nothing else"
+        what = "a body contains only inputs, nodes and outputs"
         found.append(Problem(what, found=", ".join(more)))
     if len(body.output_names) < max(carries, 1):
         found.append(
             Problem(
-                "a body returns its carries, and something at all",
+                "a body returns its carries, and at least one value",
                 expected=f"{max(carries, 1)} outputs",
                 found=str(len(body.output_names)),
             )
@@ -150,7 +150,7 @@ def _about_body(body: Graph, carries: int) -> list[Problem]:
         if value.type.extents
     ]
     if open_types:
-        what = "sizes that a place sets do not go in or out of a body"
+        what = "values with extents cannot enter or leave a body"
         found.append(Problem(what, found=", ".join(open_types)))
     return found
 
@@ -165,7 +165,7 @@ def _about_operands(
         if axis.name not in given[at] or given[at][axis.name].size != axis.size:
             return [
                 Problem(
-                    f"operand {at} is stacked, and has no axis {axis}",
+                    f"operand {at} is stacked and has no axis {axis}",
                     found=repr(operands[at]),
                 )
             ]
@@ -175,7 +175,7 @@ def _about_operands(
         found.append(_differing("the inputs of the body are not its operands", given, wanted))
     made = [v.type for v in body.terminator.operands[:carries]]
     if made != given[: len(made)]:
-        what = "a carry comes out of the body as another type than it goes in"
+        what = "a carry leaves the body with another type than it enters with"
         found.append(_differing(what, given[: len(made)], made))
     return found
 
@@ -188,7 +188,7 @@ def _differing(what: str, wanted: list[TensorType], found: list[TensorType]) -> 
 
 
 def _mixes_all(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
-    # A body may do anything, so a scan is taken to mix whatever axes come in.
+    # The body may contain anything, so a scan counts as mixing all axes of its operands.
     return tuple(dict.fromkeys(n for v in operands for n in v.type.names))
 
 

@@ -1,7 +1,7 @@
 """Routing as plain tensors: the experts and gates of each token, and which of them are kept.
 
 ``route`` picks experts and gates, ``keep_choices`` is the policy for all but the first, and
-``hash_experts`` knows the expert from the token alone.  What gets a slot stands in ``placing``.
+``hash_experts`` knows the expert from the token alone.  `moecc.ir.table.slots` assigns slots.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moecc.types.dtypes import I32, PRED
 from moecc.types.tensor import Axis, TensorType
 
 POLICIES = ("all", "none", "threshold", "random")
-"""What may happen to choices after the first (ST-MoE, Appendix G)."""
+"""Policies for choices after the first (ST-MoE, Appendix G)."""
 
 
 _SPELLED = "\n".join(f"{row.name}: {row.doc}." for row in CONVENTIONS)
@@ -35,7 +35,9 @@ def _infer_route(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType,
     k = attrs["top_k"]
     if k < 1 or (isinstance(expert.size, int) and k > expert.size):
         raise InputError(
-            "top_k does not suit the experts", expected=f"1 <= top_k <= {expert.size}", found=str(k)
+            "top_k is out of range for the experts",
+            expected=f"1 <= top_k <= {expert.size}",
+            found=str(k),
         )
     most = convention(attrs["gates"]).max_top_k
     if most is not None and k > most:
@@ -102,12 +104,12 @@ def _infer_keep(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, 
     count = 2 if attrs["policy"] == "random" else 1
     if len(operands) != count:
         raise InputError(
-            "keep_choices takes uniform numbers with policy=random, and without it none",
+            "keep_choices takes uniform numbers exactly with policy=random",
             expected="%gates, %uniform" if count == 2 else "%gates",
             found=", ".join(f"%{v.name}" for v in operands),
         )
     if not 0 <= attrs["threshold"] < inf:
-        raise InputError("the threshold is not negative", found=str(attrs["threshold"]))
+        raise InputError("the threshold must not be negative", found=str(attrs["threshold"]))
     for uniform in operands[1:]:
         need_float(uniform.type, "the uniform numbers")
         if set(uniform.type.names) != set(gates.names):
@@ -150,7 +152,7 @@ def _infer_hash(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, 
     need_kind(ids, "int", "the token ids")
     if not 1 <= attrs["top_k"] <= attrs["experts"]:
         raise InputError(
-            "top_k does not suit the experts",
+            "top_k is out of range for the experts",
             expected=f"1 <= top_k <= {attrs['experts']}",
             found=str(attrs["top_k"]),
         )

@@ -91,7 +91,7 @@ def widest(types: Sequence[TensorType]) -> TensorType:
 
 
 def elementwise(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    """Infer the type of an elementwise operation: that of the operand with all the axes."""
+    """Infer the type of an elementwise operation: the operand type with all the axes."""
     first = operands[0].type
     if all(v.type is first for v in operands):
         return (first,)
@@ -101,7 +101,7 @@ def elementwise(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, 
 
 
 def arithmetic(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    """Infer an elementwise type, of operands that are numbers."""
+    """Infer an elementwise type of numeric operands."""
     for v in operands:
         if v.type.dtype.kind not in ("float", "int"):
             raise InputError("arithmetic needs numbers", found=str(v.type))
@@ -109,7 +109,7 @@ def arithmetic(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, .
 
 
 def float_elementwise(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    """Infer an elementwise type, of floating-point operands."""
+    """Infer an elementwise type of floating-point operands."""
     for v in operands:
         need_float(v.type)
     return elementwise(operands, attrs)
@@ -124,7 +124,7 @@ def no_duplicates(axes: Iterable[Axis]) -> tuple[Axis, ...]:
     """Return `axes`.
 
     Raises:
-      InputError: two of them have one name.
+      InputError: two of them have the same name.
     """
     result = tuple(axes)
     names = [a.name for a in result]
@@ -139,14 +139,14 @@ def no_duplicates(axes: Iterable[Axis]) -> tuple[Axis, ...]:
 
 
 EXTENT_AXES = ("group", "expert")
-"""The axes that each element of an extent stands for."""
+"""The axes over which each kind of extent varies."""
 
 
 def no_ragged(type: TensorType, names: Iterable[str], what: str) -> None:
-    """Raise InputError if the rows of `type` are ragged and one of the axes `names` sets which.
+    """Raise InputError if `type` is ragged and its extents depend on one of the axes `names`.
 
-    Rows beyond an extent are not there, so nothing may mix along them, nor along the axes on
-    which the extents depend: the same slot of two experts may be there in one of them only.
+    Rows beyond an extent do not exist, so nothing may mix along them, nor along the axes on
+    which the extents depend: the same slot of two experts may exist for one of them only.
     """
     ragged = type.ragged
     if ragged is None:

@@ -1,7 +1,7 @@
-"""Slots: who gets one at which expert, and the exchange of rows between tokens and slots.
+"""Slots: which choice gets one at which expert, and the movement of rows between tokens and slots.
 
-``assign_slots`` gives slots to what tokens have chosen, ``expert_choice`` lets experts choose
-tokens; both say for every choice of every token its slot, or −1, so that ``dispatch`` and
+``assign_slots`` assigns slots to the choices of tokens, ``expert_choice`` lets experts choose
+tokens; both return the slot of every choice of every token, or −1, so that ``dispatch`` and
 ``combine`` are the same for both.
 """
 
@@ -43,7 +43,7 @@ _ROUNDED = {
 
 
 def operands_by_word(operands: Sequence[V], attrs: Attrs) -> dict[str, V]:
-    """Return what a node with an attribute ``using`` is given beyond its first operand, by word.
+    """Return the operands after the first of a node with an attribute ``using``, by word.
 
     Raises:
       InputError: there are more or fewer operands than words.
@@ -68,9 +68,9 @@ def _check_counts(attrs: Attrs) -> None:
             raise InputError(f"{name} must be at least {least}", found=str(attrs[name]))
     if attrs["group_size"] and attrs["groups"] != 1:
         raise InputError(
-            "groups are given by their number or by their size",
+            "groups are defined by their number or by their size",
             found=f"groups={attrs['groups']}, group_size={attrs['group_size']}",
-            hint="leave one of them out",
+            hint="omit one of them",
         )
     if attrs["slots"] == "capacity" and not 0 < attrs["capacity_factor"] < inf:
         raise InputError(
@@ -248,9 +248,9 @@ _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {"floor": floor, "round": rou
 
 
 def capacity(attrs: Attrs, tokens: int, choices: int) -> int:
-    """Return the slots that an ``assign_slots`` with `attrs` gives each expert in a group.
+    """Return the capacity of each expert in a group under an ``assign_slots`` with `attrs`.
 
-    The factor counts as the decimal number that is written, not as the float nearest to it, so
+    The factor is taken as the decimal number that was written, not as the float nearest to it, so
     that 0.7 · 10 tokens are 7 slots everywhere.
 
     Args:
@@ -288,23 +288,23 @@ def group_count(attrs: Attrs, tokens: int) -> int:
 
 
 def is_slots(value: Operand) -> bool:
-    """Return whether `value` is the slots of choices, which set the extents of rows."""
+    """Return whether `value` holds the slots of choices, which set the extents of rows."""
     node = value.node
     return node is not None and node.op.assigns_slots and value is node.results[-1]
 
 
 def assigner(value: Operand) -> Node:
-    """Return the node that gives the slots `value`: an ``assign_slots`` or an ``expert_choice``.
+    """Return the node that assigns `value`: an ``assign_slots`` or an ``expert_choice``.
 
     Raises:
-      InputError: something else defines it.
+      InputError: another operation defines it.
     """
     node = value.node
     if not isinstance(node, Node) or not is_slots(value):
         raise InputError(
             "slots come from assign_slots or expert_choice",
             found=f"%{value.name} : {value.type}",
-            hint="place the experts first",
+            hint="assign slots to the experts first",
         )
     return node
 
@@ -315,7 +315,7 @@ def _assignment(slots: Operand) -> Attrs:
 
 
 def slot_axes(slots: Operand) -> tuple[Axis, Axis, Axis]:
-    """Return the axes group, expert and slot that rows have between dispatch and combine."""
+    """Return the axes group, expert and slot of rows between dispatch and combine."""
     attrs = _assignment(slots)
     return (
         group_axis(slots),
@@ -325,13 +325,13 @@ def slot_axes(slots: Operand) -> tuple[Axis, Axis, Axis]:
 
 
 def group_axis(slots: Operand) -> Axis:
-    """Return the axis of the token groups that `place` counts in."""
+    """Return the axis of the token groups that `slots` are counted in."""
     attrs = _assignment(slots)
     return Axis("group", Extent("groups", slots) if attrs["group_size"] else attrs["groups"])
 
 
 def experts_of(slots: Operand) -> Value:
-    """Return the experts to which `place` gives slots: what was placed, or what was chosen."""
+    """Return the experts to which `slots` belong: the choices of tokens, or of experts."""
     node = assigner(slots)
     return node.results[0] if node.op.chooses else node.operands[0]
 
@@ -397,7 +397,7 @@ def _infer_combine(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorTyp
 
 
 def _mixes_rows(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
-    # The place of a token says in which group its rows are.
+    # The position of a token determines the group of its rows.
     return ("group", "expert", "slot", *_assignment(operands[2])["tokens"])
 
 
@@ -440,4 +440,4 @@ register(
 )
 
 SLOT_ASSIGNERS = tuple(name for name, entry in OPS.items() if entry.assigns_slots)
-"""The operations that give slots; the last result is the slot of each choice."""
+"""The operations that assign slots; the last result holds the slot of each choice."""

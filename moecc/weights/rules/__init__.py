@@ -1,1 +1,1 @@
-"""The rules of the simplifier: each returns a simpler expression, or None where it does not fit."""
+"""The rules of the simplifier: each returns a simpler expression, or None if it does not apply."""

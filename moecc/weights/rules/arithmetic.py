@@ -1,4 +1,4 @@
-"""Rules for the nodes that compute: only such as no rounding notices."""
+"""Rules for arithmetic nodes: only those that rounding cannot distinguish."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moecc.weights.rounding import is_lossless, round_to, widen
 
 
 def under_movement(e: Scale | Cast) -> Expr | None:
-    """Compute before the data are copied or get other axes."""
+    """Compute before data are copied or axes change."""
     x = e.x
     if not isinstance(x, Tile | Permute | Rename | Split | Merge):
         return None
@@ -22,7 +22,7 @@ def under_movement(e: Scale | Cast) -> Expr | None:
 
 
 def drop_widening(e: Scale | Add | Mul | Moment) -> Expr | None:
-    """Leave it to the arithmetic to widen an operand."""
+    """Drop a cast that widens an operand, which arithmetic does anyway."""
     made = e.with_operands(*map(_narrow, e.operands))
     return made if made is not e and made.type == e.type else None
 
@@ -32,7 +32,7 @@ def _narrow(x: Expr) -> Expr:
 
 
 def fold_numbers(e: Scale | Cast | Add | Mul) -> Expr | None:
-    """Compute with values that are the same everywhere."""
+    """Fold operations on constant tensors."""
     if not all(isinstance(x, Full) for x in e.operands):
         return None
     values = [_value(x) for x in e.operands if isinstance(x, Full)]
@@ -56,14 +56,14 @@ def _computed(e: Scale | Cast | Add | Mul, values: list[Array]) -> Array:
 
 
 def scale_by_one(e: Scale) -> Expr | None:
-    """Widen, where the factor changes nothing."""
+    """Widen, if the factor is 1."""
     return Cast(e.x, e.type.dtype) if e.factor == 1.0 else None
 
 
 def scale_of_scale(e: Scale) -> Expr | None:
     """Scale once, where the first factor is a power of two of at least 1.
 
-    Multiplying by it is exact, or overflows, which is an error.  A smaller one may round a
+    Multiplying by it is exact, or overflows, which is an error.  A smaller factor may round a
     subnormal.
     """
     inner = e.x
@@ -76,7 +76,7 @@ def scale_of_scale(e: Scale) -> Expr | None:
 
 
 def _rounded(factor: float, e: Scale) -> float:
-    """Return a factor as the arithmetic sees it."""
+    """Return a factor rounded to the type of the arithmetic."""
     with np.errstate(over="ignore"):
         return float(e.type.dtype.numpy.type(factor))
 
@@ -87,7 +87,7 @@ def drop_cast(e: Cast) -> Expr | None:
 
 
 def cast_of_cast(e: Cast) -> Expr | None:
-    """Cast once, where the first cast loses nothing."""
+    """Cast once, if the first cast is lossless."""
     inner = e.x
     if not isinstance(inner, Cast) or not is_lossless(inner.x.type.dtype, inner.dtype):
         return None
@@ -95,7 +95,7 @@ def cast_of_cast(e: Cast) -> Expr | None:
 
 
 def mul_by_full(e: Mul) -> Expr | None:
-    """Scale by what is the same everywhere."""
+    """Scale by a constant tensor."""
     for x, full in ((e.a, e.b), (e.b, e.a)):
         if isinstance(full, Full):
             made = Scale(x, float(_value(full)))
@@ -105,7 +105,7 @@ def mul_by_full(e: Mul) -> Expr | None:
 
 
 def select_constant(e: Select) -> Expr | None:
-    """Take the choice that is taken everywhere."""
+    """Select the branch of a constant mask."""
     chosen = e.a if e.a is e.b else None
     if isinstance(e.mask, Full):
         chosen = e.a if e.mask.value else e.b
@@ -115,7 +115,7 @@ def select_constant(e: Select) -> Expr | None:
 
 
 def moment_of_all(e: Moment) -> Expr | None:
-    """Drop a mask that holds everywhere."""
+    """Drop a constant true mask."""
     if isinstance(e.mask, Full) and e.mask.value:
         return Moment(e.kind, e.x, None, e.keep)
     return None

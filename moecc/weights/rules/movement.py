@@ -22,7 +22,7 @@ from moecc.weights.rules.views import renamed
 
 
 def fold_full(e: Tile | Split | Merge | Permute) -> Expr | None:
-    """Fill the result at once."""
+    """Create the constant tensor with the result type."""
     return Full(e.x.value, e.type) if isinstance(e.x, Full) else None
 
 
@@ -38,14 +38,14 @@ def rename_over_tile(e: Tile) -> Expr | None:
 
 
 def same_operands(e: Stack) -> Expr | None:
-    """Tile what is stacked with itself."""
+    """Tile instead of stacking equal operands."""
     if any(x is not e.xs[0] for x in e.xs):
         return None
     return Tile(e.xs[0], e.axis, len(e.xs), e.position)
 
 
 def stack_of_indices(e: Stack) -> Expr | None:
-    """Take a slice for a stack of its positions, one after the other."""
+    """Slice instead of stacking consecutive positions."""
     first = e.xs[0]
     if not isinstance(first, Index):
         return None
@@ -63,7 +63,7 @@ def _index_at(e: Index, at: int) -> Expr | None:
 
 
 def same_fulls(e: Concat) -> Expr | None:
-    """Fill the result at once."""
+    """Create the constant tensor with the result type."""
     if not all(isinstance(x, Full) for x in e.xs):
         return None
     values = {x.value.hex() for x in e.xs if isinstance(x, Full)}
@@ -71,7 +71,7 @@ def same_fulls(e: Concat) -> Expr | None:
 
 
 def flatten_concat(e: Concat) -> Expr | None:
-    """Concatenate the parts of parts; one part is the whole."""
+    """Flatten nested concatenations; one operand is returned as it is."""
     if len(e.xs) == 1:
         return e.xs[0]
     parts: list[Expr] = []
@@ -81,7 +81,7 @@ def flatten_concat(e: Concat) -> Expr | None:
 
 
 def concat_of_slices(e: Concat) -> Expr | None:
-    """Join slices of one expression that follow on one another."""
+    """Join consecutive slices of one expression."""
     parts = [e.xs[0]]
     for x in e.xs[1:]:
         last = parts[-1]
@@ -102,7 +102,7 @@ def concat_of_slices(e: Concat) -> Expr | None:
 
 
 def trivial_split(e: Split) -> Expr | None:
-    """Rename for a split into one axis."""
+    """Rename instead of splitting into one axis."""
     return renamed(e.x, e.axis, e.into[0][0]) if len(e.into) == 1 else None
 
 
@@ -116,7 +116,7 @@ def split_of_split(e: Split) -> Expr | None:
 
 
 def split_of_merge(e: Split) -> Expr | None:
-    """Undo a merge of axes of the sizes that are wanted."""
+    """Undo a merge of axes of the requested sizes."""
     inner = e.x
     if not isinstance(inner, Merge) or e.axis != inner.into:
         return None
@@ -127,7 +127,7 @@ def split_of_merge(e: Split) -> Expr | None:
 
 
 def split_of_rename(e: Split) -> Expr | None:
-    """Split under the first name."""
+    """Split under the original name."""
     inner = e.x
     if not isinstance(inner, Rename) or e.axis != inner.new:
         return None
@@ -135,7 +135,7 @@ def split_of_rename(e: Split) -> Expr | None:
 
 
 def trivial_merge(e: Merge) -> Expr | None:
-    """Rename for a merge of one axis."""
+    """Rename instead of merging one axis."""
     return renamed(e.x, e.axes[0], e.into) if len(e.axes) == 1 else None
 
 
@@ -161,7 +161,7 @@ def merge_of_merge(e: Merge) -> Expr | None:
 
 
 def merge_of_rename(e: Merge) -> Expr | None:
-    """Merge under the first name."""
+    """Merge under the original names."""
     inner = e.x
     if not isinstance(inner, Rename) or inner.new not in e.axes:
         return None
@@ -178,7 +178,7 @@ def drop_rename(e: Rename) -> Expr | None:
 
 
 def absorb_rename(e: Rename) -> Expr | None:
-    """Give the axis its name where it is made."""
+    """Name the axis where it is created."""
     x = e.x
     if isinstance(x, Tile) and x.axis == e.old:
         return Tile(x.x, e.new, x.size, x.position)
@@ -192,7 +192,7 @@ def absorb_rename(e: Rename) -> Expr | None:
 
 
 def _retyped(x: Expr, type: TensorType, old: str, new: str) -> Expr | None:
-    """Rename an axis of a leaf that does not come from the checkpoint."""
+    """Rename an axis of a leaf that is not a checkpoint tensor."""
     if isinstance(x, Full):
         return Full(x.value, type)
     if isinstance(x, Normal):
@@ -217,7 +217,7 @@ def chain_of_renames(e: Rename) -> Expr | None:
 
 
 def rename_all(x: Expr, names: tuple[str, ...]) -> Expr:
-    """Return `x` with its axes named `names`, by as few renames as that takes."""
+    """Return `x` with its axes named `names`, with as few renames as possible."""
     pending = [(old, new) for old, new in zip(x.type.names, names, strict=True) if old != new]
     while pending:
         free = next((pair for pair in pending if pair[1] not in x.type), None)
@@ -225,7 +225,7 @@ def rename_all(x: Expr, names: tuple[str, ...]) -> Expr:
             x = Rename(x, *free)
             pending.remove(free)
             continue
-        # The names change places in a ring: one of them steps aside.
+        # The names form a cycle: one of them gets a temporary name.
         old, new = pending.pop(0)
         aside = next(name for i in count() if (name := f"aside{i}") not in {*x.type.names, *names})
         x = Rename(x, old, aside)

@@ -1,4 +1,4 @@
-"""Index and slice: down to the tensors and the random streams."""
+"""Rules that push index and slice down to the tensors and the random streams."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ View = Index | Slice
 
 
 def drop_slice(e: Slice) -> Expr | None:
-    """Drop a slice of everything."""
+    """Drop a slice of all positions."""
     return e.x if e.type == e.x.type else None
 
 
 def push_index(e: Index) -> Expr | None:
-    """Move an index below the node that it stands on."""
+    """Move an index below its operand."""
     push = _PUSH_INDEX.get(e.x.__class__)
     return push(e, e.x) if push else None
 
 
 def push_slice(e: Slice) -> Expr | None:
-    """Move a slice below the node that it stands on."""
+    """Move a slice below its operand."""
     push = _PUSH_SLICE.get(e.x.__class__)
     return push(e, e.x) if push else None
 
 
 def reorder(e: View, simplify: Callable[[Expr], Expr]) -> Expr | None:
-    """Bring views of several axes into one order: slices first, each in the order of the axes.
+    """Order views of several axes: slices first, each in the order of the axes.
 
-    Where the outer view can go further down than the inner one, which `simplify` shows, it does so.
+    The outer view is pushed instead if it can go deeper than the inner one, as `simplify` shows.
     """
     inner = e.x
     if not isinstance(inner, View) or inner.axis == e.axis:
@@ -64,24 +64,24 @@ def _order(e: View) -> tuple[bool, int]:
 
 
 def _again(e: View, x: Expr) -> Expr:
-    """Return the view `e` of `x`, or `x` where it has no such axis."""
+    """Return the view `e` of `x`, or `x` if it has no such axis."""
     if e.axis not in x.type:
         return x
     return Index(x, e.axis, e.at) if isinstance(e, Index) else Slice(x, e.axis, e.start, e.stop)
 
 
 def renamed(x: Expr, old: str, new: str) -> Expr:
-    """Return `x` with an axis renamed, where the names differ."""
+    """Return `x` with an axis renamed, if the names differ."""
     return x if old == new else Rename(x, old, new)
 
 
-# --- what both do
+# --- shared by both
 
 
 def _below(e: View, inner: Expr) -> Expr:
     """Move a view to all operands that have its axis."""
     made = inner.with_operands(*(_again(e, x) for x in inner.operands))
-    # Which operand is the largest, and gives the order of the axes, may have changed.
+    # The largest operand, which determines the order of the axes, may have changed.
     return made if made.type.names == e.type.names else Permute(made, e.type.names)
 
 
@@ -98,7 +98,7 @@ def _full(e: View, inner: Full) -> Expr:
 
 
 def _moved(e: View, inner: Split | Merge) -> Expr:
-    """Move a view of an axis that a split or merge leaves alone."""
+    """Move a view of an axis that a split or merge does not touch."""
     return inner.with_operands(_again(e, inner.x))
 
 
@@ -145,7 +145,7 @@ def _index_split(e: Index, inner: Split) -> Expr | None:
     sizes = [size for _, size in inner.into]
     at = names.index(e.axis)
     if prod(sizes[:at]) > 1:
-        return None  # every so many elements: no slice says that
+        return None  # a strided range, which slice cannot express
     run = prod(sizes[at + 1 :])
     x = Slice(inner.x, inner.axis, e.at * run, (e.at + 1) * run)
     return Split(x, inner.axis, inner.into[:at] + inner.into[at + 1 :])
@@ -226,7 +226,7 @@ def _slice_merge(e: Slice, inner: Merge) -> Expr | None:
         return Merge(x, inner.axes, inner.into)
     row = e.start // run
     if row != (e.stop - 1) // run:
-        return None  # from the middle of one row into another
+        return None  # the range starts or ends within a row
     one = Merge(Index(inner.x, first, row), tuple(rest), inner.into)
     return Slice(one, e.axis, e.start - row * run, e.stop - row * run)
 

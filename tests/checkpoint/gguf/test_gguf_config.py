@@ -220,9 +220,9 @@ def test_an_architecture_that_is_not_read(
 
 
 def test_no_architecture(builder: Any, tmp_path: Path) -> None:
-    assert "does not say what architecture" in refusal(builder.tensor("t", (1,)), tmp_path)
+    assert "does not state its architecture" in refusal(builder.tensor("t", (1,)), tmp_path)
     builder.key("general.architecture", "u32", 3)
-    assert "does not say what architecture" in refusal(builder, tmp_path)
+    assert "does not state its architecture" in refusal(builder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_divisors_that_nothing_explains(
 ) -> None:
     data = np.array(values, "<f4").tobytes()
     builder = small_model().tensor("rope_freqs.weight", (4,), "F32", data)
-    assert "none that config.json can say" in refusal(builder, tmp_path)
+    assert "config.json cannot express" in refusal(builder, tmp_path)
 
 
 def test_divisors_that_do_not_fit(small_model: Any, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class LaidLayer:
     @property
     def is_ragged(self) -> bool:
         """Whether the rows of an expert are not bounded."""
-        return self.routed.assignment.slots == "ragged"
+        return bool(self.routed.assigner.attrs["slots"] == "ragged")
 
     @property
     def exchanged(self) -> tuple[str, ...]:
