@@ -64,21 +64,24 @@ def strategies(
     work: Workload, machine: Machine, wish: Constraints, train: bool
 ) -> Iterator[Strategy]:
     """Yield every strategy that is legal and agrees with `wish`."""
+    remats = REMATS if wish.remat is None else (wish.remat,)
     for layout in _layouts(work, machine, wish):
-        for via in _vias(layout, work):
-            if wish.via not in (None, via):
-                continue
-            if (via == "replicated") != layout.replicated:
-                continue
+        for via in _vias(layout, work, wish):
             dispatch = "grouped" if work.dropless and via != "capacity" else "index"
-            remats = REMATS if wish.remat is None else (wish.remat,)
             for remat in remats if train else ("none",):
                 yield Strategy(layout, via, dispatch, remat)
                 if via in SLICED and layout.tensor_axes:
                     yield Strategy(layout, via, dispatch, remat, sliced=True)
 
 
-def _vias(layout: Layout, work: Workload) -> list[str]:
+def _vias(layout: Layout, work: Workload, wish: Constraints) -> Iterator[str]:
+    """Yield the ways to the experts that a layout has and that agree with `wish`."""
+    for name in _legal_vias(layout, work):
+        if wish.via in (None, name) and (name == "replicated") == layout.replicated:
+            yield name
+
+
+def _legal_vias(layout: Layout, work: Workload) -> list[str]:
     """Return the ways to the experts that a layout has."""
     tokens, experts = (
         tuple(n for n in axes if layout.mesh.size((n,)) > 1)
@@ -142,7 +145,7 @@ def check_wish(work: Workload, machine: Machine, wish: Constraints) -> None:
     else:
         layout = Layout.ruled(wish.mesh, work.experts, wish.rules)
     check_layout(layout, work)
-    devices, fitting = layout.mesh.size(layout.expert_axes), _vias(layout, work)
+    devices, fitting = layout.mesh.size(layout.expert_axes), _legal_vias(layout, work)
     if wish.via is not None and wish.via not in fitting:
         raise InputError(
             f"experts on {devices} devices cannot be reached via {wish.via}",
