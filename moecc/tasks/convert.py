@@ -24,13 +24,20 @@ from moecc.types.dtypes import DType
 from moecc.version import __version__
 
 if TYPE_CHECKING:
+    from moecc.checkpoint.source import Checkpoint
     from moecc.checkpoint.writer import OutputTensor, WriteReport
     from moecc.families.describe import Description
     from moecc.families.export import Export
+    from moecc.pipeline.passes import ReadWeight
     from moecc.pipeline.text import Pipeline
+    from moecc.types.arrays import Array
+    from moecc.weights.expr import Expr
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The default limit of a shard; a larger tensor gets a shard of its own."""
+
+MAX_READ_ELEMENTS = 1 << 20
+"""The largest parameter that is read while a conversion is planned: the vector of a norm."""
 
 Progress = Callable[[int, int], None]
 
@@ -124,7 +131,9 @@ def plan(
     seed: int = 0,
     allow_unmatched: bool = False,
 ) -> Plan:
-    """Return the plan of a conversion; only headers are read.
+    """Return the plan of a conversion.
+
+    Only headers are read, and the vectors of norms where an error is predicted by them.
 
     Args:
       model: the source; its graph is rewritten in place.
@@ -148,8 +157,9 @@ def plan(
         raise InputError(f"{model.name} has no weights to convert", hint="give a checkpoint")
     remarks: list[str] = []
     context = Context(
-        seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r))
-    )
+        seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
+        read=_small_weights(model.checkpoint),
+    )  # fmt: skip
     done = run_pipeline(model.graph, pipeline, context=context)
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
@@ -157,6 +167,17 @@ def plan(
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export, dtype, seed, tuple(remarks)
     )
+
+
+def _small_weights(checkpoint: Checkpoint) -> ReadWeight:
+    """Return what reads parameters on which promises depend; large ones are not read."""
+    from moecc.weights.evaluate import evaluate
+
+    def read(weight: Expr) -> Array | None:
+        small = prod(weight.type.shape) <= MAX_READ_ELEMENTS
+        return evaluate(weight, checkpoint.read) if small else None
+
+    return read
 
 
 @dataclass(frozen=True)

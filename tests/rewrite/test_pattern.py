@@ -140,7 +140,9 @@ def test_operands() -> None:
     ffn = Ffn()
     assert matched(P.contract(P.any(), ...), ffn.a)
     assert matched(P.contract(...), ffn.a)
-    assert "%a is defined by contract @layers.3.ffn, expected neg" in reason(P.silu(P.neg(...)), ffn.s)
+    assert "%a is defined by contract @layers.3.ffn, expected neg" in reason(
+        P.silu(P.neg(...)), ffn.s
+    )
 
 
 def test_results_of_a_node() -> None:
