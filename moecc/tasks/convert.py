@@ -239,18 +239,20 @@ def _provenance(planned: Plan) -> dict[str, str]:
 
 def _write_companions(folder: Path, planned: Plan, title: str) -> None:
     """Copy tokenizer and licence files byte for byte, and write config.json and the card."""
+    from moecc.checkpoint.durable import write_durable
+
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
     for name, content in checkpoint.companions().items():
         data = content.read_bytes() if isinstance(content, Path) else content
         place = folder / name
         place.parent.mkdir(exist_ok=True)  # chat templates are in a subfolder
-        place.write_bytes(data)
+        write_durable(place, data)
     config = dict(planned.export.config_json)
     if planned.dtype is not None:
         config["torch_dtype"] = config["dtype"] = planned.dtype.torch
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    (folder / "README.md").write_text(_card(planned, title), "utf-8")
+    write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_durable(folder / "README.md", _card(planned, title).encode())
 
 
 def _card(planned: Plan, title: str) -> str:
@@ -301,6 +303,7 @@ def _notes(planned: Plan) -> tuple[str, ...]:
 
 
 def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:
+    from moecc.checkpoint.durable import write_durable
     from moecc.checkpoint.manifest import file_records, weight_file_record
     from moecc.checkpoint.records import MANIFEST_NAME, Manifest, TensorRecord, dump
 
@@ -327,4 +330,4 @@ def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:
         tensors=tensors,
         notes=(*_notes(planned), *nonfinite),
     )
-    (folder / MANIFEST_NAME).write_bytes(dump(manifest))
+    write_durable(folder / MANIFEST_NAME, dump(manifest))
