@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no scaling and one": (
         small("llama", rope_theta=1e4, rope_scaling=None, rope_parameters=YARN),
         "rope_scaling / rope_parameters",
-        "says none",
+        "states none",
     ),
     "rope type": (
         small("llama", rope_scaling={"rope_type": "longrope", "factor": 2}),

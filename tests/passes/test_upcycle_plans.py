@@ -161,7 +161,7 @@ def test_a_weight_that_is_used_twice_before_the_activation_cannot_take_half_the_
     graph = odd(tied, w=OUT_IN, down=IN_OUT)
     assert same(graph)
     assert same(graph, granularity=2)
-    with pytest.raises(InputError, match="none goes in linearly"):
+    with pytest.raises(InputError, match="the block is linear in none"):
         same(graph, granularity=2, scale_placement="up-down")
 
 

@@ -208,7 +208,7 @@ def test_what_is_remarked(options: dict[str, Any], remark: str) -> None:
 
 @pytest.mark.parametrize("options", ["", "groups=moe only=ffn"])
 def test_freeze_needs_one_of_its_options(options: str) -> None:
-    with pytest.raises(UsageError, match="groups are frozen, or the only ones"):
+    with pytest.raises(UsageError, match="state either the frozen groups or the only trained"):
         run_pipeline(transformer(1), Pipeline.parse(f"freeze{{{options}}}"))
 
 

@@ -1,4 +1,4 @@
-"""The pass ``upcycle``: dense feed-forward blocks become mixtures of experts."""
+"""The pass ``upcycle``: convert dense feed-forward blocks to mixtures of experts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class UpcyclePass(UpcycleOptions, Pass):
         …
         %y = combine %o, %e, %p, %g : f32[batch=B, seq=S, embed=576]
 
-    The lemmas behind its promise stand in ``docs/exactness.md``.
+    The lemmas behind its promise are in ``docs/exactness.md``.
     """
 
     name: ClassVar[str] = "upcycle"
@@ -58,7 +58,7 @@ class UpcyclePass(UpcycleOptions, Pass):
 
     @property
     def preserves(self) -> Preserves:
-        """What the options promise; `apply` adds what the model's width decides."""
+        """The promise of the options; `apply` refines it by the model's width."""
         return self._contract(None, None).preserves
 
     def _contract(self, block: FFNBlock | None, read: ReadWeight | None) -> Contract:
@@ -99,11 +99,11 @@ class UpcyclePass(UpcycleOptions, Pass):
         return std if is_exact else std * input_rms(block, read)
 
     def validate(self) -> list[Problem]:
-        """Return what is wrong with the options, whatever the model."""
+        """Return the problems of the options, independent of the model."""
         return problems(self)
 
     def warnings(self) -> list[Problem]:
-        """Return which options are unwise together."""
+        """Return warnings of unwise combinations of options."""
         return warnings(self)
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -111,7 +111,7 @@ class UpcyclePass(UpcycleOptions, Pass):
 
         Raises:
           InputError: a selected layer has no block to convert, or its width does not divide, or
-            the routing does not suit its place; all problems at once.
+            the routing is not possible there; all problems at once.
         """
         search = find_ffn_blocks(graph)
         chosen = choose(search, self.layers, self.decoder_layers)
