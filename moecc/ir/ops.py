@@ -324,6 +324,10 @@ def _mismatch(spec: Attr, value: object) -> str | None:
 OPS: dict[str, OpDef] = {}
 
 
+RENAMED = {"place": "assign_slots"}
+"""Former names of operations, for messages about graphs that were written before."""
+
+
 def register(entry: OpDef) -> OpDef:
     """Add `entry` to the table; a duplicate name is a bug of the caller."""
     if entry.name in OPS:
@@ -340,5 +344,7 @@ def op(name: str) -> OpDef:
     """
     entry = OPS.get(name)
     if entry is None:
-        raise InputError(f"unknown operation {name!r}", hint=nearest(name, OPS))
+        now = RENAMED.get(name)
+        hint = nearest(name, OPS) if now is None else f"`{name}` is now `{now}`"
+        raise InputError(f"unknown operation {name!r}", hint=hint)
     return entry

@@ -92,13 +92,20 @@ def exchange(
                 named = replace(back, why=_why(stage, way, back.op))
                 yield Routed(named, None, one.mesh if whole else ())
     if way.tokens_everywhere:
-        # Each device has the gradient of what its own experts made of the tokens.
-        shape = steps[layer.dispatch.node].operands[0]
-        mesh = tuple(m for m in layer.expert_mesh if m not in layer.exchanged)
-        one = Sent("all_reduce", mesh, layer.tokens, is_local=False)
-        found = moved(sharded, one, shape, _SAID)
-        if found is not None:
-            yield Routed(found, None)
+        yield from _gradient_of_rows(layer, steps[layer.dispatch.node].results[0], sharded)
+
+
+def _gradient_of_rows(layer: SparseLayer, shape: Shape, sharded: Sharded) -> Iterator[Routed]:
+    """Yield what brings together the gradients of rows, of which a device has its experts' own.
+
+    All devices of the experts dispatch all rows.  Slots of fixed number are gathered from those
+    that have their experts; as many as there are are packed otherwise on each device, and summed.
+    """
+    mesh = tuple(m for m in layer.expert_mesh if m not in layer.exchanged)
+    op = "all_gather" if layer.rows.ragged is None else "all_reduce"
+    found = moved(sharded, Sent(op, mesh, layer.rows, is_local=False), shape, "gradients of rows")
+    if found is not None:
+        yield Routed(found, None)
 
 
 def _subject(stage: Stage, layer: SparseLayer, steps: Mapping[Node, Step]) -> tuple[Step, Shape]:
@@ -126,11 +133,9 @@ _TOKENS = {"all_gather": "tokens to all experts", "reduce_scatter": "sums to the
 def _why(stage: Stage, way: Via, op: str) -> str:
     """Return what a collective is for, in a few words."""
     if op == "all_reduce":
-        return _SAID if way.tokens_everywhere else "partial sums"
+        said = "what the experts of each device say"
+        return said if way.tokens_everywhere else "partial sums"
     if not way.exchanges_rows:
         return _TOKENS.get(op, "")
     names = _ROWS if stage.value in ("rows", "made") else _SLICES
     return names.get(op, "rows to experts and back")
-
-
-_SAID = "what the experts of each device say"

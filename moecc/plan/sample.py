@@ -2,55 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.sharding.assign import Assigner, divides
+from moecc.plan.shapes import Shape
+from moecc.sharding.alike import Alike
+from moecc.sharding.assign import ROWS, Assigner
 from moecc.sharding.collectives import Sent, sent, steps
 from moecc.sharding.gradients import Dependence, Gradients, dependence, gradients
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import Propagation, propagate
 from moecc.sharding.sites import Site, cuts_of, sites_of
-from moecc.types.tensor import TensorType
-
-Key = tuple[tuple[str, ...], tuple[str, ...]]
-"""The names of rules, and of the axes of a mesh."""
-
-Answers = Mapping[tuple[int, tuple[str, ...]], bool]
-"""Whether numbers are divided by mesh axes."""
+from moecc.types.dtypes import F32
+from moecc.types.tensor import Axis, TensorType
 
 Found = tuple[Propagation, Gradients]
+"""How values are sharded, and what the backward pass sums."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The nodes of one layer of each kind, and what propagation reads of them.
+    """One layer of each kind, and what propagation reads of it.
 
     Attributes:
-      graph: the model.
-      nodes: the nodes, in order.
-      same: by the value of a node that is left out, that of the node that stands for it.
+      graph: the layers, a graph of their own: passes may change the model meanwhile.
     """
 
     graph: Graph
-    nodes: Sequence[Node]
-    same: Mapping[Value, Value]
-    _known: dict[Key, list[tuple[Answers, Found]]] = field(default_factory=dict)
+    _found: Alike[Found] = field(default_factory=Alike)
+    _alone: Alike[TensorType] = field(default_factory=Alike)
     _sent: dict[tuple[TensorType, TensorType], tuple[Sent, ...]] = field(default_factory=dict)
 
     @cached_property
     def sites(self) -> Mapping[Node, Site]:
         """The nodes as propagation sees them, in order."""
-        return {site.node: site for site in sites_of(self.nodes, self.same)}
-
-    @cached_property
-    def params(self) -> tuple[Value, ...]:
-        """The parameters that the nodes take, and those that nothing takes."""
-        found = [v for node in self.nodes for v in node.operands if v.is_param]
-        found += [v for v in self.graph.params.values() if not v.users]
-        return tuple(dict.fromkeys(found))
+        return {site.node: site for site in sites_of(self.graph)}
 
     @cached_property
     def _cuts(self) -> Mapping[str, set[int]]:
@@ -63,20 +51,17 @@ class Sample:
     def shard(self, layout: Layout) -> Found:
         """Return how the values are sharded under a layout, and what the backward pass sums.
 
-        Of meshes that differ in their sizes alone most shard all values over the same mesh axes:
-        those on which what was asked when it was worked out has the same answers.
-
         Raises:
           InputError: an operation cannot take its operands.
         """
-        known = self._known.setdefault((layout.names, layout.mesh.names), [])
-        for asked, found in known:
-            if all(divides(n, layout.mesh, axes) is yes for (n, axes), yes in asked.items()):
-                return found
-        assigner = replace(layout.assigner, asked={})
-        found = self._shard(assigner)
-        known.append((assigner.asked, found))
-        return found
+        return self._found.under(layout, None, self._shard)
+
+    def alone(self, shape: Shape, layout: Layout) -> TensorType:
+        """Return how a value of `shape` is sharded that is looked at by itself.
+
+        The groups of rows, which a shape counts as slots, are an axis of their own.
+        """
+        return self._alone.under(layout, shape, lambda assigner: _lone(shape, assigner))
 
     def resharded(self, source: TensorType, target: TensorType) -> tuple[Sent, ...]:
         """Return the collectives that bring a value of type `source` to where `target` is."""
@@ -86,6 +71,45 @@ class Sample:
         return self._sent[key]
 
     def _shard(self, assigner: Assigner) -> Found:
-        sites, inputs = tuple(self.sites.values()), self.graph.inputs.values()
-        found = propagate(sites, inputs, self.params, assigner, self._cuts)
+        sites, graph = tuple(self.sites.values()), self.graph
+        inputs, params = graph.inputs.values(), graph.params.values()
+        found = propagate(sites, inputs, params, assigner, self._cuts)
         return found, gradients(sites, found, self._depends)
+
+
+def sample_of(
+    graph: Graph, chosen: Collection[Node], same: Mapping[Value, Value]
+) -> tuple[Sample, dict[Node, Node]]:
+    """Return the sample of `graph` that has the nodes `chosen`, and its node for each of them.
+
+    Args:
+      graph: the model.
+      chosen: the nodes of one layer of each kind.
+      same: by the value of a node that is left out, that of the node that stands for it.
+    """
+    copy, nodes = Graph(graph.name), dict[Node, Node]()
+    values = {value: copy.input(name, value.type) for name, value in graph.inputs.items()}
+    taken = {v for node in chosen for v in node.operands}
+    for name, value in graph.params.items():
+        # What nothing takes is stored all the same.
+        if value in taken or not value.users:
+            values[value] = copy.param(name, value.type)
+    for node in graph:
+        if node not in chosen:
+            continue
+        operands = [values[same.get(v, v)] for v in node.operands]
+        names = [v.name for v in node.results]
+        made = copy.append(node.op, operands, dict(node.attrs), names=names, loc=node.loc)
+        values.update(zip(node.results, made.results, strict=True))
+        nodes[node] = made
+    return Sample(copy), nodes
+
+
+def _lone(shape: Shape, assigner: Assigner) -> TensorType:
+    if shape.has_slots:
+        axes = [Axis("group", "group"), *(Axis(name, name) for name in shape.names)]
+        return assigner.lone(TensorType(F32, tuple(axes)))
+    axes = [Axis(name, int(size) if size == int(size) else name) for name, size in shape]
+    # An axis of this name meets rows; that of a router's choices has another.
+    beside = ROWS if "expert" in shape.names else ()
+    return assigner.lone(TensorType(F32, tuple(axes)), beside)

@@ -15,7 +15,6 @@ from moecc.plan.machines import Machine, sizes_of_kind
 from moecc.plan.meshes import check_devices, meshes
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.workload import Workload
-from moecc.sharding.assign import ROWS
 from moecc.sharding.layout import Layout
 from moecc.sharding.legal import refusals
 from moecc.sharding.rules import mesh_axes
@@ -65,25 +64,28 @@ def strategies(
     work: Workload, machine: Machine, wish: Constraints, train: bool
 ) -> Iterator[Strategy]:
     """Yield every strategy that is legal and agrees with `wish`."""
+    remats = REMATS if wish.remat is None else (wish.remat,)
     for layout in _layouts(work, machine, wish):
-        for via in _vias(layout, work):
-            if wish.via not in (None, via):
-                continue
-            if (via == "replicated") != layout.replicated:
-                continue
+        for via in _vias(layout, work, wish):
             dispatch = "grouped" if work.dropless and via != "capacity" else "index"
-            remats = REMATS if wish.remat is None else (wish.remat,)
             for remat in remats if train else ("none",):
                 yield Strategy(layout, via, dispatch, remat)
                 if via in SLICED and layout.tensor_axes:
                     yield Strategy(layout, via, dispatch, remat, sliced=True)
 
 
-def _vias(layout: Layout, work: Workload) -> list[str]:
+def _vias(layout: Layout, work: Workload, wish: Constraints) -> Iterator[str]:
+    """Yield the ways to the experts that a layout has and that agree with `wish`."""
+    for name in _legal_vias(layout, work):
+        if wish.via in (None, name) and (name == "replicated") == layout.replicated:
+            yield name
+
+
+def _legal_vias(layout: Layout, work: Workload) -> list[str]:
     """Return the ways to the experts that a layout has."""
     tokens, experts = (
         tuple(n for n in axes if layout.mesh.size((n,)) > 1)
-        for axes in (layout.sharded("batch"), layout.sharded("expert", ROWS))
+        for axes in (layout.sharded("batch"), layout.sharded("expert", of_rows=True))
     )
     if not work.experts or not experts:
         return [LOCAL]
@@ -143,7 +145,7 @@ def check_wish(work: Workload, machine: Machine, wish: Constraints) -> None:
     else:
         layout = Layout.ruled(wish.mesh, work.experts, wish.rules)
     check_layout(layout, work)
-    devices, fitting = layout.mesh.size(layout.expert_axes), _vias(layout, work)
+    devices, fitting = layout.mesh.size(layout.expert_axes), _legal_vias(layout, work)
     if wish.via is not None and wish.via not in fitting:
         raise InputError(
             f"experts on {devices} devices cannot be reached via {wish.via}",

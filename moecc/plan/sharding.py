@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import TypeVar
 
 from moecc.ir.graph import Node, Value
 from moecc.plan.shapes import Shape
 from moecc.plan.workload import Weight, Workload
-from moecc.sharding.assign import ROWS
 from moecc.sharding.gradients import Gradients, GradientSum
 from moecc.sharding.layout import Layout
 from moecc.sharding.propagate import Propagation
-from moecc.types.dtypes import F32
-from moecc.types.tensor import Axis, TensorType
+from moecc.types.tensor import TensorType
 
 T = TypeVar("T")
 
@@ -70,22 +69,15 @@ class Sharded:
         """Return the elements on one device of a value that is looked at by itself."""
         found = self._known.get(shape)
         if found is None:
-            found = self._known[shape] = shape.elements / self.shards(self._lone(shape))
+            found = self._known[shape] = shape.elements / self.shards(self._alone(shape))
         return found
+
+    def _alone(self, shape: Shape) -> TensorType:
+        return self.work.sample.alone(shape, self.layout)
 
     def shards(self, type: TensorType) -> int:
         """Return in how many shards a value of `type` is."""
         return self.layout.mesh.size(m for a in type.axes for m in a.mesh)
-
-    def _lone(self, shape: Shape) -> TensorType:
-        if shape.has_slots:
-            # The rows of all groups count as slots of a shape, and it is the groups that are split.
-            axes = [Axis("group", "group"), *(Axis(name, name) for name in shape.names)]
-            return self.layout.assigner.lone(TensorType(F32, tuple(axes)))
-        axes = [Axis(name, int(size) if size == int(size) else name) for name, size in shape]
-        # An axis of this name meets rows; that of a router's choices has another.
-        beside = ROWS if "expert" in shape.names else ()
-        return self.layout.assigner.lone(TensorType(F32, tuple(axes)), beside)
 
     def value(self, weight: Weight) -> Value:
         """Return the parameter of the sampled layers that `weight` is, or is like."""
@@ -154,10 +146,14 @@ class Sharding:
 
     def stored(self, weight: Weight) -> float:
         """Return the elements of a parameter where it lies."""
-        return weight.shape.elements / self.sharded.shards(self.sharded.stored(weight))
+        return prod(self.stored_sizes(weight).values())
 
     def stored_sizes(self, weight: Weight) -> dict[str, float]:
         """Return the sizes of a parameter where it lies, by axis."""
+        key = ("stored", weight.shape, weight.of_experts)
+        return self.sharded.once(key, lambda: self._stored_sizes(weight))
+
+    def _stored_sizes(self, weight: Weight) -> dict[str, float]:
         type, mesh = self.sharded.stored(weight), self.layout.mesh
         pairs = zip(weight.shape, type, strict=True)
         return {name: size / mesh.size(axis.mesh) for (name, size), axis in pairs}

@@ -14,12 +14,12 @@ from moecc.ir.traits import RowMove
 from moecc.plan.collectives import Transfer
 from moecc.plan.exchange_traffic import Work, exchange
 from moecc.plan.exchanges import Rows
-from moecc.plan.part_traffic import Moved, traffic_of
-from moecc.plan.sharding import Sharding
+from moecc.plan.part_traffic import Moved, PartTraffic, traffic_of
+from moecc.plan.sharding import Sharded, Sharding
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Part, Workload
 from moecc.sharding.routes import Slice, SparseLayer
-from moecc.sharding.vias import via
+from moecc.sharding.vias import Via, via
 
 
 def part_transfers(
@@ -39,16 +39,24 @@ def part_transfers(
         yield transfer(one, doing.gathers(part), waits=False)
     for one in found.gradients if train else ():
         yield transfer(one, 1, waits=False)
-    layer = found.layer
-    way = None if layer is None else via(strategy.via)
+    way = None if found.layer is None else via(strategy.via)
     for carried in found.forward:
         for one in carried.moved if way is None or not carried.in_route else ():
             yield transfer(one, doing.forward(carried.step))
     for carried in found.backward if train else ():
         for one in carried.moved if not (strategy.sliced and carried.in_route) else ():
             yield transfer(one, carried.share)
-    if layer is None or way is None:
-        return
+    if found.layer is not None and way is not None:
+        times = _exchanged((part, found, found.layer), way, doing, sharded)
+        yield from (transfer(one, count) for one, count in times.items() if count)
+
+
+def _exchanged(
+    of: tuple[Part, PartTraffic, SparseLayer], way: Via, doing: Work, sharded: Sharded
+) -> Counter[Moved]:
+    """Return how often each collective of `way` to the experts of a part runs."""
+    part, found, layer = of
+    strategy = doing.strategy
     routed = sharded.once(
         (id(part), way.name, strategy.sliced),
         lambda: tuple(exchange(layer, way, _slice(layer, strategy), found.steps, sharded)),
@@ -56,7 +64,7 @@ def part_transfers(
     times: Counter[Moved] = Counter()
     for each in routed:
         times[each.moved] += doing.routed(each)
-    yield from (transfer(one, count) for one, count in times.items() if count)
+    return times
 
 
 def _slice(layer: SparseLayer, strategy: Strategy) -> Slice | None:

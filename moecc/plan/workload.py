@@ -6,7 +6,7 @@ a shallow one.  Sizes are global; a layout divides them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -20,7 +20,7 @@ from moecc.ir.table.slots import assigner
 from moecc.ir.traits import Cost, RowMove
 from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
-from moecc.plan.sample import Sample
+from moecc.plan.sample import Sample, sample_of
 from moecc.plan.shapes import Shape, Shapes
 from moecc.plan.units import LAYER, Unit, layer_of, stack_of, units_of
 
@@ -96,7 +96,7 @@ class Part:
       top_k: of experts: choices a token, 0 in a dense part.
       in_layer: whether it is a part of a layer, which rematerialisation computes again.
       onward: whether it is one of a loop in its unit, and computed once more for that.
-      nodes: the nodes of the first, of each step.
+      nodes: the node of each step in the sample.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Workload:
       experts: how many experts a layer has at most, 0 in a dense model.
       dropless: whether the experts take every token.
       tensor_sizes: the axes that ``model`` has to divide: heads and neurons.
-      sample: the nodes of one part of each kind.
+      sample: one part of each kind, as a graph of its own.
       params: the parameters of the sample, by name.
       params_by_kind: one of each shape, of experts or not.
     """
@@ -195,8 +195,7 @@ def workload(graph: Graph, batch: Batch) -> Workload:
     _check_plain(graph)
     layers = expert_layers(graph)
     reader = _Reader(graph, batch)
-    parts = tuple(reader.parts())
-    sample = reader.sample(parts)
+    sample, parts = reader.sampled()
     return Workload(
         batch=batch,
         parts=parts,
@@ -206,8 +205,8 @@ def workload(graph: Graph, batch: Batch) -> Workload:
         dropless=all(layer.slots == "ragged" for layer in layers),
         tensor_sizes=_tensor_sizes(graph),
         sample=sample,
-        params={v.name: v for v in sample.params},
-        params_by_kind=reader.kinds(sample.params),
+        params=sample.graph.params,
+        params_by_kind=reader.kinds(sample.graph.params.values()),
     )
 
 
@@ -363,10 +362,12 @@ class _Reader:
                 self.same.update(zip(node.results, like.results, strict=True))
         yield from found.values()
 
-    def sample(self, parts: Sequence[Part]) -> Sample:
-        """Return the nodes of `parts`, which `parts` yielded, in the order of the graph."""
+    def sampled(self) -> tuple[Sample, tuple[Part, ...]]:
+        """Return one part of each kind as a graph, and the parts with its nodes."""
+        parts = tuple(self.parts())
         chosen = {node for part in parts for node in part.nodes}
-        return Sample(self.graph, tuple(n for n in self.graph if n in chosen), self.same)
+        sample, nodes = sample_of(self.graph, chosen, self.same)
+        return sample, tuple(replace(p, nodes=tuple(nodes[n] for n in p.nodes)) for p in parts)
 
     def kinds(self, params: Iterable[Value]) -> dict[tuple[Shape, bool], Value]:
         """Return one of `params` for each shape, of experts or not."""

@@ -80,6 +80,7 @@ class Assigner:
       mesh: the mesh.
       rules: the rules, those that take mesh axes first in front.
       free: names of axes and counts that any number of shards divides: they are set afterwards.
+      lenient: whether every rule is left out where it does not divide.
       used: the mesh axes over which anything is sharded; it grows.
       asked: whether a number is divided by the sizes of mesh axes, as far as it was asked; a mesh
         of the same names that answers alike shards all alike.
@@ -88,6 +89,7 @@ class Assigner:
     mesh: Mesh
     rules: Sequence[LayoutRule]
     free: frozenset[str] = frozenset()
+    lenient: bool = False
     used: set[str] = field(default_factory=set)
     asked: dict[tuple[int, tuple[str, ...]], bool] = field(default_factory=dict)
 
@@ -165,16 +167,17 @@ class Assigner:
         """Return the mesh axes of `rule` that are free and divide `dimension`, and take them."""
         more: list[str] = []
         for name in rule.mesh:
-            if name not in self.mesh.names or name in taken:
+            if name not in self.mesh.sizes or name in taken:
                 continue
             mesh = (*dimension.mesh, *more, name)
             wrong = [a for a in dimension.axes if not self._divides(a, mesh)]
-            if rule.optional and not all(self._parts_divide(c, mesh) for c in dimension.cuts):
+            optional = rule.optional or self.lenient
+            if optional and not all(self._parts_divide(c, mesh) for c in dimension.cuts):
                 continue
             if not wrong:
                 more.append(name)
                 taken.add(name)
-            elif not rule.optional:
+            elif not optional:
                 raise InputError([self._problem(rule, wrong[0], mesh)])
         self.used.update(more)
         return tuple(more)

@@ -8,9 +8,9 @@ too and gathers them where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh
@@ -115,45 +115,42 @@ class Layout:
     @cached_property
     def assigner(self) -> Assigner:
         """What shards values and parameters; where a rule does not divide, it is left out."""
-        optional = [replace(rule, optional=True) for rule in self.rules]
-        return Assigner(self.mesh, optional, frozenset(("group", "groups")))
+        return Assigner(self.mesh, self.rules, frozenset(("group", "groups")), lenient=True)
 
-    def sharded(self, name: str, beside: Sequence[Axis] = ()) -> tuple[str, ...]:
+    def sharded(self, name: str, *, of_rows: bool = False) -> tuple[str, ...]:
         """Return the mesh axes over which an axis is sharded, outermost first.
 
         Args:
           name: of the axis.
-          beside: axes that run along with it.
+          of_rows: whether it is one of rows, whose other axes take mesh axes, too.
         """
-        type = self.assigner.lone(TensorType(F32, (Axis(name, name),)), beside)
-        return type[name].mesh
+        if self.own:
+            return _sharded(self.assigner, name, of_rows)
+        return _sharded_by_shipped(self.names, self.mesh.names, name, of_rows)
 
-    def axes_of(self, name: str, beside: Sequence[Axis] = ()) -> tuple[str, ...]:
-        """Return the same in the order of the mesh."""
-        found = self.sharded(name, beside)
-        return tuple(n for n in self.mesh.names if n in found)
+    def _ordered(self, axes: Collection[str]) -> tuple[str, ...]:
+        return tuple(n for n in self.mesh.names if n in axes)
 
     @cached_property
     def expert_axes(self) -> tuple[str, ...]:
         """The mesh axes over which the experts are sharded."""
-        return self.axes_of("expert", ROWS) if self.experts else ()
+        return self._ordered(self.sharded("expert", of_rows=True)) if self.experts else ()
 
     @cached_property
     def batch_axes(self) -> tuple[str, ...]:
         """The mesh axes over which the batch is sharded."""
-        return self.axes_of("batch")
+        return self._ordered(self.sharded("batch"))
 
     @cached_property
     def tensor_axes(self) -> tuple[str, ...]:
         """The mesh axes over which heads, neurons and the vocabulary are sharded."""
-        found = {m for name in TENSOR_AXES for m in self.axes_of(name)}
-        return tuple(n for n in self.mesh.names if n in found)
+        return self._ordered({m for name in TENSOR_AXES for m in self.sharded(name)})
 
     @cached_property
     def shards(self) -> dict[str, int]:
         """In how many shards each axis of a value is."""
         return {
-            **{name: self.mesh.size(self.axes_of(name)) for name in TENSOR_AXES},
+            **{name: self.mesh.size(self.sharded(name)) for name in TENSOR_AXES},
             "batch": self.mesh.size(self.batch_axes),
             "expert": self.mesh.size(self.expert_axes),
         }
@@ -163,3 +160,16 @@ class Layout:
         """The mesh axes over which anything is sharded."""
         stored = {m for r in self.rules if r.stored for m in r.mesh}
         return frozenset((*self.batch_axes, *self.expert_axes, *self.tensor_axes, *stored))
+
+
+def _sharded(assigner: Assigner, name: str, of_rows: bool) -> tuple[str, ...]:
+    type = assigner.lone(TensorType(F32, (Axis(name, name),)), ROWS if of_rows else ())
+    return type[name].mesh
+
+
+@cache
+def _sharded_by_shipped(
+    names: tuple[str, ...], mesh: tuple[str, ...], name: str, of_rows: bool
+) -> tuple[str, ...]:
+    # An axis without a size is divided by any mesh, so the sizes of this one do not count.
+    return _sharded(Assigner(Mesh(tuple((n, 1) for n in mesh)), read_layouts(names)), name, of_rows)

@@ -22,7 +22,7 @@ class Site:
 
     Attributes:
       node: the node.
-      operands: its operands; of layers that are told once, those of the layer that stands for all.
+      operands: its operands.
       space: which axis runs along which dimension.
       dimensions: the axes along each dimension, of operands and results, and the counts that its
         shards must divide.
@@ -61,17 +61,12 @@ class Site:
         return tuple(i for i, v in enumerate(self.operands) if is_slots(v))
 
 
-def sites_of(nodes: Iterable[Node], same: Mapping[Value, Value] | None = None) -> list[Site]:
-    """Return the operations of `nodes`, in order.
-
-    Args:
-      nodes: in topological order.
-      same: by a value that no node of `nodes` makes, one that stands for it.
-    """
-    return [_site(node, same or {}) for node in nodes]
+def sites_of(nodes: Iterable[Node]) -> list[Site]:
+    """Return the operations of `nodes`, which are in topological order."""
+    return [_site(node) for node in nodes]
 
 
-def _site(node: Node, same: Mapping[Value, Value]) -> Site:
+def _site(node: Node) -> Site:
     space = space_of(node.op, node.operands, node.attrs)
     dimensions: dict[str, list[Axis]] = {}
     values = [
@@ -84,8 +79,7 @@ def _site(node: Node, same: Mapping[Value, Value]) -> Site:
                 dimensions.setdefault(names[axis.name], []).append(Axis(axis.name, axis.size))
     for name, (what, count) in space.counts.items():
         dimensions[name].append(Axis(what, count))
-    operands = tuple(same.get(v, v) for v in node.operands)
-    return Site(node, operands, space, dimensions)
+    return Site(node, tuple(node.operands), space, dimensions)
 
 
 def cuts_of(sites: Iterable[Site]) -> dict[str, set[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import CodeType
-from typing import Any
 
 from moecc.ir.ops import Attr, OpDef
 from moecc.rewrite.pattern import AttrPattern, OneOf, OpPattern, Pattern
@@ -19,7 +18,7 @@ from moecc.types.tensor import Axis, TensorType
 NEW_NAMES = ("mlp", "embed", "head", "vocab")
 """What axes that a weight adds may be called, beside what the pattern names."""
 
-_NUMBERS: dict[str, tuple[Any, ...]] = {
+_NUMBERS: dict[str, tuple[object, ...]] = {
     "int": (1, 2, 3, 0, 4, 8),
     "float": (2.0, 0.5, 1.0, -1.0, 0.0, 3.0, 1e-5, 1e-6),
     "bool": (False, True),
@@ -79,8 +78,8 @@ def operand_type(g: Growth, anchor: TensorType, names: Sequence[str], is_param: 
 
 
 def attribute(
-    g: Growth, spec: Attr, wanted: Any, types: Sequence[TensorType], names: Sequence[str]
-) -> Any:
+    g: Growth, spec: Attr, wanted: object, types: Sequence[TensorType], names: Sequence[str]
+) -> object:
     """Guess the value of an attribute.
 
     Args:
@@ -100,7 +99,9 @@ def attribute(
     return g.pick(options) if options else spec.default
 
 
-def _options(g: Growth, spec: Attr, types: Sequence[TensorType], names: Sequence[str]) -> list[Any]:
+def _options(
+    g: Growth, spec: Attr, types: Sequence[TensorType], names: Sequence[str]
+) -> Sequence[object]:
     anchor = types[0]
     given = [spec.default] if isinstance(spec.default, int | float | str | tuple) else []
     own = [*anchor.names, *names, g.new_axis("head", anchor).name]
@@ -119,7 +120,7 @@ def _options(g: Growth, spec: Attr, types: Sequence[TensorType], names: Sequence
     return [*given, *_NUMBERS.get(spec.kind, ())] or [None]
 
 
-def _splits(g: Growth, anchor: TensorType) -> list[Any]:
+def _splits(g: Growth, anchor: TensorType) -> list[object]:
     names = g.new_axis("head", anchor).name, g.new_axis("head_dim", anchor).name
     sizes = {int(str(a.size)) for a in mixable_fixed(anchor)} or {2}
     pairs = [
@@ -128,13 +129,13 @@ def _splits(g: Growth, anchor: TensorType) -> list[Any]:
     return [*pairs, *(((names[0], s),) for s in sorted(sizes))]
 
 
-def _runs(type: TensorType) -> list[Any]:
+def _runs(type: TensorType) -> list[object]:
     """Return neighbouring axes with their sizes, two or three of them."""
     pairs = [(a.name, a.size) for a in fixed(type)]
     return [tuple(pairs[i : i + n]) for n in (2, 3) for i in range(len(pairs) - n + 1)]
 
 
-def _constants(where: object, spec: Attr) -> list[Any]:
+def _constants(where: object, spec: Attr) -> list[object]:
     code = getattr(where, "__code__", None)
     types = {"int": int, "float": (int, float), "str": str, "axis": str}.get(spec.kind, tuple)
     found = code.co_consts if isinstance(code, CodeType) else ()

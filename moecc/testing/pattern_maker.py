@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.graph import Node, Value
@@ -86,7 +85,7 @@ class PatternMaker:
     def __init__(self, g: Growth, names: Sequence[str]) -> None:
         self.g = g
         self.names = names
-        self.bound: dict[str, Any] = {}
+        self.bound: dict[str, object] = {}
 
     def build(self, pattern: Pattern, near: Value | None, goal: TensorType | None = None) -> Value:
         """Return a value that `pattern` matches.
@@ -221,9 +220,10 @@ class PatternMaker:
         }
         if pattern.commutative and self.g.chance(40):
             operands = operands[::-1]
-        return self._checked(pattern, self.g.builder.node(entry.name, *operands, **attrs), goal)
+        made = self.g.builder.node(entry.name, *operands, names=(), **attrs)
+        return self._checked(pattern, made, goal)
 
-    def _attribute(self, spec: Attr, wanted: Any, types: Sequence[TensorType]) -> Any:
+    def _attribute(self, spec: Attr, wanted: object, types: Sequence[TensorType]) -> object:
         if wanted is not None and not isinstance(wanted, AttrPattern):
             return wanted
         name = wanted.name if wanted is not None else None

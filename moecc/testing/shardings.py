@@ -8,7 +8,6 @@ and no operation: what may lie where, the types say.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
@@ -140,11 +139,11 @@ class _Sharder:
             return value
         op, attrs = moves[self.choices.below(len(moves))]
         try:
-            return builder.node(op, value, **attrs).result
+            return builder.node(op, value, names=(), **attrs).result
         except InputError:
             return value
 
-    def _moves(self, type: TensorType) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _moves(self, type: TensorType) -> Iterator[tuple[str, dict[str, object]]]:
         used = {m for a in type.axes for m in a.mesh}
         for axis in type.axes:
             for name in self.mesh.names:
@@ -156,7 +155,11 @@ class _Sharder:
                 yield "all_gather", {"axis": axis.name, "mesh": last}
                 for other in type.axes:
                     if isinstance(other.size, int) and self._divides(other, last):
-                        attrs = {"mesh": last, "split": other.name, "gather": axis.name}
+                        attrs: dict[str, object] = {
+                            "mesh": last,
+                            "split": other.name,
+                            "gather": axis.name,
+                        }
                         yield "all_to_all", attrs
 
     def _divides(self, axis: Axis, mesh: tuple[str, ...]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from moecc.errors import MachineError
 from moecc.ir.graph import Graph
@@ -85,7 +84,7 @@ def _grown(options: _Options, seed: int) -> Graph:
 
 
 @st.composite
-def _graphs(draw: Any, options: _Options, mesh: Mesh | None) -> Graph:
+def _graphs(draw: st.DrawFn, options: _Options, mesh: Mesh | None) -> Graph:
     seed = draw(_SEEDS)
     graph = clone(_grown(options, seed))
     kept = draw(_KEPT)

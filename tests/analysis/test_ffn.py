@@ -408,3 +408,18 @@ def check_block(block: FFNBlock) -> None:
     for param in block.params:
         assert set(param.type.names) <= {block.outer, block.inner}
     assert set(block.output.type.names) == set(block.x.type.names)
+
+
+def test_a_norm_after_a_block_is_no_output_bias() -> None:
+    """A layer norm has a bias along the outer axis, and stays outside the block."""
+    graph = Graph("model")
+    b = Builder(graph, loc="layers.0.ffn")
+    x = graph.input("x", tensor(F32, batch="B", embed=6))
+    up = graph.param("up", tensor(F32, mlp=3, embed=6))
+    down = graph.param("down", tensor(F32, embed=6, mlp=3))
+    scale, bias = (graph.param(n, tensor(F32, embed=6)) for n in ("scale", "bias"))
+    y = b.contract(b.relu(b.contract(x, up, over="embed")), down, over="mlp")
+    graph.set_output("y", b.layer_norm(y, scale, bias, axis="embed"))
+    (block,) = find_ffn_blocks(graph).blocks
+    assert block.output is y
+    assert block.output_bias is None

@@ -139,8 +139,8 @@ def test_meshes_that_answer_alike_share_a_propagation_that_is_theirs(name: str) 
     for layout in (found for mesh in meshes(16) for found in layouts(mesh, work)):
         found, _ = work.sample.shard(layout)
         fresh = propagate(
-            tuple(work.sample.sites.values()), graph.inputs.values(), work.sample.params,
-            layout.assigner,
+            tuple(work.sample.sites.values()), work.sample.graph.inputs.values(),
+            work.sample.graph.params.values(), layout.assigner,
         )  # fmt: skip
         assert {r: t for r, t in found.types.items() if not isinstance(r, Reshard)} == {
             r: t for r, t in fresh.types.items() if not isinstance(r, Reshard)

@@ -151,7 +151,7 @@ def _weight(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int
 def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
     """Return the standard deviation of the router's entries.
 
-    After a norm the router's input has unit mean square, up to the norm's own scale.
+    Where ``router-std`` is that of the logits, the input is taken to have unit mean square.
     """
     is_of_logits = item.router_init in DRAWN
     return item.router_std / sqrt(block.embed) if is_of_logits else item.router_std
