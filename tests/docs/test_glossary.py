@@ -101,7 +101,7 @@ def test_names_that_were_given_up_do_not_come_back() -> None:
 
 def test_no_module_has_a_retired_name() -> None:
     retired = re.compile(
-        r"/(placing|kept|collector|pages|quiet|regions|flow|spread|lower_moe|lower_plain|packing)\.py$"
+        r"/(placing|kept|collector|pages|quiet|regions|spread|lower_moe|lower_plain|packing)\.py$"
     )
     found = [str(p) for d in ("moecc", "passes", "backends") for p in (ROOT / d).rglob("*.py")]
     assert [p for p in found if retired.search(p)] == []
