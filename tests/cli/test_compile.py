@@ -104,12 +104,17 @@ def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
     from moecc.ir.mesh import mesh_of
 
     file = tmp_path / "grid.rules"
-    file.write_text("batch = rows\ngroup = rows\nexpert with slot = rows\n")
+    file.write_text("batch = rows\nexpert with slot = rows\ngroup = rows\n")
     asked = Request(MIXTRAL, "cpu:4", "forward", 64, (16,), mesh="rows=4", rules=(str(file),))
     prepared = prepare(Request.from_json(asked.to_json()))
     assert f"rules={file}" in prepared.pipeline
     assert str(mesh_of(prepared.graph)) == "rows:4"
     assert prepared.estimate.collectives["all_to_all"]["count"] == 4, "two layers, there and back"
+    # Where groups stand first they take the mesh axis; then experts are everywhere.
+    file.write_text("batch = rows\ngroup = rows\nexpert with slot = rows\n")
+    local = prepare(asked)
+    assert "all_to_all" not in local.estimate.collectives
+    assert "all_to_all" not in {node.op.name for node in local.graph.every_node()}
 
 
 def test_the_passes_of_the_report_make_the_graph(moecc: Moecc, tmp_path: Path) -> None:

@@ -182,12 +182,14 @@ def test_a_hierarchical_exchange_needs_two_axes_for_the_experts(
     code, _, err = run(capsys, "plan", *given)
     assert code == 1
     assert "--rules expert-hierarchical" in err
-    best = plan(capsys, *given, "--rules", "expert-hierarchical", "--mesh", "far=4,near=8")["best"]
-    once = plan(capsys, *given[:3], "--rules", "expert-hierarchical", "--mesh", "far=4,near=8",
-                "--via", "capacity", "--remat", best["remat"])["best"]  # fmt: skip
-    there, direct = (b["collectives"]["all_to_all"] for b in (best, once))
+    mesh = ("--rules", "expert-hierarchical", "--mesh", "far=4,near=8")
+    best = plan(capsys, *given, *mesh)["best"]
+    fixed = (*given[:3], "--via", "capacity", "--remat", best["remat"])
+    flat, same = (plan(capsys, *fixed, *m)["best"] for m in (("--mesh", "data=32"), mesh))
+    there, direct, other = (b["collectives"]["all_to_all"] for b in (best, flat, same))
     assert there["count"] == 2 * direct["count"]
     assert there["tensor_bytes"] == 2 * direct["tensor_bytes"]
+    assert other == there, "the order of the mesh axes differs, so rows cross them one by one"
 
 
 def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
