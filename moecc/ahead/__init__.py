@@ -1,5 +1,5 @@
-"""Compiling a model for a machine that is not there: what is asked, where it runs, what is told.
+"""Ahead-of-time compilation for hardware that is not attached: request, worker, report.
 
-The compiler is a backend's; here the graph is prepared, the plan's prediction made, and the work
-done in a process of its own, which may be killed when its time is up.
+The compiler belongs to a backend; here the graph is prepared, the plan's prediction made, and the
+compilation run in a subprocess, which is killed when its time limit is exceeded.
 """

@@ -162,8 +162,10 @@ def _strategy(request: Request, work: Workload, machine: Machine, setting: StepC
     rules = request.rules
     mesh = None if request.mesh is None else plan_mesh(request.mesh, rules)
     if mesh is None:
-        wish = Constraints(None, _via(request, work), request.remat, request.dense_weights, rules)
-        return search(work, machine, setting, wish).best.strategy
+        constraints = Constraints(
+            None, _via(request, work), request.remat, request.dense_weights, rules
+        )
+        return search(work, machine, setting, constraints).best.strategy
     check_wish(work, machine, Constraints(mesh, request.via, rules=rules))
     if request.sliced and not work.experts:
         raise InputError("the model has no experts whose rows would be sent in slices")

@@ -33,8 +33,8 @@ def _heading(data: CompileReport) -> Iterator[str]:
     bound = (
         "" if capacity is None else f", capacity {capacity['factor']} x {capacity['convention']}"
     )
-    lies = f"{mesh}, dense weights {data['dense_weights']}"
-    yield f"  mesh         {lies}, remat {data['remat']}{bound}"
+    layout = f"{mesh}, dense weights {data['dense_weights']}"
+    yield f"  mesh         {layout}, remat {data['remat']}{bound}"
     yield f"  program      {_program(data)}"
     yield f"  passes       {data['pipeline']}"
     seconds, host = data["seconds"], size_text(data["host_peak_bytes"])

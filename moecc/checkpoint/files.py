@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,10 +155,18 @@ def _own_blobs(real_root: Path) -> list[Path]:
 
 
 class DescriptorPool:
-    """Reads at offsets of many files through a bounded number of descriptors; thread-safe."""
+    """Accesses many files through a bounded number of descriptors; thread-safe.
 
-    def __init__(self, limit: int = OPEN_DESCRIPTORS) -> None:
+    Args:
+      limit: how many files may be open while nobody uses them.
+      opener: opens a file; the default is for reading.
+    """
+
+    def __init__(
+        self, limit: int = OPEN_DESCRIPTORS, opener: Callable[[Path], int] | None = None
+    ) -> None:
         self._limit = limit
+        self._opener = opener or _open_to_read
         self._lock = threading.Lock()
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._users: dict[int, int] = {}
@@ -171,7 +179,7 @@ class DescriptorPool:
           InputError: the file was truncated, changed or replaced since.
           MachineError: the system cannot read it.
         """
-        with self._lease(path) as descriptor:
+        with self.lease(path) as descriptor:
             try:
                 read_into(descriptor, buffer, offset, path)
             finally:
@@ -195,7 +203,8 @@ class DescriptorPool:
         )
 
     @contextmanager
-    def _lease(self, path: Path) -> Iterator[int]:
+    def lease(self, path: Path) -> Iterator[int]:
+        """Yield a descriptor of a file, which stays open meanwhile. Raises as the opener."""
         with self._lock:
             descriptor = self._take(path)
         try:
@@ -211,7 +220,7 @@ class DescriptorPool:
         descriptor = self._open.get(path)
         if descriptor is None:
             self._shrink(self._limit - 1)
-            descriptor = open_regular(path)[0]
+            descriptor = self._opener(path)
             self._open[path] = descriptor
             self._users[descriptor] = 0
         self._open.move_to_end(path)
@@ -225,6 +234,10 @@ class DescriptorPool:
             descriptor = self._open.pop(path)
             del self._users[descriptor]
             os.close(descriptor)
+
+
+def _open_to_read(path: Path) -> int:
+    return open_regular(path)[0]
 
 
 def _require_regular(status: os.stat_result, path: Path) -> None:

@@ -88,8 +88,8 @@ class SafetensorsFolder:
 
     def files(self) -> list[Path]:
         """Return the weight files, the index if there is one, and the config."""
-        beside = [self.path / INDEX_NAME, self.path / CONFIG_NAME]
-        return [*self._identities, *(path for path in beside if path.exists())]
+        metadata = [self.path / INDEX_NAME, self.path / CONFIG_NAME]
+        return [*self._identities, *(path for path in metadata if path.exists())]
 
     def close(self) -> None:
         """Close the files."""

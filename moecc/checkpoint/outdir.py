@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from moecc.checkpoint.durable import synchronise_folder
 from moecc.checkpoint.files import os_problem
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError, MachineError
@@ -194,17 +195,7 @@ def _sibling(folder: Path, mark: str) -> Path:
 def _synchronise_tree(folder: Path) -> None:
     """Make the names in a folder and its subfolders durable."""
     for path, _, _ in os.walk(folder):
-        _synchronise(Path(path))
-
-
-def _synchronise(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise os_problem(error, folder, "synchronise") from None
-    finally:
-        os.close(descriptor)
+        synchronise_folder(Path(path))
 
 
 def _put_in_place(temporary: Path, place: OutputPlace) -> None:
@@ -232,7 +223,6 @@ def _put_in_place(temporary: Path, place: OutputPlace) -> None:
 def _rename_in(temporary: Path, folder: Path) -> None:
     try:
         os.rename(temporary, folder)  # also replaces an empty folder
-        _synchronise(folder.parent)
     except OSError as error:
         if os.path.isdir(folder) and os.listdir(folder):
             raise InputError(
@@ -240,3 +230,4 @@ def _rename_in(temporary: Path, folder: Path) -> None:
                 where=str(folder),
             ) from None
         raise os_problem(error, folder, "rename") from None
+    synchronise_folder(folder.parent)

@@ -19,7 +19,7 @@ from moecc.checkpoint.problems import Problems, describe, quoted
 from moecc.checkpoint.sniff import SNIFFED_BYTES, sniff
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest
-from moecc.support.gc_pause import collector_paused
+from moecc.support.gc_pause import gc_paused
 from moecc.types.dtypes import BY_SAFETENSORS, DType
 
 MAX_HEADER_BYTES = 100_000_000
@@ -64,7 +64,7 @@ def read_header(path: Path) -> Header:
         raw = _read_raw(descriptor, identity.size_bytes, path)
     finally:
         os.close(descriptor)
-    with collector_paused():
+    with gc_paused():
         return _Check(path, len(raw), identity).header(_parse(raw, path))
 
 

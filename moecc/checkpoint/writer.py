@@ -9,9 +9,8 @@ depends on the threads.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moecc.checkpoint.files import os_problem
+from moecc.checkpoint.durable import OutputFiles, write_durable
 from moecc.checkpoint.layout import INDEX_NAME
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.nonfinite import Nonfinite, ScanningReader
@@ -123,19 +122,18 @@ def write_checkpoint(
     entries = [Entry(t.name, t.dtype, t.expr.type.shape) for t in tensors]
     shards = plan_shards(entries, max_shard_bytes, {"format": "pt", **(metadata or {})})
     scan = ScanningReader(reader)
-    with _opened(folder, shards) as files:
-        places = {name: (files[s.name], at) for s in shards for name, at in s.offsets.items()}
-        jobs = _jobs(tensors, wanted, places)
-        total = sum(e.nbytes for e in entries)
-        work = _Work(Evaluator(scan), scan, progress, total, allow_nonfinite)
+    offsets = {n: (folder / s.name, at) for s in shards for n, at in s.offsets.items()}
+    jobs = _jobs(tensors, wanted, offsets)
+    total = sum(e.nbytes for e in entries)
+    with _created(folder, shards, threads) as files:
+        work = _Work(Evaluator(scan), scan, files, progress, total, allow_nonfinite)
         work.run(jobs, threads)
         work.raise_problems()
-        _synchronise(files.values(), threads)
     written = _written(entries, shards, jobs)
     sizes = {s.name: s.size_bytes for s in shards}
     if len(shards) > 1:
         index = index_json(shards, total, sum(prod(e.shape) for e in entries))
-        _write_file(folder / INDEX_NAME, index)
+        write_durable(folder / INDEX_NAME, index)
         sizes[INDEX_NAME] = len(index)
     return WriteReport(written, sizes, total, sum(j.nbytes for j in jobs), scan.found)
 
@@ -166,7 +164,7 @@ class _Job:
 
     expr: Expr
     names: list[str] = field(default_factory=list)
-    places: list[tuple[_File, int]] = field(default_factory=list)
+    places: list[tuple[Path, int]] = field(default_factory=list)
     sha256: str = ""
 
     @property
@@ -174,22 +172,8 @@ class _Job:
         return prod(self.expr.type.shape) * self.expr.type.dtype.itemsize_bytes
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    descriptor: int
-
-    def write(self, data: memoryview, at: int) -> None:
-        try:
-            while data:
-                done = os.pwrite(self.descriptor, data, at)
-                data, at = data[done:], at + done
-        except OSError as error:
-            raise os_problem(error, self.path, "write") from None
-
-
 def _jobs(
-    tensors: Sequence[OutputTensor], wanted: list[Expr], places: Mapping[str, tuple[_File, int]]
+    tensors: Sequence[OutputTensor], wanted: list[Expr], offsets: Mapping[str, tuple[Path, int]]
 ) -> list[_Job]:
     """Group the tensors by the expression of their bytes; the largest first, to end together."""
     jobs: dict[Expr, _Job] = {}
@@ -197,9 +181,9 @@ def _jobs(
         key = same_bytes(expr)
         job = jobs.setdefault(key, _Job(key))
         job.names.append(tensor.name)
-        job.places.append(places[tensor.name])
+        job.places.append(offsets[tensor.name])
     for job in jobs.values():
-        job.places.sort(key=lambda place: (place[0].path, place[1]))
+        job.places.sort()
     return sorted(jobs.values(), key=lambda job: -job.nbytes)
 
 
@@ -210,12 +194,14 @@ class _Work:
         self,
         evaluator: Evaluator,
         scan: ScanningReader,
+        files: OutputFiles,
         progress: Progress | None,
         total_bytes: int,
         allow_nonfinite: bool,
     ) -> None:
         self._evaluator = evaluator
         self._scan = scan
+        self._files = files
         self._progress = progress
         self._total_bytes = total_bytes
         self._allow_nonfinite = allow_nonfinite
@@ -250,8 +236,8 @@ class _Work:
             for block in self._blocks(job):
                 if not self._failed:
                     digest.update(block)
-                    for file, at in job.places:
-                        file.write(block, at + offset)
+                    for path, at in job.places:
+                        self._files.write(path, block, at + offset)
                 offset += len(block)
                 self._report(len(block) * len(job.places))
         except ValuesOverflow as error:
@@ -298,50 +284,16 @@ def _bytes(values: Array) -> memoryview:
 
 
 @contextmanager
-def _opened(folder: Path, shards: Sequence[Shard]) -> Iterator[dict[str, _File]]:
-    """Create the files, at their full size and with their headers; close them in the end."""
-    files: dict[str, _File] = {}
+def _created(folder: Path, shards: Sequence[Shard], threads: int) -> Iterator[OutputFiles]:
+    """Create the files with their headers; synchronise them unless there is an exception."""
+    files = OutputFiles()
     try:
         for shard in shards:
-            file = files[shard.name] = _create(folder / shard.name)
-            try:
-                os.ftruncate(file.descriptor, shard.size_bytes)
-            except OSError as error:
-                raise os_problem(error, file.path, "write") from None
-            file.write(memoryview(shard.header), 0)
+            files.create(folder / shard.name, shard.size_bytes, shard.header)
         yield files
+        files.synchronise([folder / shard.name for shard in shards], threads)
     finally:
-        for file in files.values():
-            os.close(file.descriptor)
-
-
-def _create(path: Path) -> _File:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return _File(path, os.open(path, flags, 0o666))
-    except OSError as error:
-        raise os_problem(error, path, "write") from None
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    file = _create(path)
-    try:
-        file.write(memoryview(content), 0)
-        _flush(file)
-    finally:
-        os.close(file.descriptor)
-
-
-def _flush(file: _File) -> None:
-    try:
-        os.fsync(file.descriptor)
-    except OSError as error:
-        raise os_problem(error, file.path, "synchronise") from None
-
-
-def _synchronise(files: Iterable[_File], threads: int) -> None:
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(_flush, files))
+        files.close()
 
 
 def _written(

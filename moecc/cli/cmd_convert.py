@@ -50,7 +50,7 @@ class ConvertRequest:
     format: FormatOption = Format.human
 
 
-def convert(asked: ConvertRequest) -> None:
+def convert(request: ConvertRequest) -> None:
     """Convert SOURCE and write it to the folder OUT.
 
     Everything is checked from headers and configs before the first weight is read.
@@ -62,32 +62,32 @@ def convert(asked: ConvertRequest) -> None:
     from moecc.support.parse_units import count_bytes, float_type
     from moecc.tasks.convert import plan
 
-    type = None if asked.dtype is None else float_type(asked.dtype)
-    limit = count_bytes(asked.max_shard_bytes)
-    passes = read_pipeline(asked.pipeline, asked.load or [])
-    out, force = asked.out, asked.force
-    with open_model(asked.source, padding=asked.padding_mask) as model:
+    type = None if request.dtype is None else float_type(request.dtype)
+    limit = count_bytes(request.max_shard_bytes)
+    passes = read_pipeline(request.pipeline, request.load or [])
+    out, force = request.out, request.force
+    with open_model(request.source, padding=request.padding_mask) as model:
         planned = plan(
-            model, passes, asked.to, dtype=type, seed=asked.seed,
-            allow_unmatched=asked.allow_unmatched,
+            model, passes, request.to, dtype=type, seed=request.seed,
+            allow_unmatched=request.allow_unmatched,
         )  # fmt: skip
         data = planned.to_json()
         inputs = [model.checkpoint.path] if model.checkpoint else []
         check_output(Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes)
-        if not asked.dry_run:
-            _write(planned, asked, limit)
-    data |= {"out": out, "dry_run": asked.dry_run}
-    report("convert", data, lambda: plan_text(planned, out, asked.dry_run), asked.format)
+        if not request.dry_run:
+            _write(planned, request, limit)
+    data |= {"out": out, "dry_run": request.dry_run}
+    report("convert", data, lambda: plan_text(planned, out, request.dry_run), request.format)
 
 
-def _write(planned: Plan, asked: ConvertRequest, max_shard_bytes: int) -> None:
+def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None:
     from moecc.cli.console import Bar
     from moecc.tasks.convert import write
 
     with Bar("writing") as bar:
         write(
-            planned, asked.out, max_shard_bytes=max_shard_bytes, force=asked.force,
-            allow_nonfinite=asked.allow_nonfinite, progress=bar,
+            planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
+            allow_nonfinite=request.allow_nonfinite, progress=bar,
         )  # fmt: skip
 
 

@@ -26,19 +26,19 @@ class GenerateRequest:
     weights: WeightsOption = None
 
 
-def generate(asked: GenerateRequest) -> None:
+def generate(request: GenerateRequest) -> None:
     """Continue a text with MODEL; prints prompt and continuation."""
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
     from moecc.tasks.generate import generate as continuation
 
-    type = float_type(asked.dtype)
-    with open_model(asked.model, weights=asked.weights) as opened:
+    type = float_type(request.dtype)
+    with open_model(request.model, weights=request.weights) as opened:
         added = continuation(
-            opened, asked.prompt, asked.tokens, dtype=type, temperature=asked.temperature,
-            seed=asked.seed,
+            opened, request.prompt, request.tokens, dtype=type, temperature=request.temperature,
+            seed=request.seed,
         )  # fmt: skip
-    print(asked.prompt + added)
+    print(request.prompt + added)
 
 
 def register(app: typer.Typer) -> None:

@@ -24,14 +24,14 @@ class ImportRequest:
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
 
 
-def import_graph(asked: ImportRequest) -> None:
+def import_graph(request: ImportRequest) -> None:
     """Read the headers of SOURCE and print its graph; no weights are read."""
     from moecc.cli.files import write_text
     from moecc.ir.printer import print_graph
     from moecc.model.open import open_model
 
-    with open_model(asked.source, padding=asked.padding_mask) as model:
-        write_text(print_graph(model.graph), asked.output, force=asked.force)
+    with open_model(request.source, padding=request.padding_mask) as model:
+        write_text(print_graph(model.graph), request.output, force=request.force)
 
 
 def register(app: typer.Typer) -> None:

@@ -31,7 +31,7 @@ class InspectRequest:
     format: FormatOption = Format.human
 
 
-def inspect(asked: InspectRequest) -> None:
+def inspect(request: InspectRequest) -> None:
     """Describe SOURCE from its headers; no weights are read.
 
     Says the family, layers, parameters, the feed-forward blocks found and how many can be
@@ -40,9 +40,9 @@ def inspect(asked: InspectRequest) -> None:
     from moecc.cli.console import report
     from moecc.model.open import open_model
 
-    with open_model(asked.source) as model:
+    with open_model(request.source) as model:
         data = inspection(model)
-    report("inspect", data, lambda: inspection_text(data), asked.format)
+    report("inspect", data, lambda: inspection_text(data), request.format)
 
 
 def inspection(model: Model) -> dict[str, Any]:

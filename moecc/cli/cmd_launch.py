@@ -52,25 +52,25 @@ class LaunchRequest:
     ] = 300
 
 
-def launch(asked: LaunchRequest) -> int:
+def launch(request: LaunchRequest) -> int:
     """Run COMMAND in several processes that compute together, or print a script that would.
 
     The first process that fails, dies or hangs ends all, with a message.
     """
-    if asked.how is How.template:
+    if request.how is How.template:
         from moecc.launch.templates import Job, fill_template
 
-        kind, *rest = asked.command
-        job = Job(_checked(rest), asked.name, asked.nodes, asked.step_seconds)
+        kind, *rest = request.command
+        job = Job(_checked(rest), request.name, request.nodes, request.step_seconds)
         sys.stdout.write(fill_template(kind, job))
         return 0
     from moecc.launch.supervisor import Supervisor
 
-    words = _program(asked.command)
+    words = _program(request.command)
     # Processes of one machine cannot share its accelerators, but can share its cores.
     platforms = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
     ended = Supervisor(
-        words, asked.processes, stuck_seconds=asked.step_seconds, environment=platforms
+        words, request.processes, stuck_seconds=request.step_seconds, environment=platforms
     ).run()
     return ended.exit_code
 

@@ -46,7 +46,7 @@ class LowerRequest:
     weights: WeightsOption = None
 
 
-def lower(asked: LowerRequest) -> None:
+def lower(request: LowerRequest) -> None:
     """Print MODEL as jax or XLA sees it; no weights are read, and nothing is run."""
     from moecc.backend import get_lowering_backend
     from moecc.cli.files import check_writable, write_text
@@ -54,14 +54,14 @@ def lower(asked: LowerRequest) -> None:
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
 
-    if asked.output is not None and asked.output != "-":
-        check_writable(asked.output, force=asked.force)
-    type, backend = float_type(asked.dtype), get_lowering_backend("xla")
-    options = {"dispatch": asked.dispatch, "platform": asked.platform}
-    with open_model(asked.model, weights=asked.weights) as opened:
-        inputs = default_inputs(opened.graph, batch=asked.batch, seq=asked.seq)
-        text = backend.lower(opened.graph, inputs, emit=asked.emit, dtype=type, options=options)
-    write_text(text if text.endswith("\n") else f"{text}\n", asked.output, force=asked.force)
+    if request.output is not None and request.output != "-":
+        check_writable(request.output, force=request.force)
+    type, backend = float_type(request.dtype), get_lowering_backend("xla")
+    options = {"dispatch": request.dispatch, "platform": request.platform}
+    with open_model(request.model, weights=request.weights) as opened:
+        inputs = default_inputs(opened.graph, batch=request.batch, seq=request.seq)
+        text = backend.lower(opened.graph, inputs, emit=request.emit, dtype=type, options=options)
+    write_text(text if text.endswith("\n") else f"{text}\n", request.output, force=request.force)
 
 
 def register(app: typer.Typer) -> None:

@@ -60,7 +60,7 @@ class OptRequest:
     force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False
 
 
-def opt(asked: OptRequest) -> None:
+def opt(request: OptRequest) -> None:
     """Run a pipeline over a graph; the verifier runs after every pass.
 
     The graph goes to stdout or -o, everything else to stderr.
@@ -72,16 +72,16 @@ def opt(asked: OptRequest) -> None:
     from moecc.pipeline.passes import Context
     from moecc.pipeline.runner import run_pipeline
 
-    passes = read_pipeline(asked.pipeline, asked.load or [])
-    if asked.output is not None and asked.output != "-":
-        check_writable(asked.output, force=asked.force)
-    watching = _instruments(asked)
-    graph = read_graph(asked.file)
-    context = Context(seed=asked.seed, allow_unmatched=asked.allow_unmatched)
-    if asked.check:
+    passes = read_pipeline(request.pipeline, request.load or [])
+    if request.output is not None and request.output != "-":
+        check_writable(request.output, force=request.force)
+    watching = _instruments(request)
+    graph = read_graph(request.file)
+    context = Context(seed=request.seed, allow_unmatched=request.allow_unmatched)
+    if request.check:
         _check(graph, passes, context)
     run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=Path.cwd())
-    write_text(print_graph(graph), asked.output, force=asked.force)
+    write_text(print_graph(graph), request.output, force=request.force)
 
 
 def _check(graph: Graph, passes: Pipeline, context: Context) -> None:
@@ -92,23 +92,23 @@ def _check(graph: Graph, passes: Pipeline, context: Context) -> None:
         say(f"checked: {checked}")
 
 
-def _instruments(asked: OptRequest) -> list[Instrument]:
+def _instruments(request: OptRequest) -> list[Instrument]:
     from moecc.pipeline import instruments
 
     made: list[Instrument] = []
-    if asked.print_after is not None:
-        names = asked.print_after if asked.print_after in ("all", "changed") else None
-        which = names or frozenset(n.strip() for n in asked.print_after.split(","))
+    if request.print_after is not None:
+        names = request.print_after if request.print_after in ("all", "changed") else None
+        which = names or frozenset(n.strip() for n in request.print_after.split(","))
         made.append(instruments.PrintAfter(which, sys.stderr))
-    if asked.diff:
+    if request.diff:
         made.append(instruments.DiffAfter(sys.stderr))
-    if asked.dump_dir is not None:
-        made.append(instruments.DumpFolder(Path(asked.dump_dir)))
-    if asked.timing:
+    if request.dump_dir is not None:
+        made.append(instruments.DumpFolder(Path(request.dump_dir)))
+    if request.timing:
         made.append(instruments.Timing(sys.stderr))
-    if asked.stats:
+    if request.stats:
         made.append(instruments.Statistics(sys.stderr))
-    if asked.remarks:
+    if request.remarks:
         made.append(instruments.Remarks(sys.stderr))
     return made
 

@@ -30,19 +30,19 @@ class PassesRequest:
     format: FormatOption = Format.human
 
 
-def passes(asked: PassesRequest) -> None:
+def passes(request: PassesRequest) -> None:
     """List the passes, or show one: options, types, defaults, before and after."""
     from moecc.cli.console import report
     from moecc.cli.pipelines import registry_with
 
-    registry = registry_with(asked.load or [])
-    if asked.name is not None:
-        cls = registry.get(asked.name)
-        report("pass", pass_json(cls), lambda: _one(cls), asked.format)
+    registry = registry_with(request.load or [])
+    if request.name is not None:
+        cls = registry.get(request.name)
+        report("pass", pass_json(cls), lambda: _one(cls), request.format)
         return
     classes = [registry.get(n) for n in registry.names()]
     data = {"passes": [pass_json(cls) for cls in classes]}
-    report("passes", data, lambda: _all(classes), asked.format)
+    report("passes", data, lambda: _all(classes), request.format)
 
 
 def pass_json(cls: type[Pass]) -> dict[str, object]:

@@ -102,7 +102,7 @@ class PlanRequest:
     format: FormatOption = Format.human
 
 
-def plan(asked: PlanRequest) -> None:
+def plan(request: PlanRequest) -> None:
     """Predict memory, time and traffic of MODEL on a machine, and find the best mesh.
 
     Nothing is read but headers, nothing compiled or run. docs/planning.md says what is
@@ -113,16 +113,16 @@ def plan(asked: PlanRequest) -> None:
     from moecc.plan.chart import chart
     from moecc.plan.report import plan_text
 
-    if asked.svg is not None:
-        check_writable(asked.svg, force=asked.force)
-    data = planned(asked)
-    if asked.svg is not None:
-        write_whole(asked.svg, chart(data).encode(), force=asked.force)
-        say(f"the plan is drawn in {asked.svg}")
-    report("plan", data, lambda: plan_text(data), asked.format)
+    if request.svg is not None:
+        check_writable(request.svg, force=request.force)
+    data = planned(request)
+    if request.svg is not None:
+        write_whole(request.svg, chart(data).encode(), force=request.force)
+        say(f"the plan is drawn in {request.svg}")
+    report("plan", data, lambda: plan_text(data), request.format)
 
 
-def planned(asked: PlanRequest) -> Report:
+def planned(request: PlanRequest) -> Report:
     """Return the plan as JSON values.
 
     Raises:
@@ -138,38 +138,38 @@ def planned(asked: PlanRequest) -> Report:
     from moecc.plan.search import search
     from moecc.plan.workload import Workload, workload
 
-    passes = read_pipeline(asked.pipeline)
-    where = parse_machine(asked.machine)
-    wish = _wish(asked)
-    lengths = parse_lengths(asked.sequence) if asked.sequence is not None else None
-    setting = _setting(asked)
-    with open_model(asked.model) as opened:
+    passes = read_pipeline(request.pipeline)
+    where = parse_machine(request.machine)
+    constraints = _constraints(request)
+    lengths = parse_lengths(request.sequence) if request.sequence is not None else None
+    setting = _setting(request)
+    with open_model(request.model) as opened:
         run_pipeline(opened.graph, passes)
         graph = opened.graph
 
     def work_on(other: Machine) -> Workload:
-        return workload(graph, make_batch(graph, other.devices, asked.batch_tokens, lengths))
+        return workload(graph, make_batch(graph, other.devices, request.batch_tokens, lengths))
 
     work = work_on(where)
-    ranking = search(work, where, setting, wish, work_on=work_on)
-    return plan_json(asked.model, work, where, setting, ranking)
+    ranking = search(work, where, setting, constraints, work_on=work_on)
+    return plan_json(request.model, work, where, setting, ranking)
 
 
-def _wish(asked: PlanRequest) -> Constraints:
+def _constraints(request: PlanRequest) -> Constraints:
     from moecc.plan.meshes import plan_mesh
     from moecc.plan.search import Constraints
 
-    names = None if asked.rules is None else tuple(asked.rules.split(","))
-    fixed = None if asked.mesh is None else plan_mesh(asked.mesh, names)
-    return Constraints(fixed, asked.via, asked.remat, asked.dense_weights, names)
+    names = None if request.rules is None else tuple(request.rules.split(","))
+    fixed = None if request.mesh is None else plan_mesh(request.mesh, names)
+    return Constraints(fixed, request.via, request.remat, request.dense_weights, names)
 
 
-def _setting(asked: PlanRequest) -> StepConfig:
+def _setting(request: PlanRequest) -> StepConfig:
     from moecc.plan.strategy import StepConfig
     from moecc.support.parse_units import float_type
 
-    types = float_type(asked.dtype), float_type(asked.weight_dtype)
-    return StepConfig(asked.step is Step.train, asked.optimizer.value, *types)
+    types = float_type(request.dtype), float_type(request.weight_dtype)
+    return StepConfig(request.step is Step.train, request.optimizer.value, *types)
 
 
 def register(app: typer.Typer) -> None:

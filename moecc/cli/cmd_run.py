@@ -32,7 +32,7 @@ class RunRequest:
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
 
 
-def run(asked: RunRequest) -> None:
+def run(request: RunRequest) -> None:
     """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
     from moecc.backend import get_backend
     from moecc.cli.files import check_writable, read_inputs
@@ -41,21 +41,23 @@ def run(asked: RunRequest) -> None:
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
 
-    check_writable(asked.outputs, force=asked.force)
-    if asked.backend != "xla":
-        check_alone(asked.backend)
-    chosen, type = get_backend(asked.backend), float_type(asked.dtype)
-    with open_model(asked.model, weights=asked.weights) as opened:
+    check_writable(request.outputs, force=request.force)
+    if request.backend != "xla":
+        check_alone(request.backend)
+    chosen, type = get_backend(request.backend), float_type(request.dtype)
+    with open_model(request.model, weights=request.weights) as opened:
         graph = opened.graph
-        name = _output(graph, asked.output)
-        given = default_inputs(graph) if asked.inputs is None else read_inputs(asked.inputs, graph)
+        name = _output(graph, request.output)
+        given = (
+            default_inputs(graph) if request.inputs is None else read_inputs(request.inputs, graph)
+        )
         program = chosen.compile(graph, dtype=type)
         result = program.run(opened.params(dtype=type), given)[name]
     if program.writes:
-        _write(result, name, asked)
+        _write(result, name, request)
 
 
-def _write(result: Array, name: str, asked: RunRequest) -> None:
+def _write(result: Array, name: str, request: RunRequest) -> None:
     import numpy as np
 
     from moecc.cli.console import say
@@ -63,8 +65,8 @@ def _write(result: Array, name: str, asked: RunRequest) -> None:
 
     buffer = io.BytesIO()
     np.save(buffer, result)
-    write_whole(asked.outputs, buffer.getvalue(), force=asked.force)
-    say(f"{name} {list(result.shape)} written to {asked.outputs}")
+    write_whole(request.outputs, buffer.getvalue(), force=request.force)
+    say(f"{name} {list(result.shape)} written to {request.outputs}")
 
 
 def _output(graph: Graph, name: str) -> str:

@@ -36,17 +36,17 @@ class VerifyRequest:
     format: FormatOption = Format.human
 
 
-def verify(asked: VerifyRequest) -> None:
+def verify(request: VerifyRequest) -> None:
     """Check MODEL: every tensor against the manifest, or with --against its logits.
 
     Both models run in float32, or the type that --dtype says; the weights of SOURCE are first
     rounded to the type of MODEL's.
     Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
     """
-    if asked.against is None:
-        _against_manifest(asked.model, asked.format)
+    if request.against is None:
+        _against_manifest(request.model, request.format)
     else:
-        _against_source(asked, asked.against)
+        _against_source(request, request.against)
 
 
 def _against_manifest(model: str, format: Format) -> None:
@@ -71,7 +71,7 @@ def _against_manifest(model: str, format: Format) -> None:
     )  # fmt: skip
 
 
-def _against_source(asked: VerifyRequest, against: str) -> None:
+def _against_source(request: VerifyRequest, against: str) -> None:
     from moecc.cli.console import report
     from moecc.cli.files import read_inputs
     from moecc.errors import CheckError, UsageError
@@ -79,24 +79,25 @@ def _against_source(asked: VerifyRequest, against: str) -> None:
     from moecc.support.parse_units import float_type
     from moecc.tasks.verify import compare
 
-    if not asked.tolerance >= 0:
-        raise UsageError("a tolerance must not be negative", found=str(asked.tolerance))
-    type = float_type(asked.dtype)
+    if not request.tolerance >= 0:
+        raise UsageError("a tolerance must not be negative", found=str(request.tolerance))
+    type = float_type(request.dtype)
     with ExitStack() as opened:
-        checked = opened.enter_context(open_model(asked.model, weights=asked.weights))
+        checked = opened.enter_context(open_model(request.model, weights=request.weights))
         # A model converted with a padding mask is compared with a source that has one.
         masked = "mask" in checked.graph.inputs
         source = opened.enter_context(open_model(against, padding=masked))
-        given = None if asked.inputs is None else read_inputs(asked.inputs, source.graph)
+        given = None if request.inputs is None else read_inputs(request.inputs, source.graph)
         verdict = compare(
-            checked, source, inputs=given, tolerance=asked.tolerance, compute_dtype=type
+            checked, source, inputs=given, tolerance=request.tolerance, compute_dtype=type
         )
-    report("verify", verdict.to_json(), lambda: verdict_text(verdict), asked.format)
+    report("verify", verdict.to_json(), lambda: verdict_text(verdict), request.format)
     if not verdict.passed:
         raise CheckError(
-            f"the {verdict.output} differ by more than the tolerance", where=asked.model,
-            expected=f"at most {asked.tolerance:g}", found=f"{verdict.difference.max_relative:.2e}",
-            hint=None if asked.dtype == "f64" else "--dtype f64 tells a change from rounding",
+            f"the {verdict.output} differ by more than the tolerance", where=request.model,
+            expected=f"at most {request.tolerance:g}",
+            found=f"{verdict.difference.max_relative:.2e}",
+            hint=None if request.dtype == "f64" else "--dtype f64 tells a change from rounding",
         )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ def build(
 
     Args:
       config: a typed config of any family.
-      dtype_of: the element type of each tensor on disk, by name; float32 where it is not given.
-      checkpoint: where the weights lie.
+      dtype_of: the element type of each tensor on disk, by name; float32 by default.
+      checkpoint: the path of the weights.
       padding: whether an encoder has an input ``mask``, true where a token is one.
     """
     from moecc.families.building import build_model
@@ -38,12 +38,12 @@ def build(
 
 
 def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph:
-    """Return the graph of an opened checkpoint, all of whose tensors fit its config.
+    """Return the graph of an opened checkpoint, whose tensors all match its config.
 
     With `padding` the graph of an encoder has an input ``mask``.
 
     Raises:
-      InputError: the config or the tensors are faulty; all problems at once.
+      InputError: the config or the tensors are invalid; all problems at once.
     """
     from moecc.families.importing import import_checkpoint
 
@@ -51,14 +51,14 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
 
 
 def rebuild(attrs: Mapping[str, object], shrink: bool = True) -> Graph:
-    """Return the graph whose attributes are `attrs`, unrewritten and with float32 weights.
+    """Return the graph of the config in `attrs`, without later rewrites, with float32 weights.
 
     Args:
       attrs: the attributes of a graph that a family built.
       shrink: whether to make its sizes small; layers, experts and top-k stay.
 
     Raises:
-      InputError: the attributes hold no config.
+      InputError: the attributes have no config.
     """
     from moecc.families.building import build_model
     from moecc.families.configs import parse_config

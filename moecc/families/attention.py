@@ -12,17 +12,17 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 
 KV_SEQ = "kv_seq"
-"""What the sequence is called where it is attended to."""
+"""The name of the sequence axis of keys and values."""
 
 
 def as_keys(builder: Builder, x: Value) -> Value:
-    """Return `x` with its sequence under the name that keys and values have."""
+    """Return `x` with its sequence axis renamed for keys and values."""
     return builder.rename(x, axis="seq", to=KV_SEQ)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What all layers share: rotary tables, and a causal mask for each distinct window.
+    """Values shared by all layers: rotary tables, and a causal mask for each distinct window.
 
     Attributes:
       cos, sin: the rotary tables, ``[seq, head_dim]``.
@@ -109,7 +109,7 @@ class _Heads:
 
     @property
     def query_axes(self) -> dict[str, int]:
-        # Query heads that share a key head lie side by side, so the key head is the outer axis.
+        # Query heads that share a key head are neighbours, so the key head is the outer axis.
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         kv = self.config.num_key_value_heads
         return {"kv_head": kv, "query_group": groups, "head_dim": self.config.head_dim}
@@ -121,7 +121,7 @@ class _Heads:
         return self.norm(self.project(x, "k", self.kv_axes), "k")
 
     def project(self, x: Value, letter: str, into: dict[str, int]) -> Value:
-        """Project to heads; the weight stays whole, as on disk, and the result is split."""
+        """Project to heads; the weight is not split, as on disk, but the result is."""
         axis = "q" if letter == "q" else "kv"
         width = prod(into.values())
         loc, embed = self.builder.loc, self.config.hidden_size

@@ -26,13 +26,13 @@ def build_bert(
 ) -> Graph:
     """Return the graph from ``tokens : i32[batch, seq]`` to ``hidden : f32[batch, seq, embed]``.
 
-    All tokens are of type 0, as in a single text; the pooler is no part of the graph.  With
+    All tokens are of type 0, as in a single text; the pooler is not part of the graph.  With
     `padding` there is an input ``mask : pred[batch, seq]``, true where a token is one.
 
     Args:
-      config: what to build.
-      dtype_of: the element type of each tensor on disk; float32 where it is not given.
-      checkpoint: where the weights lie, for the graph's attributes.
+      config: the config.
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights, for the graph's attributes.
       batch: the size of the batch axis.
       seq: the size of the sequence axis, up to `max_position_embeddings`.
       padding: whether sequences are padded.

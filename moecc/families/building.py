@@ -1,4 +1,4 @@
-"""From any typed config to its graph, whatever the shape of the model."""
+"""Build the graph of any typed config, whatever the shape of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moecc.families.encdec import build_encdec
 from moecc.families.graph_layout import build_graph
 from moecc.families.parameters import DtypeOf
 from moecc.ir.graph import Graph
-from moecc.support.gc_pause import collector_paused
+from moecc.support.gc_pause import gc_paused
 from moecc.types.tensor import Size
 
 
@@ -36,25 +36,25 @@ def build_model(
 
     Args:
       config: a config of any family.
-      dtype_of: the element type of each tensor on disk; float32 where it is not given.
-      checkpoint: where the weights lie.
-      layout: how experts lie on disk, see `moecc.families.parameters.LAYOUTS`.
-      padding: whether an encoder has an input ``mask``; a decoder alone needs none.
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights.
+      layout: how experts are stored on disk, see `moecc.families.parameters.LAYOUTS`.
+      padding: whether an encoder has an input ``mask``; a decoder-only model needs none.
       batch: the size of the batch axis.
       seq: the length of the sequences, in an encoder-decoder those of the encoder.
       decoder_seq: the length of the decoder's.
 
     Raises:
-      InputError: `padding` is asked of a decoder alone, or a config's graph is faulty.
+      InputError: `padding` is requested of a decoder-only model, or a config's graph is invalid.
     """
     if padding and isinstance(config, DecoderConfig):
         raise InputError(
             "a decoder alone takes no mask",
             where=config.model_type,
-            hint="padding behind a text changes nothing: no token before it looks there",
+            hint="padding after a text changes nothing: no earlier token attends to it",
         )
-    # A model of 2048 experts a layer is built of several hundred thousand objects.
-    with collector_paused():
+    # The graph of a model with 2048 experts per layer has several hundred thousand objects.
+    with gc_paused():
         return _build(
             config,
             dtype_of,

@@ -1,4 +1,4 @@
-"""The graph of a decoder-only model, dense or sparse, of any family that a config names."""
+"""The graph of a decoder-only model, dense or sparse, of any family."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def build_decoder(
     """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``.
 
     Args:
-      config: what to build.
-      dtype_of: the element type of each tensor on disk; float32 where it is not given.
-      checkpoint: where the weights lie, for the graph's attributes.
-      layout: ``experts`` (one tensor an expert) or ``fused`` (as transformers 5 holds them).
+      config: the config.
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights, for the graph's attributes.
+      layout: ``experts`` (one tensor an expert) or ``fused`` (as transformers 5 stores them).
       batch: the size of the batch axis.
       seq: the size of the sequence axis.
     """

@@ -1,4 +1,4 @@
-"""What a model is made of: parameters by group, in total and active, and FLOPs per token."""
+"""Describe a model: parameters by group, in total and active, and FLOPs per token."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Parameters:
     """Counts of parameters.
 
     Attributes:
-      total: all that are stored.
-      active: those that one token meets: of the experts only the chosen ones.
-      groups: the total by group, those of `GROUPS` that there are.
+      total: all stored parameters.
+      active: those used for one token: only the chosen experts.
+      groups: the total by group, for the groups of `GROUPS` present.
     """
 
     total: int
@@ -42,13 +42,13 @@ class Description:
     """A model in numbers.
 
     Attributes:
-      family: the family that it was imported as, or empty.
+      family: the family that it was imported from, or empty.
       layers: the number of layers.
-      stacks: the number of layers of encoder and decoder, where there are both.
-      parameters: how many there are.
-      flops_per_token: of all products with parameters, a multiplication and an addition each; of
-        an encoder-decoder, of one token of either.
-      attention_flops_per_token: what attention adds for each position that a token looks at.
+      stacks: the number of layers of encoder and decoder, if there are both.
+      parameters: the parameter counts.
+      flops_per_token: of all products with parameters, a multiplication and an addition each; in
+        an encoder-decoder, for one token of either.
+      attention_flops_per_token: FLOPs of attention per position attended to.
       sequence: the FLOPs of one sequence, at the lengths of ST-MoE's pre-training.
       expert_layers: the mixtures of experts.
     """
@@ -68,7 +68,7 @@ class Description:
 
 
 def describe(graph: Graph) -> Description:
-    """Count what `graph` holds and computes; nothing is read or run."""
+    """Count the parameters and FLOPs of `graph`; nothing is read or run."""
     graph = unrolled(graph)
     linear, attention = flops(graph)
     stacks = count_layers(graph)
@@ -85,7 +85,7 @@ def describe(graph: Graph) -> Description:
 
 
 def count_layers(graph: Graph) -> dict[str, int]:
-    """Return the number of layers of each stack, by what stands before ``layers`` in locations."""
+    """Return the number of layers of each stack, by the prefix of ``layers`` in locations."""
     matches = (_LAYER.match(node.loc) for node in graph)
     found = dict.fromkeys((m[1] or "", int(m[2])) for m in matches if m is not None)
     return dict(Counter(stack.rstrip(".") for stack, _ in found))
@@ -95,7 +95,7 @@ def paper_groups(groups: Mapping[str, int]) -> dict[str, int]:
     """Return the parameter groups of ST-MoE's fine-tuning study (§4.2), which overlap.
 
     Args:
-      groups: the groups of `count_parameters`, which do not.
+      groups: the groups of `count_parameters`, which do not overlap.
     """
     total = sum(groups.values())
     moe = groups.get("experts", 0) + groups.get("router", 0)
@@ -121,9 +121,9 @@ def count_parameters(graph: Graph) -> Parameters:
 
 
 def flops(graph: Graph) -> tuple[int, int]:
-    """Return FLOPs per token: those of a fixed number, and those for each position attended to.
+    """Return FLOPs per token: the constant part, and the part per position attended to.
 
-    Products alone are counted, two operations each.  Experts count as often as a token chooses.
+    Only products are counted, two operations each.  Experts count once per choice of a token.
     """
     tokens = {axis.name for value in graph.inputs.values() for axis in value.type}
     fixed = per_position = 0.0
@@ -151,13 +151,13 @@ def _elements(type: TensorType) -> int:
 
 
 def _active_share(value: Value) -> float:
-    """Return the share of a parameter that a token meets: k of E experts, or all of it."""
+    """Return the share of a parameter used for a token: k of E experts, or all of it."""
     shares = [min(1.0, choices_kept(rows) / experts) for rows, experts in _expert_uses(value)]
     return max(shares) if shares and len(shares) == len(value.users) else 1.0
 
 
 def _expert_uses(value: Value) -> Iterator[tuple[Value, int]]:
-    """Yield the rows that meet an experts' parameter, and the number of experts."""
+    """Yield the rows multiplied with an experts' parameter, and the number of experts."""
     experts = value.type["expert"].size if "expert" in value.type else None
     for node in value.users:
         rows = rows_of(node.operands)
@@ -166,7 +166,7 @@ def _expert_uses(value: Value) -> Iterator[tuple[Value, int]]:
 
 
 def _group(value: Value) -> str:
-    """Return the group of a parameter, by what is done with it."""
+    """Return the group of a parameter, by its use."""
     uses = {_use(node, value) for node in value.users}
     return next((group for group in GROUPS if group in uses), "other")
 

@@ -1,4 +1,4 @@
-"""The graph of an encoder-decoder of T5's shape, dense or sparse, of any family that says one."""
+"""The graph of an encoder-decoder of T5's shape, dense or sparse, of any such family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moecc.types.dtypes import I32, PRED
 from moecc.types.tensor import Size, tensor
 
 KV_SEQ = "kv_seq"
-"""What a sequence is called where it is attended to."""
+"""The name of a sequence axis of keys and values."""
 
 
 def build_encdec(
@@ -35,9 +35,9 @@ def build_encdec(
     token is one.
 
     Args:
-      config: what to build.
-      dtype_of: the element type of each tensor on disk; float32 where it is not given.
-      checkpoint: where the weights lie, for the graph's attributes.
+      config: the config.
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights, for the graph's attributes.
       layout: ``experts`` (one tensor an expert) or ``stacked`` (one tensor for all of a layer).
       batch: the size of the batch axis.
       seq: the encoder's length.
@@ -66,7 +66,7 @@ def build_encdec(
 
 
 def as_keys(builder: Builder, x: Value) -> Value:
-    """Return `x` with its sequence under the name that keys and values have."""
+    """Return `x` with its sequence axis renamed for keys and values."""
     return builder.rename(x, axis="seq", to=KV_SEQ)
 
 
@@ -87,7 +87,7 @@ class _Stack:
 
     Attributes:
       tokens: its token ids, ``[batch, seq]``.
-      keep: which of the encoder's tokens may be attended to, ``[batch, kv_seq]``, or None.
+      keep: which tokens of the encoder may be attended to, ``[batch, kv_seq]``, or None.
     """
 
     builder: Builder
@@ -102,7 +102,7 @@ class _Stack:
         return self.stack == "encoder"
 
     def emit(self, memory: Value | None) -> Value:
-        """Emit all layers; `memory` is the encoder's output where this is the decoder."""
+        """Emit all layers; `memory` is the encoder's output, for the decoder."""
         builder = self.builder
         with builder.at(f"{self.stack}.embed"):
             table = embedding_of(self.config, self.params)
@@ -174,7 +174,7 @@ class _Stack:
 
 @dataclass
 class _Heads:
-    """One attention: its projections, and what it does with them."""
+    """One attention: its projections and its computation."""
 
     stack: _Stack
     prefix: str
@@ -196,7 +196,7 @@ class _Heads:
         return builder.contract(merged, weight, over="q")
 
     def _project(self, x: Value, letter: str) -> Value:
-        """Project to heads; the weight stays whole, as on disk, and the result is split."""
+        """Project to heads; the weight is not split, as on disk, but the result is."""
         config, builder = self.stack.config, self.stack.builder
         axis = "q" if letter == "q" else "kv"
         weight = self._weight(letter, **{axis: self._width, "embed": self._embed})

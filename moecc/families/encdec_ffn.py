@@ -16,11 +16,11 @@ from moecc.ir.moe import SlotOptions, emit_routing
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A feed-forward sublayer with a norm and a residual of its own.
+    """A feed-forward sublayer with its own norm and residual.
 
     Attributes:
       place: the last part of its location, ``ffn`` or ``extra_ffn``.
-      prefix: what stands before the names of its tensors, its norm included.
+      prefix: the prefix of its tensors' names, the norm included.
       sparse: its experts, or None.
     """
 

@@ -1,4 +1,4 @@
-"""The expert layers of a graph, found by their operations and told apart by their locations."""
+"""The expert layers of a graph, found by their operations and identified by their locations."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})(?:\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
-    """What a config has to say about one mixture of experts.
+    """The facts about one mixture of experts that a config states.
 
     Attributes:
-      loc: its place in the model.
+      loc: its location in the model.
       experts: the number of experts.
       top_k: experts per token.
       gates: the gate convention.
-      scale: what the gates are multiplied by.
+      scale: the factor on the gates.
       slots: ``ragged`` (dropless) or ``capacity``.
       groups: the number of token groups.
-      width: the neurons of one expert, 0 where they could not be made out.
-      shared: the neurons of a shared expert, 0 where there is none.
-      shared_gate: whether the shared expert stands behind a sigmoid gate.
-      sequence_capacity: how many tokens of one sequence an expert takes; 0 for no such bound.
+      width: the neurons of one expert, 0 if unknown.
+      shared: the neurons of a shared expert, 0 if there is none.
+      shared_gate: whether the shared expert has a sigmoid gate.
+      sequence_capacity: the most tokens of one sequence that an expert takes; 0 for no such bound.
     """
 
     loc: str
@@ -48,7 +48,7 @@ class ExpertLayer:
     sequence_capacity: int = 0
 
     def without_slots(self) -> ExpertLayer:
-        """Return the same layer without its location, to be compared with others."""
+        """Return the same layer without its location, for comparison with others."""
         return replace(self, loc="")
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ def layer_number(loc: str) -> int | None:
 def expert_layers(graph: Graph) -> list[ExpertLayer]:
     """Return the expert layers of `graph`, in order.
 
-    A ``route`` whose choices are not placed is none; a metric may be made of one.
+    A ``route`` whose choices get no slots does not count; it may serve a metric.
     """
     routes = (node for node in graph if node.op.routes)
     placed = ((route, _user(route.results[0], _assigns_slots)) for route in routes)
@@ -103,7 +103,7 @@ def _user(value: Value, is_wanted: Callable[[OpDef], bool]) -> Node | None:
 
 
 def _width(rows: Value) -> int:
-    """Return the size of the axis that the experts' first matrices lead to."""
+    """Return the size of the new axis of the experts' first matrices."""
     for node in (user for user in rows.users if user.op.is_product):
         for axis in node.result.type:
             if axis.name not in rows.type and isinstance(axis.size, int):
@@ -143,11 +143,11 @@ def rows_of(operands: Iterable[Value]) -> Value | None:
 
 
 def choices_kept(rows: Value, *, bounded: bool = True) -> float:
-    """Return how many rows there are for each token: the choices, or what a capacity allows.
+    """Return the number of rows per token: the choices, or as many as a capacity allows.
 
     Args:
       rows: a value between ``dispatch`` and ``combine``.
-      bounded: whether a capacity counts; without it the choices do.
+      bounded: whether a capacity counts; otherwise all choices do.
     """
     slots = setter_of(rows.type.extents[0])
     node = assigner(slots)
@@ -155,7 +155,7 @@ def choices_kept(rows: Value, *, bounded: bool = True) -> float:
     choices: int = prod(
         a.size for a in slots.type if a.name not in attrs.tokens and isinstance(a.size, int)
     )
-    # Where experts choose, a token has as many choices as there are experts, and few are taken.
+    # Where experts choose, a token has as many choices as experts, and few are taken.
     if attrs.slots == "ragged" or (not bounded and not node.op.chooses):
         return choices
     factor = attrs.capacity_factor

@@ -1,4 +1,4 @@
-"""Writing a graph as a checkpoint of a family: its config, and an expression for each tensor."""
+"""Export a graph as a checkpoint of a family: its config, and an expression for each tensor."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from moecc.weights.expr import Expr
 
 @dataclass(frozen=True)
 class Export:
-    """What a checkpoint of another family consists of.
+    """The content of a checkpoint of a target family.
 
     Attributes:
       config: the typed config.
       tensors: the tensors by their names on disk, in the order of the model, with the expressions
-        that make them; each name once.
+        of their values; each name once.
     """
 
     config: ModelConfig
@@ -45,11 +45,11 @@ def export_graph(graph: Graph, target: str) -> Export:
     """Return `graph` as a checkpoint of the family `target`; no weight is read.
 
     The target builds its own graph for the proposed config, and that graph is mapped onto `graph`,
-    its repeated layers written out, from the outputs: what is written is what the target computes.
+    its repeated layers unrolled, from the outputs: the target computes the exported model.
 
     Raises:
       UsageError: there is no such family.
-      InputError: the family cannot say the graph; all reasons, or the places where the two part.
+      InputError: the family cannot express the graph; all reasons, or the first differences.
     """
     graph = unrolled(graph)
     config = propose(graph, target)
@@ -67,13 +67,13 @@ def export_graph(graph: Graph, target: str) -> Export:
         tensors.update(tensors_of(value.weight, weights[value]))
     names = names_of(config.model_type)
     if config.model_type == "switch_transformers" and not is_tied(config):
-        # Without a tie transformers 5 wants an embedding in either stack, and draws what it lacks.
+        # Without a tie transformers 5 expects an embedding in either stack.
         tensors.update(dict.fromkeys(names.copies, tensors[names.embedding]))
     return Export(config, list(tensors.items()))
 
 
 def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:
-    """Return what `graph` calls the sizes of its tokens, or has fixed them to."""
+    """Return the names of the token sizes in `graph`, or their fixed values."""
     tokens = graph.inputs.get("tokens")
     if tokens is None or set(tokens.type.names) != {"batch", "seq"}:
         raise InputError(

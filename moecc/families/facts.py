@@ -1,4 +1,4 @@
-"""What importing asks of any config: its depth, its experts, its layers' names on disk."""
+"""Facts that importing needs of any config: depth, experts, layer names on disk."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def depth(config: ModelConfig, stack: str = "") -> int:
 
 
 def depth_key(config: ModelConfig, stack: str) -> str:
-    """Return the key of config.json that says the number of layers of a stack."""
+    """Return the key of config.json with the number of layers of a stack."""
     if isinstance(config, EncDecConfig):
         return "num_layers" if stack.strip() == "encoder" else "num_decoder_layers"
     return "num_hidden_layers"
 
 
 def block_count(config: ModelConfig, *, with_experts: bool) -> int:
-    """Return the number of layers, and with them of all experts' blocks if asked for."""
+    """Return the number of layers, plus the experts' blocks of all layers if `with_experts`."""
     if isinstance(config, EncDecConfig):
         layers = sum(map(config.layers, STACKS))
         sparse = sum(sum(config.sparse_layers(stack)) for stack in STACKS)

@@ -16,17 +16,17 @@ ACTIVATION_OPS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-"""From a config's activation to the operation."""
+"""The operation of each activation of a config."""
 
 Matrix = Callable[[str], Value]
 Bias = Callable[[str], Value | None]
 
 
 def gated(builder: Builder, x: Value, act: str, matrix: Matrix, bias: Bias) -> Value:
-    """Emit ``down(act(gate(x)) · up(x))``; `matrix` and `bias` give the parameters by name.
+    """Emit ``down(act(gate(x)) · up(x))``; `matrix` and `bias` return the parameters by name.
 
     The same operations serve a dense block and the experts, whose matrices and rows have an
-    expert axis more.
+    additional expert axis.
     """
 
     def linear(value: Value, name: str, over: str) -> Value:

@@ -1,4 +1,4 @@
-"""FLOPs of one sequence, counted from the graph, and as papers count them."""
+"""FLOPs of one sequence, counted from the graph, and by the convention of papers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class SequenceFlops:
     """FLOPs of the forward pass of one sequence, a multiplication and an addition each.
 
     Attributes:
-      paper: 2 · parameters · tokens, as the papers have it: every matrix that a token meets counts
-        once, experts as often as a token chooses, keys and values of cross-attention as if they
-        were made of the decoder's tokens, and attention scores not at all.
+      paper: 2 · parameters · tokens, as in papers: every matrix used for a token counts
+        once, experts once per choice of a token, keys and values of cross-attention as if they
+        were computed from the decoder's tokens, and attention scores not at all.
       weights: of all products with parameters, as the graph computes them.
       attention: of all other products.
-      lengths: the tokens of a sequence, by the variable that stands for them.
+      lengths: the tokens of a sequence, by variable.
     """
 
     paper: int
@@ -72,7 +72,7 @@ def _work(node: Node, lengths: Mapping[str, int]) -> float:
         return 2.0 * prod(_size(name, size, lengths) for name, size in sizes.items())
     inner = (s for n, s in sizes.items() if n not in ("group", "expert", "slot"))
     each = prod(s for s in inner if isinstance(s, int))
-    return 2.0 * each * _tokens_behind(rows, lengths) * choices_kept(rows)
+    return 2.0 * each * _dispatched_tokens(rows, lengths) * choices_kept(rows)
 
 
 def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
@@ -81,7 +81,7 @@ def _size(name: str, size: object, lengths: Mapping[str, int]) -> int:
     return size if isinstance(size, int) else lengths.get(str(size), 1)
 
 
-def _tokens_behind(rows: Value, lengths: Mapping[str, int]) -> int:
+def _dispatched_tokens(rows: Value, lengths: Mapping[str, int]) -> int:
     """Return the tokens of a sequence that were dispatched to `rows`."""
     slots = setter_of(rows.type.extents[0])
     tokens = SlotAttrs.of_node(assigner(slots)).tokens

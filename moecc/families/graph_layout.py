@@ -25,10 +25,10 @@ FAMILY = GraphConfig.model_type
 def build_graph(
     config: GraphConfig, dtype_of: DtypeOf | None = None, checkpoint: str = ""
 ) -> Graph:
-    """Return the graph that a config holds, its parameters read from the tensors of their names.
+    """Return the graph stored in a config, its parameters read from the tensors of their names.
 
     Raises:
-      InputError: the lines are no graph.
+      InputError: the lines are not a valid graph.
     """
     dtype_of = dtype_of or float32_of
     graph = parse(config.text, "config.json: graph")
@@ -44,7 +44,7 @@ def build_graph(
 
 
 def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
-    """Return the config that holds `graph`, or the reasons why none can."""
+    """Return the config that stores `graph`, or the reasons why it cannot be stored."""
     if "logits" not in graph.outputs and "hidden" not in graph.outputs:
         found = ", ".join(graph.outputs)
         return [Problem("a model has an output logits or hidden", found=found)]
@@ -72,7 +72,7 @@ def graph_tensors(graph: Graph) -> dict[str, Expr]:
     """
     missing = [name for name, v in graph.params.items() if v.weight is None]
     if missing:
-        what = "the parameter has no weight, so nothing can be written for it"
+        what = "the parameter has no weight, so it cannot be written"
         raise InputError(Problem(what, f"%{name}") for name in missing)
     return {name: v.weight for name, v in graph.params.items() if v.weight is not None}
 

@@ -1,4 +1,4 @@
-"""From an opened checkpoint to its graph, once every tensor has been held against the config."""
+"""Import an opened checkpoint as a graph, after checking every tensor against the config."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _IDLE = re.compile(
 """Buffers, and a table that T5 stored and never used."""
 
 _POOLER = re.compile(r"pooler\.dense\.(weight|bias)")
-"""What hidden states do not need."""
+"""Tensors that hidden states do not depend on."""
 
 _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}
 _BLOCK_ROWS = 4096
@@ -50,7 +50,7 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
     whether the two are one.
 
     Raises:
-      InputError: the config is faulty, or the tensors do not fit it; all problems at once.
+      InputError: the config is invalid, or the tensors do not match it; all problems at once.
       MachineError: the system cannot read a file.
     """
     tensors = checkpoint.tensors
@@ -62,7 +62,7 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
 
     layout = _layout(config, tensors)
     problems = list(_mixed_stacks(config, layout, tensors))
-    # Experts of several types cannot be stacked, and the other problems are still to be found.
+    # Experts of several types cannot be stacked, but the other problems are still to be found.
     types = None if problems else dtype_of
     graph = build_model(config, types, str(checkpoint.path), layout=layout, padding=padding)
     weights = (value.weight for value in graph.params.values() if value.weight is not None)
@@ -83,7 +83,7 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
 
 
 def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
-    """Return the tensors that are no part of the graph; those that repeat others do not count."""
+    """Return the tensors that are not part of the graph; copies of others do not count."""
     weights = (value.weight for value in graph.params.values() if value.weight is not None)
     read = {source.name for weight in weights for source in sources(weight)}
     names = names_of(str(graph.attrs.get("family", "")))
@@ -92,7 +92,7 @@ def unread_tensors(graph: Graph, checkpoint: Checkpoint) -> list[str]:
 
 
 def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
-    """Return the config with the tie that transformers 5 makes, whatever it wrote."""
+    """Return the config with the embedding tie that transformers 5 applies, whatever is stated."""
     if isinstance(config, T5Config) and not config.scale_outputs:
         apart = names_of(config.model_type).head in tensors
         return replace(config, tie_word_embeddings=config.tie_word_embeddings and not apart)
@@ -100,7 +100,7 @@ def _fitted(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConf
 
 
 def _repeated(config: ModelConfig) -> list[str]:
-    """Return the tensors that a file may hold beside the embedding and that must equal it."""
+    """Return the tensors that a file may hold as copies of the embedding."""
     names = names_of(config.model_type)
     return [*([names.head] if is_tied(config) else []), *names.copies]
 
@@ -119,7 +119,7 @@ def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], place: str) -> None:
-    """Refuse a config that speaks of far more tensors than there are, before building its graph."""
+    """Reject a config with far more tensors than the file has, before building its graph."""
     blocks = block_count(config, with_experts=_layout(config, tensors) == "experts")
     if blocks <= len(tensors) + 100:
         return
@@ -136,7 +136,7 @@ def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], pla
 def _mixed_stacks(
     config: ModelConfig, layout: str, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Problem]:
-    """Yield the matrices whose experts are of several element types."""
+    """Yield the matrices whose experts have several element types."""
     if layout != "experts":
         return
     found: dict[str, dict[str, str]] = {}
@@ -168,11 +168,11 @@ def _problems(
         missing, extra = [name for name in missing if name == head], []
     yield from _missing(missing, extra, expected, head)
     yield from _extra(extra, missing, config)
-    yield from capped(_unfit(expected, tensors), "tensors do not fit")
+    yield from capped(_unfit(expected, tensors), "tensors do not match")
 
 
 def _left_out(name: str, config: ModelConfig) -> bool:
-    """Whether a family's checkpoints may hold a tensor that is no part of its graph."""
+    """Whether a family's checkpoints may hold a tensor that is not part of its graph."""
     is_pooler = isinstance(config, BertConfig) and _POOLER.fullmatch(name) is not None
     return is_pooler or _IDLE.fullmatch(name) is not None
 
@@ -205,7 +205,7 @@ def _missing(
             str(expected[head]),
             hint='set "tie_word_embeddings": true if the model ties them',
         )
-    # The search for a similar name takes time with each pair of names, so it is bounded.
+    # The search for a similar name takes time for each pair of names, so it is bounded.
     candidates = extra[:200]
     found = (
         Problem("this tensor is missing", name, str(expected[name]), hint=nearest(name, candidates))
@@ -217,7 +217,7 @@ def _missing(
 def _whole_layers(
     missing: Iterable[str], expected: Iterable[str]
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """Return the layers of each stack of which everything is missing, and the other names."""
+    """Return the layers of each stack that are missing entirely, and the other names."""
     absent = list(missing)
     gone = set(absent)
     present = {layer_of(name) for name in expected if name not in gone}
@@ -277,7 +277,11 @@ def _unfit(
             hint = "a quantised checkpoint has to be dequantised first"
             expected_dtype = "a floating-point type"
             yield Problem(
-                "the tensor's elements are no weights", name, expected_dtype, str(info.dtype), hint
+                "the tensor cannot be a weight",
+                name,
+                expected_dtype,
+                str(info.dtype),
+                hint,
             )
 
 
@@ -290,7 +294,7 @@ def _wrong_shape(name: str, type: TensorType, info: TensorInfo) -> Problem:
 
 
 def _check_repeated(name: str, config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Refuse a tensor that differs from the embedding that it is said to be.
+    """Reject a tensor that differs from the embedding of which it should be a copy.
 
     transformers 4 would drop it, transformers 5 would keep it.
     """

@@ -1,7 +1,7 @@
-"""From the weight of a parameter back to the tensors that a family reads it from.
+"""Invert a family's weight expressions: from a parameter to the tensors it is read from.
 
-A family reads a parameter by moving data only: it stacks, cuts, renames or turns tensors.  Each of
-these can be undone, so an expression for the parameter gives one for every tensor.
+A family reads a parameter by moving data only: it stacks, cuts, renames or permutes tensors.  Each
+of these can be inverted, so an expression for the parameter yields one for every tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def tensors_of(read: Expr, made: Expr) -> list[tuple[str, Expr]]:
       The names of the tensors and an expression for each, simplified.
 
     Raises:
-      ValueError: `read` is not made of movements that can be undone.
+      ValueError: `read` is not composed of invertible movements.
     """
     tensors: list[tuple[str, Expr]] = []
     stack: list[Pair] = [(read, made)]
@@ -63,11 +63,11 @@ def _undone(pattern: Expr, value: Expr) -> list[Pair]:
             sizes = zip(pattern.axes, (pattern.x.type[a].size for a in pattern.axes), strict=True)
             into = tuple((name, size) for name, size in sizes if isinstance(size, int))
             return [(pattern.x, Split(value, pattern.into, into))]
-    raise ValueError(f"{pattern} cannot be undone")
+    raise ValueError(f"{pattern} cannot be inverted")
 
 
 def _at(value: Expr, axis: str, position: int) -> Expr:
-    """Return one position of an axis; the common cases at once, the others are simplified later."""
+    """Return one position of an axis; common cases directly, others are simplified later."""
     if isinstance(value, Stack) and value.axis == axis:
         return value.xs[position]
     if isinstance(value, Tile) and value.axis == axis:
@@ -76,7 +76,7 @@ def _at(value: Expr, axis: str, position: int) -> Expr:
 
 
 def _with_axis(pattern: Index, value: Expr) -> Expr:
-    """Return `value` with the axis of one entry that `pattern` takes away."""
+    """Return `value` with the size-1 axis that `pattern` removes."""
     if isinstance(value, Index) and value.axis == pattern.axis:
         whole = value.x.type
         if whole.names == pattern.x.type.names and whole.shape == pattern.x.type.shape:

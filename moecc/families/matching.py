@@ -1,8 +1,8 @@
 """Mapping one graph onto another, from the outputs, in lock step, without recursion.
 
-Two graphs compute the same if the same operations lie between the same outputs and the same
-inputs, up to names, places, and the order of commutative operands.  What is found is which
-parameter of the one takes the place of which parameter of the other.
+Two graphs compute the same if the same operations connect the same outputs and the same
+inputs, up to names, locations, and the order of commutative operands.  The result maps the
+parameters of one to those of the other.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from moecc.weights.simplify import simplify
 MOST_DIFFERENCES = 5
 
 AUXILIARY = ("loss.", "metric.", "trace.")
-"""What outputs are called that train or watch a model; no family writes them."""
+"""The names of outputs for training or monitoring; no family writes them."""
 
 
 def match_parameters(target: Graph, graph: Graph) -> dict[Value, Expr]:
-    """Return for each parameter of `target` the weight that `graph` has in its place.
+    """Return for each parameter of `target` the corresponding weight of `graph`.
 
-    Losses, metrics and traces do not count.  A parameter of `graph` may stand for several of
+    Losses, metrics and traces are ignored.  A parameter of `graph` may correspond to several of
     `target`; the reverse only where the weights are equal.  Axes of parameters may be in another
     order.
 
     Raises:
-      InputError: the graphs part somewhere; with the first places, and both lines at each.
+      InputError: the graphs differ; with the first differences, and both lines at each.
     """
     matcher = _Matcher(target, graph, _structure_keys(target, graph))
     matcher.run()
     if matcher.problems:
-        rest = "places where the two part"
+        rest = "differences"
         raise InputError(capped(matcher.problems, rest, MOST_DIFFERENCES))
     return matcher.weights
 
 
 def _structure_keys(*graphs: Graph) -> dict[Value, int]:
-    """Return for each value a number that values have in common iff they are computed alike.
+    """Return for each value a number that values share iff they are computed alike.
 
-    Parameters are alike where their axes are.  Structures are numbered, not hashed, so two
+    Parameters are alike if their axes are.  Structures are numbered, not hashed, so two
     different ones never get the same number.
     """
     numbers: dict[Hashable, int] = {}
@@ -73,7 +73,7 @@ def _local(node: Node) -> tuple[Hashable, ...]:
 
 
 def _axes(type: TensorType) -> frozenset[tuple[str, Hashable]]:
-    """Return the axes of `type` in no order; what an extent refers to is compared elsewhere."""
+    """Return the axes of `type` as a set; extents are compared elsewhere."""
     return frozenset(
         (a.name, a.size.kind if isinstance(a.size, Extent) else a.size) for a in type.axes
     )
@@ -92,7 +92,7 @@ class _Matcher:
         ours = {n: v for n, v in self.graph.outputs.items() if not n.startswith(AUXILIARY)}
         if theirs.keys() != ours.keys():
             expected, found = ", ".join(theirs), ", ".join(ours)
-            hint = "a family's model gives nothing else"
+            hint = "a family's model has no other outputs"
             self.problems.append(
                 Problem("the graph has other outputs", None, expected, found, hint)
             )
@@ -106,7 +106,7 @@ class _Matcher:
             stack.extend(reversed(following))
 
     def _step(self, a: Value, b: Value) -> Iterator[tuple[Value, Value]]:
-        """Compare a value of the target with one of ours; yield the pairs that follow."""
+        """Compare a value of the target with one of ours; yield the pairs to compare next."""
         if a.is_param and b.is_param:
             self._bind(a, b)
         elif a.node is not None and b.node is not None and _same_operation(a, b):
@@ -117,14 +117,14 @@ class _Matcher:
             self._part(a, b)
 
     def _ordered(self, a: Node, b: Node) -> list[Value]:
-        """Return the operands of `b` in the order in which those of `a` stand."""
+        """Return the operands of `b` in the order of the matching operands of `a`."""
         if not a.op.commutative:
             return b.operands
         swapped = b.operands[::-1]
         return swapped if self._alike(a, swapped) > self._alike(a, b.operands) else b.operands
 
     def _alike(self, a: Node, operands: list[Value]) -> int:
-        """Count the operands that agree; those of one operation count a little."""
+        """Count the operands that agree; those of the same operation count a little."""
         score = 0
         for mine, other in zip(a.operands, operands, strict=True):
             if self.keys[mine] == self.keys[other]:
@@ -138,7 +138,7 @@ class _Matcher:
             self._part(a, b)
             return
         if b.weight is None:
-            what = "the parameter has no weight, so nothing can be written for it"
+            what = "the parameter has no weight, so it cannot be written"
             self.problems.append(Problem(what, f"%{b.name}"))
             return
         weight = b.weight
@@ -146,14 +146,14 @@ class _Matcher:
             weight = Permute(weight, a.type.names)
         before = self.weights.setdefault(a, weight)
         if before is not weight and simplify(before) is not simplify(weight):
-            what = f"{self.target.name} has one tensor where the graph has two that differ"
+            what = f"{self.target.name} has one tensor where the graph has two different ones"
             self.problems.append(Problem(what, f"%{b.name}", f"the weight of %{a.name}"))
 
     def _part(self, a: Value, b: Value) -> None:
         place = b.node.loc if b.node is not None else b.loc
         self.problems.append(
             Problem(
-                f"the graph is no {self.target.name}: here the two part",
+                f"the graph is not a {self.target.name}: first difference",
                 place or None,
                 _line(a),
                 _line(b),

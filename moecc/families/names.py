@@ -1,6 +1,6 @@
-"""What each family calls its tensors on disk.
+"""The tensor names of each family on disk.
 
-One table a family, as transformers writes and reads it.  Names of experts are those of one expert
+One table per family, as transformers writes and reads it.  Names of experts are those of one expert
 each, the layout that every runtime reads; transformers 5 can also write the experts of a layer in
 one tensor, and those names are the same in every family.
 """
@@ -18,7 +18,7 @@ class TensorNames:
     Attributes:
       embedding: the token embedding, ``[vocab, embed]``.
       final_norm: the scale of the last norm.
-      head: the output matrix, where it is not the embedding.
+      head: the output matrix, if it is not the embedding.
       layer: the prefix of a layer's tensors.
       dense: the prefix of a dense feed-forward block.
       sparse: the prefix of a mixture of experts.
@@ -26,8 +26,8 @@ class TensorNames:
       expert: the prefix of one expert, after `sparse`.
       stack: the prefix of the stacked experts as the graph calls them, after `sparse`.
       gate, up, down: the three matrices of an expert.
-      single: the first matrix where there is no gate; empty where it is called as `up` is.
-      copies: further names of the embedding, which some files hold and transformers may want.
+      single: the first matrix if there is no gate; empty if it has the name of `up`.
+      copies: further names of the embedding, which some files contain and transformers may expect.
       shared: the prefix of a shared expert, after `sparse`.
       shared_gate: the shared expert's gate, ``[1, embed]``, after `sparse`.
     """
@@ -60,7 +60,7 @@ class TensorNames:
 FUSED_ROUTER = "mlp.gate.weight"
 FUSED_GATE_UP = "mlp.experts.gate_up_proj"
 FUSED_DOWN = "mlp.experts.down_proj"
-"""The names of transformers 5 in memory, which some tools write to disk as they are."""
+"""The in-memory names of transformers 5, which some tools write to disk unchanged."""
 
 DEFAULT = TensorNames()
 
@@ -84,7 +84,7 @@ NAMES: Mapping[str, TensorNames] = {
     "st_moe": replace(_T5, dense="mlp."),
     "bert": TensorNames(embedding="embeddings.word_embeddings.weight"),
 }
-"""The tables by model type; a family that is not listed has the default names."""
+"""The tables by model type; a family not listed has the default names."""
 
 
 def names_of(family: str) -> TensorNames:

@@ -1,7 +1,7 @@
-"""Parameters of a decoder: the graph's name, the axes on disk, and the expression that reads them.
+"""Parameters of a graph: name, axes on disk, and the expression that reads them.
 
 The name of a parameter is that of its tensor; experts, one tensor each on disk, are one stacked
-parameter, named as the checkpoint names them without the number of the expert.
+parameter, with the name in the checkpoint without the number of the expert.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Slice, Stack
 
 DtypeOf = Callable[[str], DType]
-"""From the name of a tensor to its element type on disk."""
+"""Maps the name of a tensor to its element type on disk."""
 
 LAYOUTS = ("experts", "fused", "stacked")
 """One tensor an expert, the fused tensors of transformers 5, or one for all experts of a layer."""
@@ -29,10 +29,10 @@ def float32_of(name: str) -> DType:
 
 
 class Parameters:
-    """Makes the parameters of one graph; each name is made once and then found again.
+    """Creates the parameters of one graph; each name is created once and then reused.
 
     Attributes:
-      graph: the graph that gets them.
+      graph: the graph that they are added to.
       names: the family's names.
       dtype_of: the element type of each tensor on disk.
       layout: one of `LAYOUTS`.
@@ -66,7 +66,7 @@ class Parameters:
         return self._param(name, loc, axes, self._source(read, **axes))
 
     def shared_gate(self, layer: str, loc: str, *, embed: int) -> Value:
-        """Return the gate of a shared expert, ``[embed]``; its first axis on disk has one entry."""
+        """Return the gate of a shared expert, ``[embed]``; its first axis on disk has size 1."""
         name = f"{layer}{self.names.sparse}{self.names.shared_gate}"
         read = Index(self._source(name, shared=1, embed=embed), "shared", 0)
         return self._param(name, loc, {"embed": embed}, read)
@@ -79,7 +79,7 @@ class Parameters:
         Args:
           layer: the prefix of the layer's tensors.
           matrix: ``gate``, ``up`` or ``down``.
-          loc: the place in the model.
+          loc: the location in the model.
           axes: the axes of one expert's matrix, in their order on disk.
           experts: the number of experts.
         """
@@ -93,7 +93,7 @@ class Parameters:
     def expert_matrix(
         self, layer: str, word: str, loc: str, axes: dict[str, int], experts: int
     ) -> Value:
-        """Return the matrix that the family calls `word`, of all experts; see `expert`."""
+        """Return the matrix with the family's name `word`, of all experts; see `expert`."""
         prefix = f"{layer}{self.names.sparse}"
         name = f"{prefix}{self.names.stack}{word}.weight"
         whole = {"expert": experts, **axes}

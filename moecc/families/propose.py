@@ -1,4 +1,4 @@
-"""Which config of a target family says a graph, or why none does."""
+"""Infer a config of the target family that can express the graph, or the reasons against it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Layers = Mapping[int, ExpertLayer]
 
 
 def targets() -> tuple[str, ...]:
-    """Return the families that a graph can be written as."""
+    """Return the families that a graph can be exported to."""
     return tuple(CONFIGS)
 
 
@@ -44,10 +44,10 @@ def check_target(target: str) -> None:
 
 
 def propose(graph: Graph, target: str) -> ModelConfig | list[Problem]:
-    """Return the config of `target` that says `graph`, or the reasons why there is none.
+    """Return the config of `target` that can express `graph`, or the reasons why there is none.
 
-    The config follows from that of the source, which the graph carries, and from the graph's
-    expert layers.  Whether the rest of the graph is the target's shows only when it is exported.
+    The config is derived from that of the source, which the graph carries, and from the graph's
+    expert layers.  Whether the rest of the graph matches is checked by the export.
 
     Raises:
       UsageError: there is no such family.
@@ -68,7 +68,7 @@ def propose(graph: Graph, target: str) -> ModelConfig | list[Problem]:
         return source if not found else [_no_experts(target, found)]
     unplaced = [layer for layer in found if layer_number(layer.loc) is None]
     if unplaced:
-        what = "the location of an expert layer does not say which layer it is"
+        what = "the location of an expert layer does not state its layer"
         return [Problem(what, layer.loc or None, "layers.N.ffn") for layer in unplaced]
     layers = {n: layer for layer in found if (n := layer_number(layer.loc)) is not None}
     if len(layers) < len(found):
@@ -84,12 +84,14 @@ def _other_shape(source: ModelConfig, target: str) -> Problem:
         _SHAPES.get(c.shape().__name__, "an encoder alone") for c in (CONFIGS[target], source)
     )
     what = f"{target} is {theirs}, and {source.model_type} {ours}"
-    return Problem(what, hint=f"{FAMILY} can say any model")
+    return Problem(what, hint=f"{FAMILY} can express any model")
 
 
 def _no_experts(target: str, found: list[ExpertLayer]) -> Problem:
     what = f"{target} has no mixture of experts"
-    return Problem(what, found=f"{len(found)} expert layers", hint=f"{FAMILY} can say this model")
+    return Problem(
+        what, found=f"{len(found)} expert layers", hint=f"{FAMILY} can express this model"
+    )
 
 
 def _propose_encdec(
@@ -108,16 +110,16 @@ def source_config(graph: Graph) -> ModelConfig:
     """Return the config of the checkpoint that `graph` was imported from.
 
     Raises:
-      InputError: the graph carries none, or a faulty one.
+      InputError: the graph has no config, or an invalid one.
     """
     if "config" not in graph.attrs:
         hint = "import the checkpoint with moecc, and keep the line `attr config`"
-        raise InputError("the graph does not say what it was imported from", hint=hint)
+        raise InputError("the graph does not state what it was imported from", hint=hint)
     return parse_config(graph.attrs["config"], "attr config")
 
 
 def target_fits(graph: Graph, experts: int = 8, top_k: int = 2) -> dict[str, list[Problem]]:
-    """Return for each mixture-of-experts family why it cannot say `graph`; empty: it can.
+    """Return for each mixture-of-experts family why it cannot express `graph`; empty if it can.
 
     A dense graph is taken as if it had been upcycled in every layer, with renormalised gates and
     with a shared expert where the family has one.
@@ -139,7 +141,7 @@ def target_fits(graph: Graph, experts: int = 8, top_k: int = 2) -> dict[str, lis
 
 
 def _mixtures(graph: Graph) -> list[str]:
-    """Return the families of mixtures whose shape the graph's source has, and st_moe."""
+    """Return the families of mixtures with the shape of the graph's source, and st_moe."""
     try:
         shape = source_config(graph).shape()
     except InputError:
@@ -181,7 +183,7 @@ def propose_config(
 ) -> DecoderConfig | list[Problem]:
     """Return the config of `target` for a model like `source` whose layers `layers` are sparse.
 
-    The reasons why there is none are complete, and name the families that could say the model.
+    The reasons why there is none are complete, and name the families that could express the model.
     """
     made = _try(source, layers, target)
     if isinstance(made, DecoderConfig):
@@ -192,7 +194,7 @@ def propose_config(
         if name != target and isinstance(_try(source, layers, name), DecoderConfig)
     ]
     if others and made[-1].hint is None:
-        made[-1] = replace(made[-1], hint=f"{either(others)} can say this model")
+        made[-1] = replace(made[-1], hint=f"{either(others)} can express this model")
     return made
 
 
@@ -223,7 +225,7 @@ def _dense_reasons(source: DecoderConfig, layers: Layers, target: str) -> list[P
         what = f"{target} has no mixture of experts; layers {ranges(sorted(layers))} here are one"
         return [Problem(what)]
     if isinstance(source, MoeConfig):
-        return [Problem(f"{source.model_type} was made dense, which no target can say yet")]
+        return [Problem(f"{source.model_type} was made dense, which no target can express yet")]
     return []
 
 
@@ -252,10 +254,10 @@ def _layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Prob
     target = family.model_type
     conventions = _conventions(family)
     if layer.gates not in conventions:
-        what = f"{target} cannot say {layer.gates} gates"
+        what = f"{target} cannot express {layer.gates} gates"
         hint = None
         if layer.gates == "softmax":
-            hint = "qwen2_moe and qwen3_moe say them with norm_topk_prob false"
+            hint = "qwen2_moe and qwen3_moe express them with norm_topk_prob false"
         yield Problem(what, expected=" or ".join(conventions), found=layer.gates, hint=hint)
     if layer.scale != 1:
         what = f"{target} has no factor on the gates"
@@ -268,12 +270,14 @@ def _layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Prob
         what = f"{target} has no token groups"
         yield Problem(what, expected="groups=1", found=f"groups={layer.groups}")
     if layer.width == 0:
-        yield Problem("the experts' width cannot be made out", expected="one or two matrices first")
+        yield Problem(
+            "the experts' width cannot be determined", expected="one or two matrices first"
+        )
     yield from _shared_reasons(layer, family)
 
 
 def _conventions(family: type[MoeConfig]) -> tuple[str, ...]:
-    """Return the gate conventions that a family can say."""
+    """Return the gate conventions that a family supports."""
     return ("renormalised",) if family.model_type == "mixtral" else ("renormalised", "softmax")
 
 
@@ -288,7 +292,7 @@ def _shared_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Pro
         hint = "upcycle without shared, or write qwen2_moe"
         yield Problem(what, found=f"one of {layer.shared} neurons", hint=hint)
     elif layer.shared and not layer.shared_gate:
-        yield Problem(f"the shared expert of {target} stands behind a sigmoid gate")
+        yield Problem(f"the shared expert of {target} has a sigmoid gate")
 
 
 def _pattern_reasons(
@@ -298,21 +302,21 @@ def _pattern_reasons(
     if beyond:
         found = f"layers {ranges(sorted(beyond))}"
         yield Problem(
-            "there are more layers than the source had",
+            "there are more layers than in the source",
             expected=f"{source.num_hidden_layers} layers",
             found=found,
         )
     dense = [n for n in range(source.num_hidden_layers) if n not in layers]
     if dense and family.model_type == "mixtral":
         what = f"mixtral has an expert layer at every depth; layers {ranges(dense)} here are dense"
-        hint = "qwen2_moe and qwen3_moe can say that with mlp_only_layers"
+        hint = "qwen2_moe and qwen3_moe can express that with mlp_only_layers"
         yield Problem(what, hint=hint)
 
 
 def _sparse_fields(
     source: DecoderConfig, layers: Layers, family: type[MoeConfig]
 ) -> dict[str, object]:
-    """Return the fields of a config; what `_sparse_reasons` refuses has a value that passes."""
+    """Return the fields of a config; what `_sparse_reasons` rejects has a valid stand-in value."""
     layer = next(iter(layers.values()), ExpertLayer("", 1, 1))
     width = layer.width or 1
     fields = source.common()
@@ -333,7 +337,7 @@ def _sparse_fields(
 
 
 def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, object]:
-    """Return what does not change the function and another family may take over."""
+    """Return the fields that do not affect the function and that another family may take over."""
     kept: dict[str, object] = {
         "router_aux_loss_coef": source.router_aux_loss_coef,
         "output_router_logits": source.output_router_logits,
@@ -344,7 +348,7 @@ def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, ob
 
 
 def _pattern(source: DecoderConfig, layers: Layers) -> dict[str, object]:
-    """Return the fields that say which layers are sparse: those of the source where they do."""
+    """Return the fields that state which layers are sparse: the source's, if they match."""
     count = source.num_hidden_layers
     sparse = tuple(number in layers for number in range(count))
     if isinstance(source, MoeConfig) and source.sparse_layers == sparse:

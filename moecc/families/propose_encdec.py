@@ -1,4 +1,4 @@
-"""Which config of an encoder-decoder family says a graph, or why none does."""
+"""Infer a config of an encoder-decoder family that can express the graph."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Stacks = Mapping[str, Mapping[int, ExpertLayer]]
 
 
 def in_stacks(layers: list[ExpertLayer]) -> Stacks | list[Problem]:
-    """Return the expert layers by stack and number, or what is wrong with their locations."""
+    """Return the expert layers by stack and number, or the problems of their locations."""
     found: dict[str, dict[int, ExpertLayer]] = {stack: {} for stack in STACKS}
     problems = []
     for layer in layers:
         match = _PLACE.match(layer.loc)
         if match is None:
-            what = "the location of an expert layer does not say which layer it is"
+            what = "the location of an expert layer does not state its layer"
             problems.append(Problem(what, layer.loc or None, "encoder.layers.N.ffn"))
         elif int(match[2]) in found[match[1]]:
             problems.append(Problem("a layer has several mixtures of experts", layer.loc))
@@ -41,7 +41,7 @@ def in_stacks(layers: list[ExpertLayer]) -> Stacks | list[Problem]:
 def encdec_fields(
     source: EncDecConfig, stacks: Stacks, family: type[EncDecConfig]
 ) -> tuple[dict[str, object], list[Problem]]:
-    """Return the fields of a config of `family`, and the reasons why it cannot say the model."""
+    """Return the fields of a config of `family`, and the reasons why it cannot fit the model."""
     fields = source.common()
     layers = [layer for stack in stacks.values() for layer in stack.values()]
     if issubclass(family, SwitchTransformersConfig):
@@ -61,7 +61,7 @@ def _switch_fields(source: EncDecConfig, stacks: Stacks) -> dict[str, object]:
         count = _sparse_count(source, stack, stacks[stack])
         fields[f"num_sparse_{stack}_layers"] = 1 if count is None else count
     if isinstance(source, SwitchTransformersConfig):
-        # What trains the model and does not change its function.
+        # Fields that affect training and not the function.
         fields["router_jitter_noise"] = source.router_jitter_noise
         fields["router_aux_loss_coef"] = source.router_aux_loss_coef
     return fields
@@ -74,7 +74,7 @@ def _first(stacks: Stacks) -> ExpertLayer:
 def _sparse_count(
     source: EncDecConfig, stack: str, layers: Mapping[int, ExpertLayer]
 ) -> int | None:
-    """Return the number of sparse layers with which transformers makes just these sparse."""
+    """Return the number of sparse layers for which transformers selects exactly these."""
     depth = source.layers(stack)
     if isinstance(source, SwitchTransformersConfig):
         stated: int = getattr(source, f"num_sparse_{stack}_layers")
@@ -111,7 +111,7 @@ def _switch_reasons(source: EncDecConfig, stacks: Stacks) -> Iterator[Problem]:
             what = f"switch_transformers spreads the sparse layers of the {stack} evenly"
             expected = "all, or every n-th from layer 1 on: upcycle{layers=every:2}"
             found = f"layers {ranges(sorted(stacks[stack]))}" if stacks[stack] else "none"
-            yield Problem(what, expected=expected, found=found, hint="st_moe can say it")
+            yield Problem(what, expected=expected, found=found, hint="st_moe can express it")
 
 
 def _layer_reasons(layer: ExpertLayer, width: int) -> Iterator[Problem]:

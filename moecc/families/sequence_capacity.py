@@ -1,9 +1,9 @@
-"""A bound on the tokens of one sequence that an expert takes, as switch_transformers has it.
+"""A bound on the tokens of one sequence per expert, as in switch_transformers.
 
-The capacity of ``assign_slots`` counts in groups of so many tokens, and the length of a sequence is
-not known when a graph is built.  So the count is made of other operations: a token's turn at its
-expert is the number of tokens up to it that chose the same one, and ``assign_slots`` keeps turns up
-to the bound.
+The capacity of ``assign_slots`` counts in groups of a fixed number of tokens, but the length of a
+sequence is unknown when a graph is built.  So it is built of other operations: a token's position
+at its expert is the number of tokens up to it that chose the same one, and ``assign_slots`` keeps
+positions up to the bound.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from moecc.rewrite import P, match
 NEXT = "kv_seq"
 
 _WITHIN = P.broadcast(P.less(P.any("turn"), P.constant(value=P.attr("bound"))), P.any("like"))
-"""Whether a turn lies within the bound."""
+"""Whether a position is within the bound."""
 
 
 def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) -> Value:
-    """Return which choices lie within the bound, ``pred[batch, seq, choice=1]``.
+    """Return which choices are within the bound, ``pred[batch, seq, choice=1]``.
 
     Args:
-      builder: where the operations go.
+      builder: where operations are appended.
       experts: with top-1 routing and a `sequence_capacity`.
       chosen: the expert of each token, ``[batch, seq, choice=1]``.
     """
     hot = builder.one_hot(chosen, into=(("expert", experts.count),))
-    # Numbers of some hundred tokens are no whole numbers in bfloat16.
+    # bfloat16 does not represent all integers above 256 exactly.
     mine = builder.cast(builder.sum(hot, axes="choice"), dtype="f32")
     here = builder.positions(chosen, axis="seq", name="positions")
     there = builder.rename(here, axis="seq", to=NEXT)
@@ -41,7 +41,7 @@ def emit_sequence_capacity(builder: Builder, experts: Experts, chosen: Value) ->
 
 
 def sequence_capacity_of(slots: Node) -> int:
-    """Return the bound that the choices of an ``assign_slots`` are kept within, or 0."""
+    """Return the bound on the choices of an ``assign_slots``, or 0."""
     kept = next((v.node for v in slots.operands[1:] if v.node is not None), None)
     found = None if kept is None else match(_WITHIN, kept)
     if found is None:

@@ -1,8 +1,8 @@
-"""The same model at small sizes, to be run in no time.
+"""The same model at small sizes, for fast runs.
 
-What a pass may depend on stays: the layers and which of them are sparse, the experts and how many a
-token takes, the ratio of query to key heads, biases and norms, and of every size its small prime
-factors, so that what divided it (a granularity, a mesh) divides it still.
+Everything a pass may depend on is kept: the layers and which of them are sparse, experts and top-k,
+the ratio of query to key heads, biases and norms, and of every size its small prime
+factors, so that divisors of it (a granularity, a mesh) still divide it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MOST_VOCAB = 64
 MOST_MLP = 96
 MOST_EXPERT = 32
 MOST_NEURONS = 1024
-"""Those of all experts of a layer together, where the experts are many."""
+"""The limit on the neurons of all experts of a layer together, if there are many experts."""
 MOST_HEADS = 3
 MOST_HEAD_DIM = 8
 SMALL_WINDOW = 3
-"""Less than a short test sequence, so that a window is felt."""
+"""Less than a short test sequence, so that a window has an effect."""
 
 
 def shrink_size(size: int, most: int) -> int:
@@ -57,7 +57,7 @@ def _prime_factors(size: int, most: int) -> Iterator[int]:
 
 
 def _other_prime(most: int) -> int:
-    """Return a stand-in for a large prime: nothing common divides it."""
+    """Return a stand-in for a large prime: no common number divides it."""
     return next(p for p in (13, 7, 3, 1) if p <= most)
 
 
@@ -65,7 +65,7 @@ def shrink_config(config: ModelConfig) -> ModelConfig:
     """Return `config` with small sizes of the same structure.
 
     Raises:
-      InputError: the config holds a graph, whose sizes only its own constraints tell.
+      InputError: the config holds a graph, whose sizes only its own constraints determine.
     """
     match config:
         case DecoderConfig():
@@ -110,7 +110,7 @@ def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
     width = config.num_attention_heads * config.head_dim
     changes: dict[str, object] = {
         "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
-        # Whether the heads fill the model's width is a matter of the family.
+        # Whether the heads together have the model's width depends on the family.
         "hidden_size": heads * head_dim * (1 if width == config.hidden_size else 2),
         "intermediate_size": shrink_size(config.intermediate_size, MOST_MLP),
         "num_attention_heads": heads,
@@ -132,6 +132,6 @@ def _expert_sizes(config: MoeConfig) -> dict[str, object]:
     if shared is not None:
         sizes["shared_expert_intermediate_size"] = shrink_size(shared, MOST_MLP)
     if config.expert_intermediate_size == config.intermediate_size:
-        # In mixtral the two are one number.
+        # In mixtral both are the same number.
         sizes["intermediate_size"] = width
     return sizes

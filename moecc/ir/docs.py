@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import moecc.ir.table as _filled
 from moecc.ir.ops import OPS, REQUIRED, Attr, OpDef, mixes_none
 from moecc.ir.printer import format_attr
-from moecc.support.generated_docs import WrittenPart
+from moecc.support.generated_docs import GeneratedPart
 
 GROUPS = (
     ("Arithmetic, selection, constants", "elementwise"),
@@ -140,7 +140,7 @@ def _cell(text: str) -> str:
 
 assert _filled.__all__, "importing the table fills it"
 
-OPERATIONS = WrittenPart("operations", "moecc.ir.docs", render_operations)
+OPERATIONS = GeneratedPart("operations", "moecc.ir.docs", render_operations)
 
 if __name__ == "__main__":
     sys.exit(OPERATIONS.main())

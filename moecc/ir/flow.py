@@ -1,10 +1,10 @@
-"""Flow: where the results of an operation lie on a mesh, from where its operands lie.
+"""Sharding propagation: the sharding of an operation's results from that of its operands.
 
 An operation loops over *dimensions*.  Its rule says which dimension each axis of each operand and
-result runs along, which dimensions it sums over, and which it must have whole.  A dimension lies on
-the same mesh axes in all that run along it; a sum over one that lies split is *unreduced*.  The
-rule is a field of the operation's row (`moecc.ir.table.flows` has those that rows name); an
-operation without one takes operands that lie whole.
+result runs along, which dimensions it sums over, and which must not be sharded.  A dimension has
+the same mesh axes in all operands and results; a sum over a sharded one is *unreduced*.  The
+rule is a field of the operation's row (`moecc.ir.table.flows` has the rules that rows name); an
+operation without one takes replicated operands only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moecc.ir.operand import Attrs, Entry, Operand
 from moecc.types.tensor import Axis, TensorType
 
 Names = Mapping[str, str]
-"""Axis → dimension; an axis that is not named has no influence, and in a result lies whole."""
+"""Axis → dimension; an axis not named has no influence, and is not sharded in a result."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Space:
     Attributes:
       operands: for each operand, the dimensions of its axes.
       result: the dimensions of the axes of every result.
-      summed: dimensions that it sums over; they may lie split, and the result is then unreduced.
-      whole: dimensions that it must have whole.
-      counts: numbers that the parts of a dimension must divide, and what they count.
-      shape_only: whether it looks at the axes of its operands, and at no element.
+      summed: dimensions that it sums over; if one is sharded, the result is unreduced.
+      whole: dimensions that must not be sharded.
+      counts: numbers that the shards of a dimension must divide, and what they count.
+      shape_only: whether it reads only the axes of its operands, and no element.
     """
 
     operands: tuple[Names, ...]
@@ -47,16 +47,16 @@ Rule = Callable[[Entry, Sequence[Operand], Attrs], Space]
 
 
 class ShardedEntry(Entry, Protocol):
-    """A row of the operation table, with the rule by which it shares a mesh."""
+    """A row of the operation table, with its sharding rule."""
 
     @property
     def sharding(self) -> Rule | None:
-        """The rule, or None where all operands lie whole."""
+        """The rule, or None if all operands must be replicated."""
         ...
 
 
 def space_of(entry: ShardedEntry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """Return the dimensions of an operation; all of them whole, where it has no rule."""
+    """Return the dimensions of an operation; without a rule none may be sharded."""
     if entry.sharding is not None:
         return entry.sharding(entry, operands, attrs)
     names = tuple({n: f"{i}.{n}" for n in v.type.names} for i, v in enumerate(operands))
@@ -83,21 +83,21 @@ def sharded_results(
       entry: the operation.
       space: the dimensions of this application of it.
       operands: names and types of the operands.
-      types: of the results, whose sharding does not count.
-      mesh: the mesh, or None where nobody asks whether counts divide.
+      types: the result types, whose sharding is ignored.
+      mesh: the mesh, or None to skip the check that counts divide.
 
     Raises:
-      InputError: an operand lies where the operation cannot take it; it names operand and axis.
+      InputError: the operation does not accept an operand's sharding; names operand and axis.
     """
     if not any(o.type.is_sharded for o in operands):
         return tuple(t.bare for t in types)
-    lies = _dimensions(entry, operands, space)
-    _check_once(lies)
+    shardings = _dimensions(entry, operands, space)
+    _check_once(shardings)
     if mesh is not None:
-        _check_counts(mesh, space, lies)
-    left = dict.fromkeys(m for d in sorted(space.summed) for m in lies.get(d, _WHOLE).mesh)
-    left |= dict.fromkeys(_carried(entry, operands, lies))
-    return tuple(_placed(t, space.result, lies, tuple(left)) for t in types)
+        _check_counts(mesh, space, shardings)
+    left = dict.fromkeys(m for d in sorted(space.summed) for m in shardings.get(d, _WHOLE).mesh)
+    left |= dict.fromkeys(_unreduced(entry, operands, shardings))
+    return tuple(_sharded(t, space.result, shardings, tuple(left)) for t in types)
 
 
 def propagate_sharding(
@@ -115,19 +115,19 @@ def propagate_sharding(
 
 
 @dataclass(frozen=True, slots=True)
-class _Lies:
-    """Where a dimension lies, and the operand and axis that say so."""
+class _Sharding:
+    """The mesh axes of a dimension, and the operand and axis that determine them."""
 
     mesh: tuple[str, ...]
     value: str = ""
     axis: str = ""
 
 
-_WHOLE = _Lies(())
+_WHOLE = _Sharding(())
 
 
-def _dimensions(entry: Entry, operands: Sequence[Given], space: Space) -> dict[str, _Lies]:
-    lies: dict[str, _Lies] = {}
+def _dimensions(entry: Entry, operands: Sequence[Given], space: Space) -> dict[str, _Sharding]:
+    shardings: dict[str, _Sharding] = {}
     for value, names in zip(operands, space.operands, strict=True):
         for axis in value.type.axes:
             dimension = names.get(axis.name)
@@ -135,45 +135,45 @@ def _dimensions(entry: Entry, operands: Sequence[Given], space: Space) -> dict[s
                 continue
             if axis.mesh and dimension in space.whole:
                 raise InputError(
-                    f"{entry.name} needs the axis {axis.name!r} of %{value.name} whole",
+                    f"{entry.name} does not accept a sharded axis {axis.name!r} of %{value.name}",
                     expected=axis.name,
                     found=spelled(axis),
                     hint="all_gather it first, or let annotate-sharding and lower-collectives",
                 )
-            first = lies.setdefault(dimension, _Lies(axis.mesh, value.name, axis.name))
+            first = shardings.setdefault(dimension, _Sharding(axis.mesh, value.name, axis.name))
             if first.mesh != axis.mesh:
                 raise InputError(
-                    f"the axis {axis.name!r} of %{value.name} lies elsewhere than that of "
+                    f"the axis {axis.name!r} of %{value.name} is sharded unlike that of "
                     f"%{first.value}",
                     expected=spelled(Axis(axis.name, axis.size, first.mesh)),
                     found=spelled(axis),
                     hint="shard or gather one of them",
                 )
-    return lies
+    return shardings
 
 
 def spelled(axis: Axis) -> str:
-    """Return an axis and where it lies, without its size: ``batch@data``."""
+    """Return an axis with its mesh axes, without its size: ``batch@data``."""
     return axis.name + ("@" + "*".join(axis.mesh) if axis.mesh else "")
 
 
-def _check_once(lies: Mapping[str, _Lies]) -> None:
-    used: dict[str, _Lies] = {}
-    for where in lies.values():
+def _check_once(shardings: Mapping[str, _Sharding]) -> None:
+    used: dict[str, _Sharding] = {}
+    for where in shardings.values():
         for name in where.mesh:
             other = used.setdefault(name, where)
             if other is not where:
                 raise InputError(
-                    f"two axes lie on the mesh axis {name!r}",
+                    f"two axes are sharded over the mesh axis {name!r}",
                     expected="each mesh axis at most once",
                     found=f"{other.axis} of %{other.value}, {where.axis} of %{where.value}",
                     hint="gather one of them",
                 )
 
 
-def _check_counts(mesh: Mesh, space: Space, lies: Mapping[str, _Lies]) -> None:
+def _check_counts(mesh: Mesh, space: Space, shardings: Mapping[str, _Sharding]) -> None:
     for dimension, (what, count) in space.counts.items():
-        where = lies.get(dimension, _WHOLE)
+        where = shardings.get(dimension, _WHOLE)
         parts = mesh.size(where.mesh)
         if count % parts:
             raise InputError(
@@ -181,15 +181,17 @@ def _check_counts(mesh: Mesh, space: Space, lies: Mapping[str, _Lies]) -> None:
                 expected=f"a multiple of {parts}",
                 found=str(count),
                 hint=f"{what}={nearest_multiple(count, parts)} would, and counts capacities in "
-                "smaller groups; or lay the tokens whole",
+                "smaller groups; or replicate the tokens",
             )
 
 
-def _carried(entry: Entry, operands: Sequence[Given], lies: Mapping[str, _Lies]) -> Iterator[str]:
-    """Yield the mesh axes over which operands, and so the result, are sums not carried out."""
+def _unreduced(
+    entry: Entry, operands: Sequence[Given], shardings: Mapping[str, _Sharding]
+) -> Iterator[str]:
+    """Yield the mesh axes over which operands, and so the result, are unreduced sums."""
     if not any(v.type.unreduced for v in operands):
         return
-    split = {m for where in lies.values() for m in where.mesh}
+    split = {m for where in shardings.values() for m in where.mesh}
     sums = [set(v.type.unreduced) for v in operands]
     for number, value in enumerate(operands):
         others = set().union(*(s for i, s in enumerate(sums) if i != number))
@@ -198,7 +200,7 @@ def _carried(entry: Entry, operands: Sequence[Given], lies: Mapping[str, _Lies])
             alone = not entry.jointly and name not in others
             if number not in entry.linear or name in split or not (together or alone):
                 raise InputError(
-                    f"{entry.name} cannot take %{value.name}, a sum not yet carried out",
+                    f"{entry.name} does not accept %{value.name}, an unreduced sum",
                     expected=f"a value reduced over {name!r}",
                     found=str(value.type),
                     hint=f"all_reduce it over {name!r} first",
@@ -206,8 +208,10 @@ def _carried(entry: Entry, operands: Sequence[Given], lies: Mapping[str, _Lies])
             yield name
 
 
-def _placed(
-    type: TensorType, names: Names, lies: Mapping[str, _Lies], unreduced: tuple[str, ...]
+def _sharded(
+    type: TensorType, names: Names, shardings: Mapping[str, _Sharding], unreduced: tuple[str, ...]
 ) -> TensorType:
-    axes = (Axis(a.name, a.size, lies.get(names.get(a.name, ""), _WHOLE).mesh) for a in type.axes)
+    axes = (
+        Axis(a.name, a.size, shardings.get(names.get(a.name, ""), _WHOLE).mesh) for a in type.axes
+    )
     return TensorType(type.dtype, tuple(axes), unreduced)

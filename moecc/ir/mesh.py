@@ -1,4 +1,4 @@
-"""Meshes: named axes of devices, and whether the types of a graph lie on one.
+"""Meshes: named axes of devices, and checks that the types of a graph can be sharded over one.
 
 The text of a mesh is ``data:8,model:4``, or with an equals sign; a graph keeps it as its attribute
 ``mesh``.  Devices are numbered with the last axis fastest.
@@ -22,7 +22,7 @@ ATTRIBUTE = "mesh"
 _PART = re.compile(r"([A-Za-z_]\w*)[:=]([0-9]{1,9})\Z", re.ASCII)
 
 Coordinates = tuple[int, ...]
-"""The place of a device on each axis of its mesh."""
+"""The coordinates of a device: its index on each axis of the mesh."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,14 @@ def mesh_of(graph: Region) -> Mesh | None:
     Raises:
       InputError: its attribute is not a mesh.
     """
-    given = graph.attrs.get(ATTRIBUTE)
-    if given is None:
+    value = graph.attrs.get(ATTRIBUTE)
+    if value is None:
         return None
-    if not isinstance(given, Mapping):
+    if not isinstance(value, Mapping):
         raise InputError(
-            "the attribute mesh is not a mesh", expected='{"data": 8, "model": 4}', found=str(given)
+            "the attribute mesh is not a mesh", expected='{"data": 8, "model": 4}', found=str(value)
         )
-    return Mesh(tuple(given.items()))
+    return Mesh(tuple(value.items()))
 
 
 def set_mesh(graph: Region, mesh: Mesh | None) -> None:
@@ -177,7 +177,7 @@ def indivisible(axis: Axis, mesh: Mesh) -> Iterator[Problem]:
     parts = mesh.size(axis.mesh)
     if not isinstance(axis.size, int) or axis.size % parts == 0:
         if axis.mesh and not isinstance(axis.size, int | str) and axis.size.kind != "groups":
-            yield Problem(f"slots cannot lie split: {axis.name!r}", found=str(axis))
+            yield Problem(f"slots cannot be sharded: {axis.name!r}", found=str(axis))
         return
     sizes = "*".join(f"{n}:{mesh.size((n,))}" for n in axis.mesh)
     yield Problem(

@@ -221,23 +221,23 @@ class OpDef:
         # Table entries are compared by identity, so a copied graph must find the same one.
         return op, (self.name,)
 
-    def complete(self, given: Attrs) -> dict[str, object]:
-        """Return `given` checked against the table and completed with the defaults.
+    def complete(self, attrs: Attrs) -> dict[str, object]:
+        """Return `attrs` checked against the table and completed with the defaults.
 
         Raises:
           InputError: an attribute is unknown, missing, or of the wrong kind.
         """
-        if not given and not self.attrs:
+        if not attrs and not self.attrs:
             return {}
-        problems = [self._unknown(name) for name in given if name not in self.attrs]
+        problems = [self._unknown(name) for name in attrs if name not in self.attrs]
         full: dict[str, object] = {}
         for name, spec in self.attrs.items():
-            value = given.get(name, spec.default)
+            value = attrs.get(name, spec.default)
             if value is REQUIRED:
                 problems.append(Problem(f"{self.name} needs the attribute {name!r}"))
                 continue
             full[name] = value
-            if name in given:
+            if name in attrs:
                 reason = _mismatch(spec, value)
                 if reason is None and spec.kind == "float":
                     # −0.0 equals 0.0, so graphs that differ in it alone would be equal.
@@ -324,6 +324,10 @@ def _mismatch(spec: Attr, value: object) -> str | None:
 OPS: dict[str, OpDef] = {}
 
 
+RENAMED = {"place": "assign_slots"}
+"""Former names of operations, for messages about graphs that were written before."""
+
+
 def register(entry: OpDef) -> OpDef:
     """Add `entry` to the table; a duplicate name is a bug of the caller."""
     if entry.name in OPS:
@@ -340,5 +344,7 @@ def op(name: str) -> OpDef:
     """
     entry = OPS.get(name)
     if entry is None:
-        raise InputError(f"unknown operation {name!r}", hint=nearest(name, OPS))
+        now = RENAMED.get(name)
+        hint = nearest(name, OPS) if now is None else f"`{name}` is now `{now}`"
+        raise InputError(f"unknown operation {name!r}", hint=hint)
     return entry

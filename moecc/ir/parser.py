@@ -18,7 +18,7 @@ from moecc.ir.ops import OPS, OpDef, op
 from moecc.ir.printer import FORMAT
 from moecc.ir.scanner import ParseError, Scanner, Token
 from moecc.ir.verify import check_param
-from moecc.support.gc_pause import collector_paused
+from moecc.support.gc_pause import gc_paused
 from moecc.types.tensor import TensorType
 from moecc.types.text import parse_type
 
@@ -52,7 +52,7 @@ def parse(text: str, file: str = "<text>") -> Graph:
     Raises:
       ParseError: all problems found, up to a limit.
     """
-    with collector_paused():
+    with gc_paused():
         return _Parser(Scanner(text, file)).module()
 
 

@@ -78,10 +78,10 @@ def _projects_attention(node: Node) -> bool:
         source = source.operands[0].node if source.operands else None
     if source is None or not source.op.is_product:
         return False
-    return _softmax_behind(source.operands[0])
+    return _is_softmax(source.operands[0])
 
 
-def _softmax_behind(weights: Value) -> bool:
+def _is_softmax(weights: Value) -> bool:
     # Dropout may be applied between the softmax and its use.
     near = [weights, *(weights.node.operands if weights.node is not None else ())]
     return any(v.node is not None and v.node.op.is_distribution for v in near)

@@ -69,26 +69,26 @@ class Homogeneity:
     degrees: tuple[float | None, ...]
     alike: bool = False
 
-    def factor(self, given: Sequence[float]) -> float | None:
-        """Return the factor on the result if the operands have the factors `given`, or None."""
-        pairs = self._together(given, 1.0, lambda a, b: abs(a / b - 1) < 1e-12)
+    def factor(self, values: Sequence[float]) -> float | None:
+        """Return the factor on the result if the operands have the factors `values`, or None."""
+        pairs = self._together(values, 1.0, lambda a, b: abs(a / b - 1) < 1e-12)
         if pairs is None or self.alike:
             return pairs[0][0] if pairs else None
         return prod(float(f**d) for f, d in pairs)
 
-    def degree(self, given: Sequence[float]) -> float | None:
-        """Return the degree of the result if the operands have the degrees `given`, or None."""
-        pairs = self._together(given, 0.0, lambda a, b: a == b)
+    def degree(self, values: Sequence[float]) -> float | None:
+        """Return the degree of the result if the operands have the degrees `values`, or None."""
+        pairs = self._together(values, 0.0, lambda a, b: a == b)
         if pairs is None or self.alike:
             return pairs[0][0] if pairs else None
         return sum(g * d for g, d in pairs)
 
     def _together(
-        self, given: Sequence[float], neutral: float, same: Callable[[float, float], bool]
+        self, values: Sequence[float], neutral: float, same: Callable[[float, float], bool]
     ) -> list[tuple[float, float]] | None:
         """Return the factors of the operands with a degree, and the degree; None if not allowed."""
-        degrees = (*self.degrees, *[None] * (len(given) - len(self.degrees)))
-        pairs = list(zip(given, degrees, strict=True))
+        degrees = (*self.degrees, *[None] * (len(values) - len(self.degrees)))
+        pairs = list(zip(values, degrees, strict=True))
         if any(d is None and not same(g, neutral) for g, d in pairs):
             return None
         known = [(g, d) for g, d in pairs if d is not None]

@@ -52,7 +52,7 @@ class _Visitor:
     """A connection to the first process: the bytes received, and the sender's number once known."""
 
     connection: socket.socket
-    said: bytes = b""
+    received: bytes = b""
     number: int = -1
 
 
@@ -103,14 +103,14 @@ class _Host:
             return
         except OSError:
             data = b""
-        visitor.said += data
-        if not data or visitor.number >= 0 or len(visitor.said) > _MOST_BYTES:
+        visitor.received += data
+        if not data or visitor.number >= 0 or len(visitor.received) > _MOST_BYTES:
             self._drop(visitor)
-        elif visitor.said.endswith(b"\n"):
+        elif visitor.received.endswith(b"\n"):
             self._welcome(visitor)
 
     def _welcome(self, visitor: _Visitor) -> None:
-        found = _HELLO.match(visitor.said)
+        found = _HELLO.match(visitor.received)
         if found is None:
             self._drop(visitor)
             return

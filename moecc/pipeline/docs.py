@@ -38,8 +38,8 @@ def render(registry: Registry | None = None) -> str:
 
 
 def _section(cls: type[Pass]) -> str:
-    said = list(_paragraphs(cls)) or [f"{cls.summary[0].upper()}{cls.summary[1:]}."]
-    parts = [f"## {cls.name}", *said]
+    paragraphs = list(_paragraphs(cls)) or [f"{cls.summary[0].upper()}{cls.summary[1:]}."]
+    parts = [f"## {cls.name}", *paragraphs]
     if cls.must_match:
         parts.append("Finding nothing to do is an error, unless `--allow-unmatched` is given.")
     promise = _default_promise(cls)

@@ -11,13 +11,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from moecc.errors import Problem
 from moecc.ir.graph import Graph
 from moecc.rewrite.driver import RewriteResult, RuleStats
 from moecc.rewrite.match import NearMiss
 from moecc.rewrite.rule import PreservesKind
+from moecc.types.arrays import Array
+from moecc.weights.expr import Expr
+
+
+class ReadWeight(Protocol):
+    """Reads small parameters from the checkpoint of the model, where there is one."""
+
+    def __call__(self, weight: Expr) -> Array | None:
+        """Return the value of a weight expression, or None where it cannot be read."""
+
 
 _ORDER: tuple[PreservesKind, ...] = ("exact", "reassociation", "approximate")
 
@@ -77,6 +87,11 @@ def _ignore(remark: Remark) -> None:
     """Drop a remark: the default of a context."""
 
 
+def _no_weights(weight: Expr) -> Array | None:
+    """Read nothing: the default of a context."""
+    return None
+
+
 @dataclass(frozen=True)
 class Context:
     """The environment of a pass besides the graph.
@@ -85,11 +100,13 @@ class Context:
       seed: determines every random choice of the pipeline.
       allow_unmatched: whether a pass that must match may match nothing.
       remark: receives remarks as they arise.
+      read: reads small parameters, such as the scale of a norm, where a promise depends on them.
     """
 
     seed: int = 0
     allow_unmatched: bool = False
     remark: Callable[[Remark], None] = _ignore
+    read: ReadWeight = _no_weights
 
 
 @dataclass

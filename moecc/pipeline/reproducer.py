@@ -68,14 +68,14 @@ class Reproducer:
 
     def content(self, error: Exception, path: Path) -> str:
         """Return the text of the reproducer: a graph, after comments that describe the crash."""
-        said = "".join(traceback.format_exception(error)).splitlines()
+        stack = "".join(traceback.format_exception(error)).splitlines()
         head = [
             f"moecc reproducer: {self.current} crashed",
             f"pipeline: {self.pipeline}",
             f"seed: {self.seed}",
             f"moecc opt {path.name} -p '{self.pipeline}' --seed {self.seed}",
             "",
-            *said,
+            *stack,
         ]
         comments = "\n".join(f"# {line}".rstrip() for line in head)
         return f"{comments}\n{self.text}"

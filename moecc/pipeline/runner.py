@@ -14,7 +14,7 @@ from moecc.ir.verify import VerifyError, verify
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.pipeline.reproducer import Reproducer
 from moecc.pipeline.text import Pipeline, format_pass
-from moecc.support.gc_pause import collector_paused
+from moecc.support.gc_pause import gc_paused
 
 MAX_NEAR_MISSES = 5
 """How many near misses are shown in the error of a pass that matched nothing."""
@@ -147,7 +147,7 @@ def run_pipeline(
         instrument.start(graph, pipeline)
     runs: list[PassRun] = []
     with (
-        collector_paused(),
+        gc_paused(),
         Reproducer(graph, str(pipeline), context.seed, crash_folder) as reproducer,
     ):
         for number, item in enumerate(pipeline, 1):
@@ -175,14 +175,14 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
             where=item.name,
             hint="unroll-layers before it, and roll-layers afterwards",
         )
-    told: list[Remark] = []
+    remarked: list[Remark] = []
 
-    def remark(said: Remark) -> None:
-        told.append(said)
-        context.remark(said)
+    def note(remark: Remark) -> None:
+        remarked.append(remark)
+        context.remark(remark)
 
     start = perf_counter()
-    result = item.apply(graph, replace(context, remark=remark))
+    result = item.apply(graph, replace(context, remark=note))
     middle = perf_counter()
     try:
         verify(graph)
@@ -194,7 +194,7 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
     end = perf_counter()
     if item.must_match and not result.matched and not context.allow_unmatched:
         raise InputError([_unmatched(item, result)])
-    remarks = tuple(dict.fromkeys([*told, *result.remarks]))
+    remarks = tuple(dict.fromkeys([*remarked, *result.remarks]))
     return PassRun(number, item, result, remarks, middle - start, end - middle)
 
 

@@ -22,7 +22,7 @@ from moecc.ir.verify import where
 from moecc.rewrite.match import Match, Misses, NearMiss, match
 from moecc.rewrite.pattern import Heads, OpPattern, roots
 from moecc.rewrite.rule import Rule
-from moecc.support.gc_pause import collector_paused
+from moecc.support.gc_pause import gc_paused
 
 REWRITES_PER_NODE = 16
 """The number of rewrites per node of the graph beyond which the driver reports a loop."""
@@ -73,7 +73,7 @@ def rewrite(
     Raises:
       RewriteLimitError: the limit was exceeded.
     """
-    with collector_paused():
+    with gc_paused():
         return _Driver(graph, rules, origin, limit).run()
 
 

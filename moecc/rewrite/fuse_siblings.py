@@ -124,7 +124,7 @@ def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
         return
     (inner,) = found.attr("over")
     groups: dict[object, list[Node]] = {}
-    for node in _projections_behind(found.value("x"), inner):
+    for node in _projections_to(found.value("x"), inner):
         attrs = ProductAttrs.of_node(node)
         key = (node.operands[0], attrs.over, attrs.precision)
         groups.setdefault(key, []).append(node)
@@ -133,7 +133,7 @@ def _groups(down: Node, order: dict[Node, int]) -> Iterator[list[Node]]:
             yield sorted(group, key=order.__getitem__)
 
 
-def _projections_behind(value: Value, inner: str) -> list[Node]:
+def _projections_to(value: Value, inner: str) -> list[Node]:
     """Return the contractions to the axis `inner` that feed `value` element by element."""
     ends: list[Node] = []
     seen: set[Node] = set()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Disable the collector inside; nests, and leaves an already disabled collector alone."""
     if not gc.isenabled():
         yield

@@ -12,7 +12,7 @@ from moecc.errors import InputError
 
 
 @dataclass(frozen=True)
-class WrittenPart:
+class GeneratedPart:
     """A generated part of a page.
 
     Attributes:

@@ -24,13 +24,20 @@ from moecc.types.dtypes import DType
 from moecc.version import __version__
 
 if TYPE_CHECKING:
+    from moecc.checkpoint.source import Checkpoint
     from moecc.checkpoint.writer import OutputTensor, WriteReport
     from moecc.families.describe import Description
     from moecc.families.export import Export
+    from moecc.pipeline.passes import ReadWeight
     from moecc.pipeline.text import Pipeline
+    from moecc.types.arrays import Array
+    from moecc.weights.expr import Expr
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The default limit of a shard; a larger tensor gets a shard of its own."""
+
+MAX_READ_ELEMENTS = 1 << 20
+"""The largest parameter that is read while a conversion is planned: the vector of a norm."""
 
 Progress = Callable[[int, int], None]
 
@@ -124,7 +131,9 @@ def plan(
     seed: int = 0,
     allow_unmatched: bool = False,
 ) -> Plan:
-    """Return the plan of a conversion; only headers are read.
+    """Return the plan of a conversion.
+
+    Only headers are read, and the vectors of norms where an error is predicted by them.
 
     Args:
       model: the source; its graph is rewritten in place.
@@ -148,8 +157,9 @@ def plan(
         raise InputError(f"{model.name} has no weights to convert", hint="give a checkpoint")
     remarks: list[str] = []
     context = Context(
-        seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r))
-    )
+        seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
+        read=_small_weights(model.checkpoint),
+    )  # fmt: skip
     done = run_pipeline(model.graph, pipeline, context=context)
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
@@ -157,6 +167,17 @@ def plan(
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export, dtype, seed, tuple(remarks)
     )
+
+
+def _small_weights(checkpoint: Checkpoint) -> ReadWeight:
+    """Return what reads parameters on which promises depend; large ones are not read."""
+    from moecc.weights.evaluate import evaluate
+
+    def read(weight: Expr) -> Array | None:
+        small = prod(weight.type.shape) <= MAX_READ_ELEMENTS
+        return evaluate(weight, checkpoint.read) if small else None
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -218,18 +239,20 @@ def _provenance(planned: Plan) -> dict[str, str]:
 
 def _write_companions(folder: Path, planned: Plan, title: str) -> None:
     """Copy tokenizer and licence files byte for byte, and write config.json and the card."""
+    from moecc.checkpoint.durable import write_durable
+
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
     for name, content in checkpoint.companions().items():
         data = content.read_bytes() if isinstance(content, Path) else content
         place = folder / name
         place.parent.mkdir(exist_ok=True)  # chat templates are in a subfolder
-        place.write_bytes(data)
+        write_durable(place, data)
     config = dict(planned.export.config_json)
     if planned.dtype is not None:
         config["torch_dtype"] = config["dtype"] = planned.dtype.torch
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    (folder / "README.md").write_text(_card(planned, title), "utf-8")
+    write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_durable(folder / "README.md", _card(planned, title).encode())
 
 
 def _card(planned: Plan, title: str) -> str:
@@ -280,6 +303,7 @@ def _notes(planned: Plan) -> tuple[str, ...]:
 
 
 def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:
+    from moecc.checkpoint.durable import write_durable
     from moecc.checkpoint.manifest import file_records, weight_file_record
     from moecc.checkpoint.records import MANIFEST_NAME, Manifest, TensorRecord, dump
 
@@ -306,4 +330,4 @@ def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:
         tensors=tensors,
         notes=(*_notes(planned), *nonfinite),
     )
-    (folder / MANIFEST_NAME).write_bytes(dump(manifest))
+    write_durable(folder / MANIFEST_NAME, dump(manifest))

@@ -1,6 +1,6 @@
-"""The passes that moecc ships, behind the entry point ``moecc.passes``.
+"""The passes of moecc, registered under the entry point ``moecc.passes``.
 
-Each entry imports its pass only when it is asked for, so that listing passes costs nothing.
+Each entry imports its pass on demand, so that listing passes costs nothing.
 """
 
 from __future__ import annotations

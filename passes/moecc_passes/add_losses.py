@@ -18,17 +18,17 @@ from moecc_passes.loss_outputs import Weighted, joined, metrics_of, total_of
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
 
 PREFIXES = ("loss.", "metric.")
-"""What the names of the outputs begin with."""
+"""The prefixes of the output names."""
 
 ATTRIBUTE = "losses"
-"""The attribute of a graph that holds the options with which losses were added."""
+"""The graph attribute with the options with which losses were added."""
 
 ORIGIN = "add-losses/"
 
 
 @dataclass(frozen=True)
 class AddLossesPass(Pass):
-    """Add the losses that train a router, and what tells how well it routes, as outputs.
+    """Add the losses that train a router, and metrics of its routing, as outputs.
 
     Before::
 
@@ -45,7 +45,7 @@ class AddLossesPass(Pass):
         output loss.auxiliary = %a      # 0.01 · balance + 0.001 · router_z
         output metric.layers.3.ffn.dropped = %d
 
-    Formulas stand in ``moecc/ir/losses.py``, constants are those of ST-MoE.  A training loss is
+    Formulas are in ``moecc/ir/losses.py``, constants are those of ST-MoE.  A training loss is
     that of the model plus ``loss.auxiliary``.  mesh-tensorflow multiplies its z-loss by the
     coefficient of the balance loss as well, and T5X takes the mean over layers: for m layers
     its coefficients are m times these.
@@ -74,9 +74,9 @@ class AddLossesPass(Pass):
     metrics: Annotated[bool, "whether metrics of each layer are added"] = True
 
     def validate(self) -> list[Problem]:
-        """Return which options are out of range, or leave nothing to do."""
+        """Return which options are out of range, or leave nothing to add."""
         found = [
-            Problem("a coefficient is not negative", name, "at least 0", str(value))
+            Problem("a coefficient must not be negative", name, "at least 0", str(value))
             for name, value in self._coefficients()
             if not (isfinite(value) and value >= 0)
         ]
@@ -183,7 +183,7 @@ class AddLossesPass(Pass):
 
 
 def remove_losses(graph: Graph) -> AddLossesPass | None:
-    """Take losses and metrics out of `graph`; return the pass that adds them again, if any."""
+    """Remove losses and metrics from `graph`; return the pass that adds them again, if any."""
     options = graph.attrs.get(ATTRIBUTE)
     if not isinstance(options, dict):
         return None

@@ -15,9 +15,9 @@ from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 class CsePass(Pass):
     """Keep the first of nodes that compute the same from the same operands.
 
-    Attributes must be equal too, and types; operands of a commutative operation may stand in
+    Attributes must be equal too, and types; operands of a commutative operation may be in
     either order.  Randomness is an operand, a key, so two draws are one only if their keys are.
-    Parameters are never merged: equal values today may be trained apart tomorrow.
+    Parameters are never merged: equal values may diverge in training.
 
     Before::
 
@@ -42,7 +42,7 @@ class CsePass(Pass):
         merged = 0
         for node in graph:
             same = first.setdefault(_key(node), node)
-            # The order of operands can settle the order of the result's axes, so types count.
+            # The order of operands may determine the order of the result's axes, so types count.
             if same is node or any(
                 a.type != b.type for a, b in zip(same.results, node.results, strict=True)
             ):
@@ -58,5 +58,5 @@ def _key(node: Node) -> Hashable:
     operands = tuple(map(id, node.operands))
     if node.op.commutative:
         operands = tuple(sorted(operands))
-    # repr tells −0.0 from 0.0, and a float from an equal int; a NaN equals itself.
+    # repr distinguishes −0.0 from 0.0, and a float from an equal int; a NaN equals itself.
     return (node.op, operands, repr(node.attrs) if node.attrs else "")

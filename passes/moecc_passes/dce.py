@@ -33,10 +33,10 @@ class DcePass(Pass):
     takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
-    keep_params: Annotated[bool, "leave parameters that nothing uses"] = False
+    keep_params: Annotated[bool, "keep unused parameters"] = False
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Erase what is dead, users before what they use."""
+        """Erase dead nodes, users before their operands."""
         nodes = 0
         for node in graph.walk_back():
             if node.is_dead:

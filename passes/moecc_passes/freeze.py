@@ -1,4 +1,4 @@
-"""The pass ``freeze``: which groups of parameters fine-tuning leaves alone."""
+"""The pass ``freeze``: mark groups of parameters as frozen in fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Group = Literal["all", "moe", "non-moe", "router", "attention", "ffn", "norm", "
 
 @dataclass(frozen=True)
 class FreezePass(Pass):
-    """Say which parameters an optimiser is to leave alone, by groups.
+    """Mark parameters, by groups, that an optimiser must not update.
 
     Before::
 
@@ -31,26 +31,26 @@ class FreezePass(Pass):
     """
 
     name: ClassVar[str] = "freeze"
-    summary: ClassVar[str] = "say which groups of parameters are not trained"
+    summary: ClassVar[str] = "mark groups of parameters as not trained"
     must_match: ClassVar[bool] = True
     takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
-    groups: Annotated[tuple[Group, ...], "the groups that are not trained"] = ()
-    only: Annotated[tuple[Group, ...], "the only groups that are trained"] = ()
+    groups: Annotated[tuple[Group, ...], "the frozen groups"] = ()
+    only: Annotated[tuple[Group, ...], "the only trained groups"] = ()
 
     def validate(self) -> list[Problem]:
-        """Return what is wrong unless one of the options is given."""
+        """Return a problem unless exactly one of the options is set."""
         if bool(self.groups) != bool(self.only):
             return []
         found = "both" if self.groups else "neither"
         return [
-            Problem("groups are frozen, or the only ones that are trained", "groups",
+            Problem("state either the frozen groups or the only trained ones", "groups",
                     "groups or only", found, "groups=moe is the paper's way to save memory")
         ]  # fmt: skip
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Set the attribute of the graph, which replaces an earlier one."""
+        """Set the attribute of the graph, replacing an earlier one."""
         before = graph.attrs.get(ATTRIBUTE)
         there = set().union(*parameter_groups(graph).values()) if graph.params else set()
         graph.attrs[ATTRIBUTE] = {"groups": list(self.groups), "only": list(self.only)}

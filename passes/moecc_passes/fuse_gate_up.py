@@ -1,4 +1,4 @@
-"""The pass ``fuse-gate-up``: gate and up, of a dense block or of experts, as one product."""
+"""The pass ``fuse-gate-up``: fuse gate and up, of a dense block or of experts, into one product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moecc.rewrite.fuse_siblings import fuse_siblings
 
 @dataclass(frozen=True)
 class FuseGateUpPass(Pass):
-    """Contract a value once, with the matrices of gate and up put together, and split the result.
+    """Contract a value once, with the concatenated matrices of gate and up, and split the result.
 
     One large product is faster than two half as large.  Where the matrices cannot become one (a
     parameter that something else reads too, element types that differ on disk, an axis that is
@@ -46,7 +46,7 @@ class FuseGateUpPass(Pass):
     preserves = Preserves("reassociation", "a product of another shape adds in another order")
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Fuse the siblings that there are."""
+        """Fuse all siblings."""
         made = fuse_siblings(graph, origin=f"{self.name}/concatenate")
         parts = sum(len(fusion.parts) for fusion in made)
         stats = {"products-fused": parts, "products-made": len(made)}

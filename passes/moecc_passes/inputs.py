@@ -1,4 +1,4 @@
-"""The inputs of a graph that belong to its tokens: their ids, and which of them are padding."""
+"""The inputs that belong to a graph's tokens: their ids and their padding mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moecc.types.tensor import TensorType
 
 
 def is_decoder(loc: str) -> bool:
-    """Return whether `loc` is a place in the decoder of an encoder-decoder."""
+    """Return whether `loc` is a location in the decoder of an encoder-decoder."""
     return loc == "decoder" or loc.startswith("decoder.")
 
 
@@ -22,7 +22,7 @@ def token_ids(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -
       graph: the graph.
       like: the type of a value of the layer.
       tokens: the axes of `like` that number tokens.
-      loc: the place of the layer: two stacks may have sequences of one length.
+      loc: the location of the layer: two stacks may have sequences of one length.
     """
     fitting = [
         v
@@ -34,27 +34,27 @@ def token_ids(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -
 
 
 def mask_name(loc: str) -> str:
-    """Return what the input is called that is true for tokens and false for padding."""
+    """Return the name of the input that is true for tokens and false for padding."""
     return "decoder_mask" if is_decoder(loc) else "mask"
 
 
 def mask_misfit(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -> Problem | None:
-    """Return why the input that should be the padding mask of a layer is none, or None."""
+    """Return why an input with the name of a layer's padding mask is not one, or None."""
     there = graph.inputs.get(mask_name(loc))
     if there is None or (there.type.dtype == PRED and _same_tokens(there.type, like, tokens)):
         return None
     wanted = TensorType(PRED, tuple(like[n] for n in tokens))
-    return Problem(f"%{there.name} is no padding mask", loc, str(wanted), str(there.type))
+    return Problem(f"%{there.name} is not a padding mask", loc, str(wanted), str(there.type))
 
 
 def padding_mask(graph: Graph, like: TensorType, tokens: Sequence[str], loc: str) -> Value:
-    """Return the padding mask of a layer, an input that is made where it is missing.
+    """Return the padding mask of a layer, an input that is added if it is missing.
 
     Args:
-      graph: the graph, in which `mask_misfit` finds nothing.
+      graph: the graph, for which `mask_misfit` returns None.
       like: the type of a value of the layer.
       tokens: the axes of `like` that number tokens.
-      loc: the place of the layer.
+      loc: the location of the layer.
     """
     name = mask_name(loc)
     if name in graph.inputs:

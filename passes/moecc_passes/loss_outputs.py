@@ -1,4 +1,4 @@
-"""What the outputs of ``add-losses`` are made of: a layer's metrics, and the losses of all."""
+"""The outputs of ``add-losses``: metrics of each layer, and losses joined over layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Weighted = list[tuple[str, float, Value]]
 
 
 def metrics_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
-    """Return the metrics of a layer by name: those that its kind of routing has."""
+    """Return the metrics of a layer by name: those defined for its kind of routing."""
     loads, scores = made.loads(), made.means.routed.scores
     found = {
         "left_behind": made.left_behind(),
@@ -50,7 +50,7 @@ def joined(builder: Builder, losses: Iterable[Weighted], how: str) -> Weighted:
     for name in sorted(kinds, key=ORDER.index):
         total = kinds[name][0]
         if len(kinds[name]) > 1:
-            # One sum over all layers, which rolled layers have as it is.
+            # One sum over all layers, which is the same for rolled layers.
             every = builder.stack(*kinds[name], axis="layer")
             total = (
                 builder.sum(every, axes="layer")

@@ -1,4 +1,4 @@
-"""The routed layers of a graph, as the passes that work on routing see them."""
+"""The routed layers of a graph, for passes on routing."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class RoutedLayer:
     """One mixture of experts.
 
     Attributes:
-      assigner: the node that gives slots: ``assign_slots`` or ``expert_choice``.
-      route: the node that chooses experts, or None where it is not ``route``.
-      combine: the node that brings results back.
+      assigner: the node that assigns slots: ``assign_slots`` or ``expert_choice``.
+      route: the node that chooses experts, or None if it is not ``route``.
+      combine: the node that combines the experts' rows.
       dispatch: the node that moves tokens to the experts.
-      name: its location; with a number where a location has several.
+      name: its location; with a number if a location has several.
     """
 
     assigner: Node
@@ -53,7 +53,7 @@ class RoutedLayer:
 
     @property
     def gates(self) -> Value:
-        """What the rows are weighted by."""
+        """The weights of the rows."""
         return self.combine.operands[3]
 
     @property
@@ -63,7 +63,7 @@ class RoutedLayer:
 
     @property
     def assignment(self) -> SlotAttrs:
-        """How slots are assigned."""
+        """The attributes of the slot assignment."""
         return SlotAttrs.of_node(self.assigner)
 
     @property
@@ -75,7 +75,7 @@ class RoutedLayer:
     def top_k(self) -> int:
         """The choices of a token."""
         (size,) = (a.size for a in self.slots.type if a.name not in self.tokens)
-        assert isinstance(size, int), "the choices are counted"
+        assert isinstance(size, int), "the number of choices is known"
         return size
 
     @property
@@ -86,7 +86,7 @@ class RoutedLayer:
 
     @property
     def last_matrix(self) -> Node | None:
-        """The experts' last contraction, before an output bias; None where it was not found."""
+        """The experts' last contraction, before an output bias; None if it was not found."""
         value = self.combine.operands[0]
         while found := fits(AFTER_PRODUCT, value.node):
             value = found.root.operands[0]
@@ -94,27 +94,27 @@ class RoutedLayer:
 
     @property
     def scorer(self) -> Node | None:
-        """The node that reads the router's logits; None where nothing is scored, as by a hash."""
-        return _first_behind(self.assigner.operands[0], SCORER, AFTER_SCORER)
+        """The node that reads the router's logits; None if nothing is scored, as with a hash."""
+        return _first_ancestor(self.assigner.operands[0], SCORER, AFTER_SCORER)
 
     @property
     def router(self) -> Node | None:
-        """The product of tokens with the router's weight; None where there is none."""
+        """The product of tokens with the router's weight; None if there is none."""
         if self.scorer is None:
             return None
-        return _first_behind(self.scorer.operands[0], PRODUCT, AFTER_ROUTER)
+        return _first_ancestor(self.scorer.operands[0], PRODUCT, AFTER_ROUTER)
 
     @property
     def experts_choose(self) -> bool:
-        """Whether experts choose tokens; else tokens choose experts, and `placing` gives slots."""
+        """Whether experts choose tokens; otherwise tokens choose experts."""
         return self.assigner.op.chooses
 
     def given(self) -> dict[str, Value]:
-        """What the slots are given beside the experts, by word."""
+        """The operands of the slot assignment besides the experts, by word."""
         return operands_by_word(self.assigner.operands, self.assigner.attrs)
 
     def routed(self) -> Routed:
-        """Return what losses and metrics look at."""
+        """Return the routing as losses and metrics read it."""
         return Routed(self.experts, self.gates, self.slots, self._scores())
 
     def _scores(self) -> Scores | None:
@@ -126,10 +126,10 @@ class RoutedLayer:
 
 
 def routed_layers(graph: Graph) -> list[RoutedLayer]:
-    """Return the routed layers of `graph`, in order; those without a combination are left out.
+    """Return the routed layers of `graph`, in order, except those without a ``combine``.
 
     Raises:
-      InputError: some are in the body of a scan, where they cannot be told apart.
+      InputError: some are in the body of a scan, where they cannot be distinguished.
     """
     found: list[RoutedLayer] = []
     names: dict[str, int] = {}
@@ -156,7 +156,7 @@ def routed_layers(graph: Graph) -> list[RoutedLayer]:
 NOTHING_ROUTED = NearMiss(
     "routed layers", "the graph", "no layer is sparse; st-moe or upcycle makes some so"
 )
-"""Why a pass that works on routed layers found none."""
+"""The near miss of a pass on routed layers that found none."""
 
 
 def _mover(slots: Value, way: RowMove) -> Node | None:
@@ -168,8 +168,8 @@ def _route_of(assigner: Node) -> Node | None:
     return node if node is not None and node.op.chooses else None
 
 
-def _first_behind(value: Value, wanted: Pattern, through: Pattern) -> Node | None:
-    """Return the nearest node that `value` comes from and `wanted` fits, where `through` does."""
+def _first_ancestor(value: Value, wanted: Pattern, through: Pattern) -> Node | None:
+    """Return the nearest node matching `wanted` that `value` depends on via `through` nodes."""
     values = [value]
     for one in values:
         if fits(wanted, one.node):
@@ -180,15 +180,15 @@ def _first_behind(value: Value, wanted: Pattern, through: Pattern) -> Node | Non
 
 
 def _clean(logits: Value) -> tuple[Value | None, float]:
-    """Return the logits without the noise that was added, and its standard deviation."""
+    """Return the logits without added noise, and its standard deviation."""
     found = fits(NOISY, logits.node)
     return (found.value("clean"), found.attr("std")) if found else (None, 0.0)
 
 
 def causal_values(graph: Graph) -> set[Value]:
-    """Return the values that attention under a causal mask has an influence on.
+    """Return the values that depend on attention under a causal mask.
 
-    A layer that reads such a value is one of a decoder: what it does to a token must not depend on
+    A layer that reads such a value belongs to a decoder: its effect on a token must not depend on
     later ones.
     """
     causal: set[Value] = set()
@@ -200,11 +200,11 @@ def causal_values(graph: Graph) -> set[Value]:
 
 def _masks_causally(node: Node) -> bool:
     found = fits(MASKED, node)
-    return found is not None and any(fits(CAUSAL, n) for n in _behind(found.value("seen"), 3))
+    return found is not None and any(fits(CAUSAL, n) for n in _ancestors(found.value("seen"), 3))
 
 
-def _behind(value: Value, steps: int) -> Iterator[Node]:
-    """Yield the nodes that `value` is made by, up to `steps` of them in a row."""
+def _ancestors(value: Value, steps: int) -> Iterator[Node]:
+    """Yield the nodes that `value` is computed by, up to `steps` of them in a row."""
     values = [value]
     for _ in range(steps):
         nodes = [v.node for v in values if v.node is not None]

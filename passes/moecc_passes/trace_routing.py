@@ -1,4 +1,4 @@
-"""The pass ``trace-routing``: outputs that tell which tokens went where."""
+"""The pass ``trace-routing``: the routing of tokens as outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TraceRoutingPass(Pass):
     preserves = EXACT
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
-        """Return whether an earlier pass traces already."""
+        """Return a problem if an earlier pass traces already."""
         if not any(isinstance(item, TraceRoutingPass) for item in earlier):
             return []
         return [Problem("a graph is traced once", hint="one trace-routing, after the conversion")]

@@ -1,4 +1,4 @@
-"""The pass ``unroll-layers``: every repeated layer written out."""
+"""The pass ``unroll-layers``: unroll every repeated layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
 
 @dataclass(frozen=True)
 class UnrollLayersPass(Pass):
-    """Write out every layer that ``roll-layers`` made one of: its inverse.
+    """Unroll every layer that ``roll-layers`` folded: its inverse.
 
     Before::
 
@@ -32,12 +32,12 @@ class UnrollLayersPass(Pass):
     """  # noqa: E501
 
     name: ClassVar[str] = "unroll-layers"
-    summary: ClassVar[str] = "write out every layer that is repeated"
+    summary: ClassVar[str] = "unroll every repeated layer"
     takes_rolled: ClassVar[bool] = True
     preserves = EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Write out every scan."""
+        """Unroll every scan."""
         nodes = len(graph)
         scans = unroll(graph)
         stats = {"scans": scans, "nodes-added": len(graph) - nodes}

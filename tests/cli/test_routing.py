@@ -31,7 +31,7 @@ REFUSED = [  # pipeline, exit code, parts of the message
     ("upcycle{routing=hash gates=sigmoid}", 2, ("a hash has no scores",)),
     ("upcycle{balance-bias gates=ones}", 2, ("DeepSeek-V3",)),
     ("specialize{mode=eval jitter=0.01}", 2, ("an evaluation is not perturbed",)),
-    ("specialize{dropless capacity-factor=1.0}", 2, ("what is to have no bound",)),
+    ("specialize{dropless capacity-factor=1.0}", 2, ("contradicting dropless",)),
     ("st-moe{layers=all},add-losses", 2, ("losses are added once", "losses=false")),
     ("upcycle,trace-routing,trace-routing", 2, ("traced once",)),
     ("freeze", 2, ("groups or only", "groups=moe")),

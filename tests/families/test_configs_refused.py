@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no scaling and one": (
         small("llama", rope_theta=1e4, rope_scaling=None, rope_parameters=YARN),
         "rope_scaling / rope_parameters",
-        "says none",
+        "states none",
     ),
     "rope type": (
         small("llama", rope_scaling={"rope_type": "longrope", "factor": 2}),
@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "length outside": (
         small("llama", rope_scaling=YARN, original_max_position_embeddings=32),
         "original_max_position_embeddings",
-        "disagree",
+        "differently",
     ),
     "partial rotary": (
         small("llama", partial_rotary_factor=0.5),

@@ -292,7 +292,7 @@ def test_damage_is_told_by_stack(damage: Damage, words: str) -> None:
         ({"model_type": "t5", "architectures": ["T5EncoderModel"]}, "another model class"),
         ({"model_type": "switch_transformers", "router_bias": True}, "router with a bias"),
         ({"model_type": "switch_transformers", "num_sparse_encoder_layers": 5}, "0 to 4"),
-        ({"model_type": "switch_transformers", "encoder_sparse_step": 3}, "does not follow"),
+        ({"model_type": "switch_transformers", "encoder_sparse_step": 3}, "contradicts"),
         ({"model_type": "st_moe", "num_experts": 2, "num_experts_per_tok": 3}, "that many"),
         ({"model_type": "st_moe", "sparse_encoder_layers": [3, 1]}, "not ascending"),
         ({"model_type": "st_moe", "sparse_decoder_layers": [9]}, "0 to 3"),

@@ -215,7 +215,7 @@ def test_an_untied_target_takes_a_tied_weight() -> None:
 def test_a_tied_target_takes_no_untied_weights() -> None:
     graph = upcycled(build(config_of("llama")), "mixtral")
     graph.attrs["config"]["tie_word_embeddings"] = True
-    with pytest.raises(InputError, match="one tensor where the graph has two that differ"):
+    with pytest.raises(InputError, match="one tensor where the graph has two different ones"):
         export_graph(graph, "mixtral")
     # Two parameters that are one tensor on disk are no contradiction.
     graph.params["lm_head.weight"].weight = graph.params["model.embed_tokens.weight"].weight
@@ -298,7 +298,7 @@ def test_where_graph_and_target_part_both_lines_are_shown() -> None:
     gelu = Builder(graph, loc=node.loc, before=node).gelu(node.operands[0])
     node.replace_by(gelu)
     (problem,) = differing(graph, "llama")
-    assert problem.what == "the graph is no llama: here the two part"
+    assert problem.what == "the graph is not a llama: first difference"
     assert problem.where == "layers.2.ffn"
     assert " = silu %gate" in problem.expected
     assert " = gelu %gate" in problem.found
@@ -311,7 +311,7 @@ def test_another_attribute_parts_them() -> None:
     assert len(found) == 6
     assert found[0].where == "norm"
     assert "eps=0.001" in found[0].expected
-    assert found[-1].what == "4 more places where the two part"
+    assert found[-1].what == "4 more differences"
 
 
 def test_another_width_parts_them() -> None:
@@ -348,7 +348,7 @@ def test_a_graph_that_says_nothing_of_its_source_is_refused() -> None:
     graph = build(config_of("llama"))
     del graph.attrs["config"]
     (problem,) = differing(graph, "llama")
-    assert problem.what == "the graph does not say what it was imported from"
+    assert problem.what == "the graph does not state what it was imported from"
 
 
 def test_an_unknown_target_is_a_mistake_of_the_command() -> None:

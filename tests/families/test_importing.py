@@ -75,7 +75,7 @@ def test_all_problems_are_told_at_once() -> None:
         "this tensor is missing",
         "llama has no such tensor",
         "the tensor has another shape than config.json says",
-        "the tensor's elements are no weights",
+        "the tensor cannot be a weight",
     ]
 
 

@@ -51,13 +51,13 @@ def reasons(graph: Graph, target: str) -> list[Problem]:
 def test_mixtral_has_experts_everywhere() -> None:
     (reason,) = reasons(graph_of("qwen3", {"layers": "3"}, head_dim=4), "mixtral")[:1]
     assert reason.what == ("mixtral has an expert layer at every depth; layers 0-2 here are dense")
-    assert reason.hint == "qwen2_moe and qwen3_moe can say that with mlp_only_layers"
+    assert reason.hint == "qwen2_moe and qwen3_moe can express that with mlp_only_layers"
 
 
 def test_the_reasons_are_complete() -> None:
     graph = graph_of("qwen2", {"layers": "0,2", "gates": "softmax", "shared": 0.5})
     assert [r.what for r in reasons(graph, "mixtral")] == [
-        "mixtral cannot say softmax gates",
+        "mixtral cannot express softmax gates",
         "mixtral has no shared expert",
         "mixtral has an expert layer at every depth; layers 1, 3 here are dense",
         "mixtral has no biases on the query, key and value projections",
@@ -67,14 +67,14 @@ def test_the_reasons_are_complete() -> None:
 @pytest.mark.parametrize(
     ("family", "options", "target", "what", "hint"),
     [
-        ("llama", {}, "qwen3_moe", "always has norms of the queries and keys", "mixtral can say"),
+        ("llama", {}, "qwen3_moe", "always has norms of the queries and keys", "mixtral can"),
         ("qwen3", {}, "mixtral", "mixtral has no norms of the queries and keys", "qwen3_moe can"),
         ("qwen2", {}, "mixtral", "has no biases on the query", None),
         ("llama", {}, "qwen2_moe", "has a shared expert in every sparse layer", "shared=0.5"),
         ("llama", {"shared": 0.5}, "mixtral", "mixtral has no shared expert", "qwen2_moe"),
-        ("llama", {"gates": "softmax"}, "mixtral", "cannot say softmax gates", "norm_topk_prob"),
-        ("llama", {"gates": "sigmoid"}, "mixtral", "cannot say sigmoid gates", None),
-        ("qwen3", {"gates": "sigmoid"}, "qwen3_moe", "cannot say sigmoid gates", None),
+        ("llama", {"gates": "softmax"}, "mixtral", "cannot express softmax", "norm_topk_prob"),
+        ("llama", {"gates": "sigmoid"}, "mixtral", "cannot express sigmoid gates", None),
+        ("qwen3", {"gates": "sigmoid"}, "qwen3_moe", "cannot express sigmoid gates", None),
         ("llama", {"gate_scale": 2.5}, "mixtral", "has no factor on the gates", "gate-scale=1"),
         ("llama", {"slots": "capacity"}, "mixtral", "it has no capacity", None),
         (
@@ -202,4 +202,4 @@ def test_a_graph_without_a_config_fits_nothing() -> None:
     graph = graph_of("llama")
     del graph.attrs["config"]
     for found in target_fits(graph).values():
-        assert [r.what for r in found] == ["the graph does not say what it was imported from"]
+        assert [r.what for r in found] == ["the graph does not state what it was imported from"]

@@ -87,26 +87,35 @@ def test_results_lie_where_operands_say(line: str) -> None:
 
 
 REFUSED = {
-    "softmax %x {axis=batch}": ("softmax needs the axis 'batch' of %x whole", "batch@data"),
-    "add %x, %whole": ("the axis 'batch' of %whole lies elsewhere than that of %x", "batch"),
-    "mul %half, %half": ("mul cannot take %half, a sum", "unreduced(model)"),
-    "silu %half": ("silu cannot take %half, a sum", "unreduced(model)"),
-    "add %half, %x": ("add cannot take %half, a sum", "unreduced(model)"),
-    "mul %half, %gs": ("'embed' of %gs lies elsewhere than that of %half", "embed@model"),
-    "contract %late, %x {over=embed}": ("lies elsewhere", "batch@data"),
+    "softmax %x {axis=batch}": (
+        "softmax does not accept a sharded axis 'batch' of %x",
+        "batch@data",
+    ),
+    "add %x, %whole": ("the axis 'batch' of %whole is sharded unlike that of %x", "batch"),
+    "mul %half, %half": ("mul does not accept %half, an unreduced sum", "unreduced(model)"),
+    "silu %half": ("silu does not accept %half, an unreduced sum", "unreduced(model)"),
+    "add %half, %x": ("add does not accept %half, an unreduced sum", "unreduced(model)"),
+    "mul %half, %gs": ("'embed' of %gs is sharded unlike that of %half", "embed@model"),
+    "contract %late, %x {over=embed}": ("is sharded unlike", "batch@data"),
     "contract %h, %gs {over=mlp}": ("has no axis 'mlp'", "embed@model"),
     "mul %h, %gs": ("no operand has all axes", "embed@model"),
     "contract %q, %up {over=q}": ("no axis 'q'", "mlp@model"),
-    "merge %late {axes=(batch, seq), into=token}": ("needs the axis 'seq' of %late whole", "seq"),
+    "merge %late {axes=(batch, seq), into=token}": (
+        "does not accept a sharded axis 'seq' of %late",
+        "seq",
+    ),
     "assign_slots %ids {tokens=(batch), experts=4}": ("groups do not divide over the mesh", "1"),
-    "all_gather %x {axis=seq, mesh=data}": ("does not lie, innermost, on data", "seq"),
-    "shard %x {axis=embed, mesh=data}": ("lies on the mesh axis 'data' already", "batch@data"),
-    "all_reduce %x {mesh=model}": ("no sum still to be carried out over model", "batch@data"),
+    "all_gather %x {axis=seq, mesh=data}": ("is not sharded, innermost, over data", "seq"),
+    "shard %x {axis=embed, mesh=data}": (
+        "is sharded over the mesh axis 'data' already",
+        "batch@data",
+    ),
+    "all_reduce %x {mesh=model}": ("not an unreduced sum over model", "batch@data"),
     "all_to_all %x {mesh=data, split=batch, gather=batch}": ("split and gathered", "batch"),
     "ragged_all_to_all %x {mesh=data, split=seq, gather=batch}": ("ragged rows", "batch@data"),
     'reshard %x {to="expert@data"}': ("there is no axis 'expert'", "batch@data"),
     'reshard %x {to="seq@data,batch@model"}': ("in their order", "seq@data"),
-    'reshard %x {to="batch"}': ("not a placement", "batch"),
+    'reshard %x {to="batch"}': ("not a sharding", "batch"),
 }
 
 
@@ -123,7 +132,9 @@ def test_what_cannot_lie_so_is_refused(line: str) -> None:
 def test_two_axes_on_one_mesh_axis() -> None:
     text = HEAD + "  input %x : f32[batch@data=8, embed=4]\n  input %w : f32[mlp@data=4, embed=4]\n"
     graph = parse(f"{text}  output y = %x\n}}")
-    with pytest.raises(InputError, match="two axes lie on the mesh axis 'data'") as caught:
+    with pytest.raises(
+        InputError, match="two axes are sharded over the mesh axis 'data'"
+    ) as caught:
         graph.append("contract", [graph.value("x"), graph.value("w")], {"over": ("embed",)})
     assert caught.value.problems[0].found == "batch of %x, mlp of %w"
 
@@ -176,7 +187,7 @@ def test_experts_of_a_device_are_summed_after_combine() -> None:
 
 def test_an_operation_without_a_rule_takes_whole_operands(monkeypatch: Any) -> None:
     monkeypatch.setitem(OPS, "silu", replace(OPS["silu"], sharding=None))
-    with pytest.raises(InputError, match="silu needs the axis 'batch' of %x whole"):
+    with pytest.raises(InputError, match="silu does not accept a sharded axis 'batch' of %x"):
         inferred("silu %x")
     assert inferred("silu %whole") == "f32[batch=8, seq=4, embed=6]"
 

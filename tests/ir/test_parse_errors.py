@@ -195,3 +195,12 @@ def test_a_thousand_wrong_lines_are_read_quickly(seed: int) -> None:
     with pytest.raises(ParseError):
         parse("\n".join([*lines[:-2], *["%y = silu %z : f32[batch=B]"] * 1000]))
     assert time.perf_counter() - start < 1
+
+
+def test_an_operation_that_was_renamed_says_its_new_name() -> None:
+    lines = ("moecc 1", "graph g {", "  input %e : i32[t=4, choice=2]", "  %p = place %e", "}", "")
+    text = "\n".join(lines)
+    with pytest.raises(ParseError) as caught:
+        parse(text)
+    (problem, *_) = caught.value.problems
+    assert problem.hint == "`place` is now `assign_slots`"

@@ -278,5 +278,5 @@ graph g {
 """)
     laws.check_graph(graph)
     z = graph.input("z", parse_type("f32[batch@data=4]", graph.value))
-    with pytest.raises(InputError, match="index needs the axis 'batch' of %z whole"):
+    with pytest.raises(InputError, match="index does not accept a sharded axis 'batch' of %z"):
         Builder(graph).index(z, axis="batch", at=0)

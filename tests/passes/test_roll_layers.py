@@ -185,7 +185,7 @@ def test_numbers_that_do_not_rise_by_equal_steps() -> None:
         node.loc = f"layers.{number}.ffn"
     result, told = roll(graph)
     assert not result.changed
-    assert "do not rise by equal steps" in told[0]
+    assert "do not rise in equal steps" in told[0]
 
 
 def test_losses_of_layers_are_summed_as_they_were_stacked() -> None:

@@ -11,8 +11,10 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context
+from moecc.weights.evaluate import evaluate
+from moecc.weights.expr import Expr
 
-from .dense_blocks import Dense, Tensors, rms_error, run, tokens, upcycled
+from .dense_blocks import Array, Dense, Tensors, rms_error, run, tokens, upcycled
 
 WITHIN = 1.15
 """Measured over predicted, on blocks of random normal weights, lies within this factor of 1."""
@@ -96,6 +98,30 @@ def test_the_error_is_the_predicted_one(name: str) -> None:
 @pytest.mark.parametrize("name", ["noise", "drop", "softmax"])
 def test_the_error_is_the_predicted_one_for_other_blocks(dense: Dense, name: str) -> None:
     assert 1 / WITHIN < measured_over_predicted(dense, **CASES[name]) < WITHIN
+
+
+@pytest.mark.parametrize("gain", [0.05, 1.0, 3.0])
+def test_the_scale_of_the_norm_before_the_router_counts(gain: float) -> None:
+    """Left out, 0.05 would be predicted twentyfold."""
+    dense = Dense(embed=48, mlp=96, residual=True)
+    graph = dense.graph()
+    tensors = Tensors(graph)
+    for name in [n for n in tensors.arrays if n.endswith("norm")]:
+        tensors.arrays[name] = tensors.arrays[name] * gain
+
+    def read(weight: Expr) -> Array:
+        return evaluate(weight, tensors.read)
+
+    after = clone(graph)
+    item = UpcyclePass(gates="softmax", router_std=0.02)
+    result = item.apply(after, Context(read=read))
+    inputs = tokens(dense, 384)
+    dense_y = run(graph, tensors.params(graph), inputs)["y"] - inputs["x"]
+    sparse_y = run(after, tensors.params(after), inputs)["y"] - inputs["x"]
+    assert result.preserves is not None
+    assert result.preserves.predicted_error is not None
+    measured = rms_error(sparse_y, dense_y)
+    assert 1 / WITHIN < measured / result.preserves.predicted_error < WITHIN
 
 
 def test_the_published_placement_is_off_and_says_so() -> None:

@@ -161,7 +161,7 @@ def test_a_weight_that_is_used_twice_before_the_activation_cannot_take_half_the_
     graph = odd(tied, w=OUT_IN, down=IN_OUT)
     assert same(graph)
     assert same(graph, granularity=2)
-    with pytest.raises(InputError, match="none goes in linearly"):
+    with pytest.raises(InputError, match="the block is linear in none"):
         same(graph, granularity=2, scale_placement="up-down")
 
 
@@ -184,7 +184,7 @@ def test_a_bias_that_two_matrices_share_cannot_be_scaled_with_one() -> None:
 
     graph = odd(shared, g=OUT_IN, u=OUT_IN, bias=("mlp",), down=IN_OUT)
     assert same(graph, granularity=2)
-    with pytest.raises(InputError, match="used in two places"):
+    with pytest.raises(InputError, match="used in two positions"):
         same(graph, granularity=2, scale_placement="up-down")
 
 
@@ -197,7 +197,7 @@ def test_two_biases_of_one_product_are_both_scaled() -> None:
     graph = odd(doubled, g=OUT_IN, u=OUT_IN, p=("mlp",), q=("mlp",), d=IN_OUT)
     assert same(graph, granularity=2)
     assert same(graph, granularity=2, scale_placement="down")
-    with pytest.raises(InputError, match="linearly"):
+    with pytest.raises(InputError, match="linear in none"):
         same(graph, granularity=2, scale_placement="up-down")
 
 

@@ -163,7 +163,7 @@ def test_granularity_and_a_shared_expert_go_with_both(
 
 
 def test_a_block_without_a_residual_gets_no_sublayer_beside_it() -> None:
-    with pytest.raises(InputError, match="no extra sublayer can stand beside the block"):
+    with pytest.raises(InputError, match="no extra sublayer can be added to the block"):
         UpcyclePass(extra_ffn="after").apply(Dense().graph(), Context())
 
 

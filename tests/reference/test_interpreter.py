@@ -109,7 +109,7 @@ def test_all_that_is_wrong_with_the_arrays_is_reported_at_once() -> None:
             "float64[2, 3]",
         ),
         ("input %mask", "the size S is 3 in input %ids", "pred[batch=B, seq=S]", "bool[2, 4]"),
-        ("param %w", "no array is given", "f32[vocab=7, embed=2]", None),
+        ("param %w", "the array is missing", "f32[vocab=7, embed=2]", None),
         ("param %v", "the array has another number of axes", "f32[embed=2]", "float64[2, 2]"),
     ]
 

@@ -470,8 +470,8 @@ def test_who_is_left_behind() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("add-losses{z-coef=-1.0}", "not negative"),
-        ("add-losses{balance-coef=inf}", "not negative"),
+        ("add-losses{z-coef=-1.0}", "must not be negative"),
+        ("add-losses{balance-coef=inf}", "must not be negative"),
         ("add-losses{load-noise=0.0}", "noise of the load loss is positive"),
         ("add-losses{balance=none z-coef=0.0 metrics=false}", "no loss and no metric is left"),
     ],

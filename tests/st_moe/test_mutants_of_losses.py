@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import moecc_backends.reference.slots as placing
+import moecc_backends.reference.slots as assigner
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from moecc_passes import add_losses
@@ -85,7 +85,7 @@ def one_slot_more(attrs: Any, tokens: int, choices: int) -> int:
     return CAPACITY(attrs, tokens, choices) + 1
 
 
-CAPACITY = placing.capacity
+CAPACITY = assigner.capacity
 
 MUTANTS: dict[str, tuple[object, str, Any, Callable[[], None]]] = {
     wrong.__name__: (place, name, wrong, law)
@@ -141,7 +141,7 @@ MUTANTS: dict[str, tuple[object, str, Any, Callable[[], None]]] = {
             always_average,
             test_losses.test_losses_of_layers_are_summed_or_averaged,
         ),
-        (placing, "capacity", one_slot_more, test_numbers.test_how_many_are_kept),
+        (assigner, "capacity", one_slot_more, test_numbers.test_how_many_are_kept),
     )
 }
 

@@ -376,7 +376,7 @@ def test_what_looks_ahead_is_refused_in_a_decoder_unless_forced() -> None:
         ("capacity-factor=inf", "out of range.*capacity-factor"),
         ("jitter=1.0", "out of range.*jitter"),
         ("group-size=0", "out of range.*group-size"),
-        ("dropless=true capacity-factor=1.0", "what is to have no bound"),
+        ("dropless=true capacity-factor=1.0", "contradicting dropless"),
         ("groups=2 group-size=2", "by their number or by their size"),
         ("mode=eval jitter=0.01", "an evaluation is not perturbed"),
         ("mode=eval expert-dropout=0.1", "an evaluation is not perturbed"),

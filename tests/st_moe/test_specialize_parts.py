@@ -132,7 +132,7 @@ def test_padding_can_be_routed_again() -> None:
 def test_an_input_of_that_name_may_be_something_else() -> None:
     graph = made("upcycle{experts=4}")
     graph.input("mask", graph.inputs["ids"].type)
-    with pytest.raises(InputError, match="mask is no padding mask"):
+    with pytest.raises(InputError, match="mask is not a padding mask"):
         then(graph, "specialize{padding-mask=true}")
 
 
@@ -219,7 +219,7 @@ def test_a_hash_has_no_router(option: str) -> None:
         ("upcycle{routing=hash},specialize{policy=none}", "there are none"),
         ("upcycle,specialize{expert-dropout=0.1}", "capacity-factor=1.25, as ST-MoE trains"),
         ("specialize{minimum=0}", "at least 1"),
-        ("specialize{dropless=true minimum=2}", "bounds what is to have no bound"),
+        ("specialize{dropless=true minimum=2}", "bounds rows, contradicting dropless"),
         ("specialize{mode=eval dropout=0.1}", "an evaluation is not perturbed"),
         ("specialize{dropout=1.0}", "0 <= rate < 1"),
         ("specialize{group-size=0}", "2 to 8 sequences"),

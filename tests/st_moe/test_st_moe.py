@@ -129,7 +129,7 @@ def test_options_reach_the_parts(options: str) -> None:
         ("group-size=0", "group-size"),
         ("threshold=-1.0", "threshold"),
         ("layers=every:half", "every:half cannot be read"),
-        ("z-coef=-1.0", "not negative"),
+        ("z-coef=-1.0", "must not be negative"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_anything_runs(
@@ -208,7 +208,7 @@ def test_what_is_remarked(options: dict[str, Any], remark: str) -> None:
 
 @pytest.mark.parametrize("options", ["", "groups=moe only=ffn"])
 def test_freeze_needs_one_of_its_options(options: str) -> None:
-    with pytest.raises(UsageError, match="groups are frozen, or the only ones"):
+    with pytest.raises(UsageError, match="state either the frozen groups or the only trained"):
         run_pipeline(transformer(1), Pipeline.parse(f"freeze{{{options}}}"))
 
 

@@ -1,6 +1,6 @@
-"""The reference interpreter: NumPy, float64, the meaning of every operation.
+"""The reference interpreter: NumPy, float64; it defines the meaning of every operation.
 
-Importing this package fills the table of meanings; its files mirror `moecc.ir.table`.
+Importing this package registers the operations; its files mirror `moecc.ir.table`.
 """
 
 from moecc_backends.reference import (

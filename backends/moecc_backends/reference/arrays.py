@@ -1,4 +1,4 @@
-"""Arrays with named axes, and the table from an operation's name to the function that means it."""
+"""Arrays with named axes, and the registry of the functions that implement operations."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import DType
 
 Data = NumpyArray
-"""The elements of an array, without the names of its axes."""
+"""The elements of an array, without axis names."""
 
 NOTHING = np.iinfo(np.int64).min
-"""What stands for an integer beyond a ragged extent, where a float has NaN."""
+"""Stands for an integer beyond a ragged extent, where a float is NaN."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotAssignment:
-    """Where the choices of each group of tokens went.
+    """The slots assigned to the choices of each group of tokens.
 
     Attributes:
       tokens: the token axes, outermost first.
       extents: the slots in use, `[group, expert]`.
-      slots: the slots that every expert has: the capacity, or the largest extent.
-      is_ragged: whether slots beyond an extent are not there.
+      slots: the number of slots of every expert: the capacity, or the largest extent.
+      is_ragged: whether slots beyond an extent do not exist.
     """
 
     tokens: tuple[str, ...]
@@ -36,13 +36,13 @@ class SlotAssignment:
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """An array whose axes have names.
+    """An array with named axes.
 
     Attributes:
       data: float64, int64 (uint64 for u64 and keys) or bool.
       axes: the names of its axes, in order.
-      dtype: the element type that the graph declares; only a cast asks for it.
-      placement: for a result of ``assign_slots``, what ``dispatch`` and ``combine`` need to know.
+      dtype: the declared element type; only a cast reads it.
+      placement: for a result of ``assign_slots``, the data that ``dispatch`` and ``combine`` need.
     """
 
     data: Data
@@ -55,14 +55,14 @@ class Array:
         return int(self.data.shape[self.axes.index(axis)])
 
     def to(self, axes: Iterable[str]) -> Data:
-        """Return the data with its axes in the order `axes`; one that is missing has size 1."""
+        """Return the data with its axes in the order `axes`; a missing one has size 1."""
         axes = tuple(axes)
         order = [self.axes.index(a) for a in axes if a in self.axes]
         shape = [self.size(a) if a in self.axes else 1 for a in axes]
         return self.data.transpose(order).reshape(shape)
 
     def map(self, function: Callable[[Data], Data]) -> Array:
-        """Return the array of what `function` makes of the data, whose axes stay."""
+        """Return the array with `function` applied to the data; the axes stay."""
         return replace(self, data=function(self.data), assignment=None)
 
     def positions(self, axes: Iterable[str]) -> tuple[int, ...]:
@@ -77,13 +77,13 @@ def together(*arrays: Array) -> tuple[tuple[str, ...], list[Data]]:
 
 
 Meaning = Callable[..., "Array | tuple[Array, ...]"]
-"""Takes the operands, then the attributes by name."""
+"""Takes the operands, then the attributes as keywords."""
 
 MEANINGS: dict[str, Meaning] = {}
 
 
 def meaning(name: str) -> Callable[[Meaning], Meaning]:
-    """Register a function as the meaning of the operation `name`."""
+    """Register a function as the implementation of the operation `name`."""
 
     def register(function: Meaning) -> Meaning:
         if name in MEANINGS:

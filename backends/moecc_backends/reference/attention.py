@@ -51,13 +51,13 @@ def frequencies(size: int, length: int, scaling: RopeAttrs) -> Data:
 
 
 def _dynamic_stretch(size: int, length: int, factor: float, context: int) -> float:
-    """Return what theta grows by at `length` positions; 1 within the original context."""
+    """Return the factor on theta at `length` positions; 1 within the original context."""
     grown = factor * max(length, context) / context - (factor - 1)
     return float(grown ** (size / (size - 2)))
 
 
 def _llama3(plain: Data, scaling: RopeAttrs) -> Data:
-    """Slow frequencies are divided by the factor, fast ones kept, those between interpolated."""
+    """Divide slow frequencies by the factor, keep fast ones, interpolate in between."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns = scaling.original_context * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
@@ -76,7 +76,7 @@ def _yarn_ramp(size: int, scaling: RopeAttrs) -> Data:
 
 
 def _yarn_entry(turns: float, size: int, scaling: RopeAttrs) -> float:
-    """Return the entry, as a real number, that makes `turns` turns in the original context."""
+    """Return the entry, as a real number, with `turns` rotations in the original context."""
     wavelength = scaling.original_context / (turns * 2 * math.pi)
     return size * math.log(wavelength) / (2 * math.log(scaling.theta))
 
@@ -119,6 +119,6 @@ def _distance_buckets(distance: Data, count: int, furthest: int) -> Data:
     """Return the bucket of each distance, of `count` buckets, half of them exact."""
     exact = count // 2
     growth = np.log(np.maximum(distance, 1) / exact) / math.log(furthest / exact)
-    # The rounding of logarithms must not decide where the quotient is a whole number.
+    # Rounding of logarithms must not decide where the quotient is an integer.
     far = exact + np.floor(growth * (count - exact) + 1e-9).astype(int)
     return np.where(distance < exact, distance, np.minimum(far, count - 1))

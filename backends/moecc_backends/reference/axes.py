@@ -29,7 +29,7 @@ def split(x: Array, *, axis: str, into: Sizes) -> Array:
 
 @meaning("merge")
 def merge(x: Array, *, axes: tuple[str, ...], into: str) -> Array:
-    """Return x with several axes made one, in the place of the first, the first outermost."""
+    """Return x with several axes merged, at the position of the first, the first outermost."""
     rest = tuple(a for a in x.axes if a not in axes)
     size = prod(x.size(a) for a in axes)
     shape = (*(x.size(a) for a in rest), size)

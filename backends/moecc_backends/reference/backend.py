@@ -1,4 +1,4 @@
-"""The reference backend: the interpreter, and the simulation of a mesh, behind one door."""
+"""The reference backend: the interpreter, and the simulation of a mesh."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from moecc_backends.reference.interpreter import ReferenceProgram
 
 
 class ReferenceBackend:
-    """Runs graphs with the meaning of each operation, written down in NumPy."""
+    """Runs graphs with the NumPy implementation of each operation."""
 
     name = "reference"
 
     def compile(self, graph: Graph, *, dtype: DType = F64) -> ReferenceProgram:
-        """Return `graph` ready to run; it is always computed in float64.
+        """Return `graph` compiled; it is always computed in float64.
 
         Raises:
-          InputError: an operation has no meaning here.
+          InputError: an operation is not implemented.
         """
         problems = [
             Problem("the reference backend has no meaning for this operation", where(node))
@@ -37,6 +37,6 @@ class ReferenceBackend:
 
         Raises:
           InputError: as `moecc_backends.reference.devices.simulate`.
-          AssertionError: devices hold different copies of what should be the same.
+          AssertionError: devices hold different copies of a replicated value.
         """
         return simulate(graph, params, inputs).outputs

@@ -56,7 +56,7 @@ def kept_from(
 
 
 def _room(counts: Data, attrs: Attrs, rows: int) -> Data:
-    """Return how many slots of each group and expert find room, ``[group, expert]``."""
+    """Return how many slots of each group and expert fit, ``[group, expert]``."""
     groups, experts = counts.shape
     blocks, parts = attrs["blocks"], attrs["parts"]
     cells = counts.reshape(blocks, groups // blocks, parts, experts // parts)

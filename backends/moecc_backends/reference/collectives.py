@@ -1,6 +1,6 @@
 """The meaning of collectives on the global value: the identity.
 
-What they do on each device stands in `moecc_backends.reference.devices`.
+Their effect on each device is in `moecc_backends.reference.devices`.
 """
 
 from __future__ import annotations

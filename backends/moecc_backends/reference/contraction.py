@@ -9,7 +9,7 @@ from moecc_backends.reference.arrays import Array, meaning
 
 @meaning("contract")
 def contract(x: Array, w: Array, *, over: tuple[str, ...], precision: str) -> Array:
-    """Sum x · w over the axes `over`; every other axis that both have is a batch axis.
+    """Sum x · w over the axes `over`; every other shared axis is a batch axis.
 
     The reference computes in float64, which is precise enough for every `precision`.
     """

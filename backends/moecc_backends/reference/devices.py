@@ -1,9 +1,9 @@
-"""A graph on a mesh, device by device: every device holds its parts, and collectives move them.
+"""Simulate a graph on a mesh: every device holds its local shards, and collectives move them.
 
-It says what a sharded graph means on a machine, as the interpreter says what it means on the
-global values; that both agree is the law of sharding.  Every collective counts the bytes that each
-device sends, in the declared element type: of a gather, the others' parts; of a reduction, twice
-that of a gather of the same value; of an exchange, what goes to other devices.
+It defines the meaning of a sharded graph, as the interpreter defines it for the global
+values; that both agree is the law of sharding.  Every collective counts the bytes that each
+device sends, in the declared element type: in a gather, the others' shards; in a reduction, twice
+those of a gather of the same value; in an exchange, what goes to other devices.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from moecc_backends.reference.repetition import picked, stacked_along
 from moecc_backends.reference.slots import poison
 
 Parts = dict[Coordinates, Array]
-"""What each device holds of one value."""
+"""The local shard of one value on each device."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one collective sent.
+    """The traffic of one collective.
 
     Attributes:
       op: the collective.
       mesh: the mesh axes that it ran over.
-      where: its place in the graph, as messages call it.
+      where: its description in messages.
       sent_bytes: what each device sent, in the order of the devices.
     """
 
@@ -58,13 +58,13 @@ class Traffic:
 
 @dataclass
 class Run:
-    """A graph, run on every device of its mesh.
+    """The results of a graph on every device of its mesh.
 
     Attributes:
       mesh: the mesh.
-      outputs: the outputs, put together from their parts.
-      traffic: what was sent, in order; a ``shard`` sends nothing.
-      held: for each value that was asked for, what each device holds.
+      outputs: the global outputs, assembled from their shards.
+      traffic: the traffic, in order; a ``shard`` sends nothing.
+      held: for each requested value, the local shard of each device.
     """
 
     mesh: Mesh
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def sent_bytes(self) -> dict[str, int]:
-        """The bytes that the device which sends most sends, by collective."""
+        """The bytes sent by the device that sends most, by collective."""
         total: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
         for one in self.traffic:
             total[one.op] = total.get(one.op, np.zeros(self.mesh.devices, np.int64)) + np.asarray(
@@ -84,23 +84,23 @@ class Run:
 
 
 def simulate(graph: Graph, params: Arrays, inputs: Arrays) -> Run:
-    """Run `graph` on every device of its mesh, and count what is sent.
+    """Run `graph` on every device of its mesh, and count the traffic.
 
     Args:
-      graph: a graph that lies on a mesh.
-      params: the parameters by name, whole.
-      inputs: the inputs by name, whole.
+      graph: a graph sharded on a mesh.
+      params: the global parameters by name.
+      inputs: the global inputs by name.
 
     Raises:
-      InputError: the graph has no mesh, or a ``reshard`` that is no collective yet; an array is
-        missing or does not fit its type; a size that is known only now does not divide.
+      InputError: the graph has no mesh, or a ``reshard`` that is not lowered; an array is
+        missing or does not match its type; a size known only at run time does not divide.
     """
     mesh = mesh_of(graph)
     if mesh is None:
-        raise InputError("the graph lies on no mesh", hint="annotate-sharding lays it on one")
+        raise InputError("the graph has no mesh", hint="annotate-sharding shards it on one")
     left = [n for n in graph.every_node() if n.op.collective is Collective.ANY]
     if left:
-        what = "how a value is brought elsewhere is not said yet"
+        what = "a reshard is not lowered to collectives yet"
         raise InputError([Problem(what, where(n), hint="lower-collectives first") for n in left])
     return _Simulator(mesh, Run(mesh)).run(graph, params, inputs)
 
@@ -109,8 +109,8 @@ class _Simulator:
     """The state of one run.
 
     Attributes:
-      held: the parts of every value that has been computed.
-      extents: for each ``assign_slots`` value, the slots in use of the whole, ``[group, expert]``.
+      held: the local shards of every value computed so far.
+      extents: for each ``assign_slots`` value, the global slots in use, ``[group, expert]``.
     """
 
     def __init__(self, mesh: Mesh, result: Run) -> None:
@@ -120,7 +120,7 @@ class _Simulator:
         self.result = result
 
     def run(self, graph: Graph, params: Arrays, inputs: Arrays) -> Run:
-        """Run `graph` on parts of the arrays that are given whole."""
+        """Run `graph` on shards of the global arrays."""
         for value, data in bind(graph, params, inputs).items():
             whole = Array(stored(data, value.type.dtype), value.type.names, value.type.dtype)
             self.held[value] = self._at(f"%{value.name}", partial(self._cut, whole, value))
@@ -131,7 +131,7 @@ class _Simulator:
         return self.result
 
     def body(self, graph: Graph, given: Sequence[Parts]) -> list[Parts]:
-        """Run the body of a ``scan`` once, and return the parts of its outputs."""
+        """Run the body of a ``scan`` once, and return the shards of its outputs."""
         self.held.update(zip(graph.inputs.values(), given, strict=True))
         self._walk(graph)
         return [self.held[v] for v in graph.terminator.operands]
@@ -199,7 +199,7 @@ class _Simulator:
             self.result.traffic.append(Traffic(node.op.name, mesh, where(node), total))
 
     def _note_extents(self, node: Node) -> None:
-        """Put the extents of an ``assign_slots`` together from those that the devices counted."""
+        """Assemble the extents of an ``assign_slots`` from those counted by the devices."""
         value = node.results[-1]
         held = self.held[value]
         found = {d: p for d, a in held.items() if (p := a.assignment) is not None}
@@ -211,14 +211,14 @@ class _Simulator:
         self.extents[value] = np.concatenate(counted)
 
     def _rows(self, type: TensorType, at: Coordinates) -> Data:
-        """Return the slots in use of the device's part of ragged rows, ``[group, expert]``."""
+        """Return the slots in use of the device's shard of ragged rows, ``[group, expert]``."""
         (place,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
         whole = Array(self.extents[place], ("group", "expert"))
         kept = tuple(a for a in type.axes if a.name in ("group", "expert"))
         return cut(whole, type.with_axes(kept), at, self.mesh).to(("group", "expert"))
 
     def _finished(self, value: Value) -> Parts:
-        """Return the parts of `value` with its type, and with nothing beyond ragged extents."""
+        """Return the shards of `value` with its type, and with nothing beyond ragged extents."""
         parts = {d: replace(a, dtype=value.type.dtype) for d, a in self.held[value].items()}
         ragged = value.type.ragged
         if ragged is None or not {"group", "expert"} <= set(value.type.names):
@@ -226,7 +226,7 @@ class _Simulator:
         return {d: self._emptied(a, value.type, d, ragged.name) for d, a in parts.items()}
 
     def _emptied(self, x: Array, type: TensorType, at: Coordinates, slot: str) -> Array:
-        """Return `x` with as many slots as the whole has, and nothing beyond the extents."""
+        """Return `x` with as many slots as the global value, and nothing beyond the extents."""
         (place,) = {setter_of(e) for e in type.extents if e.kind == "ragged"}
         x = _with_slots(x, slot, int(self.extents[place].max(initial=0)))
         extents = self._rows(type, at)
@@ -243,7 +243,7 @@ def _with_slots(x: Array, slot: str, size: int) -> Array:
 
 
 def cut(whole: Array, type: TensorType, at: Coordinates, mesh: Mesh) -> Array:
-    """Return the part of `whole` that the device at `at` holds of a value of `type`.
+    """Return the local shard of `whole`, a global value of `type`, on the device at `at`.
 
     Raises:
       InputError: an axis does not divide.
@@ -259,10 +259,10 @@ def cut(whole: Array, type: TensorType, at: Coordinates, mesh: Mesh) -> Array:
 
 
 def assembled(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) -> Array:
-    """Return the global value of `type` from what every device holds.
+    """Return the global value of `type` assembled from the shards of every device.
 
     Raises:
-      AssertionError: devices that should hold the same part hold different ones.
+      AssertionError: devices that should hold the same shard hold different ones.
     """
     first = next(iter(parts.values()))
     reduced = _summed(type, parts, mesh) if type.unreduced else dict(parts)
@@ -286,7 +286,7 @@ def _summed(type: TensorType, parts: Mapping[Coordinates, Array], mesh: Mesh) ->
 
 
 def _joined(by_place: Mapping[tuple[int, ...], Array], counts: tuple[int, ...]) -> Data:
-    """Return blocks put together along every axis, given how many there are along each."""
+    """Return blocks concatenated along every axis, given their number along each."""
     blocks = {place: a.data for place, a in by_place.items()}
     for number in reversed(range(len(counts))):
         heads = dict.fromkeys(place[:number] for place in blocks)

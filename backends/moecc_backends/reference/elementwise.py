@@ -99,7 +99,7 @@ def scale(x: Array, *, by: float) -> Array:
 
 @meaning("stop_gradient")
 def stop_gradient(x: Array) -> Array:
-    """Return x: gradients are not the interpreter's business."""
+    """Return x: the interpreter computes no gradients."""
     return x
 
 
@@ -186,10 +186,10 @@ def cast(x: Array, *, dtype: str) -> Array:
 
 
 def rounded(data: Data, old: DType | None, new: DType) -> Data:
-    """Return `data`, declared as `old`, rounded to `new` and widened to what is computed in.
+    """Return `data`, declared as `old`, rounded to `new` and widened to the computed type.
 
-    The interpreter does not round to the declared types, so a cast that can lose nothing is the
-    identity: otherwise dropping a cast from f32 to f32 would change the meaning.
+    The interpreter does not round to the declared types, so a lossless cast is the
+    identity: otherwise dropping a cast from f32 to f32 would change the result.
     """
     if old is not None and is_lossless(old, new):
         return data
@@ -200,7 +200,7 @@ def rounded(data: Data, old: DType | None, new: DType) -> Data:
 
 
 def stored(data: Data, dtype: DType) -> Data:
-    """Return `data` as the interpreter keeps values of the type `dtype`."""
+    """Return `data` in the interpreter's representation of the type `dtype`."""
     if dtype.name in ("u64", "key"):
         return data.astype(np.uint64)
     return data.astype({"float": np.float64, "int": np.int64, "bool": np.bool_}[dtype.kind])

@@ -1,7 +1,7 @@
-"""What collectives do on each device, and how many elements each sends to others.
+"""The effect of collectives on each device, and the number of elements each sends to others.
 
-A ring of n devices sends (n − 1)/n of the whole in a gather or a scattered sum, and twice that in a
-sum that all get; an exchange sends what is not the device's own.
+A ring of n devices sends (n − 1)/n of the global value in a gather or a reduce-scatter, and twice
+that in an all-reduce; an exchange sends what is not for the device itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moecc_backends.reference.arrays import Array, Data
 Parts = dict[Coordinates, Array]
 Sent = dict[Coordinates, int]
 Rows = Callable[[TensorType, Coordinates], Data]
-"""The slots in use of a device's part of ragged rows, ``[group, expert]``."""
+"""The slots in use of a device's shard of ragged rows, ``[group, expert]``."""
 
 Exchange = Callable[[Node, Parts, Mesh, Rows], "tuple[Parts, Sent]"]
 
@@ -35,7 +35,7 @@ EXCHANGES: dict[str, Exchange] = {}
 
 
 def exchange(name: str) -> Callable[[Exchange], Exchange]:
-    """Register a function as what the collective `name` does."""
+    """Register a function as the implementation of the collective `name`."""
 
     def register(function: Exchange) -> Exchange:
         EXCHANGES[name] = function
@@ -73,7 +73,7 @@ def _all_gather(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Se
 
 
 def added(parts: list[Data]) -> Data:
-    """Return the sum of what devices hold, in their order."""
+    """Return the sum of the devices' data, in device order."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -122,7 +122,7 @@ def _exchanged(attrs: AllToAllAttrs | RaggedAllToAllAttrs, x: Parts, mesh: Mesh)
 
 @exchange("ragged_all_to_all")
 def _ragged_all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Parts, Sent]:
-    """Send the rows that are there; the devices have room for equally many slots."""
+    """Send the occupied rows; every device has room for the same number of slots."""
     type, attrs = node.operands[0].type, RaggedAllToAllAttrs.of_node(node)
     ragged = type.ragged
     assert ragged is not None, "the type is checked"
@@ -135,13 +135,13 @@ def _ragged_all_to_all(node: Node, x: Parts, mesh: Mesh, rows: Rows) -> tuple[Pa
 def _rows_sent(
     extents: Data, split: str, mesh: Mesh, at: Coordinates, over: tuple[str, ...]
 ) -> int:
-    """Return how many of the rows that `extents` counts go to other devices."""
+    """Return how many of the rows counted by `extents` go to other devices."""
     n = mesh.size(over)
     own = _block(Array(extents, ("group", "expert")), split, mesh.part(at, over), n)
     return int(extents.sum() - own.data.sum())
 
 
 def _row_size(x: Array, slot: str) -> int:
-    """Return the elements of one row."""
+    """Return the number of elements of one row."""
     sizes = [x.size(a) for a in x.axes if a not in ("group", "expert", slot)]
     return int(np.prod(sizes))

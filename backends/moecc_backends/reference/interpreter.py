@@ -1,6 +1,6 @@
-"""The interpreter: a graph, node by node, in NumPy and float64.
+"""The interpreter: evaluates a graph, node by node, in NumPy and float64.
 
-It is the oracle: the plainest code that says what an operation means.  Values are computed in
+It is the oracle: the plainest code that defines the operations.  Values are computed in
 float64 whatever their declared type, so that two graphs that are equal in real arithmetic agree
 to 1e-12 or so; only a cast to a narrower type rounds.
 """
@@ -25,16 +25,16 @@ from moecc_backends.reference.slots import poisoned
 
 @dataclass(frozen=True)
 class ReferenceProgram:
-    """A graph that the interpreter runs, in one process."""
+    """A graph run by the interpreter, in one process."""
 
     graph: Graph
     writes = True
 
     def run(self, params: Arrays, inputs: Arrays) -> dict[str, Data]:
-        """Return the outputs by name: floats as float64, others as their types say.
+        """Return the outputs by name: floats as float64, others in their types.
 
         Raises:
-          InputError: an array is missing or does not fit its type, or an index is out of range.
+          InputError: an array is missing or does not match its type, or an index is out of range.
         """
         outputs = self.graph.outputs
         kept = set(outputs.values())
@@ -65,21 +65,21 @@ class ReferenceProgram:
 
 @dataclass
 class _State:
-    """Arrays of the values that are still needed, and the placements, which are small."""
+    """Arrays of the values that are still needed, and the slot assignments, which are small."""
 
     arrays: dict[Value, Array]
     assignments: dict[Value, SlotAssignment]
     left: dict[Value, int]
 
     def load(self, value: Value, given: Mapping[Value, Data]) -> Array:
-        """Return what was given for `value`, as the interpreter keeps it."""
+        """Return the array of `value` in the interpreter's representation."""
         dtype = value.type.dtype
         data = stored(given[value], dtype)
         self.arrays[value] = Array(data, value.type.names, dtype)
         return self.arrays[value]
 
     def step(self, node: Node) -> list[tuple[Value, Array]]:
-        """Return the results of `node`, and forget the operands that nothing else uses."""
+        """Return the results of `node`, and drop the operands that have no further use."""
         operands = [self.arrays[v] for v in node.operands]
         try:
             with np.errstate(all="ignore"):
@@ -111,17 +111,17 @@ class _State:
 
 
 def run_body(body: Graph, arrays: Sequence[Array]) -> tuple[Array, ...]:
-    """Return the outputs, in order, of a graph that a node repeats.
+    """Return the outputs, in order, of a body.
 
     Args:
       body: the graph.
-      arrays: what its inputs are this time, in order.
+      arrays: its inputs in this iteration, in order.
 
     Raises:
-      InputError: a node cannot work on the data.
+      InputError: a node is not defined for the data.
     """
     given = dict(zip(body.inputs.values(), arrays, strict=True))
-    # Outputs are uses too, so what is returned is never forgotten on the way.
+    # Outputs are uses too, so results are never dropped before the end.
     state = _State(given, {}, {v: sum(v.users.values()) for v in given})
     for node in body:
         state.step(node)
@@ -132,7 +132,7 @@ def bind(graph: Graph, params: Arrays, inputs: Arrays) -> dict[Value, Data]:
     """Return the given arrays by value, checked against the types.
 
     Raises:
-      InputError: with every array that is missing or does not fit.
+      InputError: with every array that is missing or does not match.
     """
     problems: list[Problem] = []
     sizes: dict[str, tuple[int, str]] = {}
@@ -142,7 +142,7 @@ def bind(graph: Graph, params: Arrays, inputs: Arrays) -> dict[Value, Data]:
             here = f"{kind} %{name}"
             if name not in arrays:
                 hint = nearest(name, arrays)
-                problems.append(Problem("no array is given", here, str(value.type), None, hint))
+                problems.append(Problem("the array is missing", here, str(value.type), None, hint))
                 continue
             bound[value] = np.asarray(arrays[name])
             problems.extend(_misfits(value, bound[value], here, sizes))
@@ -155,7 +155,7 @@ def _misfits(
     value: Value, data: Data, here: str, sizes: dict[str, tuple[int, str]]
 ) -> Iterator[Problem]:
     found = f"{data.dtype}[{', '.join(map(str, data.shape))}]"
-    # Keys are kept in unsigned integers, which NumPy cannot tell from numbers.
+    # Keys are stored as unsigned integers, which NumPy cannot distinguish from numbers.
     if _kind(data.dtype) != value.type.dtype.kind.replace("key", "int"):
         yield Problem("the array has elements of another kind", here, str(value.type), found)
     if data.ndim != value.type.rank:
@@ -173,7 +173,7 @@ def _misfits(
 
 
 def _kind(dtype: np.dtype[Any]) -> str:
-    """Return the kind of element, as `DType` names it, of a NumPy or ml_dtypes type."""
+    """Return the kind, as in `DType`, of a NumPy or ml_dtypes type."""
     if dtype.kind == "V" and dtype.names is None and "float" in dtype.name:
         return "float"
     return {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(dtype.kind, dtype.name)

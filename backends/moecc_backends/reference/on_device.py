@@ -1,4 +1,4 @@
-"""One operation on one device: its meaning on the parts, and what depends on which part it is."""
+"""One operation on one device: its meaning on local shards, given the device's coordinates."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moecc.ir.mesh import Coordinates, Mesh
 from moecc_backends.reference.arrays import MEANINGS, NOTHING, Array
 from moecc_backends.reference.buffers import kept_from
 
-Local = Callable[[Node, list[Array], Coordinates, Mesh], "Array | tuple[Array, ...]"]
+PerDevice = Callable[[Node, list[Array], Coordinates, Mesh], "Array | tuple[Array, ...]"]
 
-LOCAL: dict[str, Local] = {}
-"""What operations do on a device whose place in the whole matters to them."""
+LOCAL: dict[str, PerDevice] = {}
+"""Implementations of operations that depend on the coordinates of the device."""
 
 
-def local(*names: str) -> Callable[[Local], Local]:
-    """Register a function as what the operations `names` do on a device."""
+def local(*names: str) -> Callable[[PerDevice], PerDevice]:
+    """Register a function as the per-device implementation of the operations `names`."""
 
-    def register(function: Local) -> Local:
+    def register(function: PerDevice) -> PerDevice:
         LOCAL.update(dict.fromkeys(names, function))
         return function
 
@@ -31,7 +31,7 @@ def local(*names: str) -> Callable[[Local], Local]:
 
 
 def run_local(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> tuple[Array, ...]:
-    """Return the results of `node` on the device at `at`, from its parts of the operands."""
+    """Return the results of `node` on the device at `at`, from its local shards of the operands."""
     function = LOCAL.get(node.op.name, _plain)
     made = function(node, operands, at, mesh)
     return made if isinstance(made, tuple) else (made,)
@@ -52,7 +52,7 @@ def _positions(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -
 
 @local("random_uniform", "random_normal")
 def _random(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
-    """Draw the numbers of the whole, of which a device keeps its own."""
+    """Draw the global numbers, of which a device keeps its shard."""
     key, like = operands
     axes = [node.result.type[n] for n in like.axes]
     shape = [s * mesh.size(a.mesh) for s, a in zip(like.data.shape, axes, strict=True)]
@@ -68,7 +68,7 @@ def _random(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> A
 
 @local("mean")
 def _mean(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
-    """Return this device's share of the mean: the sum of its part over the size of the whole."""
+    """Return this device's share of the mean: the sum of its shard over the global size."""
     made = _plain(node, operands, at, mesh)
     assert isinstance(made, Array), "one result"
     type = node.operands[0].type
@@ -78,7 +78,7 @@ def _mean(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Arr
 
 @local("embedding")
 def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
-    """Return the rows that this device has, and zeros for the others."""
+    """Return the rows of this device's shard, and zeros for the others."""
     table, ids = operands
     axis = node.operands[0].type[EmbeddingAttrs.of_node(node).axis]
     size = table.size(axis.name)
@@ -95,7 +95,7 @@ def _embedding(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -
 
 @local("combine")
 def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
-    """Return what the experts of this device add to each token."""
+    """Return the contribution of this device's experts to each token."""
     rows, experts, slots, gates = operands
     axis = node.operands[0].type["expert"]
     size = rows.size("expert")
@@ -107,7 +107,7 @@ def _combine(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> 
 
 @local("within_buffer")
 def _within_buffer(node: Node, operands: list[Array], at: Coordinates, mesh: Mesh) -> Array:
-    """Return what has room of this device's tokens, from the counts of all that exchange."""
+    """Return which of this device's choices fit, from the counts of all that exchange rows."""
     experts, slots, counts = operands
     attrs = dict(local_attrs(node, mesh))
     tokens = node.operands[0].type[attrs["tokens"][0]].mesh

@@ -1,4 +1,4 @@
-"""The meaning of random numbers: Threefry-2x32, counted, the same in every backend."""
+"""The meaning of random numbers: counter-based Threefry-2x32, the same in every backend."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def threefry(key: int, counts: Data) -> Data:
 
 
 def folded(key: int, by: int) -> int:
-    """Return another key, made of `key` and the number `by`."""
+    """Return another key, derived from `key` and the number `by`."""
     return int(threefry(key, np.asarray(by))[0])
 
 
 def uniform(key: int, shape: tuple[int, ...]) -> Data:
-    """Return numbers on [0, 1) with 23 bits, one for each place in row-major order."""
+    """Return numbers on [0, 1) with 23 bits, one for each element in row-major order."""
     words = threefry(key, np.arange(prod(shape)))
     bits = (words >> np.uint64(32)) ^ (words & np.uint64(0xFFFFFFFF))
     return np.asarray((bits >> np.uint64(9)).astype(np.float64) / 2**23).reshape(shape)
@@ -54,7 +54,7 @@ def _places(like: Array) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 @meaning("fold_key")
 def fold_key(key: Array, *, by: int) -> Array:
-    """Return another key, made of a key and a number."""
+    """Return another key, derived from a key and a number."""
     return Array(np.asarray(folded(int(key.data), by), np.uint64), ())
 
 

@@ -38,20 +38,20 @@ def logsumexp(x: Array, *, axes: tuple[str, ...]) -> Array:
 
 
 def normalised(data: Data, axis: int = -1) -> Data:
-    """Return exp(data) over its sum along `axis`; zeros where all of it is −∞."""
+    """Return exp(data) over its sum along `axis`; zeros where all elements are −∞."""
     parts = np.exp(data - _finite(data.max(axis, keepdims=True)))
     total = parts.sum(axis, keepdims=True)
     return np.asarray(parts / np.where(total == 0, 1, total))
 
 
 def _finite(top: Data) -> Data:
-    # −∞ − (−∞) is undefined, and any finite number serves to shift by.
+    # −∞ − (−∞) is undefined, so shift by any finite number instead.
     return np.where(top == -np.inf, 0, top)
 
 
 @meaning("softmax")
 def softmax(x: Array, *, axis: str) -> Array:
-    """Return exp(x) over its sum along the axis; zeros where all of it is −∞, nothing is seen."""
+    """Return exp(x) over its sum along the axis; zeros where all elements are −∞ (masked)."""
     return x.map(lambda d: normalised(d, x.axes.index(axis)))
 
 

@@ -1,4 +1,4 @@
-"""Repeating a body, stacking, and picking from a stack: a loop, and nothing else."""
+"""The meaning of repeating a body, stacking, and picking from a stack."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from moecc_backends.reference.arrays import Array, meaning
 
 
 def stacked_along(axis: str, *xs: Array) -> Array:
-    """Return arrays one after the other along a new first axis."""
+    """Return arrays stacked along a new first axis."""
     axes = xs[0].axes
     return Array(np.stack([x.to(axes) for x in xs]), (axis, *axes), xs[0].dtype)
 
 
 def picked(x: Array, axis: str, at: int) -> Array:
-    """Return what stands at one position of an axis."""
+    """Return the data at one position of an axis."""
     rest = tuple(a for a in x.axes if a != axis)
-    # Laid out as if it had never been part of a stack, so that it rounds the same.
+    # Made contiguous, as if it had never been part of a stack, so that it rounds the same.
     return Array(np.array(x.to((axis, *rest))[at], order="C"), rest, x.dtype)
 
 
 @meaning("stack")
 def stack(*xs: Array, axis: str) -> Array:
-    """Return arrays one after the other along a new first axis."""
+    """Return arrays stacked along a new first axis."""
     return stacked_along(axis, *xs)
 
 
 @meaning("index")
 def index(x: Array, *, axis: str, at: int) -> Array:
-    """Return what stands at one position of an axis."""
+    """Return the data at one position of an axis."""
     return picked(x, axis, at)
 
 
@@ -43,7 +43,7 @@ def scan(
     save: tuple[str, ...],
     body: Graph,
 ) -> tuple[Array, ...]:
-    """Run the body once for each position; what is kept for a gradient changes nothing here."""
+    """Run the body once for each position; rematerialisation has no effect here."""
     from moecc_backends.reference.interpreter import run_body
 
     ((axis, runs),) = over

@@ -12,7 +12,7 @@ from moecc_backends.reference.elementwise import logistic
 from moecc_backends.reference.reduction import normalised
 
 JITTER = 0.01
-"""Half the relative distance from the best logit that sparsemixer still looks at (PhiMoE)."""
+"""Half the relative distance from the best logit within which sparsemixer counts (PhiMoE)."""
 
 
 @meaning("route")
@@ -32,7 +32,7 @@ def route(
     ranked = scores
     for added in bias:
         ranked = SCORES[convention(gates).score or "softmax"](scores) + added.data
-    # A stable sort gives equal logits to the lowest expert.
+    # A stable sort orders equal logits by expert, lowest first.
     experts = np.argsort(-ranked, axis=-1, kind="stable")[..., :top_k]
     weights = GATES[gates](scores, experts) * scale
     axes = (*rest, choice)
@@ -61,7 +61,7 @@ def _sigmoid(scores: Data, experts: Data) -> Data:
 
 
 def _sparsemixer(scores: Data, experts: Data) -> Data:
-    """Each choice's softmax among the logits near it; earlier choices no longer take part."""
+    """Each choice's softmax among the logits near it; earlier choices are excluded."""
     left, gates = scores.copy(), []
     for choice in range(experts.shape[-1]):
         expert = experts[..., choice : choice + 1]
@@ -78,7 +78,7 @@ def _ones(scores: Data, experts: Data) -> Data:
 
 
 SCORES: dict[Score, Callable[[Data], Data]] = {"softmax": normalised, "sigmoid": logistic}
-"""What a bias for choosing is added to, by the score of the convention."""
+"""What a routing bias is added to, by the score of the convention."""
 
 GATES: dict[str, Callable[[Data, Data], Data]] = {
     "renormalised": _renormalised,
@@ -108,7 +108,7 @@ def keep_choices(
 
 
 LEAST_THRESHOLD = 1e-9
-"""A threshold of 0 keeps every gate that is not tiny, as in mesh-tensorflow."""
+"""Lower bound on the threshold: at 0 every gate that is not tiny is kept (mesh-tensorflow)."""
 
 
 @meaning("hash_experts")
@@ -128,4 +128,4 @@ def hashed(ids: Data, seed: int) -> Data:
 
 
 GOLDEN = 0x9E3779B9
-"""2³² over the golden ratio, by which neighbouring seeds are spread."""
+"""2³² over the golden ratio, which spreads neighbouring seeds."""

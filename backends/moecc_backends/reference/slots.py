@@ -1,4 +1,4 @@
-"""The meaning of slots: who gets one, and the exchange of rows between tokens and slots."""
+"""The meaning of slots: assignment, and the movement of rows between tokens and slots."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _bounds(attrs: Attrs, tokens: int, choices: int) -> tuple[int, int, int | No
 
 
 def _wanted(chosen: Data, more: dict[str, Array], tokens: tuple[str, ...], choice: str) -> Data:
-    """Return which choices ask for a slot, `[token, choice]`."""
+    """Return which choices request a slot, `[token, choice]`."""
     wanted = np.ones(chosen.shape, bool)
     if "keep" in more:
         wanted &= _by_token(more["keep"], tokens, (choice,))
@@ -68,14 +68,14 @@ def _wanted(chosen: Data, more: dict[str, Array], tokens: tuple[str, ...], choic
 
 
 def _turns(more: dict[str, Array], tokens: tuple[str, ...], count: int) -> Data:
-    """Return the tokens in the order in which they take their turns."""
+    """Return the tokens in the order in which they are assigned slots."""
     if "priority" not in more:
         return np.arange(count)
     return np.argsort(-_by_token(more["priority"], tokens, ()), kind="stable")
 
 
 def _filling(turns: Data, choices: int, order: str) -> Iterator[tuple[int, int]]:
-    """Yield token and rank of the choices in the order in which they are given slots."""
+    """Yield token and rank of the choices in the order in which they are assigned slots."""
     if order == "choice":
         yield from ((token, rank) for rank in range(choices) for token in turns)
     else:
@@ -108,7 +108,7 @@ def expert_choice(
     for group, expert in np.ndindex(groups, values.shape[1]):
         column = ranked[group * size : (group + 1) * size, expert]
         best = np.argsort(-column, kind="stable")[:limit]
-        # Padding stands last, and is not taken even where slots are left.
+        # Padding is sorted last, and is not taken even where slots are left.
         best = best[column[best] > -np.inf]
         placed[group * size + best, expert] = np.arange(len(best))
     extents = np.stack([(part >= 0).sum(0) for part in np.split(placed, groups)])
@@ -123,7 +123,7 @@ def expert_choice(
 
 
 def _by_token(x: Array, tokens: tuple[str, ...], rest: tuple[str, ...]) -> Data:
-    """Return the data of `x` with the token axes merged into a first one."""
+    """Return the data of `x` with the token axes merged into a leading one."""
     return x.to((*tokens, *rest)).reshape(-1, *(x.size(a) for a in rest))
 
 
@@ -134,7 +134,7 @@ def _assignment(slots: Array) -> SlotAssignment:
 
 
 def _routes(experts: Array, slots: Array) -> Iterator[tuple[int, tuple[Data, Data, Data, Data]]]:
-    """Yield, for each rank of choice, token, group, expert and slot of what was placed."""
+    """Yield, for each rank of choice, token, group, expert and slot of the choices with a slot."""
     assignment = _assignment(slots)
     rest = tuple(a for a in slots.axes if a not in assignment.tokens)
     taken = _by_token(slots, assignment.tokens, rest)
@@ -147,9 +147,9 @@ def _routes(experts: Array, slots: Array) -> Iterator[tuple[int, tuple[Data, Dat
 
 @meaning("dispatch")
 def dispatch(x: Array, experts: Array, slots: Array) -> Array:
-    """Return the tokens, each in the slots that its choices were given.
+    """Return the tokens, each in the slots of its choices.
 
-    An empty slot under a capacity holds zeros.  Beyond a ragged extent there is nothing: NaN.
+    An empty slot under a capacity holds zeros.  Elements beyond a ragged extent are NaN.
     """
     assignment = _assignment(slots)
     rest = tuple(a for a in x.axes if a not in assignment.tokens)
@@ -180,14 +180,14 @@ def combine(rows: Array, experts: Array, slots: Array, gates: Array) -> Array:
 
 
 def poison(data: Data) -> float | int | bool:
-    """Return what stands where nothing is: NaN, or the least integer, or False."""
+    """Return the filler of nonexistent elements: NaN, the least integer, or False."""
     if data.dtype.kind == "f":
         return float("nan")
     return NOTHING if data.dtype.kind == "i" else False
 
 
 def poisoned(x: Array, slot: str, assignment: SlotAssignment) -> Array:
-    """Return `x` with nothing beyond the extents of its ragged axis `slot`.
+    """Return `x` with fillers beyond the extents of its ragged axis `slot`.
 
     A value that lost its group or expert axis, or part of one, is returned as it is.
     """

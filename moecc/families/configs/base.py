@@ -1,8 +1,8 @@
-"""What every decoder-only family has in common: fields, defaults, reading, writing, checks.
+"""The base config of decoder-only families: fields, defaults, reading, writing, checks.
 
-A config is a frozen dataclass whose fields mean the same in every family, whatever the family calls
-them on disk.  What a family cannot say is refused when the config is made, with the reason, so that
-an exporter may simply try.
+A config is a frozen dataclass whose fields mean the same in every family, whatever their names
+on disk.  What a family cannot express is rejected when the config is created, with the reason, so
+that an exporter may simply try.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEFAULTS: Mapping[str, object] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-"""The defaults that most classes of transformers 4.57 and 5.24 share; families override them."""
+"""The defaults of most classes of transformers 4.57 and 5.24; families override them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class DecoderConfig(ModelConfig):
     fixed: ClassVar[Mapping[str, bool]] = {}
     bias_key: ClassVar[str | None] = None
     window_style: ClassVar[str] = "none"
-    # Whether null stands for as many key-value heads as query heads.
+    # Whether null means as many key-value heads as query heads.
     groups_may_be_null: ClassVar[bool] = True
 
     hidden_size: int
@@ -81,7 +81,7 @@ class DecoderConfig(ModelConfig):
         return DecoderConfig
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         yield from self._size_checks()
         yield from self._family_checks()
         yield from self.rope.checks(self.head_dim)

@@ -71,7 +71,7 @@ class BertConfig(ModelConfig):
         return self.hidden_size // self.num_attention_heads
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         for name in SIZES:
             value = getattr(self, name)
             if not 1 <= value <= LARGEST_SIZES[name]:

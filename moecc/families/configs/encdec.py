@@ -1,4 +1,4 @@
-"""What the encoder-decoder families have in common: T5's shape, dense or with experts."""
+"""The base config of encoder-decoder families: T5's shape, dense or with experts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KEYS: Mapping[str, str] = {
     "relative_attention_num_buckets": "relative_attention_num_buckets",
     "relative_attention_max_distance": "relative_attention_max_distance",
 }
-"""Fields that are sizes, and what T5 calls them on disk."""
+"""Fields that are sizes, and their names in T5's config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class Experts:
     """The experts of the sparse layers, the same in each.
 
     Attributes:
-      count: how many there are.
-      top_k: how many a token goes to.
-      gates: the gate convention, as ``route`` spells it.
-      sequence_capacity: how many tokens of one sequence an expert takes, the others being dropped;
+      count: the number of experts.
+      top_k: experts per token.
+      gates: the gate convention, as in ``route``.
+      sequence_capacity: the most tokens of one sequence that an expert takes; others are dropped;
         0 for no bound.
       capacity_factor: the slots of an expert over tokens per expert, 0 for no bound.
-      extra_ffn: whether a dense feed-forward sublayer stands before or after a sparse one
+      extra_ffn: whether there is a dense feed-forward sublayer before or after a sparse one
         (ST-MoE, Appendix C): ``none``, ``before`` or ``after``.
     """
 
@@ -111,11 +111,11 @@ class EncDecConfig(ModelConfig):
         return None
 
     def sparse_layers(self, stack: str) -> tuple[bool, ...]:
-        """Say for each layer of a stack whether it has experts."""
+        """Return for each layer of a stack whether it has experts."""
         return (False,) * self.layers(stack)
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         for name, key in KEYS.items():
             value = getattr(self, name)
             if not 1 <= value <= LARGEST_SIZES[key]:
@@ -162,7 +162,7 @@ class EncDecConfig(ModelConfig):
 DECODER_LAYERS = "num_decoder_layers"
 
 T5_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
-"""What T5's kin call an activation, by moecc's name."""
+"""T5's names of activations, by moecc's name."""
 
 
 def read_activation(reader: Reader, key: str) -> str:

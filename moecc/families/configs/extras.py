@@ -1,7 +1,7 @@
-"""Keys that do not shape the function: what an export keeps, what it drops, what is refused.
+"""Keys that do not affect the function: those an export keeps, drops or rejects.
 
-Everything that a family does not read ends here.  A key that means something in another family
-is refused rather than carried along, because it would take effect after an export.
+Every key that a family does not read ends here.  A key with a meaning in another family
+is rejected rather than copied, because it would take effect after an export.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXTRA_DEFAULTS: Mapping[str, object] = {
     "pad_token_id": None,
     "use_cache": True,
 }
-"""Kept with their default where absent, because the defaults of two families may differ."""
+"""Kept with their default if absent, because the defaults of two families may differ."""
 
 DROPPED = frozenset(
     {
@@ -38,7 +38,7 @@ DROPPED = frozenset(
         "transformers_version",
     }
 )
-"""Where a file came from and how it ran, and settings that only another key gives a meaning."""
+"""Provenance and runtime keys, and settings whose meaning depends on another key."""
 
 OTHER_FAMILIES = frozenset(
     {
@@ -59,7 +59,7 @@ OTHER_FAMILIES = frozenset(
         "shared_expert_intermediate_size",
         "sliding_window",
         "use_sliding_window",
-        # Keys that change the function in families that moecc does not read.
+        # Keys that change the function in families that moecc does not support.
         "attention_multiplier",
         "attn_logit_softcapping",
         "clip_qkv",
@@ -92,7 +92,7 @@ KEPT_NUMBERS = ("initializer_range", "attention_dropout")
 def refuse_what_needs_other_code(
     reader: Reader, architecture: str, aliases: tuple[str, ...] = ()
 ) -> None:
-    """Refuse remote code, quantised weights and models with another head."""
+    """Reject remote code, quantised weights and models with another head."""
     reader.value("model_type")
     if reader.value("auto_map") not in (None, {}):
         what = "the checkpoint brings its own Python code, which moecc never runs"
@@ -126,7 +126,7 @@ def read_extra(reader: Reader, numbers: tuple[str, ...] = KEPT_NUMBERS) -> dict[
 
 
 def unfit_for_json(value: object) -> str | None:
-    """Say why `value` cannot be written as JSON again, or None; without recursion."""
+    """Return why `value` cannot be written back as JSON, or None; without recursion."""
     level, seen = [value], 0
     for _ in range(DEEPEST_EXTRA):
         seen += len(level)
@@ -167,7 +167,7 @@ def _refuse_unless_idle(reader: Reader, key: str) -> None:
     switched_off = key == "sliding_window" and reader.data.get("use_sliding_window") is False
     if value in (None, False, 0, [], {}) or switched_off:
         return
-    what = "this family has no such key; transformers ignores it, other families would obey it"
+    what = "this family has no such key; transformers ignores it, other families would read it"
     hint = "remove it if the model ran with transformers, or correct model_type"
     reader.refuse(key, what, expected="nothing", hint=hint)
 

@@ -1,4 +1,4 @@
-"""The rotary frequencies that a rope config stands for, in double precision.
+"""The rotary frequencies of a rope config, in double precision.
 
 An angle is `position * frequency[i]`; the two halves of a head are rotated against one another
 (element i with element i + head_dim / 2), and cosine and sine are both multiplied by the attention
@@ -33,10 +33,10 @@ def rotary_frequencies(
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """Return what cosine and sine are multiplied by: 1 for every scaling but YaRN.
+    """Return the factor on cosine and sine: 1 for every scaling but YaRN.
 
     YaRN (Peng et al. 2309.00071, §3.4): `0.1 ln(factor) + 1`, or the ratio of two such terms
-    where `mscale` and `mscale_all_dim` are both stated, or the stated factor itself.
+    if `mscale` and `mscale_all_dim` are both stated, or the stated factor itself.
     """
     if rope.type != "yarn":
         return 1.0
@@ -80,7 +80,7 @@ def _yarn(rope: RopeConfig, plain: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _yarn_range(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
-    """Return the dimensions that turn `beta_fast` and `beta_slow` times within the old length."""
+    """Return the dimensions that rotate `beta_fast` and `beta_slow` times within the old length."""
     length = _needed(rope.original_max_position_embeddings)
 
     def dimension(turns: float) -> float:

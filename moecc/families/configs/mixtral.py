@@ -48,7 +48,7 @@ class MixtralConfig(MoeConfig):
     norm_topk_prob: bool = True
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if not self.norm_topk_prob:
             what = "mixtral always divides the chosen gates by their sum"

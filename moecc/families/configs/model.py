@@ -1,4 +1,4 @@
-"""What every config has in common, whatever the shape of the model: reading, writing, checks."""
+"""The base of every config, whatever the shape of the model: reading, writing, checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_new": "gelu_pytorch_tanh",
     "relu": "relu",
 }
-"""Names that a config may use, and the one name per function that moecc uses."""
+"""Names of activations in configs, and moecc's name for each function."""
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -29,8 +29,8 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 class ModelConfig:
     """A model of any family; sizes count elements.
 
-    Raises InputError on construction when the values do not fit together or when the family
-    has no way to say them.
+    Raises InputError on construction if the values are inconsistent or the family
+    cannot express them.
     """
 
     model_type: ClassVar[str]
@@ -38,7 +38,7 @@ class ModelConfig:
     # Other names that the class in `architectures` has had.
     aliases: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, object]]
-    # Numbers that an export keeps with their default where the file is silent.
+    # Numbers that an export keeps with their default if the file omits them.
     kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
 
     vocab_size: int
@@ -91,7 +91,7 @@ class ModelConfig:
         return {key: copy.deepcopy(keys[key]) for key in sorted(keys)}
 
     def common(self) -> dict[str, object]:
-        """Return the fields that every config of this shape has, to make another family's from."""
+        """Return the fields that every config of this shape has, to build another family's from."""
         return {f.name: getattr(self, f.name) for f in fields(self.shape())}
 
     @classmethod
@@ -109,18 +109,18 @@ class ModelConfig:
         return {}
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         if self.dtype is not None and self.dtype not in DTYPES:
             yield key_problem("unknown dtype", one_of(DTYPES), self.dtype, "dtype")
         padding = self.extra.get("pad_token_id")
         if isinstance(padding, int) and not -self.vocab_size <= padding < self.vocab_size:
-            what = "the padding token lies outside the vocabulary, which transformers refuses"
+            what = "the padding token is outside the vocabulary, which transformers rejects"
             expected = f"below {self.vocab_size}, or null"
             yield key_problem(what, expected, f"{padding}", "pad_token_id", "vocab_size")
 
 
 def activation_problem(act: str, key: str = "hidden_act") -> Iterator[KeyProblem]:
-    """Yield a problem unless `act` is an activation that moecc has."""
+    """Yield a problem unless `act` is an activation that moecc supports."""
     if act not in ACTIVATIONS.values():
         yield key_problem("unknown activation", one_of(set(ACTIVATIONS.values())), act, key)
 

@@ -1,4 +1,4 @@
-"""What the mixture-of-experts families add to a decoder."""
+"""The base config of mixture-of-experts decoders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOE_DEFAULTS: Mapping[str, object] = {
 class MoeConfig(DecoderConfig):
     """A decoder with expert layers.
 
-    `intermediate_size` is the width of the dense feed-forward blocks, where there are any, and
+    `intermediate_size` is the width of the dense feed-forward blocks, if any, and
     `expert_intermediate_size` that of one expert.  With `norm_topk_prob` the chosen gates are
     divided by their sum.
     """
@@ -46,7 +46,7 @@ class MoeConfig(DecoderConfig):
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
-        """Say for each layer whether it has experts.
+        """Return for each layer whether it has experts.
 
         Layer i has, counted from 0, if `decoder_sparse_step` divides i + 1 and
         `mlp_only_layers` does not list i.
@@ -59,7 +59,7 @@ class MoeConfig(DecoderConfig):
         )
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         yield from self._expert_checks()
         shared = self.shared_expert_intermediate_size

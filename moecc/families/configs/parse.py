@@ -1,4 +1,4 @@
-"""From any config.json to the typed config of its family."""
+"""Parse any config.json to the typed config of its family."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LARGEST_FILE_BYTES = 16 * 1024 * 1024
 def read_config(folder: Path) -> ModelConfig:
     """Read and check `config.json` in a checkpoint folder.
 
-    Raises InputError for what is wrong with the file, MachineError where it cannot be read.
+    Raises InputError for an invalid file, MachineError if it cannot be read.
     """
     path = folder / "config.json"
     return parse_config(read_json_object(path, limit_bytes=LARGEST_FILE_BYTES), str(path))
@@ -55,8 +55,8 @@ def read_config(folder: Path) -> ModelConfig:
 def parse_config(data: Mapping[str, object], where: str = "config.json") -> ModelConfig:
     """Read a config of whichever family `model_type` names.
 
-    Raises InputError with every problem: an unknown family, a wrong type or size, keys that
-    contradict one another, weights that are quantised, a model that brings its own code.
+    Raises InputError with every problem: an unknown family, a wrong type or size, contradictory
+    keys, quantised weights, a model with its own code.
     """
     if not isinstance(data, Mapping):
         raise InputError("not a config", where=where, expected="a JSON object", found=shown(data))

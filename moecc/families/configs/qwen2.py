@@ -37,7 +37,7 @@ class Qwen2Config(DecoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2MoeConfig(MoeConfig):
-    """A qwen2_moe: a shared expert behind a sigmoid gate beside the routed ones."""
+    """A qwen2_moe: a shared expert with a sigmoid gate beside the routed ones."""
 
     model_type: ClassVar[str] = "qwen2_moe"
     architecture: ClassVar[str] = "Qwen2MoeForCausalLM"
@@ -68,7 +68,7 @@ class Qwen2MoeConfig(MoeConfig):
     qkv_bias: bool = True
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         width = self.head_dim * self.num_attention_heads
         if width != self.hidden_size:

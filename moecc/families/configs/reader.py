@@ -1,8 +1,8 @@
-"""Typed values out of a foreign JSON object, with every problem kept instead of the first.
+"""Typed values of an untrusted JSON object; every problem is collected, not only the first.
 
-A config comes from strangers.  The reader never raises for a wrong value: it notes the problem,
-answers with the default, and remembers the key as bad, so that reading goes on and the later
-checks can stay silent about values that were never there.
+A config is untrusted input.  The reader never raises for a wrong value: it records the problem,
+returns the default, and remembers the key as bad, so that reading continues and later
+checks stay silent about values that were never read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from moecc.errors import Problem, nearest, printable
 
-# No published model comes near these; a size beyond them is a mistake or an attack, and would
+# No published model comes near these; a larger size is a mistake or an attack, and would
 # otherwise be found only when memory runs out.
 LARGEST_SIZES: Mapping[str, int] = {
     "vocab_size": 1 << 26,
@@ -50,18 +50,18 @@ LARGEST_SIZES: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class KeyProblem(Problem):
-    """A problem that lies between several keys: silent when one of them is bad already."""
+    """A problem involving several keys: silent if one of them is bad already."""
 
     keys: tuple[str, ...] = ()
 
 
 def key_problem(what: str, expected: str | None, found: str, *keys: str) -> KeyProblem:
-    """Make a problem of the first of `keys`, silent where reading found any of them bad."""
+    """Return a problem at the first of `keys`, silent if reading found any of them bad."""
     return KeyProblem(what, keys[0], expected, found, None, keys)
 
 
 class Reader:
-    """Reads keys of one JSON object by type, and collects what is wrong with them."""
+    """Reads keys of one JSON object by type, and collects the problems."""
 
     def __init__(self, data: Mapping[str, object], defaults: Mapping[str, object], where: str):
         self.data = data
@@ -72,39 +72,39 @@ class Reader:
         self.used: set[str] = set()
 
     def has(self, key: str) -> bool:
-        """Say whether the object states `key`, be it null."""
+        """Return whether the object states `key`, even as null."""
         self.used.add(key)
         return key in self.data
 
     def value(self, key: str) -> object:
-        """Return what stands at `key`, or its default."""
+        """Return the value at `key`, or its default."""
         return self.data[key] if self.has(key) else self.defaults.get(key)
 
     def refuse(
         self, key: str, what: str, *, expected: str | None = None, hint: str | None = None
     ) -> None:
-        """Note that the value at `key` cannot be used."""
+        """Record that the value at `key` is rejected."""
         self.bad.add(key)
         found = shown(self.data[key]) if key in self.data else "nothing"
         where = f"{self.where}: {printable(key, 60)}"
         self.problems.append(Problem(what, where, expected, found, hint))
 
     def conflict(self, keys: tuple[str, ...], what: str, *, hint: str | None = None) -> None:
-        """Note that several keys contradict one another."""
+        """Record that several keys contradict each other."""
         self.bad.update(keys)
         found = ", ".join(f"{key} = {shown(self.data[key])}" for key in keys if key in self.data)
         where = f"{self.where}: {' / '.join(keys)}"
         self.problems.append(Problem(what, where, "the same in each", found, hint))
 
     def accept(self, problem: Problem) -> None:
-        """Keep a problem of the finished config, unless it follows from a bad key."""
+        """Record a problem of the finished config, unless it follows from a bad key."""
         if not isinstance(problem, KeyProblem):
             self.problems.append(problem)
         elif not self.bad.intersection(problem.keys):
             self.problems.append(replace(problem, where=f"{self.where}: {problem.keys[0]}"))
 
     def size(self, key: str, *, smallest: int = 1) -> int:
-        """Return a whole number of at least `smallest` and no absurd magnitude."""
+        """Return an integer of at least `smallest` and of plausible magnitude."""
         found = self.value(key)
         largest = LARGEST_SIZES[key]
         if isinstance(found, int) and not isinstance(found, bool) and smallest <= found <= largest:
@@ -114,11 +114,11 @@ class Reader:
         return default if isinstance(default, int) else smallest
 
     def optional_size(self, key: str) -> int | None:
-        """Return a size, or None where the object says null and there is no default."""
+        """Return a size, or None for null without a default."""
         return None if self.value(key) is None else self.size(key)
 
     def number(self, key: str, *, above: float | None = None, least: float | None = None) -> float:
-        """Return a finite number, greater than `above` or at least `least` where given."""
+        """Return a finite number, greater than `above` or at least `least`, if stated."""
         found = as_number(self.value(key))
         if found is not None and not _out_of_range(found, above, least):
             return found
@@ -129,11 +129,11 @@ class Reader:
         return float(default) if isinstance(default, int | float) else 1.0
 
     def optional_number(self, key: str, *, above: float | None = None) -> float | None:
-        """Return a number, or None where the object says null or nothing."""
+        """Return a number, or None for null or a missing key."""
         return None if self.value(key) is None else self.number(key, above=above)
 
     def flag(self, key: str) -> bool:
-        """Return true or false."""
+        """Return a boolean."""
         found = self.value(key)
         if isinstance(found, bool):
             return found
@@ -161,7 +161,7 @@ class Reader:
         return ()
 
     def mapping(self, key: str) -> Mapping[str, object] | None:
-        """Return an object, or None where it is absent, null or empty."""
+        """Return an object, or None if it is absent, null or empty."""
         found = self.value(key)
         if found is None or found == {}:
             return None
@@ -172,7 +172,7 @@ class Reader:
 
 
 def as_number(value: object) -> float | None:
-    """Return a JSON number as a finite float, or None for everything else."""
+    """Return a JSON number as a finite float, or None for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -183,12 +183,12 @@ def as_number(value: object) -> float | None:
 
 
 def one_of(choices: Collection[str]) -> str:
-    """Name the members of `choices` for an error message."""
+    """List the members of `choices` for an error message."""
     return "one of " + ", ".join(sorted(choices))
 
 
 def shown(value: object) -> str:
-    """Describe a foreign JSON value in a few words, whatever its size or depth."""
+    """Describe an untrusted JSON value in a few words, whatever its size or depth."""
     if isinstance(value, str):
         return f"the text {printable(value, 60)!r}"
     if value is None or isinstance(value, bool):

@@ -1,8 +1,8 @@
-"""Rotary position embedding: what a config says of it, in both spellings of transformers.
+"""Rotary position embedding in a config, in both spellings of transformers.
 
 Version 4 writes `rope_theta` and `rope_scaling` side by side, version 5 one `rope_parameters`.
 Each version silently ignores the other's spelling, and version 5 lets `rope_scaling` win over
-`rope_parameters`, so two statements that differ are refused here and both are written on export.
+`rope_parameters`, so contradictory statements are rejected and both are written on export.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCALING_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 REQUIRED_PARAMETERS = ("factor", "low_freq_factor", "high_freq_factor")
-# `finetuned` is a remark of the first YaRN checkpoints that no loader reads.
+# `finetuned` is a note in the first YaRN checkpoints that no loader reads.
 OTHER_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned")
 KNOWN_KEYS = frozenset(OTHER_KEYS).union(*SCALING_PARAMETERS.values())
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -73,7 +73,7 @@ class RopeConfig:
         return named
 
     def to_json(self) -> dict[str, object]:
-        """Return the keys of version 4 and of version 5, which say the same."""
+        """Return the keys of version 4 and of version 5, with the same meaning."""
         scaling = self.scaling()
         return {
             "rope_theta": self.theta,
@@ -82,7 +82,7 @@ class RopeConfig:
         }
 
     def checks(self, head_dim: int) -> Iterator[KeyProblem]:
-        """Yield what cannot be computed for heads of width `head_dim`."""
+        """Yield the reasons why it cannot be computed for heads of width `head_dim`."""
         if self.type not in SCALING_PARAMETERS:
             expected = one_of(SCALING_PARAMETERS)
             yield key_problem("unknown rope type", expected, self.type, *ROPE_KEYS)
@@ -118,7 +118,7 @@ class RopeConfig:
 
 
 def read_rope(reader: Reader, max_position_embeddings: int) -> RopeConfig:
-    """Read the rotary embedding from whichever spellings are there, refusing contradictions."""
+    """Read the rotary embedding from the spellings present, rejecting contradictions."""
     _refuse_partial_rotary(reader)
     stated = {key: part for key in ROPE_KEYS[1:] if (part := _part(reader, key)) is not None}
     theta = _theta(reader, stated)
@@ -162,7 +162,7 @@ def _theta(reader: Reader, stated: Mapping[str, Reader]) -> float:
 def _original_length(
     reader: Reader, stated: Mapping[str, Reader], max_position_embeddings: int
 ) -> int | None:
-    """Return the length that YaRN starts from where its own parameters do not say.
+    """Return the length that YaRN starts from if its own parameters do not state it.
 
     Version 5 prefers a key outside the rope parameters, version 4 ignores it.
     """
@@ -172,7 +172,7 @@ def _original_length(
         uses = key in SCALING_PARAMETERS.get(str(_type_of(part)), ())
         inside = part.data.get(key, max_position_embeddings)
         if uses and outside is not None and outside != inside:
-            what = f"{key} stands outside {name}, where transformers 4 and 5 disagree about it"
+            what = f"{key} is outside {name}, where transformers 4 and 5 read it differently"
             reader.refuse(key, what, expected=f"{inside}", hint=f"move it into {name}")
     return max_position_embeddings
 
@@ -195,7 +195,7 @@ def _rope(part: Reader, theta: float, original_length: int | None) -> RopeConfig
     length = part.optional_size("original_max_position_embeddings")
     uses_length = "original_max_position_embeddings" in SCALING_PARAMETERS[kind]
     if kind == "llama3" and length is None:
-        # Version 5 falls back to max_position_embeddings here, version 4 refuses.
+        # Version 5 falls back to max_position_embeddings here, version 4 rejects it.
         part.refuse("original_max_position_embeddings", "llama3 needs it", expected="a size")
     return RopeConfig(
         theta=theta,
@@ -207,7 +207,7 @@ def _rope(part: Reader, theta: float, original_length: int | None) -> RopeConfig
 
 
 def _optional(part: Reader, name: str) -> float | None:
-    # transformers tests `mscale` for truth: zero there means the same as nothing.
+    # transformers tests `mscale` for truth: zero means the same as a missing key.
     if name.startswith("mscale") and part.value(name) == 0:
         return None
     return part.optional_number(name, above=0)
@@ -221,12 +221,12 @@ def _refuse_contradiction(reader: Reader, read: Mapping[str, RopeConfig]) -> Non
     explicit_null = reader.has("rope_scaling") and reader.value("rope_scaling") is None
     found = read.get("rope_parameters")
     if explicit_null and found is not None and found.type != "default":
-        what = f"rope_scaling says none, rope_parameters says {found.type}"
+        what = f"rope_scaling states none, rope_parameters states {found.type}"
         hint = "remove rope_scaling, or write the scaling in both"
         reader.conflict(("rope_scaling", "rope_parameters"), what, hint=hint)
 
 
 def _refuse_partial_rotary(reader: Reader) -> None:
     if reader.value("partial_rotary_factor") not in (None, 1):
-        what = "only part of each head would be rotated, which these families cannot do"
+        what = "these families do not support a rotation of only part of each head"
         reader.refuse("partial_rotary_factor", what, expected="1, or nothing")

@@ -1,8 +1,8 @@
-"""st_moe: moecc's own family, for what no family of Hugging Face can say.
+"""st_moe: moecc's own family, for models that no family of Hugging Face can express.
 
-A checkpoint says it in one of two ways.  The typed one is an ST-MoE: an encoder-decoder of T5's
+A checkpoint has one of two layouts.  The typed one is an ST-MoE: an encoder-decoder of T5's
 shape with experts in chosen layers.  The general one holds the graph itself, line by line, and its
-tensors are named after the graph's parameters; whatever a pass makes can be written that way.
+tensors are named after the graph's parameters; any rewritten graph can be stored that way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StMoeConfig(EncDecConfig):
     """An ST-MoE (Zoph et al. 2022): top-k experts in chosen layers of encoder and decoder.
 
     `train_capacity_factor` and `eval_capacity_factor` are those of the paper, slots of an expert
-    over tokens per expert; the graph is built with the second.  0 stands for no bound.
+    over tokens per expert; the graph is built with the second.  0 means no bound.
     """
 
     model_type: ClassVar[str] = FAMILY
@@ -69,12 +69,12 @@ class StMoeConfig(EncDecConfig):
         )
 
     def sparse_layers(self, stack: str) -> tuple[bool, ...]:
-        """Say for each layer of a stack whether it has experts."""
+        """Return for each layer of a stack whether it has experts."""
         chosen = set(getattr(self, f"sparse_{stack}_layers"))
         return tuple(layer in chosen for layer in range(self.layers(stack)))
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together."""
+        """Yield inconsistent values."""
         yield from super().checks()
         if not 1 <= self.experts_per_token <= self.num_experts:
             what, found = "a token cannot choose that many experts", f"{self.experts_per_token}"

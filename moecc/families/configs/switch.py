@@ -1,4 +1,4 @@
-"""switch_transformers: a T5 in whose sparse layers each token goes to one expert."""
+"""switch_transformers: a T5 with sparse layers in which each token goes to one expert."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SwitchTransformersConfig(EncDecConfig):
         )
 
     def sparse_layers(self, stack: str) -> tuple[bool, ...]:
-        """Say for each layer of a stack whether it has experts, as transformers counts them.
+        """Return for each layer of a stack whether it has experts, by the rule of transformers.
 
         With n layers of which s are to be sparse, layer i is, counted from 0, if i is 1 modulo
         n // s; all are if that quotient is 1.  With s = 0 the quotient counts as n, so that the
@@ -75,7 +75,7 @@ class SwitchTransformersConfig(EncDecConfig):
         return tuple(step == 1 or layer % step == 1 for layer in range(layers))
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self.gated:
             yield key_problem("switch_transformers has no gated blocks", "false", "true", "gated")
@@ -139,12 +139,12 @@ def _step(layers: int, sparse: int) -> int:
 
 
 def _read_pattern(reader: Reader, values: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many layers of each stack are sparse; a step stated beside it must agree."""
+    """Return the number of sparse layers of each stack; a step that is also stated must agree."""
     found: dict[str, int] = {}
     for stack, depth in (("encoder", "num_hidden_layers"), ("decoder", "num_decoder_layers")):
         key, step = f"num_sparse_{stack}_layers", f"{stack}_sparse_step"
         found[key] = reader.size(key, smallest=0)
         expected = _step(values[depth], found[key])
         if reader.value(step) not in (None, expected) and key not in reader.bad:
-            reader.refuse(step, f"does not follow from {key}", expected=f"{expected}, or nothing")
+            reader.refuse(step, f"contradicts {key}", expected=f"{expected}, or nothing")
     return found

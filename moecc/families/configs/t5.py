@@ -17,7 +17,7 @@ GATED = "gated-"
 class T5Config(EncDecConfig):
     """A t5.
 
-    transformers takes ``tie_word_embeddings: false`` as the sign of version 1.1, whose outputs are
+    transformers infers version 1.1 from ``tie_word_embeddings: false``; its outputs are
     not scaled.  Version 5 then writes ``scale_decoder_outputs`` for it, and true for the tie
     whether or not there is an output matrix, so an importer looks for that tensor.
     """
@@ -32,7 +32,7 @@ class T5Config(EncDecConfig):
     }
 
     def checks(self) -> Iterator[KeyProblem]:
-        """Yield what does not fit together, or what this family cannot say."""
+        """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         if self.scale_outputs and not self.tie_word_embeddings:
             what = "t5 scales its outputs only where the output matrix is the embedding"
@@ -46,7 +46,7 @@ class T5Config(EncDecConfig):
     def _read(cls, reader: Reader) -> dict[str, object]:
         values = super()._read(reader)
         act, gated = _read_projection(reader)
-        # transformers writes these beside the projection, which alone it reads.
+        # transformers writes these beside the projection, which is the only key it reads.
         for key in ("dense_act_fn", "is_gated_act", "is_decoder"):
             reader.value(key)
         stated = reader.value("scale_decoder_outputs") is not None
@@ -77,5 +77,5 @@ def _read_projection(reader: Reader) -> tuple[str, bool]:
         expected = f"{one_of(ACTIVATIONS)}, or gated- before it"
         reader.refuse("feed_forward_proj", "not supported", expected=expected)
         return "relu", False
-    # transformers means the tanh approximation by gated-gelu, and by gelu alone the error function.
+    # In transformers gated-gelu is the tanh approximation, and plain gelu the error function.
     return ("gelu_pytorch_tanh" if gated and name == "gelu" else ACTIVATIONS[name]), gated

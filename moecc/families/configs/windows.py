@@ -1,4 +1,4 @@
-"""Sliding windows: which layer sees how many tokens, in every family's way of saying it."""
+"""Sliding windows: the tokens that each layer sees, in every family's spelling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_uniform_windows(reader: Reader, layers: int) -> Windows:
 
 
 def read_switched_windows(reader: Reader, layers: int) -> Windows:
-    """Read `sliding_window`, in force for every layer if `use_sliding_window` (qwen3_moe)."""
+    """Read `sliding_window`, used in every layer if `use_sliding_window` (qwen3_moe)."""
     windows = (_switched_window(reader),) * layers
     _check_layer_types(reader, windows)
     return windows
@@ -44,7 +44,7 @@ def read_top_windows(reader: Reader, layers: int) -> Windows:
 
 
 def read_agreed_windows(reader: Reader, layers: int) -> Windows:
-    """Read the windows of qwen2_moe where transformers 4 and 5 agree about them.
+    """Read the windows of qwen2_moe if transformers 4 and 5 agree about them.
 
     Version 4 gives the window to every layer and knows no `layer_types`; version 5 gives it to
     every second layer unless `layer_types` says otherwise.
@@ -64,7 +64,7 @@ def read_agreed_windows(reader: Reader, layers: int) -> Windows:
 
 
 def write_windows(windows: Windows, style: str) -> dict[str, object]:
-    """Return the keys that say `windows` in a family's `style`."""
+    """Return the keys for `windows` in a family's `style`."""
     window = next((window for window in windows if window is not None), None)
     if style == "none":
         return {}
@@ -82,7 +82,7 @@ def write_windows(windows: Windows, style: str) -> dict[str, object]:
 def _switched_window(reader: Reader) -> int | None:
     if reader.flag("use_sliding_window"):
         return reader.optional_size("sliding_window")
-    # Version 5 writes 0 here for qwen2_moe without a window, so the number is not looked at.
+    # Version 5 writes 0 here for qwen2_moe without a window, so the number is ignored.
     reader.value("sliding_window")
     return None
 
@@ -106,12 +106,12 @@ def _layer_types(reader: Reader, layers: int) -> tuple[bool, ...] | None:
 
 
 def _check_layer_types(reader: Reader, windows: Windows) -> None:
-    """Refuse `layer_types` that say something else than the family's own key.
+    """Reject `layer_types` that contradict the family's own key.
 
     transformers ignores the list for these families; other runtimes do not.
     """
     types = _layer_types(reader, len(windows))
     if types is None or types == tuple(window is not None for window in windows):
         return
-    what = "this family has the same attention in every layer, and the list says otherwise"
+    what = "this family has the same attention in every layer, but the list states otherwise"
     reader.refuse("layer_types", what, hint="remove the key if the model ran with transformers")

@@ -1,6 +1,6 @@
-"""Collectives: the identity on the global value, changing only where it lies on the mesh.
+"""Collectives: the identity on the global value, changing only its sharding.
 
-A mesh axis joins an axis at the end of the axes that it lies on, innermost, and leaves it there,
+A mesh axis is added to and removed from an axis as its innermost mesh axis,
 so that a part is always a run of neighbouring elements.
 """
 
@@ -26,7 +26,7 @@ def _gathered(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType:
     left = len(axis.mesh) - len(mesh)
     if not mesh or left < 0 or axis.mesh[left:] != mesh:
         raise InputError(
-            f"the axis {name!r} does not lie, innermost, on {'*'.join(mesh) or 'nothing'}",
+            f"the axis {name!r} is not sharded, innermost, over {'*'.join(mesh) or 'nothing'}",
             expected=f"{name}@…{'*'.join(mesh)}",
             found=spelled(axis),
         )
@@ -40,13 +40,13 @@ def _scattered(type: TensorType, name: str, mesh: tuple[str, ...]) -> TensorType
     twice = [m for m in mesh if m in used]
     if twice or not mesh:
         raise InputError(
-            f"the value lies on the mesh axis {twice[0]!r} already"
+            f"the value is sharded over the mesh axis {twice[0]!r} already"
             if twice
-            else "over which mesh axis is not said",
+            else "no mesh axis is named",
             found=str(type),
         )
     if isinstance(axis.size, Extent) and axis.size.kind != "groups":
-        raise InputError(f"slots cannot lie split: {name!r}", found=str(type))
+        raise InputError(f"slots cannot be sharded: {name!r}", found=str(type))
     return type.with_axes(replace(a, mesh=(*a.mesh, *mesh)) if a is axis else a for a in type.axes)
 
 
@@ -54,7 +54,7 @@ def _reduced(type: TensorType, mesh: tuple[str, ...]) -> TensorType:
     """Return `type` as a sum that is carried out over `mesh`."""
     if not mesh or not set(mesh) <= set(type.unreduced):
         raise InputError(
-            f"the value is no sum still to be carried out over {', '.join(mesh) or 'nothing'}",
+            f"the value is not an unreduced sum over {', '.join(mesh) or 'nothing'}",
             found=str(type),
             hint="leave the collective out",
         )
@@ -117,14 +117,14 @@ def parse_sharding(text: str) -> dict[str, tuple[str, ...]]:
         mesh = tuple(where.split("*"))
         if not at or not is_name(name) or not all(map(is_name, mesh)) or name in placement:
             raise InputError(
-                "not a placement", expected="batch@data,mlp@model*expert, or nothing", found=text
+                "not a sharding", expected="batch@data,mlp@model*expert, or nothing", found=text
             )
         placement[name] = mesh
     return placement
 
 
 def format_sharding(type: TensorType) -> str:
-    """Return the text from which `parse_sharding` reads where the axes of `type` lie."""
+    """Return the text from which `parse_sharding` reads the sharding of `type`."""
     return ",".join(spelled(a) for a in type.axes if a.mesh)
 
 
@@ -138,7 +138,7 @@ def _reshard(type: TensorType, attrs: Attrs) -> TensorType:
     made = TensorType(type.dtype, axes)
     if format_sharding(made) != attrs["to"]:
         raise InputError(
-            "a placement names axes in their order, without spaces",
+            "a sharding names axes in their order, without spaces",
             expected=format_sharding(made),
             found=attrs["to"],
         )
@@ -181,7 +181,7 @@ _register(
     ``lower-collectives`` makes collectives of it.  A sum that is not yet carried out is.""",
     _reshard,
     Collective.ANY,
-    to=Attr("str", "", doc="the axes that lie split, `batch@data,mlp@model`; others lie whole"),
+    to=Attr("str", "", doc="the sharded axes, `batch@data,mlp@model`; others are not"),
 )
 _register(
     "shard",
@@ -234,4 +234,4 @@ _register(
 )
 
 COLLECTIVES = tuple(name for name, entry in OPS.items() if entry.collective is not None)
-"""The operations that change only where a value lies."""
+"""The operations that change only a value's sharding."""

@@ -1,4 +1,4 @@
-"""The rules by which operations share a mesh: the dimensions each loops over (`moecc.ir.flow`)."""
+"""Sharding rules of operations: the dimensions each loops over (`moecc.ir.flow`)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from moecc.ir.flow import Names, Rule, Space
 from moecc.ir.operand import Attrs, Entry, Operand
 
 
-def _own(names: Iterable[str]) -> dict[str, str]:
+def _identity(names: Iterable[str]) -> dict[str, str]:
     return {n: n for n in names}
 
 
 def _by_name(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], dict[str, str]]:
-    """Return dimensions called as the axes are, of the operands and of all of them together."""
-    every = _own(n for v in operands for n in v.type.names)
-    return tuple(_own(v.type.names) for v in operands), every
+    """Return dimensions named after the axes, of each operand and of all of them together."""
+    every = _identity(n for v in operands for n in v.type.names)
+    return tuple(_identity(v.type.names) for v in operands), every
 
 
 def by_name(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """Axes of one name are one dimension; what the operation mixes is whole."""
+    """Axes of one name are one dimension; mixed axes must not be sharded."""
     return Space(*_by_name(operands), whole=frozenset(entry.mixes(operands, attrs)))
 
 
 def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """Axes of one name are one dimension, and every device knows the places of its elements.
+    """Axes of one name are one dimension, and every device knows its elements' global indices.
 
-    So random numbers may lie split, although each belongs to its place.
+    So random numbers may be sharded, although each depends on its global index.
     """
     return Space(*_by_name(operands), shape_only=True)
 
@@ -48,40 +48,40 @@ def in_parts(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
 
 def renamed(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """The new name runs along the dimension of the old one."""
-    own = _own(operands[0].type.names)
-    kept = {n: d for n, d in own.items() if n != attrs["axis"]}
-    return Space((own,), {**kept, attrs["to"]: attrs["axis"]})
+    axes = _identity(operands[0].type.names)
+    kept = {n: d for n, d in axes.items() if n != attrs["axis"]}
+    return Space((axes,), {**kept, attrs["to"]: attrs["axis"]})
 
 
 def cut(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """The first of the new axes is the outermost, so a part of the old axis is a part of it."""
-    own = _own(operands[0].type.names)
-    kept = {n: d for n, d in own.items() if n != attrs["axis"]}
-    return Space((own,), {**kept, attrs["into"][0][0]: attrs["axis"]})
+    """The first of the new axes is the outermost, so a shard of the old axis is a shard of it."""
+    axes = _identity(operands[0].type.names)
+    kept = {n: d for n, d in axes.items() if n != attrs["axis"]}
+    return Space((axes,), {**kept, attrs["into"][0][0]: attrs["axis"]})
 
 
 def merged(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """The merged axis is split as its outermost part is; the others are whole."""
-    own = _own(operands[0].type.names)
+    """The merged axis is sharded as its outermost part is; the others must not be."""
+    axes = _identity(operands[0].type.names)
     first, *others = attrs["axes"]
-    kept = {n: d for n, d in own.items() if n not in attrs["axes"]}
-    return Space((own,), {**kept, attrs["into"]: first}, whole=frozenset(others))
+    kept = {n: d for n, d in axes.items() if n not in attrs["axes"]}
+    return Space((axes,), {**kept, attrs["into"]: first}, whole=frozenset(others))
 
 
 def along_axis(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """Only the axis that the attribute names counts."""
-    one = _own([attrs["axis"]])
+    """Only the axis named by the attribute counts."""
+    one = _identity([attrs["axis"]])
     return Space((one,), one, shape_only=True)
 
 
 def looked_up(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """A device adds the rows of its part of the table, and nothing for the others."""
+    """A device adds the rows of its shard of the table, and zeros for the others."""
     table, ids = (v.type for v in operands)
     rows = {n: n for n in table.names if n != attrs["axis"]}
     picked = {**rows, attrs["axis"]: f"table.{attrs['axis']}"}
-    own = _own(ids.names)
+    axes = _identity(ids.names)
     summed = frozenset([f"table.{attrs['axis']}"])
-    return Space((picked, own), {**rows, **own}, summed=summed)
+    return Space((picked, axes), {**rows, **axes}, summed=summed)
 
 
 def _tokens(names: Iterable[str], tokens: Sequence[str]) -> dict[str, str]:
@@ -94,17 +94,17 @@ def _tokens(names: Iterable[str], tokens: Sequence[str]) -> dict[str, str]:
 
 
 def _tokens_of(slots: Operand) -> tuple[str, ...]:
-    """Return the token axes of the operation that gives the slots `place`."""
+    """Return the token axes of the operation that assigns `slots`."""
     assert slots.node is not None, "the operation was inferred, so slots come from a node"
     tokens: tuple[str, ...] = slots.node.attrs["tokens"]
     return tokens
 
 
 def numbered(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """Tokens are numbered in their groups, which may be split; all else is whole."""
+    """Tokens are numbered in their groups, which may be sharded; nothing else may."""
     tokens = attrs["tokens"]
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
-    every = {n: d for own in names for n, d in own.items()}
+    every = {n: d for axes in names for n, d in axes.items()}
     counts = {} if attrs["group_size"] else {"group": ("groups", attrs["groups"])}
     return Space(names, every, whole=frozenset(every.values()) - {"group"}, counts=counts)
 
@@ -113,15 +113,15 @@ def received(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """As slots are numbered; counts are left as they are."""
     # Where the counts lie is checked by the operation: of all that a device exchanges with.
     names = tuple(_tokens(v.type.names, attrs["tokens"]) for v in operands[:2])
-    every = {n: d for own in names for n, d in own.items()}
+    every = {n: d for axes in names for n, d in axes.items()}
     return Space((*names, {}), every, whole=frozenset(every.values()) - {"group"})
 
 
 def dispatched(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-    """Groups of tokens become groups of rows; the other token axes are whole."""
+    """Groups of tokens become groups of rows; other token axes must not be sharded."""
     tokens = _tokens_of(operands[-1])
     names = tuple(_tokens(v.type.names, tokens) for v in operands)
-    routing = {d for own in names[1:] for d in own.values()}
+    routing = {d for axes in names[1:] for d in axes.values()}
     kept = {n: d for n, d in names[0].items() if n not in tokens}
     whole = frozenset((routing | set(tokens)) - {"group"})
     return Space(names, {**kept, "group": "group"}, whole=whole)
@@ -132,8 +132,8 @@ def combined(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     rows, _, slots, _ = operands
     tokens = _tokens_of(slots)
     routing = tuple(_tokens(v.type.names, tokens) for v in operands[1:])
-    own = _own(rows.type.names)
+    axes = _identity(rows.type.names)
     whole = frozenset({"slot", *(d for r in routing for d in r.values())} - {"group", "expert"})
     kept = {n: n for n in rows.type.names if n not in ("group", "expert", "slot")}
     kept |= {n: d for n, d in routing[1].items() if n in tokens}
-    return Space((own, *routing), kept, summed=frozenset(["expert"]), whole=whole)
+    return Space((axes, *routing), kept, summed=frozenset(["expert"]), whole=whole)

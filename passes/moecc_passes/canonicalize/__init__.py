@@ -1,4 +1,4 @@
-"""Canonicalisation: one spelling for what can be spelled in several ways."""
+"""Canonicalisation: one form for equivalent graphs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ RULES: tuple[Rule, ...] = (*elementwise.RULES, *axes.RULES, *constants.RULES)
 
 @dataclass(frozen=True)
 class CanonicalizePass(Pass):
-    """Bring a graph into the form in which other passes expect it.
+    """Bring a graph into the canonical form that other passes expect.
 
     Identities disappear (a scale by 1, a cast to the same type, a whole slice, a broadcast that
     adds no axis), inverses cancel (negations, splits and merges), chains become one operation
     (renames, scales, slices), arithmetic on constants is done, and operands of commutative
-    operations are put in an order that depends on how they are made, not on how they are called.
+    operations are put in an order that depends on how they are computed, not on their names.
 
     Before::
 
@@ -37,21 +37,21 @@ class CanonicalizePass(Pass):
     """
 
     name: ClassVar[str] = "canonicalize"
-    summary: ClassVar[str] = "bring a graph into the form in which other passes expect it"
+    summary: ClassVar[str] = "bring a graph into the canonical form that other passes expect"
     takes_rolled: ClassVar[bool] = True
 
     exact: Annotated[bool, "leave out what is equal only in real arithmetic"] = False
 
     @property
     def preserves(self) -> Preserves:
-        """Exact, unless scales are merged, which rounds once where it was twice."""
+        """Exact, unless scales are merged, which rounds once instead of twice."""
         if self.exact:
             return EXACT
         return Preserves("reassociation", "a chain of scales is rounded once")
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules that these options allow."""
+        """The rules that these options enable."""
         return tuple(r for r in RULES if r.preserves == "exact" or not self.exact)
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:

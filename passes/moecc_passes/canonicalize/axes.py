@@ -1,4 +1,4 @@
-"""Rules for what renames, splits, merges, slices and repeats axes."""
+"""Rules for operations that rename, split, merge, slice and repeat axes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _rename_once(match: Match, b: Builder) -> Value:
 
 
 def _same_parts(match: Match) -> str | None:
-    """Refuse unless the axes that are merged are those that were split, in order."""
+    """Reject unless the merged axes are the split ones, in order."""
     split, merged = tuple(n for n, _ in match.attr("into")), match.attr("axes")
     if split != merged:
         return f"({', '.join(split)}) is split, ({', '.join(merged)}) is merged"
@@ -32,7 +32,7 @@ def _whole_again(match: Match) -> str | None:
         return same_type(match)
     # A split that dropped a mesh axis is not undone by a rename, which keeps it.
     axis = match.value("x").type[match.attr("old")]
-    return "the axis lies split over a mesh" if axis.mesh else None
+    return "the axis is sharded over a mesh" if axis.mesh else None
 
 
 def _parts_made_whole(match: Match) -> str | None:

@@ -1,4 +1,4 @@
-"""Rules for arithmetic on constants, in float64 as the reference does it."""
+"""Rules that fold arithmetic on constants, in float64 as in the reference."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from moecc.ir.graph import Value
 from moecc.rewrite import Match, P, Pattern, Rule
 
 Compute = Callable[[Match], float]
-"""Returns what an operation on constants gives."""
+"""Returns the result of an operation on constants."""
 
 
 def _folding(pattern: Pattern, compute: Compute) -> Rule:
-    """Return the rule that puts a constant in the place of an operation on constants."""
+    """Return the rule that replaces an operation on constants by a constant."""
 
     def check(match: Match) -> str | None:
         if not match.root.result.type.dtype.is_float:
-            return "whole numbers may overflow"
+            return "integers may overflow"
         value = float(compute(match))
         # An attribute cannot be −0.
         if isfinite(value) and (value != 0 or copysign(1, value) > 0):
@@ -59,7 +59,7 @@ RULES = (
     _folding(P.mul(_a, _b), _of_both(operator.mul)),
     _folding(P.maximum(_a, _b), _of_both(max)),
     _folding(P.minimum(_a, _b), _of_both(min)),
-    # x · c is a scale, which says more.
+    # x · c is a scale, the more specific form.
     Rule(
         "mul-by-constant", P.mul(P.any("x"), P.constant(value=P.attr("value"))), _scale, _is_float
     ),

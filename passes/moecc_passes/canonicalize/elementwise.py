@@ -17,7 +17,7 @@ def operand(match: Match, _builder: Builder) -> Value:
 
 
 def same_type(match: Match) -> str | None:
-    """Refuse unless the root has the type of ``x``."""
+    """Reject unless the root has the type of ``x``."""
     old, new = match.root.result.type, match.value("x").type
     return None if old == new else f"%{match.root.result.name} is {old}, its operand {new}"
 
@@ -56,7 +56,7 @@ RULES = (
     # x · 1 is x, x · (−1) is −x.
     Rule("scale-by-one", P.scale(_x, by=1.0), operand),
     Rule("scale-by-minus-one", P.scale(_x, by=-1.0), _negate),
-    # (x · a) · b is x · (ab), but for one rounding.
+    # (x · a) · b is x · (ab), up to one rounding.
     Rule(
         "scale-of-scale",
         P.scale(P.scale(_x, by=P.attr("a")), by=P.attr("b")),

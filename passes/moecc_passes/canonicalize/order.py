@@ -12,10 +12,10 @@ from moecc.ir.structure import attributes
 def order_operands(graph: Graph) -> int:
     """Put operands of commutative operations in canonical order; return how many were exchanged.
 
-    Each value has a key that is made from how it is computed: its operation, its attributes and
-    the keys of its operands, or the type of an input or parameter.  Names and places do not count,
-    so two graphs that compute the same in the same way agree.  Operands whose keys are equal stay
-    as they are.
+    Each value has a key derived from how it is computed: its operation, its attributes and
+    the keys of its operands, or the type of an input or parameter.  Names and locations do not
+    count, so two graphs that compute the same in the same way agree.  Operands with equal keys keep
+    their order.
     """
     keys: dict[Value, int] = {}
     rows: dict[str, int] = {}
@@ -28,7 +28,7 @@ def order_operands(graph: Graph) -> int:
             parts.reverse()
             exchanged += 1
         row = _row(rows, _made_by(node))
-        # A hash of whole numbers is the same in every process; a hash of text is not.
+        # A hash of integers is the same in every process; a hash of text is not.
         key = hash((row, *parts))
         for value in node.results:
             keys[value] = key + value.index
@@ -36,7 +36,7 @@ def order_operands(graph: Graph) -> int:
 
 
 def _made_by(node: Node) -> str:
-    """Return the operation and its attributes; a body by its structure, not by where it lies."""
+    """Return the operation and its attributes; a body by its structure, not by its identity."""
     if not node.attrs:
         return node.op.name
     return f"{node.op.name} {node.attrs if node.body is None else attributes(node.attrs)}"

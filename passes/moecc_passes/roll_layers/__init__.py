@@ -1,1 +1,1 @@
-"""The pass ``roll-layers``: equal layers as one layer that is repeated."""
+"""The pass ``roll-layers``: fold equal layers into one repeated layer."""

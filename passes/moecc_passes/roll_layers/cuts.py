@@ -1,8 +1,8 @@
-"""What goes from run to run, kept in parts along a mesh axis whose devices all have it.
+"""Sharding of the values carried between iterations, along a mesh axis that replicates them.
 
 Under rematerialisation the stream between two layers is all that is kept, and devices that share
-the neurons of a layer all have the whole of it.  Kept in parts it takes as little as there are
-devices, for a gather at each run (Rajbhandari et al. 2019, §6.1: partitioned activations).
+the neurons of a layer all replicate it.  Sharded, it takes a fraction of the memory, for one
+gather per iteration (Rajbhandari et al. 2019, §6.1: partitioned activations).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ ORIGIN = "roll-layers/split"
 
 @dataclass(frozen=True)
 class Cuts:
-    """Cuts values along one mesh axis, and puts them together again.
+    """Shards values along one mesh axis, and gathers them again.
 
     Attributes:
       graph: a graph on a mesh that has the axis.
-      mesh: the axis; None leaves everything as it is.
-      loc: where the nodes are said to be.
+      mesh: the axis; None leaves everything unchanged.
+      loc: the location of the new nodes.
     """
 
     graph: Graph
@@ -31,7 +31,7 @@ class Cuts:
     loc: str
 
     def type(self, type: TensorType) -> TensorType:
-        """Return `type` with its largest axis in parts, where all devices have the whole."""
+        """Return `type` with its largest replicated axis sharded."""
         at = self._axis(type)
         if at is None:
             return type
@@ -40,13 +40,13 @@ class Cuts:
         return type.with_axes(axes)
 
     def cut(self, value: Value, graph: Graph, before: Node | None = None) -> Value:
-        """Return `value`, each device with its part alone."""
+        """Return `value` sharded: each device keeps its shard."""
         return self._moved("shard", self._axis(value.type), value, graph, before)
 
     def joined(
         self, value: Value, whole: TensorType, graph: Graph, before: Node | None = None
     ) -> Value:
-        """Return `value`, each device with the whole again, as it was before it was cut."""
+        """Return `value` gathered again, as it was before it was cut."""
         return self._moved("all_gather", self._axis(whole), value, graph, before)
 
     def _moved(
@@ -62,13 +62,13 @@ class Cuts:
         return made.result
 
     def _axis(self, type: TensorType) -> int | None:
-        """Return which axis of a value is cut, the largest that divides; None where none is."""
+        """Return the axis to shard, the largest that divides; None if there is none."""
         if self.mesh is None or type.dtype.kind != "float" or type.unreduced:
             return None
         if any(self.mesh in a.mesh for a in type.axes):
             return None
         grid = mesh_of(self.graph)
-        assert grid is not None, "the pass has looked"
+        assert grid is not None, "checked by the pass"
         sizes = {
             i: a.size
             for i, a in enumerate(type.axes)

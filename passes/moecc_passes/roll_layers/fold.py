@@ -1,4 +1,4 @@
-"""One scan in the place of layers that are alike."""
+"""Fold equal layers into one scan."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from moecc_passes.roll_layers.wiring import CannotRoll, Each, Wiring
 ORIGIN = "roll-layers/fold"
 
 AXIS = "layer"
-"""What the axis of the repetitions is called, with a number where a value has one so called."""
+"""The name of the axis of repetitions, with a number if a value has an axis of that name."""
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """What is kept of a layer for the gradient.
+    """What a scan keeps of a layer for the gradient.
 
     Attributes:
       remat: as of the ``scan``.
       save: as of the ``scan``.
-      split: a mesh axis along which what goes from run to run is kept in parts, or None.
+      split: a mesh axis along which the values carried between iterations are sharded, or None.
     """
 
     remat: str = "none"
@@ -39,14 +39,14 @@ class Keeping:
 
 @dataclass
 class Fold:
-    """Layers on their way into a scan.
+    """Folds layers into a scan.
 
     Attributes:
       graph: their graph.
       wiring: the layers, and what flows in and out.
       name: the location of the scan.
       axis: the axis along which parameters and results are stacked.
-      merged: the parameters made, by those that they stand for.
+      merged: the new parameters, by the parameters that they replace.
     """
 
     graph: Graph
@@ -62,10 +62,10 @@ class Fold:
         self.axis = Axis(next(free), len(self.wiring.blocks))
 
     def run(self, keeping: Keeping) -> Node:
-        """Put the scan in the place of the layers, and return it.
+        """Replace the layers by a scan, and return it.
 
         Raises:
-          InputError: the locations of the layers are not those of a range, or a node cannot stand
+          InputError: the locations of the layers are not a range, or a node is not allowed
             in a body; nothing is changed.
         """
         wiring, first = self.wiring, self.wiring.blocks[0][0]
@@ -106,14 +106,14 @@ class Fold:
             loc = joined([node.loc for node in nodes])
             if loc is None:
                 raise CannotRoll(
-                    "the numbers of the layers do not rise by equal steps",
+                    "the numbers of the layers do not rise in equal steps",
                     found=", ".join(node.loc for node in nodes),
                 )
             found.append(loc)
         return found
 
     def body(self, locs: Sequence[str], cuts: Cuts) -> Graph:
-        """Return the body: what a block computes, from what flows into it."""
+        """Return the body: the computation of a block, from the values that flow into it."""
         wiring, graph = self.wiring, Graph("body")
         if MESH in self.graph.attrs:
             graph.attrs[MESH] = self.graph.attrs[MESH]
@@ -142,7 +142,7 @@ class Fold:
         return graph
 
     def whole(self, scan: Node, cuts: Cuts, before: Node) -> list[Value]:
-        """Return the results of the scan, those that something uses as whole as they went in."""
+        """Return the results of the scan, gathered if anything uses them."""
         made = list(scan.results)
         for at, (each, number) in enumerate(self.wiring.carries.items()):
             if number in self.wiring.returned:
@@ -150,7 +150,7 @@ class Fold:
         return made
 
     def param(self, each: Each) -> Value:
-        """Return the parameter that stands for one of each block."""
+        """Return the stacked parameter for one parameter of each block."""
         weights = [v.weight for v in each if v.weight is not None]
         name = joined([v.name for v in each])
         assert name is not None, "its names are those of a range"
@@ -164,14 +164,14 @@ class Fold:
         return made
 
     def stack(self, each: Each, before: Node) -> Value:
-        """Return values of all blocks, one after the other."""
+        """Return values of all blocks, stacked."""
         node = self.graph.append(
             "stack", each, {"axis": self.axis.name}, loc=self.name, origin=ORIGIN, before=before
         )
         return node.result
 
     def connect(self, made: Sequence[Value], before: Node) -> None:
-        """Let what used values of the layers use those that the scan has `made`."""
+        """Replace the uses of values of the layers by results of the scan."""
         wiring, last = self.wiring, len(self.wiring.blocks) - 1
         every = [wiring.results(block) for block in range(last + 1)]
         numbers = list(wiring.carries.values())
@@ -187,18 +187,18 @@ class Fold:
                     old.replace_by(self.pick(whole, block, before))
 
     def join(self, whole: Value, parts: list[Value]) -> None:
-        """Let what was stacked of all blocks be what the scan has stacked."""
+        """Replace what was stacked of all blocks by the stacked result of the scan."""
         along = P.stack(P.any(), ..., axis=self.axis.name)
         for user in list(parts[0].users):
             if fits(along, user) and user.operands == parts:
                 user.replace_by(whole)
 
     def is_needed(self, value: Value) -> bool:
-        """Return whether anything outside the layers uses a value of them."""
+        """Return whether a value of the layers is used outside them."""
         return any(user not in self.wiring.inside for user in value.users)
 
     def pick(self, whole: Value, at: int, before: Node) -> Value:
-        """Return what one block made of what is stacked."""
+        """Return one block's value of a stacked result."""
         attrs = {"axis": self.axis.name, "at": at}
         node = self.graph.append(
             "index", [whole], attrs, loc=self.name, origin=ORIGIN, before=before
@@ -206,7 +206,7 @@ class Fold:
         return node.result
 
     def order(self) -> None:
-        """Put each merged parameter where the first of its parts was, and erase the parts."""
+        """Put each merged parameter at the position of its first part, and erase the parts."""
         graph = self.graph
         place = {each[0]: made for each, made in self.merged.items()}
         gone = {v for each in self.merged for v in each} | set(self.merged.values())

@@ -1,4 +1,4 @@
-"""What no layer changes, taken out before the layers are compared."""
+"""Hoist layer-invariant computations before the layers are compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ POSITIONS = P.positions(P.any())
 
 
 def data_dependent(graph: Graph) -> set[Value]:
-    """Return the values that depend on what the inputs hold; random keys apart."""
+    """Return the values that depend on data of the inputs, random keys excluded."""
     found = {v for v in graph.inputs.values() if v.type.dtype.kind != "key"}
     for node in graph:
         # Positions are known from the shape.
@@ -22,9 +22,9 @@ def data_dependent(graph: Graph) -> set[Value]:
 
 
 def hoist(layers: Sequence[Layer], dependent: set[Value]) -> int:
-    """Move what layers share, and one of them computes, before the first; return how many moved.
+    """Move computations shared by layers before the first layer; return how many nodes moved.
 
-    It is what depends on no data: constants, tables of positions, what parameters alone make.
+    They depend on no data: constants, tables of positions, functions of parameters alone.
     """
     home = {node: i for i, layer in enumerate(layers) for node in layer.nodes}
     free = [n for n in home if not any(v in dependent for v in (*n.operands, *n.results))]

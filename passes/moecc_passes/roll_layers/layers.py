@@ -15,10 +15,10 @@ _LAYER = re.compile(r"((?:.*?\.)?layers)\.(\d+)(?:\.|$)")
 
 @dataclass
 class Layer:
-    """Nodes next to one another, whose locations share a layer.
+    """Consecutive nodes whose locations share a layer.
 
     Attributes:
-      stack: what stands before the number, ``encoder.layers``.
+      stack: the location before the number, ``encoder.layers``.
       name: the location up to the number, ``encoder.layers.3``.
       nodes: its nodes, in order.
     """
@@ -30,12 +30,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Layers of which each is like the one `period` before it.
+    """Layers each of which equals the one `period` before it.
 
     Attributes:
       start: the first of them.
       period: the layers of one repetition.
-      runs: how often they repeat.
+      runs: the number of repetitions.
     """
 
     start: int
@@ -44,12 +44,12 @@ class Repeated:
 
     @property
     def stop(self) -> int:
-        """The first layer that does not belong to them."""
+        """The first layer after them."""
         return self.start + self.period * self.runs
 
 
 def stacks_of(graph: Graph) -> list[list[Layer]]:
-    """Return the stacks of `graph`: layers that follow one another without anything between."""
+    """Return the stacks of `graph`: layers that follow one another with nothing in between."""
     stacks: list[list[Layer]] = []
     last: Layer | None = None
     for node in graph:
@@ -68,7 +68,7 @@ def stacks_of(graph: Graph) -> list[list[Layer]]:
 
 
 def repetitions_in(layers: Sequence[Layer]) -> list[Repeated]:
-    """Return which of `layers` repeat: from each place on as many as can be, by a short period."""
+    """Return the repetitions in `layers`: from each position the most, short periods first."""
     classes: dict[object, int] = {}
     keys = [classes.setdefault(key(layer.nodes), len(classes)) for layer in layers]
     found: list[Repeated] = []
@@ -93,13 +93,13 @@ def _repeated(keys: Sequence[int], start: int, period: int) -> Repeated:
 
 
 def key(nodes: Sequence[Node]) -> tuple[object, ...]:
-    """Return what `nodes` compute, up to where their operands from outside come from."""
+    """Return what `nodes` compute, with operands from outside as unknowns."""
     numbers: dict[Value, int] = {}
     return tuple(line(node, numbers) for node in nodes)
 
 
 def line(node: Node, numbers: dict[Value, int]) -> tuple[object, ...]:
-    """Return what one node computes, with the values of its layer by number; its own are added."""
+    """Return what one node computes, with the values of its layer numbered; adds its own."""
     uses: list[int | TensorType] = [numbers.get(v, v.type) for v in node.operands]
     if node.op.commutative:
         # Which comes first says nothing, and other passes exchange them by other rules.
@@ -127,7 +127,7 @@ def _axis_key(axis: Axis, numbers: dict[Value, int]) -> object:
 
 
 def difference(layer: Layer, other: Layer) -> str:
-    """Return in what two layers that are not alike first differ."""
+    """Return the first difference of two layers that are not equal."""
     numbers: dict[Value, int] = {}
     others: dict[Value, int] = {}
     for a, b in zip(layer.nodes, other.nodes, strict=False):

@@ -1,4 +1,4 @@
-"""The pass ``roll-layers``: equal layers as one layer that is repeated."""
+"""The pass ``roll-layers``: fold equal layers into one repeated layer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from moecc_passes.roll_layers.wiring import wire
 NO_LAYERS = NearMiss(
     "roll-layers",
     "the graph",
-    "no two layers follow one another: locations like layers.3.ffn say them",
+    "no two layers follow one another: locations like layers.3.ffn mark layers",
 )
 
 
 @dataclass(frozen=True)
 class RollLayersPass(Pass):
-    """Make one layer, which is repeated, of layers that are alike.
+    """Fold equal layers into one layer that is repeated.
 
     Before::
 
@@ -49,15 +49,15 @@ class RollLayersPass(Pass):
           output b = %b
         }
 
-    A program then no longer grows with the depth of the model.  Layers are what locations say:
-    ``layers.3.ffn`` lies in the layer ``layers.3``.  A pattern may repeat every few layers, as one
+    The size of the program no longer grows with the depth of the model.  Locations mark layers:
+    ``layers.3.ffn`` belongs to the layer ``layers.3``.  A pattern may repeat every few layers, as one
     sparse layer in four does; encoder and decoder are two stacks.  What layers share is computed
     once, before them.  What differs from layer to layer, such as a random key, is stacked; so is
     what is used of each layer, such as a loss.  ``unroll-layers`` is the inverse.
     """  # noqa: E501
 
     name: ClassVar[str] = "roll-layers"
-    summary: ClassVar[str] = "make one layer, which is repeated, of layers that are alike"
+    summary: ClassVar[str] = "fold equal layers into one layer that is repeated"
     must_match: ClassVar[bool] = True
     takes_rolled: ClassVar[bool] = True
     preserves = EXACT
@@ -72,11 +72,11 @@ class RollLayersPass(Pass):
 
     split: Annotated[
         str | None,
-        "the mesh axis along which what goes from layer to layer is kept in parts",
+        "the mesh axis along which values carried from layer to layer are sharded",
     ] = None
 
     def validate(self) -> list[Problem]:
-        """Return which names are unknown, or have no meaning."""
+        """Return which names are unknown or have no effect."""
         if self.save and self.remat != "save":
             return [
                 Problem("names are saved under remat=save alone", "save", found=self.remat,
@@ -90,10 +90,10 @@ class RollLayersPass(Pass):
         ]  # fmt: skip
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
-        """Roll what can be rolled; say what was, and why the rest was not.
+        """Roll the layers that repeat; remark on them, and on why the rest was not rolled.
 
         Raises:
-          InputError: `split` is no axis of the graph's mesh.
+          InputError: `split` is not an axis of the graph's mesh.
         """
         self._check_split(graph)
         stats = {"scans": 0, "layers-rolled": 0, "layers-left": 0, "hoisted": 0}
@@ -126,13 +126,13 @@ class RollLayersPass(Pass):
             return
         mesh = mesh_of(graph)
         if mesh is None:
-            raise InputError("the graph lies on no mesh", hint="annotate-sharding first")
+            raise InputError("the graph has no mesh", hint="annotate-sharding first")
         mesh.size((self.split,))
 
     def _roll(
         self, graph: Graph, layers: Sequence[Layer], found: Repeated, ctx: Context
     ) -> Remark | None:
-        """Roll layers that repeat, or return why they cannot be."""
+        """Roll layers that repeat, or return a remark on why they cannot be rolled."""
         some = layers[found.start : found.stop]
         blocks = [
             [node for layer in some[i : i + found.period] for node in layer.nodes]
@@ -142,14 +142,14 @@ class RollLayersPass(Pass):
         try:
             Fold(graph, wire(blocks), some[0].stack).run(self._keeping)
         except InputError as error:
-            return Remark(name, f"alike, and not rolled: {error.problems[0]}")
+            return Remark(name, f"equal, but not rolled: {error.problems[0]}")
         each = f"{found.period} layers" if found.period > 1 else "one layer"
         ctx.remark(Remark(name, f"rolled: {each}, repeated {found.runs} times"))
         return None
 
 
 def _left(layers: Sequence[Layer], repeated: Sequence[Repeated]) -> Iterator[Remark]:
-    """Yield in what each layer that nothing repeats differs from its neighbour."""
+    """Yield how each layer that is not repeated differs from its neighbour."""
     inside = {i for r in repeated for i in range(r.start, r.stop)}
     for at, layer in enumerate(layers):
         near = [i for i in (at + 1, at - 1) if 0 <= i < len(layers)]

@@ -1,4 +1,4 @@
-"""What flows into each repetition of layers, and out of it: carries, stacks, captured values."""
+"""The dataflow into and out of repeated layers: carries, stacks, captured values."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Each = tuple[Value, ...]
 
 
 class CannotRoll(InputError):
-    """Why layers that are alike cannot be repeated."""
+    """Why equal layers cannot be repeated."""
 
 
 @dataclass
 class Wiring:
-    """Layers that are alike, block by block, and what flows in and out.
+    """Equal layers, block by block, and their dataflow.
 
     Attributes:
       blocks: the nodes of each repetition.
-      carries: what comes from the block before; of the first, from outside.  By the values.
+      carries: values from the previous block; for the first, from outside.
       params: parameters, one for each block, that nothing else uses.
       stacked: other values from outside, another one for each block.
       operands: for each node of a block, its operands in every block.
@@ -52,7 +52,7 @@ class Wiring:
 
     @cached_property
     def collected(self) -> list[int]:
-        """The values that must be stacked of all blocks, not only known of the last."""
+        """The values that must be stacked over all blocks, not only taken from the last."""
         last, carried = len(self.blocks) - 1, set(self.carries.values())
         return [n for n, blocks in self.returned.items() if n not in carried or blocks != [last]]
 
@@ -62,10 +62,10 @@ Home = dict[Value, tuple[int, int]]
 
 
 def wire(blocks: list[list[Node]]) -> Wiring:
-    """Return what flows in and out of `blocks`, which are alike.
+    """Return the dataflow into and out of `blocks`, which are equal.
 
     Raises:
-      CannotRoll: a value comes from another place than the block before, or the outside.
+      CannotRoll: a value comes from elsewhere than the previous block or the outside.
     """
     wiring = Wiring(blocks)
     home = {v: (i, n) for i in range(len(blocks)) for n, v in enumerate(wiring.results(i))}
@@ -82,7 +82,7 @@ def wire(blocks: list[list[Node]]) -> Wiring:
 
 
 def slots_of(nodes: Sequence[Node], home: Home) -> list[Each]:
-    """Return the operands of a node in every block, those that may be exchanged in one order."""
+    """Return the operands of a node in every block, exchangeable ones in a consistent order."""
     rows = [node.operands for node in nodes]
     if nodes[0].op.commutative:
         # The first block alone takes the stream from outside, so the second is the one to follow.
@@ -91,7 +91,7 @@ def slots_of(nodes: Sequence[Node], home: Home) -> list[Each]:
 
 
 def _turned(row: list[Value], like: list[Value], block: int, home: Home) -> list[Value]:
-    """Return two operands in the order in which they best fit those of the second block."""
+    """Return two operands in the order that best matches those of the second block."""
     as_is, turned = (
         sum(_fit(v, w, block, home) for v, w in zip(some, like, strict=True))
         for some in (row, row[::-1])
@@ -122,7 +122,7 @@ def _enter(wiring: Wiring, each: Each, home: Home, slots: dict[Each, None]) -> N
 
 
 def _carried(each: Each, home: Home) -> int:
-    """Return the number of the value that goes from each block to the next."""
+    """Return the number of the value that is carried from each block to the next."""
     first, *later = (home.get(v) for v in each)
     numbers = {place[1] for place in later if place is not None}
     steps = [place[0] if place is not None else -1 for place in later]

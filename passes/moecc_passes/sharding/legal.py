@@ -20,7 +20,7 @@ from moecc.ir.mixtures import emit_expert_choice
 from moecc.ir.moe import SlotOptions, emit_routing
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.support.generated_docs import WrittenPart
+from moecc.support.generated_docs import GeneratedPart
 from moecc.types.dtypes import F32
 from moecc.types.tensor import tensor
 
@@ -161,7 +161,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-TABLE = WrittenPart("legal", "moecc_passes.sharding.legal", render)
+TABLE = GeneratedPart("legal", "moecc_passes.sharding.legal", render)
 
 if __name__ == "__main__":
     sys.exit(TABLE.main())

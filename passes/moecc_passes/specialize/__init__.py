@@ -1,1 +1,1 @@
-"""A model as it trains or as it is used: capacity, policy, noise, by a pass and not at run time."""
+"""Specialise a model for training or evaluation: capacity, policy, noise, at compile time."""

@@ -1,4 +1,4 @@
-"""What is wrong with the options of ``specialize``, by themselves and for a layer."""
+"""Checks of the options of ``specialize``, alone and for a layer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moecc_passes.specialize.mode_config import ModeConfig
 from moecc_passes.specialize.options import SpecializeOptions
 
 TRAIN_ONLY = ("jitter", "input_dropout", "router_noise", "dropout", "expert_dropout")
-"""What perturbs a model on purpose, which only training has use for."""
+"""Options that perturb a model on purpose, which only training uses."""
 
 FURTHER = ("none", "threshold", "random")
-"""Policies that are about choices after the first."""
+"""Policies about choices after the first."""
 
 CAPACITY = ("capacity_factor", "convention", "rounding", "multiple", "minimum", "cap")
-"""Options that say how many rows an expert takes."""
+"""Options that determine how many rows an expert takes."""
 
 
 def problems(item: SpecializeOptions) -> list[Problem]:
-    """Return what is wrong with the options, whatever the model."""
+    """Return the problems of the options, independent of the model."""
     return [*_out_of_range(item), *_contradictions(item)]
 
 
@@ -61,14 +61,14 @@ def _contradictions(item: SpecializeOptions) -> Iterator[Problem]:
         value = getattr(item, field)
         if value is not None:
             name = field.replace("_", "-")
-            yield Problem(f"{name} bounds what is to have no bound", "dropless",
-                          found=f"{name}={value}", hint="leave one of them out")  # fmt: skip
+            yield Problem(f"{name} bounds rows, contradicting dropless", "dropless",
+                          found=f"{name}={value}", hint="omit one of them")  # fmt: skip
     sizes = {"group-size": item.group_size, "decoder-group-size": item.decoder_group_size}
     for name, size in sizes.items():
         if item.groups is not None and size is not None:
-            yield Problem("groups are given by their number or by their size", name,
+            yield Problem("groups are defined by their number or by their size", name,
                           found=f"groups={item.groups} {name}={size}",
-                          hint="leave one of them out")  # fmt: skip
+                          hint="omit one of them")  # fmt: skip
     for field in TRAIN_ONLY if item.mode == "eval" else ():
         if getattr(item, field):
             yield Problem("an evaluation is not perturbed", field.replace("_", "-"),
@@ -82,7 +82,7 @@ def _contradictions(item: SpecializeOptions) -> Iterator[Problem]:
 
 
 def problems_after(item: SpecializeOptions, earlier: Sequence[Pass]) -> Iterator[Problem]:
-    """Yield what the options contradict in the conversion that runs before, if there is one."""
+    """Yield the contradictions of the options with an earlier conversion, if there is one."""
     made = next((p for p in reversed(earlier) if hasattr(p, "top_k")), None)
     if made is None:
         return
@@ -108,13 +108,13 @@ def _is_dropless(made: Pass) -> bool:
 def misfits(
     item: SpecializeOptions, layer: RoutedLayer, settings: ModeConfig, is_decoder: bool
 ) -> Iterator[Problem]:
-    """Yield why the settings do not suit `layer`.
+    """Yield why the settings are not valid for `layer`.
 
     Args:
       item: the options.
       layer: a routed layer.
-      settings: the options, and what the graph says of the mode.
-      is_decoder: whether the layer stands behind a causal mask.
+      settings: the options, completed by the graph's mode.
+      is_decoder: whether the layer is after a causal mask.
     """
     chooses = layer.experts_choose
     if (settings.priority or chooses) and is_decoder and not item.force:

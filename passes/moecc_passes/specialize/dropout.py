@@ -1,4 +1,4 @@
-"""Dropout outside of experts: on what sublayers add, and on the hidden values of dense blocks."""
+"""Dropout outside experts: on the outputs of sublayers, and on hidden values of dense blocks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Operand = tuple[Node, int]
 def drop(
     graph: Graph, rate: float, next_key: Callable[[], Value], covers: Callable[[str], bool]
 ) -> int:
-    """Put dropout on every sublayer and every dense hidden value; return on how many.
+    """Add dropout to every sublayer and every dense hidden value; return to how many.
 
     A sublayer is norm, layer, dropout, and the sum with the residual stream (ST-MoE, eq. 4).
 
     Args:
       graph: the graph.
-      rate: the share that is dropped.
-      next_key: gives a key that nothing else uses.
-      covers: says which locations are concerned.
+      rate: the dropout rate.
+      next_key: returns an unused key.
+      covers: returns whether a location is affected.
     """
     found = [*sublayers(graph), *((b.down, 0) for b in find_ffn_blocks(graph).blocks)]
     places = [(node, index) for node, index in found if covers(node.loc)]
@@ -41,9 +41,9 @@ def drop(
 
 
 def sublayers(graph: Graph) -> list[Operand]:
-    """Return the sums of a residual stream with what was made of it, and where that stands.
+    """Return the operands of residual sums that are computed from the stream.
 
-    A search backwards ends at the sums before, so all of them together are linear.
+    A backward search ends at the previous sums, so all searches together are linear.
     """
     found: dict[Value, Operand] = {}
     for node in graph:
@@ -53,14 +53,14 @@ def sublayers(graph: Graph) -> list[Operand]:
         if a.type != b.type:
             continue
         for stream, branch, index in ((a, b, 1), (b, a, 0)):
-            if _is_behind(stream, branch, found):
+            if _depends_on(stream, branch, found):
                 found[node.result] = (node, index)
                 break
     return list(found.values())
 
 
-def _is_behind(stream: Value, branch: Value, sums: dict[Value, Operand]) -> bool:
-    """Return whether `branch` is made of `stream`, by a product at least."""
+def _depends_on(stream: Value, branch: Value, sums: dict[Value, Operand]) -> bool:
+    """Return whether `branch` is computed from `stream`, through at least one product."""
     seen, left = {branch}, [branch]
     reaches = multiplies = False
     while left:

@@ -1,4 +1,4 @@
-"""What a mode does to one routed layer."""
+"""Specialise one routed layer for a mode."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from moecc_passes.specialize.mode_config import ModeConfig
 from moecc_passes.specialize.undo import ORIGIN, original, reassign_slots
 
 NextKey = Callable[[], Value]
-"""Gives a key that nothing else uses."""
+"""Returns an unused key."""
 
 FOLDED = P.fold_key(P.any(), by=P.attr("by"))
 
 
 class Keys:
-    """Keys for the random numbers of a graph, all made of one input."""
+    """Keys for the random numbers of a graph, all derived from one input."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        # Layers that were specialised before, and are left alone now, have numbers already.
+        # Layers specialised before that are not changed now use up their numbers already.
         taken = (found.attr("by") for n in graph if (found := fits(FOLDED, n)))
         self.first = self.next = 1 + max(taken, default=-1)
 
     def __call__(self) -> Value:
-        """Return the next key, made at the top of the graph."""
-        # At the top, and at no location: layers of one structure stay alike.
+        """Return the next key, created at the top of the graph."""
+        # At the top, and without a location: layers of one structure stay equal.
         first = next(iter(self.graph), None)
         builder = Builder(self.graph, origin=f"{ORIGIN}key", before=first)
         key = builder.fold_key(self._input(), by=self.next)
@@ -60,7 +60,7 @@ class Keys:
 
 
 def specialise(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> None:
-    """Give `layer` the capacity, policy and noise of a mode; what was added before is gone."""
+    """Set capacity, policy and noise of a mode on `layer`, without earlier additions."""
     if layer.scorer is not None:
         _perturb(layer.router, layer.scorer, settings, next_key)
     given = _given(layer, settings, next_key)
@@ -80,7 +80,7 @@ def specialise(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> N
 
 
 def _given(layer: RoutedLayer, settings: ModeConfig, next_key: NextKey) -> dict[str, Value]:
-    """Return what the slots are given beside the experts, by word."""
+    """Return the operands of the slot assignment besides the experts, by word."""
     given = layer.given()
     policy = settings.policy or "all"
     if policy != "all" and layer.top_k > 1 and layer.route is not None:

@@ -1,4 +1,4 @@
-"""What a mode decides for a routed layer, and where a graph keeps it."""
+"""The settings of a mode for routed layers, and their record in a graph."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moecc.ir.graph import Graph
 from moecc_passes.inputs import is_decoder
 
 ATTRIBUTE = "routing"
-"""The attribute of a graph that holds the settings of its modes."""
+"""The graph attribute that stores the settings of its modes."""
 
 UNSAID = "as-is"
-"""What an option says that has ``none`` among its words, and leaves a layer as it is."""
+"""The value, for options with ``none`` among their words, that leaves a layer unchanged."""
 
 ASSIGNMENT = (
     "capacity_factor", "convention", "rounding", "multiple", "minimum", "cap", "groups",
@@ -25,13 +25,13 @@ ASSIGNMENT = (
 
 @dataclass(frozen=True)
 class ModeConfig:
-    """The settings of one mode; None leaves a layer as it is.
+    """The settings of one mode; None leaves a layer unchanged.
 
     Attributes:
       capacity_factor: the capacity factor.
-      dropless: whether there is no bound at all.
+      dropless: whether there is no bound.
       convention: what the factor multiplies.
-      rounding: how the capacity becomes a whole number.
+      rounding: how the capacity is rounded.
       multiple: what it is raised to a multiple of.
       minimum: its least value.
       cap: whether it is at most the tokens of a group.
@@ -41,14 +41,14 @@ class ModeConfig:
       order: the order of filling.
       policy: which choices after the first are kept.
       threshold: what the policy compares gates with.
-      padding_mask: whether padding is told apart, and gets no slot.
-      priority: whether tokens take their turns by probability.
-      after_drop: ``keep`` gates as they are, or ``rescale`` those that are left.
+      padding_mask: whether padding is detected, and gets no slot.
+      priority: whether tokens are assigned slots by probability.
+      after_drop: ``keep`` gates unchanged, or ``rescale`` the remaining ones.
       jitter: the half width of the factors on the router's input.
-      input_dropout: the share of the router's input that is dropped.
+      input_dropout: the dropout rate of the router's input.
       router_noise: the standard deviation of the noise on the logits.
-      dropout: the share of what sublayers add, and of dense hidden values, that is dropped.
-      expert_dropout: the share of the experts' hidden values that is dropped.
+      dropout: the dropout rate of outputs of sublayers and of dense hidden values.
+      expert_dropout: the dropout rate of the experts' hidden values.
     """
 
     capacity_factor: float | None = None
@@ -80,8 +80,8 @@ class ModeConfig:
         return cls(**{n: v for n, v in named.items() if v != UNSAID})
 
     def over(self, other: ModeConfig) -> ModeConfig:
-        """Return these settings, and those of `other` where these say nothing."""
-        return ModeConfig(**{**other.said(), **self.said()})
+        """Return these settings, completed by those of `other`."""
+        return ModeConfig(**{**other.non_default(), **self.non_default()})
 
     def at(self, loc: str) -> ModeConfig:
         """Return the settings for a layer at `loc`: decoders may have other groups."""
@@ -90,14 +90,14 @@ class ModeConfig:
         size = self.decoder_group_size if is_decoder(loc) else self.group_size
         return replace(self, group_size=size, decoder_group_size=None)
 
-    def said(self) -> dict[str, Any]:
-        """Return the settings that say something, by name."""
+    def non_default(self) -> dict[str, Any]:
+        """Return the settings that are not None, by name."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {n: v for n, v in named.items() if v is not None}
 
     def assignment(self) -> dict[str, Any]:
-        """Return the attributes of ``assign_slots`` that they ask for."""
-        attrs = {n: v for n, v in self.said().items() if n in ASSIGNMENT}
+        """Return the attributes of ``assign_slots`` that the settings determine."""
+        attrs = {n: v for n, v in self.non_default().items() if n in ASSIGNMENT}
         if self.group_size:
             attrs["groups"] = 1
         elif self.groups:
@@ -110,7 +110,7 @@ class ModeConfig:
 
 
 def recorded(graph: Graph, mode: str) -> ModeConfig:
-    """Return what `graph` says about `mode`; nothing where it says nothing."""
+    """Return the settings of `mode` recorded in `graph`; empty if there are none."""
     modes = graph.attrs.get(ATTRIBUTE)
     found = modes.get(mode) if isinstance(modes, Mapping) else None
     if not isinstance(found, Mapping):
@@ -120,5 +120,5 @@ def recorded(graph: Graph, mode: str) -> ModeConfig:
 
 
 def record(graph: Graph, **modes: ModeConfig) -> None:
-    """Let `graph` say what its modes are."""
-    graph.attrs[ATTRIBUTE] = {name: settings.said() for name, settings in modes.items()}
+    """Record the settings of modes in `graph`."""
+    graph.attrs[ATTRIBUTE] = {name: settings.non_default() for name, settings in modes.items()}

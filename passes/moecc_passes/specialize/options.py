@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 @dataclass(frozen=True)
 class SpecializeOptions:
-    """What ``specialize`` is asked for; an option that is None leaves what the layer has."""
+    """The options of ``specialize``; None leaves a layer's setting unchanged."""
 
     mode: Annotated[Literal["train", "eval"], "what the graph is for"] = "train"
     layers: Annotated[str, "all, or a glob over locations: encoder.*, layers.3.ffn"] = "all"

@@ -1,4 +1,4 @@
-"""The pass ``record-modes``: what training and evaluation are, kept in the graph."""
+"""The pass ``record-modes``: record the settings of training and evaluation in the graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODES = ("train", "eval")
 
 @dataclass(frozen=True)
 class RecordModesPass(Pass):
-    """Let the graph say what ``specialize`` makes of it in each mode, where options say nothing.
+    """Record the defaults of ``specialize`` for each mode in the graph.
 
     Before::
 
@@ -30,7 +30,7 @@ class RecordModesPass(Pass):
     """
 
     name: ClassVar[str] = "record-modes"
-    summary: ClassVar[str] = "keep in the graph what training and evaluation are"
+    summary: ClassVar[str] = "record the settings of training and evaluation in the graph"
     preserves = EXACT
 
     train_capacity_factor: Annotated[float, "the capacity factor of training"] = 1.25
@@ -44,7 +44,7 @@ class RecordModesPass(Pass):
     ] = None
 
     def settings(self, mode: str) -> ModeConfig:
-        """Return what `mode`, one of `MODES`, is."""
+        """Return the settings of `mode`, one of `MODES`."""
         policy: Policy = getattr(self, f"{mode}_policy")
         return ModeConfig(
             capacity_factor=getattr(self, f"{mode}_capacity_factor"),

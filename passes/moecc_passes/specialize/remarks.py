@@ -1,4 +1,4 @@
-"""What ``specialize`` tells of layers that it could do as it was asked to."""
+"""The remarks of ``specialize`` on layers that it changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moecc_passes.specialize.mode_config import ModeConfig
 def remarks(
     layers: list[RoutedLayer], settings: ModeConfig, is_decoder: dict[str, bool], mode: str
 ) -> Iterator[Remark]:
-    """Yield what is worth telling of the layers as they are now."""
+    """Yield remarks on the layers as they are now."""
     bounded = [y for y in layers if y.assignment.slots == "capacity"]
     leaks = [y for y in bounded if is_decoder[y.name] and _looks_ahead(y)]
     if leaks:

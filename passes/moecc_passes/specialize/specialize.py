@@ -1,4 +1,4 @@
-"""The pass ``specialize``: a graph for training, or one for evaluation."""
+"""The pass ``specialize``: a graph for training or evaluation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moecc_passes.specialize.undo import undo
 
 @dataclass(frozen=True)
 class SpecializePass(SpecializeOptions, Pass):
-    """Give the routed layers the capacity, the policy and the noise of training or evaluation.
+    """Set the capacity, the policy and the noise of training or evaluation on the routed layers.
 
     Weights stay as they are, so one checkpoint serves any capacity factor.  An option that is not
     given is what the graph's attribute ``routing`` says for the mode (the pass ``st-moe`` writes
@@ -50,7 +50,7 @@ class SpecializePass(SpecializeOptions, Pass):
 
     @property
     def preserves(self) -> Preserves:
-        """What is dropped depends on the routing; `apply` says more."""
+        """What is dropped depends on the routing; `apply` is more precise."""
         return Preserves("approximate", "capacity, policy and noise decide what experts see")
 
     def validate(self) -> list[Problem]:
@@ -58,14 +58,14 @@ class SpecializePass(SpecializeOptions, Pass):
         return checks.problems(self)
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
-        """Return what the options contradict in the conversion before."""
+        """Return contradictions with an earlier conversion."""
         return list(checks.problems_after(self, earlier))
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Specialise every routed layer.
 
         Raises:
-          InputError: a layer of a decoder would see later tokens, or cannot have what is asked for.
+          InputError: a layer of a decoder would see later tokens, or does not support the options.
         """
         before = fingerprint(graph)
         losses = remove_losses(graph)
@@ -85,7 +85,7 @@ class SpecializePass(SpecializeOptions, Pass):
         for remark in remarks(self._layers(graph), settings, is_decoder, self.mode):
             ctx.remark(remark)
         if losses is not None:
-            # They look at capacity and policy, so they are made anew.
+            # They read capacity and policy, so they are computed again.
             losses.apply(graph, ctx)
         result = PassResult(fingerprint(graph) != before, len(layers), stats)
         result.near_misses = [] if layers else [self._near_miss(graph)]
@@ -93,7 +93,7 @@ class SpecializePass(SpecializeOptions, Pass):
         return result
 
     def covers(self, loc: str) -> bool:
-        """Return whether the option ``layers`` names the place `loc`."""
+        """Return whether the option ``layers`` selects the location `loc`."""
         return self.layers == "all" or fnmatchcase(loc, self.layers)
 
     def _layers(self, graph: Graph) -> list[RoutedLayer]:

@@ -1,4 +1,4 @@
-"""Taking back what an earlier specialisation added, so that a graph may change its mode."""
+"""Undo an earlier specialisation, so that a graph may change its mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moecc.rewrite import P, fits
 from moecc_passes.routed import RoutedLayer, routed_layers
 
 ORIGIN = "specialize/"
-"""What the origins of added nodes begin with."""
+"""The prefix of the origins of added nodes."""
 
 
 def is_added(value: Value) -> bool:
@@ -19,11 +19,11 @@ def is_added(value: Value) -> bool:
 
 
 def undo(graph: Graph, covers: Callable[[str], bool]) -> None:
-    """Remove all that specialisations added, the key that nothing needs any more included.
+    """Remove all additions of specialisations, including a key that becomes unused.
 
     Args:
       graph: the graph.
-      covers: says which locations are concerned.
+      covers: returns whether a location is affected.
     """
     for layer in routed_layers(graph):
         if covers(layer.assigner.loc):
@@ -54,13 +54,13 @@ def _undo_operands(node: Node, covers: Callable[[str], bool]) -> None:
         if not is_added(value) or value.node is None or not covers(value.node.loc):
             continue
         before = original(value)
-        # An output may be a mask or a number that was added: there is nothing in its place.
+        # An output may be an added mask or number, which has no original.
         if before is not value and before.type == value.type:
             node.set_operand(index, before)
 
 
 def original(value: Value) -> Value:
-    """Return what `value` was before specialisations changed it."""
+    """Return the value that specialisations changed to `value`."""
     while is_added(value) and (found := fits(CHANGED, value.node)):
         value = found.value("x")
     return value
@@ -78,11 +78,11 @@ CHANGED = (
     | P.select(P.any(), P.constant(), _x)
     | P.scale(_x)
 )
-"""How a specialisation changes a value, a step at a time; see `moecc.ir.mixtures`."""
+"""How a specialisation changes a value, one step each; see `moecc.ir.mixtures`."""
 
 
 def reassign_slots(old: Node, given: dict[str, Value], attrs: dict[str, object]) -> Node:
-    """Put another placing node in the place of `old`, with other operands and attributes."""
+    """Replace the assigning node `old` by one with other operands and attributes."""
     graph = old.graph
     allowed = old.op.attrs["using"].choices
     more = {w: v for w, v in given.items() if w in allowed}

@@ -1,4 +1,4 @@
-"""What is wrong with the options of ``upcycle`` by themselves, and what is merely unwise."""
+"""Checks of the options of ``upcycle`` alone: errors and warnings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ GATES_OF = {
     "expert-choice": RENORMALISED,
     "soft": RENORMALISED,
 }
-"""The gate conventions of each kind of routing; those of token choice are all."""
+"""The gate conventions of each kind of routing; token choice supports all."""
 
 MOST_EXPERTS = 1 << 14
-"""Each is a weight of its own on disk: a limit keeps a slip of the hand from taking hours."""
+"""Each expert is a weight of its own on disk: a limit keeps a typo from taking hours."""
 
 _WHY = {
     "prototypes": "each prototype chooses by a softmax of its own",
@@ -35,7 +35,7 @@ _WHY = {
 
 
 def problems(item: UpcycleOptions) -> list[Problem]:
-    """Return what is wrong with the options, whatever the model."""
+    """Return the problems of the options, independent of the model."""
     layers = check_layers(item.layers)
     decoder = check_layers(item.decoder_layers or "all", "decoder-layers")
     spelled = [p for p in (layers, decoder) if p]
@@ -45,7 +45,7 @@ def problems(item: UpcycleOptions) -> list[Problem]:
 def _counts(item: UpcycleOptions) -> Iterator[Problem]:
     n, k, g = item.experts, item.top_k, item.granularity
     if n < 2:
-        yield Problem("a mixture has at least two experts", "experts", found=str(n))
+        yield Problem("a mixture needs at least two experts", "experts", found=str(n))
     if n > MOST_EXPERTS:
         yield Problem("too many experts", "experts", f"at most {MOST_EXPERTS:,}", f"{n:,}",
                       "Switch-C, the largest that was published, has 2,048")  # fmt: skip
@@ -55,7 +55,7 @@ def _counts(item: UpcycleOptions) -> Iterator[Problem]:
             f"store more experts: experts={max(k, 2)}; ST-MoE has top-k=2" if k > n else "top-k=1",
         )  # fmt: skip
     if g < 1:
-        yield Problem("granularity is at least 1", "granularity", found=str(g))
+        yield Problem("granularity must be at least 1", "granularity", found=str(g))
     elif k % g or n % g:
         yield Problem(
             "a token must go to whole virtual groups", "granularity",
@@ -75,7 +75,7 @@ def _gates(item: UpcycleOptions) -> Iterator[Problem]:
                       f"top-k<={row.max_top_k}", f"top-k={k}", "gates=renormalised takes any top-k"
                       )  # fmt: skip
     if not row.equal_for_equal_logits and g > 1:
-        yield Problem(f"{row.name} gives the members of a virtual group different gates",
+        yield Problem(f"{row.name} gates differ among the members of a virtual group",
                       "gates", "granularity=1", f"granularity={g}",
                       "gates=renormalised suits any granularity")  # fmt: skip
     if item.balance_bias and row.score is None:
@@ -85,7 +85,7 @@ def _gates(item: UpcycleOptions) -> Iterator[Problem]:
 
 
 def _routing(item: UpcycleOptions) -> Iterator[Problem]:
-    """Yield which options say something that the kind of routing has no place for."""
+    """Yield the options that the kind of routing does not support."""
     kind = item.routing
     if kind == "token-choice":
         return
@@ -146,7 +146,7 @@ def _out_of_range(item: UpcycleOptions) -> list[Problem]:
 
 
 def warnings(item: UpcycleOptions) -> list[Problem]:
-    """Return what is allowed, and yet hardly what anyone wants."""
+    """Return warnings of options that are allowed but rarely intended."""
     found = []
     if has_constant_gate(item):
         found.append(

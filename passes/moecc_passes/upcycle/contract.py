@@ -1,4 +1,4 @@
-"""What an upcycling promises, by the lemmas of ``docs/exactness.md``."""
+"""The promise of an upcycling, by the lemmas of ``docs/exactness.md``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from moecc_passes.upcycle.gates import GateLaw
 
 @dataclass(frozen=True)
 class Contract:
-    """What is done to a block that can change its function.
+    """The changes of a block that may change its function.
 
     Attributes:
       law: the sum of the gates.
-      logit_std: the standard deviation of the router's logits; None where it is not known yet.
-      drop: the share of the neurons of every expert that is drawn anew.
+      logit_std: the standard deviation of the router's logits; None if unknown yet.
+      drop: the share of the neurons of every expert that is redrawn.
       noise: the standard deviation of the noise on every expert.
-      noise_is_relative: whether it is in units of the tensor's own.
+      noise_is_relative: whether it is in units of the tensor's standard deviation.
       matrices: the matrices of an expert.
       shared: the share of the neurons that a shared expert keeps.
-      placement: what the placement of the scale does to the function; None where it is exact.
-      capacity_factor: bounds the rows of an expert; None where nothing is dropped.
+      placement: the effect of the scale's placement on the function; None if exact.
+      capacity_factor: bounds the rows of an expert; None if nothing is dropped.
       is_soft: whether experts get averages of tokens.
     """
 
@@ -40,7 +40,7 @@ class Contract:
 
     @property
     def preserves(self) -> Preserves:
-        """What becomes of the function of a block, with the error to expect of its output."""
+        """The promise for a block, with the expected error of its output."""
         reasons = "; ".join(self._reasons())
         if not reasons:
             return Preserves("reassociation")
@@ -83,7 +83,7 @@ class Contract:
 
 
 def of_blocks(promises: Sequence[Preserves]) -> Preserves:
-    """Return what becomes of a model whose blocks were changed so: the error is the worst block's.
+    """Return the promise for a model whose blocks were changed so: the error is the worst block's.
 
     Args:
       promises: those of the blocks, at least one.
@@ -95,7 +95,7 @@ def of_blocks(promises: Sequence[Preserves]) -> Preserves:
 
 
 def inexact_placement(shares: int, scale: float) -> str:
-    """Return what the published placement of the scale does where it is not exact."""
+    """Return why the published placement of the scale is not exact."""
     return (
         f"scale-placement=cube-root puts {scale:g}^(1/{shares}) before the activation too, which "
         "is exact only for activations that are homogeneous"

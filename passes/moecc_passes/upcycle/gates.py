@@ -1,4 +1,4 @@
-"""What the gates of the chosen experts add up to, and what follows for the weights.
+"""The sum of the gates of the chosen experts, and the factor on weights that follows from it.
 
 With N experts in E = N/G virtual groups of G slices, a chosen group whose members have gate w adds
 w times the dense block, so the sparse block gives (Σ w / G) · s times it, where s scales the last
@@ -26,12 +26,12 @@ class GateLaw:
     """The sum of the gates under one convention.
 
     Attributes:
-      convention: how the gates are made, as the operation ``route`` spells it.
+      convention: the gate convention, as in ``route``.
       experts: N, the stored experts.
       top_k: k, the experts a token goes to.
       granularity: G, the slices of the dense block that make up one group.
-      gate_scale: what ``route`` multiplies the gates by.
-      has_prototypes: whether the experts are k groups that each give one, by a softmax of its own.
+      gate_scale: the factor of ``route`` on the gates.
+      has_prototypes: whether the experts are k groups with a softmax and one choice each.
     """
 
     convention: Gates
@@ -48,8 +48,8 @@ class GateLaw:
 
     @property
     def total(self) -> float:
-        """The sum of the gates; where it is not constant, that of a zero router."""
-        # A prototype is one of k groups, so that the softmax in it gives k times as much.
+        """The sum of the gates; if it is not constant, that of a zero router."""
+        # Each prototype is one of k groups with its own softmax, so the sum is k times as large.
         choices = self.top_k**2 if self.has_prototypes else self.top_k
         return convention(self.convention).zero_router_sum(self.experts, choices) * self.gate_scale
 
@@ -87,7 +87,7 @@ class GateLaw:
 
 @dataclass(frozen=True)
 class GateMoments:
-    """Means over tokens of what the gates do, where 1 is the dense block.
+    """Moments of the gates over tokens, where 1 is the dense block.
 
     Attributes:
       ratio: the mean of ρ = s · Σ w / G.

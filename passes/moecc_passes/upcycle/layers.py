@@ -1,4 +1,4 @@
-"""Which layers become sparse: the option ``layers`` of ``upcycle``.
+"""The selection of layers: the option ``layers`` of ``upcycle``.
 
 ``all``; ``every:4`` is layers 3, 7, 11 … as Hugging Face's ``decoder_sparse_step`` counts;
 ``first:half``, ``last:half``, ``first:6``, ``last:6``, ``middle:6``; a list ``3,7,11``; a glob over
@@ -25,14 +25,14 @@ _LIST = re.compile(r"[0-9]{1,9}(?:,[0-9]{1,9})*\Z")
 
 
 def check_layers(spec: str, option: str = "layers") -> Problem | None:
-    """Return what is wrong with `spec` by itself, or None; `option` is where it stands."""
+    """Return the problem of `spec` alone, or None; `option` is the name of the option."""
     if spec in ("all", "nowhere") or _LIST.match(spec):
         return None
     match = _COUNT.match(spec)
     if match is None:
         if any(c in spec for c in "*?[.") and ":" not in spec:
             return None
-        return Problem("layers cannot be read", option, expected=FORMS, found=spec)
+        return Problem("not a selection of layers", option, expected=FORMS, found=spec)
     word, count = match.groups()
     if word in ("every", "middle") and count == "half":
         return Problem(f"{word}:half cannot be read", option, expected=FORMS, found=spec)
@@ -45,9 +45,9 @@ def choose(search: FFNSearch, spec: str, decoder_spec: str | None) -> list[FFNBl
     """Return the blocks that the options ``layers`` and ``decoder-layers`` name.
 
     Args:
-      search: the blocks of a graph, and what is none.
+      search: the blocks of a graph, and the rejected candidates.
       spec: which layers; with `decoder_spec`, of all but the decoder of an encoder-decoder.
-      decoder_spec: which ones of that decoder; None where `spec` is for both stacks.
+      decoder_spec: the layers of that decoder; None if `spec` is for both stacks.
 
     Raises:
       InputError: a listed layer does not exist or has no block, or there is no such decoder.
@@ -60,7 +60,7 @@ def choose(search: FFNSearch, spec: str, decoder_spec: str | None) -> list[FFNBl
             "decoder-layers is about the decoder of an encoder-decoder",
             expected="layers located under decoder.layers",
             found=f"decoder-layers={decoder_spec}, and no such layer",
-            hint="layers says it for a model of one stack",
+            hint="use layers for a model with one stack",
         )
     specs = zip(stacks, (spec, decoder_spec), strict=True)
     return [b for stack, one in specs for b in select(stack.blocks, one, _total(stack))]
@@ -74,13 +74,13 @@ def _stack(search: FFNSearch, decoder: bool) -> FFNSearch:
 
 
 def _total(search: FFNSearch) -> int:
-    """Return the number of layers, counted from the highest number that a location has."""
+    """Return the number of layers, from the highest number in a location."""
     layers = [*(b.layer for b in search.blocks), *(r.layer for r in search.refusals)]
     return max((n for n in layers if n is not None), default=len(search.blocks) - 1) + 1
 
 
 def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
-    """Return those of `blocks` that `spec` names.
+    """Return the blocks that `spec` selects.
 
     Args:
       blocks: the blocks found, in order.
@@ -105,7 +105,7 @@ def select(blocks: Sequence[FFNBlock], spec: str, total: int) -> list[FFNBlock]:
     if word == "first":
         return [b for n, b in numbered if n < count]
     if word == "middle":
-        # As flaxformer counts: with 4 of 12 these are layers 4 to 7.
+        # As in flaxformer: with 4 of 12 these are layers 4 to 7.
         return [b for n, b in numbered if total - count <= 2 * n < total + count]
     return [b for n, b in numbered if n >= total - count]
 

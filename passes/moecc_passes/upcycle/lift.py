@@ -1,8 +1,8 @@
-"""How the weights of a dense block become those of its experts.
+"""Lift the weights of a dense block to those of its experts.
 
 A dense matrix is cut along the inner axis into the neurons of the shared expert and the rest, the
 rest into G slices, and the slices are repeated E times, so that expert i holds slice i mod G.
-What the gates then ask for is multiplied in, and copies are perturbed where the options say so.
+The factor that the gates require is multiplied in, and copies are perturbed if the options say so.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Noise:
       std: its standard deviation, absolute or in units of that of the dense tensor.
       relative: which of the two.
       seed: the seed of the conversion.
-      block: the place of the block, by which the draws are keyed.
+      block: the location of the block, by which the draws are keyed.
     """
 
     std: float
@@ -106,15 +106,15 @@ class Noise:
 
 @dataclass(frozen=True)
 class Drop:
-    """Draws a share of the neurons of every expert anew (Drop-Upcycling, 2502.19261).
+    """Redraws a share of the neurons of every expert (Drop-Upcycling, 2502.19261).
 
     One index set serves all matrices of an expert.  The new entries are normal, with the mean and
     standard deviation of those that they replace.
 
     Attributes:
-      ratio: the share of neurons that are drawn anew.
+      ratio: the share of neurons that are redrawn.
       seed: the seed of the conversion.
-      block: the place of the block, by which the index sets are keyed.
+      block: the location of the block, by which the index sets are keyed.
       division: how the neurons are divided.
     """
 
@@ -124,9 +124,9 @@ class Drop:
     division: Division
 
     def apply(self, name: str, dense: Expr, experts: Expr) -> Expr:
-        """Return `experts`, made from the parameter `name`, with some neurons drawn anew."""
+        """Return `experts`, made from the parameter `name`, with some neurons redrawn."""
         division = self.division
-        # The ratio counts as the decimal number that is written: 0.29 of 100 neurons are 29.
+        # The ratio is taken as the decimal number that was written: 0.29 of 100 neurons are 29.
         count = int(Fraction(repr(self.ratio)) * division.width)
         if count == 0 or division.inner not in experts.type:
             return experts

@@ -1,4 +1,4 @@
-"""The options of ``upcycle``, and what follows from them alone."""
+"""The options of ``upcycle``, and properties that follow from them alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Routing = Literal["token-choice", "prototypes", "hash", "expert-choice", "soft"]
 
 @dataclass(frozen=True)
 class UpcycleOptions:
-    """What ``upcycle`` is asked for."""
+    """The options of ``upcycle``."""
 
     experts: Annotated[int, "N, the experts stored"] = 8
     top_k: Annotated[int, "k, the experts that a token goes to"] = 2

@@ -1,4 +1,4 @@
-"""What the options of ``upcycle`` make of one block: whether they suit it, and its recipe."""
+"""The recipe of a block from the options of ``upcycle``, and why a block is rejected."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.rewrite import Perturb, Recipe
 from moecc_passes.upcycle.router_init import router_weight, slot_weight
 from moecc_passes.upcycle.routers import LOOKS_AHEAD, NAMES, Router
-from moecc_passes.upcycle.scaling import Factors, place_scale
+from moecc_passes.upcycle.scaling import Factors, scale_factors
 from moecc_passes.upcycle.sublayer import surroundings
 
 DRAWN = {"logit-std": "normal", "switch": "switch"}
-"""What is drawn where ``router-std`` is that of the logits."""
+"""The initialisations whose ``router-std`` is that of the logits."""
 
 
 def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
-    """Return why `block` does not divide, or cannot be scaled, as the options ask, or None."""
+    """Return why `block` cannot be divided or scaled as the options require, or None."""
     shared = item.shared * block.width
     whole = round(shared)
     if item.shared and (abs(shared - whole) > 1e-6 or not 0 < whole < block.width):
@@ -41,14 +41,14 @@ def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
             f"the {routed} neurons do not divide into granularity={item.granularity} slices",
             block.loc, f"G among {', '.join(map(str, fits))}", str(item.granularity),
         )  # fmt: skip
-    chosen = place_scale(block, item.scale_placement, item.law.weight_scale)
+    chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
     if isinstance(chosen, str):
         hint = None if item.scale_placement == "down" else "scale-placement=down"
         return Problem(f"{chosen} (by {item.law.weight_scale:g})", block.loc, hint=hint)
     around = surroundings(block) if item.extra_ffn != "none" else None
     if isinstance(around, str):
         return Problem(
-            f"no extra sublayer can stand beside the block: {around}", block.loc,
+            f"no extra sublayer can be added to the block: {around}", block.loc,
             hint="extra-ffn=none",
         )  # fmt: skip
     return None
@@ -57,13 +57,13 @@ def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
 def misrouted(
     item: UpcycleOptions, graph: Graph, block: FFNBlock, causal: set[Value]
 ) -> Problem | None:
-    """Return why the kind of routing does not suit the place of `block`, or None.
+    """Return why the kind of routing is not possible at the location of `block`, or None.
 
     Args:
       item: the options.
       graph: the graph.
       block: a block.
-      causal: the values behind a causal mask.
+      causal: the values after a causal mask.
     """
     if item.routing in LOOKS_AHEAD and block.x in causal:
         other = ", or decoder-layers=nowhere" if is_decoder(block.loc) else ""
@@ -87,14 +87,14 @@ def _groups_fit(item: UpcycleOptions, slices: int, neurons: int) -> bool:
 
 
 def factors_of(item: UpcycleOptions, block: FFNBlock) -> Factors:
-    """Return what each parameter of a block that fits is multiplied by."""
-    chosen = place_scale(block, item.scale_placement, item.law.weight_scale)
+    """Return the factor of each parameter of a valid block."""
+    chosen = scale_factors(block, item.scale_placement, item.law.weight_scale)
     assert not isinstance(chosen, str), "checked before anything was changed"
     return chosen
 
 
 def recipe(item: UpcycleOptions, block: FFNBlock, seed: int) -> Recipe:
-    """Return all that the rewrite of a block that fits needs to know."""
+    """Return the recipe for the rewrite of a valid block."""
     division = _division(item, block)
     factors = dict(factors_of(item, block))
     if block.output_bias is not None:
@@ -151,7 +151,7 @@ def _weight(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int
 def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
     """Return the standard deviation of the router's entries.
 
-    After a norm the router's input has unit mean square, up to the norm's own scale.
+    Where ``router-std`` is that of the logits, the input is taken to have unit mean square.
     """
     is_of_logits = item.router_init in DRAWN
     return item.router_std / sqrt(block.embed) if is_of_logits else item.router_std
@@ -166,7 +166,7 @@ def _perturb(item: UpcycleOptions, block: FFNBlock, division: Division, seed: in
 
 
 def _slots(block: FFNBlock) -> str:
-    """Return what the draws of a block are keyed by; the location alone may not be the only one."""
+    """Return the key of a block's draws; the location alone may not be unique."""
     return f"{block.loc}/{block.down.operands[1].name}"
 
 

@@ -1,4 +1,4 @@
-"""What ``upcycle`` tells of a conversion that worked."""
+"""The remarks of ``upcycle`` on converted blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moecc_passes.upcycle.options import UpcycleOptions
 
 
 def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
-    """Return what is worth telling of the blocks that were converted."""
+    """Return remarks on the converted blocks."""
     how = {
         "token-choice": f"top-{item.top_k}",
         "prototypes": f"one of each of {item.top_k} groups",
@@ -17,17 +17,17 @@ def remarks(item: UpcycleOptions, blocks: list[FFNBlock]) -> list[Remark]:
         "expert-choice": "which choose tokens",
         "soft": f"of {item.soft_slots} soft slots",
     }[item.routing]
-    told = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
+    found = [Remark(b.loc, f"became {item.experts} experts, {how}") for b in blocks]
     if has_constant_gate(item):
-        told.append(
+        found.append(
             Remark("", "top-1 with renormalised gates: the gate is always 1, so the router "
                        "gets no gradient from the loss; gates=switch or top-k=2 trains it")
         )  # fmt: skip
     if item.router_init == "zero":
-        told.append(
+        found.append(
             Remark("", "a zero router sends every token to the first experts, and ties last "
                        "until something breaks them; use it to check, not to train")
         )  # fmt: skip
     if item.experts & (item.experts - 1):
-        told.append(Remark("", "some runtimes want a power of two of experts"))
-    return told
+        found.append(Remark("", "some runtimes want a power of two of experts"))
+    return found

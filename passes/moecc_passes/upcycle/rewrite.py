@@ -22,16 +22,16 @@ Perturb = Callable[[str, Expr, Expr], Expr]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the rewrite of a block needs to know.
+    """All inputs of the rewrite of a block.
 
     Attributes:
       division: how the neurons are divided.
-      router: how tokens come to the experts.
-      factors: what each parameter of the experts is multiplied by.
+      router: how tokens are routed to the experts.
+      factors: the factor of each parameter of the experts.
       perturb: makes copies differ; takes the name of a parameter, its dense and its lifted weight.
       expert_bias: ``multiplicative`` (ones) or ``additive`` (zeros): a vector for each expert on
         the hidden value before the last matrix (ST-MoE, Appendix C); ``none``.
-      extra_ffn: whether a dense sublayer is put ``before`` or ``after``; ``none``.
+      extra_ffn: whether a dense sublayer is added ``before`` or ``after``; ``none``.
     """
 
     division: Division
@@ -43,14 +43,14 @@ class Recipe:
 
 
 def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
-    """Replace `block` by its sparse version; parameters that nothing uses any more go."""
+    """Replace `block` by its sparse version, and erase parameters that become unused."""
     if recipe.extra_ffn != "none":
         DenseCopy.of(block).emit(graph, recipe.extra_ffn)
     names = {p: p.name for p in block.params}
     leaving = [p for p in names if p.users.keys() <= set(block.nodes)]
     for param in leaving:
         graph.rename(param, graph.fresh(f"{param.name}.dense"))
-    # What the block reads, constants included, is defined before its last node.
+    # All inputs of the block, constants included, are defined before its last node.
     builder = Builder(graph, loc=block.loc, origin="upcycle/lift", before=block.nodes[-1])
     rows, finish = recipe.router.emit(builder, block, _name(block.loc))
     experts = {p: _expert_param(graph, p, names[p], recipe) for p in names}
@@ -83,12 +83,12 @@ def _experts(builder: Builder, block: FFNBlock, recipe: Recipe, image: dict[Valu
 
 
 def _name(loc: str) -> str:
-    """Return the name of a value that stands for the place `loc`."""
+    """Return a value name derived from the location `loc`."""
     return re.sub(r"[^A-Za-z0-9_.\-]", "_", loc) or "ffn"
 
 
 def _expert_param(graph: Graph, param: Value, name: str, recipe: Recipe) -> Value:
-    """Add the parameter of the experts that stands for a dense one, under the dense one's name."""
+    """Add the experts' parameter for a dense one, under the dense one's name."""
     dense = _weight(param, name)
     experts = recipe.perturb(name, dense, lifted(dense, recipe.division))
     experts = scaled(experts, recipe.factors.get(param, 1.0))
@@ -97,7 +97,7 @@ def _expert_param(graph: Graph, param: Value, name: str, recipe: Recipe) -> Valu
 
 
 def _weight(param: Value, name: str) -> Expr:
-    # A parameter that nothing says how to make is the tensor of its name.
+    # A parameter without a weight expression is the tensor of its name.
     plain = tensor(param.type.dtype, **{a.name: a.size for a in param.type})
     return Source(name, plain) if param.weight is None else param.weight
 
@@ -136,7 +136,7 @@ def _shared(builder: Builder, block: FFNBlock, names: Mapping[Value, str], recip
         if param is block.down.operands[1]:
             part = scaled(part, 2.0)
         made[param] = graph.param(name, param.type.with_axes(sizes), part, loc=block.loc)
-    # The experts' gates add up an output bias already, so it is not added here again.
+    # The experts' gates already add up the output bias, so it is not added here.
     nodes = block.nodes if block.output_bias is None else block.nodes[:-1]
     shared = _emit(builder, nodes, {block.x: block.x, **made})[block.down.result]
     gate_type = tensor(block.x.type.dtype, **{block.outer: block.embed})

@@ -21,7 +21,7 @@ def router_weight(
       init: normal, truncated-normal, switch, uniform or zero.
       std: the standard deviation of the entries.
       embed: the axis of the model's width.
-      division: how many groups and slices there are.
+      division: the numbers of groups and slices.
       key: the key of the draw.
       name: the name of the axis of experts.
     """
@@ -40,11 +40,11 @@ def slot_weight(init: str, std: float, embed: Axis, experts: int, slots: int, *,
 
 
 BOUNDS = {"truncated-normal": 3.0, "switch": 2.0}
-"""Where draws are cut, in standard deviations; Switch's are TensorFlow's."""
+"""Truncation bounds of draws, in standard deviations; Switch's are TensorFlow's."""
 
 
 def left_of_std(init: str) -> float:
-    """Return what share of a standard deviation is left of it by the cut of ``init``, if any.
+    """Return the ratio of the standard deviation of ``init`` after truncation to that before.
 
     The variance of a normal distribution cut at b is 1 − 2 b φ(b) / (2 Φ(b) − 1).
     """

@@ -1,4 +1,4 @@
-"""The ways of routing that ``upcycle`` knows: what stands around the experts of a block."""
+"""The kinds of routing of ``upcycle``: what is emitted around the experts of a block."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from moecc.weights.expr import Expr, Full
 from moecc_passes.inputs import token_ids
 
 LOOKS_AHEAD = ("expert-choice", "soft")
-"""Ways in which later tokens decide about a token; in encoders only."""
+"""Kinds of routing in which later tokens affect earlier ones; in encoders only."""
 
 NAMES = {"expert-choice": "expert choice", "soft": "a soft mixture"}
 
 
 @dataclass(frozen=True)
 class Router:
-    """How the tokens of a block come to the experts.
+    """How the tokens of a block are routed to the experts.
 
     Attributes:
       kind: token-choice, prototypes, hash, expert-choice or soft.
       weight: the router's weight, ``[expert, embed]``; of a soft mixture ``[expert, slot, embed]``;
         a hash has none.
       experts: the number of experts.
-      top_k: experts per token, where tokens have a number of them.
-      gates: the gate convention, as ``route`` spells it.
-      gate_scale: what the gates are multiplied by.
+      top_k: experts per token, if the kind has a fixed number.
+      gates: the gate convention, as in ``route``.
+      gate_scale: the factor on the gates.
       has_bias: whether a bias for loss-free balancing takes part in the choice.
-      seed: of the hash.
+      seed: the seed of the hash.
       assignment: the attributes of ``assign_slots``: slots, capacity_factor and so on.
     """
 
@@ -56,19 +56,19 @@ class Router:
     assignment: SlotOptions
 
     def emit(self, builder: Builder, block: FFNBlock, prefix: str) -> tuple[Value, Finish]:
-        """Emit the routing; return the experts' rows and what brings results back to the tokens.
+        """Emit the routing; return the experts' rows and the function that combines their results.
 
         Args:
-          builder: where the operations go.
-          block: the dense block, still whole.
-          prefix: what the names of new parameters begin with.
+          builder: where operations are appended.
+          block: the dense block, not yet rewritten.
+          prefix: the prefix of the names of new parameters.
         """
         return _EMIT[self.kind](_Place(builder, block, prefix), self)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a routing is emitted."""
+    """The position and inputs of an emitted routing."""
 
     builder: Builder
     block: FFNBlock
@@ -170,4 +170,4 @@ _EMIT: dict[str, Callable[[_Place, Router], tuple[Value, Finish]]] = {
     "expert-choice": _expert_choice,
     "soft": _soft,
 }
-"""What emits each kind; the option ``routing`` has the same words."""
+"""The functions that emit each kind, by the words of the option ``routing``."""

@@ -1,4 +1,4 @@
-"""Where the factor that the gates ask for goes, and whether it scales the block (lemma L3)."""
+"""Placement of the factor that the gates require, and whether it scales the block (lemma L3)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from moecc.analysis.ffn import FFNBlock
 from moecc.ir.graph import Node, Value
 
 Factors = Mapping[Value, float]
-"""What each parameter is multiplied by; those that are missing stay as they are."""
+"""The factor of each parameter; missing ones are not scaled."""
 
 PLACEMENTS = ("down", "up-down", "cube-root")
 
 
-def place_scale(block: FFNBlock, placement: str, scale: float) -> Factors | str:
-    """Return what each parameter of `block` is multiplied by, or why `placement` does not suit it.
+def scale_factors(block: FFNBlock, placement: str, scale: float) -> Factors | str:
+    """Return the factor of each parameter of `block`, or why `placement` is not possible.
 
     ``down`` puts the whole scale on the last matrix.  ``up-down`` puts √scale there and √scale on
     a matrix in which the hidden value is linear, which for SwiGLU is ``up`` and never ``gate``.
@@ -33,7 +33,7 @@ def place_scale(block: FFNBlock, placement: str, scale: float) -> Factors | str:
             chosen |= dict.fromkeys(block.biases_of(up), chosen[up.operands[1]])
     if placement == "cube-root" or is_scaled(block, chosen, scale):
         return chosen
-    return "a parameter of it is used in two places, which would have to be scaled apart"
+    return "a parameter is used in two positions that would need different factors"
 
 
 def _of_matrices(block: FFNBlock, placement: str, scale: float) -> dict[Value, float] | str:
@@ -44,19 +44,19 @@ def _of_matrices(block: FFNBlock, placement: str, scale: float) -> dict[Value, f
         return dict.fromkeys((*block.degrees(), down), scale ** (1 / shares(block)))
     linear = [w for w, degree in block.degrees().items() if degree == 1]
     if not linear:
-        return "no matrix before the activation can be scaled, because none goes in linearly"
+        return "no matrix before the activation can be scaled, because the block is linear in none"
     return {linear[-1]: scale**0.5, down: scale**0.5}
 
 
 def shares(block: FFNBlock) -> int:
-    """Return n where ``cube-root`` multiplies each matrix by the n-th root of the scale."""
+    """Return n where ``cube-root`` scales each matrix by the n-th root of the scale."""
     return 1 + sum(degree or 1 for degree in block.degrees().values())
 
 
 def is_scaled(block: FFNBlock, factors: Factors, scale: float) -> bool:
     """Whether multiplying parameters by `factors` multiplies the block by `scale`.
 
-    The output bias is left out.  The answer is no where the dataflow does not show it.
+    The output bias is excluded.  The result is false if the dataflow does not show it.
     """
     known: dict[Value, float | None] = {block.x: 1.0}
     for node in block.nodes:
@@ -69,7 +69,7 @@ def is_scaled(block: FFNBlock, factors: Factors, scale: float) -> bool:
 
 
 def _scaled_by(node: Node, given: list[float | None]) -> float | None:
-    """Return what the result is multiplied by if the operands are, by positive factors."""
+    """Return the factor on the result if the operands have positive factors."""
     factors = [f for f in given if f is not None]
     if len(factors) < len(given):
         return None

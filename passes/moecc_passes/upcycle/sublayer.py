@@ -1,6 +1,6 @@
 """An extra dense feed-forward sublayer beside a sparse one (ST-MoE, section 5 and Table 16).
 
-It has the shape of the dense block, a norm of its own and a residual, and its last matrix is zero:
+It has the shape of the dense block, its own norm and residual, and its last matrix is zero:
 it adds exactly nothing until it is trained.
 """
 
@@ -22,8 +22,8 @@ class Surroundings:
 
     Attributes:
       before: the stream that the sublayer adds to.
-      after: the stream behind the sublayer.
-      norm: the norm that the block reads through; None where norms stand behind the sum.
+      after: the stream after the sublayer.
+      norm: the norm through which the block reads; None if norms follow the sum.
       sum: the node that adds the block to the stream.
     """
 
@@ -34,7 +34,7 @@ class Surroundings:
 
 
 def surroundings(block: FFNBlock) -> Surroundings | str:
-    """Return what lies around `block`, or why no sublayer can be put beside it."""
+    """Return the residual stream around `block`, or why no sublayer can be added to it."""
     total = _sum_after(block.output)
     if total is None:
         return "nothing adds its output to a residual stream"
@@ -42,7 +42,7 @@ def surroundings(block: FFNBlock) -> Surroundings | str:
     if norm is not None and norm.op.is_norm and norm.operands[0] in total.operands:
         return Surroundings(norm.operands[0], total.result, norm, total)
     if block.x not in total.operands:
-        return "its output is added to something else than what it reads"
+        return "its output is added to another value than its input"
     behind = total.result.only_user
     is_normed = behind is not None and behind.op.is_norm
     after = behind.result if behind is not None and is_normed else total.result
@@ -50,7 +50,7 @@ def surroundings(block: FFNBlock) -> Surroundings | str:
 
 
 def _sum_after(output: Value) -> Node | None:
-    """Return the node that adds `output`, scaled perhaps, to something."""
+    """Return the node that adds `output`, possibly scaled, to another value."""
     user = output.only_user
     while found := fits(SCALED, user):
         user = found.root.result.only_user
@@ -69,12 +69,12 @@ def extra_location(loc: str) -> str:
 
 @dataclass(frozen=True)
 class DenseCopy:
-    """A dense block as it was: enough to emit it again beside its sparse version.
+    """The original dense block: enough to emit it again beside its sparse version.
 
     Attributes:
       block: the block, before it is rewritten.
       around: the residual stream around it.
-      weights: the weights of its parameters, and of its norm's, by the names they had.
+      weights: the weights of its parameters, and of its norm's, by their names.
     """
 
     block: FFNBlock
@@ -90,7 +90,7 @@ class DenseCopy:
         return cls(block, around, {p: _weight(p) for p in params if p.is_param})
 
     def emit(self, graph: Graph, where: str) -> None:
-        """Put the sublayer ``before`` or ``after`` the block; call it before the block goes."""
+        """Emit the sublayer ``before`` or ``after`` the block; call it before erasing the block."""
         stream = self.around.before if where == "before" else self.around.after
         users = [(n, i) for n in stream.users for i, v in enumerate(n.operands) if v is stream]
         if where == "before":
@@ -127,9 +127,9 @@ class DenseCopy:
         return image[self.block.output]
 
     def _constant(self, builder: Builder, value: Value) -> Value:
-        """Emit again what the block reads beside `x` and parameters: it may be defined later."""
+        """Emit again a constant that the block reads: it may be defined later."""
         node = value.node
-        assert node is not None, "a block reads nothing from outside but constants"
+        assert node is not None, "a block reads only constants from outside"
         return builder.node(node.op.name, names=(), **node.attrs).result
 
     def _param(self, builder: Builder, param: Value, weight: Expr) -> Value:
@@ -138,7 +138,7 @@ class DenseCopy:
 
 
 def _following(graph: Graph, stream: Value, users: list[tuple[Node, int]]) -> Node | None:
-    """Return the first node that is to read the new stream; None where only outputs do."""
+    """Return the first node that must read the new stream; None if only outputs do."""
     concerned = {n for n, _ in users}
     return next((n for n in graph.walk(stream.node) if n in concerned), None)
 

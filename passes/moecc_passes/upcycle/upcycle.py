@@ -1,4 +1,4 @@
-"""The pass ``upcycle``: dense feed-forward blocks become mixtures of experts."""
+"""The pass ``upcycle``: convert dense feed-forward blocks to mixtures of experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 from moecc.analysis.ffn import FFNBlock, find_ffn_blocks
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
-from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, ReadWeight
 from moecc.rewrite.match import NearMiss
 from moecc_passes.routed import causal_values
 from moecc_passes.upcycle.checks import problems, warnings
@@ -20,6 +20,7 @@ from moecc_passes.upcycle.recipes import factors_of, misfit, misrouted, recipe, 
 from moecc_passes.upcycle.remarks import remarks
 from moecc_passes.upcycle.rewrite import rewrite_block
 from moecc_passes.upcycle.router_init import left_of_std
+from moecc_passes.upcycle.router_input import input_rms
 from moecc_passes.upcycle.scaling import is_scaled, shares
 
 
@@ -48,7 +49,7 @@ class UpcyclePass(UpcycleOptions, Pass):
         …
         %y = combine %o, %e, %p, %g : f32[batch=B, seq=S, embed=576]
 
-    The lemmas behind its promise stand in ``docs/exactness.md``.
+    The lemmas behind its promise are in ``docs/exactness.md``.
     """
 
     name: ClassVar[str] = "upcycle"
@@ -57,11 +58,11 @@ class UpcyclePass(UpcycleOptions, Pass):
 
     @property
     def preserves(self) -> Preserves:
-        """What the options promise; `apply` adds what the model's width decides."""
-        return self._contract(None).preserves
+        """The promise of the options; `apply` refines it by the model's width."""
+        return self._contract(None, None).preserves
 
-    def _contract(self, block: FFNBlock | None) -> Contract:
-        logit_std = None if block is None else self._logit_std(block)
+    def _contract(self, block: FFNBlock | None, read: ReadWeight | None) -> Contract:
+        logit_std = None if block is None or read is None else self._logit_std(block, read)
         return Contract(
             law=self.law,
             logit_std=0.0 if self._router_is_zero else logit_std,
@@ -89,17 +90,20 @@ class UpcyclePass(UpcycleOptions, Pass):
     def _router_is_zero(self) -> bool:
         return self.router_init == "zero" or self.router_std == 0
 
-    def _logit_std(self, block: FFNBlock) -> float:
+    def _logit_std(self, block: FFNBlock, read: ReadWeight) -> float:
         if self._router_is_zero:
             return 0.0
-        return router_std(self, block) * left_of_std(self.router_init) * sqrt(block.embed)
+        std = router_std(self, block) * left_of_std(self.router_init) * sqrt(block.embed)
+        # Equal copies under gates with a constant sum are exact for any logits.
+        is_exact = self.law.is_constant and self.init == "copy"
+        return std if is_exact else std * input_rms(block, read)
 
     def validate(self) -> list[Problem]:
-        """Return what is wrong with the options, whatever the model."""
+        """Return the problems of the options, independent of the model."""
         return problems(self)
 
     def warnings(self) -> list[Problem]:
-        """Return which options are unwise together."""
+        """Return warnings of unwise combinations of options."""
         return warnings(self)
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -107,7 +111,7 @@ class UpcyclePass(UpcycleOptions, Pass):
 
         Raises:
           InputError: a selected layer has no block to convert, or its width does not divide, or
-            the routing does not suit its place; all problems at once.
+            the routing is not possible there; all problems at once.
         """
         search = find_ffn_blocks(graph)
         chosen = choose(search, self.layers, self.decoder_layers)
@@ -123,7 +127,7 @@ class UpcyclePass(UpcycleOptions, Pass):
         result.stats = {"blocks found": len(search.blocks), "blocks converted": len(chosen)}
         promises = []
         for block in chosen:
-            promises.append(self._contract(block).preserves)
+            promises.append(self._contract(block, ctx.read).preserves)
             rewrite_block(graph, block, recipe(self, block, ctx.seed))
         result.preserves = of_blocks(promises) if promises else None
         result.remarks = remarks(self, chosen)

@@ -1,0 +1,58 @@
+"""Outputs survive a loss of power, few descriptors, signals and kills."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Done
+
+Moecc = Callable[..., Done]
+PASSES = ("-p", "upcycle{experts=16 top-k=2}", "--to", "mixtral")
+
+
+def events_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Record what is synchronised and renamed, in order."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def recording_fsync(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def recording_rename(source: Path, target: Path) -> None:
+        events.append(("rename", str(source)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "rename", recording_rename)
+    return events
+
+
+def test_every_file_is_synchronised_before_the_rename_and_the_folder_after(
+    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (dense / "tokenizer.json").write_text("{}")
+    events = events_of(monkeypatch)
+    out = tmp_path / "out"
+    done = moecc("convert", dense, out, *PASSES, "--max-shard-bytes", "100000")
+    assert done.code == 0, done.err
+    renamed = next(i for i, (what, _) in enumerate(events) if what == "rename")
+    temporary = Path(events[renamed][1])
+    before = {path for what, path in events[:renamed] if what == "fsync"}
+    files = [p.relative_to(out) for p in out.rglob("*")]
+    assert {str(temporary / name) for name in files} | {str(temporary)} <= before
+    assert ("fsync", str(tmp_path)) in events[renamed:]
+
+
+def test_many_shards_need_few_open_files(dense: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moecc", "convert", str(dense), str(tmp_path / "out"), *PASSES]
+    limited = ["sh", "-c", 'ulimit -n 48; exec "$@"', "sh", *command, "--max-shard-bytes", "1"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 100
