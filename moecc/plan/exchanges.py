@@ -57,16 +57,3 @@ def exact(via: str, dropless: bool) -> bool:
     """Whether an exchange loses no row that the graph keeps."""
     way = way_of(via)
     return way is None or not (way.is_bounded and dropless)
-
-
-def legal(via: str, devices: int, dropless: bool, axes: int = 1) -> bool:
-    """Whether `via` can serve experts that lie on `devices` devices along `axes` mesh axes.
-
-    A capacity makes rows of equal number, for which ``ragged`` would be the same exchange.
-    """
-    way = way_of(via)
-    if devices == 1 or way is None:
-        return devices == 1 and way is None
-    if way.per_axis:
-        return axes > 1
-    return dropless or way.takes("fixed")

@@ -76,12 +76,12 @@ def strategies(
 
 def _vias(layout: Layout, work: Workload, wish: Constraints) -> Iterator[str]:
     """Yield the ways to the experts that a layout has and that agree with `wish`."""
-    for name in _legal_vias(layout, work):
+    for name in legal_vias(layout, work):
         if wish.via in (None, name) and (name == "replicated") == layout.replicated:
             yield name
 
 
-def _legal_vias(layout: Layout, work: Workload) -> list[str]:
+def legal_vias(layout: Layout, work: Workload) -> list[str]:
     """Return the ways to the experts that a layout has."""
     tokens, experts = (
         tuple(n for n in axes if layout.mesh.size((n,)) > 1)
@@ -145,7 +145,7 @@ def check_wish(work: Workload, machine: Machine, wish: Constraints) -> None:
     else:
         layout = Layout.ruled(wish.mesh, work.experts, wish.rules)
     check_layout(layout, work)
-    devices, fitting = layout.mesh.size(layout.expert_axes), _legal_vias(layout, work)
+    devices, fitting = layout.mesh.size(layout.expert_axes), legal_vias(layout, work)
     if wish.via is not None and wish.via not in fitting:
         raise InputError(
             f"experts on {devices} devices cannot be reached via {wish.via}",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from moecc_backends.reference import routing as reference
 from moecc_passes.sharding.experts.expert_parallel import ExpertParallelPass
+from moecc_passes.sharding.legal import layer
 from moecc_passes.upcycle.gates import MEANINGS, GateLaw
 from moecc_passes.upcycle.options import Gates
 
@@ -16,7 +17,13 @@ from moecc.cli.cmd_plan import Via as ViaOption
 from moecc.ir import Builder, Graph
 from moecc.ir.dispatch_strategies import COST_CLASSES, DISPATCHES, STRATEGIES
 from moecc.ir.gates import CONVENTIONS, GATES, SPELLINGS, GateConvention, convention
-from moecc.plan.exchanges import Rows, transfers
+from moecc.ir.mesh import parse_mesh
+from moecc.sharding.assign import Assigner
+from moecc.sharding.collectives import sent
+from moecc.sharding.propagate import propagate
+from moecc.sharding.routes import route, sparse_layer
+from moecc.sharding.rules import read_layouts
+from moecc.sharding.sites import sites_of
 from moecc.sharding.vias import VIAS, WAYS, Via
 from moecc.types.dtypes import F64
 from moecc.types.tensor import tensor
@@ -144,13 +151,20 @@ def test_users_are_offered_every_way() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.name))
-def test_a_plan_prices_the_collectives_of_the_row(way: Via) -> None:
-    for dropless in (True, False):
-        slots = "ragged" if dropless else "fixed"
-        if not way.takes(slots):
+def test_a_route_has_the_collectives_of_the_row(way: Via) -> None:
+    """The passes write what a route has into graphs, and the plan prices it."""
+    rules = "expert-replicated" if way.tokens_everywhere else "expert-hierarchical"
+    mesh = "data:2,expert:2" if way.tokens_everywhere else "far:2,near:2"
+    for bound, slots in (("capacity", "fixed"), ("ragged", "ragged")):
+        if slots not in way.to_experts:
             continue
-        rows = Rows(64, 128, 4, 4, 2, 8, dropless=dropless)
-        ops = {t.op for t in transfers(way.name, rows, ("near", "far"), 1)}
+        graph = layer(bound)  # type: ignore[arg-type]
+        sites, by = sites_of(graph), Assigner(parse_mesh(mesh), read_layouts([rules]))
+        found = propagate(sites, graph.inputs.values(), graph.params.values(), by)
+        sparse = sparse_layer(sites, found)
+        assert sparse is not None
+        stages = route(sparse, way, found, None)
+        ops = {s.op for stage in stages for s in sent(stage.source, stage.steps) if not s.is_local}
         assert ops == {op for op in (way.to_experts[slots], way.back[slots]) if op}
 
 

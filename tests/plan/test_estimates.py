@@ -19,15 +19,15 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.exchanges import Rows, legal
+from moecc.plan.exchanges import Rows
 from moecc.plan.layouts import layouts
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
+from moecc.plan.search import legal_vias
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
-from moecc.sharding.vias import LOCAL, VIAS
 from moecc.types.dtypes import F32
 
 MODELS = ("mixtral-8x7b", "st-moe-l", "smollm2-135m", "switch-c")
@@ -47,9 +47,8 @@ def legal_strategies(model: str) -> tuple[Strategy, ...]:
     """Return all on 16 devices."""
     work, found = work_of(model), []
     for layout in (found for mesh in meshes(16) for found in layouts(mesh, work)):
-        devices = layout.mesh.size(layout.expert_axes)
-        for via, remat in product((*VIAS, LOCAL), REMATS):
-            if legal(via, devices, work.dropless) and (via == "replicated") == layout.replicated:
+        for via, remat in product(legal_vias(layout, work), REMATS):
+            if (via == "replicated") == layout.replicated:
                 found.append(Strategy(layout, via, "index", remat))
     return tuple(found)
 

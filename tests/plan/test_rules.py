@@ -20,17 +20,16 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
 from moecc.plan.estimate import Estimator
-from moecc.plan.exchanges import legal
 from moecc.plan.layouts import layouts, problems
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
+from moecc.plan.search import legal_vias
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload, workload
 from moecc.presets import preset_config
 from moecc.sharding.layout import Layout
 from moecc.sharding.rules import read_layout
-from moecc.sharding.vias import LOCAL, VIAS
 
 DEVICES = 16
 FEW: dict[str, dict[str, Any]] = {
@@ -105,8 +104,7 @@ def test_a_plan_reads_the_rules_that_a_graph_is_laid_by(model: str) -> None:
     for layout in (found for mesh in meshes(DEVICES) for found in layouts(mesh, work)):
         own = Layout.ruled(layout.mesh, work.experts, layout.names)
         assert own.replicated is layout.replicated
-        devices = layout.mesh.size(layout.expert_axes)
-        vias = [v for v in (*VIAS, LOCAL) if legal(v, devices, work.dropless)]
+        vias = legal_vias(layout, work)
         first, second = (estimator.estimate(Strategy(x, vias[0])) for x in (layout, own))
         assert first.memory == second.memory
         assert first.collectives == second.collectives
