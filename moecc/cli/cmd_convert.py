@@ -60,13 +60,14 @@ def convert(asked: ConvertRequest) -> None:
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model
     from moecc.support.parse_units import count_bytes, float_type
+    from moecc.support.signals import signals_raised
     from moecc.tasks.convert import plan
 
     type = None if asked.dtype is None else float_type(asked.dtype)
     limit = count_bytes(asked.max_shard_bytes)
     passes = read_pipeline(asked.pipeline, asked.load or [])
     out, force = asked.out, asked.force
-    with open_model(asked.source, padding=asked.padding_mask) as model:
+    with signals_raised(), open_model(asked.source, padding=asked.padding_mask) as model:
         planned = plan(
             model, passes, asked.to, dtype=type, seed=asked.seed,
             allow_unmatched=asked.allow_unmatched,
