@@ -7,7 +7,6 @@ when it is complete.  Other processes see the old folder, no folder, or the comp
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -17,11 +16,17 @@ from pathlib import Path
 
 from moecc.checkpoint.durable import synchronise_folder
 from moecc.checkpoint.files import os_problem
+from moecc.checkpoint.leftovers import (
+    check_leftovers,
+    leftover_bytes,
+    locked,
+    partial_of,
+    remove,
+    replaced_of,
+)
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError, MachineError
 
-TEMPORARY_MARK = ".moecc-tmp-"
-_REPLACED_MARK = ".moecc-old-"
 _SPACE_MARGIN_BYTES = 16 << 20
 _PRIVATE = 0o700
 
@@ -56,7 +61,8 @@ def check_output(
 
     Raises:
       InputError: it is a file, not empty, equal to or inside an input or vice versa, the
-        working folder or a mount point, or has no parent; all problems at once.
+        working folder or a mount point, or has no parent; a conversion is writing it, or was
+        killed and left files, which `force` removes; all problems at once.
       MachineError: the parent is not writable, or the disk is too small.
     """
     folder = Path(os.path.realpath(out))
@@ -67,8 +73,9 @@ def check_output(
     replaces = _check_existing(folder, out, force, problems)
     for source in inputs:
         _check_apart(folder, Path(os.path.realpath(source)), out, source, problems)
+    check_leftovers(folder, out, force, problems)
     problems.raise_if_any(InputError)
-    _require_machine(folder, out, needed_bytes)
+    _require_machine(folder, out, needed_bytes - leftover_bytes(folder))
     return OutputPlace(folder, replaces)
 
 
@@ -86,16 +93,25 @@ def output_folder(
     the new one is complete.  Arguments and errors are those of `check_output`.
     """
     place = check_output(out, inputs=inputs, force=force, needed_bytes=needed_bytes)
-    temporary = _sibling(place.folder, TEMPORARY_MARK)
+    temporary = partial_of(place.folder)
+    _remove_leftovers(place)
+    mode = _make_private(temporary)
     try:
-        mode = _make_private(temporary)
-        yield temporary
-        temporary.chmod(mode)
-        _synchronise_tree(temporary)
-        _put_in_place(temporary, place)
-    except BaseException:  # Ctrl-C included: nothing half-written remains
-        shutil.rmtree(temporary, ignore_errors=True)
+        with locked(temporary):
+            yield temporary
+            temporary.chmod(mode)
+            _synchronise_tree(temporary)
+            _put_in_place(temporary, place)
+    except BaseException:  # Ctrl-C and SIGTERM included: nothing half-written remains
+        remove(temporary)
         raise
+
+
+def _remove_leftovers(place: OutputPlace) -> None:
+    """Remove what a killed conversion left, but never the only complete output."""
+    remove(partial_of(place.folder))
+    if os.path.lexists(place.folder):
+        remove(replaced_of(place.folder))
 
 
 def _check_existing(folder: Path, out: Path, force: bool, problems: Problems) -> bool:
@@ -188,10 +204,6 @@ def _make_private(folder: Path) -> int:
     return mode
 
 
-def _sibling(folder: Path, mark: str) -> Path:
-    return folder.with_name(f"{folder.name}{mark}{secrets.token_hex(4)}")
-
-
 def _synchronise_tree(folder: Path) -> None:
     """Make the names in a folder and its subfolders durable."""
     for path, _, _ in os.walk(folder):
@@ -199,19 +211,18 @@ def _synchronise_tree(folder: Path) -> None:
 
 
 def _put_in_place(temporary: Path, place: OutputPlace) -> None:
-    if not place.replaces:
-        _rename_in(temporary, place.folder)
-        return
-    old = _sibling(place.folder, _REPLACED_MARK)
+    old = replaced_of(place.folder)
     try:
-        os.rename(place.folder, old)
+        if place.replaces:
+            os.rename(place.folder, old)
         _rename_in(temporary, place.folder)
     except BaseException:
-        if os.path.lexists(old) and not os.path.lexists(place.folder):
+        if place.replaces and os.path.lexists(old) and not os.path.lexists(place.folder):
             os.rename(old, place.folder)
         raise
-    # rmtree uses descriptors: a link created meanwhile is removed, never followed.
-    shutil.rmtree(old, ignore_errors=True)
+    if not os.path.lexists(old):
+        return
+    remove(old)
     if os.path.lexists(old):
         raise MachineError(
             "the new output is complete, but the one it replaced could not be deleted",

@@ -99,11 +99,13 @@ def compile_step(asked: CompileRequest) -> int:
     from moecc.ahead.compile_in_subprocess import compile_apart
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, write_whole
+    from moecc.support.signals import signals_raised
 
     request = ahead_request(asked)
     if asked.save is not None:
         check_writable(asked.save, force=asked.force)
-    answer = compile_apart(request, asked.time_limit)
+    with signals_raised():  # the worker must not outlive this process
+        answer = compile_apart(request, asked.time_limit)
     for remark in answer.data["remarks"]:
         say(f"note: {remark}")
     if asked.save is not None:

@@ -60,13 +60,14 @@ def convert(request: ConvertRequest) -> None:
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model
     from moecc.support.parse_units import count_bytes, float_type
+    from moecc.support.signals import signals_raised
     from moecc.tasks.convert import plan
 
     type = None if request.dtype is None else float_type(request.dtype)
     limit = count_bytes(request.max_shard_bytes)
     passes = read_pipeline(request.pipeline, request.load or [])
     out, force = request.out, request.force
-    with open_model(request.source, padding=request.padding_mask) as model:
+    with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
             allow_unmatched=request.allow_unmatched,

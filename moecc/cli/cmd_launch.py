@@ -65,13 +65,16 @@ def launch(request: LaunchRequest) -> int:
         sys.stdout.write(fill_template(kind, job))
         return 0
     from moecc.launch.supervisor import Supervisor
+    from moecc.support.signals import signals_raised
 
     words = _program(request.command)
     # Processes of one machine cannot share its accelerators, but can share its cores.
     platforms = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    ended = Supervisor(
+    supervisor = Supervisor(
         words, request.processes, stuck_seconds=request.step_seconds, environment=platforms
-    ).run()
+    )
+    with signals_raised():  # the processes must not outlive this one
+        ended = supervisor.run()
     return ended.exit_code
 
 

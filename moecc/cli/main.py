@@ -1,7 +1,7 @@
 """``moecc``: the commands, and the one module where errors become exit codes.
 
 Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of meaning failed,
-4 the machine, 70 a bug in moecc, 130 interrupted.
+4 the machine, 70 a bug in moecc, 130 interrupted, 143 terminated, 129 hung up.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typer.core import TyperGroup
 
 from moecc.cli.console import say, show_error, write_utf8
 from moecc.errors import MachineError, MoeccError, Problem, UsageError, nearest, printable
+from moecc.support.signals import Terminated
 
 EPILOG = (
     "Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of meaning failed, "
-    "4 the machine, 70 a bug in moecc, 130 interrupted."
+    "4 the machine, 70 a bug in moecc, 130 interrupted, 143 terminated."
 )
 
 COMMANDS = (
@@ -95,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return _INTERRUPTED
+    except Terminated as error:
+        say(str(error))
+        return error.exit_code
     except BrokenPipeError:
         # The reader of our output has exited; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -39,7 +39,7 @@ def test_the_folder_appears_whole_at_the_end(tmp_path):
     out = tmp_path / "out"
     with output_folder(out) as folder:
         assert folder.parent == tmp_path
-        assert folder.name.startswith("out.moecc-tmp-")
+        assert folder.name == ".out.moecc-partial"
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("a")
@@ -128,7 +128,7 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_be_put_in_place(tmp_p
     rename = os.rename
 
     def fail(source, target):
-        if ".moecc-tmp-" in str(source):
+        if ".moecc-partial" in str(source):
             raise OSError(5, "Input/output error")
         rename(source, target)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from moecc.checkpoint.outdir import output_folder
 
 from .conftest import Done
 
@@ -56,3 +59,86 @@ def test_many_shards_need_few_open_files(dense: Path, tmp_path: Path) -> None:
     done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 100
+
+
+def stopped_midway(dense: Path, out: Path, number: int) -> subprocess.Popen[str]:
+    """Start a conversion, and signal it while its temporary folder has weights."""
+    code = (
+        "import os, sys, time\n"
+        "from moecc.checkpoint import writer\n"
+        "from moecc.cli.main import main\n"
+        "blocks = writer.row_blocks\n"
+        "def slow(*args):\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(0.2)\n"
+        "    return blocks(*args)\n"
+        "writer.row_blocks = slow\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "convert", str(dense), str(out), *PASSES]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)],
+    ids=["SIGTERM", "SIGHUP", "SIGINT"],
+)
+def test_a_signal_leaves_nothing(dense: Path, tmp_path: Path, number: int, code: int) -> None:
+    _, err = (process := stopped_midway(dense, tmp_path / "out", number)).communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == ["dense"]
+
+
+def test_what_a_kill_leaves_is_named_and_removed_by_force(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    stopped_midway(dense, out, signal.SIGKILL).communicate(timeout=60)
+    assert (tmp_path / ".out.moecc-partial").is_dir()
+    done = moecc("convert", dense, out, *PASSES)
+    assert done.code == 1
+    assert ".out.moecc-partial" in done.err
+    assert "--force removes it" in done.err
+    done = moecc("convert", dense, out, *PASSES, "--force")
+    assert done.code == 0, done.err
+    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
+
+
+def test_an_old_output_between_two_renames_is_named_and_kept_until_the_end(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / ".out.moecc-old"
+    old.mkdir()
+    (old / "config.json").write_text("precious")
+    done = moecc("convert", dense, tmp_path / "out", *PASSES)
+    assert done.code == 1
+    assert f"mv {old} {tmp_path / 'out'} brings it back" in done.err
+    bad = (*PASSES[:1], "upcycle{layers=99}", *PASSES[2:], "--force")
+    assert moecc("convert", dense, tmp_path / "out", *bad).code == 1
+    assert (old / "config.json").read_text() == "precious"
+    assert moecc("convert", dense, tmp_path / "out", *PASSES, "--force").code == 0
+    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
+
+
+def test_two_conversions_do_not_write_one_output(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+    with output_folder(tmp_path / "out"):
+        done = moecc("convert", dense, tmp_path / "out", *PASSES, "--force")
+    assert done.code == 1
+    assert "another conversion is writing this output" in done.err
+
+
+def test_a_hangup_that_the_caller_ignores_stays_ignored() -> None:
+    from moecc.support.signals import signals_raised
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_raised():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

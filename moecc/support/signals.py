@@ -1,0 +1,54 @@
+"""Signals that ask a command to end become exceptions, so that it cleans up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Terminated(BaseException):
+    """A signal asked this process to end; no handler of errors catches it by accident.
+
+    Attributes:
+      signal: which one.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(f"terminated by {self.signal.name}")
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a shell for a process that this signal ended: 143 for SIGTERM."""
+        return 128 + self.signal
+
+
+@contextmanager
+def signals_raised() -> Iterator[None]:
+    """Raise `Terminated` in the main thread on SIGTERM and SIGHUP; SIGINT already raises.
+
+    Once one has arrived, further ones are ignored: they would interrupt the cleaning up.  A signal
+    that the caller ignores, as ``nohup`` does with SIGHUP, stays ignored.  In another thread than
+    the main one, which cannot set handlers, nothing changes.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {s: signal.getsignal(s) for s in _ENDING if is_main}
+    taken = [s for s, handler in before.items() if handler == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _raise)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    for other in _ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    raise Terminated(number)
