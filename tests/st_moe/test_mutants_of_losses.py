@@ -6,12 +6,12 @@ is exchanged for a wrong one, and the property must fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import moecc_backends.reference.slots as assigner
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 from moecc_passes import add_losses
 
 from moecc.ir.graph import Value
@@ -146,27 +146,23 @@ MUTANTS: dict[str, tuple[object, str, Any, Callable[[], None]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _few_examples() -> Iterator[None]:
-    """Let properties draw few examples, the same ones each time, and shrink none."""
-    before = settings.get_current_profile_name()
-    settings.register_profile(
-        "mutants",
-        max_examples=10,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    settings.load_profile("mutants")
-    yield
-    settings.load_profile(before)
+FEW = settings(
+    max_examples=10,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+"""Few examples, the same ones each time, none of them shrunk."""
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_wrong_loss_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place, attribute, wrong, law = MUTANTS[name]
     monkeypatch.setattr(place, attribute, wrong)
+    if is_hypothesis_test(law):
+        # A property has its settings since it was defined; a profile would come too late.
+        monkeypatch.setattr(law, "_hypothesis_internal_use_settings", FEW)
     with pytest.raises(AssertionError):
         law()
