@@ -28,10 +28,10 @@ demo: $(STAMP) ## upcycle SmolLM2-135M to a mixture of 8 experts, and prove that
 	$(BIN)/python examples/upcycle_smollm2.py
 
 test: $(STAMP) ## the tests, in parallel, without the slow ones
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 test-all: $(STAMP) ## every test, the slow ones included
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: lint types test ## what CI runs, without the wheel
 

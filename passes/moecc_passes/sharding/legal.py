@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 from moecc.errors import InputError
@@ -116,8 +117,12 @@ def layer(slots: Bound, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> G
     return graph
 
 
+@cache
 def outcome(case: Case) -> tuple[Graph | None, str]:
-    """Return the laid graph of a case and its collectives, or None and why there is none."""
+    """Return the laid graph of a case and its collectives, or None and why there is none.
+
+    The graph is everybody's: clone it before you change it.
+    """
     graph = layer(case.slots)
     try:
         run_pipeline(graph, Pipeline.parse(case.pipeline))
