@@ -362,7 +362,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no uniform": (lambda b, g, **_: b.keep_choices(g, g, policy="all"), "uniform numbers"),
     "threshold": (
         lambda b, g, **_: b.keep_choices(g, policy="threshold", threshold=-0.1),
-        "not negative",
+        "not be negative",
     ),
     "experts": (
         lambda b, s, **_: b.expert_choice(s, tokens="token", experts=3, capacity_factor=1.0),

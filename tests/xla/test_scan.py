@@ -191,7 +191,7 @@ def test_keys_are_stacked_and_captured() -> None:
     x, key = graph.input("x", tensor(F32, batch=4)), graph.input("key", TensorType(KEY))
     b = Builder(graph)
     keys = b.stack(*(b.fold_key(key, by=i) for i in range(3)), axis="layer")
-    y = b.scan(x, keys, key, over=(("layer", 3),), carries=1, stacked=1, body=body)
+    (y,) = b.scan(x, keys, key, over=(("layer", 3),), carries=1, stacked=1, body=body)
     graph.set_output("y", y)
     inputs = {"x": np.zeros(4, "f4"), "key": np.array(7, np.uint64)}
     expected = get_backend("reference").compile(graph).run({}, inputs)["y"]
