@@ -100,6 +100,18 @@ def of_sequences(over: Any, masked: bool) -> Graph:
     return graph
 
 
+def _gradients_of_one(logits: np.ndarray) -> list[jax.Array]:
+    """Return the gradient of each loss of a sequence that has no padding."""
+    run = function(of_sequences("global", masked=False), dtype=F64)
+
+    def values(given: jax.Array) -> list[jax.Array]:
+        found = run({}, {"x": np.zeros((2, 6, 1)), "logits": given})
+        return [found[f"loss.{n}"] for n in (*LOSSES, "auxiliary")]
+
+    gradients: list[jax.Array] = jax.jit(jax.jacrev(values))(logits)
+    return gradients
+
+
 @pytest.mark.parametrize("over", ["group", "sequence", "global"])
 @pytest.mark.parametrize("empty", [1, 2])
 def test_gradients_are_finite_where_a_sequence_is_padding(over: str, empty: int) -> None:
@@ -118,14 +130,7 @@ def test_gradients_are_finite_where_a_sequence_is_padding(over: str, empty: int)
 
         found = jax.jit(values)(logits)
         gradients = [np.asarray(g) for g in jax.jit(jax.jacrev(values))(logits)]
-        alone = jax.jacrev(
-            lambda given: [
-                function(of_sequences("global", masked=False), dtype=F64)(
-                    {}, {"x": x[:, :6], "logits": given}
-                )[f"loss.{n}"]
-                for n in (*LOSSES, "auxiliary")
-            ]
-        )(logits[0].reshape(2, 6, EXPERTS))
+        alone = _gradients_of_one(logits[0].reshape(2, 6, EXPERTS))
     for name, value in zip((*LOSSES, "auxiliary"), found, strict=True):
         np.testing.assert_allclose(value, expected[f"loss.{name}"], rtol=1e-10, err_msg=name)
     for gradient, one in zip(gradients, alone, strict=True):
