@@ -10,13 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError, MachineError, MoeccError, Problem
 
 OPEN_DESCRIPTORS = 16
@@ -26,17 +28,23 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.E
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Identifies one state of a file."""
+    """Identifies one state of a file.
+
+    The time of the last status change cannot be set back, as that of the last modification can.
+    """
 
     device: int
     inode: int
     size_bytes: int
     modified_ns: int
+    changed_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
         """Return the identity in a stat result."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
 
 
 def os_problem(error: OSError, path: Path, doing: str = "read") -> MoeccError:
@@ -110,6 +118,27 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
         done += count
 
 
+def require_unchanged(identities: Mapping[Path, Identity]) -> None:
+    """Raise InputError with all files that are not as they were when they were identified."""
+    problems = Problems()
+    for path, identity in identities.items():
+        try:
+            if identify(path) != identity:
+                problems.extend((_changed(path),))
+        except InputError as error:
+            problems.extend(error.problems)
+    problems.raise_if_any()
+
+
+def _changed(path: Path) -> Problem:
+    return Problem(
+        "the file changed while it was being read",
+        where=str(path),
+        expected="the same file, size and times of change as when it was opened",
+        hint="wait until nothing writes to the checkpoint any more, then start again",
+    )
+
+
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
     """Read a whole regular file of at most `limit_bytes`. Raises as `identify`."""
     descriptor, identity = open_regular(path)
@@ -126,6 +155,11 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     finally:
         os.close(descriptor)
     return bytes(data)
+
+
+def read_whole(path: Path) -> bytes:
+    """Read a whole regular file, through one descriptor. Raises as `identify`."""
+    return read_bounded(path, sys.maxsize)
 
 
 def file_fault(path: Path, root: Path) -> Problem | None:
@@ -195,12 +229,7 @@ class DescriptorPool:
     def _require_same(self, path: Path, identity: Identity, descriptor: int) -> None:
         if identify(path) == identity == Identity.of(os.fstat(descriptor)):
             return
-        raise InputError(
-            "the file changed while it was being read",
-            where=str(path),
-            expected="the same file, size and time of change as when its header was read",
-            hint="wait until nothing writes to the checkpoint any more, then start again",
-        )
+        raise InputError([_changed(path)])
 
     @contextmanager
     def lease(self, path: Path) -> Iterator[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -12,7 +13,14 @@ from typing import Self
 import numpy as np
 
 from moecc.checkpoint.companions import find_companions
-from moecc.checkpoint.files import DescriptorPool, Identity, file_fault, os_problem
+from moecc.checkpoint.files import (
+    DescriptorPool,
+    Identity,
+    file_fault,
+    identify,
+    os_problem,
+    require_unchanged,
+)
 from moecc.checkpoint.index import compare_with_headers
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.checkpoint.layout import INDEX_NAME, choose_weights
@@ -38,6 +46,7 @@ class SafetensorsFolder:
         config: dict[str, object],
         headers: dict[Path, Header],
         companions: dict[str, Path],
+        others: dict[Path, Identity] | None = None,
     ) -> None:
         self.path = path
         self.config = config
@@ -48,6 +57,7 @@ class SafetensorsFolder:
             file: header.identity for file, header in headers.items()
         }
         self._companions = companions
+        self._others = others or {}
         self._pool = DescriptorPool()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -90,6 +100,10 @@ class SafetensorsFolder:
         """Return the weight files, the index if there is one, and the config."""
         metadata = [self.path / INDEX_NAME, self.path / CONFIG_NAME]
         return [*self._identities, *(path for path in metadata if path.exists())]
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if a file, companions included, changed since it was opened."""
+        require_unchanged(self._others | self._identities)
 
     def close(self) -> None:
         """Close the files."""
@@ -143,6 +157,8 @@ def open_folder(path: Path) -> SafetensorsFolder:
     """
     problems = Problems()
     names = _list(path)
+    # Identified before they are read, so that no change in between goes unnoticed.
+    others = _identify_all(path / name for name in (CONFIG_NAME, INDEX_NAME))
     config = _read_config(path, problems)
     index, shards = choose_weights(path, names, problems)
     headers = _read_headers(path, shards, problems)
@@ -150,7 +166,17 @@ def open_folder(path: Path) -> SafetensorsFolder:
         compare_with_headers(index, headers, problems)
     companions = find_companions(path, problems)
     problems.raise_if_any()
-    return SafetensorsFolder(path, config, headers, companions)
+    others |= _identify_all(companions.values())
+    return SafetensorsFolder(path, config, headers, companions, others)
+
+
+def _identify_all(paths: Iterable[Path]) -> dict[Path, Identity]:
+    """Identify the files that exist; what is wrong with others is reported when they are read."""
+    found = {}
+    for path in paths:
+        with suppress(InputError):
+            found[path] = identify(path)
+    return found
 
 
 def _list(path: Path) -> set[str]:

@@ -76,6 +76,10 @@ class Checkpoint(Protocol):
         """Return the weight files, the index and the config, for digests."""
         ...
 
+    def require_unchanged(self) -> None:
+        """Raise InputError if a file, companions included, changed since it was opened."""
+        ...
+
     def close(self) -> None:
         """Close the files."""
         ...

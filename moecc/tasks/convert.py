@@ -207,7 +207,7 @@ def write(
     """Write a planned conversion to the folder `out`, atomically.
 
     Raises:
-      InputError: the folder cannot be used; a weight is not finite.
+      InputError: the folder cannot be used; a weight is not finite; the source changed meanwhile.
       MachineError: the disk is too small, or a write failed.
     """
     from moecc.checkpoint.outdir import output_folder
@@ -230,6 +230,8 @@ def write(
         )
         _write_companions(temporary, planned, folder.name)
         _write_manifest(temporary, planned, written)
+        # After all of it was read and hashed: the digests are those of what was converted.
+        checkpoint.require_unchanged()
     return Conversion(folder, planned, written)
 
 
@@ -240,11 +242,12 @@ def _provenance(planned: Plan) -> dict[str, str]:
 def _write_companions(folder: Path, planned: Plan, title: str) -> None:
     """Copy tokenizer and licence files byte for byte, and write config.json and the card."""
     from moecc.checkpoint.durable import write_durable
+    from moecc.checkpoint.files import read_whole
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
     for name, content in checkpoint.companions().items():
-        data = content.read_bytes() if isinstance(content, Path) else content
+        data = read_whole(content) if isinstance(content, Path) else content
         place = folder / name
         place.parent.mkdir(exist_ok=True)  # chat templates are in a subfolder
         write_durable(place, data)

@@ -15,7 +15,7 @@ from typing import Self
 
 import numpy as np
 
-from moecc.checkpoint.files import DescriptorPool
+from moecc.checkpoint.files import DescriptorPool, require_unchanged
 from moecc.checkpoint.folder import rows_of
 from moecc.checkpoint.gguf.blocks import dequantise
 from moecc.checkpoint.gguf.config import Sizes, make_config
@@ -114,6 +114,10 @@ class GgufFile:
     def files(self) -> list[Path]:
         """Return the file itself."""
         return [self.path]
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if the file changed since it was opened."""
+        require_unchanged({self.path: self._identity})
 
     def close(self) -> None:
         """Close the file."""

@@ -1,0 +1,73 @@
+"""A source that changes while it is converted is noticed, whenever and however it changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moecc.cli.console import Bar
+
+from .conftest import Done
+
+Moecc = Callable[..., Done]
+
+
+def flip_a_byte_and_hide_it(dense: Path) -> None:
+    file = dense / "model.safetensors"
+    status = os.stat(file)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    with file.open("r+b") as opened:
+        opened.write(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def edit_the_config(dense: Path) -> None:
+    with (dense / "config.json").open("a") as opened:
+        opened.write("\n")
+
+
+def swap_the_tokenizer_for_a_link(dense: Path) -> None:
+    secret = dense.parent / "secret"
+    secret.write_text("secret")
+    (dense / "tokenizer.json").unlink()
+    (dense / "tokenizer.json").symlink_to(secret)
+
+
+def remove_the_licence(dense: Path) -> None:
+    (dense / "LICENSE").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (flip_a_byte_and_hide_it, "model.safetensors"),
+        (edit_the_config, "config.json"),
+        (swap_the_tokenizer_for_a_link, "tokenizer.json"),
+        (remove_the_licence, "LICENSE"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_change_after_the_last_weight_was_read_is_noticed(
+    moecc: Moecc,
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    name: str,
+) -> None:
+    (dense / "tokenizer.json").write_text("{}")
+    (dense / "LICENSE").write_text("of its own")
+
+    def at_the_end(bar: Bar, done: int, total: int) -> None:
+        if done == total:
+            change(dense)
+
+    monkeypatch.setattr(Bar, "__call__", at_the_end)
+    done = moecc("convert", dense, tmp_path / "out", "-p", "upcycle", "--to", "mixtral")
+    assert done.code == 1, done.err
+    assert f"{name}: " in done.err
+    assert not (tmp_path / "out").exists()
