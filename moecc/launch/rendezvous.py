@@ -24,6 +24,10 @@ RETRY_SECONDS = 0.2
 PART_SECONDS = 5
 """How long the first process waits for the others to close their connections."""
 
+VERDICT_SECONDS = 2
+"""How much longer than the first process a connected one waits, to hear from it who is missing:
+with equal limits, whichever clock started earlier decides whether it is told."""
+
 _HELLO = re.compile(rb"moecc (\d{1,6}) of (\d{1,6})\n\Z")
 _GO, _NO = b"go\n", b"no: "
 _MOST_BYTES = 1024
@@ -213,7 +217,7 @@ def _visit(process: ProcessInfo, seconds: float) -> None:
 
 
 def _answer(process: ProcessInfo, seconds: float) -> bytes:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds + VERDICT_SECONDS
     with socket.create_connection(_address(process), timeout=seconds) as connection:
         connection.sendall(b"moecc %d of %d\n" % (process.process, process.processes))
         answer = b""
