@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,18 @@ from hypothesis import HealthCheck, settings
 
 # Before jax looks at its devices: what lies on a mesh is tested on a CPU that is eight devices.
 # Programs run once or twice here, so LLVM does not optimise them: compiling takes half the time.
-# What XLA does to a program, which is what the tests about compiled programs read, is the same.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# The older emitters of fused loops make less text for LLVM to compile.  What XLA does to a program,
+# which is what the tests about compiled programs read, is the same but for the size of its buffers:
+# tests about memory ask for the emitters that users have.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+# Hundreds of child processes import moecc: they find its bytecode, and leave none in the tree.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_cache" / "bytecode")
 
 from moecc.ir import Graph, verify  # noqa: E402
 from moecc.pipeline.passes import Context, Pass, PassResult  # noqa: E402

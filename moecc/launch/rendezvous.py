@@ -26,7 +26,7 @@ PART_SECONDS = 5
 
 VERDICT_SECONDS = 2
 """How much longer than the first process a connected one waits, to hear from it who is missing:
-with equal limits, whichever clock started earlier decides whether it is told."""
+with equal limits, whichever clock started earlier decides whether it hears of it."""
 
 _HELLO = re.compile(rb"moecc (\d{1,6}) of (\d{1,6})\n\Z")
 _GO, _NO = b"go\n", b"no: "

@@ -1,6 +1,6 @@
 """Sharding specs of single arrays, by the names and sizes of their axes, without a graph.
 
-XLA's partitioner is told these; they are what propagation starts from at inputs and parameters.
+XLA's partitioner receives these; they are what propagation starts from at inputs and parameters.
 """
 
 from __future__ import annotations

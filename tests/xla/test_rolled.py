@@ -149,7 +149,10 @@ def temporary_bytes(graph: Graph) -> int:
 
     # On a CPU this pass drops the barriers that put what is computed again in its place; without
     # the pass they stay, as they do on TPUs.
-    keeps = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    keeps = {
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+        "xla_cpu_use_fusion_emitters": True,
+    }
     compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile(compiler_options=keeps)
     return int(compiled.memory_analysis().temp_size_in_bytes)
 

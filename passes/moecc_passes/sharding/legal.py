@@ -157,7 +157,7 @@ def render() -> str:
     lines += ["", "C: slots under a capacity; R: ragged; E: experts that choose.", ""]
     lines += [_row(["way", "collectives of one layer"]), _row(["---", "---"])]
     lines += [_row([f"`{way}`", text]) for way, text in sent.items()]
-    lines += ["", "What is refused, with the reason that is told:", ""]
+    lines += ["", "What is rejected, with the reason that is reported:", ""]
     lines += [f"* {what}: {', '.join(sorted(which))}." for what, which in sorted(refused.items())]
     return "\n".join(lines)
 
