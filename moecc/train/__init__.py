@@ -1,0 +1,1 @@
+"""Training, as far as it needs no jax: recipes, token files, batches, run folders."""
