@@ -137,7 +137,7 @@ class ParameterGroup:
     """Parameters with settings of their own; the first group that matches holds.
 
     Attributes:
-      match: a glob over parameter names, or a group of the pass `freeze` (``moe``, ``attention``, …).
+      match: a glob over parameter names, or a group of the pass `freeze`, ``moe`` say.
       rate: a factor on the learning rate.
       decay: the weight decay; negative for that of the optimiser.
       freeze: no gradient, no moments, no update.
