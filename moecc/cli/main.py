@@ -29,7 +29,7 @@ EPILOG = (
 
 COMMANDS = (
     "inspect", "import", "opt", "convert", "verify", "run", "lower", "generate", "plan", "compile",
-    "launch", "passes",
+    "tokens", "launch", "passes",
 )  # fmt: skip
 """The subcommands, in the order of ``--help``; each is in a module ``moecc.cli.cmd_NAME``."""
 
