@@ -59,7 +59,7 @@ def _version(value: bool) -> None:
 
 
 def build_app(names: Sequence[str] = COMMANDS) -> typer.Typer:
-    """Return the application with the commands `names`: importing all takes a quarter of a start."""
+    """Return the application with the commands `names`: all take a quarter of a start."""
     app = typer.Typer(
         cls=Commands,
         add_completion=True,
