@@ -344,4 +344,3 @@ def test_the_command_reports_what_it_wrote(
     assert main(command) == 1
     assert "--force" in capsys.readouterr().err
     assert TokensRequest([], "bytes", "x").hold_out == 0.0
-
