@@ -35,6 +35,4 @@ def replay(request: ReplayRequest) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    add_command(
-        app, "replay", ReplayRequest, replay, "Example: moecc replay moecc-crash-1.moe"
-    )
+    add_command(app, "replay", ReplayRequest, replay, "Example: moecc replay moecc-crash-1.moe")

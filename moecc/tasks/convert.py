@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from moecc.families.describe import Description
     from moecc.families.export import Export
     from moecc.pipeline.text import Pipeline
-    from moecc.weights.expr import Expr
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The default limit of a shard; a larger tensor gets a shard of its own."""
@@ -156,9 +155,7 @@ def plan(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
         read=reads_small(model.checkpoint),
     )  # fmt: skip
-    done = run_pipeline(
-        model.graph, pipeline, context=context, crash_folder=temporary_folder
-    )
+    done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
     export = export_graph(model.graph, target)

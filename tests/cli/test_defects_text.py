@@ -49,9 +49,7 @@ class BoomPass(Pass):
 # --- 9
 
 
-def test_09_a_graph_brings_no_escape_sequence_to_the_terminal(
-    moecc: Moecc, tmp_path: Path
-) -> None:
+def test_09_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_path: Path) -> None:
     file = tmp_path / "g.moe"
     file.write_text(GRAPH.replace("LOC", ESC).replace("MARK", "plain"))
     done = moecc("opt", file)
@@ -159,9 +157,7 @@ def test_10_an_own_pass_that_crashes_before_it_runs_names_its_line(
 ) -> None:
     file = tmp_path / "odd.py"
     file.write_text(f"{OWN}\n    def {method}(self):\n        raise ValueError('odd')\n")
-    done = moecc(
-        "convert", dense, tmp_path / "out", "-p", "boom", "--load", file, "--to", "llama"
-    )
+    done = moecc("convert", dense, tmp_path / "out", "-p", "boom", "--load", file, "--to", "llama")
     assert done.code == 1, done.err
     assert f"{file}:19: the pass boom crashed" in done.err
 

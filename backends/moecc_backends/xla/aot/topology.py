@@ -30,7 +30,8 @@ def missing(kind: str) -> str | None:
     if kind == "tpu" and find_spec("libtpu") is None:
         return "compiling for TPUs needs libtpu: pip install 'moecc[tpu]'"
     if kind == "tpu" and (wanted := _other_libtpu()):
-        return f"libtpu {version('libtpu')} does not fit jax {version('jax')}: pip install '{wanted}'"
+        pair = f"libtpu {version('libtpu')} does not fit jax {version('jax')}"
+        return f"{pair}: pip install '{wanted}'"
     if kind == "gpu" and _cuda_plugin() is None:
         return "compiling for GPUs needs jax's CUDA plug-in: pip install 'moecc[gpu-aot]'"
     return None
