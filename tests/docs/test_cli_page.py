@@ -130,6 +130,14 @@ def without_options(value: dict[str, Any]) -> dict[str, Any]:
     return {name: inner for name, inner in value.items() if name != "options"}
 
 
+def test_tokens(report: Any, tmp_path: Path) -> None:
+    text = tmp_path / "x.jsonl"
+    text.write_text('{"text": "a", "label": "b"}\n')
+    options = ["--tokenizer", "bytes", "--out", str(tmp_path / "out"), "--kind", "labelled"]
+    made = report("tokens", str(text), *options, "--prompt", "{text}", "--completion", "{label}")
+    compare(documented("tokens", "key"), [made])
+
+
 def test_plan(report: Any) -> None:
     small = ["--batch-tokens", "16384", "--sequence", "256"]
     plans = [
@@ -158,6 +166,7 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.verify-manifest/1",
         "moecc.pass/1",
         "moecc.passes/1",
+        "moecc.tokens/1",
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"
