@@ -19,25 +19,19 @@ from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.model.open import Model
+from moecc.model.small_weights import reads_small
 from moecc.pipeline.passes import Preserves
 from moecc.types.dtypes import DType
 from moecc.version import __version__
 
 if TYPE_CHECKING:
-    from moecc.checkpoint.source import Checkpoint
     from moecc.checkpoint.writer import OutputTensor, WriteReport
     from moecc.families.describe import Description
     from moecc.families.export import Export
-    from moecc.pipeline.passes import ReadWeight
     from moecc.pipeline.text import Pipeline
-    from moecc.types.arrays import Array
-    from moecc.weights.expr import Expr
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The default limit of a shard; a larger tensor gets a shard of its own."""
-
-MAX_READ_ELEMENTS = 1 << 20
-"""The largest parameter that is read while a conversion is planned: the vector of a norm."""
 
 Progress = Callable[[int, int], None]
 
@@ -150,6 +144,7 @@ def plan(
     from moecc.families.export import export_graph
     from moecc.families.propose import check_target
     from moecc.pipeline.passes import Context
+    from moecc.pipeline.reproducer import temporary_folder
     from moecc.pipeline.runner import run_pipeline
 
     check_target(target)
@@ -158,26 +153,15 @@ def plan(
     remarks: list[str] = []
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
-        read=_small_weights(model.checkpoint),
+        read=reads_small(model.checkpoint),
     )  # fmt: skip
-    done = run_pipeline(model.graph, pipeline, context=context)
+    done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
     export = export_graph(model.graph, target)
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export, dtype, seed, tuple(remarks)
     )
-
-
-def _small_weights(checkpoint: Checkpoint) -> ReadWeight:
-    """Return what reads parameters on which promises depend; large ones are not read."""
-    from moecc.weights.evaluate import evaluate
-
-    def read(weight: Expr) -> Array | None:
-        small = prod(weight.type.shape) <= MAX_READ_ELEMENTS
-        return evaluate(weight, checkpoint.read) if small else None
-
-    return read
 
 
 @dataclass(frozen=True)
