@@ -41,7 +41,7 @@ class Commands(TyperGroup):
         """Return the command that `args` names."""
         name = args[0] if args else ""
         if name and self.get_command(ctx, name) is None and not name.startswith("-"):
-            hint = nearest(name, self.commands) or f"commands: {', '.join(self.commands)}"
+            hint = nearest(name, COMMANDS) or f"commands: {', '.join(COMMANDS)}"
             ctx.fail(f"no such command {name!r}; {hint}")
         return super().resolve_command(ctx, args)
 
@@ -58,8 +58,8 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def build_app() -> typer.Typer:
-    """Return the application with all its commands."""
+def build_app(names: Sequence[str] = COMMANDS) -> typer.Typer:
+    """Return the application with the commands `names`: all take a quarter of a start."""
     app = typer.Typer(
         cls=Commands,
         add_completion=True,
@@ -79,7 +79,7 @@ def build_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for name in COMMANDS:
+    for name in names:
         importlib.import_module(f"moecc.cli.cmd_{name}").register(app)
     return app
 
@@ -129,7 +129,8 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    app = typer.main.get_command(build_app())
+    named = argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS
+    app = typer.main.get_command(build_app(named))
     try:
         result = app.main(argv, prog_name="moecc", standalone_mode=False)
     except typer.Abort:
