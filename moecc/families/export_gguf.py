@@ -218,7 +218,7 @@ def stored_as(name: str, made: Expr, dtype: DType, storage: Storage | None) -> O
 
 
 def quantising_remarks(export: GgufExport, storage: Storage | None) -> list[str]:
-    """Return what cannot be quantised to `storage`, after checking that it can be at all.
+    """Return remarks on matrices that have no blocks of `storage`; check that any can be made.
 
     Raises:
       MachineError: the `gguf` package is missing.
