@@ -11,6 +11,7 @@ from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
 from moecc.model.open import Model
+from moecc.model.small_weights import reads_small
 from moecc.pipeline.passes import Preserves
 from moecc.types.dtypes import DType
 
@@ -21,13 +22,7 @@ if TYPE_CHECKING:
     from moecc.families.describe import Description
     from moecc.families.export import Export
     from moecc.families.export_gguf import GgufExport
-    from moecc.pipeline.passes import ReadWeight
     from moecc.pipeline.text import Pipeline
-    from moecc.types.arrays import Array
-    from moecc.weights.expr import Expr
-
-MAX_READ_ELEMENTS = 1 << 20
-"""The largest parameter that is read while a conversion is planned: the vector of a norm."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +153,7 @@ def plan(
     )
     from moecc.families.propose import check_target
     from moecc.pipeline.passes import Context
+    from moecc.pipeline.reproducer import temporary_folder
     from moecc.pipeline.runner import run_pipeline
 
     architecture = architecture_of(target)
@@ -169,9 +165,9 @@ def plan(
     remarks: list[str] = []
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
-        read=_small_weights(model.checkpoint),
+        read=reads_small(model.checkpoint),
     )  # fmt: skip
-    done = run_pipeline(model.graph, pipeline, context=context)
+    done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
     storage = dtype if isinstance(dtype, Storage) else None
@@ -193,14 +189,3 @@ def _with_tokenizer(export: GgufExport, checkpoint: Checkpoint) -> tuple[GgufExp
     keys, reason = tokenizer_keys(checkpoint, export.config.vocab_size)
     remarks = [] if reason is None else [f"the file has no tokenizer: {reason}"]
     return replace(export, tokenizer=keys), remarks
-
-
-def _small_weights(checkpoint: Checkpoint) -> ReadWeight:
-    """Return what reads parameters on which promises depend; large ones are not read."""
-    from moecc.weights.evaluate import evaluate
-
-    def read(weight: Expr) -> Array | None:
-        small = prod(weight.type.shape) <= MAX_READ_ELEMENTS
-        return evaluate(weight, checkpoint.read) if small else None
-
-    return read
