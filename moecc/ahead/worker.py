@@ -14,6 +14,7 @@ from moecc.ahead.request import Compiler, Request, Result
 from moecc.ahead.trimming import trimmed
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
+from moecc.launch.member import hold_lifeline
 from moecc.steps.passes import Bound
 
 REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt", "artefact.bin"
@@ -22,6 +23,7 @@ REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt
 
 def main(folder: Path) -> None:
     """Run the request in `folder`."""
+    hold_lifeline()
     request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
     try:
         answer: object = _answer(request, folder)
