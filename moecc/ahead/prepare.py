@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moecc.ahead.request import EXPLICIT, GSPMD, Job, Request
+from moecc.ahead.request import Job, Request
 from moecc.errors import InputError, UsageError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
@@ -17,6 +17,7 @@ from moecc.plan.search import Constraints, check_wish, search
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
+from moecc.sharding.partitions import EXPLICIT, GSPMD
 from moecc.sharding.vias import LOCAL
 from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize
 from moecc.support.parse_units import float_type

@@ -138,7 +138,7 @@ class Total:
         """
         if self.mask not in graph.inputs:
             raise InputError(
-                "the padding of a part of a batch is told by an input",
+                "the padding of a part of a batch must be an input of the graph",
                 found=f"%{self.mask}, which is computed",
                 hint="run.micro_batches = 1 needs no totals",
             )

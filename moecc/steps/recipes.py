@@ -10,13 +10,12 @@ from moecc.ir.graph import Graph
 from moecc.plan.batches import length_variables
 from moecc.plan.meshes import plan_mesh
 from moecc.sharding.layout import Layout
+from moecc.sharding.partitions import GSPMD
 from moecc.sharding.vias import LOCAL
 from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize, step_graph
 from moecc.steps.spec import StepSpec
 from moecc.support.parse_units import float_type
 from moecc.train.recipe import Recipe
-
-EXPLICIT, GSPMD = "explicit", "gspmd"
 
 
 def train_graph(graph: Graph, recipe: Recipe) -> Graph:

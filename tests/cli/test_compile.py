@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moecc.ahead.request import PARTITIONS
+from moecc.sharding.partitions import PARTITIONS
 from moecc.types.dtypes import F32
 
 from .conftest import Done

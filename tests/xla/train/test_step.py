@@ -28,7 +28,7 @@ from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E4
 
 
 def cross_entropy(logits: Any, targets: Any) -> Any:
-    nll = token_losses(logits, targets, (), DeviceView())["nll"]
+    nll = token_losses(logits, targets, (), DeviceView())["loss.sum"]
     return jnp.sum(jnp.where(targets != IGNORED, nll, 0))
 
 

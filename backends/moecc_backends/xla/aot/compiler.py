@@ -6,9 +6,10 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
-from moecc.ahead.request import GSPMD, Job, Result
+from moecc.ahead.request import Job, Result
 from moecc.errors import MachineError
 from moecc.ir.graph import Graph
+from moecc.sharding.partitions import GSPMD
 from moecc.steps.spec import StepSpec
 from moecc.train.recipe import OptimizerSection
 from moecc_backends.xla.aot.census import census

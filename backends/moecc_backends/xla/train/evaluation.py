@@ -21,7 +21,9 @@ from moecc.types.tensor import TensorType
 from moecc_backends.xla.trace.typed_jax import Devices, abstract_array
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
+    LOSS_SUM,
     SUMS,
+    TOKENS,
     Arrays,
     BatchLoss,
     Outputs,
@@ -55,7 +57,7 @@ class Evaluation:
         return batch_loss(self.graph, self.spec, self.where)
 
     def evaluate(self, params: Arrays, batch: Arrays, key: jax.Array | None = None) -> Outputs:
-        """Return metrics of a batch, and the sums ``nll``, ``hits``, ``targets`` they are made of.
+        """Return metrics of a batch, and the sums ``loss.sum``, ``hits`` and ``tokens``.
 
         Args:
           params: all parameters of the graph, by name.
@@ -78,7 +80,7 @@ class Evaluation:
         given = (types, {**batch_types(graph), **dict.fromkeys(totals)}, None)
         run = self.where.mapped(self.loss.values, given, sum_types(graph))
         sums: Outputs = run(params, {**batch, **totals}, key)
-        return {**told(sums), "nll": sums["nll"], "hits": sums["hits"]}
+        return {**told(sums), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
 
 
 def make_evaluation(graph: Graph, spec: StepSpec, devices: Devices) -> Evaluation:
@@ -101,7 +103,7 @@ def batch_loss(graph: Graph, spec: StepSpec, where: StepShardings) -> BatchLoss:
     sizes = {n: s // spec.micro_batches if n in batch else s for n, s in spec.sizes.items()}
     return BatchLoss(
         graph,
-        where.place,
+        where.lowering,
         spec.micro_batches,
         rows_together(graph, sizes),
         spec.output_z,
@@ -126,8 +128,8 @@ def sum_types(graph: Graph) -> dict[str, TensorType | None]:
 def told(sums: Outputs) -> Outputs:
     """Return the metrics of a step, made of sums over its batch."""
     metrics = {n: a for n, a in finished(sums).items() if n not in SUMS}
-    count = jnp.maximum(sums["targets"], 1).astype(sums["nll"].dtype)
-    entropy = sums["nll"] / count
+    count = jnp.maximum(sums[TOKENS], 1).astype(sums[LOSS_SUM].dtype)
+    entropy = sums[LOSS_SUM] / count
     loss = entropy + sums.get(AUXILIARY, 0.0)
     return {
         **metrics,
@@ -135,7 +137,7 @@ def told(sums: Outputs) -> Outputs:
         "loss.cross_entropy": entropy,
         "loss.output_z": sums["output_z"] / count,
         "accuracy": sums["hits"] / count,
-        "targets": sums["targets"],
+        TOKENS: sums[TOKENS],
     }
 
 

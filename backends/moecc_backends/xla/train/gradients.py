@@ -25,7 +25,7 @@ from moecc.types.tensor import TensorType
 from moecc_backends.xla.lower.function import finalize_output
 from moecc_backends.xla.trace.typed_jax import psum
 from moecc_backends.xla.trace.values import Named
-from moecc_backends.xla.train.loss import IGNORED, TARGETS, HeadLoss, Place
+from moecc_backends.xla.train.loss import IGNORED, TARGETS, HeadLoss, LoweringConfig
 
 Arrays = Mapping[str, jax.Array]
 Outputs = dict[str, jax.Array]
@@ -33,7 +33,10 @@ Outputs = dict[str, jax.Array]
 AUXILIARY = "loss.auxiliary"
 """The output that `add-losses` makes of all the losses of routers."""
 
-SUMS = ("nll", "output_z", "hits", "targets")
+LOSS_SUM, TOKENS = "loss.sum", "tokens"
+"""The sum of the losses of tokens, in nats, and the tokens that have a target."""
+
+SUMS = (LOSS_SUM, "output_z", "hits", TOKENS)
 """Sums over the targets of a batch, and their number, beside the outputs of the graph."""
 
 Gradients = Callable[..., tuple[dict[str, jax.Array], Outputs]]
@@ -46,7 +49,7 @@ class BatchLoss:
 
     Attributes:
       graph: of a micro-batch.
-      place: how and where it is lowered.
+      lowering: how and where it is lowered.
       micro_batches: how many there are.
       rows: sequences that stay together: those of a token group, one at least.
       output_z: the coefficient of the z-loss of the output's softmax.
@@ -55,7 +58,7 @@ class BatchLoss:
     """
 
     graph: Graph
-    place: Place
+    lowering: LoweringConfig
     micro_batches: int = 1
     rows: int = 1
     output_z: float = 0.0
@@ -65,7 +68,7 @@ class BatchLoss:
     @property
     def mesh(self) -> Mesh | None:
         """The mesh whose shards arrays are."""
-        return None if self.place.view is None else self.place.view.mesh
+        return None if self.lowering.view is None else self.lowering.view.mesh
 
     def gradients(
         self, trained: Arrays, fixed: Arrays, inputs: Arrays, key: jax.Array
@@ -79,7 +82,7 @@ class BatchLoss:
           key: of all that is random in the batch.
         """
         over = self._batch_axes
-        view = self.place.fresh()
+        view = self.lowering.fresh()
         apart = {n: view.varying(a, over - self._own(n)) for n, a in trained.items()}
         total = self._targets(inputs[TARGETS])
 
@@ -91,7 +94,7 @@ class BatchLoss:
 
         slopes, sums = self._over_parts(of_part, inputs)
         reduced = {n: self._reduced(g, trained[n], n) for n, g in slopes.items()}
-        return reduced, {**sums, "targets": total}
+        return reduced, {**sums, TOKENS: total}
 
     def values(self, params: Arrays, inputs: Arrays, key: jax.Array) -> Outputs:
         """Return the sums of a batch, without gradients."""
@@ -101,7 +104,7 @@ class BatchLoss:
             folded = jax.random.fold_in(key, number)
             return self._loss({}, fixed=params, inputs=part, total=total, key=folded)[1]
 
-        return {**self._over_parts(of_part, inputs), "targets": total}
+        return {**self._over_parts(of_part, inputs), TOKENS: total}
 
     def _over_parts(self, of_part: Callable[..., Any], inputs: Arrays) -> Any:
         """Return the sum of what `of_part` makes of the micro-batches."""
@@ -128,12 +131,12 @@ class BatchLoss:
         params = {**fixed, **trained}
         arrays = {v: key if v.type.dtype == KEY else inputs[n] for n, v in graph.inputs.items()}
         arrays |= {v: params[n] for n, v in graph.params.items() if v.users}
-        values = self.place.lower(head.trunk, arrays)
+        values = self.lowering.lower(head.trunk, arrays)
         hidden, weights = (
             tuple(arrays[v] if v in arrays else values[v].to(v.type.names).array for v in group)
             for group in (head.hidden, head.weights)
         )
-        of_head = HeadLoss(head, self.place, self.output_z, self.chunk_bytes)
+        of_head = HeadLoss(head, self.lowering, self.output_z, self.chunk_bytes)
         summed, sums = of_head(hidden, weights, inputs[TARGETS])
         summed, sums = self._everywhere((summed, sums))
         outputs = {n: self._settled(values[v], v) for n, v in graph.outputs.items() if n != LOGITS}
@@ -162,11 +165,11 @@ class BatchLoss:
         if self.mesh is None:
             return local
         axes = tuple(sorted(token_axes(self._head.logits.type)))
-        view = self.place.fresh()
+        view = self.lowering.fresh()
         return jax.tree.map(lambda a: psum(view.varying(a, frozenset(axes)), axes), local)
 
     def _settled(self, value: Named, declared: Value) -> jax.Array:
-        return self.place.fresh().settled(finalize_output(value, declared), declared.type)
+        return self.lowering.fresh().settled(finalize_output(value, declared), declared.type)
 
     def _targets(self, targets: jax.Array) -> jax.Array:
         """Return the number of targets of the whole batch."""

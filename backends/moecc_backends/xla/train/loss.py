@@ -38,7 +38,7 @@ Sums = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
-class Place:
+class LoweringConfig:
     """How and where nodes are lowered.
 
     Attributes:
@@ -70,13 +70,13 @@ class HeadLoss:
 
     Attributes:
       head: the head.
-      place: how and where it is lowered.
+      lowering: how and where it is lowered.
       output_z: the coefficient of the z-loss of the softmax.
       chunk_bytes: of logits in float32, about.
     """
 
     head: Head
-    place: Place
+    lowering: LoweringConfig
     output_z: float = 0.0
     chunk_bytes: int = 1 << 62
 
@@ -93,12 +93,12 @@ class HeadLoss:
         aims = _chunks(Named(targets, axes), axes, count, IGNORED)
         over = self.varies(*hidden, targets)
         # Gradients of weights are added over all chunks before devices add theirs.
-        apart = tuple(self.place.fresh().varying(w, over) for w in weights)
+        apart = tuple(self.lowering.fresh().varying(w, over) for w in weights)
         return _chunked(self, apart, flat, aims)
 
     def varies(self, *arrays: jax.Array) -> frozenset[str]:
         """Return the mesh axes along which any of `arrays` may differ."""
-        if self.place.view is None or self.place.view.mesh is None:
+        if self.lowering.view is None or self.lowering.view.mesh is None:
             return frozenset()
         return frozenset[str]().union(*map(varies, arrays))
 
@@ -108,20 +108,22 @@ class HeadLoss:
         if not self.head.nodes or any(n not in v.type for v in self.head.hidden for n in axes):
             return 1
         assert isinstance(vocab.size, int), "the vocabulary is known"
-        size_bytes = 4 * tokens * vocab.size // self.place.fresh().shard_count(vocab)
+        size_bytes = 4 * tokens * vocab.size // self.lowering.fresh().shard_count(vocab)
         return min(max(1, -(-size_bytes // self.chunk_bytes)), max(tokens, 1))
 
     def summed(self, weights: Arrays, hidden: Arrays, targets: jax.Array) -> tuple[jax.Array, Sums]:
         """Return the loss of all tokens at once."""
         arrays = dict(zip(self.head.hidden, hidden, strict=True))
         arrays |= dict(zip(self.head.weights, weights, strict=True))
-        values = self.place.lower(self.head.nodes, arrays)
+        values = self.lowering.lower(self.head.nodes, arrays)
         logits, type = values[self.head.logits], self.head.logits.type
         names = (*(n for n in type.names if n != VOCAB), VOCAB)
-        found = token_losses(logits.to(names).array, targets, type[VOCAB].mesh, self.place.fresh())
+        found = token_losses(
+            logits.to(names).array, targets, type[VOCAB].mesh, self.lowering.fresh()
+        )
         counted = targets != IGNORED
         sums = {n: jnp.sum(jnp.where(counted, a, 0)) for n, a in found.items()}
-        loss = sums["nll"]
+        loss = sums["loss.sum"]
         return (loss + self.output_z * sums["output_z"] if self.output_z else loss), sums
 
 
@@ -152,7 +154,7 @@ def token_losses(
     log_total = jnp.log(total) + top
     hit = jax.lax.stop_gradient(picked) >= top
     return {
-        "nll": log_total - picked,
+        "loss.sum": log_total - picked,
         "output_z": jnp.square(log_total),
         "hits": hit.astype(wide.dtype),
     }
@@ -202,7 +204,7 @@ def _forward(
         made, (by_weights, by_hidden) = slopes_of(weights, *chunk)
         return jax.tree.map(jnp.add, total, (made, by_weights)), by_hidden
 
-    view = loss.place.fresh()
+    view = loss.lowering.fresh()
     empty = tuple(
         view.varying(jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), loss.varies(w))
         for w in weights
@@ -229,7 +231,7 @@ def _zeros(
     """Return sums of no tokens."""
     first = tuple(a[0] for a in hidden)
     shapes = jax.eval_shape(loss.summed, weights, first, targets[0])
-    over, view = loss.varies(*hidden, targets), loss.place.fresh()
+    over, view = loss.varies(*hidden, targets), loss.lowering.fresh()
     found: tuple[jax.Array, Sums] = jax.tree.map(
         lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes
     )

@@ -31,7 +31,7 @@ from moecc_backends.xla.mesh.token_groups import group_counts
 from moecc_backends.xla.trace.device_view import DeviceView
 from moecc_backends.xla.trace.options import Options
 from moecc_backends.xla.trace.typed_jax import Devices, partition_spec
-from moecc_backends.xla.train.loss import Place
+from moecc_backends.xla.train.loss import LoweringConfig
 
 Model = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
 """A graph as ``(params, inputs) → outputs``."""
@@ -54,14 +54,14 @@ class StepShardings(Protocol):
         ...
 
     @property
-    def place(self) -> Place:
+    def lowering(self) -> LoweringConfig:
         """How and where nodes are lowered."""
         ...
 
     def mapped(
         self, function: Callable[..., Any], given: Sequence[Any], made: Any
     ) -> Callable[..., Any]:
-        """Return `function`, which works on what `place` says, as one of whole arrays.
+        """Return `function`, which works on what `lowering` says, as one of whole arrays.
 
         Args:
           function: takes trees of arrays.
@@ -89,9 +89,9 @@ class OneDevice:
         return jax.sharding.SingleDeviceSharding(self.device)
 
     @property
-    def place(self) -> Place:
+    def lowering(self) -> LoweringConfig:
         """How nodes are lowered."""
-        return Place(self.spec.dtype, options(self.spec))
+        return LoweringConfig(self.spec.dtype, options(self.spec))
 
     def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
@@ -126,9 +126,9 @@ class ExplicitShardings:
         return NamedSharding(self.mesh, partition_spec())
 
     @property
-    def place(self) -> Place:
+    def lowering(self) -> LoweringConfig:
         """How and where nodes are lowered: on the shards of a device."""
-        return Place(self.spec.dtype, options(self.spec), DeviceView(self.own))
+        return LoweringConfig(self.spec.dtype, options(self.spec), DeviceView(self.own))
 
     def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
@@ -165,27 +165,27 @@ def _specs(types: Any) -> Any:
 class GspmdShardings:
     """Shardings of a layout of the plan, with the collectives that XLA's partitioner adds."""
 
-    lowering: GspmdLowering
+    interceptor: GspmdLowering
     spec: StepSpec
 
     @property
     def whole(self) -> Sharding:
         """What every device has."""
-        return NamedSharding(self.lowering.mesh, partition_spec())
+        return NamedSharding(self.interceptor.mesh, partition_spec())
 
     @property
-    def place(self) -> Place:
+    def lowering(self) -> LoweringConfig:
         """How nodes are lowered: for one device, with hints for the partitioner."""
-        return Place(self.spec.dtype, options(self.spec), interceptor=self.lowering)
+        return LoweringConfig(self.spec.dtype, options(self.spec), interceptor=self.interceptor)
 
     def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
-        return self.lowering.weight_sharding(value, stored=True, layers=_layer_axis(value))
+        return self.interceptor.weight_sharding(value, stored=True, layers=_layer_axis(value))
 
     def along(self, type: TensorType) -> Sharding:
         """Return the sharding of an array of inputs or targets."""
         sizes = {a.name: size_of(a, self.spec.sizes) for a in type.axes}
-        return self.lowering.sharding(tuple(sizes), value_spec(self.lowering.plan, sizes))
+        return self.interceptor.sharding(tuple(sizes), value_spec(self.interceptor.plan, sizes))
 
     def mapped(
         self, function: Callable[..., Any], given: Sequence[Any], made: Any
@@ -199,7 +199,7 @@ class GspmdShardings:
             graph,
             dtype=self.spec.dtype,
             options=options(self.spec),
-            interceptor=self.lowering,
+            interceptor=self.interceptor,
         )
 
 
