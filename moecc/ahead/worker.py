@@ -14,6 +14,7 @@ from moecc.ahead.request import Compiler, Request, Result
 from moecc.ahead.trimming import trimmed
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
+from moecc.launch.member import hold_lifeline
 
 REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt", "artefact.bin"
 """The files in the folder between the two processes."""
@@ -21,6 +22,7 @@ REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt
 
 def main(folder: Path) -> None:
     """Run the request in `folder`."""
+    hold_lifeline()
     request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
     try:
         answer: object = _answer(request, folder)
