@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.traits import Cost
+from moecc.ir.traits import Cost, Role
 from moecc.ir.unroll import users_within
 
 GROUPS = ("all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding")
@@ -48,8 +48,10 @@ def _groups(value: Value) -> Iterable[str]:
 
 def scales_norms(node: Node) -> bool:
     """Whether `node` is the scale of norms: one more than what is stored, in gemma."""
-    made = node.results[0].users if node.op.is_sum else ()
-    return bool(made) and all(user.op.is_norm for user in made)
+    made = node.results[0]
+    uses = [(user, i) for user in made.users for i, v in enumerate(user.operands) if v is made]
+    gains = (user.op.is_norm and user.op.role(i) is Role.GAIN for user, i in uses)
+    return node.op.is_sum and bool(uses) and all(gains)
 
 
 def trainable(graph: Graph) -> dict[str, bool]:
