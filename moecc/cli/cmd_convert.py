@@ -73,7 +73,7 @@ def convert(request: ConvertRequest) -> None:
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
-            allow_unmatched=request.allow_unmatched,
+            allow_unmatched=request.allow_unmatched, loaded=request.load or [],
         )  # fmt: skip
         data = planned.to_json()
         check_place(planned, out, force=request.force)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
@@ -40,6 +42,7 @@ class Plan:
       export: its config and tensors.
       dtype: the requested element type; None keeps that of the source.
       storage: the blocks that a GGUF file's matrices are quantised to, if any.
+      options: further options of the command that decide the result.
       seed: of the random numbers.
       remarks: the remarks of the passes.
     """
@@ -54,6 +57,7 @@ class Plan:
     seed: int
     remarks: tuple[str, ...] = ()
     storage: Storage | None = None
+    options: tuple[str, ...] = ()
 
     @cached_property
     def engines(self) -> tuple[Verdict, ...]:
@@ -139,6 +143,7 @@ def plan(
     dtype: DType | Storage | None = None,
     seed: int = 0,
     allow_unmatched: bool = False,
+    loaded: Sequence[str] = (),
 ) -> Plan:
     """Return the plan of a conversion.
 
@@ -151,6 +156,7 @@ def plan(
       dtype: the element type to write, or a GGUF file's blocks; None keeps that of the source.
       seed: of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
+      loaded: the files that passes of one's own are from, for the command on the card.
 
     Raises:
       UsageError: there is no such target, or no such type in it.
@@ -196,6 +202,8 @@ def plan(
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
+        (*(f"--load {Path(file).name}" for file in loaded),
+         *(["--allow-unmatched"] if allow_unmatched else [])),
     )  # fmt: skip
 
 

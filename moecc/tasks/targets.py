@@ -6,12 +6,11 @@ so that what is said to fit is what ``convert`` writes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moecc.engines.verdicts import Verdict, summary, verdicts
+from moecc.engines.verdicts import Verdict, verdicts
 from moecc.errors import InputError, Problem
-from moecc.families.configs import CONFIGS, ModelConfig, MoeConfig, SwitchTransformersConfig
+from moecc.families.configs import CONFIGS, MoeConfig, SwitchTransformersConfig
 from moecc.families.experts import expert_layers
 from moecc.families.export import export_graph
 from moecc.families.graph_layout import FAMILY
@@ -125,7 +124,9 @@ def choose(graph: Graph) -> Choice:
     fitting = _fitting(graph)
     if not fitting:
         near = nearest_family(graph)
-        return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{near}")
+        what = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""
+        why = f"; the nearest other is {near.target}: {what}" if near else ""
+        return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
     best = max(fitting, key=lambda fit: sum(v.runs for v in fit.engines))
     others = [fit.target for fit in fitting if fit is not best]
     reason = f"auto chose {best.target}"
@@ -144,24 +145,11 @@ def _fitting(graph: Graph) -> list[Fit]:
     return [fit for fit in found if fit.fits]
 
 
-def nearest_family(graph: Graph) -> str:
-    """Return the change after which a family that engines read could hold `graph`, as text."""
+def nearest_family(graph: Graph) -> Fit | None:
+    """Return the family that the fewest reasons keep from holding `graph`; None if one can."""
     if not expert_layers(graph):
-        return ""
+        return None
     tried = [_fit(graph, name, "") for name in mixtures(graph) if name != FAMILY]
-    refused = [fit for fit in tried if fit.reasons]
-    if not refused or len(refused) < len(tried):
-        return ""
-    near = min(refused, key=lambda fit: len(fit.reasons))
-    what = "; ".join(reason.what for reason in near.reasons[:3])
-    return f"; the nearest other is {near.target}: {what}"
-
-
-def engines_text(found: Sequence[Verdict]) -> str:
-    """Return the verdicts of engines in one line, or that none reads the model."""
-    return summary(found) if found else "no engine but moecc"
-
-
-def config_of(graph: Graph, target: str) -> ModelConfig:
-    """Return the config that `graph` is exported with. Raises as `export_graph`."""
-    return export_graph(graph, target).config
+    if any(fit.fits for fit in tried):
+        return None
+    return min(tried, key=lambda fit: len(fit.reasons), default=None)
