@@ -201,7 +201,11 @@ class _Heads:
         axes = {axis: width, "embed": self.config.hidden_size}
         name, fused = f"{self.prefix}{letter}_proj.weight", self.params.names.qkv
         if not fused:
-            return self.params.plain(name, self.builder.loc, **axes)
+            if letter == "v":
+                return self.params.plain(name, self.builder.loc, **axes)
+            head_dim = self.config.head_dim
+            loc = self.builder.loc
+            return self.params.turned(name, loc, width // head_dim, head_dim, axes)
         queries, keys = prod(self.query_axes.values()), prod(self.kv_axes.values())
         at = {"q": 0, "k": queries, "v": queries + keys}[letter]
         of, whole = f"{self.prefix}{fused}.weight", ("qkv", queries + 2 * keys)

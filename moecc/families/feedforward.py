@@ -96,14 +96,18 @@ def _sparse(
     builder: Builder, x: Value, prefix: str, config: MoeConfig, params: Parameters
 ) -> Value:
     embed, experts = config.hidden_size, config.num_experts
+    loc = builder.loc
+    bias = params.routing_bias(prefix, loc, expert=experts) if config.routing_bias else None
     rows, finish = emit_routing(
         builder,
         x,
         params.router(prefix, builder.loc, expert=experts, embed=embed),
         experts=experts,
         top_k=config.experts_per_token,
-        gates="renormalised" if config.norm_topk_prob else "softmax",
+        gates=config.gates,
+        scale=config.gate_scale,
         tokens=("batch", "seq"),
+        bias=bias,
     )
     axes = ffn_axes(embed, config.expert_intermediate_size)
 
@@ -124,5 +128,7 @@ def _sparse(
     width = config.shared_expert_intermediate_size
     shared_prefix = prefix + params.names.sparse + params.names.shared
     shared = _dense(builder, x, shared_prefix, width, config, params)
+    if not config.shared_gate:
+        return builder.add(out, shared)
     gate = params.shared_gate(prefix, builder.loc, embed=embed)
     return builder.add(out, emit_shared_gate(builder, x, gate, shared))

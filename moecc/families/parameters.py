@@ -14,7 +14,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import F32, DType
 from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Source
-from moecc.weights.movement import Index, Merge, Rename, Slice, Split, Stack
+from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split, Stack
 
 DtypeOf = Callable[[str], DType]
 """Maps the name of a tensor to its element type on disk."""
@@ -128,6 +128,36 @@ class Parameters:
         read = Index(self._source(name, shared=1, embed=embed), "shared", 0)
         return self._param(name, loc, {"embed": embed}, read)
 
+    def routing_bias(self, layer: str, loc: str, *, expert: int) -> Value:
+        """Return the bias in the choice of experts, ``[expert]``."""
+        name = f"{layer}{self.names.sparse}{self.names.routing_bias}"
+        if not self.names.routing_bias_rows:
+            return self.plain(name, loc, expert=expert)
+        read = Index(self._source(name, row=1, expert=expert), "row", 0)
+        return self._param(name, loc, {"expert": expert}, read)
+
+    def turned(self, name: str, loc: str, heads: int, head_dim: int, axes: dict[str, int]) -> Value:
+        """Return a projection to heads of which the first half is rotated with the second.
+
+        Args:
+          name: the name of the tensor.
+          loc: the location in the model.
+          heads: the number of heads.
+          head_dim: their width.
+          axes: the axes of the parameter, that of the heads first.
+        """
+        if not self.names.pairs_neighbours:
+            return self.plain(name, loc, **axes)
+        rows, *others = axes
+        split = Split(
+            self._source(name, **axes), rows,
+            (("head", heads), ("pair", head_dim // 2), ("half", 2)),
+        )  # fmt: skip
+        read = Merge(
+            Permute(split, ("head", "half", "pair", *others)), ("head", "half", "pair"), rows
+        )
+        return self._param(name, loc, axes, read)
+
     def expert(
         self, layer: str, matrix: str, loc: str, axes: dict[str, int], experts: int
     ) -> Value:
@@ -141,7 +171,8 @@ class Parameters:
           experts: the number of experts.
         """
         word = self.names.matrix(matrix)
-        if self.layout != "fused":
+        own = self.layout == "experts" and self.names.expert_gate_up
+        if self.layout != "fused" and not own:
             return self.expert_matrix(layer, word, loc, axes, experts)
         read = self._fused(layer, matrix, experts, axes)
         name = f"{layer}{self.names.sparse}{self.names.stack}{word}.weight"
@@ -164,10 +195,14 @@ class Parameters:
         return Stack(parts, "expert")
 
     def _fused(self, layer: str, matrix: str, experts: int, axes: dict[str, int]) -> Expr:
+        prefix, names = f"{layer}{self.names.sparse}", self.names
+        own = self.layout == "experts"
+        down = prefix + names.expert_down if own else layer + FUSED_DOWN
+        gate_up = prefix + names.expert_gate_up if own else layer + FUSED_GATE_UP
         if matrix == "down":
-            return self._source(layer + FUSED_DOWN, expert=experts, **axes)
+            return self._source(down, expert=experts, **axes)
         width = axes["mlp"]
-        both = self._source(layer + FUSED_GATE_UP, expert=experts, **{**axes, "mlp": 2 * width})
+        both = self._source(gate_up, expert=experts, **{**axes, "mlp": 2 * width})
         return (
             Slice(both, "mlp", 0, width)
             if matrix == "gate"

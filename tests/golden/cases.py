@@ -52,6 +52,20 @@ SQUARE_MIXTRAL: dict[str, object] = {
 
 SQUARE_QWEN_MOE: dict[str, object] = {**SQUARE_MIXTRAL, "moe_intermediate_size": 4}
 
+GLM4_MOE: dict[str, object] = {
+    **QWEN_MOE,
+    "n_routed_experts": 5,
+    "first_k_dense_replace": 0,
+    "head_dim": 8,
+}
+ERNIE: dict[str, object] = {
+    "moe_intermediate_size": 12,
+    "moe_num_experts": 5,
+    "moe_k": 2,
+    "moe_num_shared_experts": 1,
+    "pad_token_id": None,
+}
+
 T5: dict[str, object] = {
     "vocab_size": 37,
     "d_model": 16,
@@ -578,6 +592,127 @@ CASES: dict[str, Case] = {
         "config in the spelling of transformers 4 (num_experts), several shards",
         {**QWEN_MOE, "num_experts": 4, "norm_topk_prob": True, "head_dim": 6},
         shard_bytes=20_000,
+        major=4,
+    ),
+    "olmoe_norm": Case(
+        "olmoe",
+        "norms over all heads of queries and keys, gates renormalised",
+        {**MIXTRAL, "num_experts": 4, "norm_topk_prob": True, "pad_token_id": None},
+    ),
+    "olmoe_square_v4": Case(
+        "olmoe",
+        "square matrices, gates not renormalised, attention biases, version 4",
+        {
+            **SQUARE_MIXTRAL,
+            "num_experts": 8,
+            "attention_bias": True,
+            "pad_token_id": None,
+        },
+        major=4,
+    ),
+    "flex_olmo_norm": Case(
+        "flex_olmo",
+        "norms after each block, gates renormalised",
+        {**MIXTRAL, "num_experts": 4, "norm_topk_prob": True, "pad_token_id": None},
+    ),
+    "flex_olmo_square_tied": Case(
+        "flex_olmo",
+        "square matrices, gates not renormalised, tied embeddings",
+        {
+            **SQUARE_MIXTRAL,
+            "num_experts": 8,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+    ),
+    "granitemoe_multipliers": Case(
+        "granitemoe",
+        "all four factors, attention biases",
+        {
+            **MIXTRAL,
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 6.0,
+        },
+    ),
+    "granitemoe_square_v4": Case(
+        "granitemoe",
+        "square matrices and as many experts, the usual scale of the scores, version 4",
+        {**SQUARE_MIXTRAL, "num_local_experts": 8, "attention_multiplier": 0.5},
+        major=4,
+    ),
+    "glm4_moe_dense_first": Case(
+        "glm4_moe",
+        "first of three layers dense, half of each head rotated, norms of queries and keys, two "
+        "shared experts, a factor on the gates",
+        {
+            **GLM4_MOE,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "glm4_moe_square": Case(
+        "glm4_moe",
+        "square matrices, biases on queries, keys and values, whole heads rotated",
+        {
+            **SQUARE_QWEN_MOE,
+            "n_routed_experts": 8,
+            "first_k_dense_replace": 0,
+            "attention_bias": True,
+            "partial_rotary_factor": 1.0,
+        },
+    ),
+    "glm4_moe_plain_v4": Case(
+        "glm4_moe",
+        "gates not renormalised, tied embeddings, version 4",
+        {
+            **GLM4_MOE,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 1.0,
+        },
+        major=4,
+    ),
+    "ernie4_5_moe_range": Case(
+        "ernie4_5_moe",
+        "experts in layers 1 and 2 of four, two shared ones",
+        {
+            **ERNIE,
+            "num_hidden_layers": 4,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,
+            "moe_num_shared_experts": 2,
+        },
+    ),
+    "ernie4_5_moe_every_second": Case(
+        "ernie4_5_moe",
+        "experts in every second layer up to the last, tied embeddings",
+        {
+            **ERNIE,
+            "num_hidden_layers": 4,
+            "moe_layer_start_index": 0,
+            "moe_layer_interval": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ernie4_5_moe_square_v4": Case(
+        "ernie4_5_moe",
+        "square matrices and as many experts, none shared, version 4",
+        {
+            **SQUARE_MIXTRAL,
+            "moe_intermediate_size": 4,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "pad_token_id": None,
+        },
         major=4,
     ),
     "t5_relu_tied": Case("t5", "version 1.0: ReLU, tied and scaled outputs"),

@@ -143,10 +143,15 @@ def _save(folder: Path, case: Case, key: str) -> None:
         # Version 5 always ties in memory, and gives the output matrix back when it is in the file.
         model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        for name, parameter in sorted([*model.named_parameters(), *_stored_buffers(model)]):
             parameter.copy_(torch.from_numpy(_values(key, name, tuple(parameter.shape))))
     model.to(getattr(torch, case.dtype))
     model.save_pretrained(folder, max_shard_size=case.shard_bytes or "1GB")
+
+
+def _stored_buffers(model: Any) -> list[tuple[str, Any]]:
+    """Return the buffers that are part of a checkpoint: biases in the choice of experts."""
+    return [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
 
 
 def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -203,13 +208,16 @@ def _double_logits(
             if hasattr(module, "ignore_padding_tokens"):
                 module.dtype = torch.float64
 
-    def note_gap(_module: Any, _inputs: Any, output: Any) -> None:
-        scores = (output[0] if isinstance(output, tuple) else output).sort(descending=True).values
+    def note_gap(module: Any, _inputs: Any, output: Any) -> None:
+        found = output[0] if isinstance(output, tuple) else output
+        if not found.is_floating_point():
+            return  # version 4 of some families gives the chosen experts only
+        scores = _scores(module, found).sort(descending=True).values
         if chosen < scores.shape[-1]:
             gaps.append((scores[..., chosen - 1] - scores[..., chosen]).min().item())
 
     for name, module in model.named_modules():
-        if name.endswith((".gate", ".classifier")):
+        if name.endswith((".gate", ".classifier", "block_sparse_moe.router", ".router.layer")):
             module.register_forward_hook(note_gap)
     # Integer tensors take part in the dynamic scaling, and become what the default says.
     torch.set_default_dtype(torch.float64)
@@ -219,6 +227,15 @@ def _double_logits(
     torch.set_default_dtype(torch.float32)
     assert logits.dtype == torch.float64
     return logits.numpy(), min(gaps, default=None)
+
+
+def _scores(module: Any, logits: Any) -> Any:
+    """Return that by which experts are chosen: with a bias not their logits."""
+    if hasattr(module, "e_score_correction_bias"):
+        return logits.sigmoid() + module.e_score_correction_bias
+    if hasattr(module, "moe_statics"):
+        return module.moe_statics(logits.softmax(-1))
+    return logits
 
 
 def _widen_rotary(model: Any) -> None:

@@ -8,15 +8,19 @@ are written side by side.
 from .base import DecoderConfig
 from .bert import BertConfig
 from .encdec import STACKS, EncDecConfig, Experts
+from .ernie4_5_moe import Ernie45MoeConfig
 from .frequencies import attention_factor, rotary_frequencies
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .glm4_moe import Glm4MoeConfig
 from .gpt import Gpt2Config, GptConfig, GptNeoXConfig
 from .granite import GraniteConfig
+from .granitemoe import GraniteMoeConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
 from .model import ACTIVATIONS, DTYPES, ModelConfig
 from .moe import MoeConfig
 from .olmo2 import Olmo2Config
+from .olmoe import FlexOlmoConfig, OlmoeConfig
 from .parse import CONFIGS, DECODERS, parse_config, read_config
 from .phi3 import Phi3Config
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
@@ -28,6 +32,11 @@ from .switch import SwitchTransformersConfig
 from .t5 import T5Config
 
 __all__ = [
+    "Ernie45MoeConfig",
+    "FlexOlmoConfig",
+    "Glm4MoeConfig",
+    "GraniteMoeConfig",
+    "OlmoeConfig",
     "ACTIVATIONS",
     "CONFIGS",
     "DECODERS",

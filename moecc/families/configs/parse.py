@@ -10,13 +10,17 @@ from moecc.errors import InputError, nearest
 
 from .base import DecoderConfig
 from .bert import BertConfig
+from .ernie4_5_moe import Ernie45MoeConfig
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .glm4_moe import Glm4MoeConfig
 from .gpt import Gpt2Config, GptNeoXConfig
 from .granite import GraniteConfig
+from .granitemoe import GraniteMoeConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
 from .model import ModelConfig
 from .olmo2 import Olmo2Config
+from .olmoe import FlexOlmoConfig, OlmoeConfig
 from .phi3 import Phi3Config
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
@@ -43,6 +47,11 @@ DECODERS: Mapping[str, type[DecoderConfig]] = {
         MixtralConfig,
         Qwen2MoeConfig,
         Qwen3MoeConfig,
+        Glm4MoeConfig,
+        GraniteMoeConfig,
+        FlexOlmoConfig,
+        Ernie45MoeConfig,
+        OlmoeConfig,
     )
 }
 """The decoder-only families, by `model_type`."""
