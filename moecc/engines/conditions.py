@@ -38,6 +38,12 @@ def _full_attention(config: DecoderConfig) -> bool:
     return all(window >= config.max_position_embeddings for window in seen)
 
 
+def _several_choices(config: DecoderConfig) -> bool:
+    if not isinstance(config, MoeConfig) or not config.norm_topk_prob:
+        return True
+    return config.experts_per_token > 1
+
+
 CONDITIONS: Mapping[str, Condition] = {
     "every layer": Condition(_every_layer, "dense layers among sparse ones"),
     "untied": Condition(
@@ -56,6 +62,14 @@ CONDITIONS: Mapping[str, Condition] = {
     "plain rope": Condition(lambda c: c.rope.type == "default", "scaled rotary positions"),
     "plain or linear rope": Condition(
         lambda c: c.rope.type in ("default", "linear"), "rotary scalings other than linear"
+    ),
+    "no routing bias": Condition(
+        lambda c: not isinstance(c, MoeConfig) or not c.routing_bias,
+        "a bias in the choice of experts",
+    ),
+    "several choices": Condition(_several_choices, "one renormalised gate a token"),
+    "epsilon 1e-5": Condition(
+        lambda c: c.rms_norm_eps == 1e-5, "another epsilon than 1e-5 of its norms of queries"
     ),
     "not renormalised": Condition(_not_renormalised, "renormalised gates"),
 }

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from moecc.families.configs import DecoderConfig, RopeConfig, attention_factor
+from moecc.families.configs import DecoderConfig, GptOssConfig, RopeConfig, attention_factor
+from moecc.families.gpt_oss import sunk
 from moecc.families.norms import emit_rms_norm
 from moecc.families.parameters import Parameters
 from moecc.ir.builder import Builder
@@ -150,7 +151,11 @@ def attention(
     scores = builder.scale(scores, by=config.score_scale)
     scores = soft_capped(builder, scores, config.attention_softcap)
     seen = tables.masks[config.sliding_windows[layer] or 0]
-    weights = builder.softmax(builder.mask(scores, seen), axis=KV_SEQ, name="weights")
+    scores = builder.mask(scores, seen)
+    weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
+    if isinstance(config, GptOssConfig) and not config.plain:
+        sinks = params.plain(f"{heads.prefix}sinks", builder.loc, head=config.num_attention_heads)
+        weights = sunk(builder, weights, scores, sinks, ("head", KV_SEQ))
     return heads.output(builder.contract(weights, value, over=KV_SEQ, name="mixed"))
 
 

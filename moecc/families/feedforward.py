@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moecc.families.configs import DecoderConfig, MoeConfig
+from moecc.families.configs import DecoderConfig, GptOssConfig, MoeConfig
+from moecc.families.gpt_oss import clamped_experts
 from moecc.families.parameters import Parameters
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
@@ -108,10 +109,16 @@ def _sparse(
         scale=config.gate_scale,
         tokens=("batch", "seq"),
         bias=bias,
+        shift=_router_shift(prefix, builder.loc, config, params),
     )
+    if isinstance(config, GptOssConfig) and not config.plain:
+        return finish(clamped_experts(builder, rows, prefix, config, params))
     axes = ffn_axes(embed, config.expert_intermediate_size)
 
     def expert(name: str) -> Value:
+        if isinstance(config, GptOssConfig):
+            width = config.intermediate_size
+            return params.turned_expert(prefix, name, builder.loc, embed, width, experts)
         return params.expert(prefix, name, builder.loc, axes[name], experts)
 
     out = finish(
@@ -132,3 +139,11 @@ def _sparse(
         return builder.add(out, shared)
     gate = params.shared_gate(prefix, builder.loc, embed=embed)
     return builder.add(out, emit_shared_gate(builder, x, gate, shared))
+
+
+def _router_shift(prefix: str, loc: str, config: MoeConfig, params: Parameters) -> Value | None:
+    """Return what a family adds to the router's logits, ``[expert]``, if anything."""
+    if not isinstance(config, GptOssConfig) or config.plain:
+        return None
+    name = f"{prefix}{params.names.sparse}{params.names.router.removesuffix('weight')}bias"
+    return params.plain(name, loc, expert=config.num_experts)

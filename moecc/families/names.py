@@ -101,6 +101,12 @@ NAMES: Mapping[str, TensorNames] = {
         expert_down="output_linear.weight",
     ),
     "glm4_moe": TensorNames(shared="shared_experts."),
+    "gpt_oss": TensorNames(
+        router="router.weight",
+        expert_gate_up="experts.gate_up_proj",
+        expert_down="experts.down_proj",
+    ),
+    "phimoe": TensorNames(sparse="block_sparse_moe.", gate="w1", up="w3", down="w2"),
     "ernie4_5_moe": TensorNames(
         shared="shared_experts.",
         routing_bias="moe_statics.e_score_correction_bias",

@@ -178,6 +178,50 @@ class Parameters:
         name = f"{layer}{self.names.sparse}{self.names.stack}{word}.weight"
         return self._param(name, loc, {"expert": experts, **axes}, read)
 
+    def turned_expert(
+        self, layer: str, matrix: str, loc: str, embed: int, mlp: int, experts: int
+    ) -> Value:
+        """Return a matrix of all experts of a gpt_oss, inputs first on disk.
+
+        Gate and up are one tensor there, in turns.
+
+        Args:
+          layer: the prefix of the layer's tensors.
+          matrix: ``gate``, ``up`` or ``down``.
+          loc: the location in the model.
+          embed: the model's width.
+          mlp: the experts' width.
+          experts: their number.
+        """
+        prefix, names = f"{layer}{self.names.sparse}", self.names
+        name = f"{prefix}{names.stack}{names.matrix(matrix)}.weight"
+        if matrix == "down":
+            axes = {"expert": experts, "embed": embed, "mlp": mlp}
+            source = self._source(prefix + names.expert_down, expert=experts, mlp=mlp, embed=embed)
+            return self._param(name, loc, axes, Permute(source, tuple(axes)))
+        axes = {"expert": experts, "mlp": mlp, "embed": embed}
+        both = self._source(
+            prefix + names.expert_gate_up, expert=experts, embed=embed, gate_up=2 * mlp
+        )
+        turns = Split(both, "gate_up", (("mlp", mlp), ("turn", 2)))
+        one = Index(turns, "turn", 0 if matrix == "gate" else 1)
+        return self._param(name, loc, axes, Permute(one, tuple(axes)))
+
+    def turned_expert_bias(
+        self, layer: str, matrix: str, loc: str, embed: int, mlp: int, experts: int
+    ) -> Value:
+        """Return a bias of all experts of a gpt_oss; arguments as for `turned_expert`."""
+        prefix, names = f"{layer}{self.names.sparse}", self.names
+        name = f"{prefix}{names.stack}{names.matrix(matrix)}.bias"
+        if matrix == "down":
+            axes = {"expert": experts, "embed": embed}
+            source = self._source(f"{prefix}{names.expert_down}_bias", **axes)
+            return self._param(name, loc, axes, source)
+        both = self._source(f"{prefix}{names.expert_gate_up}_bias", expert=experts, gate_up=2 * mlp)
+        turns = Split(both, "gate_up", (("mlp", mlp), ("turn", 2)))
+        one = Index(turns, "turn", 0 if matrix == "gate" else 1)
+        return self._param(name, loc, {"expert": experts, "mlp": mlp}, one)
+
     def expert_matrix(
         self, layer: str, word: str, loc: str, axes: dict[str, int], experts: int
     ) -> Value:

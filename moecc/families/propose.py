@@ -281,7 +281,8 @@ def _sparse_fields(
     }
     if isinstance(source, MoeConfig):
         fields |= _training_fields(source, family)
-    return fields
+    own = source.own_fields() if isinstance(source, family) else family.from_others()
+    return fields | own
 
 
 def _is_renormalised(layer: ExpertLayer, family: type[MoeConfig]) -> bool:

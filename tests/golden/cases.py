@@ -599,6 +599,11 @@ CASES: dict[str, Case] = {
         "norms over all heads of queries and keys, gates renormalised",
         {**MIXTRAL, "num_experts": 4, "norm_topk_prob": True, "pad_token_id": None},
     ),
+    "olmoe_heads": Case(
+        "olmoe",
+        "as many key-value heads as heads, gates not renormalised",
+        {**MIXTRAL, "num_experts": 4, "num_key_value_heads": 4, "pad_token_id": None},
+    ),
     "olmoe_square_v4": Case(
         "olmoe",
         "square matrices, gates not renormalised, attention biases, version 4",

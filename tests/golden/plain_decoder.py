@@ -9,7 +9,6 @@ import numpy as np
 
 from moecc.families.configs import (
     DecoderConfig,
-    MixtralConfig,
     MoeConfig,
     RopeConfig,
     attention_factor,
@@ -81,6 +80,9 @@ def attention(config: DecoderConfig, part: Tensors, x: Array, layer: int) -> Arr
     if config.qk_norm and part["self_attn.q_norm.weight"].shape == query.shape[-1:]:
         query = rms_norm(query, part["self_attn.q_norm.weight"], config)
         key = rms_norm(key, part["self_attn.k_norm.weight"], config)
+    if config.model_type == "ernie4_5_moe":
+        # Neighbours are rotated together: put the first of each pair into the first half.
+        query, key = (np.concatenate([y[..., 0::2], y[..., 1::2]], -1) for y in (query, key))
     window = config.sliding_windows[layer]
     rope = config.local_rope if window and config.local_rope else config.rope
     if config.rope_layers is None or config.rope_layers[layer]:
@@ -113,23 +115,50 @@ def dense(config: DecoderConfig, part: Tensors, x: Array) -> Array:
 
 
 def moe(config: MoeConfig, part: Tensors, x: Array) -> Array:
-    mixtral = isinstance(config, MixtralConfig)
-    at = "block_sparse_moe." if mixtral else "mlp."
-    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    probabilities = softmax(linear(part, f"{at}gate", x))
-    order = np.argsort(-probabilities, axis=-1, kind="stable")
+    at, router, names, shared = MOE_NAMES.get(config.model_type, DEFAULT_MOE)
+    if "block_sparse_moe.input_linear.weight" in part:
+        part = apart(config, part)
+    logits = linear(part, f"{at}{router}", x)
+    sigmoid = config.score == "sigmoid"
+    scores = 1 / (1 + np.exp(-logits)) if sigmoid else softmax(logits)
+    bias = next((v for k, v in part.items() if k.endswith("e_score_correction_bias")), 0)
+    order = np.argsort(-(scores + bias), axis=-1, kind="stable")
     chosen = np.argsort(order, axis=-1) < config.experts_per_token
-    gates = np.where(chosen, probabilities, 0)
+    gates = np.where(chosen, scores, 0)
     if config.norm_topk_prob:
         gates = gates / gates.sum(axis=-1, keepdims=True)
     total = np.zeros_like(x)
     for expert in range(config.num_experts):
         out = swiglu(config, part, f"{at}experts.{expert}.", names, x)
-        total += gates[..., expert, None] * out
-    if config.shared_expert_intermediate_size is not None:
-        gate = 1 / (1 + np.exp(-linear(part, f"{at}shared_expert_gate", x)))
-        total += gate * swiglu(config, part, f"{at}shared_expert.", names, x)
-    return total
+        total += config.gate_scale * gates[..., expert, None] * out
+    if config.shared_expert_intermediate_size is None:
+        return total
+    out = swiglu(config, part, f"{at}{shared}.", names, x)
+    if not config.shared_gate:
+        return total + out
+    return total + out / (1 + np.exp(-linear(part, f"{at}shared_expert_gate", x)))
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+DEFAULT_MOE = ("mlp.", "gate", PROJECTIONS, "shared_expert")
+MOE_NAMES = {
+    "mixtral": ("block_sparse_moe.", "gate", ("w1", "w3", "w2"), ""),
+    "granitemoe": ("block_sparse_moe.", "router.layer", PROJECTIONS, ""),
+    "glm4_moe": ("mlp.", "gate", PROJECTIONS, "shared_experts"),
+    "ernie4_5_moe": ("mlp.", "gate", PROJECTIONS, "shared_experts"),
+}
+"""By family: the prefix, the router, the matrices, the shared expert."""
+
+
+def apart(config: MoeConfig, part: Tensors) -> Tensors:
+    """Return the experts of a layer one by one."""
+    made, at = dict(part), "block_sparse_moe."
+    for expert in range(config.num_experts):
+        gate, up = np.split(part[f"{at}input_linear.weight"][expert], 2)
+        matrices = (gate, up, part[f"{at}output_linear.weight"][expert])
+        for name, matrix in zip(PROJECTIONS, matrices, strict=True):
+            made[f"{at}experts.{expert}.{name}.weight"] = matrix
+    return made
 
 
 def swiglu(

@@ -21,19 +21,19 @@ from safetensors.numpy import load_file
 
 from moecc.families.configs import (
     DecoderConfig,
-    MixtralConfig,
     MoeConfig,
     RopeConfig,
     read_config,
 )
 from moecc.families.configs.features import FEATURES
 
-from .plain_decoder import Array, Tensors, forward
+from .plain_decoder import DEFAULT_MOE, MOE_NAMES, Array, Tensors, forward
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
 CASES = sorted(MANIFEST["cases"])
-MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
+MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "flex_olmo"}
+MIXTURES |= {"ernie4_5_moe", "olmoe"}
 NEWER = {"olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"}
 DECODERS = {"llama", "mistral", "qwen2", "qwen3"} | NEWER | MIXTURES
 FAMILIES = DECODERS | {"t5", "switch_transformers", "bert", "gpt2", "gpt_neox"}
@@ -176,9 +176,11 @@ def misreadings(config: DecoderConfig) -> list[tuple[str, DecoderConfig]]:
         if feature == "rotary_dim" and config.rope.type == "longrope":
             continue
         wrong.append((feature, without(config, feature, neutral)))
-    if isinstance(config, MoeConfig) and not isinstance(config, MixtralConfig):
+    if isinstance(config, MoeConfig) and config.renormalises is None:
         flipped = replace(config, norm_topk_prob=not config.norm_topk_prob)
         wrong.append(("renormalisation", flipped))
+    if isinstance(config, MoeConfig) and config.gate_scale != 1:
+        wrong.append(("factor on the gates", replace(config, gate_scale=1.0)))
     return wrong
 
 
@@ -243,17 +245,26 @@ def block_shapes(config: DecoderConfig, layer: int, at: str) -> dict[str, tuple[
             biases = {key.replace(".weight", ".bias"): (shape[0],) for key, shape in shapes.items()}
             shapes |= biases
         return shapes
-    mixtral = isinstance(config, MixtralConfig)
-    at += "block_sparse_moe." if mixtral else "mlp."
-    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    shapes = {f"{at}gate.weight": (config.num_experts, embed)}
-    for expert in range(config.num_experts):
-        width = config.expert_intermediate_size
+    count, width = config.num_experts, config.expert_intermediate_size
+    prefix, router, names, shared = MOE_NAMES.get(config.model_type, DEFAULT_MOE)
+    at += prefix
+    shapes = {f"{at}{router}.weight": (count, embed)}
+    if config.model_type == "granitemoe":
+        shapes[f"{at}input_linear.weight"] = (count, 2 * width, embed)
+        shapes[f"{at}output_linear.weight"] = (count, embed, width)
+        return shapes
+    for expert in range(count):
         shapes |= swiglu_shapes(f"{at}experts.{expert}.", names, embed, width)
     if config.shared_expert_intermediate_size is not None:
         width = config.shared_expert_intermediate_size
-        shapes |= swiglu_shapes(f"{at}shared_expert.", names, embed, width)
-        shapes[f"{at}shared_expert_gate.weight"] = (1, embed)
+        shapes |= swiglu_shapes(f"{at}{shared}.", names, embed, width)
+        if config.shared_gate:
+            shapes[f"{at}shared_expert_gate.weight"] = (1, embed)
+    biases = {"glm4_moe": "gate.e", "ernie4_5_moe": "moe_statics.e"}
+    if config.model_type in biases:
+        rows = (1,) if config.model_type == "ernie4_5_moe" else ()
+        name = f"{at}{biases[config.model_type]}_score_correction_bias"
+        shapes[name] = (*rows, count)
     return shapes
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from moecc.checkpoint.gguf.families import GgufFamily
 from moecc.checkpoint.gguf.keys import Keys
-from moecc.checkpoint.gguf.names import GgufFamily
 from moecc.types.arrays import Array, Doubles
 
 _LOW, _HIGH = 1.0, 4.0

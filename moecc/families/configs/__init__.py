@@ -13,6 +13,7 @@ from .frequencies import attention_factor, rotary_frequencies
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from .glm4_moe import Glm4MoeConfig
 from .gpt import Gpt2Config, GptConfig, GptNeoXConfig
+from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig
 from .granitemoe import GraniteMoeConfig
 from .llama import LlamaConfig, MistralConfig
@@ -23,6 +24,7 @@ from .olmo2 import Olmo2Config
 from .olmoe import FlexOlmoConfig, OlmoeConfig
 from .parse import CONFIGS, DECODERS, parse_config, read_config
 from .phi3 import Phi3Config
+from .phimoe import PhimoeConfig
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .rope import RopeConfig
@@ -36,6 +38,8 @@ __all__ = [
     "FlexOlmoConfig",
     "Glm4MoeConfig",
     "GraniteMoeConfig",
+    "GptOssConfig",
+    "PhimoeConfig",
     "OlmoeConfig",
     "ACTIVATIONS",
     "CONFIGS",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from .moe import MOE_DEFAULTS, MoeConfig
-from .reader import KeyProblem, Reader
-from .shared_experts import count_checks, read_count, write_count
+from .reader import Reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,7 @@ class Ernie45MoeConfig(MoeConfig):
     renormalises: ClassVar[bool | None] = True
     has_shared_expert: ClassVar[bool] = True
     shared_is_optional: ClassVar[bool] = True
+    shared_count_key: ClassVar[str] = "moe_num_shared_experts"
     shared_gate: ClassVar[bool] = False
     has_routing_bias: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, object]] = {
@@ -62,24 +62,12 @@ class Ernie45MoeConfig(MoeConfig):
 
     norm_topk_prob: bool = True
 
-    def checks(self) -> Iterator[KeyProblem]:
-        """Yield inconsistent values, and those that this family cannot express."""
-        yield from super().checks()
-        yield from count_checks(self, "moe_num_shared_experts")
-
-    @classmethod
-    def _read_shared(cls, reader: Reader, values: Mapping[str, object]) -> dict[str, object]:
-        return read_count(reader, "moe_num_shared_experts", values, least=0)
-
     @classmethod
     def _read_layout(cls, reader: Reader) -> dict[str, object]:
         reader.number("moe_norm_min", above=0)
         if reader.flag("use_bias"):
             reader.refuse("use_bias", "biases in this family are not supported", expected="false")
         return {}
-
-    def _write_shared(self) -> dict[str, object]:
-        return write_count(self, "moe_num_shared_experts")
 
     def _write_layout(self) -> dict[str, object]:
         return {"use_bias": False, "moe_norm_min": 1e-12}

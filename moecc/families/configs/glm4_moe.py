@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from .moe import MOE_DEFAULTS, MoeConfig
-from .reader import KeyProblem, Reader
+from .reader import Reader
 from .rope import partial_rotary_factor, read_partial_rotary, read_rope
-from .shared_experts import count_checks, read_count, refuse_groups, write_count
 
 NO_PREDICTION = {"num_nextn_predict_layers": 0, "num_mtp_layers": 0}
 """Keys of both versions of transformers for layers that predict further tokens: there are none."""
@@ -29,6 +28,7 @@ class Glm4MoeConfig(MoeConfig):
     sparse_style: ClassVar[str] = "leading"
     score: ClassVar[str] = "sigmoid"
     has_shared_expert: ClassVar[bool] = True
+    shared_count_key: ClassVar[str] = "n_shared_experts"
     shared_gate: ClassVar[bool] = False
     has_gate_scale: ClassVar[bool] = True
     has_routing_bias: ClassVar[bool] = True
@@ -62,11 +62,6 @@ class Glm4MoeConfig(MoeConfig):
 
     norm_topk_prob: bool = True
 
-    def checks(self) -> Iterator[KeyProblem]:
-        """Yield inconsistent values, and those that this family cannot express."""
-        yield from super().checks()
-        yield from count_checks(self, "n_shared_experts")
-
     @classmethod
     def _read_features(cls, reader: Reader) -> dict[str, object]:
         return {**super()._read_features(reader), "qk_norm": reader.flag("use_qk_norm")}
@@ -81,12 +76,11 @@ class Glm4MoeConfig(MoeConfig):
         }
 
     @classmethod
-    def _read_shared(cls, reader: Reader, values: Mapping[str, object]) -> dict[str, object]:
-        return read_count(reader, "n_shared_experts", values, least=1)
-
-    @classmethod
     def _read_layout(cls, reader: Reader) -> dict[str, object]:
-        refuse_groups(reader)
+        groups, chosen = reader.size("n_group"), reader.size("topk_group")
+        if groups != chosen:
+            what = "moecc does not restrict a token to some groups of experts"
+            reader.refuse("topk_group", what, expected=f"n_group = {groups}, or both 1")
         for key in NO_PREDICTION:
             reader.value(key)
         return {}
@@ -101,9 +95,6 @@ class Glm4MoeConfig(MoeConfig):
             "rope_parameters": {**parameters, "partial_rotary_factor": share},
             "partial_rotary_factor": share,
         }
-
-    def _write_shared(self) -> dict[str, object]:
-        return write_count(self, "n_shared_experts")
 
     def _write_layout(self) -> dict[str, object]:
         groups = {"n_group": 1, "topk_group": 1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from moecc.ir.gates import Gates
@@ -54,6 +54,8 @@ class MoeConfig(DecoderConfig):
     renormalises: ClassVar[bool | None] = None
     has_shared_expert: ClassVar[bool] = False
     shared_is_optional: ClassVar[bool] = False
+    # The key that counts shared experts of the experts' width; else the key of a width is read.
+    shared_count_key: ClassVar[str] = ""
     # Whether a sigmoid gates the shared expert.
     shared_gate: ClassVar[bool] = True
     has_gate_scale: ClassVar[bool] = False
@@ -101,6 +103,16 @@ class MoeConfig(DecoderConfig):
         choices = (True, False) if cls.renormalises is None else (cls.renormalises,)
         return tuple(GATES[cls.score, divided] for divided in choices)
 
+    @classmethod
+    def from_others(cls) -> dict[str, object]:
+        """Return the fields, besides those of all, of a model that comes from another family."""
+        return {}
+
+    def own_fields(self) -> dict[str, object]:
+        """Return the fields that only this family has."""
+        others = {f.name for f in fields(MoeConfig)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
@@ -144,6 +156,11 @@ class MoeConfig(DecoderConfig):
             expected = "a size" if self.has_shared_expert else "None"
             key = "shared_expert_intermediate_size"
             yield key_problem(f"{self.model_type} {word} shared expert", expected, f"{shared}", key)
+        width = self.expert_intermediate_size
+        if self.shared_count_key and shared is not None and width > 0 and shared % width:
+            what = f"{self.model_type} has shared experts of the experts' own width"
+            found = f"{shared} neurons"
+            yield key_problem(what, f"a multiple of {width}", found, self.shared_count_key)
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
@@ -173,7 +190,12 @@ class MoeConfig(DecoderConfig):
     @classmethod
     def _read_shared(cls, reader: Reader, values: Mapping[str, object]) -> dict[str, object]:
         key = "shared_expert_intermediate_size"
-        return {key: reader.size(key) if cls.has_shared_expert else None}
+        if not cls.shared_count_key:
+            return {key: reader.size(key) if cls.has_shared_expert else None}
+        width = values["expert_intermediate_size"]
+        assert isinstance(width, int), "a size"
+        least = 0 if cls.shared_is_optional else 1
+        return {key: reader.size(cls.shared_count_key, smallest=least) * width or None}
 
     @classmethod
     def _read_layout(cls, reader: Reader) -> dict[str, object]:
@@ -229,8 +251,10 @@ class MoeConfig(DecoderConfig):
         return keys
 
     def _write_shared(self) -> dict[str, object]:
-        key = "shared_expert_intermediate_size"
-        return {key: self.shared_expert_intermediate_size} if self.has_shared_expert else {}
+        shared = self.shared_expert_intermediate_size
+        if self.shared_count_key:
+            return {self.shared_count_key: (shared or 0) // self.expert_intermediate_size}
+        return {"shared_expert_intermediate_size": shared} if self.has_shared_expert else {}
 
     def _write_layout(self) -> dict[str, object]:
         """Return the keys of what else the family has."""
