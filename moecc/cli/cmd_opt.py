@@ -70,6 +70,7 @@ def opt(request: OptRequest) -> None:
     from moecc.ir.printer import print_graph
     from moecc.model.open import read_graph
     from moecc.pipeline.passes import Context
+    from moecc.pipeline.reproducer import temporary_folder
     from moecc.pipeline.runner import run_pipeline
 
     passes = read_pipeline(request.pipeline, request.load or [])
@@ -80,7 +81,9 @@ def opt(request: OptRequest) -> None:
     context = Context(seed=request.seed, allow_unmatched=request.allow_unmatched)
     if request.check:
         _check(graph, passes, context)
-    run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=Path.cwd())
+    asked = request.dump_dir
+    folder = temporary_folder if asked is None else lambda: Path(asked)
+    run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=folder)
     write_text(print_graph(graph), request.output, force=request.force)
 
 

@@ -39,11 +39,18 @@ class VerifyRequest:
 def verify(request: VerifyRequest) -> None:
     """Check MODEL: every tensor against the manifest, or with --against its logits.
 
+    A run of a training is checked against the digests of its step.
+
     Both models run in float32, or the type that --dtype says; the weights of SOURCE are first
     rounded to the type of MODEL's.
     Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
     """
-    if request.against is None:
+    from moecc.checkpoint.run.layout import split_reference
+
+    run = split_reference(request.model)
+    if request.against is None and run is not None:
+        _against_digests(request.model, *run, request.format)
+    elif request.against is None:
         _against_manifest(request.model, request.format)
     else:
         _against_source(request, request.against)
@@ -52,23 +59,40 @@ def verify(request: VerifyRequest) -> None:
 def _against_manifest(model: str, format: Format) -> None:
     from pathlib import Path
 
+    from moecc.checkpoint.gguf.storage import SUFFIX
     from moecc.checkpoint.manifest import check_manifest
     from moecc.checkpoint.records import load
     from moecc.cli.console import report
     from moecc.errors import InputError
 
-    folder = Path(model)
-    if not folder.is_dir():
+    place = Path(model)
+    if not place.is_dir() and not (place.is_file() and place.suffix == SUFFIX):
         raise InputError(
-            "only a folder has a manifest", where=model, hint="or give --against SOURCE"
-        )
-    check_manifest(folder)
-    manifest = load(folder)
+            "only a folder or a GGUF file has a manifest", where=model,
+            hint="or give --against SOURCE",
+        )  # fmt: skip
+    check_manifest(place)
+    manifest = load(place)
     data = {"model": model, "tensors": len(manifest.tensors), "passed": True}
     report(
         "verify-manifest", data,
         lambda: f"{len(manifest.tensors)} tensors match the manifest", format,
     )  # fmt: skip
+
+
+def _against_digests(model: str, run: str, which: str, format: Format) -> None:
+    from pathlib import Path
+
+    from moecc.checkpoint.run.digests import check_step
+    from moecc.checkpoint.run.layout import choose_step
+    from moecc.cli.console import report
+
+    step = choose_step(Path(run), which)
+    check_step(Path(run), step)
+    tensors = len(step.facts.get("tensors", {}))
+    data = {"model": model, "tensors": tensors, "passed": True}
+    text = f"step {step.number}: {tensors} tensors are as they were saved"
+    report("verify-manifest", data, lambda: text, format)
 
 
 def _against_source(request: VerifyRequest, against: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from moecc.cli.console import say, show_error, write_utf8
-from moecc.errors import MachineError, MoeccError, Problem, UsageError, nearest, printable
+from moecc.errors import MachineError, MoeccError, Problem, UsageError, escaped, nearest, printable
 from moecc.support.signals import Terminated
 
 EPILOG = (
@@ -28,8 +29,8 @@ EPILOG = (
 )
 
 COMMANDS = (
-    "inspect", "import", "opt", "convert", "verify", "run", "lower", "generate", "plan", "compile",
-    "launch", "passes",
+    "inspect", "import", "opt", "replay", "convert", "verify", "run", "lower", "generate", "plan",
+    "compile", "tokens", "launch", "passes",
 )  # fmt: skip
 """The subcommands, in the order of ``--help``; each is in a module ``moecc.cli.cmd_NAME``."""
 
@@ -41,7 +42,7 @@ class Commands(TyperGroup):
         """Return the command that `args` names."""
         name = args[0] if args else ""
         if name and self.get_command(ctx, name) is None and not name.startswith("-"):
-            hint = nearest(name, self.commands) or f"commands: {', '.join(self.commands)}"
+            hint = nearest(name, COMMANDS) or f"commands: {', '.join(COMMANDS)}"
             ctx.fail(f"no such command {name!r}; {hint}")
         return super().resolve_command(ctx, args)
 
@@ -58,8 +59,8 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def build_app() -> typer.Typer:
-    """Return the application with all its commands."""
+def build_app(names: Sequence[str] = COMMANDS) -> typer.Typer:
+    """Return the application with the commands `names`: all take a quarter of a start."""
     app = typer.Typer(
         cls=Commands,
         add_completion=True,
@@ -79,7 +80,7 @@ def build_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for name in COMMANDS:
+    for name in names:
         importlib.import_module(f"moecc.cli.cmd_{name}").register(app)
     return app
 
@@ -129,13 +130,15 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    app = typer.main.get_command(build_app())
+    named = argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS
+    app = typer.main.get_command(build_app(named))
     try:
         result = app.main(argv, prog_name="moecc", standalone_mode=False)
     except typer.Abort:
         result = _INTERRUPTED
     except _UsageError as error:
-        error.show(sys.stderr)
+        error.show(shown := io.StringIO())
+        say(shown.getvalue().rstrip("\n"))
         return int(error.exit_code)
     # Some versions of typer turn an interrupt into this code themselves.
     if result == _INTERRUPTED:
@@ -162,7 +165,7 @@ def _bug(error: Exception) -> int:
     if path is None:
         handle, path = tempfile.mkstemp(prefix="moecc-bug-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"moecc {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}")
+            file.write(escaped(f"moecc {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}"))
     say(f"error: a bug in moecc: {type(error).__name__}: {error}")
     say(f"  what is needed to reproduce it is in {path}")
     if os.environ.get("MOECC_DEBUG"):

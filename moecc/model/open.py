@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from moecc.checkpoint.run.layout import GRAPH, split_reference
 from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.presets import PREFIX, preset_config
@@ -139,7 +140,8 @@ def open_model(source: str, *, weights: str | None = None, padding: bool = False
     """Open a model.
 
     Args:
-      source: a Hugging Face folder, a ``.gguf`` file, a ``.moe`` file, or ``preset:NAME``.
+      source: a Hugging Face folder, a ``.gguf`` file, a ``.moe`` file, ``preset:NAME``, or the
+        run of a training: ``RUN``, ``RUN@best``, ``RUN@1200``.
       weights: for a ``.moe`` file, the checkpoint to read instead of the one that it names.
       padding: whether the graph of an encoder that is imported has an input ``mask``.
 
@@ -149,6 +151,8 @@ def open_model(source: str, *, weights: str | None = None, padding: bool = False
     """
     if source.endswith(".moe"):
         return _open_graph(source, weights)
+    if split_reference(source) is not None:
+        return _open_run(source, weights)
     if weights is not None:
         raise UsageError("--weights goes with a .moe file", found=source)
     if source.startswith(PREFIX):
@@ -165,6 +169,19 @@ def open_model(source: str, *, weights: str | None = None, padding: bool = False
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _open_run(source: str, weights: str | None) -> Model:
+    from moecc.checkpoint.run.checkpoint import open_run
+
+    if weights is not None:
+        raise UsageError("--weights goes with a .moe file", found=source)
+    checkpoint = open_run(source)
+    graph = read_graph(str(checkpoint.run / GRAPH))
+    problems = list(_missing(graph, checkpoint))
+    if problems:
+        raise InputError(problems)
+    return Model(graph, source, checkpoint)
 
 
 def read_graph(path: str) -> Graph:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:  # numpy takes longer to import than everything that `moecc --help` needs
+    import numpy as np
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 """An array of any element type; what it must be stands beside the parameter."""

@@ -1,0 +1,339 @@
+"""Recipes as text: TOML with strict keys in, every default written out, a digest.
+
+Relative paths in a file are relative to its folder, those of ``--set`` to the working folder.  What
+begins with a scheme, ``hf:`` or ``preset:``, is no path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path as FilePath
+from typing import Any
+
+from moecc.checkpoint.files import read_bounded
+from moecc.errors import InputError, MoeccError, Problem, UsageError, nearest, printable
+from moecc.train.recipe import Corpus, Recipe
+from moecc.train.recipe_checks import faults
+from moecc.train.recipe_fields import FieldReader, dotted
+from moecc.train.toml_places import Path, toml_places
+
+PREFIX = "recipe:"
+SHIPPED = files("moecc.presets") / "recipes"
+LARGEST_FILE_BYTES = 1 << 20
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
+_KEY = re.compile(r"[\w-]+(\.[\w-]+)*\Z", re.ASCII)
+
+
+def load_recipe(source: str, sets: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in a file, or a shipped one by name, with values that options replace.
+
+    Args:
+      source: a path, or ``recipe:NAME``.
+      sets: texts ``section.key=value`` with TOML values; a word without quotes is a text.
+
+    Raises:
+      InputError: the file is missing, is not TOML, or has wrong keys or values; all at once.
+      UsageError: there is no such shipped recipe, or only the options are wrong.
+    """
+    text, name, folder = _read(source)
+    return parse_recipe(text, name, folder=folder, sets=sets)
+
+
+def parse_recipe(
+    text: str, name: str, *, folder: FilePath | None = None, sets: Sequence[str] = ()
+) -> Recipe:
+    """Return the recipe in a text; see `load_recipe`.
+
+    Args:
+      text: the TOML.
+      name: of its file, in messages.
+      folder: what relative paths are relative to; the working folder by default.
+      sets: as of `load_recipe`.
+
+    Raises:
+      InputError: as `load_recipe`.
+      UsageError: only the options are wrong.
+    """
+    table = _parse(text, name)
+    options = _options(sets, table)
+    places = toml_places(text)
+
+    def where(path: Path) -> str:
+        return _place(path, places, name, options)
+
+    reader = FieldReader(where)
+    recipe = reader.section(Recipe, table, ())
+    bad = [path for path, _ in reader.problems]
+    problems = [*reader.problems, *_faulty(recipe, bad, where, options)]
+    if problems:
+        wrong = [problem for _, problem in problems]
+        of_file = any(not _set_by(path, options) for path, _ in problems)
+        raise InputError(wrong) if of_file else UsageError(wrong)
+    return _resolved(recipe, folder or FilePath(), options)
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that moecc ships."""
+    found = (f.name for f in SHIPPED.iterdir() if f.name.endswith(".toml"))
+    return sorted(name.removesuffix(".toml") for name in found)
+
+
+def shipped_text(name: str) -> str:
+    """Return the text of a shipped recipe, with its comments.
+
+    Raises:
+      UsageError: there is none of this name.
+    """
+    name = name.removeprefix(PREFIX)
+    if name not in shipped_recipes():
+        hint = nearest(name, shipped_recipes()) or f"recipes: {', '.join(shipped_recipes())}"
+        raise UsageError(f"unknown recipe {name!r}", hint=hint)
+    return (SHIPPED / f"{name}.toml").read_text("utf-8")
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """Return the TOML of `recipe` with every default; `parse_recipe` reads the same recipe."""
+    return "\n".join(_table(recipe, "")).strip() + "\n"
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Return ``sha256:…`` of what decides the function that is trained.
+
+    Where things are is left out, the mesh and the paths of models and tokens: another mesh or
+    another disk is the same recipe.  What the folders contain has digests of its own.
+    """
+    text = json.dumps(_decisive(recipe), sort_keys=True, ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def recipe_differences(before: Recipe, after: Recipe) -> list[str]:
+    """Return what differs in the digests of two recipes: ``run.steps: 100 → 200``."""
+    one, other = _decisive(before), _decisive(after)
+    return [
+        f"{key}: {one.get(key, 'none')} → {other.get(key, 'none')}"
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
+    ]
+
+
+def _read(source: str) -> tuple[str, str, FilePath]:
+    """Return the text of a recipe, its name in messages, and its folder."""
+    if source.startswith(PREFIX):
+        return shipped_text(source), source, FilePath()
+    path = FilePath(source)
+    try:
+        return read_bounded(path, LARGEST_FILE_BYTES).decode(), source, path.parent
+    except UnicodeDecodeError as error:
+        place = f"{source}: byte {error.start}"
+        raise InputError("not text: a recipe is UTF-8", where=place) from None
+    except InputError as error:
+        raise _with_hint(error, source) from None
+
+
+def _with_hint(error: InputError, source: str) -> MoeccError:
+    """Return `error`, and whether a shipped recipe has the name of the missing file."""
+    name = FilePath(source).stem
+    if name not in shipped_recipes():
+        return error
+    hint = f"moecc has a recipe of this name: {PREFIX}{name}"
+    return InputError(replace(problem, hint=hint) for problem in error.problems)
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"not TOML: {error}", where=name) from None
+    except RecursionError:
+        raise InputError("the TOML is nested too deeply", where=name) from None
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One ``--set``."""
+
+    text: str
+    path: Path
+    value: object
+
+
+def _options(sets: Sequence[str], table: dict[str, Any]) -> list[_Option]:
+    """Put the values of the options into `table`, and return them. Raises UsageError."""
+    found: list[_Option] = []
+    problems: list[Problem] = []
+    for text in sets:
+        try:
+            found.append(_option(text))
+            _put(table, found[-1])
+        except UsageError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UsageError(problems)
+    return found
+
+
+def _option(text: str) -> _Option:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not _KEY.match(key):
+        raise UsageError("not a value of a recipe", where=f"--set {printable(text)}",
+                         expected="section.key=value")  # fmt: skip
+    path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    return _Option(text, path, _value(value.strip()))
+
+
+def _value(text: str) -> object:
+    """Return the TOML value that `text` spells, or `text` itself where it spells none."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text
+    return found["value"] if len(found) == 1 else text
+
+
+def _put(table: dict[str, Any], option: _Option) -> None:
+    """Replace a value of a table, or add it. Raises UsageError for what is no table."""
+    at: Any = table
+    for number, part in enumerate(option.path):
+        is_last = number == len(option.path) - 1
+        if isinstance(at, dict) and isinstance(part, str):
+            if not is_last:
+                at = at.setdefault(part, {})
+                continue
+            at[part] = option.value
+        elif isinstance(at, list) and isinstance(part, int) and part < len(at):
+            if not is_last:
+                at = at[part]
+                continue
+            at[part] = option.value
+        else:
+            raise UsageError(
+                "the recipe has no such table", where=f"--set {printable(option.text)}",
+                found=dotted(option.path[: number + 1]),
+            )  # fmt: skip
+
+
+def _set_by(path: Path, options: Sequence[_Option]) -> _Option | None:
+    """Return the last option that gave the value at `path`."""
+    given = (o for o in reversed(options) if path[: len(o.path)] == o.path)
+    return next(given, None)
+
+
+def _place(path: Path, places: Mapping[Path, int], name: str, options: Sequence[_Option]) -> str:
+    option = _set_by(path, options)
+    if option is not None:
+        return f"--set {printable(option.text)}"
+    above = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
+    line = next(above, None)
+    return name if line is None else f"{name}:{line}"
+
+
+def _faulty(
+    recipe: Recipe, bad: Sequence[Path], where: Callable[[Path], str], options: Sequence[_Option]
+) -> Iterator[tuple[Path, Problem]]:
+    """Yield the problems of values that were read, but for those that concern unread ones.
+
+    Each with the path of the value that is to blame: the first that an option gave, or the file.
+    """
+    for fault in faults(recipe):
+        about = (path[: len(b)] == b or b[: len(path)] == path for path in fault.keys for b in bad)
+        if any(about):
+            continue
+        given = [key for key in fault.keys if _set_by(key, options)]
+        blamed = next((k for k in given or fault.keys if where(k) != where(())), fault.keys[0])
+        place = f"{where(blamed)}: {dotted(fault.keys[0])}"
+        yield blamed, Problem(fault.what, place, fault.expected, fault.found, fault.hint)
+
+
+def _resolved(recipe: Recipe, folder: FilePath, options: Sequence[_Option]) -> Recipe:
+    """Return `recipe` with absolute paths."""
+
+    def absolute(text: str, path: Path) -> str:
+        if _SCHEME.match(text):
+            return text
+        base = FilePath() if _set_by(path, options) else folder
+        return os.path.abspath(base / os.path.expanduser(text))
+
+    def corpora(key: str, given: tuple[Corpus, ...]) -> tuple[Corpus, ...]:
+        return tuple(
+            replace(c, tokens=absolute(c.tokens, ("data", key, n, "tokens")))
+            for n, c in enumerate(given)
+        )
+
+    model = replace(recipe.model, source=absolute(recipe.model.source, ("model", "source")))
+    data = replace(
+        recipe.data,
+        train=corpora("train", recipe.data.train),
+        evaluate=corpora("evaluate", recipe.data.evaluate),
+    )
+    return replace(recipe, model=model, data=data)
+
+
+def _table(section: Any, name: str) -> Iterator[str]:
+    """Yield the lines of a section: its values, and then the tables in it."""
+    values = {f.name: getattr(section, f.name) for f in fields(section)}
+    if name:
+        yield f"[{name}]"
+    for key, value in values.items():
+        if not is_dataclass(value) and not _has_tables(value):
+            yield f"{key} = {_text(value)}"
+    for key, value in values.items():
+        inner = f"{name}.{key}" if name else key
+        if is_dataclass(value):
+            yield ""
+            yield from _table(value, inner)
+        for each in value if _has_tables(value) else ():
+            yield ""
+            yield from (
+                f"[{line}]" if line == f"[{inner}]" else line for line in _table(each, inner)
+            )
+
+
+def _has_tables(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and is_dataclass(value[0])
+
+
+def _text(value: object) -> str:
+    """Return a value as TOML spells it."""
+    if isinstance(value, Enum):
+        return _text(value.value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # TOML escapes as JSON does, and a delete as well.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def _decisive(recipe: Recipe) -> dict[str, str]:
+    """Return what the digest is of: the text of each value by its key."""
+    found: dict[str, str] = {}
+    for section in fields(recipe):
+        if section.name != "mesh":
+            found.update(_flat(getattr(recipe, section.name), section.name))
+    return found
+
+
+_WHERE = re.compile(r"model\.source|data\.(train|evaluate)\.\d+\.tokens")
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if is_dataclass(value):
+        for one in fields(value):
+            yield from _flat(getattr(value, one.name), f"{path}.{one.name}")
+    elif _has_tables(value):
+        for number, each in enumerate(value):
+            yield from _flat(each, f"{path}.{number}")
+    elif not _WHERE.fullmatch(path) or _SCHEME.match(value):
+        yield path, _text(value)

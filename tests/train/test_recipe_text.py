@@ -1,0 +1,259 @@
+"""Recipes: read strictly, written whole, compared by what decides the function."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError, MoeccError, UsageError
+from moecc.train.recipe import Corpus, DataSection, MeshSection, ModelSection, Recipe, RunSection
+from moecc.train.recipe_checks import BOUNDS
+from moecc.train.recipe_text import (
+    load_recipe,
+    parse_recipe,
+    recipe_differences,
+    recipe_digest,
+    shipped_recipes,
+    shipped_text,
+    write_recipe,
+)
+from moecc.train.toml_places import toml_places
+
+SMALL = '[model]\nsource = "m"\n[data]\ntrain = [{tokens = "t"}]\n[run]\nsteps = 10\n'
+
+
+def small(*sets: str) -> Recipe:
+    return parse_recipe(SMALL, "small.toml", sets=sets)
+
+
+def problems(text: str, *sets: str, error: type[MoeccError] = InputError) -> list[str]:
+    with pytest.raises(error) as caught:
+        parse_recipe(text, "r.toml", sets=sets)
+    return [str(p) for p in caught.value.problems]
+
+
+def any_value(type_: Any) -> st.SearchStrategy[Any]:
+    if is_dataclass(type_) and isinstance(type_, type):
+        hints = get_type_hints(type_)
+        return st.builds(type_, **{f.name: any_value(hints[f.name]) for f in fields(type_)})
+    if get_args(type_):
+        return st.lists(any_value(get_args(type_)[0]), max_size=2).map(tuple)
+    if issubclass(type_, Enum):
+        return st.sampled_from(type_)
+    return {
+        bool: st.booleans(),
+        int: st.integers(-(2**62), 2**62),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    }[type_]
+
+
+@given(any_value(Recipe))
+def test_what_is_written_reads_as_the_same_values(recipe: Recipe) -> None:
+    from moecc.train.recipe_fields import FieldReader
+
+    reader = FieldReader(str)
+    assert reader.section(Recipe, tomllib.loads(write_recipe(recipe)), ()) == recipe
+    assert reader.problems == []
+
+
+def test_a_recipe_round_trips_with_every_default_written_out() -> None:
+    recipe = small("mesh.mesh=data:2", 'optimizer.groups=[{match="moe", freeze=true}]')
+    text = write_recipe(recipe)
+    assert parse_recipe(text, "x") == recipe
+    for name in BOUNDS:
+        table: Any = tomllib.loads(text)
+        for part in name.split("."):
+            table = table[part]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid(name: str) -> None:
+    recipe = load_recipe(f"recipe:{name}")
+    assert parse_recipe(write_recipe(recipe), name) == recipe
+    assert "moecc train recipe:" + name in shipped_text(name)
+
+
+def test_all_problems_come_at_once_with_their_lines() -> None:
+    text = (
+        '[model]\nsource = 3\nstrat = "random"\n\n[data]\nbatch = 8.0\nobjective = "causel"\n'
+        '[[data.train]]\ntokens = "a"\nwieght = 2\n\n[run]\nstep = 10\nmicro_batches = 0\n'
+        'guard = {sigma = -1}\n[optimiser]\nrate = 1\n[mesh]\nmesh = "data"\n'
+    )
+    found = [p.replace("\n", " ") for p in problems(text)]
+    for expected in (
+        "r.toml:2: model.source: a value of another type   expected: a text in quotes   found: 3",
+        "r.toml:3: model.strat: no such key   hint: did you mean 'start'?",
+        "r.toml:6: data.batch: a value of another type   expected: a whole number   found: 8.0",
+        "r.toml:7: data.objective: no such choice   expected: causal | spans | masked | completion "
+        "| classify   found: \"causel\"   hint: did you mean 'causal'?",
+        "r.toml:10: data.train.0.wieght: no such key   hint: did you mean 'weight'?",
+        "r.toml:13: run.step: no such key   hint: did you mean 'steps'?",
+        "r.toml:12: run.steps: a key is missing   expected: a whole number",
+        "r.toml:14: run.micro_batches: out of bounds   expected: 1 or more   found: 0",
+        "r.toml:15: run.guard.sigma: out of bounds   expected: 0 or more   found: -1.0",
+        "r.toml:16: optimiser: no such key   hint: did you mean 'optimizer'?",
+        "r.toml:19: mesh.mesh: not a mesh   expected: axes with sizes, data:8,model:4   "
+        "found: data",
+    ):
+        assert expected in found
+        found.remove(expected)
+    assert found == []
+
+
+def test_missing_sections_name_their_keys() -> None:
+    assert [p.split("\n")[0] for p in problems("")] == [
+        "r.toml: model.source: a key is missing",
+        "r.toml: data.train: a key is missing",
+        "r.toml: run.steps: a key is missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sets", "what"),
+    [
+        (["run.micro_batches=3"], "run.micro_batches: the micro-batches do not divide the batch"),
+        (["run.micro_batches=4", "routing.groups=2"], "parts of token groups"),
+        (["routing.groups=3"], "the token groups do not divide the batch"),
+        (["routing.groups=24"], "the token groups do not divide the sequences"),
+        (["optimizer.warmup=11"], "the warm-up is longer than the run"),
+        (["optimizer.schedule=wsd"], "wsd decays over its last steps"),
+        (["optimizer.decay_steps=2"], "only the schedule wsd has decay_steps"),
+        (
+            ["optimizer.schedule=wsd", "optimizer.warmup=6", "optimizer.decay_steps=5"],
+            "together are longer",
+        ),
+        (["optimizer.name=adam"], "no such optimiser"),
+        (['optimizer.groups=[{match="moe", rate=0}]'], "freeze = true trains none of them"),
+        (['optimizer.groups=[{match="moe", rate=2, freeze=true}]'], "neither rate nor decay"),
+        (['optimizer.groups=[{match="a"}, {match="a"}]'], "an earlier group matches"),
+        (["run.remat=some"], "no such rematerialisation"),
+        (["run.evaluate_steps=5"], "there is nothing to evaluate on"),
+        (["run.export_steps=5"], "exports need a family"),
+        (["run.dtype=f23"], "unknown element type 'f23'"),
+        (["mesh.rules=['tensor-parallel']"], "rules need a mesh"),
+        (["mesh.via=capactiy"], "no such way to the experts"),
+        (["mesh.partition=manual"], "no such partition"),
+        (["data.train=[]"], "the mixture is empty"),
+        (["data.train=[{tokens='a'}, {tokens='b/a'}]"], "more than one corpus is called 'a'"),
+        (["data.train.0.weight=0"], "leave the corpus out"),
+        (["data.decoder_seq=4"], "the objective causal has one sequence"),
+        (["model.start=random", "model.moments=carry"], "no moments to carry"),
+        (["run.steps=1e400"], "another type"),
+        (["optimizer.rate=inf"], "not a finite number"),
+        (["run.seed=9223372036854775808"], "too large a number"),
+    ],
+)
+def test_values_are_checked_together(sets: list[str], what: str) -> None:
+    (found,) = problems(SMALL, *sets, error=UsageError)
+    assert what in found
+    assert found.startswith("--set ")
+
+
+def test_options_replace_values_and_words_are_texts() -> None:
+    recipe = small("run.steps=20", "run.guard.sigma=3", "model.source=preset:smollm2-135m",
+                   "data.train.0.weight=2", "data.evaluate=[{tokens='hf:a/b'}]")  # fmt: skip
+    assert recipe.run.steps == 20
+    assert recipe.run.guard.sigma == 3.0
+    assert recipe.model.source == "preset:smollm2-135m"
+    assert recipe.data.train[0].weight == 2.0
+    assert recipe.data.evaluate[0].tokens == "hf:a/b"
+
+
+def test_malformed_options_come_at_once() -> None:
+    found = problems(SMALL, "run.steps", "run.steps.x=3", "data.train.4.weight=1", error=UsageError)
+    assert [p.split("\n")[0] for p in found] == [
+        "--set run.steps: not a value of a recipe",
+        "--set run.steps.x=3: the recipe has no such table",
+        "--set data.train.4.weight=1: the recipe has no such table",
+    ]
+
+
+def test_paths_are_relative_to_the_file_and_of_options_to_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "r.toml").write_text(SMALL.replace('"m"', '"../m@best"'))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("recipes/r.toml")
+    assert recipe.model.source == str(tmp_path / "m@best")
+    assert recipe.data.train[0].tokens == str(tmp_path / "recipes" / "t")
+    moved = load_recipe("recipes/r.toml", ["data.train.0.tokens=t"])
+    assert moved.data.train[0].tokens == str(tmp_path / "t")
+
+
+def test_bad_files_are_one_message(tmp_path: Path) -> None:
+    place = tmp_path / "upcycle.toml"
+    with pytest.raises(InputError, match="recipe:upcycle"):
+        load_recipe(str(place))
+    place.write_bytes(b"a = '\xff'")
+    with pytest.raises(InputError, match="byte 5"):
+        load_recipe(str(place))
+    place.write_text("[model]\nsource = \n")
+    with pytest.raises(InputError, match="line 2"):
+        load_recipe(str(place))
+    place.write_text("a = " + "[" * 9000)
+    with pytest.raises(InputError, match=r"not TOML|nested too deeply"):
+        load_recipe(str(place))
+    with pytest.raises(UsageError, match="did you mean 'upcycle'"):
+        load_recipe("recipe:upcycel")
+
+
+def test_the_digest_is_of_the_function_and_not_of_where_it_runs() -> None:
+    one = small()
+    moved = replace(one, mesh=MeshSection("data:8"), model=ModelSection("/other"))
+    moved = replace(moved, data=replace(one.data, train=(Corpus("/disk/t"),)))
+    assert recipe_digest(moved) == recipe_digest(one)
+    assert recipe_differences(one, moved) == []
+    other = small("run.steps=12", "data.train.0.weight=2", "model.source=preset:mixtral-8x7b")
+    assert recipe_digest(other) != recipe_digest(one)
+    assert recipe_differences(one, other) == [
+        "data.train.0.weight: 1.0 → 2.0",
+        'model.source: none → "preset:mixtral-8x7b"',
+        "run.steps: 10 → 12",
+    ]
+
+
+def test_the_digest_is_the_same_everywhere() -> None:
+    recipe = Recipe(ModelSection("m"), DataSection((Corpus("t"),)), RunSection(1))
+    assert recipe_digest(recipe) == recipe_digest(replace(recipe, mesh=MeshSection("data:2")))
+    assert recipe_digest(recipe).startswith("sha256:")
+
+
+TOML = '''# a comment = [1]
+top = 1
+"quo.ted" = """
+[not] = a table
+"""
+[a]
+b.c = { d = 1, "e f" = [ { g = 1 } ] }
+list = [ # [
+  1, 1979-05-27 07:32:00,
+  ["x", 'y]'], { h = 2.5e3 }
+]
+[[a.many]]
+x = 1
+[a.many.inner]
+y = 2
+[[a.many]]
+x = 3
+'''
+
+
+def test_every_value_has_its_line() -> None:
+    places = toml_places(TOML)
+    found: dict[str, int] = {"/".join(map(str, path)): line for path, line in places.items()}
+    assert found == {
+        "top": 2, "quo.ted": 3, "a": 6, "a/b": 7, "a/b/c": 7, "a/b/c/d": 7, "a/b/c/e f": 7,
+        "a/b/c/e f/0": 7, "a/b/c/e f/0/g": 7, "a/list": 8, "a/list/0": 9, "a/list/1": 9,
+        "a/list/2": 10, "a/list/2/0": 10, "a/list/2/1": 10, "a/list/3": 10, "a/list/3/h": 10,
+        "a/many": 12, "a/many/0": 12, "a/many/0/x": 13, "a/many/0/inner": 14,
+        "a/many/0/inner/y": 15, "a/many/1": 16, "a/many/1/x": 17,
+    }  # fmt: skip
