@@ -76,13 +76,8 @@ def propose(graph: Graph, target: str) -> ModelConfig | list[Problem]:
     return propose_config(source, layers, target)
 
 
-_SHAPES = {"DecoderConfig": "a decoder alone", "EncDecConfig": "an encoder-decoder"}
-
-
 def _other_shape(source: ModelConfig, target: str) -> Problem:
-    theirs, ours = (
-        _SHAPES.get(c.shape().__name__, "an encoder alone") for c in (CONFIGS[target], source)
-    )
+    theirs, ours = CONFIGS[target].kind, source.kind
     what = f"{target} is {theirs}, and {source.model_type} {ours}"
     return Problem(what, hint=f"{FAMILY} can express any model")
 
