@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
 from moecc.ir.builder import Builder
@@ -51,6 +51,9 @@ class PackSegmentsPass(Pass):
         %weights = softmax (mask %scores, %same) {axis=kv_seq}
         %slots = assign_slots %experts, (less 0, %segments) {… using=(mask)}
 
+    With ``documents=one`` a row has one document and padding behind it: positions stay as they are,
+    and what mixes documents otherwise than by attention is left as it is.
+
     In an encoder-decoder also ``decoder_segments``; the tokens of a document see those of the
     encoder's segment of the same number.  Windows and relative positions within a document are
     what they were.  Without a capacity the documents of a row have the results that each has alone;
@@ -62,6 +65,8 @@ class PackSegmentsPass(Pass):
     must_match: ClassVar[bool] = True
     preserves = Preserves("approximate", "tokens see those of their own segment alone")
 
+    documents: Annotated[Literal["several", "one"], "how many documents a row has"] = "several"
+
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Add the inputs and masks.
 
@@ -70,14 +75,16 @@ class PackSegmentsPass(Pass):
             another way than attention.
         """
         packing = _Packing(graph)
-        problems = [*packing.problems()]
+        several = self.documents == "several"
+        problems = [*packing.problems(), *(packing.mixtures() if several else ())]
         if problems:
             raise InputError(problems)
         attentions = packing.attentions()
         if not attentions:
             return PassResult(changed=False, near_misses=[NOTHING])
-        positions, assigners = packing.positioned(), packing.assigners()
-        packing.place(positions)
+        assigners = packing.assigners()
+        if several:
+            packing.place(packing.positioned())
         for attention in attentions:
             packing.mask(attention)
         for node in assigners:
@@ -118,6 +125,11 @@ class _Packing:
             for taken in (name, f"decoder_{name}"):
                 if taken in self._graph.inputs:
                     yield Problem("the graph is packed already", found=f"the input {taken}")
+
+    def mixtures(self) -> Iterator[Problem]:
+        """Yield where tokens of several documents meet otherwise than by attention."""
+        if TOKENS not in self._graph.inputs:
+            return
         for node in self._graph:
             if node.op.is_distribution and _axis(node) in self._token_axes:
                 yield Problem(
@@ -128,7 +140,7 @@ class _Packing:
             if rope is not None and rope.attr("scaling") == "dynamic":
                 yield Problem(
                     "rope scaling dynamic depends on the longest document of all", where(node),
-                    hint="packing = false",
+                    hint="data.packing = false",
                 )  # fmt: skip
 
     @property

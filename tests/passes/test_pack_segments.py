@@ -165,6 +165,24 @@ def test_what_mixes_documents_otherwise_is_rejected() -> None:
         run_pipeline(imported("llama_gqa", "roll-layers"), Pipeline.parse("pack-segments"))
 
 
+def test_one_document_needs_no_positions() -> None:
+    item = PackSegmentsPass(documents="one")
+    for name, passes in (("llama_dynamic", ""), ("bert_gelu", "upcycle{experts=2 routing=soft}")):
+        graph = imported(name, passes)
+        item.apply(graph, Context())
+        verify(graph)
+        assert list(graph.inputs) == ["tokens", "segments"]
+    graph = imported("bert_gelu")
+    after = clone(graph)
+    item.apply(after, Context())
+    tokens = np.array([[3, 1, 4, 0, 0]], np.int32)
+    params, backend = params_for(graph, 1), ReferenceBackend()
+    given = {"tokens": tokens, "segments": np.minimum(tokens, 1)}
+    (found,) = backend.compile(after).run(params, given).values()
+    (alone,) = backend.compile(graph).run(params, {"tokens": tokens[:, :3]}).values()
+    assert np.abs(found[:, :3] - alone).max() < 1e-12 * np.abs(alone).max()
+
+
 def test_a_packed_graph_rolls_and_specialises() -> None:
     graph = imported("llama_gqa", "upcycle{experts=4 top-k=2}")
     passes = "pack-segments,specialize{mode=train},add-losses,cse,roll-layers"
