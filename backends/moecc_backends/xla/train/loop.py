@@ -32,10 +32,10 @@ State = Any
 Placed = Mapping[str, jax.Array]
 """A batch on its devices."""
 
-SKIPPED, TOKENS = "guard.skipped", "tokens"
+SKIPPED, TOKENS = "guard.skipped", "targets"
 """Metrics of a step: whether its update was left out, and the tokens that its loss counts."""
 
-LOSS_SUM = "loss.sum"
+LOSS_SUM = "nll"
 """Of an evaluation: the sum of the losses of its tokens, in nats."""
 
 
@@ -48,7 +48,11 @@ class Program(Protocol):
         """Return state and metrics after one step; the state that is given is donated."""
         ...
 
-    def evaluate(self, state: State, batch: Placed) -> Mapping[str, jax.Array]:
+    def model_params(self, state: State) -> Mapping[str, jax.Array]:
+        """Return the parameters of the model in a state."""
+        ...
+
+    def evaluate(self, params: Mapping[str, jax.Array], batch: Placed) -> Mapping[str, jax.Array]:
         """Return `LOSS_SUM` and `TOKENS` of a batch."""
         ...
 
@@ -208,10 +212,10 @@ class Loop:
         self._saved, self._saved_seconds = self._at, self.clock()
 
     def _evaluate(self) -> Evaluated:
-        losses = {}
+        losses, params = {}, self.program.model_params(self._state)
         for name, batches in self.feed.held_out.items():
             sums = [
-                self.program.evaluate(self._state, self.feed.evaluate(name, number))
+                self.program.evaluate(params, self.feed.evaluate(name, number))
                 for number in range(batches)
             ]
             total = sum(float(s[LOSS_SUM]) for s in sums)
