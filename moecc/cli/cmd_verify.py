@@ -59,18 +59,20 @@ def verify(request: VerifyRequest) -> None:
 def _against_manifest(model: str, format: Format) -> None:
     from pathlib import Path
 
+    from moecc.checkpoint.gguf.storage import SUFFIX
     from moecc.checkpoint.manifest import check_manifest
     from moecc.checkpoint.records import load
     from moecc.cli.console import report
     from moecc.errors import InputError
 
-    folder = Path(model)
-    if not folder.is_dir():
+    place = Path(model)
+    if not place.is_dir() and not (place.is_file() and place.suffix == SUFFIX):
         raise InputError(
-            "only a folder has a manifest", where=model, hint="or give --against SOURCE"
-        )
-    check_manifest(folder)
-    manifest = load(folder)
+            "only a folder or a GGUF file has a manifest", where=model,
+            hint="or give --against SOURCE",
+        )  # fmt: skip
+    check_manifest(place)
+    manifest = load(place)
     data = {"model": model, "tensors": len(manifest.tensors), "passed": True}
     report(
         "verify-manifest", data,
