@@ -14,7 +14,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import F32, DType
 from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Source
-from moecc.weights.movement import Index, Slice, Stack
+from moecc.weights.movement import Index, Rename, Slice, Stack
 
 DtypeOf = Callable[[str], DType]
 """Maps the name of a tensor to its element type on disk."""
@@ -57,6 +57,27 @@ class Parameters:
         if name in self.graph.params:
             return self.graph.params[name]
         return self._param(name, loc, axes, self._source(name, **axes))
+
+    def part(
+        self, name: str, of: str, loc: str, at: int, whole: tuple[str, int], axes: dict[str, int]
+    ) -> Value:
+        """Return the parameter `name`: rows of the tensor `of`.
+
+        Args:
+          name: the name of the parameter.
+          of: the name of the tensor.
+          loc: the location in the model.
+          at: the first row.
+          whole: the name and the size of the tensor's first axis.
+          axes: the axes of the parameter, in their order on disk.
+        """
+        if name in self.graph.params:
+            return self.graph.params[name]
+        (first, rows), *others = axes.items()
+        along, size = whole
+        source = self._source(of, **{along: size}, **dict(others))
+        cut: Expr = Slice(source, along, at, at + rows)
+        return self._param(name, loc, axes, cut if along == first else Rename(cut, along, first))
 
     def router(self, layer: str, loc: str, *, expert: int, embed: int) -> Value:
         """Return the router's matrix, ``[expert, embed]``."""

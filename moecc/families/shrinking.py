@@ -117,11 +117,24 @@ def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "sliding_windows": tuple(w and min(w, SMALL_WINDOW) for w in config.sliding_windows),
+        **_rotary_sizes(config, head_dim),
         "extra": {**config.extra, "pad_token_id": None},
     }
     if isinstance(config, MoeConfig):
         changes.update(_expert_sizes(config))
     return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def _rotary_sizes(config: DecoderConfig, head_dim: int) -> dict[str, object]:
+    """Return the rotated entries of smaller heads, and as many divisors as these need."""
+    size = head_dim
+    if config.rotary_dim is not None:
+        size = min(max(2, head_dim * config.rotary_dim // config.head_dim // 2 * 2), head_dim)
+    rope = config.rope
+    if rope.type == "longrope":
+        short, long = rope.short_factor[: size // 2], rope.long_factor[: size // 2]
+        rope = replace(rope, short_factor=short, long_factor=long)
+    return {"rope": rope, "rotary_dim": None if size == head_dim else size}
 
 
 def _expert_sizes(config: MoeConfig) -> dict[str, object]:

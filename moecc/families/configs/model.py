@@ -38,6 +38,8 @@ class ModelConfig:
     # Other names that the class in `architectures` has had.
     aliases: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, object]]
+    # Whether code named after the family, which its first checkpoints bring, is in transformers.
+    own_code: ClassVar[bool] = False
     # Numbers that an export keeps with their default if the file omits them.
     kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
 
@@ -60,7 +62,7 @@ class ModelConfig:
         Raises InputError with every problem; a key that is absent has transformers' default.
         """
         reader = Reader(data, cls.defaults, where)
-        refuse_what_needs_other_code(reader, cls.architecture, cls.aliases)
+        refuse_what_needs_other_code(reader, cls.architecture, cls.aliases, own_code=cls.own_code)
         values = cls._read(reader)
         values["extra"] = read_extra(reader, cls.kept_numbers)
         config = cls._construct(values, reader)

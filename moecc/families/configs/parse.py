@@ -10,12 +10,17 @@ from moecc.errors import InputError, nearest
 
 from .base import DecoderConfig
 from .bert import BertConfig
+from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .granite import GraniteConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
 from .model import ModelConfig
+from .olmo2 import Olmo2Config
+from .phi3 import Phi3Config
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .reader import one_of, shown
+from .smollm3 import SmolLM3Config
 from .st_moe import FAMILY, GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
 from .t5 import T5Config
@@ -27,6 +32,13 @@ DECODERS: Mapping[str, type[DecoderConfig]] = {
         MistralConfig,
         Qwen2Config,
         Qwen3Config,
+        Olmo2Config,
+        GraniteConfig,
+        Phi3Config,
+        SmolLM3Config,
+        GemmaConfig,
+        Gemma2Config,
+        Gemma3TextConfig,
         MixtralConfig,
         Qwen2MoeConfig,
         Qwen3MoeConfig,

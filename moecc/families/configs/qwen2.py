@@ -78,7 +78,7 @@ class Qwen2MoeConfig(MoeConfig):
             yield key_problem(what, f"heads x head_dim = {self.hidden_size}", f"{width}", *keys)
 
     @classmethod
-    def _read_features(cls, reader: Reader) -> dict[str, bool]:
+    def _read_features(cls, reader: Reader) -> dict[str, object]:
         return {**cls.fixed, "qkv_bias": reader.flag("qkv_bias")}
 
     def _write(self) -> dict[str, object]:

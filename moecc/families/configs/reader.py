@@ -45,6 +45,8 @@ LARGEST_SIZES: Mapping[str, int] = {
     "num_sparse_encoder_layers": 10_000,
     "num_sparse_decoder_layers": 10_000,
     "type_vocab_size": 1 << 16,
+    "no_rope_layer_interval": 10_000,
+    "sliding_window_pattern": 10_000,
 }
 
 
@@ -131,6 +133,14 @@ class Reader:
     def optional_number(self, key: str, *, above: float | None = None) -> float | None:
         """Return a number, or None for null or a missing key."""
         return None if self.value(key) is None else self.number(key, above=above)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return a list of finite numbers."""
+        found = [as_number(value) for value in self.items(key)]
+        if any(number is None for number in found):
+            self.refuse(key, "not a list of numbers", expected="finite numbers")
+            return ()
+        return tuple(number for number in found if number is not None)
 
     def flag(self, key: str) -> bool:
         """Return a boolean."""
