@@ -46,6 +46,7 @@ class CardFacts:
       licence: the licence keys of the source's card.
       digests: SHA-256 of the weight files or the source's, by name.
       notes: remarks for readers, e.g. that the source was quantised.
+      story: where the source was trained, how it came about, a sentence a stage.
     """
 
     title: str
@@ -64,6 +65,7 @@ class CardFacts:
     licence: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    story: tuple[str, ...] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -76,6 +78,7 @@ def model_card(facts: CardFacts) -> str:
         "## Load it",
         _snippet(facts),
         "## How it was made",
+        "\n".join(f"{n}. {_escape(line)}" for n, line in enumerate(facts.story, 1)),
         _recipe(facts),
         _digests(facts),
     ]
@@ -148,10 +151,15 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _summary(facts: CardFacts) -> str:
     base = f"`{_code(facts.base_model)}`" if facts.base_model else f"a {facts.family_from} model"
+    kind = f"`{facts.family_from}`" if facts.story else f"dense, `{facts.family_from}`"
+    after = (
+        "It was trained, and then converted; how it came about is told below."
+        if facts.story
+        else "It was converted, not trained further."
+    )
     return (
         f"A sparse mixture of experts in the `{facts.family_to}` layout, made from {base} "
-        f"(dense, `{facts.family_from}`) with moecc "
-        f"{facts.moecc_version}. It was converted, not trained further.\n\n"
+        f"({kind}) with moecc {facts.moecc_version}. {after}\n\n"
         f"- Parameters: {facts.parameters:,}, of which a token meets "
         f"{facts.active_parameters:,}\n"
         f"- Element type: {facts.dtype}\n"

@@ -24,6 +24,7 @@ from moecc.checkpoint.run.layout import (
     read_lineage,
     split_reference,
 )
+from moecc.checkpoint.run.lineage import TRAINED
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
@@ -38,7 +39,7 @@ from moecc.support.parse_units import float_type
 from moecc.train.data.batches import Batches, open_batches
 from moecc.train.data.model_facts import ModelFacts, facts_of
 from moecc.train.job import Beginning, TrainJob
-from moecc.train.lineage import TRAINED, lineage, source_files
+from moecc.train.lineage import lineage, source_files
 from moecc.train.recipe import Recipe, Start
 from moecc.train.recipe_text import (
     parse_recipe,
@@ -194,9 +195,7 @@ def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:
     return open_batches(recipe.data, facts)
 
 
-def _stage(
-    recipe: Recipe, digest: str, source: Source, batches: Batches
-) -> dict[str, Any]:
+def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> dict[str, Any]:
     section = recipe.model
     return {
         "kind": TRAINED,

@@ -1,4 +1,4 @@
-"""How a model came about: the stages from its first source to a step of a run."""
+"""What a run keeps of its source: its files, and how it came about."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from typing import Any
 
 from moecc.checkpoint.manifest import MANIFEST_NAME, file_records
 from moecc.checkpoint.modelcard import hub_repository
-from moecc.checkpoint.run.checkpoint import RunCheckpoint
 from moecc.checkpoint.run.layout import LINEAGE_SCHEMA, SOURCE
-from moecc.checkpoint.source import Checkpoint
+from moecc.checkpoint.run.lineage import stages_of
 from moecc.model.open import Model
 from moecc.version import __version__
-
-TRAINED = "train"
-"""The kind of a stage that is a training."""
 
 
 def lineage(model: Model, stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,15 +33,6 @@ def lineage(model: Model, stage: Mapping[str, Any]) -> dict[str, Any]:
     }
     stages = [*stages_of(checkpoint), {**source, **stage}]
     return {**found, "licence": checkpoint.licence(), "stages": stages}
-
-
-def stages_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Return the stages that led to a checkpoint, as far as it tells: those of a run."""
-    if not isinstance(checkpoint, RunCheckpoint):
-        return []
-    *earlier, last = checkpoint.lineage["stages"]
-    facts = checkpoint.step.facts
-    return [*earlier, {**last, "steps": checkpoint.step.number, "tokens": facts["tokens"]}]
 
 
 def source_files(model: Model, config: bytes) -> dict[str, Path | bytes]:

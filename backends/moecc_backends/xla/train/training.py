@@ -106,8 +106,10 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
         program = _program(job)
         preflight(
             configuration(
-                graph=fingerprint(job.graph)[:16], recipe=job.digest,
-                data=job.batches.digests["order"], mesh=str(job.recipe.mesh),
+                graph=fingerprint(job.graph)[:16],
+                recipe=job.digest,
+                data=job.batches.digests["order"],
+                mesh=str(job.recipe.mesh),
             )  # fmt: skip
         )
         with _own_folder(job):
