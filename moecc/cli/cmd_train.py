@@ -16,7 +16,7 @@ from moecc.cli.options import FormatOption
 if TYPE_CHECKING:
     from moecc.support.signals import Asked
     from moecc.train.events import Reason, Stopped
-    from moecc.train.job import TrainJob, Trainer, Training
+    from moecc.train.job import Trainer, Training, TrainJob
 
 
 @dataclass(frozen=True)

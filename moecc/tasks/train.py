@@ -200,7 +200,8 @@ def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> dic
     return {
         "kind": TRAINED,
         "family": str(source.made.graph.attrs.get("family", "")),
-        "pipeline": source.pipeline,
+        "pipeline": section.pipeline,
+        "pipeline_in_full": source.pipeline,
         "seed": section.seed,
         "preserves": source.preserves,
         "start": section.start.value,

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from moecc.checkpoint.run.layout import METRICS, SPEED, saved_steps
 from moecc.train.events import Event, Reason, Saved, Stepped, Stopped
-from moecc.train.job import TrainJob, Training
+from moecc.train.job import Training, TrainJob
 from moecc.train.journal import Journal, cut_back
 
 

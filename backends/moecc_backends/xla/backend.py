@@ -21,7 +21,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.verify import where
 from moecc.launch.process_info import process_info
-from moecc.train.job import TrainJob, Training
+from moecc.train.job import Training, TrainJob
 from moecc.types.dtypes import F32, DType
 from moecc_backends.xla.dispatch.choose import dispatch_problems
 from moecc_backends.xla.import_jax import find_devices
