@@ -82,7 +82,8 @@ def _job(request: TrainRequest) -> Iterator[TrainJob]:
 
     from moecc.cli.console import say
     from moecc.errors import UsageError
-    from moecc.tasks.train import forked_run, new_run, open_source, resumed_run
+    from moecc.tasks.train import forked_run, new_run, resumed_run
+    from moecc.tasks.train_source import open_source
     from moecc.train.recipe_text import load_recipe
 
     sets = request.set or []

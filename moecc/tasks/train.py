@@ -6,10 +6,9 @@ or a device is asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,14 @@ from moecc.checkpoint.run.lineage import TRAINED
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
-from moecc.model.initialise import initialise
 from moecc.model.open import Model, no_tensors, open_model, read_graph
-from moecc.pipeline.passes import Context
-from moecc.pipeline.runner import run_pipeline
-from moecc.pipeline.text import Pipeline
-from moecc.presets import PREFIX, preset_config
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
-from moecc.support.parse_units import float_type
+from moecc.tasks.train_source import Source, config_of, open_source
 from moecc.train.data.batches import Batches, open_batches
 from moecc.train.data.model_facts import ModelFacts, facts_of
 from moecc.train.job import Beginning, TrainJob
 from moecc.train.lineage import lineage, source_files
-from moecc.train.recipe import Recipe, Start
+from moecc.train.recipe import Recipe
 from moecc.train.recipe_text import (
     parse_recipe,
     recipe_differences,
@@ -48,53 +42,10 @@ from moecc.train.recipe_text import (
     write_recipe,
 )
 from moecc.train.run_folder import create_run
-from moecc.train.state import Canonical, canonical
-from moecc.train.tokens.encoders import tokenizer_digest
+from moecc.train.tokens.byte_tokenizer import byte_tokenizer, byte_tokenizer_config
+from moecc.train.tokens.encoders import BYTES_DIGEST, tokenizer_digest
 
-
-@dataclass(frozen=True)
-class Source:
-    """A model as a recipe takes it.
-
-    Attributes:
-      model: opened.
-      made: its canonical graph, and how its parameters are made.
-      preserves: what the pipeline does to the function.
-      pipeline: in full.
-      remarks: of its passes.
-    """
-
-    model: Model
-    made: Canonical
-    preserves: str
-    pipeline: str
-    remarks: tuple[str, ...]
-
-
-@contextmanager
-def open_source(recipe: Recipe) -> Iterator[Source]:
-    """Open the model of a recipe and run its pipeline.
-
-    Raises:
-      InputError: the source is faulty, or a pass does not suit it.
-      UsageError: the pipeline is faulty.
-    """
-    section = recipe.model
-    pipeline = Pipeline.parse(section.pipeline)
-    remarks: list[str] = []
-    context = Context(seed=section.seed, remark=lambda r: remarks.append(str(r)))
-    with open_model(section.source) as model:
-        done = run_pipeline(model.graph, pipeline, context=context)
-        if section.start is Start.RANDOM:
-            initialise(model.graph, seed=section.seed)
-        elif model.checkpoint is None:
-            raise InputError(
-                "the source has no weights", where=section.source,
-                hint='model.start = "random" draws them',
-            )  # fmt: skip
-        made = canonical(model.graph, float_type(recipe.run.weight_dtype))
-        made.graph.attrs.pop("checkpoint", None)
-        yield Source(model, made, str(done.preserves), pipeline.in_full(), tuple(remarks))
+TOKENIZER = "tokenizer.json"
 
 
 def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
@@ -113,7 +64,7 @@ def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
         create_run(
             out, recipe=write_recipe(recipe), graph=print_graph(graph), inputs=inputs,
             lineage=lineage(source.model, _stage(recipe, digest, source, batches)),
-            source=source_files(source.model, _config(source.model)),
+            source=_source_files(source.model, batches),
         )  # fmt: skip
 
     return TrainJob(out, recipe, digest, graph, batches, create, lambda: _beginning(source))
@@ -185,7 +136,9 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
                 source=source_files(model, (run / SOURCE / "config.json").read_bytes()),
             )  # fmt: skip
 
-    return TrainJob(out, recipe, digest, graph, batches, create, _saved_already)
+    return TrainJob(
+        out, recipe, digest, graph, batches, create, lambda: _beginning_again(recipe, graph)
+    )
 
 
 def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:
@@ -212,18 +165,17 @@ def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> dic
     }
 
 
+def _source_files(model: Model, batches: Batches) -> dict[str, Path | bytes]:
+    """Return the files of a source that a run keeps; of bytes there is a tokenizer, too."""
+    files = source_files(model, config_of(model))
+    folders = batches.folders.values()
+    if TOKENIZER not in files and all(f.facts.tokenizer_digest == BYTES_DIGEST for f in folders):
+        files |= {TOKENIZER: byte_tokenizer(), "tokenizer_config.json": byte_tokenizer_config()}
+    return files
+
+
 def _inputs(model: Model) -> tuple[Path, ...]:
     return () if model.checkpoint is None else (model.checkpoint.path,)
-
-
-def _config(model: Model) -> bytes:
-    """Return the config.json of a source."""
-    found: object = model.graph.attrs.get("config", {})
-    if model.checkpoint is not None:
-        found = model.checkpoint.config
-    elif model.name.startswith(PREFIX):
-        found = preset_config(model.name)
-    return (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager
@@ -248,19 +200,13 @@ def _beginning_again(recipe: Recipe, graph: Graph) -> Iterator[Beginning]:
             yield found
 
 
-@contextmanager
-def _saved_already() -> Iterator[Beginning]:
-    raise AssertionError("a fork begins with a checkpoint")
-    yield
-
-
 def _types(graph: Graph) -> dict[str, str]:
     return {name: str(param.type) for name, param in graph.params.items()}
 
 
 def _facts_of_run(run: Path, graph: Graph, recipe: Recipe) -> ModelFacts:
     model = Model(graph, str(run))
-    tokenizer = run / SOURCE / "tokenizer.json"
+    tokenizer = run / SOURCE / TOKENIZER
     digest = tokenizer_digest(tokenizer.read_bytes()) if tokenizer.is_file() else None
     return replace(facts_of(model, train_graph(graph, recipe)), tokenizer_digest=digest)
 

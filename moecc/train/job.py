@@ -55,15 +55,17 @@ class TrainJob:
 
 
 class Training(Protocol):
-    """A run on its devices.
+    """A run on its devices."""
 
-    Attributes:
-      writes: whether this process writes journals and reports; among several, one does.
-      devices: how many it runs on.
-    """
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes journals and reports; among several, one does."""
+        ...
 
-    writes: bool
-    devices: int
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on."""
+        ...
 
     def events(self, stop: Callable[[], Reason | None]) -> Iterator[Event]:
         """Run to the end, and yield what happens.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
@@ -54,8 +54,6 @@ class DeviceFeed:
             return np.asarray(part, self.abstract[name].dtype)
 
         return {
-            name: jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, lambda index, name=name: of_rows(name, index)
-            )
+            name: jax.make_array_from_callback(leaf.shape, leaf.sharding, partial(of_rows, name))
             for name, leaf in self.abstract.items()
         }

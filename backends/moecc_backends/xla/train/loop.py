@@ -27,16 +27,14 @@ from moecc.train.events import (
 from moecc.train.position import Position, batch_of
 from moecc.train.recipe import RunSection
 from moecc.types.arrays import Array
+from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 
 State = Any
 Placed = Mapping[str, jax.Array]
 """A batch on its devices."""
 
-SKIPPED, TOKENS = "guard.skipped", "targets"
-"""Metrics of a step: whether its update was left out, and the tokens that its loss counts."""
-
-LOSS_SUM = "nll"
-"""Of an evaluation: the sum of the losses of its tokens, in nats."""
+SKIPPED = "guard.skipped"
+"""The metric of a step that says whether its update was left out."""
 
 
 class Program(Protocol):

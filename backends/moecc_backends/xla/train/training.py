@@ -27,6 +27,7 @@ from moecc.train.run_folder import locked_run, remove_incomplete
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
 from moecc_backends.xla.train.checkpoints import RunCheckpoints
+from moecc_backends.xla.train.compile_cache import keep_compiled_programs
 from moecc_backends.xla.train.feed import DeviceFeed
 from moecc_backends.xla.train.loop import Loop
 from moecc_backends.xla.train.saving import Saver
@@ -101,6 +102,7 @@ def training(job: TrainJob) -> Iterator[XlaTraining]:
         hold_lifeline()
         join(process)
     find_devices()
+    keep_compiled_programs()
     with watchdog_of_environment() as watchdog:
         watchdog.beat("all processes have met")
         program = _program(job)
