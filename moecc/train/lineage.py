@@ -24,7 +24,7 @@ def lineage(model: Model, stage: Mapping[str, Any]) -> dict[str, Any]:
     checkpoint = model.checkpoint
     found: dict[str, Any] = {"schema": LINEAGE_SCHEMA, "moecc": __version__}
     if checkpoint is None:
-        return {**found, "licence": {}, "stages": [{"source": model.name, **stage}]}
+        return {**found, "card": {}, "stages": [{"source": model.name, **stage}]}
     records = file_records(checkpoint.files())
     source = {
         "source": checkpoint.path.name,
@@ -32,7 +32,7 @@ def lineage(model: Model, stage: Mapping[str, Any]) -> dict[str, Any]:
         "source_files": {n: r.sha256 for n, r in sorted(records.items())},
     }
     stages = [*stages_of(checkpoint), {**source, **stage}]
-    return {**found, "licence": checkpoint.licence(), "stages": stages}
+    return {**found, "card": checkpoint.card(), "stages": stages}
 
 
 def source_files(model: Model, config: bytes) -> dict[str, Path | bytes]:

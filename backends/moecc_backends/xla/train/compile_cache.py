@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from moecc_backends.xla.trace.typed_jax import configure
+
 LARGEST_BYTES = 2 << 30
 _LEAST_SECONDS = 0.5
 
@@ -20,6 +22,6 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir:
         return
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(home, "moecc", "xla")))
-    jax.config.update("jax_compilation_cache_max_size", LARGEST_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    configure("jax_compilation_cache_dir", str(Path(home, "moecc", "xla")))
+    configure("jax_compilation_cache_max_size", LARGEST_BYTES)
+    configure("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)

@@ -11,19 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from moecc.steps.recipes import eval_graph, step_spec, train_graph
-from moecc.train.schedule import rate_at
 
 from moecc.errors import InputError
 from moecc.ir.mesh import parse_mesh
 from moecc.ir.structure import fingerprint
 from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
 from moecc.launch.process_info import process_info
+from moecc.steps.recipes import eval_graph, step_spec, train_graph
 from moecc.train.events import Event, Reason
 from moecc.train.job import TrainJob
 from moecc.train.position import Position
 from moecc.train.recipe import MeshSection
 from moecc.train.run_folder import locked_run, remove_incomplete
+from moecc.train.schedule import rate_at
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
 from moecc_backends.xla.train.checkpoints import RunCheckpoints
