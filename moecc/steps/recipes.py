@@ -97,6 +97,7 @@ def _passes(
     mesh = _mesh(graph, recipe, specialize(mode, bound, groups))
     return StepPasses(
         mode,
+        documents="several" if recipe.data.packing else "one",
         routed=routed,
         bound=bound,
         groups=groups,
