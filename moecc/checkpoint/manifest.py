@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from moecc.checkpoint.files import (
     read_into,
 )
 from moecc.checkpoint.index import SHARD_SUFFIX
+from moecc.checkpoint.modelcard import CARD_NAME
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.records import (
+    CARD_SCHEMA,
     MANIFEST_NAME,
     SCHEMA,
     FileRecord,
@@ -83,8 +85,12 @@ def weight_file_record(path: Path) -> WeightFileRecord:
     return _weight_record(path, read_header(path))
 
 
-def verify_manifest(folder: Path) -> list[Problem]:
-    """Compare a folder with its ``moecc_manifest.json``, every byte of its weights included.
+def verify_manifest(folder: Path, *, allow_edited_card: bool = False) -> list[Problem]:
+    """Compare a folder with its ``moecc_manifest.json``, every byte of every file included.
+
+    Args:
+      folder: the folder; files of Git and the Hub's ``.cache`` beside the output do not count.
+      allow_edited_card: whether the model card may differ from the one that was written.
 
     Returns:
       One problem for each tensor and file that is missing, extra or different; empty if all is
@@ -98,21 +104,22 @@ def verify_manifest(folder: Path) -> list[Problem]:
         manifest = load(folder)
     except CheckError as error:
         return list(error.problems)
-    return _Verification(folder, manifest).problems()
+    return _Verification(folder, manifest, allow_edited_card).problems()
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path, *, allow_edited_card: bool = False) -> None:
     """Raise CheckError with all problems that `verify_manifest` finds; otherwise raises as it."""
-    if problems := verify_manifest(folder):
+    if problems := verify_manifest(folder, allow_edited_card=allow_edited_card):
         raise CheckError(problems)
 
 
 class _Verification:
     """One comparison of a folder with its manifest."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, allow_edited_card: bool) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.free = {CARD_NAME} if allow_edited_card else set()
         self.found = Problems(limit=sys.maxsize)  # every tensor is named
         self.pool = DescriptorPool()
         self.identities: dict[Path, Identity] = {}
@@ -121,7 +128,7 @@ class _Verification:
         """Return all differences."""
         self._files()
         headers = self._headers()
-        self._extra_weights()
+        self._added()
         comparable = self._tensors(headers)
         try:
             self._digests(comparable)
@@ -144,6 +151,8 @@ class _Verification:
         names = [name for name in self.manifest.files if self._usable(name)]
         found = file_records({name: self.folder / name for name in names})
         for name in names:
+            if name in self.free:
+                continue
             self._compare(name, self.manifest.files[name].sha256, found[name].sha256)
 
     def _compare(self, name: str, expected: str, found: str, part: str = "the file") -> None:
@@ -169,11 +178,14 @@ class _Verification:
             self._compare(name, record.header_sha256, found.header_sha256, "the header")
         return headers
 
-    def _extra_weights(self) -> None:
-        for name in sorted(os.listdir(self.folder)):
-            if name.endswith(SHARD_SUFFIX) and name not in self.manifest.weights:
-                what = f"the weight file {quoted(name)} is not in the manifest"
-                self.found.add(what, where=str(self.folder), hint="move it out of the folder")
+    def _added(self) -> None:
+        known = {MANIFEST_NAME, *self.manifest.weights, *self.manifest.files}
+        if self.manifest.schema < CARD_SCHEMA:
+            known.add(CARD_NAME)
+        for name in sorted(set(_files_in(self.folder)) - known):
+            kind = "weight file" if name.endswith(SHARD_SUFFIX) else "file"
+            what = f"the {kind} {quoted(name)} is not in the manifest"
+            self.found.add(what, where=str(self.folder), hint="move it out of the folder")
 
     def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
         """Compare names, types and shapes; return the tensors whose bytes can be compared."""
@@ -229,6 +241,21 @@ class _Verification:
         except InputError as error:
             return error
         return digest.hexdigest()
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    """Yield the paths in a folder of whatever is no folder; links are not followed."""
+    for path, folders, names in os.walk(folder):
+        inside = Path(path).relative_to(folder)
+        if path == str(folder):
+            folders[:] = [name for name in folders if name != ".cache" and not _is_git(name)]
+            names = [name for name in names if not _is_git(name)]
+        links = [name for name in folders if os.path.islink(os.path.join(path, name))]
+        yield from ((inside / name).as_posix() for name in (*names, *links))
+
+
+def _is_git(name: str) -> bool:
+    return name.startswith(".git")
 
 
 def _buffer() -> memoryview:

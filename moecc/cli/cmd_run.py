@@ -27,6 +27,9 @@ class RunRequest:
     inputs: InputsOption = None
     backend: Annotated[str, typer.Option("--backend", help="xla or reference.")] = "xla"
     dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
+    router_dtype: Annotated[
+        str, typer.Option("--router-dtype", help="Of the choice of experts: f32, or that of --dtype.")
+    ] = "f32"
     output: Annotated[str, typer.Option("--output", help="Which output of the graph.")] = ""
     weights: WeightsOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
@@ -39,6 +42,7 @@ def run(request: RunRequest) -> None:
     from moecc.launch.process_info import check_alone
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
+    from moecc.model.router_dtype import set_router_dtype
     from moecc.support.parse_units import float_type
 
     check_writable(request.outputs, force=request.force)
@@ -47,6 +51,7 @@ def run(request: RunRequest) -> None:
     chosen, type = get_backend(request.backend), float_type(request.dtype)
     with open_model(request.model, weights=request.weights) as opened:
         graph = opened.graph
+        set_router_dtype(graph, request.router_dtype, type)
         name = _output(graph, request.output)
         given = (
             default_inputs(graph) if request.inputs is None else read_inputs(request.inputs, graph)

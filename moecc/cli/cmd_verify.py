@@ -32,24 +32,27 @@ class VerifyRequest:
     dtype: Annotated[
         str, typer.Option("--dtype", help="The type to compute in; f64 excludes rounding.")
     ] = "f32"
+    allow_edited_card: Annotated[
+        bool, typer.Option("--allow-edited-card", help="The model card may have been edited.")
+    ] = False
     weights: WeightsOption = None
     format: FormatOption = Format.human
 
 
 def verify(request: VerifyRequest) -> None:
-    """Check MODEL: every tensor against the manifest, or with --against its logits.
+    """Check MODEL: every file against the manifest, or with --against its logits.
 
     Both models run in float32, or the type that --dtype says; the weights of SOURCE are first
     rounded to the type of MODEL's.
     Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
     """
     if request.against is None:
-        _against_manifest(request.model, request.format)
+        _against_manifest(request)
     else:
         _against_source(request, request.against)
 
 
-def _against_manifest(model: str, format: Format) -> None:
+def _against_manifest(request: VerifyRequest) -> None:
     from pathlib import Path
 
     from moecc.checkpoint.manifest import check_manifest
@@ -57,12 +60,13 @@ def _against_manifest(model: str, format: Format) -> None:
     from moecc.cli.console import report
     from moecc.errors import InputError
 
+    model, format = request.model, request.format
     folder = Path(model)
     if not folder.is_dir():
         raise InputError(
             "only a folder has a manifest", where=model, hint="or give --against SOURCE"
         )
-    check_manifest(folder)
+    check_manifest(folder, allow_edited_card=request.allow_edited_card)
     manifest = load(folder)
     data = {"model": model, "tensors": len(manifest.tensors), "passed": True}
     report(

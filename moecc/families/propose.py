@@ -18,7 +18,7 @@ from moecc.families.configs import (
     parse_config,
 )
 from moecc.families.experts import ExpertLayer, expert_layers, layer_number
-from moecc.families.graph_layout import FAMILY, graph_config
+from moecc.families.graph_layout import FAMILY, graph_config, storing_problems
 from moecc.families.listing import either, ranges
 from moecc.families.propose_encdec import encdec_fields, in_stacks
 from moecc.ir.graph import Graph
@@ -134,6 +134,8 @@ def target_fits(graph: Graph, experts: int = 8, top_k: int = 2) -> dict[str, lis
             made: ModelConfig | list[Problem] = propose_config(source, imagined, name)
         elif isinstance(source, EncDecConfig) and issubclass(family, SwitchTransformersConfig):
             made = _propose_encdec(source, _imagined_stacks(source, experts), name)
+        elif name == FAMILY:
+            made = storing_problems(graph)
         else:
             made = propose(graph, name)
         found[name] = made if isinstance(made, list) else []

@@ -301,7 +301,7 @@ def _write_manifest(folder: Path, planned: Plan, written: WriteReport) -> None:
     }
     weights = sorted({t.file for t in written.tensors})
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    others = [name for name in names if name not in weights and name != "README.md"]
+    others = [name for name in names if name not in weights]
     nonfinite = tuple(f"not finite: {found}" for found in written.nonfinite)
     manifest = Manifest(
         pipeline=planned.pipeline.in_full(),
