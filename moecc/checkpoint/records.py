@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from moecc.checkpoint.files import file_fault, read_bounded
+from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.checkpoint.jsonfile import parse_json
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
@@ -31,6 +32,7 @@ CARD_SCHEMA = 2
 
 MAX_MANIFEST_BYTES = 256 << 20
 _MAX_VALUES = 1 << 22
+_STORED = {*DTYPES, *(name.lower() for name in BY_NAME)}
 _SEAL = b',\n"seal": "'
 _TAIL = b'"\n}\n'
 
@@ -55,7 +57,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class WeightFileRecord:
-    """A safetensors file: its size in bytes, and the SHA-256 of its header.
+    """A file of weights: its size in bytes, and the SHA-256 of its header.
 
     The header is everything before the data, the length included; the data are covered by the
     digests of the tensors, and are hashed only once.
@@ -134,19 +136,29 @@ def dump(manifest: Manifest) -> bytes:
     return seal(("{\n" + ",\n".join(lines)).encode())
 
 
-def load(folder: Path) -> Manifest:
-    """Read the manifest of a folder.
+def manifest_beside(file: Path) -> Path:
+    """Return the manifest of an output that is one file."""
+    return file.with_name(f"{file.name}.moecc.json")
+
+
+def manifest_of(place: Path) -> Path:
+    """Return the manifest of an output, a folder or one file."""
+    return place / MANIFEST_NAME if place.is_dir() else manifest_beside(place)
+
+
+def load(place: Path) -> Manifest:
+    """Read the manifest of an output, a folder or one file.
 
     Raises:
       InputError: there is none, or another version of moecc wrote it; all problems at once.
       CheckError: it differs from what moecc wrote.
       MachineError: it cannot be read.
     """
-    path = folder / MANIFEST_NAME
+    path = manifest_of(place)
     if not path.is_file():
-        hint = "only folders that moecc wrote can be verified against a manifest"
-        raise InputError(f"the folder has no {MANIFEST_NAME}", where=str(folder), hint=hint)
-    if fault := file_fault(path, folder):
+        hint = "only what moecc wrote can be verified against a manifest"
+        raise InputError(f"there is no {path.name}", where=str(place), hint=hint)
+    if fault := file_fault(path, path.parent):
         raise InputError((fault,))
     data = read_bounded(path, MAX_MANIFEST_BYTES)
     content = data[: max(0, data.rfind(_SEAL))]
@@ -297,7 +309,7 @@ class _Reader:
         for name, item in self._records("tensors", TensorRecord.__slots__).items():
             place = f"tensors.{name}"
             digest = self._sha256(item["sha256"], place)
-            dtype = self._one_of(item["dtype"], DTYPES, "an element type of moecc", place)
+            dtype = self._one_of(item["dtype"], _STORED, "an element type of moecc", place)
             file = self._one_of(item["file"], weights, "a weight file", place)
             records[name] = TensorRecord(digest, dtype, self._shape(item["shape"], place), file)
         return records

@@ -65,9 +65,8 @@ def opt(request: OptRequest) -> None:
 
     The graph goes to stdout or -o, everything else to stderr.
     """
-    from moecc.cli.files import check_writable, write_text
+    from moecc.cli.files import check_writable, write_graph
     from moecc.cli.pipelines import read_pipeline
-    from moecc.ir.printer import print_graph
     from moecc.model.open import read_graph
     from moecc.pipeline.passes import Context
     from moecc.pipeline.reproducer import temporary_folder
@@ -84,7 +83,7 @@ def opt(request: OptRequest) -> None:
     asked = request.dump_dir
     folder = temporary_folder if asked is None else lambda: Path(asked)
     run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=folder)
-    write_text(print_graph(graph), request.output, force=request.force)
+    write_graph(graph, request.output, force=request.force)
 
 
 def _check(graph: Graph, passes: Pipeline, context: Context) -> None:

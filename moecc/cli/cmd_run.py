@@ -28,7 +28,7 @@ class RunRequest:
     backend: Annotated[str, typer.Option("--backend", help="xla or reference.")] = "xla"
     dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
     router_dtype: Annotated[
-        str, typer.Option("--router-dtype", help="Of the choice of experts: f32, or that of --dtype.")
+        str, typer.Option("--router-dtype", help="Of routers: f32, or that of --dtype.")
     ] = "f32"
     output: Annotated[str, typer.Option("--output", help="Which output of the graph.")] = ""
     weights: WeightsOption = None
@@ -38,7 +38,7 @@ class RunRequest:
 def run(request: RunRequest) -> None:
     """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
     from moecc.backend import get_backend
-    from moecc.cli.files import check_writable, read_inputs
+    from moecc.cli.files import check_writable, read_inputs, say_weights
     from moecc.launch.process_info import check_alone
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
@@ -50,6 +50,7 @@ def run(request: RunRequest) -> None:
         check_alone(request.backend)
     chosen, type = get_backend(request.backend), float_type(request.dtype)
     with open_model(request.model, weights=request.weights) as opened:
+        say_weights(opened, request.model)
         graph = opened.graph
         set_router_dtype(graph, request.router_dtype, type)
         name = _output(graph, request.output)

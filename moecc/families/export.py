@@ -41,11 +41,12 @@ class Export:
         return self.config.to_json()
 
 
-def export_graph(graph: Graph, target: str) -> Export:
+def export_graph(graph: Graph, target: str, *, layout: str = "experts") -> Export:
     """Return `graph` as a checkpoint of the family `target`; no weight is read.
 
     The target builds its own graph for the proposed config, and that graph is mapped onto `graph`,
     its repeated layers unrolled, from the outputs: the target computes the exported model.
+    `layout` says how the experts of a layer are stored, see `moecc.families.parameters.LAYOUTS`.
 
     Raises:
       UsageError: there is no such family.
@@ -59,7 +60,9 @@ def export_graph(graph: Graph, target: str) -> Export:
         return Export(config, list(graph_tensors(graph).items()))
     batch, seq, decoder_seq = _token_sizes(graph)
     padding = "mask" in graph.inputs
-    wanted = build_model(config, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq)
+    wanted = build_model(
+        config, layout=layout, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq
+    )
     weights = match_parameters(wanted, graph)
     tensors: dict[str, Expr] = {}
     for value in wanted.params.values():

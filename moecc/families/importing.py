@@ -113,9 +113,13 @@ def _config_place(checkpoint: Checkpoint) -> str:
 def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
     if isinstance(config, StMoeConfig):
         return "stacked"
-    sparse = isinstance(config, MoeConfig)
-    fused = sparse and any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors)
-    return "fused" if fused else "experts"
+    if not isinstance(config, MoeConfig):
+        return "experts"
+    if any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors):
+        return "fused"
+    names = names_of(config.model_type)
+    stacked = f"{names.sparse}{names.stack}{names.down}.weight"
+    return "stacked" if any(name.endswith(f".{stacked}") for name in tensors) else "experts"
 
 
 def _check_magnitude(config: ModelConfig, tensors: Mapping[str, TensorInfo], place: str) -> None:
