@@ -47,6 +47,7 @@ class Operations(ABC):
         scaling: Scaling = "default", factor: float = 1.0, original_context: int = 0,
         low_freq_factor: float = 1.0, high_freq_factor: float = 4.0, beta_fast: float = 32.0,
         beta_slow: float = 1.0, truncate: bool = True, attention_factor: float = 1.0,
+        short_factors: tuple[float, ...] = (), long_factors: tuple[float, ...] = (),
         name: str | None = None
     ) -> tuple[Value, Value]:
         """Tables of cosines and sines for rotary positions, both halves alike (Su et al. 2021)."""
@@ -54,7 +55,8 @@ class Operations(ABC):
             "rope", positions, names=_names(name), axis=axis, size=size, theta=theta,
             scaling=scaling, factor=factor, original_context=original_context,
             low_freq_factor=low_freq_factor, high_freq_factor=high_freq_factor, beta_fast=beta_fast,
-            beta_slow=beta_slow, truncate=truncate, attention_factor=attention_factor
+            beta_slow=beta_slow, truncate=truncate, attention_factor=attention_factor,
+            short_factors=short_factors, long_factors=long_factors
         ).results
         return first, second
 

@@ -111,6 +111,17 @@ def test_a_factor_of_one_scales_nothing(kind: str, evaluate: Any) -> None:
     np.testing.assert_allclose(scaled, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_longrope_divides_by_other_numbers_beyond_the_original_context(evaluate: Any) -> None:
+    attrs = {"scaling": "longrope", "original_context": 32, "attention_factor": 1.5}
+    lists = {"short_factors": (1.0, 1.0, 1.0, 1.0), "long_factors": (1.0, 2.0, 4.0, 8.0)}
+    for count, divisors in ((32, lists["short_factors"]), (33, lists["long_factors"])):
+        cos, sin = evaluate("rope", (np.arange(count), "seq"), **ROPE, **attrs, **lists)
+        theta = ROPE.get("theta", 10_000.0)
+        angles = np.arange(count)[:, None] * theta ** -(np.arange(4) / 4) / np.array(divisors)
+        np.testing.assert_allclose(cos[:, :4], 1.5 * np.cos(angles), atol=1e-12)
+        np.testing.assert_allclose(sin[:, 4:], 1.5 * np.sin(angles), atol=1e-12)
+
+
 def test_dynamic_scaling_starts_beyond_the_original_context(evaluate: Any) -> None:
     attrs = {**ROPE, "scaling": "dynamic", "factor": 8.0, "original_context": 32}
     within = evaluate("rope", (np.arange(32), "seq"), **attrs)

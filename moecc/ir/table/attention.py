@@ -42,7 +42,7 @@ def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
     yield f"theta above {least}", least < theta < math.inf
     yield "a positive factor", 0 < attrs["factor"] < math.inf
     yield "a finite attention_factor", math.isfinite(attrs["attention_factor"])
-    if kind in ("dynamic", "llama3", "yarn"):
+    if kind in ("dynamic", "llama3", "yarn", "longrope"):
         yield "original_context of at least 1", attrs["original_context"] >= 1
     if kind == "dynamic":
         yield "more than two entries, for the exponent size / (size − 2)", attrs["size"] > 2
@@ -52,14 +52,22 @@ def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
     if kind == "yarn":
         slow, fast = attrs["beta_slow"], attrs["beta_fast"]
         yield "beta_slow not above beta_fast", 0 < slow <= fast < math.inf
+    for name in ("short_factors", "long_factors"):
+        many = attrs["size"] // 2 if kind == "longrope" else 0
+        yield (
+            f"{many} positive {name}",
+            len(attrs[name]) == many and min(attrs[name], default=1) > 0,
+        )
 
 
 def _mixes_positions(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
-    # Dynamic scaling reads the largest position of all.
-    return operands[0].type.names if attrs["scaling"] == "dynamic" else ()
+    # Some scalings read the largest position of all.
+    return operands[0].type.names if attrs["scaling"] in LENGTH_SCALINGS else ()
 
 
-ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+LENGTH_SCALINGS = ("dynamic", "longrope")
+"""Those whose frequencies depend on the length of the sequence."""
 
 register(
     OpDef(
@@ -81,6 +89,8 @@ register(
             "beta_slow": Attr("float", 1.0, doc="yarn"),
             "truncate": Attr("bool", True, doc="yarn: whether its bounds are rounded to integers"),
             "attention_factor": Attr("float", 1.0, doc="what both tables are multiplied by"),
+            "short_factors": Attr("numbers", (), doc="longrope: divisors up to original_context"),
+            "long_factors": Attr("numbers", (), doc="longrope: divisors for longer sequences"),
         },
         mixes=_mixes_positions,
         sharding=by_name,

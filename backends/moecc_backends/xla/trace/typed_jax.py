@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 Axes = tuple[str, ...]
@@ -25,6 +25,12 @@ Devices = list[jax.Device]
 def psum(array: jax.Array, axes: Axes) -> jax.Array:
     """Return the sum over all devices along `axes`."""
     found: jax.Array = jax.lax.psum(array, axes)
+    return found
+
+
+def pmax(array: jax.Array, axes: Axes) -> jax.Array:
+    """Return the largest over all devices along `axes`."""
+    found: jax.Array = jax.lax.pmax(array, axes)
     return found
 
 
@@ -66,7 +72,7 @@ def partition_spec(*parts: str | Axes | None) -> PartitionSpec:
 
 
 def abstract_array(
-    shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None = None
+    shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None = None
 ) -> jax.ShapeDtypeStruct:
     """Return an array without its elements."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
