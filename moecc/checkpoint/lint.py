@@ -73,7 +73,7 @@ def _largest_token(tokenizer: Mapping[str, Any]) -> int:
 
 
 def _json(content: Path | bytes | None, limit_bytes: int) -> Mapping[str, Any]:
-    """Return a JSON object, or nothing where there is none that can be read: it is only copied."""
+    """Return a JSON object; an empty one for a file that is only copied and cannot be read."""
     if content is None:
         return {}
     try:

@@ -17,10 +17,10 @@ from moecc.checkpoint.files import (
     open_regular,
     read_into,
 )
+from moecc.checkpoint.frontmatter import CARD_NAME
 from moecc.checkpoint.gguf.header import read_gguf_header
 from moecc.checkpoint.gguf.storage import SUFFIX
 from moecc.checkpoint.index import SHARD_SUFFIX
-from moecc.checkpoint.modelcard import CARD_NAME
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.records import (
     CARD_SCHEMA,

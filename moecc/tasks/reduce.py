@@ -142,7 +142,7 @@ class _Reducer:
         try:
             made = cut()
             verify(made.graph)
-        except Exception:  # what cannot be made smaller in this way, or crashes a pass before
+        except Exception:  # it is not smaller in this way, or crashes an earlier pass
             return False
         if smaller and not measure(made) < measure(self.best):
             return False

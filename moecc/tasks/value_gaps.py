@@ -40,7 +40,7 @@ class Gap:
         return f"{self.place}: expected {self.expected}, found {self.found}"
 
 
-def place_of(value: Value) -> str:
+def line_of(value: Value) -> str:
     """Return the line of the node that makes a value, or its name."""
     return f"%{value.name}" if value.node is None else format_node(value.node)
 
@@ -55,7 +55,7 @@ def gap(value: Value, expected: Array, found: Array, tolerance: float) -> Gap | 
       tolerance: of floats, times the largest magnitude; 0 compares bit for bit.
     """
     if expected.shape != found.shape:
-        return Gap(place_of(value), f"shape {expected.shape}", f"shape {found.shape}")
+        return Gap(line_of(value), f"shape {expected.shape}", f"shape {found.shape}")
     from moecc.testing.comparing import distance, magnitude
 
     if expected.dtype.kind not in "fV":
@@ -66,7 +66,7 @@ def gap(value: Value, expected: Array, found: Array, tolerance: float) -> Gap | 
     if not (apart > allowed).any():
         return None
     at = np.unravel_index(int(np.argmax(apart)), apart.shape)
-    return Gap(f"{place_of(value)}, element {[int(i) for i in at]}", expected[at], found[at])
+    return Gap(f"{line_of(value)}, element {[int(i) for i in at]}", expected[at], found[at])
 
 
 def xla_gap(graph: Graph, seed: int = 0) -> Gap | None:
