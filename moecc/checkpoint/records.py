@@ -94,6 +94,7 @@ class Manifest:
       files: the other files, by name, the model card included.
       tensors: by name.
       notes: remarks for readers, e.g. tensors with values that are not finite.
+      lineage: where the source was trained, the stages that led to it, the first one first.
       versions: of moecc and the libraries it uses.
       schema: the version of this layout.
     """
@@ -110,6 +111,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
     notes: tuple[str, ...] = ()
+    lineage: tuple[Mapping[str, object], ...] = ()
     versions: Mapping[str, str] = field(default_factory=library_versions)
     schema: int = SCHEMA
 
@@ -128,6 +130,7 @@ def dump(manifest: Manifest) -> bytes:
         "dtype": manifest.dtype,
         "preserves": manifest.preserves,
         "notes": list(manifest.notes),
+        **({"lineage": [dict(stage) for stage in manifest.lineage]} if manifest.lineage else {}),
         "weights": _plain(manifest.weights),
         "files": _plain(manifest.files),
         "tensors": _plain(manifest.tensors),
@@ -237,6 +240,7 @@ class _Reader:
             files=self._files("files"),
             tensors=self._tensors(weights),
             notes=self._notes(),
+            lineage=self._lineage(),
             versions=self._versions(),
             schema=self._integer(self.document.get("schema"), "schema"),
         )
@@ -331,6 +335,13 @@ class _Reader:
         if isinstance(value, list) and all(isinstance(note, str) for note in value):
             return tuple(value)
         self._wrong("notes", "a list of strings", value)
+        return ()
+
+    def _lineage(self) -> tuple[Mapping[str, object], ...]:
+        value = self.document.get("lineage", [])
+        if isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
+            return tuple(value)
+        self._wrong("lineage", "a list of objects", value)
         return ()
 
     def _versions(self) -> dict[str, str]:

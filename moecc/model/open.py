@@ -109,7 +109,7 @@ class Params(Mapping[str, Array]):
         self, graph: Graph, checkpoint: Checkpoint | None, dtype: DType, rounded: DType | None
     ) -> None:
         self._graph = graph
-        self._read = _nothing if checkpoint is None else checkpoint.read
+        self._read = no_tensors if checkpoint is None else checkpoint.read
         self._dtype = dtype
         self._rounded = rounded
 
@@ -143,7 +143,7 @@ def _reads(graph: Graph) -> bool:
     return any(weight is None or sources(weight) for weight in weights)
 
 
-def _nothing(name: str, start: int = 0, stop: int | None = None) -> Array:
+def no_tensors(name: str, start: int = 0, stop: int | None = None) -> Array:
     """Stand for the reader of a checkpoint where the weights are all drawn."""
     raise InputError("there is no checkpoint to read", where=name)
 

@@ -96,6 +96,6 @@ def wait_for(arrays: Iterable[jax.Array]) -> None:
     jax.block_until_ready(list(arrays))
 
 
-def configure(option: str, value: str) -> None:
+def configure(option: str, value: str | float) -> None:
     """Set an option of jax."""
     jax.config.update(option, value)
