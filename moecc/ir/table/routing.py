@@ -13,8 +13,8 @@ from moecc.errors import InputError
 from moecc.ir.gates import CONVENTIONS, GATES, convention
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.table.sharding import by_name
 from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import OPERAND
 from moecc.types.dtypes import I32, PRED
