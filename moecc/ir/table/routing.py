@@ -86,6 +86,9 @@ register(
             "axis": Attr("axis", "expert", doc="the axis of the experts", pins=True),
             "choice": Attr("axis", "choice", doc="the new axis, of size top_k"),
             "using": Attr("words", (), ("bias",), doc="what the further operands are"),
+            "precision": Attr(
+                "str", "f32", ("default", "f32"), doc="default: in the type of the run, even bf16"
+            ),
         },
         mixes=lambda _operands, attrs: (attrs["axis"],),
         residual=OPERAND,
