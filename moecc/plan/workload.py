@@ -196,7 +196,7 @@ def workload(graph: Graph, batch: Batch) -> Workload:
     """Read from `graph` what a step of `batch` computes.
 
     Raises:
-      InputError: its layers are rolled, or it lies on a mesh.
+      InputError: its layers are rolled, or it is on a mesh.
     """
     _check_plain(graph)
     layers = expert_layers(graph)
@@ -223,7 +223,7 @@ def _check_plain(graph: Graph) -> None:
         )
     if mesh_of(graph) is not None:
         raise InputError(
-            "the graph lies on a mesh already", where=graph.name, hint="-p strip-sharding"
+            "the graph is on a mesh already", where=graph.name, hint="-p strip-sharding"
         )
 
 

@@ -154,9 +154,12 @@ def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
     }
     weights = sorted({t.file for t in written.tensors})
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    others = [name for name in names if name not in weights and name != "README.md"]
+    others = [name for name in names if name not in weights]
     stages = stages_of(checkpoint)
-    nonfinite = tuple(f"not finite: {found}" for found in written.nonfinite)
+    nonfinite = (
+        *(f"not finite: {found}" for found in written.nonfinite),
+        *(f"written and not finite: {text}" for text in written.spread),
+    )
     made = Manifest(
         pipeline=planned.pipeline.in_full(),
         seed=planned.seed,

@@ -41,7 +41,7 @@ class XlaBackend:
     def compile(
         self, graph: Graph, *, dtype: DType = F32, options: Options = DEFAULTS
     ) -> XlaProgram:
-        """Return `graph` ready to run in `dtype`: on all processes, where the environment says so.
+        """Return `graph` ready to run in `dtype`, on all processes of the environment.
 
         Raises:
           MachineError: the processes did not meet.
