@@ -5,10 +5,10 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-all check lint format types docs bench wheel clean
+.PHONY: help install demo test test-all check lint format types proof-engines docs bench wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with moecc and everything for development
 
@@ -45,6 +45,9 @@ format: $(STAMP) ## let ruff rewrite
 
 types: $(STAMP) ## mypy --strict over the three packages
 	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
+
+proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON and MOECC_MLX_PYTHON name interpreters
+	$(BIN)/python -m pytest -q -rs tests/engines
 
 docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.generate

@@ -86,7 +86,26 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return f"did you mean {found[0]!r}?" if found else None
 
 
+def is_shown(text: str) -> bool:
+    """Whether a terminal shows every character of the lines of `text`, and obeys none."""
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def escaped(text: str) -> str:
+    """Escape control and bidirectional characters but line ends and tabs, so that none is obeyed.
+
+    A terminal obeys escape sequences, and shows a text in the order that hidden characters say.
+    """
+    if is_shown(text):
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
 def printable(name: str, limit: int = 120) -> str:
     """Escape control and bidirectional characters of an untrusted name, and cap its length."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    text = "".join(c if c.isprintable() else _escape(c) for c in name)
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"

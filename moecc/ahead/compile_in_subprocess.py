@@ -19,6 +19,7 @@ from moecc.ahead.report_types import CompileReport
 from moecc.ahead.request import Request
 from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
 from moecc.errors import MachineError, MoeccError, Problem
+from moecc.launch.member import LIFELINE
 from moecc.plan.machines import Machine, parse_machine
 
 ENVIRONMENT = {
@@ -59,7 +60,9 @@ def environment(machine: Machine) -> dict[str, str]:
     return made
 
 
-def compile_apart(request: Request, time_limit_seconds: float | None = None) -> CompileOutcome:
+def compile_in_subprocess(
+    request: Request, time_limit_seconds: float | None = None
+) -> CompileOutcome:
     """Run the compilation `request` in another process.
 
     Raises:
@@ -86,15 +89,19 @@ def compile_apart(request: Request, time_limit_seconds: float | None = None) -> 
 def _worker(folder: Path, machine: Machine, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Run the worker; it never outlives this context."""
     command = [sys.executable, "-m", "moecc.ahead.worker", str(folder)]
+    held, kept = os.pipe()
     process = subprocess.Popen(
-        command, stdout=log, stderr=log, env=environment(machine), start_new_session=True
-    )
+        command, stdout=log, stderr=log, start_new_session=True, pass_fds=(held,),
+        env=environment(machine) | {LIFELINE: str(held)},
+    )  # fmt: skip
     try:
         yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        os.close(held)
+        os.close(kept)
 
 
 def _read(folder: Path, code: int) -> CompileOutcome:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moecc.ahead.request import EXPLICIT, GSPMD, Job, Request
+from moecc.ahead.request import Job, Request
 from moecc.errors import InputError, UsageError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
@@ -14,24 +13,18 @@ from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.search import Constraints, check_wish, search
+from moecc.plan.search import Constraints, check_constraints, search
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
+from moecc.sharding.partitions import EXPLICIT, GSPMD
 from moecc.sharding.vias import LOCAL
+from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize
 from moecc.support.parse_units import float_type
 from moecc.types.dtypes import F32
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The bound on an expert's rows: a factor, and what it multiplies (see ``assign_slots``)."""
-
-    factor: float
-    convention: str
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,8 @@ def prepare(request: Request) -> PreparedJob:
     bound, remarks = _bounded(graph, request, train)
     work = workload(graph, batch)
     strategy = _strategy(request, work, machine, setting)
-    pipeline = ",".join(_passes(request.partition, train, bound, strategy))
-    _run(graph, pipeline)
+    pipeline = str(_passes(request.partition, train, bound, strategy))
+    run_passes(graph, pipeline)
     job = Job(
         machine, strategy.layout, _sizes(graph, batch), setting.dtype,
         request.optimizer if train else None, request.emit, request.export, request.partition,
@@ -114,7 +107,7 @@ def _bounded(graph: Graph, request: Request, train: bool) -> tuple[Bound | None,
     factor = request.capacity_factor or own or _stated(places) or CAPACITY_FACTOR
     # A model without a capacity has no convention for it either.
     bound = Bound(float(factor), "assignments" if is_dropless else places[0].convention)
-    _run(graph, _specialize(train, bound, None))
+    run_passes(graph, specialize("train" if train else "eval", bound, None))
     if request.capacity_factor is None and is_dropless:
         return bound, [
             f"the model keeps every row; it is compiled with a capacity factor of {factor}, "
@@ -128,33 +121,21 @@ def _stated(places: list[SlotAttrs]) -> float | None:
     return float(stated.pop()) if len(stated) == 1 else None
 
 
-def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy) -> Iterator[str]:
-    """Yield the passes from the model's graph to the one that is compiled."""
-    if strategy.layout.experts:
-        yield _specialize(train, bound, strategy.layout)
-        if train:
-            yield "add-losses{metrics=false}"
-    yield "cse"
-    if partition == EXPLICIT:
-        mesh, rules = strategy.layout.mesh, ",".join(strategy.layout.names)
-        yield f"annotate-sharding{{mesh={mesh} rules={rules}}}"
-        if strategy.via != LOCAL:
-            sliced = " slice=model" if strategy.sliced else ""
-            yield f"expert-parallel{{via={strategy.via}{sliced}}}"
-        yield "lower-collectives"
-        yield "cse"
-    axis = strategy.stream_axis if partition == EXPLICIT and train else None
-    split = "" if axis is None else f" split={axis}"
-    yield f"roll-layers{{remat={strategy.remat}{split}}}"
-
-
-def _specialize(train: bool, bound: Bound | None, layout: Layout | None) -> str:
-    parts = [f"mode={'train' if train else 'eval'}"]
-    if bound is not None:
-        parts += [f"capacity-factor={bound.factor}", f"convention={bound.convention}"]
-    if layout is not None:
-        parts.append(f"groups={layout.mesh.size(layout.batch_axes)}")
-    return f"specialize{{{' '.join(parts)}}}"
+def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy) -> StepPasses:
+    """Return the passes from the model's graph to the one that is compiled."""
+    layout, is_explicit = strategy.layout, partition == EXPLICIT
+    return StepPasses(
+        "train" if train else "eval",
+        routed=bool(layout.experts),
+        bound=bound,
+        groups=layout.mesh.size(layout.batch_axes),
+        losses={"metrics": False} if train else None,
+        mesh=MeshPasses(str(layout.mesh), layout.names, strategy.via, strategy.sliced)
+        if is_explicit
+        else None,
+        remat=strategy.remat,
+        split=strategy.stream_axis if is_explicit and train else None,
+    )
 
 
 def _strategy(request: Request, work: Workload, machine: Machine, setting: StepConfig) -> Strategy:
@@ -166,7 +147,7 @@ def _strategy(request: Request, work: Workload, machine: Machine, setting: StepC
             None, _via(request, work), request.remat, request.dense_weights, rules
         )
         return search(work, machine, setting, constraints).best.strategy
-    check_wish(work, machine, Constraints(mesh, request.via, rules=rules))
+    check_constraints(work, machine, Constraints(mesh, request.via, rules=rules))
     if request.sliced and not work.experts:
         raise InputError("the model has no experts whose rows would be sent in slices")
     dense, replicated = request.dense_weights or "whole", request.via == "replicated"
@@ -186,16 +167,6 @@ def _via(request: Request, work: Workload) -> str | None:
     if request.partition == EXPLICIT or not work.experts:
         return request.via
     return "capacity"
-
-
-def _run(graph: Graph, passes: str) -> None:
-    from moecc.pipeline.passes import Context
-    from moecc.pipeline.registry import installed
-    from moecc.pipeline.runner import run_pipeline
-    from moecc.pipeline.text import Pipeline
-
-    pipeline = Pipeline.parse(passes, installed())
-    run_pipeline(graph, pipeline, context=Context(allow_unmatched=True))
 
 
 def _sizes(graph: Graph, batch: Batch) -> dict[str, int]:

@@ -9,12 +9,10 @@ from typing import Any, Protocol
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
 from moecc.sharding.layout import Layout
+from moecc.sharding.partitions import EXPLICIT
 from moecc.types.dtypes import DType
 
 EMITS = ("stablehlo", "hlo")
-
-EXPLICIT, GSPMD = PARTITIONS = ("explicit", "gspmd")
-"""Whose collectives a program has: the graph's own, or those that XLA's partitioner adds."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from moecc.ahead.prepare import Bound, PreparedJob, prepare
+from moecc.ahead.prepare import PreparedJob, prepare
 from moecc.ahead.report_types import BoundReport, CompileReport
 from moecc.ahead.request import Compiler, Request, Result
 from moecc.ahead.trimming import trimmed
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
+from moecc.launch.member import hold_lifeline
+from moecc.steps.passes import Bound
 
 REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt", "artefact.bin"
 """The files in the folder between the two processes."""
@@ -21,6 +23,7 @@ REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt
 
 def main(folder: Path) -> None:
     """Run the request in `folder`."""
+    hold_lifeline()
     request = Request.from_json(json.loads((folder / REQUEST).read_text("utf-8")))
     try:
         answer: object = _answer(request, folder)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from moecc.ir.graph import Graph, Value
-from moecc.ir.traits import Cost
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.traits import Cost, Role
 from moecc.ir.unroll import users_within
 
 GROUPS = ("all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding")
@@ -33,9 +33,10 @@ def _groups(value: Value) -> Iterable[str]:
             yield "router"
         return
     yield "non-moe"
-    uses = [node.op for node in users_within(value)]
+    users = list(users_within(value))
+    uses = [node.op for node in users]
     place = value.loc.rpartition(".")[2]
-    if any(entry.is_norm for entry in uses):
+    if any(entry.is_norm for entry in uses) or any(map(scales_norms, users)):
         yield "norm"
     elif any(entry.cost is Cost.LOOK_UP for entry in uses) or place == "head":
         yield "embedding"
@@ -43,6 +44,14 @@ def _groups(value: Value) -> Iterable[str]:
         yield "attention"
     elif place.endswith("ffn"):
         yield "ffn"
+
+
+def scales_norms(node: Node) -> bool:
+    """Whether `node` is the scale of norms: one more than what is stored, in gemma."""
+    made = node.results[0]
+    uses = [(user, i) for user in made.users for i, v in enumerate(user.operands) if v is made]
+    gains = (user.op.is_norm and user.op.role(i) is Role.GAIN for user, i in uses)
+    return node.op.is_sum and bool(uses) and all(gains)
 
 
 def trainable(graph: Graph) -> dict[str, bool]:

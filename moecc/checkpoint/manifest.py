@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,9 +17,13 @@ from moecc.checkpoint.files import (
     open_regular,
     read_into,
 )
+from moecc.checkpoint.frontmatter import CARD_NAME
+from moecc.checkpoint.gguf.header import read_gguf_header
+from moecc.checkpoint.gguf.storage import SUFFIX
 from moecc.checkpoint.index import SHARD_SUFFIX
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.records import (
+    CARD_SCHEMA,
     MANIFEST_NAME,
     SCHEMA,
     FileRecord,
@@ -79,40 +83,62 @@ def file_records(files: Mapping[str, Path] | Iterable[Path]) -> dict[str, FileRe
 
 
 def weight_file_record(path: Path) -> WeightFileRecord:
-    """Return size and header digest of a safetensors file. Raises as `read_header`."""
-    return _weight_record(path, read_header(path))
+    """Return size and header digest of a file of weights. Raises as its reader."""
+    return _weight_record(path, _header(path))
 
 
-def verify_manifest(folder: Path) -> list[Problem]:
-    """Compare a folder with its ``moecc_manifest.json``, every byte of its weights included.
+def _header(path: Path) -> Header:
+    """Return the header of a safetensors or GGUF file, with the names and types in it."""
+    if path.suffix != SUFFIX:
+        return read_header(path)
+    found = read_gguf_header(path)
+    tensors = {
+        name: TensorInfo(
+            name, t.storage.dtype, t.shape, t.nbytes, path, t.offset,
+            t.storage.name if t.storage.is_quantised else "",
+        )
+        for name, t in found.tensors.items()
+    }  # fmt: skip
+    return Header(tensors, {}, found.data_start_bytes, found.identity)
+
+
+def verify_manifest(place: Path, *, allow_edited_card: bool = False) -> list[Problem]:
+    """Compare a folder or a GGUF file with its manifest, every byte of every file included.
+
+    Args:
+      place: the folder, or the GGUF file; in a folder, files of Git and the Hub's ``.cache`` do
+        not count.
+      allow_edited_card: whether the model card may differ from the one that was written.
 
     Returns:
       One problem for each tensor and file that is missing, extra or different; empty if all is
       well.
 
     Raises:
-      InputError: the folder has no manifest, or one of another version.
+      InputError: there is no manifest, or one of another version.
       MachineError: a file cannot be read.
     """
     try:
-        manifest = load(folder)
+        manifest = load(place)
     except CheckError as error:
         return list(error.problems)
-    return _Verification(folder, manifest).problems()
+    return _Verification(place, manifest, allow_edited_card).problems()
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(place: Path, *, allow_edited_card: bool = False) -> None:
     """Raise CheckError with all problems that `verify_manifest` finds; otherwise raises as it."""
-    if problems := verify_manifest(folder):
+    if problems := verify_manifest(place, allow_edited_card=allow_edited_card):
         raise CheckError(problems)
 
 
 class _Verification:
-    """One comparison of a folder with its manifest."""
+    """One comparison of a folder, or of one file, with its manifest."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
+    def __init__(self, place: Path, manifest: Manifest, allow_edited_card: bool) -> None:
+        self.one_file = None if place.is_dir() else place
+        self.folder = place if place.is_dir() else place.parent
         self.manifest = manifest
+        self.free = {CARD_NAME} if allow_edited_card else set()
         self.found = Problems(limit=sys.maxsize)  # every tensor is named
         self.pool = DescriptorPool()
         self.identities: dict[Path, Identity] = {}
@@ -121,7 +147,7 @@ class _Verification:
         """Return all differences."""
         self._files()
         headers = self._headers()
-        self._extra_weights()
+        self._added()
         comparable = self._tensors(headers)
         try:
             self._digests(comparable)
@@ -129,8 +155,11 @@ class _Verification:
             self.pool.close()
         return self.found.listed()
 
+    def _path(self, name: str) -> Path:
+        return self.one_file or self.folder / name
+
     def _usable(self, name: str) -> bool:
-        path = self.folder / name
+        path = self._path(name)
         if not os.path.lexists(path):
             what = f"the file {quoted(name)} is missing"
             self.found.add(what, where=str(self.folder))
@@ -142,24 +171,26 @@ class _Verification:
 
     def _files(self) -> None:
         names = [name for name in self.manifest.files if self._usable(name)]
-        found = file_records({name: self.folder / name for name in names})
+        found = file_records({name: self._path(name) for name in names})
         for name in names:
+            if name in self.free:
+                continue
             self._compare(name, self.manifest.files[name].sha256, found[name].sha256)
 
     def _compare(self, name: str, expected: str, found: str, part: str = "the file") -> None:
         if expected != found:
             what = f"{part} differs from the one that moecc wrote"
-            where = str(self.folder / name)
+            where = str(self._path(name))
             self.found.add(what, where=where, expected=f"sha256 {expected}", found=found)
 
     def _headers(self) -> dict[str, Header]:
         headers = {}
         for name, record in self.manifest.weights.items():
-            path = self.folder / name
+            path = self._path(name)
             if not self._usable(name):
                 continue
             try:
-                header = read_header(path)
+                header = _header(path)
             except InputError as error:
                 self.found.extend(error.problems)
                 continue
@@ -169,34 +200,38 @@ class _Verification:
             self._compare(name, record.header_sha256, found.header_sha256, "the header")
         return headers
 
-    def _extra_weights(self) -> None:
-        for name in sorted(os.listdir(self.folder)):
-            if name.endswith(SHARD_SUFFIX) and name not in self.manifest.weights:
-                what = f"the weight file {quoted(name)} is not in the manifest"
-                self.found.add(what, where=str(self.folder), hint="move it out of the folder")
+    def _added(self) -> None:
+        known = {MANIFEST_NAME, *self.manifest.weights, *self.manifest.files}
+        if self.manifest.schema < CARD_SCHEMA:
+            known.add(CARD_NAME)
+        found = set(_files_in(self.folder)) if self.one_file is None else set()
+        for name in sorted(found - known):
+            kind = "weight file" if name.endswith((SHARD_SUFFIX, SUFFIX)) else "file"
+            what = f"the {kind} {quoted(name)} is not in the manifest"
+            self.found.add(what, where=str(self.folder), hint="move it out of the folder")
 
     def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
         """Compare names, types and shapes; return the tensors whose bytes can be compared."""
         for file, header in headers.items():
             for name in header.tensors.keys() - self.manifest.tensors.keys():
                 what = f"the tensor {quoted(name)} is not in the manifest"
-                self.found.add(what, where=str(self.folder / file))
+                self.found.add(what, where=str(self._path(file)))
         comparable = []
         for name, record in self.manifest.tensors.items():
-            where = str(self.folder / record.file)
+            where = str(self._path(record.file))
             home = headers.get(record.file)
             info = home.tensors.get(name) if home else None
             if info is None:
                 reason = "is missing" if home else "cannot be checked: its file is unusable"
                 self.found.add(
-                    f"the tensor {quoted(name)} {reason}", where=str(self.folder / record.file)
+                    f"the tensor {quoted(name)} {reason}", where=str(self._path(record.file))
                 )
-            elif (info.dtype.name, info.shape) != (record.dtype, record.shape):
+            elif (stored_name(info), info.shape) != (record.dtype, record.shape):
                 self.found.add(
                     f"the tensor {quoted(name)} has another type or shape",
                     where=where,
                     expected=f"{record.dtype} {list(record.shape)}",
-                    found=f"{info.dtype} {list(info.shape)}",
+                    found=f"{stored_name(info)} {list(info.shape)}",
                 )
             else:
                 comparable.append(info)
@@ -229,6 +264,26 @@ class _Verification:
         except InputError as error:
             return error
         return digest.hexdigest()
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    """Yield the paths in a folder of whatever is no folder; links are not followed."""
+    for path, folders, names in os.walk(folder):
+        inside = Path(path).relative_to(folder)
+        if path == str(folder):
+            folders[:] = [name for name in folders if name != ".cache" and not _is_git(name)]
+            names = [name for name in names if not _is_git(name)]
+        links = [name for name in folders if os.path.islink(os.path.join(path, name))]
+        yield from ((inside / name).as_posix() for name in (*names, *links))
+
+
+def _is_git(name: str) -> bool:
+    return name.startswith(".git")
+
+
+def stored_name(info: TensorInfo) -> str:
+    """Return the type of a tensor in its file, ``bf16`` or ``q8_0``."""
+    return info.storage.lower() or info.dtype.name
 
 
 def _buffer() -> memoryview:

@@ -7,7 +7,8 @@ import stat
 from pathlib import Path
 
 from moecc.checkpoint.files import os_problem
-from moecc.checkpoint.folder import open_folder
+from moecc.checkpoint.folder import CONFIG_NAME, open_folder
+from moecc.checkpoint.gguf.storage import FILE_NAME
 from moecc.checkpoint.sniff import sniff_file
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError, nearest, printable
@@ -32,7 +33,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except ValueError:
         raise InputError("the path is not usable", where=printable(str(source))) from None
     if stat.S_ISDIR(mode):
-        return open_folder(source)
+        file = source / FILE_NAME
+        # A folder that moecc filled with a GGUF file has no config.json.
+        is_gguf = file.is_file() and not (source / CONFIG_NAME).exists()
+        return _open_file(file) if is_gguf else open_folder(source)
     return _open_file(source)
 
 
@@ -40,7 +44,7 @@ def _open_file(source: Path) -> Checkpoint:
     kind = sniff_file(source)
     if kind is not None and kind.name == "GGUF":
         # GGUF models are rare, and its reader is half of this package.
-        from moecc.checkpoint.gguf import open_gguf
+        from moecc.checkpoint.gguf.reader import open_gguf
 
         return open_gguf(source)
     if source.suffix == ".gguf":

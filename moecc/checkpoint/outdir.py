@@ -72,10 +72,10 @@ def check_output(
         problems.add("the parent of the output folder does not exist", where=str(out), hint=hint)
     replaces = _check_existing(folder, out, force, problems)
     for source in inputs:
-        _check_apart(folder, Path(os.path.realpath(source)), out, source, problems)
+        check_apart(folder, Path(os.path.realpath(source)), out, source, problems)
     check_leftovers(folder, out, force, problems)
     problems.raise_if_any(InputError)
-    _require_machine(folder, out, needed_bytes - leftover_bytes(folder))
+    require_machine(folder, out, needed_bytes - leftover_bytes(folder))
     return OutputPlace(folder, replaces)
 
 
@@ -95,7 +95,7 @@ def output_folder(
     place = check_output(out, inputs=inputs, force=force, needed_bytes=needed_bytes)
     temporary = partial_of(place.folder)
     _remove_leftovers(place)
-    mode = _make_private(temporary)
+    mode = make_private(temporary)
     try:
         with locked(temporary):
             yield temporary
@@ -151,8 +151,16 @@ def _names(folder: Path) -> list[str]:
         raise os_problem(error, folder) from None
 
 
-def _check_apart(folder: Path, source: Path, out: Path, given: Path, problems: Problems) -> None:
-    """Report an output that equals an input, is inside it, or contains it."""
+def check_apart(folder: Path, source: Path, out: Path, given: Path, problems: Problems) -> None:
+    """Report an output that equals an input, is inside it, or contains it.
+
+    Args:
+      folder: the output, symbolic links resolved.
+      source: the input, likewise.
+      out: the output as the user gave it.
+      given: the input, likewise.
+      problems: receives what is wrong.
+    """
     if _same(folder, source):
         what = "the output is the input"
     elif any(_same(above, source) for above in folder.parents):
@@ -175,7 +183,8 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _require_machine(folder: Path, out: Path, needed_bytes: int) -> None:
+def require_machine(folder: Path, out: Path, needed_bytes: int) -> None:
+    """Raise MachineError unless an output of a size can be written beside its name."""
     parent = folder.parent
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError("no right to write into the parent of the output", where=str(out))
@@ -193,7 +202,7 @@ def _require_machine(folder: Path, out: Path, needed_bytes: int) -> None:
         )
 
 
-def _make_private(folder: Path) -> int:
+def make_private(folder: Path) -> int:
     """Create a folder that only this user can enter; return the mode that the umask implies."""
     try:
         folder.mkdir()

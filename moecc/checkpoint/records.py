@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from moecc.checkpoint.files import file_fault, read_bounded
+from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.checkpoint.jsonfile import parse_json
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
@@ -25,9 +26,13 @@ from moecc.types.dtypes import DTYPES
 from moecc.version import __version__
 
 MANIFEST_NAME = "moecc_manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+CARD_SCHEMA = 2
+"""The first version that records the model card."""
+
 MAX_MANIFEST_BYTES = 256 << 20
 _MAX_VALUES = 1 << 22
+_STORED = {*DTYPES, *(name.lower() for name in BY_NAME)}
 _SEAL = b',\n"seal": "'
 _TAIL = b'"\n}\n'
 
@@ -52,7 +57,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class WeightFileRecord:
-    """A safetensors file: its size in bytes, and the SHA-256 of its header.
+    """A file of weights: its size in bytes, and the SHA-256 of its header.
 
     The header is everything before the data, the length included; the data are covered by the
     digests of the tensors, and are hashed only once.
@@ -86,9 +91,10 @@ class Manifest:
       dtype: the requested element type, or ``as stored``.
       preserves: the contract of the pipeline (``exact``, ``reassociation``, or the reason).
       weights: the safetensors files, by name.
-      files: the other files, by name; the model card, which people edit, is not among them.
+      files: the other files, by name, the model card included.
       tensors: by name.
       notes: remarks for readers, e.g. tensors with values that are not finite.
+      lineage: where the source was trained, the stages that led to it, the first one first.
       versions: of moecc and the libraries it uses.
       schema: the version of this layout.
     """
@@ -105,6 +111,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
     notes: tuple[str, ...] = ()
+    lineage: tuple[Mapping[str, object], ...] = ()
     versions: Mapping[str, str] = field(default_factory=library_versions)
     schema: int = SCHEMA
 
@@ -123,6 +130,7 @@ def dump(manifest: Manifest) -> bytes:
         "dtype": manifest.dtype,
         "preserves": manifest.preserves,
         "notes": list(manifest.notes),
+        **({"lineage": [dict(stage) for stage in manifest.lineage]} if manifest.lineage else {}),
         "weights": _plain(manifest.weights),
         "files": _plain(manifest.files),
         "tensors": _plain(manifest.tensors),
@@ -131,19 +139,29 @@ def dump(manifest: Manifest) -> bytes:
     return seal(("{\n" + ",\n".join(lines)).encode())
 
 
-def load(folder: Path) -> Manifest:
-    """Read the manifest of a folder.
+def manifest_beside(file: Path) -> Path:
+    """Return the manifest of an output that is one file."""
+    return file.with_name(f"{file.name}.moecc.json")
+
+
+def manifest_of(place: Path) -> Path:
+    """Return the manifest of an output, a folder or one file."""
+    return place / MANIFEST_NAME if place.is_dir() else manifest_beside(place)
+
+
+def load(place: Path) -> Manifest:
+    """Read the manifest of an output, a folder or one file.
 
     Raises:
       InputError: there is none, or another version of moecc wrote it; all problems at once.
       CheckError: it differs from what moecc wrote.
       MachineError: it cannot be read.
     """
-    path = folder / MANIFEST_NAME
+    path = manifest_of(place)
     if not path.is_file():
-        hint = "only folders that moecc wrote can be verified against a manifest"
-        raise InputError(f"the folder has no {MANIFEST_NAME}", where=str(folder), hint=hint)
-    if fault := file_fault(path, folder):
+        hint = "only what moecc wrote can be verified against a manifest"
+        raise InputError(f"there is no {path.name}", where=str(place), hint=hint)
+    if fault := file_fault(path, path.parent):
         raise InputError((fault,))
     data = read_bounded(path, MAX_MANIFEST_BYTES)
     content = data[: max(0, data.rfind(_SEAL))]
@@ -158,12 +176,12 @@ def _of_known_schema(document: object, where: str) -> dict[str, object]:
     """Return the document, or raise InputError if it is none that this moecc reads."""
     found = document if isinstance(document, dict) else {}
     schema = found.get("schema")
-    if type(schema) is int and schema == SCHEMA:
+    if type(schema) is int and 1 <= schema <= SCHEMA:
         return found
     raise InputError(
         "the manifest is of a version that this moecc does not read",
         where=where,
-        expected=f'"schema": {SCHEMA}',
+        expected=f'"schema": {SCHEMA}, or an earlier one',
         found=describe(schema),
     )
 
@@ -222,7 +240,9 @@ class _Reader:
             files=self._files("files"),
             tensors=self._tensors(weights),
             notes=self._notes(),
+            lineage=self._lineage(),
             versions=self._versions(),
+            schema=self._integer(self.document.get("schema"), "schema"),
         )
         self.problems.raise_if_any(InputError)
         return made
@@ -293,7 +313,7 @@ class _Reader:
         for name, item in self._records("tensors", TensorRecord.__slots__).items():
             place = f"tensors.{name}"
             digest = self._sha256(item["sha256"], place)
-            dtype = self._one_of(item["dtype"], DTYPES, "an element type of moecc", place)
+            dtype = self._one_of(item["dtype"], _STORED, "an element type of moecc", place)
             file = self._one_of(item["file"], weights, "a weight file", place)
             records[name] = TensorRecord(digest, dtype, self._shape(item["shape"], place), file)
         return records
@@ -315,6 +335,13 @@ class _Reader:
         if isinstance(value, list) and all(isinstance(note, str) for note in value):
             return tuple(value)
         self._wrong("notes", "a list of strings", value)
+        return ()
+
+    def _lineage(self) -> tuple[Mapping[str, object], ...]:
+        value = self.document.get("lineage", [])
+        if isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
+            return tuple(value)
+        self._wrong("lineage", "a list of objects", value)
         return ()
 
     def _versions(self) -> dict[str, str]:

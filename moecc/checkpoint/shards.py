@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from moecc.checkpoint.gguf.storage import Storage
 from moecc.checkpoint.layout import SINGLE_NAME
 from moecc.errors import InputError
 from moecc.types.dtypes import DType
@@ -21,21 +22,24 @@ _DIGITS = re.compile(r"([0-9]+)")
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its name, element type and shape."""
+    """A tensor to be written: its name, element type and shape, and its blocks if quantised."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    storage: Storage | None = None
 
     @property
     def nbytes(self) -> int:
         """The size of its data in bytes."""
+        if self.storage is not None:
+            return prod(self.shape) // self.storage.block * self.storage.block_bytes
         return prod(self.shape) * self.dtype.itemsize_bytes
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file.
+    """A file of tensors.
 
     Attributes:
       name: its name in the folder.

@@ -1,4 +1,4 @@
-"""Write weight expressions as a sharded safetensors checkpoint, in bounded memory.
+"""Write weight expressions as the tensors of files, in bounded memory.
 
 Each distinct expression is read, evaluated and hashed once, a block at a time, and every block is
 written at once to all its destinations.  Each thread takes one expression, so that reading and
@@ -13,13 +13,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from moecc.checkpoint.durable import OutputFiles, write_durable
+from moecc.checkpoint.gguf.blocks import quantise
+from moecc.checkpoint.gguf.storage import Storage
 from moecc.checkpoint.layout import INDEX_NAME
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.nonfinite import Nonfinite, ScanningReader
@@ -32,10 +34,15 @@ from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import row_blocks
 from moecc.weights.evaluate import Evaluator, Reader, ValuesOverflow, same_bytes
 from moecc.weights.expr import Expr, sources
+from moecc.weights.movement import Tile
+from moecc.weights.rounding import first_nonfinite
 from moecc.weights.simplify import simplify
 
 BLOCK_BYTES = 4 << 20
 """The block size of evaluation: a block should still be in the cache when it is hashed."""
+
+KEPT_BYTES = 64 << 20
+"""The most bytes that a thread keeps of one expert, of which copies stand one after the other."""
 
 Progress = Callable[[int, int], None]
 """Receives the bytes written so far and the total bytes."""
@@ -48,20 +55,27 @@ class OutputTensor:
     Attributes:
       name: its name in the checkpoint.
       expr: its expression; the order of its axes is that on disk.
-      dtype: its element type on disk.
+      dtype: its element type on disk; of blocks, that of the elements they are made from.
+      storage: the blocks that it is quantised to, if any.
     """
 
     name: str
     expr: Expr
     dtype: DType
+    storage: Storage | None = None
+
+    @property
+    def entry(self) -> Entry:
+        """Its name, type and shape."""
+        return Entry(self.name, self.dtype, self.expr.type.shape, self.storage)
 
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A written tensor: name, type, file, and the SHA-256 of its bytes."""
+    """A written tensor: name, type (``bf16``, ``q8_0``), file, and the SHA-256 of its bytes."""
 
     name: str
-    dtype: DType
+    dtype: str
     shape: tuple[int, ...]
     file: str
     sha256: str
@@ -78,6 +92,8 @@ class WriteReport:
       total_bytes: the bytes of all tensors.
       distinct_bytes: the bytes of the distinct tensors, which were evaluated and hashed.
       nonfinite: the source tensors that hold NaN or infinity.
+      spread: a line for each distinct tensor that was written with NaN or infinity, which may be
+        more than its sources had: the noise of a matrix is scaled by the spread of all of it.
     """
 
     tensors: tuple[WrittenTensor, ...]
@@ -85,6 +101,7 @@ class WriteReport:
     total_bytes: int
     distinct_bytes: int
     nonfinite: tuple[Nonfinite, ...] = ()
+    spread: tuple[str, ...] = ()
 
 
 def write_checkpoint(
@@ -118,38 +135,69 @@ def write_checkpoint(
     """
     if max_shard_bytes < 1 or threads < 1:
         raise UsageError("max_shard_bytes and threads must be at least 1")
-    wanted = _checked(tensors)
-    entries = [Entry(t.name, t.dtype, t.expr.type.shape) for t in tensors]
+    entries = [t.entry for t in tensors]
+    _refuse_names(entries)
     shards = plan_shards(entries, max_shard_bytes, {"format": "pt", **(metadata or {})})
+    report = write_files(
+        folder, tensors, shards, reader, threads=threads, progress=progress,
+        allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+    if len(shards) == 1:
+        return report
+    index = index_json(shards, report.total_bytes, sum(prod(e.shape) for e in entries))
+    write_durable(folder / INDEX_NAME, index)
+    return replace(report, files={**report.files, INDEX_NAME: len(index)})
+
+
+def write_files(
+    folder: Path,
+    tensors: Sequence[OutputTensor],
+    files: Sequence[Shard],
+    reader: Reader,
+    *,
+    threads: int = 2,
+    progress: Progress | None = None,
+    allow_nonfinite: bool = False,
+) -> WriteReport:
+    """Write `tensors` at the offsets of `files`, whatever their format, and synchronise them.
+
+    Arguments and errors are those of `write_checkpoint`.
+    """
+    wanted = _checked(tensors)
     scan = ScanningReader(reader)
-    offsets = {n: (folder / s.name, at) for s in shards for n, at in s.offsets.items()}
+    offsets = {n: (folder / s.name, at) for s in files for n, at in s.offsets.items()}
     jobs = _jobs(tensors, wanted, offsets)
+    entries = [t.entry for t in tensors]
     total = sum(e.nbytes for e in entries)
-    with _created(folder, shards, threads) as files:
-        work = _Work(Evaluator(scan), scan, files, progress, total, allow_nonfinite)
+    with _created(folder, files, threads) as created:
+        work = _Work(Evaluator(scan), scan, created, progress, total, allow_nonfinite)
         work.run(jobs, threads)
         work.raise_problems()
-    written = _written(entries, shards, jobs)
-    sizes = {s.name: s.size_bytes for s in shards}
-    if len(shards) > 1:
-        index = index_json(shards, total, sum(prod(e.shape) for e in entries))
-        write_durable(folder / INDEX_NAME, index)
-        sizes[INDEX_NAME] = len(index)
-    return WriteReport(written, sizes, total, sum(j.nbytes for j in jobs), scan.found)
+    written = _written(entries, files, jobs)
+    sizes = {s.name: s.size_bytes for s in files}
+    spread = tuple(sorted(job.nonfinite_text() for job in jobs if job.nonfinite))
+    return WriteReport(written, sizes, total, sum(j.nbytes for j in jobs), scan.found, spread)
+
+
+def _refuse_names(entries: Sequence[Entry]) -> None:
+    """Raise InputError if names cannot be written, before they are laid out in files."""
+    problems = Problems()
+    names: set[str] = set()
+    for name in (entry.name for entry in entries):
+        fault = name_fault(name) or ("two tensors of one name" * (name in names))
+        if name == "__metadata__":
+            fault = "the name belongs to the format"
+        if fault:
+            problems.add(fault, where=f"output tensor {quoted(name)}")
+        names.add(name)
+    problems.raise_if_any()
 
 
 def _checked(tensors: Sequence[OutputTensor]) -> list[Expr]:
     """Return the expressions to evaluate, simplified. Raises InputError with all problems."""
     problems = Problems()
     made: list[Expr] = []
-    names: set[str] = set()
     for tensor in tensors:
-        fault = name_fault(tensor.name) or ("two tensors of one name" * (tensor.name in names))
-        if tensor.name == "__metadata__":
-            fault = "the name belongs to the format"
-        if fault:
-            problems.add(fault, where=f"output tensor {quoted(tensor.name)}")
-        names.add(tensor.name)
         try:
             made.append(simplify(Cast(tensor.expr, tensor.dtype)))
         except InputError as error:
@@ -163,23 +211,31 @@ class _Job:
     """A distinct expression, the files and offsets of its copies, and finally their digest."""
 
     expr: Expr
+    storage: Storage | None = None
     names: list[str] = field(default_factory=list)
     places: list[tuple[Path, int]] = field(default_factory=list)
     sha256: str = ""
+    nonfinite: int = 0
+
+    def nonfinite_text(self) -> str:
+        """Say how many elements of the tensor are not finite."""
+        others = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
+        size = prod(self.expr.type.shape)
+        return f"{self.names[0]}{others}: {self.nonfinite:,} of {size:,} elements"
 
     @property
     def nbytes(self) -> int:
-        return prod(self.expr.type.shape) * self.expr.type.dtype.itemsize_bytes
+        return Entry("", self.expr.type.dtype, self.expr.type.shape, self.storage).nbytes
 
 
 def _jobs(
     tensors: Sequence[OutputTensor], wanted: list[Expr], offsets: Mapping[str, tuple[Path, int]]
 ) -> list[_Job]:
     """Group the tensors by the expression of their bytes; the largest first, to end together."""
-    jobs: dict[Expr, _Job] = {}
+    jobs: dict[tuple[Expr, Storage | None], _Job] = {}
     for tensor, expr in zip(tensors, wanted, strict=True):
         key = same_bytes(expr)
-        job = jobs.setdefault(key, _Job(key))
+        job = jobs.setdefault((key, tensor.storage), _Job(key, tensor.storage))
         job.names.append(tensor.name)
         job.places.append(offsets[tensor.name])
     for job in jobs.values():
@@ -246,12 +302,25 @@ class _Work:
         job.sha256 = digest.hexdigest()
 
     def _blocks(self, job: _Job) -> Iterator[memoryview]:
-        for box in row_blocks(job.expr.type, BLOCK_BYTES):
+        """Yield the bytes of a job; copies along the first axis are made once, if they fit."""
+        expr = job.expr
+        if isinstance(expr, Tile) and expr.position == 0 and _size(expr.x) <= KEPT_BYTES:
+            made = list(self._encoded(expr.x, job))
+            job.nonfinite *= expr.size
+            yield from (block for _ in range(expr.size) for block in made)
+        else:
+            yield from self._encoded(expr, job)
+
+    def _encoded(self, expr: Expr, job: _Job) -> Iterator[memoryview]:
+        storage = job.storage
+        for box in row_blocks(expr.type, BLOCK_BYTES):
             if self._stop.is_set():
                 return
-            values = self._evaluator.block(job.expr, box)
+            values = self._evaluator.block(expr, box)
+            if self._scan.found and first_nonfinite(values) is not None:
+                job.nonfinite += int(np.count_nonzero(~np.isfinite(values)))
             if values.size:
-                yield _bytes(values)
+                yield _bytes(values if storage is None else quantise(values, storage))
 
     @property
     def _failed(self) -> bool:
@@ -279,6 +348,10 @@ class _Work:
                 self._evaluator.block(source, box)
 
 
+def _size(expr: Expr) -> int:
+    return prod(expr.type.shape) * expr.type.dtype.itemsize_bytes
+
+
 def _bytes(values: Array) -> memoryview:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
@@ -302,6 +375,13 @@ def _written(
     digests = {name: job.sha256 for job in jobs for name in job.names}
     found = {name: shard.name for shard in shards for name in shard.offsets}
     return tuple(
-        WrittenTensor(e.name, e.dtype, e.shape, found[e.name], digests[e.name], e.nbytes)
+        WrittenTensor(
+            e.name,
+            e.storage.name.lower() if e.storage else e.dtype.name,
+            e.shape,
+            found[e.name],
+            digests[e.name],
+            e.nbytes,
+        )
         for e in sorted(entries, key=lambda e: natural(e.name))
     )

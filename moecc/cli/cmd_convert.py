@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +13,9 @@ from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, PaddingMaskOption, SourceArgument
 
 if TYPE_CHECKING:
+    from moecc.checkpoint.gguf.storage import Storage
     from moecc.tasks.convert import Plan
+    from moecc.types.dtypes import DType
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,14 @@ class ConvertRequest:
     """The arguments and options of ``moecc convert``."""
 
     source: SourceArgument
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder or .gguf file to write.")]
     pipeline: Annotated[str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")]
-    to: Annotated[str, typer.Option("--to", metavar="FAMILY", help="The family to write.")]
+    to: Annotated[
+        str, typer.Option("--to", metavar="FAMILY", help="The family, auto, or gguf:ARCH.")
+    ]
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="The type to write; else as stored.")
+        str | None,
+        typer.Option("--dtype", help="The type to write, q8_0 in GGUF too; else as stored."),
     ] = None
     seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0
     padding_mask: PaddingMaskOption = False
@@ -51,49 +55,62 @@ class ConvertRequest:
 
 
 def convert(request: ConvertRequest) -> None:
-    """Convert SOURCE and write it to the folder OUT.
+    """Convert SOURCE and write it to the folder OUT, or to the file OUT.gguf.
 
     Everything is checked from headers and configs before the first weight is read.
     """
-    from moecc.checkpoint.outdir import check_output
-    from moecc.cli.console import report
+    from moecc.cli.console import report, say
+    from moecc.cli.files import say_weights
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model
-    from moecc.support.parse_units import count_bytes, float_type
+    from moecc.support.parse_units import count_bytes
     from moecc.support.signals import signals_raised
-    from moecc.tasks.convert import plan
+    from moecc.tasks.convert import check_place, plan
 
-    type = None if request.dtype is None else float_type(request.dtype)
+    type = None if request.dtype is None else _written_type(request.dtype)
     limit = count_bytes(request.max_shard_bytes)
     passes = read_pipeline(request.pipeline, request.load or [])
-    out, force = request.out, request.force
+    out = request.out
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
+        say_weights(model, request.source)
+        for text in model.warnings():
+            say(f"warning: {text}")
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
-            allow_unmatched=request.allow_unmatched,
+            allow_unmatched=request.allow_unmatched, loaded=request.load or [],
         )  # fmt: skip
         data = planned.to_json()
-        inputs = [model.checkpoint.path] if model.checkpoint else []
-        check_output(Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes)
+        check_place(planned, out, force=request.force)
         if not request.dry_run:
             _write(planned, request, limit)
     data |= {"out": out, "dry_run": request.dry_run}
     report("convert", data, lambda: plan_text(planned, out, request.dry_run), request.format)
 
 
+def _written_type(name: str) -> DType | Storage:
+    """Return the element type called `name`, or the blocks of a GGUF file."""
+    from moecc.families.export_gguf import QUANTISED
+    from moecc.support.parse_units import float_type
+
+    return QUANTISED.get(name.lower()) or float_type(name)
+
+
 def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None:
-    from moecc.cli.console import Bar
+    from moecc.cli.console import Bar, say
     from moecc.tasks.convert import write
 
     with Bar("writing") as bar:
-        write(
+        done = write(
             planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
             allow_nonfinite=request.allow_nonfinite, progress=bar,
         )  # fmt: skip
+    for text in done.written.spread:
+        say(f"warning: not finite: {text}")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return the human-readable plan, written unless `dry_run`."""
+    from moecc.engines.verdicts import summary
     from moecc.support.text import count_text, size_text
 
     facts, family = planned.facts, planned.graph.attrs.get("family")
@@ -105,7 +122,8 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
         f"{count_text(facts.parameters.active)} active per token",
         f"  FLOPs       {count_text(facts.flops_per_token)} per token",
         f"  on disk     {size_text(planned.size_bytes)} in {len(planned.tensors)} tensors, "
-        f"{planned.dtype.name if planned.dtype else 'as stored'}",
+        f"{planned.dtype_name}",
+        *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),
         *(f"  remark      {r}" for r in _shortened(planned.remarks)),
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",
     ]

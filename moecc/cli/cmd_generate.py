@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from moecc.cli.face import add_command
 from moecc.cli.options import ModelArgument, WeightsOption
+from moecc.errors import escaped
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,21 @@ class GenerateRequest:
 
 def generate(request: GenerateRequest) -> None:
     """Continue a text with MODEL; prints prompt and continuation."""
+    from moecc.cli.files import say_weights
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
     from moecc.tasks.generate import generate as continuation
 
     type = float_type(request.dtype)
     with open_model(request.model, weights=request.weights) as opened:
+        say_weights(opened, request.model)
         added = continuation(
             opened, request.prompt, request.tokens, dtype=type, temperature=request.temperature,
             seed=request.seed,
         )  # fmt: skip
-    print(request.prompt + added)
+    # A file gets the text as it is; a terminal would obey the escape sequences of a tokenizer.
+    whole = request.prompt + added
+    print(escaped(whole) if sys.stdout.isatty() else whole)
 
 
 def register(app: typer.Typer) -> None:

@@ -102,7 +102,7 @@ def _checked(command: list[str]) -> list[str]:
 def _program(command: list[str]) -> list[str]:
     """Return the command line that each process is started with."""
     if command[0] == "python" and len(command) > 1:
-        return [sys.executable, *command[1:]]
+        return [sys.executable, "-m", "moecc.launch.script", *command[1:]]
     return [sys.executable, "-m", "moecc", *_checked(command)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import time
@@ -12,7 +11,8 @@ from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, escaped
+from moecc.support.text import json_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -34,9 +34,9 @@ def write_utf8() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def say(text: str) -> None:
-    """Print a line to stderr."""
-    print(text, file=sys.stderr)
+def say(text: str, *, prefix: str = "") -> None:
+    """Print a line to stderr, after `prefix`; escape sequences in `text` are shown, not obeyed."""
+    print(f"{prefix}{escaped(text)}", file=sys.stderr)
 
 
 def report(kind: str, data: Mapping[str, object], human: Callable[[], str], format: Format) -> None:
@@ -49,9 +49,9 @@ def report(kind: str, data: Mapping[str, object], human: Callable[[], str], form
       format: the chosen format.
     """
     if format is Format.json:
-        print(json.dumps({"schema": f"moecc.{kind}/1", **data}, indent=2, ensure_ascii=False))
+        print(json_text({"schema": f"moecc.{kind}/1", **data}, indent=2))
     else:
-        print(human())
+        print(escaped(human()))
 
 
 def use_colour(stream: TextIO | None = None) -> bool:
@@ -66,7 +66,7 @@ def show_error(error: MoeccError) -> None:
     """Print all problems of `error` to stderr."""
     red, plain = ("\033[31m", "\033[0m") if use_colour() else ("", "")
     for problem in error.problems:
-        say(f"{red}error:{plain} {problem}")
+        say(str(problem), prefix=f"{red}error:{plain} ")
 
 
 class Bar:

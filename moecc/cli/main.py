@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from moecc.cli.console import say, show_error, write_utf8
-from moecc.errors import MachineError, MoeccError, Problem, UsageError, nearest, printable
+from moecc.errors import MachineError, MoeccError, Problem, UsageError, escaped, nearest, printable
 from moecc.support.signals import Terminated
 
 EPILOG = (
@@ -28,8 +29,8 @@ EPILOG = (
 )
 
 COMMANDS = (
-    "inspect", "import", "opt", "convert", "verify", "run", "lower", "generate", "plan", "compile",
-    "launch", "passes",
+    "inspect", "import", "opt", "reduce", "bisect", "replay", "convert", "verify", "run", "lower",
+    "generate", "plan", "compile", "tokens", "train", "launch", "passes",
 )  # fmt: skip
 """The subcommands, in the order of ``--help``; each is in a module ``moecc.cli.cmd_NAME``."""
 
@@ -136,7 +137,8 @@ def _run(argv: list[str]) -> int:
     except typer.Abort:
         result = _INTERRUPTED
     except _UsageError as error:
-        error.show(sys.stderr)
+        error.show(shown := io.StringIO())
+        say(shown.getvalue().rstrip("\n"))
         return int(error.exit_code)
     # Some versions of typer turn an interrupt into this code themselves.
     if result == _INTERRUPTED:
@@ -163,7 +165,7 @@ def _bug(error: Exception) -> int:
     if path is None:
         handle, path = tempfile.mkstemp(prefix="moecc-bug-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"moecc {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}")
+            file.write(escaped(f"moecc {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}"))
     say(f"error: a bug in moecc: {type(error).__name__}: {error}")
     say(f"  what is needed to reproduce it is in {path}")
     if os.environ.get("MOECC_DEBUG"):

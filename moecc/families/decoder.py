@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from moecc.families.attention import Tables, attention
+from dataclasses import dataclass
+from math import sqrt
+
+from moecc.families.attention import Tables, attention, soft_capped
 from moecc.families.configs import DecoderConfig
 from moecc.families.feedforward import feed_forward
 from moecc.families.names import names_of
+from moecc.families.norms import emit_rms_norm
 from moecc.families.parameters import DtypeOf, Parameters, float32_of
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import I32
 from moecc.types.tensor import Size, tensor
+
+NORMS = {
+    "before": ("input_layernorm", "", "post_attention_layernorm", ""),
+    "after": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""By placement the norms before and after the attention, and before and after the feed-forward."""
 
 
 def build_decoder(
@@ -35,54 +51,78 @@ def build_decoder(
     attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
     graph = Graph(config.model_type, attrs)
     params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of, layout)
-    builder = Builder(graph)
+    decoder = _Decoder(Builder(graph), config, params)
     tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
-    with builder.at("embed"):
-        hidden = builder.embedding(_embedding(config, params), tokens, axis="vocab", name="hidden")
-        tables = Tables.of(builder, config, tokens)
+    with decoder.builder.at("embed"):
+        hidden = decoder.embed(tokens)
+        tables = Tables.of(decoder.builder, config, tokens)
     for layer in range(config.num_hidden_layers):
-        hidden = _layer(builder, hidden, layer, config, params, tables)
-    with builder.at("norm"):
-        hidden = _norm(builder, hidden, params.names.final_norm, config, params)
-    with builder.at("head"):
-        head = _head(config, params)
-        graph.set_output("logits", builder.contract(hidden, head, over="embed", name="logits"))
+        hidden = decoder.layer(hidden, layer, tables)
+    with decoder.builder.at("norm"):
+        hidden = decoder.norm(hidden, params.names.final_norm)
+    with decoder.builder.at("head"):
+        graph.set_output("logits", decoder.logits(hidden))
     return graph
 
 
-def _layer(
-    builder: Builder,
-    hidden: Value,
-    layer: int,
-    config: DecoderConfig,
-    params: Parameters,
-    tables: Tables,
-) -> Value:
-    prefix = params.names.layer.format(layer=layer)
-    with builder.at(f"layers.{layer}.attention"):
-        x = _norm(builder, hidden, f"{prefix}input_layernorm.weight", config, params)
-        hidden = builder.add(
-            hidden, attention(builder, x, layer, config, params, tables), name="hidden"
-        )
-    with builder.at(f"layers.{layer}.ffn"):
-        x = _norm(builder, hidden, f"{prefix}post_attention_layernorm.weight", config, params)
-        return builder.add(hidden, feed_forward(builder, x, layer, config, params), name="hidden")
+@dataclass
+class _Decoder:
+    """The parts of the decoder."""
 
+    builder: Builder
+    config: DecoderConfig
+    params: Parameters
 
-def _norm(
-    builder: Builder, x: Value, name: str, config: DecoderConfig, params: Parameters
-) -> Value:
-    scale = params.plain(name, builder.loc, embed=config.hidden_size)
-    return builder.rms_norm(x, scale, axis="embed", eps=config.rms_norm_eps, name="norm")
+    def embed(self, tokens: Value) -> Value:
+        """Emit the embedded `tokens`, ``[batch, seq, embed]``, times the family's factor."""
+        table = self._embedding()
+        hidden = self.builder.embedding(table, tokens, axis="vocab", name="hidden")
+        factor = self.config.embedding_multiplier
+        if self.config.scale_embedding:
+            factor *= sqrt(self.config.hidden_size)
+        return self._times(hidden, factor)
 
+    def layer(self, hidden: Value, layer: int, tables: Tables) -> Value:
+        """Emit one layer: attention and feed-forward, each added to what it reads."""
+        builder, config, params = self.builder, self.config, self.params
+        names = NORMS[config.norm_placement]
+        with builder.at(f"layers.{layer}.attention"):
+            x = self._layer_norm(hidden, layer, names[0])
+            made = attention(builder, x, layer, config, params, tables)
+            hidden = self._added(hidden, self._layer_norm(made, layer, names[1]))
+        with builder.at(f"layers.{layer}.ffn"):
+            x = self._layer_norm(hidden, layer, names[2])
+            made = feed_forward(builder, x, layer, config, params)
+            return self._added(hidden, self._layer_norm(made, layer, names[3]))
 
-def _embedding(config: DecoderConfig, params: Parameters) -> Value:
-    axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
-    return params.plain(params.names.embedding, "embed", **axes)
+    def norm(self, x: Value, name: str) -> Value:
+        """Emit the norm with the scale `name`."""
+        scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
+        return emit_rms_norm(self.builder, x, scale, "embed", self.config, name="norm")
 
+    def logits(self, hidden: Value) -> Value:
+        """Emit the logits of the normalised `hidden`."""
+        logits = self.builder.contract(hidden, self._head(), over="embed", name="logits")
+        logits = self._times(logits, 1 / self.config.logits_divisor)
+        return soft_capped(self.builder, logits, self.config.logit_softcap)
 
-def _head(config: DecoderConfig, params: Parameters) -> Value:
-    if config.tie_word_embeddings:
-        return _embedding(config, params)
-    axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
-    return params.plain(params.names.head, "head", **axes)
+    def _layer_norm(self, x: Value, layer: int, word: str) -> Value:
+        prefix = self.params.names.layer.format(layer=layer)
+        return self.norm(x, f"{prefix}{word}.weight") if word else x
+
+    def _added(self, hidden: Value, made: Value) -> Value:
+        made = self._times(made, self.config.residual_multiplier)
+        return self.builder.add(hidden, made, name="hidden")
+
+    def _times(self, x: Value, factor: float) -> Value:
+        return x if factor == 1 else self.builder.scale(x, by=factor)
+
+    def _embedding(self) -> Value:
+        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
+        return self.params.plain(self.params.names.embedding, "embed", **axes)
+
+    def _head(self) -> Value:
+        if self.config.tie_word_embeddings:
+            return self._embedding()
+        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
+        return self.params.plain(self.params.names.head, "head", **axes)

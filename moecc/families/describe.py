@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 
+from moecc.analysis.groups import scales_norms
 from moecc.families.experts import ExpertLayer, choices_kept, expert_layers, rows_of
 from moecc.families.flops import SequenceFlops, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
@@ -174,7 +175,7 @@ def _group(value: Value) -> str:
 def _use(node: Node, value: Value) -> str:
     if node.op.cost is Cost.LOOK_UP:
         return "attention" if node.attrs["axis"] == "bucket" else "embedding"
-    if node.op.is_norm:
+    if node.op.is_norm or scales_norms(node):
         return "norm"
     if any("slot" in v.type for v in node.operands):
         return "experts"

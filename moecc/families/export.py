@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moecc.errors import InputError
@@ -9,14 +10,13 @@ from moecc.families.building import build_model
 from moecc.families.configs import GraphConfig, ModelConfig
 from moecc.families.facts import is_tied
 from moecc.families.graph_layout import graph_tensors
-from moecc.families.inverting import tensors_of
+from moecc.families.inverting import Pair, tensors_of_all
 from moecc.families.matching import match_parameters
 from moecc.families.names import names_of
 from moecc.families.propose import check_target as check_target
 from moecc.families.propose import propose as propose
-from moecc.families.propose import target_fits as target_fits
 from moecc.families.propose import targets as targets
-from moecc.ir.graph import Graph
+from moecc.ir.graph import Graph, Value
 from moecc.ir.unroll import unrolled
 from moecc.types.tensor import Size
 from moecc.weights.expr import Expr
@@ -41,11 +41,12 @@ class Export:
         return self.config.to_json()
 
 
-def export_graph(graph: Graph, target: str) -> Export:
+def export_graph(graph: Graph, target: str, *, layout: str = "experts") -> Export:
     """Return `graph` as a checkpoint of the family `target`; no weight is read.
 
     The target builds its own graph for the proposed config, and that graph is mapped onto `graph`,
     its repeated layers unrolled, from the outputs: the target computes the exported model.
+    `layout` says how the experts of a layer are stored, see `moecc.families.parameters.LAYOUTS`.
 
     Raises:
       UsageError: there is no such family.
@@ -59,17 +60,21 @@ def export_graph(graph: Graph, target: str) -> Export:
         return Export(config, list(graph_tensors(graph).items()))
     batch, seq, decoder_seq = _token_sizes(graph)
     padding = "mask" in graph.inputs
-    wanted = build_model(config, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq)
+    wanted = build_model(
+        config, layout=layout, padding=padding, batch=batch, seq=seq, decoder_seq=decoder_seq
+    )
     weights = match_parameters(wanted, graph)
-    tensors: dict[str, Expr] = {}
-    for value in wanted.params.values():
-        assert value.weight is not None, "a family builds no parameter without a weight"
-        tensors.update(tensors_of(value.weight, weights[value]))
+    tensors = dict(tensors_of_all(_read_as(value, weights) for value in wanted.params.values()))
     names = names_of(config.model_type)
     if config.model_type == "switch_transformers" and not is_tied(config):
         # Without a tie transformers 5 expects an embedding in either stack.
         tensors.update(dict.fromkeys(names.copies, tensors[names.embedding]))
     return Export(config, list(tensors.items()))
+
+
+def _read_as(value: Value, weights: Mapping[Value, Expr]) -> Pair:
+    assert value.weight is not None, "a family builds no parameter without a weight"
+    return value.weight, weights[value]
 
 
 def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:

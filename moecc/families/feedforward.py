@@ -71,7 +71,11 @@ def _dense(
     axes = ffn_axes(config.hidden_size, width)
 
     def matrix(name: str) -> Value:
-        return params.plain(f"{prefix}{name}_proj.weight", builder.loc, **axes[name])
+        full, fused = f"{prefix}{name}_proj.weight", params.names.gate_up
+        if not fused or name == "down":
+            return params.plain(full, builder.loc, **axes[name])
+        at, of = (0 if name == "gate" else width), f"{prefix}{fused}.weight"
+        return params.part(full, of, builder.loc, at, ("mlp", 2 * width), axes[name])
 
     def bias(name: str) -> Value | None:
         if not config.mlp_bias:

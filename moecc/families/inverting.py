@@ -1,10 +1,14 @@
 """Invert a family's weight expressions: from a parameter to the tensors it is read from.
 
 A family reads a parameter by moving data only: it stacks, cuts, renames or permutes tensors.  Each
-of these can be inverted, so an expression for the parameter yields one for every tensor.
+of these can be inverted, so an expression for the parameter yields one for every tensor.  A tensor
+of which several parameters read a part each is put together when all parts are there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import (
@@ -32,15 +36,78 @@ def tensors_of(read: Expr, made: Expr) -> list[tuple[str, Expr]]:
     Raises:
       ValueError: `read` is not composed of invertible movements.
     """
+    return tensors_of_all([(read, made)])
+
+
+def tensors_of_all(pairs: Iterable[Pair]) -> list[tuple[str, Expr]]:
+    """Return the tensors that all parameters of a model are read from; see `tensors_of`.
+
+    Args:
+      pairs: for each parameter how it is read, and what it is.
+
+    Raises:
+      ValueError: a parameter is read otherwise than by invertible movements, or a part of a tensor
+        is read by none.
+    """
     tensors: list[tuple[str, Expr]] = []
-    stack: list[Pair] = [(read, made)]
-    while stack:
-        pattern, value = stack.pop()
-        if isinstance(pattern, Source):
-            tensors.append((pattern.name, simplify(value)))
-        else:
-            stack.extend(reversed(_undone(pattern, value)))
+    parts = _Parts()
+    for pair in pairs:
+        stack: list[Pair] = [pair]
+        while stack:
+            pattern, value = stack.pop()
+            if isinstance(pattern, Source):
+                tensors.append((pattern.name, simplify(value)))
+            elif isinstance(pattern, Slice) or _picks_one_of_several(pattern):
+                stack.extend(parts.add(pattern, value))
+            else:
+                stack.extend(reversed(_undone(pattern, value)))
+    parts.require_complete()
     return tensors
+
+
+def _picks_one_of_several(pattern: Expr) -> bool:
+    return isinstance(pattern, Index) and pattern.x.type[pattern.axis].size != 1
+
+
+@dataclass
+class _Parts:
+    """Parts of expressions, each given by another parameter, until all of one are there."""
+
+    found: dict[tuple[Expr, str], dict[int, Pair]] = field(default_factory=dict)
+
+    def add(self, pattern: Expr, value: Expr) -> list[Pair]:
+        """Take what a slice or an entry of an expression is; return the whole once it is known."""
+        assert isinstance(pattern, Slice | Index), "the patterns of parts"
+        at = pattern.start if isinstance(pattern, Slice) else pattern.at
+        key = (pattern.x, pattern.axis)
+        parts = self.found.setdefault(key, {})
+        parts[at] = (pattern, value)
+        whole = _joined(pattern, [parts[at] for at in sorted(parts)])
+        if whole is None:
+            return []
+        del self.found[key]
+        return [(pattern.x, whole)]
+
+    def require_complete(self) -> None:
+        """Raise ValueError if a part was never given."""
+        for pattern in (pattern for parts in self.found.values() for pattern, _ in parts.values()):
+            raise ValueError(f"{pattern} cannot be inverted: the rest of it is read by nothing")
+
+
+def _joined(pattern: Slice | Index, parts: list[Pair]) -> Expr | None:
+    """Return the whole of which `parts` are the parts, in order, or None if one is missing."""
+    size = pattern.x.type[pattern.axis].size
+    assert isinstance(size, int), "a weight has fixed sizes"
+    values = tuple(value for _, value in parts)
+    if isinstance(pattern, Index):
+        position = pattern.x.type.names.index(pattern.axis)
+        return Stack(values, pattern.axis, position) if len(parts) == size else None
+    slices = [part for part, _ in parts if isinstance(part, Slice)]
+    ends = [0, *(part.stop for part in slices)]
+    if len(slices) < len(parts) or ends[-1] != size:
+        return None
+    whole = all(part.start == end for part, end in zip(slices, ends, strict=False))
+    return Concat(values, pattern.axis) if whole else None
 
 
 def _undone(pattern: Expr, value: Expr) -> list[Pair]:

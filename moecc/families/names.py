@@ -27,6 +27,8 @@ class TensorNames:
       stack: the prefix of the stacked experts as the graph calls them, after `sparse`.
       gate, up, down: the three matrices of an expert.
       single: the first matrix if there is no gate; empty if it has the name of `up`.
+      qkv: the one matrix of queries, keys and values, in this order; empty if there are three.
+      gate_up: the one matrix of gate and up, in this order; empty if there are two.
       copies: further names of the embedding, which some files contain and transformers may expect.
       shared: the prefix of a shared expert, after `sparse`.
       shared_gate: the shared expert's gate, ``[1, embed]``, after `sparse`.
@@ -47,6 +49,8 @@ class TensorNames:
     shared: str = "shared_expert."
     shared_gate: str = "shared_expert_gate.weight"
     single: str = ""
+    qkv: str = ""
+    gate_up: str = ""
     copies: tuple[str, ...] = ()
 
     def matrix(self, name: str, is_gated: bool = True) -> str:
@@ -82,6 +86,9 @@ NAMES: Mapping[str, TensorNames] = {
     "t5": _T5,
     "switch_transformers": replace(_T5, dense="mlp."),
     "st_moe": replace(_T5, dense="mlp."),
+    "phi3": TensorNames(qkv="qkv_proj", gate_up="gate_up_proj"),
+    "gpt2": TensorNames(embedding="transformer.wte.weight"),
+    "gpt_neox": TensorNames(embedding="gpt_neox.embed_in.weight", head="embed_out.weight"),
     "bert": TensorNames(embedding="embeddings.word_embeddings.weight"),
 }
 """The tables by model type; a family not listed has the default names."""

@@ -21,7 +21,7 @@ Policy = Literal["all", "none", "threshold", "random"]
 Precision = Literal["default", "f32"]
 Remat = Literal["none", "full", "save"]
 Rounding = Literal["floor", "round", "ceil"]
-Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Slots = Literal["ragged", "capacity"]
 Using = Literal["keep", "priority", "mask"]
 
@@ -41,6 +41,8 @@ class RopeAttrs(View):
     beta_slow: float
     truncate: bool
     attention_factor: float
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
 
 
 class RotateAttrs(View):
@@ -355,6 +357,7 @@ class RouteAttrs(View):
     axis: str
     choice: str
     using: tuple[Literal["bias"], ...]
+    precision: Precision
 
 
 class KeepChoicesAttrs(View):

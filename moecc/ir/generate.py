@@ -27,6 +27,7 @@ _READ = {
     "axes": "tuple[str, ...]",
     "words": "tuple[str, ...]",
     "sizes": "Sizes",
+    "numbers": "tuple[float, ...]",
     "region": "Graph",
 }
 """What an attribute of each kind is to those who read it."""

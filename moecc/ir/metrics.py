@@ -22,6 +22,22 @@ class MetricBuilder:
 
     # --- of slot assignment
 
+    def chosen(self) -> Value:
+        """Return how many choices name each expert, padding excluded, ``[expert]``."""
+        made, given = self.means.named, self._routed.given
+        if "mask" in given:
+            made = self._builder.mask(made, given["mask"], fill=0.0)
+        return self._by_expert(made)
+
+    def rows(self) -> Value:
+        """Return how many rows with a slot each expert has, ``[expert]``."""
+        return self._by_expert(self._placed)
+
+    def asked(self) -> Value:
+        """Return how many choices requested a slot."""
+        wanted = self._wanted()
+        return self._builder.sum(wanted, axes=wanted.type.names)
+
     def dropped(self) -> Value:
         """Return the share of the choices that requested a slot and got none."""
         b = self._builder
@@ -37,11 +53,8 @@ class MetricBuilder:
 
     def loads(self) -> Value:
         """Return each expert's share of the rows with a slot, ``[expert]``."""
-        b = self._builder
-        hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
-        rows = b.sum(b.mul(hot, self._placed), axes=self._routed.slots.type.names)
-        total = self.means.at_least_one(b.sum(rows, axes="expert"))
-        return b.div(rows, total)
+        b, rows = self._builder, self.rows()
+        return b.div(rows, self.means.at_least_one(b.sum(rows, axes="expert")))
 
     def max_violation(self, loads: Value) -> Value:
         """Return the largest load over the mean load, less 1 (Wang et al. 2024)."""
@@ -61,7 +74,7 @@ class MetricBuilder:
         b, routed = self._builder, self._routed
         ones = b.max(self.means.named, axes=routed.choice)
         rows = b.dispatch(ones, routed.experts, routed.slots)
-        return b.mean(rows, axes=("group", "expert", "slot"))
+        return self.means.share(b.mean(rows, axes=("group", "expert", "slot")))
 
     def gate_mean(self) -> Value:
         """Return the mean gate of each choice, ``[choice]``."""
@@ -89,6 +102,12 @@ class MetricBuilder:
         )
         return self.means.all(self.means.over_tokens(b.sub(first, second)))
 
+    def logit_square(self, scores: Scores) -> Value:
+        """Return the mean square of the logits."""
+        b = self._builder
+        square = b.square(b.stop_gradient(scores.logits))
+        return self.means.all(self.means.over_tokens(b.mean(square, axes="expert")))
+
     # --- shared helpers
 
     @property
@@ -98,6 +117,12 @@ class MetricBuilder:
     @property
     def _routed(self) -> Routed:
         return self.means.routed
+
+    def _by_expert(self, choices: Value) -> Value:
+        """Return a number of each choice summed by expert, ``[expert]``."""
+        b = self._builder
+        hot = b.one_hot(self._routed.experts, into=(("expert", self._routed.count),))
+        return b.sum(b.mul(hot, choices), axes=self._routed.slots.type.names)
 
     def _wanted(self) -> Value:
         """Return 1 for each choice that requests a slot, ``[*tokens, choice]``."""

@@ -47,6 +47,7 @@ class Operations(ABC):
         scaling: Scaling = "default", factor: float = 1.0, original_context: int = 0,
         low_freq_factor: float = 1.0, high_freq_factor: float = 4.0, beta_fast: float = 32.0,
         beta_slow: float = 1.0, truncate: bool = True, attention_factor: float = 1.0,
+        short_factors: tuple[float, ...] = (), long_factors: tuple[float, ...] = (),
         name: str | None = None
     ) -> tuple[Value, Value]:
         """Tables of cosines and sines for rotary positions, both halves alike (Su et al. 2021)."""
@@ -54,7 +55,8 @@ class Operations(ABC):
             "rope", positions, names=_names(name), axis=axis, size=size, theta=theta,
             scaling=scaling, factor=factor, original_context=original_context,
             low_freq_factor=low_freq_factor, high_freq_factor=high_freq_factor, beta_fast=beta_fast,
-            beta_slow=beta_slow, truncate=truncate, attention_factor=attention_factor
+            beta_slow=beta_slow, truncate=truncate, attention_factor=attention_factor,
+            short_factors=short_factors, long_factors=long_factors
         ).results
         return first, second
 
@@ -69,6 +71,10 @@ class Operations(ABC):
     ) -> Value:
         """Whether a query may see a key: key ≤ query, and query − key < window if there is one."""
         return self.node("causal", query, key, names=_names(name), window=window).result
+
+    def same_segment(self, query: Value, key: Value, /, *, name: str | None = None) -> Value:
+        """Whether a query may see a key: both are of one segment, or the query is padding."""
+        return self.node("same_segment", query, key, names=_names(name)).result
 
     def relative_buckets(
         self, query: Value, key: Value, /, *, bidirectional: bool, buckets: int = 32,
@@ -417,12 +423,13 @@ class Operations(ABC):
     def route(
         self, logits: Value, /, *more: Value, top_k: int, gates: Gates = "renormalised",
         scale: float = 1.0, axis: str = "expert", choice: str = "choice",
-        using: Literal["bias"] | tuple[Literal["bias"], ...] = (), name: str | None = None
+        using: Literal["bias"] | tuple[Literal["bias"], ...] = (), precision: Precision = "f32",
+        name: str | None = None
     ) -> tuple[Value, Value]:
         """The k experts with the largest logits, best first, and their gates."""
         first, second = self.node(
             "route", logits, *more, names=_names(name), top_k=top_k, gates=gates, scale=scale,
-            axis=axis, choice=choice, using=using
+            axis=axis, choice=choice, using=using, precision=precision
         ).results
         return first, second
 

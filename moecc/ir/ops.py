@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.flow import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
 from moecc.ir.operand import Operand, Region
+from moecc.ir.sharding_rules import Rule, propagate_sharding
 from moecc.ir.traits import (
     NOTHING,
     Collective,
@@ -42,8 +43,8 @@ class Attr:
 
     Attributes:
       kind: ``int``, ``float``, ``bool``, ``str``, ``words`` (a tuple of words), ``axis`` (a name),
-        ``axes`` (a tuple of names), ``sizes`` (a tuple of (name, size) pairs) or ``region`` (a
-        graph, printed in braces after the line).
+        ``axes`` (a tuple of names), ``sizes`` (a tuple of (name, size) pairs), ``numbers`` (a
+        tuple of numbers) or ``region`` (a graph, printed in braces after the line).
       default: its value where the text omits it, or REQUIRED.
       choices: the only values allowed, for ``str``, or the only words, for ``words``.
       doc: its meaning, in half a line.
@@ -242,6 +243,8 @@ class OpDef:
                 if reason is None and spec.kind == "float":
                     # −0.0 equals 0.0, so graphs that differ in it alone would be equal.
                     full[name] = float(value) + 0.0
+                elif reason is None and spec.kind == "numbers":
+                    full[name] = tuple(float(v) + 0.0 for v in value)
                 elif reason is not None:
                     what = f"attribute {name!r} of {self.name} is wrong"
                     problems.append(Problem(what, expected=reason, found=repr(value)))
@@ -286,6 +289,12 @@ def _is_words(value: object) -> bool:
     return isinstance(value, tuple) and all(map(is_name, value)) and len(set(value)) == len(value)
 
 
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and isfinite(v) for v in value
+    )
+
+
 def _is_graph(value: object) -> bool:
     return isinstance(value, Region)
 
@@ -304,6 +313,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
         lambda v: isinstance(v, tuple) and all(map(is_name, v)) and len(set(v)) == len(v),
     ),
     "words": ("words in parentheses", _is_words),
+    "numbers": ("finite numbers in parentheses", _is_numbers),
     "region": ("a graph, in braces after the line", _is_graph),
     "sizes": ("axes with sizes, (head=9, head_dim=64)", _is_pairs),
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops import Attr, OpDef
+from moecc.support.text import json_text
 
 FORMAT = 1
 """The version of the text format, in its first line."""
@@ -91,7 +92,7 @@ def lines(graph: Graph) -> Iterator[str]:
     yield f"moecc {FORMAT}"
     yield f"graph {graph.name} {{"
     for key, value in graph.attrs.items():
-        yield f"  attr {key} = {json.dumps(value, ensure_ascii=False)}"
+        yield f"  attr {key} = {json_text(value)}"
     yield from _inputs(graph, "  ")
     for value in graph.params.values():
         yield "  " + _format_param(value)

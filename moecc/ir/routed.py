@@ -6,13 +6,16 @@ a balancing loss is computed over before averaging: a token group, a sequence, o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Value
+from moecc.ir.graph import Graph, Value
 from moecc.ir.table.slots import assigner, operands_by_word
+from moecc.types.dtypes import F32
+from moecc.types.tensor import TensorType
 
 UNITS = ("group", "sequence", "global")
 
@@ -100,6 +103,51 @@ class Routed:
         return operands_by_word(node.operands, node.attrs)
 
 
+TOTALS = "totals"
+"""The graph attribute that says what its inputs of totals are, by name."""
+
+
+@dataclass(frozen=True)
+class Total:
+    """A number of the whole batch that the graph of a part takes as an input.
+
+    Attributes:
+      unit: what is counted: ``token``, or ``group`` or ``sequence`` with a token at least.
+      mask: the input that is true for tokens.
+      groups: of a group: the token groups of a part.
+      group_size: of a group: its tokens, in place of their number; 0 for none.
+    """
+
+    unit: str
+    mask: str
+    groups: int = 0
+    group_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of the input."""
+        size = f"-of-{self.group_size}" if self.group_size else ""
+        many = f"-{self.groups}" if self.groups and not self.group_size else ""
+        return f"total.{self.mask}.{self.unit}{many}{size}"
+
+    def input_of(self, graph: Graph) -> Value:
+        """Return the input of `graph`, a float32, which is added where it is missing.
+
+        Raises:
+          InputError: what tells padding is no input, of which a batch could be counted.
+        """
+        if self.mask not in graph.inputs:
+            raise InputError(
+                "the padding of a part of a batch must be an input of the graph",
+                found=f"%{self.mask}, which is computed",
+                hint="run.micro_batches = 1 needs no totals",
+            )
+        if self.name in graph.inputs:
+            return graph.inputs[self.name]
+        graph.attrs.setdefault(TOTALS, {})[self.name] = asdict(self)
+        return graph.input(self.name, TensorType(F32))
+
+
 @dataclass(frozen=True)
 class Means:
     """Builds means over the tokens of a layer.
@@ -108,11 +156,14 @@ class Means:
       builder: where operations are appended.
       routed: the routing.
       unit: ``group``, ``sequence`` or ``global``.
+      parts: the graph sees one of so many equal parts of a batch, and its means add up to that of
+        the batch: where there is padding, they divide by totals of the batch, which are inputs.
     """
 
     builder: Builder
     routed: Routed
     unit: str = "group"
+    parts: int = 1
 
     @cached_property
     def named(self) -> Value:
@@ -125,10 +176,10 @@ class Means:
         """Return the mean over all tokens, padding excluded."""
         b, tokens = self.builder, self.routed.tokens
         if "mask" not in self.routed.given:
-            return b.mean(x, axes=tokens)
+            return self.share(b.mean(x, axes=tokens))
         counted = self._counted(x)
         total = b.sum(b.mul(x, counted), axes=tokens)
-        return b.div(total, self.at_least_one(b.sum(counted, axes=tokens)))
+        return b.div(total, self._number("token", b.sum(counted, axes=tokens)))
 
     def over_units(self, x: Value) -> Value:
         """Return the mean of ``[*tokens, expert]`` over the tokens of each unit.
@@ -149,10 +200,10 @@ class Means:
         """
         b, filled = self.builder, self._filled
         if filled is None or not filled.type.names:
-            return self.all(x)
+            return self.share(self.all(x))
         units, counted = filled.type.names, self.cast(filled, x)
         total = b.sum(b.mul(x, counted), axes=units)
-        return self.all(b.div(total, self.at_least_one(b.sum(counted, axes=units))))
+        return self.all(b.div(total, self._number(self.unit, b.sum(counted, axes=units))))
 
     def divisor(self, x: Value) -> Value:
         """Return ``[*unit, …]`` with 1 for the units without tokens, to avoid 0 / 0."""
@@ -164,6 +215,10 @@ class Means:
     def all(self, x: Value) -> Value:
         """Return the mean over all remaining axes, prototypes for example."""
         return self.builder.mean(x, axes=x.type.names) if x.type.names else x
+
+    def share(self, x: Value) -> Value:
+        """Return what the mean `x` of a part adds to that of the batch, without padding."""
+        return x if self.parts == 1 else self.builder.scale(x, by=1 / self.parts)
 
     def constant(self, number: float, like: Value) -> Value:
         """Return `number` with the element type of `like`."""
@@ -177,6 +232,17 @@ class Means:
     def at_least_one(self, x: Value) -> Value:
         """Return max(`x`, 1), for a count used as a divisor."""
         return self.builder.maximum(x, self.constant(1.0, x))
+
+    def _number(self, unit: str, own: Value) -> Value:
+        """Return how many units a mean is over: those that the part has, or those of the batch."""
+        if self.parts == 1:
+            return self.at_least_one(own)
+        mask, groups, size = self.routed.given["mask"].name, 0, 0
+        if unit == "group":
+            attrs = SlotAttrs.of_node(assigner(self.routed.slots))
+            groups, size = attrs.groups, attrs.group_size
+        total = Total(unit, mask, groups, size).input_of(self.builder.graph)
+        return self.at_least_one(self.cast(total, own))
 
     @cached_property
     def _filled(self) -> Value | None:

@@ -86,7 +86,16 @@ class Scanner:
             return before
         self.pos = match.end()
         self.token = Token(match.lastgroup or "", match.group(), match.start())
+        if not self.token.text.isprintable():
+            self._require_printable()
         return before
+
+    def _require_printable(self) -> None:
+        """Raise ParseError for a control character, which would be printed again as it is."""
+        for at, character in enumerate(self.token.text, self.token.at):
+            if character != "\t" and not character.isprintable():
+                hint = "remove it, or escape it in a string"
+                raise self.error("a control or invisible character", at, hint=hint)
 
     def jump(self, pos: int) -> None:
         """Continue at offset `pos`."""

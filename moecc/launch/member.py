@@ -107,6 +107,20 @@ def seconds_of_environment(name: str) -> float | None:
     return seconds
 
 
+_joined = False
+
+
+def note_joined() -> None:
+    """Note that this process computes together with the others."""
+    global _joined
+    _joined = True
+
+
+def has_joined() -> bool:
+    """Whether this process computes together with the others."""
+    return _joined
+
+
 def hold_lifeline() -> None:
     """End this process when its supervisor exits for any reason; without one, do nothing."""
     descriptor = _descriptor(LIFELINE)

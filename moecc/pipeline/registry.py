@@ -25,6 +25,9 @@ from moecc.pipeline.template import PipelineTemplate
 
 _KEBAB = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*\Z")
 
+LOADED = "moecc_loaded_"
+"""How the names of modules begin that are files of a user."""
+
 Factory = Callable[[], type[Pass] | PipelineTemplate]
 
 
@@ -159,7 +162,7 @@ def _run(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError("there is no such file", where=str(path))
     # Files with the same name in two folders are two modules.
-    name = f"moecc_loaded_{path.stem}_{crc32(str(path.resolve()).encode()):08x}"
+    name = f"{LOADED}{path.stem}_{crc32(str(path.resolve()).encode()):08x}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError("not a Python file", where=str(path), hint="its name must end in .py")

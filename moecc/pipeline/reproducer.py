@@ -1,23 +1,147 @@
-"""Crash reproducers: the input, the pipeline and the seed are written to a file."""
+"""Reproducers: all that `moecc replay` needs to let a pipeline fail once more, in a folder.
+
+The input is a ``.moe`` file whose first comments hold the pipeline and its options; files of own
+passes are copied beside it.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+import tempfile
 import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
-from moecc.errors import MoeccError
+from moecc.errors import InputError, escaped
 from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
+from moecc.pipeline.blame import KNOWN, crash_of
+from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.registry import LOADED
+from moecc.version import __version__
 
-_KNOWN = (MoeccError, MemoryError, OSError)
-"""Exceptions that are not a bug of a pass: the user's input, or the machine."""
+_TITLE = "# moecc reproducer: "
+_REPLAY = "# replay: "
 
 
-class PassCrash(MoeccError):
-    """A pass raised an unexpected exception: a bug, in the pass or in moecc."""
+@dataclass(frozen=True)
+class Replay:
+    """How a failure is repeated.
 
-    exit_code: ClassVar[int] = 70
+    Attributes:
+      pipeline: the passes.
+      seed: of the random choices.
+      allow_unmatched: whether a pass that must match may match nothing.
+      check: whether each pass is held to its promise, as by ``opt --check``.
+      load: the files of own passes; in a reproducer relative to its folder.
+      compare: what else is compared after the passes: ``run``, ``weights`` or nothing.
+      moecc: the version that failed.
+    """
+
+    pipeline: str
+    seed: int = 0
+    allow_unmatched: bool = False
+    check: bool = False
+    load: tuple[str, ...] = ()
+    compare: str = ""
+    moecc: str = __version__
+
+
+def temporary_folder() -> Path:
+    """Return a new folder for a reproducer, outside of the working folder."""
+    return Path(tempfile.mkdtemp(prefix="moecc-crash-"))
+
+
+def loaded_files(passes: Iterable[Pass]) -> tuple[str, ...]:
+    """Return the files of own passes, each once."""
+    modules = (type(item).__module__ for item in passes)
+    files = (sys.modules[m].__file__ for m in modules if m.startswith(LOADED))
+    return tuple(dict.fromkeys(file for file in files if file))
+
+
+def write_reproducer(folder: Path, text: str, replay: Replay, title: str, notes: str = "") -> Path:
+    """Write a reproducer and return its path; no existing file is overwritten.
+
+    Args:
+      folder: where; it is made if it does not exist.
+      text: the graph.
+      replay: the pipeline and its options.
+      title: what failed, in one line.
+      notes: further comments, such as a traceback.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := folder / f"moecc-crash-{number}.moe").exists():
+        number += 1
+    names = tuple(_copied(Path(file), folder, number) for file in replay.load)
+    content = _content(text, replace(replay, load=names), title, notes)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def reproducer_text(graph: Graph, replay: Replay, title: str) -> str:
+    """Return the text of a reproducer, whose files of own passes are where they are."""
+    return _content(print_graph(graph), replay, title, "")
+
+
+def _content(text: str, replay: Replay, title: str, notes: str) -> str:
+    head = [
+        f"{_TITLE}{title}".splitlines()[0],
+        f"{_REPLAY}{json.dumps(asdict(replay))}",
+        f"# pipeline: {replay.pipeline}",
+        f"# seed: {replay.seed}",
+        "#",
+        *(f"# {line}".rstrip() for line in notes.splitlines()),
+    ]
+    return f"{escaped(chr(10).join(head))}\n{text}"
+
+
+def _copied(file: Path, folder: Path, number: int) -> str:
+    """Copy a file of own passes beside the reproducer, and return its name there."""
+    name = f"moecc-crash-{number}-{file.name}"
+    shutil.copyfile(file, folder / name)
+    return name
+
+
+def is_reproducer(file: str) -> bool:
+    """Return whether a file begins as a reproducer does."""
+    path = Path(file)
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(len(_TITLE)) == _TITLE
+
+
+def read_reproducer(path: Path) -> Replay:
+    """Return how a reproducer is repeated; the files of its own passes by their paths.
+
+    Raises:
+      InputError: the file has no such comment, or one of another version.
+    """
+    line = ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for _ in range(8):
+            line = file.readline(1 << 20)
+            if line.startswith(_REPLAY):
+                break
+    try:
+        stated = json.loads(line.removeprefix(_REPLAY)) if line.startswith(_REPLAY) else {}
+        found = Replay(**{**stated, "load": tuple(stated["load"])})
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            "not a reproducer", where=str(path),
+            expected=f"a comment {_REPLAY.strip()!r} in its first lines, which moecc wrote",
+            hint="moecc opt runs a pipeline over any graph",
+        ) from None  # fmt: skip
+    # Beside the reproducer, or where the user said that it is.
+    load = tuple(str(path.parent / str(name)) for name in found.load)
+    return replace(found, load=load)
 
 
 class Reproducer:
@@ -26,56 +150,43 @@ class Reproducer:
     The text of the graph is taken when this is made, before any pass changes it.
 
     Attributes:
-      current: the description of the running pass in messages.
+      number: the number of the running pass, from 1.
+      item: the running pass.
     """
 
-    def __init__(self, graph: Graph, pipeline: str, seed: int, folder: Path | None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        pipeline: str,
+        passes: Iterable[Pass],
+        context: Context,
+        folder: Callable[[], Path] | None,
+    ) -> None:
         self.text = print_graph(graph) if folder is not None else ""
-        self.name = graph.name
-        self.pipeline = pipeline
-        self.seed = seed
+        self.replay = Replay(
+            pipeline, context.seed, context.allow_unmatched, load=loaded_files(passes)
+        )
         self.folder = folder
-        self.current = ""
+        self.number = 0
+        self.item: Pass | None = None
 
     def __enter__(self) -> Reproducer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Errors of the user or the machine have messages of their own.
-        if not isinstance(error, Exception) or isinstance(error, _KNOWN):
+        if not isinstance(error, Exception) or isinstance(error, KNOWN) or self.item is None:
             return
-        hint = None if self.folder is None else self.kept(error)
-        raise PassCrash(
-            f"the pass {self.current} crashed: {type(error).__name__}: {error}", hint=hint
-        ) from error
+        title = f"the pass {self.number}, {self.item.name}, crashed"
+        hint = None if self.folder is None else self.kept(error, title)
+        raise crash_of(type(self.item), title, error, hint) from error
 
-    def kept(self, error: Exception) -> str:
+    def kept(self, error: Exception, title: str) -> str:
         """Write the reproducer and return where it is, or why it could not be written."""
+        assert self.folder is not None
+        notes = "".join(traceback.format_exception(error))
         try:
-            return f"the input, the pipeline and the seed are in {self.write(error)}"
+            path = write_reproducer(self.folder(), self.text, self.replay, title, notes)
         except OSError as failure:
             return f"the reproducer could not be written: {failure}"
-
-    def write(self, error: Exception) -> Path:
-        """Write the reproducer and return its path; no existing file is overwritten."""
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while (path := self.folder / f"moecc-crash-{number}.moe").exists():
-            number += 1
-        path.write_text(self.content(error, path), encoding="utf-8")
-        return path
-
-    def content(self, error: Exception, path: Path) -> str:
-        """Return the text of the reproducer: a graph, after comments that describe the crash."""
-        stack = "".join(traceback.format_exception(error)).splitlines()
-        head = [
-            f"moecc reproducer: {self.current} crashed",
-            f"pipeline: {self.pipeline}",
-            f"seed: {self.seed}",
-            f"moecc opt {path.name} -p '{self.pipeline}' --seed {self.seed}",
-            "",
-            *stack,
-        ]
-        comments = "\n".join(f"# {line}".rstrip() for line in head)
-        return f"{comments}\n{self.text}"
+        return f"moecc replay {path} repeats it: the input, the pipeline and the seed are in there"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -108,6 +108,9 @@ class Instrument:
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
         """Receive the graph before the first pass."""
 
+    def before(self, number: int, item: Pass, graph: Graph) -> None:
+        """Receive the graph before a pass."""
+
     def after(self, run: PassRun, graph: Graph) -> None:
         """Receive the verified graph after a pass."""
 
@@ -121,7 +124,7 @@ def run_pipeline(
     *,
     context: Context | None = None,
     instruments: Sequence[Instrument] = (),
-    crash_folder: Path | None = None,
+    crash_folder: Callable[[], Path] | None = None,
 ) -> Report:
     """Run `pipeline` on `graph`, in place, and return a report of the passes.
 
@@ -129,8 +132,8 @@ def run_pipeline(
       graph: changed in place; after an error it may be half changed.
       pipeline: the passes.
       context: the seed, and the other context of passes.
-      instruments: notified before the first pass, after each, and at the end.
-      crash_folder: where a reproducer is written if a pass crashes; None writes none.
+      instruments: notified before the first pass, before and after each, and at the end.
+      crash_folder: returns where a reproducer is written if a pass crashes; None writes none.
 
     Raises:
       UsageError: options contradict each other; all problems at once.
@@ -148,12 +151,15 @@ def run_pipeline(
     runs: list[PassRun] = []
     with (
         gc_paused(),
-        Reproducer(graph, str(pipeline), context.seed, crash_folder) as reproducer,
+        Reproducer(graph, str(pipeline), pipeline, context, crash_folder) as reproducer,
     ):
         for number, item in enumerate(pipeline, 1):
-            reproducer.current = f"{number}, {item.name},"
+            for instrument in instruments:
+                instrument.before(number, item, graph)
+            reproducer.number, reproducer.item = number, item
             run = run_pass(graph, item, context, number)
             runs.append(run)
+            reproducer.item = None
             for instrument in instruments:
                 instrument.after(run, graph)
     report = Report(tuple(runs))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from moecc.errors import Problem, UsageError, nearest, printable
 from moecc.ir.scanner import problem_at
+from moecc.pipeline.blame import blamed
 from moecc.pipeline.options import Option, Piece, choices, describe, options, read, split, write
 from moecc.pipeline.passes import Pass, Preserves, weakest
 from moecc.pipeline.registry import Registry, installed, unknown_pass
@@ -69,7 +70,7 @@ class Pipeline:
 
     def _problems_of(self, index: int) -> Iterator[Problem]:
         item = self.passes[index]
-        for p in (*item.validate(), *item.validate_after(self.passes[:index])):
+        for p in _problems_of(item, self.passes[:index]):
             yield replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
 
     def warnings(self) -> list[Problem]:
@@ -77,13 +78,23 @@ class Pipeline:
         return [
             replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
             for item in self.passes
-            for p in item.warnings()
+            for p in _warnings_of(item)
         ]
 
     @property
     def preserves(self) -> Preserves:
         """The combined promise of the passes."""
         return weakest(p.preserves for p in self.passes)
+
+
+def _problems_of(item: Pass, earlier: Sequence[Pass]) -> list[Problem]:
+    with blamed(type(item), "while its options were checked"):
+        return [*item.validate(), *item.validate_after(earlier)]
+
+
+def _warnings_of(item: Pass) -> list[Problem]:
+    with blamed(type(item), "while its options were checked"):
+        return list(item.warnings())
 
 
 def format_pass(item: Pass, *, in_full: bool = False) -> str:
@@ -259,9 +270,10 @@ class _Parser:
         values = self.values(cls, item)
         if len(self.problems) > before:
             return None
-        made = cls(**values)
+        with blamed(cls, "while it was made"):
+            made = cls(**values)
         places = {g.name: g.at for g in item.given}
-        for p in (*made.validate(), *made.validate_after(earlier)):
+        for p in _problems_of(made, earlier):
             at = places.get(p.where or "", item.at)
             self.problem(p.what, at, expected=p.expected, found=p.found, hint=p.hint)
         return made

@@ -48,6 +48,44 @@ def signals_raised() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
+class Asked:
+    """The signal that asked a command to end, once there is one.
+
+    Attributes:
+      signal: which one; None as long as none came.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; a second one raises, as without this handler."""
+        if self.signal is not None:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def signals_noted() -> Iterator[Asked]:
+    """Note SIGINT, SIGTERM and SIGHUP, so that work comes to an end in order; the second raises.
+
+    A signal that the caller ignores stays ignored, and in another thread than the main one nothing
+    changes.
+    """
+    asked = Asked()
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, *_ENDING) if is_main else ()
+    before = {s: signal.getsignal(s) for s in numbers}
+    taken = [s for s, handler in before.items() if handler != signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, asked)
+    try:
+        yield asked
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
     for other in _ENDING:
         signal.signal(other, signal.SIG_IGN)

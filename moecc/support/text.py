@@ -1,6 +1,10 @@
-"""Human-readable numbers."""
+"""Human-readable numbers, and JSON that a terminal shows as it is."""
 
 from __future__ import annotations
+
+import json
+
+from moecc.errors import is_shown
 
 
 def size_text(count_bytes: float) -> str:
@@ -19,3 +23,11 @@ def count_text(count: float) -> str:
             return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
         count /= 1000
     return f"{count:.1f} T"
+
+
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """Return JSON in which control and invisible characters, and only these, are escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    if is_shown(text):
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hypothesis import strategies as st
@@ -46,31 +46,70 @@ def small_configs(
     bias = draw(st.booleans())
     values: dict[str, Any] = {
         "vocab_size": draw(st.integers(3, 12)),
-        "hidden_size": heads
-        * (head_dim if _fills_width(family) else draw(st.sampled_from([4, 7]))),
+        "hidden_size": heads * (head_dim if fills_width(family) else draw(st.sampled_from([4, 7]))),
         "intermediate_size": draw(st.integers(1, 4)) * 4,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": 64,
-        "rope": draw(st.sampled_from(_ROPES)),
-        "hidden_act": draw(st.sampled_from(["silu", "relu", "gelu", "gelu_pytorch_tanh"])),
+        "rope": draw(st.sampled_from([r for r in _ROPES if r.type in family.rope_types])),
+        "hidden_act": draw(activations(family)),
         "tie_word_embeddings": draw(st.booleans()),
         "sliding_windows": draw(_windows(family.window_style, layers)),
         "dtype": "float32",
+        # The usual padding token of some families is beyond so small a vocabulary.
+        "extra": {"pad_token_id": None},
         "qkv_bias": bias,
         "output_bias": bias,
         "mlp_bias": draw(st.booleans()),
         **family.fixed,
     }
+    values |= draw(feature_values(family, values))
     if issubclass(family, MoeConfig):
         values |= draw(_experts(family, layers, values["intermediate_size"]))
     return family(**values)
 
 
-def _fills_width(family: type[DecoderConfig]) -> bool:
-    return family.model_type == "qwen2_moe"
+def activations(family: type[DecoderConfig]) -> st.SearchStrategy[str]:
+    """Return the activations that a family has; gelu means another one in gemma."""
+    exact = [] if family.model_type == "gemma" else ["gelu"]
+    return st.sampled_from(["silu", "relu", "gelu_pytorch_tanh", *exact])
+
+
+def fills_width(family: type[DecoderConfig]) -> bool:
+    """Whether the heads of a family together have the model's width."""
+    return family.model_type in ("qwen2_moe", "phi3")
+
+
+@st.composite
+def feature_values(
+    draw: st.DrawFn, family: type[DecoderConfig], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Draw what a family leaves open of `FEATURES`.
+
+    Args:
+      draw: of Hypothesis.
+      family: the class of config.
+      values: the fields drawn before.
+    """
+    layers, rope = values["num_hidden_layers"], values["rope"]
+    local = st.just(RopeConfig(theta=30.0))
+    kinds: dict[str, st.SearchStrategy[Any]] = {
+        "embedding_multiplier": st.sampled_from([1.0, 3.0]),
+        "residual_multiplier": st.sampled_from([1.0, 0.22]),
+        "attention_scale": st.sampled_from([None, 11**-0.5]),
+        "attention_softcap": st.sampled_from([None, 2.0]),
+        "logits_divisor": st.sampled_from([1.0, 6.0]),
+        "logit_softcap": st.sampled_from([None, 3.0]),
+        "rotary_dim": st.sampled_from([None, 2]),
+        "rope_layers": st.none() | st.tuples(*[st.booleans()] * layers),
+        "local_rope": local if rope.type != "default" else st.none() | local,
+    }
+    # That all layers have rotary positions is not stated by listing them.
+    drawn = {name: draw(kinds[name]) for name in sorted(family.options)}
+    listed = drawn.get("rope_layers")
+    return {**drawn, "rope_layers": None} if listed and all(listed) else drawn
 
 
 @st.composite
@@ -78,7 +117,7 @@ def _windows(draw: st.DrawFn, style: str, layers: int) -> tuple[int | None, ...]
     window = st.none() | st.integers(1, 4)
     if style == "none":
         return (None,) * layers
-    if style != "top":
+    if style not in ("top", "typed"):
         return (draw(window),) * layers
     size = draw(st.integers(1, 4))
     return tuple(draw(st.sampled_from([None, size])) for _ in range(layers))

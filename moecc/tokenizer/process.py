@@ -60,10 +60,25 @@ class Tokenizer:
         """Return the ids of `text`, special tokens included. Raises InputError as the class."""
         return self.encode_all([text])[0]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text. Raises InputError as the class."""
-        found: list[list[int]] = self._ask({"encode": list(texts)}, doing="used")
+    def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Return the ids of each text. Raises InputError as the class.
+
+        Args:
+          texts: the texts.
+          special: whether the special tokens are included that the tokenizer puts around a text.
+        """
+        what = "encode" if special else "plain"
+        found: list[list[int]] = self._ask({what: list(texts)}, doing="used")
         return found
+
+    def ids(self, tokens: Sequence[str]) -> list[int | None]:
+        """Return the id of each token as the vocabulary writes it. Raises InputError."""
+        found: list[int | None] = self._ask({"ids": list(tokens)}, doing="used")
+        return found
+
+    def size(self) -> int:
+        """Return one more than the largest id, added tokens included. Raises InputError."""
+        return int(self._ask({"size": None}, doing="used"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens left out. Raises InputError as the class."""

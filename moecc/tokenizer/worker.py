@@ -41,14 +41,19 @@ class Worker:
         self.tokenizer: Any = None
 
     def answer(self, request: dict[str, Any], stream: BinaryIO) -> Any:
-        """Return the result of one request: load, encode, decode or token."""
+        """Return the result of one request."""
         ((what, given),) = request.items()
-        if what == "load":
-            return self._load(stream.read(given))
-        if what == "encode":
-            return self._encode(given)
-        if what == "decode":
-            return self.tokenizer.decode(given)
+        match what:
+            case "load":
+                return self._load(stream.read(given))
+            case "encode" | "plain":
+                return self._encode(given, special=what == "encode")
+            case "decode":
+                return self.tokenizer.decode(given)
+            case "ids":
+                return [self.tokenizer.token_to_id(token) for token in given]
+            case "size":
+                return max(self.tokenizer.get_vocab().values(), default=-1) + 1
         return self.tokenizer.id_to_token(given)
 
     def _load(self, data: bytes) -> None:
@@ -59,10 +64,10 @@ class Worker:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str], *, special: bool) -> list[list[int]]:
         found, count = [], 0
         for text in texts:
-            ids = self.tokenizer.encode(text).ids
+            ids = self.tokenizer.encode(text, add_special_tokens=special).ids
             count += len(ids)
             if count > MOST_TOKENS:
                 raise ValueError(f"more than {MOST_TOKENS:,} tokens")

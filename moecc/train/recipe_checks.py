@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from moecc.ahead.request import PARTITIONS
 from moecc.errors import MoeccError, nearest
 from moecc.ir.mesh import parse_mesh
 from moecc.plan.strategy import REMATS
+from moecc.sharding.partitions import PARTITIONS
 from moecc.sharding.vias import VIAS
 from moecc.support.parse_units import float_type
 from moecc.train.recipe import (

@@ -12,9 +12,9 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.losses import LossBuilder, emit_output_z
 from moecc.ir.metrics import MetricBuilder
-from moecc.ir.routed import Means
+from moecc.ir.routed import TOTALS, Means
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
-from moecc_passes.loss_outputs import Weighted, joined, metrics_of, total_of
+from moecc_passes.loss_outputs import Weighted, joined, metrics_of, tallies_of, total_of
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
 
 PREFIXES = ("loss.", "metric.")
@@ -49,6 +49,10 @@ class AddLossesPass(Pass):
     that of the model plus ``loss.auxiliary``.  mesh-tensorflow multiplies its z-loss by the
     coefficient of the balance loss as well, and T5X takes the mean over layers: for m layers
     its coefficients are m times these.
+
+    With ``parts`` the graph is that of a micro-batch.  Its losses add up to those of the batch:
+    a mean over tokens or groups divides by the number in the batch, which where there is padding
+    are inputs ``total.…`` (the attribute ``totals`` says of what).  Its metrics are sums, too.
     """
 
     name: ClassVar[str] = "add-losses"
@@ -72,6 +76,10 @@ class AddLossesPass(Pass):
     ] = "group"
     layers: Annotated[Literal["sum", "mean"], "how the losses of layers are joined"] = "sum"
     metrics: Annotated[bool, "whether metrics of each layer are added"] = True
+    parts: Annotated[
+        int, "losses and metrics of one of so many parts of a batch, which add up; 0: of all of it"
+    ] = 0
+    replace: Annotated[bool, "whether losses and metrics that are there are replaced"] = False
 
     def validate(self) -> list[Problem]:
         """Return which options are out of range, or leave nothing to add."""
@@ -85,6 +93,14 @@ class AddLossesPass(Pass):
                 Problem("the noise of the load loss is positive", "load-noise", "more than 0",
                         str(self.load_noise))
             )  # fmt: skip
+        if self.parts < 0:
+            found.append(Problem("parts are counted", "parts", "at least 0", str(self.parts)))
+        if self.parts > 1 and self.over == "global":
+            found.append(
+                Problem("a loss over the whole batch is no sum over its parts", "over",
+                        "group or sequence, with several parts", "global",
+                        "one part, or over=group")
+            )  # fmt: skip
         if not found and not self.metrics and not any(v for _, v in self._coefficients()):
             found.append(
                 Problem("no loss and no metric is left", hint="the paper has balance-coef=0.01 "
@@ -94,7 +110,7 @@ class AddLossesPass(Pass):
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
         """Return whether an earlier pass adds losses already."""
-        for item in earlier:
+        for item in () if self.replace else earlier:
             if isinstance(item, AddLossesPass) or getattr(item, "losses", False):
                 return [
                     Problem("losses are added once", found=f"{item.name} adds them before",
@@ -115,6 +131,8 @@ class AddLossesPass(Pass):
         Raises:
           InputError: the graph has such outputs already, or no logits for the output z-loss.
         """
+        if self.replace:
+            remove_losses(graph)
         taken = [n for n in graph.output_names if n.startswith(PREFIXES)]
         if taken:
             raise InputError(
@@ -143,9 +161,10 @@ class AddLossesPass(Pass):
         builder = Builder(graph, loc=layer.assigner.loc, origin=f"{ORIGIN}layer")
         builder.before = layer.combine
         routed = layer.routed()
-        means = Means(builder, routed, self.over)
+        means = Means(builder, routed, self.over, max(self.parts, 1))
         if self.metrics:
-            for name, value in metrics_of(MetricBuilder(means), layer).items():
+            told = tallies_of if self.parts else metrics_of
+            for name, value in told(MetricBuilder(means), layer).items():
                 graph.set_output(f"metric.{layer.name}.{name}", value)
         if routed.scores is None:
             ctx.remark(Remark(layer.name, "has no loss: a hash has nothing to train"))
@@ -188,10 +207,13 @@ def remove_losses(graph: Graph) -> AddLossesPass | None:
     if not isinstance(options, dict):
         return None
     del graph.attrs[ATTRIBUTE]
+    totals = graph.attrs.pop(TOTALS, {})
     for name in [n for n in graph.output_names if n.startswith(PREFIXES)]:
         graph.drop_output(name)
     for node in graph.walk_back():
         if node.is_dead and node.origin.startswith(ORIGIN):
             node.erase()
+    for name in totals:
+        graph.erase_input(name)
     known = {f.name for f in fields(AddLossesPass)}
     return AddLossesPass(**{n: v for n, v in options.items() if n in known})

@@ -39,6 +39,27 @@ def metrics_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
     return found
 
 
+def tallies_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
+    """Return what adds up over the parts of a batch, and `moecc.steps.metrics` makes metrics of."""
+    scores = made.means.routed.scores
+    found = {
+        "chosen": made.chosen(),
+        "rows": made.rows(),
+        "left_behind": made.left_behind(),
+        "gate_mean": made.gate_mean(),
+    }
+    if not layer.experts_choose:
+        found["asked"] = made.asked()
+    if layer.assigner.attrs["slots"] == "capacity":
+        found["utilisation"] = made.utilisation()
+    if scores is not None:
+        found["entropy"] = made.entropy(scores)
+        found["logit_square"] = made.logit_square(scores)
+    if scores is not None and scores.count > 1:
+        found["margin"] = made.margin(scores)
+    return found
+
+
 def joined(builder: Builder, losses: Iterable[Weighted], how: str) -> Weighted:
     """Return each kind of loss once, the sum or mean over the layers that have it."""
     kinds: dict[str, list[Value]] = {}

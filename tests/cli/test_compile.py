@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from moecc.ahead.request import PARTITIONS
+from moecc.sharding.partitions import PARTITIONS
+from moecc.types.dtypes import F32
 
 from .conftest import Done
 
@@ -192,20 +193,18 @@ def test_an_exported_program_gives_what_the_graph_gives(
 
 
 @pytest.mark.slow
-def test_an_exported_training_step_takes_the_leaves_of_the_state(
-    moecc: Moecc, tmp_path: Path
-) -> None:
+def test_an_exported_training_step_takes_the_state(moecc: Moecc, tmp_path: Path) -> None:
     needs_optax()
     pytest.importorskip("flatbuffers")
     import jax
     import numpy as np
     from jax import export
-    from moecc_backends.xla.backend import function
-    from moecc_backends.xla.train.optimizer import optimizer
-    from moecc_backends.xla.train.step import train_step
+    from moecc_backends.xla.train.step import make_train_step
 
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
+    from moecc.steps.spec import StepSpec
+    from moecc.train.recipe import OptimizerSection
 
     out = tmp_path / "step.bin"
     done = moecc(
@@ -221,17 +220,17 @@ def test_an_exported_training_step_takes_the_leaves_of_the_state(
         if p.users
     }
     tokens = rng.integers(0, 37, (4, 16)).astype(np.int32)
-    update, inputs = optimizer("adafactor"), {"tokens": tokens, "targets": tokens}
-    state = params, update.init(params)
-    (expected, _), told = jax.jit(train_step(function(graph), update))(state, inputs)
+    batch = {"tokens": tokens, "targets": tokens}
+    spec = StepSpec({"B": 4, "S": 16}, F32, OptimizerSection("adafactor"))
+    step = make_train_step(graph, spec, jax.devices()[:1])
+    given = step.init(params), batch, jax.random.key(0), jax.numpy.float32(1e-3)
     found: Any = export.deserialize(bytearray(out.read_bytes()))
     mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,))
-    placed = jax.device_put(
-        ((params, jax.tree.leaves(state[1])), inputs), jax.tree.unflatten(
-            found.in_tree, found.in_shardings_jax(mesh)
-        )[0]
-    )  # fmt: skip
-    (together, _), metrics = found.call(*placed)
+    places = jax.tree.unflatten(found.in_tree, found.in_shardings_jax(mesh))[0]
+    placed = jax.tree.map(lambda a, s: a if s is None else jax.device_put(a, s), given, places)
+    after, metrics = found.call(*placed)
+    state, told = step.function(*given)
+    expected, together = state["params"], after["params"]
     assert float(metrics["loss"]) == pytest.approx(float(told["loss"]), rel=1e-5)
     for name, value in expected.items():
         moved = np.abs(np.asarray(value) - params[name]).max()

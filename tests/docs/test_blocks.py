@@ -12,6 +12,7 @@ import pytest
 from moecc.ir import parse, print_graph, verify
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.train.recipe_text import parse_recipe
 from moecc.weights.text import format_expr, parse_expr
 
 from .pages import ROOT, Block, blocks, blocks_of
@@ -21,7 +22,7 @@ _KEY = re.compile(r"key=0x[0-9a-f]+")
 
 KNOWN = {
     "", "bash", "console", "json", "moe", "moe sketch", "moe weights", "python", "python sketch",
-    "text", "yaml",
+    "text", "toml", "yaml",
 }  # fmt: skip
 
 
@@ -46,6 +47,11 @@ def test_weight_expressions_have_types_and_print_as_they_stand(block: Block) -> 
         expr, end = parse_expr(text)
         assert end == len(text)
         assert format_expr(expr) == text
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+def test_recipes_are_valid(block: Block) -> None:
+    parse_recipe(block.text, str(block))
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)

@@ -42,7 +42,7 @@ def test_options_are_those_of_the_command(name: str) -> None:
     command: Any = typer.main.get_command(build_app()).commands[name]  # type: ignore[attr-defined]
     options = {o for p in command.params if p.param_type_name == "option" for o in p.opts}
     listed = [codes for title, codes in tables(SECTIONS[name]) if title == "option"]
-    assert {code.split()[0] for code in listed[0]} == options
+    assert {code.split()[0] for code in (listed[0] if listed else [])} == options
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -130,6 +130,14 @@ def without_options(value: dict[str, Any]) -> dict[str, Any]:
     return {name: inner for name, inner in value.items() if name != "options"}
 
 
+def test_tokens(report: Any, tmp_path: Path) -> None:
+    text = tmp_path / "x.jsonl"
+    text.write_text('{"text": "a", "label": "b"}\n')
+    options = ["--tokenizer", "bytes", "--out", str(tmp_path / "out"), "--kind", "labelled"]
+    made = report("tokens", str(text), *options, "--prompt", "{text}", "--completion", "{label}")
+    compare(documented("tokens", "key"), [made])
+
+
 def test_plan(report: Any) -> None:
     small = ["--batch-tokens", "16384", "--sequence", "256"]
     plans = [
@@ -156,8 +164,11 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.convert/1",
         "moecc.verify/1",
         "moecc.verify-manifest/1",
+        "moecc.bisect/1",
         "moecc.pass/1",
         "moecc.passes/1",
+        "moecc.tokens/1",
+        "moecc.train/1",
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 
 from moecc.checkpoint.gguf.storage import BY_NAME
-from moecc.checkpoint.gguf.tokenizer import _PRE_TOKENIZERS
+from moecc.checkpoint.gguf.tokenizer import PRE_TOKENIZERS
 from moecc.checkpoint.records import (
     SCHEMA,
     FileRecord,
@@ -66,7 +66,7 @@ def test_what_is_read_of_gguf() -> None:
     storages = re.search(r"\*\*Storage types\*\*: ([^.]*)\.", text)
     assert storages is not None
     assert storages.group(1).split(", ") == list(BY_NAME)
-    assert set(_PRE_TOKENIZERS) <= set(_CODE.findall(text))
+    assert set(PRE_TOKENIZERS) <= set(_CODE.findall(text))
 
 
 def test_the_limit_of_a_shard() -> None:

@@ -23,6 +23,7 @@ from moecc.families.configs import (
     parse_config,
     rotary_frequencies,
 )
+from moecc.testing.configs import activations, feature_values, fills_width
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
@@ -58,8 +59,8 @@ numbers = st.floats(0.001, 1e7, allow_subnormal=False)
 
 
 @st.composite
-def ropes(draw: st.DrawFn) -> RopeConfig:
-    kind = draw(st.sampled_from(["default", "linear", "dynamic", "llama3", "yarn"]))
+def ropes(draw: st.DrawFn, kinds: tuple[str, ...]) -> RopeConfig:
+    kind = draw(st.sampled_from([name for name in kinds if name != "longrope"]))
     values: dict[str, Any] = {"theta": draw(st.floats(1.5, 1e7)), "type": kind}
     if kind != "default":
         values["factor"] = draw(numbers)
@@ -88,16 +89,16 @@ def configs(draw: st.DrawFn) -> DecoderConfig:
     features = {"qkv_bias": bias, "output_bias": bias, "mlp_bias": draw(st.booleans())}
     values: dict[str, Any] = {
         "vocab_size": draw(st.integers(10, 100)),
-        "hidden_size": heads * (head_dim if family is Qwen2MoeConfig else draw(sizes)),
+        "hidden_size": heads * (head_dim if fills_width(family) else draw(sizes)),
         "intermediate_size": draw(sizes),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": head_dim,
         "max_position_embeddings": draw(sizes),
-        "rope": draw(ropes()),
+        "rope": draw(ropes(family.rope_types)),
         "rms_norm_eps": draw(st.floats(0, 0.1)),
-        "hidden_act": draw(st.sampled_from(["silu", "relu", "gelu", "gelu_pytorch_tanh"])),
+        "hidden_act": draw(activations(family)),
         "tie_word_embeddings": draw(st.booleans()),
         "sliding_windows": draw(windows(family.window_style, layers)),
         "dtype": draw(st.sampled_from([None, "float32", "bfloat16"])),
@@ -105,6 +106,7 @@ def configs(draw: st.DrawFn) -> DecoderConfig:
         **features,
         **family.fixed,
     }
+    values |= draw(feature_values(family, values))
     if issubclass(family, MoeConfig):
         values |= draw(experts(family, layers, values["intermediate_size"]))
     return family(**values)
@@ -115,7 +117,7 @@ def windows(draw: st.DrawFn, style: str, layers: int) -> tuple[int | None, ...]:
     if style == "none":
         return (None,) * layers
     window = draw(sizes)
-    if style == "top":
+    if style in ("top", "typed"):
         return tuple(draw(st.sampled_from([None, window])) for _ in range(layers))
     return (draw(st.sampled_from([None, window])),) * layers
 

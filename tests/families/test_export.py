@@ -39,6 +39,7 @@ SIZES = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "pad_token_id": None,
 }
 # Each dense family with the targets that can hold it, and the keys that they need.
 PAIRS = [

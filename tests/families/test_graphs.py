@@ -97,7 +97,11 @@ def test_scores_have_both_sequence_axes(config: DecoderConfig) -> None:
 @settings(max_examples=40)
 def test_tables_are_made_once_and_masks_once_a_window(config: DecoderConfig) -> None:
     graph = build(config)
-    assert len(nodes(graph, "rope")) == len(nodes(graph, "positions")) == 1
+    layers = zip(config.rope_layers or (True,) * 9, config.sliding_windows, strict=False)
+    local = config.local_rope is not None
+    tables = {bool(window) and local for rotary, window in layers if rotary}
+    assert len(nodes(graph, "rope")) == len(tables)
+    assert len(nodes(graph, "positions")) == 1
     windows = [node.attrs["window"] for node in nodes(graph, "causal")]
     assert sorted(windows) == sorted({w or 0 for w in config.sliding_windows})
     used = [node.operands[1].node.attrs["window"] for node in nodes(graph, "mask")]
@@ -240,6 +244,7 @@ def test_the_token_axes_may_have_other_sizes() -> None:
 
 def test_the_registry_lists_all_families() -> None:
     assert list(FAMILIES) == [
-        "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe",
+        "llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "phi3", "smollm3", "gemma",
+        "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe", "gpt2", "gpt_neox",
         "t5", "switch_transformers", "bert", "st_moe",
     ]  # fmt: skip

@@ -84,7 +84,44 @@ SQUARE_T5: dict[str, object] = {
 }
 """heads * d_kv = d_ff = vocab = d_model = 16, and as many buckets as heads."""
 
-BASES = {"t5": T5, "switch_transformers": T5, "bert": BERT}
+NO_PADDING: dict[str, object] = {**SMALL, "pad_token_id": None}
+"""For families whose padding token is beyond so small a vocabulary."""
+
+TWO_WIDE_HEADS: dict[str, object] = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+"""Heads of width 16 that fill the model's width."""
+
+GPT2: dict[str, object] = {
+    "vocab_size": 37,
+    "n_embd": 12,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT_NEOX: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 64,
+}
+
+BASES = {
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "t5": T5,
+    "switch_transformers": T5,
+    "bert": BERT,
+    **dict.fromkeys(
+        ("olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"), NO_PADDING
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +158,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+GRANITE: dict[str, object] = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+}
+GEMMA3_LAYERS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
 CASES: dict[str, Case] = {
     "llama_gqa": Case(
@@ -235,6 +280,170 @@ CASES: dict[str, Case] = {
         },
     ),
     "qwen3_square": Case("qwen3", "square matrices", {**SQUARE, "head_dim": 4}),
+    "olmo2_gqa": Case(
+        "olmo2",
+        "norms after each block and over all heads, attention biases",
+        {"attention_bias": True, "num_hidden_layers": 3},
+    ),
+    "olmo2_square_tied": Case(
+        "olmo2", "square matrices, tied embeddings", {**SQUARE, "tie_word_embeddings": True}
+    ),
+    "granite_multipliers": Case(
+        "granite",
+        "all four factors, biases on every projection",
+        {**GRANITE, "attention_bias": True, "mlp_bias": True},
+    ),
+    "granite_square_tied": Case(
+        "granite", "square matrices, tied embeddings", {**SQUARE, "tie_word_embeddings": True}
+    ),
+    "phi3_partial_window": Case(
+        "phi3",
+        "12 of 16 entries of a head rotated, sliding window of 5, longrope's short divisors",
+        {
+            **TWO_WIDE_HEADS,
+            "partial_rotary_factor": 0.75,
+            "sliding_window": 5,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+                "long_factor": [1.0, 2.0, 4.0, 6.0, 9.0, 14.0],
+            },
+        },
+    ),
+    "phi3_long_v4": Case(
+        "phi3",
+        "longrope's long divisors, because 16 tokens exceed 6; as transformers 4 writes it",
+        {
+            "original_max_position_embeddings": 6,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.25, 4.0],
+            },
+        },
+        major=4,
+    ),
+    "phi3_square": Case("phi3", "square matrices, tied", {**SQUARE, "tie_word_embeddings": True}),
+    "smollm3_window": Case(
+        "smollm3",
+        "every second of four layers without rotary positions, and with a window of 4",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+        },
+    ),
+    "smollm3_square_tied": Case(
+        "smollm3",
+        "square matrices, the first of two layers without rotary positions, biases",
+        {
+            **SQUARE,
+            "no_rope_layers": [0, 1],
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "gemma_mqa": Case(
+        "gemma",
+        "head_dim 6, one key-value head, tied",
+        {"head_dim": 6, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "gemma_square": Case("gemma", "square matrices, untied", {**SQUARE, "head_dim": 4}),
+    "gemma2_caps": Case(
+        "gemma2",
+        "soft caps in force, a scale of its own, a window of 4 in every second of four layers",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 6,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 10,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma2_square": Case(
+        "gemma2",
+        "square matrices, full attention in the first of two layers, no caps",
+        {
+            **SQUARE,
+            "head_dim": 4,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    ),
+    "gemma3_local": Case(
+        "gemma3_text",
+        "every third of four layers global with linear scaling, the others local; a cap on logits",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "layer_types": GEMMA3_LAYERS,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+            "final_logit_softcapping": 5.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3_square_v4": Case(
+        "gemma3_text",
+        "square matrices, as transformers 4 writes it",
+        {
+            **SQUARE,
+            "num_hidden_layers": 3,
+            "head_dim": 4,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "rope_local_base_freq": 30.0,
+            "query_pre_attn_scalar": 4,
+        },
+        major=4,
+    ),
+    "gpt2_plain": Case(
+        "gpt2",
+        "a block of its own width, scores also divided by the layer's number",
+        {"n_inner": 28, "scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+    ),
+    "gpt2_square": Case(
+        "gpt2",
+        "mlp = embed = vocab = positions = 16, untied, exact GELU",
+        {
+            "vocab_size": 16,
+            "n_embd": 16,
+            "n_head": 4,
+            "n_inner": 16,
+            "n_positions": 16,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt_neox_parallel": Case(
+        "gpt_neox",
+        "blocks side by side, 4 of 8 entries of a head rotated, linear scaling",
+        {"rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "gpt_neox_square": Case(
+        "gpt_neox",
+        "one block after the other, whole heads rotated, no attention biases, mlp = embed",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "rotary_pct": 1.0,
+            "rotary_emb_base": 300,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+        },
+    ),
     "mixtral_gqa": Case(
         "mixtral",
         "four experts, two a token",

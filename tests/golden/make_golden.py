@@ -1,7 +1,7 @@
 """Make the golden checkpoints and logits with Hugging Face transformers.
 
 Run from anywhere, with an interpreter that has torch and transformers (moecc itself is taken from
-the checkout; its dependencies are not needed):
+the checkout, and of its dependencies only ml_dtypes is needed):
 
     python tests/golden/make_golden.py write            # the cases of that major version
     python tests/golden/make_golden.py compare          # adds how far this version agrees
@@ -20,6 +20,7 @@ from that, in each version.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import platform
@@ -151,11 +152,14 @@ def _save(folder: Path, case: Case, key: str) -> None:
 def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Draw a parameter: norms around 1, biases small but not 0, matrices of unit gain."""
     drawn = _generator(key, name).standard_normal(shape)
-    if "norm" in name.lower() and not name.endswith("bias"):
-        return 1 + 0.3 * drawn
+    is_norm = "norm" in name.lower() or ".ln_" in name
+    if is_norm and not name.endswith("bias"):
+        # Gemma stores scales less one.
+        return (0 if key.startswith("gemma") else 1) + 0.3 * drawn
     if name.endswith("bias"):
         return 0.3 * drawn
-    if "embed" in name or name.startswith("shared") or "relative_attention_bias" in name:
+    tables = ("embed", "relative_attention_bias", ".wte", ".wpe")
+    if any(table in name for table in tables) or name.startswith("shared"):
         return drawn
     # The router's logits are spread out, so that few tokens lie near a tie.
     gain = 2.0 if ".gate.weight" in name or ".classifier.weight" in name else 1.0
@@ -210,12 +214,24 @@ def _double_logits(
     # Integer tensors take part in the dynamic scaling, and become what the default says.
     torch.set_default_dtype(torch.float64)
     with torch.no_grad(), DoublePrecision():
-        if not case.decodes and case.output == "logits":
-            model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+        _widen_rotary(model)
         logits = _run(model, case, tokens)
     torch.set_default_dtype(torch.float32)
     assert logits.dtype == torch.float64
     return logits.numpy(), min(gaps, default=None)
+
+
+def _widen_rotary(model: Any) -> None:
+    """Make the rotary tables again, under the default type of the moment."""
+    for module in list(model.modules()):
+        if hasattr(module, "rotary_emb"):
+            module.rotary_emb = type(module.rotary_emb)(config=model.config)
+        if hasattr(module, "rotary_emb_local"):
+            # Gemma 3 in version 4: its class takes the period from where the global one lies.
+            local = copy.deepcopy(model.config)
+            local.rope_theta = local.rope_local_base_freq
+            local.rope_scaling = {"rope_type": "default"}
+            module.rotary_emb_local = type(module.rotary_emb_local)(config=local)
 
 
 def _differences(name: str, golden: np.ndarray[Any, Any]) -> dict[str, float]:

@@ -1,18 +1,18 @@
 """The golden files are what their manifest says, and mean what the typed configs say.
 
-The second half evaluates every decoder's checkpoint with a forward pass in plain NumPy that knows
-nothing but `parse_config`: if it gives the golden logits, then the config holds all that a graph
-needs, and the golden values are not an accident of transformers' code.  Encoders and
-encoder-decoders: `test_golden_encoders.py`.
+The second half evaluates every decoder's checkpoint with a forward pass in plain NumPy
+(`plain_decoder.py`) that knows nothing but `parse_config`: if it gives the golden logits, then the
+config holds all that a graph needs, and the golden values are not an accident of transformers'
+code.  Encoders and encoder-decoders: `test_golden_encoders.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,20 +24,20 @@ from moecc.families.configs import (
     MixtralConfig,
     MoeConfig,
     RopeConfig,
-    attention_factor,
     read_config,
-    rotary_frequencies,
 )
+from moecc.families.configs.features import FEATURES
+
+from .plain_decoder import Array, Tensors, forward
 
 HERE = Path(__file__).parent
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
 CASES = sorted(MANIFEST["cases"])
-DECODERS = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"}
-FAMILIES = DECODERS | {"t5", "switch_transformers", "bert"}
+MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
+NEWER = {"olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"}
+DECODERS = {"llama", "mistral", "qwen2", "qwen3"} | NEWER | MIXTURES
+FAMILIES = DECODERS | {"t5", "switch_transformers", "bert", "gpt2", "gpt_neox"}
 DECODER_CASES = [name for name in CASES if MANIFEST["cases"][name]["family"] in DECODERS]
-
-Array = np.ndarray[Any, np.dtype[Any]]
-Tensors = dict[str, Array]
 
 # Half a unit in the last place of float32, which the golden logits are rounded to, and room for
 # the order of float64 sums.
@@ -168,9 +168,24 @@ def misreadings(config: DecoderConfig) -> list[tuple[str, DecoderConfig]]:
         longer = tuple(window and window + 1 for window in windows)
         wrong.append(("window ignored", replace(config, sliding_windows=none)))
         wrong.append(("window one too long", replace(config, sliding_windows=longer)))
+    for feature in FEATURES:
+        neutral = FEATURES[feature].neutral
+        # Norms elsewhere have other names, and lists of divisors another length.
+        if getattr(config, feature) == neutral or feature == "norm_placement":
+            continue
+        if feature == "rotary_dim" and config.rope.type == "longrope":
+            continue
+        wrong.append((feature, without(config, feature, neutral)))
     if isinstance(config, MoeConfig) and not isinstance(config, MixtralConfig):
         flipped = replace(config, norm_topk_prob=not config.norm_topk_prob)
         wrong.append(("renormalisation", flipped))
+    return wrong
+
+
+def without(config: DecoderConfig, feature: str, neutral: object) -> DecoderConfig:
+    """Return `config` without a feature, although its family has it."""
+    wrong = copy.copy(config)
+    object.__setattr__(wrong, feature, neutral)
     return wrong
 
 
@@ -188,23 +203,40 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     groups = config.num_key_value_heads * width
     for layer in range(config.num_hidden_layers):
         at = f"model.layers.{layer}."
+        phi3 = config.model_type == "phi3"
+        if phi3:
+            shapes[f"{at}self_attn.qkv_proj.weight"] = (heads + 2 * groups, embed)
         for name, out in (("q", heads), ("k", groups), ("v", groups)):
-            shapes[f"{at}self_attn.{name}_proj.weight"] = (out, embed)
+            if not phi3:
+                shapes[f"{at}self_attn.{name}_proj.weight"] = (out, embed)
             if config.qkv_bias:
                 shapes[f"{at}self_attn.{name}_proj.bias"] = (out,)
         shapes[f"{at}self_attn.o_proj.weight"] = (embed, heads)
         if config.output_bias:
             shapes[f"{at}self_attn.o_proj.bias"] = (embed,)
         if config.qk_norm:
-            shapes |= {f"{at}self_attn.{name}_norm.weight": (width,) for name in "qk"}
-        shapes[f"{at}input_layernorm.weight"] = (embed,)
-        shapes[f"{at}post_attention_layernorm.weight"] = (embed,)
+            sizes = (heads, groups) if config.qk_norm_across else (width, width)
+            for name, size in zip("qk", sizes, strict=True):
+                shapes[f"{at}self_attn.{name}_norm.weight"] = (size,)
+        for name in NORMS[config.norm_placement]:
+            shapes[f"{at}{name}_layernorm.weight"] = (embed,)
         shapes |= block_shapes(config, layer, at)
     return shapes
 
 
+NORMS = {
+    "before": ("input", "post_attention"),
+    "after": ("post_attention", "post_feedforward"),
+    "around": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
+}
+
+
 def block_shapes(config: DecoderConfig, layer: int, at: str) -> dict[str, tuple[int, ...]]:
     embed = config.hidden_size
+    if config.model_type == "phi3":
+        width = config.intermediate_size
+        fused = f"{at}mlp.gate_up_proj.weight"
+        return {fused: (2 * width, embed), f"{at}mlp.down_proj.weight": (embed, width)}
     if not isinstance(config, MoeConfig) or not config.sparse_layers[layer]:
         shapes = swiglu_shapes(f"{at}mlp.", ("gate_proj", "up_proj", "down_proj"), embed, config)
         if config.mlp_bias:
@@ -231,105 +263,3 @@ def swiglu_shapes(
     mlp = width if isinstance(width, int) else width.intermediate_size
     gate, up, down = (f"{at}{name}.weight" for name in names)
     return {gate: (mlp, embed), up: (mlp, embed), down: (embed, mlp)}
-
-
-def forward(config: DecoderConfig, tensors: Tensors, tokens: Array) -> Array:
-    """Return logits [batch, seq, vocab] in float64."""
-    weights = {key: tensor.astype(np.float64) for key, tensor in tensors.items()}
-    embedding = weights["model.embed_tokens.weight"]
-    hidden = embedding[tokens]
-    for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}."
-        part = {key.removeprefix(at): w for key, w in weights.items() if key.startswith(at)}
-        normed = rms_norm(hidden, part["input_layernorm.weight"], config)
-        hidden = hidden + attention(config, part, normed, config.sliding_windows[layer])
-        normed = rms_norm(hidden, part["post_attention_layernorm.weight"], config)
-        sparse = isinstance(config, MoeConfig) and config.sparse_layers[layer]
-        hidden = hidden + (moe if sparse else dense)(config, part, normed)  # type: ignore[operator]
-    hidden = rms_norm(hidden, weights["model.norm.weight"], config)
-    head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-    return hidden @ head.T
-
-
-def attention(config: DecoderConfig, part: Tensors, x: Array, window: int | None) -> Array:
-    batch, seq, _ = x.shape
-    query, key, value = (
-        linear(part, f"self_attn.{name}_proj", x).reshape(batch, seq, -1, config.head_dim)
-        for name in "qkv"
-    )
-    if config.qk_norm:
-        query = rms_norm(query, part["self_attn.q_norm.weight"], config)
-        key = rms_norm(key, part["self_attn.k_norm.weight"], config)
-    query, key = rotate(config, query), rotate(config, key)
-    repeats = config.num_attention_heads // config.num_key_value_heads
-    key, value = np.repeat(key, repeats, axis=2), np.repeat(value, repeats, axis=2)
-    scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(config.head_dim)
-    distance = np.arange(seq)[:, None] - np.arange(seq)[None, :]
-    seen = (distance >= 0) & (distance < (window or seq))
-    weights = softmax(np.where(seen, scores, -np.inf))
-    mixed = np.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, seq, -1)
-    return linear(part, "self_attn.o_proj", mixed)
-
-
-def rotate(config: DecoderConfig, x: Array) -> Array:
-    seq, length = x.shape[1], config.max_position_embeddings
-    frequencies = rotary_frequencies(
-        config.rope, config.head_dim, max_position_embeddings=length, length=seq
-    )
-    angles = np.arange(seq)[:, None] * np.array(frequencies)
-    cos = np.cos(angles)[None, :, None] * attention_factor(config.rope)
-    sin = np.sin(angles)[None, :, None] * attention_factor(config.rope)
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def dense(config: DecoderConfig, part: Tensors, x: Array) -> Array:
-    return swiglu(config, part, "mlp.", ("gate_proj", "up_proj", "down_proj"), x)
-
-
-def moe(config: MoeConfig, part: Tensors, x: Array) -> Array:
-    mixtral = isinstance(config, MixtralConfig)
-    at = "block_sparse_moe." if mixtral else "mlp."
-    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    probabilities = softmax(linear(part, f"{at}gate", x))
-    order = np.argsort(-probabilities, axis=-1, kind="stable")
-    chosen = np.argsort(order, axis=-1) < config.experts_per_token
-    gates = np.where(chosen, probabilities, 0)
-    if config.norm_topk_prob:
-        gates = gates / gates.sum(axis=-1, keepdims=True)
-    total = np.zeros_like(x)
-    for expert in range(config.num_experts):
-        out = swiglu(config, part, f"{at}experts.{expert}.", names, x)
-        total += gates[..., expert, None] * out
-    if config.shared_expert_intermediate_size is not None:
-        gate = 1 / (1 + np.exp(-linear(part, f"{at}shared_expert_gate", x)))
-        total += gate * swiglu(config, part, f"{at}shared_expert.", names, x)
-    return total
-
-
-def swiglu(
-    config: DecoderConfig, part: Tensors, at: str, names: tuple[str, ...], x: Array
-) -> Array:
-    gate, up, down = (f"{at}{name}" for name in names)
-    inner = activation(config.hidden_act, linear(part, gate, x)) * linear(part, up, x)
-    return linear(part, down, inner)
-
-
-def activation(name: str, x: Array) -> Array:
-    if name == "silu":
-        return x / (1 + np.exp(-x))
-    assert name == "gelu_pytorch_tanh"
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def linear(part: Tensors, name: str, x: Array) -> Array:
-    return x @ part[f"{name}.weight"].T + part.get(f"{name}.bias", np.float64(0))
-
-
-def rms_norm(x: Array, weight: Array, config: DecoderConfig) -> Array:
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps) * weight
-
-
-def softmax(x: Array) -> Array:
-    powers = np.exp(x - x.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)

@@ -46,6 +46,7 @@ ATTRS: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
     "axis": NAMES,
     "axes": st.lists(NAMES, max_size=2).map(tuple),
+    "numbers": st.lists(st.floats(0.5, 2), max_size=2).map(tuple),
     "sizes": st.lists(st.tuples(NAMES, st.sampled_from([1, 2, 4, "N"])), max_size=2).map(tuple),
     "str": st.sampled_from(["f32", "i32", "pred", "key", "nothing"]),
     "words": st.just(()),

@@ -6,6 +6,7 @@ in float64 into each folder, and to standard output what loading each reported.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -43,6 +44,19 @@ def load(folder: Path) -> tuple[Any, dict[str, list[str]]]:
     return model.eval(), {key: sorted(map(str, found)) for key, found in report.items() if found}
 
 
+def widen_rotary(model: Any) -> None:
+    """Make the rotary tables again, which were made in float32."""
+    for module in list(model.modules()):
+        if hasattr(module, "rotary_emb"):
+            module.rotary_emb = type(module.rotary_emb)(config=model.config)
+        if hasattr(module, "rotary_emb_local"):
+            # Gemma 3 in version 4: its class takes the period from where the global one lies.
+            local = copy.deepcopy(model.config)
+            local.rope_theta = local.rope_local_base_freq
+            local.rope_scaling = {"rope_type": "default"}
+            module.rotary_emb_local = type(module.rotary_emb_local)(config=local)
+
+
 def run(folder: Path, tokens: torch.Tensor) -> dict[str, list[str]]:
     model, report = load(folder)
     with torch.no_grad():
@@ -50,8 +64,7 @@ def run(folder: Path, tokens: torch.Tensor) -> dict[str, list[str]]:
     model = model.double()
     torch.set_default_dtype(torch.float64)
     with torch.no_grad(), DoublePrecision():
-        # The tables were made in float32.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+        widen_rotary(model)
         double = model(input_ids=tokens, use_cache=False).logits
     torch.set_default_dtype(torch.float32)
     np.save(folder / "float32.npy", single.numpy())

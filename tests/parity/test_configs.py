@@ -25,7 +25,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 VARIANTS: list[dict[str, Any]] = [
     *({"model_type": name} for name in DECODERS),
     *({"model_type": name, "rope_theta": 5e5, "num_hidden_layers": 3} for name in DECODERS),
-    *({"model_type": name, "rope_scaling": YARN, "rope_theta": 777.0} for name in DECODERS),
+    *(
+        {"model_type": name, "rope_scaling": YARN, "rope_theta": 777.0}
+        for name, family in DECODERS.items()
+        if "yarn" in family.rope_types and name != "olmo2"
+    ),
     *({"model_type": name, "dtype": "bfloat16", "tie_word_embeddings": True} for name in DECODERS),
     {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3}},
     {
@@ -55,6 +59,35 @@ VARIANTS: list[dict[str, Any]] = [
         },
     },
     {"model_type": "qwen2", "rope_scaling": {**YARN, "attention_factor": 1.25}},
+    {"model_type": "olmo2", "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 60,
+        "sliding_window": 7,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + n / 9 for n in range(24)],
+            "long_factor": [2.0 + n for n in range(24)],
+        },
+    },
+    {
+        "model_type": "granite",
+        "embedding_multiplier": 12,
+        "attention_multiplier": 0.0078125,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 16,
+    },
+    {
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 3,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "attention_bias": True,
+    },
+    {"model_type": "smollm3", "num_hidden_layers": 2, "no_rope_layers": [0, 1]},
+    {"model_type": "gemma2", "query_pre_attn_scalar": 224, "final_logit_softcapping": None},
+    {"model_type": "gemma3_text", "sliding_window_pattern": 2, "rope_local_base_freq": 50.0},
     {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 64},
     {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": None},
     {"model_type": "mixtral", "sliding_window": 77, "num_local_experts": 5, "head_dim": 96},
@@ -113,6 +146,19 @@ def expected(config: DecoderConfig) -> dict[str, Any]:
     )
     values: dict[str, Any] = {name: getattr(config, name) for name in names}
     values["sliding_windows"] = list(config.sliding_windows)
+    if config.model_type in ("gemma2", "gemma3_text") and not any(values["sliding_windows"]):
+        # The number is stated, and no layer has it.
+        values["sliding_windows"] = [None] * config.num_hidden_layers
+    values |= {"score_scale": config.score_scale, "rotated_dim": config.rotated_dim}
+    granite = config.model_type == "granite"
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+        values[name] = getattr(config, name) if granite else None
+    for name in ("attention_softcap", "logit_softcap"):
+        values[name] = getattr(config, name)
+    rotary = config.rope_layers or [True] * config.num_hidden_layers
+    values["rope_layers"] = list(rotary) if config.model_type == "smollm3" else []
+    local = (config.local_rope or config.rope).theta
+    values["local_theta"] = local if config.model_type == "gemma3_text" else None
     values |= {"theta": config.rope.theta, "rope_type": config.rope.type}
     if isinstance(config, MoeConfig):
         values["num_experts"] = config.num_experts
@@ -127,7 +173,7 @@ def close(config: DecoderConfig, found: dict[str, Any]) -> dict[str, Any]:
         return {}
     length = config.max_position_embeddings
     ours = rotary_frequencies(
-        config.rope, config.head_dim, max_position_embeddings=length, length=100
+        config.rope, config.rotated_dim, max_position_embeddings=length, length=100
     )
     assert found["frequencies"] == pytest.approx(ours, rel=2e-6)
     assert found["attention_factor"] == pytest.approx(attention_factor(config.rope), rel=1e-12)

@@ -96,12 +96,13 @@ CHANGES: dict[tuple[str, str], tuple[str, str]] = {
     ("add-losses", "over"): ("sequence", ""),
     ("add-losses", "layers"): ("mean", ""),
     ("add-losses", "metrics"): ("false", ""),
+    ("add-losses", "parts"): ("2", ""),
     ("freeze", "groups"): ("moe,norm", "groups=moe"),
     ("freeze", "only"): ("moe,norm", "only=moe"),
 }
 
 # What is meant to do nothing but allow something.
-ALLOWS = {("specialize", "force")}
+ALLOWS = {("specialize", "force"), ("add-losses", "replace")}
 
 
 @pytest.fixture(scope="module")

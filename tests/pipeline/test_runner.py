@@ -11,8 +11,8 @@ import pytest
 from moecc.errors import CheckError, InputError, MoeccError, UsageError
 from moecc.ir import Graph, equal, parse
 from moecc.ir.verify import VerifyError
+from moecc.pipeline.blame import PassCrash
 from moecc.pipeline.passes import EXACT, Context, Preserves, Remark, weakest
-from moecc.pipeline.reproducer import PassCrash
 from moecc.pipeline.runner import Instrument, PassRun, Report, run_pipeline
 from moecc.pipeline.text import Pipeline
 
@@ -141,8 +141,8 @@ def test_the_report_as_json() -> None:
 def test_a_crash_leaves_a_reproducer(tmp_path: Path) -> None:
     graph, original = negations(4), negations(4)
     with pytest.raises(PassCrash) as caught:
-        run(graph, "un-neg,bad", crash_folder=tmp_path, context=Context(seed=5))
-    assert caught.value.exit_code == 70
+        run(graph, "un-neg,bad", crash_folder=lambda: tmp_path, context=Context(seed=5))
+    assert caught.value.exit_code == 1, "the pass is not moecc's own"
     assert "the pass 2, bad, crashed: KeyError: 'layers.7'" in str(caught.value)
     path = tmp_path / "moecc-crash-1.moe"
     assert str(path) in str(caught.value)
@@ -153,7 +153,7 @@ def test_a_crash_leaves_a_reproducer(tmp_path: Path) -> None:
     assert "KeyError" in text
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(PassCrash, match=r"moecc-crash-2\.moe"):
-        run(negations(), "bad", crash_folder=tmp_path)
+        run(negations(), "bad", crash_folder=lambda: tmp_path)
 
 
 def test_a_crash_without_a_folder_writes_nothing(
@@ -168,11 +168,11 @@ def test_a_crash_without_a_folder_writes_nothing(
 def test_a_reproducer_that_cannot_be_written_does_not_hide_the_crash(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(PassCrash, match=r"(?s)KeyError: 'layers.7'.*could not be written"):
-        run(negations(), "bad", crash_folder=tmp_path / "file")
+        run(negations(), "bad", crash_folder=lambda: tmp_path / "file")
 
 
 def test_what_the_user_causes_is_not_a_crash(tmp_path: Path) -> None:
     with pytest.raises(MoeccError, match="not with this graph") as caught:
-        run(negations(), "bad{way=refuse}", crash_folder=tmp_path)
+        run(negations(), "bad{way=refuse}", crash_folder=lambda: tmp_path)
     assert isinstance(caught.value, InputError)
     assert list(tmp_path.iterdir()) == []

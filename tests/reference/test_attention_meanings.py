@@ -111,6 +111,17 @@ def test_a_factor_of_one_scales_nothing(kind: str, evaluate: Any) -> None:
     np.testing.assert_allclose(scaled, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_longrope_divides_by_other_numbers_beyond_the_original_context(evaluate: Any) -> None:
+    attrs = {"scaling": "longrope", "original_context": 32, "attention_factor": 1.5}
+    lists = {"short_factors": (1.0, 1.0, 1.0, 1.0), "long_factors": (1.0, 2.0, 4.0, 8.0)}
+    for count, divisors in ((32, lists["short_factors"]), (33, lists["long_factors"])):
+        cos, sin = evaluate("rope", (np.arange(count), "seq"), **ROPE, **attrs, **lists)
+        theta = ROPE.get("theta", 10_000.0)
+        angles = np.arange(count)[:, None] * theta ** -(np.arange(4) / 4) / np.array(divisors)
+        np.testing.assert_allclose(cos[:, :4], 1.5 * np.cos(angles), atol=1e-12)
+        np.testing.assert_allclose(sin[:, 4:], 1.5 * np.sin(angles), atol=1e-12)
+
+
 def test_dynamic_scaling_starts_beyond_the_original_context(evaluate: Any) -> None:
     attrs = {**ROPE, "scaling": "dynamic", "factor": 8.0, "original_context": 32}
     within = evaluate("rope", (np.arange(32), "seq"), **attrs)
@@ -161,6 +172,18 @@ def test_causal(window: int, evaluate: Any) -> None:
     ]
     assert found.dtype == bool
     np.testing.assert_array_equal(found, expected)
+
+
+def test_same_segment(evaluate: Any) -> None:
+    queries, keys = np.array([[1, 2, 0], [3, 3, 0]]), np.array([[1, 2, 2, 0], [3, 0, 0, 0]])
+    found = evaluate("same_segment", (queries, "batch seq"), (keys, "batch kv_seq"))
+    expected = [
+        [[k in (q,) or q == 0 for k in keys[row]] for q in queries[row]] for row in range(2)
+    ]
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, expected)
+    crossed = evaluate("same_segment", (queries, "batch seq"), (keys[0], "kv_seq"))
+    np.testing.assert_array_equal(crossed[1], [[False] * 4, [False] * 4, [True] * 4])
 
 
 # transformers 5.24.0, T5Attention._relative_position_bucket, key position minus query position.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 from moecc_backends.xla.aot.topology import devices, prepare
@@ -55,42 +56,44 @@ def main(mesh: str, dense_weights: str, remat: str, way: str) -> None:
     prepare(parse_machine("cpu:8"))
     import jax
     import numpy as np
-    import optax
     from moecc_backends.xla.aot.census import census
-    from moecc_backends.xla.backend import function
-    from moecc_backends.xla.train.abstract_step import make_step
-    from moecc_backends.xla.train.shardings import TrainStepConfig
-    from moecc_backends.xla.train.step import train_step
+    from moecc_backends.xla.train.step import make_train_step
 
     from moecc.plan.meshes import plan_mesh
     from moecc.sharding.layout import Layout
+    from moecc.steps.spec import StepSpec
+    from moecc.train.recipe import OptimizerSection
     from moecc.types.dtypes import F64
 
     # Parameters are float32; what computes with them is not, so that nothing but a fault differs.
     jax.config.update("jax_enable_x64", True)
     whole = small_model(remat)
     layout = Layout(plan_mesh(mesh), CONFIG["num_experts"], dense_weights)
-    update = optax.sgd(1.0)
+    update = OptimizerSection("sgd", clip=0.0, decay=0.0)
     is_gspmd = way == "gspmd"
     graph = whole if is_gspmd else small_model(remat, explicit(layout, way))
-    config = TrainStepConfig(SIZES, F64, "adafactor", layout=layout if is_gspmd else None)
-    step = make_step(graph, config, devices(parse_machine("cpu:8")), update)
+    spec = StepSpec(SIZES, F64, update, guard=None)
+    own = replace(spec, layout=layout) if is_gspmd else spec
+    step = make_train_step(graph, own, devices(parse_machine("cpu:8")))
+    single = make_train_step(whole, spec, devices(parse_machine("cpu:8"))[:1])
     rng = np.random.default_rng(0)
 
-    def drawn(path: Any, leaf: Any) -> Any:
+    def drawn(leaf: Any) -> Any:
         if np.issubdtype(leaf.dtype, np.integer):
             return rng.integers(0, CONFIG["vocab_size"], leaf.shape).astype(np.int32)
         scale = 0.2 if len(leaf.shape) > 1 else 1.0
         return (scale * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    (params, _), inputs = jax.tree_util.tree_map_with_path(drawn, step.arguments)
-    state = params, update.init(params)
-    (alone, _), told = jax.jit(train_step(function(whole, dtype=F64), update))(state, inputs)
-    placed = jax.tree.map(
-        lambda a, s: jax.device_put(a, s.sharding), (state, inputs), step.arguments
-    )
-    compiled = step.function.lower(*placed).compile()
-    (together, _), told_together = compiled(*placed)
+    params = jax.tree.map(drawn, step.abstract_state["params"])
+    batch = jax.tree.map(drawn, step.abstract_batch)
+    key, rate = jax.random.key(0), jax.numpy.float32(1.0)
+    state, told = single.step(single.init(params), batch, key, rate)
+    alone = {n: np.asarray(a) for n, a in state["params"].items()}
+    placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), batch, step.abstract_batch)
+    given = (step.init(params), placed, key, rate)
+    compiled = step.function.lower(*given).compile()
+    after, told_together = compiled(*given)
+    together = after["params"]
     apart = {n: float(np.abs(np.asarray(alone[n]) - np.asarray(together[n])).max()) for n in alone}
     moved = {n: float(np.abs(np.asarray(alone[n]) - params[n]).max()) for n in alone}
     found = census(compiled.as_text())

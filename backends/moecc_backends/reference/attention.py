@@ -1,8 +1,8 @@
 """The meaning of rotary and relative positions and of causal masks.
 
 The scalings of the frequencies are those that checkpoints of Hugging Face transformers are
-trained with: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama 3.1) and YaRN
-(Peng et al. 2023).
+trained with: linear (kaiokendev), dynamic NTK (bloc97, emozilla), llama3 (Llama 3.1), YaRN
+(Peng et al. 2023) and LongRoPE (Ding et al. 2024).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def frequencies(size: int, length: int, scaling: RopeAttrs) -> Data:
 
     Args:
       size: the head dimension.
-      length: the number of positions, on which dynamic scaling depends.
+      length: the number of positions, on which dynamic scaling and longrope depend.
       scaling: the attributes of ``rope``.
     """
     kind, factor = scaling.scaling, scaling.factor
@@ -44,6 +44,11 @@ def frequencies(size: int, length: int, scaling: RopeAttrs) -> Data:
         return np.asarray(plain / factor)
     if kind == "llama3":
         return _llama3(plain, scaling)
+    if kind == "longrope":
+        long = length > scaling.original_context
+        return np.asarray(
+            plain / np.asarray(scaling.long_factors if long else scaling.short_factors)
+        )
     if kind == "yarn":
         keep = 1 - _yarn_ramp(size, scaling)
         return np.asarray(plain / factor * (1 - keep) + plain * keep)
@@ -99,6 +104,14 @@ def causal(query: Array, key: Array, *, window: int) -> Array:
     if window:
         seen &= behind < window
     return Array(np.asarray(seen), axes)
+
+
+@meaning("same_segment")
+def same_segment(query: Array, key: Array) -> Array:
+    """Return whether query = key, or the query is 0."""
+    axes = (*query.axes, *(a for a in key.axes if a not in query.axes))
+    queries, keys = query.to(axes), key.to(axes)
+    return Array(np.asarray((queries == keys) | (queries == 0)), axes)
 
 
 @meaning("relative_buckets")

@@ -21,6 +21,9 @@ def chunk(x: Array, *, axis: str, at: int, of: int, parts: int) -> Array:
 def join(*chunks: Array, axis: str, parts: int) -> Array:
     """Return the value whose chunks these are."""
     first = chunks[0]
+    if parts == 1:
+        together = [c.to(first.axes) for c in chunks]
+        return Array(np.concatenate(together, first.axes.index(axis)), first.axes)
     place = first.axes.index(axis)
     before, size, after = first.data.shape[:place], first.size(axis), first.data.shape[place + 1 :]
     cells = [c.data.reshape(*before, parts, size // parts, *after) for c in chunks]

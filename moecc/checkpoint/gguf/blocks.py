@@ -1,6 +1,8 @@
-"""Dequantise blocks to float32 with the `gguf` package, imported when first needed."""
+"""Quantise and dequantise blocks with the `gguf` package, imported when first needed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -19,16 +21,7 @@ def dequantise(raw: Array, storage: Storage) -> Array:
     Raises:
       MachineError: the `gguf` package is not installed.
     """
-    try:
-        from gguf import GGMLQuantizationType, quants
-    except ImportError as error:
-        raise MachineError(
-            f"the weights are quantised ({storage.name}), and the package that dequantises them is "
-            "missing",
-            found=str(error),
-            hint="pip install 'moecc[gguf]'",
-        ) from None
-    kind = GGMLQuantizationType(storage.code)
+    quants, kind = _package(storage)
     piece_bytes = _PIECE // storage.block * storage.block_bytes
     values = np.empty(raw.size // storage.block_bytes * storage.block, np.float32)
     # A scale that is not finite gives values that are not finite, which the caller checks.
@@ -37,3 +30,38 @@ def dequantise(raw: Array, storage: Storage) -> Array:
             piece = quants.dequantize(raw[begin : begin + piece_bytes], kind)
             values[index * _PIECE : index * _PIECE + piece.size] = piece
     return values
+
+
+def quantise(values: Array, storage: Storage) -> Array:
+    """Return float32 elements [..., n], n whole blocks, as blocks [bytes].
+
+    Raises:
+      MachineError: the `gguf` package is not installed.
+    """
+    quants, kind = _package(storage)
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    raw = np.empty(flat.size // storage.block * storage.block_bytes, np.uint8)
+    piece_bytes = _PIECE // storage.block * storage.block_bytes
+    # A block of zeros has the scale 0, by which the package divides.
+    with np.errstate(all="ignore"):
+        for index, begin in enumerate(range(0, flat.size, _PIECE)):
+            piece = quants.quantize(flat[begin : begin + _PIECE], kind)
+            raw[index * piece_bytes : index * piece_bytes + piece.size] = piece
+    return raw
+
+
+def require_package(storage: Storage) -> None:
+    """Raise MachineError unless blocks of `storage` can be made and read."""
+    _package(storage)
+
+
+def _package(storage: Storage) -> tuple[Any, Any]:
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError as error:
+        raise MachineError(
+            f"weights in blocks ({storage.name}) need a package that is missing",
+            found=str(error),
+            hint="pip install 'moecc[gguf]'",
+        ) from None
+    return quants, GGMLQuantizationType(storage.code)

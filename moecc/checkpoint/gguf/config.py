@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
 from moecc.checkpoint.gguf.keys import Keys, token_id
-from moecc.checkpoint.gguf.names import EMBEDDING, HEAD, GgufFamily
+from moecc.checkpoint.gguf.names import EMBEDDING, HEAD, GgufExperts, GgufFamily
 from moecc.checkpoint.gguf.rope import read_rope
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError
@@ -75,11 +75,32 @@ def make_config(
         "tie_word_embeddings": HEAD not in header.tensors,
         **read_rope(keys, context, divisors),
         **_biases(family, header.tensors),
+        **(_experts(keys, family.experts, header.tensors) if family.experts else {}),
         **_special_tokens(header, vocab, problems),
         "torch_dtype": _torch_dtype(header.tensors),
     }
     _refuse_the_rest(keys)
     return config, sizes
+
+
+def _experts(
+    keys: Keys, experts: GgufExperts, tensors: Mapping[str, StoredTensor]
+) -> dict[str, object]:
+    """Return the keys of the experts: `num_experts` in either spelling, widths, gates."""
+    count = keys.size("expert_count")
+    found: dict[str, object] = {
+        "num_experts": count,
+        "num_local_experts": count,
+        "num_experts_per_tok": keys.size("expert_used_count"),
+    }
+    if experts.width_key:
+        found["moe_intermediate_size"] = keys.size("expert_feed_forward_length")
+        found["norm_topk_prob"] = experts.renormalises
+    if experts.shared:
+        width = tensors.get("blk.0.ffn_gate_shexp.weight")
+        size = keys.size("expert_shared_feed_forward_length", width.shape[0] if width else None)
+        found["shared_expert_intermediate_size"] = size
+    return found
 
 
 def _head_sizes(keys: Keys, hidden: int) -> Sizes:
@@ -116,10 +137,12 @@ def _epsilon(keys: Keys) -> float:
 
 def _biases(family: GgufFamily, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
     attention = any(name.endswith("attn_q.bias") for name in tensors)
+    if family.model_type == "qwen2_moe":
+        return {"qkv_bias": attention}
     if family.model_type == "llama":
         mlp = any(name.endswith("ffn_down.bias") for name in tensors)
         return {"attention_bias": attention, "mlp_bias": mlp}
-    return {"attention_bias": attention} if family.model_type == "qwen3" else {}
+    return {"attention_bias": attention} if family.model_type in ("qwen3", "qwen3_moe") else {}
 
 
 def _special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[str, int | None]:
@@ -145,6 +168,8 @@ def _torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
 
 def _refuse_the_rest(keys: Keys) -> None:
     for name, values in _NEUTRAL.items():
+        if name in keys.used:
+            continue
         value = keys.value(name)
         if value is not None and value not in values:
             expected = " or ".join(str(value) for value in values)

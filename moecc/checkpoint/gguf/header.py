@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from moecc.checkpoint.files import Identity, open_regular
 from moecc.checkpoint.gguf.cursor import Cursor
-from moecc.checkpoint.gguf.metadata import Value, read_metadata
+from moecc.checkpoint.gguf.metadata import Spans, Value, read_metadata
 from moecc.checkpoint.gguf.storage import STORAGES, Storage, storage_label
 from moecc.checkpoint.limits import MAX_SIZE, name_fault
 from moecc.checkpoint.problems import Problems, describe, quoted
@@ -62,14 +62,18 @@ class GgufHeader:
       version: the version of the format.
       metadata: keys and values, in file order.
       tensors: the tensors, by their GGUF names.
+      data_start_bytes: the offset of the data in the file.
       identity: the state of the file when its header was read.
+      spans: where the values of the metadata lie.
     """
 
     path: Path
     version: int
     metadata: dict[str, Value]
     tensors: dict[str, StoredTensor]
+    data_start_bytes: int
     identity: Identity
+    spans: Spans
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -105,13 +109,16 @@ class _Check:
         self.identity = identity
         self.problems = Problems()
         self.unread: dict[int, list[str]] = {}
+        self.spans: Spans = {}
 
     def header(self) -> GgufHeader:
         """Return the checked header, or raise with all its problems."""
         version = self._preamble()
         try:
             tensor_count, key_count = self.cursor.length(), self.cursor.length()
-            metadata = read_metadata(self.cursor, key_count, self.identity, self.problems)
+            metadata = read_metadata(
+                self.cursor, key_count, self.identity, self.problems, self.spans
+            )
             self._refuse_part(metadata)
             entries = self._entries(tensor_count)
         except InputError as error:
@@ -121,7 +128,9 @@ class _Check:
         self._report_unread()
         self._layout(list(tensors.values()), data_start)
         self.problems.raise_if_any()
-        return GgufHeader(self.path, version, metadata, tensors, self.identity)
+        return GgufHeader(
+            self.path, version, metadata, tensors, data_start, self.identity, self.spans
+        )
 
     def _give_up(self, error: InputError) -> NoReturn:
         self.problems.extend(error.problems)

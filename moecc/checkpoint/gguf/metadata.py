@@ -103,10 +103,16 @@ class GgufArray:
 Value: TypeAlias = int | float | bool | str | GgufArray
 
 
+Spans: TypeAlias = dict[str, tuple[int, int]]
+"""Where the type and the value of each key lie in the file, from the first byte to the last."""
+
+
 def read_metadata(
-    cursor: Cursor, count: int, identity: Identity, problems: Problems
+    cursor: Cursor, count: int, identity: Identity, problems: Problems, spans: Spans
 ) -> dict[str, Value]:
     """Read `count` keys with their values; duplicates and invalid values go to `problems`.
+
+    `spans` receives the place of each value.
 
     Raises:
       InputError: the start of the next key is unknown.
@@ -124,7 +130,9 @@ def read_metadata(
             problems.add(fault, where=cursor.where)
         elif key in metadata:
             problems.add("the key appears twice", where=cursor.where)
+        begin = cursor.offset
         metadata[key] = _value(cursor, cursor.code(), identity, problems)
+        spans[key] = (begin, cursor.offset)
     return metadata
 
 

@@ -19,9 +19,12 @@ from moecc.checkpoint.files import DescriptorPool, require_unchanged
 from moecc.checkpoint.folder import rows_of
 from moecc.checkpoint.gguf.blocks import dequantise
 from moecc.checkpoint.gguf.config import Sizes, make_config
+from moecc.checkpoint.gguf.encode import Key, Stored
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor, read_gguf_header
+from moecc.checkpoint.gguf.metadata import GgufArray
 from moecc.checkpoint.gguf.names import (
     GGUF_FAMILIES,
+    GGUF_MIXTURES,
     ROPE_FACTORS,
     GgufFamily,
     first_expert,
@@ -37,6 +40,15 @@ from moecc.errors import InputError, nearest, printable
 from moecc.types.arrays import Array
 
 _GUESSES = 20
+_MOST_VALUES = 1000
+_CARD_KEYS = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+    "datasets": "datasets",
+}
+"""The keys of a model card, and the metadata that say the same."""
 
 
 class GgufFile:
@@ -61,6 +73,7 @@ class GgufFile:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.metadata = MappingProxyType(header.metadata)
         self._identity = header.identity
+        self._spans = header.spans
         self._head_dims = head_dims
         self._pool = pool
         self._turned: tuple[dict[str, bytes], str | None] | None = None
@@ -106,10 +119,31 @@ class GgufFile:
             remarks.append(f"no tokenizer could be made from this file: {reason}")
         return remarks
 
-    def licence(self) -> dict[str, str]:
-        """Return the licence stated in the metadata."""
-        found = self.metadata.get("general.license")
-        return {"license": found} if isinstance(found, str) and found else {}
+    def stored_keys(self, prefix: str) -> list[Key]:
+        """Return the keys that begin with `prefix`, their values as they stand in the file.
+
+        Raises:
+          InputError: the file was truncated, changed or replaced since opening.
+          MachineError: the system cannot read it.
+        """
+        keys = []
+        for name, (begin, end) in self._spans.items():
+            if name.startswith(prefix):
+                raw = bytearray(end - begin)
+                self._pool.read_into(self.path, self._identity, memoryview(raw), begin)
+                keys.append(Key(name, Stored(bytes(raw))))
+        return keys
+
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return licence, language and data sets as the metadata state them."""
+        kept: dict[str, tuple[str, ...]] = {}
+        for key, name in _CARD_KEYS.items():
+            found = self.metadata.get(f"general.{name}")
+            if isinstance(found, str) and found:
+                kept[key] = (found,)
+            elif isinstance(found, GgufArray) and not found.letter and found.count <= _MOST_VALUES:
+                kept[key] = tuple(found.strings())
+        return kept
 
     def files(self) -> list[Path]:
         """Return the file itself."""
@@ -193,13 +227,13 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     except BaseException:
         pool.close()
         raise
-    tensors = {new: _info(header, header.tensors[old], new) for old, new in names.items()}
+    gates = family.experts.shared_gate if family.experts else ""
+    tensors = {new: _info(header, header.tensors[old], new, gates) for old, new in names.items()}
     return GgufFile(header, config, tensors, head_dims, pool)
 
 
 def _family(header: GgufHeader) -> GgufFamily:
     architecture = header.metadata.get("general.architecture")
-    expert = first_expert(header.tensors)
     if not isinstance(architecture, str) or not architecture:
         raise InputError(
             "the file does not state its architecture",
@@ -207,22 +241,16 @@ def _family(header: GgufHeader) -> GgufFamily:
             expected=f"one of {', '.join(GGUF_FAMILIES)}",
         )
     experts = header.metadata.get(f"{architecture}.expert_count", 0)
-    if expert is not None or (type(experts) is int and experts > 0):
-        raise InputError(
-            "this model is already a mixture of experts",
-            where=str(header.path),
-            expected="a dense model",
-            found=f"{experts} experts" + (f", tensor {quoted(expert)}" if expert else ""),
-            hint="use the dense model that it was made from",
-        )
-    if architecture in GGUF_FAMILIES:
-        return GGUF_FAMILIES[architecture]
+    sparse = first_expert(header.tensors) is not None or (type(experts) is int and experts > 0)
+    known = GGUF_MIXTURES if sparse else GGUF_FAMILIES
+    if architecture in known:
+        return known[architecture]
     raise InputError(
-        "moecc does not support this architecture",
+        f"moecc does not support {'mixtures of ' if sparse else ''}this architecture",
         where=f"{header.path}, metadata key 'general.architecture'",
-        expected=f"one of {', '.join(GGUF_FAMILIES)}",
+        expected=f"one of {', '.join(known)}",
         found=printable(architecture[:100]),
-        hint=nearest(architecture[:100], GGUF_FAMILIES),
+        hint=nearest(architecture[:100], known),
     )
 
 
@@ -235,7 +263,8 @@ def _names(header: GgufHeader, family: GgufFamily, problems: Problems) -> dict[s
         if new is not None:
             names[name] = new
         elif name != ROPE_FACTORS:
-            what = f"a dense {family.model_type} has no tensor {quoted(name)}"
+            kind = "" if family.experts else "dense "
+            what = f"a {kind}{family.model_type} has no tensor {quoted(name)}"
             # Suggesting the nearest name takes longer than everything else.
             hint = nearest(name[:100], known) if (guesses := guesses - 1) >= 0 else None
             problems.add(what, where=str(header.path), hint=hint)
@@ -297,12 +326,15 @@ def _head_dims(
     return head_dims
 
 
-def _info(header: GgufHeader, stored: StoredTensor, name: str) -> TensorInfo:
-    storage = stored.storage
+def _info(header: GgufHeader, stored: StoredTensor, name: str, gates: str) -> TensorInfo:
+    storage, shape = stored.storage, stored.shape
+    # The gate of a shared expert is a vector here and a matrix of one row in Hugging Face.
+    if gates and len(shape) == 1 and name.endswith(f".{gates}.weight"):
+        shape = (1, *shape)
     return TensorInfo(
         name=name,
         dtype=storage.dtype,
-        shape=stored.shape,
+        shape=shape,
         nbytes=stored.nbytes,
         file=header.path,
         offset=stored.offset,

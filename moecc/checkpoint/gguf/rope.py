@@ -1,4 +1,4 @@
-"""Translate the rotary embedding of a GGUF file to config.json.
+"""Translate the rotary embedding between a GGUF file and config.json.
 
 GGUF states the base period and a scaling by name, except for Llama 3's, of which only the
 resulting divisor of each frequency is stored, as the tensor ``rope_freqs.weight``.
@@ -7,15 +7,18 @@ resulting divisor of each frequency is stored, as the tensor ``rope_freqs.weight
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from moecc.checkpoint.gguf.keys import Keys
+from moecc.checkpoint.gguf.names import GgufFamily
 from moecc.types.arrays import Array, Doubles
 
 _LOW, _HIGH = 1.0, 4.0
 # The length that Llama 3.1 to 3.3 were trained with comes first.
-_OLD_LENGTHS = (8192, *(1 << power for power in range(9, 21) if power != 13))
+_OLD_LENGTHS = (8192, *(1 << power for power in range(4, 21) if power != 13))
 _TOLERANCE = 1e-5
 _YARN_DEFAULTS = {
     "rope.scaling.attn_factor": 1.0,
@@ -99,3 +102,47 @@ def _llama3_divisors(theta: float, count: int, factor: float, length: int) -> Do
     kept = np.clip((turns - _LOW) / (_HIGH - _LOW), 0.0, 1.0)
     divisors: Doubles = 1 / ((1 - kept) / factor + kept)
     return divisors
+
+
+def rope_keys(config: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """Return the keys, without the architecture's name, of the rotary embedding of a config."""
+    keys: dict[str, int | float | str] = {"rope.freq_base": float(config["rope_theta"])}
+    scaling: Mapping[str, Any] = config["rope_scaling"] or {}
+    kind = scaling.get("rope_type")
+    if kind not in ("linear", "yarn"):
+        return keys
+    keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
+    if kind == "yarn":
+        original = scaling["original_max_position_embeddings"]
+        keys["rope.scaling.original_context_length"] = original
+        stated = {name: scaling[name] for name in _BETAS if scaling.get(name) is not None}
+        keys |= {f"rope.scaling.yarn_{name}": float(beta) for name, beta in stated.items()}
+    return keys
+
+
+def rope_misfits(config: Mapping[str, Any], family: GgufFamily) -> Iterator[tuple[str, str | None]]:
+    """Yield why llama.cpp would rotate otherwise than a config says, and a way out."""
+    scaling: Mapping[str, Any] = config["rope_scaling"] or {}
+    kind = scaling.get("rope_type", "default")
+    if kind == "dynamic":
+        yield "llama.cpp has no dynamic scaling of rotary positions", "write a folder instead"
+    if kind == "llama3" and not family.pairs_neighbours:
+        yield "llama.cpp reads the divisors of Llama 3's scaling in llama files alone", None
+    elif kind == "llama3" and (
+        scaling["low_freq_factor"] != _LOW or scaling["high_freq_factor"] != _HIGH
+    ):
+        yield "only Llama 3's own low and high frequency factors, 1 and 4, can be read back", None
+    unusual = {"truncate", "attention_factor", "mscale", "mscale_all_dim"} & scaling.keys()
+    if kind == "yarn" and unusual:
+        yield f"a GGUF file cannot state {', '.join(sorted(unusual))} of YaRN", None
+
+
+def rotary_divisors(config: Mapping[str, Any]) -> list[float] | None:
+    """Return the content of ``rope_freqs.weight`` for a config, or None if it needs none."""
+    scaling: Mapping[str, Any] = config["rope_scaling"] or {}
+    if scaling.get("rope_type") != "llama3":
+        return None
+    length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    divisors = _llama3_divisors(config["rope_theta"], config["head_dim"] // 2, factor, length)
+    found: list[float] = divisors.tolist()
+    return found

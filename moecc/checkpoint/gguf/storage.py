@@ -53,6 +53,11 @@ _ALL = (
 STORAGES: dict[int, Storage] = {storage.code: storage for storage in _ALL}
 BY_NAME: dict[str, Storage] = {storage.name: storage for storage in _ALL}
 
+FILE_NAME = "model.gguf"
+"""The name of the file in a folder that moecc writes, and in its manifest."""
+
+SUFFIX = ".gguf"
+
 _NOT_READ = {
     4: "Q4_2",
     5: "Q4_3",

@@ -8,7 +8,7 @@ of a ``tokenizer.json``; for every other name there is no tokenizer rather than 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
 from moecc.checkpoint.gguf.keys import shown
@@ -43,7 +43,7 @@ def _split(words: str) -> tuple[dict[str, object], ...]:
     return split, {"type": "ByteLevel", "use_regex": False}
 
 
-_PRE_TOKENIZERS: Mapping[str, tuple[dict[str, object], ...]] = {
+PRE_TOKENIZERS: Mapping[str, tuple[dict[str, object], ...]] = {
     "gpt-2": _GPT2_STEPS,
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGIT_STEPS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _split(_LLAMA3_WORDS)),
@@ -51,9 +51,9 @@ _PRE_TOKENIZERS: Mapping[str, tuple[dict[str, object], ...]] = {
     "tekken": _split(_TEKKEN_WORDS),
 }
 # A word that is itself a token is used directly, regardless of the merges.
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_SPACE = "\u2581"
+SPACE = "\u2581"
 _LONGEST_PIECE = 256
 
 
@@ -77,12 +77,12 @@ def tokenizer_files(
 
 
 def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
-    steps = _PRE_TOKENIZERS.get(vocabulary.pre)
+    steps = PRE_TOKENIZERS.get(vocabulary.pre)
     if steps is None:
         raise InputError(
             "moecc does not know how this tokenizer cuts text into words",
             where="tokenizer.ggml.pre",
-            expected=f"one of {', '.join(_PRE_TOKENIZERS)}",
+            expected=f"one of {', '.join(PRE_TOKENIZERS)}",
             found=shown(vocabulary.pre),
         )
     return {
@@ -97,7 +97,7 @@ def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
         "decoder": {**_BYTE_LEVEL, "use_regex": True},
         "model": {
             **_MODEL,
-            "ignore_merges": vocabulary.pre in _WHOLE_WORDS,
+            "ignore_merges": vocabulary.pre in WHOLE_WORDS,
             "vocab": vocabulary.index(),
             "merges": vocabulary.merges,
         },
@@ -105,9 +105,9 @@ def _byte_level(vocabulary: Vocabulary) -> dict[str, object]:
 
 
 def _sentence_piece(vocabulary: Vocabulary) -> dict[str, object]:
-    to_marks = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    to_spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
-    prefix = [{"type": "Prepend", "prepend": _SPACE}] if vocabulary.adds_space else []
+    to_marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    to_spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if vocabulary.adds_space else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     decoders = [to_spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]
     unknown = vocabulary.special.get("unknown")
@@ -125,7 +125,7 @@ def _sentence_piece(vocabulary: Vocabulary) -> dict[str, object]:
             "fuse_unk": True,
             "byte_fallback": vocabulary.types.count(BYTE) == 256,
             "vocab": vocabulary.index(),
-            "merges": _merges_of_scores(vocabulary),
+            "merges": pairs_of_scores(vocabulary.tokens, vocabulary.scores, vocabulary.types),
         },
     }
 
@@ -142,13 +142,15 @@ _MODEL = {
 }
 
 
-def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+def pairs_of_scores(
+    tokens: Sequence[str], scores_of: Sequence[float], types: Sequence[int]
+) -> list[tuple[str, str]]:
     """Return every pair of pieces whose concatenation is a piece, the best score first.
 
     SentencePiece merges the two neighbours that yield the piece with the best score (Kudo and
     Richardson 1808.06226, §3.1), which is equivalent to merges ranked by that score.
     """
-    columns = zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True)
+    columns = zip(tokens, scores_of, types, strict=True)
     scores = {token: score for token, score, kind in columns if kind == NORMAL}
     longest = max(map(len, scores), default=0)
     if longest > _LONGEST_PIECE:

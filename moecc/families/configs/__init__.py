@@ -9,14 +9,20 @@ from .base import DecoderConfig
 from .bert import BertConfig
 from .encdec import STACKS, EncDecConfig, Experts
 from .frequencies import attention_factor, rotary_frequencies
+from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .gpt import Gpt2Config, GptConfig, GptNeoXConfig
+from .granite import GraniteConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
 from .model import ACTIVATIONS, DTYPES, ModelConfig
 from .moe import MoeConfig
+from .olmo2 import Olmo2Config
 from .parse import CONFIGS, DECODERS, parse_config, read_config
+from .phi3 import Phi3Config
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .rope import RopeConfig
+from .smollm3 import SmolLM3Config
 from .st_moe import GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
 from .t5 import T5Config
@@ -31,17 +37,27 @@ __all__ = [
     "DecoderConfig",
     "EncDecConfig",
     "Experts",
+    "Gemma2Config",
+    "Gemma3TextConfig",
+    "GemmaConfig",
+    "Gpt2Config",
+    "GptConfig",
+    "GptNeoXConfig",
+    "GraniteConfig",
     "GraphConfig",
     "LlamaConfig",
     "MistralConfig",
     "MixtralConfig",
     "ModelConfig",
     "MoeConfig",
+    "Olmo2Config",
+    "Phi3Config",
     "Qwen2Config",
     "Qwen2MoeConfig",
     "Qwen3Config",
     "Qwen3MoeConfig",
     "RopeConfig",
+    "SmolLM3Config",
     "StMoeConfig",
     "SwitchTransformersConfig",
     "T5Config",

@@ -13,9 +13,10 @@ from typing import ClassVar
 
 from . import windows as window_keys
 from .extras import EXTRA_DEFAULTS
+from .features import PLACEMENTS, feature_problems
 from .model import ACTIVATIONS, ModelConfig, activation_problem
 from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
-from .rope import RopeConfig, read_rope
+from .rope import SCALING_TYPES, RopeConfig, read_rope
 
 WINDOW_READERS = {
     "none": window_keys.read_no_windows,
@@ -23,9 +24,8 @@ WINDOW_READERS = {
     "switched": window_keys.read_switched_windows,
     "top": window_keys.read_top_windows,
     "agreed": window_keys.read_agreed_windows,
+    "typed": window_keys.read_typed_windows,
 }
-
-FEATURES = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")
 
 DEFAULTS: Mapping[str, object] = {
     **EXTRA_DEFAULTS,
@@ -48,13 +48,23 @@ DEFAULTS: Mapping[str, object] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ModelConfig):
-    """A decoder-only model; `sliding_windows` has one entry a layer."""
+    """A decoder-only model.
 
+    `sliding_windows` has one entry a layer, and so has `rope_layers` (None: rotary positions in
+    all).  `attention_scale` None is 1 / √head_dim, `rotary_dim` None the whole head, `local_rope`
+    None the same positions in layers with a window as in the others.
+    """
+
+    kind: ClassVar[str] = "a decoder alone"
     defaults: ClassVar[Mapping[str, object]] = DEFAULTS
-    # Features that the family fixes; the others are options.
-    fixed: ClassVar[Mapping[str, bool]] = {}
+    # What the family fixes: of biases and norms of queries and keys the others are options.
+    fixed: ClassVar[Mapping[str, object]] = {}
+    # Which of `FEATURES` the family leaves open.
+    options: ClassVar[frozenset[str]] = frozenset()
     bias_key: ClassVar[str | None] = None
+    act_key: ClassVar[str] = "hidden_act"
     window_style: ClassVar[str] = "none"
+    rope_types: ClassVar[tuple[str, ...]] = SCALING_TYPES
     # Whether null means as many key-value heads as query heads.
     groups_may_be_null: ClassVar[bool] = True
 
@@ -74,6 +84,19 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...]
+    norm_placement: str = "before"
+    norm_offset: bool = False
+    qk_norm_across: bool = False
+    scale_embedding: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_divisor: float = 1.0
+    logit_softcap: float | None = None
+    rotary_dim: int | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    local_rope: RopeConfig | None = None
 
     @classmethod
     def shape(cls) -> type[ModelConfig]:
@@ -84,16 +107,27 @@ class DecoderConfig(ModelConfig):
         """Yield inconsistent values, and those that this family cannot express."""
         yield from self._size_checks()
         yield from self._family_checks()
-        yield from self.rope.checks(self.head_dim)
+        yield from self.rope.checks(self.rotated_dim, self.rope_types)
         yield from activation_problem(self.hidden_act)
         yield from super().checks()
+
+    @property
+    def rotated_dim(self) -> int:
+        """The entries of each head that are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def score_scale(self) -> float:
+        """The factor on the attention scores."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
         layers = reader.size("num_hidden_layers")
         heads = reader.size("num_attention_heads")
         hidden = reader.size("hidden_size")
-        length = reader.size("max_position_embeddings")
+        head_dim = _read_head_dim(reader, hidden, heads)
+        act = reader.choice(cls.act_key, ACTIVATIONS)
         return {
             **super()._read(reader),
             "hidden_size": hidden,
@@ -101,15 +135,24 @@ class DecoderConfig(ModelConfig):
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": cls._read_groups(reader, heads),
-            "head_dim": _read_head_dim(reader, hidden, heads),
-            "max_position_embeddings": length,
-            "rope": read_rope(reader, length),
+            "head_dim": head_dim,
+            "max_position_embeddings": reader.size("max_position_embeddings"),
             "rms_norm_eps": reader.number("rms_norm_eps", least=0),
-            "hidden_act": ACTIVATIONS[reader.choice("hidden_act", ACTIVATIONS)],
+            "hidden_act": ACTIVATIONS[act],
             "tie_word_embeddings": reader.flag("tie_word_embeddings"),
-            "sliding_windows": WINDOW_READERS[cls.window_style](reader, layers),
+            "sliding_windows": cls._read_windows(reader, layers),
+            **cls._read_rope(reader, head_dim),
             **cls._read_features(reader),
         }
+
+    @classmethod
+    def _read_windows(cls, reader: Reader, layers: int) -> window_keys.Windows:
+        return WINDOW_READERS[cls.window_style](reader, layers)
+
+    @classmethod
+    def _read_rope(cls, reader: Reader, head_dim: int) -> dict[str, object]:
+        length = reader.size("max_position_embeddings")
+        return {"rope": read_rope(reader, length, types=cls.rope_types)}
 
     @classmethod
     def _read_groups(cls, reader: Reader, heads: int) -> int:
@@ -118,7 +161,7 @@ class DecoderConfig(ModelConfig):
         return reader.optional_size("num_key_value_heads") or heads
 
     @classmethod
-    def _read_features(cls, reader: Reader) -> dict[str, bool]:
+    def _read_features(cls, reader: Reader) -> dict[str, object]:
         features = dict(cls.fixed)
         if cls.bias_key is not None:
             bias = reader.flag(cls.bias_key)
@@ -129,16 +172,20 @@ class DecoderConfig(ModelConfig):
 
     def _write(self) -> dict[str, object]:
         keys: dict[str, object] = {
-            **self.rope.to_json(),
+            **self._write_rope(),
             **window_keys.write_windows(self.sliding_windows, self.window_style),
         }
         for name in (*PLAIN_KEYS, "head_dim"):
             keys[name] = getattr(self, name)
+        keys[self.act_key] = self.hidden_act
         if self.bias_key is not None:
             keys[self.bias_key] = self.qkv_bias
         if "mlp_bias" not in self.fixed:
             keys["mlp_bias"] = self.mlp_bias
         return keys
+
+    def _write_rope(self) -> dict[str, object]:
+        return self.rope.to_json()
 
     def _size_checks(self) -> Iterator[KeyProblem]:
         for name in SIZE_FIELDS:
@@ -152,21 +199,30 @@ class DecoderConfig(ModelConfig):
             expected = f"a divisor of {heads}"
             between = ("num_key_value_heads", "num_attention_heads")
             yield key_problem(what, expected, f"{groups}", *between)
-        if self.head_dim % 2:
-            what = "the rotary embedding needs heads of even width"
-            keys = ("head_dim", "hidden_size", "num_attention_heads")
-            yield key_problem(what, "an even number", f"{self.head_dim}", *keys)
+        if self.rotated_dim % 2 or not 0 < self.rotated_dim <= self.head_dim:
+            what = "the rotary embedding needs an even number of entries of a head"
+            keys = ("head_dim", "hidden_size", "num_attention_heads", "partial_rotary_factor")
+            yield key_problem(what, "an even number", f"{self.rotated_dim}", *keys)
+        if self.norm_placement not in PLACEMENTS:
+            what = "norms are before, after or around a block"
+            yield key_problem(what, "one of these", self.norm_placement, "norm_placement")
+        if self.rope_layers is not None and len(self.rope_layers) != self.num_hidden_layers:
+            what = "not one entry for each layer"
+            found = f"{len(self.rope_layers)}"
+            yield key_problem(what, f"{self.num_hidden_layers}", found, "no_rope_layers")
         if len(self.sliding_windows) != self.num_hidden_layers:
             what = "not one window (or None) for each layer"
             found = f"{len(self.sliding_windows)}"
             yield key_problem(what, f"{self.num_hidden_layers}", found, "sliding_windows")
 
     def _family_checks(self) -> Iterator[KeyProblem]:
-        for name, value in self.fixed.items():
+        for name, words in SWITCHES.items():
+            value = self.fixed.get(name, getattr(self, name))
             if getattr(self, name) != value:
                 word = "always has" if value else "has no"
-                what = f"{self.model_type} {word} {FEATURE_NAMES[name]}"
+                what = f"{self.model_type} {word} {words}"
                 yield key_problem(what, f"{value}".lower(), f"{not value}".lower(), name)
+        yield from feature_problems(self, self.model_type, self.fixed, self.options)
         paired = "output_bias" not in self.fixed
         if paired and self.qkv_bias != self.output_bias:
             what = f"{self.model_type} has attention biases on all four projections or on none"
@@ -182,7 +238,7 @@ class DecoderConfig(ModelConfig):
         if self.window_style == "none" and sizes:
             what = f"{self.model_type} has no sliding window"
             yield key_problem(what, "None for each layer", found, "sliding_window")
-        elif self.window_style != "top" and len(set(self.sliding_windows)) > 1:
+        elif self.window_style not in ("top", "typed") and len(set(self.sliding_windows)) > 1:
             what = f"{self.model_type} has the same sliding window in every layer"
             yield key_problem(what, "one window", found, "sliding_window")
         elif len(sizes) > 1:
@@ -204,10 +260,9 @@ PLAIN_KEYS = (
     *SIZE_FIELDS[:-2],
     SIZE_FIELDS[-1],
     "rms_norm_eps",
-    "hidden_act",
     "tie_word_embeddings",
 )
-FEATURE_NAMES = {
+SWITCHES = {
     "qkv_bias": "biases on the query, key and value projections",
     "output_bias": "bias on the attention's output projection",
     "mlp_bias": "biases in the feed-forward block",

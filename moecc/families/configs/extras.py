@@ -43,6 +43,14 @@ DROPPED = frozenset(
 OTHER_FAMILIES = frozenset(
     {
         # Keys that some family here reads.
+        "attn_logit_softcapping",
+        "attention_multiplier",
+        "embedding_multiplier",
+        "final_logit_softcapping",
+        "logits_scaling",
+        "no_rope_layers",
+        "query_pre_attn_scalar",
+        "residual_multiplier",
         "attention_bias",
         "decoder_sparse_step",
         "expert_capacity",
@@ -60,20 +68,12 @@ OTHER_FAMILIES = frozenset(
         "sliding_window",
         "use_sliding_window",
         # Keys that change the function in families that moecc does not support.
-        "attention_multiplier",
-        "attn_logit_softcapping",
         "clip_qkv",
-        "embedding_multiplier",
-        "final_logit_softcapping",
         "first_k_dense_replace",
         "layer_norm_eps",
-        "logits_scaling",
         "n_routed_experts",
         "n_shared_experts",
-        "no_rope_layers",
         "per_layer_config",
-        "query_pre_attn_scalar",
-        "residual_multiplier",
         "rope_interleaved",
         "use_qk_norm",
     }
@@ -90,11 +90,16 @@ KEPT_NUMBERS = ("initializer_range", "attention_dropout")
 
 
 def refuse_what_needs_other_code(
-    reader: Reader, architecture: str, aliases: tuple[str, ...] = ()
+    reader: Reader, architecture: str, aliases: tuple[str, ...] = (), *, own_code: bool = False
 ) -> None:
-    """Reject remote code, quantised weights and models with another head."""
-    reader.value("model_type")
-    if reader.value("auto_map") not in (None, {}):
+    """Reject remote code, quantised weights and models with another head.
+
+    With `own_code` the code of the family itself, which transformers took over, is not remote.
+    """
+    family = reader.value("model_type")
+    if not (own_code and _is_own_code(reader.value("auto_map"), str(family))) and (
+        reader.value("auto_map") not in (None, {})
+    ):
         what = "the checkpoint brings its own Python code, which moecc never runs"
         hint = f"if the model is a plain {architecture}, remove auto_map"
         reader.refuse("auto_map", what, expected="nothing", hint=hint)
@@ -109,6 +114,13 @@ def refuse_what_needs_other_code(
     if "architectures" not in reader.bad and not set(map(str, named)) <= {architecture, *aliases}:
         what = "another model class than this family's language model"
         reader.refuse("architectures", what, expected=f"[{architecture!r}]")
+
+
+def _is_own_code(found: object, family: str) -> bool:
+    """Whether an ``auto_map`` names nothing but the family's own modules."""
+    own = (f"configuration_{family}.", f"modeling_{family}.")
+    values = found.values() if isinstance(found, Mapping) else ()
+    return all(isinstance(value, str) and value.startswith(own) for value in values)
 
 
 def read_extra(reader: Reader, numbers: tuple[str, ...] = KEPT_NUMBERS) -> dict[str, object]:

@@ -17,7 +17,8 @@ def rotary_frequencies(
 ) -> tuple[float, ...]:
     """Return the `head_dim / 2` angular frequencies for a sequence of `length` tokens.
 
-    Only dynamic scaling depends on the length, and only beyond `max_position_embeddings`.
+    Only two scalings depend on the length: dynamic, beyond `max_position_embeddings`, and longrope,
+    beyond the original length.
     """
     if rope.type == "dynamic":
         stretched = _dynamic_theta(
@@ -27,17 +28,25 @@ def rotary_frequencies(
     plain = _plain(rope.theta, head_dim)
     if rope.type == "linear":
         return tuple(frequency / _needed(rope.factor) for frequency in plain)
+    if rope.type == "longrope":
+        long = length > _needed(rope.original_max_position_embeddings)
+        divisors = rope.long_factor if long else rope.short_factor
+        return tuple(f / divisor for f, divisor in zip(plain, divisors, strict=True))
     if rope.type == "llama3":
         return tuple(_llama3(rope, frequency) for frequency in plain)
     return _yarn(rope, plain) if rope.type == "yarn" else plain
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """Return the factor on cosine and sine: 1 for every scaling but YaRN.
+    """Return the factor on cosine and sine: 1 for every scaling but longrope and YaRN.
 
-    YaRN (Peng et al. 2309.00071, §3.4): `0.1 ln(factor) + 1`, or the ratio of two such terms
-    if `mscale` and `mscale_all_dim` are both stated, or the stated factor itself.
+    longrope (Ding et al. 2402.13753, §3.2): `√(1 + ln(factor) / ln(original length))`.
+    YaRN (Peng et al. 2309.00071, §3.4): `0.1 ln(factor) + 1`, or the ratio of two such terms if
+    `mscale` and `mscale_all_dim` are both stated, or the stated factor itself.
     """
+    if rope.type == "longrope":
+        length, growth = _needed(rope.original_max_position_embeddings), _needed(rope.factor)
+        return math.sqrt(1 + math.log(growth) / math.log(length)) if growth > 1 else 1.0
     if rope.type != "yarn":
         return 1.0
     if rope.attention_factor is not None:

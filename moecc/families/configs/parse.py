@@ -10,12 +10,18 @@ from moecc.errors import InputError, nearest
 
 from .base import DecoderConfig
 from .bert import BertConfig
+from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .gpt import Gpt2Config, GptNeoXConfig
+from .granite import GraniteConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
 from .model import ModelConfig
+from .olmo2 import Olmo2Config
+from .phi3 import Phi3Config
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .reader import one_of, shown
+from .smollm3 import SmolLM3Config
 from .st_moe import FAMILY, GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
 from .t5 import T5Config
@@ -27,6 +33,13 @@ DECODERS: Mapping[str, type[DecoderConfig]] = {
         MistralConfig,
         Qwen2Config,
         Qwen3Config,
+        Olmo2Config,
+        GraniteConfig,
+        Phi3Config,
+        SmolLM3Config,
+        GemmaConfig,
+        Gemma2Config,
+        Gemma3TextConfig,
         MixtralConfig,
         Qwen2MoeConfig,
         Qwen3MoeConfig,
@@ -36,7 +49,17 @@ DECODERS: Mapping[str, type[DecoderConfig]] = {
 
 CONFIGS: Mapping[str, type[ModelConfig]] = {
     **DECODERS,
-    **{c.model_type: c for c in (T5Config, SwitchTransformersConfig, BertConfig, StMoeConfig)},
+    **{
+        config.model_type: config
+        for config in (
+            Gpt2Config,
+            GptNeoXConfig,
+            T5Config,
+            SwitchTransformersConfig,
+            BertConfig,
+            StMoeConfig,
+        )
+    },
 }
 """The families that moecc reads and writes, by `model_type`."""
 

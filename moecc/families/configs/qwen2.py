@@ -50,6 +50,7 @@ class Qwen2MoeConfig(MoeConfig):
     groups_may_be_null: ClassVar[bool] = False
     experts_keys: ClassVar[tuple[str, ...]] = ("num_experts",)
     has_shared_expert: ClassVar[bool] = True
+    upcycle_options: ClassVar[str] = "top-k=2 shared=0.5"
     defaults: ClassVar[Mapping[str, object]] = {
         **MOE_DEFAULTS,
         "hidden_size": 2048,
@@ -78,7 +79,7 @@ class Qwen2MoeConfig(MoeConfig):
             yield key_problem(what, f"heads x head_dim = {self.hidden_size}", f"{width}", *keys)
 
     @classmethod
-    def _read_features(cls, reader: Reader) -> dict[str, bool]:
+    def _read_features(cls, reader: Reader) -> dict[str, object]:
         return {**cls.fixed, "qkv_bias": reader.flag("qkv_bias")}
 
     def _write(self) -> dict[str, object]:

@@ -45,6 +45,13 @@ LARGEST_SIZES: Mapping[str, int] = {
     "num_sparse_encoder_layers": 10_000,
     "num_sparse_decoder_layers": 10_000,
     "type_vocab_size": 1 << 16,
+    "no_rope_layer_interval": 10_000,
+    "sliding_window_pattern": 10_000,
+    "n_embd": 1 << 20,
+    "n_inner": 1 << 24,
+    "n_layer": 10_000,
+    "n_head": 1 << 16,
+    "n_positions": 1 << 40,
 }
 
 
@@ -70,6 +77,12 @@ class Reader:
         self.problems: list[Problem] = []
         self.bad: set[str] = set()
         self.used: set[str] = set()
+
+    def with_data(self, data: Mapping[str, object]) -> Reader:
+        """Return a reader of `data` that collects its problems with those of this one."""
+        other = Reader(data, self.defaults, self.where)
+        other.problems, other.bad, other.used = self.problems, self.bad, self.used
+        return other
 
     def has(self, key: str) -> bool:
         """Return whether the object states `key`, even as null."""
@@ -131,6 +144,14 @@ class Reader:
     def optional_number(self, key: str, *, above: float | None = None) -> float | None:
         """Return a number, or None for null or a missing key."""
         return None if self.value(key) is None else self.number(key, above=above)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return a list of finite numbers."""
+        found = [as_number(value) for value in self.items(key)]
+        if any(number is None for number in found):
+            self.refuse(key, "not a list of numbers", expected="finite numbers")
+            return ()
+        return tuple(number for number in found if number is not None)
 
     def flag(self, key: str) -> bool:
         """Return a boolean."""

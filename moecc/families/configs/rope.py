@@ -7,8 +7,10 @@ Each version silently ignores the other's spelling, and version 5 lets `rope_sca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from moecc.errors import nearest
 
@@ -34,7 +36,10 @@ SCALING_PARAMETERS: Mapping[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
 }
+SCALING_TYPES = tuple(name for name in SCALING_PARAMETERS if name != "longrope")
+"""The scalings of most families; longrope is that of phi3."""
 REQUIRED_PARAMETERS = ("factor", "low_freq_factor", "high_freq_factor")
 # `finetuned` is a note in the first YaRN checkpoints that no loader reads.
 OTHER_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned")
@@ -48,6 +53,8 @@ class RopeConfig:
 
     `original_max_position_embeddings` is always a number for `llama3` and `yarn`.  None in
     `beta_fast` and `beta_slow` means 32 and 1; `truncate` rounds YaRN's correction range.
+    `short_factor` and `long_factor` are longrope's divisors of each frequency, up to the original
+    length and beyond it; its `factor` is the growth of the length.
     """
 
     theta: float
@@ -62,10 +69,15 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def scaling(self) -> dict[str, object]:
         """Return the parameters of the scaling, `rope_type` first, as both versions name them."""
         named: dict[str, object] = {"rope_type": self.type}
+        if self.type == "longrope":
+            factors = (self.short_factor, self.long_factor)
+            return {**named, **dict(zip(_FACTORS, map(list, factors), strict=True))}
         for name in SCALING_PARAMETERS[self.type]:
             value = getattr(self, name)
             if value is not None and (name, value) != ("truncate", True):
@@ -81,11 +93,17 @@ class RopeConfig:
             "rope_parameters": {"rope_theta": self.theta, **scaling},
         }
 
-    def checks(self, head_dim: int) -> Iterator[KeyProblem]:
-        """Yield the reasons why it cannot be computed for heads of width `head_dim`."""
-        if self.type not in SCALING_PARAMETERS:
-            expected = one_of(SCALING_PARAMETERS)
-            yield key_problem("unknown rope type", expected, self.type, *ROPE_KEYS)
+    def checks(self, head_dim: int, types: tuple[str, ...] = SCALING_TYPES) -> Iterator[KeyProblem]:
+        """Yield the reasons why it cannot be computed for heads with `head_dim` rotated entries.
+
+        Args:
+          head_dim: the entries of a head that are rotated.
+          types: the scalings that the family has.
+        """
+        if self.type not in types:
+            known = self.type in SCALING_PARAMETERS
+            what = "a rope type that this family does not have" if known else "unknown rope type"
+            yield key_problem(what, one_of(types), self.type, *ROPE_KEYS)
             return
         yield from self._parameter_checks()
         if self.theta <= (1 if self.type == "yarn" else 0):
@@ -94,6 +112,16 @@ class RopeConfig:
         if self.type == "dynamic" and head_dim <= 2:
             what = "dynamic scaling has the exponent head_dim / (head_dim - 2)"
             yield key_problem(what, "head_dim above 2", f"{head_dim}", "head_dim", *ROPE_KEYS)
+        if self.type == "longrope":
+            yield from self._factor_checks(head_dim)
+
+    def _factor_checks(self, head_dim: int) -> Iterator[KeyProblem]:
+        for name in _FACTORS:
+            found = getattr(self, name)
+            if len(found) != head_dim // 2 or not all(f > 0 for f in found):
+                what = f"{name} has a positive divisor for each frequency"
+                expected = f"{head_dim // 2} numbers above 0"
+                yield key_problem(what, expected, f"{len(found)} numbers", *ROPE_KEYS)
 
     def _parameter_checks(self) -> Iterator[KeyProblem]:
         used = SCALING_PARAMETERS[self.type]
@@ -117,13 +145,42 @@ class RopeConfig:
             yield key_problem(what, None, f"{self.beta_fast} and {self.beta_slow}", *ROPE_KEYS)
 
 
-def read_rope(reader: Reader, max_position_embeddings: int) -> RopeConfig:
-    """Read the rotary embedding from the spellings present, rejecting contradictions."""
-    _refuse_partial_rotary(reader)
-    stated = {key: part for key in ROPE_KEYS[1:] if (part := _part(reader, key)) is not None}
+_FACTORS = ("short_factor", "long_factor")
+
+
+def read_rope(
+    reader: Reader,
+    max_position_embeddings: int,
+    *,
+    types: tuple[str, ...] = SCALING_TYPES,
+    partial: bool = False,
+    outside: bool = False,
+) -> RopeConfig:
+    """Read the rotary embedding from the spellings present, rejecting contradictions.
+
+    Args:
+      reader: of config.json.
+      max_position_embeddings: its longest sequence.
+      types: the scalings that the family has.
+      partial: whether part of a head may be rotated, which the family reads for itself.
+      outside: whether the original length is a key of its own, as in phi3.
+    """
+    if not partial:
+        _refuse_partial_rotary(reader)
+    stated = {
+        key: part for key in ROPE_KEYS[1:] if (part := _part(reader, key, partial)) is not None
+    }
     theta = _theta(reader, stated)
-    length = _original_length(reader, stated, max_position_embeddings)
-    read = {key: _rope(part, theta, length) for key, part in stated.items()}
+    if outside:
+        length = reader.optional_size("original_max_position_embeddings")
+    else:
+        length = _original_length(reader, stated, max_position_embeddings)
+    read = {
+        key: _longrope(part, theta, length, max_position_embeddings)
+        if _kind(part, types) == "longrope"
+        else _rope(part, theta, length, types)
+        for key, part in stated.items()
+    }
     for key, part in stated.items():
         reader.problems.extend(part.problems)
         reader.bad.update({key} if part.problems else ())
@@ -131,7 +188,33 @@ def read_rope(reader: Reader, max_position_embeddings: int) -> RopeConfig:
     return next(iter(read.values()), RopeConfig(theta=theta))
 
 
-def _part(reader: Reader, key: str) -> Reader | None:
+def read_partial_rotary(reader: Reader, head_dim: int, key: str, default: float) -> int | None:
+    """Return how many entries of each head are rotated, or None for all of them.
+
+    Version 4 reads `key`, version 5 also ``partial_rotary_factor`` of the rope parameters.
+    """
+    found: dict[str, float] = {}
+    for name in ROPE_KEYS[1:]:
+        part = reader.data.get(name)
+        if isinstance(part, Mapping) and part.get("partial_rotary_factor") is not None:
+            inner = Reader(part, {}, f"{reader.where}: {name}")
+            found[name] = inner.number("partial_rotary_factor", above=0)
+            reader.problems.extend(inner.problems)
+    if reader.has(key) and reader.value(key) is not None:
+        found[key] = reader.number(key, above=0)
+    if len(set(found.values())) > 1:
+        reader.conflict(tuple(found), "the rotated part of a head is stated twice and differs")
+    share = next(iter(found.values()), default)
+    return None if share == 1 else int(head_dim * share)
+
+
+def partial_rotary_factor(rotary_dim: int, head_dim: int) -> float:
+    """Return the share of which transformers makes `rotary_dim` again, rounding down."""
+    share = rotary_dim / head_dim
+    return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 2)
+
+
+def _part(reader: Reader, key: str, partial: bool) -> Reader | None:
     found = reader.mapping(key)
     if found is None:
         return None
@@ -141,7 +224,8 @@ def _part(reader: Reader, key: str) -> Reader | None:
             hint = "one entry per layer type is not supported" if name.endswith("ention") else None
             hint = hint or nearest(name, KNOWN_KEYS)
             part.refuse(name, "unknown key", expected=one_of(KNOWN_KEYS), hint=hint)
-    _refuse_partial_rotary(part)
+    if not partial:
+        _refuse_partial_rotary(part)
     return part
 
 
@@ -181,12 +265,20 @@ def _type_of(part: Reader) -> object:
     return part.data.get("rope_type", part.data.get("type", "default"))
 
 
-def _rope(part: Reader, theta: float, original_length: int | None) -> RopeConfig:
+def _kind(part: Reader, types: tuple[str, ...]) -> str | None:
+    """Return the name of the scaling if it is one of `types`; what is wrong is left to `_rope`."""
+    named = {str(part.value(key)) for key in ("rope_type", "type") if part.has(key)}
+    return next(iter(named), None) if len(named) == 1 and named <= set(types) else None
+
+
+def _rope(
+    part: Reader, theta: float, original_length: int | None, types: tuple[str, ...]
+) -> RopeConfig:
     if part.has("rope_type") and part.has("type") and part.value("rope_type") != part.value("type"):
         part.conflict(("rope_type", "type"), "the scaling is named twice and differs")
     key = "rope_type" if part.has("rope_type") or not part.has("type") else "type"
-    kind = part.choice(key, SCALING_PARAMETERS)
-    values: dict[str, float | None] = {}
+    kind = part.choice(key, types)
+    values: dict[str, Any] = {}
     for name in SCALING_PARAMETERS[kind]:
         if name in REQUIRED_PARAMETERS:
             values[name] = part.number(name, above=0)
@@ -203,6 +295,28 @@ def _rope(part: Reader, theta: float, original_length: int | None) -> RopeConfig
         original_max_position_embeddings=(length or original_length) if uses_length else None,
         truncate=part.flag("truncate") if kind == "yarn" else True,
         **values,
+    )
+
+
+def _longrope(
+    part: Reader, theta: float, original_length: int | None, max_length: int
+) -> RopeConfig:
+    """Read the scaling of phi3, which transformers 4 takes with nothing but its two lists."""
+    key = "original_max_position_embeddings"
+    length = part.optional_size(key) or original_length
+    for name in ("factor", "attention_factor"):
+        if part.value(name) is not None:
+            part.refuse(name, "transformers 4 rejects it beside the two lists", expected="nothing")
+    if length is None:
+        part.refuse(key, "longrope needs it", expected="a size")
+    length = length or max_length
+    return RopeConfig(
+        theta=theta,
+        type="longrope",
+        factor=max_length / length,
+        original_max_position_embeddings=length,
+        short_factor=part.numbers("short_factor"),
+        long_factor=part.numbers("long_factor"),
     )
 
 

@@ -63,6 +63,23 @@ def read_agreed_windows(reader: Reader, layers: int) -> Windows:
     return (window,) * layers
 
 
+def read_typed_windows(reader: Reader, layers: int) -> Windows:
+    """Read `sliding_window` and `layer_types`, without which every layer has the window."""
+    return typed_windows(reader, (True,) * layers)
+
+
+def typed_windows(reader: Reader, usual: tuple[bool, ...]) -> Windows:
+    """Return the windows of `layer_types`, or where it is absent of the layers that `usual` marks.
+
+    Raises nothing: a list of the wrong length, or one without a window, is recorded.
+    """
+    window = reader.optional_size("sliding_window")
+    types = _layer_types(reader, len(usual))
+    if window is None and types is not None and any(types):
+        reader.refuse("layer_types", "sliding layers without a window")
+    return tuple(window if sliding else None for sliding in types or usual)
+
+
 def write_windows(windows: Windows, style: str) -> dict[str, object]:
     """Return the keys for `windows` in a family's `style`."""
     window = next((window for window in windows if window is not None), None)
@@ -70,10 +87,12 @@ def write_windows(windows: Windows, style: str) -> dict[str, object]:
         return {}
     if style == "uniform":
         return {"sliding_window": window}
+    names = ["full_attention" if w is None else "sliding_attention" for w in windows]
+    if style == "typed":
+        return {"sliding_window": window, "layer_types": names}
     keys: dict[str, object] = {"use_sliding_window": window is not None, "sliding_window": window}
     if style == "switched":
         return keys
-    names = ["full_attention" if w is None else "sliding_attention" for w in windows]
     full = [layer for layer, window in enumerate(windows) if window is None]
     keys["max_window_layers"] = full[-1] + 1 if full else 0
     return {**keys, "layer_types": names}

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from moecc.errors import InputError
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import (
     axis_of,
     mixes_axis,
@@ -16,8 +15,10 @@ from moecc.ir.table.rules import (
     need_kind,
     no_duplicates,
     no_ragged,
+    same_size,
     widest,
 )
+from moecc.ir.table.sharding import by_name
 from moecc.ir.traits import Residual
 from moecc.types.dtypes import F32, I32, PRED
 from moecc.types.tensor import Axis, TensorType
@@ -42,7 +43,7 @@ def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
     yield f"theta above {least}", least < theta < math.inf
     yield "a positive factor", 0 < attrs["factor"] < math.inf
     yield "a finite attention_factor", math.isfinite(attrs["attention_factor"])
-    if kind in ("dynamic", "llama3", "yarn"):
+    if kind in ("dynamic", "llama3", "yarn", "longrope"):
         yield "original_context of at least 1", attrs["original_context"] >= 1
     if kind == "dynamic":
         yield "more than two entries, for the exponent size / (size − 2)", attrs["size"] > 2
@@ -52,14 +53,22 @@ def _scaling_rules(attrs: Attrs) -> Iterator[tuple[str, bool]]:
     if kind == "yarn":
         slow, fast = attrs["beta_slow"], attrs["beta_fast"]
         yield "beta_slow not above beta_fast", 0 < slow <= fast < math.inf
+    for name in ("short_factors", "long_factors"):
+        many = attrs["size"] // 2 if kind == "longrope" else 0
+        yield (
+            f"{many} positive {name}",
+            len(attrs[name]) == many and min(attrs[name], default=1) > 0,
+        )
 
 
 def _mixes_positions(operands: Sequence[Operand], attrs: Attrs) -> tuple[str, ...]:
-    # Dynamic scaling reads the largest position of all.
-    return operands[0].type.names if attrs["scaling"] == "dynamic" else ()
+    # Some scalings read the largest position of all.
+    return operands[0].type.names if attrs["scaling"] in LENGTH_SCALINGS else ()
 
 
-ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+LENGTH_SCALINGS = ("dynamic", "longrope")
+"""Those whose frequencies depend on the length of the sequence."""
 
 register(
     OpDef(
@@ -81,6 +90,8 @@ register(
             "beta_slow": Attr("float", 1.0, doc="yarn"),
             "truncate": Attr("bool", True, doc="yarn: whether its bounds are rounded to integers"),
             "attention_factor": Attr("float", 1.0, doc="what both tables are multiplied by"),
+            "short_factors": Attr("numbers", (), doc="longrope: divisors up to original_context"),
+            "long_factors": Attr("numbers", (), doc="longrope: divisors for longer sequences"),
         },
         mixes=_mixes_positions,
         sharding=by_name,
@@ -135,6 +146,32 @@ register(
         ("query", "key"),
         _infer_causal,
         attrs={"window": Attr("int", 0, doc="the sliding window in tokens; 0: none")},
+        sharding=by_name,
+    )
+)
+
+
+def _infer_same_segment(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+    query, key = (v.type for v in operands)
+    need_kind(query, "int", "the segments of the queries")
+    need_kind(key, "int", "the segments of the keys")
+    for axis in key.axes:
+        if axis.name in query:
+            same_size(query[axis.name], axis)
+    further = (axis for axis in key.axes if axis.name not in query)
+    return (TensorType(PRED, (*query.axes, *further)),)
+
+
+register(
+    OpDef(
+        "same_segment",
+        """Whether a query may see a key: both are of one segment, or the query is padding.
+
+        A segment is a document of several that are packed into a sequence; padding is segment 0.
+        What padding sees is of no use, but a query that sees nothing would have no weights.  Axes
+        of one name are matched, others crossed.""",
+        ("query", "key"),
+        _infer_same_segment,
         sharding=by_name,
     )
 )

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import in_parts
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
+from moecc.ir.table.sharding import in_parts
 from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
@@ -84,20 +84,26 @@ register(
 
 
 def _infer_join(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    first = operands[0].type
-    for value in operands[1:]:
-        if value.type != first:
+    first, parts = operands[0].type, attrs["parts"]
+    sizes = []
+    for value in operands:
+        axis, size = _whole(value.type, attrs, parts)
+        sizes.append(size)
+        # Of pieces that take turns, all are alike; one after the other, each has its own size.
+        if (parts > 1 and size != sizes[0]) or _resized(value.type, axis, sizes[0]) != first:
             raise InputError(
                 "joined chunks must have one type", expected=str(first), found=str(value.type)
             )
-    axis, size = _whole(first, attrs, attrs["parts"])
-    return (_resized(first, axis, size * len(operands)),)
+    axis, _ = _whole(first, attrs, parts)
+    return (_resized(first, axis, sum(sizes)),)
 
 
 register(
     OpDef(
         "join",
-        "The value whose chunks, in their order, the operands are.",
+        """The value whose chunks, in their order, the operands are.
+
+        Without parts they follow one another along the axis, each with a size of its own.""",
         ("x",),
         _infer_join,
         results=("joined",),

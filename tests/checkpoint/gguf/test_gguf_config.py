@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moecc.checkpoint.gguf import GgufFile, open_gguf
+from moecc.checkpoint.gguf.reader import GgufFile, open_gguf
 from moecc.errors import InputError
 from moecc.families.configs import DecoderConfig, RopeConfig, parse_config, rotary_frequencies
 from moecc.families.importing import import_checkpoint
@@ -197,17 +197,22 @@ def test_a_token_that_is_not_there(small_model: Any, tmp_path: Path) -> None:
     assert opened(builder, tmp_path).config["bos_token_id"] is None
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    ["blk.0.ffn_gate_exps.weight", "blk.0.ffn_gate_inp.weight", "blk.0.ffn_up.3.weight"],
-)
-def test_a_mixture_of_experts(tensor: str, small_model: Any, tmp_path: Path) -> None:
-    builder = small_model().key("llama.expert_count", "u32", 8).tensor(tensor, (4, 4))
+@pytest.mark.parametrize("tensor", ["blk.0.ffn_gate.weight", "blk.0.ffn_up.3.weight"])
+def test_a_mixture_of_experts_has_its_own_tensors(
+    tensor: str, small_model: Any, tmp_path: Path
+) -> None:
+    builder = small_model().key("llama.expert_count", "u32", 8)
+    if tensor.endswith("3.weight"):
+        builder.tensor(tensor, (4, 4))
     text = refusal(builder, tmp_path)
-    assert "already a mixture of experts" in text
-    assert "8 experts" in text
-    text = refusal(small_model("qwen3moe").key("qwen3moe.expert_count", "u32", 128), tmp_path)
-    assert "128 experts" in text
+    assert f"a mixtral has no tensor {tensor!r}" in text
+    assert "llama.expert_used_count" in text
+
+
+def test_a_mixture_of_an_architecture_without_one(small_model: Any, tmp_path: Path) -> None:
+    text = refusal(small_model("qwen3").key("qwen3.expert_count", "u32", 128), tmp_path)
+    assert "does not support mixtures of this architecture" in text
+    assert "'qwen3moe'" in text
 
 
 @pytest.mark.parametrize(("found", "hint"), [("qwen3x", "qwen3"), ("lama", "llama")])

@@ -16,8 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moecc.checkpoint.gguf import GgufFile, open_gguf
-from moecc.checkpoint.gguf.reader import halves_from_neighbours
+from moecc.checkpoint.gguf.reader import GgufFile, halves_from_neighbours, open_gguf
 from moecc.checkpoint.gguf.storage import STORAGES, Storage
 from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError, MachineError

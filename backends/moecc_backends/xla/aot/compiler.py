@@ -6,9 +6,12 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
-from moecc.ahead.request import GSPMD, Job, Result
+from moecc.ahead.request import Job, Result
 from moecc.errors import MachineError
 from moecc.ir.graph import Graph
+from moecc.sharding.partitions import GSPMD
+from moecc.steps.spec import StepSpec
+from moecc.train.recipe import OptimizerSection
 from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.aot.program import (
     Compiled,
@@ -19,7 +22,6 @@ from moecc_backends.xla.aot.program import (
 )
 from moecc_backends.xla.aot.topology import devices
 from moecc_backends.xla.train.abstract_step import AbstractStep, make_step
-from moecc_backends.xla.train.shardings import TrainStepConfig
 
 
 def compile_ahead(graph: Graph, job: Job) -> Result:
@@ -33,8 +35,9 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     if job.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers: pip install 'moecc[export]'")
     layout = job.layout if job.partition == GSPMD else None
-    config = TrainStepConfig(job.sizes, job.dtype, job.optimizer, job.machine.kind, layout)
-    step = make_step(graph, config, devices(job.machine))
+    update = None if job.optimizer is None else OptimizerSection(job.optimizer)
+    spec = StepSpec(job.sizes, job.dtype, update, platform=job.machine.kind, layout=layout)
+    step = make_step(graph, spec, devices(job.machine))
     start = time.perf_counter()
     lowered = lower(step.function, step.arguments, job.machine)
     seconds = time.perf_counter() - start
@@ -72,24 +75,5 @@ def _exported(step: AbstractStep, job: Job) -> bytes:
     from jax import export
 
     platform = {"gpu": "cuda"}.get(job.machine.kind, job.machine.kind)
-    flat = step if job.optimizer is None else _with_leaves(step)
-    made: Any = export.export(flat.function, platforms=[platform])(*flat.arguments)
+    made: Any = export.export(step.function, platforms=[platform])(*step.arguments)
     return bytes(made.serialize())
-
-
-def _with_leaves(step: AbstractStep) -> AbstractStep:
-    """Return a training step whose optimiser's state is the list of its leaves.
-
-    The types that optax has for it are none that ``jax.export`` writes.
-    """
-    import jax
-
-    (params, moments), inputs = step.arguments
-    leaves, kind = jax.tree.flatten(moments)
-
-    def run(state: tuple[Any, list[Any]], inputs: Any) -> tuple[Any, Any]:
-        given = state[0], jax.tree.unflatten(kind, state[1])
-        (made, changed), metrics = step.function(given, inputs)
-        return (made, jax.tree.leaves(changed)), metrics
-
-    return AbstractStep(jax.jit(run, donate_argnums=(0,)), ((params, leaves), inputs))

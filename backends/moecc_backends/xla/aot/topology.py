@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 import os
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 from moecc.ahead.compile_in_subprocess import environment
@@ -24,12 +26,33 @@ _GPUS_PER_HOST = 8
 
 
 def missing(kind: str) -> str | None:
-    """Return in one line what to install for machines of a `kind`, or None if all is there."""
+    """Return in one line what to install for machines of a `kind`, or None if all fits."""
     if kind == "tpu" and find_spec("libtpu") is None:
         return "compiling for TPUs needs libtpu: pip install 'moecc[tpu]'"
+    if kind == "tpu" and (wanted := _other_libtpu()):
+        pair = f"libtpu {version('libtpu')} does not fit jax {version('jax')}"
+        return f"{pair}: pip install '{wanted}'"
     if kind == "gpu" and _cuda_plugin() is None:
         return "compiling for GPUs needs jax's CUDA plug-in: pip install 'moecc[gpu-aot]'"
     return None
+
+
+_LIBTPU = re.compile(r"libtpu\s*==\s*([0-9.]+)\.\*")
+
+
+def _other_libtpu() -> str | None:
+    """Return the libtpu that jax asks for, if the one installed is another.
+
+    A pair that jax was not built for crashes the compiler of a training step.
+    """
+    try:
+        found, asked = version("libtpu"), requires("jax") or []
+    except PackageNotFoundError:
+        return None  # built by hand: nothing is known of it
+    wanted = next((m for line in asked if (m := _LIBTPU.match(line))), None)
+    if wanted is None or f"{found}.".startswith(f"{wanted[1]}."):
+        return None
+    return wanted[0].replace(" ", "")
 
 
 def _cuda_plugin() -> str | None:

@@ -34,6 +34,12 @@ def _rope(ctx: Context, node: Node, positions: Operand) -> tuple[Operand, ...]:
 
 def _rates(attrs: RopeAttrs, positions: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Return the angle per position of each pair of entries, ``[size / 2]``."""
+    if attrs.scaling == "longrope":
+        # The number of positions is known at run time only.
+        context = attrs.original_context
+        short, long = (frequencies(attrs.size, n, attrs) for n in (context, context + 1))
+        is_long = jnp.max(positions, initial=0) >= context
+        return jnp.where(is_long, jnp.asarray(long, dtype), jnp.asarray(short, dtype))
     if attrs.scaling != "dynamic":
         return jnp.asarray(frequencies(attrs.size, 0, attrs), dtype)
     # The number of positions is known at run time only (NTK scaling of bloc97 and emozilla).
@@ -68,6 +74,16 @@ def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
         if attrs.window:
             keep &= ahead < attrs.window
         return Named(keep, axes)
+
+    return _crossed(query, key, compare)
+
+
+@lowering("same_segment")
+def _same_segment(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+    def compare(q: Named, k: Named) -> Named:
+        axes = (*q.axes, *(a for a in k.axes if a not in q.axes))
+        queries = q.over(axes)
+        return Named((queries == k.over(axes)) | (queries == 0), axes)
 
     return _crossed(query, key, compare)
 

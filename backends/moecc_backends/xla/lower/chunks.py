@@ -30,6 +30,8 @@ def _join(ctx: Context, node: Node, *chunks: Operand) -> Named:
     at, size = first.axes.index(axis), first.size(axis)
     shape = first.array.shape
     arrays = [_named(node, c).to(first.axes).array for c in chunks]
+    if parts == 1:
+        return Named(jnp.concatenate(arrays, axis=at), first.axes)
     cells = [a.reshape(*shape[:at], parts, size // parts, *shape[at + 1 :]) for a in arrays]
     joined = jnp.stack(cells, at + 1)
     return Named(joined.reshape(*shape[:at], size * len(chunks), *shape[at + 1 :]), first.axes)

@@ -95,7 +95,7 @@ def lower_values(
     # What another segment computed has its type already: a loss may be wider than the model.
     values: dict[Value, Operand] = {
         v: Named(
-            cast_input(array, dtype, precise=is_precise_param(v)) if v.node is None else array,
+            cast_input(array, dtype, precise=_is_precise(v)) if v.node is None else array,
             v.type.names,
         )
         for v, array in arrays.items()
@@ -105,6 +105,11 @@ def lower_values(
     )
     lower_nodes(context, nodes)
     return values
+
+
+def _is_precise(value: Value) -> bool:
+    # A number for the whole batch is a count, which a narrow type would round.
+    return is_precise_param(value) or not (value.is_param or value.type.axes)
 
 
 def cast_input(array: jax.Array, dtype: DType, *, precise: bool = False) -> jax.Array:

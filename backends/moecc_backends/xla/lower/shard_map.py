@@ -6,13 +6,13 @@ changes.  So the compiler has nothing to guess, and inserts no collective of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph, Value
-from moecc.ir.mesh import Mesh, mesh_of
+from moecc.ir.mesh import Mesh, mesh_of, nearest_multiple
 from moecc.ir.traits import Collective
 from moecc.ir.verify import where
 from moecc.types.dtypes import F32, DType
@@ -40,8 +40,9 @@ def sharded_function(
       options: what was chosen for the lowering; its platform is that of the devices.
 
     Raises:
-      InputError: the graph is on no mesh, or on another; an output is a sum not yet carried out;
-        a dispatch lowering is forced that does not fit.
+      InputError: the graph is on no mesh, or on another; an output is an unreduced sum;
+        a dispatch lowering is forced that does not fit.  The function raises it for inputs with
+        an axis that the mesh does not divide.
     """
     own = _checked(graph, mesh)
     check_dispatch(graph, options)
@@ -63,6 +64,7 @@ def sharded_function(
     )
 
     def run(weights: Tree, inputs: Tree) -> dict[str, jax.Array]:
+        _check_divided({v: inputs[n] for n, v in graph.inputs.items()}, own)
         found: dict[str, jax.Array] = mapped(
             {n: weights[n] for n in params}, {n: inputs[n] for n in graph.inputs}
         )
@@ -86,11 +88,29 @@ def _checked(graph: Graph, mesh: jax.sharding.Mesh) -> Mesh:
     return own
 
 
+def _check_divided(arrays: Mapping[Value, jax.Array], mesh: Mesh) -> None:
+    """Raise InputError with every axis of an input that the mesh does not divide."""
+    problems = [
+        Problem(
+            f"the mesh does not divide the axis {axis.name}",
+            f"%{value.name}",
+            f"a multiple of {parts} ({' x '.join(axis.mesh)})",
+            str(size),
+            f"{nearest_multiple(size, parts)} would do",
+        )
+        for value, array in arrays.items()
+        for axis, size in zip(value.type.axes, array.shape, strict=False)
+        if size % (parts := mesh.size(axis.mesh))
+    ]
+    if problems:
+        raise InputError(problems)
+
+
 def _unfinalize_output(graph: Graph) -> Iterator[Problem]:
     hint = "run lower-collectives"
     for name, value in graph.outputs.items():
         if value.type.unreduced:
-            what = "an output is a sum not yet carried out"
+            what = "an output is an unreduced sum"
             yield Problem(what, f"output {name}", found=str(value.type), hint=hint)
     for node in graph:
         if node.op.collective is Collective.ANY:

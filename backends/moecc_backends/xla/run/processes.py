@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -19,13 +19,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from moecc.errors import InputError, MachineError, Problem, UsageError
+from moecc.errors import InputError, MachineError, Problem
 from moecc.ir.mesh import nearest_multiple
-from moecc.launch.member import JOIN, seconds_of_environment
-from moecc.launch.process_info import DISTRIBUTED, ProcessInfo
+from moecc.launch.member import JOIN, note_joined, seconds_of_environment
+from moecc.launch.process_info import ProcessInfo
 from moecc.launch.rendezvous import meet
 from moecc.types.arrays import Array
 from moecc.version import __version__
+from moecc_backends.xla.run.cluster import find_cluster
 from moecc_backends.xla.trace.typed_jax import configure, partition_spec
 
 JOIN_SECONDS = 60
@@ -41,7 +42,7 @@ def join(process: ProcessInfo, *, seconds: float | None = None) -> None:
 
     Args:
       process: of this process; one that JAX finds is read from the variables of the cluster.
-      seconds: how long to wait for the others; by default what ``MOECC_JOIN_SECONDS`` says, or
+      seconds: how long to wait for the others; by default ``MOECC_JOIN_SECONDS``, or
         `JOIN_SECONDS`.
 
     Raises:
@@ -51,33 +52,27 @@ def join(process: ProcessInfo, *, seconds: float | None = None) -> None:
     if _joined:
         return
     limit = seconds or seconds_of_environment(JOIN) or JOIN_SECONDS
-    if not process.is_found_by_jax:
-        meet(process, limit)
-    _initialize(process, ceil(limit))
+    devices: Sequence[int] | None = None
+    if process.is_found_by_jax:
+        process, devices = find_cluster(ceil(limit))
+    meet(process, limit)
+    _initialize(process, devices, ceil(limit))
     _joined.append(process)
+    note_joined()
 
 
-def _initialize(process: ProcessInfo, seconds: int) -> None:
+def _initialize(process: ProcessInfo, devices: Sequence[int] | None, seconds: int) -> None:
     # CPU devices of several processes need a library to talk through.
     configure("jax_cpu_collectives_implementation", "gloo")
     try:
-        if process.is_found_by_jax:
-            jax.distributed.initialize(initialization_timeout=seconds)
-        else:
-            jax.distributed.initialize(
-                process.coordinator,
-                process.processes,
-                process.process,
-                initialization_timeout=seconds,
-            )
-    except ValueError:
-        raise UsageError(
-            "no cluster is found in the environment",
-            where=DISTRIBUTED,
-            expected="Slurm, Open MPI, or a TPU of GKE or GCE, as JAX detects them",
-            hint="moecc launch local starts processes on one machine",
-        ) from None
-    except RuntimeError as error:
+        jax.distributed.initialize(
+            process.coordinator,
+            process.processes,
+            process.process,
+            local_device_ids=devices,
+            initialization_timeout=seconds,
+        )
+    except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise MachineError(
             f"the processes did not meet: {reason}", where=process.coordinator

@@ -1,6 +1,6 @@
 """Functions of jax that have no annotations, with those that they are used by.
 
-What a checker cannot know of jax is said here, once: mypy lets this module alone call what has no
+What a checker cannot know of jax is declared here: mypy lets this module alone call what has no
 annotations (pyproject.toml).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 Axes = tuple[str, ...]
@@ -25,6 +25,12 @@ Devices = list[jax.Device]
 def psum(array: jax.Array, axes: Axes) -> jax.Array:
     """Return the sum over all devices along `axes`."""
     found: jax.Array = jax.lax.psum(array, axes)
+    return found
+
+
+def pmax(array: jax.Array, axes: Axes) -> jax.Array:
+    """Return the largest over all devices along `axes`."""
+    found: jax.Array = jax.lax.pmax(array, axes)
     return found
 
 
@@ -61,12 +67,12 @@ def named(array: jax.Array, name: str) -> jax.Array:
 
 
 def partition_spec(*parts: str | Axes | None) -> PartitionSpec:
-    """Return how the dimensions of an array lie on a mesh."""
+    """Return the mesh axes that shard the dimensions of an array."""
     return PartitionSpec(*parts)
 
 
 def abstract_array(
-    shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None = None
+    shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None = None
 ) -> jax.ShapeDtypeStruct:
     """Return an array without its elements."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -90,6 +96,6 @@ def wait_for(arrays: Iterable[jax.Array]) -> None:
     jax.block_until_ready(list(arrays))
 
 
-def configure(option: str, value: str) -> None:
+def configure(option: str, value: str | float) -> None:
     """Set an option of jax."""
     jax.config.update(option, value)

@@ -1,79 +1,238 @@
-"""The loss of a training step: cross entropy of the next tokens, and the losses of routers."""
+"""The cross entropy of a head: a chunk of tokens at a time, on the shards that a device has.
+
+Logits of a large vocabulary would take more memory than the rest of a step.  Gradients of a chunk
+are made with its loss, so that nothing of it is kept or computed again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moecc.errors import InputError
-from moecc.ir.graph import Graph
-
-LOGITS = "logits"
-AUXILIARY = "loss.auxiliary"
-"""The output that `add-losses` makes of all the losses of routers."""
+from moecc.ir.graph import Value
+from moecc.steps.head import VOCAB, Head
+from moecc.types.dtypes import DType
+from moecc_backends.xla.lower.function import lower_values
+from moecc_backends.xla.trace.context import DIRECT, Interceptor
+from moecc_backends.xla.trace.device_view import DeviceView, varies
+from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.trace.typed_jax import pmax, psum
+from moecc_backends.xla.trace.values import Named
 
 TARGETS = "targets"
-"""The input of a step besides those of the graph: the next tokens, ``[batch, seq]``."""
+"""The input of a step besides those of the graph: the tokens to predict, ``[batch, seq]``."""
 
 IGNORED = -1
-"""The target of a token that does not take part in the loss: padding."""
+"""The target of a token that does not take part in the loss: padding, a prompt."""
 
-Tree = Mapping[str, Any]
+Arrays = tuple[jax.Array, ...]
 
-Model = Callable[[Tree, Tree], dict[str, jax.Array]]
-"""A graph as ``(params, inputs) → outputs``: on one device, or on a mesh."""
-
-Loss = Callable[[Tree, Tree], tuple[jax.Array, dict[str, jax.Array]]]
-"""``(params, inputs) → (loss, metrics)``."""
+Sums = dict[str, jax.Array]
+"""Sums over tokens: of the negative log-likelihood, of (log Σ exp)², of targets hit."""
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the mean over tokens of −log softmax(logits)[target], in float32 at least.
+@dataclass(frozen=True)
+class LoweringConfig:
+    """How and where nodes are lowered.
 
-    No entry is picked by index, because the vocabulary may be sharded.
-
-    Args:
-      logits: ``[…, vocab]``.
-      targets: ``[…]``; those that are `IGNORED` do not count.
+    Attributes:
+      dtype: the type of the computation.
+      options: what is chosen for the lowering.
+      view: the device whose shards arrays are; None where they are whole.
+      interceptor: calls each lowering.
     """
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    top = jax.lax.stop_gradient(jnp.max(wide, axis=-1, keepdims=True))
-    total = jnp.log(jnp.sum(jnp.exp(wide - top), axis=-1)) + top[..., 0]
-    entry = jax.lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1)
-    picked = jnp.sum(jnp.where(entry == targets[..., None], wide, 0), axis=-1)
-    counts = (targets != IGNORED).astype(wide.dtype)
-    return jnp.sum((total - picked) * counts) / jnp.maximum(jnp.sum(counts), 1)
 
+    dtype: DType
+    options: Options
+    view: DeviceView | None = None
+    interceptor: Interceptor = DIRECT
 
-def check_trainable(graph: Graph) -> None:
-    """Raise InputError if `graph` has no logits to train."""
-    if LOGITS not in graph.output_names:
-        raise InputError(
-            "a training step needs logits",
-            where=graph.name,
-            expected=f"an output called {LOGITS}",
-            found=", ".join(graph.output_names),
+    def fresh(self) -> DeviceView:
+        """Return the device, with nothing remembered of another trace."""
+        return DeviceView(None if self.view is None else self.view.mesh)
+
+    def lower(self, nodes: Any, arrays: Mapping[Value, jax.Array]) -> Mapping[Value, Any]:
+        """Return the values of `nodes`, lowered under the current trace."""
+        return lower_values(
+            list(nodes), arrays, self.dtype, self.options, self.fresh(), self.interceptor
         )
 
 
-def loss_function(model: Model) -> Loss:
-    """Return ``(params, inputs) → (loss, metrics)`` of `model`.
+@dataclass(frozen=True)
+class HeadLoss:
+    """The loss of a head, as a function of hidden states, weights and targets.
 
-    The loss is the cross entropy of the logits, and the losses of the routers if the graph has
-    them (``add-losses``).  `inputs` has `TARGETS` besides the inputs of the graph.
-
-    Args:
-      model: what `moecc_backends.xla.lower.function.function` or
-        `moecc_backends.xla.lower.shard_map.sharded_function` makes of a graph with logits.
+    Attributes:
+      head: the head.
+      lowering: how and where it is lowered.
+      output_z: the coefficient of the z-loss of the softmax.
+      chunk_bytes: of logits in float32, about.
     """
 
-    def loss(params: Tree, inputs: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        outputs = model(params, {n: a for n, a in inputs.items() if n != TARGETS})
-        entropy = cross_entropy(outputs.pop(LOGITS), inputs[TARGETS])
-        total = entropy + outputs.get(AUXILIARY, 0.0)
-        return total, {"loss": total, "loss.cross_entropy": entropy, **outputs}
+    head: Head
+    lowering: LoweringConfig
+    output_z: float = 0.0
+    chunk_bytes: int = 1 << 62
 
-    return loss
+    def __call__(
+        self, hidden: Arrays, weights: Arrays, targets: jax.Array
+    ) -> tuple[jax.Array, Sums]:
+        """Return the loss summed over the tokens of this device, and sums besides."""
+        axes = tuple(n for n in self.head.logits.type.names if n != VOCAB)
+        count = self._chunks(targets.size, axes)
+        if count == 1:
+            return self.summed(weights, hidden, targets)
+        pairs = zip(hidden, self.head.hidden, strict=True)
+        flat = tuple(_chunks(Named(a, v.type.names), axes, count, 0) for a, v in pairs)
+        aims = _chunks(Named(targets, axes), axes, count, IGNORED)
+        over = self.varies(*hidden, targets)
+        # Gradients of weights are added over all chunks before devices add theirs.
+        apart = tuple(self.lowering.fresh().varying(w, over) for w in weights)
+        return _chunked(self, apart, flat, aims)
+
+    def varies(self, *arrays: jax.Array) -> frozenset[str]:
+        """Return the mesh axes along which any of `arrays` may differ."""
+        if self.lowering.view is None or self.lowering.view.mesh is None:
+            return frozenset()
+        return frozenset[str]().union(*map(varies, arrays))
+
+    def _chunks(self, tokens: int, axes: tuple[str, ...]) -> int:
+        """Return in how many chunks the tokens are cut."""
+        vocab = self.head.logits.type[VOCAB]
+        if not self.head.nodes or any(n not in v.type for v in self.head.hidden for n in axes):
+            return 1
+        assert isinstance(vocab.size, int), "the vocabulary is known"
+        size_bytes = 4 * tokens * vocab.size // self.lowering.fresh().shard_count(vocab)
+        return min(max(1, -(-size_bytes // self.chunk_bytes)), max(tokens, 1))
+
+    def summed(self, weights: Arrays, hidden: Arrays, targets: jax.Array) -> tuple[jax.Array, Sums]:
+        """Return the loss of all tokens at once."""
+        arrays = dict(zip(self.head.hidden, hidden, strict=True))
+        arrays |= dict(zip(self.head.weights, weights, strict=True))
+        values = self.lowering.lower(self.head.nodes, arrays)
+        logits, type = values[self.head.logits], self.head.logits.type
+        names = (*(n for n in type.names if n != VOCAB), VOCAB)
+        found = token_losses(
+            logits.to(names).array, targets, type[VOCAB].mesh, self.lowering.fresh()
+        )
+        counted = targets != IGNORED
+        sums = {n: jnp.sum(jnp.where(counted, a, 0)) for n, a in found.items()}
+        loss = sums["loss.sum"]
+        return (loss + self.output_z * sums["output_z"] if self.output_z else loss), sums
+
+
+def token_losses(
+    logits: jax.Array, targets: jax.Array, mesh: tuple[str, ...], view: DeviceView
+) -> dict[str, jax.Array]:
+    """Return −log softmax(logits)[target], (log Σ exp)² and whether it is hit, of each token.
+
+    In float32 at least.  No entry is picked by index, because the vocabulary may be sharded.
+
+    Args:
+      logits: ``[…, vocab]``; where it is sharded, the local shard.
+      targets: ``[…]``.
+      mesh: the mesh axes over which the vocabulary is sharded.
+      view: the device.
+    """
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    top = jnp.max(jax.lax.stop_gradient(wide), axis=-1)
+    is_sharded = view.mesh is not None and bool(mesh)
+    if is_sharded:
+        top = pmax(top, mesh)
+    total = jnp.sum(jnp.exp(wide - top[..., None]), axis=-1)
+    first = view.shard_index(mesh) * wide.shape[-1]
+    entry = jax.lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1) + first
+    picked = jnp.sum(jnp.where(entry == targets[..., None], wide, 0), axis=-1)
+    if is_sharded:
+        total, picked = psum(total, mesh), psum(picked, mesh)
+    log_total = jnp.log(total) + top
+    hit = jax.lax.stop_gradient(picked) >= top
+    return {
+        "loss.sum": log_total - picked,
+        "output_z": jnp.square(log_total),
+        "hits": hit.astype(wide.dtype),
+    }
+
+
+def _chunks(x: Named, axes: tuple[str, ...], count: int, fill: int) -> jax.Array:
+    """Return chunks of tokens in front of the axes of `x`, of which only the last has a size.
+
+    Args:
+      x: ``[…]``, with the axes of tokens among its own.
+      axes: those of tokens.
+      count: the number of chunks.
+      fill: what is put behind the last token, to make chunks whole.
+    """
+    rest = tuple(n for n in x.axes if n not in axes)
+    array = x.to((*axes, *rest)).array
+    tokens = prod(array.shape[: len(axes)])
+    each = -(-tokens // count)
+    rows = array.reshape(tokens, *array.shape[len(axes) :])
+    padding = [(0, count * each - tokens), *((0, 0) for _ in rest)]
+    rows = jnp.pad(rows, padding, constant_values=fill)
+    ones = (1,) * (len(axes) - 1)
+    chunks = Named(rows.reshape(count, *ones, each, *rows.shape[1:]), ("chunk", *axes, *rest))
+    return chunks.to(("chunk", *x.axes)).array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: jax.Array
+) -> tuple[jax.Array, Sums]:
+    """Return the loss of chunks of tokens, one after the other."""
+
+    def add(total: Any, chunk: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, loss.summed(weights, *chunk)), None
+
+    total: tuple[jax.Array, Sums]
+    total, _ = jax.lax.scan(add, _zeros(loss, weights, hidden, targets), (hidden, targets))
+    return total
+
+
+def _forward(
+    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: jax.Array
+) -> tuple[tuple[jax.Array, Sums], tuple[Arrays, Arrays]]:
+    slopes_of = jax.value_and_grad(loss.summed, argnums=(0, 1), has_aux=True)
+
+    def add(total: Any, chunk: tuple[Arrays, jax.Array]) -> tuple[Any, Arrays]:
+        made, (by_weights, by_hidden) = slopes_of(weights, *chunk)
+        return jax.tree.map(jnp.add, total, (made, by_weights)), by_hidden
+
+    view = loss.lowering.fresh()
+    empty = tuple(
+        view.varying(jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), loss.varies(w))
+        for w in weights
+    )
+    start = _zeros(loss, weights, hidden, targets), empty
+    (made, by_weights), by_hidden = jax.lax.scan(add, start, (hidden, targets))
+    narrow = tuple(g.astype(w.dtype) for g, w in zip(by_weights, weights, strict=True))
+    return made, (narrow, by_hidden)
+
+
+def _backward(
+    loss: HeadLoss, slopes: tuple[Arrays, Arrays], given: tuple[jax.Array, Sums]
+) -> tuple[Arrays, Arrays, None]:
+    by_weights, by_hidden = jax.tree.map(lambda g: g * given[0].astype(g.dtype), slopes)
+    return by_weights, by_hidden, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _zeros(
+    loss: HeadLoss, weights: Arrays, hidden: Arrays, targets: jax.Array
+) -> tuple[jax.Array, Sums]:
+    """Return sums of no tokens."""
+    first = tuple(a[0] for a in hidden)
+    shapes = jax.eval_shape(loss.summed, weights, first, targets[0])
+    over, view = loss.varies(*hidden, targets), loss.lowering.fresh()
+    found: tuple[jax.Array, Sums] = jax.tree.map(
+        lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes
+    )
+    return found

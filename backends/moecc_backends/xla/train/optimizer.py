@@ -1,79 +1,213 @@
-"""Optimisers of optax, and the shardings of their state."""
+"""The optimisers: from gradients and moments to directions, by the transformations of optax.
+
+The step multiplies a direction by the learning rate, which is an input of the compiled program, and
+by what a parameter's group says.  Moments are arrays by kind and parameter
+(`moecc.steps.moment_axes`), whatever the library's own types are, so that checkpoints and formulas
+know them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod, sqrt
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding
+import jax.numpy as jnp
 
 from moecc.errors import MachineError, UsageError, nearest
-from moecc_backends.xla.trace.typed_jax import abstract_array, partition_spec
+from moecc.steps.moment_axes import (
+    COLUMN,
+    COUNT,
+    FIRST,
+    ROW,
+    SECOND,
+    moment_types,
+    uses_muon,
+)
+from moecc.steps.settings import ParamSettings
+from moecc.train.recipe import OptimizerSection
+from moecc.types.tensor import TensorType
 
-OPTIMIZERS = ("adafactor", "adamw")
+Arrays = Mapping[str, jax.Array]
+Moments = dict[str, Any]
+"""``{kind: {parameter: array}}``, and the count of updates."""
+
+CLIP_RMS = 1.0
+"""Adafactor clips the update of a matrix at this root mean square (Shazeer and Stern 2018, §6)."""
+
+MUON_RMS = 0.2
+"""Muon's updates are scaled to the root mean square of AdamW's (Liu et al. 2025, §2.2)."""
 
 
-def optimizer(name: str, learning_rate: float = 1e-3) -> Any:
-    """Return an optimiser of optax: Adafactor, factored and without momentum, or AdamW.
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimiser of the parameters that are trained.
 
-    Raises:
-      UsageError: there is no such optimiser.
-      MachineError: optax is missing.
+    Attributes:
+      section: its name and numbers.
+      types: of the parameters.
+      settings: how each of them is trained.
     """
-    if name not in OPTIMIZERS:
-        hint = nearest(name, OPTIMIZERS) or f"optimizers: {', '.join(OPTIMIZERS)}"
-        raise UsageError(f"unknown optimizer {name!r}", hint=hint)
-    try:
-        import optax
-    except ImportError:
-        raise MachineError("training needs optax: pip install 'moecc[train]'") from None
-    if name == "adafactor":
-        return optax.adafactor(learning_rate, momentum=None, factored=True)
-    return optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1)
+
+    section: OptimizerSection
+    types: Mapping[str, TensorType]
+    settings: Mapping[str, ParamSettings]
+
+    def __post_init__(self) -> None:
+        name = self.section.name
+        if name not in DIRECTIONS:
+            hint = nearest(name, DIRECTIONS) or f"optimizers: {', '.join(DIRECTIONS)}"
+            raise UsageError(f"unknown optimizer {name!r}", hint=hint)
+        try:
+            import optax as optax
+        except ImportError:
+            raise MachineError("training needs optax: pip install 'moecc[train]'") from None
+
+    @property
+    def moment_types(self) -> dict[str, dict[str, TensorType]]:
+        """The types of the moments, by kind and parameter."""
+        return moment_types(self.section.name, self.types, self.settings)
+
+    def init(self, params: Arrays) -> Moments:
+        """Return the moments before the first update: zeros."""
+        zeros = {
+            kind: {n: jnp.zeros(t.shape, params[n].dtype) for n, t in types.items()}
+            for kind, types in self.moment_types.items()
+        }
+        return {**zeros, COUNT: jnp.zeros((), jnp.int32)}
+
+    def directions(
+        self, gradients: Arrays, moments: Moments, params: Arrays
+    ) -> tuple[dict[str, jax.Array], Moments]:
+        """Return the directions in which parameters go, to be subtracted, and the moments after."""
+        return DIRECTIONS[self.section.name](self, gradients, moments, params)
 
 
-def moments_like(update: Any, params: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
-    """Return the shapes of an optimiser's state, each sharded as the parameter that it follows.
+Directions = Callable[[Optimizer, Arrays, Moments, Arrays], tuple[dict[str, jax.Array], Moments]]
 
-    A moment of a parameter's shape is sharded as it is.  Of Adafactor's two vectors one lacks the
-    largest axis of the parameter, the other the next (Shazeer and Stern 2018, §4).
+
+def _sgd(
+    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays
+) -> tuple[dict[str, jax.Array], Moments]:
+    return dict(gradients), {COUNT: moments[COUNT] + 1}
+
+
+def _adamw(
+    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays
+) -> tuple[dict[str, jax.Array], Moments]:
+    import optax
+
+    section = optimizer.section
+    state = optax.ScaleByAdamState(moments[COUNT], moments[FIRST], moments[SECOND])
+    made, after = optax.scale_by_adam(section.b1, section.b2, section.eps).update(gradients, state)
+    return made, {FIRST: after.mu, SECOND: after.nu, COUNT: after.count}
+
+
+def _muon(
+    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays
+) -> tuple[dict[str, jax.Array], Moments]:
+    """Muon for matrices (Jordan et al. 2024), AdamW's direction for all else, tables and the head.
+
+    The count and the momentum of both are one.
     """
-    state = jax.eval_shape(update.init, dict(params))
+    from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-    some = next((p.sharding for p in params.values()), None)
-    everywhere = None if some is None else NamedSharding(some.mesh, partition_spec())
+    section, settings = optimizer.section, optimizer.settings
+    mine = [n for n in gradients if uses_muon(settings[n])]
+    rest = [n for n in gradients if n not in mine]
+    sides = {n: MuonDimensionNumbers(*_sides(settings[n], params[n].ndim)) for n in mine}
+    muon = scale_by_muon(beta=section.b1, eps=section.eps, weight_dimension_numbers=sides)
+    start = muon.init({})
+    given = start._replace(count=moments[COUNT], mu=_some(moments[FIRST], mine))
+    made, after = muon.update(_some(gradients, mine), given)
+    made = {n: d * _muon_scale(optimizer.types[n], settings[n]) for n, d in made.items()}
+    plain = {**moments, FIRST: _some(moments[FIRST], rest), SECOND: moments.get(SECOND, {})}
+    others, moved = _adamw(optimizer, _some(gradients, rest), plain, params)
+    first = {**after.mu, **moved[FIRST]}
+    return {**made, **others}, {
+        **({FIRST: first} if first else {}),
+        **({SECOND: moved[SECOND]} if rest else {}),
+        COUNT: moved[COUNT],
+    }
 
-    def sharded(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-        param = next((params[n] for n in names if isinstance(n, str) and n in params), None)
-        follows = everywhere if param is None or some is None else _follow(leaf, param, names)
-        return abstract_array(leaf.shape, leaf.dtype, follows)
 
-    mesh = next((p.sharding.mesh for p in params.values() if p.sharding is not None), None)
-    made = jax.tree_util.tree_map_with_path(sharded, state)
-    if mesh is None:
-        return made
-    everywhere = NamedSharding(mesh, partition_spec())
-    return jax.tree.map(
-        lambda leaf: (
-            leaf
-            if leaf.sharding is not None
-            else abstract_array(leaf.shape, leaf.dtype, everywhere)
-        ),
-        made,
+def _muon_scale(type: TensorType, settings: ParamSettings) -> float:
+    """Return what makes an orthogonal matrix as large as an update of AdamW's."""
+    sides = (prod(type.shape[d] for d in side) for side in _sides(settings, type.rank))
+    return MUON_RMS * sqrt(max(sides))
+
+
+def _some(arrays: Arrays, names: Iterable[str]) -> dict[str, jax.Array]:
+    return {n: arrays[n] for n in names}
+
+
+def _sides(settings: ParamSettings, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the dimensions that a matrix sums over, and those that it makes."""
+    made = (d for d in range(rank) if d not in (*settings.blocks, *settings.over))
+    return settings.over, tuple(made)
+
+
+def _adafactor(
+    optimizer: Optimizer, gradients: Arrays, moments: Moments, params: Arrays
+) -> tuple[dict[str, jax.Array], Moments]:
+    """Adafactor, factored and without momentum (Shazeer and Stern 2018).
+
+    A block is clipped and scaled by itself: a layer of a rolled parameter, an expert.
+    """
+    made: dict[str, jax.Array] = {}
+    after: Moments = {kind: {} for kind in moments if kind != COUNT}
+    for name, gradient in gradients.items():
+        kinds = [kind for kind in after if name in moments[kind]]
+        found = _by_block(optimizer, name, kinds, moments[COUNT])(
+            gradient, params[name], *(moments[kind][name] for kind in kinds)
+        )
+        made[name] = found[0]
+        for kind, array in zip(kinds, found[1:], strict=True):
+            after[kind][name] = array
+    return made, {**after, COUNT: moments[COUNT] + 1}
+
+
+def _by_block(
+    optimizer: Optimizer, name: str, kinds: list[str], count: jax.Array
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """Return Adafactor of one parameter, as a function of gradient, parameter and moments."""
+    import optax
+
+    type, settings = optimizer.types[name], optimizer.settings[name]
+    parts = (
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(CLIP_RMS),
+        optax.scale_by_param_block_rms(),
     )
+    chain = optax.chain(*parts)
+
+    def of_block(gradient: jax.Array, param: jax.Array, *moments: jax.Array) -> Any:
+        given = dict(zip(kinds, moments, strict=True))
+        initial = chain.init(param)
+        names = {ROW: "v_row", COLUMN: "v_col", SECOND: "v"}
+        state = initial[0]._replace(count=count, **{names[k]: a for k, a in given.items()})
+        made, after = chain.update(gradient, (state, *initial[1:]), param)
+        return made, *(getattr(after[0], names[kind]) for kind in kinds)
+
+    function, types = of_block, optimizer.moment_types
+    arguments = [type.names, type.names, *(types[kind][name].names for kind in kinds)]
+    left = [type.names[dimension] for dimension in settings.blocks]
+    while left:
+        axis = left.pop(0)
+        at = tuple([n for n in names if n not in left].index(axis) for names in arguments)
+        function = jax.vmap(function, in_axes=at, out_axes=(at[0], *at[2:]))
+    return function
 
 
-def _follow(leaf: Any, param: Any, names: list[Any]) -> NamedSharding:
-    spec = [*param.sharding.spec, *(None for _ in range(len(param.shape)))][: len(param.shape)]
-    if leaf.shape == param.shape:
-        return NamedSharding(param.sharding.mesh, partition_spec(*spec))
-    order = np.argsort(param.shape)
-    for name, dropped in (("v_row", order[-1]), ("v_col", order[-2] if len(order) > 1 else 0)):
-        rest = (*param.shape[:dropped], *param.shape[dropped + 1 :])
-        if name in names and leaf.shape == rest:
-            kept = (*spec[:dropped], *spec[dropped + 1 :])
-            return NamedSharding(param.sharding.mesh, partition_spec(*kept))
-    return NamedSharding(param.sharding.mesh, partition_spec())
+DIRECTIONS: dict[str, Directions] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "sgd": _sgd,
+}
+"""How an optimiser makes directions, by its name."""
+
+OPTIMIZERS = tuple(DIRECTIONS)
+"""The names of the optimisers."""

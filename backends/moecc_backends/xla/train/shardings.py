@@ -6,70 +6,110 @@ partitioner adds the collectives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
 from moecc.errors import InputError, Problem
 from moecc.ir.attributes import ScanAttrs
 from moecc.ir.graph import Graph, Node, Value
-from moecc.ir.mesh import mesh_of
+from moecc.ir.mesh import Mesh, mesh_of
 from moecc.ir.table.repetition import repetitions
 from moecc.sharding.layout import Layout
 from moecc.sharding.spec import value_spec
-from moecc.types.dtypes import DType
+from moecc.steps.spec import StepSpec
+from moecc.types.tensor import Axis, TensorType
 from moecc_backends.xla.lower.function import function
 from moecc_backends.xla.lower.gspmd import GspmdLowering
 from moecc_backends.xla.lower.shard_map import sharded_function
 from moecc_backends.xla.mesh.specs import spec
 from moecc_backends.xla.mesh.token_groups import group_counts
+from moecc_backends.xla.trace.device_view import DeviceView
 from moecc_backends.xla.trace.options import Options
 from moecc_backends.xla.trace.typed_jax import Devices, partition_spec
-from moecc_backends.xla.train.loss import Model
+from moecc_backends.xla.train.loss import LoweringConfig
 
-
-@dataclass(frozen=True)
-class TrainStepConfig:
-    """How a graph is trained or run.
-
-    Attributes:
-      sizes: what the variables of the graph stand for.
-      dtype: the type of the computation.
-      optimizer: of `moecc_backends.xla.train.step.OPTIMIZERS`; None for the forward pass.
-      platform: what it is lowered for, ``tpu``, ``gpu`` or ``cpu``.
-      layout: what XLA's partitioner shards the graph by; None where the graph is on a mesh.
-    """
-
-    sizes: Mapping[str, int]
-    dtype: DType
-    optimizer: str | None = None
-    platform: str = "cpu"
-    layout: Layout | None = None
-
-    @property
-    def options(self) -> Options:
-        """What is chosen for the lowering."""
-        return Options(platform=self.platform)
+Model = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
+"""A graph as ``(params, inputs) → outputs``."""
 
 
 class StepShardings(Protocol):
-    """How parameters and inputs of a graph are sharded, and the graph as a function of them."""
+    """How parameters and inputs of a graph are sharded, and how it is lowered there."""
 
-    def param(self, value: Value) -> NamedSharding:
+    def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
         ...
 
-    def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
-        """Return the sharding of an array with some axes of `value`, of the sizes given."""
+    def along(self, type: TensorType) -> Sharding:
+        """Return the sharding of an array of inputs or targets."""
+        ...
+
+    @property
+    def whole(self) -> Sharding:
+        """What every device has."""
+        ...
+
+    @property
+    def lowering(self) -> LoweringConfig:
+        """How and where nodes are lowered."""
+        ...
+
+    def mapped(
+        self, function: Callable[..., Any], given: Sequence[Any], made: Any
+    ) -> Callable[..., Any]:
+        """Return `function`, which works on what `lowering` says, as one of whole arrays.
+
+        Args:
+          function: takes trees of arrays.
+          given: types in place of the arrays that it takes, a tree for each argument; None for what
+            every device has.
+          made: types in place of the arrays that it returns, likewise.
+        """
         ...
 
     def model(self, graph: Graph) -> Model:
-        """Return `graph` as a function on the mesh."""
+        """Return `graph` as a function of whole arrays."""
         ...
+
+
+@dataclass(frozen=True)
+class OneDevice:
+    """One device, which has everything."""
+
+    device: jax.Device
+    spec: StepSpec
+
+    @property
+    def whole(self) -> Sharding:
+        """What the device has."""
+        return jax.sharding.SingleDeviceSharding(self.device)
+
+    @property
+    def lowering(self) -> LoweringConfig:
+        """How nodes are lowered."""
+        return LoweringConfig(self.spec.dtype, options(self.spec))
+
+    def param(self, value: Value) -> Sharding:
+        """Return the sharding of a parameter."""
+        return self.whole
+
+    def along(self, type: TensorType) -> Sharding:
+        """Return the sharding of an array of inputs or targets."""
+        return self.whole
+
+    def mapped(
+        self, function: Callable[..., Any], given: Sequence[Any], made: Any
+    ) -> Callable[..., Any]:
+        """Return `function`."""
+        return function
+
+    def model(self, graph: Graph) -> Model:
+        """Return `graph` as a function of whole arrays."""
+        return function(graph, dtype=self.spec.dtype, options=options(self.spec))
 
 
 @dataclass(frozen=True)
@@ -77,61 +117,119 @@ class ExplicitShardings:
     """Shardings as the types of the graph say them, with the graph's own collectives."""
 
     mesh: jax.sharding.Mesh
-    config: TrainStepConfig
+    own: Mesh
+    spec: StepSpec
 
-    def param(self, value: Value) -> NamedSharding:
+    @property
+    def whole(self) -> Sharding:
+        """What every device has."""
+        return NamedSharding(self.mesh, partition_spec())
+
+    @property
+    def lowering(self) -> LoweringConfig:
+        """How and where nodes are lowered: on the shards of a device."""
+        return LoweringConfig(self.spec.dtype, options(self.spec), DeviceView(self.own))
+
+    def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
-        return NamedSharding(self.mesh, spec(value.type))
+        return self.along(value.type)
 
-    def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
-        """Return the sharding of an array with some axes of `value`, of the sizes given."""
-        return NamedSharding(
-            self.mesh, partition_spec(*(value.type[n].mesh or None for n in sizes))
-        )
+    def along(self, type: TensorType) -> Sharding:
+        """Return the sharding of an array of inputs or targets."""
+        return NamedSharding(self.mesh, spec(type))
+
+    def mapped(
+        self, function: Callable[..., Any], given: Sequence[Any], made: Any
+    ) -> Callable[..., Any]:
+        """Return `function`, run shard by shard."""
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=_specs(tuple(given)), out_specs=_specs(made),
+            check_vma=True,
+        )  # fmt: skip
 
     def model(self, graph: Graph) -> Model:
-        """Return `graph` as a function on the mesh."""
-        config = self.config
-        return sharded_function(graph, self.mesh, dtype=config.dtype, options=config.options)
+        """Return `graph` as a function of whole arrays."""
+        return sharded_function(graph, self.mesh, dtype=self.spec.dtype, options=options(self.spec))
+
+
+def _specs(types: Any) -> Any:
+    """Return types as the specs of jax, in the same tree."""
+    return jax.tree.map(
+        lambda t: partition_spec() if t is None else spec(t),
+        types,
+        is_leaf=lambda t: t is None or isinstance(t, TensorType),
+    )
 
 
 @dataclass(frozen=True)
 class GspmdShardings:
     """Shardings of a layout of the plan, with the collectives that XLA's partitioner adds."""
 
-    lowering: GspmdLowering
-    config: TrainStepConfig
+    interceptor: GspmdLowering
+    spec: StepSpec
 
-    def param(self, value: Value) -> NamedSharding:
+    @property
+    def whole(self) -> Sharding:
+        """What every device has."""
+        return NamedSharding(self.interceptor.mesh, partition_spec())
+
+    @property
+    def lowering(self) -> LoweringConfig:
+        """How nodes are lowered: for one device, with hints for the partitioner."""
+        return LoweringConfig(self.spec.dtype, options(self.spec), interceptor=self.interceptor)
+
+    def param(self, value: Value) -> Sharding:
         """Return the sharding of a parameter."""
-        return self.lowering.weight_sharding(value, stored=True, layers=_layer_axis(value))
+        return self.interceptor.weight_sharding(value, stored=True, layers=_layer_axis(value))
 
-    def along(self, value: Value, sizes: Mapping[str, int]) -> NamedSharding:
-        """Return the sharding of an array with some axes of `value`, of the sizes given."""
-        return self.lowering.sharding(tuple(sizes), value_spec(self.lowering.plan, sizes))
+    def along(self, type: TensorType) -> Sharding:
+        """Return the sharding of an array of inputs or targets."""
+        sizes = {a.name: size_of(a, self.spec.sizes) for a in type.axes}
+        return self.interceptor.sharding(tuple(sizes), value_spec(self.interceptor.plan, sizes))
+
+    def mapped(
+        self, function: Callable[..., Any], given: Sequence[Any], made: Any
+    ) -> Callable[..., Any]:
+        """Return `function`."""
+        return function
 
     def model(self, graph: Graph) -> Model:
-        """Return `graph` as a function on the mesh."""
-        config = self.config
+        """Return `graph` as a function of whole arrays."""
         return function(
-            graph, dtype=config.dtype, options=config.options, interceptor=self.lowering
+            graph,
+            dtype=self.spec.dtype,
+            options=options(self.spec),
+            interceptor=self.interceptor,
         )
 
 
-def step_shardings(graph: Graph, config: TrainStepConfig, devices: Devices) -> StepShardings:
+def options(spec: StepSpec) -> Options:
+    """Return what is chosen for the lowering."""
+    return Options(platform=spec.platform)
+
+
+def size_of(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """Return the size of an axis, which a number or a variable says."""
+    return axis.size if isinstance(axis.size, int) else sizes[str(axis.size)]
+
+
+def step_shardings(graph: Graph, spec: StepSpec, devices: Devices) -> StepShardings:
     """Return the shardings of the step of `graph` over `devices`.
 
     Raises:
-      InputError: the graph is on no mesh, or the mesh cuts a group of tokens.
+      InputError: the graph is on no mesh and there are several devices, or the mesh cuts a group
+        of tokens.
     """
-    grid = mesh_of(graph) if config.layout is None else config.layout.mesh
+    grid = mesh_of(graph) if spec.layout is None else spec.layout.mesh
+    if grid is None and len(devices) == 1:
+        return OneDevice(devices[0], spec)
     if grid is None:
         raise InputError("the graph is on no mesh", hint="annotate-sharding{mesh=data:8}")
     mesh = jax.sharding.Mesh(np.array(devices).reshape(grid.shape), grid.names)
-    if config.layout is None:
-        return ExplicitShardings(mesh, config)
-    check_groups(graph, config.layout)
-    return GspmdShardings(GspmdLowering(mesh, config.layout), config)
+    if spec.layout is None:
+        return ExplicitShardings(mesh, grid, spec)
+    check_groups(graph, spec.layout)
+    return GspmdShardings(GspmdLowering(mesh, spec.layout), spec)
 
 
 def check_groups(graph: Graph, layout: Layout) -> None:

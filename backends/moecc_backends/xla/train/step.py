@@ -1,57 +1,272 @@
-"""The training step of a graph: gradients, and the update of its parameters by optax.
+"""The training step of a graph: gradients, guard, update; as one program over all devices.
 
-Parameters and the state of the optimiser are float32; the model computes in the type that is asked
-for, its router in float32 (selective precision, ST-MoE §3.3).
+What is trained and its moments are of the type of the master weights; the model computes in the
+type that is asked for, its router in float32 (selective precision, ST-MoE §3.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 
-from moecc_backends.xla.train.loss import Loss, Model, Tree, loss_function
+from moecc.errors import InputError
+from moecc.ir.graph import Graph
+from moecc.steps.head import check_trainable
+from moecc.steps.settings import ParamSettings, parameter_settings
+from moecc.steps.spec import StepSpec
+from moecc.train.recipe import OptimizerSection
+from moecc.types.tensor import TensorType
+from moecc_backends.xla.trace.typed_jax import Devices, abstract_array, partition_spec
+from moecc_backends.xla.train.evaluation import (
+    Evaluation,
+    abstract_arrays,
+    batch_loss,
+    make_evaluation,
+    sum_types,
+    told,
+    totals_for,
+)
+from moecc_backends.xla.train.gradients import Arrays, BatchLoss, Outputs, batch_types
+from moecc_backends.xla.train.guard import Guard
+from moecc_backends.xla.train.optimizer import Optimizer
+from moecc_backends.xla.train.shardings import StepShardings, step_shardings
 
-State = tuple[Tree, Any]
-"""Parameters by name, and the state of the optimiser."""
-
-Step = Callable[[State, Tree], tuple[State, dict[str, jax.Array]]]
-
-Gradients = Callable[[Tree, Tree], tuple[Tree, dict[str, jax.Array]]]
-"""``(params, inputs) → (gradients, metrics)``."""
+State = dict[str, Any]
+"""``params`` and ``bias`` by name, ``moments`` by kind and name, ``guard``, ``step``."""
 
 
-def gradient_function(loss: Loss) -> Gradients:
-    """Return ``(params, inputs) → (gradients, metrics)`` of one batch."""
-    return jax.grad(loss, has_aux=True)
+@dataclass(frozen=True)
+class TrainStep:
+    """A compiled step of training, and where its state lies.
+
+    Attributes:
+      graph: of a micro-batch.
+      spec: what decides the step besides.
+      where: how and where it is lowered.
+      evaluation: of the same parameters, if there is one.
+    """
+
+    graph: Graph
+    spec: StepSpec
+    where: StepShardings
+    evaluation: Evaluation | None = None
+
+    # --- what there is
+
+    @cached_property
+    def section(self) -> OptimizerSection:
+        """The optimiser's part of the recipe."""
+        assert self.spec.optimizer is not None, "a step of training has an optimiser"
+        return self.spec.optimizer
+
+    @cached_property
+    def settings(self) -> dict[str, ParamSettings]:
+        """How each parameter is trained, by its name in the graph."""
+        return parameter_settings(self.graph, self.section)
+
+    @cached_property
+    def trained(self) -> tuple[str, ...]:
+        """The parameters that have a gradient."""
+        return tuple(n for n, s in self.settings.items() if s.trained)
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """The optimiser, of what is trained."""
+        types = {n: self.graph.params[n].type for n in self.trained}
+        return Optimizer(self.section, types, {n: self.settings[n] for n in self.trained})
+
+    @cached_property
+    def guard(self) -> Guard | None:
+        """The guard, if there is one."""
+        return None if self.spec.guard is None else Guard(self.spec.guard)
+
+    @cached_property
+    def loss(self) -> BatchLoss:
+        """The loss of a batch on one device."""
+        return batch_loss(self.graph, self.spec, self.where)
+
+    # --- the state
+
+    def init(self, params: Mapping[str, Any]) -> State:
+        """Return the state before the first step, where it belongs.
+
+        Args:
+          params: by the names of the graph; those of this process's devices, or whole.
+
+        Raises:
+          InputError: a parameter is missing.
+        """
+        missing = [n for n in self.settings if n not in params]
+        if missing:
+            raise InputError("a parameter is missing", expected=", ".join(missing[:5]))
+        kinds = self.abstract_state["params"]
+        placed = {n: jax.device_put(jnp.asarray(params[n], kinds[n].dtype), kinds[n].sharding)
+                  for n in self.settings}  # fmt: skip
+        out = jax.tree.map(lambda a: a.sharding, self.abstract_state)
+        made: State = jax.jit(self._initial, out_shardings=out)(placed)
+        return made
+
+    def _initial(self, params: Arrays) -> State:
+        trained = {n: params[n] for n in self.trained}
+        return {
+            "params": dict(params),
+            "moments": self.optimizer.init(trained),
+            "bias": {},
+            "guard": {} if self.guard is None else self.guard.init(),
+            "step": jnp.zeros((), jnp.int32),
+        }
+
+    @cached_property
+    def abstract_state(self) -> State:
+        """The shapes, types and shardings of the state."""
+        params = {n: self._abstract_param(n) for n in self.settings}
+        made = jax.eval_shape(self._initial, params)
+        whole = self.where.whole
+        state: State = jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, whole), made)
+        state["params"] = params
+        for kind, types in self.optimizer.moment_types.items():
+            state["moments"][kind] = {n: self._abstract_moment(n, t) for n, t in types.items()}
+        return state
+
+    def _abstract_param(self, name: str) -> jax.ShapeDtypeStruct:
+        value = self.graph.params[name]
+        kind = self.spec.weight_dtype.numpy
+        return abstract_array(value.type.shape, kind, self.where.param(value))
+
+    def _abstract_moment(self, name: str, type: TensorType) -> jax.ShapeDtypeStruct:
+        """Return a moment, sharded along the axes that it has of its parameter."""
+        own, param = self.graph.params[name].type, self._abstract_param(name)
+        sharding = param.sharding
+        if isinstance(sharding, NamedSharding):
+            parts = dict(zip(own.names, [*sharding.spec, *[None] * own.rank], strict=False))
+            sharding = NamedSharding(sharding.mesh, partition_spec(*map(parts.get, type.names)))
+        return abstract_array(type.shape, param.dtype, sharding)
+
+    @cached_property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes, types and shardings of a batch: the graph's inputs, and the targets."""
+        return abstract_arrays(batch_types(self.graph), self.spec, self.where)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `step` takes, abstractly."""
+        key = abstract_array((), jax.random.key(0).dtype, self.where.whole)
+        rate = abstract_array((), np.dtype("float32"), self.where.whole)
+        return self.abstract_state, self.abstract_batch, key, rate
+
+    # --- the step
+
+    @cached_property
+    def function(self) -> Any:
+        """The jitted step ``(state, batch, key, rate) → (state, metrics)``; it takes the state."""
+        kept = jax.tree.map(lambda a: a.sharding, self.abstract_state)
+        return jax.jit(self.pure, donate_argnums=(0,), out_shardings=(kept, None))
+
+    def step(
+        self, state: State, batch: Arrays, key: jax.Array, rate: jax.Array | float
+    ) -> tuple[State, Outputs]:
+        """Return the state after a step, and metrics; the state that is given is used up.
+
+        Args:
+          state: as `init` returns it.
+          batch: the graph's inputs, but for a key, and the targets ``[batch, seq]``, −1 for none.
+          key: of all that is random in this step.
+          rate: the learning rate.
+        """
+        made: tuple[State, Outputs] = self.function(
+            state, batch, key, jnp.asarray(rate, jnp.float32)
+        )
+        return made
+
+    def evaluate(self, params: Arrays, batch: Arrays, key: jax.Array | None = None) -> Outputs:
+        """Return the metrics of a batch in evaluation; see `Evaluation.evaluate`."""
+        assert self.evaluation is not None, "make_train_step was given the graph of evaluation"
+        return self.evaluation.evaluate(params, batch, key)
+
+    @staticmethod
+    def model_params(state: State) -> dict[str, jax.Array]:
+        """Return all parameters of the graph: those that are trained, frozen, and biases."""
+        return {**state["params"], **state["bias"]}
+
+    def pure(
+        self, state: State, batch: Arrays, key: jax.Array, rate: jax.Array
+    ) -> tuple[State, Outputs]:
+        """Return what `step` returns, as a function to trace."""
+        params = state["params"]
+        trained = {n: params[n] for n in self.trained}
+        fixed = {n: a for n, a in params.items() if n not in trained}
+        slopes, sums = self._gradients(trained, fixed, batch, key)
+        norm = _norm(slopes)
+        clipped = self._clipped(slopes, norm)
+        made, moments = self.optimizer.directions(clipped, state["moments"], trained)
+        moved = {n: self._moved(n, trained[n], d, rate) for n, d in made.items()}
+        metrics = {**told(sums), "gradient_norm": norm, "rate": rate}
+        after = {**state, "params": {**params, **moved}, "moments": moments}
+        if self.guard is not None:
+            ok, guard, more = self.guard(state["guard"], metrics["loss"], norm)
+            after = jax.tree.map(lambda a, b: jnp.where(ok, a, b), after, state)
+            after["guard"] = guard
+            metrics |= more
+        return {**after, "step": state["step"] + 1}, metrics
+
+    def _gradients(
+        self, trained: Arrays, fixed: Arrays, batch: Arrays, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], Outputs]:
+        graph = self.graph
+        types = {n: graph.params[n].type for n in self.settings}
+        own = {n: types[n] for n in trained}
+        rest = {n: types[n] for n in fixed}
+        totals = totals_for(graph, batch, self.spec)
+        given = (own, rest, {**batch_types(graph), **dict.fromkeys(totals)}, None)
+        run = self.where.mapped(self.loss.gradients, given, (own, sum_types(graph)))
+        made: tuple[dict[str, jax.Array], Outputs] = run(trained, fixed, {**batch, **totals}, key)
+        return made
+
+    def _clipped(self, slopes: Arrays, norm: jax.Array) -> Arrays:
+        if not self.section.clip:
+            return slopes
+        factor = self.section.clip / jnp.maximum(norm, self.section.clip)
+        return {n: g * factor.astype(g.dtype) for n, g in slopes.items()}
+
+    def _moved(
+        self, name: str, param: jax.Array, direction: jax.Array, rate: jax.Array
+    ) -> jax.Array:
+        settings = self.settings[name]
+        if settings.decay:
+            direction = direction + settings.decay * param
+        return param - (rate * settings.rate).astype(param.dtype) * direction.astype(param.dtype)
 
 
-def apply_update(update: Any, state: State, gradients: Tree) -> State:
-    """Return parameters and optimiser state after one update.
+def _norm(slopes: Arrays) -> jax.Array:
+    """Return the norm of all gradients together, in float32 at least."""
+    squares = [
+        jnp.sum(jnp.square(g.astype(jnp.promote_types(g.dtype, jnp.float32))))
+        for g in slopes.values()
+    ]
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+
+
+def make_train_step(
+    graph: Graph, spec: StepSpec, devices: Devices, evaluation: Graph | None = None
+) -> TrainStep:
+    """Return the step of `graph` over `devices`, which its mesh has as many of.
 
     Args:
-      update: what `optimizer` returns.
-      state: the parameters, and the state of the optimiser.
-      gradients: by name, as the parameters.
+      graph: of a micro-batch, for training with its losses.
+      spec: what decides the step besides.
+      devices: in the order of the mesh.
+      evaluation: the graph of a micro-batch in evaluation.
+
+    Raises:
+      InputError: the mesh or micro-batches cut a group of tokens, or the graph cannot be trained.
     """
-    params, moments = state
-    changes, moments = update.update(gradients, moments, params)
-    return jax.tree.map(jnp.add, params, changes), moments
-
-
-def train_step(model: Model, update: Any) -> Step:
-    """Return the step ``(state, inputs) → (state, metrics)`` of `model` under an optimiser.
-
-    Args:
-      model: the model with its losses, see `loss_function`.
-      update: what `optimizer` returns.
-    """
-    gradients_of = gradient_function(loss_function(model))
-
-    def step(state: State, inputs: Tree) -> tuple[State, dict[str, jax.Array]]:
-        gradients, metrics = gradients_of(state[0], inputs)
-        return apply_update(update, state, gradients), metrics
-
-    return step
+    check_trainable(graph)
+    judge = None if evaluation is None else make_evaluation(evaluation, spec, devices)
+    return TrainStep(graph, spec, step_shardings(graph, spec, devices), judge)

@@ -1,0 +1,101 @@
+"""The checkpoints of a run: saved under the names of the model, begun from whatever is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moecc.checkpoint.run.layout import PARAMS, best_step, saved_steps
+from moecc.checkpoint.run.state import StateReader, array_key
+from moecc.errors import InputError
+from moecc.ir.graph import Graph
+from moecc.train.events import Saved
+from moecc.train.position import Position
+from moecc.types.dtypes import DTYPES
+from moecc_backends.xla.train.saving import Saver
+from moecc_backends.xla.train.tensors import Slot, Tensors, restore, slots_of, to_tensors
+
+
+@dataclass
+class RunCheckpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+      run: the folder.
+      graph: the program's; the weights of its parameters are over tensors of the state.
+      abstract: the program's state, as shapes, types and shardings.
+      start: makes the state before the first step, where nothing is saved yet.
+      saver: writes.
+      recipe: the digest of the recipe.
+    """
+
+    run: Path
+    graph: Graph
+    abstract: Any
+    start: Callable[[], tuple[Any, Position]]
+    saver: Saver
+    recipe: str
+
+    @cached_property
+    def _slots(self) -> list[Slot]:
+        return slots_of(self.graph, self.abstract)
+
+    @cached_property
+    def _tensors(self) -> Callable[[Any], Tensors]:
+        return to_tensors(self._slots)
+
+    def begin(self) -> tuple[Any, Position, float | None]:
+        """Return state, position and best held-out loss of the last checkpoint, or the start.
+
+        Raises:
+          InputError: the checkpoint cannot be read, or is not of this model.
+        """
+        steps = saved_steps(self.run)
+        if not steps:
+            return (*self.start(), None)
+        state = restore(self._slots, StateReader(steps[-1].state).read, self.abstract)
+        best = best_step(steps)
+        return state, position_of(steps[-1].facts), None if best is None else best.loss
+
+    def save(self, state: Any, at: Position, loss: float | None) -> list[Saved]:
+        """Begin to save; return what is complete since. Raises MachineError."""
+        tensors = self._tensors(state)
+        facts = {
+            "recipe": self.recipe, "tokens": at.tokens, "left_out": list(at.left_out),
+            "loss": loss, "tensors": _listed(tensors),
+        }  # fmt: skip
+        return self.saver.save(at.step, tensors, facts)
+
+    def finished(self) -> list[Saved]:
+        """Return what is complete since. Raises MachineError."""
+        return self.saver.finished()
+
+    def wait(self) -> list[Saved]:
+        """Wait until nothing is being saved; return what is complete since. Raises MachineError."""
+        return self.saver.wait()
+
+
+def position_of(facts: Mapping[str, Any]) -> Position:
+    """Return the position that a ``step.json`` states.
+
+    Raises:
+      InputError: it states none.
+    """
+    step, tokens, gone = facts.get("step"), facts.get("tokens"), facts.get("left_out")
+    if not isinstance(step, int) or not isinstance(tokens, int) or not isinstance(gone, list):
+        raise InputError("step.json does not say where the run was", where=f"step {step}")
+    return Position(step, tokens, tuple(gone))
+
+
+def _listed(tensors: Tensors) -> dict[str, dict[str, object]]:
+    """Return types and shapes of the parameters, by their names."""
+    prefix = array_key(PARAMS, "")
+    names = {d.numpy: d.name for d in DTYPES.values() if d.kind != "key"}
+    return {
+        key.removeprefix(prefix): {"dtype": names[array.dtype], "shape": list(array.shape)}
+        for key, array in sorted(tensors.items())
+        if key.startswith(prefix)
+    }

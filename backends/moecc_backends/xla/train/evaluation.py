@@ -1,0 +1,153 @@
+"""Evaluation of a graph: sums over a batch, of which losses over many batches are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moecc.ir.graph import Graph
+from moecc.steps.head import LOGITS, check_trainable
+from moecc.steps.metrics import finished
+from moecc.steps.micro import rows_together
+from moecc.steps.spec import StepSpec
+from moecc.steps.totals import counted, totals_of
+from moecc.types.tensor import TensorType
+from moecc_backends.xla.trace.typed_jax import Devices, abstract_array
+from moecc_backends.xla.train.gradients import (
+    AUXILIARY,
+    LOSS_SUM,
+    SUMS,
+    TOKENS,
+    Arrays,
+    BatchLoss,
+    Outputs,
+    batch_types,
+)
+from moecc_backends.xla.train.shardings import StepShardings, size_of, step_shardings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A compiled evaluation.
+
+    Attributes:
+      graph: of a micro-batch, in evaluation.
+      spec: what decides the step besides.
+      where: how and where it is lowered.
+    """
+
+    graph: Graph
+    spec: StepSpec
+    where: StepShardings
+
+    @cached_property
+    def function(self) -> Any:
+        """The jitted ``(params, batch, key) → metrics``."""
+        return jax.jit(self.pure)
+
+    @cached_property
+    def loss(self) -> BatchLoss:
+        """The loss of a batch on one device."""
+        return batch_loss(self.graph, self.spec, self.where)
+
+    def evaluate(self, params: Arrays, batch: Arrays, key: jax.Array | None = None) -> Outputs:
+        """Return metrics of a batch, and the sums ``loss.sum``, ``hits`` and ``tokens``.
+
+        Args:
+          params: all parameters of the graph, by name.
+          batch: the graph's inputs, but for a key, and the targets ``[batch, seq]``, −1 for none.
+          key: of what is random in evaluation, as policies may be; one that is fixed by default.
+        """
+        key = jax.random.key(0) if key is None else key
+        made: Outputs = self.function({n: params[n] for n in self._params}, dict(batch), key)
+        return made
+
+    @cached_property
+    def _params(self) -> tuple[str, ...]:
+        return tuple(n for n, v in self.graph.params.items() if v.users)
+
+    def pure(self, params: Arrays, batch: Arrays, key: jax.Array) -> Outputs:
+        """Return what `evaluate` returns, as a function to trace."""
+        graph = self.graph
+        types = {n: graph.params[n].type for n in self._params}
+        totals = totals_for(graph, batch, self.spec)
+        given = (types, {**batch_types(graph), **dict.fromkeys(totals)}, None)
+        run = self.where.mapped(self.loss.values, given, sum_types(graph))
+        sums: Outputs = run(params, {**batch, **totals}, key)
+        return {**told(sums), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
+
+
+def make_evaluation(graph: Graph, spec: StepSpec, devices: Devices) -> Evaluation:
+    """Return the evaluation of `graph` over `devices`.
+
+    Raises:
+      InputError: the mesh or micro-batches cut a group of tokens, or the graph has no logits.
+    """
+    check_trainable(graph)
+    return Evaluation(graph, spec, step_shardings(graph, spec, devices))
+
+
+def batch_loss(graph: Graph, spec: StepSpec, where: StepShardings) -> BatchLoss:
+    """Return the loss of a batch on one device.
+
+    Raises:
+      InputError: micro-batches cut a group of tokens.
+    """
+    batch = {v.type["batch"].size for v in graph.inputs.values() if "batch" in v.type}
+    sizes = {n: s // spec.micro_batches if n in batch else s for n, s in spec.sizes.items()}
+    return BatchLoss(
+        graph,
+        where.lowering,
+        spec.micro_batches,
+        rows_together(graph, sizes),
+        spec.output_z,
+        # The partitioner would reduce the gradients of the head once a chunk.
+        spec.chunk_bytes if spec.layout is None else 1 << 62,
+        (spec.reduce_dtype or spec.dtype).numpy,
+    )
+
+
+def totals_for(graph: Graph, batch: Arrays, spec: StepSpec) -> Outputs:
+    """Return the totals of a batch that the graph of a micro-batch takes."""
+    found = totals_of(graph).items()
+    return {n: jnp.asarray(counted(t, batch, spec.micro_batches), jnp.float32) for n, t in found}
+
+
+def sum_types(graph: Graph) -> dict[str, TensorType | None]:
+    """Return the types of the sums over a batch; None for what every device has."""
+    outputs = {n: v.type for n, v in graph.outputs.items() if n != LOGITS}
+    return {**outputs, **dict.fromkeys(SUMS)}
+
+
+def told(sums: Outputs) -> Outputs:
+    """Return the metrics of a step, made of sums over its batch."""
+    metrics = {n: a for n, a in finished(sums).items() if n not in SUMS}
+    count = jnp.maximum(sums[TOKENS], 1).astype(sums[LOSS_SUM].dtype)
+    entropy = sums[LOSS_SUM] / count
+    loss = entropy + sums.get(AUXILIARY, 0.0)
+    return {
+        **metrics,
+        "loss": loss,
+        "loss.cross_entropy": entropy,
+        "loss.output_z": sums["output_z"] / count,
+        "accuracy": sums["hits"] / count,
+        TOKENS: sums[TOKENS],
+    }
+
+
+def abstract_arrays(
+    types: Mapping[str, TensorType], spec: StepSpec, where: StepShardings
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return arrays of inputs and targets, abstractly."""
+    made = {}
+    for name, type in types.items():
+        kind = {"float": spec.dtype.numpy, "bool": np.dtype(bool)}.get(type.dtype.kind)
+        shape = tuple(size_of(a, spec.sizes) for a in type.axes)
+        made[name] = abstract_array(shape, kind or np.dtype("int32"), where.along(type))
+    return made

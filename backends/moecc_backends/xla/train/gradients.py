@@ -1,0 +1,233 @@
+"""Loss and gradients of a batch: micro-batches one after the other, added before devices add.
+
+Everything is a sum: over the tokens of a chunk, the micro-batches, the devices that share a batch.
+What a mean is taken over is known of the whole batch beforehand, so that neither micro-batches nor
+a mesh change a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moecc.errors import InputError
+from moecc.ir.graph import Graph, Value
+from moecc.ir.mesh import Mesh
+from moecc.steps.head import LOGITS, Head, split_head
+from moecc.steps.totals import totals_of
+from moecc.types.dtypes import I32, KEY
+from moecc.types.tensor import TensorType
+from moecc_backends.xla.lower.function import finalize_output
+from moecc_backends.xla.trace.typed_jax import psum
+from moecc_backends.xla.trace.values import Named
+from moecc_backends.xla.train.loss import IGNORED, TARGETS, HeadLoss, LoweringConfig
+
+Arrays = Mapping[str, jax.Array]
+Outputs = dict[str, jax.Array]
+
+AUXILIARY = "loss.auxiliary"
+"""The output that `add-losses` makes of all the losses of routers."""
+
+LOSS_SUM, TOKENS = "loss.sum", "tokens"
+"""The sum of the losses of tokens, in nats, and the tokens that have a target."""
+
+SUMS = (LOSS_SUM, "output_z", "hits", TOKENS)
+"""Sums over the targets of a batch, and their number, beside the outputs of the graph."""
+
+Gradients = Callable[..., tuple[dict[str, jax.Array], Outputs]]
+"""``(trained, fixed, inputs, key)`` → gradients by name, and sums over the batch."""
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of a graph over a batch, on the shards of one device.
+
+    Attributes:
+      graph: of a micro-batch.
+      lowering: how and where it is lowered.
+      micro_batches: how many there are.
+      rows: sequences that stay together: those of a token group, one at least.
+      output_z: the coefficient of the z-loss of the output's softmax.
+      chunk_bytes: of the logits of a chunk, about.
+      reduce_dtype: the type in which gradients are added and reduced; None for their own.
+    """
+
+    graph: Graph
+    lowering: LoweringConfig
+    micro_batches: int = 1
+    rows: int = 1
+    output_z: float = 0.0
+    chunk_bytes: int = 1 << 62
+    reduce_dtype: Any = None
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh whose shards arrays are."""
+        return None if self.lowering.view is None else self.lowering.view.mesh
+
+    def gradients(
+        self, trained: Arrays, fixed: Arrays, inputs: Arrays, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], Outputs]:
+        """Return the gradients of a batch, reduced over devices, and its sums.
+
+        Args:
+          trained: the parameters that have a gradient.
+          fixed: the others.
+          inputs: of the graph but for its key, and the targets.
+          key: of all that is random in the batch.
+        """
+        over = self._batch_axes
+        view = self.lowering.fresh()
+        apart = {n: view.varying(a, over - self._own(n)) for n, a in trained.items()}
+        total = self._targets(inputs[TARGETS])
+
+        def of_part(part: Arrays, number: jax.Array | int) -> tuple[Any, Outputs]:
+            loss = partial(self._loss, fixed=fixed, inputs=part, total=total,
+                           key=jax.random.fold_in(key, number))  # fmt: skip
+            slopes, sums = jax.grad(loss, has_aux=True)(apart)
+            return self._narrow(slopes), sums
+
+        slopes, sums = self._over_parts(of_part, inputs)
+        reduced = {n: self._reduced(g, trained[n], n) for n, g in slopes.items()}
+        return reduced, {**sums, TOKENS: total}
+
+    def values(self, params: Arrays, inputs: Arrays, key: jax.Array) -> Outputs:
+        """Return the sums of a batch, without gradients."""
+        total = self._targets(inputs[TARGETS])
+
+        def of_part(part: Arrays, number: jax.Array | int) -> Outputs:
+            folded = jax.random.fold_in(key, number)
+            return self._loss({}, fixed=params, inputs=part, total=total, key=folded)[1]
+
+        return {**self._over_parts(of_part, inputs), TOKENS: total}
+
+    def _over_parts(self, of_part: Callable[..., Any], inputs: Arrays) -> Any:
+        """Return the sum of what `of_part` makes of the micro-batches."""
+        if self.micro_batches == 1:
+            return of_part(inputs, 0)
+        totals = {n: a for n, a in inputs.items() if n in totals_of(self.graph)}
+        parts = {n: self._cut(n, a) for n, a in inputs.items() if n not in totals}
+        first = {n: a[0] for n, a in parts.items()}
+        rest = {n: a[1:] for n, a in parts.items()}
+
+        def add(total: Any, part: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+            made = of_part({**part[0], **totals}, part[1])
+            return jax.tree.map(jnp.add, total, made), None
+
+        numbers = jnp.arange(1, self.micro_batches)
+        total, _ = jax.lax.scan(add, of_part({**first, **totals}, 0), (rest, numbers))
+        return total
+
+    def _loss(
+        self, trained: Arrays, *, fixed: Arrays, inputs: Arrays, total: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Outputs]:
+        """Return what a micro-batch adds to the loss, and its sums."""
+        graph, head = self.graph, self._head
+        params = {**fixed, **trained}
+        arrays = {v: key if v.type.dtype == KEY else inputs[n] for n, v in graph.inputs.items()}
+        arrays |= {v: params[n] for n, v in graph.params.items() if v.users}
+        values = self.lowering.lower(head.trunk, arrays)
+        hidden, weights = (
+            tuple(arrays[v] if v in arrays else values[v].to(v.type.names).array for v in group)
+            for group in (head.hidden, head.weights)
+        )
+        of_head = HeadLoss(head, self.lowering, self.output_z, self.chunk_bytes)
+        summed, sums = of_head(hidden, weights, inputs[TARGETS])
+        summed, sums = self._everywhere((summed, sums))
+        outputs = {n: self._settled(values[v], v) for n, v in graph.outputs.items() if n != LOGITS}
+        loss = summed / jnp.maximum(total, 1).astype(summed.dtype)
+        return loss + outputs.get(AUXILIARY, 0.0), {**outputs, **sums}
+
+    # --- what lies where
+
+    @property
+    def _head(self) -> Head:
+        return split_head(self.graph)
+
+    @property
+    def _batch_axes(self) -> frozenset[str]:
+        """The mesh axes along which devices have sequences of their own."""
+        return frozenset(
+            m for v in self.graph.inputs.values() if "batch" in v.type for m in v.type["batch"].mesh
+        )
+
+    def _own(self, name: str) -> frozenset[str]:
+        """Return the mesh axes over which a parameter is sharded."""
+        return frozenset(m for a in self.graph.params[name].type.axes for m in a.mesh)
+
+    def _everywhere(self, local: Any) -> Any:
+        """Return the sums over the devices that have tokens of their own."""
+        if self.mesh is None:
+            return local
+        axes = tuple(sorted(token_axes(self._head.logits.type)))
+        view = self.lowering.fresh()
+        return jax.tree.map(lambda a: psum(view.varying(a, frozenset(axes)), axes), local)
+
+    def _settled(self, value: Named, declared: Value) -> jax.Array:
+        return self.lowering.fresh().settled(finalize_output(value, declared), declared.type)
+
+    def _targets(self, targets: jax.Array) -> jax.Array:
+        """Return the number of targets of the whole batch."""
+        found: jax.Array = self._everywhere(jnp.sum(targets != IGNORED))
+        return found
+
+    def _narrow(self, slopes: Any) -> Any:
+        if self.reduce_dtype is None:
+            return slopes
+        return jax.tree.map(lambda g: g.astype(self.reduce_dtype), slopes)
+
+    def _reduced(self, slope: jax.Array, param: jax.Array, name: str) -> jax.Array:
+        axes = tuple(sorted(self._batch_axes - self._own(name)))
+        if self.mesh is not None and axes:
+            slope = psum(slope, axes)
+        return slope.astype(param.dtype)
+
+    def _cut(self, name: str, array: jax.Array) -> jax.Array:
+        """Return ``[micro-batch, …]``: token groups in turn, so that a mesh does not matter.
+
+        Raises:
+          InputError: micro-batches would cut token groups.
+        """
+        at = self._types[name].names.index("batch")
+        array = jnp.moveaxis(array, at, 0)
+        batch = array.shape[0]
+        together = self.micro_batches * self.rows
+        if batch % together:
+            raise InputError(
+                "micro-batches hold whole token groups",
+                where=f"the batch on a device, {batch} sequences",
+                expected=f"a multiple of {self.micro_batches} micro-batches × {self.rows}",
+                found=str(batch),
+            )
+        shape = (batch // together, self.micro_batches, self.rows, *array.shape[1:])
+        turned = jnp.moveaxis(array.reshape(shape), 1, 0)
+        parts = turned.reshape(self.micro_batches, batch // self.micro_batches, *array.shape[1:])
+        return jnp.moveaxis(parts, 1, at + 1)
+
+    @property
+    def _types(self) -> dict[str, TensorType]:
+        """The types of what a batch holds."""
+        return batch_types(self.graph)
+
+
+def token_axes(logits: TensorType) -> frozenset[str]:
+    """Return the mesh axes along which devices have tokens of their own."""
+    return frozenset(m for a in logits.axes if a.name != "vocab" for m in a.mesh)
+
+
+def input_types(graph: Graph) -> dict[str, TensorType]:
+    """Return the types of the inputs of `graph`, but for its key."""
+    return {n: v.type for n, v in graph.inputs.items() if v.type.dtype != KEY}
+
+
+def batch_types(graph: Graph) -> dict[str, TensorType]:
+    """Return the types of what a batch of `graph` holds: targets, and inputs but key and totals."""
+    logits, totals = graph.outputs[LOGITS].type, totals_of(graph)
+    targets = logits.with_dtype(I32).with_axes(a for a in logits.axes if a.name != "vocab")
+    inputs = {n: t for n, t in input_types(graph).items() if n not in totals}
+    return {**inputs, TARGETS: targets}

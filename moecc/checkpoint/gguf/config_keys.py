@@ -1,0 +1,105 @@
+"""Translate config.json to the metadata of a GGUF file, or say what the format cannot state.
+
+The reverse of `moecc.checkpoint.gguf.config`.  Beside the keys, an architecture fixes what
+llama.cpp computes: full attention, SiLU, and whether gates are renormalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moecc.checkpoint.gguf.encode import Key, Written
+from moecc.checkpoint.gguf.names import GgufExperts, GgufFamily
+from moecc.checkpoint.gguf.rope import rope_keys, rope_misfits
+from moecc.errors import Problem
+
+Config = Mapping[str, Any]
+"""The content of config.json, as a typed config wrote it."""
+
+
+def config_keys(architecture: str, family: GgufFamily, config: Config) -> list[Key]:
+    """Return the keys of `architecture` for a config that `misfits` does not object to."""
+    heads, head_dim = config["num_attention_heads"], config["head_dim"]
+    values: dict[str, Written] = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.dimension_count": head_dim,
+        "vocab_size": config["vocab_size"],
+        **rope_keys(config),
+        **(_experts(family.experts, config) if family.experts else {}),
+    }
+    return [Key(f"{architecture}.{name}", value) for name, value in values.items()]
+
+
+def _experts(experts: GgufExperts, config: Config) -> dict[str, Written]:
+    values: dict[str, Written] = {
+        "expert_count": config["num_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+    }
+    if experts.width_key:
+        values["expert_feed_forward_length"] = config["moe_intermediate_size"]
+    if experts.shared:
+        values["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
+    return values
+
+
+def misfits(architecture: str, family: GgufFamily, config: Config) -> Iterator[Problem]:
+    """Yield why llama.cpp would not compute the model of `config` from such a file."""
+    place = f"gguf:{architecture}"
+    if config["hidden_act"] != "silu":
+        what = "llama.cpp computes SiLU in this architecture, whatever the config says"
+        yield Problem(what, place, "silu", f"the activation {config['hidden_act']}")
+    if config.get("attention_bias") and not family.output_bias:
+        what = "llama.cpp refuses a bias of the attention's output projection here"
+        yield Problem(what, place, "no bias", "a bias of the output projection")
+    window = _window(config)
+    if window is not None and window < config["max_position_embeddings"]:
+        what = "llama.cpp has no sliding window in this architecture"
+        hint = "texts no longer than the window are the same: lower max_position_embeddings to it"
+        yield Problem(what, place, "none", f"a window of {window:,} tokens", hint)
+    scaled = "scaled rotary positions"
+    yield from (
+        Problem(what, place, found=scaled, hint=hint) for what, hint in rope_misfits(config, family)
+    )
+    if family.experts is not None:
+        yield from _expert_misfits(place, family.experts, config)
+
+
+def _window(config: Config) -> int | None:
+    if config.get("use_sliding_window") is False:
+        return None
+    found = config.get("sliding_window")
+    return found if isinstance(found, int) else None
+
+
+def _expert_misfits(place: str, experts: GgufExperts, config: Config) -> Iterator[Problem]:
+    norm = config.get("norm_topk_prob", True)
+    everyone = config["num_experts"] == config["num_experts_per_tok"]
+    if norm != experts.renormalises and not everyone:
+        does = "divides" if experts.renormalises else "does not divide"
+        hint = "upcycle with gates=softmax router-init=zero" if norm else "upcycle with its default"
+        what = f"llama.cpp {does} the chosen gates by their sum in this architecture"
+        found = "renormalised gates" if norm else "gates that are not renormalised"
+        yield Problem(what, place, found=found, hint=hint)
+    dense = _dense_layers(config)
+    leading = dense == list(range(len(dense)))
+    if dense and not (experts.leading_dense and leading):
+        allowed = "after the first ones " if experts.leading_dense else ""
+        what = f"llama.cpp refuses a dense layer {allowed}in a file with experts"
+        shown = ", ".join(map(str, dense[:8])) + (" …" if len(dense) > 8 else "")
+        found = f"dense layers among sparse ones: {shown}"
+        yield Problem(what, place, "experts in every layer", found)
+
+
+def _dense_layers(config: Config) -> Sequence[int]:
+    step, listed = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    layers = range(config["num_hidden_layers"])
+    return [n for n in layers if (n + 1) % step or n in listed]

@@ -1,0 +1,156 @@
+"""The layout of a run folder, and the steps that it holds.
+
+::
+
+    recipe.toml      everything that decides the run, defaults included
+    lineage.json     source, pipeline, recipe and data, with their digests
+    graph.moe        the model; its parameters are tensors of the state, by their own names
+    source/          config, tokenizer and licences of the source, and its manifest
+    metrics.jsonl    what was measured, a line an event
+    steps/N/state/   parameters, moments and counters after N steps, as Orbax writes them
+    steps/N/step.json    written last: a step without it is not complete
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moecc.checkpoint.jsonfile import read_json_object
+from moecc.errors import InputError, nearest
+
+RECIPE, LINEAGE, GRAPH, SOURCE = "recipe.toml", "lineage.json", "graph.moe", "source"
+METRICS, SPEED, STEPS = "metrics.jsonl", "speed.jsonl", "steps"
+STATE, STEP = "state", "step.json"
+
+STEP_SCHEMA = "moecc.step/1"
+LINEAGE_SCHEMA = "moecc.lineage/1"
+PARAMS = "params"
+"""The part of a state that holds the parameters."""
+
+BEST, LAST = "best", "last"
+_MAX_JSON_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """A complete checkpoint of a run.
+
+    Attributes:
+      number: steps done.
+      folder: ``steps/N``.
+    """
+
+    number: int
+    folder: Path
+
+    @property
+    def state(self) -> Path:
+        """The folder of the arrays."""
+        return self.folder / STATE
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """The content of ``step.json``. Raises InputError if it is not of this version."""
+        path = self.folder / STEP
+        found = read_json_object(path, limit_bytes=_MAX_JSON_BYTES)
+        if found.get("schema") != STEP_SCHEMA or found.get("step") != self.number:
+            raise InputError(
+                "the step is of another version of moecc, or was moved",
+                where=str(path),
+                expected=f'"schema": "{STEP_SCHEMA}", "step": {self.number}',
+                found=f'"schema": {found.get("schema")!r}, "step": {found.get("step")!r}',
+            )
+        return found
+
+    @property
+    def loss(self) -> float | None:
+        """The held-out loss at this step, if it was evaluated then."""
+        loss = self.facts.get("loss")
+        return float(loss) if isinstance(loss, int | float) else None
+
+
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is the run of a training."""
+    folder = Path(path)
+    return (folder / GRAPH).is_file() and (folder / LINEAGE).is_file()
+
+
+def split_reference(text: str) -> tuple[str, str] | None:
+    """Return folder and step of ``RUN``, ``RUN@best`` or ``RUN@1200``; None if it is no run."""
+    if is_run(text):
+        return text, LAST
+    folder, at, step = text.rpartition("@")
+    return (folder, step) if at and is_run(folder) else None
+
+
+def saved_steps(run: Path) -> list[SavedStep]:
+    """Return the complete checkpoints of a run, the last one last."""
+    steps = run / STEPS
+    if not steps.is_dir():
+        return []
+    names = [name for name in os.listdir(steps) if name.isdecimal() and str(int(name)) == name]
+    found = [SavedStep(int(name), steps / name) for name in names]
+    return sorted((s for s in found if (s.folder / STEP).is_file()), key=lambda s: s.number)
+
+
+def best_step(steps: list[SavedStep]) -> SavedStep | None:
+    """Return the step with the lowest held-out loss; None where none was evaluated."""
+    measured = [(loss, s.number, s) for s in steps if (loss := s.loss) is not None]
+    return min(measured)[2] if measured else None
+
+
+def choose_step(run: Path, which: str) -> SavedStep:
+    """Return a checkpoint of a run.
+
+    Args:
+      run: the folder.
+      which: ``last``, ``best``, or the number of a step.
+
+    Raises:
+      InputError: there is no such checkpoint.
+    """
+    steps = saved_steps(run)
+    numbers = ", ".join(str(s.number) for s in steps) or "none"
+    if not steps:
+        raise InputError(
+            "the run has no checkpoint yet", where=str(run), hint="moecc train --resume goes on"
+        )
+    if which == LAST:
+        return steps[-1]
+    if which == BEST:
+        found = best_step(steps)
+        if found is None:
+            raise InputError(
+                "no checkpoint of the run was evaluated", where=f"{run}@{BEST}",
+                hint=f"its steps: {numbers}",
+            )  # fmt: skip
+        return found
+    chosen = next((s for s in steps if str(s.number) == which), None)
+    if chosen is None:
+        names = [BEST, LAST, *(str(s.number) for s in steps)]
+        raise InputError(
+            "the run has no such checkpoint", where=f"{run}@{which}",
+            expected=f"best, last, or one of the steps {numbers}", hint=nearest(which, names),
+        )  # fmt: skip
+    return chosen
+
+
+def read_lineage(run: Path) -> dict[str, Any]:
+    """Return the content of ``lineage.json``.
+
+    Raises:
+      InputError: it is missing, or of another version.
+    """
+    path = run / LINEAGE
+    found = read_json_object(path, limit_bytes=_MAX_JSON_BYTES)
+    if found.get("schema") != LINEAGE_SCHEMA:
+        raise InputError(
+            "the run is of a version that this moecc does not read", where=str(path),
+            expected=f'"schema": "{LINEAGE_SCHEMA}"', found=f'"schema": {found.get("schema")!r}',
+        )  # fmt: skip
+    return found

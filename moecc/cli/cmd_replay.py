@@ -1,0 +1,38 @@
+"""``moecc replay``: let a pipeline fail once more, from its reproducer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from moecc.cli.face import add_command
+
+
+@dataclass(frozen=True)
+class ReplayRequest:
+    """The arguments of ``moecc replay``."""
+
+    reproducer: Annotated[
+        str, typer.Argument(metavar="REPRODUCER", help="A .moe file that a failure left.")
+    ]
+
+
+def replay(request: ReplayRequest) -> None:
+    """Repeat a failure from its reproducer, and end with its message and exit code.
+
+    The passes of your own that it needs are beside it, and are run.
+    """
+    from moecc.cli.console import say
+    from moecc.tasks.replay import replay as repeat
+    from moecc.version import __version__
+
+    done = repeat(request.reproducer)
+    since = "" if done.moecc == __version__ else f"; it failed in moecc {done.moecc}"
+    say(f"nothing fails: {done.pipeline}{since}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(app, "replay", ReplayRequest, replay, "Example: moecc replay moecc-crash-1.moe")

@@ -1,0 +1,237 @@
+"""Export a graph as a GGUF file for llama.cpp: keys, and an expression for each tensor.
+
+The graph is first mapped onto the family of Hugging Face that the architecture of GGUF stands for,
+so that the file holds a model that is known to compute the graph; its tensors are then renamed,
+and the rows of queries and keys put in the order of llama.cpp's rotary embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moecc.checkpoint.gguf.blocks import require_package
+from moecc.checkpoint.gguf.config_keys import config_keys, misfits
+from moecc.checkpoint.gguf.encode import Key, storage_of
+from moecc.checkpoint.gguf.names import (
+    EMBEDDING,
+    GGUF_FAMILIES,
+    GGUF_MIXTURES,
+    HEAD,
+    ROPE_FACTORS,
+    GgufFamily,
+    gguf_name,
+    turned_projection,
+)
+from moecc.checkpoint.gguf.rope import rotary_divisors
+from moecc.checkpoint.gguf.storage import BY_NAME, Storage
+from moecc.checkpoint.writer import OutputTensor
+from moecc.errors import InputError, Problem, UsageError, nearest
+from moecc.families.configs import DecoderConfig
+from moecc.families.experts import expert_layers
+from moecc.families.export import export_graph
+from moecc.ir.graph import Graph
+from moecc.types.dtypes import F16, F32, F64, DType
+from moecc.types.tensor import tensor
+from moecc.weights.arithmetic import Add
+from moecc.weights.expr import Expr, Full
+from moecc.weights.movement import Concat, Index, Merge, Permute, Split
+from moecc.weights.simplify import simplify
+
+PREFIX = "gguf:"
+
+# Files of `llama` are of these dense families too; any other architecture has one.
+_DENSE_FAMILIES: Mapping[str, Sequence[str]] = {"llama": ("llama", "mistral")}
+# llama.cpp computes the sigmoid of a shared expert's gate as silu(x) / x, which is NaN for the
+# zeros that `upcycle` writes.  Added to any other weight this changes no bit.
+_ALMOST_ZERO = 1e-20
+# llama.cpp does not take the embedding for a missing output matrix here.
+_NEED_A_HEAD = ("qwen2moe",)
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """The content of a GGUF file.
+
+    Attributes:
+      architecture: ``general.architecture``.
+      family: its row in the table of architectures.
+      config: the typed config of the family of Hugging Face that the file is mapped onto.
+      keys: those of the architecture.
+      tensors: the tensors by their names in the file, in the order of the model.
+      tokenizer: the keys of the tokenizer, which do not depend on the graph.
+    """
+
+    architecture: str
+    family: GgufFamily
+    config: DecoderConfig
+    keys: list[Key]
+    tensors: list[tuple[str, Expr]]
+    tokenizer: list[Key] = field(default_factory=list)
+
+    @property
+    def config_json(self) -> dict[str, object]:
+        """The config of the family of Hugging Face."""
+        return self.config.to_json()
+
+
+def architecture_of(target: str) -> str | None:
+    """Return the architecture that a target ``gguf:ARCH`` names, or None for a family.
+
+    Raises:
+      UsageError: moecc writes no such architecture.
+    """
+    if not target.startswith(PREFIX):
+        return None
+    name = target.removeprefix(PREFIX)
+    known = architectures()
+    if name in known:
+        return name
+    raise UsageError(
+        f"unknown architecture of GGUF {name!r}",
+        expected=f"one of {', '.join(known)}",
+        hint=nearest(name, known),
+    )
+
+
+def architectures() -> tuple[str, ...]:
+    """Return the architectures that can be written."""
+    return tuple(dict.fromkeys((*GGUF_FAMILIES, *GGUF_MIXTURES)))
+
+
+def export_gguf(graph: Graph, architecture: str) -> GgufExport:
+    """Return `graph` as a GGUF file of `architecture`; no weight is read.
+
+    Raises:
+      InputError: the architecture cannot express the graph, or llama.cpp would compute another
+        function from it; all reasons.
+    """
+    sparse = bool(expert_layers(graph))
+    table = GGUF_MIXTURES if sparse else GGUF_FAMILIES
+    if architecture not in table:
+        kind = "mixtures of experts" if sparse else "dense models"
+        raise InputError(
+            f"there are no {kind} of the architecture {architecture}",
+            expected=f"one of {', '.join(table)}",
+            hint=None if sparse else "make some layers sparse first, with upcycle",
+        )
+    family = table[architecture]
+    names = [family.model_type] if sparse else _DENSE_FAMILIES.get(architecture)
+    config, tensors = _as_family(graph, names or [family.model_type])
+    stated = config.to_json()
+    if problems := list(misfits(architecture, family, stated)):
+        raise InputError(problems)
+    made = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}
+    if architecture in _NEED_A_HEAD:
+        made.setdefault(HEAD, made[EMBEDDING])
+    if (divisors := rotary_divisors(stated)) is not None:
+        made[ROPE_FACTORS] = _vector(divisors)
+    keys = config_keys(architecture, family, stated)
+    return GgufExport(architecture, family, config, keys, list(made.items()))
+
+
+def _as_family(graph: Graph, names: Sequence[str]) -> tuple[DecoderConfig, list[tuple[str, Expr]]]:
+    """Map `graph` onto the first of several families that can express it."""
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            export = export_graph(graph, name, layout="stacked")
+        except InputError as error:
+            problems.extend(error.problems)
+            continue
+        assert isinstance(export.config, DecoderConfig), "GGUF is written for decoders"
+        return export.config, export.tensors
+    raise InputError(problems)
+
+
+def _turned(name: str, made: Expr, family: GgufFamily, config: DecoderConfig) -> Expr:
+    """Return a tensor with rows and axes as the file stores them."""
+    experts = family.experts
+    if experts and experts.shared_gate and name.endswith(f".{experts.shared_gate}.weight"):
+        row = Index(made, made.type.names[0], 0)
+        return simplify(Add(row, Full(_ALMOST_ZERO, row.type.with_dtype(F32))))
+    turned = turned_projection(name) if family.pairs_neighbours else None
+    if turned is None:
+        return made
+    heads = config.num_attention_heads if turned == "q" else config.num_key_value_heads
+    return simplify(neighbours_from_halves(made, heads, config.head_dim))
+
+
+def neighbours_from_halves(made: Expr, heads: int, head_dim: int) -> Expr:
+    """Return the rows of a projection so that the rotary embedding rotates neighbours.
+
+    Row i of a head of Hugging Face becomes row 2i, and row i + head_dim / 2 row 2i + 1.
+    """
+    rows, *others = made.type.names
+    split = Split(made, rows, (("head", heads), ("half", 2), ("pair", head_dim // 2)))
+    ordered = Permute(split, ("head", "pair", "half", *others))
+    return Merge(ordered, ("head", "pair", "half"), rows)
+
+
+def _vector(values: Sequence[float]) -> Expr:
+    parts = tuple(Full(value, tensor(F32, pair=1)) for value in values)
+    return Concat(parts, "pair")
+
+
+def check_type(dtype: DType | Storage | None, architecture: str | None) -> None:
+    """Raise UsageError unless an output can be written in `dtype`.
+
+    Args:
+      dtype: an element type, the blocks of a GGUF file, or None for that of the source.
+      architecture: that of a GGUF file, or None for a folder.
+    """
+    if isinstance(dtype, Storage) and architecture is None:
+        what = f"only a GGUF file can hold {dtype.name.lower()}"
+        raise UsageError(what, hint=f"--to {PREFIX}{next(iter(GGUF_MIXTURES))} writes one")
+    if isinstance(dtype, DType) and architecture is not None and storage_of(dtype) is None:
+        raise UsageError(
+            "a GGUF file has no such element type",
+            expected=f"one of f32, f16, bf16, {', '.join(QUANTISED)}",
+            found=dtype.name,
+        )
+
+
+QUANTISED: Mapping[str, Storage] = {"q8_0": BY_NAME["Q8_0"]}
+"""The blocks that moecc quantises to, by the names of ``--dtype``."""
+
+
+def stored_as(name: str, made: Expr, dtype: DType, storage: Storage | None) -> OutputTensor:
+    """Return a tensor of a GGUF file in the type that llama.cpp wants of it.
+
+    Vectors and routers are float32, as every converter writes them.  Rows that are no whole blocks
+    are written in half precision.
+
+    Args:
+      name: its name in the file.
+      made: its expression.
+      dtype: the type of plain matrices.
+      storage: the blocks of quantised ones, if any.
+    """
+    shape = made.type.shape
+    if len(shape) < 2 or ".ffn_gate_inp" in name:
+        return OutputTensor(name, made, F32)
+    if storage is not None and shape[-1] % storage.block == 0:
+        return OutputTensor(name, made, F32, storage)
+    if storage is not None:
+        return OutputTensor(name, made, F16)
+    return OutputTensor(name, made, F32 if dtype is F64 or storage_of(dtype) is None else dtype)
+
+
+def quantising_remarks(export: GgufExport, storage: Storage | None) -> list[str]:
+    """Return remarks on matrices that have no blocks of `storage`; check that any can be made.
+
+    Raises:
+      MachineError: the `gguf` package is missing.
+    """
+    if storage is None:
+        return []
+    require_package(storage)
+    whole = [stored_as(name, made, F32, storage) for name, made in export.tensors]
+    halves = [t.name for t in whole if t.dtype is F16]
+    if not halves:
+        return []
+    name, blocks = storage.name.lower(), storage.block
+    return [
+        f"{len(halves)} matrices, the first {halves[0]}, are written in f16: their rows are no "
+        f"multiple of {blocks}, the block of {name}"
+    ]

@@ -1,0 +1,188 @@
+"""What a recipe makes of a model: the graphs of training and evaluation, and the step's spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moecc.errors import InputError
+from moecc.ir.attributes import SlotAttrs
+from moecc.ir.graph import Graph
+from moecc.plan.batches import length_variables
+from moecc.plan.meshes import plan_mesh
+from moecc.sharding.layout import Layout
+from moecc.sharding.partitions import GSPMD
+from moecc.sharding.vias import LOCAL
+from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize, step_graph
+from moecc.steps.spec import StepSpec
+from moecc.support.parse_units import float_type
+from moecc.train.recipe import Objective, Recipe
+
+
+def train_graph(graph: Graph, recipe: Recipe) -> Graph:
+    """Return the graph of a micro-batch in training, of the model's `graph`, which stays as it is.
+
+    Raises:
+      InputError: the recipe does not suit the graph.
+    """
+    return step_graph(graph, train_passes(graph, recipe))
+
+
+def eval_graph(graph: Graph, recipe: Recipe) -> Graph:
+    """Return the graph of a micro-batch in evaluation, of the model's `graph`.
+
+    Raises:
+      InputError: the recipe does not suit the graph.
+    """
+    return step_graph(graph, eval_passes(graph, recipe))
+
+
+def train_passes(graph: Graph, recipe: Recipe) -> StepPasses:
+    """Return the passes of training."""
+    return _passes(graph, recipe, "train", recipe.routing.capacity_factor, _losses(graph, recipe))
+
+
+def eval_passes(graph: Graph, recipe: Recipe) -> StepPasses:
+    """Return the passes of evaluation: metrics without losses, and the capacity of evaluation."""
+    told = {"replace": True, "parts": recipe.run.micro_batches, "balance-coef": 0.0, "z-coef": 0.0}
+    return _passes(graph, recipe, "eval", recipe.routing.eval_capacity_factor, told)
+
+
+def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
+    """Return what decides the step of `recipe` besides its graph.
+
+    Args:
+      graph: the model's.
+      recipe: the recipe.
+      platform: what it is lowered for.
+    """
+    run, dtype = recipe.run, float_type(recipe.run.dtype)
+    return StepSpec(
+        batch_sizes(graph, recipe),
+        dtype,
+        recipe.optimizer,
+        run.micro_batches,
+        float_type(run.weight_dtype),
+        float_type(run.reduce_dtype) if run.reduce_dtype else dtype,
+        run.guard,
+        recipe.routing.bias_rate,
+        platform=platform,
+        layout=_layout(graph, recipe) if recipe.mesh.partition == GSPMD else None,
+    )
+
+
+def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
+    """Return what the variables of the inputs of `graph` stand for in a batch of `recipe`.
+
+    Raises:
+      InputError: the graph has more lengths than a recipe says.
+    """
+    lengths = length_variables(graph)
+    given = (recipe.data.seq, recipe.data.decoder_seq or recipe.data.seq)
+    if len(lengths) > len(given):
+        raise InputError("a recipe has two lengths at most", found=", ".join(lengths))
+    sizes = dict(zip(lengths, given, strict=False))
+    for value in graph.inputs.values():
+        if "batch" in value.type and isinstance(name := value.type["batch"].size, str):
+            sizes[name] = recipe.data.batch
+    return sizes
+
+
+def _passes(
+    graph: Graph, recipe: Recipe, mode: str, factor: float, losses: Mapping[str, object]
+) -> StepPasses:
+    routed = is_routed(graph)
+    bound = Bound(factor) if factor and routed else None
+    groups = _groups(graph, recipe, mode) if routed else None
+    run = recipe.run
+    mesh = _mesh(graph, recipe, specialize(mode, bound, groups))
+    return StepPasses(
+        mode,
+        documents="several" if recipe.data.packing else "one",
+        tied=recipe.data.objective is Objective.MASKED and "logits" not in graph.output_names,
+        routed=routed,
+        bound=bound,
+        groups=groups,
+        losses=dict(losses),
+        mesh=mesh,
+        rolled=run.rolled,
+        remat=run.remat if mode == "train" else "none",
+    )
+
+
+def is_routed(graph: Graph) -> bool:
+    """Return whether layers of `graph` have experts."""
+    return any(node.op.assigns_slots for node in graph.every_node())
+
+
+def _groups(graph: Graph, recipe: Recipe, mode: str) -> int | None:
+    """Return the token groups of a micro-batch; None where the graph says their size.
+
+    Raises:
+      InputError: micro-batches would cut them.
+    """
+    parts = recipe.run.micro_batches
+    if not recipe.routing.groups and _records_group_size(graph, mode):
+        return None
+    groups = recipe.routing.groups or recipe.data.batch
+    if groups % parts or recipe.data.batch % parts:
+        raise InputError(
+            "micro-batches hold whole token groups and sequences",
+            where="run.micro_batches",
+            expected=f"a divisor of {recipe.data.batch} sequences and {groups} groups",
+            found=str(parts),
+        )
+    return groups // parts
+
+
+def _records_group_size(graph: Graph, mode: str) -> bool:
+    modes = graph.attrs.get("routing")
+    found = modes.get(mode) if isinstance(modes, Mapping) else None
+    return isinstance(found, Mapping) and bool(found.get("group_size"))
+
+
+def _losses(graph: Graph, recipe: Recipe) -> dict[str, object]:
+    """Return the options of ``add-losses``: the graph's or the paper's, then the recipe's."""
+    recorded = graph.attrs.get("losses")
+    found = dict(recorded) if isinstance(recorded, Mapping) else {}
+    options = {n.replace("_", "-"): v for n, v in found.items() if v is not None}
+    options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
+    if recipe.routing.balance >= 0:
+        options["balance-coef"] = recipe.routing.balance
+    if recipe.routing.z_loss >= 0:
+        options["z-coef"] = recipe.routing.z_loss
+    return options
+
+
+def _mesh(graph: Graph, recipe: Recipe, specialised: str) -> MeshPasses | None:
+    section = recipe.mesh
+    layout = _layout(graph, recipe)
+    if layout is None or section.partition == GSPMD:
+        return None
+    via = section.via or _via(graph, layout, specialised)
+    return MeshPasses(str(layout.mesh), layout.names, via)
+
+
+def _layout(graph: Graph, recipe: Recipe) -> Layout | None:
+    section = recipe.mesh
+    if not section.mesh:
+        return None
+    mesh = plan_mesh(section.mesh, section.rules or None)
+    counts = {
+        SlotAttrs.of_node(node).experts for node in graph.every_node() if node.op.assigns_slots
+    }
+    return Layout(mesh, min(counts, default=0), own=section.rules)
+
+
+def _via(graph: Graph, layout: Layout, specialised: str) -> str:
+    """Return how tokens reach experts where the recipe leaves it open: as the slots allow."""
+    if layout.mesh.size(layout.expert_axes) == 1:
+        return LOCAL
+    if not set(layout.expert_axes) <= set(layout.batch_axes):
+        return "replicated"
+    from moecc.ir.structure import clone
+
+    copy = clone(graph)
+    run_passes(copy, specialised)
+    assigners = [node for node in copy.every_node() if node.op.assigns_slots]
+    bounded = all(SlotAttrs.of_node(node).slots == "capacity" for node in assigners)
+    return "capacity" if bounded else "ring"

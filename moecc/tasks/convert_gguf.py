@@ -1,0 +1,128 @@
+"""Write a planned GGUF file: keys, tokenizer, tensors, and what stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moecc.tasks.conversion import Plan
+from moecc.tasks.convert_records import card, manifest
+from moecc.version import __version__
+
+if TYPE_CHECKING:
+    from moecc.checkpoint.gguf.encode import Key
+    from moecc.checkpoint.writer import WriteReport
+
+_LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+_ONE = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+_SEVERAL = {"language": "languages", "datasets": "datasets"}
+"""The keys of a model card, one value or several, and the metadata that say the same."""
+
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+"""llama.cpp's numbers for what most of a file is stored in."""
+
+Progress = Callable[[int, int], None]
+
+
+def is_file(planned: Plan, out: Path) -> bool:
+    """Whether the output is the GGUF file itself, and not a folder with one."""
+    from moecc.checkpoint.gguf.storage import SUFFIX
+    from moecc.families.export_gguf import GgufExport
+
+    return isinstance(planned.export, GgufExport) and out.suffix == SUFFIX
+
+
+def write_gguf(
+    folder: Path,
+    planned: Plan,
+    title: str,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> WriteReport:
+    """Write ``model.gguf`` into `folder`, with licences, card and manifest.
+
+    Raises: as `moecc.tasks.convert.write`.
+    """
+    from moecc.checkpoint.durable import write_durable
+    from moecc.checkpoint.files import read_whole
+    from moecc.checkpoint.records import MANIFEST_NAME
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    written = _write_weights(folder, planned, allow_nonfinite, progress)
+    for name, content in checkpoint.companions().items():
+        if name.startswith(_LICENCES):
+            data = read_whole(content) if isinstance(content, Path) else content
+            write_durable(folder / name, data)
+    words = ["--allow-nonfinite"] if allow_nonfinite else []
+    write_durable(folder / "README.md", card(planned, title, words).encode())
+    write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written))
+    return written
+
+
+def write_gguf_file(
+    folder: Path,
+    planned: Plan,
+    title: str,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> WriteReport:
+    """Write ``model.gguf`` and its manifest into `folder`, from where they get their names.
+
+    Raises: as `moecc.tasks.convert.write`.
+    """
+    from moecc.checkpoint.durable import write_durable
+    from moecc.checkpoint.records import MANIFEST_NAME
+
+    written = _write_weights(folder, planned, allow_nonfinite, progress)
+    write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written))
+    return written
+
+
+def _write_weights(
+    folder: Path, planned: Plan, allow_nonfinite: bool, progress: Progress | None
+) -> WriteReport:
+    from moecc.checkpoint.gguf.encode import plan_file
+    from moecc.checkpoint.gguf.storage import FILE_NAME
+    from moecc.checkpoint.writer import write_files
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    tensors = planned.tensors
+    file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
+    return write_files(
+        folder, tensors, [file], checkpoint.read, progress=progress,
+        allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+
+
+def gguf_keys(planned: Plan) -> list[Key]:
+    """Return all keys of the file: of the model, its origin and its tokenizer."""
+    from moecc.checkpoint.gguf.encode import Key
+    from moecc.families.export_gguf import GgufExport
+
+    export, checkpoint = planned.export, planned.model.checkpoint
+    assert isinstance(export, GgufExport), "a plan of a GGUF file"
+    assert checkpoint is not None, "a plan has weights"
+    kept = checkpoint.card()
+    return [
+        Key("general.architecture", export.architecture),
+        Key("general.type", "model"),
+        *(Key(f"general.{name}", kept[key][0]) for key, name in _ONE.items() if key in kept),
+        *(Key(f"general.{name}", kept[key]) for key, name in _SEVERAL.items() if key in kept),
+        Key("general.file_type", _file_type(planned)),
+        Key("general.quantization_version", 2),
+        Key("moecc.version", __version__),
+        Key("moecc.pipeline", planned.pipeline.in_full()),
+        *export.keys,
+        *export.tokenizer,
+    ]
+
+
+def _file_type(planned: Plan) -> int:
+    sizes: dict[str, int] = {}
+    for entry in (t.entry for t in planned.tensors):
+        name = entry.storage.name.lower() if entry.storage else entry.dtype.name
+        sizes[name] = sizes.get(name, 0) + entry.nbytes
+    return _FILE_TYPES[max(sizes, key=lambda name: sizes[name])]

@@ -1,0 +1,60 @@
+"""Repeat what a reproducer holds: its graph, pipeline, options and own passes."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from moecc.checkpoint.open import open_checkpoint
+from moecc.errors import CheckError, InputError, MoeccError
+from moecc.ir.graph import Graph
+from moecc.ir.parser import parse
+from moecc.model.small_weights import reads_small
+from moecc.pipeline.passes import Context
+from moecc.pipeline.registry import installed
+from moecc.pipeline.reproducer import Replay, read_reproducer
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.check import check_pipeline
+from moecc.tasks.failures import ComparisonTest
+
+
+def replay(path: str | Path) -> Replay:
+    """Run the pipeline of a reproducer once more, and return what was run if nothing fails.
+
+    Raises:
+      InputError: the file is no reproducer.
+      MoeccError: the failure, if it happens again.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise InputError("no such file", where=str(path))
+    stated = read_reproducer(place)
+    graph = parse(place.read_text("utf-8"), str(path))
+    registry = installed()
+    for file in stated.load:
+        registry = registry.with_file(Path(file))
+    pipeline = Pipeline.parse(stated.pipeline, registry)
+    with ExitStack() as opened:
+        context = _context(graph, stated, opened)
+        if stated.check:
+            check_pipeline(graph, pipeline, context=context)
+        if stated.compare:
+            found = ComparisonTest(stated.compare, context)(graph, pipeline)
+            if found is not None:
+                raise CheckError(str(found), where=str(path))
+        run_pipeline(graph, pipeline, context=context)
+    return stated
+
+
+def _context(graph: Graph, stated: Replay, opened: ExitStack) -> Context:
+    """Return the context of the passes; it reads the checkpoint if that is still there."""
+    plain = Context(seed=stated.seed, allow_unmatched=stated.allow_unmatched)
+    place = graph.attrs.get("checkpoint")
+    if not isinstance(place, str) or not place:
+        return plain
+    try:
+        checkpoint = opened.enter_context(open_checkpoint(place))
+    except MoeccError:
+        return plain
+    return Context(stated.seed, stated.allow_unmatched, read=reads_small(checkpoint))

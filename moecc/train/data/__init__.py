@@ -1,0 +1,1 @@
+"""Batches: a pure function of a recipe and a number, on however many hosts."""

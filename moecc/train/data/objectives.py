@@ -1,0 +1,266 @@
+"""Objectives: what a model sees of a corpus, row by row, and what it has to predict."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from moecc.train.data.corruption import Ids, Masking, Spans
+from moecc.train.data.rows import Numbers, PackedPlan, RowPlan, StreamPlan, pack
+from moecc.train.tokens.facts import Special
+from moecc.train.tokens.folder import TokenFolder
+
+IGNORED = -1
+"""The target of a token that has none: padding, a prompt, the last token of a document."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one document adds to a row.
+
+    Attributes:
+      tokens: of the only sequence, or of the encoder's.
+      targets: what is predicted at each token of the last sequence, `IGNORED` for nothing.
+      decoder_tokens: of the decoder's sequence, where there is one.
+    """
+
+    tokens: Ids
+    targets: Ids
+    decoder_tokens: Ids | None = None
+
+
+@dataclass(frozen=True)
+class Room:
+    """The room in a row.
+
+    Attributes:
+      seq: tokens of the only sequence, or of the encoder's.
+      decoder_seq: tokens of the decoder's; 0 without one.
+      packing: whether a row has several documents.
+    """
+
+    seq: int
+    decoder_seq: int = 0
+    packing: bool = True
+
+
+class Rows(ABC):
+    """The rows of a corpus under an objective.
+
+    Attributes:
+      rows: how many there are.
+    """
+
+    rows: int
+
+    @abstractmethod
+    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+        """Return what a row consists of, in order. Raises InputError as `TokenFolder.ids`."""
+
+
+def end_of(special: Special) -> int | None:
+    """Return what ends a document: the end of text, or what the tokenizer puts behind a text."""
+    if special.eos is not None:
+        return special.eos
+    return special.after[-1] if special.after else None
+
+
+class CausalRows(Rows):
+    """The next token, within each document.
+
+    A document begins with what the tokenizer puts before a text, and ends with the end of text.
+    Rows are full but for the last one; without packing, a row is a document or a part of one.
+    """
+
+    def __init__(self, folder: TokenFolder, special: Special, room: Room) -> None:
+        self._folder = folder
+        self._before = special.before
+        self._after = _one(end_of(special))
+        lengths = np.diff(folder.starts) + len(self._before) + len(self._after)
+        self._plan: RowPlan = (
+            StreamPlan(lengths, room.seq)
+            if room.packing
+            # A piece of one token would predict nothing.
+            else PackedPlan(lengths, room.seq, least=2)
+        )
+        self.rows = self._plan.rows
+
+    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+        """Return the tokens of pieces, each with the next one of its document as target."""
+        found = []
+        for piece in self._plan.pieces(row):
+            size = piece.stop - piece.start
+            # One token more, where the document goes on.
+            ids = self._document(piece.document, piece.start, piece.stop + 1)
+            targets = np.full(size, IGNORED, np.int32)
+            targets[: len(ids) - 1] = ids[1:]
+            found.append(Segment(ids[:size], targets))
+        return found
+
+    def _document(self, number: int, start: int, stop: int) -> Ids:
+        """Return a part of a document with what is put around it."""
+        first, last = (int(n) for n in self._folder.starts[number : number + 2])
+        begin, end = len(self._before), len(self._before) + last - first
+        inner = (first + min(max(n, begin), end) - begin for n in (start, stop))
+        tail = self._after[max(start - end, 0) : max(stop - end, 0)]
+        return _joined(self._before[start:stop], self._folder.ids(*inner), tail)
+
+
+class SpanRows(Rows):
+    """Hidden spans, of an encoder-decoder.
+
+    Args:
+      folder: the corpus.
+      spans: how they are hidden.
+      start: what the decoder begins with.
+      room: of a row.
+    """
+
+    def __init__(self, folder: TokenFolder, spans: Spans, start: int, room: Room) -> None:
+        self._folder = folder
+        self._spans = spans
+        self._start = start
+        most = _longest(spans, room.seq, room.decoder_seq)
+        self._plan = PackedPlan(np.diff(folder.starts), max(most, 2), least=2)
+        if room.packing:
+            sizes = np.stack(spans.sizes(self._plan.sizes))
+            self._plan.pack(sizes, np.asarray([room.seq, room.decoder_seq]))
+        self.rows = self._plan.rows if most else 0
+
+    @staticmethod
+    def decoder_seq(spans: Spans, seq: int) -> int:
+        """Return what the longest piece needs: 114 for 512, as in T5."""
+        most = _longest(spans, seq, 2 * seq)
+        return int(spans.sizes(np.asarray([max(most, 2)]))[1][0])
+
+    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+        """Return pieces with hidden spans."""
+        found = []
+        for piece in self._plan.pieces(row):
+            first = int(self._folder.starts[piece.document])
+            ids = self._folder.ids(first + piece.start, first + piece.stop)
+            encoder, decoder = self._spans.apply(ids, rng)
+            found.append(Segment(encoder, decoder, shifted(decoder, self._start)))
+        return found
+
+
+def _longest(spans: Spans, seq: int, decoder_seq: int) -> int:
+    """Return the tokens of the longest piece that fits once spans are hidden; 0 for none."""
+    every = np.arange(2, 2 * seq + 2)
+    encoder, decoder = spans.sizes(every)
+    return int(every[(encoder <= seq) & (decoder <= decoder_seq)].max(initial=0))
+
+
+class MaskedRows(Rows):
+    """Masked tokens, of an encoder; each piece is between what the tokenizer puts around a text."""
+
+    def __init__(self, folder: TokenFolder, masking: Masking, special: Special, room: Room) -> None:
+        self._folder = folder
+        self._masking = masking
+        self._special = special
+        around = len(special.before) + len(special.after)
+        self._plan = PackedPlan(np.diff(folder.starts), max(room.seq - around, 1))
+        if room.packing:
+            self._plan.pack((self._plan.sizes + around)[None], np.asarray([room.seq]))
+        self.rows = self._plan.rows if room.seq > around else 0
+
+    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+        """Return pieces of which some tokens are masked."""
+        found = []
+        before, after = self._special.before, self._special.after
+        for piece in self._plan.pieces(row):
+            first = int(self._folder.starts[piece.document])
+            ids = self._folder.ids(first + piece.start, first + piece.stop)
+            seen, chosen = self._masking.apply(ids, rng)
+            aims = np.where(chosen, ids, IGNORED).astype(np.int32)
+            ignored = ((IGNORED,) * len(before), (IGNORED,) * len(after))
+            targets = _joined(ignored[0], aims, ignored[1])
+            found.append(Segment(_joined(before, seen, after), targets))
+        return found
+
+
+class ExampleRows(Rows):
+    """What follows a prompt; a label is a completion like any other.
+
+    A prompt that is too long loses its beginning, a completion its end.
+
+    Args:
+      folder: the corpus, of examples.
+      special: special tokens.
+      start: what the decoder begins with; None of a model with one sequence.
+      room: of a row.
+
+    Attributes:
+      cut: how many examples are too long.
+    """
+
+    def __init__(
+        self, folder: TokenFolder, special: Special, start: int | None, room: Room
+    ) -> None:
+        self._folder = folder
+        self._before = special.before
+        self._end = _one(end_of(special))
+        self._tail = (special.after or self._end) if start is not None else ()
+        self._start = start
+        prompts, completions = self._wanted()
+        around = len(self._before) + len(self._tail)
+        if start is None:
+            # The last token is predicted and not seen.
+            self._completions = np.minimum(completions, room.seq + 1 - around)
+            left = room.seq + 1 - around - self._completions
+            self._prompts = np.minimum(prompts, left)
+            costs = (self._prompts + self._completions + around - 1)[None]
+            budgets = np.asarray([room.seq])
+        else:
+            self._completions = np.minimum(completions, room.decoder_seq)
+            self._prompts = np.minimum(prompts, room.seq - around)
+            costs = np.stack([self._prompts + around, self._completions])
+            budgets = np.asarray([room.seq, room.decoder_seq])
+        self.cut = int(((self._prompts < prompts) | (self._completions < completions)).sum())
+        self._firsts = pack(costs, budgets) if room.packing else np.arange(len(prompts) + 1)
+        self.rows = len(self._firsts) - 1
+
+    @staticmethod
+    def decoder_seq(folder: TokenFolder, special: Special) -> int:
+        """Return what the longest completion needs."""
+        longest = np.diff(folder.starts) - folder.completions
+        return int(longest.max(initial=0)) + len(_one(end_of(special)))
+
+    def _wanted(self) -> tuple[Numbers, Numbers]:
+        """Return the tokens of prompts, and of completions with their end."""
+        completions = np.diff(self._folder.starts) - self._folder.completions
+        return self._folder.completions, completions + len(self._end)
+
+    def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
+        """Return whole examples."""
+        first, last = (int(n) for n in self._firsts[row : row + 2])
+        return [self._segment(number) for number in range(first, last)]
+
+    def _segment(self, number: int) -> Segment:
+        start, stop = (int(n) for n in self._folder.starts[number : number + 2])
+        middle = start + int(self._folder.completions[number])
+        prompt = self._folder.ids(middle - int(self._prompts[number]), middle)
+        whole = _joined((), self._folder.ids(middle, stop), self._end)
+        completion = whole[: int(self._completions[number])]
+        if self._start is not None:
+            tokens = _joined(self._before, prompt, self._tail)
+            return Segment(tokens, completion, shifted(completion, self._start))
+        tokens = _joined(self._before, np.concatenate([prompt, completion]), ())
+        targets = tokens[1:].copy()
+        targets[: len(tokens) - len(completion) - 1] = IGNORED
+        return Segment(tokens[:-1], targets)
+
+
+def shifted(targets: Ids, start: int) -> Ids:
+    """Return what a decoder sees when it is to predict `targets`: them, one later."""
+    return _joined((start,), targets[:-1], ())
+
+
+def _joined(before: tuple[int, ...], ids: Ids, after: tuple[int, ...]) -> Ids:
+    return np.concatenate([np.asarray(before, np.int32), ids, np.asarray(after, np.int32)])
+
+
+def _one(id: int | None) -> tuple[int, ...]:
+    return () if id is None else (id,)

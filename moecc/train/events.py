@@ -1,0 +1,105 @@
+"""What happens in a training loop: a stream that command line, notebooks and tests read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+Metric = float | list[float]
+"""A number, or one for each expert."""
+
+
+class Reason(Enum):
+    """Why a loop ended."""
+
+    DONE = "done"
+    TERMINATED = "terminated"
+    INTERRUPTED = "interrupted"
+    GUARD = "guard"
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step was made.
+
+    Attributes:
+      step: how many are done, this one included.
+      metrics: what was measured, by name; the same on any machine of one kind.
+      tokens: trained on so far, padding left out.
+      seconds: this step took.
+    """
+
+    step: int
+    metrics: Mapping[str, Metric]
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step was made and its update left out by the guard.
+
+    Attributes:
+      step: how many are done, this one included.
+      metrics: what was measured.
+      batch: the number of the batch.
+      back_to: the step to which training returned; None where it goes on.
+      left_out: the batches that are left out from there on.
+    """
+
+    step: int
+    metrics: Mapping[str, Metric]
+    batch: int
+    back_to: int | None = None
+    left_out: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Held-out losses were measured, in nats a token, by the name of the text."""
+
+    step: int
+    losses: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the texts."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is complete.
+
+    Attributes:
+      step: steps done.
+      folder: where it is.
+      best: whether no other has a lower held-out loss.
+      seconds: from the request until it was complete.
+    """
+
+    step: int
+    folder: Path
+    best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export was written, read back and compared."""
+
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The loop ended after `step` steps, for `reason`."""
+
+    step: int
+    reason: Reason
+
+
+Event = Stepped | Skipped | Evaluated | Saved | Exported | Stopped

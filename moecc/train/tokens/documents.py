@@ -1,0 +1,385 @@
+"""Documents of text files, JSON lines and Parquet, plain or under gzip."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, Any
+
+from moecc.checkpoint.files import identify, os_problem
+from moecc.checkpoint.problems import Problems, describe
+from moecc.errors import InputError, MachineError, Problem
+from moecc.train.tokens.facts import DOCUMENTS, SourceFile
+
+SPLITS = ("file", "line", "paragraph", "form-feed")
+"""Where the documents of a text file end."""
+
+LARGEST_DOCUMENT_BYTES = 64 << 20
+
+_READ_BYTES = 1 << 20
+_JSON = (".jsonl", ".ndjson")
+_FIELD = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or a prompt with its completion.
+
+    Attributes:
+      text: the text, or the prompt.
+      completion: what is to follow it; None of a text.
+    """
+
+    text: str
+    completion: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How documents are made of what files contain.
+
+    Attributes:
+      kind: one of `moecc.train.tokens.facts.KINDS`.
+      field: the key of a text in JSON lines and Parquet.
+      split: one of `SPLITS`, for text files.
+      prompt: of examples, a text with ``{key}`` for what a record has there.
+      completion: likewise.
+    """
+
+    kind: str = DOCUMENTS
+    field: str = "text"
+    split: str = "file"
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that a record must have."""
+        if self.kind == DOCUMENTS:
+            return (self.field,)
+        found = _FIELD.findall(self.prompt) + _FIELD.findall(self.completion)
+        return tuple(dict.fromkeys(found))
+
+    def document(self, record: Mapping[str, object]) -> Document:
+        """Return the document of a record that has the keys."""
+        if self.kind == DOCUMENTS:
+            return Document(str(record[self.field]))
+        return Document(_filled(self.prompt, record), _filled(self.completion, record))
+
+
+def _filled(template: str, record: Mapping[str, object]) -> str:
+    return _FIELD.sub(lambda match: str(record[match.group(1)]), template)
+
+
+def text_files(given: Sequence[str], include: Sequence[str] = ()) -> list[Path]:
+    """Return the files that are given, those of folders in the order of their names.
+
+    Args:
+      given: files and folders; what is hidden in a folder is left out.
+      include: patterns, one of which the name of a file in a folder must match; all by default.
+
+    Raises:
+      InputError: one does not exist or is no regular file, or there is no file at all.
+    """
+    found: list[Path] = []
+    problems = Problems()
+    for name in given:
+        path = Path(name)
+        files = _inside(path, include) if path.is_dir() else [path]
+        for file in files:
+            try:
+                identify(file)
+            except InputError as error:
+                problems.extend(error.problems)
+        found.extend(files)
+    problems.raise_if_any()
+    if not found:
+        raise InputError("no files of text", where=", ".join(given))
+    return found
+
+
+def _inside(folder: Path, include: Sequence[str]) -> list[Path]:
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(names):
+            fits = not include or any(fnmatchcase(name, pattern) for pattern in include)
+            if fits and not name.startswith("."):
+                found.append(Path(root, name))
+    return found
+
+
+@dataclass
+class Reader:
+    """Reads documents, file by file.
+
+    Attributes:
+      format: how documents are made.
+      problems: what is wrong with the files; reading goes on, to find all of it.
+      sources: the files that were read to their end.
+    """
+
+    format: Format
+    problems: Problems = field(default_factory=Problems)
+    sources: list[SourceFile] = field(default_factory=list)
+
+    def read(self, path: Path) -> Iterator[Document]:
+        """Yield the documents of a file.
+
+        Raises:
+          MachineError: the file cannot be read, or is Parquet and pyarrow is not installed.
+        """
+        try:
+            yield from self._documents(path)
+        except OSError as error:
+            raise os_problem(error, path) from None
+        except InputError as error:
+            self.problems.extend(error.problems)
+
+    def _documents(self, path: Path) -> Iterator[Document]:
+        name = path.name.removesuffix(".gz").lower()
+        if name.endswith(".parquet"):
+            yield from self._parquet(path)
+            return
+        with _opened(path) as (stream, digest):
+            if name.endswith(_JSON):
+                yield from self._json(stream, path)
+            elif self.format.kind != DOCUMENTS:
+                raise InputError(
+                    "examples are read from JSON lines and Parquet", where=str(path),
+                    expected=".jsonl, .ndjson or .parquet, and .gz of the first two",
+                )  # fmt: skip
+            else:
+                yield from map(Document, _texts(stream, self.format.split, path))
+            digest.rest()
+        self.sources.append(digest.source(path))
+
+    def _json(self, stream: IO[bytes], path: Path) -> Iterator[Document]:
+        for number, line in enumerate(_lines(stream, path), 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                reason = (
+                    error.msg if isinstance(error, json.JSONDecodeError) else "too deep or long"
+                )
+                self.problems.add(f"not JSON: {reason}", where=where)
+                continue
+            if not isinstance(record, dict):
+                self.problems.add("not an object", where=where, found=describe(record))
+            else:
+                yield from self._record(record, where)
+
+    def _record(self, record: Mapping[str, object], where: str) -> Iterator[Document]:
+        """Yield the document of a record; what it lacks goes to the problems.
+
+        A text of white space alone is left out.
+        """
+        faults = [p for key in self.format.keys for p in _key_fault(record, key, where)]
+        self.problems.extend(faults)
+        if faults:
+            return
+        document = self.format.document(record)
+        if document.completion is not None or document.text.strip():
+            yield document
+
+    def _parquet(self, path: Path) -> Iterator[Document]:
+        try:
+            from pyarrow import ArrowException
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise MachineError(
+                "Parquet needs pyarrow", where=str(path), hint="pip install 'moecc[parquet]'"
+            ) from None
+        keys = list(self.format.keys)
+        digest = _Digest(path)
+        digest.rest()
+        try:
+            with ParquetFile(path) as file:
+                missing = [key for key in keys if key not in file.schema_arrow.names]
+                if missing:
+                    raise InputError(
+                        "the table lacks columns", where=str(path), expected=", ".join(keys),
+                        found=", ".join(file.schema_arrow.names),
+                    )  # fmt: skip
+                number = 0
+                for batch in file.iter_batches(batch_size=256, columns=keys):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield from self._record(record, f"{path}: row {number}")
+        except ArrowException as error:
+            raise InputError(f"not Parquet: {str(error)[:300]}", where=str(path)) from None
+        self.sources.append(digest.source(path))
+
+
+def _key_fault(record: Mapping[str, object], key: str, where: str) -> Iterator[Problem]:
+    if key not in record:
+        found = ", ".join(map(str, list(record)[:8])) or "no keys"
+        yield Problem(f"the record has no {key!r}", where, None, found, "--field names another key")
+    elif not isinstance(record[key], str | int | float) or isinstance(record[key], bool):
+        yield Problem(f"{key!r} is not a text", where, "a text", describe(record[key]))
+    elif any("\ud800" <= c <= "\udfff" for c in str(record[key])):
+        yield Problem(f"{key!r} has half a surrogate pair", where, "characters of Unicode")
+
+
+class _Digest(io.RawIOBase):
+    """A file that is read from its beginning to its end, and the digest of its bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._hash = hashlib.sha256()
+        self._size_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._hash.update(memoryview(buffer)[:count])
+        self._size_bytes += count
+        return count
+
+    def rest(self) -> None:
+        """Read what is left."""
+        buffer = bytearray(_READ_BYTES)
+        while self.readinto(buffer):
+            pass
+
+    def source(self, path: Path) -> SourceFile:
+        return SourceFile(path.name, f"sha256:{self._hash.hexdigest()}", self._size_bytes)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], _Digest]]:
+    """Open a file, under gzip where its name says so, as a stream and with its digest.
+
+    Raises:
+      InputError: it is not under gzip, or is cut short.
+    """
+    digest = _Digest(path)
+    raw = io.BufferedReader(digest, _READ_BYTES)
+    try:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile(fileobj=raw) as stream:
+                yield stream, digest  # type: ignore[misc]
+        else:
+            yield raw, digest
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"not a whole gzip file: {error}", where=str(path)) from None
+    finally:
+        raw.close()
+
+
+def _texts(stream: IO[bytes], split: str, path: Path) -> Iterator[str]:
+    """Yield the documents of a text; those of white space alone are left out.
+
+    Raises:
+      InputError: it is not UTF-8, or a document is too long.
+    """
+    for part in _parts(stream, split, path):
+        try:
+            text = part.decode()
+        except UnicodeDecodeError as error:
+            before = part[max(0, error.start - 20) : error.start]
+            raise InputError(
+                "the text is not UTF-8", where=str(path),
+                found=f"the byte 0x{part[error.start]:02x} after {before!r}",
+                hint="convert it first: iconv -f latin1 -t utf-8",
+            ) from None  # fmt: skip
+        if text.strip():
+            yield text
+
+
+def _parts(stream: IO[bytes], split: str, path: Path) -> Iterator[bytes]:
+    if split == "file":
+        part = stream.read(LARGEST_DOCUMENT_BYTES + 1)
+        if len(part) > LARGEST_DOCUMENT_BYTES:
+            raise _too_long(path)
+        yield part
+    elif split == "line":
+        yield from _lines(stream, path)
+    elif split == "paragraph":
+        yield from _paragraphs(_lines(stream, path), path)
+    else:
+        yield from _pages(_lines(stream, path), path)
+
+
+def _lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Yield lines. Raises InputError for one that is too long, or where all are in one file."""
+    while line := stream.readline(LARGEST_DOCUMENT_BYTES + 1):
+        if len(line) > LARGEST_DOCUMENT_BYTES:
+            raise _too_long(path)
+        yield line
+
+
+def _too_long(path: Path) -> InputError:
+    return InputError(
+        "the document is too long", where=str(path),
+        expected=f"at most {LARGEST_DOCUMENT_BYTES:,} bytes",
+        hint="--split paragraph, line or form-feed makes documents of the parts of a file",
+    )  # fmt: skip
+
+
+class _Part:
+    """Lines that become one document.
+
+    Args:
+      path: their file, for the error that they are too long.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: list[bytes] = []
+        self._size_bytes = 0
+
+    def add(self, line: bytes) -> None:
+        """Add a line. Raises InputError if there are too many."""
+        self._size_bytes += len(line)
+        if self._size_bytes > LARGEST_DOCUMENT_BYTES:
+            raise _too_long(self._path)
+        self._lines.append(line)
+
+    def take(self) -> bytes:
+        """Return the lines, and begin anew."""
+        whole = b"".join(self._lines)
+        self._lines, self._size_bytes = [], 0
+        return whole
+
+
+def _paragraphs(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """Yield what is between blank lines."""
+    part = _Part(path)
+    for line in lines:
+        if line.strip():
+            part.add(line)
+        else:
+            yield part.take()
+    yield part.take()
+
+
+def _pages(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """Yield what is between form feeds."""
+    part = _Part(path)
+    for line in lines:
+        first, *others = line.split(b"\f")
+        part.add(first)
+        for other in others:
+            yield part.take()
+            part.add(other)
+    yield part.take()

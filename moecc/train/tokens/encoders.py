@@ -1,0 +1,228 @@
+"""Encoders: texts to ids, by the tokenizer of a checkpoint or by their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecc.checkpoint.files import read_bounded
+from moecc.checkpoint.jsonfile import read_json_object
+from moecc.errors import InputError
+from moecc.tokenizer.process import Tokenizer
+from moecc.train.tokens.byte_tokenizer import byte_tokenizer
+from moecc.train.tokens.facts import Special
+
+BYTES = "bytes"
+BYTES_DIGEST = "bytes/1"
+BYTES_VOCAB = 384
+"""256 bytes, the end of a document, padding, the mask, the beginning, and 124 sentinels."""
+
+_BYTES_EOS, _BYTES_PAD, _BYTES_MASK, _BYTES_BOS, _BYTES_SENTINELS = 256, 257, 258, 259, 260
+
+PIECE_CHARACTERS = 1 << 20
+"""Longer texts are encoded in pieces that end with a line."""
+
+_RESTART_CHARACTERS = 16 << 20
+_MOST_SENTINELS = 256
+_LARGEST_TOKENIZER_BYTES = 256 << 20
+_LARGEST_JSON_BYTES = 16 << 20
+_LAST_BREAK = re.compile(r"\n(?=[^\n]*\Z)")
+
+IdArray = NDArray[np.int32]
+
+
+class Encoder(AbstractContextManager["Encoder"], ABC):
+    """Turns texts to ids.
+
+    Attributes:
+      name: of its folder, or ``bytes``.
+      digest: of what decides the ids.
+      vocab_size: one more than its largest id.
+      special: its special tokens.
+    """
+
+    name: str
+    digest: str
+    vocab_size: int
+    special: Special
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[IdArray]:
+        """Return the ids of each text, without special tokens. Raises InputError."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+
+class ByteEncoder(Encoder):
+    """The UTF-8 bytes of a text are its ids; special tokens come after them."""
+
+    name = BYTES
+    digest = BYTES_DIGEST
+    vocab_size = BYTES_VOCAB
+    special = Special(
+        bos=_BYTES_BOS,
+        eos=_BYTES_EOS,
+        pad=_BYTES_PAD,
+        mask=_BYTES_MASK,
+        sentinels=tuple(range(_BYTES_SENTINELS, BYTES_VOCAB)),
+    )
+
+    def encode(self, texts: Sequence[str]) -> list[IdArray]:
+        """Return the bytes of each text."""
+        return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]
+
+
+class TokenizerEncoder(Encoder):
+    """The ``tokenizer.json`` of a folder, in a process of its own.
+
+    The process may use a bounded time, so it is replaced after so much text.
+
+    Raises:
+      InputError: there is no ``tokenizer.json``, or it cannot be used.
+      MachineError: the extra ``tokenizers`` is not installed.
+    """
+
+    def __init__(self, place: Path) -> None:
+        folder = place.parent if place.is_file() else place
+        file = place if place.is_file() else folder / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(
+                "no tokenizer.json", where=str(place),
+                hint="--tokenizer takes the folder of a checkpoint, or the word bytes",
+            )  # fmt: skip
+        self._data = read_bounded(file, _LARGEST_TOKENIZER_BYTES)
+        self._where = str(file)
+        self._used = 0
+        self.name = folder.resolve().name
+        self.digest = tokenizer_digest(self._data)
+        self._tokenizer = Tokenizer(self._data, self._where)
+        try:
+            self.vocab_size = self._tokenizer.size()
+            self.special = self._special(folder)
+        except BaseException:
+            self._tokenizer.close()
+            raise
+
+    def encode(self, texts: Sequence[str]) -> list[IdArray]:
+        """Return the ids of each text. Raises InputError."""
+        pieces = [list(_pieces(text)) for text in texts]
+        flat = [piece for each in pieces for piece in each]
+        ids = iter([found for batch in _batches(flat) for found in self._ask(batch)])
+        return [np.concatenate([_EMPTY, *(next(ids) for _ in each)]) for each in pieces]
+
+    def _ask(self, texts: Sequence[str]) -> list[IdArray]:
+        if self._used > _RESTART_CHARACTERS:
+            self._tokenizer.close()
+            self._tokenizer, self._used = Tokenizer(self._data, self._where), 0
+        self._used += sum(map(len, texts))
+        found = self._tokenizer.encode_all(texts, special=False)
+        return [np.asarray(ids, np.int32) for ids in found]
+
+    def _special(self, folder: Path) -> Special:
+        """Return the special tokens that the files beside the tokenizer name."""
+        named = _named_tokens(folder)
+        extra = [f"<extra_id_{n}>" for n in range(_MOST_SENTINELS)]
+        names = list(named)
+        ids = self._tokenizer.ids([*named.values(), *extra])
+        by_name = dict(zip(names, ids, strict=False))
+        sentinels = ids[len(names) :]
+        known = sentinels.index(None) if None in sentinels else len(sentinels)
+        before, after = self._template()
+        return Special(
+            bos=by_name.get("bos"),
+            eos=by_name.get("eos"),
+            pad=by_name.get("pad"),
+            mask=by_name.get("mask"),
+            before=before,
+            after=after,
+            sentinels=tuple(id for id in sentinels[:known] if id is not None),
+        )
+
+    def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids that the tokenizer puts before and after a text."""
+        (plain,) = self._tokenizer.encode_all(["a"], special=False)
+        (whole,) = self._tokenizer.encode_all(["a"])
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+        return (), ()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._tokenizer.close()
+
+
+def open_encoder(name: str) -> Encoder:
+    """Return the encoder ``bytes``, or that of a folder with a ``tokenizer.json``.
+
+    Raises:
+      InputError: there is no ``tokenizer.json``, or it cannot be used.
+      MachineError: the extra ``tokenizers`` is not installed.
+    """
+    return ByteEncoder() if name == BYTES else TokenizerEncoder(Path(name))
+
+
+def tokenizer_digest(data: bytes) -> str:
+    """Return the digest of the content of a ``tokenizer.json``; that of bytes has its own."""
+    if data == byte_tokenizer():
+        return BYTES_DIGEST
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+_EMPTY: IdArray = np.zeros(0, np.int32)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield `text` in pieces that end with a line, where there is one."""
+    while len(text) > PIECE_CHARACTERS:
+        found = _LAST_BREAK.search(text, 0, PIECE_CHARACTERS)
+        end = found.end() if found else PIECE_CHARACTERS
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield `texts` in parts of so many characters."""
+    start, size = 0, 0
+    for number, text in enumerate(texts):
+        if number > start and size + len(text) > PIECE_CHARACTERS:
+            yield texts[start:number]
+            start, size = number, 0
+        size += len(text)
+    if start < len(texts):
+        yield texts[start:]
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """Return the special tokens by name, from the files that name them; missing ones are left."""
+    found: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if not (folder / file).is_file():
+            continue
+        data = read_json_object(folder / file, limit_bytes=_LARGEST_JSON_BYTES)
+        for name in ("bos", "eos", "pad", "mask"):
+            value = data.get(f"{name}_token")
+            if isinstance(value, dict):
+                value = value.get("content")
+            if isinstance(value, str):
+                found[name] = value
+    return found

@@ -1,0 +1,383 @@
+"""GGUF files that moecc writes: read back, verified, and what cannot be written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from moecc.checkpoint.gguf.blocks import dequantise, quantise
+from moecc.checkpoint.gguf.encode import Key, plan_file
+from moecc.checkpoint.gguf.header import read_gguf_header
+from moecc.checkpoint.gguf.names import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
+from moecc.checkpoint.gguf.reader import open_gguf
+from moecc.checkpoint.gguf.storage import BY_NAME
+from moecc.checkpoint.gguf.tokenizer_keys import tokenizer_keys
+from moecc.checkpoint.manifest import verify_manifest
+from moecc.checkpoint.open import open_checkpoint
+from moecc.checkpoint.shards import Entry
+from moecc.errors import InputError, MoeccError, UsageError
+from moecc.model.open import open_model
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.convert import Plan, plan, write
+from moecc.types.dtypes import BF16, F32, F64
+
+from .test_gguf_tokenizer import byte_level, sentence_piece
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+Q8_0 = BY_NAME["Q8_0"]
+needs_package = pytest.mark.skipif(
+    find_spec("gguf") is None, reason="the gguf package is not installed: moecc[gguf]"
+)
+
+SAME = [
+    ("llama_llama3", "llama"),
+    ("llama_biases_head_dim", "llama"),
+    ("llama_yarn", "llama"),
+    ("qwen2_gqa_tied", "qwen2"),
+    ("qwen3_head_dim_tied", "qwen3"),
+    ("mixtral_gqa", "llama"),
+    ("qwen2_moe_square", "qwen2moe"),
+    ("qwen3_moe_norm", "qwen3moe"),
+]
+"""Golden checkpoints that a file of the architecture holds as they are."""
+
+
+def convert(source: str, target: str, out: Path, passes: str = "", **options: Any) -> Plan:
+    path = source if "/" in source else str(GOLDEN / source)
+    with open_model(path) as model:
+        planned = plan(model, Pipeline.parse(passes), target, **options)
+        write(planned, out)
+    return planned
+
+
+def refusal(source: str, target: str, passes: str = "", **options: Any) -> str:
+    with open_model(str(GOLDEN / source)) as model, pytest.raises(MoeccError) as raised:
+        plan(model, Pipeline.parse(passes), target, **options)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("source", "architecture"), SAME)
+def test_what_is_read_back_is_what_was_written(
+    source: str, architecture: str, tmp_path: Path
+) -> None:
+    convert(source, f"gguf:{architecture}", tmp_path / "m.gguf")
+    with open_model(str(tmp_path / "m.gguf")) as back, open_model(str(GOLDEN / source)) as model:
+        assert back.graph.attrs["family"] == model.graph.attrs["family"]
+        theirs, ours = back.params(), model.params()
+        for name in theirs:
+            np.testing.assert_array_equal(theirs[name], ours[_untied(name, ours)], err_msg=name)
+        kept = ("rope_theta", "rope_scaling", "rms_norm_eps", "hidden_size", "num_hidden_layers")
+        assert {k: back.checkpoint.config[k] for k in kept} == {  # type: ignore[union-attr]
+            k: model.graph.attrs["config"][k] for k in kept
+        }
+
+
+def _untied(name: str, params: Any) -> str:
+    """Return the embedding for an output matrix that the source does not have."""
+    return name if name in params else "model.embed_tokens.weight"
+
+
+@needs_package
+@pytest.mark.parametrize("architecture", [*GGUF_FAMILIES, *GGUF_MIXTURES])
+def test_names_are_those_of_the_package(architecture: str) -> None:
+    import gguf
+
+    for table in (GGUF_FAMILIES, GGUF_MIXTURES):
+        family = table.get(architecture)
+        if family is None:
+            continue
+        arch = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+        names = gguf.get_tensor_name_map(arch, 3)
+        for old, new in family.stems().items():
+            full = f"model.layers.2.{new}"
+            assert names.get_name(full) == f"blk.2.{old}", full
+            assert gguf_name(f"{full}.weight", family) == f"blk.2.{old}.weight"
+            assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
+
+
+def test_a_mixture_of_a_dense_model(tmp_path: Path) -> None:
+    passes = "upcycle{experts=6 top-k=2 granularity=2 router-std=1}"
+    planned = convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf", passes)
+    header = read_gguf_header(tmp_path / "m.gguf")
+    assert header.metadata["llama.expert_count"] == 6
+    assert header.metadata["llama.feed_forward_length"] == 12
+    assert header.tensors["blk.0.ffn_down_exps.weight"].shape == (6, 16, 12)
+    assert header.metadata["moecc.pipeline"] == planned.pipeline.in_full()
+    with open_model(str(tmp_path / "m.gguf")) as back:
+        layer = back.params()["model.layers.0.block_sparse_moe.experts.w2.weight"]
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        down = model.params()["model.layers.0.mlp.down_proj.weight"]
+    # Slices of a virtual group; the gates of two equal experts are halves.
+    np.testing.assert_array_equal(np.concatenate([layer[0], layer[1]], axis=1), 2 * down)
+
+
+@needs_package
+@given(values=arrays.arrays(np.float32, (3, 64), elements=st.floats(-1000, 1000, width=32)))
+def test_blocks_are_read_as_they_were_made(values: Any) -> None:
+    back = dequantise(quantise(values, Q8_0), Q8_0).reshape(values.shape)
+    largest = np.abs(values).reshape(3, 2, 32).max(-1, keepdims=True)
+    # Half a step of 1/127 of the largest, and what half precision loses of the scale, of which
+    # 127 steps are made; below 2^-14 it loses 2^-25 of it.
+    bound = largest * (0.5 / 127 + 2**-10) + 127 * 2**-25
+    assert (np.abs((values - back).reshape(3, 2, 32)) <= bound).all()
+
+
+@needs_package
+def test_q8_0(small_model: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def make(name: str, shape: Any) -> bytes:
+        return rng.standard_normal(shape).astype("<f4").tobytes()
+
+    small_model(hidden=32, mlp=48, make=make).write(tmp_path / "x.gguf")
+    planned = convert(
+        str(tmp_path / "x.gguf"), "gguf:llama", tmp_path / "m.gguf",
+        "upcycle{experts=4 top-k=2}", dtype=Q8_0,
+    )  # fmt: skip
+    stored = {n: t.storage.name for n, t in read_gguf_header(tmp_path / "m.gguf").tensors.items()}
+    assert stored["blk.0.ffn_up_exps.weight"] == "Q8_0"
+    assert stored["blk.0.ffn_down_exps.weight"] == "F16"  # rows of 48 are no whole blocks
+    assert stored["blk.0.ffn_gate_inp.weight"] == stored["blk.0.attn_norm.weight"] == "F32"
+    (remark,) = [r for r in planned.remarks if "written in f16" in r]
+    assert "2 matrices, the first blk.0.ffn_down_exps.weight" in remark
+    assert verify_manifest(tmp_path / "m.gguf") == []
+    with open_model(str(tmp_path / "m.gguf")) as back:
+        made = back.params()["model.layers.1.block_sparse_moe.experts.w1.weight"]
+    with open_checkpoint(tmp_path / "x.gguf") as source:
+        gate = source.read("model.layers.1.mlp.gate_proj.weight")
+    assert (np.abs(made - gate) <= np.abs(gate).max() / 127).all()
+    assert (made == made[0]).all()
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    convert("llama_bfloat16", "gguf:llama", tmp_path / "kept.gguf", "upcycle{experts=2 top-k=1}")
+    convert("llama_gqa", "gguf:llama", tmp_path / "asked.gguf", dtype=BF16)
+    for file, matrix in (("kept", "blk.0.ffn_up_exps.weight"), ("asked", "blk.0.ffn_up.weight")):
+        tensors = read_gguf_header(tmp_path / f"{file}.gguf").tensors
+        assert tensors[matrix].storage.name == "BF16"
+        assert tensors["blk.1.attn_norm.weight"].storage.name == "F32"
+
+
+def test_the_gate_of_a_shared_expert_is_never_zero(tmp_path: Path) -> None:
+    """llama.cpp computes silu(x) / x, which is NaN for zero."""
+    passes = "upcycle{experts=2 top-k=2 shared=0.5}"
+    convert("qwen2_gqa_tied", "gguf:qwen2moe", tmp_path / "m.gguf", passes)
+    with open_gguf(tmp_path / "m.gguf") as made:
+        gate = made.read("model.layers.0.mlp.shared_expert_gate.weight")
+        head = made.read("lm_head.weight")
+        np.testing.assert_array_equal(head, made.read("model.embed_tokens.weight"))
+    assert gate.shape == (1, 16)
+    assert (gate == np.float32(1e-20)).all()
+
+
+def test_the_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
+    convert("llama_gqa", "gguf:llama", tmp_path / "a.gguf")
+    convert("llama_gqa", "gguf:llama", tmp_path / "b.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.gguf", "a.gguf.moecc.json", "b.gguf", "b.gguf.moecc.json",
+    ]  # fmt: skip
+    for suffix in ("gguf", "gguf.moecc.json"):
+        ours, theirs = (tmp_path / f"{name}.{suffix}" for name in "ab")
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert verify_manifest(tmp_path / "a.gguf") == []
+    data = bytearray((tmp_path / "a.gguf").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "a.gguf").write_bytes(data)
+    (problem,) = verify_manifest(tmp_path / "a.gguf")
+    assert "the data of the tensor 'output.weight' differ" in problem.what
+
+
+def test_a_folder_with_a_file(tmp_path: Path) -> None:
+    convert("qwen3_square", "gguf:qwen3moe", tmp_path / "out", "upcycle{experts=2 top-k=2}")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"model.gguf", "README.md", "moecc_manifest.json"}
+    assert verify_manifest(tmp_path / "out") == []
+    with open_model(str(tmp_path / "out")) as back:
+        assert back.graph.attrs["family"] == "qwen3_moe"
+
+
+def test_an_existing_file_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    out.write_bytes(b"mine")
+    with pytest.raises(InputError, match="the output file exists"):
+        convert("llama_gqa", "gguf:llama", out)
+    assert out.read_bytes() == b"mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        write(plan(model, Pipeline.parse(""), "gguf:llama"), out, force=True)
+    assert verify_manifest(out) == []
+
+
+def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **named: Any) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr("moecc.tasks.convert_gguf.manifest", fail)
+    with pytest.raises(OSError, match="no"):
+        convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "passes", "reason"),
+    [
+        ("llama_gqa", "gguf:qwen3moe", "", "no dense models of the architecture qwen3moe"),
+        ("llama_gqa", "gguf:qwen2", "upcycle", "no mixtures of experts of the architecture qwen2"),
+        ("llama_gqa", "gguf:qwen3moe", "upcycle", "always has norms of the queries and keys"),
+        ("llama_gqa", "gguf:lama", "", "did you mean 'llama'?"),
+        ("llama_gelu_mqa", "gguf:llama", "upcycle", "llama.cpp computes SiLU"),
+        ("mistral_window", "gguf:llama", "upcycle", "has no sliding window"),
+        ("llama_dynamic", "gguf:llama", "upcycle", "no dynamic scaling"),
+        ("llama_yarn_options", "gguf:llama", "upcycle", "attention_factor, truncate of YaRN"),
+        ("qwen3_moe_step", "gguf:qwen3moe", "", "refuses a dense layer in a file with experts"),
+        ("qwen3_moe_step", "gguf:qwen3moe", "", "refuses a bias of the attention's output"),
+        ("qwen3_moe_plain", "gguf:qwen3moe", "", "divides the chosen gates by their sum"),
+        ("qwen2_square", "gguf:qwen2moe", "upcycle{shared=0.5}", "does not divide the chosen"),
+    ],
+)
+def test_what_llama_cpp_would_not_compute(
+    source: str, target: str, passes: str, reason: str
+) -> None:
+    assert reason in refusal(source, target, passes)
+
+
+def test_types_that_a_file_cannot_have() -> None:
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        with pytest.raises(UsageError, match="no such element type"):
+            plan(model, Pipeline.parse(""), "gguf:llama", dtype=F64)
+        with pytest.raises(UsageError, match="only a GGUF file can hold q8_0"):
+            plan(model, Pipeline.parse(""), "llama", dtype=Q8_0)
+
+
+# --- the tokenizer
+
+
+def keys_of(checkpoint: Any, rows: int) -> dict[str, Any]:
+    keys, reason = tokenizer_keys(checkpoint, rows)
+    assert reason is None, reason
+    return {key.name.removeprefix("tokenizer.ggml."): key.value for key in keys}
+
+
+def folder_of(file: Path, folder: Path) -> Path:
+    """Write the tokenizer files of a GGUF file into a folder that is a checkpoint."""
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((GOLDEN / "llama_gqa" / name).read_bytes())
+    with open_gguf(file) as checkpoint:
+        for name, data in checkpoint.companions().items():
+            assert isinstance(data, bytes)
+            (folder / name).write_bytes(data)
+    return folder
+
+
+def written_again(builder: Any, tmp_path: Path, rows: int) -> tuple[Any, Any]:
+    """Return tokenizer.json of a file, and that of a file made of it."""
+    file = builder.write(tmp_path / "x.gguf")
+    tmp_path.joinpath("f").mkdir()
+    with open_checkpoint(folder_of(file, tmp_path / "f")) as folder:
+        keys, reason = tokenizer_keys(folder, rows)
+    assert reason is None, reason
+    header = read_gguf_header(file)
+    kept = [
+        Key(name, value)
+        for name, value in header.metadata.items()
+        if isinstance(value, int | float | str) and not name.startswith("tokenizer.")
+    ]
+    entries = [Entry(n, t.storage.dtype, t.shape) for n, t in header.tensors.items()]
+    shard = plan_file("y.gguf", entries, [*kept, *keys])
+    with (tmp_path / "y.gguf").open("wb") as made:
+        made.write(shard.header)
+        made.truncate(shard.size_bytes)
+    files = []
+    for path in (file, tmp_path / "y.gguf"):
+        with open_gguf(path) as checkpoint:
+            files.append(checkpoint.companions())
+    return files[0], files[1]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2", "tekken"])
+def test_byte_level_bpe(pre: str, small_model: Any, tmp_path: Path) -> None:
+    builder = byte_level(small_model, pre)
+    builder.key("tokenizer.ggml.bos_token_id", "u32", 264)
+    builder.key("tokenizer.ggml.eos_token_id", "u32", 264)
+    builder.key("tokenizer.ggml.add_bos_token", "bool", True)
+    builder.key("tokenizer.chat_template", "string", "{{ messages }}")
+    assert_same_tokenizer(*written_again(builder, tmp_path, 512))
+
+
+def test_sentence_piece_bpe(small_model: Any, tmp_path: Path) -> None:
+    pieces = [("\u2581", -1.0), ("a", -2.0), ("b", -3.0), ("ab", -1.5), ("\u2581ab", -0.5)]
+    builder = sentence_piece(small_model, pieces)
+    assert_same_tokenizer(*written_again(builder, tmp_path, 264))
+
+
+def assert_same_tokenizer(first: Any, second: Any) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        ours, theirs = json.loads(first[name]), json.loads(second[name])
+        if name == "tokenizer.json" and ours["model"]["byte_fallback"]:
+            # Equal ranks: among the cuts of one piece the order is free.
+            for one in (ours, theirs):
+                one["model"]["merges"] = {"".join(pair) for pair in one["model"]["merges"]}
+        assert ours == theirs, name
+
+
+def test_keys_of_a_gguf_source_are_kept(small_model: Any, tmp_path: Path) -> None:
+    builder = byte_level(small_model, "smollm").key("tokenizer.ggml.odd", "i64", -3)
+    builder.write(tmp_path / "x.gguf")
+    convert(str(tmp_path / "x.gguf"), "gguf:llama", tmp_path / "m.gguf", "upcycle")
+    before, after = (read_gguf_header(tmp_path / f) for f in ("x.gguf", "m.gguf"))
+    names = [name for name in before.metadata if name.startswith("tokenizer.")]
+    assert names == [name for name in after.metadata if name.startswith("tokenizer.")]
+    for name in names:
+        spans = (before.spans[name], after.spans[name])
+        raw = [
+            (tmp_path / f).read_bytes()[slice(*span)]
+            for f, span in zip(("x.gguf", "m.gguf"), spans, strict=True)
+        ]
+        assert raw[0] == raw[1], name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t["model"].update(type="WordPiece"), "only byte-level and SentencePiece"),
+        (lambda t: t["pre_tokenizer"].update(pretokenizers=[]), "no name for the way"),
+        (lambda t: t.update(normalizer={"type": "NFKC"}), "no name for the way"),
+    ],
+)
+def test_a_tokenizer_without_a_form(
+    change: Callable[[Any], None], reason: str, small_model: Any, tmp_path: Path
+) -> None:
+    file = byte_level(small_model).write(tmp_path / "x.gguf")
+    tmp_path.joinpath("f").mkdir()
+    folder = folder_of(file, tmp_path / "f")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with open_checkpoint(folder) as checkpoint:
+        keys, found = tokenizer_keys(checkpoint, 512)
+    assert [key.value for key in keys] == ["none"]
+    assert found is not None
+    assert re.search(reason, found)
+
+
+def test_a_folder_without_a_tokenizer_is_remarked(tmp_path: Path) -> None:
+    planned = convert("llama_gqa", "gguf:llama", tmp_path / "m.gguf")
+    assert planned.remarks == ("the file has no tokenizer: there is no tokenizer.json",)
+    metadata = read_gguf_header(tmp_path / "m.gguf").metadata
+    assert metadata["tokenizer.ggml.model"] == "none"
+
+
+def test_more_axes_than_the_format_has() -> None:
+    with pytest.raises(InputError, match="cannot store"):
+        plan_file("m.gguf", [Entry("w", F32, (1, 1, 1, 1, 1))], [])

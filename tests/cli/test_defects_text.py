@@ -1,0 +1,171 @@
+"""Defects 9 and 10: what reaches a terminal, and what a crash leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moecc.ir.parser import parse
+from moecc.ir.printer import print_graph
+
+from .conftest import Done
+
+Moecc = Callable[..., Done]
+ESC = "\x1b[31m"
+
+GRAPH = """moecc 1
+graph g {
+  attr note = "MARK"
+  input %x : f32[batch=B, embed=4]
+  %y = silu %x : f32[batch=B, embed=4] @layers.0LOC
+  output y = %y
+}
+"""
+
+OWN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from moecc.pipeline.passes import EXACT, Pass, PassResult
+
+@dataclass(frozen=True)
+class BoomPass(Pass):
+    """Crash."""
+    name: ClassVar[str] = "boom"
+    summary: ClassVar[str] = "crash"
+    preserves = EXACT
+    at: int = 0
+    def apply(self, graph, ctx):
+        if self.at != ctx.seed:
+            return PassResult(changed=False)
+        return {}["no such key"]
+'''
+
+
+# --- 9
+
+
+def test_09_a_graph_brings_no_escape_sequence_to_the_terminal(moecc: Moecc, tmp_path: Path) -> None:
+    file = tmp_path / "g.moe"
+    file.write_text(GRAPH.replace("LOC", ESC).replace("MARK", "plain"))
+    done = moecc("opt", file)
+    assert done.code == 1
+    assert "5:49: a control or invisible character" in done.err
+    for text in ("\\u001b[31m", "\x9b31m", "\u202e", "\\u202e"):
+        file.write_text(GRAPH.replace("MARK", text).replace("LOC", ""), "utf-8")
+        done = moecc("opt", file, "--print-after", "all", "-p", "canonicalize", "--remarks")
+        assert done.code == 0, done.err
+        assert all(c.isprintable() or c == "\n" for c in done.out + done.err)
+        assert print_graph(parse(done.out)) == done.out
+
+
+@pytest.mark.parametrize("command", ["inspect", "opt", "verify", "run"])
+def test_09_a_file_name_brings_no_escape_sequence_to_the_terminal(
+    moecc: Moecc, tmp_path: Path, command: str
+) -> None:
+    extra = ["--outputs", tmp_path / "o.npy"] if command == "run" else []
+    for name in (f"{ESC}.moe", "\u202eeom.moe", "\x9b31m"):
+        there = tmp_path / name
+        there.write_text("no graph")
+        for file in (there, tmp_path / f"absent{name}"):
+            done = moecc(command, file, *extra)
+            assert done.code in (1, 2)
+            assert done.err.replace("\n", "").isprintable()
+
+
+def test_09_reports_and_usage_errors_show_escape_sequences(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    folder = dense.rename(tmp_path / f"dense{ESC}\x9b")
+    for format in ("human", "json"):
+        done = moecc("inspect", folder, "--format", format)
+        assert done.code == 0, done.err
+        assert done.out.replace("\n", "").isprintable()
+    assert json.loads(done.out)["source"] == str(folder)
+    done = moecc("inspect", folder, f"--{ESC}")
+    assert done.code == 2
+    assert done.err.replace("\n", "").isprintable()
+
+
+# --- 10
+
+
+@pytest.fixture
+def boom(tmp_path: Path) -> Path:
+    file = tmp_path / "boom.py"
+    file.write_text(OWN)
+    return file
+
+
+@pytest.mark.parametrize("command", ["opt", "convert"])
+def test_10_a_crash_of_an_own_pass_names_its_line_and_can_be_replayed(
+    moecc: Moecc, dense: Path, boom: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, command: str,
+) -> None:  # fmt: skip
+    (tmp_path / "work").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    passes = ("-p", "canonicalize,boom{at=7}", "--load", boom, "--seed", "7")
+    if command == "opt":
+        moecc("import", dense, "-o", "dense.moe")
+        done = moecc("opt", "dense.moe", *passes)
+        os.unlink("dense.moe")
+    else:
+        done = moecc("convert", dense, tmp_path / "out", *passes, "--to", "llama")
+    assert done.code == 1, done.err
+    assert f"{boom}:16: the pass 2, boom, crashed: KeyError: 'no such key'" in done.err
+    assert "bug in moecc" not in done.err
+    assert os.listdir() == []
+    found = re.search(r"moecc replay (\S+\.moe)", done.err)
+    assert found is not None
+    boom.unlink()
+    again = moecc("replay", found[1])
+    assert again.code == 1
+    assert "crashed: KeyError: 'no such key'" in again.err
+    text = Path(found[1]).read_text()
+    Path(found[1]).write_text(text.replace('"seed": 7', '"seed": 8'))
+    assert moecc("replay", found[1]).code == 0
+
+
+def test_10_a_crash_of_a_pass_of_moecc_is_a_bug_with_a_reproducer(
+    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moecc_passes.dce import DcePass
+
+    def crash(self: DcePass, graph: object, ctx: object) -> None:
+        raise KeyError("gone")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(DcePass, "apply", crash)
+    done = moecc("convert", dense, tmp_path / "out", "-p", "dce", "--to", "llama")
+    assert done.code == 70
+    found = re.search(r"moecc replay (\S+\.moe)", done.err)
+    assert found is not None
+    assert moecc("replay", found[1]).code == 70
+    monkeypatch.undo()
+    assert moecc("replay", found[1]).code == 0
+
+
+@pytest.mark.parametrize("method", ["validate", "warnings", "__post_init__"])
+def test_10_an_own_pass_that_crashes_before_it_runs_names_its_line(
+    moecc: Moecc, dense: Path, tmp_path: Path, method: str
+) -> None:
+    file = tmp_path / "odd.py"
+    file.write_text(f"{OWN}\n    def {method}(self):\n        raise ValueError('odd')\n")
+    done = moecc("convert", dense, tmp_path / "out", "-p", "boom", "--load", file, "--to", "llama")
+    assert done.code == 1, done.err
+    assert f"{file}:19: the pass boom crashed" in done.err
+
+
+def test_10_replay_takes_only_reproducers(moecc: Moecc, tmp_path: Path) -> None:
+    file = tmp_path / "g.moe"
+    file.write_text(GRAPH)
+    done = moecc("replay", file)
+    assert done.code == 1
+    assert "not a reproducer" in done.err
+    assert moecc("replay", tmp_path / "absent.moe").code == 1

@@ -1,0 +1,138 @@
+"""llama.cpp computes of a GGUF file that moecc wrote what the source computes.
+
+``make proof-engines`` runs this where ``MOECC_LLAMA_CPP_PYTHON`` names an interpreter that has
+llama-cpp-py-sync (tried with 0.11739).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecc.backend import get_backend
+from moecc.model.open import open_model
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.convert import plan, write
+from moecc.tasks.generate import continue_tokens, load_tokenizer
+from moecc.types.dtypes import F64
+
+from .engine import ask, interpreter, needs
+
+VARIABLE, MODULE, PROBE = "MOECC_LLAMA_CPP_PYTHON", "llama_cpp_py_sync", "logits_of_llama_cpp.py"
+GOLDEN = Path(__file__).parents[1] / "golden"
+SINGLE = 1e-6
+"""The bound on max |Δ logit| / max |logit| in float32, cache included."""
+
+EXACT = [
+    ("llama_gqa", "llama", ""),
+    ("llama_biases_head_dim", "llama", ""),
+    ("mistral_full_head_dim", "llama", ""),
+    ("qwen2_gqa_tied", "qwen2", ""),
+    ("qwen3_head_dim_tied", "qwen3", ""),
+    ("mixtral_gqa", "llama", ""),
+    ("mixtral_top1_head_dim", "llama", ""),
+    ("mixtral_square", "llama", ""),
+    ("qwen2_moe_plain", "qwen2moe", ""),
+    ("qwen2_moe_square", "qwen2moe", ""),
+    ("qwen3_moe_norm", "qwen3moe", ""),
+    ("qwen3_moe_square", "qwen3moe", ""),
+    ("llama_gqa", "llama", "upcycle{experts=6 top-k=2 router-std=1}"),
+    ("llama_square_tied", "llama", "upcycle{experts=8 top-k=4 granularity=2 router-std=1}"),
+    ("llama_llama3", "llama", "upcycle{experts=4}"),
+    ("llama_yarn", "llama", "upcycle{experts=4}"),
+    ("llama_linear", "llama", "upcycle{experts=4 router-init=zero}"),
+    ("mistral_full_head_dim", "llama", "upcycle{experts=8 top-k=2}"),
+    ("qwen3_square", "qwen3moe", "upcycle{experts=8 top-k=2 router-std=1}"),
+    ("qwen3_head_dim_tied", "qwen3moe", "upcycle{experts=3 top-k=3}"),
+    (
+        "qwen2_square",
+        "qwen2moe",
+        "upcycle{experts=8 top-k=2 shared=0.5 gates=softmax router-init=zero}",
+    ),
+    ("qwen2_gqa_tied", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5 router-std=1}"),
+    ("llama_gqa", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5 router-std=1}"),
+]
+"""Golden checkpoints, the architecture to write, and what is done first."""
+
+pytestmark = [pytest.mark.parity, needs(VARIABLE, MODULE)]
+
+
+def python() -> str:
+    found = interpreter(VARIABLE, MODULE)
+    assert found is not None
+    return found
+
+
+def written(cases: Sequence[tuple[str, str, str]], folder: Path) -> list[dict[str, str]]:
+    """Convert each case; return the jobs for the engine."""
+    jobs = []
+    for number, (source, architecture, passes) in enumerate(cases):
+        file = folder / f"{number}.gguf"
+        with open_model(str(GOLDEN / source)) as model:
+            write(plan(model, Pipeline.parse(passes), f"gguf:{architecture}", seed=1), file)
+        jobs.append({"file": str(file), "tokens": str(GOLDEN / source / "tokens.npy")})
+    return jobs
+
+
+def off(job: dict[str, str], source: str) -> float:
+    """Return max |Δ logit| / max |logit| of the engine against the golden logits."""
+    found = np.load(job["file"] + ".logits.npy").astype(np.float64)
+    golden = np.load(GOLDEN / source / "logits.npy").astype(np.float64)
+    return float(np.abs(found - golden).max() / np.abs(golden).max())
+
+
+def test_logits(tmp_path: Path) -> None:
+    jobs = written(EXACT, tmp_path)
+    wrong = [
+        f"{case}: {report or off(job, case[0])}"
+        for case, job, report in zip(EXACT, jobs, ask(python(), PROBE, jobs), strict=True)
+        if report or not off(job, case[0]) <= SINGLE
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_experts_that_differ(tmp_path: Path) -> None:
+    """Among copies it would not show if experts or router rows were mixed up."""
+    cases = [
+        ("llama_gqa", "llama", "upcycle{experts=8 top-k=2 init=drop drop-ratio=0.9 router-std=1}"),
+        ("qwen3_square", "qwen3moe", "upcycle{experts=6 init=noise noise-std=1 router-std=1}"),
+    ]
+    jobs = written(cases, tmp_path)
+    assert ask(python(), PROBE, jobs) == [{}, {}]
+    for job, (source, _, _) in zip(jobs, cases, strict=True):
+        assert off(job, source) > 0.1
+        with open_model(job["file"]) as model:
+            program = get_backend("reference").compile(model.graph)
+            tokens = {"tokens": np.load(job["tokens"])}
+            logits = program.run(model.params(dtype=F64), tokens)["logits"]
+        found = np.load(job["file"] + ".logits.npy")
+        assert np.abs(found - logits).max() / np.abs(logits).max() <= SINGLE
+
+
+def test_what_llama_cpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine refuses a tied qwen2moe without the head that moecc writes."""
+    monkeypatch.setattr("moecc.families.export_gguf._NEED_A_HEAD", ())
+    case = ("qwen2_gqa_tied", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5}")
+    (report,) = ask(python(), PROBE, written([case], tmp_path))
+    assert "'output.weight' not found" in report["refused"]
+
+
+@pytest.mark.download
+@pytest.mark.slow
+def test_smollm2_continues_a_sentence_with_the_same_tokens(tmp_path: Path) -> None:
+    cache = Path(os.environ.get("MOECC_CACHE", Path.home() / ".cache" / "moecc"))
+    source = next(iter(sorted(cache.rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))), None)
+    if source is None:
+        pytest.skip("SmolLM2 is not in MOECC_CACHE or ~/.cache/moecc; make demo fetches it")
+    file, prompt = tmp_path / "smollm2-8x.gguf", "It is a truth universally acknowledged, that"
+    with open_model(str(source)) as model:
+        write(plan(model, Pipeline.parse("upcycle{experts=8 top-k=2}"), "gguf:llama"), file)
+    (report,) = ask(python(), PROBE, [{"file": str(file), "prompt": prompt, "count": 16}])
+    with open_model(str(file)) as model:
+        with load_tokenizer(model) as tokenizer:
+            assert report["prompt"] == tokenizer.encode(prompt)
+        assert report["added"] == list(continue_tokens(model, report["prompt"], 16))

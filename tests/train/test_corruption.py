@@ -1,0 +1,90 @@
+"""Hidden spans can be put back exactly; as much is hidden as asked."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.train.data.corruption import Masking, Spans, restored
+
+SENTINELS = tuple(range(1000, 1100))
+
+
+@st.composite
+def corruptions(draw: st.DrawFn) -> tuple[Spans, np.ndarray, int]:
+    spans = Spans(
+        draw(st.floats(0.02, 0.9)),
+        draw(st.floats(1, 9)),
+        SENTINELS[: draw(st.integers(1, 100))],
+        draw(st.sampled_from([None, 999])),
+    )
+    ids = draw(st.lists(st.integers(0, 998), min_size=2, max_size=80))
+    return spans, np.array(ids, np.int32), draw(st.integers(0, 2**32))
+
+
+@given(corruptions())
+def test_the_text_comes_back_from_encoder_and_decoder(case: tuple[Spans, np.ndarray, int]) -> None:
+    spans, ids, seed = case
+    encoder, decoder = spans.apply(ids, np.random.default_rng(seed))
+    assert restored(encoder, decoder, spans.sentinels, spans.end).tolist() == ids.tolist()
+    sizes = spans.sizes(np.array([len(ids)]))
+    assert (len(encoder), len(decoder)) == (sizes[0][0], sizes[1][0])
+    marks = [t for t in encoder.tolist() if t >= 1000]
+    # Sentinels come in their order, each once, and the first token of the decoder is one.
+    assert marks == list(SENTINELS[: len(marks)])
+    assert [t for t in decoder.tolist() if t >= 1000] == marks
+    assert encoder[0] < 999 <= decoder[0]
+    if spans.end is not None:
+        assert encoder[-1] == decoder[-1] == spans.end
+
+
+def test_sizes_are_those_of_t5() -> None:
+    """568 tokens become 512 and 114, as in T5's own computation."""
+    spans = Spans(0.15, 3.0, SENTINELS, 1)
+    encoder, decoder = spans.sizes(np.array([568]))
+    assert (encoder[0], decoder[0]) == (512, 114)
+
+
+def test_density_and_span_lengths_are_as_asked() -> None:
+    spans = Spans(0.15, 3.0, SENTINELS, None)
+    ids = np.arange(500, dtype=np.int32)
+    hidden, lengths, where = 0, [], np.zeros(500)
+    for seed in range(300):
+        _, decoder = spans.apply(ids, np.random.default_rng(seed))
+        found = decoder < 1000
+        hidden += int(found.sum())
+        where[decoder[found]] += 1
+        edges = np.flatnonzero(np.append(~found, True))
+        lengths += (np.diff(edges) - 1).tolist()
+    assert hidden / (300 * 500) == 0.15
+    assert abs(np.mean(lengths) - 3.0) < 0.01
+    # Lengths of a random partition into 25 parts of 75: nearly geometric, 1 the likeliest.
+    counts = np.bincount(lengths) / len(lengths)
+    assert abs(counts[1] - 24 / 74) < 0.02
+    assert counts[1] > counts[2] > counts[3]
+    # The first token is always kept; in the middle all are hidden equally often.
+    assert where[0] == 0
+    assert abs(where[50:450].mean() / 300 - 0.15) < 0.01
+
+
+def test_masking_is_that_of_bert() -> None:
+    masking = Masking(0.15, 7777, 1000)
+    ids = np.arange(200, dtype=np.int32) + 2000
+    kinds = np.zeros(3)
+    chosen_at = np.zeros(200)
+    for seed in range(500):
+        seen, chosen = masking.apply(ids, np.random.default_rng(seed))
+        assert chosen.sum() == 30
+        assert (seen[~chosen] == ids[~chosen]).all()
+        chosen_at += chosen
+        kinds += [(seen[chosen] == 7777).sum(), (seen[chosen] < 1000).sum(),
+                  (seen[chosen] == ids[chosen]).sum()]  # fmt: skip
+    assert np.allclose(kinds / kinds.sum(), [0.8, 0.1, 0.1], atol=0.01)
+    assert np.allclose(chosen_at / 500, 0.15, atol=0.08)
+
+
+def test_a_single_token_is_masked_at_least() -> None:
+    seen, chosen = Masking(0.15, 9, 5).apply(np.array([3], np.int32), np.random.default_rng(0))
+    assert chosen.tolist() == [True]
+    assert len(seen) == 1

@@ -1,0 +1,74 @@
+"""The journal holds the same bytes however often a run was resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moecc.errors import InputError
+from moecc.train.events import Evaluated, Event, Reason, Saved, Skipped, Stepped, Stopped
+from moecc.train.journal import Journal, cut_back, read_journal
+from moecc.train.position import Position, batch_of
+
+
+def stepped(step: int) -> Stepped:
+    return Stepped(step, {"loss": 1.0 / step, "load": [0.5, 0.5]}, 10 * step, 0.1 * step)
+
+
+def record(path: Path, events: list[Event]) -> None:
+    with Journal(path) as journal:
+        for event in events:
+            journal.record(event)
+
+
+def test_lines_say_what_a_recipe_decides_and_no_times(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    saved = Saved(1, tmp_path, True, 3.0)
+    record(path, [stepped(1), Evaluated(1, {"a": 2.0}), saved, Stopped(1, Reason.DONE)])
+    assert path.read_text() == (
+        '{"step":1,"tokens":10,"loss":1.0,"load":[0.5,0.5]}\n{"step":1,"held_out":{"a":2.0}}\n'
+    )
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"step":3,"lo', b"\xff", b'{"step":2}'])
+def test_a_resumed_run_has_the_bytes_of_one_that_was_not_killed(
+    tmp_path: Path, rest: bytes
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    events: list[Event] = [stepped(1), stepped(2), Evaluated(2, {"a": 1.0}), stepped(3)]
+    record(whole, events)
+    record(killed, events)
+    with killed.open("ab") as file:
+        file.write(rest)
+    cut_back(killed, 2)
+    assert len(list(read_journal(killed))) == 3
+    record(killed, [stepped(3)])
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path: Path) -> None:
+    streak: list[Event] = [Skipped(4, {"loss": 9.0}, 3), Skipped(5, {"loss": 9.0}, 4)]
+    back = Skipped(3, {}, 4, 3, (3, 4))
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    first: list[Event] = [stepped(1), stepped(2), stepped(3)]
+    record(once, [*first, *streak, back, stepped(4)])
+    record(twice, [*first, *streak, back])
+    cut_back(twice, 3)
+    record(twice, [*streak, back, stepped(4)])
+    assert once.read_bytes() == twice.read_bytes()
+    assert {"step": 4, "left_out": [3, 4]} in read_journal(once)
+
+
+def test_a_line_that_is_not_json_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nno\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl:2"):
+        list(read_journal(path))
+
+
+def test_batches_that_are_left_out_are_passed_over() -> None:
+    assert [batch_of(step, (2, 3, 6)) for step in range(5)] == [0, 1, 4, 5, 7]
+    at = Position(2, 50).without((2, 3)).without((6,))
+    assert at.batch == 4
+    assert at.after(5) == Position(3, 55, (2, 3, 6))

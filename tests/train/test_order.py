@@ -1,0 +1,99 @@
+"""The order of a mixture: each row once in an epoch, shares as asked, nothing but arguments."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.train.data.order import PERIOD, Mixture, mixed, permuted
+
+
+@given(st.integers(1, 700), st.integers(0, 2**64 - 1))
+def test_a_permutation_has_each_number_once(size: int, key: int) -> None:
+    assert sorted(permuted(np.arange(size), size, key)) == list(range(size))
+
+
+@given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.data())
+def test_numbers_of_a_large_range_stay_in_it(size: int, key: int, data: st.DataObject) -> None:
+    some = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=5, unique=True)), int)
+    found = permuted(some, size, key)
+    assert ((found >= 0) & (found < size)).all()
+    assert len(set(found.tolist())) == len(some)
+
+
+def test_permutations_are_even() -> None:
+    """Each number goes to each place about equally often, also in small ranges."""
+    for size in (5, 16):
+        counts = np.zeros((size, size))
+        for key in range(1000):
+            counts[np.arange(size), permuted(np.arange(size), size, mixed(key))] += 1
+        expected = 1000 / size
+        # Six standard deviations.
+        assert np.abs(counts - expected).max() < 6 * np.sqrt(expected)
+
+
+def test_neighbours_do_not_stay_neighbours() -> None:
+    found = permuted(np.arange(10_000), 10_000, mixed(3))
+    assert np.mean(np.abs(np.diff(found)) < 100) < 0.03
+    assert abs(np.corrcoef(np.arange(10_000), found)[0, 1]) < 0.05
+
+
+def test_numbers_are_mixed_by_value_and_order() -> None:
+    found = {mixed(a, b) for a in range(30) for b in range(30)}
+    assert len(found) == 900
+    assert mixed(1, 2) != mixed(2, 1)
+    assert mixed(0) != mixed(0, 0)
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.tuples(st.integers(100, 4000), st.floats(0.01, 10)), min_size=1, max_size=4),
+    st.integers(0, 99),
+    st.integers(0, 2 * PERIOD),
+)
+def test_shares_hold_in_every_stretch(
+    corpora: list[tuple[int, float]], seed: int, start: int
+) -> None:
+    rows, weights = zip(*corpora, strict=True)
+    mixture = Mixture(rows, weights, seed)
+    corpus, _, _ = mixture.find(range(start, start + 1000))
+    for number, weight in enumerate(weights):
+        share = 1000 * weight / sum(weights)
+        assert abs(int((corpus == number).sum()) - share) <= 2 + 1000 * len(rows) / PERIOD
+
+
+def test_an_epoch_has_each_row_once_and_the_next_another_order() -> None:
+    mixture = Mixture((7, 12), (1.0, 3.0), 5)
+    corpus, epoch, row = mixture.find(range(200))
+    orders = {}
+    for c, size in ((0, 7), (1, 12)):
+        for e in range(int(epoch[corpus == c].max())):
+            order = row[(corpus == c) & (epoch == e)].tolist()
+            assert sorted(order) == list(range(size))
+            orders[c, e] = tuple(order)
+    assert len(orders) == len(set(orders.values()))
+    assert orders[0, 0] != tuple(Mixture((7, 12), (1.0, 3.0), 6).find(range(28))[2][:7])
+
+
+def test_small_shares_are_not_nothing() -> None:
+    mixture = Mixture((3 * PERIOD, 5, 9), (1.0, 1e-9, 1e-9), 0)
+    corpus, _, row = mixture.find(range(2 * PERIOD))
+    assert [(corpus == n).sum() for n in range(3)] == [2 * PERIOD - 4, 2, 2]
+    assert len(set(row[corpus == 1].tolist())) == 2
+
+
+def test_numbers_may_be_asked_for_in_any_order() -> None:
+    mixture = Mixture((70, 30), (0.6, 0.4), 1)
+    whole = mixture.find(range(500))
+    some = np.random.default_rng(0).permutation(500)[:100]
+    for a, b in zip(whole, mixture.find(some), strict=True):
+        assert (a[some] == b).all()
+
+
+def test_the_order_stays_what_it_was() -> None:
+    """Resuming under a later version of moecc needs the same rows."""
+    corpus, epoch, row = Mixture((10, 4), (0.7, 0.3), 42).find(range(16))
+    assert corpus.tolist() == [0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0]
+    assert epoch.tolist() == [0] * 14 + [1, 1]
+    assert row.tolist() == [0, 0, 7, 2, 1, 6, 1, 5, 3, 9, 2, 8, 4, 3, 0, 6]

@@ -1,0 +1,144 @@
+"""Run folders: whole or absent, steps complete or none, and models to every command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moecc.checkpoint.run.digests import check_step
+from moecc.checkpoint.run.layout import (
+    LINEAGE_SCHEMA,
+    choose_step,
+    is_run,
+    saved_steps,
+    split_reference,
+)
+from moecc.errors import CheckError, InputError
+from moecc.train.run_folder import (
+    begin_step,
+    create_run,
+    finish_step,
+    keep_steps,
+    locked_run,
+    remove_incomplete,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    create_run(
+        folder, recipe="[model]\n", graph="moe 1\n", lineage={"schema": LINEAGE_SCHEMA},
+        source={"config.json": b"{}", "additional_chat_templates/a.jinja": b"x"},
+    )  # fmt: skip
+    return folder
+
+
+def save(run: Path, step: int, loss: float | None = None) -> None:
+    state = begin_step(run, step)
+    state.mkdir()
+    (state / "data").write_bytes(b"array")
+    finish_step(run, step, {"loss": loss, "tokens": step, "left_out": [], "tensors": {}})
+
+
+def numbers(run: Path) -> list[int]:
+    return [s.number for s in saved_steps(run)]
+
+
+def test_references_name_a_run_and_a_step(run: Path, tmp_path: Path) -> None:
+    assert is_run(run)
+    assert split_reference(str(run)) == (str(run), "last")
+    assert split_reference(f"{run}@best") == (str(run), "best")
+    assert split_reference(f"{tmp_path}@3") is None
+    assert split_reference(str(tmp_path)) is None
+
+
+def test_steps_are_chosen_by_number_last_and_best(run: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint yet"):
+        choose_step(run, "last")
+    for step, loss in ((10, 2.0), (20, 1.5), (30, None)):
+        save(run, step, loss)
+    assert choose_step(run, "last").number == 30
+    assert choose_step(run, "best").number == 20
+    assert choose_step(run, "10").number == 10
+    with pytest.raises(InputError, match=r"best, last, or one of the steps 10, 20, 30"):
+        choose_step(run, "11")
+
+
+def test_the_last_steps_and_the_best_are_kept(run: Path) -> None:
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, None)):
+        save(run, step, loss)
+        keep_steps(run, 2)
+    assert numbers(run) == [2, 4, 5]
+
+
+def test_a_step_without_its_facts_is_none_and_is_removed(run: Path) -> None:
+    save(run, 1)
+    begin_step(run, 2).mkdir()
+    (run / "steps" / "7.orbax-tmp").mkdir()
+    assert numbers(run) == [1]
+    remove_incomplete(run)
+    assert [p.name for p in (run / "steps").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("file", ["steps/1/state/data", "graph.moe", "source/config.json"])
+def test_a_changed_file_is_found(run: Path, file: str) -> None:
+    save(run, 1)
+    step = saved_steps(run)[0]
+    check_step(run, step)
+    (run / file).write_bytes(b"other")
+    with pytest.raises(CheckError, match=f"{Path(file).name}: the file differs"):
+        check_step(run, step)
+
+
+def test_a_changed_digest_and_a_missing_file_are_found(run: Path) -> None:
+    save(run, 1)
+    step = saved_steps(run)[0]
+    (step.state / "data").unlink()
+    with pytest.raises(CheckError, match="'data' is missing"):
+        check_step(run, step)
+    facts = step.folder / "step.json"
+    facts.write_text(facts.read_text().replace('"tokens": 1', '"tokens": 2'))
+    with pytest.raises(CheckError, match="seal"):
+        check_step(run, saved_steps(run)[0])
+
+
+def test_a_moved_step_is_refused(run: Path) -> None:
+    save(run, 1)
+    (run / "steps" / "1").rename(run / "steps" / "3")
+    with pytest.raises(InputError, match="or was moved"):
+        _ = saved_steps(run)[0].facts
+
+
+def test_one_process_trains_a_run(run: Path) -> None:
+    with (
+        locked_run(run),
+        pytest.raises(InputError, match="another process trains this run"),
+        locked_run(run),
+    ):
+        pass
+    with locked_run(run):
+        pass
+
+
+def test_a_run_is_made_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError):
+        create_run(
+            out, recipe="", graph="", lineage={}, source={"config.json": tmp_path / "absent"}
+        )
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    (out / "file").touch()
+    with pytest.raises(InputError, match="not empty"):
+        create_run(out, recipe="", graph="", lineage={}, source={})
+
+
+def test_lines_of_facts_are_json(run: Path) -> None:
+    save(run, 4, 0.5)
+    found = json.loads((run / "steps/4/step.json").read_text())
+    assert found["step"] == 4
+    assert found["files"]["data"]["size_bytes"] == 5
+    assert found["run_files"].keys() >= {"recipe.toml", "graph.moe", "source/config.json"}

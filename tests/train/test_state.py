@@ -1,0 +1,80 @@
+"""States have the names of the model, whatever passes made of its graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.ir import Graph, clone
+from moecc.model.open import open_model
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.train.state import Canonical, canonical, initial, moment, stored
+from moecc.weights.evaluate import evaluate
+
+ROLLED = "cse,roll-layers"
+UPCYCLE = "upcycle{experts=4 top-k=2}"
+
+
+def run(graph: Graph, passes: str) -> Graph:
+    run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
+    return graph
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    with open_model("tests/golden/llama_gqa") as opened:
+        run(opened.graph, UPCYCLE)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def made(model: Any) -> Canonical:
+    return canonical(model.graph)
+
+
+def test_the_canonical_graph_reads_its_parameters_by_their_own_names(made: Canonical) -> None:
+    for name, param in made.graph.params.items():
+        assert str(param.weight).startswith(f'source("{name}" : f32[')
+
+
+def test_a_rolled_model_has_the_same_canonical_graph(model: Any, made: Canonical) -> None:
+    rolled = run(clone(model.graph), "roll-layers")
+    assert any("{" in name for name in rolled.params)
+    assert canonical(rolled).graph.params.keys() == made.graph.params.keys()
+
+
+def test_what_is_stored_of_a_rolled_program_restores_it(model: Any, made: Canonical) -> None:
+    program, tensors = run(clone(made.graph), ROLLED), {}
+    arrays = {}
+    for name, param in program.params.items():
+        first = evaluate(initial(param.weight, made.weights), model.checkpoint.read)
+        arrays[name] = first
+        for key, part in stored("array", param.weight):
+            tensors[key] = evaluate(part, lambda *_, a=first: a[slice(*_[1:])])
+    assert tensors.keys() == made.graph.params.keys()
+    for name, param in program.params.items():
+        again = evaluate(param.weight, lambda key, *rows: tensors[key][slice(*rows)])
+        np.testing.assert_array_equal(again, arrays[name])
+    for name, weight in made.weights.items():
+        np.testing.assert_array_equal(tensors[name], evaluate(weight, model.checkpoint.read))
+
+
+@pytest.mark.parametrize("dropped", [None, "mlp", "embed"])
+def test_moments_go_the_ways_of_their_parameters(made: Canonical, dropped: str | None) -> None:
+    name = "model.layers.{0..2}.mlp.up_proj.weight"
+    param = run(clone(made.graph), ROLLED).params[name]
+    type = param.type if dropped is None else param.type.without(dropped)
+    found = moment(param.weight, "mu", type.shape)
+    assert found is not None
+    assert found.type.shape == type.shape
+    keys = [key for key, _ in stored("array", found)]
+    assert keys == [f"mu.model.layers.{n}.mlp.up_proj.weight" for n in range(3)]
+
+
+def test_a_moment_of_another_shape_holds_nothing_of_its_parameter(made: Canonical) -> None:
+    param = next(iter(made.graph.params.values()))
+    assert moment(param.weight, "v", (1,)) is None

@@ -1,0 +1,346 @@
+"""Token folders: what is read, what is written, what is rejected, what is held out."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.cli.cmd_tokens import TokensRequest
+from moecc.cli.main import main
+from moecc.errors import InputError, MachineError, UsageError
+from moecc.train.tokens import documents, encoders
+from moecc.train.tokens.documents import Format
+from moecc.train.tokens.facts import TokenFacts
+from moecc.train.tokens.folder import TokenFolder, open_tokens
+from moecc.train.tokens.make import Making, make_tokens
+
+
+def make(out: Path, *texts: Path, **options: Any) -> dict[str, TokenFacts]:
+    options.setdefault("tokenizer", "bytes")
+    return make_tokens(Making(tuple(map(str, texts)), **options), out)
+
+
+def texts_of(folder: TokenFolder) -> list[str]:
+    pairs = zip(folder.starts[:-1], folder.starts[1:], strict=True)
+    return [bytes(folder.ids(a, b).astype(np.uint8)).decode() for a, b in pairs]
+
+
+def lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def problems(error: pytest.ExceptionInfo[Any]) -> list[str]:
+    return [str(p) for p in error.value.problems]
+
+
+def test_documents_come_back_as_they_were(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "b.txt").write_text("second ü\n")
+    (folder / "a.md").write_text("first")
+    (folder / ".hidden").write_bytes(b"\xff")
+    lines(folder / "c.jsonl", {"text": "third"}, {"text": "fourth", "n": 1})
+    with gzip.open(folder / "d.txt.gz", "wt") as file:
+        file.write("fifth")
+    facts = make(tmp_path / "out", folder)[""]
+    opened = open_tokens(tmp_path / "out")
+    assert texts_of(opened) == ["first", "second ü\n", "third", "fourth", "fifth"]
+    assert opened.facts == facts
+    assert (facts.documents, facts.tokens, facts.dtype) == (5, 31, "uint16")
+    assert [source.name for source in facts.sources] == ["a.md", "b.txt", "c.jsonl", "d.txt.gz"]
+    assert facts.largest_id == 0xC3
+
+
+@settings(max_examples=20)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=12))
+def test_every_text_is_kept_once(texts: list[str]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as place:
+        source = lines(Path(place, "x.jsonl"), *({"text": t} for t in texts))
+        filled = [t for t in texts if t.strip()]
+        kept = [t for n, t in enumerate(filled) if t.strip() not in map(str.strip, filled[:n])]
+        if not kept:
+            with pytest.raises(InputError, match="the corpus is empty"):
+                make(Path(place, "out"), source)
+            return
+        facts = make(Path(place, "out"), source)[""]
+        assert texts_of(open_tokens(Path(place, "out"))) == kept
+        assert facts.duplicates == len(filled) - len(kept)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("file", ["a\nb\n\n\f c\nd\f"]),
+        ("line", ["a\n", "b\n", "\f c\n", "d\f"]),
+        ("paragraph", ["a\nb\n", "\f c\nd\f"]),
+        ("form-feed", ["a\nb\n\n", " c\nd"]),
+    ],
+)
+def test_text_files_are_split(tmp_path: Path, split: str, expected: list[str]) -> None:
+    (tmp_path / "x.txt").write_text("a\nb\n\n\f c\nd\f")
+    make(tmp_path / "out", tmp_path / "x.txt", format=Format(split=split))
+    assert texts_of(open_tokens(tmp_path / "out")) == expected
+
+
+def test_held_out_documents_are_in_one_part_whatever_their_order(tmp_path: Path) -> None:
+    records = [{"text": f"document {n // 2}"} for n in range(400)]
+    lines(tmp_path / "x.jsonl", *records)
+    lines(tmp_path / "y.jsonl", *records[::-1])
+    make(tmp_path / "x", tmp_path / "x.jsonl", hold_out=0.2)
+    make(tmp_path / "y", tmp_path / "y.jsonl", hold_out=0.2)
+    parts = [set(texts_of(open_tokens(tmp_path / "x" / p))) for p in ("train", "heldout")]
+    assert not parts[0] & parts[1]
+    assert len(parts[0]) + len(parts[1]) == 200
+    assert 20 < len(parts[1]) < 60
+    assert set(texts_of(open_tokens(tmp_path / "y" / "heldout"))) == parts[1]
+    assert open_tokens(tmp_path / "x" / "train").facts.held_out == "train 0.2"
+    with pytest.raises(InputError, match="it has token folders in it"):
+        open_tokens(tmp_path / "x")
+
+
+def test_examples_have_prompts_and_labels(tmp_path: Path) -> None:
+    source = lines(
+        tmp_path / "x.jsonl",
+        {"a": "one", "b": 2, "label": "yes"},
+        {"a": "two", "b": 3, "label": "no"},
+        {"a": "two", "b": 4, "label": "yes"},
+    )
+    form = Format("labelled", prompt="{a} and {b}?", completion=" {label}")
+    facts = make(tmp_path / "out", source, format=form)[""]
+    folder = open_tokens(tmp_path / "out")
+    assert texts_of(folder) == ["one and 2? yes", "two and 3? no", "two and 4? yes"]
+    assert folder.completions.tolist() == [10, 10, 10]
+    assert folder.labels.tolist() == [0, 1, 0]
+    assert [(label.text, label.count) for label in facts.labels] == [(" yes", 2), (" no", 1)]
+    assert bytes(facts.labels[0].tokens) == b" yes"
+
+
+def test_equal_prompts_are_held_out_together(tmp_path: Path) -> None:
+    records = [{"prompt": f"q{n}", "completion": f"{m}"} for n in range(60) for m in range(3)]
+    source = lines(tmp_path / "x.jsonl", *records)
+    make(tmp_path / "out", source, format=Format("examples"), hold_out=0.3)
+    held = open_tokens(tmp_path / "out" / "heldout")
+    prompts = [text[:-1] for text in texts_of(held)]
+    assert all(prompts.count(p) == 3 for p in prompts)
+    assert 0 < held.facts.documents < 180
+
+
+def test_parquet_is_read_where_pyarrow_is(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError) as caught:
+        make(tmp_path / "out", tmp_path / "x.parquet")
+    assert "x.parquet: row 2: 'text' is not a text" in problems(caught)[0]
+    make(tmp_path / "out", tmp_path / "x.parquet", format=Format(field="n"))
+    assert texts_of(open_tokens(tmp_path / "out")) == ["1", "2", "3"]
+    with pytest.raises(InputError, match="the table lacks columns"):
+        make(tmp_path / "no", tmp_path / "x.parquet", format=Format(field="body"))
+    (tmp_path / "y.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(InputError, match="not Parquet"):
+        make(tmp_path / "no", tmp_path / "y.parquet")
+
+
+def test_parquet_without_pyarrow_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"")
+    with pytest.raises(MachineError, match=r"moecc\[parquet\]"):
+        make(tmp_path / "out", tmp_path / "x.parquet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_of_the_texts_come_at_once(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": 3}\nnope\n{"body": "b"}\n{"text": []}\n[]\n')
+    (tmp_path / "y.txt").write_bytes(b"latin \xe9")
+    (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"short")[:-6])
+    (tmp_path / "w.jsonl").write_text('{"text": "\\ud800"}\n')
+    with pytest.raises(InputError) as caught:
+        make(tmp_path / "out", *(tmp_path / n for n in ("x.jsonl", "y.txt", "z.txt.gz", "w.jsonl")))
+    found = [p.split("\n")[0].removeprefix(f"{tmp_path}/") for p in problems(caught)]
+    assert found == [
+        "x.jsonl:2: not JSON: Expecting value",
+        "x.jsonl:3: the record has no 'text'",
+        "x.jsonl:4: 'text' is not a text",
+        "x.jsonl:5: not an object",
+        "y.txt: the text is not UTF-8",
+        "z.txt.gz: not a whole gzip file: Compressed file ended before the end-of-stream marker was"
+        " reached",
+        "w.jsonl:1: 'text' has half a surrogate pair",
+    ]
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_an_empty_corpus_and_an_empty_part_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(" \n")
+    with pytest.raises(InputError, match="the corpus is empty"):
+        make(tmp_path / "out", tmp_path / "x.txt")
+    (tmp_path / "y.txt").write_text("one document")
+    with pytest.raises(InputError, match="no document is left for"):
+        make(tmp_path / "out", tmp_path / "y.txt", hold_out=0.5)
+    with pytest.raises(InputError, match="no files of text"):
+        make(tmp_path / "out", tmp_path, include=("*.csv",))
+    with pytest.raises(InputError, match="cannot read the file"):
+        make(tmp_path / "out", tmp_path / "absent.txt")
+    with pytest.raises(UsageError, match="--hold-out"):
+        make(tmp_path / "out", tmp_path / "y.txt", hold_out=1.0)
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_long_documents_are_rejected_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "LARGEST_DOCUMENT_BYTES", 64)
+    (tmp_path / "x.txt").write_text("a line of text\n" * 20)
+    for split in ("file", "paragraph", "form-feed"):
+        with pytest.raises(InputError, match="--split"):
+            make(tmp_path / "out", tmp_path / "x.txt", format=Format(split=split))
+    facts = make(
+        tmp_path / "out", tmp_path / "x.txt", format=Format(split="line"), deduplicate=False
+    )
+    assert facts[""].documents == 20
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A small word tokenizer with special tokens, as a checkpoint has it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", "<extra_id_0>", "<extra_id_1>", "a", "b"]
+    model = tokenizers.models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    folder = tmp_path / "model"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": {"content": "</s>"}, "pad_token": "<pad>", "mask_token": "<mask>",
+               "bos_token": None}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
+
+
+def test_a_tokenizer_has_its_special_tokens(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So small that texts are cut, and the process is replaced.
+    monkeypatch.setattr(encoders, "PIECE_CHARACTERS", 8)
+    monkeypatch.setattr(encoders, "_RESTART_CHARACTERS", 8)
+    (tmp_path / "x.txt").write_text("a b a\nb a b\nb b\nc")
+    (tmp_path / "y.txt").write_text("b")
+    facts = make(
+        tmp_path / "out", tmp_path / "x.txt", tmp_path / "y.txt", tokenizer=str(tokenizer)
+    )[""]
+    folder = open_tokens(tmp_path / "out")
+    assert folder.ids(0, facts.tokens).tolist() == [7, 8, 7, 8, 7, 8, 8, 8, 0, 8]
+    assert folder.starts.tolist() == [0, 9, 10]
+    special = facts.special
+    assert (special.bos, special.eos, special.pad, special.mask) == (None, 2, 3, 4)
+    assert (special.before, special.after, special.sentinels) == ((1,), (2,), (5, 6))
+    assert (facts.vocab_size, facts.tokenizer) == (9, "model")
+    assert facts.tokenizer_digest.startswith("sha256:")
+
+
+def test_large_vocabularies_have_wide_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders.ByteEncoder, "vocab_size", 1 << 17)
+    (tmp_path / "x.txt").write_text("abc")
+    assert make(tmp_path / "out", tmp_path / "x.txt")[""].dtype == "uint32"
+    assert open_tokens(tmp_path / "out").ids(1, 3).tolist() == [98, 99]
+
+
+def test_damaged_folders_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("abc" * 10)
+    out = tmp_path / "out"
+    make(out, tmp_path / "x.txt")
+    os.truncate(out / "tokens.bin", 40)
+    (out / "starts.bin").unlink()
+    with pytest.raises(InputError) as caught:
+        open_tokens(out)
+    assert "tokens.bin: the file is not of the size" in problems(caught)[0]
+    assert "starts.bin" in problems(caught)[1]
+    facts = json.loads((out / "tokens.json").read_text())
+    facts |= {"tokens": -1, "kind": "texts", "special": [], "labels": [3]}
+    (out / "tokens.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError) as caught:
+        open_tokens(out)
+    assert len([p for p in problems(caught) if "not the" in p]) >= 4
+    (out / "tokens.json").write_text(json.dumps({"schema": "moecc.tokens/9"}))
+    with pytest.raises(InputError, match="not tokens that this version reads"):
+        open_tokens(out)
+    (out / "tokens.json").unlink()
+    with pytest.raises(InputError, match="not a token folder"):
+        open_tokens(out)
+
+
+def test_wrong_contents_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("abc")
+    out = tmp_path / "out"
+    make(out, tmp_path / "x.txt")
+    np.array([1, 3], "<i8").tofile(out / "starts.bin")
+    with pytest.raises(InputError, match="do not follow each other"):
+        _ = open_tokens(out).starts
+    np.array([97, 300, 97], "<u2").tofile(out / "tokens.bin")
+    with pytest.raises(InputError, match="other ids than when it was written"):
+        open_tokens(out).ids(0, 3)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_writer_leaves_no_folder(tmp_path: Path, end: signal.Signals) -> None:
+    pipe = tmp_path / "slow.jsonl"
+    lines(pipe, *({"text": f"text {n}" * 50} for n in range(200)))
+    code = (
+        "import time, sys\nfrom moecc.train.tokens import documents as d\n"
+        "read = d.Reader.read\n"
+        "def slow(self, path):\n  for one in read(self, path):\n    print('.', flush=True)\n"
+        "    time.sleep(0.05)\n    yield one\nd.Reader.read = slow\n"
+        "from moecc.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out"
+    command = ["tokens", str(pipe), "--tokenizer", "bytes", "--out", str(out)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.send_signal(end)
+    child.wait(20)
+    child.stdout.close()
+    assert not out.exists()
+    left = list(tmp_path.glob(".out*"))
+    if end == signal.SIGTERM:
+        assert child.returncode == 143
+        assert left == []
+    else:
+        assert len(left) == 1
+        assert main(command) == 1
+    assert main([*command, "--force"]) == 0
+    assert open_tokens(out).facts.documents == 200
+
+
+def test_the_command_reports_what_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = lines(tmp_path / "x.jsonl", {"q": "a", "a": "yes"}, {"q": "b", "a": "no"})
+    command = ["tokens", str(source), "--tokenizer", "bytes", "--out", str(tmp_path / "out"),
+               "--kind", "labelled", "--prompt", "{q}: ", "--completion", "{a}"]  # fmt: skip
+    assert main(command) == 0
+    assert "2 labelled, 11 tokens (uint16, bytes)" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "--force" in capsys.readouterr().err
+    assert TokensRequest([], "bytes", "x").hold_out == 0.0

@@ -1,0 +1,144 @@
+"""Checkpoints by Orbax: saved by one program, restored by another on another mesh."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.checkpoint.run.layout import LINEAGE_SCHEMA, saved_steps
+from moecc.errors import MachineError
+from moecc.ir import Graph, clone
+from moecc.model.open import open_model
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.train.position import Position
+from moecc.train.run_folder import create_run
+from moecc.train.state import Canonical, canonical
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("orbax.checkpoint")
+
+import jax.numpy as jnp  # noqa: E402
+from moecc_backends.xla.mesh.specs import device_mesh, shardings  # noqa: E402
+from moecc_backends.xla.train.checkpoints import RunCheckpoints  # noqa: E402
+from moecc_backends.xla.train.optimizer import moments_like, optimizer  # noqa: E402
+from moecc_backends.xla.train.saving import Saver  # noqa: E402
+from moecc_backends.xla.train.tensors import load  # noqa: E402
+
+FLAT = "cse"
+ROLLED = "cse,roll-layers"
+MESH = "cse,annotate-sharding{{mesh={} rules={}}},roll-layers"
+PROGRAMS = [
+    ROLLED,
+    MESH.format("data:2,expert:4", "data-parallel,expert-parallel"),
+    FLAT,
+    MESH.format("fsdp:4,expert:2", "fsdp,expert-parallel"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    with open_model("tests/golden/llama_gqa") as opened:
+        run_pipeline(opened.graph, Pipeline.parse("upcycle{experts=4 top-k=2}"))
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def made(model: Any) -> Canonical:
+    return canonical(model.graph)
+
+
+def program(made: Canonical, passes: str) -> tuple[Graph, dict[str, Any]]:
+    graph = clone(made.graph)
+    run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
+    where: Any = {}
+    if "mesh=" in passes:
+        where = shardings(graph.params, device_mesh(graph))
+    return graph, {
+        n: jax.ShapeDtypeStruct(p.type.shape, jnp.float32, sharding=where.get(n))
+        for n, p in graph.params.items()
+    }
+
+
+def checkpoints(run: Path, made: Canonical, model: Any, passes: str, update: str) -> Any:
+    graph, params = program(made, passes)
+    mesh = next(iter(params.values())).sharding
+    everywhere = mesh and jax.sharding.NamedSharding(mesh.mesh, jax.sharding.PartitionSpec())
+    abstract = {
+        "params": params,
+        "moments": moments_like(optimizer(update), params),
+        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+    }
+
+    def start() -> Any:
+        loaded = load(graph, made.weights, model.checkpoint.read, params)
+        state = {
+            "params": loaded, "moments": optimizer(update).init(loaded), "step": jnp.int32(7)
+        }  # fmt: skip
+        leaves, tree = jax.tree.flatten(state)
+        return jax.tree.unflatten(tree, [x + jnp.asarray(0.5, x.dtype) for x in leaves]), Position()
+
+    return RunCheckpoints(run, graph, abstract, start, Saver(run, 2), "sha256:0")
+
+
+def raised(error: Exception) -> None:
+    raise error
+
+
+def canonical_arrays(store: Any, state: Any) -> dict[str, np.ndarray]:
+    return {key: np.asarray(array) for key, array in store._tensors(state).items()}
+
+
+@pytest.mark.parametrize("update", ["adamw", "adafactor"])
+def test_any_program_restores_what_any_other_saved(
+    made: Canonical, model: Any, update: str, tmp_path: Path
+) -> None:
+    run, found = tmp_path / "run", []
+    create_run(
+        run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
+    )
+    for number, passes in enumerate(PROGRAMS):
+        store = checkpoints(run, made, model, passes, update)
+        state, at, best = store.begin()
+        assert at == (Position() if number == 0 else Position(number, 10 * number, (1,)))
+        assert best == (None if number == 0 else 3.0)
+        found.append(canonical_arrays(store, state))
+        store.save(state, Position(number + 1, 10 * number + 10, (1,)), 3.0 + number)
+        assert [saved.step for saved in store.wait()] == [number + 1]
+        store.saver.close()
+    first, *rest = found
+    assert {f"params.{name}" for name in made.graph.params} < first.keys()
+    for other in rest:
+        assert other.keys() == first.keys()
+        for key, array in other.items():
+            np.testing.assert_array_equal(array, first[key], err_msg=key)
+    assert [s.number for s in saved_steps(run)] == [1, 3, 4]
+
+
+def test_a_save_that_fails_is_an_error_of_the_machine_and_loses_nothing(
+    made: Canonical, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    create_run(
+        run, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA}, source={"config.json": b"{}"}
+    )
+    store = checkpoints(run, made, model, FLAT, "adamw")
+    state, _, _ = store.begin()
+    store.save(state, Position(1), None)
+    store.wait()
+    # The disk is filled while the arrays are written, and is found full when the step is finished.
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("os.replace", lambda *_: raised(full))
+    store.save(state, Position(2), None)
+    with pytest.raises(MachineError, match="No space left"):
+        store.wait()
+    monkeypatch.undo()
+    assert [s.number for s in saved_steps(run)] == [1]
+    store.save(state, Position(3), None)
+    assert [saved.step for saved in store.wait()] == [3]
+    store.saver.close()

@@ -1,0 +1,183 @@
+"""The loop: when it evaluates, saves, skips, returns and stops; on a step that only counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.train.events import Evaluated, Event, Reason, Saved, Skipped, Stepped, Stopped
+from moecc.train.position import Position
+from moecc.train.recipe import GuardSection, RunSection
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from moecc_backends.xla.train.loop import Loop  # noqa: E402
+
+
+@dataclass
+class Counting:
+    """A step that adds the numbers of its batches; it skips those of `bad`."""
+
+    bad: frozenset[int] = frozenset()
+
+    def step(self, state: Any, batch: Any, key: Any, rate: float) -> Any:
+        number = int(batch["number"])
+        is_bad = number in self.bad
+        metrics = {"loss": jnp.float32(number), "tokens": 10, "guard.skipped": is_bad}
+        return state if is_bad else (*state, number), metrics
+
+    def model_params(self, state: Any) -> Any:
+        return state
+
+    def evaluate(self, state: Any, batch: Any) -> Any:
+        return {"loss.sum": jnp.float32(100 - len(state)), "tokens": jnp.float32(10)}
+
+
+@dataclass
+class Numbers:
+    held_out: Mapping[str, int] = field(default_factory=dict)
+
+    def train(self, number: int) -> Any:
+        return {"number": number}
+
+    def evaluate(self, name: str, number: int) -> Any:
+        return {}
+
+
+@dataclass
+class InMemory:
+    kept: list[tuple[Any, Position, float | None]] = field(default_factory=list)
+
+    def begin(self) -> Any:
+        losses = [loss for _, _, loss in self.kept if loss is not None]
+        state, at, _ = self.kept[-1] if self.kept else ((), Position(), None)
+        return state, at, min(losses, default=None)
+
+    def save(self, state: Any, at: Position, loss: float | None) -> list[Saved]:
+        self.kept.append((state, at, loss))
+        return []
+
+    def finished(self) -> list[Saved]:
+        return []
+
+    wait = finished
+
+    @property
+    def steps(self) -> list[int]:
+        return [at.step for _, at, _ in self.kept]
+
+
+def loop(
+    run: RunSection,
+    program: Any = Counting(),  # noqa: B008
+    feed: Any = Numbers(),  # noqa: B008
+    checkpoints: InMemory | None = None,
+    stop: Callable[[], Reason | None] = lambda: None,
+    clock: Callable[[], float] = lambda: 0.0,
+) -> tuple[list[Event], InMemory]:
+    store = InMemory() if checkpoints is None else checkpoints
+    return list(Loop(program, feed, store, run, lambda s: 0.1, stop, clock).events()), store
+
+
+def kinds(events: list[Event]) -> str:
+    return "".join(type(e).__name__[:2] for e in events)
+
+
+def test_a_run_steps_to_its_end_and_is_saved() -> None:
+    events, store = loop(RunSection(steps=3))
+    assert [e.step for e in events] == [1, 2, 3, 3]
+    assert events[-1] == Stopped(3, Reason.DONE)
+    assert [e.tokens for e in events if isinstance(e, Stepped)] == [10, 20, 30]
+    assert store.kept == [((0, 1, 2), Position(3, 30), None)]
+
+
+def test_it_is_saved_by_steps_and_by_time() -> None:
+    assert loop(RunSection(steps=7, save_steps=3))[1].steps == [3, 6, 7]
+    ticks = iter(range(100))
+    _, store = loop(RunSection(steps=7, save_minutes=0.05), clock=lambda: float(next(ticks)))
+    assert len(store.steps) > 2
+    assert store.steps[-1] == 7
+
+
+def test_it_is_evaluated_by_steps_and_at_the_end_and_the_best_is_saved() -> None:
+    feed = Numbers({"a": 2})
+    events, store = loop(RunSection(steps=5, evaluate_steps=2), feed=feed)
+    found = [(e.step, e.losses["a"]) for e in events if isinstance(e, Evaluated)]
+    assert found == [(2, 9.8), (4, 9.6), (5, 9.5)]
+    assert store.steps == [2, 4, 5]
+    again, _ = loop(RunSection(steps=8, evaluate_steps=2), feed=feed, checkpoints=store)
+    assert [e.step for e in again if isinstance(e, Evaluated)] == [6, 8]
+
+
+def test_a_resumed_run_goes_on_with_the_next_batch() -> None:
+    _, store = loop(RunSection(steps=3))
+    events, _ = loop(RunSection(steps=5), checkpoints=store)
+    assert [e.step for e in events] == [4, 5, 5]
+    assert store.kept[-1] == ((0, 1, 2, 3, 4), Position(5, 50), None)
+    assert kinds(loop(RunSection(steps=5), checkpoints=store)[0]) == "St"
+    assert store.steps == [3, 5]
+
+
+def test_a_skipped_step_counts_and_trains_on_nothing() -> None:
+    run = RunSection(steps=4, guard=GuardSection(skips=2))
+    events, store = loop(run, Counting(frozenset({1})))
+    assert [type(e).__name__ for e in events] == ["Stepped", "Skipped", *["Stepped"] * 2, "Stopped"]
+    assert store.kept[-1] == ((0, 2, 3), Position(4, 30), None)
+
+
+def test_too_many_skips_return_to_the_checkpoint_and_leave_their_batches_out() -> None:
+    run = RunSection(steps=6, save_steps=2, guard=GuardSection(skips=2))
+    events, store = loop(run, Counting(frozenset({3, 4})))
+    back = next(e for e in events if isinstance(e, Skipped) and e.back_to is not None)
+    assert (back.back_to, back.left_out) == (2, (3, 4))
+    assert store.kept[-1][0] == (0, 1, 2, 5, 6, 7)
+    assert store.kept[-1][1] == Position(6, 60, (3, 4))
+    # No checkpoint lies between skipped steps.
+    assert store.steps == [2, 4, 6]
+
+
+def test_a_second_streak_after_the_same_checkpoint_stops_the_run() -> None:
+    run = RunSection(steps=9, save_steps=2, guard=GuardSection(skips=2))
+    events, store = loop(run, Counting(frozenset({3, 4, 5, 6})))
+    assert events[-1] == Stopped(2, Reason.GUARD)
+    assert store.steps == [2]
+
+
+def test_streaks_after_several_checkpoints_do_not() -> None:
+    run = RunSection(steps=8, save_steps=2, guard=GuardSection(skips=2))
+    events, store = loop(run, Counting(frozenset({3, 4, 7, 8})))
+    assert events[-1] == Stopped(8, Reason.DONE)
+    assert store.kept[-1][0] == (0, 1, 2, 5, 6, 9, 10, 11)
+
+
+def test_what_is_not_finite_from_the_first_step_stops_the_run() -> None:
+    run = RunSection(steps=20, guard=GuardSection(skips=3))
+    events, store = loop(run, Counting(frozenset(range(100))))
+    assert kinds(events) == "Sk" * 7 + "St"
+    assert events[-1] == Stopped(0, Reason.GUARD)
+    assert store.kept == []
+
+
+def test_a_request_to_stop_is_honoured_after_the_step_and_saved() -> None:
+    asked = iter([None, None, Reason.TERMINATED])
+    events, store = loop(RunSection(steps=9), stop=lambda: next(asked))
+    assert [e.step for e in events] == [1, 2, 3, 3]
+    assert events[-1] == Stopped(3, Reason.TERMINATED)
+    assert store.steps == [3]
+    rest, _ = loop(RunSection(steps=9), checkpoints=store)
+    assert isinstance(rest[-1], Stopped)
+    assert store.kept[-1][0] == tuple(range(9))
+
+
+def test_a_failed_save_reaches_the_reader_of_the_events(tmp_path: Path) -> None:
+    class Full(InMemory):
+        def save(self, state: Any, at: Position, loss: float | None) -> list[Saved]:
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        loop(RunSection(steps=2, save_steps=1), checkpoints=Full())

@@ -1,0 +1,177 @@
+"""The loss of a training step, the optimisers, and where their state lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.errors import InputError, UsageError
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph
+from moecc.steps.head import check_trainable
+from moecc.steps.moment_axes import COLUMN, ROW
+from moecc.steps.spec import StepSpec
+from moecc.train.recipe import GuardSection, OptimizerSection
+from moecc.types.dtypes import BF16, F32, I32
+from moecc.types.tensor import tensor
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+import jax.numpy as jnp  # noqa: E402
+from moecc_backends.xla.trace.device_view import DeviceView  # noqa: E402
+from moecc_backends.xla.train.loss import IGNORED, TARGETS, token_losses  # noqa: E402
+from moecc_backends.xla.train.optimizer import OPTIMIZERS  # noqa: E402
+from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+
+
+def cross_entropy(logits: Any, targets: Any) -> Any:
+    nll = token_losses(logits, targets, (), DeviceView())["loss.sum"]
+    return jnp.sum(jnp.where(targets != IGNORED, nll, 0))
+
+
+def test_cross_entropy_by_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(3, 5, 7)) * 4, rng.integers(0, 7, (3, 5))
+    targets[0, :2] = IGNORED
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    each = -np.log(np.take_along_axis(shares, np.maximum(targets, 0)[..., None], -1)[..., 0])
+    expected = each[targets != IGNORED].sum()
+    found = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(targets, jnp.int32))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cross_entropy_of_large_logits_is_finite() -> None:
+    logits = jnp.asarray([[1e4, -1e4]], jnp.float32)
+    assert float(cross_entropy(logits, jnp.asarray([1], jnp.int32))) == pytest.approx(2e4)
+
+
+def bigram(vocab: int = 11, embed: int = 8) -> Graph:
+    """Return a graph that makes logits of the token alone."""
+    graph = Graph("bigram")
+    tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
+    table = graph.param("table", tensor(F32, vocab=vocab, embed=embed))
+    head = graph.param("head", tensor(F32, vocab=vocab, embed=embed))
+    builder = Builder(graph)
+    hidden = builder.embedding(table, tokens, axis="vocab")
+    graph.set_output("logits", builder.contract(hidden, head, over="embed"))
+    return graph
+
+
+def bigram_step(graph: Graph, name: str, **options: Any) -> TrainStep:
+    section = OptimizerSection(name, **options.pop("section", {}))
+    spec = StepSpec({"B": 4, "S": 16}, options.pop("dtype", F32), section, **options)
+    return make_train_step(graph, spec, jax.devices()[:1])
+
+
+def bigram_batch() -> dict[str, Any]:
+    tokens = np.random.default_rng(1).integers(0, 11, (4, 16)).astype(np.int32)
+    return {"tokens": tokens, TARGETS: (tokens * 3 + 1) % 11}
+
+
+def bigram_params(graph: Graph) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    return {n: rng.normal(size=p.type.shape).astype("f") for n, p in graph.params.items()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_few_steps_learn_which_token_comes_next(name: str) -> None:
+    graph, batch = bigram(), bigram_batch()
+    step = bigram_step(graph, name)
+    state, losses = step.init(bigram_params(graph)), []
+    rate = {"sgd": 5.0, "adafactor": 0.2}.get(name, 0.1)
+    for number in range(60):
+        state, metrics = step.step(state, batch, jax.random.key(number), rate)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] / 4
+    assert np.isfinite(losses).all()
+    assert int(state["step"]) == int(state["moments"]["count"]) == 60
+
+
+def test_a_batch_of_nothing_but_padding_has_no_loss() -> None:
+    graph, batch = bigram(), bigram_batch()
+    step = bigram_step(graph, "sgd", section={"decay": 0.0})
+    batch[TARGETS] = np.full_like(batch[TARGETS], IGNORED)
+    params = bigram_params(graph)
+    state, metrics = step.step(step.init(params), batch, jax.random.key(0), 1.0)
+    assert float(metrics["loss"]) == 0
+    assert all((np.asarray(state["params"][n]) == a).all() for n, a in params.items())
+
+
+def product_types(platform: str) -> set[tuple[str, ...]]:
+    graph = bigram()
+    step = bigram_step(graph, "sgd", dtype=BF16, platform=platform)
+    traced = jax.make_jaxpr(step.pure)(*step.arguments)
+    products = [e for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert len(products) == 3
+    return {tuple(str(v.aval.dtype) for v in (*e.invars, *e.outvars)) for e in products}
+
+
+def test_products_for_accelerators_are_narrow_forward_and_backward() -> None:
+    assert product_types("tpu") == {("bfloat16",) * 3}
+    assert product_types("gpu") == {("bfloat16",) * 3}
+    # A CPU would sum in the type of the result.
+    assert ("bfloat16", "bfloat16", "float32") in product_types("cpu")
+
+
+def test_what_makes_no_logits_cannot_be_trained() -> None:
+    graph = bigram()
+    graph.set_output("scores", graph.outputs["logits"])
+    graph.drop_output("logits")
+    with pytest.raises(InputError, match="needs logits"):
+        check_trainable(graph)
+
+
+def test_an_unknown_optimizer_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'adamw'"):
+        _ = bigram_step(bigram(), "adam_w").optimizer
+
+
+@pytest.mark.parametrize(
+    ("shape", "row", "column"),
+    [
+        # The largest axis is gone from the row, the next from the column.
+        ((512, 256), ("embed",), ("vocab",)),
+        ((256, 512), ("vocab",), ("embed",)),
+        ((256, 256), ("vocab",), ("embed",)),
+    ],
+)
+def test_factored_moments_have_the_axes_that_optax_keeps(
+    shape: tuple[int, int], row: tuple[str, ...], column: tuple[str, ...]
+) -> None:
+    import optax
+
+    step = bigram_step(bigram(*shape), "adafactor")
+    types = step.optimizer.moment_types
+    assert (types[ROW]["head"].names, types[COLUMN]["head"].names) == (row, column)
+    initial = optax.scale_by_factored_rms().init({"head": jnp.zeros(shape)})
+    assert initial.v_row["head"].shape == types[ROW]["head"].shape
+    assert initial.v_col["head"].shape == types[COLUMN]["head"].shape
+
+
+def test_a_spike_and_what_is_not_finite_change_nothing_but_counters() -> None:
+    graph, batch = bigram(), bigram_batch()
+    guard = GuardSection(sigma=6.0, window=4)
+    step = bigram_step(graph, "adamw", guard=guard)
+    state, key = step.init(bigram_params(graph)), jax.random.key(0)
+    for _ in range(20):
+        state, metrics = step.step(state, batch, key, 0.1)
+        assert not metrics["guard.skipped"]
+    wrong = {**batch, TARGETS: (batch[TARGETS] + 1) % 11}
+    before = jax.tree.map(np.asarray, state)
+    state, metrics = step.step(state, wrong, key, 1e-3)
+    assert metrics["guard.skipped"]
+    assert metrics["guard.spike"]
+    after = jax.tree.map(np.asarray, state)
+    for part in ("params", "moments"):
+        assert jax.tree.all(jax.tree.map(np.array_equal, before[part], after[part]))
+    assert (before["guard"]["losses"] == after["guard"]["losses"]).all()
+    assert (int(after["guard"]["skipped"]), int(after["guard"]["in_a_row"])) == (1, 1)
+    state["params"]["head"] = state["params"]["head"].at[0, 0].set(np.nan)
+    table = np.asarray(state["params"]["table"])
+    state, metrics = step.step(state, batch, key, 1e-3)
+    assert metrics["guard.skipped"]
+    assert (np.asarray(state["params"]["table"]) == table).all()
+    assert int(state["guard"]["in_a_row"]) == 2
