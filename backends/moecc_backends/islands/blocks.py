@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
+from moecc.ir.formula import FUNCTIONS
+from moecc.ir.ops import OPS
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Rename
 from moecc_backends.islands.dag import Apply, Input, Misfit, Node, Product, Weight
@@ -19,9 +21,14 @@ from moecc_backends.islands.views import View
 OUTER, INNER = "embed", "mlp"
 """The names of the two axes of a block's parameters."""
 
-_UNARY = frozenset(("neg", "exp", "log", "tanh", "sigmoid", "square", "rsqrt", "relu"))
-_BINARY = frozenset(("add", "sub", "mul", "div", "maximum", "minimum"))
-"""Functions of formulas that are operations of the same name."""
+
+def _operations(operands: int) -> frozenset[str]:
+    """Return the functions of formulas that are operations of the same name and meaning."""
+    named = (n for n, one in FUNCTIONS.items() if len(one.takes) == operands and n in OPS)
+    return frozenset(n for n in named if OPS[n].liftable and not OPS[n].attrs)
+
+
+_UNARY, _BINARY = _operations(1), _operations(2)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ Term = Any
 
 def evaluate(formula: Formula, x: jax.Array) -> jax.Array:
     """Return a formula of each element of `x`, in the type of `x`."""
-    narrow = {**FUNCTIONS, "narrow": lambda v: v.astype(x.dtype)}
-    made: Term = formula.evaluate(narrow, x)
+    functions = {**FUNCTIONS, "narrow": lambda v: v.astype(x.dtype)}
+    made: Term = formula.evaluate(functions, x)
     return jnp.asarray(made, x.dtype)
 
 
 def _where(condition: jax.Array, a: Term, b: Term) -> jax.Array:
-    return jnp.where(condition, *_alike(a, b))
+    first, second = _alike(a, b)
+    return jnp.where(condition, first, second)
 
 
 def _alike(*terms: Term) -> list[Any]:
