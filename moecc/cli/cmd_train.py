@@ -122,6 +122,7 @@ def _watch(job: TrainJob, training: Training, asked: Asked) -> Stopped:
     from signal import SIGINT
 
     from moecc.cli.train_progress import TrainProgress
+    from moecc.tasks.train_exports import exported
     from moecc.train.events import Reason, Stopped
     from moecc.train.follow import followed
 
@@ -130,8 +131,11 @@ def _watch(job: TrainJob, training: Training, asked: Asked) -> Stopped:
             return None
         return Reason.INTERRUPTED if asked.signal is SIGINT else Reason.TERMINATED
 
+    events = followed(job, training, stop)
+    if training.writes:
+        events = exported(job, events)
     with TrainProgress(job.recipe.run.steps, quiet=not training.writes) as progress:
-        for event in followed(job, training, stop):
+        for event in events:
             progress(event)
             if isinstance(event, Stopped):
                 return event

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moecc.checkpoint.outdir import check_output
+from moecc.checkpoint.run.checkpoint import inputs_of
 from moecc.checkpoint.run.layout import (
     GRAPH,
     LINEAGE,
@@ -29,6 +30,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 from moecc.model.open import Model, no_tensors, open_model, read_graph
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.tasks.train_exports import check_export
 from moecc.tasks.train_source import Source, config_of, open_source
 from moecc.train.data.batches import Batches, open_batches
 from moecc.train.data.model_facts import ModelFacts, facts_of
@@ -54,7 +56,7 @@ def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
     Raises:
       InputError: recipe, model and data do not suit one another, or `out` cannot be used.
     """
-    inputs = _inputs(source.model)
+    inputs = tuple(inputs_of(source.model.checkpoint))
     check_output(out, inputs=inputs)
     graph = source.made.graph
     batches = _checked(recipe, graph, facts_of(source.model, train_graph(graph, recipe)))
@@ -145,6 +147,8 @@ def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:
     """Return the batches of a recipe, once graphs and step are known to suit it."""
     eval_graph(graph, recipe)
     step_spec(graph, recipe)
+    if recipe.run.export_steps:
+        check_export(graph, recipe.run.export_to)
     return open_batches(recipe.data, facts)
 
 
@@ -172,10 +176,6 @@ def _source_files(model: Model, batches: Batches) -> dict[str, Path | bytes]:
     if TOKENIZER not in files and all(f.facts.tokenizer_digest == BYTES_DIGEST for f in folders):
         files |= {TOKENIZER: byte_tokenizer(), "tokenizer_config.json": byte_tokenizer_config()}
     return files
-
-
-def _inputs(model: Model) -> tuple[Path, ...]:
-    return () if model.checkpoint is None else (model.checkpoint.path,)
 
 
 @contextmanager

@@ -169,6 +169,7 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.passes/1",
         "moecc.tokens/1",
         "moecc.train/1",
+        "moecc.evaluate/1",
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"
