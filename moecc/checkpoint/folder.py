@@ -21,10 +21,10 @@ from moecc.checkpoint.files import (
     os_problem,
     require_unchanged,
 )
+from moecc.checkpoint.frontmatter import read_card
 from moecc.checkpoint.index import compare_with_headers
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.checkpoint.layout import INDEX_NAME, choose_weights
-from moecc.checkpoint.modelcard import read_licence
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import Header, read_header
 from moecc.checkpoint.source import TensorInfo
@@ -92,9 +92,9 @@ class SafetensorsFolder:
         """Return nothing: the folder is read without loss."""
         return []
 
-    def licence(self) -> dict[str, str]:
-        """Return the licence keys of the card in the folder."""
-        return read_licence(self.path)
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of the card in the folder."""
+        return read_card(self.path)
 
     def files(self) -> list[Path]:
         """Return the weight files, the index if there is one, and the config."""

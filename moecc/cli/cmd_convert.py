@@ -25,7 +25,9 @@ class ConvertRequest:
     source: SourceArgument
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder or .gguf file to write.")]
     pipeline: Annotated[str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")]
-    to: Annotated[str, typer.Option("--to", metavar="FAMILY", help="The family, or gguf:ARCH.")]
+    to: Annotated[
+        str, typer.Option("--to", metavar="FAMILY", help="The family, auto, or gguf:ARCH.")
+    ]
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="The type to write, q8_0 in GGUF too; else as stored."),
@@ -71,7 +73,7 @@ def convert(request: ConvertRequest) -> None:
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
-            allow_unmatched=request.allow_unmatched,
+            allow_unmatched=request.allow_unmatched, loaded=request.load or [],
         )  # fmt: skip
         data = planned.to_json()
         check_place(planned, out, force=request.force)
@@ -102,6 +104,7 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return the human-readable plan, written unless `dry_run`."""
+    from moecc.engines.verdicts import summary
     from moecc.support.text import count_text, size_text
 
     facts, family = planned.facts, planned.graph.attrs.get("family")
@@ -114,6 +117,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
         f"  FLOPs       {count_text(facts.flops_per_token)} per token",
         f"  on disk     {size_text(planned.size_bytes)} in {len(planned.tensors)} tensors, "
         f"{planned.dtype_name}",
+        *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),
         *(f"  remark      {r}" for r in _shortened(planned.remarks)),
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",
     ]

@@ -97,12 +97,9 @@ def _blocks(search: FFNSearch) -> dict[str, object]:
 
 
 def _targets(graph: Graph) -> dict[str, object]:
-    from moecc.families.propose import target_fits
+    from moecc.tasks.targets import fits
 
-    return {
-        name: {"fits": not reasons, "reasons": [str(r) for r in reasons]}
-        for name, reasons in target_fits(graph).items()
-    }
+    return {fit.target: fit.to_json() for fit in fits(graph)}
 
 
 def inspection_text(data: dict[str, Any]) -> str:
@@ -134,9 +131,19 @@ def inspection_text(data: dict[str, Any]) -> str:
         "  targets",
     ]
     for name, target in data["targets"].items():
-        rows.append(f"    {name:12} {'fits' if target['fits'] else 'does not fit'}")
+        rows.append(f"    {name:12} {_fit_text(target)}")
         rows += [f"        {line}" for r in target["reasons"] for line in r.splitlines()]
     return "\n".join(rows)
+
+
+def _fit_text(target: dict[str, Any]) -> str:
+    from moecc.engines.verdicts import Verdict, summary
+
+    if not target["fits"]:
+        return "does not fit"
+    after = f" after {target['after']}" if target["after"] else ""
+    engines = [Verdict(**verdict) for verdict in target["engines"]]
+    return f"fits{after}" + (f"; runs in: {summary(engines)}" if engines else "")
 
 
 def _some(refused: list[dict[str, str]], limit: int = 4) -> list[dict[str, str]]:

@@ -8,12 +8,14 @@ from moecc.families.configs import (
     BertConfig,
     DecoderConfig,
     EncDecConfig,
+    GptConfig,
     GraphConfig,
     ModelConfig,
     StMoeConfig,
 )
 from moecc.families.decoder import build_decoder
 from moecc.families.encdec import build_encdec
+from moecc.families.gpt import build_gpt
 from moecc.families.graph_layout import build_graph
 from moecc.families.parameters import DtypeOf
 from moecc.ir.graph import Graph
@@ -47,7 +49,7 @@ def build_model(
     Raises:
       InputError: `padding` is requested of a decoder-only model, or a config's graph is invalid.
     """
-    if padding and isinstance(config, DecoderConfig):
+    if padding and isinstance(config, DecoderConfig | GptConfig):
         raise InputError(
             "a decoder alone takes no mask",
             where=config.model_type,
@@ -83,6 +85,8 @@ def _build(
                 config, dtype_of, checkpoint, layout=layout, padding=padding, batch=batch,
                 seq=seq, decoder_seq=decoder_seq,
             )  # fmt: skip
+        case GptConfig():
+            return build_gpt(config, dtype_of, checkpoint, batch=batch, seq=seq)
         case BertConfig():
             return build_bert(config, dtype_of, checkpoint, padding=padding, batch=batch, seq=seq)
         case GraphConfig():

@@ -7,7 +7,8 @@ import re
 from moecc.families.configs import STACKS, EncDecConfig, ModelConfig, MoeConfig, StMoeConfig
 
 _LAYER = re.compile(
-    r"(?:(?:model\.layers|encoder\.layer)|(?P<stack>encoder|decoder)\.block)\.(?P<n>\d{1,6})\."
+    r"(?:(?:model\.)?(?P<stack>encoder|decoder)\.(?:block|layers)|(?:\w+\.)*?(?:layers|layer|h))"
+    r"\.(?P<n>\d{1,6})\."
 )
 
 

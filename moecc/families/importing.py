@@ -20,6 +20,7 @@ from moecc.families.configs import (
 from moecc.families.facts import block_count, depth, depth_key, is_tied, layer_of
 from moecc.families.listing import capped, ranges
 from moecc.families.names import FUSED_GATE_UP, names_of
+from moecc.families.stored_names import stored_names
 from moecc.ir.graph import Graph
 from moecc.types.dtypes import F32, DType
 from moecc.types.tensor import TensorType
@@ -28,7 +29,9 @@ from moecc.weights.expr import sources
 _EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DOTALL)
 _IDLE = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids"
-    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+    r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
+    r"|gpt_neox\.layers\.\d+\.attention\.(masked_)?bias",
     re.DOTALL,
 )
 """Buffers, and a table that T5 stored and never used."""
@@ -56,18 +59,22 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
     tensors = checkpoint.tensors
     config = _fitted(parse_config(checkpoint.config, _config_place(checkpoint)), tensors)
     _check_magnitude(config, tensors, str(checkpoint.path))
+    stored = stored_names(config, tensors)
 
     def dtype_of(name: str) -> DType:
-        return tensors[name].dtype if name in tensors else F32
+        info = tensors.get(stored(name))
+        return F32 if info is None else info.dtype
 
     layout = _layout(config, tensors)
     problems = list(_mixed_stacks(config, layout, tensors))
     # Experts of several types cannot be stacked, but the other problems are still to be found.
     types = None if problems else dtype_of
     graph = build_model(config, types, str(checkpoint.path), layout=layout, padding=padding)
+    stored.read_by(graph)
     weights = (value.weight for value in graph.params.values() if value.weight is not None)
     expected = {source.name: source.type for weight in weights for source in sources(weight)}
-    problems.extend(_problems(config, expected, tensors))
+    kept = {n: i for n, i in tensors.items() if not stored.is_beside(n)}
+    problems.extend(_problems(config, expected, kept))
     if problems:
         place = str(checkpoint.path)
         raise InputError(
@@ -78,7 +85,8 @@ def import_checkpoint(checkpoint: Checkpoint, *, padding: bool = False) -> Graph
         )
     for name in _repeated(config):
         if name in tensors:
-            _check_repeated(name, config, checkpoint)
+            embedding = stored(names_of(config.model_type).embedding)
+            _check_repeated(name, embedding, config, checkpoint)
     return graph
 
 
@@ -297,13 +305,15 @@ def _wrong_shape(name: str, type: TensorType, info: TensorInfo) -> Problem:
     return Problem(what, name, f"[{sizes}]", str(list(info.shape)), hint)
 
 
-def _check_repeated(name: str, config: ModelConfig, checkpoint: Checkpoint) -> None:
+def _check_repeated(
+    name: str, embedding_name: str, config: ModelConfig, checkpoint: Checkpoint
+) -> None:
     """Reject a tensor that differs from the embedding of which it should be a copy.
 
     transformers 4 would drop it, transformers 5 would keep it.
     """
     names = names_of(config.model_type)
-    head, embedding = checkpoint.tensors[name], checkpoint.tensors[names.embedding]
+    head, embedding = checkpoint.tensors[name], checkpoint.tensors[embedding_name]
     place = f"{checkpoint.path}: {name}"
     is_head = name == names.head
     differs = Problem(
@@ -311,7 +321,7 @@ def _check_repeated(name: str, config: ModelConfig, checkpoint: Checkpoint) -> N
         if is_head
         else "the stack has an embedding that differs from the shared one",
         place,
-        f"{embedding.dtype} {list(embedding.shape)}, the content of {names.embedding}",
+        f"{embedding.dtype} {list(embedding.shape)}, the content of {embedding_name}",
         f"{head.dtype} {list(head.shape)}",
         'set "tie_word_embeddings": false to keep both, or remove the tensor' if is_head else None,
     )
@@ -320,6 +330,6 @@ def _check_repeated(name: str, config: ModelConfig, checkpoint: Checkpoint) -> N
     for start in range(0, head.shape[0], _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, head.shape[0])
         ours = checkpoint.read(name, start, stop)
-        if ours.tobytes() != checkpoint.read(names.embedding, start, stop).tobytes():
+        if ours.tobytes() != checkpoint.read(embedding_name, start, stop).tobytes():
             found = f"a difference in rows {start} to {stop - 1}"
             raise InputError([Problem(differs.what, place, differs.expected, found, differs.hint)])

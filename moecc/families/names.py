@@ -87,6 +87,8 @@ NAMES: Mapping[str, TensorNames] = {
     "switch_transformers": replace(_T5, dense="mlp."),
     "st_moe": replace(_T5, dense="mlp."),
     "phi3": TensorNames(qkv="qkv_proj", gate_up="gate_up_proj"),
+    "gpt2": TensorNames(embedding="transformer.wte.weight"),
+    "gpt_neox": TensorNames(embedding="gpt_neox.embed_in.weight", head="embed_out.weight"),
     "bert": TensorNames(embedding="embeddings.word_embeddings.weight"),
 }
 """The tables by model type; a family not listed has the default names."""

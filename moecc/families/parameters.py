@@ -14,7 +14,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import F32, DType
 from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Source
-from moecc.weights.movement import Index, Rename, Slice, Stack
+from moecc.weights.movement import Index, Merge, Rename, Slice, Split, Stack
 
 DtypeOf = Callable[[str], DType]
 """Maps the name of a tensor to its element type on disk."""
@@ -59,25 +59,61 @@ class Parameters:
         return self._param(name, loc, axes, self._source(name, **axes))
 
     def part(
-        self, name: str, of: str, loc: str, at: int, whole: tuple[str, int], axes: dict[str, int]
+        self,
+        name: str,
+        of: str,
+        loc: str,
+        at: int,
+        whole: tuple[str, int],
+        axes: dict[str, int],
+        cut: str | None = None,
     ) -> Value:
-        """Return the parameter `name`: rows of the tensor `of`.
+        """Return the parameter `name`: a range of the tensor `of` along one axis.
 
         Args:
           name: the name of the parameter.
           of: the name of the tensor.
           loc: the location in the model.
-          at: the first row.
-          whole: the name and the size of the tensor's first axis.
+          at: where the range begins.
+          whole: the name and the size of the tensor's axis.
           axes: the axes of the parameter, in their order on disk.
+          cut: which of them is the range; the first one by default.
         """
         if name in self.graph.params:
             return self.graph.params[name]
-        (first, rows), *others = axes.items()
-        along, size = whole
-        source = self._source(of, **{along: size}, **dict(others))
-        cut: Expr = Slice(source, along, at, at + rows)
-        return self._param(name, loc, axes, cut if along == first else Rename(cut, along, first))
+        own, (along, size) = cut or next(iter(axes)), whole
+        source = self._source(of, **_with_axis(axes, own, along, size))
+        read: Expr = Slice(source, along, at, at + axes[own])
+        return self._param(name, loc, axes, read if along == own else Rename(read, along, own))
+
+    def head_part(
+        self,
+        name: str,
+        of: str,
+        loc: str,
+        part: tuple[int, int],
+        heads: tuple[int, int],
+        axes: dict[str, int],
+        cut: str,
+    ) -> Value:
+        """Return the parameter `name`: its part of each head of the tensor `of`.
+
+        Args:
+          name: the name of the parameter.
+          of: the name of the tensor, whose axis has for each head all parts, one after another.
+          loc: the location in the model.
+          part: which part, and how many there are.
+          heads: the number of heads, and their width.
+          axes: the axes of the parameter, in their order on disk.
+          cut: which of them are the heads.
+        """
+        if name in self.graph.params:
+            return self.graph.params[name]
+        number, count = part
+        source = self._source(of, **_with_axis(axes, cut, "qkv", count * axes[cut]))
+        parts = (("head", heads[0]), ("part", count), ("head_dim", heads[1]))
+        one = Index(Split(source, "qkv", parts), "part", number)
+        return self._param(name, loc, axes, Merge(one, ("head", "head_dim"), cut))
 
     def router(self, layer: str, loc: str, *, expert: int, embed: int) -> Value:
         """Return the router's matrix, ``[expert, embed]``."""
@@ -143,3 +179,8 @@ class Parameters:
 
     def _param(self, name: str, loc: str, axes: dict[str, int], read: Expr) -> Value:
         return self.graph.param(name, tensor(F32, **axes), read, loc=loc)
+
+
+def _with_axis(axes: dict[str, int], old: str, new: str, size: int) -> dict[str, int]:
+    """Return `axes` in their order with `new` in the place of `old`."""
+    return {(new if n == old else n): (size if n == old else s) for n, s in axes.items()}

@@ -15,6 +15,8 @@ from moecc.families.configs import (
     BertConfig,
     DecoderConfig,
     EncDecConfig,
+    GptConfig,
+    GptNeoXConfig,
     ModelConfig,
     MoeConfig,
 )
@@ -74,6 +76,8 @@ def shrink_config(config: ModelConfig) -> ModelConfig:
             return _shrink_encdec(config)
         case BertConfig():
             return _shrink_bert(config)
+        case GptConfig():
+            return _shrink_gpt(config)
     raise InputError("the config holds no sizes")
 
 
@@ -100,6 +104,27 @@ def _shrink_bert(config: BertConfig) -> BertConfig:
         max_position_embeddings=shrink_size(config.max_position_embeddings, MOST_VOCAB),
         extra={**config.extra, "pad_token_id": None},
     )
+
+
+def _shrink_gpt(config: GptConfig) -> GptConfig:
+    heads = shrink_size(config.num_attention_heads, MOST_HEADS)
+    head_dim = shrink_size(config.head_dim, MOST_HEAD_DIM)
+    small: dict[str, object] = {
+        "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
+        "hidden_size": heads * head_dim,
+        "num_attention_heads": heads,
+        "intermediate_size": shrink_size(config.intermediate_size, MOST_MLP),
+        "max_position_embeddings": shrink_size(config.max_position_embeddings, MOST_VOCAB),
+        "extra": {**config.extra, "pad_token_id": None},
+    }
+    if isinstance(config, GptNeoXConfig):
+        small["rotary_dim"] = _rotated(config.rotary_dim, config.head_dim, head_dim)
+    return replace(config, **small)  # type: ignore[arg-type]
+
+
+def _rotated(rotary_dim: int, head_dim: int, small: int) -> int:
+    """Return as large a part of a head of width `small`, an even number."""
+    return min(max(2, small * rotary_dim // head_dim // 2 * 2), small)
 
 
 def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
@@ -129,7 +154,7 @@ def _rotary_sizes(config: DecoderConfig, head_dim: int) -> dict[str, object]:
     """Return the rotated entries of smaller heads, and as many divisors as these need."""
     size = head_dim
     if config.rotary_dim is not None:
-        size = min(max(2, head_dim * config.rotary_dim // config.head_dim // 2 * 2), head_dim)
+        size = _rotated(config.rotary_dim, config.head_dim, head_dim)
     rope = config.rope
     if rope.type == "longrope":
         short, long = rope.short_factor[: size // 2], rope.long_factor[: size // 2]

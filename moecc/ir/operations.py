@@ -73,6 +73,10 @@ class Operations(ABC):
         """Whether a query may see a key: key ≤ query, and query − key < window if there is one."""
         return self.node("causal", query, key, names=_names(name), window=window).result
 
+    def same_segment(self, query: Value, key: Value, /, *, name: str | None = None) -> Value:
+        """Whether a query may see a key: both are of one segment, or the query is padding."""
+        return self.node("same_segment", query, key, names=_names(name)).result
+
     def relative_buckets(
         self, query: Value, key: Value, /, *, bidirectional: bool, buckets: int = 32,
         max_distance: int = 128, name: str | None = None

@@ -48,8 +48,7 @@ class Work:
         """Return how often a step runs forward, and again for the backward pass."""
         if not self.setting.train:
             return 1
-        again = {"none": 0, "save": step.saved_again, "full": step.again}
-        return 1 + again[self.strategy.remat]
+        return 1 + step.computed_again(self.strategy.remat)
 
 
 @dataclass(frozen=True)

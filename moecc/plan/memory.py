@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from moecc.plan.shapes import Shape
-from moecc.plan.sharding import Sharding
+from moecc.plan.sharding import Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.tiles import padded
 from moecc.plan.workload import Layer, Weight, Workload
@@ -95,7 +95,7 @@ def memory(
         gradients=stored * width if training else 0.0,
         copies=of_layers * width if width < wide else 0.0,
         optimizer=optimizer_bytes(work, setting, local, kind) if training else 0.0,
-        activations=_kept(work, local, strategy) * width if training else 0.0,
+        activations=_kept(work, local.values, strategy) * width if training else 0.0,
         buffers=max(
             _layer_bytes(work, local, setting, strategy.remat, kind),
             # Gradients of layers come when the logits have gone.
@@ -113,15 +113,16 @@ def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
     def total(weights: Iterable[tuple[Weight, int]]) -> float:
         return sum(n * padded(local.stored_sizes(w).values(), kind) for w, n in weights)
 
-    every = local.once(("stored", kind), lambda: total(work.weights))
+    known = local.sharded
+    every = known.once(("stored", kind), lambda: total(work.weights))
     layers = ((w, part.count) for part in work.parts if part.in_layer for w in part.weights)
-    return every, local.once(("stored in layers", kind), lambda: total(layers))
+    return every, known.once(("stored in layers", kind), lambda: total(layers))
 
 
 def optimizer_bytes(work: Workload, setting: StepConfig, local: Sharding, kind: str) -> float:
     """Return the bytes of the optimizer's state on one device of a machine of `kind`."""
     key = ("optimizer", setting.optimizer, kind)
-    return local.once(
+    return local.sharded.once(
         key, lambda: sum(n * _state(w, local, setting, kind) for w, n in work.weights)
     )
 
@@ -142,15 +143,20 @@ def _state(weight: Weight, local: Sharding, setting: StepConfig, kind: str) -> f
     return sum(4.0 * padded(axes, kind) for axes in kept)
 
 
-def _kept(work: Workload, local: Sharding, strategy: Strategy) -> float:
+def _kept(work: Workload, values: Values, strategy: Strategy) -> float:
     """Return the elements that the backward pass keeps of all layers."""
     axis = strategy.stream_axis
     streams = strategy.layout.mesh.size((axis,)) if axis is not None else 1
+    key = ("kept", strategy.remat, streams)
+    return values.once(key, lambda: _kept_of(work.layers, values, strategy.remat, streams))
+
+
+def _kept_of(layers: Iterable[Layer], values: Values, remat: str, streams: int) -> float:
     total = 0.0
-    for layer in work.layers:
-        kept = sum(map(local.elements, _kept_shapes(layer, strategy.remat)))
-        if strategy.remat != "none" and layer.is_first:
-            kept += sum(map(local.elements, layer.inputs)) / streams
+    for layer in layers:
+        kept = sum(map(values.elements, _kept_shapes(layer, remat)))
+        if remat != "none" and layer.is_first:
+            kept += sum(map(values.elements, layer.inputs)) / streams
         total += layer.count * kept
     return total
 
@@ -170,17 +176,18 @@ def _layer_bytes(
     width = setting.dtype.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
     again, fuses = setting.train and remat != "none", kind == "tpu"
-    layers = local.once(
+    values = local.values
+    layers = values.once(
         ("layers", again, fuses),
-        lambda: max((_layer(x, local, again, fuses) for x in work.layers), default=0.0),
+        lambda: max((_layer(x, values, again, fuses) for x in work.layers), default=0.0),
     )
-    gathered = local.once(
+    gathered = local.sharded.once(
         "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
     )
     return (layers + gathered) * width
 
 
-def _layer(layer: Layer, local: Sharding, again: bool, fuses: bool) -> float:
+def _layer(layer: Layer, values: Values, again: bool, fuses: bool) -> float:
     """Return the most elements alive while the backward pass goes through a layer.
 
     Computed `again`, its residuals are there; they go as they are used, while the
@@ -188,14 +195,14 @@ def _layer(layer: Layer, local: Sharding, again: bool, fuses: bool) -> float:
     """
     backward = layer.residuals.fused if fuses else layer.residuals.plain
     there = (*backward.alive, *layer.beside[fuses])
-    now = most = sum(map(local.elements, there)) if again else 0.0
+    now = most = sum(map(values.elements, there)) if again else 0.0
     for step in backward.flow:
-        born, done = (sum(map(local.elements, s)) for s in (step.born, step.done))
+        born, done = (sum(map(values.elements, s)) for s in (step.born, step.done))
         now += born
         most = max(most, now - min(born, done) if step.in_place else now)
         now -= done
         if again:
-            now -= sum(map(local.elements, step.freed))
+            now -= sum(map(values.elements, step.freed))
     return most
 
 

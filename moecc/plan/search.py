@@ -186,9 +186,10 @@ def search(
     tried, found, least = 0, [], None
     for strategy in strategies(work, machine, wish, setting.train):
         tried += 1
-        total = estimator.memory(strategy).total
+        needed = estimator.memory(strategy)
+        total = needed.total
         if total <= machine.usable_bytes:
-            found.append(estimator.estimate(strategy))
+            found.append(estimator.estimate(strategy, needed))
         elif least is None or total < least[0]:
             least = (total, strategy)
     if not found:

@@ -73,11 +73,9 @@ def _slice(layer: SparseLayer, strategy: Strategy) -> Slice | None:
 
 def sparse_rows(
     part: Part, work: Workload, setting: StepConfig, strategy: Strategy, local: Sharding
-) -> Rows | None:
-    """Return the tokens and rows of a device at `part`, or None where there are no experts."""
-    step = next((s for s in part.steps if s.moves is RowMove.TO_SLOTS), None)
-    if step is None:
-        return None
+) -> Rows:
+    """Return the tokens and rows of a device at `part`, which has experts."""
+    step = next(s for s in part.steps if s.moves is RowMove.TO_SLOTS)
     layout, rows = strategy.layout, step.results[0]
     embed = rows.size("embed")
     return Rows(

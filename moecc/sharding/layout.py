@@ -9,7 +9,7 @@ too and gathers them where they are used.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from moecc.errors import InputError, Problem
@@ -111,6 +111,14 @@ class Layout:
     def rules(self) -> tuple[LayoutRule, ...]:
         """The rules, those that count most in front."""
         return tuple(read_layouts(self.names))
+
+    @cached_property
+    def of_values(self) -> Layout:
+        """The layout that shards values as this one does, and stores parameters as they are used.
+
+        Layouts that differ in what is stored where have it in common.
+        """
+        return self if self.dense_weights == "whole" else replace(self, dense_weights="whole")
 
     @cached_property
     def assigner(self) -> Assigner:

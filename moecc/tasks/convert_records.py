@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,20 @@ from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.checkpoint.writer import WriteReport
+    from moecc.engines.verdicts import Verdict
 
 
-def card(planned: Plan, title: str) -> str:
-    """Return the model card of a conversion; `title` is the name of the output."""
+def card(planned: Plan, title: str, options: Sequence[str] = ()) -> str:
+    """Return the model card of a conversion.
+
+    Args:
+      planned: the conversion.
+      title: the name of the output.
+      options: further options of the command that decide what is written.
+    """
+    from moecc.checkpoint.gguf.storage import FILE_NAME
     from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
+    from moecc.families.export_gguf import GgufExport
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -29,19 +39,79 @@ def card(planned: Plan, title: str) -> str:
             title=title,
             family_from=str(planned.graph.attrs.get("family", "")),
             family_to=planned.target,
-            pipeline=str(planned.pipeline),
+            command=command(planned, options),
             preserves=str(planned.preserves),
             dtype=planned.dtype_name,
-            seed=planned.seed,
             parameters=planned.parameters,
             active_parameters=facts.parameters.active,
             moecc_version=__version__,
             task=task,
             auto_class=auto_class,
+            is_sparse=bool(kinds),
             base_model=hub_repository(path),
-            licence=checkpoint.licence(),
+            relation="finetune" if planned.storage is None else "quantized",
+            kept=checkpoint.card(),
+            engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
+            serving=_serving(planned),
+            training=_training(planned) if kinds else "",
+            file=FILE_NAME if isinstance(planned.export, GgufExport) else "",
             notes=(*made, *_notes(planned)),
         )
+    )
+
+
+def command(planned: Plan, options: Sequence[str] = ()) -> str:
+    """Return the command of a conversion, with every option that decides the result."""
+    words = ["moecc convert SOURCE OUT", f"-p {shlex.quote(planned.pipeline.in_full())}"]
+    words += [f"--to {planned.target}", f"--seed {planned.seed}"]
+    if planned.dtype is not None or planned.storage is not None:
+        words.append(f"--dtype {planned.dtype_name}")
+    if "mask" in planned.graph.inputs:
+        words.append("--padding-mask")
+    return " ".join([*words, *planned.options, *options])
+
+
+def _why(verdict: Verdict) -> str:
+    if verdict.silent:
+        return f"silently computes something else: {'; '.join(verdict.reasons)}"
+    return "; ".join(verdict.reasons) or verdict.note
+
+
+def _serving(planned: Plan) -> str:
+    """Return that no engine serves st_moe, and which change would let one."""
+    from moecc.families.graph_layout import FAMILY
+    from moecc.tasks.targets import nearest_family
+
+    if planned.target != FAMILY:
+        return ""
+    near = nearest_family(planned.graph)
+    change = (
+        f" The nearest family that engines read is {near.target}; to be one, this would have to "
+        f"change: {'; '.join(reason.what for reason in near.reasons)}."
+        if near
+        else ""
+    )
+    return f"No engine serves this layout; moecc alone runs it.{change}"
+
+
+def _training(planned: Plan) -> str:
+    """Return how to train the model on: transformers leaves the router's losses off."""
+    from moecc.families.export_gguf import GgufExport
+    from moecc.families.graph_layout import FAMILY
+
+    config = planned.export.config_json
+    own = "`moecc train` adds the losses that its recipe names."
+    if isinstance(planned.export, GgufExport):
+        return f"A GGUF file is not trained: train the source or a folder. {own}"
+    if planned.target == FAMILY:
+        return f"Only moecc trains this layout. {own}"
+    if "output_router_logits" not in config:
+        return f"transformers computes no loss that balances the experts of this family. {own}"
+    return (
+        "transformers leaves the router's balance loss off: load the model with "
+        f"`output_router_logits=True`, and it is added with the weight "
+        f"{config.get('router_aux_loss_coef', 0)} (`router_aux_loss_coef`). Without it a few "
+        f"experts may end up with all tokens. {own}"
     )
 
 

@@ -85,6 +85,12 @@ def _roll_layers() -> type[Pass]:
     return RollLayersPass
 
 
+def _pack_segments() -> type[Pass]:
+    from moecc_passes.pack_segments import PackSegmentsPass
+
+    return PackSegmentsPass
+
+
 def _record_modes() -> type[Pass]:
     from moecc_passes.specialize.record_modes import RecordModesPass
 
@@ -132,6 +138,7 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "freeze": _freeze,
     "fuse-gate-up": _fuse_gate_up,
     "lower-collectives": _lower_collectives,
+    "pack-segments": _pack_segments,
     "record-modes": _record_modes,
     "roll-layers": _roll_layers,
     "specialize": _specialize,

@@ -30,6 +30,10 @@ CASES = (
     "gemma_square",
     "gemma2_caps",
     "gemma3_square_v4",
+    "gpt2_plain",
+    "gpt2_square",
+    "gpt_neox_parallel",
+    "gpt_neox_square",
 )
 """A checkpoint of each family, square where nothing but the names of axes tells them apart."""
 

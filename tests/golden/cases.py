@@ -94,7 +94,27 @@ TWO_WIDE_HEADS: dict[str, object] = {
 }
 """Heads of width 16 that fill the model's width."""
 
+GPT2: dict[str, object] = {
+    "vocab_size": 37,
+    "n_embd": 12,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT_NEOX: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 64,
+}
+
 BASES = {
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
     "t5": T5,
     "switch_transformers": T5,
     "bert": BERT,
@@ -386,6 +406,43 @@ CASES: dict[str, Case] = {
             "query_pre_attn_scalar": 4,
         },
         major=4,
+    ),
+    "gpt2_plain": Case(
+        "gpt2",
+        "a block of its own width, scores also divided by the layer's number",
+        {"n_inner": 28, "scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+    ),
+    "gpt2_square": Case(
+        "gpt2",
+        "mlp = embed = vocab = positions = 16, untied, exact GELU",
+        {
+            "vocab_size": 16,
+            "n_embd": 16,
+            "n_head": 4,
+            "n_inner": 16,
+            "n_positions": 16,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt_neox_parallel": Case(
+        "gpt_neox",
+        "blocks side by side, 4 of 8 entries of a head rotated, linear scaling",
+        {"rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "gpt_neox_square": Case(
+        "gpt_neox",
+        "one block after the other, whole heads rotated, no attention biases, mlp = embed",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "rotary_pct": 1.0,
+            "rotary_emb_base": 300,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+        },
     ),
     "mixtral_gqa": Case(
         "mixtral",

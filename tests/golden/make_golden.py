@@ -152,12 +152,14 @@ def _save(folder: Path, case: Case, key: str) -> None:
 def _values(key: str, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Draw a parameter: norms around 1, biases small but not 0, matrices of unit gain."""
     drawn = _generator(key, name).standard_normal(shape)
-    if "norm" in name.lower() and not name.endswith("bias"):
+    is_norm = "norm" in name.lower() or ".ln_" in name
+    if is_norm and not name.endswith("bias"):
         # Gemma stores scales less one.
         return (0 if key.startswith("gemma") else 1) + 0.3 * drawn
     if name.endswith("bias"):
         return 0.3 * drawn
-    if "embed" in name or name.startswith("shared") or "relative_attention_bias" in name:
+    tables = ("embed", "relative_attention_bias", ".wte", ".wpe")
+    if any(table in name for table in tables) or name.startswith("shared"):
         return drawn
     # The router's logits are spread out, so that few tokens lie near a tie.
     gain = 2.0 if ".gate.weight" in name or ".classifier.weight" in name else 1.0

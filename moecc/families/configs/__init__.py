@@ -10,6 +10,7 @@ from .bert import BertConfig
 from .encdec import STACKS, EncDecConfig, Experts
 from .frequencies import attention_factor, rotary_frequencies
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .gpt import Gpt2Config, GptConfig, GptNeoXConfig
 from .granite import GraniteConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
@@ -39,6 +40,9 @@ __all__ = [
     "Gemma2Config",
     "Gemma3TextConfig",
     "GemmaConfig",
+    "Gpt2Config",
+    "GptConfig",
+    "GptNeoXConfig",
     "GraniteConfig",
     "GraphConfig",
     "LlamaConfig",

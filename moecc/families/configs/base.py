@@ -55,6 +55,7 @@ class DecoderConfig(ModelConfig):
     None the same positions in layers with a window as in the others.
     """
 
+    kind: ClassVar[str] = "a decoder alone"
     defaults: ClassVar[Mapping[str, object]] = DEFAULTS
     # What the family fixes: of biases and norms of queries and keys the others are options.
     fixed: ClassVar[Mapping[str, object]] = {}

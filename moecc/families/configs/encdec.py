@@ -79,6 +79,7 @@ class EncDecConfig(ModelConfig):
     ``hidden_size ** -0.5`` before the logits.
     """
 
+    kind: ClassVar[str] = "an encoder-decoder"
     defaults: ClassVar[Mapping[str, object]] = ENCDEC_DEFAULTS
     kept_numbers: ClassVar[tuple[str, ...]] = ("dropout_rate", "initializer_factor")
 

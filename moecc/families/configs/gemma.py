@@ -230,9 +230,7 @@ def _by_layer_type(reader: Reader, kind: str) -> Reader:
         data = {**reader.data, "rope_parameters": inner}
         if inner is None:
             del data["rope_parameters"]
-        made = Reader(data, reader.defaults, reader.where)
-        made.problems, made.bad, made.used = reader.problems, reader.bad, reader.used
-        return made
+        return reader.with_data(data)
     return reader
 
 

@@ -18,6 +18,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
     "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
     "relu": "relu",
 }
 """Names of activations in configs, and moecc's name for each function."""
@@ -35,11 +36,17 @@ class ModelConfig:
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    # What the model is, in messages.
+    kind: ClassVar[str] = "an encoder alone"
     # Other names that the class in `architectures` has had.
     aliases: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, object]]
     # Whether code named after the family, which its first checkpoints bring, is in transformers.
     own_code: ClassVar[bool] = False
+    # The prefix of the base model's tensors, which files of it alone lack.
+    base_prefix: ClassVar[str] = ""
+    # The prefix that the tensors have in files of a model with a head.
+    head_prefix: ClassVar[str] = ""
     # Numbers that an export keeps with their default if the file omits them.
     kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
 

@@ -11,6 +11,7 @@ from moecc.errors import InputError, nearest
 from .base import DecoderConfig
 from .bert import BertConfig
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .gpt import Gpt2Config, GptNeoXConfig
 from .granite import GraniteConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
@@ -48,7 +49,17 @@ DECODERS: Mapping[str, type[DecoderConfig]] = {
 
 CONFIGS: Mapping[str, type[ModelConfig]] = {
     **DECODERS,
-    **{c.model_type: c for c in (T5Config, SwitchTransformersConfig, BertConfig, StMoeConfig)},
+    **{
+        config.model_type: config
+        for config in (
+            Gpt2Config,
+            GptNeoXConfig,
+            T5Config,
+            SwitchTransformersConfig,
+            BertConfig,
+            StMoeConfig,
+        )
+    },
 }
 """The families that moecc reads and writes, by `model_type`."""
 

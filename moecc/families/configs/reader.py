@@ -47,6 +47,11 @@ LARGEST_SIZES: Mapping[str, int] = {
     "type_vocab_size": 1 << 16,
     "no_rope_layer_interval": 10_000,
     "sliding_window_pattern": 10_000,
+    "n_embd": 1 << 20,
+    "n_inner": 1 << 24,
+    "n_layer": 10_000,
+    "n_head": 1 << 16,
+    "n_positions": 1 << 40,
 }
 
 
@@ -72,6 +77,12 @@ class Reader:
         self.problems: list[Problem] = []
         self.bad: set[str] = set()
         self.used: set[str] = set()
+
+    def with_data(self, data: Mapping[str, object]) -> Reader:
+        """Return a reader of `data` that collects its problems with those of this one."""
+        other = Reader(data, self.defaults, self.where)
+        other.problems, other.bad, other.used = self.problems, self.bad, self.used
+        return other
 
     def has(self, key: str) -> bool:
         """Return whether the object states `key`, even as null."""

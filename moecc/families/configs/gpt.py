@@ -1,0 +1,274 @@
+"""gpt2 and gpt_neox: decoders with layer norms, biases everywhere and a block of two matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .encdec import read_activation
+from .extras import EXTRA_DEFAULTS
+from .model import ModelConfig, activation_problem
+from .reader import LARGEST_SIZES, KeyProblem, Reader, key_problem
+from .rope import RopeConfig, partial_rotary_factor, read_partial_rotary, read_rope
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptConfig(ModelConfig):
+    """A decoder of the GPT line; all heads have keys of their own and fill the model's width.
+
+    `parallel_residual` says whether the feed-forward block reads what the attention reads.
+    """
+
+    kind: ClassVar[str] = "a decoder with layer norms"
+    # The key of each field on disk, where it has another name.
+    keys: ClassVar[Mapping[str, str]] = {}
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "gelu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = True
+    parallel_residual: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary(self) -> tuple[RopeConfig, int] | None:
+        """The rotary positions and the entries of a head that they rotate; None if learned."""
+        return None
+
+    def score_scale(self, layer: int) -> float:
+        """Return the factor on the attention scores of a layer."""
+        return float(self.head_dim**-0.5)
+
+    @classmethod
+    def shape(cls) -> type[ModelConfig]:
+        """Return the class whose fields all families of this shape of model share."""
+        return cls
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """Return the key of a field."""
+        return cls.keys.get(name, name)
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        for name in SIZES:
+            value = getattr(self, name)
+            if not 1 <= value <= LARGEST_SIZES[name]:
+                expected = f"1 to {LARGEST_SIZES[name]:,}"
+                yield key_problem("not a usable size", expected, f"{value}", self.key(name))
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            what = "the heads do not divide the width"
+            expected = f"a multiple of {self.num_attention_heads}"
+            between = (self.key("hidden_size"), self.key("num_attention_heads"))
+            yield key_problem(what, expected, f"{self.hidden_size}", *between)
+        yield from activation_problem(self.hidden_act, self.key("hidden_act"))
+        yield from super().checks()
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        values = {name: reader.size(cls.key(name)) for name in SIZES if name != SIZES[1]}
+        return {
+            **super()._read(reader),
+            **values,
+            "intermediate_size": cls._read_width(reader, values["hidden_size"]),
+            "layer_norm_eps": reader.number(cls.key("layer_norm_eps"), least=0),
+            "hidden_act": read_activation(reader, cls.key("hidden_act")),
+            "tie_word_embeddings": reader.flag("tie_word_embeddings"),
+        }
+
+    @classmethod
+    def _read_width(cls, reader: Reader, hidden: int) -> int:
+        return reader.size("intermediate_size")
+
+    def _write(self) -> dict[str, object]:
+        names = (*SIZES, "layer_norm_eps", "hidden_act", "tie_word_embeddings")
+        return {self.key(name): getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpt2Config(GptConfig):
+    """A gpt2: learned positions, matrices with their inputs first, tied embeddings."""
+
+    model_type: ClassVar[str] = "gpt2"
+    architecture: ClassVar[str] = "GPT2LMHeadModel"
+    aliases: ClassVar[tuple[str, ...]] = ("GPT2Model",)
+    base_prefix: ClassVar[str] = "transformer."
+    kept_numbers: ClassVar[tuple[str, ...]] = (
+        "initializer_range",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+    )
+    keys: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "layer_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
+    }
+    defaults: ClassVar[Mapping[str, object]] = {
+        **EXTRA_DEFAULTS,
+        "vocab_size": 50_257,
+        "n_embd": 768,
+        "n_inner": None,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+        "bos_token_id": 50_256,
+        "eos_token_id": 50_256,
+    }
+
+    tie_word_embeddings: bool = True
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+
+    def score_scale(self, layer: int) -> float:
+        """Return the factor on the attention scores of a layer."""
+        scale = float(self.head_dim**-0.5) if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        if reader.flag("add_cross_attention"):
+            what = "a gpt2 that reads an encoder is not supported"
+            reader.refuse("add_cross_attention", what, expected="false")
+        # Only the order in which the scores are scaled depends on it.
+        reader.value("reorder_and_upcast_attn")
+        flags = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+        return {**super()._read(reader), **{name: reader.flag(name) for name in flags}}
+
+    @classmethod
+    def _read_width(cls, reader: Reader, hidden: int) -> int:
+        return 4 * hidden if reader.value("n_inner") is None else reader.size("n_inner")
+
+    def _write(self) -> dict[str, object]:
+        return {
+            **super()._write(),
+            "scale_attn_weights": self.scale_attn_weights,
+            "scale_attn_by_inverse_layer_idx": self.scale_attn_by_inverse_layer_idx,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptNeoXConfig(GptConfig):
+    """A gpt_neox (Pythia): rotary positions in part of each head, blocks side by side."""
+
+    model_type: ClassVar[str] = "gpt_neox"
+    architecture: ClassVar[str] = "GPTNeoXForCausalLM"
+    kept_numbers: ClassVar[tuple[str, ...]] = (
+        "initializer_range",
+        "attention_dropout",
+        "hidden_dropout",
+        "classifier_dropout",
+    )
+    keys: ClassVar[Mapping[str, str]] = {"parallel_residual": "use_parallel_residual"}
+    defaults: ClassVar[Mapping[str, object]] = {
+        **EXTRA_DEFAULTS,
+        "vocab_size": 50_432,
+        "hidden_size": 6144,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "use_parallel_residual": True,
+        "is_decoder": False,
+        "hidden_dropout": 0.0,
+        "classifier_dropout": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+
+    rope: RopeConfig
+    rotary_dim: int
+    parallel_residual: bool = True
+
+    @property
+    def rotary(self) -> tuple[RopeConfig, int] | None:
+        """The rotary positions and the entries of a head that they rotate."""
+        return self.rope, self.rotary_dim
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        yield from self.rope.checks(self.rotary_dim)
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            what = "the rotary embedding needs an even number of entries of a head"
+            keys = ("rotary_pct", "hidden_size", "num_attention_heads")
+            yield key_problem(what, "an even number", f"{self.rotary_dim}", *keys)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> dict[str, object]:
+        values = super()._read(reader)
+        reader.value("is_decoder")
+        hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+        head_dim, length = max(hidden // heads, 1), reader.size("max_position_embeddings")
+        rotated = read_partial_rotary(reader, head_dim, "rotary_pct", 0.25)
+        return {
+            **values,
+            "rope": read_rope(_with_usual_theta(reader), length, partial=True),
+            "rotary_dim": head_dim if rotated is None else rotated,
+            "attention_bias": reader.flag("attention_bias"),
+            "parallel_residual": reader.flag("use_parallel_residual"),
+        }
+
+    def _write(self) -> dict[str, object]:
+        share = partial_rotary_factor(self.rotary_dim, self.head_dim)
+        keys = self.rope.to_json()
+        parameters = keys["rope_parameters"]
+        assert isinstance(parameters, dict), "as the rope writes them"
+        return {
+            **super()._write(),
+            **keys,
+            "rope_parameters": {**parameters, "partial_rotary_factor": share},
+            "rotary_emb_base": self.rope.theta,
+            "rotary_pct": share,
+            "attention_bias": self.attention_bias,
+            "use_parallel_residual": self.parallel_residual,
+        }
+
+
+def _with_usual_theta(reader: Reader) -> Reader:
+    """Return `reader` with the family's own key of the base period under the usual name.
+
+    transformers takes no other key than ``rotary_emb_base`` outside the rope parameters.
+    """
+    reader.value("rope_theta")
+    data = {key: value for key, value in reader.data.items() if key != "rope_theta"}
+    if reader.has("rotary_emb_base"):
+        data["rope_theta"] = reader.data["rotary_emb_base"]
+    return reader.with_data(data)

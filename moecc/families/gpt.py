@@ -1,0 +1,230 @@
+"""The graph of a decoder of the GPT line: layer norms, biases, a block of two matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moecc.families.attention import KV_SEQ, Rotation, as_keys, rope_tables, rotated
+from moecc.families.configs import GptConfig
+from moecc.families.feedforward import ACTIVATION_OPS
+from moecc.families.names import names_of
+from moecc.families.parameters import DtypeOf, Parameters, float32_of
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Value
+from moecc.types.dtypes import I32
+from moecc.types.tensor import Size, tensor
+
+
+@dataclass(frozen=True)
+class GptNames:
+    """The names of a family's tensors; a layer's are relative to its prefix.
+
+    Attributes:
+      layer: the prefix of a layer's tensors.
+      norms: the norms before attention and feed-forward block.
+      final_norm: the last norm.
+      qkv, output: the projections of the attention.
+      up, down: the matrices of the feed-forward block.
+      positions: the learned positions; empty if there are none.
+      inputs_first: whether matrices are stored with their inputs first.
+      by_head: whether queries, keys and values lie together for each head, not each by itself.
+    """
+
+    layer: str
+    norms: tuple[str, str]
+    final_norm: str
+    qkv: str
+    output: str
+    up: str
+    down: str
+    positions: str = ""
+    inputs_first: bool = False
+    by_head: bool = False
+
+
+GPT_NAMES: Mapping[str, GptNames] = {
+    "gpt2": GptNames(
+        layer="transformer.h.{layer}.",
+        norms=("ln_1", "ln_2"),
+        final_norm="transformer.ln_f",
+        qkv="attn.c_attn",
+        output="attn.c_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        positions="transformer.wpe.weight",
+        inputs_first=True,
+    ),
+    "gpt_neox": GptNames(
+        layer="gpt_neox.layers.{layer}.",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        final_norm="gpt_neox.final_layer_norm",
+        qkv="attention.query_key_value",
+        output="attention.dense",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        by_head=True,
+    ),
+}
+"""The names of each family, as transformers writes them."""
+
+_PARTS = ("query", "key", "value")
+
+
+def build_gpt(
+    config: GptConfig,
+    dtype_of: DtypeOf | None = None,
+    checkpoint: str = "",
+    *,
+    batch: Size = "B",
+    seq: Size = "S",
+) -> Graph:
+    """Return the graph from ``tokens : i32[batch, seq]`` to ``logits : f32[batch, seq, vocab]``.
+
+    Args:
+      config: the config.
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights, for the graph's attributes.
+      batch: the size of the batch axis.
+      seq: the size of the sequence axis; with learned positions up to their number.
+    """
+    attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
+    graph = Graph(config.model_type, attrs)
+    params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of)
+    decoder = _Gpt(Builder(graph), config, params, GPT_NAMES[config.model_type])
+    tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
+    with decoder.builder.at("embed"):
+        positions = decoder.builder.positions(tokens, axis="seq", name="positions")
+        hidden = decoder.embed(tokens, positions)
+        rotation = decoder.rotation(positions)
+        seen = decoder.builder.causal(positions, as_keys(decoder.builder, positions), name="causal")
+    for layer in range(config.num_hidden_layers):
+        hidden = decoder.layer(hidden, layer, rotation, seen)
+    with decoder.builder.at("norm"):
+        hidden = decoder.norm(hidden, decoder.names.final_norm)
+    with decoder.builder.at("head"):
+        graph.set_output("logits", decoder.logits(hidden))
+    return graph
+
+
+@dataclass
+class _Gpt:
+    """The parts of the decoder."""
+
+    builder: Builder
+    config: GptConfig
+    params: Parameters
+    names: GptNames
+
+    def embed(self, tokens: Value, positions: Value) -> Value:
+        """Emit the embedded tokens, ``[batch, seq, embed]``, with learned positions added."""
+        hidden = self.builder.embedding(self._embedding(), tokens, axis="vocab", name="hidden")
+        if not self.names.positions:
+            return hidden
+        axes = {"position": self.config.max_position_embeddings, "embed": self.config.hidden_size}
+        table = self.params.plain(self.names.positions, self.builder.loc, **axes)
+        return self.builder.add(hidden, self.builder.embedding(table, positions, axis="position"))
+
+    def rotation(self, positions: Value) -> Rotation | None:
+        """Emit the rotary tables, if the family has them."""
+        if self.config.rotary is None:
+            return None
+        rope, size = self.config.rotary
+        length = self.config.max_position_embeddings
+        return rope_tables(self.builder, positions, rope, size, length)
+
+    def layer(self, hidden: Value, layer: int, rotation: Rotation | None, seen: Value) -> Value:
+        """Emit one layer; attention and feed-forward block may read the same value."""
+        builder, prefix = self.builder, self.names.layer.format(layer=layer)
+        first, second = (f"{prefix}{name}" for name in self.names.norms)
+        with builder.at(f"layers.{layer}.attention"):
+            x = self.norm(hidden, first)
+            found = self._attention(x, prefix, layer, rotation, seen)
+            after = builder.add(hidden, found, name="hidden")
+        with builder.at(f"layers.{layer}.ffn"):
+            x = self.norm(hidden if self.config.parallel_residual else after, second)
+            return builder.add(after, self._ffn(x, prefix), name="hidden")
+
+    def norm(self, x: Value, name: str) -> Value:
+        """Emit the norm with the parameters of `name`."""
+        loc, embed = self.builder.loc, self.config.hidden_size
+        scale = self.params.plain(f"{name}.weight", loc, embed=embed)
+        bias = self.params.plain(f"{name}.bias", loc, embed=embed)
+        eps = self.config.layer_norm_eps
+        return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
+
+    def logits(self, hidden: Value) -> Value:
+        """Emit the logits of the normalised `hidden`."""
+        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
+        tied = self.config.tie_word_embeddings
+        head = (
+            self._embedding() if tied else self.params.plain(self.params.names.head, "head", **axes)
+        )
+        return self.builder.contract(hidden, head, over="embed", name="logits")
+
+    def _embedding(self) -> Value:
+        axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
+        return self.params.plain(self.params.names.embedding, "embed", **axes)
+
+    def _attention(
+        self, x: Value, prefix: str, layer: int, rotation: Rotation | None, seen: Value
+    ) -> Value:
+        builder, config = self.builder, self.config
+        query, key, value = (self._heads(x, f"{prefix}{self.names.qkv}", n) for n in range(3))
+        query = rotated(builder, query, rotation, config.head_dim)
+        key = as_keys(builder, rotated(builder, key, rotation, config.head_dim))
+        scores = builder.contract(query, key, over="head_dim", name="scores")
+        scores = builder.scale(scores, by=config.score_scale(layer))
+        weights = builder.softmax(builder.mask(scores, seen), axis=KV_SEQ, name="weights")
+        mixed = builder.contract(weights, as_keys(builder, value), over=KV_SEQ, name="mixed")
+        merged = builder.merge(mixed, axes=("head", "head_dim"), into="q")
+        name = f"{prefix}{self.names.output}"
+        return self._linear(merged, name, "embed", config.hidden_size, "q", config.attention_bias)
+
+    def _heads(self, x: Value, name: str, part: int) -> Value:
+        """Emit queries, keys or values by head, from their part of the fused projection."""
+        config, builder = self.config, self.builder
+        axis, width = ("q" if part == 0 else "kv"), config.hidden_size
+        sizes = {axis: width, "embed": width}
+        weight = self._part(name, "weight", part, self._stored(sizes))
+        y = builder.contract(x, weight, over="embed", name=_PARTS[part])
+        if config.attention_bias:
+            y = builder.add(y, self._part(name, "bias", part, {axis: width}))
+        into = (("head", config.num_attention_heads), ("head_dim", config.head_dim))
+        return builder.split(y, axis=axis, into=into)
+
+    def _part(self, name: str, kind: str, part: int, axes: dict[str, int]) -> Value:
+        own = f"{name}.{_PARTS[part]}.{kind}"
+        loc, cut = self.builder.loc, "q" if part == 0 else "kv"
+        if self.names.by_head:
+            heads = (self.config.num_attention_heads, self.config.head_dim)
+            return self.params.head_part(own, f"{name}.{kind}", loc, (part, 3), heads, axes, cut)
+        width = self.config.hidden_size
+        return self.params.part(
+            own, f"{name}.{kind}", loc, part * width, ("qkv", 3 * width), axes, cut
+        )
+
+    def _ffn(self, x: Value, prefix: str) -> Value:
+        width, embed = self.config.intermediate_size, self.config.hidden_size
+        inner = self._linear(x, f"{prefix}{self.names.up}", "mlp", width, "embed")
+        inner = self.builder.node(ACTIVATION_OPS[self.config.hidden_act], inner).result
+        return self._linear(inner, f"{prefix}{self.names.down}", "embed", embed, "mlp")
+
+    def _linear(
+        self, x: Value, name: str, to: str, width: int, over: str, has_bias: bool = True
+    ) -> Value:
+        """Emit a product over the axis `over` and a bias."""
+        size = x.type[over].size
+        assert isinstance(size, int), "the width of a model is known"
+        axes = self._stored({to: width, over: size})
+        weight = self.params.plain(f"{name}.weight", self.builder.loc, **axes)
+        y = self.builder.contract(x, weight, over=over)
+        if not has_bias:
+            return y
+        return self.builder.add(
+            y, self.params.plain(f"{name}.bias", self.builder.loc, **{to: width})
+        )
+
+    def _stored(self, axes: dict[str, int]) -> dict[str, int]:
+        """Return the axes of a matrix in their order on disk."""
+        return dict(reversed(axes.items())) if self.names.inputs_first else axes
