@@ -59,7 +59,8 @@ def convert(request: ConvertRequest) -> None:
 
     Everything is checked from headers and configs before the first weight is read.
     """
-    from moecc.cli.console import report
+    from moecc.cli.console import report, say
+    from moecc.cli.files import say_weights
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model
     from moecc.support.parse_units import count_bytes
@@ -71,6 +72,9 @@ def convert(request: ConvertRequest) -> None:
     passes = read_pipeline(request.pipeline, request.load or [])
     out = request.out
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
+        say_weights(model, request.source)
+        for text in model.warnings():
+            say(f"warning: {text}")
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
             allow_unmatched=request.allow_unmatched, loaded=request.load or [],
@@ -92,14 +96,16 @@ def _written_type(name: str) -> DType | Storage:
 
 
 def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None:
-    from moecc.cli.console import Bar
+    from moecc.cli.console import Bar, say
     from moecc.tasks.convert import write
 
     with Bar("writing") as bar:
-        write(
+        done = write(
             planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
             allow_nonfinite=request.allow_nonfinite, progress=bar,
         )  # fmt: skip
+    for text in done.written.spread:
+        say(f"warning: not finite: {text}")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:

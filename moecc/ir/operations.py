@@ -420,12 +420,13 @@ class Operations(ABC):
     def route(
         self, logits: Value, /, *more: Value, top_k: int, gates: Gates = "renormalised",
         scale: float = 1.0, axis: str = "expert", choice: str = "choice",
-        using: Literal["bias"] | tuple[Literal["bias"], ...] = (), name: str | None = None
+        using: Literal["bias"] | tuple[Literal["bias"], ...] = (), precision: Precision = "f32",
+        name: str | None = None
     ) -> tuple[Value, Value]:
         """The k experts with the largest logits, best first, and their gates."""
         first, second = self.node(
             "route", logits, *more, names=_names(name), top_k=top_k, gates=gates, scale=scale,
-            axis=axis, choice=choice, using=using
+            axis=axis, choice=choice, using=using, precision=precision
         ).results
         return first, second
 

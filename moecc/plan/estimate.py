@@ -146,10 +146,10 @@ class Estimate:
 class Estimator:
     """Estimates strategies for one model, batch and machine."""
 
-    def __init__(self, work: Workload, machine: Machine, setting: StepConfig) -> None:
+    def __init__(self, work: Workload, machine: Machine, config: StepConfig) -> None:
         self.work = work
         self.machine = machine
-        self.setting = setting
+        self.config = config
         self._local: dict[tuple[Layout, float], Sharding] = {}
         self._sharded: dict[Layout, Sharded] = {}
         self._values: dict[tuple[Layout, float], Values] = {}
@@ -157,7 +157,7 @@ class Estimator:
     def memory(self, strategy: Strategy) -> Memory:
         """Return the memory of a device."""
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=True))
-        return memory(self.work, self.setting, strategy, local, self.machine.kind)
+        return memory(self.work, self.config, strategy, local, self.machine.kind)
 
     def _sharding(self, layout: Layout, rows: float = 1.0) -> Sharding:
         """Return sizes on one device; what is worked out for one strategy serves the next."""
@@ -175,7 +175,7 @@ class Estimator:
         part = next((p for p in self.work.parts if p.is_sparse), None)
         if part is None:
             return 1.0
-        rows = sparse_rows(part, self.work, self.setting, strategy, local)
+        rows = sparse_rows(part, self.work, self.config, strategy, local)
         return rows.buffer_rows(strategy.via) / rows.rows if buffer else rows.factor(strategy.via)
 
     def estimate(self, strategy: Strategy, needed: Memory | None = None) -> Estimate:
@@ -187,16 +187,16 @@ class Estimator:
         """
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=False))
         parts = [self._part(part, strategy, local) for part in self.work.parts]
-        if self.setting.train:
+        if self.config.train:
             parts += [*self._streams(strategy, local), self._update(local)]
-        passes = 3 if self.setting.train else 1
+        passes = 3 if self.config.train else 1
         return Estimate(
             strategy=strategy,
             memory=self.memory(strategy) if needed is None else needed,
             parts=tuple(parts),
             model_flops=passes * self.work.model_flops,
             machine=self.machine,
-            dtype=self.setting.dtype.name,
+            dtype=self.config.dtype.name,
         )
 
     def _part(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
@@ -210,21 +210,21 @@ class Estimator:
     def _rates(self) -> tuple[float, float]:
         """FLOPs and bytes of memory per second that a device reaches in practice."""
         return (
-            self.machine.peak(self.setting.dtype.name) * efficiency("compute"),
+            self.machine.peak(self.config.dtype.name) * efficiency("compute"),
             self.machine.hbm_bytes_per_second * efficiency("hbm"),
         )
 
     def _cost(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
-        width, rates = self.setting.dtype.itemsize_bytes, self._rates
+        width, rates = self.config.dtype.itemsize_bytes, self._rates
         flops = moved = compute = hbm = both = 0.0
         sizes = local.values.once(("steps", id(part)), lambda: _step_sizes(part, local.values))
         for step, (each, elements) in zip(part.steps, sizes, strict=True):
-            passes = _passes(step, strategy, self.setting)
+            passes = _passes(step, strategy, self.config)
             work, bytes_ = each * passes, elements * width
             times = (work / rates[0], bytes_ * passes / rates[1])
             flops, moved = flops + work, moved + bytes_ * passes
             compute, hbm, both = compute + times[0], hbm + times[1], both + max(times)
-        found = part_transfers(part, self.setting, strategy, local)
+        found = part_transfers(part, self.config, strategy, local)
         return PartCost(
             name=part.name,
             count=part.count,
@@ -252,7 +252,7 @@ class Estimator:
         It is gathered for each unit forward and again, and its gradient behind the unit; and so are
         what leaves the last unit of a stack and its gradient.
         """
-        axis, width = strategy.stream_axis, self.setting.dtype.itemsize_bytes
+        axis, width = strategy.stream_axis, self.config.dtype.itemsize_bytes
         units: Counter[str] = Counter()
         for layer in self.work.layers:
             units[layer.name] += layer.count * layer.is_first
@@ -266,15 +266,15 @@ class Estimator:
     def _update(self, local: Sharding) -> PartCost:
         """Return the cost of the optimizer: parameters, gradients and state, read and written."""
         stored = sum(n * local.stored(w) for w, n in self.work.weights)
-        state = optimizer_bytes(self.work, self.setting, local, self.machine.kind)
-        moved = stored * self.setting.weight_dtype.itemsize_bytes * 3 + 2 * state
+        state = optimizer_bytes(self.work, self.config, local, self.machine.kind)
+        moved = stored * self.config.weight_dtype.itemsize_bytes * 3 + 2 * state
         time = moved / (self.machine.hbm_bytes_per_second * efficiency("hbm"))
         return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
 
 
-def _passes(step: Step, strategy: Strategy, setting: StepConfig) -> float:
+def _passes(step: Step, strategy: Strategy, config: StepConfig) -> float:
     """Return how often a step's work is done: forward, twice backward, again."""
-    if not setting.train:
+    if not config.train:
         return 1.0
     return 3.0 + step.computed_again(strategy.remat)
 

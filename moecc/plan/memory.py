@@ -76,30 +76,30 @@ class Memory:
 
 
 def memory(
-    work: Workload, setting: StepConfig, strategy: Strategy, local: Sharding, kind: str
+    work: Workload, config: StepConfig, strategy: Strategy, local: Sharding, kind: str
 ) -> Memory:
     """Return the memory of one device.
 
     Args:
       work: the model and its batch.
-      setting: what is given.
+      config: what is given.
       strategy: what is chosen.
       local: sizes on one device, with the rows that there is room for.
       kind: of the machine.
     """
     stored, of_layers = _stored(work, local, kind)
-    width, wide = setting.dtype.itemsize_bytes, setting.weight_dtype.itemsize_bytes
-    training = setting.train
+    width, wide = config.dtype.itemsize_bytes, config.weight_dtype.itemsize_bytes
+    training = config.train
     return Memory(
         parameters=stored * wide,
         gradients=stored * width if training else 0.0,
         copies=of_layers * width if width < wide else 0.0,
-        optimizer=optimizer_bytes(work, setting, local, kind) if training else 0.0,
+        optimizer=optimizer_bytes(work, config, local, kind) if training else 0.0,
         activations=_kept(work, local.values, strategy) * width if training else 0.0,
         buffers=max(
-            _layer_bytes(work, local, setting, strategy.remat, kind),
+            _layer_bytes(work, local, config, strategy.remat, kind),
             # Gradients of layers come when the logits have gone.
-            _logits(work, local, setting) - (stored * width if training else 0.0),
+            _logits(work, local, config) - (stored * width if training else 0.0),
         ),
         # Tokens, and in training what they should be.
         inputs=4.0 * (1 + training) * work.batch.tokens / strategy.layout.shards["batch"],
@@ -119,22 +119,22 @@ def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
     return every, known.once(("stored in layers", kind), lambda: total(layers))
 
 
-def optimizer_bytes(work: Workload, setting: StepConfig, local: Sharding, kind: str) -> float:
+def optimizer_bytes(work: Workload, config: StepConfig, local: Sharding, kind: str) -> float:
     """Return the bytes of the optimizer's state on one device of a machine of `kind`."""
-    key = ("optimizer", setting.optimizer, kind)
+    key = ("optimizer", config.optimizer, kind)
     return local.sharded.once(
-        key, lambda: sum(n * _state(w, local, setting, kind) for w, n in work.weights)
+        key, lambda: sum(n * _state(w, local, config, kind) for w, n in work.weights)
     )
 
 
-def _state(weight: Weight, local: Sharding, setting: StepConfig, kind: str) -> float:
+def _state(weight: Weight, local: Sharding, config: StepConfig, kind: str) -> float:
     """Return the bytes of the optimizer's state of a parameter, in float32.
 
     AdamW keeps two moments.  Adafactor keeps, of the second, means over one of the two largest axes
     and over the other (Shazeer and Stern 2018), and here no first.
     """
     stored = local.stored_sizes(weight)
-    if setting.optimizer == "adamw":
+    if config.optimizer == "adamw":
         return 8.0 * padded(stored.values(), kind)
     sizes = sorted(((size, name) for name, size in weight.shape), reverse=True)
     if len(sizes) < 2 or sizes[1][0] < FACTORED_LEAST:
@@ -170,12 +170,12 @@ def _kept_shapes(layer: Layer, remat: str) -> Iterator[Shape]:
 
 
 def _layer_bytes(
-    work: Workload, local: Sharding, setting: StepConfig, remat: str, kind: str
+    work: Workload, local: Sharding, config: StepConfig, remat: str, kind: str
 ) -> float:
     """Return the most that is alive while a layer is computed, and its gathered parameters."""
-    width = setting.dtype.itemsize_bytes
+    width = config.dtype.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
-    again, fuses = setting.train and remat != "none", kind == "tpu"
+    again, fuses = config.train and remat != "none", kind == "tpu"
     values = local.values
     layers = values.once(
         ("layers", again, fuses),
@@ -211,7 +211,7 @@ def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
     return sum(local.used(w) - local.stored(w) for w in weights)
 
 
-def _logits(work: Workload, local: Sharding, setting: StepConfig) -> float:
+def _logits(work: Workload, local: Sharding, config: StepConfig) -> float:
     """Return the bytes of the logits: in float32, or in training twice in a narrow type."""
     sizes = map(local.elements, work.logits)
     return max(sizes, default=0.0) * 4.0

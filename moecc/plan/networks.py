@@ -47,7 +47,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Route(ABC):
-    """The part of a network that one mesh axis lies on, or several together."""
+    """The part of a network that one mesh axis, or several together, run over."""
 
     devices: int
 

@@ -1,4 +1,4 @@
-"""One layer of each kind: the nodes whose sharding says that of the whole model."""
+"""One layer of each kind: the nodes whose sharding determines that of the whole model."""
 
 from __future__ import annotations
 

@@ -154,11 +154,11 @@ class Sharding:
         return weight.shape.elements / self.sharded.shards(self.sharded.used(weight))
 
     def stored(self, weight: Weight) -> float:
-        """Return the elements of a parameter where it lies."""
+        """Return the elements of a parameter as it is stored."""
         return prod(self.stored_sizes(weight).values())
 
     def stored_sizes(self, weight: Weight) -> dict[str, float]:
-        """Return the sizes of a parameter where it lies, by axis."""
+        """Return the sizes of a parameter as it is stored, by axis."""
         key = ("stored", weight.shape, weight.of_experts)
         return self.sharded.once(key, lambda: self._stored_sizes(weight))
 

@@ -198,7 +198,7 @@ class Assigner:
         sizes = "*".join(f"{n}:{self.mesh.size((n,))}" for n in mesh)
         if not isinstance(size, int):
             return Problem(
-                f"the axis {axis.name!r} has a size that a place sets, and cannot lie split",
+                f"the axis {axis.name!r} has a size that slots set, and cannot be sharded",
                 found=f"{axis}, and the rule {rule} ({rule.source})",
             )
         if axis.name == "expert" and parts > size:
@@ -254,7 +254,7 @@ class Assigner:
         if isinstance(size, str) or axis.name in self.free:
             return True
         if isinstance(size, Extent):
-            # What a place sets shows at run time: one shard alone divides it for certain.
+            # What slots set is known at run time: one shard alone divides it for certain.
             return size.kind == "groups" or self._parts_divide(1, mesh)
         return self._parts_divide(size, mesh)
 

@@ -137,7 +137,7 @@ class _Walk:
         refs = [visible.get(v) for v in site.operands]
         if node.op.moves is not None:
             # Slots and the experts that they were given for belong together.
-            refs[1] = self._placed(site.operands[2])
+            refs[1] = self._experts_of(site.operands[2])
         given = [None if ref is None else types[ref] for ref in refs]
         assignment = self.assigner.node(site, given, self.cuts)
         for number, value in enumerate(site.operands):
@@ -153,9 +153,9 @@ class _Walk:
             if type.unreduced:
                 visible[value] = self._summed(assignment, value, type)
 
-    def _placed(self, place: Value) -> Ref:
-        """Return the experts that the slots `place` were given to."""
-        node = assigner(place)
+    def _experts_of(self, slots: Value) -> Ref:
+        """Return the experts that `slots` were assigned to."""
+        node = assigner(slots)
         if node.op.chooses:
             return self.found.visible[node.results[0]]
         return self.found.operands[node][0]
@@ -192,7 +192,7 @@ class _Walk:
     def _reshard(self, reshard: Reshard) -> Reshard:
         """Return a reshard, or the same one that was made before.
 
-        A parameter is brought anew at every place in the model, so that it need not stay there.
+        A parameter is brought anew for every layer, so that it need not stay there.
         """
         ref = reshard.operand
         is_param = isinstance(ref, Value) and ref.is_param

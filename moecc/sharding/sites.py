@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from moecc.ir.flow import Given, Space, sharded_results, space_of
 from moecc.ir.graph import Node, Value
+from moecc.ir.sharding_rules import Given, Space, sharded_results, space_of
 from moecc.ir.table.slots import is_slots
 from moecc.ir.traits import Cost, Product
 from moecc.types.tensor import Axis, TensorType

@@ -62,6 +62,7 @@ def write(
     """
     from moecc.checkpoint.outdir import output_folder
     from moecc.checkpoint.outfile import output_file
+    from moecc.checkpoint.run.checkpoint import inputs_of
     from moecc.families.export_gguf import GgufExport
 
     checkpoint = planned.model.checkpoint
@@ -70,7 +71,7 @@ def write(
     one_file = is_file(planned, place)
     options = _Options(max_shard_bytes, allow_nonfinite, progress)
     with (output_file if one_file else output_folder)(
-        place, inputs=[checkpoint.path], force=force, needed_bytes=planned.size_bytes
+        place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes
     ) as temporary:
         if isinstance(planned.export, GgufExport):
             fill = write_gguf_file if one_file else write_gguf
@@ -89,8 +90,9 @@ def check_place(planned: Plan, out: str | Path, *, force: bool = False) -> None:
     """
     from moecc.checkpoint.outdir import check_output
     from moecc.checkpoint.outfile import check_output_file
+    from moecc.checkpoint.run.checkpoint import inputs_of
 
-    inputs = [planned.model.checkpoint.path] if planned.model.checkpoint else []
+    inputs = inputs_of(planned.model.checkpoint)
     check = check_output_file if is_file(planned, Path(out)) else check_output
     check(Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes)
 

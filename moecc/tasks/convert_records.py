@@ -26,10 +26,12 @@ def card(planned: Plan, title: str, options: Sequence[str] = ()) -> str:
     """
     from moecc.checkpoint.gguf.storage import FILE_NAME
     from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
+    from moecc.checkpoint.run.lineage import is_trained, stages_of, story
     from moecc.families.export_gguf import GgufExport
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
+    stages = stages_of(checkpoint)
     path, facts = checkpoint.path, planned.facts
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
@@ -48,7 +50,8 @@ def card(planned: Plan, title: str, options: Sequence[str] = ()) -> str:
             task=task,
             auto_class=auto_class,
             is_sparse=bool(kinds),
-            base_model=hub_repository(path),
+            base_model=hub_repository(path) or _base_model(stages),
+            story=tuple(story(stages)) if is_trained(stages) else (),
             relation="finetune" if planned.storage is None else "quantized",
             kept=checkpoint.card(),
             engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
@@ -58,6 +61,12 @@ def card(planned: Plan, title: str, options: Sequence[str] = ()) -> str:
             notes=(*made, *_notes(planned)),
         )
     )
+
+
+def _base_model(stages: Sequence[Mapping[str, object]]) -> str | None:
+    """Return the model of the Hub that the first stage began with, if it says so."""
+    found = stages[0].get("base_model") if stages else None
+    return found if isinstance(found, str) else None
 
 
 def command(planned: Plan, options: Sequence[str] = ()) -> str:
@@ -136,6 +145,7 @@ def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
     from moecc.checkpoint.manifest import file_records, weight_file_record
     from moecc.checkpoint.records import Manifest, TensorRecord, dump
+    from moecc.checkpoint.run.lineage import is_trained, stages_of
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -144,8 +154,12 @@ def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
     }
     weights = sorted({t.file for t in written.tensors})
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    others = [name for name in names if name not in weights and name != "README.md"]
-    nonfinite = tuple(f"not finite: {found}" for found in written.nonfinite)
+    others = [name for name in names if name not in weights]
+    stages = stages_of(checkpoint)
+    nonfinite = (
+        *(f"not finite: {found}" for found in written.nonfinite),
+        *(f"written and not finite: {text}" for text in written.spread),
+    )
     made = Manifest(
         pipeline=planned.pipeline.in_full(),
         seed=planned.seed,
@@ -159,5 +173,6 @@ def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
         files=file_records({name: folder / name for name in others}),
         tensors=tensors,
         notes=(*_notes(planned), *nonfinite),
+        lineage=tuple(stages) if is_trained(stages) else (),
     )
     return dump(made)

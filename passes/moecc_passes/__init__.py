@@ -109,6 +109,12 @@ def _specialize() -> type[Pass]:
     return SpecializePass
 
 
+def _tie_head() -> type[Pass]:
+    from moecc_passes.tie_head import TieHeadPass
+
+    return TieHeadPass
+
+
 def _trace_routing() -> type[Pass]:
     from moecc_passes.trace_routing import TraceRoutingPass
 
@@ -144,6 +150,7 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "specialize": _specialize,
     "st-moe": _st_moe,
     "strip-sharding": _strip_sharding,
+    "tie-head": _tie_head,
     "trace-routing": _trace_routing,
     "unroll-layers": _unroll_layers,
     "upcycle": _upcycle,

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from moecc.errors import InputError
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import (
     axis_of,
     mixes_axis,
@@ -19,6 +18,7 @@ from moecc.ir.table.rules import (
     same_size,
     widest,
 )
+from moecc.ir.table.sharding import by_name
 from moecc.ir.traits import Residual
 from moecc.types.dtypes import F32, I32, PRED
 from moecc.types.tensor import Axis, TensorType
