@@ -19,7 +19,6 @@ from moecc.pipeline.text import Pipeline
 from moecc.steps.head import LOGITS
 from moecc.steps.passes import StepPasses, step_graph
 from moecc.steps.spec import StepSpec
-from moecc.testing import params_for
 from moecc.train.recipe import OptimizerSection, ParameterGroup
 from moecc.types.dtypes import F32
 
@@ -58,7 +57,11 @@ def step_of(graph: Graph, groups: tuple[ParameterGroup, ...] = ()) -> TrainStep:
 
 def gradients_of(step: TrainStep, graph: Graph) -> dict[str, Any]:
     """Return gradients at random parameters, so that experts differ."""
-    params = {n: np.asarray(a, "f") for n, a in params_for(step.graph, 3).items()}
+    rng = np.random.default_rng(3)
+    params = {
+        n: (rng.normal(size=p.type.shape) * 0.3 + ("norm" in n)).astype("f")
+        for n, p in step.graph.params.items()
+    }
     inputs = default_inputs(graph, batch=BATCH, seq=SEQ)
     targets = inputs["decoder_tokens" if "decoder_tokens" in inputs else "tokens"]
     batch = {**inputs, "targets": np.roll(targets, -1, 1)}
