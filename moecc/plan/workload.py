@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from moecc.errors import InputError
-from moecc.families.experts import choices_kept, expert_layers
+from moecc.families.experts import choices_kept
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
@@ -199,7 +199,7 @@ def workload(graph: Graph, batch: Batch) -> Workload:
       InputError: its layers are rolled, or it is on a mesh.
     """
     _check_plain(graph)
-    layers = expert_layers(graph)
+    slots = _slots(graph)
     reader = _Reader(graph, batch)
     sample, parts = reader.sampled()
     return Workload(
@@ -207,8 +207,8 @@ def workload(graph: Graph, batch: Batch) -> Workload:
         parts=parts,
         layers=tuple(reader.layers()),
         weights=tuple(reader.weights()),
-        experts=max((layer.experts for layer in layers), default=0),
-        dropless=all(layer.slots == "ragged" for layer in layers),
+        experts=max((attrs.experts for attrs in slots), default=0),
+        dropless=all(attrs.slots == "ragged" for attrs in slots),
         tensor_sizes=_tensor_sizes(graph),
         sample=sample,
         params=sample.graph.params,
@@ -225,6 +225,12 @@ def _check_plain(graph: Graph) -> None:
         raise InputError(
             "the graph is on a mesh already", where=graph.name, hint="-p strip-sharding"
         )
+
+
+def _slots(graph: Graph) -> list[SlotAttrs]:
+    """Return how slots are assigned to the rows of each expert layer, whoever chooses."""
+    sent = (node for node in graph if node.op.moves is RowMove.TO_SLOTS)
+    return [SlotAttrs.of_node(assigner(node.operands[2])) for node in sent]
 
 
 def _tensor_sizes(graph: Graph) -> dict[str, int]:
