@@ -193,6 +193,12 @@ class ContractAttrs(View):
     precision: Precision
 
 
+class PointwiseAttrs(View):
+    """Attributes of ``pointwise``."""
+    operations = frozenset({"pointwise"})
+    function: str
+
+
 class ScaleAttrs(View):
     """Attributes of ``scale``."""
     operations = frozenset({"scale"})

@@ -237,6 +237,10 @@ class Operations(ABC):
         """Φ(x), the distribution function of a standard normal variable."""
         return self.node("normal_cdf", x, names=_names(name)).result
 
+    def pointwise(self, x: Value, /, *, function: str, name: str | None = None) -> Value:
+        """A function of each element that has no operation of its own, as a formula of a."""
+        return self.node("pointwise", x, names=_names(name), function=function).result
+
     def neg(self, x: Value, /, *, name: str | None = None) -> Value:
         """−x."""
         return self.node("neg", x, names=_names(name)).result

@@ -78,7 +78,7 @@ class StepPasses:
         if self.documents is not None:
             yield _pass("pack-segments", {"documents": self.documents})
         if self.tied:
-            yield "tie-head"
+            yield "tie-head{only=true}"
         if self.routed:
             yield specialize(self.mode, self.bound, self.groups)
             if self.losses is not None:

@@ -45,7 +45,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSpec:
     """How models are evaluated.
 
     Attributes:
@@ -122,7 +122,7 @@ class Evaluated:
 def evaluate(
     models: Sequence[str],
     data: Sequence[str],
-    settings: Settings,
+    settings: EvaluationSpec,
     progress: Progress | None = None,
 ) -> list[Evaluated]:
     """Evaluate each of `models` on the same rows of each folder of `data`.
@@ -152,7 +152,7 @@ def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield (name if names.count(name) == 1 else path), path
 
 
-def _score(model: Model, folder: TokenFolder, settings: Settings) -> SetScore:
+def _score(model: Model, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
     recipe = evaluation_recipe(model.graph, folder, settings)
     graph = eval_graph(model.graph, recipe)
     facts = facts_of(model, graph)
@@ -165,7 +165,7 @@ def _score(model: Model, folder: TokenFolder, settings: Settings) -> SetScore:
     return score if score.kind != LABELLED else _labels(score, folder, recipe.data, facts, scorer)
 
 
-def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: Settings) -> Recipe:
+def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpec) -> Recipe:
     """Return a recipe whose evaluation is that of `folder` by a model with `graph`."""
     kind = folder.facts.kind
     if kind == LABELLED:
