@@ -46,12 +46,12 @@ def specialise(request: SpecialiseRequest) -> None:
     experts.
     """
     from moecc.cli.console import report
-    from moecc.tasks.evaluate import Settings
+    from moecc.tasks.evaluate import EvaluationSpec
     from moecc.tasks.specialise import specialise as specialised
 
-    settings = Settings(request.sequence, request.batch, request.batches)
+    spec = EvaluationSpec(request.sequence, request.batch, request.batches)
     found = specialised(
-        request.model, request.data, settings, pipeline=request.pipeline, seed=request.seed
+        request.model, request.data, spec, pipeline=request.pipeline, seed=request.seed
     )
     layers = [layer.to_json() for layer in found]
     data = {"model": request.model, "data": request.data, "layers": layers}

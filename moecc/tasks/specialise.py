@@ -21,7 +21,7 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.steps.recipes import eval_graph
-from moecc.tasks.evaluate import Settings, evaluation_recipe
+from moecc.tasks.evaluate import EvaluationSpec, evaluation_recipe
 from moecc.tasks.generate import Kept, load_tokenizer
 from moecc.train.data.batches import Evaluation, open_batches
 from moecc.train.data.model_facts import facts_of
@@ -83,14 +83,14 @@ class LayerReport:
 
 
 def specialise(
-    name: str, data: str, settings: Settings, *, pipeline: str = "", seed: int = 0
+    name: str, data: str, spec: EvaluationSpec, *, pipeline: str = "", seed: int = 0
 ) -> list[LayerReport]:
     """Return, for each routed layer, which tokens of a folder went to which expert.
 
     Args:
       name: the model.
       data: a token folder.
-      settings: how much of it is read.
+      spec: how much of it is read.
       pipeline: passes that are run first, as to give a dense model experts.
       seed: of what they draw, and of routers that learnt nothing.
 
@@ -101,7 +101,7 @@ def specialise(
     with open_model(name) as model, _tokenizer(model) as tokenizer:
         run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context(seed=seed))
         graph = _traced(model.graph, name)
-        recipe = evaluation_recipe(graph, folder, settings)
+        recipe = evaluation_recipe(graph, folder, spec)
         apart = replace(recipe, run=replace(recipe.run, rolled=False))
         program = eval_graph(graph, apart)
         held_out = next(
@@ -181,7 +181,7 @@ def _with_drawn_routers(graph: Graph, seed: int) -> Graph:
 
 @contextmanager
 def _tokenizer(model: Model) -> Iterator[Tokenizer | None]:
-    """Yield the tokenizer beside a model, or None where there is none."""
+    """Yield the tokenizer beside a model, or None without one."""
     companions = {} if model.checkpoint is None else model.checkpoint.companions()
     has_one = "tokenizer.json" in companions
     with load_tokenizer(model) if has_one else nullcontext() as found:
