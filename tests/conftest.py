@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,16 @@ os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Hundreds of child processes import moecc: they find its bytecode, and leave none in the tree.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "cache")
 os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_cache" / "bytecode")
 
 from moecc.ir import Graph, verify  # noqa: E402
 from moecc.pipeline.passes import Context, Pass, PassResult  # noqa: E402
+
+# A shell that starts the suite in the background has SIGINT ignored, and so have all programs that
+# tests start and interrupt.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first example of a test pays for imports and caches.
 settings.register_profile("dev", deadline=None, max_examples=100)

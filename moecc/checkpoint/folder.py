@@ -148,8 +148,12 @@ def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, 
     return (stop - start, *info.shape[1:]), start * row_bytes
 
 
-def open_folder(path: Path) -> SafetensorsFolder:
+def open_folder(path: Path, *, with_weights: bool = True) -> SafetensorsFolder:
     """Open a folder; config, index and all headers are checked, but no weight is read.
+
+    Args:
+      path: the folder.
+      with_weights: whether weights are looked for; without, a config is enough.
 
     Raises:
       InputError: with all problems of the folder.
@@ -160,7 +164,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
     # Identified before they are read, so that no change in between goes unnoticed.
     others = _identify_all(path / name for name in (CONFIG_NAME, INDEX_NAME))
     config = _read_config(path, problems)
-    index, shards = choose_weights(path, names, problems)
+    index, shards = choose_weights(path, names, problems) if with_weights else (None, [])
     headers = _read_headers(path, shards, problems)
     if index is not None:
         compare_with_headers(index, headers, problems)

@@ -32,7 +32,7 @@ class CardFacts:
       family_from: the family of the source.
       family_to: the family that was written.
       command: the command that made it, with every option that decides the result.
-      preserves: the contract of the pipeline, in words.
+      receipt: what was promised, what was measured, what runs it; a line each.
       dtype: the element type that was written.
       parameters: the number of parameters.
       active_parameters: the number of parameters used per token.
@@ -49,13 +49,14 @@ class CardFacts:
       file: the GGUF file in the folder, if it is one.
       digests: SHA-256 of the weight files or the source's, by name.
       notes: remarks for readers, e.g. that the source was quantised.
+      story: where the source was trained, how it came about, a sentence a stage.
     """
 
     title: str
     family_from: str
     family_to: str
     command: str
-    preserves: str
+    receipt: tuple[str, ...]
     dtype: str
     parameters: int
     active_parameters: int
@@ -72,6 +73,7 @@ class CardFacts:
     file: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    story: tuple[str, ...] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -86,6 +88,7 @@ def model_card(facts: CardFacts) -> str:
         *_engines(facts),
         *(["## Train it on", facts.training] if facts.training else []),
         "## How it was made",
+        "\n".join(f"{n}. {_escape(line)}" for n, line in enumerate(facts.story, 1)),
         _recipe(facts),
         _digests(facts),
     ]
@@ -126,14 +129,18 @@ def _front_matter(facts: CardFacts) -> str:
 def _summary(facts: CardFacts) -> str:
     base = f"`{_code(facts.base_model)}`" if facts.base_model else f"a {facts.family_from} model"
     kind = "A sparse mixture of experts" if facts.is_sparse else "A dense model"
+    after = (
+        "It was trained, and then converted: its history is below."
+        if facts.story
+        else "It was converted, not trained further."
+    )
     return (
         f"{kind} in the `{facts.family_to}` layout, made from {base} "
-        f"(`{facts.family_from}`) with moecc {facts.moecc_version}. It was converted, not trained "
-        "further.\n\n"
+        f"(`{facts.family_from}`) with moecc {facts.moecc_version}. {after}\n\n"
         f"- Parameters: {facts.parameters:,}, of which a token meets "
         f"{facts.active_parameters:,}\n"
         f"- Element type: {facts.dtype}\n"
-        f"- What the conversion preserves: {_escape(facts.preserves)}"
+        + "\n".join(f"- {_escape(line)}" for line in facts.receipt)
     )
 
 

@@ -26,7 +26,10 @@ from moecc.types.dtypes import DTYPES
 from moecc.version import __version__
 
 MANIFEST_NAME = "moecc_manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+CARD_SCHEMA = 2
+"""The first version that records the model card."""
+
 MAX_MANIFEST_BYTES = 256 << 20
 _MAX_VALUES = 1 << 22
 _STORED = {*DTYPES, *(name.lower() for name in BY_NAME)}
@@ -88,9 +91,11 @@ class Manifest:
       dtype: the requested element type, or ``as stored``.
       preserves: the contract of the pipeline (``exact``, ``reassociation``, or the reason).
       weights: the safetensors files, by name.
-      files: the other files, by name; the model card, which people edit, is not among them.
+      files: the other files, by name, the model card included.
       tensors: by name.
       notes: remarks for readers, e.g. tensors with values that are not finite.
+      lineage: where the source was trained, the stages that led to it, the first one first.
+      receipt: the receipt of an output that is one file; a folder has it as a file of its own.
       versions: of moecc and the libraries it uses.
       schema: the version of this layout.
     """
@@ -107,6 +112,8 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
     notes: tuple[str, ...] = ()
+    lineage: tuple[Mapping[str, object], ...] = ()
+    receipt: Mapping[str, object] | None = None
     versions: Mapping[str, str] = field(default_factory=library_versions)
     schema: int = SCHEMA
 
@@ -125,6 +132,8 @@ def dump(manifest: Manifest) -> bytes:
         "dtype": manifest.dtype,
         "preserves": manifest.preserves,
         "notes": list(manifest.notes),
+        **({"lineage": [dict(stage) for stage in manifest.lineage]} if manifest.lineage else {}),
+        **({} if manifest.receipt is None else {"receipt": dict(manifest.receipt)}),
         "weights": _plain(manifest.weights),
         "files": _plain(manifest.files),
         "tensors": _plain(manifest.tensors),
@@ -170,12 +179,12 @@ def _of_known_schema(document: object, where: str) -> dict[str, object]:
     """Return the document, or raise InputError if it is none that this moecc reads."""
     found = document if isinstance(document, dict) else {}
     schema = found.get("schema")
-    if type(schema) is int and schema == SCHEMA:
+    if type(schema) is int and 1 <= schema <= SCHEMA:
         return found
     raise InputError(
         "the manifest is of a version that this moecc does not read",
         where=where,
-        expected=f'"schema": {SCHEMA}',
+        expected=f'"schema": {SCHEMA}, or an earlier one',
         found=describe(schema),
     )
 
@@ -234,7 +243,10 @@ class _Reader:
             files=self._files("files"),
             tensors=self._tensors(weights),
             notes=self._notes(),
+            lineage=self._lineage(),
+            receipt=self._receipt(),
             versions=self._versions(),
+            schema=self._integer(self.document.get("schema"), "schema"),
         )
         self.problems.raise_if_any(InputError)
         return made
@@ -328,6 +340,20 @@ class _Reader:
             return tuple(value)
         self._wrong("notes", "a list of strings", value)
         return ()
+
+    def _lineage(self) -> tuple[Mapping[str, object], ...]:
+        value = self.document.get("lineage", [])
+        if isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
+            return tuple(value)
+        self._wrong("lineage", "a list of objects", value)
+        return ()
+
+    def _receipt(self) -> dict[str, object] | None:
+        value = self.document.get("receipt")
+        if value is None or isinstance(value, dict):
+            return value
+        self._wrong("receipt", "an object", value)
+        return None
 
     def _versions(self) -> dict[str, str]:
         value = self.document.get("versions")

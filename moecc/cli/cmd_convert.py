@@ -50,6 +50,12 @@ class ConvertRequest:
     allow_unmatched: Annotated[
         bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
     ] = False
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not hold passes to their promises.")
+    ] = False
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run source and result, and compare their logits.")
+    ] = False
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False
     format: FormatOption = Format.human
 
@@ -57,9 +63,11 @@ class ConvertRequest:
 def convert(request: ConvertRequest) -> None:
     """Convert SOURCE and write it to the folder OUT, or to the file OUT.gguf.
 
-    Everything is checked from headers and configs before the first weight is read.
+    Everything is checked from headers and configs before the first weight is read, and each pass is
+    held to its promise on the model at small sizes; exit code 3 if one breaks it.
     """
-    from moecc.cli.console import report
+    from moecc.cli.console import report, say
+    from moecc.cli.files import say_weights
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model
     from moecc.support.parse_units import count_bytes
@@ -71,9 +79,13 @@ def convert(request: ConvertRequest) -> None:
     passes = read_pipeline(request.pipeline, request.load or [])
     out = request.out
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
+        say_weights(model, request.source)
+        for text in model.warnings():
+            say(f"warning: {text}")
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
             allow_unmatched=request.allow_unmatched, loaded=request.load or [],
+            check=not request.no_check,
         )  # fmt: skip
         data = planned.to_json()
         check_place(planned, out, force=request.force)
@@ -92,14 +104,16 @@ def _written_type(name: str) -> DType | Storage:
 
 
 def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None:
-    from moecc.cli.console import Bar
+    from moecc.cli.console import Bar, say
     from moecc.tasks.convert import write
 
     with Bar("writing") as bar:
-        write(
+        done = write(
             planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
-            allow_nonfinite=request.allow_nonfinite, progress=bar,
+            allow_nonfinite=request.allow_nonfinite, verify=request.verify, progress=bar,
         )  # fmt: skip
+    for text in done.written.spread:
+        say(f"warning: not finite: {text}")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:

@@ -38,9 +38,13 @@ def inspect(request: InspectRequest) -> None:
     upcycled, and which families could hold the result, with the reasons why others cannot.
     """
     from moecc.cli.console import report
+    from moecc.cli.files import say_weights
     from moecc.model.open import open_model
+    from moecc.support.gc_pause import gc_paused
 
-    with open_model(request.source) as model:
+    # Of 10,000 layers, the collector would take half of the time.
+    with gc_paused(), open_model(request.source) as model:
+        say_weights(model, request.source)
         data = inspection(model)
     report("inspect", data, lambda: inspection_text(data), request.format)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Convention = Literal["tokens", "assignments"]
 Gates = Literal["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "sparsemixer", "ones"]
+Hash = Literal["murmur", "modulo"]
 Order = Literal["choice", "token"]
 Policy = Literal["all", "none", "threshold", "random"]
 Precision = Literal["default", "f32"]
@@ -193,6 +194,12 @@ class ContractAttrs(View):
     precision: Precision
 
 
+class PointwiseAttrs(View):
+    """Attributes of ``pointwise``."""
+    operations = frozenset({"pointwise"})
+    function: str
+
+
 class ScaleAttrs(View):
     """Attributes of ``scale``."""
     operations = frozenset({"scale"})
@@ -351,6 +358,7 @@ class RouteAttrs(View):
     axis: str
     choice: str
     using: tuple[Literal["bias"], ...]
+    precision: Precision
 
 
 class KeepChoicesAttrs(View):
@@ -367,6 +375,7 @@ class HashExpertsAttrs(View):
     experts: int
     top_k: int
     seed: int
+    hash: Hash
     choice: str
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moecc.ir.attributes import (
         Convention,
         Gates,
+        Hash,
         Order,
         Policy,
         Precision,
@@ -71,6 +72,10 @@ class Operations(ABC):
     ) -> Value:
         """Whether a query may see a key: key ≤ query, and query − key < window if there is one."""
         return self.node("causal", query, key, names=_names(name), window=window).result
+
+    def same_segment(self, query: Value, key: Value, /, *, name: str | None = None) -> Value:
+        """Whether a query may see a key: both are of one segment, or the query is padding."""
+        return self.node("same_segment", query, key, names=_names(name)).result
 
     def relative_buckets(
         self, query: Value, key: Value, /, *, bidirectional: bool, buckets: int = 32,
@@ -232,6 +237,10 @@ class Operations(ABC):
     def normal_cdf(self, x: Value, /, *, name: str | None = None) -> Value:
         """Φ(x), the distribution function of a standard normal variable."""
         return self.node("normal_cdf", x, names=_names(name)).result
+
+    def pointwise(self, x: Value, /, *, function: str, name: str | None = None) -> Value:
+        """A function of each element that has no operation of its own, as a formula of a."""
+        return self.node("pointwise", x, names=_names(name), function=function).result
 
     def neg(self, x: Value, /, *, name: str | None = None) -> Value:
         """−x."""
@@ -415,12 +424,13 @@ class Operations(ABC):
     def route(
         self, logits: Value, /, *more: Value, top_k: int, gates: Gates = "renormalised",
         scale: float = 1.0, axis: str = "expert", choice: str = "choice",
-        using: Literal["bias"] | tuple[Literal["bias"], ...] = (), name: str | None = None
+        using: Literal["bias"] | tuple[Literal["bias"], ...] = (), precision: Precision = "f32",
+        name: str | None = None
     ) -> tuple[Value, Value]:
         """The k experts with the largest logits, best first, and their gates."""
         first, second = self.node(
             "route", logits, *more, names=_names(name), top_k=top_k, gates=gates, scale=scale,
-            axis=axis, choice=choice, using=using
+            axis=axis, choice=choice, using=using, precision=precision
         ).results
         return first, second
 
@@ -435,11 +445,11 @@ class Operations(ABC):
         ).result
 
     def hash_experts(
-        self, ids: Value, /, *, experts: int, top_k: int = 1, seed: int = 0, choice: str = "choice",
-        name: str | None = None
+        self, ids: Value, /, *, experts: int, top_k: int = 1, seed: int = 0, hash: Hash = "murmur",
+        choice: str = "choice", name: str | None = None
     ) -> Value:
         """The experts of each token by a hash of its id (Roller et al. 2021); no router at all."""
         return self.node(
             "hash_experts", ids, names=_names(name), experts=experts, top_k=top_k, seed=seed,
-            choice=choice
+            hash=hash, choice=choice
         ).result

@@ -6,20 +6,25 @@ so that what is said to fit is what ``convert`` writes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 
 from moecc.engines.verdicts import Verdict, verdicts
 from moecc.errors import InputError, Problem
-from moecc.families.configs import CONFIGS, MoeConfig, SwitchTransformersConfig
-from moecc.families.experts import expert_layers
+from moecc.families.building import build_model
+from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig, SwitchTransformersConfig
+from moecc.families.experts import expert_layers, layer_number
 from moecc.families.export import export_graph
-from moecc.families.graph_layout import FAMILY
+from moecc.families.graph_layout import FAMILY, storing_problems
 from moecc.families.propose import source_config
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+
+MANY_LAYERS = 64
+"""A dense model with more layers, all alike, is exported with so many to see where it fits."""
 
 AUTO = "auto"
 """The target that stands for the one that `choose` takes."""
@@ -59,6 +64,7 @@ class Fit:
 def fits(graph: Graph) -> list[Fit]:
     """Return for each family of experts whether it can hold `graph`, upcycled if it is dense."""
     dense = not expert_layers(graph) and "config" in graph.attrs
+    graph = _shallow(graph) if dense else graph
     made: dict[str, Graph | tuple[Problem, ...]] = {}
     found = []
     for name in mixtures(graph):
@@ -67,6 +73,30 @@ def fits(graph: Graph) -> list[Fit]:
             made[passes] = _upcycled(graph, passes)
         found.append(_fit(made[passes], name, passes))
     return found
+
+
+def _shallow(graph: Graph) -> Graph:
+    """Return a dense model with fewer layers, if it has many and all are like the first of them.
+
+    Which families can hold it does not depend on their number, and to export 10,000 layers to each
+    takes minutes.
+    """
+    layers: dict[int, list[Hashable]] = {}
+    for node in graph:
+        number = layer_number(node.loc)
+        if number is not None:
+            layers.setdefault(number, []).append((node.op.name, *node.attrs.items()))
+    kinds = [tuple(layers[number]) for number in sorted(layers)]
+    if len(kinds) <= MANY_LAYERS or len(set(kinds)) > len(set(kinds[:MANY_LAYERS])):
+        return graph
+    config = source_config(graph)
+    if not isinstance(config, DecoderConfig):
+        return graph
+    windows = config.sliding_windows[:MANY_LAYERS]
+    try:
+        return build_model(replace(config, num_hidden_layers=MANY_LAYERS, sliding_windows=windows))
+    except (InputError, TypeError, ValueError):  # another list with an entry a layer
+        return graph
 
 
 def mixtures(graph: Graph) -> list[str]:
@@ -99,6 +129,8 @@ def _upcycled(graph: Graph, passes: str) -> Graph | tuple[Problem, ...]:
 def _fit(made: Graph | tuple[Problem, ...], target: str, passes: str) -> Fit:
     if not isinstance(made, Graph):
         return Fit(target, passes, made)
+    if target == FAMILY:
+        return Fit(target, passes, tuple(storing_problems(made)))
     try:
         export = export_graph(made, target)
     except InputError as error:

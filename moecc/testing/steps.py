@@ -43,5 +43,9 @@ SIMPLE: tuple[Step, ...] = (
     rotary,
     numbers,
     buckets,
+    # There are many functions of one and two numbers, and each should be drawn now and then.
+    unary,
+    unary,
+    binary,
 )
 """The steps, from simple to complex."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moecc.ir import OPS, Graph, clone, equal, print_graph, verify
 from moecc.testing import graphs, laws, random_graph, run_reference
+from moecc.testing.arithmetic import BINARY, GUARDED, UNARY
 from moecc.testing.blocks import BLOCKS, attention, experts, feed_forward
 from moecc.testing.generate import keep_only
 from moecc.testing.growth import Step
@@ -29,15 +30,15 @@ def test_a_seed_is_a_graph() -> None:
     assert len({print_graph(random_graph(s)) for s in range(50)}) > 45
 
 
-WRITTEN_BY_PASSES = ("buffers", "chunks", "collectives", "repetition")
-"""The tables of what no model begins with: work that is spread, cut or repeated."""
+NOT_DRAWN = ("buffers", "chunks", "collectives", "pointwise", "repetition")
+"""The tables of what no model begins with: work that is sharded, cut, repeated, or imported."""
 
 
 def test_every_operation_and_every_gate_convention_occurs() -> None:
     many = [random_graph(s) for s in range(400)]
     counts = Counter(n.op.name for g in many for n in g)
     tables = {n: op.infer.__module__.rsplit(".", 1)[1] for n, op in OPS.items()}
-    assert set(counts) == {n for n, table in tables.items() if table not in WRITTEN_BY_PASSES}
+    assert set(counts) == {n for n, table in tables.items() if table not in NOT_DRAWN}
     routes = [n for g in many for n in g if n.op.name == "route"]
     assert len({n.attrs["gates"] for n in routes}) == 6
     places = [n for g in many for n in g if n.op.name == "assign_slots"]
@@ -136,3 +137,11 @@ def test_the_rest_works_without_hypothesis(tmp_path: object) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "need Hypothesis, which is not installed" in done.stdout
     assert "pip install 'moecc[testing]'" in done.stdout
+
+
+def test_every_function_of_the_table_is_drawn_now_and_then() -> None:
+    """A new row is, too: in a law of 200 graphs it stands in two at least, most of the time."""
+    graphs = [random_graph(seed) for seed in range(400)]
+    drawn = Counter(name for graph in graphs for name in {n.op.name for n in graph})
+    functions = [*UNARY, *BINARY, *GUARDED]
+    assert {n: drawn[n] for n in functions if drawn[n] < 4} == {}

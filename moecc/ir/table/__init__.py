@@ -8,11 +8,11 @@ from moecc.ir.table import (
     collectives,
     contraction,
     elementwise,
-    flows,
     random,
     reduction,
     repetition,
     routing,
+    sharding,
     slots,
 )
 
@@ -24,10 +24,10 @@ __all__ = [
     "collectives",
     "contraction",
     "elementwise",
-    "flows",
-    "slots",
     "random",
     "reduction",
     "repetition",
     "routing",
+    "sharding",
+    "slots",
 ]

@@ -13,8 +13,8 @@ from moecc.errors import InputError
 from moecc.ir.gates import CONVENTIONS, GATES, convention
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.table.sharding import by_name
 from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import OPERAND, Role
 from moecc.types.dtypes import I32, PRED
@@ -86,6 +86,9 @@ register(
             "axis": Attr("axis", "expert", doc="the axis of the experts", pins=True),
             "choice": Attr("axis", "choice", doc="the new axis, of size top_k"),
             "using": Attr("words", (), ("bias",), doc="what the further operands are"),
+            "precision": Attr(
+                "str", "f32", ("default", "f32"), doc="default: in the type of the run, even bf16"
+            ),
         },
         mixes=lambda _operands, attrs: (attrs["axis"],),
         roles=(Role.VALUE, Role.BIAS),
@@ -166,7 +169,7 @@ register(
         """The experts of each token by a hash of its id (Roller et al. 2021); no router at all.
 
         The first is hash(id, seed) mod experts, the next ones follow it in cyclic order.  The
-        hash is the finaliser of MurmurHash3 on 32 bits.""",
+        hash is the finaliser of MurmurHash3 on 32 bits, or with `modulo` the id itself.""",
         ("ids",),
         _infer_hash,
         results=("experts",),
@@ -174,6 +177,7 @@ register(
             "experts": Attr("int", doc="the number of experts", pins=True),
             "top_k": Attr("int", 1, doc="experts per token"),
             "seed": Attr("int", 0, doc="chooses the hash; layers may have different ones"),
+            "hash": Attr("str", "murmur", ("murmur", "modulo"), doc="of an id"),
             "choice": Attr("axis", "choice", doc="the new axis, of size top_k"),
         },
         sharding=by_name,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from moecc.train.data.corruption import Ids, Masking, Spans
-from moecc.train.data.rows import Numbers, PackedPlan, RowPlan, StreamPlan, pack
+from moecc.train.data.rows import Numbers, Packed, PackedPlan, RowPlan, StreamPlan, pack
 from moecc.train.tokens.facts import Special
 from moecc.train.tokens.folder import TokenFolder
 
@@ -44,6 +45,24 @@ class Room:
     seq: int
     decoder_seq: int = 0
     packing: bool = True
+
+
+class Examples(Protocol):
+    """Prompts with completions: those of a token folder, or made of them."""
+
+    @property
+    def starts(self) -> Numbers:
+        """Where examples begin, and the end of the last one, ``i64[examples + 1]``."""
+        ...
+
+    @property
+    def completions(self) -> Numbers:
+        """The tokens of each prompt, after which its completion begins."""
+        ...
+
+    def ids(self, start: int, stop: int) -> Ids:
+        """Return the ids from `start` to `stop`."""
+        ...
 
 
 class Rows(ABC):
@@ -196,9 +215,7 @@ class ExampleRows(Rows):
       cut: how many examples are too long.
     """
 
-    def __init__(
-        self, folder: TokenFolder, special: Special, start: int | None, room: Room
-    ) -> None:
+    def __init__(self, folder: Examples, special: Special, start: int | None, room: Room) -> None:
         self._folder = folder
         self._before = special.before
         self._end = _one(end_of(special))
@@ -219,11 +236,11 @@ class ExampleRows(Rows):
             costs = np.stack([self._prompts + around, self._completions])
             budgets = np.asarray([room.seq, room.decoder_seq])
         self.cut = int(((self._prompts < prompts) | (self._completions < completions)).sum())
-        self._firsts = pack(costs, budgets) if room.packing else np.arange(len(prompts) + 1)
-        self.rows = len(self._firsts) - 1
+        self._packed = pack(costs, budgets) if room.packing else Packed.alone(len(prompts))
+        self.rows = self._packed.rows
 
     @staticmethod
-    def decoder_seq(folder: TokenFolder, special: Special) -> int:
+    def decoder_seq(folder: Examples, special: Special) -> int:
         """Return what the longest completion needs."""
         longest = np.diff(folder.starts) - folder.completions
         return int(longest.max(initial=0)) + len(_one(end_of(special)))
@@ -235,8 +252,7 @@ class ExampleRows(Rows):
 
     def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
         """Return whole examples."""
-        first, last = (int(n) for n in self._firsts[row : row + 2])
-        return [self._segment(number) for number in range(first, last)]
+        return [self._segment(number) for number in self._packed.pieces(row)]
 
     def _segment(self, number: int) -> Segment:
         start, stop = (int(n) for n in self._folder.starts[number : number + 2])

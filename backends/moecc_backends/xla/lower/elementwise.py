@@ -11,10 +11,18 @@ import numpy as np
 from jax.dtypes import canonicalize_dtype
 from jax.typing import DTypeLike
 
-from moecc.ir.attributes import CastAttrs, ConstantAttrs, MaskAttrs, ScaleAttrs
+from moecc.ir.attributes import (
+    CastAttrs,
+    ConstantAttrs,
+    MaskAttrs,
+    PointwiseAttrs,
+    ScaleAttrs,
+)
+from moecc.ir.formula import parse_formula
 from moecc.ir.graph import Node
 from moecc.types.dtypes import DTYPES
 from moecc.weights.rounding import is_lossless
+from moecc_backends.xla.lower.formula import evaluate
 from moecc_backends.xla.trace.arrays import elementwise
 from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator
@@ -71,6 +79,12 @@ _register(_UNARY)
 _register(_BINARY)
 
 
+@lowering("pointwise")
+def _pointwise(ctx: Context, node: Node, x: Operand) -> Operand:
+    formula = parse_formula(PointwiseAttrs.of_node(node).function)
+    return elementwise(lambda v: evaluate(formula, v), x)
+
+
 @lowering("scale")
 def _scale(ctx: Context, node: Node, x: Operand) -> Operand:
     return elementwise(lambda v: v * jnp.asarray(ScaleAttrs.of_node(node).by, v.dtype), x)
@@ -82,8 +96,11 @@ def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
     if not dtype.is_float:
         wanted = canonicalize_dtype(dtype.numpy)
         return elementwise(lambda v: v.astype(wanted), x)
+    before = node.operands[0].type.dtype
+    if before.is_float and is_lossless(before, dtype):
+        return x  # what is wider than the policy, as what routers make, stays so
     # A cast may round; what is computed in afterwards is a matter of the policy.
-    narrow = ctx.dtype if is_lossless(node.operands[0].type.dtype, dtype) else dtype.numpy
+    narrow = ctx.dtype if is_lossless(before, dtype) else dtype.numpy
     if np.dtype(narrow).itemsize > np.dtype(ctx.dtype).itemsize:
         narrow = ctx.dtype
     return elementwise(lambda v: v.astype(narrow).astype(ctx.dtype), x)

@@ -27,16 +27,14 @@ from moecc.train.events import (
 from moecc.train.position import Position, batch_of
 from moecc.train.recipe import RunSection
 from moecc.types.arrays import Array
+from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 
 State = Any
 Placed = Mapping[str, jax.Array]
 """A batch on its devices."""
 
-SKIPPED, TOKENS = "guard.skipped", "tokens"
-"""Metrics of a step: whether its update was left out, and the tokens that its loss counts."""
-
-LOSS_SUM = "loss.sum"
-"""Of an evaluation: the sum of the losses of its tokens, in nats."""
+SKIPPED = "guard.skipped"
+"""The metric of a step that says whether its update was left out."""
 
 
 class Program(Protocol):
@@ -48,7 +46,11 @@ class Program(Protocol):
         """Return state and metrics after one step; the state that is given is donated."""
         ...
 
-    def evaluate(self, state: State, batch: Placed) -> Mapping[str, jax.Array]:
+    def model_params(self, state: State) -> Mapping[str, jax.Array]:
+        """Return the parameters of the model in a state."""
+        ...
+
+    def evaluate(self, params: Mapping[str, jax.Array], batch: Placed) -> Mapping[str, jax.Array]:
         """Return `LOSS_SUM` and `TOKENS` of a batch."""
         ...
 
@@ -199,7 +201,8 @@ class Loop:
     def _is_time(self, step: int) -> bool:
         minutes = self.run.save_minutes
         elapsed_seconds = self.clock() - self._saved_seconds
-        return is_due(step, self.run.save_steps) or 0 < minutes * 60 <= elapsed_seconds
+        is_step = is_due(step, self.run.save_steps) or is_due(step, self.run.export_steps)
+        return is_step or 0 < minutes * 60 <= elapsed_seconds
 
     def _save(self, loss: float | None) -> Iterator[Saved]:
         if self._saved == self._at and loss is None:
@@ -208,10 +211,10 @@ class Loop:
         self._saved, self._saved_seconds = self._at, self.clock()
 
     def _evaluate(self) -> Evaluated:
-        losses = {}
+        losses, params = {}, self.program.model_params(self._state)
         for name, batches in self.feed.held_out.items():
             sums = [
-                self.program.evaluate(self._state, self.feed.evaluate(name, number))
+                self.program.evaluate(params, self.feed.evaluate(name, number))
                 for number in range(batches)
             ]
             total = sum(float(s[LOSS_SUM]) for s in sums)
