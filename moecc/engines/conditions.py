@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from moecc.families.configs import DecoderConfig, ModelConfig, MoeConfig
+from moecc.families.configs import DecoderConfig, GptOssConfig, ModelConfig, MoeConfig
 
 Holds = Callable[[DecoderConfig], bool]
 
@@ -44,6 +44,17 @@ def _several_choices(config: DecoderConfig) -> bool:
     return config.experts_per_token > 1
 
 
+def _released_swiglu(config: DecoderConfig) -> bool:
+    if not isinstance(config, GptOssConfig):
+        return True
+    return (config.swiglu_alpha, config.swiglu_limit) == (1.702, 7.0)
+
+
+def _every_second_window(config: DecoderConfig) -> bool:
+    windows = config.sliding_windows
+    return None not in windows[::2] and set(windows[1::2]) <= {None}
+
+
 CONDITIONS: Mapping[str, Condition] = {
     "every layer": Condition(_every_layer, "dense layers among sparse ones"),
     "untied": Condition(
@@ -57,6 +68,17 @@ CONDITIONS: Mapping[str, Condition] = {
     "no attention biases": Condition(
         lambda c: not c.qkv_bias and not c.output_bias, "biases of the attention's projections"
     ),
+    "attention biases": Condition(
+        lambda c: c.qkv_bias and c.output_bias, "attention projections without biases"
+    ),
+    "head bias": Condition(lambda c: c.head_bias, "an output matrix without a bias"),
+    "released SwiGLU": Condition(
+        _released_swiglu, "another SwiGLU than that of the released models"
+    ),
+    "every second window": Condition(
+        _every_second_window, "windows other than in every second layer from the first"
+    ),
+    "yarn": Condition(lambda c: c.rope.type == "yarn", "rotary positions other than YaRN"),
     "full attention": Condition(_full_attention, "sliding windows"),
     "silu": Condition(lambda c: c.hidden_act == "silu", "another activation than SiLU"),
     "plain rope": Condition(lambda c: c.rope.type == "default", "scaled rotary positions"),

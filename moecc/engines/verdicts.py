@@ -63,6 +63,8 @@ def verdicts_on_gguf(architecture: str) -> tuple[Verdict, ...]:
 def _verdict(engine: Engine, reading: Reading | None, config: ModelConfig) -> Verdict:
     if reading is None:
         return Verdict(engine.name, engine.version, False, (UNKNOWN,))
+    if reading.never:
+        return Verdict(engine.name, engine.version, False, (reading.never,))
     if reading.gguf:
         return _through_gguf(engine, reading.gguf, config)
     needs, silent = (unfulfilled(words, config) for words in (reading.needs, reading.silent))

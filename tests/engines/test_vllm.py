@@ -21,8 +21,7 @@ from .engine import ask, interpreter, needs
 from .sources import write_source
 
 VARIABLE, MODULE, PROBE = "MOECC_VLLM_PYTHON", "vllm", "logits_of_vllm.py"
-BOUND = 1e-5
-"""On |Δ log-probability|, of up to 10 nats, in float32."""
+SINGLE = 2e-6
 
 COPIES = "upcycle{experts=4 router-std=1}"
 SHARED = "upcycle{experts=4 shared=0.5 router-std=1}"
@@ -55,15 +54,15 @@ def test_what_the_table_says_is_what_the_engine_does(
     job = {"folder": str(tmp_path / "out"), "tokens": str(source / "tokens.npy")}
     (report,) = ask(python, PROBE, [job])
     found = report.get("refused") or off(tmp_path / "out", source)
-    right = isinstance(found, float) and found <= BOUND
+    right = isinstance(found, float) and found <= SINGLE
     silent = isinstance(found, float) and found > 1e-3
     assert (right, silent) == (verdict.runs, verdict.silent), f"{verdict}, but {found}"
 
 
 def off(folder: Path, source: Path) -> float:
-    """Return the largest |Δ log-probability| of the engine, infinity for NaN."""
+    """Return max |Δ log-probability| / max |log-probability| of the engine, infinity for NaN."""
     found, logits = np.load(folder / "vllm.npy"), np.load(source / "logits.npy")
     shifted = logits - logits.max(-1, keepdims=True)
     expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    largest = float(np.abs(found - expected).max())
+    largest = float(np.abs(found - expected).max() / np.abs(expected).max())
     return largest if np.isfinite(largest) else float("inf")

@@ -66,6 +66,13 @@ ERNIE: dict[str, object] = {
     "pad_token_id": None,
 }
 
+GPT_OSS: dict[str, object] = {
+    **MIXTRAL,
+    "head_dim": 8,
+    "pad_token_id": None,
+    "rope_scaling": None,
+}
+
 T5: dict[str, object] = {
     "vocab_size": 37,
     "d_model": 16,
@@ -88,7 +95,14 @@ BERT: dict[str, object] = {
     "max_position_embeddings": 24,
     "type_vocab_size": 3,
 }
-SQUARE_T5: dict[str, object] = {
+SQUARE_GPT_OSS: dict[str, object] = {
+    **MIXTRAL,
+    "head_dim": 8,
+    "pad_token_id": None,
+    "rope_scaling": None,
+}
+
+T5: dict[str, object] = {
     "vocab_size": 16,
     "d_kv": 4,
     "num_heads": 4,
@@ -148,6 +162,8 @@ class Case:
     dtype: str = "float32"
     shard_bytes: int | None = None
     major: int = 5
+    not_in_4: bool = False
+    """Whether transformers 4 does not read it, or reads another function."""
 
     def config(self) -> dict[str, object]:
         """Return the keyword arguments of the config class, in the spelling of version 4."""
@@ -718,6 +734,52 @@ CASES: dict[str, Case] = {
             "moe_layer_start_index": 0,
             "pad_token_id": None,
         },
+        major=4,
+    ),
+    "gpt_oss_limits": Case(
+        "gpt_oss",
+        "limits that are reached, another alpha, windows of 4 in every second layer, YaRN",
+        {
+            **GPT_OSS,
+            "num_hidden_layers": 3,
+            "num_local_experts": 4,
+            "swiglu_alpha": 1.1,
+            "swiglu_limit": 0.7,
+            "sliding_window": 4,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+        not_in_4=True,
+    ),
+    "gpt_oss_square_v4": Case(
+        "gpt_oss",
+        "square matrices and as many experts, tied embeddings, version 4",
+        {
+            **GPT_OSS,
+            **SQUARE_MIXTRAL,
+            "head_dim": 4,
+            "num_local_experts": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+        },
+        major=4,
+    ),
+    "phimoe_window": Case(
+        "phimoe",
+        "gates by SparseMixer, biases everywhere, window of 5, three layers",
+        {
+            **MIXTRAL,
+            "num_hidden_layers": 3,
+            "num_local_experts": 12,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "phimoe_square_v4": Case(
+        "phimoe",
+        "square matrices and as many experts, tied embeddings, version 4",
+        {**SQUARE_MIXTRAL, "num_local_experts": 8, "tie_word_embeddings": True},
         major=4,
     ),
     "t5_relu_tied": Case("t5", "version 1.0: ReLU, tied and scaled outputs"),

@@ -62,6 +62,7 @@ class GptOssConfig(MoeConfig):
         "num_local_experts": 128,
         "swiglu_alpha": 1.702,
         "swiglu_limit": 7.0,
+        "hidden_act_alpha": None,
     }
 
     norm_topk_prob: bool = True
@@ -93,6 +94,7 @@ class GptOssConfig(MoeConfig):
 
     @classmethod
     def _read_layout(cls, reader: Reader) -> dict[str, object]:
+        reader.optional_number("hidden_act_alpha", above=0)  # SGLang's name of swiglu_alpha
         return {key: reader.number(key, above=0) for key in ("swiglu_alpha", "swiglu_limit")}
 
     def _write_layout(self) -> dict[str, object]:
@@ -101,5 +103,6 @@ class GptOssConfig(MoeConfig):
         return {
             "sliding_window": window,
             "swiglu_alpha": self.swiglu_alpha,
+            "hidden_act_alpha": self.swiglu_alpha,
             "swiglu_limit": self.swiglu_limit,
         }
