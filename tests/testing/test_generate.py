@@ -33,16 +33,13 @@ def test_a_seed_is_a_graph() -> None:
 NOT_DRAWN = ("buffers", "chunks", "collectives", "repetition")
 """The tables of what no model begins with: work that is sharded, cut or repeated."""
 
-IMPORTED = {"pointwise"}
-"""What only functions of users bring."""
-
 
 def test_every_operation_and_every_gate_convention_occurs() -> None:
     many = [random_graph(s) for s in range(400)]
     counts = Counter(n.op.name for g in many for n in g)
     tables = {n: op.infer.__module__.rsplit(".", 1)[1] for n, op in OPS.items()}
     drawn = {n for n, table in tables.items() if table not in NOT_DRAWN}
-    assert set(counts) == drawn - IMPORTED
+    assert set(counts) == drawn
     routes = [n for g in many for n in g if n.op.name == "route"]
     assert len({n.attrs["gates"] for n in routes}) == 6
     places = [n for g in many for n in g if n.op.name == "assign_slots"]
