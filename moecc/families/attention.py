@@ -123,11 +123,11 @@ def rotated(builder: Builder, x: Value, rotation: Rotation | None, head_dim: int
     return builder.join(turned, kept, axis="head_dim")
 
 
-def soft_capped(builder: Builder, x: Value, cap: float | None) -> Value:
-    """Emit ``cap · tanh(x / cap)``, or `x` itself if there is no cap."""
+def soft_capped(builder: Builder, x: Value, cap: float | None, by: float = 1.0) -> Value:
+    """Emit ``cap · tanh(by · x / cap)``, or ``by · x`` if there is no cap."""
     if cap is None:
-        return x
-    return builder.scale(builder.tanh(builder.scale(x, by=1 / cap)), by=cap)
+        return x if by == 1 else builder.scale(x, by=by)
+    return builder.scale(builder.tanh(builder.scale(x, by=by * (1 / cap))), by=cap)
 
 
 def attention(
@@ -148,8 +148,7 @@ def attention(
     key = as_keys(builder, rotated(builder, key, rotation, config.head_dim))
     value = as_keys(builder, value)
     scores = builder.contract(query, key, over="head_dim", name="scores")
-    scores = builder.scale(scores, by=config.score_scale)
-    scores = soft_capped(builder, scores, config.attention_softcap)
+    scores = soft_capped(builder, scores, config.attention_softcap, config.score_scale)
     seen = tables.masks[config.sliding_windows[layer] or 0]
     scores = builder.mask(scores, seen)
     weights = builder.softmax(scores, axis=KV_SEQ, name="weights")

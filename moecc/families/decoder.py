@@ -112,8 +112,8 @@ class _Decoder:
             name = f"{self.params.names.head.removesuffix('weight')}bias"
             bias = self.params.plain(name, "head", vocab=self.config.vocab_size)
             logits = self.builder.add(logits, bias)
-        logits = self._times(logits, 1 / self.config.logits_divisor)
-        return soft_capped(self.builder, logits, self.config.logit_softcap)
+        by = 1 / self.config.logits_divisor
+        return soft_capped(self.builder, logits, self.config.logit_softcap, by)
 
     def _layer_norm(self, x: Value, layer: int, word: str) -> Value:
         prefix = self.params.names.layer.format(layer=layer)

@@ -73,6 +73,8 @@ def small_configs(
 
 def activations(family: type[DecoderConfig]) -> st.SearchStrategy[str]:
     """Return the activations that a family has; gelu means another one in gemma."""
+    if family.model_type == "gpt_oss":
+        return st.just("silu")
     exact = [] if family.model_type == "gemma" else ["gelu"]
     return st.sampled_from(["silu", "relu", "gelu_pytorch_tanh", *exact])
 
@@ -102,7 +104,8 @@ def feature_values(
         "attention_softcap": st.sampled_from([None, 2.0]),
         "logits_divisor": st.sampled_from([1.0, 6.0]),
         "logit_softcap": st.sampled_from([None, 3.0]),
-        "rotary_dim": st.sampled_from([None, 2]),
+        "rotary_dim": st.sampled_from([None, 2]) if rope.type != "dynamic" else st.none(),
+        "head_bias": st.booleans(),
         "rope_layers": st.none() | st.tuples(*[st.booleans()] * layers),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
@@ -129,12 +132,17 @@ def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) 
     own = draw(st.integers(1, 8)) if family.has_expert_width else width
     return {
         "num_experts": count,
-        "experts_per_token": draw(st.integers(1, count)),
+        "experts_per_token": draw(choices(family, count)),
         "expert_intermediate_size": own,
         **draw(gate_values(family)),
         "shared_expert_intermediate_size": draw(shared_widths(family, own)),
         "mlp_only_layers": draw(_dense_layers(family.sparse_style, layers)),
     }
+
+
+def choices(family: type[MoeConfig], experts: int) -> st.SearchStrategy[int]:
+    """Return the numbers of experts that a token may choose; two or more experts are there."""
+    return st.just(2) if family.model_type == "phimoe" else st.integers(1, experts)
 
 
 @st.composite

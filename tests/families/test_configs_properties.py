@@ -25,6 +25,7 @@ from moecc.families.configs import (
 )
 from moecc.testing.configs import (
     activations,
+    choices,
     feature_values,
     fills_width,
     gate_values,
@@ -143,11 +144,11 @@ def extras(draw: st.DrawFn) -> dict[str, object]:
 
 @st.composite
 def experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> dict[str, Any]:
-    number = draw(st.integers(1, 8))
+    number = draw(st.integers(2, 8))
     own = draw(sizes) if family.has_expert_width else width
     values: dict[str, Any] = {
         "num_experts": number,
-        "experts_per_token": draw(st.integers(1, number)),
+        "experts_per_token": draw(choices(family, number)),
         "expert_intermediate_size": own,
         **draw(gate_values(family)),
         "shared_expert_intermediate_size": draw(shared_widths(family, own)),

@@ -95,14 +95,7 @@ BERT: dict[str, object] = {
     "max_position_embeddings": 24,
     "type_vocab_size": 3,
 }
-SQUARE_GPT_OSS: dict[str, object] = {
-    **MIXTRAL,
-    "head_dim": 8,
-    "pad_token_id": None,
-    "rope_scaling": None,
-}
-
-T5: dict[str, object] = {
+SQUARE_T5: dict[str, object] = {
     "vocab_size": 16,
     "d_kv": 4,
     "num_heads": 4,
@@ -770,7 +763,7 @@ CASES: dict[str, Case] = {
         {
             **MIXTRAL,
             "num_hidden_layers": 3,
-            "num_local_experts": 12,
+            "num_local_experts": 6,
             "sliding_window": 5,
             "attention_bias": True,
             "lm_head_bias": True,
@@ -779,7 +772,12 @@ CASES: dict[str, Case] = {
     "phimoe_square_v4": Case(
         "phimoe",
         "square matrices and as many experts, tied embeddings, version 4",
-        {**SQUARE_MIXTRAL, "num_local_experts": 8, "tie_word_embeddings": True},
+        {
+            **SQUARE_MIXTRAL,
+            "num_local_experts": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
         major=4,
     ),
     "t5_relu_tied": Case("t5", "version 1.0: ReLU, tied and scaled outputs"),

@@ -105,7 +105,9 @@ def attention(config: DecoderConfig, part: Tensors, x: Array, layer: int) -> Arr
     seen = (distance >= 0) & (distance < (window or seq))
     scores = np.where(seen, scores, -np.inf)
     if isinstance(config, GptOssConfig):
-        sinks = np.broadcast_to(part["self_attn.sinks"][None, :, None, None], (*scores.shape[:3], 1))
+        sinks = np.broadcast_to(
+            part["self_attn.sinks"][None, :, None, None], (*scores.shape[:3], 1)
+        )
         weights = softmax(np.concatenate([scores, sinks], axis=-1))[..., :-1]
     else:
         weights = softmax(scores)

@@ -176,7 +176,9 @@ def misreadings(config: DecoderConfig) -> list[tuple[str, DecoderConfig]]:
         if feature == "rotary_dim" and config.rope.type == "longrope":
             continue
         wrong.append((feature, without(config, feature, neutral)))
-    if isinstance(config, MoeConfig) and config.renormalises is None:
+    # A norm right after the experts takes a factor of their sum away again.
+    scaled = config.norm_placement != "after"
+    if isinstance(config, MoeConfig) and config.renormalises is None and scaled:
         flipped = replace(config, norm_topk_prob=not config.norm_topk_prob)
         wrong.append(("renormalisation", flipped))
     if isinstance(config, MoeConfig) and config.gate_scale != 1:

@@ -132,7 +132,7 @@ _SUMMED: dict[str, Any] = {"linear": (0, 1), "jointly": True}
 _LARGER: dict[str, Any] = {"commutative": True, "residual": PAIR, "homogeneous": alike(1, 1)}
 
 _binary("add", "a + b.", **_SUMMED, commutative=True, roles=(Role.BIAS, Role.BIAS))
-_binary("sub", "a − b.", **_SUMMED)
+_binary("sub", "a − b.", **_SUMMED, roles=(Role.BIAS, Role.BIAS))
 _binary(
     "mul",
     "a · b.",

@@ -16,7 +16,7 @@ from moecc.ir.ops import Attr, Attrs, OpDef, register
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
 from moecc.ir.table.sharding import by_name
 from moecc.ir.table.slots import operands_by_word
-from moecc.ir.traits import OPERAND, Role
+from moecc.ir.traits import OPERAND
 from moecc.types.dtypes import I32, PRED
 from moecc.types.tensor import Axis, TensorType
 
@@ -91,7 +91,6 @@ register(
             ),
         },
         mixes=lambda _operands, attrs: (attrs["axis"],),
-        roles=(Role.VALUE, Role.BIAS),
         residual=OPERAND,
         sharding=by_name,
         chooses=True,
