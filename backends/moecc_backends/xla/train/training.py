@@ -83,7 +83,8 @@ class XlaTraining:
     def _start(self) -> tuple[Any, Position]:
         """Return the state before the first step."""
         program = self.program
-        params: Mapping[str, jax.ShapeDtypeStruct] = program.abstract_state["params"]
+        abstract = program.abstract_state
+        params: Mapping[str, jax.ShapeDtypeStruct] = {**abstract["params"], **abstract["bias"]}
         with self.job.begin() as beginning:
             loaded = load(program.graph, beginning.weights, beginning.read, params)
         return program.init(loaded), Position()
