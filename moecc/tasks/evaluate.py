@@ -13,6 +13,7 @@ import numpy as np
 from moecc.backend import get_backend
 from moecc.ir.graph import Graph
 from moecc.model.open import Model, open_model
+from moecc.steps.head import LOGITS
 from moecc.steps.recipes import eval_graph
 from moecc.train.data.batches import open_batches
 from moecc.train.data.collate import collate
@@ -132,7 +133,7 @@ def evaluate(
     folders = {name: open_tokens(path) for name, path in _named(data)}
     found: list[Evaluated] = []
     for number, name in enumerate(models):
-        with open_model(name, padding=True) as model:
+        with open_model(name) as model:
             sets = {n: _score(model, folder, settings) for n, folder in folders.items()}
         first = found[0].sets if found else {}
         against = {
@@ -174,8 +175,7 @@ def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpe
     elif "decoder_tokens" in graph.inputs:
         objective = Objective.SPANS
     else:
-        is_encoder = folder.facts.special.mask is not None and "mask" in graph.inputs
-        objective = Objective.MASKED if is_encoder else Objective.CAUSAL
+        objective = Objective.CAUSAL if LOGITS in graph.outputs else Objective.MASKED
     corpus = (Corpus(str(folder.path), name="data"),)
     data = DataSection(
         train=corpus, evaluate=corpus, objective=objective, batch=settings.batch,
