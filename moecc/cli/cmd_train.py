@@ -61,11 +61,12 @@ def train(request: TrainRequest) -> int:
     had to be skipped.
     """
     from moecc.cli.console import report, say
+    from moecc.steps.remarks import training_remarks
     from moecc.support.signals import signals_noted
 
     with ExitStack() as opened:
         job = opened.enter_context(_job(request))
-        for remark in job.batches.remarks:
+        for remark in (*training_remarks(job.graph), *job.batches.remarks):
             say(f"remark: {remark}")
         if request.dry_run:
             _report_dry_run(job, request)
