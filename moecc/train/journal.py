@@ -29,7 +29,8 @@ def event_line(event: Event) -> dict[str, Any] | None:
                 return {"step": event.back_to + 1, "left_out": list(event.left_out)}
             return {"step": event.step, "skipped": event.batch, **event.metrics}
         case Evaluated():
-            return {"step": event.step, "held_out": dict(event.losses)}
+            spread = {"spread": dict(event.spread)} if event.spread else {}
+            return {"step": event.step, "held_out": dict(event.losses), **spread}
     return None
 
 

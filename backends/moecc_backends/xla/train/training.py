@@ -31,6 +31,7 @@ from moecc_backends.xla.train.compile_cache import keep_compiled_programs
 from moecc_backends.xla.train.feed import DeviceFeed
 from moecc_backends.xla.train.loop import Loop
 from moecc_backends.xla.train.saving import Saver
+from moecc_backends.xla.train.spread import spread_of
 from moecc_backends.xla.train.step import TrainStep, make_train_step
 from moecc_backends.xla.train.tensors import load
 
@@ -75,6 +76,7 @@ class XlaTraining:
             lambda step: rate_at(job.recipe.optimizer, step, run.steps),
             lambda: agreed_reason(stop()),
             agreed_seconds,
+            spread_of(self.program.graph),
         )
         for event in loop.events():
             self.watchdog.beat(type(event).__name__)
