@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import InputError, MachineError
 from moecc.types.arrays import Array
+
+
+_MAX_METADATA_BYTES = 256 << 20
 
 
 def array_key(*parts: str) -> str:
@@ -43,6 +47,14 @@ class StateReader:
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
         self._open: dict[str, Any] = {}
         self._lock = threading.Lock()
+
+    def keys(self) -> list[str]:
+        """Return the names of all arrays. Raises InputError if the state is no state of Orbax."""
+        path = self._folder / "_METADATA"
+        found = read_json_object(path, limit_bytes=_MAX_METADATA_BYTES).get("tree_metadata")
+        if not isinstance(found, dict):
+            raise InputError("the state lists no arrays", where=str(path))
+        return [array_key(*(str(k["key"]) for k in v["key_metadata"])) for v in found.values()]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the sizes of an array. Raises InputError if there is none."""

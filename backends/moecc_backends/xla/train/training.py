@@ -33,7 +33,7 @@ from moecc_backends.xla.train.loop import Loop
 from moecc_backends.xla.train.saving import Saver
 from moecc_backends.xla.train.spread import spread_of
 from moecc_backends.xla.train.step import TrainStep, make_train_step
-from moecc_backends.xla.train.tensors import load
+from moecc_backends.xla.train.tensors import load, slots_of, with_moments
 
 _REASONS = (None, Reason.TERMINATED, Reason.INTERRUPTED)
 
@@ -88,7 +88,11 @@ class XlaTraining:
         params: Mapping[str, jax.ShapeDtypeStruct] = program.abstract_state["params"]
         with self.job.begin() as beginning:
             loaded = load(program.graph, beginning.weights, beginning.read, params)
-        return program.init(loaded), Position()
+            state = program.init(loaded)
+            if beginning.moments:
+                slots = slots_of(program.graph, program.abstract_state)
+                state = with_moments(state, slots, beginning.moments, beginning.read)
+        return state, Position()
 
 
 @contextmanager
