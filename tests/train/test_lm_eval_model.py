@@ -75,6 +75,7 @@ def test_greedy_is_what_generation_finds(harness: HarnessModel) -> None:
     assert cut == text[: text.index(text[1])]
 
 
+@pytest.mark.slow
 def test_a_long_text_is_scored_in_windows(harness: HarnessModel) -> None:
     text = "0123456789" * 15
     ids = list(text.encode())

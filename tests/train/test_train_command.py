@@ -131,6 +131,7 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
     assert (code, "heldout" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_from_the_first_step_end_the_run(
     folder: Path, call: Any, tmp_path: Path
 ) -> None:
