@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moecc.checkpoint.gguf.families import COUNT, GgufExperts, GgufFamily
+from moecc.checkpoint.gguf.families import GgufExperts, GgufFamily
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
 from moecc.checkpoint.gguf.keys import Keys, token_id
 from moecc.checkpoint.gguf.names import EMBEDDING, HEAD
@@ -96,7 +96,7 @@ def _experts(
     if experts.width_key:
         width = keys.size("expert_feed_forward_length")
         found["moe_intermediate_size"] = width
-    if experts.renormalises is not None and experts.count == COUNT:
+    if experts.renormalises is not None and experts.norm_key:
         found["norm_topk_prob"] = experts.renormalises
     if experts.shared_count:
         stored = [t for n, t in tensors.items() if n.endswith("ffn_gate_shexp.weight")]

@@ -42,6 +42,7 @@ class GgufExperts:
       routing_bias: the name of the bias in the choice of experts, after `prefix`; empty if none.
       routing_bias_rows: whether that has a first axis of size 1 in Hugging Face.
       renormalises: whether llama.cpp divides the chosen gates by their sum; None: a key says it.
+      norm_key: whether config.json says that; else the family always does it.
       width_key: whether the experts' width has a key of its own.
       leading_dense: whether the first layers may be dense.
       count: the keys of config.json with the number of experts.
@@ -59,6 +60,7 @@ class GgufExperts:
     routing_bias: str = ""
     routing_bias_rows: bool = False
     renormalises: bool | None = True
+    norm_key: bool = True
     width_key: bool = True
     leading_dense: bool = False
     count: tuple[str, ...] = COUNT
@@ -182,7 +184,7 @@ GGUF_MIXTURES: Mapping[str, GgufFamily] = {
             ("attention.scale", "attention_multiplier"),
             ("logit_scale", "logits_scaling"),
         ),
-        experts=GgufExperts("block_sparse_moe.", "router.layer", width_key=False),
+        experts=GgufExperts("block_sparse_moe.", "router.layer", norm_key=False, width_key=False),
     ),
     "glm4moe": GgufFamily(
         "glm4_moe",
@@ -218,6 +220,7 @@ GGUF_MIXTURES: Mapping[str, GgufFamily] = {
             shared="shared_experts.",
             routing_bias="moe_statics.e_score_correction_bias",
             routing_bias_rows=True,
+            norm_key=False,
             leading_dense=True,
             count=("moe_num_experts",),
             chosen="moe_k",

