@@ -35,6 +35,7 @@ from moecc.testing import assert_same, laws
 from moecc.testing.stacks import stacks
 from moecc.types.dtypes import KEY
 from moecc.types.tensor import TensorType
+from tiers import examples
 
 
 def roll(graph: Graph, **options: object) -> tuple[PassResult, list[str]]:
@@ -48,7 +49,7 @@ def scans(graph: Graph) -> list[Node]:
     return [node for node in graph if node.body is not None]
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(40, 150))
 @given(stacks())
 def test_rolling_is_exact(graph: Graph) -> None:
     laws.check_pass(RollLayersPass(), graph)
@@ -56,7 +57,7 @@ def test_rolling_is_exact(graph: Graph) -> None:
     laws.check_graph(rolled)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(40, 150))
 @given(stacks())
 def test_unrolling_is_the_inverse(graph: Graph) -> None:
     rolled, result = laws.applied(RollLayersPass(), graph)
