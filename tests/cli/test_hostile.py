@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiers import some
 
 from moecc.checkpoint.manifest import MANIFEST_NAME, load, seal
-from tiers import some
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 UPCYCLE = "upcycle{experts=4 top-k=2}"

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from tiers import examples, few
 
 from moecc.ir import OPS, Graph, equal
 from moecc.pipeline.passes import Pass
 from moecc.rewrite import P
 from moecc.testing import graphs, laws
-from tiers import examples, few
 
 from . import gradients, inner, meshes, stored
 from .sound import LIKE, SOUND

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from tiers import examples
 
 from moecc.ir import Graph, equal
 from moecc.testing import graphs, laws
-from tiers import examples
 
 from . import axes, experts, feed_forward, promises, routing, upcycling
 from .sound import LIKE, SOUND

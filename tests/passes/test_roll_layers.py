@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from moecc_passes.roll_layers.layers import Layer, Repeated, repetitions_in
 from moecc_passes.roll_layers.roll_layers import RollLayersPass
 from moecc_passes.unroll_layers import UnrollLayersPass
+from tiers import examples
 
 from moecc.errors import UsageError
 from moecc.families import build
@@ -35,7 +36,6 @@ from moecc.testing import assert_same, laws
 from moecc.testing.stacks import stacks
 from moecc.types.dtypes import KEY
 from moecc.types.tensor import TensorType
-from tiers import examples
 
 
 def roll(graph: Graph, **options: object) -> tuple[PassResult, list[str]]:
