@@ -1,6 +1,6 @@
 """``python -m tests.kill.prove``: end conversions everywhere, and write down what was found.
 
-    python -m tests.kill.prove [--every N] [--how NAME …] [--out FILE]
+    python -m tests.kill.prove [--sample N] [--how NAME …] [--out FILE]
 
 Prints a JSON object: the number of points of each scenario, and every failure.
 """
@@ -25,13 +25,13 @@ from moecc.version import __version__
 from .rig import ENDS, KILLS, Result, run_ends, run_kills
 
 
-def prove(ways: list[str], every: int) -> dict[str, object]:
+def prove(ways: list[str], sample: int | None) -> dict[str, object]:
     """Run what is asked for, and return what was found, with the date and the machine."""
     result, start = Result(), time.monotonic()
     gc.freeze()  # forked children copy less
     for how in ways:
         with tempfile.TemporaryDirectory(prefix="moecc-kills-", dir=_memory()) as base:
-            (run_kills if how in KILLS else run_ends)(Path(base), how, every, result)
+            (run_kills if how in KILLS else run_ends)(Path(base), how, sample, result)
     kills = sum(n for name, n in result.points.items() if name.split(":")[0] in KILLS)
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -53,12 +53,12 @@ def _memory() -> str | None:
 def main() -> int:
     """Run, print, and return 1 if anything failed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--every", type=int, default=1, help="only each Nth call")
+    parser.add_argument("--sample", type=int, help="that many calls of each scenario, not all")
     parser.add_argument("--how", nargs="*", choices=[*KILLS, *ENDS], default=[*KILLS, *ENDS])
     parser.add_argument("--out", type=Path, help="the file for the JSON object")
     asked = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):
-        found = prove(asked.how, asked.every)
+        found = prove(asked.how, asked.sample)
     text = json.dumps(found, indent=1)
     if asked.out is not None:
         asked.out.write_text(f"{text}\n")

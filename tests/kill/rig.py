@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -235,12 +235,12 @@ class Rig:
         elif self.hidden():
             self.fail(label, "leftovers after --resume")
 
-    def kill_everywhere(self, every: int, old: bool, *extra: str) -> int:
+    def kill_everywhere(self, sample: int | None, old: bool, *extra: str) -> int:
         """Kill a conversion at each call, and continue it; return how many calls it has."""
         self.fresh(old)
         count = self.calls(*extra)
         name = f"{self.kind.out} {' '.join(extra) or 'fresh'}"
-        for at in self._points(name, count, every):
+        for at in self._points(name, count, sample):
             label = f"{name} {at}"
             self.fresh(old)
             if (code := self.run(*extra, at=at)) != -signal.SIGKILL:
@@ -249,7 +249,7 @@ class Rig:
             self.resume(label, *extra)
         return count
 
-    def kill_resumes(self, every: int, calls: int) -> None:
+    def kill_resumes(self, sample: int | None, calls: int) -> None:
         """Kill a continued conversion at each call, from three states, and continue it again."""
         for part in (0.3, 0.6, 0.9):
             first = int(calls * part)
@@ -259,19 +259,19 @@ class Rig:
             shutil.rmtree(self.saved, ignore_errors=True)
             shutil.copytree(self.root, self.saved)
             count = self.calls("--resume")
-            for at in self._points(name, count, every):
+            for at in self._points(name, count, sample):
                 self.fresh()
                 shutil.copytree(self.saved, self.root, dirs_exist_ok=True)
                 self.run("--resume", at=at)
                 self.check(f"{name} {at}", old=False)
                 self.resume(f"{name} {at}")
 
-    def end_everywhere(self, every: int, old: bool, *extra: str) -> None:
+    def end_everywhere(self, sample: int | None, old: bool, *extra: str) -> None:
         """End a conversion at each call by what it cleans up after; it must leave nothing."""
         self.fresh(old)
         name = f"{self.kind.out} {' '.join(extra) or 'fresh'}"
         wanted = CODES[self.how.removesuffix(" late")]
-        for at in self._points(name, self.calls(*extra), every):
+        for at in self._points(name, self.calls(*extra), sample):
             self.fresh(old)
             code = self.run(*extra, at=at)
             found = self.visible()
@@ -282,27 +282,28 @@ class Rig:
             if self.hidden():
                 self.fail(f"{name} {at}", f"left {sorted(self.hidden())}")
 
-    def _points(self, name: str, count: int, every: int) -> Iterable[int]:
-        # The last calls put the output in its place: a sample has all of them.
-        points = sorted({*range(0, count, every), *range(max(0, count - 6), count)})
+    def _points(self, name: str, count: int, sample: int | None) -> Sequence[int]:
+        points: Sequence[int] = range(count)
+        if sample is not None:
+            points = sorted({(i + 1) * (count - 1) // sample for i in range(sample)})
         self.result.points[f"{self.how}: {name}"] = len(points)
         return points
 
 
-def run_kills(base: Path, how: str, every: int, result: Result) -> None:
+def run_kills(base: Path, how: str, sample: int | None, result: Result) -> None:
     """Run the scenarios of what a process does not live to tell."""
     folder = Rig(base, FOLDER, how, result)
-    calls = folder.kill_everywhere(every, False)
-    folder.kill_everywhere(every, True, "--force")
-    folder.kill_resumes(every, calls)
+    calls = folder.kill_everywhere(sample, False)
+    folder.kill_everywhere(sample, True, "--force")
+    folder.kill_resumes(sample, calls)
     file = Rig(base, GGUF, how, result)
-    file.kill_everywhere(every, False)
-    file.kill_everywhere(every, True, "--force")
+    file.kill_everywhere(sample, False)
+    file.kill_everywhere(sample, True, "--force")
 
 
-def run_ends(base: Path, how: str, every: int, result: Result) -> None:
+def run_ends(base: Path, how: str, sample: int | None, result: Result) -> None:
     """Run the scenarios of what a process cleans up after."""
     for kind in (FOLDER, GGUF):
         made = Rig(base, kind, how, result)
-        made.end_everywhere(every, False)
-        made.end_everywhere(every, True, "--force")
+        made.end_everywhere(sample, False)
+        made.end_everywhere(sample, True, "--force")

@@ -23,10 +23,9 @@ def prove(*options: str) -> Any:
 
 
 def test_some_points() -> None:
-    found = prove("--every", "61", "--how", "kill", "power some", "SIGTERM")
+    found = prove("--sample", "3", "--how", "power some")
     assert found["failures"] == []
-    assert found["killed"] >= 80
-    assert found["ended"] >= 20
+    assert found["killed"] == 21
 
 
 @pytest.mark.slow
