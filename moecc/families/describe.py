@@ -131,7 +131,7 @@ def flops(graph: Graph) -> tuple[int, int]:
     for node in graph:
         if not node.op.is_product:
             continue
-        axes = {a.name: a.size for v in node.operands for a in v.type}
+        axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
         rows = rows_of(node.operands)
         times = 1.0
         if rows is not None:

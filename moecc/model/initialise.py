@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import isfinite, prod, sqrt
 
 from moecc.errors import InputError, UsageError
-from moecc.ir.attributes import EmbeddingAttrs, ProductAttrs
+from moecc.ir.attributes import EmbeddingAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Role
 from moecc.types.dtypes import F32
@@ -55,7 +55,8 @@ def _fan_in(node: Node, value: Value) -> int:
     """Return the number of inputs that each output sums; for an embedding, the width."""
     role = _role(node, value)
     if role is Role.MATRIX:
-        names = ProductAttrs.of_node(node).over
+        # What is summed away: in a convolution also the places of a window.
+        names = tuple(a.name for a in value.type if a.name not in node.result.type)
     elif role is Role.TABLE:
         axis = EmbeddingAttrs.of_node(node).axis
         names = tuple(a.name for a in value.type if a.name != axis)
