@@ -20,7 +20,7 @@ from typing import Any
 
 from script import OUT, console, exit_code, step
 
-from moecc.ahead.compile_in_subprocess import compile_apart
+from moecc.ahead.compile_in_subprocess import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.ahead.text import compile_text
 from moecc.cli.files import write_whole
@@ -99,7 +99,7 @@ def compiled(pod: Pod, plan: dict[str, Any], time_limit: float) -> dict[str, Any
     best = plan["best"]
     mesh = ",".join(f"{name}={size}" for name, size in best["mesh"].items())
     request = Request(pod.model, pod.machine, lengths=pod.lengths, remat=best["remat"], mesh=mesh)
-    return compile_apart(request, time_limit).data
+    return compile_in_subprocess(request, time_limit).data
 
 
 def _page(name: str, plan: dict[str, Any], program: dict[str, Any]) -> Iterator[str]:

@@ -28,6 +28,7 @@ os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Hundreds of child processes import moecc: they find its bytecode, and leave none in the tree.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "cache")
 os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_cache" / "bytecode")
 
 from moecc.ir import Graph, verify  # noqa: E402

@@ -60,7 +60,9 @@ def environment(machine: Machine) -> dict[str, str]:
     return made
 
 
-def compile_apart(request: Request, time_limit_seconds: float | None = None) -> CompileOutcome:
+def compile_in_subprocess(
+    request: Request, time_limit_seconds: float | None = None
+) -> CompileOutcome:
     """Run the compilation `request` in another process.
 
     Raises:

@@ -13,7 +13,7 @@ from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.search import Constraints, check_wish, search
+from moecc.plan.search import Constraints, check_constraints, search
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
@@ -147,7 +147,7 @@ def _strategy(request: Request, work: Workload, machine: Machine, setting: StepC
             None, _via(request, work), request.remat, request.dense_weights, rules
         )
         return search(work, machine, setting, constraints).best.strategy
-    check_wish(work, machine, Constraints(mesh, request.via, rules=rules))
+    check_constraints(work, machine, Constraints(mesh, request.via, rules=rules))
     if request.sliced and not work.experts:
         raise InputError("the model has no experts whose rows would be sent in slices")
     dense, replicated = request.dense_weights or "whole", request.via == "replicated"

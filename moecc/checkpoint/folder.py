@@ -21,10 +21,10 @@ from moecc.checkpoint.files import (
     os_problem,
     require_unchanged,
 )
+from moecc.checkpoint.frontmatter import read_card
 from moecc.checkpoint.index import compare_with_headers
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.checkpoint.layout import INDEX_NAME, choose_weights
-from moecc.checkpoint.modelcard import read_licence
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import Header, read_header
 from moecc.checkpoint.source import TensorInfo
@@ -92,9 +92,9 @@ class SafetensorsFolder:
         """Return nothing: the folder is read without loss."""
         return []
 
-    def licence(self) -> dict[str, str]:
-        """Return the licence keys of the card in the folder."""
-        return read_licence(self.path)
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of the card in the folder."""
+        return read_card(self.path)
 
     def files(self) -> list[Path]:
         """Return the weight files, the index if there is one, and the config."""
@@ -148,8 +148,12 @@ def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, 
     return (stop - start, *info.shape[1:]), start * row_bytes
 
 
-def open_folder(path: Path) -> SafetensorsFolder:
+def open_folder(path: Path, *, with_weights: bool = True) -> SafetensorsFolder:
     """Open a folder; config, index and all headers are checked, but no weight is read.
+
+    Args:
+      path: the folder.
+      with_weights: whether weights are looked for; without, a config is enough.
 
     Raises:
       InputError: with all problems of the folder.
@@ -160,7 +164,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
     # Identified before they are read, so that no change in between goes unnoticed.
     others = _identify_all(path / name for name in (CONFIG_NAME, INDEX_NAME))
     config = _read_config(path, problems)
-    index, shards = choose_weights(path, names, problems)
+    index, shards = choose_weights(path, names, problems) if with_weights else (None, [])
     headers = _read_headers(path, shards, problems)
     if index is not None:
         compare_with_headers(index, headers, problems)

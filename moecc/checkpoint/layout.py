@@ -123,9 +123,33 @@ def _what_instead(names: set[str]) -> tuple[str, str | None, str | None]:
         return "the folder has its weights only as pickles", _some(pickled), convert
     if not names:
         return "the folder is empty", None, None
+    if kind := _other_format(names):
+        return kind[0], None, kind[1]
     nested = [name for name in ("snapshots", "blobs") if name in names]
     inside = "give the folder below snapshots/ whose name is the revision" if nested else None
     return "the folder has no weights", None, inside
+
+
+_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "orbax.checkpoint"}
+_ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
+_EXPORT_FIRST = "export it to a Hugging Face folder with the framework that wrote it"
+
+
+def _other_format(names: set[str]) -> tuple[str, str] | None:
+    """Return the name of another framework's checkpoint, and what to do with it."""
+    if any(_ORBAX_UNFINISHED in name for name in names):
+        hint = "its writer was interrupted: take an earlier step, and export that"
+        return "this is an Orbax checkpoint that was never completed", hint
+    if names & _ORBAX:
+        return "this is an Orbax checkpoint", _EXPORT_FIRST
+    if "checkpoint" in names and any(n.startswith(("target.", "state.")) for n in names):
+        return "this is a T5X checkpoint", _EXPORT_FIRST
+    if steps := sorted(n for n in names if re.fullmatch(r"(checkpoint_)?[0-9]+", n)):
+        kind = "a T5X" if steps[0].startswith("checkpoint_") else "an Orbax"
+        return f"the folder has steps of a training, of {kind} checkpoint perhaps", (
+            f"{_EXPORT_FIRST}: {steps[-1]} is one of them"
+        )
+    return None
 
 
 def _some(names: list[str]) -> str:

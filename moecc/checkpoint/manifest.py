@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from moecc.checkpoint.files import (
     open_regular,
     read_into,
 )
+from moecc.checkpoint.frontmatter import CARD_NAME
 from moecc.checkpoint.gguf.header import read_gguf_header
 from moecc.checkpoint.gguf.storage import SUFFIX
 from moecc.checkpoint.index import SHARD_SUFFIX
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.records import (
+    CARD_SCHEMA,
     MANIFEST_NAME,
     SCHEMA,
     FileRecord,
@@ -100,8 +102,13 @@ def _header(path: Path) -> Header:
     return Header(tensors, {}, found.data_start_bytes, found.identity)
 
 
-def verify_manifest(place: Path) -> list[Problem]:
-    """Compare a folder or a GGUF file with its manifest, every byte of its weights included.
+def verify_manifest(place: Path, *, allow_edited_card: bool = False) -> list[Problem]:
+    """Compare a folder or a GGUF file with its manifest, every byte of every file included.
+
+    Args:
+      place: the folder, or the GGUF file; in a folder, files of Git and the Hub's ``.cache`` do
+        not count.
+      allow_edited_card: whether the model card may differ from the one that was written.
 
     Returns:
       One problem for each tensor and file that is missing, extra or different; empty if all is
@@ -115,22 +122,23 @@ def verify_manifest(place: Path) -> list[Problem]:
         manifest = load(place)
     except CheckError as error:
         return list(error.problems)
-    return _Verification(place, manifest).problems()
+    return _Verification(place, manifest, allow_edited_card).problems()
 
 
-def check_manifest(place: Path) -> None:
+def check_manifest(place: Path, *, allow_edited_card: bool = False) -> None:
     """Raise CheckError with all problems that `verify_manifest` finds; otherwise raises as it."""
-    if problems := verify_manifest(place):
+    if problems := verify_manifest(place, allow_edited_card=allow_edited_card):
         raise CheckError(problems)
 
 
 class _Verification:
     """One comparison of a folder, or of one file, with its manifest."""
 
-    def __init__(self, place: Path, manifest: Manifest) -> None:
+    def __init__(self, place: Path, manifest: Manifest, allow_edited_card: bool) -> None:
         self.one_file = None if place.is_dir() else place
         self.folder = place if place.is_dir() else place.parent
         self.manifest = manifest
+        self.free = {CARD_NAME} if allow_edited_card else set()
         self.found = Problems(limit=sys.maxsize)  # every tensor is named
         self.pool = DescriptorPool()
         self.identities: dict[Path, Identity] = {}
@@ -139,7 +147,7 @@ class _Verification:
         """Return all differences."""
         self._files()
         headers = self._headers()
-        self._extra_weights()
+        self._added()
         comparable = self._tensors(headers)
         try:
             self._digests(comparable)
@@ -165,6 +173,8 @@ class _Verification:
         names = [name for name in self.manifest.files if self._usable(name)]
         found = file_records({name: self._path(name) for name in names})
         for name in names:
+            if name in self.free:
+                continue
             self._compare(name, self.manifest.files[name].sha256, found[name].sha256)
 
     def _compare(self, name: str, expected: str, found: str, part: str = "the file") -> None:
@@ -190,11 +200,15 @@ class _Verification:
             self._compare(name, record.header_sha256, found.header_sha256, "the header")
         return headers
 
-    def _extra_weights(self) -> None:
-        for name in sorted(os.listdir(self.folder)) if self.one_file is None else ():
-            if name.endswith((SHARD_SUFFIX, SUFFIX)) and name not in self.manifest.weights:
-                what = f"the weight file {quoted(name)} is not in the manifest"
-                self.found.add(what, where=str(self.folder), hint="move it out of the folder")
+    def _added(self) -> None:
+        known = {MANIFEST_NAME, *self.manifest.weights, *self.manifest.files}
+        if self.manifest.schema < CARD_SCHEMA:
+            known.add(CARD_NAME)
+        found = set(_files_in(self.folder)) if self.one_file is None else set()
+        for name in sorted(found - known):
+            kind = "weight file" if name.endswith((SHARD_SUFFIX, SUFFIX)) else "file"
+            what = f"the {kind} {quoted(name)} is not in the manifest"
+            self.found.add(what, where=str(self.folder), hint="move it out of the folder")
 
     def _tensors(self, headers: dict[str, Header]) -> list[TensorInfo]:
         """Compare names, types and shapes; return the tensors whose bytes can be compared."""
@@ -250,6 +264,21 @@ class _Verification:
         except InputError as error:
             return error
         return digest.hexdigest()
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    """Yield the paths in a folder of whatever is no folder; links are not followed."""
+    for path, folders, names in os.walk(folder):
+        inside = Path(path).relative_to(folder)
+        if path == str(folder):
+            folders[:] = [name for name in folders if name != ".cache" and not _is_git(name)]
+            names = [name for name in names if not _is_git(name)]
+        links = [name for name in folders if os.path.islink(os.path.join(path, name))]
+        yield from ((inside / name).as_posix() for name in (*names, *links))
+
+
+def _is_git(name: str) -> bool:
+    return name.startswith(".git")
 
 
 def stored_name(info: TensorInfo) -> str:

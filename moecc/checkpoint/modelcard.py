@@ -1,4 +1,4 @@
-"""Write the model card (README.md) of an export, and read the licence of the source's card.
+"""Write the model card (README.md) of an export.
 
 Nothing is invented: if the source's card states no licence, the new card has none.
 """
@@ -11,17 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moecc.checkpoint.files import file_fault, read_bounded
-from moecc.errors import InputError, printable
-from moecc.types.dtypes import DTYPES
+from moecc.checkpoint.frontmatter import LISTS, SCALARS, Kept
+from moecc.errors import printable
 
-CARD_NAME = "README.md"
 GENERATION = "text-generation"
 """The Hub's task of a decoder-only model."""
 
 TAGS = ("moe", "upcycled", "moecc")
-_MAX_CARD_BYTES = 4 << 20
-_LICENCE_KEYS = ("license", "license_name", "license_link")
+"""The Hub's tags of a mixture of experts; of a dense model it is the last alone."""
+
 _PLAIN_SCALAR = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 
 
@@ -33,37 +31,49 @@ class CardFacts:
       title: the name of the output.
       family_from: the family of the source.
       family_to: the family that was written.
-      pipeline: the passes, as a pipeline string.
+      command: the command that made it, with every option that decides the result.
       preserves: the contract of the pipeline, in words.
       dtype: the element type that was written.
-      seed: of the random numbers.
       parameters: the number of parameters.
       active_parameters: the number of parameters used per token.
       moecc_version: the version that wrote it.
       task: the Hub's pipeline tag, if there is one.
       auto_class: the transformers class that loads it; None if only moecc does.
+      is_sparse: whether the output has experts.
       base_model: the source on the Hub, if known.
-      licence: the licence keys of the source's card.
+      relation: what the output is of it, in the Hub's words.
+      kept: what is kept of the source's card.
+      engines: a row for each engine: name and version, whether it runs the model, why not.
+      serving: what else to know about serving it.
+      training: how to train it on.
+      file: the GGUF file in the folder, if it is one.
       digests: SHA-256 of the weight files or the source's, by name.
       notes: remarks for readers, e.g. that the source was quantised.
+      story: where the source was trained, how it came about, a sentence a stage.
     """
 
     title: str
     family_from: str
     family_to: str
-    pipeline: str
+    command: str
     preserves: str
     dtype: str
-    seed: int
     parameters: int
     active_parameters: int
     moecc_version: str
     task: str | None = GENERATION
     auto_class: str | None = "AutoModelForCausalLM"
+    is_sparse: bool = True
     base_model: str | None = None
-    licence: Mapping[str, str] = field(default_factory=dict)
+    relation: str = "finetune"
+    kept: Kept = field(default_factory=dict)
+    engines: tuple[tuple[str, bool, str], ...] = ()
+    serving: str = ""
+    training: str = ""
+    file: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    story: tuple[str, ...] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -75,39 +85,14 @@ def model_card(facts: CardFacts) -> str:
         _notes(facts),
         "## Load it",
         _snippet(facts),
+        *_engines(facts),
+        *(["## Train it on", facts.training] if facts.training else []),
         "## How it was made",
+        "\n".join(f"{n}. {_escape(line)}" for n, line in enumerate(facts.story, 1)),
         _recipe(facts),
         _digests(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def read_licence(folder: Path) -> dict[str, str]:
-    """Return the licence keys in the front matter of a folder's README.md; empty without any."""
-    card = folder / CARD_NAME
-    if not card.is_file() or file_fault(card, folder):
-        return {}
-    try:
-        text = read_bounded(card, _MAX_CARD_BYTES).decode("utf-8")
-    except (InputError, UnicodeDecodeError):
-        return {}  # a card is for people: a broken one does not stop a conversion
-    return licence_of_card(text)
-
-
-def licence_of_card(text: str) -> dict[str, str]:
-    """Return `license`, `license_name` and `license_link` of a card's front matter."""
-    lines = text.removeprefix("\ufeff").splitlines()
-    if not lines or lines[0].strip() != "---":
-        return {}
-    found: dict[str, str] = {}
-    for line, following in zip(lines[1:], [*lines[2:], "---"], strict=True):
-        if line.strip() == "---":
-            break
-        key, colon, value = line.partition(":")
-        if colon and key in _LICENCE_KEYS:
-            listed = following.strip() if following.strip().startswith("- ") else ""
-            found[key] = _unquoted(value.strip() or listed.removeprefix("- ").strip())
-    return {key: value for key, value in found.items() if value}
 
 
 def hub_repository(path: Path) -> str | None:
@@ -119,14 +104,6 @@ def hub_repository(path: Path) -> str | None:
     return None
 
 
-def _unquoted(item: str) -> str:
-    if len(item) >= 2 and item[0] == item[-1] and item[0] in "'\"":
-        return item[1:-1]
-    if item.startswith("[") and item.endswith("]"):
-        return _unquoted(item[1:-1].split(",")[0].strip())
-    return item.split(" #")[0].strip()
-
-
 def _scalar(value: str) -> str:
     """Print a YAML scalar, quoted unless it is plainly a word (JSON strings are YAML)."""
     plain = _PLAIN_SCALAR.fullmatch(value) and value.lower() not in ("true", "false", "null", "no")
@@ -135,23 +112,31 @@ def _scalar(value: str) -> str:
 
 def _front_matter(facts: CardFacts) -> str:
     lines = ["---"]
-    lines += [
-        f"{key}: {_scalar(facts.licence[key])}" for key in _LICENCE_KEYS if key in facts.licence
-    ]
+    lines += [f"{key}: {_scalar(facts.kept[key][0])}" for key in SCALARS if key in facts.kept]
+    for key in (key for key in LISTS if key in facts.kept):
+        lines += [f"{key}:", *(f"- {_scalar(value)}" for value in facts.kept[key])]
     if facts.base_model:
         lines += ["base_model:", f"- {_scalar(facts.base_model)}"]
-    lines += [f"library_name: {'transformers' if facts.auto_class else 'moecc'}"]
+        lines += [f"base_model_relation: {facts.relation}"]
+    library = "gguf" if facts.file else "transformers" if facts.auto_class else "moecc"
+    lines += [f"library_name: {library}"]
     lines += [f"pipeline_tag: {facts.task}"] if facts.task else []
-    lines += ["tags:", *(f"- {tag}" for tag in TAGS), "---"]
+    tags = TAGS if facts.is_sparse else TAGS[-1:]
+    lines += ["tags:", *(f"- {tag}" for tag in tags), "---"]
     return "\n".join(lines)
 
 
 def _summary(facts: CardFacts) -> str:
     base = f"`{_code(facts.base_model)}`" if facts.base_model else f"a {facts.family_from} model"
+    kind = "A sparse mixture of experts" if facts.is_sparse else "A dense model"
+    after = (
+        "It was trained, and then converted: its history is below."
+        if facts.story
+        else "It was converted, not trained further."
+    )
     return (
-        f"A sparse mixture of experts in the `{facts.family_to}` layout, made from {base} "
-        f"(dense, `{facts.family_from}`) with moecc "
-        f"{facts.moecc_version}. It was converted, not trained further.\n\n"
+        f"{kind} in the `{facts.family_to}` layout, made from {base} "
+        f"(`{facts.family_from}`) with moecc {facts.moecc_version}. {after}\n\n"
         f"- Parameters: {facts.parameters:,}, of which a token meets "
         f"{facts.active_parameters:,}\n"
         f"- Element type: {facts.dtype}\n"
@@ -163,7 +148,21 @@ def _notes(facts: CardFacts) -> str:
     return "\n".join(f"- {_escape(note)}" for note in facts.notes)
 
 
+def _engines(facts: CardFacts) -> list[str]:
+    """Return the section on engines: a table, and what else is to be known."""
+    if not facts.engines and not facts.serving:
+        return []
+    rows = [
+        f"| {_escape(name)} | {'yes' if runs else 'no'} | {_escape(why)} |"
+        for name, runs, why in facts.engines
+    ]
+    table = ["\n".join(["| engine | runs it | |", "|---|---|---|", *rows])] if rows else []
+    return ["## Serve it", *table, *([_escape(facts.serving)] if facts.serving else [])]
+
+
 def _snippet(facts: CardFacts) -> str:
+    if facts.file:
+        return f'```\nllama-cli -m {facts.file} -p "Once upon a time" -n 20\n```'
     if facts.auto_class is not None:
         lines = _with_transformers(facts)
     elif facts.task == GENERATION:
@@ -221,10 +220,8 @@ def _running(facts: CardFacts) -> list[str]:
 
 
 def _recipe(facts: CardFacts) -> str:
-    dtype = f" --dtype {facts.dtype}" if facts.dtype in DTYPES else ""
     return (
-        f"```\nmoecc convert SOURCE OUT -p '{_code(facts.pipeline)}' "
-        f"--to {facts.family_to} --seed {facts.seed}{dtype}\n```\n\n"
+        f"```\n{_code(facts.command)}\n```\n\n"
         "`moecc verify` compares every tensor with `moecc_manifest.json`."
     )
 

@@ -26,7 +26,10 @@ from moecc.types.dtypes import DTYPES
 from moecc.version import __version__
 
 MANIFEST_NAME = "moecc_manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+CARD_SCHEMA = 2
+"""The first version that records the model card."""
+
 MAX_MANIFEST_BYTES = 256 << 20
 _MAX_VALUES = 1 << 22
 _STORED = {*DTYPES, *(name.lower() for name in BY_NAME)}
@@ -88,9 +91,10 @@ class Manifest:
       dtype: the requested element type, or ``as stored``.
       preserves: the contract of the pipeline (``exact``, ``reassociation``, or the reason).
       weights: the safetensors files, by name.
-      files: the other files, by name; the model card, which people edit, is not among them.
+      files: the other files, by name, the model card included.
       tensors: by name.
       notes: remarks for readers, e.g. tensors with values that are not finite.
+      lineage: where the source was trained, the stages that led to it, the first one first.
       versions: of moecc and the libraries it uses.
       schema: the version of this layout.
     """
@@ -107,6 +111,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
     notes: tuple[str, ...] = ()
+    lineage: tuple[Mapping[str, object], ...] = ()
     versions: Mapping[str, str] = field(default_factory=library_versions)
     schema: int = SCHEMA
 
@@ -125,6 +130,7 @@ def dump(manifest: Manifest) -> bytes:
         "dtype": manifest.dtype,
         "preserves": manifest.preserves,
         "notes": list(manifest.notes),
+        **({"lineage": [dict(stage) for stage in manifest.lineage]} if manifest.lineage else {}),
         "weights": _plain(manifest.weights),
         "files": _plain(manifest.files),
         "tensors": _plain(manifest.tensors),
@@ -170,12 +176,12 @@ def _of_known_schema(document: object, where: str) -> dict[str, object]:
     """Return the document, or raise InputError if it is none that this moecc reads."""
     found = document if isinstance(document, dict) else {}
     schema = found.get("schema")
-    if type(schema) is int and schema == SCHEMA:
+    if type(schema) is int and 1 <= schema <= SCHEMA:
         return found
     raise InputError(
         "the manifest is of a version that this moecc does not read",
         where=where,
-        expected=f'"schema": {SCHEMA}',
+        expected=f'"schema": {SCHEMA}, or an earlier one',
         found=describe(schema),
     )
 
@@ -234,7 +240,9 @@ class _Reader:
             files=self._files("files"),
             tensors=self._tensors(weights),
             notes=self._notes(),
+            lineage=self._lineage(),
             versions=self._versions(),
+            schema=self._integer(self.document.get("schema"), "schema"),
         )
         self.problems.raise_if_any(InputError)
         return made
@@ -327,6 +335,13 @@ class _Reader:
         if isinstance(value, list) and all(isinstance(note, str) for note in value):
             return tuple(value)
         self._wrong("notes", "a list of strings", value)
+        return ()
+
+    def _lineage(self) -> tuple[Mapping[str, object], ...]:
+        value = self.document.get("lineage", [])
+        if isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
+            return tuple(value)
+        self._wrong("lineage", "a list of objects", value)
         return ()
 
     def _versions(self) -> dict[str, str]:

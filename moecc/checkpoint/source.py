@@ -68,8 +68,8 @@ class Checkpoint(Protocol):
         """Return notes for readers of the result, such as that weights were quantised."""
         ...
 
-    def licence(self) -> dict[str, str]:
-        """Return the licence keys of the model's card, if it states any."""
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of the model's card: licence, language, data sets."""
         ...
 
     def files(self) -> list[Path]:

@@ -35,6 +35,7 @@ from moecc.weights.boxes import row_blocks
 from moecc.weights.evaluate import Evaluator, Reader, ValuesOverflow, same_bytes
 from moecc.weights.expr import Expr, sources
 from moecc.weights.movement import Tile
+from moecc.weights.rounding import first_nonfinite
 from moecc.weights.simplify import simplify
 
 BLOCK_BYTES = 4 << 20
@@ -91,6 +92,8 @@ class WriteReport:
       total_bytes: the bytes of all tensors.
       distinct_bytes: the bytes of the distinct tensors, which were evaluated and hashed.
       nonfinite: the source tensors that hold NaN or infinity.
+      spread: a line for each distinct tensor that was written with NaN or infinity, which may be
+        more than its sources had: the noise of a matrix is scaled by the spread of all of it.
     """
 
     tensors: tuple[WrittenTensor, ...]
@@ -98,6 +101,7 @@ class WriteReport:
     total_bytes: int
     distinct_bytes: int
     nonfinite: tuple[Nonfinite, ...] = ()
+    spread: tuple[str, ...] = ()
 
 
 def write_checkpoint(
@@ -171,7 +175,8 @@ def write_files(
         work.raise_problems()
     written = _written(entries, files, jobs)
     sizes = {s.name: s.size_bytes for s in files}
-    return WriteReport(written, sizes, total, sum(j.nbytes for j in jobs), scan.found)
+    spread = tuple(sorted(job.nonfinite_text() for job in jobs if job.nonfinite))
+    return WriteReport(written, sizes, total, sum(j.nbytes for j in jobs), scan.found, spread)
 
 
 def _refuse_names(entries: Sequence[Entry]) -> None:
@@ -210,6 +215,13 @@ class _Job:
     names: list[str] = field(default_factory=list)
     places: list[tuple[Path, int]] = field(default_factory=list)
     sha256: str = ""
+    nonfinite: int = 0
+
+    def nonfinite_text(self) -> str:
+        """Say how many elements of the tensor are not finite."""
+        others = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
+        size = prod(self.expr.type.shape)
+        return f"{self.names[0]}{others}: {self.nonfinite:,} of {size:,} elements"
 
     @property
     def nbytes(self) -> int:
@@ -293,16 +305,20 @@ class _Work:
         """Yield the bytes of a job; copies along the first axis are made once, if they fit."""
         expr = job.expr
         if isinstance(expr, Tile) and expr.position == 0 and _size(expr.x) <= KEPT_BYTES:
-            made = list(self._encoded(expr.x, job.storage))
+            made = list(self._encoded(expr.x, job))
+            job.nonfinite *= expr.size
             yield from (block for _ in range(expr.size) for block in made)
         else:
-            yield from self._encoded(expr, job.storage)
+            yield from self._encoded(expr, job)
 
-    def _encoded(self, expr: Expr, storage: Storage | None) -> Iterator[memoryview]:
+    def _encoded(self, expr: Expr, job: _Job) -> Iterator[memoryview]:
+        storage = job.storage
         for box in row_blocks(expr.type, BLOCK_BYTES):
             if self._stop.is_set():
                 return
             values = self._evaluator.block(expr, box)
+            if self._scan.found and first_nonfinite(values) is not None:
+                job.nonfinite += int(np.count_nonzero(~np.isfinite(values)))
             if values.size:
                 yield _bytes(values if storage is None else quantise(values, storage))
 

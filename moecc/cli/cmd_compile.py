@@ -90,32 +90,32 @@ class CompileRequest:
     format: FormatOption = Format.human
 
 
-def compile_step(asked: CompileRequest) -> int:
+def compile_step(request: CompileRequest) -> int:
     """Compile a step of MODEL for a machine, and say what it needs and moves.
 
     No weights are read and no accelerator is needed: libtpu compiles for TPUs, the CUDA
     plug-in of jax for GPUs. Exit code 1 if the program does not fit.
     """
-    from moecc.ahead.compile_in_subprocess import compile_apart
+    from moecc.ahead.compile_in_subprocess import compile_in_subprocess
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, write_whole
     from moecc.support.signals import signals_raised
 
-    request = ahead_request(asked)
-    if asked.save is not None:
-        check_writable(asked.save, force=asked.force)
+    job = ahead_request(request)
+    if request.save is not None:
+        check_writable(request.save, force=request.force)
     with signals_raised():  # the worker must not outlive this process
-        answer = compile_apart(request, asked.time_limit)
+        answer = compile_in_subprocess(job, request.time_limit)
     for remark in answer.data["remarks"]:
         say(f"note: {remark}")
-    if asked.save is not None:
-        write_whole(asked.save, answer.artefact, force=asked.force)
-        say(f"the exported program is in {asked.save}")
-    _print(answer, asked)
+    if request.save is not None:
+        write_whole(request.save, answer.artefact, force=request.force)
+        say(f"the exported program is in {request.save}")
+    _print(answer, request)
     return 0 if answer.data["fits"] else 1
 
 
-def ahead_request(asked: CompileRequest) -> Request:
+def ahead_request(request: CompileRequest) -> Request:
     """Return the request to the compiling process.
 
     Raises:
@@ -125,51 +125,51 @@ def ahead_request(asked: CompileRequest) -> Request:
     from moecc.plan.batches import parse_lengths
     from moecc.support.parse_units import float_type
 
-    names = None if asked.rules is None else tuple(asked.rules.split(","))
-    _check_machine(asked, names)
+    names = None if request.rules is None else tuple(request.rules.split(","))
+    _check_machine(request, names)
     return Request(
-        model=asked.model,
-        machine=asked.machine,
-        step=asked.step.value,
-        batch_tokens=asked.batch_tokens,
-        lengths=None if asked.sequence is None else parse_lengths(asked.sequence),
-        optimizer=asked.optimizer.value,
-        remat=_value(asked.remat),
-        dtype=float_type(asked.dtype).name,
-        mesh=asked.mesh,
-        dense_weights=_value(asked.dense_weights),
+        model=request.model,
+        machine=request.machine,
+        step=request.step.value,
+        batch_tokens=request.batch_tokens,
+        lengths=None if request.sequence is None else parse_lengths(request.sequence),
+        optimizer=request.optimizer.value,
+        remat=_value(request.remat),
+        dtype=float_type(request.dtype).name,
+        mesh=request.mesh,
+        dense_weights=_value(request.dense_weights),
         rules=names,
-        partition=asked.partition.value,
-        via=_value(asked.via),
-        sliced=asked.slice,
-        capacity_factor=asked.capacity_factor,
-        emit=_value(asked.emit),
-        export=asked.save is not None,
+        partition=request.partition.value,
+        via=_value(request.via),
+        sliced=request.slice,
+        capacity_factor=request.capacity_factor,
+        emit=_value(request.emit),
+        export=request.save is not None,
     )
 
 
-def _check_machine(asked: CompileRequest, rules: tuple[str, ...] | None) -> None:
+def _check_machine(request: CompileRequest, rules: tuple[str, ...] | None) -> None:
     # The compiling process parses both again; errors are reported before it is started.
     from moecc.plan.machines import parse_machine
     from moecc.plan.meshes import plan_mesh
 
-    parse_machine(asked.machine)
-    if asked.mesh is not None:
-        plan_mesh(asked.mesh, rules)
+    parse_machine(request.machine)
+    if request.mesh is not None:
+        plan_mesh(request.mesh, rules)
 
 
 def _value(choice: StrEnum | None) -> str | None:
     return None if choice is None else choice.value
 
 
-def _print(answer: CompileOutcome, asked: CompileRequest) -> None:
+def _print(answer: CompileOutcome, request: CompileRequest) -> None:
     from moecc.ahead.text import compile_text
     from moecc.cli.console import report
 
-    if asked.emit is not None:
+    if request.emit is not None:
         print(answer.program)
     else:
-        report("compile", answer.data, lambda: compile_text(answer.data), asked.format)
+        report("compile", answer.data, lambda: compile_text(answer.data), request.format)
 
 
 def register(app: typer.Typer) -> None:

@@ -25,7 +25,9 @@ class ConvertRequest:
     source: SourceArgument
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder or .gguf file to write.")]
     pipeline: Annotated[str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")]
-    to: Annotated[str, typer.Option("--to", metavar="FAMILY", help="The family, or gguf:ARCH.")]
+    to: Annotated[
+        str, typer.Option("--to", metavar="FAMILY", help="The family, auto, or gguf:ARCH.")
+    ]
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="The type to write, q8_0 in GGUF too; else as stored."),
@@ -57,7 +59,8 @@ def convert(request: ConvertRequest) -> None:
 
     Everything is checked from headers and configs before the first weight is read.
     """
-    from moecc.cli.console import report
+    from moecc.cli.console import report, say
+    from moecc.cli.files import say_weights
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model
     from moecc.support.parse_units import count_bytes
@@ -69,9 +72,12 @@ def convert(request: ConvertRequest) -> None:
     passes = read_pipeline(request.pipeline, request.load or [])
     out = request.out
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
+        say_weights(model, request.source)
+        for text in model.warnings():
+            say(f"warning: {text}")
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
-            allow_unmatched=request.allow_unmatched,
+            allow_unmatched=request.allow_unmatched, loaded=request.load or [],
         )  # fmt: skip
         data = planned.to_json()
         check_place(planned, out, force=request.force)
@@ -90,18 +96,21 @@ def _written_type(name: str) -> DType | Storage:
 
 
 def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None:
-    from moecc.cli.console import Bar
+    from moecc.cli.console import Bar, say
     from moecc.tasks.convert import write
 
     with Bar("writing") as bar:
-        write(
+        done = write(
             planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
             allow_nonfinite=request.allow_nonfinite, progress=bar,
         )  # fmt: skip
+    for text in done.written.spread:
+        say(f"warning: not finite: {text}")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
     """Return the human-readable plan, written unless `dry_run`."""
+    from moecc.engines.verdicts import summary
     from moecc.support.text import count_text, size_text
 
     facts, family = planned.facts, planned.graph.attrs.get("family")
@@ -114,6 +123,7 @@ def plan_text(planned: Plan, out: str, dry_run: bool) -> str:
         f"  FLOPs       {count_text(facts.flops_per_token)} per token",
         f"  on disk     {size_text(planned.size_bytes)} in {len(planned.tensors)} tensors, "
         f"{planned.dtype_name}",
+        *([f"  runs in     {summary(planned.engines)}"] if planned.engines else []),
         *(f"  remark      {r}" for r in _shortened(planned.remarks)),
         "nothing was written (--dry-run)" if dry_run else f"written to {out}",
     ]

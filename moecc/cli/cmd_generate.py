@@ -30,12 +30,14 @@ class GenerateRequest:
 
 def generate(request: GenerateRequest) -> None:
     """Continue a text with MODEL; prints prompt and continuation."""
+    from moecc.cli.files import say_weights
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
     from moecc.tasks.generate import generate as continuation
 
     type = float_type(request.dtype)
     with open_model(request.model, weights=request.weights) as opened:
+        say_weights(opened, request.model)
         added = continuation(
             opened, request.prompt, request.tokens, dtype=type, temperature=request.temperature,
             seed=request.seed,

@@ -26,12 +26,11 @@ class ImportRequest:
 
 def import_graph(request: ImportRequest) -> None:
     """Read the headers of SOURCE and print its graph; no weights are read."""
-    from moecc.cli.files import write_text
-    from moecc.ir.printer import print_graph
+    from moecc.cli.files import write_graph
     from moecc.model.open import open_model
 
     with open_model(request.source, padding=request.padding_mask) as model:
-        write_text(print_graph(model.graph), request.output, force=request.force)
+        write_graph(model.graph, request.output, force=request.force)
 
 
 def register(app: typer.Typer) -> None:

@@ -38,9 +38,13 @@ def inspect(request: InspectRequest) -> None:
     upcycled, and which families could hold the result, with the reasons why others cannot.
     """
     from moecc.cli.console import report
+    from moecc.cli.files import say_weights
     from moecc.model.open import open_model
+    from moecc.support.gc_pause import gc_paused
 
-    with open_model(request.source) as model:
+    # Of 10,000 layers, the collector would take half of the time.
+    with gc_paused(), open_model(request.source) as model:
+        say_weights(model, request.source)
         data = inspection(model)
     report("inspect", data, lambda: inspection_text(data), request.format)
 
@@ -97,12 +101,9 @@ def _blocks(search: FFNSearch) -> dict[str, object]:
 
 
 def _targets(graph: Graph) -> dict[str, object]:
-    from moecc.families.propose import target_fits
+    from moecc.tasks.targets import fits
 
-    return {
-        name: {"fits": not reasons, "reasons": [str(r) for r in reasons]}
-        for name, reasons in target_fits(graph).items()
-    }
+    return {fit.target: fit.to_json() for fit in fits(graph)}
 
 
 def inspection_text(data: dict[str, Any]) -> str:
@@ -134,9 +135,19 @@ def inspection_text(data: dict[str, Any]) -> str:
         "  targets",
     ]
     for name, target in data["targets"].items():
-        rows.append(f"    {name:12} {'fits' if target['fits'] else 'does not fit'}")
+        rows.append(f"    {name:12} {_fit_text(target)}")
         rows += [f"        {line}" for r in target["reasons"] for line in r.splitlines()]
     return "\n".join(rows)
+
+
+def _fit_text(target: dict[str, Any]) -> str:
+    from moecc.engines.verdicts import Verdict, summary
+
+    if not target["fits"]:
+        return "does not fit"
+    after = f" after {target['after']}" if target["after"] else ""
+    engines = [Verdict(**verdict) for verdict in target["engines"]]
+    return f"fits{after}" + (f"; runs in: {summary(engines)}" if engines else "")
 
 
 def _some(refused: list[dict[str, str]], limit: int = 4) -> list[dict[str, str]]:

@@ -30,6 +30,10 @@ class OptRequest:
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="Where to write, else stdout."),
     ] = None
+    print_before: Annotated[
+        str | None,
+        typer.Option("--print-before", metavar="all|NAME,…", help="Print the graph to stderr."),
+    ] = None
     print_after: Annotated[
         str | None,
         typer.Option(
@@ -65,9 +69,8 @@ def opt(request: OptRequest) -> None:
 
     The graph goes to stdout or -o, everything else to stderr.
     """
-    from moecc.cli.files import check_writable, write_text
+    from moecc.cli.files import check_writable, write_graph
     from moecc.cli.pipelines import read_pipeline
-    from moecc.ir.printer import print_graph
     from moecc.model.open import read_graph
     from moecc.pipeline.passes import Context
     from moecc.pipeline.reproducer import temporary_folder
@@ -84,7 +87,7 @@ def opt(request: OptRequest) -> None:
     asked = request.dump_dir
     folder = temporary_folder if asked is None else lambda: Path(asked)
     run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=folder)
-    write_text(print_graph(graph), request.output, force=request.force)
+    write_graph(graph, request.output, force=request.force)
 
 
 def _check(graph: Graph, passes: Pipeline, context: Context) -> None:
@@ -95,13 +98,19 @@ def _check(graph: Graph, passes: Pipeline, context: Context) -> None:
         say(f"checked: {checked}")
 
 
+def _names(stated: str, *words: str) -> str | frozenset[str]:
+    """Return one of `words`, or the names of passes that are stated."""
+    return stated if stated in words else frozenset(n.strip() for n in stated.split(","))
+
+
 def _instruments(request: OptRequest) -> list[Instrument]:
     from moecc.pipeline import instruments
 
     made: list[Instrument] = []
+    if request.print_before is not None:
+        made.append(instruments.PrintBefore(_names(request.print_before, "all"), sys.stderr))
     if request.print_after is not None:
-        names = request.print_after if request.print_after in ("all", "changed") else None
-        which = names or frozenset(n.strip() for n in request.print_after.split(","))
+        which = _names(request.print_after, "all", "changed")
         made.append(instruments.PrintAfter(which, sys.stderr))
     if request.diff:
         made.append(instruments.DiffAfter(sys.stderr))

@@ -142,7 +142,7 @@ def planned(request: PlanRequest) -> Report:
     where = parse_machine(request.machine)
     constraints = _constraints(request)
     lengths = parse_lengths(request.sequence) if request.sequence is not None else None
-    setting = _setting(request)
+    config = _step_config(request)
     with open_model(request.model) as opened:
         run_pipeline(opened.graph, passes)
         graph = opened.graph
@@ -151,8 +151,8 @@ def planned(request: PlanRequest) -> Report:
         return workload(graph, make_batch(graph, other.devices, request.batch_tokens, lengths))
 
     work = work_on(where)
-    ranking = search(work, where, setting, constraints, work_on=work_on)
-    return plan_json(request.model, work, where, setting, ranking)
+    ranking = search(work, where, config, constraints, work_on=work_on)
+    return plan_json(request.model, work, where, config, ranking)
 
 
 def _constraints(request: PlanRequest) -> Constraints:
@@ -164,7 +164,7 @@ def _constraints(request: PlanRequest) -> Constraints:
     return Constraints(fixed, request.via, request.remat, request.dense_weights, names)
 
 
-def _setting(request: PlanRequest) -> StepConfig:
+def _step_config(request: PlanRequest) -> StepConfig:
     from moecc.plan.strategy import StepConfig
     from moecc.support.parse_units import float_type
 

@@ -27,7 +27,16 @@ class RunRequest:
     inputs: InputsOption = None
     backend: Annotated[str, typer.Option("--backend", help="xla or reference.")] = "xla"
     dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
+    router_dtype: Annotated[
+        str, typer.Option("--router-dtype", help="Of routers: f32, or that of --dtype.")
+    ] = "f32"
     output: Annotated[str, typer.Option("--output", help="Which output of the graph.")] = ""
+    print_values: Annotated[
+        str | None,
+        typer.Option(
+            "--print-values", metavar="GLOB", help="Describe values by name or location, to stderr."
+        ),
+    ] = None
     weights: WeightsOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
 
@@ -35,25 +44,34 @@ class RunRequest:
 def run(request: RunRequest) -> None:
     """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
     from moecc.backend import get_backend
-    from moecc.cli.files import check_writable, read_inputs
+    from moecc.cli.console import say
+    from moecc.cli.files import check_writable, read_inputs, say_weights
     from moecc.launch.process_info import check_alone
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
+    from moecc.model.router_dtype import set_router_dtype
     from moecc.support.parse_units import float_type
+    from moecc.tasks.print_values import chosen_values, describe_values, with_values
 
     check_writable(request.outputs, force=request.force)
     if request.backend != "xla":
         check_alone(request.backend)
     chosen, type = get_backend(request.backend), float_type(request.dtype)
     with open_model(request.model, weights=request.weights) as opened:
+        say_weights(opened, request.model)
         graph = opened.graph
+        set_router_dtype(graph, request.router_dtype, type)
         name = _output(graph, request.output)
         given = (
             default_inputs(graph) if request.inputs is None else read_inputs(request.inputs, graph)
         )
-        program = chosen.compile(graph, dtype=type)
-        result = program.run(opened.params(dtype=type), given)[name]
+        shown = [] if request.print_values is None else chosen_values(graph, request.print_values)
+        program = chosen.compile(with_values(graph, shown) if shown else graph, dtype=type)
+        outputs = program.run(opened.params(dtype=type), given)
+        result = outputs[name]
     if program.writes:
+        for line in describe_values(shown, outputs):
+            say(line)
         _write(result, name, request)
 
 

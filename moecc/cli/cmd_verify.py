@@ -32,12 +32,15 @@ class VerifyRequest:
     dtype: Annotated[
         str, typer.Option("--dtype", help="The type to compute in; f64 excludes rounding.")
     ] = "f32"
+    allow_edited_card: Annotated[
+        bool, typer.Option("--allow-edited-card", help="The model card may have been edited.")
+    ] = False
     weights: WeightsOption = None
     format: FormatOption = Format.human
 
 
 def verify(request: VerifyRequest) -> None:
-    """Check MODEL: every tensor against the manifest, or with --against its logits.
+    """Check MODEL: every file against the manifest, or with --against its logits.
 
     A run of a training is checked against the digests of its step.
 
@@ -51,12 +54,12 @@ def verify(request: VerifyRequest) -> None:
     if request.against is None and run is not None:
         _against_digests(request.model, *run, request.format)
     elif request.against is None:
-        _against_manifest(request.model, request.format)
+        _against_manifest(request)
     else:
         _against_source(request, request.against)
 
 
-def _against_manifest(model: str, format: Format) -> None:
+def _against_manifest(request: VerifyRequest) -> None:
     from pathlib import Path
 
     from moecc.checkpoint.gguf.storage import SUFFIX
@@ -65,13 +68,14 @@ def _against_manifest(model: str, format: Format) -> None:
     from moecc.cli.console import report
     from moecc.errors import InputError
 
+    model, format = request.model, request.format
     place = Path(model)
     if not place.is_dir() and not (place.is_file() and place.suffix == SUFFIX):
         raise InputError(
             "only a folder or a GGUF file has a manifest", where=model,
             hint="or give --against SOURCE",
         )  # fmt: skip
-    check_manifest(place)
+    check_manifest(place, allow_edited_card=request.allow_edited_card)
     manifest = load(place)
     data = {"model": model, "tensors": len(manifest.tensors), "passed": True}
     report(
@@ -97,7 +101,7 @@ def _against_digests(model: str, run: str, which: str, format: Format) -> None:
 
 def _against_source(request: VerifyRequest, against: str) -> None:
     from moecc.cli.console import report
-    from moecc.cli.files import read_inputs
+    from moecc.cli.files import read_inputs, say_weights
     from moecc.errors import CheckError, UsageError
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
@@ -108,9 +112,11 @@ def _against_source(request: VerifyRequest, against: str) -> None:
     type = float_type(request.dtype)
     with ExitStack() as opened:
         checked = opened.enter_context(open_model(request.model, weights=request.weights))
+        say_weights(checked, request.model)
         # A model converted with a padding mask is compared with a source that has one.
         masked = "mask" in checked.graph.inputs
         source = opened.enter_context(open_model(against, padding=masked))
+        say_weights(source, against)
         given = None if request.inputs is None else read_inputs(request.inputs, source.graph)
         verdict = compare(
             checked, source, inputs=given, tolerance=request.tolerance, compute_dtype=type

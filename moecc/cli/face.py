@@ -24,25 +24,25 @@ R = TypeVar("R", bound="DataclassInstance")
 
 
 def add_command(
-    app: typer.Typer, name: str, asked: type[R], command: Callable[[R], int | None], epilog: str
+    app: typer.Typer, name: str, request: type[R], command: Callable[[R], int | None], epilog: str
 ) -> None:
     """Add a command to `app`.
 
     Args:
       app: the application.
       name: the name of the command.
-      asked: a dataclass; typer reads its fields.
+      request: a dataclass; typer reads its fields.
       command: the function; its return value, unless None, is the exit code.
       epilog: an example, under the help.
     """
 
     def face(**given: object) -> None:
-        code = command(asked(**given))
+        code = command(request(**given))
         if code:
             raise typer.Exit(code)
 
-    hints = get_type_hints(asked, include_extras=True)
-    parameters = [_parameter(f, hints[f.name]) for f in fields(asked)]
+    hints = get_type_hints(request, include_extras=True)
+    parameters = [_parameter(f, hints[f.name]) for f in fields(request)]
     face.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     face.__annotations__ = {}
     face.__doc__ = command.__doc__

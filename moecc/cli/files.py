@@ -11,11 +11,31 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from moecc.cli.console import say
 from moecc.errors import InputError, MachineError
 from moecc.types.arrays import Array
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
+    from moecc.model.open import Model
+
+
+def write_graph(graph: Graph, path: str | None, *, force: bool) -> None:
+    """Write the text of `graph`; it then names its checkpoint from the folder of the file.
+
+    Raises: as `write_text`.
+    """
+    from moecc.ir.printer import print_graph
+    from moecc.model.checkpoint_names import names_for_file
+
+    names_for_file(graph, path)
+    write_text(print_graph(graph), path, force=force)
+
+
+def say_weights(model: Model, source: str) -> None:
+    """Say which checkpoint a ``.moe`` file made a command open."""
+    if source.endswith(".moe") and model.checkpoint is not None:
+        say(f"note: {source} reads the weights of {model.checkpoint.path}")
 
 
 def write_text(text: str, path: str | None, *, force: bool) -> None:

@@ -29,8 +29,8 @@ EPILOG = (
 )
 
 COMMANDS = (
-    "inspect", "import", "opt", "replay", "convert", "verify", "run", "lower", "generate", "plan",
-    "compile", "tokens", "launch", "passes",
+    "inspect", "import", "opt", "reduce", "bisect", "replay", "convert", "verify", "run", "lower",
+    "generate", "plan", "compile", "tokens", "train", "launch", "passes",
 )  # fmt: skip
 """The subcommands, in the order of ``--help``; each is in a module ``moecc.cli.cmd_NAME``."""
 

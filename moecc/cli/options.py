@@ -80,3 +80,29 @@ RulesOption = Annotated[
     str | None,
     typer.Option("--rules", metavar="LAYOUT,…", help="Layouts by name, or files of rules."),
 ]
+
+GraphArgument = Annotated[str, typer.Argument(metavar="FILE|-", help="A .moe graph, or stdin.")]
+
+PipelineOption = Annotated[
+    str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")
+]
+
+CompareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        metavar="run|weights",
+        help="After the passes: XLA with the reference, or written weights with the oracle.",
+    ),
+]
+
+SeedOption = Annotated[int, typer.Option("--seed", help="Of all random choices.")]
+
+AllowUnmatchedOption = Annotated[
+    bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
+]
+
+LoadOption = Annotated[
+    list[str] | None,
+    typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
+]

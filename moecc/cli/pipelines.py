@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moecc.ir.graph import Graph
     from moecc.pipeline.registry import Registry
     from moecc.pipeline.text import Pipeline
 
@@ -38,3 +39,21 @@ def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
     for warning in pipeline.warnings():
         say(f"warning: {warning}")
     return pipeline
+
+
+def read_failing(
+    file: str, pipeline: str, load: Sequence[str], seed: int
+) -> tuple[Graph, Pipeline, int]:
+    """Return graph, pipeline and seed of something that fails: of a reproducer, its own.
+
+    Raises:
+      InputError: the file is no graph.
+      UsageError: all problems of the pipeline.
+    """
+    from moecc.model.open import read_graph
+    from moecc.pipeline.reproducer import is_reproducer, read_reproducer
+
+    if not pipeline and is_reproducer(file):
+        stated = read_reproducer(Path(file))
+        pipeline, load, seed = stated.pipeline, [*load, *stated.load], stated.seed
+    return read_graph(file), read_pipeline(pipeline, load), seed

@@ -86,7 +86,7 @@ def _sparse(
         experts=experts.count,
         top_k=experts.top_k,
         gates=experts.gates,
-        given=keep if experts.sequence_capacity else None,
+        operands=keep if experts.sequence_capacity else None,
         **assignment,
     )
     axes = ffn_axes(config.hidden_size, config.intermediate_size)

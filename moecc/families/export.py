@@ -15,7 +15,6 @@ from moecc.families.matching import match_parameters
 from moecc.families.names import names_of
 from moecc.families.propose import check_target as check_target
 from moecc.families.propose import propose as propose
-from moecc.families.propose import target_fits as target_fits
 from moecc.families.propose import targets as targets
 from moecc.ir.graph import Graph, Value
 from moecc.ir.unroll import unrolled

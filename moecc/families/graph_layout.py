@@ -33,6 +33,11 @@ def build_graph(
     dtype_of = dtype_of or float32_of
     graph = parse(config.text, "config.json: graph")
     verify(graph)
+    stated = [name for name, value in graph.params.items() if value.weight is not None]
+    if stated:
+        what = "a stored graph reads each parameter from the tensor of its name"
+        hint = "remove the weight expression, or convert the model that has it"
+        raise InputError(Problem(what, f"graph: %{name}", hint=hint) for name in stated)
     for name, value in graph.params.items():
         if not value.type.is_static:
             found = f"%{name} : {value.type}"
@@ -43,11 +48,18 @@ def build_graph(
     return graph
 
 
+def storing_problems(graph: Graph) -> list[Problem]:
+    """Return the reasons why `graph` cannot be stored; its text is not made."""
+    if "logits" in graph.outputs or "hidden" in graph.outputs:
+        return []
+    found = ", ".join(graph.outputs)
+    return [Problem("a model has an output logits or hidden", found=found)]
+
+
 def graph_config(graph: Graph) -> GraphConfig | list[Problem]:
     """Return the config that stores `graph`, or the reasons why it cannot be stored."""
-    if "logits" not in graph.outputs and "hidden" not in graph.outputs:
-        found = ", ".join(graph.outputs)
-        return [Problem("a model has an output logits or hidden", found=found)]
+    if problems := storing_problems(graph):
+        return problems
     bare = clone(graph)
     for value in bare.params.values():
         value.weight = None

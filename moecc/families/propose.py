@@ -14,7 +14,6 @@ from moecc.families.configs import (
     EncDecConfig,
     ModelConfig,
     MoeConfig,
-    SwitchTransformersConfig,
     parse_config,
 )
 from moecc.families.experts import ExpertLayer, expert_layers, layer_number
@@ -111,66 +110,6 @@ def source_config(graph: Graph) -> ModelConfig:
         hint = "import the checkpoint with moecc, and keep the line `attr config`"
         raise InputError("the graph does not state what it was imported from", hint=hint)
     return parse_config(graph.attrs["config"], "attr config")
-
-
-def target_fits(graph: Graph, experts: int = 8, top_k: int = 2) -> dict[str, list[Problem]]:
-    """Return for each mixture-of-experts family why it cannot express `graph`; empty if it can.
-
-    A dense graph is taken as if it had been upcycled in every layer, with renormalised gates and
-    with a shared expert where the family has one.
-    """
-    sparse = bool(expert_layers(graph)) or "config" not in graph.attrs
-    source = None if sparse else source_config(graph)
-    found: dict[str, list[Problem]] = {}
-    for name in _mixtures(graph):
-        family = CONFIGS[name]
-        if isinstance(source, DecoderConfig) and issubclass(family, MoeConfig):
-            imagined = _imagined(source, family, experts, top_k)
-            made: ModelConfig | list[Problem] = propose_config(source, imagined, name)
-        elif isinstance(source, EncDecConfig) and issubclass(family, SwitchTransformersConfig):
-            made = _propose_encdec(source, _imagined_stacks(source, experts), name)
-        else:
-            made = propose(graph, name)
-        found[name] = made if isinstance(made, list) else []
-    return found
-
-
-def _mixtures(graph: Graph) -> list[str]:
-    """Return the families of mixtures with the shape of the graph's source, and st_moe."""
-    try:
-        shape = source_config(graph).shape()
-    except InputError:
-        return [name for name, family in CONFIGS.items() if issubclass(family, MoeConfig)]
-    mixtures = (MoeConfig, SwitchTransformersConfig)
-    return [
-        *(n for n, f in CONFIGS.items() if issubclass(f, mixtures) and f.shape() is shape),
-        FAMILY,
-    ]
-
-
-def _imagined_stacks(source: EncDecConfig, experts: int) -> list[ExpertLayer]:
-    return [
-        ExpertLayer(
-            f"{stack}.layers.{n}.ffn", experts, 1, "softmax", width=source.intermediate_size
-        )
-        for stack in ("encoder", "decoder")
-        for n in range(source.layers(stack))
-    ]
-
-
-def _imagined(source: DecoderConfig, family: type[MoeConfig], experts: int, top_k: int) -> Layers:
-    shared = source.intermediate_size // 2 if family.has_shared_expert else 0
-    return {
-        number: ExpertLayer(
-            loc=f"layers.{number}.ffn",
-            experts=experts,
-            top_k=top_k,
-            width=source.intermediate_size - shared,
-            shared=shared,
-            shared_gate=bool(shared),
-        )
-        for number in range(source.num_hidden_layers)
-    }
 
 
 def propose_config(

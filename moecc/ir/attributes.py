@@ -361,6 +361,7 @@ class RouteAttrs(View):
     axis: str
     choice: str
     using: tuple[Literal["bias"], ...]
+    precision: Precision
 
 
 class KeepChoicesAttrs(View):

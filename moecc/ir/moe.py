@@ -19,7 +19,7 @@ from moecc.ir.graph import Value
 Finish = Callable[[Value], Value]
 """Combines the experts' output rows into tokens."""
 
-Given = Callable[[Value, Value, Value], Mapping[Using, Value]]
+SlotOperands = Callable[[Value, Value, Value], Mapping[Using, Value]]
 """Makes further operands of ``assign_slots``, by word, from logits, experts and gates."""
 
 
@@ -59,7 +59,7 @@ def emit_routing(
     gates: Gates = "renormalised",
     scale: float = 1.0,
     tokens: tuple[str, ...] = ("batch", "seq"),
-    given: Given | None = None,
+    operands: SlotOperands | None = None,
     bias: Value | None = None,
     **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
@@ -74,7 +74,7 @@ def emit_routing(
       gates: the gate convention, see ``route``.
       scale: a factor on the gates.
       tokens: the axes of `x` that number tokens, outermost first.
-      given: makes the operands of ``assign_slots`` after the experts: keep, priority, mask.
+      operands: makes the operands of ``assign_slots`` after the experts: keep, priority, mask.
       bias: ``[expert]``, added for the choice and not for the gates (loss-free balancing).
       assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
@@ -99,9 +99,9 @@ def emit_routing(
     chosen, weights = builder.route(
         logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) if biases else ()
     )
-    more = given(logits, chosen, weights) if given is not None else {}
+    more = operands(logits, chosen, weights) if operands is not None else {}
     return emit_chosen(
-        builder, x, chosen, weights, experts=experts, tokens=tokens, given=more,
+        builder, x, chosen, weights, experts=experts, tokens=tokens, operands=more,
         **assignment,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def emit_chosen(
     *,
     experts: int,
     tokens: tuple[str, ...] = ("batch", "seq"),
-    given: Mapping[Using, Value] | None = None,
+    operands: Mapping[Using, Value] | None = None,
     **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Assign slots to experts already chosen; return the rows and the function that combines them.
@@ -126,10 +126,10 @@ def emit_chosen(
       gates: the weights of their results, with the same axes.
       experts: the number of experts.
       tokens: the axes of `x` that number tokens, outermost first.
-      given: further operands of ``assign_slots``, by word.
+      operands: further operands of ``assign_slots``, by word.
       assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
     """
-    more = given or {}
+    more = operands or {}
     slots = builder.assign_slots(
         chosen, *more.values(), tokens=tokens, experts=experts, using=tuple(more), **assignment
     )

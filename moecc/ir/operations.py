@@ -72,6 +72,10 @@ class Operations(ABC):
         """Whether a query may see a key: key ≤ query, and query − key < window if there is one."""
         return self.node("causal", query, key, names=_names(name), window=window).result
 
+    def same_segment(self, query: Value, key: Value, /, *, name: str | None = None) -> Value:
+        """Whether a query may see a key: both are of one segment, or the query is padding."""
+        return self.node("same_segment", query, key, names=_names(name)).result
+
     def relative_buckets(
         self, query: Value, key: Value, /, *, bidirectional: bool, buckets: int = 32,
         max_distance: int = 128, name: str | None = None
@@ -425,12 +429,13 @@ class Operations(ABC):
     def route(
         self, logits: Value, /, *more: Value, top_k: int, gates: Gates = "renormalised",
         scale: float = 1.0, axis: str = "expert", choice: str = "choice",
-        using: Literal["bias"] | tuple[Literal["bias"], ...] = (), name: str | None = None
+        using: Literal["bias"] | tuple[Literal["bias"], ...] = (), precision: Precision = "f32",
+        name: str | None = None
     ) -> tuple[Value, Value]:
         """The k experts with the largest logits, best first, and their gates."""
         first, second = self.node(
             "route", logits, *more, names=_names(name), top_k=top_k, gates=gates, scale=scale,
-            axis=axis, choice=choice, using=using
+            axis=axis, choice=choice, using=using, precision=precision
         ).results
         return first, second
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from moecc.errors import InputError, Problem, nearest
-from moecc.ir.flow import Rule, propagate_sharding
 from moecc.ir.operand import Attrs as Attrs
 from moecc.ir.operand import Operand, Region
+from moecc.ir.sharding_rules import Rule, propagate_sharding
 from moecc.ir.traits import (
     NOTHING,
     Collective,

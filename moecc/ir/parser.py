@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 MAX_PROBLEMS = 20
 
+MAX_LOCATION = 256
+"""The most characters of a location, whose numbers are layers."""
+
 
 _CLOSING = re.compile(r"^[ \t]*\}", re.MULTILINE)
 """The brace that closes a body, on a line of its own."""
@@ -304,7 +307,11 @@ class _Parser:
     def loc(self) -> tuple[str, str]:
         if self.scan.token.kind != "loc":
             return "", ""
-        loc, origin = self.scan.advance().text[1:], ""
+        token = self.scan.advance()
+        if len(token.text) > MAX_LOCATION:
+            found = f"{len(token.text):,} characters"
+            raise self.scan.error("the location is too long", token.at, found=found)
+        loc, origin = token.text[1:], ""
         if self.scan.take("name", "by"):
             origin = self.scan.expect("name", what="a pass and rewrite").text
         return loc, origin

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from moecc.checkpoint.run.layout import GRAPH, split_reference
 from moecc.errors import InputError, Problem, UsageError
 from moecc.ir.graph import Graph
+from moecc.model.checkpoint_names import names_from_file
 from moecc.presets import PREFIX, preset_config
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
@@ -55,11 +56,22 @@ class Model(AbstractContextManager["Model"]):
             return []
         from moecc.families.importing import unread_tensors
 
+        found = [*self.checkpoint.remarks(), *self.warnings()]
         unread = unread_tensors(self.graph, self.checkpoint)
         if not unread:
-            return self.checkpoint.remarks()
+            return found
         shown = ", ".join(unread[:4]) + (f" and {len(unread) - 4} more" if len(unread) > 4 else "")
-        return [*self.checkpoint.remarks(), f"no part of the graph, and not converted: {shown}"]
+        return [*found, f"no part of the graph, and not converted: {shown}"]
+
+    def warnings(self) -> list[str]:
+        """Return what is wrong with the files of the model and stops no conversion."""
+        if self.checkpoint is None:
+            return []
+        from moecc.checkpoint.lint import findings
+
+        sizes = [v.type["vocab"].size for v in self.graph.params.values() if "vocab" in v.type]
+        rows = next((size for size in sizes if isinstance(size, int)), None)
+        return findings(self.checkpoint, rows)
 
     def params(self, *, dtype: DType = F32, rounded: DType | None = None) -> Params:
         """Return the parameters by name, made on demand.
@@ -97,7 +109,7 @@ class Params(Mapping[str, Array]):
         self, graph: Graph, checkpoint: Checkpoint | None, dtype: DType, rounded: DType | None
     ) -> None:
         self._graph = graph
-        self._read = _nothing if checkpoint is None else checkpoint.read
+        self._read = no_tensors if checkpoint is None else checkpoint.read
         self._dtype = dtype
         self._rounded = rounded
 
@@ -131,7 +143,7 @@ def _reads(graph: Graph) -> bool:
     return any(weight is None or sources(weight) for weight in weights)
 
 
-def _nothing(name: str, start: int = 0, stop: int | None = None) -> Array:
+def no_tensors(name: str, start: int = 0, stop: int | None = None) -> Array:
     """Stand for the reader of a checkpoint where the weights are all drawn."""
     raise InputError("there is no checkpoint to read", where=name)
 
@@ -187,6 +199,8 @@ def _open_run(source: str, weights: str | None) -> Model:
 def read_graph(path: str) -> Graph:
     """Return the graph in a ``.moe`` file, or on standard input for ``-``.
 
+    The checkpoint that it names is taken from the folder of the file.
+
     Raises:
       ParseError: the text is not a graph.
       InputError: the file cannot be read as text.
@@ -206,11 +220,14 @@ def read_graph(path: str) -> Graph:
             raise InputError("no such file", where=path)
         data, name = Path(path).read_bytes(), path
     try:
-        return parse(data.decode(), name)
+        graph = parse(data.decode(), name)
     except UnicodeDecodeError as error:
         raise InputError(
             "not text: a .moe file is UTF-8", where=f"{name}: byte {error.start}"
         ) from None
+    if path != "-":
+        names_from_file(graph, path)
+    return graph
 
 
 def _open_graph(source: str, weights: str | None) -> Model:

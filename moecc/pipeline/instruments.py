@@ -16,8 +16,9 @@ from typing import TextIO
 from moecc.errors import MachineError, Problem, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
+from moecc.pipeline.passes import Pass
 from moecc.pipeline.runner import Instrument, PassRun, Report
-from moecc.pipeline.text import Pipeline
+from moecc.pipeline.text import Pipeline, format_pass
 
 
 @dataclass
@@ -38,18 +39,8 @@ class PrintAfter(Instrument):
         Raises:
           UsageError: a name is not that of a pass of the pipeline.
         """
-        if isinstance(self.which, str):
-            return
-        there = {item.name for item in pipeline}
-        problems = [
-            Problem(
-                f"the pipeline has no pass {name!r} to print after",
-                hint=nearest(name, there) or f"passes: {', '.join(sorted(there)) or 'none'}",
-            )
-            for name in sorted(self.which - there)
-        ]
-        if problems:
-            raise UsageError(problems)
+        if not isinstance(self.which, str):
+            _check_names(self.which, pipeline, "after")
 
     def after(self, run: PassRun, graph: Graph) -> None:
         """Print the graph if it is requested after this pass."""
@@ -61,23 +52,65 @@ class PrintAfter(Instrument):
             self.stream.write(f"# after pass {run.title}\n{print_graph(graph)}")
 
 
+@dataclass
+class PrintBefore(Instrument):
+    """Prints the graph before passes; the output can be parsed.
+
+    Attributes:
+      which: ``all``, or names of passes.
+      stream: the output stream.
+    """
+
+    which: str | frozenset[str]
+    stream: TextIO
+
+    def start(self, graph: Graph, pipeline: Pipeline) -> None:
+        """Check the pass names.
+
+        Raises:
+          UsageError: a name is not that of a pass of the pipeline.
+        """
+        if not isinstance(self.which, str):
+            _check_names(self.which, pipeline, "before")
+
+    def before(self, number: int, item: Pass, graph: Graph) -> None:
+        """Print the graph if it is requested before this pass."""
+        if self.which == "all" or item.name in self.which:
+            title = f"{number} {format_pass(item)}"
+            self.stream.write(f"# before pass {title}\n{print_graph(graph)}")
+
+
+def _check_names(names: frozenset[str], pipeline: Pipeline, when: str) -> None:
+    """Raise UsageError for names that no pass of the pipeline has."""
+    there = {item.name for item in pipeline}
+    problems = [
+        Problem(
+            f"the pipeline has no pass {name!r} to print {when}",
+            hint=nearest(name, there) or f"passes: {', '.join(sorted(there)) or 'none'}",
+        )
+        for name in sorted(names - there)
+    ]
+    if problems:
+        raise UsageError(problems)
+
+
 class DiffAfter(Instrument):
     """Prints what each pass changed, as a unified diff of the text."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.before: list[str] = []
+        self.text: list[str] = []
         self.title = "input"
 
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
         """Store the text of the input."""
-        self.before = print_graph(graph).splitlines(keepends=True)
+        self.text = print_graph(graph).splitlines(keepends=True)
 
     def after(self, run: PassRun, graph: Graph) -> None:
         """Print the difference to the previous text, and store this one."""
         text = print_graph(graph).splitlines(keepends=True)
-        self.stream.writelines(unified_diff(self.before, text, self.title, run.title))
-        self.before, self.title = text, run.title
+        self.stream.writelines(unified_diff(self.text, text, self.title, run.title))
+        self.text, self.title = text, run.title
 
 
 _DUMPED = re.compile(r"\d{3}_[a-z0-9-]+\.moe\Z")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moecc.errors import InputError, escaped
@@ -37,6 +37,7 @@ class Replay:
       allow_unmatched: whether a pass that must match may match nothing.
       check: whether each pass is held to its promise, as by ``opt --check``.
       load: the files of own passes; in a reproducer relative to its folder.
+      compare: what else is compared after the passes: ``run``, ``weights`` or nothing.
       moecc: the version that failed.
     """
 
@@ -45,6 +46,7 @@ class Replay:
     allow_unmatched: bool = False
     check: bool = False
     load: tuple[str, ...] = ()
+    compare: str = ""
     moecc: str = __version__
 
 
@@ -78,18 +80,26 @@ def write_reproducer(folder: Path, text: str, replay: Replay, title: str, notes:
     while (path := folder / f"moecc-crash-{number}.moe").exists():
         number += 1
     names = tuple(_copied(Path(file), folder, number) for file in replay.load)
-    stated = asdict(replay) | {"load": names}
+    content = _content(text, replace(replay, load=names), title, notes)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def reproducer_text(graph: Graph, replay: Replay, title: str) -> str:
+    """Return the text of a reproducer, whose files of own passes are where they are."""
+    return _content(print_graph(graph), replay, title, "")
+
+
+def _content(text: str, replay: Replay, title: str, notes: str) -> str:
     head = [
         f"{_TITLE}{title}".splitlines()[0],
-        f"{_REPLAY}{json.dumps(stated)}",
-        f"# moecc replay {path.name}",
+        f"{_REPLAY}{json.dumps(asdict(replay))}",
         f"# pipeline: {replay.pipeline}",
         f"# seed: {replay.seed}",
         "#",
         *(f"# {line}".rstrip() for line in notes.splitlines()),
     ]
-    path.write_text(f"{escaped(chr(10).join(head))}\n{text}", encoding="utf-8")
-    return path
+    return f"{escaped(chr(10).join(head))}\n{text}"
 
 
 def _copied(file: Path, folder: Path, number: int) -> str:
@@ -97,6 +107,15 @@ def _copied(file: Path, folder: Path, number: int) -> str:
     name = f"moecc-crash-{number}-{file.name}"
     shutil.copyfile(file, folder / name)
     return name
+
+
+def is_reproducer(file: str) -> bool:
+    """Return whether a file begins as a reproducer does."""
+    path = Path(file)
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(len(_TITLE)) == _TITLE
 
 
 def read_reproducer(path: Path) -> Replay:
@@ -120,8 +139,9 @@ def read_reproducer(path: Path) -> Replay:
             expected=f"a comment {_REPLAY.strip()!r} in its first lines, which moecc wrote",
             hint="moecc opt runs a pipeline over any graph",
         ) from None  # fmt: skip
-    load = tuple(str(path.parent / Path(str(name)).name) for name in found.load)
-    return Replay(**{**asdict(found), "load": load})
+    # Beside the reproducer, or where the user said that it is.
+    load = tuple(str(path.parent / str(name)) for name in found.load)
+    return replace(found, load=load)
 
 
 class Reproducer:

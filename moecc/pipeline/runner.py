@@ -108,6 +108,9 @@ class Instrument:
     def start(self, graph: Graph, pipeline: Pipeline) -> None:
         """Receive the graph before the first pass."""
 
+    def before(self, number: int, item: Pass, graph: Graph) -> None:
+        """Receive the graph before a pass."""
+
     def after(self, run: PassRun, graph: Graph) -> None:
         """Receive the verified graph after a pass."""
 
@@ -129,7 +132,7 @@ def run_pipeline(
       graph: changed in place; after an error it may be half changed.
       pipeline: the passes.
       context: the seed, and the other context of passes.
-      instruments: notified before the first pass, after each, and at the end.
+      instruments: notified before the first pass, before and after each, and at the end.
       crash_folder: returns where a reproducer is written if a pass crashes; None writes none.
 
     Raises:
@@ -151,6 +154,8 @@ def run_pipeline(
         Reproducer(graph, str(pipeline), pipeline, context, crash_folder) as reproducer,
     ):
         for number, item in enumerate(pipeline, 1):
+            for instrument in instruments:
+                instrument.before(number, item, graph)
             reproducer.number, reproducer.item = number, item
             run = run_pass(graph, item, context, number)
             runs.append(run)

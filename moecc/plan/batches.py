@@ -43,7 +43,7 @@ class Batch:
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """Return the lengths that ``--sequence`` says: ``4096``, or ``512,114``.
+    """Parse the lengths of ``--sequence``: ``4096``, or ``512,114``.
 
     Raises:
       UsageError: they are no numbers of tokens.
@@ -70,7 +70,7 @@ def make_batch(
     """Return the batch of `tokens` tokens, in sequences of `lengths`.
 
     Args:
-      graph: says which lengths there are.
+      graph: has the lengths.
       devices: for the default: at least so many sequences, and 4,096 tokens a device.
       tokens: of the batch, encoder and decoder together.
       lengths: of one sequence, by stack.

@@ -8,7 +8,7 @@ counted: the size of the full tensor, of an exchange that of one device's rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moecc.plan.networks import Route
 
@@ -48,8 +48,7 @@ def seconds(op: str, route: Route, tensor_bytes: float) -> float:
     return route.all_gather(tensor_bytes) * (2 if op == "all_reduce" else 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """A collective of a step.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +11,7 @@ from moecc.ir.traits import Cost
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
-from moecc.plan.networks import Route
-from moecc.plan.sharding import Sharding
+from moecc.plan.sharding import Sharded, Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.traffic import part_transfers, sparse_rows
 from moecc.plan.workload import Part, Step, Workload
@@ -45,12 +44,12 @@ class PartCost:
     local_seconds: float
     transfers: tuple[tuple[Transfer, float], ...]
 
-    @cached_property
+    @property
     def waiting_seconds(self) -> float:
         """The collectives that computation waits for."""
         return self.count * sum(s for t, s in self.transfers if t.waits)
 
-    @cached_property
+    @property
     def hidden_seconds(self) -> float:
         """The collectives of parameters and gradients, which run beside computation."""
         return self.count * sum(s for t, s in self.transfers if not t.waits)
@@ -60,7 +59,7 @@ class PartCost:
         """All collectives."""
         return self.waiting_seconds + self.hidden_seconds
 
-    @cached_property
+    @property
     def seconds(self) -> float:
         """The time of the part: what is hidden counts where it is longer than what hides it."""
         return max(self.local_seconds, self.hidden_seconds) + self.waiting_seconds
@@ -147,67 +146,85 @@ class Estimate:
 class Estimator:
     """Estimates strategies for one model, batch and machine."""
 
-    def __init__(self, work: Workload, machine: Machine, setting: StepConfig) -> None:
+    def __init__(self, work: Workload, machine: Machine, config: StepConfig) -> None:
         self.work = work
         self.machine = machine
-        self.setting = setting
+        self.config = config
         self._local: dict[tuple[Layout, float], Sharding] = {}
-        self._routes: dict[object, Mapping[tuple[str, ...], Route]] = {}
+        self._sharded: dict[Layout, Sharded] = {}
+        self._values: dict[tuple[Layout, float], Values] = {}
 
     def memory(self, strategy: Strategy) -> Memory:
         """Return the memory of a device."""
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=True))
-        return memory(self.work, self.setting, strategy, local, self.machine.kind)
+        return memory(self.work, self.config, strategy, local, self.machine.kind)
 
     def _sharding(self, layout: Layout, rows: float = 1.0) -> Sharding:
         """Return sizes on one device; what is worked out for one strategy serves the next."""
-        key = (layout, rows)
-        if key not in self._local:
-            plain = self._local.setdefault((layout, 1.0), Sharding.of(layout, self.work))
-            self._local[key] = plain.with_rows(rows)
-        return self._local[key]
+        found = self._local.get((layout, rows))
+        if found is None:
+            key, work = (layout.of_values, rows), self.work
+            sharded = self._sharded.setdefault(layout, Sharded(layout, work))
+            found = Sharding(sharded, self._values.setdefault(key, Values(key[0], work, rows)))
+            self._local[layout, rows] = found
+        return found
 
     def _row_factor(self, strategy: Strategy, *, buffer: bool) -> float:
         """Return how many rows there are, or there is room for, by each row of the graph."""
         local = self._sharding(strategy.layout)
-        for part in self.work.parts:
-            rows = sparse_rows(part, self.work, self.setting, strategy, local)
-            if rows is not None:
-                if buffer:
-                    return rows.buffer_rows(strategy.via) / rows.rows
-                return rows.factor(strategy.via)
-        return 1.0
+        part = next((p for p in self.work.parts if p.is_sparse), None)
+        if part is None:
+            return 1.0
+        rows = sparse_rows(part, self.work, self.config, strategy, local)
+        return rows.buffer_rows(strategy.via) / rows.rows if buffer else rows.factor(strategy.via)
 
-    def estimate(self, strategy: Strategy) -> Estimate:
-        """Return what a step costs under `strategy`."""
+    def estimate(self, strategy: Strategy, needed: Memory | None = None) -> Estimate:
+        """Return what a step costs under `strategy`.
+
+        Args:
+          strategy: what is chosen.
+          needed: its memory, where that is known already.
+        """
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=False))
         parts = [self._part(part, strategy, local) for part in self.work.parts]
-        if self.setting.train:
+        if self.config.train:
             parts += [*self._streams(strategy, local), self._update(local)]
-        passes = 3 if self.setting.train else 1
+        passes = 3 if self.config.train else 1
         return Estimate(
             strategy=strategy,
-            memory=self.memory(strategy),
+            memory=self.memory(strategy) if needed is None else needed,
             parts=tuple(parts),
             model_flops=passes * self.work.model_flops,
             machine=self.machine,
-            dtype=self.setting.dtype.name,
+            dtype=self.config.dtype.name,
         )
 
     def _part(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
-        width = self.setting.dtype.itemsize_bytes
-        rates = (
-            self.machine.peak(self.setting.dtype.name) * efficiency("compute"),
+        if part.is_sparse:
+            return self._cost(part, strategy, local)
+        # Without experts, of a strategy only the layout and what is computed again count.
+        key = ("cost", id(part), strategy.remat)
+        return local.sharded.once(key, lambda: self._cost(part, strategy, local))
+
+    @cached_property
+    def _rates(self) -> tuple[float, float]:
+        """FLOPs and bytes of memory per second that a device reaches in practice."""
+        return (
+            self.machine.peak(self.config.dtype.name) * efficiency("compute"),
             self.machine.hbm_bytes_per_second * efficiency("hbm"),
         )
+
+    def _cost(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
+        width, rates = self.config.dtype.itemsize_bytes, self._rates
         flops = moved = compute = hbm = both = 0.0
-        for step in part.steps:
-            passes = _passes(step, strategy, self.setting)
-            work, bytes_ = _step_flops(step, local) * passes, _step_elements(step, local) * width
+        sizes = local.values.once(("steps", id(part)), lambda: _step_sizes(part, local.values))
+        for step, (each, elements) in zip(part.steps, sizes, strict=True):
+            passes = _passes(step, strategy, self.config)
+            work, bytes_ = each * passes, elements * width
             times = (work / rates[0], bytes_ * passes / rates[1])
             flops, moved = flops + work, moved + bytes_ * passes
             compute, hbm, both = compute + times[0], hbm + times[1], both + max(times)
-        found = part_transfers(part, self.setting, strategy, local)
+        found = part_transfers(part, self.config, strategy, local)
         return PartCost(
             name=part.name,
             count=part.count,
@@ -216,17 +233,18 @@ class Estimator:
             compute_seconds=part.count * compute,
             hbm_seconds=part.count * hbm,
             local_seconds=part.count * both,
-            transfers=tuple((t, self._seconds(t, strategy)) for t in found),
+            transfers=self._timed(found, local),
         )
 
-    def _seconds(self, transfer: Transfer, strategy: Strategy) -> float:
-        mesh = strategy.layout.mesh
-        if mesh not in self._routes:
-            self._routes[mesh] = self.machine.network.routes(dict(mesh.axes))
-        axes = tuple(n for n in mesh.names if n in transfer.axes)
-        route = self._routes[mesh][axes]
-        ideal = seconds(transfer.op, route, transfer.tensor_bytes)
-        return transfer.times * ideal / efficiency("network")
+    def _timed(
+        self, found: Iterable[Transfer], local: Sharding
+    ) -> tuple[tuple[Transfer, float], ...]:
+        """Return collectives with the seconds that they take."""
+        mesh, reached = local.layout.mesh, efficiency("network")
+        routes = local.sharded.once("routes", lambda: self.machine.network.routes(dict(mesh.axes)))
+        return tuple(
+            (t, t.times * seconds(t.op, routes[t.axes], t.tensor_bytes) / reached) for t in found
+        )
 
     def _streams(self, strategy: Strategy, local: Sharding) -> Iterator[PartCost]:
         """Yield what gathers the stream that goes from unit to unit, kept in parts.
@@ -234,7 +252,7 @@ class Estimator:
         It is gathered for each unit forward and again, and its gradient behind the unit; and so are
         what leaves the last unit of a stack and its gradient.
         """
-        axis, width = strategy.stream_axis, self.setting.dtype.itemsize_bytes
+        axis, width = strategy.stream_axis, self.config.dtype.itemsize_bytes
         units: Counter[str] = Counter()
         for layer in self.work.layers:
             units[layer.name] += layer.count * layer.is_first
@@ -242,33 +260,37 @@ class Estimator:
             for shape in layer.inputs if layer.is_first else ():
                 size, each = local.elements(shape) * width, 3 + 2 / units[layer.name]
                 found = Transfer("all_gather", (str(axis),), size, each, "what layers hand on")
-                times = ((found, self._seconds(found, strategy)),)
+                times = self._timed([found], local)
                 yield PartCost(f"{layer.name}.stream", layer.count, 0.0, 0.0, 0.0, 0.0, 0.0, times)
 
     def _update(self, local: Sharding) -> PartCost:
         """Return the cost of the optimizer: parameters, gradients and state, read and written."""
         stored = sum(n * local.stored(w) for w, n in self.work.weights)
-        state = optimizer_bytes(self.work, self.setting, local, self.machine.kind)
-        moved = stored * self.setting.weight_dtype.itemsize_bytes * 3 + 2 * state
+        state = optimizer_bytes(self.work, self.config, local, self.machine.kind)
+        moved = stored * self.config.weight_dtype.itemsize_bytes * 3 + 2 * state
         time = moved / (self.machine.hbm_bytes_per_second * efficiency("hbm"))
         return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
 
 
-def _passes(step: Step, strategy: Strategy, setting: StepConfig) -> float:
+def _passes(step: Step, strategy: Strategy, config: StepConfig) -> float:
     """Return how often a step's work is done: forward, twice backward, again."""
-    if not setting.train:
+    if not config.train:
         return 1.0
-    again = {"none": 0, "save": step.saved_again, "full": step.again}[strategy.remat]
-    return 3.0 + again
+    return 3.0 + step.computed_again(strategy.remat)
 
 
-def _step_flops(step: Step, local: Sharding) -> float:
+def _step_sizes(part: Part, values: Values) -> tuple[tuple[float, float], ...]:
+    """Return the FLOPs of each step of a part, forward, and the elements that it moves."""
+    return tuple((_step_flops(step, values), _step_elements(step, values)) for step in part.steps)
+
+
+def _step_flops(step: Step, values: Values) -> float:
     if step.cost is not Cost.PRODUCT:
         return 0.0
-    return 2.0 * local.elements(step.axes)
+    return 2.0 * values.elements(step.axes)
 
 
-def _step_elements(step: Step, local: Sharding) -> float:
+def _step_elements(step: Step, values: Values) -> float:
     """Return the elements that a step reads and writes, forward."""
     if step.cost is Cost.FUSED:
         return 0.0
@@ -276,4 +298,4 @@ def _step_elements(step: Step, local: Sharding) -> float:
     if step.cost is Cost.LOOK_UP:
         # Of the table only the rows that are looked up.
         shapes = [*step.results, *step.results]
-    return sum(map(local.elements, shapes))
+    return sum(map(values.elements, shapes))

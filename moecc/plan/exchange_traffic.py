@@ -22,18 +22,18 @@ class Work:
 
     Attributes:
       strategy: what is chosen.
-      setting: what is given.
+      config: what is given.
     """
 
     strategy: Strategy
-    setting: StepConfig
+    config: StepConfig
 
     def gathers(self, part: Part) -> int:
         """Return how often parameters are gathered.
 
         Those of layers are gathered once more for the backward pass, whatever else is kept.
         """
-        if not self.setting.train or not part.in_layer:
+        if not self.config.train or not part.in_layer:
             return 1
         return 2 + (part.onward and self.strategy.remat != "none")
 
@@ -42,14 +42,13 @@ class Work:
         if one.step is not None:
             return self.forward(one.step)
         runs = not one.stream or self.strategy.stream_axis in one.stream
-        return int(self.setting.train and runs)
+        return int(self.config.train and runs)
 
     def forward(self, step: Step) -> int:
         """Return how often a step runs forward, and again for the backward pass."""
-        if not self.setting.train:
+        if not self.config.train:
             return 1
-        again = {"none": 0, "save": step.saved_again, "full": step.again}
-        return 1 + again[self.strategy.remat]
+        return 1 + step.computed_again(self.strategy.remat)
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,7 @@ _TOKENS = {"all_gather": "tokens to all experts", "reduce_scatter": "sums to the
 def _why(stage: Stage, way: Via, op: str) -> str:
     """Return what a collective is for, in a few words."""
     if op == "all_reduce":
-        said = "what the experts of each device say"
-        return said if way.tokens_everywhere else "partial sums"
+        return "sums of all experts" if way.tokens_everywhere else "partial sums"
     if not way.exchanges_rows:
         return _TOKENS.get(op, "")
     names = _ROWS if stage.value in ("rows", "made") else _SLICES

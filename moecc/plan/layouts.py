@@ -1,4 +1,4 @@
-"""The layouts that a plan tries, and why a model cannot be laid out so."""
+"""The layouts that a plan tries, and why a layout does not suit a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layouts(mesh: Mesh, work: Workload) -> Iterator[Layout]:
 
 
 def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
-    """Yield why `work` cannot be laid out so: which axis, which size, the nearest that would."""
+    """Yield why a layout does not suit `work`: the axis, its size, the nearest that would."""
     where = f"mesh {layout.mesh}"
     batch = layout.shards["batch"]
     if work.batch.sequences % batch:
@@ -49,7 +49,7 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
             dense = name == "expert" and not work.experts
             yield Problem(
                 "the mesh has an axis expert, and the model has no experts" if dense
-                else f"nothing lies on the mesh axis {name!r}",
+                else f"nothing is sharded over the mesh axis {name!r}",
                 where,
             )  # fmt: skip
     experts = layout.shards["expert"]

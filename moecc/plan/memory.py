@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from moecc.plan.shapes import Shape
-from moecc.plan.sharding import Sharding
+from moecc.plan.sharding import Sharding, Values
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.tiles import padded
 from moecc.plan.workload import Layer, Weight, Workload
@@ -76,30 +76,30 @@ class Memory:
 
 
 def memory(
-    work: Workload, setting: StepConfig, strategy: Strategy, local: Sharding, kind: str
+    work: Workload, config: StepConfig, strategy: Strategy, local: Sharding, kind: str
 ) -> Memory:
     """Return the memory of one device.
 
     Args:
       work: the model and its batch.
-      setting: what is given.
+      config: what is given.
       strategy: what is chosen.
       local: sizes on one device, with the rows that there is room for.
       kind: of the machine.
     """
     stored, of_layers = _stored(work, local, kind)
-    width, wide = setting.dtype.itemsize_bytes, setting.weight_dtype.itemsize_bytes
-    training = setting.train
+    width, wide = config.dtype.itemsize_bytes, config.weight_dtype.itemsize_bytes
+    training = config.train
     return Memory(
         parameters=stored * wide,
         gradients=stored * width if training else 0.0,
         copies=of_layers * width if width < wide else 0.0,
-        optimizer=optimizer_bytes(work, setting, local, kind) if training else 0.0,
-        activations=_kept(work, local, strategy) * width if training else 0.0,
+        optimizer=optimizer_bytes(work, config, local, kind) if training else 0.0,
+        activations=_kept(work, local.values, strategy) * width if training else 0.0,
         buffers=max(
-            _layer_bytes(work, local, setting, strategy.remat, kind),
+            _layer_bytes(work, local, config, strategy.remat, kind),
             # Gradients of layers come when the logits have gone.
-            _logits(work, local, setting) - (stored * width if training else 0.0),
+            _logits(work, local, config) - (stored * width if training else 0.0),
         ),
         # Tokens, and in training what they should be.
         inputs=4.0 * (1 + training) * work.batch.tokens / strategy.layout.shards["batch"],
@@ -113,27 +113,28 @@ def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
     def total(weights: Iterable[tuple[Weight, int]]) -> float:
         return sum(n * padded(local.stored_sizes(w).values(), kind) for w, n in weights)
 
-    every = local.once(("stored", kind), lambda: total(work.weights))
+    known = local.sharded
+    every = known.once(("stored", kind), lambda: total(work.weights))
     layers = ((w, part.count) for part in work.parts if part.in_layer for w in part.weights)
-    return every, local.once(("stored in layers", kind), lambda: total(layers))
+    return every, known.once(("stored in layers", kind), lambda: total(layers))
 
 
-def optimizer_bytes(work: Workload, setting: StepConfig, local: Sharding, kind: str) -> float:
+def optimizer_bytes(work: Workload, config: StepConfig, local: Sharding, kind: str) -> float:
     """Return the bytes of the optimizer's state on one device of a machine of `kind`."""
-    key = ("optimizer", setting.optimizer, kind)
-    return local.once(
-        key, lambda: sum(n * _state(w, local, setting, kind) for w, n in work.weights)
+    key = ("optimizer", config.optimizer, kind)
+    return local.sharded.once(
+        key, lambda: sum(n * _state(w, local, config, kind) for w, n in work.weights)
     )
 
 
-def _state(weight: Weight, local: Sharding, setting: StepConfig, kind: str) -> float:
+def _state(weight: Weight, local: Sharding, config: StepConfig, kind: str) -> float:
     """Return the bytes of the optimizer's state of a parameter, in float32.
 
     AdamW keeps two moments.  Adafactor keeps, of the second, means over one of the two largest axes
     and over the other (Shazeer and Stern 2018), and here no first.
     """
     stored = local.stored_sizes(weight)
-    if setting.optimizer == "adamw":
+    if config.optimizer == "adamw":
         return 8.0 * padded(stored.values(), kind)
     sizes = sorted(((size, name) for name, size in weight.shape), reverse=True)
     if len(sizes) < 2 or sizes[1][0] < FACTORED_LEAST:
@@ -142,15 +143,20 @@ def _state(weight: Weight, local: Sharding, setting: StepConfig, kind: str) -> f
     return sum(4.0 * padded(axes, kind) for axes in kept)
 
 
-def _kept(work: Workload, local: Sharding, strategy: Strategy) -> float:
+def _kept(work: Workload, values: Values, strategy: Strategy) -> float:
     """Return the elements that the backward pass keeps of all layers."""
     axis = strategy.stream_axis
     streams = strategy.layout.mesh.size((axis,)) if axis is not None else 1
+    key = ("kept", strategy.remat, streams)
+    return values.once(key, lambda: _kept_of(work.layers, values, strategy.remat, streams))
+
+
+def _kept_of(layers: Iterable[Layer], values: Values, remat: str, streams: int) -> float:
     total = 0.0
-    for layer in work.layers:
-        kept = sum(map(local.elements, _kept_shapes(layer, strategy.remat)))
-        if strategy.remat != "none" and layer.is_first:
-            kept += sum(map(local.elements, layer.inputs)) / streams
+    for layer in layers:
+        kept = sum(map(values.elements, _kept_shapes(layer, remat)))
+        if remat != "none" and layer.is_first:
+            kept += sum(map(values.elements, layer.inputs)) / streams
         total += layer.count * kept
     return total
 
@@ -164,23 +170,24 @@ def _kept_shapes(layer: Layer, remat: str) -> Iterator[Shape]:
 
 
 def _layer_bytes(
-    work: Workload, local: Sharding, setting: StepConfig, remat: str, kind: str
+    work: Workload, local: Sharding, config: StepConfig, remat: str, kind: str
 ) -> float:
     """Return the most that is alive while a layer is computed, and its gathered parameters."""
-    width = setting.dtype.itemsize_bytes
+    width = config.dtype.itemsize_bytes
     # Values that a forward pass holds at a time are as many as gradients that a backward pass does.
-    again, fuses = setting.train and remat != "none", kind == "tpu"
-    layers = local.once(
+    again, fuses = config.train and remat != "none", kind == "tpu"
+    values = local.values
+    layers = values.once(
         ("layers", again, fuses),
-        lambda: max((_layer(x, local, again, fuses) for x in work.layers), default=0.0),
+        lambda: max((_layer(x, values, again, fuses) for x in work.layers), default=0.0),
     )
-    gathered = local.once(
+    gathered = local.sharded.once(
         "gathered", lambda: max((_gathered(p.weights, local) for p in work.parts), default=0.0)
     )
     return (layers + gathered) * width
 
 
-def _layer(layer: Layer, local: Sharding, again: bool, fuses: bool) -> float:
+def _layer(layer: Layer, values: Values, again: bool, fuses: bool) -> float:
     """Return the most elements alive while the backward pass goes through a layer.
 
     Computed `again`, its residuals are there; they go as they are used, while the
@@ -188,14 +195,14 @@ def _layer(layer: Layer, local: Sharding, again: bool, fuses: bool) -> float:
     """
     backward = layer.residuals.fused if fuses else layer.residuals.plain
     there = (*backward.alive, *layer.beside[fuses])
-    now = most = sum(map(local.elements, there)) if again else 0.0
+    now = most = sum(map(values.elements, there)) if again else 0.0
     for step in backward.flow:
-        born, done = (sum(map(local.elements, s)) for s in (step.born, step.done))
+        born, done = (sum(map(values.elements, s)) for s in (step.born, step.done))
         now += born
         most = max(most, now - min(born, done) if step.in_place else now)
         now -= done
         if again:
-            now -= sum(map(local.elements, step.freed))
+            now -= sum(map(values.elements, step.freed))
     return most
 
 
@@ -204,7 +211,7 @@ def _gathered(weights: tuple[Weight, ...], local: Sharding) -> float:
     return sum(local.used(w) - local.stored(w) for w in weights)
 
 
-def _logits(work: Workload, local: Sharding, setting: StepConfig) -> float:
+def _logits(work: Workload, local: Sharding, config: StepConfig) -> float:
     """Return the bytes of the logits: in float32, or in training twice in a narrow type."""
     sizes = map(local.elements, work.logits)
     return max(sizes, default=0.0) * 4.0

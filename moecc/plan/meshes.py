@@ -17,7 +17,7 @@ the experts; ``model`` splits heads, neurons and the vocabulary.
 
 
 def plan_mesh(text: str, rules: Sequence[str] | None = None) -> Mesh:
-    """Return the mesh that `text` says: ``data=8,expert=8``.
+    """Return the mesh that `text` spells: ``data=8,expert=8``.
 
     Args:
       text: the axes with their sizes.

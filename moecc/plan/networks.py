@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import gcd, prod
 
@@ -46,7 +47,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Route(ABC):
-    """The part of a network that one mesh axis lies on, or several together."""
+    """The part of a network that one mesh axis, or several together, run over."""
 
     devices: int
 
@@ -69,16 +70,20 @@ class TorusRoute(Route):
         """Return the seconds of an all-gather or a reduce-scatter."""
         if self.devices == 1:
             return 0.0
-        rate = sum(dim.gather_rate for dim in self.dims)
         share = (self.devices - 1) / self.devices
-        return full_bytes * share / rate + self._latency()
+        return full_bytes * share / self._rate + self._latency
 
     def all_to_all(self, local_bytes: float) -> float:
         """Return the seconds of an all-to-all: of the slowest row, as they work side by side."""
         if self.devices == 1:
             return 0.0
-        return max(d.exchange_seconds(local_bytes) for d in self.dims) + self._latency()
+        return max(d.exchange_seconds(local_bytes) for d in self.dims) + self._latency
 
+    @cached_property
+    def _rate(self) -> float:
+        return sum(dim.gather_rate for dim in self.dims)
+
+    @cached_property
     def _latency(self) -> float:
         hops = sum(d.size // 2 if d.wrap else d.size - 1 for d in self.dims)
         return hops * HOP_SECONDS

@@ -75,8 +75,8 @@ class PartTraffic:
 
 def traffic_of(part: Part, sharded: Sharded) -> PartTraffic:
     """Return what `part` sends."""
-    sites = [sharded.work.sample.sites[node] for node in part.nodes]
-    layer = sparse_layer(sites, sharded.found)
+    sites = (sharded.work.sample.sites[node] for node in part.nodes)
+    layer = sparse_layer(sites, sharded.found) if part.is_sparse else None
     reader = _Reader(part, sharded, layer)
     gathers = [(w, tuple(reader.gathers(w))) for w in part.weights]
     return PartTraffic(

@@ -19,7 +19,7 @@ from moecc.plan.workload import Workload
 
 
 def plan_json(
-    model: str, work: Workload, machine: Machine, setting: StepConfig, ranking: Ranking
+    model: str, work: Workload, machine: Machine, config: StepConfig, ranking: Ranking
 ) -> Report:
     """Return the plan as the JSON values that ``docs/cli.md`` lists."""
     best = ranking.best
@@ -29,14 +29,14 @@ def plan_json(
             "name": machine.name,
             "devices": machine.devices,
             "usable_bytes": machine.usable_bytes,
-            "peak_flops": machine.peak(setting.dtype.name),
+            "peak_flops": machine.peak(config.dtype.name),
             "hbm_bytes_per_second": machine.hbm_bytes_per_second,
             "sources": list(machine.sources),
         },
-        "step": "train" if setting.train else "forward",
-        "optimizer": setting.optimizer if setting.train else None,
-        "dtype": setting.dtype.name,
-        "weight_dtype": setting.weight_dtype.name,
+        "step": "train" if config.train else "forward",
+        "optimizer": config.optimizer if config.train else None,
+        "dtype": config.dtype.name,
+        "weight_dtype": config.weight_dtype.name,
         "batch": {
             "tokens": work.batch.tokens,
             "sequences": work.batch.sequences,

@@ -101,7 +101,7 @@ class PlanReport(SummaryReport):
 
 
 class Report(TypedDict):
-    """All that ``moecc plan`` says."""
+    """All that ``moecc plan`` reports."""
 
     model: str
     machine: MachineReport

@@ -1,8 +1,8 @@
-"""One layer of each kind: the nodes whose sharding says that of the whole model."""
+"""One layer of each kind: the nodes whose sharding determines that of the whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,7 +32,7 @@ class Sample:
 
     graph: Graph
     _found: Alike[Found] = field(default_factory=Alike)
-    _alone: Alike[TensorType] = field(default_factory=Alike)
+    _alone: dict[Shape, tuple[TensorType, Sequence[Axis]]] = field(default_factory=dict)
     _sent: dict[tuple[TensorType, TensorType], tuple[Sent, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -61,7 +61,9 @@ class Sample:
 
         The groups of rows, which a shape counts as slots, are an axis of their own.
         """
-        return self._alone.under(layout, shape, lambda assigner: _lone(shape, assigner))
+        if shape not in self._alone:
+            self._alone[shape] = _alone(shape)
+        return layout.assigner.lone(*self._alone[shape])
 
     def resharded(self, source: TensorType, target: TensorType) -> tuple[Sent, ...]:
         """Return the collectives that bring a value of type `source` to where `target` is."""
@@ -105,11 +107,11 @@ def sample_of(
     return Sample(copy), nodes
 
 
-def _lone(shape: Shape, assigner: Assigner) -> TensorType:
+def _alone(shape: Shape) -> tuple[TensorType, Sequence[Axis]]:
+    """Return a type of `shape`, and the axes that run beside it where it is used."""
     if shape.has_slots:
         axes = [Axis("group", "group"), *(Axis(name, name) for name in shape.names)]
-        return assigner.lone(TensorType(F32, tuple(axes)))
+        return TensorType(F32, tuple(axes)), ()
     axes = [Axis(name, int(size) if size == int(size) else name) for name, size in shape]
     # An axis of this name meets rows; that of a router's choices has another.
-    beside = ROWS if "expert" in shape.names else ()
-    return assigner.lone(TensorType(F32, tuple(axes)), beside)
+    return TensorType(F32, tuple(axes)), ROWS if "expert" in shape.names else ()

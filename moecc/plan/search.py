@@ -61,12 +61,12 @@ class Ranking:
 
 
 def strategies(
-    work: Workload, machine: Machine, wish: Constraints, train: bool
+    work: Workload, machine: Machine, constraints: Constraints, train: bool
 ) -> Iterator[Strategy]:
-    """Yield every strategy that is legal and agrees with `wish`."""
-    remats = REMATS if wish.remat is None else (wish.remat,)
-    for layout in _layouts(work, machine, wish):
-        for via in _vias(layout, work, wish):
+    """Yield every strategy that is legal and agrees with `constraints`."""
+    remats = REMATS if constraints.remat is None else (constraints.remat,)
+    for layout in _layouts(work, machine, constraints):
+        for via in _vias(layout, work, constraints):
             dispatch = "grouped" if work.dropless and via != "capacity" else "index"
             for remat in remats if train else ("none",):
                 yield Strategy(layout, via, dispatch, remat)
@@ -74,10 +74,10 @@ def strategies(
                     yield Strategy(layout, via, dispatch, remat, sliced=True)
 
 
-def _vias(layout: Layout, work: Workload, wish: Constraints) -> Iterator[str]:
-    """Yield the ways to the experts that a layout has and that agree with `wish`."""
+def _vias(layout: Layout, work: Workload, constraints: Constraints) -> Iterator[str]:
+    """Yield the ways to the experts that a layout has and that agree with `constraints`."""
     for name in legal_vias(layout, work):
-        if wish.via in (None, name) and (name == "replicated") == layout.replicated:
+        if constraints.via in (None, name) and (name == "replicated") == layout.replicated:
             yield name
 
 
@@ -98,60 +98,61 @@ def _suits(way: Via, tokens: tuple[str, ...], experts: tuple[str, ...], work: Wo
     return not any(refusals(way, tokens, experts, slots))
 
 
-def _layouts(work: Workload, machine: Machine, wish: Constraints) -> Iterator[Layout]:
-    for mesh in _meshes(work, machine, wish) if wish.mesh is None else (wish.mesh,):
-        if wish.rules is None:
+def _layouts(work: Workload, machine: Machine, constraints: Constraints) -> Iterator[Layout]:
+    fixed = constraints.mesh
+    for mesh in _meshes(work, machine, constraints) if fixed is None else (fixed,):
+        if constraints.rules is None:
             found = layouts(mesh, work)
-            yield from (x for x in found if wish.dense_weights in (None, x.dense_weights))
+            yield from (x for x in found if constraints.dense_weights in (None, x.dense_weights))
             continue
-        layout = Layout.ruled(mesh, work.experts, wish.rules)
+        layout = Layout.ruled(mesh, work.experts, constraints.rules)
         if not any(problems(layout, work)):
             yield layout
 
 
-def _meshes(work: Workload, machine: Machine, wish: Constraints) -> Iterator[Mesh]:
-    """Yield meshes, less those that are another one by another name."""
-    if wish.rules is not None:
-        # Those of an axis that nothing lies on are no layouts.
-        yield from meshes(machine.devices, mesh_axes(wish.rules))
+def _meshes(work: Workload, machine: Machine, constraints: Constraints) -> Iterator[Mesh]:
+    """Yield meshes, skipping those equivalent up to renaming axes."""
+    if constraints.rules is not None:
+        # Layouts reject meshes with an axis over which nothing is sharded.
+        yield from meshes(machine.devices, mesh_axes(constraints.rules))
         return
     for mesh in meshes(machine.devices):
         sizes = dict(mesh.axes)
         data = sizes.get("data", 1)
         if sizes.get("model", 1) > MOST_TENSOR:
             continue
-        # Experts would lie on the rows of data, as they do on an axis of their own.
+        # Experts would be sharded over data, as they are over an axis of their own.
         if work.experts and data > 1 and "expert" not in sizes and work.experts % data == 0:
             continue
         yield mesh
 
 
-def check_wish(work: Workload, machine: Machine, wish: Constraints) -> None:
+def check_constraints(work: Workload, machine: Machine, constraints: Constraints) -> None:
     """Check what the user fixed.
 
     Raises:
       InputError: the mesh has another number of devices, or does not divide what it splits; the
         exchange does not suit model or mesh.
     """
-    if wish.via == "hierarchical" and wish.rules is None:
+    if constraints.via == "hierarchical" and constraints.rules is None:
         raise InputError(
-            "by its names, experts lie on one axis of a mesh", hint=_NEEDS["hierarchical"]
+            "by its names, a mesh shards experts over one axis", hint=_NEEDS["hierarchical"]
         )
-    if wish.mesh is None:
+    if constraints.mesh is None:
         return
-    check_devices(wish.mesh, machine.devices, machine.name)
-    if wish.rules is None:
-        layout = Layout(wish.mesh, work.experts, "whole", wish.via == "replicated")
+    check_devices(constraints.mesh, machine.devices, machine.name)
+    if constraints.rules is None:
+        layout = Layout(constraints.mesh, work.experts, "whole", constraints.via == "replicated")
     else:
-        layout = Layout.ruled(wish.mesh, work.experts, wish.rules)
+        layout = Layout.ruled(constraints.mesh, work.experts, constraints.rules)
     check_layout(layout, work)
     devices, fitting = layout.mesh.size(layout.expert_axes), legal_vias(layout, work)
-    if wish.via is not None and wish.via not in fitting:
+    if constraints.via is not None and constraints.via not in fitting:
         raise InputError(
-            f"experts on {devices} devices cannot be reached via {wish.via}",
-            where=f"mesh {wish.mesh}",
+            f"experts on {devices} devices cannot be reached via {constraints.via}",
+            where=f"mesh {constraints.mesh}",
             expected=", ".join(fitting),
-            hint=_NEEDS.get(wish.via),
+            hint=_NEEDS.get(constraints.via),
         )
 
 
@@ -162,8 +163,8 @@ WorkOn = Callable[[Machine], Workload]
 def search(
     work: Workload,
     machine: Machine,
-    setting: StepConfig,
-    wish: Constraints | None = None,
+    config: StepConfig,
+    constraints: Constraints | None = None,
     keep: int = 5,
     work_on: WorkOn | None = None,
 ) -> Ranking:
@@ -172,31 +173,32 @@ def search(
     Args:
       work: the model and its batch.
       machine: where.
-      setting: what is given.
-      wish: what the user fixed.
+      config: what is given.
+      constraints: what the user fixed.
       keep: how many beside the best.
       work_on: the work on another machine; None where it is the same.
 
     Raises:
       InputError: nothing is legal, or nothing fits; the smallest machine that would is named.
     """
-    wish = wish or Constraints()
-    check_wish(work, machine, wish)
-    estimator = Estimator(work, machine, setting)
+    constraints = constraints or Constraints()
+    check_constraints(work, machine, constraints)
+    estimator = Estimator(work, machine, config)
     tried, found, least = 0, [], None
-    for strategy in strategies(work, machine, wish, setting.train):
+    for strategy in strategies(work, machine, constraints, config.train):
         tried += 1
-        total = estimator.memory(strategy).total
+        needed = estimator.memory(strategy)
+        total = needed.total
         if total <= machine.usable_bytes:
-            found.append(estimator.estimate(strategy))
+            found.append(estimator.estimate(strategy, needed))
         elif least is None or total < least[0]:
             least = (total, strategy)
     if not found:
-        raise _nothing(work, machine, setting, wish, least, work_on or (lambda _: work))
+        raise _nothing(work, machine, config, constraints, least, work_on or (lambda _: work))
     found.sort(key=lambda e: e.seconds)
-    keeping = [e for e in found if exact(e.strategy.via, work.dropless) or wish.via is not None]
-    if not keeping:
-        keeping = found
+    keeping = found
+    if constraints.via is None:
+        keeping = [e for e in found if exact(e.strategy.via, work.dropless)] or found
     best, *others = islice(_distinct(keeping), keep + 1)
     lossy = found[0] if found[0] is not best else None
     return Ranking(best, tuple(others), tried, len(found), lossy)
@@ -215,19 +217,19 @@ def _distinct(found: list[Estimate]) -> Iterator[Estimate]:
 def _nothing(
     work: Workload,
     machine: Machine,
-    setting: StepConfig,
-    wish: Constraints,
+    config: StepConfig,
+    constraints: Constraints,
     least: tuple[float, Strategy] | None,
     work_on: WorkOn,
 ) -> InputError:
-    if least is None and wish.via is not None:
-        free = strategies(work, machine, replace(wish, via=None), setting.train)
+    if least is None and constraints.via is not None:
+        free = strategies(work, machine, replace(constraints, via=None), config.train)
         if next(free, None) is not None:
             return InputError(
-                f"nothing goes via {wish.via}",
+                f"nothing goes via {constraints.via}",
                 where=machine.name,
-                expected="experts that lie on several devices"
-                + (", and keep every row" if wish.via == "ragged" else ""),
+                expected="experts on several devices"
+                + (", and keep every row" if constraints.via == "ragged" else ""),
                 found=f"{work.experts} experts, {machine.devices} devices",
             )
     if least is None:
@@ -239,8 +241,8 @@ def _nothing(
             "a device",
         )
     size, strategy = least
-    other = _otherwise(work, machine, setting, wish)
-    larger = smallest_that_fits(work_on, machine, setting, wish) if other is None else None
+    other = _otherwise(work, machine, config, constraints)
+    larger = smallest_that_fits(work_on, machine, config, constraints) if other is None else None
     hint = f"{larger.name} is the smallest that would" if larger else "no machine of the kind would"
     if other is not None:
         hint = f"{other} would"
@@ -254,39 +256,39 @@ def _nothing(
 
 
 def _otherwise(
-    work: Workload, machine: Machine, setting: StepConfig, wish: Constraints
+    work: Workload, machine: Machine, config: StepConfig, constraints: Constraints
 ) -> Strategy | None:
-    """Return what would fit if one wish, or all of how parameters lie, were left to the search."""
+    """Return what would fit with fewer constraints on the mesh and on stored parameters."""
     free = [{"dense_weights": None}, {"mesh": None}, {"mesh": None, "dense_weights": None}]
     for change in free:
-        relaxed = replace(wish, **change)
-        found = _fitting(work, machine, setting, relaxed) if relaxed != wish else None
+        relaxed = replace(constraints, **change)
+        found = _fitting(work, machine, config, relaxed) if relaxed != constraints else None
         if found is not None:
             return found
     return None
 
 
 def smallest_that_fits(
-    work_on: WorkOn, machine: Machine, setting: StepConfig, wish: Constraints
+    work_on: WorkOn, machine: Machine, config: StepConfig, constraints: Constraints
 ) -> Machine | None:
     """Return the smallest machine of the same chip on which something fits, or None.
 
     A mesh that was wished for is no longer one.
     """
-    free = replace(wish, mesh=None)
+    free = replace(constraints, mesh=None)
     larger = (other for other in sizes_of_kind(machine) if other.devices > machine.devices)
-    fitting = (other for other in larger if _fitting(work_on(other), other, setting, free))
+    fitting = (other for other in larger if _fitting(work_on(other), other, config, free))
     return next(fitting, None)
 
 
 def _fitting(
-    work: Workload, machine: Machine, setting: StepConfig, wish: Constraints
+    work: Workload, machine: Machine, config: StepConfig, constraints: Constraints
 ) -> Strategy | None:
     """Return a strategy that fits, the first that is met."""
-    estimator = Estimator(work, machine, setting)
+    estimator = Estimator(work, machine, config)
     fitting = (
         s
-        for s in strategies(work, machine, wish, setting.train)
+        for s in strategies(work, machine, constraints, config.train)
         if estimator.memory(s).total <= machine.usable_bytes
     )
     return next(fitting, None)

@@ -12,7 +12,7 @@ from math import prod
 class Shape:
     """Axes with their global sizes; one object for equal shapes, which `Shapes` sees to.
 
-    The experts of a router's logits are called ``choices``: they lie with their token.
+    The experts of a router's logits are called ``choices``: a device has all of a token's.
     """
 
     axes: tuple[tuple[str, float], ...]

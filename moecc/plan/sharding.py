@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TypeVar
@@ -19,8 +19,47 @@ from moecc.types.tensor import TensorType
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Sharded:
+@dataclass(frozen=True, eq=False)
+class Memo:
+    """Remembers what was worked out: many strategies ask the same."""
+
+    _made: dict[object, object] = field(default_factory=dict, repr=False, kw_only=True)
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return what `make` returned when `key` was first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Values(Memo):
+    """Sizes of values on one device; layouts that only store parameters otherwise share them.
+
+    Attributes:
+      layout: the layout.
+      work: the model.
+      rows: by how much more rows of experts there are than in the graph.
+    """
+
+    layout: Layout
+    work: Workload
+    rows: float = 1.0
+    _known: dict[Shape, float] = field(default_factory=dict, repr=False, kw_only=True)
+
+    def elements(self, shape: Shape) -> float:
+        """Return the elements on one device of a value that is looked at by itself."""
+        found = self._known.get(shape)
+        if found is None:
+            alone, mesh = self.work.sample.alone(shape, self.layout), self.layout.mesh
+            rows = self.rows if shape.has_slots else 1.0
+            shards = mesh.size(m for a in alone.axes for m in a.mesh)
+            found = self._known[shape] = shape.elements / shards * rows
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Sharded(Memo):
     """One layer of each kind under a layout; what is worked out of it serves all strategies.
 
     Attributes:
@@ -30,8 +69,6 @@ class Sharded:
 
     layout: Layout
     work: Workload
-    _known: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
-    _made: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def found(self) -> Propagation:
@@ -59,22 +96,6 @@ class Sharded:
         """Return mesh axes in the order of the mesh."""
         return tuple(n for n in self.layout.mesh.names if n in axes)
 
-    def once(self, key: object, make: Callable[[], T]) -> T:
-        """Return what `make` returned when `key` was first asked for."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]  # type: ignore[return-value]
-
-    def elements(self, shape: Shape) -> float:
-        """Return the elements on one device of a value that is looked at by itself."""
-        found = self._known.get(shape)
-        if found is None:
-            found = self._known[shape] = shape.elements / self.shards(self._alone(shape))
-        return found
-
-    def _alone(self, shape: Shape) -> TensorType:
-        return self.work.sample.alone(shape, self.layout)
-
     def shards(self, type: TensorType) -> int:
         """Return in how many shards a value of `type` is."""
         return self.layout.mesh.size(m for a in type.axes for m in a.mesh)
@@ -97,59 +118,47 @@ class Sharded:
         return self.gradients.params.get(self.value(weight), set())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sharding:
     """Sizes under a layout.
 
     Attributes:
       sharded: the layers under the layout.
-      rows: by how much more rows of experts there are than in the graph.
+      values: the sizes of values.
     """
 
     sharded: Sharded
-    rows: float = 1.0
-    _known: dict[Shape, float] = field(default_factory=dict, repr=False, compare=False)
-    _sums: dict[object, float] = field(default_factory=dict, repr=False, compare=False)
+    values: Values
 
     @classmethod
     def of(cls, layout: Layout, work: Workload) -> Sharding:
         """Return the sizes of `work` under `layout`, with the rows of the graph."""
-        return cls(Sharded(layout, work))
-
-    def with_rows(self, rows: float) -> Sharding:
-        """Return the same with another number of rows."""
-        return replace(self, rows=rows, _known={}, _sums={})
+        return cls(Sharded(layout, work), Values(layout.of_values, work))
 
     @property
     def layout(self) -> Layout:
         """The layout."""
         return self.sharded.layout
 
-    def once(self, key: object, make: Callable[[], float]) -> float:
-        """Return what `make` returned when `key` was first asked for: plans share layouts."""
-        found = self._sums.get(key)
-        if found is None:
-            found = self._sums[key] = make()
-        return found
+    @property
+    def rows(self) -> float:
+        """By how much more rows of experts there are than in the graph."""
+        return self.values.rows
 
     def elements(self, shape: Shape) -> float:
         """Return the elements of a value on one device."""
-        found = self._known.get(shape)
-        if found is None:
-            rows = self.rows if shape.has_slots else 1.0
-            found = self._known[shape] = self.sharded.elements(shape) * rows
-        return found
+        return self.values.elements(shape)
 
     def used(self, weight: Weight) -> float:
         """Return the elements of a parameter where it is used: split over experts and neurons."""
         return weight.shape.elements / self.sharded.shards(self.sharded.used(weight))
 
     def stored(self, weight: Weight) -> float:
-        """Return the elements of a parameter where it lies."""
+        """Return the elements of a parameter as it is stored."""
         return prod(self.stored_sizes(weight).values())
 
     def stored_sizes(self, weight: Weight) -> dict[str, float]:
-        """Return the sizes of a parameter where it lies, by axis."""
+        """Return the sizes of a parameter as it is stored, by axis."""
         key = ("stored", weight.shape, weight.of_experts)
         return self.sharded.once(key, lambda: self._stored_sizes(weight))
 

@@ -37,7 +37,7 @@ class Strategy:
     """What is chosen.
 
     Attributes:
-      layout: the mesh, and what lies where.
+      layout: the mesh, and what is sharded over it.
       via: how tokens reach experts.
       dispatch: the class of the dispatch strategy, as `moecc.ir.dispatch_strategies` has it.
       remat: one of `REMATS`.

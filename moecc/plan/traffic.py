@@ -23,16 +23,16 @@ from moecc.sharding.vias import Via, via
 
 
 def part_transfers(
-    part: Part, setting: StepConfig, strategy: Strategy, local: Sharding
+    part: Part, config: StepConfig, strategy: Strategy, local: Sharding
 ) -> Iterator[Transfer]:
     """Yield the collectives of one part, forward and, in training, backward."""
-    sharded, train = local.sharded, setting.train
+    sharded, train = local.sharded, config.train
     found = sharded.once(id(part), lambda: traffic_of(part, sharded))
-    doing = Work(strategy, setting)
+    doing = Work(strategy, config)
 
     def transfer(one: Moved, times: float, *, waits: bool = True) -> Transfer:
         elements = one.elements * local.rows if one.of_rows else one.elements
-        size = elements * setting.dtype.itemsize_bytes
+        size = elements * config.dtype.itemsize_bytes
         return Transfer(one.op, one.axes, size, times, one.why, waits)
 
     for one in found.params:
@@ -72,19 +72,17 @@ def _slice(layer: SparseLayer, strategy: Strategy) -> Slice | None:
 
 
 def sparse_rows(
-    part: Part, work: Workload, setting: StepConfig, strategy: Strategy, local: Sharding
-) -> Rows | None:
-    """Return the tokens and rows of a device at `part`, or None where there are no experts."""
-    step = next((s for s in part.steps if s.moves is RowMove.TO_SLOTS), None)
-    if step is None:
-        return None
+    part: Part, work: Workload, config: StepConfig, strategy: Strategy, local: Sharding
+) -> Rows:
+    """Return the tokens and rows of a device at `part`, which has experts."""
+    step = next(s for s in part.steps if s.moves is RowMove.TO_SLOTS)
     layout, rows = strategy.layout, step.results[0]
     embed = rows.size("embed")
     return Rows(
         tokens=local.elements(step.operands[0]) / embed,
         # Rows are counted where their tokens are, before any exchange.
         rows=rows.elements / embed / layout.shards["batch"],
-        row_bytes=embed * setting.dtype.itemsize_bytes,
+        row_bytes=embed * config.dtype.itemsize_bytes,
         devices=layout.mesh.size(layout.expert_axes),
         top_k=part.top_k,
         experts=work.experts,

@@ -78,6 +78,12 @@ class Step:
         """Two for each multiplication of a contraction, of all devices together."""
         return 2.0 * self.axes.elements if self.cost is Cost.PRODUCT else 0.0
 
+    def computed_again(self, remat: str) -> int:
+        """Return how often it is computed again for the backward pass, by what is kept."""
+        if remat == "full":
+            return self.again
+        return self.saved_again if remat == "save" else 0
+
     @property
     def has_rows(self) -> bool:
         """Whether it works on the rows of experts."""
@@ -108,7 +114,7 @@ class Part:
     onward: bool = False
     nodes: tuple[Node, ...] = field(default=(), compare=False, repr=False)
 
-    @property
+    @cached_property
     def is_sparse(self) -> bool:
         """Whether tokens are sent to experts here."""
         return any(step.moves is RowMove.TO_SLOTS for step in self.steps)
@@ -190,7 +196,7 @@ def workload(graph: Graph, batch: Batch) -> Workload:
     """Read from `graph` what a step of `batch` computes.
 
     Raises:
-      InputError: its layers are rolled, or it lies on a mesh.
+      InputError: its layers are rolled, or it is on a mesh.
     """
     _check_plain(graph)
     layers = expert_layers(graph)
@@ -217,7 +223,7 @@ def _check_plain(graph: Graph) -> None:
         )
     if mesh_of(graph) is not None:
         raise InputError(
-            "the graph lies on a mesh already", where=graph.name, hint="-p strip-sharding"
+            "the graph is on a mesh already", where=graph.name, hint="-p strip-sharding"
         )
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -17,6 +19,7 @@ from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.ops import OpDef
+from moecc.ir.printer import format_node
 from moecc.ir.replace import replace_value
 from moecc.ir.verify import where
 from moecc.rewrite.match import Match, Misses, NearMiss, match
@@ -26,6 +29,45 @@ from moecc.support.gc_pause import gc_paused
 
 REWRITES_PER_NODE = 16
 """The number of rewrites per node of the graph beyond which the driver reports a loop."""
+
+
+@dataclass
+class RewriteWatch:
+    """Counts rewrites, whichever pass makes them, and stops after some: to find a wrong one.
+
+    Attributes:
+      limit: how many are made; None for all.
+      done: how many have been made.
+      last: the last one: pass and rule, and the line that it replaced.
+    """
+
+    limit: int | None = None
+    done: int = 0
+    last: str = ""
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more rewrites are to be made."""
+        return self.limit is not None and self.done >= self.limit
+
+    def note(self, origin: str, root: Node) -> None:
+        """Count a rewrite, before it is made."""
+        self.done += 1
+        self.last = f"{origin} at {format_node(root)}"
+
+
+_watch: ContextVar[RewriteWatch | None] = ContextVar("rewrite watch", default=None)
+
+
+@contextmanager
+def rewrites_watched(limit: int | None = None) -> Iterator[RewriteWatch]:
+    """Watch all rewrites made inside, and make at most `limit` of them."""
+    watch = RewriteWatch(limit)
+    token = _watch.set(watch)
+    try:
+        yield watch
+    finally:
+        _watch.reset(token)
 
 
 class RewriteLimitError(InputError):
@@ -156,6 +198,7 @@ class _Driver:
         self.result = RewriteResult(rules={r.name: RuleStats() for r in rules})
         self.misses = Misses()
         self.index: dict[OpDef, list[_Candidate]] = {}
+        self.watch = _watch.get()
         self.reach = 1
         self.recent: Counter[str] = Counter()
         for rule in rules:
@@ -169,7 +212,7 @@ class _Driver:
         self.queued = set(self.stack)
 
     def run(self) -> RewriteResult:
-        while self.stack:
+        while self.stack and not (self.watch is not None and self.watch.is_spent):
             node = self.stack.pop()
             self.queued.discard(node)
             # Dead nodes are left to dead-code elimination; rewriting them has no effect.
@@ -195,6 +238,8 @@ class _Driver:
         self.count(rule)
         root = found.root
         origin = f"{self.origin}/{rule.name}"
+        if self.watch is not None:
+            self.watch.note(origin, root)
         builder = _RecordingBuilder(self.graph, loc=root.loc, origin=origin, before=root)
         built = rule.build(found, builder)
         values = built if isinstance(built, tuple) else (built,)

@@ -31,7 +31,7 @@ class Alike(Generic[T]):
         Args:
           layout: the layout.
           key: what is made.
-          make: makes it; nothing of the mesh may count for it but what the assigner says.
+          make: makes it; of the mesh it may read nothing but what the assigner answers.
         """
         mesh = layout.mesh
         known = self._known.setdefault((key, layout.names, mesh.names), [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
@@ -19,7 +20,7 @@ ROWS = (Axis("group", "group"), Axis("slot", "slot"))
 """The axes of rows that run beside those of a parameter of experts where it is used."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Dimension:
     """A dimension of an operation, and the mesh axes over which it is sharded.
 
@@ -35,7 +36,7 @@ class Dimension:
     split: bool = True
     cuts: Collection[int] = ()
     mesh: tuple[str, ...] = ()
-    rules: list[LayoutRule] = field(default_factory=list)
+    rules: tuple[LayoutRule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,15 @@ class Assignment:
 
         Axes without influence on the operation stay as they are.
         """
-        names = self.site.space.operands[number]
-        found = [
-            self.dimensions[names[a.name]].mesh if a.name in names else a.mesh for a in type.axes
-        ]
-        if not type.unreduced and all(a.mesh == m for a, m in zip(type.axes, found, strict=True)):
-            return type
-        axes = (Axis(a.name, a.size, m) for a, m in zip(type.axes, found, strict=True))
-        return TensorType(type.dtype, tuple(axes))
+        names, dimensions = self.site.space.operands[number], self.dimensions
+        found = [dimensions[names[a.name]].mesh if a.name in names else a.mesh for a in type.axes]
+        return type.sharded(tuple(found))
 
     def rules(self, number: int, type: TensorType) -> list[LayoutRule]:
         """Return the rules by which operand `number`, of `type`, should be sharded otherwise."""
         names, wanted = self.site.space.operands[number], self.wanted(number, type)
+        if wanted is type:
+            return []
         moved = [a.name for a, b in zip(type, wanted, strict=True) if a.mesh != b.mesh]
         found = (r for n in moved if n in names for r in self.dimensions[names[n]].rules)
         return list(dict.fromkeys(found))
@@ -108,8 +106,9 @@ class Assigner:
             name: Dimension(axes, name not in site.space.whole)
             for name, axes in site.dimensions.items()
         }
-        for name, names in site.names.items() if cuts else ():
-            dimensions[name].cuts = {c for n in names for c in cuts.get(n, ())}
+        for axis, numbers in cuts.items():
+            for name in site.by_axis.get(axis, ()):
+                dimensions[name].cuts = {*dimensions[name].cuts, *numbers}
         _pin(site, given, dimensions)
         if site.is_product:
             self._by_rules(dimensions, site.by_axis)
@@ -127,8 +126,7 @@ class Assigner:
         """
         dimensions = {a.name: Dimension((a,)) for a in (*type.axes, *beside)}
         self._by_rules(dimensions, {n: (n,) for n in dimensions})
-        axes = (Axis(a.name, a.size, dimensions[a.name].mesh) for a in type.axes)
-        return TensorType(type.dtype, tuple(axes))
+        return type.sharded(tuple([dimensions[name].mesh for name in type.names]))
 
     def stored(self, type: TensorType) -> TensorType:
         """Return the `type` of a parameter that is sharded for use, as it is stored.
@@ -136,32 +134,45 @@ class Assigner:
         A parameter of one axis, the scale of a norm, stays as it is: it is small, and to gather
         hundreds of them costs more than to keep them.
         """
-        if len(type.axes) < 2:
+        if len(type.axes) < 2 or not self._for_storage:
             return type
         taken = {m for a in type.axes for m in a.mesh}
         axes = {a.name: a for a in type.axes}
-        for rule in self.rules:
+        for rule in self._for_storage:
             axis = axes.get(rule.axis)
-            if rule.stored and axis is not None:
+            if axis is not None:
                 more = self._free(rule, taken, Dimension((axis,), mesh=axis.mesh))
                 axes[rule.axis] = Axis(axis.name, axis.size, (*axis.mesh, *more))
-        return type.with_axes(axes.values())
+        return type.sharded(tuple([a.mesh for a in axes.values()]), type.unreduced)
+
+    @cached_property
+    def _for_use(self) -> tuple[LayoutRule, ...]:
+        """The rules of values, and of parameters as they are used."""
+        return self._on_mesh(stored=False)
+
+    @cached_property
+    def _for_storage(self) -> tuple[LayoutRule, ...]:
+        """The rules of parameters as they are stored."""
+        return self._on_mesh(stored=True)
+
+    def _on_mesh(self, *, stored: bool) -> tuple[LayoutRule, ...]:
+        sizes = self.mesh.sizes
+        found = (r for r in self.rules if r.stored is stored)
+        return tuple(r for r in found if any(m in sizes for m in r.mesh))
 
     def _by_rules(
         self, dimensions: Mapping[str, Dimension], by_axis: Mapping[str, Sequence[str]]
     ) -> None:
         taken = {m for d in dimensions.values() for m in d.mesh}
-        for rule in self.rules:
-            if rule.stored or rule.axis not in by_axis:
-                continue
-            if rule.beside and rule.beside not in by_axis:
+        for rule in self._for_use:
+            if rule.axis not in by_axis or (rule.beside and rule.beside not in by_axis):
                 continue
             for name in by_axis[rule.axis]:
                 dimension = dimensions[name]
                 more = self._free(rule, taken, dimension) if dimension.split else ()
                 if more:
                     dimension.mesh = (*dimension.mesh, *more)
-                    dimension.rules.append(rule)
+                    dimension.rules = (*dimension.rules, rule)
 
     def _free(self, rule: LayoutRule, taken: set[str], dimension: Dimension) -> tuple[str, ...]:
         """Return the mesh axes of `rule` that are free and divide `dimension`, and take them."""
@@ -187,7 +198,7 @@ class Assigner:
         sizes = "*".join(f"{n}:{self.mesh.size((n,))}" for n in mesh)
         if not isinstance(size, int):
             return Problem(
-                f"the axis {axis.name!r} has a size that a place sets, and cannot lie split",
+                f"the axis {axis.name!r} has a size that slots set, and cannot be sharded",
                 found=f"{axis}, and the rule {rule} ({rule.source})",
             )
         if axis.name == "expert" and parts > size:
@@ -221,17 +232,18 @@ class Assigner:
         dimensions: Mapping[str, Dimension],
     ) -> None:
         """Shard dimensions that no rule shards as all of their operands are, where that is free."""
-        taken = {m for d in dimensions.values() for m in d.mesh}
+        left = {n: d for n, d in dimensions.items() if d.split and not d.mesh}
         found: dict[str, set[tuple[str, ...]]] = {}
-        for type, names in zip(given, site.space.operands, strict=True):
+        for type, names in zip(given, site.space.operands, strict=True) if left else ():
             for axis in type.axes if type is not None else ():
-                if axis.name in names:
+                if axis.name in names and names[axis.name] in left:
                     found.setdefault(names[axis.name], set()).add(axis.mesh)
-        for name, meshes in found.items():
-            dimension, (mesh, *others) = dimensions[name], meshes
-            free = not dimension.mesh and dimension.split and not others
-            if free and mesh and not taken & set(mesh) and self._fits(dimension, mesh):
-                dimension.mesh = mesh
+        taken = {m for d in dimensions.values() for m in d.mesh}
+        for name, (mesh, *others) in found.items():
+            if others or not taken.isdisjoint(mesh):
+                continue
+            if mesh and self._fits(left[name], mesh):
+                left[name].mesh = mesh
                 taken.update(mesh)
 
     def _fits(self, dimension: Dimension, mesh: tuple[str, ...]) -> bool:
@@ -242,7 +254,7 @@ class Assigner:
         if isinstance(size, str) or axis.name in self.free:
             return True
         if isinstance(size, Extent):
-            # What a place sets shows at run time: one shard alone divides it for certain.
+            # What slots set is known at run time: one shard alone divides it for certain.
             return size.kind == "groups" or self._parts_divide(1, mesh)
         return self._parts_divide(size, mesh)
 

@@ -57,9 +57,9 @@ def _is_larger(type: TensorType, other: TensorType) -> bool:
 
 
 def steps(source: TensorType, target: TensorType) -> Iterator[Step]:
-    """Yield the collectives that bring a value of type `source` to where `target` lies.
+    """Yield the collectives that bring a value of type `source` to the sharding of `target`.
 
-    Both types are alike but for where they lie; `target` is no sum left to be carried out.
+    Both types are equal but for their sharding; `target` is no unreduced sum.
     """
     now = {a.name: a.mesh for a in source.axes}
     goal = {a.name: a.mesh for a in target.axes}

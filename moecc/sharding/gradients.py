@@ -7,7 +7,7 @@ is the same along an axis of data, or what a product over sharded neurons was ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moecc.ir.graph import Value
@@ -84,8 +84,8 @@ def gradients(sites: Sequence[Site], found: Propagation, on: Dependence) -> Grad
         for number, value in enumerate(site.operands):
             if value not in on.differentiable:
                 continue
-            along = along or _along(site, found.used(site.node))
-            axes = {m for d, mesh in along.items() for m in mesh if d not in _own(site, number)}
+            along = _along(site, found.used(site.node)) if along is None else along
+            axes = _sharded_beside(along, site.space.operands[number].values()) if along else set()
             if on.is_deferred(value):
                 deferred.setdefault(value, set()).update(axes, left)
             elif axes:
@@ -94,13 +94,16 @@ def gradients(sites: Sequence[Site], found: Propagation, on: Dependence) -> Grad
     return made
 
 
-def _own(site: Site, number: int) -> Iterable[str]:
-    return site.space.operands[number].values()
+def _sharded_beside(along: Mapping[str, Iterable[str]], own: Collection[str]) -> set[str]:
+    """Return the mesh axes of the dimensions that are not the operand's own."""
+    return {m for dimension, mesh in along.items() if dimension not in own for m in mesh}
 
 
 def _along(site: Site, types: Sequence[TensorType]) -> dict[str, tuple[str, ...]]:
     """Return the mesh axes of the dimensions that are sharded."""
     found: dict[str, tuple[str, ...]] = {}
     for type, names in zip(types, site.space.operands, strict=True):
-        found.update((names[a.name], a.mesh) for a in type.axes if a.mesh and a.name in names)
+        for axis in type.axes if type.is_sharded else ():
+            if axis.mesh and axis.name in names:
+                found[names[axis.name]] = axis.mesh
     return found

@@ -1,15 +1,15 @@
-"""Layouts: which mesh axes split the batch, the experts, the neurons and the parameters.
+"""Layouts: which mesh axes shard the batch, the experts, the neurons and the parameters.
 
-They are those of the rules by which ``annotate-sharding`` lays a graph: rules that the user names,
-or those that the axes of the mesh stand for.  The paper's layout has the experts on the rows of
-data and splits heads and neurons over ``model`` (ST-MoE, appendix H); ``fsdp`` splits parameters
-too and gathers them where they are used.
+They are those of the rules by which ``annotate-sharding`` shards a graph: rules that the user
+names, or those that the axes of the mesh stand for.  The paper's layout has the experts on the
+rows of data and splits heads and neurons over ``model`` (ST-MoE, appendix H); ``fsdp`` splits
+parameters too and gathers them where they are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from moecc.errors import InputError, Problem
@@ -20,7 +20,7 @@ from moecc.types.dtypes import F32
 from moecc.types.tensor import Axis, TensorType
 
 DENSE_WEIGHTS = ("whole", "split")
-"""Whether parameters that are no experts' lie whole or split along the experts' axes."""
+"""Whether parameters of no expert are replicated along the experts' axes, or sharded."""
 
 TENSOR_AXES = ("q", "kv", "head", "kv_head", "mlp", "vocab")
 """The axes of values that tensor parallelism splits."""
@@ -31,7 +31,7 @@ KNOWN = frozenset({"batch", "group", "expert", *TENSOR_AXES})
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies.
+    """How everything is sharded.
 
     Attributes:
       mesh: the mesh.
@@ -74,7 +74,7 @@ class Layout:
     def names(self) -> tuple[str, ...]:
         """The names of the rules, those that count most in front.
 
-        ``fsdp`` comes first, so that the batch lies on the experts' axis innermost and rows reach
+        ``fsdp`` comes first, so that the experts' axis shards the batch innermost and rows reach
         their experts by one exchange.
 
         Raises:
@@ -92,7 +92,7 @@ class Layout:
         return tuple(names)
 
     def _rows(self) -> list[str]:
-        """Return what says where the batch lies besides, and the experts."""
+        """Return the rules that shard the batch besides, and the experts."""
         sizes = dict(self.mesh.axes)
         if self.experts and "expert" in sizes:
             return ["expert-replicated" if self.replicated else "expert-parallel"]
@@ -111,6 +111,14 @@ class Layout:
     def rules(self) -> tuple[LayoutRule, ...]:
         """The rules, those that count most in front."""
         return tuple(read_layouts(self.names))
+
+    @cached_property
+    def of_values(self) -> Layout:
+        """The layout that shards values as this one does, and stores parameters as they are used.
+
+        Layouts that differ in what is stored where have it in common.
+        """
+        return self if self.dense_weights == "whole" else replace(self, dense_weights="whole")
 
     @cached_property
     def assigner(self) -> Assigner:

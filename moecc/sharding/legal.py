@@ -40,8 +40,8 @@ def refusals(
         return
     if not exchanged and not way.tokens_everywhere:
         yield Refusal(
-            "tokens do not lie on the experts' mesh axis, so there is no ring",
-            "a mesh axis that both lie on", "via=replicated",
+            "tokens are not sharded over the experts' mesh axis, so there is no ring",
+            "a mesh axis that shards both", "via=replicated",
         )  # fmt: skip
     if exchanged and tokens[-len(exchanged) :] != exchanged:
         yield Refusal(
@@ -55,7 +55,7 @@ def _of_exchange(
 ) -> Iterator[Refusal]:
     if set(exchanged) != set(experts):
         yield Refusal(
-            "rows are exchanged along mesh axes that both tokens and experts lie on",
+            "rows are exchanged along mesh axes that shard both tokens and experts",
             "tokens on the mesh axes of the experts, too", "via=replicated",
         )  # fmt: skip
     if not way.takes(slots) and slots == "ragged":

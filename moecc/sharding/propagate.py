@@ -10,15 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecc.errors import InputError
-from moecc.ir.flow import Given, sharded_results
 from moecc.ir.graph import Node, Value
-from moecc.ir.table.collectives import format_sharding
 from moecc.ir.table.slots import assigner
 from moecc.ir.verify import where
 from moecc.sharding.assign import Assigner, Assignment, Cuts
 from moecc.sharding.rules import LayoutRule
 from moecc.sharding.sites import Site, cuts_of
-from moecc.types.tensor import Axis, TensorType
+from moecc.types.tensor import TensorType
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +122,7 @@ class _Walk:
         self.assigner = assigner
         self.cuts = cuts
         self.found = Propagation()
-        self.made: dict[tuple[Ref, str, str], Reshard] = {}
+        self.made: dict[tuple[Ref, TensorType, str], Reshard] = {}
 
     def make(self, value: Value, type: TensorType) -> None:
         self.found.types[value] = type
@@ -139,7 +137,7 @@ class _Walk:
         refs = [visible.get(v) for v in site.operands]
         if node.op.moves is not None:
             # Slots and the experts that they were given for belong together.
-            refs[1] = self._placed(site.operands[2])
+            refs[1] = self._experts_of(site.operands[2])
         given = [None if ref is None else types[ref] for ref in refs]
         assignment = self.assigner.node(site, given, self.cuts)
         for number, value in enumerate(site.operands):
@@ -150,17 +148,14 @@ class _Walk:
             for number, ref in enumerate(refs)
         )
         self.found.operands[node] = taken
-        operands = [Given(v.name, types[r]) for v, r in zip(site.operands, taken, strict=True)]
-        bare = [v.type for v in node.results]
-        results = sharded_results(node.op, site.space, operands, bare, None)
-        for value, type in zip(node.results, results, strict=True):
+        for value, type in zip(node.results, site.results([types[r] for r in taken]), strict=True):
             self.make(value, type)
             if type.unreduced:
                 visible[value] = self._summed(assignment, value, type)
 
-    def _placed(self, place: Value) -> Ref:
-        """Return the experts that the slots `place` were given to."""
-        node = assigner(place)
+    def _experts_of(self, slots: Value) -> Ref:
+        """Return the experts that `slots` were assigned to."""
+        node = assigner(slots)
         if node.op.chooses:
             return self.found.visible[node.results[0]]
         return self.found.operands[node][0]
@@ -169,7 +164,7 @@ class _Walk:
         """Return operand `number` as the operation wants it."""
         type = self.found.types[ref]
         wanted = assignment.wanted(number, type)
-        if wanted == type:
+        if wanted is type:
             return ref
         rules = assignment.rules(number, type) or self._rules_of(type, wanted)
         return self._reshard(Reshard(ref, type, wanted, assignment.site.node, tuple(rules)))
@@ -184,24 +179,24 @@ class _Walk:
         wanted = self.assigner.lone(type.bare)
         # What no rule shards stays as it is.
         taken = {m for a in wanted.axes for m in a.mesh}
-        axes = [
-            a if a.mesh or taken & set(old.mesh) else Axis(a.name, a.size, old.mesh)
-            for a, old in zip(wanted.axes, type.axes, strict=True)
+        meshes = [
+            mesh if mesh or taken & set(old) else old
+            for mesh, old in zip(wanted.meshes, type.meshes, strict=True)
         ]
         summed = sorted(assignment.site.space.summed)
         rules = tuple(r for d in summed for r in assignment.dimensions[d].rules)
-        target = TensorType(type.dtype, tuple(axes))
+        target = type.sharded(tuple(meshes))
         node = assignment.site.node
         return self._reshard(Reshard(value, type, target, node, rules, is_sum=True))
 
     def _reshard(self, reshard: Reshard) -> Reshard:
         """Return a reshard, or the same one that was made before.
 
-        A parameter is brought anew at every place in the model, so that it need not stay there.
+        A parameter is brought anew for every layer, so that it need not stay there.
         """
         ref = reshard.operand
         is_param = isinstance(ref, Value) and ref.is_param
-        key = (ref, format_sharding(reshard.target), reshard.node.loc if is_param else "")
+        key = (ref, reshard.target, reshard.node.loc if is_param else "")
         if key not in self.made:
             self.made[key] = reshard
             self.found.types[reshard] = reshard.target

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moecc.ir.flow import Given, sharded_results
+from moecc.ir.sharding_rules import Given, sharded_results
 from moecc.ir.traits import RowMove
 from moecc.sharding.collectives import Step, steps
 from moecc.sharding.propagate import Propagation, Reshard
@@ -133,7 +133,7 @@ class SparseLayer:
 
 
 def sparse_layer(sites: Iterable[Site], found: Propagation) -> SparseLayer | None:
-    """Return the routed layer among `sites`, sharded as was `found`; None where there is none."""
+    """Return the routed layer among `sites`, sharded as was `found`, or None."""
     moving = {site.node.op.moves: site for site in sites}
     dispatch, combine = moving.get(RowMove.TO_SLOTS), moving.get(RowMove.TO_TOKENS)
     if dispatch is None or combine is None:

@@ -1,4 +1,4 @@
-"""Layouts: which named axes lie on which mesh axes, as lines that users can write.
+"""Layouts: which mesh axes shard which named axes, as lines that users can write.
 
     # one rule a line; what is nearer to the top takes a mesh axis first
     batch = data
@@ -42,8 +42,8 @@ class LayoutRule:
 
     Attributes:
       axis: the named axis.
-      mesh: the mesh axes that it lies on, outermost first, as far as the mesh has them.
-      stored: whether only parameters lie so, and are gathered for use.
+      mesh: the mesh axes that shard it, outermost first, as far as the mesh has them.
+      stored: whether only parameters are sharded so, and are gathered for use.
       beside: an axis that the operation must run along, too; empty: none.
       optional: whether it is left out where it does not divide.
       source: the layout and line that it stands in.

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from moecc.ir.flow import Space, space_of
 from moecc.ir.graph import Node, Value
+from moecc.ir.sharding_rules import Given, Space, sharded_results, space_of
 from moecc.ir.table.slots import is_slots
 from moecc.ir.traits import Cost, Product
-from moecc.types.tensor import Axis
+from moecc.types.tensor import Axis, TensorType
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,23 @@ class Site:
         return found
 
     @cached_property
+    def _results(self) -> dict[tuple[TensorType, ...], tuple[TensorType, ...]]:
+        return {}
+
+    def results(self, types: Sequence[TensorType]) -> tuple[TensorType, ...]:
+        """Return the types of its results where its operands have `types`; worked out once.
+
+        Raises:
+          InputError: the operation does not accept an operand's sharding.
+        """
+        key = tuple(types)
+        if key not in self._results:
+            given = [Given(v.name, t) for v, t in zip(self.operands, key, strict=True)]
+            bare = [v.type for v in self.node.results]
+            self._results[key] = sharded_results(self.node.op, self.space, given, bare, None)
+        return self._results[key]
+
+    @cached_property
     def slots(self) -> tuple[int, ...]:
         """The positions of the operands that are slots."""
         return tuple(i for i, v in enumerate(self.operands) if is_slots(v))
@@ -76,7 +93,9 @@ def _site(node: Node) -> Site:
     for value, names in values:
         for axis in value.type.axes:
             if axis.name in names:
-                dimensions.setdefault(names[axis.name], []).append(Axis(axis.name, axis.size))
+                along, one = dimensions.setdefault(names[axis.name], []), Axis(axis.name, axis.size)
+                if one not in along:
+                    along.append(one)
     for name, (what, count) in space.counts.items():
         dimensions[name].append(Axis(what, count))
     return Site(node, tuple(node.operands), space, dimensions)

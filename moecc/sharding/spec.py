@@ -21,7 +21,7 @@ Sizes = Mapping[str, int]
 
 
 def spec_of(type: TensorType) -> ShardingSpec:
-    """Return the spec that a type says."""
+    """Return the spec of a type."""
     return {axis.name: axis.mesh for axis in type if axis.mesh}
 
 

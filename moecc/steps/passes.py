@@ -45,6 +45,8 @@ class StepPasses:
 
     Attributes:
       mode: ``train`` or ``eval``.
+      documents: of a row, ``several`` or ``one``, kept apart by segments; None without segments.
+      tied: whether logits are made by the embedding, of an encoder without a head.
       routed: whether the model has experts; without, nothing is specialised.
       bound: the bound on an expert's rows; None for what the graph says.
       groups: token groups of a micro-batch; None for what the graph says.
@@ -57,6 +59,8 @@ class StepPasses:
     """
 
     mode: str = "train"
+    documents: str | None = None
+    tied: bool = False
     routed: bool = True
     bound: Bound | None = None
     groups: int | None = None
@@ -71,6 +75,10 @@ class StepPasses:
         return ",".join(self._passes())
 
     def _passes(self) -> Iterator[str]:
+        if self.documents is not None:
+            yield _pass("pack-segments", {"documents": self.documents})
+        if self.tied:
+            yield "tie-head"
         if self.routed:
             yield specialize(self.mode, self.bound, self.groups)
             if self.losses is not None:

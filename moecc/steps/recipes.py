@@ -15,7 +15,7 @@ from moecc.sharding.vias import LOCAL
 from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize, step_graph
 from moecc.steps.spec import StepSpec
 from moecc.support.parse_units import float_type
-from moecc.train.recipe import Recipe
+from moecc.train.recipe import Objective, Recipe
 
 
 def train_graph(graph: Graph, recipe: Recipe) -> Graph:
@@ -97,6 +97,8 @@ def _passes(
     mesh = _mesh(graph, recipe, specialize(mode, bound, groups))
     return StepPasses(
         mode,
+        documents="several" if recipe.data.packing else "one",
+        tied=recipe.data.objective is Objective.MASKED and "logits" not in graph.output_names,
         routed=routed,
         bound=bound,
         groups=groups,

@@ -96,23 +96,37 @@ def _checked(
     after: Graph,
     seeds: Sequence[int],
 ) -> Checked:
-    from moecc.testing.oracle import differences
-
-    # A pass may add outputs, such as a loss; existing outputs must stay.
-    same = clone(after)
-    for name in [n for n in same.output_names if n not in before.output_names]:
-        same.drop_output(name)
-    if promise.kind == "approximate":
-        found: list[str] = []
-    else:
-        exact = promise.kind == "exact"
-        found = [d for s in seeds for d in differences(before, same, s, exact)]
+    same = _with_outputs_of(before, after)
+    found = broken_promise(promise, before, same, seeds)
     problems = tuple(
         Problem("the pass broke its promise", f"pass {number}, {item.name}", str(promise), text)
         for text in found
     )
     measured = 0.0 if found else max(measure(before, same, s) for s in seeds)
     return Checked(number, item, promise, measured, problems)
+
+
+def _with_outputs_of(before: Graph, after: Graph) -> Graph:
+    """Return `after` without the outputs that a pass added: a loss, say; the others must stay."""
+    same = clone(after)
+    for name in [n for n in same.output_names if n not in before.output_names]:
+        same.drop_output(name)
+    return same
+
+
+def broken_promise(
+    promise: Preserves, before: Graph, after: Graph, seeds: Sequence[int] = SEEDS
+) -> list[str]:
+    """Return what differs between two graphs although it was promised not to, a line each.
+
+    An ``approximate`` pass promises nothing that random data could refute.
+    """
+    from moecc.testing.oracle import differences
+
+    if promise.kind == "approximate":
+        return []
+    same = _with_outputs_of(before, after)
+    return [d for s in seeds for d in differences(before, same, s, promise.kind == "exact")]
 
 
 def measure(before: Graph, after: Graph, seed: int = 0) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
@@ -13,12 +15,14 @@ from moecc.ir.unroll import unroll
 from moecc.model.open import Model
 from moecc.model.small_weights import reads_small
 from moecc.pipeline.passes import Preserves
+from moecc.tasks.targets import AUTO, choose
 from moecc.types.dtypes import DType
 
 if TYPE_CHECKING:
     from moecc.checkpoint.gguf.storage import Storage
     from moecc.checkpoint.source import Checkpoint
     from moecc.checkpoint.writer import OutputTensor
+    from moecc.engines.verdicts import Verdict
     from moecc.families.describe import Description
     from moecc.families.export import Export
     from moecc.families.export_gguf import GgufExport
@@ -38,6 +42,7 @@ class Plan:
       export: its config and tensors.
       dtype: the requested element type; None keeps that of the source.
       storage: the blocks that a GGUF file's matrices are quantised to, if any.
+      options: further options of the command that decide the result.
       seed: of the random numbers.
       remarks: the remarks of the passes.
     """
@@ -52,6 +57,17 @@ class Plan:
     seed: int
     remarks: tuple[str, ...] = ()
     storage: Storage | None = None
+    options: tuple[str, ...] = ()
+
+    @cached_property
+    def engines(self) -> tuple[Verdict, ...]:
+        """Whether each engine runs the model that will be written."""
+        from moecc.engines.verdicts import verdicts, verdicts_on_gguf
+        from moecc.families.export_gguf import GgufExport
+
+        if isinstance(self.export, GgufExport):
+            return verdicts_on_gguf(self.export.architecture)
+        return verdicts(self.export.config)
 
     @cached_property
     def tensors(self) -> list[OutputTensor]:
@@ -114,6 +130,7 @@ class Plan:
             "parameters": {"total": self.parameters, "active": facts.parameters.active},
             "flops_per_token": facts.flops_per_token,
             "size_bytes": self.size_bytes,
+            "engines": [verdict.to_json() for verdict in self.engines],
             "remarks": list(self.remarks),
         }
 
@@ -126,6 +143,7 @@ def plan(
     dtype: DType | Storage | None = None,
     seed: int = 0,
     allow_unmatched: bool = False,
+    loaded: Sequence[str] = (),
 ) -> Plan:
     """Return the plan of a conversion.
 
@@ -134,10 +152,11 @@ def plan(
     Args:
       model: the source; its graph is rewritten in place.
       pipeline: the passes.
-      target: the output family, or ``gguf:ARCH`` for a file of llama.cpp.
+      target: the output family, ``gguf:ARCH`` for a file of llama.cpp, or ``auto``.
       dtype: the element type to write, or a GGUF file's blocks; None keeps that of the source.
       seed: of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
+      loaded: the files that passes of one's own are from, for the command on the card.
 
     Raises:
       UsageError: there is no such target, or no such type in it.
@@ -158,7 +177,7 @@ def plan(
 
     architecture = architecture_of(target)
     check_type(dtype, architecture)
-    if architecture is None:
+    if architecture is None and target != AUTO:
         check_target(target)
     if model.checkpoint is None:
         raise InputError(f"{model.name} has no weights to convert", hint="give a checkpoint")
@@ -170,16 +189,37 @@ def plan(
     done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
+    if target == AUTO:
+        choice = choose(model.graph)
+        target, remarks = choice.target, [*remarks, choice.reason]
     storage = dtype if isinstance(dtype, Storage) else None
     if architecture is None:
         export: Export | GgufExport = export_graph(model.graph, target)
     else:
         export, said = _with_tokenizer(export_gguf(model.graph, architecture), model.checkpoint)
         remarks += [*said, *quantising_remarks(export, storage)]
+    remarks += _misreadings(export)
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
+        (*(f"--load {Path(file).name}" for file in loaded),
+         *(["--allow-unmatched"] if allow_unmatched else [])),
     )  # fmt: skip
+
+
+def _misreadings(export: Export | GgufExport) -> list[str]:
+    """Return a remark for each engine that computes another function without an error."""
+    from moecc.engines.verdicts import verdicts
+    from moecc.families.export_gguf import GgufExport
+
+    if isinstance(export, GgufExport):
+        return []
+    return [
+        f"{v.engine} {v.version} would load this and compute something else, because it does not "
+        f"read {' and '.join(v.reasons)}"
+        for v in verdicts(export.config)
+        if v.silent
+    ]
 
 
 def _with_tokenizer(export: GgufExport, checkpoint: Checkpoint) -> tuple[GgufExport, list[str]]:

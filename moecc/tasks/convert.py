@@ -101,6 +101,13 @@ class _Options:
     allow_nonfinite: bool
     progress: Progress | None
 
+    @property
+    def words(self) -> list[str]:
+        """What of them decides the files that are written, as options of the command."""
+        shards = self.max_shard_bytes != MAX_SHARD_BYTES
+        nonfinite = ["--allow-nonfinite"] if self.allow_nonfinite else []
+        return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite
+
 
 def _write_folder(folder: Path, planned: Plan, title: str, options: _Options) -> WriteReport:
     from moecc.checkpoint.durable import write_durable
@@ -118,7 +125,7 @@ def _write_folder(folder: Path, planned: Plan, title: str, options: _Options) ->
         progress=options.progress,
         allow_nonfinite=options.allow_nonfinite,
     )
-    _write_companions(folder, planned, title)
+    _write_companions(folder, planned, title, options.words)
     write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written))
     return written
 
@@ -127,7 +134,7 @@ def _provenance(planned: Plan) -> dict[str, str]:
     return {"moecc": __version__, "pipeline": planned.pipeline.in_full()}
 
 
-def _write_companions(folder: Path, planned: Plan, title: str) -> None:
+def _write_companions(folder: Path, planned: Plan, title: str, words: list[str]) -> None:
     """Copy tokenizer and licence files byte for byte, and write config.json and the card."""
     from moecc.checkpoint.durable import write_durable
     from moecc.checkpoint.files import read_whole
@@ -143,4 +150,4 @@ def _write_companions(folder: Path, planned: Plan, title: str) -> None:
     if planned.dtype is not None:
         config["torch_dtype"] = config["dtype"] = planned.dtype.torch
     write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    write_durable(folder / "README.md", card(planned, title).encode())
+    write_durable(folder / "README.md", card(planned, title, words).encode())

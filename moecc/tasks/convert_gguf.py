@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from moecc.checkpoint.writer import WriteReport
 
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+_ONE = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+_SEVERAL = {"language": "languages", "datasets": "datasets"}
+"""The keys of a model card, one value or several, and the metadata that say the same."""
+
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """llama.cpp's numbers for what most of a file is stored in."""
 
@@ -51,7 +55,8 @@ def write_gguf(
         if name.startswith(_LICENCES):
             data = read_whole(content) if isinstance(content, Path) else content
             write_durable(folder / name, data)
-    write_durable(folder / "README.md", card(planned, title).encode())
+    words = ["--allow-nonfinite"] if allow_nonfinite else []
+    write_durable(folder / "README.md", card(planned, title, words).encode())
     write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written))
     return written
 
@@ -100,11 +105,12 @@ def gguf_keys(planned: Plan) -> list[Key]:
     export, checkpoint = planned.export, planned.model.checkpoint
     assert isinstance(export, GgufExport), "a plan of a GGUF file"
     assert checkpoint is not None, "a plan has weights"
-    licence = checkpoint.licence().get("license")
+    kept = checkpoint.card()
     return [
         Key("general.architecture", export.architecture),
         Key("general.type", "model"),
-        *([Key("general.license", licence)] if licence else []),
+        *(Key(f"general.{name}", kept[key][0]) for key, name in _ONE.items() if key in kept),
+        *(Key(f"general.{name}", kept[key]) for key, name in _SEVERAL.items() if key in kept),
         Key("general.file_type", _file_type(planned)),
         Key("general.quantization_version", 2),
         Key("moecc.version", __version__),

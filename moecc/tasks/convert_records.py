@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,25 @@ from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.checkpoint.writer import WriteReport
+    from moecc.engines.verdicts import Verdict
 
 
-def card(planned: Plan, title: str) -> str:
-    """Return the model card of a conversion; `title` is the name of the output."""
+def card(planned: Plan, title: str, options: Sequence[str] = ()) -> str:
+    """Return the model card of a conversion.
+
+    Args:
+      planned: the conversion.
+      title: the name of the output.
+      options: further options of the command that decide what is written.
+    """
+    from moecc.checkpoint.gguf.storage import FILE_NAME
     from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
+    from moecc.checkpoint.run.lineage import is_trained, stages_of, story
+    from moecc.families.export_gguf import GgufExport
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
+    stages = stages_of(checkpoint)
     path, facts = checkpoint.path, planned.facts
     kinds = Counter(str(layer) for layer in facts.expert_layers)
     task, auto_class = _loaded_as(planned)
@@ -29,19 +41,86 @@ def card(planned: Plan, title: str) -> str:
             title=title,
             family_from=str(planned.graph.attrs.get("family", "")),
             family_to=planned.target,
-            pipeline=str(planned.pipeline),
+            command=command(planned, options),
             preserves=str(planned.preserves),
             dtype=planned.dtype_name,
-            seed=planned.seed,
             parameters=planned.parameters,
             active_parameters=facts.parameters.active,
             moecc_version=__version__,
             task=task,
             auto_class=auto_class,
-            base_model=hub_repository(path),
-            licence=checkpoint.licence(),
+            is_sparse=bool(kinds),
+            base_model=hub_repository(path) or _base_model(stages),
+            story=tuple(story(stages)) if is_trained(stages) else (),
+            relation="finetune" if planned.storage is None else "quantized",
+            kept=checkpoint.card(),
+            engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
+            serving=_serving(planned),
+            training=_training(planned) if kinds else "",
+            file=FILE_NAME if isinstance(planned.export, GgufExport) else "",
             notes=(*made, *_notes(planned)),
         )
+    )
+
+
+def _base_model(stages: Sequence[Mapping[str, object]]) -> str | None:
+    """Return the model of the Hub that the first stage began with, if it says so."""
+    found = stages[0].get("base_model") if stages else None
+    return found if isinstance(found, str) else None
+
+
+def command(planned: Plan, options: Sequence[str] = ()) -> str:
+    """Return the command of a conversion, with every option that decides the result."""
+    words = ["moecc convert SOURCE OUT", f"-p {shlex.quote(planned.pipeline.in_full())}"]
+    words += [f"--to {planned.target}", f"--seed {planned.seed}"]
+    if planned.dtype is not None or planned.storage is not None:
+        words.append(f"--dtype {planned.dtype_name}")
+    if "mask" in planned.graph.inputs:
+        words.append("--padding-mask")
+    return " ".join([*words, *planned.options, *options])
+
+
+def _why(verdict: Verdict) -> str:
+    if verdict.silent:
+        return f"silently computes something else: {'; '.join(verdict.reasons)}"
+    return "; ".join(verdict.reasons) or verdict.note
+
+
+def _serving(planned: Plan) -> str:
+    """Return that no engine serves st_moe, and which change would let one."""
+    from moecc.families.graph_layout import FAMILY
+    from moecc.tasks.targets import nearest_family
+
+    if planned.target != FAMILY:
+        return ""
+    near = nearest_family(planned.graph)
+    change = (
+        f" The nearest family that engines read is {near.target}; to be one, this would have to "
+        f"change: {'; '.join(reason.what for reason in near.reasons)}."
+        if near
+        else ""
+    )
+    return f"No engine serves this layout; moecc alone runs it.{change}"
+
+
+def _training(planned: Plan) -> str:
+    """Return how to train the model on: transformers leaves the router's losses off."""
+    from moecc.families.export_gguf import GgufExport
+    from moecc.families.graph_layout import FAMILY
+
+    config = planned.export.config_json
+    own = "`moecc train` adds the losses that its recipe names."
+    if isinstance(planned.export, GgufExport):
+        return f"A GGUF file is not trained: train the source or a folder. {own}"
+    if planned.target == FAMILY:
+        return f"Only moecc trains this layout. {own}"
+    if "output_router_logits" not in config:
+        return f"transformers computes no loss that balances the experts of this family. {own}"
+    return (
+        "transformers leaves the router's balance loss off: load the model with "
+        f"`output_router_logits=True`, and it is added with the weight "
+        f"{config.get('router_aux_loss_coef', 0)} (`router_aux_loss_coef`). Without it a few "
+        f"experts may end up with all tokens. {own}"
     )
 
 
@@ -66,6 +145,7 @@ def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
     from moecc.checkpoint.manifest import file_records, weight_file_record
     from moecc.checkpoint.records import Manifest, TensorRecord, dump
+    from moecc.checkpoint.run.lineage import is_trained, stages_of
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -74,8 +154,12 @@ def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
     }
     weights = sorted({t.file for t in written.tensors})
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    others = [name for name in names if name not in weights and name != "README.md"]
-    nonfinite = tuple(f"not finite: {found}" for found in written.nonfinite)
+    others = [name for name in names if name not in weights]
+    stages = stages_of(checkpoint)
+    nonfinite = (
+        *(f"not finite: {found}" for found in written.nonfinite),
+        *(f"written and not finite: {text}" for text in written.spread),
+    )
     made = Manifest(
         pipeline=planned.pipeline.in_full(),
         seed=planned.seed,
@@ -89,5 +173,6 @@ def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
         files=file_records({name: folder / name for name in others}),
         tensors=tensors,
         notes=(*_notes(planned), *nonfinite),
+        lineage=tuple(stages) if is_trained(stages) else (),
     )
     return dump(made)

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from moecc.checkpoint.open import open_checkpoint
-from moecc.errors import InputError, MoeccError
+from moecc.errors import CheckError, InputError, MoeccError
 from moecc.ir.graph import Graph
 from moecc.ir.parser import parse
 from moecc.model.small_weights import reads_small
@@ -16,6 +16,7 @@ from moecc.pipeline.reproducer import Replay, read_reproducer
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import check_pipeline
+from moecc.tasks.failures import ComparisonTest
 
 
 def replay(path: str | Path) -> Replay:
@@ -38,6 +39,10 @@ def replay(path: str | Path) -> Replay:
         context = _context(graph, stated, opened)
         if stated.check:
             check_pipeline(graph, pipeline, context=context)
+        if stated.compare:
+            found = ComparisonTest(stated.compare, context)(graph, pipeline)
+            if found is not None:
+                raise CheckError(str(found), where=str(path))
         run_pipeline(graph, pipeline, context=context)
     return stated
 

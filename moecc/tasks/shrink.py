@@ -46,7 +46,7 @@ def reduced(graph: Graph) -> Graph:
         return again
     sizes = reduce_sizes(graph)
     try:
-        small = _mapped(graph, sizes)
+        small = resized(graph, sizes)
     except InputError as error:
         raise not_reducible(error.problems[0].what, error.problems[0].where) from None
     count = sum(prod(s for s in v.type.sizes if isinstance(s, int)) for v in small.params.values())
@@ -54,6 +54,14 @@ def reduced(graph: Graph) -> Graph:
         largest = max((s for v in small.params.values() for s in v.type.sizes), key=_number)
         raise not_reducible(f"{count:,} elements are left, and the size {largest} cannot shrink")
     return small
+
+
+def small_if_possible(graph: Graph) -> Graph:
+    """Return `graph` at reduced sizes, or as it is if it cannot be reduced."""
+    try:
+        return reduced(graph)
+    except InputError:
+        return graph
 
 
 def not_reducible(why: str, where: str | None = None) -> InputError:
@@ -179,7 +187,12 @@ def _pinned(node: Node) -> Iterator[int]:
             yield value
 
 
-def _mapped(graph: Graph, sizes: Mapping[int, int]) -> Graph:
+def resized(graph: Graph, sizes: Mapping[int, int]) -> Graph:
+    """Return `graph` with other sizes, its parameters made from sources.
+
+    Raises:
+      InputError: the sizes do not fit together.
+    """
     small = Graph(graph.name, graph.attrs)
     image: dict[Value, Value] = {}
     for name, value in graph.inputs.items():
@@ -211,7 +224,7 @@ def _map_type(type: TensorType, sizes: Mapping[int, int]) -> TensorType:
 def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, object]:
     attrs: dict[str, Any] = dict(node.attrs)
     if node.body is not None:
-        return {**attrs, "body": _mapped(node.body, sizes)}
+        return {**attrs, "body": resized(node.body, sizes)}
     for name, spec in node.op.attrs.items():
         if spec.kind == "sizes":
             attrs[name] = tuple((n, sizes.get(s, s)) for n, s in attrs[name])

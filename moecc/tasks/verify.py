@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from moecc.backend import Arrays, Backend, get_backend
-from moecc.errors import InputError
+from moecc.errors import CheckError, InputError
 from moecc.model.inputs import default_inputs
 from moecc.model.open import Model
 from moecc.types.arrays import Array
@@ -37,6 +37,7 @@ def difference(reference: Array, other: Array, output: str = "logits") -> Differ
 
     Raises:
       InputError: the shapes differ, or a logit is not finite.
+      CheckError: all logits of the reference are 0.
     """
     if reference.shape != other.shape:
         raise InputError(
@@ -47,7 +48,12 @@ def difference(reference: Array, other: Array, output: str = "logits") -> Differ
     for name, array in (("reference", reference), ("model", other)):
         if not np.isfinite(array).all():
             raise InputError(f"the {output} of the {name} are not all finite")
-    scale = float(np.abs(reference).max()) or 1.0
+    scale = float(np.abs(reference).max())
+    if scale == 0:
+        raise CheckError(
+            f"the {output} of the reference are all 0, so comparing them says nothing",
+            hint="look at its weights, or give other --inputs",
+        )
     # Token by token, so that two float64 copies of all logits are never held.
     kl, same, worst = 0.0, 0, 0.0
     rows = reference.reshape(-1, reference.shape[-1]), other.reshape(-1, other.shape[-1])

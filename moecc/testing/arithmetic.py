@@ -37,7 +37,7 @@ def unary(g: Growth) -> None:
 
 
 def binary(g: Growth) -> None:
-    """Combine a value with one whose axes lie within its own, or with a parameter."""
+    """Combine a value with one whose axes are among its own, or with a parameter."""
     x = g.find_float()
     if x is None:
         return

@@ -114,7 +114,12 @@ def emit_attention(g: Growth, x: Value, axis: Axis) -> Value:
     scores = g.emit("scale", g.emit("contract", q, k, over="head_dim"), by=width**-0.5)
     if g.chance(60):
         keys = g.emit("rename", positions, axis="seq", to="kv_seq")
-        seen = g.emit("causal", positions, keys, window=g.pick((0, 1, 2)))
+        window = g.pick((0, 1, 2, None))
+        seen = (
+            g.emit("same_segment", positions, keys)
+            if window is None
+            else g.emit("causal", positions, keys, window=window)
+        )
         scores = g.emit("mask", scores, seen)
     weights = g.emit("softmax", scores, axis="kv_seq")
     mixed = g.emit("contract", weights, v, over="kv_seq")

@@ -76,14 +76,14 @@ def random_checkpoint(
 ) -> MemoryCheckpoint:
     """Return a checkpoint of `config` with random weights.
 
-    Matrices are normal and keep the variance of what goes through them; the scales of norms lie
+    Matrices are normal and keep the variance of what goes through them; the scales of norms are
     around 1.
 
     Args:
       config: a config of any family.
       seed: of the numbers.
       dtype: the element type of all tensors.
-      layout: how experts lie on disk, ``experts`` or ``fused``.
+      layout: how experts are stored, ``experts`` or ``fused``.
     """
     from moecc.families.building import build_model
 

@@ -27,7 +27,7 @@ MAX_SIZE = 4
 """The largest size drawn for a variable, before groups of tokens ask for a multiple."""
 
 ANY_INDEX = 8
-"""Integers are below this where nothing says what they index."""
+"""Integers are below this where nothing shows what they index."""
 
 
 def sizes_for(graph: Graph, seed: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Whether devices of a mesh together compute what a graph means, and values lie where they did.
+"""Whether devices of a mesh together compute what a graph means, and values are sharded as before.
 
-Collectives are the identity on global values, so the interpreter says nothing of them.  Where the
-graph to compare lies on a mesh, it runs once more, device by device.
+Collectives are the identity on global values, so the interpreter does not see them.  Where the
+graph to compare is on a mesh, it runs once more, device by device.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from math import lcm
 
 from moecc.backend import MeshBackend, get_backend
 from moecc.errors import InputError
-from moecc.ir.flow import spelled
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import mesh_of
+from moecc.ir.sharding_rules import spelled
 from moecc.ir.traits import Collective
 from moecc.testing.comparing import Trial, gaps
 from moecc.testing.data import Sizes, inputs_for, params_for
@@ -52,9 +52,9 @@ def _values(graph: Graph) -> Iterator[Value]:
 
 
 def moved_values(before: Graph, after: Graph) -> Iterator[str]:
-    """Yield what lies elsewhere than before, of two graphs on meshes.
+    """Yield what is sharded otherwise than before, of two graphs on meshes.
 
-    The mesh, the inputs and the outputs are part of what a graph says to those who use it.  A
+    The mesh, the inputs and the outputs are part of a graph's interface.  A
     pass that lays a graph on a mesh, or takes it off, has nothing to keep.
     """
     meshes = mesh_of(before), mesh_of(after)
@@ -100,5 +100,5 @@ def device_gaps(trial: Trial) -> list[str]:
 
 
 def _is_open(graph: Graph) -> bool:
-    """Whether it is not said yet by which collectives a value is brought elsewhere."""
+    """Whether it is still open which collectives reshard a value."""
     return any(n.op.collective is Collective.ANY for n in graph.every_node())

@@ -83,11 +83,11 @@ def keep_only(graph: Graph, keep: Callable[[int], bool]) -> None:
     """Cut nodes out of `graph`: what they took is returned, what they gave becomes an input.
 
     So a graph shrinks from all sides to the few nodes that matter.  Rows in slots cannot be an
-    input: an operand of the same type stands in, and where there is none the node stays.
+    input: an operand of the same type stands in; without one the node stays.
 
     Args:
       graph: is changed in place.
-      keep: says whether the node of a position stays.
+      keep: whether the node of a position stays.
     """
     cut = [node for position, node in enumerate(graph) if not keep(position)]
     for node in reversed(cut):

@@ -18,7 +18,7 @@ from moecc.testing.data import inputs_for, params_for
 from moecc.types.arrays import Array
 
 STEP = 1e-6
-"""How far the data move: few choices and kinks lie so near, and 1e-12 still shows a gradient."""
+"""How far the data move: few choices and kinks are so near, and 1e-12 still shows a gradient."""
 
 _PREFIX = "the gradient differs: with the results of stop_gradient held, a step away, "
 

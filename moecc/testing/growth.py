@@ -156,7 +156,7 @@ def symbolic(type: TensorType) -> list[Axis]:
 
 
 def mixable(type: TensorType) -> list[Axis]:
-    """Return the axes along which elements may be mixed: none that says which rows there are."""
+    """Return the axes along which elements may be mixed: none that tells rows apart."""
     if type.ragged is None:
         return list(type.axes)
     return [a for a in type.axes if not a.is_ragged and a.name not in EXTENT_AXES]

@@ -1,7 +1,7 @@
 """Guesses at what an operation could take: types of operands, values of attributes.
 
-They are cheap to make and cheap to try, since `infer` refuses what does not fit; nothing here says
-what an operation means.
+They are cheap to make and cheap to try, since `infer` rejects what does not fit; nothing
+here decides what an operation means.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def attribute(
 
     Args:
       g: makes the decisions.
-      spec: what the table says of the attribute.
-      wanted: what the pattern says: an `AttrPattern`, or None.
+      spec: the attribute in the table.
+      wanted: the `AttrPattern` of the pattern, or None.
       types: the types of the operands, then those of what the pattern's names stand for.
       names: the axes that the pattern names.
     """

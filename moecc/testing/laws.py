@@ -60,7 +60,7 @@ def check_clone(graph: Graph) -> None:
 
 
 def applied(item: Pass, graph: Graph, seed: int = 0) -> tuple[Graph, PassResult]:
-    """Return a copy of `graph` after the pass, which must be valid, and what the pass says.
+    """Return a copy of `graph` after the pass, which must be valid, and what the pass returns.
 
     A pass that must match may match nothing here.
     """
@@ -74,7 +74,7 @@ def applied(item: Pass, graph: Graph, seed: int = 0) -> tuple[Graph, PassResult]
 
 
 def check_changed_flag(item: Pass, graph: Graph) -> tuple[Graph, PassResult]:
-    """Check that the pass says that it changed the graph exactly when it did.
+    """Check that the pass reports a change exactly when it changed the graph.
 
     Returns:
       what `applied` returns.
@@ -123,7 +123,7 @@ def check_pass(
 
     What is called again and again from one place, with one pass, is a test on drawn graphs.  Once
     there were enough of them and the pass has matched on fewer than the share `least`, the test
-    fails, and says on how many: a law of a pass that does nothing says nothing.
+    fails, and reports on how many: a law of a pass that does nothing proves nothing.
 
     Args:
       item: the pass.

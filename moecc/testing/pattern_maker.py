@@ -1,7 +1,7 @@
 """Making what a pattern matches, from its leaves to its root.
 
 Where the pattern leaves something open (the type of an operand, an attribute), it is guessed, and
-`infer` says whether it fits.  Operations whose operands cannot be guessed, as rows in slots and
+`infer` decides whether it fits.  Operations whose operands cannot be guessed, as rows in slots and
 rotary tables, are made after a model: a random step that has one.
 """
 

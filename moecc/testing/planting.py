@@ -1,8 +1,8 @@
 """Planting: making, in a random graph, what a pattern looks for.
 
 Random operations alone seldom make what a pattern needs, and a law of a pass that never matches
-says nothing.  A pattern is written as the operations that it matches, so it can be made, too: from
-its leaves to its root, with guesses where it leaves something open.  What cannot be guessed (rows
+proves nothing.  A pattern is written as the operations that it matches, so it can be made, too:
+from its leaves to its root, with guesses where it leaves something open.  What no guess makes (rows
 in slots, rotary tables) is copied from a random block that has it.  The matcher and the rule's
 check judge what was made; what does not match is thrown away.
 """

@@ -1,8 +1,8 @@
-"""Random shardings: a graph, laid on a mesh in any way that its types allow.
+"""Random shardings: a graph, sharded over a mesh in any way that its types allow.
 
-Inputs and parameters lie split along random axes, values are moved at random, and where an
-operation cannot take its operands as they lie, they are gathered.  It knows no rules of layouts
-and no operation: what may lie where, the types say.
+Inputs and parameters are sharded along random axes, values are resharded at random, and where an
+operation cannot take its operands as they are, they are gathered.  It knows no rules of layouts
+and no operation: types decide what may be sharded.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from moecc.types.tensor import Axis, TensorType
 
 
 def random_sharding(graph: Graph, choices: Choices, mesh: Mesh) -> Graph:
-    """Return a copy of `graph` that lies on `mesh`, with collectives, and means the same.
+    """Return a copy of `graph` sharded over `mesh`, with collectives, that means the same.
 
     Args:
-      graph: a graph that lies on no mesh; layers that it repeats are written out.
+      graph: a graph on no mesh; layers that it repeats are written out.
       choices: where the decisions come from.
       mesh: the mesh; two or three devices along each axis are enough to tell axes apart.
     """
@@ -42,7 +42,7 @@ class _Sharder:
 
     Attributes:
       kept: the copies of nodes, as opposed to collectives.
-      whole_slots: whether choices that get slots lie whole, which suits whatever follows.
+      whole_slots: whether choices that get slots are replicated, which suits whatever follows.
     """
 
     def __init__(self, graph: Graph, choices: Choices, mesh: Mesh, whole_slots: bool) -> None:
@@ -59,7 +59,7 @@ class _Sharder:
         """Return the copy.
 
         Raises:
-          InputError: slots and what is to be put into them lie differently.
+          InputError: slots and what is to be put into them are sharded differently.
         """
         for name, value in self.graph.inputs.items():
             self.values[value] = self.copy.input(name, self._laid(value.type))
@@ -91,10 +91,10 @@ class _Sharder:
         return type.with_axes(axes)
 
     def _append(self, node: Node) -> None:
-        """Append a copy of `node`, on operands that lie as it can take them."""
+        """Append a copy of `node`, on operands sharded as it can take them."""
         builder = Builder(self.copy, loc=node.loc, origin=node.origin)
         slots = [v for v in node.operands if is_slots(v)]
-        # Slots belong to the choices that they were given to, as these lay.
+        # Slots belong to the choices that they were assigned to, as these are sharded.
         bound = {experts_of(p): experts_of(self.values[p]) for p in slots}
         bound |= {p: self.values[p] for p in slots}
         operands = [bound.get(v) or self.values[v] for v in node.operands]
@@ -112,7 +112,7 @@ class _Sharder:
     def _first_that_fits(
         self, builder: Builder, node: Node, operands: list[Value], free: list[int]
     ) -> Node:
-        """Return `node` on `operands`: brought where the first lies, or else gathered."""
+        """Return `node` on `operands`: resharded as the first is, or else gathered."""
         attempts = [(_beside, at) for at in free if at] + [(_gathered, at) for at in free]
         for way, at in attempts:
             try:

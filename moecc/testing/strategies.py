@@ -48,7 +48,7 @@ def graphs(
     Hypothesis draws the seed of a graph and the nodes to cut out of it, next to none at first;
     to shrink a counterexample is to cut out more.  Drawn decision by decision, half of the
     graphs would be nearly empty or repeat an earlier one, and the rest would stop shrinking at
-    the block in which the fault lies.
+    the block that has the fault.
 
     Args:
       steps: what may be appended, from simple to complex; a step is a function of a `Growth`.
@@ -56,7 +56,7 @@ def graphs(
       dead: whether nodes that no output needs stay.
       like: rules, patterns or graphs, one or several: what one of them matches is planted in every
         graph, as far as it can be made; at times with another user of what is inside.
-      mesh: a mesh, ``a:2,b:2``, on which the graph lies in a random way; empty: none.
+      mesh: a mesh, ``a:2,b:2``, over which the graph is sharded at random; empty: none.
     """
     examples = tuple(like) if isinstance(like, Sequence) else (like,)
     if examples:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from moecc.testing.choices import Choices, pick
@@ -11,7 +13,7 @@ from moecc.types.dtypes import F32, F64
 from moecc.types.tensor import TensorType
 from moecc.weights.arithmetic import Cast, Scale
 from moecc.weights.draws import Normal
-from moecc.weights.evaluate import evaluate
+from moecc.weights.evaluate import Reader, evaluate
 from moecc.weights.expr import Expr, Source, sources, transform
 from moecc.weights.movement import Permute, Stack, Tile
 
@@ -53,7 +55,7 @@ def weight_for(weight: Expr, seed: int, step: float = 0.0) -> Array:
       seed: chooses the source tensors, together with their names.
       step: how far each of their floats moves from there.
     """
-    return evaluate(transform(weight, _in_float64), _Sources(weight, seed, step))
+    return evaluate(transform(weight, _in_float64), _Sources((weight,), seed, step))
 
 
 def stored_weight(weight: Expr, seed: int) -> Array:
@@ -62,7 +64,7 @@ def stored_weight(weight: Expr, seed: int) -> Array:
     Every cast and every product rounds as the types of the expression say; what comes out is in
     float64 again, as far as it is a float.
     """
-    made = evaluate(weight, _Stored(weight, seed))
+    made = evaluate(weight, _Stored((weight,), seed))
     return made.astype(np.float64) if weight.type.dtype.is_float else made
 
 
@@ -79,10 +81,10 @@ def _in_float64(expr: Expr) -> Expr:
 class _Sources:
     """Reads source tensors that depend on the seed and on their names alone."""
 
-    def __init__(self, weight: Expr, seed: int, step: float = 0.0) -> None:
+    def __init__(self, weights: Iterable[Expr], seed: int, step: float = 0.0) -> None:
         self.seed = seed
         self.step = step
-        self.types = {s.name: s.type for s in sources(weight)}
+        self.types = {s.name: s.type for weight in weights for s in sources(weight)}
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         type = self.types[name]
@@ -94,6 +96,11 @@ class _Sources:
             whole = rng.standard_normal(type.shape).astype(type.dtype.numpy).astype(np.float64)
             whole = moved(whole, self.step, self.seed, "source", name)
         return whole[start:stop] if type.axes else whole
+
+
+def stored_sources(weights: Iterable[Expr], seed: int) -> Reader:
+    """Return what reads random source tensors of several expressions, in their element types."""
+    return _Stored(tuple(weights), seed)
 
 
 class _Stored(_Sources):

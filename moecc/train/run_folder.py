@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ def create_run(
     lineage: Mapping[str, Any],
     source: Mapping[str, Content],
     inputs: tuple[Path, ...] = (),
+    begun: tuple[SavedStep, str] | None = None,
 ) -> None:
     """Make the folder of a run; it is there as a whole, or not at all.
 
@@ -54,6 +56,7 @@ def create_run(
       lineage: what ``lineage.json`` says.
       source: the files of the source that an export copies, by name.
       inputs: what is read, which the output must not touch.
+      begun: a step of another run that this one goes on from, and the digest of the recipe.
 
     Raises:
       InputError: the folder cannot be used.
@@ -70,6 +73,19 @@ def create_run(
             place = folder / SOURCE / name
             place.parent.mkdir(exist_ok=True)
             write_durable(place, read_whole(content) if isinstance(content, Path) else content)
+        if begun is not None:
+            _copy_step(folder, *begun)
+
+
+def _copy_step(run: Path, step: SavedStep, recipe: str) -> None:
+    """Copy a step of another run; what was measured there is not of this run."""
+    state = begin_step(run, step.number)
+    try:
+        shutil.copytree(step.state, state)
+    except (shutil.Error, OSError) as error:
+        raise MachineError(f"the state cannot be copied: {error}", where=str(step.state)) from None
+    own = {k: v for k, v in step.facts.items() if k in ("tokens", "left_out", "tensors")}
+    finish_step(run, step.number, {**own, "recipe": recipe, "loss": None})
 
 
 @contextmanager

@@ -131,12 +131,43 @@ class TensorType:
         """Whether an axis is sharded over a mesh axis, or the value is an unreduced sum."""
         return bool(self.unreduced) or any(a.mesh for a in self.axes)
 
+    @cached_property
+    def meshes(self) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes over which each axis is sharded."""
+        return tuple(a.mesh for a in self.axes)
+
     @property
     def bare(self) -> TensorType:
         """This type without any sharding."""
-        if not self.is_sharded:
-            return self
+        return self._bare if self.is_sharded else self
+
+    @cached_property
+    def _bare(self) -> TensorType:
         return TensorType(self.dtype, tuple(Axis(a.name, a.size) for a in self.axes))
+
+    @cached_property
+    def _sharded(self) -> dict[object, TensorType]:
+        return {}
+
+    def sharded(
+        self, meshes: tuple[tuple[str, ...], ...], unreduced: tuple[str, ...] = ()
+    ) -> TensorType:
+        """Return this type sharded over other mesh axes.
+
+        Equal answers are one object: a search for a mesh asks thousands of times, and compares.
+
+        Args:
+          meshes: for each axis the mesh axes over which it is sharded.
+          unreduced: the mesh axes over which the value is an unreduced sum.
+        """
+        if meshes == self.meshes and unreduced == self.unreduced:
+            return self
+        bare, key = self.bare, (meshes, unreduced)
+        if key not in bare._sharded:
+            axes = (Axis(a.name, a.size, m) for a, m in zip(self.axes, meshes, strict=True))
+            made = TensorType(self.dtype, tuple(axes), unreduced)
+            bare._sharded[key] = made if made.is_sharded else bare
+        return bare._sharded[key]
 
     @property
     def rank(self) -> int:

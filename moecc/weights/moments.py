@@ -101,7 +101,9 @@ class _Sums:
         order = (*kept, *reduced)
         values = widen(align(self.block(self.e.x, box), x.names, order), F64)
         if self.centre is not None:
-            values -= self.centre.reshape(self.centre.shape + (1,) * (x.rank - self.centre.ndim))
+            centre = self.centre.reshape(self.centre.shape + (1,) * (x.rank - self.centre.ndim))
+            with np.errstate(invalid="ignore"):  # ∞ − ∞, in a source that may hold infinity
+                values -= centre
             values *= values
         counted = np.ones((1,) * x.rank, bool)
         if self.e.mask is not None:

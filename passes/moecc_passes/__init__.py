@@ -79,6 +79,12 @@ def _roll_layers() -> type[Pass]:
     return RollLayersPass
 
 
+def _pack_segments() -> type[Pass]:
+    from moecc_passes.pack_segments import PackSegmentsPass
+
+    return PackSegmentsPass
+
+
 def _record_modes() -> type[Pass]:
     from moecc_passes.specialize.record_modes import RecordModesPass
 
@@ -95,6 +101,12 @@ def _specialize() -> type[Pass]:
     from moecc_passes.specialize.specialize import SpecializePass
 
     return SpecializePass
+
+
+def _tie_head() -> type[Pass]:
+    from moecc_passes.tie_head import TieHeadPass
+
+    return TieHeadPass
 
 
 def _trace_routing() -> type[Pass]:
@@ -125,11 +137,13 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "freeze": _freeze,
     "fuse-gate-up": _fuse_gate_up,
     "lower-collectives": _lower_collectives,
+    "pack-segments": _pack_segments,
     "record-modes": _record_modes,
     "roll-layers": _roll_layers,
     "specialize": _specialize,
     "st-moe": _st_moe,
     "strip-sharding": _strip_sharding,
+    "tie-head": _tie_head,
     "trace-routing": _trace_routing,
     "unroll-layers": _unroll_layers,
     "upcycle": _upcycle,

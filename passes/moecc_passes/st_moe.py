@@ -26,7 +26,8 @@ Before::
 
 After ``st-moe{experts=32}``, the same as::
 
-    upcycle{experts=32 top-k=2 layers=every:4 extra-ffn=after expert-bias=multiplicative}
+    upcycle{experts=32 top-k=2 layers=every:4 extra-ffn=after expert-bias=multiplicative
+        router-init=switch router-std=0.3162}
     add-losses{balance-coef=0.01 z-coef=0.001}
     attr routing = {"train": {"capacity_factor": 1.25, "policy": "random", …}, "eval": {…}}
 """

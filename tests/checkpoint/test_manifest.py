@@ -138,8 +138,10 @@ def test_an_untouched_folder_is_verified(written):
     check_manifest(written)
 
 
-def test_a_model_card_may_be_edited(written):
+def test_the_card_of_an_earlier_manifest_is_not_compared(written):
     (written / "README.md").write_text("mine")
+    assert "'README.md' is not in the manifest" in found(written)[0]
+    (written / MANIFEST_NAME).write_bytes(dump(dataclasses.replace(load(written), schema=1)))
     assert found(written) == []
 
 
@@ -257,9 +259,9 @@ def test_a_folder_without_a_manifest_is_an_input_error(tmp_path):
 
 
 def test_a_manifest_of_another_schema_is_an_input_error(written):
-    made = dataclasses.replace(load(written), schema=2)
+    made = dataclasses.replace(load(written), schema=3)
     (written / MANIFEST_NAME).write_bytes(dump(made))
-    with pytest.raises(InputError, match=r'expected: "schema": 1\n  found: 2'):
+    with pytest.raises(InputError, match=r'expected: "schema": 2, or an earlier one\n  found: 3'):
         verify_manifest(written)
 
 

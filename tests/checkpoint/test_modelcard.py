@@ -4,22 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from moecc.checkpoint.modelcard import (
-    CardFacts,
-    hub_repository,
-    licence_of_card,
-    model_card,
-    read_licence,
-)
+from moecc.checkpoint.frontmatter import front_matter, read_card
+from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
 
 FACTS = CardFacts(
     title="smol-moe",
     family_from="llama",
     family_to="mixtral",
-    pipeline="upcycle{experts=8 top-k=2}",
+    command="moecc convert SOURCE OUT -p 'upcycle{experts=8 top-k=2}' --to mixtral --seed 3",
     preserves="reassociation",
     dtype="bf16",
-    seed=3,
     parameters=691_600_000,
     active_parameters=214_100_000,
     moecc_version="0.1.0",
@@ -53,9 +47,33 @@ def test_the_snippet_is_python_and_names_the_library(task: str, auto_class: str 
 def test_a_licence_is_never_invented():
     assert "license" not in model_card(FACTS)
     licence = {"license": "other", "license_name": "my licence: v1", "license_link": "LICENSE"}
-    card = model_card(dataclasses.replace(FACTS, licence=licence, base_model="me/tiny"))
+    kept = {key: (value,) for key, value in licence.items()}
+    card = model_card(dataclasses.replace(FACTS, kept=kept, base_model="me/tiny"))
     assert 'license: other\nlicense_name: "my licence: v1"\nlicense_link: LICENSE\n' in card
-    assert "base_model:\n- me/tiny\n" in card
+    assert "base_model:\n- me/tiny\nbase_model_relation: finetune\n" in card
+
+
+def test_language_and_data_sets_are_kept():
+    kept = {"language": ("en", "no"), "datasets": ("me/text",)}
+    card = model_card(dataclasses.replace(FACTS, kept=kept))
+    assert 'language:\n- en\n- "no"\ndatasets:\n- me/text\n' in card
+
+
+def test_engines_training_and_what_would_serve_it():
+    engines = (("vLLM 0.32.0", True, ""), ("SGLang 0.5.23", False, "tied | heads"))
+    facts = dataclasses.replace(FACTS, engines=engines, serving="No engine.", training="Do so.")
+    card = model_card(facts)
+    assert "| vLLM 0.32.0 | yes |  |\n| SGLang 0.5.23 | no | tied \\| heads |\n" in card
+    assert "\n\nNo engine.\n" in card
+    assert "## Train it on\n\nDo so.\n" in card
+
+
+def test_a_gguf_file_and_a_dense_model():
+    card = model_card(dataclasses.replace(FACTS, file="model.gguf", is_sparse=False))
+    assert "library_name: gguf\n" in card
+    assert "tags:\n- moecc\n---" in card
+    assert "llama-cli -m model.gguf" in card
+    assert "A dense model in the `mixtral` layout" in card
 
 
 def test_digests_and_notes_are_listed():
@@ -69,8 +87,8 @@ def test_digests_and_notes_are_listed():
 def test_foreign_words_cannot_break_out_of_their_place():
     evil = "x`\n# <script>alert(1)</script>\x1b[31m \u202e"
     facts = dataclasses.replace(
-        FACTS, title=evil, pipeline=evil, preserves=evil, notes=(evil,), base_model=evil,
-        licence={"license": "mit\nevil: true"}, digests={evil: "0" * 64},
+        FACTS, title=evil, command=evil, preserves=evil, notes=(evil,), base_model=evil,
+        kept={"license": ("mit\nevil: true",)}, digests={evil: "0" * 64},
     )  # fmt: skip
     card = model_card(facts)
     assert "\x1b" not in card
@@ -102,19 +120,36 @@ def test_foreign_words_cannot_break_out_of_their_place():
     ],
 )
 def test_the_licence_of_a_card_is_found(text, licence):
-    assert licence_of_card(text) == licence
+    found = front_matter(text)
+    assert {key: found[key] for key in licence} == {key: (v,) for key, v in licence.items()}
+    assert found.keys() - licence.keys() <= {"language"}
 
 
-def test_the_licence_of_a_folder_is_read_and_a_broken_card_stops_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("language: en", {"language": ("en",)}),
+        ("language: [en, 'de']", {"language": ("en", "de")}),
+        ('language:\n- en\n  - "de"\nx: y', {"language": ("en", "de")}),
+        ("datasets:\n- a/b # large\n-\n- c/d", {"datasets": ("a/b",)}),
+        ("language:\nlicense: mit", {"license": ("mit",)}),
+        ("tags:\n- en", {}),
+    ],
+)
+def test_lists_of_a_card_are_found(text, kept):
+    assert front_matter(f"---\n{text}\n---\n") == kept
+
+
+def test_the_card_of_a_folder_is_read_and_a_broken_one_stops_nothing(tmp_path):
     card = tmp_path / "README.md"
-    assert read_licence(tmp_path) == {}
+    assert read_card(tmp_path) == {}
     card.write_text("---\nlicense: mit\n---\n")
-    assert read_licence(tmp_path) == {"license": "mit"}
+    assert read_card(tmp_path) == {"license": ("mit",)}
     card.write_bytes(b"\xff\xfe")
-    assert read_licence(tmp_path) == {}
+    assert read_card(tmp_path) == {}
     card.unlink()
     card.symlink_to("/etc/hostname")
-    assert read_licence(tmp_path) == {}
+    assert read_card(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,13 @@ def test_an_exit_code_is_returned_and_becomes_that_of_the_process(
 ) -> None:
     asked: list[Any] = []
 
-    def compile_apart(request: Any, seconds: float) -> CompileOutcome:
+    def compile_in_subprocess(request: Any, seconds: float) -> CompileOutcome:
         asked.append((request, seconds))
         return CompileOutcome({"remarks": [], "fits": fits}, program="module")
 
-    monkeypatch.setattr("moecc.ahead.compile_in_subprocess.compile_apart", compile_apart)
+    monkeypatch.setattr(
+        "moecc.ahead.compile_in_subprocess.compile_in_subprocess", compile_in_subprocess
+    )
     request = CompileRequest("preset:st-moe-base", "cpu:8", emit=Emit.hlo, via=Via.ring)
     assert compile_step(request) == (0 if fits else 1)
     words = ("--emit", "hlo", "--via", "ring", "--time-limit", "5")

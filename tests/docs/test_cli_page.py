@@ -164,9 +164,11 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.convert/1",
         "moecc.verify/1",
         "moecc.verify-manifest/1",
+        "moecc.bisect/1",
         "moecc.pass/1",
         "moecc.passes/1",
         "moecc.tokens/1",
+        "moecc.train/1",
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"

@@ -68,6 +68,7 @@ USES: dict[str, tuple[str, Mapping[str, Any]]] = {
                      "factor": 2.0}),
     "rotate": ("pairs cos sin", {"axis": "half"}),
     "causal": ("ids far", {}),
+    "same_segment": ("ids far", {}),
     "relative_buckets": ("ids far", {"bidirectional": True, "buckets": 8, "max_distance": 6}),
     "rename": ("x", {"axis": "embed", "to": "width"}),
     "split": ("x", {**_SEQ, "into": (("a", 2), ("b", 2))}),

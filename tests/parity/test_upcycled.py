@@ -13,10 +13,10 @@ import pytest
 
 from moecc.backend import get_backend
 from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig
-from moecc.families.propose import target_fits
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write
+from moecc.tasks.targets import fits as fits_of
 from moecc.types.dtypes import F64
 
 from .interpreters import ask, in_each_interpreter
@@ -73,7 +73,7 @@ def convert(source: str, target: str, options: str, folder: Path, *, exact: bool
 
 def fits(source: str, target: str) -> bool:
     with open_model(str(GOLDEN / source)) as model:
-        return not target_fits(model.graph)[target]
+        return any(fit.target == target and fit.fits for fit in fits_of(model.graph))
 
 
 def logits_of(python: str, jobs: list[dict[str, str]]) -> list[dict[str, Any]]:

@@ -222,7 +222,7 @@ def census(model: str, mesh: str, via: str, remat: str, *, train: bool) -> dict[
                 "reduce_scatter sums to their tokens": 1,
             },
         ),
-        ("replicated", "none", False, {"all_reduce what the experts of each device say": 1}),
+        ("replicated", "none", False, {"all_reduce sums of all experts": 1}),
     ],
 )  # fmt: skip
 def test_the_collectives_of_a_sparse_layer(

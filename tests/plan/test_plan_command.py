@@ -207,7 +207,7 @@ def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
     ("passes", "says"),
     [
         ("roll-layers", "-p unroll-layers undoes it"),
-        ("annotate-sharding{mesh=data:2 rules=data-parallel}", "lies on a mesh already"),
+        ("annotate-sharding{mesh=data:2 rules=data-parallel}", "is on a mesh already"),
         ("upcycle{experts=2 top-k=4}", "top-k"),
     ],
 )

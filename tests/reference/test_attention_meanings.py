@@ -174,6 +174,18 @@ def test_causal(window: int, evaluate: Any) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_same_segment(evaluate: Any) -> None:
+    queries, keys = np.array([[1, 2, 0], [3, 3, 0]]), np.array([[1, 2, 2, 0], [3, 0, 0, 0]])
+    found = evaluate("same_segment", (queries, "batch seq"), (keys, "batch kv_seq"))
+    expected = [
+        [[k in (q,) or q == 0 for k in keys[row]] for q in queries[row]] for row in range(2)
+    ]
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, expected)
+    crossed = evaluate("same_segment", (queries, "batch seq"), (keys[0], "kv_seq"))
+    np.testing.assert_array_equal(crossed[1], [[False] * 4, [False] * 4, [True] * 4])
+
+
 # transformers 5.24.0, T5Attention._relative_position_bucket, key position minus query position.
 DISTANCES = [
     -1000, -130, -128, -127, -65, -64, -63, -33, -32, -31, -17, -16, -15, -9, -8, -7, -1, 0,

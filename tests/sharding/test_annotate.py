@@ -94,7 +94,7 @@ REFUSED = {
         "2 parts would, or a size of 21",
     ),
     ("llama_gqa", "data:2,modle:2", "tensor-parallel"): (
-        "nothing lies on the mesh axis 'modle'", "data, model", "leave the axis out"
+        "nothing is sharded over the mesh axis 'modle'", "data, model", "leave the axis out"
     ),
 }  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_options_that_are_wrong_by_themselves(options: str, what: str) -> None:
 def test_a_graph_is_laid_once() -> None:
     graph = model("llama_gqa")
     run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
-    with pytest.raises(InputError, match="lies on a mesh already"):
+    with pytest.raises(InputError, match="is on a mesh already"):
         run(graph, "annotate-sharding{mesh=data:2 rules=data-parallel}")
 
 

@@ -143,7 +143,7 @@ REFUSED: dict[tuple[str, str, str, str], str] = {
     ("capacity", "data:2,expert:4", "expert-replicated", "via=ring"): "there is no ring",
     ("capacity", "data:2,expert:4", "expert-replicated", "via=capacity"): "both tokens and experts",
     ("capacity", "data:8", "st-moe", "via=capacity slice=model"): "the mesh has no axis 'model'",
-    ("capacity", "data:8", "st-moe", "via=capacity slice=data"): "lie on 'data' already",
+    ("capacity", "data:8", "st-moe", "via=capacity slice=data"): "sharded over 'data' already",
 }
 
 
@@ -158,7 +158,7 @@ def test_options_and_graphs_that_do_not_suit() -> None:
     with pytest.raises(UsageError, match="sliced where they are exchanged"):
         Pipeline.parse("expert-parallel{via=ring slice=model}")
     graph: Any = layer("capacity")
-    with pytest.raises(InputError, match="lies on no mesh"):
+    with pytest.raises(InputError, match="has no mesh"):
         run(graph, "expert-parallel{via=ring}")
     dense = model("llama_gqa")
     run(dense, "annotate-sharding{mesh=data:2 rules=data-parallel}")

@@ -20,7 +20,7 @@ from moecc.ir.printer import print_graph
 from moecc.plan.batches import make_batch
 from moecc.plan.layouts import layouts
 from moecc.plan.meshes import meshes
-from moecc.plan.sharding import Sharded
+from moecc.plan.sharding import Sharding
 from moecc.plan.workload import workload
 from moecc.presets import preset_config
 from moecc.sharding.assign import ROWS, Assigner, divides
@@ -163,13 +163,14 @@ def test_a_value_by_itself_has_as_much_on_a_device_as_in_its_layer(name: str) ->
     lengths = (64, 32) if name == "st-moe-l" else (64,)
     work = workload(graph, make_batch(graph, 8, 64 * sum(lengths), lengths))
     for layout in (found for mesh in meshes(8) for found in layouts(mesh, work)):
-        sharded = Sharded(layout, work)
+        local = Sharding.of(layout, work)
+        sharded = local.sharded
         for part in work.parts:
             for node, step in zip(part.nodes, part.steps, strict=True):
                 for value, shape in zip(node.results, step.results, strict=True):
                     if value.type.dtype.is_float and "batch" in shape.names:
                         shards = sharded.shards(sharded.found.types[value])
-                        alone = shape.elements / sharded.elements(shape)
+                        alone = shape.elements / local.elements(shape)
                         # A table that is looked up again, and stored over an axis that the batch
                         # leaves free, is not gathered: what is looked up is sharded as it is.
                         free = layout.replicated and layout.dense_weights == "split"

@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moecc.errors import InputError
+from moecc.testing.naive_weights import whole_naively
 from moecc.types.dtypes import BF16, DTYPES, F16, F32, F64, PRED, DType
 from moecc.types.tensor import Axis, TensorType
-from moecc.weights import random
 from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
 from moecc.weights.boxes import row_blocks
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
@@ -201,126 +201,9 @@ def undone(x: Split | Merge) -> Expr:
     return Split(x, x.into, tuple((f"u{i}", size) for i, (_, size) in enumerate(sizes)))
 
 
-# --- the oracle: whole tensors, in the plainest way
-
-
 def naive(e: Expr) -> np.ndarray[Any, Any]:
-    with np.errstate(all="ignore"):
-        return _naive(e)
-
-
-def _naive(e: Expr) -> np.ndarray[Any, Any]:
-    x = [_naive(y) for y in e.operands]
-    n = e.type.names
-    match e:
-        case Source():
-            return read(e.name)
-        case Full():
-            return np.full(e.type.shape, e.value, np.float64).astype(e.type.dtype.numpy)
-        case Normal() | TruncatedNormal() | Uniform() | Subset():
-            return naive_draw(e)
-        case Tile():
-            return np.stack(x * e.size, axis=e.position)
-        case Stack():
-            return np.stack(x, axis=e.position)
-        case Concat():
-            return np.concatenate(x, axis=n.index(e.axis))
-        case Index():
-            return np.take(x[0], e.at, axis=e.x.type.names.index(e.axis))
-        case Slice():
-            return np.take(x[0], range(e.start, e.stop), axis=n.index(e.axis))
-        case Split() | Merge() | Rename():
-            return x[0].reshape(e.type.shape)
-        case Permute():
-            return np.transpose(x[0], [e.x.type.names.index(name) for name in e.order])
-        case Cast():
-            return naive_cast(x[0], e.dtype)
-        case Moment():
-            return naive_moment(e, *x)
-    wide = [naive_cast(v, e.type.dtype) if v.dtype != bool else v for v in x]
-    if isinstance(e, Scale):
-        return wide[0] * wide[0].dtype.type(e.factor)
-    a, b, *c = (spread(v, y.type, e.type) for v, y in zip(wide, e.operands, strict=True))
-    return a + b if isinstance(e, Add) else a * b if isinstance(e, Mul) else np.where(a, b, c[0])
-
-
-def spread(v: np.ndarray[Any, Any], small: TensorType, large: TensorType) -> np.ndarray[Any, Any]:
-    """Broadcast by looking up each element by the names of its axes."""
-    made = np.empty(large.shape, v.dtype)
-    for place in np.ndindex(large.shape):
-        by_name = dict(zip(large.names, place, strict=True))
-        made[place] = v[tuple(by_name[name] for name in small.names)]
-    return made
-
-
-def naive_cast(v: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
-    if v.dtype == np.float64 and dtype not in (F64, F32, F16):
-        # Through extended precision there is no double rounding in these magnitudes.
-        return np.array([nearest(float(u), dtype) for u in v.ravel()], dtype.numpy).reshape(v.shape)
-    return v.astype(np.float32 if v.dtype.itemsize < 8 else np.float64).astype(dtype.numpy)
-
-
-def nearest(value: float, dtype: DType) -> Any:
-    """Round a float64, by trying the neighbours of a first guess."""
-    guess = np.array(value, np.float32).astype(dtype.numpy)
-    raw = np.uint16 if dtype.itemsize_bytes == 2 else np.uint8
-    bits = int(guess.view(raw))
-    near = [raw(bits + d).view(dtype.numpy) for d in (-1, 0, 1) if bits + d >= 0]
-    near = [v for v in near if np.isfinite(v) and np.signbit(v) == np.signbit(guess)]
-    best = min(abs(float(v) - value) for v in near)
-    ties = [v for v in near if abs(float(v) - value) == best]
-    return min(ties, key=lambda v: int(v.view(raw)) & 1)
-
-
-def naive_draw(e: Expr) -> np.ndarray[Any, Any]:
-    assert isinstance(e, Normal | TruncatedNormal | Uniform | Subset)
-    words = np.random.Philox(key=e.key).random_raw(prod(e.type.shape)).reshape(e.type.shape)
-    if isinstance(e, Subset):
-        rank = np.argsort(
-            np.argsort(words, axis=e.type.names.index(e.axis)), axis=e.type.names.index(e.axis)
-        )
-        return rank < e.count
-    if isinstance(e, Normal):
-        return random.normal(words, e.mean, e.std)
-    if isinstance(e, TruncatedNormal):
-        return random.truncated_normal(words, e.std, e.bound)
-    return random.uniform(words, e.low, e.high)
-
-
-def naive_moment(
-    e: Moment, x: np.ndarray[Any, Any], mask: np.ndarray[Any, Any] | None = None
-) -> np.ndarray[Any, Any]:
-    t = e.x.type
-    x = x.astype(np.float64)
-    held = np.ones(x.shape, bool)
-    if mask is not None and e.mask is not None:
-        held = spread(mask, e.mask.type, t)
-    order = [t.names.index(name) for name in e.keep]
-    order += [i for i in range(t.rank) if i not in order]
-    x, held = x.transpose(order), held.transpose(order)
-    made = np.zeros(e.type.shape, np.float64)
-    for place in np.ndindex(e.type.shape):
-        count = int(held[place].sum())
-        if count:
-            made[place] = tree(np.where(held[place], x[place], 0.0)) / count
-            if e.kind == "std":
-                square = np.where(held[place], (x[place] - made[place]) ** 2, 0.0)
-                made[place] = np.sqrt(tree(square) / count)
-    return made.astype(e.type.dtype.numpy)
-
-
-def tree(v: np.ndarray[Any, Any]) -> float:
-    """Sum by halves, the last axis first."""
-    if v.ndim:
-        flat = [tree(u) for u in v]
-        while len(flat) > 1:
-            half = len(flat) // 2
-            odd = flat[2 * half :]
-            flat = [a + b for a, b in zip(flat[:half], flat[half : 2 * half], strict=True)]
-            if odd:
-                flat[0] += odd[0]
-        return flat[0]
-    return float(v)
+    """Evaluate as the oracle does."""
+    return whole_naively(e, read)
 
 
 def whole(e: Expr) -> np.ndarray[Any, Any]:

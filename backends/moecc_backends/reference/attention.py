@@ -106,6 +106,14 @@ def causal(query: Array, key: Array, *, window: int) -> Array:
     return Array(np.asarray(seen), axes)
 
 
+@meaning("same_segment")
+def same_segment(query: Array, key: Array) -> Array:
+    """Return whether query = key, or the query is 0."""
+    axes = (*query.axes, *(a for a in key.axes if a not in query.axes))
+    queries, keys = query.to(axes), key.to(axes)
+    return Array(np.asarray((queries == keys) | (queries == 0)), axes)
+
+
 @meaning("relative_buckets")
 def relative_buckets(
     query: Array, key: Array, *, bidirectional: bool, buckets: int, max_distance: int

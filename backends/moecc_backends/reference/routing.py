@@ -25,6 +25,7 @@ def route(
     axis: str,
     choice: str,
     using: tuple[str, ...],
+    precision: str,
 ) -> tuple[Array, Array]:
     """Return the experts with the largest logits, best first, and their gates."""
     rest = tuple(a for a in logits.axes if a != axis)

@@ -13,6 +13,7 @@ do the rest.  Where things are:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 
 from moecc.ahead.request import Job, Result
 from moecc.backend import Arrays
@@ -20,6 +21,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.verify import where
 from moecc.launch.process_info import process_info
+from moecc.train.job import Training, TrainJob
 from moecc.types.dtypes import F32, DType
 from moecc_backends.xla.dispatch.choose import dispatch_problems
 from moecc_backends.xla.import_jax import find_devices
@@ -38,7 +40,7 @@ class XlaBackend:
     def compile(
         self, graph: Graph, *, dtype: DType = F32, options: Options = DEFAULTS
     ) -> XlaProgram:
-        """Return `graph` ready to run in `dtype`: on all processes, where the environment says so.
+        """Return `graph` ready to run in `dtype`, on all processes of the environment.
 
         Raises:
           MachineError: the processes did not meet.
@@ -61,6 +63,12 @@ class XlaBackend:
         from moecc_backends.xla.aot.compiler import compile_ahead
 
         return compile_ahead(graph, job)
+
+    def train(self, job: TrainJob) -> AbstractContextManager[Training]:
+        """Bring a run onto the devices; see `moecc.train.job`."""
+        from moecc_backends.xla.train.training import training
+
+        return training(job)
 
     def lower(
         self,

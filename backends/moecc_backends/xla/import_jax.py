@@ -1,7 +1,7 @@
 """Importing jax on a computer without accelerators, where plug-ins for them may be installed.
 
 The extras `tpu` and `gpu-aot` are there to compile for machines elsewhere.  jax tries every plug-in
-when it starts, and those that find no device say so at length: here they are not asked.
+when it starts, and those that find no device warn at length: here they are not asked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ABSENT = (b"cudart_stub.cc", b"All log messages before absl::InitializeLog()")
 
 
 def import_jax() -> None:
-    """Import jax, for the CPU alone if this computer has nothing else and the user says nothing.
+    """Import jax, for the CPU alone if this computer has nothing else and the user chose nothing.
 
     ``JAX_PLATFORMS`` is left alone where it is set, where a device of a TPU or a GPU is seen, where
     a TPU's runtime has left a variable, and where there are plug-ins for other accelerators.

@@ -56,16 +56,19 @@ def misfits(architecture: str, family: GgufFamily, config: Config) -> Iterator[P
     place = f"gguf:{architecture}"
     if config["hidden_act"] != "silu":
         what = "llama.cpp computes SiLU in this architecture, whatever the config says"
-        yield Problem(what, place, "silu", str(config["hidden_act"]))
+        yield Problem(what, place, "silu", f"the activation {config['hidden_act']}")
     if config.get("attention_bias") and not family.output_bias:
         what = "llama.cpp refuses a bias of the attention's output projection here"
-        yield Problem(what, place, "no bias", "attention_bias true")
+        yield Problem(what, place, "no bias", "a bias of the output projection")
     window = _window(config)
     if window is not None and window < config["max_position_embeddings"]:
         what = "llama.cpp has no sliding window in this architecture"
         hint = "texts no longer than the window are the same: lower max_position_embeddings to it"
         yield Problem(what, place, "none", f"a window of {window:,} tokens", hint)
-    yield from (Problem(what, place, hint=hint) for what, hint in rope_misfits(config, family))
+    scaled = "scaled rotary positions"
+    yield from (
+        Problem(what, place, found=scaled, hint=hint) for what, hint in rope_misfits(config, family)
+    )
     if family.experts is not None:
         yield from _expert_misfits(place, family.experts, config)
 
@@ -84,14 +87,16 @@ def _expert_misfits(place: str, experts: GgufExperts, config: Config) -> Iterato
         does = "divides" if experts.renormalises else "does not divide"
         hint = "upcycle with gates=softmax router-init=zero" if norm else "upcycle with its default"
         what = f"llama.cpp {does} the chosen gates by their sum in this architecture"
-        yield Problem(what, place, found=f"norm_topk_prob {str(norm).lower()}", hint=hint)
+        found = "renormalised gates" if norm else "gates that are not renormalised"
+        yield Problem(what, place, found=found, hint=hint)
     dense = _dense_layers(config)
     leading = dense == list(range(len(dense)))
     if dense and not (experts.leading_dense and leading):
         allowed = "after the first ones " if experts.leading_dense else ""
         what = f"llama.cpp refuses a dense layer {allowed}in a file with experts"
         shown = ", ".join(map(str, dense[:8])) + (" …" if len(dense) > 8 else "")
-        yield Problem(what, place, "experts in every layer", f"dense layers {shown}")
+        found = f"dense layers among sparse ones: {shown}"
+        yield Problem(what, place, "experts in every layer", found)
 
 
 def _dense_layers(config: Config) -> Sequence[int]:

@@ -21,6 +21,7 @@ from moecc.checkpoint.gguf.blocks import dequantise
 from moecc.checkpoint.gguf.config import Sizes, make_config
 from moecc.checkpoint.gguf.encode import Key, Stored
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor, read_gguf_header
+from moecc.checkpoint.gguf.metadata import GgufArray
 from moecc.checkpoint.gguf.names import (
     GGUF_FAMILIES,
     GGUF_MIXTURES,
@@ -39,6 +40,15 @@ from moecc.errors import InputError, nearest, printable
 from moecc.types.arrays import Array
 
 _GUESSES = 20
+_MOST_VALUES = 1000
+_CARD_KEYS = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+    "datasets": "datasets",
+}
+"""The keys of a model card, and the metadata that say the same."""
 
 
 class GgufFile:
@@ -124,10 +134,16 @@ class GgufFile:
                 keys.append(Key(name, Stored(bytes(raw))))
         return keys
 
-    def licence(self) -> dict[str, str]:
-        """Return the licence stated in the metadata."""
-        found = self.metadata.get("general.license")
-        return {"license": found} if isinstance(found, str) and found else {}
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return licence, language and data sets as the metadata state them."""
+        kept: dict[str, tuple[str, ...]] = {}
+        for key, name in _CARD_KEYS.items():
+            found = self.metadata.get(f"general.{name}")
+            if isinstance(found, str) and found:
+                kept[key] = (found,)
+            elif isinstance(found, GgufArray) and not found.letter and found.count <= _MOST_VALUES:
+                kept[key] = tuple(found.strings())
+        return kept
 
     def files(self) -> list[Path]:
         """Return the file itself."""

@@ -83,10 +83,11 @@ class RunCheckpoint:
         tokens = self.step.facts.get("tokens", 0)
         return [f"trained for {self.step.number:,} steps, {tokens:,} tokens"]
 
-    def licence(self) -> dict[str, str]:
-        """Return the licence keys of the source's card."""
-        found = self.lineage.get("licence", {})
-        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of the source's card."""
+        found = self.lineage.get("card", {})
+        kept = found if isinstance(found, dict) else {}
+        return {str(k): tuple(map(str, v)) for k, v in kept.items() if isinstance(v, list)}
 
     def files(self) -> list[Path]:
         """Return graph, recipe, lineage, config and step.json, which has digests of the state."""

@@ -32,6 +32,8 @@ class MoeConfig(DecoderConfig):
     # The keys of which one alone is read the same by transformers 4 and 5, or is natural to 5.
     experts_keys: ClassVar[tuple[str, ...]]
     has_shared_expert: ClassVar[bool] = False
+    # The options of `upcycle`, besides the number of experts, that lead from a dense model here.
+    upcycle_options: ClassVar[str] = "top-k=2"
 
     num_experts: int
     experts_per_token: int

@@ -50,6 +50,7 @@ class Qwen2MoeConfig(MoeConfig):
     groups_may_be_null: ClassVar[bool] = False
     experts_keys: ClassVar[tuple[str, ...]] = ("num_experts",)
     has_shared_expert: ClassVar[bool] = True
+    upcycle_options: ClassVar[str] = "top-k=2 shared=0.5"
     defaults: ClassVar[Mapping[str, object]] = {
         **MOE_DEFAULTS,
         "hidden_size": 2048,

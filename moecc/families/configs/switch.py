@@ -28,6 +28,8 @@ class SwitchTransformersConfig(EncDecConfig):
     upwards it drops none.
     """
 
+    # The options of `upcycle`, besides the number of experts, that lead from a dense model here.
+    upcycle_options: ClassVar[str] = "top-k=1 gates=switch router-init=zero"
     model_type: ClassVar[str] = "switch_transformers"
     architecture: ClassVar[str] = "SwitchTransformersForConditionalGeneration"
     defaults: ClassVar[Mapping[str, object]] = {

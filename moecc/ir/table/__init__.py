@@ -9,11 +9,11 @@ from moecc.ir.table import (
     contraction,
     convolution,
     elementwise,
-    flows,
     random,
     reduction,
     repetition,
     routing,
+    sharding,
     slots,
 )
 
@@ -26,10 +26,10 @@ __all__ = [
     "contraction",
     "convolution",
     "elementwise",
-    "flows",
-    "slots",
     "random",
     "reduction",
     "repetition",
     "routing",
+    "sharding",
+    "slots",
 ]

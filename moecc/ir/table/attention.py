@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from moecc.errors import InputError
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import (
     axis_of,
     mixes_axis,
@@ -16,8 +15,10 @@ from moecc.ir.table.rules import (
     need_kind,
     no_duplicates,
     no_ragged,
+    same_size,
     widest,
 )
+from moecc.ir.table.sharding import by_name
 from moecc.ir.traits import Residual
 from moecc.types.dtypes import F32, I32, PRED
 from moecc.types.tensor import Axis, TensorType
@@ -145,6 +146,32 @@ register(
         ("query", "key"),
         _infer_causal,
         attrs={"window": Attr("int", 0, doc="the sliding window in tokens; 0: none")},
+        sharding=by_name,
+    )
+)
+
+
+def _infer_same_segment(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+    query, key = (v.type for v in operands)
+    need_kind(query, "int", "the segments of the queries")
+    need_kind(key, "int", "the segments of the keys")
+    for axis in key.axes:
+        if axis.name in query:
+            same_size(query[axis.name], axis)
+    further = (axis for axis in key.axes if axis.name not in query)
+    return (TensorType(PRED, (*query.axes, *further)),)
+
+
+register(
+    OpDef(
+        "same_segment",
+        """Whether a query may see a key: both are of one segment, or the query is padding.
+
+        A segment is a document of several that are packed into a sequence; padding is segment 0.
+        What padding sees is of no use, but a query that sees nothing would have no weights.  Axes
+        of one name are matched, others crossed.""",
+        ("query", "key"),
+        _infer_same_segment,
         sharding=by_name,
     )
 )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import along_axis, by_name, cut, looked_up, merged, renamed
 from moecc.ir.table.rules import axis_of, mixes_axis, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.table.sharding import along_axis, by_name, cut, looked_up, merged, renamed
 from moecc.ir.traits import Cut, Index, Product, Residual, Role
 from moecc.types.dtypes import F32, I32
 from moecc.types.tensor import Axis, TensorType

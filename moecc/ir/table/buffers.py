@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import received
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_ragged
+from moecc.ir.table.sharding import received
 from moecc.types.dtypes import PRED
 from moecc.types.tensor import TensorType
 

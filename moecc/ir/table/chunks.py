@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.operand import Definition, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import in_parts
 from moecc.ir.table.rules import axis_of, mixes_axis, no_ragged
+from moecc.ir.table.sharding import in_parts
 from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:

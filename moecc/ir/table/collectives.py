@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from moecc.errors import InputError, nearest
-from moecc.ir.flow import spelled
 from moecc.ir.operand import Operand
 from moecc.ir.ops import OPS, Attr, Attrs, OpDef, register
+from moecc.ir.sharding_rules import spelled
 from moecc.ir.table.rules import axis_of
 from moecc.ir.traits import Collective
 from moecc.types.tensor import Axis, Extent, TensorType, is_name

@@ -8,8 +8,8 @@ from functools import lru_cache
 from moecc.errors import InputError
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import summing
 from moecc.ir.table.rules import axis_of, no_ragged, same_dtype, same_size
+from moecc.ir.table.sharding import summing
 from moecc.ir.traits import PAIR, Role
 from moecc.types.tensor import TensorType
 

@@ -9,7 +9,6 @@ from typing import Any
 from moecc.errors import InputError, nearest
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
-from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import (
     arithmetic,
     elementwise,
@@ -18,6 +17,7 @@ from moecc.ir.table.rules import (
     same_dtype,
     widest,
 )
+from moecc.ir.table.sharding import by_name
 from moecc.ir.traits import (
     OPERAND,
     PAIR,

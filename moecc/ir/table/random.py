@@ -8,8 +8,8 @@ from math import isfinite
 from moecc.errors import InputError
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_place
 from moecc.ir.table.rules import need_kind, no_ragged
+from moecc.ir.table.sharding import by_place
 from moecc.types.dtypes import F32, KEY
 from moecc.types.tensor import TensorType
 

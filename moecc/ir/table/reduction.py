@@ -8,7 +8,6 @@ from typing import Any
 from moecc.errors import InputError
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name, summing
 from moecc.ir.table.rules import (
     axis_of,
     mixes_axis,
@@ -17,6 +16,7 @@ from moecc.ir.table.rules import (
     same_dtype,
     same_size,
 )
+from moecc.ir.table.sharding import by_name, summing
 from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Homogeneity, Residual, Role, powers
 from moecc.types.tensor import TensorType
 

@@ -13,8 +13,8 @@ from moecc.errors import InputError
 from moecc.ir.gates import CONVENTIONS, GATES, convention
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import by_name
 from moecc.ir.table.rules import axis_of, need_float, need_kind, no_duplicates, no_ragged, same_size
+from moecc.ir.table.sharding import by_name
 from moecc.ir.table.slots import operands_by_word
 from moecc.ir.traits import OPERAND
 from moecc.types.dtypes import I32, PRED
@@ -86,6 +86,9 @@ register(
             "axis": Attr("axis", "expert", doc="the axis of the experts", pins=True),
             "choice": Attr("axis", "choice", doc="the new axis, of size top_k"),
             "using": Attr("words", (), ("bias",), doc="what the further operands are"),
+            "precision": Attr(
+                "str", "f32", ("default", "f32"), doc="default: in the type of the run, even bf16"
+            ),
         },
         mixes=lambda _operands, attrs: (attrs["axis"],),
         residual=OPERAND,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,7 @@ from moecc.train.data.model_facts import ModelFacts
 from moecc.train.data.objectives import ExampleRows, Rows, Segment
 from moecc.train.data.open_rows import open_rows
 from moecc.train.data.order import Mixture, Numbers, mixed, permuted
-from moecc.train.recipe import Corpus, DataSection
+from moecc.train.recipe import Corpus, DataSection, Recipe
 from moecc.train.recipe_checks import corpus_name
 from moecc.train.tokens.folder import TokenFolder, open_tokens
 from moecc.types.arrays import Array
@@ -143,6 +143,12 @@ def open_batches(data: DataSection, model: ModelFacts) -> Batches:
             if use == "evaluate"
         },
     )
+
+
+def resolved(recipe: Recipe, batches: Batches) -> Recipe:
+    """Return `recipe` with the decoder's length that its data needs, where it leaves that open."""
+    data = replace(recipe.data, decoder_seq=batches.shape.decoder_seq)
+    return replace(recipe, data=data)
 
 
 def _opened(data: DataSection) -> Iterator[tuple[tuple[str, str], TokenFolder]]:

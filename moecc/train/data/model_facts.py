@@ -52,7 +52,7 @@ def facts_of(model: Model, graph: Graph | None = None) -> ModelFacts:
         name=model.name,
         vocab=_vocabulary(graph),
         inputs=tuple(graph.inputs),
-        longest=longest(graph),
+        longest=longest(model.graph),
         pad=pad if isinstance(pad, int) and pad >= 0 else None,
         decoder_start=start if isinstance(start, int) else None,
         tokenizer_digest=_digest(model),

@@ -17,6 +17,7 @@ from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import InputError
 from moecc.tokenizer.process import Tokenizer
+from moecc.train.tokens.byte_tokenizer import byte_tokenizer
 from moecc.train.tokens.facts import Special
 
 BYTES = "bytes"
@@ -180,7 +181,9 @@ def open_encoder(name: str) -> Encoder:
 
 
 def tokenizer_digest(data: bytes) -> str:
-    """Return the digest of the content of a ``tokenizer.json``."""
+    """Return the digest of the content of a ``tokenizer.json``; that of bytes has its own."""
+    if data == byte_tokenizer():
+        return BYTES_DIGEST
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 

@@ -1,4 +1,4 @@
-"""The pass ``annotate-sharding``: lay a graph on a mesh by the rules of a layout."""
+"""The pass ``annotate-sharding``: shard a graph over a mesh by the rules of a layout."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated, ClassVar
 
 from moecc.errors import InputError, MoeccError, Problem
 from moecc.ir.builder import Builder
-from moecc.ir.flow import spelled
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.mesh import Mesh, mesh_of, parse_mesh, set_mesh
+from moecc.ir.sharding_rules import spelled
 from moecc.ir.table.collectives import format_sharding
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves, Remark
 from moecc.sharding.assign import Assigner
@@ -26,13 +26,14 @@ NAME = "annotate-sharding"
 
 @dataclass(frozen=True)
 class AnnotateShardingPass(Pass):
-    """Lay parameters, inputs and all that follows from them on a mesh of devices.
+    """Shard parameters, inputs and all that follows from them over a mesh of devices.
 
-    A rule says on which mesh axes a named axis lies.  An operation's axes take mesh axes in the
-    order of the rules, each mesh axis once; what lies elsewhere is brought there by a ``reshard``,
-    which ``lower-collectives`` makes collectives of, and ``by`` says which rule wanted it.  A sum
-    over an axis that lies split is carried out at once.  Axes without a rule lie as the operands
-    do.  Parameters lie as their first use wants them, unless a rule says how they are stored.
+    A rule names the mesh axes that shard a named axis.  An operation's axes take mesh axes in the
+    order of the rules, each mesh axis once; what is sharded otherwise is brought there by a
+    ``reshard``, which ``lower-collectives`` makes collectives of, and ``by`` names the rule that
+    wanted it.  A sum over a sharded axis is reduced at once.  Axes without a rule are sharded as
+    those of the operands are.  Parameters are sharded as their first use wants them, unless a rule
+    decides how they are stored.
 
     Before::
 
@@ -48,7 +49,7 @@ class AnnotateShardingPass(Pass):
     """
 
     name: ClassVar[str] = NAME
-    summary: ClassVar[str] = "lay the graph on a mesh by the rules of a layout"
+    summary: ClassVar[str] = "shard the graph over a mesh by the rules of a layout"
     must_match: ClassVar[bool] = True
 
     mesh: Annotated[str, "the axes of the mesh and their sizes, data:8,model:4"]
@@ -76,7 +77,7 @@ class AnnotateShardingPass(Pass):
         """Lay the graph on the mesh.
 
         Raises:
-          InputError: it lies on one already; a rule does not divide; a mesh axis is left unused.
+          InputError: it is on one already; a rule does not divide; a mesh axis is left unused.
         """
         assigner, result = lay(graph, parse_mesh(self.mesh), read_layouts(self.rules))
         _check_used(assigner, self.rules)
@@ -84,33 +85,33 @@ class AnnotateShardingPass(Pass):
 
 
 def lay(graph: Graph, mesh: Mesh, rules: Sequence[LayoutRule]) -> tuple[Assigner, PassResult]:
-    """Lay `graph` on `mesh` by `rules`, in place.
+    """Shard `graph` over `mesh` by `rules`, in place.
 
     Raises:
-      InputError: it lies on a mesh already, or a rule does not divide.
+      InputError: it is on a mesh already, or a rule does not divide.
     """
     if mesh_of(graph) is not None:
-        raise InputError("the graph lies on a mesh already", hint="strip-sharding first")
+        raise InputError("the graph is on a mesh already", hint="strip-sharding first")
     set_mesh(graph, mesh)
     assigner = Assigner(mesh, rules)
-    told = cut_groups(graph, assigner)
+    regrouped = cut_groups(graph, assigner)
     found = propagate(sites_of(graph), graph.inputs.values(), graph.params.values(), assigner)
     writer = _Writer(graph, found)
     writer.write()
     stats = {"laid": found.sharded, "reshards": len(found.reshards)}
-    remarks = [*told, *writer.remarks()]
-    kept = REGROUPED if told else EXACT
+    remarks = [*regrouped, *writer.remarks()]
+    kept = REGROUPED if regrouped else EXACT
     return assigner, PassResult(True, found.sharded, stats, remarks, preserves=kept)
 
 
 def _check_used(assigner: Assigner, names: tuple[str, ...]) -> None:
-    """Raise InputError if nothing lies on an axis of the mesh: its devices would do the same."""
+    """Raise InputError if an axis of the mesh shards nothing: its devices would do the same."""
     for name, size in assigner.mesh.axes:
         if name in assigner.used or size == 1:
             continue
         known = dict.fromkeys(m for r in assigner.rules for m in r.mesh)
         raise InputError(
-            f"nothing lies on the mesh axis {name!r}, so its {size} parts would do the same",
+            f"nothing is sharded over the mesh axis {name!r}, so its {size} shards would be equal",
             where=f"mesh {assigner.mesh}",
             expected=f"axes that the rules of {', '.join(names)} name: {', '.join(known)}",
             found=name,
@@ -167,7 +168,7 @@ class _Writer:
         return made
 
     def remarks(self) -> list[Remark]:
-        """Return what was brought elsewhere and why, what is alike told once."""
+        """Return what was resharded and why, equal remarks once."""
         return [
             Remark(self._first[key], f"{count} × {key[0]}, because of {key[1]}")
             for key, count in self._caused.items()

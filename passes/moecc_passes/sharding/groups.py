@@ -23,7 +23,7 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
     in them.  What the number was stands in an attribute of the graph.
     """
     before: dict[str, int] = {}
-    told: list[Remark] = []
+    remarks: list[Remark] = []
     for node in list(graph):
         parts = _parts(node, assigner)
         was = SlotAttrs.of_node(node).groups if parts is not None else 0
@@ -32,11 +32,11 @@ def cut_groups(graph: Graph, assigner: Assigner) -> list[Remark]:
         before[node.results[-1].name] = was
         now = node.attrs["groups"] = nearest_multiple(was, parts)
         infer_again(graph, [node], start=node)
-        text = f"{now} groups in place of {was}: without a capacity the number changes nothing"
-        told.append(Remark(node.loc, text))
+        text = f"{now} groups instead of {was}: without a capacity the number changes nothing"
+        remarks.append(Remark(node.loc, text))
     if before:
         graph.attrs[ATTRIBUTE] = before
-    return told
+    return remarks
 
 
 def _parts(node: Node, assigner: Assigner) -> int | None:

@@ -73,7 +73,7 @@ class Case:
 
     @property
     def pipeline(self) -> str:
-        """The passes that lay a graph so."""
+        """The passes that shard a graph so."""
         return (
             f"annotate-sharding{{mesh={self.mesh} rules={self.rules}}},"
             f"expert-parallel{{{self.way}}},lower-collectives"
@@ -119,7 +119,7 @@ def layer(slots: Bound, *, embed: int = 8, mlp: int = 16, experts: int = 8) -> G
 
 @cache
 def outcome(case: Case) -> tuple[Graph | None, str]:
-    """Return the laid graph of a case and its collectives, or None and why there is none.
+    """Return the sharded graph of a case and its collectives, or None and why there is none.
 
     The graph is everybody's: clone it before you change it.
     """

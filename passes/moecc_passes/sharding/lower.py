@@ -20,8 +20,8 @@ NAME = "lower-collectives"
 class LowerCollectivesPass(Pass):
     """Make every ``reshard`` the collectives that bring its operand there, and send least.
 
-    A sum is scattered where its result lies split and reduced everywhere otherwise; a mesh axis
-    that goes from one axis to another is an ``all_to_all``; what is to lie split is split before
+    A sum is scattered where its result is sharded and reduced everywhere otherwise; a mesh axis
+    that goes from one axis to another is an ``all_to_all``; what is to be sharded is split before
     anything is gathered.
 
     Before::

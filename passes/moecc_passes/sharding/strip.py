@@ -1,4 +1,4 @@
-"""The pass ``strip-sharding``: the graph as it was before it was laid on a mesh."""
+"""The pass ``strip-sharding``: the graph as it was before it was sharded."""
 
 from __future__ import annotations
 

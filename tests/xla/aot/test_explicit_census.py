@@ -20,7 +20,7 @@ from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.aot.hlo import ITEMSIZE_BYTES, parse_hlo
 from moecc_backends.xla.aot.topology import missing
 
-from moecc.ahead.compile_in_subprocess import compile_apart
+from moecc.ahead.compile_in_subprocess import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.families import build
 from moecc.families.configs import parse_config
@@ -101,7 +101,7 @@ def compiled(
             str(file), machine, step=step, batch_tokens=DEVICES * SEQ, lengths=(SEQ,), remat=remat,
             optimizer="adafactor", mesh="data=8", via=via, partition=partition, emit="hlo",
         )  # fmt: skip
-        program = compile_apart(request).program
+        program = compile_in_subprocess(request).program
     found, runs = census(program), Counter[tuple[str, int]]()
     # A ring keeps every row, whose blocks are as many as the routing makes them.
     assert found.unknown_loops == 0 or via == "ring"

@@ -12,7 +12,7 @@ pytest.importorskip("optax")
 
 from moecc_backends.xla.aot.topology import missing
 
-from moecc.ahead.compile_in_subprocess import compile_apart
+from moecc.ahead.compile_in_subprocess import compile_in_subprocess
 from moecc.ahead.request import Request
 from moecc.plan.machines import parse_machine
 from moecc.sharding.partitions import PARTITIONS
@@ -30,7 +30,7 @@ def compiled(machine: str, **options: Any) -> dict[str, Any]:
     request = Request(
         MODEL, machine, batch_tokens=8 * 64, lengths=(64,), optimizer="adafactor", **options
     )
-    return compile_apart(request).data
+    return compile_in_subprocess(request).data
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)

@@ -1,4 +1,4 @@
-"""Reading optimised HLO: the text in which XLA says what a device will run.
+"""Reading optimised HLO: the text in which XLA prints what a device will run.
 
 A module is computations, a computation is instructions.  Types, operands and called computations
 are taken apart; other attributes stay text, in which `Instruction.attribute` looks.
@@ -187,7 +187,7 @@ class Module:
 
 
 def parse_hlo(text: str) -> Module:
-    """Return the module that `text` says.
+    """Return the module that `text` spells.
 
     Raises:
       InputError: it is not the text of an HLO module.

@@ -19,7 +19,7 @@ _TOO_LARGE = (
     re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
     re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
 )
-"""How libtpu says that a program is too large."""
+"""How libtpu reports that a program is too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Memory:
       aliased: the part of the outputs that does.
       temporaries: what lives while the program runs.
       code: the program itself.
-      peak: the most that is needed at a time, as the compiler says.
+      peak: the most that is needed at a time, as the compiler reports.
     """
 
     arguments: int
@@ -48,10 +48,10 @@ class Memory:
 
 
 class DoesNotFit(InputError):
-    """The compiler says that a device has not enough memory.
+    """The compiler reports that a device has not enough memory.
 
     Attributes:
-      needed_bytes: what the program needs, as far as the compiler says.
+      needed_bytes: what the program needs, as far as the compiler reports.
       available_bytes: what there is.
     """
 
@@ -140,7 +140,7 @@ def _memory(analysis: Any, *, is_cpu: bool) -> Memory:
     )
     peak = int(getattr(analysis, "peak_memory_in_bytes", 0))
     if is_cpu or not peak:
-        # The peak that XLA's CPU compiler says leaves the temporaries out.
+        # The peak that XLA's CPU compiler reports leaves the temporaries out.
         peak = arguments + outputs - aliased + temporaries
     return Memory(arguments, outputs, aliased, temporaries, code, peak)
 

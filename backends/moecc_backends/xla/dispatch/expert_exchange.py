@@ -75,7 +75,7 @@ def local_rows(ctx: Context, node: Node, x: Rows, layout: SortedRows) -> Rows:
 
 
 def _elsewhere(plan: ExchangeMap, experts: jax.Array) -> Permutation:
-    """Return a map that says which rows are used; their choices are on other devices."""
+    """Return a map of which rows are used; their choices are on other devices."""
     return Permutation(plan.arrival_of_row, jnp.full_like(experts, -1))
 
 

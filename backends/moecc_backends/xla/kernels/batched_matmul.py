@@ -1,7 +1,7 @@
 """Expert matrix multiplication under a capacity: one batched product.
 
 Every expert has the same number of slots; empty ones are zero rows that cost their share.  Rows are
-made with `dispatch.gather_vjp.permute`, of what `dispatch.permutation.capacity_permutation` says.
+made with `dispatch.gather_vjp.permute`, by `dispatch.permutation.capacity_permutation`.
 """
 
 from __future__ import annotations

@@ -78,6 +78,16 @@ def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
     return _crossed(query, key, compare)
 
 
+@lowering("same_segment")
+def _same_segment(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
+    def compare(q: Named, k: Named) -> Named:
+        axes = (*q.axes, *(a for a in k.axes if a not in q.axes))
+        queries = q.over(axes)
+        return Named((queries == k.over(axes)) | (queries == 0), axes)
+
+    return _crossed(query, key, compare)
+
+
 @lowering("relative_buckets")
 def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
     attrs = RelativeBucketsAttrs.of_node(node)

@@ -82,8 +82,11 @@ def _cast(ctx: Context, node: Node, x: Operand) -> Operand:
     if not dtype.is_float:
         wanted = canonicalize_dtype(dtype.numpy)
         return elementwise(lambda v: v.astype(wanted), x)
+    before = node.operands[0].type.dtype
+    if before.is_float and is_lossless(before, dtype):
+        return x  # what is wider than the policy, as what routers make, stays so
     # A cast may round; what is computed in afterwards is a matter of the policy.
-    narrow = ctx.dtype if is_lossless(node.operands[0].type.dtype, dtype) else dtype.numpy
+    narrow = ctx.dtype if is_lossless(before, dtype) else dtype.numpy
     if np.dtype(narrow).itemsize > np.dtype(ctx.dtype).itemsize:
         narrow = ctx.dtype
     return elementwise(lambda v: v.astype(narrow).astype(ctx.dtype), x)

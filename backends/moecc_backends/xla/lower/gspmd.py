@@ -35,7 +35,7 @@ _WEIGHTS = frozenset({Role.MATRIX, Role.TABLE})
 
 @dataclass(frozen=True)
 class GspmdLowering:
-    """Calls lowerings such that values are sharded over `mesh` as a layout of the plan says.
+    """Calls lowerings such that values are sharded over `mesh` as a layout of the plan shards them.
 
     Attributes:
       mesh: the devices.

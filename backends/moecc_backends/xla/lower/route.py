@@ -24,7 +24,8 @@ def _route(ctx: Context, node: Node, logits: Operand, *bias: Named) -> tuple[Ope
     def choose(full: Named) -> tuple[Named, Named]:
         rest = tuple(a for a in full.axes if a != attrs.axis)
         scores = full.to((*rest, attrs.axis)).array
-        scores = scores.astype(accumulator(scores.dtype))
+        if attrs.precision == "f32":
+            scores = scores.astype(accumulator(scores.dtype))
         if bias:
             ranked = _scores(attrs.gates, scores) + bias[0].array.astype(scores.dtype)
             _, experts = jax.lax.top_k(jax.lax.stop_gradient(ranked), attrs.top_k)

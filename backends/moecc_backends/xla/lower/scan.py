@@ -1,6 +1,6 @@
 """Lowering of repetition: a body that is compiled once, whatever the number of runs.
 
-Under rematerialisation a run is a checkpoint: what lies between two runs is kept, and for the
+Under rematerialisation a run is a checkpoint: what is between two runs is kept, and for the
 gradient the run is computed again.  Where a run is a block of several layers, those that are alike
 are a loop within it, and each of them a checkpoint: they are compiled once, and the intermediates
 of one of them alone are alive at a time.  They are computed once more for that.
@@ -115,7 +115,7 @@ def _repeat(run: Step, carry: Arrays, slices: Arrays, runs: int) -> tuple[Arrays
 
 
 def _remembering(node: Node) -> Remembering | None:
-    """Return what makes a gradient keep what `node` says, and compute the rest again."""
+    """Return what makes a gradient keep what `node` names, and recompute the rest."""
     attrs = ScanAttrs.of_node(node)
     if attrs.remat == "none":
         return None

@@ -40,7 +40,7 @@ def sharded_function(
       options: what was chosen for the lowering; its platform is that of the devices.
 
     Raises:
-      InputError: the graph is on no mesh, or on another; an output is a sum not yet carried out;
+      InputError: the graph is on no mesh, or on another; an output is an unreduced sum;
         a dispatch lowering is forced that does not fit.  The function raises it for inputs with
         an axis that the mesh does not divide.
     """
@@ -110,7 +110,7 @@ def _unfinalize_output(graph: Graph) -> Iterator[Problem]:
     hint = "run lower-collectives"
     for name, value in graph.outputs.items():
         if value.type.unreduced:
-            what = "an output is a sum not yet carried out"
+            what = "an output is an unreduced sum"
             yield Problem(what, f"output {name}", found=str(value.type), hint=hint)
     for node in graph:
         if node.op.collective is Collective.ANY:

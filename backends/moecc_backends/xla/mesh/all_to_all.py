@@ -26,8 +26,8 @@ class ExchangeMap(NamedTuple):
     Attributes:
       there: offsets and sizes of what is sent and received on the way to the experts.
       back: those of the way back.
-      arrival_of_row: for each row, by expert, where it arrived; −1 where there is none.
-      row_of_arrival: for each arrival, the row that it goes to; −1 where there is none.
+      arrival_of_row: for each row, by expert, where it arrived, or −1.
+      row_of_arrival: for each arrival, the row that it goes to, or −1.
       group_sizes: ``[experts]``, the rows of each of this device's experts.
     """
 

@@ -42,7 +42,7 @@ def join(process: ProcessInfo, *, seconds: float | None = None) -> None:
 
     Args:
       process: of this process; one that JAX finds is read from the variables of the cluster.
-      seconds: how long to wait for the others; by default what ``MOECC_JOIN_SECONDS`` says, or
+      seconds: how long to wait for the others; by default ``MOECC_JOIN_SECONDS``, or
         `JOIN_SECONDS`.
 
     Raises:

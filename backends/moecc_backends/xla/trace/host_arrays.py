@@ -54,7 +54,7 @@ def to_numpy(array: jax.Array) -> NumpyArray:
 
 
 def check_keys(graph: Graph, inputs: Mapping[str, jax.Array]) -> None:
-    """Raise InputError if an input that is to be a random key is none of jax's."""
+    """Raise InputError if an input that is to be a random key is not one of jax's."""
     problems = [
         Problem(
             "this is no key of jax's",

@@ -1,6 +1,6 @@
 """Functions of jax that have no annotations, with those that they are used by.
 
-What a checker cannot know of jax is said here, once: mypy lets this module alone call what has no
+What a checker cannot know of jax is declared here: mypy lets this module alone call what has no
 annotations (pyproject.toml).
 """
 
@@ -67,7 +67,7 @@ def named(array: jax.Array, name: str) -> jax.Array:
 
 
 def partition_spec(*parts: str | Axes | None) -> PartitionSpec:
-    """Return how the dimensions of an array lie on a mesh."""
+    """Return the mesh axes that shard the dimensions of an array."""
     return PartitionSpec(*parts)
 
 
@@ -96,6 +96,6 @@ def wait_for(arrays: Iterable[jax.Array]) -> None:
     jax.block_until_ready(list(arrays))
 
 
-def configure(option: str, value: str) -> None:
+def configure(option: str, value: str | float) -> None:
     """Set an option of jax."""
     jax.config.update(option, value)

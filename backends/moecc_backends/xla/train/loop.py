@@ -27,16 +27,14 @@ from moecc.train.events import (
 from moecc.train.position import Position, batch_of
 from moecc.train.recipe import RunSection
 from moecc.types.arrays import Array
+from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 
 State = Any
 Placed = Mapping[str, jax.Array]
 """A batch on its devices."""
 
-SKIPPED, TOKENS = "guard.skipped", "tokens"
-"""Metrics of a step: whether its update was left out, and the tokens that its loss counts."""
-
-LOSS_SUM = "loss.sum"
-"""Of an evaluation: the sum of the losses of its tokens, in nats."""
+SKIPPED = "guard.skipped"
+"""The metric of a step that says whether its update was left out."""
 
 
 class Program(Protocol):
@@ -48,7 +46,11 @@ class Program(Protocol):
         """Return state and metrics after one step; the state that is given is donated."""
         ...
 
-    def evaluate(self, state: State, batch: Placed) -> Mapping[str, jax.Array]:
+    def model_params(self, state: State) -> Mapping[str, jax.Array]:
+        """Return the parameters of the model in a state."""
+        ...
+
+    def evaluate(self, params: Mapping[str, jax.Array], batch: Placed) -> Mapping[str, jax.Array]:
         """Return `LOSS_SUM` and `TOKENS` of a batch."""
         ...
 
@@ -208,10 +210,10 @@ class Loop:
         self._saved, self._saved_seconds = self._at, self.clock()
 
     def _evaluate(self) -> Evaluated:
-        losses = {}
+        losses, params = {}, self.program.model_params(self._state)
         for name, batches in self.feed.held_out.items():
             sums = [
-                self.program.evaluate(self._state, self.feed.evaluate(name, number))
+                self.program.evaluate(params, self.feed.evaluate(name, number))
                 for number in range(batches)
             ]
             total = sum(float(s[LOSS_SUM]) for s in sums)

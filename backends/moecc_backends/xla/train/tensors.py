@@ -69,7 +69,8 @@ def slots_of(graph: Graph, state: Any) -> list[Slot]:
 def _slot(graph: Graph, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Slot:
     words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
     name = next((w for w in words if w in graph.params), None)
-    key = ".".join(w for w in words if w != name)
+    # A balance bias is a parameter of the model that the optimiser does not know.
+    key = ".".join("params" if w == "bias" else w for w in words if w != name)
     if name is None:
         return Slot(key, None, False, leaf)
     weight = graph.params[name].weight

@@ -1,4 +1,4 @@
-"""Bounded receive buffers: rows that a device has no room for are not placed, and counted."""
+"""Bounded receive buffers: rows that a device has no room for get no slot, and are counted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def bound_rows(graph: Graph, layer: LaidLayer, builder: Builder, mesh: Mesh, fac
 
 
 def _placed(builder: Builder, slots: Value) -> Value:
-    """Return 1 for each choice that has a slot, of the axes of `place`."""
+    """Return 1 for each choice that has a slot, of the axes of `slots`."""
     none = builder.constant(value=-1.0, dtype="i32")
     ones = builder.broadcast(builder.constant(value=1.0, dtype="f32"), slots)
     return builder.mask(ones, builder.less(none, slots), fill=0.0)
@@ -70,7 +70,7 @@ def _counts(layer: LaidLayer, builder: Builder) -> Value:
 def _placed_again(layer: LaidLayer, builder: Builder, keep: Value) -> Value:
     node = layer.routed.assigner
     need(node.op.name == "assign_slots", layer, "experts that choose have a bound already",
-         "slots that place gives", "leave buffer-factor out")  # fmt: skip
+         "slots that assign_slots gives", "leave buffer-factor out")  # fmt: skip
     given = {**operands_by_word(node.operands, node.attrs), "keep": keep}
     attrs = {**node.attrs, "using": tuple(given)}
     operands, names = (node.operands[0], *given.values()), (layer.routed.slots.name,)

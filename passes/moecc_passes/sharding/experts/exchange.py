@@ -44,8 +44,8 @@ def _width(layer: LaidLayer) -> str:
 def _check_slice(layer: LaidLayer, mesh: str, target: TensorType) -> None:
     x = layer.routed.dispatch.operands[0]
     used = {m for t in (x.type, target) for a in t.axes for m in a.mesh}
-    need(mesh not in used, layer, f"rows lie on {mesh!r} already, and are no copies along it",
-         "a mesh axis that neither tokens nor experts lie on", "leave the slice out")  # fmt: skip
+    need(mesh not in used, layer, f"rows are sharded over {mesh!r} already",
+         "a mesh axis that shards neither tokens nor experts", "leave the slice out")  # fmt: skip
 
 
 def _enter(

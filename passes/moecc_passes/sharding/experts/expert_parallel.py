@@ -29,14 +29,14 @@ class ExpertParallelPass(Pass):
     """Choose the collectives between the tokens and the experts of every routed layer.
 
     capacity: an ``all_to_all`` of slots there and back.  ragged: a ``ragged_all_to_all`` of the
-    rows that are there.  hierarchical: the experts lie on two mesh axes, and rows cross the inner
+    rows that are there.  hierarchical: two mesh axes shard the experts, and rows cross the inner
     one first.  ring: tokens are gathered and routed again, results reduce-scattered; exact, and
     cheaper where tokens have many choices.  replicated: the same with an ``all_reduce``, for
     tokens that are the same along the experts' mesh axis, as when decoding.
 
     With chunks, experts work on one part of the token groups while the next is on its way.
 
-    A buffer factor bounds what a device receives: what it has no room for is not placed, so that
+    A buffer factor bounds what a device receives: what it has no room for gets no slot, so that
     no exchange loses anything, and an output ``dropped.LAYER`` counts it.
 
     Before, as ``annotate-sharding`` leaves it::
@@ -105,11 +105,11 @@ class ExpertParallelPass(Pass):
         """Insert the collectives.
 
         Raises:
-          InputError: the graph lies on no mesh, or a layer does not suit the option.
+          InputError: the graph has no mesh, or a layer does not suit the option.
         """
         mesh = mesh_of(graph)
         if mesh is None:
-            raise InputError("the graph lies on no mesh", hint="annotate-sharding first")
+            raise InputError("the graph has no mesh", hint="annotate-sharding first")
         if self.slice is not None:
             mesh.size((self.slice,))
         layers = laid_layers(graph)

@@ -31,9 +31,9 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     over = layer.exchanged
     routed = layer.routed
     replay = _Replay(graph, layer, builder, over)
-    experts, place, gates = (replay.value(v) for v in (routed.experts, routed.slots, routed.gates))
+    experts, slots, gates = (replay.value(v) for v in (routed.experts, routed.slots, routed.gates))
     x = replay.value(routed.dispatch.operands[0])
-    rows = builder.dispatch(x, experts, place, name=routed.dispatch.results[0].name)
+    rows = builder.dispatch(x, experts, slots, name=routed.dispatch.results[0].name)
     own = builder.shard(rows, axis="expert", mesh=layer.expert_mesh, name=rows.name)
     combine = routed.combine
     tokens, exits = combine.result, combine.operands[0]
@@ -41,7 +41,7 @@ def gather_tokens(graph: Graph, layer: LaidLayer, builder: Builder, way: Via) ->
     away = graph.input(graph.fresh("away"), tokens.type)
     for user, number in uses(tokens):
         user.set_operand(number, away)
-    for number, value in enumerate((layer.made, experts, place, gates)):
+    for number, value in enumerate((layer.made, experts, slots, gates)):
         combine.set_operand(number, value)
     erase_unused(exits)
     for entry in layer.entries:
@@ -99,7 +99,7 @@ class _Replay:
         return emit(self.builder, value, gathered(value.type, self.over))
 
     def _again(self, node: Node) -> None:
-        """Do `node` again, unless it brings its operand where the gathered one lies already."""
+        """Do `node` again, unless the gathered operand is sharded as its result already."""
         operands = [self.value(v) for v in node.operands]
         attrs = dict(node.attrs)
         if node.op.collective is Collective.ANY:

@@ -1,4 +1,4 @@
-"""A routed layer that lies on a mesh: where its tokens and its experts are."""
+"""A routed layer on a mesh: over which mesh axes its tokens and experts are sharded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LaidLayer:
       routed: the layer.
       entries: the collectives that take the dispatched rows to the experts.
       made: what the experts made of them, before anything brings it back.
-      expert_mesh: the mesh axes that the experts lie on.
+      expert_mesh: the mesh axes that shard the experts.
     """
 
     routed: RoutedLayer
@@ -27,9 +27,8 @@ class LaidLayer:
 
     @property
     def token_mesh(self) -> tuple[str, ...]:
-        """The mesh axes that the outermost token axis lies on."""
-        place = self.routed.slots.type
-        return place[self.routed.tokens[0]].mesh
+        """The mesh axes that shard the outermost token axis."""
+        return self.routed.slots.type[self.routed.tokens[0]].mesh
 
     @property
     def is_ragged(self) -> bool:
@@ -38,12 +37,12 @@ class LaidLayer:
 
     @property
     def exchanged(self) -> tuple[str, ...]:
-        """The mesh axes that both tokens and experts lie on, in the order of the tokens."""
+        """The mesh axes that shard both tokens and experts, in the order of the tokens."""
         return tuple(m for m in self.token_mesh if m in self.expert_mesh)
 
 
 def laid_layers(graph: Graph) -> list[LaidLayer]:
-    """Return the routed layers of `graph` whose experts lie split, in order."""
+    """Return the routed layers of `graph` whose experts are sharded, in order."""
     found: list[LaidLayer] = []
     for routed in routed_layers(graph):
         rows = routed.dispatch.results[0]
@@ -62,7 +61,7 @@ def _before_collectives(value: Value) -> Value:
 
 
 def need(holds: bool, layer: LaidLayer, what: str, expected: str, hint: str) -> None:
-    """Raise InputError unless `holds`, saying where the tokens and experts of `layer` lie."""
+    """Raise InputError unless `holds`, with the sharding of tokens and experts of `layer`."""
     if holds:
         return
     tokens = "*".join(layer.token_mesh) or "no mesh axis"

@@ -3,7 +3,7 @@
 An operation loops over *dimensions*.  Its rule says which dimension each axis of each operand and
 result runs along, which dimensions it sums over, and which must not be sharded.  A dimension has
 the same mesh axes in all operands and results; a sum over a sharded one is *unreduced*.  The
-rule is a field of the operation's row (`moecc.ir.table.flows` has the rules that rows name); an
+rule is a field of the operation's row (`moecc.ir.table.sharding` has the rules that rows name); an
 operation without one takes replicated operands only.
 """
 
@@ -114,8 +114,7 @@ def propagate_sharding(
     return sharded_results(entry, space, given, types, mesh)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sharding:
+class _Sharding(NamedTuple):
     """The mesh axes of a dimension, and the operand and axis that determine them."""
 
     mesh: tuple[str, ...]
@@ -211,7 +210,5 @@ def _unreduced(
 def _sharded(
     type: TensorType, names: Names, shardings: Mapping[str, _Sharding], unreduced: tuple[str, ...]
 ) -> TensorType:
-    axes = (
-        Axis(a.name, a.size, shardings.get(names.get(a.name, ""), _WHOLE).mesh) for a in type.axes
-    )
-    return TensorType(type.dtype, tuple(axes), unreduced)
+    found = [shardings.get(names.get(name, ""), _WHOLE).mesh for name in type.names]
+    return type.sharded(tuple(found), unreduced)

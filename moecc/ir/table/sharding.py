@@ -1,11 +1,11 @@
-"""Sharding rules of operations: the dimensions each loops over (`moecc.ir.flow`)."""
+"""Sharding rules of operations: the dimensions each loops over (`moecc.ir.sharding_rules`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moecc.ir.flow import Names, Rule, Space
 from moecc.ir.operand import Attrs, Entry, Operand
+from moecc.ir.sharding_rules import Names, Rule, Space
 
 
 def _identity(names: Iterable[str]) -> dict[str, str]:

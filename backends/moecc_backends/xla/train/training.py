@@ -1,0 +1,182 @@
+"""A run on its devices: processes meet, the step is made, and the loop runs over it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moecc.errors import InputError
+from moecc.ir.mesh import parse_mesh
+from moecc.ir.structure import fingerprint
+from moecc.launch.member import Watchdog, hold_lifeline, watchdog_of_environment
+from moecc.launch.process_info import process_info
+from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.train.events import Event, Reason
+from moecc.train.job import TrainJob
+from moecc.train.position import Position
+from moecc.train.recipe import MeshSection
+from moecc.train.run_folder import locked_run, remove_incomplete
+from moecc.train.schedule import rate_at
+from moecc_backends.xla.import_jax import find_devices
+from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
+from moecc_backends.xla.train.checkpoints import RunCheckpoints
+from moecc_backends.xla.train.compile_cache import keep_compiled_programs
+from moecc_backends.xla.train.feed import DeviceFeed
+from moecc_backends.xla.train.loop import Loop
+from moecc_backends.xla.train.saving import Saver
+from moecc_backends.xla.train.step import TrainStep, make_train_step
+from moecc_backends.xla.train.tensors import load
+
+_REASONS = (None, Reason.TERMINATED, Reason.INTERRUPTED)
+
+
+@dataclass
+class XlaTraining:
+    """A run on its devices; see `moecc.train.job.Training`.
+
+    Attributes:
+      job: what is trained.
+      program: its step.
+      saver: writes its checkpoints.
+      watchdog: is informed of every step.
+      writes: whether this process writes journals and reports.
+    """
+
+    job: TrainJob
+    program: TrainStep
+    saver: Saver
+    watchdog: Watchdog
+    writes: bool
+
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on."""
+        return len(_devices(self.job.recipe.mesh))
+
+    def events(self, stop: Callable[[], Reason | None]) -> Iterator[Event]:
+        """Run to the end, and yield what happens; see `moecc.train.job.Training.events`."""
+        job, run = self.job, self.job.recipe.run
+        checkpoints = RunCheckpoints(
+            job.run, self.program.graph, self.program.abstract_state, self._start, self.saver,
+            job.digest,
+        )  # fmt: skip
+        loop = Loop(
+            self.program,
+            DeviceFeed(job.batches, self.program.abstract_batch),
+            checkpoints,
+            run,
+            lambda step: rate_at(job.recipe.optimizer, step, run.steps),
+            lambda: agreed_reason(stop()),
+            agreed_seconds,
+        )
+        for event in loop.events():
+            self.watchdog.beat(type(event).__name__)
+            yield event
+
+    def _start(self) -> tuple[Any, Position]:
+        """Return the state before the first step."""
+        program = self.program
+        params: Mapping[str, jax.ShapeDtypeStruct] = program.abstract_state["params"]
+        with self.job.begin() as beginning:
+            loaded = load(program.graph, beginning.weights, beginning.read, params)
+        return program.init(loaded), Position()
+
+
+@contextmanager
+def training(job: TrainJob) -> Iterator[XlaTraining]:
+    """Bring a run onto its devices; see `moecc.train.job.Trainer.train`.
+
+    Raises:
+      InputError: the mesh does not suit the model or the devices; processes differ.
+      MachineError: an extra is missing, or the processes do not meet.
+    """
+    process = process_info()
+    if process is not None:
+        hold_lifeline()
+        join(process)
+    find_devices()
+    keep_compiled_programs()
+    with watchdog_of_environment() as watchdog:
+        watchdog.beat("all processes have met")
+        program = _program(job)
+        preflight(
+            configuration(
+                graph=fingerprint(job.graph)[:16],
+                recipe=job.digest,
+                data=job.batches.digests["order"],
+                mesh=str(job.recipe.mesh),
+            )
+        )
+        with _own_folder(job):
+            saver = Saver(job.run, job.recipe.run.keep)
+            try:
+                yield XlaTraining(job, program, saver, watchdog, is_first())
+            finally:
+                saver.close()
+
+
+@contextmanager
+def _own_folder(job: TrainJob) -> Iterator[None]:
+    """Make the folder of a run, or take it over, in the first process; the others wait for it."""
+    if not is_first():
+        _meet("moecc made the folder")
+        yield
+        return
+    job.create()
+    with locked_run(job.run):
+        remove_incomplete(job.run)
+        _meet("moecc made the folder")
+        yield
+
+
+def _program(job: TrainJob) -> TrainStep:
+    devices = _devices(job.recipe.mesh)
+    spec = step_spec(job.graph, job.recipe, devices[0].platform)
+    judge = eval_graph(job.graph, job.recipe)
+    return make_train_step(train_graph(job.graph, job.recipe), spec, devices, judge)
+
+
+def _devices(section: MeshSection) -> list[jax.Device]:
+    """Return the devices of a mesh, in its order.
+
+    Raises:
+      InputError: there are others; in several processes every device has to be in the mesh.
+    """
+    found = jax.devices()
+    wanted = parse_mesh(section.mesh).devices if section.mesh else 1
+    several = jax.process_count() > 1
+    if wanted > len(found) or (several and wanted != len(found)):
+        raise InputError(
+            "the mesh is not as large as there are devices", where="mesh.mesh",
+            expected=f"{len(found)}, in {jax.process_count()} processes", found=str(wanted),
+            hint=f'mesh.mesh = "data={len(found)}" takes all of them',
+        )  # fmt: skip
+    return found[:wanted]
+
+
+def agreed_reason(reason: Reason | None) -> Reason | None:
+    """Return why to stop, if any process says so; the same in all of them."""
+    if jax.process_count() == 1:
+        return reason
+    number = np.int32(_REASONS.index(reason))
+    return _REASONS[int(np.max(multihost_utils.process_allgather(number)))]
+
+
+def agreed_seconds() -> float:
+    """Return the seconds of the first process's clock, in all of them."""
+    now = time.monotonic()
+    if jax.process_count() == 1:
+        return now
+    return float(multihost_utils.broadcast_one_to_all(np.float32(now)))
+
+
+def _meet(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

@@ -1,0 +1,165 @@
+"""``moecc train``: train a model by a recipe; go on with a run, or fork it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moecc.cli.console import Format
+from moecc.cli.face import add_command
+from moecc.cli.options import FormatOption
+
+if TYPE_CHECKING:
+    from moecc.support.signals import Asked
+    from moecc.train.events import Reason, Stopped
+    from moecc.train.job import Trainer, Training, TrainJob
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """The arguments and options of ``moecc train``."""
+
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A .toml, or recipe:NAME.", show_default=False),
+    ] = None
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="RUN", help="The folder of the run.")
+    ] = None
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="Go on where the run was saved.")
+    ] = None
+    fork: Annotated[
+        str | None,
+        typer.Option(
+            "--fork", metavar="RUN[@STEP]", help="Go on from a step, under another recipe."
+        ),
+    ] = None
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value: run.steps=500."),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, and train nothing.")
+    ] = False
+    format: FormatOption = Format.human
+
+
+def train(request: TrainRequest) -> int:
+    """Train the model of RECIPE, or go on with a run.
+
+    Everything is checked before the folder is made.  SIGTERM and Ctrl-C finish the step and save;
+    then --resume goes on as if nothing had been.  The exit code is 3 where too many steps in a row
+    had to be skipped.
+    """
+    from moecc.cli.console import report, say
+    from moecc.support.signals import signals_noted
+
+    with ExitStack() as opened:
+        job = opened.enter_context(_job(request))
+        for remark in job.batches.remarks:
+            say(f"remark: {remark}")
+        if request.dry_run:
+            return 0
+        asked = opened.enter_context(signals_noted())
+        running = opened.enter_context(_trainer().train(job))
+        stopped = _watch(job, running, asked)
+    data = {"run": str(job.run), "step": stopped.step, "reason": stopped.reason.value}
+    if running.writes:
+        text = f"{job.run}: {stopped.reason.value} after {stopped.step:,} steps"
+        report("train", data, lambda: text, request.format)
+    return _exit_code(stopped, job)
+
+
+@contextmanager
+def _job(request: TrainRequest) -> Iterator[TrainJob]:
+    """Return what is asked for. Raises UsageError where that is not one of the three forms."""
+    from pathlib import Path
+
+    from moecc.cli.console import say
+    from moecc.errors import UsageError
+    from moecc.tasks.train import forked_run, new_run, resumed_run
+    from moecc.tasks.train_source import open_source
+    from moecc.train.recipe_text import load_recipe
+
+    sets = request.set or []
+    if request.resume is not None:
+        if request.out is not None or request.fork is not None:
+            raise UsageError("--resume goes on with a run where it is", hint="leave --out out")
+        given = None if request.recipe is None else load_recipe(request.recipe, sets)
+        yield resumed_run(Path(request.resume), sets, given)
+        return
+    if request.recipe is None or request.out is None:
+        raise UsageError(
+            "not what moecc train takes",
+            expected="RECIPE --out RUN, or --resume RUN, or RECIPE --fork RUN --out RUN2",
+        )
+    recipe, out = load_recipe(request.recipe, sets), Path(request.out)
+    if request.fork is not None:
+        yield forked_run(recipe, request.fork, out)
+        return
+    with open_source(recipe) as source:
+        for remark in source.remarks:
+            say(f"remark: {remark}")
+        yield new_run(recipe, source, out)
+
+
+def _trainer() -> Trainer:
+    from moecc.backend import get_backend
+    from moecc.train.job import Trainer
+
+    backend = get_backend("xla")
+    assert isinstance(backend, Trainer), "the backend xla trains"
+    return backend
+
+
+def _watch(job: TrainJob, training: Training, asked: Asked) -> Stopped:
+    """Run a training to its end, and show how it goes."""
+    from signal import SIGINT
+
+    from moecc.cli.train_progress import TrainProgress
+    from moecc.train.events import Reason, Stopped
+    from moecc.train.follow import followed
+
+    def stop() -> Reason | None:
+        if asked.signal is None:
+            return None
+        return Reason.INTERRUPTED if asked.signal is SIGINT else Reason.TERMINATED
+
+    with TrainProgress(job.recipe.run.steps, quiet=not training.writes) as progress:
+        for event in followed(job, training, stop):
+            progress(event)
+            if isinstance(event, Stopped):
+                return event
+    raise AssertionError("a training ends with its end")
+
+
+def _exit_code(stopped: Stopped, job: TrainJob) -> int:
+    """Return the exit code of a training that ended. Raises CheckError if the guard gave up."""
+    from moecc.errors import CheckError
+    from moecc.train.events import Reason
+
+    if stopped.reason is Reason.GUARD:
+        skips = job.recipe.run.guard.skips
+        raise CheckError(
+            "training gave up: its losses are not finite, or far above those before",
+            where=f"{job.run}, after step {stopped.step:,}",
+            found=f"{skips} skipped steps in a row, twice after the same checkpoint",
+            hint="a lower optimizer.rate, or a longer warm-up; metrics.jsonl has the losses",
+        )
+    return {Reason.DONE: 0, Reason.TERMINATED: 143, Reason.INTERRUPTED: 130}[stopped.reason]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(
+        app,
+        "train",
+        TrainRequest,
+        train,
+        "Example: moecc train recipe:upcycle --out run --set model.source=SmolLM2-135M",
+    )

@@ -1,0 +1,210 @@
+"""What a run of training would be: sizes, FLOPs, passes, and what a plan predicts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from moecc.families.describe import count_parameters
+from moecc.families.flops import sequence_flops
+from moecc.ir.graph import Graph
+from moecc.ir.unroll import unrolled
+from moecc.plan.batches import Batch, length_variables
+from moecc.plan.estimate import Estimate, Estimator
+from moecc.plan.machines import Machine, parse_machine
+from moecc.plan.meshes import plan_mesh
+from moecc.plan.search import Constraints, search
+from moecc.plan.strategy import OPTIMIZERS, StepConfig
+from moecc.plan.workload import Workload, workload
+from moecc.steps.moment_axes import moment_types
+from moecc.steps.passes import StepPasses, step_graph
+from moecc.steps.recipes import eval_passes, train_passes
+from moecc.steps.settings import parameter_settings
+from moecc.support.parse_units import float_type
+from moecc.support.text import count_text, size_text
+from moecc.train.data.batches import Batches
+from moecc.train.recipe import Recipe
+
+TRAIN_PASSES = 3
+"""FLOPs of a training step over those of its forward pass: backward, there are twice as many."""
+
+_DAY_SECONDS = 86_400
+
+Facts = dict[str, Any]
+
+
+def dry_run(
+    recipe: Recipe, graph: Graph, batches: Batches, machine: Machine | None = None
+) -> Facts:
+    """Return what a run would be, as JSON values; nothing is read but headers.
+
+    Args:
+      recipe: the recipe.
+      graph: the canonical graph of the model.
+      batches: its data.
+      machine: what a plan is made for; by default CPUs, as many as the mesh of the recipe has.
+
+    Raises:
+      InputError: the recipe does not suit the graph, or it does not fit the machine.
+    """
+    graph = unrolled(graph)
+    training = train_passes(graph, recipe)
+    where = machine or _own_machine(recipe)
+    return {
+        "steps": recipe.run.steps,
+        "parameters": _parameters(recipe, graph),
+        "data": _data(recipe, batches),
+        "flops": _flops(recipe, graph, batches),
+        "passes": {"train": str(training), "evaluate": str(eval_passes(graph, recipe))},
+        "plan": _plan(recipe, _planned_graph(graph, training), batches, where),
+    }
+
+
+def dry_run_text(facts: Facts) -> str:
+    """Return `dry_run` for people."""
+    return "\n".join(_lines(facts))
+
+
+def _own_machine(recipe: Recipe) -> Machine:
+    mesh = recipe.mesh
+    devices = plan_mesh(mesh.mesh, mesh.rules or None).devices if mesh.mesh else 1
+    return parse_machine(f"cpu:{devices}")
+
+
+def _parameters(recipe: Recipe, graph: Graph) -> Facts:
+    """Return the parameters, how many are used for a token and trained, and their bytes."""
+    counts = count_parameters(graph)
+    settings = parameter_settings(graph, recipe.optimizer)
+    types = {name: graph.params[name].type for name in settings}
+    trained = [name for name, one in settings.items() if one.trained]
+    moments = moment_types(recipe.optimizer.name, types, settings)
+    width = float_type(recipe.run.weight_dtype).itemsize_bytes
+    kept = sum(prod(t.shape) for of_kind in moments.values() for t in of_kind.values())
+    return {
+        "total": counts.total,
+        "active": counts.active,
+        "trained": sum(prod(types[name].shape) for name in trained),
+        "bytes": counts.total * width,
+        "moment_bytes": kept * width,
+    }
+
+
+def _data(recipe: Recipe, batches: Batches) -> Facts:
+    """Return the tokens of the run, padding included, and the epochs of each corpus."""
+    data, shape = recipe.data, batches.shape
+    rows = data.batch * recipe.run.steps
+    whole = sum(corpus.weight for corpus in data.train)
+    shares = zip(batches.rows.items(), data.train, strict=True)
+    return {
+        "sequences": data.batch,
+        "seq": shape.seq,
+        "decoder_seq": shape.decoder_seq,
+        "tokens": rows * (shape.seq + shape.decoder_seq),
+        "epochs": {name: rows * c.weight / whole / count for (name, count), c in shares},
+    }
+
+
+def _flops(recipe: Recipe, graph: Graph, batches: Batches) -> Facts:
+    """Return the model's FLOPs: of a token, forward, and of the run, forward and backward."""
+    lengths = dict(_lengths(graph, batches))
+    counted = sequence_flops(graph, lengths)
+    sequence = counted.weights + counted.attention
+    return {
+        "forward_per_token": sequence / max(sum(lengths.values()), 1),
+        "run": float(TRAIN_PASSES * sequence * recipe.data.batch * recipe.run.steps),
+    }
+
+
+def _planned_graph(graph: Graph, training: StepPasses) -> Graph:
+    """Return the graph that is planned: in its mode, unrolled and on no mesh, as plans take it."""
+    passes = replace(training, documents=None, losses=None, mesh=None, rolled=False)
+    return step_graph(graph, passes)
+
+
+def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> Facts:
+    """Return what a plan predicts of time and memory.
+
+    Micro-batches change the memory and not the time, and add the sums of their gradients.
+    """
+    run, section = recipe.run, recipe.mesh
+    dtype, wide = float_type(run.dtype), float_type(run.weight_dtype)
+    optimizer = recipe.optimizer.name if recipe.optimizer.name in OPTIMIZERS else OPTIMIZERS[0]
+    setting = StepConfig(True, optimizer, dtype, wide)
+    mesh = plan_mesh(section.mesh, section.rules or None) if section.mesh else None
+    wish = Constraints(mesh, section.via or None, run.remat, None, section.rules or None)
+    part = _work(graph, batches, recipe.data.batch // run.micro_batches)
+    found = search(part, machine, setting, wish, keep=0).best
+    step = found
+    if run.micro_batches > 1:
+        whole = _work(graph, batches, recipe.data.batch)
+        step = Estimator(whole, machine, setting).estimate(found.strategy)
+    return {
+        "machine": machine.name,
+        "strategy": str(found.strategy),
+        "step_seconds": step.seconds,
+        "seconds": step.seconds * run.steps,
+        "tokens_per_second": _tokens(batches) / step.seconds,
+        "memory_bytes": found.memory.total + _sums(recipe, found),
+        "usable_bytes": machine.usable_bytes,
+    }
+
+
+def _sums(recipe: Recipe, estimate: Estimate) -> float:
+    """Return the bytes of the sums of gradients over micro-batches, on one device."""
+    if recipe.run.micro_batches == 1:
+        return 0.0
+    run = recipe.run
+    width = float_type(run.reduce_dtype or run.dtype).itemsize_bytes
+    return estimate.memory.parameters / float_type(run.weight_dtype).itemsize_bytes * width
+
+
+def _work(graph: Graph, batches: Batches, sequences: int) -> Workload:
+    return workload(graph, Batch(sequences, tuple(_lengths(graph, batches))))
+
+
+def _lengths(graph: Graph, batches: Batches) -> Iterator[tuple[str, int]]:
+    """Yield the length that each variable of the graph stands for."""
+    shape = batches.shape
+    yield from zip(length_variables(graph), (shape.seq, shape.decoder_seq), strict=False)
+
+
+def _tokens(batches: Batches) -> int:
+    shape = batches.shape
+    return shape.batch * (shape.seq + shape.decoder_seq)
+
+
+def _lines(facts: Facts) -> Iterator[str]:
+    parameters, data, plan = facts["parameters"], facts["data"], facts["plan"]
+    yield (
+        f"parameters   {count_text(parameters['total'])}, {count_text(parameters['active'])} for "
+        f"a token, {count_text(parameters['trained'])} trained: {size_text(parameters['bytes'])}"
+    )
+    yield f"moments      {size_text(parameters['moment_bytes'])}"
+    lengths = f"{data['seq']}" + (f" + {data['decoder_seq']}" if data["decoder_seq"] else "")
+    yield (
+        f"data         {facts['steps']:,} steps of {data['sequences']:,} x {lengths} tokens: "
+        f"{count_text(data['tokens'])}"
+    )
+    for name, epochs in data["epochs"].items():
+        yield f"             {epochs:.2f} epochs of {name}"
+    yield (
+        f"FLOPs        {facts['flops']['forward_per_token']:.3g} a token forward, "
+        f"{facts['flops']['run']:.3g} in all"
+    )
+    yield f"training     {facts['passes']['train']}"
+    yield f"evaluation   {facts['passes']['evaluate']}"
+    yield f"plan         {plan['machine']}: {plan['strategy']}"
+    yield (
+        f"             {_time(plan['step_seconds'])} a step, {_time(plan['seconds'])} in all; "
+        f"{size_text(plan['memory_bytes'])} of {size_text(plan['usable_bytes'])} a device"
+    )
+
+
+def _time(seconds: float) -> str:
+    """Return a time for people."""
+    for unit, size in (("days", _DAY_SECONDS), ("h", 3600), ("min", 60), ("s", 1.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"

@@ -1,0 +1,187 @@
+"""Which families can hold a model, found by exporting it, and which of them to choose.
+
+A dense model is taken as it would be upcycled for the family; the export is then matched in full,
+so that what is said to fit is what ``convert`` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+from moecc.engines.verdicts import Verdict, verdicts
+from moecc.errors import InputError, Problem
+from moecc.families.building import build_model
+from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig, SwitchTransformersConfig
+from moecc.families.experts import expert_layers, layer_number
+from moecc.families.export import export_graph
+from moecc.families.graph_layout import FAMILY, storing_problems
+from moecc.families.propose import source_config
+from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+
+MANY_LAYERS = 64
+"""A dense model with more layers, all alike, is exported with so many to see where it fits."""
+
+AUTO = "auto"
+"""The target that stands for the one that `choose` takes."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a family can hold a model.
+
+    Attributes:
+      target: the family.
+      passes: what was done to a dense model first; empty if nothing was.
+      reasons: why it cannot; empty if it can.
+      engines: the verdicts of the engines on the result.
+    """
+
+    target: str
+    passes: str
+    reasons: tuple[Problem, ...] = ()
+    engines: tuple[Verdict, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the family can hold the model."""
+        return not self.reasons
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fit as JSON values."""
+        return {
+            "fits": self.fits,
+            "after": self.passes or None,
+            "reasons": [str(reason) for reason in self.reasons],
+            "engines": [verdict.to_json() for verdict in self.engines],
+        }
+
+
+def fits(graph: Graph) -> list[Fit]:
+    """Return for each family of experts whether it can hold `graph`, upcycled if it is dense."""
+    dense = not expert_layers(graph) and "config" in graph.attrs
+    graph = _shallow(graph) if dense else graph
+    made: dict[str, Graph | tuple[Problem, ...]] = {}
+    found = []
+    for name in mixtures(graph):
+        passes = _passes_for(name) if dense else ""
+        if passes not in made:
+            made[passes] = _upcycled(graph, passes)
+        found.append(_fit(made[passes], name, passes))
+    return found
+
+
+def _shallow(graph: Graph) -> Graph:
+    """Return a dense model with fewer layers, if it has many and all are like the first of them.
+
+    Which families can hold it does not depend on their number, and to export 10,000 layers to each
+    takes minutes.
+    """
+    layers: dict[int, list[Hashable]] = {}
+    for node in graph:
+        number = layer_number(node.loc)
+        if number is not None:
+            layers.setdefault(number, []).append((node.op.name, *node.attrs.items()))
+    kinds = [tuple(layers[number]) for number in sorted(layers)]
+    if len(kinds) <= MANY_LAYERS or len(set(kinds)) > len(set(kinds[:MANY_LAYERS])):
+        return graph
+    config = source_config(graph)
+    if not isinstance(config, DecoderConfig):
+        return graph
+    windows = config.sliding_windows[:MANY_LAYERS]
+    try:
+        return build_model(replace(config, num_hidden_layers=MANY_LAYERS, sliding_windows=windows))
+    except (InputError, TypeError, ValueError):  # another list with an entry a layer
+        return graph
+
+
+def mixtures(graph: Graph) -> list[str]:
+    """Return the families of experts with the shape of the graph's source, st_moe last."""
+    try:
+        shape = source_config(graph).shape()
+    except InputError:
+        return [*(n for n, family in CONFIGS.items() if issubclass(family, MoeConfig)), FAMILY]
+    kinds = (MoeConfig, SwitchTransformersConfig)
+    same = (n for n, f in CONFIGS.items() if issubclass(f, kinds) and f.shape() is shape)
+    return [*same, FAMILY]
+
+
+def _passes_for(target: str) -> str:
+    """Return the pipeline that makes a dense model one that the family can hold."""
+    family = CONFIGS[target]
+    options = getattr(family, "upcycle_options", "")
+    return f"upcycle{{experts=8 {options or 'top-k=2'}}}"
+
+
+def _upcycled(graph: Graph, passes: str) -> Graph | tuple[Problem, ...]:
+    made = clone(graph)
+    try:
+        run_pipeline(made, Pipeline.parse(passes), context=Context(allow_unmatched=True))
+    except InputError as error:
+        return error.problems
+    return made
+
+
+def _fit(made: Graph | tuple[Problem, ...], target: str, passes: str) -> Fit:
+    if not isinstance(made, Graph):
+        return Fit(target, passes, made)
+    if target == FAMILY:
+        return Fit(target, passes, tuple(storing_problems(made)))
+    try:
+        export = export_graph(made, target)
+    except InputError as error:
+        return Fit(target, passes, error.problems)
+    return Fit(target, passes, (), verdicts(export.config))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The family that was chosen for a model, and why."""
+
+    target: str
+    reason: str
+
+
+def choose(graph: Graph) -> Choice:
+    """Choose the family to write `graph` as; whatever moecc reads is written as some family.
+
+    Of the families that can hold it, that which most engines read without misreading it; of equals
+    the family it came from, then the first in the order of `moecc.families.configs.CONFIGS`; and
+    st_moe, which holds any graph and only moecc reads, if there is no other.
+    """
+    fitting = _fitting(graph)
+    if not fitting:
+        near = nearest_family(graph)
+        what = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""
+        why = f"; the nearest other is {near.target}: {what}" if near else ""
+        return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
+    best = max(fitting, key=lambda fit: sum(v.runs for v in fit.engines))
+    others = [fit.target for fit in fitting if fit is not best]
+    reason = f"auto chose {best.target}"
+    if best.engines:
+        reason += f", which runs in {', '.join(v.engine for v in best.engines if v.runs)}"
+    if others:
+        reason += f"; {', '.join(others)} could hold it, too"
+    return Choice(best.target, reason)
+
+
+def _fitting(graph: Graph) -> list[Fit]:
+    """Return the families that can hold `graph` as it is, its own first; st_moe is not one."""
+    own = str(graph.attrs.get("family", ""))
+    names = [own, *(name for name in CONFIGS if name != own)] if own in CONFIGS else [*CONFIGS]
+    found = (_fit(graph, name, "") for name in names if name != FAMILY)
+    return [fit for fit in found if fit.fits]
+
+
+def nearest_family(graph: Graph) -> Fit | None:
+    """Return the family that the fewest reasons keep from holding `graph`; None if one can."""
+    if not expert_layers(graph):
+        return None
+    tried = [_fit(graph, name, "") for name in mixtures(graph) if name != FAMILY]
+    if any(fit.fits for fit in tried):
+        return None
+    return min(tried, key=lambda fit: len(fit.reasons), default=None)

@@ -1,0 +1,236 @@
+"""Prepare a run of training: a new one, one that goes on, or a fork of another.
+
+Everything that a recipe, a model and its data can have wrong is found here, before a folder is made
+or a device is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moecc.checkpoint.outdir import check_output
+from moecc.checkpoint.run.layout import (
+    GRAPH,
+    LINEAGE,
+    RECIPE,
+    SOURCE,
+    choose_step,
+    is_run,
+    read_lineage,
+    split_reference,
+)
+from moecc.checkpoint.run.lineage import TRAINED
+from moecc.errors import InputError, Problem
+from moecc.ir.graph import Graph
+from moecc.ir.printer import print_graph
+from moecc.model.open import Model, no_tensors, open_model, read_graph
+from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.tasks.train_source import Source, config_of, open_source
+from moecc.train.data.batches import Batches, open_batches
+from moecc.train.data.model_facts import ModelFacts, facts_of
+from moecc.train.job import Beginning, TrainJob
+from moecc.train.lineage import lineage, source_files
+from moecc.train.recipe import Recipe
+from moecc.train.recipe_text import (
+    parse_recipe,
+    recipe_differences,
+    recipe_digest,
+    write_recipe,
+)
+from moecc.train.run_folder import create_run
+from moecc.train.tokens.byte_tokenizer import byte_tokenizer, byte_tokenizer_config
+from moecc.train.tokens.encoders import BYTES_DIGEST, tokenizer_digest
+
+TOKENIZER = "tokenizer.json"
+
+
+def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
+    """Return the job of a new run.
+
+    Raises:
+      InputError: recipe, model and data do not suit one another, or `out` cannot be used.
+    """
+    inputs = _inputs(source.model)
+    check_output(out, inputs=inputs)
+    graph = source.made.graph
+    batches = _checked(recipe, graph, facts_of(source.model, train_graph(graph, recipe)))
+    digest = recipe_digest(recipe)
+
+    def create() -> None:
+        create_run(
+            out, recipe=write_recipe(recipe), graph=print_graph(graph), inputs=inputs,
+            lineage=lineage(source.model, _stage(recipe, digest, source, batches)),
+            source=_source_files(source.model, batches),
+        )  # fmt: skip
+
+    return TrainJob(out, recipe, digest, graph, batches, create, lambda: _beginning(source))
+
+
+def resumed_run(run: Path, sets: Sequence[str] = (), recipe: Recipe | None = None) -> TrainJob:
+    """Return the job of a run that goes on.
+
+    Args:
+      run: its folder.
+      sets: values of its recipe to replace; only the mesh may be.
+      recipe: one that the run is expected to have.
+
+    Raises:
+      InputError: it is no run, its recipe was changed, or another one is expected.
+    """
+    if not is_run(run):
+        raise InputError("this is not the folder of a run", where=str(run))
+    begun = _begun_with(run)
+    text = (run / RECIPE).read_text("utf-8")
+    found = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
+    differences = recipe_differences(begun, found)
+    if differences:
+        raise InputError(
+            "the run was begun with another recipe", where=str(run / RECIPE),
+            expected="the same, but for its mesh", found="; ".join(differences),
+            hint=f"moecc train RECIPE --fork {run} --out FOLDER goes on with another recipe",
+        )  # fmt: skip
+    graph = read_graph(str(run / GRAPH))
+    batches = _checked(found, graph, _facts_of_run(run, graph, found))
+    _check_data(run, batches)
+    return TrainJob(
+        run, found, recipe_digest(found), graph, batches, lambda: None,
+        lambda: _beginning_again(found, graph),
+    )  # fmt: skip
+
+
+def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
+    """Return the job of a new run that goes on from a step of another, under another recipe.
+
+    Step, position in the data, parameters and moments are those of the other run.
+
+    Raises:
+      InputError: the other is no run, or recipe, model and data do not suit one another.
+    """
+    found = split_reference(reference)
+    if found is None:
+        raise InputError("this is not the folder of a run", where=reference)
+    run, step = Path(found[0]), choose_step(Path(found[0]), found[1])
+    if step.number >= recipe.run.steps:
+        raise InputError(
+            "the run has as many steps already", where="run.steps",
+            expected=f"more than {step.number}, where {reference} is", found=str(recipe.run.steps),
+        )  # fmt: skip
+    graph = read_graph(str(run / GRAPH))
+    check_output(out, inputs=[run])
+    batches = _checked(recipe, graph, _facts_of_run(run, graph, recipe))
+    digest = recipe_digest(recipe)
+
+    def create() -> None:
+        with open_model(f"{run}@{step.number}") as model:
+            stage = {
+                "kind": TRAINED, "from_step": step.number, "recipe": digest,
+                "recipe_toml": write_recipe(recipe), "data": batches.digests,
+            }  # fmt: skip
+            create_run(
+                out, recipe=write_recipe(recipe), graph=print_graph(graph), inputs=(run,),
+                lineage=lineage(model, stage), begun=(step, digest),
+                source=source_files(model, (run / SOURCE / "config.json").read_bytes()),
+            )  # fmt: skip
+
+    return TrainJob(
+        out, recipe, digest, graph, batches, create, lambda: _beginning_again(recipe, graph)
+    )
+
+
+def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:
+    """Return the batches of a recipe, once graphs and step are known to suit it."""
+    eval_graph(graph, recipe)
+    step_spec(graph, recipe)
+    return open_batches(recipe.data, facts)
+
+
+def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> dict[str, Any]:
+    section = recipe.model
+    return {
+        "kind": TRAINED,
+        "family": str(source.made.graph.attrs.get("family", "")),
+        "pipeline": section.pipeline,
+        "pipeline_in_full": source.pipeline,
+        "seed": section.seed,
+        "preserves": source.preserves,
+        "start": section.start.value,
+        "moments": section.moments.value,
+        "recipe": digest,
+        "recipe_toml": write_recipe(recipe),
+        "data": batches.digests,
+    }
+
+
+def _source_files(model: Model, batches: Batches) -> dict[str, Path | bytes]:
+    """Return the files of a source that a run keeps; of bytes there is a tokenizer, too."""
+    files = source_files(model, config_of(model))
+    folders = batches.folders.values()
+    if TOKENIZER not in files and all(f.facts.tokenizer_digest == BYTES_DIGEST for f in folders):
+        files |= {TOKENIZER: byte_tokenizer(), "tokenizer_config.json": byte_tokenizer_config()}
+    return files
+
+
+def _inputs(model: Model) -> tuple[Path, ...]:
+    return () if model.checkpoint is None else (model.checkpoint.path,)
+
+
+@contextmanager
+def _beginning(source: Source) -> Iterator[Beginning]:
+    checkpoint = source.model.checkpoint
+    read = no_tensors if checkpoint is None else checkpoint.read
+    yield Beginning(source.made.weights, read, {})
+
+
+@contextmanager
+def _beginning_again(recipe: Recipe, graph: Graph) -> Iterator[Beginning]:
+    """Open the source of a run that has no checkpoint yet. Raises InputError if it changed."""
+    with open_source(recipe) as source:
+        before, now = _types(graph), _types(source.made.graph)
+        if before != now:
+            odd = sorted(before.items() ^ now.items())[:4]
+            raise InputError(
+                "the source is not the model that the run began with", where=recipe.model.source,
+                found=", ".join(f"{name}: {type}" for name, type in odd),
+            )  # fmt: skip
+        with _beginning(source) as found:
+            yield found
+
+
+def _types(graph: Graph) -> dict[str, str]:
+    return {name: str(param.type) for name, param in graph.params.items()}
+
+
+def _facts_of_run(run: Path, graph: Graph, recipe: Recipe) -> ModelFacts:
+    model = Model(graph, str(run))
+    tokenizer = run / SOURCE / TOKENIZER
+    digest = tokenizer_digest(tokenizer.read_bytes()) if tokenizer.is_file() else None
+    return replace(facts_of(model, train_graph(graph, recipe)), tokenizer_digest=digest)
+
+
+def _last_stage(run: Path) -> dict[str, Any]:
+    stages = read_lineage(run).get("stages")
+    if not isinstance(stages, list) or not stages or not isinstance(stages[-1], dict):
+        raise InputError("the lineage of the run has no stages", where=str(run))
+    return dict(stages[-1])
+
+
+def _begun_with(run: Path) -> Recipe:
+    """Return the recipe that a run was begun with, whatever its file says now."""
+    text = _last_stage(run).get("recipe_toml")
+    return parse_recipe(str(text), str(run / LINEAGE), folder=run)
+
+
+def _check_data(run: Path, batches: Batches) -> None:
+    """Raise InputError if the data are not those that the run began with."""
+    before, now = _last_stage(run).get("data", {}), batches.digests
+    problems = [
+        Problem("the data changed since the run began", name, str(before.get(name)), digest)
+        for name, digest in now.items()
+        if before.get(name) != digest
+    ]
+    if problems:
+        raise InputError(problems)

@@ -1,0 +1,271 @@
+"""The pass ``pack-segments``: keep documents apart that share a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from moecc.errors import InputError, Problem
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.replace import infer_again
+from moecc.ir.table.slots import operands_by_word
+from moecc.ir.traits import Cost
+from moecc.ir.verify import where
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves
+from moecc.rewrite.match import NearMiss, fits
+from moecc.rewrite.pattern import P
+from moecc.types.tensor import TensorType
+from moecc_passes.specialize.undo import reassign_slots
+
+TOKENS, DECODER_TOKENS = "tokens", "decoder_tokens"
+
+POSITIONS = P.positions(P.any())
+ROPE = P.rope(P.any(), scaling=P.attr("scaling"))
+
+_STEPS_TO_PRODUCT = 4
+"""How many nodes, those of dropout, may be between attention weights and their product."""
+
+NOTHING = NearMiss("attention", "the graph", "no tokens attend to others")
+
+
+@dataclass(frozen=True)
+class PackSegmentsPass(Pass):
+    """Let a token see, and be counted with, those of its own document alone.
+
+    Before::
+
+        input %tokens : i32[batch=B, seq=S]
+        %cos, %sin = rope %positions {…}
+        %weights = softmax %scores {axis=kv_seq}
+        %slots = assign_slots %experts {…}
+
+    After::
+
+        input %tokens : i32[batch=B, seq=S]
+        input %segments : i32[batch=B, seq=S]     # the number of the document, 0 for padding
+        input %positions : i32[batch=B, seq=S]    # within the document
+        %same = same_segment %segments, %keys : pred[batch=B, seq=S, kv_seq=S]
+        %cos, %sin = rope %positions {…}
+        %weights = softmax (mask %scores, %same) {axis=kv_seq}
+        %slots = assign_slots %experts, (less 0, %segments) {… using=(mask)}
+
+    With ``documents=one`` a row has one document and padding behind it: positions stay as they are,
+    and what mixes documents otherwise than by attention is left as it is.
+
+    In an encoder-decoder also ``decoder_segments``; the tokens of a document see those of the
+    encoder's segment of the same number.  Windows and relative positions within a document are
+    what they were.  Without a capacity the documents of a row have the results that each has alone;
+    under one they compete for slots.
+    """
+
+    name: ClassVar[str] = "pack-segments"
+    summary: ClassVar[str] = "keep documents apart that share a sequence"
+    must_match: ClassVar[bool] = True
+    preserves = Preserves("approximate", "tokens see those of their own segment alone")
+
+    documents: Annotated[Literal["several", "one"], "how many documents a row has"] = "several"
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Add the inputs and masks.
+
+        Raises:
+          InputError: the graph has such inputs already, or tokens of several documents meet in
+            another way than attention.
+        """
+        packing = _Packing(graph)
+        several = self.documents == "several"
+        problems = [*packing.problems(), *(packing.mixtures() if several else ())]
+        if problems:
+            raise InputError(problems)
+        attentions = packing.attentions()
+        if not attentions:
+            return PassResult(changed=False, near_misses=[NOTHING])
+        assigners = packing.assigners()
+        if several:
+            packing.place(packing.positioned())
+        for attention in attentions:
+            packing.mask(attention)
+        for node in assigners:
+            packing.assign(node)
+        stats = {"attentions": len(attentions), "routed layers": len(assigners)}
+        return PassResult(changed=True, matched=len(attentions), stats=stats)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One attention: its weights, and whether queries and keys are the decoder's."""
+
+    softmax: Node
+    axis: str
+    query: str
+    key: str
+
+
+class _Packing:
+    """Rewrites a graph.
+
+    A sequence is known by the beginning of the names of its inputs: nothing, or ``decoder_``.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._decoder = _dependents(graph, graph.inputs.get(DECODER_TOKENS))
+        self._masks: dict[tuple[str, str, str], Value] = {}
+        self._valid: dict[str, Value] = {}
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield why documents cannot be kept apart."""
+        if TOKENS not in self._graph.inputs:
+            found = ", ".join(self._graph.inputs)
+            yield Problem("the graph has no tokens", expected=f"the input {TOKENS}", found=found)
+            return
+        for name in ("segments", "positions"):
+            for taken in (name, f"decoder_{name}"):
+                if taken in self._graph.inputs:
+                    yield Problem("the graph is packed already", found=f"the input {taken}")
+
+    def mixtures(self) -> Iterator[Problem]:
+        """Yield where tokens of several documents meet otherwise than by attention."""
+        if TOKENS not in self._graph.inputs:
+            return
+        for node in self._graph:
+            if node.op.is_distribution and _axis(node) in self._token_axes:
+                yield Problem(
+                    "experts read averages of tokens, of whatever document",
+                    where(node), hint="routing=token-choice keeps documents apart",
+                )  # fmt: skip
+            rope = fits(ROPE, node)
+            if rope is not None and rope.attr("scaling") == "dynamic":
+                yield Problem(
+                    "rope scaling dynamic depends on the longest document of all", where(node),
+                    hint="data.packing = false",
+                )  # fmt: skip
+
+    @property
+    def _token_axes(self) -> tuple[str, ...]:
+        """The axes of the tokens of a document, outermost first but for the batch."""
+        return self._graph.inputs[TOKENS].type.names[1:]
+
+    def attentions(self) -> list[_Attention]:
+        """Return the attentions of the graph."""
+        found = []
+        for node in self._graph:
+            if node.op.is_distribution:
+                values = _weighted(node.result, _axis(node))
+                if values is not None and set(self._token_axes) <= set(node.result.type.names):
+                    query, key = self._sequence(node.result), self._sequence(values)
+                    found.append(_Attention(node, _axis(node), query, key))
+        return found
+
+    def positioned(self) -> list[Node]:
+        """Return what reads absolute positions, rotary tables and learned ones."""
+        made = (node for node in self._graph if fits(POSITIONS, node) is not None)
+        users = (user for node in made for user in node.result.users)
+        return [n for n in users if fits(ROPE, n) is not None or n.op.cost is Cost.LOOK_UP]
+
+    def assigners(self) -> list[Node]:
+        """Return what assigns slots, and counts padding yet."""
+        return [
+            node
+            for node in self._graph
+            if node.op.assigns_slots and "mask" not in operands_by_word(node.operands, node.attrs)
+        ]
+
+    def place(self, nodes: list[Node]) -> None:
+        """Count the positions of `nodes` within documents."""
+        for node in nodes:
+            for number, value in enumerate(node.operands):
+                if fits(POSITIONS, value.node) is not None:
+                    node.set_operand(number, self._input(self._sequence(value), "positions"))
+        infer_again(self._graph, nodes)
+
+    def mask(self, attention: _Attention) -> None:
+        """Let an attention see its own document alone."""
+        node = attention.softmax
+        builder = Builder(self._graph, loc=node.loc, origin=self._origin, before=node)
+        node.set_operand(0, builder.mask(node.operands[0], self._same(attention)))
+
+    def assign(self, node: Node) -> None:
+        """Give no slot to padding."""
+        given = operands_by_word(node.operands, node.attrs)
+        given["mask"] = self._tokens(self._sequence(node.operands[0]))
+        reassign_slots(node, given, {})
+
+    @property
+    def _origin(self) -> str:
+        return PackSegmentsPass.name
+
+    def _sequence(self, value: Value) -> str:
+        return "decoder_" if value in self._decoder else ""
+
+    def _input(self, sequence: str, part: str) -> Value:
+        """Return an input of a sequence, which is added if it is missing."""
+        name = f"{sequence}{part}"
+        if name in self._graph.inputs:
+            return self._graph.inputs[name]
+        if name in self._graph:
+            # A value of the graph gives its name to the input, by which batches know it.
+            self._graph.rename(self._graph.value(name), self._graph.fresh(name))
+        tokens = self._graph.inputs[f"{sequence}{TOKENS}"]
+        return self._graph.input(name, TensorType(tokens.type.dtype, tokens.type.axes))
+
+    def _same(self, attention: _Attention) -> Value:
+        """Return which keys are of the document of a query, ``[batch, seq, kv_seq]``."""
+        kind = (attention.query, attention.key, attention.axis)
+        if kind not in self._masks:
+            (axis,) = self._token_axes
+            queries, keys = (self._input(s, "segments") for s in kind[:2])
+            builder = self._first(attention.query)
+            renamed = builder.rename(keys, axis=axis, to=attention.axis)
+            self._masks[kind] = builder.same_segment(queries, renamed, name="same")
+        return self._masks[kind]
+
+    def _tokens(self, sequence: str) -> Value:
+        """Return which tokens are no padding, ``[batch, seq]``."""
+        if sequence not in self._valid:
+            builder = self._first(sequence)
+            zero = builder.constant(value=0.0, dtype="i32")
+            segments = self._input(sequence, "segments")
+            self._valid[sequence] = builder.less(zero, segments, name="valid")
+        return self._valid[sequence]
+
+    def _first(self, sequence: str) -> Builder:
+        """Return a builder in front of all nodes, at the location of the embedding."""
+        first = next(iter(self._graph))
+        tokens = self._graph.inputs[f"{sequence}{TOKENS}"]
+        loc = next((user.loc for user in tokens.users), first.loc)
+        return Builder(self._graph, loc=loc, origin=self._origin, before=first)
+
+
+def _axis(node: Node) -> str:
+    return str(node.attrs["axis"])
+
+
+def _dependents(graph: Graph, start: Value | None) -> set[Value]:
+    """Return the values that depend on `start`."""
+    found: set[Value] = set() if start is None else {start}
+    for node in graph:
+        if any(value in found for value in node.operands):
+            found.update(node.results)
+    return found
+
+
+def _weighted(weights: Value, axis: str) -> Value | None:
+    """Return what attention weights are the weights of: values that vary over the batch, too."""
+    values = [weights]
+    for _ in range(_STEPS_TO_PRODUCT):
+        for value in values:
+            for node in value.users:
+                if node.op.is_product and axis not in node.result.type:
+                    (other,) = (v for v in node.operands if v is not value)
+                    return other if _varies(other, weights, axis) else None
+        users = (node for value in values for node in value.users)
+        values = [v for n in users if n.op.elementwise for v in n.results if axis in v.type]
+    return None
+
+
+def _varies(values: Value, weights: Value, axis: str) -> bool:
+    """Whether `values` have the axis, and the batch, which matrices of experts do not."""
+    return axis in values.type and weights.type.names[0] in values.type

@@ -1,0 +1,261 @@
+"""Defects 12 to 20 of files: manifests, values, names and what a folder holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moecc.checkpoint.records import load
+
+from .conftest import GOLDEN, Done
+
+Moecc = Callable[..., Done]
+UPCYCLE = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
+
+
+@pytest.fixture
+def written(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
+    """A converted folder."""
+    (dense / "LICENSE").write_text("mine")
+    done = moecc("convert", dense, tmp_path / "out", *UPCYCLE)
+    assert done.code == 0, done.err
+    return tmp_path / "out"
+
+
+# --- 12
+
+
+@pytest.mark.parametrize("command", ["plan", "compile"])
+def test_12_a_location_of_5000_digits_is_an_error(
+    moecc: Moecc, tmp_path: Path, command: str
+) -> None:
+    file = tmp_path / "g.moe"
+    line = f"  %y = silu %x : f32[embed=4] @layers.{'9' * 5000}.ffn\n"
+    file.write_text(f"moecc 1\ngraph g {{\n  input %x : f32[embed=4]\n{line}  output y = %y\n}}\n")
+    done = moecc(command, file, "--machine", "cpu:1")
+    assert done.code == 1
+    assert "the location is too long" in done.err
+
+
+# --- 14
+
+
+def test_14_every_added_file_is_found(moecc: Moecc, written: Path) -> None:
+    (written / ".gitattributes").write_text("")
+    (written / ".git").mkdir()
+    (written / ".git" / "HEAD").write_text("")
+    (written / ".cache").mkdir()
+    (written / ".cache" / "x").write_text("")
+    assert moecc("verify", written).code == 0
+    for name in ("modeling.py", "sub/.gitignore", "empty.json"):
+        place = written / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("")
+        done = moecc("verify", written)
+        assert done.code == 3
+        assert f"the file '{name}' is not in the manifest" in done.err
+        place.unlink()
+    os.symlink("/etc", written / "link")
+    done = moecc("verify", written)
+    assert done.code == 3
+    assert "the file 'link' is not in the manifest" in done.err
+
+
+def test_14_every_removed_file_is_found(moecc: Moecc, written: Path) -> None:
+    for path in sorted(written.iterdir()):
+        if path.name == "moecc_manifest.json":
+            continue
+        content = path.read_bytes()
+        path.unlink()
+        done = moecc("verify", written, "--allow-edited-card")
+        assert done.code == 3, path
+        assert path.name in done.err
+        path.write_bytes(content)
+    assert moecc("verify", written).code == 0
+
+
+def test_14_an_edited_card_is_found_unless_it_is_allowed(moecc: Moecc, written: Path) -> None:
+    with (written / "README.md").open("a") as card:
+        card.write("mine\n")
+    assert moecc("verify", written).code == 3
+    assert moecc("verify", written, "--allow-edited-card").code == 0
+
+
+# --- 16
+
+
+def test_16_noise_that_one_infinity_turns_to_nan_is_recorded(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][0, 0] = np.inf
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    pipeline = "upcycle{experts=4 top-k=2 init=noise}"
+    done = moecc(
+        "convert", dense, tmp_path / "out", "-p", pipeline, "--to", "mixtral", "--allow-nonfinite"
+    )
+    assert done.code == 0, done.err
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    bad = {n for n, array in found.items() if not np.isfinite(array).all()}
+    assert any(np.isnan(found[n]).all() for n in bad)
+    notes = "\n".join(load(tmp_path / "out").notes)
+    assert all(f"written and not finite: {n}:" in notes for n in bad)
+    assert done.err.count("warning: not finite:") == len(bad)
+
+
+# --- 17
+
+
+def test_17_logits_that_are_all_zero_are_no_agreement(
+    moecc: Moecc, dense: Path, edit_tensors: Callable[..., None]
+) -> None:
+    edit_tensors(lambda t: t.update({"lm_head.weight": np.zeros_like(t["lm_head.weight"])}))
+    done = moecc("verify", dense, "--against", dense)
+    assert done.code == 3
+    assert "are all 0, so comparing them says nothing" in done.err
+
+
+# --- 18
+
+
+def test_18_a_stored_graph_with_weight_expressions_is_not_read_without_them(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert moecc("convert", dense, out, "-p", "", "--to", "st_moe").code == 0
+    config = json.loads((out / "config.json").read_text())
+    (key,) = (k for k, v in config.items() if isinstance(v, list) and "moecc 1" in v)
+    lines = config[key]
+    at = next(i for i, line in enumerate(lines) if "param %model.norm.weight" in line)
+    text = 'scale(source("model.norm.weight" : f32[embed=16]), 3.0) @'
+    lines[at] = lines[at].replace(" @", f" = {text}")
+    (out / "config.json").write_text(json.dumps(config))
+    done = moecc("inspect", out)
+    assert done.code == 1
+    assert "%model.norm.weight" in done.err
+    assert "reads each parameter from the tensor of its name" in done.err
+
+
+# --- 19
+
+
+def test_19_token_ids_out_of_range_are_reported(
+    moecc: Moecc, dense: Path, tmp_path: Path, edit_config: Callable[..., None]
+) -> None:
+    edit_config(bos_token_id=37)
+    generation = {"eos_token_id": [2, 99999], "pad_token_id": -1}
+    (dense / "generation_config.json").write_text(json.dumps(generation))
+    words = {"a": 0, "b": 40}
+    (dense / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    inspected = moecc("inspect", dense)
+    converted = moecc("convert", dense, tmp_path / "out", *UPCYCLE)
+    assert (inspected.code, converted.code) == (0, 0)
+    for text in (inspected.out, converted.err):
+        assert "config.json: bos_token_id 37 is no token of a vocabulary of 37" in text
+        assert "generation_config.json: eos_token_id 99999" in text
+        assert "generation_config.json: pad_token_id -1" in text
+        assert "tokenizer.json: the token 40 has no row in the embedding of 37 rows" in text
+    assert any("bos_token_id" in note for note in load(tmp_path / "out").notes)
+
+
+def test_19_what_is_in_range_is_not_reported(moecc: Moecc, dense: Path) -> None:
+    tokenizer = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 36}]}
+    (dense / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "remark" not in moecc("inspect", dense).out
+
+
+def test_19_eight_bit_weights_without_scales_are_reported(
+    moecc: Moecc, dense: Path, edit_tensors: Callable[..., None]
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    path = dense / "model.safetensors"
+    header, data = _read(path)
+    begin, end = header[name]["data_offsets"]
+    whole = np.frombuffer(data[begin:end], np.float32).astype(ml_dtypes.float8_e4m3fn).tobytes()
+    others = {n: data[slice(*e["data_offsets"])] for n, e in header.items() if n != "__metadata__"}
+    _write(path, header, {**others, name: whole}, {name: "F8_E4M3"})
+    done = moecc("inspect", dense)
+    assert done.code == 0, done.err
+    assert f"8-bit weights without scales, read as they are: {name}" in done.out
+
+
+def _read(path: Path) -> tuple[dict, bytes]:
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + size]), raw[8 + size :]
+
+
+def _write(path: Path, header: dict, data: dict[str, bytes], types: dict[str, str]) -> None:
+    at, made = 0, {}
+    for name, content in data.items():
+        made[name] = {
+            "dtype": types.get(name, header[name]["dtype"]), "shape": header[name]["shape"],
+            "data_offsets": [at, at + len(content)],
+        }  # fmt: skip
+        at += len(content)
+    text = json.dumps(made).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data.values()))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["_METADATA", "manifest.ocdbt", "d/x"], "this is an Orbax checkpoint"),
+        (["_CHECKPOINT_METADATA"], "this is an Orbax checkpoint"),
+        (["1.orbax-checkpoint-tmp/x"], "an Orbax checkpoint that was never completed"),
+        (["checkpoint", "target.encoder.layers_0.mlp.wi.kernel/.zarray"], "a T5X checkpoint"),
+        (["checkpoint_100/checkpoint"], "a T5X checkpoint perhaps"),
+        (["100/_METADATA", "200/_METADATA"], "200 is one of them"),
+    ],
+)
+def test_19_checkpoints_of_other_frameworks_are_named(
+    moecc: Moecc, tmp_path: Path, names: list[str], words: str
+) -> None:
+    for name in names:
+        place = tmp_path / "model" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"")
+    done = moecc("inspect", tmp_path / "model")
+    assert done.code == 1
+    assert words in done.err
+
+
+# --- 20
+
+
+def test_20_relative_names_are_taken_from_the_folder_of_the_file(
+    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "graphs").mkdir()
+    assert moecc("import", "dense", "-o", "graphs/a.moe").code == 0
+    assert 'attr checkpoint = "../dense"' in Path("graphs/a.moe").read_text()
+    # Another checkpoint stands where the working folder would have it.
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(GOLDEN / "llama_gqa", tmp_path / "elsewhere" / "dense")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    done = moecc("run", "../graphs/a.moe", "--outputs", "o.npy")
+    assert done.code == 0, done.err
+    assert "note: ../graphs/a.moe reads the weights of ../dense" in done.err
+    done = moecc("opt", "../graphs/a.moe", "-p", "canonicalize")
+    assert 'attr checkpoint = "../dense"' in done.out
+    assert moecc("opt", "../graphs/a.moe", "-o", "../elsewhere/b.moe").code == 0
+    assert 'attr checkpoint = "../dense"' in Path("../elsewhere/b.moe").read_text()
+    assert moecc("verify", "../elsewhere/b.moe", "--against", "../dense").code == 0
+
+
+def test_20_absolute_names_stay(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+    assert moecc("import", dense, "-o", tmp_path / "a.moe").code == 0
+    assert f'attr checkpoint = "{dense}"' in (tmp_path / "a.moe").read_text()
+    done = moecc("inspect", tmp_path / "a.moe")
+    assert f"reads the weights of {dense}" in done.err

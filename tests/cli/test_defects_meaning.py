@@ -1,0 +1,146 @@
+"""Defects 22, 26, 27 and 29: depth, documentation, and the types that routers compute in."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moecc_backends.xla.backend import XlaBackend
+from moecc_passes.st_moe import ST_MOE
+
+from moecc.ir import Graph, parse, print_graph
+from moecc.pipeline.registry import installed
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing import inputs_for, params_for, run_reference
+from moecc.types.dtypes import BF16
+
+from .conftest import GOLDEN, Done
+
+Moecc = Callable[..., Done]
+
+
+# --- 22
+
+
+def test_22_to_inspect_is_to_make_no_text_of_the_graph(
+    moecc: Moecc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of 10,000 layers, made to see whether st_moe fits, took a third of the time."""
+    from moecc.families import graph_layout
+
+    def forbidden(graph: Graph) -> str:
+        raise AssertionError("the graph is printed")
+
+    monkeypatch.setattr(graph_layout, "print_graph", forbidden)
+    done = moecc("inspect", GOLDEN / "llama_gqa", "--format", "json")
+    assert done.code == 0, done.err
+    assert done.json()["targets"]["st_moe"]["fits"]
+
+
+# --- 26
+
+
+def deep() -> Graph:
+    """Return a model with four layers."""
+    from moecc.families import build
+    from moecc.families.configs import parse_config
+    from moecc.presets import preset_config
+
+    small = {
+        "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 32,
+    }  # fmt: skip
+    return build(parse_config({**preset_config("smollm2-135m"), **small}))
+
+
+def converted(graph: Graph, text: str) -> str:
+    run_pipeline(graph, Pipeline.parse(text, installed()))
+    del graph.attrs["routing"]
+    return re.sub(r" by st-moe\S*", "", print_graph(graph))
+
+
+def test_26_the_line_that_is_the_same_as_st_moe_is_the_same() -> None:
+    doc = ST_MOE.doc.partition("the same as::")[2]
+    upcycle, losses = (re.search(rf"{n}{{[^}}]*}}", doc)[0] for n in ("upcycle", "add-losses"))  # type: ignore[index]
+    line = f"{' '.join(upcycle.split())},record-modes,{losses}".replace("experts=32", "experts=4")
+    assert converted(deep(), "st-moe{experts=4}") == converted(deep(), line)
+
+
+# --- 27
+
+
+def routed(kind: str) -> Graph:
+    text = """moecc 1
+graph g {
+  input %x : f32[batch=2, seq=64, embed=8]
+  param %w : f32[expert=4, embed=8]
+  param %up : f32[expert=4, mlp=8, embed=8]
+  param %down : f32[expert=4, embed=8, mlp=8]
+  %l = contract %x, %w {over=embed, precision=f32} : f32[batch=2, seq=64, expert=4]
+  %e, %g = route %l {top_k=2} : i32[batch=2, seq=64, choice=2], f32[batch=2, seq=64, choice=2]
+  %p = assign_slots %e {tokens=(batch, seq), experts=4} : i32[batch=2, seq=64, choice=2]
+  %d = dispatch %x, %e, %p : f32[group=1, expert=4, slot=ragged(%p), embed=8]
+  %h = contract %d, %up {over=embed} : f32[group=1, expert=4, slot=ragged(%p), mlp=8]
+  %o = contract %h, %down {over=mlp} : f32[group=1, expert=4, slot=ragged(%p), embed=8]
+  %y = combine %o, %e, %p, %g : f32[batch=2, seq=64, embed=8]
+  output logits = %y
+}
+"""
+    graph = parse(text.replace("f32[", f"{kind}["))
+    run_pipeline(graph, Pipeline.parse("add-losses", installed()))
+    return graph
+
+
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+def test_27_the_balance_loss_of_a_bf16_run_does_not_depend_on_the_types_of_the_graph(
+    kind: str,
+) -> None:
+    graph = routed(kind)
+    params = {n: a.astype(np.float32) for n, a in params_for(graph, 3).items()}
+    inputs = {n: a.astype(np.float32) for n, a in inputs_for(graph, 3).items()}
+    # What the run sees: parameters but the router's, and inputs, in bf16.
+    narrow = {n: a.astype(BF16.numpy).astype(np.float64) for n, a in inputs.items()}
+    wide = {n: a.astype(np.float64) for n, a in params.items()}
+    expected = run_reference(graph, params=wide, inputs=narrow)["loss.balance"]
+    found = XlaBackend().compile(graph, dtype=BF16).run(params, inputs)["loss.balance"]
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+# --- 29
+
+
+def test_29_a_router_in_the_type_of_the_run_can_be_had(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sparse"
+    shutil.copytree(GOLDEN / "mixtral_gqa", folder)
+    tokens = tmp_path / "t.npy"
+    np.save(tokens, np.arange(64).reshape(1, 64) % 37)
+    logits = {}
+    for router in ("f32", "bf16"):
+        done = moecc(
+            "run", folder, "--inputs", tokens, "--outputs", tmp_path / f"{router}.npy",
+            "--dtype", "bf16", "--router-dtype", router,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        logits[router] = np.load(tmp_path / f"{router}.npy")
+    default = moecc("run", folder, "--inputs", tokens, "--outputs", tmp_path / "d.npy",
+                    "--dtype", "bf16")  # fmt: skip
+    assert default.code == 0
+    assert np.array_equal(np.load(tmp_path / "d.npy"), logits["f32"])
+    assert not np.array_equal(logits["bf16"], logits["f32"])
+    np.testing.assert_allclose(
+        logits["bf16"], logits["f32"], atol=0.2 * np.abs(logits["f32"]).max()
+    )
+
+
+def test_29_a_router_has_the_type_of_the_run_or_float32(moecc: Moecc, tmp_path: Path) -> None:
+    done = moecc("run", GOLDEN / "mixtral_gqa", "--outputs", tmp_path / "o.npy",
+                 "--router-dtype", "bf16")  # fmt: skip
+    assert done.code == 2
+    assert "--router-dtype" in done.err

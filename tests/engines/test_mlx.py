@@ -1,0 +1,75 @@
+"""mlx-lm computes of a folder what the source computes, or refuses it, as the table says.
+
+``make proof-engines`` runs this where ``MOECC_MLX_PYTHON`` names an interpreter that has mlx-lm
+(tried with 0.32.2, and ``mlx[cpu]`` 0.32.4 on Linux).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecc.model.open import open_model
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.convert import plan, write
+
+from .engine import ask, interpreter, needs
+
+VARIABLE, MODULE, PROBE = "MOECC_MLX_PYTHON", "mlx_lm", "logits_of_mlx.py"
+GOLDEN = Path(__file__).parents[1] / "golden"
+SINGLE = 1e-6
+
+COPIES = "upcycle{experts=4 router-std=1}"
+SHARED = "upcycle{experts=4 shared=0.5 gates=softmax router-init=zero}"
+CASES = [
+    ("llama_gqa", "mixtral", COPIES),
+    ("llama_square_tied", "mixtral", COPIES),
+    ("llama_linear", "mixtral", COPIES),
+    ("mistral_full_head_dim", "mixtral", COPIES),
+    ("mixtral_gqa", "mixtral", ""),
+    ("mixtral_window_tied", "mixtral", ""),
+    ("qwen2_square", "qwen2_moe", "upcycle{experts=4 shared=0.5 router-std=1}"),
+    ("qwen2_square", "qwen2_moe", SHARED),
+    ("qwen2_gqa_tied", "qwen2_moe", SHARED),
+    ("llama_gqa", "qwen2_moe", SHARED),
+    ("qwen2_moe_plain", "qwen2_moe", ""),
+    ("qwen2_moe_step", "qwen2_moe", ""),
+    ("qwen3_square", "qwen3_moe", COPIES),
+    ("qwen3_head_dim_tied", "qwen3_moe", "upcycle{experts=4 layers=last:1}"),
+    ("qwen3_moe_plain", "qwen3_moe", ""),
+    ("qwen3_moe_window", "qwen3_moe", ""),
+    ("qwen3_moe_step", "qwen3_moe", ""),
+]
+"""Golden checkpoints, the family to write, and what is done first."""
+
+pytestmark = [pytest.mark.parity, needs(VARIABLE, MODULE)]
+
+
+def test_what_the_table_says_is_what_the_engine_does(tmp_path: Path) -> None:
+    python = interpreter(VARIABLE, MODULE)
+    assert python is not None
+    jobs, said = [], []
+    for number, (source, target, passes) in enumerate(CASES):
+        folder = tmp_path / str(number)
+        with open_model(str(GOLDEN / source)) as model:
+            planned = plan(model, Pipeline.parse(passes), target, seed=1)
+            write(planned, folder)
+        said.append(next(v for v in planned.engines if v.engine == "mlx-lm"))
+        jobs.append({"folder": str(folder), "tokens": str(GOLDEN / source / "tokens.npy")})
+    wrong = []
+    for case, job, verdict, report in zip(CASES, jobs, said, ask(python, PROBE, jobs), strict=True):
+        found = report.get("refused") or off(Path(job["folder"]), case[0])
+        right = isinstance(found, float) and found <= SINGLE
+        silent = isinstance(found, float) and found > 1e-3
+        if (right, silent) != (verdict.runs, verdict.silent):
+            wrong.append(f"{case}: {verdict}, but {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+def off(folder: Path, source: str) -> float:
+    """Return max |Δ logit| / max |logit| of the engine against the golden logits."""
+    found = np.load(folder / "mlx.npy").astype(np.float64)
+    golden = np.load(GOLDEN / source / "logits.npy").astype(np.float64)
+    return float(np.abs(found - golden).max() / np.abs(golden).max())

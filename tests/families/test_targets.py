@@ -1,0 +1,190 @@
+"""What is said to fit is what ``convert`` writes; what ``auto`` chooses; what engines read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moecc.checkpoint.gguf.names import GGUF_MIXTURES
+from moecc.engines.conditions import CONDITIONS
+from moecc.engines.table import engine_table
+from moecc.engines.verdicts import UNKNOWN, Verdict, summary, verdicts
+from moecc.families.configs import CONFIGS, MoeConfig, SwitchTransformersConfig, parse_config
+from moecc.families.export import export_graph
+from moecc.ir import Graph
+from moecc.model.open import open_model
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.convert import plan, write
+from moecc.tasks.targets import choose, fits
+
+from .test_propose import SIZES, graph_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SOURCES = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
+
+
+def fitting(graph: Graph) -> set[str]:
+    return {fit.target for fit in fits(graph) if fit.fits}
+
+
+def reasons(graph: Graph, target: str) -> str:
+    (fit,) = (fit for fit in fits(graph) if fit.target == target)
+    return "\n".join(map(str, fit.reasons))
+
+
+def test_a_dense_graph_is_taken_as_upcycled() -> None:
+    assert {"mixtral", "qwen2_moe", "st_moe"} <= fitting(graph_of("llama"))
+    assert "qwen3_moe" in fitting(graph_of("qwen3", head_dim=4))
+    assert "mixtral" not in fitting(graph_of("qwen3", head_dim=4))
+    assert fitting(graph_of("llama", mlp_bias=True)) == {"st_moe"}
+    assert "feed-forward" in reasons(graph_of("llama", mlp_bias=True), "mixtral")
+    (fit,) = (fit for fit in fits(graph_of("qwen2")) if fit.target == "qwen2_moe")
+    assert fit.passes == "upcycle{experts=8 top-k=2 shared=0.5}"
+
+
+def test_a_sparse_graph_is_taken_as_it_is() -> None:
+    graph = graph_of("qwen3", {}, head_dim=4)
+    assert {fit.passes for fit in fits(graph)} == {""}
+    assert {"qwen3_moe", "st_moe"} <= fitting(graph)
+
+
+def test_what_a_config_cannot_say_does_not_fit() -> None:
+    """The config of qwen3_moe would do; the experts' bias has no place in it."""
+    graph = graph_of("qwen3", {"expert_bias": "additive"}, head_dim=4)
+    assert fitting(graph) == {"st_moe"}
+    assert "first difference" in reasons(graph, "qwen3_moe")
+
+
+def test_a_graph_without_a_config_fits_no_family() -> None:
+    graph = graph_of("llama")
+    del graph.attrs["config"]
+    assert "the graph does not state what it was imported from" in reasons(graph, "mixtral")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_auto_writes_whatever_is_read(source: str) -> None:
+    """A dense model stays in its family, upcycled it becomes one that engines read."""
+    with open_model(str(GOLDEN / source)) as model:
+        family = str(model.graph.attrs["family"])
+        sparse = issubclass(CONFIGS[family], MoeConfig | SwitchTransformersConfig)
+        assert choose(model.graph).target == family
+        if sparse:
+            return
+        planned = plan(model, Pipeline.parse("upcycle{experts=4 top-k=2}"), "auto")
+    chosen = CONFIGS[planned.target]
+    assert issubclass(chosen, MoeConfig) or planned.target == "st_moe"
+    assert any(remark.startswith(f"auto chose {planned.target}") for remark in planned.remarks)
+
+
+def test_auto_explains(tmp_path: Path) -> None:
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        planned = plan(model, Pipeline.parse("upcycle"), "auto")
+        (remark,) = (r for r in planned.remarks if r.startswith("auto"))
+        assert remark.startswith("auto chose mixtral, which runs in transformers 5, transformers 4")
+        write(planned, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "mixtral"
+    graph = graph_of("qwen2", {"layers": "0,2", "expert_bias": "additive"})
+    reason = choose(graph).reason
+    assert reason.startswith("auto chose st_moe, which only moecc reads; the nearest other is ")
+
+
+def test_of_families_that_fit_engines_decide() -> None:
+    """Both hold a llama; that every second layer is dense leaves one of them to llama.cpp."""
+    graph = graph_of("llama", {"shared": 0.5})
+    assert choose(graph).target == "qwen2_moe"
+
+
+# --- engines
+
+
+def config(family: str, **keys: object) -> MoeConfig:
+    base = {"model_type": family, **SIZES, "num_local_experts": 4, "num_experts": 4}
+    found = parse_config({**base, "num_experts_per_tok": 2, **keys})
+    assert isinstance(found, MoeConfig)
+    return found
+
+
+def verdict(found: MoeConfig, engine: str) -> Verdict:
+    (one,) = (v for v in verdicts(found) if v.engine == engine)
+    return one
+
+
+def test_the_table_is_whole() -> None:
+    table = engine_table()
+    names = {engine.name for engine in table.engines}
+    for family, rows in table.reads.items():
+        assert issubclass(CONFIGS[family], MoeConfig | SwitchTransformersConfig)
+        assert rows.keys() <= names
+        for reading in rows.values():
+            assert {*reading.needs, *reading.silent} <= CONDITIONS.keys()
+            assert not reading.gguf or reading.gguf in GGUF_MIXTURES
+    mixtures = {n for n, c in CONFIGS.items() if issubclass(c, MoeConfig)}
+    assert mixtures <= table.reads.keys()
+    readings = [reading for rows in table.reads.values() for reading in rows.values()]
+    used = {word for reading in readings for word in (*reading.needs, *reading.silent)}
+    assert used == CONDITIONS.keys()
+    assert all(engine.checked in ("run", "read") for engine in table.engines)
+
+
+def test_known_misreadings() -> None:
+    tied = config("mixtral", tie_word_embeddings=True)
+    assert verdict(tied, "SGLang").reasons == ("an output matrix tied to the embedding",)
+    assert verdict(tied, "SGLang").silent
+    assert verdict(tied, "vLLM").runs
+    shared = {"norm_topk_prob": True, "qkv_bias": False, "head_dim": 4}
+    qwen = config("qwen2_moe", **shared)
+    assert verdict(qwen, "vLLM").reasons == ("queries, keys and values without biases",)
+    assert verdict(qwen, "vLLM").silent
+    assert "renormalised gates" in verdict(qwen, "llama.cpp").reasons
+    assert (
+        verdict(config("qwen2_moe", norm_topk_prob=False), "llama.cpp").note == "as gguf:qwen2moe"
+    )
+    partial = config("qwen3_moe", norm_topk_prob=True, decoder_sparse_step=2, head_dim=4)
+    assert str(verdict(partial, "llama.cpp")).startswith(
+        "llama.cpp ✗ (dense layers among sparse ones"
+    )
+    assert verdict(partial, "mlx-lm").runs
+
+
+def test_gates_of_all_experts_are_renormalised_and_not() -> None:
+    every = config("qwen2_moe", norm_topk_prob=True, num_experts_per_tok=4)
+    assert verdict(every, "llama.cpp").runs
+
+
+def test_a_family_that_an_engine_does_not_know() -> None:
+    found = parse_config(json.loads((GOLDEN / "switch_half" / "config.json").read_text()))
+    by_name = {v.engine: v for v in verdicts(found)}
+    assert by_name["vLLM"].reasons == (UNKNOWN,)
+    assert by_name["transformers 5"].runs
+    assert "vLLM ✗ (it does not know this family)" in summary(by_name.values())
+
+
+def test_a_misreading_is_a_remark() -> None:
+    with open_model(str(GOLDEN / "llama_square_tied")) as model:
+        planned = plan(model, Pipeline.parse("upcycle"), "mixtral")
+    assert any(
+        r.startswith("SGLang 0.5.23 would load this and compute something else, because it does "
+                     "not read an output matrix tied to the embedding")
+        for r in planned.remarks
+    )  # fmt: skip
+
+
+def test_the_engines_of_a_gguf_file() -> None:
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        planned = plan(model, Pipeline.parse("upcycle"), "gguf:llama")
+    assert [str(v) for v in planned.engines] == ["llama.cpp ✓"]
+
+
+def test_the_export_that_a_fit_promises() -> None:
+    for family, more in (("llama", {}), ("qwen2", {}), ("qwen3", {"head_dim": 4})):
+        graph = graph_of(family, **more)
+        for fit in fits(graph):
+            if not fit.fits:
+                continue
+            made = graph_of(family, **more)
+            run_pipeline(made, Pipeline.parse(fit.passes), context=Context())
+            assert export_graph(made, fit.target).config.model_type == fit.target

@@ -1,0 +1,106 @@
+"""What a dry run says: counts that are right, and what a plan predicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.errors import InputError
+from moecc.families.describe import describe
+from moecc.ir import Graph
+from moecc.ir.structure import clone
+from moecc.model.open import open_model
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.plan.machines import parse_machine
+from moecc.tasks.dry_run import dry_run, dry_run_text
+from moecc.train.data.batches import open_batches
+from moecc.train.data.model_facts import ModelFacts
+from moecc.train.recipe_text import parse_recipe
+from moecc.train.tokens.make import Making, make_tokens
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+RECIPE = """
+[model]
+source = "m"
+[data]
+train = [{tokens = "x"}, {tokens = "x", weight = 3.0, name = "again"}]
+batch = 8
+seq = 32
+[run]
+steps = 100
+"""
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "some text " * 64}))
+    make_tokens(Making((str(tmp_path / "x.jsonl"),), "bytes"), tmp_path / "x")
+    return tmp_path
+
+
+def told(tokens: Path, name: str, passes: str, *sets: str, machine: str = "") -> dict[str, Any]:
+    with open_model(str(GOLDEN / name)) as model:
+        graph: Graph = clone(model.graph)
+    run_pipeline(graph, Pipeline.parse(passes))
+    recipe = parse_recipe(RECIPE, "r", folder=tokens, sets=sets)
+    batches = open_batches(recipe.data, ModelFacts("m", 384, tuple(graph.inputs)))
+    return dry_run(recipe, graph, batches, parse_machine(machine) if machine else None)
+
+
+def test_counts_are_those_of_the_model(tokens: Path) -> None:
+    passes = "upcycle{experts=4 top-k=2}"
+    facts = told(tokens, "llama_gqa", passes)
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        graph = clone(model.graph)
+    run_pipeline(graph, Pipeline.parse(passes))
+    expected = describe(graph)
+    found = facts["parameters"]
+    assert (found["total"], found["active"]) == (
+        expected.parameters.total,
+        expected.parameters.active,
+    )
+    assert found["trained"] == found["total"]
+    assert found["bytes"] == 4 * found["total"]
+    assert found["moment_bytes"] == 8 * found["total"]
+    assert facts["data"]["tokens"] == 100 * 8 * 32
+    # 640 bytes and an end are 21 rows of 32.
+    assert facts["data"]["epochs"] == {"x": 200 / 21, "again": 600 / 21}
+    per_token = expected.flops_per_token + 32 * expected.attention_flops_per_token
+    assert facts["flops"]["forward_per_token"] == pytest.approx(per_token)
+    assert facts["flops"]["run"] == pytest.approx(3 * per_token * 100 * 8 * 32)
+    text = dry_run_text(facts)
+    assert "28.57 epochs of again" in text
+    assert "pack-segments{documents=several},specialize{mode=train" in text
+    assert "cpu:1: data:1, grouped, remat none" in text
+
+
+def test_what_is_frozen_has_no_moments(tokens: Path) -> None:
+    groups = 'optimizer.groups=[{match="moe", freeze=true}]'
+    facts = told(tokens, "llama_gqa", "upcycle{experts=4}", groups)
+    found = facts["parameters"]
+    assert 0 < found["trained"] < found["total"] / 2
+    assert found["moment_bytes"] == 8 * found["trained"]
+
+
+def test_lengths_of_an_encoder_decoder_are_those_of_its_batches(tokens: Path) -> None:
+    facts = told(tokens, "t5_gated_untied", "upcycle{experts=4}", "data.objective=spans")
+    assert facts["data"]["decoder_seq"] > 0
+    assert facts["data"]["tokens"] == 100 * 8 * (32 + facts["data"]["decoder_seq"])
+
+
+def test_micro_batches_and_machines_change_the_plan(tokens: Path) -> None:
+    plain = told(tokens, "llama_gqa", "upcycle{experts=4}")["plan"]
+    parts = told(tokens, "llama_gqa", "upcycle{experts=4}", "run.micro_batches=4")["plan"]
+    assert parts["step_seconds"] == pytest.approx(plain["step_seconds"])
+    assert parts["memory_bytes"] != plain["memory_bytes"]
+    mesh = told(tokens, "llama_gqa", "upcycle{experts=4}", "mesh.mesh=data:2,expert:4")["plan"]
+    assert "data:2,expert:4" in mesh["strategy"]
+    gpu = told(tokens, "llama_gqa", "upcycle{experts=4}", machine="gpu:h100:8")["plan"]
+    assert gpu["machine"] == "gpu:h100:8"
+    with pytest.raises(InputError):
+        told(tokens, "llama_gqa", "", "mesh.mesh=data:2", machine="gpu:h100:8")

@@ -1,0 +1,79 @@
+"""The graphs of a step take the inputs that batches give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moecc_backends.reference.backend import ReferenceBackend
+
+from moecc.errors import InputError
+from moecc.ir import Graph, parse
+from moecc.ir.structure import clone, equal
+from moecc.model.open import open_model
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.steps.recipes import eval_graph, train_graph
+from moecc.testing.data import params_for
+from moecc.train.data.batches import open_batches
+from moecc.train.data.model_facts import ModelFacts
+from moecc.train.recipe import Corpus, DataSection, ModelSection, Objective, Recipe, RunSection
+from moecc.train.tokens.make import Making, make_tokens
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def imported(name: str, passes: str) -> Graph:
+    with open_model(str(GOLDEN / name)) as model:
+        graph = clone(model.graph)
+    run_pipeline(graph, Pipeline.parse(passes))
+    return graph
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("llama_gqa", Objective.CAUSAL),
+        ("t5_gated_untied", Objective.SPANS),
+        ("bert_gelu", Objective.MASKED),
+    ],
+)
+def test_steps_take_what_batches_give(
+    tmp_path: Path, name: str, objective: Objective, packing: bool
+) -> None:
+    (tmp_path / "x.txt").write_text("some text " * 40)
+    make_tokens(Making((str(tmp_path / "x.txt"),), "bytes"), tmp_path / "x")
+    data = DataSection((Corpus(str(tmp_path / "x")),), objective=objective, batch=4, seq=32,
+                       packing=packing)  # fmt: skip
+    recipe = Recipe(ModelSection("m"), data, RunSection(1))
+    graph = imported(name, "upcycle{experts=4 top-k=2}")
+    for made in (train_graph(graph, recipe), eval_graph(graph, recipe)):
+        kinds = {n: v.type.dtype.kind for n, v in made.inputs.items()}
+        inputs = tuple(n for n, kind in kinds.items() if kind != "key")
+        batch = open_batches(data, ModelFacts(name, 384, inputs)).batch(0)
+        assert set(batch) == {*inputs, "targets"}
+        assert "segments" in inputs
+        assert ("positions" in inputs) == (packing and name != "t5_gated_untied")
+        assert "logits" in made.output_names
+        for value in made.inputs.values():
+            assert value.type.dtype.kind == "key" or batch[value.name].ndim == value.type.rank
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    graph = imported("bert_gelu", "dce")
+    made = clone(graph)
+    run_pipeline(made, Pipeline.parse("tie-head"))
+    params, inputs = params_for(graph, 1), {"tokens": np.array([[1, 2, 3]], np.int32)}
+    hidden = ReferenceBackend().compile(graph).run(params, inputs)["hidden"]
+    found = ReferenceBackend().compile(made).run(params, inputs)
+    table = params["embeddings.word_embeddings.weight"]
+    np.testing.assert_allclose(found["logits"], hidden @ table.T, rtol=1e-12)
+    assert (found["hidden"] == hidden).all()
+    again = clone(made)
+    run_pipeline(again, Pipeline.parse("tie-head"))
+    assert equal(again, made)
+    with pytest.raises(InputError, match="no hidden states"):
+        run_pipeline(parse("moecc 1\ngraph g {\n  input %x : f32[a=2]\n  output y = %x\n}\n", "g"),
+                     Pipeline.parse("tie-head"))  # fmt: skip

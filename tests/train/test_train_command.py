@@ -1,0 +1,178 @@
+"""``moecc train`` from recipe to run, and what other commands make of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.checkpoint.run.layout import saved_steps
+from moecc.cli.main import main
+
+pytest.importorskip("jax")
+pytest.importorskip("orbax.checkpoint")
+
+from .tiny import make_recipe
+
+RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 9"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, and a run of it that went to its end."""
+    folder = tmp_path_factory.mktemp("train")
+    recipe = make_recipe(folder, RUN)
+    assert main(["train", str(recipe), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run ``moecc ARGS`` and return exit code, stdout and stderr."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(a) for a in args])
+        found = capsys.readouterr()
+        assert "Traceback" not in found.err
+        return code, found.out, found.err
+
+    return run
+
+
+def killed(folder: Path, step: int, name: str) -> Path:
+    """Return a copy of the run as a kill after `step` may leave it."""
+    run = folder / name
+    shutil.copytree(folder / "run", run)
+    for saved in saved_steps(run):
+        if saved.number > step:
+            (saved.folder / "step.json").unlink()
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[: step + 1]) + b'{"step":9,"lo')
+    return run
+
+
+def test_a_run_has_what_its_layout_says(folder: Path) -> None:
+    run = folder / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "recipe.toml", "lineage.json", "graph.moe", "source", "metrics.jsonl", "speed.jsonl",
+        "steps",
+    }  # fmt: skip
+    assert [s.number for s in saved_steps(run)] == [2, 3, 4, 6]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "held_out" in line] == [3, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert (run / "source" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 4])
+def test_a_resumed_run_is_the_run_that_was_not_killed(folder: Path, call: Any, step: int) -> None:
+    whole, run = folder / "run", killed(folder, step, f"killed{step}")
+    assert call("train", "--resume", run)[0] == 0
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    for ours, theirs in zip(saved_steps(run), saved_steps(whole), strict=True):
+        assert ours.facts["tensors"] == theirs.facts["tensors"]
+    assert call("verify", run, "--against", whole)[0] == 0
+    assert call("verify", run)[0] == 0
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(folder: Path, call: Any) -> None:
+    before = (folder / "run" / "metrics.jsonl").read_bytes()
+    code, out, _ = call("train", "--resume", folder / "run", "--format", "json")
+    assert code == 0
+    assert json.loads(out) == {
+        "schema": "moecc.train/1", "run": str(folder / "run"), "step": 6, "reason": "done"
+    }  # fmt: skip
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_is_a_model(folder: Path, call: Any, tmp_path: Path) -> None:
+    run, out = folder / "run", tmp_path / "out"
+    code, text, _ = call("inspect", f"{run}@4", "--format", "json")
+    assert code == 0
+    assert "trained for 4 steps, 511 tokens" in json.loads(text)["remarks"][0]
+    assert call("generate", f"{run}@best", "--prompt", "moecc", "--tokens", 3)[0] == 0
+    assert call("plan", run, "--machine", "cpu", "--sequence", "32", "--batch-tokens", "64")[0] == 0
+    code, _, err = call("convert", run, out, "-p", "", "--to", "st_moe")
+    assert (code, err) == (0, "")
+    card = (out / "README.md").read_text()
+    assert "not trained further" not in card
+    assert "tokens of train, by the recipe sha256:" in card
+    manifest = json.loads((out / "moecc_manifest.json").read_text())
+    assert manifest["lineage"][-1]["steps"] == 6
+    assert call("verify", out)[0] == 0
+    # The story is not forgotten when the export is converted again.
+    assert call("convert", out, tmp_path / "again", "-p", "", "--to", "st_moe")[0] == 0
+    assert "up to step 6: " in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_fork_goes_on_under_another_recipe(folder: Path, call: Any) -> None:
+    run, fork = folder / "run", folder / "fork"
+    code, _, err = call(
+        "train", folder / "recipe.toml", "--fork", f"{run}@4", "--out", fork, "--set",
+        "optimizer.rate=1e-3", "--set", "run.evaluate_steps=0",
+    )  # fmt: skip
+    assert (code, "error" in err) == (0, False)
+    lines = [json.loads(line) for line in (fork / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 6, 6]
+    before = (run / "metrics.jsonl").read_text().splitlines()[5]
+    # The same batch on the same state, before another rate shows.
+    assert lines[0]["loss"] == json.loads(before)["loss"]
+    assert lines[0]["rate"] != json.loads(before)["rate"]
+    stages = json.loads((fork / "lineage.json").read_text())["stages"]
+    assert [stage.get("from_step") for stage in stages] == [None, 4]
+    assert stages[0]["steps"] == 4
+
+
+def test_another_recipe_is_refused_with_the_keys_that_differ(folder: Path, call: Any) -> None:
+    run = killed(folder, 4, "edited")
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("rate = 0.003", "rate = 0.3"))
+    code, _, err = call("train", "--resume", run)
+    assert code == 1
+    assert "optimizer.rate: 0.003 → 0.3" in err
+    assert "--fork" in err
+    code, _, err = call("train", "--resume", run, "--set", "optimizer.rate=0.003", "--set",
+                        "run.steps=9")  # fmt: skip
+    assert code == 1
+    assert "run.steps: 6 → 9" in err
+    assert "optimizer.rate" not in err
+
+
+def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) -> None:
+    run = killed(folder, 4, "moved")
+    tokens = tmp_path / "train"
+    shutil.copytree(folder / "tokens" / "heldout", tokens)
+    code, _, err = call("train", "--resume", run, "--set", f"data.train.0.tokens={tokens}")
+    assert code == 1
+    assert "train: the data changed since the run began" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "RECIPE --out RUN, or --resume RUN"),
+        (["recipe.toml"], 2, "RECIPE --out RUN, or --resume RUN"),
+        (["--resume", "run", "--out", "x"], 2, "leave --out out"),
+        (["--resume", "model"], 1, "not the folder of a run"),
+        (["recipe.toml", "--out", "run"], 1, "not empty"),
+        (["recipe.toml", "--fork", "run@5", "--out", "x"], 1, "best, last, or one of the steps"),
+        (["recipe.toml", "--fork", "run", "--out", "x"], 1, "as many steps already"),
+        (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
+        (["recipe.toml", "--out", "x", "--set", "model.start=source"], 1, "no weights"),
+    ],
+)
+def test_what_cannot_be_is_one_message(
+    folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, said: str
+) -> None:
+    monkeypatch.chdir(folder)
+    found, _, err = call("train", *words)
+    assert (found, said in err) == (code, True), err
+    assert not (folder / "x").exists()
