@@ -117,6 +117,8 @@ def inspection_text(data: dict[str, Any]) -> str:
     papers = ", ".join(text for k, text in named.items() if k in PAPER_GROUPS)
     stacks = " (" + ", ".join(f"{n} {k}" for k, n in data["stacks"].items()) + ")"
     lengths = " and ".join(map(str, data["sequence_lengths"].values()))
+    # A model of images takes no tokens, and all of its sizes are fixed.
+    one, length = ("token", f"of {lengths} tokens") if lengths else ("input", "of fixed length")
     counted = data["flops_per_sequence_counted"]
     rows = [
         f"{data['source']}: {data['family']}, {data['layers']} layers"
@@ -126,10 +128,10 @@ def inspection_text(data: dict[str, Any]) -> str:
         f"  parameters  {count_text(parameters['total'])} ({groups})",
         f"  groups      {papers}",
         f"  active      {count_text(parameters['active'])} per token",
-        f"  FLOPs       {count_text(data['flops_per_token'])} per token",
-        f"  sequence    of {lengths} tokens: {count_text(data['flops_per_sequence'])} FLOPs as "
-        f"papers count; {count_text(counted['weights'])} and {count_text(counted['attention'])} "
-        "of attention in the graph",
+        f"  FLOPs       {count_text(data['flops_per_token'])} per {one}",
+        f"  sequence    {length}: {count_text(data['flops_per_sequence'])} FLOPs as papers count; "
+        f"{count_text(counted['weights'])} and {count_text(counted['attention'])} of attention in "
+        "the graph",
         f"  FFN blocks  {blocks['found']} found, {blocks['convertible']} can be upcycled",
         *(f"    not {r['where']}: {r['reason']}" for r in _some(blocks["refused"])),
         "  targets",

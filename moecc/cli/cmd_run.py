@@ -42,7 +42,11 @@ class RunRequest:
 
 
 def run(request: RunRequest) -> None:
-    """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
+    """Run MODEL and write its logits, [batch, seq, vocab], or hidden states.
+
+    The inputs are token ids, the pixels of images or the features of speech, as the model has them.
+    Without --inputs they are drawn at random, the same in every run.
+    """
     from moecc.backend import get_backend
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, read_inputs, say_weights

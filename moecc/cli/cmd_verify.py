@@ -131,15 +131,20 @@ def _against_source(request: VerifyRequest, against: str) -> None:
         )  # fmt: skip
 
 
+_KINDS = {"decoder_tokens": "tokens of the decoder"}
+
+
 def verdict_text(verdict: Verdict) -> str:
     """Return a human-readable verdict."""
     found = verdict.difference
-    shapes = " and ".join(" x ".join(map(str, shape)) for shape in verdict.inputs.values())
+    shapes = " and ".join(
+        f"{' x '.join(map(str, shape))} {_KINDS.get(name, name)}"
+        for name, shape in verdict.inputs.items()
+    )
     name = {"logits": "logit"}.get(verdict.output, verdict.output)
     rows = [
         f"{verdict.model} against {verdict.source}",
-        f"  {shapes} tokens in {verdict.compute_dtype}, "
-        f"the source's weights rounded to {verdict.dtype}",
+        f"  {shapes} in {verdict.compute_dtype}, the source's weights rounded to {verdict.dtype}",
         f"  max |Δ{name}| / max |{name}|  {found.max_relative:.2e} (at most {verdict.tolerance:g})",
     ]
     if found.kl_nats is not None:

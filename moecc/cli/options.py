@@ -46,7 +46,7 @@ InputsOption = Annotated[
     typer.Option(
         "--inputs",
         metavar="FILE",
-        help="A .npy of token ids, [batch, seq] or [seq]; or a .npz with all inputs by name.",
+        help="A .npy of the only input (token ids, [batch, seq]); or a .npz with all by name.",
     ),
 ]
 

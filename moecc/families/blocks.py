@@ -1,4 +1,4 @@
-"""The parts of Transformers with layer norms and biases: BERT, GPT-2, ViT, Whisper and their kin."""
+"""Parts of Transformers with layer norms and biases: BERT, GPT-2, ViT, Whisper and their kin."""
 
 from __future__ import annotations
 

@@ -92,9 +92,7 @@ def build_gpt(
     graph = Graph(config.model_type, attrs)
     params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of)
     names = GPT_NAMES[config.model_type]
-    blocks = Blocks(
-        Builder(graph), params, config.layer_norm_eps, inputs_first=names.inputs_first
-    )
+    blocks = Blocks(Builder(graph), params, config.layer_norm_eps, inputs_first=names.inputs_first)
     decoder = _Gpt(blocks, config, names)
     tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
     with decoder.builder.at("embed"):

@@ -115,12 +115,17 @@ class _Encoder:
             name="patches",
         )
         patches = builder.merge(builder.add(patches, bias), axes=("height", "width"), into="seq")
+        count = config.patches + 1
         whole = params.without_axis("embeddings.cls_token", loc, "one", seq=1, embed=embed)
-        first = builder.slice(patches, axis="seq", start=0, stop=1)
-        hidden = builder.join(builder.broadcast(whole, first), patches, axis="seq")
-        places = {"seq": config.patches + 1, "embed": embed}
+        places = {"seq": count, "embed": embed}
         table = params.without_axis("embeddings.position_embeddings", loc, "one", **places)
-        return builder.add(hidden, table, name="hidden")
+        own, others = (
+            builder.slice(table, axis="seq", start=start, stop=stop)
+            for start, stop in ((0, 1), (1, count))
+        )
+        first = builder.slice(patches, axis="seq", start=0, stop=1)
+        token = builder.broadcast(builder.add(whole, own), first)
+        return builder.join(token, builder.add(patches, others), axis="seq", name="hidden")
 
     def layer(self, hidden: Value, layer: int) -> Value:
         """Emit one layer: attention and feed-forward block, each added to what it reads."""

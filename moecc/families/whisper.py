@@ -86,7 +86,9 @@ class _Stack:
         """Emit the decoder: ``[batch, seq]`` to ``[batch, seq, vocab]``."""
         builder, config = self.builder, self.config
         with builder.at("decoder.embed"):
-            words = self._plain("embed_tokens.weight", vocab=config.vocab_size, embed=config.d_model)
+            words = self._plain(
+                "embed_tokens.weight", vocab=config.vocab_size, embed=config.d_model
+            )
             hidden = builder.embedding(words, tokens, axis="vocab", name="words")
             places = {"position": config.max_target_positions, "embed": config.d_model}
             table = self._plain("embed_positions.weight", **places)

@@ -11,6 +11,7 @@ from moecc.testing.arithmetic import guarded as guarded
 from moecc.testing.arithmetic import norm as norm
 from moecc.testing.arithmetic import reduce as reduce
 from moecc.testing.arithmetic import unary as unary
+from moecc.testing.arithmetic import windows as windows
 from moecc.testing.axes import broadcast as broadcast
 from moecc.testing.axes import merge as merge
 from moecc.testing.axes import rename as rename
@@ -43,5 +44,6 @@ SIMPLE: tuple[Step, ...] = (
     rotary,
     numbers,
     buckets,
+    windows,
 )
 """The steps, from simple to complex."""

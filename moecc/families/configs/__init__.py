@@ -6,7 +6,7 @@ are written side by side.
 """
 
 from .base import DecoderConfig
-from .bert import BertConfig
+from .bert import BertConfig, MPNetConfig, RobertaConfig
 from .encdec import STACKS, EncDecConfig, Experts
 from .frequencies import attention_factor, rotary_frequencies
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
@@ -26,6 +26,8 @@ from .smollm3 import SmolLM3Config
 from .st_moe import GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
 from .t5 import T5Config
+from .vision import Dinov2Config, VisionConfig, ViTConfig
+from .whisper import WhisperConfig
 
 __all__ = [
     "ACTIVATIONS",
@@ -35,6 +37,7 @@ __all__ = [
     "STACKS",
     "BertConfig",
     "DecoderConfig",
+    "Dinov2Config",
     "EncDecConfig",
     "Experts",
     "Gemma2Config",
@@ -46,6 +49,7 @@ __all__ = [
     "GraniteConfig",
     "GraphConfig",
     "LlamaConfig",
+    "MPNetConfig",
     "MistralConfig",
     "MixtralConfig",
     "ModelConfig",
@@ -56,11 +60,15 @@ __all__ = [
     "Qwen2MoeConfig",
     "Qwen3Config",
     "Qwen3MoeConfig",
+    "RobertaConfig",
     "RopeConfig",
     "SmolLM3Config",
     "StMoeConfig",
     "SwitchTransformersConfig",
     "T5Config",
+    "ViTConfig",
+    "VisionConfig",
+    "WhisperConfig",
     "attention_factor",
     "parse_config",
     "read_config",

@@ -50,6 +50,7 @@ class BertConfig(ModelConfig):
     model_type: ClassVar[str] = "bert"
     architecture: ClassVar[str] = "BertModel"
     with_heads: ClassVar[bool] = True
+    takes_mask: ClassVar[bool] = True
     head_prefix: ClassVar[str] = "bert."
     has_pooler: ClassVar[bool] = True
     kept_numbers: ClassVar[tuple[str, ...]] = (

@@ -51,8 +51,12 @@ class ModelConfig:
     with_heads: ClassVar[bool] = False
     # Whether files may hold a pooler, on which no output depends.
     has_pooler: ClassVar[bool] = False
+    # Whether its graph may have a mask of padding, and a word for those who ask in vain.
+    takes_mask: ClassVar[bool] = False
+    mask_hint: ClassVar[str | None] = None
     # Whether it reads tokens at all.
     has_vocabulary: ClassVar[bool] = True
+    least_vocabulary: ClassVar[int] = 1
     # Numbers that an export keeps with their default if the file omits them.
     kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
 
@@ -129,7 +133,7 @@ class ModelConfig:
         dtype = {"dtype": _read_dtype(reader)}
         if not cls.has_vocabulary:
             return {**dtype}
-        return {**dtype, "vocab_size": reader.size("vocab_size")}
+        return {**dtype, "vocab_size": reader.size("vocab_size", smallest=cls.least_vocabulary)}
 
     def _write(self) -> dict[str, object]:
         """Return the keys of the family."""

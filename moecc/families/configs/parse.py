@@ -9,7 +9,7 @@ from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import InputError, nearest
 
 from .base import DecoderConfig
-from .bert import BertConfig
+from .bert import BertConfig, MPNetConfig, RobertaConfig
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from .gpt import Gpt2Config, GptNeoXConfig
 from .granite import GraniteConfig
@@ -25,6 +25,8 @@ from .smollm3 import SmolLM3Config
 from .st_moe import FAMILY, GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
 from .t5 import T5Config
+from .vision import Dinov2Config, ViTConfig
+from .whisper import WhisperConfig
 
 DECODERS: Mapping[str, type[DecoderConfig]] = {
     config.model_type: config
@@ -57,6 +59,11 @@ CONFIGS: Mapping[str, type[ModelConfig]] = {
             T5Config,
             SwitchTransformersConfig,
             BertConfig,
+            RobertaConfig,
+            MPNetConfig,
+            ViTConfig,
+            Dinov2Config,
+            WhisperConfig,
             StMoeConfig,
         )
     },

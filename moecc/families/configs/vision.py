@@ -166,6 +166,13 @@ class Dinov2Config(VisionConfig):
         object.__setattr__(self, "intermediate_size", gated if self.gated else width)
         super().__post_init__()
 
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        if self.image_size[0] != self.image_size[1]:
+            what = "dinov2 resamples its positions for an image that is not square"
+            yield key_problem(what, "a square", f"{self.image_size}", "image_size")
+
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
         # The token of masked patches is no part of the graph.

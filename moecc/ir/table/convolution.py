@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moecc.errors import InputError
-from moecc.ir.flow import Space
 from moecc.ir.operand import Entry, Operand
 from moecc.ir.ops import Attr, Attrs, OpDef, register
-from moecc.ir.table.flows import named_dimensions
+from moecc.ir.sharding_rules import Space
 from moecc.ir.table.rules import axis_of, no_ragged, same_dtype, same_size
+from moecc.ir.table.sharding import named_dimensions
 from moecc.ir.traits import PAIR, Role
 from moecc.types.tensor import Axis, TensorType
 
