@@ -50,10 +50,8 @@ def test_arrows_run_one_way(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_is_too_long(package: str) -> None:
-    lengths = {
-        str(f.relative_to(ROOT)): len(f.read_text().splitlines())
-        for f in PACKAGES[package].rglob("*.py")
-    }
+    texts = {str(f.relative_to(ROOT)): f.read_text() for f in PACKAGES[package].rglob("*.py")}
+    lengths = {f: len(t.splitlines()) for f, t in texts.items() if GENERATED not in t}
     assert {f: n for f, n in lengths.items() if n > 450} == {}
 
 
@@ -63,6 +61,9 @@ def test_the_core_starts_without_jax(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
+
+GENERATED = "Written by ``python -m"
+"""What modules say that a program writes: they are as long as the table that they show."""
 
 COMMAND_LINE = "moecc.cli"
 MAY_CALL_THE_COMMAND_LINE = {"moecc.__main__"}
@@ -143,7 +144,7 @@ def test_nobody_imports_the_front_door(graph: nx.DiGraph[str]) -> None:
     assert {a for a, _ in graph.in_edges("moecc")} == set()
 
 
-FRONT_DOOR = {"__init__", "__main__", "backend", "errors", "version"}
+FRONT_DOOR = {"__init__", "__main__", "backend", "errors", "jax", "version"}
 """The only modules of the core that stand in no room."""
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moecc.ir.attributes import (
         Convention,
         Gates,
+        Hash,
         Order,
         Policy,
         Precision,
@@ -247,6 +248,10 @@ class Operations(ABC):
         """Φ(x), the distribution function of a standard normal variable."""
         return self.node("normal_cdf", x, names=_names(name)).result
 
+    def pointwise(self, x: Value, /, *, function: str, name: str | None = None) -> Value:
+        """A function of each element that has no operation of its own, as a formula of a."""
+        return self.node("pointwise", x, names=_names(name), function=function).result
+
     def neg(self, x: Value, /, *, name: str | None = None) -> Value:
         """−x."""
         return self.node("neg", x, names=_names(name)).result
@@ -450,11 +455,11 @@ class Operations(ABC):
         ).result
 
     def hash_experts(
-        self, ids: Value, /, *, experts: int, top_k: int = 1, seed: int = 0, choice: str = "choice",
-        name: str | None = None
+        self, ids: Value, /, *, experts: int, top_k: int = 1, seed: int = 0, hash: Hash = "murmur",
+        choice: str = "choice", name: str | None = None
     ) -> Value:
         """The experts of each token by a hash of its id (Roller et al. 2021); no router at all."""
         return self.node(
             "hash_experts", ids, names=_names(name), experts=experts, top_k=top_k, seed=seed,
-            choice=choice
+            hash=hash, choice=choice
         ).result

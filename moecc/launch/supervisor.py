@@ -21,6 +21,7 @@ from typing import IO
 from moecc.errors import MachineError
 from moecc.launch.member import BEATS, LIFELINE
 from moecc.launch.process_info import ProcessInfo
+from moecc.support.signals import signals_noted
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 1.5
@@ -116,7 +117,11 @@ class Supervisor:
           KeyboardInterrupt: the user interrupted; the processes have been ended.
         """
         try:
-            self._start()
+            # A process that is started and not listed yet would outlive an interrupt.
+            with signals_noted() as noted:
+                self._start()
+            if noted.signal is not None:
+                signal.raise_signal(noted.signal)
             ended = self._wait()
             if ended.reason:
                 self.say(f"error: {ended.reason}")

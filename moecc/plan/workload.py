@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from moecc.errors import InputError
-from moecc.families.experts import choices_kept, expert_layers
+from moecc.families.experts import choices_kept
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
@@ -22,7 +22,7 @@ from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
 from moecc.plan.sample import Sample, sample_of
 from moecc.plan.shapes import Shape, Shapes
-from moecc.plan.units import LAYER, Unit, layer_of, stack_of, units_of
+from moecc.plan.units import LAYER, Unit, layer_of, stack_of, times_again, units_of
 
 HEADS = ("head", "kv_head")
 
@@ -199,7 +199,7 @@ def workload(graph: Graph, batch: Batch) -> Workload:
       InputError: its layers are rolled, or it is on a mesh.
     """
     _check_plain(graph)
-    layers = expert_layers(graph)
+    slots = _slots(graph)
     reader = _Reader(graph, batch)
     sample, parts = reader.sampled()
     return Workload(
@@ -207,8 +207,8 @@ def workload(graph: Graph, batch: Batch) -> Workload:
         parts=parts,
         layers=tuple(reader.layers()),
         weights=tuple(reader.weights()),
-        experts=max((layer.experts for layer in layers), default=0),
-        dropless=all(layer.slots == "ragged" for layer in layers),
+        experts=max((attrs.experts for attrs in slots), default=0),
+        dropless=all(attrs.slots == "ragged" for attrs in slots),
         tensor_sizes=_tensor_sizes(graph),
         sample=sample,
         params=sample.graph.params,
@@ -225,6 +225,12 @@ def _check_plain(graph: Graph) -> None:
         raise InputError(
             "the graph is on a mesh already", where=graph.name, hint="-p strip-sharding"
         )
+
+
+def _slots(graph: Graph) -> list[SlotAttrs]:
+    """Return how slots are assigned to the rows of each expert layer, whoever chooses."""
+    sent = (node for node in graph if node.op.moves is RowMove.TO_SLOTS)
+    return [SlotAttrs.of_node(assigner(node.operands[2])) for node in sent]
 
 
 def _tensor_sizes(graph: Graph) -> dict[str, int]:
@@ -426,24 +432,12 @@ class _Reader:
             results=results,
             over=ProductAttrs.of_node(node).over if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
-            again=_again(number, unit, node in kept.again, node in kept.onward),
-            saved_again=_again(number, unit, node in kept.saved_again, node in kept.saved_onward),
+            again=times_again(number, unit, node in kept.again, node in kept.onward),
+            saved_again=times_again(
+                number, unit, node in kept.saved_again, node in kept.saved_onward
+            ),
             source=-1 if root is None else roots.setdefault(root, len(roots)),
             source_share=1 / unit.size if outside else 1.0,
             exact_rows=exact,
             axes=self.shapes.of(tuple(axes.items())),
         )
-
-
-def _again(number: int, unit: Unit, own: bool, onward: bool) -> int:
-    """Return how often a node runs again.
-
-    Args:
-      number: of its layer in the unit.
-      unit: the unit.
-      own: whether its own layer needs it to be differentiated.
-      onward: whether it leads to what the layers behind its own take.
-    """
-    if unit.looped[number]:
-        return own + onward
-    return int(own or (onward and number + 1 < unit.size))

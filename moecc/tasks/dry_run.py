@@ -133,9 +133,9 @@ def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> F
     optimizer = recipe.optimizer.name if recipe.optimizer.name in OPTIMIZERS else OPTIMIZERS[0]
     setting = StepConfig(True, optimizer, dtype, wide)
     mesh = plan_mesh(section.mesh, section.rules or None) if section.mesh else None
-    wish = Constraints(mesh, section.via or None, run.remat, None, section.rules or None)
+    constraints = Constraints(mesh, section.via or None, run.remat, None, section.rules or None)
     part = _work(graph, batches, recipe.data.batch // run.micro_batches)
-    found = search(part, machine, setting, wish, keep=0).best
+    found = search(part, machine, setting, constraints, keep=0).best
     step = found
     if run.micro_batches > 1:
         whole = _work(graph, batches, recipe.data.batch)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moecc.checkpoint.outdir import check_output
+from moecc.checkpoint.run.checkpoint import inputs_of
 from moecc.checkpoint.run.layout import (
     GRAPH,
     LINEAGE,
@@ -29,8 +30,9 @@ from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 from moecc.model.open import Model, no_tensors, open_model, read_graph
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.tasks.train_exports import check_export
 from moecc.tasks.train_source import Source, config_of, open_source
-from moecc.train.data.batches import Batches, open_batches
+from moecc.train.data.batches import Batches, open_batches, resolved
 from moecc.train.data.model_facts import ModelFacts, facts_of
 from moecc.train.job import Beginning, TrainJob
 from moecc.train.lineage import lineage, source_files
@@ -54,10 +56,11 @@ def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
     Raises:
       InputError: recipe, model and data do not suit one another, or `out` cannot be used.
     """
-    inputs = _inputs(source.model)
+    inputs = tuple(inputs_of(source.model.checkpoint))
     check_output(out, inputs=inputs)
     graph = source.made.graph
     batches = _checked(recipe, graph, facts_of(source.model, train_graph(graph, recipe)))
+    recipe = resolved(recipe, batches)
     digest = recipe_digest(recipe)
 
     def create() -> None:
@@ -86,6 +89,9 @@ def resumed_run(run: Path, sets: Sequence[str] = (), recipe: Recipe | None = Non
     begun = _begun_with(run)
     text = (run / RECIPE).read_text("utf-8")
     found = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
+    if not found.data.decoder_seq:
+        # The run has the length that its data needed.
+        found = replace(found, data=replace(found.data, decoder_seq=begun.data.decoder_seq))
     differences = recipe_differences(begun, found)
     if differences:
         raise InputError(
@@ -122,6 +128,7 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
     graph = read_graph(str(run / GRAPH))
     check_output(out, inputs=[run])
     batches = _checked(recipe, graph, _facts_of_run(run, graph, recipe))
+    recipe = resolved(recipe, batches)
     digest = recipe_digest(recipe)
 
     def create() -> None:
@@ -145,6 +152,8 @@ def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:
     """Return the batches of a recipe, once graphs and step are known to suit it."""
     eval_graph(graph, recipe)
     step_spec(graph, recipe)
+    if recipe.run.export_steps:
+        check_export(graph, recipe.run.export_to)
     return open_batches(recipe.data, facts)
 
 
@@ -172,10 +181,6 @@ def _source_files(model: Model, batches: Batches) -> dict[str, Path | bytes]:
     if TOKENIZER not in files and all(f.facts.tokenizer_digest == BYTES_DIGEST for f in folders):
         files |= {TOKENIZER: byte_tokenizer(), "tokenizer_config.json": byte_tokenizer_config()}
     return files
-
-
-def _inputs(model: Model) -> tuple[Path, ...]:
-    return () if model.checkpoint is None else (model.checkpoint.path,)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moecc.ir.graph import Value
-from moecc.testing.arithmetic import emit_norm
+from moecc.ir.ops import OPS
+from moecc.testing.arithmetic import UNARY, emit_norm
 from moecc.testing.growth import Growth, Step, mixable_fixed, token_width
 from moecc.testing.places import rotate
 from moecc.testing.sparse import emit_mixture
@@ -13,7 +14,8 @@ from moecc.types.tensor import Axis
 
 ROUTING_AXES = {"group", "expert", "slot", "choice"}
 ATTENTION_AXES = {"heads", "head", "head_dim", "kv_seq"}
-ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+ACTIVATIONS = tuple(name for name in UNARY if not OPS[name].linear)
+"""What may stand between the products of a feed-forward block, whatever is in the table."""
 
 
 def feed_forward(g: Growth) -> None:

@@ -45,5 +45,9 @@ SIMPLE: tuple[Step, ...] = (
     numbers,
     buckets,
     windows,
+    # There are many functions of one and two numbers, and each should be drawn now and then.
+    unary,
+    unary,
+    binary,
 )
 """The steps, from simple to complex."""

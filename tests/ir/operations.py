@@ -59,6 +59,7 @@ def _body() -> Graph:
 
 USES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "scale": ("x", {"by": -1.5}),
+    "pointwise": ("x", {"function": "mul(a, tanh(logaddexp(a, 0.0)))"}),
     "cast": ("x", {"dtype": "f64"}),
     "select": ("keep x row", {}),
     "mask": ("x keep", {"fill": -1.0}),

@@ -157,7 +157,7 @@ def test_processes_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     wait_for(lambda: not any(map(is_running, children)))
 
 
-def wait_for(condition: object, seconds: float = 30) -> None:
+def wait_for(condition: object, seconds: float = 120) -> None:
     limit = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < limit, "not in time"
@@ -189,6 +189,28 @@ def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
     assert launched.returncode == 130
     assert b"interrupted" in err
     assert not any(is_running(int(p.name)) for p in tmp_path.iterdir())
+
+
+def test_an_interrupt_during_the_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come after a process is started, and before the supervisor knows of it."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)  # type: ignore[call-overload]
+            started.append(self)
+            if len(started) == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("moecc.launch.supervisor.subprocess.Popen", Interrupted)
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Supervisor(sleeping, 2, say=lambda line: None).run()
+        assert [p.pid for p in started if is_running(p.pid)] == []
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_what_cannot_be_started_is_told() -> None:

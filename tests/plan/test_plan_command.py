@@ -203,6 +203,15 @@ def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(capsys, *st_moe, "-p", *narrow)["best"]["flops"] < wide["flops"]
 
 
+def test_experts_that_choose_their_tokens_are_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = "upcycle{experts=8 routing=expert-choice decoder-layers=nowhere}"
+    given = ("preset:dense-l", "--machine", "tpu:v6e:2x4", "-p", chosen, "--mesh", "expert=8")
+    best = plan(capsys, *given, "--remat", "none", "--dense-weights", "split")["best"]
+    assert best["via"] == "capacity"
+    # Rows of 24 layers go to their experts and back, and so do their gradients.
+    assert best["collectives"]["all_to_all"]["count"] == 24 * 4
+
+
 @pytest.mark.parametrize(
     ("passes", "says"),
     [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moecc.ir import OPS, Graph, clone, equal, print_graph, verify
 from moecc.testing import graphs, laws, random_graph, run_reference
+from moecc.testing.arithmetic import BINARY, GUARDED, UNARY
 from moecc.testing.blocks import BLOCKS, attention, experts, feed_forward
 from moecc.testing.generate import keep_only
 from moecc.testing.growth import Step
@@ -136,3 +137,11 @@ def test_the_rest_works_without_hypothesis(tmp_path: object) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "need Hypothesis, which is not installed" in done.stdout
     assert "pip install 'moecc[testing]'" in done.stdout
+
+
+def test_every_function_of_the_table_is_drawn_now_and_then() -> None:
+    """A new row is, too: in a law of 200 graphs it stands in two at least, most of the time."""
+    graphs = [random_graph(seed) for seed in range(400)]
+    drawn = Counter(name for graph in graphs for name in {n.op.name for n in graph})
+    functions = [*UNARY, *BINARY, *GUARDED]
+    assert {n: drawn[n] for n in functions if drawn[n] < 4} == {}

@@ -112,6 +112,21 @@ def test_a_run_is_a_model(folder: Path, call: Any, tmp_path: Path) -> None:
     assert "up to step 6: " in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
+    run, data = folder / "run", folder / "tokens" / "heldout"
+    code, out, _ = call("evaluate", f"{run}@3", run, "--data", data, "--sequence", "32", "--batch",
+                        "4", "--batches", "1", "--format", "json")  # fmt: skip
+    assert code == 0
+    first, last = (model["sets"]["heldout"] for model in json.loads(out)["models"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    during = [line["held_out"]["heldout"] for line in lines if "held_out" in line]
+    assert [first["loss"], last["loss"]] == pytest.approx(during, rel=1e-5)
+    assert first["against_first"] is None
+    assert last["against_first"]["difference"] == pytest.approx(during[1] - during[0], rel=1e-3)
+    code, out, _ = call("evaluate", run, "--data", data, "--sequence", "32", "--batches", "1")
+    assert (code, "heldout" in out) == (0, True)
+
+
 @pytest.mark.slow
 def test_a_fork_goes_on_under_another_recipe(folder: Path, call: Any) -> None:
     run, fork = folder / "run", folder / "fork"

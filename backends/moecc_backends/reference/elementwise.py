@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
+from moecc.ir.formula import parse_formula
 from moecc.types.dtypes import DTYPES, DType
 from moecc.weights.rounding import is_lossless, round_to
 from moecc_backends.reference.arrays import Array, Data, meaning, together
@@ -83,6 +85,76 @@ def rsqrt(x: Array) -> Array:
 def normal_cdf(x: Array) -> Array:
     """Return Φ(x), by erfc, which keeps the left tail."""
     return x.map(lambda d: _erfc(-d / math.sqrt(2)) / 2)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+FORMULAS: dict[str, Callable[..., Data]] = {
+    "neg": np.negative,
+    "abs": np.abs,
+    "sign": np.sign,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "log": np.log,
+    "log1p": np.log1p,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tan": np.tan,
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+    "sinh": np.sinh,
+    "cosh": np.cosh,
+    "tanh": np.tanh,
+    "asinh": np.arcsinh,
+    "acosh": np.arccosh,
+    "atanh": np.arctanh,
+    "sigmoid": logistic,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "cbrt": np.cbrt,
+    "square": np.square,
+    "erf": _erf,
+    "erfc": _erfc,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round": np.round,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "stop_gradient": lambda x: x,
+    "wide": lambda x: x,
+    "narrow": lambda x: x,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "pow": np.power,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "atan2": np.arctan2,
+    "logaddexp": np.logaddexp,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "less": np.less,
+    "less_equal": np.less_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "equal": np.equal,
+    "not_equal": np.not_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "xor": np.logical_xor,
+    "not": np.logical_not,
+    "where": np.where,
+}
+"""What the names of formulas mean, on numbers of double precision."""
+
+
+@meaning("pointwise")
+def pointwise(x: Array, *, function: str) -> Array:
+    """Return a formula of each element."""
+    formula = parse_formula(function)
+    return x.map(lambda d: np.asarray(formula.evaluate(FORMULAS, d)))
 
 
 @meaning("neg")

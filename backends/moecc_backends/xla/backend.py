@@ -22,6 +22,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.verify import where
 from moecc.launch.process_info import process_info
 from moecc.train.job import Training, TrainJob
+from moecc.train.scoring import Scorer
 from moecc.types.dtypes import F32, DType
 from moecc_backends.xla.dispatch.choose import dispatch_problems
 from moecc_backends.xla.import_jax import find_devices
@@ -69,6 +70,13 @@ class XlaBackend:
         from moecc_backends.xla.train.training import training
 
         return training(job)
+
+    def scorer(self, graph: Graph, params: Arrays, *, dtype: DType) -> Scorer:
+        """Return what scores rows of texts; see `moecc.train.scoring`."""
+        from moecc_backends.xla.train.scoring import scorer
+
+        find_devices()
+        return scorer(graph, params, dtype=dtype)
 
     def lower(
         self,

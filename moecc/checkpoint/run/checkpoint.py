@@ -20,13 +20,14 @@ from moecc.checkpoint.run.layout import (
     RECIPE,
     SOURCE,
     STEP,
+    STEPS,
     SavedStep,
     choose_step,
     read_lineage,
     split_reference,
 )
 from moecc.checkpoint.run.state import StateReader, array_key
-from moecc.checkpoint.source import TensorInfo
+from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES
@@ -111,6 +112,15 @@ class RunCheckpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def inputs_of(checkpoint: Checkpoint | None) -> list[Path]:
+    """Return what of a checkpoint an output must not touch: of a run, all but room for exports."""
+    if checkpoint is None:
+        return []
+    if isinstance(checkpoint, RunCheckpoint):
+        return [checkpoint.run / STEPS, checkpoint.run / SOURCE]
+    return [checkpoint.path]
 
 
 def open_run(reference: str) -> RunCheckpoint:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moecc.checkpoint.given import GivenParams
 from moecc.checkpoint.records import MANIFEST_NAME, load
 from moecc.checkpoint.run.checkpoint import RunCheckpoint
 from moecc.checkpoint.source import Checkpoint
@@ -26,6 +27,9 @@ def stages_of(checkpoint: Checkpoint) -> list[Stage]:
         *earlier, last = checkpoint.lineage["stages"]
         facts = checkpoint.step.facts
         return [*earlier, {**last, "steps": checkpoint.step.number, "tokens": facts["tokens"]}]
+    if isinstance(checkpoint, GivenParams):
+        own = {"kind": TRAINED, "source": checkpoint.path.name, "outside": True}
+        return [*stages_of(checkpoint.source), own]
     return _converted(checkpoint.path)
 
 
@@ -59,6 +63,8 @@ def _sentence(stage: Stage) -> str:
     made = f" through {pipeline} ({stage.get('preserves')})" if pipeline else ""
     if stage.get("kind") != TRAINED:
         return f"{source} was converted{made}."
+    if stage.get("outside"):
+        return f"{source} was trained by a loop outside of moecc."
     if "from_step" in stage:
         start = f"{source} was trained on from its step {stage['from_step']:,}"
     elif stage.get("start") == "random":

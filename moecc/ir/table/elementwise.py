@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moecc.errors import InputError, nearest
+from moecc.ir.formula import parse_formula
 from moecc.ir.operand import Operand
 from moecc.ir.ops import Attr, Attrs, Infer, OpDef, register
 from moecc.ir.table.rules import (
@@ -81,6 +82,23 @@ unary("log", "The natural logarithm.", domain=Domain.POSITIVE)
 unary("square", "x².", homogeneous=powers(2))
 unary("rsqrt", "1 / √x.", residual=RESULT, homogeneous=powers(-0.5), domain=Domain.POSITIVE)
 unary("normal_cdf", "Φ(x), the distribution function of a standard normal variable.")
+
+
+def _infer_pointwise(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+    parse_formula(attrs["function"])
+    return float_elementwise(operands, attrs)
+
+
+register(
+    _elementwise(
+        "pointwise",
+        "A function of each element that has no operation of its own, as a formula of a.",
+        ("x",),
+        _infer_pointwise,
+        attrs={"function": Attr("str", doc="the formula, `mul(a, tanh(logaddexp(a, 0.0)))`")},
+        residual=OPERAND,
+    )
+)
 
 register(_elementwise("neg", "−x.", ("x",), arithmetic, linear=(0,), alias=True))
 register(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -44,6 +45,24 @@ class Room:
     seq: int
     decoder_seq: int = 0
     packing: bool = True
+
+
+class Examples(Protocol):
+    """Prompts with completions: those of a token folder, or made of them."""
+
+    @property
+    def starts(self) -> Numbers:
+        """Where examples begin, and the end of the last one, ``i64[examples + 1]``."""
+        ...
+
+    @property
+    def completions(self) -> Numbers:
+        """The tokens of each prompt, after which its completion begins."""
+        ...
+
+    def ids(self, start: int, stop: int) -> Ids:
+        """Return the ids from `start` to `stop`."""
+        ...
 
 
 class Rows(ABC):
@@ -196,9 +215,7 @@ class ExampleRows(Rows):
       cut: how many examples are too long.
     """
 
-    def __init__(
-        self, folder: TokenFolder, special: Special, start: int | None, room: Room
-    ) -> None:
+    def __init__(self, folder: Examples, special: Special, start: int | None, room: Room) -> None:
         self._folder = folder
         self._before = special.before
         self._end = _one(end_of(special))
@@ -223,7 +240,7 @@ class ExampleRows(Rows):
         self.rows = len(self._firsts) - 1
 
     @staticmethod
-    def decoder_seq(folder: TokenFolder, special: Special) -> int:
+    def decoder_seq(folder: Examples, special: Special) -> int:
         """Return what the longest completion needs."""
         longest = np.diff(folder.starts) - folder.completions
         return int(longest.max(initial=0)) + len(_one(end_of(special)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moecc.errors import InputError, Problem
 from moecc.train.data.collate import Shape
 from moecc.train.data.corruption import Masking, Spans
+from moecc.train.data.label_choices import LabelChoices
 from moecc.train.data.model_facts import ModelFacts
 from moecc.train.data.objectives import (
     CausalRows,
@@ -46,6 +47,21 @@ def open_rows(
                     "a longer seq, or longer documents") for folder in empty
         )  # fmt: skip
     return maker.shape, rows
+
+
+def label_rows(choices: LabelChoices, data: DataSection, model: ModelFacts) -> tuple[Shape, Rows]:
+    """Return the shape of batches, and rows of each example with each of its labels, in order.
+
+    Args:
+      choices: of a folder that suits the objective and the model, as `open_rows` finds.
+      data: how long sequences are.
+      model: the model.
+    """
+    maker = _Maker({("evaluate", ""): choices.folder}, data, model)
+    decoder_seq = ExampleRows.decoder_seq(choices, maker.special) if model.has_decoder else 0
+    start = maker.start if model.has_decoder else None
+    rows = ExampleRows(choices, maker.special, start, Room(data.seq, decoder_seq, packing=False))
+    return Shape(data.batch, data.seq, decoder_seq, model.inputs, maker.pad), rows
 
 
 @dataclass(frozen=True)

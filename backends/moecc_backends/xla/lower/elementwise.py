@@ -11,10 +11,18 @@ import numpy as np
 from jax.dtypes import canonicalize_dtype
 from jax.typing import DTypeLike
 
-from moecc.ir.attributes import CastAttrs, ConstantAttrs, MaskAttrs, ScaleAttrs
+from moecc.ir.attributes import (
+    CastAttrs,
+    ConstantAttrs,
+    MaskAttrs,
+    PointwiseAttrs,
+    ScaleAttrs,
+)
+from moecc.ir.formula import parse_formula
 from moecc.ir.graph import Node
 from moecc.types.dtypes import DTYPES
 from moecc.weights.rounding import is_lossless
+from moecc_backends.xla.lower.formula import evaluate
 from moecc_backends.xla.trace.arrays import elementwise
 from moecc_backends.xla.trace.context import Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator
@@ -69,6 +77,12 @@ def _apply(function: Callable[..., Array], ctx: Context, node: Node, *operands: 
 
 _register(_UNARY)
 _register(_BINARY)
+
+
+@lowering("pointwise")
+def _pointwise(ctx: Context, node: Node, x: Operand) -> Operand:
+    formula = parse_formula(PointwiseAttrs.of_node(node).function)
+    return elementwise(lambda v: evaluate(formula, v), x)
 
 
 @lowering("scale")

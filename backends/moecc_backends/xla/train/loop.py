@@ -201,7 +201,8 @@ class Loop:
     def _is_time(self, step: int) -> bool:
         minutes = self.run.save_minutes
         elapsed_seconds = self.clock() - self._saved_seconds
-        return is_due(step, self.run.save_steps) or 0 < minutes * 60 <= elapsed_seconds
+        is_step = is_due(step, self.run.save_steps) or is_due(step, self.run.export_steps)
+        return is_step or 0 < minutes * 60 <= elapsed_seconds
 
     def _save(self, loss: float | None) -> Iterator[Saved]:
         if self._saved == self._at and loss is None:

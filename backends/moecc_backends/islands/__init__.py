@@ -1,0 +1,17 @@
+"""Feed-forward blocks of any JAX function, found by dataflow, rewritten, and run in place.
+
+`convert` is the door.  Where things are:
+
+- `jaxprs`, `scopes`, `structural`, `views`: a traced function as steps on values, and which leaf
+  of the parameters a value is a view of;
+- `elements`, `symbols`, `dag`, `formulas`, `find`, `blocks`: blocks found, and what they compute;
+- `sites`, `settle`, `uses`: which blocks a function has, and who else uses their weights;
+- `build`, `parts`, `partkeys`: all blocks as one graph, and the graph in parts again;
+- `storage`, `arrays`: where new parameters lie, and their values;
+- `run`: the function with its blocks replaced.
+"""
+
+from __future__ import annotations
+
+from moecc_backends.islands.conversion import Conversion as Conversion
+from moecc_backends.islands.convert import convert as convert

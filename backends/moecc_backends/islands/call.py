@@ -1,0 +1,176 @@
+"""One trace of a function on new parameters: its blocks found again, and run as they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moecc.errors import InputError, Problem
+from moecc_backends.islands.functions import ParamTree, Traced, trace_function
+from moecc_backends.islands.jaxprs import shape_of
+from moecc_backends.islands.losses import joined, with_losses
+from moecc_backends.islands.parts import Part, Parts
+from moecc_backends.islands.run import Program, Replacement
+from moecc_backends.islands.settle import steps_of
+from moecc_backends.islands.sites import Instance, Key, Site, survey
+from moecc_backends.islands.storage import Slot, Storage
+from moecc_backends.islands.uses import skipped, uses
+from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.trace.options import Options
+
+TREE, BESIDE = "params", "moe"
+"""The keys of new parameters: the tree with experts in place, and what has no place there."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What every function of the same parameters needs to know of a conversion.
+
+    Attributes:
+      tree: the dense parameters.
+      leaves: their leaves, those that weights can be read from.
+      parts: the converted graph, block by block.
+      instances: the blocks, converted or not.
+      converted: the locations of those that the pipeline changed.
+      storage: where their parameters lie.
+    """
+
+    tree: ParamTree
+    leaves: Mapping[str, Leaf]
+    parts: Parts
+    instances: Mapping[Key, Instance]
+    converted: frozenset[str]
+    storage: Storage
+
+    def parts_of(self, site: Site) -> list[Part]:
+        """Return the parts of the blocks of a site; none if it is not converted."""
+        found = [self.instances.get(key) for key in site.keys]
+        locs = [i.loc for i in found if i is not None and i.loc in self.converted]
+        return [self.parts.blocks[loc] for loc in locs] if len(locs) == len(found) else []
+
+
+@dataclass(frozen=True)
+class Given:
+    """New parameters, taken apart: what stands in the place of leaves, and what is beside."""
+
+    leaves: Mapping[str, Any]
+    beside: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, tree: ParamTree, params: Any) -> Given:
+        """Return `params` taken apart.
+
+        Raises:
+          InputError: they are not those of a conversion, or another tree.
+        """
+        if not isinstance(params, Mapping) or set(params) != {TREE, BESIDE}:
+            raise InputError(
+                "these are not the parameters of a conversion",
+                expected=f"a dictionary of {TREE!r} and {BESIDE!r}, as `moe.params`",
+                found=type(params).__name__,
+            )
+        return cls(tree.flatten(params[TREE]), params[BESIDE])
+
+    def array(self, slot: Slot) -> Any:
+        """Return the array in which a parameter lies."""
+        return self.leaves[slot.key] if slot.in_tree else self.beside[slot.key]
+
+    def stacked(self, slots: Sequence[Slot], lengths: tuple[int, ...]) -> Any:
+        """Return a parameter of blocks in loops, the loops in front; of one block as it is.
+
+        Args:
+          slots: where it lies for each block.
+          lengths: how often each loop runs.
+        """
+        array = self.array(slots[0])
+        is_stack = len({(s.key, s.in_tree) for s in slots}) == 1 and slots[0].row is not None
+        if lengths and is_stack and [s.row for s in slots] == [*range(array.shape[0])]:
+            return array.reshape(*lengths, *array.shape[1:])
+        every = [self.array(s) if s.row is None else self.array(s)[s.row] for s in slots]
+        return jnp.stack(every).reshape(*lengths, *every[0].shape) if lengths else every[0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of new parameters.
+
+    Attributes:
+      state: of the conversion.
+      function: the user's function of dense parameters.
+      losses: whether losses and metrics are returned.
+      options: what is chosen for the lowering.
+    """
+
+    state: State
+    function: Callable[..., Any]
+    losses: bool
+    options: Options
+
+    def run(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the result of the function.
+
+        Raises:
+          InputError: the parameters do not fit, or the function cannot be traced, or it uses what
+            is an expert's now in another way.
+        """
+        state, given = self.state, Given.of(self.state.tree, params)
+        avals = {n: self._dense(n, leaf) for n, leaf in given.leaves.items()}
+        traced, rest = trace_function(self.function, state.tree, avals, (args, kwargs))
+        replaced = self._replacements(traced)
+        program = Program(
+            traced.scope,
+            {r.site.island.steps[-1]: r for r in replaced},
+            skipped(traced.scope, steps_of([r.site for r in replaced])),
+            self.options,
+            side=self.losses,
+        )
+        names = state.tree.array_names
+        arrays = [None if n in state.storage.gone else given.leaves[n] for n in names]
+        weights = {r.number: self._weights(r.site, given) for r in replaced}
+        made, side = program.run([*arrays, *rest], weights)
+        result = jax.tree_util.tree_unflatten(traced.treedef, made)
+        if not self.losses:
+            return result
+        of_sites = {r.number: state.parts_of(r.site) for r in replaced}
+        return with_losses(result, joined(state.parts, of_sites, replaced, side))
+
+    def _dense(self, name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        """Return the dense shape of a leaf, in the element type that it has now."""
+        if name not in self.state.storage.gone:
+            return shape_of(leaf.shape, leaf.dtype)
+        dense = self.state.leaves[name]
+        return shape_of(dense.shape, dense.dtype.numpy if leaf is None else leaf.dtype)
+
+    def _replacements(self, traced: Traced) -> list[Replacement]:
+        found = survey(traced.scope)
+        made = []
+        for number, site in enumerate(found.sites):
+            parts = self.state.parts_of(site)
+            if parts:
+                made.append(Replacement(number, site, parts[0]))
+        inside = steps_of([r.site for r in made])
+        left = [
+            u for u in uses(traced.scope, inside) if u.view.leaf.name in self.state.storage.gone
+        ]
+        if left:
+            reasons = {n: m.reason for m in found.misses for n in m.weights}
+            raise InputError(
+                Problem(
+                    f"`{use.view.leaf.name}` holds the weights of experts now, and is used "
+                    "otherwise here",
+                    where=str(use),
+                    found=reasons.get(use.view.leaf.name),
+                    hint="use it in its block alone, as the converted function does",
+                )
+                for use in left
+            )
+        return made
+
+    def _weights(self, site: Site, given: Given) -> tuple[Any, ...]:
+        slots = self.state.storage.slots
+        params = [[slots[p.name] for p in part.params] for part in self.state.parts_of(site)]
+        return tuple(given.stacked(each, site.lengths) for each in zip(*params, strict=True))

@@ -1,0 +1,207 @@
+"""Convert a function: find its blocks, rewrite them by a pipeline, make the new parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import jax
+
+from moecc.errors import InputError, Problem, UsageError
+from moecc.ir.graph import Graph
+from moecc.pipeline.passes import Context, ReadWeight
+from moecc.pipeline.registry import installed
+from moecc.pipeline.runner import Report as PipelineReport
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.types.arrays import Array
+from moecc.weights.expr import Expr
+from moecc_backends.islands.arrays import LeafEvaluator, make_array
+from moecc_backends.islands.build import build_graph
+from moecc_backends.islands.call import BESIDE, TREE, State
+from moecc_backends.islands.conversion import Conversion
+from moecc_backends.islands.find import Miss
+from moecc_backends.islands.functions import ParamTree, leaf_of, trace_function
+from moecc_backends.islands.jaxprs import shape_of
+from moecc_backends.islands.partkeys import part_key
+from moecc_backends.islands.parts import Parts, cut
+from moecc_backends.islands.report import BlockReport, Report
+from moecc_backends.islands.settle import settle, steps_of
+from moecc_backends.islands.sites import Instance, Key, Survey, survey
+from moecc_backends.islands.storage import Storage, plan_storage
+from moecc_backends.islands.uses import uses
+from moecc_backends.islands.views import Leaf
+
+MAX_READ_ELEMENTS = 1 << 20
+"""The largest parameter that a promise may depend on."""
+
+
+def convert(
+    function: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    pipeline: str | Pipeline | None = None,
+    causal: bool = True,
+    seed: int = 0,
+    allow_unmatched: bool = False,
+    **kwargs: Any,
+) -> Conversion:
+    """Upcycle a function of parameters: ``convert(loss, params, batch, "upcycle{experts=8}")``.
+
+    Args:
+      function: takes the parameters first, ``function(params, *args, **kwargs)``.
+      params: a tree of arrays or shapes.
+      args: its other arguments, arrays or shapes; the last may be the pipeline.
+      pipeline: the passes, as text or parsed.
+      causal: whether no token may depend on later ones; routings that look ahead are rejected.
+      seed: of the random numbers.
+      allow_unmatched: whether a pass that must match may match nothing.
+      kwargs: further arguments of the function.
+
+    Raises:
+      UsageError: the pipeline is none.
+      InputError: the function cannot be traced, has no such block, or a pass does not fit it.
+    """
+    if pipeline is None:
+        *given, pipeline = args or (None,)
+        args = tuple(given)
+    passes = _parsed(pipeline)
+    tree, arrays = ParamTree.of(params)
+    shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
+    traced, _ = trace_function(function, tree, shapes, (args, kwargs))
+    found = survey(traced.scope)
+    settle(found)
+    instances = found.instances()
+    name = getattr(function, "__name__", "function")
+    graph = build_graph(instances.values(), name=name, is_causal=causal)
+    locations = [i.loc for i in instances.values()]
+    before = {loc: part_key(part) for loc, part in cut(graph, locations).blocks.items()}
+    context = Context(seed=seed, allow_unmatched=allow_unmatched, read=_reader(arrays))
+    done = _run(graph, passes, context, found.misses)
+    parts = cut(graph, locations)
+    converted = frozenset(n for n, part in parts.blocks.items() if part_key(part) != before[n])
+    _check_loops(found, instances, parts, converted)
+    leaves = {n: leaf for n, a in arrays.items() if (leaf := leaf_of(n, a)) is not None}
+    storage = _storage(found, instances, graph, parts, converted, leaves)
+    state = State(tree, leaves, parts, instances, converted, storage)
+    made = _new_params(state, arrays)
+    report = _report(name, passes, done, found, state, (arrays, made))
+    return Conversion(made, graph, report, done.preserves, state)
+
+
+def _parsed(pipeline: object) -> Pipeline:
+    if isinstance(pipeline, Pipeline):
+        return pipeline
+    if isinstance(pipeline, str):
+        return Pipeline.parse(pipeline, installed())
+    raise UsageError(
+        "no pipeline was given",
+        expected='convert(function, params, batch, "upcycle{experts=8}")',
+        found=type(pipeline).__name__,
+    )
+
+
+def _run(
+    graph: Graph, pipeline: Pipeline, context: Context, misses: Sequence[Miss]
+) -> PipelineReport:
+    """Run the pipeline; where a pass matches nothing, say what is nearly a block."""
+    try:
+        return run_pipeline(graph, pipeline, context=context)
+    except InputError as error:
+        near = (
+            Problem(f"not a block: {m.reason}", where=m.line or ", ".join(m.weights))
+            for m in misses
+        )
+        raise InputError([*error.problems, *near]) from None
+
+
+def _reader(arrays: Mapping[str, Any]) -> ReadWeight:
+    """Return what reads small parameters on which promises depend."""
+    are_shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays.values())
+
+    def read(weight: Expr) -> Array | None:
+        if are_shapes or prod(weight.type.shape) > MAX_READ_ELEMENTS:
+            return None
+        box = tuple((0, n) for n in weight.type.shape)
+        return LeafEvaluator(arrays).block(weight, box)
+
+    return read
+
+
+def _check_loops(
+    found: Survey, instances: Mapping[Key, Instance], parts: Parts, converted: frozenset[str]
+) -> None:
+    """Raise InputError unless the blocks of one loop became alike."""
+    problems = []
+    for site in found.sites:
+        locs = [instances[key].loc for key in site.keys]
+        kinds = {part_key(parts.blocks[loc]) for loc in locs}
+        count = sum(loc in converted for loc in locs)
+        if len(kinds) > 1 or count not in (0, len(locs)):
+            what = f"all {len(locs)} alike: {locs[0]} to {locs[-1]}"
+            hint = "layers=all; or split the scan into two, each with alike layers"
+            where = site.island.line or locs[0]
+            problems.append(
+                Problem("blocks of one scan would differ", where, what, f"{count} converted", hint)
+            )
+    if problems:
+        raise InputError(problems)
+
+
+def _storage(
+    found: Survey,
+    instances: Mapping[Key, Instance],
+    graph: Graph,
+    parts: Parts,
+    converted: frozenset[str],
+    leaves: Mapping[str, Leaf],
+) -> Storage:
+    sites = [s for s in found.sites if instances[s.keys[0]].loc in converted]
+    still_used = {u.view.leaf.name for u in uses(found.scope, steps_of(sites))}
+    return plan_storage(
+        graph,
+        leaves,
+        [i for i in instances.values() if i.loc in converted],
+        sites,
+        instances,
+        still_used,
+        {loc: [p.name for p in parts.blocks[loc].params] for loc in converted},
+    )
+
+
+def _new_params(state: State, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the new parameters: the tree with experts in place, and the rest by name."""
+    made: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+    for one in state.storage.arrays:
+        made[one.in_tree][one.key] = make_array(one, state.leaves, arrays)
+    kept = {n: a for n, a in arrays.items() if n not in state.storage.gone}
+    return {TREE: state.tree.unflatten(kept | made[True]), BESIDE: made[False]}
+
+
+def _report(
+    name: str,
+    pipeline: Pipeline,
+    done: PipelineReport,
+    found: Survey,
+    state: State,
+    params: tuple[Any, Any],
+) -> Report:
+    before, after = (
+        sum(prod(x.shape) for x in jax.tree_util.tree_leaves(p) if hasattr(x, "shape"))
+        for p in params
+    )
+    return Report(
+        function=name,
+        pipeline=str(pipeline),
+        preserves=str(done.preserves),
+        blocks=tuple(
+            BlockReport(i.loc, i.site.island.line, i.block.summary, i.loc in state.converted)
+            for i in state.instances.values()
+        ),
+        misses=tuple(map(str, found.misses)),
+        remarks=tuple(dict.fromkeys(str(r) for run in done.runs for r in run.remarks)),
+        equations=sum(1 for _ in found.scope.every_step()) - len(steps_of(found.sites)),
+        elements_before=before,
+        elements_after=after,
+    )

@@ -1,0 +1,177 @@
+"""The computation of a block on named axes: products with weights, and functions of elements.
+
+Axes are numbers that are found to be one as equations show it.  Two axes become one only if no
+value has both: an embedding times its transpose must not become square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moecc_backends.islands.views import View
+
+
+class Misfit(Exception):
+    """Why a part of a program is not a block: shown as the reason of a near miss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A value of a block; compared by identity."""
+
+
+@dataclass(frozen=True, eq=False)
+class Input(Node):
+    """The input of the block, or of a formula.
+
+    Attributes:
+      axes: its axes, by dimension.
+      name: what a formula calls it.
+    """
+
+    axes: tuple[int, ...] = ()
+    name: str = "a"
+
+
+@dataclass(frozen=True, eq=False)
+class Weight(Node):
+    """A view of a leaf.
+
+    Attributes:
+      view: the view.
+      axes: the number of each axis of the view, by its name.
+    """
+
+    view: View
+    axes: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Node):
+    """A contraction with a weight over one axis."""
+
+    x: Node
+    weight: Weight
+    over: int
+
+
+@dataclass(frozen=True, eq=False)
+class Apply(Node):
+    """A function of formulas, element by element; numbers stand for themselves."""
+
+    function: str
+    operands: tuple[Node | float, ...]
+
+
+@dataclass(frozen=True)
+class Sym:
+    """An array of the program: a value of the block, and which dimension is which axis."""
+
+    node: Node | float
+    dims: tuple[int | None, ...] = ()
+
+
+@dataclass
+class Axes:
+    """Axes as numbers, of which some turn out to be one."""
+
+    sizes: list[int] = field(default_factory=list)
+    _first: list[int] = field(default_factory=list)
+    _values: list[frozenset[int]] = field(default_factory=list)
+
+    def new(self, size: int) -> int:
+        """Return a new axis."""
+        self.sizes.append(size)
+        self._first.append(len(self._first))
+        return len(self._first) - 1
+
+    def find(self, axis: int) -> int:
+        """Return the number that stands for an axis and all that are one with it."""
+        while self._first[axis] != axis:
+            axis = self._first[axis]
+        return axis
+
+    def note(self, axes: tuple[int, ...]) -> None:
+        """Note that a value has all of `axes`, which are therefore different."""
+        self._values.append(frozenset(axes))
+
+    def unite(self, a: int, b: int) -> int:
+        """Make two axes one.
+
+        Raises:
+          Misfit: a value has both, or they differ in size.
+        """
+        a, b = self.find(a), self.find(b)
+        if a == b:
+            return a
+        if self.sizes[a] != self.sizes[b]:
+            raise Misfit(f"an axis has the sizes {self.sizes[a]} and {self.sizes[b]}")
+        for axes in self._values:
+            if {a, b} <= {self.find(n) for n in axes}:
+                raise Misfit("two axes of one value would have to be the same")
+        self._first[max(a, b)] = min(a, b)
+        return min(a, b)
+
+
+def axes_of(node: Node | float, axes: Axes) -> frozenset[int]:
+    """Return the axes of a value, each as the number that stands for it."""
+    found: dict[int, frozenset[int]] = {}
+
+    def of(x: Node | float) -> frozenset[int]:
+        if isinstance(x, float):
+            return frozenset()
+        if id(x) not in found:
+            found[id(x)] = own(x)
+        return found[id(x)]
+
+    def own(x: Node) -> frozenset[int]:
+        if isinstance(x, Input):
+            return frozenset(map(axes.find, x.axes))
+        if isinstance(x, Weight):
+            return frozenset(map(axes.find, x.axes.values()))
+        if isinstance(x, Product):
+            return (of(x.x) | of(x.weight)) - {axes.find(x.over)}
+        assert isinstance(x, Apply)
+        return frozenset().union(*map(of, x.operands))
+
+    return of(node)
+
+
+def resliced(node: Node, axis: int, part: tuple[int, int], new: int, axes: Axes) -> Node:
+    """Return a value with an axis that only weights have cut to `part`, under the number `new`.
+
+    Raises:
+      Misfit: the input of the block has the axis.
+    """
+    made: dict[int, Node] = {}
+
+    def cut(x: Node | float) -> Node | float:
+        if isinstance(x, float) or axis not in axes_of(x, axes):
+            return x
+        if id(x) not in made:
+            made[id(x)] = _resliced(x)
+        return made[id(x)]
+
+    def _resliced(x: Node) -> Node:
+        if isinstance(x, Weight):
+            return _sliced_weight(x, axis, part, new, axes)
+        if isinstance(x, Product):
+            weight = cut(x.weight)
+            inner = cut(x.x)
+            assert isinstance(weight, Weight)
+            assert isinstance(inner, Node)
+            return Product(inner, weight, x.over)
+        if isinstance(x, Apply):
+            return Apply(x.function, tuple(cut(o) for o in x.operands))
+        raise Misfit("a part of its input is used")
+
+    found = cut(node)
+    assert isinstance(found, Node)
+    return found
+
+
+def _sliced_weight(
+    weight: Weight, axis: int, part: tuple[int, int], new: int, axes: Axes
+) -> Weight:
+    (name,) = (n for n, number in weight.axes.items() if axes.find(number) == axis)
+    return Weight(weight.view.sliced(name, *part), {**weight.axes, name: new})

@@ -1,0 +1,367 @@
+"""Find feed-forward blocks in a scope: product with a weight, functions of elements, product.
+
+A candidate is a product with a weight whose other operand is made, element by element, from
+products with weights.  It is a block if these read one value, nothing comes in from outside, and
+no value inside is used elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from moecc_backends.islands.dag import Axes, Input, Misfit, Node, Sym
+from moecc_backends.islands.elements import LINEAR, function_of, is_elementwise
+from moecc_backends.islands.formulas import custom_function
+from moecc_backends.islands.places import user_line
+from moecc_backends.islands.scopes import UNKNOWN, Scope, Step, Val
+from moecc_backends.islands.structural import STRUCTURAL
+from moecc_backends.islands.symbols import Symbols
+
+_OPAQUE = {
+    "pallas_call": "a Pallas kernel",
+    "pure_callback": "a call of the host",
+    "io_callback": "a call of the host",
+    "custom_vjp_call": "a function with a gradient of its own",
+    "custom_vjp_call_jaxpr": "a function with a gradient of its own",
+    "custom_jvp_call": "a function with a gradient of its own",
+    "ffi_call": "foreign code",
+    "custom_call": "foreign code",
+    "shard_map": "a `shard_map`",
+    "optimization_barrier": "an optimization barrier",
+}
+"""What elementwise work may hide in, in words."""
+
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+
+
+@dataclass(frozen=True)
+class Island:
+    """A feed-forward block of a scope.
+
+    Attributes:
+      scope: where it is.
+      x: its input.
+      output: its result.
+      steps: its steps, in order.
+      down: the product back.
+      axes: the axes of its values.
+      source: its input as a symbol.
+      result: its result as a symbol.
+      inner: the axis of its neurons.
+      outer: the dimension of the input that its products sum over.
+    """
+
+    scope: Scope
+    x: Val
+    output: Val
+    steps: tuple[Step, ...]
+    down: Step
+    axes: Axes
+    source: Sym
+    result: Sym
+    inner: int
+    outer: int
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Which dimension of the input each dimension of the result is."""
+        find = self.axes.find
+        before = [find(d) for d in self.source.dims if d is not None]
+        return tuple(before.index(find(d)) for d in self.result.dims if d is not None)
+
+    @property
+    def line(self) -> str:
+        """Where it is in the user's program."""
+        return user_line(self.down.equation)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """What is nearly a block, and why it is none.
+
+    Attributes:
+      weights: the leaves of the products that were found.
+      reason: why.
+      line: where it is in the user's program.
+    """
+
+    weights: tuple[str, ...]
+    reason: str
+    line: str
+
+    def __str__(self) -> str:
+        place = f" ({self.line})" if self.line else ""
+        return f"{', '.join(self.weights)}: {self.reason}{place}"
+
+
+@dataclass
+class Search:
+    """The blocks of a function, and what is nearly one."""
+
+    islands: list[Island] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+
+
+def find_islands(scope: Scope) -> Search:
+    """Return the blocks of a scope and of the bodies in it, in order; no two share a step."""
+    search = Search()
+    for one in (scope, *(b for s in scope.every_step() for b in s.bodies)):
+        taken: set[Step] = set()
+        order = {step: i for i, step in enumerate(one.steps)}
+        for step in one.steps:
+            if weight_at(step) is None:
+                continue
+            found = _Candidate(step, order).examine()
+            if isinstance(found, Miss):
+                search.misses.append(found)
+            elif found is not None and taken.isdisjoint(found.steps):
+                taken.update(found.steps)
+                search.islands.append(found)
+    return search
+
+
+def weight_at(step: Step) -> int | None:
+    """Return which operand of a product is a weight; None for any other step."""
+    if step.name != "dot_general":
+        return None
+    views = [v.view is not None for v in step.inputs]
+    return views.index(True) if sum(views) == 1 else None
+
+
+class _Candidate:
+    """The region that a product with a weight ends."""
+
+    def __init__(self, down: Step, order: dict[Step, int]) -> None:
+        self._down = down
+        self._order = order
+        self._inside: set[Step] = set()
+        self._ups: list[Step] = []
+        self._outside: list[Val] = []
+        self._hidden_in: list[str] = []
+
+    def examine(self) -> Island | Miss | None:
+        """Return the block, why it is none, or None where it is no candidate."""
+        self._walk(self._down.inputs[1 - self._weight(self._down)])
+        if not self._ups or not self._is_nonlinear() or self._is_stream():
+            return None
+        reason = next(self._reasons(), None)
+        if reason is not None:
+            return self._miss(reason)
+        try:
+            return self._island()
+        except Misfit as misfit:
+            return self._miss(str(misfit))
+
+    def _miss(self, reason: str) -> Miss:
+        products = [*self._ups, self._down]
+        leaves = (s.inputs[self._weight(s)].view for s in products)
+        names = dict.fromkeys(v.leaf.name for v in leaves if v is not None)
+        return Miss(tuple(sorted(names)), reason, user_line(self._down.equation))
+
+    @staticmethod
+    def _weight(step: Step) -> int:
+        at = weight_at(step)
+        assert at is not None, "a product with a weight"
+        return at
+
+    def _walk(self, hidden: Val) -> None:
+        """Collect the steps that `hidden` is made by, back to products with weights."""
+        stack = [hidden]
+        while stack:
+            value = stack.pop()
+            step = value.step
+            if value.view is not None or value.const is not UNKNOWN or step in self._inside:
+                continue
+            if step is None:
+                self._outside.append(value)
+            elif weight_at(step) is not None:
+                self._inside.add(step)
+                self._ups.append(step)
+            elif self._passes(step):
+                self._inside.add(step)
+                stack.extend(step.inputs)
+            else:
+                self._outside.append(value)
+
+    def _passes(self, step: Step) -> bool:
+        """Whether the walk goes on behind a step."""
+        if step.name == "custom_jvp_call" and custom_function(step) is not None:
+            return True
+        if step.name in _OPAQUE:
+            self._hidden_in.append(_OPAQUE[step.name])
+            return True
+        return is_elementwise(step.equation)
+
+    def _is_nonlinear(self) -> bool:
+        ups = set(self._ups)
+        return any(not _is_linear(s) for s in self._inside if s not in ups)
+
+    def _is_stream(self) -> bool:
+        """Whether the walk only went from layer to layer along a residual stream and its norms."""
+        reduced = [v for v in self._outside if v.step is not None and _is_reduction(v.step)]
+        others = len(reduced) < len(self._outside) or len(self._roots()) > 1
+        return bool(reduced) and others
+
+    def _roots(self) -> set[Val]:
+        return {up.inputs[1 - self._weight(up)].same for up in self._ups}
+
+    def _reasons(self) -> Iterator[str]:
+        """Yield why the region is no block."""
+        for what in self._hidden_in:
+            yield f"{what} is inside it"
+        for value in self._outside:
+            yield _why_outside(value)
+        if len(self._roots()) > 1:
+            yield f"its products take {len(self._roots())} different values"
+        for step in self._inside:
+            yield from self._escapes(step)
+
+    def _escapes(self, step: Step) -> Iterator[str]:
+        for value in step.outputs:
+            if value.is_returned:
+                yield "a value inside it is returned"
+            for user in value.users:
+                if user not in self._inside and user is not self._down:
+                    line = user_line(user.equation)
+                    yield f"a hidden value is also used by `{user.name}`" + (
+                        f" at {line}" if line else ""
+                    )
+
+    def _island(self) -> Island:
+        up = min(self._ups, key=self._order.__getitem__)
+        x = up.inputs[1 - self._weight(up)].same
+        (contracted, _) = up.params["dimension_numbers"]
+        over = contracted[1 - self._weight(up)]
+        if len(over) != 1:
+            raise Misfit("its products sum over more than one axis, or none")
+        axes = Axes()
+        numbers = tuple(map(axes.new, x.shape))
+        axes.note(numbers)
+        source = Sym(Input(numbers), numbers)
+        symbols = Symbols(axes, x.aval.dtype, custom_function)
+        symbols.values[x] = source
+        steps = sorted(self._inside | {self._down}, key=self._order.__getitem__)
+        for step in steps:
+            symbols.run(step)
+        outer = axes.find(numbers[over[0]])
+        inner = self._inner(symbols, outer)
+        output, more = _with_bias(self._down.outputs[0], symbols, outer)
+        result = symbols.values[output]
+        self._check(source, result, axes)
+        return Island(
+            scope=self._down.scope,
+            x=x,
+            output=output,
+            steps=(*steps, *more),
+            down=self._down,
+            axes=axes,
+            source=source,
+            result=result,
+            inner=inner,
+            outer=over[0],
+        )
+
+    def _inner(self, symbols: Symbols, outer: int) -> int:
+        """Return the axis of neurons, after tying the last weight's new axis to the outer one."""
+        axes = symbols.axes
+        made = symbols.values[self._down.outputs[0]]
+        hidden = symbols.read(self._down.inputs[1 - self._weight(self._down)])
+        (over,) = self._down.params["dimension_numbers"][0][1 - self._weight(self._down)]
+        inner = hidden.dims[over]
+        assert inner is not None, "it is summed"
+        before = {d for d in hidden.dims if d is not None}
+        new = [d for d in made.dims if d is not None and axes.find(d) not in
+               {axes.find(b) for b in before}]  # fmt: skip
+        if len(new) != 1:
+            raise Misfit("its last weight adds more than one axis, or none")
+        if axes.sizes[axes.find(new[0])] != axes.sizes[outer]:
+            raise Misfit(f"it maps {axes.sizes[outer]} numbers to {axes.sizes[axes.find(new[0])]}")
+        axes.unite(new[0], outer)
+        return axes.find(inner)
+
+    def _check(self, source: Sym, result: Sym, axes: Axes) -> None:
+        before = {axes.find(d) for d in source.dims if d is not None}
+        after = {axes.find(d) for d in result.dims if d is not None}
+        if before != after or len(result.dims) != len(after):
+            raise Misfit("its result has other axes than its input")
+
+
+def _with_bias(output: Val, symbols: Symbols, outer: int) -> tuple[Val, list[Step]]:
+    """Return the result with a bias added to it, and the steps that do so, where there are any."""
+    more: list[Step] = []
+    value = output
+    while len(value.users) == 1 and not value.is_returned:
+        (step,) = value.users
+        is_sum = function_of(step.equation) == "add"
+        if is_sum:
+            other = step.inputs[1] if step.inputs[0] is value else step.inputs[0]
+            if other.view is None or len(other.view.sizes) != 1:
+                break
+        elif step.name != "transpose":
+            break
+        try:
+            symbols.run(step)
+        except Misfit:
+            break
+        more.append(step)
+        value = step.outputs[0]
+        if is_sum:
+            return value, more
+    return output, []
+
+
+def _is_linear(step: Step) -> bool:
+    """Whether a step of a region is linear in what it takes of it."""
+    if step.name in STRUCTURAL:
+        return True
+    function = function_of(step.equation)
+    if function in LINEAR:
+        return True
+    fixed = [v.view is not None or v.const is not UNKNOWN for v in step.inputs]
+    if function == "mul":
+        return any(fixed)
+    return function == "div" and fixed[1]
+
+
+def _why_outside(value: Val) -> str:
+    """Return in words what comes into a region from outside."""
+    if _is_random(value):
+        return "dropout is inside it: trace the function without (deterministic, or rate 0)"
+    step = value.step
+    if step is None:
+        return "it also takes a value from outside"
+    line = user_line(step.equation)
+    if _is_reduction(step):
+        return f"`{step.name}` inside it mixes its hidden values (a norm, perhaps)"
+    return f"it also takes the result of `{step.name}`" + (f" at {line}" if line else "")
+
+
+def _is_reduction(step: Step) -> bool:
+    return step.name.startswith("reduce_") and step.name != "reduce_precision"
+
+
+def _is_random(value: Val, steps: int = 12) -> bool:
+    """Whether random bits are among what a value is made by, in a few steps."""
+    values = [value]
+    for _ in range(steps):
+        made = [v.step for v in values if v.step is not None]
+        if any(_draws(s) for s in made):
+            return True
+        values = [v for s in made for v in s.inputs]
+    return False
+
+
+def _draws(step: Step) -> bool:
+    from moecc_backends.islands.jaxprs import contains, inner_jaxprs
+
+    if step.name in _RANDOM:
+        return True
+    return any(contains(j, p) for j in inner_jaxprs(step.equation) for p in _RANDOM)
+
+
+def nodes_of(island: Island) -> Node:
+    """Return the computation of a block."""
+    node = island.result.node
+    assert isinstance(node, Node), "a product is no number"
+    return node

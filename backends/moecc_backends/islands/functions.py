@@ -1,0 +1,152 @@
+"""Functions of parameters as scopes: traced anew for each call, over the shapes of dense leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moecc.errors import InputError
+from moecc_backends.islands.arrays import dtype_named
+from moecc_backends.islands.jaxprs import trace
+from moecc_backends.islands.naming import path_name, unique
+from moecc_backends.islands.places import line_of
+from moecc_backends.islands.scopes import Scope, function_scope
+from moecc_backends.islands.views import Leaf
+
+
+@dataclass(frozen=True)
+class ParamTree:
+    """A tree of dense parameters.
+
+    Attributes:
+      treedef: its structure.
+      names: the name of each leaf, from its path.
+      fixed: leaves that are no arrays, by their position: functions, for example.
+    """
+
+    treedef: Any
+    names: tuple[str, ...]
+    fixed: Mapping[int, Any]
+
+    @classmethod
+    def of(cls, params: Any) -> tuple[ParamTree, dict[str, Any]]:
+        """Return a tree and its arrays by name.
+
+        Raises:
+          InputError: it has no array.
+        """
+        pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
+        names = tuple(unique(path_name(path) for path, _ in pairs))
+        fixed = {i: leaf for i, (_, leaf) in enumerate(pairs) if not is_array(leaf)}
+        arrays = {n: leaf for i, (n, (_, leaf)) in enumerate(zip(names, pairs, strict=True))
+                  if i not in fixed}  # fmt: skip
+        if not arrays:
+            raise InputError("the parameters have no array", found=str(treedef)[:80])
+        return cls(treedef, names, fixed), arrays
+
+    @property
+    def array_names(self) -> list[str]:
+        """The names of the leaves that are arrays, in order."""
+        return [n for i, n in enumerate(self.names) if i not in self.fixed]
+
+    def unflatten(self, leaves: Mapping[str, Any]) -> Any:
+        """Return the tree of the arrays `leaves`; those that are missing are None."""
+        every = [self.fixed[i] if i in self.fixed else leaves.get(n)
+                 for i, n in enumerate(self.names)]  # fmt: skip
+        return jax.tree_util.tree_unflatten(self.treedef, every)
+
+    def flatten(self, tree: Any) -> dict[str, Any]:
+        """Return what stands in the places of leaves, by name.
+
+        Raises:
+          InputError: `tree` is another one.
+        """
+        try:
+            leaves = self.treedef.flatten_up_to(tree)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                "the parameters are another tree than the one that was converted",
+                expected=_short(str(self.treedef)),
+                found=_short(str(jax.tree_util.tree_structure(tree))),
+                hint="pass `moe.params`, or what an optimiser made of it: " + _short(str(error)),
+            ) from None
+        return {n: leaves[i] for i, n in enumerate(self.names) if i not in self.fixed}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def is_array(leaf: Any) -> bool:
+    """Return whether a leaf has elements and a type."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def leaf_of(name: str, array: Any) -> Leaf | None:
+    """Return a leaf as a weight is read from it; None where the type has no name in the IR."""
+    dtype = dtype_named(np.dtype(array.dtype)) if not _is_key(array) else None
+    return None if dtype is None else Leaf(name, tuple(array.shape), dtype)
+
+
+def _is_key(array: Any) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jax.dtypes.extended))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A function, traced.
+
+    Attributes:
+      scope: its steps; the first inputs are the leaves that are arrays.
+      treedef: the structure of its result.
+    """
+
+    scope: Scope
+    treedef: Any
+
+
+def trace_function(
+    function: Callable[..., Any],
+    tree: ParamTree,
+    avals: Mapping[str, Any],
+    arguments: tuple[Sequence[Any], Mapping[str, Any]],
+) -> tuple[Traced, list[Any]]:
+    """Trace ``function(params, *args, **kwargs)``; return it, and the arrays among the arguments.
+
+    Args:
+      function: the user's function.
+      tree: the structure of the parameters.
+      avals: the dense shapes of the leaves, by name.
+      arguments: the other arguments, by position and by name.
+
+    Raises:
+      InputError: jax cannot trace it.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten(tuple(arguments))
+    is_traced = [is_array(x) or isinstance(x, int | float | complex) for x in leaves]
+    given = [x for x, traced in zip(leaves, is_traced, strict=True) if traced]
+    names = tree.array_names
+
+    def flat(*arrays: Any) -> Any:
+        params = tree.unflatten(dict(zip(names, arrays, strict=False)))
+        rest = iter(arrays[len(names) :])
+        every = [next(rest) if traced else x for x, traced in zip(leaves, is_traced, strict=True)]
+        args, kwargs = jax.tree_util.tree_unflatten(treedef, every)
+        return function(params, *args, **kwargs)
+
+    try:
+        jaxpr, result = trace(flat, [*(avals[n] for n in names), *given])
+    except jax.errors.JAXTypeError as error:
+        raise InputError(
+            "jax cannot trace the function",
+            where=line_of(error.__traceback__),
+            found=str(error).split("\n", 1)[0],
+            hint="it must run under jax.jit with all its arguments traced",
+        ) from None
+    scope = function_scope(jaxpr, [leaf_of(n, avals[n]) for n in names])
+    return Traced(scope, jax.tree_util.tree_structure(result)), given

@@ -1,0 +1,69 @@
+"""What a conversion did: blocks, near misses with reasons, what stayed JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """A block of a function.
+
+    Attributes:
+      loc: its location.
+      line: where it is in the user's program.
+      operations: what it computes, the names of operations in order.
+      is_converted: whether the pipeline changed it.
+    """
+
+    loc: str
+    line: str
+    operations: str
+    is_converted: bool
+
+    def __str__(self) -> str:
+        state = "converted" if self.is_converted else "left as it is"
+        place = f" ({self.line})" if self.line else ""
+        return f"{self.loc}: {state}, {self.operations}{place}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A conversion.
+
+    Attributes:
+      function: the name of the function.
+      pipeline: the passes.
+      preserves: what they promise.
+      blocks: the blocks, in order.
+      misses: what is nearly a block, and why it is none.
+      remarks: the notes of the passes.
+      equations: how many equations the function has, those of blocks apart.
+      elements_before: the elements of the parameters before.
+      elements_after: and afterwards.
+    """
+
+    function: str
+    pipeline: str
+    preserves: str
+    blocks: tuple[BlockReport, ...] = ()
+    misses: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    equations: int = 0
+    elements_before: int = 0
+    elements_after: int = 0
+
+    def __str__(self) -> str:
+        count = sum(b.is_converted for b in self.blocks)
+        lines = [
+            f"{self.function}: {count} of {len(self.blocks)} blocks converted by {self.pipeline}",
+            f"preserves {self.preserves}",
+            f"parameters: {self.elements_before:,} → {self.elements_after:,}",
+            f"stayed JAX: {self.equations:,} equations",
+            *(f"  {block}" for block in self.blocks),
+        ]
+        if self.misses:
+            lines += ["not converted:", *(f"  {miss}" for miss in self.misses)]
+        if self.remarks:
+            lines += ["remarks:", *(f"  {r}" for r in self.remarks)]
+        return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""Where blocks run, and which they are: a block in the body of a scan is one for each iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from math import prod
+
+from moecc.weights.expr import Expr, Source
+from moecc.weights.movement import Index, Slice
+from moecc.weights.simplify import simplify
+from moecc_backends.islands.blocks import Block, block_of
+from moecc_backends.islands.dag import Misfit
+from moecc_backends.islands.find import Island, Miss, find_islands
+from moecc_backends.islands.naming import indexed, location, unique
+from moecc_backends.islands.scopes import Scope, Step
+
+Key = tuple[str, tuple[Expr, ...]]
+"""What identifies a block: its text, and what its parameters are of the leaves."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block where it runs.
+
+    Attributes:
+      island: its steps.
+      block: its operations; its parameters as the iterations of loops see them.
+    """
+
+    island: Island
+    block: Block
+
+    @cached_property
+    def loops(self) -> tuple[Step, ...]:
+        """The loops that pick a part of a parameter, outermost first."""
+        used = {loop for p in self.block.params for loop in p.view.loops}
+        return tuple(s for s in self.island.scope.owners if s in used)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How often each of the loops runs."""
+        return tuple(int(loop.params["length"]) for loop in self.loops)
+
+    @property
+    def count(self) -> int:
+        """How many blocks it is."""
+        return prod(self.lengths)
+
+    @cached_property
+    def keys(self) -> list[Key]:
+        """The blocks that it is, the last loop fastest."""
+        return [(self.block.text, self.expressions(at)) for at in self.iterations()]
+
+    def iterations(self) -> list[dict[Hashable, int]]:
+        """Return the iterations of the loops, in order."""
+        every = product(*map(range, self.lengths))
+        return [dict(zip(self.loops, at, strict=True)) for at in every]
+
+    def expressions(self, at: Mapping[Hashable, int]) -> tuple[Expr, ...]:
+        """Return the weights of the parameters in one iteration."""
+        return tuple(simplify(p.expression(at)) for p in self.block.params)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A block of the model.
+
+    Attributes:
+      loc: its location, ``layers.0.mlp``.
+      block: its operations.
+      params: the names of its parameters.
+      weights: what they are of the leaves.
+      site: where it was found first.
+    """
+
+    loc: str
+    block: Block
+    params: tuple[str, ...]
+    weights: tuple[Expr, ...]
+    site: Site
+
+
+@dataclass
+class Survey:
+    """The blocks of a function: where they run, and why others are none.
+
+    Attributes:
+      scope: the function.
+      sites: where blocks run, in order.
+      misses: what is nearly a block.
+    """
+
+    scope: Scope
+    sites: list[Site] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+
+    def instances(self) -> dict[Key, Instance]:
+        """Return the blocks of the model, each once, in order."""
+        found: dict[Key, tuple[Site, dict[Hashable, int]]] = {}
+        for site in self.sites:
+            for key, at in zip(site.keys, site.iterations(), strict=True):
+                found.setdefault(key, (site, at))
+        names = _param_names(found)
+        locations = unique(location(names[key]) for key in found)
+        return {
+            key: Instance(loc, site.block, names[key], key[1], site)
+            for (key, (site, _)), loc in zip(found.items(), locations, strict=True)
+        }
+
+
+def survey(scope: Scope) -> Survey:
+    """Return the blocks of a traced function."""
+    search = find_islands(scope)
+    made = Survey(scope, misses=list(search.misses))
+    for island in search.islands:
+        try:
+            made.sites.append(Site(island, block_of(island)))
+        except Misfit as misfit:
+            made.misses.append(Miss((), str(misfit), island.line))
+    return made
+
+
+def _param_names(found: Iterable[Key]) -> dict[Key, tuple[str, ...]]:
+    """Return the names of the parameters of each block; one weight has one name."""
+    weights = dict.fromkeys(w for _, ws in found for w in ws)
+    single = dict(zip(weights, unique(map(_weight_name, weights)), strict=True))
+    return {key: tuple(single[w] for w in key[1]) for key in found}
+
+
+def _weight_name(weight: Expr) -> str:
+    """Return a name for a part of a leaf."""
+    if isinstance(weight, Source):
+        return weight.name
+    name = _weight_name(weight.operands[0])
+    if isinstance(weight, Index):
+        return indexed(name, weight.at)
+    if isinstance(weight, Slice):
+        return f"{name}.{weight.start}_{weight.stop}"
+    return name

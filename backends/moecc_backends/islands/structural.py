@@ -1,0 +1,211 @@
+"""Equations that only change how an array is seen: what they make of a view of a leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+
+from moecc_backends.islands.views import View
+
+Params = Mapping[str, Any]
+
+
+class Seen(Protocol):
+    """A value that may be a view of a leaf."""
+
+    @property
+    def view(self) -> View | None:
+        """The view."""
+        ...
+
+    @property
+    def const(self) -> Any:
+        """Its value, where it is a constant."""
+        ...
+
+    @property
+    def aval(self) -> Any:
+        """Its shape and type."""
+        ...
+
+
+def views_through(name: str, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    """Return what an equation makes of a view; nothing where it is none after it."""
+    view = given[0].view if given else None
+    rule = _RULES.get(name)
+    if view is None or rule is None:
+        return []
+    if not jnp.issubdtype(given[0].aval.dtype, jnp.floating):
+        return []
+    return list(rule(view, params, given))
+
+
+def _same(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    return [view]
+
+
+def _converted(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    return [view] if jnp.issubdtype(params["new_dtype"], jnp.floating) else []
+
+
+def _transposed(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    return [view.with_dims(tuple(view.dims[i] for i in params["permutation"]))]
+
+
+def _squeezed(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    gone = params["dimensions"]
+    for dimension in gone:
+        axis = view.dims[dimension]
+        if axis is not None:
+            # The dimensions of others must not move meanwhile.
+            dims = view.dims
+            view = view.indexed(axis, 0).with_dims(tuple(None if n == axis else n for n in dims))
+    return [view.with_dims(tuple(n for i, n in enumerate(view.dims) if i not in gone))]
+
+
+def _sliced(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    strides = params["strides"]
+    if strides is not None and any(s != 1 for s in strides):
+        return []
+    return [_cut(view, params["start_indices"], params["limit_indices"])]
+
+
+def _cut(view: View, starts: Sequence[int], stops: Sequence[int]) -> View:
+    for axis, start, stop in zip(view.dims, starts, stops, strict=True):
+        if axis is not None:
+            view = view.sliced(axis, int(start), int(stop))
+    return view
+
+
+def _dynamically_sliced(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    """A slice whose start is written into the program."""
+    try:
+        starts = [int(v.const) for v in given[1:]]
+    except TypeError:
+        return []
+    sizes, shape = params["slice_sizes"], given[0].aval.shape
+    starts = [min(max(s, 0), n - k) for s, n, k in zip(starts, shape, sizes, strict=True)]
+    return [_cut(view, starts, [s + k for s, k in zip(starts, sizes, strict=True)])]
+
+
+def _split(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    axis = view.dims[params["axis"]]
+    if axis is None:
+        return [view for _ in params["sizes"]]
+    parts: list[View | None] = []
+    at = 0
+    for size in params["sizes"]:
+        parts.append(view.sliced(axis, at, at + int(size)))
+        at += int(size)
+    return parts
+
+
+def _broadcast(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    shape, where = params["shape"], params["broadcast_dimensions"]
+    dims: list[str | None] = [None] * len(shape)
+    for old, new in enumerate(where):
+        axis = view.dims[old]
+        if axis is not None and view.size(axis) != shape[new]:
+            left = view.dims
+            view = view.indexed(axis, 0).with_dims(tuple(None if n == axis else n for n in left))
+            axis = None
+        dims[new] = axis
+    return [view.with_dims(tuple(dims))]
+
+
+def _reshaped(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    if params.get("dimensions") is not None:
+        return []
+    found = reshaped(view, given[0].aval.shape, params["new_sizes"])
+    return [] if found is None else [found]
+
+
+def reshaped(view: View, old: Sequence[int], new: Sequence[int]) -> View | None:
+    """Return a view reshaped from `old` to `new`, or None if axes are cut in no simple way."""
+    dims: list[str | None] = []
+    for before, after in groups(old, new):
+        names = [view.dims[i] for i in before if old[i] != 1]
+        if any(n is None for n in names):
+            if len(before) != len(after):
+                return None
+            dims += [view.dims[i] for i in before]
+            continue
+        for i in before:
+            axis = view.dims[i]
+            if old[i] == 1 and axis is not None and [new[j] for j in after] != [1]:
+                rest = view.dims
+                view = view.indexed(axis, 0).with_dims(
+                    tuple(None if n == axis else n for n in rest)
+                )
+        axes = tuple(n for n in names if n is not None)
+        if len(axes) > 1:
+            view, axis = _merged(view, axes)
+            axes = (axis,)
+        wide = [new[j] for j in after if new[j] != 1]
+        if len(wide) > 1:
+            view, axes = _parted(view, axes[0], tuple(wide))
+        left_axes = iter(axes if wide else ())
+        dims += [next(left_axes) if new[j] != 1 else None for j in after]
+    return view.with_dims(tuple(dims))
+
+
+def _merged(view: View, axes: tuple[str, ...]) -> tuple[View, str]:
+    return view.with_dims(axes).merged(axes) if view.dims != axes else view.merged(axes)
+
+
+def _parted(view: View, axis: str, parts: tuple[int, ...]) -> tuple[View, tuple[str, ...]]:
+    return view.with_dims((axis,)).split(axis, parts)
+
+
+def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Return which dimensions become which in a reshape: the smallest groups of equal products."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        before, after = [], []
+        p = q = 1
+        if i < len(old):
+            before.append(i)
+            p = old[i]
+            i += 1
+        if j < len(new) and (not before or p != 1 or new[j] == 1):
+            after.append(j)
+            q = new[j]
+            j += 1
+        while p != q:
+            if p < q and i < len(old):
+                before.append(i)
+                p *= old[i]
+                i += 1
+            elif j < len(new):
+                after.append(j)
+                q *= new[j]
+                j += 1
+            else:
+                before.append(i)
+                p *= old[i]
+                i += 1
+        found.append((before, after))
+    return found
+
+
+_RULES: dict[str, Callable[[View, Params, Sequence[Seen]], list[View | None]]] = {
+    "convert_element_type": _converted,
+    "copy": _same,
+    "copy_p": _same,
+    "name": _same,
+    "sharding_constraint": _same,
+    "reduce_precision": _same,
+    "transpose": _transposed,
+    "squeeze": _squeezed,
+    "slice": _sliced,
+    "dynamic_slice": _dynamically_sliced,
+    "split": _split,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshaped,
+}
+
+STRUCTURAL = frozenset(_RULES)
+"""Primitives through which a weight stays a view of its leaf."""

@@ -1,0 +1,136 @@
+"""Losses of texts, row by row, and how sure a difference of two models is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from moecc.ir.graph import Graph
+from moecc.types.arrays import Array, Arrays, Doubles
+from moecc.types.dtypes import DType
+
+CONFIDENCE = 0.95
+_QUANTILE = 1.959963984540054
+"""The normal quantile of 0.975."""
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """What a model makes of the rows of a batch.
+
+    Attributes:
+      losses: −log p of the targets, summed, in nats, ``f64[row]``.
+      tokens: how many targets, ``i64[row]``.
+      hits: targets that are the likeliest token, ``i64[row]``.
+    """
+
+    losses: Doubles
+    tokens: Array
+    hits: Array
+
+    def joined(self, other: RowScores) -> RowScores:
+        """Return the rows of both."""
+        return RowScores(
+            np.concatenate([self.losses, other.losses]),
+            np.concatenate([self.tokens, other.tokens]),
+            np.concatenate([self.hits, other.hits]),
+        )
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of a token, in nats."""
+        return float(self.losses.sum() / max(int(self.tokens.sum()), 1))
+
+
+class Scorer(Protocol):
+    """A graph ready to score rows."""
+
+    def __call__(self, batch: Arrays) -> RowScores:
+        """Return the scores of a batch: inputs by name, and ``targets`` ``[row, seq]``."""
+        ...
+
+
+@runtime_checkable
+class ScoringBackend(Protocol):
+    """A backend that scores rows."""
+
+    def scorer(self, graph: Graph, params: Arrays, *, dtype: DType) -> Scorer:
+        """Return the scorer of a graph with logits.
+
+        Args:
+          graph: the graph.
+          params: its parameters, by name; each is read once.
+          dtype: the type of the computation.
+
+        Raises:
+          InputError: the graph has no logits.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two mean losses on the same rows, in nats a token.
+
+    Attributes:
+      mean: the other model's loss less the first one's.
+      low, high: a confidence interval of 95 %, of rows as the unit that is drawn.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(first: RowScores, other: RowScores) -> Difference:
+    """Return how `other` differs from `first` on the same rows.
+
+    A ratio estimator, with its variance by linearisation (Cochran 1977, §6.4) and the quantile of
+    Student's t by Cornish and Fisher's expansion: rows differ in length, and losses within a row
+    belong together.
+    """
+    tokens = first.tokens.astype(np.float64)
+    total = max(float(tokens.sum()), 1.0)
+    differences = other.losses - first.losses
+    mean = float(differences.sum() / total)
+    rows = len(tokens)
+    if rows < 2:
+        return Difference(mean, -np.inf, np.inf)
+    rest = differences - mean * tokens
+    error = sqrt(float((rest**2).sum()) * rows / (rows - 1)) / total
+    reach = student_quantile(rows - 1) * error
+    return Difference(mean, mean - reach, mean + reach)
+
+
+def student_quantile(degrees: int) -> float:
+    """Return the 0.975 quantile of Student's t, by its expansion about the normal one."""
+    z = _QUANTILE
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def macro_f1(answers: Array, guesses: Array, labels: int) -> float:
+    """Return the mean over labels of 2 TP / (2 TP + FP + FN); those that never occur are left out.
+
+    Args:
+      answers: the label of each example, ``[example]``.
+      guesses: what was chosen.
+      labels: how many there are.
+    """
+    found = []
+    for label in range(labels):
+        right = int(((answers == label) & (guesses == label)).sum())
+        total = int((answers == label).sum() + (guesses == label).sum())
+        if total:
+            found.append(2 * right / total)
+    return sum(found) / max(len(found), 1)

@@ -1,0 +1,102 @@
+"""The main road: a function converted, equal to the dense one, to a mixture by hand, trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+
+from moecc import jax as mx  # noqa: E402
+
+from . import decoder  # noqa: E402
+from .mixtures import apart, drawn, mixture  # noqa: E402
+
+PIPELINE = "upcycle{experts=4 top-k=2},add-losses"
+
+
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    return decoder.init()
+
+
+@pytest.fixture(scope="module")
+def moe(dense: Any) -> Any:
+    return mx.convert(decoder.loss, dense, decoder.tokens(), PIPELINE)
+
+
+@pytest.fixture(scope="module")
+def value(moe: Any) -> Any:
+    """The loss of converted parameters, with gradients, compiled."""
+    return jax.jit(jax.value_and_grad(moe(decoder.loss, losses=True), has_aux=True))
+
+
+def by_hand(params: Any, tokens: Any) -> Any:
+    """The decoder on converted parameters, its mixtures written by hand."""
+    routers = iter(params["moe"][f"layers.{i}.mlp.router.weight"] for i in range(2))
+
+    def ffn(experts: Any, x: Any) -> Any:
+        return mixture(decoder.swiglu, experts, next(routers), x, 2)
+
+    return decoder.loss(params["params"], tokens, ffn)
+
+
+def test_the_converted_function_is_the_dense_one(moe: Any, dense: Any, value: Any) -> None:
+    tokens = decoder.tokens()
+    (total, found), _ = value(moe.params, tokens)
+    assert apart(found["loss.model"], jax.jit(decoder.loss)(dense, tokens)) < 1e-6
+    assert apart(total, found["loss.model"] + found["loss.auxiliary"]) < 1e-6
+    assert float(found["loss.auxiliary"]) > 0.01
+    assert found["metric.layers.1.mlp.loads"].shape == (4,)
+
+
+def test_drawn_experts_and_routers_are_the_mixture_by_hand(moe: Any) -> None:
+    params, tokens = drawn(moe.params), decoder.tokens()
+    found = jax.jit(jax.value_and_grad(moe(decoder.loss)))(params, tokens)
+    assert apart(found, jax.jit(jax.value_and_grad(by_hand))(params, tokens)) < 1e-5
+
+
+def test_experts_are_in_place_and_routers_beside(moe: Any, dense: Any) -> None:
+    layer = moe.params["params"]["layers"][1]
+    assert layer["mlp"]["up"].shape == (4, decoder.EMBED, decoder.MLP)
+    assert layer["attention"]["q"] is dense["layers"][1]["attention"]["q"]
+    assert moe.params["moe"]["layers.1.mlp.router.weight"].shape == (4, decoder.EMBED)
+
+
+def test_the_report_says_what_was_done(moe: Any) -> None:
+    assert [b.loc for b in moe.report.blocks] == ["layers.0.mlp", "layers.1.mlp"]
+    assert moe.report.misses == ()
+    assert "2 of 2 blocks converted" in str(moe.report)
+    assert "decoder.py:" in moe.report.blocks[0].line
+    assert moe.preserves.kind == "reassociation"
+
+
+def test_a_few_steps_train(moe: Any, value: Any) -> None:
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def update(params: Any, state: Any, gradients: Any) -> Any:
+        changes, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, changes), state
+
+    params, state, losses = moe.params, optimizer.init(moe.params), []
+    for _ in range(4):
+        (loss, _), gradients = value(params, decoder.tokens())
+        params, state = update(params, state, gradients)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 1
+    router = "layers.0.mlp.router.weight"
+    assert bool(jnp.any(params["moe"][router] != moe.params["moe"][router]))
+
+
+def test_other_functions_and_other_batches(moe: Any) -> None:
+    """A function of one sequence, over a batch by vmap, is the function of the batch."""
+    params, many = drawn(moe.params), decoder.tokens(3, 5)
+    whole = jax.jit(moe(decoder.model))(params, many)
+    assert whole.shape == (3, 5, decoder.VOCAB)
+    one = moe(lambda p, t: decoder.model(p, t[None])[0])
+    assert apart(whole, jax.jit(jax.vmap(one, (None, 0)))(params, many)) < 1e-5

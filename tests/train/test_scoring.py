@@ -1,0 +1,81 @@
+"""Paired differences, F1, and the labels of examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moecc.train.data.label_choices import LabelChoices
+from moecc.train.scoring import (
+    RowScores,
+    macro_f1,
+    paired_difference,
+    student_quantile,
+)
+
+
+def rows(losses: np.ndarray, tokens: np.ndarray) -> RowScores:
+    return RowScores(losses, tokens, np.zeros_like(tokens))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)]
+)
+def test_the_quantile_is_that_of_tables(degrees: int, quantile: float) -> None:
+    assert student_quantile(degrees) == pytest.approx(quantile, rel=2e-3)
+
+
+def test_a_difference_by_hand() -> None:
+    """Rows of equal length: the mean of differences, and the standard error of a mean."""
+    tokens = np.full(6, 10)
+    first = rows(np.array([20.0, 22, 18, 25, 21, 19]), tokens)
+    other = rows(first.losses + np.array([1.0, 2, 3, 1, 2, 3]), tokens)
+    found = paired_difference(first, other)
+    error = np.std([0.1, 0.2, 0.3] * 2, ddof=1) / np.sqrt(6)
+    assert found.mean == pytest.approx(0.2)
+    assert found.high - found.mean == pytest.approx(student_quantile(5) * error)
+    assert found.is_clear
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        tokens = rng.integers(20, 60, 25)
+        noise = rng.normal(0.1, 0.3, 25) * tokens
+        first = rows(rng.normal(3, 1, 25) * tokens, tokens)
+        found = paired_difference(first, rows(first.losses + noise, tokens))
+        hits += found.low <= 0.1 <= found.high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_one_row_says_nothing() -> None:
+    one = rows(np.array([2.0]), np.array([1]))
+    assert not paired_difference(one, rows(np.array([3.0]), np.array([1]))).is_clear
+
+
+def test_f1_by_hand() -> None:
+    answers, guesses = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 2])
+    assert macro_f1(answers, guesses, 4) == pytest.approx((4 / 6 + 2 / 4 + 1) / 3)
+
+
+def test_each_example_is_repeated_with_each_label() -> None:
+    class Facts:
+        labels = (type("L", (), {"tokens": (9,)})(), type("L", (), {"tokens": (7, 8)})())
+
+    class Folder:
+        facts = Facts()
+        starts = np.array([0, 3, 5])
+        completions = np.array([2, 1])
+        labels = np.array([0, 1])
+
+        def ids(self, start: int, stop: int) -> np.ndarray:
+            return np.array([1, 2, 9, 3, 7], np.int32)[start:stop]
+
+    choices = LabelChoices(Folder(), 2)  # type: ignore[arg-type]
+    documents = [
+        choices.ids(a, b).tolist()
+        for a, b in zip(choices.starts[:-1], choices.starts[1:], strict=True)
+    ]
+    assert documents == [[1, 2, 9], [1, 2, 7, 8], [3, 9], [3, 7, 8]]
+    assert choices.completions.tolist() == [2, 2, 1, 1]
+    assert choices.answers.tolist() == [0, 1]

@@ -1,0 +1,61 @@
+"""Parameters of a loop of one's own become a checkpoint that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moecc
+from moecc.checkpoint.manifest import check_manifest
+from moecc.checkpoint.records import load
+from moecc.errors import InputError
+from moecc.model.open import open_model
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "llama_gqa"
+
+
+@pytest.fixture(params=["upcycle{experts=4 top-k=2}", "upcycle{experts=4 top-k=2},roll-layers"])
+def model(request: pytest.FixtureRequest) -> Any:
+    with open_model(str(GOLDEN)) as opened:
+        run_pipeline(opened.graph, Pipeline.parse(request.param))
+        yield opened
+
+
+def test_what_is_written_is_what_was_given(model: Any, tmp_path: Path) -> None:
+    given = {n: a + np.float32(0.25) for n, a in dict(model.params()).items()}
+    moecc.write_params(model, given, tmp_path / "out", to="mixtral")
+    check_manifest(tmp_path / "out")
+    with open_model(str(tmp_path / "out")) as again:
+        name = "model.embed_tokens.weight"
+        np.testing.assert_array_equal(again.params()[name], given[name])
+        router = next(
+            n for n in again.graph.params if n.endswith("layers.0.block_sparse_moe.gate.weight")
+        )
+        own = next(a for n, a in given.items() if "router" in n)
+        np.testing.assert_array_equal(again.params()[router], own[0] if own.ndim == 3 else own)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "not trained further" not in card
+    assert "llama\\_gqa was trained by a loop outside of moecc." in card
+    assert load(tmp_path / "out").lineage[-1]["outside"] is True
+
+
+def test_all_that_does_not_fit_is_reported(model: Any, tmp_path: Path) -> None:
+    given = dict(model.params())
+    first, second, *_ = given
+    del given[first]
+    given[second] = given[second][..., :1]
+    given["modle"] = np.ones(3)
+    with pytest.raises(InputError) as error:
+        moecc.write_params(model, given, tmp_path / "out", to="mixtral")
+    assert len(error.value.problems) == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_front_door_has_no_other_names() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = moecc.nothing
