@@ -51,7 +51,7 @@ def sparse(routing: str = "top-2", *, padded: bool = False, bias: bool = False) 
             top_k = int(routing[-1])
             rows, finish = emit_routing(
                 b, hidden, router, experts=EXPERTS, top_k=top_k,
-                gates="softmax" if top_k == 1 else "renormalised", given=lambda *_: given,
+                gates="softmax" if top_k == 1 else "renormalised", operands=lambda *_: given,
                 bias=_param(graph, "bias", expert=EXPERTS) if bias else None,
             )  # fmt: skip
             made = b.contract(b.silu(b.contract(rows, up, over="embed")), down, over="mlp")
