@@ -62,7 +62,7 @@ def prepare(request: Request) -> PreparedJob:
     dtype = float_type(request.dtype)
     setting = StepConfig(train, request.optimizer, dtype, F32 if train else dtype)
     _check_exchange(request)
-    with open_model(request.model) as model:
+    with open_model(request.model, config_alone=True) as model:
         graph = model.graph
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths)
     bound, remarks = _bounded(graph, request, train)

@@ -9,7 +9,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption
+from moecc.cli.options import FormatOption, LoadFamiliesOption
 
 if TYPE_CHECKING:
     from moecc.analysis.ffn import FFNSearch
@@ -28,6 +28,7 @@ class InspectRequest:
             metavar="SOURCE", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
         ),
     ]
+    load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 
 
@@ -39,11 +40,13 @@ def inspect(request: InspectRequest) -> None:
     """
     from moecc.cli.console import report
     from moecc.cli.files import say_weights
+    from moecc.cli.pipelines import load_families
     from moecc.model.open import open_model
     from moecc.support.gc_pause import gc_paused
 
+    load_families(request.load)
     # Of 10,000 layers, the collector would take half of the time.
-    with gc_paused(), open_model(request.source) as model:
+    with gc_paused(), open_model(request.source, config_alone=True) as model:
         say_weights(model, request.source)
         data = inspection(model)
     report("inspect", data, lambda: inspection_text(data), request.format)

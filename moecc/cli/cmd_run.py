@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moecc.cli.face import add_command
-from moecc.cli.options import InputsOption, ModelArgument, WeightsOption
+from moecc.cli.options import InputsOption, LoadFamiliesOption, ModelArgument, WeightsOption
 from moecc.types.arrays import Array
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class RunRequest:
         ),
     ] = None
     weights: WeightsOption = None
+    load: LoadFamiliesOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
 
 
@@ -50,6 +51,7 @@ def run(request: RunRequest) -> None:
     from moecc.backend import get_backend
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, read_inputs, say_weights
+    from moecc.cli.pipelines import load_families
     from moecc.launch.process_info import check_alone
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
@@ -58,6 +60,7 @@ def run(request: RunRequest) -> None:
     from moecc.tasks.print_values import chosen_values, describe_values, with_values
 
     check_writable(request.outputs, force=request.force)
+    load_families(request.load)
     if request.backend != "xla":
         check_alone(request.backend)
     chosen, type = get_backend(request.backend), float_type(request.dtype)

@@ -10,7 +10,13 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption, InputsOption, ModelArgument, WeightsOption
+from moecc.cli.options import (
+    FormatOption,
+    InputsOption,
+    LoadFamiliesOption,
+    ModelArgument,
+    WeightsOption,
+)
 
 if TYPE_CHECKING:
     from moecc.tasks.verify import Verdict
@@ -36,6 +42,7 @@ class VerifyRequest:
         bool, typer.Option("--allow-edited-card", help="The model card may have been edited.")
     ] = False
     weights: WeightsOption = None
+    load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 
 
@@ -49,7 +56,9 @@ def verify(request: VerifyRequest) -> None:
     Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
     """
     from moecc.checkpoint.run.layout import split_reference
+    from moecc.cli.pipelines import load_families
 
+    load_families(request.load)
     run = split_reference(request.model)
     if request.against is None and run is not None:
         _against_digests(request.model, *run, request.format)

@@ -104,5 +104,10 @@ AllowUnmatchedOption = Annotated[
 
 LoadOption = Annotated[
     list[str] | None,
-    typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
+    typer.Option("--load", metavar="FILE.py", help="Passes and families of your own."),
+]
+
+LoadFamiliesOption = Annotated[
+    list[str] | None,
+    typer.Option("--load", metavar="FILE.py", help="A file with families of your own."),
 ]

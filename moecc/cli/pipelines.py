@@ -1,4 +1,4 @@
-"""Parse pipeline strings with the passes of a user's own files."""
+"""Passes and families of a user's own files, and pipeline strings with the passes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,40 @@ if TYPE_CHECKING:
 
 
 def registry_with(files: Sequence[str]) -> Registry:
-    """Return the installed passes and those defined by `files`.
+    """Return the installed passes and those defined by `files`, and add the files' families.
 
     Raises:
-      UsageError: a file cannot be run or defines no pass, or a name is taken.
+      UsageError: a file cannot be run or defines nothing, or a name is taken.
     """
     from moecc.pipeline.registry import installed
 
     registry = installed()
     for file in files:
-        registry = registry.with_file(Path(file))
+        registry = registry.with_file(Path(file), required=not _add_families(file))
     return registry
+
+
+def load_families(files: Sequence[str] | None) -> None:
+    """Add the families that `files` define to those that moecc reads.
+
+    Raises:
+      UsageError: a file cannot be run or defines no family, or a name is taken.
+    """
+    from moecc.errors import UsageError
+
+    for file in files or ():
+        if not _add_families(file):
+            raise UsageError(
+                "the file defines no family", where=file,
+                hint="a family is a variable that holds a Family; see docs/adding-a-family.md",
+            )  # fmt: skip
+
+
+def _add_families(file: str) -> int:
+    from moecc.families.outside import add_families
+    from moecc.support.user_files import run_file
+
+    return add_families(run_file(Path(file)), file)
 
 
 def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:

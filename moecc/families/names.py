@@ -7,7 +7,6 @@ one tensor, and those names are the same in every family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 
@@ -83,7 +82,7 @@ _T5 = TensorNames(
 
 _BERT = TensorNames(embedding="embeddings.word_embeddings.weight")
 
-NAMES: Mapping[str, TensorNames] = {
+NAMES: dict[str, TensorNames] = {
     "mixtral": TensorNames(sparse="block_sparse_moe.", gate="w1", up="w3", down="w2"),
     "t5": _T5,
     "switch_transformers": replace(_T5, dense="mlp."),

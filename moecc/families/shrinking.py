@@ -7,9 +7,10 @@ factors, so that divisors of it (a granularity, a mesh) still divide it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import lcm
+from typing import Any
 
 from moecc.errors import InputError
 from moecc.families.configs import (
@@ -75,19 +76,9 @@ def shrink_config(config: ModelConfig) -> ModelConfig:
     Raises:
       InputError: the config holds a graph, whose sizes only its own constraints determine.
     """
-    match config:
-        case DecoderConfig():
-            return _shrink_decoder(config)
-        case EncDecConfig():
-            return _shrink_encdec(config)
-        case BertConfig():
-            return _shrink_bert(config)
-        case GptConfig():
-            return _shrink_gpt(config)
-        case VisionConfig():
-            return _shrink_vision(config)
-        case WhisperConfig():
-            return _shrink_whisper(config)
+    shrink = next((SHRINKERS[c] for c in type(config).__mro__ if c in SHRINKERS), None)
+    if shrink is not None:
+        return shrink(config)
     raise InputError("the config holds no sizes")
 
 
@@ -217,3 +208,14 @@ def _expert_sizes(config: MoeConfig) -> dict[str, object]:
         # In mixtral both are the same number.
         sizes["intermediate_size"] = width
     return sizes
+
+
+SHRINKERS: dict[type[ModelConfig], Callable[[Any], ModelConfig]] = {
+    DecoderConfig: _shrink_decoder,
+    EncDecConfig: _shrink_encdec,
+    BertConfig: _shrink_bert,
+    GptConfig: _shrink_gpt,
+    VisionConfig: _shrink_vision,
+    WhisperConfig: _shrink_whisper,
+}
+"""What makes the sizes of each class of config small, and of those derived from it."""

@@ -17,7 +17,7 @@ from .mixtral import MixtralConfig
 from .model import ACTIVATIONS, DTYPES, ModelConfig
 from .moe import MoeConfig
 from .olmo2 import Olmo2Config
-from .parse import CONFIGS, DECODERS, parse_config, read_config
+from .parse import CONFIGS, DECODERS, ORIGINS, load_installed, parse_config, read_config
 from .phi3 import Phi3Config
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
@@ -34,6 +34,7 @@ __all__ = [
     "CONFIGS",
     "DECODERS",
     "DTYPES",
+    "ORIGINS",
     "STACKS",
     "BertConfig",
     "DecoderConfig",
@@ -70,6 +71,7 @@ __all__ = [
     "VisionConfig",
     "WhisperConfig",
     "attention_factor",
+    "load_installed",
     "parse_config",
     "read_config",
     "rotary_frequencies",
