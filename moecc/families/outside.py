@@ -27,7 +27,7 @@ class Family:
       build: builds the graph of a config; None where the builder of a base class does.
       names: the names of its tensors that moecc looks for by itself: embedding and head.
       shrink: returns a config with small sizes, for checks of passes; None where that of a base
-        class does, or where there is none.
+        class does, or where checks of passes have no use for one.
     """
 
     config: type[ModelConfig]
@@ -61,7 +61,7 @@ class Family:
 
     def _faults(self, origin: str) -> Iterator[str]:
         """Yield why it cannot be added."""
-        config = self.config
+        config: object = self.config
         if not isinstance(config, type) or not issubclass(config, ModelConfig):
             yield "its config is no subclass of ModelConfig"
             return

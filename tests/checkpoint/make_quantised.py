@@ -29,7 +29,8 @@ def _module(file: Path):
 
 
 def _save(name: str, expected: torch.Tensor, **tensors: torch.Tensor) -> None:
-    parts = {k.replace("__", "."): v.contiguous() for k, v in tensors.items()}
+    # Keywords have no dots: the first two underscores of the matrix's own parts are one.
+    parts = {k.replace("m__", "m.", 1): v.contiguous() for k, v in tensors.items()}
     save_file(parts, OUT / f"{name}.safetensors")
     (OUT / f"{name}.safetensors").chmod(0o644)
     np.save(OUT / f"{name}.npy", expected.contiguous().float().numpy())

@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gptq_shuffled": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
     "gptq_8": {"quant_method": "gptq", "bits": 8, "group_size": 16},
 }
+HALVES = {"awq", "gptq", "gptq_shuffled", "gptq_8"}
+"""Libraries that round each element to float16; moecc has the exact product, in float32."""
 
 
 def _open(folder: Path, case: str, options: object) -> Checkpoint:
@@ -54,10 +56,11 @@ def test_a_matrix_is_what_the_library_says(case: str, tmp_path: Path) -> None:
         assert "quantization_config" not in checkpoint.config
         assert "quantised" in checkpoint.remarks()[0]
         found = checkpoint.read(name)
-        np.testing.assert_array_equal(found, expected)
+        rounded = found.astype(np.float16) if case in HALVES else found
+        np.testing.assert_array_equal(rounded, expected)
         # Pieces that begin and end within blocks, groups and bytes.
         for start, stop in ((0, 1), (1, len(expected)), (len(expected) // 2, len(expected) - 1)):
-            np.testing.assert_array_equal(checkpoint.read(name, start, stop), expected[start:stop])
+            np.testing.assert_array_equal(checkpoint.read(name, start, stop), found[start:stop])
         with pytest.raises(ValueError, match="rows"):
             checkpoint.read(name, 0, len(expected) + 1)
 
@@ -162,9 +165,11 @@ def test_what_does_not_match_is_reported(
 def test_a_group_that_does_not_exist(tmp_path: Path) -> None:
     index = np.full(64, 4, np.int32)
     parts = {"m.qweight": WORDS, "m.qzeros": WORDS[:4, :2], "m.scales": SCALES, "m.g_idx": index}
-    with open_checkpoint(_write(tmp_path, parts, GPTQ)) as checkpoint:
-        with pytest.raises(InputError, match="group that does not exist"):
-            checkpoint.read("m.weight")
+    with (
+        open_checkpoint(_write(tmp_path, parts, GPTQ)) as checkpoint,
+        pytest.raises(InputError, match="group that does not exist"),
+    ):
+        checkpoint.read("m.weight")
 
 
 def test_a_quantised_model_is_converted(tmp_path: Path) -> None:
@@ -182,6 +187,6 @@ def test_a_quantised_model_is_converted(tmp_path: Path) -> None:
     (source / "config.json").write_text(text)
     convert(ConvertRequest(str(source), str(out), "", "llama", no_check=True))
     written = load_file(out / "model.safetensors")
-    expected = parts[name].astype(np.float32) * (scale / np.float32(127))[:, None]
+    expected = parts[name].astype(np.float32) * scale[:, None] * np.float32(1 / 127)
     np.testing.assert_array_equal(written[name], expected)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())

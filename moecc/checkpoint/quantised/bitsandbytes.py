@@ -112,7 +112,8 @@ def _four_bit_rows(
     values = both[begin % 2 : begin % 2 + end - begin]
     scales = np.repeat(_scales(name, state, nested, read)[first:last], state.block)
     values = values * scales[begin - first * state.block :][: end - begin]
-    return values.reshape(stop - start, *state.shape[1:])
+    found: Array = values.reshape(stop - start, *state.shape[1:])
+    return found
 
 
 def _scales(name: str, state: _State, nested: bool, read: ReadRows) -> Array:
@@ -122,12 +123,11 @@ def _scales(name: str, state: _State, nested: bool, read: ReadRows) -> Array:
     table = read(f"{name}.nested_quant_map", 0, None).astype(np.float32)
     outer = read(f"{name}.nested_absmax", 0, None).astype(np.float32)
     whole = np.repeat(outer, state.nested_block)[: stored.size]
-    return table[stored] * whole + np.float32(state.nested_offset)
+    scales: Array = table[stored] * whole + np.float32(state.nested_offset)
+    return scales
 
 
-def _eight_bits(
-    stored: Stored, stem: str, scale: TensorInfo, read: ReadRows
-) -> Iterator[Packed]:
+def _eight_bits(stored: Stored, stem: str, scale: TensorInfo, read: ReadRows) -> Iterator[Packed]:
     name = f"{stem}.weight"
     info = stored.part(name, None, ("i8",))
     if info is None:
@@ -151,5 +151,7 @@ def _eight_bits(
 
 def _eight_bit_rows(name: str, scale: str, read: ReadRows, start: int, stop: int) -> Array:
     values = read(name, start, stop).astype(np.float32)
-    values *= (read(scale, start, stop).astype(np.float32) / np.float32(127))[:, None]
+    values *= read(scale, start, stop).astype(np.float32)[:, None]
+    # As bitsandbytes does, in two products, so that the last bits are the same.
+    values *= np.float32(1 / 127)
     return values
