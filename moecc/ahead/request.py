@@ -37,6 +37,7 @@ class Request:
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
+      load: files with families of the user's own.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Request:
     capacity_factor: float | None = None
     emit: str | None = None
     export: bool = False
+    load: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the request as JSON values."""
@@ -64,7 +66,7 @@ class Request:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
         """Return the request that `to_json` wrote."""
-        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules")}
+        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules", "load")}
         return cls(**{**data, **lists})
 
 

@@ -15,24 +15,28 @@ from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError, nearest, printable
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) -> Checkpoint:
     """Open a Hugging Face folder of safetensors, a ``.gguf`` file, or a model of the hub.
 
     Everything is checked from headers and configs here; no weight is read.  Matrices that are
     stored quantised are dequantised when they are read.
+
+    Args:
+      path: the folder or file, or ``hub:ORG/NAME``.
+      needs_config: whether a folder without ``config.json`` is an error.
 
     Raises:
       InputError: not a checkpoint, or an invalid one; all problems at once.
       MachineError: the system denies access.
     """
     if str(path).startswith(PREFIX):
-        return _open_folder(fetch(str(path)))
+        return _open_folder(fetch(str(path)), needs_config)
     source = Path(path)
     try:
         mode = os.stat(source).st_mode
     except FileNotFoundError:
         if folder := cached(str(path)):
-            return _open_folder(folder)
+            return _open_folder(folder, needs_config)
         raise _missing(source) from None
     except OSError as error:
         raise os_problem(error, source) from None
@@ -42,12 +46,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         file = source / FILE_NAME
         # A folder that moecc filled with a GGUF file has no config.json.
         is_gguf = file.is_file() and not (source / CONFIG_NAME).exists()
-        return _open_file(file) if is_gguf else _open_folder(source)
+        return _open_file(file) if is_gguf else _open_folder(source, needs_config)
     return _open_file(source)
 
 
-def _open_folder(source: Path) -> Checkpoint:
-    folder = open_folder(source)
+def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
+    folder = open_folder(source, needs_config=needs_config)
     if folder.config.get("quantization_config") is None:
         return folder
     # Rare, as GGUF is.

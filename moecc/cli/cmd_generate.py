@@ -32,7 +32,7 @@ class GenerateRequest:
 def generate(request: GenerateRequest) -> None:
     """Continue a text with MODEL; prints prompt and continuation."""
     from moecc.cli.files import say_weights
-    from moecc.cli.pipelines import load_families
+    from moecc.families.outside import load_families
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
     from moecc.tasks.generate import generate as continuation

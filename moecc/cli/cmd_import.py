@@ -28,7 +28,7 @@ class ImportRequest:
 def import_graph(request: ImportRequest) -> None:
     """Read the headers of SOURCE and print its graph; no weights are read."""
     from moecc.cli.files import write_graph
-    from moecc.cli.pipelines import load_families
+    from moecc.families.outside import load_families
     from moecc.model.open import open_model
 
     load_families(request.load)

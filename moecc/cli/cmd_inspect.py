@@ -40,7 +40,7 @@ def inspect(request: InspectRequest) -> None:
     """
     from moecc.cli.console import report
     from moecc.cli.files import say_weights
-    from moecc.cli.pipelines import load_families
+    from moecc.families.outside import load_families
     from moecc.model.open import open_model
     from moecc.support.gc_pause import gc_paused
 

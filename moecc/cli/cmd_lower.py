@@ -51,7 +51,7 @@ def lower(request: LowerRequest) -> None:
     """Print MODEL as jax or XLA sees it; no weights are read, and nothing is run."""
     from moecc.backend import get_lowering_backend
     from moecc.cli.files import check_writable, write_text
-    from moecc.cli.pipelines import load_families
+    from moecc.families.outside import load_families
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type

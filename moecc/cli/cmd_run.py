@@ -51,7 +51,7 @@ def run(request: RunRequest) -> None:
     from moecc.backend import get_backend
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, read_inputs, say_weights
-    from moecc.cli.pipelines import load_families
+    from moecc.families.outside import load_families
     from moecc.launch.process_info import check_alone
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model

@@ -56,7 +56,7 @@ def verify(request: VerifyRequest) -> None:
     Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
     """
     from moecc.checkpoint.run.layout import split_reference
-    from moecc.cli.pipelines import load_families
+    from moecc.families.outside import load_families
 
     load_families(request.load)
     run = split_reference(request.model)

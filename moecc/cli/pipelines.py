@@ -22,31 +22,10 @@ def registry_with(files: Sequence[str]) -> Registry:
 
     registry = installed()
     for file in files:
-        registry = registry.with_file(Path(file), required=not _add_families(file))
+        from moecc.families.outside import add_families
+
+        registry = registry.with_file(Path(file), required=not add_families(file))
     return registry
-
-
-def load_families(files: Sequence[str] | None) -> None:
-    """Add the families that `files` define to those that moecc reads.
-
-    Raises:
-      UsageError: a file cannot be run or defines no family, or a name is taken.
-    """
-    from moecc.errors import UsageError
-
-    for file in files or ():
-        if not _add_families(file):
-            raise UsageError(
-                "the file defines no family", where=file,
-                hint="a family is a variable that holds a Family; see docs/adding-a-family.md",
-            )  # fmt: skip
-
-
-def _add_families(file: str) -> int:
-    from moecc.families.outside import add_families
-    from moecc.support.user_files import run_file
-
-    return add_families(run_file(Path(file)), file)
 
 
 def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:

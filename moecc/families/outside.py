@@ -6,9 +6,9 @@ holds it in a variable, and is given to a command with ``--load``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 from moecc.errors import Problem, UsageError
@@ -16,6 +16,7 @@ from moecc.families.building import BUILDERS, GraphBuilder
 from moecc.families.configs import CONFIGS, DECODERS, ORIGINS, DecoderConfig, ModelConfig
 from moecc.families.names import NAMES, TensorNames
 from moecc.families.shrinking import SHRINKERS
+from moecc.support.user_files import run_file
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,28 @@ def _title(config: object) -> str:
     return getattr(config, "__name__", repr(config))
 
 
-def add_families(module: ModuleType, origin: str) -> int:
-    """Add the families that a module holds in variables; return their number.
+def add_families(file: str) -> int:
+    """Run a Python file, add the families that it holds in variables, and return their number.
 
     Raises:
-      UsageError: see `Family.register`.
+      UsageError: the file cannot be run; see `Family.register`.
     """
+    module = run_file(Path(file))
     found = [thing for thing in vars(module).values() if isinstance(thing, Family)]
     for family in found:
-        family.register(origin)
+        family.register(file)
     return len(found)
+
+
+def load_families(files: Sequence[str] | None) -> None:
+    """Add the families that files define to those that moecc reads.
+
+    Raises:
+      UsageError: a file cannot be run or defines no family, or a name is taken.
+    """
+    for file in files or ():
+        if not add_families(file):
+            raise UsageError(
+                "the file defines no family", where=file,
+                hint="a family is a variable that holds a Family; see docs/adding-a-family.md",
+            )  # fmt: skip

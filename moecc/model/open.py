@@ -265,7 +265,8 @@ def _open_graph(source: str, weights: str | None) -> Model:
     place = weights or graph.attrs.get("checkpoint")
     if not isinstance(place, str) or not place:
         return Model(graph, source)
-    checkpoint = open_checkpoint(place)
+    # The graph itself is the architecture.
+    checkpoint = open_checkpoint(place, needs_config=False)
     problems = list(_missing(graph, checkpoint))
     if problems:
         checkpoint.close()

@@ -69,3 +69,14 @@ def _line_in(path: Path, error: BaseException) -> int | None:
             line = trace.tb_lineno
         trace = trace.tb_next
     return line
+
+
+def line_of_user(error: BaseException) -> str | None:
+    """Return file and line of the innermost call of a user's file that failed, if one did."""
+    trace, place = error.__traceback__, None
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        if isinstance(name, str) and name.startswith(LOADED):
+            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place

@@ -66,6 +66,9 @@ LARGEST_SIZES: Mapping[str, int] = {
     "n_positions": 1 << 40,
 }
 
+LARGEST_OTHER = 1 << 24
+"""The limit of the sizes of families that are added."""
+
 
 @dataclass(frozen=True, slots=True)
 class KeyProblem(Problem):
@@ -131,7 +134,7 @@ class Reader:
     def size(self, key: str, *, smallest: int = 1) -> int:
         """Return an integer of at least `smallest` and of plausible magnitude."""
         found = self.value(key)
-        largest = LARGEST_SIZES[key]
+        largest = LARGEST_SIZES.get(key, LARGEST_OTHER)
         if isinstance(found, int) and not isinstance(found, bool) and smallest <= found <= largest:
             return found
         self.refuse(key, "not a usable size", expected=f"a whole number, {smallest} to {largest:,}")
