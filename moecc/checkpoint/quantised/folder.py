@@ -134,5 +134,11 @@ def open_quantised(folder: SafetensorsFolder) -> QuantisedFolder:
             hint="take the checkpoint that is not quantised, or dequantise it with its own library",
         )
     packed = {one.name: one for one in find(Stored(folder.tensors, options, problems), folder.read)}
+    if not packed and not problems:
+        problems.add(
+            "the weights are said to be quantised, and no tensor is",
+            where=f"{folder.path / 'config.json'}: {KEY}", found=describe(method),
+            hint=f"if they are not quantised any more, remove {KEY}",
+        )  # fmt: skip
     problems.raise_if_any()
     return QuantisedFolder(folder, packed)
