@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadFamiliesOption
+from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
     from moecc.analysis.ffn import FFNSearch
@@ -52,7 +53,7 @@ def inspect(request: InspectRequest) -> None:
     report("inspect", data, lambda: inspection_text(data), request.format)
 
 
-def inspection(model: Model) -> dict[str, Any]:
+def inspection(model: Model) -> JsonDict:
     """Return the inspection of `model` as JSON values."""
     from moecc.analysis.ffn import find_ffn_blocks
     from moecc.families.describe import describe
@@ -109,7 +110,7 @@ def _targets(graph: Graph) -> dict[str, object]:
     return {fit.target: fit.to_json() for fit in fits(graph)}
 
 
-def inspection_text(data: dict[str, Any]) -> str:
+def inspection_text(data: JsonDict) -> str:
     """Return a human-readable inspection."""
     from moecc.families.describe import PAPER_GROUPS
     from moecc.support.text import count_text
@@ -145,7 +146,7 @@ def inspection_text(data: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _fit_text(target: dict[str, Any]) -> str:
+def _fit_text(target: JsonDict) -> str:
     from moecc.engines.verdicts import Verdict, summary
 
     if not target["fits"]:

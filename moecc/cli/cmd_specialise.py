@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadFamiliesOption, ModelArgument
+from moecc.support.untyped import JsonDict
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def specialise(request: SpecialiseRequest) -> None:
     report("specialise", data, lambda: specialisation_text(layers), request.format)
 
 
-def specialisation_text(layers: Sequence[dict[str, Any]]) -> str:
+def specialisation_text(layers: Sequence[JsonDict]) -> str:
     """Return the human-readable report."""
     lines = []
     for layer in layers:

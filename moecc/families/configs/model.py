@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from moecc.errors import InputError
+from moecc.support.untyped import JsonDict
 
 from .extras import KEPT_NUMBERS, read_extra, refuse_what_needs_other_code
 from .reader import KeyProblem, Reader, key_problem, one_of
@@ -97,7 +98,7 @@ class ModelConfig:
         return name == cls.architecture or name in cls.aliases
 
     @classmethod
-    def _construct(cls, values: dict[str, Any], reader: Reader) -> Self | None:
+    def _construct(cls, values: JsonDict, reader: Reader) -> Self | None:
         try:
             return cls(**values)
         except InputError as error:
