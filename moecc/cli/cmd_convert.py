@@ -10,7 +10,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption, PaddingMaskOption, SourceArgument
+from moecc.cli.options import FormatOption, LoadOption, PaddingMaskOption, SourceArgument
 
 if TYPE_CHECKING:
     from moecc.checkpoint.gguf.storage import Storage
@@ -40,10 +40,7 @@ class ConvertRequest:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan from headers, write nothing.")
     ] = False
-    load: Annotated[
-        list[str] | None,
-        typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
-    ] = None
+    load: LoadOption = None
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Record NaN and Inf, do not refuse.")
     ] = False
