@@ -86,6 +86,13 @@ class Parameters:
         read: Expr = Slice(source, along, at, at + axes[own])
         return self._param(name, loc, axes, read if along == own else Rename(read, along, own))
 
+    def without_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
+        """Return the tensor `name` without its first axis, which has size 1 on disk."""
+        if name in self.graph.params:
+            return self.graph.params[name]
+        read = Index(self._source(name, **{axis: 1}, **axes), axis, 0)
+        return self._param(name, loc, axes, read)
+
     def head_part(
         self,
         name: str,
