@@ -37,7 +37,7 @@ test: $(STAMP) ## the tests, in parallel, without the slow ones
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 test-all: $(STAMP) ## every test, the slow ones included
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
+	MOECC_TIER=all $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: lint types test ## what CI runs, without the wheel
 

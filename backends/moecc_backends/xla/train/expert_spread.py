@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from moecc.analysis.groups import parameter_groups
 from moecc.ir.graph import Graph
 from moecc.types.ranges import element, has_range
 from moecc.types.tensor import TensorType
+from moecc_backends.xla.trace.typed_jax import PyTree
 
 EXPERT, LAYER = "expert", "layer"
 
@@ -39,7 +39,7 @@ def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
         return None
     places = {name: graph.params[name].loc for name in chosen}
 
-    def squares(params: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def squares(params: PyTree) -> dict[str, tuple[jax.Array, jax.Array]]:
         found: dict[str, tuple[jax.Array, jax.Array]] = {}
         for name, type in chosen.items():
             own = _squares(params[name], type)
