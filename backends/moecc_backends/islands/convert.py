@@ -30,6 +30,7 @@ from moecc_backends.islands.report import BlockReport, Report
 from moecc_backends.islands.settle import settle, steps_of
 from moecc_backends.islands.sites import Instance, Key, Survey, survey
 from moecc_backends.islands.storage import Storage, plan_storage
+from moecc_backends.islands.tokens import refuse_mixing, token_labels
 from moecc_backends.islands.uses import uses
 from moecc_backends.islands.views import Leaf
 
@@ -42,6 +43,7 @@ def convert(
     params: Any,
     *args: Any,
     pipeline: str | Pipeline | None = None,
+    tokens: Mapping[str, Sequence[str]] | None = None,
     causal: bool = True,
     seed: int = 0,
     allow_unmatched: bool = False,
@@ -54,6 +56,8 @@ def convert(
       params: a tree of arrays or shapes.
       args: its other arguments, arrays or shapes; the last may be the pipeline.
       pipeline: the passes, as text or parsed.
+      tokens: the names of the axes of arguments that number tokens, ``{"batch.tokens": ("batch",
+        "seq")}``: with them, a product that sums over tokens is no block.
       causal: whether no token may depend on later ones; routings that look ahead are rejected.
       seed: of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
@@ -71,10 +75,14 @@ def convert(
     shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
     traced, _ = trace_function(function, tree, shapes, (args, kwargs))
     found = survey(traced.scope)
+    labels = token_labels(traced, tokens) if tokens else {}
+    refuse_mixing(found, labels)
     settle(found)
     instances = found.instances()
+    if not instances:
+        raise InputError([_no_block(function), *map(_near, found.misses)])
     name = getattr(function, "__name__", "function")
-    graph = build_graph(instances.values(), name=name, is_causal=causal)
+    graph = build_graph(found, name=name, is_causal=causal, labels=labels)
     locations = [i.loc for i in instances.values()]
     before = {loc: part_key(part) for loc, part in cut(graph, locations).blocks.items()}
     context = Context(seed=seed, allow_unmatched=allow_unmatched, read=_reader(arrays))
@@ -109,11 +117,20 @@ def _run(
     try:
         return run_pipeline(graph, pipeline, context=context)
     except InputError as error:
-        near = (
-            Problem(f"not a block: {m.reason}", where=m.line or ", ".join(m.weights))
-            for m in misses
-        )
-        raise InputError([*error.problems, *near]) from None
+        raise InputError([*error.problems, *map(_near, misses)]) from None
+
+
+def _near(miss: Miss) -> Problem:
+    return Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
+
+
+def _no_block(function: Callable[..., Any]) -> Problem:
+    return Problem(
+        "the function has no feed-forward block of its parameters",
+        where=getattr(function, "__name__", None),
+        expected="a product with a weight, functions of elements, a product with a weight",
+        hint="the parameters are the first argument; weights that are closed over are constants",
+    )
 
 
 def _reader(arrays: Mapping[str, Any]) -> ReadWeight:
@@ -196,7 +213,7 @@ def _report(
         pipeline=str(pipeline),
         preserves=str(done.preserves),
         blocks=tuple(
-            BlockReport(i.loc, i.site.island.line, i.block.summary, i.loc in state.converted)
+            BlockReport(i.loc, i.line, i.summary, i.loc in state.converted)
             for i in state.instances.values()
         ),
         misses=tuple(map(str, found.misses)),

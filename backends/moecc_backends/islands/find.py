@@ -71,6 +71,12 @@ class Island:
         return tuple(before.index(find(d)) for d in self.result.dims if d is not None)
 
     @property
+    def leaves(self) -> tuple[str, ...]:
+        """The names of the leaves that its steps read."""
+        views = (v.view for s in self.steps for v in s.inputs)
+        return tuple(sorted({v.leaf.name for v in views if v is not None}))
+
+    @property
     def line(self) -> str:
         """Where it is in the user's program."""
         return user_line(self.down.equation)
@@ -223,10 +229,7 @@ class _Candidate:
                 yield "a value inside it is returned"
             for user in value.users:
                 if user not in self._inside and user is not self._down:
-                    line = user_line(user.equation)
-                    yield f"a hidden value is also used by `{user.name}`" + (
-                        f" at {line}" if line else ""
-                    )
+                    yield _why_escaping(user)
 
     def _island(self) -> Island:
         up = min(self._ups, key=self._order.__getitem__)
@@ -335,6 +338,16 @@ def _why_outside(value: Val) -> str:
     if _is_reduction(step):
         return f"`{step.name}` inside it mixes its hidden values (a norm, perhaps)"
     return f"it also takes the result of `{step.name}`" + (f" at {line}" if line else "")
+
+
+def _why_escaping(user: Step) -> str:
+    if user.name == "dot_general" and weight_at(user) is None:
+        return (
+            "a hidden value is also multiplied with one from outside: if it is for a gradient, "
+            "convert the loss, and differentiate the converted function"
+        )
+    line = user_line(user.equation)
+    return f"a hidden value is also used by `{user.name}`" + (f" at {line}" if line else "")
 
 
 def _is_reduction(step: Step) -> bool:

@@ -53,7 +53,8 @@ def location(names: Sequence[str]) -> str:
     shared = _shared([n.split(".")[:-1] for n in names])
     if shared:
         return ".".join(shared)
-    return "".join(_shared(names)).rstrip("._-") or "ffn"
+    rest = "".join(_shared(names))
+    return rest.rstrip("._-") if rest.endswith(("_", "-")) else "ffn"
 
 
 def _shared(names: Sequence[Sequence[str]]) -> list[str]:

@@ -91,12 +91,31 @@ def skipped(scope: Scope, inside: Collection[Step]) -> set[Step]:
     These are the steps of `inside`, and views of weights for them alone.
     """
     gone = set(inside)
-    for body in [b for s in scope.steps for b in s.bodies]:
-        gone |= skipped(body, inside)
-    for step in reversed(scope.steps):
-        if step in gone or not step.outputs or not _all_views(step.outputs):
-            continue
-        used = any(v.is_returned or any(u not in gone for u in v.users) for v in step.outputs)
-        if not used:
-            gone.add(step)
+    _skip(scope, gone)
     return gone
+
+
+def _skip(scope: Scope, gone: set[Step]) -> None:
+    for step in reversed(scope.steps):
+        for body in step.bodies:
+            _skip(body, gone)
+        if step in gone or step.bodies or not step.outputs or not _all_views(step.outputs):
+            continue
+        if not any(is_needed(v, gone) for v in step.outputs):
+            gone.add(step)
+
+
+def is_needed(value: Val, gone: Collection[Step]) -> bool:
+    """Return whether a view of a weight is still used where the steps `gone` are not run."""
+    if value.is_returned:
+        return True
+    for user in value.users:
+        if user in gone:
+            continue
+        if not user.bodies:
+            return True
+        places = [i for i, v in enumerate(user.inputs) if v is value]
+        bodies = bound(user)
+        if any(not bodies[i] or any(is_needed(v, gone) for v in bodies[i]) for i in places):
+            return True
+    return False
