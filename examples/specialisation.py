@@ -11,7 +11,7 @@ Its routers are drawn and not trained, and its experts are copies.  So the table
 experts know.  It shows what comes before any training: a random plane cuts the space of hidden
 states, and tokens with similar states fall on the same side.  Another ``--seed`` draws other planes
 and gives another table.  Give a trained sparse model with ``--model`` to see what it has learnt,
-and compare the shares with those of a router that learnt nothing.
+and compare the shares with those of a router that learnt nothing: ``moecc specialise`` does both.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +38,7 @@ from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.generate import Kept, load_tokenizer
+from moecc.train.specialisation import Routed
 
 if TYPE_CHECKING:
     from moecc.tokenizer.process import Tokenizer
@@ -47,84 +46,7 @@ if TYPE_CHECKING:
 UPCYCLE = "st-moe{experts=8 layers=every:2 losses=false}"
 TRACE = "trace-routing"
 BATCH, SEQ = 8, 128
-TYPICAL = 7
-"""Tokens shown for an expert."""
-
-SEED_OF_SHUFFLES = 0
-
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Routed:
-    """Where the tokens of a text went in one layer.
-
-    Attributes:
-      layer: its place in the graph.
-      experts: how many there are.
-      tokens: ids of vocabulary, ``[token]``.
-      first: the expert of each token's first choice, ``[token]``.
-    """
-
-    layer: str
-    experts: int
-    tokens: Array
-    first: Array
-
-    @cached_property
-    def counts(self) -> Array:
-        """How often each id went to each expert, ``[id, expert]``."""
-        return count(self.tokens, self.first, self.experts)
-
-    @property
-    def shares(self) -> Array:
-        """The part of all tokens that each expert got, ``[expert]``."""
-        shares: Array = self.counts.sum(axis=0) / self.counts.sum()
-        return shares
-
-    @property
-    def explained(self) -> float:
-        """The part of the choice that the id alone explains: I(id; expert) / H(expert)."""
-        return information(self.counts) / entropy(self.shares)
-
-    @property
-    def by_chance(self) -> float:
-        """The same where choices are shuffled among tokens: rare ids seem to explain a little."""
-        shuffled = np.random.default_rng(SEED_OF_SHUFFLES).permutation(self.first)
-        return information(count(self.tokens, shuffled, self.experts)) / entropy(self.shares)
-
-    def typical(self, expert: int) -> list[tuple[int, float]]:
-        """Return the ids that tell this expert most from others, and their part that went there.
-
-        They are those that add most to I(id; expert): frequent ones that prefer it.
-        """
-        totals = self.counts.sum(axis=1)
-        there = self.counts[:, expert]
-        part = there / np.maximum(totals, 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            score = np.where(there > 0, there * np.log(part / self.shares[expert]), 0.0)
-        best = np.argsort(-score, kind="stable")[:TYPICAL]
-        return [(int(i), float(part[i])) for i in best if score[i] > 0]
-
-
-def count(tokens: Array, experts: Array, size: int) -> Array:
-    """Return how often each id met each expert, ``[id, expert]``."""
-    table = np.zeros((int(tokens.max()) + 1, size), np.int64)
-    np.add.at(table, (tokens, experts), 1)
-    return table
-
-
-def entropy(shares: Array) -> float:
-    """Return the entropy of a distribution, in nats."""
-    positive = shares[shares > 0]
-    return float(-(positive * np.log(positive)).sum())
-
-
-def information(counts: Array) -> float:
-    """Return the mutual information of rows and columns, in nats."""
-    joint = counts / counts.sum()
-    rows, columns = joint.sum(axis=1), joint.sum(axis=0)
-    return entropy(rows) + entropy(columns) - entropy(joint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,11 @@ os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_
 
 from moecc.ir import Graph, verify  # noqa: E402
 from moecc.pipeline.passes import Context, Pass, PassResult  # noqa: E402
+
+# A shell that starts the suite in the background has SIGINT ignored, and so have all programs that
+# tests start and interrupt.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first example of a test pays for imports and caches.
 settings.register_profile("dev", deadline=None, max_examples=100)

@@ -45,7 +45,6 @@ REASONS: dict[str, tuple[int, str]] = {
 
 SETS: dict[str, tuple[int, str]] = {
     "moecc/plan/collectives.py": (1, "the exchanges whose time on a network has a formula"),
-    "moecc/testing/blocks.py": (1, "the activations of feed-forward blocks as families have them"),
 }
 """By file: collections of names of operations that are written out, and why."""
 

@@ -129,7 +129,7 @@ def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy
         routed=bool(layout.experts),
         bound=bound,
         groups=layout.mesh.size(layout.batch_axes),
-        losses={"metrics": False} if train else None,
+        losses={"metrics": False} if train and layout.experts else None,
         mesh=MeshPasses(str(layout.mesh), layout.names, strategy.via, strategy.sliced)
         if is_explicit
         else None,

@@ -32,7 +32,7 @@ class CardFacts:
       family_from: the family of the source.
       family_to: the family that was written.
       command: the command that made it, with every option that decides the result.
-      preserves: the contract of the pipeline, in words.
+      receipt: what was promised, what was measured, what runs it; a line each.
       dtype: the element type that was written.
       parameters: the number of parameters.
       active_parameters: the number of parameters used per token.
@@ -56,7 +56,7 @@ class CardFacts:
     family_from: str
     family_to: str
     command: str
-    preserves: str
+    receipt: tuple[str, ...]
     dtype: str
     parameters: int
     active_parameters: int
@@ -140,7 +140,7 @@ def _summary(facts: CardFacts) -> str:
         f"- Parameters: {facts.parameters:,}, of which a token meets "
         f"{facts.active_parameters:,}\n"
         f"- Element type: {facts.dtype}\n"
-        f"- What the conversion preserves: {_escape(facts.preserves)}"
+        + "\n".join(f"- {_escape(line)}" for line in facts.receipt)
     )
 
 

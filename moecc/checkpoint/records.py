@@ -95,6 +95,7 @@ class Manifest:
       tensors: by name.
       notes: remarks for readers, e.g. tensors with values that are not finite.
       lineage: where the source was trained, the stages that led to it, the first one first.
+      receipt: the receipt of an output that is one file; a folder has it as a file of its own.
       versions: of moecc and the libraries it uses.
       schema: the version of this layout.
     """
@@ -112,6 +113,7 @@ class Manifest:
     tensors: Mapping[str, TensorRecord]
     notes: tuple[str, ...] = ()
     lineage: tuple[Mapping[str, object], ...] = ()
+    receipt: Mapping[str, object] | None = None
     versions: Mapping[str, str] = field(default_factory=library_versions)
     schema: int = SCHEMA
 
@@ -131,6 +133,7 @@ def dump(manifest: Manifest) -> bytes:
         "preserves": manifest.preserves,
         "notes": list(manifest.notes),
         **({"lineage": [dict(stage) for stage in manifest.lineage]} if manifest.lineage else {}),
+        **({} if manifest.receipt is None else {"receipt": dict(manifest.receipt)}),
         "weights": _plain(manifest.weights),
         "files": _plain(manifest.files),
         "tensors": _plain(manifest.tensors),
@@ -241,6 +244,7 @@ class _Reader:
             tensors=self._tensors(weights),
             notes=self._notes(),
             lineage=self._lineage(),
+            receipt=self._receipt(),
             versions=self._versions(),
             schema=self._integer(self.document.get("schema"), "schema"),
         )
@@ -343,6 +347,13 @@ class _Reader:
             return tuple(value)
         self._wrong("lineage", "a list of objects", value)
         return ()
+
+    def _receipt(self) -> dict[str, object] | None:
+        value = self.document.get("receipt")
+        if value is None or isinstance(value, dict):
+            return value
+        self._wrong("receipt", "an object", value)
+        return None
 
     def _versions(self) -> dict[str, str]:
         value = self.document.get("versions")

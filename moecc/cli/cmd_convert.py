@@ -50,6 +50,12 @@ class ConvertRequest:
     allow_unmatched: Annotated[
         bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
     ] = False
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not hold passes to their promises.")
+    ] = False
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run source and result, and compare their logits.")
+    ] = False
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False
     format: FormatOption = Format.human
 
@@ -57,7 +63,8 @@ class ConvertRequest:
 def convert(request: ConvertRequest) -> None:
     """Convert SOURCE and write it to the folder OUT, or to the file OUT.gguf.
 
-    Everything is checked from headers and configs before the first weight is read.
+    Everything is checked from headers and configs before the first weight is read, and each pass is
+    held to its promise on the model at small sizes; exit code 3 if one breaks it.
     """
     from moecc.cli.console import report, say
     from moecc.cli.files import say_weights
@@ -78,6 +85,7 @@ def convert(request: ConvertRequest) -> None:
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
             allow_unmatched=request.allow_unmatched, loaded=request.load or [],
+            check=not request.no_check,
         )  # fmt: skip
         data = planned.to_json()
         check_place(planned, out, force=request.force)
@@ -102,7 +110,7 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
     with Bar("writing") as bar:
         done = write(
             planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
-            allow_nonfinite=request.allow_nonfinite, progress=bar,
+            allow_nonfinite=request.allow_nonfinite, verify=request.verify, progress=bar,
         )  # fmt: skip
     for text in done.written.spread:
         say(f"warning: not finite: {text}")

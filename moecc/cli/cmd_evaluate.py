@@ -48,10 +48,12 @@ def evaluate(request: EvaluateRequest) -> None:
     """
     from moecc.cli.console import Bar, report
     from moecc.support.parse_units import float_type
-    from moecc.tasks.evaluate import Settings
+    from moecc.tasks.evaluate import EvaluationSpec
     from moecc.tasks.evaluate import evaluate as evaluated
 
-    settings = Settings(request.sequence, request.batch, request.batches, float_type(request.dtype))
+    settings = EvaluationSpec(
+        request.sequence, request.batch, request.batches, float_type(request.dtype)
+    )
     with Bar("evaluating", unit_bytes=False) as bar:
         found = evaluated(request.models, request.data, settings, bar)
     data = {

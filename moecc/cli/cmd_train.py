@@ -46,6 +46,10 @@ class TrainRequest:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, and train nothing.")
     ] = False
+    machine: Annotated[
+        str | None,
+        typer.Option("--machine", metavar="M", help="Of a dry run: what is planned, gpu:h100:8."),
+    ] = None
     format: FormatOption = Format.human
 
 
@@ -64,6 +68,7 @@ def train(request: TrainRequest) -> int:
         for remark in job.batches.remarks:
             say(f"remark: {remark}")
         if request.dry_run:
+            _report_dry_run(job, request)
             return 0
         asked = opened.enter_context(signals_noted())
         running = opened.enter_context(_trainer().train(job))
@@ -73,6 +78,17 @@ def train(request: TrainRequest) -> int:
         text = f"{job.run}: {stopped.reason.value} after {stopped.step:,} steps"
         report("train", data, lambda: text, request.format)
     return _exit_code(stopped, job)
+
+
+def _report_dry_run(job: TrainJob, request: TrainRequest) -> None:
+    """Report what the run would be. Raises InputError if it does not fit the machine."""
+    from moecc.cli.console import report
+    from moecc.plan.machines import parse_machine
+    from moecc.tasks.dry_run import dry_run, dry_run_text
+
+    machine = None if request.machine is None else parse_machine(request.machine)
+    facts = dry_run(job.recipe, job.graph, job.batches, machine)
+    report("train-dry-run", facts, lambda: dry_run_text(facts), request.format)
 
 
 @contextmanager

@@ -67,6 +67,7 @@ def _against_manifest(request: VerifyRequest) -> None:
     from moecc.checkpoint.records import load
     from moecc.cli.console import report
     from moecc.errors import InputError
+    from moecc.tasks.receipt import load_receipt, receipt_lines
 
     model, format = request.model, request.format
     place = Path(model)
@@ -77,11 +78,13 @@ def _against_manifest(request: VerifyRequest) -> None:
         )  # fmt: skip
     check_manifest(place, allow_edited_card=request.allow_edited_card)
     manifest = load(place)
-    data = {"model": model, "tensors": len(manifest.tensors), "passed": True}
-    report(
-        "verify-manifest", data,
-        lambda: f"{len(manifest.tensors)} tensors match the manifest", format,
-    )  # fmt: skip
+    receipt = load_receipt(place)
+    data = {
+        "model": model, "tensors": len(manifest.tensors), "passed": True, "receipt": receipt,
+    }  # fmt: skip
+    rows = [f"{len(manifest.tensors)} tensors match the manifest"]
+    rows += [] if receipt is None else [f"  {line}" for line in receipt_lines(receipt)]
+    report("verify-manifest", data, lambda: "\n".join(rows), format)
 
 
 def _against_digests(model: str, run: str, which: str, format: Format) -> None:

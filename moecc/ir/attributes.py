@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Convention = Literal["tokens", "assignments"]
 Gates = Literal["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "sparsemixer", "ones"]
+Hash = Literal["murmur", "modulo"]
 Order = Literal["choice", "token"]
 Policy = Literal["all", "none", "threshold", "random"]
 Precision = Literal["default", "f32"]
@@ -374,6 +375,7 @@ class HashExpertsAttrs(View):
     experts: int
     top_k: int
     seed: int
+    hash: Hash
     choice: str
 
 

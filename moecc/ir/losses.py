@@ -86,7 +86,7 @@ class LossBuilder:
         return b.div(variance, self.means.divisor(b.square(mean)))
 
 
-def emit_output_z(builder: Builder, logits: Value, axis: str = "vocab") -> Value:
-    """Return the mean of (log Σ exp x)² over all but `axis`: the z-loss of the output softmax."""
+def emit_z(builder: Builder, logits: Value, axis: str) -> Value:
+    """Return the mean of (log Σ exp x)² over all but `axis`: the z-loss of a softmax along it."""
     squared = builder.square(builder.logsumexp(logits, axes=axis))
     return builder.mean(squared, axes=squared.type.names)

@@ -9,6 +9,12 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
 from moecc.ir.routed import Means, Routed, Scores
 
+CHOSEN = "chosen"
+"""The metric of a layer that a balance bias is updated by: how many choices name each expert."""
+
+BALANCE_BIASES = "balance_biases"
+"""The graph attribute with the output that counts so, by the name of the bias."""
+
 
 @dataclass(frozen=True)
 class MetricBuilder:

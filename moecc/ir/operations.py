@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moecc.ir.attributes import (
         Convention,
         Gates,
+        Hash,
         Order,
         Policy,
         Precision,
@@ -444,11 +445,11 @@ class Operations(ABC):
         ).result
 
     def hash_experts(
-        self, ids: Value, /, *, experts: int, top_k: int = 1, seed: int = 0, choice: str = "choice",
-        name: str | None = None
+        self, ids: Value, /, *, experts: int, top_k: int = 1, seed: int = 0, hash: Hash = "murmur",
+        choice: str = "choice", name: str | None = None
     ) -> Value:
         """The experts of each token by a hash of its id (Roller et al. 2021); no router at all."""
         return self.node(
             "hash_experts", ids, names=_names(name), experts=experts, top_k=top_k, seed=seed,
-            choice=choice
+            hash=hash, choice=choice
         ).result

@@ -78,3 +78,17 @@ def _period(items: Sequence[object]) -> int:
         if count % length == 0 and all(items[i] == items[i % length] for i in range(count)):
             return length
     return 1
+
+
+def times_again(number: int, unit: Unit, own: bool, onward: bool) -> int:
+    """Return how often a node runs again.
+
+    Args:
+      number: of its layer in the unit.
+      unit: the unit.
+      own: whether its own layer needs it to be differentiated.
+      onward: whether it leads to what the layers behind its own take.
+    """
+    if unit.looped[number]:
+        return own + onward
+    return int(own or (onward and number + 1 < unit.size))

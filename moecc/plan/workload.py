@@ -22,7 +22,7 @@ from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
 from moecc.plan.sample import Sample, sample_of
 from moecc.plan.shapes import Shape, Shapes
-from moecc.plan.units import LAYER, Unit, layer_of, stack_of, units_of
+from moecc.plan.units import LAYER, Unit, layer_of, stack_of, times_again, units_of
 
 HEADS = ("head", "kv_head")
 
@@ -430,24 +430,12 @@ class _Reader:
             results=tuple(map(self.shape, node.results)),
             over=ProductAttrs.of_node(node).over if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
-            again=_again(number, unit, node in kept.again, node in kept.onward),
-            saved_again=_again(number, unit, node in kept.saved_again, node in kept.saved_onward),
+            again=times_again(number, unit, node in kept.again, node in kept.onward),
+            saved_again=times_again(
+                number, unit, node in kept.saved_again, node in kept.saved_onward
+            ),
             source=-1 if root is None else roots.setdefault(root, len(roots)),
             source_share=1 / unit.size if outside else 1.0,
             exact_rows=exact,
             axes=self.shapes.of(tuple(axes.items())),
         )
-
-
-def _again(number: int, unit: Unit, own: bool, onward: bool) -> int:
-    """Return how often a node runs again.
-
-    Args:
-      number: of its layer in the unit.
-      unit: the unit.
-      own: whether its own layer needs it to be differentiated.
-      onward: whether it leads to what the layers behind its own take.
-    """
-    if unit.looped[number]:
-        return own + onward
-    return int(own or (onward and number + 1 < unit.size))

@@ -8,8 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moecc.ir.graph import Graph
+
 PREFIX = "metric."
+LOSSES = "losses"
+"""The graph attribute with the options with which ``add-losses`` added losses."""
+
+LONG = {"z": "router_z"}
+"""Losses that an option abbreviates."""
+
 ROWS, ASKED = "rows", "asked"
+
+
+def coefficients(graph: Graph) -> dict[str, float]:
+    """Return the coefficients of the losses of routers, by the output that is the loss."""
+    options = graph.attrs.get(LOSSES)
+    found = options if isinstance(options, Mapping) else {}
+    return {
+        f"loss.{LONG.get(name, name)}": float(value)
+        for key, value in found.items()
+        if (name := key.removesuffix("_coef")) != key and value
+    }
 
 
 def finished(sums: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class StepPasses:
       routed: whether the model has experts; without, nothing is specialised.
       bound: the bound on an expert's rows; None for what the graph says.
       groups: token groups of a micro-batch; None for what the graph says.
+      balanced: whether tokens take experts in turn, to time a step.
       losses: options of ``add-losses``; None where none are added.
       mesh: where it is laid on a mesh of its own collectives.
       rolled: whether equal layers are a scan.
@@ -65,6 +66,7 @@ class StepPasses:
     bound: Bound | None = None
     groups: int | None = None
     losses: dict[str, object] | None = field(default_factory=dict)
+    balanced: bool = False
     mesh: MeshPasses | None = None
     rolled: bool = True
     remat: str = "none"
@@ -78,11 +80,13 @@ class StepPasses:
         if self.documents is not None:
             yield _pass("pack-segments", {"documents": self.documents})
         if self.tied:
-            yield "tie-head"
+            yield "tie-head{only=true}"
         if self.routed:
             yield specialize(self.mode, self.bound, self.groups)
-            if self.losses is not None:
-                yield _pass("add-losses", self.losses)
+        if self.losses is not None:
+            yield _pass("add-losses", self.losses)
+        if self.balanced:
+            yield "force-balance"
         yield "cse"
         if self.mesh is not None:
             yield from _on_mesh(self.mesh)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moecc.errors import InputError
-from moecc.ir.attributes import SlotAttrs
+from moecc.ir.attributes import RouteAttrs, SlotAttrs
+from moecc.ir.gates import convention
 from moecc.ir.graph import Graph
 from moecc.plan.batches import length_variables
 from moecc.plan.meshes import plan_mesh
@@ -65,9 +66,30 @@ def step_spec(graph: Graph, recipe: Recipe, platform: str = "cpu") -> StepSpec:
         float_type(run.reduce_dtype) if run.reduce_dtype else dtype,
         run.guard,
         recipe.routing.bias_rate,
+        _output_z(graph, recipe),
         platform=platform,
         layout=_layout(graph, recipe) if recipe.mesh.partition == GSPMD else None,
     )
+
+
+def _output_z(graph: Graph, recipe: Recipe) -> float:
+    """Return the coefficient of the z-loss of the output: the recipe's, or that of the graph."""
+    recorded = graph.attrs.get("losses")
+    own = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
+    return recipe.run.output_z or float(own)
+
+
+def step_remarks(graph: Graph) -> list[str]:
+    """Return what a user should know before the model of `graph` is trained."""
+    return [
+        f"{node.loc}: the gate of one expert out of renormalised ones is always 1, so its router "
+        "learns nothing from the loss: upcycle{gates=switch} is Switch routing"
+        for node in graph.every_node()
+        if node.op.chooses
+        and not node.op.assigns_slots
+        and (attrs := RouteAttrs.of_node(node)).top_k == 1
+        and not convention(attrs.gates).learns_at_top_1
+    ]
 
 
 def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:
@@ -102,7 +124,8 @@ def _passes(
         routed=routed,
         bound=bound,
         groups=groups,
-        losses=dict(losses),
+        losses=dict(losses) if routed or losses.get("attention-z-coef") else None,
+        balanced=routed and recipe.routing.force_balance and mode == "train",
         mesh=mesh,
         rolled=run.rolled,
         remat=run.remat if mode == "train" else "none",
@@ -146,10 +169,14 @@ def _losses(graph: Graph, recipe: Recipe) -> dict[str, object]:
     found = dict(recorded) if isinstance(recorded, Mapping) else {}
     options = {n.replace("_", "-"): v for n, v in found.items() if v is not None}
     options |= {"replace": True, "metrics": True, "parts": recipe.run.micro_batches}
+    # The step computes it with the cross entropy, where logits are in memory a chunk at a time.
+    options.pop("output-z-coef", None)
     if recipe.routing.balance >= 0:
         options["balance-coef"] = recipe.routing.balance
     if recipe.routing.z_loss >= 0:
         options["z-coef"] = recipe.routing.z_loss
+    if recipe.run.attention_z:
+        options["attention-z-coef"] = recipe.run.attention_z
     return options
 
 

@@ -15,6 +15,7 @@ from moecc.ir.unroll import unroll
 from moecc.model.open import Model
 from moecc.model.small_weights import reads_small
 from moecc.pipeline.passes import Preserves
+from moecc.tasks.contracts import NOT_CHECKED, Contracts, check_contracts
 from moecc.tasks.targets import AUTO, choose
 from moecc.types.dtypes import DType
 
@@ -45,6 +46,7 @@ class Plan:
       options: further options of the command that decide the result.
       seed: of the random numbers.
       remarks: the remarks of the passes.
+      contracts: what the passes were found to keep, on the model at small sizes.
     """
 
     model: Model
@@ -58,6 +60,7 @@ class Plan:
     remarks: tuple[str, ...] = ()
     storage: Storage | None = None
     options: tuple[str, ...] = ()
+    contracts: Contracts = NOT_CHECKED
 
     @cached_property
     def engines(self) -> tuple[Verdict, ...]:
@@ -144,6 +147,7 @@ def plan(
     seed: int = 0,
     allow_unmatched: bool = False,
     loaded: Sequence[str] = (),
+    check: bool = True,
 ) -> Plan:
     """Return the plan of a conversion.
 
@@ -157,10 +161,12 @@ def plan(
       seed: of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
       loaded: the files that passes of one's own are from, for the command on the card.
+      check: whether each pass is held to its promise, on the model at small sizes.
 
     Raises:
       UsageError: there is no such target, or no such type in it.
       InputError: a pass cannot be applied to this model, or the target cannot express the result.
+      CheckError: a pass broke its promise.
     """
     from moecc.checkpoint.gguf.storage import Storage
     from moecc.families.export import export_graph
@@ -186,6 +192,7 @@ def plan(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
         read=reads_small(model.checkpoint),
     )  # fmt: skip
+    contracts = check_contracts(model.graph, pipeline, context) if check else NOT_CHECKED
     done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
     if unroll(model.graph):
         remarks.append("repeated layers were unrolled: a checkpoint stores each layer")
@@ -204,6 +211,7 @@ def plan(
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
         (*(f"--load {Path(file).name}" for file in loaded),
          *(["--allow-unmatched"] if allow_unmatched else [])),
+        contracts,
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ plan's weight expressions tensor by tensor into a temporary folder, which is ren
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +14,12 @@ from typing import TYPE_CHECKING
 from moecc.tasks.conversion import Plan as Plan
 from moecc.tasks.conversion import plan as plan
 from moecc.tasks.convert_gguf import is_file, write_gguf, write_gguf_file
-from moecc.tasks.convert_records import card, manifest
+from moecc.tasks.convert_records import MAX_SHARD_BYTES, Progress, WriteOptions, card, manifest
+from moecc.tasks.convert_records import receipt_of as receipt_of
 from moecc.version import __version__
 
 if TYPE_CHECKING:
     from moecc.checkpoint.writer import WriteReport
-
-MAX_SHARD_BYTES = 5 * 10**9
-"""The default limit of a shard; a larger tensor gets a shard of its own."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,7 @@ def write(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
     allow_nonfinite: bool = False,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write a planned conversion to `out`, atomically.
@@ -56,7 +52,17 @@ def write(
     `out` is a folder; for a plan of a GGUF file it may also be that file, with its manifest beside
     it.
 
+    Args:
+      planned: the conversion.
+      out: the output.
+      max_shard_bytes: the limit of a shard.
+      force: whether an existing output is replaced.
+      allow_nonfinite: whether sources may hold NaN and infinity.
+      verify: whether source and result are run and compared before the result is in place.
+      progress: receives the bytes written so far, and all.
+
     Raises:
+      CheckError: the result is not the function that was promised.
       InputError: the output cannot be used; a weight is not finite; the source changed meanwhile.
       MachineError: the disk is too small, or a write failed.
     """
@@ -69,15 +75,15 @@ def write(
     assert checkpoint is not None, "a plan has weights"
     place = Path(out)
     one_file = is_file(planned, place)
-    options = _Options(max_shard_bytes, allow_nonfinite, progress)
+    options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
     with (output_file if one_file else output_folder)(
         place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes
     ) as temporary:
         if isinstance(planned.export, GgufExport):
             fill = write_gguf_file if one_file else write_gguf
-            written = fill(temporary, planned, place.name, options.allow_nonfinite, progress)
+            written = fill(temporary, planned, options)
         else:
-            written = _write_folder(temporary, planned, place.name, options)
+            written = _write_folder(temporary, planned, options)
         # After all of it was read and hashed: the digests are those of what was converted.
         checkpoint.require_unchanged()
     return Conversion(place, planned, written)
@@ -97,24 +103,12 @@ def check_place(planned: Plan, out: str | Path, *, force: bool = False) -> None:
     check(Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes)
 
 
-@dataclass(frozen=True)
-class _Options:
-    max_shard_bytes: int
-    allow_nonfinite: bool
-    progress: Progress | None
-
-    @property
-    def words(self) -> list[str]:
-        """What of them decides the files that are written, as options of the command."""
-        shards = self.max_shard_bytes != MAX_SHARD_BYTES
-        nonfinite = ["--allow-nonfinite"] if self.allow_nonfinite else []
-        return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite
-
-
-def _write_folder(folder: Path, planned: Plan, title: str, options: _Options) -> WriteReport:
+def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
     from moecc.checkpoint.durable import write_durable
+    from moecc.checkpoint.frontmatter import CARD_NAME
     from moecc.checkpoint.records import MANIFEST_NAME
     from moecc.checkpoint.writer import write_checkpoint
+    from moecc.tasks.receipt import RECEIPT_NAME
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -127,7 +121,10 @@ def _write_folder(folder: Path, planned: Plan, title: str, options: _Options) ->
         progress=options.progress,
         allow_nonfinite=options.allow_nonfinite,
     )
-    _write_companions(folder, planned, title, options.words)
+    _write_companions(folder, planned)
+    receipt = receipt_of(planned, folder, options)
+    write_durable(folder / RECEIPT_NAME, receipt.content())
+    write_durable(folder / CARD_NAME, card(planned, receipt, options.words).encode())
     write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written))
     return written
 
@@ -136,8 +133,8 @@ def _provenance(planned: Plan) -> dict[str, str]:
     return {"moecc": __version__, "pipeline": planned.pipeline.in_full()}
 
 
-def _write_companions(folder: Path, planned: Plan, title: str, words: list[str]) -> None:
-    """Copy tokenizer and licence files byte for byte, and write config.json and the card."""
+def _write_companions(folder: Path, planned: Plan) -> None:
+    """Copy tokenizer and licence files byte for byte, and write config.json."""
     from moecc.checkpoint.durable import write_durable
     from moecc.checkpoint.files import read_whole
 
@@ -152,4 +149,3 @@ def _write_companions(folder: Path, planned: Plan, title: str, words: list[str])
     if planned.dtype is not None:
         config["torch_dtype"] = config["dtype"] = planned.dtype.torch
     write_durable(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    write_durable(folder / "README.md", card(planned, title, words).encode())

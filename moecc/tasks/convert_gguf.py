@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moecc.tasks.conversion import Plan
-from moecc.tasks.convert_records import card, manifest
+from moecc.tasks.convert_records import WriteOptions, card, manifest, receipt_of
 from moecc.version import __version__
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ _SEVERAL = {"language": "languages", "datasets": "datasets"}
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """llama.cpp's numbers for what most of a file is stored in."""
 
-Progress = Callable[[int, int], None]
-
 
 def is_file(planned: Plan, out: Path) -> bool:
     """Whether the output is the GGUF file itself, and not a folder with one."""
@@ -33,56 +30,49 @@ def is_file(planned: Plan, out: Path) -> bool:
     return isinstance(planned.export, GgufExport) and out.suffix == SUFFIX
 
 
-def write_gguf(
-    folder: Path,
-    planned: Plan,
-    title: str,
-    allow_nonfinite: bool = False,
-    progress: Progress | None = None,
-) -> WriteReport:
-    """Write ``model.gguf`` into `folder`, with licences, card and manifest.
+def write_gguf(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
+    """Write ``model.gguf`` into `folder`, with licences, receipt, card and manifest.
 
     Raises: as `moecc.tasks.convert.write`.
     """
     from moecc.checkpoint.durable import write_durable
     from moecc.checkpoint.files import read_whole
+    from moecc.checkpoint.frontmatter import CARD_NAME
+    from moecc.checkpoint.gguf.storage import FILE_NAME
     from moecc.checkpoint.records import MANIFEST_NAME
+    from moecc.tasks.receipt import RECEIPT_NAME
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
-    written = _write_weights(folder, planned, allow_nonfinite, progress)
+    written = _write_weights(folder, planned, options)
     for name, content in checkpoint.companions().items():
         if name.startswith(_LICENCES):
             data = read_whole(content) if isinstance(content, Path) else content
             write_durable(folder / name, data)
-    words = ["--allow-nonfinite"] if allow_nonfinite else []
-    write_durable(folder / "README.md", card(planned, title, words).encode())
+    receipt = receipt_of(planned, folder / FILE_NAME, options)
+    words = ["--allow-nonfinite"] if options.allow_nonfinite else []
+    write_durable(folder / RECEIPT_NAME, receipt.content())
+    write_durable(folder / CARD_NAME, card(planned, receipt, words).encode())
     write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written))
     return written
 
 
-def write_gguf_file(
-    folder: Path,
-    planned: Plan,
-    title: str,
-    allow_nonfinite: bool = False,
-    progress: Progress | None = None,
-) -> WriteReport:
+def write_gguf_file(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
     """Write ``model.gguf`` and its manifest into `folder`, from where they get their names.
 
     Raises: as `moecc.tasks.convert.write`.
     """
     from moecc.checkpoint.durable import write_durable
+    from moecc.checkpoint.gguf.storage import FILE_NAME
     from moecc.checkpoint.records import MANIFEST_NAME
 
-    written = _write_weights(folder, planned, allow_nonfinite, progress)
-    write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written))
+    written = _write_weights(folder, planned, options)
+    receipt = receipt_of(planned, folder / FILE_NAME, options).to_json()
+    write_durable(folder / MANIFEST_NAME, manifest(folder, planned, written, receipt))
     return written
 
 
-def _write_weights(
-    folder: Path, planned: Plan, allow_nonfinite: bool, progress: Progress | None
-) -> WriteReport:
+def _write_weights(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
     from moecc.checkpoint.gguf.encode import plan_file
     from moecc.checkpoint.gguf.storage import FILE_NAME
     from moecc.checkpoint.writer import write_files
@@ -92,8 +82,8 @@ def _write_weights(
     tensors = planned.tensors
     file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
     return write_files(
-        folder, tensors, [file], checkpoint.read, progress=progress,
-        allow_nonfinite=allow_nonfinite,
+        folder, tensors, [file], checkpoint.read, progress=options.progress,
+        allow_nonfinite=options.allow_nonfinite,
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,20 +15,73 @@ from moecc.version import __version__
 if TYPE_CHECKING:
     from moecc.checkpoint.writer import WriteReport
     from moecc.engines.verdicts import Verdict
+    from moecc.tasks.receipt import Receipt
 
 
-def card(planned: Plan, title: str, options: Sequence[str] = ()) -> str:
+MAX_SHARD_BYTES = 5 * 10**9
+"""The default limit of a shard; a larger tensor gets a shard of its own."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a planned conversion is written.
+
+    Attributes:
+      max_shard_bytes: the limit of a shard.
+      allow_nonfinite: whether sources may hold NaN and infinity.
+      verify: whether source and result are run and compared.
+      progress: receives the bytes written so far, and all.
+    """
+
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    allow_nonfinite: bool = False
+    verify: bool = False
+    progress: Progress | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """What of them decides the files that are written, as options of the command."""
+        shards = self.max_shard_bytes != MAX_SHARD_BYTES
+        nonfinite = ["--allow-nonfinite"] if self.allow_nonfinite else []
+        return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite
+
+
+def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
+    """Return the receipt of a conversion, after running source and result if that is wanted.
+
+    Args:
+      planned: the conversion.
+      written: the folder or the GGUF file that it wrote.
+      options: how.
+
+    Raises:
+      CheckError: the result is not the function that was promised.
+    """
+    from moecc.checkpoint.records import library_versions
+    from moecc.tasks.receipt import Receipt
+    from moecc.tasks.verify_written import verify_written
+
+    verified = verify_written(planned, written) if options.verify else None
+    return Receipt(
+        planned.preserves, planned.contracts, verified, planned.engines, library_versions()
+    )
+
+
+def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
     """Return the model card of a conversion.
 
     Args:
       planned: the conversion.
-      title: the name of the output.
+      receipt: its receipt.
       options: further options of the command that decide what is written.
     """
     from moecc.checkpoint.gguf.storage import FILE_NAME
     from moecc.checkpoint.modelcard import CardFacts, hub_repository, model_card
     from moecc.checkpoint.run.lineage import is_trained, stages_of, story
     from moecc.families.export_gguf import GgufExport
+    from moecc.tasks.receipt import receipt_lines
 
     checkpoint = planned.model.checkpoint
     assert checkpoint is not None, "a plan has weights"
@@ -38,11 +92,11 @@ def card(planned: Plan, title: str, options: Sequence[str] = ()) -> str:
     made = (f"{count} of {facts.layers} layers have {kind}" for kind, count in kinds.items())
     return model_card(
         CardFacts(
-            title=title,
+            title=f"{path.name}-{planned.target.replace(':', '-')}",
             family_from=str(planned.graph.attrs.get("family", "")),
             family_to=planned.target,
             command=command(planned, options),
-            preserves=str(planned.preserves),
+            receipt=tuple(receipt_lines(receipt.to_json())),
             dtype=planned.dtype_name,
             parameters=planned.parameters,
             active_parameters=facts.parameters.active,
@@ -141,7 +195,12 @@ def _notes(planned: Plan) -> tuple[str, ...]:
     return tuple(planned.model.remarks())
 
 
-def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
+def manifest(
+    folder: Path,
+    planned: Plan,
+    written: WriteReport,
+    receipt: Mapping[str, object] | None = None,
+) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
     from moecc.checkpoint.manifest import file_records, weight_file_record
     from moecc.checkpoint.records import Manifest, TensorRecord, dump
@@ -173,6 +232,7 @@ def manifest(folder: Path, planned: Plan, written: WriteReport) -> bytes:
         files=file_records({name: folder / name for name in others}),
         tensors=tensors,
         notes=(*_notes(planned), *nonfinite),
+        receipt=receipt,
         lineage=tuple(stages) if is_trained(stages) else (),
     )
     return dump(made)

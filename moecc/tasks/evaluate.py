@@ -13,6 +13,7 @@ import numpy as np
 from moecc.backend import get_backend
 from moecc.ir.graph import Graph
 from moecc.model.open import Model, open_model
+from moecc.steps.head import LOGITS
 from moecc.steps.recipes import eval_graph
 from moecc.train.data.batches import open_batches
 from moecc.train.data.collate import collate
@@ -44,7 +45,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSpec:
     """How models are evaluated.
 
     Attributes:
@@ -121,7 +122,7 @@ class Evaluated:
 def evaluate(
     models: Sequence[str],
     data: Sequence[str],
-    settings: Settings,
+    settings: EvaluationSpec,
     progress: Progress | None = None,
 ) -> list[Evaluated]:
     """Evaluate each of `models` on the same rows of each folder of `data`.
@@ -132,7 +133,7 @@ def evaluate(
     folders = {name: open_tokens(path) for name, path in _named(data)}
     found: list[Evaluated] = []
     for number, name in enumerate(models):
-        with open_model(name, padding=True) as model:
+        with open_model(name) as model:
             sets = {n: _score(model, folder, settings) for n, folder in folders.items()}
         first = found[0].sets if found else {}
         against = {
@@ -151,7 +152,7 @@ def _named(data: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield (name if names.count(name) == 1 else path), path
 
 
-def _score(model: Model, folder: TokenFolder, settings: Settings) -> SetScore:
+def _score(model: Model, folder: TokenFolder, settings: EvaluationSpec) -> SetScore:
     recipe = evaluation_recipe(model.graph, folder, settings)
     graph = eval_graph(model.graph, recipe)
     facts = facts_of(model, graph)
@@ -164,7 +165,7 @@ def _score(model: Model, folder: TokenFolder, settings: Settings) -> SetScore:
     return score if score.kind != LABELLED else _labels(score, folder, recipe.data, facts, scorer)
 
 
-def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: Settings) -> Recipe:
+def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: EvaluationSpec) -> Recipe:
     """Return a recipe whose evaluation is that of `folder` by a model with `graph`."""
     kind = folder.facts.kind
     if kind == LABELLED:
@@ -174,8 +175,7 @@ def evaluation_recipe(graph: Graph, folder: TokenFolder, settings: Settings) -> 
     elif "decoder_tokens" in graph.inputs:
         objective = Objective.SPANS
     else:
-        is_encoder = folder.facts.special.mask is not None and "mask" in graph.inputs
-        objective = Objective.MASKED if is_encoder else Objective.CAUSAL
+        objective = Objective.CAUSAL if LOGITS in graph.outputs else Objective.MASKED
     corpus = (Corpus(str(folder.path), name="data"),)
     data = DataSection(
         train=corpus, evaluate=corpus, objective=objective, batch=settings.batch,

@@ -32,7 +32,7 @@ from moecc.model.open import Model, no_tensors, open_model, read_graph
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
 from moecc.tasks.train_exports import check_export
 from moecc.tasks.train_source import Source, config_of, open_source
-from moecc.train.data.batches import Batches, open_batches
+from moecc.train.data.batches import Batches, open_batches, resolved
 from moecc.train.data.model_facts import ModelFacts, facts_of
 from moecc.train.job import Beginning, TrainJob
 from moecc.train.lineage import lineage, source_files
@@ -60,6 +60,7 @@ def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
     check_output(out, inputs=inputs)
     graph = source.made.graph
     batches = _checked(recipe, graph, facts_of(source.model, train_graph(graph, recipe)))
+    recipe = resolved(recipe, batches)
     digest = recipe_digest(recipe)
 
     def create() -> None:
@@ -88,6 +89,9 @@ def resumed_run(run: Path, sets: Sequence[str] = (), recipe: Recipe | None = Non
     begun = _begun_with(run)
     text = (run / RECIPE).read_text("utf-8")
     found = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
+    if not found.data.decoder_seq:
+        # The run has the length that its data needed.
+        found = replace(found, data=replace(found.data, decoder_seq=begun.data.decoder_seq))
     differences = recipe_differences(begun, found)
     if differences:
         raise InputError(
@@ -124,6 +128,7 @@ def forked_run(recipe: Recipe, reference: str, out: Path) -> TrainJob:
     graph = read_graph(str(run / GRAPH))
     check_output(out, inputs=[run])
     batches = _checked(recipe, graph, _facts_of_run(run, graph, recipe))
+    recipe = resolved(recipe, batches)
     digest = recipe_digest(recipe)
 
     def create() -> None:

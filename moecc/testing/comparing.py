@@ -6,7 +6,7 @@ summed, and a wrong one by 1e-7 or more, so the tolerance of 1e-12 separates the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from moecc.ir.structure import clone
 from moecc.testing.data import Sizes, inputs_for, params_for
 from moecc.testing.draws import generator
 from moecc.types.arrays import Array
+from moecc.types.dtypes import KEY
+from moecc.types.tensor import TensorType
 
 TOLERANCE = 1e-12
 """The difference allowed between equal outputs, times their magnitude (at least 1)."""
@@ -28,6 +30,15 @@ PERTURBATION = 1e-13
 
 ROUNDING = 4e-15
 """The relative error of each operation that does so: as of sums of a few dozen terms."""
+
+EDGE = 1e-6
+"""The share of an output's magnitude that such errors move only where they tip a choice.
+
+They are amplified ten million times there: two experts, or two tokens, had equal scores.
+"""
+
+DRAWS, DRAWS_ON_EDGE = 3, 12
+"""How often errors are drawn, and how often where they tip choices."""
 
 
 def run_reference(
@@ -79,12 +90,20 @@ def gaps(
     expected = run_reference(graph, params=params, inputs=inputs)
     if exact:
         return list(unequal(expected, found, seed))
-    allowed: dict[str, Any] = {n: tolerance * magnitude(a) for n, a in expected.items()}
-    if not any(beyond(expected, found, allowed, seed)):
+    bounds: dict[str, Any] = {n: tolerance * magnitude(a) for n, a in expected.items()}
+    if not any(beyond(expected, found, bounds, seed)):
         return []
-    for name, moved in amplified(graph, params, inputs, expected).items():
-        allowed[name] = allowed[name] + moved
-    return list(beyond(expected, found, allowed, seed))
+
+    noisy, key = _with_errors(graph)
+
+    def run(draw: int) -> Mapping[str, Array]:
+        near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in data]
+        drawn = {**near[1], key: np.asarray(draw, np.uint64)}
+        return run_reference(noisy, params=near[0], inputs=drawn)
+
+    moved = amplified(run, expected, EDGE)
+    bounds = {n: bounds[n] + moved[n] for n in expected}
+    return list(beyond(expected, found, bounds, seed))
 
 
 @dataclass(frozen=True)
@@ -123,32 +142,68 @@ def magnitude(data: Array) -> float:
 
 
 def amplified(
-    graph: Graph, params: Arrays, inputs: Arrays, expected: Mapping[str, Array]
+    run: Callable[[int], Mapping[str, Array]], expected: Mapping[str, Array], edge: float
 ) -> dict[str, Array]:
-    """Return how far each output moves under small errors of the data and of each operation."""
-    moved: dict[str, Array] = {}
-    for draw in range(3):
-        near = [{n: _nudged(a, draw, n) for n, a in arrays.items()} for arrays in (params, inputs)]
-        outputs = run_reference(_with_errors(graph, draw), params=near[0], inputs=near[1])
-        for name, data in outputs.items():
-            step = distance(expected[name], data)
-            moved[name] = np.maximum(moved.get(name, 0.0), step)
-    return moved
+    """Return how far small errors may move each output; ∞ where they may tip a choice.
+
+    Args:
+      run: returns the outputs under errors of a draw.
+      expected: the outputs without errors.
+      edge: the share of an output's magnitude beyond which a choice was tipped.
+    """
+    moved: dict[str, Array] = {n: np.zeros(a.shape) for n, a in expected.items()}
+    limits = {n: edge * magnitude(a) for n, a in expected.items()}
+    for draw in range(DRAWS_ON_EDGE):
+        if draw == DRAWS and not any((m > limits[n]).any() for n, m in moved.items()):
+            break
+        for name, data in run(draw).items():
+            moved[name] = np.maximum(moved[name], distance(expected[name], data))
+    return {n: np.where(_with_neighbours(m > limits[n]), np.inf, m) for n, m in moved.items()}
 
 
-def _with_errors(graph: Graph, draw: int) -> Graph:
-    """Return `graph` with each float result off by a few units in the last place."""
+def _with_neighbours(tipped: Array) -> Array:
+    """Return `tipped` with all elements that are in line with one, along whichever axis.
+
+    What is chosen is a row, and in a rectified one most elements are 0, as in the one before.
+    """
+    return np.asarray(
+        sum((tipped.any(axis=i, keepdims=True) for i in range(tipped.ndim)), tipped), dtype=bool
+    )
+
+
+_ERRORS = "errors"
+"""What the key of the errors is called, unless the graph has the name."""
+
+
+def _with_errors(graph: Graph) -> tuple[Graph, str]:
+    """Return `graph` with each float result off by a few units in the last place.
+
+    Returns:
+      The graph, and its further input: the key that draws the errors.
+    """
     copy = clone(graph)
     nodes = list(copy)
-    for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+    key = copy.input(copy.fresh(_ERRORS), TensorType(KEY))
+    for number, (node, following) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
         builder = Builder(copy, before=following)
         for value in node.results:
             if value.type.dtype.is_float:
-                noise = generator(draw, "error", value.name).uniform(-1, 1)
                 users = list(value.users)
-                off = builder.scale(value, by=1 + ROUNDING * noise)
+                off = _off(builder, value, builder.fold_key(key, by=number))
                 _use_instead(value, off, users)
-    return copy
+    return copy, key.name
+
+
+def _off(b: Builder, value: Value, key: Value) -> Value:
+    """Return `value`, each element off by itself: equal ones must not stay equal."""
+    low, high = 1 - ROUNDING, 1 + ROUNDING
+    if value.type.unreduced or value.type.ragged is not None:
+        # No numbers are drawn for parts of a sum, nor for rows whose number the data decide.
+        one = b.random_uniform(
+            key, b.constant(value=1.0, dtype=value.type.dtype.name), low=low, high=high
+        )
+        return b.mul(value, one)
+    return b.mul(value, b.random_uniform(key, value, low=low, high=high))
 
 
 def _use_instead(old: Value, new: Value, users: Sequence[Node]) -> None:

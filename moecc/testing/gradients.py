@@ -50,7 +50,8 @@ def _held_run(graph: Graph, trial: Trial) -> _HeldRun:
     constants = _values_of(graph, kept, trial)
     for name, node in kept.items():
         node.replace_by(graph.input(name, node.result.type))
-    inputs = inputs_for(graph, trial.seed, trial.sizes, STEP) | constants
+    # Drawn for one graph: what indexes something in it must not be drawn anew where that is gone.
+    inputs = inputs_for(trial.before, trial.seed, trial.sizes, STEP) | constants
     params = params_for(graph, trial.seed, trial.sizes, STEP)
     return graph, (params, inputs), run_reference(graph, params=params, inputs=inputs)
 
@@ -60,7 +61,7 @@ def _values_of(graph: Graph, kept: dict[str, Node], trial: Trial) -> dict[str, A
     shown = clone(graph)
     for name, node in kept.items():
         shown.set_output(name, shown.value(node.result.name))
-    inputs = inputs_for(graph, trial.seed, trial.sizes)
+    inputs = inputs_for(trial.before, trial.seed, trial.sizes)
     params = params_for(graph, trial.seed, trial.sizes)
     outputs = run_reference(shown, params=params, inputs=inputs)
     return {name: outputs[name] for name in kept}

@@ -15,7 +15,7 @@ from moecc.types.arrays import Array
 from moecc.types.dtypes import F16, F32, F64, DType
 from moecc.types.tensor import TensorType
 from moecc.weights import random
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import Reader
 from moecc.weights.expr import Expr, Full, Source
@@ -83,6 +83,8 @@ def _arithmetic(e: Expr, x: list[Array]) -> Array:
         return np.asarray(a + b)
     if isinstance(e, Mul):
         return np.asarray(a * b)
+    if isinstance(e, Minimum):
+        return np.where(np.isnan(a) | (a < b), a, b)
     assert isinstance(e, Select), f"an expression of a kind that is unknown here: {e}"
     return np.where(a, b, c[0])
 

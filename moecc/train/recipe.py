@@ -210,6 +210,8 @@ class RunSection:
       weight_dtype: the type of the master weights.
       reduce_dtype: the type in which gradients are added and reduced; empty for the computation's.
       remat: what the backward pass computes again, as `compile --remat`.
+      output_z: coefficient of the z-loss of the output's softmax; 0 for what the graph says.
+      attention_z: coefficient of the z-loss of attention; 0 for what the graph says.
       rolled: whether equal layers are a scan.
       seed: of jitter and dropout.
       save_steps: a checkpoint every so many steps; 0 for none but the last.
@@ -228,6 +230,8 @@ class RunSection:
     weight_dtype: str = "f32"
     reduce_dtype: str = ""
     remat: str = "none"
+    output_z: float = 0.0
+    attention_z: float = 0.0
     rolled: bool = True
     seed: int = 0
     save_steps: int = 0

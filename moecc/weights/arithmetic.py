@@ -88,6 +88,21 @@ class Mul(Expr):
 
 
 @node
+class Minimum(Expr):
+    """The smaller of two, element by element."""
+
+    op = "minimum"
+    a: Expr
+    b: Expr
+
+    def _infer(self) -> TensorType:
+        return contained(self, self.a, self.b).with_dtype(computed(self, self.a, self.b))
+
+    def __str__(self) -> str:
+        return f"minimum({listed(self.operands)})"
+
+
+@node
 class Select(Expr):
     """The first choice where the mask holds, the second elsewhere.
 

@@ -18,7 +18,7 @@ from moecc.types.arrays import Array
 from moecc.types.dtypes import DType
 from moecc.types.tensor import TensorType
 from moecc.weights import moments, random
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.boxes import Box, align, extents, flat_boxes, project, row_blocks, whole
 from moecc.weights.draws import Draw, Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.expr import Expr, Full, Source
@@ -299,7 +299,10 @@ class Evaluator:
         with self._overflow(e):
             return np.asarray(a * b)
 
-    def _wide(self, e: Add | Mul, box: Box) -> tuple[Array, Array]:
+    def _minimum(self, e: Minimum, box: Box) -> Array:
+        return np.asarray(np.minimum(*self._wide(e, box)))
+
+    def _wide(self, e: Add | Mul | Minimum, box: Box) -> tuple[Array, Array]:
         a, b = (widen(self._operand(x, e.type, box), e.type.dtype) for x in e.operands)
         return a, b
 
@@ -353,6 +356,7 @@ _RULES: dict[type[Expr], Callable[[Evaluator, Any, Box], Array]] = {
     Cast: Evaluator._cast,
     Add: Evaluator._add,
     Mul: Evaluator._mul,
+    Minimum: Evaluator._minimum,
     Select: Evaluator._select,
     Moment: Evaluator._moment,
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.expr import Expr
 from moecc.weights.movement import (
     Concat,
@@ -76,6 +76,7 @@ RULES: dict[type[Expr], tuple[Rule, ...]] = {
     ),
     Add: (arithmetic.fold_numbers, arithmetic.drop_widening),
     Mul: (arithmetic.fold_numbers, arithmetic.mul_by_full, arithmetic.drop_widening),
+    Minimum: (arithmetic.fold_numbers, arithmetic.drop_widening),
     Select: (arithmetic.select_constant,),
     Moment: (arithmetic.moment_of_all, arithmetic.drop_widening),
 }

@@ -7,7 +7,7 @@ stack(x, y, axis=expert)  concat(x, y, axis=mlp)
 each(expert=0..7, source("experts.{expert}.w" : bf16[mlp=1536]))  for a stack of eight
 index(x, expert=3)  slice(x, mlp=0:768)  rename(x, mlp=inner)  permute(x, (embed, mlp))
 split(x, mlp=(group=2, mlp=768))  merge(x, (group, mlp)=mlp)
-scale(x, 2.0)  cast(x, f32)  add(x, y)  mul(x, y)  select(mask, x, y)
+scale(x, 2.0)  cast(x, f32)  add(x, y)  mul(x, y)  minimum(x, y)  select(mask, x, y)
 mean(x, keep=(expert))  std(x, mask)
 normal(f32[expert=8], std=0.02, key=0x1f)  with mean=0.5
 truncated_normal(f32[expert=8], std=0.02, key=0x1f)  with bound=2.0

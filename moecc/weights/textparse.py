@@ -7,7 +7,7 @@ from typing import Literal
 
 from moecc.errors import nearest, printable
 from moecc.types.tensor import TensorType
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.each import in_full
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
@@ -273,6 +273,7 @@ _PARSERS: dict[str, Callable[[_Reader], Expr]] = {
     "cast": _cast,
     "add": lambda r: Add(*_pair(r)),
     "mul": lambda r: Mul(*_pair(r)),
+    "minimum": lambda r: Minimum(*_pair(r)),
     "select": _select,
     "mean": _moment("mean"),
     "std": _moment("std"),

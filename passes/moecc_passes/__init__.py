@@ -49,6 +49,12 @@ def _expert_parallel() -> type[Pass]:
     return ExpertParallelPass
 
 
+def _force_balance() -> type[Pass]:
+    from moecc_passes.force_balance import ForceBalancePass
+
+    return ForceBalancePass
+
+
 def _freeze() -> type[Pass]:
     from moecc_passes.freeze import FreezePass
 
@@ -134,6 +140,7 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "cse": _cse,
     "dce": _dce,
     "expert-parallel": _expert_parallel,
+    "force-balance": _force_balance,
     "freeze": _freeze,
     "fuse-gate-up": _fuse_gate_up,
     "lower-collectives": _lower_collectives,

@@ -8,14 +8,16 @@ from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
 from moecc.errors import InputError, Problem
+from moecc.ir.attributes import RouteAttrs, SoftmaxAttrs
 from moecc.ir.builder import Builder
-from moecc.ir.graph import Graph, Value
-from moecc.ir.losses import LossBuilder, emit_output_z
-from moecc.ir.metrics import MetricBuilder
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.losses import LossBuilder, emit_z
+from moecc.ir.metrics import BALANCE_BIASES, CHOSEN, MetricBuilder
 from moecc.ir.routed import TOTALS, Means
+from moecc.ir.table.slots import operands_by_word
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc_passes.loss_outputs import Weighted, joined, metrics_of, tallies_of, total_of
-from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, routed_layers
+from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, attention_scores, routed_layers
 
 PREFIXES = ("loss.", "metric.")
 """The prefixes of the output names."""
@@ -70,6 +72,7 @@ class AddLossesPass(Pass):
     load_noise: Annotated[
         float | None, "the noise of the load loss; none: what is added to the logits, or 1/experts"
     ] = None
+    attention_z_coef: Annotated[float, "that of the z-loss of attention, of every layer"] = 0.0
     output_z_coef: Annotated[float, "that of the z-loss of the output softmax"] = 0.0
     over: Annotated[
         Literal["group", "sequence", "global"], "what f and P are means over, before averaging"
@@ -123,6 +126,7 @@ class AddLossesPass(Pass):
         yield "z-coef", self.z_coef
         yield "importance-coef", self.importance_coef
         yield "load-coef", self.load_coef
+        yield "attention-z-coef", self.attention_z_coef
         yield "output-z-coef", self.output_z_coef
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
@@ -144,6 +148,8 @@ class AddLossesPass(Pass):
         losses: list[Weighted] = []
         for layer in layers:
             losses.append(self._add_to_layer(graph, layer, ctx))
+        attentions = attention_scores(graph) if self.attention_z_coef else []
+        losses += [self._attention_z(node) for node in attentions]
         builder = Builder(graph, loc="loss", origin=f"{ORIGIN}join")
         every = joined(builder, losses, self.layers)
         every += self._output_z(builder, graph)
@@ -154,8 +160,9 @@ class AddLossesPass(Pass):
         graph.attrs[ATTRIBUTE] = {f.name: getattr(self, f.name) for f in fields(self)}
         added = len([n for n in graph.output_names if n.startswith(PREFIXES)])
         stats = {"layers": len(layers), "outputs-added": added}
-        missing = [] if layers else [NOTHING_ROUTED]
-        return PassResult(added > 0, len(layers), stats, near_misses=missing)
+        matched = len(layers) + len(attentions)
+        missing = [] if matched else [NOTHING_ROUTED]
+        return PassResult(added > 0, matched, stats, near_misses=missing)
 
     def _add_to_layer(self, graph: Graph, layer: RoutedLayer, ctx: Context) -> Weighted:
         builder = Builder(graph, loc=layer.assigner.loc, origin=f"{ORIGIN}layer")
@@ -164,6 +171,8 @@ class AddLossesPass(Pass):
         means = Means(builder, routed, self.over, max(self.parts, 1))
         if self.metrics:
             told = tallies_of if self.parts else metrics_of
+            if self.parts:
+                _record_bias(graph, layer)
             for name, value in told(MetricBuilder(means), layer).items():
                 graph.set_output(f"metric.{layer.name}.{name}", value)
         if routed.scores is None:
@@ -188,6 +197,14 @@ class AddLossesPass(Pass):
             std = self.load_noise or scores.noise_std or 1 / scores.count
             yield "load", self.load_coef, made.load(std)
 
+    def _attention_z(self, softmax: Node) -> Weighted:
+        builder = Builder(softmax.graph, loc=softmax.loc, origin=f"{ORIGIN}attention")
+        builder.before = softmax
+        scores, axis = softmax.operands[0], SoftmaxAttrs.of_node(softmax).axis
+        mean = emit_z(builder, scores, axis)
+        made = mean if self.parts < 2 else builder.scale(mean, by=1 / self.parts)
+        return [("attention_z", self.attention_z_coef, made)]
+
     def _output_z(self, builder: Builder, graph: Graph) -> Weighted:
         if not self.output_z_coef:
             return []
@@ -198,7 +215,18 @@ class AddLossesPass(Pass):
                 found=", ".join(graph.output_names),
                 hint="output-z-coef=0 leaves it out",
             )
-        return [("output_z", self.output_z_coef, emit_output_z(builder, logits[0]))]
+        return [("output_z", self.output_z_coef, emit_z(builder, logits[0], "vocab"))]
+
+
+def _record_bias(graph: Graph, layer: RoutedLayer) -> None:
+    """Record which output counts the choices that a layer's balance bias is updated by."""
+    route = layer.route
+    if route is None or "bias" not in RouteAttrs.of_node(route).using:
+        return
+    bias = operands_by_word(route.operands, route.attrs)["bias"]
+    if bias.is_param:
+        counts = graph.attrs.setdefault(BALANCE_BIASES, {})
+        counts[bias.name] = f"metric.{layer.name}.{CHOSEN}"
 
 
 def remove_losses(graph: Graph) -> AddLossesPass | None:
@@ -208,6 +236,7 @@ def remove_losses(graph: Graph) -> AddLossesPass | None:
         return None
     del graph.attrs[ATTRIBUTE]
     totals = graph.attrs.pop(TOTALS, {})
+    graph.attrs.pop(BALANCE_BIASES, None)
     for name in [n for n in graph.output_names if n.startswith(PREFIXES)]:
         graph.drop_output(name)
     for node in graph.walk_back():

@@ -8,10 +8,10 @@ from itertools import chain
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
-from moecc.ir.metrics import MetricBuilder
+from moecc.ir.metrics import CHOSEN, MetricBuilder
 from moecc_passes.routed import RoutedLayer
 
-ORDER = ("balance", "router_z", "importance", "load")
+ORDER = ("balance", "router_z", "importance", "load", "attention_z")
 """The losses of layers, in the order in which they are returned."""
 
 Weighted = list[tuple[str, float, Value]]
@@ -43,7 +43,7 @@ def tallies_of(made: MetricBuilder, layer: RoutedLayer) -> dict[str, Value]:
     """Return what adds up over the parts of a batch, and `moecc.steps.metrics` makes metrics of."""
     scores = made.means.routed.scores
     found = {
-        "chosen": made.chosen(),
+        CHOSEN: made.chosen(),
         "rows": made.rows(),
         "left_behind": made.left_behind(),
         "gate_mean": made.gate_mean(),

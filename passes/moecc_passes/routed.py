@@ -24,6 +24,8 @@ SCORER = P.route(P.any(), ...) | P.softmax(P.any())
 AFTER_SCORER = P.merge(P.any()) | P.add(P.any(), P.any())
 AFTER_PRODUCT = P.add(P.any(), P.any()) | P.scale(P.any())
 NOISY = P.add(P.any("clean"), P.random_normal(P.any(), P.any(), std=P.attr("std")))
+ATTENTION = P.softmax(P.any(), axis=P.attr("axis"))
+SUMMED = P.contract(P.any(), P.any(), over=P.attr("over"))
 MASKED = P.mask(P.any(), P.any("seen"))
 CAUSAL = P.causal(P.any(), ...)
 
@@ -186,6 +188,33 @@ def _clean(logits: Value) -> tuple[Value | None, float]:
     """Return the logits without added noise, and its standard deviation."""
     found = fits(NOISY, logits.node)
     return (found.value("clean"), found.attr("std")) if found else (None, 0.0)
+
+
+def attention_scores(graph: Graph) -> list[Node]:
+    """Return the softmax of the scores of every attention: its result weighs a sum along its axis.
+
+    Raises:
+      InputError: some are in the body of a scan.
+    """
+    found = []
+    for node in graph:
+        if node.body is not None and any(_is_attention(inner) for inner in node.body):
+            raise InputError(
+                "layers of attention are rolled up in a scan",
+                where=where(node),
+                hint="run this pass before roll-layers, or unroll-layers before it",
+            )
+        if _is_attention(node):
+            found.append(node)
+    return found
+
+
+def _is_attention(node: Node) -> bool:
+    softmax = fits(ATTENTION, node)
+    if softmax is None or "attention" not in node.loc.rpartition(".")[2]:
+        return False
+    uses = (fits(SUMMED, user) for user in node.result.users)
+    return any(use is not None and softmax.attr("axis") in use.attr("over") for use in uses)
 
 
 def causal_values(graph: Graph) -> set[Value]:

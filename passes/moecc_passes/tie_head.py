@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from moecc.errors import InputError
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.ir.traits import Cost
-from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Preserves
 
 TOKENS, HIDDEN, LOGITS = "tokens", "hidden", "logits"
 
@@ -35,7 +35,13 @@ class TieHeadPass(Pass):
 
     name: ClassVar[str] = "tie-head"
     summary: ClassVar[str] = "make logits of hidden states by the embedding"
-    preserves = EXACT
+
+    only: Annotated[bool, "the hidden states are no output any more"] = False
+
+    @property
+    def preserves(self) -> Preserves:
+        """Exact, where the outputs stay."""
+        return Preserves("approximate", "an output is left out") if self.only else EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Add the output ``logits``, unless there is one.
@@ -56,6 +62,8 @@ class TieHeadPass(Pass):
         (width,) = (n for n in table.type.names if n in hidden.type)
         builder = Builder(graph, loc="head", origin=self.name)
         graph.set_output(LOGITS, builder.contract(hidden, table, over=width, name=LOGITS))
+        if self.only:
+            graph.drop_output(HIDDEN)
         return PassResult(changed=True, matched=1)
 
 

@@ -356,6 +356,10 @@ def test_models_of_every_family(case: str) -> None:
         assert len(block.params) == (6 if config.mlp_bias else 3)
 
 
+BIASED = ("bert", "gpt2", "gpt_neox")
+"""Families whose blocks end with a bias."""
+
+
 def check_encoder(config: ModelConfig) -> None:
     """Check the same of an encoder or an encoder-decoder, whose stacks count their own layers."""
     search = find_ffn_blocks(build(config))
@@ -376,7 +380,7 @@ def check_encoder(config: ModelConfig) -> None:
     for block in found.values():
         assert (block.outer, block.inner) == ("embed", "mlp")
         assert block.width == config.intermediate_size
-        assert (block.output_bias is not None) == (config.model_type == "bert")
+        assert (block.output_bias is not None) == (config.model_type in BIASED)
 
 
 @given(graphs(steps=[feed_forward, unary, contract, attention, binary, experts], max_steps=6))

@@ -12,7 +12,7 @@ FACTS = CardFacts(
     family_from="llama",
     family_to="mixtral",
     command="moecc convert SOURCE OUT -p 'upcycle{experts=8 top-k=2}' --to mixtral --seed 3",
-    preserves="reassociation",
+    receipt=("Promised: reassociation", "Measured: nothing", "Runs in: moecc"),
     dtype="bf16",
     parameters=691_600_000,
     active_parameters=214_100_000,
@@ -87,7 +87,7 @@ def test_digests_and_notes_are_listed():
 def test_foreign_words_cannot_break_out_of_their_place():
     evil = "x`\n# <script>alert(1)</script>\x1b[31m \u202e"
     facts = dataclasses.replace(
-        FACTS, title=evil, command=evil, preserves=evil, notes=(evil,), base_model=evil,
+        FACTS, title=evil, command=evil, receipt=(evil,), notes=(evil,), base_model=evil,
         kept={"license": ("mit\nevil: true",)}, digests={evil: "0" * 64},
     )  # fmt: skip
     card = model_card(facts)

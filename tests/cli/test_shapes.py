@@ -161,7 +161,9 @@ def test_the_card_loads_the_model_with_what_can(
         return
     assert "library_name: moecc\n" in card
     assert "transformers import" not in card
-    code = card.split("```python\n")[1].split("```")[0].replace('"sparse"', repr(str(out)))
+    code = (
+        card.split("```python\n")[1].split("```")[0].replace(f'"{t5.name}-st_moe"', repr(str(out)))
+    )
     exec(compile(code, "card", "exec"), {})
     assert "'logits': (2, 112, " in capsys.readouterr().out
 

@@ -138,6 +138,23 @@ def test_tokens(report: Any, tmp_path: Path) -> None:
     compare(documented("tokens", "key"), [made])
 
 
+def test_train_dry_run(report: Any, tmp_path: Path) -> None:
+    config = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 384}))
+    (tmp_path / "x.txt").write_text("some text " * 20)
+    tokens = str(tmp_path / "tokens")
+    report("tokens", str(tmp_path / "x.txt"), "--tokenizer", "bytes", "--out", tokens)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[model]\nsource = "model"\nstart = "random"\n[data]\ntrain = [{tokens = "tokens"}]\n'
+        "batch = 2\nseq = 32\n[run]\nsteps = 3\n"
+    )
+    options = ["--out", str(tmp_path / "run"), "--dry-run", "--machine", "gpu:h100:1"]
+    compare(documented("train", "key, with `--dry-run`"), [report("train", str(recipe), *options)])
+    assert not (tmp_path / "run").exists()
+
+
 def test_plan(report: Any) -> None:
     small = ["--batch-tokens", "16384", "--sequence", "256"]
     plans = [
@@ -169,7 +186,9 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.passes/1",
         "moecc.tokens/1",
         "moecc.train/1",
+        "moecc.train-dry-run/1",
         "moecc.evaluate/1",
+        "moecc.specialise/1",
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"

@@ -1,9 +1,8 @@
-"""Where tokens went: the counts, the shares, and what an untrained router explains."""
+"""Where tokens went in a text of one's own, by routers that are drawn or known."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +18,6 @@ from .conftest import WORDS
 from .loading import load
 
 example = load("specialisation")
-
-
-def routed(tokens: list[int], experts: list[int], size: int = 4) -> Any:
-    return example.Routed("layers.0.ffn", size, np.array(tokens), np.array(experts))
-
-
-def test_a_choice_that_follows_from_the_token_is_explained() -> None:
-    layer = routed([0, 1, 2, 3] * 50, [3, 2, 1, 0] * 50)
-    assert layer.explained == pytest.approx(1)
-    assert layer.by_chance < 0.1
-    assert layer.typical(3) == [(0, 1.0)]
-    np.testing.assert_allclose(layer.shares, 0.25)
-
-
-def test_a_choice_without_regard_to_the_token_is_not() -> None:
-    layer = routed([0, 0, 1, 1] * 50, [0, 1, 0, 1] * 50)
-    assert layer.explained == pytest.approx(0, abs=1e-12)
-    assert layer.typical(0) == []
-    assert layer.typical(2) == [], "nothing went to this one"
-
-
-def test_information_by_hand() -> None:
-    """Half of the first token's go elsewhere: H(expert) - H(expert | token), in nats."""
-    layer = routed([0, 0, 1, 1], [0, 1, 1, 1])
-    expected = -(math.log(0.25) * 0.25 + math.log(0.75) * 0.75) - 0.5 * math.log(2)
-    assert example.information(layer.counts) == pytest.approx(expected)
-    assert layer.typical(0) == [(0, 0.5)]
-    assert layer.typical(1) == [(1, 1.0)]
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,13 @@ def reassociate(node: Node) -> int:
         # One of the two that are joined first has all the axes.
         if inner is not None and node.result.type in (a.type, inner.operands[0].type):
             b, op = before(node), node.op.name
-            left = b.node(op, a, inner.operands[0]).result
-            return exchange(node, b.node(op, left, inner.operands[1]).result)
+            left = b.node(op, a, inner.operands[0])
+            made = b.node(op, left.result, inner.operands[1])
+            if exchange(node, made.result):
+                return 1
+            # The axes are in another order.
+            made.erase()
+            left.erase()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import ClassVar
 
@@ -220,10 +221,16 @@ class _ExactPass(FuseGateUpPass):
 
 
 def test_it_is_not_bit_exact_and_the_check_says_so() -> None:
-    graph = Dense(embed=64, mlp=96, layers=2, residual=True, dtype=F32).graph()
-    check_pipeline(graph, Pipeline((ITEM,)))
-    with pytest.raises(CheckError, match="fuse-exactly"):
-        check_pipeline(graph, Pipeline((_ExactPass(),)))
+    """Kernels of products add in another order at the edge of a matrix; which ones, depends."""
+    refuted = 0
+    for embed, mlp in ((100, 37), (512, 17), (77, 19)):
+        graph = Dense(embed=embed, mlp=mlp, residual=True, dtype=F32).graph()
+        check_pipeline(graph, Pipeline((ITEM,)))
+        with suppress(CheckError):
+            check_pipeline(graph, Pipeline((_ExactPass(),)))
+            continue
+        refuted += 1
+    assert refuted > 0
 
 
 def test_in_a_pipeline() -> None:

@@ -92,6 +92,7 @@ CHANGES: dict[tuple[str, str], tuple[str, str]] = {
     ("add-losses", "importance-coef"): ("0.1", ""),
     ("add-losses", "load-coef"): ("0.1", ""),
     ("add-losses", "load-noise"): ("0.5", "load-coef=0.1"),
+    ("add-losses", "attention-z-coef"): ("0.1", ""),
     ("add-losses", "output-z-coef"): ("0.1", ""),
     ("add-losses", "over"): ("sequence", ""),
     ("add-losses", "layers"): ("mean", ""),

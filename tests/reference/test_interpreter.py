@@ -250,3 +250,23 @@ def test_a_value_is_forgotten_after_its_last_use() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10 * data.nbytes
+
+
+def test_what_copies_its_operand_changes_no_bit_of_what_follows() -> None:
+    """A product is not laid out in memory as its copy is; sums must not depend on that."""
+
+    def outputs(*, cut: bool) -> dict[str, Any]:
+        graph = Graph()
+        b = Builder(graph)
+        x = graph.input("x", tensor(F64, batch=3, seq=5, embed=7))
+        w = graph.param("w", tensor(F64, mlp=9, embed=7, batch=3))
+        h = b.contract(x, w, over="embed")
+        h = b.slice(h, axis="mlp", start=0, stop=9) if cut else h
+        graph.set_output("sum", b.sum(h, axes=("mlp", "batch")))
+        graph.set_output("mean", b.mean(h, axes="mlp"))
+        graph.set_output("softmax", b.softmax(h, axis="mlp"))
+        return run_reference(graph)
+
+    whole, copied = outputs(cut=False), outputs(cut=True)
+    for name, data in whole.items():
+        np.testing.assert_array_equal(data, copied[name], strict=True)

@@ -66,7 +66,7 @@ def test_chunks_that_are_not_there(name: str) -> None:
         Builder(graph).chunk(x, **(attrs | changed))
     y = graph.input("y", tensor(F32, a="N", b=8))
     with pytest.raises(InputError, match="must have one type"):
-        Builder(graph).join(x, y, axis="b")
+        Builder(graph).join(x, y, axis="b", parts=2)
 
 
 def test_what_has_no_chunks() -> None:

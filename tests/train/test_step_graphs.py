@@ -57,6 +57,7 @@ def test_steps_take_what_batches_give(
         assert "segments" in inputs
         assert ("positions" in inputs) == (packing and name != "t5_gated_untied")
         assert "logits" in made.output_names
+        assert "hidden" not in made.output_names
         for value in made.inputs.values():
             assert value.type.dtype.kind == "key" or batch[value.name].ndim == value.type.rank
 

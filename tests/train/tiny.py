@@ -5,8 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
+from moecc.families import build
+from moecc.families.configs import parse_config
+from moecc.model.initialise import initialise
+from moecc.model.open import Model
 from moecc.train.tokens.documents import Format
 from moecc.train.tokens.make import Making, make_tokens
+from moecc.weights.expr import sources
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -32,12 +40,24 @@ rate = 3e-3
 """
 
 
-def make_model(folder: Path, layers: int = 2, **changes: object) -> Path:
-    """Write the config of a decoder over bytes; its weights are to be drawn."""
-    config = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())
-    config |= {"vocab_size": 384, "num_hidden_layers": layers, **changes}
+def make_model(folder: Path, golden: str = "llama_gqa", **changes: object) -> Path:
+    """Write the config of a small model over bytes; its weights are to be drawn."""
+    config = json.loads((GOLDEN / golden / "config.json").read_text())
+    layers = "num_layers" if "num_layers" in config else "num_hidden_layers"
+    config |= {"vocab_size": 384, layers: 2, "max_position_embeddings": 512, **changes}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def draw_weights(folder: Path) -> Path:
+    """Write weights for the config in `folder`, drawn at random."""
+    graph = build(parse_config(json.loads((folder / "config.json").read_text())))
+    names = {n: sources(p.weight)[0].name for n, p in graph.params.items() if p.weight}
+    initialise(graph)
+    params = Model(graph, "drawn").params()
+    arrays = {names[n]: np.ascontiguousarray(a) for n, a in params.items()}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -15,7 +15,7 @@ from moecc.errors import InputError
 from moecc.testing.naive_weights import whole_naively
 from moecc.types.dtypes import BF16, DTYPES, F16, F32, F64, PRED, DType
 from moecc.types.tensor import Axis, TensorType
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.boxes import row_blocks
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import Evaluator, blocks, evaluate
@@ -97,7 +97,7 @@ def part_of(draw: st.DrawFn, type: TensorType) -> TensorType:
 @st.composite
 def grown(draw: st.DrawFn, x: Expr) -> Expr:
     """Draw one node on top of `x`."""
-    options = ["tile", "stack", "scale", "cast", "add", "mul", "select"]
+    options = ["tile", "stack", "scale", "cast", "add", "mul", "minimum", "select"]
     if x.type.axes:
         options += ["concat", "index", "slice", "split", "merge", "rename", "permute", "moment"] * 2
     kind = draw(st.sampled_from(options))
@@ -107,7 +107,7 @@ def grown(draw: st.DrawFn, x: Expr) -> Expr:
             return Tile(x, fresh(draw, x), draw(st.integers(1, 4)), at)
         others = draw(st.lists(leaves(x.type) | st.just(x), max_size=2))
         return Stack((x, *others), fresh(draw, x), at)
-    if kind in ("add", "mul", "select"):
+    if kind in ("add", "mul", "minimum", "select"):
         return draw(combined(x, kind))
     if kind == "scale":
         return Scale(x, draw(st.sampled_from(FACTORS)))
@@ -126,7 +126,7 @@ def combined(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
     if kind == "select":
         mask = draw(leaves(part_of(draw, x.type).with_dtype(PRED)))
         return Select(mask, x, y) if draw(st.booleans()) else Select(mask, y, x)
-    node = Add if kind == "add" else Mul
+    node = {"add": Add, "mul": Mul, "minimum": Minimum}[kind]
     return node(x, y) if draw(st.booleans()) else node(y, x)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moecc.errors import InputError
 from moecc.types.dtypes import BF16, F16, F32, PRED
 from moecc.types.tensor import tensor
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
 from moecc.weights.movement import (
@@ -72,6 +72,7 @@ EXAMPLES: list[tuple[Expr, str]] = [
     (Cast(W, F32), f"cast({TEXT}, f32)"),
     (Add(W, W), f"add({TEXT}, {TEXT})"),
     (Mul(W, W), f"mul({TEXT}, {TEXT})"),
+    (Minimum(W, W), f"minimum({TEXT}, {TEXT})"),
     (
         Select(M, W, W),
         f"select(subset(pred[mlp=6], axis=mlp, count=3, key=0x1f), {TEXT}, {TEXT})",

@@ -74,7 +74,7 @@ class _State:
     def load(self, value: Value, given: Mapping[Value, Data]) -> Array:
         """Return the array of `value` in the interpreter's representation."""
         dtype = value.type.dtype
-        data = stored(given[value], dtype)
+        data = np.asarray(stored(given[value], dtype), order="C")
         self.arrays[value] = Array(data, value.type.names, dtype)
         return self.arrays[value]
 
@@ -107,7 +107,9 @@ class _State:
         ragged = value.type.ragged
         if ragged is not None and isinstance(ragged.size, Extent):
             array = poisoned(array, ragged.name, self.assignments[setter_of(ragged.size)])
-        return replace(array, dtype=value.type.dtype)
+        # NumPy adds in the order of memory: in another one the last bit of a sum differs, and what
+        # only copies its operand (a slice of all of it) would not be the identity.
+        return replace(array, data=np.asarray(array.data, order="C"), dtype=value.type.dtype)
 
 
 def run_body(body: Graph, arrays: Sequence[Array]) -> tuple[Array, ...]:

@@ -113,9 +113,12 @@ LEAST_THRESHOLD = 1e-9
 
 
 @meaning("hash_experts")
-def hash_experts(ids: Array, *, experts: int, top_k: int, seed: int, choice: str) -> Array:
+def hash_experts(
+    ids: Array, *, experts: int, top_k: int, seed: int, hash: str, choice: str
+) -> Array:
     """Return the hash of each id modulo the number of experts, and those after it."""
-    first = hashed(ids.data, seed) % np.uint32(experts)
+    plain = ids.data.astype(np.uint32)
+    first = (plain if hash == "modulo" else hashed(ids.data, seed)) % np.uint32(experts)
     chosen = (first.astype(np.int64)[..., None] + np.arange(top_k)) % experts
     return Array(chosen, (*ids.axes, choice))
 

@@ -168,7 +168,7 @@ register(
         """The experts of each token by a hash of its id (Roller et al. 2021); no router at all.
 
         The first is hash(id, seed) mod experts, the next ones follow it in cyclic order.  The
-        hash is the finaliser of MurmurHash3 on 32 bits.""",
+        hash is the finaliser of MurmurHash3 on 32 bits, or with `modulo` the id itself.""",
         ("ids",),
         _infer_hash,
         results=("experts",),
@@ -176,6 +176,7 @@ register(
             "experts": Attr("int", doc="the number of experts", pins=True),
             "top_k": Attr("int", 1, doc="experts per token"),
             "seed": Attr("int", 0, doc="chooses the hash; layers may have different ones"),
+            "hash": Attr("str", "murmur", ("murmur", "modulo"), doc="of an id"),
             "choice": Attr("axis", "choice", doc="the new axis, of size top_k"),
         },
         sharding=by_name,

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from moecc.train.data.corruption import Ids, Masking, Spans
-from moecc.train.data.rows import Numbers, PackedPlan, RowPlan, StreamPlan, pack
+from moecc.train.data.rows import Numbers, Packed, PackedPlan, RowPlan, StreamPlan, pack
 from moecc.train.tokens.facts import Special
 from moecc.train.tokens.folder import TokenFolder
 
@@ -236,8 +236,8 @@ class ExampleRows(Rows):
             costs = np.stack([self._prompts + around, self._completions])
             budgets = np.asarray([room.seq, room.decoder_seq])
         self.cut = int(((self._prompts < prompts) | (self._completions < completions)).sum())
-        self._firsts = pack(costs, budgets) if room.packing else np.arange(len(prompts) + 1)
-        self.rows = len(self._firsts) - 1
+        self._packed = pack(costs, budgets) if room.packing else Packed.alone(len(prompts))
+        self.rows = self._packed.rows
 
     @staticmethod
     def decoder_seq(folder: Examples, special: Special) -> int:
@@ -252,8 +252,7 @@ class ExampleRows(Rows):
 
     def segments(self, row: int, rng: np.random.Generator) -> list[Segment]:
         """Return whole examples."""
-        first, last = (int(n) for n in self._firsts[row : row + 2])
-        return [self._segment(number) for number in range(first, last)]
+        return [self._segment(number) for number in self._packed.pieces(row)]
 
     def _segment(self, number: int) -> Segment:
         start, stop = (int(n) for n in self._folder.starts[number : number + 2])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
+
+PACKED_TOGETHER = 4096
+"""Pieces among which those are looked for that fill a row."""
 
 
 @dataclass(frozen=True)
@@ -87,41 +91,97 @@ class PackedPlan(RowPlan):
         sizes = np.minimum(most, lengths[documents] - starts)
         kept = sizes >= least
         self._documents, self._starts, self.sizes = documents[kept], starts[kept], sizes[kept]
-        self._firsts = np.arange(len(self.sizes) + 1)
-        self.rows = len(self.sizes)
+        self._packed = Packed.alone(len(self.sizes))
+        self.rows = self._packed.rows
 
     def pack(self, costs: Numbers, budgets: Numbers) -> None:
-        """Put as many pieces into a row as fit, in order; arguments are those of `pack`."""
-        self._firsts = pack(costs, budgets)
-        self.rows = len(self._firsts) - 1
+        """Put pieces that fit together into a row; arguments are those of `pack`."""
+        self._packed = pack(costs, budgets)
+        self.rows = self._packed.rows
 
     def pieces(self, row: int) -> list[Piece]:
         """Return the pieces of a row."""
         found = []
-        for number in range(int(self._firsts[row]), int(self._firsts[row + 1])):
+        for number in self._packed.pieces(row):
             start = int(self._starts[number])
             stop = start + int(self.sizes[number])
             found.append(Piece(int(self._documents[number]), start, stop))
         return found
 
 
-def pack(costs: Numbers, budgets: Numbers) -> Numbers:
-    """Return the first piece of each row, and the number of pieces.
+@dataclass(frozen=True)
+class Packed:
+    """Which pieces make up each row.
 
-    A row has as many pieces as fit, in order (next fit).
+    Attributes:
+      order: pieces, row by row, ``i64[pieces]``.
+      firsts: where each row begins in `order`, and the end of the last one, ``i64[rows + 1]``.
+    """
+
+    order: Numbers
+    firsts: Numbers
+
+    @classmethod
+    def alone(cls, count: int) -> Packed:
+        """Return rows of one piece each."""
+        return cls(np.arange(count), np.arange(count + 1))
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.firsts) - 1
+
+    def pieces(self, row: int) -> list[int]:
+        """Return the pieces of a row."""
+        first, last = (int(n) for n in self.firsts[row : row + 2])
+        return [int(n) for n in self.order[first:last]]
+
+
+def pack(costs: Numbers, budgets: Numbers) -> Packed:
+    """Return rows of pieces that fit together, nearly full ones.
+
+    Best fit, the longest first, within blocks of pieces (Ding et al. 2024, "Fewer Truncations").
 
     Args:
       costs: what each piece takes of each budget, ``i64[budgets, pieces]``; each fits alone.
       budgets: of a row, ``i64[budgets]``.
     """
-    count = costs.shape[1]
-    spent = np.concatenate([np.zeros((len(costs), 1), np.int64), np.cumsum(costs, axis=1)], axis=1)
-    found, at = [0], 0
-    while at < count:
-        limits = (
-            int(np.searchsorted(line, line[at] + budget, "right")) - 1
-            for line, budget in zip(spent, budgets, strict=True)
-        )
-        at = max(min(limits), at + 1)
-        found.append(at)
-    return np.asarray(found, np.int64)
+    order: list[int] = []
+    firsts = [0]
+    for start in range(0, costs.shape[1], PACKED_TOGETHER):
+        block = costs[:, start : start + PACKED_TOGETHER]
+        for row in _best_fit(block[0].tolist(), block[1:].T.tolist(), budgets.tolist()):
+            order += (start + number for number in row)
+            firsts.append(len(order))
+    return Packed(np.asarray(order, np.int64), np.asarray(firsts, np.int64))
+
+
+def _best_fit(sizes: list[int], others: list[list[int]], budgets: list[int]) -> list[list[int]]:
+    """Return rows of pieces, of which each is in the fullest row that has room for it.
+
+    Args:
+      sizes: what each piece takes of the first budget.
+      others: what each takes of the other ones.
+      budgets: of a row.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # of the first budget, and the number of the row; sorted
+    more: list[list[int]] = []  # of the others, by row
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        size, needs = sizes[number], others[number]
+        at = bisect_left(room, (size, -1))
+        while at < len(room) and any(
+            n > left for n, left in zip(needs, more[room[at][1]], strict=True)
+        ):
+            at += 1
+        if at == len(room):
+            left, row = budgets[0], len(rows)
+            rows.append([])
+            more.append(budgets[1:])
+        else:
+            left, row = room.pop(at)
+        rows[row].append(number)
+        more[row] = [m - n for m, n in zip(more[row], needs, strict=True)]
+        if left > size:
+            insort(room, (left - size, row))
+    return [sorted(row) for row in rows]

@@ -7,7 +7,7 @@ from math import frexp, isfinite
 import numpy as np
 
 from moecc.types.arrays import Array
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Merge, Permute, Rename, Split, Tile
 from moecc.weights.rounding import is_lossless, round_to, widen
@@ -21,7 +21,7 @@ def under_movement(e: Scale | Cast) -> Expr | None:
     return x.with_operands(e.with_operands(x.x))
 
 
-def drop_widening(e: Scale | Add | Mul | Moment) -> Expr | None:
+def drop_widening(e: Scale | Add | Mul | Minimum | Moment) -> Expr | None:
     """Drop a cast that widens an operand, which arithmetic does anyway."""
     made = e.with_operands(*map(_narrow, e.operands))
     return made if made is not e and made.type == e.type else None
@@ -31,7 +31,7 @@ def _narrow(x: Expr) -> Expr:
     return x.x if isinstance(x, Cast) and is_lossless(x.x.type.dtype, x.dtype) else x
 
 
-def fold_numbers(e: Scale | Cast | Add | Mul) -> Expr | None:
+def fold_numbers(e: Scale | Cast | Add | Mul | Minimum) -> Expr | None:
     """Fold operations on constant tensors."""
     if not all(isinstance(x, Full) for x in e.operands):
         return None
@@ -45,12 +45,14 @@ def _value(e: Full) -> Array:
     return round_to(np.array(e.value), e.type.dtype)
 
 
-def _computed(e: Scale | Cast | Add | Mul, values: list[Array]) -> Array:
+def _computed(e: Scale | Cast | Add | Mul | Minimum, values: list[Array]) -> Array:
     if isinstance(e, Cast):
         return round_to(values[0], e.dtype)
     wide = [widen(v, e.type.dtype) for v in values]
     if isinstance(e, Add):
         return np.asarray(wide[0] + wide[1])
+    if isinstance(e, Minimum):
+        return np.asarray(np.minimum(wide[0], wide[1]))
     factor = wide[0].dtype.type(e.factor) if isinstance(e, Scale) else wide[1]
     return np.asarray(wide[0] * factor)
 

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from moecc.types.tensor import Axis
-from moecc.weights.arithmetic import Add, Cast, Moment, Mul, Scale, Select
+from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import (
     Concat,
@@ -249,6 +249,7 @@ _BOTH: dict[type[Expr], Callable[[Any, Any], Expr | None]] = {
     Cast: _below,
     Add: _below,
     Mul: _below,
+    Minimum: _below,
     Select: _below,
 }
 _PUSH_INDEX = _BOTH | {

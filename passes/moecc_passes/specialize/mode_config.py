@@ -81,7 +81,12 @@ class ModeConfig:
 
     def over(self, other: ModeConfig) -> ModeConfig:
         """Return these settings, completed by those of `other`."""
-        return ModeConfig(**{**other.non_default(), **self.non_default()})
+        mine, rest = self.non_default(), other.non_default()
+        if "groups" in mine:
+            rest = {n: v for n, v in rest.items() if not n.endswith("group_size")}
+        if "group_size" in mine:
+            rest.pop("groups", None)
+        return ModeConfig(**{**rest, **mine})
 
     def at(self, loc: str) -> ModeConfig:
         """Return the settings for a layer at `loc`: decoders may have other groups."""

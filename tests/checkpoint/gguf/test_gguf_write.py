@@ -200,7 +200,7 @@ def test_the_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
 def test_a_folder_with_a_file(tmp_path: Path) -> None:
     convert("qwen3_square", "gguf:qwen3moe", tmp_path / "out", "upcycle{experts=2 top-k=2}")
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"model.gguf", "README.md", "moecc_manifest.json"}
+    assert names == {"model.gguf", "README.md", "moecc_manifest.json", "moecc_receipt.json"}
     assert verify_manifest(tmp_path / "out") == []
     with open_model(str(tmp_path / "out")) as back:
         assert back.graph.attrs["family"] == "qwen3_moe"

@@ -114,15 +114,22 @@ def _plain(x: Operand) -> Named:
     return x.inner() if isinstance(x, Rows) else x
 
 
+def _hashed(ids: jax.Array, seed: int) -> jax.Array:
+    h = ids ^ jnp.uint32(seed * 0x9E3779B9 % 2**32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    found: jax.Array = h ^ (h >> 16)
+    return found
+
+
 @lowering("hash_experts")
 def _hash_experts(ctx: Context, node: Node, ids: Operand) -> Operand:
     attrs = HashExpertsAttrs.of_node(node)
 
     def choose(full: Named) -> Named:
-        h = full.array.astype(jnp.uint32) ^ jnp.uint32(attrs.seed * 0x9E3779B9 % 2**32)
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            h = (h ^ (h >> shift)) * jnp.uint32(factor)
-        first = ((h ^ (h >> 16)) % jnp.uint32(attrs.experts)).astype(jnp.int32)
+        ids = full.array.astype(jnp.uint32)
+        number = ids if attrs.hash == "modulo" else _hashed(ids, attrs.seed)
+        first = (number % jnp.uint32(attrs.experts)).astype(jnp.int32)
         chosen = (first[..., None] + jnp.arange(attrs.top_k, dtype=jnp.int32)) % attrs.experts
         return Named(chosen, (*full.axes, attrs.choice))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from moecc.ir.graph import Graph
 from moecc.steps.head import LOGITS, check_trainable
-from moecc.steps.metrics import finished
+from moecc.steps.metrics import coefficients, finished
 from moecc.steps.micro import rows_together
 from moecc.steps.spec import StepSpec
 from moecc.steps.totals import counted, totals_of
@@ -80,7 +80,7 @@ class Evaluation:
         given = (types, {**batch_types(graph), **dict.fromkeys(totals)}, None)
         run = self.where.mapped(self.loss.values, given, sum_types(graph))
         sums: Outputs = run(params, {**batch, **totals}, key)
-        return {**told(sums), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
+        return {**told(sums, graph), LOSS_SUM: sums[LOSS_SUM], "hits": sums["hits"]}
 
 
 def make_evaluation(graph: Graph, spec: StepSpec, devices: Devices) -> Evaluation:
@@ -125,9 +125,15 @@ def sum_types(graph: Graph) -> dict[str, TensorType | None]:
     return {**outputs, **dict.fromkeys(SUMS)}
 
 
-def told(sums: Outputs) -> Outputs:
-    """Return the metrics of a step, made of sums over its batch."""
+def told(sums: Outputs, graph: Graph) -> Outputs:
+    """Return the metrics of a step, made of sums over its batch.
+
+    A loss stands there as it is, and times its coefficient, ``.scaled``.
+    """
     metrics = {n: a for n, a in finished(sums).items() if n not in SUMS}
+    for name, coefficient in coefficients(graph).items():
+        if name in sums:
+            metrics[f"{name}.scaled"] = coefficient * sums[name]
     count = jnp.maximum(sums[TOKENS], 1).astype(sums[LOSS_SUM].dtype)
     entropy = sums[LOSS_SUM] / count
     loss = entropy + sums.get(AUXILIARY, 0.0)

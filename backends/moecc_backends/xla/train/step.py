@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
+from moecc.steps.bias import bias_counts, moved
 from moecc.steps.head import check_trainable
 from moecc.steps.settings import ParamSettings, parameter_settings
 from moecc.steps.spec import StepSpec
@@ -68,8 +69,14 @@ class TrainStep:
 
     @cached_property
     def settings(self) -> dict[str, ParamSettings]:
-        """How each parameter is trained, by its name in the graph."""
-        return parameter_settings(self.graph, self.section)
+        """How each parameter is trained, by its name in the graph; biases of balance are not."""
+        found = parameter_settings(self.graph, self.section)
+        return {n: s for n, s in found.items() if n not in self.biases}
+
+    @cached_property
+    def biases(self) -> dict[str, tuple[str, ...]]:
+        """The outputs that count choices, one for each layer, by the name of a balance bias."""
+        return bias_counts(self.graph)
 
     @cached_property
     def trained(self) -> tuple[str, ...]:
@@ -103,12 +110,14 @@ class TrainStep:
         Raises:
           InputError: a parameter is missing.
         """
-        missing = [n for n in self.settings if n not in params]
+        kinds = {**self.abstract_state["params"], **self.abstract_state["bias"]}
+        missing = [n for n in kinds if n not in params]
         if missing:
             raise InputError("a parameter is missing", expected=", ".join(missing[:5]))
-        kinds = self.abstract_state["params"]
-        placed = {n: jax.device_put(jnp.asarray(params[n], kinds[n].dtype), kinds[n].sharding)
-                  for n in self.settings}  # fmt: skip
+        placed = {
+            n: jax.device_put(jnp.asarray(params[n], kind.dtype), kind.sharding)
+            for n, kind in kinds.items()
+        }
         out = jax.tree.map(lambda a: a.sharding, self.abstract_state)
         made: State = jax.jit(self._initial, out_shardings=out)(placed)
         return made
@@ -116,9 +125,9 @@ class TrainStep:
     def _initial(self, params: Arrays) -> State:
         trained = {n: params[n] for n in self.trained}
         return {
-            "params": dict(params),
+            "params": {n: params[n] for n in self.settings},
             "moments": self.optimizer.init(trained),
-            "bias": {},
+            "bias": {n: params[n] for n in self.biases},
             "guard": {} if self.guard is None else self.guard.init(),
             "step": jnp.zeros((), jnp.int32),
         }
@@ -127,10 +136,11 @@ class TrainStep:
     def abstract_state(self) -> State:
         """The shapes, types and shardings of the state."""
         params = {n: self._abstract_param(n) for n in self.settings}
-        made = jax.eval_shape(self._initial, params)
+        bias = {n: self._abstract_param(n) for n in self.biases}
+        made = jax.eval_shape(self._initial, {**params, **bias})
         whole = self.where.whole
         state: State = jax.tree.map(lambda a: abstract_array(a.shape, a.dtype, whole), made)
-        state["params"] = params
+        state |= {"params": params, "bias": bias}
         for kind, types in self.optimizer.moment_types.items():
             state["moments"][kind] = {n: self._abstract_moment(n, t) for n, t in types.items()}
         return state
@@ -201,14 +211,15 @@ class TrainStep:
         """Return what `step` returns, as a function to trace."""
         params = state["params"]
         trained = {n: params[n] for n in self.trained}
-        fixed = {n: a for n, a in params.items() if n not in trained}
-        slopes, sums = self._gradients(trained, fixed, batch, key)
+        fixed = {n: a for n, a in self.model_params(state).items() if n not in trained}
+        slopes, sums = self.gradients(trained, fixed, batch, key)
         norm = _norm(slopes)
         clipped = self._clipped(slopes, norm)
         made, moments = self.optimizer.directions(clipped, state["moments"], trained)
-        moved = {n: self._moved(n, trained[n], d, rate) for n, d in made.items()}
-        metrics = {**told(sums), "gradient_norm": norm, "rate": rate}
-        after = {**state, "params": {**params, **moved}, "moments": moments}
+        changed = {n: self._moved(n, trained[n], d, rate) for n, d in made.items()}
+        metrics = {**told(sums, self.graph), "gradient_norm": norm, "rate": rate}
+        after = {**state, "params": {**params, **changed}, "moments": moments}
+        after["bias"] = {n: self._moved_bias(n, b, sums) for n, b in state["bias"].items()}
         if self.guard is not None:
             ok, guard, more = self.guard(state["guard"], metrics["loss"], norm)
             after = jax.tree.map(lambda a, b: jnp.where(ok, a, b), after, state)
@@ -216,11 +227,12 @@ class TrainStep:
             metrics |= more
         return {**after, "step": state["step"] + 1}, metrics
 
-    def _gradients(
+    def gradients(
         self, trained: Arrays, fixed: Arrays, batch: Arrays, key: jax.Array
     ) -> tuple[dict[str, jax.Array], Outputs]:
+        """Return the gradients of what is trained, and sums over the batch; a function to trace."""
         graph = self.graph
-        types = {n: graph.params[n].type for n in self.settings}
+        types = {n: graph.params[n].type for n in (*self.settings, *self.biases)}
         own = {n: types[n] for n in trained}
         rest = {n: types[n] for n in fixed}
         totals = totals_for(graph, batch, self.spec)
@@ -234,6 +246,14 @@ class TrainStep:
             return slopes
         factor = self.section.clip / jnp.maximum(norm, self.section.clip)
         return {n: g * factor.astype(g.dtype) for n, g in slopes.items()}
+
+    def _moved_bias(self, name: str, bias: jax.Array, sums: Outputs) -> jax.Array:
+        """Return a balance bias after a step, by the choices of the whole batch."""
+        if not self.spec.bias_rate:
+            return bias
+        counts = jnp.stack([sums[output] for output in self.biases[name]])
+        made: jax.Array = moved(bias, counts.reshape(bias.shape), self.spec.bias_rate)
+        return made.astype(bias.dtype)
 
     def _moved(
         self, name: str, param: jax.Array, direction: jax.Array, rate: jax.Array

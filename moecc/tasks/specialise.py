@@ -1,0 +1,202 @@
+"""Trace the routers of a model over a token folder, beside routers that learnt nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from math import log
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moecc.analysis.groups import parameter_groups
+from moecc.backend import get_backend
+from moecc.errors import InputError
+from moecc.ir.attributes import SlotAttrs
+from moecc.ir.graph import Graph, Value
+from moecc.ir.structure import clone
+from moecc.model.open import Model, open_model
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.steps.recipes import eval_graph
+from moecc.tasks.evaluate import EvaluationSpec, evaluation_recipe
+from moecc.tasks.generate import Kept, load_tokenizer
+from moecc.train.data.batches import Evaluation, open_batches
+from moecc.train.data.model_facts import facts_of
+from moecc.train.specialisation import Routed
+from moecc.train.tokens.facts import Special
+from moecc.train.tokens.folder import TokenFolder, open_tokens
+from moecc.types.arrays import Array
+from moecc.types.dtypes import F32
+from moecc.types.tensor import TensorType
+from moecc.weights.draws import Normal, derive_key
+
+if TYPE_CHECKING:
+    from moecc.tokenizer.process import Tokenizer
+
+PREFIX, EXPERTS = "trace.", ".experts"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is known of one layer.
+
+    Attributes:
+      routed: where tokens went.
+      untrained: where they went when the routers were drawn anew.
+      sentinels: the ids that stand for hidden spans.
+      names: of the ids that are shown.
+    """
+
+    routed: Routed
+    untrained: Routed
+    sentinels: frozenset[int]
+    names: Mapping[int, str]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the report as JSON values."""
+        routed = self.routed
+        of_sentinels, of_others = routed.entropies(self.sentinels)
+        experts = [
+            {
+                "share": float(share),
+                "tokens": [
+                    {"token": self.names.get(i, str(i)), "part": part}
+                    for i, part in routed.typical(expert)
+                ],
+            }
+            for expert, share in enumerate(routed.shares)
+        ]
+        return {
+            "layer": routed.layer,
+            "tokens": len(routed.tokens),
+            "explained": routed.explained,
+            "by_chance": routed.by_chance,
+            "untrained": self.untrained.explained,
+            "sentinel_entropy": of_sentinels,
+            "other_entropy": of_others,
+            "even_entropy": log(routed.experts),
+            "experts": experts,
+        }
+
+
+def specialise(
+    name: str, data: str, spec: EvaluationSpec, *, pipeline: str = "", seed: int = 0
+) -> list[LayerReport]:
+    """Return, for each routed layer, which tokens of a folder went to which expert.
+
+    Args:
+      name: the model.
+      data: a token folder.
+      spec: how much of it is read.
+      pipeline: passes that are run first, as to give a dense model experts.
+      seed: of what they draw, and of routers that learnt nothing.
+
+    Raises:
+      InputError: no layer of the model has tokens that choose experts; the folder does not suit it.
+    """
+    folder = open_tokens(data)
+    with open_model(name) as model, _tokenizer(model) as tokenizer:
+        run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context(seed=seed))
+        graph = _traced(model.graph, name)
+        recipe = evaluation_recipe(graph, folder, spec)
+        apart = replace(recipe, run=replace(recipe.run, rolled=False))
+        program = eval_graph(graph, apart)
+        held_out = next(
+            iter(open_batches(recipe.data, facts_of(model, program)).evaluations.values())
+        )
+        found = _trace(model, program, held_out)
+        untrained = _trace(model, _with_drawn_routers(program, seed), held_out)
+        special = folder.facts.special
+        return [
+            LayerReport(one, other, frozenset(special.sentinels), _names(one, tokenizer, folder))
+            for one, other in zip(found, untrained, strict=True)
+        ]
+
+
+def _traced(graph: Graph, name: str) -> Graph:
+    made = clone(graph)
+    context = Context(allow_unmatched=True)
+    done = run_pipeline(made, Pipeline.parse("trace-routing"), context=context)
+    if not done.changed:
+        raise InputError(
+            "no layer of the model has tokens that choose experts", where=name,
+            hint="-p 'upcycle{experts=8}' gives it some, with routers that learnt nothing",
+        )  # fmt: skip
+    return made
+
+
+def _trace(model: Model, graph: Graph, held_out: Evaluation) -> list[Routed]:
+    """Return where the tokens of all batches went, by layer."""
+    bare = clone(graph)
+    for name in graph.output_names:
+        if not (name.startswith(PREFIX) and name.endswith(EXPERTS)):
+            bare.drop_output(name)
+    program = get_backend("xla").compile(bare)
+    params = Kept(Model(bare, model.name, model.checkpoint).params())
+    found: dict[str, list[tuple[Array, Array]]] = {name: [] for name in bare.output_names}
+    for number in range(held_out.batches):
+        batch = held_out.batch(number)
+        keys = (n for n, v in bare.inputs.items() if v.type.dtype.kind == "key")
+        inputs = {n: batch[n] for n in bare.inputs if n in batch}
+        inputs |= {name: np.zeros((), np.uint64) for name in keys}
+        outputs = program.run(params, inputs)
+        for name, chosen in outputs.items():
+            found[name].append(_pairs(bare.outputs[name], chosen, batch))
+    return [_routed(bare, name, parts) for name, parts in found.items()]
+
+
+def _pairs(value: Value, chosen: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return the ids of the tokens that a layer routed, and their first choices."""
+    decoder = value.graph.inputs.get("decoder_tokens")
+    in_decoder = decoder is not None and set(decoder.type.sizes) <= set(value.type.sizes)
+    prefix = "decoder_" if in_decoder else ""
+    tokens = batch[f"{prefix}tokens"]
+    is_token = batch.get(f"{prefix}segments", batch.get(f"{prefix}mask", np.ones_like(tokens)))
+    first = np.take(chosen, 0, axis=value.type.names.index("choice"))
+    kept = np.asarray(is_token, bool).reshape(-1)
+    return tokens.reshape(-1)[kept], first.reshape(-1)[kept]
+
+
+def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> Routed:
+    layer = name.removeprefix(PREFIX).removesuffix(EXPERTS)
+    chosen = graph.outputs[name]
+    size = next(SlotAttrs.of_node(node).experts for node in chosen.users if node.op.assigns_slots)
+    tokens, first = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Routed(layer, size, tokens, first)
+
+
+def _with_drawn_routers(graph: Graph, seed: int) -> Graph:
+    """Return a copy of `graph` whose routers are random; the scale decides no choice."""
+    made = clone(graph)
+    for name, groups in parameter_groups(made).items():
+        param = made.params[name]
+        if "router" in groups and param.type.rank > 1:
+            type = TensorType(F32, param.type.bare.axes)
+            param.weight = Normal(type, 1.0, derive_key(seed, f"untrained {name}"))
+    return made
+
+
+@contextmanager
+def _tokenizer(model: Model) -> Iterator[Tokenizer | None]:
+    """Yield the tokenizer beside a model, or None without one."""
+    companions = {} if model.checkpoint is None else model.checkpoint.companions()
+    has_one = "tokenizer.json" in companions
+    with load_tokenizer(model) if has_one else nullcontext() as found:
+        yield found
+
+
+def _names(routed: Routed, tokenizer: Tokenizer | None, folder: TokenFolder) -> dict[int, str]:
+    """Return the ids that are shown, as the vocabulary writes them."""
+    shown = {i for expert in range(routed.experts) for i, _ in routed.typical(expert)}
+    if tokenizer is not None:
+        return {i: str(tokenizer.token(i)).replace("\n", "↵") for i in sorted(shown)}
+    return {i: _byte_name(i, folder.facts.special) for i in sorted(shown)}
+
+
+def _byte_name(i: int, special: Special) -> str:
+    if i < 256:
+        return repr(chr(i)) if i < 128 else f"0x{i:02x}"
+    return "eos" if i == special.eos else f"<{i}>"

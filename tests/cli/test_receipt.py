@@ -1,0 +1,174 @@
+"""Receipts: a pass that lies writes nothing, and every output says what was measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.checkpoint import writer
+
+from .conftest import GOLDEN, Done
+
+Moecc = Callable[..., Done]
+UPCYCLE = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral")
+
+LIAR = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from moecc.ir import Builder
+from moecc.pipeline.passes import EXACT, Pass, PassResult
+
+@dataclass(frozen=True)
+class LiarPass(Pass):
+    """Promise to change nothing, and scale the logits."""
+    name: ClassVar[str] = "liar"
+    summary: ClassVar[str] = "lie"
+    preserves = EXACT
+    def apply(self, graph, ctx):
+        logits = graph.outputs["logits"]
+        graph.set_output("logits", Builder(graph).scale(logits, by=1.0001))
+        return PassResult(changed=True)
+'''
+
+
+def receipt(folder: Path) -> Any:
+    return json.loads((folder / "moecc_receipt.json").read_text())
+
+
+def test_a_pass_that_lies_is_refused_and_writes_nothing(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "liar.py"
+    own.write_text(LIAR)
+    command = ("convert", dense, tmp_path / "out", "-p", "liar", "--to", "st_moe", "--load", own)
+    for extra in ((), ("--dry-run",)):
+        done = moecc(*command, *extra)
+        assert done.code == 3
+        assert "pass 1, liar: the pass broke its promise" in done.err
+        assert not (tmp_path / "out").exists()
+    done = moecc(*command, "--no-check")
+    assert done.code == 0, done.err
+    assert receipt(tmp_path / "out")["unchecked"] == "--no-check"
+
+
+def test_what_the_logits_show_is_refused_too(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+    own = tmp_path / "liar.py"
+    own.write_text(LIAR)
+    done = moecc("convert", dense, tmp_path / "out", "-p", "liar", "--to", "st_moe", "--load", own,
+                 "--no-check", "--verify")  # fmt: skip
+    assert done.code == 3
+    assert "the logits differ from those of the source" in done.err
+    assert "in float64" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_writer_is_found_at_the_logits(
+    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = writer._bytes
+    monkeypatch.setattr(writer, "_bytes", lambda v: right(v.T if v.shape == (16, 16) else v))
+    done = moecc("convert", dense, tmp_path / "out", *UPCYCLE, "--verify")
+    assert done.code == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+def test_a_receipt_says_what_was_promised_and_measured(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = moecc("convert", dense, out, *UPCYCLE, "--verify")
+    assert done.code == 0, done.err
+    found = receipt(out)
+    assert found["promised"]["kind"] == "reassociation"
+    (checked,) = found["checked"]
+    assert (checked["pass"], checked["measured_error"]) == ("upcycle{experts=4}", 0.0)
+    assert found["verified"]["difference"]["max_relative"] < 1e-5
+    assert found["verified"]["inputs"] == {"tokens": [2, 128]}
+    assert {e["engine"] for e in found["engines"] if e["runs"]} >= {"transformers 5", "vLLM"}
+    lines = [
+        line.removeprefix("- ")
+        for line in (out / "README.md").read_text().splitlines()
+        if line.startswith(("- Promised: ", "- Measured: ", "- Runs in: "))
+    ]
+    assert len(lines) == 3
+    verified = moecc("verify", out)
+    assert verified.code == 0
+    assert "Promised: reassociation" in verified.out
+    assert "no more than rounding; the logits in f32" in verified.out
+    assert moecc("verify", out, "--format", "json").json()["receipt"] == found
+    # A receipt is a file like any other.
+    text = (out / "moecc_receipt.json").read_text()
+    (out / "moecc_receipt.json").write_text(text.replace("reassociation", "exact"))
+    assert moecc("verify", out).code == 3
+
+
+def test_an_error_that_was_announced_is_measured(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline = "upcycle{experts=4 top-k=2 gates=softmax}"
+    done = moecc("convert", dense, out, "-p", pipeline, "--to", "st_moe", "--verify")
+    assert done.code == 0, done.err
+    found = receipt(out)
+    assert found["promised"]["kind"] == "approximate"
+    assert found["checked"][0]["measured_error"] > 0
+    assert found["verified"]["difference"]["max_relative"] > 1e-4
+    assert found["verified"]["tolerance"] is None
+
+
+def test_the_files_of_an_output_do_not_depend_on_where_it_is(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    places = [tmp_path / "one", tmp_path / "deep" / "other"]
+    places[1].parent.mkdir()
+    for place in places:
+        assert moecc("convert", dense, place, *UPCYCLE).code == 0
+    first, second = ({p.name: p.read_bytes() for p in place.iterdir()} for place in places)
+    assert first == second
+
+
+def test_of_a_large_output_the_first_layers_are_compared(
+    moecc: Moecc, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecc.tasks.verify_written.MAX_VERIFIED_PARAMETERS", 12_000)
+    out = tmp_path / "out"
+    assert moecc("convert", dense, out, *UPCYCLE, "--verify").code == 0
+    assert receipt(out)["verified"]["layers"] == 2
+    assert "the logits of the first 2 layers" in moecc("verify", out).out
+
+
+def test_first_layers_are_those_of_a_shallower_model(tmp_path: Path) -> None:
+    from moecc.model.first_layers import first_layers
+    from moecc.model.open import open_model
+
+    shallow = tmp_path / "shallow"
+    shutil.copytree(GOLDEN / "llama_gqa", shallow)
+    config = json.loads((shallow / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    (shallow / "config.json").write_text(json.dumps(config))
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(shallow / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if ".layers.2." not in n}
+    save_file(kept, shallow / "model.safetensors", metadata={"format": "pt"})
+    with open_model(str(shallow)) as small, open_model(str(GOLDEN / "llama_gqa")) as whole:
+        cut = first_layers(whole.graph, 2)
+        assert set(cut.params) == set(small.graph.params)
+        kinds = [[(n.op.name, n.loc, len(n.operands)) for n in g] for g in (cut, small.graph)]
+        assert kinds[0] == kinds[1]
+
+
+def test_a_gguf_file_has_its_receipt_in_its_manifest(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model.gguf"
+    done = moecc("convert", dense, out, "-p", "upcycle{experts=4 top-k=2}", "--to", "gguf:llama",
+                 "--verify")  # fmt: skip
+    assert done.code == 0, done.err
+    found = moecc("verify", out, "--format", "json").json()["receipt"]
+    assert found["verified"]["difference"]["max_relative"] < 1e-5
+    assert np.isfinite(found["checked"][0]["measured_error"])

@@ -1,0 +1,70 @@
+"""Rows: every piece once, none too full, and nearly full ones."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.train.data.rows import PackedPlan, StreamPlan, pack
+
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).map(lambda x: np.array(x, np.int64))
+
+
+def tokens(plan: StreamPlan | PackedPlan) -> list[list[tuple[int, int]]]:
+    """Return the tokens of each row, as numbers of documents and places in them."""
+    return [
+        [(p.document, at) for p in plan.pieces(row) for at in range(p.start, p.stop)]
+        for row in range(plan.rows)
+    ]
+
+
+def all_tokens(lengths: np.ndarray) -> list[tuple[int, int]]:
+    return [(n, at) for n, length in enumerate(lengths.tolist()) for at in range(length)]
+
+
+@given(LENGTHS, st.integers(1, 20))
+def test_a_stream_is_cut_into_full_rows(lengths: np.ndarray, row: int) -> None:
+    found = tokens(StreamPlan(lengths, row))
+    assert [t for each in found for t in each] == all_tokens(lengths)
+    assert all(len(each) == row for each in found[:-1])
+
+
+@given(LENGTHS, st.integers(1, 20), st.integers(0, 3))
+def test_packed_rows_have_every_token_once(lengths: np.ndarray, most: int, around: int) -> None:
+    plan = PackedPlan(lengths, most)
+    assert sorted(t for each in tokens(plan) for t in each) == all_tokens(lengths)
+    plan.pack((plan.sizes + around)[None], np.array([most + around]))
+    found = tokens(plan)
+    assert sorted(t for each in found for t in each) == all_tokens(lengths)
+    for row, each in enumerate(found):
+        pieces = plan.pieces(row)
+        assert 0 < len(each) + around * len(pieces) <= most + around
+        assert [p.document for p in pieces] == sorted(p.document for p in pieces)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), min_size=1, max_size=60),
+    st.integers(9, 20),
+)
+def test_every_budget_is_kept(pairs: list[tuple[int, int]], second: int) -> None:
+    costs, budgets = np.array(pairs).T, np.array([30, second])
+    packed = pack(costs, budgets)
+    assert sorted(packed.order.tolist()) == list(range(len(pairs)))
+    for row in range(packed.rows):
+        assert (costs[:, packed.pieces(row)].sum(1) <= budgets).all()
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 999))
+def test_rows_of_short_documents_are_nearly_full(seed: int) -> None:
+    sizes = np.random.default_rng(seed).integers(1, 400, 3000)
+    packed = pack(sizes[None], np.array([512]))
+    assert sizes.sum() / (packed.rows * 512) > 0.97
+    # Two that are each longer than half of a row never fit together.
+    assert packed.rows >= (sizes > 256).sum()
+
+
+def test_short_ends_of_documents_may_be_left_out() -> None:
+    plan = PackedPlan(np.array([10, 1, 5]), 3, least=2)
+    assert plan.sizes.tolist() == [3, 3, 3, 3, 2]

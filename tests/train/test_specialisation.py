@@ -1,0 +1,101 @@
+"""Where tokens went: the counts, the shares, and what an untrained router explains."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecc.cli.main import main
+from moecc.train.specialisation import Routed, information
+from moecc.train.tokens.documents import Format
+from moecc.train.tokens.make import Making, make_tokens
+
+from .tiny import DOCS, draw_weights, make_model
+
+
+def routed(tokens: list[int], experts: list[int], size: int = 4) -> Routed:
+    return Routed("layers.0.ffn", size, np.array(tokens), np.array(experts))
+
+
+def test_a_choice_that_follows_from_the_token_is_explained() -> None:
+    layer = routed([0, 1, 2, 3] * 50, [3, 2, 1, 0] * 50)
+    assert layer.explained == pytest.approx(1)
+    assert layer.by_chance < 0.1
+    assert layer.typical(3) == [(0, 1.0)]
+    np.testing.assert_allclose(layer.shares, 0.25)
+
+
+def test_a_choice_without_regard_to_the_token_is_not() -> None:
+    layer = routed([0, 0, 1, 1] * 50, [0, 1, 0, 1] * 50)
+    assert layer.explained == pytest.approx(0, abs=1e-12)
+    assert layer.typical(0) == []
+    assert layer.typical(2) == [], "nothing went to this one"
+
+
+def test_information_by_hand() -> None:
+    """Half of the first token's go elsewhere: H(expert) - H(expert | token), in nats."""
+    layer = routed([0, 0, 1, 1], [0, 1, 1, 1])
+    expected = -(math.log(0.25) * 0.25 + math.log(0.75) * 0.75) - 0.5 * math.log(2)
+    assert information(layer.counts) == pytest.approx(expected)
+    assert layer.typical(0) == [(0, 0.5)]
+    assert layer.typical(1) == [(1, 1.0)]
+
+
+def test_the_entropy_of_sentinels_is_apart_from_that_of_others() -> None:
+    layer = routed([9, 9, 9, 9, 1, 1, 2, 2], [0, 1, 2, 3, 0, 0, 0, 0])
+    assert layer.entropies(frozenset({9})) == pytest.approx((math.log(4), 0.0))
+    assert layer.entropies(frozenset({7})) == (None, pytest.approx(layer.entropies(frozenset())[1]))
+
+
+def specialise(model: Path, data: Path, *more: str, capsys: pytest.CaptureFixture[str]) -> list:
+    small = ["--sequence", "24", "--batch", "4", "--batches", "2", "--format", "json"]
+    assert main(["specialise", str(model), "--data", str(data), *small, *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "moecc.specialise/1"
+    return list(found["layers"])
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokens") / "tokens"
+    texts = (str(DOCS / "tour.md"),)
+    make_tokens(Making(texts, "bytes", Format("documents", "text", "paragraph")), out)
+    return out
+
+
+def test_a_decoder_whose_router_is_a_hash_is_explained_by_the_token(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = draw_weights(make_model(tmp_path / "model"))
+    passes = "upcycle{experts=4 top-k=1 routing=hash layers=every:2}"
+    (layer,) = specialise(model, tokens, "-p", passes, capsys=capsys)
+    assert layer["layer"] == "layers.1.ffn"
+    assert layer["explained"] == pytest.approx(1)
+    assert layer["sentinel_entropy"] is None
+    assert layer["even_entropy"] == pytest.approx(math.log(4))
+    assert {t["part"] for e in layer["experts"] for t in e["tokens"]} == {1.0}
+
+
+def test_an_encoder_decoder_has_sentinels_in_both_stacks(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = draw_weights(make_model(tmp_path / "model", "t5_relu_tied"))
+    layers = specialise(model, tokens, "-p", "upcycle{experts=4 top-k=2}", capsys=capsys)
+    assert {layer["layer"].split(".")[0] for layer in layers} == {"encoder", "decoder"}
+    for layer in layers:
+        assert 0 <= layer["sentinel_entropy"] <= layer["even_entropy"] + 1e-9
+        assert sum(e["share"] for e in layer["experts"]) == pytest.approx(1)
+        # Routers that are drawn with another scale choose as untrained ones do.
+        assert layer["explained"] > layer["by_chance"]
+
+
+def test_a_dense_model_has_nothing_to_show(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = draw_weights(make_model(tmp_path / "model"))
+    assert main(["specialise", str(model), "--data", str(tokens)]) == 1
+    assert "-p 'upcycle{experts=8}'" in capsys.readouterr().err

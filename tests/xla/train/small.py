@@ -1,0 +1,86 @@
+"""Tiny models of one routed layer, and batches of them, for tests of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moecc.ir.builder import Builder
+from moecc.ir.graph import Graph
+from moecc.ir.moe import emit_routing
+from moecc.types.dtypes import F32, I32, PRED
+from moecc.types.tensor import tensor
+
+EMBED, EXPERTS, VOCAB = 8, 4, 12
+BATCH, SEQ = 16, 4
+SIZES = {"B": BATCH, "S": SEQ}
+
+
+def sparse(routing: str = "top-2", *, padded: bool = False, bias: bool = False) -> Graph:
+    """Return a decoder of an embedding, one layer of experts and a head.
+
+    Args:
+      routing: ``top-1``, ``top-2`` or ``expert-choice``.
+      padded: whether padding is told by an input.
+      bias: whether a balance bias is added for the choice.
+    """
+    graph = Graph("small")
+    b = Builder(graph)
+    tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
+    mask = graph.input("mask", tensor(PRED, batch="B", seq="S")) if padded else None
+    with b.at("embed"):
+        table = graph.param("table", tensor(F32, vocab=VOCAB, embed=EMBED), loc="embed")
+        hidden = b.embedding(table, tokens, axis="vocab")
+    with b.at("layers.0.ffn"):
+        router = _param(graph, "router", expert=EXPERTS, embed=EMBED)
+        up = _param(graph, "up", expert=EXPERTS, mlp=EMBED, embed=EMBED)
+        down = _param(graph, "down", expert=EXPERTS, embed=EMBED, mlp=EMBED)
+        given = {} if mask is None else {"mask": mask}
+        if routing == "expert-choice":
+            logits = b.contract(hidden, router, over="embed", precision="f32")
+            scores = b.softmax(logits, axis="expert")
+            chosen, gates, slots = b.expert_choice(
+                scores, *given.values(), tokens=("batch", "seq"), experts=EXPERTS,
+                capacity_factor=1.5, using=tuple(given),
+            )  # fmt: skip
+            rows = b.dispatch(hidden, chosen, slots)
+            made = b.contract(b.silu(b.contract(rows, up, over="embed")), down, over="mlp")
+            hidden = b.add(hidden, b.combine(made, chosen, slots, gates))
+        else:
+            top_k = int(routing[-1])
+            rows, finish = emit_routing(
+                b, hidden, router, experts=EXPERTS, top_k=top_k,
+                gates="softmax" if top_k == 1 else "renormalised", operands=lambda *_: given,
+                bias=_param(graph, "bias", expert=EXPERTS) if bias else None,
+            )  # fmt: skip
+            made = b.contract(b.silu(b.contract(rows, up, over="embed")), down, over="mlp")
+            hidden = b.add(hidden, finish(made))
+    with b.at("head"):
+        head = graph.param("head", tensor(F32, vocab=VOCAB, embed=EMBED), loc="head")
+        graph.set_output("logits", b.contract(hidden, head, over="embed"))
+    return graph
+
+
+def _param(graph: Graph, name: str, **axes: int) -> Any:
+    return graph.param(name, tensor(F32, **axes), loc="layers.0.ffn")
+
+
+def params_of(graph: Graph, seed: int = 0) -> dict[str, Any]:
+    """Return random parameters, under which experts differ."""
+    rng = np.random.default_rng(seed)
+    return {
+        n: np.zeros(p.type.shape) if n == "bias" else rng.normal(size=p.type.shape) * 0.6
+        for n, p in graph.params.items()
+    }
+
+
+def batch_of(graph: Graph, seed: int, padding: float = 0.4) -> dict[str, Any]:
+    """Return a batch whose sequences are padded, one or more of them whole."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32)
+    lengths = rng.integers(0, SEQ + 1, BATCH) * (rng.random(BATCH) > padding)
+    is_token = np.arange(SEQ) < np.maximum(lengths, rng.random(BATCH) > 0.7)[:, None]
+    targets = np.where(is_token & (rng.random((BATCH, SEQ)) > 0.2), np.roll(tokens, -1, 1), -1)
+    batch = {"tokens": tokens, "targets": targets.astype(np.int32)}
+    return {**batch, "mask": is_token} if "mask" in graph.inputs else batch

@@ -1,0 +1,144 @@
+"""Every parameter that is trained gets a gradient, in every family; a frozen one gets none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
+from moecc.model.inputs import default_inputs
+from moecc.model.open import open_model
+from moecc.pipeline.passes import Context
+from moecc.pipeline.registry import installed
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.steps.head import LOGITS
+from moecc.steps.passes import StepPasses, step_graph
+from moecc.steps.spec import StepSpec
+from moecc.train.recipe import OptimizerSection, ParameterGroup
+from moecc.types.dtypes import F32
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+CASES = sorted(p.parent.name for p in GOLDEN.glob("*/config.json"))
+QUICK = {"mixtral_square"}
+BATCH, SEQ = 4, 8
+
+UPCYCLED = {
+    "st-moe": "st-moe{experts=4 layers=all}",
+    "slices": "upcycle{experts=4 granularity=2 top-k=2 gates=softmax shared=0.5}",
+    "prototypes": "upcycle{experts=4 routing=prototypes top-k=2}",
+    "additive": "upcycle{experts=4 expert-bias=additive extra-ffn=before gates=switch top-k=1}",
+}
+
+
+def step_of(graph: Graph, groups: tuple[ParameterGroup, ...] = ()) -> TrainStep:
+    routed = any(node.op.assigns_slots for node in graph)
+    losses: dict[str, object] | None = {"parts": 1, "replace": True} if routed else None
+    made = step_graph(graph, StepPasses(routed=routed, groups=BATCH if routed else None,
+                                        losses=losses, rolled=False))  # fmt: skip
+    inputs = default_inputs(graph, batch=BATCH, seq=SEQ)
+    sizes = {
+        str(axis.size): size
+        for n, value in graph.inputs.items()
+        for axis, size in zip(value.type, inputs[n].shape, strict=True)
+    }
+    spec = StepSpec(sizes, F32, OptimizerSection("sgd", groups=groups))
+    return make_train_step(made, spec, jax.devices()[:1])
+
+
+def gradients_of(step: TrainStep, graph: Graph) -> dict[str, Any]:
+    """Return gradients at random parameters, so that experts differ."""
+    rng = np.random.default_rng(3)
+    params = {
+        n: (rng.normal(size=p.type.shape) * 0.3 + ("norm" in n)).astype("f")
+        for n, p in step.graph.params.items()
+    }
+    inputs = default_inputs(graph, batch=BATCH, seq=SEQ)
+    targets = inputs["decoder_tokens" if "decoder_tokens" in inputs else "tokens"]
+    batch = {**inputs, "targets": np.roll(targets, -1, 1)}
+    fixed = {n: a for n, a in params.items() if n not in step.trained}
+    trained = {n: params[n] for n in step.trained}
+    slopes, _ = jax.jit(step.gradients)(trained, fixed, batch, jax.random.key(0))
+    return {n: np.asarray(a) for n, a in slopes.items()}
+
+
+def assert_all_flow(graph: Graph) -> None:
+    slopes = gradients_of(step_of(graph), graph)
+    used = {n for n, p in graph.params.items() if p.users}
+    assert slopes.keys() == used
+    assert [n for n, a in slopes.items() if not np.isfinite(a).all()] == []
+    assert [n for n, a in slopes.items() if not np.abs(a).max() > 0] == []
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
+def test_every_parameter_of_a_family_is_trained(case: str) -> None:
+    with open_model(str(GOLDEN / case)) as model:
+        graph = clone(model.graph)
+    if LOGITS not in graph.output_names:
+        pytest.skip("it makes no logits")
+    assert_all_flow(graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["llama_biases_head_dim", "t5_gated_untied"])
+@pytest.mark.parametrize("way", UPCYCLED)
+def test_every_parameter_of_an_upcycled_model_is_trained(source: str, way: str) -> None:
+    with open_model(str(GOLDEN / source)) as model:
+        graph = clone(model.graph)
+    run_pipeline(graph, Pipeline.parse(UPCYCLED[way], installed()), context=Context())
+    assert_all_flow(graph)
+
+
+def test_what_is_frozen_has_no_gradient_no_moments_and_stays() -> None:
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        graph = clone(model.graph)
+    run_pipeline(graph, Pipeline.parse("freeze{groups=attention}", installed()))
+    groups = (
+        ParameterGroup("embedding", freeze=True),
+        ParameterGroup("*.layers.0.mlp.*", rate=0.5),
+        ParameterGroup("norm", decay=0.2),
+    )
+    step = step_of(graph, groups)
+    frozen = {n for n in step.settings if "attn" in n or "embed" in n or "lm_head" in n}
+    assert frozen
+    assert set(step.trained) == step.settings.keys() - frozen
+    text = str(jax.make_jaxpr(step.pure)(*step.arguments))
+    assert text
+    section = OptimizerSection("adamw", groups=groups)
+    adam = make_train_step(step.graph, StepSpec(step.spec.sizes, F32, section), jax.devices()[:1])
+    assert adam.abstract_state["moments"]["m"].keys() == set(adam.trained)
+    rates = {n: s.rate for n, s in step.settings.items() if s.rate != 1}
+    assert set(rates.values()) == {0.5}
+    assert all(".layers.0.mlp." in n for n in rates)
+    assert {s.decay for n, s in step.settings.items() if "norm" in n} == {0.2}
+
+
+def test_decay_goes_by_what_reads_a_parameter_and_not_by_its_axes() -> None:
+    """A rolled norm has two axes, and so have the vectors of experts."""
+    with open_model(str(GOLDEN / "llama_biases_head_dim")) as model:
+        graph = clone(model.graph)
+    text = "upcycle{experts=4 expert-bias=multiplicative balance-bias=true}"
+    run_pipeline(graph, Pipeline.parse(text, installed()))
+    rolled = step_graph(graph, StepPasses(groups=BATCH, losses={"parts": 1}))
+    spec = StepSpec({"B": BATCH, "S": SEQ}, F32, OptimizerSection("adamw", decay=0.1))
+    step = make_train_step(rolled, spec, jax.devices()[:1])
+    axes = {n: rolled.params[n].type.names for n in step.settings}
+    decayed = {n for n, s in step.settings.items() if s.decay}
+    assert any(len(axes[n]) == 2 for n in step.settings.keys() - decayed)
+    for name in step.settings:
+        is_vector = any(word in name for word in ("norm", "bias"))
+        is_table = name.endswith("embed_tokens.weight")
+        assert (name in decayed) == (not is_vector and not is_table), name
+    assert not any("balance_bias" in n for n in step.settings)
+    assert any("balance_bias" in n for n in step.abstract_state["bias"])

@@ -1,0 +1,142 @@
+"""Micro-batches and meshes change neither a loss nor a gradient, those of routers included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.errors import InputError, UsageError
+from moecc.steps.passes import Bound, MeshPasses, StepPasses, step_graph
+from moecc.steps.spec import StepSpec
+from moecc.train.recipe import OptimizerSection
+from moecc.types.dtypes import F32, F64, DType
+
+from .small import BATCH, SIZES, VOCAB, batch_of, params_of, sparse
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+from moecc_backends.xla.train.step import TrainStep, make_train_step  # noqa: E402
+
+ALL_LOSSES = {"importance-coef": 0.3, "load-coef": 0.2, "balance-coef": 0.5, "z-coef": 0.4}
+MESHES = {
+    "one device": None,
+    "data": MeshPasses("data:2", ("data-parallel",)),
+    "experts on rows of data": MeshPasses("data:2,model:2", ("st-moe",), "capacity"),
+    "replicated tokens": MeshPasses("data:2,expert:2", ("expert-replicated",), "replicated"),
+    "stored in parts": MeshPasses("fsdp:2", ("fsdp",)),
+}
+CHUNK_BYTES = 4 * VOCAB * 10
+"""Logits of ten tokens: the last chunk of a micro-batch is not full."""
+
+Case = tuple[str, bool, float | None, str]
+"""Routing, whether there is padding, a capacity factor, and what a balance loss is over."""
+
+
+@cache
+def step_of(case: Case, parts: int, mesh: str, dtype: DType, chunk_bytes: int) -> TrainStep:
+    routing, padded, factor, over = case
+    losses: dict[str, object] = {"parts": parts, "over": over, **ALL_LOSSES}
+    passes = StepPasses(
+        bound=None if factor is None else Bound(factor),
+        groups=8 // parts,
+        losses=losses,
+        mesh=MESHES[mesh],
+        rolled=False,
+    )
+    graph = step_graph(sparse(routing, padded=padded), passes)
+    update = OptimizerSection("sgd", clip=0.0, decay=0.0)
+    spec = StepSpec(SIZES, dtype, update, parts, dtype, chunk_bytes=chunk_bytes, output_z=0.1)
+    count = 1 if passes.mesh is None else 4 if "," in passes.mesh.mesh else 2
+    return make_train_step(graph, spec, jax.devices()[:count])
+
+
+@cache
+def gradients_of(*case: Any) -> Callable[..., Any]:
+    step = step_of(*case)
+    compiled: Callable[..., Any] = jax.jit(partial(step.gradients, key=jax.random.key(0)))
+    return compiled
+
+
+def both(case: Case, parts: int, mesh: str, dtype: DType, seed: int) -> tuple[Any, Any]:
+    graph = sparse(case[0], padded=case[1])
+    params = {n: a.astype(dtype.numpy) for n, a in params_of(graph, seed).items()}
+    batch = batch_of(graph, seed)
+    whole = gradients_of(case, 1, "one device", dtype, 1 << 62)(params, {}, batch)
+    apart = gradients_of(case, parts, mesh, dtype, CHUNK_BYTES)(params, {}, batch)
+    return jax.tree.map(np.asarray, (whole, apart))
+
+
+def assert_same(whole: Any, apart: Any, tolerance: float) -> None:
+    (slopes, sums), (other_slopes, other_sums) = whole, apart
+    assert slopes.keys() == other_slopes.keys()
+    for name, slope in slopes.items():
+        scale = np.abs(slope).max()
+        assert np.abs(slope - other_slopes[name]).max() <= tolerance * scale, name
+    assert sums.keys() == other_sums.keys()
+    for name, value in sums.items():
+        scale = max(np.abs(value).max(), 1.0)
+        assert np.abs(value - other_sums[name]).max() <= tolerance * scale, name
+
+
+QUICK: list[tuple[Case, int, str]] = [
+    (("top-2", True, 0.75, "group"), 2, "one device"),
+    (("top-2", True, 0.75, "group"), 4, "data"),
+]
+SLOW: list[tuple[Case, int, str]] = [
+    *(((r, p, f, o), m, "one device") for r, p, f, o in [
+        ("top-1", True, None, "sequence"), ("top-1", False, 1.0, "group"),
+        ("top-2", False, None, "group"), ("top-2", True, None, "sequence"),
+        ("expert-choice", True, None, "group"), ("expert-choice", False, None, "group"),
+    ] for m in (2, 4)),
+    *((("top-2", True, 0.75, "group"), m, mesh) for m in (1, 2, 4) for mesh in MESHES),
+    (("top-2", True, None, "group"), 2, "replicated tokens"),
+    (("expert-choice", True, None, "group"), 2, "data"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "parts", "mesh"), [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
+)
+def test_parts_and_meshes_change_no_loss_and_no_gradient(case: Case, parts: int, mesh: str) -> None:
+    with jax.enable_x64(True):
+        for seed in range(10):
+            assert_same(*both(case, parts, mesh, F64, seed), 1e-12)
+
+
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_in_float32_they_change_what_rounding_does(parts: int) -> None:
+    for seed in range(10):
+        case = ("top-2", True, 0.75, "group")
+        assert_same(*both(case, parts, "one device", F32, seed), 1e-5)
+
+
+def test_a_batch_without_any_token_has_no_loss_and_finite_gradients() -> None:
+    case: Case = ("top-2", True, 0.75, "group")
+    graph = sparse("top-2", padded=True)
+    batch = batch_of(graph, 0)
+    batch = {**batch, "mask": np.zeros_like(batch["mask"]), "targets": batch["targets"] * 0 - 1}
+    with jax.enable_x64(True):
+        run = gradients_of(case, 2, "one device", F64, CHUNK_BYTES)
+        slopes, sums = run(params_of(graph), {}, batch)
+    assert all(np.abs(g).max() == 0 for g in slopes.values())
+    assert float(sums["loss.auxiliary"]) == 0
+
+
+def test_a_loss_over_the_whole_batch_has_no_parts() -> None:
+    passes = StepPasses(groups=4, losses={"parts": 2, "over": "global"})
+    with pytest.raises(UsageError, match="no sum over its parts"):
+        step_graph(sparse(), passes)
+
+
+def test_micro_batches_hold_whole_token_groups() -> None:
+    graph = step_graph(sparse(), StepPasses(bound=Bound(1.0), groups=2, losses={"parts": 3}))
+    spec = StepSpec(SIZES, F32, OptimizerSection("sgd"), 3)
+    step = make_train_step(graph, spec, jax.devices()[:1])
+    with pytest.raises(InputError, match="whole token groups"):
+        jax.eval_shape(step.pure, *step.arguments)
+    assert BATCH % 3
