@@ -65,7 +65,7 @@ def token_axes(site: Site, labels: Mapping[Val, Dims]) -> tuple[str, ...]:
     if dims is None:
         return plain
     own = [label for i, label in enumerate(dims) if i != island.outer]
-    named = [label[0][0] if len(label) == 1 else "" for label in own]
+    named = ["_".join(name for name, _ in label) for label in own]
     return tuple(unique(n or f"axis{i}" for i, n in enumerate(named)))
 
 

@@ -15,6 +15,7 @@ from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import Report as PipelineReport
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.contracts import NOT_CHECKED, check_contracts
 from moecc.types.arrays import Array
 from moecc.weights.expr import Expr
 from moecc_backends.islands.arrays import LeafEvaluator, make_array
@@ -47,6 +48,7 @@ def convert(
     causal: bool = True,
     seed: int = 0,
     allow_unmatched: bool = False,
+    check: bool = False,
     **kwargs: Any,
 ) -> Conversion:
     """Upcycle a function of parameters: ``convert(loss, params, batch, "upcycle{experts=8}")``.
@@ -61,11 +63,13 @@ def convert(
       causal: whether no token may depend on later ones; routings that look ahead are rejected.
       seed: of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
+      check: whether each pass is held to its promise, on the graph at reduced sizes.
       kwargs: further arguments of the function.
 
     Raises:
       UsageError: the pipeline is none.
       InputError: the function cannot be traced, has no such block, or a pass does not fit it.
+      CheckError: a pass broke its promise.
     """
     if pipeline is None:
         *given, pipeline = args or (None,)
@@ -86,6 +90,7 @@ def convert(
     locations = [i.loc for i in instances.values()]
     before = {loc: part_key(part) for loc, part in cut(graph, locations).blocks.items()}
     context = Context(seed=seed, allow_unmatched=allow_unmatched, read=_reader(arrays))
+    contracts = check_contracts(graph, passes, context) if check else NOT_CHECKED
     done = _run(graph, passes, context, found.misses)
     parts = cut(graph, locations)
     converted = frozenset(n for n, part in parts.blocks.items() if part_key(part) != before[n])
@@ -95,7 +100,7 @@ def convert(
     state = State(tree, leaves, parts, instances, converted, storage)
     made = _new_params(state, arrays)
     report = _report(name, passes, done, found, state, (arrays, made))
-    return Conversion(made, graph, report, done.preserves, state)
+    return Conversion(made, graph, report, done.preserves, passes, seed, contracts, state)
 
 
 def _parsed(pipeline: object) -> Pipeline:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from moecc.checkpoint.folder import open_folder
@@ -63,7 +62,7 @@ def load(folder: str | Path, like: Any = None) -> Conversion:
         params={TREE: state.tree.unflatten(leaves), BESIDE: beside},
         graph=state.parts.graph,
         report=report,
-        preserves=Preserves(promise["kind"], promise["reason"], promise["predicted_error"]),
+        preserves=Preserves(**promise),
         pipeline=Pipeline.parse(str(config["pipeline"]), installed()),
         seed=_number(config["seed"]),
         contracts=Contracts(unchecked="read from a folder"),
@@ -122,6 +121,3 @@ def _tree(config: Mapping[str, Any], like: Any) -> ParamTree:
         )
     return ParamTree(from_json(config["tree"]), names, {})
 
-
-__all__ = ["load"]
-_ = jax

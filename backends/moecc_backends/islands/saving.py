@@ -7,6 +7,7 @@ folder like any other; ``config.json`` has what functions of the parameters need
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ from moecc.types.tensor import Axis, TensorType
 from moecc.version import __version__
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Stack
-from moecc_backends.islands.call import BESIDE, TREE, State
-from moecc_backends.islands.conversion import Conversion
+from moecc_backends.islands.call import BESIDE, Given, State
 from moecc_backends.islands.functions import leaf_of
+from moecc_backends.islands.record import Record
 from moecc_backends.islands.storage import Stored
 from moecc_backends.islands.treejson import to_json
 from moecc_backends.islands.views import Leaf
@@ -45,13 +46,11 @@ from moecc_backends.islands.views import Leaf
 SCHEMA = "moecc.function/1"
 
 
-def save(
-    conversion: Conversion, folder: str | Path, params: Any = None, *, force: bool = False
-) -> Path:
+def write_folder(record: Record, folder: Path, params: Any = None, *, force: bool = False) -> Path:
     """Write parameters to a folder, atomically; return the folder.
 
     Args:
-      conversion: the conversion.
+      record: the record.
       folder: the folder, new or empty.
       params: parameters of the same tree, trained for example; those of the conversion if None.
       force: whether an existing folder is replaced.
@@ -61,23 +60,23 @@ def save(
         stored.
       MachineError: the disk is too small, or a write failed.
     """
-    arrays = named_arrays(conversion.state, conversion.params if params is None else params)
+    arrays = named_arrays(record.state, record.params if params is None else params)
     leaves = _leaves(arrays)
     tensors = [OutputTensor(n, leaf.source, leaf.dtype) for n, leaf in leaves.items()]
     needed = sum(int(a.nbytes) for a in arrays.values())
-    with output_folder(Path(folder), force=force, needed_bytes=needed) as temporary:
+    with output_folder(folder, force=force, needed_bytes=needed) as temporary:
         written = write_checkpoint(
             temporary,
             tensors,
             lambda name, start=0, stop=None: _rows(arrays[name], start, stop),
-            metadata={"moecc": __version__, "pipeline": conversion.pipeline.in_full()},
+            metadata={"moecc": __version__, "pipeline": record.pipeline.in_full()},
         )
-        graph = print_graph(_saved_graph(conversion, leaves))
+        graph = print_graph(_saved_graph(record, leaves))
         write_durable(temporary / GRAPH_NAME, graph.encode())
-        write_durable(temporary / CONFIG_NAME, _text(_config(conversion)))
-        write_durable(temporary / RECEIPT_NAME, _receipt(conversion).content())
-        write_durable(temporary / MANIFEST_NAME, _manifest(temporary, conversion, written))
-    return Path(folder)
+        write_durable(temporary / CONFIG_NAME, _text(_config(record)))
+        write_durable(temporary / RECEIPT_NAME, _receipt(record).content())
+        write_durable(temporary / MANIFEST_NAME, _manifest(temporary, record, written))
+    return folder
 
 
 def _text(document: object) -> bytes:
@@ -93,10 +92,8 @@ def named_arrays(state: State, params: Any) -> dict[str, Any]:
     """Return the arrays of new parameters by the names under which they are stored.
 
     Raises:
-      InputError: they are not those of the conversion.
+      InputError: they are not those of the record.
     """
-    from moecc_backends.islands.call import Given
-
     given = Given.of(state.tree, params)
     found = {n: a for n, a in given.leaves.items() if a is not None}
     return found | {beside_name(n, found): a for n, a in given.beside.items()}
@@ -125,9 +122,9 @@ def _leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
     return leaves
 
 
-def _saved_graph(conversion: Conversion, leaves: Mapping[str, Leaf]) -> Graph:
+def _saved_graph(record: Record, leaves: Mapping[str, Leaf]) -> Graph:
     """Return the graph with its parameters read from the arrays as they are stored."""
-    graph, state = clone(conversion.graph), conversion.state
+    graph, state = clone(record.graph), record.state
     stored = {(s.key, s.in_tree): s for s in state.storage.arrays}
     for name, param in graph.params.items():
         slot = state.storage.slots.get(name)
@@ -152,17 +149,17 @@ def _read(leaf: Leaf, stored: Stored, row: int | None) -> Expr:
     return Index(whole, stored.weight.axis, row)
 
 
-def _config(conversion: Conversion) -> dict[str, object]:
+def _config(record: Record) -> dict[str, object]:
     """Return what functions of the parameters need to know, as JSON values."""
-    state = conversion.state
+    state = record.state
     storage = state.storage
     return {
         "model_type": MODEL_TYPE,
         "schema": SCHEMA,
-        "pipeline": conversion.pipeline.in_full(),
-        "seed": conversion.seed,
-        "preserves": conversion.report.promise_json(),
-        "report": conversion.report.to_json(),
+        "pipeline": record.pipeline.in_full(),
+        "seed": record.seed,
+        "preserves": asdict(record.preserves),
+        "report": record.report.to_json(),
         "tree": to_json(state.tree.treedef),
         "names": list(state.tree.names),
         "fixed": sorted(state.tree.fixed),
@@ -179,13 +176,13 @@ def _config(conversion: Conversion) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _receipt(conversion: Conversion) -> Receipt:
+def _receipt(record: Record) -> Receipt:
     return Receipt(
-        conversion.preserves, conversion.contracts, None, (), library_versions()
+        record.preserves, record.contracts, None, (), library_versions()
     )
 
 
-def _manifest(folder: Path, conversion: Conversion, written: WriteReport) -> bytes:
+def _manifest(folder: Path, record: Record, written: WriteReport) -> bytes:
     tensors = {
         t.name: TensorRecord(t.sha256, t.dtype.name, t.shape, t.file) for t in written.tensors
     }
@@ -193,14 +190,14 @@ def _manifest(folder: Path, conversion: Conversion, written: WriteReport) -> byt
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     others = {name: folder / name for name in names if name not in weights}
     manifest = Manifest(
-        pipeline=conversion.pipeline.in_full(),
-        seed=conversion.seed,
-        source=conversion.report.function,
+        pipeline=record.pipeline.in_full(),
+        seed=record.seed,
+        source=record.report.function,
         source_files={},
         family_from=MODEL_TYPE,
         family_to=MODEL_TYPE,
         dtype="as stored",
-        preserves=str(conversion.preserves),
+        preserves=str(record.preserves),
         weights={name: weight_file_record(folder / name) for name in weights},
         files=file_records(others),
         tensors=tensors,
@@ -208,5 +205,3 @@ def _manifest(folder: Path, conversion: Conversion, written: WriteReport) -> byt
     )
     return dump(manifest)
 
-
-TREE_KEYS = (TREE, BESIDE)
