@@ -43,11 +43,6 @@ REASONS: dict[str, tuple[int, str]] = {
 }
 """By file: how many comparisons of an operation's name there are, and why."""
 
-SETS: dict[str, tuple[int, str]] = {
-    "moecc/plan/collectives.py": (1, "the exchanges whose time on a network has a formula"),
-}
-"""By file: collections of names of operations that are written out, and why."""
-
 LIMIT = 25
 
 
@@ -135,11 +130,11 @@ def _count(find: object) -> Counter[str]:
 def test_comparisons_of_operation_names_are_few_and_have_a_reason() -> None:
     assert _count(comparisons) == {place: count for place, (count, _) in REASONS.items()}
     assert sum(count for count, _ in REASONS.values()) <= LIMIT
-    assert all(reason for _, reason in (*REASONS.values(), *SETS.values()))
+    assert all(reason for _, reason in REASONS.values())
 
 
 def test_no_set_of_operations_is_written_by_hand() -> None:
-    assert _count(collections) == {place: count for place, (count, _) in SETS.items()}
+    assert _count(collections) == {}
 
 
 def test_what_counts() -> None:

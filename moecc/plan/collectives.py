@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 from moecc.plan.networks import Route
 
-OPS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "ragged_all_to_all")
-
 
 def sent_bytes(op: str, devices: int, tensor_bytes: float) -> float:
     """Return the bytes that one device sends.
 
     Args:
-      op: one of `OPS`.
+      op: a collective that sends something.
       devices: how many take part.
       tensor_bytes: the gathered result of an all-gather, the operand of a reduce-scatter or
         all-reduce, the rows of one device for an exchange; the rows are spread evenly.
@@ -52,7 +50,7 @@ class Transfer(NamedTuple):
     """A collective of a step.
 
     Attributes:
-      op: one of `OPS`.
+      op: a collective that sends something.
       axes: the mesh axes that it runs over.
       tensor_bytes: of one, see `sent_bytes`.
       times: how often a step does it, in one part.

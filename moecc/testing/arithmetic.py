@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moecc.ir.graph import Value
 from moecc.ir.ops import OPS
 from moecc.ir.traits import Domain
@@ -22,6 +24,9 @@ def _everywhere(functions: dict[str, Domain]) -> tuple[str, ...]:
 
 UNARY = _everywhere(_functions(1))
 BINARY = _everywhere(_functions(2))
+FORMULAS = ("mul(a, tanh(logaddexp(a, 0.0)))", "logaddexp(a, 0.0)", "maximum(a, mul(a, 0.125))")
+"""Functions without an operation of their own: Mish, softplus, a leaky rectifier."""
+
 GUARDED = {n: d for n, d in (_functions(1) | _functions(2)).items() if d is not Domain.REAL}
 
 
@@ -33,7 +38,14 @@ def unary(g: Growth) -> None:
     if g.chance(30):
         g.emit("scale", x, by=g.pick((2.0, 1.0, 0.5, 0.0, -1.0)))
         return
-    g.emit(g.pick(UNARY), x)
+    emit_function(g, x, UNARY)
+
+
+def emit_function(g: Growth, x: Value, names: Sequence[str]) -> Value:
+    """Append one of the functions `names` of `x`, or at times a formula."""
+    if g.chance(10):
+        return g.emit("pointwise", x, function=g.pick(FORMULAS))
+    return g.emit(g.pick(names), x)
 
 
 def binary(g: Growth) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from moecc.ir.graph import Value
 from moecc.ir.ops import OPS
-from moecc.testing.arithmetic import UNARY, emit_norm
+from moecc.testing.arithmetic import UNARY, emit_function, emit_norm
 from moecc.testing.growth import Growth, Step, mixable_fixed, token_width
 from moecc.testing.places import rotate
 from moecc.testing.sparse import emit_mixture
@@ -56,7 +56,7 @@ def emit_ffn(g: Growth, x: Value, axis: Axis, batch: Iterable[Axis] = ()) -> Val
     hidden = project("w_gate" if is_gated else "w_up", x, axis)
     if has_bias and g.chance(60):
         hidden = g.emit("add", hidden, g.param("b_up", (*batch, inner), dtype))
-    hidden = g.emit(g.pick(ACTIVATIONS), hidden)
+    hidden = emit_function(g, hidden, ACTIVATIONS)
     if is_gated:
         up = project("w_up", x, axis)
         pair = (hidden, up) if g.chance(70) else (up, hidden)
