@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from .loading import load  # noqa: E402
+from .loading import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -29,9 +29,7 @@ def output_name(loc: str) -> str:
     return f"y.{loc}"
 
 
-def build_graph(
-    survey: Survey, *, name: str, is_causal: bool, labels: Mapping[Val, Dims]
-) -> Graph:
+def build_graph(survey: Survey, *, name: str, is_causal: bool, labels: Mapping[Val, Dims]) -> Graph:
     """Return the blocks as one graph.
 
     Parameters are named after leaves, and their weights are read from them.

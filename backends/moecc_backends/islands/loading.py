@@ -120,4 +120,3 @@ def _tree(config: Mapping[str, Any], like: Any) -> ParamTree:
             hint="load(folder, like=params), with dense parameters or their shapes",
         )
     return ParamTree(from_json(config["tree"]), names, {})
-

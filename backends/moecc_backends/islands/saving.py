@@ -7,8 +7,8 @@ folder like any other; ``config.json`` has what functions of the parameters need
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +177,7 @@ def _config(record: Record) -> dict[str, object]:
 
 
 def _receipt(record: Record) -> Receipt:
-    return Receipt(
-        record.preserves, record.contracts, None, (), library_versions()
-    )
+    return Receipt(record.preserves, record.contracts, None, (), library_versions())
 
 
 def _manifest(folder: Path, record: Record, written: WriteReport) -> bytes:
@@ -204,4 +202,3 @@ def _manifest(folder: Path, record: Record, written: WriteReport) -> bytes:
         notes=tuple(f"not finite: {found}" for found in written.nonfinite),
     )
     return dump(manifest)
-
