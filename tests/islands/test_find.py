@@ -89,7 +89,7 @@ BLOCKS: dict[str, tuple[Function, dict[str, Shape], str]] = {
     ),
     "clamped": (
         clamped, GATED,
-        "contract pointwise contract pointwise constant add mul contract",
+        "contract pointwise constant constant contract maximum minimum constant add mul contract",
     ),
     "trained activation": (
         prelu, BIASED, "contract constant maximum constant minimum mul add contract",

@@ -26,7 +26,7 @@ PIPELINE = "upcycle{experts=4 top-k=2},add-losses"
 def check(model: Any, params: Any, by_hand: Any) -> Any:
     """Convert `model`; compare it dense, and drawn at random with `by_hand`."""
     moe = mx.convert(model, params, TOKENS, PIPELINE)
-    run = jax.jit(moe(model))
+    run = jax.jit(moe(model, dispatch="gathered"))
     assert apart(run(moe.params, TOKENS), jax.jit(model)(params, TOKENS)) < 1e-5
     some = drawn(moe.params)
     assert apart(run(some, TOKENS), jax.jit(by_hand)(some, TOKENS)) < 1e-5
@@ -188,7 +188,7 @@ def check_filtered(model: Any, params: Any, by_hand: Any) -> Any:
         every = [next(rest) if a else x for x, a in zip(leaves, is_array, strict=True)]
         return jax.tree.unflatten(tree, every)
 
-    run = jax.jit(lambda a, t: moe(model)(whole(a), t))
+    run = jax.jit(lambda a, t: moe(model, dispatch="gathered")(whole(a), t))
     assert apart(run(arrays, TOKENS), jax.jit(partial(model, params))(TOKENS)) < 1e-5
     some = drawn(arrays)
     assert apart(run(some, TOKENS), jax.jit(lambda a, t: by_hand(whole(a), t))(some, TOKENS)) < 1e-5

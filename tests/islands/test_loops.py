@@ -84,7 +84,7 @@ def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe: Any) -> None:
     policy = jax.checkpoint_policies.dots_saveable
     function = partial(scanned, remat=True, policy=policy)
     params = drawn(moe.params)
-    converted = jax.value_and_grad(total(moe(function)))
+    converted = jax.value_and_grad(total(moe(function, dispatch="gathered")))
     found = jax.jit(converted)(params, TOKENS)
     assert apart(found, jax.jit(jax.value_and_grad(total(by_hand)))(params, TOKENS)) < 1e-5
     text = str(jax.make_jaxpr(converted)(params, TOKENS))
@@ -96,7 +96,7 @@ def test_one_layer_after_the_other_is_the_same_with_the_same_parameters(moe: Any
     """Losses, too: those of a scan are stacked, and are given to the layers again."""
     params = drawn(moe.params)
     found = [
-        jax.jit(moe(total(function), losses=True))(params, TOKENS)
+        jax.jit(moe(total(function), losses=True, dispatch="gathered"))(params, TOKENS)
         for function in (scanned, unrolled)
     ]
     assert apart(*found) < 1e-5
@@ -123,8 +123,8 @@ def test_a_scan_that_was_split_converts_in_part() -> None:
     dense = stacked()
     moe = mx.convert(halves, dense, TOKENS, "upcycle{experts=4 layers=1}")
     assert moe.params["params"]["layers"]["mlp"]["up"] is dense["layers"]["mlp"]["up"]
-    assert moe.params["moe"]["layers.1.mlp.up"].shape == (1, 4, decoder.EMBED, decoder.MLP)
-    found = jax.jit(moe(halves))(moe.params, TOKENS)
+    assert moe.params["moe"]["layers.1.mlp.up"].shape == (4, decoder.EMBED, decoder.MLP)
+    found = jax.jit(moe(halves, dispatch="gathered"))(moe.params, TOKENS)
     assert apart(found, jax.jit(halves)(dense, TOKENS)) < 1e-5
 
 
@@ -154,7 +154,7 @@ def test_a_block_that_runs_often_is_one_block() -> None:
         return often_with(params["params"], tokens, ffn)
 
     params = drawn(moe.params)
-    found, losses = jax.jit(moe(often, losses=True))(params, TOKENS)
+    found, losses = jax.jit(moe(often, losses=True, dispatch="gathered"))(params, TOKENS)
     assert apart(found, jax.jit(by_hand)(params, TOKENS)) < 1e-5
     assert float(losses["loss.balance"]) > 0
 

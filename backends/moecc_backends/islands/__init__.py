@@ -16,4 +16,5 @@ from __future__ import annotations
 
 from moecc_backends.islands.conversion import Conversion as Conversion
 from moecc_backends.islands.convert import convert as convert
+from moecc_backends.islands.convert import graph as graph
 from moecc_backends.islands.loading import load as load

@@ -25,9 +25,11 @@ from moecc_backends.islands.conversion import Conversion
 from moecc_backends.islands.find import Miss
 from moecc_backends.islands.functions import ParamTree, leaf_of, trace_function
 from moecc_backends.islands.jaxprs import shape_of
+from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.partkeys import part_key
 from moecc_backends.islands.parts import Parts, cut
 from moecc_backends.islands.report import BlockReport, Report
+from moecc_backends.islands.scopes import Val
 from moecc_backends.islands.settle import settle, steps_of
 from moecc_backends.islands.sites import Instance, Key, Survey, survey
 from moecc_backends.islands.storage import Storage, plan_storage
@@ -76,16 +78,8 @@ def convert(
         args = tuple(given)
     passes = _parsed(pipeline)
     tree, arrays = ParamTree.of(params)
-    shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
-    traced, _ = trace_function(function, tree, shapes, (args, kwargs))
-    found = survey(traced.scope)
-    labels = token_labels(traced, tokens) if tokens else {}
-    refuse_mixing(found, labels)
-    settle(found)
-    instances = found.instances()
-    if not instances:
-        raise InputError([_no_block(function), *map(_near, found.misses)])
-    name = getattr(function, "__name__", "function")
+    found, labels = _surveyed(function, (tree, arrays), (args, kwargs), tokens or {})
+    name, instances = _name(function), found.instances()
     graph = build_graph(found, name=name, is_causal=causal, labels=labels)
     locations = [i.loc for i in instances.values()]
     before = {loc: part_key(part) for loc, part in cut(graph, locations).blocks.items()}
@@ -101,6 +95,50 @@ def convert(
     made = _new_params(state, arrays)
     report = _report(name, passes, done, found, state, (arrays, made))
     return Conversion(made, graph, report, done.preserves, passes, seed, contracts, state)
+
+
+def graph(
+    function: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    tokens: Mapping[str, Sequence[str]] | None = None,
+    causal: bool = True,
+    **kwargs: Any,
+) -> Graph:
+    """Return the blocks of a function as one graph, before any pass; arguments as of `convert`.
+
+    Raises:
+      InputError: the function cannot be traced, or has no such block.
+    """
+    found, labels = _surveyed(function, ParamTree.of(params), (args, kwargs), tokens or {})
+    return build_graph(found, name=_name(function), is_causal=causal, labels=labels)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", "function"))
+
+
+def _surveyed(
+    function: Callable[..., Any],
+    params: tuple[ParamTree, Mapping[str, Any]],
+    arguments: tuple[Sequence[Any], Mapping[str, Any]],
+    tokens: Mapping[str, Sequence[str]],
+) -> tuple[Survey, dict[Val, Dims]]:
+    """Return the blocks of a function, and the labels of its values.
+
+    Raises:
+      InputError: the function cannot be traced, or has no such block.
+    """
+    tree, arrays = params
+    shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
+    traced, _ = trace_function(function, tree, shapes, arguments)
+    found = survey(traced.scope)
+    labels = token_labels(traced, tokens) if tokens else {}
+    refuse_mixing(found, labels)
+    settle(found)
+    if not found.sites:
+        raise InputError([_no_block(function), *map(_near, found.misses)])
+    return found, labels
 
 
 def _parsed(pipeline: object) -> Pipeline:

@@ -112,19 +112,24 @@ class Search:
 def find_islands(scope: Scope) -> Search:
     """Return the blocks of a scope and of the bodies in it, in order; no two share a step."""
     search = Search()
-    for one in (scope, *(b for s in scope.every_step() for b in s.bodies)):
-        taken: set[Step] = set()
-        order = {step: i for i, step in enumerate(one.steps)}
-        for step in one.steps:
-            if weight_at(step) is None:
-                continue
-            found = _Candidate(step, order).examine()
-            if isinstance(found, Miss):
-                search.misses.append(found)
-            elif found is not None and taken.isdisjoint(found.steps):
-                taken.update(found.steps)
-                search.islands.append(found)
+    _search(scope, search)
     return search
+
+
+def _search(scope: Scope, search: Search) -> None:
+    taken: set[Step] = set()
+    order = {step: i for i, step in enumerate(scope.steps)}
+    for step in scope.steps:
+        for body in step.bodies:
+            _search(body, search)
+        if weight_at(step) is None:
+            continue
+        found = _Candidate(step, order).examine()
+        if isinstance(found, Miss):
+            search.misses.append(found)
+        elif found is not None and taken.isdisjoint(found.steps):
+            taken.update(found.steps)
+            search.islands.append(found)
 
 
 def weight_at(step: Step) -> int | None:

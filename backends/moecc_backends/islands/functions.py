@@ -161,8 +161,8 @@ def trace_function(
     scope = function_scope(jaxpr, [leaf_of(n, avals[n]) for n in names])
     positions = _positions(function)
     called = [_argument_name(path, positions) for path, _ in paths]
-    arguments = tuple(n for n, traced in zip(called, is_traced, strict=True) if traced)
-    return Traced(scope, jax.tree_util.tree_structure(result), arguments), given
+    arrays = tuple(n for n, traced in zip(called, is_traced, strict=True) if traced)
+    return Traced(scope, jax.tree_util.tree_structure(result), arrays), given
 
 
 def _positions(function: Callable[..., Any]) -> list[str]:

@@ -54,7 +54,7 @@ def load(folder: str | Path, like: Any = None) -> Conversion:
         state = _state(config, str(Path(folder) / GRAPH_NAME), like)
         arrays = {name: jnp.asarray(checkpoint.read(name)) for name in checkpoint.tensors}
     leaves = {n: arrays[n] for n in state.tree.array_names if n in arrays}
-    beside = {s.key: arrays[beside_name(s.key, leaves)]
+    beside = {s.key: arrays[beside_name(s.key, state.tree.names)]
               for s in state.storage.arrays if not s.in_tree}  # fmt: skip
     report = Report.from_json(_object(config["report"]))
     promise = _object(config["preserves"])

@@ -7,7 +7,7 @@ folder like any other; ``config.json`` has what functions of the parameters need
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,11 @@ def named_arrays(state: State, params: Any) -> dict[str, Any]:
     """
     given = Given.of(state.tree, params)
     found = {n: a for n, a in given.leaves.items() if a is not None}
-    return found | {beside_name(n, found): a for n, a in given.beside.items()}
+    return found | {beside_name(n, state.tree.names): a for n, a in given.beside.items()}
 
 
-def beside_name(name: str, leaves: Mapping[str, Any]) -> str:
-    """Return the name under which an array beside the tree is stored."""
+def beside_name(name: str, leaves: Collection[str]) -> str:
+    """Return the name under which an array beside a tree of `leaves` is stored."""
     return f"{BESIDE}.{name}" if name in leaves else name
 
 
@@ -130,7 +130,7 @@ def _saved_graph(record: Record, leaves: Mapping[str, Leaf]) -> Graph:
         slot = state.storage.slots.get(name)
         if slot is not None:
             one = stored[slot.key, slot.in_tree]
-            key = slot.key if slot.in_tree else beside_name(slot.key, leaves)
+            key = slot.key if slot.in_tree else beside_name(slot.key, state.tree.names)
             param.weight = _read(leaves[key], one, slot.row)
     graph.attrs["checkpoint"] = "."
     return graph
@@ -181,9 +181,7 @@ def _receipt(record: Record) -> Receipt:
 
 
 def _manifest(folder: Path, record: Record, written: WriteReport) -> bytes:
-    tensors = {
-        t.name: TensorRecord(t.sha256, t.dtype.name, t.shape, t.file) for t in written.tensors
-    }
+    tensors = {t.name: TensorRecord(t.sha256, t.dtype, t.shape, t.file) for t in written.tensors}
     weights = sorted({t.file for t in written.tensors})
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     others = {name: folder / name for name in names if name not in weights}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from moecc.weights.expr import Expr, sources
-from moecc.weights.movement import Index, Slice
+from moecc.weights.movement import Index, Permute, Slice
 from moecc_backends.islands.scopes import Step
 from moecc_backends.islands.sites import Key, Site, Survey
 from moecc_backends.islands.uses import Use, overlap, uses
@@ -80,9 +80,11 @@ def _rows(weight: Expr) -> tuple[int, int]:
     if not leaf.type.axes:
         return 0, 1
     first = leaf.type.names[0]
-    inner = chain[-2] if len(chain) > 1 else leaf
-    if isinstance(inner, Index) and inner.axis == first:
-        return inner.at, inner.at + 1
-    if isinstance(inner, Slice) and inner.axis == first:
-        return inner.start, inner.stop
+    for step in reversed(chain[:-1]):
+        if isinstance(step, Index) and step.axis == first:
+            return step.at, step.at + 1
+        if isinstance(step, Slice) and step.axis == first:
+            return step.start, step.stop
+        if not isinstance(step, Index | Slice | Permute):
+            break
     return 0, leaf.type.shape[0]
