@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-all check lint format types proof-engines docs bench wheel clean
+.PHONY: help install demo demo-train test test-all check lint format types proof-engines docs bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ endif
 
 demo: $(STAMP) ## upcycle SmolLM2-135M to a mixture of 8 experts, and prove that it is the same function
 	$(BIN)/python examples/upcycle_smollm2.py
+
+demo-train: $(STAMP) ## train a small decoder on this documentation, upcycle it, train on, compare, export
+	$(BIN)/python examples/train_on_docs.py
 
 test: $(STAMP) ## the tests, in parallel, without the slow ones
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"

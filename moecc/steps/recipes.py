@@ -13,6 +13,7 @@ from moecc.plan.meshes import plan_mesh
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import GSPMD
 from moecc.sharding.vias import LOCAL
+from moecc.steps.bias import bias_counts
 from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize, step_graph
 from moecc.steps.spec import StepSpec
 from moecc.support.parse_units import float_type
@@ -25,7 +26,16 @@ def train_graph(graph: Graph, recipe: Recipe) -> Graph:
     Raises:
       InputError: the recipe does not suit the graph.
     """
-    return step_graph(graph, train_passes(graph, recipe))
+    made = step_graph(graph, train_passes(graph, recipe))
+    if recipe.routing.bias_rate and not bias_counts(made):
+        raise InputError(
+            "no layer has a balance bias that could be updated",
+            where="routing.bias_rate",
+            expected="routers that choose by scores with a bias",
+            found=str(recipe.routing.bias_rate),
+            hint="upcycle{balance-bias=true} in model.pipeline adds them",
+        )
+    return made
 
 
 def eval_graph(graph: Graph, recipe: Recipe) -> Graph:

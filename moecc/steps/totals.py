@@ -19,7 +19,7 @@ def counted(total: Total, batch: Mapping[str, Any], parts: int) -> Any:
 
     Args:
       total: what is counted.
-      batch: the inputs, the masks ``[batch, seq]`` among them.
+      batch: the masks ``[batch, seq]`` by name, and all else that it holds.
       parts: the micro-batches that it is cut into.
     """
     mask = batch[total.mask]

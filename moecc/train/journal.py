@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +30,8 @@ def event_line(event: Event) -> dict[str, Any] | None:
                 return {"step": event.back_to + 1, "left_out": list(event.left_out)}
             return {"step": event.step, "skipped": event.batch, **event.metrics}
         case Evaluated():
-            return {"step": event.step, "held_out": dict(event.losses)}
+            spread = {"spread": dict(event.spread)} if event.spread else {}
+            return {"step": event.step, "held_out": dict(event.losses), **spread}
     return None
 
 
@@ -49,7 +51,8 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line. Raises MachineError if the disk is full."""
-        data = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        text = json.dumps(_finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        data = text.encode() + b"\n"
         try:
             self._file.write(data)
         except OSError as error:
@@ -84,6 +87,15 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value with null in place of what is not finite, which JSON cannot say."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
 def cut_back(path: Path, step: int) -> None:

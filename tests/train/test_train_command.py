@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from moecc.checkpoint.run.layout import saved_steps
 from moecc.cli.main import main
@@ -16,7 +18,7 @@ from moecc.cli.main import main
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
-from .tiny import make_recipe
+from .tiny import draw_weights, make_recipe
 
 RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 9"
 
@@ -127,6 +129,26 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
     assert last["against_first"]["difference"] == pytest.approx(during[1] - during[0], rel=1e-3)
     code, out, _ = call("evaluate", run, "--data", data, "--sequence", "32", "--batches", "1")
     assert (code, "heldout" in out) == (0, True)
+
+
+@pytest.mark.slow
+def test_losses_that_are_not_finite_from_the_first_step_end_the_run(
+    folder: Path, call: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    draw_weights(model)
+    arrays = load_file(model / "model.safetensors")
+    arrays["model.norm.weight"][3] = np.nan
+    save_file(arrays, model / "model.safetensors", metadata={"format": "pt"})
+    run = tmp_path / "run"
+    code, _, err = call("train", folder / "recipe.toml", "--out", run, "--set",
+                        f"model.source={model}", "--set", "model.start=source")  # fmt: skip
+    assert code == 3
+    assert err.count("error:") == 1
+    assert "training gave up: its losses are not finite" in err
+    assert "4 skipped steps in a row, twice" in err
+    assert saved_steps(run) == []
 
 
 @pytest.mark.slow

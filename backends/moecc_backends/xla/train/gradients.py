@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh
+from moecc.ir.routed import MASK
 from moecc.steps.head import LOGITS, Head, split_head
 from moecc.steps.totals import totals_of
 from moecc.types.dtypes import I32, KEY
@@ -139,7 +140,7 @@ class BatchLoss:
         of_head = HeadLoss(head, self.lowering, self.output_z, self.chunk_bytes)
         summed, sums = of_head(hidden, weights, inputs[TARGETS])
         summed, sums = self._everywhere((summed, sums))
-        outputs = {n: self._settled(values[v], v) for n, v in graph.outputs.items() if n != LOGITS}
+        outputs = {n: self._settled(values[v], v) for n, v in summed_outputs(graph).items()}
         loss = summed / jnp.maximum(total, 1).astype(summed.dtype)
         return loss + outputs.get(AUXILIARY, 0.0), {**outputs, **sums}
 
@@ -218,6 +219,11 @@ class BatchLoss:
 def token_axes(logits: TensorType) -> frozenset[str]:
     """Return the mesh axes along which devices have tokens of their own."""
     return frozenset(m for a in logits.axes if a.name != "vocab" for m in a.mesh)
+
+
+def summed_outputs(graph: Graph) -> dict[str, Value]:
+    """Return the outputs of `graph` that add up over a batch: not its logits, nor its masks."""
+    return {n: v for n, v in graph.outputs.items() if n != LOGITS and not n.startswith(MASK)}
 
 
 def input_types(graph: Graph) -> dict[str, TensorType]:

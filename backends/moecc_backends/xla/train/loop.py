@@ -104,6 +104,7 @@ class Loop:
       rate: the learning rate of a step, by its number from 0.
       stop: returns why to stop after this step, or None; equal in all processes.
       clock: returns seconds, equal in all processes.
+      spread: returns how far experts are apart, from the parameters; None without experts.
     """
 
     program: Program
@@ -113,6 +114,7 @@ class Loop:
     rate: Callable[[int], float]
     stop: Callable[[], Reason | None]
     clock: Callable[[], float] = time.monotonic
+    spread: Callable[[Mapping[str, jax.Array]], dict[str, list[float]]] | None = None
 
     _state: State = field(init=False, default=None)
     _at: Position = field(init=False, default=Position())
@@ -219,7 +221,7 @@ class Loop:
             ]
             total = sum(float(s[LOSS_SUM]) for s in sums)
             losses[name] = total / max(sum(float(s[TOKENS]) for s in sums), 1.0)
-        return Evaluated(self._at.step, losses)
+        return Evaluated(self._at.step, losses, self.spread(params) if self.spread else {})
 
 
 def is_due(step: int, every: int) -> bool:

@@ -235,7 +235,7 @@ class TrainStep:
         types = {n: graph.params[n].type for n in (*self.settings, *self.biases)}
         own = {n: types[n] for n in trained}
         rest = {n: types[n] for n in fixed}
-        totals = totals_for(graph, batch, self.spec)
+        totals = totals_for(graph, self.spec, self.where, batch)
         given = (own, rest, {**batch_types(graph), **dict.fromkeys(totals)}, None)
         run = self.where.mapped(self.loss.gradients, given, (own, sum_types(graph)))
         made: tuple[dict[str, jax.Array], Outputs] = run(trained, fixed, {**batch, **totals}, key)

@@ -22,10 +22,13 @@ from moecc.types.dtypes import DTYPES
 from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import Box
 from moecc.weights.evaluate import Evaluator, Reader
-from moecc.weights.expr import Expr, Source
+from moecc.weights.expr import Expr, Full, Source, transform
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split
 from moecc.weights.simplify import simplify
 from moecc_backends.xla.trace.typed_jax import partition_spec
+
+_COUNT = "moments.count"
+"""The number of updates in a state."""
 
 _ARRAY = "array"
 """What the array of a slot is called in the expressions of its tensors."""
@@ -167,6 +170,33 @@ def _restored(slot: Slot, evaluator: Evaluator, reader: Reader) -> jax.Array:
         whole = reader(slot.key).astype(dtype)
         return _placed(shape, slot.sharding, lambda box: whole[tuple(slice(*b) for b in box)])
     return made(slot.expr, evaluator, dtype, slot.sharding)
+
+
+def with_moments(state: Any, slots: list[Slot], moments: Weights, reader: Reader) -> Any:
+    """Return a state with moments that are made from those of another one.
+
+    Args:
+      state: with zeros in their place.
+      slots: its leaves.
+      moments: expressions by name, ``moments.m.NAME``; what is not among them stays zero.
+      reader: reads what they are made of, and the number of updates.
+    """
+    evaluator = Evaluator(reader)
+    leaves, tree = jax.tree.flatten(state)
+    for at, slot in enumerate(slots):
+        if slot.key == _COUNT:
+            leaves[at] = _restored(slot, evaluator, reader)
+        elif slot.expr is not None and slot.key.startswith("moments."):
+            expr = transform(slot.expr, lambda x: _carried(x, moments))
+            leaves[at] = made(expr, evaluator, np.dtype(slot.abstract.dtype), slot.sharding)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _carried(x: Expr, moments: Weights) -> Expr:
+    if not isinstance(x, Source):
+        return x
+    found = moments.get(x.name)
+    return Full(0.0, x.type) if found is None else Cast(found, x.type.dtype)
 
 
 def load(
