@@ -22,6 +22,11 @@ PIPELINE = "upcycle{experts=4 top-k=2},add-losses"
 TOKENS = decoder.tokens()
 
 
+def layer(p: Any, x: Any, ffn: Any) -> Any:
+    """A layer without attention: the loops are what is tested."""
+    return x + ffn(p["mlp"], decoder.norm(x, p["norm2"]))
+
+
 def stacked() -> Any:
     params = decoder.init(LAYERS)
     layers = jax.tree.map(lambda *each: jnp.stack(each), *params["layers"])
@@ -33,13 +38,13 @@ def scanned(
 ) -> Any:
     """A decoder whose layers are one scan; with `routers`, its mixtures by hand."""
 
-    def layer(x: Any, each: Any) -> Any:
+    def step(x: Any, each: Any) -> Any:
         p, router = each
-        return decoder.layer(p, x, partial(expert, router=router)), None
+        return layer(p, x, partial(expert, router=router)), None
 
     if remat:
-        layer = jax.checkpoint(layer, prevent_cse=False, **options)
-    x, _ = jax.lax.scan(layer, params["embed"][tokens], (params["layers"], routers))
+        step = jax.checkpoint(step, prevent_cse=False, **options)
+    x, _ = jax.lax.scan(step, params["embed"][tokens], (params["layers"], routers))
     return x @ params["head"]
 
 
@@ -53,7 +58,7 @@ def unrolled(params: Any, tokens: Any, routers: Any = None) -> Any:
     for i in range(LAYERS):
         p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
         ffn = partial(expert, router=None if routers is None else routers[i])
-        x = decoder.layer(p, x, ffn)
+        x = layer(p, x, ffn)
     return x @ params["head"]
 
 
@@ -115,7 +120,7 @@ def halves(params: Any, tokens: Any) -> Any:
     x = params["embed"][tokens]
     for part in (slice(0, 1), slice(1, LAYERS)):
         layers = jax.tree.map(lambda a, part=part: a[part], params["layers"])
-        x, _ = jax.lax.scan(lambda x, p: (decoder.layer(p, x, decoder.swiglu), None), x, layers)
+        x, _ = jax.lax.scan(lambda x, p: (layer(p, x, decoder.swiglu), None), x, layers)
     return x @ params["head"]
 
 
@@ -132,16 +137,16 @@ def often(params: Any, tokens: Any) -> Any:
     """A layer in a branch, in a loop of unknown length, in a map; shared by all three."""
     p = params["layers"][0]
     x = params["embed"][tokens]
-    x = jax.lax.cond(x.sum() > -1e9, lambda x: decoder.layer(p, x, decoder.swiglu), jnp.sin, x)
+    x = jax.lax.cond(x.sum() > -1e9, lambda x: layer(p, x, decoder.swiglu), jnp.sin, x)
 
     def proceed(state: Any) -> Any:
         return state[0] < 2
 
     def step(state: Any) -> Any:
-        return state[0] + 1, jnp.sort(decoder.layer(p, state[1], decoder.swiglu), -1)
+        return state[0] + 1, jnp.sort(layer(p, state[1], decoder.swiglu), -1)
 
     _, x = jax.lax.while_loop(proceed, step, (0, x))
-    return jax.lax.map(lambda row: decoder.layer(p, row[None], decoder.swiglu)[0], x)
+    return jax.lax.map(lambda row: layer(p, row[None], decoder.swiglu)[0], x)
 
 
 def test_a_block_that_runs_often_is_one_block() -> None:
@@ -160,8 +165,8 @@ def test_a_block_that_runs_often_is_one_block() -> None:
 
 
 def often_with(params: Any, tokens: Any, ffn: Any) -> Any:
-    layer = partial(decoder.layer, params["layers"][0], ffn=ffn)
-    x = layer(params["embed"][tokens])
+    one = partial(layer, params["layers"][0], ffn=ffn)
+    x = one(params["embed"][tokens])
     for _ in range(2):
-        x = jnp.sort(layer(x), -1)
-    return layer(x)
+        x = jnp.sort(one(x), -1)
+    return one(x)

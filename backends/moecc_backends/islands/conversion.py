@@ -37,7 +37,7 @@ class Conversion(Record):
             and a dictionary; a scalar, or the first of a tuple if it is one, is the model's loss
             and has ``loss.auxiliary`` added to it.
           mesh: the devices that experts are sharded over: the mesh of the graph, where a pass put
-            it on one; else of XLA's partitioner, which is told where tokens and experts go.
+            it on one; else of XLA's partitioner, which has hints where tokens and experts go.
           dispatch: one of `moecc.ir.dispatch_strategies.DISPATCHES`, or ``auto``.
 
         Returns:

@@ -91,31 +91,35 @@ def skipped(scope: Scope, inside: Collection[Step]) -> set[Step]:
     These are the steps of `inside`, and views of weights for them alone.
     """
     gone = set(inside)
-    _skip(scope, gone)
+    _skip(scope, gone, {owner for step in inside for owner in step.scope.owners})
     return gone
 
 
-def _skip(scope: Scope, gone: set[Step]) -> None:
+def _skip(scope: Scope, gone: set[Step], holders: Collection[Step]) -> None:
     for step in reversed(scope.steps):
-        for body in step.bodies:
-            _skip(body, gone)
+        if step in holders:
+            for body in step.bodies:
+                _skip(body, gone, holders)
         if step in gone or step.bodies or not step.outputs or not _all_views(step.outputs):
             continue
-        if not any(is_needed(v, gone) for v in step.outputs):
+        if not any(_is_needed(v, gone, holders) for v in step.outputs):
             gone.add(step)
 
 
-def is_needed(value: Val, gone: Collection[Step]) -> bool:
-    """Return whether a view of a weight is still used where the steps `gone` are not run."""
+def _is_needed(value: Val, gone: Collection[Step], holders: Collection[Step]) -> bool:
+    """Return whether a view of a weight is still used where the steps `gone` are not run.
+
+    A loop that holds nothing that is replaced runs as it stands: it needs what it takes.
+    """
     if value.is_returned:
         return True
     for user in value.users:
         if user in gone:
             continue
-        if not user.bodies:
+        if user not in holders:
             return True
         places = [i for i, v in enumerate(user.inputs) if v is value]
-        bodies = bound(user)
-        if any(not bodies[i] or any(is_needed(v, gone) for v in bodies[i]) for i in places):
+        inner = [bound(user)[i] for i in places]
+        if any(not vs or any(_is_needed(v, gone, holders) for v in vs) for vs in inner):
             return True
     return False
