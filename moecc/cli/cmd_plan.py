@@ -15,6 +15,7 @@ from moecc.cli.options import (
     BatchTokensOption,
     ComputeTypeOption,
     FormatOption,
+    LoadOption,
     MachineOption,
     RulesOption,
     SequenceOption,
@@ -74,6 +75,7 @@ class PlanRequest:
     pipeline: Annotated[
         str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
     ] = ""
+    load: LoadOption = None
     batch_tokens: BatchTokensOption = None
     sequence: SequenceOption = None
     mesh: Annotated[
@@ -138,12 +140,12 @@ def planned(request: PlanRequest) -> Report:
     from moecc.plan.search import search
     from moecc.plan.workload import Workload, workload
 
-    passes = read_pipeline(request.pipeline)
+    passes = read_pipeline(request.pipeline, request.load or [])
     where = parse_machine(request.machine)
     constraints = _constraints(request)
     lengths = parse_lengths(request.sequence) if request.sequence is not None else None
     config = _step_config(request)
-    with open_model(request.model) as opened:
+    with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)
         graph = opened.graph
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+
+from moecc.support.untyped import Json
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,6 @@ def engine_table() -> Table:
     return Table(engines, reads)
 
 
-def _reading(row: Mapping[str, Any]) -> Reading:
+def _reading(row: Json) -> Reading:
     needs, silent = (tuple(row.get(key, ())) for key in ("needs", "silent"))
     return Reading(needs, silent, row.get("as", ""))

@@ -21,6 +21,9 @@ from moecc.ir.unroll import unrolled
 from moecc.types.tensor import Size
 from moecc.weights.expr import Expr
 
+READ = ("tokens", "pixels", "features")
+"""The inputs that models read: text, images, speech."""
+
 
 @dataclass(frozen=True)
 class Export:
@@ -79,8 +82,9 @@ def _read_as(value: Value, weights: Mapping[Value, Expr]) -> Pair:
 
 def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:
     """Return the names of the token sizes in `graph`, or their fixed values."""
-    tokens = graph.inputs.get("tokens")
-    if tokens is None or set(tokens.type.names) != {"batch", "seq"}:
+    tokens = next((v for n in READ if (v := graph.inputs.get(n)) is not None), None)
+    is_text = tokens is not None and tokens.name == "tokens"
+    if tokens is None or (is_text and set(tokens.type.names) != {"batch", "seq"}):
         raise InputError(
             "a language model takes tokens, and the graph does not",
             expected="input %tokens : i32[batch=B, seq=S]",
@@ -88,4 +92,5 @@ def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:
         )
     decoder = graph.inputs.get("decoder_tokens")
     length = decoder.type["seq"].size if decoder is not None and "seq" in decoder.type else "T"
-    return tokens.type["batch"].size, tokens.type["seq"].size, length
+    seq = tokens.type["seq"].size if "seq" in tokens.type else "S"
+    return tokens.type["batch"].size if "batch" in tokens.type else "B", seq, length

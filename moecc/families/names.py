@@ -7,7 +7,6 @@ one tensor, and those names are the same in every family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 
@@ -16,7 +15,7 @@ class TensorNames:
     """The names of a model's tensors; a layer's are relative to `layer`.
 
     Attributes:
-      embedding: the token embedding, ``[vocab, embed]``.
+      embedding: the token embedding, ``[vocab, embed]``; of images, the token of the whole.
       final_norm: the scale of the last norm.
       head: the output matrix, if it is not the embedding.
       layer: the prefix of a layer's tensors.
@@ -81,7 +80,9 @@ _T5 = TensorNames(
     copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
 )
 
-NAMES: Mapping[str, TensorNames] = {
+_BERT = TensorNames(embedding="embeddings.word_embeddings.weight")
+
+NAMES: dict[str, TensorNames] = {
     "mixtral": TensorNames(sparse="block_sparse_moe.", gate="w1", up="w3", down="w2"),
     "t5": _T5,
     "switch_transformers": replace(_T5, dense="mlp."),
@@ -89,7 +90,12 @@ NAMES: Mapping[str, TensorNames] = {
     "phi3": TensorNames(qkv="qkv_proj", gate_up="gate_up_proj"),
     "gpt2": TensorNames(embedding="transformer.wte.weight"),
     "gpt_neox": TensorNames(embedding="gpt_neox.embed_in.weight", head="embed_out.weight"),
-    "bert": TensorNames(embedding="embeddings.word_embeddings.weight"),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "mpnet": _BERT,
+    "vit": TensorNames(embedding="embeddings.cls_token"),
+    "dinov2": TensorNames(embedding="embeddings.cls_token"),
+    "whisper": TensorNames(embedding="model.decoder.embed_tokens.weight", head="proj_out.weight"),
 }
 """The tables by model type; a family not listed has the default names."""
 

@@ -86,6 +86,13 @@ class Parameters:
         read: Expr = Slice(source, along, at, at + axes[own])
         return self._param(name, loc, axes, read if along == own else Rename(read, along, own))
 
+    def without_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
+        """Return the tensor `name` without its first axis, which has size 1 on disk."""
+        if name in self.graph.params:
+            return self.graph.params[name]
+        read = Index(self._source(name, **{axis: 1}, **axes), axis, 0)
+        return self._param(name, loc, axes, read)
+
     def head_part(
         self,
         name: str,
@@ -160,8 +167,11 @@ class Parameters:
         return self._param(name, loc, whole, read)
 
     def _stacked(self, name: str, experts: int, axes: dict[str, int]) -> Expr:
-        parts = tuple(self._source(name.format(expert=e), **axes) for e in range(experts))
-        return Stack(parts, "expert")
+        names = [name.format(expert=e) for e in range(experts)]
+        dtypes = [self.dtype_of(each) for each in names]
+        types = {dtype: tensor(dtype, **axes) for dtype in set(dtypes)}
+        parts = (Source(n, types[d]) for n, d in zip(names, dtypes, strict=True))
+        return Stack(tuple(parts), "expert")
 
     def _fused(self, layer: str, matrix: str, experts: int, axes: dict[str, int]) -> Expr:
         if matrix == "down":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.families.configs import (
@@ -21,6 +21,7 @@ from moecc.families.graph_layout import FAMILY, graph_config
 from moecc.families.listing import either, ranges
 from moecc.families.propose_encdec import encdec_fields, in_stacks
 from moecc.ir.graph import Graph
+from moecc.support.untyped import JsonDict
 
 Config = TypeVar("Config", bound=ModelConfig)
 
@@ -141,7 +142,7 @@ def _try(source: DecoderConfig, layers: Layers, target: str) -> DecoderConfig | 
 
 
 def _construct(
-    family: type[Config], fields: dict[str, Any], reasons: list[Problem]
+    family: type[Config], fields: JsonDict, reasons: list[Problem]
 ) -> Config | list[Problem]:
     try:
         config = family(**fields)

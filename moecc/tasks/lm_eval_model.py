@@ -22,6 +22,7 @@ import numpy as np
 from moecc.backend import get_backend
 from moecc.errors import InputError, MachineError
 from moecc.model.open import Model
+from moecc.support.untyped import Json
 from moecc.tasks.generate import continue_tokens, end_tokens, load_tokenizer
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.scoring import RowScores, Scorer, ScoringBackend
@@ -89,7 +90,7 @@ class HarnessModel:
         """
         return [self._generated(*request.args) for request in requests]
 
-    def _generated(self, context: str, options: Mapping[str, Any]) -> str:
+    def _generated(self, context: str, options: Json) -> str:
         until = options.get("until") or []
         ends = [until] if isinstance(until, str) else list(until)
         count = int(options.get("max_gen_toks", _MOST_TOKENS))

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.outdir import check_output
 from moecc.checkpoint.run.checkpoint import inputs_of
@@ -30,6 +29,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 from moecc.model.open import Model, no_tensors, open_model, read_graph
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.support.untyped import JsonDict
 from moecc.tasks.train_carried import carried_from
 from moecc.tasks.train_exports import check_export
 from moecc.tasks.train_source import Source, config_of, open_source
@@ -160,7 +160,7 @@ def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:
     return open_batches(recipe.data, facts)
 
 
-def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> dict[str, Any]:
+def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> JsonDict:
     section = recipe.model
     return {
         "kind": TRAINED,
@@ -223,7 +223,7 @@ def _facts_of_run(run: Path, graph: Graph, recipe: Recipe) -> ModelFacts:
     return replace(facts_of(model, train_graph(graph, recipe)), tokenizer_digest=digest)
 
 
-def _last_stage(run: Path) -> dict[str, Any]:
+def _last_stage(run: Path) -> JsonDict:
     stages = read_lineage(run).get("stages")
     if not isinstance(stages, list) or not stages or not isinstance(stages[-1], dict):
         raise InputError("the lineage of the run has no stages", where=str(run))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from moecc.families.configs import (
     SwitchTransformersConfig,
     T5Config,
 )
+from moecc.support.untyped import Json, JsonDict
 
 _ROPES = (
     RopeConfig(theta=10_000.0),
@@ -44,7 +45,7 @@ def small_configs(
     layers, head_dim = draw(st.integers(1, most_layers)), draw(st.sampled_from([4, 6]))
     heads = kv_heads * group
     bias = draw(st.booleans())
-    values: dict[str, Any] = {
+    values: JsonDict = {
         "vocab_size": draw(st.integers(3, 12)),
         "hidden_size": heads * (head_dim if fills_width(family) else draw(st.sampled_from([4, 7]))),
         "intermediate_size": draw(st.integers(1, 4)) * 4,
@@ -83,9 +84,7 @@ def fills_width(family: type[DecoderConfig]) -> bool:
 
 
 @st.composite
-def feature_values(
-    draw: st.DrawFn, family: type[DecoderConfig], values: Mapping[str, Any]
-) -> dict[str, Any]:
+def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -> JsonDict:
     """Draw what a family leaves open of `FEATURES`.
 
     Args:
@@ -124,9 +123,9 @@ def _windows(draw: st.DrawFn, style: str, layers: int) -> tuple[int | None, ...]
 
 
 @st.composite
-def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> dict[str, Any]:
+def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> JsonDict:
     count = draw(st.integers(2, 4))
-    values: dict[str, Any] = {
+    values: JsonDict = {
         "num_experts": count,
         "experts_per_token": draw(st.integers(1, count)),
         "expert_intermediate_size": width,
@@ -150,7 +149,7 @@ def small_encdec_configs(draw: st.DrawFn, most_layers: int = 3) -> EncDecConfig:
     """Draw a config of an encoder-decoder family: t5, switch_transformers or st_moe."""
     kind = draw(st.sampled_from([T5Config, SwitchTransformersConfig, StMoeConfig]))
     tied = draw(st.booleans())
-    values: dict[str, Any] = {
+    values: JsonDict = {
         "vocab_size": draw(st.integers(3, 12)),
         "hidden_size": draw(st.sampled_from([4, 7, 12])),
         "head_dim": draw(st.sampled_from([3, 4])),
@@ -176,7 +175,7 @@ def small_encdec_configs(draw: st.DrawFn, most_layers: int = 3) -> EncDecConfig:
 
 
 @st.composite
-def _switch_experts(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
+def _switch_experts(draw: st.DrawFn, values: JsonDict) -> JsonDict:
     return {
         "num_experts": draw(st.integers(1, 4)),
         "expert_capacity": draw(st.sampled_from([1, 2, 1 << 30])),
@@ -186,7 +185,7 @@ def _switch_experts(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
 
 
 @st.composite
-def _st_moe_experts(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
+def _st_moe_experts(draw: st.DrawFn, values: JsonDict) -> JsonDict:
     count = draw(st.integers(2, 4))
     layers = values["num_hidden_layers"], values["num_decoder_layers"]
     sparse = [draw(st.sets(st.integers(0, n - 1))) for n in layers]

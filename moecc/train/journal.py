@@ -16,10 +16,11 @@ from typing import Any, Self
 
 from moecc.checkpoint.files import os_problem
 from moecc.errors import InputError
+from moecc.support.untyped import Json, JsonDict
 from moecc.train.events import Evaluated, Event, Skipped, Stepped
 
 
-def event_line(event: Event) -> dict[str, Any] | None:
+def event_line(event: Event) -> JsonDict | None:
     """Return what the journal says of an event; None where that does not belong into it."""
     match event:
         case Stepped():
@@ -49,7 +50,7 @@ class Journal:
         except OSError as error:
             raise os_problem(error, path, "write") from None
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Json) -> None:
         """Append a line. Raises MachineError if the disk is full."""
         text = json.dumps(_finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         data = text.encode() + b"\n"
@@ -126,7 +127,7 @@ def _is_kept(raw: bytes, step: int) -> bool:
     return raw.endswith(b"\n") and isinstance(found, int) and found <= step
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+def read_journal(path: Path) -> Iterator[JsonDict]:
     """Yield the lines of a journal; one that a kill cut off at the end is left out.
 
     Raises:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import MachineError
+from moecc.support.untyped import Json
 from moecc.train.run_series import RunSeries, Series
 from moecc.version import __version__
 
-Layers = Sequence[Mapping[str, Any]]
+Layers = Sequence[Json]
 """What ``moecc specialise`` says of the layers of a model, as JSON values."""
 
 CURVES = {
@@ -188,7 +189,7 @@ def _explained(layers: Layers) -> Iterator[str]:
     yield "</table>"
 
 
-def _experts(layer: Mapping[str, Any]) -> str:
+def _experts(layer: Json) -> str:
     rows = [f"<tr><th>{escape(str(layer['layer']))}</th><th>share</th><th>tokens</th></tr>"]
     for number, expert in enumerate(layer["experts"]):
         tokens = " ".join(

@@ -12,6 +12,7 @@ import numpy as np
 
 from moecc.checkpoint.run.layout import METRICS, best_step, is_run, read_lineage, saved_steps
 from moecc.errors import InputError
+from moecc.support.untyped import JsonDict
 from moecc.train.alarms import Alarm, Watch
 from moecc.train.journal import read_journal
 from moecc.types.arrays import Doubles
@@ -54,11 +55,11 @@ class RunSeries:
     """
 
     name: str
-    lines: tuple[dict[str, Any], ...]
+    lines: tuple[JsonDict, ...]
     facts: dict[str, str]
 
     @cached_property
-    def stepped(self) -> list[dict[str, Any]]:
+    def stepped(self) -> list[JsonDict]:
         """The lines of steps whose update was made."""
         return [line for line in self.lines if "loss" in line and "skipped" not in line]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moecc.errors import MachineError
+from moecc.support.untyped import Json
 from moecc.train.events import Evaluated, Event, Metric, Stepped
 
 MOST_EXPERTS = 16
@@ -109,7 +110,7 @@ class WeightsAndBiases:
       MachineError: wandb is missing.
     """
 
-    def __init__(self, run: Path, project: str, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, project: str, recipe: Json) -> None:
         try:
             import wandb
         except ImportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tokenize
 from pathlib import Path
@@ -81,6 +82,7 @@ CLEAN = ("moecc", "passes", "backends")
 """Where none of the phrases stands: everywhere."""
 
 
+@functools.cache
 def names_of(path: Path) -> set[str]:
     with path.open("rb") as file:
         return {t.string for t in tokenize.tokenize(file.readline) if t.type == tokenize.NAME}
@@ -106,6 +108,7 @@ def test_no_module_has_a_retired_name() -> None:
     assert [p for p in found if retired.search(p)] == []
 
 
+@functools.cache
 def texts_of(path: Path) -> list[str]:
     """Return the string literals and comments of a file, each on one line."""
     with path.open("rb") as file:

@@ -112,7 +112,43 @@ GPT_NEOX: dict[str, object] = {
     "max_position_embeddings": 64,
 }
 
+ROBERTA: dict[str, object] = {**BERT, "pad_token_id": 1, "type_vocab_size": 1}
+IMAGES: dict[str, object] = {
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 12,
+    "patch_size": 4,
+}
+"""Nine patches, of 4 by 4 places and 3 channels."""
+
+WHISPER: dict[str, object] = {
+    "vocab_size": 37,
+    "d_model": 12,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 16,
+    "num_mel_bins": 5,
+    "max_source_positions": 7,
+    "max_target_positions": 14,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
 BASES = {
+    "roberta": ROBERTA,
+    "mpnet": {**ROBERTA, "type_vocab_size": 2},
+    "vit": IMAGES,
+    "dinov2": IMAGES,
+    "whisper": WHISPER,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "t5": T5,
@@ -122,6 +158,9 @@ BASES = {
         ("olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"), NO_PADDING
     ),
 }
+
+
+ENCODERS = ("bert", "roberta", "mpnet", "vit", "dinov2")
 
 
 @dataclass(frozen=True)
@@ -142,12 +181,19 @@ class Case:
     @property
     def output(self) -> str:
         """What the model returns: ``logits``, or of an encoder alone its ``hidden`` states."""
-        return "hidden" if self.family == "bert" else "logits"
+        return "hidden" if self.family in ENCODERS else "logits"
 
     @property
     def decodes(self) -> bool:
-        """Whether the model is an encoder-decoder, with tokens for either."""
-        return self.family in ("t5", "switch_transformers")
+        """Whether the model is an encoder-decoder, with tokens for the decoder."""
+        return self.family in ("t5", "switch_transformers", "whisper")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the model's inputs."""
+        first = {"vit": "pixels", "dinov2": "pixels", "whisper": "features"}
+        name = first.get(self.family, "tokens")
+        return (name, "decoder_tokens") if self.decodes else (name,)
 
 
 LLAMA3 = {
@@ -637,6 +683,75 @@ CASES: dict[str, Case] = {
             "num_attention_heads": 4,
             "max_position_embeddings": 16,
             "hidden_act": "relu",
+        },
+    ),
+    "roberta_gelu": Case("roberta", "positions count from behind the padding token's, id 1"),
+    "roberta_square": Case(
+        "roberta",
+        "mlp = embed = vocab = heads * head_dim, positions from 4 on, two token types",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "pad_token_id": 3,
+            "type_vocab_size": 2,
+        },
+    ),
+    "mpnet_gelu": Case("mpnet", "biases by distance, shared by the layers"),
+    "mpnet_square": Case(
+        "mpnet",
+        "mlp = embed = vocab = heads * head_dim = 32 buckets",
+        {
+            "vocab_size": 32,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+        },
+    ),
+    "vit_plain": Case(
+        "vit",
+        "an image of 3 by 2 patches, no biases on queries, keys and values",
+        {"qkv_bias": False, "image_size": [12, 8]},
+    ),
+    "vit_square": Case(
+        "vit",
+        "patches = embed = mlp = side of the image = 16, four channels, patches of 4",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "num_channels": 4,
+        },
+    ),
+    "dinov2_plain": Case(
+        "dinov2",
+        "scaled blocks, of twice the width",
+        {"mlp_ratio": 2},
+    ),
+    "dinov2_gated": Case(
+        "dinov2",
+        "gated blocks of 16, as transformers 4 writes it",
+        {"mlp_ratio": 2, "use_swiglu_ffn": True},
+        major=4,
+    ),
+    "whisper_plain": Case("whisper", "stacks of different depth, heads and widths"),
+    "whisper_square": Case(
+        "whisper",
+        "mel = embed = mlp = vocab = positions of either stack = 16",
+        {
+            "vocab_size": 16,
+            "d_model": 16,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "num_mel_bins": 16,
+            "max_source_positions": 16,
+            "max_target_positions": 16,
+            "decoder_layers": 2,
         },
     ),
 }

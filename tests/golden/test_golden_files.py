@@ -36,7 +36,8 @@ CASES = sorted(MANIFEST["cases"])
 MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
 NEWER = {"olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"}
 DECODERS = {"llama", "mistral", "qwen2", "qwen3"} | NEWER | MIXTURES
-FAMILIES = DECODERS | {"t5", "switch_transformers", "bert", "gpt2", "gpt_neox"}
+ENCODERS = {"bert", "roberta", "mpnet", "vit", "dinov2"}
+FAMILIES = DECODERS | ENCODERS | {"t5", "switch_transformers", "whisper", "gpt2", "gpt_neox"}
 DECODER_CASES = [name for name in CASES if MANIFEST["cases"][name]["family"] in DECODERS]
 
 # Half a unit in the last place of float32, which the golden logits are rounded to, and room for

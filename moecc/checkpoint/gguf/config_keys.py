@@ -6,15 +6,15 @@ llama.cpp computes: full attention, SiLU, and whether gates are renormalised.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from moecc.checkpoint.gguf.encode import Key, Written
 from moecc.checkpoint.gguf.names import GgufExperts, GgufFamily
 from moecc.checkpoint.gguf.rope import rope_keys, rope_misfits
 from moecc.errors import Problem
+from moecc.support.untyped import Json
 
-Config = Mapping[str, Any]
+Config = Json
 """The content of config.json, as a typed config wrote it."""
 
 

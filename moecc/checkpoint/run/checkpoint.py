@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 from moecc.checkpoint.companions import find_companions
 from moecc.checkpoint.files import Identity, identify, require_unchanged
@@ -29,6 +29,7 @@ from moecc.checkpoint.run.layout import (
 from moecc.checkpoint.run.state import StateReader, array_key
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError
+from moecc.support.untyped import Json
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES
 
@@ -51,7 +52,7 @@ class RunCheckpoint:
         self.run = run
         self.step = step
         self.path = run
-        self.lineage: Mapping[str, Any] = read_lineage(run)
+        self.lineage: Json = read_lineage(run)
         self.config = read_json_object(run / SOURCE / CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_tensors(step))
         problems = Problems()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import InputError, MachineError
+from moecc.support.untyped import JsonDict
 from moecc.types.arrays import Array
 
 
@@ -41,7 +42,7 @@ class StateReader:
         self._base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
         # One context: the manifest of the database is read once, not for each array.
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
-        self._open: dict[str, Any] = {}
+        self._open: JsonDict = {}
         self._lock = threading.Lock()
 
     def shape(self, key: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ are written side by side.
 """
 
 from .base import DecoderConfig
-from .bert import BertConfig
+from .bert import BertConfig, MPNetConfig, RobertaConfig
 from .encdec import STACKS, EncDecConfig, Experts
 from .frequencies import attention_factor, rotary_frequencies
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
@@ -17,7 +17,7 @@ from .mixtral import MixtralConfig
 from .model import ACTIVATIONS, DTYPES, ModelConfig
 from .moe import MoeConfig
 from .olmo2 import Olmo2Config
-from .parse import CONFIGS, DECODERS, parse_config, read_config
+from .parse import CONFIGS, DECODERS, ORIGINS, load_installed, parse_config, read_config
 from .phi3 import Phi3Config
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
@@ -26,15 +26,19 @@ from .smollm3 import SmolLM3Config
 from .st_moe import GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
 from .t5 import T5Config
+from .vision import Dinov2Config, VisionConfig, ViTConfig
+from .whisper import WhisperConfig
 
 __all__ = [
     "ACTIVATIONS",
     "CONFIGS",
     "DECODERS",
     "DTYPES",
+    "ORIGINS",
     "STACKS",
     "BertConfig",
     "DecoderConfig",
+    "Dinov2Config",
     "EncDecConfig",
     "Experts",
     "Gemma2Config",
@@ -46,6 +50,7 @@ __all__ = [
     "GraniteConfig",
     "GraphConfig",
     "LlamaConfig",
+    "MPNetConfig",
     "MistralConfig",
     "MixtralConfig",
     "ModelConfig",
@@ -56,12 +61,17 @@ __all__ = [
     "Qwen2MoeConfig",
     "Qwen3Config",
     "Qwen3MoeConfig",
+    "RobertaConfig",
     "RopeConfig",
     "SmolLM3Config",
     "StMoeConfig",
     "SwitchTransformersConfig",
     "T5Config",
+    "ViTConfig",
+    "VisionConfig",
+    "WhisperConfig",
     "attention_factor",
+    "load_installed",
     "parse_config",
     "read_config",
     "rotary_frequencies",

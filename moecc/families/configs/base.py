@@ -56,6 +56,9 @@ class DecoderConfig(ModelConfig):
     """
 
     kind: ClassVar[str] = "a decoder alone"
+    mask_hint: ClassVar[str | None] = (
+        "padding after a text changes nothing: no earlier token attends to it"
+    )
     defaults: ClassVar[Mapping[str, object]] = DEFAULTS
     # What the family fixes: of biases and norms of queries and keys the others are options.
     fixed: ClassVar[Mapping[str, object]] = {}

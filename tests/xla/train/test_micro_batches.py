@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import few
 
 from moecc.errors import InputError, UsageError
 from moecc.steps.passes import Bound, MeshPasses, StepPasses, step_graph
@@ -109,7 +110,7 @@ def test_parts_and_meshes_change_no_loss_and_no_gradient(case: Case, parts: int,
             assert_same(*both(case, parts, mesh, F64, seed), 1e-12)
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", few([2, 4]))
 def test_in_float32_they_change_what_rounding_does(parts: int) -> None:
     for seed in range(10):
         case = ("top-2", True, 0.75, "group")

@@ -6,7 +6,8 @@ annotations (pyproject.toml).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -17,6 +18,12 @@ from jax.typing import DTypeLike
 Axes = tuple[str, ...]
 """Names of mesh axes."""
 
+
+PyTree = Any
+"""A pytree of arrays or of what stands for them (types, shardings, tracers): jax has no type."""
+
+Function = Callable[..., PyTree]
+"""A function of pytrees, which jax traces."""
 
 Devices = list[jax.Device]
 """Devices in the order of a mesh."""

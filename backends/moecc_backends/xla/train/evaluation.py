@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from moecc.steps.micro import rows_together
 from moecc.steps.spec import StepSpec
 from moecc.steps.totals import counted, totals_of
 from moecc.types.tensor import TensorType
-from moecc_backends.xla.trace.typed_jax import Devices, abstract_array
+from moecc_backends.xla.trace.typed_jax import Devices, PyTree, abstract_array
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
     LOSS_SUM,
@@ -49,7 +48,7 @@ class Evaluation:
     where: StepShardings
 
     @cached_property
-    def function(self) -> Any:
+    def function(self) -> PyTree:
         """The jitted ``(params, batch, key) → metrics``."""
         return jax.jit(self.pure)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -27,9 +27,10 @@ from moecc.train.events import (
 from moecc.train.position import Position, batch_of
 from moecc.train.recipe import RunSection
 from moecc.types.arrays import Array
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 
-State = Any
+State = PyTree
 Placed = Mapping[str, jax.Array]
 """A batch on its devices."""
 

@@ -25,7 +25,7 @@ from moecc.weights.evaluate import Evaluator, Reader
 from moecc.weights.expr import Expr, Full, Source, transform
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split
 from moecc.weights.simplify import simplify
-from moecc_backends.xla.trace.typed_jax import partition_spec
+from moecc_backends.xla.trace.typed_jax import PyTree, partition_spec
 
 _COUNT = "moments.count"
 """The number of updates in a state."""
@@ -58,7 +58,7 @@ class Slot:
         return self.abstract.sharding or SingleDeviceSharding(jax.devices()[0])
 
 
-def slots_of(graph: Graph, state: Any) -> list[Slot]:
+def slots_of(graph: Graph, state: PyTree) -> list[Slot]:
     """Return the leaves of a state, in the order of its tree.
 
     Args:
@@ -69,7 +69,7 @@ def slots_of(graph: Graph, state: Any) -> list[Slot]:
     return [_slot(graph, path, leaf) for path, leaf in leaves]
 
 
-def _slot(graph: Graph, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Slot:
+def _slot(graph: Graph, path: tuple[PyTree, ...], leaf: jax.ShapeDtypeStruct) -> Slot:
     words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
     name = next((w for w in words if w in graph.params), None)
     # A balance bias is a parameter of the model that the optimiser does not know.
@@ -82,19 +82,19 @@ def _slot(graph: Graph, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Sl
     return Slot(key, expr, expr is None, leaf)
 
 
-def to_tensors(slots: list[Slot]) -> Callable[[Any], Tensors]:
+def to_tensors(slots: list[Slot]) -> Callable[[PyTree], Tensors]:
     """Return a compiled function from a state to its tensors, by the names that are saved."""
     made = [_tensors_of(slot) for slot in slots]
     shardings = {key: where for parts in made for key, _, where in parts}
 
-    def tensors(state: Any) -> Tensors:
+    def tensors(state: PyTree) -> Tensors:
         found: Tensors = {}
         for array, parts in zip(jax.tree.leaves(state), made, strict=True):
             for key, expr, _ in parts:
                 found[key] = array if expr is None else _moved(expr, array)
         return found
 
-    compiled: Callable[[Any], Tensors] = jax.jit(tensors, out_shardings=shardings)
+    compiled: Callable[[PyTree], Tensors] = jax.jit(tensors, out_shardings=shardings)
     return compiled
 
 
@@ -146,7 +146,7 @@ def _chain(expr: Expr) -> list[Expr]:
     return chain
 
 
-def restore(slots: list[Slot], reader: Reader, tree: Any) -> Any:
+def restore(slots: list[Slot], reader: Reader, tree: PyTree) -> PyTree:
     """Return a state whose leaves are made from saved tensors.
 
     Args:
@@ -172,7 +172,7 @@ def _restored(slot: Slot, evaluator: Evaluator, reader: Reader) -> jax.Array:
     return made(slot.expr, evaluator, dtype, slot.sharding)
 
 
-def with_moments(state: Any, slots: list[Slot], moments: Weights, reader: Reader) -> Any:
+def with_moments(state: PyTree, slots: list[Slot], moments: Weights, reader: Reader) -> PyTree:
     """Return a state with moments that are made from those of another one.
 
     Args:
