@@ -53,6 +53,9 @@ class ConvertRequest:
     verify: Annotated[
         bool, typer.Option("--verify", help="Run source and result, and compare their logits.")
     ] = False
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a conversion that was killed.")
+    ] = False
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False
     format: FormatOption = Format.human
 
@@ -85,7 +88,7 @@ def convert(request: ConvertRequest) -> None:
             check=not request.no_check,
         )  # fmt: skip
         data = planned.to_json()
-        check_place(planned, out, force=request.force)
+        check_place(planned, out, force=request.force, resume=request.resume)
         if not request.dry_run:
             _write(planned, request, limit)
     data |= {"out": out, "dry_run": request.dry_run}
@@ -107,10 +110,16 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
     with Bar("writing") as bar:
         done = write(
             planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
-            allow_nonfinite=request.allow_nonfinite, verify=request.verify, progress=bar,
+            allow_nonfinite=request.allow_nonfinite, verify=request.verify,
+            resume=request.resume, progress=bar,
         )  # fmt: skip
+    if request.resume:
+        kept, total = done.written.kept_bytes, done.written.total_bytes
+        say(f"continued: {kept:,} of {total:,} bytes of weights were complete")
     for text in done.written.spread:
         say(f"warning: not finite: {text}")
+    for name in done.written.zeros:
+        say(f"warning: all zero: {name}")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:

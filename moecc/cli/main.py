@@ -29,9 +29,9 @@ EPILOG = (
 )
 
 COMMANDS = (
-    "inspect", "import", "opt", "reduce", "bisect", "replay", "convert", "verify", "run", "lower",
-    "generate", "plan", "compile", "tokens", "train", "evaluate", "report", "specialise", "launch",
-    "passes",
+    "inspect", "import", "opt", "reduce", "bisect", "replay", "convert", "clean", "verify", "run",
+    "lower", "generate", "plan", "compile", "tokens", "train", "evaluate", "report", "specialise",
+    "launch", "passes",
 )  # fmt: skip
 """The subcommands, in the order of ``--help``; each is in a module ``moecc.cli.cmd_NAME``."""
 
