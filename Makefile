@@ -52,7 +52,7 @@ format: $(STAMP) ## let ruff rewrite
 types: $(STAMP) ## mypy --strict over the three packages
 	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
 
-proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON and MOECC_MLX_PYTHON name interpreters
+proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
 
 proof-learning: $(STAMP) ## experts help at equal tokens: one experiment again, from nothing, on three seeds
