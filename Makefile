@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train test test-all check lint format types proof-engines docs bench wheel clean
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines docs bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: $(STAMP) ## upcycle SmolLM2-135M to a mixture of 8 experts, and prove that
 demo-train: $(STAMP) ## train a small decoder on this documentation, upcycle it, train on, compare, export
 	$(BIN)/python examples/train_on_docs.py
 
+smoke-train: $(STAMP) ## every command of demo-train, with a few steps and nothing to look at
+	$(BIN)/python examples/train_on_docs.py --smoke --out demo-output/smoke-train
+
 test: $(STAMP) ## the tests, in parallel, without the slow ones
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
@@ -49,7 +52,7 @@ format: $(STAMP) ## let ruff rewrite
 types: $(STAMP) ## mypy --strict over the three packages
 	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
 
-proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON and MOECC_MLX_PYTHON name interpreters
+proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
 
 docs: $(STAMP) ## write the pages and modules that are generated

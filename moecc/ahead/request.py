@@ -38,6 +38,7 @@ class Request:
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
+      load: files with families of the user's own.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Request:
     capacity_factor: float | None = None
     emit: str | None = None
     export: bool = False
+    load: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the request as JSON values."""
@@ -65,7 +67,7 @@ class Request:
     @classmethod
     def from_json(cls, data: Json) -> Request:
         """Return the request that `to_json` wrote."""
-        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules")}
+        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules", "load")}
         return cls(**{**data, **lists})
 
 

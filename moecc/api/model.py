@@ -58,7 +58,8 @@ def open(
     if not isinstance(seed, int) or seed < 0:
         raise UsageError("the seed is no whole number from 0 on", found=repr(seed))
     place = None if weights is None else source_text(weights)
-    return Model(open_model(source_text(source), weights=place, padding=padding), seed=seed)
+    opened = open_model(source_text(source), weights=place, padding=padding, config_alone=True)
+    return Model(opened, seed=seed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -16,6 +16,7 @@ _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|nemo|keras|distcp)", re.DOTALL)
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state).*", re.DOTALL)
 _SHOWN_NAMES = 10
+_NONE = "the folder has no weights"
 
 
 def choose_weights(
@@ -127,7 +128,14 @@ def _what_instead(names: set[str]) -> tuple[str, str | None, str | None]:
         return kind[0], None, kind[1]
     nested = [name for name in ("snapshots", "blobs") if name in names]
     inside = "give the folder below snapshots/ whose name is the revision" if nested else None
-    return "the folder has no weights", None, inside
+    return _NONE, None, inside
+
+
+def lacks_weights(names: set[str]) -> bool:
+    """Whether a folder with these files holds no weights of any kind, and no part of them."""
+    return not any(n.endswith((SHARD_SUFFIX, INDEX_NAME)) for n in names) and (
+        _what_instead(names)[0] == _NONE
+    )
 
 
 _ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "orbax.checkpoint"}

@@ -10,7 +10,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption, PaddingMaskOption, SourceArgument
+from moecc.cli.options import FormatOption, LoadOption, PaddingMaskOption, SourceArgument
 
 if TYPE_CHECKING:
     from moecc.checkpoint.gguf.storage import Storage
@@ -40,10 +40,7 @@ class ConvertRequest:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan from headers, write nothing.")
     ] = False
-    load: Annotated[
-        list[str] | None,
-        typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
-    ] = None
+    load: LoadOption = None
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Record NaN and Inf, do not refuse.")
     ] = False
@@ -55,6 +52,9 @@ class ConvertRequest:
     ] = False
     verify: Annotated[
         bool, typer.Option("--verify", help="Run source and result, and compare their logits.")
+    ] = False
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a conversion that was killed.")
     ] = False
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False
     format: FormatOption = Format.human
@@ -88,7 +88,7 @@ def convert(request: ConvertRequest) -> None:
             check=not request.no_check,
         )  # fmt: skip
         data = planned.to_json()
-        check_place(planned, out, force=request.force)
+        check_place(planned, out, force=request.force, resume=request.resume)
         if not request.dry_run:
             _write(planned, request, limit)
     data |= {"out": out, "dry_run": request.dry_run}
@@ -110,10 +110,16 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
     with Bar("writing") as bar:
         done = write(
             planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
-            allow_nonfinite=request.allow_nonfinite, verify=request.verify, progress=bar,
+            allow_nonfinite=request.allow_nonfinite, verify=request.verify,
+            resume=request.resume, progress=bar,
         )  # fmt: skip
+    if request.resume:
+        kept, total = done.written.kept_bytes, done.written.total_bytes
+        say(f"continued: {kept:,} of {total:,} bytes of weights were complete")
     for text in done.written.spread:
         say(f"warning: not finite: {text}")
+    for name in done.written.zeros:
+        say(f"warning: all zero: {name}")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:

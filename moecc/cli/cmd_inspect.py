@@ -9,7 +9,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption
+from moecc.cli.options import FormatOption, LoadFamiliesOption
 from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class InspectRequest:
             metavar="SOURCE", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
         ),
     ]
+    load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 
 
@@ -40,11 +41,13 @@ def inspect(request: InspectRequest) -> None:
     """
     from moecc.cli.console import report
     from moecc.cli.files import say_weights
+    from moecc.families.outside import load_families
     from moecc.model.open import open_model
     from moecc.support.gc_pause import gc_paused
 
+    load_families(request.load)
     # Of 10,000 layers, the collector would take half of the time.
-    with gc_paused(), open_model(request.source) as model:
+    with gc_paused(), open_model(request.source, config_alone=True) as model:
         say_weights(model, request.source)
         data = inspection(model)
     report("inspect", data, lambda: inspection_text(data), request.format)
@@ -118,6 +121,8 @@ def inspection_text(data: JsonDict) -> str:
     papers = ", ".join(text for k, text in named.items() if k in PAPER_GROUPS)
     stacks = " (" + ", ".join(f"{n} {k}" for k, n in data["stacks"].items()) + ")"
     lengths = " and ".join(map(str, data["sequence_lengths"].values()))
+    # A model of images takes no tokens, and all of its sizes are fixed.
+    one, length = ("token", f"of {lengths} tokens") if lengths else ("input", "of fixed length")
     counted = data["flops_per_sequence_counted"]
     rows = [
         f"{data['source']}: {data['family']}, {data['layers']} layers"
@@ -127,10 +132,10 @@ def inspection_text(data: JsonDict) -> str:
         f"  parameters  {count_text(parameters['total'])} ({groups})",
         f"  groups      {papers}",
         f"  active      {count_text(parameters['active'])} per token",
-        f"  FLOPs       {count_text(data['flops_per_token'])} per token",
-        f"  sequence    of {lengths} tokens: {count_text(data['flops_per_sequence'])} FLOPs as "
-        f"papers count; {count_text(counted['weights'])} and {count_text(counted['attention'])} "
-        "of attention in the graph",
+        f"  FLOPs       {count_text(data['flops_per_token'])} per {one}",
+        f"  sequence    {length}: {count_text(data['flops_per_sequence'])} FLOPs as papers count; "
+        f"{count_text(counted['weights'])} and {count_text(counted['attention'])} of attention in "
+        "the graph",
         f"  FFN blocks  {blocks['found']} found, {blocks['convertible']} can be upcycled",
         *(f"    not {r['where']}: {r['reason']}" for r in _some(blocks["refused"])),
         "  targets",

@@ -15,6 +15,7 @@ from moecc.cli.options import (
     BatchTokensOption,
     ComputeTypeOption,
     FormatOption,
+    LoadOption,
     MachineOption,
     RulesOption,
     SequenceOption,
@@ -72,6 +73,7 @@ class PlanRequest:
     pipeline: Annotated[
         str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
     ] = ""
+    load: LoadOption = None
     batch_tokens: BatchTokensOption = None
     sequence: SequenceOption = None
     mesh: Annotated[
@@ -132,14 +134,14 @@ def planned(request: PlanRequest) -> Report:
     from moecc.pipeline.runner import run_pipeline
     from moecc.tasks.plan_step import StepRequest, check_step, plan_step
 
-    passes = read_pipeline(request.pipeline)
+    passes = read_pipeline(request.pipeline, request.load or [])
     step = StepRequest(
         request.step.value, request.batch_tokens, request.sequence, request.mesh, request.via,
         request.remat, request.dense_weights and request.dense_weights.value, request.rules,
         request.optimizer.value, request.dtype, request.weight_dtype,
     )  # fmt: skip
     check_step(request.machine, step)
-    with open_model(request.model) as opened:
+    with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)
         graph = opened.graph
     return plan_step(graph, request.model, request.machine, step)

@@ -10,7 +10,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption, ModelArgument
+from moecc.cli.options import FormatOption, LoadFamiliesOption, ModelArgument
 from moecc.support.untyped import JsonDict
 
 
@@ -37,6 +37,7 @@ class SpecialiseRequest:
     seed: Annotated[
         int, typer.Option("--seed", help="Of routers that learnt nothing, and of the passes.")
     ] = 0
+    load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 
 
@@ -47,9 +48,11 @@ def specialise(request: SpecialiseRequest) -> None:
     experts.
     """
     from moecc.cli.console import report
+    from moecc.families.outside import load_families
     from moecc.tasks.evaluate import EvaluationSpec
     from moecc.tasks.specialise import specialise as specialised
 
+    load_families(request.load)
     spec = EvaluationSpec(request.sequence, request.batch, request.batches)
     found = specialised(
         request.model, request.data, spec, pipeline=request.pipeline, seed=request.seed

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from moecc.checkpoint.durable import synchronise_folder, write_durable
 from moecc.checkpoint.files import os_problem, read_whole
-from moecc.checkpoint.leftovers import remove
 from moecc.checkpoint.manifest import seal
 from moecc.checkpoint.outdir import output_folder
+from moecc.checkpoint.removal import remove
 from moecc.checkpoint.run.digests import digests
 from moecc.checkpoint.run.layout import (
     GRAPH,
