@@ -19,6 +19,7 @@ from moecc.checkpoint.run.layout import GRAPH, split_reference
 from moecc.errors import InputError, Problem, UnknownName, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.model.checkpoint_names import names_from_file
+from moecc.model.function_folder import is_function_folder
 from moecc.presets import PREFIX, preset_config
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
@@ -173,6 +174,8 @@ def open_model(
         return _open_run(source, weights)
     if weights is not None:
         raise UsageError("--weights goes with a .moe file", found=source)
+    if is_function_folder(source):
+        return _open_graph(os.path.join(source, GRAPH), None)
     if source.startswith(PREFIX):
         from moecc.families import build
         from moecc.families.configs import parse_config
