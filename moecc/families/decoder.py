@@ -45,8 +45,7 @@ def build_decoder(
       dtype_of: the element type of each tensor on disk; float32 by default.
       checkpoint: the path of the weights, for the graph's attributes.
       layout: ``experts`` (one tensor an expert) or ``fused`` (as transformers 5 stores them).
-      batch: the size of the batch axis.
-      seq: the size of the sequence axis.
+      batch, seq: the sizes of these axes.
     """
     attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
     graph = Graph(config.model_type, attrs)
