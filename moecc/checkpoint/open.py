@@ -18,7 +18,7 @@ from moecc.errors import InputError, nearest, printable
 def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) -> Checkpoint:
     """Open a folder of safetensors, a ``.gguf`` file, a JAX checkpoint, or a model of the hub.
 
-    Headers and configs are checked, and no weight is read.  Quantised matrices are dequantised later.
+    Headers and configs are checked; no weight is read.  Quantised matrices are dequantised later.
 
     Args:
       path: the folder or file, or ``hf:ORG/NAME``.

@@ -45,7 +45,8 @@ def build_decoder(
       dtype_of: the element type of each tensor on disk; float32 by default.
       checkpoint: the path of the weights, for the graph's attributes.
       layout: ``experts`` (one tensor an expert) or ``fused`` (as transformers 5 stores them).
-      batch, seq: the sizes of these axes.
+      batch: the size of the batch axis.
+      seq: the size of the sequence axis.
     """
     attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
     graph = Graph(config.model_type, attrs)
