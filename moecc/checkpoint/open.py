@@ -18,11 +18,10 @@ from moecc.errors import InputError, nearest, printable
 def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) -> Checkpoint:
     """Open a folder of safetensors, a ``.gguf`` file, a JAX checkpoint, or a model of the hub.
 
-    Everything is checked from headers and configs here; no weight is read.  Matrices that are
-    stored quantised are dequantised when they are read.
+    Headers and configs are checked; no weight is read.  Quantised matrices are dequantised later.
 
     Args:
-      path: the folder or file, or ``hub:ORG/NAME``.
+      path: the folder or file, or ``hf:ORG/NAME``.
       needs_config: whether a folder without ``config.json`` is an error.
 
     Raises:
