@@ -1,0 +1,184 @@
+"""Every source, as every target, by every method: exact, announced, or rejected with its reason.
+
+A cell converts a golden checkpoint in memory, reads the result back, and compares outputs in
+float64: with those of the source where the passes promise the same function, else with those of
+the graph that was exported.  Weights are stored as float32, so that equal means to 1e-6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from moecc.backend import get_backend
+from moecc.checkpoint.open import open_checkpoint
+from moecc.checkpoint.several import SeveralCheckpoints
+from moecc.checkpoint.source import Checkpoint
+from moecc.errors import MoeccError
+from moecc.families import import_checkpoint
+from moecc.families.configs import CONFIGS
+from moecc.families.export import export_graph
+from moecc.ir.graph import Graph
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint
+from moecc.types.arrays import Array
+from moecc.types.dtypes import F64
+from moecc.weights.evaluate import evaluate
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BOUND = 1e-6
+
+DENSE = (
+    "llama_gqa", "mistral_full_head_dim", "qwen2_square", "qwen3_square", "olmo2_gqa",
+    "granite_square_tied", "phi3_square", "smollm3_square_tied", "gemma_square", "gemma2_square",
+    "gemma3_square_v4", "gpt2_square", "gpt_neox_square", "t5_square", "bert_square",
+    "roberta_square", "mpnet_square", "vit_square", "dinov2_plain", "whisper_square",
+)  # fmt: skip
+MIXTURES = (
+    "mixtral_gqa", "qwen2_moe_plain", "qwen3_moe_plain", "olmoe_norm", "flex_olmo_norm",
+    "granitemoe_square_v4", "glm4_moe_square", "ernie4_5_moe_range", "gpt_oss_square_v4",
+    "phimoe_window",
+)  # fmt: skip
+TARGETS = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe", "glm4_moe",
+    "ernie4_5_moe", "gpt_oss", "phimoe", "switch_transformers", "st_moe",
+)  # fmt: skip
+
+METHODS = {
+    "copy": "upcycle{experts=4 router-std=1 OPTIONS}",
+    "noise": "upcycle{experts=4 router-std=1 init=noise noise-std=0.5 OPTIONS}",
+    "drop": "upcycle{experts=4 router-std=1 init=drop OPTIONS}",
+    "virtual groups": "upcycle{experts=4 router-std=1 granularity=2 OPTIONS}",
+    "shared": "upcycle{experts=4 router-std=1 SHARED}",
+    "BTX": "upcycle{experts=4 router-std=1 sources=base,a,base,a rest=mean OPTIONS}",
+    "grow": "upcycle{experts=4 router-std=1 OPTIONS},grow",
+    "merge": "upcycle{experts=4 router-std=1 OPTIONS},grow,merge",
+}
+"""Pipelines on dense sources; OPTIONS are those that lead to a family."""
+
+OVER_MIXTURES = {
+    "prune": "prune{keep=3}",
+    "merge": "merge",
+    "grow": "grow",
+    "to-dense, first": "to-dense",
+    "to-dense, mean": "to-dense{how=mean}",
+    "to-dense, concat": "to-dense{how=concat}",
+}
+"""Pipelines on mixtures, whose targets are the sources."""
+
+DENSE_OF = {
+    "mixtral": "llama", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3", "flex_olmo": "olmo2",
+    "granitemoe": "granite", "ernie4_5_moe": "llama",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A source, a target, and how one becomes the other."""
+
+    source: str
+    target: str
+    method: str
+    passes: str
+
+    @property
+    def family(self) -> str:
+        """The family of the source."""
+        return str(opened(self.source).config["model_type"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a cell.
+
+    Attributes:
+      kind: ``=`` the same function, ``≈`` another one, as announced, ``—`` rejected.
+      reason: why it was rejected, or what was announced.
+      error: max |Δ| / max |output|, of what the kind says is equal.
+    """
+
+    kind: str
+    reason: str = ""
+    error: float = 0.0
+
+
+@cache
+def opened(source: str) -> Checkpoint:
+    return open_checkpoint(str(GOLDEN / source))
+
+
+@cache
+def with_branch(source: str) -> Checkpoint:
+    """Return a source with a model ``a`` beside it, all of whose weights differ."""
+    base, rng = opened(source), np.random.default_rng(7)
+    arrays = {n: np.asarray(base.read(n)) for n in base.tensors}
+    other = {
+        n: (a * (1 + 0.3 * rng.standard_normal(a.shape))).astype(a.dtype) for n, a in arrays.items()
+    }
+    return SeveralCheckpoints(base, {"a": MemoryCheckpoint(base.config, other)})
+
+
+def cells() -> list[Cell]:
+    """Return all cells."""
+    found = [
+        Cell(source, target, method, _passes(text, target))
+        for source in DENSE
+        for target in TARGETS
+        for method, text in METHODS.items()
+    ]
+    for source in MIXTURES:
+        own = str(opened(source).config["model_type"])
+        for method, text in OVER_MIXTURES.items():
+            target = DENSE_OF.get(own, "st_moe") if method.startswith("to-dense") else own
+            found.append(Cell(source, target, method, text))
+    return found
+
+
+def _passes(text: str, target: str) -> str:
+    options = str(getattr(CONFIGS[target], "upcycle_options", "top-k=2"))
+    shared = options if "shared" in options else f"{options} shared=0.5"
+    return text.replace("OPTIONS", options).replace("SHARED", shared)
+
+
+def run(cell: Cell) -> Result:
+    """Convert, read back, compare.
+
+    Raises:
+      AssertionError: the result is not what was promised, or not what was exported.
+    """
+    checkpoint = with_branch(cell.source) if cell.method == "BTX" else opened(cell.source)
+    graph = import_checkpoint(opened(cell.source))
+    try:
+        context = Context(models=("a",) if cell.method == "BTX" else ())
+        promise = run_pipeline(graph, Pipeline.parse(cell.passes), context=context).preserves
+        made = export_graph(graph, cell.target)
+    except MoeccError as error:
+        return Result("—", error.problems[0].what.splitlines()[0])
+    written = exported_checkpoint(made.config_json, made.tensors, checkpoint)
+    found = outputs(import_checkpoint(written), written, cell.source)
+    is_same = promise.kind != "approximate"
+    expected = dense_outputs(cell.source) if is_same else outputs(graph, checkpoint, cell.source)
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    assert error <= BOUND, f"{cell}: {promise}, off by {error:.2g}"
+    return Result("=" if is_same else "≈", promise.reason if not is_same else "", error)
+
+
+@cache
+def dense_outputs(source: str) -> Array:
+    return outputs(import_checkpoint(opened(source)), opened(source), source)
+
+
+def outputs(graph: Graph, checkpoint: Checkpoint, source: str) -> Array:
+    """Return the one output of a model in float64, on the inputs of its golden files."""
+    params = {}
+    for name, param in graph.params.items():
+        assert param.weight is not None
+        params[name] = evaluate(param.weight, checkpoint.read, F64)
+    inputs = {name: np.load(GOLDEN / source / f"{name}.npy") for name in graph.inputs}
+    made = get_backend("reference").compile(graph).run(params, inputs)
+    return next(iter(made.values()))
