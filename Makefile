@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train test test-all check lint format types proof-engines docs bench wheel clean
+.PHONY: help install demo demo-train test test-all check lint format types proof-engines proof-kills docs bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ types: $(STAMP) ## mypy --strict over the three packages
 
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON and MOECC_MLX_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
+
+proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.kill.prove --out docs/proofs/kills.json > /dev/null
 
 docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.generate

@@ -7,6 +7,7 @@ disk is injected (`moecc.checkpoint.disk`): it counts the calls, and something h
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -128,6 +129,7 @@ class Rig:
         self.plan = self.stack.enter_context(planned(self.source, kind))
         # In this process, so that children find everything imported.
         assert exit_code(self.convert) == 0
+        gc.freeze()  # forked children copy less
         self.expected = self.visible()
         made = [n for n in self.expected if n.endswith((".safetensors", ".gguf"))]
         assert len(made) == kind.weights, sorted(self.expected)
