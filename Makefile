@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train test test-all check lint format types proof-engines proof-kills docs bench wheel clean
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-kills proof-learning docs bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: $(STAMP) ## upcycle SmolLM2-135M to a mixture of 8 experts, and prove that
 demo-train: $(STAMP) ## train a small decoder on this documentation, upcycle it, train on, compare, export
 	$(BIN)/python examples/train_on_docs.py
 
+smoke-train: $(STAMP) ## every command of demo-train, with a few steps and nothing to look at
+	$(BIN)/python examples/train_on_docs.py --smoke --out demo-output/smoke-train
+
 test: $(STAMP) ## the tests, in parallel, without the slow ones
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
@@ -49,18 +52,22 @@ format: $(STAMP) ## let ruff rewrite
 types: $(STAMP) ## mypy --strict over the three packages
 	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
 
-proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON and MOECC_MLX_PYTHON name interpreters
+proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
 
 proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.kill.prove --out docs/proofs/kills.json > /dev/null
 
+proof-learning: $(STAMP) ## experts help at equal tokens: one experiment again, from nothing, on three seeds
+	$(BIN)/python experiments/run.py --proof
+
 docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.generate
 	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.pipeline.docs docs/passes.md
 	$(BIN)/python -m moecc_passes.sharding.legal docs/sharding.md
+	$(BIN)/python experiments/run.py --page
 
 bench: $(STAMP) ## the benchmarks, one after the other
 	$(BIN)/python benchmarks/startup.py

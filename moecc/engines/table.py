@@ -36,11 +36,13 @@ class Reading:
       needs: without these it refuses the checkpoint.
       silent: without these it loads it and computes another function.
       gguf: the architecture of GGUF that it reads instead of a folder; empty if it reads folders.
+      never: why it reads none of moecc's checkpoints of the family; empty if it may.
     """
 
     needs: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
     gguf: str = ""
+    never: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,4 +71,4 @@ def engine_table() -> Table:
 
 def _reading(row: Json) -> Reading:
     needs, silent = (tuple(row.get(key, ())) for key in ("needs", "silent"))
-    return Reading(needs, silent, row.get("as", ""))
+    return Reading(needs, silent, row.get("as", ""), row.get("never", ""))

@@ -13,6 +13,7 @@ from moecc.families.graph_layout import graph_tensors
 from moecc.families.inverting import Pair, tensors_of_all
 from moecc.families.matching import match_parameters
 from moecc.families.names import names_of
+from moecc.families.neutral import completed
 from moecc.families.propose import check_target as check_target
 from moecc.families.propose import propose as propose
 from moecc.families.propose import targets as targets
@@ -72,7 +73,10 @@ def export_graph(graph: Graph, target: str, *, layout: str = "experts") -> Expor
     if config.model_type == "switch_transformers" and not is_tied(config):
         # Without a tie transformers 5 expects an embedding in either stack.
         tensors.update(dict.fromkeys(names.copies, tensors[names.embedding]))
-    return Export(config, list(tensors.items()))
+    if graph.attrs.get("family") == target:
+        return Export(config, list(tensors.items()))
+    config, added = completed(config)
+    return Export(config, [*tensors.items(), *added.items()])
 
 
 def _read_as(value: Value, weights: Mapping[Value, Expr]) -> Pair:

@@ -123,9 +123,10 @@ def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
         return "stacked"
     if not isinstance(config, MoeConfig):
         return "experts"
-    if any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors):
-        return "fused"
     names = names_of(config.model_type)
+    usual = f"{names.sparse}{names.expert_gate_up}" == FUSED_GATE_UP
+    if not usual and any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors):
+        return "fused"
     stacked = f"{names.sparse}{names.stack}{names.down}.weight"
     return "stacked" if any(name.endswith(f".{stacked}") for name in tensors) else "experts"
 

@@ -28,6 +28,7 @@ from moecc.families.configs import (
 
 MOST_VOCAB = 64
 MOST_MLP = 96
+MOST_SHARED = 2
 MOST_EXPERT = 32
 MOST_NEURONS = 1024
 """The limit on the neurons of all experts of a layer together, if there are many experts."""
@@ -203,7 +204,9 @@ def _expert_sizes(config: MoeConfig) -> dict[str, object]:
     shared = config.shared_expert_intermediate_size
     sizes: dict[str, object] = {"expert_intermediate_size": width}
     if shared is not None:
-        sizes["shared_expert_intermediate_size"] = shrink_size(shared, MOST_MLP)
+        counted = min(shared // config.expert_intermediate_size, MOST_SHARED) * width
+        free = shrink_size(shared, MOST_MLP)
+        sizes["shared_expert_intermediate_size"] = counted if config.shared_count_key else free
     if config.expert_intermediate_size == config.intermediate_size:
         # In mixtral both are the same number.
         sizes["intermediate_size"] = width

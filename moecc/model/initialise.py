@@ -48,7 +48,10 @@ def _drawn(param: Value, seed: int, scale: float) -> Expr:
 
 
 def _role(node: Node, value: Value) -> Role:
-    return node.op.role(node.operands.index(value))
+    at = node.operands.index(value)
+    if node.op.chooses and at > 0:
+        return Role.BIAS  # it takes part in a choice
+    return node.op.role(at)
 
 
 def _fan_in(node: Node, value: Value) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moecc.errors import InputError
-from moecc.ir.attributes import RouteAttrs, SlotAttrs
-from moecc.ir.gates import convention
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.plan.batches import length_variables
 from moecc.plan.meshes import plan_mesh
@@ -87,19 +86,6 @@ def _output_z(graph: Graph, recipe: Recipe) -> float:
     recorded = graph.attrs.get("losses")
     own = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
     return recipe.run.output_z or float(own)
-
-
-def step_remarks(graph: Graph) -> list[str]:
-    """Return what a user should know before the model of `graph` is trained."""
-    return [
-        f"{node.loc}: the gate of one expert out of renormalised ones is always 1, so its router "
-        "learns nothing from the loss: upcycle{gates=switch} is Switch routing"
-        for node in graph.every_node()
-        if node.op.chooses
-        and not node.op.assigns_slots
-        and (attrs := RouteAttrs.of_node(node)).top_k == 1
-        and not convention(attrs.gates).learns_at_top_1
-    ]
 
 
 def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:

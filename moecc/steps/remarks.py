@@ -25,4 +25,6 @@ def _is_constant(node: Node) -> bool:
     """Whether the gates of a ``route`` do not depend on the logits of what is chosen."""
     made = RouteAttrs.of_node(node)
     how = convention(made.gates)
-    return how.constant_sum and (made.top_k == 1 or not how.renormalised)
+    if made.top_k == 1:
+        return not how.learns_at_top_1
+    return how.constant_sum and not how.renormalised

@@ -52,6 +52,27 @@ SQUARE_MIXTRAL: dict[str, object] = {
 
 SQUARE_QWEN_MOE: dict[str, object] = {**SQUARE_MIXTRAL, "moe_intermediate_size": 4}
 
+GLM4_MOE: dict[str, object] = {
+    **QWEN_MOE,
+    "n_routed_experts": 5,
+    "first_k_dense_replace": 0,
+    "head_dim": 8,
+}
+ERNIE: dict[str, object] = {
+    "moe_intermediate_size": 12,
+    "moe_num_experts": 5,
+    "moe_k": 2,
+    "moe_num_shared_experts": 1,
+    "pad_token_id": None,
+}
+
+GPT_OSS: dict[str, object] = {
+    **MIXTRAL,
+    "head_dim": 8,
+    "pad_token_id": None,
+    "rope_scaling": None,
+}
+
 T5: dict[str, object] = {
     "vocab_size": 37,
     "d_model": 16,
@@ -173,6 +194,8 @@ class Case:
     dtype: str = "float32"
     shard_bytes: int | None = None
     major: int = 5
+    not_in_4: bool = False
+    """Whether transformers 4 does not read it, or reads another function."""
 
     def config(self) -> dict[str, object]:
         """Return the keyword arguments of the config class, in the spelling of version 4."""
@@ -624,6 +647,183 @@ CASES: dict[str, Case] = {
         "config in the spelling of transformers 4 (num_experts), several shards",
         {**QWEN_MOE, "num_experts": 4, "norm_topk_prob": True, "head_dim": 6},
         shard_bytes=20_000,
+        major=4,
+    ),
+    "olmoe_norm": Case(
+        "olmoe",
+        "norms over all heads of queries and keys, gates renormalised",
+        {**MIXTRAL, "num_experts": 4, "norm_topk_prob": True, "pad_token_id": None},
+    ),
+    "olmoe_heads": Case(
+        "olmoe",
+        "as many key-value heads as heads, gates not renormalised",
+        {**MIXTRAL, "num_experts": 4, "num_key_value_heads": 4, "pad_token_id": None},
+    ),
+    "olmoe_square_v4": Case(
+        "olmoe",
+        "square matrices, gates not renormalised, attention biases, version 4",
+        {
+            **SQUARE_MIXTRAL,
+            "num_experts": 8,
+            "attention_bias": True,
+            "pad_token_id": None,
+        },
+        major=4,
+    ),
+    "flex_olmo_norm": Case(
+        "flex_olmo",
+        "norms after each block, gates renormalised",
+        {**MIXTRAL, "num_experts": 4, "norm_topk_prob": True, "pad_token_id": None},
+    ),
+    "flex_olmo_square_tied": Case(
+        "flex_olmo",
+        "square matrices, gates not renormalised, tied embeddings",
+        {
+            **SQUARE_MIXTRAL,
+            "num_experts": 8,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+    ),
+    "granitemoe_multipliers": Case(
+        "granitemoe",
+        "all four factors, attention biases",
+        {
+            **MIXTRAL,
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 6.0,
+        },
+    ),
+    "granitemoe_square_v4": Case(
+        "granitemoe",
+        "square matrices and as many experts, the usual scale of the scores, version 4",
+        {**SQUARE_MIXTRAL, "num_local_experts": 8, "attention_multiplier": 0.5},
+        major=4,
+    ),
+    "glm4_moe_dense_first": Case(
+        "glm4_moe",
+        "first of three layers dense, half of each head rotated, norms of queries and keys, two "
+        "shared experts, a factor on the gates",
+        {
+            **GLM4_MOE,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "glm4_moe_square": Case(
+        "glm4_moe",
+        "square matrices, biases on queries, keys and values, whole heads rotated",
+        {
+            **SQUARE_QWEN_MOE,
+            "n_routed_experts": 8,
+            "first_k_dense_replace": 0,
+            "attention_bias": True,
+            "partial_rotary_factor": 1.0,
+        },
+    ),
+    "glm4_moe_plain_v4": Case(
+        "glm4_moe",
+        "gates not renormalised, tied embeddings, version 4",
+        {
+            **GLM4_MOE,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 1.0,
+        },
+        major=4,
+    ),
+    "ernie4_5_moe_range": Case(
+        "ernie4_5_moe",
+        "experts in layers 1 and 2 of four, two shared ones",
+        {
+            **ERNIE,
+            "num_hidden_layers": 4,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,
+            "moe_num_shared_experts": 2,
+        },
+    ),
+    "ernie4_5_moe_every_second": Case(
+        "ernie4_5_moe",
+        "experts in every second layer up to the last, tied embeddings",
+        {
+            **ERNIE,
+            "num_hidden_layers": 4,
+            "moe_layer_start_index": 0,
+            "moe_layer_interval": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ernie4_5_moe_square_v4": Case(
+        "ernie4_5_moe",
+        "square matrices and as many experts, none shared, version 4",
+        {
+            **SQUARE_MIXTRAL,
+            "moe_intermediate_size": 4,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "pad_token_id": None,
+        },
+        major=4,
+    ),
+    "gpt_oss_limits": Case(
+        "gpt_oss",
+        "limits that are reached, another alpha, windows of 4 in every second layer, YaRN",
+        {
+            **GPT_OSS,
+            "num_hidden_layers": 3,
+            "num_local_experts": 4,
+            "swiglu_alpha": 1.1,
+            "swiglu_limit": 0.7,
+            "sliding_window": 4,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+        not_in_4=True,
+    ),
+    "gpt_oss_square_v4": Case(
+        "gpt_oss",
+        "square matrices and as many experts, tied embeddings, version 4",
+        {
+            **GPT_OSS,
+            **SQUARE_MIXTRAL,
+            "head_dim": 4,
+            "num_local_experts": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+        },
+        major=4,
+    ),
+    "phimoe_window": Case(
+        "phimoe",
+        "gates by SparseMixer, biases everywhere, window of 5, three layers",
+        {
+            **MIXTRAL,
+            "num_hidden_layers": 3,
+            "num_local_experts": 6,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "phimoe_square_v4": Case(
+        "phimoe",
+        "square matrices and as many experts, tied embeddings, version 4",
+        {
+            **SQUARE_MIXTRAL,
+            "num_local_experts": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
         major=4,
     ),
     "t5_relu_tied": Case("t5", "version 1.0: ReLU, tied and scaled outputs"),

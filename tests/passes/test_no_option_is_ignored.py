@@ -27,6 +27,7 @@ CHANGES: dict[tuple[str, str], tuple[str, str]] = {
     ("upcycle", "layers"): ("0", ""),
     ("upcycle", "granularity"): ("2", ""),
     ("upcycle", "shared"): ("0.5", ""),
+    ("upcycle", "shared-gate"): ("none", "shared=0.5"),
     ("upcycle", "gates"): ("softmax", ""),
     ("upcycle", "gate-scale"): ("2.0", ""),
     ("upcycle", "scale-placement"): ("up-down", "granularity=2"),

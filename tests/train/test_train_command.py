@@ -206,6 +206,9 @@ def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) 
         (["recipe.toml", "--fork", "run", "--out", "x"], 1, "as many steps already"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
         (["recipe.toml", "--out", "x", "--set", "model.start=source"], 1, "no weights"),
+        (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=8"], 1, "groups of tokens do not"),
+        (["recipe.toml", "--out", "x", "--set", "data.train=[]"], 2, "the mixture is empty"),
+        (["recipe.toml", "--out", "x", "--set", "data.trian=[]"], 2, "did you mean"),
     ],
 )
 def test_what_cannot_be_is_one_message(

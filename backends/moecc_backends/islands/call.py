@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc.errors import InputError, Problem
+from moecc_backends.islands.execution import Execution
 from moecc_backends.islands.functions import ParamTree, Traced, trace_function
 from moecc_backends.islands.jaxprs import shape_of
 from moecc_backends.islands.losses import joined, with_losses
@@ -20,7 +21,6 @@ from moecc_backends.islands.sites import Instance, Key, Site, survey
 from moecc_backends.islands.storage import Slot, Storage
 from moecc_backends.islands.uses import skipped, uses
 from moecc_backends.islands.views import Leaf
-from moecc_backends.xla.trace.options import Options
 
 TREE, BESIDE = "params", "moe"
 """The keys of new parameters: the tree with experts in place, and what has no place there."""
@@ -102,16 +102,28 @@ class Call:
       state: of the conversion.
       function: the user's function of dense parameters.
       losses: whether losses and metrics are returned.
-      options: what is chosen for the lowering.
+      execution: how parts are run.
     """
 
     state: State
     function: Callable[..., Any]
     losses: bool
-    options: Options
+    execution: Execution
 
-    def run(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(
+        self,
+        params: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        extra: Mapping[str, Any],
+    ) -> Any:
         """Return the result of the function.
+
+        Args:
+          params: the new parameters.
+          args: the other arguments.
+          kwargs: those by name.
+          extra: further inputs of the graph.
 
         Raises:
           InputError: the parameters do not fit, or the function cannot be traced, or it uses what
@@ -125,7 +137,8 @@ class Call:
             traced.scope,
             {r.site.island.steps[-1]: r for r in replaced},
             skipped(traced.scope, steps_of([r.site for r in replaced])),
-            self.options,
+            self.execution,
+            self._checked(extra, replaced),
             side=self.losses,
         )
         names = state.tree.array_names
@@ -137,6 +150,20 @@ class Call:
             return result
         of_sites = {r.number: state.parts_of(r.site) for r in replaced}
         return with_losses(result, joined(state.parts, of_sites, replaced, side))
+
+    def _checked(
+        self, extra: Mapping[str, Any], replaced: Sequence[Replacement]
+    ) -> Mapping[str, Any]:
+        """Return further inputs. Raises InputError where some are missing or unknown."""
+        needed = {v.name: v for r in replaced for v in r.part.extra}
+        if set(needed) != set(extra):
+            raise InputError(
+                "the graph of the blocks takes other inputs than were given",
+                expected=f"moe_inputs={{{', '.join(f'{n!r}: …' for n in needed)}}}",
+                found=", ".join(extra) or "none",
+                hint="; ".join(f"{n}: {v.type}" for n, v in needed.items()) or None,
+            )
+        return extra
 
     def _dense(self, name: str, leaf: Any) -> jax.ShapeDtypeStruct:
         """Return the dense shape of a leaf, in the element type that it has now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from moecc_backends.islands.arrays import dtype_named
 from moecc_backends.islands.jaxprs import trace
 from moecc_backends.islands.naming import path_name, unique
 from moecc_backends.islands.places import line_of
-from moecc_backends.islands.scopes import Scope, function_scope
+from moecc_backends.islands.scopes import Scope, Val, function_scope
 from moecc_backends.islands.views import Leaf
 
 
@@ -104,10 +105,18 @@ class Traced:
     Attributes:
       scope: its steps; the first inputs are the leaves that are arrays.
       treedef: the structure of its result.
+      arguments: the names of the arrays among the other arguments, in order: ``batch.tokens``.
     """
 
     scope: Scope
     treedef: Any
+    arguments: tuple[str, ...]
+
+    @property
+    def argument_values(self) -> dict[str, Val]:
+        """The arrays among the other arguments by name."""
+        given = self.scope.inputs[len(self.scope.inputs) - len(self.arguments) :]
+        return dict(zip(self.arguments, given, strict=True))
 
 
 def trace_function(
@@ -127,7 +136,8 @@ def trace_function(
     Raises:
       InputError: jax cannot trace it.
     """
-    leaves, treedef = jax.tree_util.tree_flatten(tuple(arguments))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tuple(arguments))
+    leaves = [leaf for _, leaf in paths]
     is_traced = [is_array(x) or isinstance(x, int | float | complex) for x in leaves]
     given = [x for x, traced in zip(leaves, is_traced, strict=True) if traced]
     names = tree.array_names
@@ -149,4 +159,26 @@ def trace_function(
             hint="it must run under jax.jit with all its arguments traced",
         ) from None
     scope = function_scope(jaxpr, [leaf_of(n, avals[n]) for n in names])
-    return Traced(scope, jax.tree_util.tree_structure(result)), given
+    positions = _positions(function)
+    called = [_argument_name(path, positions) for path, _ in paths]
+    arrays = tuple(n for n, traced in zip(called, is_traced, strict=True) if traced)
+    return Traced(scope, jax.tree_util.tree_structure(result), arrays), given
+
+
+def _positions(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the positional arguments of a function after the parameters."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in fixed][1:]
+
+
+def _argument_name(path: Sequence[Any], positions: Sequence[str]) -> str:
+    """Return the name of an array of ``(args, kwargs)``."""
+    (kind, first, *rest) = path
+    name = path_name([first])
+    if kind.idx == 0 and first.idx < len(positions):
+        name = positions[first.idx]
+    return ".".join([name, path_name(rest)]) if rest else name

@@ -33,9 +33,9 @@ def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
     return inner, list(getattr(jaxpr, "consts", ()))
 
 
-def shape_of(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+def shape_of(shape: Sequence[int], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
     """Return an array without its elements."""
-    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
 
 def is_literal(atom: Atom) -> bool:

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.graph import Value
 from moecc.types.dtypes import DTYPES, DType
+from moecc_backends.islands.execution import Execution
 from moecc_backends.islands.jaxprs import evaluate, is_literal, scan_sizes
 from moecc_backends.islands.parts import Part
 from moecc_backends.islands.scopes import UNKNOWN, Frame, Scope, Step, Val
 from moecc_backends.islands.sites import Site
-from moecc_backends.xla.trace.options import DEFAULTS, Options
 
 Arrays = list[Any]
 Weights = dict[int, tuple[Any, ...]]
@@ -51,14 +52,16 @@ class Program:
       scope: the function.
       at: what stands for blocks, by the step that makes their result.
       gone: the steps that are not run.
-      options: what is chosen for the lowering.
+      execution: how parts are run.
+      extra: further inputs of the graph, by name.
       side: whether parts return their other values.
     """
 
     scope: Scope
     at: Mapping[Step, Replacement]
     gone: set[Step]
-    options: Options = DEFAULTS
+    execution: Execution
+    extra: Mapping[str, Any] = field(default_factory=dict)
     side: bool = False
     _holders: set[Step] = field(default_factory=set)
 
@@ -115,10 +118,10 @@ class Program:
         island, part = made.site.island, made.part
         x = jnp.moveaxis(jnp.asarray(_value(env, island.x)), island.outer, -1)
         tokens = _as_tokens(x.shape[:-1], len(part.x.type) - 1)
-        params = dict(zip(part.params, weights[made.number], strict=True))
-        y, side = part.run(
-            x.reshape(*tokens, x.shape[-1]), params, dtype_of(x), self.options, side=self.side
-        )
+        arrays = {part.x: x.reshape(*tokens, x.shape[-1])}
+        arrays |= dict(zip(part.params, weights[made.number], strict=True))
+        arrays |= {v: _fitting(self.extra[v.name], v, tokens) for v in part.extra}
+        y, side = self.execution.run(part, arrays, dtype_of(x), side=self.side)
         whole = jnp.moveaxis(y.reshape(x.shape), -1, island.outer)
         env[island.output] = whole.transpose(island.order).astype(island.output.aval.dtype)
         return {made.number: side} if self.side else {}
@@ -241,6 +244,13 @@ def _as_tokens(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     for size in shape[:first]:
         joined *= size
     return (joined, *shape[first:])
+
+
+def _fitting(array: Any, value: Value, tokens: tuple[int, ...]) -> Any:
+    """Return a further input in the shape of the tokens of a block, where it has as many."""
+    if not value.type.axes:
+        return array
+    return jnp.asarray(array).reshape(tokens)
 
 
 def dtype_of(x: Any) -> DType:

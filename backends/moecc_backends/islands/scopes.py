@@ -29,7 +29,7 @@ UNKNOWN = object()
 """Stands for the value of what is not constant."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Val:
     """A value of a scope.
 
@@ -63,7 +63,7 @@ class Val:
         return tuple(self.aval.shape)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Frame:
     """One inlined jaxpr: its equations use its variables.
 
@@ -80,7 +80,7 @@ class Frame:
         return Val(atom.aval, const=atom.val) if is_literal(atom) else self.values[atom]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Step:
     """An equation of a scope.
 
@@ -132,7 +132,7 @@ class Step:
         return self._inside
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Scope:
     """A jaxpr at one level.
 

@@ -20,13 +20,11 @@ from moecc.checkpoint.folder import rows_of
 from moecc.checkpoint.gguf.blocks import dequantise
 from moecc.checkpoint.gguf.config import Sizes, make_config
 from moecc.checkpoint.gguf.encode import Key, Stored
+from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, GgufFamily
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
 from moecc.checkpoint.gguf.metadata import GgufArray
 from moecc.checkpoint.gguf.names import (
-    GGUF_FAMILIES,
-    GGUF_MIXTURES,
     ROPE_FACTORS,
-    GgufFamily,
     first_expert,
     hugging_face_name,
     known_names,
@@ -231,8 +229,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     except BaseException:
         pool.close()
         raise
-    gates = family.experts.shared_gate if family.experts else ""
-    tensors = {new: _info(header.tensors[old], new, gates) for old, new in names.items()}
+    rows = family.experts.rows() if family.experts else ()
+    tensors = {new: _info(header.tensors[old], new, rows) for old, new in names.items()}
     return GgufFile(header, config, tensors, head_dims, pool)
 
 
@@ -330,10 +328,10 @@ def _head_dims(
     return head_dims
 
 
-def _info(stored: StoredTensor, name: str, gates: str) -> TensorInfo:
+def _info(stored: StoredTensor, name: str, rows: tuple[str, ...]) -> TensorInfo:
     storage, shape = stored.storage, stored.shape
-    # The gate of a shared expert is a vector here and a matrix of one row in Hugging Face.
-    if gates and len(shape) == 1 and name.endswith(f".{gates}.weight"):
+    # Some vectors here are matrices of one row in Hugging Face.
+    if len(shape) == 1 and name.endswith(rows):
         shape = (1, *shape)
     return TensorInfo(
         name=name,

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moecc.checkpoint.gguf.families import GgufFamily
 from moecc.checkpoint.gguf.keys import Keys
-from moecc.checkpoint.gguf.names import GgufFamily
 from moecc.support.untyped import Json
 from moecc.types.arrays import Array, Doubles
 

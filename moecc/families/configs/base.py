@@ -90,6 +90,8 @@ class DecoderConfig(ModelConfig):
     norm_placement: str = "before"
     norm_offset: bool = False
     qk_norm_across: bool = False
+    layer_norm: bool = False
+    head_bias: bool = False
     scale_embedding: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0

@@ -76,6 +76,15 @@ OTHER_FAMILIES = frozenset(
         "per_layer_config",
         "rope_interleaved",
         "use_qk_norm",
+        "moe_k",
+        "moe_layer_end_index",
+        "moe_layer_interval",
+        "moe_layer_start_index",
+        "moe_num_experts",
+        "moe_num_shared_experts",
+        "n_group",
+        "routed_scaling_factor",
+        "topk_group",
     }
 )
 

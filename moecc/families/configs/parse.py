@@ -12,14 +12,20 @@ from moecc.errors import InputError, UsageError, nearest
 
 from .base import DecoderConfig
 from .bert import BertConfig, MPNetConfig, RobertaConfig
+from .ernie4_5_moe import Ernie45MoeConfig
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .glm4_moe import Glm4MoeConfig
 from .gpt import Gpt2Config, GptNeoXConfig
+from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig
+from .granitemoe import GraniteMoeConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
 from .model import ModelConfig
 from .olmo2 import Olmo2Config
+from .olmoe import FlexOlmoConfig, OlmoeConfig
 from .phi3 import Phi3Config
+from .phimoe import PhimoeConfig
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .reader import one_of, shown
@@ -47,6 +53,13 @@ DECODERS: dict[str, type[DecoderConfig]] = {
         MixtralConfig,
         Qwen2MoeConfig,
         Qwen3MoeConfig,
+        Glm4MoeConfig,
+        GraniteMoeConfig,
+        FlexOlmoConfig,
+        Ernie45MoeConfig,
+        OlmoeConfig,
+        GptOssConfig,
+        PhimoeConfig,
     )
 }
 """The decoder-only families, by `model_type`."""

@@ -133,7 +133,7 @@ _SUMMED: JsonDict = {"linear": (0, 1), "jointly": True}
 _LARGER: JsonDict = {"commutative": True, "residual": PAIR, "homogeneous": alike(1, 1)}
 
 _binary("add", "a + b.", **_SUMMED, commutative=True, roles=(Role.BIAS, Role.BIAS))
-_binary("sub", "a − b.", **_SUMMED)
+_binary("sub", "a − b.", **_SUMMED, roles=(Role.BIAS, Role.BIAS))
 _binary(
     "mul",
     "a · b.",

@@ -28,6 +28,11 @@ class UpcycleOptions:
     ] = "all"
     granularity: Annotated[int, "G, the slices of a block that make up one virtual group"] = 1
     shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
+    shared_gate: Annotated[
+        Literal["sigmoid", "none"],
+        "what the shared expert is multiplied by: the sigmoid of a vector's product with the "
+        "token, ½ at first and made up for, or nothing",
+    ] = "sigmoid"
     gates: Annotated[
         Gates, "the gate convention; top-k-softmax, of the chosen, is renormalised by another name"
     ] = "renormalised"

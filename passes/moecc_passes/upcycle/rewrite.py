@@ -32,6 +32,7 @@ class Recipe:
       expert_bias: ``multiplicative`` (ones) or ``additive`` (zeros): a vector for each expert on
         the hidden value before the last matrix (ST-MoE, Appendix C); ``none``.
       extra_ffn: whether a dense sublayer is added ``before`` or ``after``; ``none``.
+      shared_gate: ``sigmoid`` if the shared expert has a gate, ``none`` if not.
     """
 
     division: Division
@@ -40,6 +41,7 @@ class Recipe:
     perturb: Perturb
     expert_bias: str = "none"
     extra_ffn: str = "none"
+    shared_gate: str = "sigmoid"
 
 
 def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
@@ -121,8 +123,12 @@ def _emit(builder: Builder, nodes: Sequence[Node], image: dict[Value, Value]) ->
 
 
 def _shared(builder: Builder, block: FFNBlock, names: Mapping[Value, str], recipe: Recipe) -> Value:
-    """Emit the shared expert on the first neurons, gated by sigmoid(0) = ½ and doubled for it."""
+    """Emit the shared expert on the first neurons, gated by sigmoid(0) = ½ and doubled for it.
+
+    Without a gate it is added as it is.
+    """
     graph, division = builder.graph, recipe.division
+    is_gated = recipe.shared_gate == "sigmoid"
     made: dict[Value, Value] = {}
     for param in block.params:
         if param is block.output_bias:
@@ -133,12 +139,14 @@ def _shared(builder: Builder, block: FFNBlock, names: Mapping[Value, str], recip
             for a in param.type.axes
         ]
         part = shared_part(_weight(param, names[param]), division)
-        if param is block.down.operands[1]:
+        if param is block.down.operands[1] and is_gated:
             part = scaled(part, 2.0)
         made[param] = graph.param(name, param.type.with_axes(sizes), part, loc=block.loc)
     # The experts' gates already add up the output bias, so it is not added here.
     nodes = block.nodes if block.output_bias is None else block.nodes[:-1]
     shared = _emit(builder, nodes, {block.x: block.x, **made})[block.down.result]
+    if not is_gated:
+        return shared
     gate_type = tensor(block.x.type.dtype, **{block.outer: block.embed})
     gate = graph.param(
         graph.fresh(f"{_name(block.loc)}.shared_gate.weight"), gate_type,

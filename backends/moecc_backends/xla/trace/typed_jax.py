@@ -92,6 +92,12 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     return found
 
 
+def manual_axes() -> frozenset[str]:
+    """Return the mesh axes along which the program that is traced is that of one device."""
+    found: frozenset[str] = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    return found
+
+
 def threefry(key: Iterable[jax.Array], counters: Iterable[jax.Array]) -> tuple[jax.Array, ...]:
     """Return the two words that threefry makes of two words of a key and two counters."""
     first, second = threefry2x32_p.bind(*key, *counters)

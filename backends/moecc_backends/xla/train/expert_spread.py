@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from moecc.analysis.groups import parameter_groups
 from moecc.ir.graph import Graph
@@ -18,11 +19,15 @@ EXPERT, LAYER = "expert", "layer"
 SpreadOf = Callable[[Mapping[str, jax.Array]], dict[str, list[float]]]
 
 
-def spread_of(graph: Graph) -> SpreadOf | None:
+def spread_of(graph: Graph, whole: Sharding) -> SpreadOf | None:
     """Return a function from parameters to the spread of the experts of each layer, by location.
 
     For each expert: ‖W − mean of all experts‖ / ‖mean of all experts‖, over all of its matrices.
     None where the graph has no experts.
+
+    Args:
+      graph: of a program.
+      whole: where every device of the program has all of an array.
     """
     groups = parameter_groups(graph)
     chosen = {
@@ -34,7 +39,6 @@ def spread_of(graph: Graph) -> SpreadOf | None:
         return None
     places = {name: graph.params[name].loc for name in chosen}
 
-    @jax.jit
     def squares(params: PyTree) -> dict[str, tuple[jax.Array, jax.Array]]:
         found: dict[str, tuple[jax.Array, jax.Array]] = {}
         for name, type in chosen.items():
@@ -43,9 +47,11 @@ def spread_of(graph: Graph) -> SpreadOf | None:
             found[places[name]] = (before[0] + own[0], before[1] + own[1])
         return found
 
+    compiled = jax.jit(squares, out_shardings=whole)
+
     def spread(params: Mapping[str, jax.Array]) -> dict[str, list[float]]:
         made: dict[str, list[float]] = {}
-        found = jax.device_get(squares({name: params[name] for name in chosen}))
+        found = jax.device_get(compiled({name: params[name] for name in chosen}))
         for place, (apart, size) in found.items():
             ratios = (apart / (size + (size == 0))) ** 0.5
             rows = ratios if ratios.ndim == 2 else ratios[None]

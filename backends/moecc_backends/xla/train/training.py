@@ -76,7 +76,7 @@ class XlaTraining:
             lambda step: rate_at(job.recipe.optimizer, step, run.steps),
             lambda: agreed_reason(stop()),
             agreed_seconds,
-            spread_of(self.program.graph),
+            spread_of(self.program.graph, self.program.where.whole),
         )
         for event in loop.events():
             self.watchdog.beat(type(event).__name__)
