@@ -128,7 +128,7 @@ def test_a_scan_that_was_split_converts_in_part() -> None:
     dense = stacked()
     moe = mx.convert(halves, dense, TOKENS, "upcycle{experts=4 layers=1}")
     assert moe.params["params"]["layers"]["mlp"]["up"] is dense["layers"]["mlp"]["up"]
-    assert moe.params["moe"]["layers.1.mlp.up"].shape == (4, decoder.EMBED, decoder.MLP)
+    assert moe.params["moe"]["layers.1.mlp.up"].shape == (1, 4, decoder.EMBED, decoder.MLP)
     found = jax.jit(moe(halves, dispatch="gathered"))(moe.params, TOKENS)
     assert apart(found, jax.jit(halves)(dense, TOKENS)) < 1e-5
 

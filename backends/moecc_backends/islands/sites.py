@@ -15,6 +15,7 @@ from moecc_backends.islands.blocks import Block, block_of
 from moecc_backends.islands.dag import Misfit
 from moecc_backends.islands.find import Island, Miss, find_islands
 from moecc_backends.islands.naming import indexed, location, unique
+from moecc_backends.islands.near import unseen
 from moecc_backends.islands.scopes import Scope, Step
 
 Key = tuple[str, tuple[Expr, ...]]
@@ -131,6 +132,7 @@ def survey(scope: Scope) -> Survey:
             made.sites.append(Site(island, block_of(island)))
         except Misfit as misfit:
             made.misses.append(Miss(island.leaves, str(misfit), island.line))
+    made.misses += unseen(scope)
     return made
 
 
