@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines docs bench wheel clean
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-learning docs bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,11 +55,15 @@ types: $(STAMP) ## mypy --strict over the three packages
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
 
+proof-learning: $(STAMP) ## experts help at equal tokens: one experiment again, from nothing, on three seeds
+	$(BIN)/python experiments/run.py --proof
+
 docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.generate
 	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.pipeline.docs docs/passes.md
 	$(BIN)/python -m moecc_passes.sharding.legal docs/sharding.md
+	$(BIN)/python experiments/run.py --page
 
 bench: $(STAMP) ## the benchmarks, one after the other
 	$(BIN)/python benchmarks/startup.py

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moecc.checkpoint.run.layout import GRAPH, split_reference
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, Problem, UnknownName, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.model.checkpoint_names import names_from_file
 from moecc.model.function_folder import is_function_folder
@@ -117,6 +117,9 @@ class Params(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         from moecc.weights.evaluate import evaluate
 
+        if name not in self._graph.params:
+            hint = nearest(str(name), self._graph.params)
+            raise UnknownName(f"the model has no parameter {name!r}", hint=hint)
         weight = self._graph.params[name].weight
         if weight is None:
             raise InputError(f"the parameter %{name} has no weight expression")
@@ -279,7 +282,6 @@ def _open_graph(source: str, weights: str | None) -> Model:
 
 def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
     """Yield a problem for each source of `graph` that `checkpoint` lacks or has otherwise."""
-    from moecc.errors import nearest
     from moecc.weights.expr import sources
 
     seen: set[str] = set()

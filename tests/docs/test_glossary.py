@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ("moecc", "passes", "backends", "examples", "experiments", "benchmarks", "tests")
 PACKAGES = {
     "moecc": ROOT,
     "moecc_passes": ROOT / "passes",
@@ -91,7 +92,7 @@ def names_of(path: Path) -> set[str]:
 def test_names_that_were_given_up_do_not_come_back() -> None:
     back = {
         f"{path.relative_to(ROOT)}: {name}": f"now {RETIRED[name]}"
-        for folder in ("moecc", "passes", "backends", "examples", "benchmarks", "tests")
+        for folder in FOLDERS
         for path in (ROOT / folder).rglob("*.py")
         if path != Path(__file__)
         for name in names_of(path) & RETIRED.keys()
