@@ -36,11 +36,14 @@ def check(one: Architecture) -> None:
 
 FEW = [
     Architecture(2, 4, 4, "mish", True, "fused", "vector", "scan", False, 3, 2),
-    Architecture(1, 6, 5, "elu", False, "two", "transposed", "unrolled", True, 4, 1),
+    pytest.param(
+        Architecture(1, 6, 5, "elu", False, "two", "transposed", "unrolled", True, 4, 1),
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
-@pytest.mark.parametrize("one", FEW, ids=lambda a: a.activation)
+@pytest.mark.parametrize("one", FEW, ids=lambda one: one.activation)
 def test_few_architectures(one: Architecture) -> None:
     check(one)
 

@@ -97,6 +97,7 @@ def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe: Any) -> None:
     assert "length=2" in text
 
 
+@pytest.mark.slow
 def test_one_layer_after_the_other_is_the_same_with_the_same_parameters(moe: Any) -> None:
     """Losses, too: those of a scan are stacked, and are given to the layers again."""
     params = drawn(moe.params)
@@ -149,6 +150,7 @@ def often(params: Any, tokens: Any) -> Any:
     return jax.lax.map(lambda row: layer(p, row[None], decoder.swiglu)[0], x)
 
 
+@pytest.mark.slow
 def test_a_block_that_runs_often_is_one_block() -> None:
     dense = decoder.init(1)
     moe = mx.convert(often, dense, TOKENS, PIPELINE)

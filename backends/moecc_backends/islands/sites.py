@@ -98,6 +98,17 @@ class Survey:
     sites: list[Site] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The names of the leaves that weights are read from, in order."""
+        return tuple(v.view.leaf.name for v in self.scope.inputs if v.view is not None)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The names of those that the function does not use."""
+        idle = (v.view for v in self.scope.inputs if not v.users and not v.is_returned)
+        return tuple(view.leaf.name for view in idle if view is not None)
+
     def refuse(self, site: Site, reason: str) -> None:
         """Note that `site` is no block after all, and why."""
         leaves = tuple(sorted({p.view.leaf.name for p in site.block.params}))
