@@ -27,7 +27,7 @@ from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.partkeys import part_key
 from moecc_backends.islands.parts import Parts, cut
-from moecc_backends.islands.places import place_of
+from moecc_backends.islands.places import function_line
 from moecc_backends.islands.report import BlockReport, Report
 from moecc_backends.islands.scopes import Val
 from moecc_backends.islands.settle import settle, steps_of
@@ -173,7 +173,7 @@ def _no_block(function: Function, found: Survey) -> Problem:
         "the function has no feed-forward block of its parameters"
         if len(found.unused) < len(found.leaves)
         else "the function uses none of its parameters",
-        where=place_of(function),
+        where=function_line(function),
         expected="a product with a weight, functions of elements, a product with a weight",
         hint="the parameters are the first argument; weights that are closed over are constants",
     )

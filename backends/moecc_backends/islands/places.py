@@ -31,7 +31,7 @@ def user_line(equation: Equation) -> str:
     return f"{Path(found.file_name).name}:{found.line_num} in {found.function_name}"
 
 
-def place_of(function: Callable[..., object]) -> str:
+def function_line(function: Callable[..., object]) -> str:
     """Return ``file.py:12 in block`` for a function, or its name where it has no file."""
     inner: object = unwrap(function)
     while isinstance(inner, partial):
