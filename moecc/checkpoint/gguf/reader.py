@@ -27,6 +27,7 @@ from moecc.checkpoint.gguf.names import (
     ROPE_FACTORS,
     first_expert,
     hugging_face_name,
+    is_norm,
     known_names,
     turned_projection,
 )
@@ -66,6 +67,7 @@ class GgufFile:
         tensors: dict[str, TensorInfo],
         head_dims: dict[str, int],
         pool: DescriptorPool,
+        family: GgufFamily,
     ) -> None:
         self.path = header.path
         self.config = config
@@ -75,6 +77,7 @@ class GgufFile:
         self._spans = header.spans
         self._head_dims = head_dims
         self._pool = pool
+        self._norms_plus_one = family.norms_plus_one
         self._turned: tuple[dict[str, bytes], str | None] | None = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -175,7 +178,9 @@ class GgufFile:
             identity = self._identities[info.file]
             self._pool.read_into(info.file, identity, raw.data, info.offset + skipped)
         if not info.storage:
-            return raw.view(info.dtype.numpy).reshape(shape)
+            values: Array = raw.view(info.dtype.numpy).reshape(shape)
+            is_more = self._norms_plus_one and is_norm(info.name)
+            return values - np.ones((), values.dtype) if is_more else values
         return dequantise(raw, BY_NAME[info.storage]).reshape(shape)
 
     def _info(self, name: str) -> TensorInfo:
@@ -231,7 +236,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
         raise
     rows = family.experts.rows() if family.experts else ()
     tensors = {new: _info(header.tensors[old], new, rows) for old, new in names.items()}
-    return GgufFile(header, config, tensors, head_dims, pool)
+    return GgufFile(header, config, tensors, head_dims, pool, family)
 
 
 def _family(header: GgufHeader) -> GgufFamily:
