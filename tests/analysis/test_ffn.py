@@ -356,7 +356,9 @@ def test_models_of_every_family(case: str) -> None:
         assert len(block.params) == (6 if config.mlp_bias else 3)
 
 
-BIASED = ("bert", "gpt2", "gpt_neox")
+BIASED = (
+    "bert", "dinov2", "gpt2", "gpt_neox", "mpnet", "roberta", "vit", "whisper",
+)  # fmt: skip
 """Families whose blocks end with a bias."""
 
 
