@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -24,6 +26,7 @@ from moecc.types.arrays import Array
 from moecc.types.dtypes import F32
 
 KEY = "quantization_config"
+MOST_KEPT_BYTES = 256 << 20
 
 
 def _alone(find: Callable[[Stored], Iterator[Packed]]) -> Callable[..., Iterator[Packed]]:
@@ -49,6 +52,8 @@ class QuantisedFolder:
 
     def __init__(self, folder: SafetensorsFolder, packed: Mapping[str, Packed]) -> None:
         self._folder, self._packed = folder, packed
+        self._lock = threading.Lock()
+        self._kept_for, self._kept = "", dict[str, Array]()
         self.path: Path = folder.path
         self.config = {key: value for key, value in folder.config.items() if key != KEY}
         inner = {part for one in packed.values() for part in one.parts}
@@ -65,7 +70,25 @@ class QuantisedFolder:
         stop = one.shape[0] if stop is None else stop
         # A scale that is not finite gives values that are not finite, which the caller checks.
         with np.errstate(all="ignore"):
-            return one.rows(self._folder.read, start, stop)
+            return one.rows(partial(self._part, one), start, stop)
+
+    def _part(self, one: Packed, name: str, start: int, stop: int | None) -> Array:
+        """Read rows of a part; those of the matrix that is being read are kept.
+
+        Outputs lie across the words of GPTQ and AWQ, so every block of rows needs all of them.
+        """
+        if (start, stop) != (0, None):
+            return self._folder.read(name, start, stop)
+        with self._lock:
+            if self._kept_for != one.name:
+                self._kept_for, self._kept = one.name, {}
+            found = self._kept.get(name)
+        if found is None:
+            found = self._folder.read(name)
+            with self._lock:
+                if self._kept_for == one.name and found.nbytes <= MOST_KEPT_BYTES:
+                    self._kept[name] = found
+        return found
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return the files that an export copies byte for byte, by their name in the folder."""
