@@ -65,6 +65,7 @@ EXACT = [
     ("granite_multipliers", "granite", ""),
     ("granite_square_tied", "granite", ""),
     ("olmo2_square_tied", "olmo2", ""),
+    ("phi3_square", "phi3", ""),
     ("granitemoe_multipliers", "granitemoe", ""),
     ("granitemoe_square_v4", "granitemoe", ""),
     ("glm4_moe_dense_first", "glm4moe", ""),
