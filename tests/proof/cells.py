@@ -7,15 +7,20 @@ the graph that was exported.  Weights are stored as float32, so that equal means
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from moecc.backend import get_backend
+from moecc.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdaptedCheckpoint
 from moecc.checkpoint.open import open_checkpoint
-from moecc.checkpoint.several import SeveralCheckpoints
+from moecc.checkpoint.several import SeveralCheckpoints, branches_of
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import MoeccError
 from moecc.families import import_checkpoint
@@ -54,12 +59,14 @@ METHODS = {
     "noise": "upcycle{experts=4 router-std=1 init=noise noise-std=0.5 OPTIONS}",
     "drop": "upcycle{experts=4 router-std=1 init=drop OPTIONS}",
     "virtual groups": "upcycle{experts=4 router-std=1 granularity=2 OPTIONS}",
+    "index split": "upcycle{experts=4 granularity=4 router-std=1 ALL}",
     "shared": "upcycle{experts=4 router-std=1 SHARED}",
     "BTX": "upcycle{experts=4 router-std=1 sources=base,a,base,a rest=mean OPTIONS}",
+    "LoRA": "upcycle{experts=4 router-std=1 sources=base,a,a,base OPTIONS}",
     "grow": "upcycle{experts=4 router-std=1 OPTIONS},grow",
     "merge": "upcycle{experts=4 router-std=1 OPTIONS},grow,merge",
 }
-"""Pipelines on dense sources; OPTIONS are those that lead to a family."""
+"""Pipelines on dense sources; OPTIONS are those that lead to a family, ALL choose all experts."""
 
 OVER_MIXTURES = {
     "prune": "prune{keep=3}",
@@ -112,15 +119,43 @@ def opened(source: str) -> Checkpoint:
     return open_checkpoint(str(GOLDEN / source))
 
 
+def with_branch(source: str, method: str) -> Checkpoint:
+    """Return a source with the model ``a`` that a method takes experts of."""
+    beside = {"BTX": other_model, "LoRA": adapted_model}.get(method)
+    base = opened(source)
+    return SeveralCheckpoints(base, {"a": beside(source)}) if beside else base
+
+
 @cache
-def with_branch(source: str) -> Checkpoint:
-    """Return a source with a model ``a`` beside it, all of whose weights differ."""
+def other_model(source: str) -> Checkpoint:
+    """Return a model of the same architecture all of whose weights differ."""
     base, rng = opened(source), np.random.default_rng(7)
     arrays = {n: np.asarray(base.read(n)) for n in base.tensors}
     other = {
         n: (a * (1 + 0.3 * rng.standard_normal(a.shape))).astype(a.dtype) for n, a in arrays.items()
     }
-    return SeveralCheckpoints(base, {"a": MemoryCheckpoint(base.config, other)})
+    return MemoryCheckpoint(base.config, other)
+
+
+@cache
+def adapted_model(source: str) -> Checkpoint:
+    """Return the model with an adapter of rank 2 on every matrix, from a folder of PEFT."""
+    base, rng = opened(source), np.random.default_rng(11)
+    pairs = {}
+    for name, info in base.tensors.items():
+        if len(info.shape) == 2 and name.endswith(".weight"):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            for letter, shape in (("A", (2, info.shape[1])), ("B", (info.shape[0], 2))):
+                drawn = 0.2 * rng.standard_normal(shape)
+                pairs[f"{module}.lora_{letter}.weight"] = drawn.astype("f")
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        save_file(pairs, folder / ADAPTER_WEIGHTS)
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(settings))
+        with AdaptedCheckpoint(base, folder) as merged:
+            arrays = {name: np.asarray(merged.read(name)) for name in merged.tensors}
+    return MemoryCheckpoint(base.config, arrays)
 
 
 def cells() -> list[Cell]:
@@ -142,7 +177,8 @@ def cells() -> list[Cell]:
 def _passes(text: str, target: str) -> str:
     options = str(getattr(CONFIGS[target], "upcycle_options", "top-k=2"))
     shared = options if "shared" in options else f"{options} shared=0.5"
-    return text.replace("OPTIONS", options).replace("SHARED", shared)
+    every = f"{re.sub(r'top-k=[0-9]+', '', options)} top-k=4"
+    return text.replace("OPTIONS", options).replace("SHARED", shared).replace("ALL", every)
 
 
 def run(cell: Cell) -> Result:
@@ -151,10 +187,10 @@ def run(cell: Cell) -> Result:
     Raises:
       AssertionError: the result is not what was promised, or not what was exported.
     """
-    checkpoint = with_branch(cell.source) if cell.method == "BTX" else opened(cell.source)
+    checkpoint = with_branch(cell.source, cell.method)
     graph = import_checkpoint(opened(cell.source))
     try:
-        context = Context(models=("a",) if cell.method == "BTX" else ())
+        context = Context(models=branches_of(checkpoint))
         promise = run_pipeline(graph, Pipeline.parse(cell.passes), context=context).preserves
         made = export_graph(graph, cell.target)
     except MoeccError as error:
