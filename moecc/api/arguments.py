@@ -10,6 +10,7 @@ from moecc.errors import Problem, UsageError, nearest
 from moecc.pipeline.passes import Pass
 from moecc.pipeline.text import Pipeline
 from moecc.support.parse_units import float_type
+from moecc.support.untyped import JsonDict
 from moecc.tasks.plan_step import StepRequest
 from moecc.types.dtypes import DType
 
@@ -102,7 +103,8 @@ def step_request(options: Mapping[str, object]) -> StepRequest:
                                     found=repr(value)))  # fmt: skip
     if problems:
         raise UsageError(problems)
-    return StepRequest(**options)  # type: ignore[arg-type]
+    checked: JsonDict = dict(options)
+    return StepRequest(**checked)
 
 
 def _expected(hint: object) -> str:

@@ -1,6 +1,6 @@
 """Models of the Hugging Face hub, through the package huggingface_hub where it is installed.
 
-``hub:ORG/NAME`` or ``hub:ORG/NAME@REVISION`` is fetched; a plain ``ORG/NAME`` that is no folder is
+``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION`` is fetched; a plain ``ORG/NAME`` that is no folder is
 only looked up in the cache, so that a mistyped path asks nobody.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moecc.errors import MachineError, UsageError, printable
 
-PREFIX = "hub:"
+PREFIX = "hf:"
 FETCHED = (
     "*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "*.tiktoken",
     "LICENSE*", "NOTICE*", "README.md",
@@ -44,7 +44,7 @@ def cached(source: str) -> Path | None:
 
 
 def fetch(source: str) -> Path:
-    """Return the folder of ``hub:ORG/NAME[@REVISION]``, after fetching what is not in the cache.
+    """Return the folder of ``hf:ORG/NAME[@REVISION]``, after fetching what is not in the cache.
 
     Raises:
       UsageError: it is not such a name.
@@ -54,7 +54,7 @@ def fetch(source: str) -> Path:
     if not is_model_id(name):
         raise UsageError(
             "not the name of a model of the hub",
-            expected="hub:ORG/NAME, or hub:ORG/NAME@REVISION",
+            expected="hf:ORG/NAME, or hf:ORG/NAME@REVISION",
             found=printable(source),
         )
     try:
@@ -72,8 +72,7 @@ def fetch(source: str) -> Path:
     except Exception as error:  # of its own kinds, of HTTP libraries and of the system
         first = str(error).strip().split("\n")[0]
         raise MachineError(
-            "the hub does not give the model",
-            where=source,
+            "the hub does not give the model", where=source,
             found=printable(f"{type(error).__name__}: {first}"),
             hint="is the name right, and the hub reachable; is a token needed (hf auth login)?",
-        ) from None
+        ) from None  # fmt: skip

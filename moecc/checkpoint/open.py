@@ -16,13 +16,12 @@ from moecc.errors import InputError, nearest, printable
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) -> Checkpoint:
-    """Open a Hugging Face folder of safetensors, a ``.gguf`` file, or a model of the hub.
+    """Open a folder of safetensors, a ``.gguf`` file, a JAX checkpoint, or a model of the hub.
 
-    Everything is checked from headers and configs here; no weight is read.  Matrices that are
-    stored quantised are dequantised when they are read.
+    Headers and configs are checked; no weight is read.  Quantised matrices are dequantised later.
 
     Args:
-      path: the folder or file, or ``hub:ORG/NAME``.
+      path: the folder or file, or ``hf:ORG/NAME``.
       needs_config: whether a folder without ``config.json`` is an error.
 
     Raises:
@@ -45,12 +44,17 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) 
     if stat.S_ISDIR(mode):
         file = source / FILE_NAME
         # A folder that moecc filled with a GGUF file has no config.json.
-        is_gguf = file.is_file() and not (source / CONFIG_NAME).exists()
-        return _open_file(file) if is_gguf else _open_folder(source, needs_config)
+        if file.is_file() and not (source / CONFIG_NAME).exists():
+            return _open_file(file)
+        return _open_folder(source, needs_config)
     return _open_file(source)
 
 
 def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
+    if place := _tree_in(source):
+        from moecc.checkpoint.trees.checkpoint import open_tree
+
+        return open_tree(source, place, needs_config=needs_config)
     folder = open_folder(source, needs_config=needs_config)
     if folder.config.get("quantization_config") is None:
         return folder
@@ -62,6 +66,19 @@ def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
     except BaseException:
         folder.close()
         raise
+
+
+def _tree_in(source: Path) -> Path | None:
+    """Return the folder of a tree of arrays in `source`, a checkpoint of Orbax or T5X."""
+    try:
+        names = os.listdir(source)
+    except OSError as error:
+        raise os_problem(error, source) from None
+    if any(name.endswith((".safetensors", ".gguf")) for name in names):
+        return None
+    from moecc.checkpoint.trees.find import find_tree
+
+    return find_tree(source)
 
 
 def _open_file(source: Path) -> Checkpoint:

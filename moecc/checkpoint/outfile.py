@@ -76,7 +76,6 @@ def output_file(
     file = check_output_file(
         out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume
     )
-
     replaces = force
 
     def settled(partial: Path) -> bool:

@@ -33,6 +33,14 @@ class ConvertRequest:
         typer.Option("--dtype", help="The type to write, q8_0 in GGUF too; else as stored."),
     ] = None
     seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--experts",
+            metavar="NAME=DIR",
+            help="A model like SOURCE, or a LoRA adapter of it, for upcycle's sources.",
+        ),
+    ] = None
     padding_mask: PaddingMaskOption = False
     max_shard_bytes: Annotated[
         str, typer.Option("--max-shard-bytes", metavar="N", help="The limit of a shard.")
@@ -69,6 +77,7 @@ def convert(request: ConvertRequest) -> None:
     from moecc.cli.console import report, say
     from moecc.cli.files import say_weights
     from moecc.cli.pipelines import read_pipeline
+    from moecc.model.branches import add_branches, parse_branches
     from moecc.model.open import open_model
     from moecc.support.parse_units import count_bytes
     from moecc.support.signals import signals_raised
@@ -76,9 +85,11 @@ def convert(request: ConvertRequest) -> None:
 
     type = None if request.dtype is None else _written_type(request.dtype)
     limit = count_bytes(request.max_shard_bytes)
+    branches = parse_branches(request.experts or [])
     passes = read_pipeline(request.pipeline, request.load or [])
     out = request.out
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
+        add_branches(model, branches)
         say_weights(model, request.source)
         for text in model.warnings():
             say(f"warning: {text}")

@@ -29,8 +29,6 @@ def completed(config: ModelConfig) -> tuple[ModelConfig, dict[str, Expr]]:
         return config, {}
     names = names_of(config.model_type)
     added = dict(_routing_biases(config, names))
-    if added:
-        config = replace(config, routing_bias=True)
     if isinstance(config, GptOssConfig) and config.plain:
         return replace(config, plain=False), dict(_plain_gpt_oss(config, names))
     if isinstance(config, Qwen2MoeConfig) and not config.qkv_bias:

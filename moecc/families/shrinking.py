@@ -25,6 +25,7 @@ from moecc.families.configs import (
     VisionConfig,
     WhisperConfig,
 )
+from moecc.support.untyped import JsonDict
 
 MOST_VOCAB = 64
 MOST_MLP = 96
@@ -112,7 +113,7 @@ def _shrink_bert(config: BertConfig) -> BertConfig:
 def _shrink_gpt(config: GptConfig) -> GptConfig:
     heads = shrink_size(config.num_attention_heads, MOST_HEADS)
     head_dim = shrink_size(config.head_dim, MOST_HEAD_DIM)
-    small: dict[str, object] = {
+    small: JsonDict = {
         "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
         "hidden_size": heads * head_dim,
         "num_attention_heads": heads,
@@ -122,13 +123,13 @@ def _shrink_gpt(config: GptConfig) -> GptConfig:
     }
     if isinstance(config, GptNeoXConfig):
         small["rotary_dim"] = _rotated(config.rotary_dim, config.head_dim, head_dim)
-    return replace(config, **small)  # type: ignore[arg-type]
+    return replace(config, **small)
 
 
 def _shrink_vision(config: VisionConfig) -> VisionConfig:
     heads = shrink_size(config.num_attention_heads, MOST_HEADS)
     side = shrink_size(config.patch_size, MOST_PATCH)
-    small: dict[str, object] = {
+    small: JsonDict = {
         "hidden_size": heads * shrink_size(config.head_dim, MOST_HEAD_DIM),
         "num_attention_heads": heads,
         "intermediate_size": shrink_size(config.intermediate_size, MOST_MLP),
@@ -137,7 +138,7 @@ def _shrink_vision(config: VisionConfig) -> VisionConfig:
             side * shrink_size(n // config.patch_size, MOST_PATCHES) for n in config.image_size
         ),
     }
-    return replace(config, **small)  # type: ignore[arg-type]
+    return replace(config, **small)
 
 
 def _shrink_whisper(config: WhisperConfig) -> WhisperConfig:
@@ -169,7 +170,7 @@ def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
     heads = kv_heads * shrink_size(groups, MOST_HEADS)
     head_dim = shrink_size(config.head_dim, MOST_HEAD_DIM)
     width = config.num_attention_heads * config.head_dim
-    changes: dict[str, object] = {
+    changes: JsonDict = {
         "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
         # Whether the heads together have the model's width depends on the family.
         "hidden_size": heads * head_dim * (1 if width == config.hidden_size else 2),
@@ -183,7 +184,7 @@ def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
     }
     if isinstance(config, MoeConfig):
         changes.update(_expert_sizes(config))
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(config, **changes)
 
 
 def _rotary_sizes(config: DecoderConfig, head_dim: int) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moecc.checkpoint.files import identify
 from moecc.checkpoint.given import GivenParams
+from moecc.checkpoint.several import branches_of, files_of
 from moecc.checkpoint.source import Checkpoint
 from moecc.pipeline.reproducer import loaded_files
 from moecc.tasks.conversion import Plan
@@ -86,7 +87,7 @@ def _states(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the state of each file of a source; arrays that someone handed over have none."""
     if isinstance(checkpoint, GivenParams):
         return {"arrays": os.urandom(16).hex()}
-    files = {path.name: path for path in checkpoint.files()}
+    files = files_of(checkpoint)
     files |= {n: p for n, p in checkpoint.companions().items() if isinstance(p, Path)}
     return {name: _state(path) for name, path in sorted(files.items())}
 
@@ -155,7 +156,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             is_sparse=bool(kinds),
             base_model=hub_repository(path) or _base_model(stages),
             story=tuple(story(stages)) if is_trained(stages) else (),
-            relation="finetune" if planned.storage is None else "quantized",
+            relation=_relation(planned),
             kept=checkpoint.card(),
             engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
             serving=_serving(planned),
@@ -164,6 +165,13 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             notes=(*made, *_notes(planned)),
         )
     )
+
+
+def _relation(planned: Plan) -> str:
+    """Return the relation to the source, in the words of the Hub."""
+    if planned.model.checkpoint is not None and branches_of(planned.model.checkpoint):
+        return "merge"
+    return "finetune" if planned.storage is None else "quantized"
 
 
 def _base_model(stages: Sequence[Mapping[str, object]]) -> str | None:
@@ -274,7 +282,7 @@ def manifest(
         pipeline=planned.pipeline.in_full(),
         seed=planned.seed,
         source=checkpoint.path.name,
-        source_files=file_records(checkpoint.files()),
+        source_files=file_records(files_of(checkpoint)),
         family_from=str(planned.graph.attrs.get("family", "")),
         family_to=planned.target,
         dtype=planned.dtype_name,

@@ -43,8 +43,7 @@ def small_configs(
     family = DECODERS[draw(st.sampled_from(sorted(families)))]
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     layers, head_dim = draw(st.integers(1, most_layers)), draw(st.sampled_from([4, 6]))
-    heads = kv_heads * group
-    bias = draw(st.booleans())
+    heads, bias = kv_heads * group, draw(st.booleans())
     values: JsonDict = {
         "vocab_size": draw(st.integers(3, 12)),
         "hidden_size": heads * (head_dim if fills_width(family) else draw(st.sampled_from([4, 7]))),

@@ -140,10 +140,9 @@ class AddLossesPass(Pass):
         taken = [n for n in graph.output_names if n.startswith(PREFIXES)]
         if taken:
             raise InputError(
-                "the graph has losses or metrics already",
-                found=", ".join(taken[:5]),
+                "the graph has losses or metrics already", found=", ".join(taken[:5]),
                 hint="add them once, and last",
-            )
+            )  # fmt: skip
         layers = routed_layers(graph)
         losses: list[Weighted] = []
         for layer in layers:

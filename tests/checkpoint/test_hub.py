@@ -40,7 +40,7 @@ def put(monkeypatch: pytest.MonkeyPatch, hub: Hub | None) -> Hub | None:
 def test_a_model_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(GOLDEN)
     put(monkeypatch, hub)
-    with open_checkpoint("hub:some-org/a.model@v1") as checkpoint:
+    with open_checkpoint("hf:some-org/a.model@v1") as checkpoint:
         assert checkpoint.config["model_type"] == "llama"
     assert hub.asked == [
         ("some-org/a.model", {"revision": "v1", "allow_patterns": list(FETCHED)}),
@@ -58,19 +58,19 @@ def test_a_plain_name_is_looked_up_in_the_cache(
         assert checkpoint.path == GOLDEN
     assert hub.asked == [("some-org/model", {"local_files_only": True})]
     put(monkeypatch, Hub(GOLDEN, cached=False))
-    with pytest.raises(InputError, match="hub:some-org/model fetches the model"):
+    with pytest.raises(InputError, match="hf:some-org/model fetches the model"):
         open_checkpoint("some-org/model")
 
 
 def test_what_cannot_be_fetched_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, Hub(None))
     with pytest.raises(MachineError, match="RuntimeError: no such model\n"):
-        open_checkpoint("hub:some-org/model")
+        open_checkpoint("hf:some-org/model")
     put(monkeypatch, None)
     with pytest.raises(MachineError, match="pip install huggingface_hub"):
-        open_checkpoint("hub:some-org/model")
-    with pytest.raises(UsageError, match="hub:ORG/NAME"):
-        open_checkpoint("hub:model")
+        open_checkpoint("hf:some-org/model")
+    with pytest.raises(UsageError, match="hf:ORG/NAME"):
+        open_checkpoint("hf:model")
     assert not any(map(is_model_id, ("a/b/c", "../b", "a/", "/a", "-a/b", "a/b\n")))
 
 

@@ -54,7 +54,7 @@ def test_a_missing_parent_is_said(tmp_path):
 def test_a_hub_name_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    hint = "hub:HuggingFaceTB/SmolLM2-135M fetches the model"
+    hint = "hf:HuggingFaceTB/SmolLM2-135M fetches the model"
     assert hint in refused("HuggingFaceTB/SmolLM2-135M")
 
 

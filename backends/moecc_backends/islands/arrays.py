@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from moecc.weights.boxes import Box, extents
 from moecc.weights.evaluate import Evaluator
 from moecc.weights.expr import Expr, Source
 from moecc.weights.simplify import simplify
-from moecc_backends.islands.jaxprs import shape_of
+from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.placement import is_sharded, sharding_of
 from moecc_backends.islands.storage import Stored
 from moecc_backends.islands.views import Leaf
@@ -29,7 +28,7 @@ class LeafEvaluator(Evaluator):
       leaves: the arrays by the names of the leaves.
     """
 
-    def __init__(self, leaves: Mapping[str, Any]) -> None:
+    def __init__(self, leaves: Mapping[str, AnyArray]) -> None:
         super().__init__(self._rows)
         self._leaves = leaves
 
@@ -48,7 +47,7 @@ class LeafEvaluator(Evaluator):
         return super().block(expr, box)
 
 
-def _part(name: str, leaf: Any, box: Box) -> Array:
+def _part(name: str, leaf: AnyArray, box: Box) -> Array:
     """Return a box of a leaf from the shards that are here, without putting the leaf together."""
     if not is_sharded(leaf):
         whole: Array = np.asarray(leaf)[tuple(slice(*ends) for ends in box)]
@@ -75,7 +74,9 @@ def _part(name: str, leaf: Any, box: Box) -> Array:
     return made
 
 
-def make_array(stored: Stored, leaves: Mapping[str, Leaf], arrays: Mapping[str, Any]) -> Any:
+def make_array(
+    stored: Stored, leaves: Mapping[str, Leaf], arrays: Mapping[str, AnyArray]
+) -> AnyArray:
     """Return an array of the new parameters, or its shape where leaves are shapes.
 
     It lies where the dense leaf does, sharded likewise.
@@ -113,6 +114,6 @@ def make_array(stored: Stored, leaves: Mapping[str, Leaf], arrays: Mapping[str, 
     return jax.device_put(whole, like.sharding if is_fixed else None)
 
 
-def dtype_named(dtype: Any) -> DType | None:
+def dtype_named(dtype: AnyArray) -> DType | None:
     """Return an element type of NumPy's as the IR has it, or None."""
     return next((d for d in DTYPES.values() if d.numpy == dtype and d.kind != "key"), None)

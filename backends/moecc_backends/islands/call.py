@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from moecc.errors import InputError, Problem
 from moecc_backends.islands.execution import Execution
 from moecc_backends.islands.functions import ParamTree, Traced, trace_function
-from moecc_backends.islands.jaxprs import shape_of
+from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.losses import joined, with_losses
 from moecc_backends.islands.parts import Part, Parts
 from moecc_backends.islands.run import Program, Replacement
@@ -21,6 +20,7 @@ from moecc_backends.islands.sites import Instance, Key, Site, survey
 from moecc_backends.islands.storage import Slot, Storage
 from moecc_backends.islands.uses import skipped, uses
 from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 TREE, BESIDE = "params", "moe"
 """The keys of new parameters: the tree with experts in place, and what has no place there."""
@@ -57,11 +57,11 @@ class State:
 class Given:
     """New parameters, taken apart: what stands in the place of leaves, and what is beside."""
 
-    leaves: Mapping[str, Any]
-    beside: Mapping[str, Any]
+    leaves: Mapping[str, AnyArray]
+    beside: Mapping[str, AnyArray]
 
     @classmethod
-    def of(cls, tree: ParamTree, params: Any) -> Given:
+    def of(cls, tree: ParamTree, params: PyTree) -> Given:
         """Return `params` taken apart.
 
         Raises:
@@ -75,11 +75,11 @@ class Given:
             )
         return cls(tree.flatten(params[TREE]), params[BESIDE])
 
-    def array(self, slot: Slot) -> Any:
+    def array(self, slot: Slot) -> AnyArray:
         """Return the array in which a parameter lies."""
         return self.leaves[slot.key] if slot.in_tree else self.beside[slot.key]
 
-    def stacked(self, slots: Sequence[Slot], lengths: tuple[int, ...]) -> Any:
+    def stacked(self, slots: Sequence[Slot], lengths: tuple[int, ...]) -> AnyArray:
         """Return a parameter of blocks in loops, the loops in front; of one block as it is.
 
         Args:
@@ -106,17 +106,17 @@ class Call:
     """
 
     state: State
-    function: Callable[..., Any]
+    function: Function
     losses: bool
     execution: Execution
 
     def run(
         self,
-        params: Any,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        extra: Mapping[str, Any],
-    ) -> Any:
+        params: PyTree,
+        args: tuple[AnyArray, ...],
+        kwargs: Mapping[str, AnyArray],
+        extra: Mapping[str, AnyArray],
+    ) -> AnyArray:
         """Return the result of the function.
 
         Args:
@@ -152,8 +152,8 @@ class Call:
         return with_losses(result, joined(state.parts, of_sites, replaced, side))
 
     def _checked(
-        self, extra: Mapping[str, Any], replaced: Sequence[Replacement]
-    ) -> Mapping[str, Any]:
+        self, extra: Mapping[str, AnyArray], replaced: Sequence[Replacement]
+    ) -> Mapping[str, AnyArray]:
         """Return further inputs. Raises InputError where some are missing or unknown."""
         needed = {v.name: v for r in replaced for v in r.part.extra}
         if set(needed) != set(extra):
@@ -165,7 +165,7 @@ class Call:
             )
         return extra
 
-    def _dense(self, name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    def _dense(self, name: str, leaf: AnyArray) -> jax.ShapeDtypeStruct:
         """Return the dense shape of a leaf, in the element type that it has now."""
         if name not in self.state.storage.gone:
             return shape_of(leaf.shape, leaf.dtype)
@@ -197,7 +197,7 @@ class Call:
             )
         return made
 
-    def _weights(self, site: Site, given: Given) -> tuple[Any, ...]:
+    def _weights(self, site: Site, given: Given) -> tuple[AnyArray, ...]:
         slots = self.state.storage.slots
         params = [[slots[p.name] for p in part.params] for part in self.state.parts_of(site)]
         return tuple(given.stacked(each, site.lengths) for each in zip(*params, strict=True))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from moecc_backends.islands.call import Call
 from moecc_backends.islands.execution import Execution
+from moecc_backends.islands.jaxprs import AnyArray
 from moecc_backends.islands.record import Record
 from moecc_backends.islands.saving import write_folder
 from moecc_backends.xla.trace.options import AUTO, Options
+from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,12 @@ class Conversion(Record):
 
     def __call__(
         self,
-        function: Callable[..., Any],
+        function: Function,
         *,
         losses: bool = False,
         mesh: jax.sharding.Mesh | None = None,
         dispatch: str = AUTO,
-    ) -> Callable[..., Any]:
+    ) -> Function:
         """Return `function` on the new parameters, traced and rewritten anew at each trace.
 
         Args:
@@ -48,14 +49,17 @@ class Conversion(Record):
 
         @wraps(function)
         def converted(
-            params: Any, *args: Any, moe_inputs: Mapping[str, Any] | None = None, **kwargs: Any
-        ) -> Any:
+            params: PyTree,
+            *args: PyTree,
+            moe_inputs: Mapping[str, AnyArray] | None = None,
+            **kwargs: PyTree,
+        ) -> AnyArray:
             call = Call(self.state, function, losses, execution)
             return call.run(params, args, kwargs, moe_inputs or {})
 
         return converted
 
-    def save(self, folder: str | Path, params: Any = None, *, force: bool = False) -> Path:
+    def save(self, folder: str | Path, params: PyTree = None, *, force: bool = False) -> Path:
         """Write parameters to a folder, from which `load` makes this conversion again.
 
         Args:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
 
 import jax
 
@@ -24,7 +23,7 @@ from moecc_backends.islands.call import BESIDE, TREE, State
 from moecc_backends.islands.conversion import Conversion
 from moecc_backends.islands.find import Miss
 from moecc_backends.islands.functions import ParamTree, leaf_of, trace_function
-from moecc_backends.islands.jaxprs import shape_of
+from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.partkeys import part_key
 from moecc_backends.islands.parts import Parts, cut
@@ -36,22 +35,23 @@ from moecc_backends.islands.storage import Storage, plan_storage
 from moecc_backends.islands.tokens import refuse_mixing, token_labels
 from moecc_backends.islands.uses import uses
 from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 MAX_READ_ELEMENTS = 1 << 20
 """The largest parameter that a promise may depend on."""
 
 
 def convert(
-    function: Callable[..., Any],
-    params: Any,
-    *args: Any,
+    function: Function,
+    params: PyTree,
+    *args: PyTree,
     pipeline: str | Pipeline | None = None,
     tokens: Mapping[str, Sequence[str]] | None = None,
     causal: bool = True,
     seed: int = 0,
     allow_unmatched: bool = False,
     check: bool = False,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Conversion:
     """Upcycle a function of parameters: ``convert(loss, params, batch, "upcycle{experts=8}")``.
 
@@ -98,12 +98,12 @@ def convert(
 
 
 def graph(
-    function: Callable[..., Any],
-    params: Any,
-    *args: Any,
+    function: Function,
+    params: PyTree,
+    *args: PyTree,
     tokens: Mapping[str, Sequence[str]] | None = None,
     causal: bool = True,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Graph:
     """Return the blocks of a function as one graph, before any pass; arguments as of `convert`.
 
@@ -114,14 +114,14 @@ def graph(
     return build_graph(found, name=_name(function), is_causal=causal, labels=labels)
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _name(function: Function) -> str:
     return str(getattr(function, "__name__", "function"))
 
 
 def _surveyed(
-    function: Callable[..., Any],
-    params: tuple[ParamTree, Mapping[str, Any]],
-    arguments: tuple[Sequence[Any], Mapping[str, Any]],
+    function: Function,
+    params: tuple[ParamTree, Mapping[str, AnyArray]],
+    arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
     tokens: Mapping[str, Sequence[str]],
 ) -> tuple[Survey, dict[Val, Dims]]:
     """Return the blocks of a function, and the labels of its values.
@@ -167,7 +167,7 @@ def _near(miss: Miss) -> Problem:
     return Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
 
 
-def _no_block(function: Callable[..., Any]) -> Problem:
+def _no_block(function: Function) -> Problem:
     return Problem(
         "the function has no feed-forward block of its parameters",
         where=getattr(function, "__name__", None),
@@ -176,7 +176,7 @@ def _no_block(function: Callable[..., Any]) -> Problem:
     )
 
 
-def _reader(arrays: Mapping[str, Any]) -> ReadWeight:
+def _reader(arrays: Mapping[str, AnyArray]) -> ReadWeight:
     """Return what reads small parameters on which promises depend."""
     are_shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays.values())
 
@@ -230,9 +230,9 @@ def _storage(
     )
 
 
-def _new_params(state: State, arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _new_params(state: State, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
     """Return the new parameters: the tree with experts in place, and the rest by name."""
-    made: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+    made: dict[bool, dict[str, AnyArray]] = {True: {}, False: {}}
     for one in state.storage.arrays:
         made[one.in_tree][one.key] = make_array(one, state.leaves, arrays)
     kept = {n: a for n, a in arrays.items() if n not in state.storage.gone}
@@ -245,7 +245,7 @@ def _report(
     done: PipelineReport,
     found: Survey,
     state: State,
-    params: tuple[Any, Any],
+    params: tuple[AnyArray, AnyArray],
 ) -> Report:
     before, after = (
         sum(prod(x.shape) for x in jax.tree_util.tree_leaves(p) if hasattr(x, "shape"))

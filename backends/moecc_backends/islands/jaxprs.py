@@ -17,6 +17,8 @@ Equation = Any
 Atom = Any
 Aval = Any
 Tracer = Any
+AnyArray = Any
+"""An array, of jax or NumPy, or the tracer of one."""
 
 CALLS = frozenset(("jit", "pjit", "closed_call", "core_call"))
 """Primitives whose jaxpr stands for itself, called."""

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from moecc.support.untyped import Json
 from moecc_backends.islands.elements import function_of
-from moecc_backends.islands.jaxprs import Jaxpr, callee, is_literal, opened, scan_sizes
+from moecc_backends.islands.jaxprs import (
+    Atom,
+    Equation,
+    Jaxpr,
+    callee,
+    is_literal,
+    opened,
+    scan_sizes,
+)
 from moecc_backends.islands.scopes import Scope, Step, Val
 from moecc_backends.islands.structural import groups
 
@@ -29,7 +37,7 @@ Inner = Callable[[int, Sequence[Dims]], list[Dims]]
 class _Site:
     """An equation on labels."""
 
-    params: Mapping[str, Any]
+    params: Json
     given: Sequence[Dims]
     shapes: Sequence[tuple[int, ...]]
     made: Sequence[tuple[int, ...]]
@@ -67,9 +75,9 @@ def _run_scope(scope: Scope, given: Sequence[Dims], found: dict[Val, Dims]) -> l
 
 def _run_jaxpr(jaxpr: Jaxpr, given: Sequence[Dims]) -> list[Dims]:
     inner, _ = opened(jaxpr)
-    known: dict[Any, Dims] = dict(zip(inner.invars, given, strict=True))
+    known: dict[Atom, Dims] = dict(zip(inner.invars, given, strict=True))
 
-    def read(atom: Any) -> Dims:
+    def read(atom: Atom) -> Dims:
         return unlabelled(atom.aval.shape) if is_literal(atom) else known.get(
             atom, unlabelled(atom.aval.shape)
         )  # fmt: skip
@@ -91,7 +99,7 @@ def _run_jaxpr(jaxpr: Jaxpr, given: Sequence[Dims]) -> list[Dims]:
     return [read(a) for a in inner.outvars]
 
 
-def _jaxprs(equation: Any) -> list[Jaxpr]:
+def _jaxprs(equation: Equation) -> list[Jaxpr]:
     params = equation.params
     if "branches" in params:
         return list(params["branches"])
@@ -99,7 +107,7 @@ def _jaxprs(equation: Any) -> list[Jaxpr]:
     return [params[n] for n in names if n in params]
 
 
-def _apply(equation: Any, site: _Site) -> list[Dims]:
+def _apply(equation: Equation, site: _Site) -> list[Dims]:
     name = str(equation.primitive.name)
     rule = _RULES.get(name)
     if callee(equation) is not None or name in ("custom_jvp_call", "custom_vjp_call"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,6 +13,7 @@ from moecc.model.open import read_graph
 from moecc.pipeline.passes import Preserves
 from moecc.pipeline.registry import installed
 from moecc.pipeline.text import Pipeline
+from moecc.support.untyped import Json, JsonDict
 from moecc.tasks.contracts import Contracts
 from moecc.types.dtypes import DTYPES
 from moecc.weights.text import parse_expr
@@ -28,9 +27,10 @@ from moecc_backends.islands.sites import Instance, Key
 from moecc_backends.islands.storage import Slot, Storage, Stored
 from moecc_backends.islands.treejson import from_json
 from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.trace.typed_jax import PyTree
 
 
-def load(folder: str | Path, like: Any = None) -> Conversion:
+def load(folder: str | Path, like: PyTree = None) -> Conversion:
     """Return the conversion that `save` wrote to a folder, with its parameters.
 
     Args:
@@ -70,7 +70,7 @@ def load(folder: str | Path, like: Any = None) -> Conversion:
     )
 
 
-def _object(value: object) -> dict[str, Any]:
+def _object(value: object) -> JsonDict:
     assert isinstance(value, dict), "the schema says so"
     return value
 
@@ -80,7 +80,7 @@ def _number(value: object) -> int:
     return value
 
 
-def _state(config: Mapping[str, Any], graph: str, like: Any) -> State:
+def _state(config: Json, graph: str, like: PyTree) -> State:
     leaves = {n: Leaf(n, tuple(shape), DTYPES[dtype])
               for n, (dtype, shape) in config["leaves"].items()}  # fmt: skip
     instances = dict(map(_instance, config["blocks"]))
@@ -96,14 +96,14 @@ def _state(config: Mapping[str, Any], graph: str, like: Any) -> State:
     )
 
 
-def _instance(block: Mapping[str, Any]) -> tuple[Key, Instance]:
+def _instance(block: Json) -> tuple[Key, Instance]:
     weights = tuple(parse_expr(text)[0] for text in block["weights"])
     params = tuple(block["params"])
     made = Instance(block["loc"], params, weights, block["summary"], block["line"])
     return (block["text"], weights), made
 
 
-def _tree(config: Mapping[str, Any], like: Any) -> ParamTree:
+def _tree(config: Json, like: PyTree) -> ParamTree:
     names = tuple(config["names"])
     if like is not None:
         tree, _ = ParamTree.of(like)

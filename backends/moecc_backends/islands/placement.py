@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Merge, Rename, Split, Stack, Tile
+from moecc_backends.islands.jaxprs import AnyArray
 from moecc_backends.xla.trace.typed_jax import partition_spec
 
 EXPERT = "expert"
@@ -19,7 +20,7 @@ Spec = dict[str, MeshAxes]
 """The mesh axes of each axis that is sharded."""
 
 
-def sharding_of(weight: Expr, like: Any) -> NamedSharding | None:
+def sharding_of(weight: Expr, like: AnyArray) -> NamedSharding | None:
     """Return where a parameter lies that is made from a leaf that is sharded; None otherwise.
 
     An axis of the leaf keeps its mesh axes wherever it goes; one that no longer divides, or whose
@@ -88,6 +89,6 @@ def _mesh_axes(entry: Any) -> MeshAxes:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def is_sharded(array: Any) -> bool:
+def is_sharded(array: AnyArray) -> bool:
     """Return whether an array lies on several devices."""
     return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1

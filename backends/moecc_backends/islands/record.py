@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Preserves
@@ -11,6 +10,7 @@ from moecc.pipeline.text import Pipeline
 from moecc.tasks.contracts import Contracts
 from moecc_backends.islands.call import State
 from moecc_backends.islands.report import Report
+from moecc_backends.xla.trace.typed_jax import PyTree
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Record:
       state: what functions of the parameters need to know.
     """
 
-    params: Any
+    params: PyTree
     graph: Graph
     report: Report
     preserves: Preserves

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from moecc_backends.islands.jaxprs import AnyArray
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Report:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Report:
+    def from_json(cls, found: Mapping[str, AnyArray]) -> Report:
         """Return the report that `to_json` wrote."""
         blocks = tuple(BlockReport(**block) for block in found["blocks"])
         lists = {n: tuple(found[n]) for n in ("misses", "remarks")}

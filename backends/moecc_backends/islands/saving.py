@@ -10,7 +10,6 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -38,15 +37,19 @@ from moecc.weights.expr import Expr, Source
 from moecc.weights.movement import Index, Stack
 from moecc_backends.islands.call import BESIDE, Given, State
 from moecc_backends.islands.functions import leaf_of
+from moecc_backends.islands.jaxprs import AnyArray
 from moecc_backends.islands.record import Record
 from moecc_backends.islands.storage import Stored
 from moecc_backends.islands.treejson import to_json
 from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.trace.typed_jax import PyTree
 
 SCHEMA = "moecc.function/1"
 
 
-def write_folder(record: Record, folder: Path, params: Any = None, *, force: bool = False) -> Path:
+def write_folder(
+    record: Record, folder: Path, params: PyTree = None, *, force: bool = False
+) -> Path:
     """Write parameters to a folder, atomically; return the folder.
 
     Args:
@@ -83,12 +86,12 @@ def _text(document: object) -> bytes:
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
-def _rows(array: Any, start: int, stop: int | None) -> Any:
+def _rows(array: AnyArray, start: int, stop: int | None) -> AnyArray:
     whole = np.asarray(array)
     return whole[start:stop] if whole.ndim else whole
 
 
-def named_arrays(state: State, params: Any) -> dict[str, Any]:
+def named_arrays(state: State, params: PyTree) -> dict[str, AnyArray]:
     """Return the arrays of new parameters by the names under which they are stored.
 
     Raises:
@@ -104,7 +107,7 @@ def beside_name(name: str, leaves: Collection[str]) -> str:
     return f"{BESIDE}.{name}" if name in leaves else name
 
 
-def _leaves(arrays: Mapping[str, Any]) -> dict[str, Leaf]:
+def _leaves(arrays: Mapping[str, AnyArray]) -> dict[str, Leaf]:
     """Return the arrays as leaves. Raises InputError for types that are not stored."""
     problems = []
     leaves: dict[str, Leaf] = {}

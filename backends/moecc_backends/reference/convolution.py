@@ -8,17 +8,12 @@ import numpy as np
 
 from moecc_backends.reference.arrays import Array, meaning
 
+Names = tuple[str, ...]
+
 
 @meaning("convolve")
 def convolve(
-    x: Array,
-    w: Array,
-    *,
-    over: tuple[str, ...],
-    along: tuple[str, ...],
-    taps: tuple[str, ...],
-    stride: int,
-    padding: int,
+    x: Array, w: Array, *, over: Names, along: Names, taps: Names, stride: int, padding: int
 ) -> Array:
     """Sum over the places of a window what x has there, times the weights of that place."""
     margins = [(padding, padding) if name in along else (0, 0) for name in x.axes]

@@ -50,10 +50,7 @@ class Sizes:
 
 
 def make_config(
-    header: GgufHeader,
-    family: GgufFamily,
-    divisors: Array | None,
-    problems: Problems,
+    header: GgufHeader, family: GgufFamily, divisors: Array | None, problems: Problems
 ) -> tuple[dict[str, object], Sizes]:
     """Return config.json and the sizes of a head; every error goes to `problems`."""
     architecture = str(header.metadata["general.architecture"])

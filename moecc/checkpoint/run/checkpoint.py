@@ -27,6 +27,7 @@ from moecc.checkpoint.run.layout import (
     split_reference,
 )
 from moecc.checkpoint.run.state import StateReader, array_key
+from moecc.checkpoint.several import models_of
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError
 from moecc.support.untyped import Json
@@ -121,7 +122,7 @@ def inputs_of(checkpoint: Checkpoint | None) -> list[Path]:
         return []
     if isinstance(checkpoint, RunCheckpoint):
         return [checkpoint.run / STEPS, checkpoint.run / SOURCE]
-    return [checkpoint.path]
+    return [model.path for model in models_of(checkpoint).values()]
 
 
 def open_run(reference: str) -> RunCheckpoint:

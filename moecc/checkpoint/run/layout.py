@@ -122,8 +122,7 @@ def choose_step(run: Path, which: str) -> SavedStep:
     if which == LAST:
         return steps[-1]
     if which == BEST:
-        found = best_step(steps)
-        if found is None:
+        if (found := best_step(steps)) is None:
             raise InputError(
                 "no checkpoint of the run was evaluated", where=f"{run}@{BEST}",
                 hint=f"its steps: {numbers}",

@@ -41,6 +41,12 @@ class UpcycleOptions:
         Literal["down", "up-down", "cube-root"], "where the factor that gates ask for is put"
     ] = "down"
     init: Annotated[Literal["copy", "noise", "drop"], "how copies are made to differ"] = "copy"
+    sources: Annotated[
+        str, "models of convert --experts, one a copy: base,a,b; empty: all are of the source"
+    ] = ""
+    rest: Annotated[
+        Literal["base", "mean"], "sources: where all else comes from, or the mean of them"
+    ] = "base"
     noise_std: Annotated[float, "init=noise: the standard deviation"] = 0.01
     noise: Annotated[
         Literal["relative", "absolute"], "init=noise: whether std is in units of the tensor's own"
@@ -87,6 +93,11 @@ class UpcycleOptions:
             convention(self.gates).name, self.experts, self.top_k, self.granularity,
             self.gate_scale, has_prototypes=self.routing == "prototypes",
         )  # fmt: skip
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models that the copies come from; empty if all are of the source."""
+        return tuple(self.sources.split(",")) if self.sources else ()
 
     @property
     def is_bounded(self) -> bool:

@@ -107,6 +107,7 @@ def recipe(item: UpcycleOptions, block: FFNBlock, seed: int) -> Recipe:
         expert_bias=item.expert_bias,
         extra_ffn=item.extra_ffn,
         shared_gate=item.shared_gate,
+        models=item.models,
     )
 
 
