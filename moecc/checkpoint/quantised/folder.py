@@ -52,8 +52,7 @@ class QuantisedFolder:
 
     def __init__(self, folder: SafetensorsFolder, packed: Mapping[str, Packed]) -> None:
         self._folder, self._packed = folder, packed
-        self._lock = threading.Lock()
-        self._kept_for, self._kept = "", dict[str, Array]()
+        self._kept = threading.local()
         self.path: Path = folder.path
         self.config = {key: value for key, value in folder.config.items() if key != KEY}
         inner = {part for one in packed.values() for part in one.parts}
@@ -73,21 +72,20 @@ class QuantisedFolder:
             return one.rows(partial(self._part, one), start, stop)
 
     def _part(self, one: Packed, name: str, start: int, stop: int | None) -> Array:
-        """Read rows of a part; those of the matrix that is being read are kept.
+        """Read rows of a part; a thread keeps those of the matrix that it reads.
 
         Outputs lie across the words of GPTQ and AWQ, so every block of rows needs all of them.
         """
         if (start, stop) != (0, None):
             return self._folder.read(name, start, stop)
-        with self._lock:
-            if self._kept_for != one.name:
-                self._kept_for, self._kept = one.name, {}
-            found = self._kept.get(name)
-        if found is None:
-            found = self._folder.read(name)
-            with self._lock:
-                if self._kept_for == one.name and found.nbytes <= MOST_KEPT_BYTES:
-                    self._kept[name] = found
+        if getattr(self._kept, "of", None) != one.name:
+            self._kept.of, self._kept.parts = one.name, {}
+        parts: dict[str, Array] = self._kept.parts
+        if name in parts:
+            return parts[name]
+        found = self._folder.read(name)
+        if found.nbytes <= MOST_KEPT_BYTES:
+            parts[name] = found
         return found
 
     def companions(self) -> dict[str, Path | bytes]:
