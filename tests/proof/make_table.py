@@ -56,9 +56,9 @@ def main() -> None:
     worst = max(r.error for r in done.values())
     sources, methods = (*DENSE, *MIXTURES), {*METHODS, *OVER_MIXTURES}
     said = (
-        f"On {date.today()}: {len(sources)} sources, {len(TARGETS)} targets, {len(methods)} methods; "
-        f"{len(done):,} cells: {counts['=']:,} equal, {counts['≈']:,} announced, {counts['—']:,} "
-        f"rejected. The largest error is {worst:.1e} of the largest output."
+        f"On {date.today()}: {len(sources)} sources, {len(TARGETS)} targets, {len(methods)} "
+        f"methods; {len(done):,} cells: {counts['=']:,} equal, {counts['≈']:,} announced, "
+        f"{counts['—']:,} rejected. The largest error is {worst:.1e} of the largest output."
     )
     parts.insert(1, textwrap.fill(said, 100) + "\n")
     PAGE.write_text("\n".join(parts) + "\n")

@@ -19,7 +19,9 @@ def stated() -> Iterator[tuple[Cell, str]]:
     text = PAGE.read_text()
     rows = {}
     for title, part in re.findall(r"^### (.*)\n([^#]*)", text, re.MULTILINE):
-        lines = [re.split(r" *\| *", line.strip("| ")) for line in part.splitlines() if "|" in line]
+        lines = [
+            [c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if "|" in line
+        ]
         rows.update({(title, line[0]): dict(zip(lines[0], line, strict=True)) for line in lines})
     for cell in cells():
         title = f"To {cell.target}" if cell.source in DENSE else "Over mixtures"
