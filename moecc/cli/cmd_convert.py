@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from moecc.types.dtypes import DType
 
 
+_SHOWN = 10
+
+
 @dataclass(frozen=True)
 class ConvertRequest:
     """The arguments and options of ``moecc convert``."""
@@ -135,8 +138,11 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
         say(f"continued: {kept:,} of {total:,} bytes of weights were complete")
     for text in done.written.spread:
         say(f"warning: not finite: {text}")
-    for name in done.written.zeros:
+    zeros = done.written.zeros
+    for name in zeros[:_SHOWN]:
         say(f"warning: all zero: {name}")
+    if len(zeros) > _SHOWN:
+        say(f"warning: all zero: {len(zeros) - _SHOWN:,} more, in the manifest")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:

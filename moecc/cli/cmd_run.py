@@ -68,16 +68,14 @@ def run(request: RunRequest) -> None:
         say_weights(opened, request.model)
         graph = opened.graph
         set_router_dtype(graph, request.router_dtype, type)
-        name = _output(graph, request.output)
-        given = _inputs(request.inputs, graph)
+        name, given = _output(graph, request.output), _inputs(request.inputs, graph)
         shown = [] if request.print_values is None else chosen_values(graph, request.print_values)
         program = chosen.compile(with_values(graph, shown) if shown else graph, dtype=type)
         outputs = program.run(opened.params(dtype=type), given)
-        result = outputs[name]
     if program.writes:
         for line in describe_values(shown, outputs):
             say(line)
-        _write(result, name, request)
+        _write(outputs[name], name, request)
 
 
 def _inputs(file: str | None, graph: Graph) -> Arrays:

@@ -76,10 +76,10 @@ def make_config(
         **_flags(family, header.tensors),
         **(_experts(keys, family.experts, header.tensors) if family.experts else {}),
         **_further(keys, family, sizes),
-        **_special_tokens(header, vocab, problems),
-        "torch_dtype": _torch_dtype(header.tensors),
+        **special_tokens(header, vocab, problems),
+        "torch_dtype": torch_dtype(header.tensors),
     }
-    _refuse_the_rest(keys)
+    refuse_the_rest(keys)
     return config, sizes
 
 
@@ -176,7 +176,8 @@ def _flags(family: GgufFamily, tensors: Mapping[str, StoredTensor]) -> dict[str,
     return {key: any(name.endswith(f".{end}") for name in tensors) for key, end in family.flags}
 
 
-def _special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[str, int | None]:
+def special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[str, int | None]:
+    """Return the ids of special tokens; those that are none go to `problems`."""
     ids: dict[str, int | None] = {}
     for name, word in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         try:
@@ -188,7 +189,7 @@ def _special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[
     return ids
 
 
-def _torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
+def torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     """Return the type in which most elements are read; quantised ones are read as float32."""
     elements: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -197,7 +198,8 @@ def _torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     return max(_TORCH_ORDER, key=lambda name: elements[name])
 
 
-def _refuse_the_rest(keys: Keys) -> None:
+def refuse_the_rest(keys: Keys) -> None:
+    """Record keys that were not read and may change what the model computes."""
     for name, values in _NEUTRAL.items():
         if name in keys.used:
             continue

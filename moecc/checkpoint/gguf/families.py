@@ -20,6 +20,12 @@ _DENSE: Mapping[str, str] = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FUSED: Mapping[str, str] = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _HEAD_NORMS: Mapping[str, str] = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
@@ -112,6 +118,7 @@ class GgufFamily:
       head_norms: whether queries and keys are normalised per head.
       output_bias: whether llama.cpp reads a bias of the attention's output projection, or the
         family has none.
+      is_fused: whether queries, keys and values are one matrix, and gate and up another.
       norms: the norms of a layer, with the names in Hugging Face.
       norms_plus_one: whether norms are stored as what they multiply by, which is 1 more than what
         Hugging Face stores.
@@ -141,6 +148,7 @@ class GgufFamily:
     head_norms: bool = False
     output_bias: bool = False
     norms: tuple[tuple[str, str], ...] = _NORMS
+    is_fused: bool = False
     norms_plus_one: bool = False
     activation: str = "silu"
     act_key: str = "hidden_act"
@@ -163,7 +171,8 @@ class GgufFamily:
         experts = self.experts.stems() if self.experts else {}
         heads = _HEAD_NORMS if self.head_norms else {}
         dense = {} if self.experts and not self.experts.leading_dense else _DENSE
-        return {**_ATTENTION, **dense, **dict(self.norms), **heads, **experts}
+        matrices = _FUSED if self.is_fused else {**_ATTENTION, **dense}
+        return {**matrices, **dict(self.norms), **heads, **experts}
 
     def tensors(self) -> dict[str, str]:
         """Return the names of a layer's tensors in GGUF with those in Hugging Face."""
@@ -206,6 +215,14 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
             ("post_attention_norm", "post_attention_layernorm"),
             ("post_ffw_norm", "post_feedforward_layernorm"),
         ),
+    ),
+    "phi3": GgufFamily(
+        "phi3",
+        "Phi3ForCausalLM",
+        is_fused=True,
+        partial_rotary=True,
+        optional_keys=(("attention.sliding_window", "sliding_window"),),
+        flags=(),
     ),
     "gemma": GgufFamily(
         "gemma",

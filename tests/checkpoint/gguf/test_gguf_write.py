@@ -49,6 +49,7 @@ SAME = [
     ("qwen3_head_dim_tied", "qwen3"),
     ("granite_multipliers", "granite"),
     ("olmo2_square_tied", "olmo2"),
+    ("phi3_square", "phi3"),
     ("gemma_mqa", "gemma"),
     ("smollm3", "smollm3"),
     ("gemma2", "gemma2"),
