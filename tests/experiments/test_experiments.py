@@ -88,7 +88,8 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_arm_is_trained_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("orbax.checkpoint")
     few = ("run.steps=6", "run.evaluate_steps=0", "optimizer.warmup=0", "data.evaluate_batches=1",
-           "data.batch=4", "data.seq=64", "optimizer.decay_steps=0")  # fmt: skip
+           "data.batch=4", "data.seq=64", "optimizer.schedule=constant",
+           "optimizer.decay_steps=0")  # fmt: skip
     lab = run.Lab(tmp_path, tmp_path / "results", few)
     experiment = declared.declared()["b"]
     found = lab.arm(experiment, "carried", 1)
