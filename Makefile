@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-all check lint format types proof-engines docs bench wheel clean
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-learning docs bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,11 +27,17 @@ endif
 demo: $(STAMP) ## upcycle SmolLM2-135M to a mixture of 8 experts, and prove that it is the same function
 	$(BIN)/python examples/upcycle_smollm2.py
 
+demo-train: $(STAMP) ## train a small decoder on this documentation, upcycle it, train on, compare, export
+	$(BIN)/python examples/train_on_docs.py
+
+smoke-train: $(STAMP) ## every command of demo-train, with a few steps and nothing to look at
+	$(BIN)/python examples/train_on_docs.py --smoke --out demo-output/smoke-train
+
 test: $(STAMP) ## the tests, in parallel, without the slow ones
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 test-all: $(STAMP) ## every test, the slow ones included
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
+	MOECC_TIER=all $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: lint types test ## what CI runs, without the wheel
 
@@ -46,14 +52,18 @@ format: $(STAMP) ## let ruff rewrite
 types: $(STAMP) ## mypy --strict over the three packages
 	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
 
-proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON and MOECC_MLX_PYTHON name interpreters
+proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
+
+proof-learning: $(STAMP) ## experts help at equal tokens: one experiment again, from nothing, on three seeds
+	$(BIN)/python experiments/run.py --proof
 
 docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.generate
 	$(BIN)/python -m moecc.ir.docs docs/ir.md
 	$(BIN)/python -m moecc.pipeline.docs docs/passes.md
 	$(BIN)/python -m moecc_passes.sharding.legal docs/sharding.md
+	$(BIN)/python experiments/run.py --page
 
 bench: $(STAMP) ## the benchmarks, one after the other
 	$(BIN)/python benchmarks/startup.py

@@ -79,6 +79,21 @@ class LoweringBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class TracingBackend(Backend, Protocol):
+    """A backend whose programs are pure functions, for transformations such as gradients."""
+
+    def function(
+        self, graph: Graph, *, dtype: DType = F32
+    ) -> Callable[[Arrays, Arrays], dict[str, Array]]:
+        """Return `graph` as ``f(params, inputs) → outputs``.
+
+        Raises:
+          InputError: an operation has no lowering, or an output is ragged.
+        """
+        ...
+
+
+@runtime_checkable
 class MeshBackend(Backend, Protocol):
     """A backend that simulates the devices of a graph's mesh in one process."""
 

@@ -62,6 +62,13 @@ class InputError(MoeccError):
     exit_code = 1
 
 
+class UnknownName(InputError, KeyError):
+    """A mapping has no such name: a KeyError to Python, with a problem to read."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
+
+
 class UsageError(MoeccError):
     """The request is invalid: an unknown pass, option, type or machine; top-k above experts."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from moecc.errors import MachineError
 
-NAMES = ("Conversion", "convert")
+NAMES = ("Conversion", "convert", "graph", "load")
 """What the door offers."""
 
 __all__ = list(NAMES)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from moecc import errors
 from moecc.ahead.report_types import CompileReport
@@ -21,6 +21,7 @@ from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
 from moecc.errors import MachineError, MoeccError, Problem
 from moecc.launch.member import LIFELINE
 from moecc.plan.machines import Machine, parse_machine
+from moecc.support.untyped import JsonDict
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -124,7 +125,7 @@ def _read(folder: Path, code: int) -> CompileOutcome:
     )
 
 
-def _error(data: dict[str, Any]) -> MoeccError:
+def _error(data: JsonDict) -> MoeccError:
     """Return the error that the worker reported, as its own class or the nearest base."""
     kinds = (errors.InputError, errors.UsageError, errors.CheckError, errors.MachineError)
     kind = next(k for k in kinds if k.exit_code == data["exit_code"])

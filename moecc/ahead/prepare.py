@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moecc.ahead.request import Job, Request
 from moecc.errors import InputError, UsageError
+from moecc.families.outside import load_families
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
@@ -62,7 +63,8 @@ def prepare(request: Request) -> PreparedJob:
     dtype = float_type(request.dtype)
     setting = StepConfig(train, request.optimizer, dtype, F32 if train else dtype)
     _check_exchange(request)
-    with open_model(request.model) as model:
+    load_families(request.load)
+    with open_model(request.model, config_alone=True) as model:
         graph = model.graph
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths)
     bound, remarks = _bounded(graph, request, train)

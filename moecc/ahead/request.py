@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import EXPLICIT
+from moecc.support.untyped import Json
 from moecc.types.dtypes import DType
 
 EMITS = ("stablehlo", "hlo")
@@ -37,6 +38,7 @@ class Request:
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
+      load: files with families of the user's own.
     """
 
     model: str
@@ -56,15 +58,16 @@ class Request:
     capacity_factor: float | None = None
     emit: str | None = None
     export: bool = False
+    load: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the request as JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Request:
+    def from_json(cls, data: Json) -> Request:
         """Return the request that `to_json` wrote."""
-        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules")}
+        lists = {n: data[n] and tuple(data[n]) for n in ("lengths", "rules", "load")}
         return cls(**{**data, **lists})
 
 

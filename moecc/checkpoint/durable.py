@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from moecc.checkpoint.disk import CREATE, KEEP, disk
 from moecc.checkpoint.files import OPEN_DESCRIPTORS, DescriptorPool, os_problem
 
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _AGAIN = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -24,15 +24,21 @@ class OutputFiles:
     def __init__(self, limit: int = OPEN_DESCRIPTORS) -> None:
         self._pool = DescriptorPool(limit, _open_again)
 
-    def create(self, path: Path, size_bytes: int, head: bytes) -> None:
+    def create(self, path: Path, size_bytes: int, head: bytes, *, keep: bool = False) -> None:
         """Create a file of its full size that begins with `head`.
+
+        Args:
+          path: the file.
+          size_bytes: its size.
+          head: its first bytes.
+          keep: whether the content of an existing file stays.
 
         Raises:
           MachineError: the disk is full, or there is such a file.
         """
-        descriptor = _open(path, _CREATE)
+        descriptor = _open(path, KEEP if keep else CREATE)
         try:
-            os.ftruncate(descriptor, size_bytes)
+            disk().truncate(descriptor, size_bytes)
             _write_all(descriptor, memoryview(head), 0)
         except OSError as error:
             raise os_problem(error, path, "write") from None
@@ -68,7 +74,7 @@ def write_durable(path: Path, content: bytes) -> None:
     Raises:
       MachineError: the disk is full, or there is such a file.
     """
-    descriptor = _open(path, _CREATE)
+    descriptor = _open(path, CREATE)
     try:
         _write_all(descriptor, memoryview(content), 0)
         _flush(descriptor, path)
@@ -76,6 +82,16 @@ def write_durable(path: Path, content: bytes) -> None:
         raise os_problem(error, path, "write") from None
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder unless it is there. Raises MachineError."""
+    if path.is_dir():
+        return
+    try:
+        disk().mkdir(path)
+    except OSError as error:
+        raise os_problem(error, path, "make") from None
 
 
 def synchronise_folder(folder: Path) -> None:
@@ -96,19 +112,19 @@ def _open_again(path: Path) -> int:
 
 def _open(path: Path, flags: int) -> int:
     try:
-        return os.open(path, flags, 0o666)
+        return disk().open(path, flags)
     except OSError as error:
         raise os_problem(error, path, "write") from None
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
-        done = os.pwrite(descriptor, data, offset)
+        done = disk().write(descriptor, data, offset)
         data, offset = data[done:], offset + done
 
 
 def _flush(descriptor: int, path: Path) -> None:
     try:
-        os.fsync(descriptor)
+        disk().sync(descriptor)
     except OSError as error:
         raise os_problem(error, path, "synchronise") from None

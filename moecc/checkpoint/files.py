@@ -8,6 +8,7 @@ same file after a read as when its header was read.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import sys
@@ -23,6 +24,7 @@ from moecc.errors import InputError, MachineError, MoeccError, Problem
 
 OPEN_DESCRIPTORS = 16
 READ_BYTES = 64 << 20
+HASH_BYTES = 4 << 20
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
 
@@ -160,6 +162,24 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
 def read_whole(path: Path) -> bytes:
     """Read a whole regular file, through one descriptor. Raises as `identify`."""
     return read_bounded(path, sys.maxsize)
+
+
+def has_digest(path: Path, offset: int, nbytes: int, sha256: str) -> bool:
+    """Return whether a part of a file has a digest; False if it cannot be read."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(nbytes, HASH_BYTES)))
+    try:
+        descriptor, _ = open_regular(path)
+        try:
+            for done in range(0, nbytes, HASH_BYTES):
+                part = buffer[: min(HASH_BYTES, nbytes - done)]
+                read_into(descriptor, part, offset + done, path)
+                digest.update(part)
+        finally:
+            os.close(descriptor)
+    except MoeccError:
+        return False
+    return digest.hexdigest() == sha256
 
 
 def file_fault(path: Path, root: Path) -> Problem | None:

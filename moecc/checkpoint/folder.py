@@ -148,12 +148,15 @@ def rows_of(info: TensorInfo, start: int, stop: int | None) -> tuple[tuple[int, 
     return (stop - start, *info.shape[1:]), start * row_bytes
 
 
-def open_folder(path: Path, *, with_weights: bool = True) -> SafetensorsFolder:
+def open_folder(
+    path: Path, *, with_weights: bool = True, needs_config: bool = True
+) -> SafetensorsFolder:
     """Open a folder; config, index and all headers are checked, but no weight is read.
 
     Args:
       path: the folder.
       with_weights: whether weights are looked for; without, a config is enough.
+      needs_config: whether it is an error if there is no config.
 
     Raises:
       InputError: with all problems of the folder.
@@ -163,7 +166,8 @@ def open_folder(path: Path, *, with_weights: bool = True) -> SafetensorsFolder:
     names = _list(path)
     # Identified before they are read, so that no change in between goes unnoticed.
     others = _identify_all(path / name for name in (CONFIG_NAME, INDEX_NAME))
-    config = _read_config(path, problems)
+    reads_config = needs_config or os.path.lexists(path / CONFIG_NAME)
+    config = _read_config(path, problems) if reads_config else {}
     index, shards = choose_weights(path, names, problems) if with_weights else (None, [])
     headers = _read_headers(path, shards, problems)
     if index is not None:

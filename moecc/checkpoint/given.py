@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from moecc.checkpoint.source import Checkpoint, TensorInfo
+from moecc.support.untyped import Json
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES
 
@@ -27,7 +28,7 @@ class GivenParams:
 
     format = "arrays"
 
-    def __init__(self, source: Checkpoint, arrays: Mapping[str, Any]) -> None:
+    def __init__(self, source: Checkpoint, arrays: Json) -> None:
         self.source = source
         self.path = source.path
         self.config = source.config

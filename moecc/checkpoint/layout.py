@@ -16,6 +16,7 @@ _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|nemo|keras|distcp)", re.DOTALL)
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state).*", re.DOTALL)
 _SHOWN_NAMES = 10
+_NONE = "the folder has no weights"
 
 
 def choose_weights(
@@ -115,6 +116,8 @@ def _what_instead(names: set[str]) -> tuple[str, str | None, str | None]:
     if gguf:
         hint = f"give the file as the source, e.g. {gguf[0]!r}"
         return "the folder holds GGUF files", _some(gguf), hint
+    if any(_MEGATRON.fullmatch(name) for name in names):
+        return "this is a checkpoint of Megatron, which is made of pickles", None, _FROM_MEGATRON
     if pickled:
         convert = (
             "moecc never opens pickles, because unpickling runs code; fetch the safetensors "
@@ -127,12 +130,30 @@ def _what_instead(names: set[str]) -> tuple[str, str | None, str | None]:
         return kind[0], None, kind[1]
     nested = [name for name in ("snapshots", "blobs") if name in names]
     inside = "give the folder below snapshots/ whose name is the revision" if nested else None
-    return "the folder has no weights", None, inside
+    return _NONE, None, inside
 
 
+def lacks_weights(names: set[str]) -> bool:
+    """Whether a folder with these files holds no weights of any kind, and no part of them."""
+    return not any(n.endswith((SHARD_SUFFIX, INDEX_NAME)) for n in names) and (
+        _what_instead(names)[0] == _NONE
+    )
+
+
+_MEGATRON = re.compile(
+    r"latest_checkpointed_iteration\.txt|iter_[0-9]{7}|mp_rank_[0-9_]+|.*\.distcp|common\.pt",
+    re.DOTALL,
+)
+_FROM_MEGATRON = (
+    "moecc never opens pickles, because unpickling runs code; export the model to a Hugging Face "
+    "folder with Megatron-Bridge, or with Megatron's tools/checkpoint/convert.py"
+)
 _ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "orbax.checkpoint"}
 _ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
-_EXPORT_FIRST = "export it to a Hugging Face folder with the framework that wrote it"
+_NO_TREE = (
+    "moecc finds no tree of arrays in it: give the folder that has _METADATA, or export it to a "
+    "Hugging Face folder with the framework that wrote it"
+)
 
 
 def _other_format(names: set[str]) -> tuple[str, str] | None:
@@ -141,14 +162,7 @@ def _other_format(names: set[str]) -> tuple[str, str] | None:
         hint = "its writer was interrupted: take an earlier step, and export that"
         return "this is an Orbax checkpoint that was never completed", hint
     if names & _ORBAX:
-        return "this is an Orbax checkpoint", _EXPORT_FIRST
-    if "checkpoint" in names and any(n.startswith(("target.", "state.")) for n in names):
-        return "this is a T5X checkpoint", _EXPORT_FIRST
-    if steps := sorted(n for n in names if re.fullmatch(r"(checkpoint_)?[0-9]+", n)):
-        kind = "a T5X" if steps[0].startswith("checkpoint_") else "an Orbax"
-        return f"the folder has steps of a training, of {kind} checkpoint perhaps", (
-            f"{_EXPORT_FIRST}: {steps[-1]} is one of them"
-        )
+        return "this is an Orbax checkpoint", _NO_TREE
     return None
 
 

@@ -6,19 +6,13 @@ between two renames and while it is deleted.  Both outlive a process that is kil
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moecc.checkpoint.files import os_problem
+from moecc.checkpoint.journal import has_journal
+from moecc.checkpoint.locks import BUSY, WAIT, is_locked
 from moecc.checkpoint.problems import Problems
-from moecc.errors import InputError
-
-_BLOCK_BYTES = 512
-_BUSY = "another conversion is writing this output"
+from moecc.checkpoint.removal import bytes_of
 
 
 def partial_of(folder: Path) -> Path:
@@ -31,21 +25,28 @@ def replaced_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.moecc-old")
 
 
-def check_leftovers(folder: Path, out: Path, force: bool, problems: Problems) -> None:
-    """Report a conversion that is running, and without `force` what a killed one left."""
+def check_leftovers(
+    folder: Path, out: Path, force: bool, problems: Problems, *, resume: bool = False
+) -> None:
+    """Report a conversion that is running, and without `force` what a killed one left.
+
+    With `resume` a partial output is no problem: it is continued.
+    """
     partial, old = partial_of(folder), replaced_of(folder)
     if is_locked(partial):
-        problems.add(_BUSY, where=str(out), found=str(partial), hint="wait until it has finished")
+        problems.add(BUSY, where=str(out), found=str(partial), hint=WAIT)
         return
     if force:
         return
-    if os.path.lexists(partial):
+    if os.path.lexists(partial) and not resume:
+        goes_on = "--resume continues it, " if has_journal(partial) else ""
         problems.add(
             "an earlier conversion was killed and left its partial output behind", where=str(out),
-            found=f"{partial}, {_bytes_of(partial):,} bytes", hint="--force removes it",
+            found=f"{partial}, {bytes_of(partial):,} bytes",
+            hint=f"{goes_on}--force removes it, and so does moecc clean",
         )  # fmt: skip
     if os.path.lexists(old):
-        back = f"; mv {old} {out} brings it back" if not os.path.lexists(folder) else ""
+        back = f"; moecc clean {out} brings it back" if not os.path.lexists(folder) else ""
         problems.add(
             "an earlier conversion was killed while it replaced this output", where=str(out),
             found=f"the old output is {old}",
@@ -54,77 +55,5 @@ def check_leftovers(folder: Path, out: Path, force: bool, problems: Problems) ->
 
 
 def leftover_bytes(folder: Path) -> int:
-    """Return the disk space of what a killed conversion left, which `remove` frees."""
-    return _bytes_of(partial_of(folder))
-
-
-def remove(path: Path) -> None:
-    """Remove a folder, or whatever has its name; errors are ignored, links are not followed."""
-    if os.path.islink(path) or os.path.isfile(path):
-        with suppress(OSError):
-            os.unlink(path)
-        return
-    try:
-        # rmtree uses descriptors: a link created meanwhile is removed, never followed.
-        shutil.rmtree(path, ignore_errors=True)
-    except BaseException:  # a second Ctrl-C: finish what the first one asked for
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def is_locked(folder: Path) -> bool:
-    """Return whether another process holds the lock of a folder."""
-    try:
-        descriptor = _open_folder(folder)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that this process made; the system releases it with the process.
-
-    Raises:
-      InputError: another process took the folder.
-    """
-    try:
-        descriptor = _open_folder(folder)
-    except OSError as error:
-        raise os_problem(error, folder, "open") from None
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_at(descriptor, folder):
-            raise InputError(_BUSY, where=str(folder), hint="wait until it has finished")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _open_folder(folder: Path) -> int:
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def _is_at(descriptor: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(folder))
-    except OSError:
-        return False
-
-
-def _bytes_of(path: Path) -> int:
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(folder, name)).st_blocks * _BLOCK_BYTES
-    return total
+    """Return the disk space of what a killed conversion left, which is freed first."""
+    return bytes_of(partial_of(folder))

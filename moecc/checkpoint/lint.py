@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.jsonfile import parse_json
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError, printable
+from moecc.support.untyped import Json
 
 MAX_TOKENIZER_BYTES = 64 << 20
 _MAX_SETTINGS_BYTES = 1 << 20
@@ -50,7 +50,7 @@ def _companion_findings(files: Mapping[str, Path | bytes], vocabulary: int) -> I
         )
 
 
-def _wrong_ids(name: str, settings: Mapping[str, Any], vocabulary: int) -> Iterator[str]:
+def _wrong_ids(name: str, settings: Json, vocabulary: int) -> Iterator[str]:
     for key in _IDS:
         stated = settings.get(key)
         for number in stated if isinstance(stated, list) else [stated]:
@@ -59,7 +59,7 @@ def _wrong_ids(name: str, settings: Mapping[str, Any], vocabulary: int) -> Itera
                 yield f"{name}: {key} {shown} is no token of a vocabulary of {vocabulary:,}"
 
 
-def _largest_token(tokenizer: Mapping[str, Any]) -> int:
+def _largest_token(tokenizer: Json) -> int:
     """Return the largest id of a tokenizer, or −1 if it has none that can be read."""
     model = tokenizer.get("model")
     pieces = model.get("vocab") if isinstance(model, dict) else None
@@ -72,7 +72,7 @@ def _largest_token(tokenizer: Mapping[str, Any]) -> int:
     return max((number for number in found if type(number) is int), default=-1)
 
 
-def _json(content: Path | bytes | None, limit_bytes: int) -> Mapping[str, Any]:
+def _json(content: Path | bytes | None, limit_bytes: int) -> Json:
     """Return a JSON object; an empty one for a file that is only copied and cannot be read."""
     if content is None:
         return {}

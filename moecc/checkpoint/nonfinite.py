@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
@@ -53,13 +53,27 @@ class ScanningReader:
         self._reader = reader
         self._lock = threading.Lock()
         self._scanned: set[tuple[str, int, int | None]] = set()
-        self._found: dict[str, tuple[int, Nonfinite]] = {}
+        self._found: dict[str, Nonfinite] = {}
+        self._zero: dict[str, bool] = {}
 
     @property
     def found(self) -> tuple[Nonfinite, ...]:
         """The tensors found so far, sorted by name."""
         with self._lock:
-            return tuple(self._found[name][1] for name in sorted(self._found))
+            return tuple(self._found[name] for name in sorted(self._found))
+
+    @property
+    def zeros(self) -> tuple[str, ...]:
+        """The matrices of which nothing but zeros was read, sorted by name."""
+        with self._lock:
+            return tuple(sorted(name for name, is_zero in self._zero.items() if is_zero))
+
+    def recall(self, read: Iterable[str], found: Iterable[Nonfinite], zeros: Set[str]) -> None:
+        """Add what an earlier run found in the tensors that it read."""
+        for one in found:
+            self._add(one)
+        for name in read:
+            self._note_zero(name, name in zeros)
 
     def __call__(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of a tensor."""
@@ -69,19 +83,33 @@ class ScanningReader:
             self._scanned.add((name, start, stop))
         if not known:
             self._scan(name, start, values)
+            if values.ndim > 1:
+                self._note_zero(name, _is_zero(values))
         return values
 
     def _scan(self, name: str, start: int, values: Array) -> None:
         at = first_nonfinite(values)
         if at is None:
             return
-        flat = start * prod(values.shape[1:]) + at
         place = np.unravel_index(at, values.shape)
         index = tuple(int(i) for i in place)
         if index:
             index = (index[0] + start, *index[1:])
-        found = Nonfinite(name, index, str(float(values[place])))
+        self._add(Nonfinite(name, index, str(float(values[place]))))
+
+    def _note_zero(self, name: str, is_zero: bool) -> None:
         with self._lock:
-            first, _ = self._found.get(name, (flat, None))
-            if flat <= first:
-                self._found[name] = (flat, found)
+            self._zero[name] = is_zero and self._zero.get(name, True)
+
+    def _add(self, found: Nonfinite) -> None:
+        """Keep the first element of each tensor; indices are in the order of the elements."""
+        with self._lock:
+            first = self._found.get(found.tensor)
+            if first is None or found.index < first.index:
+                self._found[found.tensor] = found
+
+
+def _is_zero(values: Array) -> bool:
+    """Whether all bytes are 0; of most tensors the first few already say no."""
+    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return not raw[:64].any() and not raw.any()

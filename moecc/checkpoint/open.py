@@ -9,24 +9,33 @@ from pathlib import Path
 from moecc.checkpoint.files import os_problem
 from moecc.checkpoint.folder import CONFIG_NAME, open_folder
 from moecc.checkpoint.gguf.storage import FILE_NAME
+from moecc.checkpoint.hub import PREFIX, cached, fetch, is_model_id
 from moecc.checkpoint.sniff import sniff_file
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError, nearest, printable
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Hugging Face folder of safetensors, or a ``.gguf`` file.
+def open_checkpoint(path: str | os.PathLike[str], *, needs_config: bool = True) -> Checkpoint:
+    """Open a folder of safetensors, a ``.gguf`` file, a JAX checkpoint, or a model of the hub.
 
-    Everything is checked from headers and configs here; no weight is read.
+    Headers and configs are checked; no weight is read.  Quantised matrices are dequantised later.
+
+    Args:
+      path: the folder or file, or ``hf:ORG/NAME``.
+      needs_config: whether a folder without ``config.json`` is an error.
 
     Raises:
       InputError: not a checkpoint, or an invalid one; all problems at once.
       MachineError: the system denies access.
     """
+    if str(path).startswith(PREFIX):
+        return _open_folder(fetch(str(path)), needs_config)
     source = Path(path)
     try:
         mode = os.stat(source).st_mode
     except FileNotFoundError:
+        if folder := cached(str(path)):
+            return _open_folder(folder, needs_config)
         raise _missing(source) from None
     except OSError as error:
         raise os_problem(error, source) from None
@@ -35,9 +44,41 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if stat.S_ISDIR(mode):
         file = source / FILE_NAME
         # A folder that moecc filled with a GGUF file has no config.json.
-        is_gguf = file.is_file() and not (source / CONFIG_NAME).exists()
-        return _open_file(file) if is_gguf else open_folder(source)
+        if file.is_file() and not (source / CONFIG_NAME).exists():
+            return _open_file(file)
+        return _open_folder(source, needs_config)
     return _open_file(source)
+
+
+def _open_folder(source: Path, needs_config: bool) -> Checkpoint:
+    if place := _tree_in(source):
+        from moecc.checkpoint.trees.checkpoint import open_tree
+
+        return open_tree(source, place, needs_config=needs_config)
+    folder = open_folder(source, needs_config=needs_config)
+    if folder.config.get("quantization_config") is None:
+        return folder
+    # Rare, as GGUF is.
+    from moecc.checkpoint.quantised.folder import open_quantised
+
+    try:
+        return open_quantised(folder)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _tree_in(source: Path) -> Path | None:
+    """Return the folder of a tree of arrays in `source`, a checkpoint of Orbax or T5X."""
+    try:
+        names = os.listdir(source)
+    except OSError as error:
+        raise os_problem(error, source) from None
+    if any(name.endswith((".safetensors", ".gguf")) for name in names):
+        return None
+    from moecc.checkpoint.trees.find import find_tree
+
+    return find_tree(source)
 
 
 def _open_file(source: Path) -> Checkpoint:
@@ -74,10 +115,11 @@ def _missing(source: Path) -> InputError:
         neighbours = sorted(os.listdir(parent))[:10_000]
         hint = nearest(source.name, neighbours)
         return InputError("there is no such file or folder", where=str(source), hint=hint)
-    looks_like_hub = len(source.parts) == 2 and not source.is_absolute()
-    hint = "moecc reads local files: download the model first, then give the folder"
+    name = source.as_posix()
     return InputError(
         "there is no such file or folder",
         where=str(source),
-        hint=hint if looks_like_hub else f"the folder {str(parent)!r} does not exist either",
+        hint=f"{PREFIX}{name} fetches the model of that name from the hub"
+        if is_model_id(name)
+        else f"the folder {str(parent)!r} does not exist either",
     )

@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from moecc.checkpoint.disk import disk
 from moecc.checkpoint.durable import synchronise_folder
 from moecc.checkpoint.files import os_problem
-from moecc.checkpoint.leftovers import (
-    check_leftovers,
-    leftover_bytes,
-    locked,
-    partial_of,
-    remove,
-    replaced_of,
-)
+from moecc.checkpoint.leftovers import check_leftovers, leftover_bytes, partial_of, replaced_of
+from moecc.checkpoint.locks import claimed, public_mode
 from moecc.checkpoint.problems import Problems
+from moecc.checkpoint.removal import remove
 from moecc.errors import InputError, MachineError
 
 _SPACE_MARGIN_BYTES = 16 << 20
-_PRIVATE = 0o700
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +44,7 @@ def check_output(
     inputs: Iterable[Path] = (),
     force: bool = False,
     needed_bytes: int = 0,
+    resume: bool = False,
 ) -> OutputPlace:
     """Check whether a folder may be written, before anything is; nothing is created.
 
@@ -58,6 +53,7 @@ def check_output(
       inputs: folders and files that are read, which the output must not touch.
       force: whether an existing folder may be replaced.
       needed_bytes: the size of the output.
+      resume: whether a partial output is continued.
 
     Raises:
       InputError: it is a file, not empty, equal to or inside an input or vice versa, the
@@ -73,7 +69,7 @@ def check_output(
     replaces = _check_existing(folder, out, force, problems)
     for source in inputs:
         check_apart(folder, Path(os.path.realpath(source)), out, source, problems)
-    check_leftovers(folder, out, force, problems)
+    check_leftovers(folder, out, force, problems, resume=resume)
     problems.raise_if_any(InputError)
     require_machine(folder, out, needed_bytes - leftover_bytes(folder))
     return OutputPlace(folder, replaces)
@@ -86,32 +82,48 @@ def output_folder(
     inputs: Iterable[Path] = (),
     force: bool = False,
     needed_bytes: int = 0,
+    goes_on: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary folder to fill; rename it at the end, or remove it on any failure.
 
     The writer must have synchronised its files.  An old folder is replaced only once
-    the new one is complete.  Arguments and errors are those of `check_output`.
+    the new one is complete.
+
+    Args:
+      out: the output folder.
+      inputs: folders and files that are read, which the output must not touch.
+      force: whether an existing folder may be replaced.
+      needed_bytes: the size of the output.
+      goes_on: whether a partial output is continued, see `moecc.checkpoint.locks.claimed`.
+
+    Raises: as `check_output`.
     """
-    place = check_output(out, inputs=inputs, force=force, needed_bytes=needed_bytes)
-    temporary = partial_of(place.folder)
-    _remove_leftovers(place)
-    mode = make_private(temporary)
+    resume = goes_on is not None
+    place = check_output(out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume)
+    partial = partial_of(place.folder)
+    with claimed(partial, take_over=force or resume, goes_on=goes_on) as temporary:
+        place = _settled(place.folder, out, force)
+        yield temporary
+        _open_up(temporary)
+        _synchronise_tree(temporary)
+        _put_in_place(temporary, place)
+
+
+def _settled(folder: Path, out: Path, force: bool) -> OutputPlace:
+    """Look once more at the destination, which no other writer changes from now on."""
+    problems = Problems()
+    replaces = _check_existing(folder, out, force, problems)
+    problems.raise_if_any(InputError)
+    if os.path.lexists(folder):  # else the old output is the only complete one
+        remove(replaced_of(folder))
+    return OutputPlace(folder, replaces)
+
+
+def _open_up(folder: Path) -> None:
     try:
-        with locked(temporary):
-            yield temporary
-            temporary.chmod(mode)
-            _synchronise_tree(temporary)
-            _put_in_place(temporary, place)
-    except BaseException:  # Ctrl-C and SIGTERM included: nothing half-written remains
-        remove(temporary)
-        raise
-
-
-def _remove_leftovers(place: OutputPlace) -> None:
-    """Remove what a killed conversion left, but never the only complete output."""
-    remove(partial_of(place.folder))
-    if os.path.lexists(place.folder):
-        remove(replaced_of(place.folder))
+        disk().chmod(folder, public_mode(folder))
+    except OSError as error:
+        raise os_problem(error, folder, "set the mode of") from None
 
 
 def _check_existing(folder: Path, out: Path, force: bool, problems: Problems) -> bool:
@@ -202,17 +214,6 @@ def require_machine(folder: Path, out: Path, needed_bytes: int) -> None:
         )
 
 
-def make_private(folder: Path) -> int:
-    """Create a folder that only this user can enter; return the mode that the umask implies."""
-    try:
-        folder.mkdir()
-        mode = stat.S_IMODE(folder.stat().st_mode)
-        folder.chmod(_PRIVATE)
-    except OSError as error:
-        raise os_problem(error, folder, "make") from None
-    return mode
-
-
 def _synchronise_tree(folder: Path) -> None:
     """Make the names in a folder and its subfolders durable."""
     for path, _, _ in os.walk(folder):
@@ -223,14 +224,26 @@ def _put_in_place(temporary: Path, place: OutputPlace) -> None:
     old = replaced_of(place.folder)
     try:
         if place.replaces:
-            os.rename(place.folder, old)
+            _rename(place.folder, old)
         _rename_in(temporary, place.folder)
     except BaseException:
-        if place.replaces and os.path.lexists(old) and not os.path.lexists(place.folder):
-            os.rename(old, place.folder)
+        if place.replaces and os.path.lexists(old):
+            _settle(temporary, place.folder, old)
         raise
-    if not os.path.lexists(old):
-        return
+    if os.path.lexists(old):
+        _remove_replaced(old)
+
+
+def _settle(temporary: Path, folder: Path, old: Path) -> None:
+    """After an interruption: the new output has its place, or the old one gets it back."""
+    if not os.path.lexists(temporary):
+        synchronise_folder(folder.parent)
+        _remove_replaced(old)
+    elif not os.path.lexists(folder):
+        _rename(old, folder)
+
+
+def _remove_replaced(old: Path) -> None:
     remove(old)
     if os.path.lexists(old):
         raise MachineError(
@@ -240,9 +253,16 @@ def _put_in_place(temporary: Path, place: OutputPlace) -> None:
         )
 
 
+def _rename(source: Path, target: Path) -> None:
+    try:
+        disk().rename(source, target)
+    except OSError as error:
+        raise os_problem(error, source, "rename") from None
+
+
 def _rename_in(temporary: Path, folder: Path) -> None:
     try:
-        os.rename(temporary, folder)  # also replaces an empty folder
+        disk().rename(temporary, folder)  # also replaces an empty folder
     except OSError as error:
         if os.path.isdir(folder) and os.listdir(folder):
             raise InputError(

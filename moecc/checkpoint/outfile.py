@@ -7,23 +7,17 @@ from there when it is complete; then the manifest, ``OUT.gguf.moecc.json``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moecc.checkpoint.durable import synchronise_folder
-from moecc.checkpoint.files import os_problem
-from moecc.checkpoint.gguf.storage import FILE_NAME
-from moecc.checkpoint.leftovers import (
-    check_leftovers,
-    leftover_bytes,
-    locked,
-    partial_of,
-    remove,
-)
-from moecc.checkpoint.outdir import check_apart, make_private, require_machine
+from moecc.checkpoint.filecommit import commit_file, settle, was_committed
+from moecc.checkpoint.leftovers import check_leftovers, leftover_bytes, partial_of
+from moecc.checkpoint.locks import claimed
+from moecc.checkpoint.outdir import check_apart, require_machine
 from moecc.checkpoint.problems import Problems
-from moecc.checkpoint.records import MANIFEST_NAME, manifest_beside
+from moecc.checkpoint.records import manifest_beside
+from moecc.checkpoint.removal import remove
 from moecc.errors import InputError
 
 
@@ -33,6 +27,7 @@ def check_output_file(
     inputs: Iterable[Path] = (),
     force: bool = False,
     needed_bytes: int = 0,
+    resume: bool = False,
 ) -> Path:
     """Check whether a file may be written, before anything is; return its resolved path.
 
@@ -46,16 +41,21 @@ def check_output_file(
     if file.is_dir():
         hint = "a GGUF output of another name is a folder with model.gguf"
         problems.add("the output is a folder, not a file", where=str(out), hint=hint)
-    for path in (file, manifest_beside(file)):
-        if os.path.lexists(path) and not path.is_dir() and not force:
-            hint = "give another name, or --force to replace it once the new one is complete"
-            problems.add("the output file exists", where=str(path), hint=hint)
+    if not force and not (resume and was_committed(file)):
+        _check_absent(file, problems)
     for source in inputs:
         check_apart(file, Path(os.path.realpath(source)), out, source, problems)
-    check_leftovers(file, out, force, problems)
+    check_leftovers(file, out, force, problems, resume=resume)
     problems.raise_if_any(InputError)
     require_machine(file, out, needed_bytes - leftover_bytes(file))
     return file
+
+
+def _check_absent(file: Path, problems: Problems) -> None:
+    for path in (file, manifest_beside(file)):
+        if os.path.lexists(path) and not path.is_dir():
+            hint = "give another name, or --force to replace it once the new one is complete"
+            problems.add("the output file exists", where=str(path), hint=hint)
 
 
 @contextmanager
@@ -65,29 +65,31 @@ def output_file(
     inputs: Iterable[Path] = (),
     force: bool = False,
     needed_bytes: int = 0,
+    goes_on: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary folder for ``model.gguf`` and its manifest; rename both at the end.
 
-    The writer must have synchronised its files.  Arguments and errors are those of
-    `check_output_file`.
+    The writer must have synchronised its files.  Arguments are those of
+    `moecc.checkpoint.outdir.output_folder`, errors those of `check_output_file`.
     """
-    file = check_output_file(out, inputs=inputs, force=force, needed_bytes=needed_bytes)
-    temporary = partial_of(file)
-    remove(temporary)
-    make_private(temporary)
-    try:
-        with locked(temporary):
-            yield temporary
-            synchronise_folder(temporary)
-            _put_in_place(temporary / FILE_NAME, file)
-            _put_in_place(temporary / MANIFEST_NAME, manifest_beside(file))
-            synchronise_folder(file.parent)
-    finally:
+    resume = goes_on is not None
+    file = check_output_file(
+        out, inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume
+    )
+    replaces = force
+
+    def settled(partial: Path) -> bool:
+        nonlocal replaces
+        keep = goes_on is not None and goes_on(partial)
+        replaces |= resume and was_committed(file)
+        settle(file)
+        return keep
+
+    with claimed(partial_of(file), take_over=force or resume, goes_on=settled) as temporary:
+        if not replaces:  # no other writer makes it from now on
+            problems = Problems()
+            _check_absent(file, problems)
+            problems.raise_if_any(InputError)
+        yield temporary
+        commit_file(file)
         remove(temporary)
-
-
-def _put_in_place(made: Path, file: Path) -> None:
-    try:
-        os.replace(made, file)
-    except OSError as error:
-        raise os_problem(error, file, "rename") from None

@@ -164,6 +164,11 @@ def load(place: Path) -> Manifest:
     if not path.is_file():
         hint = "only what moecc wrote can be verified against a manifest"
         raise InputError(f"there is no {path.name}", where=str(place), hint=hint)
+    return read_manifest(path)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest by its own name. Raises as `load`."""
     if fault := file_fault(path, path.parent):
         raise InputError((fault,))
     data = read_bounded(path, MAX_MANIFEST_BYTES)

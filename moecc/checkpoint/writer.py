@@ -20,12 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from moecc.checkpoint.durable import OutputFiles, write_durable
+from moecc.checkpoint.files import has_digest
 from moecc.checkpoint.gguf.blocks import quantise
 from moecc.checkpoint.gguf.storage import Storage
+from moecc.checkpoint.journal import JOURNAL_NAME, Done, Journal
 from moecc.checkpoint.layout import INDEX_NAME
 from moecc.checkpoint.limits import name_fault
 from moecc.checkpoint.nonfinite import Nonfinite, ScanningReader
 from moecc.checkpoint.problems import Problems, quoted
+from moecc.checkpoint.removal import remove_but
 from moecc.checkpoint.shards import Entry, Shard, index_json, natural, plan_shards
 from moecc.errors import InputError, UsageError
 from moecc.types.arrays import Array
@@ -94,6 +97,8 @@ class WriteReport:
       nonfinite: the source tensors that hold NaN or infinity.
       spread: a line for each distinct tensor that was written with NaN or infinity, which may be
         more than its sources had: the noise of a matrix is scaled by the spread of all of it.
+      zeros: the matrices of the source that were read and hold nothing but zeros.
+      kept_bytes: the bytes of tensors that an earlier run had completed.
     """
 
     tensors: tuple[WrittenTensor, ...]
@@ -102,6 +107,8 @@ class WriteReport:
     distinct_bytes: int
     nonfinite: tuple[Nonfinite, ...] = ()
     spread: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
+    kept_bytes: int = 0
 
 
 def write_checkpoint(
@@ -114,6 +121,7 @@ def write_checkpoint(
     threads: int = 2,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
+    journal: Journal | None = None,
 ) -> WriteReport:
     """Write `tensors` into `folder`, and synchronise it to the disk.
 
@@ -126,6 +134,8 @@ def write_checkpoint(
       threads: the number of expressions evaluated concurrently.
       progress: called after each block, from one thread at a time.
       allow_nonfinite: whether sources may hold NaN and infinity.
+      journal: notes what is complete; what an earlier run completed, and is still so on the disk,
+        is not written again.
 
     Raises:
       UsageError: an invalid limit.
@@ -140,7 +150,7 @@ def write_checkpoint(
     shards = plan_shards(entries, max_shard_bytes, {"format": "pt", **(metadata or {})})
     report = write_files(
         folder, tensors, shards, reader, threads=threads, progress=progress,
-        allow_nonfinite=allow_nonfinite,
+        allow_nonfinite=allow_nonfinite, journal=journal,
     )  # fmt: skip
     if len(shards) == 1:
         return report
@@ -158,6 +168,7 @@ def write_files(
     threads: int = 2,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
+    journal: Journal | None = None,
 ) -> WriteReport:
     """Write `tensors` at the offsets of `files`, whatever their format, and synchronise them.
 
@@ -169,14 +180,17 @@ def write_files(
     jobs = _jobs(tensors, wanted, offsets)
     entries = [t.entry for t in tensors]
     total = sum(e.nbytes for e in entries)
-    with _created(folder, files, threads) as created:
-        work = _Work(Evaluator(scan), scan, created, progress, total, allow_nonfinite)
+    with _created(folder, files, threads, journal is not None) as created:
+        work = _Work(Evaluator(scan), scan, created, progress, total, allow_nonfinite, journal)
         work.run(jobs, threads)
         work.raise_problems()
     written = _written(entries, files, jobs)
     sizes = {s.name: s.size_bytes for s in files}
-    spread = tuple(sorted(job.nonfinite_text() for job in jobs if job.nonfinite))
-    return WriteReport(written, sizes, total, sum(j.nbytes for j in jobs), scan.found, spread)
+    return WriteReport(
+        written, sizes, total, sum(job.nbytes for job in jobs), scan.found,
+        spread=tuple(sorted(job.nonfinite_text() for job in jobs if job.nonfinite)),
+        zeros=scan.zeros, kept_bytes=work.kept_bytes,
+    )  # fmt: skip
 
 
 def _refuse_names(entries: Sequence[Entry]) -> None:
@@ -254,6 +268,7 @@ class _Work:
         progress: Progress | None,
         total_bytes: int,
         allow_nonfinite: bool,
+        journal: Journal | None,
     ) -> None:
         self._evaluator = evaluator
         self._scan = scan
@@ -261,6 +276,8 @@ class _Work:
         self._progress = progress
         self._total_bytes = total_bytes
         self._allow_nonfinite = allow_nonfinite
+        self._journal = journal
+        self.kept_bytes = 0
         self._done_bytes = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -286,6 +303,33 @@ class _Work:
         self._problems.raise_if_any()
 
     def _job(self, job: _Job) -> None:
+        if not self._is_complete(job):
+            self._make(job)
+
+    def _is_complete(self, job: _Job) -> bool:
+        """Whether an earlier run made it, and the disk still has it."""
+        done = None if self._journal is None else self._journal.known.get(job.names[0])
+        if done is None or not all(
+            has_digest(path, at, job.nbytes, done.sha256) for path, at in job.places
+        ):
+            return False
+        job.sha256, job.nonfinite = done.sha256, done.nonfinite
+        read = (s.name for s in sources(job.expr) if len(s.type.shape) > 1)
+        self._scan.recall(read, done.found, set(done.zeros))
+        with self._lock:
+            self.kept_bytes += job.nbytes * len(job.places)
+        self._report(job.nbytes * len(job.places))
+        return True
+
+    def _note(self, job: _Job) -> None:
+        if self._journal is None or self._failed or self._stop.is_set():
+            return
+        names = {source.name for source in sources(job.expr)}
+        found = tuple(one for one in self._scan.found if one.tensor in names)
+        zeros = tuple(name for name in self._scan.zeros if name in names)
+        self._journal.note(Done(job.names[0], job.sha256, job.nonfinite, found, zeros))
+
+    def _make(self, job: _Job) -> None:
         digest = hashlib.sha256()
         offset = 0
         try:
@@ -300,6 +344,7 @@ class _Work:
             self._note_overflow(job, error)
             return
         job.sha256 = digest.hexdigest()
+        self._note(job)
 
     def _blocks(self, job: _Job) -> Iterator[memoryview]:
         """Yield the bytes of a job; copies along the first axis are made once, if they fit."""
@@ -317,7 +362,7 @@ class _Work:
             if self._stop.is_set():
                 return
             values = self._evaluator.block(expr, box)
-            if self._scan.found and first_nonfinite(values) is not None:
+            if self._allow_nonfinite and first_nonfinite(values) is not None:
                 job.nonfinite += int(np.count_nonzero(~np.isfinite(values)))
             if values.size:
                 yield _bytes(values if storage is None else quantise(values, storage))
@@ -357,12 +402,19 @@ def _bytes(values: Array) -> memoryview:
 
 
 @contextmanager
-def _created(folder: Path, shards: Sequence[Shard], threads: int) -> Iterator[OutputFiles]:
-    """Create the files with their headers; synchronise them unless there is an exception."""
+def _created(
+    folder: Path, shards: Sequence[Shard], threads: int, keep: bool
+) -> Iterator[OutputFiles]:
+    """Create the files with their headers; synchronise them unless there is an exception.
+
+    With `keep` the content of existing files stays, and all other files are removed.
+    """
     files = OutputFiles()
     try:
+        if keep:
+            remove_but(folder, {JOURNAL_NAME, *(shard.name for shard in shards)})
         for shard in shards:
-            files.create(folder / shard.name, shard.size_bytes, shard.header)
+            files.create(folder / shard.name, shard.size_bytes, shard.header, keep=keep)
         yield files
         files.synchronise([folder / shard.name for shard in shards], threads)
     finally:

@@ -16,6 +16,7 @@ from moecc.cli.options import (
     BatchTokensOption,
     ComputeTypeOption,
     FormatOption,
+    LoadFamiliesOption,
     MachineOption,
     RulesOption,
     SequenceOption,
@@ -46,6 +47,7 @@ class CompileRequest:
 
     model: AnyModelArgument
     machine: MachineOption
+    load: LoadFamiliesOption = None
     step: Annotated[Step, typer.Option("--step", help="What is compiled.")] = Step.train
     batch_tokens: BatchTokensOption = None
     sequence: SequenceOption = None
@@ -145,6 +147,7 @@ def ahead_request(request: CompileRequest) -> Request:
         capacity_factor=request.capacity_factor,
         emit=_value(request.emit),
         export=request.save is not None,
+        load=tuple(request.load or ()),
     )
 
 

@@ -10,7 +10,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption, PaddingMaskOption, SourceArgument
+from moecc.cli.options import FormatOption, LoadOption, PaddingMaskOption, SourceArgument
 
 if TYPE_CHECKING:
     from moecc.checkpoint.gguf.storage import Storage
@@ -33,6 +33,14 @@ class ConvertRequest:
         typer.Option("--dtype", help="The type to write, q8_0 in GGUF too; else as stored."),
     ] = None
     seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--experts",
+            metavar="NAME=DIR",
+            help="A model like SOURCE, or a LoRA adapter of it, for upcycle's sources.",
+        ),
+    ] = None
     padding_mask: PaddingMaskOption = False
     max_shard_bytes: Annotated[
         str, typer.Option("--max-shard-bytes", metavar="N", help="The limit of a shard.")
@@ -40,10 +48,7 @@ class ConvertRequest:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan from headers, write nothing.")
     ] = False
-    load: Annotated[
-        list[str] | None,
-        typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
-    ] = None
+    load: LoadOption = None
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Record NaN and Inf, do not refuse.")
     ] = False
@@ -55,6 +60,9 @@ class ConvertRequest:
     ] = False
     verify: Annotated[
         bool, typer.Option("--verify", help="Run source and result, and compare their logits.")
+    ] = False
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a conversion that was killed.")
     ] = False
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False
     format: FormatOption = Format.human
@@ -69,6 +77,7 @@ def convert(request: ConvertRequest) -> None:
     from moecc.cli.console import report, say
     from moecc.cli.files import say_weights
     from moecc.cli.pipelines import read_pipeline
+    from moecc.model.branches import add_branches, parse_branches
     from moecc.model.open import open_model
     from moecc.support.parse_units import count_bytes
     from moecc.support.signals import signals_raised
@@ -76,9 +85,11 @@ def convert(request: ConvertRequest) -> None:
 
     type = None if request.dtype is None else _written_type(request.dtype)
     limit = count_bytes(request.max_shard_bytes)
+    branches = parse_branches(request.experts or [])
     passes = read_pipeline(request.pipeline, request.load or [])
     out = request.out
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
+        add_branches(model, branches)
         say_weights(model, request.source)
         for text in model.warnings():
             say(f"warning: {text}")
@@ -88,7 +99,7 @@ def convert(request: ConvertRequest) -> None:
             check=not request.no_check,
         )  # fmt: skip
         data = planned.to_json()
-        check_place(planned, out, force=request.force)
+        check_place(planned, out, force=request.force, resume=request.resume)
         if not request.dry_run:
             _write(planned, request, limit)
     data |= {"out": out, "dry_run": request.dry_run}
@@ -110,10 +121,16 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
     with Bar("writing") as bar:
         done = write(
             planned, request.out, max_shard_bytes=max_shard_bytes, force=request.force,
-            allow_nonfinite=request.allow_nonfinite, verify=request.verify, progress=bar,
+            allow_nonfinite=request.allow_nonfinite, verify=request.verify,
+            resume=request.resume, progress=bar,
         )  # fmt: skip
+    if request.resume:
+        kept, total = done.written.kept_bytes, done.written.total_bytes
+        say(f"continued: {kept:,} of {total:,} bytes of weights were complete")
     for text in done.written.spread:
         say(f"warning: not finite: {text}")
+    for name in done.written.zeros:
+        say(f"warning: all zero: {name}")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption
+from moecc.cli.options import FormatOption, LoadFamiliesOption
 
 if TYPE_CHECKING:
     from moecc.tasks.evaluate import Evaluated
@@ -38,6 +38,7 @@ class EvaluateRequest:
         int, typer.Option("--batches", metavar="N", min=1, help="The most of a folder.")
     ] = 64
     dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
+    load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 
 
@@ -47,10 +48,12 @@ def evaluate(request: EvaluateRequest) -> None:
     Texts have a loss, examples an exact match, labelled examples an accuracy and a macro F1.
     """
     from moecc.cli.console import Bar, report
+    from moecc.families.outside import load_families
     from moecc.support.parse_units import float_type
     from moecc.tasks.evaluate import EvaluationSpec
     from moecc.tasks.evaluate import evaluate as evaluated
 
+    load_families(request.load)
     settings = EvaluationSpec(
         request.sequence, request.batch, request.batches, float_type(request.dtype)
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moecc.cli.face import add_command
-from moecc.cli.options import ModelArgument, WeightsOption
+from moecc.cli.options import LoadFamiliesOption, ModelArgument, WeightsOption
 from moecc.errors import escaped
 
 
@@ -26,15 +26,18 @@ class GenerateRequest:
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0
     dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
     weights: WeightsOption = None
+    load: LoadFamiliesOption = None
 
 
 def generate(request: GenerateRequest) -> None:
     """Continue a text with MODEL; prints prompt and continuation."""
     from moecc.cli.files import say_weights
+    from moecc.families.outside import load_families
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
     from moecc.tasks.generate import generate as continuation
 
+    load_families(request.load)
     type = float_type(request.dtype)
     with open_model(request.model, weights=request.weights) as opened:
         say_weights(opened, request.model)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moecc.cli.face import add_command
-from moecc.cli.options import PaddingMaskOption, SourceArgument
+from moecc.cli.options import LoadFamiliesOption, PaddingMaskOption, SourceArgument
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,17 @@ class ImportRequest:
         typer.Option("-o", "--output", metavar="FILE", help="Where to write; stdout by default."),
     ] = None
     padding_mask: PaddingMaskOption = False
+    load: LoadFamiliesOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
 
 
 def import_graph(request: ImportRequest) -> None:
     """Read the headers of SOURCE and print its graph; no weights are read."""
     from moecc.cli.files import write_graph
+    from moecc.families.outside import load_families
     from moecc.model.open import open_model
 
+    load_families(request.load)
     with open_model(request.source, padding=request.padding_mask) as model:
         write_graph(model.graph, request.output, force=request.force)
 

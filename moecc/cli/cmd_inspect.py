@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption
+from moecc.cli.options import FormatOption, LoadFamiliesOption
+from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
     from moecc.analysis.ffn import FFNSearch
@@ -28,6 +29,7 @@ class InspectRequest:
             metavar="SOURCE", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
         ),
     ]
+    load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 
 
@@ -39,17 +41,19 @@ def inspect(request: InspectRequest) -> None:
     """
     from moecc.cli.console import report
     from moecc.cli.files import say_weights
+    from moecc.families.outside import load_families
     from moecc.model.open import open_model
     from moecc.support.gc_pause import gc_paused
 
+    load_families(request.load)
     # Of 10,000 layers, the collector would take half of the time.
-    with gc_paused(), open_model(request.source) as model:
+    with gc_paused(), open_model(request.source, config_alone=True) as model:
         say_weights(model, request.source)
         data = inspection(model)
     report("inspect", data, lambda: inspection_text(data), request.format)
 
 
-def inspection(model: Model) -> dict[str, Any]:
+def inspection(model: Model) -> JsonDict:
     """Return the inspection of `model` as JSON values."""
     from moecc.analysis.ffn import find_ffn_blocks
     from moecc.families.describe import describe
@@ -106,7 +110,7 @@ def _targets(graph: Graph) -> dict[str, object]:
     return {fit.target: fit.to_json() for fit in fits(graph)}
 
 
-def inspection_text(data: dict[str, Any]) -> str:
+def inspection_text(data: JsonDict) -> str:
     """Return a human-readable inspection."""
     from moecc.families.describe import PAPER_GROUPS
     from moecc.support.text import count_text
@@ -117,6 +121,8 @@ def inspection_text(data: dict[str, Any]) -> str:
     papers = ", ".join(text for k, text in named.items() if k in PAPER_GROUPS)
     stacks = " (" + ", ".join(f"{n} {k}" for k, n in data["stacks"].items()) + ")"
     lengths = " and ".join(map(str, data["sequence_lengths"].values()))
+    # A model of images takes no tokens, and all of its sizes are fixed.
+    one, length = ("token", f"of {lengths} tokens") if lengths else ("input", "of fixed length")
     counted = data["flops_per_sequence_counted"]
     rows = [
         f"{data['source']}: {data['family']}, {data['layers']} layers"
@@ -126,10 +132,10 @@ def inspection_text(data: dict[str, Any]) -> str:
         f"  parameters  {count_text(parameters['total'])} ({groups})",
         f"  groups      {papers}",
         f"  active      {count_text(parameters['active'])} per token",
-        f"  FLOPs       {count_text(data['flops_per_token'])} per token",
-        f"  sequence    of {lengths} tokens: {count_text(data['flops_per_sequence'])} FLOPs as "
-        f"papers count; {count_text(counted['weights'])} and {count_text(counted['attention'])} "
-        "of attention in the graph",
+        f"  FLOPs       {count_text(data['flops_per_token'])} per {one}",
+        f"  sequence    {length}: {count_text(data['flops_per_sequence'])} FLOPs as papers count; "
+        f"{count_text(counted['weights'])} and {count_text(counted['attention'])} of attention in "
+        "the graph",
         f"  FFN blocks  {blocks['found']} found, {blocks['convertible']} can be upcycled",
         *(f"    not {r['where']}: {r['reason']}" for r in _some(blocks["refused"])),
         "  targets",
@@ -140,7 +146,7 @@ def inspection_text(data: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _fit_text(target: dict[str, Any]) -> str:
+def _fit_text(target: JsonDict) -> str:
     from moecc.engines.verdicts import Verdict, summary
 
     if not target["fits"]:

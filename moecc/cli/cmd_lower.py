@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moecc.cli.face import add_command
-from moecc.cli.options import WeightsOption
+from moecc.cli.options import LoadFamiliesOption, WeightsOption
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,21 @@ class LowerRequest:
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
     weights: WeightsOption = None
+    load: LoadFamiliesOption = None
 
 
 def lower(request: LowerRequest) -> None:
     """Print MODEL as jax or XLA sees it; no weights are read, and nothing is run."""
     from moecc.backend import get_lowering_backend
     from moecc.cli.files import check_writable, write_text
+    from moecc.families.outside import load_families
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
     from moecc.support.parse_units import float_type
 
     if request.output is not None and request.output != "-":
         check_writable(request.output, force=request.force)
+    load_families(request.load)
     type, backend = float_type(request.dtype), get_lowering_backend("xla")
     options = {"dispatch": request.dispatch, "platform": request.platform}
     with open_model(request.model, weights=request.weights) as opened:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moecc.cli.face import add_command
+from moecc.cli.options import LoadOption
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
@@ -57,10 +58,7 @@ class OptRequest:
     allow_unmatched: Annotated[
         bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
     ] = False
-    load: Annotated[
-        list[str] | None,
-        typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
-    ] = None
+    load: LoadOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False
 
 

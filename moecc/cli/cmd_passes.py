@@ -10,7 +10,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption
+from moecc.cli.options import FormatOption, LoadOption
 
 if TYPE_CHECKING:
     from moecc.pipeline.passes import Pass
@@ -23,10 +23,7 @@ class PassesRequest:
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass alone.")] = (
         None
     )
-    load: Annotated[
-        list[str] | None,
-        typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
-    ] = None
+    load: LoadOption = None
     format: FormatOption = Format.human
 
 

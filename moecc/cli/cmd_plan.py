@@ -15,6 +15,7 @@ from moecc.cli.options import (
     BatchTokensOption,
     ComputeTypeOption,
     FormatOption,
+    LoadOption,
     MachineOption,
     RulesOption,
     SequenceOption,
@@ -22,8 +23,6 @@ from moecc.cli.options import (
 
 if TYPE_CHECKING:
     from moecc.plan.report_types import Report
-    from moecc.plan.search import Constraints
-    from moecc.plan.strategy import StepConfig
 
 
 class Step(StrEnum):
@@ -74,6 +73,7 @@ class PlanRequest:
     pipeline: Annotated[
         str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
     ] = ""
+    load: LoadOption = None
     batch_tokens: BatchTokensOption = None
     sequence: SequenceOption = None
     mesh: Annotated[
@@ -132,44 +132,19 @@ def planned(request: PlanRequest) -> Report:
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.open import open_model
     from moecc.pipeline.runner import run_pipeline
-    from moecc.plan.batches import make_batch, parse_lengths
-    from moecc.plan.machines import Machine, parse_machine
-    from moecc.plan.report import plan_json
-    from moecc.plan.search import search
-    from moecc.plan.workload import Workload, workload
+    from moecc.tasks.plan_step import StepRequest, check_step, plan_step
 
-    passes = read_pipeline(request.pipeline)
-    where = parse_machine(request.machine)
-    constraints = _constraints(request)
-    lengths = parse_lengths(request.sequence) if request.sequence is not None else None
-    config = _step_config(request)
-    with open_model(request.model) as opened:
+    passes = read_pipeline(request.pipeline, request.load or [])
+    step = StepRequest(
+        request.step.value, request.batch_tokens, request.sequence, request.mesh, request.via,
+        request.remat, request.dense_weights and request.dense_weights.value, request.rules,
+        request.optimizer.value, request.dtype, request.weight_dtype,
+    )  # fmt: skip
+    check_step(request.machine, step)
+    with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)
         graph = opened.graph
-
-    def work_on(other: Machine) -> Workload:
-        return workload(graph, make_batch(graph, other.devices, request.batch_tokens, lengths))
-
-    work = work_on(where)
-    ranking = search(work, where, config, constraints, work_on=work_on)
-    return plan_json(request.model, work, where, config, ranking)
-
-
-def _constraints(request: PlanRequest) -> Constraints:
-    from moecc.plan.meshes import plan_mesh
-    from moecc.plan.search import Constraints
-
-    names = None if request.rules is None else tuple(request.rules.split(","))
-    fixed = None if request.mesh is None else plan_mesh(request.mesh, names)
-    return Constraints(fixed, request.via, request.remat, request.dense_weights, names)
-
-
-def _step_config(request: PlanRequest) -> StepConfig:
-    from moecc.plan.strategy import StepConfig
-    from moecc.support.parse_units import float_type
-
-    types = float_type(request.dtype), float_type(request.weight_dtype)
-    return StepConfig(request.step is Step.train, request.optimizer.value, *types)
+    return plan_step(graph, request.model, request.machine, step)
 
 
 def register(app: typer.Typer) -> None:

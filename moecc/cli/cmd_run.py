@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moecc.cli.face import add_command
-from moecc.cli.options import InputsOption, ModelArgument, WeightsOption
+from moecc.cli.options import InputsOption, LoadFamiliesOption, ModelArgument, WeightsOption
 from moecc.types.arrays import Array
 
 if TYPE_CHECKING:
@@ -38,14 +38,20 @@ class RunRequest:
         ),
     ] = None
     weights: WeightsOption = None
+    load: LoadFamiliesOption = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
 
 
 def run(request: RunRequest) -> None:
-    """Run MODEL on token ids and write its logits, [batch, seq, vocab], or hidden states."""
+    """Run MODEL and write its logits, [batch, seq, vocab], or hidden states.
+
+    The inputs are token ids, the pixels of images or the features of speech, as the model has them.
+    Without --inputs they are drawn at random, the same in every run.
+    """
     from moecc.backend import get_backend
     from moecc.cli.console import say
     from moecc.cli.files import check_writable, read_inputs, say_weights
+    from moecc.families.outside import load_families
     from moecc.launch.process_info import check_alone
     from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
@@ -54,6 +60,7 @@ def run(request: RunRequest) -> None:
     from moecc.tasks.print_values import chosen_values, describe_values, with_values
 
     check_writable(request.outputs, force=request.force)
+    load_families(request.load)
     if request.backend != "xla":
         check_alone(request.backend)
     chosen, type = get_backend(request.backend), float_type(request.dtype)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption, ModelArgument
+from moecc.cli.options import FormatOption, LoadFamiliesOption, ModelArgument
+from moecc.support.untyped import JsonDict
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class SpecialiseRequest:
     seed: Annotated[
         int, typer.Option("--seed", help="Of routers that learnt nothing, and of the passes.")
     ] = 0
+    load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 
 
@@ -46,9 +48,11 @@ def specialise(request: SpecialiseRequest) -> None:
     experts.
     """
     from moecc.cli.console import report
+    from moecc.families.outside import load_families
     from moecc.tasks.evaluate import EvaluationSpec
     from moecc.tasks.specialise import specialise as specialised
 
+    load_families(request.load)
     spec = EvaluationSpec(request.sequence, request.batch, request.batches)
     found = specialised(
         request.model, request.data, spec, pipeline=request.pipeline, seed=request.seed
@@ -58,7 +62,7 @@ def specialise(request: SpecialiseRequest) -> None:
     report("specialise", data, lambda: specialisation_text(layers), request.format)
 
 
-def specialisation_text(layers: Sequence[dict[str, Any]]) -> str:
+def specialisation_text(layers: Sequence[JsonDict]) -> str:
     """Return the human-readable report."""
     lines = []
     for layer in layers:

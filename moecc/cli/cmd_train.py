@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moecc.support.signals import Asked
     from moecc.train.events import Reason, Stopped
     from moecc.train.job import Trainer, Training, TrainJob
+    from moecc.train.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ class TrainRequest:
         str | None,
         typer.Option("--machine", metavar="M", help="Of a dry run: what is planned, gpu:h100:8."),
     ] = None
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Event files in the folder of the run.")
+    ] = False
+    wandb: Annotated[
+        str | None, typer.Option("--wandb", metavar="PROJECT", help="Weights & Biases, too.")
+    ] = None
     format: FormatOption = Format.human
 
 
@@ -61,18 +68,19 @@ def train(request: TrainRequest) -> int:
     had to be skipped.
     """
     from moecc.cli.console import report, say
+    from moecc.steps.remarks import training_remarks
     from moecc.support.signals import signals_noted
 
     with ExitStack() as opened:
         job = opened.enter_context(_job(request))
-        for remark in job.batches.remarks:
+        for remark in (*training_remarks(job.graph), *job.batches.remarks):
             say(f"remark: {remark}")
         if request.dry_run:
             _report_dry_run(job, request)
             return 0
         asked = opened.enter_context(signals_noted())
         running = opened.enter_context(_trainer().train(job))
-        stopped = _watch(job, running, asked)
+        stopped = _watch(job, running, asked, request)
     data = {"run": str(job.run), "step": stopped.step, "reason": stopped.reason.value}
     if running.writes:
         text = f"{job.run}: {stopped.reason.value} after {stopped.step:,} steps"
@@ -133,7 +141,7 @@ def _trainer() -> Trainer:
     return backend
 
 
-def _watch(job: TrainJob, training: Training, asked: Asked) -> Stopped:
+def _watch(job: TrainJob, training: Training, asked: Asked, request: TrainRequest) -> Stopped:
     """Run a training to its end, and show how it goes."""
     from signal import SIGINT
 
@@ -141,6 +149,7 @@ def _watch(job: TrainJob, training: Training, asked: Asked) -> Stopped:
     from moecc.tasks.train_exports import exported
     from moecc.train.events import Reason, Stopped
     from moecc.train.follow import followed
+    from moecc.train.trackers import tracked
 
     def stop() -> Reason | None:
         if asked.signal is None:
@@ -149,13 +158,30 @@ def _watch(job: TrainJob, training: Training, asked: Asked) -> Stopped:
 
     events = followed(job, training, stop)
     if training.writes:
-        events = exported(job, events)
+        trackers = _trackers(job, request)
+        events = tracked(exported(job, events), trackers, job.recipe.run.log_steps)
     with TrainProgress(job.recipe.run.steps, quiet=not training.writes) as progress:
         for event in events:
             progress(event)
             if isinstance(event, Stopped):
                 return event
     raise AssertionError("a training ends with its end")
+
+
+def _trackers(job: TrainJob, request: TrainRequest) -> list[Tracker]:
+    """Return where metrics go besides the journal."""
+    from dataclasses import asdict
+
+    from moecc.checkpoint.run.layout import saved_steps
+    from moecc.train.trackers import TensorBoard, WeightsAndBiases
+
+    steps = saved_steps(job.run)
+    found: list[Tracker] = []
+    if request.tensorboard:
+        found.append(TensorBoard(job.run, steps[-1].number if steps else 0))
+    if request.wandb is not None:
+        found.append(WeightsAndBiases(job.run, request.wandb, asdict(job.recipe)))
+    return found
 
 
 def _exit_code(stopped: Stopped, job: TrainJob) -> int:

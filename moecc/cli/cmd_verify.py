@@ -10,7 +10,13 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption, InputsOption, ModelArgument, WeightsOption
+from moecc.cli.options import (
+    FormatOption,
+    InputsOption,
+    LoadFamiliesOption,
+    ModelArgument,
+    WeightsOption,
+)
 
 if TYPE_CHECKING:
     from moecc.tasks.verify import Verdict
@@ -36,6 +42,7 @@ class VerifyRequest:
         bool, typer.Option("--allow-edited-card", help="The model card may have been edited.")
     ] = False
     weights: WeightsOption = None
+    load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 
 
@@ -49,7 +56,9 @@ def verify(request: VerifyRequest) -> None:
     Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
     """
     from moecc.checkpoint.run.layout import split_reference
+    from moecc.families.outside import load_families
 
+    load_families(request.load)
     run = split_reference(request.model)
     if request.against is None and run is not None:
         _against_digests(request.model, *run, request.format)
@@ -134,15 +143,20 @@ def _against_source(request: VerifyRequest, against: str) -> None:
         )  # fmt: skip
 
 
+_KINDS = {"decoder_tokens": "tokens of the decoder"}
+
+
 def verdict_text(verdict: Verdict) -> str:
     """Return a human-readable verdict."""
     found = verdict.difference
-    shapes = " and ".join(" x ".join(map(str, shape)) for shape in verdict.inputs.values())
+    shapes = " and ".join(
+        f"{' x '.join(map(str, shape))} {_KINDS.get(name, name)}"
+        for name, shape in verdict.inputs.items()
+    )
     name = {"logits": "logit"}.get(verdict.output, verdict.output)
     rows = [
         f"{verdict.model} against {verdict.source}",
-        f"  {shapes} tokens in {verdict.compute_dtype}, "
-        f"the source's weights rounded to {verdict.dtype}",
+        f"  {shapes} in {verdict.compute_dtype}, the source's weights rounded to {verdict.dtype}",
         f"  max |Δ{name}| / max |{name}|  {found.max_relative:.2e} (at most {verdict.tolerance:g})",
     ]
     if found.kl_nats is not None:

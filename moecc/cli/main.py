@@ -29,8 +29,9 @@ EPILOG = (
 )
 
 COMMANDS = (
-    "inspect", "import", "opt", "reduce", "bisect", "replay", "convert", "verify", "run", "lower",
-    "generate", "plan", "compile", "tokens", "train", "evaluate", "specialise", "launch", "passes",
+    "inspect", "import", "opt", "reduce", "bisect", "replay", "convert", "clean", "verify", "run",
+    "lower", "generate", "plan", "compile", "tokens", "train", "evaluate", "report", "specialise",
+    "launch", "passes",
 )  # fmt: skip
 """The subcommands, in the order of ``--help``; each is in a module ``moecc.cli.cmd_NAME``."""
 
@@ -161,6 +162,13 @@ def _os_error(error: OSError) -> int:
 
 
 def _bug(error: Exception) -> int:
+    from moecc.support.user_files import line_of_user
+
+    if getattr(error, "reproducer", None) is None and (place := line_of_user(error)):
+        say(f"error: {place}: {type(error).__name__}: {error}")
+        if os.environ.get("MOECC_DEBUG"):
+            traceback.print_exc()
+        return 1
     path = getattr(error, "reproducer", None)
     if path is None:
         handle, path = tempfile.mkstemp(prefix="moecc-bug-", suffix=".txt")

@@ -46,7 +46,7 @@ InputsOption = Annotated[
     typer.Option(
         "--inputs",
         metavar="FILE",
-        help="A .npy of token ids, [batch, seq] or [seq]; or a .npz with all inputs by name.",
+        help="A .npy of the only input (token ids, [batch, seq]); or a .npz with all by name.",
     ),
 ]
 
@@ -104,5 +104,10 @@ AllowUnmatchedOption = Annotated[
 
 LoadOption = Annotated[
     list[str] | None,
-    typer.Option("--load", metavar="FILE.py", help="A file with passes of your own."),
+    typer.Option("--load", metavar="FILE.py", help="Passes and families of your own."),
+]
+
+LoadFamiliesOption = Annotated[
+    list[str] | None,
+    typer.Option("--load", metavar="FILE.py", help="A file with families of your own."),
 ]

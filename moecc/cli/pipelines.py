@@ -1,4 +1,4 @@
-"""Parse pipeline strings with the passes of a user's own files."""
+"""Passes and families of a user's own files, and pipeline strings with the passes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 
 def registry_with(files: Sequence[str]) -> Registry:
-    """Return the installed passes and those defined by `files`.
+    """Return the installed passes and those defined by `files`, and add the files' families.
 
     Raises:
-      UsageError: a file cannot be run or defines no pass, or a name is taken.
+      UsageError: a file cannot be run or defines nothing, or a name is taken.
     """
     from moecc.pipeline.registry import installed
 
     registry = installed()
     for file in files:
-        registry = registry.with_file(Path(file))
+        from moecc.families.outside import add_families
+
+        registry = registry.with_file(Path(file), required=not add_families(file))
     return registry
 
 

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from moecc.cli.console import say, use_colour
 from moecc.support.text import count_text
+from moecc.train.alarms import Watch
 from moecc.train.events import Evaluated, Event, Exported, Saved, Skipped, Stepped, Stopped
 
 LINE_SECONDS = 10.0
@@ -32,6 +33,7 @@ class TrainProgress:
         self._tokens = 0
         self._rate = 0.0
         self._step_seconds = 0.0
+        self._watch = Watch()
         self._is_open = False
 
     def __enter__(self) -> TrainProgress:
@@ -69,6 +71,8 @@ class TrainProgress:
                 self._end_line()
 
     def _stepped(self, event: Stepped) -> None:
+        for alarm in self._watch(event.step, event.metrics):
+            self._say(f"alarm: {alarm}")
         tokens, self._tokens = event.tokens - self._tokens, event.tokens
         rate = tokens / max(event.seconds, 1e-9)
         weight = _FORGETTING if self._rate else 0.0

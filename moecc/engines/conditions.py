@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from moecc.families.configs import DecoderConfig, ModelConfig, MoeConfig
+from moecc.families.configs import DecoderConfig, GptOssConfig, ModelConfig, MoeConfig
 
 Holds = Callable[[DecoderConfig], bool]
 
@@ -38,6 +38,23 @@ def _full_attention(config: DecoderConfig) -> bool:
     return all(window >= config.max_position_embeddings for window in seen)
 
 
+def _several_choices(config: DecoderConfig) -> bool:
+    if not isinstance(config, MoeConfig) or not config.norm_topk_prob:
+        return True
+    return config.experts_per_token > 1
+
+
+def _released_swiglu(config: DecoderConfig) -> bool:
+    if not isinstance(config, GptOssConfig):
+        return True
+    return (config.swiglu_alpha, config.swiglu_limit) == (1.702, 7.0)
+
+
+def _every_second_window(config: DecoderConfig) -> bool:
+    windows = config.sliding_windows
+    return None not in windows[::2] and set(windows[1::2]) <= {None}
+
+
 CONDITIONS: Mapping[str, Condition] = {
     "every layer": Condition(_every_layer, "dense layers among sparse ones"),
     "untied": Condition(
@@ -51,11 +68,30 @@ CONDITIONS: Mapping[str, Condition] = {
     "no attention biases": Condition(
         lambda c: not c.qkv_bias and not c.output_bias, "biases of the attention's projections"
     ),
+    "attention biases": Condition(
+        lambda c: c.qkv_bias and c.output_bias, "attention projections without biases"
+    ),
+    "head bias": Condition(lambda c: c.head_bias, "an output matrix without a bias"),
+    "released SwiGLU": Condition(
+        _released_swiglu, "another SwiGLU than that of the released models"
+    ),
+    "every second window": Condition(
+        _every_second_window, "windows other than in every second layer from the first"
+    ),
+    "yarn": Condition(lambda c: c.rope.type == "yarn", "rotary positions other than YaRN"),
     "full attention": Condition(_full_attention, "sliding windows"),
     "silu": Condition(lambda c: c.hidden_act == "silu", "another activation than SiLU"),
     "plain rope": Condition(lambda c: c.rope.type == "default", "scaled rotary positions"),
     "plain or linear rope": Condition(
         lambda c: c.rope.type in ("default", "linear"), "rotary scalings other than linear"
+    ),
+    "no routing bias": Condition(
+        lambda c: not isinstance(c, MoeConfig) or not c.routing_bias,
+        "a bias in the choice of experts",
+    ),
+    "several choices": Condition(_several_choices, "one renormalised gate a token"),
+    "epsilon 1e-5": Condition(
+        lambda c: c.rms_norm_eps == 1e-5, "another epsilon than 1e-5 of its norms of queries"
     ),
     "not renormalised": Condition(_not_renormalised, "renormalised gates"),
 }

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+
+from moecc.support.untyped import Json
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Reading:
       needs: without these it refuses the checkpoint.
       silent: without these it loads it and computes another function.
       gguf: the architecture of GGUF that it reads instead of a folder; empty if it reads folders.
+      never: why it reads none of moecc's checkpoints of the family; empty if it may.
     """
 
     needs: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
     gguf: str = ""
+    never: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,6 @@ def engine_table() -> Table:
     return Table(engines, reads)
 
 
-def _reading(row: Mapping[str, Any]) -> Reading:
+def _reading(row: Json) -> Reading:
     needs, silent = (tuple(row.get(key, ())) for key in ("needs", "silent"))
-    return Reading(needs, silent, row.get("as", ""))
+    return Reading(needs, silent, row.get("as", ""), row.get("never", ""))

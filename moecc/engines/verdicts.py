@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from moecc.checkpoint.gguf.config_keys import misfits
-from moecc.checkpoint.gguf.names import GGUF_MIXTURES
+from moecc.checkpoint.gguf.families import GGUF_MIXTURES
 from moecc.engines.conditions import unfulfilled
 from moecc.engines.table import Engine, Reading, engine_table
-from moecc.families.configs import ModelConfig
+from moecc.families.configs import ModelConfig, MoeConfig
 
 UNKNOWN = "it does not know this family"
 
@@ -63,6 +63,8 @@ def verdicts_on_gguf(architecture: str) -> tuple[Verdict, ...]:
 def _verdict(engine: Engine, reading: Reading | None, config: ModelConfig) -> Verdict:
     if reading is None:
         return Verdict(engine.name, engine.version, False, (UNKNOWN,))
+    if reading.never:
+        return Verdict(engine.name, engine.version, False, (reading.never,))
     if reading.gguf:
         return _through_gguf(engine, reading.gguf, config)
     needs, silent = (unfulfilled(words, config) for words in (reading.needs, reading.silent))
@@ -73,7 +75,8 @@ def _verdict(engine: Engine, reading: Reading | None, config: ModelConfig) -> Ve
 
 
 def _through_gguf(engine: Engine, architecture: str, config: ModelConfig) -> Verdict:
-    problems = misfits(architecture, GGUF_MIXTURES[architecture], config.to_json())
+    sparse = config.sparse_layers if isinstance(config, MoeConfig) else ()
+    problems = misfits(architecture, GGUF_MIXTURES[architecture], config.to_json(), sparse)
     reasons = tuple(problem.found or problem.what for problem in problems)
     note = "" if reasons else f"as gguf:{architecture}"
     return Verdict(engine.name, engine.version, not reasons, reasons, note=note)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from moecc.families.configs import DecoderConfig, RopeConfig, attention_factor
+from moecc.families.configs import DecoderConfig, GptOssConfig, RopeConfig, attention_factor
+from moecc.families.gpt_oss import sunk
 from moecc.families.norms import emit_rms_norm
 from moecc.families.parameters import Parameters
 from moecc.ir.builder import Builder
@@ -122,11 +123,11 @@ def rotated(builder: Builder, x: Value, rotation: Rotation | None, head_dim: int
     return builder.join(turned, kept, axis="head_dim")
 
 
-def soft_capped(builder: Builder, x: Value, cap: float | None) -> Value:
-    """Emit ``cap · tanh(x / cap)``, or `x` itself if there is no cap."""
+def soft_capped(builder: Builder, x: Value, cap: float | None, by: float = 1.0) -> Value:
+    """Emit ``cap · tanh(by · x / cap)``, or ``by · x`` if there is no cap."""
     if cap is None:
-        return x
-    return builder.scale(builder.tanh(builder.scale(x, by=1 / cap)), by=cap)
+        return x if by == 1 else builder.scale(x, by=by)
+    return builder.scale(builder.tanh(builder.scale(x, by=by * (1 / cap))), by=cap)
 
 
 def attention(
@@ -147,10 +148,13 @@ def attention(
     key = as_keys(builder, rotated(builder, key, rotation, config.head_dim))
     value = as_keys(builder, value)
     scores = builder.contract(query, key, over="head_dim", name="scores")
-    scores = builder.scale(scores, by=config.score_scale)
-    scores = soft_capped(builder, scores, config.attention_softcap)
+    scores = soft_capped(builder, scores, config.attention_softcap, config.score_scale)
     seen = tables.masks[config.sliding_windows[layer] or 0]
-    weights = builder.softmax(builder.mask(scores, seen), axis=KV_SEQ, name="weights")
+    scores = builder.mask(scores, seen)
+    weights = builder.softmax(scores, axis=KV_SEQ, name="weights")
+    if isinstance(config, GptOssConfig) and not config.plain:
+        sinks = params.plain(f"{heads.prefix}sinks", builder.loc, head=config.num_attention_heads)
+        weights = sunk(builder, weights, scores, sinks, ("head", KV_SEQ))
     return heads.output(builder.contract(weights, value, over=KV_SEQ, name="mixed"))
 
 
@@ -201,7 +205,11 @@ class _Heads:
         axes = {axis: width, "embed": self.config.hidden_size}
         name, fused = f"{self.prefix}{letter}_proj.weight", self.params.names.qkv
         if not fused:
-            return self.params.plain(name, self.builder.loc, **axes)
+            if letter == "v":
+                return self.params.plain(name, self.builder.loc, **axes)
+            head_dim = self.config.head_dim
+            loc = self.builder.loc
+            return self.params.turned(name, loc, width // head_dim, head_dim, axes)
         queries, keys = prod(self.query_axes.values()), prod(self.kv_axes.values())
         at = {"q": 0, "k": queries, "v": queries + keys}[letter]
         of, whole = f"{self.prefix}{fused}.weight", ("qkv", queries + 2 * keys)

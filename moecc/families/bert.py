@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moecc.families.blocks import Blocks
 from moecc.families.configs import BertConfig
-from moecc.families.encdec import as_keys
-from moecc.families.feedforward import ACTIVATION_OPS
 from moecc.families.names import names_of
 from moecc.families.parameters import DtypeOf, Parameters, float32_of
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import I32, PRED
 from moecc.types.tensor import Size, tensor
+
+
+@dataclass(frozen=True)
+class BertNames:
+    """The names of a layer's attention; the rest has the same names in each family.
+
+    Attributes:
+      query, key, value, output: the projections.
+      norm: the norm of the sum.
+    """
+
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    output: str = "attention.output.dense"
+    norm: str = "attention.output.LayerNorm"
+
+
+BERT_NAMES: Mapping[str, BertNames] = {
+    "mpnet": BertNames(
+        "attention.attn.q",
+        "attention.attn.k",
+        "attention.attn.v",
+        "attention.attn.o",
+        "attention.LayerNorm",
+    ),
+}
+"""By family; one that is not listed has the default names."""
+
+BIAS_TABLE = "encoder.relative_attention_bias.weight"
+FURTHEST = 128
+"""The distance from which on all of mpnet's distances share one bucket."""
 
 
 def build_bert(
@@ -27,14 +59,15 @@ def build_bert(
     """Return the graph from ``tokens : i32[batch, seq]`` to ``hidden : f32[batch, seq, embed]``.
 
     All tokens are of type 0, as in a single text; the pooler is not part of the graph.  With
-    `padding` there is an input ``mask : pred[batch, seq]``, true where a token is one.
+    `padding` there is an input ``mask : pred[batch, seq]``, true where a token is one; padding is
+    behind the text.
 
     Args:
       config: the config.
       dtype_of: the element type of each tensor on disk; float32 by default.
       checkpoint: the path of the weights, for the graph's attributes.
       batch: the size of the batch axis.
-      seq: the size of the sequence axis, up to `max_position_embeddings`.
+      seq: the size of the sequence axis, up to the number of positions.
       padding: whether sequences are padded.
     """
     attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
@@ -42,14 +75,17 @@ def build_bert(
     params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of)
     tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
     mask = graph.input("mask", tensor(PRED, batch=batch, seq=seq)) if padding else None
-    encoder = _Encoder(Builder(graph), config, params)
+    names = BERT_NAMES.get(config.model_type, BertNames())
+    blocks = Blocks(Builder(graph), params, config.layer_norm_eps)
+    encoder = _Encoder(blocks, config, names)
     keep = None
     with encoder.builder.at("embed"):
         if mask is not None:
-            keep = as_keys(encoder.builder, mask)
+            keep = blocks.as_keys(mask)
         hidden = encoder.embed(tokens)
+        bias = encoder.bias(tokens)
     for layer in range(config.num_hidden_layers):
-        hidden = encoder.layer(hidden, layer, keep)
+        hidden = encoder.layer(hidden, layer, bias, keep)
     graph.set_output("hidden", hidden)
     return graph
 
@@ -58,78 +94,75 @@ def build_bert(
 class _Encoder:
     """The parts of the encoder."""
 
-    builder: Builder
+    blocks: Blocks
     config: BertConfig
-    params: Parameters
+    names: BertNames
+
+    @property
+    def builder(self) -> Builder:
+        return self.blocks.builder
 
     def embed(self, tokens: Value) -> Value:
         """Emit words + positions + the type 0, normalised, ``[batch, seq, embed]``."""
         builder, config = self.builder, self.config
         words = self._table("word", "vocab", config.vocab_size)
         hidden = builder.embedding(words, tokens, axis="vocab", name="words")
-        first = builder.constant(value=0.0, dtype="i32")
-        types = self._table("token_type", "type", config.type_vocab_size)
-        hidden = builder.add(hidden, builder.embedding(types, first, axis="type", name="type"))
-        table = self._table("position", "position", config.max_position_embeddings)
+        if config.has_types:
+            first = builder.constant(value=0.0, dtype="i32")
+            types = self._table("token_type", "type", config.type_vocab_size)
+            hidden = builder.add(hidden, builder.embedding(types, first, axis="type", name="type"))
+        table = self._positions()
         positions = builder.positions(tokens, axis="seq", name="positions")
         hidden = builder.add(hidden, builder.embedding(table, positions, axis="position"))
-        return self._norm(hidden, "embeddings.")
+        return self.blocks.norm(hidden, "embeddings.LayerNorm")
+
+    def _positions(self) -> Value:
+        """Emit the table of positions from that of the first token on."""
+        count, first = self.config.max_position_embeddings, self.config.position_offset
+        table = self._table("position", "position", count)
+        if not first:
+            return table
+        return self.builder.slice(table, axis="position", start=first, stop=count)
+
+    def bias(self, tokens: Value) -> Value | None:
+        """Emit the biases of the scores by distance, ``[seq, kv_seq, head]``, if there are any."""
+        count, builder = self.config.relative_buckets, self.builder
+        if not count:
+            return None
+        query = builder.positions(tokens, axis="seq", name="positions")
+        key = self.blocks.as_keys(query)
+        buckets = builder.relative_buckets(
+            query, key, bidirectional=True, buckets=count, max_distance=FURTHEST
+        )
+        axes = {"bucket": count, "head": self.config.num_attention_heads}
+        table = self.blocks.params.plain(BIAS_TABLE, builder.loc, **axes)
+        return builder.embedding(table, buckets, axis="bucket", name="bias")
 
     def _table(self, word: str, axis: str, size: int) -> Value:
         name = f"embeddings.{word}_embeddings.weight"
         axes = {axis: size, "embed": self.config.hidden_size}
-        return self.params.plain(name, self.builder.loc, **axes)
+        return self.blocks.params.plain(name, self.builder.loc, **axes)
 
-    def layer(self, hidden: Value, layer: int, keep: Value | None) -> Value:
+    def layer(self, hidden: Value, layer: int, bias: Value | None, keep: Value | None) -> Value:
         """Emit one layer: each sublayer's result is added, and then the sum normalised."""
-        prefix = f"encoder.layer.{layer}."
+        prefix, config = f"encoder.layer.{layer}.", self.config
         with self.builder.at(f"layers.{layer}.attention"):
-            found = self._attention(hidden, prefix, keep)
-            hidden = self._norm(self.builder.add(found, hidden), f"{prefix}attention.output.")
+            found = self._attention(hidden, prefix, bias, keep)
+            hidden = self.builder.add(found, hidden)
+            hidden = self.blocks.norm(hidden, f"{prefix}{self.names.norm}")
         with self.builder.at(f"layers.{layer}.ffn"):
-            found = self._ffn(hidden, prefix)
-            return self._norm(self.builder.add(found, hidden), f"{prefix}output.")
+            up, down = f"{prefix}intermediate.dense", f"{prefix}output.dense"
+            width = config.intermediate_size
+            found = self.blocks.two_layers(hidden, up, down, config.hidden_act, width)
+            return self.blocks.norm(self.builder.add(found, hidden), f"{prefix}output.LayerNorm")
 
-    def _attention(self, x: Value, prefix: str, keep: Value | None) -> Value:
-        builder, config = self.builder, self.config
-        query = self._heads(x, f"{prefix}attention.self.query", "q")
-        keys = as_keys(builder, x)
-        key = self._heads(keys, f"{prefix}attention.self.key", "kv")
-        value = self._heads(keys, f"{prefix}attention.self.value", "kv")
-        scores = builder.contract(query, key, over="head_dim", name="scores")
-        scores = builder.scale(scores, by=config.head_dim**-0.5)
-        if keep is not None:
-            scores = builder.mask(scores, keep)
-        weights = builder.softmax(scores, axis="kv_seq", name="weights")
-        mixed = builder.contract(weights, value, over="kv_seq", name="mixed")
-        merged = builder.merge(mixed, axes=("head", "head_dim"), into="q")
-        embed = {"embed": config.hidden_size}
-        return self._linear(merged, f"{prefix}attention.output.dense", embed, "q")
-
-    def _heads(self, x: Value, name: str, axis: str) -> Value:
-        config = self.config
-        y = self._linear(x, name, {axis: config.hidden_size}, "embed")
-        into = (("head", config.num_attention_heads), ("head_dim", config.head_dim))
-        return self.builder.split(y, axis=axis, into=into)
-
-    def _ffn(self, x: Value, prefix: str) -> Value:
-        mlp = {"mlp": self.config.intermediate_size}
-        inner = self._linear(x, f"{prefix}intermediate.dense", mlp, "embed")
-        inner = self.builder.node(ACTIVATION_OPS[self.config.hidden_act], inner).result
-        embed = {"embed": self.config.hidden_size}
-        return self._linear(inner, f"{prefix}output.dense", embed, "mlp")
-
-    def _linear(self, x: Value, name: str, to: dict[str, int], over: str) -> Value:
-        """Emit a product over the axis `over` and a bias."""
-        size = x.type[over].size
-        assert isinstance(size, int), "the width of a model is known"
-        weight = self.params.plain(f"{name}.weight", self.builder.loc, **to, **{over: size})
-        bias = self.params.plain(f"{name}.bias", self.builder.loc, **to)
-        return self.builder.add(self.builder.contract(x, weight, over=over), bias)
-
-    def _norm(self, x: Value, prefix: str) -> Value:
-        embed, loc = self.config.hidden_size, self.builder.loc
-        scale = self.params.plain(f"{prefix}LayerNorm.weight", loc, embed=embed)
-        bias = self.params.plain(f"{prefix}LayerNorm.bias", loc, embed=embed)
-        eps = self.config.layer_norm_eps
-        return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
+    def _attention(self, x: Value, prefix: str, bias: Value | None, keep: Value | None) -> Value:
+        blocks, config, names = self.blocks, self.config, self.names
+        heads = (config.num_attention_heads, config.head_dim)
+        query = blocks.heads(x, f"{prefix}{names.query}", heads, "q")
+        keys = blocks.as_keys(x)
+        key = blocks.heads(keys, f"{prefix}{names.key}", heads, "kv")
+        value = blocks.heads(keys, f"{prefix}{names.value}", heads, "kv")
+        masks = () if keep is None else (keep,)
+        mixed = blocks.attend(query, key, value, config.head_dim**-0.5, bias=bias, masks=masks)
+        return blocks.linear(mixed, f"{prefix}{names.output}", ("embed", config.hidden_size), "q")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 from moecc.errors import InputError
 from moecc.families.bert import build_bert
 from moecc.families.configs import (
@@ -12,15 +16,92 @@ from moecc.families.configs import (
     GraphConfig,
     ModelConfig,
     StMoeConfig,
+    VisionConfig,
+    WhisperConfig,
 )
 from moecc.families.decoder import build_decoder
 from moecc.families.encdec import build_encdec
 from moecc.families.gpt import build_gpt
 from moecc.families.graph_layout import build_graph
 from moecc.families.parameters import DtypeOf
+from moecc.families.vision import build_vision
+from moecc.families.whisper import build_whisper
 from moecc.ir.graph import Graph
 from moecc.support.gc_pause import gc_paused
 from moecc.types.tensor import Size
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRequest:
+    """What a graph is built with, beside its config.
+
+    Attributes:
+      dtype_of: the element type of each tensor on disk; float32 by default.
+      checkpoint: the path of the weights.
+      layout: how experts are stored on disk, see `moecc.families.parameters.LAYOUTS`.
+      padding: whether there is an input ``mask``.
+      batch: the size of the batch axis.
+      seq: the length of the sequences, in an encoder-decoder those of the encoder.
+      decoder_seq: the length of the decoder's.
+    """
+
+    dtype_of: DtypeOf | None = None
+    checkpoint: str = ""
+    layout: str = "experts"
+    padding: bool = False
+    batch: Size = "B"
+    seq: Size = "S"
+    decoder_seq: Size = "T"
+
+
+GraphBuilder = Callable[[Any, GraphRequest], Graph]
+"""Builds the graph of a config of one class."""
+
+
+def _decoder(config: DecoderConfig, r: GraphRequest) -> Graph:
+    return build_decoder(
+        config, r.dtype_of, r.checkpoint, layout=r.layout, batch=r.batch, seq=r.seq
+    )
+
+
+def _encdec(config: EncDecConfig, r: GraphRequest) -> Graph:
+    return build_encdec(
+        config, r.dtype_of, r.checkpoint,
+        layout="stacked" if isinstance(config, StMoeConfig) else r.layout,
+        padding=r.padding, batch=r.batch, seq=r.seq, decoder_seq=r.decoder_seq,
+    )  # fmt: skip
+
+
+def _gpt(config: GptConfig, r: GraphRequest) -> Graph:
+    return build_gpt(config, r.dtype_of, r.checkpoint, batch=r.batch, seq=r.seq)
+
+
+def _bert(config: BertConfig, r: GraphRequest) -> Graph:
+    return build_bert(config, r.dtype_of, r.checkpoint, padding=r.padding, batch=r.batch, seq=r.seq)
+
+
+def _vision(config: VisionConfig, r: GraphRequest) -> Graph:
+    return build_vision(config, r.dtype_of, r.checkpoint, batch=r.batch)
+
+
+def _whisper(config: WhisperConfig, r: GraphRequest) -> Graph:
+    return build_whisper(config, r.dtype_of, r.checkpoint, batch=r.batch, decoder_seq=r.decoder_seq)
+
+
+def _stored(config: GraphConfig, r: GraphRequest) -> Graph:
+    return build_graph(config, r.dtype_of, r.checkpoint)
+
+
+BUILDERS: dict[type[ModelConfig], GraphBuilder] = {
+    DecoderConfig: _decoder,
+    EncDecConfig: _encdec,
+    GptConfig: _gpt,
+    BertConfig: _bert,
+    VisionConfig: _vision,
+    WhisperConfig: _whisper,
+    GraphConfig: _stored,
+}
+"""What builds the graph of each class of config, and of those derived from it."""
 
 
 def build_model(
@@ -34,61 +115,19 @@ def build_model(
     seq: Size = "S",
     decoder_seq: Size = "T",
 ) -> Graph:
-    """Return the graph of `config`.
-
-    Args:
-      config: a config of any family.
-      dtype_of: the element type of each tensor on disk; float32 by default.
-      checkpoint: the path of the weights.
-      layout: how experts are stored on disk, see `moecc.families.parameters.LAYOUTS`.
-      padding: whether an encoder has an input ``mask``; a decoder-only model needs none.
-      batch: the size of the batch axis.
-      seq: the length of the sequences, in an encoder-decoder those of the encoder.
-      decoder_seq: the length of the decoder's.
+    """Return the graph of `config`; the arguments are those of `GraphRequest`.
 
     Raises:
-      InputError: `padding` is requested of a decoder-only model, or a config's graph is invalid.
+      InputError: `padding` is requested of a model without a mask, or a config's graph is invalid.
     """
-    if padding and isinstance(config, DecoderConfig | GptConfig):
+    if padding and not config.takes_mask:
         raise InputError(
-            "a decoder alone takes no mask",
-            where=config.model_type,
-            hint="padding after a text changes nothing: no earlier token attends to it",
+            f"{config.kind} takes no mask", where=config.model_type, hint=config.mask_hint
         )
+    request = GraphRequest(dtype_of, checkpoint, layout, padding, batch, seq, decoder_seq)
+    build = next((BUILDERS[c] for c in type(config).__mro__ if c in BUILDERS), None)
+    if build is None:
+        raise TypeError(f"no builder for {type(config).__name__}")
     # The graph of a model with 2048 experts per layer has several hundred thousand objects.
     with gc_paused():
-        return _build(
-            config,
-            dtype_of,
-            checkpoint,
-            layout="stacked" if isinstance(config, StMoeConfig) else layout,
-            padding=padding,
-            sizes=(batch, seq, decoder_seq),
-        )
-
-
-def _build(
-    config: ModelConfig,
-    dtype_of: DtypeOf | None,
-    checkpoint: str,
-    *,
-    layout: str,
-    padding: bool,
-    sizes: tuple[Size, Size, Size],
-) -> Graph:
-    batch, seq, decoder_seq = sizes
-    match config:
-        case DecoderConfig():
-            return build_decoder(config, dtype_of, checkpoint, layout=layout, batch=batch, seq=seq)
-        case EncDecConfig():
-            return build_encdec(
-                config, dtype_of, checkpoint, layout=layout, padding=padding, batch=batch,
-                seq=seq, decoder_seq=decoder_seq,
-            )  # fmt: skip
-        case GptConfig():
-            return build_gpt(config, dtype_of, checkpoint, batch=batch, seq=seq)
-        case BertConfig():
-            return build_bert(config, dtype_of, checkpoint, padding=padding, batch=batch, seq=seq)
-        case GraphConfig():
-            return build_graph(config, dtype_of, checkpoint)
-    raise TypeError(f"no builder for {type(config).__name__}")
+        return build(config, request)

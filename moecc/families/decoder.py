@@ -97,14 +97,23 @@ class _Decoder:
 
     def norm(self, x: Value, name: str) -> Value:
         """Emit the norm with the scale `name`."""
-        scale = self.params.plain(name, self.builder.loc, embed=self.config.hidden_size)
+        width, loc = self.config.hidden_size, self.builder.loc
+        scale = self.params.plain(name, loc, embed=width)
+        if self.config.layer_norm:
+            bias = self.params.plain(f"{name.removesuffix('weight')}bias", loc, embed=width)
+            eps = self.config.rms_norm_eps
+            return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
         return emit_rms_norm(self.builder, x, scale, "embed", self.config, name="norm")
 
     def logits(self, hidden: Value) -> Value:
         """Emit the logits of the normalised `hidden`."""
         logits = self.builder.contract(hidden, self._head(), over="embed", name="logits")
-        logits = self._times(logits, 1 / self.config.logits_divisor)
-        return soft_capped(self.builder, logits, self.config.logit_softcap)
+        if self.config.head_bias:
+            name = f"{self.params.names.head.removesuffix('weight')}bias"
+            bias = self.params.plain(name, "head", vocab=self.config.vocab_size)
+            logits = self.builder.add(logits, bias)
+        by = 1 / self.config.logits_divisor
+        return soft_capped(self.builder, logits, self.config.logit_softcap, by)
 
     def _layer_norm(self, x: Value, layer: int, word: str) -> Value:
         prefix = self.params.names.layer.format(layer=layer)

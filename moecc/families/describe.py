@@ -14,6 +14,7 @@ from moecc.families.flops import SequenceFlops, sequence_flops
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Cost
 from moecc.ir.unroll import unrolled
+from moecc.ir.uses import uses_of
 from moecc.types.tensor import TensorType
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
@@ -126,12 +127,16 @@ def flops(graph: Graph) -> tuple[int, int]:
 
     Only products are counted, two operations each.  Experts count once per choice of a token.
     """
-    tokens = {axis.name for value in graph.inputs.values() for axis in value.type}
+    given = [v for v in graph.inputs.values() if v.type.dtype.kind == "int"]
+    # A graph that takes no tokens is counted for one input of the size that it takes.
+    tokens = {"batch", *(axis.name for value in given for axis in value.type)}
     fixed = per_position = 0.0
     for node in graph:
         if not node.op.is_product:
             continue
-        axes = {a.name: a.size for v in node.operands for a in v.type}
+        axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
+        windows = [n for n in node.mixes if n in node.result.type] if given else ()
+        axes = {n: s for n, s in axes.items() if n not in windows}
         rows = rows_of(node.operands)
         times = 1.0
         if rows is not None:
@@ -168,7 +173,7 @@ def _expert_uses(value: Value) -> Iterator[tuple[Value, int]]:
 
 def _group(value: Value) -> str:
     """Return the group of a parameter, by its use."""
-    uses = {_use(node, value) for node in value.users}
+    uses = {_use(node, value) for node, _ in uses_of(value)}
     return next((group for group in GROUPS if group in uses), "other")
 
 
@@ -182,4 +187,6 @@ def _use(node: Node, value: Value) -> str:
     if any(user.op.routes for result in node.results for user in result.users):
         return "router"
     place = value.loc.rpartition(".")[2]
+    if place == "embed":
+        return "embedding"
     return next((group for group in ("attention", "ffn", "head") if group in place), "other")

@@ -32,6 +32,7 @@ class ExpertLayer:
       width: the neurons of one expert, 0 if unknown.
       shared: the neurons of a shared expert, 0 if there is none.
       shared_gate: whether the shared expert has a sigmoid gate.
+      bias: whether a bias takes part in the choice of experts.
       sequence_capacity: the most tokens of one sequence that an expert takes; 0 for no such bound.
     """
 
@@ -45,6 +46,7 @@ class ExpertLayer:
     width: int = 0
     shared: int = 0
     shared_gate: bool = False
+    bias: bool = False
     sequence_capacity: int = 0
 
     def without_slots(self) -> ExpertLayer:
@@ -90,6 +92,7 @@ def _layer_of(route: Node, slots: Node) -> ExpertLayer:
         width=_width(dispatch.result) if dispatch else 0,
         shared=shared,
         shared_gate=gated,
+        bias="bias" in attrs.using,
         sequence_capacity=sequence_capacity_of(slots),
     )
 

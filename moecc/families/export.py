@@ -13,6 +13,7 @@ from moecc.families.graph_layout import graph_tensors
 from moecc.families.inverting import Pair, tensors_of_all
 from moecc.families.matching import match_parameters
 from moecc.families.names import names_of
+from moecc.families.neutral import completed
 from moecc.families.propose import check_target as check_target
 from moecc.families.propose import propose as propose
 from moecc.families.propose import targets as targets
@@ -20,6 +21,9 @@ from moecc.ir.graph import Graph, Value
 from moecc.ir.unroll import unrolled
 from moecc.types.tensor import Size
 from moecc.weights.expr import Expr
+
+READ = ("tokens", "pixels", "features")
+"""The inputs that models read: text, images, speech."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,10 @@ def export_graph(graph: Graph, target: str, *, layout: str = "experts") -> Expor
     if config.model_type == "switch_transformers" and not is_tied(config):
         # Without a tie transformers 5 expects an embedding in either stack.
         tensors.update(dict.fromkeys(names.copies, tensors[names.embedding]))
-    return Export(config, list(tensors.items()))
+    if graph.attrs.get("family") == target:
+        return Export(config, list(tensors.items()))
+    config, added = completed(config)
+    return Export(config, [*tensors.items(), *added.items()])
 
 
 def _read_as(value: Value, weights: Mapping[Value, Expr]) -> Pair:
@@ -79,8 +86,9 @@ def _read_as(value: Value, weights: Mapping[Value, Expr]) -> Pair:
 
 def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:
     """Return the names of the token sizes in `graph`, or their fixed values."""
-    tokens = graph.inputs.get("tokens")
-    if tokens is None or set(tokens.type.names) != {"batch", "seq"}:
+    tokens = next((v for n in READ if (v := graph.inputs.get(n)) is not None), None)
+    is_text = tokens is not None and tokens.name == "tokens"
+    if tokens is None or (is_text and set(tokens.type.names) != {"batch", "seq"}):
         raise InputError(
             "a language model takes tokens, and the graph does not",
             expected="input %tokens : i32[batch=B, seq=S]",
@@ -88,4 +96,5 @@ def _token_sizes(graph: Graph) -> tuple[Size, Size, Size]:
         )
     decoder = graph.inputs.get("decoder_tokens")
     length = decoder.type["seq"].size if decoder is not None and "seq" in decoder.type else "T"
-    return tokens.type["batch"].size, tokens.type["seq"].size, length
+    seq = tokens.type["seq"].size if "seq" in tokens.type else "S"
+    return tokens.type["batch"].size if "batch" in tokens.type else "B", seq, length

@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from moecc.checkpoint.gguf.blocks import require_package
 from moecc.checkpoint.gguf.config_keys import config_keys, misfits
 from moecc.checkpoint.gguf.encode import Key, storage_of
+from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, GgufFamily
 from moecc.checkpoint.gguf.names import (
     EMBEDDING,
-    GGUF_FAMILIES,
-    GGUF_MIXTURES,
     HEAD,
     ROPE_FACTORS,
-    GgufFamily,
     gguf_name,
     turned_projection,
 )
@@ -27,7 +25,7 @@ from moecc.checkpoint.gguf.rope import rotary_divisors
 from moecc.checkpoint.gguf.storage import BY_NAME, Storage
 from moecc.checkpoint.writer import OutputTensor
 from moecc.errors import InputError, Problem, UsageError, nearest
-from moecc.families.configs import DecoderConfig
+from moecc.families.configs import DecoderConfig, MoeConfig
 from moecc.families.experts import expert_layers
 from moecc.families.export import export_graph
 from moecc.ir.graph import Graph
@@ -45,8 +43,6 @@ _DENSE_FAMILIES: Mapping[str, Sequence[str]] = {"llama": ("llama", "mistral")}
 # llama.cpp computes the sigmoid of a shared expert's gate as silu(x) / x, which is NaN for the
 # zeros that `upcycle` writes.  Added to any other weight this changes no bit.
 _ALMOST_ZERO = 1e-20
-# llama.cpp does not take the embedding for a missing output matrix here.
-_NEED_A_HEAD = ("qwen2moe",)
 
 
 @dataclass(frozen=True)
@@ -119,10 +115,11 @@ def export_gguf(graph: Graph, architecture: str) -> GgufExport:
     names = [family.model_type] if sparse else _DENSE_FAMILIES.get(architecture)
     config, tensors = _as_family(graph, names or [family.model_type])
     stated = config.to_json()
-    if problems := list(misfits(architecture, family, stated)):
+    layers = config.sparse_layers if isinstance(config, MoeConfig) else ()
+    if problems := list(misfits(architecture, family, stated, layers)):
         raise InputError(problems)
     made = {gguf_name(n, family): _turned(n, e, family, config) for n, e in tensors}
-    if architecture in _NEED_A_HEAD:
+    if family.needs_head:
         made.setdefault(HEAD, made[EMBEDDING])
     if (divisors := rotary_divisors(stated)) is not None:
         made[ROPE_FACTORS] = _vector(divisors)
@@ -147,8 +144,10 @@ def _as_family(graph: Graph, names: Sequence[str]) -> tuple[DecoderConfig, list[
 def _turned(name: str, made: Expr, family: GgufFamily, config: DecoderConfig) -> Expr:
     """Return a tensor with rows and axes as the file stores them."""
     experts = family.experts
-    if experts and experts.shared_gate and name.endswith(f".{experts.shared_gate}.weight"):
+    if experts and experts.rows() and name.endswith(experts.rows()):
         row = Index(made, made.type.names[0], 0)
+        if not experts.shared_gate:
+            return simplify(row)
         return simplify(Add(row, Full(_ALMOST_ZERO, row.type.with_dtype(F32))))
     turned = turned_projection(name) if family.pairs_neighbours else None
     if turned is None:

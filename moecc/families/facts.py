@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import re
 
-from moecc.families.configs import STACKS, EncDecConfig, ModelConfig, MoeConfig, StMoeConfig
+from moecc.families.configs import (
+    STACKS,
+    EncDecConfig,
+    GptConfig,
+    ModelConfig,
+    MoeConfig,
+    StMoeConfig,
+    WhisperConfig,
+)
 
 _LAYER = re.compile(
     r"(?:(?:model\.)?(?P<stack>encoder|decoder)\.(?:block|layers)|(?:\w+\.)*?(?:layers|layer|h))"
@@ -26,8 +34,10 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 def depth(config: ModelConfig, stack: str = "") -> int:
     """Return the number of layers of a stack, as `layer_of` names it."""
-    if isinstance(config, EncDecConfig):
+    if isinstance(config, EncDecConfig | WhisperConfig):
         return config.layers(stack.strip())
+    if isinstance(config, GptConfig):
+        return config.num_hidden_layers
     found: int = getattr(config, "num_hidden_layers", 0)
     return found
 
@@ -36,7 +46,9 @@ def depth_key(config: ModelConfig, stack: str) -> str:
     """Return the key of config.json with the number of layers of a stack."""
     if isinstance(config, EncDecConfig):
         return "num_layers" if stack.strip() == "encoder" else "num_decoder_layers"
-    return "num_hidden_layers"
+    if isinstance(config, WhisperConfig):
+        return f"{stack.strip()}_layers"
+    return config.key("num_hidden_layers") if isinstance(config, GptConfig) else "num_hidden_layers"
 
 
 def block_count(config: ModelConfig, *, with_experts: bool) -> int:
@@ -49,6 +61,8 @@ def block_count(config: ModelConfig, *, with_experts: bool) -> int:
     elif isinstance(config, MoeConfig):
         layers, sparse = config.num_hidden_layers, sum(config.sparse_layers)
         experts = config.num_experts
+    elif isinstance(config, WhisperConfig):
+        layers, sparse, experts = sum(map(config.layers, STACKS)), 0, 0
     else:
         layers, sparse, experts = depth(config), 0, 0
     return layers + (sparse * experts if with_experts else 0)
@@ -56,4 +70,4 @@ def block_count(config: ModelConfig, *, with_experts: bool) -> int:
 
 def is_tied(config: ModelConfig) -> bool:
     """Whether the output matrix is the embedding."""
-    return bool(getattr(config, "tie_word_embeddings", False))
+    return bool(getattr(config, "tie_word_embeddings", isinstance(config, WhisperConfig)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moecc.families.configs import DecoderConfig, MoeConfig
+from moecc.families.configs import DecoderConfig, GptOssConfig, MoeConfig
+from moecc.families.gpt_oss import clamped_experts
 from moecc.families.parameters import Parameters
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
@@ -96,18 +97,28 @@ def _sparse(
     builder: Builder, x: Value, prefix: str, config: MoeConfig, params: Parameters
 ) -> Value:
     embed, experts = config.hidden_size, config.num_experts
+    loc = builder.loc
+    bias = params.routing_bias(prefix, loc, expert=experts) if config.routing_bias else None
     rows, finish = emit_routing(
         builder,
         x,
         params.router(prefix, builder.loc, expert=experts, embed=embed),
         experts=experts,
         top_k=config.experts_per_token,
-        gates="renormalised" if config.norm_topk_prob else "softmax",
+        gates=config.gates,
+        scale=config.gate_scale,
         tokens=("batch", "seq"),
+        bias=bias,
+        shift=_router_shift(prefix, builder.loc, config, params),
     )
+    if isinstance(config, GptOssConfig) and not config.plain:
+        return finish(clamped_experts(builder, rows, prefix, config, params))
     axes = ffn_axes(embed, config.expert_intermediate_size)
 
     def expert(name: str) -> Value:
+        if isinstance(config, GptOssConfig):
+            width = config.intermediate_size
+            return params.turned_expert(prefix, name, builder.loc, embed, width, experts)
         return params.expert(prefix, name, builder.loc, axes[name], experts)
 
     out = finish(
@@ -124,5 +135,15 @@ def _sparse(
     width = config.shared_expert_intermediate_size
     shared_prefix = prefix + params.names.sparse + params.names.shared
     shared = _dense(builder, x, shared_prefix, width, config, params)
+    if not config.shared_gate:
+        return builder.add(out, shared)
     gate = params.shared_gate(prefix, builder.loc, embed=embed)
     return builder.add(out, emit_shared_gate(builder, x, gate, shared))
+
+
+def _router_shift(prefix: str, loc: str, config: MoeConfig, params: Parameters) -> Value | None:
+    """Return what a family adds to the router's logits, ``[expert]``, if anything."""
+    if not isinstance(config, GptOssConfig) or config.plain:
+        return None
+    name = f"{prefix}{params.names.sparse}{params.names.router.removesuffix('weight')}bias"
+    return params.plain(name, loc, expert=config.num_experts)

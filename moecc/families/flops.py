@@ -67,7 +67,9 @@ def _lengths(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
 def _work(node: Node, lengths: Mapping[str, int]) -> float:
     """Return two for each multiplication of a contraction, of one sequence."""
     rows = rows_of(node.operands)
-    sizes = {axis.name: axis.size for v in node.operands for axis in v.type}
+    # Along an axis that windows run along, the places of the result count.
+    values = (*node.operands, node.result)
+    sizes = {axis.name: axis.size for v in values for axis in v.type}
     if rows is None:
         return 2.0 * prod(_size(name, size, lengths) for name, size in sizes.items())
     inner = (s for n, s in sizes.items() if n not in ("group", "expert", "slot"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moecc.families.attention import KV_SEQ, Rotation, as_keys, rope_tables, rotated
+from moecc.families.attention import Rotation, rope_tables, rotated
+from moecc.families.blocks import Blocks
 from moecc.families.configs import GptConfig
-from moecc.families.feedforward import ACTIVATION_OPS
 from moecc.families.names import names_of
 from moecc.families.parameters import DtypeOf, Parameters, float32_of
 from moecc.ir.builder import Builder
@@ -91,17 +91,19 @@ def build_gpt(
     attrs = {"family": config.model_type, "config": config.to_json(), "checkpoint": checkpoint}
     graph = Graph(config.model_type, attrs)
     params = Parameters(graph, names_of(config.model_type), dtype_of or float32_of)
-    decoder = _Gpt(Builder(graph), config, params, GPT_NAMES[config.model_type])
+    names = GPT_NAMES[config.model_type]
+    blocks = Blocks(Builder(graph), params, config.layer_norm_eps, inputs_first=names.inputs_first)
+    decoder = _Gpt(blocks, config, names)
     tokens = graph.input("tokens", tensor(I32, batch=batch, seq=seq))
     with decoder.builder.at("embed"):
         positions = decoder.builder.positions(tokens, axis="seq", name="positions")
         hidden = decoder.embed(tokens, positions)
         rotation = decoder.rotation(positions)
-        seen = decoder.builder.causal(positions, as_keys(decoder.builder, positions), name="causal")
+        seen = blocks.builder.causal(positions, blocks.as_keys(positions), name="causal")
     for layer in range(config.num_hidden_layers):
         hidden = decoder.layer(hidden, layer, rotation, seen)
     with decoder.builder.at("norm"):
-        hidden = decoder.norm(hidden, decoder.names.final_norm)
+        hidden = blocks.norm(hidden, names.final_norm)
     with decoder.builder.at("head"):
         graph.set_output("logits", decoder.logits(hidden))
     return graph
@@ -111,10 +113,17 @@ def build_gpt(
 class _Gpt:
     """The parts of the decoder."""
 
-    builder: Builder
+    blocks: Blocks
     config: GptConfig
-    params: Parameters
     names: GptNames
+
+    @property
+    def builder(self) -> Builder:
+        return self.blocks.builder
+
+    @property
+    def params(self) -> Parameters:
+        return self.blocks.params
 
     def embed(self, tokens: Value, positions: Value) -> Value:
         """Emit the embedded tokens, ``[batch, seq, embed]``, with learned positions added."""
@@ -135,32 +144,27 @@ class _Gpt:
 
     def layer(self, hidden: Value, layer: int, rotation: Rotation | None, seen: Value) -> Value:
         """Emit one layer; attention and feed-forward block may read the same value."""
-        builder, prefix = self.builder, self.names.layer.format(layer=layer)
-        first, second = (f"{prefix}{name}" for name in self.names.norms)
+        builder, blocks, names = self.builder, self.blocks, self.names
+        prefix, config = names.layer.format(layer=layer), self.config
+        first, second = (f"{prefix}{name}" for name in names.norms)
         with builder.at(f"layers.{layer}.attention"):
-            x = self.norm(hidden, first)
-            found = self._attention(x, prefix, layer, rotation, seen)
+            found = self._attention(blocks.norm(hidden, first), prefix, layer, rotation, seen)
             after = builder.add(hidden, found, name="hidden")
         with builder.at(f"layers.{layer}.ffn"):
-            x = self.norm(hidden if self.config.parallel_residual else after, second)
-            return builder.add(after, self._ffn(x, prefix), name="hidden")
-
-    def norm(self, x: Value, name: str) -> Value:
-        """Emit the norm with the parameters of `name`."""
-        loc, embed = self.builder.loc, self.config.hidden_size
-        scale = self.params.plain(f"{name}.weight", loc, embed=embed)
-        bias = self.params.plain(f"{name}.bias", loc, embed=embed)
-        eps = self.config.layer_norm_eps
-        return self.builder.layer_norm(x, scale, bias, axis="embed", eps=eps, name="norm")
+            x = blocks.norm(hidden if config.parallel_residual else after, second)
+            up, down = f"{prefix}{names.up}", f"{prefix}{names.down}"
+            made = blocks.two_layers(x, up, down, config.hidden_act, config.intermediate_size)
+            return builder.add(after, made, name="hidden")
 
     def logits(self, hidden: Value) -> Value:
         """Emit the logits of the normalised `hidden`."""
+        return self.builder.contract(hidden, self._head(), over="embed", name="logits")
+
+    def _head(self) -> Value:
+        if self.config.tie_word_embeddings:
+            return self._embedding()
         axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
-        tied = self.config.tie_word_embeddings
-        head = (
-            self._embedding() if tied else self.params.plain(self.params.names.head, "head", **axes)
-        )
-        return self.builder.contract(hidden, head, over="embed", name="logits")
+        return self.params.plain(self.params.names.head, "head", **axes)
 
     def _embedding(self) -> Value:
         axes = {"vocab": self.config.vocab_size, "embed": self.config.hidden_size}
@@ -169,29 +173,24 @@ class _Gpt:
     def _attention(
         self, x: Value, prefix: str, layer: int, rotation: Rotation | None, seen: Value
     ) -> Value:
-        builder, config = self.builder, self.config
+        builder, blocks, config = self.builder, self.blocks, self.config
         query, key, value = (self._heads(x, f"{prefix}{self.names.qkv}", n) for n in range(3))
         query = rotated(builder, query, rotation, config.head_dim)
-        key = as_keys(builder, rotated(builder, key, rotation, config.head_dim))
-        scores = builder.contract(query, key, over="head_dim", name="scores")
-        scores = builder.scale(scores, by=config.score_scale(layer))
-        weights = builder.softmax(builder.mask(scores, seen), axis=KV_SEQ, name="weights")
-        mixed = builder.contract(weights, as_keys(builder, value), over=KV_SEQ, name="mixed")
-        merged = builder.merge(mixed, axes=("head", "head_dim"), into="q")
-        name = f"{prefix}{self.names.output}"
-        return self._linear(merged, name, "embed", config.hidden_size, "q", config.attention_bias)
+        key = blocks.as_keys(rotated(builder, key, rotation, config.head_dim))
+        scale, value = config.score_scale(layer), blocks.as_keys(value)
+        mixed = blocks.attend(query, key, value, scale, masks=(seen,))
+        name, to = f"{prefix}{self.names.output}", ("embed", config.hidden_size)
+        return blocks.linear(mixed, name, to, "q", has_bias=config.attention_bias)
 
     def _heads(self, x: Value, name: str, part: int) -> Value:
         """Emit queries, keys or values by head, from their part of the fused projection."""
         config, builder = self.config, self.builder
         axis, width = ("q" if part == 0 else "kv"), config.hidden_size
-        sizes = {axis: width, "embed": width}
-        weight = self._part(name, "weight", part, self._stored(sizes))
-        y = builder.contract(x, weight, over="embed", name=_PARTS[part])
+        axes = self.blocks.stored({axis: width, "embed": width})
+        y = builder.contract(x, self._part(name, "weight", part, axes), over="embed")
         if config.attention_bias:
             y = builder.add(y, self._part(name, "bias", part, {axis: width}))
-        into = (("head", config.num_attention_heads), ("head_dim", config.head_dim))
-        return builder.split(y, axis=axis, into=into)
+        return self.blocks.split(y, axis, (config.num_attention_heads, config.head_dim))
 
     def _part(self, name: str, kind: str, part: int, axes: dict[str, int]) -> Value:
         own = f"{name}.{_PARTS[part]}.{kind}"
@@ -200,31 +199,5 @@ class _Gpt:
             heads = (self.config.num_attention_heads, self.config.head_dim)
             return self.params.head_part(own, f"{name}.{kind}", loc, (part, 3), heads, axes, cut)
         width = self.config.hidden_size
-        return self.params.part(
-            own, f"{name}.{kind}", loc, part * width, ("qkv", 3 * width), axes, cut
-        )
-
-    def _ffn(self, x: Value, prefix: str) -> Value:
-        width, embed = self.config.intermediate_size, self.config.hidden_size
-        inner = self._linear(x, f"{prefix}{self.names.up}", "mlp", width, "embed")
-        inner = self.builder.node(ACTIVATION_OPS[self.config.hidden_act], inner).result
-        return self._linear(inner, f"{prefix}{self.names.down}", "embed", embed, "mlp")
-
-    def _linear(
-        self, x: Value, name: str, to: str, width: int, over: str, has_bias: bool = True
-    ) -> Value:
-        """Emit a product over the axis `over` and a bias."""
-        size = x.type[over].size
-        assert isinstance(size, int), "the width of a model is known"
-        axes = self._stored({to: width, over: size})
-        weight = self.params.plain(f"{name}.weight", self.builder.loc, **axes)
-        y = self.builder.contract(x, weight, over=over)
-        if not has_bias:
-            return y
-        return self.builder.add(
-            y, self.params.plain(f"{name}.bias", self.builder.loc, **{to: width})
-        )
-
-    def _stored(self, axes: dict[str, int]) -> dict[str, int]:
-        """Return the axes of a matrix in their order on disk."""
-        return dict(reversed(axes.items())) if self.names.inputs_first else axes
+        whole = ("qkv", 3 * width)
+        return self.params.part(own, f"{name}.{kind}", loc, part * width, whole, axes, cut)

@@ -92,10 +92,14 @@ def graph_tensors(graph: Graph) -> dict[str, Expr]:
 def vocabulary_of(graph: Graph) -> int:
     """Return the number of token ids: the size of the axis ``vocab`` of some parameter.
 
+    It is 0 of a graph that takes no integers.
+
     Raises:
-      InputError: no parameter has one.
+      InputError: no parameter has one, and the graph takes integers.
     """
     for value in graph.params.values():
         if "vocab" in value.type and isinstance(value.type["vocab"].size, int):
             return int(value.type["vocab"].size)
+    if not any(value.type.dtype.kind == "int" for value in graph.inputs.values()):
+        return 0
     raise InputError("the graph has no parameter with an axis vocab, so it knows no tokens")

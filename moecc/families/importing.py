@@ -10,7 +10,6 @@ from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError, Problem, nearest, printable
 from moecc.families.building import build_model
 from moecc.families.configs import (
-    BertConfig,
     ModelConfig,
     MoeConfig,
     StMoeConfig,
@@ -30,13 +29,14 @@ _EXPERT = re.compile(r"(.+\.experts\.)(?:expert_)?\d{1,6}(\.\w+\.weight)", re.DO
 _IDLE = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids"
     r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+    r"|(\w+\.)?embeddings\.mask_token"
     r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
     r"|gpt_neox\.layers\.\d+\.attention\.(masked_)?bias",
     re.DOTALL,
 )
 """Buffers, and a table that T5 stored and never used."""
 
-_POOLER = re.compile(r"pooler\.dense\.(weight|bias)")
+_POOLER = re.compile(r"(\w+\.)?pooler\.dense\.(weight|bias)")
 """Tensors that hidden states do not depend on."""
 
 _BIAS_KEYS = {"self_attn": "attention_bias (qkv_bias in qwen2_moe)", "mlp": "mlp_bias"}
@@ -123,9 +123,10 @@ def _layout(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str:
         return "stacked"
     if not isinstance(config, MoeConfig):
         return "experts"
-    if any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors):
-        return "fused"
     names = names_of(config.model_type)
+    usual = f"{names.sparse}{names.expert_gate_up}" == FUSED_GATE_UP
+    if not usual and any(name.endswith(f".{FUSED_GATE_UP}") for name in tensors):
+        return "fused"
     stacked = f"{names.sparse}{names.stack}{names.down}.weight"
     return "stacked" if any(name.endswith(f".{stacked}") for name in tensors) else "experts"
 
@@ -185,7 +186,7 @@ def _problems(
 
 def _left_out(name: str, config: ModelConfig) -> bool:
     """Whether a family's checkpoints may hold a tensor that is not part of its graph."""
-    is_pooler = isinstance(config, BertConfig) and _POOLER.fullmatch(name) is not None
+    is_pooler = config.has_pooler and _POOLER.fullmatch(name) is not None
     return is_pooler or _IDLE.fullmatch(name) is not None
 
 

@@ -26,6 +26,11 @@ def either(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
+def both(names: Sequence[str]) -> str:
+    """Return `names`, of which there is at least one, together: a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 def capped(problems: Iterable[Problem], rest: str, most: int = MOST_PER_KIND) -> Iterator[Problem]:
     """Yield the first problems, and one that counts the others: "7 more " and `rest`."""
     more = 0

@@ -7,7 +7,6 @@ one tensor, and those names are the same in every family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 
@@ -16,7 +15,7 @@ class TensorNames:
     """The names of a model's tensors; a layer's are relative to `layer`.
 
     Attributes:
-      embedding: the token embedding, ``[vocab, embed]``.
+      embedding: the token embedding, ``[vocab, embed]``; of images, the token of the whole.
       final_norm: the scale of the last norm.
       head: the output matrix, if it is not the embedding.
       layer: the prefix of a layer's tensors.
@@ -32,6 +31,12 @@ class TensorNames:
       copies: further names of the embedding, which some files contain and transformers may expect.
       shared: the prefix of a shared expert, after `sparse`.
       shared_gate: the shared expert's gate, ``[1, embed]``, after `sparse`.
+      routing_bias: the bias in the choice of experts, ``[expert]``, after `sparse`.
+      routing_bias_rows: whether that has a first axis of size 1 on disk.
+      expert_gate_up, expert_down: tensors of all experts of a layer, gate and up in one, after
+        `sparse`; empty if every expert has its own.
+      pairs_neighbours: whether rows of queries and keys are ordered on disk so that the rotary
+        embedding rotates neighbours.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -52,6 +57,11 @@ class TensorNames:
     qkv: str = ""
     gate_up: str = ""
     copies: tuple[str, ...] = ()
+    routing_bias: str = "gate.e_score_correction_bias"
+    routing_bias_rows: bool = False
+    expert_gate_up: str = ""
+    expert_down: str = ""
+    pairs_neighbours: bool = False
 
     def matrix(self, name: str, is_gated: bool = True) -> str:
         """Return the name of the matrix ``gate``, ``up`` or ``down`` of an expert."""
@@ -81,15 +91,41 @@ _T5 = TensorNames(
     copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
 )
 
-NAMES: Mapping[str, TensorNames] = {
+_BERT = TensorNames(embedding="embeddings.word_embeddings.weight")
+
+NAMES: dict[str, TensorNames] = {
     "mixtral": TensorNames(sparse="block_sparse_moe.", gate="w1", up="w3", down="w2"),
+    "granitemoe": TensorNames(
+        sparse="block_sparse_moe.",
+        router="router.layer.weight",
+        expert_gate_up="input_linear.weight",
+        expert_down="output_linear.weight",
+    ),
+    "glm4_moe": TensorNames(shared="shared_experts."),
+    "gpt_oss": TensorNames(
+        router="router.weight",
+        expert_gate_up="experts.gate_up_proj",
+        expert_down="experts.down_proj",
+    ),
+    "phimoe": TensorNames(sparse="block_sparse_moe.", gate="w1", up="w3", down="w2"),
+    "ernie4_5_moe": TensorNames(
+        shared="shared_experts.",
+        routing_bias="moe_statics.e_score_correction_bias",
+        routing_bias_rows=True,
+        pairs_neighbours=True,
+    ),
     "t5": _T5,
     "switch_transformers": replace(_T5, dense="mlp."),
     "st_moe": replace(_T5, dense="mlp."),
     "phi3": TensorNames(qkv="qkv_proj", gate_up="gate_up_proj"),
     "gpt2": TensorNames(embedding="transformer.wte.weight"),
     "gpt_neox": TensorNames(embedding="gpt_neox.embed_in.weight", head="embed_out.weight"),
-    "bert": TensorNames(embedding="embeddings.word_embeddings.weight"),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "mpnet": _BERT,
+    "vit": TensorNames(embedding="embeddings.cls_token"),
+    "dinov2": TensorNames(embedding="embeddings.cls_token"),
+    "whisper": TensorNames(embedding="model.decoder.embed_tokens.weight", head="proj_out.weight"),
 }
 """The tables by model type; a family not listed has the default names."""
 

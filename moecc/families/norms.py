@@ -1,4 +1,4 @@
-"""The norm of decoders: its scale is the parameter, or one more than it."""
+"""The norms of decoders: RMS norms, of one parameter or one more than it, and layer norms."""
 
 from __future__ import annotations
 

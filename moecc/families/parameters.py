@@ -14,7 +14,7 @@ from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import F32, DType
 from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Source
-from moecc.weights.movement import Index, Merge, Rename, Slice, Split, Stack
+from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split, Stack
 
 DtypeOf = Callable[[str], DType]
 """Maps the name of a tensor to its element type on disk."""
@@ -86,6 +86,13 @@ class Parameters:
         read: Expr = Slice(source, along, at, at + axes[own])
         return self._param(name, loc, axes, read if along == own else Rename(read, along, own))
 
+    def without_axis(self, name: str, loc: str, axis: str, **axes: int) -> Value:
+        """Return the tensor `name` without its first axis, which has size 1 on disk."""
+        if name in self.graph.params:
+            return self.graph.params[name]
+        read = Index(self._source(name, **{axis: 1}, **axes), axis, 0)
+        return self._param(name, loc, axes, read)
+
     def head_part(
         self,
         name: str,
@@ -128,6 +135,36 @@ class Parameters:
         read = Index(self._source(name, shared=1, embed=embed), "shared", 0)
         return self._param(name, loc, {"embed": embed}, read)
 
+    def routing_bias(self, layer: str, loc: str, *, expert: int) -> Value:
+        """Return the bias in the choice of experts, ``[expert]``."""
+        name = f"{layer}{self.names.sparse}{self.names.routing_bias}"
+        if not self.names.routing_bias_rows:
+            return self.plain(name, loc, expert=expert)
+        read = Index(self._source(name, row=1, expert=expert), "row", 0)
+        return self._param(name, loc, {"expert": expert}, read)
+
+    def turned(self, name: str, loc: str, heads: int, head_dim: int, axes: dict[str, int]) -> Value:
+        """Return a projection to heads of which the first half is rotated with the second.
+
+        Args:
+          name: the name of the tensor.
+          loc: the location in the model.
+          heads: the number of heads.
+          head_dim: their width.
+          axes: the axes of the parameter, that of the heads first.
+        """
+        if not self.names.pairs_neighbours:
+            return self.plain(name, loc, **axes)
+        rows, *others = axes
+        split = Split(
+            self._source(name, **axes), rows,
+            (("head", heads), ("pair", head_dim // 2), ("half", 2)),
+        )  # fmt: skip
+        read = Merge(
+            Permute(split, ("head", "half", "pair", *others)), ("head", "half", "pair"), rows
+        )
+        return self._param(name, loc, axes, read)
+
     def expert(
         self, layer: str, matrix: str, loc: str, axes: dict[str, int], experts: int
     ) -> Value:
@@ -141,11 +178,56 @@ class Parameters:
           experts: the number of experts.
         """
         word = self.names.matrix(matrix)
-        if self.layout != "fused":
+        own = self.layout == "experts" and self.names.expert_gate_up
+        if self.layout != "fused" and not own:
             return self.expert_matrix(layer, word, loc, axes, experts)
         read = self._fused(layer, matrix, experts, axes)
         name = f"{layer}{self.names.sparse}{self.names.stack}{word}.weight"
         return self._param(name, loc, {"expert": experts, **axes}, read)
+
+    def turned_expert(
+        self, layer: str, matrix: str, loc: str, embed: int, mlp: int, experts: int
+    ) -> Value:
+        """Return a matrix of all experts of a gpt_oss, inputs first on disk.
+
+        Gate and up are one tensor there, in turns.
+
+        Args:
+          layer: the prefix of the layer's tensors.
+          matrix: ``gate``, ``up`` or ``down``.
+          loc: the location in the model.
+          embed: the model's width.
+          mlp: the experts' width.
+          experts: their number.
+        """
+        prefix, names = f"{layer}{self.names.sparse}", self.names
+        name = f"{prefix}{names.stack}{names.matrix(matrix)}.weight"
+        if matrix == "down":
+            axes = {"expert": experts, "embed": embed, "mlp": mlp}
+            source = self._source(prefix + names.expert_down, expert=experts, mlp=mlp, embed=embed)
+            return self._param(name, loc, axes, Permute(source, tuple(axes)))
+        axes = {"expert": experts, "mlp": mlp, "embed": embed}
+        both = self._source(
+            prefix + names.expert_gate_up, expert=experts, embed=embed, gate_up=2 * mlp
+        )
+        turns = Split(both, "gate_up", (("mlp", mlp), ("turn", 2)))
+        one = Index(turns, "turn", 0 if matrix == "gate" else 1)
+        return self._param(name, loc, axes, Permute(one, tuple(axes)))
+
+    def turned_expert_bias(
+        self, layer: str, matrix: str, loc: str, embed: int, mlp: int, experts: int
+    ) -> Value:
+        """Return a bias of all experts of a gpt_oss; arguments as for `turned_expert`."""
+        prefix, names = f"{layer}{self.names.sparse}", self.names
+        name = f"{prefix}{names.stack}{names.matrix(matrix)}.bias"
+        if matrix == "down":
+            axes = {"expert": experts, "embed": embed}
+            source = self._source(f"{prefix}{names.expert_down}_bias", **axes)
+            return self._param(name, loc, axes, source)
+        both = self._source(f"{prefix}{names.expert_gate_up}_bias", expert=experts, gate_up=2 * mlp)
+        turns = Split(both, "gate_up", (("mlp", mlp), ("turn", 2)))
+        one = Index(turns, "turn", 0 if matrix == "gate" else 1)
+        return self._param(name, loc, {"expert": experts, "mlp": mlp}, one)
 
     def expert_matrix(
         self, layer: str, word: str, loc: str, axes: dict[str, int], experts: int
@@ -160,14 +242,21 @@ class Parameters:
         return self._param(name, loc, whole, read)
 
     def _stacked(self, name: str, experts: int, axes: dict[str, int]) -> Expr:
-        parts = tuple(self._source(name.format(expert=e), **axes) for e in range(experts))
-        return Stack(parts, "expert")
+        names = [name.format(expert=e) for e in range(experts)]
+        dtypes = [self.dtype_of(each) for each in names]
+        types = {dtype: tensor(dtype, **axes) for dtype in set(dtypes)}
+        parts = (Source(n, types[d]) for n, d in zip(names, dtypes, strict=True))
+        return Stack(tuple(parts), "expert")
 
     def _fused(self, layer: str, matrix: str, experts: int, axes: dict[str, int]) -> Expr:
+        prefix, names = f"{layer}{self.names.sparse}", self.names
+        own = self.layout == "experts"
+        down = prefix + names.expert_down if own else layer + FUSED_DOWN
+        gate_up = prefix + names.expert_gate_up if own else layer + FUSED_GATE_UP
         if matrix == "down":
-            return self._source(layer + FUSED_DOWN, expert=experts, **axes)
+            return self._source(down, expert=experts, **axes)
         width = axes["mlp"]
-        both = self._source(layer + FUSED_GATE_UP, expert=experts, **{**axes, "mlp": 2 * width})
+        both = self._source(gate_up, expert=experts, **{**axes, "mlp": 2 * width})
         return (
             Slice(both, "mlp", 0, width)
             if matrix == "gate"

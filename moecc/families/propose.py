@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.families.configs import (
@@ -18,14 +18,21 @@ from moecc.families.configs import (
 )
 from moecc.families.experts import ExpertLayer, expert_layers, layer_number
 from moecc.families.graph_layout import FAMILY, graph_config
-from moecc.families.listing import either, ranges
+from moecc.families.listing import both, either, ranges
 from moecc.families.propose_encdec import encdec_fields, in_stacks
 from moecc.ir.graph import Graph
+from moecc.support.untyped import JsonDict
 
 Config = TypeVar("Config", bound=ModelConfig)
 
 Layers = Mapping[int, ExpertLayer]
 """Expert layers by their number; the other layers are dense."""
+
+
+MIXTURES: Mapping[str, type[MoeConfig]] = {
+    name: family for name, family in DECODERS.items() if issubclass(family, MoeConfig)
+}
+"""The decoder-only families with experts."""
 
 
 def targets() -> tuple[str, ...]:
@@ -141,7 +148,7 @@ def _try(source: DecoderConfig, layers: Layers, target: str) -> DecoderConfig | 
 
 
 def _construct(
-    family: type[Config], fields: dict[str, Any], reasons: list[Problem]
+    family: type[Config], fields: JsonDict, reasons: list[Problem]
 ) -> Config | list[Problem]:
     try:
         config = family(**fields)
@@ -186,17 +193,19 @@ def _sparse_reasons(
 
 def _layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Problem]:
     target = family.model_type
-    conventions = _conventions(family)
+    conventions = family.conventions()
     if layer.gates not in conventions:
         what = f"{target} cannot express {layer.gates} gates"
-        hint = None
-        if layer.gates == "softmax":
-            hint = "qwen2_moe and qwen3_moe express them with norm_topk_prob false"
+        able = [n for n, f in MIXTURES.items() if layer.gates in f.conventions() and n != target]
+        hint = f"{either(able)} can express them" if able else None
         yield Problem(what, expected=" or ".join(conventions), found=layer.gates, hint=hint)
-    if layer.scale != 1:
+    if layer.scale != 1 and not family.has_gate_scale:
         what = f"{target} has no factor on the gates"
         hint = "upcycle with gate-scale=1, or scale the experts' last matrix instead"
         yield Problem(what, expected="1", found=f"{layer.scale:g}", hint=hint)
+    if layer.bias and not family.has_routing_bias:
+        what = f"{target} has no bias in the choice of experts"
+        yield Problem(what, hint="upcycle with balance-bias=false")
     if layer.slots != "ragged":
         what = f"{target} computes every choice; it has no capacity"
         yield Problem(what, expected="slots=ragged", found=f"slots={layer.slots}")
@@ -210,23 +219,22 @@ def _layer_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Prob
     yield from _shared_reasons(layer, family)
 
 
-def _conventions(family: type[MoeConfig]) -> tuple[str, ...]:
-    """Return the gate conventions that a family supports."""
-    return ("renormalised",) if family.model_type == "mixtral" else ("renormalised", "softmax")
-
-
 def _shared_reasons(layer: ExpertLayer, family: type[MoeConfig]) -> Iterator[Problem]:
     target = family.model_type
-    if family.has_shared_expert and not layer.shared:
+    if family.has_shared_expert and not layer.shared and not family.shared_is_optional:
         what = f"{target} has a shared expert in every sparse layer, and there is none"
-        hint = "keep a part of the neurons for every token: upcycle{… shared=0.5}"
+        gate = "" if family.shared_gate else " shared-gate=none"
+        hint = f"keep a part of the neurons for every token: upcycle{{… shared=0.5{gate}}}"
         yield Problem(what, hint=hint)
     elif layer.shared and not family.has_shared_expert:
         what = f"{target} has no shared expert"
-        hint = "upcycle without shared, or write qwen2_moe"
+        able = [n for n, f in MIXTURES.items() if f.has_shared_expert]
+        hint = f"upcycle without shared, or write {either(able)}"
         yield Problem(what, found=f"one of {layer.shared} neurons", hint=hint)
-    elif layer.shared and not layer.shared_gate:
-        yield Problem(f"the shared expert of {target} has a sigmoid gate")
+    elif layer.shared and layer.shared_gate != family.shared_gate:
+        has, given = ("a", "sigmoid") if family.shared_gate else ("no", "none")
+        what = f"the shared expert of {target} has {has} sigmoid gate"
+        yield Problem(what, hint=f"upcycle with shared-gate={given}")
 
 
 def _pattern_reasons(
@@ -240,11 +248,15 @@ def _pattern_reasons(
             expected=f"{source.num_hidden_layers} layers",
             found=found,
         )
-    dense = [n for n in range(source.num_hidden_layers) if n not in layers]
-    if dense and family.model_type == "mixtral":
-        what = f"mixtral has an expert layer at every depth; layers {ranges(dense)} here are dense"
-        hint = "qwen2_moe and qwen3_moe can express that with mlp_only_layers"
-        yield Problem(what, hint=hint)
+    target, dense = family.model_type, _dense_layers(source, layers)
+    if dense and family.sparse_style == "all":
+        what = f"{target} has an expert layer at every depth; layers {ranges(dense)} here are dense"
+        able = [n for n, f in MIXTURES.items() if f.sparse_style == "step"]
+        yield Problem(what, hint=f"{both(able)} can express that with mlp_only_layers")
+
+
+def _dense_layers(source: DecoderConfig, layers: Layers) -> list[int]:
+    return [n for n in range(source.num_hidden_layers) if n not in layers]
 
 
 def _sparse_fields(
@@ -254,20 +266,30 @@ def _sparse_fields(
     layer = next(iter(layers.values()), ExpertLayer("", 1, 1))
     width = layer.width or 1
     fields = source.common()
-    if family.model_type == "mixtral":
-        fields |= {"intermediate_size": width, "norm_topk_prob": True}
-    else:
-        fields |= {"norm_topk_prob": layer.gates != "softmax", **_pattern(source, layers)}
-    shared = (layer.shared or 1) if family.has_shared_expert else None
+    if not family.has_expert_width:
+        fields["intermediate_size"] = width
+    if family.sparse_style != "all":
+        fields |= _pattern(source, layers)
+    shared = layer.shared or (None if family.shared_is_optional else width)
     fields |= {
+        "norm_topk_prob": _is_renormalised(layer, family),
+        "gate_scale": layer.scale if family.has_gate_scale else 1.0,
+        "routing_bias": layer.bias and family.has_routing_bias,
         "num_experts": layer.experts,
         "experts_per_token": layer.top_k,
         "expert_intermediate_size": width,
-        "shared_expert_intermediate_size": shared,
+        "shared_expert_intermediate_size": shared if family.has_shared_expert else None,
     }
     if isinstance(source, MoeConfig):
         fields |= _training_fields(source, family)
-    return fields
+    own = source.own_fields() if isinstance(source, family) else family.from_others()
+    return fields | own
+
+
+def _is_renormalised(layer: ExpertLayer, family: type[MoeConfig]) -> bool:
+    if family.renormalises is not None:
+        return family.renormalises
+    return layer.gates not in ("softmax", "sigmoid")
 
 
 def _training_fields(source: MoeConfig, family: type[MoeConfig]) -> dict[str, object]:

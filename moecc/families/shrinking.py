@@ -7,11 +7,14 @@ factors, so that divisors of it (a granularity, a mesh) still divide it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import lcm
+from typing import Any
 
 from moecc.errors import InputError
 from moecc.families.configs import (
+    STACKS,
     BertConfig,
     DecoderConfig,
     EncDecConfig,
@@ -19,15 +22,21 @@ from moecc.families.configs import (
     GptNeoXConfig,
     ModelConfig,
     MoeConfig,
+    VisionConfig,
+    WhisperConfig,
 )
+from moecc.support.untyped import JsonDict
 
 MOST_VOCAB = 64
 MOST_MLP = 96
+MOST_SHARED = 2
 MOST_EXPERT = 32
 MOST_NEURONS = 1024
 """The limit on the neurons of all experts of a layer together, if there are many experts."""
 MOST_HEADS = 3
 MOST_HEAD_DIM = 8
+MOST_PATCH = 4
+MOST_PATCHES = 3
 SMALL_WINDOW = 3
 """Less than a short test sequence, so that a window has an effect."""
 
@@ -69,15 +78,9 @@ def shrink_config(config: ModelConfig) -> ModelConfig:
     Raises:
       InputError: the config holds a graph, whose sizes only its own constraints determine.
     """
-    match config:
-        case DecoderConfig():
-            return _shrink_decoder(config)
-        case EncDecConfig():
-            return _shrink_encdec(config)
-        case BertConfig():
-            return _shrink_bert(config)
-        case GptConfig():
-            return _shrink_gpt(config)
+    shrink = next((SHRINKERS[c] for c in type(config).__mro__ if c in SHRINKERS), None)
+    if shrink is not None:
+        return shrink(config)
     raise InputError("the config holds no sizes")
 
 
@@ -95,13 +98,14 @@ def _shrink_encdec(config: EncDecConfig) -> EncDecConfig:
 
 def _shrink_bert(config: BertConfig) -> BertConfig:
     heads = shrink_size(config.num_attention_heads, MOST_HEADS)
+    positions = config.max_position_embeddings - config.position_offset
     return replace(
         config,
         vocab_size=shrink_size(config.vocab_size, MOST_VOCAB),
         hidden_size=heads * shrink_size(config.head_dim, MOST_HEAD_DIM),
         num_attention_heads=heads,
         intermediate_size=shrink_size(config.intermediate_size, MOST_MLP),
-        max_position_embeddings=shrink_size(config.max_position_embeddings, MOST_VOCAB),
+        max_position_embeddings=shrink_size(positions, MOST_VOCAB) + config.position_offset,
         extra={**config.extra, "pad_token_id": None},
     )
 
@@ -109,7 +113,7 @@ def _shrink_bert(config: BertConfig) -> BertConfig:
 def _shrink_gpt(config: GptConfig) -> GptConfig:
     heads = shrink_size(config.num_attention_heads, MOST_HEADS)
     head_dim = shrink_size(config.head_dim, MOST_HEAD_DIM)
-    small: dict[str, object] = {
+    small: JsonDict = {
         "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
         "hidden_size": heads * head_dim,
         "num_attention_heads": heads,
@@ -119,7 +123,40 @@ def _shrink_gpt(config: GptConfig) -> GptConfig:
     }
     if isinstance(config, GptNeoXConfig):
         small["rotary_dim"] = _rotated(config.rotary_dim, config.head_dim, head_dim)
-    return replace(config, **small)  # type: ignore[arg-type]
+    return replace(config, **small)
+
+
+def _shrink_vision(config: VisionConfig) -> VisionConfig:
+    heads = shrink_size(config.num_attention_heads, MOST_HEADS)
+    side = shrink_size(config.patch_size, MOST_PATCH)
+    small: JsonDict = {
+        "hidden_size": heads * shrink_size(config.head_dim, MOST_HEAD_DIM),
+        "num_attention_heads": heads,
+        "intermediate_size": shrink_size(config.intermediate_size, MOST_MLP),
+        "patch_size": side,
+        "image_size": tuple(
+            side * shrink_size(n // config.patch_size, MOST_PATCHES) for n in config.image_size
+        ),
+    }
+    return replace(config, **small)
+
+
+def _shrink_whisper(config: WhisperConfig) -> WhisperConfig:
+    encoder, decoder = (shrink_size(config.heads(s)[0], MOST_HEADS) for s in STACKS)
+    width = shrink_size(config.heads("encoder")[1], MOST_HEAD_DIM)
+    return replace(
+        config,
+        vocab_size=shrink_size(config.vocab_size, MOST_VOCAB),
+        d_model=lcm(encoder, decoder) * width,
+        encoder_attention_heads=encoder,
+        decoder_attention_heads=decoder,
+        encoder_ffn_dim=shrink_size(config.encoder_ffn_dim, MOST_MLP),
+        decoder_ffn_dim=shrink_size(config.decoder_ffn_dim, MOST_MLP),
+        num_mel_bins=shrink_size(config.num_mel_bins, MOST_HEAD_DIM),
+        max_source_positions=shrink_size(config.max_source_positions, MOST_HEAD_DIM),
+        max_target_positions=shrink_size(config.max_target_positions, MOST_VOCAB),
+        extra={**config.extra, "pad_token_id": None},
+    )
 
 
 def _rotated(rotary_dim: int, head_dim: int, small: int) -> int:
@@ -133,7 +170,7 @@ def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
     heads = kv_heads * shrink_size(groups, MOST_HEADS)
     head_dim = shrink_size(config.head_dim, MOST_HEAD_DIM)
     width = config.num_attention_heads * config.head_dim
-    changes: dict[str, object] = {
+    changes: JsonDict = {
         "vocab_size": shrink_size(config.vocab_size, MOST_VOCAB),
         # Whether the heads together have the model's width depends on the family.
         "hidden_size": heads * head_dim * (1 if width == config.hidden_size else 2),
@@ -147,7 +184,7 @@ def _shrink_decoder(config: DecoderConfig) -> DecoderConfig:
     }
     if isinstance(config, MoeConfig):
         changes.update(_expert_sizes(config))
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(config, **changes)
 
 
 def _rotary_sizes(config: DecoderConfig, head_dim: int) -> dict[str, object]:
@@ -168,8 +205,21 @@ def _expert_sizes(config: MoeConfig) -> dict[str, object]:
     shared = config.shared_expert_intermediate_size
     sizes: dict[str, object] = {"expert_intermediate_size": width}
     if shared is not None:
-        sizes["shared_expert_intermediate_size"] = shrink_size(shared, MOST_MLP)
+        counted = min(shared // config.expert_intermediate_size, MOST_SHARED) * width
+        free = shrink_size(shared, MOST_MLP)
+        sizes["shared_expert_intermediate_size"] = counted if config.shared_count_key else free
     if config.expert_intermediate_size == config.intermediate_size:
         # In mixtral both are the same number.
         sizes["intermediate_size"] = width
     return sizes
+
+
+SHRINKERS: dict[type[ModelConfig], Callable[[Any], ModelConfig]] = {
+    DecoderConfig: _shrink_decoder,
+    EncDecConfig: _shrink_encdec,
+    BertConfig: _shrink_bert,
+    GptConfig: _shrink_gpt,
+    VisionConfig: _shrink_vision,
+    WhisperConfig: _shrink_whisper,
+}
+"""What makes the sizes of each class of config small, and of those derived from it."""

@@ -8,12 +8,14 @@ name for each tensor; here it becomes that of the file.
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecc.families.configs import ModelConfig
 from moecc.families.names import names_of
 from moecc.ir.graph import Graph
 from moecc.weights.expr import Expr, Source, transform
+
+_OLDER = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,18 @@ class StoredNames:
     Attributes:
       lacking: a prefix that names of the file lack.
       added: a prefix that the base model's names have in the file.
+      older: whether norms have the names that the first of BERT's checkpoints gave them.
     """
 
     lacking: str = ""
     added: str = ""
+    older: bool = False
 
     def __call__(self, name: str) -> str:
         """Return the name in the file of the tensor that the family calls `name`."""
+        for word, before in _OLDER if self.older else ():
+            if name.endswith(word):
+                name = name.removesuffix(word) + before
         return f"{self.added}{name.removeprefix(self.lacking)}"
 
     def is_beside(self, name: str) -> bool:
@@ -56,4 +63,7 @@ def stored_names(config: ModelConfig, tensors: Container[str]) -> StoredNames:
         candidates.append(StoredNames(lacking=config.base_prefix))
     if config.head_prefix:
         candidates.append(StoredNames(added=config.head_prefix))
-    return next((names for names in candidates if names(embedding) in tensors), candidates[0])
+    found = next((names for names in candidates if names(embedding) in tensors), candidates[0])
+    older = replace(found, older=True)
+    norm = "embeddings.LayerNorm.weight"
+    return older if found(norm) not in tensors and older(norm) in tensors else found

@@ -194,6 +194,16 @@ class ContractAttrs(View):
     precision: Precision
 
 
+class ConvolveAttrs(View):
+    """Attributes of ``convolve``."""
+    operations = frozenset({"convolve"})
+    over: tuple[str, ...]
+    along: tuple[str, ...]
+    taps: tuple[str, ...]
+    stride: int
+    padding: int
+
+
 class PointwiseAttrs(View):
     """Attributes of ``pointwise``."""
     operations = frozenset({"pointwise"})
@@ -411,9 +421,8 @@ class ReductionAttrs(View):
 
 class ProductAttrs(View):
     """Attributes of what is a product of matrices: those that all of them have."""
-    operations = frozenset({"contract"})
+    operations = frozenset({"contract", "convolve"})
     over: tuple[str, ...]
-    precision: Precision
 
 
 class ChoosingAttrs(View):

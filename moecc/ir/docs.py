@@ -18,6 +18,7 @@ from moecc.support.generated_docs import GeneratedPart
 GROUPS = (
     ("Arithmetic, selection, constants", "elementwise"),
     ("Products", "contraction"),
+    ("Convolutions", "convolution"),
     ("Reductions and norms", "reduction"),
     ("Axes", "axes"),
     ("Positions and masks", "attention"),

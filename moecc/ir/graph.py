@@ -9,12 +9,13 @@ pass over 50,000 nodes stays linear.  Outputs are the operands of one terminator
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.operand import Region
 from moecc.ir.ops import Attrs, OpDef, op
+from moecc.support.untyped import Json, JsonDict
 from moecc.types.tensor import Extent, TensorType
 from moecc.types.text import check_printable
 
@@ -229,9 +230,9 @@ class Graph(Region):
       node_count: the number of nodes.
     """
 
-    def __init__(self, name: str = "model", attrs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, name: str = "model", attrs: Json | None = None) -> None:
         self.name = name
-        self.attrs: dict[str, Any] = dict(attrs or {})
+        self.attrs: JsonDict = dict(attrs or {})
         self.inputs: dict[str, Value] = {}
         self.params: dict[str, Value] = {}
         self.output_names: list[str] = []

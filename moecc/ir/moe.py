@@ -61,6 +61,7 @@ def emit_routing(
     tokens: tuple[str, ...] = ("batch", "seq"),
     operands: SlotOperands | None = None,
     bias: Value | None = None,
+    shift: Value | None = None,
     **assignment: Unpack[SlotOptions],
 ) -> tuple[Value, Finish]:
     """Route `x` to `experts` experts; return their rows and the function that combines them.
@@ -76,6 +77,7 @@ def emit_routing(
       tokens: the axes of `x` that number tokens, outermost first.
       operands: makes the operands of ``assign_slots`` after the experts: keep, priority, mask.
       bias: ``[expert]``, added for the choice and not for the gates (loss-free balancing).
+      shift: ``[expert]``, added to the logits.
       assignment: further attributes of ``assign_slots``: slots, groups, capacity_factor and so on.
 
     Returns:
@@ -95,6 +97,8 @@ def emit_routing(
             found=str(router_weight.type),
         )
     logits = builder.contract(x, router_weight, over=over, precision="f32", name="router")
+    if shift is not None:
+        logits = builder.add(logits, shift)
     biases = () if bias is None else (bias,)
     chosen, weights = builder.route(
         logits, *biases, top_k=top_k, gates=gates, scale=scale, using=("bias",) if biases else ()

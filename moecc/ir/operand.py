@@ -8,12 +8,13 @@ against these protocols; `moecc.ir.graph` has the classes that implement them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
+from moecc.support.untyped import Json, JsonDict
 from moecc.types.tensor import TensorType
 
-Attrs = Mapping[str, Any]
+Attrs = Json
 """Attributes of a node, complete: every attribute of the table entry has a value."""
 
 
@@ -53,7 +54,7 @@ class Region(ABC):
       attrs: JSON values; the mesh is one of them.
     """
 
-    attrs: dict[str, Any]
+    attrs: JsonDict
 
     @abstractmethod
     def __iter__(self) -> Iterator[Definition]:

@@ -194,6 +194,16 @@ class Operations(ABC):
             "contract", x, w, names=_names(name), over=over, precision=precision
         ).result
 
+    def convolve(
+        self, x: Value, w: Value, /, *, over: Names, along: Names, taps: Names, stride: int = 1,
+        padding: int = 0, name: str | None = None
+    ) -> Value:
+        """The sum over the named axes, and over windows along others, of x · w."""
+        return self.node(
+            "convolve", x, w, names=_names(name), over=over, along=along, taps=taps, stride=stride,
+            padding=padding
+        ).result
+
     def silu(self, x: Value, /, *, name: str | None = None) -> Value:
         """x · sigmoid(x)."""
         return self.node("silu", x, names=_names(name)).result

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
@@ -113,7 +112,7 @@ class Total:
 
     Attributes:
       unit: what is counted: ``token``, or ``group`` or ``sequence`` with a token at least.
-      mask: the input that is true for tokens.
+      mask: the input that is true for tokens, or the output where that is computed.
       groups: of a group: the token groups of a part.
       group_size: of a group: its tokens, in place of their number; 0 for none.
     """
@@ -131,21 +130,25 @@ class Total:
         return f"total.{self.mask}.{self.unit}{many}{size}"
 
     def input_of(self, graph: Graph) -> Value:
-        """Return the input of `graph`, a float32, which is added where it is missing.
-
-        Raises:
-          InputError: what tells padding is no input, of which a batch could be counted.
-        """
-        if self.mask not in graph.inputs:
-            raise InputError(
-                "the padding of a part of a batch must be an input of the graph",
-                found=f"%{self.mask}, which is computed",
-                hint="run.micro_batches = 1 needs no totals",
-            )
+        """Return the input of `graph`, a float32, which is added where it is missing."""
         if self.name in graph.inputs:
             return graph.inputs[self.name]
         graph.attrs.setdefault(TOTALS, {})[self.name] = asdict(self)
         return graph.input(self.name, TensorType(F32))
+
+
+MASK = "mask."
+"""The prefix of outputs that are true for tokens, where a graph computes that of its inputs."""
+
+
+def _mask_name(graph: Graph, mask: Value) -> str:
+    """Return the input that is `mask`, or the output, which is added where it is missing."""
+    if mask.name in graph.inputs:
+        return mask.name
+    name = f"{MASK}{mask.name}"
+    if name not in graph.output_names:
+        graph.set_output(name, mask)
+    return name
 
 
 @dataclass(frozen=True)
@@ -237,11 +240,12 @@ class Means:
         """Return how many units a mean is over: those that the part has, or those of the batch."""
         if self.parts == 1:
             return self.at_least_one(own)
-        mask, groups, size = self.routed.given["mask"].name, 0, 0
+        graph, groups, size = self.builder.graph, 0, 0
+        mask = _mask_name(graph, self.routed.given["mask"])
         if unit == "group":
             attrs = SlotAttrs.of_node(assigner(self.routed.slots))
             groups, size = attrs.groups, attrs.group_size
-        total = Total(unit, mask, groups, size).input_of(self.builder.graph)
+        total = Total(unit, mask, groups, size).input_of(graph)
         return self.at_least_one(self.cast(total, own))
 
     @cached_property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import isfinite, prod, sqrt
 
 from moecc.errors import InputError, UsageError
-from moecc.ir.attributes import EmbeddingAttrs, ProductAttrs
+from moecc.ir.attributes import EmbeddingAttrs
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Role
+from moecc.ir.uses import uses_of
 from moecc.types.dtypes import F32
 from moecc.types.tensor import TensorType
 from moecc.weights.arithmetic import Cast
@@ -36,7 +36,7 @@ def initialise(graph: Graph, *, seed: int = 0, scale: float = 1.0) -> None:
 
 
 def _drawn(param: Value, seed: int, scale: float) -> Expr:
-    found = next(_uses(param), None)
+    found = next(uses_of(param), None)
     if found is None or _role(*found) is Role.BIAS:
         return Full(0.0, param.type)
     if _role(*found) is Role.GAIN:
@@ -48,14 +48,18 @@ def _drawn(param: Value, seed: int, scale: float) -> Expr:
 
 
 def _role(node: Node, value: Value) -> Role:
-    return node.op.role(node.operands.index(value))
+    at = node.operands.index(value)
+    if node.op.chooses and at > 0:
+        return Role.BIAS  # it takes part in a choice
+    return node.op.role(at)
 
 
 def _fan_in(node: Node, value: Value) -> int:
     """Return the number of inputs that each output sums; for an embedding, the width."""
     role = _role(node, value)
     if role is Role.MATRIX:
-        names = ProductAttrs.of_node(node).over
+        # What is summed away: in a convolution also the places of a window.
+        names = tuple(a.name for a in value.type if a.name not in node.result.type)
     elif role is Role.TABLE:
         axis = EmbeddingAttrs.of_node(node).axis
         names = tuple(a.name for a in value.type if a.name != axis)
@@ -67,16 +71,3 @@ def _fan_in(node: Node, value: Value) -> int:
             hint="give it a weight expression of its own, or draw weights before this pass",
         )  # fmt: skip
     return max(prod(s for s in (value.type[n].size for n in names) if isinstance(s, int)), 1)
-
-
-def _uses(param: Value) -> Iterator[tuple[Node, Value]]:
-    """Yield the nodes that use `param`, and the value that stands for it there."""
-    pending, seen = [param], {param}
-    while pending:
-        value = pending.pop()
-        for node in value.users:
-            if not node.op.carries:
-                yield node, value
-            elif node.result not in seen:
-                seen.add(node.result)
-                pending.append(node.result)

@@ -141,3 +141,7 @@ def _misfits(value: Value, array: Array, place: str) -> Iterator[Problem]:
     kinds = {"bool": "b", "float": "f", "key": "u"}
     if array.dtype.kind not in kinds[value.type.dtype.kind] or array.ndim != value.type.rank:
         yield Problem("the array does not fit the input", place, str(value.type), shown)
+        return
+    sizes = zip(value.type, array.shape, strict=True)
+    if any(isinstance(axis.size, int) and axis.size != size for axis, size in sizes):
+        yield Problem("the array has other sizes than the input", place, str(value.type), shown)

@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moecc.checkpoint.run.layout import GRAPH, split_reference
-from moecc.errors import InputError, Problem, UsageError
+from moecc.errors import InputError, Problem, UnknownName, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.model.checkpoint_names import names_from_file
+from moecc.model.function_folder import is_function_folder
 from moecc.presets import PREFIX, preset_config
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
@@ -116,6 +117,9 @@ class Params(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         from moecc.weights.evaluate import evaluate
 
+        if name not in self._graph.params:
+            hint = nearest(str(name), self._graph.params)
+            raise UnknownName(f"the model has no parameter {name!r}", hint=hint)
         weight = self._graph.params[name].weight
         if weight is None:
             raise InputError(f"the parameter %{name} has no weight expression")
@@ -148,7 +152,9 @@ def no_tensors(name: str, start: int = 0, stop: int | None = None) -> Array:
     raise InputError("there is no checkpoint to read", where=name)
 
 
-def open_model(source: str, *, weights: str | None = None, padding: bool = False) -> Model:
+def open_model(
+    source: str, *, weights: str | None = None, padding: bool = False, config_alone: bool = False
+) -> Model:
     """Open a model.
 
     Args:
@@ -156,6 +162,7 @@ def open_model(source: str, *, weights: str | None = None, padding: bool = False
         run of a training: ``RUN``, ``RUN@best``, ``RUN@1200``.
       weights: for a ``.moe`` file, the checkpoint to read instead of the one that it names.
       padding: whether the graph of an encoder that is imported has an input ``mask``.
+      config_alone: whether a folder with a config and without weights is a model, too.
 
     Raises:
       InputError: it is none of these, or is faulty.
@@ -167,11 +174,15 @@ def open_model(source: str, *, weights: str | None = None, padding: bool = False
         return _open_run(source, weights)
     if weights is not None:
         raise UsageError("--weights goes with a .moe file", found=source)
+    if is_function_folder(source):
+        return _open_graph(os.path.join(source, GRAPH), None)
     if source.startswith(PREFIX):
         from moecc.families import build
         from moecc.families.configs import parse_config
 
         return Model(build(parse_config(preset_config(source)), padding=padding), source)
+    if config_alone and _has_config_alone(Path(source)):
+        return _open_config(source, padding)
     from moecc.checkpoint.open import open_checkpoint
     from moecc.families import import_checkpoint
 
@@ -181,6 +192,26 @@ def open_model(source: str, *, weights: str | None = None, padding: bool = False
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _has_config_alone(folder: Path) -> bool:
+    from moecc.checkpoint.folder import CONFIG_NAME
+    from moecc.checkpoint.layout import lacks_weights
+
+    return (folder / CONFIG_NAME).is_file() and lacks_weights(set(os.listdir(folder)))
+
+
+def _open_config(source: str, padding: bool) -> Model:
+    """Open a folder that has a config alone, as if it were a preset."""
+    from moecc.checkpoint.folder import CONFIG_NAME, open_folder
+    from moecc.families import build
+    from moecc.families.configs import parse_config
+
+    with open_folder(Path(source), with_weights=False) as folder:
+        # How weights are quantised does not matter where there are none.
+        config = {k: v for k, v in folder.config.items() if k != "quantization_config"}
+    parsed = parse_config(config, str(Path(source) / CONFIG_NAME))
+    return Model(build(parsed, padding=padding), source)
 
 
 def _open_run(source: str, weights: str | None) -> Model:
@@ -232,12 +263,16 @@ def read_graph(path: str) -> Graph:
 
 def _open_graph(source: str, weights: str | None) -> Model:
     from moecc.checkpoint.open import open_checkpoint
+    from moecc.families.configs import load_installed
 
+    # It may be written as a family of an installed package.
+    load_installed()
     graph = read_graph(source)
     place = weights or graph.attrs.get("checkpoint")
     if not isinstance(place, str) or not place:
         return Model(graph, source)
-    checkpoint = open_checkpoint(place)
+    # The graph itself is the architecture.
+    checkpoint = open_checkpoint(place, needs_config=False)
     problems = list(_missing(graph, checkpoint))
     if problems:
         checkpoint.close()
@@ -247,7 +282,6 @@ def _open_graph(source: str, weights: str | None) -> Model:
 
 def _missing(graph: Graph, checkpoint: Checkpoint) -> Iterator[Problem]:
     """Yield a problem for each source of `graph` that `checkpoint` lacks or has otherwise."""
-    from moecc.errors import nearest
     from moecc.weights.expr import sources
 
     seen: set[str] = set()

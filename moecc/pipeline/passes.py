@@ -101,12 +101,14 @@ class Context:
       allow_unmatched: whether a pass that must match may match nothing.
       remark: receives remarks as they arise.
       read: reads small parameters, such as the scale of a norm, where a promise depends on them.
+      models: the names of the models beside the source whose weights may be read.
     """
 
     seed: int = 0
     allow_unmatched: bool = False
     remark: Callable[[Remark], None] = _ignore
     read: ReadWeight = _no_weights
+    models: Sequence[str] = ()
 
 
 @dataclass

@@ -8,25 +8,22 @@ nothing.  moecc's own passes are registered in the same way.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from zlib import crc32
 
 from moecc.errors import Problem, UsageError, nearest
 from moecc.pipeline.options import unreadable
 from moecc.pipeline.passes import Pass
 from moecc.pipeline.template import PipelineTemplate
+from moecc.support.user_files import LOADED as LOADED
+from moecc.support.user_files import run_file
 
 _KEBAB = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*\Z")
 
-LOADED = "moecc_loaded_"
-"""How the names of modules begin that are files of a user."""
 
 Factory = Callable[[], type[Pass] | PipelineTemplate]
 
@@ -97,16 +94,20 @@ class Registry:
             {**self.factories, **factories}, {**self.origins, **dict.fromkeys(factories, origin)}
         )
 
-    def with_file(self, path: Path) -> Registry:
+    def with_file(self, path: Path, *, required: bool = True) -> Registry:
         """Return this registry with the passes that a Python file defines; the file is run.
+
+        Args:
+          path: the file.
+          required: whether it is an error if it defines none.
 
         Raises:
           UsageError: it cannot be read or run, defines no pass, or a name is taken.
         """
-        found = _passes_of(_run(path))
+        found = _passes_of(run_file(path))
         # A template that the file only imports does not count as one that it defines.
         found = {name: made for name, made in found.items() if not self._offers(name, made())}
-        if not found:
+        if required and not found:
             raise UsageError(
                 "the file defines no pass",
                 where=str(path),
@@ -152,53 +153,6 @@ def _faults(cls: type[Pass], name: str) -> Iterator[str]:
         yield "it is not a dataclass: @dataclass(frozen=True) is missing"
     else:
         yield from unreadable(cls)
-
-
-def _run(path: Path) -> ModuleType:
-    """Run a Python file as a separate module.
-
-    Any failure is the user's to fix: it is reported with its line, not as a crash.
-    """
-    if not path.is_file():
-        raise UsageError("there is no such file", where=str(path))
-    # Files with the same name in two folders are two modules.
-    name = f"{LOADED}{path.stem}_{crc32(str(path.resolve()).encode()):08x}"
-    spec = spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError("not a Python file", where=str(path), hint="its name must end in .py")
-    module = module_from_spec(spec)
-    # dataclasses looks the module up by name to resolve annotations.
-    sys.modules[name] = module
-    with _Blamed(path):
-        spec.loader.exec_module(module)
-    return module
-
-
-class _Blamed:
-    """Turns an exception of a user's file into a `UsageError` that names file and line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # A file that exits Python would otherwise end the command successfully.
-        if not isinstance(error, Exception | SystemExit):
-            return
-        line = error.lineno if isinstance(error, SyntaxError) else _line_in(self.path, error)
-        place = f"{self.path}:{line}" if line else str(self.path)
-        raise UsageError(f"{type(error).__name__}: {error}", where=place) from error
-
-
-def _line_in(path: Path, error: BaseException) -> int | None:
-    trace, line = error.__traceback__, None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
 
 
 def _passes_of(module: ModuleType) -> dict[str, Factory]:

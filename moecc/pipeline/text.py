@@ -30,6 +30,9 @@ MAX_PROBLEMS = 20
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 _SET = (Piece("true"),)
+_BRACES = "options are in braces: upcycle{experts=8 top-k=2}"
+_BLANKS = "options are separated by blanks: upcycle{experts=8 top-k=2}"
+_COMMAS = re.compile(r",[a-z][a-z-]*=")
 _VALUE = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^\s{}"])+')
 
 
@@ -142,10 +145,11 @@ class _Item:
 class _SyntaxProblem(Exception):
     """The text violates the grammar at an offset."""
 
-    def __init__(self, what: str, at: int) -> None:
+    def __init__(self, what: str, at: int, hint: str | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.at = at
+        self.hint = hint
 
 
 class _Parser:
@@ -185,7 +189,7 @@ class _Parser:
                     self.expect(",", "a comma before the next pass")
                     continue
             except _SyntaxProblem as error:
-                self.problem(error.what, error.at)
+                self.problem(error.what, error.at, hint=error.hint)
                 if len(self.problems) < MAX_PROBLEMS and self.recover():
                     continue
             return found
@@ -257,7 +261,12 @@ class _Parser:
     def expected(self, what: str) -> _SyntaxProblem:
         rest = self.text[self.at : self.at + 1]
         found = repr(printable(rest)) if rest else "the end of the text"
-        return _SyntaxProblem(f"expected {what}, found {found}", self.at)
+        hint = _BRACES if rest == "(" else _BLANKS if self.after_comma() else None
+        return _SyntaxProblem(f"expected {what}, found {found}", self.at, hint)
+
+    def after_comma(self) -> bool:
+        """Whether options seem to be separated by commas here."""
+        return self.inside and self.text[: self.at].rstrip().endswith(",")
 
     def make(self, item: _Item, earlier: Sequence[Pass]) -> Pass | None:
         """Return the pass that `item` describes, or None after recording its problems."""
@@ -310,11 +319,12 @@ class _Parser:
                 return value
         except ValueError:
             pass
+        by_commas = _BLANKS if _COMMAS.search(given.text) else None
         self.problem(
             f"option {given.name!r} has a value of another type",
             given.at,
             expected=describe(option.type),
             found=printable(given.text),
-            hint=nearest(given.text, choices(option.type)),
+            hint=by_commas or nearest(given.text, choices(option.type)),
         )
         return None

@@ -93,8 +93,6 @@ def make_batch(
         near = max(1, round(tokens / each)) * each
         raise InputError(
             "the batch is not whole sequences",
-            expected=f"a multiple of {each} tokens",
-            found=str(tokens),
-            hint=f"{near} would be",
-        )
+            expected=f"a multiple of {each} tokens", found=str(tokens), hint=f"{near} would be",
+        )  # fmt: skip
     return Batch(tokens // each, tuple(zip(names, lengths, strict=True)))

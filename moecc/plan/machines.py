@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from math import prod
-from typing import Any
 
 from moecc.errors import InputError, UsageError, nearest
 from moecc.plan.networks import Dim, Network, Switch, Torus
+from moecc.support.untyped import Json, JsonDict
 
 KINDS = ("tpu", "gpu", "cpu")
 
@@ -54,9 +54,9 @@ class Machine:
 
 
 @cache
-def table() -> Mapping[str, Any]:
+def table() -> Json:
     """Return the table of machines, as it stands in ``machines.json``."""
-    found: dict[str, Any] = json.loads((files(__package__) / "machines.json").read_text("utf-8"))
+    found: JsonDict = json.loads((files(__package__) / "machines.json").read_text("utf-8"))
     return found
 
 
@@ -96,14 +96,14 @@ def _unknown(text: str, hint: str | None = None) -> UsageError:
     return UsageError(f"unknown machine {text!r}", expected=expected, hint=hint)
 
 
-def _entry(text: str, kind: str, name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] | None = table()[kind].get(name)
+def _entry(text: str, kind: str, name: str) -> Json:
+    found: Json | None = table()[kind].get(name)
     if found is None:
         raise _unknown(text, nearest(name, table()[kind]))
     return found
 
 
-def _sources(entry: Mapping[str, Any]) -> tuple[str, ...]:
+def _sources(entry: Json) -> tuple[str, ...]:
     return tuple(table()["sources"][name] for name in entry["sources"])
 
 
@@ -131,12 +131,12 @@ def _tpu(text: str, name: str, topology: str) -> Machine:
     )
 
 
-def _wraps(entry: Mapping[str, Any], size: int) -> bool:
+def _wraps(entry: Json, size: int) -> bool:
     """Whether the last chip of a row of `size` chips is joined to the first."""
     return size == 16 if entry["wrap"] == "16" else size % 4 == 0
 
 
-def _topology(text: str, name: str, entry: Mapping[str, Any], topology: str) -> tuple[int, ...]:
+def _topology(text: str, name: str, entry: Json, topology: str) -> tuple[int, ...]:
     parts = topology.lower().split("x")
     legal = topologies(name)
     if all(map(_WHOLE.match, parts)) and tuple(map(int, parts)) in legal:

@@ -422,12 +422,14 @@ class _Reader:
         if rows is not None:
             exact = choices_kept(rows, bounded=False) / choices_kept(rows)
         operands = tuple(map(self.shape, node.operands))
-        axes = {name: size for s in operands for name, size in s}
+        results = tuple(map(self.shape, node.results))
+        # Along an axis that windows run along, the places of the result count.
+        axes = {name: size for s in (*operands, *results) for name, size in s}
         return Step(
             cost=node.op.cost,
             moves=node.op.moves,
             operands=operands,
-            results=tuple(map(self.shape, node.results)),
+            results=results,
             over=ProductAttrs.of_node(node).over if node.op.is_product else (),
             weights=tuple(self.weight(v) if v.is_param else None for v in node.operands),
             again=times_again(number, unit, node in kept.again, node in kept.onward),

@@ -214,8 +214,8 @@ class Assigner:
                 "the groups of tokens do not divide over the mesh",
                 expected=f"a multiple of {parts} ({sizes})",
                 found=f"groups={size}, and the rule {rule} ({rule.source})",
-                hint=f"specialize{{groups={nearest_multiple(size, parts)}}} first: capacities are "
-                "then those of a device's own tokens",
+                hint=f"specialize{{groups={nearest_multiple(size, parts)}}} first, or "
+                "routing.groups of a recipe: capacities are then those of a device's own tokens",
             )
         return Problem(
             f"the axis {axis.name!r} does not divide over the mesh",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moecc.ir.ops import op as entry_of
 from moecc.ir.table.collectives import collective_type
 from moecc.ir.traits import Collective
+from moecc.support.untyped import JsonDict
 from moecc.types.tensor import TensorType
 
-Step = tuple[str, dict[str, Any]]
+Step = tuple[str, JsonDict]
 """A collective and its attributes."""
 
 TRANSPOSED = {
@@ -160,5 +161,5 @@ def _merged(*parts: Iterator[Step]) -> Iterator[Step]:
         yield last
 
 
-def _same_axis(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def _same_axis(a: JsonDict, b: JsonDict) -> bool:
     return "split" not in a and a.get("axis") == b.get("axis")

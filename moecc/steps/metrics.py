@@ -6,9 +6,9 @@ They work on numbers and arrays of NumPy and of jax alike.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from moecc.ir.graph import Graph
+from moecc.support.untyped import Json, JsonDict
 
 PREFIX = "metric."
 LOSSES = "losses"
@@ -31,7 +31,7 @@ def coefficients(graph: Graph) -> dict[str, float]:
     }
 
 
-def finished(sums: Mapping[str, Any]) -> dict[str, Any]:
+def finished(sums: Json) -> JsonDict:
     """Return what the sums over a batch say of each routed layer, beside all other outputs.
 
     ``loads``: each expert's share of the rows with a slot; ``dropped``: the share of the choices

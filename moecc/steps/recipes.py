@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moecc.errors import InputError
-from moecc.ir.attributes import RouteAttrs, SlotAttrs
-from moecc.ir.gates import convention
+from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.plan.batches import length_variables
 from moecc.plan.meshes import plan_mesh
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import GSPMD
 from moecc.sharding.vias import LOCAL
+from moecc.steps.bias import bias_counts
 from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize, step_graph
 from moecc.steps.spec import StepSpec
 from moecc.support.parse_units import float_type
@@ -25,7 +25,16 @@ def train_graph(graph: Graph, recipe: Recipe) -> Graph:
     Raises:
       InputError: the recipe does not suit the graph.
     """
-    return step_graph(graph, train_passes(graph, recipe))
+    made = step_graph(graph, train_passes(graph, recipe))
+    if recipe.routing.bias_rate and not bias_counts(made):
+        raise InputError(
+            "no layer has a balance bias that could be updated",
+            where="routing.bias_rate",
+            expected="routers that choose by scores with a bias",
+            found=str(recipe.routing.bias_rate),
+            hint="upcycle{balance-bias=true} in model.pipeline adds them",
+        )
+    return made
 
 
 def eval_graph(graph: Graph, recipe: Recipe) -> Graph:
@@ -77,19 +86,6 @@ def _output_z(graph: Graph, recipe: Recipe) -> float:
     recorded = graph.attrs.get("losses")
     own = recorded.get("output_z_coef", 0.0) if isinstance(recorded, Mapping) else 0.0
     return recipe.run.output_z or float(own)
-
-
-def step_remarks(graph: Graph) -> list[str]:
-    """Return what a user should know before the model of `graph` is trained."""
-    return [
-        f"{node.loc}: the gate of one expert out of renormalised ones is always 1, so its router "
-        "learns nothing from the loss: upcycle{gates=switch} is Switch routing"
-        for node in graph.every_node()
-        if node.op.chooses
-        and not node.op.assigns_slots
-        and (attrs := RouteAttrs.of_node(node)).top_k == 1
-        and not convention(attrs.gates).learns_at_top_1
-    ]
 
 
 def batch_sizes(graph: Graph, recipe: Recipe) -> dict[str, int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from moecc.ir.graph import Graph
 from moecc.ir.routed import TOTALS, Total
+from moecc.support.untyped import Json
 
 
 def totals_of(graph: Graph) -> dict[str, Total]:
@@ -14,12 +14,12 @@ def totals_of(graph: Graph) -> dict[str, Total]:
     return {name: Total(**said) for name, said in (graph.attrs.get(TOTALS) or {}).items()}
 
 
-def counted(total: Total, batch: Mapping[str, Any], parts: int) -> Any:
+def counted(total: Total, batch: Json, parts: int) -> Any:
     """Return a total of a batch; arrays are NumPy's or jax's.
 
     Args:
       total: what is counted.
-      batch: the inputs, the masks ``[batch, seq]`` among them.
+      batch: the masks ``[batch, seq]`` by name, and all else that it holds.
       parts: the micro-batches that it is cut into.
     """
     mask = batch[total.mask]

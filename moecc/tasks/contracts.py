@@ -47,7 +47,8 @@ def check_contracts(graph: Graph, pipeline: Pipeline, context: Context) -> Contr
     from moecc.tasks.check import check_pipeline
 
     # Weights are not read: they have the sizes of the real model.
-    plain = Context(seed=context.seed, allow_unmatched=context.allow_unmatched)
+    seed, models = context.seed, context.models
+    plain = Context(seed=seed, allow_unmatched=context.allow_unmatched, models=models)
     try:
         checked = check_pipeline(graph, pipeline, context=plain, seeds=SEEDS)
     except CheckError:

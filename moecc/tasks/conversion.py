@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecc.checkpoint.several import branches_of
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unroll
@@ -190,7 +191,7 @@ def plan(
     remarks: list[str] = []
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
-        read=reads_small(model.checkpoint),
+        read=reads_small(model.checkpoint), models=branches_of(model.checkpoint),
     )  # fmt: skip
     contracts = check_contracts(model.graph, pipeline, context) if check else NOT_CHECKED
     done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
@@ -209,7 +210,8 @@ def plan(
     return Plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
-        (*(f"--load {Path(file).name}" for file in loaded),
+        (*(f"--experts {name}={name.upper()}" for name in branches_of(model.checkpoint)),
+         *(f"--load {Path(file).name}" for file in loaded),
          *(["--allow-unmatched"] if allow_unmatched else [])),
         contracts,
     )  # fmt: skip

@@ -7,7 +7,9 @@ plan's weight expressions tensor by tensor into a temporary folder, which is ren
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +17,12 @@ from moecc.tasks.conversion import Plan as Plan
 from moecc.tasks.conversion import plan as plan
 from moecc.tasks.convert_gguf import is_file, write_gguf, write_gguf_file
 from moecc.tasks.convert_records import MAX_SHARD_BYTES, Progress, WriteOptions, card, manifest
+from moecc.tasks.convert_records import conversion_facts as conversion_facts
 from moecc.tasks.convert_records import receipt_of as receipt_of
 from moecc.version import __version__
 
 if TYPE_CHECKING:
+    from moecc.checkpoint.journal import Done, Facts, Journal
     from moecc.checkpoint.writer import WriteReport
 
 
@@ -45,6 +49,7 @@ def write(
     force: bool = False,
     allow_nonfinite: bool = False,
     verify: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write a planned conversion to `out`, atomically.
@@ -59,6 +64,7 @@ def write(
       force: whether an existing output is replaced.
       allow_nonfinite: whether sources may hold NaN and infinity.
       verify: whether source and result are run and compared before the result is in place.
+      resume: whether to continue what a killed run of the same conversion has written.
       progress: receives the bytes written so far, and all.
 
     Raises:
@@ -76,9 +82,12 @@ def write(
     place = Path(out)
     one_file = is_file(planned, place)
     options = WriteOptions(max_shard_bytes, allow_nonfinite, verify, progress)
+    earlier = _Earlier(conversion_facts(planned, options))
     with (output_file if one_file else output_folder)(
-        place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes
-    ) as temporary:
+        place, inputs=inputs_of(checkpoint), force=force, needed_bytes=planned.size_bytes,
+        goes_on=earlier.goes_on if resume else None,
+    ) as temporary, earlier.journal(temporary) as journal:  # fmt: skip
+        options = replace(options, journal=journal)
         if isinstance(planned.export, GgufExport):
             fill = write_gguf_file if one_file else write_gguf
             written = fill(temporary, planned, options)
@@ -86,10 +95,42 @@ def write(
             written = _write_folder(temporary, planned, options)
         # After all of it was read and hashed: the digests are those of what was converted.
         checkpoint.require_unchanged()
+        if one_file:
+            journal.synchronise()
+        else:
+            journal.remove()
     return Conversion(place, planned, written)
 
 
-def check_place(planned: Plan, out: str | Path, *, force: bool = False) -> None:
+class _Earlier:
+    """What a killed run of the same conversion completed."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._known: dict[str, Done] = {}
+
+    def goes_on(self, folder: Path) -> bool:
+        """Read its journal; return whether it is of use. Raises InputError if it is of another."""
+        from moecc.checkpoint.journal import read_journal
+
+        self._known = read_journal(folder, self._facts)
+        return bool(self._known)
+
+    @contextmanager
+    def journal(self, folder: Path) -> Iterator[Journal]:
+        """Yield the journal of this run, which begins with it."""
+        from moecc.checkpoint.journal import Journal
+
+        journal = Journal(folder, self._facts, self._known)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+
+def check_place(
+    planned: Plan, out: str | Path, *, force: bool = False, resume: bool = False
+) -> None:
     """Check whether `write` could write to `out`, before anything is; nothing is created.
 
     Raises: as `write`.
@@ -100,7 +141,8 @@ def check_place(planned: Plan, out: str | Path, *, force: bool = False) -> None:
 
     inputs = inputs_of(planned.model.checkpoint)
     check = check_output_file if is_file(planned, Path(out)) else check_output
-    check(Path(out), inputs=inputs, force=force, needed_bytes=planned.size_bytes)
+    needed_bytes = planned.size_bytes
+    check(Path(out), inputs=inputs, force=force, needed_bytes=needed_bytes, resume=resume)
 
 
 def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteReport:
@@ -120,6 +162,7 @@ def _write_folder(folder: Path, planned: Plan, options: WriteOptions) -> WriteRe
         metadata=_provenance(planned),
         progress=options.progress,
         allow_nonfinite=options.allow_nonfinite,
+        journal=options.journal,
     )
     _write_companions(folder, planned)
     receipt = receipt_of(planned, folder, options)
@@ -135,7 +178,7 @@ def _provenance(planned: Plan) -> dict[str, str]:
 
 def _write_companions(folder: Path, planned: Plan) -> None:
     """Copy tokenizer and licence files byte for byte, and write config.json."""
-    from moecc.checkpoint.durable import write_durable
+    from moecc.checkpoint.durable import make_folder, write_durable
     from moecc.checkpoint.files import read_whole
 
     checkpoint = planned.model.checkpoint
@@ -143,7 +186,7 @@ def _write_companions(folder: Path, planned: Plan) -> None:
     for name, content in checkpoint.companions().items():
         data = read_whole(content) if isinstance(content, Path) else content
         place = folder / name
-        place.parent.mkdir(exist_ok=True)  # chat templates are in a subfolder
+        make_folder(place.parent)  # chat templates are in a subfolder
         write_durable(place, data)
     config = dict(planned.export.config_json)
     if planned.dtype is not None:

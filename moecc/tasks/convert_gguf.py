@@ -83,7 +83,7 @@ def _write_weights(folder: Path, planned: Plan, options: WriteOptions) -> WriteR
     file = plan_file(FILE_NAME, [t.entry for t in tensors], gguf_keys(planned))
     return write_files(
         folder, tensors, [file], checkpoint.read, progress=options.progress,
-        allow_nonfinite=options.allow_nonfinite,
+        allow_nonfinite=options.allow_nonfinite, journal=options.journal,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moecc.checkpoint.files import identify
+from moecc.checkpoint.given import GivenParams
+from moecc.checkpoint.several import branches_of, files_of
+from moecc.checkpoint.source import Checkpoint
+from moecc.pipeline.reproducer import loaded_files
 from moecc.tasks.conversion import Plan
 from moecc.version import __version__
 
 if TYPE_CHECKING:
+    from moecc.checkpoint.journal import Journal
     from moecc.checkpoint.writer import WriteReport
     from moecc.engines.verdicts import Verdict
     from moecc.tasks.receipt import Receipt
@@ -33,12 +40,14 @@ class WriteOptions:
       allow_nonfinite: whether sources may hold NaN and infinity.
       verify: whether source and result are run and compared.
       progress: receives the bytes written so far, and all.
+      journal: notes what is complete.
     """
 
     max_shard_bytes: int = MAX_SHARD_BYTES
     allow_nonfinite: bool = False
     verify: bool = False
     progress: Progress | None = None
+    journal: Journal | None = None
 
     @property
     def words(self) -> list[str]:
@@ -46,6 +55,47 @@ class WriteOptions:
         shards = self.max_shard_bytes != MAX_SHARD_BYTES
         nonfinite = ["--allow-nonfinite"] if self.allow_nonfinite else []
         return [f"--max-shard-bytes {self.max_shard_bytes}"] * shards + nonfinite
+
+
+def conversion_facts(planned: Plan, options: WriteOptions) -> dict[str, object]:
+    """Return what decides the bytes of a conversion, for its journal.
+
+    Whether source and result are run and compared is not among it: nothing is kept of that.
+    """
+    from moecc.checkpoint.manifest import file_digest
+    from moecc.checkpoint.records import library_versions
+
+    checkpoint = planned.model.checkpoint
+    assert checkpoint is not None, "a plan has weights"
+    return {
+        "versions": library_versions(),
+        "source": _states(checkpoint),
+        "pipeline": planned.pipeline.in_full(),
+        "own passes": {
+            Path(file).name: file_digest(Path(file)) for file in loaded_files(planned.pipeline)
+        },
+        "target": planned.target,
+        "dtype": planned.dtype_name,
+        "seed": planned.seed,
+        "padding mask": "mask" in planned.graph.inputs,
+        "options": [*planned.options, *options.words],
+        "max shard bytes": options.max_shard_bytes,
+    }
+
+
+def _states(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the state of each file of a source; arrays that someone handed over have none."""
+    if isinstance(checkpoint, GivenParams):
+        return {"arrays": os.urandom(16).hex()}
+    files = files_of(checkpoint)
+    files |= {n: p for n, p in checkpoint.companions().items() if isinstance(p, Path)}
+    return {name: _state(path) for name, path in sorted(files.items())}
+
+
+def _state(path: Path) -> str:
+    found = identify(path)
+    # Not the inode: a network file system may number anew what it mounts again.
+    return f"{found.size_bytes:,} bytes, modified {found.modified_ns}, changed {found.changed_ns}"
 
 
 def receipt_of(planned: Plan, written: Path, options: WriteOptions) -> Receipt:
@@ -106,7 +156,7 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             is_sparse=bool(kinds),
             base_model=hub_repository(path) or _base_model(stages),
             story=tuple(story(stages)) if is_trained(stages) else (),
-            relation="finetune" if planned.storage is None else "quantized",
+            relation=_relation(planned),
             kept=checkpoint.card(),
             engines=tuple((f"{v.engine} ({v.version})", v.runs, _why(v)) for v in planned.engines),
             serving=_serving(planned),
@@ -115,6 +165,13 @@ def card(planned: Plan, receipt: Receipt, options: Sequence[str] = ()) -> str:
             notes=(*made, *_notes(planned)),
         )
     )
+
+
+def _relation(planned: Plan) -> str:
+    """Return the relation to the source, in the words of the Hub."""
+    if planned.model.checkpoint is not None and branches_of(planned.model.checkpoint):
+        return "merge"
+    return "finetune" if planned.storage is None else "quantized"
 
 
 def _base_model(stages: Sequence[Mapping[str, object]]) -> str | None:
@@ -202,6 +259,7 @@ def manifest(
     receipt: Mapping[str, object] | None = None,
 ) -> bytes:
     """Return the content of the manifest of what was written into `folder`."""
+    from moecc.checkpoint.journal import JOURNAL_NAME
     from moecc.checkpoint.manifest import file_records, weight_file_record
     from moecc.checkpoint.records import Manifest, TensorRecord, dump
     from moecc.checkpoint.run.lineage import is_trained, stages_of
@@ -213,17 +271,18 @@ def manifest(
     }
     weights = sorted({t.file for t in written.tensors})
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    others = [name for name in names if name not in weights]
+    others = [name for name in names if name not in weights and name != JOURNAL_NAME]
     stages = stages_of(checkpoint)
     nonfinite = (
         *(f"not finite: {found}" for found in written.nonfinite),
         *(f"written and not finite: {text}" for text in written.spread),
+        *(f"all zero: {name}" for name in written.zeros),
     )
     made = Manifest(
         pipeline=planned.pipeline.in_full(),
         seed=planned.seed,
         source=checkpoint.path.name,
-        source_files=file_records(checkpoint.files()),
+        source_files=file_records(files_of(checkpoint)),
         family_from=str(planned.graph.attrs.get("family", "")),
         family_to=planned.target,
         dtype=planned.dtype_name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 from moecc.families.describe import count_parameters
 from moecc.families.flops import sequence_flops
@@ -24,6 +23,7 @@ from moecc.steps.recipes import eval_passes, train_passes
 from moecc.steps.settings import parameter_settings
 from moecc.support.parse_units import float_type
 from moecc.support.text import count_text, size_text
+from moecc.support.untyped import JsonDict
 from moecc.train.data.batches import Batches
 from moecc.train.recipe import Recipe
 
@@ -32,7 +32,7 @@ TRAIN_PASSES = 3
 
 _DAY_SECONDS = 86_400
 
-Facts = dict[str, Any]
+Facts = JsonDict
 
 
 def dry_run(

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import gcd, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operand import Attrs
 from moecc.ir.traits import Cut, Product
+from moecc.support.untyped import JsonDict
 from moecc.types.tensor import Axis, TensorType
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def _map_type(type: TensorType, sizes: Mapping[int, int]) -> TensorType:
 
 
 def _map_attrs(node: Node, sizes: Mapping[int, int]) -> dict[str, object]:
-    attrs: dict[str, Any] = dict(node.attrs)
+    attrs: JsonDict = dict(node.attrs)
     if node.body is not None:
         return {**attrs, "body": resized(node.body, sizes)}
     for name, spec in node.op.attrs.items():

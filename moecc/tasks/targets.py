@@ -16,7 +16,7 @@ from moecc.families.configs import CONFIGS, DecoderConfig, MoeConfig, SwitchTran
 from moecc.families.experts import expert_layers, layer_number
 from moecc.families.export import export_graph
 from moecc.families.graph_layout import FAMILY, storing_problems
-from moecc.families.propose import source_config
+from moecc.families.propose import MIXTURES, source_config
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.passes import Context
@@ -149,17 +149,20 @@ class Choice:
 def choose(graph: Graph) -> Choice:
     """Choose the family to write `graph` as; whatever moecc reads is written as some family.
 
-    Of the families that can hold it, that which most engines read without misreading it; of equals
-    the family it came from, then the first in the order of `moecc.families.configs.CONFIGS`; and
-    st_moe, which holds any graph and only moecc reads, if there is no other.
+    A mixture stays in its family.  Else, of the families that can hold it, that which most engines
+    read without misreading it; of equals the family it came from, then the first in the order of
+    `moecc.families.configs.CONFIGS`; and st_moe, which holds any graph and only moecc reads, if
+    there is no other.
     """
     fitting = _fitting(graph)
+    own = str(graph.attrs.get("family", ""))
+    stays = own if own in MIXTURES else ""
     if not fitting:
         near = nearest_family(graph)
         what = "; ".join(reason.what for reason in near.reasons[:3]) if near else ""
         why = f"; the nearest other is {near.target}: {what}" if near else ""
         return Choice(FAMILY, f"auto chose {FAMILY}, which only moecc reads{why}")
-    best = max(fitting, key=lambda fit: sum(v.runs for v in fit.engines))
+    best = max(fitting, key=lambda fit: (fit.target == stays, sum(v.runs for v in fit.engines)))
     others = [fit.target for fit in fitting if fit is not best]
     reason = f"auto chose {best.target}"
     if best.engines:

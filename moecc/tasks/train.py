@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.outdir import check_output
 from moecc.checkpoint.run.checkpoint import inputs_of
@@ -30,13 +29,15 @@ from moecc.ir.graph import Graph
 from moecc.ir.printer import print_graph
 from moecc.model.open import Model, no_tensors, open_model, read_graph
 from moecc.steps.recipes import eval_graph, step_spec, train_graph
+from moecc.support.untyped import JsonDict
+from moecc.tasks.train_carried import carried_from
 from moecc.tasks.train_exports import check_export
 from moecc.tasks.train_source import Source, config_of, open_source
 from moecc.train.data.batches import Batches, open_batches, resolved
 from moecc.train.data.model_facts import ModelFacts, facts_of
 from moecc.train.job import Beginning, TrainJob
 from moecc.train.lineage import lineage, source_files
-from moecc.train.recipe import Recipe
+from moecc.train.recipe import Moments, Recipe
 from moecc.train.recipe_text import (
     parse_recipe,
     recipe_differences,
@@ -61,6 +62,8 @@ def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
     graph = source.made.graph
     batches = _checked(recipe, graph, facts_of(source.model, train_graph(graph, recipe)))
     recipe = resolved(recipe, batches)
+    if recipe.model.moments is Moments.CARRY:
+        carried_from(source, recipe.optimizer)
     digest = recipe_digest(recipe)
 
     def create() -> None:
@@ -70,7 +73,7 @@ def new_run(recipe: Recipe, source: Source, out: Path) -> TrainJob:
             source=_source_files(source.model, batches),
         )  # fmt: skip
 
-    return TrainJob(out, recipe, digest, graph, batches, create, lambda: _beginning(source))
+    return TrainJob(out, recipe, digest, graph, batches, create, lambda: _beginning(recipe, source))
 
 
 def resumed_run(run: Path, sets: Sequence[str] = (), recipe: Recipe | None = None) -> TrainJob:
@@ -157,7 +160,7 @@ def _checked(recipe: Recipe, graph: Graph, facts: ModelFacts) -> Batches:
     return open_batches(recipe.data, facts)
 
 
-def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> dict[str, Any]:
+def _stage(recipe: Recipe, digest: str, source: Source, batches: Batches) -> JsonDict:
     section = recipe.model
     return {
         "kind": TRAINED,
@@ -184,10 +187,14 @@ def _source_files(model: Model, batches: Batches) -> dict[str, Path | bytes]:
 
 
 @contextmanager
-def _beginning(source: Source) -> Iterator[Beginning]:
+def _beginning(recipe: Recipe, source: Source) -> Iterator[Beginning]:
     checkpoint = source.model.checkpoint
     read = no_tensors if checkpoint is None else checkpoint.read
-    yield Beginning(source.made.weights, read, {})
+    if recipe.model.moments is Moments.CARRY:
+        found = carried_from(source, recipe.optimizer)
+        yield Beginning(source.made.weights, found.read, found.moments)
+    else:
+        yield Beginning(source.made.weights, read, {})
 
 
 @contextmanager
@@ -201,7 +208,7 @@ def _beginning_again(recipe: Recipe, graph: Graph) -> Iterator[Beginning]:
                 "the source is not the model that the run began with", where=recipe.model.source,
                 found=", ".join(f"{name}: {type}" for name, type in odd),
             )  # fmt: skip
-        with _beginning(source) as found:
+        with _beginning(recipe, source) as found:
             yield found
 
 
@@ -216,7 +223,7 @@ def _facts_of_run(run: Path, graph: Graph, recipe: Recipe) -> ModelFacts:
     return replace(facts_of(model, train_graph(graph, recipe)), tokenizer_digest=digest)
 
 
-def _last_stage(run: Path) -> dict[str, Any]:
+def _last_stage(run: Path) -> JsonDict:
     stages = read_lineage(run).get("stages")
     if not isinstance(stages, list) or not stages or not isinstance(stages[-1], dict):
         raise InputError("the lineage of the run has no stages", where=str(run))

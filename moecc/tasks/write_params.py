@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.given import GivenParams
 from moecc.errors import InputError, Problem, nearest
@@ -12,6 +11,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.model.open import Model
 from moecc.pipeline.text import Pipeline
+from moecc.support.untyped import Json
 from moecc.tasks.convert import Conversion, plan, write
 from moecc.types.dtypes import DTYPES, DType
 from moecc.types.tensor import TensorType
@@ -20,7 +20,7 @@ from moecc.weights.expr import Source
 
 def write_params(
     model: Model,
-    params: Mapping[str, Any],
+    params: Json,
     folder: str | Path,
     *,
     to: str = "auto",
@@ -57,7 +57,7 @@ def write_params(
     return write(planned, folder, force=force)
 
 
-def _misfits(graph: Graph, params: Mapping[str, Any]) -> Iterator[Problem]:
+def _misfits(graph: Graph, params: Json) -> Iterator[Problem]:
     known = {d.numpy for d in DTYPES.values() if d.is_float}
     for name in params:
         if name not in graph.params:

@@ -121,6 +121,29 @@ def contract_pair(g: Growth) -> None:
     g.emit("contract", x, y, over=over.name)
 
 
+def windows(g: Growth) -> None:
+    """Convolve a value along a fixed axis with a parameter, over another or none."""
+    x = g.find_float(lambda t: bool(mixable_fixed(t)))
+    if x is None:
+        return
+    along = g.pick(mixable_fixed(x.type))
+    others = [a for a in mixable_fixed(x.type) if a != along]
+    over = [g.pick(others)] if others and g.chance(70) else []
+    tap, made = g.new_axis("tap", x.type), g.new_axis("mlp", x.type)
+    taps = 1 + g.choices.below(int(str(along.size)))
+    w = g.param("w", [made, *over, Axis(tap.name, taps)], x.type.dtype)
+    g.emit(
+        "convolve",
+        x,
+        w,
+        over=tuple(a.name for a in over),
+        along=along.name,
+        taps=tap.name,
+        stride=g.pick((1, 2, 3)),
+        padding=g.pick((0, 1)),
+    )
+
+
 def norm(g: Growth) -> None:
     """Normalise along a fixed axis."""
     x = g.find_float(lambda t: bool(mixable_fixed(t)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from moecc.backend import Arrays, get_backend
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.structure import clone
+from moecc.support.untyped import Json, JsonDict
 from moecc.testing.data import Sizes, inputs_for, params_for
 from moecc.testing.draws import generator
 from moecc.types.arrays import Array
@@ -90,7 +90,7 @@ def gaps(
     expected = run_reference(graph, params=params, inputs=inputs)
     if exact:
         return list(unequal(expected, found, seed))
-    bounds: dict[str, Any] = {n: tolerance * magnitude(a) for n, a in expected.items()}
+    bounds: JsonDict = {n: tolerance * magnitude(a) for n, a in expected.items()}
     if not any(beyond(expected, found, bounds, seed)):
         return []
 
@@ -238,7 +238,7 @@ def unequal(expected: Mapping[str, Array], found: Mapping[str, Array], seed: int
 
 
 def beyond(
-    expected: Mapping[str, Array], found: Mapping[str, Array], allowed: Mapping[str, Any], seed: int
+    expected: Mapping[str, Array], found: Mapping[str, Array], allowed: Json, seed: int
 ) -> Iterator[str]:
     """Yield a line for each output that differs by more than `allowed`: the worst element."""
     for name, a in expected.items():

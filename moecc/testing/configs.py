@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from moecc.families.configs import (
     SwitchTransformersConfig,
     T5Config,
 )
+from moecc.support.untyped import Json, JsonDict
 
 _ROPES = (
     RopeConfig(theta=10_000.0),
@@ -42,9 +43,8 @@ def small_configs(
     family = DECODERS[draw(st.sampled_from(sorted(families)))]
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     layers, head_dim = draw(st.integers(1, most_layers)), draw(st.sampled_from([4, 6]))
-    heads = kv_heads * group
-    bias = draw(st.booleans())
-    values: dict[str, Any] = {
+    heads, bias = kv_heads * group, draw(st.booleans())
+    values: JsonDict = {
         "vocab_size": draw(st.integers(3, 12)),
         "hidden_size": heads * (head_dim if fills_width(family) else draw(st.sampled_from([4, 7]))),
         "intermediate_size": draw(st.integers(1, 4)) * 4,
@@ -73,6 +73,8 @@ def small_configs(
 
 def activations(family: type[DecoderConfig]) -> st.SearchStrategy[str]:
     """Return the activations that a family has; gelu means another one in gemma."""
+    if family.model_type == "gpt_oss":
+        return st.just("silu")
     exact = [] if family.model_type == "gemma" else ["gelu"]
     return st.sampled_from(["silu", "relu", "gelu_pytorch_tanh", *exact])
 
@@ -83,9 +85,7 @@ def fills_width(family: type[DecoderConfig]) -> bool:
 
 
 @st.composite
-def feature_values(
-    draw: st.DrawFn, family: type[DecoderConfig], values: Mapping[str, Any]
-) -> dict[str, Any]:
+def feature_values(draw: st.DrawFn, family: type[DecoderConfig], values: Json) -> JsonDict:
     """Draw what a family leaves open of `FEATURES`.
 
     Args:
@@ -102,7 +102,8 @@ def feature_values(
         "attention_softcap": st.sampled_from([None, 2.0]),
         "logits_divisor": st.sampled_from([1.0, 6.0]),
         "logit_softcap": st.sampled_from([None, 3.0]),
-        "rotary_dim": st.sampled_from([None, 2]),
+        "rotary_dim": st.sampled_from([None, 2]) if rope.type != "dynamic" else st.none(),
+        "head_bias": st.booleans(),
         "rope_layers": st.none() | st.tuples(*[st.booleans()] * layers),
         "local_rope": local if rope.type != "default" else st.none() | local,
     }
@@ -124,25 +125,70 @@ def _windows(draw: st.DrawFn, style: str, layers: int) -> tuple[int | None, ...]
 
 
 @st.composite
-def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> dict[str, Any]:
+def _experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> JsonDict:
     count = draw(st.integers(2, 4))
-    values: dict[str, Any] = {
-        "num_experts": count,
-        "experts_per_token": draw(st.integers(1, count)),
-        "expert_intermediate_size": width,
-        "shared_expert_intermediate_size": None,
-    }
-    if family.has_shared_expert:
-        values["shared_expert_intermediate_size"] = draw(st.integers(1, 6))
-    if family.model_type == "mixtral":
-        return values
-    sparse = draw(st.sets(st.integers(0, layers - 1), min_size=1))
+    own = draw(st.integers(1, 8)) if family.has_expert_width else width
     return {
-        **values,
-        "expert_intermediate_size": draw(st.integers(1, 8)),
-        "norm_topk_prob": draw(st.booleans()),
-        "mlp_only_layers": tuple(n for n in range(layers) if n not in sparse),
+        "num_experts": count,
+        "experts_per_token": draw(choices(family, count)),
+        "expert_intermediate_size": own,
+        **draw(gate_values(family)),
+        "shared_expert_intermediate_size": draw(shared_widths(family, own)),
+        "mlp_only_layers": draw(_dense_layers(family.sparse_style, layers)),
     }
+
+
+def choices(family: type[MoeConfig], experts: int) -> st.SearchStrategy[int]:
+    """Return the numbers of experts that a token may choose; two or more experts are there."""
+    return st.just(2) if family.model_type == "phimoe" else st.integers(1, experts)
+
+
+@st.composite
+def gate_values(draw: st.DrawFn, family: type[MoeConfig]) -> JsonDict:
+    """Draw the fields of the gates, as a family has them.
+
+    Args:
+      draw: of Hypothesis.
+      family: the class of config.
+    """
+    divides = st.booleans() if family.renormalises is None else st.just(family.renormalises)
+    return {
+        "norm_topk_prob": draw(divides),
+        "gate_scale": draw(st.sampled_from([1.0, 1.5])) if family.has_gate_scale else 1.0,
+        # A checkpoint of such a family has the bias.
+        "routing_bias": family.has_routing_bias,
+    }
+
+
+@st.composite
+def shared_widths(draw: st.DrawFn, family: type[MoeConfig], width: int) -> int | None:
+    """Draw the width of the shared expert of a family.
+
+    Args:
+      draw: of Hypothesis.
+      family: the class of config.
+      width: the width of one expert.
+    """
+    if not family.has_shared_expert:
+        return None
+    count = draw(st.integers(0 if family.shared_is_optional else 1, 3))
+    if family.shared_count_key:
+        return count * width or None
+    return draw(st.integers(1, 6))
+
+
+@st.composite
+def _dense_layers(draw: st.DrawFn, style: str, layers: int) -> tuple[int, ...]:
+    if style == "all":
+        return ()
+    if style == "leading":
+        return tuple(range(draw(st.integers(0, layers - 1))))
+    if style == "interval":
+        first = draw(st.integers(0, layers - 1))
+        last = draw(st.integers(first, layers - 1))
+        return tuple(n for n in range(layers) if not first <= n <= last)
+    sparse = draw(st.sets(st.integers(0, layers - 1), min_size=1))
+    return tuple(n for n in range(layers) if n not in sparse)
 
 
 @st.composite
@@ -150,7 +196,7 @@ def small_encdec_configs(draw: st.DrawFn, most_layers: int = 3) -> EncDecConfig:
     """Draw a config of an encoder-decoder family: t5, switch_transformers or st_moe."""
     kind = draw(st.sampled_from([T5Config, SwitchTransformersConfig, StMoeConfig]))
     tied = draw(st.booleans())
-    values: dict[str, Any] = {
+    values: JsonDict = {
         "vocab_size": draw(st.integers(3, 12)),
         "hidden_size": draw(st.sampled_from([4, 7, 12])),
         "head_dim": draw(st.sampled_from([3, 4])),
@@ -176,7 +222,7 @@ def small_encdec_configs(draw: st.DrawFn, most_layers: int = 3) -> EncDecConfig:
 
 
 @st.composite
-def _switch_experts(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
+def _switch_experts(draw: st.DrawFn, values: JsonDict) -> JsonDict:
     return {
         "num_experts": draw(st.integers(1, 4)),
         "expert_capacity": draw(st.sampled_from([1, 2, 1 << 30])),
@@ -186,7 +232,7 @@ def _switch_experts(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
 
 
 @st.composite
-def _st_moe_experts(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
+def _st_moe_experts(draw: st.DrawFn, values: JsonDict) -> JsonDict:
     count = draw(st.integers(2, 4))
     layers = values["num_hidden_layers"], values["num_decoder_layers"]
     sparse = [draw(st.sets(st.integers(0, n - 1))) for n in layers]

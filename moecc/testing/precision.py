@@ -9,11 +9,11 @@ float32 explains, and no more: weights rounded to bfloat16 are three decimal ord
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from moecc.ir.graph import Graph
+from moecc.support.untyped import JsonDict
 from moecc.testing.comparing import (
     Trial,
     amplified,
@@ -48,7 +48,7 @@ def weight_gaps(trial: Trial) -> list[str]:
     )
     if trial.exact:
         return [_PREFIX + line for line in unequal(expected, found, trial.seed)]
-    allowed: dict[str, Any] = {n: trial.tolerance * magnitude(a) for n, a in expected.items()}
+    allowed: JsonDict = {n: trial.tolerance * magnitude(a) for n, a in expected.items()}
     if not any(beyond(expected, found, allowed, trial.seed)):
         return []
 

@@ -11,6 +11,7 @@ from moecc.testing.arithmetic import guarded as guarded
 from moecc.testing.arithmetic import norm as norm
 from moecc.testing.arithmetic import reduce as reduce
 from moecc.testing.arithmetic import unary as unary
+from moecc.testing.arithmetic import windows as windows
 from moecc.testing.axes import broadcast as broadcast
 from moecc.testing.axes import merge as merge
 from moecc.testing.axes import rename as rename
@@ -43,6 +44,7 @@ SIMPLE: tuple[Step, ...] = (
     rotary,
     numbers,
     buckets,
+    windows,
     # There are many functions of one and two numbers, and each should be drawn now and then.
     unary,
     unary,

@@ -8,11 +8,12 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from moecc.errors import InputError, MachineError, printable
+from moecc.support.untyped import Json
 from moecc.tokenizer.worker import MEMORY_BYTES
 
 LIMIT_SECONDS = 60.0
@@ -108,7 +109,7 @@ class Tokenizer:
     ) -> None:
         self.close()
 
-    def _ask(self, request: Mapping[str, Any], data: bytes = b"", *, doing: str) -> Any:
+    def _ask(self, request: Json, data: bytes = b"", *, doing: str) -> Any:
         """Return the response to a request, which `data` follows."""
         message = json.dumps(request).encode() + b"\n" + data
         line = self._exchange(message, doing)

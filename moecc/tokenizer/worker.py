@@ -11,6 +11,8 @@ import sys
 from contextlib import suppress
 from typing import Any, BinaryIO
 
+from moecc.support.untyped import JsonDict
+
 MEMORY_BYTES = 4 << 30
 CPU_SECONDS = 120
 MOST_TOKENS = 1 << 22
@@ -40,7 +42,7 @@ class Worker:
     def __init__(self) -> None:
         self.tokenizer: Any = None
 
-    def answer(self, request: dict[str, Any], stream: BinaryIO) -> Any:
+    def answer(self, request: JsonDict, stream: BinaryIO) -> Any:
         """Return the result of one request."""
         ((what, given),) = request.items()
         match what:

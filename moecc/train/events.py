@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -58,10 +58,17 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out losses were measured, in nats a token, by the name of the text."""
+    """Held-out losses were measured.
+
+    Attributes:
+      step: how many are done.
+      losses: in nats a token, by the name of the text.
+      spread: how far each expert of a layer is from the mean of all, by location: 0 for copies.
+    """
 
     step: int
     losses: Mapping[str, float]
+    spread: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:

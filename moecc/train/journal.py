@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from moecc.checkpoint.files import os_problem
 from moecc.errors import InputError
+from moecc.support.untyped import Json, JsonDict
 from moecc.train.events import Evaluated, Event, Skipped, Stepped
 
 
-def event_line(event: Event) -> dict[str, Any] | None:
+def event_line(event: Event) -> JsonDict | None:
     """Return what the journal says of an event; None where that does not belong into it."""
     match event:
         case Stepped():
@@ -29,7 +31,8 @@ def event_line(event: Event) -> dict[str, Any] | None:
                 return {"step": event.back_to + 1, "left_out": list(event.left_out)}
             return {"step": event.step, "skipped": event.batch, **event.metrics}
         case Evaluated():
-            return {"step": event.step, "held_out": dict(event.losses)}
+            spread = {"spread": dict(event.spread)} if event.spread else {}
+            return {"step": event.step, "held_out": dict(event.losses), **spread}
     return None
 
 
@@ -47,9 +50,10 @@ class Journal:
         except OSError as error:
             raise os_problem(error, path, "write") from None
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, line: Json) -> None:
         """Append a line. Raises MachineError if the disk is full."""
-        data = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        text = json.dumps(_finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        data = text.encode() + b"\n"
         try:
             self._file.write(data)
         except OSError as error:
@@ -86,6 +90,15 @@ class Journal:
         self.close()
 
 
+def _finite(value: Any) -> Any:
+    """Return a JSON value with null in place of what is not finite, which JSON cannot say."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list) else value
+
+
 def cut_back(path: Path, step: int) -> None:
     """Remove the lines of a journal that are later than `step`, and what is no whole line.
 
@@ -114,7 +127,7 @@ def _is_kept(raw: bytes, step: int) -> bool:
     return raw.endswith(b"\n") and isinstance(found, int) and found <= step
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+def read_journal(path: Path) -> Iterator[JsonDict]:
     """Yield the lines of a journal; one that a kill cut off at the end is left out.
 
     Raises:

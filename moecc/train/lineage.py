@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.manifest import MANIFEST_NAME, file_records
 from moecc.checkpoint.modelcard import hub_repository
 from moecc.checkpoint.run.layout import LINEAGE_SCHEMA, SOURCE
 from moecc.checkpoint.run.lineage import stages_of
 from moecc.model.open import Model
+from moecc.support.untyped import Json, JsonDict
 from moecc.version import __version__
 
 
-def lineage(model: Model, stage: Mapping[str, Any]) -> dict[str, Any]:
+def lineage(model: Model, stage: Json) -> JsonDict:
     """Return what ``lineage.json`` says of a run that begins from `model`.
 
     Args:
@@ -22,7 +21,7 @@ def lineage(model: Model, stage: Mapping[str, Any]) -> dict[str, Any]:
       stage: what the run itself adds: pipeline, recipe, data.
     """
     checkpoint = model.checkpoint
-    found: dict[str, Any] = {"schema": LINEAGE_SCHEMA, "moecc": __version__}
+    found: JsonDict = {"schema": LINEAGE_SCHEMA, "moecc": __version__}
     if checkpoint is None:
         return {**found, "card": {}, "stages": [{"source": model.name, **stage}]}
     records = file_records(checkpoint.files())

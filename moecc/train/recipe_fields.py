@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from moecc.checkpoint.problems import describe
 from moecc.errors import Problem, nearest, printable
+from moecc.support.untyped import Hint
 from moecc.train.toml_places import Path
 
 S = TypeVar("S")
@@ -54,7 +55,9 @@ class FieldReader:
         }
         return cls(**found)
 
-    def _field(self, one: Field[Any], type_: Any, table: Mapping[str, object], path: Path) -> Any:
+    def _field(
+        self, one: Field[Any], type_: Hint, table: Mapping[str, object], path: Path
+    ) -> object:
         if one.name in table:
             before = len(self.problems)
             value = self._value(type_, table[one.name], path)
@@ -67,28 +70,28 @@ class FieldReader:
         self._note(path, "a key is missing", expected=_expected(type_))
         return _default(one, type_)
 
-    def _value(self, type_: Any, value: object, path: Path) -> Any:
+    def _value(self, type_: Hint, value: object, path: Path) -> object:
         if is_dataclass(type_) and isinstance(type_, type):
             return self.section(type_, value, path)
-        if get_origin(type_) is tuple:
+        if _is_list(type_):
             return self._items(get_args(type_)[0], value, path)
         if isinstance(type_, type) and issubclass(type_, Enum):
             return self._choice(type_, value, path)
         return self._scalar(type_, value, path)
 
-    def _items(self, type_: Any, value: object, path: Path) -> Any:
+    def _items(self, type_: Hint, value: object, path: Path) -> object:
         if isinstance(value, list):
             return tuple(self._value(type_, each, (*path, n)) for n, each in enumerate(value))
         return self._reject(path, "not a list", f"a list of {_expected(type_)}", value)
 
-    def _choice(self, type_: type[Enum], value: object, path: Path) -> Any:
+    def _choice(self, type_: type[Enum], value: object, path: Path) -> object:
         choices = [str(each.value) for each in type_]
         if isinstance(value, str) and value in choices:
             return type_(value)
         hint = nearest(value, choices) if isinstance(value, str) else None
         return self._reject(path, "no such choice", " | ".join(choices), value, hint)
 
-    def _scalar(self, type_: type, value: object, path: Path) -> Any:
+    def _scalar(self, type_: type, value: object, path: Path) -> object:
         if type_ is float and type(value) is int and abs(value) < _LARGEST:
             value = float(value)
         if type(value) is not type_:
@@ -101,8 +104,10 @@ class FieldReader:
 
     def _reject(
         self, path: Path, what: str, expected: str, value: object, hint: str | None = None
-    ) -> None:
+    ) -> object:
+        """Note a problem, and return what stands for the value: None."""
         self._note(path, what, expected=expected, found=describe(value), hint=hint)
+        return None
 
     def _note(
         self,
@@ -117,8 +122,13 @@ class FieldReader:
         self.problems.append((path, Problem(what, place, expected, found, hint)))
 
 
-def _expected(type_: Any) -> str:
-    if get_origin(type_) is tuple:
+def _is_list(type_: Hint) -> bool:
+    origin: object = get_origin(type_)
+    return origin is tuple
+
+
+def _expected(type_: Hint) -> str:
+    if _is_list(type_):
         return f"a list of {_expected(get_args(type_)[0])}"
     if is_dataclass(type_):
         return "tables"
@@ -131,14 +141,14 @@ def _is_required(one: Field[Any]) -> bool:
     return one.default is MISSING and one.default_factory is MISSING
 
 
-def _placeholder(one: Field[Any], type_: Any, value: Any) -> Any:
+def _placeholder(one: Field[Any], type_: Hint, value: object) -> object:
     """Return what stands for a value with problems: a section keeps its fields that are right."""
     return value if is_dataclass(type_) else _default(one, type_)
 
 
-def _default(one: Field[Any], type_: Any) -> Any:
+def _default(one: Field[Any], type_: Hint) -> object:
     if one.default is not MISSING:
         return one.default
     if one.default_factory is not MISSING:
         return one.default_factory()
-    return () if get_origin(type_) is tuple else type_()
+    return () if _is_list(type_) else type_()

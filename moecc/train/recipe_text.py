@@ -20,6 +20,7 @@ from typing import Any
 
 from moecc.checkpoint.files import read_bounded
 from moecc.errors import InputError, MoeccError, Problem, UsageError, nearest, printable
+from moecc.support.untyped import JsonDict
 from moecc.train.recipe import Corpus, Recipe
 from moecc.train.recipe_checks import faults
 from moecc.train.recipe_fields import FieldReader, dotted
@@ -148,7 +149,7 @@ def _with_hint(error: InputError, source: str) -> MoeccError:
     return InputError(replace(problem, hint=hint) for problem in error.problems)
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def _parse(text: str, name: str) -> JsonDict:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -168,7 +169,7 @@ class _Option:
     value: object
 
 
-def _options(sets: Sequence[str], table: dict[str, Any]) -> list[_Option]:
+def _options(sets: Sequence[str], table: JsonDict) -> list[_Option]:
     """Put the values of the options into `table`, and return them. Raises UsageError."""
     found: list[_Option] = []
     problems: list[Problem] = []
@@ -202,7 +203,7 @@ def _value(text: str) -> object:
     return found["value"] if len(found) == 1 else text
 
 
-def _put(table: dict[str, Any], option: _Option) -> None:
+def _put(table: JsonDict, option: _Option) -> None:
     """Replace a value of a table, or add it. Raises UsageError for what is no table."""
     at: Any = table
     for number, part in enumerate(option.path):

@@ -9,13 +9,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.durable import synchronise_folder, write_durable
 from moecc.checkpoint.files import os_problem, read_whole
-from moecc.checkpoint.leftovers import remove
 from moecc.checkpoint.manifest import seal
 from moecc.checkpoint.outdir import output_folder
+from moecc.checkpoint.removal import remove
 from moecc.checkpoint.run.digests import digests
 from moecc.checkpoint.run.layout import (
     GRAPH,
@@ -32,6 +31,7 @@ from moecc.checkpoint.run.layout import (
     saved_steps,
 )
 from moecc.errors import InputError, MachineError
+from moecc.support.untyped import Json
 
 Content = Path | bytes
 """A file, or what is to be in it."""
@@ -42,7 +42,7 @@ def create_run(
     *,
     recipe: str,
     graph: str,
-    lineage: Mapping[str, Any],
+    lineage: Json,
     source: Mapping[str, Content],
     inputs: tuple[Path, ...] = (),
     begun: tuple[SavedStep, str] | None = None,
@@ -122,7 +122,7 @@ def begin_step(run: Path, number: int) -> Path:
     return folder / STATE
 
 
-def finish_step(run: Path, number: int, facts: Mapping[str, Any]) -> SavedStep:
+def finish_step(run: Path, number: int, facts: Json) -> SavedStep:
     """Make a step complete, whose arrays are written; from now on it is one of the run's.
 
     Args:
@@ -171,7 +171,7 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def _json(content: Json) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 

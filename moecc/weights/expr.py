@@ -8,6 +8,7 @@ whatever their depth.  Its type, with fixed sizes only, is inferred and checked 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -234,16 +235,24 @@ def check_type(expr: Expr, type: TensorType) -> None:
     Raises:
       InputError: it does not.
     """
+    if (problem := _problem_of(type)) is not None:
+        raise expr.error(problem[0], found=problem[1])
+
+
+@functools.lru_cache(maxsize=4096)  # A hundred thousand experts share a type.
+def _problem_of(type: TensorType) -> tuple[str, str | None] | None:
     if type.dtype.kind == "key":
-        raise expr.error("a weight cannot be a random key")
+        return "a weight cannot be a random key", None
     if type.unreduced or any(a.mesh for a in type.axes):
-        raise expr.error("a weight expression has no mesh axes", found=str(type))
+        return "a weight expression has no mesh axes", str(type)
     for axis in type.axes:
-        check_name(expr, axis.name)
+        if not _NAME.fullmatch(axis.name):
+            return "not a valid axis name", repr(printable(axis.name, 40))
         if not isinstance(axis.size, int) or axis.size < 0:
-            raise expr.error(f"axis {axis.name!r} has no fixed size", found=str(axis.size))
+            return f"axis {axis.name!r} has no fixed size", str(axis.size)
     if len(set(type.names)) != len(type.names):
-        raise expr.error("two axes have the same name", found=str(type))
+        return "two axes have the same name", str(type)
+    return None
 
 
 def check_name(expr: Expr, name: str) -> None:

@@ -13,13 +13,13 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.losses import LossBuilder, emit_z
 from moecc.ir.metrics import BALANCE_BIASES, CHOSEN, MetricBuilder
-from moecc.ir.routed import TOTALS, Means
+from moecc.ir.routed import MASK, TOTALS, Means
 from moecc.ir.table.slots import operands_by_word
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc_passes.loss_outputs import Weighted, joined, metrics_of, tallies_of, total_of
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, attention_scores, routed_layers
 
-PREFIXES = ("loss.", "metric.")
+PREFIXES = ("loss.", "metric.", MASK)
 """The prefixes of the output names."""
 
 ATTRIBUTE = "losses"
@@ -140,10 +140,9 @@ class AddLossesPass(Pass):
         taken = [n for n in graph.output_names if n.startswith(PREFIXES)]
         if taken:
             raise InputError(
-                "the graph has losses or metrics already",
-                found=", ".join(taken[:5]),
+                "the graph has losses or metrics already", found=", ".join(taken[:5]),
                 hint="add them once, and last",
-            )
+            )  # fmt: skip
         layers = routed_layers(graph)
         losses: list[Weighted] = []
         for layer in layers:

@@ -29,6 +29,9 @@ SUMMED = P.contract(P.any(), P.any(), over=P.attr("over"))
 MASKED = P.mask(P.any(), P.any("seen"))
 CAUSAL = P.causal(P.any(), ...)
 
+CAUSAL_INPUTS = "causal_inputs"
+"""The attribute of a graph that is a part of a decoder: its inputs that depend on attention."""
+
 
 @dataclass(frozen=True)
 class RoutedLayer:
@@ -218,9 +221,10 @@ def causal_values(graph: Graph) -> set[Value]:
     """Return the values that depend on attention under a causal mask.
 
     A layer that reads such a value belongs to a decoder: its effect on a token must not depend on
-    later ones.
+    later ones.  A graph without the attention names the inputs that do.
     """
-    causal: set[Value] = set()
+    named = graph.attrs.get(CAUSAL_INPUTS) or ()
+    causal = {graph.inputs[name] for name in named if name in graph.inputs}
     for node in graph:
         if any(v in causal for v in node.operands) or _masks_causally(node):
             causal.update(node.results)

@@ -53,7 +53,9 @@ def test_a_missing_parent_is_said(tmp_path):
 
 def test_a_hub_name_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "download the model first" in refused("HuggingFaceTB/SmolLM2-135M")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    hint = "hf:HuggingFaceTB/SmolLM2-135M fetches the model"
+    assert hint in refused("HuggingFaceTB/SmolLM2-135M")
 
 
 def test_odd_paths_are_refused(tmp_path):

@@ -72,7 +72,7 @@ def test_inspect_counts_and_judges_targets(moecc: Callable, dense: Path) -> None
         ("st-moe-l", 4_105_444_352),
         ("t5-xxl", 11_135_332_352),
         ("mixtral-8x7b", 46_702_792_704),
-        ("switch-c", 1_571_327_875_360),
+        pytest.param("switch-c", 1_571_327_875_360, marks=pytest.mark.slow),
     ],
 )
 def test_a_preset_needs_no_weights(moecc: Callable, name: str, parameters: int) -> None:

@@ -209,12 +209,15 @@ def _write(path: Path, header: dict, data: dict[str, bytes], types: dict[str, st
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["_METADATA", "manifest.ocdbt", "d/x"], "this is an Orbax checkpoint"),
+        (["_METADATA", "manifest.ocdbt", "d/x"], "_METADATA"),
         (["_CHECKPOINT_METADATA"], "this is an Orbax checkpoint"),
         (["1.orbax-checkpoint-tmp/x"], "an Orbax checkpoint that was never completed"),
-        (["checkpoint", "target.encoder.layers_0.mlp.wi.kernel/.zarray"], "a T5X checkpoint"),
-        (["checkpoint_100/checkpoint"], "a T5X checkpoint perhaps"),
-        (["100/_METADATA", "200/_METADATA"], "200 is one of them"),
+        (["checkpoint", "target.encoder.layers_0.mlp.wi.kernel/.zarray"], "msgpack file of T5X"),
+        (["checkpoint_100/checkpoint"], "msgpack file of T5X"),
+        (["100/_METADATA", "200/_METADATA"], "200/_METADATA"),
+        (["latest_checkpointed_iteration.txt", "iter_0000100/x.distcp"], "Megatron-Bridge"),
+        (["__0_0.distcp", "common.pt", "metadata.json"], "a checkpoint of Megatron"),
+        (["mp_rank_00/model_optim_rng.pt"], "a checkpoint of Megatron"),
     ],
 )
 def test_19_checkpoints_of_other_frameworks_are_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tokenize
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ("moecc", "passes", "backends", "examples", "experiments", "benchmarks", "tests")
 PACKAGES = {
     "moecc": ROOT,
     "moecc_passes": ROOT / "passes",
@@ -81,6 +83,7 @@ CLEAN = ("moecc", "passes", "backends")
 """Where none of the phrases stands: everywhere."""
 
 
+@functools.cache
 def names_of(path: Path) -> set[str]:
     with path.open("rb") as file:
         return {t.string for t in tokenize.tokenize(file.readline) if t.type == tokenize.NAME}
@@ -89,7 +92,7 @@ def names_of(path: Path) -> set[str]:
 def test_names_that_were_given_up_do_not_come_back() -> None:
     back = {
         f"{path.relative_to(ROOT)}: {name}": f"now {RETIRED[name]}"
-        for folder in ("moecc", "passes", "backends", "examples", "benchmarks", "tests")
+        for folder in FOLDERS
         for path in (ROOT / folder).rglob("*.py")
         if path != Path(__file__)
         for name in names_of(path) & RETIRED.keys()
@@ -106,6 +109,7 @@ def test_no_module_has_a_retired_name() -> None:
     assert [p for p in found if retired.search(p)] == []
 
 
+@functools.cache
 def texts_of(path: Path) -> list[str]:
     """Return the string literals and comments of a file, each on one line."""
     with path.open("rb") as file:

@@ -89,7 +89,9 @@ def test_every_promise_names_a_test() -> None:
 @cache
 def files() -> tuple[str, ...]:
     """Return the paths of the files that belong to the repository."""
-    tops = ("moecc", "passes", "backends", "tests", "docs", "examples", "benchmarks")
+    tops = (
+        "moecc", "passes", "backends", "tests", "docs", "examples", "experiments", "benchmarks",
+    )  # fmt: skip
     found = [p for top in tops for p in (ROOT / top).rglob("*") if "__pycache__" not in p.parts]
     found += [p for p in ROOT.iterdir() if p.is_file()]
     return tuple(f"/{p.relative_to(ROOT).as_posix()}" for p in found)

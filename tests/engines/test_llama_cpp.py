@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from moecc.backend import get_backend
+from moecc.checkpoint.gguf.families import GGUF_MIXTURES, GgufFamily
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.convert import plan, write
@@ -27,6 +30,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SINGLE = 1e-6
 """The bound on max |Δ logit| / max |logit| in float32, cache included."""
 
+SIGMOID = "upcycle{experts=4 gates=sigmoid-renormalised shared=0.5 shared-gate=none router-std=1}"
 EXACT = [
     ("llama_gqa", "llama", ""),
     ("llama_biases_head_dim", "llama", ""),
@@ -55,6 +59,24 @@ EXACT = [
     ),
     ("qwen2_gqa_tied", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5 router-std=1}"),
     ("llama_gqa", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5 router-std=1}"),
+    ("granitemoe_multipliers", "granitemoe", ""),
+    ("granitemoe_square_v4", "granitemoe", ""),
+    ("glm4_moe_dense_first", "glm4moe", ""),
+    ("glm4_moe_square", "glm4moe", ""),
+    ("glm4_moe_plain_v4", "glm4moe", ""),
+    ("ernie4_5_moe_square_v4", "ernie4_5-moe", ""),
+    ("olmoe_heads", "olmoe", ""),
+    ("llama_gqa", "granitemoe", "upcycle{experts=4 router-std=1}"),
+    ("llama_square_tied", "granitemoe", "upcycle{experts=4 router-std=1}"),
+    ("llama_llama3", "granitemoe", "upcycle{experts=4 router-std=1}"),
+    ("llama_gqa", "glm4moe", SIGMOID),
+    ("llama_yarn", "glm4moe", SIGMOID),
+    ("qwen2_square", "glm4moe", SIGMOID),
+    ("qwen3_square", "glm4moe", SIGMOID),
+    ("llama_gqa", "glm4moe", SIGMOID.replace("router-std=1", "layers=last:2")),
+    ("llama_gqa", "ernie4_5-moe", "upcycle{experts=4 router-std=1}"),
+    ("llama_gqa", "ernie4_5-moe", "upcycle{shared=0.5 shared-gate=none layers=last:2}"),
+    ("mistral_full_head_dim", "ernie4_5-moe", "upcycle{experts=4 router-std=1}"),
 ]
 """Golden checkpoints, the architecture to write, and what is done first."""
 
@@ -115,7 +137,8 @@ def test_experts_that_differ(tmp_path: Path) -> None:
 
 def test_what_llama_cpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine refuses a tied qwen2moe without the head that moecc writes."""
-    monkeypatch.setattr("moecc.families.export_gguf._NEED_A_HEAD", ())
+    row = replace(GGUF_MIXTURES["qwen2moe"], needs_head=False)
+    monkeypatch.setitem(cast("dict[str, GgufFamily]", GGUF_MIXTURES), "qwen2moe", row)
     case = ("qwen2_gqa_tied", "qwen2moe", "upcycle{experts=4 top-k=4 shared=0.5}")
     (report,) = ask(python(), PROBE, written([case], tmp_path))
     assert "'output.weight' not found" in report["refused"]

@@ -23,6 +23,7 @@ SINGLE = 1e-6
 
 COPIES = "upcycle{experts=4 router-std=1}"
 SHARED = "upcycle{experts=4 shared=0.5 gates=softmax router-init=zero}"
+SIGMOID = "upcycle{experts=4 gates=sigmoid-renormalised shared=0.5 shared-gate=none router-std=1}"
 CASES = [
     ("llama_gqa", "mixtral", COPIES),
     ("llama_square_tied", "mixtral", COPIES),
@@ -41,6 +42,23 @@ CASES = [
     ("qwen3_moe_plain", "qwen3_moe", ""),
     ("qwen3_moe_window", "qwen3_moe", ""),
     ("qwen3_moe_step", "qwen3_moe", ""),
+    ("llama_gqa", "glm4_moe", SIGMOID),
+    ("llama_square_tied", "glm4_moe", SIGMOID),
+    ("qwen2_square", "glm4_moe", SIGMOID),
+    ("qwen3_square", "glm4_moe", SIGMOID),
+    ("llama_linear", "glm4_moe", SIGMOID),
+    ("llama_gqa", "glm4_moe", SIGMOID.replace("experts=4", "experts=4 top-k=1")),
+    ("glm4_moe_dense_first", "glm4_moe", ""),
+    ("glm4_moe_square", "glm4_moe", ""),
+    ("llama_gqa", "granitemoe", COPIES),
+    ("mistral_full_head_dim", "granitemoe", COPIES),
+    ("granitemoe_multipliers", "granitemoe", ""),
+    ("llama_gqa", "ernie4_5_moe", COPIES),
+    ("llama_square_tied", "ernie4_5_moe", COPIES),
+    ("ernie4_5_moe_range", "ernie4_5_moe", ""),
+    ("ernie4_5_moe_square_v4", "ernie4_5_moe", ""),
+    ("olmoe_norm", "olmoe", ""),
+    ("olmoe_square_v4", "olmoe", ""),
 ]
 """Golden checkpoints, the family to write, and what is done first."""
 

@@ -23,7 +23,14 @@ from moecc.families.configs import (
     parse_config,
     rotary_frequencies,
 )
-from moecc.testing.configs import activations, feature_values, fills_width
+from moecc.testing.configs import (
+    activations,
+    choices,
+    feature_values,
+    fills_width,
+    gate_values,
+    shared_widths,
+)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
@@ -137,24 +144,27 @@ def extras(draw: st.DrawFn) -> dict[str, object]:
 
 @st.composite
 def experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -> dict[str, Any]:
-    number = draw(st.integers(1, 8))
+    number = draw(st.integers(2, 8))
+    own = draw(sizes) if family.has_expert_width else width
     values: dict[str, Any] = {
         "num_experts": number,
-        "experts_per_token": draw(st.integers(1, number)),
-        "expert_intermediate_size": width if family is MixtralConfig else draw(sizes),
-        "shared_expert_intermediate_size": draw(sizes) if family.has_shared_expert else None,
-        "router_aux_loss_coef": draw(st.floats(0, 1)),
+        "experts_per_token": draw(choices(family, number)),
+        "expert_intermediate_size": own,
+        **draw(gate_values(family)),
+        "shared_expert_intermediate_size": draw(shared_widths(family, own)),
         "output_router_logits": draw(st.booleans()),
     }
+    if family.has_balance_loss:
+        values["router_aux_loss_coef"] = draw(st.floats(0, 1))
     if family is MixtralConfig:
-        return {**values, "router_jitter_noise": draw(st.floats(0, 1))}
-    dense = draw(st.sets(st.integers(0, layers - 1)))
-    return {
-        **values,
-        "norm_topk_prob": draw(st.booleans()),
-        "decoder_sparse_step": draw(st.integers(1, 4)),
-        "mlp_only_layers": tuple(sorted(dense)),
-    }
+        values["router_jitter_noise"] = draw(st.floats(0, 1))
+    if family.sparse_style == "leading":
+        values["mlp_only_layers"] = tuple(range(draw(st.integers(0, layers))))
+    if family.sparse_style == "step":
+        dense = draw(st.sets(st.integers(0, layers - 1)))
+        values["decoder_sparse_step"] = draw(st.integers(1, 4))
+        values["mlp_only_layers"] = tuple(sorted(dense))
+    return values
 
 
 @given(configs())

@@ -300,7 +300,7 @@ def test_damage_is_told_by_stack(damage: Damage, words: str) -> None:
         ({"model_type": "bert", "hidden_size": 100}, "heads do not divide"),
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, "absolute"),
         ({"model_type": "bert", "is_decoder": True}, "decodes"),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "another model class"),
+        ({"model_type": "bert", "architectures": ["RobertaModel"]}, "another model class"),
     ],
 )
 def test_what_a_family_cannot_say_is_refused(keys: dict[str, Any], words: str) -> None:

@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moecc_passes.upcycle.upcycle import UpcyclePass
 
+from moecc.analysis.ffn import find_ffn_blocks
 from moecc.backend import get_backend
 from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import InputError
 from moecc.families import build, import_checkpoint, rebuild
 from moecc.families.configs import ModelConfig, parse_config
+from moecc.families.describe import describe
 from moecc.families.export import export_graph
 from moecc.families.importing import unread_tensors
 from moecc.ir import equal, parse, print_graph, verify
+from moecc.pipeline.passes import Context
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.check import check_pipeline
 from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint, random_checkpoint
@@ -30,6 +34,16 @@ NEOX = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }  # fmt: skip
+SMALL = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+BERT = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
+IMAGES = {**SMALL, "image_size": 8, "patch_size": 4}
+WHISPER = {
+    "d_model": 12, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 3, "encoder_ffn_dim": 20, "decoder_ffn_dim": 24, "vocab_size": 20,
+    "num_mel_bins": 6, "max_source_positions": 5, "max_target_positions": 9, "pad_token_id": 0,
+}  # fmt: skip
 
 CONFIGS: list[dict[str, Any]] = [
     {"model_type": "gpt2", **GPT2},
@@ -37,6 +51,12 @@ CONFIGS: list[dict[str, Any]] = [
     {"model_type": "gpt_neox", **NEOX, "rotary_pct": 0.5},
     {"model_type": "gpt_neox", **NEOX, "rotary_pct": 1.0, "use_parallel_residual": False},
     {"model_type": "gpt_neox", **NEOX, "attention_bias": False, "tie_word_embeddings": True},
+    {"model_type": "roberta", **BERT, "pad_token_id": 3},
+    {"model_type": "mpnet", **BERT},
+    {"model_type": "vit", **IMAGES, "image_size": [8, 12], "qkv_bias": False},
+    {"model_type": "dinov2", **IMAGES},
+    {"model_type": "dinov2", **IMAGES, "use_swiglu_ffn": True, "mlp_ratio": 2},
+    {"model_type": "whisper", **WHISPER},
 ]
 NAMES = [f"{number}-{config['model_type']}" for number, config in enumerate(CONFIGS)]
 each = pytest.mark.parametrize("keys", CONFIGS, ids=NAMES)
@@ -84,6 +104,78 @@ def test_a_model_is_shrunk_by_its_config(keys: dict[str, Any]) -> None:
     assert check_pipeline(graph, Pipeline.parse("upcycle{experts=4 top-k=2}"))
 
 
+@each
+def test_an_upcycled_model_is_the_dense_one(keys: dict[str, Any]) -> None:
+    config = parse_config(keys)
+    checkpoint = random_checkpoint(config, seed=6)
+    expected = run(checkpoint)
+    graph = import_checkpoint(checkpoint)
+    assert len(find_ffn_blocks(graph).blocks) == describe(graph).layers
+    UpcyclePass(experts=4, top_k=2, router_std=1.0).apply(graph, Context())
+    made = export_graph(graph, "st_moe")
+    found = run(exported_checkpoint(made.config_json, made.tensors, checkpoint))
+    assert np.abs(found - expected).max() <= 1e-9 * np.abs(expected).max()
+
+
+def test_a_mask_hides_the_padding_of_encoders() -> None:
+    for name in ("roberta", "mpnet"):
+        checkpoint = random_checkpoint(parse_config({"model_type": name, **BERT}), seed=3)
+        graph = import_checkpoint(checkpoint, padding=True)
+        params = {n: materialise(v.weight, checkpoint.read) for n, v in graph.params.items()}
+        program = get_backend("reference").compile(graph)
+        tokens = np.array([[5, 6, 7, 8, 9, 10]])
+        mask = np.arange(6)[None] < 4
+        found = program.run(params, {"tokens": tokens, "mask": mask})["hidden"]
+        short = {"tokens": tokens[:, :4], "mask": mask[:, :4]}
+        np.testing.assert_allclose(found[:, :4], program.run(params, short)["hidden"], atol=1e-12)
+    for keys in ({"model_type": "vit", **IMAGES}, {"model_type": "whisper", **WHISPER}):
+        with pytest.raises(InputError, match="takes no mask"):
+            build(parse_config(keys), padding=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "prefix", "architecture", "beside"),
+    [
+        ({"model_type": "bert", **BERT}, "bert.", "BertForMaskedLM", "cls.predictions.bias"),
+        ({"model_type": "roberta", **BERT}, "roberta.", "RobertaForMaskedLM", "lm_head.bias"),
+        ({"model_type": "mpnet", **BERT}, "mpnet.", "MPNetForMaskedLM", "lm_head.bias"),
+        ({"model_type": "vit", **IMAGES}, "vit.", "ViTForImageClassification", "classifier.bias"),
+        ({"model_type": "dinov2", **IMAGES}, "dinov2.", "Dinov2ForImageClassification", "x.bias"),
+    ],
+)
+def test_a_model_with_a_head_is_read_without_it(
+    keys: dict[str, Any], prefix: str, architecture: str, beside: str
+) -> None:
+    config = parse_config(keys)
+    bare = random_checkpoint(config, seed=4)
+    arrays = {f"{prefix}{name}": array for name, array in bare.arrays.items()}
+    head = {beside: np.ones(3, np.float32), f"{prefix}pooler.dense.bias": np.ones(3, np.float32)}
+    if not config.has_pooler:
+        del head[f"{prefix}pooler.dense.bias"]
+    stated = {**config.to_json(), "architectures": [architecture]}
+    whole = MemoryCheckpoint(stated, {**arrays, **head})
+    np.testing.assert_array_equal(run(whole), run(bare))
+    graph = import_checkpoint(whole)
+    assert unread_tensors(graph, whole) == list(head)
+    made = export_graph(graph, config.model_type)
+    assert {name for name, _ in made.tensors} == set(bare.arrays)
+    whole.arrays[f"{prefix}unknown.weight"] = np.ones(3, np.float32)
+    with pytest.raises(InputError, match="has no such tensor"):
+        import_checkpoint(whole)
+
+
+def test_the_first_checkpoints_of_bert_call_their_norms_otherwise() -> None:
+    bare = random_checkpoint(parse_config({"model_type": "bert", **BERT}), seed=4)
+    names = {
+        name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+        for name in bare.arrays
+    }
+    older = {f"bert.{names[name]}": array for name, array in bare.arrays.items()}
+    np.testing.assert_array_equal(run(MemoryCheckpoint(bare.config, older)), run(bare))
+
+
 def without(config: ModelConfig, prefix: str) -> MemoryCheckpoint:
     """Return a random checkpoint as its base model would be saved alone."""
     made = random_checkpoint(config, seed=4)
@@ -105,12 +197,23 @@ def test_a_gpt2_saved_without_its_head_is_read_as_with_it() -> None:
         import_checkpoint(bare)
 
 
-def test_what_a_gpt_cannot_say_is_refused() -> None:
+def test_what_a_family_cannot_say_is_refused() -> None:
     for keys, words in (
         ({"model_type": "gpt2", "n_head": 7}, "heads do not divide"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "reads an encoder"),
         ({"model_type": "gpt2", "activation_function": "mish"}, "activation_function"),
         ({"model_type": "gpt_neox", **NEOX, "rotary_pct": 0.9}, "even number"),
+        ({"model_type": "roberta", **BERT, "pad_token_id": None}, "count from the id"),
+        ({"model_type": "roberta", **BERT, "max_position_embeddings": 2}, "none for a token"),
+        ({"model_type": "mpnet", **BERT, "relative_attention_num_buckets": 16}, "32 buckets"),
+        ({"model_type": "vit", **IMAGES, "patch_size": 3}, "whole patches"),
+        ({"model_type": "vit", **IMAGES, "patch_size": [4, 2]}, "square patches"),
+        ({"model_type": "vit", **IMAGES, "image_size": [8, 8, 8]}, "height and width"),
+        ({"model_type": "vit", **IMAGES, "num_attention_heads": 3}, "heads do not divide"),
+        ({"model_type": "dinov2", **IMAGES, "image_size": [8, 12]}, "not square"),
+        ({"model_type": "whisper", **WHISPER, "scale_embedding": True}, "does not scale"),
+        ({"model_type": "whisper", **WHISPER, "d_model": 10}, "heads do not divide"),
+        ({"model_type": "whisper", **WHISPER, "is_encoder_decoder": False}, "halves"),
         ({"model_type": "gpt_neox", **NEOX, "rope_scaling": {"type": "su"}}, "rope_scaling"),
     ):
         with pytest.raises(InputError, match=words):

@@ -67,12 +67,12 @@ def test_the_reasons_are_complete() -> None:
 @pytest.mark.parametrize(
     ("family", "options", "target", "what", "hint"),
     [
-        ("llama", {}, "qwen3_moe", "always has norms of the queries and keys", "mixtral can"),
+        ("llama", {}, "qwen3_moe", "always has norms of the queries and keys", "mixtral, granite"),
         ("qwen3", {}, "mixtral", "mixtral has no norms of the queries and keys", "qwen3_moe can"),
         ("qwen2", {}, "mixtral", "has no biases on the query", None),
         ("llama", {}, "qwen2_moe", "has a shared expert in every sparse layer", "shared=0.5"),
         ("llama", {"shared": 0.5}, "mixtral", "mixtral has no shared expert", "qwen2_moe"),
-        ("llama", {"gates": "softmax"}, "mixtral", "cannot express softmax", "norm_topk_prob"),
+        ("llama", {"gates": "softmax"}, "mixtral", "cannot express softmax", "qwen3_moe, "),
         ("llama", {"gates": "sigmoid"}, "mixtral", "cannot express sigmoid gates", None),
         ("qwen3", {"gates": "sigmoid"}, "qwen3_moe", "cannot express sigmoid gates", None),
         ("llama", {"gate_scale": 2.5}, "mixtral", "has no factor on the gates", "gate-scale=1"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.checkpoint.gguf.names import GGUF_MIXTURES
+from moecc.checkpoint.gguf.families import GGUF_MIXTURES
 from moecc.engines.conditions import CONDITIONS
 from moecc.engines.table import engine_table
 from moecc.engines.verdicts import UNKNOWN, Verdict, summary, verdicts

@@ -34,6 +34,12 @@ CASES = (
     "gpt2_square",
     "gpt_neox_parallel",
     "gpt_neox_square",
+    "roberta_square",
+    "mpnet_square",
+    "vit_square",
+    "dinov2_plain",
+    "dinov2_gated",
+    "whisper_square",
 )
 """A checkpoint of each family, square where nothing but the names of axes tells them apart."""
 

@@ -52,6 +52,27 @@ SQUARE_MIXTRAL: dict[str, object] = {
 
 SQUARE_QWEN_MOE: dict[str, object] = {**SQUARE_MIXTRAL, "moe_intermediate_size": 4}
 
+GLM4_MOE: dict[str, object] = {
+    **QWEN_MOE,
+    "n_routed_experts": 5,
+    "first_k_dense_replace": 0,
+    "head_dim": 8,
+}
+ERNIE: dict[str, object] = {
+    "moe_intermediate_size": 12,
+    "moe_num_experts": 5,
+    "moe_k": 2,
+    "moe_num_shared_experts": 1,
+    "pad_token_id": None,
+}
+
+GPT_OSS: dict[str, object] = {
+    **MIXTRAL,
+    "head_dim": 8,
+    "pad_token_id": None,
+    "rope_scaling": None,
+}
+
 T5: dict[str, object] = {
     "vocab_size": 37,
     "d_model": 16,
@@ -112,7 +133,43 @@ GPT_NEOX: dict[str, object] = {
     "max_position_embeddings": 64,
 }
 
+ROBERTA: dict[str, object] = {**BERT, "pad_token_id": 1, "type_vocab_size": 1}
+IMAGES: dict[str, object] = {
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 12,
+    "patch_size": 4,
+}
+"""Nine patches, of 4 by 4 places and 3 channels."""
+
+WHISPER: dict[str, object] = {
+    "vocab_size": 37,
+    "d_model": 12,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 16,
+    "num_mel_bins": 5,
+    "max_source_positions": 7,
+    "max_target_positions": 14,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
 BASES = {
+    "roberta": ROBERTA,
+    "mpnet": {**ROBERTA, "type_vocab_size": 2},
+    "vit": IMAGES,
+    "dinov2": IMAGES,
+    "whisper": WHISPER,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "t5": T5,
@@ -122,6 +179,9 @@ BASES = {
         ("olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"), NO_PADDING
     ),
 }
+
+
+ENCODERS = ("bert", "roberta", "mpnet", "vit", "dinov2")
 
 
 @dataclass(frozen=True)
@@ -134,6 +194,8 @@ class Case:
     dtype: str = "float32"
     shard_bytes: int | None = None
     major: int = 5
+    not_in_4: bool = False
+    """Whether transformers 4 does not read it, or reads another function."""
 
     def config(self) -> dict[str, object]:
         """Return the keyword arguments of the config class, in the spelling of version 4."""
@@ -142,12 +204,19 @@ class Case:
     @property
     def output(self) -> str:
         """What the model returns: ``logits``, or of an encoder alone its ``hidden`` states."""
-        return "hidden" if self.family == "bert" else "logits"
+        return "hidden" if self.family in ENCODERS else "logits"
 
     @property
     def decodes(self) -> bool:
-        """Whether the model is an encoder-decoder, with tokens for either."""
-        return self.family in ("t5", "switch_transformers")
+        """Whether the model is an encoder-decoder, with tokens for the decoder."""
+        return self.family in ("t5", "switch_transformers", "whisper")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the model's inputs."""
+        first = {"vit": "pixels", "dinov2": "pixels", "whisper": "features"}
+        name = first.get(self.family, "tokens")
+        return (name, "decoder_tokens") if self.decodes else (name,)
 
 
 LLAMA3 = {
@@ -580,6 +649,183 @@ CASES: dict[str, Case] = {
         shard_bytes=20_000,
         major=4,
     ),
+    "olmoe_norm": Case(
+        "olmoe",
+        "norms over all heads of queries and keys, gates renormalised",
+        {**MIXTRAL, "num_experts": 4, "norm_topk_prob": True, "pad_token_id": None},
+    ),
+    "olmoe_heads": Case(
+        "olmoe",
+        "as many key-value heads as heads, gates not renormalised",
+        {**MIXTRAL, "num_experts": 4, "num_key_value_heads": 4, "pad_token_id": None},
+    ),
+    "olmoe_square_v4": Case(
+        "olmoe",
+        "square matrices, gates not renormalised, attention biases, version 4",
+        {
+            **SQUARE_MIXTRAL,
+            "num_experts": 8,
+            "attention_bias": True,
+            "pad_token_id": None,
+        },
+        major=4,
+    ),
+    "flex_olmo_norm": Case(
+        "flex_olmo",
+        "norms after each block, gates renormalised",
+        {**MIXTRAL, "num_experts": 4, "norm_topk_prob": True, "pad_token_id": None},
+    ),
+    "flex_olmo_square_tied": Case(
+        "flex_olmo",
+        "square matrices, gates not renormalised, tied embeddings",
+        {
+            **SQUARE_MIXTRAL,
+            "num_experts": 8,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+    ),
+    "granitemoe_multipliers": Case(
+        "granitemoe",
+        "all four factors, attention biases",
+        {
+            **MIXTRAL,
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 6.0,
+        },
+    ),
+    "granitemoe_square_v4": Case(
+        "granitemoe",
+        "square matrices and as many experts, the usual scale of the scores, version 4",
+        {**SQUARE_MIXTRAL, "num_local_experts": 8, "attention_multiplier": 0.5},
+        major=4,
+    ),
+    "glm4_moe_dense_first": Case(
+        "glm4_moe",
+        "first of three layers dense, half of each head rotated, norms of queries and keys, two "
+        "shared experts, a factor on the gates",
+        {
+            **GLM4_MOE,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "glm4_moe_square": Case(
+        "glm4_moe",
+        "square matrices, biases on queries, keys and values, whole heads rotated",
+        {
+            **SQUARE_QWEN_MOE,
+            "n_routed_experts": 8,
+            "first_k_dense_replace": 0,
+            "attention_bias": True,
+            "partial_rotary_factor": 1.0,
+        },
+    ),
+    "glm4_moe_plain_v4": Case(
+        "glm4_moe",
+        "gates not renormalised, tied embeddings, version 4",
+        {
+            **GLM4_MOE,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 1.0,
+        },
+        major=4,
+    ),
+    "ernie4_5_moe_range": Case(
+        "ernie4_5_moe",
+        "experts in layers 1 and 2 of four, two shared ones",
+        {
+            **ERNIE,
+            "num_hidden_layers": 4,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,
+            "moe_num_shared_experts": 2,
+        },
+    ),
+    "ernie4_5_moe_every_second": Case(
+        "ernie4_5_moe",
+        "experts in every second layer up to the last, tied embeddings",
+        {
+            **ERNIE,
+            "num_hidden_layers": 4,
+            "moe_layer_start_index": 0,
+            "moe_layer_interval": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ernie4_5_moe_square_v4": Case(
+        "ernie4_5_moe",
+        "square matrices and as many experts, none shared, version 4",
+        {
+            **SQUARE_MIXTRAL,
+            "moe_intermediate_size": 4,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "pad_token_id": None,
+        },
+        major=4,
+    ),
+    "gpt_oss_limits": Case(
+        "gpt_oss",
+        "limits that are reached, another alpha, windows of 4 in every second layer, YaRN",
+        {
+            **GPT_OSS,
+            "num_hidden_layers": 3,
+            "num_local_experts": 4,
+            "swiglu_alpha": 1.1,
+            "swiglu_limit": 0.7,
+            "sliding_window": 4,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+        not_in_4=True,
+    ),
+    "gpt_oss_square_v4": Case(
+        "gpt_oss",
+        "square matrices and as many experts, tied embeddings, version 4",
+        {
+            **GPT_OSS,
+            **SQUARE_MIXTRAL,
+            "head_dim": 4,
+            "num_local_experts": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 5,
+            "tie_word_embeddings": True,
+        },
+        major=4,
+    ),
+    "phimoe_window": Case(
+        "phimoe",
+        "gates by SparseMixer, biases everywhere, window of 5, three layers",
+        {
+            **MIXTRAL,
+            "num_hidden_layers": 3,
+            "num_local_experts": 6,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "phimoe_square_v4": Case(
+        "phimoe",
+        "square matrices and as many experts, tied embeddings, version 4",
+        {
+            **SQUARE_MIXTRAL,
+            "num_local_experts": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        major=4,
+    ),
     "t5_relu_tied": Case("t5", "version 1.0: ReLU, tied and scaled outputs"),
     "t5_gated_untied": Case(
         "t5",
@@ -637,6 +883,75 @@ CASES: dict[str, Case] = {
             "num_attention_heads": 4,
             "max_position_embeddings": 16,
             "hidden_act": "relu",
+        },
+    ),
+    "roberta_gelu": Case("roberta", "positions count from behind the padding token's, id 1"),
+    "roberta_square": Case(
+        "roberta",
+        "mlp = embed = vocab = heads * head_dim, positions from 4 on, two token types",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "pad_token_id": 3,
+            "type_vocab_size": 2,
+        },
+    ),
+    "mpnet_gelu": Case("mpnet", "biases by distance, shared by the layers"),
+    "mpnet_square": Case(
+        "mpnet",
+        "mlp = embed = vocab = heads * head_dim = 32 buckets",
+        {
+            "vocab_size": 32,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+        },
+    ),
+    "vit_plain": Case(
+        "vit",
+        "an image of 3 by 2 patches, no biases on queries, keys and values",
+        {"qkv_bias": False, "image_size": [12, 8]},
+    ),
+    "vit_square": Case(
+        "vit",
+        "patches = embed = mlp = side of the image = 16, four channels, patches of 4",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "num_channels": 4,
+        },
+    ),
+    "dinov2_plain": Case(
+        "dinov2",
+        "scaled blocks, of twice the width",
+        {"mlp_ratio": 2},
+    ),
+    "dinov2_gated": Case(
+        "dinov2",
+        "gated blocks of 16, as transformers 4 writes it",
+        {"mlp_ratio": 2, "use_swiglu_ffn": True},
+        major=4,
+    ),
+    "whisper_plain": Case("whisper", "stacks of different depth, heads and widths"),
+    "whisper_square": Case(
+        "whisper",
+        "mel = embed = mlp = vocab = positions of either stack = 16",
+        {
+            "vocab_size": 16,
+            "d_model": 16,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "num_mel_bins": 16,
+            "max_source_positions": 16,
+            "max_target_positions": 16,
+            "decoder_layers": 2,
         },
     ),
 }

@@ -9,7 +9,7 @@ import numpy as np
 
 from moecc.families.configs import (
     DecoderConfig,
-    MixtralConfig,
+    GptOssConfig,
     MoeConfig,
     RopeConfig,
     attention_factor,
@@ -38,9 +38,10 @@ def forward(config: DecoderConfig, tensors: Tensors, tokens: Array) -> Array:
         block = moe if sparse else dense
         made = block(config, part, norm(config, part, first, hidden))  # type: ignore[operator]
         hidden = hidden + config.residual_multiplier * norm(config, part, last, made)
-    hidden = rms_norm(hidden, weights["model.norm.weight"], config)
+    hidden = normed(config, weights, "model.norm", hidden)
     head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-    return capped(hidden @ head.T / config.logits_divisor, config.logit_softcap)
+    logits = hidden @ head.T + (weights["lm_head.bias"] if config.head_bias else 0)
+    return capped(logits / config.logits_divisor, config.logit_softcap)
 
 
 PLACES = {
@@ -51,7 +52,14 @@ PLACES = {
 
 
 def norm(config: DecoderConfig, part: Tensors, name: str, x: Array) -> Array:
-    return rms_norm(x, part[f"{name}_layernorm.weight"], config) if name else x
+    return normed(config, part, f"{name}_layernorm", x) if name else x
+
+
+def normed(config: DecoderConfig, part: Tensors, name: str, x: Array) -> Array:
+    if not config.layer_norm:
+        return rms_norm(x, part[f"{name}.weight"], config)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return rms_norm(centred, part[f"{name}.weight"], config) + part[f"{name}.bias"]
 
 
 def unfused(config: DecoderConfig, part: Tensors) -> Tensors:
@@ -81,6 +89,9 @@ def attention(config: DecoderConfig, part: Tensors, x: Array, layer: int) -> Arr
     if config.qk_norm and part["self_attn.q_norm.weight"].shape == query.shape[-1:]:
         query = rms_norm(query, part["self_attn.q_norm.weight"], config)
         key = rms_norm(key, part["self_attn.k_norm.weight"], config)
+    if config.model_type == "ernie4_5_moe":
+        # Neighbours are rotated together: put the first of each pair into the first half.
+        query, key = (np.concatenate([y[..., 0::2], y[..., 1::2]], -1) for y in (query, key))
     window = config.sliding_windows[layer]
     rope = config.local_rope if window and config.local_rope else config.rope
     if config.rope_layers is None or config.rope_layers[layer]:
@@ -92,7 +103,14 @@ def attention(config: DecoderConfig, part: Tensors, x: Array, layer: int) -> Arr
     scores = capped(scores, config.attention_softcap)
     distance = np.arange(seq)[:, None] - np.arange(seq)[None, :]
     seen = (distance >= 0) & (distance < (window or seq))
-    weights = softmax(np.where(seen, scores, -np.inf))
+    scores = np.where(seen, scores, -np.inf)
+    if isinstance(config, GptOssConfig):
+        sinks = np.broadcast_to(
+            part["self_attn.sinks"][None, :, None, None], (*scores.shape[:3], 1)
+        )
+        weights = softmax(np.concatenate([scores, sinks], axis=-1))[..., :-1]
+    else:
+        weights = softmax(scores)
     mixed = np.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, seq, -1)
     return linear(part, "self_attn.o_proj", mixed)
 
@@ -113,30 +131,91 @@ def dense(config: DecoderConfig, part: Tensors, x: Array) -> Array:
 
 
 def moe(config: MoeConfig, part: Tensors, x: Array) -> Array:
-    mixtral = isinstance(config, MixtralConfig)
-    at = "block_sparse_moe." if mixtral else "mlp."
-    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    probabilities = softmax(linear(part, f"{at}gate", x))
-    order = np.argsort(-probabilities, axis=-1, kind="stable")
+    at, router, names, shared = MOE_NAMES.get(config.model_type, DEFAULT_MOE)
+    if isinstance(config, GptOssConfig):
+        part = apart_and_turned(config, part)
+    elif "block_sparse_moe.input_linear.weight" in part:
+        part = apart(config, part)
+    logits = linear(part, f"{at}{router}", x)
+    sigmoid = config.score == "sigmoid"
+    scores = 1 / (1 + np.exp(-logits)) if sigmoid else softmax(logits)
+    bias = next((v for k, v in part.items() if k.endswith("e_score_correction_bias")), 0)
+    order = np.argsort(-(scores + bias), axis=-1, kind="stable")
     chosen = np.argsort(order, axis=-1) < config.experts_per_token
-    gates = np.where(chosen, probabilities, 0)
+    gates = sparse_mixer(logits) if config.model_type == "phimoe" else np.where(chosen, scores, 0)
     if config.norm_topk_prob:
         gates = gates / gates.sum(axis=-1, keepdims=True)
     total = np.zeros_like(x)
     for expert in range(config.num_experts):
         out = swiglu(config, part, f"{at}experts.{expert}.", names, x)
-        total += gates[..., expert, None] * out
-    if config.shared_expert_intermediate_size is not None:
-        gate = 1 / (1 + np.exp(-linear(part, f"{at}shared_expert_gate", x)))
-        total += gate * swiglu(config, part, f"{at}shared_expert.", names, x)
-    return total
+        total += config.gate_scale * gates[..., expert, None] * out
+    if config.shared_expert_intermediate_size is None:
+        return total
+    out = swiglu(config, part, f"{at}{shared}.", names, x)
+    if not config.shared_gate:
+        return total + out
+    return total + out / (1 + np.exp(-linear(part, f"{at}shared_expert_gate", x)))
+
+
+def sparse_mixer(logits: Array) -> Array:
+    """Return the gates of Phi-3.5-MoE: each choice's softmax among the logits within 2 %."""
+    gates, left = np.zeros_like(logits), logits
+    for _ in range(2):
+        best = left.max(axis=-1, keepdims=True)
+        far = (best - logits) / np.maximum(np.abs(logits), best) > 0.02
+        near = softmax(np.where(far, -np.inf, left))
+        chosen = np.arange(logits.shape[-1]) == left.argmax(axis=-1)[..., None]
+        gates = gates + np.where(chosen, near, 0)
+        left = np.where(chosen, -np.inf, left)
+    return gates
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+DEFAULT_MOE = ("mlp.", "gate", PROJECTIONS, "shared_expert")
+MOE_NAMES = {
+    "mixtral": ("block_sparse_moe.", "gate", ("w1", "w3", "w2"), ""),
+    "phimoe": ("block_sparse_moe.", "gate", ("w1", "w3", "w2"), ""),
+    "gpt_oss": ("mlp.", "router", PROJECTIONS, ""),
+    "granitemoe": ("block_sparse_moe.", "router.layer", PROJECTIONS, ""),
+    "glm4_moe": ("mlp.", "gate", PROJECTIONS, "shared_experts"),
+    "ernie4_5_moe": ("mlp.", "gate", PROJECTIONS, "shared_experts"),
+}
+"""By family: the prefix, the router, the matrices, the shared expert."""
+
+
+def apart(config: MoeConfig, part: Tensors) -> Tensors:
+    """Return the experts of a layer one by one."""
+    made, at = dict(part), "block_sparse_moe."
+    for expert in range(config.num_experts):
+        gate, up = np.split(part[f"{at}input_linear.weight"][expert], 2)
+        matrices = (gate, up, part[f"{at}output_linear.weight"][expert])
+        for name, matrix in zip(PROJECTIONS, matrices, strict=True):
+            made[f"{at}experts.{expert}.{name}.weight"] = matrix
+    return made
+
+
+def apart_and_turned(config: MoeConfig, part: Tensors) -> Tensors:
+    """Return the experts of a gpt_oss one by one: gate and up alternate, inputs come first."""
+    made, at = dict(part), "mlp.experts."
+    for expert in range(config.num_experts):
+        for end, stored in (("weight", "proj"), ("bias", "proj_bias")):
+            both, down = (part[f"{at}{name}_{stored}"][expert].T for name in ("gate_up", "down"))
+            for name, matrix in zip(PROJECTIONS, (both[0::2], both[1::2], down), strict=True):
+                made[f"{at}{expert}.{name}.{end}"] = matrix
+    return made
 
 
 def swiglu(
     config: DecoderConfig, part: Tensors, at: str, names: tuple[str, ...], x: Array
 ) -> Array:
     gate, up, down = (f"{at}{name}" for name in names)
-    inner = activation(config.hidden_act, linear(part, gate, x)) * linear(part, up, x)
+    opened, raised = linear(part, gate, x), linear(part, up, x)
+    if isinstance(config, GptOssConfig):
+        limit = config.swiglu_limit
+        opened, raised = np.minimum(opened, limit), np.clip(raised, -limit, limit) + 1
+        inner = opened / (1 + np.exp(-config.swiglu_alpha * opened)) * raised
+    else:
+        inner = activation(config.hidden_act, opened) * raised
     return linear(part, down, inner)
 
 

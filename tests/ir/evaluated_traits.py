@@ -449,13 +449,14 @@ def _role(f: Function, at: int) -> Role:
         return Role.MATRIX
     if linear(name)[0] == (at,) and len(f.types) == 2 and f.types[1].dtype.kind == "int":
         return Role.TABLE if not f.node.results[0].type.extents and _picks(f) else Role.VALUE
-    among = commutes(name) or (normalises(name) and at > 0)
+    summed = len(f.types) == 2 and linear(name) == ((0, 1), True)
+    among = commutes(name) or summed or (normalises(name) and at > 0)
     if not among or not (is_elementwise(name) or normalises(name)):
         return Role.VALUE
     arrays = f.draw(0)
     made = f.floats(arrays)
     more = f.floats(_with(arrays, at, arrays[at].data + 0.25))
-    if _same(more - made, np.full_like(made, 0.25)):
+    if _same(np.abs(more - made), np.full_like(made, 0.25)):
         return Role.BIAS
     zero = f.floats(_with(arrays, at, np.zeros_like(arrays[at].data)))
     twice = f.floats(_with(arrays, at, 2 * arrays[at].data))

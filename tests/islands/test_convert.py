@@ -31,8 +31,14 @@ def moe(dense: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def value(moe: Any) -> Any:
-    """The loss of converted parameters, with gradients, compiled."""
-    return jax.jit(jax.value_and_grad(moe(decoder.loss, losses=True), has_aux=True))
+    """The loss of converted parameters with gradients, a part of the routers' in it; compiled."""
+    whole = moe(decoder.loss, losses=True, dispatch="gathered")
+
+    def weighted(params: Any, tokens: Any, weight: Any) -> Any:
+        total, found = whole(params, tokens)
+        return found["loss.model"] + weight * found["loss.auxiliary"], (total, found)
+
+    return jax.jit(jax.value_and_grad(weighted, has_aux=True))
 
 
 def by_hand(params: Any, tokens: Any) -> Any:
@@ -47,17 +53,18 @@ def by_hand(params: Any, tokens: Any) -> Any:
 
 def test_the_converted_function_is_the_dense_one(moe: Any, dense: Any, value: Any) -> None:
     tokens = decoder.tokens()
-    (total, found), _ = value(moe.params, tokens)
+    (_, (total, found)), _ = value(moe.params, tokens, 1.0)
     assert apart(found["loss.model"], jax.jit(decoder.loss)(dense, tokens)) < 1e-6
     assert apart(total, found["loss.model"] + found["loss.auxiliary"]) < 1e-6
     assert float(found["loss.auxiliary"]) > 0.01
     assert found["metric.layers.1.mlp.loads"].shape == (4,)
 
 
-def test_drawn_experts_and_routers_are_the_mixture_by_hand(moe: Any) -> None:
+def test_drawn_experts_and_routers_are_the_mixture_by_hand(moe: Any, value: Any) -> None:
     params, tokens = drawn(moe.params), decoder.tokens()
-    found = jax.jit(jax.value_and_grad(moe(decoder.loss)))(params, tokens)
-    assert apart(found, jax.jit(jax.value_and_grad(by_hand))(params, tokens)) < 1e-5
+    (loss, _), gradients = value(params, tokens, 0.0)
+    expected = jax.jit(jax.value_and_grad(by_hand))(params, tokens)
+    assert apart((loss, gradients), expected) < 1e-5
 
 
 def test_experts_are_in_place_and_routers_beside(moe: Any, dense: Any) -> None:
@@ -85,7 +92,7 @@ def test_a_few_steps_train(moe: Any, value: Any) -> None:
 
     params, state, losses = moe.params, optimizer.init(moe.params), []
     for _ in range(4):
-        (loss, _), gradients = value(params, decoder.tokens())
+        (loss, _), gradients = value(params, decoder.tokens(), 1.0)
         params, state = update(params, state, gradients)
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 1
@@ -98,5 +105,14 @@ def test_other_functions_and_other_batches(moe: Any) -> None:
     params, many = drawn(moe.params), decoder.tokens(3, 5)
     whole = jax.jit(moe(decoder.model))(params, many)
     assert whole.shape == (3, 5, decoder.VOCAB)
-    one = moe(lambda p, t: decoder.model(p, t[None])[0])
+    one = moe(lambda p, t: decoder.model(p, t[None])[0], dispatch="gathered")
     assert apart(whole, jax.jit(jax.vmap(one, (None, 0)))(params, many)) < 1e-5
+
+
+def test_the_graph_before_any_pass(dense: Any) -> None:
+    made = mx.graph(decoder.loss, dense, decoder.tokens(), tokens={"tokens": ("batch", "seq")})
+    assert [n.op.name for n in made] == ["contract", "silu", "contract", "mul", "contract"] * 2
+    assert list(made.outputs) == ["y.layers.0.mlp", "y.layers.1.mlp"]
+    assert mx.graph(decoder.loss, dense, decoder.tokens()).inputs["x.layers.0.mlp"].type.names == (
+        "batch", "seq", "embed",
+    )  # fmt: skip

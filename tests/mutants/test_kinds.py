@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from tiers import examples, few
 
 from moecc.ir import OPS, Graph, equal
 from moecc.pipeline.passes import Pass
@@ -43,7 +44,7 @@ def test_there_are_enough_of_these_kinds() -> None:
     assert len(KINDS) + len(meshes.TABLES) >= 12
 
 
-@pytest.mark.parametrize("start", SEEDS)
+@pytest.mark.parametrize("start", few(SEEDS))
 @pytest.mark.parametrize(
     ("item", "strategy"), [(i, s) for i, _, s in KINDS], ids=[n for _, n, _ in KINDS]
 )
@@ -58,7 +59,7 @@ def test_each_mutant_is_caught(item: Pass, strategy: Any, start: int) -> None:
         law()
 
 
-@pytest.mark.parametrize("start", SEEDS)
+@pytest.mark.parametrize("start", few(SEEDS))
 @pytest.mark.parametrize("name", meshes.TABLES)
 def test_a_row_that_splits_what_must_be_whole_is_caught(name: str, start: int) -> None:
     operation = P.op(name, *(P.any() for _ in OPS[name].operands))
@@ -74,7 +75,7 @@ def test_a_row_that_splits_what_must_be_whole_is_caught(name: str, start: int) -
         law()
 
 
-@settings(EXAMPLES, max_examples=100)
+@settings(EXAMPLES, max_examples=examples(40, 100))
 @given(graphs(mesh=MESH))
 def test_a_random_sharding_is_right(graph: Graph) -> None:
     laws.check_sharded(graph)
@@ -84,7 +85,7 @@ def test_a_random_sharding_is_right(graph: Graph) -> None:
 def test_no_sound_rewrite_is_caught_on_a_mesh(name: str) -> None:
     changed = 0
 
-    @settings(EXAMPLES, max_examples=60)
+    @settings(EXAMPLES, max_examples=examples(15, 60))
     @given(graphs(mesh=MESH, like=LIKE.get(name, ())))
     def law(graph: Graph) -> None:
         nonlocal changed

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from tiers import examples
 
 from moecc.ir import Graph, equal
 from moecc.testing import graphs, laws
@@ -62,7 +63,7 @@ def test_no_sound_rewrite_is_caught(name: str) -> None:
     item = SOUND[name]
     changed = 0
 
-    @settings(EXAMPLES, max_examples=100)
+    @settings(EXAMPLES, max_examples=examples(30, 100))
     @given(graphs(like=LIKE.get(name, ())))
     def law(graph: Graph) -> None:
         nonlocal changed

@@ -10,6 +10,7 @@ from moecc.ir import clone, fingerprint
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
 from moecc.pipeline.options import options
+from moecc.pipeline.passes import Context
 from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -27,10 +28,13 @@ CHANGES: dict[tuple[str, str], tuple[str, str]] = {
     ("upcycle", "layers"): ("0", ""),
     ("upcycle", "granularity"): ("2", ""),
     ("upcycle", "shared"): ("0.5", ""),
+    ("upcycle", "shared-gate"): ("none", "shared=0.5"),
     ("upcycle", "gates"): ("softmax", ""),
     ("upcycle", "gate-scale"): ("2.0", ""),
     ("upcycle", "scale-placement"): ("up-down", "granularity=2"),
     ("upcycle", "init"): ("noise", ""),
+    ("upcycle", "sources"): ("base,a", "experts=2"),
+    ("upcycle", "rest"): ("mean", "experts=2 sources=base,a"),
     ("upcycle", "noise-std"): ("0.5", "init=noise"),
     ("upcycle", "noise"): ("absolute", "init=noise"),
     ("upcycle", "drop-ratio"): ("0.25", "init=drop"),
@@ -116,7 +120,7 @@ def dense() -> Graph:
 def made(dense: Graph, text: str) -> str:
     """Return the fingerprint of what the passes make, the parts that only say so aside."""
     graph = clone(dense)
-    run_pipeline(graph, Pipeline.parse(text))
+    run_pipeline(graph, Pipeline.parse(text), context=Context(models=("a",)))
     for attribute in ("mode", "routing", "losses"):
         graph.attrs.pop(attribute, None)
     return fingerprint(graph)

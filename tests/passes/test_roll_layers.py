@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from moecc_passes.roll_layers.layers import Layer, Repeated, repetitions_in
 from moecc_passes.roll_layers.roll_layers import RollLayersPass
 from moecc_passes.unroll_layers import UnrollLayersPass
+from tiers import examples
 
 from moecc.errors import UsageError
 from moecc.families import build
@@ -48,7 +49,7 @@ def scans(graph: Graph) -> list[Node]:
     return [node for node in graph if node.body is not None]
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(40, 150))
 @given(stacks())
 def test_rolling_is_exact(graph: Graph) -> None:
     laws.check_pass(RollLayersPass(), graph)
@@ -56,7 +57,7 @@ def test_rolling_is_exact(graph: Graph) -> None:
     laws.check_graph(rolled)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(40, 150))
 @given(stacks())
 def test_unrolling_is_the_inverse(graph: Graph) -> None:
     rolled, result = laws.applied(RollLayersPass(), graph)

@@ -11,6 +11,7 @@ from math import prod
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from moecc.families.describe import describe
 from moecc.ir.traits import Cost
@@ -82,7 +83,7 @@ def test_parameters_and_flops_are_those_of_the_description(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(8, 25), deadline=None)
 @given(data=st.data())
 def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataObject) -> None:
     work = work_of(model)
@@ -100,7 +101,7 @@ def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataOb
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(8, 25), deadline=None)
 @given(data=st.data())
 def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -> None:
     work = work_of(model)
@@ -116,7 +117,7 @@ def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(8, 25), deadline=None)
 @given(data=st.data(), machine=st.sampled_from(MACHINES), factor=st.integers(2, 4))
 def test_a_larger_batch_costs_no_less(
     model: str, data: st.DataObject, machine: str, factor: int
@@ -136,7 +137,7 @@ def test_a_larger_batch_costs_no_less(
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(8, 25), deadline=None)
 @given(data=st.data())
 def test_rematerialisation_trades_arithmetic_for_activations(
     model: str, data: st.DataObject
@@ -155,7 +156,7 @@ def test_rematerialisation_trades_arithmetic_for_activations(
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(6, 15), deadline=None)
 @given(data=st.data())
 def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(
     model: str, data: st.DataObject
@@ -172,7 +173,7 @@ def test_adafactor_keeps_less_than_adamw_and_both_less_than_all_copies(
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(6, 15), deadline=None)
 @given(data=st.data(), machine=st.sampled_from(MACHINES))
 def test_no_plan_beats_the_peak(model: str, data: st.DataObject, machine: str) -> None:
     work = work_of(model)

@@ -60,6 +60,12 @@ def test_a_return_is_told_once_whether_or_not_it_was_interrupted(tmp_path: Path)
     assert {"step": 4, "left_out": [3, 4]} in read_journal(once)
 
 
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record(path, [Skipped(1, {"loss": float("nan"), "load": [1.0, float("inf")]}, 0)])
+    assert path.read_text() == '{"step":1,"skipped":0,"loss":null,"load":[1.0,null]}\n'
+
+
 def test_a_line_that_is_not_json_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nno\n{"step": 2}\n')

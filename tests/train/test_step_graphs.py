@@ -15,6 +15,7 @@ from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.steps.recipes import eval_graph, train_graph
+from moecc.steps.remarks import training_remarks
 from moecc.testing.data import params_for
 from moecc.train.data.batches import open_batches
 from moecc.train.data.model_facts import ModelFacts
@@ -60,6 +61,22 @@ def test_steps_take_what_batches_give(
         assert "hidden" not in made.output_names
         for value in made.inputs.values():
             assert value.type.dtype.kind == "key" or batch[value.name].ndim == value.type.rank
+
+
+@pytest.mark.parametrize(
+    ("passes", "told"),
+    [
+        ("upcycle{experts=4 top-k=2}", False),
+        ("upcycle{experts=4 top-k=1 gates=switch}", False),
+        ("upcycle{experts=4 top-k=1}", True),
+        ("upcycle{experts=4 top-k=2 gates=ones}", True),
+    ],
+)
+def test_routers_without_a_gradient_are_remarked(passes: str, told: bool) -> None:
+    found = list(training_remarks(imported("llama_gqa", passes)))
+    assert bool(found) == told
+    if told:
+        assert found[0].startswith("layers.0.ffn, layers.1.ffn, layers.2.ffn: the gates")
 
 
 def test_a_tied_head_is_the_embedding() -> None:

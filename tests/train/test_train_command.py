@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from moecc.checkpoint.run.layout import saved_steps
 from moecc.cli.main import main
@@ -16,7 +18,7 @@ from moecc.cli.main import main
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
-from .tiny import make_recipe
+from .tiny import draw_weights, make_recipe
 
 RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 9"
 
@@ -130,6 +132,26 @@ def test_models_are_evaluated_on_held_out_text(folder: Path, call: Any) -> None:
 
 
 @pytest.mark.slow
+def test_losses_that_are_not_finite_from_the_first_step_end_the_run(
+    folder: Path, call: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    draw_weights(model)
+    arrays = load_file(model / "model.safetensors")
+    arrays["model.norm.weight"][3] = np.nan
+    save_file(arrays, model / "model.safetensors", metadata={"format": "pt"})
+    run = tmp_path / "run"
+    code, _, err = call("train", folder / "recipe.toml", "--out", run, "--set",
+                        f"model.source={model}", "--set", "model.start=source")  # fmt: skip
+    assert code == 3
+    assert err.count("error:") == 1
+    assert "training gave up: its losses are not finite" in err
+    assert "4 skipped steps in a row, twice" in err
+    assert saved_steps(run) == []
+
+
+@pytest.mark.slow
 def test_a_fork_goes_on_under_another_recipe(folder: Path, call: Any) -> None:
     run, fork = folder / "run", folder / "fork"
     code, _, err = call(
@@ -184,6 +206,9 @@ def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) 
         (["recipe.toml", "--fork", "run", "--out", "x"], 1, "as many steps already"),
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=3"], 1, "mesh"),
         (["recipe.toml", "--out", "x", "--set", "model.start=source"], 1, "no weights"),
+        (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=8"], 1, "groups of tokens do not"),
+        (["recipe.toml", "--out", "x", "--set", "data.train=[]"], 2, "the mixture is empty"),
+        (["recipe.toml", "--out", "x", "--set", "data.trian=[]"], 2, "did you mean"),
     ],
 )
 def test_what_cannot_be_is_one_message(

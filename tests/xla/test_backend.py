@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
+from tiers import examples
 
 from moecc.errors import InputError
 from moecc.ir import Graph
@@ -52,7 +53,7 @@ def check_both_ways(graph: Graph, seed: int = 0) -> None:
 
 
 @given(graphs())
-@settings(max_examples=12)
+@settings(max_examples=examples(5, 12))
 def test_random_graphs(graph: Graph) -> None:
     assume(not is_ragged(graph))
     check_both_ways(graph)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from moecc_passes.sharding.legal import layer
+from tiers import few
 
 jax = pytest.importorskip("jax")
 
@@ -42,7 +43,7 @@ def compiled(graph: Graph, interceptor: Interceptor = DIRECT) -> Any:
     return step.lower(*arrays(graph)).compile()
 
 
-@pytest.mark.parametrize("slots", ["capacity", "expert-choice", "ragged"])
+@pytest.mark.parametrize("slots", few(["capacity", "expert-choice", "ragged"]))
 def test_the_layer_is_that_of_one_device(slots: str) -> None:
     graph = layer(slots)
     grid = plan_mesh("data=8")

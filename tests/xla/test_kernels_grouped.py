@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from tiers import examples
 
 jax = pytest.importorskip("jax")
 
@@ -71,7 +72,7 @@ def _with_gradients(rows: Any, weights: Any, sizes: Any, axis: int, cotangent: A
 
 @pytest.mark.parametrize("axis", [1, 2])
 @given(case=grouped_rows(), seed=st.integers(0, 9))
-@settings(max_examples=25)
+@settings(max_examples=examples(8, 25))
 def test_values_and_gradients_are_exact(case: tuple[int, np.ndarray], seed: int, axis: int) -> None:
     num_rows, sizes = case
     rows, weights, d_product = _arrays(num_rows, sizes.size, axis, seed)
@@ -156,7 +157,7 @@ def _bias(values: Any, sizes: Any, num_rows: int, cotangent: Any) -> Any:
 
 
 @given(grouped_rows())
-@settings(max_examples=30)
+@settings(max_examples=examples(10, 30))
 def test_a_bias_is_repeated_and_its_gradient_summed(case: tuple[int, np.ndarray]) -> None:
     num_rows, sizes = case
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from tiers import examples
 
 jax = pytest.importorskip("jax")
 
@@ -112,7 +113,7 @@ def _with_gradients(layer: Any, case: Case, cotangent: Any) -> Any:
 
 @pytest.mark.parametrize("name", LAYERS)
 @given(case=cases())
-@settings(max_examples=30)
+@settings(max_examples=examples(8, 30))
 def test_layer_is_the_dense_layer(name: str, case: Case) -> None:
     cotangent = np.random.default_rng(1).standard_normal(case.tokens.shape)
     with jax.enable_x64(True):
@@ -182,7 +183,7 @@ def test_no_ragged_dot_and_no_scattered_sums(name: str) -> None:
 
 
 @given(cases())
-@settings(max_examples=20)
+@settings(max_examples=examples(8, 20))
 def test_unplaced_choices_have_no_gradient(case: Case) -> None:
     _, d_tokens, d_gates, _ = _with_gradients(dropless, case, np.ones_like(case.tokens))
     unplaced = case.slots < 0

@@ -113,15 +113,12 @@ def expected(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return outcome(written_out(model), *data(model))
 
 
-CASES = [
-    # The programs of two stacks take long to compile.
-    pytest.param(model, remat, marks=[pytest.mark.slow] * (len(runs) > 1 and remat != "full"))
-    for model, (_, _, runs) in MODELS.items()
-    for remat in REMAT
-]
+CASES = [(model, remat) for model in MODELS for remat in REMAT]
+QUICK = [("decoder", "full"), ("decoder", "save save=router,rows,experts")]
+SLOW = [pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in QUICK]
 
 
-@pytest.mark.parametrize(("model", "remat"), CASES)
+@pytest.mark.parametrize(("model", "remat"), [*QUICK, *SLOW])
 def test_values_and_gradients(model: str, remat: str) -> None:
     params, inputs = data(model)
     graph = rolled(model, remat)
@@ -157,6 +154,7 @@ def temporary_bytes(graph: Graph) -> int:
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.slow
 def test_while_a_block_is_computed_again_one_layer_is_alive() -> None:
     small = {"hidden_size": 32, "intermediate_size": 512, "num_hidden_layers": 8}
     config = {**preset_config("smollm2-135m"), **SMALL["smollm2-135m"], **small}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import few, some
 
 from moecc.errors import InputError
 from moecc.families import build
@@ -53,11 +54,6 @@ EXPERTS = {
     "replicated tokens": "expert-replicated mesh=data:4,expert:2",
     "nowhere": "data-parallel mesh=data:8",
 }
-
-
-def _some(layouts: dict[str, str], *quick: str) -> list[Any]:
-    """Return the names, those that are not `quick` marked slow."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in layouts]
 
 
 Run = Callable[..., dict[str, Any]]
@@ -131,12 +127,12 @@ def census(program: str) -> Counter[str]:
     return Counter(re.findall(kinds, program))
 
 
-@pytest.mark.parametrize("name", _some(LAYOUTS, "tensor", "fsdp"))
+@pytest.mark.parametrize("name", some(LAYOUTS, "fsdp"))
 def test_a_dense_model_is_the_same_on_a_mesh(name: str) -> None:
     assert_same(*decoder(DENSE, seq=8), LAYOUTS[name])
 
 
-@pytest.mark.parametrize("name", _some(EXPERTS, "rows, columns", "replicated tokens"))
+@pytest.mark.parametrize("name", some(EXPERTS, "rows, columns"))
 def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
     losses = Pipeline.parse("add-losses{metrics=true}", installed())
@@ -144,7 +140,7 @@ def test_experts_are_the_same_on_a_mesh_with_what_they_drop(name: str) -> None:
     assert_same(graph, params, inputs, EXPERTS[name])
 
 
-@pytest.mark.parametrize("name", ["rows, columns", "replicated tokens"])
+@pytest.mark.parametrize("name", some(["rows, columns", "replicated tokens"], "replicated tokens"))
 def test_noise_is_the_same_on_a_mesh(name: str) -> None:
     graph, params, inputs = decoder(DENSE, seq=8, **SPARSE)
     text = "specialize{mode=train capacity-factor=0.75 groups=8 jitter=0.3 router-noise=0.5}"
@@ -191,9 +187,7 @@ def test_what_is_not_ready_for_a_mesh_is_refused() -> None:
         device_mesh(on_mesh, jax.devices()[:4])
 
 
-@pytest.mark.parametrize(
-    "remat", ["full", "full split=model", pytest.param("save", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("remat", few(["full", "full split=model", "save"]))
 def test_blocks_of_layers_are_the_same_on_a_mesh_when_computed_again(remat: str) -> None:
     small = {
         "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,

@@ -8,10 +8,13 @@
 - `sites`, `settle`, `uses`: which blocks a function has, and who else uses their weights;
 - `build`, `parts`, `partkeys`: all blocks as one graph, and the graph in parts again;
 - `storage`, `arrays`: where new parameters lie, and their values;
-- `run`: the function with its blocks replaced.
+- `run`, `call`, `losses`: the function with its blocks replaced;
+- `saving`, `loading`: a conversion as a folder.
 """
 
 from __future__ import annotations
 
 from moecc_backends.islands.conversion import Conversion as Conversion
 from moecc_backends.islands.convert import convert as convert
+from moecc_backends.islands.convert import graph as graph
+from moecc_backends.islands.loading import load as load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from moecc.ir.builder import Builder
@@ -10,7 +10,10 @@ from moecc.ir.graph import Graph, Value
 from moecc.types.dtypes import F32
 from moecc.types.tensor import Axis, TensorType
 from moecc_backends.islands.blocks import OUTER
-from moecc_backends.islands.sites import Instance
+from moecc_backends.islands.labels import Dims
+from moecc_backends.islands.naming import unique
+from moecc_backends.islands.scopes import Val
+from moecc_backends.islands.sites import Instance, Site, Survey
 
 TOKEN_AXES = {1: ("token",), 2: ("batch", "seq")}
 """What the axes of tokens are called, by their number."""
@@ -26,45 +29,60 @@ def output_name(loc: str) -> str:
     return f"y.{loc}"
 
 
-def build_graph(instances: Iterable[Instance], *, name: str, is_causal: bool) -> Graph:
+def build_graph(survey: Survey, *, name: str, is_causal: bool, labels: Mapping[Val, Dims]) -> Graph:
     """Return the blocks as one graph.
 
     Parameters are named after leaves, and their weights are read from them.
 
     Args:
-      instances: the blocks.
+      survey: the blocks.
       name: of the function.
       is_causal: whether no token may depend on later ones.
+      labels: which dimensions of values are which axes of tokens, as far as that is known.
     """
-    blocks = list(instances)
+    sites = survey.first_sites()
+    blocks = [(one, sites[key]) for key, one in survey.instances().items()]
     graph = Graph("jax", {"function": name})
     if is_causal:
-        graph.attrs["causal_inputs"] = [input_name(b.loc) for b in blocks]
+        graph.attrs["causal_inputs"] = [input_name(one.loc) for one, _ in blocks]
     sizes: dict[tuple[str, int], str] = {}
-    inputs = [_input(graph, block, sizes) for block in blocks]
-    for block, x in zip(blocks, inputs, strict=True):
-        params = [_param(graph, block, i) for i in range(len(block.params))]
-        made = _emit(Builder(graph, loc=block.loc), block, x, params)
-        graph.set_output(output_name(block.loc), made)
+    inputs = [_input(graph, input_name(one.loc), site, sizes, labels) for one, site in blocks]
+    for (one, site), x in zip(blocks, inputs, strict=True):
+        params = [_param(graph, one, i) for i in range(len(one.params))]
+        made = _emit(Builder(graph, loc=one.loc), site, x, params)
+        graph.set_output(output_name(one.loc), made)
     return graph
 
 
-def token_axes(instance: Instance) -> tuple[str, ...]:
+def token_axes(site: Site, labels: Mapping[Val, Dims]) -> tuple[str, ...]:
     """Return the names of the axes of tokens of a block's input, in order."""
-    count = len(instance.site.island.x.shape) - 1
-    return TOKEN_AXES.get(count) or tuple(f"axis{i}" for i in range(count))
+    island = site.island
+    dims = labels.get(island.x)
+    count = len(island.x.shape) - 1
+    plain = TOKEN_AXES.get(count) or tuple(f"axis{i}" for i in range(count))
+    if dims is None:
+        return plain
+    own = [label for i, label in enumerate(dims) if i != island.outer]
+    named = ["_".join(name for name, _ in label) for label in own]
+    return tuple(unique(n or f"axis{i}" for i, n in enumerate(named)))
 
 
-def _input(graph: Graph, instance: Instance, sizes: dict[tuple[str, int], str]) -> Value:
-    island = instance.site.island
+def _input(
+    graph: Graph,
+    name: str,
+    site: Site,
+    sizes: dict[tuple[str, int], str],
+    labels: Mapping[Val, Dims],
+) -> Value:
+    island = site.island
     shape = [n for i, n in enumerate(island.x.shape) if i != island.outer]
     axes = []
-    for name, size in zip(token_axes(instance), shape, strict=True):
-        if (name, size) not in sizes:
-            sizes[name, size] = _variable(name, sizes)
-        axes.append(Axis(name, sizes[name, size]))
+    for axis, size in zip(token_axes(site, labels), shape, strict=True):
+        if (axis, size) not in sizes:
+            sizes[axis, size] = _variable(axis, sizes)
+        axes.append(Axis(axis, sizes[axis, size]))
     width = island.x.shape[island.outer]
-    return graph.input(input_name(instance.loc), TensorType(F32, (*axes, Axis(OUTER, width))))
+    return graph.input(name, TensorType(F32, (*axes, Axis(OUTER, width))))
 
 
 def _variable(name: str, sizes: dict[tuple[str, int], str]) -> str:
@@ -81,11 +99,11 @@ def _param(graph: Graph, instance: Instance, at: int) -> Value:
     return graph.param(name, weight.type.with_dtype(F32), weight, loc=instance.loc)
 
 
-def _emit(builder: Builder, instance: Instance, x: Value, params: list[Value]) -> Value:
+def _emit(builder: Builder, site: Site, x: Value, params: list[Value]) -> Value:
     made: dict[str, Value] = {"x": x}
     made |= {f"p{i}": p for i, p in enumerate(params)}
-    for number, operation in enumerate(instance.block.operations):
+    for number, operation in enumerate(site.block.operations):
         operands = (made[o] for o in operation.operands)
         attrs: dict[str, Any] = dict(operation.attrs)
         made[f"v{number}"] = builder.node(operation.name, *operands, **attrs).result
-    return made[f"v{len(instance.block.operations) - 1}"]
+    return made[f"v{len(site.block.operations) - 1}"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moecc.errors import InputError, Problem
+from moecc_backends.islands.execution import Execution
 from moecc_backends.islands.functions import ParamTree, Traced, trace_function
-from moecc_backends.islands.jaxprs import shape_of
+from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.losses import joined, with_losses
 from moecc_backends.islands.parts import Part, Parts
 from moecc_backends.islands.run import Program, Replacement
@@ -20,7 +20,7 @@ from moecc_backends.islands.sites import Instance, Key, Site, survey
 from moecc_backends.islands.storage import Slot, Storage
 from moecc_backends.islands.uses import skipped, uses
 from moecc_backends.islands.views import Leaf
-from moecc_backends.xla.trace.options import Options
+from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 TREE, BESIDE = "params", "moe"
 """The keys of new parameters: the tree with experts in place, and what has no place there."""
@@ -57,11 +57,11 @@ class State:
 class Given:
     """New parameters, taken apart: what stands in the place of leaves, and what is beside."""
 
-    leaves: Mapping[str, Any]
-    beside: Mapping[str, Any]
+    leaves: Mapping[str, AnyArray]
+    beside: Mapping[str, AnyArray]
 
     @classmethod
-    def of(cls, tree: ParamTree, params: Any) -> Given:
+    def of(cls, tree: ParamTree, params: PyTree) -> Given:
         """Return `params` taken apart.
 
         Raises:
@@ -75,11 +75,11 @@ class Given:
             )
         return cls(tree.flatten(params[TREE]), params[BESIDE])
 
-    def array(self, slot: Slot) -> Any:
+    def array(self, slot: Slot) -> AnyArray:
         """Return the array in which a parameter lies."""
         return self.leaves[slot.key] if slot.in_tree else self.beside[slot.key]
 
-    def stacked(self, slots: Sequence[Slot], lengths: tuple[int, ...]) -> Any:
+    def stacked(self, slots: Sequence[Slot], lengths: tuple[int, ...]) -> AnyArray:
         """Return a parameter of blocks in loops, the loops in front; of one block as it is.
 
         Args:
@@ -102,16 +102,28 @@ class Call:
       state: of the conversion.
       function: the user's function of dense parameters.
       losses: whether losses and metrics are returned.
-      options: what is chosen for the lowering.
+      execution: how parts are run.
     """
 
     state: State
-    function: Callable[..., Any]
+    function: Function
     losses: bool
-    options: Options
+    execution: Execution
 
-    def run(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(
+        self,
+        params: PyTree,
+        args: tuple[AnyArray, ...],
+        kwargs: Mapping[str, AnyArray],
+        extra: Mapping[str, AnyArray],
+    ) -> AnyArray:
         """Return the result of the function.
+
+        Args:
+          params: the new parameters.
+          args: the other arguments.
+          kwargs: those by name.
+          extra: further inputs of the graph.
 
         Raises:
           InputError: the parameters do not fit, or the function cannot be traced, or it uses what
@@ -125,7 +137,8 @@ class Call:
             traced.scope,
             {r.site.island.steps[-1]: r for r in replaced},
             skipped(traced.scope, steps_of([r.site for r in replaced])),
-            self.options,
+            self.execution,
+            self._checked(extra, replaced),
             side=self.losses,
         )
         names = state.tree.array_names
@@ -138,7 +151,21 @@ class Call:
         of_sites = {r.number: state.parts_of(r.site) for r in replaced}
         return with_losses(result, joined(state.parts, of_sites, replaced, side))
 
-    def _dense(self, name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    def _checked(
+        self, extra: Mapping[str, AnyArray], replaced: Sequence[Replacement]
+    ) -> Mapping[str, AnyArray]:
+        """Return further inputs. Raises InputError where some are missing or unknown."""
+        needed = {v.name: v for r in replaced for v in r.part.extra}
+        if set(needed) != set(extra):
+            raise InputError(
+                "the graph of the blocks takes other inputs than were given",
+                expected=f"moe_inputs={{{', '.join(f'{n!r}: …' for n in needed)}}}",
+                found=", ".join(extra) or "none",
+                hint="; ".join(f"{n}: {v.type}" for n, v in needed.items()) or None,
+            )
+        return extra
+
+    def _dense(self, name: str, leaf: AnyArray) -> jax.ShapeDtypeStruct:
         """Return the dense shape of a leaf, in the element type that it has now."""
         if name not in self.state.storage.gone:
             return shape_of(leaf.shape, leaf.dtype)
@@ -170,7 +197,7 @@ class Call:
             )
         return made
 
-    def _weights(self, site: Site, given: Given) -> tuple[Any, ...]:
+    def _weights(self, site: Site, given: Given) -> tuple[AnyArray, ...]:
         slots = self.state.storage.slots
         params = [[slots[p.name] for p in part.params] for part in self.state.parts_of(site)]
         return tuple(given.stacked(each, site.lengths) for each in zip(*params, strict=True))

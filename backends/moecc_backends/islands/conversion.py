@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from pathlib import Path
 
-from moecc.ir.graph import Graph
-from moecc.pipeline.passes import Preserves
-from moecc_backends.islands.call import Call, State
-from moecc_backends.islands.report import Report
-from moecc_backends.xla.trace.options import DEFAULTS, Options
+import jax
+
+from moecc_backends.islands.call import Call
+from moecc_backends.islands.execution import Execution
+from moecc_backends.islands.jaxprs import AnyArray
+from moecc_backends.islands.record import Record
+from moecc_backends.islands.saving import write_folder
+from moecc_backends.xla.trace.options import AUTO, Options
+from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """Converted parameters, and every function of them.
-
-    Attributes:
-      params: ``{"params": …, "moe": …}``, the tree with experts in place, and routers by name.
-      graph: all blocks as one graph, rewritten.
-      report: what was done.
-      preserves: what the passes promise.
-      state: what functions of the parameters need to know.
-    """
-
-    params: Any
-    graph: Graph
-    report: Report
-    preserves: Preserves
-    state: State
+class Conversion(Record):
+    """Converted parameters, and every function of them; see `Record` for the attributes."""
 
     def __call__(
         self,
-        function: Callable[..., Any],
+        function: Function,
         *,
         losses: bool = False,
-        options: Options = DEFAULTS,
-    ) -> Callable[..., Any]:
+        mesh: jax.sharding.Mesh | None = None,
+        dispatch: str = AUTO,
+    ) -> Function:
         """Return `function` on the new parameters, traced and rewritten anew at each trace.
 
         Args:
@@ -46,11 +37,39 @@ class Conversion:
           losses: whether losses and metrics are returned, too: then the result is a pair of it
             and a dictionary; a scalar, or the first of a tuple if it is one, is the model's loss
             and has ``loss.auxiliary`` added to it.
-          options: what is chosen for the lowering.
+          mesh: the devices that experts are sharded over: the mesh of the graph, where a pass put
+            it on one; else of XLA's partitioner, which has hints where tokens and experts go.
+          dispatch: one of `moecc.ir.dispatch_strategies.DISPATCHES`, or ``auto``.
+
+        Returns:
+          A function that takes new parameters first, and further inputs of the graph, such as the
+          random key of ``specialize{mode=train}``, as ``moe_inputs={"key": key}``.
         """
+        execution = Execution(Options(dispatch), mesh)
 
         @wraps(function)
-        def converted(params: Any, *args: Any, **kwargs: Any) -> Any:
-            return Call(self.state, function, losses, options).run(params, args, kwargs)
+        def converted(
+            params: PyTree,
+            *args: PyTree,
+            moe_inputs: Mapping[str, AnyArray] | None = None,
+            **kwargs: PyTree,
+        ) -> AnyArray:
+            call = Call(self.state, function, losses, execution)
+            return call.run(params, args, kwargs, moe_inputs or {})
 
         return converted
+
+    def save(self, folder: str | Path, params: PyTree = None, *, force: bool = False) -> Path:
+        """Write parameters to a folder, from which `load` makes this conversion again.
+
+        Args:
+          folder: the folder, new or empty.
+          params: parameters of the same tree, trained for example; those of the conversion if None.
+          force: whether an existing folder is replaced.
+
+        Raises:
+          InputError: the folder cannot be used, the parameters do not fit, or an array cannot be
+            stored.
+          MachineError: the disk is too small, or a write failed.
+        """
+        return write_folder(self, Path(folder), params, force=force)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
 
 import jax
 
@@ -15,6 +14,7 @@ from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import Report as PipelineReport
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.contracts import NOT_CHECKED, check_contracts
 from moecc.types.arrays import Array
 from moecc.weights.expr import Expr
 from moecc_backends.islands.arrays import LeafEvaluator, make_array
@@ -23,29 +23,35 @@ from moecc_backends.islands.call import BESIDE, TREE, State
 from moecc_backends.islands.conversion import Conversion
 from moecc_backends.islands.find import Miss
 from moecc_backends.islands.functions import ParamTree, leaf_of, trace_function
-from moecc_backends.islands.jaxprs import shape_of
+from moecc_backends.islands.jaxprs import AnyArray, shape_of
+from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.partkeys import part_key
 from moecc_backends.islands.parts import Parts, cut
 from moecc_backends.islands.report import BlockReport, Report
+from moecc_backends.islands.scopes import Val
 from moecc_backends.islands.settle import settle, steps_of
 from moecc_backends.islands.sites import Instance, Key, Survey, survey
 from moecc_backends.islands.storage import Storage, plan_storage
+from moecc_backends.islands.tokens import refuse_mixing, token_labels
 from moecc_backends.islands.uses import uses
 from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 MAX_READ_ELEMENTS = 1 << 20
 """The largest parameter that a promise may depend on."""
 
 
 def convert(
-    function: Callable[..., Any],
-    params: Any,
-    *args: Any,
+    function: Function,
+    params: PyTree,
+    *args: PyTree,
     pipeline: str | Pipeline | None = None,
+    tokens: Mapping[str, Sequence[str]] | None = None,
     causal: bool = True,
     seed: int = 0,
     allow_unmatched: bool = False,
-    **kwargs: Any,
+    check: bool = False,
+    **kwargs: PyTree,
 ) -> Conversion:
     """Upcycle a function of parameters: ``convert(loss, params, batch, "upcycle{experts=8}")``.
 
@@ -54,30 +60,31 @@ def convert(
       params: a tree of arrays or shapes.
       args: its other arguments, arrays or shapes; the last may be the pipeline.
       pipeline: the passes, as text or parsed.
+      tokens: the names of the axes of arguments that number tokens, ``{"batch.tokens": ("batch",
+        "seq")}``: with them, a product that sums over tokens is no block.
       causal: whether no token may depend on later ones; routings that look ahead are rejected.
       seed: of the random numbers.
       allow_unmatched: whether a pass that must match may match nothing.
+      check: whether each pass is held to its promise, on the graph at reduced sizes.
       kwargs: further arguments of the function.
 
     Raises:
       UsageError: the pipeline is none.
       InputError: the function cannot be traced, has no such block, or a pass does not fit it.
+      CheckError: a pass broke its promise.
     """
     if pipeline is None:
         *given, pipeline = args or (None,)
         args = tuple(given)
     passes = _parsed(pipeline)
     tree, arrays = ParamTree.of(params)
-    shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
-    traced, _ = trace_function(function, tree, shapes, (args, kwargs))
-    found = survey(traced.scope)
-    settle(found)
-    instances = found.instances()
-    name = getattr(function, "__name__", "function")
-    graph = build_graph(instances.values(), name=name, is_causal=causal)
+    found, labels = _surveyed(function, (tree, arrays), (args, kwargs), tokens or {})
+    name, instances = _name(function), found.instances()
+    graph = build_graph(found, name=name, is_causal=causal, labels=labels)
     locations = [i.loc for i in instances.values()]
     before = {loc: part_key(part) for loc, part in cut(graph, locations).blocks.items()}
     context = Context(seed=seed, allow_unmatched=allow_unmatched, read=_reader(arrays))
+    contracts = check_contracts(graph, passes, context) if check else NOT_CHECKED
     done = _run(graph, passes, context, found.misses)
     parts = cut(graph, locations)
     converted = frozenset(n for n, part in parts.blocks.items() if part_key(part) != before[n])
@@ -87,7 +94,51 @@ def convert(
     state = State(tree, leaves, parts, instances, converted, storage)
     made = _new_params(state, arrays)
     report = _report(name, passes, done, found, state, (arrays, made))
-    return Conversion(made, graph, report, done.preserves, state)
+    return Conversion(made, graph, report, done.preserves, passes, seed, contracts, state)
+
+
+def graph(
+    function: Function,
+    params: PyTree,
+    *args: PyTree,
+    tokens: Mapping[str, Sequence[str]] | None = None,
+    causal: bool = True,
+    **kwargs: PyTree,
+) -> Graph:
+    """Return the blocks of a function as one graph, before any pass; arguments as of `convert`.
+
+    Raises:
+      InputError: the function cannot be traced, or has no such block.
+    """
+    found, labels = _surveyed(function, ParamTree.of(params), (args, kwargs), tokens or {})
+    return build_graph(found, name=_name(function), is_causal=causal, labels=labels)
+
+
+def _name(function: Function) -> str:
+    return str(getattr(function, "__name__", "function"))
+
+
+def _surveyed(
+    function: Function,
+    params: tuple[ParamTree, Mapping[str, AnyArray]],
+    arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
+    tokens: Mapping[str, Sequence[str]],
+) -> tuple[Survey, dict[Val, Dims]]:
+    """Return the blocks of a function, and the labels of its values.
+
+    Raises:
+      InputError: the function cannot be traced, or has no such block.
+    """
+    tree, arrays = params
+    shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
+    traced, _ = trace_function(function, tree, shapes, arguments)
+    found = survey(traced.scope)
+    labels = token_labels(traced, tokens) if tokens else {}
+    refuse_mixing(found, labels)
+    settle(found)
+    if not found.sites:
+        raise InputError([_no_block(function), *map(_near, found.misses)])
+    return found, labels
 
 
 def _parsed(pipeline: object) -> Pipeline:
@@ -109,14 +160,23 @@ def _run(
     try:
         return run_pipeline(graph, pipeline, context=context)
     except InputError as error:
-        near = (
-            Problem(f"not a block: {m.reason}", where=m.line or ", ".join(m.weights))
-            for m in misses
-        )
-        raise InputError([*error.problems, *near]) from None
+        raise InputError([*error.problems, *map(_near, misses)]) from None
 
 
-def _reader(arrays: Mapping[str, Any]) -> ReadWeight:
+def _near(miss: Miss) -> Problem:
+    return Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
+
+
+def _no_block(function: Function) -> Problem:
+    return Problem(
+        "the function has no feed-forward block of its parameters",
+        where=getattr(function, "__name__", None),
+        expected="a product with a weight, functions of elements, a product with a weight",
+        hint="the parameters are the first argument; weights that are closed over are constants",
+    )
+
+
+def _reader(arrays: Mapping[str, AnyArray]) -> ReadWeight:
     """Return what reads small parameters on which promises depend."""
     are_shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays.values())
 
@@ -170,9 +230,9 @@ def _storage(
     )
 
 
-def _new_params(state: State, arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _new_params(state: State, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
     """Return the new parameters: the tree with experts in place, and the rest by name."""
-    made: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+    made: dict[bool, dict[str, AnyArray]] = {True: {}, False: {}}
     for one in state.storage.arrays:
         made[one.in_tree][one.key] = make_array(one, state.leaves, arrays)
     kept = {n: a for n, a in arrays.items() if n not in state.storage.gone}
@@ -185,7 +245,7 @@ def _report(
     done: PipelineReport,
     found: Survey,
     state: State,
-    params: tuple[Any, Any],
+    params: tuple[AnyArray, AnyArray],
 ) -> Report:
     before, after = (
         sum(prod(x.shape) for x in jax.tree_util.tree_leaves(p) if hasattr(x, "shape"))
@@ -196,7 +256,7 @@ def _report(
         pipeline=str(pipeline),
         preserves=str(done.preserves),
         blocks=tuple(
-            BlockReport(i.loc, i.site.island.line, i.block.summary, i.loc in state.converted)
+            BlockReport(i.loc, i.line, i.summary, i.loc in state.converted)
             for i in state.instances.values()
         ),
         misses=tuple(map(str, found.misses)),

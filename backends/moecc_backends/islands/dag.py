@@ -6,6 +6,7 @@ value has both: an embedding times its transpose must not become square.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moecc_backends.islands.views import View
@@ -137,41 +138,58 @@ def axes_of(node: Node | float, axes: Axes) -> frozenset[int]:
     return of(node)
 
 
-def resliced(node: Node, axis: int, part: tuple[int, int], new: int, axes: Axes) -> Node:
-    """Return a value with an axis that only weights have cut to `part`, under the number `new`.
+def reweighted(node: Node, axis: int, change: Callable[[Weight, str], Weight], axes: Axes) -> Node:
+    """Return a value whose weights that have an axis are changed.
+
+    Args:
+      node: the value.
+      axis: the axis.
+      change: takes a weight, and what the weight calls the axis.
+      axes: the axes.
 
     Raises:
       Misfit: the input of the block has the axis.
     """
-    made: dict[int, Node] = {}
+    made: dict[int, Node | float] = {}
 
-    def cut(x: Node | float) -> Node | float:
+    def changed(x: Node | float) -> Node | float:
         if isinstance(x, float) or axis not in axes_of(x, axes):
             return x
         if id(x) not in made:
-            made[id(x)] = _resliced(x)
+            made[id(x)] = own(x)
         return made[id(x)]
 
-    def _resliced(x: Node) -> Node:
+    def own(x: Node) -> Node | float:
         if isinstance(x, Weight):
-            return _sliced_weight(x, axis, part, new, axes)
+            (name,) = (n for n, number in x.axes.items() if axes.find(number) == axis)
+            return change(x, name)
         if isinstance(x, Product):
-            weight = cut(x.weight)
-            inner = cut(x.x)
+            inner, weight = changed(x.x), changed(x.weight)
             assert isinstance(weight, Weight)
             assert isinstance(inner, Node)
             return Product(inner, weight, x.over)
         if isinstance(x, Apply):
-            return Apply(x.function, tuple(cut(o) for o in x.operands))
+            return Apply(x.function, tuple(map(changed, x.operands)))
         raise Misfit("a part of its input is used")
 
-    found = cut(node)
+    found = changed(node)
     assert isinstance(found, Node)
     return found
 
 
-def _sliced_weight(
-    weight: Weight, axis: int, part: tuple[int, int], new: int, axes: Axes
-) -> Weight:
-    (name,) = (n for n, number in weight.axes.items() if axes.find(number) == axis)
-    return Weight(weight.view.sliced(name, *part), {**weight.axes, name: new})
+def sliced(weight: Weight, name: str, part: tuple[int, int], number: int) -> Weight:
+    """Return a weight with an axis cut to `part`, under another number."""
+    return Weight(weight.view.sliced(name, *part), {**weight.axes, name: number})
+
+
+def indexed(weight: Weight, name: str, at: int) -> Weight:
+    """Return one element along an axis of a weight."""
+    left = {n: number for n, number in weight.axes.items() if n != name}
+    return Weight(weight.view.with_dims((name,)).indexed(name, at), left)
+
+
+def split(weight: Weight, name: str, parts: tuple[int, ...], numbers: tuple[int, ...]) -> Weight:
+    """Return a weight with an axis cut into axes of the sizes `parts`."""
+    view, names = weight.view.with_dims((name,)).split(name, parts)
+    left = {n: number for n, number in weight.axes.items() if n != name}
+    return Weight(view, left | dict(zip(names, numbers, strict=True)))

@@ -71,6 +71,12 @@ class Island:
         return tuple(before.index(find(d)) for d in self.result.dims if d is not None)
 
     @property
+    def leaves(self) -> tuple[str, ...]:
+        """The names of the leaves that its steps read."""
+        views = (v.view for s in self.steps for v in s.inputs)
+        return tuple(sorted({v.leaf.name for v in views if v is not None}))
+
+    @property
     def line(self) -> str:
         """Where it is in the user's program."""
         return user_line(self.down.equation)
@@ -106,19 +112,24 @@ class Search:
 def find_islands(scope: Scope) -> Search:
     """Return the blocks of a scope and of the bodies in it, in order; no two share a step."""
     search = Search()
-    for one in (scope, *(b for s in scope.every_step() for b in s.bodies)):
-        taken: set[Step] = set()
-        order = {step: i for i, step in enumerate(one.steps)}
-        for step in one.steps:
-            if weight_at(step) is None:
-                continue
-            found = _Candidate(step, order).examine()
-            if isinstance(found, Miss):
-                search.misses.append(found)
-            elif found is not None and taken.isdisjoint(found.steps):
-                taken.update(found.steps)
-                search.islands.append(found)
+    _search(scope, search)
     return search
+
+
+def _search(scope: Scope, search: Search) -> None:
+    taken: set[Step] = set()
+    order = {step: i for i, step in enumerate(scope.steps)}
+    for step in scope.steps:
+        for body in step.bodies:
+            _search(body, search)
+        if weight_at(step) is None:
+            continue
+        found = _Candidate(step, order).examine()
+        if isinstance(found, Miss):
+            search.misses.append(found)
+        elif found is not None and taken.isdisjoint(found.steps):
+            taken.update(found.steps)
+            search.islands.append(found)
 
 
 def weight_at(step: Step) -> int | None:
@@ -223,10 +234,7 @@ class _Candidate:
                 yield "a value inside it is returned"
             for user in value.users:
                 if user not in self._inside and user is not self._down:
-                    line = user_line(user.equation)
-                    yield f"a hidden value is also used by `{user.name}`" + (
-                        f" at {line}" if line else ""
-                    )
+                    yield _why_escaping(user)
 
     def _island(self) -> Island:
         up = min(self._ups, key=self._order.__getitem__)
@@ -335,6 +343,16 @@ def _why_outside(value: Val) -> str:
     if _is_reduction(step):
         return f"`{step.name}` inside it mixes its hidden values (a norm, perhaps)"
     return f"it also takes the result of `{step.name}`" + (f" at {line}" if line else "")
+
+
+def _why_escaping(user: Step) -> str:
+    if user.name == "dot_general" and weight_at(user) is None:
+        return (
+            "a hidden value is also multiplied with one from outside: if it is for a gradient, "
+            "convert the loss, and differentiate the converted function"
+        )
+    line = user_line(user.equation)
+    return f"a hidden value is also used by `{user.name}`" + (f" at {line}" if line else "")
 
 
 def _is_reduction(step: Step) -> bool:

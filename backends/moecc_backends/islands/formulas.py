@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moecc.ir.formula import Call, Formula
 from moecc_backends.islands.dag import Apply, Axes, Input, Misfit, Node, Sym
-from moecc_backends.islands.jaxprs import Jaxpr, evaluate, is_literal, opened, shape_of, trace
+from moecc_backends.islands.jaxprs import (
+    AnyArray,
+    Jaxpr,
+    evaluate,
+    is_literal,
+    opened,
+    shape_of,
+    trace,
+)
 from moecc_backends.islands.scopes import Scope, Step, Val, fill
 from moecc_backends.islands.symbols import Custom, Symbols
+from moecc_backends.xla.trace.typed_jax import Function
 
-CUSTOM: dict[str, Callable[..., Any]] = {
+CUSTOM: dict[str, Function] = {
     "relu": jax.nn.relu,
     "relu6": jax.nn.relu6,
     "logaddexp": jnp.logaddexp,
 }
 """Functions of jax with a derivative of their own, which formulas name."""
 
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+ACTIVATIONS: dict[str, Callable[[AnyArray], AnyArray]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -77,7 +85,7 @@ def custom_function(step: Step) -> str | None:
     variables = [a for a in atoms if not is_literal(a)]
     avals = tuple((tuple(a.aval.shape), str(a.aval.dtype)) for a in variables)
 
-    def called(*given: Any) -> Any:
+    def called(*given: AnyArray) -> AnyArray:
         outs = step.equation.outvars
         values = dict(zip(variables, given, strict=True))
         return evaluate([step.equation], values, outs, step.frame.jaxpr)[0]
@@ -96,18 +104,18 @@ def _known(name: str, numbers: tuple[float | None, ...], avals: Avals) -> tuple[
     if (name == "logaddexp") != (len(numbers) == 2):
         return None
 
-    def called(*given: Any) -> Any:
+    def called(*given: AnyArray) -> AnyArray:
         left = iter(given)
         return CUSTOM[name](*(next(left) if n is None else n for n in numbers))
 
     return _spelled(called, avals)
 
 
-def _spelled(function: Callable[..., Any], avals: Avals) -> tuple[str, ...] | None:
+def _spelled(function: Function, avals: Avals) -> tuple[str, ...] | None:
     """Return a function and its derivative as text; None where they are no formulas."""
     count = len(avals)
 
-    def with_derivative(*given: Any) -> Any:
+    def with_derivative(*given: AnyArray) -> AnyArray:
         return jax.jvp(function, given[:count], given[count:])
 
     jaxpr, _ = trace(with_derivative, [shape_of(*a) for a in avals] * 2)

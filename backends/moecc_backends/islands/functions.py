@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ import numpy as np
 
 from moecc.errors import InputError
 from moecc_backends.islands.arrays import dtype_named
-from moecc_backends.islands.jaxprs import trace
+from moecc_backends.islands.jaxprs import AnyArray, trace
 from moecc_backends.islands.naming import path_name, unique
 from moecc_backends.islands.places import line_of
-from moecc_backends.islands.scopes import Scope, function_scope
+from moecc_backends.islands.scopes import Scope, Val, function_scope
 from moecc_backends.islands.views import Leaf
+from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class ParamTree:
       fixed: leaves that are no arrays, by their position: functions, for example.
     """
 
-    treedef: Any
+    treedef: PyTree
     names: tuple[str, ...]
-    fixed: Mapping[int, Any]
+    fixed: Mapping[int, AnyArray]
 
     @classmethod
-    def of(cls, params: Any) -> tuple[ParamTree, dict[str, Any]]:
+    def of(cls, params: PyTree) -> tuple[ParamTree, dict[str, AnyArray]]:
         """Return a tree and its arrays by name.
 
         Raises:
@@ -54,13 +55,13 @@ class ParamTree:
         """The names of the leaves that are arrays, in order."""
         return [n for i, n in enumerate(self.names) if i not in self.fixed]
 
-    def unflatten(self, leaves: Mapping[str, Any]) -> Any:
+    def unflatten(self, leaves: Mapping[str, AnyArray]) -> AnyArray:
         """Return the tree of the arrays `leaves`; those that are missing are None."""
         every = [self.fixed[i] if i in self.fixed else leaves.get(n)
                  for i, n in enumerate(self.names)]  # fmt: skip
         return jax.tree_util.tree_unflatten(self.treedef, every)
 
-    def flatten(self, tree: Any) -> dict[str, Any]:
+    def flatten(self, tree: PyTree) -> dict[str, AnyArray]:
         """Return what stands in the places of leaves, by name.
 
         Raises:
@@ -82,18 +83,18 @@ def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: AnyArray) -> bool:
     """Return whether a leaf has elements and a type."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def leaf_of(name: str, array: Any) -> Leaf | None:
+def leaf_of(name: str, array: AnyArray) -> Leaf | None:
     """Return a leaf as a weight is read from it; None where the type has no name in the IR."""
     dtype = dtype_named(np.dtype(array.dtype)) if not _is_key(array) else None
     return None if dtype is None else Leaf(name, tuple(array.shape), dtype)
 
 
-def _is_key(array: Any) -> bool:
+def _is_key(array: AnyArray) -> bool:
     return bool(jnp.issubdtype(array.dtype, jax.dtypes.extended))
 
 
@@ -104,18 +105,26 @@ class Traced:
     Attributes:
       scope: its steps; the first inputs are the leaves that are arrays.
       treedef: the structure of its result.
+      arguments: the names of the arrays among the other arguments, in order: ``batch.tokens``.
     """
 
     scope: Scope
-    treedef: Any
+    treedef: PyTree
+    arguments: tuple[str, ...]
+
+    @property
+    def argument_values(self) -> dict[str, Val]:
+        """The arrays among the other arguments by name."""
+        given = self.scope.inputs[len(self.scope.inputs) - len(self.arguments) :]
+        return dict(zip(self.arguments, given, strict=True))
 
 
 def trace_function(
-    function: Callable[..., Any],
+    function: Function,
     tree: ParamTree,
-    avals: Mapping[str, Any],
-    arguments: tuple[Sequence[Any], Mapping[str, Any]],
-) -> tuple[Traced, list[Any]]:
+    avals: Mapping[str, AnyArray],
+    arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
+) -> tuple[Traced, list[AnyArray]]:
     """Trace ``function(params, *args, **kwargs)``; return it, and the arrays among the arguments.
 
     Args:
@@ -127,12 +136,13 @@ def trace_function(
     Raises:
       InputError: jax cannot trace it.
     """
-    leaves, treedef = jax.tree_util.tree_flatten(tuple(arguments))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tuple(arguments))
+    leaves = [leaf for _, leaf in paths]
     is_traced = [is_array(x) or isinstance(x, int | float | complex) for x in leaves]
     given = [x for x, traced in zip(leaves, is_traced, strict=True) if traced]
     names = tree.array_names
 
-    def flat(*arrays: Any) -> Any:
+    def flat(*arrays: AnyArray) -> AnyArray:
         params = tree.unflatten(dict(zip(names, arrays, strict=False)))
         rest = iter(arrays[len(names) :])
         every = [next(rest) if traced else x for x, traced in zip(leaves, is_traced, strict=True)]
@@ -149,4 +159,26 @@ def trace_function(
             hint="it must run under jax.jit with all its arguments traced",
         ) from None
     scope = function_scope(jaxpr, [leaf_of(n, avals[n]) for n in names])
-    return Traced(scope, jax.tree_util.tree_structure(result)), given
+    positions = _positions(function)
+    called = [_argument_name(path, positions) for path, _ in paths]
+    arrays = tuple(n for n, traced in zip(called, is_traced, strict=True) if traced)
+    return Traced(scope, jax.tree_util.tree_structure(result), arrays), given
+
+
+def _positions(function: Function) -> list[str]:
+    """Return the names of the positional arguments of a function after the parameters."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in fixed][1:]
+
+
+def _argument_name(path: Sequence[AnyArray], positions: Sequence[str]) -> str:
+    """Return the name of an array of ``(args, kwargs)``."""
+    (kind, first, *rest) = path
+    name = path_name([first])
+    if kind.idx == 0 and first.idx < len(positions):
+        name = positions[first.idx]
+    return ".".join([name, path_name(rest)]) if rest else name

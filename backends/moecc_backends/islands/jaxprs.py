@@ -17,6 +17,8 @@ Equation = Any
 Atom = Any
 Aval = Any
 Tracer = Any
+AnyArray = Any
+"""An array, of jax or NumPy, or the tracer of one."""
 
 CALLS = frozenset(("jit", "pjit", "closed_call", "core_call"))
 """Primitives whose jaxpr stands for itself, called."""
@@ -33,9 +35,9 @@ def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
     return inner, list(getattr(jaxpr, "consts", ()))
 
 
-def shape_of(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+def shape_of(shape: Sequence[int], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
     """Return an array without its elements."""
-    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
 
 def is_literal(atom: Atom) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-]+")
@@ -41,7 +41,9 @@ def unique(names: Iterable[str]) -> list[str]:
 def indexed(name: str, at: int) -> str:
     """Return the name of part `at` of a stacked leaf: ``layers.mlp.up`` to ``layers.3.mlp.up``."""
     parts = name.split(".")
-    stacks = [i for i, part in enumerate(parts[:-1]) if _STACK.search(part)]
+    # A name that a number follows is of a list, which is no stack.
+    pairs = enumerate(pairwise(parts))
+    stacks = [i for i, (part, after) in pairs if _STACK.search(part) and not after.isdigit()]
     where = stacks[-1] if stacks else (0 if len(parts) > 1 else None)
     if where is None:
         return f"{at}.{name}"
@@ -53,7 +55,8 @@ def location(names: Sequence[str]) -> str:
     shared = _shared([n.split(".")[:-1] for n in names])
     if shared:
         return ".".join(shared)
-    return "".join(_shared(names)).rstrip("._-") or "ffn"
+    rest = "".join(_shared(names))
+    return rest.rstrip("._-") if rest.endswith(("_", "-")) else "ffn"
 
 
 def _shared(names: Sequence[Sequence[str]]) -> list[str]:

@@ -15,8 +15,6 @@ from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.types.dtypes import DType
 from moecc_backends.islands.build import input_name, output_name
 from moecc_backends.xla.lower.function import finalize_output, lower_values
-from moecc_backends.xla.trace.options import DEFAULTS, Options
-from moecc_backends.xla.trace.values import Named
 
 
 @dataclass(frozen=True)
@@ -43,32 +41,12 @@ class Part:
         used = (v for n in self.side_nodes for v in n.operands if v.is_param)
         return tuple(dict.fromkeys(used))
 
-    def run(
-        self,
-        x: jax.Array,
-        params: Mapping[Value, jax.Array],
-        dtype: DType,
-        options: Options = DEFAULTS,
-        *,
-        side: bool = False,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Return the output, ``[*tokens, embed]``, and the other values if `side`.
-
-        Args:
-          x: the input, ``[*tokens, embed]``.
-          params: the parameters.
-          dtype: the type to compute in.
-          options: what is chosen for the lowering.
-          side: whether the other values are wanted.
-        """
-        nodes = list(self.side_nodes if side else self.nodes)
-        used = {v for n in nodes for v in n.operands}
-        arrays = {self.x: x} | {v: a for v, a in params.items() if v in used}
-        values = lower_values(nodes, arrays, dtype, options)
-        y = values[self.y]
-        assert isinstance(y, Named), "rows are combined"
-        others = tuple(finalize_output(values[v], v) for v in self.side) if side else ()
-        return y.to(self.y.type.names).array, others
+    @property
+    def extra(self) -> tuple[Value, ...]:
+        """The other inputs of the graph that it takes: a random key, a padding mask."""
+        used = (v for n in self.side_nodes for v in n.operands)
+        own = (v for v in used if v.node is None and not v.is_param and v is not self.x)
+        return tuple(dict.fromkeys(own))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from sysconfig import get_paths
 from types import TracebackType
-from typing import Any
+
+from moecc_backends.islands.jaxprs import Equation
 
 _SELF = str(Path(__file__).parent)
 
@@ -18,7 +19,7 @@ def _is_library(file: str) -> bool:
     return file.startswith((*folders, _SELF, "<"))
 
 
-def user_line(equation: Any) -> str:
+def user_line(equation: Equation) -> str:
     """Return ``file.py:12 in block`` for the innermost line outside of libraries, or nothing."""
     traceback = equation.source_info.traceback
     frames = [] if traceback is None else list(traceback.frames)

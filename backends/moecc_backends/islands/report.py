@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from moecc_backends.islands.jaxprs import AnyArray
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,17 @@ class Report:
     equations: int = 0
     elements_before: int = 0
     elements_after: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        """Return the report as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, AnyArray]) -> Report:
+        """Return the report that `to_json` wrote."""
+        blocks = tuple(BlockReport(**block) for block in found["blocks"])
+        lists = {n: tuple(found[n]) for n in ("misses", "remarks")}
+        return cls(**{**found, **lists, "blocks": blocks})
 
     def __str__(self) -> str:
         count = sum(b.is_converted for b in self.blocks)

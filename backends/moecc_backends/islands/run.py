@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moecc.ir.graph import Value
 from moecc.types.dtypes import DTYPES, DType
-from moecc_backends.islands.jaxprs import evaluate, is_literal, scan_sizes
+from moecc_backends.islands.execution import Execution
+from moecc_backends.islands.jaxprs import AnyArray, evaluate, is_literal, scan_sizes
 from moecc_backends.islands.parts import Part
 from moecc_backends.islands.scopes import UNKNOWN, Frame, Scope, Step, Val
 from moecc_backends.islands.sites import Site
-from moecc_backends.xla.trace.options import DEFAULTS, Options
 
-Arrays = list[Any]
-Weights = dict[int, tuple[Any, ...]]
+Arrays = list[AnyArray]
+Weights = dict[int, tuple[AnyArray, ...]]
 """The arrays of the parameters of a part by the number of its site."""
 
-Side = dict[int, tuple[Any, ...]]
+Side = dict[int, tuple[AnyArray, ...]]
 """What parts return besides their outputs, by the number of the site."""
 
 
@@ -51,14 +51,16 @@ class Program:
       scope: the function.
       at: what stands for blocks, by the step that makes their result.
       gone: the steps that are not run.
-      options: what is chosen for the lowering.
+      execution: how parts are run.
+      extra: further inputs of the graph, by name.
       side: whether parts return their other values.
     """
 
     scope: Scope
     at: Mapping[Step, Replacement]
     gone: set[Step]
-    options: Options = DEFAULTS
+    execution: Execution
+    extra: Mapping[str, AnyArray] = field(default_factory=dict)
     side: bool = False
     _holders: set[Step] = field(default_factory=set)
 
@@ -66,7 +68,7 @@ class Program:
         for replacement in self.at.values():
             self._holders.update(replacement.site.island.scope.owners)
 
-    def run(self, given: Sequence[Any], weights: Weights) -> tuple[Arrays, Side]:
+    def run(self, given: Sequence[AnyArray], weights: Weights) -> tuple[Arrays, Side]:
         """Return the results of the function, and what parts return besides.
 
         Args:
@@ -75,8 +77,10 @@ class Program:
         """
         return self._scope(self.scope, given, weights)
 
-    def _scope(self, scope: Scope, given: Sequence[Any], weights: Weights) -> tuple[Arrays, Side]:
-        env: dict[Val, Any] = dict(zip(scope.inputs, given, strict=True))
+    def _scope(
+        self, scope: Scope, given: Sequence[AnyArray], weights: Weights
+    ) -> tuple[Arrays, Side]:
+        env: dict[Val, AnyArray] = dict(zip(scope.inputs, given, strict=True))
         side: Side = {}
         waiting: list[Step] = []
         for step in scope.steps:
@@ -95,12 +99,12 @@ class Program:
         self._evaluate(waiting, env)
         return [_value(env, v) for v in scope.outputs], side
 
-    def _evaluate(self, steps: list[Step], env: dict[Val, Any]) -> None:
+    def _evaluate(self, steps: list[Step], env: dict[Val, AnyArray]) -> None:
         """Evaluate equations as they stand, and forget them."""
         if not steps:
             return
         frame, mine = steps[0].frame, set(steps)
-        given: dict[Any, Any] = {}
+        given: dict[AnyArray, AnyArray] = {}
         for step in steps:
             for atom, value in zip(step.equation.invars, step.inputs, strict=True):
                 if not is_literal(atom) and value.step not in mine:
@@ -111,21 +115,21 @@ class Program:
         env.update(zip(wanted, made, strict=True))
         steps.clear()
 
-    def _replace(self, made: Replacement, env: dict[Val, Any], weights: Weights) -> Side:
+    def _replace(self, made: Replacement, env: dict[Val, AnyArray], weights: Weights) -> Side:
         island, part = made.site.island, made.part
         x = jnp.moveaxis(jnp.asarray(_value(env, island.x)), island.outer, -1)
         tokens = _as_tokens(x.shape[:-1], len(part.x.type) - 1)
-        params = dict(zip(part.params, weights[made.number], strict=True))
-        y, side = part.run(
-            x.reshape(*tokens, x.shape[-1]), params, dtype_of(x), self.options, side=self.side
-        )
+        arrays = {part.x: x.reshape(*tokens, x.shape[-1])}
+        arrays |= dict(zip(part.params, weights[made.number], strict=True))
+        arrays |= {v: _fitting(self.extra[v.name], v, tokens) for v in part.extra}
+        y, side = self.execution.run(part, arrays, dtype_of(x), side=self.side)
         whole = jnp.moveaxis(y.reshape(x.shape), -1, island.outer)
         env[island.output] = whole.transpose(island.order).astype(island.output.aval.dtype)
         return {made.number: side} if self.side else {}
 
     # --- loops and branches around blocks
 
-    def _rebuild(self, step: Step, env: dict[Val, Any], weights: Weights) -> Side:
+    def _rebuild(self, step: Step, env: dict[Val, AnyArray], weights: Weights) -> Side:
         given = [_value(env, v) if _is_there(env, v) else None for v in step.inputs]
         inner = {n: w for n, w in weights.items() if step in self._site(n).island.scope.owners}
         made, side = _REBUILD[step.name](self, step, given, inner)
@@ -167,15 +171,15 @@ class Program:
         """Branches: what a branch without a block does not return is zero."""
         index, *operands = given
 
-        def branch(body: Scope) -> Any:
+        def branch(body: Scope) -> AnyArray:
             return lambda arrays, own: self._scope(body, arrays, own)
 
         plain = [branch(body) for body in step.bodies]
-        shapes: dict[int, Any] = {}
+        shapes: dict[int, AnyArray] = {}
         for one in plain:
             shapes |= jax.eval_shape(one, operands, weights)[1]
 
-        def padded(one: Any) -> Any:
+        def padded(one: AnyArray) -> AnyArray:
             def run(arrays: Arrays, own: Weights) -> tuple[Arrays, Side]:
                 made, side = one(arrays, own)
                 zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -191,7 +195,7 @@ class Program:
         first, second = step.params["cond_nconsts"], step.params["body_nconsts"]
         condition, body = step.bodies
 
-        def proceed(carry: Arrays) -> Any:
+        def proceed(carry: Arrays) -> AnyArray:
             return self._scope(condition, [*given[:first], *carry], weights)[0][0]
 
         def one(carry: Arrays) -> Arrays:
@@ -211,11 +215,11 @@ _REBUILD = {
 }
 
 
-def _is_there(env: Mapping[Val, Any], value: Val) -> bool:
+def _is_there(env: Mapping[Val, AnyArray], value: Val) -> bool:
     return value.const is not UNKNOWN or env.get(value) is not None
 
 
-def _value(env: Mapping[Val, Any], value: Val) -> Any:
+def _value(env: Mapping[Val, AnyArray], value: Val) -> AnyArray:
     if value.const is not UNKNOWN:
         is_key = jnp.issubdtype(value.aval.dtype, jax.dtypes.extended)
         return value.const if is_key else jnp.asarray(value.const, value.aval.dtype)
@@ -227,7 +231,7 @@ def _leaves(value: Val, steps: set[Step]) -> bool:
     return value.is_returned or any(user not in steps for user in value.users)
 
 
-def _variables(frame: Frame, steps: Sequence[Step]) -> dict[Val, Any]:
+def _variables(frame: Frame, steps: Sequence[Step]) -> dict[Val, AnyArray]:
     """Return the variables of what `steps` define."""
     return {v: a for s in steps for v, a in zip(s.outputs, s.equation.outvars, strict=True)}
 
@@ -243,6 +247,13 @@ def _as_tokens(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return (joined, *shape[first:])
 
 
-def dtype_of(x: Any) -> DType:
+def _fitting(array: AnyArray, value: Value, tokens: tuple[int, ...]) -> AnyArray:
+    """Return a further input in the shape of the tokens of a block, where it has as many."""
+    if not value.type.axes:
+        return array
+    return jnp.asarray(array).reshape(tokens)
+
+
+def dtype_of(x: AnyArray) -> DType:
     """Return the element type of an array as the IR has it."""
     return next(d for d in DTYPES.values() if d.numpy == x.dtype)

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moecc.support.untyped import JsonDict
 from moecc_backends.islands.jaxprs import (
+    Atom,
     Aval,
     Equation,
     Jaxpr,
@@ -29,7 +31,7 @@ UNKNOWN = object()
 """Stands for the value of what is not constant."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Val:
     """A value of a scope.
 
@@ -63,7 +65,7 @@ class Val:
         return tuple(self.aval.shape)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Frame:
     """One inlined jaxpr: its equations use its variables.
 
@@ -73,14 +75,14 @@ class Frame:
     """
 
     jaxpr: Jaxpr
-    values: dict[Any, Val] = field(default_factory=dict)
+    values: dict[Atom, Val] = field(default_factory=dict)
 
-    def read(self, atom: Any) -> Val:
+    def read(self, atom: Atom) -> Val:
         """Return the value of a variable, or of a number in an equation."""
         return Val(atom.aval, const=atom.val) if is_literal(atom) else self.values[atom]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Step:
     """An equation of a scope.
 
@@ -107,9 +109,9 @@ class Step:
         return str(self.equation.primitive.name)
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> JsonDict:
         """The parameters of its equation."""
-        found: dict[str, Any] = self.equation.params
+        found: JsonDict = self.equation.params
         return found
 
     def inside(self, *, custom: bool = False) -> Scope | None:
@@ -132,7 +134,7 @@ class Step:
         return self._inside
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Scope:
     """A jaxpr at one level.
 

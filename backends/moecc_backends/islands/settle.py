@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from moecc.weights.expr import Expr, sources
-from moecc.weights.movement import Index, Slice
-from moecc_backends.islands.find import Miss
+from moecc.weights.movement import Index, Permute, Slice
 from moecc_backends.islands.scopes import Step
 from moecc_backends.islands.sites import Key, Site, Survey
 from moecc_backends.islands.uses import Use, overlap, uses
@@ -28,16 +27,12 @@ def _refuse_used(survey: Survey) -> bool:
     others: dict[str, list[Use]] = defaultdict(list)
     for use in uses(survey.scope, steps_of(survey.sites)):
         others[use.view.leaf.name].append(use)
-    kept, refused = [], False
-    for site in survey.sites:
-        found = _other_use(site, others)
-        if found is None:
-            kept.append(site)
-            continue
-        refused = True
-        survey.misses.append(_miss(site, f"`{found.view.leaf.name}` is also used by {found}"))
-    survey.sites = kept
-    return refused
+    before = len(survey.sites)
+    for site in list(survey.sites):
+        other = _other_use(site, others)
+        if other is not None:
+            survey.refuse(site, f"`{other.view.leaf.name}` is also used by {other}")
+    return len(survey.sites) < before
 
 
 def _other_use(site: Site, others: dict[str, list[Use]]) -> Use | None:
@@ -57,16 +52,10 @@ def _refuse_shared(survey: Survey) -> bool:
                 (source,) = sources(weight)
                 users[source.name].setdefault(key, []).append(_rows(weight))
     shared = {k for by_key in users.values() for k in _overlapping(by_key)}
-    if not shared:
-        return False
-    kept = []
-    for site in survey.sites:
-        if shared.isdisjoint(site.keys):
-            kept.append(site)
-        else:
-            survey.misses.append(_miss(site, "another block uses its weights in another way"))
-    survey.sites = kept
-    return True
+    found = [site for site in survey.sites if not shared.isdisjoint(site.keys)]
+    for site in found:
+        survey.refuse(site, "another block uses its weights in another way")
+    return bool(found)
 
 
 def _overlapping(by_key: dict[Key, list[tuple[int, int]]]) -> set[Key]:
@@ -91,14 +80,11 @@ def _rows(weight: Expr) -> tuple[int, int]:
     if not leaf.type.axes:
         return 0, 1
     first = leaf.type.names[0]
-    inner = chain[-2] if len(chain) > 1 else leaf
-    if isinstance(inner, Index) and inner.axis == first:
-        return inner.at, inner.at + 1
-    if isinstance(inner, Slice) and inner.axis == first:
-        return inner.start, inner.stop
+    for step in reversed(chain[:-1]):
+        if isinstance(step, Index) and step.axis == first:
+            return step.at, step.at + 1
+        if isinstance(step, Slice) and step.axis == first:
+            return step.start, step.stop
+        if not isinstance(step, Index | Slice | Permute):
+            break
     return 0, leaf.type.shape[0]
-
-
-def _miss(site: Site, reason: str) -> Miss:
-    leaves = tuple(sorted({p.view.leaf.name for p in site.block.params}))
-    return Miss(leaves, reason, site.island.line)

@@ -70,17 +70,17 @@ class Instance:
 
     Attributes:
       loc: its location, ``layers.0.mlp``.
-      block: its operations.
       params: the names of its parameters.
       weights: what they are of the leaves.
-      site: where it was found first.
+      summary: the names of its operations.
+      line: where it is in the user's program.
     """
 
     loc: str
-    block: Block
     params: tuple[str, ...]
     weights: tuple[Expr, ...]
-    site: Site
+    summary: str
+    line: str
 
 
 @dataclass
@@ -97,18 +97,29 @@ class Survey:
     sites: list[Site] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
 
+    def refuse(self, site: Site, reason: str) -> None:
+        """Note that `site` is no block after all, and why."""
+        leaves = tuple(sorted({p.view.leaf.name for p in site.block.params}))
+        self.sites = [s for s in self.sites if s is not site]
+        self.misses.append(Miss(leaves, reason, site.island.line))
+
     def instances(self) -> dict[Key, Instance]:
         """Return the blocks of the model, each once, in order."""
-        found: dict[Key, tuple[Site, dict[Hashable, int]]] = {}
-        for site in self.sites:
-            for key, at in zip(site.keys, site.iterations(), strict=True):
-                found.setdefault(key, (site, at))
+        found = self.first_sites()
         names = _param_names(found)
         locations = unique(location(names[key]) for key in found)
         return {
-            key: Instance(loc, site.block, names[key], key[1], site)
-            for (key, (site, _)), loc in zip(found.items(), locations, strict=True)
+            key: Instance(loc, names[key], key[1], site.block.summary, site.island.line)
+            for (key, site), loc in zip(found.items(), locations, strict=True)
         }
+
+    def first_sites(self) -> dict[Key, Site]:
+        """Return where each block runs first, in order."""
+        found: dict[Key, Site] = {}
+        for site in self.sites:
+            for key in site.keys:
+                found.setdefault(key, site)
+        return found
 
 
 def survey(scope: Scope) -> Survey:
@@ -119,7 +130,7 @@ def survey(scope: Scope) -> Survey:
         try:
             made.sites.append(Site(island, block_of(island)))
         except Misfit as misfit:
-            made.misses.append(Miss((), str(misfit), island.line))
+            made.misses.append(Miss(island.leaves, str(misfit), island.line))
     return made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from moecc.ir.graph import Graph
 from moecc.weights.expr import Expr, sources
@@ -116,7 +117,7 @@ def _in_place(storage: Storage, graph: Graph, leaf: Leaf, parts: Mapping[str, Ex
     whole = [_bare(w) for w in parts.values()]
     if len(made) < len(parts) or len({w.type for w in made}) != 1:
         return
-    if whole == [leaf.source]:
+    if len(parts) == 1 and prod(whole[0].type.shape) == prod(leaf.shape):
         (name,) = parts
         storage.slots[name] = Slot(leaf.name, in_tree=True)
         storage.arrays.append(Stored(leaf.name, True, made[0], leaf.name))

@@ -125,38 +125,43 @@ def _reshaped(view: View, params: Params, given: Sequence[Seen]) -> list[View | 
 def reshaped(view: View, old: Sequence[int], new: Sequence[int]) -> View | None:
     """Return a view reshaped from `old` to `new`, or None if axes are cut in no simple way."""
     dims: list[str | None] = []
+    before_all = view.dims
     for before, after in groups(old, new):
-        names = [view.dims[i] for i in before if old[i] != 1]
-        if any(n is None for n in names):
-            if len(before) != len(after):
-                return None
-            dims += [view.dims[i] for i in before]
-            continue
-        for i in before:
-            axis = view.dims[i]
-            if old[i] == 1 and axis is not None and [new[j] for j in after] != [1]:
-                rest = view.dims
-                view = view.indexed(axis, 0).with_dims(
-                    tuple(None if n == axis else n for n in rest)
-                )
+        wide = [i for i in before if old[i] != 1]
+        names = tuple(before_all[i] for i in wide)
         axes = tuple(n for n in names if n is not None)
-        if len(axes) > 1:
-            view, axis = _merged(view, axes)
-            axes = (axis,)
-        wide = [new[j] for j in after if new[j] != 1]
-        if len(wide) > 1:
-            view, axes = _parted(view, axes[0], tuple(wide))
-        left_axes = iter(axes if wide else ())
-        dims += [next(left_axes) if new[j] != 1 else None for j in after]
+        if len(axes) < len(names):
+            if [old[i] for i in before] != [new[j] for j in after]:
+                return None
+            dims += [before_all[i] for i in before]
+            continue
+        view = _without_ones(view, [before_all[i] for i in before if old[i] == 1])
+        view, made = _regrouped(view, axes, tuple(new[j] for j in after if new[j] != 1))
+        left = iter(made)
+        dims += [next(left) if new[j] != 1 else None for j in after]
     return view.with_dims(tuple(dims))
 
 
-def _merged(view: View, axes: tuple[str, ...]) -> tuple[View, str]:
-    return view.with_dims(axes).merged(axes) if view.dims != axes else view.merged(axes)
+def _without_ones(view: View, axes: Sequence[str | None]) -> View:
+    """Return a view without axes of size one."""
+    for axis in axes:
+        if axis is not None:
+            view = view.with_dims((axis,)).indexed(axis, 0)
+    return view
 
 
-def _parted(view: View, axis: str, parts: tuple[int, ...]) -> tuple[View, tuple[str, ...]]:
-    return view.with_dims((axis,)).split(axis, parts)
+def _regrouped(
+    view: View, axes: tuple[str, ...], parts: tuple[int, ...]
+) -> tuple[View, tuple[str, ...]]:
+    """Return a view with neighbouring axes joined and cut again into `parts`, and their names."""
+    if tuple(view.size(a) for a in axes) == parts:
+        return view, axes
+    if len(axes) > 1:
+        view, axis = view.with_dims(axes).merged(axes)
+        axes = (axis,)
+    if len(parts) > 1:
+        view, axes = view.with_dims(axes).split(axes[0], parts)
+    return view, axes
 
 
 def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -17,7 +17,10 @@ from moecc_backends.islands.dag import (
     Sym,
     Weight,
     axes_of,
-    resliced,
+    indexed,
+    reweighted,
+    sliced,
+    split,
 )
 from moecc_backends.islands.elements import folded, function_of
 from moecc_backends.islands.jaxprs import callee
@@ -185,20 +188,32 @@ class Symbols:
         return [Sym(x.node, tuple(dims))]
 
     def reshaped(self, step: Step) -> list[Sym]:
-        """Dimensions of size one come or go; an axis of weights is cut into two."""
+        """Dimensions of size one come or go; an axis of weights is cut into several."""
         x = self.read(step.inputs[0])
         old, new = step.inputs[0].shape, step.outputs[0].shape
         if isinstance(x.node, float):
             return [Sym(x.node)]
-        dims: list[int | None] = []
+        node, dims = x.node, list[int | None]()
         for before, after in groups(old, new):
-            axes = [x.dims[i] for i in before if x.dims[i] is not None]
-            wide = [j for j in after if new[j] != 1]
-            if len(axes) > 1 or len(wide) > 1:
-                raise Misfit("a reshape inside joins or cuts axes")
+            axes = [x.dims[i] for i in before if old[i] != 1]
+            wide = [new[j] for j in after if new[j] != 1]
+            if axes and len(axes) == 1 and len(wide) > 1 and axes[0] is not None:
+                node, axes = self._parted(node, axes[0], tuple(wide))
+            if len(axes) != len(wide):
+                raise Misfit("a reshape inside joins axes")
             left = iter(axes)
-            dims += [next(left, None) if new[j] != 1 or not wide else None for j in after]
-        return [Sym(x.node, tuple(dims))]
+            dims += [next(left) if new[j] != 1 else None for j in after]
+        return [Sym(node, tuple(dims))]
+
+    def _parted(
+        self, node: Node, axis: int, parts: tuple[int, ...]
+    ) -> tuple[Node, list[int | None]]:
+        numbers = tuple(map(self.axes.new, parts))
+
+        def change(weight: Weight, name: str) -> Weight:
+            return split(weight, name, parts, numbers)
+
+        return reweighted(node, self.axes.find(axis), change, self.axes), list(numbers)
 
     def squeezed(self, step: Step) -> list[Sym]:
         """Dimensions of size one go; an axis along which there is one element goes with them."""
@@ -206,38 +221,63 @@ class Symbols:
         gone = step.params["dimensions"]
         node = x.node
         for i in gone:
-            axis = x.dims[i]
+            axis = x.dims[i] if x.dims else None
             if axis is not None and not isinstance(node, float):
-                node = _without(node, self.axes.find(axis), self.axes)
+                node = self._at(node, axis, 0)
         return [Sym(node, tuple(d for i, d in enumerate(x.dims) if i not in gone))]
 
-    def sliced(self, step: Step) -> list[Sym]:
-        """A part of an axis that only weights have."""
-        strides = step.params["strides"]
-        if strides is not None and any(s != 1 for s in strides):
-            raise Misfit("a slice with strides is inside")
-        ends = zip(step.params["start_indices"], step.params["limit_indices"], strict=True)
+    def _at(self, node: Node, axis: int, at: int) -> Node:
+        def change(weight: Weight, name: str) -> Weight:
+            return indexed(weight, name, at)
+
+        return reweighted(node, self.axes.find(axis), change, self.axes)
+
+    def cut(self, step: Step) -> list[Sym]:
+        """A part of an axis that only weights have, or every n-th of its elements."""
+        starts, stops = step.params["start_indices"], step.params["limit_indices"]
+        strides = step.params["strides"] or [1] * len(starts)
         x = self.read(step.inputs[0])
-        for dimension, (start, stop) in enumerate(ends):
-            if (start, stop) != (0, step.inputs[0].shape[dimension]):
-                x = self._cut(x, dimension, int(start), int(stop))
+        for dimension, ends in enumerate(zip(starts, stops, strides, strict=True)):
+            start, stop, stride = map(int, ends)
+            size = step.inputs[0].shape[dimension]
+            if stride == 1:
+                x = self._part(x, dimension, start, stop, size)
+            else:
+                x = self._every(x, dimension, start, stop, (stride, size))
         return [x]
 
     def split(self, step: Step) -> list[Sym]:
         """All parts of an axis that only weights have."""
         x, at, made = self.read(step.inputs[0]), 0, []
+        whole = step.inputs[0].shape[step.params["axis"]]
         for size in step.params["sizes"]:
-            made.append(self._cut(x, step.params["axis"], at, at + int(size)))
+            made.append(self._part(x, step.params["axis"], at, at + int(size), whole))
             at += int(size)
         return made
 
-    def _cut(self, x: Sym, dimension: int, start: int, stop: int) -> Sym:
+    def _part(self, x: Sym, dimension: int, start: int, stop: int, size: int) -> Sym:
+        axis = x.dims[dimension] if x.dims else None
+        if axis is None or isinstance(x.node, float) or (start, stop) == (0, size):
+            return x
+        new = self.axes.new(stop - start)
+
+        def change(weight: Weight, name: str) -> Weight:
+            return sliced(weight, name, (start, stop), new)
+
+        node = reweighted(x.node, self.axes.find(axis), change, self.axes)
+        return Sym(node, tuple(new if i == dimension else d for i, d in enumerate(x.dims)))
+
+    def _every(self, x: Sym, dimension: int, start: int, stop: int, steps: tuple[int, int]) -> Sym:
+        stride, size = steps
         axis = x.dims[dimension] if x.dims else None
         if axis is None or isinstance(x.node, float):
             return x
-        new = self.axes.new(stop - start)
-        node = resliced(x.node, self.axes.find(axis), (start, stop), new, self.axes)
-        return Sym(node, tuple(new if i == dimension else d for i, d in enumerate(x.dims)))
+        if size % stride or start >= stride or stop <= size - stride + start:
+            raise Misfit("a slice with strides inside takes no part of equal parts")
+        node, parts = self._parted(x.node, axis, (size // stride, stride))
+        assert parts[1] is not None
+        dims = tuple(parts[0] if i == dimension else d for i, d in enumerate(x.dims))
+        return Sym(self._at(node, parts[1], start), dims)
 
     def product(self, step: Step) -> list[Sym]:
         """A contraction with a weight over one axis."""
@@ -264,31 +304,6 @@ class Symbols:
         is_wide = step.outputs[0].aval.dtype.itemsize > self._itemsize
         node: Node = Apply("wide", (made,)) if is_wide else made
         return [Sym(node, (*free[0], *free[1]))]
-
-
-def _without(node: Node, axis: int, axes: Axes) -> Node:
-    """Return a value without an axis of size one that only weights have."""
-    found = {id(node): node}
-
-    def drop(x: Node | float) -> Node | float:
-        if isinstance(x, float) or axis not in axes_of(x, axes):
-            return x
-        if isinstance(x, Weight):
-            (name,) = (n for n, number in x.axes.items() if axes.find(number) == axis)
-            left = {n: number for n, number in x.axes.items() if n != name}
-            return Weight(x.view.indexed(name, 0), left)
-        if isinstance(x, Product):
-            inner, weight = drop(x.x), drop(x.weight)
-            assert isinstance(weight, Weight)
-            assert isinstance(inner, Node)
-            return Product(inner, weight, x.over)
-        if isinstance(x, Apply):
-            return Apply(x.function, tuple(map(drop, x.operands)))
-        raise Misfit("an axis of its input goes")
-
-    made = drop(found[id(node)])
-    assert isinstance(made, Node)
-    return made
 
 
 def _number(value: Val) -> Sym:
@@ -327,7 +342,7 @@ _RULES: dict[str, Rule] = {
     "broadcast_in_dim": Symbols.broadcast,
     "reshape": Symbols.reshaped,
     "squeeze": Symbols.squeezed,
-    "slice": Symbols.sliced,
+    "slice": Symbols.cut,
     "split": Symbols.split,
     "dot_general": Symbols.product,
 }

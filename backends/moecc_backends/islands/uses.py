@@ -91,12 +91,35 @@ def skipped(scope: Scope, inside: Collection[Step]) -> set[Step]:
     These are the steps of `inside`, and views of weights for them alone.
     """
     gone = set(inside)
-    for body in [b for s in scope.steps for b in s.bodies]:
-        gone |= skipped(body, inside)
-    for step in reversed(scope.steps):
-        if step in gone or not step.outputs or not _all_views(step.outputs):
-            continue
-        used = any(v.is_returned or any(u not in gone for u in v.users) for v in step.outputs)
-        if not used:
-            gone.add(step)
+    _skip(scope, gone, {owner for step in inside for owner in step.scope.owners})
     return gone
+
+
+def _skip(scope: Scope, gone: set[Step], holders: Collection[Step]) -> None:
+    for step in reversed(scope.steps):
+        if step in holders:
+            for body in step.bodies:
+                _skip(body, gone, holders)
+        if step in gone or step.bodies or not step.outputs or not _all_views(step.outputs):
+            continue
+        if not any(_is_needed(v, gone, holders) for v in step.outputs):
+            gone.add(step)
+
+
+def _is_needed(value: Val, gone: Collection[Step], holders: Collection[Step]) -> bool:
+    """Return whether a view of a weight is still used where the steps `gone` are not run.
+
+    A loop that holds nothing that is replaced runs as it stands: it needs what it takes.
+    """
+    if value.is_returned:
+        return True
+    for user in value.users:
+        if user in gone:
+            continue
+        if user not in holders:
+            return True
+        places = [i for i, v in enumerate(user.inputs) if v is value]
+        inner = [bound(user)[i] for i in places]
+        if any(not vs or any(_is_needed(v, gone, holders) for v in vs) for vs in inner):
+            return True
+    return False

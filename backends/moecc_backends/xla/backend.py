@@ -31,6 +31,7 @@ from moecc_backends.xla.run.program import XlaProgram
 from moecc_backends.xla.trace.context import is_lowered
 from moecc_backends.xla.trace.host_arrays import jax_inputs as jax_inputs
 from moecc_backends.xla.trace.options import AUTO, DEFAULTS, Options
+from moecc_backends.xla.trace.typed_jax import Function
 
 
 class XlaBackend:
@@ -58,6 +59,17 @@ class XlaBackend:
             return multi_process_program(graph, dtype, options, process)
         find_devices()
         return XlaProgram(graph, dtype, options)
+
+    def function(self, graph: Graph, *, dtype: DType = F32) -> Function:
+        """Return `graph` as ``f(params, inputs) → outputs``, for ``jax.jit`` and ``jax.grad``.
+
+        Raises:
+          InputError: an operation has no lowering, or an output is ragged.
+        """
+        problems = list(_problems(graph, DEFAULTS))
+        if problems:
+            raise InputError(problems)
+        return function(graph, dtype=dtype)
 
     def compile_ahead(self, graph: Graph, job: Job) -> Result:
         """Compile a step of `graph` for hardware that need not be attached; see `moecc.ahead`."""

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moecc.checkpoint.gguf.families import GgufExperts, GgufFamily
 from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
 from moecc.checkpoint.gguf.keys import Keys, token_id
-from moecc.checkpoint.gguf.names import EMBEDDING, HEAD, GgufExperts, GgufFamily
+from moecc.checkpoint.gguf.names import EMBEDDING, HEAD
 from moecc.checkpoint.gguf.rope import read_rope
 from moecc.checkpoint.problems import Problems
 from moecc.errors import InputError
@@ -45,19 +46,17 @@ class Sizes:
     heads: int
     groups: int
     head_dim: int
+    rotated: int
 
 
 def make_config(
-    header: GgufHeader,
-    family: GgufFamily,
-    divisors: Array | None,
-    problems: Problems,
+    header: GgufHeader, family: GgufFamily, divisors: Array | None, problems: Problems
 ) -> tuple[dict[str, object], Sizes]:
     """Return config.json and the sizes of a head; every error goes to `problems`."""
     architecture = str(header.metadata["general.architecture"])
     keys = Keys(header.metadata, architecture, header.path, problems)
     hidden, context = keys.size("embedding_length"), keys.size("context_length")
-    sizes = _head_sizes(keys, hidden)
+    sizes = _head_sizes(keys, hidden, family)
     vocab = _vocabulary_size(keys, header)
     config: dict[str, object] = {
         "architectures": [family.architecture],
@@ -76,6 +75,7 @@ def make_config(
         **read_rope(keys, context, divisors),
         **_biases(family, header.tensors),
         **(_experts(keys, family.experts, header.tensors) if family.experts else {}),
+        **_further(keys, family, sizes),
         **_special_tokens(header, vocab, problems),
         "torch_dtype": _torch_dtype(header.tensors),
     }
@@ -87,32 +87,58 @@ def _experts(
     keys: Keys, experts: GgufExperts, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, object]:
     """Return the keys of the experts: `num_experts` in either spelling, widths, gates."""
-    count = keys.size("expert_count")
-    found: dict[str, object] = {
-        "num_experts": count,
-        "num_local_experts": count,
-        "num_experts_per_tok": keys.size("expert_used_count"),
-    }
+    found: dict[str, object] = dict.fromkeys(experts.count, keys.size("expert_count"))
+    found[experts.chosen] = keys.size("expert_used_count")
+    width = 0
     if experts.width_key:
-        found["moe_intermediate_size"] = keys.size("expert_feed_forward_length")
+        width = keys.size("expert_feed_forward_length")
+        found["moe_intermediate_size"] = width
+    if experts.renormalises is not None and experts.norm_key:
         found["norm_topk_prob"] = experts.renormalises
-    if experts.shared:
-        width = tensors.get("blk.0.ffn_gate_shexp.weight")
-        size = keys.size("expert_shared_feed_forward_length", width.shape[0] if width else None)
+    if experts.shared_count:
+        stored = [t for n, t in tensors.items() if n.endswith("ffn_gate_shexp.weight")]
+        for name in ("expert_shared_count", "expert_shared_feed_forward_length"):
+            keys.value(name)
+        found[experts.shared_count] = stored[0].shape[0] // width if stored and width else 0
+    elif experts.shared:
+        stored = [t for n, t in tensors.items() if n.endswith("ffn_gate_shexp.weight")]
+        size = keys.size("expert_shared_feed_forward_length", stored[0].shape[0] if stored else 1)
         found["shared_expert_intermediate_size"] = size
     return found
 
 
-def _head_sizes(keys: Keys, hidden: int) -> Sizes:
+def _further(keys: Keys, family: GgufFamily, sizes: Sizes) -> dict[str, object]:
+    """Return what else the architecture states."""
+    found: dict[str, object] = {}
+    for name, ours in family.keys:
+        value = keys.value(name)
+        if value is None:
+            keys.refuse(name, "the file does not state this", expected="a value")
+        else:
+            found[ours] = value
+    for name, value in family.fixed:
+        if keys.value(name) != value:
+            what = "moecc does not know this variant of the architecture"
+            keys.refuse(name, what, expected=str(value))
+    if family.partial_rotary:
+        found["partial_rotary_factor"] = sizes.rotated / sizes.head_dim
+    return found
+
+
+def _head_sizes(keys: Keys, hidden: int, family: GgufFamily) -> Sizes:
     heads = keys.size("attention.head_count")
     groups = keys.size("attention.head_count_kv", heads)
     head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
     if hidden % heads and keys.value("attention.key_length") is None:
         keys.refuse("attention.head_count", f"does not divide the width {hidden:,}")
-    for other in ("attention.value_length", "rope.dimension_count"):
-        if keys.size(other, head_dim) != head_dim:
+    rotated = keys.size("rope.dimension_count", head_dim)
+    widths = {"attention.value_length": keys.size("attention.value_length", head_dim)}
+    if not family.partial_rotary:
+        widths["rope.dimension_count"] = rotated
+    for other, size in widths.items():
+        if size != head_dim:
             keys.refuse(other, "differs from the width of a head", expected=f"{head_dim}")
-    return Sizes(heads, groups, head_dim)
+    return Sizes(heads, groups, head_dim, rotated)
 
 
 def _vocabulary_size(keys: Keys, header: GgufHeader) -> int:
@@ -137,6 +163,13 @@ def _epsilon(keys: Keys) -> float:
 
 def _biases(family: GgufFamily, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
     attention = any(name.endswith("attn_q.bias") for name in tensors)
+    if family.model_type == "glm4_moe":
+        normalised = any(name.endswith("attn_q_norm.weight") for name in tensors)
+        return {"attention_bias": attention, "use_qk_norm": normalised}
+    if family.model_type == "ernie4_5_moe":
+        return {}
+    if family.model_type in ("olmoe", "granitemoe"):
+        return {"attention_bias": attention}
     if family.model_type == "qwen2_moe":
         return {"qkv_bias": attention}
     if family.model_type == "llama":

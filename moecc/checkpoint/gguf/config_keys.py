@@ -6,15 +6,15 @@ llama.cpp computes: full attention, SiLU, and whether gates are renormalised.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from moecc.checkpoint.gguf.encode import Key, Written
-from moecc.checkpoint.gguf.names import GgufExperts, GgufFamily
+from moecc.checkpoint.gguf.families import GgufExperts, GgufFamily
 from moecc.checkpoint.gguf.rope import rope_keys, rope_misfits
 from moecc.errors import Problem
+from moecc.support.untyped import Json
 
-Config = Mapping[str, Any]
+Config = Json
 """The content of config.json, as a typed config wrote it."""
 
 
@@ -31,10 +31,12 @@ def config_keys(architecture: str, family: GgufFamily, config: Config) -> list[K
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.dimension_count": head_dim,
+        "rope.dimension_count": round(head_dim * config.get("partial_rotary_factor", 1)),
         "vocab_size": config["vocab_size"],
         **rope_keys(config),
         **(_experts(family.experts, config) if family.experts else {}),
+        **{name: config[ours] for name, ours in family.keys},
+        **dict(family.fixed),
     }
     return [Key(f"{architecture}.{name}", value) for name, value in values.items()]
 
@@ -42,17 +44,30 @@ def config_keys(architecture: str, family: GgufFamily, config: Config) -> list[K
 def _experts(experts: GgufExperts, config: Config) -> dict[str, Written]:
     values: dict[str, Written] = {
         "expert_count": config["num_experts"],
-        "expert_used_count": config["num_experts_per_tok"],
+        "expert_used_count": config[experts.chosen],
     }
     if experts.width_key:
         values["expert_feed_forward_length"] = config["moe_intermediate_size"]
-    if experts.shared:
+    if experts.shared_count:
+        count = config[experts.shared_count]
+        values["expert_shared_count"] = count
+        values["expert_shared_feed_forward_length"] = count * config["moe_intermediate_size"]
+    elif experts.shared:
         values["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
     return values
 
 
-def misfits(architecture: str, family: GgufFamily, config: Config) -> Iterator[Problem]:
-    """Yield why llama.cpp would not compute the model of `config` from such a file."""
+def misfits(
+    architecture: str, family: GgufFamily, config: Config, sparse: Sequence[bool] = ()
+) -> Iterator[Problem]:
+    """Yield why llama.cpp would not compute the model of `config` from such a file.
+
+    Args:
+      architecture: the name of the architecture.
+      family: its row.
+      config: the config.
+      sparse: for each layer whether it has experts; empty for a dense model.
+    """
     place = f"gguf:{architecture}"
     if config["hidden_act"] != "silu":
         what = "llama.cpp computes SiLU in this architecture, whatever the config says"
@@ -60,6 +75,10 @@ def misfits(architecture: str, family: GgufFamily, config: Config) -> Iterator[P
     if config.get("attention_bias") and not family.output_bias:
         what = "llama.cpp refuses a bias of the attention's output projection here"
         yield Problem(what, place, "no bias", "a bias of the output projection")
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if heads != groups and not family.has_groups:
+        what = "llama.cpp wants as many key-value heads as query heads here"
+        yield Problem(what, place, f"{heads}", "grouped key-value heads")
     window = _window(config)
     if window is not None and window < config["max_position_embeddings"]:
         what = "llama.cpp has no sliding window in this architecture"
@@ -70,7 +89,7 @@ def misfits(architecture: str, family: GgufFamily, config: Config) -> Iterator[P
         Problem(what, place, found=scaled, hint=hint) for what, hint in rope_misfits(config, family)
     )
     if family.experts is not None:
-        yield from _expert_misfits(place, family.experts, config)
+        yield from _expert_misfits(place, family.experts, config, sparse)
 
 
 def _window(config: Config) -> int | None:
@@ -80,16 +99,18 @@ def _window(config: Config) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _expert_misfits(place: str, experts: GgufExperts, config: Config) -> Iterator[Problem]:
+def _expert_misfits(
+    place: str, experts: GgufExperts, config: Config, sparse: Sequence[bool]
+) -> Iterator[Problem]:
     norm = config.get("norm_topk_prob", True)
-    everyone = config["num_experts"] == config["num_experts_per_tok"]
-    if norm != experts.renormalises and not everyone:
+    everyone = config["num_experts"] == config[experts.chosen]
+    if experts.renormalises not in (None, norm) and not everyone:
         does = "divides" if experts.renormalises else "does not divide"
         hint = "upcycle with gates=softmax router-init=zero" if norm else "upcycle with its default"
         what = f"llama.cpp {does} the chosen gates by their sum in this architecture"
         found = "renormalised gates" if norm else "gates that are not renormalised"
         yield Problem(what, place, found=found, hint=hint)
-    dense = _dense_layers(config)
+    dense = [layer for layer, is_sparse in enumerate(sparse) if not is_sparse]
     leading = dense == list(range(len(dense)))
     if dense and not (experts.leading_dense and leading):
         allowed = "after the first ones " if experts.leading_dense else ""
@@ -97,9 +118,3 @@ def _expert_misfits(place: str, experts: GgufExperts, config: Config) -> Iterato
         shown = ", ".join(map(str, dense[:8])) + (" …" if len(dense) > 8 else "")
         found = f"dense layers among sparse ones: {shown}"
         yield Problem(what, place, "experts in every layer", found)
-
-
-def _dense_layers(config: Config) -> Sequence[int]:
-    step, listed = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    layers = range(config["num_hidden_layers"])
-    return [n for n in layers if (n + 1) % step or n in listed]

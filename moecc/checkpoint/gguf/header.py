@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +41,7 @@ class StoredTensor:
 
     Attributes:
       name: its name in GGUF.
+      file: the file that it is in.
       storage: the storage type of its elements.
       shape: its sizes, outermost first.
       offset: the offset of its first byte in the file.
@@ -47,6 +49,7 @@ class StoredTensor:
     """
 
     name: str
+    file: Path
     storage: Storage
     shape: tuple[int, ...]
     offset: int
@@ -65,6 +68,7 @@ class GgufHeader:
       data_start_bytes: the offset of the data in the file.
       identity: the state of the file when its header was read.
       spans: where the values of the metadata lie.
+      parts: the states of the other files of a model in several.
     """
 
     path: Path
@@ -74,6 +78,18 @@ class GgufHeader:
     data_start_bytes: int
     identity: Identity
     spans: Spans
+    parts: Mapping[Path, Identity] = field(default_factory=dict)
+
+    @property
+    def identities(self) -> dict[Path, Identity]:
+        """The state of every file when its header was read."""
+        return {self.path: self.identity, **self.parts}
+
+
+def part_count(metadata: Mapping[str, Value]) -> int:
+    """Return the number of files that the model is in, 1 where nothing is said."""
+    count = metadata.get("split.count", 1)
+    return count if type(count) is int else 1
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -119,8 +135,7 @@ class _Check:
             metadata = read_metadata(
                 self.cursor, key_count, self.identity, self.problems, self.spans
             )
-            self._refuse_part(metadata)
-            entries = self._entries(tensor_count)
+            entries = self._entries(tensor_count, may_be_none=part_count(metadata) > 1)
         except InputError as error:
             self._give_up(error)
         data_start = self._data_start(metadata)
@@ -160,28 +175,14 @@ class _Check:
             else "convert the original model again, with a current llama.cpp",
         )
 
-    def _refuse_part(self, metadata: dict[str, Value]) -> None:
-        parts = metadata.get("split.count", 0)
-        if not isinstance(parts, int) or parts <= 1:
-            return
-        number = metadata.get("split.no", 0)
-        found = f"part {number + 1} of {parts}" if isinstance(number, int) else f"{parts} parts"
-        raise InputError(
-            "this file is one part of a split model",
-            where=str(self.path),
-            expected="the whole model in one file",
-            found=found,
-            hint="join the parts: llama-gguf-split --merge FIRST_PART WHOLE",
-        )
-
-    def _entries(self, count: int) -> list[_Entry]:
+    def _entries(self, count: int, *, may_be_none: bool) -> list[_Entry]:
         cursor = self.cursor
         cursor.reading = "the list of tensors"
         if count > MAX_TENSORS or count * _LEAST_TENSOR_BYTES > cursor.left_bytes:
             limit = min(MAX_TENSORS, cursor.left_bytes // _LEAST_TENSOR_BYTES)
             expected = f"at most {limit:,} in a file of {cursor.size_bytes:,} bytes"
             raise cursor.error("too many tensors", expected=expected, found=f"{count:,}")
-        if not count:
+        if not count and not may_be_none:
             self.problems.add("the file has no tensors", where=str(self.path))
         return [self._entry(index, count) for index in range(count)]
 
@@ -235,7 +236,8 @@ class _Check:
             self._add(entry, "the offset is not usable", expected, f"{entry.offset:,}")
         elif storage is not None and shape is not None:
             nbytes = prod(shape) // storage.block * storage.block_bytes
-            return StoredTensor(entry.name, storage, shape, data_start + entry.offset, nbytes)
+            offset = data_start + entry.offset
+            return StoredTensor(entry.name, self.path, storage, shape, offset, nbytes)
         return None
 
     def _shape(self, entry: _Entry, storage: Storage | None) -> tuple[int, ...] | None:

@@ -20,18 +20,17 @@ from moecc.checkpoint.folder import rows_of
 from moecc.checkpoint.gguf.blocks import dequantise
 from moecc.checkpoint.gguf.config import Sizes, make_config
 from moecc.checkpoint.gguf.encode import Key, Stored
-from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor, read_gguf_header
+from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES, GgufFamily
+from moecc.checkpoint.gguf.header import GgufHeader, StoredTensor
 from moecc.checkpoint.gguf.metadata import GgufArray
 from moecc.checkpoint.gguf.names import (
-    GGUF_FAMILIES,
-    GGUF_MIXTURES,
     ROPE_FACTORS,
-    GgufFamily,
     first_expert,
     hugging_face_name,
     known_names,
     turned_projection,
 )
+from moecc.checkpoint.gguf.parts import read_gguf
 from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.checkpoint.gguf.tokenizer import tokenizer_files
 from moecc.checkpoint.problems import Problems, quoted
@@ -72,7 +71,7 @@ class GgufFile:
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.metadata = MappingProxyType(header.metadata)
-        self._identity = header.identity
+        self._identities = header.identities
         self._spans = header.spans
         self._head_dims = head_dims
         self._pool = pool
@@ -130,7 +129,7 @@ class GgufFile:
         for name, (begin, end) in self._spans.items():
             if name.startswith(prefix):
                 raw = bytearray(end - begin)
-                self._pool.read_into(self.path, self._identity, memoryview(raw), begin)
+                self._pool.read_into(self.path, self._identities[self.path], memoryview(raw), begin)
                 keys.append(Key(name, Stored(bytes(raw))))
         return keys
 
@@ -146,12 +145,12 @@ class GgufFile:
         return kept
 
     def files(self) -> list[Path]:
-        """Return the file itself."""
-        return [self.path]
+        """Return the file itself, or all files of a model in several."""
+        return list(self._identities)
 
     def require_unchanged(self) -> None:
         """Raise InputError if the file changed since it was opened."""
-        require_unchanged({self.path: self._identity})
+        require_unchanged(self._identities)
 
     def close(self) -> None:
         """Close the file."""
@@ -173,7 +172,8 @@ class GgufFile:
         shape, skipped = rows_of(info, start, stop)
         raw = np.empty(shape[0] * (info.nbytes // info.shape[0]), np.uint8)
         if raw.size:
-            self._pool.read_into(info.file, self._identity, raw.data, info.offset + skipped)
+            identity = self._identities[info.file]
+            self._pool.read_into(info.file, identity, raw.data, info.offset + skipped)
         if not info.storage:
             return raw.view(info.dtype.numpy).reshape(shape)
         return dequantise(raw, BY_NAME[info.storage]).reshape(shape)
@@ -208,13 +208,15 @@ def halves_from_neighbours(rows: Array, head_dim: int) -> Array:
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
-    """Open a GGUF file; header and metadata are checked, but no weight is read.
+    """Open a GGUF file, or any part of a model in several; no weight is read.
+
+    Headers and metadata are checked.
 
     Raises:
       InputError: not a GGUF file, an invalid one, or an unsupported model; all problems.
       MachineError: the system denies access.
     """
-    header = read_gguf_header(Path(path))
+    header = read_gguf(Path(path))
     family = _family(header)
     problems, pool = Problems(), DescriptorPool()
     try:
@@ -227,8 +229,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     except BaseException:
         pool.close()
         raise
-    gates = family.experts.shared_gate if family.experts else ""
-    tensors = {new: _info(header, header.tensors[old], new, gates) for old, new in names.items()}
+    rows = family.experts.rows() if family.experts else ()
+    tensors = {new: _info(header.tensors[old], new, rows) for old, new in names.items()}
     return GgufFile(header, config, tensors, head_dims, pool)
 
 
@@ -282,7 +284,7 @@ def _rotary_divisors(header: GgufHeader, pool: DescriptorPool, problems: Problem
         problems.add("not a vector of divisors", where=where, expected="[d] in F32", found=found)
         return None
     raw = np.empty(stored.nbytes, np.uint8)
-    pool.read_into(header.path, header.identity, raw.data, stored.offset)
+    pool.read_into(stored.file, header.identities[stored.file], raw.data, stored.offset)
     return raw.view(np.float32).astype(np.float64)
 
 
@@ -326,17 +328,17 @@ def _head_dims(
     return head_dims
 
 
-def _info(header: GgufHeader, stored: StoredTensor, name: str, gates: str) -> TensorInfo:
+def _info(stored: StoredTensor, name: str, rows: tuple[str, ...]) -> TensorInfo:
     storage, shape = stored.storage, stored.shape
-    # The gate of a shared expert is a vector here and a matrix of one row in Hugging Face.
-    if gates and len(shape) == 1 and name.endswith(f".{gates}.weight"):
+    # Some vectors here are matrices of one row in Hugging Face.
+    if len(shape) == 1 and name.endswith(rows):
         shape = (1, *shape)
     return TensorInfo(
         name=name,
         dtype=storage.dtype,
         shape=shape,
         nbytes=stored.nbytes,
-        file=header.path,
+        file=stored.file,
         offset=stored.offset,
         storage=storage.name if storage.is_quantised else "",
     )

@@ -7,13 +7,13 @@ resulting divisor of each frequency is stored, as the tensor ``rope_freqs.weight
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
+from moecc.checkpoint.gguf.families import GgufFamily
 from moecc.checkpoint.gguf.keys import Keys
-from moecc.checkpoint.gguf.names import GgufFamily
+from moecc.support.untyped import Json
 from moecc.types.arrays import Array, Doubles
 
 _LOW, _HIGH = 1.0, 4.0
@@ -104,10 +104,10 @@ def _llama3_divisors(theta: float, count: int, factor: float, length: int) -> Do
     return divisors
 
 
-def rope_keys(config: Mapping[str, Any]) -> dict[str, int | float | str]:
+def rope_keys(config: Json) -> dict[str, int | float | str]:
     """Return the keys, without the architecture's name, of the rotary embedding of a config."""
     keys: dict[str, int | float | str] = {"rope.freq_base": float(config["rope_theta"])}
-    scaling: Mapping[str, Any] = config["rope_scaling"] or {}
+    scaling: Json = config["rope_scaling"] or {}
     kind = scaling.get("rope_type")
     if kind not in ("linear", "yarn"):
         return keys
@@ -120,9 +120,9 @@ def rope_keys(config: Mapping[str, Any]) -> dict[str, int | float | str]:
     return keys
 
 
-def rope_misfits(config: Mapping[str, Any], family: GgufFamily) -> Iterator[tuple[str, str | None]]:
+def rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str | None]]:
     """Yield why llama.cpp would rotate otherwise than a config says, and a way out."""
-    scaling: Mapping[str, Any] = config["rope_scaling"] or {}
+    scaling: Json = config["rope_scaling"] or {}
     kind = scaling.get("rope_type", "default")
     if kind == "dynamic":
         yield "llama.cpp has no dynamic scaling of rotary positions", "write a folder instead"
@@ -137,9 +137,9 @@ def rope_misfits(config: Mapping[str, Any], family: GgufFamily) -> Iterator[tupl
         yield f"a GGUF file cannot state {', '.join(sorted(unusual))} of YaRN", None
 
 
-def rotary_divisors(config: Mapping[str, Any]) -> list[float] | None:
+def rotary_divisors(config: Json) -> list[float] | None:
     """Return the content of ``rope_freqs.weight`` for a config, or None if it needs none."""
-    scaling: Mapping[str, Any] = config["rope_scaling"] or {}
+    scaling: Json = config["rope_scaling"] or {}
     if scaling.get("rope_type") != "llama3":
         return None
     length, factor = scaling["original_max_position_embeddings"], scaling["factor"]

@@ -25,6 +25,7 @@ from moecc.checkpoint.jsonfile import parse_json
 from moecc.checkpoint.problems import quoted
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError
+from moecc.support.untyped import Json, JsonDict
 
 MAX_FILE_BYTES = 64 << 20
 _MAX_VALUES = 1 << 23
@@ -32,7 +33,6 @@ _PREFIX = "tokenizer.ggml."
 _NONE = [Key(f"{_PREFIX}model", "none")]
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
-Json = Mapping[str, Any]
 Vocab = tuple[list[str], list[int]]
 """The text and the type of each id."""
 
@@ -64,7 +64,7 @@ def tokenizer_keys(checkpoint: Checkpoint, rows: int) -> tuple[list[Key], str | 
 class _Settings:
     """What stands beside tokenizer.json: special tokens, chat template."""
 
-    def __init__(self, files: Mapping[str, Any], config: Json) -> None:
+    def __init__(self, files: Json, config: Json) -> None:
         self._files = files
         self.model = config
         self.tokenizer: Json = _json_of(files, "tokenizer_config.json")
@@ -94,7 +94,7 @@ class _Settings:
         return template if isinstance(template, str) else None
 
 
-def _json_of(files: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _json_of(files: Json, name: str) -> JsonDict:
     if name not in files:
         return {}
     found = parse_json(_bytes_of(files[name]), name, max_values=_MAX_VALUES)
@@ -115,7 +115,7 @@ def _translated(file: Json, settings: _Settings, rows: int) -> list[Key]:
     make = _pieces if is_pieces else _byte_level
     named = {text: number for number, text in enumerate(tokens)}
     first, last = _ends(file)
-    keys: dict[str, Any] = {
+    keys: JsonDict = {
         **make(file, model, (tokens, types)),
         "tokens": tokens,
         "token_type": types,
@@ -156,7 +156,7 @@ def _vocabulary(file: Json, model: Json, rows: int) -> Vocab:
     return tokens, types
 
 
-def _byte_level(file: Json, model: Json, vocab: Vocab) -> dict[str, Any]:
+def _byte_level(file: Json, model: Json, vocab: Vocab) -> JsonDict:
     steps = list(_steps(_object(file, "pre_tokenizer")))
     normalizer = _object(file, "normalizer").get("type")
     for name, expected in PRE_TOKENIZERS.items():
@@ -176,7 +176,7 @@ def _steps(step: Json) -> Iterator[dict[str, object]]:
         yield _plain(step)
 
 
-def _plain(step: Mapping[str, Any]) -> dict[str, object]:
+def _plain(step: Json) -> dict[str, object]:
     idle = {"trim_offsets", *(["add_prefix_space"] if not step.get("add_prefix_space") else [])}
     kept = {key: value for key, value in step.items() if key not in idle}
     return {"use_regex": True, **kept} if kept.get("type") == "ByteLevel" else kept
@@ -194,7 +194,7 @@ def _merges(model: Json) -> Iterator[str]:
         yield text
 
 
-def _pieces(file: Json, model: Json, vocab: Vocab) -> dict[str, Any]:
+def _pieces(file: Json, model: Json, vocab: Vocab) -> JsonDict:
     """Return the keys of SentencePiece BPE, with scores that rank pieces as the merges do."""
     tokens, types = vocab
     unknown = model.get("unk_token")

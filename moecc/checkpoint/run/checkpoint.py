@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 from moecc.checkpoint.companions import find_companions
 from moecc.checkpoint.files import Identity, identify, require_unchanged
@@ -27,8 +27,10 @@ from moecc.checkpoint.run.layout import (
     split_reference,
 )
 from moecc.checkpoint.run.state import StateReader, array_key
+from moecc.checkpoint.several import models_of
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError
+from moecc.support.untyped import Json
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES
 
@@ -51,7 +53,7 @@ class RunCheckpoint:
         self.run = run
         self.step = step
         self.path = run
-        self.lineage: Mapping[str, Any] = read_lineage(run)
+        self.lineage: Json = read_lineage(run)
         self.config = read_json_object(run / SOURCE / CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(_tensors(step))
         problems = Problems()
@@ -120,7 +122,7 @@ def inputs_of(checkpoint: Checkpoint | None) -> list[Path]:
         return []
     if isinstance(checkpoint, RunCheckpoint):
         return [checkpoint.run / STEPS, checkpoint.run / SOURCE]
-    return [checkpoint.path]
+    return [model.path for model in models_of(checkpoint).values()]
 
 
 def open_run(reference: str) -> RunCheckpoint:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.files import read_bounded
 from moecc.checkpoint.manifest import file_records, seal
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.run.layout import STEP, SavedStep
 from moecc.errors import CheckError, Problem
+from moecc.support.untyped import Json
 
 _SEAL = b',\n"seal": "'
 _MAX_BYTES = 64 << 20
@@ -43,7 +43,7 @@ def check_step(run: Path, step: SavedStep) -> None:
     problems.raise_if_any(CheckError)
 
 
-def _differences(folder: Path, expected: Mapping[str, Any]) -> list[Problem]:
+def _differences(folder: Path, expected: Json) -> list[Problem]:
     there = {name: folder / name for name in expected if (folder / name).is_file()}
     found = digests(folder, there.values())
     missing = [

@@ -14,14 +14,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import InputError, nearest
+from moecc.support.untyped import Json, JsonDict
 
 RECIPE, LINEAGE, GRAPH, SOURCE = "recipe.toml", "lineage.json", "graph.moe", "source"
 METRICS, SPEED, STEPS = "metrics.jsonl", "speed.jsonl", "steps"
@@ -54,7 +53,7 @@ class SavedStep:
         return self.folder / STATE
 
     @cached_property
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> Json:
         """The content of ``step.json``. Raises InputError if it is not of this version."""
         path = self.folder / STEP
         found = read_json_object(path, limit_bytes=_MAX_JSON_BYTES)
@@ -123,8 +122,7 @@ def choose_step(run: Path, which: str) -> SavedStep:
     if which == LAST:
         return steps[-1]
     if which == BEST:
-        found = best_step(steps)
-        if found is None:
+        if (found := best_step(steps)) is None:
             raise InputError(
                 "no checkpoint of the run was evaluated", where=f"{run}@{BEST}",
                 hint=f"its steps: {numbers}",
@@ -140,7 +138,7 @@ def choose_step(run: Path, which: str) -> SavedStep:
     return chosen
 
 
-def read_lineage(run: Path) -> dict[str, Any]:
+def read_lineage(run: Path) -> JsonDict:
     """Return the content of ``lineage.json``.
 
     Raises:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.given import GivenParams
 from moecc.checkpoint.records import MANIFEST_NAME, load
 from moecc.checkpoint.run.checkpoint import RunCheckpoint
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import MoeccError
+from moecc.support.untyped import Json
 
 CONVERTED, TRAINED = "convert", "train"
 """The kinds of stages."""
 
-Stage = Mapping[str, Any]
+Stage = Json
 
 _DIGITS = 19
 """So much of a digest is shown: ``sha256:`` and twelve digits."""

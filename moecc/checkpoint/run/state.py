@@ -1,16 +1,10 @@
-"""Read the arrays of a saved state: zarr in OCDBT, as Orbax writes them, through tensorstore."""
+"""The arrays of a saved state: zarr in one database, as Orbax writes them."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from moecc.errors import InputError, MachineError
-from moecc.types.arrays import Array
+from moecc.checkpoint.trees.arrays import ZarrArrays
 
 
 def array_key(*parts: str) -> str:
@@ -18,7 +12,7 @@ def array_key(*parts: str) -> str:
     return ".".join(parts)
 
 
-class StateReader:
+class StateReader(ZarrArrays):
     """Reads arrays of a saved state by name, any box at a time; thread-safe.
 
     Args:
@@ -29,62 +23,4 @@ class StateReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import tensorstore
-        except ImportError:
-            raise MachineError(
-                "reading the state of a run needs tensorstore", where=str(folder),
-                hint="pip install 'moecc[train]'",
-            ) from None  # fmt: skip
-        self._store = tensorstore
-        self._folder = folder
-        self._base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
-        # One context: the manifest of the database is read once, not for each array.
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
-        self._open: dict[str, Any] = {}
-        self._lock = threading.Lock()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return the sizes of an array. Raises InputError if there is none."""
-        return tuple(self._array(key).shape)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Return rows [start, stop) of the first axis of an array.
-
-        Raises:
-          InputError: there is no such array, or it cannot be read.
-        """
-        array = self._array(name)
-        return self._read(name, array[start:stop] if array.rank else array)
-
-    def read_box(self, key: str, box: Sequence[tuple[int, int]]) -> Array:
-        """Return a box of an array, a range of each axis. Raises as `read`."""
-        index = tuple(slice(start, stop) for start, stop in box)
-        array = self._array(key)
-        return self._read(key, array[index] if index else array)
-
-    def _read(self, key: str, view: Any) -> Array:
-        try:
-            return np.asarray(view.read().result())
-        except (ValueError, OSError) as error:
-            raise self._unreadable(key, error) from None
-
-    def _array(self, key: str) -> Any:
-        with self._lock:
-            if key not in self._open:
-                self._open[key] = self._opened(key)
-            return self._open[key]
-
-    def _opened(self, key: str) -> Any:
-        spec = {"driver": "zarr3", "kvstore": {**self._base, "path": f"{key}/"}}
-        opening = self._store.open(spec, open=True, read=True, context=self._context)
-        try:
-            return opening.result()
-        except (ValueError, OSError) as error:
-            raise self._unreadable(key, error) from None
-
-    def _unreadable(self, key: str, error: Exception) -> InputError:
-        reason = str(error).split("[", 1)[0].strip()
-        return InputError(
-            f"the state's array {key!r} cannot be read", where=str(self._folder), found=reason[:300]
-        )
+        super().__init__(folder)

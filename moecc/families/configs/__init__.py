@@ -6,19 +6,25 @@ are written side by side.
 """
 
 from .base import DecoderConfig
-from .bert import BertConfig
+from .bert import BertConfig, MPNetConfig, RobertaConfig
 from .encdec import STACKS, EncDecConfig, Experts
+from .ernie4_5_moe import Ernie45MoeConfig
 from .frequencies import attention_factor, rotary_frequencies
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .glm4_moe import Glm4MoeConfig
 from .gpt import Gpt2Config, GptConfig, GptNeoXConfig
+from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig
+from .granitemoe import GraniteMoeConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
 from .model import ACTIVATIONS, DTYPES, ModelConfig
 from .moe import MoeConfig
 from .olmo2 import Olmo2Config
-from .parse import CONFIGS, DECODERS, parse_config, read_config
+from .olmoe import FlexOlmoConfig, OlmoeConfig
+from .parse import CONFIGS, DECODERS, ORIGINS, load_installed, parse_config, read_config
 from .phi3 import Phi3Config
+from .phimoe import PhimoeConfig
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .rope import RopeConfig
@@ -26,15 +32,26 @@ from .smollm3 import SmolLM3Config
 from .st_moe import GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
 from .t5 import T5Config
+from .vision import Dinov2Config, VisionConfig, ViTConfig
+from .whisper import WhisperConfig
 
 __all__ = [
+    "Ernie45MoeConfig",
+    "FlexOlmoConfig",
+    "Glm4MoeConfig",
+    "GraniteMoeConfig",
+    "GptOssConfig",
+    "PhimoeConfig",
+    "OlmoeConfig",
     "ACTIVATIONS",
     "CONFIGS",
     "DECODERS",
     "DTYPES",
+    "ORIGINS",
     "STACKS",
     "BertConfig",
     "DecoderConfig",
+    "Dinov2Config",
     "EncDecConfig",
     "Experts",
     "Gemma2Config",
@@ -46,6 +63,7 @@ __all__ = [
     "GraniteConfig",
     "GraphConfig",
     "LlamaConfig",
+    "MPNetConfig",
     "MistralConfig",
     "MixtralConfig",
     "ModelConfig",
@@ -56,12 +74,17 @@ __all__ = [
     "Qwen2MoeConfig",
     "Qwen3Config",
     "Qwen3MoeConfig",
+    "RobertaConfig",
     "RopeConfig",
     "SmolLM3Config",
     "StMoeConfig",
     "SwitchTransformersConfig",
     "T5Config",
+    "ViTConfig",
+    "VisionConfig",
+    "WhisperConfig",
     "attention_factor",
+    "load_installed",
     "parse_config",
     "read_config",
     "rotary_frequencies",

@@ -56,6 +56,9 @@ class DecoderConfig(ModelConfig):
     """
 
     kind: ClassVar[str] = "a decoder alone"
+    mask_hint: ClassVar[str | None] = (
+        "padding after a text changes nothing: no earlier token attends to it"
+    )
     defaults: ClassVar[Mapping[str, object]] = DEFAULTS
     # What the family fixes: of biases and norms of queries and keys the others are options.
     fixed: ClassVar[Mapping[str, object]] = {}
@@ -87,6 +90,8 @@ class DecoderConfig(ModelConfig):
     norm_placement: str = "before"
     norm_offset: bool = False
     qk_norm_across: bool = False
+    layer_norm: bool = False
+    head_bias: bool = False
     scale_embedding: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0

@@ -80,6 +80,7 @@ class EncDecConfig(ModelConfig):
     """
 
     kind: ClassVar[str] = "an encoder-decoder"
+    takes_mask: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, object]] = ENCDEC_DEFAULTS
     kept_numbers: ClassVar[tuple[str, ...]] = ("dropout_rate", "initializer_factor")
 

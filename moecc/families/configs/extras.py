@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from .reader import Reader, shown
 
@@ -76,6 +76,15 @@ OTHER_FAMILIES = frozenset(
         "per_layer_config",
         "rope_interleaved",
         "use_qk_norm",
+        "moe_k",
+        "moe_layer_end_index",
+        "moe_layer_interval",
+        "moe_layer_start_index",
+        "moe_num_experts",
+        "moe_num_shared_experts",
+        "n_group",
+        "routed_scaling_factor",
+        "topk_group",
     }
 )
 
@@ -90,7 +99,7 @@ KEPT_NUMBERS = ("initializer_range", "attention_dropout")
 
 
 def refuse_what_needs_other_code(
-    reader: Reader, architecture: str, aliases: tuple[str, ...] = (), *, own_code: bool = False
+    reader: Reader, architecture: str, is_own: Callable[[str], bool], *, own_code: bool = False
 ) -> None:
     """Reject remote code, quantised weights and models with another head.
 
@@ -111,7 +120,7 @@ def refuse_what_needs_other_code(
         )
         reader.refuse("quantization_config", what, expected="nothing", hint=hint)
     named = reader.items("architectures")
-    if "architectures" not in reader.bad and not set(map(str, named)) <= {architecture, *aliases}:
+    if "architectures" not in reader.bad and not all(is_own(str(name)) for name in named):
         what = "another model class than this family's language model"
         reader.refuse("architectures", what, expected=f"[{architecture!r}]")
 

@@ -30,6 +30,8 @@ FEATURES: Mapping[str, Feature] = {
     "norm_placement": Feature("before", "norms elsewhere than before each block"),
     "norm_offset": Feature(False, "norms whose scale is stored less one"),
     "qk_norm_across": Feature(False, "norms over all heads of the queries together"),
+    "layer_norm": Feature(False, "norms with a mean and a bias"),
+    "head_bias": Feature(False, "bias of the output matrix"),
     "scale_embedding": Feature(False, "factor √hidden_size on the embedding"),
     "embedding_multiplier": Feature(1.0, "factor on the embedding"),
     "residual_multiplier": Feature(1.0, "factor on what a block adds"),

@@ -29,6 +29,9 @@ class GptConfig(ModelConfig):
     """
 
     kind: ClassVar[str] = "a decoder with layer norms"
+    mask_hint: ClassVar[str | None] = (
+        "padding after a text changes nothing: no earlier token attends to it"
+    )
     # The key of each field on disk, where it has another name.
     keys: ClassVar[Mapping[str, str]] = {}
 

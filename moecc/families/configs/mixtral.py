@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from .moe import MOE_DEFAULTS, MoeConfig
-from .reader import KeyProblem, Reader, key_problem
+from .reader import Reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,9 @@ class MixtralConfig(MoeConfig):
     }
     window_style: ClassVar[str] = "uniform"
     experts_keys: ClassVar[tuple[str, ...]] = ("num_local_experts",)
+    sparse_style: ClassVar[str] = "all"
+    has_expert_width: ClassVar[bool] = False
+    renormalises: ClassVar[bool | None] = True
     defaults: ClassVar[Mapping[str, object]] = {
         **MOE_DEFAULTS,
         "vocab_size": 32_000,
@@ -47,29 +50,9 @@ class MixtralConfig(MoeConfig):
 
     norm_topk_prob: bool = True
 
-    def checks(self) -> Iterator[KeyProblem]:
-        """Yield inconsistent values, and those that this family cannot express."""
-        yield from super().checks()
-        if not self.norm_topk_prob:
-            what = "mixtral always divides the chosen gates by their sum"
-            yield key_problem(what, "true", "false", "norm_topk_prob")
-        if not all(self.sparse_layers):
-            dense = [i for i, sparse in enumerate(self.sparse_layers) if not sparse]
-            what = f"mixtral has experts in every layer; {dense[:8]} would be dense"
-            keys = ("mlp_only_layers", "decoder_sparse_step")
-            yield key_problem(what, "no dense layer", f"{len(dense)} of them", *keys)
-        if self.expert_intermediate_size != self.intermediate_size:
-            what = "mixtral has one width, that of its experts"
-            found = f"{self.expert_intermediate_size}"
-            yield key_problem(what, f"{self.intermediate_size}", found, "intermediate_size")
-
     @classmethod
     def _read_layout(cls, reader: Reader) -> dict[str, object]:
-        return {
-            "expert_intermediate_size": reader.size("intermediate_size"),
-            "norm_topk_prob": reader.flag("norm_topk_prob"),
-            "router_jitter_noise": reader.number("router_jitter_noise", least=0),
-        }
+        return {"router_jitter_noise": reader.number("router_jitter_noise", least=0)}
 
     def _write_layout(self) -> dict[str, object]:
         return {"router_jitter_noise": self.router_jitter_noise}

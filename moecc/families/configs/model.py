@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from moecc.errors import InputError
+from moecc.support.untyped import JsonDict
 
 from .extras import KEPT_NUMBERS, read_extra, refuse_what_needs_other_code
 from .reader import KeyProblem, Reader, key_problem, one_of
@@ -47,10 +48,20 @@ class ModelConfig:
     base_prefix: ClassVar[str] = ""
     # The prefix that the tensors have in files of a model with a head.
     head_prefix: ClassVar[str] = ""
+    # Whether classes of the family with a head are read, too, without it.
+    with_heads: ClassVar[bool] = False
+    # Whether files may hold a pooler, on which no output depends.
+    has_pooler: ClassVar[bool] = False
+    # Whether its graph may have a mask of padding, and a word for those who ask in vain.
+    takes_mask: ClassVar[bool] = False
+    mask_hint: ClassVar[str | None] = None
+    # Whether it reads tokens at all.
+    has_vocabulary: ClassVar[bool] = True
+    least_vocabulary: ClassVar[int] = 1
     # Numbers that an export keeps with their default if the file omits them.
     kept_numbers: ClassVar[tuple[str, ...]] = KEPT_NUMBERS
 
-    vocab_size: int
+    vocab_size: int = 0
     dtype: str | None = None
     extra: Mapping[str, object] = field(default_factory=dict, hash=False)
 
@@ -69,7 +80,9 @@ class ModelConfig:
         Raises InputError with every problem; a key that is absent has transformers' default.
         """
         reader = Reader(data, cls.defaults, where)
-        refuse_what_needs_other_code(reader, cls.architecture, cls.aliases, own_code=cls.own_code)
+        refuse_what_needs_other_code(
+            reader, cls.architecture, cls._is_architecture, own_code=cls.own_code
+        )
         values = cls._read(reader)
         values["extra"] = read_extra(reader, cls.kept_numbers)
         config = cls._construct(values, reader)
@@ -78,7 +91,14 @@ class ModelConfig:
         return config
 
     @classmethod
-    def _construct(cls, values: dict[str, Any], reader: Reader) -> Self | None:
+    def _is_architecture(cls, name: str) -> bool:
+        """Whether `name` is a class that the family's checkpoints may name."""
+        if cls.with_heads and name.startswith(cls.architecture.removesuffix("Model")):
+            return True
+        return name == cls.architecture or name in cls.aliases
+
+    @classmethod
+    def _construct(cls, values: JsonDict, reader: Reader) -> Self | None:
         try:
             return cls(**values)
         except InputError as error:
@@ -94,7 +114,7 @@ class ModelConfig:
             "model_type": self.model_type,
             "dtype": self.dtype,
             "torch_dtype": self.dtype,
-            "vocab_size": self.vocab_size,
+            **({"vocab_size": self.vocab_size} if self.has_vocabulary else {}),
             **self._write(),
         }
         return {key: copy.deepcopy(keys[key]) for key in sorted(keys)}
@@ -111,7 +131,10 @@ class ModelConfig:
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
         """Read the fields that all families have; families add their own."""
-        return {"vocab_size": reader.size("vocab_size"), "dtype": _read_dtype(reader)}
+        dtype = {"dtype": _read_dtype(reader)}
+        if not cls.has_vocabulary:
+            return {**dtype}
+        return {**dtype, "vocab_size": reader.size("vocab_size", smallest=cls.least_vocabulary)}
 
     def _write(self) -> dict[str, object]:
         """Return the keys of the family."""

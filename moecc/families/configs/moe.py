@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from moecc.ir.gates import Gates
+
+from . import sparsity
 from .base import DEFAULTS, DecoderConfig
 from .reader import KeyProblem, Reader, key_problem
 
@@ -18,6 +21,14 @@ MOE_DEFAULTS: Mapping[str, object] = {
     "router_aux_loss_coef": 0.001,
 }
 
+GATES: Mapping[tuple[str, bool], Gates] = {
+    ("softmax", True): "renormalised",
+    ("softmax", False): "softmax",
+    ("sigmoid", True): "sigmoid-renormalised",
+    ("sigmoid", False): "sigmoid",
+}
+"""The gate conventions, by the score of an expert and by whether the chosen ones are divided."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig(DecoderConfig):
@@ -25,13 +36,32 @@ class MoeConfig(DecoderConfig):
 
     `intermediate_size` is the width of the dense feed-forward blocks, if any, and
     `expert_intermediate_size` that of one expert.  With `norm_topk_prob` the chosen gates are
-    divided by their sum.
+    divided by their sum, and then multiplied by `gate_scale`.  With `routing_bias` a bias takes
+    part in the choice of experts.
     """
 
     defaults: ClassVar[Mapping[str, object]] = MOE_DEFAULTS
     # The keys of which one alone is read the same by transformers 4 and 5, or is natural to 5.
     experts_keys: ClassVar[tuple[str, ...]]
+    top_k_key: ClassVar[str] = "num_experts_per_tok"
+    # Which layers are sparse: a style of `moecc.families.configs.sparsity`.
+    sparse_style: ClassVar[str] = "step"
+    # Whether experts have a width of their own, or that of the config's only size.
+    has_expert_width: ClassVar[bool] = True
+    # What the router's logits become before experts are chosen: softmax or sigmoid.
+    score: ClassVar[str] = "softmax"
+    # Whether the family divides the chosen gates by their sum; None: an option.
+    renormalises: ClassVar[bool | None] = None
     has_shared_expert: ClassVar[bool] = False
+    shared_is_optional: ClassVar[bool] = False
+    # The key that counts shared experts of the experts' width; else the key of a width is read.
+    shared_count_key: ClassVar[str] = ""
+    # Whether a sigmoid gates the shared expert.
+    shared_gate: ClassVar[bool] = True
+    has_gate_scale: ClassVar[bool] = False
+    has_routing_bias: ClassVar[bool] = False
+    # Whether transformers has a balance loss for the family, and its keys.
+    has_balance_loss: ClassVar[bool] = True
     # The options of `upcycle`, besides the number of experts, that lead from a dense model here.
     upcycle_options: ClassVar[str] = "top-k=2"
 
@@ -40,6 +70,8 @@ class MoeConfig(DecoderConfig):
     expert_intermediate_size: int
     shared_expert_intermediate_size: int | None = None
     norm_topk_prob: bool = False
+    gate_scale: float = 1.0
+    routing_bias: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.001
@@ -60,25 +92,35 @@ class MoeConfig(DecoderConfig):
             for layer in range(self.num_hidden_layers)
         )
 
+    @property
+    def gates(self) -> Gates:
+        """The gate convention."""
+        return GATES[self.score, self.norm_topk_prob]
+
+    @classmethod
+    def conventions(cls) -> tuple[Gates, ...]:
+        """Return the gate conventions that the family can have."""
+        choices = (True, False) if cls.renormalises is None else (cls.renormalises,)
+        return tuple(GATES[cls.score, divided] for divided in choices)
+
+    @classmethod
+    def from_others(cls) -> dict[str, object]:
+        """Return the fields, besides those of all, of a model that comes from another family."""
+        return {}
+
+    def own_fields(self) -> dict[str, object]:
+        """Return the fields that only this family has."""
+        others = {f.name for f in fields(MoeConfig)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+
     def checks(self) -> Iterator[KeyProblem]:
         """Yield inconsistent values, and those that this family cannot express."""
         yield from super().checks()
         yield from self._expert_checks()
-        shared = self.shared_expert_intermediate_size
-        if self.has_shared_expert != (shared is not None):
-            word = "needs a" if self.has_shared_expert else "has no"
-            expected = "a size" if self.has_shared_expert else "None"
-            key = "shared_expert_intermediate_size"
-            yield key_problem(f"{self.model_type} {word} shared expert", expected, f"{shared}", key)
-        outside = [i for i in self.mlp_only_layers if not 0 <= i < self.num_hidden_layers]
-        if outside:
-            expected = f"0 to {self.num_hidden_layers - 1}"
-            keys = ("mlp_only_layers", "num_hidden_layers")
-            yield key_problem("layers that do not exist", expected, f"{outside[:8]}", *keys)
-        if tuple(sorted(set(self.mlp_only_layers))) != self.mlp_only_layers:
-            what = "not in ascending order without repetition"
-            found = f"{self.mlp_only_layers[:8]}"
-            yield key_problem(what, "ascending layers", found, "mlp_only_layers")
+        yield from self._gate_checks()
+        yield from self._shared_checks()
+        yield from sparsity.layer_checks(self.mlp_only_layers, self.num_hidden_layers)
+        yield from sparsity.pattern_checks(self.model_type, self.sparse_style, self.sparse_layers)
 
     def _expert_checks(self) -> Iterator[KeyProblem]:
         for name in ("num_experts", "expert_intermediate_size", "decoder_sparse_step"):
@@ -86,40 +128,96 @@ class MoeConfig(DecoderConfig):
                 yield key_problem("too small", "at least 1", f"{getattr(self, name)}", name)
         if not 1 <= self.experts_per_token <= self.num_experts:
             what = "a token cannot choose that many experts"
-            keys = ("num_experts_per_tok", "num_experts", "num_local_experts")
+            keys = (self.top_k_key, *self.experts_keys, "num_experts", "num_local_experts")
             found = f"{self.experts_per_token}"
             yield key_problem(what, f"1 to {self.num_experts}", found, *keys)
+        if not self.has_expert_width and self.expert_intermediate_size != self.intermediate_size:
+            what = f"{self.model_type} has one width, that of its experts"
+            found = f"{self.expert_intermediate_size}"
+            yield key_problem(what, f"{self.intermediate_size}", found, "intermediate_size")
+
+    def _gate_checks(self) -> Iterator[KeyProblem]:
+        if self.renormalises is not None and self.norm_topk_prob != self.renormalises:
+            does = "always divides" if self.renormalises else "never divides"
+            what = f"{self.model_type} {does} the chosen gates by their sum"
+            expected, found = (f"{v}".lower() for v in (self.renormalises, self.norm_topk_prob))
+            yield key_problem(what, expected, found, "norm_topk_prob")
+        if not self.has_gate_scale and self.gate_scale != 1:
+            what = f"{self.model_type} has no factor on the gates"
+            yield key_problem(what, "1", f"{self.gate_scale:g}", "routed_scaling_factor")
+        if self.routing_bias and not self.has_routing_bias:
+            what = f"{self.model_type} has no bias in the choice of experts"
+            yield key_problem(what, "none", "one", "routing_bias")
+
+    def _shared_checks(self) -> Iterator[KeyProblem]:
+        shared = self.shared_expert_intermediate_size
+        if self.has_shared_expert != (shared is not None) and not self.shared_is_optional:
+            word = "needs a" if self.has_shared_expert else "has no"
+            expected = "a size" if self.has_shared_expert else "None"
+            key = "shared_expert_intermediate_size"
+            yield key_problem(f"{self.model_type} {word} shared expert", expected, f"{shared}", key)
+        width = self.expert_intermediate_size
+        if self.shared_count_key and shared is not None and width > 0 and shared % width:
+            what = f"{self.model_type} has shared experts of the experts' own width"
+            found = f"{shared} neurons"
+            yield key_problem(what, f"a multiple of {width}", found, self.shared_count_key)
 
     @classmethod
     def _read(cls, reader: Reader) -> dict[str, object]:
-        shared = "shared_expert_intermediate_size"
-        return {
+        values = {
             **super()._read(reader),
             "num_experts": cls._read_experts(reader),
-            "experts_per_token": reader.size("num_experts_per_tok"),
-            "router_aux_loss_coef": reader.number("router_aux_loss_coef", least=0),
+            "experts_per_token": reader.size(cls.top_k_key),
+            "norm_topk_prob": cls._read_norm(reader),
             "output_router_logits": reader.flag("output_router_logits"),
-            shared: reader.size(shared) if cls.has_shared_expert else None,
+            "routing_bias": cls.has_routing_bias,
+        }
+        width = "moe_intermediate_size" if cls.has_expert_width else "intermediate_size"
+        values["expert_intermediate_size"] = reader.size(width)
+        if cls.has_balance_loss:
+            values["router_aux_loss_coef"] = reader.number("router_aux_loss_coef", least=0)
+        if cls.has_gate_scale:
+            values["gate_scale"] = reader.number("routed_scaling_factor", above=0)
+        layers = values["num_hidden_layers"]
+        assert isinstance(layers, int), "a size"
+        return {
+            **values,
+            **cls._read_shared(reader, values),
+            **sparsity.read_pattern(reader, cls.sparse_style, layers),
             **cls._read_layout(reader),
         }
 
     @classmethod
+    def _read_shared(cls, reader: Reader, values: Mapping[str, object]) -> dict[str, object]:
+        key = "shared_expert_intermediate_size"
+        if not cls.shared_count_key:
+            return {key: reader.size(key) if cls.has_shared_expert else None}
+        width = values["expert_intermediate_size"]
+        assert isinstance(width, int), "a size"
+        least = 0 if cls.shared_is_optional else 1
+        return {key: reader.size(cls.shared_count_key, smallest=least) * width or None}
+
+    @classmethod
     def _read_layout(cls, reader: Reader) -> dict[str, object]:
-        return {
-            "expert_intermediate_size": reader.size("moe_intermediate_size"),
-            "norm_topk_prob": reader.flag("norm_topk_prob"),
-            "decoder_sparse_step": reader.size("decoder_sparse_step"),
-            "mlp_only_layers": _read_layers(reader, "mlp_only_layers"),
-        }
+        """Read what else the family has."""
+        return {}
+
+    @classmethod
+    def _read_norm(cls, reader: Reader) -> bool:
+        if cls.renormalises is None or "norm_topk_prob" in cls.defaults:
+            return reader.flag("norm_topk_prob")
+        return cls.renormalises
 
     @classmethod
     def _read_experts(cls, reader: Reader) -> int:
-        keys = ("num_experts", "num_local_experts")
+        keys = tuple(dict.fromkeys((*cls.experts_keys, "num_experts", "num_local_experts")))
         stated = [key for key in keys if reader.has(key)]
         found = {key: reader.size(key) for key in stated}
         if len(set(found.values())) > 1 and not reader.bad.intersection(keys):
             hint = "transformers 4 and 5 would each take another one; count the tensors"
-            reader.conflict(keys, "the number of experts is stated twice and differs", hint=hint)
+            reader.conflict(
+                tuple(stated), "the number of experts is stated twice and differs", hint=hint
+            )
         if stated and not set(stated).intersection(cls.experts_keys):
             what = f"transformers reads {cls.experts_keys[0]} here and would assume its default"
             hint = f"rename the key to {cls.experts_keys[0]}"
@@ -127,31 +225,37 @@ class MoeConfig(DecoderConfig):
         return next(iter(found.values())) if stated else reader.size(cls.experts_keys[0])
 
     def _write(self) -> dict[str, object]:
+        names = (*self.experts_keys, "num_experts", "num_local_experts")
         keys = {
             **super()._write(),
-            "num_experts": self.num_experts,
-            "num_local_experts": self.num_experts,
-            "num_experts_per_tok": self.experts_per_token,
-            "router_aux_loss_coef": self.router_aux_loss_coef,
+            **dict.fromkeys(names, self.num_experts),
+            self.top_k_key: self.experts_per_token,
             "output_router_logits": self.output_router_logits,
+            **sparsity.write_pattern(
+                self.sparse_style,
+                self.sparse_layers,
+                self.decoder_sparse_step,
+                self.mlp_only_layers,
+            ),
+            **self._write_shared(),
             **self._write_layout(),
         }
-        if self.has_shared_expert:
-            keys["shared_expert_intermediate_size"] = self.shared_expert_intermediate_size
+        if self.has_expert_width:
+            keys["moe_intermediate_size"] = self.expert_intermediate_size
+        if self.renormalises is None:
+            keys["norm_topk_prob"] = self.norm_topk_prob
+        if self.has_balance_loss:
+            keys["router_aux_loss_coef"] = self.router_aux_loss_coef
+        if self.has_gate_scale:
+            keys["routed_scaling_factor"] = self.gate_scale
         return keys
 
+    def _write_shared(self) -> dict[str, object]:
+        shared = self.shared_expert_intermediate_size
+        if self.shared_count_key:
+            return {self.shared_count_key: (shared or 0) // self.expert_intermediate_size}
+        return {"shared_expert_intermediate_size": shared} if self.has_shared_expert else {}
+
     def _write_layout(self) -> dict[str, object]:
-        return {
-            "moe_intermediate_size": self.expert_intermediate_size,
-            "norm_topk_prob": self.norm_topk_prob,
-            "decoder_sparse_step": self.decoder_sparse_step,
-            "mlp_only_layers": list(self.mlp_only_layers),
-        }
-
-
-def _read_layers(reader: Reader, key: str) -> tuple[int, ...]:
-    found = reader.items(key)
-    layers = [layer for layer in found if type(layer) is int]
-    if len(layers) != len(found):
-        reader.refuse(key, "not a list of layer numbers", expected="whole numbers")
-    return tuple(sorted(set(layers)))
+        """Return the keys of what else the family has."""
+        return {}

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from moecc.checkpoint.jsonfile import read_json_object
-from moecc.errors import InputError, nearest
+from moecc.errors import InputError, UsageError, nearest
 
 from .base import DecoderConfig
-from .bert import BertConfig
+from .bert import BertConfig, MPNetConfig, RobertaConfig
+from .ernie4_5_moe import Ernie45MoeConfig
 from .gemma import Gemma2Config, Gemma3TextConfig, GemmaConfig
+from .glm4_moe import Glm4MoeConfig
 from .gpt import Gpt2Config, GptNeoXConfig
+from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig
+from .granitemoe import GraniteMoeConfig
 from .llama import LlamaConfig, MistralConfig
 from .mixtral import MixtralConfig
 from .model import ModelConfig
 from .olmo2 import Olmo2Config
+from .olmoe import FlexOlmoConfig, OlmoeConfig
 from .phi3 import Phi3Config
+from .phimoe import PhimoeConfig
 from .qwen2 import Qwen2Config, Qwen2MoeConfig
 from .qwen3 import Qwen3Config, Qwen3MoeConfig
 from .reader import one_of, shown
@@ -25,8 +33,10 @@ from .smollm3 import SmolLM3Config
 from .st_moe import FAMILY, GraphConfig, StMoeConfig
 from .switch import SwitchTransformersConfig
 from .t5 import T5Config
+from .vision import Dinov2Config, ViTConfig
+from .whisper import WhisperConfig
 
-DECODERS: Mapping[str, type[DecoderConfig]] = {
+DECODERS: dict[str, type[DecoderConfig]] = {
     config.model_type: config
     for config in (
         LlamaConfig,
@@ -43,11 +53,18 @@ DECODERS: Mapping[str, type[DecoderConfig]] = {
         MixtralConfig,
         Qwen2MoeConfig,
         Qwen3MoeConfig,
+        Glm4MoeConfig,
+        GraniteMoeConfig,
+        FlexOlmoConfig,
+        Ernie45MoeConfig,
+        OlmoeConfig,
+        GptOssConfig,
+        PhimoeConfig,
     )
 }
 """The decoder-only families, by `model_type`."""
 
-CONFIGS: Mapping[str, type[ModelConfig]] = {
+CONFIGS: dict[str, type[ModelConfig]] = {
     **DECODERS,
     **{
         config.model_type: config
@@ -57,11 +74,22 @@ CONFIGS: Mapping[str, type[ModelConfig]] = {
             T5Config,
             SwitchTransformersConfig,
             BertConfig,
+            RobertaConfig,
+            MPNetConfig,
+            ViTConfig,
+            Dinov2Config,
+            WhisperConfig,
             StMoeConfig,
         )
     },
 }
-"""The families that moecc reads and writes, by `model_type`."""
+"""The families that moecc reads and writes, by `model_type`; others may be added."""
+
+ORIGINS: dict[str, str] = {}
+"""The package or file of each family that was added."""
+
+ENTRY_POINT = "moecc.families"
+"""Of packages: each entry is a `moecc.families.outside.Family`."""
 
 LARGEST_FILE_BYTES = 16 * 1024 * 1024
 
@@ -84,6 +112,7 @@ def parse_config(data: Mapping[str, object], where: str = "config.json") -> Mode
     if not isinstance(data, Mapping):
         raise InputError("not a config", where=where, expected="a JSON object", found=shown(data))
     name = data.get("model_type")
+    load_installed()
     config = CONFIGS.get(name) if isinstance(name, str) else None
     if name == FAMILY and "graph" in data:
         config = GraphConfig
@@ -94,8 +123,37 @@ def parse_config(data: Mapping[str, object], where: str = "config.json") -> Mode
         where=f"{where}: model_type",
         expected=one_of(CONFIGS),
         found=shown(name) if "model_type" in data else "nothing",
-        hint=_likely_family(name, data.get("architectures")),
+        hint=_way_out(_likely_family(name, data.get("architectures"))),
     )
+
+
+@cache
+def load_installed() -> None:
+    """Let every installed package add its families to `CONFIGS`, once.
+
+    Raises UsageError if a package cannot be imported, or one of its families cannot be added.
+    """
+    for point in entry_points(group=ENTRY_POINT):
+        origin = point.dist.name if point.dist is not None else point.value
+        try:
+            family = point.load()
+            family.register(origin)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                "a package states a family that cannot be loaded",
+                where=f"{origin}, entry point {ENTRY_POINT}: {point.name} = {point.value}",
+                found=f"{type(error).__name__}: {error}",
+                hint="mend the package, or uninstall it",
+            ) from error
+
+
+def _way_out(guess: str | None) -> str:
+    """Return what to do about an unknown family, beginning with what it may have been."""
+    ways = (
+        "add the family (--load FILE.py, or a package), or write its graph as a .moe file over the "
+        "folder's tensors: docs/adding-a-family.md"
+    )
+    return ways if guess is None else f"{guess}; else {ways}"
 
 
 def _likely_family(name: object, architectures: object) -> str | None:

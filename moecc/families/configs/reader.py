@@ -33,6 +33,17 @@ LARGEST_SIZES: Mapping[str, int] = {
     "moe_intermediate_size": 1 << 24,
     "shared_expert_intermediate_size": 1 << 24,
     "decoder_sparse_step": 10_000,
+    "first_k_dense_replace": 10_000,
+    "n_routed_experts": 1 << 16,
+    "n_shared_experts": 1 << 10,
+    "n_group": 1 << 16,
+    "topk_group": 1 << 16,
+    "moe_k": 1 << 16,
+    "moe_num_experts": 1 << 16,
+    "moe_num_shared_experts": 1 << 10,
+    "moe_layer_interval": 10_000,
+    "moe_layer_start_index": 10_000,
+    "moe_layer_end_index": 10_000,
     "d_model": 1 << 20,
     "d_kv": 1 << 16,
     "d_ff": 1 << 24,
@@ -47,12 +58,27 @@ LARGEST_SIZES: Mapping[str, int] = {
     "type_vocab_size": 1 << 16,
     "no_rope_layer_interval": 10_000,
     "sliding_window_pattern": 10_000,
+    "encoder_layers": 10_000,
+    "decoder_layers": 10_000,
+    "encoder_attention_heads": 1 << 16,
+    "decoder_attention_heads": 1 << 16,
+    "encoder_ffn_dim": 1 << 24,
+    "decoder_ffn_dim": 1 << 24,
+    "num_mel_bins": 1 << 16,
+    "max_source_positions": 1 << 24,
+    "max_target_positions": 1 << 40,
+    "image_size": 1 << 16,
+    "patch_size": 1 << 12,
+    "num_channels": 1 << 12,
     "n_embd": 1 << 20,
     "n_inner": 1 << 24,
     "n_layer": 10_000,
     "n_head": 1 << 16,
     "n_positions": 1 << 40,
 }
+
+LARGEST_OTHER = 1 << 24
+"""The limit of the sizes of families that are added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +145,7 @@ class Reader:
     def size(self, key: str, *, smallest: int = 1) -> int:
         """Return an integer of at least `smallest` and of plausible magnitude."""
         found = self.value(key)
-        largest = LARGEST_SIZES[key]
+        largest = LARGEST_SIZES.get(key, LARGEST_OTHER)
         if isinstance(found, int) and not isinstance(found, bool) and smallest <= found <= largest:
             return found
         self.refuse(key, "not a usable size", expected=f"a whole number, {smallest} to {largest:,}")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from moecc.errors import nearest
+from moecc.support.untyped import JsonDict
 
 from .reader import KeyProblem, Reader, key_problem, one_of
 
@@ -278,7 +278,7 @@ def _rope(
         part.conflict(("rope_type", "type"), "the scaling is named twice and differs")
     key = "rope_type" if part.has("rope_type") or not part.has("type") else "type"
     kind = part.choice(key, types)
-    values: dict[str, Any] = {}
+    values: JsonDict = {}
     for name in SCALING_PARAMETERS[kind]:
         if name in REQUIRED_PARAMETERS:
             values[name] = part.number(name, above=0)

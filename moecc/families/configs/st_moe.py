@@ -148,6 +148,9 @@ class GraphConfig(ModelConfig):
     """The general layout of st_moe: the lines of a graph whose parameters are the tensors."""
 
     model_type: ClassVar[str] = FAMILY
+    takes_mask: ClassVar[bool] = True
+    # A graph may take no tokens.
+    least_vocabulary: ClassVar[int] = 0
     architecture: ClassVar[str] = "StMoeGraph"
     kept_numbers: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, object]] = dict.fromkeys(TOKEN_KEYS) | {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from moecc.support.untyped import Json
 
 from .encdec import (
     ENCDEC_DEFAULTS,
@@ -140,7 +142,7 @@ def _step(layers: int, sparse: int) -> int:
     return layers // sparse if sparse else layers
 
 
-def _read_pattern(reader: Reader, values: Mapping[str, Any]) -> dict[str, int]:
+def _read_pattern(reader: Reader, values: Json) -> dict[str, int]:
     """Return the number of sparse layers of each stack; a step that is also stated must agree."""
     found: dict[str, int] = {}
     for stack, depth in (("encoder", "num_hidden_layers"), ("decoder", "num_decoder_layers")):

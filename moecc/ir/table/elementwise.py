@@ -30,6 +30,7 @@ from moecc.ir.traits import (
     alike,
     powers,
 )
+from moecc.support.untyped import JsonDict
 from moecc.types.dtypes import DTYPES, PRED, DType
 from moecc.types.tensor import TensorType
 
@@ -128,11 +129,11 @@ def _binary(name: str, doc: str, infer: Infer = arithmetic, **traits: Any) -> No
     register(_elementwise(name, doc, ("a", "b"), infer, **traits))
 
 
-_SUMMED: dict[str, Any] = {"linear": (0, 1), "jointly": True}
-_LARGER: dict[str, Any] = {"commutative": True, "residual": PAIR, "homogeneous": alike(1, 1)}
+_SUMMED: JsonDict = {"linear": (0, 1), "jointly": True}
+_LARGER: JsonDict = {"commutative": True, "residual": PAIR, "homogeneous": alike(1, 1)}
 
 _binary("add", "a + b.", **_SUMMED, commutative=True, roles=(Role.BIAS, Role.BIAS))
-_binary("sub", "a − b.", **_SUMMED)
+_binary("sub", "a − b.", **_SUMMED, roles=(Role.BIAS, Role.BIAS))
 _binary(
     "mul",
     "a · b.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from moecc.errors import InputError
 from moecc.ir.operand import Operand
@@ -18,6 +17,7 @@ from moecc.ir.table.rules import (
 )
 from moecc.ir.table.sharding import by_name, summing
 from moecc.ir.traits import BOTH, NOTHING, PAIR, RESULT, Homogeneity, Residual, Role, powers
+from moecc.support.untyped import JsonDict
 from moecc.types.tensor import TensorType
 
 
@@ -109,7 +109,7 @@ _NORM = {
     "axis": Attr("axis", doc="the axis"),
     "eps": Attr("float", 1e-6, doc="added under the root"),
 }
-_ROWS: dict[str, Any] = {
+_ROWS: JsonDict = {
     "residual": PAIR,
     "normalises": True,
     "sharding": by_name,

@@ -12,7 +12,7 @@ def _identity(names: Iterable[str]) -> dict[str, str]:
     return {n: n for n in names}
 
 
-def _by_name(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], dict[str, str]]:
+def named_dimensions(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], dict[str, str]]:
     """Return dimensions named after the axes, of each operand and of all of them together."""
     every = _identity(n for v in operands for n in v.type.names)
     return tuple(_identity(v.type.names) for v in operands), every
@@ -20,7 +20,7 @@ def _by_name(operands: Sequence[Operand]) -> tuple[tuple[Names, ...], dict[str, 
 
 def by_name(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension; mixed axes must not be sharded."""
-    return Space(*_by_name(operands), whole=frozenset(entry.mixes(operands, attrs)))
+    return Space(*named_dimensions(operands), whole=frozenset(entry.mixes(operands, attrs)))
 
 
 def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
@@ -28,14 +28,14 @@ def by_place(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
 
     So random numbers may be sharded, although each depends on its global index.
     """
-    return Space(*_by_name(operands), shape_only=True)
+    return Space(*named_dimensions(operands), shape_only=True)
 
 
 def summing(attribute: str) -> Rule:
     """Axes of one name are one dimension, and those that `attribute` names are summed over."""
 
     def rule(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
-        return Space(*_by_name(operands), summed=frozenset(attrs[attribute]))
+        return Space(*named_dimensions(operands), summed=frozenset(attrs[attribute]))
 
     return rule
 
@@ -43,7 +43,7 @@ def summing(attribute: str) -> Rule:
 def in_parts(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:
     """Axes of one name are one dimension, and its shards must divide the equal runs."""
     counts = {attrs["axis"]: ("parts", attrs["parts"])}
-    return Space(*_by_name(operands), counts=counts)
+    return Space(*named_dimensions(operands), counts=counts)
 
 
 def renamed(entry: Entry, operands: Sequence[Operand], attrs: Attrs) -> Space:

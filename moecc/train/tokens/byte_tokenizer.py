@@ -15,7 +15,6 @@ SENTINELS = 124
 @cache
 def byte_tokenizer() -> bytes:
     """Return a ``tokenizer.json`` whose ids are the bytes of a text, special tokens after them."""
-    letters = list(_letters())
     extra = [*SPECIAL, *(f"<extra_id_{n}>" for n in range(SENTINELS))]
     added = [
         {
@@ -42,7 +41,7 @@ def byte_tokenizer() -> bytes:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": {letter: byte for byte, letter in enumerate(letters)},
+            "vocab": {letter: byte for byte, letter in enumerate(_letters())},
             "merges": [],
         },
     }

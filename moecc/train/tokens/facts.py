@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moecc.checkpoint.problems import Problems, describe
 from moecc.errors import InputError
+from moecc.support.untyped import JsonDict
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ class TokenFacts:
     labels: tuple[Label, ...] = ()
     sources: tuple[SourceFile, ...] = field(default=())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonDict:
         """Return what ``tokens.json`` contains."""
         return {"schema": SCHEMA, **asdict(self)}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import isfinite
 
-from moecc.errors import Problem
+from moecc.errors import Problem, nearest
 from moecc.ir.gates import convention
+from moecc.weights.branches import BASE
 from moecc_passes.inputs import is_decoder
 from moecc_passes.upcycle.layers import check_layers
 from moecc_passes.upcycle.options import UpcycleOptions
@@ -39,7 +40,8 @@ def problems(item: UpcycleOptions) -> list[Problem]:
     layers = check_layers(item.layers)
     decoder = check_layers(item.decoder_layers or "all", "decoder-layers")
     spelled = [p for p in (layers, decoder) if p]
-    return [*_counts(item), *_gates(item), *_routing(item), *_out_of_range(item), *spelled]
+    found = (_counts(item), _gates(item), _routing(item), _sources(item), _out_of_range(item))
+    return [*(problem for part in found for problem in part), *spelled]
 
 
 def _counts(item: UpcycleOptions) -> Iterator[Problem]:
@@ -112,6 +114,33 @@ def _routing(item: UpcycleOptions) -> Iterator[Problem]:
         yield from _decoders(item)
 
 
+def _sources(item: UpcycleOptions) -> Iterator[Problem]:
+    models = item.models
+    if not models and item.rest != "base":
+        yield Problem("without sources there is nothing to take a mean of", "rest", "base",
+                      item.rest, "sources=base,a says which models")  # fmt: skip
+    if models and len(models) * item.granularity != item.experts:
+        yield Problem(
+            "every copy comes from one model", "sources",
+            f"experts / granularity = {item.experts}/{item.granularity} names",
+            f"{len(models)} names",
+            f"experts={len(models) * item.granularity}, or list a model more than once",
+        )  # fmt: skip
+    if models and item.init != "copy":
+        yield Problem("experts of several models are not made to differ", "init", "copy",
+                      item.init)  # fmt: skip
+
+
+def unknown_models(item: UpcycleOptions, known: Sequence[str]) -> list[Problem]:
+    """Return a problem for each of ``sources`` that is neither the source nor in `known`."""
+    return [
+        Problem("there is no model of this name", "sources", " or ".join((BASE, *known)), name,
+                nearest(name, known) or "name it: --experts NAME=DIR")
+        for name in dict.fromkeys(item.models)
+        if name not in (BASE, *known)
+    ]  # fmt: skip
+
+
 def _decoders(item: UpcycleOptions) -> Iterator[Problem]:
     what = NAMES[item.routing]
     hint = "ST-MoE (Appendix D) has what looks ahead in encoders only: decoder-layers=nowhere"
@@ -155,6 +184,16 @@ def warnings(item: UpcycleOptions) -> list[Problem]:
                 "gradient from the model's loss", "top-k", "top-k=2, as ST-MoE has it", "top-k=1",
                 "gates=switch is the paper's top-1",
             )
+        )  # fmt: skip
+    if item.experts & (item.experts - 1):
+        found.append(
+            Problem("the experts are not a power of two, which meshes and some kernels ask for",
+                    "experts", found=str(item.experts))
+        )  # fmt: skip
+    if item.router_init == "zero" and item.routing == "token-choice":
+        found.append(
+            Problem("every token has equal logits, so the first experts are always chosen",
+                    "router-init", "another, unless the router is trained or noisy first", "zero")
         )  # fmt: skip
     if item.slots == "ragged" and item.routing not in LOOKS_AHEAD:
         for name, value, default in (

@@ -25,6 +25,7 @@ class Contract:
       placement: the effect of the scale's placement on the function; None if exact.
       capacity_factor: bounds the rows of an expert; None if nothing is dropped.
       is_soft: whether experts get averages of tokens.
+      models: the models that the experts come from; empty if from one.
     """
 
     law: GateLaw
@@ -37,6 +38,7 @@ class Contract:
     placement: str | None = None
     capacity_factor: float | None = None
     is_soft: bool = False
+    models: tuple[str, ...] = ()
 
     @property
     def preserves(self) -> Preserves:
@@ -57,6 +59,8 @@ class Contract:
             yield f"{kind} noise of std {self.noise:g} on every expert"
         if self.drop:
             yield f"a share of {self.drop:g} of the neurons of every expert is drawn anew"
+        if self.models:
+            yield f"experts come from several models: {', '.join(self.models)}"
         if self.placement:
             yield self.placement
         if self.capacity_factor is not None:
@@ -73,7 +77,7 @@ class Contract:
         unknown = self.logit_std is None and not self.law.is_constant
         absolute = self.noise and not self.noise_is_relative
         is_bounded = self.capacity_factor is not None
-        if unknown or absolute or self.placement or is_bounded or self.is_soft:
+        if unknown or absolute or self.placement or is_bounded or self.is_soft or self.models:
             return None
         found = self.law.moments(self.logit_std or 0.0)
         kept = 1 - self.drop

@@ -7,16 +7,18 @@ The factor that the gates require is multiplied in, and copies are perturbed if 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 from moecc.types.dtypes import F32, PRED
 from moecc.types.tensor import Axis, TensorType
 from moecc.weights.arithmetic import Add, Moment, Mul, Scale, Select
+from moecc.weights.branches import read_from
 from moecc.weights.draws import Normal, Subset, derive_key
 from moecc.weights.expr import Expr
-from moecc.weights.movement import Merge, Permute, Slice, Split, Tile
+from moecc.weights.movement import Concat, Merge, Permute, Slice, Split, Tile
 
 _MOMENTS: tuple[Literal["mean", "std"], ...] = ("mean", "std")
 
@@ -70,6 +72,12 @@ def lifted(weight: Expr, division: Division) -> Expr:
     cut = Split(weight, inner, (("part", division.slices), (inner, division.width)))
     first = Permute(cut, ("part", *names))
     return Merge(Tile(first, "copy", division.copies), ("copy", "part"), "expert")
+
+
+def branched(weight: Expr, division: Division, models: Sequence[str]) -> Expr:
+    """Return a dense weight lifted over ``expert``, each copy from the model of its number."""
+    one = replace(division, copies=1)
+    return Concat(tuple(lifted(read_from(weight, model), one) for model in models), "expert")
 
 
 def scaled(weight: Expr, factor: float) -> Expr:

@@ -28,6 +28,11 @@ class UpcycleOptions:
     ] = "all"
     granularity: Annotated[int, "G, the slices of a block that make up one virtual group"] = 1
     shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
+    shared_gate: Annotated[
+        Literal["sigmoid", "none"],
+        "what the shared expert is multiplied by: the sigmoid of a vector's product with the "
+        "token, ½ at first and made up for, or nothing",
+    ] = "sigmoid"
     gates: Annotated[
         Gates, "the gate convention; top-k-softmax, of the chosen, is renormalised by another name"
     ] = "renormalised"
@@ -36,6 +41,12 @@ class UpcycleOptions:
         Literal["down", "up-down", "cube-root"], "where the factor that gates ask for is put"
     ] = "down"
     init: Annotated[Literal["copy", "noise", "drop"], "how copies are made to differ"] = "copy"
+    sources: Annotated[
+        str, "models of convert --experts, one a copy: base,a,b; empty: all are of the source"
+    ] = ""
+    rest: Annotated[
+        Literal["base", "mean"], "sources: where all else comes from, or the mean of them"
+    ] = "base"
     noise_std: Annotated[float, "init=noise: the standard deviation"] = 0.01
     noise: Annotated[
         Literal["relative", "absolute"], "init=noise: whether std is in units of the tensor's own"
@@ -82,6 +93,11 @@ class UpcycleOptions:
             convention(self.gates).name, self.experts, self.top_k, self.granularity,
             self.gate_scale, has_prototypes=self.routing == "prototypes",
         )  # fmt: skip
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models that the copies come from; empty if all are of the source."""
+        return tuple(self.sources.split(",")) if self.sources else ()
 
     @property
     def is_bounded(self) -> bool:

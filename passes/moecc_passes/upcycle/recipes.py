@@ -106,6 +106,8 @@ def recipe(item: UpcycleOptions, block: FFNBlock, seed: int) -> Recipe:
         perturb=_perturb(item, block, division, seed),
         expert_bias=item.expert_bias,
         extra_ffn=item.extra_ffn,
+        shared_gate=item.shared_gate,
+        models=item.models,
     )
 
 

@@ -11,8 +11,9 @@ from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.moe import emit_shared_gate
 from moecc.types.tensor import Axis, TensorType, tensor
+from moecc.weights.branches import mean_over
 from moecc.weights.expr import Expr, Full, Source
-from moecc_passes.upcycle.lift import Division, lifted, scaled, shared_part
+from moecc_passes.upcycle.lift import Division, branched, lifted, scaled, shared_part
 from moecc_passes.upcycle.routers import Router
 from moecc_passes.upcycle.sublayer import DenseCopy
 
@@ -32,6 +33,8 @@ class Recipe:
       expert_bias: ``multiplicative`` (ones) or ``additive`` (zeros): a vector for each expert on
         the hidden value before the last matrix (ST-MoE, Appendix C); ``none``.
       extra_ffn: whether a dense sublayer is added ``before`` or ``after``; ``none``.
+      shared_gate: ``sigmoid`` if the shared expert has a gate, ``none`` if not.
+      models: the models that the copies come from, one each; empty if all are of the source.
     """
 
     division: Division
@@ -40,6 +43,14 @@ class Recipe:
     perturb: Perturb
     expert_bias: str = "none"
     extra_ffn: str = "none"
+    shared_gate: str = "sigmoid"
+    models: tuple[str, ...] = ()
+
+    def lifted(self, dense: Expr) -> Expr:
+        """Return a dense weight lifted over the experts."""
+        if self.models:
+            return branched(dense, self.division, self.models)
+        return lifted(dense, self.division)
 
 
 def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
@@ -62,6 +73,14 @@ def rewrite_block(graph: Graph, block: FFNBlock, recipe: Recipe) -> None:
         node.erase()
     for param in leaving:
         graph.erase_param(param.name)
+
+
+def average_rest(graph: Graph, models: Sequence[str]) -> None:
+    """Make every parameter but those of experts the mean over `models`, each as often as listed."""
+    for param in graph.params.values():
+        weight = _weight(param, param.name)
+        if "expert" not in param.type:
+            param.weight = mean_over(weight, models)
 
 
 def _experts(builder: Builder, block: FFNBlock, recipe: Recipe, image: dict[Value, Value]) -> Value:
@@ -90,7 +109,7 @@ def _name(loc: str) -> str:
 def _expert_param(graph: Graph, param: Value, name: str, recipe: Recipe) -> Value:
     """Add the experts' parameter for a dense one, under the dense one's name."""
     dense = _weight(param, name)
-    experts = recipe.perturb(name, dense, lifted(dense, recipe.division))
+    experts = recipe.perturb(name, dense, recipe.lifted(dense))
     experts = scaled(experts, recipe.factors.get(param, 1.0))
     axes = param.type.with_axes(_with_experts(param.type, recipe.division))
     return graph.param(graph.fresh(name), axes, experts, loc=param.loc)
@@ -121,8 +140,12 @@ def _emit(builder: Builder, nodes: Sequence[Node], image: dict[Value, Value]) ->
 
 
 def _shared(builder: Builder, block: FFNBlock, names: Mapping[Value, str], recipe: Recipe) -> Value:
-    """Emit the shared expert on the first neurons, gated by sigmoid(0) = ½ and doubled for it."""
+    """Emit the shared expert on the first neurons, gated by sigmoid(0) = ½ and doubled for it.
+
+    Without a gate it is added as it is.
+    """
     graph, division = builder.graph, recipe.division
+    is_gated = recipe.shared_gate == "sigmoid"
     made: dict[Value, Value] = {}
     for param in block.params:
         if param is block.output_bias:
@@ -133,12 +156,14 @@ def _shared(builder: Builder, block: FFNBlock, names: Mapping[Value, str], recip
             for a in param.type.axes
         ]
         part = shared_part(_weight(param, names[param]), division)
-        if param is block.down.operands[1]:
+        if param is block.down.operands[1] and is_gated:
             part = scaled(part, 2.0)
         made[param] = graph.param(name, param.type.with_axes(sizes), part, loc=block.loc)
     # The experts' gates already add up the output bias, so it is not added here.
     nodes = block.nodes if block.output_bias is None else block.nodes[:-1]
     shared = _emit(builder, nodes, {block.x: block.x, **made})[block.down.result]
+    if not is_gated:
+        return shared
     gate_type = tensor(block.x.type.dtype, **{block.outer: block.embed})
     gate = graph.param(
         graph.fresh(f"{_name(block.loc)}.shared_gate.weight"), gate_type,

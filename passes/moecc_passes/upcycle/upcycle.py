@@ -11,14 +11,15 @@ from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, ReadWeight
 from moecc.rewrite.match import NearMiss
+from moecc.weights.branches import BASE
 from moecc_passes.routed import causal_values
-from moecc_passes.upcycle.checks import problems, warnings
+from moecc_passes.upcycle.checks import problems, unknown_models, warnings
 from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
 from moecc_passes.upcycle.layers import choose
 from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.recipes import factors_of, misfit, misrouted, recipe, router_std
 from moecc_passes.upcycle.remarks import remarks
-from moecc_passes.upcycle.rewrite import rewrite_block
+from moecc_passes.upcycle.rewrite import average_rest, rewrite_block
 from moecc_passes.upcycle.router_init import left_of_std
 from moecc_passes.upcycle.router_input import input_rms
 from moecc_passes.upcycle.scaling import is_scaled, shares
@@ -74,6 +75,7 @@ class UpcyclePass(UpcycleOptions, Pass):
             placement=self._inexact_placement(block),
             capacity_factor=self.capacity_factor if self.is_bounded else None,
             is_soft=self.routing == "soft",
+            models=tuple(dict.fromkeys(self.models)) if set(self.models) != {BASE} else (),
         )
 
     def _inexact_placement(self, block: FFNBlock | None) -> str | None:
@@ -117,8 +119,9 @@ class UpcyclePass(UpcycleOptions, Pass):
         chosen = choose(search, self.layers, self.decoder_layers)
         causal = causal_values(graph)
         found = [misfit(self, b) or misrouted(self, graph, b, causal) for b in chosen]
-        if any(found):
-            raise InputError(p for p in found if p is not None)
+        unknown = unknown_models(self, ctx.models)
+        if any(found) or unknown:
+            raise InputError([*unknown, *(p for p in found if p is not None)])
         result = PassResult(changed=bool(chosen), matched=len(chosen))
         result.near_misses = [NearMiss("upcycle", r.loc, r.reason) for r in search.refusals]
         if search.blocks and not chosen:
@@ -129,6 +132,8 @@ class UpcyclePass(UpcycleOptions, Pass):
         for block in chosen:
             promises.append(self._contract(block, ctx.read).preserves)
             rewrite_block(graph, block, recipe(self, block, ctx.seed))
+        if chosen and self.rest == "mean":
+            average_rest(graph, self.models)
         result.preserves = of_blocks(promises) if promises else None
         result.remarks = remarks(self, chosen)
         for remark in result.remarks:

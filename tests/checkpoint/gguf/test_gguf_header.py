@@ -286,13 +286,6 @@ def test_refuses_tensors_that_overlap_by_one_block(builder: Any, tmp_path: Path)
     assert "the data of 'a' and 'b' overlap" in str(error)
 
 
-def test_refuses_a_part_of_a_split_model(builder: Any, tmp_path: Path) -> None:
-    builder.key("split.no", "u16", 1).key("split.count", "u16", 3).tensor("t", (1,))
-    error = refused(builder.write(tmp_path / "m-00002-of-00003.gguf"))
-    assert "part 2 of 3" in str(error)
-    assert "llama-gguf-split --merge" in str(error)
-
-
 def test_tells_all_problems_at_once(builder: Any, tmp_path: Path) -> None:
     builder.key("twice", "u32", 1).key("twice", "u32", 2).key("flag", "bool", 7)
     builder.key("general.alignment", "u32", 3)

@@ -17,8 +17,9 @@ from hypothesis.extra import numpy as arrays
 
 from moecc.checkpoint.gguf.blocks import dequantise, quantise
 from moecc.checkpoint.gguf.encode import Key, plan_file
+from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES
 from moecc.checkpoint.gguf.header import read_gguf_header
-from moecc.checkpoint.gguf.names import GGUF_FAMILIES, GGUF_MIXTURES, gguf_name, hugging_face_name
+from moecc.checkpoint.gguf.names import gguf_name, hugging_face_name
 from moecc.checkpoint.gguf.reader import open_gguf
 from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.checkpoint.gguf.tokenizer_keys import tokenizer_keys
@@ -48,6 +49,11 @@ SAME = [
     ("mixtral_gqa", "llama"),
     ("qwen2_moe_square", "qwen2moe"),
     ("qwen3_moe_norm", "qwen3moe"),
+    ("olmoe_heads", "olmoe"),
+    ("granitemoe_multipliers", "granitemoe"),
+    ("glm4_moe_dense_first", "glm4moe"),
+    ("glm4_moe_square", "glm4moe"),
+    ("ernie4_5_moe_square_v4", "ernie4_5-moe"),
 ]
 """Golden checkpoints that a file of the architecture holds as they are."""
 
@@ -100,7 +106,9 @@ def test_names_are_those_of_the_package(architecture: str) -> None:
         names = gguf.get_tensor_name_map(arch, 3)
         for old, new in family.stems().items():
             full = f"model.layers.2.{new}"
-            assert names.get_name(full) == f"blk.2.{old}", full
+            if not (architecture == "granitemoe" and "_exps" in old):
+                # Their converter cuts the experts' matrices before it names them.
+                assert names.get_name(full) == f"blk.2.{old}", full
             assert gguf_name(f"{full}.weight", family) == f"blk.2.{old}.weight"
             assert hugging_face_name(f"blk.2.{old}.weight", family) == f"{full}.weight"
 
@@ -243,6 +251,8 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
         ("qwen3_moe_step", "gguf:qwen3moe", "", "refuses a bias of the attention's output"),
         ("qwen3_moe_plain", "gguf:qwen3moe", "", "divides the chosen gates by their sum"),
         ("qwen2_square", "gguf:qwen2moe", "upcycle{shared=0.5}", "does not divide the chosen"),
+        ("olmoe_norm", "gguf:olmoe", "", "as many key-value heads as query heads"),
+        ("ernie4_5_moe_range", "gguf:ernie4_5-moe", "", "a dense layer after the first ones"),
     ],
 )
 def test_what_llama_cpp_would_not_compute(

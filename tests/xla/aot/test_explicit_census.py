@@ -124,6 +124,7 @@ def test_slots_are_exchanged_twice_forward_twice_back_and_twice_again(
     assert kinds == {"all-to-all"}, "nothing is gathered, and gradients of what lies whole summed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("machine", "step", "remat"), EVERY)
 def test_tokens_go_round_a_ring_and_experts_stay(machine: str, step: str, remat: str) -> None:
     found = compiled(machine, step, remat, "ring")

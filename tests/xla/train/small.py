@@ -17,18 +17,24 @@ BATCH, SEQ = 16, 4
 SIZES = {"B": BATCH, "S": SEQ}
 
 
-def sparse(routing: str = "top-2", *, padded: bool = False, bias: bool = False) -> Graph:
+def sparse(routing: str = "top-2", *, padded: bool | str = False, bias: bool = False) -> Graph:
     """Return a decoder of an embedding, one layer of experts and a head.
 
     Args:
       routing: ``top-1``, ``top-2`` or ``expert-choice``.
-      padded: whether padding is told by an input.
+      padded: whether there is padding, which an input tells, or ``segments`` above 0 do.
       bias: whether a balance bias is added for the choice.
     """
     graph = Graph("small")
     b = Builder(graph)
     tokens = graph.input("tokens", tensor(I32, batch="B", seq="S"))
-    mask = graph.input("mask", tensor(PRED, batch="B", seq="S")) if padded else None
+    mask = None
+    if padded == "segments":
+        segments = graph.input("segments", tensor(I32, batch="B", seq="S"))
+        with b.at("embed"):
+            mask = b.less(b.constant(value=0.0, dtype="i32"), segments, name="valid")
+    elif padded:
+        mask = graph.input("mask", tensor(PRED, batch="B", seq="S"))
     with b.at("embed"):
         table = graph.param("table", tensor(F32, vocab=VOCAB, embed=EMBED), loc="embed")
         hidden = b.embedding(table, tokens, axis="vocab")
@@ -51,7 +57,8 @@ def sparse(routing: str = "top-2", *, padded: bool = False, bias: bool = False) 
             top_k = int(routing[-1])
             rows, finish = emit_routing(
                 b, hidden, router, experts=EXPERTS, top_k=top_k,
-                gates="softmax" if top_k == 1 else "renormalised", operands=lambda *_: given,
+                gates="softmax" if top_k == 1 else "renormalised",
+                operands=lambda *_: given,
                 bias=_param(graph, "bias", expert=EXPERTS) if bias else None,
             )  # fmt: skip
             made = b.contract(b.silu(b.contract(rows, up, over="embed")), down, over="mlp")
@@ -83,4 +90,6 @@ def batch_of(graph: Graph, seed: int, padding: float = 0.4) -> dict[str, Any]:
     is_token = np.arange(SEQ) < np.maximum(lengths, rng.random(BATCH) > 0.7)[:, None]
     targets = np.where(is_token & (rng.random((BATCH, SEQ)) > 0.2), np.roll(tokens, -1, 1), -1)
     batch = {"tokens": tokens, "targets": targets.astype(np.int32)}
+    if "segments" in graph.inputs:
+        return {**batch, "segments": is_token.astype(np.int32)}
     return {**batch, "mask": is_token} if "mask" in graph.inputs else batch

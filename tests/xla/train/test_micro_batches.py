@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import few
 
 from moecc.errors import InputError, UsageError
 from moecc.steps.passes import Bound, MeshPasses, StepPasses, step_graph
@@ -33,7 +34,7 @@ MESHES = {
 CHUNK_BYTES = 4 * VOCAB * 10
 """Logits of ten tokens: the last chunk of a micro-batch is not full."""
 
-Case = tuple[str, bool, float | None, str]
+Case = tuple[str, bool | str, float | None, str]
 """Routing, whether there is padding, a capacity factor, and what a balance loss is over."""
 
 
@@ -85,7 +86,7 @@ def assert_same(whole: Any, apart: Any, tolerance: float) -> None:
 
 QUICK: list[tuple[Case, int, str]] = [
     (("top-2", True, 0.75, "group"), 2, "one device"),
-    (("top-2", True, 0.75, "group"), 4, "data"),
+    (("top-2", "segments", 0.75, "group"), 4, "data"),
 ]
 SLOW: list[tuple[Case, int, str]] = [
     *(((r, p, f, o), m, "one device") for r, p, f, o in [
@@ -95,6 +96,7 @@ SLOW: list[tuple[Case, int, str]] = [
     ] for m in (2, 4)),
     *((("top-2", True, 0.75, "group"), m, mesh) for m in (1, 2, 4) for mesh in MESHES),
     (("top-2", True, None, "group"), 2, "replicated tokens"),
+    (("top-2", "segments", None, "sequence"), 2, "one device"),
     (("expert-choice", True, None, "group"), 2, "data"),
 ]  # fmt: skip
 
@@ -108,7 +110,7 @@ def test_parts_and_meshes_change_no_loss_and_no_gradient(case: Case, parts: int,
             assert_same(*both(case, parts, mesh, F64, seed), 1e-12)
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", few([2, 4]))
 def test_in_float32_they_change_what_rounding_does(parts: int) -> None:
     for seed in range(10):
         case = ("top-2", True, 0.75, "group")
@@ -134,7 +136,7 @@ def test_a_loss_over_the_whole_batch_has_no_parts() -> None:
 
 
 def test_micro_batches_hold_whole_token_groups() -> None:
-    graph = step_graph(sparse(), StepPasses(bound=Bound(1.0), groups=2, losses={"parts": 3}))
+    graph = step_graph(sparse(), StepPasses(bound=Bound(1.0), groups=5, losses={"parts": 3}))
     spec = StepSpec(SIZES, F32, OptimizerSection("sgd"), 3)
     step = make_train_step(graph, spec, jax.devices()[:1])
     with pytest.raises(InputError, match="token groups"):

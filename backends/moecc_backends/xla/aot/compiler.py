@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from importlib.util import find_spec
-from typing import Any
 
 from moecc.ahead.request import Job, Result
 from moecc.errors import MachineError
@@ -75,5 +74,5 @@ def _exported(step: AbstractStep, job: Job) -> bytes:
     from jax import export
 
     platform = {"gpu": "cuda"}.get(job.machine.kind, job.machine.kind)
-    made: Any = export.export(step.function, platforms=[platform])(*step.arguments)
+    made = export.export(step.function, platforms=[platform])(*step.arguments)
     return bytes(made.serialize())

@@ -6,12 +6,14 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from jax.stages import Lowered, Wrapped
 
 from moecc.errors import InputError
 from moecc.plan.machines import Machine
+from moecc_backends.xla.trace.typed_jax import PyTree
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
@@ -85,16 +87,14 @@ class Compiled:
     host_peak_bytes: int
 
 
-def lower(function: Callable[..., Any], arguments: Sequence[Any], machine: Machine) -> Any:
+def lower(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Lowered:
     """Trace and lower a jitted `function` of abstract `arguments` for `machine`."""
     platform = {"gpu": "cuda"}.get(machine.kind, machine.kind)
-    jitted: Any = function
-    return jitted.trace(*arguments).lower(lowering_platforms=(platform,))
+    lowered: Lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+    return lowered
 
 
-def compile_ahead(
-    function: Callable[..., Any], arguments: Sequence[Any], machine: Machine
-) -> Compiled:
+def compile_ahead(function: Wrapped, arguments: Sequence[PyTree], machine: Machine) -> Compiled:
     """Compile a jitted `function` of abstract `arguments`, whose shardings name the devices.
 
     Raises:
@@ -106,7 +106,7 @@ def compile_ahead(
     return compile_lowered(lowered, lowered_seconds, machine)
 
 
-def compile_lowered(lowered: Any, lowered_seconds: float, machine: Machine) -> Compiled:
+def compile_lowered(lowered: Lowered, lowered_seconds: float, machine: Machine) -> Compiled:
     """Compile what `lower` returned.
 
     Raises:
@@ -122,7 +122,7 @@ def compile_lowered(lowered: Any, lowered_seconds: float, machine: Machine) -> C
         lowered_seconds,
         seconds,
         _memory(compiled.memory_analysis(), is_cpu=machine.kind == "cpu"),
-        compiled.as_text(),
+        compiled.as_text() or "",
         host_peak_bytes(),
     )
 
@@ -133,7 +133,7 @@ def host_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _memory(analysis: Any, *, is_cpu: bool) -> Memory:
+def _memory(analysis: object, *, is_cpu: bool) -> Memory:
     arguments, outputs, aliased, temporaries, code = (
         int(getattr(analysis, f"{kind}_size_in_bytes"))
         for kind in ("argument", "output", "alias", "temp", "generated_code")

@@ -21,6 +21,7 @@ from moecc_backends.xla.lower import buffers as buffers
 from moecc_backends.xla.lower import chunks as chunks
 from moecc_backends.xla.lower import collectives as collectives
 from moecc_backends.xla.lower import contract as contract
+from moecc_backends.xla.lower import convolve as convolve
 from moecc_backends.xla.lower import dispatch_combine as dispatch_combine
 from moecc_backends.xla.lower import elementwise as elementwise
 from moecc_backends.xla.lower import random as random

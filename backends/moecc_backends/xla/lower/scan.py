@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 
 from moecc.ir.attributes import IndexAttrs, ScanAttrs, StackAttrs
@@ -26,11 +26,12 @@ from moecc.ir.table.repetition import repetitions
 from moecc_backends.xla.lower.inner_loops import LayerLoop, pieces_of
 from moecc_backends.xla.trace.arrays import lifted
 from moecc_backends.xla.trace.context import Context, lower_nodes, lowering
+from moecc_backends.xla.trace.typed_jax import Function
 from moecc_backends.xla.trace.values import Named, Operand
 
 Arrays = tuple[jax.Array, ...]
 Step = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
-Remembering = Callable[..., Callable[..., Any]]
+Remembering = Callable[..., Function]
 
 _CHEAP = frozenset({
     "all_gather", "all_gather_invariant", "pvary", "pcast", "transpose", "reshape", "squeeze",
@@ -126,7 +127,7 @@ def _remembering(node: Node) -> Remembering | None:
     return partial(jax.checkpoint, policy=policy)
 
 
-def _worth_keeping(primitive: Any, *_: Any, **params: Any) -> bool:
+def _worth_keeping(primitive: jax.extend.core.Primitive, *_: object, **params: object) -> bool:
     """Whether a run of a loop that computes nothing dear again keeps what `primitive` makes.
 
     Values of the graph are kept by their names, and between them what is not cheap.

@@ -12,7 +12,6 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +26,7 @@ from moecc.launch.rendezvous import meet
 from moecc.types.arrays import Array
 from moecc.version import __version__
 from moecc_backends.xla.run.cluster import find_cluster
-from moecc_backends.xla.trace.typed_jax import configure, partition_spec
+from moecc_backends.xla.trace.typed_jax import PyTree, configure, partition_spec
 
 JOIN_SECONDS = 60
 """How long processes wait for one another at the start."""
@@ -197,8 +196,8 @@ def whole(array: jax.Array) -> Array:
 
 
 def value_and_grad(
-    loss: Callable[[Any, Any], jax.Array], params: Any, inputs: Mapping[str, Array]
-) -> tuple[Array, Any]:
+    loss: Callable[[PyTree, PyTree], jax.Array], params: PyTree, inputs: Mapping[str, Array]
+) -> tuple[Array, PyTree]:
     """Return the loss and its gradients, computed by all processes together.
 
     Args:

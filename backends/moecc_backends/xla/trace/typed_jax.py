@@ -6,7 +6,8 @@ annotations (pyproject.toml).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -17,6 +18,12 @@ from jax.typing import DTypeLike
 Axes = tuple[str, ...]
 """Names of mesh axes."""
 
+
+PyTree = Any
+"""A pytree of arrays or of what stands for them (types, shardings, tracers): jax has no type."""
+
+Function = Callable[..., PyTree]
+"""A function of pytrees, which jax traces."""
 
 Devices = list[jax.Device]
 """Devices in the order of a mesh."""
@@ -82,6 +89,12 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     """Return the mesh axes along which the shards of `array` may differ."""
     # Only within shard_map has the type of an array this attribute.
     found: frozenset[str] = getattr(jax.typeof(array), "manual_axis_type").varying  # noqa: B009
+    return found
+
+
+def manual_axes() -> frozenset[str]:
+    """Return the mesh axes along which the program that is traced is that of one device."""
+    found: frozenset[str] = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
     return found
 
 

@@ -7,14 +7,13 @@ is compiled ahead of time is the step that runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
 from moecc.ir.graph import Graph
 from moecc.steps.spec import StepSpec
 from moecc.types.dtypes import KEY
-from moecc_backends.xla.trace.typed_jax import Devices, abstract_array
+from moecc_backends.xla.trace.typed_jax import Devices, PyTree, abstract_array
 from moecc_backends.xla.train.evaluation import abstract_arrays
 from moecc_backends.xla.train.gradients import input_types
 from moecc_backends.xla.train.shardings import step_shardings
@@ -25,8 +24,8 @@ from moecc_backends.xla.train.step import make_train_step
 class AbstractStep:
     """A jitted function and what it takes, abstractly."""
 
-    function: Any
-    arguments: tuple[Any, ...]
+    function: PyTree
+    arguments: tuple[PyTree, ...]
 
 
 def make_step(graph: Graph, spec: StepSpec, devices: Devices) -> AbstractStep:

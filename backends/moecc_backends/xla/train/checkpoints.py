@@ -15,6 +15,7 @@ from moecc.ir.graph import Graph
 from moecc.train.events import Saved
 from moecc.train.position import Position
 from moecc.types.dtypes import DTYPES
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.saving import Saver
 from moecc_backends.xla.train.tensors import Slot, Tensors, restore, slots_of, to_tensors
 
@@ -34,8 +35,8 @@ class RunCheckpoints:
 
     run: Path
     graph: Graph
-    abstract: Any
-    start: Callable[[], tuple[Any, Position]]
+    abstract: PyTree
+    start: Callable[[], tuple[PyTree, Position]]
     saver: Saver
     recipe: str
 
@@ -44,10 +45,10 @@ class RunCheckpoints:
         return slots_of(self.graph, self.abstract)
 
     @cached_property
-    def _tensors(self) -> Callable[[Any], Tensors]:
+    def _tensors(self) -> Callable[[PyTree], Tensors]:
         return to_tensors(self._slots)
 
-    def begin(self) -> tuple[Any, Position, float | None]:
+    def begin(self) -> tuple[PyTree, Position, float | None]:
         """Return state, position and best held-out loss of the last checkpoint, or the start.
 
         Raises:
@@ -60,7 +61,7 @@ class RunCheckpoints:
         best = best_step(steps)
         return state, position_of(steps[-1].facts), None if best is None else best.loss
 
-    def save(self, state: Any, at: Position, loss: float | None) -> list[Saved]:
+    def save(self, state: PyTree, at: Position, loss: float | None) -> list[Saved]:
         """Begin to save; return what is complete since. Raises MachineError."""
         tensors = self._tensors(state)
         facts = {

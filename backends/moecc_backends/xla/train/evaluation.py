@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moecc.ir.graph import Graph
-from moecc.steps.head import LOGITS, check_trainable
+from moecc.ir.graph import Graph, Node, Value
+from moecc.ir.routed import MASK
+from moecc.steps.head import check_trainable
 from moecc.steps.metrics import coefficients, finished
 from moecc.steps.micro import rows_together
 from moecc.steps.spec import StepSpec
 from moecc.steps.totals import counted, totals_of
 from moecc.types.tensor import TensorType
-from moecc_backends.xla.trace.typed_jax import Devices, abstract_array
+from moecc_backends.xla.trace.typed_jax import Devices, PyTree, abstract_array
 from moecc_backends.xla.train.gradients import (
     AUXILIARY,
     LOSS_SUM,
@@ -28,6 +28,7 @@ from moecc_backends.xla.train.gradients import (
     BatchLoss,
     Outputs,
     batch_types,
+    summed_outputs,
 )
 from moecc_backends.xla.train.shardings import StepShardings, size_of, step_shardings
 
@@ -47,7 +48,7 @@ class Evaluation:
     where: StepShardings
 
     @cached_property
-    def function(self) -> Any:
+    def function(self) -> PyTree:
         """The jitted ``(params, batch, key) → metrics``."""
         return jax.jit(self.pure)
 
@@ -76,7 +77,7 @@ class Evaluation:
         """Return what `evaluate` returns, as a function to trace."""
         graph = self.graph
         types = {n: graph.params[n].type for n in self._params}
-        totals = totals_for(graph, batch, self.spec)
+        totals = totals_for(graph, self.spec, self.where, batch)
         given = (types, {**batch_types(graph), **dict.fromkeys(totals)}, None)
         run = self.where.mapped(self.loss.values, given, sum_types(graph))
         sums: Outputs = run(params, {**batch, **totals}, key)
@@ -113,15 +114,53 @@ def batch_loss(graph: Graph, spec: StepSpec, where: StepShardings) -> BatchLoss:
     )
 
 
-def totals_for(graph: Graph, batch: Arrays, spec: StepSpec) -> Outputs:
+def totals_for(graph: Graph, spec: StepSpec, where: StepShardings, batch: Arrays) -> Outputs:
     """Return the totals of a batch that the graph of a micro-batch takes."""
-    found = totals_of(graph).items()
-    return {n: jnp.asarray(counted(t, batch, spec.micro_batches), jnp.float32) for n, t in found}
+    totals = totals_of(graph)
+    if not totals:
+        return {}
+    known = {**batch, **_masks(graph, where, batch)}
+    return {
+        n: jnp.asarray(counted(t, known, spec.micro_batches), jnp.float32)
+        for n, t in totals.items()
+    }
+
+
+def _masks(graph: Graph, where: StepShardings, batch: Arrays) -> Outputs:
+    """Return the masks that `graph` computes of the inputs of a batch, and of nothing else."""
+    masks = {n: v for n, v in graph.outputs.items() if n.startswith(MASK)}
+    if not masks:
+        return {}
+    nodes, config = _ancestors(graph, masks.values()), where.lowering
+    types = {n: t for n, t in batch_types(graph).items() if n in graph.inputs}
+
+    def run(inputs: Arrays) -> Outputs:
+        values = config.lower(nodes, {graph.inputs[n]: a for n, a in inputs.items()})
+        return {
+            n: config.fresh().settled(values[v].to(v.type.names).array, v.type)
+            for n, v in masks.items()
+        }
+
+    mapped = where.mapped(run, (types,), {n: v.type for n, v in masks.items()})
+    made: Outputs = mapped({n: batch[n] for n in types})
+    return made
+
+
+def _ancestors(graph: Graph, values: Iterable[Value]) -> list[Node]:
+    """Return the nodes that compute `values`, in order."""
+    wanted: set[Node] = set()
+    left = list(values)
+    while left:
+        node = left.pop().node
+        if node is not None and node not in wanted:
+            wanted.add(node)
+            left += node.operands
+    return [node for node in graph if node in wanted]
 
 
 def sum_types(graph: Graph) -> dict[str, TensorType | None]:
     """Return the types of the sums over a batch; None for what every device has."""
-    outputs = {n: v.type for n, v in graph.outputs.items() if n != LOGITS}
+    outputs = {n: v.type for n, v in summed_outputs(graph).items()}
     return {**outputs, **dict.fromkeys(SUMS)}
 
 

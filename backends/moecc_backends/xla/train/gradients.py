@@ -10,20 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.ir.mesh import Mesh
+from moecc.ir.routed import MASK
 from moecc.steps.head import LOGITS, Head, split_head
 from moecc.steps.totals import totals_of
 from moecc.types.dtypes import I32, KEY
 from moecc.types.tensor import TensorType
 from moecc_backends.xla.lower.function import finalize_output
-from moecc_backends.xla.trace.typed_jax import psum
+from moecc_backends.xla.trace.typed_jax import Function, PyTree, psum
 from moecc_backends.xla.trace.values import Named
 from moecc_backends.xla.train.loss import IGNORED, TARGETS, HeadLoss, LoweringConfig
 
@@ -63,7 +64,7 @@ class BatchLoss:
     rows: int = 1
     output_z: float = 0.0
     chunk_bytes: int = 1 << 62
-    reduce_dtype: Any = None
+    reduce_dtype: DTypeLike | None = None
 
     @property
     def mesh(self) -> Mesh | None:
@@ -86,7 +87,7 @@ class BatchLoss:
         apart = {n: view.varying(a, over - self._own(n)) for n, a in trained.items()}
         total = self._targets(inputs[TARGETS])
 
-        def of_part(part: Arrays, number: jax.Array | int) -> tuple[Any, Outputs]:
+        def of_part(part: Arrays, number: jax.Array | int) -> tuple[PyTree, Outputs]:
             loss = partial(self._loss, fixed=fixed, inputs=part, total=total,
                            key=jax.random.fold_in(key, number))  # fmt: skip
             slopes, sums = jax.grad(loss, has_aux=True)(apart)
@@ -106,7 +107,7 @@ class BatchLoss:
 
         return {**self._over_parts(of_part, inputs), TOKENS: total}
 
-    def _over_parts(self, of_part: Callable[..., Any], inputs: Arrays) -> Any:
+    def _over_parts(self, of_part: Function, inputs: Arrays) -> PyTree:
         """Return the sum of what `of_part` makes of the micro-batches."""
         if self.micro_batches == 1:
             return of_part(inputs, 0)
@@ -115,7 +116,7 @@ class BatchLoss:
         first = {n: a[0] for n, a in parts.items()}
         rest = {n: a[1:] for n, a in parts.items()}
 
-        def add(total: Any, part: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+        def add(total: PyTree, part: tuple[Arrays, jax.Array]) -> tuple[PyTree, None]:
             made = of_part({**part[0], **totals}, part[1])
             return jax.tree.map(jnp.add, total, made), None
 
@@ -139,7 +140,7 @@ class BatchLoss:
         of_head = HeadLoss(head, self.lowering, self.output_z, self.chunk_bytes)
         summed, sums = of_head(hidden, weights, inputs[TARGETS])
         summed, sums = self._everywhere((summed, sums))
-        outputs = {n: self._settled(values[v], v) for n, v in graph.outputs.items() if n != LOGITS}
+        outputs = {n: self._settled(values[v], v) for n, v in summed_outputs(graph).items()}
         loss = summed / jnp.maximum(total, 1).astype(summed.dtype)
         return loss + outputs.get(AUXILIARY, 0.0), {**outputs, **sums}
 
@@ -160,7 +161,7 @@ class BatchLoss:
         """Return the mesh axes over which a parameter is sharded."""
         return frozenset(m for a in self.graph.params[name].type.axes for m in a.mesh)
 
-    def _everywhere(self, local: Any) -> Any:
+    def _everywhere(self, local: PyTree) -> PyTree:
         """Return the sums over the devices that have tokens of their own."""
         if self.mesh is None:
             return local
@@ -176,7 +177,7 @@ class BatchLoss:
         found: jax.Array = self._everywhere(jnp.sum(targets != IGNORED))
         return found
 
-    def _narrow(self, slopes: Any) -> Any:
+    def _narrow(self, slopes: PyTree) -> PyTree:
         if self.reduce_dtype is None:
             return slopes
         return jax.tree.map(lambda g: g.astype(self.reduce_dtype), slopes)
@@ -218,6 +219,11 @@ class BatchLoss:
 def token_axes(logits: TensorType) -> frozenset[str]:
     """Return the mesh axes along which devices have tokens of their own."""
     return frozenset(m for a in logits.axes if a.name != "vocab" for m in a.mesh)
+
+
+def summed_outputs(graph: Graph) -> dict[str, Value]:
+    """Return the outputs of `graph` that add up over a batch: not its logits, nor its masks."""
+    return {n: v for n, v in graph.outputs.items() if n != LOGITS and not n.startswith(MASK)}
 
 
 def input_types(graph: Graph) -> dict[str, TensorType]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -27,9 +27,10 @@ from moecc.train.events import (
 from moecc.train.position import Position, batch_of
 from moecc.train.recipe import RunSection
 from moecc.types.arrays import Array
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.gradients import LOSS_SUM, TOKENS
 
-State = Any
+State = PyTree
 Placed = Mapping[str, jax.Array]
 """A batch on its devices."""
 
@@ -104,6 +105,7 @@ class Loop:
       rate: the learning rate of a step, by its number from 0.
       stop: returns why to stop after this step, or None; equal in all processes.
       clock: returns seconds, equal in all processes.
+      spread: returns how far experts are apart, from the parameters; None without experts.
     """
 
     program: Program
@@ -113,6 +115,7 @@ class Loop:
     rate: Callable[[int], float]
     stop: Callable[[], Reason | None]
     clock: Callable[[], float] = time.monotonic
+    spread: Callable[[Mapping[str, jax.Array]], dict[str, list[float]]] | None = None
 
     _state: State = field(init=False, default=None)
     _at: Position = field(init=False, default=Position())
@@ -219,7 +222,7 @@ class Loop:
             ]
             total = sum(float(s[LOSS_SUM]) for s in sums)
             losses[name] = total / max(sum(float(s[TOKENS]) for s in sums), 1.0)
-        return Evaluated(self._at.step, losses)
+        return Evaluated(self._at.step, losses, self.spread(params) if self.spread else {})
 
 
 def is_due(step: int, every: int) -> bool:

@@ -6,23 +6,23 @@ are made with its loss, so that nothing of it is kept or computed again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
-from moecc.ir.graph import Value
+from moecc.ir.graph import Node, Value
 from moecc.steps.head import VOCAB, Head
 from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import lower_values
 from moecc_backends.xla.trace.context import DIRECT, Interceptor
 from moecc_backends.xla.trace.device_view import DeviceView, varies
 from moecc_backends.xla.trace.options import Options
-from moecc_backends.xla.trace.typed_jax import pmax, psum
+from moecc_backends.xla.trace.typed_jax import PyTree, pmax, psum
 from moecc_backends.xla.trace.values import Named
 
 TARGETS = "targets"
@@ -57,11 +57,15 @@ class LoweringConfig:
         """Return the device, with nothing remembered of another trace."""
         return DeviceView(None if self.view is None else self.view.mesh)
 
-    def lower(self, nodes: Any, arrays: Mapping[Value, jax.Array]) -> Mapping[Value, Any]:
+    def lower(
+        self, nodes: Sequence[Node], arrays: Mapping[Value, jax.Array]
+    ) -> Mapping[Value, Named]:
         """Return the values of `nodes`, lowered under the current trace."""
-        return lower_values(
+        found = lower_values(
             list(nodes), arrays, self.dtype, self.options, self.fresh(), self.interceptor
         )
+        # What the head and its users read has no slots: rows stay inside of expert layers.
+        return cast("Mapping[Value, Named]", found)
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def _chunked(
 ) -> tuple[jax.Array, Sums]:
     """Return the loss of chunks of tokens, one after the other."""
 
-    def add(total: Any, chunk: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+    def add(total: PyTree, chunk: tuple[Arrays, jax.Array]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, loss.summed(weights, *chunk)), None
 
     total: tuple[jax.Array, Sums]
@@ -200,7 +204,7 @@ def _forward(
 ) -> tuple[tuple[jax.Array, Sums], tuple[Arrays, Arrays]]:
     slopes_of = jax.value_and_grad(loss.summed, argnums=(0, 1), has_aux=True)
 
-    def add(total: Any, chunk: tuple[Arrays, jax.Array]) -> tuple[Any, Arrays]:
+    def add(total: PyTree, chunk: tuple[Arrays, jax.Array]) -> tuple[PyTree, Arrays]:
         made, (by_weights, by_hidden) = slopes_of(weights, *chunk)
         return jax.tree.map(jnp.add, total, (made, by_weights)), by_hidden
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +28,10 @@ from moecc.steps.moment_axes import (
 from moecc.steps.settings import ParamSettings
 from moecc.train.recipe import OptimizerSection
 from moecc.types.tensor import TensorType
+from moecc_backends.xla.trace.typed_jax import PyTree
 
 Arrays = Mapping[str, jax.Array]
-Moments = dict[str, Any]
+Moments = dict[str, PyTree]
 """``{kind: {parameter: array}}``, and the count of updates."""
 
 CLIP_RMS = 1.0
@@ -183,7 +183,7 @@ def _by_block(
     )
     chain = optax.chain(*parts)
 
-    def of_block(gradient: jax.Array, param: jax.Array, *moments: jax.Array) -> Any:
+    def of_block(gradient: jax.Array, param: jax.Array, *moments: jax.Array) -> PyTree:
         given = dict(zip(kinds, moments, strict=True))
         initial = chain.init(param)
         names = {ROW: "v_row", COLUMN: "v_col", SECOND: "v"}

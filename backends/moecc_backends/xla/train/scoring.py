@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from moecc.train.scoring import RowScores
 from moecc.types.arrays import Arrays
 from moecc.types.dtypes import DType
 from moecc_backends.xla.lower.function import function
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.loss import IGNORED, TARGETS
 
 
@@ -43,12 +43,12 @@ class XlaScorer:
         return RowScores(losses.astype(np.float64), tokens, hits)
 
     @cached_property
-    def _function(self) -> Any:
+    def _function(self) -> PyTree:
         model = function(self.graph, dtype=self.dtype)
         names = self.graph.outputs[LOGITS].type.names
         order = [n for n in names if n != VOCAB]
 
-        def scores(params: Any, inputs: Any, targets: jax.Array) -> tuple[jax.Array, ...]:
+        def scores(params: PyTree, inputs: PyTree, targets: jax.Array) -> tuple[jax.Array, ...]:
             logits = jnp.moveaxis(model(params, inputs)[LOGITS], names.index(VOCAB), -1)
             wide = logits.astype(jnp.float32)
             counted = targets != IGNORED

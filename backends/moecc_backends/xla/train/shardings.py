@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -30,10 +30,10 @@ from moecc_backends.xla.mesh.specs import spec
 from moecc_backends.xla.mesh.token_groups import group_counts
 from moecc_backends.xla.trace.device_view import DeviceView
 from moecc_backends.xla.trace.options import Options
-from moecc_backends.xla.trace.typed_jax import Devices, partition_spec
+from moecc_backends.xla.trace.typed_jax import Devices, Function, PyTree, partition_spec
 from moecc_backends.xla.train.loss import LoweringConfig
 
-Model = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
+Model = Callable[[Mapping[str, PyTree], Mapping[str, PyTree]], dict[str, jax.Array]]
 """A graph as ``(params, inputs) → outputs``."""
 
 
@@ -58,9 +58,7 @@ class StepShardings(Protocol):
         """How and where nodes are lowered."""
         ...
 
-    def mapped(
-        self, function: Callable[..., Any], given: Sequence[Any], made: Any
-    ) -> Callable[..., Any]:
+    def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
         """Return `function`, which works on what `lowering` says, as one of whole arrays.
 
         Args:
@@ -101,9 +99,7 @@ class OneDevice:
         """Return the sharding of an array of inputs or targets."""
         return self.whole
 
-    def mapped(
-        self, function: Callable[..., Any], given: Sequence[Any], made: Any
-    ) -> Callable[..., Any]:
+    def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
         """Return `function`."""
         return function
 
@@ -138,9 +134,7 @@ class ExplicitShardings:
         """Return the sharding of an array of inputs or targets."""
         return NamedSharding(self.mesh, spec(type))
 
-    def mapped(
-        self, function: Callable[..., Any], given: Sequence[Any], made: Any
-    ) -> Callable[..., Any]:
+    def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
         """Return `function`, run shard by shard."""
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=_specs(tuple(given)), out_specs=_specs(made),
@@ -152,7 +146,7 @@ class ExplicitShardings:
         return sharded_function(graph, self.mesh, dtype=self.spec.dtype, options=options(self.spec))
 
 
-def _specs(types: Any) -> Any:
+def _specs(types: PyTree) -> PyTree:
     """Return types as the specs of jax, in the same tree."""
     return jax.tree.map(
         lambda t: partition_spec() if t is None else spec(t),
@@ -187,9 +181,7 @@ class GspmdShardings:
         sizes = {a.name: size_of(a, self.spec.sizes) for a in type.axes}
         return self.interceptor.sharding(tuple(sizes), value_spec(self.interceptor.plan, sizes))
 
-    def mapped(
-        self, function: Callable[..., Any], given: Sequence[Any], made: Any
-    ) -> Callable[..., Any]:
+    def mapped(self, function: Function, given: Sequence[PyTree], made: PyTree) -> Function:
         """Return `function`."""
         return function
 

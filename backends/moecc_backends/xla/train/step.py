@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from moecc.steps.settings import ParamSettings, parameter_settings
 from moecc.steps.spec import StepSpec
 from moecc.train.recipe import OptimizerSection
 from moecc.types.tensor import TensorType
-from moecc_backends.xla.trace.typed_jax import Devices, abstract_array, partition_spec
+from moecc_backends.xla.trace.typed_jax import Devices, PyTree, abstract_array, partition_spec
 from moecc_backends.xla.train.evaluation import (
     Evaluation,
     abstract_arrays,
@@ -39,7 +38,7 @@ from moecc_backends.xla.train.guard import Guard
 from moecc_backends.xla.train.optimizer import Optimizer
 from moecc_backends.xla.train.shardings import StepShardings, step_shardings
 
-State = dict[str, Any]
+State = dict[str, PyTree]
 """``params`` and ``bias`` by name, ``moments`` by kind and name, ``guard``, ``step``."""
 
 
@@ -101,7 +100,7 @@ class TrainStep:
 
     # --- the state
 
-    def init(self, params: Mapping[str, Any]) -> State:
+    def init(self, params: Mapping[str, PyTree]) -> State:
         """Return the state before the first step, where it belongs.
 
         Args:
@@ -165,7 +164,7 @@ class TrainStep:
         return abstract_arrays(batch_types(self.graph), self.spec, self.where)
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[PyTree, ...]:
         """What `step` takes, abstractly."""
         key = abstract_array((), jax.random.key(0).dtype, self.where.whole)
         rate = abstract_array((), np.dtype("float32"), self.where.whole)
@@ -174,7 +173,7 @@ class TrainStep:
     # --- the step
 
     @cached_property
-    def function(self) -> Any:
+    def function(self) -> PyTree:
         """The jitted step ``(state, batch, key, rate) → (state, metrics)``; it takes the state."""
         kept = jax.tree.map(lambda a: a.sharding, self.abstract_state)
         return jax.jit(self.pure, donate_argnums=(0,), out_shardings=(kept, None))
@@ -235,7 +234,7 @@ class TrainStep:
         types = {n: graph.params[n].type for n in (*self.settings, *self.biases)}
         own = {n: types[n] for n in trained}
         rest = {n: types[n] for n in fixed}
-        totals = totals_for(graph, batch, self.spec)
+        totals = totals_for(graph, self.spec, self.where, batch)
         given = (own, rest, {**batch_types(graph), **dict.fromkeys(totals)}, None)
         run = self.where.mapped(self.loss.gradients, given, (own, sum_types(graph)))
         made: tuple[dict[str, jax.Array], Outputs] = run(trained, fixed, {**batch, **totals}, key)

@@ -22,10 +22,13 @@ from moecc.types.dtypes import DTYPES
 from moecc.weights.arithmetic import Cast
 from moecc.weights.boxes import Box
 from moecc.weights.evaluate import Evaluator, Reader
-from moecc.weights.expr import Expr, Source
+from moecc.weights.expr import Expr, Full, Source, transform
 from moecc.weights.movement import Index, Merge, Permute, Rename, Slice, Split
 from moecc.weights.simplify import simplify
-from moecc_backends.xla.trace.typed_jax import partition_spec
+from moecc_backends.xla.trace.typed_jax import PyTree, partition_spec
+
+_COUNT = "moments.count"
+"""The number of updates in a state."""
 
 _ARRAY = "array"
 """What the array of a slot is called in the expressions of its tensors."""
@@ -55,7 +58,7 @@ class Slot:
         return self.abstract.sharding or SingleDeviceSharding(jax.devices()[0])
 
 
-def slots_of(graph: Graph, state: Any) -> list[Slot]:
+def slots_of(graph: Graph, state: PyTree) -> list[Slot]:
     """Return the leaves of a state, in the order of its tree.
 
     Args:
@@ -66,7 +69,7 @@ def slots_of(graph: Graph, state: Any) -> list[Slot]:
     return [_slot(graph, path, leaf) for path, leaf in leaves]
 
 
-def _slot(graph: Graph, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Slot:
+def _slot(graph: Graph, path: tuple[PyTree, ...], leaf: jax.ShapeDtypeStruct) -> Slot:
     words = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
     name = next((w for w in words if w in graph.params), None)
     # A balance bias is a parameter of the model that the optimiser does not know.
@@ -79,19 +82,19 @@ def _slot(graph: Graph, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Sl
     return Slot(key, expr, expr is None, leaf)
 
 
-def to_tensors(slots: list[Slot]) -> Callable[[Any], Tensors]:
+def to_tensors(slots: list[Slot]) -> Callable[[PyTree], Tensors]:
     """Return a compiled function from a state to its tensors, by the names that are saved."""
     made = [_tensors_of(slot) for slot in slots]
     shardings = {key: where for parts in made for key, _, where in parts}
 
-    def tensors(state: Any) -> Tensors:
+    def tensors(state: PyTree) -> Tensors:
         found: Tensors = {}
         for array, parts in zip(jax.tree.leaves(state), made, strict=True):
             for key, expr, _ in parts:
                 found[key] = array if expr is None else _moved(expr, array)
         return found
 
-    compiled: Callable[[Any], Tensors] = jax.jit(tensors, out_shardings=shardings)
+    compiled: Callable[[PyTree], Tensors] = jax.jit(tensors, out_shardings=shardings)
     return compiled
 
 
@@ -143,7 +146,7 @@ def _chain(expr: Expr) -> list[Expr]:
     return chain
 
 
-def restore(slots: list[Slot], reader: Reader, tree: Any) -> Any:
+def restore(slots: list[Slot], reader: Reader, tree: PyTree) -> PyTree:
     """Return a state whose leaves are made from saved tensors.
 
     Args:
@@ -167,6 +170,33 @@ def _restored(slot: Slot, evaluator: Evaluator, reader: Reader) -> jax.Array:
         whole = reader(slot.key).astype(dtype)
         return _placed(shape, slot.sharding, lambda box: whole[tuple(slice(*b) for b in box)])
     return made(slot.expr, evaluator, dtype, slot.sharding)
+
+
+def with_moments(state: PyTree, slots: list[Slot], moments: Weights, reader: Reader) -> PyTree:
+    """Return a state with moments that are made from those of another one.
+
+    Args:
+      state: with zeros in their place.
+      slots: its leaves.
+      moments: expressions by name, ``moments.m.NAME``; what is not among them stays zero.
+      reader: reads what they are made of, and the number of updates.
+    """
+    evaluator = Evaluator(reader)
+    leaves, tree = jax.tree.flatten(state)
+    for at, slot in enumerate(slots):
+        if slot.key == _COUNT:
+            leaves[at] = _restored(slot, evaluator, reader)
+        elif slot.expr is not None and slot.key.startswith("moments."):
+            expr = transform(slot.expr, lambda x: _carried(x, moments))
+            leaves[at] = made(expr, evaluator, np.dtype(slot.abstract.dtype), slot.sharding)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _carried(x: Expr, moments: Weights) -> Expr:
+    if not isinstance(x, Source):
+        return x
+    found = moments.get(x.name)
+    return Full(0.0, x.type) if found is None else Cast(found, x.type.dtype)
 
 
 def load(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,13 +25,15 @@ from moecc.train.run_folder import locked_run, remove_incomplete
 from moecc.train.schedule import rate_at
 from moecc_backends.xla.import_jax import find_devices
 from moecc_backends.xla.run.processes import configuration, is_first, join, preflight
+from moecc_backends.xla.trace.typed_jax import PyTree
 from moecc_backends.xla.train.checkpoints import RunCheckpoints
 from moecc_backends.xla.train.compile_cache import keep_compiled_programs
+from moecc_backends.xla.train.expert_spread import spread_of
 from moecc_backends.xla.train.feed import DeviceFeed
 from moecc_backends.xla.train.loop import Loop
 from moecc_backends.xla.train.saving import Saver
 from moecc_backends.xla.train.step import TrainStep, make_train_step
-from moecc_backends.xla.train.tensors import load
+from moecc_backends.xla.train.tensors import load, slots_of, with_moments
 
 _REASONS = (None, Reason.TERMINATED, Reason.INTERRUPTED)
 
@@ -75,18 +76,24 @@ class XlaTraining:
             lambda step: rate_at(job.recipe.optimizer, step, run.steps),
             lambda: agreed_reason(stop()),
             agreed_seconds,
+            spread_of(self.program.graph, self.program.where.whole),
         )
         for event in loop.events():
             self.watchdog.beat(type(event).__name__)
             yield event
 
-    def _start(self) -> tuple[Any, Position]:
+    def _start(self) -> tuple[PyTree, Position]:
         """Return the state before the first step."""
         program = self.program
-        params: Mapping[str, jax.ShapeDtypeStruct] = program.abstract_state["params"]
+        abstract = program.abstract_state
+        params: Mapping[str, jax.ShapeDtypeStruct] = {**abstract["params"], **abstract["bias"]}
         with self.job.begin() as beginning:
             loaded = load(program.graph, beginning.weights, beginning.read, params)
-        return program.init(loaded), Position()
+            state = program.init(loaded)
+            if beginning.moments:
+                slots = slots_of(program.graph, program.abstract_state)
+                state = with_moments(state, slots, beginning.moments, beginning.read)
+        return state, Position()
 
 
 @contextmanager

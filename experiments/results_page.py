@@ -1,0 +1,118 @@
+"""Write `docs/experiments.md` from what is declared and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+from declared import HERE, SEEDS, Experiment, Line, declared, read_results
+from verdicts import Effect, Verdict, effect_of
+
+PAGE = HERE.parent / "docs" / "experiments.md"
+
+HEAD = """# Experiments
+
+Does it learn? Each experiment trains models of 0.2 to 1.2 million parameters over bytes, on this
+documentation, on two cores: enough to see whether the machinery does what it should, and far too
+small to say what holds at scale. `experiments/` has the recipes, what each arm changes of them, and
+the runner; `python experiments/run.py a b` runs what has no result yet, and writes this page from
+`experiments/results/`. `make proof-learning` shows one claim again, from nothing.
+
+The dense model (`experiments/base.toml`) is trained for 300 steps of 2,048 bytes, once for each
+seed: weights, batches and all. An arm goes on from it (`experiments/continue.toml`), on batches in
+another order. Losses are of paragraphs that were held out, in nats a byte, after the last step. An
+effect is the difference between two arms of the same seed, so of the same dense model and batches;
+its interval of 95 % is Student's over the seeds. A claim is *reproduced* where the whole interval
+is below 0, and *not shown* where it holds 0: not that it is wrong, but that this is too small to
+tell. Every arm has the same learning rate; a sweep of each might move effects of this size.
+"""
+
+TAIL = """
+## What was not run
+* Fine-tuning: RTE, question types, subjectivity; which parameters, batch and rate.
+* Specialisation of encoders against decoders.
+* One of them at 5 million parameters, and SmolLM2 upcycled against SmolLM2 trained on.
+
+*Tests:* `tests/experiments/`.
+"""
+
+
+def page(lines: Sequence[Line]) -> str:
+    """Return the page."""
+    experiments = declared().values()
+    parts = [HEAD, *_claims(experiments, lines)]
+    for experiment in experiments:
+        parts += _section(experiment, [x for x in lines if x["experiment"] == experiment.key])
+    return "\n".join(parts) + TAIL
+
+
+def write_page(path: Path = PAGE) -> None:
+    """Write the page from the results."""
+    path.write_text(page(read_results()), "utf-8")
+
+
+def _claims(experiments: Iterable[Experiment], lines: Sequence[Line]) -> Iterator[str]:
+    yield "## Claims\n"
+    yield "| | claim | effect, nats a byte | seeds | |"
+    yield "|---|---|---|---|---|"
+    for experiment in experiments:
+        for claim in experiment.claims:
+            effect = effect_of(lines, experiment, claim)
+            yield (
+                f"| {experiment.key} | {claim} | {_effect(effect)} | {len(effect.values)} | "
+                f"{_verdict(effect)} |"
+            )
+    yield ""
+
+
+def _effect(effect: Effect) -> str:
+    if not effect.values:
+        return ""
+    half = f" ± {effect.half_width:.4f}" if len(effect.values) > 1 else ""
+    return f"{effect.mean:+.4f}{half}".replace("-", "−")
+
+
+def _verdict(effect: Effect) -> str:
+    if effect.values and effect.verdict is Verdict.NOT_RUN:
+        return f"fewer than {len(SEEDS)} seeds"
+    return effect.verdict.value
+
+
+def _section(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
+    yield f"## {experiment.key}: {experiment.title}\n"
+    yield f"After {experiment.source}.\n"
+    if not lines:
+        yield "Not run.\n"
+        return
+    yield "| arm | held-out loss by seed | mean | steps | tokens | processor time |"
+    yield "|---|---|---|---|---|---|"
+    for arm in experiment.arms:
+        found = sorted((x for x in lines if x["arm"] == arm), key=lambda x: int(x["seed"]))
+        if not found:
+            yield f"| {arm} | not run | | | | |"
+            continue
+        losses = [float(line["loss"]) for line in found]
+        seconds = mean(float(line["processor_seconds"]) for line in found)
+        yield (
+            f"| {arm} | {', '.join(f'{x:.4f}' for x in losses)} | {mean(losses):.4f} | "
+            f"{found[0]['steps']} | {found[0]['tokens']:,} | {seconds:.0f} s |"
+        )
+    yield ""
+    yield from _curves(experiment, lines)
+
+
+def _curves(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
+    """Yield the training loss after the switch, the mean over seeds, at a few steps."""
+    shown = [step for step in (1, 2, 3, 5, 10, 20, 30, 40) if step <= experiment.curves]
+    if not shown:
+        return
+    yield "Training loss at a step after the switch, the mean over seeds:\n"
+    yield "| arm | " + " | ".join(map(str, shown)) + " |"
+    yield "|---" * (len(shown) + 1) + "|"
+    for arm in experiment.arms:
+        curves = [line["curve"] for line in lines if line["arm"] == arm and "curve" in line]
+        if curves:
+            means = (mean(float(curve[step - 1]) for curve in curves) for step in shown)
+            yield f"| {arm} | " + " | ".join(f"{x:.3f}" for x in means) + " |"
+    yield ""

@@ -1,0 +1,198 @@
+"""Run the experiments that `experiments.toml` declares, and write the page of their results.
+
+    python experiments/run.py [a b …] [--seeds 0,1,2] [--minutes 60]
+    make proof-learning
+
+Every arm of every seed is a run of `moecc train`.  What is done is not done again: a line of
+``results/`` is written as an arm ends, and a run that was killed goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from declared import HERE, RESULTS, SEEDS, Experiment, add_result, declared, read_results
+from results_page import write_page
+from verdicts import Verdict, effect_of
+
+from moecc.checkpoint.run.layout import is_run, saved_steps
+from moecc.cli.main import main as moecc
+from moecc.version import __version__
+
+ROOT = HERE.parent
+WORK = ROOT / "demo-output" / "experiments"
+DECODER = ROOT / "examples" / "train_on_docs" / "decoder"
+PROOF = ("a", "experts help at equal tokens")
+"""The claim that `make proof-learning` shows again."""
+
+
+class CommandError(Exception):
+    """A command failed; it said why."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where experiments are run.
+
+    Attributes:
+      work: tokens and runs.
+      results: the lines.
+      few: values that every recipe gets; for tests.
+    """
+
+    work: Path = WORK
+    results: Path = RESULTS
+    few: tuple[str, ...] = ()
+
+    def tokens(self) -> Path:
+        """Return the token folders of the documentation, which are made once."""
+        out = self.work / "tokens"
+        if not (out / "train" / "tokens.json").is_file():
+            self.work.mkdir(parents=True, exist_ok=True)
+            texts = (ROOT / "README.md", ROOT / "docs", "--include", "*.md", "--split", "paragraph")
+            call("tokens", *texts, "--tokenizer", "bytes", "--hold-out", "0.1", "--out", out)
+        return out
+
+    def trained(self, name: str, recipe: str, *sets: str) -> Path:
+        """Return a run that is at its end, having begun it or gone on with it."""
+        out, tokens = self.work / name, self.tokens()
+        if is_run(out):
+            call("train", "--resume", out)
+            return out
+        shutil.rmtree(out, ignore_errors=True)
+        places = (
+            f"data.train.0.tokens={tokens / 'train'}",
+            f"data.evaluate.0.tokens={tokens / 'heldout'}",
+        )
+        words = [word for one in (*places, *sets, *self.few) for word in ("--set", one)]
+        call("train", HERE / recipe, "--out", out, *words)
+        return out
+
+    def dense(self, seed: int) -> Path:
+        """Return the dense model of a seed."""
+        seeds = (f"model.seed={seed}", f"data.seed={seed}")
+        return self.trained(f"dense-{seed}", "base.toml", f"model.source={DECODER}", *seeds)
+
+    def arm(self, experiment: Experiment, arm: str, seed: int) -> dict[str, Any]:
+        """Return the result of an arm."""
+        number = list(experiment.arms).index(arm)
+        dense = self.dense(seed)
+        began, worked = time.monotonic(), time.process_time()
+        run = self.trained(
+            f"{experiment.key}{number}-{seed}", "continue.toml", f"model.source={dense}",
+            f"model.seed={seed}", f"data.seed={100 + seed}", *experiment.arms[arm],
+        )  # fmt: skip
+        facts = saved_steps(run)[-1].facts
+        held = self.held_out(run)
+        return {
+            "experiment": experiment.key, "arm": arm, "seed": seed, "loss": held["loss"],
+            "held_out_tokens": held["tokens"], "steps": facts["step"], "tokens": facts["tokens"],
+            "processor_seconds": round(time.process_time() - worked, 1),
+            "seconds": round(time.monotonic() - began, 1), "data": data_digest(run),
+            "recipe": facts["recipe"], "moecc": __version__,
+            **({"curve": curve(run, experiment.curves)} if experiment.curves else {}),
+        }  # fmt: skip
+
+    def held_out(self, run: Path) -> dict[str, Any]:
+        """Return the loss of a run on all of the held-out text."""
+        data = self.tokens() / "heldout"
+        text = said("evaluate", run, "--data", data, "--sequence", "128", "--batch", "16",
+                    "--format", "json")  # fmt: skip
+        found: dict[str, Any] = json.loads(text)["models"][0]["sets"]["heldout"]
+        return found
+
+
+def data_digest(run: Path) -> str:
+    """Return the digest of the training data of a run."""
+    stages = json.loads((run / "lineage.json").read_text("utf-8"))["stages"]
+    return str(stages[-1]["data"]["train"])
+
+
+def curve(run: Path, steps: int) -> list[float]:
+    """Return the training loss of the first steps."""
+    lines = (json.loads(x) for x in (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [round(line["loss"], 4) for line in lines if "loss" in line][:steps]
+
+
+def call(*words: object) -> None:
+    """Run a command. Raises CommandError if it fails."""
+    command = [str(word) for word in words]
+    if moecc(command) != 0:
+        raise CommandError(" ".join(command))
+
+
+def said(*words: object) -> str:
+    """Return what a command writes on stdout. Raises CommandError if it fails."""
+    with redirect_stdout(io.StringIO()) as out:
+        call(*words)
+    return out.getvalue()
+
+
+def missing(
+    lab: Lab, experiments: Sequence[Experiment], seeds: Sequence[int]
+) -> Iterator[tuple[Experiment, str, int]]:
+    """Yield what has no result yet: all arms of a seed before the next seed."""
+    done = {(r["experiment"], r["arm"], r["seed"]) for r in read_results(lab.results)}
+    for experiment in experiments:
+        for seed in seeds:
+            for arm in experiment.arms:
+                if (experiment.key, arm, seed) not in done:
+                    yield experiment, arm, seed
+
+
+def run_all(
+    lab: Lab, experiments: Sequence[Experiment], seeds: Sequence[int], minutes: float
+) -> None:
+    """Run what is missing, one after another, until the time is over."""
+    began = time.monotonic()
+    for experiment, arm, seed in missing(lab, experiments, seeds):
+        if time.monotonic() - began > 60 * minutes:
+            return
+        add_result(lab.arm(experiment, arm, seed), lab.results)
+
+
+def prove(lab: Lab) -> int:
+    """Run one claim again, with results of its own, and return 3 if it does not show."""
+    key, claim = PROOF
+    whole = declared()[key]
+    arms = {arm: whole.arms[arm] for arm in whole.claims[claim]}
+    part = Experiment(key, whole.title, whole.source, arms, {claim: whole.claims[claim]})
+    run_all(lab, [part], SEEDS, float("inf"))
+    found = effect_of(read_results(lab.results), part, claim)
+    print(f"{claim}: {found.mean:+.4f} ± {found.half_width:.4f} nats a byte: {found.verdict.value}")
+    return 0 if found.verdict is Verdict.SHOWN else 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is asked for and return the exit code."""
+    known = declared()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("keys", nargs="*", choices=[*known, []], metavar="LETTER")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm later")
+    parser.add_argument("--proof", action="store_true", help="one claim again, from nothing")
+    parser.add_argument("--page", action="store_true", help="write the page and run nothing")
+    asked = parser.parse_args(argv)
+    if asked.proof:
+        work = WORK / "proof"
+        shutil.rmtree(work, ignore_errors=True)
+        return prove(Lab(work, work / "results"))
+    if not asked.page:
+        chosen = [known[key] for key in asked.keys or known]
+        run_all(Lab(), chosen, [int(s) for s in asked.seeds.split(",")], asked.minutes)
+    write_page()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

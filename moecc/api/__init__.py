@@ -1,0 +1,1 @@
+"""The Python surface: `moecc.open` and the model that it returns."""

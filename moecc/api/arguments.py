@@ -1,0 +1,119 @@
+"""What callers may write for a source, a pipeline, an element type: parsed, or rejected."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import get_type_hints
+
+from moecc.errors import Problem, UsageError, nearest
+from moecc.pipeline.passes import Pass
+from moecc.pipeline.text import Pipeline
+from moecc.support.parse_units import float_type
+from moecc.support.untyped import JsonDict
+from moecc.tasks.plan_step import StepRequest
+from moecc.types.dtypes import DType
+
+
+def source_text(source: object) -> str:
+    """Return a source as the text that the command line takes.
+
+    Raises:
+      UsageError: it is neither text nor a path.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fspath(source)
+        if isinstance(text, str) and text:
+            return text
+    raise _wrong("source", "a folder, a file, preset:NAME or a run, as text or Path", source)
+
+
+def pipeline_of(passes: object) -> Pipeline:
+    """Return a pipeline from its text, a pass, or several of either.
+
+    Raises:
+      UsageError: it is none of these, or its text is wrong.
+    """
+    if isinstance(passes, Pipeline):
+        return passes
+    if isinstance(passes, Pass):
+        return Pipeline((passes,))
+    if isinstance(passes, str):
+        return Pipeline.parse(passes)
+    if isinstance(passes, Iterable) and not isinstance(passes, (bytes, Mapping)):
+        return Pipeline(tuple(item for part in passes for item in pipeline_of(part)))
+    raise _wrong("pipeline", "text such as 'upcycle{experts=8}', a pass, or several", passes)
+
+
+def pass_text(name: str, options: Mapping[str, object]) -> str:
+    """Return the text of a pass with options as Python names and values.
+
+    Raises:
+      UsageError: a value cannot be written as text.
+    """
+    return f"{name}{{{' '.join(_option_text(n, v) for n, v in options.items())}}}"
+
+
+def _option_text(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, (int, float)):
+        text = repr(value)
+    elif isinstance(value, str):
+        text = value if value and not set(value) & set(' \t\n{}"') else f'"{_quoted(value)}"'
+    elif isinstance(value, (list, tuple)):
+        text = ",".join(map(str, value))
+    else:
+        raise _wrong(f"option {name}", "a number, text, True or False, or a list", value)
+    return f"{name.replace('_', '-')}={text}"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def dtype_of(dtype: object) -> DType | None:
+    """Return an element type by moecc's, PyTorch's or NumPy's name of it; None stays None.
+
+    Raises:
+      UsageError: there is no such floating-point type.
+    """
+    if dtype is None or isinstance(dtype, DType):
+        return dtype
+    if isinstance(dtype, str):
+        return float_type(dtype)
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return float_type(str(name).removeprefix("torch."))
+
+
+def step_request(options: Mapping[str, object]) -> StepRequest:
+    """Return the options of a plan, which has those of ``moecc plan``, with underscores.
+
+    Raises:
+      UsageError: there is no such option, or a value has another type.
+    """
+    hints = get_type_hints(StepRequest)
+    problems = []
+    for name, value in options.items():
+        if name not in hints:
+            hint = nearest(name, hints) or f"options: {', '.join(hints)}"
+            problems.append(Problem(f"plan has no option {name!r}", hint=hint))
+        elif not isinstance(value, hints[name]) or isinstance(value, bool):
+            problems.append(Problem(f"{name} has another type", expected=_expected(hints[name]),
+                                    found=repr(value)))  # fmt: skip
+    if problems:
+        raise UsageError(problems)
+    checked: JsonDict = dict(options)
+    return StepRequest(**checked)
+
+
+def _expected(hint: object) -> str:
+    return "a whole number" if "int" in str(hint) else "text"
+
+
+def _wrong(what: str, expected: str, found: object) -> UsageError:
+    return UsageError(
+        f"the {what} cannot be used",
+        expected=expected,
+        found=f"{type(found).__name__} {found!r}"[:80],
+    )

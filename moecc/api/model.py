@@ -1,0 +1,290 @@
+"""A model in Python: opened, rewritten by passes into new ones, planned, saved, verified."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from moecc.api.arguments import dtype_of, pass_text, pipeline_of, source_text, step_request
+from moecc.errors import UsageError
+from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
+from moecc.model.open import Model as OpenModel
+from moecc.model.open import Params, open_model
+from moecc.model.small_weights import reads_small
+from moecc.pipeline.passes import EXACT, Context, Preserves, weakest
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.types.arrays import Array, Arrays
+from moecc.types.dtypes import F32
+
+if TYPE_CHECKING:
+    from moecc.api.shown import StepPlan
+    from moecc.families.describe import Description
+    from moecc.tasks.conversion import Plan
+    from moecc.tasks.verify import Verdict
+
+Compiled = Callable[[Arrays, Arrays], dict[str, Array]]
+"""A graph as a pure function of parameters and inputs, which jax transforms."""
+
+NOTHING = Pipeline(())
+
+
+def open(
+    source: str | os.PathLike[str] | Model,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    padding: bool = False,
+    seed: int = 0,
+) -> Model:
+    """Open a model: only configs and headers are read.
+
+    Args:
+      source: a Hugging Face folder, a ``.gguf`` or ``.moe`` file, ``preset:NAME``, or a run of
+        `moecc train`; a model is returned as it is.
+      weights: for a ``.moe`` file, the checkpoint to read in place of the one that it names.
+      padding: whether the graph of an encoder has an input ``mask``.
+      seed: of all random numbers of passes.
+
+    Raises:
+      InputError: it is none of these, or is faulty.
+      UsageError: an argument cannot be used.
+    """
+    if isinstance(source, Model):
+        return source
+    if not isinstance(seed, int) or seed < 0:
+        raise UsageError("the seed is no whole number from 0 on", found=repr(seed))
+    place = None if weights is None else source_text(weights)
+    opened = open_model(source_text(source), weights=place, padding=padding, config_alone=True)
+    return Model(opened, seed=seed)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A model, and the passes that made it; nothing is rewritten in place.
+
+    Attributes:
+      opened: the source.
+      pipeline: the passes that were applied to it.
+      seed: of their random numbers.
+      rewritten: the graph after them; None for that of the source.
+      preserves: what they promise together.
+      remarks: what they reported.
+      allow_unmatched: whether one that must match may have matched nothing.
+    """
+
+    opened: OpenModel
+    pipeline: Pipeline = NOTHING
+    seed: int = 0
+    rewritten: Graph | None = None
+    preserves: Preserves = EXACT
+    remarks: tuple[str, ...] = ()
+    allow_unmatched: bool = False
+
+    @property
+    def name(self) -> str:
+        """The source's name in messages."""
+        return self.opened.name
+
+    @property
+    def graph(self) -> Graph:
+        """The graph, after all passes."""
+        return self.opened.graph if self.rewritten is None else self.rewritten
+
+    @property
+    def facts(self) -> Description:
+        """The model in numbers: parameters, FLOPs, expert layers."""
+        from moecc.families.describe import describe
+
+        return describe(self.graph)
+
+    def upcycle(self, **options: object) -> Model:
+        """Return the model with experts in place of feed-forward blocks.
+
+        Args:
+          **options: of the pass ``upcycle``, with underscores: ``experts=8, top_k=2``.
+
+        Raises: as `apply`.
+        """
+        return self.apply(pass_text("upcycle", options))
+
+    def apply(self, pipeline: object, *, allow_unmatched: bool = False) -> Model:
+        """Return the model that `pipeline` makes of this one.
+
+        Args:
+          pipeline: text, ``"upcycle{experts=8},add-losses"``, a pass, or several of either.
+          allow_unmatched: whether a pass that must match may match nothing.
+
+        Raises:
+          UsageError: the pipeline is wrong.
+          InputError: a pass cannot be applied to this model.
+        """
+        passes = pipeline_of(pipeline)
+        remarks: list[str] = []
+        context = Context(
+            seed=self.seed, allow_unmatched=allow_unmatched,
+            remark=lambda r: remarks.append(str(r)),
+        )  # fmt: skip
+        if self.opened.checkpoint is not None:
+            context = replace(context, read=reads_small(self.opened.checkpoint))
+        whole = Pipeline((*self.pipeline, *passes))
+        if problems := whole.problems():
+            raise UsageError(problems)
+        graph = clone(self.graph)
+        done = run_pipeline(graph, passes, context=context)
+        return Model(
+            self.opened, whole, self.seed, graph, weakest((self.preserves, done.preserves)),
+            (*self.remarks, *remarks), self.allow_unmatched or allow_unmatched,
+        )  # fmt: skip
+
+    def params(self, *, dtype: object = "f32") -> Params:
+        """Return the parameters by name, each made when it is looked up.
+
+        Raises:
+          InputError: there are no weights.
+        """
+        return self._model().params(dtype=dtype_of(dtype) or F32)
+
+    def function(self, *, dtype: object = "f32") -> Compiled:
+        """Return the graph as ``f(params, inputs) → outputs``, for ``jax.jit`` and ``jax.grad``.
+
+        Raises:
+          MachineError: jax is not installed.
+        """
+        from moecc.backend import TracingBackend, get_backend
+
+        backend = get_backend("xla")
+        assert isinstance(backend, TracingBackend), "the xla backend is traced"
+        return backend.function(self.graph, dtype=dtype_of(dtype) or F32)
+
+    def run(
+        self, inputs: Arrays | None = None, *, dtype: object = "f32", backend: str = "reference"
+    ) -> dict[str, Array]:
+        """Return the outputs by name, for `inputs` or for tokens that are drawn.
+
+        Raises:
+          InputError: an input does not fit, or there are no weights.
+        """
+        from moecc.backend import get_backend
+        from moecc.model.inputs import check_inputs, default_inputs
+
+        given = default_inputs(self.graph) if inputs is None else inputs
+        if not isinstance(given, Mapping):
+            raise UsageError("inputs are arrays by name", found=type(given).__name__)
+        program = get_backend(backend).compile(self.graph, dtype=dtype_of(dtype) or F32)
+        return program.run(self.params(), check_inputs(self.graph, given, "inputs"))
+
+    def plan(self, machine: str, **options: object) -> StepPlan:
+        """Predict memory, time and traffic of a step on a machine, and find the best mesh.
+
+        Args:
+          machine: ``tpu:v5p:4x4x4``, ``gpu:h100:8``.
+          **options: of ``moecc plan``, with underscores: ``batch_tokens=2**20, remat="full"``.
+
+        Raises:
+          UsageError: there is no such machine or option.
+          InputError: nothing fits.
+        """
+        from moecc.api.shown import StepPlan
+        from moecc.tasks.plan_step import plan_step
+
+        if not isinstance(machine, str):
+            raise UsageError("a machine is text, tpu:v5p:4x4x4", found=repr(machine))
+        return StepPlan(plan_step(self.graph, self.name, machine, step_request(options)))
+
+    def prepare(self, to: str = "auto", *, dtype: object = None, check: bool = True) -> Plan:
+        """Plan a conversion to another family; only headers are read.
+
+        Args:
+          to: the family, ``gguf:ARCH``, or ``auto``.
+          dtype: the element type to write; None keeps that of the source.
+          check: whether each pass is held to its promise, on the model at small sizes.
+
+        Raises:
+          UsageError: there is no such family or type.
+          InputError: the family cannot express the model, or the source has no weights.
+          CheckError: a pass broke its promise.
+        """
+        from moecc.tasks.conversion import plan
+
+        if not isinstance(to, str):
+            raise UsageError("a family is text, mixtral", found=repr(to))
+        fresh = OpenModel(clone(self.opened.graph), self.name, self.opened.checkpoint)
+        return plan(
+            fresh, self.pipeline, to, dtype=dtype_of(dtype), seed=self.seed,
+            allow_unmatched=self.allow_unmatched, check=check,
+        )  # fmt: skip
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        to: str | None = None,
+        dtype: object = None,
+        *,
+        force: bool = False,
+    ) -> Model:
+        """Write the model as another family, atomically, and return it opened from there.
+
+        Args:
+          folder: where to; for a GGUF file also that file.
+          to: the family, or ``gguf:ARCH``; None for one that engines read.
+          dtype: the element type to write; None keeps that of the source.
+          force: whether an existing output is replaced.
+
+        Raises: as `prepare`; InputError or MachineError if the output cannot be written.
+        """
+        from moecc.tasks.convert import write
+
+        place = source_text(folder)
+        write(self.prepare(to or "auto", dtype=dtype), place, force=force)
+        return open(place, seed=self.seed)
+
+    def verify(
+        self, against: str | os.PathLike[str] | Model, *, tolerance: float = 1e-5
+    ) -> Verdict:
+        """Run this model and another on the same tokens, and compare their logits.
+
+        Raises:
+          InputError: the two have other inputs or shapes, or no weights.
+        """
+        from moecc.tasks.verify import compare
+
+        if not isinstance(tolerance, (int, float)) or not tolerance > 0:
+            raise UsageError("the tolerance is no number above 0", found=repr(tolerance))
+        return compare(self._model(), open(against)._model(), tolerance=tolerance)
+
+    def close(self) -> None:
+        """Close the files of the source, which all models made of it share."""
+        self.opened.__exit__(None, None, None)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<moecc.Model {', '.join(f'{name} {text}' for name, text in self._rows())}>"
+
+    def _repr_html_(self) -> str:
+        from moecc.api.shown import table
+
+        remarks = (("remark", remark) for remark in dict.fromkeys(self.remarks))
+        return table([*self._rows(), *remarks])
+
+    def _rows(self) -> list[tuple[str, str]]:
+        from moecc.api.shown import summary
+
+        found = summary(self.name, self.facts, self.pipeline, self.preserves)
+        return [(name, text) for name, text in found.items() if text]
+
+    def _model(self) -> OpenModel:
+        return OpenModel(self.graph, self.name, self.opened.checkpoint)

@@ -1,0 +1,293 @@
+"""LoRA adapters of PEFT: a folder of small matrices, read as the model they are merged into."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+import numpy as np
+
+from moecc.checkpoint.files import Identity, identify, require_unchanged
+from moecc.checkpoint.folder import SafetensorsFolder
+from moecc.checkpoint.frontmatter import read_card
+from moecc.checkpoint.jsonfile import read_json_object
+from moecc.checkpoint.problems import Problems, quoted
+from moecc.checkpoint.safetensors import read_header
+from moecc.checkpoint.source import Checkpoint, TensorInfo
+from moecc.errors import nearest
+from moecc.types.arrays import Array
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+_PREFIX = "base_model.model."
+_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<letter>[AB])(?:\.weight)?")
+
+_UNSUPPORTED = {
+    "use_dora": "DoRA scales the rows of the merged matrix",
+    "lora_bias": "biases of the second matrix",
+    "target_parameters": "matrices of parameters that are no modules",
+    "layer_replication": "layers that occur several times",
+    "megatron_config": "layers of Megatron",
+    "trainable_token_indices": "rows of an embedding that were trained",
+    "alora_invocation_tokens": "adapters that tokens switch on",
+}
+"""Keys of a config whose adapters are more than W + s · B A."""
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is an adapter and no model."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """What is added to a matrix of the model.
+
+    Attributes:
+      first: the tensor A, ``[rank, in]``.
+      second: the tensor B, ``[out, rank]``.
+      scale: the factor s.
+      is_turned: whether the matrix is ``[in, out]``.
+    """
+
+    first: str
+    second: str
+    scale: float
+    is_turned: bool
+
+
+class AdaptedCheckpoint:
+    """A model with a LoRA adapter merged into it; see `moecc.checkpoint.source.Checkpoint`.
+
+    A matrix of the model is W + s · B A, computed in float32 and rounded once to the type of W; a
+    tensor that the adapter has whole takes the place of the model's (Hu et al. 2021, and
+    ``merge_and_unload`` of PEFT).  Rows are made as they are read.
+    """
+
+    format = "adapter"
+
+    def __init__(self, base: Checkpoint, path: Path) -> None:
+        """Open the adapter in the folder `path` of the model `base`.
+
+        Raises:
+          InputError: it is no LoRA adapter of this model; all problems at once.
+        """
+        file = path / ADAPTER_WEIGHTS
+        # Identified before they are read, so that no change in between goes unnoticed.
+        self._identities: dict[Path, Identity] = {
+            p: identify(p) for p in (path / ADAPTER_CONFIG, file)
+        }
+        settings = read_json_object(path / ADAPTER_CONFIG, limit_bytes=_MAX_CONFIG_BYTES)
+        self.base = base
+        self.path = path
+        self.config = base.config
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(base.tensors))
+        self._settings = settings
+        self._stored = SafetensorsFolder(path, {}, {file: read_header(file)}, {})
+        found = _Reading(base, settings, self._stored.tensors, path)
+        found.problems.raise_if_any()
+        self._deltas, self._whole = found.deltas, found.whole
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return rows [start, stop) of the first axis of a merged tensor; thread-safe.
+
+        Raises: as the model's.
+        """
+        dtype = self.tensors[name].dtype.numpy if name in self.tensors else None
+        if name in self._whole:
+            return self._stored.read(self._whole[name], start, stop).astype(dtype)
+        weight = self.base.read(name, start, stop)
+        delta = self._deltas.get(name)
+        if delta is None:
+            return weight
+        first, second = self._matrices(delta, start, stop)
+        added = second @ first * np.float32(delta.scale)
+        merged: Array = (weight.astype(np.float32) + added).astype(dtype)
+        return merged
+
+    def _matrices(self, delta: _Delta, start: int, stop: int | None) -> tuple[Array, Array]:
+        """Return the matrices whose product has the rows that are wanted."""
+        first = self._stored.read(delta.first)
+        if not delta.is_turned:
+            second = self._stored.read(delta.second, start, stop)
+            return first.astype(np.float32), second.astype(np.float32)
+        second = self._stored.read(delta.second)
+        return second.astype(np.float32).T, first.astype(np.float32).T[start:stop]
+
+    def companions(self) -> dict[str, Path | bytes]:
+        """Return the files of the model that an export copies."""
+        return self.base.companions()
+
+    def remarks(self) -> list[str]:
+        """Return what the adapter is of, if it says so, and how much of the model it changes."""
+        of = self._settings.get("base_model_name_or_path")
+        name = f" of {of}" if isinstance(of, str) and of else ""
+        return [f"a LoRA adapter{name}: {len(self._deltas) + len(self._whole)} tensors differ"]
+
+    def card(self) -> dict[str, tuple[str, ...]]:
+        """Return what is kept of the adapter's card."""
+        return read_card(self.path)
+
+    def files(self) -> list[Path]:
+        """Return the config and the weights of the adapter."""
+        return [*self._identities]
+
+    def require_unchanged(self) -> None:
+        """Raise InputError if a file changed since it was opened."""
+        require_unchanged(self._identities)
+
+    def close(self) -> None:
+        """Close the files of the adapter, not those of the model."""
+        self._stored.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Reading:
+    """The tensors of an adapter, matched with those of the model; collects the problems."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        settings: Mapping[str, object],
+        tensors: Mapping[str, TensorInfo],
+        path: Path,
+    ) -> None:
+        self.base, self.settings, self.tensors, self.path = base, settings, tensors, path
+        self.problems = Problems()
+        self.deltas: dict[str, _Delta] = {}
+        self.whole: dict[str, str] = {}
+        self._check_settings()
+        pairs: dict[str, dict[str, str]] = {}
+        for name in tensors:
+            found = _MATRIX.fullmatch(_without_prefix(name))
+            if found is None:
+                self._add_whole(name)
+            else:
+                kind = found["letter"] + ("t" if found["table"] else "")
+                pairs.setdefault(found["module"], {})[kind] = name
+        for module, parts in pairs.items():
+            self._add_pair(module, parts)
+
+    def _check_settings(self) -> None:
+        where = str(self.path / ADAPTER_CONFIG)
+        kind = self.settings.get("peft_type")
+        if kind != "LORA":
+            self.problems.add(
+                "only LoRA adapters can be merged", where=f"{where}: peft_type",
+                expected="LORA", found=str(kind),
+            )  # fmt: skip
+        for key, what in _UNSUPPORTED.items():
+            if self.settings.get(key):
+                self.problems.add(
+                    f"moecc does not merge {what}", where=f"{where}: {key}",
+                    hint="merge the adapter with PEFT (merge_and_unload), and give that model",
+                )  # fmt: skip
+
+    def _add_whole(self, name: str) -> None:
+        tensor = (
+            _without_prefix(name).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+        )
+        known = self.base.tensors.get(tensor)
+        if known is None:
+            self._unknown(tensor, name)
+        elif known.shape != self.tensors[name].shape:
+            self._misshapen(name, str(known.shape), str(self.tensors[name].shape))
+        else:
+            self.whole[tensor] = name
+
+    def _add_pair(self, module: str, parts: Mapping[str, str]) -> None:
+        is_table = any(kind.endswith("t") for kind in parts)
+        first, second = (parts.get(letter + "t" * is_table) for letter in "AB")
+        tensor = f"{module}.weight"
+        known = self.base.tensors.get(tensor)
+        if first is None or second is None:
+            self.problems.add(
+                "an adapter's matrix lacks its partner", where=f"{self.path}: {module}",
+                expected="lora_A and lora_B", found=", ".join(parts.values()),
+            )  # fmt: skip
+            return
+        if known is None:
+            self._unknown(tensor, first)
+            return
+        is_turned = is_table or self.settings.get("fan_in_fan_out") is True
+        shapes = self.tensors[first].shape, self.tensors[second].shape
+        made = _product_shape(*shapes, is_turned=is_turned)
+        if made != known.shape:
+            found = f"{shapes[1]} times {shapes[0]}"
+            self._misshapen(tensor, f"a product of shape {known.shape}", found)
+            return
+        scale = self._scale(module, shapes[0][0])
+        if scale is not None:
+            self.deltas[tensor] = _Delta(first, second, scale, is_turned)
+
+    def _scale(self, module: str, rank: int) -> float | None:
+        """Return s: alpha / rank, or / √rank where it is stabilised (Kalajdzievski 2023)."""
+        alpha = _by_pattern(self.settings.get("alpha_pattern"), module)
+        alpha = self.settings.get("lora_alpha") if alpha is None else alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            where = f"{self.path / ADAPTER_CONFIG}: lora_alpha"
+            self.problems.add("not a usable number", where=where, expected="a number",
+                              found=str(alpha))  # fmt: skip
+            return None
+        return alpha / (sqrt(rank) if self.settings.get("use_rslora") is True else rank)
+
+    def _unknown(self, tensor: str, name: str) -> None:
+        self.problems.add(
+            "the adapter is for a module that the model does not have",
+            where=f"{self.path}: {quoted(name)}",
+            expected=f"{quoted(tensor)} in {self.base.path}",
+            hint=nearest(tensor, _similar(self.base.tensors, tensor)),
+        )
+
+    def _misshapen(self, name: str, expected: str, found: str) -> None:
+        self.problems.add(
+            "the adapter does not suit the model's shapes", where=f"{self.path}: {quoted(name)}",
+            expected=expected, found=found, hint="it is of another model, or of another size",
+        )  # fmt: skip
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(_PREFIX).replace(".default.", ".")
+
+
+def _product_shape(
+    first: tuple[int, ...], second: tuple[int, ...], *, is_turned: bool
+) -> tuple[int, ...] | None:
+    """Return the shape of what an adapter adds to a matrix, None if the two do not match."""
+    if len(first) != 2 or len(second) != 2 or first[0] != second[1] or first[0] == 0:
+        return None
+    return (first[1], second[0]) if is_turned else (second[0], first[1])
+
+
+def _by_pattern(patterns: object, module: str) -> object:
+    """Return the value of the first pattern that is the end of a module's name, as in PEFT."""
+    if not isinstance(patterns, Mapping):
+        return None
+    for pattern, value in patterns.items():
+        try:
+            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+                return value
+        except re.error:
+            continue
+    return None
+
+
+def _similar(names: Iterable[str], name: str) -> list[str]:
+    # Comparing with every name of a large model would take seconds.
+    return [known for known in names if abs(len(known) - len(name)) <= 4][:2000]

@@ -1,0 +1,231 @@
+"""The architectures of GGUF that moecc reads and writes, as rows of facts.
+
+A row says which family of Hugging Face an architecture stands for, how tensors and keys correspond,
+and what llama.cpp computes whatever a file says; `tests/engines/` holds the rows to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_ATTENTION: Mapping[str, str] = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_DENSE: Mapping[str, str] = {
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS: Mapping[str, str] = {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+
+
+COUNT = ("num_experts", "num_local_experts")
+"""The keys of config.json with the number of experts, in most families."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufExperts:
+    """The experts of an architecture of GGUF, which are one tensor a matrix and layer.
+
+    Attributes:
+      prefix: of their tensors in Hugging Face, after that of the layer.
+      router, gate, up, down: the names after it; the matrices are below ``experts.``.
+      shared: the prefix of a shared expert, after `prefix`; empty if there is none.
+      shared_gate: the name of its gate, ``[1, embed]``, after `prefix`; empty if there is none.
+      routing_bias: the name of the bias in the choice of experts, after `prefix`; empty if none.
+      routing_bias_rows: whether that has a first axis of size 1 in Hugging Face.
+      renormalises: whether llama.cpp divides the chosen gates by their sum; None: a key says it.
+      norm_key: whether config.json says that; else the family always does it.
+      width_key: whether the experts' width has a key of its own.
+      leading_dense: whether the first layers may be dense.
+      count: the keys of config.json with the number of experts.
+      chosen: the key of config.json with the number of choices.
+      shared_count: the key of config.json that counts shared experts of the experts' width.
+    """
+
+    prefix: str = "mlp."
+    router: str = "gate"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = ""
+    shared_gate: str = ""
+    routing_bias: str = ""
+    routing_bias_rows: bool = False
+    renormalises: bool | None = True
+    norm_key: bool = True
+    width_key: bool = True
+    leading_dense: bool = False
+    count: tuple[str, ...] = COUNT
+    chosen: str = "num_experts_per_tok"
+    shared_count: str = ""
+
+    def stems(self) -> dict[str, str]:
+        """Return the names in GGUF with those in Hugging Face, without layer and ``.weight``."""
+        stems = {"ffn_gate_inp": self.prefix + self.router}
+        for word in ("gate", "up", "down"):
+            stems[f"ffn_{word}_exps"] = f"{self.prefix}experts.{getattr(self, word)}"
+            if self.shared:
+                stems[f"ffn_{word}_shexp"] = f"{self.prefix}{self.shared}{word}_proj"
+        if self.shared_gate:
+            stems["ffn_gate_inp_shexp"] = self.prefix + self.shared_gate
+        return stems
+
+    def rows(self) -> tuple[str, ...]:
+        """Return the ends of names whose tensor has a first axis of size 1 in Hugging Face."""
+        gate = f".{self.prefix}{self.shared_gate}.weight" if self.shared_gate else ""
+        bias = f".{self.prefix}{self.routing_bias}" if self.routing_bias_rows else ""
+        return tuple(name for name in (gate, bias) if name)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFamily:
+    """An architecture of GGUF, dense or with experts.
+
+    Attributes:
+      model_type: its name in config.json.
+      architecture: the model class in config.json.
+      pairs_neighbours: whether the rows of queries and keys are stored so that the rotary
+        embedding rotates neighbours, where Hugging Face rotates halves of a head.
+      head_norms: whether queries and keys are normalised per head.
+      output_bias: whether llama.cpp reads a bias of the attention's output projection, or the
+        family has none.
+      block_norm: the norm before a feed-forward block.
+      partial_rotary: whether only a part of each head may be rotated.
+      keys: further keys of the architecture, with those of config.json that say the same.
+      fixed: keys of the architecture with the one value that they have.
+      has_groups: whether there may be fewer key-value heads than query heads.
+      needs_head: whether llama.cpp wants an output matrix even where it is the embedding.
+      experts: the experts, if there are any.
+    """
+
+    model_type: str
+    architecture: str
+    pairs_neighbours: bool = False
+    head_norms: bool = False
+    output_bias: bool = False
+    block_norm: str = "ffn_norm"
+    partial_rotary: bool = False
+    keys: tuple[tuple[str, str], ...] = ()
+    fixed: tuple[tuple[str, int | float], ...] = ()
+    has_groups: bool = True
+    needs_head: bool = False
+    experts: GgufExperts | None = None
+
+    def stems(self) -> dict[str, str]:
+        """Return the names of a layer's matrices and gains in GGUF with those in Hugging Face."""
+        experts = self.experts.stems() if self.experts else {}
+        norms = {"attn_norm": "input_layernorm", self.block_norm: "post_attention_layernorm"}
+        heads = _HEAD_NORMS if self.head_norms else {}
+        dense = {} if self.experts and not self.experts.leading_dense else _DENSE
+        return {**_ATTENTION, **dense, **norms, **heads, **experts}
+
+    def tensors(self) -> dict[str, str]:
+        """Return the names of a layer's tensors in GGUF with those in Hugging Face."""
+        stems = self.stems()
+        biased = (stem for stem in stems if stem in _ATTENTION or stem in _DENSE)
+        found = {
+            **{f"{old}.weight": f"{new}.weight" for old, new in stems.items()},
+            **{f"{old}.bias": f"{stems[old]}.bias" for old in biased},
+        }
+        if self.experts and self.experts.routing_bias:
+            found["exp_probs_b.bias"] = self.experts.prefix + self.experts.routing_bias
+        return found
+
+
+GGUF_FAMILIES: Mapping[str, GgufFamily] = {
+    "llama": GgufFamily("llama", "LlamaForCausalLM", pairs_neighbours=True, output_bias=True),
+    "qwen2": GgufFamily("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": GgufFamily("qwen3", "Qwen3ForCausalLM", head_norms=True),
+}
+"""By ``general.architecture``; Mistral and SmolLM are published as ``llama``."""
+
+GGUF_MIXTURES: Mapping[str, GgufFamily] = {
+    "llama": GgufFamily(
+        "mixtral",
+        "MixtralForCausalLM",
+        pairs_neighbours=True,
+        experts=GgufExperts("block_sparse_moe.", gate="w1", up="w3", down="w2", width_key=False),
+    ),
+    "qwen2moe": GgufFamily(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        needs_head=True,
+        experts=GgufExperts(
+            shared="shared_expert.", shared_gate="shared_expert_gate", renormalises=False
+        ),
+    ),
+    "qwen3moe": GgufFamily(
+        "qwen3_moe", "Qwen3MoeForCausalLM", head_norms=True, experts=GgufExperts()
+    ),
+    "olmoe": GgufFamily(
+        "olmoe",
+        "OlmoeForCausalLM",
+        head_norms=True,
+        has_groups=False,
+        needs_head=True,
+        experts=GgufExperts(renormalises=False, width_key=False),
+    ),
+    "granitemoe": GgufFamily(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        pairs_neighbours=True,
+        output_bias=True,
+        keys=(
+            ("embedding_scale", "embedding_multiplier"),
+            ("residual_scale", "residual_multiplier"),
+            ("attention.scale", "attention_multiplier"),
+            ("logit_scale", "logits_scaling"),
+        ),
+        experts=GgufExperts("block_sparse_moe.", "router.layer", norm_key=False, width_key=False),
+    ),
+    "glm4moe": GgufFamily(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        head_norms=True,
+        output_bias=True,
+        block_norm="post_attention_norm",
+        partial_rotary=True,
+        keys=(
+            ("leading_dense_block_count", "first_k_dense_replace"),
+            ("expert_weights_scale", "routed_scaling_factor"),
+            ("expert_weights_norm", "norm_topk_prob"),
+        ),
+        # Scores are sigmoids.
+        fixed=(("expert_gating_func", 2),),
+        experts=GgufExperts(
+            shared="shared_experts.",
+            routing_bias="gate.e_score_correction_bias",
+            renormalises=None,
+            leading_dense=True,
+            count=("n_routed_experts",),
+            shared_count="n_shared_experts",
+        ),
+    ),
+    "ernie4_5-moe": GgufFamily(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM",
+        keys=(
+            ("leading_dense_block_count", "moe_layer_start_index"),
+            ("interleave_moe_layer_step", "moe_layer_interval"),
+        ),
+        experts=GgufExperts(
+            shared="shared_experts.",
+            routing_bias="moe_statics.e_score_correction_bias",
+            routing_bias_rows=True,
+            norm_key=False,
+            leading_dense=True,
+            count=("moe_num_experts",),
+            chosen="moe_k",
+            shared_count="moe_num_shared_experts",
+        ),
+    ),
+}
+"""Those with experts, by ``general.architecture``; Mixtral shares its name with Llama."""

@@ -1,0 +1,1 @@
+"""Folders whose matrices are stored quantised, read as if they were not."""

@@ -1,0 +1,1 @@
+"""Checkpoints of JAX programs: trees of arrays in zarr, as Orbax and T5X write them."""

@@ -1,0 +1,43 @@
+"""``moecc clean``: remove what killed conversions left beside an output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from moecc.cli.face import add_command
+
+
+@dataclass(frozen=True)
+class CleanRequest:
+    """The arguments of ``moecc clean``."""
+
+    out: Annotated[
+        list[str], typer.Argument(metavar="OUT…", help="Outputs of conversions, written or not.")
+    ]
+
+
+def clean(request: CleanRequest) -> None:
+    """Remove what killed conversions left beside each OUT.
+
+    An old output that was being replaced is put back if the new one is not there. A conversion that
+    is running is left alone.
+    """
+    from pathlib import Path
+
+    from moecc.checkpoint.clean import clean as cleaned
+    from moecc.cli.console import say
+
+    for out in request.out:
+        done = cleaned(Path(out))
+        for line in done:
+            say(line)
+        if not done:
+            say(f"{out}: nothing was left beside it")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    add_command(app, "clean", CleanRequest, clean, "Example: moecc clean smollm2-8x")

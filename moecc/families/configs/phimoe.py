@@ -1,0 +1,91 @@
+"""phimoe: norms with a mean and a bias, gates by SparseMixer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moecc.ir.gates import Gates
+
+from .moe import MOE_DEFAULTS, MoeConfig
+from .reader import KeyProblem, Reader, key_problem
+
+JITTER = 0.01
+"""The relative distance within which SparseMixer counts a logit, the only one that moecc has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhimoeConfig(MoeConfig):
+    """A phimoe: two choices a token, of which each is weighted by the logits near it."""
+
+    model_type: ClassVar[str] = "phimoe"
+    architecture: ClassVar[str] = "PhimoeForCausalLM"
+    fixed: ClassVar[Mapping[str, object]] = {
+        "qk_norm": False,
+        "mlp_bias": False,
+        "layer_norm": True,
+    }
+    options: ClassVar[frozenset[str]] = frozenset({"head_bias"})
+    bias_key: ClassVar[str | None] = "attention_bias"
+    window_style: ClassVar[str] = "uniform"
+    experts_keys: ClassVar[tuple[str, ...]] = ("num_local_experts",)
+    sparse_style: ClassVar[str] = "all"
+    has_expert_width: ClassVar[bool] = False
+    renormalises: ClassVar[bool | None] = False
+    upcycle_options: ClassVar[str] = "top-k=2 gates=sparsemixer"
+    defaults: ClassVar[Mapping[str, object]] = {
+        **{key: value for key, value in MOE_DEFAULTS.items() if key != "norm_topk_prob"},
+        "vocab_size": 32_064,
+        "hidden_size": 4096,
+        "intermediate_size": 6400,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 16,
+        "router_jitter_noise": JITTER,
+        "input_jitter_noise": 0.0,
+        "lm_head_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+    layer_norm: bool = True
+    router_jitter_noise: float = JITTER
+
+    @property
+    def gates(self) -> Gates:
+        """The gate convention."""
+        return "sparsemixer"
+
+    @classmethod
+    def conventions(cls) -> tuple[Gates, ...]:
+        """Return the gate conventions that the family can have."""
+        return ("sparsemixer",)
+
+    def checks(self) -> Iterator[KeyProblem]:
+        """Yield inconsistent values, and those that this family cannot express."""
+        yield from super().checks()
+        if self.experts_per_token != 2:
+            what = "SparseMixer makes two choices"
+            yield key_problem(what, "2", f"{self.experts_per_token}", "num_experts_per_tok")
+        if self.router_jitter_noise != JITTER:
+            what = "moecc has no other distance in SparseMixer, where it changes the gates"
+            found = f"{self.router_jitter_noise:g}"
+            yield key_problem(what, f"{JITTER:g}", found, "router_jitter_noise")
+
+    @classmethod
+    def _read_features(cls, reader: Reader) -> dict[str, object]:
+        return {**super()._read_features(reader), "head_bias": reader.flag("lm_head_bias")}
+
+    @classmethod
+    def _read_layout(cls, reader: Reader) -> dict[str, object]:
+        reader.number("input_jitter_noise", least=0)
+        return {"router_jitter_noise": reader.number("router_jitter_noise", least=0)}
+
+    def _write_layout(self) -> dict[str, object]:
+        noise = {"router_jitter_noise": self.router_jitter_noise, "input_jitter_noise": 0.0}
+        return {**noise, "lm_head_bias": self.head_bias}

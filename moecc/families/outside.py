@@ -1,0 +1,111 @@
+"""Families from outside: of installed packages, and of a user's own file.
+
+A package registers each `Family` under the entry point ``moecc.families``; a file of one's own
+holds it in a variable, and is given to a command with ``--load``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecc.errors import Problem, UsageError
+from moecc.families.building import BUILDERS, GraphBuilder
+from moecc.families.configs import CONFIGS, DECODERS, ORIGINS, DecoderConfig, ModelConfig
+from moecc.families.names import NAMES, TensorNames
+from moecc.families.shrinking import SHRINKERS
+from moecc.support.user_files import run_file
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model architecture: how its config is read, and how its graph is built.
+
+    Attributes:
+      config: the class of its config, derived from `ModelConfig` or from that of a similar family.
+      build: builds the graph of a config; None where the builder of a base class does.
+      names: the names of its tensors that moecc looks for by itself: embedding and head.
+      shrink: returns a config with small sizes, for checks of passes; None where that of a base
+        class does, or where checks of passes have no use for one.
+    """
+
+    config: type[ModelConfig]
+    build: GraphBuilder | None = None
+    names: TensorNames | None = None
+    shrink: Callable[[Any], ModelConfig] | None = None
+
+    def register(self, origin: str) -> None:
+        """Add the family to those that moecc reads and writes.
+
+        Args:
+          origin: the package or file that it is from.
+
+        Raises:
+          UsageError: its name is taken, or something that it needs is missing.
+        """
+        where = f"{origin}, {_title(self.config)}"
+        problems = [Problem(fault, where) for fault in self._faults(origin)]
+        if problems:
+            raise UsageError(problems)
+        config, name = self.config, self.config.model_type
+        CONFIGS[name], ORIGINS[name] = config, origin
+        if issubclass(config, DecoderConfig):
+            DECODERS[name] = config
+        if self.build is not None:
+            BUILDERS[config] = self.build
+        if self.names is not None:
+            NAMES[name] = self.names
+        if self.shrink is not None:
+            SHRINKERS[config] = self.shrink
+
+    def _faults(self, origin: str) -> Iterator[str]:
+        """Yield why it cannot be added."""
+        config: object = self.config
+        if not isinstance(config, type) or not issubclass(config, ModelConfig):
+            yield "its config is no subclass of ModelConfig"
+            return
+        needed = ("model_type", "architecture", "defaults")
+        missing = [name for name in needed if not hasattr(config, name)]
+        if missing:
+            yield f"its config has no {' and no '.join(missing)}"
+            return
+        if "__dataclass_fields__" not in vars(config):
+            yield "its config is not a dataclass: @dataclass(frozen=True, kw_only=True) is missing"
+        other = ORIGINS.get(config.model_type, "moecc")
+        if CONFIGS.get(config.model_type, config) is not config and other != origin:
+            yield f"the family {config.model_type!r} is defined twice; another is in {other}"
+        if self.build is None and not any(base in BUILDERS for base in config.__mro__):
+            yield "nothing builds its graph: Family(build=…) is missing"
+
+
+def _title(config: object) -> str:
+    return getattr(config, "__name__", repr(config))
+
+
+def add_families(file: str) -> int:
+    """Run a Python file, add the families that it holds in variables, and return their number.
+
+    Raises:
+      UsageError: the file cannot be run; see `Family.register`.
+    """
+    module = run_file(Path(file))
+    found = [thing for thing in vars(module).values() if isinstance(thing, Family)]
+    for family in found:
+        family.register(file)
+    return len(found)
+
+
+def load_families(files: Sequence[str] | None) -> None:
+    """Add the families that files define to those that moecc reads.
+
+    Raises:
+      UsageError: a file cannot be run or defines no family, or a name is taken.
+    """
+    for file in files or ():
+        if not add_families(file):
+            raise UsageError(
+                "the file defines no family", where=file,
+                hint="a family is a variable that holds a Family; see docs/adding-a-family.md",
+            )  # fmt: skip

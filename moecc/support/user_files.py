@@ -1,0 +1,82 @@
+"""Python files of the user's own, run as modules: what they fail with is theirs to mend."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from zlib import crc32
+
+from moecc.errors import UsageError
+
+LOADED = "moecc_loaded_"
+"""How the names of the modules begin."""
+
+_RUN: dict[tuple[str, int], ModuleType] = {}
+
+
+def run_file(path: Path) -> ModuleType:
+    """Run a Python file as a separate module, once as long as it does not change.
+
+    Raises:
+      UsageError: it does not exist, is not Python, or fails: with its line, not as a crash.
+    """
+    if not path.is_file():
+        raise UsageError("there is no such file", where=str(path))
+    known = (str(path.resolve()), path.stat().st_mtime_ns)
+    if known not in _RUN:
+        _RUN[known] = _run(path)
+    return _RUN[known]
+
+
+def _run(path: Path) -> ModuleType:
+    # Files with the same name in two folders are two modules.
+    name = f"{LOADED}{path.stem}_{crc32(str(path.resolve()).encode()):08x}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError("not a Python file", where=str(path), hint="its name must end in .py")
+    module = module_from_spec(spec)
+    # dataclasses looks the module up by name to resolve annotations.
+    sys.modules[name] = module
+    with Blamed(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+class Blamed:
+    """Turns an exception of a user's file into a `UsageError` that names file and line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # A file that exits Python would otherwise end the command successfully.
+        if not isinstance(error, Exception | SystemExit):
+            return
+        line = error.lineno if isinstance(error, SyntaxError) else _line_in(self.path, error)
+        place = f"{self.path}:{line}" if line else str(self.path)
+        raise UsageError(f"{type(error).__name__}: {error}", where=place) from error
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def line_of_user(error: BaseException) -> str | None:
+    """Return file and line of the innermost call of a user's file that failed, if one did."""
+    trace, place = error.__traceback__, None
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        if isinstance(name, str) and name.startswith(LOADED):
+            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place

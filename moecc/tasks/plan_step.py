@@ -1,0 +1,113 @@
+"""Plan a step of a model on a machine: what `moecc plan` and ``Model.plan`` call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moecc.errors import Problem, UsageError, nearest
+from moecc.ir.graph import Graph
+from moecc.plan.batches import make_batch, parse_lengths
+from moecc.plan.machines import Machine, parse_machine
+from moecc.plan.meshes import plan_mesh
+from moecc.plan.report import plan_json
+from moecc.plan.report_types import Report
+from moecc.plan.search import Constraints, search
+from moecc.plan.strategy import REMATS, StepConfig
+from moecc.plan.workload import Workload, workload
+from moecc.sharding.vias import VIAS
+from moecc.support.parse_units import float_type
+
+STEPS = ("train", "forward")
+OPTIMIZERS = ("adamw", "adafactor")
+DENSE_WEIGHTS = ("whole", "split")
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What is asked of a plan, in the words of the command line; None leaves it to the search.
+
+    Attributes:
+      step: ``train`` or ``forward``.
+      batch_tokens: of a step, on all devices.
+      sequence: its length, or one for each input, separated by commas.
+      mesh: ``AXIS=N,…`` in place of the best.
+      via: how tokens reach experts on other devices.
+      remat: what the backward pass computes again.
+      dense_weights: how parameters of no expert are sharded over the experts' axis.
+      rules: names of sharding rules, separated by commas.
+      optimizer: of a training step.
+      dtype: of the computation.
+      weight_dtype: of the parameters.
+    """
+
+    step: str = "train"
+    batch_tokens: int | None = None
+    sequence: str | None = None
+    mesh: str | None = None
+    via: str | None = None
+    remat: str | None = None
+    dense_weights: str | None = None
+    rules: str | None = None
+    optimizer: str = "adamw"
+    dtype: str = "bf16"
+    weight_dtype: str = "f32"
+
+    def problems(self) -> list[Problem]:
+        """Return a problem for each value that is not one of its choices."""
+        choices: dict[str, Sequence[str]] = {
+            "step": STEPS, "optimizer": OPTIMIZERS, "via": VIAS, "remat": REMATS,
+            "dense_weights": DENSE_WEIGHTS,
+        }  # fmt: skip
+        return [
+            Problem(f"unknown {name.replace('_', ' ')}", expected=" | ".join(allowed),
+                    found=repr(value), hint=nearest(str(value), allowed))
+            for name, allowed in choices.items()
+            if (value := getattr(self, name)) is not None and value not in allowed
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A request whose texts were parsed."""
+
+    machine: Machine
+    constraints: Constraints
+    lengths: tuple[int, ...] | None
+    config: StepConfig
+
+
+def check_step(machine: str, request: StepRequest) -> None:
+    """Check the texts of a request before a model is opened. Raises: UsageError, InputError."""
+    _parsed(machine, request)
+
+
+def plan_step(graph: Graph, name: str, machine: str, request: StepRequest) -> Report:
+    """Return the plan of a step of `graph`, called `name` in the report, as JSON values.
+
+    Raises:
+      UsageError: the machine or an option cannot be parsed.
+      InputError: the model is invalid, or nothing fits.
+    """
+    asked = _parsed(machine, request)
+
+    def work_on(other: Machine) -> Workload:
+        batch = make_batch(graph, other.devices, request.batch_tokens, asked.lengths)
+        return workload(graph, batch)
+
+    work = work_on(asked.machine)
+    ranking = search(work, asked.machine, asked.config, asked.constraints, work_on=work_on)
+    return plan_json(name, work, asked.machine, asked.config, ranking)
+
+
+def _parsed(machine: str, request: StepRequest) -> _Parsed:
+    if problems := request.problems():
+        raise UsageError(problems)
+    where = parse_machine(machine)
+    names = None if request.rules is None else tuple(request.rules.split(","))
+    fixed = None if request.mesh is None else plan_mesh(request.mesh, names)
+    constraints = Constraints(fixed, request.via, request.remat, request.dense_weights, names)
+    lengths = None if request.sequence is None else parse_lengths(request.sequence)
+    types = float_type(request.dtype), float_type(request.weight_dtype)
+    config = StepConfig(request.step == "train", request.optimizer, *types)
+    return _Parsed(where, constraints, lengths, config)

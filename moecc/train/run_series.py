@@ -1,0 +1,137 @@
+"""The journal of a run as series over its steps, for reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moecc.checkpoint.run.layout import METRICS, best_step, is_run, read_lineage, saved_steps
+from moecc.errors import InputError
+from moecc.support.untyped import JsonDict
+from moecc.train.alarms import Alarm, Watch
+from moecc.train.journal import read_journal
+from moecc.types.arrays import Doubles
+
+MOST_POINTS = 1000
+"""Longer series are means of so many parts."""
+
+_METRIC = "metric."
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values over steps.
+
+    Attributes:
+      steps: ``f64[point]``.
+      values: ``f64[point]``, or ``f64[point, expert]``.
+    """
+
+    steps: Doubles
+    values: Doubles
+
+    def thinned(self) -> Series:
+        """Return the series with at most `MOST_POINTS` points, each the mean of a part."""
+        if len(self.steps) <= MOST_POINTS:
+            return self
+        parts = np.array_split(np.arange(len(self.steps)), MOST_POINTS)
+        steps = np.array([self.steps[part].mean() for part in parts])
+        return Series(steps, np.stack([self.values[part].mean(axis=0) for part in parts]))
+
+
+@dataclass(frozen=True)
+class RunSeries:
+    """What a run measured.
+
+    Attributes:
+      name: of its folder.
+      lines: of its journal.
+      facts: for people: steps, tokens, recipe and the like.
+    """
+
+    name: str
+    lines: tuple[JsonDict, ...]
+    facts: dict[str, str]
+
+    @cached_property
+    def stepped(self) -> list[JsonDict]:
+        """The lines of steps whose update was made."""
+        return [line for line in self.lines if "loss" in line and "skipped" not in line]
+
+    def scalar(self, name: str) -> Series | None:
+        """Return a number over the steps, or None where it was not measured."""
+        found = [(line["step"], line[name]) for line in self.stepped if name in line]
+        return _series(found)
+
+    @property
+    def held_out(self) -> dict[str, Series]:
+        """The held-out losses by the name of the text."""
+        lines = [line for line in self.lines if "held_out" in line]
+        names = dict.fromkeys(name for line in lines for name in line["held_out"])
+        pairs = {name: [(line["step"], line["held_out"][name]) for line in lines] for name in names}
+        return {name: s for name, found in pairs.items() if (s := _series(found)) is not None}
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The routed layers, in the order of the model."""
+        names = {
+            name.removeprefix(_METRIC).rpartition(".")[0]
+            for line in self.stepped[:1]
+            for name in line
+            if name.startswith(_METRIC)
+        }
+        return sorted(names, key=lambda n: [int(p) if p.isdigit() else p for p in n.split(".")])
+
+    def of_layer(self, layer: str, kind: str) -> Series | None:
+        """Return what was measured of a layer: ``loads``, ``entropy``, ``dropped``."""
+        return self.scalar(f"{_METRIC}{layer}.{kind}")
+
+    def spread(self, layer: str) -> Series | None:
+        """Return how far the experts of a layer were apart, at each evaluation."""
+        lines = (line for line in self.lines if layer in line.get("spread", {}))
+        return _series([(line["step"], line["spread"][layer]) for line in lines])
+
+    def alarms(self) -> Iterator[Alarm]:
+        """Yield what went wrong in routers."""
+        watch = Watch()
+        for line in self.stepped:
+            yield from watch(line["step"], line)
+
+
+def _series(found: Sequence[tuple[int, Any]]) -> Series | None:
+    if not found:
+        return None
+    steps, values = zip(*found, strict=True)
+    return Series(np.array(steps, np.float64), np.array(values, np.float64)).thinned()
+
+
+def read_run(path: Path) -> RunSeries:
+    """Return what a run measured.
+
+    Raises:
+      InputError: it is no run, has measured nothing, or its journal is damaged.
+    """
+    if not is_run(path):
+        raise InputError("this is not the folder of a run", where=str(path))
+    lines = tuple(read_journal(path / METRICS))
+    if not any("loss" in line for line in lines):
+        raise InputError("the run has made no step", where=str(path))
+    stage = read_lineage(path)["stages"][-1]
+    steps = saved_steps(path)
+    best = best_step(steps)
+    last = max(line["step"] for line in lines)
+    tokens = max(line.get("tokens", 0) for line in lines)
+    facts = {
+        "source": str(stage.get("source", "")),
+        "pipeline": str(stage.get("pipeline", "")) or "none",
+        "steps": f"{last:,}",
+        "tokens": f"{tokens:,}",
+        "best held out": "none" if best is None else f"{best.loss:.4f} at step {best.number:,}",
+        "recipe": str(stage.get("recipe", ""))[:19],
+    }
+    return RunSeries(path.resolve().name, lines, facts)

@@ -1,0 +1,46 @@
+"""Weights of several models of one architecture: a base, and branches with names.
+
+The tensors of the base have their own names, and those of a branch its name before theirs, so that
+an expression over the base becomes one over a branch by renaming its sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+from moecc.weights.arithmetic import Add, Scale
+from moecc.weights.expr import Expr, Source, transform
+
+BASE = "base"
+"""The name of the model itself among the branches."""
+
+_SEPARATOR = ":"
+
+
+def name_in(branch: str, tensor: str) -> str:
+    """Return the name of a tensor of `branch` among those of all."""
+    return tensor if branch == BASE else f"{branch}{_SEPARATOR}{tensor}"
+
+
+def branch_and_name(name: str) -> tuple[str, str]:
+    """Return the branch and the tensor that `name_in` made a name of."""
+    branch, found, tensor = name.partition(_SEPARATOR)
+    return (branch, tensor) if found else (BASE, name)
+
+
+def read_from(weight: Expr, branch: str) -> Expr:
+    """Return `weight`, over tensors of the base, read from those of `branch`."""
+
+    def renamed(node: Expr) -> Expr:
+        return Source(name_in(branch, node.name), node.type) if isinstance(node, Source) else node
+
+    return weight if branch == BASE else transform(weight, renamed)
+
+
+def mean_over(weight: Expr, branches: Sequence[str]) -> Expr:
+    """Return the mean of `weight` over several branches, each as often as it is listed."""
+    read = [read_from(weight, branch) for branch in branches]
+    if len(set(read)) == 1:
+        return read[0]
+    return Scale(reduce(Add, read), 1 / len(read))

@@ -1,0 +1,107 @@
+"""LoRA adapters of PEFT are read as the model that they are merged into."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from moecc.checkpoint.adapter import AdaptedCheckpoint, is_adapter
+from moecc.checkpoint.open import open_checkpoint
+from moecc.checkpoint.source import Checkpoint
+from moecc.errors import InputError
+from moecc.types.arrays import Array
+
+SOURCE = Path(__file__).parents[1] / "golden" / "llama_gqa"
+GATE = "model.layers.1.mlp.gate_proj"
+EMBEDDING = "model.embed_tokens"
+NORM = "model.norm.weight"
+
+
+def adapter(folder: Path, tensors: dict[str, Any], **settings: object) -> Path:
+    folder.mkdir()
+    named = {f"base_model.model.{name}": np.asarray(a, "f") for name, a in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(stated))
+    return folder
+
+
+def pair(module: str, out: int, into: int, rank: int = 2, table: bool = False) -> dict[str, Array]:
+    rng = np.random.default_rng(5)
+    word, end = ("embedding_", "") if table else ("", ".weight")
+    return {
+        f"{module}.lora_{word}A{end}": rng.normal(size=(rank, into)),
+        f"{module}.lora_{word}B{end}": rng.normal(size=(out, rank)),
+    }
+
+
+@pytest.fixture
+def base() -> Any:
+    with open_checkpoint(str(SOURCE)) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 3.0),
+        ({"use_rslora": True}, 6 / 2**0.5),
+        ({"alpha_pattern": {"gate_proj": 8}}, 4.0),
+        ({"alpha_pattern": {"up_proj": 8}}, 3.0),
+    ],
+)
+def test_a_matrix_is_merged(
+    base: Checkpoint, tmp_path: Path, settings: dict[str, Any], scale: float
+) -> None:
+    made = pair(GATE, 24, 16)
+    folder = adapter(tmp_path / "a", made, **settings)
+    assert is_adapter(folder)
+    assert not is_adapter(SOURCE)
+    first, second = made.values()
+    expected = base.read(f"{GATE}.weight") + scale * second @ first
+    with AdaptedCheckpoint(base, folder) as merged:
+        np.testing.assert_allclose(merged.read(f"{GATE}.weight"), expected, rtol=1e-5, atol=1e-5)
+        rows = merged.read(f"{GATE}.weight", 3, 7)
+        np.testing.assert_array_equal(rows, merged.read(f"{GATE}.weight")[3:7])
+        np.testing.assert_array_equal(merged.read(NORM), base.read(NORM))
+        assert "1 tensors differ" in merged.remarks()[0]
+
+
+def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
+    made = pair(EMBEDDING, 16, 37, table=True)
+    whole = {"model.norm.modules_to_save.weight": np.arange(16.0)}
+    folder = adapter(tmp_path / "a", made | whole)
+    first, second = made.values()
+    with AdaptedCheckpoint(base, folder) as merged:
+        expected = base.read(f"{EMBEDDING}.weight") + 3 * (second @ first).T
+        found = merged.read(f"{EMBEDDING}.weight")
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(merged.read(f"{EMBEDDING}.weight", 5, 9), found[5:9])
+        np.testing.assert_array_equal(merged.read(NORM), np.arange(16))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        (pair("model.layers.9.mlp.gate_proj", 24, 16), {}, "a module that the model does not have"),
+        (pair(GATE, 24, 17), {}, "does not suit the model's shapes"),
+        (pair(GATE, 24, 16), {"peft_type": "IA3"}, "only LoRA adapters"),
+        (pair(GATE, 24, 16), {"use_dora": True}, "DoRA"),
+        (pair(GATE, 24, 16), {"lora_alpha": "much"}, "not a usable number"),
+        ({f"{GATE}.lora_A.weight": np.ones((2, 16))}, {}, "lacks its partner"),
+    ],
+)
+def test_adapters_that_do_not_suit(
+    base: Checkpoint,
+    tmp_path: Path,
+    tensors: dict[str, Any],
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(InputError, match=message):
+        AdaptedCheckpoint(base, adapter(tmp_path / "a", tensors, **settings))

@@ -1,0 +1,192 @@
+"""Quantised folders: what is read is what the libraries that wrote them compute with.
+
+The files in ``quantised/`` are made by ``make_quantised.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moecc.checkpoint.open import open_checkpoint
+from moecc.checkpoint.source import Checkpoint
+from moecc.cli.cmd_convert import ConvertRequest, convert
+from moecc.errors import InputError
+from moecc.types.arrays import Array
+
+FILES = Path(__file__).parent / "quantised"
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+CASES: dict[str, dict[str, Any]] = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+    "mxfp4": {"quant_method": "mxfp4"},
+    "nf4": BITSANDBYTES,
+    "nf4_nested": BITSANDBYTES,
+    "fp4_nested": BITSANDBYTES,
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True},
+    "gptq_shuffled": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
+    "gptq_8": {"quant_method": "gptq", "bits": 8, "group_size": 16},
+}
+HALVES = {"awq", "gptq", "gptq_shuffled", "gptq_8"}
+"""Libraries that round each element to float16; moecc has the exact product, in float32."""
+
+
+def _open(folder: Path, case: str, options: object) -> Checkpoint:
+    config = {"model_type": "llama", "quantization_config": options}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(FILES / f"{case}.safetensors", folder / "model.safetensors")
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_a_matrix_is_what_the_library_says(case: str, tmp_path: Path) -> None:
+    expected = np.load(FILES / f"{case}.npy")
+    with _open(tmp_path, case, CASES[case]) as checkpoint:
+        (name,) = checkpoint.tensors
+        info = checkpoint.tensors[name]
+        assert (name, info.shape, info.dtype.name) == (info.name, expected.shape, "f32")
+        assert "quantization_config" not in checkpoint.config
+        assert "quantised" in checkpoint.remarks()[0]
+        found = checkpoint.read(name)
+        rounded = found.astype(np.float16) if case in HALVES else found
+        np.testing.assert_array_equal(rounded, expected)
+        # Pieces that begin and end within blocks, groups and bytes.
+        for start, stop in ((0, 1), (1, len(expected)), (len(expected) // 2, len(expected) - 1)):
+            np.testing.assert_array_equal(checkpoint.read(name, start, stop), found[start:stop])
+        with pytest.raises(ValueError, match="rows"):
+            checkpoint.read(name, 0, len(expected) + 1)
+
+
+def _write(folder: Path, parts: dict[str, Array], options: object) -> Path:
+    config = {"model_type": "llama", "quantization_config": options}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(parts, folder / "model.safetensors")
+    return folder
+
+
+def test_blocks_at_the_edge_may_be_smaller(tmp_path: Path) -> None:
+    weight = np.arange(35, dtype=np.uint8).reshape(5, 7)
+    scale = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+    _write(tmp_path, {"m.weight": weight, "m.weight_scale_inv": scale}, CASES["fp8"])
+    # NumPy's writer has no eight-bit floats; the name of a type is as long as theirs.
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(_with_type(file.read_bytes(), "F8_E4M3"))
+    options = {"quant_method": "fp8", "weight_block_size": [2, 4]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": options}))
+    values = weight.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    expected = values * np.kron(scale, np.ones((2, 4), np.float32))[:5, :7]
+    with open_checkpoint(tmp_path) as checkpoint:
+        np.testing.assert_array_equal(checkpoint.read("m.weight"), expected)
+        np.testing.assert_array_equal(checkpoint.read("m.weight", 3, 5), expected[3:])
+
+
+def _with_type(data: bytes, name: str) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["m.weight"]["dtype"] = name
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+WORDS = np.zeros((8, 16), np.int32)
+SCALES = np.ones((4, 16), np.float16)
+GPTQ = CASES["gptq"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "found"),
+    [
+        ({"m.qweight": WORDS}, {"quant_method": "hqq"}, ["quant_method", "one of", "fp8", '"hqq"']),
+        ({"m.qweight": WORDS}, ["gptq"], ["quantization_config"]),
+        (
+            {"m.qweight": WORDS},
+            GPTQ,
+            ["lacks its part 'm.qzeros'", "lacks its part 'm.scales'"],
+        ),
+        (
+            {"m.qweight": WORDS, "m.scales": SCALES[:3], "m.qzeros": WORDS[:4, :1]},
+            GPTQ,
+            ["'m.scales'", "[4, 16] of f32 or f16", "[3, 16] of f16", "[4, 2] of i32"],
+        ),
+        ({"m.qweight": WORDS}, GPTQ | {"bits": 3}, ["quantization_config.bits", "2 or 4 or 8"]),
+        ({"m.qweight": WORDS}, GPTQ | {"group_size": 0}, ["group_size", "not a size"]),
+        (
+            {"m.qweight": WORDS},
+            CASES["awq"] | {"version": "gemv"},
+            ["quantization_config.version", '"gemv"'],
+        ),
+        (
+            {"m.weight": WORDS.astype(np.int8), "m.SCB": np.ones(7, np.float32)},
+            BITSANDBYTES,
+            ["'m.SCB'", "[8] of", "[7] of f32"],
+        ),
+        (
+            {
+                "m.weight": WORDS.astype(np.int8),
+                "m.SCB": np.ones(8, np.float32),
+                "m.weight_format": np.array(2, np.uint8),
+            },
+            BITSANDBYTES,
+            ["not stored row by row", "newer bitsandbytes"],
+        ),
+        (
+            {"m.weight.quant_state.bitsandbytes__nf4": np.frombuffer(b'{"shape": [0]}', np.uint8)},
+            BITSANDBYTES,
+            ["not the state of a quantised matrix", "bitsandbytes__nf4"],
+        ),
+        (
+            {"m": WORDS},
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}},
+            },
+            ["config_groups", "floats of 8 bits", '"int" of 4'],
+        ),
+    ],
+)
+def test_what_does_not_match_is_reported(
+    parts: dict[str, Array], options: object, found: list[str], tmp_path: Path
+) -> None:
+    _write(tmp_path, parts, options)
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(tmp_path)
+    for text in found:
+        assert text in str(caught.value)
+
+
+def test_a_group_that_does_not_exist(tmp_path: Path) -> None:
+    index = np.full(64, 4, np.int32)
+    parts = {"m.qweight": WORDS, "m.qzeros": WORDS[:4, :2], "m.scales": SCALES, "m.g_idx": index}
+    with (
+        open_checkpoint(_write(tmp_path, parts, GPTQ)) as checkpoint,
+        pytest.raises(InputError, match="group that does not exist"),
+    ):
+        checkpoint.read("m.weight")
+
+
+def test_a_quantised_model_is_converted(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "llama_gqa"
+    source, out = tmp_path / "int8", tmp_path / "out"
+    source.mkdir()
+    parts = load_file(golden / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    scale = np.abs(parts[name]).max(1)
+    parts[name] = np.rint(parts[name] * 127 / scale[:, None]).astype(np.int8)
+    parts["model.layers.0.mlp.up_proj.SCB"] = scale
+    config = json.loads((golden / "config.json").read_text())
+    save_file(parts, source / "model.safetensors")
+    text = json.dumps(config | {"quantization_config": CASES["int8"]})
+    (source / "config.json").write_text(text)
+    convert(ConvertRequest(str(source), str(out), "", "llama", no_check=True))
+    written = load_file(out / "model.safetensors")
+    expected = parts[name].astype(np.float32) * scale[:, None] * np.float32(1 / 127)
+    np.testing.assert_array_equal(written[name], expected)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())

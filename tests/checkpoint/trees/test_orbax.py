@@ -1,0 +1,127 @@
+"""Checkpoints of MaxText, written by Orbax from what MaxText's own conversion makes.
+
+The arrays are made by ``make_maxtext.py`` from golden models, which must come out again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from moecc.checkpoint.open import open_checkpoint
+from moecc.cli.main import main
+from moecc.errors import InputError
+
+ocp = pytest.importorskip("orbax.checkpoint")
+
+HERE = Path(__file__).parent
+GOLDEN = HERE.parents[1] / "golden"
+CASES = sorted(path.stem for path in HERE.glob("*.safetensors"))
+# Orbax warns of what its own next version changes.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def nested(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return arrays with keys like ``params-decoder-layers`` as a tree."""
+    tree: dict[str, Any] = {}
+    for key, array in arrays.items():
+        *outer, last = key.split("-")
+        place = tree
+        for word in outer:
+            place = place.setdefault(word, {})
+        place[last] = array
+    return tree
+
+
+def write(case: str, folder: Path, *, database: bool = True, zarr3: bool = False) -> None:
+    """Write a whole training state, whose moments have the names of the parameters."""
+    import jax.numpy as jnp
+
+    arrays = {k: jnp.asarray(v) for k, v in load_file(HERE / f"{case}.safetensors").items()}
+    tree = nested(arrays)
+    moments = {"mu": {k: jnp.zeros_like(v) for k, v in arrays.items()}}
+    state = {"params": tree, "opt_state": nested(moments["mu"]), "step": jnp.int32(9)}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=database, use_zarr3=zarr3)
+    ocp.Checkpointer(handler).save(folder, state)
+
+
+LAYOUTS = [(True, True), (True, False), (False, True), (False, False)]
+
+
+@pytest.mark.parametrize(("number", "case"), list(enumerate(CASES)))
+def test_the_tensors_are_those_of_hugging_face(number: int, case: str, tmp_path: Path) -> None:
+    database, zarr3 = LAYOUTS[number % 4]
+    place = tmp_path / "run" / "0" / "items"
+    write(case, place, database=database, zarr3=zarr3)
+    source = tmp_path / "run"
+    shutil.copy(GOLDEN / case / "config.json", source)
+    golden = load_file(GOLDEN / case / "model.safetensors")
+    with open_checkpoint(source) as checkpoint:
+        assert checkpoint.format == "orbax"
+        assert checkpoint.tensors.keys() == golden.keys()
+        for name, expected in golden.items():
+            info = checkpoint.tensors[name]
+            assert (info.shape, info.dtype.numpy) == (expected.shape, expected.dtype)
+            # Query heads are divided by the root of their width, a power of two here.
+            np.testing.assert_array_equal(checkpoint.read(name), expected)
+            rows = slice(len(expected) // 3, len(expected) - 1)
+            part = checkpoint.read(name, rows.start, rows.stop)
+            np.testing.assert_array_equal(part, expected[rows])
+
+
+def test_it_is_converted_and_runs(tmp_path: Path) -> None:
+    write("llama_llama3", tmp_path / "ckpt")
+    shutil.copy(GOLDEN / "llama_llama3" / "config.json", tmp_path / "ckpt")
+    out = tmp_path / "out.npy"
+    given = ("--inputs", str(GOLDEN / "llama_llama3" / "tokens.npy"), "--outputs", str(out))
+    assert main(["run", str(tmp_path / "ckpt"), "--backend", "reference", *given]) == 0
+    golden = np.load(GOLDEN / "llama_llama3" / "logits.npy")
+    assert np.abs(np.load(out) - golden).max() <= 1e-6 * np.abs(golden).max()
+    to = ("-p", "upcycle{experts=2 top-k=1}", "--to", "mixtral", "--no-check")
+    assert main(["convert", str(tmp_path / "ckpt"), str(tmp_path / "sparse"), *to]) == 0
+
+
+def test_without_a_config_it_has_the_names_of_its_arrays(tmp_path: Path) -> None:
+    write("qwen3_square", tmp_path / "items")
+    with pytest.raises(InputError, match=r"says no architecture(.|\n)*\.moe graph"):
+        open_checkpoint(tmp_path)
+    with open_checkpoint(tmp_path, needs_config=False) as checkpoint:
+        name = "params.params.decoder.layers_0.mlp.wi_0.kernel"
+        stored = load_file(HERE / "qwen3_square.safetensors")
+        expected = stored["params-decoder-layers_0-mlp-wi_0-kernel"]
+        np.testing.assert_array_equal(checkpoint.read(name, 1, 3), expected[1:3])
+        assert checkpoint.read("step") == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gemma2"}, "other families of MaxText"),
+        ({"model_type": "mistral"}, "does not know this array of a mistral"),
+    ],
+)
+def test_what_is_not_known_is_reported(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    write("qwen2_square", tmp_path / "items")
+    config = json.loads((GOLDEN / "qwen2_square" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=words):
+        open_checkpoint(tmp_path)
+
+
+def test_metadata_lead_nowhere_else(tmp_path: Path) -> None:
+    write("qwen2_square", tmp_path / "items", database=False)
+    file = tmp_path / "items" / "_METADATA"
+    file.write_text(file.read_text().replace('"key": "decoder"', '"key": "../decoder"'))
+    with pytest.raises(InputError, match="leaves its folder"):
+        open_checkpoint(tmp_path, needs_config=False)
+    file.write_text("{}")
+    with pytest.raises(InputError, match="not the metadata of a tree"):
+        open_checkpoint(tmp_path, needs_config=False)

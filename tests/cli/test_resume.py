@@ -1,0 +1,226 @@
+"""``convert --resume``, the journal, ``clean``, and locks between writers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moecc.checkpoint.disk import Disk, injected
+from moecc.checkpoint.outdir import output_folder
+
+from .conftest import Done
+
+Moecc = Callable[..., Done]
+PASSES = ("-p", "upcycle{experts=4 top-k=2}", "--to", "mixtral", "--no-check",
+          "--max-shard-bytes", "30000")  # fmt: skip
+PARTIAL = ".out.moecc-partial"
+JOURNAL = "moecc_journal.jsonl"
+
+
+class Kept(Exception):
+    """Stands for a kill."""
+
+
+class Stopping(Disk):
+    """Keeps a copy of the partial output as it is once some tensors are complete."""
+
+    def __init__(self, folder: Path, lines: int) -> None:
+        self.folder, self.lines = folder, lines
+
+    def append(self, descriptor: int, data: bytes) -> None:
+        super().append(descriptor, data)
+        self.lines -= 1
+        if self.lines == 0:
+            shutil.copytree(self.folder / PARTIAL, self.folder / "kept")
+
+
+@pytest.fixture
+def killed(moecc: Moecc, dense: Path, tmp_path: Path) -> Path:
+    """The expected output, and beside ``out`` what a killed conversion left."""
+    (dense / "LICENSE").write_text("mine")
+    with injected(Stopping(tmp_path, 12)):
+        assert moecc("convert", dense, tmp_path / "out", *PASSES).code == 0
+    (tmp_path / "out").rename(tmp_path / "expected")
+    (tmp_path / "kept").rename(tmp_path / PARTIAL)
+    return tmp_path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_killed_conversion_is_continued_to_the_same_bytes(
+    moecc: Moecc, dense: Path, killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moecc.checkpoint import writer
+
+    made: list[str] = []
+    real = writer._Work._make
+
+    def counted(self: object, job: object) -> None:
+        made.append(job.names[0])  # type: ignore[attr-defined]
+        real(self, job)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer._Work, "_make", counted)
+    done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
+    assert done.code == 0, done.err
+    assert content(killed / "out") == content(killed / "expected")
+    assert not (killed / PARTIAL).exists()
+    # Eleven of them were complete.
+    assert len(made) == len(set(made)) == 33 - 11
+
+
+def test_without_resume_it_is_named(moecc: Moecc, dense: Path, killed: Path) -> None:
+    done = moecc("convert", dense, killed / "out", *PASSES)
+    assert done.code == 1
+    assert "--resume continues it, --force removes it, and so does moecc clean" in done.err
+
+
+def test_what_was_tampered_with_is_written_again(moecc: Moecc, dense: Path, killed: Path) -> None:
+    for file in (killed / PARTIAL).glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-100:] = bytes(100)
+        data[3000] ^= 1
+        file.write_bytes(data)
+    (killed / PARTIAL / "evil.py").write_text("evil")
+    (killed / PARTIAL / "config.json").write_text("{}")
+    with (killed / PARTIAL / JOURNAL).open("a") as journal:
+        journal.write('{"name": "model.norm.weight", "sha256": "00"}\n{"torn')
+    done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
+    assert done.code == 0, done.err
+    assert content(killed / "out") == content(killed / "expected")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--seed", "1"), "seed differs"),
+        (("--dtype", "bf16"), "dtype differs"),
+        (("-p", "upcycle{experts=8 top-k=2}"), "pipeline differs"),
+        (("--max-shard-bytes", "40000"), "max shard bytes differs"),
+        (("--allow-nonfinite",), "options differs"),
+    ],
+)
+def test_another_conversion_is_not_continued(
+    moecc: Moecc, dense: Path, killed: Path, change: tuple[str, ...], words: str
+) -> None:
+    done = moecc("convert", dense, killed / "out", *PASSES, "--resume", *change)
+    assert done.code == 1, done.err
+    assert words in done.err
+    assert (killed / PARTIAL / JOURNAL).exists()
+    assert moecc("convert", dense, killed / "out", *PASSES, "--resume").code == 0
+
+
+def test_another_source_is_not_continued(moecc: Moecc, dense: Path, killed: Path) -> None:
+    (dense / "LICENSE").write_text("yours")
+    done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
+    assert done.code == 1
+    assert "source LICENSE differs" in done.err
+
+
+def test_with_nothing_to_continue_it_is_a_fresh_run(
+    moecc: Moecc, dense: Path, killed: Path
+) -> None:
+    for damage in ("gone", "empty", "torn"):
+        journal = killed / PARTIAL / JOURNAL
+        if damage == "gone":
+            shutil.rmtree(killed / PARTIAL)
+        else:
+            (killed / PARTIAL).mkdir()
+            journal.write_text("" if damage == "empty" else '{"schema": "moecc.jo')
+        done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
+        assert done.code == 0, done.err
+        assert content(killed / "out") == content(killed / "expected")
+        shutil.rmtree(killed / "out")
+
+
+def test_nonfinite_values_of_the_first_run_are_not_forgotten(
+    moecc: Moecc, dense: Path, tmp_path: Path, edit_tensors: Callable[..., None]
+) -> None:
+    def spoil(tensors: dict) -> None:
+        for name in ("model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"):
+            tensors[name] = tensors[name].copy()
+            tensors[name][1, 2] = float("nan")
+
+    edit_tensors(spoil)
+    command = ("convert", dense, tmp_path / "out", *PASSES, "--allow-nonfinite")
+    with injected(Stopping(tmp_path, 12)):
+        assert moecc(*command).code == 0
+    (tmp_path / "out").rename(tmp_path / "expected")
+    (tmp_path / "kept").rename(tmp_path / PARTIAL)
+    assert "found" in (tmp_path / PARTIAL / JOURNAL).read_text()
+    assert moecc(*command, "--resume").code == 0
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+def test_two_writers_do_not_continue_one_output(moecc: Moecc, dense: Path, killed: Path) -> None:
+    with output_folder(killed / "out", goes_on=lambda _: True):
+        done = moecc("convert", dense, killed / "out", *PASSES, "--resume")
+        assert done.code == 1
+        assert "another conversion is writing this output" in done.err
+        done = moecc("clean", killed / "out")
+        assert done.code == 1
+        assert (killed / PARTIAL).is_dir()
+        shutil.copytree(killed / "expected", killed / PARTIAL, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """What is left between the two renames of ``--force``."""
+    (tmp_path / ".out.moecc-old").mkdir()
+    (tmp_path / ".out.moecc-old" / "config.json").write_text("precious")
+    return tmp_path
+
+
+def test_clean_removes_what_was_left(moecc: Moecc, killed: Path) -> None:
+    done = moecc("clean", killed / "out")
+    assert done.code == 0
+    assert f"removed {killed / PARTIAL}" in done.err
+    assert sorted(os.listdir(killed)) == ["dense", "expected"]
+    assert "nothing was left" in moecc("clean", killed / "out").err
+
+
+def test_clean_puts_an_old_output_back(moecc: Moecc, old: Path) -> None:
+    done = moecc("clean", old / "out")
+    assert done.code == 0
+    assert "back as" in done.err
+    assert (old / "out" / "config.json").read_text() == "precious"
+    assert os.listdir(old) == ["out"]
+
+
+def test_clean_removes_an_old_output_that_was_replaced(moecc: Moecc, old: Path) -> None:
+    (old / "out").mkdir()
+    (old / "out" / "config.json").write_text("new")
+    assert moecc("clean", old / "out").code == 0
+    assert (old / "out" / "config.json").read_text() == "new"
+    assert os.listdir(old) == ["out"]
+
+
+def test_a_gguf_file_is_continued_too(moecc: Moecc, dense: Path, tmp_path: Path) -> None:
+    command = ("convert", dense, tmp_path / "m.gguf", "-p", "upcycle{experts=4}", "--to",
+               "gguf:llama", "--no-check")  # fmt: skip
+
+    class Keeping(Stopping):
+        def append(self, descriptor: int, data: bytes) -> None:
+            Disk.append(self, descriptor, data)
+            self.lines -= 1
+            if self.lines == 0:
+                shutil.copytree(self.folder / ".m.gguf.moecc-partial", self.folder / "kept")
+
+    with injected(Keeping(tmp_path, 9)):
+        assert moecc(*command).code == 0
+    for name in ("m.gguf", "m.gguf.moecc.json"):
+        (tmp_path / name).rename(tmp_path / f"expected-{name}")
+    (tmp_path / "kept").rename(tmp_path / ".m.gguf.moecc-partial")
+    assert moecc(*command).code == 1
+    done = moecc(*command, "--resume")
+    assert done.code == 0, done.err
+    for name in ("m.gguf", "m.gguf.moecc.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"expected-{name}").read_bytes()
+    assert json.loads((tmp_path / "m.gguf.moecc.json").read_text())["schema"] == 2
+    assert not (tmp_path / ".m.gguf.moecc-partial").exists()

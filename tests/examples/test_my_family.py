@@ -1,0 +1,155 @@
+"""``examples/my_family.py`` and what ``docs/adding-a-family.md`` says of families from outside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moecc.checkpoint.open import open_checkpoint
+from moecc.cli.main import main
+from moecc.errors import UsageError
+from moecc.families import building, names, shrinking
+from moecc.families.configs import LlamaConfig, parse
+from moecc.families.outside import Family, load_families
+from moecc.ir import parse as parse_graph
+from moecc.weights.expr import sources
+
+ROOT = Path(__file__).parents[2]
+FILE = str(ROOT / "examples" / "my_family.py")
+OPT = Path(__file__).parent / "opt"
+
+
+@pytest.fixture(autouse=True)
+def families() -> Iterator[None]:
+    """Take out what a test adds."""
+    tables = (
+        parse.CONFIGS, parse.DECODERS, parse.ORIGINS, building.BUILDERS, names.NAMES,
+        shrinking.SHRINKERS,
+    )  # fmt: skip
+    before = [dict(table) for table in tables]
+    yield
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        table.update(old)  # type: ignore[arg-type]
+
+
+def logits(model: str, tmp_path: Path, *options: str) -> np.ndarray:
+    """Return what the command `run` gives for the tokens of OPT, in float64."""
+    out = tmp_path / "made.npy"
+    words = ["--inputs", str(OPT / "tokens.npy"), "--outputs", str(out), "--force", *options]
+    assert main(["run", model, "--backend", "reference", *words]) == 0
+    made: np.ndarray = np.load(out)
+    return made
+
+
+def test_the_logits_are_those_of_transformers(tmp_path: Path) -> None:
+    made = logits(str(OPT), tmp_path, "--load", FILE)
+    np.testing.assert_allclose(made, np.load(OPT / "logits.npy"), atol=2e-7)
+
+
+def test_it_is_written_as_itself_and_upcycled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load, same, sparse = ("--load", FILE), tmp_path / "same", str(tmp_path / "sparse")
+    assert main(["convert", str(OPT), str(same), "-p", "", "--to", "opt", *load]) == 0
+    written, stored = (load_file(f / "model.safetensors") for f in (same, OPT))
+    assert written.keys() == stored.keys()
+    assert all(np.array_equal(written[name], stored[name]) for name in stored)
+    upcycle = ("-p", "upcycle{experts=2 top-k=2}", "--to", "st_moe")
+    assert main(["convert", str(OPT), sparse, *upcycle, *load]) == 0
+    made = logits(sparse, tmp_path, "--load", FILE)
+    np.testing.assert_allclose(made, np.load(OPT / "logits.npy"), atol=2e-6)
+    capsys.readouterr()
+    assert main(["plan", str(OPT), "--machine", "cpu:2", *load]) == 0
+    assert "on cpu:2" in capsys.readouterr().out
+
+
+def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "adding-a-family.md").read_text("utf-8")
+    block = re.search(r"^```moe\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    file, draw = tmp_path / "tiny.moe", np.random.default_rng(0)
+    file.write_text(block[1])
+    (tmp_path / "tiny").mkdir()
+    graph = parse_graph(block[1])
+    tensors = {
+        source.name: draw.standard_normal(source.type.shape).astype(np.float32)  # type: ignore[arg-type]
+        for param in graph.params.values() if param.weight for source in sources(param.weight)
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "tiny" / "model.safetensors")
+    out = str(tmp_path / "sparse")
+    upcycle = ("-p", "upcycle{experts=4 top-k=2}", "--to", "st_moe")
+    assert main(["convert", str(file), out, *upcycle]) == 0
+    found = logits(out, tmp_path)
+    np.testing.assert_allclose(found, logits(str(file), tmp_path), atol=1e-6 * abs(found).max())
+    # The folder by itself says no architecture.
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "tiny")]) == 1
+    assert "no config.json" in capsys.readouterr().err
+    assert open_checkpoint(tmp_path / "tiny", needs_config=False).config == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("X = 1", 2, "defines no family"),
+        ("import nothing_here", 2, "ModuleNotFoundError"),
+        (
+            "from moecc.families.outside import Family\n"
+            "from moecc.families.configs import LlamaConfig\n"
+            "class C(LlamaConfig):\n  model_type = 'mistral'\nF = Family(C)",
+            2,
+            "not a dataclass",
+        ),
+        (
+            "from moecc.families.outside import Family\n"
+            "from moecc.families.configs import ModelConfig\n"
+            "from dataclasses import dataclass\n"
+            "@dataclass(frozen=True)\nclass C(ModelConfig):\n  model_type = 'mistral'\n"
+            "  architecture = 'M'\n  defaults = {}\nF = Family(C)",
+            2,
+            "'mistral' is defined twice; another is in moecc",
+        ),
+        (
+            "from moecc.families.outside import Family\n"
+            "from moecc.families.configs import LlamaConfig\n"
+            "def build(config, request):\n  return config.nothing\n"
+            "from dataclasses import dataclass\n"
+            "@dataclass(frozen=True, kw_only=True)\nclass C(LlamaConfig):\n"
+            "  model_type = 'opt'\n  architecture = 'OPTForCausalLM'\nF = Family(C, build)",
+            1,
+            "own.py:4: AttributeError",
+        ),
+    ],
+)
+def test_faults_of_a_file_are_its_authors(
+    text: str, code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    assert main(["inspect", str(OPT), "--load", str(file)]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_a_package_adds_its_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_families([FILE])
+    assert parse.CONFIGS.pop("opt").model_type == "opt"
+    point = EntryPoint("llama", f"{__name__}:AGAIN", parse.ENTRY_POINT)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: Family(parse.CONFIGS["mistral"]))
+    monkeypatch.setattr(parse, "entry_points", lambda group: [point])
+    parse.load_installed.cache_clear()
+    parse.load_installed()
+    assert parse.ORIGINS["mistral"] == point.value
+    monkeypatch.setattr(EntryPoint, "load", lambda self: 1)
+    parse.load_installed.cache_clear()
+    with pytest.raises(UsageError, match="a family that cannot be loaded"):
+        parse.load_installed()
+    monkeypatch.setattr(parse, "entry_points", lambda group: [])
+    parse.load_installed.cache_clear()
+    assert issubclass(parse.CONFIGS["llama"], LlamaConfig)

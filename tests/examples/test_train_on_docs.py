@@ -1,0 +1,31 @@
+"""The demo of training, with few steps: every command of it works on what the last one wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .loading import load
+
+pytest.importorskip("orbax.checkpoint")
+
+example = load("train_on_docs")
+
+
+@pytest.mark.slow
+def test_the_chain_with_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert example.main(["--out", str(tmp_path / "out"), "--smoke"]) == 0, capsys.readouterr()
+    out = tmp_path / "out"
+    manifest = json.loads((out / "mixtral" / "moecc_manifest.json").read_text())
+    assert [stage["kind"] for stage in manifest["lineage"]] == ["train", "train"]
+    assert (out / "mixtral" / "tokenizer.json").is_file()
+    shown = capsys.readouterr().out
+    assert "the token alone explains" in shown
+    assert f"against {out / 'dense'}" in shown.replace("\n", "")
+
+
+def test_a_failed_command_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert example.main(["--out", str(tmp_path / "out"), "--set", "run.stepz=3"]) == 1
+    assert "did you mean" in capsys.readouterr().err

@@ -1,0 +1,29 @@
+"""A decoder in plain jnp on a tiny Llama: converted, equal to what the family gives, trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jax")
+
+from .loading import load
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+example = load("upcycle_any_jax")
+
+
+@pytest.mark.slow
+def test_it_is_the_function_that_the_family_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    assert example.main(["--model", str(GOLDEN / "llama_gqa"), "--every", "1", "--steps", "2"]) == 0
+    assert "blocks converted" in capsys.readouterr().out
+
+
+def test_it_tells_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(example, "decoder", lambda params, tokens, config: tokens * 1.0)
+    assert example.main(["--model", str(GOLDEN / "llama_gqa")]) == 1
+    assert "no feed-forward block" in capsys.readouterr().err

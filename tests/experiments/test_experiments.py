@@ -1,0 +1,101 @@
+"""Experiments: what is declared, what results say, and a runner that goes on where it was."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+declared, verdicts, results_page, run = (
+    importlib.import_module(name) for name in ("declared", "verdicts", "results_page", "run")
+)
+
+CLAIM = "experts help at equal tokens"
+
+
+def line(arm: str, seed: int, loss: float, data: str = "sha256:0") -> dict[str, Any]:
+    return {"experiment": "a", "arm": arm, "seed": seed, "loss": loss, "data": data}
+
+
+def effect(dense: list[float], sparse: list[float], **of: Any) -> Any:
+    lines = [line("dense", n, x) for n, x in enumerate(dense)]
+    lines += [line("top-2", n, x, **of) for n, x in enumerate(sparse)]
+    return verdicts.effect_of(lines, declared.declared()["a"], CLAIM)
+
+
+def test_arms_are_recipes() -> None:
+    from moecc.train.recipe_text import load_recipe
+
+    for experiment in declared.declared().values():
+        assert set(experiment.claims.values()) <= {
+            (a, b) for a in experiment.arms for b in experiment.arms
+        }
+        for sets in experiment.arms.values():
+            load_recipe(str(ROOT / "experiments" / "continue.toml"), list(sets))
+
+
+def test_an_effect_is_paired_by_seed_and_its_interval_is_students() -> None:
+    found = effect([1.5, 1.6, 1.7], [1.4, 1.49, 1.62])
+    assert found.mean == pytest.approx(-0.29 / 3)
+    assert found.half_width == pytest.approx(4.30 * 0.0152752 / 3**0.5, rel=1e-3)
+    assert found.verdict is verdicts.Verdict.SHOWN
+    assert effect([1.4, 1.49, 1.62], [1.5, 1.6, 1.7]).verdict is verdicts.Verdict.OPPOSITE
+    assert effect([1.5, 1.6, 1.7], [1.3, 1.61, 1.7]).verdict is verdicts.Verdict.NOT_SHOWN
+    assert effect([1.5, 1.6], [1.4, 1.5]).verdict is verdicts.Verdict.NOT_RUN
+    # Other data are another experiment.
+    assert effect([1.5, 1.6, 1.7], [1.4, 1.5, 1.6], data="sha256:1").values == ()
+
+
+def test_the_page_is_of_the_results() -> None:
+    text = results_page.page(declared.read_results())
+    assert results_page.PAGE.read_text("utf-8") == text, "run: make docs"
+    lines = [line("dense", n, 1.5) | FACTS for n in range(3)]
+    lines += [line("top-2", n, 1.4 + n / 1000) | FACTS for n in range(3)]
+    made = results_page.page(lines)
+    assert f"| a | {CLAIM} | −0.0990 ± 0.0025 | 3 | reproduced |" in made
+    assert "| dense | 1.5000, 1.5000, 1.5000 | 1.5000 | 150 | 307,200 | 60 s |" in made
+
+
+FACTS = {"steps": 150, "tokens": 307200, "processor_seconds": 60.0}
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def arm(self: Any, experiment: Any, name: str, seed: int) -> dict[str, Any]:
+        asked.append((name, seed))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return line(name, seed, 1.0)
+
+    monkeypatch.setattr(run.Lab, "arm", arm)
+    whole = declared.declared()["a"]
+    few = replace(whole, arms={name: whole.arms[name] for name in ("dense", "top-2")})
+    lab = run.Lab(tmp_path, tmp_path / "results")
+    with pytest.raises(KeyboardInterrupt):
+        run.run_all(lab, [few], (0, 1), 60)
+    run.run_all(lab, [few], (0, 1), 60)
+    assert asked == [("dense", 0), ("top-2", 0), ("dense", 1), ("dense", 1), ("top-2", 1)]
+    assert len(declared.read_results(tmp_path / "results")) == 4
+
+
+@pytest.mark.slow
+def test_an_arm_is_trained_and_measured(tmp_path: Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    few = ("run.steps=6", "run.evaluate_steps=0", "optimizer.warmup=0", "data.evaluate_batches=1",
+           "data.batch=4", "data.seq=64", "optimizer.decay_steps=0")  # fmt: skip
+    lab = run.Lab(tmp_path, tmp_path / "results", few)
+    experiment = declared.declared()["b"]
+    found = lab.arm(experiment, "carried", 1)
+    assert (found["steps"], found["experiment"], found["seed"]) == (6, "b", 1)
+    assert found["held_out_tokens"] > 10_000
+    assert len(found["curve"]) == 6
+    # A second time it is there, and only evaluated.
+    assert lab.arm(experiment, "carried", 1)["loss"] == found["loss"]

@@ -1,0 +1,267 @@
+"""What is a block, what its operations are, and why something else is none: traced, never run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+from moecc import jax as mx  # noqa: E402
+from moecc.errors import InputError  # noqa: E402
+
+E, F, B, S = 8, 12, 2, 3
+Shape = tuple[int, ...]
+Function = Callable[[Any, Any], Any]
+
+
+def shapes(**sizes: Shape) -> dict[str, Any]:
+    return {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in sizes.items()}
+
+
+X = jax.ShapeDtypeStruct((B, S, E), jnp.float32)
+PLAIN = {"w1": (E, F), "w2": (F, E)}
+GATED = {**PLAIN, "w3": (E, F)}
+BIASED = {**PLAIN, "b1": (F,), "b2": (E,)}
+
+
+def found(function: Function, params: dict[str, Shape], **options: Any) -> Any:
+    options.setdefault("pipeline", "upcycle{experts=4}")
+    return mx.convert(function, shapes(**params), X, **options)
+
+
+def act(function: Callable[[Any], Any]) -> Function:
+    return lambda p, x: function(x @ p["w1"]) @ p["w2"]
+
+
+def biased(p: Any, x: Any) -> Any:
+    return jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+
+
+def flat(p: Any, x: Any) -> Any:
+    return (jax.nn.silu(x.reshape(-1, E) @ p["w1"]) @ p["w2"]).reshape(x.shape)
+
+
+def by_vector(p: Any, x: Any) -> Any:
+    def one(v: Any) -> Any:
+        return p["w2"].T @ jax.nn.relu(p["w1"].T @ v + p["b1"]) + p["b2"]
+
+    return jax.vmap(jax.vmap(one))(x)
+
+
+def clamped(p: Any, x: Any) -> Any:
+    gate, up = jnp.minimum(x @ p["w1"], 7.0), jnp.clip(x @ p["w3"], -7.0, 7.0)
+    return (gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)) @ p["w2"]
+
+
+def prelu(p: Any, x: Any) -> Any:
+    h = x @ p["w1"]
+    return (jnp.maximum(h, 0.0) + p["b1"] * jnp.minimum(h, 0.0)) @ p["w2"]
+
+
+def jitted(p: Any, x: Any) -> Any:
+    dense = jax.jit(lambda w, v: v @ w)
+    return dense(p["w2"], jax.jit(jax.nn.silu)(dense(p["w1"], x)))
+
+
+BLOCKS: dict[str, tuple[Function, dict[str, Shape], str]] = {
+    "silu": (act(jax.nn.silu), PLAIN, "contract silu contract"),
+    "tanh gelu": (act(jax.nn.gelu), PLAIN, "contract gelu_tanh contract"),
+    "gelu": (act(lambda h: jax.nn.gelu(h, approximate=False)), PLAIN, "contract gelu contract"),
+    "squared relu": (
+        act(lambda h: jnp.square(jax.nn.relu(h))), PLAIN, "contract relu square contract",
+    ),
+    "mish": (act(jax.nn.mish), PLAIN, "contract pointwise contract"),
+    "relu6": (act(jax.nn.relu6), PLAIN, "contract pointwise contract"),
+    "where": (act(lambda h: jnp.where(h > 0, h, 0.1 * h)), PLAIN, "contract pointwise contract"),
+    "biases": (biased, BIASED, "contract add relu contract add"),
+    "gated": (
+        lambda p, x: (jax.nn.silu(x @ p["w1"]) * (x @ p["w3"])) @ p["w2"], GATED,
+        "contract silu contract mul contract",
+    ),
+    "maxout": (
+        lambda p, x: jnp.maximum(x @ p["w1"], x @ p["w3"]) @ p["w2"], GATED,
+        "contract contract maximum contract",
+    ),
+    "clamped": (
+        clamped, GATED,
+        "contract pointwise constant constant contract maximum minimum constant add mul contract",
+    ),
+    "trained activation": (
+        prelu, BIASED, "contract constant maximum constant minimum mul add contract",
+    ),
+    "square": (
+        lambda p, x: jax.nn.silu(x @ p["w1"].T) @ p["w2"], {"w1": (E, E), "w2": (E, E)},
+        "contract silu contract",
+    ),
+    "flat tokens": (flat, PLAIN, "contract silu contract"),
+    "a vector at a time": (by_vector, BIASED, "contract add relu contract add"),
+    "calls": (jitted, PLAIN, "contract silu contract"),
+    "halves": (
+        lambda p, x: (lambda g, u: jax.nn.silu(g) * u)(*jnp.split(x @ p["w1"], 2, -1)) @ p["w2"],
+        {"w1": (E, 2 * F), "w2": (F, E)}, "contract silu contract mul contract",
+    ),
+    "every other": (
+        lambda p, x: (lambda h: jax.nn.silu(h[..., ::2]) * h[..., 1::2])(x @ p["w1"]) @ p["w2"],
+        {"w1": (E, 2 * F), "w2": (F, E)}, "contract silu contract mul contract",
+    ),
+    "an axis of two": (
+        lambda p, x: (lambda h: jax.nn.silu(h[..., 0, :]) * h[..., 1, :])(
+            jnp.einsum("bsd,dcf->bscf", x, p["w1"])) @ p["w2"],
+        {"w1": (E, 2, F), "w2": (F, E)}, "contract silu contract mul contract",
+    ),
+    "a reshaped weight": (
+        lambda p, x: jax.nn.silu(x @ p["w1"].reshape(E, F)) @ p["w2"].reshape(F, E),
+        {"w1": (2, E // 2, F), "w2": (3, 4, E)}, "contract silu contract",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_has_these_operations(name: str) -> None:
+    function, params, operations = BLOCKS[name]
+    (block,) = found(function, params).report.blocks
+    assert block.operations == operations
+    assert block.is_converted
+
+
+@jax.custom_vjp
+def straight(h: Any) -> Any:
+    return jax.nn.relu(h)
+
+
+straight.defvjp(lambda h: (straight(h), None), lambda _, g: (g,))
+
+
+@jax.custom_jvp
+def through(h: Any) -> Any:
+    """ReLU with the derivative of the identity."""
+    return jax.nn.relu(h)
+
+
+through.defjvp(lambda primals, tangents: (through(*primals), tangents[0]))
+
+
+def with_dropout(p: Any, x: Any) -> Any:
+    h = jax.nn.relu(x @ p["w1"])
+    return jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), h, 0.0) @ p["w2"]
+
+
+def with_norm(p: Any, x: Any) -> Any:
+    h = jax.nn.silu(x @ p["w1"])
+    return (h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True))) @ p["w2"]
+
+
+def on_the_host(p: Any, x: Any) -> Any:
+    made = jax.ShapeDtypeStruct((B, S, F), jnp.float32)
+    return jax.pure_callback(lambda h: h, made, x @ p["w1"]) @ p["w2"]
+
+
+def decayed(p: Any, x: Any) -> Any:
+    return act(jax.nn.silu)(p, x).sum() + sum(jnp.sum(w**2) for w in p.values())
+
+
+def hidden_used(p: Any, x: Any) -> Any:
+    h = jax.nn.silu(x @ p["w1"])
+    return h @ p["w2"], h.mean()
+
+
+def heads(p: Any, x: Any) -> Any:
+    h = jax.nn.silu(jnp.einsum("bsgd,gdf->bsgf", x.reshape(B, S, 2, E // 2), p["w1"]))
+    return jnp.einsum("bsgf,gfd->bsgd", h, p["w2"])
+
+
+def gradient(p: Any, x: Any) -> Any:
+    return jax.grad(lambda p: act(jax.nn.silu)(p, x).sum())(p)
+
+
+def two_ways(p: Any, x: Any) -> Any:
+    return act(jax.nn.silu)(p, x) + act(jax.nn.relu)(p, x)
+
+
+MISSES: dict[str, tuple[Function, dict[str, Shape], str]] = {
+    "dropout": (with_dropout, PLAIN, "dropout is inside it: trace the function without"),
+    "a norm inside": (with_norm, PLAIN, "`reduce_sum` inside it mixes its hidden values"),
+    "the host": (on_the_host, PLAIN, "a call of the host is inside it"),
+    "a gradient by hand": (act(straight), PLAIN, "a function with a gradient of its own"),
+    "a derivative by hand": (act(through), PLAIN, "a function with a gradient of its own"),
+    "weight decay": (decayed, PLAIN, "`w1` is also used by `integer_pow` at test_find.py"),
+    "a hidden value": (hidden_used, PLAIN, "a hidden value is also used by `reduce_sum`"),
+    "another width": (act(jax.nn.silu), {"w1": (E, F), "w2": (F, 5)}, "it maps 8 numbers to 5"),
+    "a matrix a head": (heads, {"w1": (2, 4, F), "w2": (2, F, 4)}, "a matrix for each of several"),
+    "two inputs": (
+        lambda p, x: (jax.nn.silu(x @ p["w1"]) * (jnp.sin(x) @ p["w3"])) @ p["w2"], GATED,
+        "its products take 2 different values",
+    ),
+    "a choice of two": (
+        lambda p, x: (lambda a, b: jnp.where(a > b, a, b))(x @ p["w1"], x @ p["w3"]) @ p["w2"],
+        GATED, "`where` inside it takes several hidden values",
+    ),
+    "a gradient": (gradient, PLAIN, "differentiate the converted function"),
+    "two blocks, one weight": (two_ways, PLAIN, "another block uses its weights in another way"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_what_is_no_block_has_a_reason_and_a_line(name: str) -> None:
+    function, params, reason = MISSES[name]
+    with pytest.raises(InputError, match="no feed-forward block") as error:
+        found(function, params)
+    reasons = [p for p in error.value.problems if reason in p.what]
+    assert reasons, str(error.value)
+    assert str(reasons[0].where).startswith("test_find.py:")
+
+
+def test_a_linear_pair_of_products_is_no_candidate() -> None:
+    with pytest.raises(InputError) as error:
+        found(lambda p, x: (x @ p["w1"] + 1.0) @ p["w2"], PLAIN)
+    assert len(error.value.problems) == 1
+
+
+def mixer(p: Any, x: Any) -> Any:
+    y = x + jnp.swapaxes(jax.nn.gelu(jnp.swapaxes(x, 1, 2) @ p["t1"]) @ p["t2"], 1, 2)
+    return y + jax.nn.gelu(y @ p["w1"]) @ p["w2"]
+
+
+def test_a_product_over_tokens_is_no_block_where_tokens_are_named() -> None:
+    params = {"t1": (S, 5), "t2": (5, S), **PLAIN}
+    assert len(found(mixer, params).report.blocks) == 2
+    named = found(mixer, params, tokens={"x": ("batch", "patch")}).report
+    assert [b.loc for b in named.blocks] == ["ffn"]
+    assert "its products sum over patch, an axis of tokens" in named.misses[0]
+
+
+def test_names_of_tokens_reach_the_graph() -> None:
+    moe = found(flat, PLAIN, tokens={"x": ("batch", "patch")})
+    assert moe.graph.inputs["x.ffn"].type.names == ("batch_patch", "embed")
+    moe = found(biased, BIASED, tokens={"x": ("batch", "patch")})
+    assert moe.graph.inputs["x.ffn"].type.names == ("batch", "patch", "embed")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "problem"),
+    [
+        ({"y": ("batch",)}, "no such argument"),
+        ({"x": ("a", "b", "c", "d")}, "fewer dimensions than axes are named"),
+        ({"x": ("batch", "expert")}, "not names of axes of tokens"),
+    ],
+)
+def test_tokens_that_do_not_fit(tokens: Any, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        found(biased, BIASED, tokens=tokens)
+
+
+def test_a_causal_function_takes_no_routing_that_looks_ahead() -> None:
+    pipeline = "upcycle{experts=4 routing=expert-choice}"
+    with pytest.raises(InputError, match="by later ones"):
+        found(biased, BIASED, pipeline=pipeline)
+    assert found(biased, BIASED, pipeline=pipeline, causal=False).report.blocks[0].is_converted
+
+
+def test_shapes_give_shapes() -> None:
+    moe = found(biased, BIASED)
+    assert moe.params["params"]["w1"] == jax.ShapeDtypeStruct((4, E, F), jnp.float32)

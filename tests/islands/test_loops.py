@@ -1,0 +1,172 @@
+"""Blocks in loops, branches and checkpoints: equal to mixtures by hand, the loops as they were."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+from moecc import jax as mx  # noqa: E402
+from moecc.errors import InputError  # noqa: E402
+
+from . import decoder  # noqa: E402
+from .mixtures import apart, drawn, mixture  # noqa: E402
+
+LAYERS = 2
+PIPELINE = "upcycle{experts=4 top-k=2},add-losses"
+TOKENS = decoder.tokens()
+
+
+def layer(p: Any, x: Any, ffn: Any) -> Any:
+    """A layer without attention: the loops are what is tested."""
+    return x + ffn(p["mlp"], decoder.norm(x, p["norm2"]))
+
+
+def stacked() -> Any:
+    params = decoder.init(LAYERS)
+    layers = jax.tree.map(lambda *each: jnp.stack(each), *params["layers"])
+    return {**params, "layers": layers}
+
+
+def scanned(
+    params: Any, tokens: Any, remat: bool = False, routers: Any = None, **options: Any
+) -> Any:
+    """A decoder whose layers are one scan; with `routers`, its mixtures by hand."""
+
+    def step(x: Any, each: Any) -> Any:
+        p, router = each
+        return layer(p, x, partial(expert, router=router)), None
+
+    if remat:
+        step = jax.checkpoint(step, prevent_cse=False, **options)
+    x, _ = jax.lax.scan(step, params["embed"][tokens], (params["layers"], routers))
+    return x @ params["head"]
+
+
+def expert(p: Any, x: Any, router: Any) -> Any:
+    return decoder.swiglu(p, x) if router is None else mixture(decoder.swiglu, p, router, x, 2)
+
+
+def unrolled(params: Any, tokens: Any, routers: Any = None) -> Any:
+    """The same with the layers one after the other, each cut from the stack."""
+    x = params["embed"][tokens]
+    for i in range(LAYERS):
+        p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
+        ffn = partial(expert, router=None if routers is None else routers[i])
+        x = layer(p, x, ffn)
+    return x @ params["head"]
+
+
+@pytest.fixture(scope="module")
+def moe() -> Any:
+    return mx.convert(scanned, stacked(), TOKENS, PIPELINE)
+
+
+def total(function: Any) -> Any:
+    return lambda params, tokens: jnp.sum(jnp.sin(function(params, tokens)))
+
+
+def by_hand(params: Any, tokens: Any) -> Any:
+    routers = params["moe"][f"layers.{{0..{LAYERS - 1}}}.mlp.router.weight"]
+    return scanned(params["params"], tokens, routers=routers)
+
+
+def test_experts_and_routers_are_stacked(moe: Any) -> None:
+    shape = (LAYERS, 4, decoder.EMBED, decoder.MLP)
+    assert moe.params["params"]["layers"]["mlp"]["up"].shape == shape
+    assert [b.loc for b in moe.report.blocks] == ["layers.0.mlp", "layers.1.mlp"]
+    (router,) = moe.params["moe"].values()
+    assert router.shape == (LAYERS, 4, decoder.EMBED)
+    assert bool(jnp.any(router[0] != router[1]))
+
+
+def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe: Any) -> None:
+    policy = jax.checkpoint_policies.dots_saveable
+    function = partial(scanned, remat=True, policy=policy)
+    params = drawn(moe.params)
+    converted = jax.value_and_grad(total(moe(function, dispatch="gathered")))
+    found = jax.jit(converted)(params, TOKENS)
+    assert apart(found, jax.jit(jax.value_and_grad(total(by_hand)))(params, TOKENS)) < 1e-5
+    text = str(jax.make_jaxpr(converted)(params, TOKENS))
+    assert "policy=" in text
+    assert "length=2" in text
+
+
+def test_one_layer_after_the_other_is_the_same_with_the_same_parameters(moe: Any) -> None:
+    """Losses, too: those of a scan are stacked, and are given to the layers again."""
+    params = drawn(moe.params)
+    found = [
+        jax.jit(moe(total(function), losses=True, dispatch="gathered"))(params, TOKENS)
+        for function in (scanned, unrolled)
+    ]
+    assert apart(*found) < 1e-5
+    names = {n for n in found[0][1] if n.startswith("metric.layers.1")}
+    assert len(names) > 4
+
+
+def test_layers_of_one_scan_become_alike_or_nothing_does() -> None:
+    with pytest.raises(InputError, match="blocks of one scan would differ") as error:
+        mx.convert(scanned, stacked(), TOKENS, "upcycle{experts=4 layers=every:2}")
+    assert "split the scan" in str(error.value)
+
+
+def halves(params: Any, tokens: Any) -> Any:
+    """Two scans, one after the other, each over a part of the stack."""
+    x = params["embed"][tokens]
+    for part in (slice(0, 1), slice(1, LAYERS)):
+        layers = jax.tree.map(lambda a, part=part: a[part], params["layers"])
+        x, _ = jax.lax.scan(lambda x, p: (layer(p, x, decoder.swiglu), None), x, layers)
+    return x @ params["head"]
+
+
+def test_a_scan_that_was_split_converts_in_part() -> None:
+    dense = stacked()
+    moe = mx.convert(halves, dense, TOKENS, "upcycle{experts=4 layers=1}")
+    assert moe.params["params"]["layers"]["mlp"]["up"] is dense["layers"]["mlp"]["up"]
+    assert moe.params["moe"]["layers.1.mlp.up"].shape == (4, decoder.EMBED, decoder.MLP)
+    found = jax.jit(moe(halves, dispatch="gathered"))(moe.params, TOKENS)
+    assert apart(found, jax.jit(halves)(dense, TOKENS)) < 1e-5
+
+
+def often(params: Any, tokens: Any) -> Any:
+    """A layer in a branch, in a loop of unknown length, in a map; shared by all three."""
+    p = params["layers"][0]
+    x = params["embed"][tokens]
+    x = jax.lax.cond(x.sum() > -1e9, lambda x: layer(p, x, decoder.swiglu), jnp.sin, x)
+
+    def proceed(state: Any) -> Any:
+        return state[0] < 2
+
+    def step(state: Any) -> Any:
+        return state[0] + 1, jnp.sort(layer(p, state[1], decoder.swiglu), -1)
+
+    _, x = jax.lax.while_loop(proceed, step, (0, x))
+    return jax.lax.map(lambda row: layer(p, row[None], decoder.swiglu)[0], x)
+
+
+def test_a_block_that_runs_often_is_one_block() -> None:
+    dense = decoder.init(1)
+    moe = mx.convert(often, dense, TOKENS, PIPELINE)
+    assert [b.loc for b in moe.report.blocks] == ["layers.0.mlp"]
+
+    def by_hand(params: Any, tokens: Any) -> Any:
+        ffn = partial(expert, router=params["moe"]["layers.0.mlp.router.weight"])
+        return often_with(params["params"], tokens, ffn)
+
+    params = drawn(moe.params)
+    found, losses = jax.jit(moe(often, losses=True, dispatch="gathered"))(params, TOKENS)
+    assert apart(found, jax.jit(by_hand)(params, TOKENS)) < 1e-5
+    assert float(losses["loss.balance"]) > 0
+
+
+def often_with(params: Any, tokens: Any, ffn: Any) -> Any:
+    one = partial(layer, params["layers"][0], ffn=ffn)
+    x = one(params["embed"][tokens])
+    for _ in range(2):
+        x = jnp.sort(one(x), -1)
+    return one(x)

@@ -1,0 +1,161 @@
+"""Experts of several models: which tensor comes from which, and when the function is one's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from moecc.backend import get_backend
+from moecc.errors import InputError, UsageError
+from moecc.model.branches import add_branches, parse_branches
+from moecc.model.open import open_model
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.convert import Plan, plan, write
+from moecc.types.arrays import Array
+from moecc.types.dtypes import F64
+from moecc.weights.evaluate import evaluate
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SOURCE = GOLDEN / "llama_gqa"
+MATRICES = {"w1": "gate", "w3": "up", "w2": "down"}
+
+Change = Callable[[str, Array], Array]
+
+
+def model_like(folder: Path, seed: int, changes: Change | None = None) -> Path:
+    """Write a model of the architecture of `SOURCE` with other weights."""
+    shutil.copytree(SOURCE, folder)
+    rng = np.random.default_rng(seed)
+    drawn = {n: (a + rng.normal(size=a.shape)).astype(a.dtype) for n, a in tensors(SOURCE).items()}
+    if changes is not None:
+        drawn = {name: changes(name, array) for name, array in drawn.items()}
+    save_file(drawn, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, Array]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: model_like(folder / name, ord(name)) for name in "ab"}
+
+
+def planned(models: dict[str, Path], options: str) -> Plan:
+    model = open_model(str(SOURCE))
+    add_branches(model, {name: str(path) for name, path in models.items()})
+    return plan(model, Pipeline.parse(f"upcycle{{{options}}}"), "mixtral", check=False)
+
+
+@given(
+    st.lists(st.sampled_from(["base", "a", "b"]), min_size=2, max_size=4),
+    st.sampled_from(["base", "mean"]),
+)
+@settings(max_examples=10)
+def test_each_expert_is_its_models_and_the_rest_is_the_mean(
+    models: dict[str, Path], names: list[str], rest: str
+) -> None:
+    done = planned(models, f"experts={len(names)} sources={','.join(names)} rest={rest}")
+    assert done.model.checkpoint is not None
+    read = {"base": tensors(SOURCE)} | {name: tensors(path) for name, path in models.items()}
+    counted = names if rest == "mean" else ["base"]
+    for tensor in done.tensors:
+        found = evaluate(tensor.expr, done.model.checkpoint.read, F64)
+        layer, _, own = tensor.name.partition(".block_sparse_moe.experts.")
+        if own:
+            number, word, _ = own.split(".")
+            name = f"{layer}.mlp.{MATRICES[word]}_proj.weight"
+            assert np.array_equal(found, read[names[int(number)]][name])
+        elif not tensor.name.endswith("gate.weight"):
+            mean = np.mean([read[name][tensor.name].astype(float) for name in counted], axis=0)
+            np.testing.assert_allclose(found, mean, rtol=3e-7, atol=3e-7)
+    done.model.checkpoint.close()
+
+
+def logits(place: Path) -> Array:
+    with open_model(str(place)) as model:
+        program = get_backend("reference").compile(model.graph)
+        tokens = np.load(SOURCE / "tokens.npy")
+        return program.run(model.params(dtype=F64), {"tokens": tokens})["logits"]
+
+
+def test_where_the_experts_of_one_model_are_chosen_it_is_computed(tmp_path: Path) -> None:
+    """With a router of zeros a token goes to the first experts, all of which are one model's."""
+    base = tensors(SOURCE)
+    other = model_like(tmp_path / "a", 1, lambda n, a: a if ".mlp." in n else base[n])
+    done = planned({"a": other}, "experts=4 top-k=2 router-init=zero sources=a,a,base,base")
+    assert "experts come from several models: a, base" in str(done.preserves)
+    write(done, tmp_path / "out")
+    expected = logits(other)
+    assert np.abs(logits(tmp_path / "out") - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert np.abs(logits(SOURCE) - expected).max() > 0.1 * np.abs(expected).max()
+    assert (tmp_path / "out" / "README.md").read_text().count("--experts a=A") == 1
+    files = json.loads((tmp_path / "out" / "moecc_manifest.json").read_text())["source_files"]
+    assert {"model.safetensors", "a/model.safetensors"} <= files.keys()
+
+
+def test_one_model_under_several_names_keeps_its_promise(models: dict[str, Path]) -> None:
+    assert planned(models, "experts=2 sources=base,base").preserves.kind == "reassociation"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("experts=2 sources=base,a,b", "every copy comes from one model"),
+        ("experts=2 sources=base,a init=noise", "not made to differ"),
+        ("experts=2 rest=mean", "nothing to take a mean of"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    models: dict[str, Path], options: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        planned(models, options)
+
+
+def test_a_model_that_was_not_named(models: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="there is no model of this name"):
+        planned(models, "experts=2 sources=base,c")
+
+
+def test_names_of_models() -> None:
+    assert parse_branches(["a=x/y", "b=z=z"]) == {"a": "x/y", "b": "z=z"}
+    with pytest.raises(UsageError) as raised:
+        parse_branches(["a", "base=x", "b=x", "b=y"])
+    assert len(raised.value.problems) == 3
+
+
+def test_models_that_do_not_suit(tmp_path: Path) -> None:
+    """All problems of all models at once."""
+    narrow = model_like(tmp_path / "narrow", 2)
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with open_model(str(SOURCE)) as model, pytest.raises(InputError) as raised:
+        add_branches(
+            model,
+            {"a": str(narrow), "b": str(GOLDEN / "qwen2_square"), "c": str(tmp_path / "none")},
+        )
+    text = str(raised.value)
+    assert "rms_norm_eps: the models differ in their architecture" in text
+    assert "the models are of different families" in text
+    assert "none" in text
+
+
+def test_tokenizers_that_differ(tmp_path: Path) -> None:
+    for name, words in (("base", ["x", "y"]), ("a", ["y", "x"])):
+        folder = model_like(tmp_path / name, 3)
+        vocab = {word: number for number, word in enumerate(words)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    with open_model(str(tmp_path / "base")) as model, pytest.raises(InputError) as raised:
+        add_branches(model, {"a": str(tmp_path / "a")})
+    assert "the tokenizers differ, in 2 tokens" in str(raised.value)

@@ -1,0 +1,112 @@
+"""The meaning and the lowering of convolutions, against sums written out and against torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.backend import get_backend
+from moecc.errors import InputError
+from moecc.families.describe import flops
+from moecc.ir import F32, Builder, Graph, parse, print_graph, tensor, verify
+
+RNG = np.random.default_rng(0)
+
+
+def patches(stride: int = 2, padding: int = 1) -> Graph:
+    """Return a convolution of images whose axes are in another order than torch's."""
+    graph = Graph("patches")
+    x = graph.input("x", tensor(F32, batch="B", height=5, channel=3, width=7))
+    w = graph.param("w", tensor(F32, embed=4, channel=3, down=3, across=2))
+    y = Builder(graph).convolve(
+        x, w, over="channel", along=("height", "width"), taps=("down", "across"),
+        stride=stride, padding=padding,
+    )  # fmt: skip
+    graph.set_output("y", y)
+    verify(graph)
+    return graph
+
+
+def by_hand(x: np.ndarray, w: np.ndarray, stride: int, padding: int) -> np.ndarray:
+    """Return ``[batch, height, width, embed]``, one sum at a time."""
+    x = np.pad(x, ((0, 0), (padding, padding), (0, 0), (padding, padding)))
+    height = (x.shape[1] - w.shape[2]) // stride + 1
+    width = (x.shape[3] - w.shape[3]) // stride + 1
+    made = np.zeros((x.shape[0], height, width, w.shape[0]))
+    for row in range(height):
+        for column in range(width):
+            down = slice(row * stride, row * stride + w.shape[2])
+            across = slice(column * stride, column * stride + w.shape[3])
+            window = x[:, down, :, across].transpose(0, 2, 1, 3)
+            made[:, row, column] = np.tensordot(window, w, ([1, 2, 3], [1, 2, 3]))
+    return made
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (3, 2)])
+def test_windows_are_summed_as_by_hand(backend: str, stride: int, padding: int) -> None:
+    x, w = RNG.standard_normal((2, 5, 3, 7)), RNG.standard_normal((4, 3, 3, 2))
+    graph = patches(stride, padding)
+    found = (
+        get_backend(backend)
+        .compile(graph)
+        .run({"w": w.astype(np.float32)}, {"x": x.astype(np.float32)})["y"]
+    )
+    expected = by_hand(x.astype(np.float32), w.astype(np.float32), stride, padding)
+    assert graph.outputs["y"].type.names == ("batch", "height", "width", "embed")
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_a_convolution_prints_and_counts_its_windows() -> None:
+    graph = patches()
+    text = print_graph(graph)
+    assert "along=(height, width), taps=(down, across), stride=2, padding=1" in text
+    assert print_graph(parse(text)) == text
+    # Three by four windows of 3 * 2 places and 3 channels, to 4 numbers, for each image.
+    assert flops(graph) == (2 * 3 * 4 * (3 * 2 * 3) * 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"taps": ("down",)}, "an axis of the weights for each axis"),
+        ({"along": ("height", "batch")}, "cannot be counted"),
+        ({"stride": 0}, "no such windows"),
+        ({"padding": -1}, "no such windows"),
+        ({"over": ()}, "both operands have the axis 'channel'"),
+        ({"over": "embed"}, "has no axis 'embed'"),
+        ({"along": ("width", "height"), "taps": ("down", "deep")}, "has no axis 'deep'"),
+    ],
+)
+def test_what_has_no_windows_is_refused(changes: dict[str, Any], words: str) -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, batch="B", channel=3, height=5, width=7))
+    w = graph.param("w", tensor(F32, embed=4, channel=3, down=3, across=2))
+    attrs = {"over": "channel", "along": ("height", "width"), "taps": ("down", "across")}
+    with pytest.raises(InputError, match=words):
+        Builder(graph).convolve(x, w, **{**attrs, **changes})
+
+
+def test_a_window_longer_than_its_axis_is_refused() -> None:
+    graph = Graph()
+    x = graph.input("x", tensor(F32, channel=3, height=2))
+    w = graph.param("w", tensor(F32, embed=4, channel=3, tap=5))
+    with pytest.raises(InputError, match="longer than the axis"):
+        Builder(graph).convolve(x, w, over="channel", along="height", taps="tap", padding=1)
+
+
+def test_gradients_are_those_of_the_sums() -> None:
+    jax = pytest.importorskip("jax")
+    from moecc_backends.xla.backend import function
+
+    run = function(patches())
+    x = RNG.standard_normal((1, 5, 3, 7)).astype(np.float32)
+    w = RNG.standard_normal((4, 3, 3, 2)).astype(np.float32)
+    found = jax.grad(lambda p: run({"w": p}, {"x": x})["y"].sum())(w)
+    # The sum is linear in each weight: what all windows see at its place.
+    step = np.zeros_like(w)
+    step[1, 2, 0, 1] = 1
+    assert found[1, 2, 0, 1] == pytest.approx(by_hand(x, step, 2, 1).sum(), rel=1e-4)

@@ -1,0 +1,97 @@
+"""A run that begins with the moments of another: which follow, and what it changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.checkpoint.run.layout import saved_steps
+from moecc.checkpoint.run.state import StateReader
+from moecc.cli.main import main
+from moecc.model.open import open_model
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.steps.carried import carried_moments, saved_moments
+from moecc.tasks.train_carried import over_its_source
+from moecc.train.recipe import OptimizerSection
+from moecc.train.state import canonical
+from moecc.weights.expr import sources
+
+from .tiny import draw_weights, make_recipe
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("init", ["copy", "drop", "noise"])
+def test_every_moment_of_an_upcycled_model_follows_but_routers(init: str, optimizer: str) -> None:
+    section = OptimizerSection(name=optimizer)
+    with open_model("tests/golden/llama_gqa") as model:
+        before = canonical(model.graph).graph
+        graph = canonical(model.graph).graph
+    run_pipeline(graph, Pipeline.parse(f"upcycle{{experts=4 top-k=2 init={init}}}"))
+    made = over_its_source(canonical(graph))
+    found = carried_moments(made, section, saved_moments(before, section), 10)
+    zeros = {name for name, moment in found.items() if not sources(moment)}
+    assert zeros == {name for name in found if "router" in name}
+    assert {name.split(".", 2)[2] for name in found} == set(made.params)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, and a run of it without experts."""
+    folder = tmp_path_factory.mktemp("carried")
+    recipe = make_recipe(folder, "steps = 30")
+    words = ["--set", "model.pipeline=''", "--set", "run.guard.sigma=0"]
+    assert main(["train", str(recipe), "--out", str(folder / "dense"), *words]) == 0
+    return folder
+
+
+def trained_on(folder: Path, moments: str, *sets: str) -> list[str]:
+    given = [f"model.source={folder / 'dense'}", "model.start=source", "run.steps=8",
+             f"model.moments={moments}", *sets]  # fmt: skip
+    words = [word for one in given for word in ("--set", one)]
+    return ["train", str(folder / "recipe.toml"), "--out", str(folder / moments), *words]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_moments_of_another(dense: Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    losses = {}
+    for moments in ("carry", "reset"):
+        assert main(trained_on(dense, moments)) == 0
+        lines = (dense / moments / "metrics.jsonl").read_text().splitlines()
+        losses[moments] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    assert losses["carry"][0] == losses["reset"][0]
+    # A first step without moments is one of full size in every direction.
+    assert losses["carry"][1] < losses["reset"][1]
+    counts = [
+        int(StateReader(saved_steps(dense / run)[-1].state).read("moments.count"))
+        for run in ("carry", "reset")
+    ]
+    assert counts == [38, 8]
+    norms = [
+        np.linalg.norm(StateReader(saved_steps(run)[-1].state).read("moments.m.lm_head.weight"))
+        for run in (dense / "carry", dense / "reset")
+    ]
+    assert all(norm > 0 for norm in norms)
+
+
+@pytest.mark.slow
+def test_moments_of_another_optimiser_are_rejected(dense: Path, capsys: Any) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    words = trained_on(dense, "carry", "optimizer.name=adafactor")
+    assert main([w.replace("/carry", "/other") for w in words]) == 1
+    assert "the source has no moments of adafactor" in capsys.readouterr().err
+    assert not (dense / "other").exists()
+
+
+def test_only_a_run_has_moments(tmp_path: Path, capsys: Any) -> None:
+    recipe = make_recipe(tmp_path, "steps = 3")
+    draw_weights(tmp_path / "model")
+    given = ["--set", "model.start=source", "--set", "model.moments=carry"]
+    words = ["train", str(recipe), "--out", str(tmp_path / "run"), *given]
+    assert main(words) == 1
+    assert "only a run has moments" in capsys.readouterr().err

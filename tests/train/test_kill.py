@@ -1,0 +1,179 @@
+"""Runs that are killed, terminated or out of disk go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moecc.checkpoint.run.layout import saved_steps
+from moecc.checkpoint.run.state import StateReader
+
+pytest.importorskip("jax")
+pytest.importorskip("orbax.checkpoint")
+
+from .tiny import make_recipe  # noqa: RUF100, E402
+
+pytestmark = pytest.mark.slow
+
+RUN = "steps = 24\nsave_steps = 3\nevaluate_steps = 8\nkeep = 2"
+KILLS = 20
+SEED = 5
+ONE = ("XLA_FLAGS", "")
+"""One device, whatever the tests have."""
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "moecc", *map(str, words)]
+
+
+def start(words: list[str], limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    environment = {**os.environ, ONE[0]: ONE[1]}
+    return subprocess.Popen(
+        words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, preexec_fn=limit,
+    )  # fmt: skip
+
+
+def finish(words: list[str], code: int = 0) -> str:
+    process = start(words)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return err
+
+
+def killed_after(words: list[str], seconds: float) -> bool:
+    """Run a command and kill it with all of its processes; return whether it was still running."""
+    process = start(words)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return True
+    return False
+
+
+def same(run: Path, whole: Path) -> None:
+    """Assert that two runs have the same journal, and the same last state, bit for bit."""
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ours, theirs = saved_steps(run)[-1], saved_steps(whole)[-1]
+    assert ours.number == theirs.number
+    first, second = StateReader(ours.state), StateReader(theirs.state)
+    for name in ours.facts["tensors"]:
+        for key in (f"params.{name}", f"moments.m.{name}", f"moments.v.{name}"):
+            np.testing.assert_array_equal(first.read(key), second.read(key))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, and a run of it that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("kill")
+    recipe = make_recipe(folder, RUN)
+    finish(command("train", recipe, "--out", folder / "whole"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seconds(folder: Path) -> float:
+    """How long a run takes whose programs are compiled."""
+    started = time.monotonic()
+    finish(command("train", folder / "recipe.toml", "--out", folder / "timed"))
+    return time.monotonic() - started
+
+
+def test_killed_at_random_moments(folder: Path, seconds: float, tmp_path: Path) -> None:
+    rng, kills, number = random.Random(SEED), 0, 0
+    while kills < KILLS:
+        run, number = tmp_path / str(number), number + 1
+        words = command("train", folder / "recipe.toml", "--out", run)
+        while killed_after(words, rng.uniform(0.0, seconds)):
+            kills += 1
+            if (run / "lineage.json").is_file():
+                words = command("train", "--resume", run)
+            else:
+                # It was killed before the folder was there, or while it was made.
+                shutil.rmtree(tmp_path / f".{run.name}.moecc-partial", ignore_errors=True)
+        finish(command("train", "--resume", run))
+        same(run, folder / "whole")
+        shutil.rmtree(run)
+
+
+def test_two_processes_killed_at_random_moments(folder: Path, tmp_path: Path) -> None:
+    launch = ("launch", "local", "-n", "2", "--", "train")
+    mesh = ("--set", "mesh.mesh=data=2")
+    started = time.monotonic()
+    finish(command(*launch, folder / "recipe.toml", "--out", tmp_path / "whole", *mesh))
+    seconds = time.monotonic() - started
+    rng, run = random.Random(SEED), tmp_path / "run"
+    words = command(*launch, folder / "recipe.toml", "--out", run, *mesh)
+    for _ in range(3):
+        killed_after(words, rng.uniform(0.4, 1.0) * seconds)
+        if (run / "lineage.json").is_file():
+            words = command(*launch, "--resume", run, *mesh)
+        else:
+            shutil.rmtree(tmp_path / ".run.moecc-partial", ignore_errors=True)
+    finish(words)
+    same(run, tmp_path / "whole")
+    # One process computes the same, up to the order of sums.
+    lines = [
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (run, folder / "whole")
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours["step"] == theirs["step"]
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_after_the_step_and_saved(
+    folder: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    run = tmp_path / "run"
+    process = start(command("train", folder / "recipe.toml", "--out", run))
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_bytes():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    last = saved_steps(run)[-1].number
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert last == max(json.loads(line)["step"] for line in lines)
+    finish(command("train", "--resume", run))
+    same(run, folder / "whole")
+
+
+def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    # Less than the arrays of a checkpoint, more than the journal.
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    finish(command("train", folder / "recipe.toml", "--out", run, "--set", "run.steps=24"))
+    kept = [step.number for step in saved_steps(run)]
+    for step in saved_steps(run)[1:]:
+        (step.folder / "step.json").unlink()
+    process = start(command("train", "--resume", run), limit)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 4, err
+    assert err.count("error:") == 1
+    assert "a checkpoint cannot be written" in err
+    assert [step.number for step in saved_steps(run)] == kept[:1]
+    finish(command("train", "--resume", run))
+    same(run, folder / "whole")

@@ -1,0 +1,110 @@
+"""The three methods that lm-eval calls, by hand; and its harness, where it is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moecc.model.open import open_model
+from moecc.tasks.generate import load_tokenizer
+from moecc.tasks.lm_eval_model import HarnessModel, lm_eval_model
+from moecc.train.tokens.byte_tokenizer import byte_tokenizer
+
+from .tiny import draw_weights, make_model
+
+jax = pytest.importorskip("jax")
+
+from moecc_backends.xla.backend import function  # noqa: E402
+
+
+@dataclass
+class Instance:
+    args: tuple[Any, ...]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_model(tmp_path_factory.mktemp("model") / "model", max_position_embeddings=64)
+    (folder / "tokenizer.json").write_bytes(byte_tokenizer())
+    draw_weights(folder)
+    arrays = load_file(folder / "model.safetensors")
+    # Greedy decoding is to find letters, so that its text has the tokens that it found.
+    arrays["lm_head.weight"][[n for n in range(384) if not chr(n).isascii() or n < 32]] = 0
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def harness(folder: Path) -> Iterator[HarnessModel]:
+    with open_model(str(folder)) as model, load_tokenizer(model) as tokenizer:
+        yield HarnessModel(model, tokenizer, batch=4)
+
+
+def log_p(harness: HarnessModel, ids: list[int]) -> np.ndarray:
+    """Return the log probability of each token of `ids` but the first."""
+    model, width = harness.model, harness.longest
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, : len(ids) - 1] = ids[:-1]
+    run = jax.jit(function(model.graph))
+    logits = run(dict(model.params()), {"tokens": tokens})["logits"][0]
+    shares = np.asarray(jax.nn.log_softmax(logits))
+    return np.take_along_axis(shares[: len(ids) - 1], np.asarray(ids[1:])[:, None], 1)[:, 0]
+
+
+def test_continuations_are_scored_after_their_contexts(harness: HarnessModel) -> None:
+    pairs = [("ab", "cd"), ("", "xyz"), ("a longer context of words ", "and its end"), ("q", "r")]
+    found = harness.loglikelihood([Instance(pair) for pair in pairs] * 2)
+    for (context, continuation), (score, _) in zip(pairs * 2, found, strict=True):
+        before = list(context.encode()) or [harness.model.graph.attrs["config"]["bos_token_id"]]
+        each = log_p(harness, [*before, *continuation.encode()])
+        assert score == pytest.approx(float(each[len(before) - 1 :].sum()), rel=1e-4)
+
+
+def test_greedy_is_what_generation_finds(harness: HarnessModel) -> None:
+    (text,) = harness.generate_until([Instance(("ab", {"until": [], "max_gen_toks": 3}))])
+    assert harness.loglikelihood([Instance(("ab", text))])[0][1]
+    assert not harness.loglikelihood([Instance(("ab", "?" + text))])[0][1]
+    (cut,) = harness.generate_until([Instance(("ab", {"until": [text[1]], "max_gen_toks": 3}))])
+    assert cut == text[: text.index(text[1])]
+
+
+@pytest.mark.slow
+def test_a_long_text_is_scored_in_windows(harness: HarnessModel) -> None:
+    text = "0123456789" * 15
+    ids = list(text.encode())
+    whole = [harness._start, *ids]
+    expected = sum(
+        float(log_p(harness, whole[at : at + 65]).sum()) for at in range(0, len(ids), 64)
+    )
+    assert harness.loglikelihood_rolling([Instance((text,))])[0] == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_a_local_task_of_the_harness(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    from lm_eval.tasks import TaskManager
+
+    lines = [{"q": f"{n} and", "choices": [" a", " b"], "answer": n % 2} for n in range(4)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "t.yaml").write_text(
+        "task: tiny\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/d.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\n"
+        "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    with open_model(str(folder)) as model, lm_eval_model(model) as adapter:
+        found = lm_eval.simple_evaluate(adapter, tasks=["tiny"], task_manager=manager)
+    assert found["results"]["tiny"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)

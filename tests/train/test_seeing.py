@@ -1,0 +1,127 @@
+"""Alarms, series of a journal, the page of a report, and what trackers are given."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moecc.checkpoint.run.layout import LINEAGE_SCHEMA
+from moecc.cli.main import main
+from moecc.errors import InputError
+from moecc.train.alarms import DEAD_STEPS, SATURATED_STEPS, Watch
+from moecc.train.events import Evaluated, Reason, Stepped, Stopped
+from moecc.train.run_folder import create_run
+from moecc.train.run_series import MOST_POINTS, read_run
+from moecc.train.trackers import TensorBoard, scalars, tracked
+
+LAYER = "metric.layers.1.ffn"
+
+
+def metrics(step: int, loads: list[float], entropy: float = 1.3) -> dict[str, Any]:
+    return {"loss": 4.0 / step, f"{LAYER}.loads": loads, f"{LAYER}.entropy": entropy}
+
+
+def test_a_dead_expert_is_seen_once_and_again_after_it_lived() -> None:
+    watch, found = Watch(), []
+    for step in range(1, 3 * DEAD_STEPS + 2):
+        alive = step == 2 * DEAD_STEPS - 5
+        found += watch(step, metrics(step, [0.5, 0.5 if alive else 0.0, 0.5, 0.0]))
+    first = [a.step for a in found if "expert 1 " in a.what]
+    assert first == [DEAD_STEPS, 3 * DEAD_STEPS - 5]
+    assert [a.step for a in found if "expert 3 " in a.what] == [DEAD_STEPS]
+    assert {a.layer for a in found} == {"layers.1.ffn"}
+
+
+def test_a_saturated_router_is_seen() -> None:
+    watch, found = Watch(), []
+    for step in range(1, 40):
+        found += watch(step, metrics(step, [0.25] * 4, entropy=0.01))
+    assert [(a.step, "saturated" in a.what) for a in found] == [(SATURATED_STEPS, True)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 1,200 steps with two experts, the second of which dies."""
+    folder = tmp_path / "run <1>"
+    stage = {"source": "model", "pipeline": "upcycle", "recipe": "sha256:0123456789abcdef"}
+    create_run(
+        folder, recipe="", graph="", lineage={"schema": LINEAGE_SCHEMA, "stages": [stage]},
+        source={"config.json": b"{}"},
+    )  # fmt: skip
+    lines = [
+        {"step": s, "tokens": 8 * s, **metrics(s, [1.0, 0.0] if s > 900 else [0.5, 0.5])}
+        for s in range(1, 1201)
+    ]
+    lines += [{"step": 1200, "held_out": {"a": 2.0, "b": 3.0}, "spread": {"layers.1.ffn": [1, 2]}}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def test_series_of_a_journal(run: Path) -> None:
+    found = read_run(run)
+    assert found.layers == ["layers.1.ffn"]
+    loss = found.scalar("loss")
+    assert loss is not None
+    assert len(loss.steps) == MOST_POINTS
+    assert loss.values[0] == pytest.approx(3.0)  # of steps 1 and 2
+    loads = found.of_layer("layers.1.ffn", "loads")
+    assert loads is not None
+    assert loads.values.shape == (MOST_POINTS, 2)
+    assert found.held_out["b"].values.tolist() == [3.0]
+    assert found.spread("layers.1.ffn").values.tolist() == [[1.0, 2.0]]  # type: ignore[union-attr]
+    assert found.scalar("nothing") is None
+    assert [a.step for a in found.alarms()] == [900 + DEAD_STEPS]
+    assert found.facts["tokens"] == "9,600"
+
+
+def test_what_is_no_run_or_made_no_step_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not the folder of a run"):
+        read_run(tmp_path)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="has made no step"):
+        read_run(run)
+
+
+def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--html", str(page)]) == 0
+    text = page.read_text("utf-8")
+    without = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert "<title>run &lt;1&gt;</title>" in text
+    assert "expert 1 got no row for 50 steps" in without
+    assert "Held-out text" in without
+    assert not re.search(r"""(src|href)=["']?http""", without)
+    assert text.count('<div class="figure">') >= 6
+    assert main(["report", str(run), "--html", str(page)]) == 1
+
+
+def test_scalars_of_events() -> None:
+    found = scalars(Stepped(3, {"loss": 2.0, f"{LAYER}.loads": [0.25, 0.75]}, 30, 0.5))
+    assert found == {
+        "train/tokens": 30.0, "train/seconds": 0.5, "train/loss": 2.0,
+        "layers.1.ffn/loads/0": 0.25, "layers.1.ffn/loads/1": 0.75,
+    }  # fmt: skip
+    many = scalars(Evaluated(3, {"a": 1.0}, {"layers.1.ffn": [0.1 * n for n in range(64)]}))
+    assert many.keys() == {
+        "held_out/a",
+        "layers.1.ffn/spread/largest",
+        "layers.1.ffn/spread/smallest",
+    }
+    assert scalars(Stopped(3, Reason.DONE)) == {}
+
+
+def test_event_files_have_what_passed_by(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    events = [Stepped(s, {"loss": 1.0 / s}, s, 0.1) for s in range(1, 5)]
+    assert list(tracked(events, [TensorBoard(tmp_path, 0)], 2)) == events
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data = file.read_bytes()
+    assert data.count(b"train/loss") == 2
+    assert np.frombuffer(data[:8], np.uint64)[0] > 0
