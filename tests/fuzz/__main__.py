@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .grammars import GRAMMARS
@@ -39,7 +40,8 @@ def main() -> int:
         print(json.dumps(found, indent=1))
         return 1 if found["failures"] else 0
     fuzzers = [Fuzzer(GRAMMARS[n], arguments.seed) for n in arguments.grammar or GRAMMARS]
-    _fuzz(fuzzers, arguments.executions, arguments.minutes)
+    with suppress(KeyboardInterrupt):  # what was counted until then is reported
+        _fuzz(fuzzers, arguments.executions, arguments.minutes)
     for fuzzer in fuzzers:
         for failure in fuzzer.failures.values():
             print(f"{failure.grammar}: {failure.signature}: {_kept(failure)}", file=sys.stderr)
