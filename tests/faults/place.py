@@ -197,9 +197,7 @@ def tensors(edit: Callable[[dict[str, np.ndarray]], object]) -> Act:
     return act
 
 
-def tensors_converted(
-    edit: Callable[[dict[str, np.ndarray]], object], **more: Any
-) -> Act:
+def tensors_converted(edit: Callable[[dict[str, np.ndarray]], object], **more: Any) -> Act:
     """Edit the tensors, then convert the model."""
 
     def act(place: Place) -> None:
@@ -273,9 +271,7 @@ def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
     """Write a GGUF file of a small model, which `make` adds to."""
 
     def act(place: Place) -> None:
-        builder = add_model(
-            GgufBuilder(), layers=1, heads=2, groups=1, hidden=16, mlp=32, vocab=6
-        )
+        builder = add_model(GgufBuilder(), layers=1, heads=2, groups=1, hidden=16, mlp=32, vocab=6)
         make(builder)
         place.open(builder.write(place.root / "model.gguf", **counts))
 

@@ -18,7 +18,7 @@ import pytest
 from moecc.checkpoint.manifest import check_manifest
 
 from ..checkpoint.gguf.conftest import GgufBuilder
-from .place import DOWN, INDEX, ONE, SHARDS, Act, Allowed, Place, framed
+from .place import DOWN, INDEX, ONE, Act, Allowed, Place, framed
 
 
 def twice(header: str, name: str) -> str:
@@ -202,5 +202,3 @@ def missing_extra(place: Place) -> None:
             patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, "gguf", None)
         dequantise(np.zeros(144, np.uint8), BY_NAME["Q4_K"])
-
-

@@ -170,7 +170,9 @@ def _changed(rng: Rng, root: Any) -> Any:
         case 5 if isinstance(here, int | float) and not isinstance(here, bool):
             box[key] = _number_near(rng, here)
         case 6 if isinstance(here, str):
-            box[key] = rng.choice((here + rng.choice(ODD), here[:-1], here.upper(), rng.choice(ODD)))
+            box[key] = rng.choice(
+                (here + rng.choice(ODD), here[:-1], here.upper(), rng.choice(ODD))
+            )
         case _:
             box[key] = copy.deepcopy(rng.choice(VALUES))
     return root

@@ -161,7 +161,9 @@ def gguf_files() -> tuple[bytes, ...]:
     small = {"layers": 1, "heads": 2, "groups": 1, "hidden": 16, "mlp": 32, "vocab": 6}
     for architecture in ("llama", "qwen2", "qwen3"):
         made = add_model(GgufBuilder(), architecture, **small)
-        made.key("tokenizer.ggml.model", "string", "gpt2").key("tokenizer.ggml.pre", "string", "gpt-2")
+        made.key("tokenizer.ggml.model", "string", "gpt2").key(
+            "tokenizer.ggml.pre", "string", "gpt-2"
+        )
         made.array("tokenizer.ggml.tokens", "string", ["a", "b", "ab", "<s>", "</s>", "c"])
         made.array("tokenizer.ggml.token_type", "i32", [1, 1, 1, 3, 3, 1])
         made.array("tokenizer.ggml.merges", "string", ["a b"])
@@ -202,7 +204,12 @@ def tokenizers() -> tuple[bytes, ...]:
 
     special = {"id": 5, "content": "<s>", "special": True, "normalized": False,
                "single_word": False, "lstrip": False, "rstrip": False}  # fmt: skip
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     bpe = {
         "version": "1.0", "added_tokens": [special], "normalizer": None, "pre_tokenizer": level,
         "decoder": level, "post_processor": {
