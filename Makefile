@@ -5,7 +5,11 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
+<<<<<<< HEAD
 .PHONY: fuzz help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-learning docs bench wheel clean
+=======
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-kills proof-learning docs bench wheel clean
+>>>>>>> main
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +61,10 @@ types: $(STAMP) ## mypy --strict over the three packages
 
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
+
+proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.kill.prove --out docs/proofs/kills.json > /dev/null
 
 proof-learning: $(STAMP) ## experts help at equal tokens: one experiment again, from nothing, on three seeds
 	$(BIN)/python experiments/run.py --proof

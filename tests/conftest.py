@@ -11,6 +11,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from hypothesis import HealthCheck, settings
 # The older emitters of fused loops make less text for LLVM to compile.  What XLA does to a program,
 # which is what the tests about compiled programs read, is the same but for the size of its buffers:
 # tests about memory ask for the emitters that users have.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_cpu_use_fusion_emitters=false"
-)
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# From 0.12 on jaxlib has the newer emitters alone.
+if find_spec("jaxlib") and [*map(int, version("jaxlib").split(".")[:2])] < [0, 12]:
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Hundreds of child processes import moecc: they find its bytecode, and leave none in the tree.

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from moecc.errors import MachineError
+from moecc.support.extras import install_hint
 
 if TYPE_CHECKING:
     from moecc.backend import Backend
@@ -20,7 +21,7 @@ def _reference() -> Backend:
 
 def _xla() -> Backend:
     if find_spec("jax") is None:
-        raise MachineError("the xla backend needs jax", hint="pip install 'moecc[xla]'")
+        raise MachineError("the xla backend needs jax", hint=install_hint("xla"))
     from moecc_backends.xla.import_jax import import_jax
 
     import_jax()

@@ -144,9 +144,9 @@ def _combine(node: Node, degree: dict[Value, int | None]) -> int | None:
 
 def _is_bias(node: Node) -> bool:
     """Whether `node` adds a parameter to a value."""
-    # A norm adds a bias, too, but mixes what it is added to.
+    # A norm adds a bias, too, but mixes what it is added to; a difference has a sign.
     added = (v for i, v in enumerate(node.operands) if node.op.role(i) is Role.BIAS)
-    return node.op.elementwise and any(v.is_param for v in added)
+    return node.op.elementwise and node.op.commutative and any(v.is_param for v in added)
 
 
 def _is_product(value: Value) -> bool:

@@ -43,7 +43,7 @@ class StepPlan:
 def summary(
     name: str, facts: Description, pipeline: Pipeline, preserves: Preserves
 ) -> dict[str, str]:
-    """Return what is said of a model in a line: a text for each name, empty where there is none."""
+    """Return what is said of a model in a line: a text for each name, empty if there is none."""
     experts = {f"{layer.experts} experts, top-{layer.top_k}" for layer in facts.expert_layers}
     return {
         "name": name,

@@ -19,7 +19,7 @@ from moecc.checkpoint.files import os_problem
 from moecc.checkpoint.leftovers import check_leftovers, leftover_bytes, partial_of, replaced_of
 from moecc.checkpoint.locks import claimed, public_mode
 from moecc.checkpoint.problems import Problems
-from moecc.checkpoint.removal import remove
+from moecc.checkpoint.removal import remove, remove_rest
 from moecc.errors import InputError, MachineError
 
 _SPACE_MARGIN_BYTES = 16 << 20
@@ -231,26 +231,16 @@ def _put_in_place(temporary: Path, place: OutputPlace) -> None:
             _settle(temporary, place.folder, old)
         raise
     if os.path.lexists(old):
-        _remove_replaced(old)
+        remove_rest(old)
 
 
 def _settle(temporary: Path, folder: Path, old: Path) -> None:
     """After an interruption: the new output has its place, or the old one gets it back."""
     if not os.path.lexists(temporary):
         synchronise_folder(folder.parent)
-        _remove_replaced(old)
+        remove_rest(old)
     elif not os.path.lexists(folder):
         _rename(old, folder)
-
-
-def _remove_replaced(old: Path) -> None:
-    remove(old)
-    if os.path.lexists(old):
-        raise MachineError(
-            "the new output is complete, but the one it replaced could not be deleted",
-            where=str(old),
-            hint="delete it yourself",
-        )
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ from moecc.checkpoint.locks import claimed
 from moecc.checkpoint.outdir import check_apart, require_machine
 from moecc.checkpoint.problems import Problems
 from moecc.checkpoint.records import manifest_beside
-from moecc.checkpoint.removal import remove
+from moecc.checkpoint.removal import remove_rest
 from moecc.errors import InputError
 
 
@@ -92,4 +92,4 @@ def output_file(
             problems.raise_if_any(InputError)
         yield temporary
         commit_file(file)
-        remove(temporary)
+        remove_rest(temporary)

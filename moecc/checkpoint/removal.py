@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moecc.checkpoint.disk import disk
+from moecc.errors import MachineError
 
 _BLOCK_BYTES = 512
 
@@ -25,6 +26,21 @@ def remove(path: Path) -> None:
     except BaseException:  # a second Ctrl-C: finish what the first one asked for
         disk().remove_tree(path)
         raise
+
+
+def remove_rest(path: Path) -> None:
+    """Remove what is of no use any more, now that the output is complete.
+
+    Raises:
+      MachineError: it cannot be removed.
+    """
+    remove(path)
+    if os.path.lexists(path):
+        raise MachineError(
+            "the new output is complete, but this could not be deleted",
+            where=str(path),
+            hint="delete it yourself",
+        )
 
 
 def remove_but(folder: Path, kept: Collection[str]) -> None:

@@ -14,8 +14,12 @@ from moecc.cli.options import FormatOption, LoadOption, PaddingMaskOption, Sourc
 
 if TYPE_CHECKING:
     from moecc.checkpoint.gguf.storage import Storage
+    from moecc.model.open import Model
     from moecc.tasks.convert import Plan
     from moecc.types.dtypes import DType
+
+
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,7 @@ def convert(request: ConvertRequest) -> None:
     Everything is checked from headers and configs before the first weight is read, and each pass is
     held to its promise on the model at small sizes; exit code 3 if one breaks it.
     """
-    from moecc.cli.console import report, say
-    from moecc.cli.files import say_weights
+    from moecc.cli.console import report
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.branches import add_branches, parse_branches
     from moecc.model.open import open_model
@@ -84,15 +87,12 @@ def convert(request: ConvertRequest) -> None:
     from moecc.tasks.convert import check_place, plan
 
     type = None if request.dtype is None else _written_type(request.dtype)
-    limit = count_bytes(request.max_shard_bytes)
+    limit, out = count_bytes(request.max_shard_bytes), request.out
     branches = parse_branches(request.experts or [])
     passes = read_pipeline(request.pipeline, request.load or [])
-    out = request.out
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
         add_branches(model, branches)
-        say_weights(model, request.source)
-        for text in model.warnings():
-            say(f"warning: {text}")
+        _say_of(model, request.source)
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
             allow_unmatched=request.allow_unmatched, loaded=request.load or [],
@@ -104,6 +104,15 @@ def convert(request: ConvertRequest) -> None:
             _write(planned, request, limit)
     data |= {"out": out, "dry_run": request.dry_run}
     report("convert", data, lambda: plan_text(planned, out, request.dry_run), request.format)
+
+
+def _say_of(model: Model, source: str) -> None:
+    from moecc.cli.console import say
+    from moecc.cli.files import say_weights
+
+    say_weights(model, source)
+    for text in model.warnings():
+        say(f"warning: {text}")
 
 
 def _written_type(name: str) -> DType | Storage:
@@ -129,8 +138,11 @@ def _write(planned: Plan, request: ConvertRequest, max_shard_bytes: int) -> None
         say(f"continued: {kept:,} of {total:,} bytes of weights were complete")
     for text in done.written.spread:
         say(f"warning: not finite: {text}")
-    for name in done.written.zeros:
+    zeros = done.written.zeros
+    for name in zeros[:_SHOWN]:
         say(f"warning: all zero: {name}")
+    if len(zeros) > _SHOWN:
+        say(f"warning: all zero: {len(zeros) - _SHOWN:,} more, in the manifest")
 
 
 def plan_text(planned: Plan, out: str, dry_run: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,10 +141,13 @@ def inspection_text(data: JsonDict) -> str:
         *(f"    not {r['where']}: {r['reason']}" for r in _some(blocks["refused"])),
         "  targets",
     ]
-    for name, target in data["targets"].items():
-        rows.append(f"    {name:12} {_fit_text(target)}")
-        rows += [f"        {line}" for r in target["reasons"] for line in r.splitlines()]
-    return "\n".join(rows)
+    return "\n".join([*rows, *_target_rows(data["targets"])])
+
+
+def _target_rows(targets: JsonDict) -> Iterator[str]:
+    for name, target in targets.items():
+        yield f"    {name:12} {_fit_text(target)}"
+        yield from (f"        {line}" for r in target["reasons"] for line in r.splitlines())
 
 
 def _fit_text(target: JsonDict) -> str:

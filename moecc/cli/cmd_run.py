@@ -14,6 +14,7 @@ from moecc.types.arrays import Array
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
+    from moecc.types.arrays import Arrays
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ def run(request: RunRequest) -> None:
     """
     from moecc.backend import get_backend
     from moecc.cli.console import say
-    from moecc.cli.files import check_writable, read_inputs, say_weights
+    from moecc.cli.files import check_writable, say_weights
     from moecc.families.outside import load_families
     from moecc.launch.process_info import check_alone
-    from moecc.model.inputs import default_inputs
     from moecc.model.open import open_model
     from moecc.model.router_dtype import set_router_dtype
     from moecc.support.parse_units import float_type
@@ -68,18 +68,21 @@ def run(request: RunRequest) -> None:
         say_weights(opened, request.model)
         graph = opened.graph
         set_router_dtype(graph, request.router_dtype, type)
-        name = _output(graph, request.output)
-        given = (
-            default_inputs(graph) if request.inputs is None else read_inputs(request.inputs, graph)
-        )
+        name, given = _output(graph, request.output), _inputs(request.inputs, graph)
         shown = [] if request.print_values is None else chosen_values(graph, request.print_values)
         program = chosen.compile(with_values(graph, shown) if shown else graph, dtype=type)
         outputs = program.run(opened.params(dtype=type), given)
-        result = outputs[name]
     if program.writes:
         for line in describe_values(shown, outputs):
             say(line)
-        _write(result, name, request)
+        _write(outputs[name], name, request)
+
+
+def _inputs(file: str | None, graph: Graph) -> Arrays:
+    from moecc.cli.files import read_inputs
+    from moecc.model.inputs import default_inputs
+
+    return default_inputs(graph) if file is None else read_inputs(file, graph)
 
 
 def _write(result: Array, name: str, request: RunRequest) -> None:

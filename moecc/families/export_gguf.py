@@ -19,6 +19,7 @@ from moecc.checkpoint.gguf.names import (
     HEAD,
     ROPE_FACTORS,
     gguf_name,
+    is_norm,
     turned_projection,
 )
 from moecc.checkpoint.gguf.rope import rotary_divisors
@@ -143,6 +144,8 @@ def _as_family(graph: Graph, names: Sequence[str]) -> tuple[DecoderConfig, list[
 
 def _turned(name: str, made: Expr, family: GgufFamily, config: DecoderConfig) -> Expr:
     """Return a tensor with rows and axes as the file stores them."""
+    if family.norms_plus_one and is_norm(name):
+        return simplify(Add(made, Full(1.0, made.type.with_dtype(F32))))
     experts = family.experts
     if experts and experts.rows() and name.endswith(experts.rows()):
         row = Index(made, made.type.names[0], 0)

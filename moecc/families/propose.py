@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+from moecc.analysis.ffn import find_ffn_blocks
 from moecc.errors import InputError, Problem, UsageError, nearest
 from moecc.families.configs import (
     CONFIGS,
@@ -79,7 +80,15 @@ def propose(graph: Graph, target: str) -> ModelConfig | list[Problem]:
     layers = {n: layer for layer in found if (n := layer_number(layer.loc)) is not None}
     if len(layers) < len(found):
         return [Problem("a layer has several mixtures of experts", expected="one a layer")]
-    return propose_config(source, layers, target)
+    return propose_config(source, layers, target, _dense_width(graph, source, layers))
+
+
+def _dense_width(graph: Graph, source: DecoderConfig, layers: Layers) -> int | None:
+    """Return the one width of the blocks of a mixture that was made dense; None if it is none."""
+    if layers or not isinstance(source, MoeConfig):
+        return None
+    widths = {block.width for block in find_ffn_blocks(graph).blocks}
+    return widths.pop() if len(widths) == 1 else None
 
 
 def _other_shape(source: ModelConfig, target: str) -> Problem:
@@ -120,29 +129,34 @@ def source_config(graph: Graph) -> ModelConfig:
 
 
 def propose_config(
-    source: DecoderConfig, layers: Layers, target: str
+    source: DecoderConfig, layers: Layers, target: str, width: int | None = None
 ) -> DecoderConfig | list[Problem]:
     """Return the config of `target` for a model like `source` whose layers `layers` are sparse.
 
-    The reasons why there is none are complete, and name the families that could express the model.
+    `width` is that of all blocks of a mixture that was made dense.  The reasons why there is no
+    config are complete, and name the families that could express the model.
     """
-    made = _try(source, layers, target)
+    made = _try(source, layers, target, width)
     if isinstance(made, DecoderConfig):
         return made
     others = [
         name
         for name in DECODERS
-        if name != target and isinstance(_try(source, layers, name), DecoderConfig)
+        if name != target and isinstance(_try(source, layers, name, width), DecoderConfig)
     ]
     if others and made[-1].hint is None:
         made[-1] = replace(made[-1], hint=f"{either(others)} can express this model")
     return made
 
 
-def _try(source: DecoderConfig, layers: Layers, target: str) -> DecoderConfig | list[Problem]:
+def _try(
+    source: DecoderConfig, layers: Layers, target: str, width: int | None
+) -> DecoderConfig | list[Problem]:
     family = DECODERS[target]
     if not issubclass(family, MoeConfig):
-        return _construct(family, source.common(), _dense_reasons(source, layers, target))
+        own = {} if width is None else {"intermediate_size": width}
+        reasons = _dense_reasons(source, layers, target, width)
+        return _construct(family, {**source.common(), **own}, reasons)
     reasons = list(_sparse_reasons(source, layers, family))
     return _construct(family, _sparse_fields(source, layers, family), reasons)
 
@@ -161,12 +175,15 @@ def _construct(
     return reasons or config
 
 
-def _dense_reasons(source: DecoderConfig, layers: Layers, target: str) -> list[Problem]:
+def _dense_reasons(
+    source: DecoderConfig, layers: Layers, target: str, width: int | None
+) -> list[Problem]:
     if layers:
         what = f"{target} has no mixture of experts; layers {ranges(sorted(layers))} here are one"
         return [Problem(what)]
-    if isinstance(source, MoeConfig):
-        return [Problem(f"{source.model_type} was made dense, which no target can express yet")]
+    if isinstance(source, MoeConfig) and width is None:
+        what = f"{target} has one width of its blocks, and this model several or none"
+        return [Problem(what, hint=f"{FAMILY} can express this model")]
     return []
 
 

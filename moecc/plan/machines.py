@@ -21,6 +21,14 @@ from moecc.support.untyped import Json, JsonDict
 
 KINDS = ("tpu", "gpu", "cpu")
 
+_SHORT = re.compile(
+    r"(?P<tpu>v4|v5e|v5litepod|v5p|v6e|tpu7x)-(?P<size>[1-9]\d{0,5})\Z"
+    r"|(?P<gpu>[a-z]+\d+)x(?P<count>[1-9]\d{0,5})\Z"
+    r"|(?P<count_>[1-9]\d{0,5})x(?P<gpu_>[a-z]+\d+)\Z"
+)
+_CORES_IN_NAMES = {"v4": 2, "v5p": 2}
+"""Clouds count the cores of these, two a chip, and the chips of the others."""
+
 _WHOLE = re.compile(r"[1-9]\d{0,5}\Z")
 
 
@@ -78,10 +86,14 @@ def machine_names() -> list[str]:
 def parse_machine(text: str) -> Machine:
     """Return the machine called `text`: ``tpu:v5p:4x4x4``, ``gpu:h100:8``, ``cpu``, ``cpu:8``.
 
+    What clouds and people call them are other names of the same: ``v5litepod-16``, ``v5p-128``,
+    ``h100x8``.
+
     Raises:
       UsageError: there is no such machine, or its topology is not one.
     """
-    kind, *rest = text.strip().split(":")
+    text = _spelled_out(text.strip())
+    kind, *rest = text.split(":")
     if kind == "tpu" and len(rest) == 2:
         return _tpu(text, *rest)
     if kind == "gpu" and len(rest) == 2:
@@ -89,6 +101,20 @@ def parse_machine(text: str) -> Machine:
     if kind == "cpu" and len(rest) <= 1:
         return _cpu(text, *rest)
     raise _unknown(text)
+
+
+def _spelled_out(text: str) -> str:
+    """Return the full name of a machine by its accelerator type, or any other text as it is."""
+    short = _SHORT.match(text.lower())
+    if short is None:
+        return text
+    if (gpu := short["gpu"] or short["gpu_"]) is not None:
+        return f"gpu:{gpu}:{short['count'] or short['count_']}"
+    name = "v5e" if short["tpu"] == "v5litepod" else short["tpu"]
+    count, cores = int(short["size"]), _CORES_IN_NAMES.get(name, 1)
+    fitting = (t for t in topologies(name) if prod(t) * cores == count)
+    topology = next(fitting, (count,))
+    return f"tpu:{name}:{'x'.join(map(str, topology))}"
 
 
 def _unknown(text: str, hint: str | None = None) -> UsageError:

@@ -11,6 +11,7 @@ from moecc.ir.graph import Graph
 from moecc.ir.mesh import Mesh, parse_mesh
 from moecc.ir.printer import print_graph
 from moecc.ir.structure import clone
+from moecc.support.extras import install_hint
 from moecc.testing.choices import Decisions
 from moecc.testing.generate import MAX_STEPS, keep_only, random_graph
 from moecc.testing.growth import Step
@@ -24,7 +25,7 @@ try:
 except ImportError:
     raise MachineError(
         "the strategies need Hypothesis, which is not installed",
-        hint="pip install 'moecc[testing]'",
+        hint=install_hint("testing"),
     ) from None
 
 _SEEDS = st.integers(0, 2**24 - 1)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from moecc.errors import InputError, MachineError, printable
+from moecc.support.extras import install_hint
 from moecc.support.untyped import Json
 from moecc.tokenizer.worker import MEMORY_BYTES
 
@@ -115,9 +116,7 @@ class Tokenizer:
         line = self._exchange(message, doing)
         answer = json.loads(line)
         if "missing" in answer:
-            raise MachineError(
-                "text needs the tokenizers library", hint="pip install 'moecc[tokenizers]'"
-            )
+            raise MachineError("text needs the tokenizers library", hint=install_hint("tokenizers"))
         if "error" in answer:
             raise self._failed(doing, printable(answer["error"], 400))
         return answer["result"]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import MachineError
+from moecc.support.extras import install_hint
 from moecc.support.untyped import Json
 from moecc.train.run_series import RunSeries, Series
 from moecc.version import __version__
@@ -55,7 +56,7 @@ def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) ->
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise MachineError("a report needs plotly", hint="pip install 'moecc[report]'") from None
+        raise MachineError("a report needs plotly", hint=install_hint("report")) from None
     title = " · ".join(escape(run.name) for run in runs)
     parts = [
         "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moecc.errors import MachineError
+from moecc.support.extras import install_hint
 from moecc.support.untyped import Json
 from moecc.train.events import Evaluated, Event, Metric, Stepped
 
@@ -84,7 +85,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise MachineError(
-                "TensorBoard needs tensorboardX", hint="pip install 'moecc[tensorboard]'"
+                "TensorBoard needs tensorboardX", hint=install_hint("tensorboard")
             ) from None
         self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
@@ -114,9 +115,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise MachineError(
-                "Weights & Biases needs wandb", hint="pip install 'moecc[wandb]'"
-            ) from None
+            raise MachineError("Weights & Biases needs wandb", hint=install_hint("wandb")) from None
         folder = run / "wandb"
         folder.mkdir(exist_ok=True)
         known = folder / "id"

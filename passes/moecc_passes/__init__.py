@@ -109,6 +109,30 @@ def _specialize() -> type[Pass]:
     return SpecializePass
 
 
+def _grow() -> type[Pass]:
+    from moecc_passes.resize.grow import GrowPass
+
+    return GrowPass
+
+
+def _merge() -> type[Pass]:
+    from moecc_passes.resize.merge import MergePass
+
+    return MergePass
+
+
+def _prune() -> type[Pass]:
+    from moecc_passes.resize.prune import PrunePass
+
+    return PrunePass
+
+
+def _to_dense() -> type[Pass]:
+    from moecc_passes.resize.to_dense import ToDensePass
+
+    return ToDensePass
+
+
 def _tie_head() -> type[Pass]:
     from moecc_passes.tie_head import TieHeadPass
 
@@ -143,14 +167,18 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "force-balance": _force_balance,
     "freeze": _freeze,
     "fuse-gate-up": _fuse_gate_up,
+    "grow": _grow,
     "lower-collectives": _lower_collectives,
+    "merge": _merge,
     "pack-segments": _pack_segments,
+    "prune": _prune,
     "record-modes": _record_modes,
     "roll-layers": _roll_layers,
     "specialize": _specialize,
     "st-moe": _st_moe,
     "strip-sharding": _strip_sharding,
     "tie-head": _tie_head,
+    "to-dense": _to_dense,
     "trace-routing": _trace_routing,
     "unroll-layers": _unroll_layers,
     "upcycle": _upcycle,

@@ -18,6 +18,7 @@ from moecc.families.configs import (
     MoeConfig,
     read_config,
 )
+from moecc.families.configs.whisper import WhisperConfig
 from moecc.ir import Graph
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Value
@@ -356,7 +357,9 @@ def test_models_of_every_family(case: str) -> None:
         assert len(block.params) == (6 if config.mlp_bias else 3)
 
 
-BIASED = ("bert", "gpt2", "gpt_neox")
+BIASED = (
+    "bert", "dinov2", "gpt2", "gpt_neox", "mpnet", "roberta", "vit", "whisper",
+)  # fmt: skip
 """Families whose blocks end with a bias."""
 
 
@@ -371,6 +374,9 @@ def check_encoder(config: ModelConfig) -> None:
             for stack in ("encoder", "decoder")
             for n, is_sparse in enumerate(config.sparse_layers(stack))
         }
+    elif isinstance(config, WhisperConfig):
+        counts = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
+        sparse = {f"{s}.layers.{n}.ffn": False for s, count in counts.items() for n in range(count)}
     else:
         sparse = {f"layers.{n}.ffn": False for n in range(config.num_hidden_layers)}
     assert list(found) == [loc for loc, is_sparse in sparse.items() if not is_sparse]
@@ -379,8 +385,15 @@ def check_encoder(config: ModelConfig) -> None:
     }
     for block in found.values():
         assert (block.outer, block.inner) == ("embed", "mlp")
-        assert block.width == config.intermediate_size
+        assert block.width == width_of(config, block.loc)
         assert (block.output_bias is not None) == (config.model_type in BIASED)
+
+
+def width_of(config: ModelConfig, loc: str) -> int:
+    if isinstance(config, WhisperConfig):
+        return config.encoder_ffn_dim if loc.startswith("encoder") else config.decoder_ffn_dim
+    width: int = config.intermediate_size
+    return width
 
 
 @given(graphs(steps=[feed_forward, unary, contract, attention, binary, experts], max_steps=6))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,22 @@ def test_22_to_inspect_is_to_make_no_text_of_the_graph(
     done = moecc("inspect", GOLDEN / "llama_gqa", "--format", "json")
     assert done.code == 0, done.err
     assert done.json()["targets"]["st_moe"]["fits"]
+
+
+@pytest.mark.slow
+def test_22_the_time_of_inspect_grows_as_the_layers_do(moecc: Moecc, tmp_path: Path) -> None:
+    config = json.loads((GOLDEN / "llama_gqa" / "config.json").read_text())
+    seconds = {}
+    for layers in (3, 400, 1600):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        start = time.process_time()
+        assert moecc("inspect", folder).code == 0
+        seconds[layers] = time.process_time() - start
+    # Four times the layers.
+    assert seconds[1600] - seconds[3] < 6 * (seconds[400] - seconds[3])
+    assert seconds[1600] < 30
 
 
 # --- 26

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiers import few
 
 from .conftest import GOLDEN, Done
 
 Run = Callable[..., Done]
 
 
-@pytest.mark.parametrize(("case", "suffix"), [("vit_plain", ".npy"), ("whisper_plain", ".npz")])
+@pytest.mark.parametrize(
+    ("case", "suffix"), few([("vit_plain", ".npy"), ("whisper_plain", ".npz")])
+)
 def test_a_model_is_inspected_converted_verified_and_run(
     case: str, suffix: str, moecc: Run, tmp_path: Path
 ) -> None:

@@ -105,6 +105,7 @@ def test_a_wrong_rule_is_reduced_and_found(moecc: Moecc, scaled: Path, wrong_rul
 # --- in a pass that builds by itself
 
 
+@pytest.mark.slow
 def test_wrong_experts_are_reduced_and_found(
     moecc: Moecc, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_wrong_experts_are_reduced_and_found(
 # --- in a lowering
 
 
+@pytest.mark.slow
 def test_a_wrong_lowering_is_reduced_and_found(
     moecc: Moecc, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

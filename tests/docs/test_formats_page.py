@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
+from moecc.checkpoint.gguf.families import GGUF_FAMILIES, GGUF_MIXTURES
+from moecc.checkpoint.gguf.shapes import SHAPES
 from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.checkpoint.gguf.tokenizer import PRE_TOKENIZERS
+from moecc.checkpoint.quantised.folder import METHODS
 from moecc.checkpoint.records import (
     SCHEMA,
     FileRecord,
@@ -15,6 +18,7 @@ from moecc.checkpoint.records import (
     WeightFileRecord,
     library_versions,
 )
+from moecc.checkpoint.trees.maxtext import FAMILIES
 from moecc.families.configs import CONFIGS
 from moecc.families.configs.rope import SCALING_PARAMETERS
 from moecc.tasks.convert import MAX_SHARD_BYTES
@@ -66,7 +70,18 @@ def test_what_is_read_of_gguf() -> None:
     storages = re.search(r"\*\*Storage types\*\*: ([^.]*)\.", text)
     assert storages is not None
     assert storages.group(1).split(", ") == list(BY_NAME)
-    assert set(PRE_TOKENIZERS) <= set(_CODE.findall(text))
+    named = set(_CODE.findall(text))
+    assert {*PRE_TOKENIZERS, *GGUF_FAMILIES, *GGUF_MIXTURES, *SHAPES} <= named
+
+
+def test_what_is_read_of_quantised_folders() -> None:
+    text = section("Quantised weights")
+    assert set(METHODS) <= set(_CODE.findall(text))
+
+
+def test_what_is_read_of_maxtext() -> None:
+    text = section("Checkpoints of JAX programs")
+    assert set(FAMILIES) <= set(_CODE.findall(text))
 
 
 def test_the_limit_of_a_shard() -> None:

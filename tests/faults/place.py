@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ..checkpoint.gguf.conftest import GgufBuilder, add_model
+from ..checkpoint.gguf.conftest import GgufBuilder, add_model  # noqa: TID252
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"

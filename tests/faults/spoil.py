@@ -17,7 +17,7 @@ import pytest
 
 from moecc.checkpoint.manifest import check_manifest
 
-from ..checkpoint.gguf.conftest import GgufBuilder
+from ..checkpoint.gguf.conftest import GgufBuilder  # noqa: TID252
 from .place import DOWN, INDEX, ONE, Act, Allowed, Place, framed
 
 

@@ -53,7 +53,10 @@ MACHINES = (
     "fsdp=4,model=2", "expert=64",
 )  # fmt: skip
 
-CARD = b"---\nlicense: apache-2.0\nlicense_name: x\nlanguage:\n- en\n- 'de'\ndatasets: [a, \"b\"]\n---\n# M\n"
+CARD = (
+    b"---\nlicense: apache-2.0\nlicense_name: x\nlanguage:\n- en\n- 'de'\n"
+    b'datasets: [a, "b"]\n---\n# M\n'
+)
 
 
 def encoded(texts: Iterable[str]) -> list[bytes]:
@@ -155,7 +158,7 @@ def safetensors() -> tuple[bytes, ...]:
 @cache
 def gguf_files() -> tuple[bytes, ...]:
     """Return small GGUF files: a model, one with a tokenizer, one quantised."""
-    from ..checkpoint.gguf.conftest import GgufBuilder, add_model
+    from ..checkpoint.gguf.conftest import GgufBuilder, add_model  # noqa: TID252
 
     found = [GgufBuilder().key("general.architecture", "string", "llama").build()]
     small = {"layers": 1, "heads": 2, "groups": 1, "hidden": 16, "mlp": 32, "vocab": 6}

@@ -100,6 +100,7 @@ def test_a_few_steps_train(moe: Any, value: Any) -> None:
     assert bool(jnp.any(params["moe"][router] != moe.params["moe"][router]))
 
 
+@pytest.mark.slow
 def test_other_functions_and_other_batches(moe: Any) -> None:
     """A function of one sequence, over a batch by vmap, is the function of the batch."""
     params, many = drawn(moe.params), decoder.tokens(3, 5)

@@ -97,6 +97,7 @@ def test_a_scan_of_checkpoints_is_the_mixture_by_hand(moe: Any) -> None:
     assert "length=2" in text
 
 
+@pytest.mark.slow
 def test_one_layer_after_the_other_is_the_same_with_the_same_parameters(moe: Any) -> None:
     """Losses, too: those of a scan are stacked, and are given to the layers again."""
     params = drawn(moe.params)
@@ -128,7 +129,7 @@ def test_a_scan_that_was_split_converts_in_part() -> None:
     dense = stacked()
     moe = mx.convert(halves, dense, TOKENS, "upcycle{experts=4 layers=1}")
     assert moe.params["params"]["layers"]["mlp"]["up"] is dense["layers"]["mlp"]["up"]
-    assert moe.params["moe"]["layers.1.mlp.up"].shape == (4, decoder.EMBED, decoder.MLP)
+    assert moe.params["moe"]["layers.1.mlp.up"].shape == (1, 4, decoder.EMBED, decoder.MLP)
     found = jax.jit(moe(halves, dispatch="gathered"))(moe.params, TOKENS)
     assert apart(found, jax.jit(halves)(dense, TOKENS)) < 1e-5
 
@@ -149,6 +150,7 @@ def often(params: Any, tokens: Any) -> Any:
     return jax.lax.map(lambda row: layer(p, row[None], decoder.swiglu)[0], x)
 
 
+@pytest.mark.slow
 def test_a_block_that_runs_often_is_one_block() -> None:
     dense = decoder.init(1)
     moe = mx.convert(often, dense, TOKENS, PIPELINE)

@@ -7,6 +7,7 @@ disk is injected (`moecc.checkpoint.disk`): it counts the calls, and something h
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -128,6 +129,7 @@ class Rig:
         self.plan = self.stack.enter_context(planned(self.source, kind))
         # In this process, so that children find everything imported.
         assert exit_code(self.convert) == 0
+        gc.freeze()  # forked children copy less
         self.expected = self.visible()
         made = [n for n in self.expected if n.endswith((".safetensors", ".gguf"))]
         assert len(made) == kind.weights, sorted(self.expected)
@@ -279,7 +281,8 @@ class Rig:
                 self.fail(f"{name} {at}", f"exit code {code}")
             if found not in (self.expected, self.old() if old else {}):
                 self.fail(f"{name} {at}", "the output is neither absent, old nor complete")
-            if self.hidden():
+            # What cannot be removed stays, and the error says so.
+            if self.hidden() and not (code == 4 and found == self.expected):
                 self.fail(f"{name} {at}", f"left {sorted(self.hidden())}")
 
     def _points(self, name: str, count: int, sample: int | None) -> Sequence[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,28 @@ def test_some_points() -> None:
     found = prove("--sample", "3", "--how", "power some")
     assert found["failures"] == []
     assert found["killed"] == 21
+
+
+def test_outputs_change_the_disk_through_one_module() -> None:
+    changing = re.compile(
+        r"\bos\.(rename|replace|unlink|remove|rmdir|mkdir|makedirs|fsync|pwrite|"
+        r"write|ftruncate|truncate|chmod)\(|shutil\.(?!disk_usage)|"
+        r"\.(write_bytes|write_text|mkdir|unlink|rmdir|rename)\((?!\")"
+    )
+    files = [
+        *(ROOT / "moecc" / "checkpoint").glob("*.py"),
+        ROOT / "moecc/tasks/convert.py",
+        ROOT / "moecc/tasks/convert_gguf.py",
+        ROOT / "moecc/tasks/convert_records.py",
+    ]
+    found = {
+        (file.name, match[0])
+        for file in files
+        if file.name != "disk.py"
+        for match in changing.finditer(re.sub(r"disk\(\)\.\w+\(", "", file.read_text()))
+    }
+    # An empty folder that was made a moment before; it is in no state that anyone waits for.
+    assert found == {("locks.py", "os.rmdir(")}
 
 
 @pytest.mark.slow

@@ -57,8 +57,10 @@ def before(node: Node) -> Builder:
 
 
 def exchange(node: Node, value: Value) -> int:
-    """Replace the result of `node` by `value`."""
+    """Replace the result of `node` by `value`; one of another type is not left behind."""
     if value.type != node.result.type:
+        if value.node is not None and not value.users:
+            value.node.erase()
         return 0
     replace_value(node.result, value)
     node.erase()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from tiers import examples
+from tiers import examples, some
 
 from moecc.ir import Graph, equal
 from moecc.testing import graphs, laws
@@ -42,7 +42,11 @@ def test_there_are_enough_mutants() -> None:
     assert len(MUTANTS) >= 10
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+# The fault of this one shows in few graphs, so that it takes seconds to be found.
+QUICK = [name for name in MUTANTS if name != "capacity_off_by_one"]
+
+
+@pytest.mark.parametrize("name", some(MUTANTS, *QUICK))
 def test_each_mutant_is_caught(name: str) -> None:
     item = MUTANTS[name]
 

@@ -49,6 +49,9 @@ def test_devices_of_a_chip_share_it() -> None:
         ("gpu:h100:0", "1 to 8"),
         ("cpu:none", "cpu:8"),
         ("", "unknown machine"),
+        ("h100", "unknown machine"),
+        ("v5e-17", "no topology '17'"),
+        ("a100x8", "did you mean 'h100'"),
     ],
 )
 def test_unknown_machines_are_told_with_the_list(name: str, says: str) -> None:
@@ -120,3 +123,19 @@ def _quadruples(n: int) -> set[tuple[int, int, int, int]]:
         for c in divisors
         if n % (a * b * c) == 0
     }
+
+
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [
+        ("v5litepod-16", "tpu:v5e:4x4"),
+        ("v5e-16", "tpu:v5e:4x4"),
+        ("V6E-8", "tpu:v6e:2x4"),
+        ("v4-32", "tpu:v4:2x2x4"),
+        ("v5p-128", "tpu:v5p:4x4x4"),
+        ("h100x8", "gpu:h100:8"),
+        ("16xh200", "gpu:h200:16"),
+    ],
+)
+def test_names_that_clouds_and_people_use(short: str, name: str) -> None:
+    assert parse_machine(short) == parse_machine(name)

@@ -137,7 +137,7 @@ def test_the_rest_works_without_hypothesis(tmp_path: object) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "need Hypothesis, which is not installed" in done.stdout
-    assert "pip install 'moecc[testing]'" in done.stdout
+    assert "pip install 'hypothesis>=" in done.stdout
 
 
 def test_every_function_of_the_table_is_drawn_now_and_then() -> None:

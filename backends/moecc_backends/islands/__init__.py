@@ -4,7 +4,8 @@
 
 - `jaxprs`, `scopes`, `structural`, `views`: a traced function as steps on values, and which leaf
   of the parameters a value is a view of;
-- `elements`, `symbols`, `dag`, `formulas`, `find`, `blocks`: blocks found, and what they compute;
+- `elements`, `symbols`, `dag`, `formulas`, `find`, `near`, `blocks`: blocks found, and what
+  they compute;
 - `sites`, `settle`, `uses`: which blocks a function has, and who else uses their weights;
 - `build`, `parts`, `partkeys`: all blocks as one graph, and the graph in parts again;
 - `storage`, `arrays`: where new parameters lie, and their values;

@@ -14,6 +14,7 @@ from moecc_backends.islands.execution import Execution
 from moecc_backends.islands.jaxprs import AnyArray
 from moecc_backends.islands.record import Record
 from moecc_backends.islands.saving import write_folder
+from moecc_backends.xla.dispatch.choose import check_dispatch
 from moecc_backends.xla.trace.options import AUTO, Options
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
 
@@ -44,8 +45,14 @@ class Conversion(Record):
         Returns:
           A function that takes new parameters first, and further inputs of the graph, such as the
           random key of ``specialize{mode=train}``, as ``moe_inputs={"key": key}``.
+
+        Raises:
+          UsageError: there is no such lowering.
+          InputError: a routing of the graph does not fit it.
         """
-        execution = Execution(Options(dispatch), mesh)
+        options = Options(dispatch)
+        check_dispatch(self.graph, options)
+        execution = Execution(options, mesh)
 
         @wraps(function)
         def converted(

@@ -27,6 +27,7 @@ from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.partkeys import part_key
 from moecc_backends.islands.parts import Parts, cut
+from moecc_backends.islands.places import function_line
 from moecc_backends.islands.report import BlockReport, Report
 from moecc_backends.islands.scopes import Val
 from moecc_backends.islands.settle import settle, steps_of
@@ -137,7 +138,7 @@ def _surveyed(
     refuse_mixing(found, labels)
     settle(found)
     if not found.sites:
-        raise InputError([_no_block(function), *map(_near, found.misses)])
+        raise InputError([_no_block(function, found), *map(_near, found.misses)])
     return found, labels
 
 
@@ -167,10 +168,12 @@ def _near(miss: Miss) -> Problem:
     return Problem(f"not a block: {miss.reason}", where=miss.line or ", ".join(miss.weights))
 
 
-def _no_block(function: Function) -> Problem:
+def _no_block(function: Function, found: Survey) -> Problem:
     return Problem(
-        "the function has no feed-forward block of its parameters",
-        where=getattr(function, "__name__", None),
+        "the function has no feed-forward block of its parameters"
+        if len(found.unused) < len(found.leaves)
+        else "the function uses none of its parameters",
+        where=function_line(function),
         expected="a product with a weight, functions of elements, a product with a weight",
         hint="the parameters are the first argument; weights that are closed over are constants",
     )
@@ -260,6 +263,7 @@ def _report(
             for i in state.instances.values()
         ),
         misses=tuple(map(str, found.misses)),
+        unused=found.unused,
         remarks=tuple(dict.fromkeys(str(r) for run in done.runs for r in run.remarks)),
         equations=sum(1 for _ in found.scope.every_step()) - len(steps_of(found.sites)),
         elements_before=before,

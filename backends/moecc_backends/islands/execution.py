@@ -17,7 +17,7 @@ from moecc_backends.xla.lower.function import finalize_output, lower_values
 from moecc_backends.xla.lower.gspmd import GspmdLowering
 from moecc_backends.xla.mesh.specs import spec
 from moecc_backends.xla.trace.context import DIRECT, Interceptor
-from moecc_backends.xla.trace.device_view import DeviceView
+from moecc_backends.xla.trace.device_view import DeviceView, varies
 from moecc_backends.xla.trace.options import DEFAULTS, Options
 from moecc_backends.xla.trace.typed_jax import manual_axes
 from moecc_backends.xla.trace.values import Named
@@ -79,7 +79,7 @@ class Execution:
     ) -> Made:
         nodes = list(part.side_nodes if side else part.nodes)
         used = {v for n in nodes for v in n.operands} | {part.x}
-        given = {v: a for v, a in arrays.items() if v in used}
+        given = _alike({v: a for v, a in arrays.items() if v in used})
         values = lower_values(nodes, given, dtype, self.options, view, interceptor)
         y = values[part.y]
         assert isinstance(y, Named), "rows are combined"
@@ -117,3 +117,12 @@ class Execution:
         )
         made: Made = mapped(*arrays.values())
         return made
+
+
+def _alike(arrays: Arrays) -> Arrays:
+    """Return arrays that all differ along the mesh axes along which any does.
+
+    In a `shard_map` of the user tokens differ from device to device, and copies of experts do not.
+    """
+    axes = frozenset[str]().union(*map(varies, arrays.values()))
+    return {v: DeviceView().varying(a, axes) for v, a in arrays.items()} if axes else arrays

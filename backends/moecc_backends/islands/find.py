@@ -18,7 +18,7 @@ from moecc_backends.islands.scopes import UNKNOWN, Scope, Step, Val
 from moecc_backends.islands.structural import STRUCTURAL
 from moecc_backends.islands.symbols import Symbols
 
-_OPAQUE = {
+OPAQUE = {
     "pallas_call": "a Pallas kernel",
     "pure_callback": "a call of the host",
     "io_callback": "a call of the host",
@@ -31,6 +31,11 @@ _OPAQUE = {
     "optimization_barrier": "an optimization barrier",
 }
 """What elementwise work may hide in, in words."""
+
+_GRADIENT = (
+    "a hidden value is also multiplied with one from outside: if it is for a gradient, convert the "
+    "loss, and differentiate the converted function"
+)
 
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 
@@ -112,21 +117,25 @@ class Search:
 def find_islands(scope: Scope) -> Search:
     """Return the blocks of a scope and of the bodies in it, in order; no two share a step."""
     search = Search()
-    _search(scope, search)
+    missed: dict[Step, Miss] = {}
+    _search(scope, search, missed)
+    # A product that a block starts with is the end of nothing.
+    inside = {step for island in search.islands for step in island.steps}
+    search.misses += [miss for step, miss in missed.items() if step not in inside]
     return search
 
 
-def _search(scope: Scope, search: Search) -> None:
+def _search(scope: Scope, search: Search, missed: dict[Step, Miss]) -> None:
     taken: set[Step] = set()
     order = {step: i for i, step in enumerate(scope.steps)}
     for step in scope.steps:
         for body in step.bodies:
-            _search(body, search)
+            _search(body, search, missed)
         if weight_at(step) is None:
             continue
         found = _Candidate(step, order).examine()
         if isinstance(found, Miss):
-            search.misses.append(found)
+            missed[step] = found
         elif found is not None and taken.isdisjoint(found.steps):
             taken.update(found.steps)
             search.islands.append(found)
@@ -199,8 +208,8 @@ class _Candidate:
         """Whether the walk goes on behind a step."""
         if step.name == "custom_jvp_call" and custom_function(step) is not None:
             return True
-        if step.name in _OPAQUE:
-            self._hidden_in.append(_OPAQUE[step.name])
+        if step.name in OPAQUE:
+            self._hidden_in.append(OPAQUE[step.name])
             return True
         return is_elementwise(step.equation)
 
@@ -225,8 +234,9 @@ class _Candidate:
             yield _why_outside(value)
         if len(self._roots()) > 1:
             yield f"its products take {len(self._roots())} different values"
-        for step in self._inside:
-            yield from self._escapes(step)
+        inside = sorted(self._inside, key=self._order.__getitem__)
+        escapes = [reason for step in inside for reason in self._escapes(step)]
+        yield from sorted(escapes, key=lambda reason: reason != _GRADIENT)
 
     def _escapes(self, step: Step) -> Iterator[str]:
         for value in step.outputs:
@@ -347,10 +357,7 @@ def _why_outside(value: Val) -> str:
 
 def _why_escaping(user: Step) -> str:
     if user.name == "dot_general" and weight_at(user) is None:
-        return (
-            "a hidden value is also multiplied with one from outside: if it is for a gradient, "
-            "convert the loss, and differentiate the converted function"
-        )
+        return _GRADIENT
     line = user_line(user.equation)
     return f"a hidden value is also used by `{user.name}`" + (f" at {line}" if line else "")
 

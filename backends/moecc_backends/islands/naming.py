@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from typing import Any
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-]+")
@@ -41,13 +41,13 @@ def unique(names: Iterable[str]) -> list[str]:
 def indexed(name: str, at: int) -> str:
     """Return the name of part `at` of a stacked leaf: ``layers.mlp.up`` to ``layers.3.mlp.up``."""
     parts = name.split(".")
-    # A name that a number follows is of a list, which is no stack.
-    pairs = enumerate(pairwise(parts))
-    stacks = [i for i, (part, after) in pairs if _STACK.search(part) and not after.isdigit()]
-    where = stacks[-1] if stacks else (0 if len(parts) > 1 else None)
-    if where is None:
-        return f"{at}.{name}"
-    return ".".join([*parts[: where + 1], str(at), *parts[where + 1 :]])
+    stacks = [i for i, part in enumerate(parts[:-1]) if _STACK.search(part)]
+    # A name that a number follows is of a list, or of a stack that is cut already.
+    whole = [i for i in stacks if not parts[i + 1].isdigit()]
+    where = (whole or stacks or [0 if len(parts) > 1 else -1])[-1] + 1
+    while 0 < where < len(parts) and parts[where].isdigit():
+        where += 1
+    return ".".join([*parts[:where], str(at), *parts[where:]])
 
 
 def location(names: Sequence[str]) -> str:

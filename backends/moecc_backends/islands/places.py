@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import traceback as tracebacks
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from inspect import unwrap
 from pathlib import Path
 from sysconfig import get_paths
 from types import TracebackType
@@ -27,6 +29,18 @@ def user_line(equation: Equation) -> str:
     if found is None:
         return ""
     return f"{Path(found.file_name).name}:{found.line_num} in {found.function_name}"
+
+
+def function_line(function: Callable[..., object]) -> str:
+    """Return ``file.py:12 in block`` for a function, or its name where it has no file."""
+    inner: object = unwrap(function)
+    while isinstance(inner, partial):
+        inner = inner.func
+    name = str(getattr(inner, "__qualname__", "function"))
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return name
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno} in {name}"
 
 
 def line_of(traceback: TracebackType | None) -> str | None:

@@ -40,6 +40,7 @@ class Report:
       preserves: what they promise.
       blocks: the blocks, in order.
       misses: what is nearly a block, and why it is none.
+      unused: the parameters that the function does not use.
       remarks: the notes of the passes.
       equations: how many equations the function has, those of blocks apart.
       elements_before: the elements of the parameters before.
@@ -51,6 +52,7 @@ class Report:
     preserves: str
     blocks: tuple[BlockReport, ...] = ()
     misses: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     equations: int = 0
     elements_before: int = 0
@@ -64,7 +66,7 @@ class Report:
     def from_json(cls, found: Mapping[str, AnyArray]) -> Report:
         """Return the report that `to_json` wrote."""
         blocks = tuple(BlockReport(**block) for block in found["blocks"])
-        lists = {n: tuple(found[n]) for n in ("misses", "remarks")}
+        lists = {n: tuple(found[n]) for n in ("misses", "unused", "remarks")}
         return cls(**{**found, **lists, "blocks": blocks})
 
     def __str__(self) -> str:
@@ -78,6 +80,8 @@ class Report:
         ]
         if self.misses:
             lines += ["not converted:", *(f"  {miss}" for miss in self.misses)]
+        if self.unused:
+            lines.append(f"not used: {', '.join(self.unused)}")
         if self.remarks:
             lines += ["remarks:", *(f"  {r}" for r in self.remarks)]
         return "\n".join(lines)

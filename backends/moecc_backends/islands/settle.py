@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from moecc.weights.boxes import Box
 from moecc.weights.expr import Expr, sources
 from moecc.weights.movement import Index, Permute, Slice
 from moecc_backends.islands.scopes import Step
@@ -45,12 +46,12 @@ def _other_use(site: Site, others: dict[str, list[Use]]) -> Use | None:
 
 def _refuse_shared(survey: Survey) -> bool:
     """Refuse blocks that share a weight and differ otherwise; return whether there were any."""
-    users: dict[str, dict[Key, list[tuple[int, int]]]] = defaultdict(dict)
+    users: dict[str, dict[Key, list[Box]]] = defaultdict(dict)
     for site in survey.sites:
         for key in site.keys:
             for weight in key[1]:
                 (source,) = sources(weight)
-                users[source.name].setdefault(key, []).append(_rows(weight))
+                users[source.name].setdefault(key, []).append(_box(weight))
     shared = {k for by_key in users.values() for k in _overlapping(by_key)}
     found = [site for site in survey.sites if not shared.isdisjoint(site.keys)]
     for site in found:
@@ -58,33 +59,43 @@ def _refuse_shared(survey: Survey) -> bool:
     return bool(found)
 
 
-def _overlapping(by_key: dict[Key, list[tuple[int, int]]]) -> set[Key]:
-    ends = sorted((start, stop, i, key) for i, (key, parts) in enumerate(by_key.items())
-                  for start, stop in parts)  # fmt: skip
+def _overlapping(by_key: dict[Key, list[Box]]) -> set[Key]:
+    """Return the blocks whose parts of a leaf overlap with those of another."""
+    every = [(box, key) for key, boxes in by_key.items() for box in boxes]
+    every.sort(key=lambda one: one[0])
     found: set[Key] = set()
-    last: tuple[int, Key] | None = None
-    for start, stop, _, key in ends:
-        if last is not None and start < last[0] and key != last[1]:
-            found |= {key, last[1]}
-        if last is None or stop > last[0]:
-            last = (stop, key)
+    open_: list[tuple[Box, Key]] = []
+    for box, key in every:
+        start = box[0][0] if box else 0
+        open_ = [one for one in open_ if not one[0] or one[0][0][1] > start]
+        for other, user in open_:
+            if user != key and _meet(box, other):
+                found |= {key, user}
+        open_.append((box, key))
     return found
 
 
-def _rows(weight: Expr) -> tuple[int, int]:
-    """Return the range of the first axis of its leaf that a weight is of, or a range around it."""
+def _meet(a: Box, b: Box) -> bool:
+    return all(p < s and r < q for (p, q), (r, s) in zip(a, b, strict=True))
+
+
+def _box(weight: Expr) -> Box:
+    """Return the part of its leaf that a weight is of, or a box around it."""
     chain = [weight]
     while chain[-1].operands:
         chain.append(chain[-1].operands[0])
-    leaf = chain[-1]
-    if not leaf.type.axes:
-        return 0, 1
-    first = leaf.type.names[0]
+    leaf = chain[-1].type
+    ends = dict(zip(leaf.names, ((0, n) for n in leaf.shape), strict=True))
+    known = set(ends)
     for step in reversed(chain[:-1]):
-        if isinstance(step, Index) and step.axis == first:
-            return step.at, step.at + 1
-        if isinstance(step, Slice) and step.axis == first:
-            return step.start, step.stop
-        if not isinstance(step, Index | Slice | Permute):
-            break
-    return 0, leaf.type.shape[0]
+        if isinstance(step, Index) and step.axis in known:
+            ends[step.axis] = (step.at, step.at + 1)
+            known.discard(step.axis)
+        elif isinstance(step, Slice) and step.axis in known:
+            ends[step.axis] = (step.start, step.stop)
+            known.discard(step.axis)
+        elif not isinstance(step, Permute):
+            known &= set(step.type.names)
+            if not isinstance(step, Index | Slice):
+                break
+    return tuple(ends.values())

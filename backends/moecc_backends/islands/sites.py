@@ -15,6 +15,7 @@ from moecc_backends.islands.blocks import Block, block_of
 from moecc_backends.islands.dag import Misfit
 from moecc_backends.islands.find import Island, Miss, find_islands
 from moecc_backends.islands.naming import indexed, location, unique
+from moecc_backends.islands.near import unseen
 from moecc_backends.islands.scopes import Scope, Step
 
 Key = tuple[str, tuple[Expr, ...]]
@@ -97,6 +98,17 @@ class Survey:
     sites: list[Site] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The names of the leaves that weights are read from, in order."""
+        return tuple(v.view.leaf.name for v in self.scope.inputs if v.view is not None)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The names of those that the function does not use."""
+        idle = (v.view for v in self.scope.inputs if not v.users and not v.is_returned)
+        return tuple(view.leaf.name for view in idle if view is not None)
+
     def refuse(self, site: Site, reason: str) -> None:
         """Note that `site` is no block after all, and why."""
         leaves = tuple(sorted({p.view.leaf.name for p in site.block.params}))
@@ -131,6 +143,7 @@ def survey(scope: Scope) -> Survey:
             made.sites.append(Site(island, block_of(island)))
         except Misfit as misfit:
             made.misses.append(Miss(island.leaves, str(misfit), island.line))
+    made.misses += unseen(scope)
     return made
 
 

@@ -99,7 +99,8 @@ def plan_storage(
     for site in sites:
         blocks = [by_key[key] for key in site.keys]
         if all(b.loc in params_of for b in blocks):
-            _beside(storage, graph, [params_of[b.loc] for b in blocks], [_like(b) for b in blocks])
+            names = [params_of[b.loc] for b in blocks]
+            _beside(storage, graph, names, _like(blocks[0]), is_stack=bool(site.loops))
     return storage
 
 
@@ -117,11 +118,6 @@ def _in_place(storage: Storage, graph: Graph, leaf: Leaf, parts: Mapping[str, Ex
     whole = [_bare(w) for w in parts.values()]
     if len(made) < len(parts) or len({w.type for w in made}) != 1:
         return
-    if len(parts) == 1 and prod(whole[0].type.shape) == prod(leaf.shape):
-        (name,) = parts
-        storage.slots[name] = Slot(leaf.name, in_tree=True)
-        storage.arrays.append(Stored(leaf.name, True, made[0], leaf.name))
-        return
     rows = {_row(w, leaf): name for w, name in zip(whole, parts, strict=True)}
     if leaf.shape and sorted(rows, key=str) == sorted(range(leaf.shape[0]), key=str):
         ordered = [weights[rows[i]] for i in range(leaf.shape[0])]
@@ -129,6 +125,10 @@ def _in_place(storage: Storage, graph: Graph, leaf: Leaf, parts: Mapping[str, Ex
         for i in range(leaf.shape[0]):
             storage.slots[rows[i]] = Slot(leaf.name, in_tree=True, row=i)
         storage.arrays.append(Stored(leaf.name, True, stack, leaf.name))
+    elif len(parts) == 1 and prod(whole[0].type.shape) == prod(leaf.shape):
+        (name,) = parts
+        storage.slots[name] = Slot(leaf.name, in_tree=True)
+        storage.arrays.append(Stored(leaf.name, True, made[0], leaf.name))
 
 
 def _bare(weight: Expr) -> Expr:
@@ -145,7 +145,12 @@ def _row(weight: Expr, leaf: Leaf) -> int | None:
 
 
 def _beside(
-    storage: Storage, graph: Graph, params: Sequence[Sequence[str]], likes: Sequence[str]
+    storage: Storage,
+    graph: Graph,
+    params: Sequence[Sequence[str]],
+    like: str,
+    *,
+    is_stack: bool,
 ) -> None:
     """Put what has no place yet beside the tree: of a loop, one stack for each parameter."""
     for names in zip(*params, strict=True):
@@ -155,11 +160,11 @@ def _beside(
         weights = [graph.params[n].weight for n in names]
         made = tuple(w for w in weights if w is not None)
         assert len(made) == len(names), "parameters of blocks have weights"
-        if len(names) == 1:
+        if not is_stack:
             storage.slots[names[0]] = Slot(names[0], in_tree=False)
-            storage.arrays.append(Stored(names[0], False, made[0], likes[0]))
+            storage.arrays.append(Stored(names[0], False, made[0], like))
             continue
         key = ranged(names)
         for row, name in enumerate(names):
             storage.slots.setdefault(name, Slot(key, in_tree=False, row=row))
-        storage.arrays.append(Stored(key, False, Stack(made, "layer"), likes[0]))
+        storage.arrays.append(Stored(key, False, Stack(made, "layer"), like))

@@ -203,6 +203,8 @@ _RULES: dict[str, Callable[[View, Params, Sequence[Seen]], list[View | None]]] =
     "name": _same,
     "sharding_constraint": _same,
     "reduce_precision": _same,
+    "pvary": _same,
+    "pcast": _same,
     "transpose": _transposed,
     "squeeze": _squeezed,
     "slice": _sliced,

@@ -30,7 +30,7 @@ from moecc_backends.islands.structural import groups
 Custom = Callable[[Step], str | None]
 """Names the function with a derivative of its own that a step calls, where it is known."""
 
-IDENTITY = frozenset(("copy", "copy_p", "name", "sharding_constraint"))
+IDENTITY = frozenset(("copy", "copy_p", "name", "sharding_constraint", "pvary", "pcast"))
 """Equations whose result has the elements of the operand, in their places."""
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from moecc.checkpoint.gguf.storage import Storage
 from moecc.errors import MachineError
+from moecc.support.extras import install_hint
 from moecc.types.arrays import Array
 
 # The package works row by row, slowly if rows are short.  Blocks are independent of rows, so they
@@ -62,6 +63,6 @@ def _package(storage: Storage) -> tuple[Any, Any]:
         raise MachineError(
             f"weights in blocks ({storage.name}) need a package that is missing",
             found=str(error),
-            hint="pip install 'moecc[gguf]'",
+            hint=install_hint("gguf"),
         ) from None
     return quants, GGMLQuantizationType(storage.code)

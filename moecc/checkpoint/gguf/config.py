@@ -68,18 +68,18 @@ def make_config(
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.groups,
         "head_dim": sizes.head_dim,
-        "hidden_act": "silu",
+        family.act_key: family.activation,
         "max_position_embeddings": context,
         "rms_norm_eps": _epsilon(keys),
         "tie_word_embeddings": HEAD not in header.tensors,
         **read_rope(keys, context, divisors),
-        **_biases(family, header.tensors),
+        **_flags(family, header.tensors),
         **(_experts(keys, family.experts, header.tensors) if family.experts else {}),
         **_further(keys, family, sizes),
-        **_special_tokens(header, vocab, problems),
-        "torch_dtype": _torch_dtype(header.tensors),
+        **special_tokens(header, vocab, problems),
+        "torch_dtype": torch_dtype(header.tensors),
     }
-    _refuse_the_rest(keys)
+    refuse_the_rest(keys)
     return config, sizes
 
 
@@ -116,10 +116,20 @@ def _further(keys: Keys, family: GgufFamily, sizes: Sizes) -> dict[str, object]:
             keys.refuse(name, "the file does not state this", expected="a value")
         else:
             found[ours] = value
+    for name, ours in family.optional_keys:
+        found[ours] = keys.value(name)
     for name, value in family.fixed:
         if keys.value(name) != value:
             what = "moecc does not know this variant of the architecture"
             keys.refuse(name, what, expected=str(value))
+    if family.local_theta:
+        found["rope_local_base_freq"] = keys.number("rope.freq_base_swa", family.local_theta)
+    if family.score_layers:
+        is_wide = keys.size("block_count") == family.score_layers
+        width = keys.size("embedding_length") // sizes.heads if is_wide else sizes.head_dim
+        found["query_pre_attn_scalar"] = width
+    if family.no_rope_step:
+        found["no_rope_layer_interval"] = family.no_rope_step
     if family.partial_rotary:
         found["partial_rotary_factor"] = sizes.rotated / sizes.head_dim
     return found
@@ -161,24 +171,13 @@ def _epsilon(keys: Keys) -> float:
     return epsilon or 0.0
 
 
-def _biases(family: GgufFamily, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
-    attention = any(name.endswith("attn_q.bias") for name in tensors)
-    if family.model_type == "glm4_moe":
-        normalised = any(name.endswith("attn_q_norm.weight") for name in tensors)
-        return {"attention_bias": attention, "use_qk_norm": normalised}
-    if family.model_type == "ernie4_5_moe":
-        return {}
-    if family.model_type in ("olmoe", "granitemoe"):
-        return {"attention_bias": attention}
-    if family.model_type == "qwen2_moe":
-        return {"qkv_bias": attention}
-    if family.model_type == "llama":
-        mlp = any(name.endswith("ffn_down.bias") for name in tensors)
-        return {"attention_bias": attention, "mlp_bias": mlp}
-    return {"attention_bias": attention} if family.model_type in ("qwen3", "qwen3_moe") else {}
+def _flags(family: GgufFamily, tensors: Mapping[str, StoredTensor]) -> dict[str, bool]:
+    """Return what the presence of a tensor says, such as whether there are biases."""
+    return {key: any(name.endswith(f".{end}") for name in tensors) for key, end in family.flags}
 
 
-def _special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[str, int | None]:
+def special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[str, int | None]:
+    """Return the ids of special tokens; those that are none go to `problems`."""
     ids: dict[str, int | None] = {}
     for name, word in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         try:
@@ -190,7 +189,7 @@ def _special_tokens(header: GgufHeader, vocab: int, problems: Problems) -> dict[
     return ids
 
 
-def _torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
+def torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     """Return the type in which most elements are read; quantised ones are read as float32."""
     elements: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -199,7 +198,8 @@ def _torch_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     return max(_TORCH_ORDER, key=lambda name: elements[name])
 
 
-def _refuse_the_rest(keys: Keys) -> None:
+def refuse_the_rest(keys: Keys) -> None:
+    """Record keys that were not read and may change what the model computes."""
     for name, values in _NEUTRAL.items():
         if name in keys.used:
             continue

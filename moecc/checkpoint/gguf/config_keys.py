@@ -36,6 +36,8 @@ def config_keys(architecture: str, family: GgufFamily, config: Config) -> list[K
         **rope_keys(config),
         **(_experts(family.experts, config) if family.experts else {}),
         **{name: config[ours] for name, ours in family.keys},
+        **{n: config[ours] for n, ours in family.optional_keys if config[ours] is not None},
+        **({"rope.freq_base_swa": config["rope_local_base_freq"]} if family.local_theta else {}),
         **dict(family.fixed),
     }
     return [Key(f"{architecture}.{name}", value) for name, value in values.items()]
@@ -69,9 +71,18 @@ def misfits(
       sparse: for each layer whether it has experts; empty for a dense model.
     """
     place = f"gguf:{architecture}"
-    if config["hidden_act"] != "silu":
-        what = "llama.cpp computes SiLU in this architecture, whatever the config says"
-        yield Problem(what, place, "silu", f"the activation {config['hidden_act']}")
+    if config[family.act_key] != family.activation:
+        does = "SiLU" if family.activation == "silu" else "GELU's tanh approximation"
+        what = f"llama.cpp computes {does} in this architecture, whatever the config says"
+        yield Problem(what, place, family.activation, f"the activation {config[family.act_key]}")
+    if config.get("mlp_bias") and "mlp_bias" not in dict(family.flags):
+        what = "llama.cpp reads no biases of feed-forward blocks in this architecture"
+        yield Problem(what, place, "no bias", "biases of feed-forward blocks")
+    if family.is_tied and not config["tie_word_embeddings"]:
+        what = "llama.cpp takes the embedding as the output matrix in this architecture"
+        yield Problem(what, place, "tied embeddings", "an output matrix of its own")
+    if problem := _no_rope_misfit(place, family, config):
+        yield problem
     if config.get("attention_bias") and not family.output_bias:
         what = "llama.cpp refuses a bias of the attention's output projection here"
         yield Problem(what, place, "no bias", "a bias of the output projection")
@@ -79,7 +90,8 @@ def misfits(
     if heads != groups and not family.has_groups:
         what = "llama.cpp wants as many key-value heads as query heads here"
         yield Problem(what, place, f"{heads}", "grouped key-value heads")
-    window = _window(config)
+    yield from _score_misfits(place, family, config)
+    window = None if family.window_period else _window(config)
     if window is not None and window < config["max_position_embeddings"]:
         what = "llama.cpp has no sliding window in this architecture"
         hint = "texts no longer than the window are the same: lower max_position_embeddings to it"
@@ -90,6 +102,38 @@ def misfits(
     )
     if family.experts is not None:
         yield from _expert_misfits(place, family.experts, config, sparse)
+
+
+def _no_rope_misfit(place: str, family: GgufFamily, config: Config) -> Problem | None:
+    """Return a problem if other layers lack rotary positions than in llama.cpp."""
+    step, found = family.no_rope_step, config.get("no_rope_layers")
+    expected = [int((layer + 1) % step != 0) for layer in range(len(found or ()))] if step else []
+    if not step or found == expected:
+        return None
+    what = f"llama.cpp gives every {step}th layer no rotary positions, whatever the config says"
+    return Problem(what, place, str(expected[:12]), str(list(found or ())[:12]))
+
+
+def _score_misfits(place: str, family: GgufFamily, config: Config) -> Iterator[Problem]:
+    """Yield where llama.cpp scales scores, or gives layers a window, otherwise than the config."""
+    for name, ours in family.keys:
+        if config[ours] is None:
+            what = f"llama.cpp has a value of its own where {name} is not stated"
+            yield Problem(what, place, f"{ours}, a number", "null")
+    if family.window_period:
+        found = [kind == "sliding_attention" for kind in config["layer_types"]]
+        expected = [(layer + 1) % family.window_period != 0 for layer in range(len(found))]
+        if found != expected:
+            what = f"llama.cpp gives all but every {family.window_period}th layer a window"
+            yield Problem(what, place, found="other layers with a window")
+    if family.score_layers:
+        is_wide = config["num_hidden_layers"] == family.score_layers
+        width = config["hidden_size"] // config["num_attention_heads"]
+        scalar = width if is_wide else config["head_dim"]
+        if config["query_pre_attn_scalar"] != scalar:
+            what = "llama.cpp scales the scores of attention otherwise"
+            found_scalar = f"{config['query_pre_attn_scalar']}"
+            yield Problem(what, place, f"query_pre_attn_scalar {scalar}", found_scalar)
 
 
 def _window(config: Config) -> int | None:

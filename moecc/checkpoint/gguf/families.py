@@ -20,10 +20,31 @@ _DENSE: Mapping[str, str] = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FUSED: Mapping[str, str] = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _HEAD_NORMS: Mapping[str, str] = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
+_NORMS = (("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"))
+_FOUR_NORMS = (
+    ("attn_norm", "input_layernorm"),
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+)
+_ATTENTION_BIAS = ("attention_bias", "attn_q.bias")
+_MLP_BIAS = ("mlp_bias", "ffn_down.bias")
+_MULTIPLIERS = (
+    ("embedding_scale", "embedding_multiplier"),
+    ("residual_scale", "residual_multiplier"),
+    ("attention.scale", "attention_multiplier"),
+    ("logit_scale", "logits_scaling"),
+)
 
 
 COUNT = ("num_experts", "num_local_experts")
@@ -97,9 +118,24 @@ class GgufFamily:
       head_norms: whether queries and keys are normalised per head.
       output_bias: whether llama.cpp reads a bias of the attention's output projection, or the
         family has none.
-      block_norm: the norm before a feed-forward block.
+      is_fused: whether queries, keys and values are one matrix, and gate and up another.
+      norms: the norms of a layer, with the names in Hugging Face.
+      norms_plus_one: whether norms are stored as what they multiply by, which is 1 more than what
+        Hugging Face stores.
+      activation: what llama.cpp computes in a feed-forward block.
+      act_key: the key of config.json with the activation.
+      window_period: where layers have the window that a key states: all but every so many; 0 where
+        none has.
+      score_layers: where scores are divided by √`query_pre_attn_scalar`, which no key states: that
+        is the width of a head, but in a model of so many layers the share of a head in the width.
+      is_tied: whether the output matrix always is the embedding.
+      no_rope_step: which layers have no rotary positions: every so many; 0 if none.
+      flags: keys of config.json that are true where a layer has a tensor, and that tensor.
       partial_rotary: whether only a part of each head may be rotated.
       keys: further keys of the architecture, with those of config.json that say the same.
+      optional_keys: of these, those that a file need not state.
+      local_theta: the base period of the rotary embedding in layers with a window, if no key states
+        one; 0 where it is that of all layers.
       fixed: keys of the architecture with the one value that they have.
       has_groups: whether there may be fewer key-value heads than query heads.
       needs_head: whether llama.cpp wants an output matrix even where it is the embedding.
@@ -111,9 +147,20 @@ class GgufFamily:
     pairs_neighbours: bool = False
     head_norms: bool = False
     output_bias: bool = False
-    block_norm: str = "ffn_norm"
+    norms: tuple[tuple[str, str], ...] = _NORMS
+    is_fused: bool = False
+    norms_plus_one: bool = False
+    activation: str = "silu"
+    act_key: str = "hidden_act"
+    window_period: int = 0
+    score_layers: int = 0
+    is_tied: bool = False
+    no_rope_step: int = 0
+    flags: tuple[tuple[str, str], ...] = (_ATTENTION_BIAS,)
     partial_rotary: bool = False
     keys: tuple[tuple[str, str], ...] = ()
+    optional_keys: tuple[tuple[str, str], ...] = ()
+    local_theta: float = 0.0
     fixed: tuple[tuple[str, int | float], ...] = ()
     has_groups: bool = True
     needs_head: bool = False
@@ -122,10 +169,10 @@ class GgufFamily:
     def stems(self) -> dict[str, str]:
         """Return the names of a layer's matrices and gains in GGUF with those in Hugging Face."""
         experts = self.experts.stems() if self.experts else {}
-        norms = {"attn_norm": "input_layernorm", self.block_norm: "post_attention_layernorm"}
         heads = _HEAD_NORMS if self.head_norms else {}
         dense = {} if self.experts and not self.experts.leading_dense else _DENSE
-        return {**_ATTENTION, **dense, **norms, **heads, **experts}
+        matrices = _FUSED if self.is_fused else {**_ATTENTION, **dense}
+        return {**matrices, **dict(self.norms), **heads, **experts}
 
     def tensors(self) -> dict[str, str]:
         """Return the names of a layer's tensors in GGUF with those in Hugging Face."""
@@ -141,9 +188,80 @@ class GgufFamily:
 
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
-    "llama": GgufFamily("llama", "LlamaForCausalLM", pairs_neighbours=True, output_bias=True),
-    "qwen2": GgufFamily("qwen2", "Qwen2ForCausalLM"),
+    "llama": GgufFamily(
+        "llama",
+        "LlamaForCausalLM",
+        pairs_neighbours=True,
+        output_bias=True,
+        flags=(_ATTENTION_BIAS, _MLP_BIAS),
+    ),
+    "qwen2": GgufFamily("qwen2", "Qwen2ForCausalLM", flags=()),
     "qwen3": GgufFamily("qwen3", "Qwen3ForCausalLM", head_norms=True),
+    "granite": GgufFamily(
+        "granite",
+        "GraniteForCausalLM",
+        pairs_neighbours=True,
+        output_bias=True,
+        keys=_MULTIPLIERS,
+        flags=(_ATTENTION_BIAS, _MLP_BIAS),
+    ),
+    "smollm3": GgufFamily("smollm3", "SmolLM3ForCausalLM", pairs_neighbours=True, no_rope_step=4),
+    "olmo2": GgufFamily(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        head_norms=True,
+        needs_head=True,
+        norms=(
+            ("post_attention_norm", "post_attention_layernorm"),
+            ("post_ffw_norm", "post_feedforward_layernorm"),
+        ),
+    ),
+    "phi3": GgufFamily(
+        "phi3",
+        "Phi3ForCausalLM",
+        is_fused=True,
+        partial_rotary=True,
+        optional_keys=(("attention.sliding_window", "sliding_window"),),
+        flags=(),
+    ),
+    "gemma": GgufFamily(
+        "gemma",
+        "GemmaForCausalLM",
+        norms_plus_one=True,
+        activation="gelu_pytorch_tanh",
+        is_tied=True,
+    ),
+    "gemma2": GgufFamily(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        norms=_FOUR_NORMS,
+        norms_plus_one=True,
+        activation="gelu_pytorch_tanh",
+        act_key="hidden_activation",
+        window_period=2,
+        score_layers=46,
+        keys=(
+            ("attention.sliding_window", "sliding_window"),
+            ("attn_logit_softcapping", "attn_logit_softcapping"),
+            ("final_logit_softcapping", "final_logit_softcapping"),
+        ),
+        is_tied=True,
+    ),
+    "gemma3": GgufFamily(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        head_norms=True,
+        norms=_FOUR_NORMS,
+        norms_plus_one=True,
+        activation="gelu_pytorch_tanh",
+        act_key="hidden_activation",
+        window_period=6,
+        score_layers=62,
+        keys=(("attention.sliding_window", "sliding_window"),),
+        optional_keys=(("final_logit_softcapping", "final_logit_softcapping"),),
+        local_theta=10_000.0,
+        is_tied=True,
+    ),
 }
 """By ``general.architecture``; Mistral and SmolLM are published as ``llama``."""
 
@@ -152,12 +270,14 @@ GGUF_MIXTURES: Mapping[str, GgufFamily] = {
         "mixtral",
         "MixtralForCausalLM",
         pairs_neighbours=True,
+        flags=(),
         experts=GgufExperts("block_sparse_moe.", gate="w1", up="w3", down="w2", width_key=False),
     ),
     "qwen2moe": GgufFamily(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         needs_head=True,
+        flags=(("qkv_bias", "attn_q.bias"),),
         experts=GgufExperts(
             shared="shared_expert.", shared_gate="shared_expert_gate", renormalises=False
         ),
@@ -178,12 +298,7 @@ GGUF_MIXTURES: Mapping[str, GgufFamily] = {
         "GraniteMoeForCausalLM",
         pairs_neighbours=True,
         output_bias=True,
-        keys=(
-            ("embedding_scale", "embedding_multiplier"),
-            ("residual_scale", "residual_multiplier"),
-            ("attention.scale", "attention_multiplier"),
-            ("logit_scale", "logits_scaling"),
-        ),
+        keys=_MULTIPLIERS,
         experts=GgufExperts("block_sparse_moe.", "router.layer", norm_key=False, width_key=False),
     ),
     "glm4moe": GgufFamily(
@@ -191,7 +306,8 @@ GGUF_MIXTURES: Mapping[str, GgufFamily] = {
         "Glm4MoeForCausalLM",
         head_norms=True,
         output_bias=True,
-        block_norm="post_attention_norm",
+        norms=(_NORMS[0], ("post_attention_norm", "post_attention_layernorm")),
+        flags=(_ATTENTION_BIAS, ("use_qk_norm", "attn_q_norm.weight")),
         partial_rotary=True,
         keys=(
             ("leading_dense_block_count", "first_k_dense_replace"),
@@ -212,6 +328,7 @@ GGUF_MIXTURES: Mapping[str, GgufFamily] = {
     "ernie4_5-moe": GgufFamily(
         "ernie4_5_moe",
         "Ernie4_5_MoeForCausalLM",
+        flags=(),
         keys=(
             ("leading_dense_block_count", "moe_layer_start_index"),
             ("interleave_moe_layer_step", "moe_layer_interval"),

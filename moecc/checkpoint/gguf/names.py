@@ -58,6 +58,11 @@ def turned_projection(name: str) -> str | None:
     return match.group(1) if match else None
 
 
+def is_norm(name: str) -> bool:
+    """Whether a Hugging Face name is that of the vector of a norm."""
+    return name.endswith("norm.weight")
+
+
 def first_expert(names: Iterable[str]) -> str | None:
     """Return the name of a tensor that belongs to a mixture of experts, if any."""
     return next((name for name in names if _EXPERT.match(name)), None)

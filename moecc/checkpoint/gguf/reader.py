@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -27,10 +28,12 @@ from moecc.checkpoint.gguf.names import (
     ROPE_FACTORS,
     first_expert,
     hugging_face_name,
+    is_norm,
     known_names,
     turned_projection,
 )
 from moecc.checkpoint.gguf.parts import read_gguf
+from moecc.checkpoint.gguf.shapes import SHAPES, GgufShape, Order, read_shape
 from moecc.checkpoint.gguf.storage import BY_NAME
 from moecc.checkpoint.gguf.tokenizer import tokenizer_files
 from moecc.checkpoint.problems import Problems, quoted
@@ -64,8 +67,11 @@ class GgufFile:
         header: GgufHeader,
         config: dict[str, object],
         tensors: dict[str, TensorInfo],
-        head_dims: dict[str, int],
         pool: DescriptorPool,
+        *,
+        head_dims: Mapping[str, int] | None = None,
+        norms_plus_one: bool = False,
+        orders: Mapping[str, Order] | None = None,
     ) -> None:
         self.path = header.path
         self.config = config
@@ -73,8 +79,10 @@ class GgufFile:
         self.metadata = MappingProxyType(header.metadata)
         self._identities = header.identities
         self._spans = header.spans
-        self._head_dims = head_dims
+        self._head_dims = head_dims or {}
         self._pool = pool
+        self._norms_plus_one = norms_plus_one
+        self._orders = orders or {}
         self._turned: tuple[dict[str, bytes], str | None] | None = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -88,6 +96,9 @@ class GgufFile:
         info = self._info(name)
         shape, _ = rows_of(info, start, stop)
         stop = start + shape[0]
+        if order := self._orders.get(name):
+            stored = replace(info, shape=order.shape(info.shape))
+            return order(self._stored(stored, 0, stored.shape[0]))[start:stop]
         head_dim = self._head_dims.get(name)
         if head_dim is None or start == stop:
             return self._stored(info, start, stop)
@@ -175,7 +186,9 @@ class GgufFile:
             identity = self._identities[info.file]
             self._pool.read_into(info.file, identity, raw.data, info.offset + skipped)
         if not info.storage:
-            return raw.view(info.dtype.numpy).reshape(shape)
+            values: Array = raw.view(info.dtype.numpy).reshape(shape)
+            is_more = self._norms_plus_one and is_norm(info.name)
+            return values - np.ones((), values.dtype) if is_more else values
         return dequantise(raw, BY_NAME[info.storage]).reshape(shape)
 
     def _info(self, name: str) -> TensorInfo:
@@ -187,7 +200,8 @@ class GgufFile:
 
     def _tokenizer(self) -> tuple[dict[str, bytes], str | None]:
         if self._turned is None:
-            rows, length = self.config["vocab_size"], self.config["max_position_embeddings"]
+            rows = self.config["vocab_size"]
+            length = self.config.get("max_position_embeddings", self.config.get("n_positions"))
             assert isinstance(rows, int), "a size"
             assert isinstance(length, int), "a size"
             try:
@@ -217,6 +231,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
       MachineError: the system denies access.
     """
     header = read_gguf(Path(path))
+    shape = SHAPES.get(str(header.metadata.get("general.architecture")))
+    if shape is not None and first_expert(header.tensors) is None:
+        return _open_shape(header, shape)
     family = _family(header)
     problems, pool = Problems(), DescriptorPool()
     try:
@@ -231,7 +248,19 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
         raise
     rows = family.experts.rows() if family.experts else ()
     tensors = {new: _info(header.tensors[old], new, rows) for old, new in names.items()}
-    return GgufFile(header, config, tensors, head_dims, pool)
+    plus_one = family.norms_plus_one
+    return GgufFile(header, config, tensors, pool, head_dims=head_dims, norms_plus_one=plus_one)
+
+
+def _open_shape(header: GgufHeader, shape: GgufShape) -> GgufFile:
+    """Open a file of one of the architectures that are read only."""
+    problems = Problems()
+    read = read_shape(header, shape, problems)
+    problems.raise_if_any()
+    infos = {new: _info(header.tensors[old], new, ()) for old, new in read.names.items()}
+    for name, order in read.orders.items():
+        infos[name] = replace(infos[name], shape=order.shape(infos[name].shape))
+    return GgufFile(header, read.config, infos, DescriptorPool(), orders=read.orders)
 
 
 def _family(header: GgufHeader) -> GgufFamily:
@@ -240,13 +269,14 @@ def _family(header: GgufHeader) -> GgufFamily:
         raise InputError(
             "the file does not state its architecture",
             where=f"{header.path}, metadata key 'general.architecture'",
-            expected=f"one of {', '.join(GGUF_FAMILIES)}",
+            expected=f"one of {', '.join((*GGUF_FAMILIES, *SHAPES))}",
         )
     experts = header.metadata.get(f"{architecture}.expert_count", 0)
     sparse = first_expert(header.tensors) is not None or (type(experts) is int and experts > 0)
-    known = GGUF_MIXTURES if sparse else GGUF_FAMILIES
-    if architecture in known:
-        return known[architecture]
+    table = GGUF_MIXTURES if sparse else GGUF_FAMILIES
+    if architecture in table:
+        return table[architecture]
+    known = table if sparse else (*table, *SHAPES)
     raise InputError(
         f"moecc does not support {'mixtures of ' if sparse else ''}this architecture",
         where=f"{header.path}, metadata key 'general.architecture'",

@@ -126,6 +126,8 @@ def rope_misfits(config: Json, family: GgufFamily) -> Iterator[tuple[str, str | 
     kind = scaling.get("rope_type", "default")
     if kind == "dynamic":
         yield "llama.cpp has no dynamic scaling of rotary positions", "write a folder instead"
+    if kind == "longrope":
+        yield "moecc does not write the factors of longrope", "write a folder instead"
     if kind == "llama3" and not family.pairs_neighbours:
         yield "llama.cpp reads the divisors of Llama 3's scaling in llama files alone", None
     elif kind == "llama3" and (

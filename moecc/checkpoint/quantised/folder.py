@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -24,6 +26,7 @@ from moecc.types.arrays import Array
 from moecc.types.dtypes import F32
 
 KEY = "quantization_config"
+MOST_KEPT_BYTES = 256 << 20
 
 
 def _alone(find: Callable[[Stored], Iterator[Packed]]) -> Callable[..., Iterator[Packed]]:
@@ -49,6 +52,7 @@ class QuantisedFolder:
 
     def __init__(self, folder: SafetensorsFolder, packed: Mapping[str, Packed]) -> None:
         self._folder, self._packed = folder, packed
+        self._kept = threading.local()
         self.path: Path = folder.path
         self.config = {key: value for key, value in folder.config.items() if key != KEY}
         inner = {part for one in packed.values() for part in one.parts}
@@ -65,7 +69,24 @@ class QuantisedFolder:
         stop = one.shape[0] if stop is None else stop
         # A scale that is not finite gives values that are not finite, which the caller checks.
         with np.errstate(all="ignore"):
-            return one.rows(self._folder.read, start, stop)
+            return one.rows(partial(self._part, one), start, stop)
+
+    def _part(self, one: Packed, name: str, start: int, stop: int | None) -> Array:
+        """Read rows of a part; a thread keeps those of the matrix that it reads.
+
+        Outputs lie across the words of GPTQ and AWQ, so every block of rows needs all of them.
+        """
+        if (start, stop) != (0, None):
+            return self._folder.read(name, start, stop)
+        if getattr(self._kept, "of", None) != one.name:
+            self._kept.of, self._kept.parts = one.name, {}
+        parts: dict[str, Array] = self._kept.parts
+        if name in parts:
+            return parts[name]
+        found = self._folder.read(name)
+        if found.nbytes <= MOST_KEPT_BYTES:
+            parts[name] = found
+        return found
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return the files that an export copies byte for byte, by their name in the folder."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moecc.errors import InputError, MachineError
+from moecc.support.extras import install_hint
 from moecc.support.untyped import JsonDict
 from moecc.types.arrays import Array
 
@@ -32,7 +33,7 @@ class ZarrArrays:
         except ImportError:
             raise MachineError(
                 "arrays of a JAX program need tensorstore", where=str(folder),
-                hint="pip install 'moecc[train]'",
+                hint=install_hint("train"),
             ) from None  # fmt: skip
         self._store = tensorstore
         self._folder, self._driver = folder, driver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -27,6 +28,9 @@ from moecc.errors import InputError, nearest
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES, DType
 
+MOST_KEPT_BYTES = 1 << 30
+"""The size of the largest matrix that is read as a whole."""
+
 
 class TreeCheckpoint:
     """Tensors that are pieces of a tree's arrays; see `moecc.checkpoint.source.Checkpoint`."""
@@ -36,6 +40,7 @@ class TreeCheckpoint:
     ) -> None:
         self.path, self.format, self.config = path, tree.format, config
         self._tree, self._pieces = tree, pieces
+        self._kept, self._reading = threading.local(), threading.Lock()
         infos = {name: _info(name, piece, tree) for name, piece in pieces.items()}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(infos)
         problems = Problems()
@@ -59,10 +64,26 @@ class TreeCheckpoint:
             return self._tree.arrays.read_box(self._pieces[name].key, ())
         shape, _ = rows_of(info, start, stop)
         piece = self._pieces[name]
+        if piece.columns and info.nbytes <= MOST_KEPT_BYTES:
+            return self._whole(name, info.shape[0])[start : start + shape[0]]
         if piece.rows:
             return piece.read(self._tree.arrays, start, start + shape[0])
         sizes = [(0, size) for size in info.shape[1:]]
         return self._tree.arrays.read_box(piece.key, [(start, start + shape[0]), *sizes])
+
+    def _whole(self, name: str, rows: int) -> Array:
+        """Return a matrix, which a thread keeps until it reads another one.
+
+        Its rows lie across the chunks of its array, so every block of rows decodes all of them.
+        """
+        kept: tuple[str, Array] | None = getattr(self._kept, "matrix", None)
+        if kept is None or kept[0] != name:
+            self._kept.matrix = None
+            # One at a time: a chunk may hold all layers, and is decoded in memory.
+            with self._reading:
+                matrix = self._pieces[name].read(self._tree.arrays, 0, rows)
+            kept = self._kept.matrix = name, matrix
+        return kept[1]
 
     def companions(self) -> dict[str, Path | bytes]:
         """Return the files beside the config that an export copies."""

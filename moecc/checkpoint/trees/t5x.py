@@ -20,6 +20,7 @@ from moecc.checkpoint.trees.arrays import ZarrArrays
 from moecc.checkpoint.trees.find import FILE
 from moecc.checkpoint.trees.tree import Tree
 from moecc.errors import InputError, MachineError
+from moecc.support.extras import install_hint
 from moecc.types.arrays import Array
 
 _LARGEST_BYTES = 4 << 30
@@ -108,7 +109,7 @@ def _unpacked(path: Path) -> Any:
         import msgpack
     except ImportError:
         raise MachineError(
-            "a checkpoint of T5X needs msgpack", where=str(path), hint="pip install 'moecc[train]'"
+            "a checkpoint of T5X needs msgpack", where=str(path), hint=install_hint("train")
         ) from None
     if path.stat().st_size > _LARGEST_BYTES:
         raise InputError("the file is too large for one of T5X", where=str(path))

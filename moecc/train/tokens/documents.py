@@ -19,6 +19,7 @@ from typing import IO, Any
 from moecc.checkpoint.files import identify, os_problem
 from moecc.checkpoint.problems import Problems, describe
 from moecc.errors import InputError, MachineError, Problem
+from moecc.support.extras import install_hint
 from moecc.train.tokens.facts import DOCUMENTS, SourceFile
 
 SPLITS = ("file", "line", "paragraph", "form-feed")
@@ -201,7 +202,7 @@ class Reader:
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise MachineError(
-                "Parquet needs pyarrow", where=str(path), hint="pip install 'moecc[parquet]'"
+                "Parquet needs pyarrow", where=str(path), hint=install_hint("parquet")
             ) from None
         keys = list(self.format.keys)
         digest = _Digest(path)

@@ -318,7 +318,7 @@ def test_a_closed_file(opened: GgufFile) -> None:
 
 def test_without_the_package(opened: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MachineError, match=r"pip install 'moecc\[gguf\]'"):
+    with pytest.raises(MachineError, match="pip install 'gguf>="):
         opened.read(UP_PROJ)
     assert opened.read("model.norm.weight").dtype == np.float32
 

@@ -24,7 +24,7 @@ def test_a_missing_extra_is_named_in_one_line(
     monkeypatch.setattr(
         topology, "find_spec", lambda name: None if name == package else found(name)
     )
-    with pytest.raises(MachineError, match=r"pip install 'moecc\[") as caught:
+    with pytest.raises(MachineError, match=r"pip install 'jax\[") as caught:
         require(parse_machine(machine))
     assert "\n" not in str(caught.value)
 

@@ -10,6 +10,7 @@ from moecc.errors import MachineError
 from moecc.ir.graph import Graph
 from moecc.sharding.partitions import GSPMD
 from moecc.steps.spec import StepSpec
+from moecc.support.extras import install_hint
 from moecc.train.recipe import OptimizerSection
 from moecc_backends.xla.aot.census import census
 from moecc_backends.xla.aot.program import (
@@ -32,7 +33,7 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
       InputError: the mesh does not suit the graph.
     """
     if job.export and find_spec("flatbuffers") is None:
-        raise MachineError("exporting needs flatbuffers: pip install 'moecc[export]'")
+        raise MachineError("exporting needs flatbuffers", hint=install_hint("export"))
     layout = job.layout if job.partition == GSPMD else None
     update = None if job.optimizer is None else OptimizerSection(job.optimizer)
     spec = StepSpec(job.sizes, job.dtype, update, platform=job.machine.kind, layout=layout)

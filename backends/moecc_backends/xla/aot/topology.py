@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from moecc.ahead.compile_in_subprocess import environment
 from moecc.errors import MachineError, UsageError
 from moecc.plan.machines import Machine
+from moecc.support.extras import install_hint
 from moecc_backends.xla.aot.gpus import description
 
 _GPUS_PER_HOST = 8
@@ -28,12 +29,12 @@ _GPUS_PER_HOST = 8
 def missing(kind: str) -> str | None:
     """Return in one line what to install for machines of a `kind`, or None if all fits."""
     if kind == "tpu" and find_spec("libtpu") is None:
-        return "compiling for TPUs needs libtpu: pip install 'moecc[tpu]'"
+        return f"compiling for TPUs needs libtpu: {install_hint('tpu')}"
     if kind == "tpu" and (wanted := _other_libtpu()):
         pair = f"libtpu {version('libtpu')} does not fit jax {version('jax')}"
         return f"{pair}: pip install '{wanted}'"
     if kind == "gpu" and _cuda_plugin() is None:
-        return "compiling for GPUs needs jax's CUDA plug-in: pip install 'moecc[gpu-aot]'"
+        return f"compiling for GPUs needs jax's CUDA plug-in: {install_hint('gpu-aot')}"
     return None
 
 

@@ -26,6 +26,7 @@ from moecc.steps.moment_axes import (
     uses_muon,
 )
 from moecc.steps.settings import ParamSettings
+from moecc.support.extras import install_hint
 from moecc.train.recipe import OptimizerSection
 from moecc.types.tensor import TensorType
 from moecc_backends.xla.trace.typed_jax import PyTree
@@ -63,7 +64,7 @@ class Optimizer:
         try:
             import optax as optax
         except ImportError:
-            raise MachineError("training needs optax: pip install 'moecc[train]'") from None
+            raise MachineError("training needs optax", hint=install_hint("train")) from None
 
     @property
     def moment_types(self) -> dict[str, dict[str, TensorType]]:

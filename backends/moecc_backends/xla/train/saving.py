@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from moecc.checkpoint.run.layout import best_step, saved_steps
 from moecc.errors import MachineError, MoeccError
+from moecc.support.extras import install_hint
 from moecc.train.events import Saved
 from moecc.train.run_folder import begin_step, finish_step, keep_steps
 from moecc_backends.xla.train.tensors import Tensors
@@ -55,7 +56,7 @@ class Saver:
             import orbax.checkpoint as orbax
         except ImportError:
             raise MachineError(
-                "saving a run needs orbax-checkpoint", hint="pip install 'moecc[train]'"
+                "saving a run needs orbax-checkpoint", hint=install_hint("train")
             ) from None
         # What fails is raised, and reported once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)

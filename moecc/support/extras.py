@@ -1,0 +1,38 @@
+"""What to install for an extra: the packages themselves, which any index has."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, distribution, requires
+
+
+def install_hint(*extras: str) -> str:
+    """Return the command that installs what is missing of `extras`.
+
+    It names packages, not ``moecc[extra]``, which needs moecc itself to be on an index.
+    """
+    needed = list(dict.fromkeys(r for extra in extras for r in _requirements(extra)))
+    missing = list(filter(_is_missing, needed)) or needed
+    return " ".join(["pip install", *(f"'{requirement}'" for requirement in missing)])
+
+
+def _requirements(extra: str) -> list[str]:
+    """Return the requirements of an extra; the extra itself where moecc is not installed."""
+    try:
+        every = requires("moecc") or []
+    except PackageNotFoundError:
+        every = []
+    marked = [text.split(";") for text in every if ";" in text]
+    found = [r.strip() for r, marker in marked if marker.split("==")[-1].strip(" '\"") == extra]
+    return found or [f"moecc[{extra}]"]
+
+
+def _is_missing(requirement: str) -> bool:
+    """Whether a package, or one of those that its own extras add, is not installed."""
+    name = requirement
+    for mark in "[<>=! ":
+        name = name.split(mark)[0]
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return True
+    return "[" in requirement

@@ -1,0 +1,83 @@
+"""The pass ``grow``: every expert several times, and as many more of them chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from moecc.errors import InputError, Problem
+from moecc.ir.gates import convention
+from moecc.ir.graph import Graph
+from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
+from moecc.weights.expr import Expr
+from moecc_passes.resize.anatomy import Anatomy, anatomies
+from moecc_passes.resize.rebuild import resize
+from moecc_passes.routed import NOTHING_ROUTED
+
+
+@dataclass(frozen=True)
+class GrowPass(Pass):
+    """Store every expert `times` times, and let a token go to `times` as many.
+
+    Copies have equal rows in the router, so that the chosen ones are all copies of those that were
+    chosen before, ties included, because copies are neighbours.
+
+    Before::
+
+        %e, %g = route %l {top_k=2} : i32[…, choice=2], f32[…, choice=2]    # of 8 experts
+
+    After ``grow{times=2}``::
+
+        %e, %g = route %l {top_k=4} : i32[…, choice=4], f32[…, choice=4]    # of 16 experts
+    """
+
+    name: ClassVar[str] = "grow"
+    summary: ClassVar[str] = "store every expert several times, and choose as many more"
+    must_match: ClassVar[bool] = True
+
+    times: Annotated[int, "how often every expert is stored"] = 2
+
+    @property
+    def preserves(self) -> Preserves:
+        """The same function, for any router."""
+        return Preserves("reassociation")
+
+    def validate(self) -> list[Problem]:
+        """Return the problems of the options."""
+        if self.times >= 2:
+            return []
+        return [Problem("nothing grows", "times", "2 or more", str(self.times))]
+
+    def apply(self, graph: Graph, ctx: Context) -> PassResult:
+        """Grow every routed layer.
+
+        Raises:
+          InputError: gates or slots of a layer do not allow it; all problems at once.
+        """
+        layers = anatomies(graph)
+        problems = [problem for layer in layers for problem in self._problems(layer)]
+        if problems:
+            raise InputError(problems)
+        for layer in layers:
+            # Copies share a probability, and have a sigmoid each.
+            sums = convention(layer.attrs.gates)
+            shared = sums.renormalised or sums.score == "softmax"
+            factor = 1.0 if shared else 1 / self.times
+            resize(graph, layer, self._copies, layer.attrs.top_k * self.times, factor)
+            made = layer.experts * self.times
+            ctx.remark(Remark(layer.name, f"{layer.experts} experts became {made}"))
+        missing = [] if layers else [NOTHING_ROUTED]
+        return PassResult(bool(layers), len(layers), {"layers": len(layers)}, near_misses=missing)
+
+    def _copies(self, parts: list[Expr]) -> list[Expr]:
+        return [part for part in parts for _ in range(self.times)]
+
+    def _problems(self, layer: Anatomy) -> Iterator[Problem]:
+        row = convention(layer.attrs.gates)
+        if row.max_top_k is not None or not row.equal_for_equal_logits:
+            yield Problem(f"{row.name} gates do not divide among copies", layer.name)
+        if layer.layer.assignment.slots != "ragged":
+            yield Problem("copies drop other choices than one expert did", layer.name,
+                          "slots=ragged", f"slots={layer.layer.assignment.slots}",
+                          "specialize{dropless=true} removes the capacity")  # fmt: skip

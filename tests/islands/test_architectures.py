@@ -1,0 +1,55 @@
+"""Random architectures: equal when dense, equal to mixtures by hand when drawn at random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from moecc import jax as mx  # noqa: E402
+
+from .architectures import Architecture, architectures  # noqa: E402
+from .mixtures import apart, drawn  # noqa: E402
+
+
+def check(one: Architecture) -> None:
+    """Compare values and gradients of a converted model, copies and drawn."""
+    dense = one.init()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, one.embed)), jnp.float32)
+    moe = mx.convert(one.model, dense, x, one.pipeline)
+    assert len(moe.report.blocks) == one.depth, str(moe.report)
+
+    def loss(function: Any) -> Any:
+        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(function(p, x)))))
+
+    converted = loss(moe(one.model, dispatch="gathered"))
+    assert apart(converted(moe.params, x)[0], jnp.sum(jnp.sin(one.model(dense, x)))) < 1e-5
+    some = drawn(moe.params)
+    assert apart(converted(some, x), loss(one.by_hand)(some, x)) < 1e-5
+
+
+FEW = [
+    Architecture(2, 4, 4, "mish", True, "fused", "vector", "scan", False, 3, 2),
+    pytest.param(
+        Architecture(1, 6, 5, "elu", False, "two", "transposed", "unrolled", True, 4, 1),
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize("one", FEW, ids=lambda one: one.activation)
+def test_few_architectures(one: Architecture) -> None:
+    check(one)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(architectures())
+def test_random_architectures(one: Architecture) -> None:
+    check(one)

@@ -1,0 +1,98 @@
+"""What a user can get wrong: one message each, with the line of the program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+from moecc import jax as mx  # noqa: E402
+from moecc.errors import InputError, UsageError  # noqa: E402
+
+X = jnp.ones((2, 8))
+PARAMS = {"w1": jnp.ones((8, 12)), "w2": jnp.ones((12, 8)), "idle": jnp.ones(3)}
+PIPELINE = "upcycle{experts=4}"
+
+
+def ffn(p: Any, x: Any) -> Any:
+    return jax.nn.silu(x @ p["w1"]) @ p["w2"]
+
+
+@pytest.fixture(scope="module")
+def moe() -> Any:
+    return mx.convert(ffn, PARAMS, X, PIPELINE)
+
+
+def reads_a_value(p: Any, x: Any) -> Any:
+    return ffn(p, x) if float(x.sum()) > 0 else x
+
+
+def branches_on_a_value(p: Any, x: Any) -> Any:
+    if x.sum() > 0:
+        return x
+    return ffn(p, x)
+
+
+@pytest.mark.parametrize("function", [reads_a_value, branches_on_a_value])
+def test_a_function_that_cannot_be_traced(function: Any) -> None:
+    with pytest.raises(InputError, match="jax cannot trace the function") as error:
+        mx.convert(function, PARAMS, X, PIPELINE)
+    assert f"in {function.__name__}" in str(error.value)
+    assert "test_bad_input.py:" in str(error.value)
+
+
+def test_a_function_of_other_parameters() -> None:
+    """Its weights are closed over: constants."""
+    with pytest.raises(InputError, match="uses none of its parameters") as error:
+        mx.convert(lambda p, x: ffn(PARAMS, x), PARAMS, X, PIPELINE)
+    assert "test_bad_input.py:" in str(error.value)
+    assert "constants" in str(error.value)
+
+
+def test_parameters_that_are_not_used_are_reported(moe: Any) -> None:
+    assert moe.report.unused == ("idle",)
+    assert "not used: idle" in str(moe.report)
+
+
+def test_a_tree_that_changed(moe: Any) -> None:
+    fewer = {"params": {"w1": PARAMS["w1"]}, "moe": moe.params["moe"]}
+    with pytest.raises(InputError, match="another tree than the one that was converted"):
+        moe(ffn)(fewer, X)
+    with pytest.raises(InputError, match="not the parameters of a conversion"):
+        moe(ffn)(PARAMS, X)
+
+
+def test_a_function_that_uses_experts_in_another_way(moe: Any) -> None:
+    def norm_of_weights(p: Any, x: Any) -> Any:
+        return ffn(p, x).sum() + jnp.sum(p["w1"] ** 2)
+
+    with pytest.raises(InputError, match="`w1` holds the weights of experts now") as error:
+        moe(norm_of_weights)(moe.params, X)
+    assert "in test_a_function_that_uses_experts_in_another_way" in str(error.value)
+
+
+def test_pipelines_and_lowerings_that_do_not_fit(moe: Any) -> None:
+    with pytest.raises(UsageError, match="no pipeline was given"):
+        mx.convert(ffn, PARAMS, X)
+    with pytest.raises(UsageError, match="expert"):
+        mx.convert(ffn, PARAMS, X, "upcycle{experts=2 top-k=3}")
+    with pytest.raises(InputError, match="dispatch=einsum"):
+        moe(ffn, dispatch="einsum")
+    with pytest.raises(UsageError, match="dispatch lowering"):
+        moe(ffn, dispatch="fast")
+    with pytest.raises(InputError, match="the parameters have no array"):
+        mx.convert(ffn, {}, X, PIPELINE)
+
+
+def test_inputs_of_the_graph_that_are_missing() -> None:
+    pipeline = "upcycle{experts=4 top-k=2},specialize{mode=train jitter=0.01}"
+    moe = mx.convert(ffn, PARAMS, X, pipeline)
+    with pytest.raises(InputError, match="takes other inputs than were given") as error:
+        moe(ffn)(moe.params, X)
+    assert "moe_inputs=" in str(error.value)
+    with pytest.raises(InputError, match="takes other inputs"):
+        moe(ffn)(moe.params, X, moe_inputs={"ghost": 1})

@@ -1,0 +1,128 @@
+"""Eight devices: the user's sharding kept, experts over a mesh, equal to one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+from moecc import jax as mx  # noqa: E402
+from moecc.errors import InputError  # noqa: E402
+
+from .mixtures import apart, drawn  # noqa: E402
+
+E, F = 8, 16
+UPCYCLE = "upcycle{experts=4 top-k=2}"
+SHARD = "annotate-sharding{mesh=data:2,expert:4 rules=expert-parallel}"
+
+
+def loss(params: Any, x: Any) -> Any:
+    def layer(x: Any, p: Any) -> Any:
+        return x + jax.nn.silu(jnp.tanh(x) @ p["w1"]) @ p["w2"], None
+
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    return jnp.sum(jnp.sin(x @ params["out"]))
+
+
+def draw(*shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(shape).normal(0, 0.3, shape), jnp.float32)
+
+
+DENSE = {"layers": {"w1": draw(2, E, F), "w2": draw(2, F, E)}, "out": draw(E, E)}
+X = draw(8, 4, E)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Any:
+    types = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((2, 4), ("data", "expert"), axis_types=types)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """A conversion on one device, drawn parameters, and the loss of them with gradients."""
+    moe = mx.convert(loss, DENSE, X, UPCYCLE)
+    some = drawn(moe.params)
+    found = jax.jit(jax.value_and_grad(moe(loss, dispatch="gathered")))(some, X)
+    return moe, some, found
+
+
+def placed(mesh: Any) -> Any:
+    specs = {"layers": {"w1": (None, None, "data"), "w2": (None, "data", None)}, "out": ()}
+    shardings = jax.tree.map(
+        lambda s: NamedSharding(mesh, PartitionSpec(*s)), specs, is_leaf=lambda s: type(s) is tuple
+    )
+    return jax.device_put(DENSE, shardings)
+
+
+def test_new_parameters_lie_where_the_dense_ones_did(mesh: Any, alone: Any) -> None:
+    moe = mx.convert(loss, placed(mesh), X, UPCYCLE)
+    layers, beside = moe.params["params"]["layers"], moe.params["moe"]
+    assert layers["w1"].sharding.spec == PartitionSpec(None, "expert", None, "data")
+    assert layers["w2"].sharding.spec == PartitionSpec(None, "expert", "data", None)
+    assert next(iter(beside.values())).sharding.spec == PartitionSpec(None, "expert", None)
+    assert layers["w1"].addressable_shards[0].data.shape == (2, 1, E, F // 2)
+    assert apart(moe.params, alone[0].params) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hinted", [False, True], ids=["as it is", "hinted"])
+def test_the_sharding_of_the_user(mesh: Any, alone: Any, hinted: bool) -> None:
+    moe = mx.convert(loss, placed(mesh), X, UPCYCLE)
+    some = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), alone[1], moe.params)
+    x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
+    converted = moe(loss, mesh=mesh if hinted else None)
+    assert apart(jax.jit(jax.value_and_grad(converted))(some, x), alone[2]) < 1e-5
+
+
+VIAS = ["ragged", pytest.param("ring", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("via", VIAS)
+def test_experts_over_a_mesh_by_the_collectives_of_the_graph(
+    mesh: Any, alone: Any, via: str
+) -> None:
+    pipeline = f"{UPCYCLE},{SHARD},expert-parallel{{via={via}}},lower-collectives"
+    moe = mx.convert(loss, DENSE, X, pipeline)
+    with pytest.raises(InputError, match="the blocks lie on a mesh of devices"):
+        jax.eval_shape(moe(loss), moe.params, X)
+    compiled = jax.jit(jax.value_and_grad(moe(loss, mesh=mesh))).lower(alone[1], X).compile()
+    assert apart(compiled(alone[1], X), alone[2]) < 1e-5
+    assert "all-" in compiled.as_text()
+
+
+@pytest.mark.slow
+def test_inside_a_shard_map_of_the_user(mesh: Any, alone: Any) -> None:
+    """Tokens and experts are those of each device; the collectives are those of the graph."""
+    pipeline = f"{UPCYCLE},{SHARD},expert-parallel{{via=ragged}},lower-collectives"
+    moe = mx.convert(loss, DENSE, X, pipeline)
+    params: Any = jax.tree.map(lambda _: PartitionSpec(), moe.params)
+    params["params"]["layers"] = dict.fromkeys(("w1", "w2"), PartitionSpec(None, "expert"))
+    tokens = PartitionSpec(("data", "expert"))
+
+    def one(some: Any, x: Any) -> Any:
+        return jax.lax.psum(moe(loss)(some, x), ("data", "expert"))
+
+    run = jax.shard_map(one, mesh=mesh, in_specs=(params, tokens), out_specs=PartitionSpec())
+    assert apart(jax.jit(run)(alone[1], X), alone[2][0]) < 1e-5
+
+
+@pytest.mark.slow
+def test_copies_inside_a_shard_map_of_the_user(mesh: Any, alone: Any) -> None:
+    """Every device has all experts and some of the tokens: nothing is exchanged."""
+    moe, some, found = alone
+
+    def one(some: Any, x: Any) -> Any:
+        return jax.lax.psum(moe(loss)(some, x), ("data", "expert"))
+
+    tokens = PartitionSpec(("data", "expert"))
+    run = jax.shard_map(
+        one, mesh=mesh, in_specs=(PartitionSpec(), tokens), out_specs=PartitionSpec()
+    )
+    assert apart(jax.jit(jax.value_and_grad(run))(some, X), found) < 1e-5

@@ -1,0 +1,195 @@
+"""Programs of many kinds around blocks, each with a mixture by hand to be equal to.
+
+A program takes its block as an argument, and parameters whose blocks are dictionaries with ``w1``
+and ``w2``; a mixture by hand finds its router there.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from moecc import jax as mx  # noqa: E402
+
+from .mixtures import apart, drawn, mixture  # noqa: E402
+
+E, F = 8, 12
+rng = np.random.default_rng(0)
+
+
+def draw(*shape: int) -> Any:
+    return jnp.asarray(rng.normal(0, max(shape) ** -0.5, shape), jnp.float32)
+
+
+def block(*stack: int) -> Any:
+    return {"w1": draw(*stack, E, F), "w2": draw(*stack, F, E)}
+
+
+def dense(p: Any, x: Any) -> Any:
+    return jax.nn.silu(x @ p["w1"]) @ p["w2"]
+
+
+def by_hand(p: Any, x: Any) -> Any:
+    return mixture(dense, {n: p[n] for n in ("w1", "w2")}, p["router"], x, 2) if "router" in p \
+        else dense(p, x)  # fmt: skip
+
+
+def state_space(p: Any, x: Any, ffn: Any) -> Any:
+    """A causal convolution of each channel, and a diagonal recurrence by an associative scan."""
+    u = jax.lax.conv_general_dilated(
+        x, p["conv"], (1,), [(2, 0)], dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=E,
+    )  # fmt: skip
+    decay = jnp.broadcast_to(jax.nn.sigmoid(p["decay"]), u.shape)
+    join = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])  # noqa: E731
+    x = x + jax.lax.associative_scan(join, (decay, u), axis=1)[1] @ p["out"]
+    return x + ffn(p["mlp"], x)
+
+
+def encoder_decoder(p: Any, x: Any, ffn: Any) -> Any:
+    memory = x[:, :4] + ffn(p["encoder"], x[:, :4])
+    x = x + jax.nn.softmax((x @ p["q"]) @ memory.mT) @ memory
+    return x + ffn(p["decoder"], x)
+
+
+def pallas_attention(p: Any, x: Any, ffn: Any) -> Any:
+    from jax.experimental import pallas as pl
+
+    def kernel(q: Any, out: Any) -> None:
+        out[...] = jax.nn.softmax(q[...] @ q[...].T) @ q[...]
+
+    def attend(q: Any) -> Any:
+        shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        return pl.pallas_call(kernel, out_shape=shape, interpret=True)(q)
+
+    x = x + jax.vmap(attend)(x @ p["q"])
+    return x + ffn(p["mlp"], x)
+
+
+@jax.custom_vjp
+def clipped(x: Any) -> Any:
+    """The identity, with a bounded gradient."""
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1e-3, 1e-3),))
+
+
+def custom_gradients(p: Any, x: Any, ffn: Any) -> Any:
+    return clipped(x + ffn(p["mlp"], clipped(x @ p["q"])))
+
+
+def shared_layers(p: Any, x: Any, ffn: Any) -> Any:
+    for _ in range(2):
+        x = x + ffn(p["mlp"], x)
+    return x
+
+
+def branches(p: Any, x: Any, ffn: Any) -> Any:
+    yes, no = (partial(ffn, p[n]) for n in ("yes", "no"))
+    return x + jax.lax.cond(x[0, 0, 0] > 0, yes, lambda x: -no(x), x)
+
+
+def sorted_tokens(p: Any, x: Any, ffn: Any) -> Any:
+    order = jnp.argsort(x[..., 0], axis=-1)
+    x = jnp.take_along_axis(x, order[..., None], 1)
+    return x + ffn(p["mlp"], x)
+
+
+def dropout_behind(p: Any, x: Any, ffn: Any) -> Any:
+    y = ffn(p["mlp"], x)
+    return x + jnp.where(jax.random.bernoulli(jax.random.key(1), 0.5, y.shape), 2.0 * y, 0.0)
+
+
+def scan_of_scans(p: Any, x: Any, ffn: Any) -> Any:
+    def inner(x: Any, q: Any) -> Any:
+        return x + ffn(q, x), None
+
+    return jax.lax.scan(lambda x, q: jax.lax.scan(inner, x, q), x, p["layers"])[0]
+
+
+PROGRAMS: dict[str, tuple[Any, Any]] = {
+    "state space": (
+        state_space, {"conv": draw(3, 1, E), "decay": draw(E), "out": draw(E, E), "mlp": block()},
+    ),
+    "encoder-decoder": (
+        encoder_decoder, {"encoder": block(), "decoder": block(), "q": draw(E, E)},
+    ),
+    "pallas attention": (pallas_attention, {"q": draw(E, E), "mlp": block()}),
+    "custom gradients": (custom_gradients, {"q": draw(E, E), "mlp": block()}),
+    "shared layers": (shared_layers, {"mlp": block()}),
+    "branches": (branches, {"yes": block(), "no": block()}),
+    "sorted tokens": (sorted_tokens, {"mlp": block()}),
+    "dropout behind": (dropout_behind, {"mlp": block()}),
+    "scan of scans": (scan_of_scans, {"layers": block(2, 2)}),
+}  # fmt: skip
+
+X = draw(2, 5, E)
+
+
+def everything(p: Any, x: Any, ffn: Any) -> Any:
+    """All programs, one after the other."""
+    for name, (program, _) in PROGRAMS.items():
+        if name in p:
+            x = jnp.tanh(program(p[name], x, ffn))
+    return x
+
+
+def whole(params: Any) -> Any:
+    """Return the tree with the router of each block in it; of scans of scans, experts as well."""
+    tree = jax.tree.map(lambda a: a, params["params"], is_leaf=lambda a: a is None)
+    for name, array in params["moe"].items():
+        path = re.sub(r"\.(\d+|\{[^}]*\})|\.weight", "", name).split(".")
+        where = tree
+        for part in path[:-1]:
+            where = where[part] if part in where else where[part.replace("_", " ")]
+        nested = path[0] == "scan_of_scans"
+        where[path[-1]] = array.reshape(2, 2, *array.shape[1:]) if nested else array
+    return tree
+
+
+def check(names: list[str], *, gradients: bool) -> Any:
+    params = {n: PROGRAMS[n][1] for n in names}
+    function = partial(everything, ffn=dense)
+    moe = mx.convert(function, params, X, "upcycle{experts=3 top-k=2}")
+    some = drawn(moe.params)
+    pairs = ((moe(function, dispatch="gathered"), some),
+             (lambda p, x: everything(whole(p), x, by_hand), some))  # fmt: skip
+    if gradients:
+        total = lambda f: jax.value_and_grad(lambda p, x: jnp.sum(f(p, x)))  # noqa: E731
+        pairs = tuple((total(f), p) for f, p in pairs)
+    found, expected = (jax.jit(f)(p, X) for f, p in pairs)
+    assert apart(found, expected) < 1e-5
+    copies = jax.jit(moe(function, dispatch="gathered"))(moe.params, X)
+    assert apart(copies, jax.jit(function)(params, X)) < 1e-5 or gradients
+    return moe
+
+
+def test_all_programs_in_one() -> None:
+    moe = check(list(PROGRAMS), gradients=False)
+    assert len(moe.report.blocks) == 14
+    assert all(b.is_converted for b in moe.report.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_with_its_gradients(name: str) -> None:
+    check([name], gradients=name != "pallas attention")
+
+
+def test_half_precision_copies_have_the_same_bits() -> None:
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), PROGRAMS["shared layers"][1])
+    function, x = partial(shared_layers, ffn=dense), X.astype(jnp.bfloat16)
+    moe = mx.convert(function, params, x, "upcycle{experts=4 top-k=1}")
+    assert jax.tree.leaves(moe.params["moe"])[0].dtype == jnp.bfloat16
+    exact = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+    found = exact(moe(function, dispatch="gathered"))(moe.params, x)
+    assert bool(jnp.all(found == exact(function)(params, x)))

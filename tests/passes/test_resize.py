@@ -1,0 +1,163 @@
+"""More experts, fewer, merged ones, one dense block: what stays the same function, and what not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from moecc.backend import get_backend
+from moecc.errors import InputError, UsageError
+from moecc.model.open import open_model
+from moecc.pipeline.passes import Context
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.convert import plan, write
+from moecc.types.arrays import Array
+from moecc.types.dtypes import F64
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+EXACT = 1e-12
+
+SAME = [
+    ("mixtral_gqa", "grow{times=2}"),
+    ("mixtral_gqa", "grow{times=3},merge{size=3}"),
+    ("qwen2_moe_plain", "grow{times=2}"),
+    ("glm4_moe_plain_v4", "grow{times=2}"),
+    ("gpt_oss_square_v4", "grow{times=2}"),
+    ("llama_gqa", "upcycle{experts=4 router-init=zero},grow"),
+    ("llama_gqa", "upcycle{experts=4 gates=ones router-std=1},grow,merge"),
+    ("llama_gqa", "upcycle{experts=4 gates=sigmoid router-init=zero},grow"),
+    ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},grow,merge,to-dense"),
+    ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},to-dense{how=mean}"),
+    ("llama_biases_head_dim", "upcycle{experts=4 router-std=1},to-dense{how=concat}"),
+    (
+        "llama_biases_head_dim",
+        "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=concat experts=0,1}",
+    ),
+    ("llama_gqa", "upcycle{experts=4 gates=softmax router-init=zero},to-dense{experts=2}"),
+    (
+        "llama_gqa",
+        "upcycle{experts=2 top-k=2 granularity=2 router-init=zero},to-dense{how=concat}",
+    ),
+]
+"""Models, and what leaves their function."""
+
+OTHER = [
+    ("mixtral_gqa", "prune{keep=3}", 0.01),
+    ("mixtral_gqa", "to-dense", 0.01),
+    ("mixtral_gqa", "to-dense{how=mean}", 0.01),
+    ("mixtral_gqa", "to-dense{how=concat}", 0.01),
+    ("mixtral_gqa", "merge{size=2}", 0.01),
+    ("llama_gqa", "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=mean}", 0.01),
+    ("llama_gqa", "upcycle{experts=4 granularity=2 router-std=1},to-dense{how=concat}", 0.0),
+]
+"""Models, what changes their function, and by how much at least."""
+
+
+def changed(source: str, passes: str) -> tuple[str, float]:
+    """Return what was promised, and max |Δ logit| / max |logit| in float64."""
+    with open_model(str(GOLDEN / source)) as model:
+        tokens = {"tokens": np.load(GOLDEN / source / "tokens.npy")}
+
+        def logits() -> Array:
+            program = get_backend("reference").compile(model.graph)
+            return program.run(model.params(dtype=F64), tokens)["logits"]
+
+        before = logits()
+        done = run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
+        error = np.abs(logits() - before).max() / np.abs(before).max()
+    return done.preserves.kind, float(error)
+
+
+@pytest.mark.parametrize(("source", "passes"), SAME)
+def test_the_function_stays(source: str, passes: str) -> None:
+    kind, error = changed(source, passes)
+    assert kind == "reassociation"
+    assert error <= EXACT
+
+
+@pytest.mark.parametrize(("source", "passes", "least"), OTHER)
+def test_what_is_lost_is_announced(source: str, passes: str, least: float) -> None:
+    kind, error = changed(source, passes)
+    assert kind == "approximate"
+    assert error >= least
+
+
+@pytest.mark.parametrize(
+    ("source", "mixture"),
+    [("llama_gqa", "mixtral"), ("qwen3_square", "qwen3_moe"), ("olmo2_gqa", "flex_olmo")],
+)
+def test_a_round_trip_gives_the_very_tensors(source: str, mixture: str, tmp_path: Path) -> None:
+    family = source.partition("_")[0]
+    steps = (
+        (GOLDEN / source, mixture, "upcycle{experts=4 router-std=1},grow"),
+        (tmp_path / "sparse", family, "merge,to-dense{experts=1}"),
+    )
+    for place, target, passes in steps:
+        with open_model(str(place)) as model:
+            write(plan(model, Pipeline.parse(passes), target), tmp_path / _name(target, family))
+    before, after = (
+        {n: a for f in folder.glob("*.safetensors") for n, a in load_file(f).items()}
+        for folder in (GOLDEN / source, tmp_path / "dense")
+    )
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def _name(target: str, family: str) -> str:
+    return "dense" if target == family else "sparse"
+
+
+def test_experts_that_nobody_chose_may_go() -> None:
+    """A router of zeros sends every token to the first two of four."""
+    router = "upcycle{experts=4 router-init=zero init=noise noise-std=1}"
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        tokens = {"tokens": np.load(GOLDEN / "llama_gqa" / "tokens.npy")}
+        found = []
+        for passes in (router, "prune{keep=2 experts=0,1}"):
+            run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
+            program = get_backend("reference").compile(model.graph)
+            found.append(program.run(model.params(dtype=F64), tokens)["logits"])
+    assert np.abs(found[1] - found[0]).max() <= EXACT * np.abs(found[0]).max()
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ("grow{times=1}", "nothing grows"),
+        ("merge{size=1}", "nothing is merged"),
+        ("prune{keep=1}", "one expert is no mixture"),
+        ("prune{keep=2 experts=0,x}", "not numbers of experts"),
+        ("prune{keep=2 experts=1,0}", "not in ascending order"),
+        ("prune{keep=2 experts=1}", "another number of experts is listed"),
+        ("to-dense{experts=0,1}", "one expert is kept"),
+    ],
+)
+def test_options_that_make_no_sense(passes: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Pipeline.parse(passes)
+
+
+@pytest.mark.parametrize(
+    ("source", "passes", "message"),
+    [
+        ("mixtral_gqa", "merge{size=3}", "do not divide into groups"),
+        ("mixtral_gqa", "merge{size=4}", "one expert is no mixture"),
+        ("mixtral_gqa", "prune{keep=9}", "cannot keep that many"),
+        ("mixtral_gqa", "prune{keep=2 experts=0,9}", "there are no such experts"),
+        ("mixtral_gqa", "to-dense{experts=9}", "there are no such experts"),
+        ("phimoe_square_v4", "grow", "do not divide among copies"),
+        ("llama_gqa", "upcycle{slots=capacity},grow", "copies drop other choices"),
+        ("llama_gqa", "upcycle{routing=prototypes},grow", "by a router can be changed"),
+        ("mixtral_gqa", "add-losses,grow", "its routing is read elsewhere"),
+    ],
+)
+def test_layers_that_cannot_be_changed(source: str, passes: str, message: str) -> None:
+    with (
+        open_model(str(GOLDEN / source)) as model,
+        pytest.raises(InputError, match=message),
+    ):
+        run_pipeline(model.graph, Pipeline.parse(passes), context=Context())
