@@ -5,11 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-<<<<<<< HEAD
-.PHONY: fuzz help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-learning docs bench wheel clean
-=======
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-kills proof-learning docs bench wheel clean
->>>>>>> main
+.PHONY: help fuzz install demo demo-train smoke-train test test-all check lint format types proof-engines proof-kills proof-learning docs bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -5,6 +5,8 @@ with one number are parts of one fault.  What takes processes, a training or ano
 shown by a test elsewhere, and few are not for moecc at all: `ELSEWHERE` and `NOT_OURS` say why.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import os

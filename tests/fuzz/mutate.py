@@ -1,5 +1,7 @@
 """Mutations of inputs: of bytes, of texts by their tokens, and of JSON values by their structure."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import copy

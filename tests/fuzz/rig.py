@@ -321,7 +321,7 @@ def print_report(found: dict[str, Any]) -> None:
     for name, counts in found["grammars"].items():
         print(
             f"{name:12} {counts['executions']:>9,} executions, {counts['accepted']:>8,} accepted, "
-            f"{counts['different_messages']:>4} messages, slowest {counts['slowest_seconds']:.2f} s,"
+            f"{counts['different_messages']:>4} said, {counts['slowest_seconds']:.2f} s at most,"
             f" {sum(counts['failures'].values())} failures",
             file=sys.stderr,
         )
