@@ -21,10 +21,10 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 UPCYCLE = "upcycle{experts=2 top-k=2}"
 
-Act = Callable[["Place"], object]
+Act = Callable[["Spoilt"], object]
 
 
-class Place:
+class Spoilt:
     """A folder for one case.
 
     Attributes:
@@ -107,7 +107,7 @@ def make_model(folder: Path) -> None:
 def weights(content: bytes) -> Act:
     """Put other bytes in the place of the weights."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         (place.model / ONE).write_bytes(content)
         place.open()
 
@@ -117,7 +117,7 @@ def weights(content: bytes) -> Act:
 def header(edit: Callable[[dict[str, Any], bytearray], object]) -> Act:
     """Edit the header as a JSON object, and the data after it."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         path = place.model / ONE
         raw = path.read_bytes()
         size = int.from_bytes(raw[:8], "little")
@@ -137,7 +137,7 @@ def entry(**changes: Any) -> Act:
 def header_text(edit: Callable[[str], str]) -> Act:
     """Edit the text of the header."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         path = place.model / ONE
         raw = path.read_bytes()
         size = int.from_bytes(raw[:8], "little")
@@ -160,7 +160,7 @@ def named(name: str) -> Act:
 def config(**changes: Any) -> Act:
     """Change keys of config.json; None removes one."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         found = {**place.config(), **changes}
         text = json.dumps({k: v for k, v in found.items() if v is not None})
         (place.model / "config.json").write_text(text)
@@ -177,7 +177,7 @@ def config_text(text: str | bytes) -> Act:
 def other_file(name: str, content: str | bytes) -> Act:
     """Write a file into the folder of the model."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         data = content if isinstance(content, bytes) else content.encode()
         (place.model / name).write_bytes(data)
         place.open()
@@ -188,7 +188,7 @@ def other_file(name: str, content: str | bytes) -> Act:
 def tensors(edit: Callable[[dict[str, np.ndarray]], object]) -> Act:
     """Edit the tensors, then open the model."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         found = place.tensors()
         edit(found)
         place.save(found)
@@ -200,7 +200,7 @@ def tensors(edit: Callable[[dict[str, np.ndarray]], object]) -> Act:
 def tensors_converted(edit: Callable[[dict[str, np.ndarray]], object], **more: Any) -> Act:
     """Edit the tensors, then convert the model."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         found = place.tensors()
         edit(found)
         place.save(found)
@@ -212,7 +212,7 @@ def tensors_converted(edit: Callable[[dict[str, np.ndarray]], object], **more: A
 def index(edit: Callable[[dict[str, Any]], object]) -> Act:
     """Split the weights, and edit the index."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         found = place.shard()
         edit(found)
         (place.model / INDEX).write_text(json.dumps(found))
@@ -224,7 +224,7 @@ def index(edit: Callable[[dict[str, Any]], object]) -> Act:
 def index_text(text: str) -> Act:
     """Split the weights, and write another text as the index."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         place.shard()
         (place.model / INDEX).write_text(text)
         place.open()
@@ -232,10 +232,10 @@ def index_text(text: str) -> Act:
     return act
 
 
-def sharded(edit: Callable[[Place], object]) -> Act:
+def sharded(edit: Callable[[Spoilt], object]) -> Act:
     """Split the weights, and edit the folder."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         (place.model / INDEX).write_text(json.dumps(place.shard()))
         edit(place)
         place.open()
@@ -246,7 +246,7 @@ def sharded(edit: Callable[[Place], object]) -> Act:
 def folder(edit: Callable[[Path], object]) -> Act:
     """Edit the folder of the model, then open it."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         edit(place.model)
         place.open()
 
@@ -256,7 +256,7 @@ def folder(edit: Callable[[Path], object]) -> Act:
 def names(*created: str) -> Act:
     """Leave nothing but config.json and files of these names."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         (place.model / ONE).unlink()
         for name in created:
             path = place.model / name
@@ -270,7 +270,7 @@ def names(*created: str) -> Act:
 def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
     """Write a GGUF file of a small model, which `make` adds to."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         builder = add_model(GgufBuilder(), layers=1, heads=2, groups=1, hidden=16, mlp=32, vocab=6)
         make(builder)
         place.open(builder.write(place.root / "model.gguf", **counts))
@@ -281,7 +281,7 @@ def gguf(make: Callable[[GgufBuilder], object], **counts: int) -> Act:
 def gguf_bytes(edit: Callable[[bytes], bytes]) -> Act:
     """Edit the bytes of a GGUF file."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         made = add_model(GgufBuilder(), layers=1, heads=2, groups=1, hidden=16, mlp=32, vocab=6)
         path = place.root / "model.gguf"
         path.write_bytes(edit(made.build()))
@@ -293,7 +293,7 @@ def gguf_bytes(edit: Callable[[bytes], bytes]) -> Act:
 def mixture(edit: Callable[[dict[str, np.ndarray], dict[str, Any]], object]) -> Act:
     """Take a mixture of experts as the model, and edit its tensors and its config."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         shutil.rmtree(place.model)
         golden = GOLDEN / "mixtral_gqa"
         place.model.mkdir()
@@ -314,7 +314,7 @@ def pipeline(text: str, **more: Any) -> Act:
 def recipe(text: str | bytes) -> Act:
     """Read a recipe."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         from moecc.train.recipe_text import load_recipe
 
         path = place.root / "r.toml"
@@ -324,10 +324,10 @@ def recipe(text: str | bytes) -> Act:
     return act
 
 
-def reader(edit: Callable[[Any, Place], object]) -> Act:
+def reader(edit: Callable[[Any, Spoilt], object]) -> Act:
     """Open the folder, do something to it, then read a tensor."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         from moecc.checkpoint.folder import open_folder
 
         with open_folder(place.model) as opened:
@@ -340,7 +340,7 @@ def reader(edit: Callable[[Any, Place], object]) -> Act:
 def patched(target: str, value: object, then: Act) -> Act:
     """Do something while a function is replaced."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(target, value)
             then(place)
@@ -357,10 +357,10 @@ def failing(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-def said(find: Callable[[Place], list[str]]) -> Act:
+def said(find: Callable[[Spoilt], list[str]]) -> Act:
     """Raise what is said about a case that is allowed: exit code 0, and these lines."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         raise Allowed("\n".join(find(place)))
 
     return act
@@ -373,7 +373,7 @@ class Allowed(Exception):
 def warned(name: str, document: object) -> Act:
     """Write a JSON file beside the weights, and say what the model warns of."""
 
-    def find(place: Place) -> list[str]:
+    def find(place: Spoilt) -> list[str]:
         from moecc.model.open import open_model
 
         (place.model / name).write_text(json.dumps(document))
@@ -386,7 +386,7 @@ def warned(name: str, document: object) -> Act:
 def advised(text: str) -> Act:
     """Say what a pipeline warns of."""
 
-    def find(place: Place) -> list[str]:
+    def find(place: Spoilt) -> list[str]:
         from moecc.pipeline.text import Pipeline
 
         return [str(problem) for problem in Pipeline.parse(text).warnings()]

@@ -18,7 +18,7 @@ import pytest
 from moecc.checkpoint.manifest import check_manifest
 
 from ..checkpoint.gguf.conftest import GgufBuilder  # noqa: TID252
-from .place import DOWN, INDEX, ONE, Act, Allowed, Place, framed
+from .place import DOWN, INDEX, ONE, Act, Allowed, Spoilt, framed
 
 
 def twice(header: str, name: str) -> str:
@@ -37,7 +37,7 @@ def aside_and_linked(folder: Path) -> None:
     (folder / ONE).symlink_to(folder.parent / "elsewhere.safetensors")
 
 
-def sparse_index(place: Place) -> None:
+def sparse_index(place: Spoilt) -> None:
     """Open an index of ten gigabytes, of which nothing is on disk."""
     place.shard()
     (place.model / INDEX).write_text("{}")
@@ -45,7 +45,7 @@ def sparse_index(place: Place) -> None:
     place.open()
 
 
-def large_recipe(place: Place) -> None:
+def large_recipe(place: Spoilt) -> None:
     from moecc.train.recipe_text import load_recipe
 
     (place.root / "r.toml").write_text("")
@@ -76,7 +76,7 @@ def tensor_entry(builder: GgufBuilder, sizes: tuple[int, ...]) -> None:
     builder.infos.append(struct.pack("<Q", 1) + b"x" + shape + struct.pack("<IQ", 0, 0))
 
 
-def of_every_type(place: Place) -> None:
+def of_every_type(place: Spoilt) -> None:
     """Write a tensor of each element type, and read its bytes back."""
     from moecc.checkpoint.folder import SafetensorsFolder
     from moecc.checkpoint.safetensors import read_header
@@ -94,7 +94,7 @@ def of_every_type(place: Place) -> None:
 def by_template(kind: str) -> Act:
     """Store one matrix in another type of one byte: read it, or say what is found of it."""
 
-    def act(place: Place) -> None:
+    def act(place: Spoilt) -> None:
         from moecc.checkpoint.folder import open_folder
         from moecc.model.open import open_model
 
@@ -119,7 +119,7 @@ def by_template(kind: str) -> Act:
     return act
 
 
-def flipped(place: Place) -> None:
+def flipped(place: Spoilt) -> None:
     out = place.convert()
     data = bytearray((out / ONE).read_bytes())
     data[-77] ^= 4
@@ -127,7 +127,7 @@ def flipped(place: Place) -> None:
     check_manifest(out)
 
 
-def read_back(place: Place) -> None:
+def read_back(place: Spoilt) -> None:
     """Carry over the licence of a card, and a file of it."""
     card = "---\nlicense: other\nlicense_name: my-own\n---\n"
     (place.model / "README.md").write_text(card)
@@ -137,7 +137,7 @@ def read_back(place: Place) -> None:
     raise Allowed((out / "README.md").read_text())
 
 
-def in_odd_places(place: Place) -> None:
+def in_odd_places(place: Spoilt) -> None:
     """Keep the type of each tensor of a model that mixes them."""
     tensors = place.tensors()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
@@ -150,7 +150,7 @@ def in_odd_places(place: Place) -> None:
     assert found["model.embed_tokens.weight"].dtype == np.float32
 
 
-def fewer_descriptors(place: Place) -> None:
+def fewer_descriptors(place: Spoilt) -> None:
     """Write and verify many shards with few descriptors."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
@@ -162,22 +162,22 @@ def fewer_descriptors(place: Place) -> None:
     assert len(list((place.root / "out").glob("*.safetensors"))) > 50
 
 
-def locked_output(place: Place) -> None:
+def locked_output(place: Spoilt) -> None:
     from moecc.checkpoint.outdir import output_folder
 
     with output_folder(place.root / "out"):
         place.convert(force=True)
 
 
-def into_itself(place: Place) -> None:
+def into_itself(place: Spoilt) -> None:
     place.convert(out=place.model, force=True)
 
 
-def into_input(place: Place) -> None:
+def into_input(place: Spoilt) -> None:
     place.convert(out=place.model / "inside")
 
 
-def with_umask(place: Place) -> None:
+def with_umask(place: Spoilt) -> None:
     """Write under two umasks, and say the modes of the files."""
     found = set()
     for mask in (0o077, 0o022, 0):
@@ -192,7 +192,7 @@ def with_umask(place: Place) -> None:
     raise Allowed(" ".join(map(oct, sorted(found))))
 
 
-def missing_extra(place: Place) -> None:
+def missing_extra(place: Spoilt) -> None:
     """Read quantised blocks without the package that knows them."""
     from moecc.checkpoint.gguf.blocks import dequantise
     from moecc.checkpoint.gguf.storage import BY_NAME

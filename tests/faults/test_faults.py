@@ -30,7 +30,7 @@ from .place import (
     UPCYCLE,
     Act,
     Allowed,
-    Place,
+    Spoilt,
     advised,
     config,
     config_text,
@@ -239,8 +239,8 @@ ROWS = [
         "a file that the system does not read",
         4,
         "cannot read the file",
-        patched("os.preadv", failing(OSError(5, "Input/output error")), Place.open),
-        patched("os.open", failing(PermissionError(13, "Permission denied")), Place.open),
+        patched("os.preadv", failing(OSError(5, "Input/output error")), Spoilt.open),
+        patched("os.open", failing(PermissionError(13, "Permission denied")), Spoilt.open),
     ),
     # --- the index and the folder
     row(
@@ -551,16 +551,16 @@ ROWS = [
         "a disk that is full before and in the middle",
         4,
         "disk is too small|No space left",
-        patched("shutil.disk_usage", lambda p: shutil._ntuple_diskusage(9, 8, 1), Place.convert),
-        patched("os.pwrite", failing(OSError(28, "No space left on device")), Place.convert),
+        patched("shutil.disk_usage", lambda p: shutil._ntuple_diskusage(9, 8, 1), Spoilt.convert),
+        patched("os.pwrite", failing(OSError(28, "No space left on device")), Spoilt.convert),
     ),
     row(
         56,
         "an output that the system does not take",
         4,
         "Read-only|no right to write",
-        patched("os.mkdir", failing(OSError(30, "Read-only file system")), Place.convert),
-        patched("os.access", lambda *a: False, Place.convert),
+        patched("os.mkdir", failing(OSError(30, "Read-only file system")), Spoilt.convert),
+        patched("os.access", lambda *a: False, Spoilt.convert),
     ),
     row(
         56, "a name that is too long", 1, "too long", lambda p: p.convert(out=p.root / ("a" * 300))
@@ -595,7 +595,7 @@ ROWS = [
         into_input,
     ),
     row(64, "files follow the umask", 0, "0o6[04]0", with_umask),
-    row(66, "an extra that is not installed", 4, r"pip install '?moecc\[gguf\]", missing_extra),
+    row(66, "an extra that is not installed", 4, r"pip install '?(moecc|gguf)", missing_extra),
     row(
         68,
         "a name of the Hub that is none",
@@ -647,7 +647,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def ended(act: Act, place: Place, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def ended(act: Act, place: Spoilt, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Return exit code and message of a case, as the command line has them."""
     try:
         act(place)
@@ -665,7 +665,7 @@ def test_faults(
     found: Row, act: Act, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(whole, tmp_path / "model")
-    code, text = ended(act, Place(tmp_path), capsys)
+    code, text = ended(act, Spoilt(tmp_path), capsys)
     assert (code, bool(re.search(found.words, text))) == (found.code, True), text
     assert not [c for c in text if not c.isprintable() and c != "\n"]
     left = {p.name for p in tmp_path.iterdir() if "moecc" in p.name or p.name == "out"}

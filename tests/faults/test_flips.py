@@ -10,7 +10,7 @@ import pytest
 
 from moecc.checkpoint.manifest import verify_manifest
 
-from .place import Place, make_model
+from .place import Spoilt, make_model
 
 FLIPS = 200
 
@@ -18,7 +18,7 @@ FLIPS = 200
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output of several shards with companions, card, receipt and manifest."""
-    place = Place(tmp_path_factory.mktemp("flips"))
+    place = Spoilt(tmp_path_factory.mktemp("flips"))
     make_model(place.model)
     (place.model / "LICENSE").write_text("mine")
     (place.model / "tokenizer.json").write_text("{}")
