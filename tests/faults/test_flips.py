@@ -12,7 +12,7 @@ from moecc.checkpoint.manifest import verify_manifest
 
 from .place import Spoilt, make_model
 
-FLIPS = 200
+QUICK, WHOLE = 40, 200
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place.convert(max_shard_bytes=16_000)
 
 
-def test_flipped_bits_are_found(written: Path) -> None:
+@pytest.mark.parametrize("flips", [QUICK, pytest.param(WHOLE, marks=pytest.mark.slow)])
+def test_flipped_bits_are_found(written: Path, flips: int) -> None:
     """The files are taken in turn, so that small ones, the card included, have their share."""
     rng = random.Random(0)
     files = sorted(p for p in written.rglob("*") if p.is_file())
     assert {"README.md", "moecc_receipt.json", "moecc_manifest.json"} <= {p.name for p in files}
     assert len(files) >= 8
     found = 0
-    for number in range(FLIPS):
+    for number in range(flips):
         file = files[number % len(files)]
         before = file.read_bytes()
         data = bytearray(before)
@@ -42,7 +43,7 @@ def test_flipped_bits_are_found(written: Path) -> None:
             found += bool(verify_manifest(written))
         finally:
             file.write_bytes(before)
-    assert found == FLIPS
+    assert found == flips
     assert verify_manifest(written) == []
 
 

@@ -27,9 +27,18 @@ def main() -> int:
     parser.add_argument("--executions", type=int, help="how many of each grammar")
     parser.add_argument("--grammar", action="append", choices=list(GRAMMARS), help="only these")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations")
+    parser.add_argument("--command-line", type=int, metavar="N", help="N commands instead")
     parser.add_argument("--json", type=Path, help="where the counts go")
     arguments = parser.parse_args()
     began = time.monotonic()
+    if arguments.command_line:
+        from .command_line import fuzz_commands
+
+        found = fuzz_commands(arguments.command_line, arguments.seed, FOUND)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        print(json.dumps(found, indent=1))
+        return 1 if found["failures"] else 0
     fuzzers = [Fuzzer(GRAMMARS[n], arguments.seed) for n in arguments.grammar or GRAMMARS]
     with suppress(KeyboardInterrupt):  # what was counted until then is reported
         _fuzz(fuzzers, arguments.executions, arguments.minutes)
