@@ -67,9 +67,10 @@ def norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
 
 def rotations(count: int, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Return cosines and sines of rotary positions, ``[seq, 1, size]``."""
-    angles = jnp.arange(count)[:, None] * theta ** (-jnp.arange(0, size, 2) / size)
-    both = jnp.concatenate([angles, angles], -1)[:, None, :]
-    return jnp.cos(both), jnp.sin(both)
+    # In float64: an angle in float32 is off by more than the bound at the end of a sequence.
+    angles = np.arange(count)[:, None] * theta ** (-np.arange(0, size, 2) / size)
+    both = np.concatenate([angles, angles], -1)[:, None, :]
+    return jnp.asarray(np.cos(both), jnp.float32), jnp.asarray(np.sin(both), jnp.float32)
 
 
 def rotate(x: jax.Array, turned: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ class Experiment:
     arms: Mapping[str, tuple[str, ...]]
     claims: Mapping[str, tuple[str, str]]
     curves: int = 0
+
+    def only(self, claim: str) -> Experiment:
+        """Return the experiment with one of its claims, and the arms of that."""
+        arms = {arm: sets for arm, sets in self.arms.items() if arm in self.claims[claim]}
+        return replace(self, arms=arms, claims={claim: self.claims[claim]})
 
 
 def declared(path: Path = HERE / "experiments.toml") -> dict[str, Experiment]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import shutil
 import sys
 import time
@@ -85,11 +86,10 @@ class Lab:
 
     def arm(self, experiment: Experiment, arm: str, seed: int) -> dict[str, Any]:
         """Return the result of an arm."""
-        number = list(experiment.arms).index(arm)
         dense = self.dense(seed)
         began, worked = time.monotonic(), time.process_time()
         run = self.trained(
-            f"{experiment.key}{number}-{seed}", "continue.toml", f"model.source={dense}",
+            f"{experiment.key}-{slug(arm)}-{seed}", "continue.toml", f"model.source={dense}",
             f"model.seed={seed}", f"data.seed={100 + seed}", *experiment.arms[arm],
         )  # fmt: skip
         facts = saved_steps(run)[-1].facts
@@ -116,6 +116,11 @@ def data_digest(run: Path) -> str:
     """Return the digest of the training data of a run."""
     stages = json.loads((run / "lineage.json").read_text("utf-8"))["stages"]
     return str(stages[-1]["data"]["train"])
+
+
+def slug(text: str) -> str:
+    """Return `text` as part of the name of a folder."""
+    return re.sub(r"\W+", "-", text)
 
 
 def curve(run: Path, steps: int) -> list[float]:
@@ -164,9 +169,7 @@ def run_all(
 def prove(lab: Lab) -> int:
     """Run one claim again, with results of its own, and return 3 if it does not show."""
     key, claim = PROOF
-    whole = declared()[key]
-    arms = {arm: whole.arms[arm] for arm in whole.claims[claim]}
-    part = Experiment(key, whole.title, whole.source, arms, {claim: whole.claims[claim]})
+    part = declared()[key].only(claim)
     run_all(lab, [part], SEEDS, float("inf"))
     found = effect_of(read_results(lab.results), part, claim)
     print(f"{claim}: {found.mean:+.4f} ± {found.half_width:.4f} nats a byte: {found.verdict.value}")
@@ -179,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("keys", nargs="*", choices=[*known, []], metavar="LETTER")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--claim", help="only the arms of this claim of one experiment")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm later")
     parser.add_argument("--proof", action="store_true", help="one claim again, from nothing")
     parser.add_argument("--page", action="store_true", help="write the page and run nothing")
@@ -189,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return prove(Lab(work, work / "results"))
     if not asked.page:
         chosen = [known[key] for key in asked.keys or known]
+        if asked.claim is not None:
+            chosen = [one.only(asked.claim) for one in chosen if asked.claim in one.claims]
         run_all(Lab(), chosen, [int(s) for s in asked.seeds.split(",")], asked.minutes)
     write_page()
     return 0

@@ -44,11 +44,13 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first example of a test pays for imports and caches.
-settings.register_profile("dev", deadline=None, max_examples=100)
+# A hit rate (`moecc.testing.hits`) is judged after 50 graphs.
+EXAMPLES = 100 if os.environ.get("MOECC_TIER") == "all" else 60
+settings.register_profile("dev", deadline=None, max_examples=EXAMPLES)
 settings.register_profile(
     "ci",
     deadline=None,
-    max_examples=100,
+    max_examples=EXAMPLES,
     derandomize=True,
     database=None,
     print_blob=True,

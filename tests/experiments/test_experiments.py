@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
         return line(name, seed, 1.0)
 
     monkeypatch.setattr(run.Lab, "arm", arm)
-    whole = declared.declared()["a"]
-    few = replace(whole, arms={name: whole.arms[name] for name in ("dense", "top-2")})
+    few = declared.declared()["a"].only(CLAIM)
     lab = run.Lab(tmp_path, tmp_path / "results")
     with pytest.raises(KeyboardInterrupt):
         run.run_all(lab, [few], (0, 1), 60)
@@ -90,7 +88,8 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_arm_is_trained_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("orbax.checkpoint")
     few = ("run.steps=6", "run.evaluate_steps=0", "optimizer.warmup=0", "data.evaluate_batches=1",
-           "data.batch=4", "data.seq=64", "optimizer.decay_steps=0")  # fmt: skip
+           "data.batch=4", "data.seq=64", "optimizer.schedule=constant",
+           "optimizer.decay_steps=0")  # fmt: skip
     lab = run.Lab(tmp_path, tmp_path / "results", few)
     experiment = declared.declared()["b"]
     found = lab.arm(experiment, "carried", 1)

@@ -26,6 +26,8 @@ SAME = [
     ("mixtral_gqa", "grow{times=3},merge{size=3}"),
     ("qwen2_moe_plain", "grow{times=2}"),
     ("glm4_moe_plain_v4", "grow{times=2}"),
+    ("ernie4_5_moe_range", "grow{times=3}"),
+    ("ernie4_5_moe_range", "grow{times=2},merge{size=2}"),
     ("gpt_oss_square_v4", "grow{times=2}"),
     ("llama_gqa", "upcycle{experts=4 router-init=zero},grow"),
     ("llama_gqa", "upcycle{experts=4 gates=ones router-std=1},grow,merge"),

@@ -197,6 +197,10 @@ def test_passes_run_first(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, *given)
     dense = plan(capsys, *given[:3])
     assert found["parameters"] > 3 * dense["parameters"]
+
+
+@pytest.mark.slow
+def test_a_capacity_that_a_pass_sets_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     narrow = ("specialize{mode=train capacity-factor=1.25}",)
     st_moe = ("preset:st-moe-l", "--machine", "tpu:v4:4x4x4", "--remat", "full")
     wide = plan(capsys, *st_moe)["best"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import few
 
 from moecc.errors import InputError
 from moecc.ir import Graph
@@ -205,7 +206,7 @@ BODIES: dict[str, tuple[Body, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["one group", "two groups"])
-@pytest.mark.parametrize("slots", ["ragged", "capacity"])
+@pytest.mark.parametrize("slots", few(["ragged", "capacity"]))
 def test_rows_give_what_the_reference_gives(slots: str, grouped: bool) -> None:
     """All bodies in one graph, which is compiled once."""
     graph = Graph("all")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moecc.errors import InputError, Problem
 from moecc.ir.attributes import RouteAttrs
+from moecc.ir.gates import convention
 from moecc.ir.graph import Graph, Node, Value
 from moecc.types.tensor import tensor
 from moecc.weights.expr import Expr, Source
@@ -64,6 +65,13 @@ class Anatomy:
     def router(self) -> Value:
         """The router's matrix."""
         return next(p for p in self.params if p in self.routing[0].operands)
+
+    def bias_factor(self, times: float) -> float:
+        """Return what a bias of the choice is multiplied by where there are `times` the experts.
+
+        It is added to scores: probabilities become smaller with more experts, sigmoids do not.
+        """
+        return 1 / times if convention(self.attrs.gates).score == "softmax" else 1.0
 
     def is_last(self, param: Value) -> bool:
         """Whether a parameter is the experts' last matrix, or is added after it."""

@@ -64,7 +64,8 @@ class GrowPass(Pass):
             sums = convention(layer.attrs.gates)
             shared = sums.renormalised or sums.score == "softmax"
             factor = 1.0 if shared else 1 / self.times
-            resize(graph, layer, self._copies, layer.attrs.top_k * self.times, factor)
+            bias = layer.bias_factor(self.times)
+            resize(graph, layer, self._copies, layer.attrs.top_k * self.times, factor, bias)
             made = layer.experts * self.times
             ctx.remark(Remark(layer.name, f"{layer.experts} experts became {made}"))
         missing = [] if layers else [NOTHING_ROUTED]

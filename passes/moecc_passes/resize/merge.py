@@ -64,7 +64,8 @@ class MergePass(Pass):
             row = convention(layer.attrs.gates)
             factor = 1.0 if row.renormalised or row.score == "softmax" else float(self.size)
             top_k = max(layer.attrs.top_k // self.size, 1)
-            resize(graph, layer, self._means, top_k, factor)
+            bias = layer.bias_factor(1 / self.size)
+            resize(graph, layer, self._means, top_k, factor, bias)
             made = layer.experts // self.size
             ctx.remark(Remark(layer.name, f"{layer.experts} experts became {made}, top-{top_k}"))
         result = PassResult(bool(layers), len(layers), {"layers": len(layers)})

@@ -29,7 +29,14 @@ def mean(weights: Sequence[Expr]) -> Expr:
     return Scale(reduce(Add, weights), 1 / len(weights))
 
 
-def resize(graph: Graph, part: Anatomy, regroup: Regroup, top_k: int, factor: float = 1.0) -> None:
+def resize(
+    graph: Graph,
+    part: Anatomy,
+    regroup: Regroup,
+    top_k: int,
+    factor: float = 1.0,
+    bias_factor: float = 1.0,
+) -> None:
     """Replace the experts of a layer.
 
     Args:
@@ -38,12 +45,15 @@ def resize(graph: Graph, part: Anatomy, regroup: Regroup, top_k: int, factor: fl
       regroup: makes the weights of the new experts, and the rows of the router.
       top_k: the experts that a token goes to.
       factor: what the experts' last matrix and a bias after it are multiplied by.
+      bias_factor: what a bias that takes part in the choice alone is multiplied by.
     """
     image: dict[Value, Value] = {}
     for param in part.params:
         parts = regroup(members(param))
         if part.is_last(param):
             parts = [scaled(weight, factor) for weight in parts]
+        elif param in part.route.operands:
+            parts = [scaled(weight, bias_factor) for weight in parts]
         sizes = [Axis(a.name, len(parts) if a.name == EXPERT else a.size) for a in param.type]
         position = param.type.names.index(EXPERT)
         weight = Stack(tuple(parts), EXPERT, position)

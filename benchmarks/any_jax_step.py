@@ -1,0 +1,175 @@
+"""What a training step of a converted function costs beside a mixture that is written by hand.
+
+    python benchmarks/any_jax_step.py [--pairs 15] [--format json]
+
+The model is a decoder in jax.numpy, its layers in a scan.  By hand, its blocks route tokens with
+the same dispatch: all experts on all tokens, or rows sorted by expert and ragged products.  Both
+have the same parameters; steps run in turn, and the figure is the median of the ratios of pairs,
+in seconds of processor time, which other work on the machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moecc import jax as mx
+
+BOUND = 1.05
+LAYERS, VOCAB, EMBED, MLP, EXPERTS, TOP_K = 4, 256, 128, 384, 4, 2
+BATCH, SEQ = 4, 128
+
+Params = Any
+Block = Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+def init() -> Params:
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(0, shape[-2] ** -0.5, shape), jnp.float32)
+
+    return {
+        "table": draw(VOCAB, EMBED),
+        "layers": {
+            "attention": {n: draw(LAYERS, EMBED, EMBED) for n in "qkvo"},
+            "mlp": {"gate": draw(LAYERS, EMBED, MLP), "up": draw(LAYERS, EMBED, MLP),
+                    "down": draw(LAYERS, MLP, EMBED)},
+        },
+    }  # fmt: skip
+
+
+def norm(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def swiglu(p: Params, router: jax.Array | None, x: jax.Array) -> jax.Array:
+    return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+
+def loss(params: Params, tokens: jax.Array, block: Block = swiglu, routers: Any = None) -> Any:
+    """Return the mean cross entropy of the next tokens."""
+    causal = jnp.tril(jnp.ones((SEQ, SEQ), bool))
+
+    def layer(x: jax.Array, each: Any) -> tuple[jax.Array, None]:
+        p, router = each
+        q, k, v = (norm(x) @ p["attention"][n] for n in "qkv")
+        scores = jnp.where(causal, q @ k.mT * EMBED**-0.5, -1e9)
+        x = x + jax.nn.softmax(scores) @ v @ p["attention"]["o"]
+        return x + block(p["mlp"], router, norm(x)), None
+
+    x, _ = jax.lax.scan(layer, params["table"][tokens[:, :-1]], (params["layers"], routers))
+    found = jax.nn.log_softmax(norm(x) @ params["table"].T)
+    return -jnp.mean(jnp.take_along_axis(found, tokens[:, 1:, None], -1))
+
+
+def route(router: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return gates and experts, ``[tokens, choice]``."""
+    logits, chosen = jax.lax.top_k(x @ router.T, TOP_K)
+    return jax.nn.softmax(logits), chosen
+
+
+def all_experts(p: Params, router: jax.Array, x: jax.Array) -> jax.Array:
+    """All experts on all tokens, one after the other."""
+    rows = x.reshape(-1, EMBED)
+    gates, chosen = route(router, rows)
+
+    def one(total: jax.Array, each: Any) -> tuple[jax.Array, None]:
+        expert, number = each
+        weight = jnp.sum(jnp.where(chosen == number, gates, 0.0), -1)
+        return total + weight[:, None] * swiglu(expert, None, rows), None
+
+    total, _ = jax.lax.scan(one, jnp.zeros_like(rows), (p, jnp.arange(EXPERTS)))
+    return total.reshape(x.shape)
+
+
+def ragged(p: Params, router: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows sorted by expert, and ragged products."""
+    rows = x.reshape(-1, EMBED)
+    gates, chosen = route(router, rows)
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat)
+    sizes = jnp.bincount(flat, length=EXPERTS)
+    sorted_rows = rows[order // TOP_K]
+    hidden = jax.nn.silu(jax.lax.ragged_dot(sorted_rows, p["gate"], sizes))
+    hidden = hidden * jax.lax.ragged_dot(sorted_rows, p["up"], sizes)
+    made = jax.lax.ragged_dot(hidden, p["down"], sizes)
+    back = made[jnp.argsort(order)].reshape(-1, TOP_K, EMBED)
+    return jnp.einsum("tkd,tk->td", back, gates).reshape(x.shape)
+
+
+BY_HAND: dict[str, Block] = {"scan": all_experts, "ragged_dot": ragged}
+
+
+def step(function: Callable[..., jax.Array]) -> Callable[[Params, jax.Array], Params]:
+    def one(params: Params, tokens: jax.Array) -> tuple[Params, jax.Array]:
+        value, gradients = jax.value_and_grad(function)(params, tokens)
+        return jax.tree.map(lambda p, g: p - 0.01 * g, params, gradients), value
+
+    return jax.jit(one)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.process_time()
+    jax.block_until_ready(run())
+    return time.process_time() - start
+
+
+def measured(dispatch: str, pairs: int) -> dict[str, float]:
+    """Return the medians of seconds a step, and of the ratio of pairs."""
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (BATCH, SEQ + 1)), jnp.int32)
+    pipeline = f"upcycle{{experts={EXPERTS} top-k={TOP_K}}}"
+    moe = mx.convert(loss, init(), tokens, pipeline)
+    (router_name,) = moe.params["moe"]
+
+    def by_hand(params: Params, tokens: jax.Array) -> jax.Array:
+        return loss(params["params"], tokens, BY_HAND[dispatch], params["moe"][router_name])
+
+    runs = {"converted": step(moe(loss, dispatch=dispatch)), "by hand": step(by_hand)}
+    found = {name: run(moe.params, tokens)[1] for name, run in runs.items()}
+    apart = abs(float(found["converted"] - found["by hand"]))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(pairs):
+        # Each is first in every other pair: what the other left in caches serves both alike.
+        for name in sorted(runs, reverse=bool(turn % 2)):
+            run = runs[name]
+            times[name].append(seconds(lambda run=run: run(moe.params, tokens)))
+    ratios = [a / b for a, b in zip(times["converted"], times["by hand"], strict=True)]
+    return {
+        "converted_seconds": statistics.median(times["converted"]),
+        "by_hand_seconds": statistics.median(times["by hand"]),
+        "ratio": statistics.median(ratios),
+        "losses_apart": apart,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--format", choices=("human", "json"), default="human")
+    args = parser.parse_args()
+    rows = {name: measured(name, args.pairs) for name in BY_HAND}
+    if args.format == "json":
+        print(json.dumps({"bound": BOUND, "dispatch": rows}, indent=2))
+    else:
+        for name, row in rows.items():
+            print(
+                f"{name:12} converted {row['converted_seconds'] * 1e3:7.1f} ms"
+                f"  by hand {row['by_hand_seconds'] * 1e3:7.1f} ms  ratio {row['ratio']:.3f}"
+                f"  (at most {BOUND})"
+            )
+    alike = all(row["losses_apart"] < 1e-5 for row in rows.values())
+    return 0 if alike and all(row["ratio"] <= BOUND for row in rows.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
