@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-kills proof-learning proof-table docs bench wheel clean
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-kills proof-learning proof-table docs bench wheel clean fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-all: $(STAMP) ## every test, the slow ones included
 	MOECC_TIER=all $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: lint types test ## what CI runs, without the wheel
+
+fuzz: $(STAMP) ## hostile inputs for MINUTES minutes (1), every grammar in turn; counts on stdout
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),1)
 
 lint: $(STAMP) ## ruff, over everything
 	$(BIN)/ruff check .

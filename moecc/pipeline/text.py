@@ -25,6 +25,8 @@ from moecc.pipeline.passes import Pass, Preserves, weakest
 from moecc.pipeline.registry import Registry, installed, unknown_pass
 from moecc.pipeline.template import TemplatePass
 
+MAX_PROBLEMS = 20
+
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 _SET = (Piece("true"),)
@@ -163,6 +165,8 @@ class _Parser:
         """Return the passes, or raise UsageError with all problems."""
         made: list[Pass] = []
         for item in self.items():
+            if len(self.problems) >= MAX_PROBLEMS:
+                break
             one = self.make(item, made)
             if one is not None:
                 made.append(one)
@@ -186,7 +190,7 @@ class _Parser:
                     continue
             except _SyntaxProblem as error:
                 self.problem(error.what, error.at, hint=error.hint)
-                if self.recover():
+                if len(self.problems) < MAX_PROBLEMS and self.recover():
                     continue
             return found
 

@@ -76,8 +76,8 @@ def receipt_lines(stated: Mapping[str, object]) -> list[str]:
     promised = _object(stated.get("promised"))
     reason, error = promised.get("reason"), promised.get("predicted_error")
     text = f"{promised.get('kind')}" + (f": {reason}" if reason else "")
-    if isinstance(error, int | float):
-        text += f" (predicted relative error {error:.2g})"
+    if error is not None:
+        text += f" (predicted relative error {_number(error, '.2g')})"
     return [
         f"Promised: {text}",
         f"Measured: {_measured(stated)}; {_at_the_logits(stated)}",
@@ -93,7 +93,8 @@ def _measured(stated: Mapping[str, object]) -> str:
     if not numbers:
         return "no pass to check"
     count = f"each of {len(numbers)} passes" if len(numbers) > 1 else "the pass"
-    error = f"relative error {max(numbers):.2g}" if max(numbers) else "no more than rounding"
+    largest = max(numbers)
+    error = f"relative error {_number(largest, '.2g')}" if largest else "no more than rounding"
     return f"{count} on the model at small sizes, {error}"
 
 
@@ -105,8 +106,16 @@ def _at_the_logits(stated: Mapping[str, object]) -> str:
     part = f" of the first {layers} layers" if layers else ""
     return (
         f"the {found.get('output')}{part} in {found.get('compute_dtype')}, "
-        f"{difference.get('max_relative'):.2e} of the largest"
+        f"{_number(difference.get('max_relative'), '.2e')} of the largest"
     )
+
+
+def _number(value: object, form: str) -> str:
+    """Format a number that a file states, which may be anything."""
+    try:
+        return format(float(value), form) if isinstance(value, int | float) else "unknown"
+    except OverflowError:
+        return "unknown"
 
 
 def _engines(stated: Mapping[str, object]) -> str:

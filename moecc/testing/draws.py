@@ -11,7 +11,9 @@ from moecc.types.arrays import Array
 
 def generator(seed: int, *words: str) -> np.random.Generator:
     """Return a generator that depends on `seed` and `words` alone."""
-    digest = hashlib.blake2b("\0".join(words).encode(), digest_size=8).digest()
+    # The name of a tensor may be half a surrogate, which JSON can escape.
+    text = "\0".join(words).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, "little")])
 
 

@@ -154,6 +154,8 @@ def _parse(text: str, name: str) -> JsonDict:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"not TOML: {error}", where=name) from None
+    except ValueError:  # a number with more digits than Python reads
+        raise InputError("not TOML: a number is too long", where=name) from None
     except RecursionError:
         raise InputError("the TOML is nested too deeply", where=name) from None
 

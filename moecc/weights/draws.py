@@ -14,6 +14,12 @@ from moecc.types.dtypes import F32
 from moecc.types.tensor import TensorType
 from moecc.weights.expr import Expr, axis_of, check_finite, check_type, node, size
 
+LARGEST = 3.4e38
+"""The largest number that is drawn, as f32 has it."""
+
+FARTHEST = 8.3
+"""How many standard deviations a normal number of 52 random bits can be from its mean."""
+
 KEY_BITS = 128
 
 
@@ -36,10 +42,13 @@ class Draw(Expr):
     def _key_text(self) -> str:
         return f"key={self.key:#x}"
 
-    def _check_draw(self, type: TensorType) -> TensorType:
+    def _check_draw(self, type: TensorType, largest: float) -> TensorType:
         check_type(self, type)
         if type.dtype is not F32:
             raise self.error("numbers are drawn in f32", found=str(type), hint="cast the draw")
+        if largest > LARGEST:
+            expected = f"numbers up to {LARGEST:.3g}"
+            raise self.error("numbers too large for f32", expected=expected, found=f"{largest:.3g}")
         return self._check_key(type)
 
     def _check_key(self, type: TensorType) -> TensorType:
@@ -66,7 +75,7 @@ class Normal(Draw):
     def _infer(self) -> TensorType:
         check_finite(self, "the mean", self.mean)
         _check_spread(self, self.std)
-        return self._check_draw(self.type)
+        return self._check_draw(self.type, abs(self.mean) + FARTHEST * self.std)
 
     def __str__(self) -> str:
         mean = "" if self.mean.hex() == "0x0.0p+0" else f", mean={self.mean!r}"
@@ -91,7 +100,7 @@ class TruncatedNormal(Draw):
         if not 0.0 < self.bound <= 8.0:
             what = "the bound is out of range"
             raise self.error(what, expected="0 < bound <= 8", found=str(self.bound))
-        return self._check_draw(self.type)
+        return self._check_draw(self.type, self.bound * self.std)
 
     def __str__(self) -> str:
         bound = "" if self.bound == 3.0 else f", bound={self.bound!r}"
@@ -114,7 +123,7 @@ class Uniform(Draw):
         if self.low > self.high:
             raise self.error("the lower bound is not below the upper one")
         check_finite(self, "the range", self.high - self.low)
-        return self._check_draw(self.type)
+        return self._check_draw(self.type, max(abs(self.low), abs(self.high)))
 
     def __str__(self) -> str:
         return f"uniform({self.type}, low={self.low!r}, high={self.high!r}, {self._key_text})"

@@ -111,6 +111,14 @@ class AddLossesPass(Pass):
             )  # fmt: skip
         return found
 
+    def warnings(self) -> list[Problem]:
+        """Return a warning where nothing spreads the tokens over the experts."""
+        spreading = {"balance-coef", "importance-coef", "load-coef"}
+        if any(value for name, value in self._coefficients() if name in spreading):
+            return []
+        what = "no loss spreads the tokens over the experts, so a few of them may get all"
+        return [Problem(what, "balance-coef", "0.01, as ST-MoE has it", f"{self.balance_coef}")]
+
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
         """Return whether an earlier pass adds losses already."""
         for item in () if self.replace else earlier:

@@ -22,6 +22,7 @@ from moecc.checkpoint.gguf.vocabulary import (
     USER_DEFINED,
 )
 from moecc.checkpoint.jsonfile import parse_json
+from moecc.checkpoint.problems import quoted
 from moecc.checkpoint.source import Checkpoint
 from moecc.errors import InputError
 from moecc.support.untyped import Json, JsonDict
@@ -127,6 +128,7 @@ def _translated(file: Json, settings: _Settings, rows: int) -> list[Key]:
             keys[f"{word}_token_id"] = number
     made = [Key(_PREFIX + name, value) for name, value in keys.items()]
     template = settings.chat_template()
+    _require_text(template or "")
     return made if template is None else [*made, Key("tokenizer.chat_template", template)]
 
 
@@ -135,13 +137,18 @@ def _vocabulary(file: Json, model: Json, rows: int) -> Vocab:
     vocab = model.get("vocab")
     if not isinstance(vocab, Mapping) or not all(type(n) is int for n in vocab.values()):
         raise _unusable("the vocabulary does not number its tokens", "")
-    added = [t for t in file.get("added_tokens") or () if isinstance(t, Mapping)]
     found = {number: (text, NORMAL) for text, number in vocab.items()}
-    for token in added:
+    for token in _objects(file, "added_tokens"):
         kind = CONTROL if token.get("special") else USER_DEFINED
-        found[token["id"]] = (token["content"], kind)
-    if max(found, default=0) >= rows:
-        raise _unusable("more tokens than the embedding has rows", f"id {max(found):,}")
+        number, text = token.get("id"), token.get("content")
+        if type(number) is not int or not isinstance(text, str):
+            raise _misshapen("added_tokens")
+        found[number] = (text, kind)
+    for number in (min(found, default=0), max(found, default=0)):
+        if not 0 <= number < rows:
+            what = "more tokens than the embedding has rows" if number > 0 else "a negative id"
+            raise _unusable(what, f"id {quoted(str(number))}")
+    _require_text("".join(text for text, _ in found.values()))
     tokens = [f"[PAD{number}]" for number in range(rows)]
     types = [UNUSED] * rows
     for number, (text, kind) in found.items():
@@ -150,8 +157,8 @@ def _vocabulary(file: Json, model: Json, rows: int) -> Vocab:
 
 
 def _byte_level(file: Json, model: Json, vocab: Vocab) -> JsonDict:
-    steps = list(_steps(file.get("pre_tokenizer")))
-    normalizer = (file.get("normalizer") or {}).get("type")
+    steps = list(_steps(_object(file, "pre_tokenizer")))
+    normalizer = _object(file, "normalizer").get("type")
     for name, expected in PRE_TOKENIZERS.items():
         same = steps == [_plain(step) for step in expected]
         whole = bool(model.get("ignore_merges")) == (name in WHOLE_WORDS)
@@ -160,15 +167,13 @@ def _byte_level(file: Json, model: Json, vocab: Vocab) -> JsonDict:
     raise _unusable("llama.cpp has no name for the way in which this tokenizer cuts words", "")
 
 
-def _steps(step: object) -> Iterator[dict[str, object]]:
+def _steps(step: Json) -> Iterator[dict[str, object]]:
     """Yield the steps of a pre-tokenizer, without what does not change the words."""
-    if not isinstance(step, Mapping):
-        return
     if step.get("type") == "Sequence":
-        for inner in step.get("pretokenizers") or ():
+        for inner in _objects(step, "pretokenizers"):
             yield from _steps(inner)
-        return
-    yield _plain(step)
+    elif step:
+        yield _plain(step)
 
 
 def _plain(step: Json) -> dict[str, object]:
@@ -178,8 +183,15 @@ def _plain(step: Json) -> dict[str, object]:
 
 
 def _merges(model: Json) -> Iterator[str]:
-    for merge in model.get("merges") or ():
-        yield merge if isinstance(merge, str) else " ".join(merge)
+    merges = model.get("merges") or ()
+    if not isinstance(merges, list):
+        raise _misshapen("merges")
+    for merge in merges:
+        parts = [merge] if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise _misshapen("merges")
+        _require_text(text := " ".join(parts))
+        yield text
 
 
 def _pieces(file: Json, model: Json, vocab: Vocab) -> JsonDict:
@@ -203,8 +215,8 @@ def _pieces(file: Json, model: Json, vocab: Vocab) -> JsonDict:
 
 def _adds_space(file: Json) -> bool:
     """Return whether a space precedes a text; raise if text is changed in any other way."""
-    normalizer, cutter = file.get("normalizer") or {}, file.get("pre_tokenizer") or {}
-    parts = normalizer.get("normalizers") or ([normalizer] if normalizer else [])
+    normalizer, cutter = _object(file, "normalizer"), _object(file, "pre_tokenizer")
+    parts = _objects(normalizer, "normalizers") or ([normalizer] if normalizer else [])
     kinds = [part.get("type") for part in parts]
     if kinds in (["Prepend", "Replace"], ["Replace"]) and not cutter:
         return kinds == ["Prepend", "Replace"]
@@ -216,20 +228,43 @@ def _adds_space(file: Json) -> bool:
 
 def _ends(file: Json) -> tuple[bool, bool]:
     """Return whether a text begins with a special token, and whether it ends with one."""
-    template = _template(file.get("post_processor"))
-    order = [next(iter(part)) for part in template]
+    template = _template(_object(file, "post_processor"))
+    order = [next(iter(part), "") for part in template]
     at = order.index("Sequence") if "Sequence" in order else 0
     return "SpecialToken" in order[:at], "SpecialToken" in order[at:]
 
 
-def _template(step: object) -> Sequence[Mapping[str, object]]:
-    if not isinstance(step, Mapping):
-        return ()
+def _template(step: Json) -> Sequence[Json]:
     if step.get("type") == "TemplateProcessing":
-        single: Sequence[Mapping[str, object]] = step.get("single") or ()
-        return single
-    inner = (_template(part) for part in step.get("processors") or ())
+        return _objects(step, "single")
+    inner = (_template(part) for part in _objects(step, "processors"))
     return next((found for found in inner if found), ())
+
+
+def _object(of: Json, key: str) -> Json:
+    """Return a member that is an object, or an empty one where it is null or absent."""
+    found = of.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise _misshapen(key)
+    return found
+
+
+def _objects(of: Json, key: str) -> list[Json]:
+    """Return a member that is a list of objects, or an empty one where it is null or absent."""
+    found = of.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+        raise _misshapen(key)
+    return found
+
+
+def _require_text(text: str) -> None:
+    """Raise InputError for half surrogates, which JSON can escape and UTF-8 cannot say."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise _unusable("a token is not text", "half a surrogate")
+
+
+def _misshapen(key: str) -> InputError:
+    return _unusable("tokenizer.json is not as the library writes it", f"its {key}")
 
 
 def _unusable(what: str, found: str) -> InputError:

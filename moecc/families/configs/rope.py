@@ -117,7 +117,7 @@ class RopeConfig:
 
     def _factor_checks(self, head_dim: int) -> Iterator[KeyProblem]:
         for name in _FACTORS:
-            found = getattr(self, name)
+            found = getattr(self, name) or ()
             if len(found) != head_dim // 2 or not all(f > 0 for f in found):
                 what = f"{name} has a positive divisor for each frequency"
                 expected = f"{head_dim // 2} numbers above 0"

@@ -26,6 +26,9 @@ VISION_DEFAULTS: Mapping[str, object] = {
     "hidden_dropout_prob": 0.0,
 }
 
+MOST_MLP_RATIO = 1_000_000
+"""More is no model: the width of a block would overflow a float."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(ModelConfig):
@@ -178,6 +181,9 @@ class Dinov2Config(VisionConfig):
         # The token of masked patches is no part of the graph.
         reader.value("use_mask_token")
         ratio = reader.number("mlp_ratio", above=0)
+        if ratio > MOST_MLP_RATIO:
+            reader.refuse("mlp_ratio", "not usable", expected=f"at most {MOST_MLP_RATIO:,}")
+            ratio = 4.0
         return {
             **super()._read(reader),
             "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio,

@@ -185,6 +185,16 @@ def warnings(item: UpcycleOptions) -> list[Problem]:
                 "gates=switch is the paper's top-1",
             )
         )  # fmt: skip
+    if item.experts & (item.experts - 1):
+        found.append(
+            Problem("the experts are not a power of two, which meshes and some kernels ask for",
+                    "experts", found=str(item.experts))
+        )  # fmt: skip
+    if item.router_init == "zero" and item.routing == "token-choice":
+        found.append(
+            Problem("every token has equal logits, so the first experts are always chosen",
+                    "router-init", "another, unless the router is trained or noisy first", "zero")
+        )  # fmt: skip
     if item.slots == "ragged" and item.routing not in LOOKS_AHEAD:
         for name, value, default in (
             ("capacity-factor", item.capacity_factor, 1.25), ("groups", item.groups, 1)

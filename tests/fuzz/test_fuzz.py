@@ -1,0 +1,75 @@
+"""The rig finds what it is for, and inputs that once broke something break nothing any more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from moecc.errors import InputError, MoeccError
+
+from . import rig
+from .grammars import GRAMMARS, Grammar
+from .mutate import Rng
+from .rig import Fuzzer, minimised, same_failure
+
+CORPUS = json.loads((Path(__file__).parent / "corpus" / "found.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("case", CORPUS, ids=lambda c: f"{c['grammar']}-{c['was'][:30]}")
+def test_what_once_was_found_is_an_error_of_moecc_or_none(case: dict[str, str]) -> None:
+    grammar = GRAMMARS[case["grammar"]]
+    data = bytes.fromhex(case["hex"]) if "hex" in case else case["text"].encode("utf-8")
+    try:
+        grammar.run(data * int(case.get("times", 1)))
+    except (MoeccError, *grammar.own):
+        return
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_seeds_are_valid_and_mutants_break_nothing(name: str) -> None:
+    grammar = GRAMMARS[name]
+    rejected = 0
+    for seed in grammar.seeds():
+        try:
+            grammar.run(seed)
+        except (MoeccError, *grammar.own):
+            rejected += 1
+    assert rejected < len(grammar.seeds())
+    fuzzer = Fuzzer(grammar, seed=0)
+    fuzzer.run(40)
+    assert fuzzer.tally.executions == 40
+    assert fuzzer.failures == {}
+
+
+def planted(data: bytes) -> None:
+    if b"!!" in data:
+        raise KeyError("planted")
+    if data.startswith(b"loop"):
+        while True:
+            pass
+    raise InputError("no")
+
+
+def fuzzer_of(inputs: Sequence[bytes]) -> Fuzzer:
+    left = list(inputs)
+
+    def mutate(rng: Rng, data: bytes, others: Sequence[bytes]) -> bytes:
+        return left.pop()
+
+    return Fuzzer(Grammar("planted", lambda: [b"x"], mutate, planted), seed=0)
+
+
+def test_crashes_and_hangs_are_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig, "HANG_SECONDS", 0.2)
+    monkeypatch.setattr(rig, "BOMB_SHARE", 0.0)
+    fuzzer = fuzzer_of([b"plain", b"loop", b"some text !! and more of it"])
+    fuzzer.run(3)
+    assert fuzzer.tally.rejected["InputError"] == 1
+    crash, hang = sorted(fuzzer.failures.values(), key=lambda f: "Hang" in f.signature)
+    assert "KeyError" in crash.signature
+    assert "Hang" in hang.signature
+    small = minimised(crash.data, lambda d: same_failure(fuzzer.grammar, crash.signature, d))
+    assert small == b"!!"
