@@ -119,12 +119,11 @@ def check_inputs(graph: Graph, given: Mapping[str, Array], where: str) -> dict[s
         array = given[name][None] if given[name].ndim == value.type.rank - 1 else given[name]
         place = where if len(graph.inputs) == 1 else f"{where}: {name}"
         problems.extend(_misfits(value, array, place))
-        found[name] = (
-            array.astype(value.type.dtype.numpy) if value.type.dtype.kind == "int" else array
-        )
+        found[name] = array
     if problems:
         raise InputError(problems)
-    return found
+    ids = {n: v.type.dtype.numpy for n, v in graph.inputs.items() if v.type.dtype.kind == "int"}
+    return {name: a.astype(ids[name]) if name in ids else a for name, a in found.items()}
 
 
 def _misfits(value: Value, array: Array, place: str) -> Iterator[Problem]:
