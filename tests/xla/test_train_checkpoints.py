@@ -11,24 +11,28 @@ import pytest
 
 from moecc.checkpoint.run.layout import LINEAGE_SCHEMA, saved_steps
 from moecc.errors import MachineError
-from moecc.ir import Graph, clone
+from moecc.ir import clone
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.steps.spec import StepSpec
 from moecc.train.position import Position
+from moecc.train.recipe import OptimizerSection
 from moecc.train.run_folder import create_run
 from moecc.train.state import Canonical, canonical
+from moecc.types.dtypes import F32
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.mesh.specs import device_mesh, shardings  # noqa: E402
 from moecc_backends.xla.train.checkpoints import RunCheckpoints  # noqa: E402
-from moecc_backends.xla.train.optimizer import moments_like, optimizer  # noqa: E402
 from moecc_backends.xla.train.saving import Saver  # noqa: E402
+from moecc_backends.xla.train.step import make_train_step  # noqa: E402
 from moecc_backends.xla.train.tensors import load  # noqa: E402
+
+SIZES = {"B": 8, "S": 8}
 
 FLAT = "cse"
 ROLLED = "cse,roll-layers"
@@ -53,37 +57,19 @@ def made(model: Any) -> Canonical:
     return canonical(model.graph)
 
 
-def program(made: Canonical, passes: str) -> tuple[Graph, dict[str, Any]]:
+def checkpoints(run: Path, made: Canonical, model: Any, passes: str, update: str) -> Any:
     graph = clone(made.graph)
     run_pipeline(graph, Pipeline.parse(passes), context=Context(allow_unmatched=True))
-    where: Any = {}
-    if "mesh=" in passes:
-        where = shardings(graph.params, device_mesh(graph))
-    return graph, {
-        n: jax.ShapeDtypeStruct(p.type.shape, jnp.float32, sharding=where.get(n))
-        for n, p in graph.params.items()
-    }
-
-
-def checkpoints(run: Path, made: Canonical, model: Any, passes: str, update: str) -> Any:
-    graph, params = program(made, passes)
-    mesh = next(iter(params.values())).sharding
-    everywhere = mesh and jax.sharding.NamedSharding(mesh.mesh, jax.sharding.PartitionSpec())
-    abstract = {
-        "params": params,
-        "moments": moments_like(optimizer(update), params),
-        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
-    }
+    devices = jax.devices()[: 8 if "mesh=" in passes else 1]
+    step = make_train_step(graph, StepSpec(SIZES, F32, OptimizerSection(update), 1), devices)
+    params = step.abstract_state["params"]
 
     def start() -> Any:
-        loaded = load(graph, made.weights, model.checkpoint.read, params)
-        state = {
-            "params": loaded, "moments": optimizer(update).init(loaded), "step": jnp.int32(7)
-        }  # fmt: skip
-        leaves, tree = jax.tree.flatten(state)
-        return jax.tree.unflatten(tree, [x + jnp.asarray(0.5, x.dtype) for x in leaves]), Position()
+        state = step.init(load(graph, made.weights, model.checkpoint.read, params))
+        moved = jax.tree.map(lambda x: x + jnp.asarray(0.5, x.dtype), state)
+        return moved, Position()
 
-    return RunCheckpoints(run, graph, abstract, start, Saver(run, 2), "sha256:0")
+    return RunCheckpoints(run, graph, step.abstract_state, start, Saver(run, 2), "sha256:0")
 
 
 def raised(error: Exception) -> None:
