@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from moecc.ir.graph import Node, Value
 from moecc.plan.part_traffic import Moved, moved
@@ -51,8 +52,7 @@ class Work:
         return 1 + step.computed_again(self.strategy.remat)
 
 
-@dataclass(frozen=True)
-class Routed:
+class Routed(NamedTuple):
     """A collective on the way to the experts or back.
 
     Attributes:
@@ -88,7 +88,7 @@ def exchange(
             if back is not None:
                 # Where all devices have all of a gradient, they take their part of it.
                 whole = stage.value == "added" and one.op == "all_gather"
-                named = replace(back, why=_why(stage, way, back.op))
+                named = back._replace(why=_why(stage, way, back.op))
                 yield Routed(named, None, one.mesh if whole else ())
     if way.tokens_everywhere:
         yield from _gradient_of_rows(layer, steps[layer.dispatch.node].results[0], sharded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moecc.ir.graph import Node, Value
 from moecc.plan.residuals import root_of
@@ -16,8 +17,7 @@ from moecc.sharding.propagate import Ref, Reshard
 from moecc.sharding.routes import SparseLayer, sparse_layer
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(NamedTuple):
     """A collective.
 
     Attributes:
@@ -35,8 +35,7 @@ class Moved:
     of_rows: bool = False
 
 
-@dataclass(frozen=True)
-class Carried:
+class Carried(NamedTuple):
     """What is done with a value that a step of a part makes or takes.
 
     Attributes:

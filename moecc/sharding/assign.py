@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from moecc.errors import InputError, Problem
 from moecc.ir.mesh import Mesh, nearest_divisor, nearest_multiple
@@ -39,8 +40,7 @@ class Dimension:
     rules: tuple[LayoutRule, ...] = ()
 
 
-@dataclass(frozen=True)
-class Assignment:
+class Assignment(NamedTuple):
     """How the dimensions of one operation are sharded.
 
     Attributes:
