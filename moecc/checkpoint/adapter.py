@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import read_header
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import nearest
+from moecc.support.closing import Closing
 from moecc.types.arrays import Array
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -62,7 +62,7 @@ class _Delta:
     is_turned: bool
 
 
-class AdaptedCheckpoint:
+class AdaptedCheckpoint(Closing):
     """A model with a LoRA adapter merged into it; see `moecc.checkpoint.source.Checkpoint`.
 
     A matrix of the model is W + s · B A, computed in float32 and rounded once to the type of W; a
@@ -145,17 +145,6 @@ class AdaptedCheckpoint:
     def close(self) -> None:
         """Close the files of the adapter, not those of the model."""
         self._stored.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class _Reading:

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 import numpy as np
 
@@ -29,13 +28,14 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.safetensors import Header, read_header
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest
+from moecc.support.closing import Closing
 from moecc.types.arrays import Array
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(Closing):
     """A checkpoint in a Hugging Face folder; see `moecc.checkpoint.source.Checkpoint`."""
 
     format = "safetensors"
@@ -108,17 +108,6 @@ class SafetensorsFolder:
     def close(self) -> None:
         """Close the files."""
         self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)

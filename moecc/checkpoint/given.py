@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 import numpy as np
 
 from moecc.checkpoint.source import Checkpoint, TensorInfo
+from moecc.support.closing import Closing
 from moecc.support.untyped import Json
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES
 
 
-class GivenParams:
+class GivenParams(Closing):
     """Arrays in place of the tensors of a source; see `moecc.checkpoint.source.Checkpoint`.
 
     Args:
@@ -64,17 +64,6 @@ class GivenParams:
 
     def close(self) -> None:
         """Close nothing: the source is closed by who opened it."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _info(name: str, array: Array, path: Path) -> TensorInfo:

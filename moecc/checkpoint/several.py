@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 from moecc.checkpoint.source import Checkpoint, TensorInfo
+from moecc.support.closing import Closing
 from moecc.types.arrays import Array
 from moecc.weights.branches import BASE, branch_and_name, name_in
 
 
-class SeveralCheckpoints:
+class SeveralCheckpoints(Closing):
     """A base and its branches as one; see `moecc.checkpoint.source.Checkpoint`.
 
     Config and companions are those of the base.  A tensor that a branch stores in another type is
@@ -99,17 +99,6 @@ class SeveralCheckpoints:
         """Close the files of all."""
         for checkpoint in (self.base, *self.branches.values()):
             checkpoint.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, Path]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from moecc.checkpoint.source import TensorInfo
 from moecc.families.configs import ModelConfig
+from moecc.support.closing import Closing
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES, F32, DType
 from moecc.weights.expr import Expr, sources
 
 
-class MemoryCheckpoint:
+class MemoryCheckpoint(Closing):
     """A checkpoint whose tensors are arrays; see `moecc.checkpoint.source.Checkpoint`.
 
     Attributes:
@@ -54,17 +53,6 @@ class MemoryCheckpoint:
 
     def close(self) -> None:
         """Do nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _dtype(array: Array) -> DType:

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from moecc.errors import InputError, MachineError, printable
+from moecc.support.closing import Closing
 from moecc.support.extras import install_hint
 from moecc.support.untyped import Json
 from moecc.tokenizer.worker import MEMORY_BYTES
@@ -25,7 +25,7 @@ _MOST_ANSWER_BYTES = 256 << 20
 _READ_BYTES = 1 << 16
 
 
-class Tokenizer:
+class Tokenizer(Closing):
     """The tokenizer of a checkpoint, in a subprocess that ends with this object.
 
     Args:
@@ -98,17 +98,6 @@ class Tokenizer:
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ask(self, request: Json, data: bytes = b"", *, doing: str) -> Any:
         """Return the response to a request, which `data` follows."""

@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from moecc.checkpoint.files import os_problem
 from moecc.errors import InputError
+from moecc.support.closing import Closing
 from moecc.support.untyped import Json, JsonDict
 from moecc.train.events import Evaluated, Event, Skipped, Stepped
 
@@ -36,7 +36,7 @@ def event_line(event: Event) -> JsonDict | None:
     return None
 
 
-class Journal:
+class Journal(Closing):
     """Appends lines to a file, each in one write; events, or lines of another kind.
 
     Args:
@@ -77,17 +77,6 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _finite(value: Any) -> Any:

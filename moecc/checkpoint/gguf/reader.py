@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 import numpy as np
 
@@ -39,6 +38,7 @@ from moecc.checkpoint.gguf.tokenizer import tokenizer_files
 from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError, nearest, printable
+from moecc.support.closing import Closing
 from moecc.types.arrays import Array
 
 _GUESSES = 20
@@ -53,7 +53,7 @@ _CARD_KEYS = {
 """The keys of a model card, and the metadata that say the same."""
 
 
-class GgufFile:
+class GgufFile(Closing):
     """A checkpoint in a GGUF file; see `moecc.checkpoint.source.Checkpoint`.
 
     Attributes:
@@ -166,17 +166,6 @@ class GgufFile:
     def close(self) -> None:
         """Close the file."""
         self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _stored(self, info: TensorInfo, start: int, stop: int) -> Array:
         """Read rows in file order."""

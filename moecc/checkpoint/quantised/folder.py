@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from moecc.checkpoint.quantised.mxfp4 import find_mxfp4
 from moecc.checkpoint.quantised.packed import Packed, ReadRows, Stored
 from moecc.checkpoint.source import TensorInfo
 from moecc.errors import InputError
+from moecc.support.closing import Closing
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32
 
@@ -45,7 +45,7 @@ METHODS: Mapping[str, Callable[[Stored, ReadRows], Iterator[Packed]]] = {
 """What finds the matrices of each ``quant_method``."""
 
 
-class QuantisedFolder:
+class QuantisedFolder(Closing):
     """A folder whose matrices are dequantised when they are read, as float32."""
 
     format = "safetensors"
@@ -115,17 +115,6 @@ class QuantisedFolder:
     def close(self) -> None:
         """Close the files."""
         self._folder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _info(one: Packed, tensors: Mapping[str, TensorInfo]) -> TensorInfo:

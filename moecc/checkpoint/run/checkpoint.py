@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 from moecc.checkpoint.companions import find_companions
 from moecc.checkpoint.files import Identity, identify, require_unchanged
@@ -30,6 +29,7 @@ from moecc.checkpoint.run.state import StateReader, array_key
 from moecc.checkpoint.several import models_of
 from moecc.checkpoint.source import Checkpoint, TensorInfo
 from moecc.errors import InputError
+from moecc.support.closing import Closing
 from moecc.support.untyped import Json
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES
@@ -38,7 +38,7 @@ CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 
 
-class RunCheckpoint:
+class RunCheckpoint(Closing):
     """The parameters of a step of a run; see `moecc.checkpoint.source.Checkpoint`.
 
     Attributes:
@@ -103,17 +103,6 @@ class RunCheckpoint:
 
     def close(self) -> None:
         """Close the files."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def inputs_of(checkpoint: Checkpoint | None) -> list[Path]:

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 from moecc.checkpoint.companions import find_companions
 from moecc.checkpoint.files import Identity, identify, require_unchanged
@@ -25,6 +24,7 @@ from moecc.checkpoint.trees.t5 import t5_config, t5_pieces
 from moecc.checkpoint.trees.t5x import open_t5x
 from moecc.checkpoint.trees.tree import Piece, Tree
 from moecc.errors import InputError, nearest
+from moecc.support.closing import Closing
 from moecc.types.arrays import Array
 from moecc.types.dtypes import DTYPES, DType
 
@@ -32,7 +32,7 @@ MOST_KEPT_BYTES = 1 << 30
 """The size of the largest matrix that is read as a whole."""
 
 
-class TreeCheckpoint:
+class TreeCheckpoint(Closing):
     """Tensors that are pieces of a tree's arrays; see `moecc.checkpoint.source.Checkpoint`."""
 
     def __init__(
@@ -117,17 +117,6 @@ class TreeCheckpoint:
 
     def close(self) -> None:
         """Close the files."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_tree(path: Path, place: Path, *, needs_config: bool) -> TreeCheckpoint:
