@@ -48,6 +48,8 @@ def _groups(value: Value) -> Iterable[str]:
 
 def scales_norms(node: Node) -> bool:
     """Whether `node` is the scale of norms: one more than what is stored, in gemma."""
+    if not node.results:  # the outputs of a graph
+        return False
     made = node.results[0]
     uses = [(user, i) for user in made.users for i, v in enumerate(user.operands) if v is made]
     gains = (user.op.is_norm and user.op.role(i) is Role.GAIN for user, i in uses)

@@ -65,7 +65,7 @@ def test_a_matrix_is_merged(
     first, second = made.values()
     expected = base.read(f"{GATE}.weight") + scale * second @ first
     with AdaptedCheckpoint(base, folder) as merged:
-        np.testing.assert_allclose(merged.read(f"{GATE}.weight"), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(merged.read(f"{GATE}.weight"), expected, rtol=1e-6, atol=1e-7)
         rows = merged.read(f"{GATE}.weight", 3, 7)
         np.testing.assert_array_equal(rows, merged.read(f"{GATE}.weight")[3:7])
         np.testing.assert_array_equal(merged.read(NORM), base.read(NORM))
@@ -80,7 +80,7 @@ def test_tables_and_whole_tensors(base: Checkpoint, tmp_path: Path) -> None:
     with AdaptedCheckpoint(base, folder) as merged:
         expected = base.read(f"{EMBEDDING}.weight") + 3 * (second @ first).T
         found = merged.read(f"{EMBEDDING}.weight")
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(merged.read(f"{EMBEDDING}.weight", 5, 9), found[5:9])
         np.testing.assert_array_equal(merged.read(NORM), np.arange(16))
 

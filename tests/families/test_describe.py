@@ -12,6 +12,7 @@ from moecc_passes.upcycle.upcycle import UpcyclePass
 from moecc.families import build
 from moecc.families.configs import DecoderConfig, MoeConfig, parse_config
 from moecc.families.describe import describe
+from moecc.ir import parse
 from moecc.pipeline.passes import Context
 from moecc.testing.checkpoints import random_checkpoint
 from moecc.testing.configs import small_configs
@@ -141,3 +142,8 @@ def test_a_description_is_json() -> None:
         "slots": "ragged", "groups": 1, "width": 14_336, "shared": 0, "shared_gate": False,
         "bias": False, "sequence_capacity": 0,
     }  # fmt: skip
+
+
+def test_a_parameter_that_is_an_output_is_counted() -> None:
+    text = "moecc 1\ngraph g {\n  param %w : f32[embed=4] @embed\n  output w = %w\n}\n"
+    assert describe(parse(text)).parameters.total == 4

@@ -99,20 +99,24 @@ def _words(rng: Rng, folder: Path) -> list[str]:
 
 KINDS: dict[str, Callable[[Rng, Path], Sequence[str]]] = {
     "inspect .moe": lambda r, f: ("inspect", _file(r, f, "moe", "x.moe")),
-    "opt .moe": lambda r, f: ("opt", _file(r, f, "moe", "x.moe"), "-p", "simplify"),
+    "opt .moe": lambda r, f: ("opt", _file(r, f, "moe", "x.moe"), "-p", "canonicalize"),
     "opt -p": lambda r, f: ("opt", str(MODEL), "-p", _text(r, "pipelines")),
     "convert -p": lambda r, f: (
-        "convert", str(MODEL), str(f / "out"), "--no-check", "-p", _text(r, "pipelines"),
+        "convert", str(MODEL), str(f / "out"), "--no-check", "--to", "st_moe",
+        "-p", _text(r, "pipelines"),
     ),
     "inspect model": lambda r, f: ("inspect", _model(r, f)),
     "convert model": lambda r, f: (
         "convert", _model(r, f), str(f / "out"), "-p", UPCYCLE, "--to", "mixtral", "--no-check",
     ),
     "inspect gguf": lambda r, f: ("inspect", _file(r, f, "gguf", "x.gguf")),
-    "run --inputs": lambda r, f: ("run", str(MODEL), "--inputs", _file(r, f, "arrays", "x.npy")),
+    "run --inputs": lambda r, f: (
+        "run", str(MODEL), "--backend", "reference", "--outputs", str(f / "y.npy"),
+        "--inputs", _file(r, f, "arrays", "x.npy"),
+    ),
     "plan --machine": lambda r, f: ("plan", str(MODEL), "--machine", _text(r, "machines")),
     "plan --rules": lambda r, f: (
-        "plan", str(MODEL), "--mesh", "data=2,model=2",
+        "plan", str(MODEL), "--machine", "gpu:h100:4", "--mesh", "data=2,model=2",
         "--rules", _file(r, f, "rules", "my.rules"),
     ),
     "verify": lambda r, f: ("verify", _written(r, f)),

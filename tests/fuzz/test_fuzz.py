@@ -73,3 +73,24 @@ def test_crashes_and_hangs_are_found_and_made_small(monkeypatch: pytest.MonkeyPa
     assert "Hang" in hang.signature
     small = minimised(crash.data, lambda d: same_failure(fuzzer.grammar, crash.signature, d))
     assert small == b"!!"
+
+
+def test_commands_read_the_files_that_are_spoilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a valid file in place of a spoilt one, no command ends at its words."""
+    from . import command_line
+
+    monkeypatch.setattr(command_line, "mutant", lambda rng, name: GRAMMARS[name].seeds()[0])
+    for kind in ("inspect .moe", "opt .moe", "run --inputs", "plan --rules", "inspect gguf"):
+        folder = tmp_path / kind.replace(" ", "-")
+        folder.mkdir()
+        ended = command_line.run_command(command_line.KINDS[kind](Rng(0), folder), folder)
+        assert ended.code in (0, 1), (kind, ended.text)
+
+
+def test_hostile_commands_break_nothing(tmp_path: Path) -> None:
+    from .command_line import KINDS, fuzz_commands
+
+    found = fuzz_commands(len(KINDS), 5, tmp_path)
+    assert (found["commands"], found["failures"]) == (len(KINDS), 0)
