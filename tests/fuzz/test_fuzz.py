@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from .grammars import GRAMMARS, Grammar
 from .mutate import Rng
 from .rig import Fuzzer, minimised, same_failure
 
+ROOT = Path(__file__).parents[2]
 CORPUS = json.loads((Path(__file__).parent / "corpus" / "found.json").read_text("utf-8"))
 
 
@@ -75,22 +79,40 @@ def test_crashes_and_hangs_are_found_and_made_small(monkeypatch: pytest.MonkeyPa
     assert small == b"!!"
 
 
-def test_commands_read_the_files_that_are_spoilt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a valid file in place of a spoilt one, no command ends at its words."""
-    from . import command_line
+VALID = """
+from pathlib import Path
+from tests.fuzz import command_line
+from tests.fuzz.grammars import GRAMMARS
+from tests.fuzz.mutate import Rng
 
-    monkeypatch.setattr(command_line, "mutant", lambda rng, name: GRAMMARS[name].seeds()[0])
-    for kind in ("inspect .moe", "opt .moe", "run --inputs", "plan --rules", "inspect gguf"):
-        folder = tmp_path / kind.replace(" ", "-")
-        folder.mkdir()
-        ended = command_line.run_command(command_line.KINDS[kind](Rng(0), folder), folder)
-        assert ended.code in (0, 1), (kind, ended.text)
+command_line.mutant = lambda rng, name: GRAMMARS[name].seeds()[0]
+for kind in ("inspect .moe", "opt .moe", "run --inputs", "plan --rules", "inspect gguf"):
+    folder = Path(kind.replace(" ", "-")).absolute()
+    folder.mkdir()
+    ended = command_line.run_command(command_line.KINDS[kind](Rng(0), folder), folder)
+    assert ended.code in (0, 1), (kind, ended.text)
+"""
+
+
+def in_a_process(folder: Path, *words: str) -> None:
+    """Run Python apart: commands are forks, and this process may have the threads of jax."""
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env={**os.environ, "PYTHONPATH": places},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commands_read_the_files_that_are_spoilt(tmp_path: Path) -> None:
+    """With a valid file in place of a spoilt one, no command ends at its words."""
+    in_a_process(tmp_path, "-c", VALID)
 
 
 def test_hostile_commands_break_nothing(tmp_path: Path) -> None:
-    from .command_line import KINDS, fuzz_commands
-
-    found = fuzz_commands(len(KINDS), 5, tmp_path)
-    assert (found["commands"], found["failures"]) == (len(KINDS), 0)
+    counts = tmp_path / "counts.json"
+    in_a_process(
+        tmp_path, "-m", "tests.fuzz", "--command-line", "12", "--seed", "5", "--json", str(counts)
+    )
+    found = json.loads(counts.read_text("utf-8"))
+    assert (found["commands"], found["failures"]) == (12, 0)
