@@ -18,6 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
+from moecc.errors import InputError  # noqa: E402
 
 from .mixtures import apart, drawn, mixture  # noqa: E402
 
@@ -193,3 +194,22 @@ def test_half_precision_copies_have_the_same_bits() -> None:
     exact = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     found = exact(moe(function, dispatch="gathered"))(moe.params, x)
     assert bool(jnp.all(found == exact(function)(params, x)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float64])
+def test_parameters_in_another_element_type_have_the_same_blocks(dtype: Any) -> None:
+    """Casts inside and rounded numbers differ from trace to trace; another function is none."""
+
+    def one(p: Any, x: Any, slope: float = 0.1) -> Any:
+        h = (x @ p["w1"]).astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.where(h > 0, h, slope * h).astype(x.dtype) @ p["w2"]
+
+    params, x = block(), X[0]
+    moe = mx.convert(one, params, x, "upcycle{experts=3}")
+    with jax.enable_x64(dtype is jnp.float64):
+        cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)  # noqa: E731
+        found = moe(one)(cast(moe.params), cast(x))
+        assert found.dtype == dtype
+        assert apart(found, one(cast(params), cast(x))) < 4 * jnp.finfo(dtype).eps + 1e-8
+        with pytest.raises(InputError, match="is used otherwise here"):
+            moe(partial(one, slope=0.3))(cast(moe.params), cast(x))

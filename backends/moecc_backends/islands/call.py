@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from moecc.errors import InputError, Problem
 from moecc_backends.islands.execution import Execution
-from moecc_backends.islands.functions import ParamTree, Traced, trace_function
+from moecc_backends.islands.functions import ParamTree, Traced, leaves_of, trace_function
+from moecc_backends.islands.identity import same_in
 from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.losses import joined, with_losses
 from moecc_backends.islands.parts import Part, Parts
-from moecc_backends.islands.run import Program, Replacement
+from moecc_backends.islands.run import Program, Replacement, dtype_of
 from moecc_backends.islands.settle import steps_of
 from moecc_backends.islands.sites import Instance, Key, Site, survey
 from moecc_backends.islands.storage import Slot, Storage
@@ -48,9 +49,23 @@ class State:
 
     def parts_of(self, site: Site) -> list[Part]:
         """Return the parts of the blocks of a site; none if it is not converted."""
-        found = [self.instances.get(key) for key in site.keys]
+        found = [self._instance(site, key) for key in site.keys]
         locs = [i.loc for i in found if i is not None and i.loc in self.converted]
         return [self.parts.blocks[loc] for loc in locs] if len(locs) == len(found) else []
+
+    def _instance(self, site: Site, key: Key) -> Instance | None:
+        """Return a block of the conversion, traced in another element type perhaps."""
+        if key in self.instances:
+            return self.instances[key]
+        _, weights = key
+        dtype = dtype_of(site.island.x.aval)
+        alike = (i for (_, ws), i in self.instances.items() if ws == weights)
+        return next(
+            (i for i in alike if any(
+                same_in(site.identity, i.identity, one) for one in {dtype, weights[0].type.dtype}
+            )),
+            None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,9 @@ class Call:
         """
         state, given = self.state, Given.of(self.state.tree, params)
         avals = {n: self._dense(n, leaf) for n, leaf in given.leaves.items()}
-        traced, rest = trace_function(self.function, state.tree, avals, (args, kwargs))
+        leaves = leaves_of(avals)
+        leaves |= {n: leaf for n, leaf in state.leaves.items() if leaf.shape == avals[n].shape}
+        traced, rest = trace_function(self.function, state.tree, avals, leaves, (args, kwargs))
         replaced = self._replacements(traced)
         program = Program(
             traced.scope,

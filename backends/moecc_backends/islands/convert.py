@@ -22,7 +22,7 @@ from moecc_backends.islands.build import build_graph
 from moecc_backends.islands.call import BESIDE, TREE, State
 from moecc_backends.islands.conversion import Conversion
 from moecc_backends.islands.find import Miss
-from moecc_backends.islands.functions import ParamTree, leaf_of, trace_function
+from moecc_backends.islands.functions import ParamTree, leaves_of, trace_function
 from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.partkeys import part_key
@@ -90,7 +90,7 @@ def convert(
     parts = cut(graph, locations)
     converted = frozenset(n for n, part in parts.blocks.items() if part_key(part) != before[n])
     _check_loops(found, instances, parts, converted)
-    leaves = {n: leaf for n, a in arrays.items() if (leaf := leaf_of(n, a)) is not None}
+    leaves = leaves_of(arrays)
     storage = _storage(found, instances, graph, parts, converted, leaves)
     state = State(tree, leaves, parts, instances, converted, storage)
     made = _new_params(state, arrays)
@@ -132,7 +132,7 @@ def _surveyed(
     """
     tree, arrays = params
     shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
-    traced, _ = trace_function(function, tree, shapes, arguments)
+    traced, _ = trace_function(function, tree, shapes, leaves_of(arrays), arguments)
     found = survey(traced.scope)
     labels = token_labels(traced, tokens) if tokens else {}
     refuse_mixing(found, labels)

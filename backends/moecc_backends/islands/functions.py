@@ -94,6 +94,12 @@ def leaf_of(name: str, array: AnyArray) -> Leaf | None:
     return None if dtype is None else Leaf(name, tuple(array.shape), dtype)
 
 
+def leaves_of(arrays: Mapping[str, AnyArray]) -> dict[str, Leaf]:
+    """Return the leaves that weights can be read from."""
+    found = ((n, leaf_of(n, array)) for n, array in arrays.items())
+    return {n: leaf for n, leaf in found if leaf is not None}
+
+
 def _is_key(array: AnyArray) -> bool:
     return bool(jnp.issubdtype(array.dtype, jax.dtypes.extended))
 
@@ -123,6 +129,7 @@ def trace_function(
     function: Function,
     tree: ParamTree,
     avals: Mapping[str, AnyArray],
+    weights: Mapping[str, Leaf],
     arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
 ) -> tuple[Traced, list[AnyArray]]:
     """Trace ``function(params, *args, **kwargs)``; return it, and the arrays among the arguments.
@@ -131,6 +138,7 @@ def trace_function(
       function: the user's function.
       tree: the structure of the parameters.
       avals: the dense shapes of the leaves, by name.
+      weights: the leaves that weights are read from, by name; their types may be others.
       arguments: the other arguments, by position and by name.
 
     Raises:
@@ -158,7 +166,7 @@ def trace_function(
             found=str(error).split("\n", 1)[0],
             hint="it must run under jax.jit with all its arguments traced",
         ) from None
-    scope = function_scope(jaxpr, [leaf_of(n, avals[n]) for n in names])
+    scope = function_scope(jaxpr, [weights.get(n) for n in names])
     positions = _positions(function)
     called = [_argument_name(path, positions) for path, _ in paths]
     arrays = tuple(n for n, traced in zip(called, is_traced, strict=True) if traced)

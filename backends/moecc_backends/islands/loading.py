@@ -99,7 +99,8 @@ def _state(config: Json, graph: str, like: PyTree) -> State:
 def _instance(block: Json) -> tuple[Key, Instance]:
     weights = tuple(parse_expr(text)[0] for text in block["weights"])
     params = tuple(block["params"])
-    made = Instance(block["loc"], params, weights, block["summary"], block["line"])
+    said = (str(block[n]) for n in ("summary", "line", "identity"))
+    made = Instance(block["loc"], params, weights, *said)
     return (block["text"], weights), made
 
 

@@ -169,7 +169,8 @@ def _config(record: Record) -> dict[str, object]:
         "leaves": {n: [leaf.dtype.name, list(leaf.shape)] for n, leaf in state.leaves.items()},
         "blocks": [
             {"loc": one.loc, "text": key[0], "params": list(one.params),
-             "weights": list(map(str, one.weights)), "summary": one.summary, "line": one.line}
+             "weights": list(map(str, one.weights)), "summary": one.summary, "line": one.line,
+             "identity": one.identity}
             for key, one in state.instances.items()
         ],
         "converted": sorted(state.converted),

@@ -14,6 +14,7 @@ from moecc.weights.simplify import simplify
 from moecc_backends.islands.blocks import Block, block_of
 from moecc_backends.islands.dag import Misfit
 from moecc_backends.islands.find import Island, Miss, find_islands
+from moecc_backends.islands.identity import identity
 from moecc_backends.islands.naming import indexed, location, unique
 from moecc_backends.islands.near import unseen
 from moecc_backends.islands.scopes import Scope, Step
@@ -39,6 +40,11 @@ class Site:
         """The loops that pick a part of a parameter, outermost first."""
         used = {loop for p in self.block.params for loop in p.view.loops}
         return tuple(s for s in self.island.scope.owners if s in used)
+
+    @cached_property
+    def identity(self) -> str:
+        """What it computes in any element type."""
+        return identity(self.island)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -75,6 +81,7 @@ class Instance:
       weights: what they are of the leaves.
       summary: the names of its operations.
       line: where it is in the user's program.
+      identity: what it computes in any element type.
     """
 
     loc: str
@@ -82,6 +89,7 @@ class Instance:
     weights: tuple[Expr, ...]
     summary: str
     line: str
+    identity: str
 
 
 @dataclass
@@ -121,7 +129,9 @@ class Survey:
         names = _param_names(found)
         locations = unique(location(names[key]) for key in found)
         return {
-            key: Instance(loc, names[key], key[1], site.block.summary, site.island.line)
+            key: Instance(
+                loc, names[key], key[1], site.block.summary, site.island.line, site.identity
+            )
             for (key, site), loc in zip(found.items(), locations, strict=True)
         }
 
