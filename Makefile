@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-kills proof-learning proof-table docs bench wheel clean fuzz
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-fuzz proof-kills proof-learning proof-table docs bench wheel clean fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ proof-table: $(STAMP) ## every source as every target by every method, written t
 proof-kills: $(STAMP) ## end conversions at every call that changes the disk; writes docs/proofs/kills.json (20 minutes)
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.kill.prove --out docs/proofs/kills.json > /dev/null
+
+proof-fuzz: $(STAMP) ## a million hostile inputs and 5,000 commands; writes docs/proofs/fuzz.json (an hour; goes on after a stop)
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.fuzz.prove --work build/fuzz --out docs/proofs/fuzz.json > /dev/null
 
 proof-learning: $(STAMP) ## experts help at equal tokens: one experiment again, from nothing, on three seeds
 	$(BIN)/python experiments/run.py --proof

@@ -45,6 +45,21 @@ def test_12_a_location_of_5000_digits_is_an_error(
     assert "the location is too long" in done.err
 
 
+@pytest.mark.parametrize("command", ["inspect", "opt", "plan", "run"])
+def test_12_a_size_of_400_digits_is_an_error(moecc: Moecc, tmp_path: Path, command: str) -> None:
+    file, type = tmp_path / "g.moe", f"f32[embed={'9' * 400}]"
+    body = f"  input %x : {type}\n  %y = silu %x : {type}\n  output y = %y\n"
+    file.write_text(f"moecc 1\ngraph g {{\n{body}}}\n")
+    more = {
+        "opt": ("-p", "canonicalize"),
+        "plan": ("--machine", "cpu:1"),
+        "run": ("--outputs", tmp_path / "y.npy"),
+    }
+    done = moecc(command, file, *more.get(command, ()))
+    assert done.code == 1
+    assert "size" in done.err
+
+
 # --- 14
 
 

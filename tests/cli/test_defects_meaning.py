@@ -1,4 +1,4 @@
-"""Defects 22, 26, 27 and 29: depth, documentation, and the types that routers compute in."""
+"""Defects 22 and 26 to 29: depth, documentation, gradients and the types of routers."""
 
 from __future__ import annotations
 
@@ -127,6 +127,21 @@ def test_27_the_balance_loss_of_a_bf16_run_does_not_depend_on_the_types_of_the_g
     expected = run_reference(graph, params=wide, inputs=narrow)["loss.balance"]
     found = XlaBackend().compile(graph, dtype=BF16).run(params, inputs)["loss.balance"]
     np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+# --- 28
+
+
+def test_28_one_expert_a_token_is_warned_of(moecc: Moecc, tmp_path: Path) -> None:
+    """The gate of the only choice is 1, whatever the router computes."""
+    source = tmp_path / "dense.moe"
+    assert moecc("import", GOLDEN / "llama_gqa", "-o", source).code == 0
+    done = moecc("opt", source, "-p", "upcycle{experts=4 top-k=1}")
+    assert done.code == 0
+    assert "router gets no gradient" in done.err
+    for gates in ("softmax", "switch"):
+        done = moecc("opt", source, "-p", f"upcycle{{experts=4 top-k=1 gates={gates}}}")
+        assert (done.code, "no gradient" in done.err) == (0, False), done.err
 
 
 # --- 29

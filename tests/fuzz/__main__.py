@@ -1,7 +1,8 @@
 """``python -m tests.fuzz``: fuzz all grammars for some minutes, or a number of executions.
 
-Prints one line a grammar and writes the counts as JSON.  Exit code 1 if an input caused an error
-that is none of moecc's: the inputs and their traces are in the folder ``found/`` beside this file.
+Says how far it is, one line a grammar, and writes the counts as JSON as it goes.  Exit code 1 if an
+input caused an error that is none of moecc's: the inputs and their traces are in the folder
+``found/`` beside this file.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .grammars import GRAMMARS
-from .rig import Fuzzer, minimised, print_report, report, same_failure, save
+from .rig import Failure, Fuzzer, minimised, report, same_failure, save
 
 FOUND = Path(__file__).parent / "found"
 ROUND = 500
+SAID_EVERY_SECONDS = 30.0
 
 
 def main() -> int:
@@ -29,30 +34,43 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the mutations")
     parser.add_argument("--command-line", type=int, metavar="N", help="N commands instead")
     parser.add_argument("--json", type=Path, help="where the counts go")
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    if arguments.command_line:
-        from .command_line import fuzz_commands
-
-        found = fuzz_commands(arguments.command_line, arguments.seed, FOUND)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        print(json.dumps(found, indent=1))
-        return 1 if found["failures"] else 0
-    fuzzers = [Fuzzer(GRAMMARS[n], arguments.seed) for n in arguments.grammar or GRAMMARS]
-    with suppress(KeyboardInterrupt):  # what was counted until then is reported
-        _fuzz(fuzzers, arguments.executions, arguments.minutes)
-    for fuzzer in fuzzers:
-        for failure in fuzzer.failures.values():
-            print(f"{failure.grammar}: {failure.signature}: {_kept(failure)}", file=sys.stderr)
-    found = report(fuzzers, time.monotonic() - began, arguments.seed)
-    print_report(found)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    asked = parser.parse_args()
+    found = _commands(asked) if asked.command_line else _executions(asked)
+    print(json.dumps(found, indent=1))
     return 1 if found["failures"] else 0
 
 
-def _fuzz(fuzzers: list[Fuzzer], executions: int | None, minutes: float | None) -> None:
+def _commands(asked: argparse.Namespace) -> dict[str, Any]:
+    from .command_line import fuzz_commands
+
+    found: dict[str, Any] = {}
+    said = time.monotonic()
+    for found in fuzz_commands(asked.command_line, asked.seed, FOUND):
+        _write(asked.json, found)
+        if time.monotonic() - said > SAID_EVERY_SECONDS:
+            said = time.monotonic()
+            print(
+                f"{found['commands']:>6,} commands, {found['failures']} failures", file=sys.stderr
+            )
+    return found
+
+
+def _executions(asked: argparse.Namespace) -> dict[str, Any]:
+    fuzzers = [Fuzzer(GRAMMARS[n], asked.seed) for n in asked.grammar or GRAMMARS]
+    kept: set[str] = set()
+    began = said = time.monotonic()
+    with suppress(KeyboardInterrupt):  # what was counted until then is reported
+        for _ in _rounds(fuzzers, asked.executions, asked.minutes):
+            _keep_new(fuzzers, kept)
+            _write(asked.json, report(fuzzers, time.monotonic() - began, asked.seed))
+            if time.monotonic() - said > SAID_EVERY_SECONDS:
+                said = time.monotonic()
+                _say(fuzzers)
+    _say(fuzzers)
+    return report(fuzzers, time.monotonic() - began, asked.seed)
+
+
+def _rounds(fuzzers: list[Fuzzer], executions: int | None, minutes: float | None) -> Iterator[None]:
     """Run the grammars in turns: each has the same number of executions, or the same time."""
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
     most = executions or sys.maxsize
@@ -63,14 +81,29 @@ def _fuzz(fuzzers: list[Fuzzer], executions: int | None, minutes: float | None) 
             share = time.monotonic() + 1.0 if end < float("inf") else float("inf")
             left = min(ROUND, most - fuzzer.tally.executions)
             fuzzer.run(left, until=min(end, share))
+        yield
 
 
-def _kept(failure: object) -> Path:
-    from dataclasses import replace
+def _say(fuzzers: list[Fuzzer]) -> None:
+    for fuzzer in fuzzers:
+        print(fuzzer.line, file=sys.stderr, flush=True)
 
-    from .rig import Failure
 
-    assert isinstance(failure, Failure)
+def _write(file: Path | None, found: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def _keep_new(fuzzers: list[Fuzzer], kept: set[str]) -> None:
+    """Make the inputs of failures that are new small, write them, and say where."""
+    for fuzzer in fuzzers:
+        for signature in fuzzer.failures.keys() - kept:
+            kept.add(signature)
+            path = _kept(fuzzer.failures[signature])
+            print(f"{fuzzer.grammar.name}: {signature}: {path}", file=sys.stderr, flush=True)
+
+
+def _kept(failure: Failure) -> Path:
     grammar = GRAMMARS[failure.grammar]
     if "Hang" not in failure.signature and "Grew" not in failure.signature:
         small = minimised(failure.data, lambda d: same_failure(grammar, failure.signature, d))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import random
 import resource
 import shutil
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code (negative: a signal), what it printed, its time."""
+    """How a command ended: its exit code (negative: a signal), what it printed, its cost.
+
+    The seconds are those of the processor, for the machine may be busy.
+    """
 
     code: int
     text: str
@@ -128,7 +132,6 @@ KINDS: dict[str, Callable[[Rng, Path], Sequence[str]]] = {
 def run_command(words: Sequence[str], folder: Path) -> Ended:
     """Run a command in a fork of this process, which is warm, and return how it ended."""
     printed = folder.parent / "printed"
-    began = time.monotonic()
     child = os.fork()
     if child == 0:
         _be_command(words, folder, printed)
@@ -137,7 +140,7 @@ def run_command(words: Sequence[str], folder: Path) -> Ended:
         os.killpg(child, signal.SIGKILL)
     text = printed.read_text("utf-8", "replace")
     code = os.waitstatus_to_exitcode(status)
-    return Ended(code, text, time.monotonic() - began, used.ru_maxrss * 1024)
+    return Ended(code, text, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
 def _be_command(words: Sequence[str], folder: Path, printed: Path) -> None:
@@ -165,8 +168,11 @@ def _be_command(words: Sequence[str], folder: Path, printed: Path) -> None:
         os._exit(code)
 
 
-def fuzz_commands(number: int, seed: int, found: Path) -> dict[str, Any]:
-    """Run so many hostile commands, and return the counts; failures are kept in `found`."""
+def fuzz_commands(number: int, seed: int, found: Path) -> Iterator[dict[str, Any]]:
+    """Run so many hostile commands, and yield the counts so far after each of them.
+
+    The words and the files of failures are kept in the folder `found`.
+    """
     rng = random.Random(f"commands {seed}")
     kinds = list(KINDS)
     codes: dict[str, Counter[int]] = {kind: Counter() for kind in kinds}
@@ -185,18 +191,21 @@ def fuzz_commands(number: int, seed: int, found: Path) -> dict[str, Any]:
                 faults[f"{kind}: {ended.fault}"] += 1
                 _keep(folder, found, words, ended)
             shutil.rmtree(folder, ignore_errors=True)
-    return {
-        "schema": "moecc.fuzz-commands/1",
-        "seed": seed,
-        "machine": machine(),
-        "commands": number,
-        "seconds": round(time.monotonic() - began, 1),
-        "slowest_seconds": round(slowest, 2),
-        "peak_memory_bytes": largest,
-        "exit_codes": {k: {str(c): n for c, n in sorted(v.items())} for k, v in codes.items()},
-        "failures": sum(faults.values()),
-        "faults": dict(sorted(faults.items())),
-    }
+            yield {
+                "schema": "moecc.fuzz-commands/1",
+                "seed": seed,
+                "python": platform.python_version(),
+                "machine": machine(),
+                "commands": count + 1,
+                "seconds": round(time.monotonic() - began, 1),
+                "slowest_seconds": round(slowest, 2),
+                "peak_memory_bytes": largest,
+                "exit_codes": {
+                    k: {str(c): n for c, n in sorted(v.items())} for k, v in codes.items()
+                },
+                "failures": sum(faults.values()),
+                "faults": dict(sorted(faults.items())),
+            }
 
 
 def _keep(folder: Path, found: Path, words: Sequence[str], ended: Ended) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 MOST_BYTES = 1 << 14
 """The most bytes of a mutant, so that executions stay cheap; bombs may have more."""
+MOST_MEMBERS = 20_000
+"""The most values of a JSON document that a mutation repeats or copies parts of."""
 
 NUMBERS = (
     "0", "1", "-1", "2", "3", "7", "64", "255", "256", "65535", "65536", "70000", "1000000",
@@ -116,10 +118,9 @@ def mutate_json(rng: Rng, data: bytes, others: Sequence[bytes]) -> bytes:
     if rng.random() < 0.125:
         return mutate_text(rng, data, others)
     try:
-        document = json.loads(data)
+        return as_json(mutate_value(rng, json.loads(data)))
     except (ValueError, RecursionError):
         return mutate_text(rng, data, others)
-    return as_json(mutate_value(rng, document))
 
 
 def as_json(value: object) -> bytes:
@@ -137,6 +138,17 @@ def mutate_value(rng: Rng, value: Any) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         made = _changed(rng, made)
     return made
+
+
+def members(value: Any, most: int = MOST_MEMBERS) -> int:
+    """Return how many values are in a JSON value, counting up to `most`."""
+    count, left = 0, [value]
+    while left and count < most:
+        here = left.pop()
+        count += 1
+        if isinstance(here, dict | list):
+            left += here.values() if isinstance(here, dict) else here
+    return count
 
 
 def _number_near(rng: Rng, number: float) -> Any:
@@ -162,12 +174,15 @@ def _changed(rng: Rng, root: Any) -> Any:
             del box[key]
         case 1 if isinstance(box, dict):
             box[rng.choice((*ODD, str(key).upper(), f"{key}s", str(key)[:-1]))] = box[key]
-        case 2 if isinstance(box, list):
-            box *= rng.choice((2, 8))
+        case 2 if isinstance(box, list) and 8 * members(root) < MOST_MEMBERS:
+            # Copies, not the same members again: those would all be repeated by the next change.
+            box += copy.deepcopy(box) * rng.choice((1, 7))
         case 3:
             box[key] = [box[key]]
         case 4:
             other = rng.choice(list(box.values()) if isinstance(box, dict) else box)
+            if 2 * members(root) >= MOST_MEMBERS:
+                return root
             box[key] = copy.deepcopy(other)
         case 5 if isinstance(here, int | float) and not isinstance(here, bool):
             box[key] = _number_near(rng, here)

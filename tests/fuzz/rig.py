@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
-import json
+import os
 import platform
 import random
 import re
 import resource
 import signal
-import sys
 import time
 import traceback
 import warnings
@@ -56,7 +55,11 @@ class Failure:
 
 @dataclass
 class Tally:
-    """What happened in the executions of one grammar."""
+    """What happened in the executions of one grammar.
+
+    `slowest_seconds` are the most that one took, of processor time, and `grown_bytes` the most that
+    the largest size of the process grew in one.
+    """
 
     executions: int = 0
     accepted: int = 0
@@ -65,6 +68,7 @@ class Tally:
     messages: int = 0
     seconds: float = 0.0
     slowest_seconds: float = 0.0
+    grown_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as JSON values."""
@@ -76,6 +80,7 @@ class Tally:
             "failures": dict(sorted(self.failures.items())),
             "seconds": round(self.seconds, 1),
             "slowest_seconds": round(self.slowest_seconds, 3),
+            "grown_bytes": self.grown_bytes,
         }
 
 
@@ -154,6 +159,16 @@ class Fuzzer:
         self.failures: dict[str, Failure] = {}
         self.seen: dict[str, bytes] = {}
 
+    @property
+    def line(self) -> str:
+        """The counts so far, in a line."""
+        tally = self.tally
+        return (
+            f"{self.grammar.name:12} {tally.executions:>9,} executions, {tally.accepted:>8,} "
+            f"accepted, {tally.messages:>4} messages, {tally.slowest_seconds:.2f} s at most, "
+            f"peak {_peak_bytes() >> 20} MiB, {tally.failures.total()} failures"
+        )
+
     def mutant(self) -> bytes:
         """Return the next input."""
         if self.rng.random() < BOMB_SHARE:
@@ -177,12 +192,14 @@ class Fuzzer:
         self.tally.seconds += time.monotonic() - began
 
     def _execute(self, data: bytes, watch: _Watch) -> None:
-        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        largest = _peak_bytes()
         watch.start()
         try:
             kind, words = outcome(self.grammar, data)
             watch.rest()
-            if (grown := _peak_bytes() - largest * 1024) > MOST_GROWTH_BYTES:
+            grown = _peak_bytes() - largest
+            self.tally.grown_bytes = max(self.tally.grown_bytes, grown)
+            if grown > MOST_GROWTH_BYTES:
                 raise Grew(f"{grown >> 20} MiB")
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -308,21 +325,5 @@ def report(
 
 
 def machine() -> str:
-    """Return the processor of this machine, in words."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def print_report(found: dict[str, Any]) -> None:
-    """Print one line a grammar."""
-    for name, counts in found["grammars"].items():
-        print(
-            f"{name:12} {counts['executions']:>9,} executions, {counts['accepted']:>8,} accepted, "
-            f"{counts['different_messages']:>4} said, {counts['slowest_seconds']:.2f} s at most,"
-            f" {sum(counts['failures'].values())} failures",
-            file=sys.stderr,
-        )
-    print(json.dumps(found, indent=1))
+    """Return what kind of machine this is."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"

@@ -156,13 +156,21 @@ class Reader:
         """Return a size, or None for null without a default."""
         return None if self.value(key) is None else self.size(key)
 
-    def number(self, key: str, *, above: float | None = None, least: float | None = None) -> float:
+    def number(
+        self,
+        key: str,
+        *,
+        above: float | None = None,
+        least: float | None = None,
+        most: float = math.inf,
+    ) -> float:
         """Return a finite number, greater than `above` or at least `least`, if stated."""
         found = as_number(self.value(key))
-        if found is not None and not _out_of_range(found, above, least):
+        if found is not None and not _out_of_range(found, above, least) and found <= most:
             return found
         bound = f" above {above:g}" if above is not None else ""
         bound = f" of at least {least:g}" if least is not None else bound
+        bound += f", at most {most:g}" if most < math.inf else ""
         self.refuse(key, "not a usable number", expected=f"a finite number{bound}")
         default = self.defaults.get(key)
         return float(default) if isinstance(default, int | float) else 1.0

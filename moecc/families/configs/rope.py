@@ -198,10 +198,10 @@ def read_partial_rotary(reader: Reader, head_dim: int, key: str, default: float)
         part = reader.data.get(name)
         if isinstance(part, Mapping) and part.get("partial_rotary_factor") is not None:
             inner = Reader(part, {}, f"{reader.where}: {name}")
-            found[name] = inner.number("partial_rotary_factor", above=0)
+            found[name] = inner.number("partial_rotary_factor", above=0, most=1)
             reader.problems.extend(inner.problems)
     if reader.has(key) and reader.value(key) is not None:
-        found[key] = reader.number(key, above=0)
+        found[key] = reader.number(key, above=0, most=1)
     if len(set(found.values())) > 1:
         reader.conflict(tuple(found), "the rotated part of a head is stated twice and differs")
     share = next(iter(found.values()), default)
@@ -282,6 +282,8 @@ def _rope(
     for name in SCALING_PARAMETERS[kind]:
         if name in REQUIRED_PARAMETERS:
             values[name] = part.number(name, above=0)
+        elif name in _FACTORS:
+            values[name] = part.numbers(name)
         elif name not in ("truncate", "original_max_position_embeddings"):
             values[name] = _optional(part, name)
     length = part.optional_size("original_max_position_embeddings")
