@@ -31,13 +31,14 @@ from script import OUT, console, exit_code, step
 from texts import Text, help_topics
 
 from moecc.backend import get_backend
+from moecc.decoding.session import ReadOnce
 from moecc.errors import InputError
 from moecc.model.inputs import longest
 from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.tasks.generate import Kept, load_tokenizer
+from moecc.tasks.generate import load_tokenizer
 from moecc.train.specialisation import Routed
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def trace(model: Model, ids: Array) -> list[Routed]:
             where=model.name, found=f"inputs {', '.join(model.graph.inputs)}",
             hint="the pass trace-routing and moecc run take any model",
         )  # fmt: skip
-    program, params = get_backend("xla").compile(model.graph), Kept(model.params())
+    program, params = get_backend("xla").compile(model.graph), ReadOnce(model.params())
     found: dict[str, list[Array]] = {layer: [] for layer in sizes}
     for start in range(0, len(ids), BATCH):
         tokens = ids[start : start + BATCH]

@@ -122,6 +122,12 @@ class WithinBufferAttrs(View):
     factor: float
 
 
+class UpdateSliceAttrs(View):
+    """Attributes of ``update_slice``."""
+    operations = frozenset({"update_slice"})
+    axis: str
+
+
 class ChunkAttrs(View):
     """Attributes of ``chunk``."""
     operations = frozenset({"chunk"})

@@ -27,6 +27,7 @@ GROUPS = (
     ("Random numbers", "random"),
     ("Collectives", "collectives"),
     ("Bounded buffers", "buffers"),
+    ("Caches", "caches"),
     ("Chunks", "chunks"),
     ("Repetition", "repetition"),
 )

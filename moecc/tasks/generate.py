@@ -1,44 +1,33 @@
-"""Continue a text, token by token, greedily or with a seeded temperature."""
+"""Continue texts, token by token, greedily or with seeded draws."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moecc.backend import Backend, get_backend
 from moecc.checkpoint.files import read_bounded
-from moecc.errors import InputError, Problem, UsageError
+from moecc.decoding.batch import Batch
+from moecc.decoding.graphs import DecodeGraphs, check_continues, most_positions, unstretched
+from moecc.decoding.sampling import Sampling
+from moecc.decoding.session import ReadOnce
+from moecc.errors import InputError, Problem
 from moecc.model.open import Model
 from moecc.tasks.verify import vocabulary
 from moecc.tokenizer.process import Tokenizer
-from moecc.types.arrays import Array
+from moecc.types.arrays import Array, Arrays
 from moecc.types.dtypes import F32, DType
+
+if TYPE_CHECKING:
+    from moecc.ir.graph import Graph
 
 MAX_TOKENIZER_BYTES = 256 << 20
 
-BUCKET = 32
-"""Lengths are rounded up to a multiple of this, to compile few shapes."""
-
-
-class Kept(Mapping[str, Array]):
-    """Parameters that are evaluated once and cached, for a model that runs many times."""
-
-    def __init__(self, params: Mapping[str, Array]) -> None:
-        self._params = params
-        self._made: dict[str, Array] = {}
-
-    def __getitem__(self, name: str) -> Array:
-        if name not in self._made:
-            self._made[name] = self._params[name]
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
+GREEDY = Sampling()
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
@@ -59,9 +48,26 @@ def load_tokenizer(model: Model) -> Tokenizer:
     return Tokenizer(data, model.name)
 
 
+@dataclass(frozen=True)
+class Continuing:
+    """How texts are continued.
+
+    Attributes:
+      count: the most tokens to add to each.
+      sampling: how a token is chosen.
+      stop: tokens that end a text.
+      dtype: the type to compute in.
+    """
+
+    count: int
+    sampling: Sampling = GREEDY
+    stop: frozenset[int] = frozenset()
+    dtype: DType = F32
+
+
 def continue_tokens(
     model: Model,
-    tokens: list[int],
+    tokens: Sequence[int],
     count: int,
     *,
     dtype: DType = F32,
@@ -72,10 +78,8 @@ def continue_tokens(
 ) -> Iterator[int]:
     """Yield up to `count` tokens that follow `tokens`, ending before one of `stop`.
 
-    The whole sequence is run again for each token: simple, and the same graph that is exported.
-
     Args:
-      model: the model.
+      model: the model, a decoder.
       tokens: the prompt, not empty.
       count: the most tokens to add.
       dtype: the type to compute in.
@@ -84,53 +88,137 @@ def continue_tokens(
       backend: the backend; xla by default.
       stop: tokens that end the text.
 
-    Raises:
-      UsageError: a temperature or seed that is negative or not a number.
-      InputError: no logit is finite, or one is NaN or +∞.
+    Raises: as `continue_texts`.
     """
-    _check_draws(temperature, seed)
-    program = (backend or get_backend("xla")).compile(model.graph, dtype=dtype)
-    params = Kept(model.params(dtype=dtype))
-    rng = np.random.default_rng(seed)
-    line = list(tokens)
-    for _ in range(count):
-        # Padding comes after the text, where no token of a causal model attends to it.
-        width = -(-len(line) // BUCKET) * BUCKET
-        padded = np.zeros((1, width), np.int32)
-        padded[0, : len(line)] = line
-        logits = program.run(params, {"tokens": padded})["logits"][0, len(line) - 1]
-        if not np.isfinite(logits.max()):
-            raise InputError(
-                "the logits contain NaN or infinity", where=model.name,
-                expected="finite logits", found=f"a largest of {logits.max()}",
-            )  # fmt: skip
-        token = _choose(logits, temperature, rng)
-        if token in stop:
+    how = Continuing(count, Sampling(temperature, seed=seed), stop, dtype)
+    for (token,) in continue_texts(model, [tokens], how, backend=backend):
+        if token is not None:
+            yield token
+
+
+def continue_texts(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    how: Continuing,
+    *,
+    memory: Arrays | None = None,
+    backend: Backend | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield the next token of each text, None for those that have ended, until all have.
+
+    Prompts may have different lengths.  Keys and values of earlier tokens are kept, so that a
+    token costs what it adds; of a model whose rotary positions depend on the length of the text,
+    longer texts than its original context are read again for each token.
+
+    Args:
+      model: the model.
+      prompts: the tokens of each text, or of an encoder-decoder those that its decoder begins with.
+      how: how they are continued.
+      memory: for an encoder-decoder, the inputs of its encoder.
+      backend: the backend; xla by default.
+
+    Raises:
+      UsageError: a number of the sampling is none of its kind.
+      InputError: the model cannot continue texts, a prompt is empty, a text becomes longer than
+        the model has positions, no logit is finite, or one is NaN or +∞.
+    """
+    how.sampling.check()
+    check_continues(model.graph, model.name)
+    _check_prompts(model, prompts, how.count)
+    chosen = backend or get_backend("xla")
+    longest = max(map(len, prompts)) + how.count
+    original = unstretched(model.graph)
+    reader: Batch | _Rereader
+    if original is not None and longest > original and memory is None:
+        reader = _Rereader(model.graph, ReadOnce(model.params(dtype=how.dtype)), chosen, how.dtype)
+    else:
+        params = model.params(dtype=how.dtype)
+        reader = Batch(DecodeGraphs.of(model.graph), params, backend=chosen, dtype=how.dtype)
+    return _continued(reader, prompts, how, memory, model.name)
+
+
+def _continued(
+    reader: Batch | _Rereader,
+    prompts: Sequence[Sequence[int]],
+    how: Continuing,
+    memory: Arrays | None,
+    name: str,
+) -> Iterator[list[int | None]]:
+    rngs = how.sampling.generators(len(prompts))
+    alive = [True] * len(prompts)
+    last: list[int] = []
+    for _ in range(how.count):
+        logits = reader.step(last) if last else reader.begin(prompts, memory)
+        _check_finite(logits[alive], name)
+        last = [
+            how.sampling.choose(row, rng) if goes_on else prompt[-1]
+            for row, rng, goes_on, prompt in zip(logits, rngs, alive, prompts, strict=True)
+        ]
+        alive = [a and token not in how.stop for a, token in zip(alive, last, strict=True)]
+        if not any(alive):
             return
-        line.append(token)
-        yield token
+        yield [token if a else None for a, token in zip(alive, last, strict=True)]
 
 
-def _check_draws(temperature: float, seed: int) -> None:
-    problems = []
-    if not 0 <= temperature < float("inf"):
-        problems.append(
-            Problem("not a temperature", "--temperature", "0 or more", str(temperature))
-        )
-    if seed < 0:
-        problems.append(Problem("not a seed of draws", "--seed", "0 or more", str(seed)))
+class _Rereader:
+    """Reads all of each text again for every token."""
+
+    def __init__(self, graph: Graph, params: Arrays, backend: Backend, dtype: DType) -> None:
+        self._program = backend.compile(graph, dtype=dtype)
+        self._params = params
+        self._texts: list[list[int]] = []
+
+    def begin(self, prompts: Sequence[Sequence[int]], memory: Arrays | None) -> Array:
+        """Return the logits after each prompt, ``[text, vocab]``."""
+        self._texts = [list(prompt) for prompt in prompts]
+        return self._logits()
+
+    def step(self, tokens: Sequence[int]) -> Array:
+        """Append a token to each text; return the logits after it, ``[text, vocab]``."""
+        for text, token in zip(self._texts, tokens, strict=True):
+            text.append(token)
+        return self._logits()
+
+    def _logits(self) -> Array:
+        # One by one and not padded: the rotary positions depend on the longest text of all.
+        inputs = ({"tokens": np.array([text], np.int32)} for text in self._texts)
+        return np.stack([self._program.run(self._params, g)["logits"][0, -1] for g in inputs])
+
+
+def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], count: int) -> None:
+    problems = [
+        Problem("the prompt has no tokens", f"prompt {n}", hint="give some text to continue")
+        for n, prompt in enumerate(prompts)
+        if not prompt
+    ]
+    if not prompts:
+        problems.append(Problem("there are no prompts", hint="give some text to continue"))
+    known = vocabulary(model)
+    for number, prompt in enumerate(prompts):
+        strange = [t for t in prompt if not 0 <= t < known]
+        if strange:
+            problems.append(Problem(
+                "the tokenizer has tokens that the model does not know", f"prompt {number}",
+                expected=f"0 <= token < {known}", found=str(strange[0]),
+            ))  # fmt: skip
+    most, longest = most_positions(model.graph), max(map(len, prompts), default=0) + count
+    if most is not None and longest > most + 1:
+        problems.append(Problem(
+            "the text would be longer than the model has positions", model.name,
+            expected=f"at most {most} tokens with those to add, less the last", found=str(longest),
+            hint="give a shorter prompt, or a smaller --tokens",
+        ))  # fmt: skip
     if problems:
-        raise UsageError(problems)
+        raise InputError(problems)
 
 
-def _choose(logits: Array, temperature: float, rng: np.random.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    wide = logits.astype(np.float64)
-    # The maximum is subtracted before dividing: a tiny temperature must not make it infinite.
-    with np.errstate(over="ignore"):
-        share = np.exp((wide - wide.max()) / temperature)
-    return int(rng.choice(len(share), p=share / share.sum()))
+def _check_finite(logits: Array, name: str) -> None:
+    largest = logits.max(axis=-1)
+    if not np.isfinite(largest).all():
+        raise InputError(
+            "the logits contain NaN or infinity", where=name,
+            expected="finite logits", found=f"a largest of {largest[~np.isfinite(largest)][0]}",
+        )  # fmt: skip
 
 
 def generate(
@@ -153,10 +241,6 @@ def generate(
         tokens = tokenizer.encode(prompt)
         if not tokens:
             raise InputError("the prompt has no tokens", hint="give some text to continue")
-        if max(tokens) >= vocabulary(model):
-            raise InputError(
-                "the tokenizer has tokens that the model does not know", where=model.name
-            )
         added = continue_tokens(
             model, tokens, count, dtype=dtype, temperature=temperature, seed=seed,
             stop=end_tokens(model),

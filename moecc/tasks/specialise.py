@@ -12,6 +12,7 @@ import numpy as np
 
 from moecc.analysis.groups import parameter_groups
 from moecc.backend import get_backend
+from moecc.decoding.session import ReadOnce
 from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
@@ -22,7 +23,7 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.steps.recipes import eval_graph
 from moecc.tasks.evaluate import EvaluationSpec, evaluation_recipe
-from moecc.tasks.generate import Kept, load_tokenizer
+from moecc.tasks.generate import load_tokenizer
 from moecc.train.data.batches import Evaluation, open_batches
 from moecc.train.data.model_facts import facts_of
 from moecc.train.specialisation import Routed
@@ -135,7 +136,7 @@ def _trace(model: Model, graph: Graph, held_out: Evaluation) -> list[Routed]:
         if not (name.startswith(PREFIX) and name.endswith(EXPERTS)):
             bare.drop_output(name)
     program = get_backend("xla").compile(bare)
-    params = Kept(Model(bare, model.name, model.checkpoint).params())
+    params = ReadOnce(Model(bare, model.name, model.checkpoint).params())
     found: dict[str, list[tuple[Array, Array]]] = {name: [] for name in bare.output_names}
     for number in range(held_out.batches):
         batch = held_out.batch(number)

@@ -43,6 +43,12 @@ def _dce() -> type[Pass]:
     return DcePass
 
 
+def _decode() -> type[Pass]:
+    from moecc_passes.decode.decode import DecodePass
+
+    return DecodePass
+
+
 def _expert_parallel() -> type[Pass]:
     from moecc_passes.sharding.experts.expert_parallel import ExpertParallelPass
 
@@ -163,6 +169,7 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "canonicalize": _canonicalize,
     "cse": _cse,
     "dce": _dce,
+    "decode": _decode,
     "expert-parallel": _expert_parallel,
     "force-balance": _force_balance,
     "freeze": _freeze,

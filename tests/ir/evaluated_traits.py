@@ -43,7 +43,8 @@ def _other(f: Function, at: int, array: Array, seed: int) -> Data:
     if array.assignment is not None:
         return np.full_like(array.data, -1)
     if f.types[at].dtype.kind == "int":
-        return f.draw(seed)[at].data[::-1].copy()
+        data = f.draw(seed)[at].data
+        return data[::-1].copy() if data.ndim else data + 1
     return f.draw(seed)[at].data
 
 
@@ -101,7 +102,9 @@ def _taken(array: Array, axis: str, order: Sequence[int]) -> Array:
 def _moves_along(f: Function, axis: str, seed: int) -> bool:
     """Whether operands in another order along `axis` give the results in that order."""
     arrays = f.draw(seed)
-    size = next(a.size(axis) for a in arrays if axis in a.axes)
+    size, *others = dict.fromkeys(a.size(axis) for a in arrays if axis in a.axes)
+    if others:
+        return False
     order = [*range(1, size), 0]
     moved = f([_taken(a, axis, order) for a in arrays])
     return all(

@@ -98,7 +98,7 @@ def rotate(x: Array, cos: Array, sin: Array, *, axis: str) -> Array:
 @meaning("causal")
 def causal(query: Array, key: Array, *, window: int) -> Array:
     """Return whether key ≤ query, and query − key < window if there is one."""
-    axes = (*query.axes, *key.axes)
+    axes = _crossed(query, key)
     behind = query.to(axes) - key.to(axes)
     seen = behind >= 0
     if window:
@@ -106,10 +106,15 @@ def causal(query: Array, key: Array, *, window: int) -> Array:
     return Array(np.asarray(seen), axes)
 
 
+def _crossed(query: Array, key: Array) -> tuple[str, ...]:
+    """Return the axes of queries and keys, each once."""
+    return (*query.axes, *(a for a in key.axes if a not in query.axes))
+
+
 @meaning("same_segment")
 def same_segment(query: Array, key: Array) -> Array:
     """Return whether query = key, or the query is 0."""
-    axes = (*query.axes, *(a for a in key.axes if a not in query.axes))
+    axes = _crossed(query, key)
     queries, keys = query.to(axes), key.to(axes)
     return Array(np.asarray((queries == keys) | (queries == 0)), axes)
 
@@ -119,7 +124,7 @@ def relative_buckets(
     query: Array, key: Array, *, bidirectional: bool, buckets: int, max_distance: int
 ) -> Array:
     """Return the bucket of each distance from query to key (T5, Raffel et al. 2020)."""
-    axes = (*query.axes, *key.axes)
+    axes = _crossed(query, key)
     ahead = key.to(axes) - query.to(axes)
     if not bidirectional:
         return Array(_distance_buckets(np.maximum(-ahead, 0), buckets, max_distance), axes)

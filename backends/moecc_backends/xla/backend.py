@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 
 from moecc.ahead.request import Job, Result
 from moecc.backend import Arrays
+from moecc.decoding.session import Session
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.verify import where
@@ -89,6 +90,13 @@ class XlaBackend:
 
         find_devices()
         return scorer(graph, params, dtype=dtype)
+
+    def session(self, params: Arrays, *, dtype: DType) -> Session:
+        """Return a session, whose parameters and caches stay on the device."""
+        from moecc_backends.xla.run.session import XlaSession
+
+        find_devices()
+        return XlaSession(params, dtype)
 
     def lower(
         self,

@@ -132,17 +132,28 @@ register(
 )
 
 
-def _infer_causal(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+def _crossed(operands: Sequence[Operand], what: str) -> tuple[Axis, ...]:
+    """Return the axes of queries and keys; those of one name are matched, others crossed."""
     query, key = (v.type for v in operands)
-    need_kind(query, "int", "the positions of the queries")
-    need_kind(key, "int", "the positions of the keys")
-    return (TensorType(PRED, no_duplicates((*query.axes, *key.axes))),)
+    need_kind(query, "int", f"the {what} of the queries")
+    need_kind(key, "int", f"the {what} of the keys")
+    for axis in key.axes:
+        if axis.name in query:
+            same_size(query[axis.name], axis)
+    return (*query.axes, *(axis for axis in key.axes if axis.name not in query))
+
+
+def _infer_causal(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
+    return (TensorType(PRED, _crossed(operands, "positions")),)
 
 
 register(
     OpDef(
         "causal",
-        "Whether a query may see a key: key ≤ query, and query − key < window if there is one.",
+        """Whether a query may see a key: key ≤ query, and query − key < window if there is one.
+
+        Axes of one name are matched, others crossed: each text of a batch may have positions of
+        its own.""",
         ("query", "key"),
         _infer_causal,
         attrs={"window": Attr("int", 0, doc="the sliding window in tokens; 0: none")},
@@ -152,14 +163,7 @@ register(
 
 
 def _infer_same_segment(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    query, key = (v.type for v in operands)
-    need_kind(query, "int", "the segments of the queries")
-    need_kind(key, "int", "the segments of the keys")
-    for axis in key.axes:
-        if axis.name in query:
-            same_size(query[axis.name], axis)
-    further = (axis for axis in key.axes if axis.name not in query)
-    return (TensorType(PRED, (*query.axes, *further)),)
+    return (TensorType(PRED, _crossed(operands, "segments")),)
 
 
 register(
@@ -200,9 +204,7 @@ def bucket_starts(attrs: Attrs) -> tuple[int, ...]:
 
 
 def _infer_relative_buckets(operands: Sequence[Operand], attrs: Attrs) -> tuple[TensorType, ...]:
-    query, key = (v.type for v in operands)
-    need_kind(query, "int", "the positions of the queries")
-    need_kind(key, "int", "the positions of the keys")
+    axes = _crossed(operands, "positions")
     buckets, directions = attrs["buckets"], 2 if attrs["bidirectional"] else 1
     if buckets % directions or buckets // directions < 2:
         expected = "at least 2, or with both directions an even number of at least 4"
@@ -211,7 +213,7 @@ def _infer_relative_buckets(operands: Sequence[Operand], attrs: Attrs) -> tuple[
         expected = f"more than {buckets // directions // 2}, at most {MOST_DISTANCE}"
         what = "max_distance is out of range for the buckets"
         raise InputError(what, expected=expected, found=str(attrs["max_distance"]))
-    return (TensorType(I32, no_duplicates((*query.axes, *key.axes))),)
+    return (TensorType(I32, axes),)
 
 
 MOST_DISTANCE = 1 << 16
@@ -223,7 +225,8 @@ register(
 
         Without `bidirectional`, keys behind the query have buckets by their distance and all keys
         ahead share bucket 0.  With it, keys ahead have the second half of the buckets.  T5 looks
-        up its attention bias by them (Raffel et al. 2020).""",
+        up its attention bias by them (Raffel et al. 2020).  Axes are matched and crossed as by
+        `causal`.""",
         ("query", "key"),
         _infer_relative_buckets,
         attrs={

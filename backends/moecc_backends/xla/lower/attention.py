@@ -68,7 +68,7 @@ def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
     attrs = CausalAttrs.of_node(node)
 
     def compare(q: Named, k: Named) -> Named:
-        axes = (*q.axes, *k.axes)
+        axes = _both(q, k)
         ahead = q.over(axes) - k.over(axes)
         keep = ahead >= 0
         if attrs.window:
@@ -81,7 +81,7 @@ def _causal(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
 @lowering("same_segment")
 def _same_segment(ctx: Context, node: Node, query: Operand, key: Operand) -> Operand:
     def compare(q: Named, k: Named) -> Named:
-        axes = (*q.axes, *(a for a in k.axes if a not in q.axes))
+        axes = _both(q, k)
         queries = q.over(axes)
         return Named((queries == k.over(axes)) | (queries == 0), axes)
 
@@ -94,7 +94,7 @@ def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) ->
     both = attrs.bidirectional
 
     def compare(q: Named, k: Named) -> Named:
-        axes = (*q.axes, *k.axes)
+        axes = _both(q, k)
         ahead = k.over(axes) - q.over(axes)
         distance = jnp.abs(ahead) if both else jnp.maximum(-ahead, 0)
         starts = jnp.asarray(bucket_starts(node.attrs), distance.dtype)
@@ -105,6 +105,11 @@ def _relative_buckets(ctx: Context, node: Node, query: Operand, key: Operand) ->
         return Named(near, axes)
 
     return _crossed(query, key, compare)
+
+
+def _both(q: Named, k: Named) -> tuple[str, ...]:
+    """Return the axes of queries and keys, each once."""
+    return (*q.axes, *(a for a in k.axes if a not in q.axes))
 
 
 def _crossed(query: Operand, key: Operand, compare: Callable[[Named, Named], Named]) -> Operand:

@@ -18,6 +18,7 @@ from moecc_backends.xla.lower import assign_slots as assign_slots
 from moecc_backends.xla.lower import attention as attention
 from moecc_backends.xla.lower import axes as axes
 from moecc_backends.xla.lower import buffers as buffers
+from moecc_backends.xla.lower import caches as caches
 from moecc_backends.xla.lower import chunks as chunks
 from moecc_backends.xla.lower import collectives as collectives
 from moecc_backends.xla.lower import contract as contract

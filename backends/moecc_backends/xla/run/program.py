@@ -85,18 +85,10 @@ class XlaProgram:
     ) -> dict[Value, jax.Array]:
         compiled = self._compiled.get(segment.key)
         if compiled is None:
-            compiled = self._compiled[segment.key] = jax.jit(self._segment_function(segment))
-        arrays = [*given.values()], [*weights.values()]
-        results = compiled(*arrays)
+            function = segment_function(segment, segment.inputs, self.dtype, self.options)
+            compiled = self._compiled[segment.key] = jax.jit(function)
+        results = compiled([], [*given.values()], [*weights.values()])
         return dict(zip(segment.outputs, results, strict=True))
-
-    def _segment_function(self, segment: Segment) -> Callable[..., list[jax.Array]]:
-        def run(given: list[jax.Array], weights: list[jax.Array]) -> list[jax.Array]:
-            named = dict(zip((*segment.inputs, *segment.params), (*given, *weights), strict=True))
-            values = lower_values(segment.nodes, named, self.dtype, self.options)
-            return [_boundary(values[v], v) for v in segment.outputs]
-
-        return run
 
     def _check(self, inputs: Arrays, params: Arrays) -> None:
         problems = [
@@ -115,6 +107,29 @@ class XlaProgram:
                 problems += misfits(value, inputs[name], sizes)
         if problems:
             raise InputError(problems)
+
+
+def segment_function(
+    segment: Segment, inputs: list[Value], dtype: DType, options: Options
+) -> Callable[..., list[jax.Array]]:
+    """Return a segment as a function of inputs that are spent, other inputs, and parameters.
+
+    Args:
+      segment: the segment.
+      inputs: its inputs, those that are spent first.
+      dtype: the type of the computation.
+      options: what was chosen for the lowering.
+    """
+
+    def run(
+        spent: list[jax.Array], given: list[jax.Array], weights: list[jax.Array]
+    ) -> list[jax.Array]:
+        arrays = (*spent, *given, *weights)
+        named = dict(zip((*inputs, *segment.params), arrays, strict=True))
+        values = lower_values(segment.nodes, named, dtype, options)
+        return [_boundary(values[v], v) for v in segment.outputs]
+
+    return run
 
 
 def _boundary(value: Operand, declared: Value) -> jax.Array:

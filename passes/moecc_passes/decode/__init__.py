@@ -1,0 +1,1 @@
+"""The pass `decode`: a graph that continues texts, with caches of keys and values."""

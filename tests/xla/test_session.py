@@ -1,0 +1,103 @@
+"""Texts that are continued with caches have the tokens that the whole graph gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax")
+
+from tiers import some
+
+from moecc.backend import get_backend
+from moecc.decoding.batch import Batch
+from moecc.decoding.graphs import DecodeGraphs
+from moecc.decoding.sampling import Sampling
+from moecc.model.open import Model, open_model
+from moecc.tasks.generate import Continuing, continue_texts
+from moecc.types.dtypes import F32
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PROMPTS = ([5, 3, 11], [7], [1, 2, 3, 4, 5, 6])
+
+
+def expected(model: Model, text: list[int], how: Continuing, row: int) -> list[int]:
+    """Return how the whole graph continues a text: each token from all before it, at once."""
+    program, params = get_backend("xla").compile(model.graph), dict(model.params())
+    rng = how.sampling.generators(row + 1)[row]
+    line = list(text)
+    width = len(text) + how.count
+    for _ in range(how.count):
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : len(line)] = line
+        logits = program.run(params, {"tokens": tokens})["logits"][0, len(line) - 1]
+        line.append(how.sampling.choose(logits, rng))
+    return line[len(text) :]
+
+
+def continued(model: Model, prompts: Sequence[Sequence[int]], how: Continuing) -> list[list[int]]:
+    steps = list(continue_texts(model, prompts, how))
+    return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
+
+
+CASES = ("llama_gqa", "mixtral_gqa", "gemma2_caps", "gpt2_plain", "qwen3_moe_window")
+
+
+@pytest.mark.parametrize("case", some(CASES, "mixtral_gqa"))
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=3)])
+def test_prompts_of_different_lengths(case: str, sampling: Sampling) -> None:
+    with open_model(str(GOLDEN / case)) as model:
+        how = Continuing(4, sampling)
+        found = continued(model, PROMPTS, how)
+        assert found == [expected(model, p, how, n) for n, p in enumerate(PROMPTS)]
+        assert continued(model, PROMPTS[:1], how) == found[:1]
+
+
+def test_a_text_ends_before_a_token_that_stops_it() -> None:
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        free = continued(model, PROMPTS, Continuing(8))
+        stop = free[0][2]
+        ended = continued(model, PROMPTS, Continuing(8, stop=frozenset([stop])))
+    for whole, part in zip(free, ended, strict=True):
+        assert part == (whole[: whole.index(stop)] if stop in whole else whole)
+
+
+def test_caches_grow() -> None:
+    """Longer than the smallest cache, a text has the logits that it has at once."""
+    with open_model(str(GOLDEN / "llama_square_mlp")) as model:
+        text = [int(t) for t in np.random.default_rng(0).integers(0, 16, 70)]
+        batch = Batch(
+            DecodeGraphs.of(model.graph), model.params(), backend=get_backend("xla"), dtype=F32
+        )
+        found = [batch.begin([text[:60]])[0], *(batch.step([t])[0] for t in text[60:])]
+        tokens = {"tokens": np.array([text], np.int32)}
+        whole = get_backend("xla").compile(model.graph).run(dict(model.params()), tokens)["logits"]
+    np.testing.assert_allclose(np.stack(found), whole[0, 59:], rtol=2e-4, atol=2e-5)
+
+
+def test_caches_are_updated_in_place() -> None:
+    """What goes in is given up: memory does not grow by a cache a layer and a step."""
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        backend = get_backend("xla")
+        batch = Batch(DecodeGraphs.of(model.graph), model.params(), backend=backend, dtype=F32)
+        batch.begin([[1, 2]])
+        session = batch._session
+        before = dict(session._values)  # type: ignore[attr-defined]
+        batch.step([3])
+    assert before
+    assert all(array.is_deleted() for array in before.values())
+
+
+def test_positions_that_depend_on_the_length_are_read_again() -> None:
+    """Beyond its original context a model with dynamic positions has the tokens of the graph."""
+    with open_model(str(GOLDEN / "llama_dynamic")) as model:
+        (found,) = continued(model, [[5, 3, 11]], Continuing(4))
+        program, params = get_backend("xla").compile(model.graph), dict(model.params())
+        line = [5, 3, 11]
+        for _ in range(4):
+            tokens = {"tokens": np.array([line], np.int32)}
+            line.append(int(program.run(params, tokens)["logits"][0, -1].argmax()))
+    assert found == line[3:]
