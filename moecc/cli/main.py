@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
@@ -23,23 +23,49 @@ from moecc.cli.console import say, show_error, write_utf8
 from moecc.errors import MachineError, MoeccError, Problem, UsageError, escaped, nearest, printable
 from moecc.support.signals import Terminated
 
+if TYPE_CHECKING:
+    from click import Command, Context, HelpFormatter
+
 EPILOG = (
     "Exit codes: 0 done, 1 wrong for this input, 2 wrong by itself, 3 a check of meaning failed, "
     "4 the machine, 70 a bug in moecc, 130 interrupted, 143 terminated."
 )
 
-COMMANDS = (
-    "inspect", "import", "opt", "reduce", "bisect", "replay", "convert", "clean", "verify", "run",
-    "lower", "generate", "plan", "compile", "tokens", "train", "evaluate", "report", "specialise",
-    "launch", "passes",
-)  # fmt: skip
-"""The subcommands, in the order of ``--help``; each is in a module ``moecc.cli.cmd_NAME``."""
+SUMMARIES = {
+    "inspect": "Describe a model from its headers; no weights are read.",
+    "import": "Print the graph of a model; no weights are read.",
+    "opt": "Run a pipeline over a graph, verified after every pass.",
+    "reduce": "Make a graph and a pipeline small while they fail.",
+    "bisect": "Find the first pass of a pipeline that is wrong.",
+    "replay": "Repeat a failure from its reproducer.",
+    "convert": "Convert a model and write it to a folder or .gguf.",
+    "clean": "Remove what killed conversions left beside outputs.",
+    "verify": "Check the files, logits or plan of a model.",
+    "run": "Run a model and write its logits or hidden states.",
+    "lower": "Print a model as jax or XLA sees it.",
+    "generate": "Continue a text.",
+    "plan": "Predict memory, time and traffic, and find a mesh.",
+    "compile": "Compile a step for a machine that is not attached.",
+    "tokens": "Write the token ids of texts to a folder.",
+    "train": "Train the model of a recipe, or resume a run.",
+    "evaluate": "Evaluate models on token folders, in pairs.",
+    "report": "Write a page that compares runs.",
+    "specialise": "Show which tokens tell each expert from others.",
+    "launch": "Run a command in several processes.",
+    "passes": "List the passes, or show one.",
+}
+"""The subcommands, in the order of ``--help``, with the lines that it prints; each is in a module
+``moecc.cli.cmd_NAME``, which ``--help`` does not import."""
+
+COMMANDS = tuple(SUMMARIES)
 
 
 class Commands(TyperGroup):
     """The group of commands, which suggests the nearest name for an unknown one."""
 
-    def resolve_command(self, ctx, args):  # type: ignore[no-untyped-def]
+    def resolve_command(
+        self, ctx: Context, args: list[str]
+    ) -> tuple[str | None, Command | None, list[str]]:
         """Return the command that `args` names."""
         name = args[0] if args else ""
         if name and self.get_command(ctx, name) is None and not name.startswith("-"):
@@ -47,9 +73,14 @@ class Commands(TyperGroup):
             ctx.fail(f"no such command {name!r}; {hint}")
         return super().resolve_command(ctx, args)
 
-    def list_commands(self, ctx):  # type: ignore[no-untyped-def]
+    def list_commands(self, ctx: Context) -> list[str]:
         """Return the names of the commands in their own order."""
         return [c for c in COMMANDS if c in self.commands]
+
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Write a line for each command, whether the group has it or not."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
 
 
 def _version(value: bool) -> None:
@@ -61,7 +92,7 @@ def _version(value: bool) -> None:
 
 
 def build_app(names: Sequence[str] = COMMANDS) -> typer.Typer:
-    """Return the application with the commands `names`: all take a quarter of a start."""
+    """Return the application with the commands `names`: all take half of a start."""
     app = typer.Typer(
         cls=Commands,
         add_completion=True,
@@ -131,7 +162,8 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    named = argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS
+    # What completes a line asks every command; anything else needs the one that it names.
+    named = COMMANDS if _COMPLETION in os.environ else [w for w in argv if w in COMMANDS][:1]
     app = typer.main.get_command(build_app(named))
     try:
         result = app.main(argv, prog_name="moecc", standalone_mode=False)
@@ -148,6 +180,9 @@ def _run(argv: list[str]) -> int:
 
 
 _INTERRUPTED = 130
+
+_COMPLETION = "_MOECC_COMPLETE"
+"""The environment variable that click reads for a program of this name."""
 
 # Newer versions of typer bundle click, older ones import it; both derive this from its base.
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import moecc.cli
+from moecc.cli.main import COMMANDS, SUMMARIES
 from moecc.ir.parser import parse
 
+CLI = Path(moecc.cli.__file__).parent
 UPCYCLE = "upcycle{experts=4 top-k=2}"
 
 
@@ -20,11 +24,13 @@ def convert(moecc: Callable, source: Path, out: Path, *more: str):
     return moecc("convert", source, out, "-p", UPCYCLE, "--to", "mixtral", *more)
 
 
-def test_help_lists_the_commands_and_exit_codes(moecc: Callable) -> None:
+def test_help_has_a_whole_line_for_each_command_and_the_exit_codes(moecc: Callable) -> None:
     done = moecc("--help")
     assert done.code == 0
-    names = ("inspect", "import", "opt", "convert", "verify", "run", "lower", "generate", "passes")
-    assert all(f"  {name} " in done.out for name in names)
+    listed = done.out[done.out.index("Commands:\n") : done.out.index("  Exit codes")]
+    lines = [f"  {name:10}  {summary}" for name, summary in SUMMARIES.items()]
+    assert listed.splitlines() == ["Commands:", *lines, ""]
+    assert set(COMMANDS) == {p.stem.removeprefix("cmd_") for p in CLI.glob("cmd_*.py")}
     assert "130 interrupted" in done.out
 
 
@@ -208,9 +214,23 @@ def test_a_closed_pipe_is_quiet(dense: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_shell_completes_every_command() -> None:
+    asked = {"_MOECC_COMPLETE": "complete_bash", "COMP_WORDS": "moecc pa", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "moecc"]
+    done = subprocess.run(
+        command, env=os.environ | asked, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["passes"]
+
+
 @pytest.mark.parametrize(
     ("command", "heavy"),
-    [(["--help"], "numpy"), (["inspect", "DENSE"], "jax"), (["opt", "GRAPH"], "jax")],
+    [
+        (["--help"], "numpy"),
+        (["--help"], "moecc.cli.cmd_inspect"),
+        (["inspect", "DENSE"], "jax"),
+        (["opt", "GRAPH"], "jax"),
+    ],
 )
 def test_nothing_heavy_is_imported_at_the_start(
     moecc: Callable, dense: Path, tmp_path: Path, command: list[str], heavy: str
