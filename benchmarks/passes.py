@@ -86,8 +86,7 @@ def _block(graph: Graph, b: Builder, layer: int, x: Value) -> Value:
 
 
 def _match(graph: Graph) -> int:
-    misses = Misses()
-    return sum(1 for rule in RULES for _ in find(graph, rule, misses=misses))
+    return sum(1 for _ in find(graph, *RULES, misses=Misses()))
 
 
 def _measure(graph: Graph) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
     python -m moecc.ir.generate
 
-writes ``operations.py`` and ``attributes.py`` beside this file; a test holds that they are current.
+writes ``operations.py``, ``elementwise_operations.py`` and ``attributes.py`` beside this file; a
+test holds that they are current.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from math import isfinite
 from pathlib import Path
 from textwrap import indent, wrap
 
@@ -53,11 +55,20 @@ COMMON: dict[str, tuple[str, Callable[[OpDef], bool]]] = {
 
 
 def render_operations() -> str:
-    """Return the module with a method for each operation of the table."""
-    methods = [_method(entry) for entry in OPS.values()]
+    """Return the module with a method for each operation that is not elementwise."""
+    return _operations(_OPERATIONS_HEAD, lambda entry: not entry.elementwise)
+
+
+def render_elementwise_operations() -> str:
+    """Return the module with a method for each elementwise operation, and what methods share."""
+    return _operations(_ELEMENTWISE_HEAD, lambda entry: entry.elementwise)
+
+
+def _operations(head: str, has: Callable[[OpDef], bool]) -> str:
+    methods = [_method(entry) for entry in OPS.values() if has(entry)]
     used = [n for n in _choices() if any(f": {n}" in method for method in methods)]
     imported = ",\n        ".join(sorted(used))
-    return "\n\n".join([_OPERATIONS_HEAD.format(imported=imported), *methods])
+    return "\n\n".join([head.format(imported=imported), *methods])
 
 
 def render_attributes() -> str:
@@ -188,7 +199,8 @@ def _parameter(name: str, spec: Attr) -> str:
 
 def _default(spec: Attr) -> str:
     if spec.kind == "float":
-        return repr(float(str(spec.default)))
+        value = float(str(spec.default))
+        return repr(value) if isfinite(value) else f'float("{value}")'
     return _quoted(spec.default) if isinstance(spec.default, str) else repr(spec.default)
 
 
@@ -200,7 +212,7 @@ def _docstring(entry: OpDef) -> str:
 def _body(entry: OpDef, operands: list[str], results: str) -> Iterator[str]:
     more = ["*more"] if entry.variadic else []
     attributes = [f"{n}={n}" for n in entry.attrs]
-    given = [_quoted(entry.name), *operands, *more, "names=_names(name)", *attributes]
+    given = [_quoted(entry.name), *operands, *more, "names=names_of(name)", *attributes]
     if results in ("Value", "tuple[Value, ...]"):
         yield _call("return self.node", given, ".result" if results == "Value" else ".results", 8)
         return
@@ -222,7 +234,34 @@ def _call(before: str, items: Iterable[str], after: str, column: int) -> str:
 
 _NUMBERS = ("first", "second", "third")
 
-_OPERATIONS_HEAD = '''"""A method for each operation of the table.
+_OPERATIONS_HEAD = '''"""A method for each operation of the table that is not elementwise.
+
+Written by ``python -m moecc.ir.generate``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from moecc.ir.elementwise_operations import ElementwiseOperations, names_of
+from moecc.ir.view import Names, Sizes
+
+if TYPE_CHECKING:
+    from moecc.ir.attributes import (
+        {imported},
+    )
+    from moecc.ir.graph import Graph, Value
+
+# fmt: off
+
+
+class Operations(ElementwiseOperations):
+    """What a builder makes.
+
+    Operands are given by position, attributes and the name of the result by keyword.
+    """'''
+
+_ELEMENTWISE_HEAD = '''"""A method for each elementwise operation of the table.
 
 Written by ``python -m moecc.ir.generate``.
 """
@@ -230,26 +269,21 @@ Written by ``python -m moecc.ir.generate``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from math import inf
-from typing import TYPE_CHECKING, Literal
-
-from moecc.ir.view import Names, Sizes
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moecc.ir.attributes import (
-        {imported},
-    )
-    from moecc.ir.graph import Graph, Node, Value
+    from moecc.ir.graph import Node, Value
 
 # fmt: off
 
 
-def _names(name: str | None) -> tuple[str, ...]:
+def names_of(name: str | None) -> tuple[str, ...]:
+    """Return the names of results of which the first may be named."""
     return () if name is None else (name,)
 
 
-class Operations(ABC):
-    """What a builder makes.  Operands are given by position, attributes and the name by keyword."""
+class ElementwiseOperations(ABC):
+    """The elementwise part of what a builder makes."""
 
     @abstractmethod
     def node(
@@ -276,7 +310,11 @@ if TYPE_CHECKING:
 
 assert _filled.__all__, "importing the table fills it"
 
-GENERATED = {"operations.py": render_operations, "attributes.py": render_attributes}
+GENERATED = {
+    "operations.py": render_operations,
+    "elementwise_operations.py": render_elementwise_operations,
+    "attributes.py": render_attributes,
+}
 """The files beside this one, and what writes them."""
 
 

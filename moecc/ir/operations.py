@@ -1,14 +1,13 @@
-"""A method for each operation of the table.
+"""A method for each operation of the table that is not elementwise.
 
 Written by ``python -m moecc.ir.generate``.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from math import inf
 from typing import TYPE_CHECKING, Literal
 
+from moecc.ir.elementwise_operations import ElementwiseOperations, names_of
 from moecc.ir.view import Names, Sizes
 
 if TYPE_CHECKING:
@@ -25,23 +24,16 @@ if TYPE_CHECKING:
         Slots,
         Using,
     )
-    from moecc.ir.graph import Graph, Node, Value
+    from moecc.ir.graph import Graph, Value
 
 # fmt: off
 
 
-def _names(name: str | None) -> tuple[str, ...]:
-    return () if name is None else (name,)
+class Operations(ElementwiseOperations):
+    """What a builder makes.
 
-
-class Operations(ABC):
-    """What a builder makes.  Operands are given by position, attributes and the name by keyword."""
-
-    @abstractmethod
-    def node(
-        self, op: str, /, *operands: Value, names: tuple[str, ...] = (), **attrs: object
-    ) -> Node:
-        """Make a node of the operation `op`."""
+    Operands are given by position, attributes and the name of the result by keyword.
+    """
 
     def rope(
         self, positions: Value, /, *, axis: str, size: int, theta: float = 10000.0,
@@ -53,7 +45,7 @@ class Operations(ABC):
     ) -> tuple[Value, Value]:
         """Tables of cosines and sines for rotary positions, both halves alike (Su et al. 2021)."""
         first, second = self.node(
-            "rope", positions, names=_names(name), axis=axis, size=size, theta=theta,
+            "rope", positions, names=names_of(name), axis=axis, size=size, theta=theta,
             scaling=scaling, factor=factor, original_context=original_context,
             low_freq_factor=low_freq_factor, high_freq_factor=high_freq_factor, beta_fast=beta_fast,
             beta_slow=beta_slow, truncate=truncate, attention_factor=attention_factor,
@@ -65,17 +57,17 @@ class Operations(ABC):
         self, x: Value, cos: Value, sin: Value, /, *, axis: str, name: str | None = None
     ) -> Value:
         """x · cos + rotate_half(x) · sin along an axis; the halves are paired, as in GPT-NeoX."""
-        return self.node("rotate", x, cos, sin, names=_names(name), axis=axis).result
+        return self.node("rotate", x, cos, sin, names=names_of(name), axis=axis).result
 
     def causal(
         self, query: Value, key: Value, /, *, window: int = 0, name: str | None = None
     ) -> Value:
         """Whether a query may see a key: key ≤ query, and query − key < window if there is one."""
-        return self.node("causal", query, key, names=_names(name), window=window).result
+        return self.node("causal", query, key, names=names_of(name), window=window).result
 
     def same_segment(self, query: Value, key: Value, /, *, name: str | None = None) -> Value:
         """Whether a query may see a key: both are of one segment, or the query is padding."""
-        return self.node("same_segment", query, key, names=_names(name)).result
+        return self.node("same_segment", query, key, names=names_of(name)).result
 
     def relative_buckets(
         self, query: Value, key: Value, /, *, bidirectional: bool, buckets: int = 32,
@@ -83,45 +75,45 @@ class Operations(ABC):
     ) -> Value:
         """The bucket of each distance from query to key, nearby ones exact, far ones geometric."""
         return self.node(
-            "relative_buckets", query, key, names=_names(name), bidirectional=bidirectional,
+            "relative_buckets", query, key, names=names_of(name), bidirectional=bidirectional,
             buckets=buckets, max_distance=max_distance
         ).result
 
     def rename(self, x: Value, /, *, axis: str, to: str, name: str | None = None) -> Value:
         """x with one axis under another name."""
-        return self.node("rename", x, names=_names(name), axis=axis, to=to).result
+        return self.node("rename", x, names=names_of(name), axis=axis, to=to).result
 
     def split(self, x: Value, /, *, axis: str, into: Sizes, name: str | None = None) -> Value:
         """x with one axis cut into several, the first outermost."""
-        return self.node("split", x, names=_names(name), axis=axis, into=into).result
+        return self.node("split", x, names=names_of(name), axis=axis, into=into).result
 
     def merge(self, x: Value, /, *, axes: Names, into: str, name: str | None = None) -> Value:
         """x with several axes made one, the first outermost."""
-        return self.node("merge", x, names=_names(name), axes=axes, into=into).result
+        return self.node("merge", x, names=names_of(name), axes=axes, into=into).result
 
     def broadcast(self, x: Value, like: Value, /, *, name: str | None = None) -> Value:
         """x repeated along every axis that the second operand has."""
-        return self.node("broadcast", x, like, names=_names(name)).result
+        return self.node("broadcast", x, like, names=names_of(name)).result
 
     def slice(
         self, x: Value, /, *, axis: str, start: int, stop: int, name: str | None = None
     ) -> Value:
         """A range of x along one axis."""
-        return self.node("slice", x, names=_names(name), axis=axis, start=start, stop=stop).result
+        return self.node("slice", x, names=names_of(name), axis=axis, start=start, stop=stop).result
 
     def positions(self, like: Value, /, *, axis: str, name: str | None = None) -> Value:
         """0, 1, 2 … along an axis of the operand."""
-        return self.node("positions", like, names=_names(name), axis=axis).result
+        return self.node("positions", like, names=names_of(name), axis=axis).result
 
     def embedding(
         self, table: Value, ids: Value, /, *, axis: str, name: str | None = None
     ) -> Value:
         """Rows of a table, picked by index."""
-        return self.node("embedding", table, ids, names=_names(name), axis=axis).result
+        return self.node("embedding", table, ids, names=names_of(name), axis=axis).result
 
     def one_hot(self, ids: Value, /, *, into: Sizes, name: str | None = None) -> Value:
         """1 at the index, 0 elsewhere, along a new axis."""
-        return self.node("one_hot", ids, names=_names(name), into=into).result
+        return self.node("one_hot", ids, names=names_of(name), into=into).result
 
     def within_buffer(
         self, experts: Value, slots: Value, counts: Value, /, *, tokens: Names, parts: int,
@@ -129,8 +121,8 @@ class Operations(ABC):
     ) -> Value:
         """Which choices have a slot and room in the buffer of the device that has their expert."""
         return self.node(
-            "within_buffer", experts, slots, counts, names=_names(name), tokens=tokens, parts=parts,
-            blocks=blocks, factor=factor
+            "within_buffer", experts, slots, counts, names=names_of(name), tokens=tokens,
+            parts=parts, blocks=blocks, factor=factor
         ).result
 
     def update_slice(
@@ -144,43 +136,43 @@ class Operations(ABC):
     ) -> Value:
         """One of `of` chunks of x along an axis: a piece of each of `parts` equal runs."""
         return self.node(
-            "chunk", x, names=_names(name), axis=axis, at=at, of=of, parts=parts
+            "chunk", x, names=names_of(name), axis=axis, at=at, of=of, parts=parts
         ).result
 
     def join(
         self, x: Value, /, *more: Value, axis: str, parts: int = 1, name: str | None = None
     ) -> Value:
         """The value whose chunks, in their order, the operands are."""
-        return self.node("join", x, *more, names=_names(name), axis=axis, parts=parts).result
+        return self.node("join", x, *more, names=names_of(name), axis=axis, parts=parts).result
 
     def reshard(self, x: Value, /, *, to: str = "", name: str | None = None) -> Value:
         """x, lying elsewhere, however it gets there."""
-        return self.node("reshard", x, names=_names(name), to=to).result
+        return self.node("reshard", x, names=names_of(name), to=to).result
 
     def shard(self, x: Value, /, *, axis: str, mesh: Names, name: str | None = None) -> Value:
         """x, of which every device keeps its part along an axis; nothing is sent."""
-        return self.node("shard", x, names=_names(name), axis=axis, mesh=mesh).result
+        return self.node("shard", x, names=names_of(name), axis=axis, mesh=mesh).result
 
     def all_gather(self, x: Value, /, *, axis: str, mesh: Names, name: str | None = None) -> Value:
         """x, of which every device gets the parts of the others along an axis."""
-        return self.node("all_gather", x, names=_names(name), axis=axis, mesh=mesh).result
+        return self.node("all_gather", x, names=names_of(name), axis=axis, mesh=mesh).result
 
     def all_reduce(self, x: Value, /, *, mesh: Names, name: str | None = None) -> Value:
         """x, a sum that is carried out over mesh axes; every device gets all of it."""
-        return self.node("all_reduce", x, names=_names(name), mesh=mesh).result
+        return self.node("all_reduce", x, names=names_of(name), mesh=mesh).result
 
     def reduce_scatter(
         self, x: Value, /, *, axis: str, mesh: Names, name: str | None = None
     ) -> Value:
         """x, a sum that is carried out over mesh axes; every device gets its part along an axis."""
-        return self.node("reduce_scatter", x, names=_names(name), axis=axis, mesh=mesh).result
+        return self.node("reduce_scatter", x, names=names_of(name), axis=axis, mesh=mesh).result
 
     def all_to_all(
         self, x: Value, /, *, mesh: Names, split: str, gather: str, name: str | None = None
     ) -> Value:
         """x, of which every device gives parts along one axis for parts along another."""
         return self.node(
-            "all_to_all", x, names=_names(name), mesh=mesh, split=split, gather=gather
+            "all_to_all", x, names=names_of(name), mesh=mesh, split=split, gather=gather
         ).result
 
     def ragged_all_to_all(
@@ -188,7 +180,7 @@ class Operations(ABC):
     ) -> Value:
         """Ragged rows, exchanged between their groups and their experts; only rows that are there."""
         return self.node(
-            "ragged_all_to_all", x, names=_names(name), mesh=mesh, split=split, gather=gather
+            "ragged_all_to_all", x, names=names_of(name), mesh=mesh, split=split, gather=gather
         ).result
 
     def contract(
@@ -197,7 +189,7 @@ class Operations(ABC):
     ) -> Value:
         """The sum over the named axes of x · w; other axes that both have are batch axes."""
         return self.node(
-            "contract", x, w, names=_names(name), over=over, precision=precision
+            "contract", x, w, names=names_of(name), over=over, precision=precision
         ).result
 
     def convolve(
@@ -206,162 +198,58 @@ class Operations(ABC):
     ) -> Value:
         """The sum over the named axes, and over windows along others, of x · w."""
         return self.node(
-            "convolve", x, w, names=_names(name), over=over, along=along, taps=taps, stride=stride,
-            padding=padding
+            "convolve", x, w, names=names_of(name), over=over, along=along, taps=taps,
+            stride=stride, padding=padding
         ).result
-
-    def silu(self, x: Value, /, *, name: str | None = None) -> Value:
-        """x · sigmoid(x)."""
-        return self.node("silu", x, names=_names(name)).result
-
-    def gelu(self, x: Value, /, *, name: str | None = None) -> Value:
-        """x · Φ(x), with the error function."""
-        return self.node("gelu", x, names=_names(name)).result
-
-    def gelu_tanh(self, x: Value, /, *, name: str | None = None) -> Value:
-        """GELU by its tanh approximation (Hendrycks and Gimpel 2016)."""
-        return self.node("gelu_tanh", x, names=_names(name)).result
-
-    def relu(self, x: Value, /, *, name: str | None = None) -> Value:
-        """max(x, 0)."""
-        return self.node("relu", x, names=_names(name)).result
-
-    def sigmoid(self, x: Value, /, *, name: str | None = None) -> Value:
-        """1 / (1 + exp(−x))."""
-        return self.node("sigmoid", x, names=_names(name)).result
-
-    def tanh(self, x: Value, /, *, name: str | None = None) -> Value:
-        """The hyperbolic tangent."""
-        return self.node("tanh", x, names=_names(name)).result
-
-    def exp(self, x: Value, /, *, name: str | None = None) -> Value:
-        """The exponential."""
-        return self.node("exp", x, names=_names(name)).result
-
-    def log(self, x: Value, /, *, name: str | None = None) -> Value:
-        """The natural logarithm."""
-        return self.node("log", x, names=_names(name)).result
-
-    def square(self, x: Value, /, *, name: str | None = None) -> Value:
-        """x²."""
-        return self.node("square", x, names=_names(name)).result
-
-    def rsqrt(self, x: Value, /, *, name: str | None = None) -> Value:
-        """1 / √x."""
-        return self.node("rsqrt", x, names=_names(name)).result
-
-    def normal_cdf(self, x: Value, /, *, name: str | None = None) -> Value:
-        """Φ(x), the distribution function of a standard normal variable."""
-        return self.node("normal_cdf", x, names=_names(name)).result
-
-    def pointwise(self, x: Value, /, *, function: str, name: str | None = None) -> Value:
-        """A function of each element that has no operation of its own, as a formula of a."""
-        return self.node("pointwise", x, names=_names(name), function=function).result
-
-    def neg(self, x: Value, /, *, name: str | None = None) -> Value:
-        """−x."""
-        return self.node("neg", x, names=_names(name)).result
-
-    def scale(self, x: Value, /, *, by: float, name: str | None = None) -> Value:
-        """x times a constant."""
-        return self.node("scale", x, names=_names(name), by=by).result
-
-    def stop_gradient(self, x: Value, /, *, name: str | None = None) -> Value:
-        """x, through which no gradient flows."""
-        return self.node("stop_gradient", x, names=_names(name)).result
-
-    def add(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """a + b."""
-        return self.node("add", a, b, names=_names(name)).result
-
-    def sub(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """a − b."""
-        return self.node("sub", a, b, names=_names(name)).result
-
-    def mul(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """a · b."""
-        return self.node("mul", a, b, names=_names(name)).result
-
-    def div(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """a / b."""
-        return self.node("div", a, b, names=_names(name)).result
-
-    def maximum(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """The larger of a and b."""
-        return self.node("maximum", a, b, names=_names(name)).result
-
-    def minimum(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """The smaller of a and b."""
-        return self.node("minimum", a, b, names=_names(name)).result
-
-    def cast(self, x: Value, /, *, dtype: str, name: str | None = None) -> Value:
-        """x in another element type, to nearest even; from a float to an integer, towards zero."""
-        return self.node("cast", x, names=_names(name), dtype=dtype).result
-
-    def select(self, condition: Value, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """a where the condition holds, b elsewhere."""
-        return self.node("select", condition, a, b, names=_names(name)).result
-
-    def mask(
-        self, x: Value, keep: Value, /, *, fill: float = -inf, name: str | None = None
-    ) -> Value:
-        """x where the mask keeps it, a constant elsewhere."""
-        return self.node("mask", x, keep, names=_names(name), fill=fill).result
-
-    def less(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """Whether a < b."""
-        return self.node("less", a, b, names=_names(name)).result
-
-    def equal(self, a: Value, b: Value, /, *, name: str | None = None) -> Value:
-        """Whether a = b."""
-        return self.node("equal", a, b, names=_names(name)).result
 
     def constant(self, /, *, value: float, dtype: str = "f32", name: str | None = None) -> Value:
         """A scalar constant."""
-        return self.node("constant", names=_names(name), value=value, dtype=dtype).result
+        return self.node("constant", names=names_of(name), value=value, dtype=dtype).result
 
     def fold_key(self, key: Value, /, *, by: int, name: str | None = None) -> Value:
         """Another key, made of a key and a number; keys of different numbers are independent."""
-        return self.node("fold_key", key, names=_names(name), by=by).result
+        return self.node("fold_key", key, names=names_of(name), by=by).result
 
     def random_uniform(
         self, key: Value, like: Value, /, *, low: float = 0.0, high: float = 1.0,
         name: str | None = None
     ) -> Value:
         """Independent numbers, uniform on [low, high), with the axes of the second operand."""
-        return self.node("random_uniform", key, like, names=_names(name), low=low, high=high).result
+        return self.node(
+            "random_uniform", key, like, names=names_of(name), low=low, high=high
+        ).result
 
     def random_normal(
         self, key: Value, like: Value, /, *, std: float = 1.0, name: str | None = None
     ) -> Value:
         """Independent normal numbers around zero, with the axes of the second operand."""
-        return self.node("random_normal", key, like, names=_names(name), std=std).result
+        return self.node("random_normal", key, like, names=names_of(name), std=std).result
 
     def sum(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
         """The sum over the named axes."""
-        return self.node("sum", x, names=_names(name), axes=axes).result
+        return self.node("sum", x, names=names_of(name), axes=axes).result
 
     def mean(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
         """The mean over the named axes."""
-        return self.node("mean", x, names=_names(name), axes=axes).result
+        return self.node("mean", x, names=names_of(name), axes=axes).result
 
     def max(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
         """The maximum over the named axes."""
-        return self.node("max", x, names=_names(name), axes=axes).result
+        return self.node("max", x, names=names_of(name), axes=axes).result
 
     def logsumexp(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
         """log Σ exp(x) over the named axes, without overflow."""
-        return self.node("logsumexp", x, names=_names(name), axes=axes).result
+        return self.node("logsumexp", x, names=names_of(name), axes=axes).result
 
     def softmax(self, x: Value, /, *, axis: str, name: str | None = None) -> Value:
         """exp(x) over its sum along an axis; zeros where all of it is −∞, and nothing is seen."""
-        return self.node("softmax", x, names=_names(name), axis=axis).result
+        return self.node("softmax", x, names=names_of(name), axis=axis).result
 
     def rms_norm(
         self, x: Value, scale: Value, /, *, axis: str, eps: float = 1e-06, name: str | None = None
     ) -> Value:
         """x / √(mean(x²) + eps) · scale (Zhang and Sennrich 2019)."""
-        return self.node("rms_norm", x, scale, names=_names(name), axis=axis, eps=eps).result
+        return self.node("rms_norm", x, scale, names=names_of(name), axis=axis, eps=eps).result
 
     def layer_norm(
         self, x: Value, scale: Value, bias: Value, /, *, axis: str, eps: float = 1e-06,
@@ -369,16 +257,16 @@ class Operations(ABC):
     ) -> Value:
         """(x − mean) / √(variance + eps) · scale + bias (Ba et al. 2016)."""
         return self.node(
-            "layer_norm", x, scale, bias, names=_names(name), axis=axis, eps=eps
+            "layer_norm", x, scale, bias, names=names_of(name), axis=axis, eps=eps
         ).result
 
     def stack(self, x: Value, /, *more: Value, axis: str, name: str | None = None) -> Value:
         """The operands, one after the other along a new axis, which is the first."""
-        return self.node("stack", x, *more, names=_names(name), axis=axis).result
+        return self.node("stack", x, *more, names=names_of(name), axis=axis).result
 
     def index(self, x: Value, /, *, axis: str, at: int, name: str | None = None) -> Value:
         """x at one position of an axis, which is gone then."""
-        return self.node("index", x, names=_names(name), axis=axis, at=at).result
+        return self.node("index", x, names=names_of(name), axis=axis, at=at).result
 
     def scan(
         self, x: Value, /, *more: Value, over: Sizes, carries: int = 0, stacked: int = 0,
@@ -386,7 +274,7 @@ class Operations(ABC):
     ) -> tuple[Value, ...]:
         """The body, run once for each position of an axis, one after the other."""
         return self.node(
-            "scan", x, *more, names=_names(name), over=over, carries=carries, stacked=stacked,
+            "scan", x, *more, names=names_of(name), over=over, carries=carries, stacked=stacked,
             remat=remat, save=save, body=body
         ).results
 
@@ -399,7 +287,7 @@ class Operations(ABC):
     ) -> Value:
         """The slot of each choice at its expert, or −1 where it is dropped."""
         return self.node(
-            "assign_slots", experts_value, *more, names=_names(name), tokens=tokens,
+            "assign_slots", experts_value, *more, names=names_of(name), tokens=tokens,
             experts=experts, groups=groups, group_size=group_size, slots=slots,
             capacity_factor=capacity_factor, convention=convention, rounding=rounding,
             minimum=minimum, multiple=multiple, cap=cap, order=order, using=using
@@ -414,7 +302,7 @@ class Operations(ABC):
     ) -> tuple[Value, Value, Value]:
         """Each expert takes the C tokens of a group that score highest with it (Zhou et al. 2022)."""
         first, second, third = self.node(
-            "expert_choice", scores, *more, names=_names(name), tokens=tokens, experts=experts,
+            "expert_choice", scores, *more, names=names_of(name), tokens=tokens, experts=experts,
             groups=groups, group_size=group_size, slots=slots, capacity_factor=capacity_factor,
             convention=convention, rounding=rounding, minimum=minimum, multiple=multiple, cap=cap,
             axis=axis, choice=choice, using=using
@@ -425,17 +313,17 @@ class Operations(ABC):
         self, x: Value, experts: Value, slots: Value, /, *, name: str | None = None
     ) -> Value:
         """The tokens, each in the slots that its choices were given; an empty slot holds zeros."""
-        return self.node("dispatch", x, experts, slots, names=_names(name)).result
+        return self.node("dispatch", x, experts, slots, names=names_of(name)).result
 
     def combine(
         self, rows: Value, experts: Value, slots: Value, gates: Value, /, *, name: str | None = None
     ) -> Value:
         """For each token the sum over its choices of gate times row; a dropped one adds nothing."""
-        return self.node("combine", rows, experts, slots, gates, names=_names(name)).result
+        return self.node("combine", rows, experts, slots, gates, names=names_of(name)).result
 
     def group_sum(self, x: Value, slots: Value, /, *, name: str | None = None) -> Value:
         """The sum over the tokens of each group that an ``assign_slots`` counts in."""
-        return self.node("group_sum", x, slots, names=_names(name)).result
+        return self.node("group_sum", x, slots, names=names_of(name)).result
 
     def route(
         self, logits: Value, /, *more: Value, top_k: int, gates: Gates = "renormalised",
@@ -445,7 +333,7 @@ class Operations(ABC):
     ) -> tuple[Value, Value]:
         """The k experts with the largest logits, best first, and their gates."""
         first, second = self.node(
-            "route", logits, *more, names=_names(name), top_k=top_k, gates=gates, scale=scale,
+            "route", logits, *more, names=names_of(name), top_k=top_k, gates=gates, scale=scale,
             axis=axis, choice=choice, using=using, precision=precision
         ).results
         return first, second
@@ -456,7 +344,7 @@ class Operations(ABC):
     ) -> Value:
         """Which choices a policy keeps; the first always (ST-MoE, Appendix G)."""
         return self.node(
-            "keep_choices", gates, *more, names=_names(name), policy=policy, threshold=threshold,
+            "keep_choices", gates, *more, names=names_of(name), policy=policy, threshold=threshold,
             choice=choice
         ).result
 
@@ -466,6 +354,6 @@ class Operations(ABC):
     ) -> Value:
         """The experts of each token by a hash of its id (Roller et al. 2021); no router at all."""
         return self.node(
-            "hash_experts", ids, names=_names(name), experts=experts, top_k=top_k, seed=seed,
+            "hash_experts", ids, names=names_of(name), experts=experts, top_k=top_k, seed=seed,
             hash=hash, choice=choice
         ).result

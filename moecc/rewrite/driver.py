@@ -9,7 +9,7 @@ a bound proportional to the graph stops them, and the error names the rules.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -119,15 +119,21 @@ def rewrite(
         return _Driver(graph, rules, origin, limit).run()
 
 
-def find(graph: Graph, rule: Rule, *, misses: Misses | None = None) -> Iterator[Match]:
-    """Yield the matches of `rule` in order, checked, without rewriting anything."""
-    candidates = [_Candidate(rule, pattern) for pattern in roots(rule.pattern)]
+def find(graph: Graph, *rules: Rule, misses: Misses | None = None) -> Iterator[Match]:
+    """Yield the matches of `rules`, checked, in one walk, without rewriting anything.
+
+    At a node, each of the rules that match yields one match, in their order.
+    """
+    index = _by_operation(rules, {rule.name: RuleStats() for rule in rules})
     for node in graph:
-        for candidate in candidates:
-            found = candidate.find(node, misses) if node.op in candidate.pattern.ops else None
+        matched = None
+        for candidate in index.get(node.op, ()):
+            if candidate.rule is matched:
+                continue
+            found = candidate.find(node, misses)
             if found is not None:
+                matched = candidate.rule
                 yield found
-                break
 
 
 class _Candidate:
@@ -135,11 +141,11 @@ class _Candidate:
 
     __slots__ = ("heads", "name", "pattern", "rule", "stats")
 
-    def __init__(self, rule: Rule, pattern: OpPattern, stats: RuleStats | None = None) -> None:
+    def __init__(self, rule: Rule, pattern: OpPattern, stats: RuleStats) -> None:
         self.rule = rule
         self.name = rule.name
         self.pattern = pattern
-        self.stats = stats or RuleStats()
+        self.stats = stats
         heads = [(i, p.heads) for i, p in enumerate(pattern.operands)]
         self.heads: tuple[tuple[int, Heads], ...] = tuple((i, h) for i, h in heads if h is not None)
 
@@ -175,6 +181,19 @@ class _Candidate:
         return None
 
 
+def _by_operation(
+    rules: Sequence[Rule], stats: Mapping[str, RuleStats]
+) -> dict[OpDef, list[_Candidate]]:
+    """Return the candidates for a node by its operation, those of one rule in a row."""
+    index: dict[OpDef, list[_Candidate]] = {}
+    for rule in rules:
+        for pattern in roots(rule.pattern):
+            candidate = _Candidate(rule, pattern, stats[rule.name])
+            for op in pattern.ops:
+                index.setdefault(op, []).append(candidate)
+    return index
+
+
 class _RecordingBuilder(Builder):
     """A builder that records the nodes it creates."""
 
@@ -197,16 +216,10 @@ class _Driver:
         self.limit = 100 + REWRITES_PER_NODE * len(graph) if limit is None else limit
         self.result = RewriteResult(rules={r.name: RuleStats() for r in rules})
         self.misses = Misses()
-        self.index: dict[OpDef, list[_Candidate]] = {}
+        self.index = _by_operation(rules, self.result.rules)
         self.watch = _watch.get()
-        self.reach = 1
+        self.reach = max([1, *(p.depth - 1 for r in rules for p in roots(r.pattern))])
         self.recent: Counter[str] = Counter()
-        for rule in rules:
-            for pattern in roots(rule.pattern):
-                candidate = _Candidate(rule, pattern, self.result.rules[rule.name])
-                self.reach = max(self.reach, pattern.depth - 1)
-                for entry in pattern.ops:
-                    self.index.setdefault(entry, []).append(candidate)
         # A stack whose top is the first node, so that the graph is walked in order.
         self.stack = [node for node in graph.walk_back() if node.op in self.index]
         self.queued = set(self.stack)

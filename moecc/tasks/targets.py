@@ -24,7 +24,10 @@ from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 
 MANY_LAYERS = 64
-"""A dense model with more layers, all alike, is exported with so many to see where it fits."""
+"""A dense model with more layers, of few kinds, is exported with so many to see where it fits."""
+
+ALIKE_LAYERS = 2
+"""The same where all of its layers are alike: a first one, and one that follows another."""
 
 AUTO = "auto"
 """The target that stands for the one that `choose` takes."""
@@ -76,27 +79,34 @@ def fits(graph: Graph) -> list[Fit]:
 
 
 def _shallow(graph: Graph) -> Graph:
-    """Return a dense model with fewer layers, if it has many and all are like the first of them.
+    """Return a dense model with fewer layers, if it has more and all are like the first of them.
 
     Which families can hold it does not depend on their number, and to export 10,000 layers to each
     takes minutes.
     """
+    config = source_config(graph)
+    if not isinstance(config, DecoderConfig):
+        return graph
+    kinds = _kinds_of_layers(graph, config)
+    most = ALIKE_LAYERS if len(set(kinds)) == 1 else MANY_LAYERS
+    if len(kinds) <= most or len(set(kinds)) > len(set(kinds[:most])):
+        return graph
+    windows = config.sliding_windows[:most]
+    try:
+        return build_model(replace(config, num_hidden_layers=most, sliding_windows=windows))
+    except (InputError, TypeError, ValueError):  # another list with an entry a layer
+        return graph
+
+
+def _kinds_of_layers(graph: Graph, config: DecoderConfig) -> list[Hashable]:
+    """Return for each layer what tells it from others: its nodes, and its entries in the config."""
     layers: dict[int, list[Hashable]] = {}
     for node in graph:
         number = layer_number(node.loc)
         if number is not None:
             layers.setdefault(number, []).append((node.op.name, *node.attrs.items()))
-    kinds = [tuple(layers[number]) for number in sorted(layers)]
-    if len(kinds) <= MANY_LAYERS or len(set(kinds)) > len(set(kinds[:MANY_LAYERS])):
-        return graph
-    config = source_config(graph)
-    if not isinstance(config, DecoderConfig):
-        return graph
-    windows = config.sliding_windows[:MANY_LAYERS]
-    try:
-        return build_model(replace(config, num_hidden_layers=MANY_LAYERS, sliding_windows=windows))
-    except (InputError, TypeError, ValueError):  # another list with an entry a layer
-        return graph
+    lists = [v for v in vars(config).values() if isinstance(v, tuple) and len(v) == len(layers)]
+    return [(*layers[number], *(v[n] for v in lists)) for n, number in enumerate(sorted(layers))]
 
 
 def mixtures(graph: Graph) -> list[str]:
@@ -118,6 +128,8 @@ def _passes_for(target: str) -> str:
 
 
 def _upcycled(graph: Graph, passes: str) -> Graph | tuple[Problem, ...]:
+    if not passes:
+        return graph
     made = clone(graph)
     try:
         run_pipeline(made, Pipeline.parse(passes), context=Context(allow_unmatched=True))

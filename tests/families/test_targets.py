@@ -13,12 +13,14 @@ from moecc.engines.conditions import CONDITIONS
 from moecc.engines.table import engine_table
 from moecc.engines.verdicts import UNKNOWN, Verdict, summary, verdicts
 from moecc.families.configs import CONFIGS, MoeConfig, SwitchTransformersConfig, parse_config
-from moecc.families.export import export_graph
+from moecc.families.experts import layer_number
+from moecc.families.export import Export, export_graph
 from moecc.ir import Graph
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.tasks import targets
 from moecc.tasks.convert import plan, write
 from moecc.tasks.targets import choose, fits
 
@@ -61,6 +63,23 @@ def test_what_a_config_cannot_say_does_not_fit() -> None:
     graph = graph_of("qwen3", {"expert_bias": "additive"}, head_dim=4)
     assert fitting(graph) == {"st_moe"}
     assert "first difference" in reasons(graph, "qwen3_moe")
+
+
+def test_layers_that_are_alike_are_exported_once_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(graph: Graph, target: str) -> Export:
+        exported.append(len({loc for node in graph if (loc := layer_number(node.loc)) is not None}))
+        return export_graph(graph, target)
+
+    exported: list[int] = []
+    monkeypatch.setattr(targets, "export_graph", export)
+    alike = fits(graph_of("qwen2", num_hidden_layers=5))
+    assert set(exported) == {2}
+    assert alike == fits(graph_of("qwen2", num_hidden_layers=2))
+    exported.clear()
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 4}
+    found = reasons(graph_of("qwen2", num_hidden_layers=5, **windows), "mixtral")
+    assert set(exported) == {5}
+    assert "[0, 4]" in found
 
 
 def test_a_graph_without_a_config_fits_no_family() -> None:

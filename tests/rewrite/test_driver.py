@@ -253,6 +253,17 @@ def test_find_changes_nothing() -> None:
     assert misses.best["double-neg"].score == 1
 
 
+def test_find_takes_several_rules_in_one_walk() -> None:
+    graph, _ = chain("neg", "neg", "exp", "neg")
+    either = Rule("either", P.neg(P.exp(X)) | P.neg(X), operand)
+    exp = Rule("exp", P.exp(X), operand)
+    found = [m.root.results[0].name for m in find(graph, DOUBLE_NEG, either, exp)]
+    apart = [m.root.results[0].name for r in (DOUBLE_NEG, either, exp) for m in find(graph, r)]
+    first, second, third, last = (node.results[0].name for node in graph)
+    assert found == [first, second, second, third, last]
+    assert sorted(found) == sorted(apart)
+
+
 @given(graph=graphs())
 def test_a_correct_rewrite_is_correct_everywhere(graph: Graph) -> None:
     rules = [
