@@ -129,7 +129,7 @@ class Operations(ElementwiseOperations):
         self, x: Value, update: Value, start: Value, /, *, axis: str, name: str | None = None
     ) -> Value:
         """x with a range along one axis replaced by the update, from `start` on."""
-        return self.node("update_slice", x, update, start, names=_names(name), axis=axis).result
+        return self.node("update_slice", x, update, start, names=names_of(name), axis=axis).result
 
     def chunk(
         self, x: Value, /, *, axis: str, at: int, of: int, parts: int = 1, name: str | None = None
