@@ -7,7 +7,7 @@ combine, which repeats it for each expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,8 @@ class OneExpert:
 
     def permute(self, x: Named) -> Rows:
         """Return the tokens as they are; a gradient comes from those that chose the expert."""
-        return tokens_to_rows(self, x, lambda tokens: with_masked_gradient(tokens, self.is_used))
+        rows = tokens_to_rows(self, x, lambda tokens: with_masked_gradient(tokens, self.is_used))
+        return replace(rows, are_tokens=True)
 
     def unpermute(self, rows: Operand | DeferredRows, gates: jax.Array) -> Named:
         """Weight the rows of those who chose the expert; the result is float32 at least."""

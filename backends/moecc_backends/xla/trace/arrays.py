@@ -103,7 +103,7 @@ def with_masked_rows(x: Rows) -> Rows:
 
 def zeroed_rows(x: Rows) -> Rows:
     """Return `x` with zeros in the rows without a token, in values and cotangents."""
-    if x.layout.is_full:
+    if x.layout.is_full or x.are_tokens:
         return x
     return x.with_array(zeroed(x.array, x.layout.is_used))
 

@@ -11,9 +11,19 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.custom_vjp
 def zeroed(rows: jax.Array, is_used: jax.Array) -> jax.Array:
     """Return ``[rows, …]`` with zeros in padding rows, in values and cotangents."""
+    return _selected(rows, is_used)
+
+
+def _selected(rows: jax.Array, is_used: jax.Array) -> jax.Array:
     return jnp.where(_broadcast_over(is_used, rows), rows, jnp.zeros((), rows.dtype))
+
+
+def _zeroed_forward(rows: jax.Array, is_used: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
+    # A choice of the two would keep the mask as wide as the rows for its gradient.
+    return _selected(rows, is_used), (is_used,)
 
 
 @jax.custom_vjp
@@ -27,9 +37,10 @@ def _masked_forward(rows: jax.Array, is_used: jax.Array) -> tuple[jax.Array, tup
 
 
 def _masked_backward(residuals: tuple[jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
-    return zeroed(cotangent, residuals[0]), None
+    return _selected(cotangent, residuals[0]), None
 
 
+zeroed.defvjp(_zeroed_forward, _masked_backward)
 with_masked_gradient.defvjp(_masked_forward, _masked_backward)
 
 

@@ -55,11 +55,18 @@ class Rows:
     """Rows ``[rows, *axes]`` in place of the axes group, expert and slot.
 
     Nothing is padded to the busiest expert; `layout` knows which row belongs to which expert.
+
+    Attributes:
+      array: the rows.
+      axes: of each.
+      layout: how they are laid out.
+      are_tokens: whether padding rows are tokens as well, of other experts: safe to read.
     """
 
     array: jax.Array
     axes: tuple[str, ...]
     layout: RowLayout
+    are_tokens: bool = False
 
     def with_array(self, array: jax.Array, axes: tuple[str, ...] | None = None) -> Rows:
         """Return rows of the same layout with other contents."""
