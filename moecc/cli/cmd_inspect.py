@@ -60,16 +60,18 @@ def inspection(model: Model) -> JsonDict:
     from moecc.families.describe import describe
     from moecc.families.flops import CONVENTION
     from moecc.ir.unroll import unrolled
+    from moecc.model.function_folder import MODEL_TYPE, function_name
 
     # Repeated layers count once per repetition.
     graph = unrolled(model.graph)
-    facts = describe(graph)
+    facts, name = describe(graph), function_name(graph)
     return {
         "source": model.name,
         "format": model.checkpoint.format if model.checkpoint else None,
         "dtype": model.dtype.name if model.checkpoint else None,
         "remarks": model.remarks(),
-        "family": graph.attrs.get("family"),
+        "family": graph.attrs.get("family") if name is None else MODEL_TYPE,
+        "function": name,
         "layers": facts.layers,
         "stacks": facts.stacks,
         "nodes": len(graph),
@@ -83,7 +85,8 @@ def inspection(model: Model) -> JsonDict:
         },
         "sequence_lengths": facts.sequence.lengths,
         "ffn_blocks": _blocks(find_ffn_blocks(graph)),
-        "targets": _targets(graph),
+        # A function is no model of a family, with blocks or without.
+        "targets": {} if name is not None else _targets(graph),
     }
 
 
@@ -125,8 +128,10 @@ def inspection_text(data: JsonDict) -> str:
     # A model of images takes no tokens, and all of its sizes are fixed.
     one, length = ("token", f"of {lengths} tokens") if lengths else ("input", "of fixed length")
     counted = data["flops_per_sequence_counted"]
+    of_function = f"the blocks of a JAX function, `{data['function']}`"
     rows = [
-        f"{data['source']}: {data['family']}, {data['layers']} layers"
+        f"{data['source']}: "
+        + (of_function if data["function"] else f"{data['family']}, {data['layers']} layers")
         + (stacks if data["stacks"] else "")
         + (f", {data['format']}, {data['dtype']}" if data["format"] else ", no weights"),
         *(f"  remark      {r}" for r in data["remarks"]),
@@ -139,9 +144,18 @@ def inspection_text(data: JsonDict) -> str:
         "the graph",
         f"  FFN blocks  {blocks['found']} found, {blocks['convertible']} can be upcycled",
         *(f"    not {r['where']}: {r['reason']}" for r in _some(blocks["refused"])),
-        "  targets",
     ]
-    return "\n".join([*rows, *_target_rows(data["targets"])])
+    return "\n".join([*rows, *_ending(data)])
+
+
+def _ending(data: JsonDict) -> Iterator[str]:
+    """Yield who takes the model."""
+    if data["function"]:
+        yield "  counted     the blocks alone: what stayed JAX is no part of the graph"
+        yield "  read by     moecc.jax.load: the parameters, for the function in your program"
+        return
+    yield "  targets"
+    yield from _target_rows(data["targets"])
 
 
 def _target_rows(targets: JsonDict) -> Iterator[str]:

@@ -8,12 +8,22 @@ from pathlib import Path
 from moecc.checkpoint.folder import CONFIG_NAME as CONFIG_NAME
 from moecc.checkpoint.jsonfile import read_json_object
 from moecc.errors import MoeccError
+from moecc.ir.graph import Graph
 
 GRAPH_NAME = "graph.moe"
 MODEL_TYPE = "jax_function"
 """What its ``config.json`` calls it."""
 
+GRAPH = "jax"
+"""The name of the graph of its blocks."""
+
 _MAX_CONFIG_BYTES = 16 << 20
+
+
+def function_name(graph: Graph) -> str | None:
+    """Return the function whose blocks a graph has, or None where it is of a family."""
+    name = graph.attrs.get("function")
+    return str(name) if graph.name == GRAPH and name is not None else None
 
 
 def is_function_folder(path: str | os.PathLike[str]) -> bool:

@@ -19,7 +19,7 @@ from moecc.checkpoint.run.layout import GRAPH, split_reference
 from moecc.errors import InputError, Problem, UnknownName, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.model.checkpoint_names import names_from_file
-from moecc.model.function_folder import is_function_folder
+from moecc.model.function_folder import function_name, is_function_folder
 from moecc.presets import PREFIX, preset_config
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
@@ -62,6 +62,8 @@ class Model(AbstractContextManager["Model"]):
         if not unread:
             return found
         shown = ", ".join(unread[:4]) + (f" and {len(unread) - 4} more" if len(unread) > 4 else "")
+        if function_name(self.graph) is not None:
+            return [*found, f"outside of the blocks: {shown}"]
         return [*found, f"no part of the graph, and not converted: {shown}"]
 
     def warnings(self) -> list[str]:

@@ -105,7 +105,14 @@ def test_the_commands_read_the_folder(folder: Path, capsys: Any) -> None:
 
     assert main(["inspect", str(folder), "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert "layers.0" in str(found)
+    assert (found["family"], found["function"]) == ("jax_function", "function")
+    assert found["ffn_blocks"]["found"] == 3
+    assert found["targets"] == {}
+    assert main(["inspect", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "the blocks of a JAX function, `function`" in text
+    assert "outside of the blocks: steps, bias" in text
+    assert "None" not in text
     assert main(["verify", str(folder)]) == 0
     assert "match the manifest" in capsys.readouterr().out
     assert main(["opt", str(folder / "graph.moe"), "-p", "canonicalize"]) == 0

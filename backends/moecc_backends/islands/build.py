@@ -7,6 +7,7 @@ from typing import Any
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
+from moecc.model.function_folder import GRAPH
 from moecc.types.dtypes import F32
 from moecc.types.tensor import Axis, TensorType
 from moecc_backends.islands.blocks import OUTER
@@ -42,7 +43,7 @@ def build_graph(survey: Survey, *, name: str, is_causal: bool, labels: Mapping[V
     """
     sites = survey.first_sites()
     blocks = [(one, sites[key]) for key, one in survey.instances().items()]
-    graph = Graph("jax", {"function": name})
+    graph = Graph(GRAPH, {"function": name})
     if is_causal:
         graph.attrs["causal_inputs"] = [input_name(one.loc) for one, _ in blocks]
     sizes: dict[tuple[str, int], str] = {}
