@@ -20,7 +20,7 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moecc.tasks.bisect import Bisection
+    from moecc.tasks.bisection import Bisection
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,12 @@ def bisect(request: BisectRequest) -> None:
 def bisection_text(found: Bisection) -> str:
     """Return a human-readable bisection."""
     from moecc.pipeline.text import format_pass
+    from moecc.tasks.bisection import PASS
 
-    rows = [f"failure  {found.failure}"]
+    rows = [f"failure  {found.failure}", f"step     {found.step}"]
     if found.item is not None:
-        rows.append(f"pass     {found.number}, {format_pass(found.item)}")
+        seen = "" if found.step == PASS else "first seen after "
+        rows.append(f"pass     {seen}{found.number}, {format_pass(found.item)}")
     if found.rewrite:
         which, of = found.rewrites
         rows.append(f"rewrite  {found.rewrite} ({which} of {of})")

@@ -4,6 +4,7 @@ from moecc.rewrite.driver import RewriteLimitError as RewriteLimitError
 from moecc.rewrite.driver import RewriteResult as RewriteResult
 from moecc.rewrite.driver import RuleStats as RuleStats
 from moecc.rewrite.driver import find as find
+from moecc.rewrite.driver import may_rewrite as may_rewrite
 from moecc.rewrite.driver import rewrite as rewrite
 from moecc.rewrite.match import Match as Match
 from moecc.rewrite.match import Misses as Misses

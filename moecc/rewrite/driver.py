@@ -50,10 +50,10 @@ class RewriteWatch:
         """Whether no more rewrites are to be made."""
         return self.limit is not None and self.done >= self.limit
 
-    def note(self, origin: str, root: Node) -> None:
+    def note(self, origin: str, root: Node | str) -> None:
         """Count a rewrite, before it is made."""
         self.done += 1
-        self.last = f"{origin} at {format_node(root)}"
+        self.last = f"{origin} at {root if isinstance(root, str) else format_node(root)}"
 
 
 _watch: ContextVar[RewriteWatch | None] = ContextVar("rewrite watch", default=None)
@@ -68,6 +68,24 @@ def rewrites_watched(limit: int | None = None) -> Iterator[RewriteWatch]:
         yield watch
     finally:
         _watch.reset(token)
+
+
+def may_rewrite(origin: str, root: Node | str) -> bool:
+    """Whether a pass that does not rewrite by rules may make its next change, which is counted.
+
+    It always may, unless `rewrites_watched` looks for the change that is wrong.
+
+    Args:
+      origin: the name of the pass.
+      root: what is changed: a node, or where in the model it is.
+    """
+    watch = _watch.get()
+    if watch is None:
+        return True
+    if watch.is_spent:
+        return False
+    watch.note(origin, root)
+    return True
 
 
 class RewriteLimitError(InputError):

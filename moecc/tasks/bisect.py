@@ -2,63 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
 from moecc.pipeline.blame import KNOWN
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.runner import run_pass
-from moecc.pipeline.text import Pipeline, format_pass
+from moecc.pipeline.text import Pipeline
 from moecc.rewrite.driver import RewriteWatch, rewrites_watched
-from moecc.tasks.failures import COMPARED, RUN, Failure, PromiseTest
-from moecc.tasks.value_gaps import Gap, gap, values_of, weight_gap, xla_gap
-
-
-@dataclass(frozen=True)
-class Bisection:
-    """The result of `bisect`.
-
-    Attributes:
-      failure: what fails.
-      number: the number of the first pass that is wrong, from 1; 0 if no pass is to blame.
-      item: that pass.
-      rewrite: the first wrong rewrite, pass and rule and the line it replaced; empty for a pass
-        that does not rewrite by rules.
-      rewrites: which of the rewrites of the pass that is, from 1, and how many there are.
-      gap: the first value that differs, with its node.
-    """
-
-    failure: Failure
-    number: int = 0
-    item: Pass | None = None
-    rewrite: str = ""
-    rewrites: tuple[int, int] = (0, 0)
-    gap: Gap | None = None
-
-    def as_dict(self) -> dict[str, object]:
-        """Return it as JSON values."""
-        found = self.gap
-        return {
-            "kind": self.failure.kind,
-            "text": self.failure.text,
-            "pass": {"number": self.number, "text": format_pass(self.item)} if self.item else None,
-            "rewrite": {
-                "text": self.rewrite,
-                "number": self.rewrites[0],
-                "of": self.rewrites[1],
-            }
-            if self.rewrite
-            else None,
-            "value": {
-                "where": found.place,
-                "expected": str(found.expected),
-                "found": str(found.found),
-            }
-            if found
-            else None,
-        }
+from moecc.tasks.bisect_compared import bisect_compared
+from moecc.tasks.bisection import PASS, Bisection
+from moecc.tasks.failures import COMPARED, Failure, PromiseTest
+from moecc.tasks.value_gaps import Gap, gap, values_of
 
 
 def bisect(
@@ -78,7 +33,7 @@ def bisect(
     """
     context = context or Context()
     if compare in COMPARED:
-        return _compared(graph, pipeline, context, compare)
+        return bisect_compared(graph, pipeline, context, compare)
     before = clone(graph)
     for number, item in enumerate(pipeline, 1):
         failure = PromiseTest(context)(before, Pipeline((item,)))
@@ -88,16 +43,6 @@ def bisect(
     raise InputError("no pass breaks its promise, crashes or leaves an invalid graph here")
 
 
-def _compared(graph: Graph, pipeline: Pipeline, context: Context, compare: str) -> Bisection:
-    after = clone(graph)
-    for number, item in enumerate(pipeline, 1):
-        run_pass(after, item, context, number)
-    found = xla_gap(after) if compare == RUN else weight_gap(after)
-    if found is None:
-        raise InputError("all values are as they should be", where=f"--compare {compare}")
-    return Bisection(Failure(compare, "", str(found)), gap=found)
-
-
 def _within(
     before: Graph, item: Pass, number: int, failure: Failure, context: Context
 ) -> Bisection:
@@ -105,7 +50,7 @@ def _within(
     last = _watched(before, item, context, None).done
     low, high = 0, last  # nothing is wrong after `low` rewrites, and something after `high`
     if last == 0 or _fails(before, item, 0, failure, context):
-        return Bisection(failure, number, item, gap=_first_gap(before, item, None, context))
+        return Bisection(failure, PASS, number, item, gap=_first_gap(before, item, None, context))
     while high - low > 1:
         middle = (low + high) // 2
         if _fails(before, item, middle, failure, context):
@@ -113,9 +58,8 @@ def _within(
         else:
             low = middle
     watch = _watched(before, item, context, high)
-    return Bisection(
-        failure, number, item, watch.last, (high, last), _first_gap(before, item, high, context)
-    )
+    first = _first_gap(before, item, high, context)
+    return Bisection(failure, PASS, number, item, watch.last, (high, last), first)
 
 
 def _watched(before: Graph, item: Pass, context: Context, limit: int | None) -> RewriteWatch:

@@ -8,7 +8,7 @@ rounding: two scalings are merged only where that is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
@@ -99,13 +99,30 @@ def simplify(expr: Expr) -> Expr:
     return expr
 
 
+def steps(expr: Expr) -> Iterator[tuple[str, Expr, Expr]]:
+    """Yield what `simplify` does to an expression: the name of a rule, before and after it."""
+    for operand in expr.operands:
+        yield from steps(operand)
+    below = expr.with_operands(*map(simplify, expr.operands))
+    found = _by_rule(below)
+    if found is not None:
+        yield (found[0].__name__, below, found[1])
+        yield from steps(found[1])
+
+
 def _step(expr: Expr) -> Expr:
     below = expr.with_operands(*map(simplify, expr.operands))
     if below is not expr:
         return below
+    found = _by_rule(expr)
+    return expr if found is None else found[1]
+
+
+def _by_rule(expr: Expr) -> tuple[Rule, Expr] | None:
+    """Return the first rule that changes an expression, and what it makes of it."""
     for rule in RULES.get(expr.__class__, ()):
         made = rule(expr)
         if made is not None and made is not expr:
             assert made.type == expr.type, f"{rule.__name__}: {expr} : {expr.type} to {made.type}"
-            return made
-    return expr
+            return rule, made
+    return None

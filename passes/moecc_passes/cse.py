@@ -9,6 +9,7 @@ from typing import ClassVar
 from moecc.ir.graph import Graph, Node
 from moecc.ir.replace import replace_value
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult
+from moecc.rewrite.driver import may_rewrite
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class CsePass(Pass):
                 a.type != b.type for a, b in zip(same.results, node.results, strict=True)
             ):
                 continue
+            if not may_rewrite(self.name, node):
+                break
             for old, new in zip(node.results, same.results, strict=True):
                 replace_value(old, new)
             node.erase()

@@ -95,6 +95,7 @@ def test_a_wrong_rule_is_reduced_and_found(moecc: Moecc, scaled: Path, wrong_rul
     graph = reduced(moecc, scaled, *passes)
     assert [node.op.name for node in graph] == ["scale", "scale"]
     found = bisected(moecc, scaled, *passes)
+    assert found["step"] == "pass"
     assert found["pass"] == {"number": 2, "text": "canonicalize"}
     assert found["rewrite"]["text"].startswith("canonicalize/scale-of-scale at %")
     assert "{by=0.25}" in found["rewrite"]["text"]
@@ -120,6 +121,7 @@ def test_wrong_experts_are_reduced_and_found(
     passes = ("-p", "canonicalize,upcycle{experts=4 top-k=2},dce")
     found = bisected(moecc, model, *passes)
     assert found["pass"] == {"number": 2, "text": "upcycle{experts=4}"}
+    assert found["rewrite"] == {"text": "upcycle at layers.1.ffn", "number": 2, "of": 3}
     assert "@layers.1.ffn" in found["value"]["where"]
     graph = reduced(moecc, model, *passes)
     assert sum(node.op.is_product for node in graph) == 3
@@ -137,18 +139,15 @@ def test_a_wrong_lowering_is_reduced_and_found(
 
     def wrong(ctx: Any, node: Any, x: Any) -> Any:
         made = right.function(ctx, node, x)
-        return (
-            replace(made, array=made.array * (1 + 1e-6))
-            if ".1." in node.loc or not node.loc
-            else made
-        )
+        return replace(made, array=made.array * (1 + 1e-6))
 
     monkeypatch.setitem(LOWERINGS, "silu", replace(right, function=wrong))
     graph = reduced(moecc, model, "-p", "canonicalize", "--compare", "run")
     assert [node.op.name for node in graph] == ["silu"]
     found = bisected(moecc, model, "-p", "canonicalize", "--compare", "run")
+    assert (found["step"], found["pass"], found["rewrite"]) == ("lowering", None, None)
     assert " = silu %" in found["value"]["where"]
-    assert "@layers.1.ffn" in found["value"]["where"]
+    assert "@layers.0.ffn" in found["value"]["where"]
 
 
 # --- in a rule for weights
@@ -165,6 +164,9 @@ def test_a_wrong_weight_rule_is_reduced_and_found(
     monkeypatch.setitem(simplifier.RULES, Scale, (dropped,))
     passes = ("-p", "upcycle{experts=4 top-k=4 granularity=2},dce", "--compare", "weights")
     found = bisected(moecc, model, *passes)
+    assert found["step"] == "simplifier"
+    assert found["pass"] == {"number": 1, "text": "upcycle{experts=4 top-k=4 granularity=2}"}
+    assert re.match(r"dropped at scale\(.*, 2\.0\)$", found["rewrite"]["text"])
     assert re.match(r"%model.layers.0.mlp.(up|down|gate)_proj.weight", found["value"]["where"])
     graph = reduced(moecc, model, *passes)
     assert len(graph) == 0
@@ -189,6 +191,7 @@ def test_a_wrong_writer_is_reduced_and_found(
     monkeypatch.setattr(writer, "_bytes", wrong)
     passes = ("-p", "upcycle{experts=4 top-k=2}", "--compare", "weights")
     found = bisected(moecc, model, *passes)
+    assert (found["step"], found["pass"], found["rewrite"]) == ("evaluator or writer", None, None)
     assert "%model.layers.0.self_attn.q_proj.weight" in found["value"]["where"]
     graph = reduced(moecc, model, *passes)
     assert len(graph) == 0

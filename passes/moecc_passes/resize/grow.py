@@ -10,6 +10,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.gates import convention
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
+from moecc.rewrite.driver import may_rewrite
 from moecc.weights.expr import Expr
 from moecc_passes.resize.anatomy import Anatomy, anatomies
 from moecc_passes.resize.rebuild import resize
@@ -60,6 +61,8 @@ class GrowPass(Pass):
         if problems:
             raise InputError(problems)
         for layer in layers:
+            if not may_rewrite(self.name, layer.name):
+                break
             # Copies share a probability, and have a sigmoid each.
             sums = convention(layer.attrs.gates)
             shared = sums.renormalised or sums.score == "softmax"

@@ -10,6 +10,7 @@ from moecc.errors import InputError, Problem
 from moecc.ir.gates import convention
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
+from moecc.rewrite.driver import may_rewrite
 from moecc.weights.expr import Expr
 from moecc_passes.resize.anatomy import Anatomy, anatomies, members
 from moecc_passes.resize.rebuild import mean, resize
@@ -61,6 +62,8 @@ class MergePass(Pass):
             raise InputError(problems)
         promises = [self._promise(layer) for layer in layers]
         for layer in layers:
+            if not may_rewrite(self.name, layer.name):
+                break
             row = convention(layer.attrs.gates)
             factor = 1.0 if row.renormalised or row.score == "softmax" else float(self.size)
             top_k = max(layer.attrs.top_k // self.size, 1)

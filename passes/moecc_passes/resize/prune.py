@@ -11,6 +11,7 @@ import numpy as np
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark
+from moecc.rewrite.driver import may_rewrite
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.resize.anatomy import Anatomy, anatomies
@@ -72,6 +73,8 @@ class PrunePass(Pass):
         if problems:
             raise InputError(problems)
         for layer in layers:
+            if not may_rewrite(self.name, layer.name):
+                break
             kept = self._kept(layer, ctx.seed)
 
             def chosen(parts: list[Expr], kept: tuple[int, ...] = kept) -> list[Expr]:

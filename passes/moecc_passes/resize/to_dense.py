@@ -12,6 +12,7 @@ from moecc.ir.attributes import ProductAttrs
 from moecc.ir.gates import convention
 from moecc.ir.graph import Graph, Value
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
+from moecc.rewrite.driver import may_rewrite
 from moecc.weights.arithmetic import Add
 from moecc.weights.expr import Expr, Full
 from moecc.weights.movement import Concat
@@ -74,6 +75,8 @@ class ToDensePass(Pass):
             raise InputError(problems)
         promises = [self._promise(layer) for layer in layers]
         for layer in layers:
+            if not may_rewrite(self.name, layer.name):
+                break
             total = _gate_sum(layer)
             make_dense(graph, layer, partial(self._weight, self._chosen(layer), total))
             ctx.remark(Remark(layer.name, f"{layer.experts} experts became one dense block"))

@@ -10,6 +10,7 @@ from moecc.analysis.ffn import FFNBlock, find_ffn_blocks
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, ReadWeight
+from moecc.rewrite.driver import may_rewrite
 from moecc.rewrite.match import NearMiss
 from moecc.weights.branches import BASE
 from moecc_passes.routed import causal_values
@@ -130,6 +131,8 @@ class UpcyclePass(UpcycleOptions, Pass):
         result.stats = {"blocks found": len(search.blocks), "blocks converted": len(chosen)}
         promises = []
         for block in chosen:
+            if not may_rewrite(self.name, block.loc):
+                break
             promises.append(self._contract(block, ctx.read).preserves)
             rewrite_block(graph, block, recipe(self, block, ctx.seed))
         if chosen and self.rest == "mean":
