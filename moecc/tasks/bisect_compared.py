@@ -52,7 +52,7 @@ def bisect_compared(graph: Graph, pipeline: Pipeline, context: Context, compare:
 def _first(graphs: Sequence[Graph], compare: str) -> tuple[int, Gap]:
     """Return the number of the first graph that has a gap, which the last one has, and the gap."""
     for number, graph in enumerate(graphs):
-        # What cannot be compared before a pass may be after it.
+        # Before some pass a graph may have values that no backend computes.
         with suppress(InputError):
             found = _gap(graph, compare)
             if found is not None:

@@ -120,12 +120,18 @@ def _number(value: object, form: str) -> str:
 
 def _engines(stated: Mapping[str, object]) -> str:
     rows = _objects(stated.get("engines"))
-    runs = [f"{e.get('engine')} {e.get('version')}" for e in rows if e.get("runs")]
+    runs = [_release(str(e.get("engine")), str(e.get("version"))) for e in rows if e.get("runs")]
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
         return "moecc"
     text = ", ".join(runs) if runs else "moecc alone"
     return f"{text}; not in {', '.join(others)}" if others else text
+
+
+def _release(engine: str, version: str) -> str:
+    """Return an engine and its version, ``transformers 5`` and ``5.1.0`` as one."""
+    name, _, major = engine.rpartition(" ")
+    return f"{name} {version}" if name and version.startswith(major) else f"{engine} {version}"
 
 
 def _objects(value: object) -> list[dict[str, object]]:

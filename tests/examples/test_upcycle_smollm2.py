@@ -12,6 +12,7 @@ from moecc.cli.main import main
 from moecc.errors import MachineError
 from moecc.ir import parse, verify
 from moecc.model.open import open_model
+from moecc.tasks.receipt import receipt_lines
 
 from .loading import load
 
@@ -75,3 +76,18 @@ def test_an_extra_ffn_and_a_multiplicative_bias(
     for place in places:
         assert f"{place}.expert_bias" in names
         assert f"model.{place.removesuffix('ffn')}mlp.down_proj.weight.extra" in names
+
+
+def test_the_receipt_that_the_docs_quote(source: Path, tmp_path: Path) -> None:
+    out, root = tmp_path / "SmolLM2-8x", Path(__file__).parents[2]
+    options = ["--to", "mixtral", "--dtype", "bf16", "--verify"]
+    words = ["convert", str(source), str(out), "-p", "upcycle{experts=8 top-k=2}", *options]
+    assert main(words) == 0
+    made = json.loads((out / "moecc_receipt.json").read_text("utf-8"))
+    quoted = json.loads((root / "docs/proofs/receipt_smollm2.json").read_text("utf-8"))
+    for name in ("promised", "checked", "unchecked", "engines"):
+        assert made[name] == quoted[name]
+    measured, was = made["verified"]["difference"], quoted["verified"]["difference"]
+    assert measured["max_relative"] == pytest.approx(was["max_relative"], rel=0.5)
+    card = (out / "README.md").read_text("utf-8")
+    assert all(f"- {line.split(';')[0]}" in card for line in receipt_lines(quoted))
