@@ -60,10 +60,11 @@ def inspection(model: Model) -> JsonDict:
     from moecc.families.describe import describe
     from moecc.families.flops import CONVENTION
     from moecc.ir.unroll import unrolled
+    from moecc.ir.without_opaque import without_opaque
     from moecc.model.function_folder import MODEL_TYPE, function_name
 
     # Repeated layers count once per repetition.
-    graph = unrolled(model.graph)
+    graph = unrolled(without_opaque(model.graph))
     facts, name = describe(graph), function_name(graph)
     return {
         "source": model.name,

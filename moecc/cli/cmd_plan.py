@@ -130,6 +130,7 @@ def planned(request: PlanRequest) -> Report:
       InputError: the model or a pass on it is invalid, or nothing fits.
     """
     from moecc.cli.pipelines import read_pipeline
+    from moecc.ir.without_opaque import without_opaque
     from moecc.model.open import open_model
     from moecc.pipeline.runner import run_pipeline
     from moecc.tasks.plan_step import StepRequest, check_step, plan_step
@@ -143,7 +144,7 @@ def planned(request: PlanRequest) -> Report:
     check_step(request.machine, step)
     with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)
-        graph = opened.graph
+        graph = without_opaque(opened.graph)
     return plan_step(graph, request.model, request.machine, step)
 
 

@@ -241,6 +241,15 @@ class ConstantAttrs(View):
     dtype: str
 
 
+class JaxAttrs(View):
+    """Attributes of ``jax``."""
+    operations = frozenset({"jax"})
+    into: Sizes
+    dtype: str
+    equations: int
+    lines: str
+
+
 class FoldKeyAttrs(View):
     """Attributes of ``fold_key``."""
     operations = frozenset({"fold_key"})

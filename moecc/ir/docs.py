@@ -30,6 +30,7 @@ GROUPS = (
     ("Caches", "caches"),
     ("Chunks", "chunks"),
     ("Repetition", "repetition"),
+    ("Regions of JAX", "opaque"),
 )
 """Headings, and the module of `moecc.ir.table` whose rows are listed under each."""
 

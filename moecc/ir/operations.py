@@ -206,6 +206,16 @@ class Operations(ElementwiseOperations):
         """A scalar constant."""
         return self.node("constant", names=names_of(name), value=value, dtype=dtype).result
 
+    def jax(
+        self, x: Value, /, *more: Value, into: Sizes, dtype: str = "f32", equations: int = 0,
+        lines: str = "", name: str | None = None
+    ) -> Value:
+        """A part of a function of JAX, which only the function itself can compute."""
+        return self.node(
+            "jax", x, *more, names=names_of(name), into=into, dtype=dtype, equations=equations,
+            lines=lines
+        ).result
+
     def fold_key(self, key: Value, /, *, by: int, name: str | None = None) -> Value:
         """Another key, made of a key and a number; keys of different numbers are independent."""
         return self.node("fold_key", key, names=names_of(name), by=by).result

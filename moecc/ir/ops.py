@@ -104,6 +104,7 @@ class OpDef:
       assigns_slots: whether its last result holds the slot of each choice.
       moves: whether it moves tokens to the slots of experts, or back.
       roles: the role of a parameter in each operand; operands not listed expect no parameter.
+      opaque: whether only another program can compute it, so that no backend runs it.
     """
 
     name: str
@@ -135,6 +136,7 @@ class OpDef:
     assigns_slots: bool = False
     moves: RowMove | None = None
     roles: tuple[Role, ...] = ()
+    opaque: bool = False
 
     @property
     def liftable(self) -> bool:

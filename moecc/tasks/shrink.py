@@ -17,6 +17,7 @@ from moecc.errors import InputError
 from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.operand import Attrs
 from moecc.ir.traits import Cut, Product
+from moecc.ir.without_opaque import without_opaque
 from moecc.support.untyped import JsonDict
 from moecc.types.tensor import Axis, TensorType
 
@@ -42,6 +43,7 @@ def reduced(graph: Graph) -> Graph:
     Raises:
       InputError: the graph is not reducible, with the reason.
     """
+    graph = without_opaque(graph)
     again = _from_config(graph)
     if again is not None:
         return again

@@ -196,6 +196,7 @@ def test_operations_without_a_rule_say_themselves_where_results_lie() -> None:
     assert {n for n, entry in OPS.items() if entry.sharding is None} == {
         *COLLECTIVES,
         "scan",
+        "jax",
         *("constant", "fold_key"),  # what has no axes
     }
     # What comes out of a scan lies where its body says.

@@ -6,7 +6,7 @@ The second half changes every trait of every row, one at a time, and each change
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from math import prod
 
@@ -16,7 +16,7 @@ from moecc_backends.reference.backend import ReferenceBackend
 from moecc_backends.reference.devices import simulate
 
 from moecc.errors import InputError
-from moecc.ir import OPS
+from moecc.ir import F32, OPS, Graph, tensor
 from moecc.ir.ops import OpDef, mixes_none
 from moecc.ir.table.sharding import by_place
 from moecc.ir.traits import (
@@ -36,6 +36,9 @@ from .operations import Function, applied, sample
 
 WRONG = (AssertionError, ValueError, IndexError, ZeroDivisionError, InputError)
 """What a wrong row leads to: a trait that differs, or a meaning that cannot be evaluated so."""
+
+KNOWN = sorted(name for name, entry in OPS.items() if not entry.opaque)
+"""Operations with a meaning that can be evaluated."""
 
 Check = Callable[[OpDef], None]
 
@@ -223,7 +226,7 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize("name", KNOWN)
 def test_what_a_row_says_is_what_the_meaning_does(name: str) -> None:
     for check in CHECKS:
         check(OPS[name])
@@ -332,7 +335,24 @@ def _is_found(mutant: OpDef) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize("name", KNOWN)
 def test_every_other_row_is_refuted(name: str) -> None:
     alive = [what for what, mutant in mutants(OPS[name]) if not _is_found(mutant)]
     assert not alive
+
+
+def test_what_is_opaque_has_no_meaning_and_no_trait_but_to_mix_all() -> None:
+    (name,) = set(OPS) - set(KNOWN)
+    entry = OPS[name]
+    plain = OpDef(entry.name, entry.doc, entry.operands, entry.infer)
+    graph = Graph()
+    x = graph.input("x", tensor(F32, a=2, b=3))
+    node = graph.append(name, [x], {"into": (("c", 4),)})
+    graph.set_output("y", node.result)
+    assert set(entry.mixes(node.operands, node.attrs)) == {"a", "b"}
+    stated = ("attrs", "results", "mixes", "variadic", "opaque")
+    for trait in fields(OpDef):
+        if trait.name not in stated:
+            assert getattr(entry, trait.name) == getattr(plain, trait.name)
+    with pytest.raises(InputError, match="computed by its function alone"):
+        ReferenceBackend().compile(graph).run({}, {"x": np.ones((2, 3))})

@@ -108,12 +108,3 @@ def test_other_functions_and_other_batches(moe: Any) -> None:
     assert whole.shape == (3, 5, decoder.VOCAB)
     one = moe(lambda p, t: decoder.model(p, t[None])[0], dispatch="gathered")
     assert apart(whole, jax.jit(jax.vmap(one, (None, 0)))(params, many)) < 1e-5
-
-
-def test_the_graph_before_any_pass(dense: Any) -> None:
-    made = mx.graph(decoder.loss, dense, decoder.tokens(), tokens={"tokens": ("batch", "seq")})
-    assert [n.op.name for n in made] == ["contract", "silu", "contract", "mul", "contract"] * 2
-    assert list(made.outputs) == ["y.layers.0.mlp", "y.layers.1.mlp"]
-    assert mx.graph(decoder.loss, dense, decoder.tokens()).inputs["x.layers.0.mlp"].type.names == (
-        "batch", "seq", "embed",
-    )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from moecc.ir.builder import Builder
 from moecc.ir.graph import Graph, Value
@@ -30,7 +30,60 @@ def output_name(loc: str) -> str:
     return f"y.{loc}"
 
 
-def build_graph(survey: Survey, *, name: str, is_causal: bool, labels: Mapping[Val, Dims]) -> Graph:
+class Around(Protocol):
+    """What is between the blocks of a graph."""
+
+    def order(self, locs: Sequence[str]) -> Sequence[str]:
+        """Return the blocks in the order in which they run."""
+        ...
+
+    def begin(self, graph: Graph) -> None:
+        """Add what is before all blocks."""
+        ...
+
+    def enter(self, graph: Graph, loc: str, type: TensorType) -> Value:
+        """Add the input of a block."""
+        ...
+
+    def leave(self, graph: Graph, loc: str, value: Value) -> None:
+        """Take the output of a block."""
+        ...
+
+    def end(self, graph: Graph) -> None:
+        """Add what is behind all blocks."""
+        ...
+
+
+class Alone:
+    """Nothing is: each block has an input and an output of the graph."""
+
+    def order(self, locs: Sequence[str]) -> Sequence[str]:
+        """Return the blocks as they are: none depends on another."""
+        return locs
+
+    def begin(self, graph: Graph) -> None:
+        """Add nothing."""
+
+    def enter(self, graph: Graph, loc: str, type: TensorType) -> Value:
+        """Add an input."""
+        return graph.input(input_name(loc), type)
+
+    def leave(self, graph: Graph, loc: str, value: Value) -> None:
+        """Add an output."""
+        graph.set_output(output_name(loc), value)
+
+    def end(self, graph: Graph) -> None:
+        """Add nothing."""
+
+
+def build_graph(
+    survey: Survey,
+    *,
+    name: str,
+    is_causal: bool,
+    labels: Mapping[Val, Dims],
+    around: Around | None = None,
+) -> Graph:
     """Return the blocks as one graph.
 
     Parameters are named after leaves, and their weights are read from them.
@@ -40,18 +93,22 @@ def build_graph(survey: Survey, *, name: str, is_causal: bool, labels: Mapping[V
       name: of the function.
       is_causal: whether no token may depend on later ones.
       labels: which dimensions of values are which axes of tokens, as far as that is known.
+      around: what is between the blocks; by default `Alone`.
     """
     sites = survey.first_sites()
-    blocks = [(one, sites[key]) for key, one in survey.instances().items()]
-    graph = Graph(GRAPH, {"function": name})
-    if is_causal:
-        graph.attrs["causal_inputs"] = [input_name(one.loc) for one, _ in blocks]
+    graph, around = Graph(GRAPH, {"function": name}), around or Alone()
+    found = {one.loc: (one, sites[key]) for key, one in survey.instances().items()}
+    blocks = [found[loc] for loc in around.order(list(found))]
     sizes: dict[tuple[str, int], str] = {}
-    inputs = [_input(graph, input_name(one.loc), site, sizes, labels) for one, site in blocks]
-    for (one, site), x in zip(blocks, inputs, strict=True):
+    types = [_input_type(site, sizes, labels) for _, site in blocks]
+    around.begin(graph)
+    for (one, site), type in zip(blocks, types, strict=True):
+        x = around.enter(graph, one.loc, type)
         params = [_param(graph, one, i) for i in range(len(one.params))]
-        made = _emit(Builder(graph, loc=one.loc), site, x, params)
-        graph.set_output(output_name(one.loc), made)
+        around.leave(graph, one.loc, _emit(Builder(graph, loc=one.loc), site, x, params))
+    around.end(graph)
+    if is_causal:
+        graph.attrs["causal_inputs"] = list(graph.inputs)
     return graph
 
 
@@ -68,13 +125,9 @@ def token_axes(site: Site, labels: Mapping[Val, Dims]) -> tuple[str, ...]:
     return tuple(unique(n or f"axis{i}" for i, n in enumerate(named)))
 
 
-def _input(
-    graph: Graph,
-    name: str,
-    site: Site,
-    sizes: dict[tuple[str, int], str],
-    labels: Mapping[Val, Dims],
-) -> Value:
+def _input_type(
+    site: Site, sizes: dict[tuple[str, int], str], labels: Mapping[Val, Dims]
+) -> TensorType:
     island = site.island
     shape = [n for i, n in enumerate(island.x.shape) if i != island.outer]
     axes = []
@@ -83,7 +136,7 @@ def _input(
             sizes[axis, size] = _variable(axis, sizes)
         axes.append(Axis(axis, sizes[axis, size]))
     width = island.x.shape[island.outer]
-    return graph.input(name, TensorType(F32, (*axes, Axis(OUTER, width))))
+    return TensorType(F32, (*axes, Axis(OUTER, width)))
 
 
 def _variable(name: str, sizes: dict[tuple[str, int], str]) -> str:

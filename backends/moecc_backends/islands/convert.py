@@ -22,7 +22,7 @@ from moecc_backends.islands.build import build_graph
 from moecc_backends.islands.call import BESIDE, TREE, State
 from moecc_backends.islands.conversion import Conversion
 from moecc_backends.islands.find import Miss
-from moecc_backends.islands.functions import ParamTree, leaves_of, trace_function
+from moecc_backends.islands.functions import ParamTree, Traced, leaves_of, trace_function
 from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.partkeys import part_key
@@ -33,6 +33,7 @@ from moecc_backends.islands.scopes import Val
 from moecc_backends.islands.settle import settle, steps_of
 from moecc_backends.islands.sites import Instance, Key, Survey, survey
 from moecc_backends.islands.storage import Storage, plan_storage
+from moecc_backends.islands.surroundings import surroundings
 from moecc_backends.islands.tokens import refuse_mixing, token_labels
 from moecc_backends.islands.uses import uses
 from moecc_backends.islands.views import Leaf
@@ -79,7 +80,7 @@ def convert(
         args = tuple(given)
     passes = _parsed(pipeline)
     tree, arrays = ParamTree.of(params)
-    found, labels = _surveyed(function, (tree, arrays), (args, kwargs), tokens or {})
+    _, found, labels = _surveyed(function, (tree, arrays), (args, kwargs), tokens or {})
     name, instances = _name(function), found.instances()
     graph = build_graph(found, name=name, is_causal=causal, labels=labels)
     locations = [i.loc for i in instances.values()]
@@ -106,13 +107,17 @@ def graph(
     causal: bool = True,
     **kwargs: PyTree,
 ) -> Graph:
-    """Return the blocks of a function as one graph, before any pass; arguments as of `convert`.
+    """Return a function as a graph: its blocks, and all else as regions of JAX.
+
+    It is for looking at, and for passes and plans of the blocks: only the function itself can run.
+    Arguments are those of `convert`.
 
     Raises:
       InputError: the function cannot be traced, or has no such block.
     """
-    found, labels = _surveyed(function, ParamTree.of(params), (args, kwargs), tokens or {})
-    return build_graph(found, name=_name(function), is_causal=causal, labels=labels)
+    traced, found, labels = _surveyed(function, ParamTree.of(params), (args, kwargs), tokens or {})
+    around = surroundings(traced, found, labels)
+    return build_graph(found, name=_name(function), is_causal=causal, labels=labels, around=around)
 
 
 def _name(function: Function) -> str:
@@ -124,8 +129,8 @@ def _surveyed(
     params: tuple[ParamTree, Mapping[str, AnyArray]],
     arguments: tuple[Sequence[AnyArray], Mapping[str, AnyArray]],
     tokens: Mapping[str, Sequence[str]],
-) -> tuple[Survey, dict[Val, Dims]]:
-    """Return the blocks of a function, and the labels of its values.
+) -> tuple[Traced, Survey, dict[Val, Dims]]:
+    """Return a function traced, its blocks, and the labels of its values.
 
     Raises:
       InputError: the function cannot be traced, or has no such block.
@@ -139,7 +144,7 @@ def _surveyed(
     settle(found)
     if not found.sites:
         raise InputError([_no_block(function, found), *map(_near, found.misses)])
-    return found, labels
+    return traced, found, labels
 
 
 def _parsed(pipeline: object) -> Pipeline:
