@@ -1,4 +1,4 @@
-"""A checkpoint with branches beside it: further models of the same architecture, by name."""
+"""A checkpoint with others beside it: models of the same architecture, and statistics, by name."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ class SeveralCheckpoints(Closing):
     Attributes:
       base: the model that the branches stand beside.
       branches: the others, by name.
+      tables: what has tensors of its own, by name: statistics.
     """
 
-    def __init__(self, base: Checkpoint, branches: Mapping[str, Checkpoint]) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        branches: Mapping[str, Checkpoint],
+        tables: Mapping[str, Checkpoint] | None = None,
+    ) -> None:
         self.base = base
         self.branches = dict(branches)
+        self.tables = dict(tables or {})
         self.path: Path = base.path
         self.format = base.format
         self.config = base.config
@@ -38,11 +45,18 @@ class SeveralCheckpoints(Closing):
                 for name, info in checkpoint.tensors.items()
                 if name in base.tensors
             }
+            | {
+                name_in(table, name): replace(info, name=name_in(table, name))
+                for table, checkpoint in self.tables.items()
+                for name, info in checkpoint.tensors.items()
+            }
         )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows [start, stop) of the first axis of a tensor. Raises: as its checkpoint."""
         branch, tensor = branch_and_name(name)
+        if branch in self.tables:
+            return self.tables[branch].read(tensor, start, stop)
         if branch not in self.branches:
             return self.base.read(name, start, stop)
         found = self.branches[branch].read(tensor, start, stop)
@@ -85,20 +99,23 @@ class SeveralCheckpoints(Closing):
         own = {path.name: path for path in self.base.files()}
         others = {
             f"{branch}/{path.name}": path
-            for branch, checkpoint in self.branches.items()
+            for branch, checkpoint in (*self.branches.items(), *self.tables.items())
             for path in checkpoint.files()
         }
         return own | others
 
     def require_unchanged(self) -> None:
         """Raise InputError if a file of any changed since it was opened."""
-        for checkpoint in (self.base, *self.branches.values()):
+        for checkpoint in self._all():
             checkpoint.require_unchanged()
 
     def close(self) -> None:
         """Close the files of all."""
-        for checkpoint in (self.base, *self.branches.values()):
+        for checkpoint in self._all():
             checkpoint.close()
+
+    def _all(self) -> tuple[Checkpoint, ...]:
+        return (self.base, *self.branches.values(), *self.tables.values())
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
@@ -114,7 +131,7 @@ def branches_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def models_of(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
-    """Return the checkpoints that one consists of, by name; the first is the base."""
+    """Return all that one consists of, by name; the first is the base."""
     if isinstance(checkpoint, SeveralCheckpoints):
-        return {BASE: checkpoint.base, **checkpoint.branches}
+        return {BASE: checkpoint.base, **checkpoint.branches, **checkpoint.tables}
     return {BASE: checkpoint}

@@ -45,6 +45,10 @@ class ConvertRequest:
             help="A model like SOURCE, or a LoRA adapter of it, for upcycle's sources.",
         ),
     ] = None
+    capture: Annotated[
+        str | None,
+        typer.Option("--capture", metavar="DIR", help="Statistics of SOURCE, by moecc capture."),
+    ] = None
     padding_mask: PaddingMaskOption = False
     max_shard_bytes: Annotated[
         str, typer.Option("--max-shard-bytes", metavar="N", help="The limit of a shard.")
@@ -82,6 +86,7 @@ def convert(request: ConvertRequest) -> None:
     from moecc.cli.pipelines import read_pipeline
     from moecc.model.branches import add_branches, parse_branches
     from moecc.model.open import open_model
+    from moecc.model.statistics import add_statistics
     from moecc.support.parse_units import count_bytes
     from moecc.support.signals import signals_raised
     from moecc.tasks.convert import check_place, plan
@@ -92,11 +97,12 @@ def convert(request: ConvertRequest) -> None:
     passes = read_pipeline(request.pipeline, request.load or [])
     with signals_raised(), open_model(request.source, padding=request.padding_mask) as model:
         add_branches(model, branches)
+        statistics = add_statistics(model, request.capture)
         _say_of(model, request.source)
         planned = plan(
             model, passes, request.to, dtype=type, seed=request.seed,
             allow_unmatched=request.allow_unmatched, loaded=request.load or [],
-            check=not request.no_check,
+            check=not request.no_check, statistics=statistics,
         )  # fmt: skip
         data = planned.to_json()
         check_place(planned, out, force=request.force, resume=request.resume)

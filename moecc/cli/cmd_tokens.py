@@ -45,7 +45,10 @@ class TokensRequest:
         ),
     ]  # fmt: skip
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", metavar="FOLDER|bytes", help="Of the model, or bytes.")
+        str,
+        typer.Option(
+            "--tokenizer", metavar="MODEL|bytes", help="A folder or GGUF file with one, or bytes."
+        ),
     ]
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder to write.")]
     kind: Annotated[

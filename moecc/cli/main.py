@@ -51,6 +51,7 @@ SUMMARIES = {
     "evaluate": "Evaluate models on token folders, in pairs.",
     "report": "Write a page that compares runs.",
     "specialise": "Show which tokens tell each expert from others.",
+    "capture": "Take statistics of a model's values over texts.",
     "launch": "Run a command in several processes.",
     "passes": "List the passes, or show one.",
 }

@@ -15,7 +15,7 @@ from moecc.errors import InputError, Problem, UsageError
 from moecc.families.configs import ModelConfig, parse_config
 from moecc.ir.graph import Graph
 from moecc.model.open import Model, open_model
-from moecc.weights.branches import BASE
+from moecc.weights.branches import BASE, STATISTICS
 from moecc.weights.expr import sources
 
 TOKENIZER = "tokenizer.json"
@@ -24,6 +24,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _FREE = {"dtype", "extra", "max_position_embeddings", "router_aux_loss_coef",
          "router_jitter_noise", "output_router_logits"}  # fmt: skip
 """The fields of a config that models of one architecture may differ in."""
+
+_TAKEN = {BASE: "SOURCE itself", STATISTICS: "the statistics of --capture"}
 
 _SHOWN = 8
 """So many differing tensors of a branch are reported."""
@@ -41,8 +43,8 @@ def parse_branches(words: Sequence[str]) -> dict[str, str]:
         name, equals, place = word.partition("=")
         if not equals or not place or not _NAME.fullmatch(name):
             problems.append(Problem("not a model with a name", "--experts", "NAME=DIR", word))
-        elif name == BASE:
-            what = f"{BASE} is the name of SOURCE itself"
+        elif name in _TAKEN:
+            what = f"{name} is the name of {_TAKEN[name]}"
             problems.append(Problem(what, "--experts", "another name", word))
         elif name in found:
             problems.append(Problem("two models have the same name", "--experts", found=word))

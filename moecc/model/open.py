@@ -97,11 +97,13 @@ class Model(AbstractContextManager["Model"]):
         """The type that most elements of the checkpoint are stored in; float32 without one."""
         if self.checkpoint is None:
             return F32
-        counts: dict[str, int] = {}
-        for info in self.checkpoint.tensors.values():
-            counts[info.dtype.name] = counts.get(info.dtype.name, 0) + info.nbytes
         from moecc.types.dtypes import DTYPES
+        from moecc.weights.branches import is_statistic
 
+        counts: dict[str, int] = {}
+        for name, info in self.checkpoint.tensors.items():
+            if not is_statistic(name):
+                counts[info.dtype.name] = counts.get(info.dtype.name, 0) + info.nbytes
         return DTYPES[max(counts, key=lambda n: counts[n])] if counts else F32
 
 

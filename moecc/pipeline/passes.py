@@ -9,7 +9,7 @@ The docstring shows the graph before and after.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -27,6 +27,54 @@ class ReadWeight(Protocol):
 
     def __call__(self, weight: Expr) -> Array | None:
         """Return the value of a weight expression, or None where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of a model's values over texts, which `moecc capture` wrote.
+
+    Attributes:
+      texts: the names of the texts, in order.
+      shapes: the shapes of the statistics by name; None where they are not to be looked at, as on a
+        model at reduced sizes.
+    """
+
+    texts: Sequence[str]
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+
+    def problem(self, loc: str, wanted: Mapping[str, tuple[int, ...]]) -> Problem | None:
+        """Return what is wrong with the statistics at a location, or None.
+
+        Args:
+          loc: the location, ``layers.3.ffn``.
+          wanted: the shapes of the statistics that are needed, by their names there.
+        """
+        if self.shapes is None:
+            return None
+        for name, shape in wanted.items():
+            found = self.shapes.get(f"{loc}.{name}")
+            if found is None:
+                return Problem(
+                    f"the statistics have no {name} of this location",
+                    loc,
+                    hint="moecc capture --at takes those that its pattern fits",
+                )
+            if found != shape:
+                return Problem(
+                    f"the statistics have another shape: {name}",
+                    loc,
+                    str(list(shape)),
+                    str(list(found)),
+                )
+        return None
+
+
+NO_STATISTICS = Problem(
+    "this needs statistics of the model",
+    "--capture",
+    hint="moecc capture MODEL --text FILE --out DIR takes them, convert --capture DIR reads them",
+)
+"""What is said where a method reads statistics and there are none."""
 
 
 _ORDER: tuple[PreservesKind, ...] = ("exact", "reassociation", "approximate")
@@ -102,6 +150,7 @@ class Context:
       remark: receives remarks as they arise.
       read: reads small parameters, such as the scale of a norm, where a promise depends on them.
       models: the names of the models beside the source whose weights may be read.
+      statistics: what was captured of the model's values, if anything.
     """
 
     seed: int = 0
@@ -109,6 +158,7 @@ class Context:
     remark: Callable[[Remark], None] = _ignore
     read: ReadWeight = _no_weights
     models: Sequence[str] = ()
+    statistics: Statistics | None = None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecc.errors import CheckError, MoeccError
 from moecc.ir.graph import Graph
@@ -46,9 +46,11 @@ def check_contracts(graph: Graph, pipeline: Pipeline, context: Context) -> Contr
     """
     from moecc.tasks.check import check_pipeline
 
-    # Weights are not read: they have the sizes of the real model.
+    # Neither weights nor statistics are read: they have the sizes of the real model.
     seed, models = context.seed, context.models
-    plain = Context(seed=seed, allow_unmatched=context.allow_unmatched, models=models)
+    statistics = None if context.statistics is None else replace(context.statistics, shapes=None)
+    plain = Context(seed=seed, allow_unmatched=context.allow_unmatched, models=models,
+                    statistics=statistics)  # fmt: skip
     try:
         checked = check_pipeline(graph, pipeline, context=plain, seeds=SEEDS)
     except CheckError:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moecc.families.describe import Description
     from moecc.families.export import Export
     from moecc.families.export_gguf import GgufExport
+    from moecc.pipeline.passes import Statistics
     from moecc.pipeline.text import Pipeline
 
 
@@ -78,11 +79,12 @@ class Plan:
         """The tensors to write, by their names on disk."""
         from moecc.checkpoint.writer import OutputTensor
         from moecc.families.export_gguf import GgufExport, stored_as
+        from moecc.weights.branches import is_statistic
         from moecc.weights.expr import sources
 
         made = []
         for name, weight in self.export.tensors:
-            read = sources(weight)
+            read = [source for source in sources(weight) if not is_statistic(source.name)]
             # Drawn tensors have no type on disk and take that of most of the model.
             kept = self.dtype or (read[0].type.dtype if read else self.model.dtype)
             if isinstance(self.export, GgufExport):
@@ -149,6 +151,7 @@ def plan(
     allow_unmatched: bool = False,
     loaded: Sequence[str] = (),
     check: bool = True,
+    statistics: Statistics | None = None,
 ) -> Plan:
     """Return the plan of a conversion.
 
@@ -163,6 +166,7 @@ def plan(
       allow_unmatched: whether a pass that must match may match nothing.
       loaded: the files that passes of one's own are from, for the command on the card.
       check: whether each pass is held to its promise, on the model at small sizes.
+      statistics: what was captured of the model's values; see `moecc.model.statistics`.
 
     Raises:
       UsageError: there is no such target, or no such type in it.
@@ -192,6 +196,7 @@ def plan(
     context = Context(
         seed=seed, allow_unmatched=allow_unmatched, remark=lambda r: remarks.append(str(r)),
         read=reads_small(model.checkpoint), models=branches_of(model.checkpoint),
+        statistics=statistics,
     )  # fmt: skip
     contracts = check_contracts(model.graph, pipeline, context) if check else NOT_CHECKED
     done = run_pipeline(model.graph, pipeline, context=context, crash_folder=temporary_folder)
@@ -211,6 +216,7 @@ def plan(
         model, model.graph, pipeline, done.preserves, target, export,
         None if isinstance(dtype, Storage) else dtype, seed, tuple(remarks), storage,
         (*(f"--experts {name}={name.upper()}" for name in branches_of(model.checkpoint)),
+         *(["--capture STATISTICS"] if statistics is not None else []),
          *(f"--load {Path(file).name}" for file in loaded),
          *(["--allow-unmatched"] if allow_unmatched else [])),
         contracts,

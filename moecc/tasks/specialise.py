@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moecc.analysis.groups import parameter_groups
-from moecc.backend import get_backend
-from moecc.decoding.session import ReadOnce
 from moecc.errors import InputError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph, Value
@@ -21,11 +19,9 @@ from moecc.model.open import Model, open_model
 from moecc.pipeline.passes import Context
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
-from moecc.steps.recipes import eval_graph
-from moecc.tasks.evaluate import EvaluationSpec, evaluation_recipe
+from moecc.tasks.evaluate import EvaluationSpec
 from moecc.tasks.generate import load_tokenizer
-from moecc.train.data.batches import Evaluation, open_batches
-from moecc.train.data.model_facts import facts_of
+from moecc.tasks.traced import Tracing, is_token
 from moecc.train.specialisation import Routed
 from moecc.train.tokens.facts import Special
 from moecc.train.tokens.folder import TokenFolder, open_tokens
@@ -102,14 +98,9 @@ def specialise(
     with open_model(name) as model, _tokenizer(model) as tokenizer:
         run_pipeline(model.graph, Pipeline.parse(pipeline), context=Context(seed=seed))
         graph = _traced(model.graph, name)
-        recipe = evaluation_recipe(graph, folder, spec)
-        apart = replace(recipe, run=replace(recipe.run, rolled=False))
-        program = eval_graph(graph, apart)
-        held_out = next(
-            iter(open_batches(recipe.data, facts_of(model, program)).evaluations.values())
-        )
-        found = _trace(model, program, held_out)
-        untrained = _trace(model, _with_drawn_routers(program, seed), held_out)
+        tracing = Tracing.of(model, graph, folder, spec)
+        found = _trace(model, tracing)
+        untrained = _trace(model, tracing, _with_drawn_routers(tracing.graph, seed))
         special = folder.facts.special
         return [
             LayerReport(one, other, frozenset(special.sentinels), _names(one, tokenizer, folder))
@@ -129,36 +120,24 @@ def _traced(graph: Graph, name: str) -> Graph:
     return made
 
 
-def _trace(model: Model, graph: Graph, held_out: Evaluation) -> list[Routed]:
+def _trace(model: Model, tracing: Tracing, graph: Graph | None = None) -> list[Routed]:
     """Return where the tokens of all batches went, by layer."""
-    bare = clone(graph)
-    for name in graph.output_names:
-        if not (name.startswith(PREFIX) and name.endswith(EXPERTS)):
-            bare.drop_output(name)
-    program = get_backend("xla").compile(bare)
-    params = ReadOnce(Model(bare, model.name, model.checkpoint).params())
-    found: dict[str, list[tuple[Array, Array]]] = {name: [] for name in bare.output_names}
-    for number in range(held_out.batches):
-        batch = held_out.batch(number)
-        keys = (n for n, v in bare.inputs.items() if v.type.dtype.kind == "key")
-        inputs = {n: batch[n] for n in bare.inputs if n in batch}
-        inputs |= {name: np.zeros((), np.uint64) for name in keys}
-        outputs = program.run(params, inputs)
+    found: dict[str, list[tuple[Array, Array]]] = {}
+    for outputs, batch, bare in tracing.run(model, _is_choice, graph):
         for name, chosen in outputs.items():
-            found[name].append(_pairs(bare.outputs[name], chosen, batch))
-    return [_routed(bare, name, parts) for name, parts in found.items()]
+            found.setdefault(name, []).append(_pairs(bare.outputs[name], chosen, batch))
+    return [_routed(tracing.graph, name, parts) for name, parts in found.items()]
+
+
+def _is_choice(name: str) -> bool:
+    return name.startswith(PREFIX) and name.endswith(EXPERTS)
 
 
 def _pairs(value: Value, chosen: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
     """Return the ids of the tokens that a layer routed, and their first choices."""
-    decoder = value.graph.inputs.get("decoder_tokens")
-    in_decoder = decoder is not None and set(decoder.type.sizes) <= set(value.type.sizes)
-    prefix = "decoder_" if in_decoder else ""
-    tokens = batch[f"{prefix}tokens"]
-    is_token = batch.get(f"{prefix}segments", batch.get(f"{prefix}mask", np.ones_like(tokens)))
-    first = np.take(chosen, 0, axis=value.type.names.index("choice"))
-    kept = np.asarray(is_token, bool).reshape(-1)
-    return tokens.reshape(-1)[kept], first.reshape(-1)[kept]
+    tokens, kept = is_token(value, batch)
+    first = np.take(chosen, 0, axis=value.type.names.index("choice")).reshape(-1)
+    return tokens[kept], first[kept]
 
 
 def _routed(graph: Graph, name: str, parts: list[tuple[Array, Array]]) -> Routed:

@@ -79,3 +79,12 @@ def row_blocks(type: TensorType, block_bytes: int) -> Iterator[Box]:
         for start in range(0, sizes[at], step):
             ends = (start, min(start + step, sizes[at]))
             yield (*((i, i + 1) for i in place), ends, *inner)
+
+
+def runs(order: Array) -> Iterator[tuple[int, int, Array]]:
+    """Yield the runs [start, stop) of consecutive positions in `order`, and where each is put."""
+    places = np.argsort(order, kind="stable")
+    positions = order[places]
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    for part, into in zip(np.split(positions, breaks), np.split(places, breaks), strict=True):
+        yield int(part[0]), int(part[-1]) + 1, into

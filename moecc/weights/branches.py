@@ -15,6 +15,9 @@ from moecc.weights.expr import Expr, Source, transform
 BASE = "base"
 """The name of the model itself among the branches."""
 
+STATISTICS = "capture"
+"""The name of statistics of the model among the models that weights are read from."""
+
 _SEPARATOR = ":"
 
 
@@ -29,11 +32,19 @@ def branch_and_name(name: str) -> tuple[str, str]:
     return (branch, tensor) if found else (BASE, name)
 
 
+def is_statistic(name: str) -> bool:
+    """Return whether a tensor is a statistic of a model's values, and no weight."""
+    return branch_and_name(name)[0] == STATISTICS
+
+
 def read_from(weight: Expr, branch: str) -> Expr:
     """Return `weight`, over tensors of the base, read from those of `branch`."""
 
     def renamed(node: Expr) -> Expr:
-        return Source(name_in(branch, node.name), node.type) if isinstance(node, Source) else node
+        # Statistics have a name before theirs already, and are those of the base.
+        if not isinstance(node, Source) or _SEPARATOR in node.name:
+            return node
+        return Source(name_in(branch, node.name), node.type)
 
     return weight if branch == BASE else transform(weight, renamed)
 

@@ -19,10 +19,13 @@ from moecc.types.dtypes import DType
 from moecc.types.tensor import TensorType
 from moecc.weights import moments, random
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
-from moecc.weights.boxes import Box, align, extents, flat_boxes, project, row_blocks, whole
+from moecc.weights.boxes import Box, align, extents, flat_boxes, project, row_blocks, runs, whole
+from moecc.weights.clustering import cluster_order
 from moecc.weights.draws import Draw, Normal, Subset, TruncatedNormal, Uniform
-from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.expr import Expr, Full, Source, size
 from moecc.weights.expr import sources as sources
+from moecc.weights.fits import Fitted
+from moecc.weights.fitting import fitted_rows, remembered
 from moecc.weights.movement import (
     Concat,
     Index,
@@ -34,6 +37,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
+from moecc.weights.orders import Clusters, Permutation, Take
 from moecc.weights.rounding import first_nonfinite, round_to, widen
 from moecc.weights.simplify import simplify
 
@@ -253,6 +257,52 @@ class Evaluator:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=at)
 
+    # --- orders and fits
+
+    def _take(self, e: Take, box: Box) -> Array:
+        at = e.type.names.index(e.axis)
+        order = self.block(e.order, (box[at],))
+        self._check_order(e, order)
+        if at:
+            low, high = int(order.min()), int(order.max()) + 1
+            x = self.block(e.x, (*box[:at], (low, high), *box[at + 1 :]))
+            return np.take(x, order - low, axis=at)
+        made = np.empty(extents(box), e.type.dtype.numpy)
+        for start, stop, places in runs(order):
+            made[places] = self.block(e.x, ((start, stop), *box[1:]))
+        return made
+
+    def _check_order(self, e: Take, order: Array) -> None:
+        limit = size(e.x.type[e.axis])
+        wrong = order[(order < 0) | (order >= limit)]
+        if wrong.size:
+            raise e.error(
+                f"the order has a position that axis {e.axis!r} has not",
+                expected=f"0 to {limit - 1}", found=str(int(wrong[0])),
+            )  # fmt: skip
+
+    def _permutation(self, e: Permutation, box: Box) -> Array:
+        words = random.box_words(e.key, e.type.shape, whole(e.type))
+        return np.argsort(words, kind="stable").astype(np.int32)[slice(*box[0])]
+
+    def _clusters(self, e: Clusters, box: Box) -> Array:
+        count = e.type.shape[0]
+
+        def rows(start: int, stop: int) -> Array:
+            return self.block(e.counts, ((start, stop), (0, count)))
+
+        def compute() -> Array:
+            return cluster_order(rows, count, e.first, e.groups)
+
+        return remembered(e, self._read, compute)[slice(*box[0])]
+
+    def _fitted(self, e: Fitted, box: Box) -> Array:
+        def compute() -> Array:
+            parts = (self.block(x, whole(x.type)).astype(np.float64) for x in e.operands)
+            return fitted_rows(*parts, ridge=e.ridge, std=e.std)
+
+        return remembered(e, self._read, compute)[tuple(slice(*ends) for ends in box)]
+
     # --- arithmetic
 
     def _operand(self, x: Expr, type: TensorType, box: Box) -> Array:
@@ -359,4 +409,8 @@ _RULES: dict[type[Expr], Callable[[Evaluator, Any, Box], Array]] = {
     Minimum: Evaluator._minimum,
     Select: Evaluator._select,
     Moment: Evaluator._moment,
+    Take: Evaluator._take,
+    Permutation: Evaluator._permutation,
+    Clusters: Evaluator._clusters,
+    Fitted: Evaluator._fitted,
 }

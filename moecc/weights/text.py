@@ -13,6 +13,9 @@ normal(f32[expert=8], std=0.02, key=0x1f)  with mean=0.5
 truncated_normal(f32[expert=8], std=0.02, key=0x1f)  with bound=2.0
 uniform(f32[expert=8], low=-0.1, high=0.1, key=0x1f)
 subset(pred[expert=8, mlp=1536], axis=mlp, count=768, key=0x1f)
+take(x, mlp=order)  permutation(i32[mlp=1536], key=0x1f)
+clusters(counts, axis=mlp, first=384, groups=6)
+fitted(covariance, mean, cross, ridge=0.01, std=0.02)
 """
 
 from __future__ import annotations

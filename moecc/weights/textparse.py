@@ -11,6 +11,7 @@ from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Sel
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.each import in_full
 from moecc.weights.expr import MAX_DEPTH, Expr, Full, Source
+from moecc.weights.fits import Fitted
 from moecc.weights.movement import (
     Concat,
     Index,
@@ -22,6 +23,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
+from moecc.weights.orders import Clusters, Permutation, Take
 from moecc.weights.textscan import Cursor
 from moecc.weights.textscan import ExprSyntaxError as ExprSyntaxError
 
@@ -256,6 +258,39 @@ def _subset(r: _Reader) -> Expr:
     return Subset(type, axis, r.natural(), r.key())
 
 
+def _take(r: _Reader) -> Expr:
+    return Take(r.operand(), r.axis(), r.operand())
+
+
+def _permutation(r: _Reader) -> Expr:
+    return Permutation(r.type(), r.key())
+
+
+def _clusters(r: _Reader) -> Expr:
+    counts = r.operand()
+    r.comma()
+    r.keyword("axis")
+    axis = r.name()
+    r.comma()
+    r.keyword("first")
+    first = r.natural()
+    r.comma()
+    r.keyword("groups")
+    return Clusters(counts, axis, first, r.natural())
+
+
+def _fitted(r: _Reader) -> Expr:
+    covariance = r.operand()
+    r.comma()
+    mean, cross = _pair(r)
+    r.comma()
+    r.keyword("ridge")
+    ridge = r.number()
+    r.comma()
+    r.keyword("std")
+    return Fitted(covariance, mean, cross, ridge, r.number())
+
+
 _PARSERS: dict[str, Callable[[_Reader], Expr]] = {
     "source": _source,
     "full": _full,
@@ -279,6 +314,10 @@ _PARSERS: dict[str, Callable[[_Reader], Expr]] = {
     "std": _moment("std"),
     "normal": _normal,
     "truncated_normal": _truncated,
+    "take": _take,
+    "permutation": _permutation,
+    "clusters": _clusters,
+    "fitted": _fitted,
     "uniform": _uniform,
     "subset": _subset,
 }

@@ -151,6 +151,12 @@ def _trace_routing() -> type[Pass]:
     return TraceRoutingPass
 
 
+def _trace_values() -> type[Pass]:
+    from moecc_passes.trace_values import TraceValuesPass
+
+    return TraceValuesPass
+
+
 def _unroll_layers() -> type[Pass]:
     from moecc_passes.unroll_layers import UnrollLayersPass
 
@@ -187,6 +193,7 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "tie-head": _tie_head,
     "to-dense": _to_dense,
     "trace-routing": _trace_routing,
+    "trace-values": _trace_values,
     "unroll-layers": _unroll_layers,
     "upcycle": _upcycle,
 }

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
 import numpy as np
@@ -171,13 +172,33 @@ class TokenizerEncoder(Encoder):
 
 
 def open_encoder(name: str) -> Encoder:
-    """Return the encoder ``bytes``, or that of a folder with a ``tokenizer.json``.
+    """Return the encoder ``bytes``, that of a folder with a ``tokenizer.json``, or of a GGUF file.
 
     Raises:
-      InputError: there is no ``tokenizer.json``, or it cannot be used.
+      InputError: there is no tokenizer, or it cannot be used.
       MachineError: the extra ``tokenizers`` is not installed.
     """
-    return ByteEncoder() if name == BYTES else TokenizerEncoder(Path(name))
+    if name == BYTES:
+        return ByteEncoder()
+    place = Path(name)
+    return _of_model(place) if place.suffix == ".gguf" else TokenizerEncoder(place)
+
+
+def _of_model(file: Path) -> TokenizerEncoder:
+    """Return the encoder of a model that is one file, with its tokenizer inside."""
+    from moecc.checkpoint.open import open_checkpoint
+
+    with TemporaryDirectory() as folder, open_checkpoint(file) as checkpoint:
+        for part, content in checkpoint.companions().items():
+            data = content if isinstance(content, bytes) else read_bounded(
+                content, _LARGEST_TOKENIZER_BYTES)  # fmt: skip
+            Path(folder, part).write_bytes(data)
+        if not Path(folder, "tokenizer.json").is_file():
+            raise InputError("the file has no tokenizer", where=str(file),
+                             found="; ".join(checkpoint.remarks()))  # fmt: skip
+        made = TokenizerEncoder(Path(folder))
+    made.name = file.stem
+    return made
 
 
 def tokenizer_digest(data: bytes) -> str:

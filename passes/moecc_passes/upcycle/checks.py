@@ -40,7 +40,8 @@ def problems(item: UpcycleOptions) -> list[Problem]:
     layers = check_layers(item.layers)
     decoder = check_layers(item.decoder_layers or "all", "decoder-layers")
     spelled = [p for p in (layers, decoder) if p]
-    found = (_counts(item), _gates(item), _routing(item), _sources(item), _out_of_range(item))
+    found = (_counts(item), _gates(item), _routing(item), _sources(item), _split(item),
+             _out_of_range(item))  # fmt: skip
     return [*(problem for part in found for problem in part), *spelled]
 
 
@@ -131,6 +132,21 @@ def _sources(item: UpcycleOptions) -> Iterator[Problem]:
                       item.init)  # fmt: skip
 
 
+def _split(item: UpcycleOptions) -> Iterator[Problem]:
+    if item.is_split:
+        for name, fits, value in (
+            ("granularity", item.granularity == 1, item.granularity),
+            ("sources", not item.models, item.sources),
+            ("routing", item.routing == "token-choice", item.routing),
+        ):  # fmt: skip
+            if not fits:
+                what = "a split block has each neuron once, in an expert that a token chooses"
+                yield Problem(what, name, "the default", str(value))
+    if item.is_fitted and item.routing in ("hash", "soft"):
+        yield Problem("there is no router to fit", "router-init", "token-choice",
+                      f"routing={item.routing}")  # fmt: skip
+
+
 def unknown_models(item: UpcycleOptions, known: Sequence[str]) -> list[Problem]:
     """Return a problem for each of ``sources`` that is neither the source nor in `known`."""
     return [
@@ -158,6 +174,7 @@ def _out_of_range(item: UpcycleOptions) -> list[Problem]:
         ("drop-ratio", 0 <= item.drop_ratio <= 1, "0 <= drop-ratio <= 1", item.drop_ratio),
         ("noise-std", item.noise_std >= 0, "noise-std >= 0", item.noise_std),
         ("router-std", item.router_std >= 0, "router-std >= 0", item.router_std),
+        ("router-ridge", item.router_ridge > 0, "router-ridge > 0", item.router_ridge),
         ("gate-scale", item.gate_scale > 0, "gate-scale > 0", item.gate_scale),
         ("groups", item.groups >= 1, "groups >= 1", item.groups),
         ("soft-slots", item.soft_slots >= 1, "soft-slots >= 1", item.soft_slots),

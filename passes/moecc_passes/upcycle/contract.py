@@ -25,6 +25,7 @@ class Contract:
       placement: the effect of the scale's placement on the function; None if exact.
       capacity_factor: bounds the rows of an expert; None if nothing is dropped.
       is_soft: whether experts get averages of tokens.
+      parts: the parts of a split block that a token gets, and all; None if that is all of it.
       models: the models that the experts come from; empty if from one.
     """
 
@@ -38,6 +39,7 @@ class Contract:
     placement: str | None = None
     capacity_factor: float | None = None
     is_soft: bool = False
+    parts: tuple[int, int] | None = None
     models: tuple[str, ...] = ()
 
     @property
@@ -51,7 +53,7 @@ class Contract:
     def _reasons(self) -> Iterator[str]:
         if self.is_soft:
             yield "a soft mixture gives experts averages of tokens, and the block is not linear"
-        if not (self.law.is_constant or self.logit_std == 0):
+        if not (self.law.is_constant or self.logit_std == 0 or self.parts is not None):
             gates = self.law.convention
             yield f"{gates} gates do not add up to a constant unless the router is zero"
         if self.noise:
@@ -59,6 +61,12 @@ class Contract:
             yield f"{kind} noise of std {self.noise:g} on every expert"
         if self.drop:
             yield f"a share of {self.drop:g} of the neurons of every expert is drawn anew"
+        if self.parts is not None:
+            some, every = self.parts
+            yield (
+                f"a token gets {some} of the {every} parts of a block" if some < every
+                else "gates weigh the parts of a block unequally unless the router is zero"
+            )  # fmt: skip
         if self.models:
             yield f"experts come from several models: {', '.join(self.models)}"
         if self.placement:
@@ -77,7 +85,15 @@ class Contract:
         unknown = self.logit_std is None and not self.law.is_constant
         absolute = self.noise and not self.noise_is_relative
         is_bounded = self.capacity_factor is not None
-        if unknown or absolute or self.placement or is_bounded or self.is_soft or self.models:
+        if (
+            unknown
+            or absolute
+            or self.placement
+            or is_bounded
+            or self.is_soft
+            or self.models
+            or self.parts
+        ):
             return None
         found = self.law.moments(self.logit_std or 0.0)
         kept = 1 - self.drop

@@ -19,6 +19,7 @@ from moecc.weights.branches import read_from
 from moecc.weights.draws import Normal, Subset, derive_key
 from moecc.weights.expr import Expr
 from moecc.weights.movement import Concat, Merge, Permute, Slice, Split, Tile
+from moecc.weights.orders import Take
 
 _MOMENTS: tuple[Literal["mean", "std"], ...] = ("mean", "std")
 
@@ -33,6 +34,7 @@ class Division:
       slices: G, the slices that the other neurons are cut into.
       copies: E, how often each slice is stored.
       width: the neurons of one expert.
+      order: the order that the neurons are put in before they are divided; None for their own.
     """
 
     inner: str
@@ -40,6 +42,7 @@ class Division:
     slices: int
     copies: int
     width: int
+    order: Expr | None = None
 
     @property
     def experts(self) -> int:
@@ -51,12 +54,18 @@ class Division:
         """The neurons of the dense block."""
         return self.shared + self.slices * self.width
 
+    def ordered(self, weight: Expr) -> Expr:
+        """Return a dense weight with its neurons in the order in which they are divided."""
+        if self.order is None or self.inner not in weight.type:
+            return weight
+        return Take(weight, self.inner, self.order)
+
 
 def shared_part(weight: Expr, division: Division) -> Expr:
     """Return the part of a dense weight that belongs to the shared expert."""
     if division.inner not in weight.type:
         return weight
-    return Slice(weight, division.inner, 0, division.shared)
+    return Slice(division.ordered(weight), division.inner, 0, division.shared)
 
 
 def lifted(weight: Expr, division: Division) -> Expr:
@@ -64,6 +73,7 @@ def lifted(weight: Expr, division: Division) -> Expr:
     inner = division.inner
     if inner not in weight.type:
         return Tile(weight, "expert", division.experts)
+    weight = division.ordered(weight)
     if division.shared:
         weight = Slice(weight, inner, division.shared, division.dense)
     if division.slices == 1:

@@ -13,6 +13,9 @@ Gates = Literal[
     "renormalised", "top-k-softmax", "softmax", "sigmoid-renormalised", "sigmoid", "switch",
     "sparsemixer", "ones",
 ]  # fmt: skip
+FITTED = ("centroids", "ridge")
+"""The values of ``router-init`` that read statistics."""
+
 Routing = Literal["token-choice", "prototypes", "hash", "expert-choice", "soft"]
 
 
@@ -27,6 +30,11 @@ class UpcycleOptions:
         "all, nowhere, every:N, first:N|half, last:N|half, middle:N, a list 3,7,11, or a glob",
     ] = "all"
     granularity: Annotated[int, "G, the slices of a block that make up one virtual group"] = 1
+    split: Annotated[
+        Literal["none", "index", "random", "activation"],
+        "the neurons are divided among the experts, a part each, of which a token gets top-k: by "
+        "number, at random, or by what is active together (CMoE; convert --capture)",
+    ] = "none"
     shared: Annotated[float, "the share of the neurons that a shared expert keeps"] = 0.0
     shared_gate: Annotated[
         Literal["sigmoid", "none"],
@@ -53,12 +61,25 @@ class UpcycleOptions:
     ] = "relative"
     drop_ratio: Annotated[float, "init=drop: the share of neurons drawn anew"] = 0.5
     router_init: Annotated[
-        Literal["normal", "truncated-normal", "uniform", "zero", "logit-std", "switch"],
+        Literal[
+            "normal",
+            "truncated-normal",
+            "uniform",
+            "zero",
+            "logit-std",
+            "switch",
+            "centroids",
+            "ridge",
+        ],
         "the router's weights; truncated-normal is cut at 3 std; logit-std: normal with the std "
         "router-std / √embed, so that the logits of a normalised input have router-std; switch: "
-        "the same, cut at 2 std",
+        "the same, cut at 2 std; centroids, ridge: from statistics, with logits of router-std: of "
+        "the texts, one an expert, or of the neurons of a split",
     ] = "normal"
     router_std: Annotated[float, "their standard deviation"] = 0.02
+    router_ridge: Annotated[
+        float, "router-init=ridge: the strength, in units of the mean variance of the input"
+    ] = 0.01
     slots: Annotated[Literal["ragged", "capacity"], "dropless, or a bound on rows an expert"] = (
         "ragged"
     )
@@ -89,10 +110,27 @@ class UpcycleOptions:
     @cached_property
     def law(self) -> GateLaw:
         """The sum of the gates under these options."""
+        # The k parts that a token gets of a split block take the place of one group.
+        group = self.top_k if self.is_split else self.granularity
         return GateLaw(
-            convention(self.gates).name, self.experts, self.top_k, self.granularity,
+            convention(self.gates).name, self.experts, self.top_k, group,
             self.gate_scale, has_prototypes=self.routing == "prototypes",
         )  # fmt: skip
+
+    @property
+    def is_split(self) -> bool:
+        """Whether every neuron is stored once, in one of the experts."""
+        return self.split != "none"
+
+    @property
+    def slices(self) -> int:
+        """The parts that a dense block is cut into."""
+        return self.experts if self.is_split else self.granularity
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the router's weights follow from statistics."""
+        return self.router_init in FITTED
 
     @property
     def models(self) -> tuple[str, ...]:

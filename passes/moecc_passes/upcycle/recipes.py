@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 from moecc.analysis.ffn import FFNBlock
@@ -11,6 +12,7 @@ from moecc.ir.moe import SlotOptions
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.inputs import is_decoder, token_ids
+from moecc_passes.upcycle.fitted_router import fitted_weight, neuron_order
 from moecc_passes.upcycle.lift import Division, Drop, Noise
 from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.rewrite import Perturb, Recipe
@@ -35,6 +37,11 @@ def misfit(item: UpcycleOptions, block: FFNBlock) -> Problem | None:
             f"{item.shared:g} of {block.width}",
         )  # fmt: skip
     routed = block.width - whole
+    if item.is_split and routed % item.experts:
+        return Problem(
+            f"the {routed} neurons do not divide into parts", block.loc,
+            f"a divisor of {routed}", f"experts={item.experts}",
+        )  # fmt: skip
     if routed % item.granularity:
         fits = [g for g in range(1, item.top_k + 1) if _groups_fit(item, g, routed)]
         return Problem(
@@ -93,15 +100,22 @@ def factors_of(item: UpcycleOptions, block: FFNBlock) -> Factors:
     return chosen
 
 
-def recipe(item: UpcycleOptions, block: FFNBlock, seed: int) -> Recipe:
-    """Return the recipe for the rewrite of a valid block."""
-    division = _division(item, block)
+def recipe(item: UpcycleOptions, block: FFNBlock, seed: int, texts: tuple[str, ...] = ()) -> Recipe:
+    """Return the recipe for the rewrite of a valid block.
+
+    Args:
+      item: the options.
+      block: the block.
+      seed: of the conversion.
+      texts: the texts of the statistics, if there are any.
+    """
+    division = _division(item, block, seed)
     factors = dict(factors_of(item, block))
     if block.output_bias is not None:
         factors[block.output_bias] = item.law.bias_scale
     return Recipe(
         division=division,
-        router=_router(item, block, division, seed),
+        router=_router(item, block, division, seed, texts),
         factors=factors,
         perturb=_perturb(item, block, division, seed),
         expert_bias=item.expert_bias,
@@ -111,24 +125,27 @@ def recipe(item: UpcycleOptions, block: FFNBlock, seed: int) -> Recipe:
     )
 
 
-def _division(item: UpcycleOptions, block: FFNBlock) -> Division:
+def _division(item: UpcycleOptions, block: FFNBlock, seed: int) -> Division:
     shared = round(item.shared * block.width)
     return Division(
         inner=block.inner,
         shared=shared,
-        slices=item.granularity,
-        copies=item.experts // item.granularity,
-        width=(block.width - shared) // item.granularity,
+        slices=item.slices,
+        copies=item.experts // item.slices,
+        width=(block.width - shared) // item.slices,
+        order=neuron_order(item, block, shared, seed, _slots(block)),
     )
 
 
-def _router(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Router:
+def _router(
+    item: UpcycleOptions, block: FFNBlock, division: Division, seed: int, texts: tuple[str, ...]
+) -> Router:
     assignment: SlotOptions = {"slots": item.slots}
     if item.is_bounded:
         assignment["capacity_factor"], assignment["groups"] = item.capacity_factor, item.groups
     return Router(
         kind=item.routing,
-        weight=_weight(item, block, division, seed),
+        weight=_weight(item, block, division, seed, texts),
         experts=item.experts,
         top_k=item.top_k,
         gates=item.law.convention,
@@ -139,15 +156,21 @@ def _router(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int
     )
 
 
-def _weight(item: UpcycleOptions, block: FFNBlock, division: Division, seed: int) -> Expr | None:
+def _weight(
+    item: UpcycleOptions, block: FFNBlock, division: Division, seed: int, texts: tuple[str, ...]
+) -> Expr | None:
     if item.routing == "hash":
         return None
+    if item.is_fitted:
+        return fitted_weight(item, block, division, texts)
     kind = DRAWN.get(item.router_init, item.router_init)
     std, outer = router_std(item, block), block.x.type[block.outer]
     key = derive_key(seed, f"{_slots(block)}/router")
     if item.routing == "soft":
         return slot_weight(kind, std, outer, item.experts, item.soft_slots, key=key)
-    return router_weight(kind, std, outer, division, key=key)
+    # The parts of a split block are chosen each for itself.
+    rows = replace(division, copies=item.experts, slices=1) if item.is_split else division
+    return router_weight(kind, std, outer, rows, key=key)
 
 
 def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
@@ -155,7 +178,7 @@ def router_std(item: UpcycleOptions, block: FFNBlock) -> float:
 
     Where ``router-std`` is that of the logits, the input is taken to have unit mean square.
     """
-    is_of_logits = item.router_init in DRAWN
+    is_of_logits = item.router_init in DRAWN or item.is_fitted
     return item.router_std / sqrt(block.embed) if is_of_logits else item.router_std
 
 

@@ -27,10 +27,12 @@ def router_weight(
     """
     copies = Axis(name if division.slices == 1 else "copy", division.copies)
     draw = _drawn(init, std, TensorType(F32, (copies, embed)), key)
-    if division.slices == 1:
-        return draw
-    repeated = Tile(draw, "part", division.slices, position=1)
-    return Merge(repeated, ("copy", "part"), name)
+    return draw if division.slices == 1 else repeated(draw, division.slices, name)
+
+
+def repeated(rows: Expr, slices: int, name: str = "expert") -> Expr:
+    """Return rows ``[copy, embed]``, each for all the slices of its group, over an axis `name`."""
+    return Merge(Tile(rows, "part", slices, position=1), ("copy", "part"), name)
 
 
 def slot_weight(init: str, std: float, embed: Axis, experts: int, slots: int, *, key: int) -> Expr:

@@ -16,6 +16,7 @@ from moecc.weights.branches import BASE
 from moecc_passes.routed import causal_values
 from moecc_passes.upcycle.checks import problems, unknown_models, warnings
 from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
+from moecc_passes.upcycle.fitted_router import missing, unread
 from moecc_passes.upcycle.layers import choose
 from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.recipes import factors_of, misfit, misrouted, recipe, router_std
@@ -32,6 +33,7 @@ class UpcyclePass(UpcycleOptions, Pass):
 
     Blocks are found by their dataflow.  Each of N experts gets a copy of the block, or with
     ``granularity=G`` one of its G slices; gates that add up to one give the dense block back.
+    With ``split`` each neuron is stored once, and a token gets k of N parts of the block.
 
     Before::
 
@@ -76,8 +78,15 @@ class UpcyclePass(UpcycleOptions, Pass):
             placement=self._inexact_placement(block),
             capacity_factor=self.capacity_factor if self.is_bounded else None,
             is_soft=self.routing == "soft",
+            parts=self._parts,
             models=tuple(dict.fromkeys(self.models)) if set(self.models) != {BASE} else (),
         )
+
+    @property
+    def _parts(self) -> tuple[int, int] | None:
+        """The parts of a block that a token gets, and all, where that is not all of the block."""
+        is_whole = self.top_k == self.experts and (self._router_is_zero or self.gates == "ones")
+        return (self.top_k, self.experts) if self.is_split and not is_whole else None
 
     def _inexact_placement(self, block: FFNBlock | None) -> str | None:
         scale = self.law.weight_scale
@@ -119,8 +128,11 @@ class UpcyclePass(UpcycleOptions, Pass):
         search = find_ffn_blocks(graph)
         chosen = choose(search, self.layers, self.decoder_layers)
         causal = causal_values(graph)
-        found = [misfit(self, b) or misrouted(self, graph, b, causal) for b in chosen]
-        unknown = unknown_models(self, ctx.models)
+        found = [
+            misfit(self, b) or misrouted(self, graph, b, causal)
+            or missing(self, b, ctx.statistics) for b in chosen
+        ]  # fmt: skip
+        unknown = [*unknown_models(self, ctx.models), *unread(self, ctx.statistics)]
         if any(found) or unknown:
             raise InputError([*unknown, *(p for p in found if p is not None)])
         result = PassResult(changed=bool(chosen), matched=len(chosen))
@@ -130,11 +142,12 @@ class UpcyclePass(UpcycleOptions, Pass):
             result.near_misses.append(NearMiss("upcycle", "the graph", reason))
         result.stats = {"blocks found": len(search.blocks), "blocks converted": len(chosen)}
         promises = []
+        texts = () if ctx.statistics is None else tuple(ctx.statistics.texts)
         for block in chosen:
             if not may_rewrite(self.name, block.loc):
                 break
             promises.append(self._contract(block, ctx.read).preserves)
-            rewrite_block(graph, block, recipe(self, block, ctx.seed))
+            rewrite_block(graph, block, recipe(self, block, ctx.seed, texts))
         if chosen and self.rest == "mean":
             average_rest(graph, self.models)
         result.preserves = of_blocks(promises) if promises else None
