@@ -104,11 +104,10 @@ def convert(request: ConvertRequest) -> None:
             allow_unmatched=request.allow_unmatched, loaded=request.load or [],
             check=not request.no_check, statistics=statistics,
         )  # fmt: skip
-        data = planned.to_json()
         check_place(planned, out, force=request.force, resume=request.resume)
         if not request.dry_run:
             _write(planned, request, limit)
-    data |= {"out": out, "dry_run": request.dry_run}
+    data = planned.to_json() | {"out": out, "dry_run": request.dry_run}
     report("convert", data, lambda: plan_text(planned, out, request.dry_run), request.format)
 
 

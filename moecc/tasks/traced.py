@@ -55,7 +55,7 @@ class Tracing:
           graph: another one than that of the evaluation, with the same outputs.
         """
         bare = clone(self.graph if graph is None else graph)
-        for name in bare.output_names:
+        for name in list(bare.output_names):
             if not wanted(name):
                 bare.drop_output(name)
         program = get_backend("xla").compile(bare)

@@ -1,7 +1,7 @@
 """The meaning of weight expressions: whole tensors, in the plainest way.
 
 It shares no code with the evaluator and the simplifier, which are compared with it, but the
-functions that turn random words into numbers.
+functions that turn random words into numbers, that cluster, and that fit routers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from moecc.types.dtypes import F16, F32, F64, DType
 from moecc.types.tensor import TensorType
 from moecc.weights import random
 from moecc.weights.arithmetic import Add, Cast, Minimum, Moment, Mul, Scale, Select
+from moecc.weights.clustering import cluster_order
 from moecc.weights.draws import Normal, Subset, TruncatedNormal, Uniform
 from moecc.weights.evaluate import Reader
 from moecc.weights.expr import Expr, Full, Source
+from moecc.weights.fits import Fitted
+from moecc.weights.fitting import fitted_rows
 from moecc.weights.movement import (
     Concat,
     Index,
@@ -30,6 +33,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
+from moecc.weights.orders import Clusters, Permutation, Take
 
 
 def whole_naively(expr: Expr, read: Reader) -> Array:
@@ -71,6 +75,16 @@ def _naive(e: Expr, read: Reader) -> Array:
             return _cast(x[0], e.dtype)
         case Moment():
             return _moment(e, *x)
+        case Take():
+            return np.take(x[0], x[1], axis=n.index(e.axis))
+        case Permutation():
+            words = np.random.Philox(key=e.key).random_raw(e.type.shape[0])
+            return np.argsort(words).astype(np.int32)
+        case Clusters():
+            return cluster_order(lambda a, b: x[0][a:b], len(x[0]), e.first, e.groups)
+        case Fitted():
+            a, b, c = (v.astype(np.float64) for v in x)
+            return fitted_rows(a, b, c, ridge=e.ridge, std=e.std)
     return _arithmetic(e, x)
 
 

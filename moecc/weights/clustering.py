@@ -59,11 +59,18 @@ def _diagonal(rows: Rows, start: int, stop: int) -> Doubles:
 
 
 def _seeded(rows: Rows, rates: Doubles, rest: Array, groups: int) -> Array:
-    """Return first clusters: around the most active neurons, as in CMoE."""
-    seeds = rest[np.argsort(-rates[rest], kind="stable")[:groups]]
-    together = np.concatenate([rows(seed, seed + 1) for seed in seeds.tolist()])
-    far = rates[rest][:, None] + rates[seeds][None] - 2.0 * together[:, rest].T.astype(np.float64)
-    return _assigned(far)
+    """Return first clusters, around neurons that are far apart.
+
+    The first is the most active one, each next one is the farthest from those before: the most
+    active neurons alone, as in CMoE, may all be of one cluster.
+    """
+    seed = int(rest[np.argmax(rates[rest])])
+    far = []
+    for _ in range(groups):
+        together = rows(seed, seed + 1)[0, rest].astype(np.float64)
+        far.append(rates[rest] + rates[seed] - 2 * together)
+        seed = int(rest[np.argmax(np.min(far, axis=0))])
+    return _assigned(np.stack(far, axis=1))
 
 
 def _distances(rows: Rows, rates: Doubles, rest: Array, member: Array, groups: int) -> Doubles:

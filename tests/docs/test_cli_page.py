@@ -189,6 +189,7 @@ def test_schemas_are_those_of_the_page(report: Any) -> None:
         "moecc.train-dry-run/1",
         "moecc.evaluate/1",
         "moecc.specialise/1",
+        "moecc.capture/1",
     }
     assert report("passes")["schema"] == "moecc.passes/1"
     assert report("passes", "dce")["schema"] == "moecc.pass/1"

@@ -10,7 +10,7 @@ from moecc.ir import clone, fingerprint
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
 from moecc.pipeline.options import options
-from moecc.pipeline.passes import Context
+from moecc.pipeline.passes import Context, Statistics
 from moecc.pipeline.registry import installed
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
@@ -27,6 +27,7 @@ CHANGES: dict[tuple[str, str], tuple[str, str]] = {
     ("upcycle", "top-k"): ("3", ""),
     ("upcycle", "layers"): ("0", ""),
     ("upcycle", "granularity"): ("2", ""),
+    ("upcycle", "split"): ("random", "experts=4"),
     ("upcycle", "shared"): ("0.5", ""),
     ("upcycle", "shared-gate"): ("none", "shared=0.5"),
     ("upcycle", "gates"): ("softmax", ""),
@@ -40,6 +41,7 @@ CHANGES: dict[tuple[str, str], tuple[str, str]] = {
     ("upcycle", "drop-ratio"): ("0.25", "init=drop"),
     ("upcycle", "router-init"): ("uniform", ""),
     ("upcycle", "router-std"): ("0.5", ""),
+    ("upcycle", "router-ridge"): ("0.5", "router-init=ridge experts=2"),
     ("upcycle", "slots"): ("capacity", ""),
     ("upcycle", "capacity-factor"): ("2.0", "slots=capacity"),
     ("upcycle", "groups"): ("2", "slots=capacity"),
@@ -110,6 +112,9 @@ CHANGES: dict[tuple[str, str], tuple[str, str]] = {
 ALLOWS = {("specialize", "force"), ("add-losses", "replace")}
 
 
+CONTEXT = Context(models=("a",), statistics=Statistics(("one", "two")))
+
+
 @pytest.fixture(scope="module")
 def dense() -> Graph:
     """A tiny T5: two layers of an encoder, three of a decoder."""
@@ -120,7 +125,7 @@ def dense() -> Graph:
 def made(dense: Graph, text: str) -> str:
     """Return the fingerprint of what the passes make, the parts that only say so aside."""
     graph = clone(dense)
-    run_pipeline(graph, Pipeline.parse(text), context=Context(models=("a",)))
+    run_pipeline(graph, Pipeline.parse(text), context=CONTEXT)
     for attribute in ("mode", "routing", "losses"):
         graph.attrs.pop(attribute, None)
     return fingerprint(graph)

@@ -31,6 +31,7 @@ from moecc.weights.movement import (
     Stack,
     Tile,
 )
+from moecc.weights.orders import I32, Permutation, Take
 from moecc.weights.simplify import simplify
 from moecc.weights.text import format_expr, parse_expr
 
@@ -99,7 +100,17 @@ def grown(draw: st.DrawFn, x: Expr) -> Expr:
     """Draw one node on top of `x`."""
     options = ["tile", "stack", "scale", "cast", "add", "mul", "minimum", "select"]
     if x.type.axes:
-        options += ["concat", "index", "slice", "split", "merge", "rename", "permute", "moment"] * 2
+        options += [
+            "concat",
+            "index",
+            "slice",
+            "split",
+            "merge",
+            "rename",
+            "permute",
+            "moment",
+            "take",
+        ] * 2
     kind = draw(st.sampled_from(options))
     if kind in ("tile", "stack"):
         at = draw(st.integers(0, x.type.rank))
@@ -139,6 +150,10 @@ def moved(draw: st.DrawFn, x: Expr, kind: str) -> Expr:
     if kind == "slice":
         start = draw(st.integers(0, size - 1))
         return Slice(x, name, start, draw(st.integers(start + 1, size)))
+    if kind == "take":
+        order: Expr = Permutation(TensorType(I32, (axis,)), draw(st.integers(0, 3)))
+        start = draw(st.integers(0, size - 1))
+        return Take(x, name, Slice(order, name, start, draw(st.integers(start + 1, size))))
     if kind == "concat":
         parts = [Slice(x, name, i, i + 1) for i in range(size)] + [x, draw(leaves(x.type))]
         chosen = draw(st.lists(st.sampled_from(parts), min_size=1, max_size=3))
@@ -172,7 +187,9 @@ def movements(draw: st.DrawFn) -> Expr:
     names = draw(st.permutations(NAMES))[: draw(st.integers(1, 3))]
     sizes = st.sampled_from((2, 3, 4, 6))
     x: Expr = source(TensorType(BF16, tuple(Axis(n, draw(sizes)) for n in names)), 0)
-    kinds = ("index", "slice", "split", "merge", "permute", "rename", "tile", "restack", "undo")
+    kinds = (
+        "index", "slice", "split", "merge", "permute", "rename", "tile", "restack", "undo", "take"
+    )  # fmt: skip
     for kind in draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=10)):
         if not x.type.axes:
             break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moecc.rewrite.driver import may_rewrite
 from moecc.weights.draws import derive_key
 from moecc.weights.expr import Expr
 from moecc_passes.resize.anatomy import Anatomy, anatomies
+from moecc_passes.resize.chosen import largest, statistic, unread
 from moecc_passes.resize.numbers import expert_numbers
 from moecc_passes.resize.rebuild import resize
 from moecc_passes.routed import NOTHING_ROUTED
@@ -41,8 +42,13 @@ class PrunePass(Pass):
 
     keep: Annotated[int, "how many experts of a layer stay"] = 4
     experts: Annotated[
-        str, "which: numbers 0,2,5 for all layers; empty: drawn for each layer by the seed"
+        str, "which: numbers 0,2,5 for all layers; empty: as by says, for each layer"
     ] = ""
+    by: Annotated[
+        Literal["draw", "saliency", "share"],
+        "which stay: drawn by the seed; or, from convert --capture, those of the largest mean of "
+        "gate times norm of the result (REAP), or that most choices went to",
+    ] = "draw"
 
     @property
     def preserves(self) -> Preserves:
@@ -57,6 +63,8 @@ class PrunePass(Pass):
         numbers = expert_numbers(self.experts)
         if isinstance(numbers, Problem):
             return [*found, numbers]
+        if numbers and self.by != "draw":
+            found.append(Problem("the experts are listed", "by", "the default", self.by))
         if numbers and len(numbers) != self.keep:
             found.append(Problem("another number of experts is listed", "experts",
                                  f"{self.keep} numbers", f"{len(numbers)}"))  # fmt: skip
@@ -69,13 +77,13 @@ class PrunePass(Pass):
           InputError: a layer has too few experts; all problems at once.
         """
         layers = anatomies(graph)
-        problems = [problem for layer in layers for problem in self._problems(layer)]
+        problems = [problem for layer in layers for problem in self._problems(layer, ctx)]
         if problems:
-            raise InputError(problems)
+            raise InputError(list(dict.fromkeys(problems)))
         for layer in layers:
             if not may_rewrite(self.name, layer.name):
                 break
-            kept = self._kept(layer, ctx.seed)
+            kept = self._kept(layer, ctx)
 
             def chosen(parts: list[Expr], kept: tuple[int, ...] = kept) -> list[Expr]:
                 return [parts[number] for number in kept]
@@ -85,16 +93,21 @@ class PrunePass(Pass):
         missing = [] if layers else [NOTHING_ROUTED]
         return PassResult(bool(layers), len(layers), {"layers": len(layers)}, near_misses=missing)
 
-    def _kept(self, layer: Anatomy, seed: int) -> tuple[int, ...]:
+    def _kept(self, layer: Anatomy, ctx: Context) -> tuple[int, ...]:
         numbers = expert_numbers(self.experts)
         assert not isinstance(numbers, Problem), "validated"
         if numbers:
             return numbers
-        key = derive_key(seed, f"{layer.name}/prune")
+        values = None if self.by == "draw" else statistic(layer, f"experts.{self.by}", ctx)
+        if values is not None:
+            return largest(values, self.keep)
+        key = derive_key(ctx.seed, f"{layer.name}/prune")
         drawn = np.random.default_rng(key).permutation(layer.experts)[: self.keep]
         return tuple(sorted(int(number) for number in drawn))
 
-    def _problems(self, layer: Anatomy) -> Iterator[Problem]:
+    def _problems(self, layer: Anatomy, ctx: Context) -> Iterator[Problem]:
+        if self.by != "draw":
+            yield from unread(layer, f"experts.{self.by}", ctx)
         numbers = expert_numbers(self.experts)
         assert not isinstance(numbers, Problem), "validated"
         top_k = layer.attrs.top_k

@@ -1,0 +1,276 @@
+"""`moecc capture`, and conversions that read its statistics, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moecc_passes.resize.chosen import alike
+from safetensors.numpy import load_file, save_file
+
+from moecc.backend import get_backend
+from moecc.capture.folder import open_capture
+from moecc.capture.statistics import BlockSums
+from moecc.cli.main import main
+from moecc.model.open import open_model
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+from moecc.tasks.evaluate import EvaluationSpec
+from moecc.tasks.traced import Tracing
+from moecc.train.tokens.folder import TokenFolder, open_tokens
+from moecc.types.arrays import Array
+from tests.train.tiny import DOCS, draw_weights, make_model
+
+TEXTS = {"tour": DOCS / "tour.md", "routing": DOCS / "routing.md"}
+SMALL = ("--sequence", "24", "--batch", "4", "--batches", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_weights(make_model(tmp_path_factory.mktemp("model") / "model"))
+
+
+def captured(model: Path, out: Path, *more: str) -> Path:
+    texts = [word for name, path in TEXTS.items() for word in ("--text", f"{name}={path}")]
+    assert main(["capture", str(model), *texts, "--out", str(out), *SMALL, *more]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return captured(model, tmp_path_factory.mktemp("statistics") / "captured")
+
+
+def converted(model: Path, out: Path, passes: str, *more: str) -> int:
+    return main(["convert", str(model), str(out), "-p", passes, "--to", "st_moe", *more])
+
+
+def tensors(folder: Path) -> dict[str, Array]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def test_the_statistics_are_those_of_the_values(model: Path, tmp_path: Path) -> None:
+    """The values of the reference interpreter on the same tokens, put through the same sums."""
+    tokens, text = tmp_path / "tokens", tmp_path / "text.txt"
+    text.write_text(TEXTS["tour"].read_text()[:150])
+    assert main(["tokens", str(text), "--tokenizer", "bytes", "--out", str(tokens)]) == 0
+    out = tmp_path / "captured"
+    one = ["--text", str(tokens), "--sequence", "180", "--batch", "1", "--active", "0.2"]
+    assert main(["capture", str(model), *one, "--out", str(out), "--at", "layers.1.*"]) == 0
+    found, facts = open_capture(out)
+    assert {name.split(".ffn")[0] for name in found.tensors} == {"layers.1"}
+    x, hidden = values(model, open_tokens(str(tokens)))
+    assert facts.tokens == len(x) >= 150
+    sums = BlockSums(1, x.shape[1], hidden.shape[1], 0.2)
+    sums.add(0, x, hidden)
+    for name, expected in sums.statistics().items():
+        measured = found.read(f"layers.1.ffn.{name}")
+        if name == "hidden.pairs":
+            # Values that are as large as the border in float64 need not be in float32.
+            assert np.abs(measured - expected).sum() <= 0.01 * expected.sum()
+        else:
+            np.testing.assert_allclose(measured, expected, rtol=1e-3, atol=1e-5)
+
+
+def values(model: Path, folder: TokenFolder) -> tuple[Array, Array]:
+    """Return the input and the hidden value of the last block, ``[tokens, …]``."""
+    with open_model(str(model)) as opened:
+        spec = EvaluationSpec(seq=180, batch=1)
+        batch = Tracing.of(opened, opened.graph, folder, spec).held_out.batch(0)
+        ids = batch["tokens"][batch["segments"] > 0]
+        run_pipeline(opened.graph, Pipeline.parse("trace-values"))
+        program = get_backend("reference").compile(opened.graph)
+        outputs = program.run(opened.params(), {"tokens": ids[None]})
+        x, hidden = (outputs[f"values.layers.1.ffn.{n}"][0] for n in ("input", "hidden"))
+    return x, hidden
+
+
+SPLITS = [
+    f"split={split} router-init={init}"
+    for split in ("index", "random", "activation")
+    for init in ("normal", "centroids", "ridge")
+]
+
+
+@pytest.mark.parametrize("options", SPLITS)
+@pytest.mark.parametrize("shared", ["0", "0.3333333333333333"])
+def test_all_parts_of_a_split_are_the_block(
+    model: Path, tmp_path: Path, statistics: Path, options: str, shared: str
+) -> None:
+    """With every part and gates of one, nothing is lost: the conversion verifies itself."""
+    passes = f"upcycle{{experts=4 top-k=4 shared={shared} gates=ones {options}}}"
+    more = ("--capture", str(statistics), "--verify")
+    assert converted(model, tmp_path / "out", passes, *more) == 0
+    receipt = json.loads((tmp_path / "out" / "moecc_receipt.json").read_text())
+    assert receipt["promised"]["kind"] == "reassociation"
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_split_stores_each_neuron_once(model: Path, tmp_path: Path, statistics: Path) -> None:
+    """The rows of the experts are those of the dense block, in one order for all three."""
+    passes = "upcycle{experts=4 top-k=2 gates=ones split=activation}"
+    assert converted(model, tmp_path / "out", passes, "--capture", str(statistics)) == 0
+    dense, sparse = tensors(model), tensors(tmp_path / "out")
+    orders = []
+    for word in ("gate", "up", "down"):
+        name = f"model.layers.1.mlp.{word}_proj.weight"
+        old, new = dense[name], sparse[name]
+        if word == "down":
+            old, new = old.T, new.transpose(0, 2, 1)
+        rows = new.reshape(-1, new.shape[-1])
+        orders.append([int(np.flatnonzero((old == row).all(1))[0]) for row in rows])
+    assert sorted(orders[0]) == list(range(len(orders[0])))
+    assert orders[0] == orders[1] == orders[2]
+    assert orders[0] != sorted(orders[0])
+
+
+def test_the_same_bytes_again_and_killed(model: Path, tmp_path: Path, statistics: Path) -> None:
+    passes = "upcycle{experts=4 top-k=2 split=activation router-init=ridge}"
+    for name in ("one", "two"):
+        assert converted(model, tmp_path / name, passes, "--capture", str(statistics)) == 0
+    for file in ("model.safetensors", "config.json", "moecc_receipt.json", "README.md"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert "--capture STATISTICS" in (tmp_path / "one" / "README.md").read_text()
+    manifest = json.loads((tmp_path / "one" / "moecc_manifest.json").read_text())
+    assert "capture/model.safetensors" in json.dumps(manifest)
+
+
+def test_routers_of_texts(model: Path, tmp_path: Path, statistics: Path) -> None:
+    """Copies with a router that tells the texts apart are the same function."""
+    passes = "upcycle{experts=2 top-k=2 router-init=ridge router-std=1.0}"
+    more = ("--capture", str(statistics), "--verify")
+    assert converted(model, tmp_path / "out", passes, *more) == 0
+    rows = tensors(tmp_path / "out")["layers.1.ffn.router.weight"]
+    assert np.allclose(rows[0], -rows[1], rtol=0.01, atol=1e-6)
+    assert rows.any()
+
+
+@pytest.fixture(scope="module")
+def mixture(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mixture") / "mixture"
+    passes = "upcycle{experts=4 top-k=2 init=noise noise-std=0.5 router-std=1.0}"
+    assert converted(model, out, passes) == 0
+    return out
+
+
+@pytest.mark.parametrize("by", ["saliency", "share"])
+def test_the_most_important_experts_stay(mixture: Path, tmp_path: Path, by: str) -> None:
+    seen = captured(mixture, tmp_path / "seen")
+    assert converted(mixture, tmp_path / "out", f"prune{{keep=2 by={by}}}",
+                     "--capture", str(seen)) == 0  # fmt: skip
+    values = open_capture(seen)[0].read(f"layers.1.ffn.experts.{by}")
+    kept = sorted(np.argsort(-values, kind="stable")[:2].tolist())
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert np.array_equal(tensors(tmp_path / "out")[name], tensors(mixture)[name][kept])
+
+
+def test_experts_of_like_results_become_one(mixture: Path, tmp_path: Path) -> None:
+    seen = captured(mixture, tmp_path / "seen")
+    passes = "merge{size=2 by=result}"
+    assert converted(mixture, tmp_path / "out", passes, "--capture", str(seen)) == 0
+    groups = alike(open_capture(seen)[0].read("layers.1.ffn.experts.result").astype(float), 2)
+    name = "model.layers.1.mlp.up_proj.weight"
+    old, new = tensors(mixture)[name], tensors(tmp_path / "out")[name]
+    means = np.stack([old[list(group)].mean(0) for group in groups])
+    np.testing.assert_allclose(new, means, rtol=1e-5)
+
+
+def test_groups_of_like_results() -> None:
+    results = np.array([[0.0], [9.0], [0.1], [9.2], [4.0], [4.3]])
+    assert alike(results, 2) == [(0, 2), (1, 3), (4, 5)]
+    # The nearest two, 0 and 2, are joined by the nearest that is left.
+    assert alike(results, 3) == [(0, 2, 4), (1, 3, 5)]
+
+
+# --- bad input
+
+
+WRONG = {
+    "upcycle{split=activation experts=4}": "this needs statistics of the model",
+    "upcycle{router-init=ridge}": "this needs statistics of the model",
+}
+
+
+@pytest.mark.parametrize("passes", WRONG)
+def test_without_statistics(
+    model: Path, tmp_path: Path, passes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converted(model, tmp_path / "out", passes) == 1
+    said = capsys.readouterr().err
+    assert WRONG[passes] in said
+    assert "moecc capture" in said
+    assert not (tmp_path / "out").exists()
+
+
+def refused(
+    model: Path, tmp_path: Path, passes: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    assert converted(model, tmp_path / "out", passes, "--capture", str(folder)) == 1
+    assert not (tmp_path / "out").exists()
+    return capsys.readouterr().err
+
+
+def test_statistics_of_another_model(
+    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    changed = tensors(other)
+    changed["model.layers.1.mlp.up_proj.weight"] += np.float32(1)
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    said = refused(other, tmp_path, "upcycle{split=activation experts=4}", statistics, capsys)
+    assert "of another model" in said
+
+
+def test_changed_and_missing_statistics(
+    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes, own = "upcycle{split=activation experts=4}", tmp_path / "own"
+    shutil.copytree(statistics, own)
+    data = bytearray((own / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (own / "model.safetensors").write_bytes(data)
+    assert "changed after they were written" in refused(model, tmp_path, passes, own, capsys)
+    (own / "capture.json").write_text("{}")
+    assert "moecc.capture/1" in refused(model, tmp_path, passes, own, capsys)
+    (own / "capture.json").unlink()
+    assert "not a folder of statistics" in refused(model, tmp_path, passes, own, capsys)
+    facts = json.loads((statistics / "capture.json").read_text())
+    for key in ("texts", "tokens", "active"):
+        (own / "capture.json").write_text(json.dumps(facts | {key: "x"}))
+        assert f"capture.json: {key}" in refused(model, tmp_path, passes, own, capsys)
+
+
+def test_statistics_of_other_layers_and_texts(
+    model: Path, tmp_path: Path, statistics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = captured(model, tmp_path / "one", "--at", "layers.0.*")
+    said = refused(model, tmp_path, "upcycle{split=activation experts=4}", one, capsys)
+    assert "layers.1.ffn: the statistics have no hidden.pairs of this location" in said
+    said = refused(model, tmp_path, "upcycle{router-init=ridge experts=4}", statistics, capsys)
+    assert "each copy has a text" in said
+    assert "tour, routing" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--at", "nowhere.*"], 1, "no feed-forward block or layer of experts is there"),
+        (["--active", "1.5"], 2, "not a share of neurons"),
+        (["--text", "tour=again.md"], 2, "two texts have the same name"),
+        (["--text", "absent.md"], 1, "absent.md"),
+        (["-p", "upcycel"], 2, "upcycel"),
+    ],
+)
+def test_bad_input(
+    model: Path, tmp_path: Path, more: list[str], code: int, words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    command = ["capture", str(model), "--text", f"tour={TEXTS['tour']}", "--out", str(out)]
+    assert main([*command, *SMALL, *more]) == code
+    assert words in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,76 @@
+"""Sums over tokens and the statistics that follow, against the plainest formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.capture.statistics import BlockSums, ExpertSums
+
+SEEDS = st.integers(0, 10_000)
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 4))
+def test_a_block(seed: int, texts: int, batches: int) -> None:
+    rng = np.random.default_rng(seed)
+    sums = BlockSums(texts, 5, 8, 0.25)
+    parts = []
+    for _ in range(batches):
+        text = int(rng.integers(texts))
+        x = rng.normal(1, 2, (int(rng.integers(1, 9)), 5)).astype(np.float32)
+        hidden = rng.normal(size=(len(x), 8)).astype(np.float32)
+        sums.add(text, x, hidden)
+        parts.append((np.full(len(x), text), x, hidden))
+    text, x, hidden = (np.concatenate(part) for part in zip(*parts, strict=True))
+    found = sums.statistics()
+    wide, size = x.astype(np.float64), np.abs(hidden.astype(np.float64))
+    centred = wide - wide.mean(0)
+    is_text = (text[:, None] == np.arange(texts)).astype(np.float64)
+    active = np.argsort(np.argsort(-size, axis=1), axis=1) < 2
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(found["input.mean"], wide.mean(0), **close)
+    np.testing.assert_allclose(found["input.covariance"], centred.T @ centred / len(x), **close)
+    np.testing.assert_allclose(found["hidden.mean"], size.mean(0), **close)
+    np.testing.assert_allclose(
+        found["hidden.cross"], centred.T @ (size - size.mean(0)) / len(x), **close
+    )
+    np.testing.assert_allclose(
+        found["texts.cross"], (is_text - is_text.mean(0)).T @ centred / len(x), **close
+    )
+    np.testing.assert_array_equal(found["hidden.pairs"], active.T.astype(int) @ active.astype(int))
+
+
+@given(SEEDS, st.integers(1, 3))
+def test_experts(seed: int, batches: int) -> None:
+    rng = np.random.default_rng(seed)
+    sums = ExpertSums(4, 3)
+    parts = []
+    for _ in range(batches):
+        count = int(rng.integers(1, 9))
+        one = (
+            rng.integers(0, 3, count), rng.random(count).astype(np.float32),
+            rng.normal(size=(count, 3)).astype(np.float32),
+        )  # fmt: skip
+        sums.add(*one)
+        parts.append(one)
+    chosen, gates, result = (np.concatenate(part) for part in zip(*parts, strict=True))
+    found = sums.statistics()
+    for expert in range(4):
+        own = chosen == expert
+        assert np.isclose(found["experts.share"][expert], own.mean())
+        if not own.any():
+            assert not found["experts.saliency"][expert]
+            continue
+        norms = np.linalg.norm(result[own], axis=1)
+        assert np.isclose(found["experts.gate"][expert], gates[own].mean(), rtol=1e-5)
+        assert np.isclose(found["experts.saliency"][expert], (gates[own] * norms).mean(), rtol=1e-5)
+        np.testing.assert_allclose(
+            found["experts.result"][expert], result[own].mean(0), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_a_neuron_that_is_never_at_work_is_not_active() -> None:
+    sums = BlockSums(1, 2, 4, 0.5)
+    sums.add(0, np.ones((3, 2), np.float32), np.array([[1, 0, 0, 0]] * 3, np.float32))
+    np.testing.assert_array_equal(np.diag(sums.statistics()["hidden.pairs"]), [3, 0, 0, 0])

@@ -1,0 +1,165 @@
+"""Orders, what is taken in them, and fitted routers."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.errors import InputError
+from moecc.types.arrays import Array
+from moecc.weights.clustering import cluster_order
+from moecc.weights.evaluate import Evaluator, evaluate
+from moecc.weights.fitting import fitted_rows, remembered
+from moecc.weights.text import format_expr, parse_expr
+
+TEXTS = (
+    'take(source("w" : f32[mlp=12, embed=4]), mlp=permutation(i32[mlp=12], key=0x1f))',
+    'take(source("w" : f32[mlp=12, embed=4]), mlp=source("order" : i32[mlp=12]))',
+    'clusters(source("pairs" : i32[mlp=12, other=12]), axis=mlp, first=4, groups=2)',
+    'fitted(source("c" : f32[embed=4, other=4]), source("m" : f32[embed=4]), '
+    'source("x" : f32[expert=3, embed=4]), ridge=0.01, std=0.5)',
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text(text: str) -> None:
+    assert format_expr(parse_expr(text)[0]) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('take(source("w" : f32[mlp=4]), mlp=source("o" : f32[mlp=4]))', "whole numbers"),
+        ('take(source("w" : f32[mlp=4]), mlp=source("o" : i32[a=4]))', "i32[mlp"),
+        ('take(source("w" : f32[a=4]), mlp=source("o" : i32[mlp=4]))', "no axis 'mlp'"),
+        ("permutation(f32[mlp=4], key=0x1)", "whole numbers"),
+        ("permutation(i32[mlp=4, a=2], key=0x1)", "whole numbers"),
+        ('clusters(source("p" : i32[mlp=6, a=5]), axis=mlp, first=0, groups=2)', "square"),
+        ('clusters(source("p" : i32[mlp=6, a=6]), axis=mlp, first=1, groups=2)', "divide"),
+        ('clusters(source("p" : i32[mlp=6, a=6]), axis=mlp, first=6, groups=1)', "divide"),
+        (
+            'fitted(source("c" : f32[e=3, o=4]), source("m" : f32[e=3]), '
+            'source("x" : f32[expert=3, e=3]), ridge=0.01, std=0.5)',
+            "square",
+        ),
+        (
+            'fitted(source("c" : f32[e=3, o=3]), source("m" : f32[e=3]), '
+            'source("x" : f32[expert=3, e=3]), ridge=-0.01, std=0.5)',
+            "ridge is not a size",
+        ),
+    ],
+)
+def test_wrong_types_are_reported(text: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_expr(text)
+    assert words in str(caught.value)
+
+
+def test_an_order_beyond_the_axis_is_reported() -> None:
+    expr = parse_expr('take(source("w" : f32[mlp=4]), mlp=source("o" : i32[mlp=2]))')[0]
+    tensors = {"w": np.zeros(4, np.float32), "o": np.array([0, 4], np.int32)}
+    with pytest.raises(InputError, match="has a position that axis 'mlp' has not"):
+        evaluate(expr, lambda name, a=0, b=None: tensors[name][a:b])
+
+
+# --- clusters
+
+
+def planted(rng: np.random.Generator, groups: int, size: int, tokens: int) -> Array:
+    """Return the counts of pairs of shuffled neurons of which those of a group go together."""
+    of_group = rng.random((groups, tokens)) < 0.3
+    noise = rng.random((groups * size, tokens)) < 0.02
+    active = np.repeat(of_group, size, axis=0) ^ noise
+    return (active.astype(np.int64) @ active.T.astype(np.int64)).astype(np.int32)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 5), st.integers(2, 8))
+def test_planted_clusters_are_found(seed: int, groups: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(groups * size)
+    pairs = planted(rng, groups, size, 400)[np.ix_(shuffled, shuffled)]
+    order = cluster_order(lambda a, b: pairs[a:b], groups * size, 0, groups)
+    found = {frozenset(part.tolist()) for part in np.split(shuffled[order] // size, groups)}
+    assert all(len(members) == 1 for members in found)
+    assert sorted(order.tolist()) == list(range(groups * size))
+
+
+@given(st.integers(0, 10_000), st.integers(0, 7), st.integers(1, 4), st.integers(1, 5))
+def test_the_first_are_the_most_active(seed: int, first: int, groups: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = first + groups * size
+    active = rng.random((count, 60)) < rng.random((count, 1))
+    pairs = (active.astype(np.int64) @ active.T.astype(np.int64)).astype(np.int32)
+    order = cluster_order(lambda a, b: pairs[a:b], count, first, groups)
+    rates = np.diag(pairs)
+    assert sorted(order.tolist()) == list(range(count))
+    if first:
+        assert rates[order[:first]].min() >= rates[order[first:]].max()
+    for part in np.split(order[first:], groups):
+        assert list(part) == sorted(part)
+
+
+# --- fitted routers
+
+
+@given(st.integers(0, 10_000), st.integers(2, 5), st.sampled_from((0.0, 0.01, 1.0)))
+def test_logits_have_the_spread_and_no_preference(seed: int, experts: int, ridge: float) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(500, 8)) @ rng.normal(size=(8, 8)) + rng.normal(size=8)
+    target = rng.normal(size=(500, experts)) + x @ rng.normal(size=(8, experts))
+    mean = x.mean(0)
+    cross = (target - target.mean(0)).T @ (x - mean) / len(x)
+    rows = fitted_rows(np.cov(x.T, bias=True), mean, cross, ridge=ridge, std=0.5)
+    assert np.array_equal(rows, rows.astype(ml_dtypes.bfloat16).astype(np.float32))
+    logits = x @ rows.T.astype(np.float64)
+    # Rounding to bf16 leaves 2⁻⁹ of each row.
+    assert np.sqrt((logits - logits.mean(0)).var(0).mean()) == pytest.approx(0.5, rel=0.01)
+    assert np.abs(logits.mean(0)).max() < 0.01 * np.abs(rows).sum() * np.abs(mean).max()
+    assert np.abs(rows.sum(0)).max() < 0.02 * np.abs(rows).max()
+
+
+def test_ridge_finds_what_an_expert_is_for() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 6)) * np.array([9.0, 1, 1, 1, 1, 1])
+    target = x[:, 1:4]
+    cross = target.T @ x / len(x)
+    rows = fitted_rows(np.cov(x.T, bias=True), np.zeros(6), cross, ridge=1e-4, std=1.0)
+    assert ((x @ rows.T).argmax(1) == target.argmax(1)).mean() > 0.95
+
+
+def test_nothing_to_fit_gives_zero_rows() -> None:
+    rows = fitted_rows(np.zeros((3, 3)), np.zeros(3), np.zeros((2, 3)), ridge=0.01, std=1.0)
+    assert not rows.any()
+
+
+def test_a_value_is_computed_once_a_checkpoint() -> None:
+    expr = parse_expr(TEXTS[2])[0]
+    pairs = np.eye(12, dtype=np.int32) * np.arange(1, 13, dtype=np.int32)
+    asked = []
+
+    class Tensors:
+        def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+            asked.append(name)
+            return pairs[start:stop]
+
+    tensors = Tensors()
+    first = Evaluator(tensors.read).block(expr, ((0, 12),))
+    count = len(asked)
+    again = Evaluator(tensors.read).block(expr, ((3, 5),))
+    assert len(asked) == count
+    assert np.array_equal(first[3:5], again)
+    other = Tensors()
+    Evaluator(other.read).block(expr, ((0, 12),))
+    assert len(asked) > count
+
+
+def test_large_values_are_computed_again() -> None:
+    expr = parse_expr("permutation(i32[mlp=4], key=0x1)")[0]
+    made = np.zeros(2_000_000, np.int32)
+    calls = []
+    for _ in range(2):
+        remembered(expr, test_large_values_are_computed_again, lambda: calls.append(0) or made)
+    assert len(calls) == 2
