@@ -28,7 +28,7 @@ class LowerRequest:
         str,
         typer.Option(
             "--dispatch",
-            help="auto, or scan, einsum, gather, grouped, ragged_dot, gathered for all layers.",
+            help="auto, or one for all: scan, einsum, gather, grouped, ragged_dot, gathered, used.",
         ),
     ] = "auto"
     platform: Annotated[

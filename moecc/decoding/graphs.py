@@ -70,7 +70,7 @@ def rewritten(graph: Graph, pipeline: str) -> Graph:
 
 
 def most_positions(graph: Graph) -> int | None:
-    """Return how many positions the learned table of `graph` has; None where there is none."""
+    """Return how many positions the learned table of `graph` has; or None without one."""
     for node in graph:
         found = fits(_LEARNED, node)
         if found is not None:

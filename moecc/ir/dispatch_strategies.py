@@ -39,6 +39,7 @@ STRATEGIES = (
     DispatchStrategy("grouped", "a loop over blocks of sorted rows", "grouped"),
     DispatchStrategy("ragged_dot", "a ragged product of sorted rows", "grouped"),
     DispatchStrategy("gathered", "the weights of its expert for each row", "grouped"),
+    DispatchStrategy("used", "the experts that are chosen, on all tokens", "grouped"),
 )
 """The strategies, in the order in which they are tried and listed."""
 

@@ -267,7 +267,9 @@ def test_the_choice_by_platform_and_shape() -> None:
         (ragged, routing(64, 8, None), "tpu", "ragged_dot"),
         (ragged, routing(64, 8, None), "gpu", "grouped"),
         (ragged, routing(1, 8, None), "tpu", "gathered"),
-        (ragged, routing(1, 8, None), "cpu", "grouped"),
+        (ragged, routing(4, 8, None), "cpu", "used"),
+        (ragged, routing(5, 8, None), "cpu", "grouped"),
+        (ragged, routing(1, 64, None), "cpu", "grouped"),
         (bound, routing(64, 8, 20), "cpu", "gather"),
         (bound, routing(64, 8, 64), "cpu", "grouped"),
         (bound, routing(64, 8, 64), "tpu", "ragged_dot"),
@@ -329,5 +331,5 @@ def test_unknown_names_are_told_together() -> None:
     with pytest.raises(UsageError) as error:
         Options("ragged", platform="gpus")
     first, second = error.value.problems
-    assert first.expected == "auto, scan, einsum, gather, grouped, ragged_dot, gathered"
+    assert first.expected == "auto, scan, einsum, gather, grouped, ragged_dot, gathered, used"
     assert second.hint == "did you mean 'gpu'?"

@@ -15,7 +15,10 @@ from tiers import examples
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul  # noqa: E402
+from moecc_backends.xla.kernels.grouped_matmul import (  # noqa: E402
+    grouped_matmul,
+    grouped_matmul_of_parts,
+)
 from moecc_backends.xla.kernels.repeat_by_group import repeat_by_group  # noqa: E402
 from moecc_backends.xla.kernels.row_blocks import block_sizes  # noqa: E402
 
@@ -191,3 +194,16 @@ def test_blocks_fit_the_rows(num_rows: int, num_experts: int) -> None:
     assert sizes[0] <= num_rows
     assert list(sizes) == sorted(set(sizes), reverse=True)
     assert all(size % sizes[-1] == 0 for size in sizes)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@settings(max_examples=examples(6, 40), deadline=None)
+@given(drawn=grouped_rows())
+def test_an_array_for_each_expert(drawn: tuple[int, np.ndarray], axis: int) -> None:
+    """Experts with arrays of their own have the product of one array for all."""
+    num_rows, sizes = drawn
+    rows, weight, d_product = _arrays(num_rows, sizes.size, axis)
+    expected, _, _ = _oracle(rows, weight, d_product, sizes, axis)
+    rows32, parts = jnp.asarray(rows, jnp.float32), tuple(jnp.asarray(w) for w in weight)
+    found = grouped_matmul_of_parts(rows32, parts, jnp.asarray(sizes), axis)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -7,12 +7,14 @@ combine, which repeats it for each expert.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from moecc.ir.graph import Value
 from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
 from moecc_backends.xla.trace.dtypes import accumulator
@@ -35,10 +37,7 @@ class AllExperts:
         """Return the sum over experts of their gated rows."""
         assert isinstance(rows, DeferredRows), "`permute` makes no rows"
         outside = rows.outside()
-        dispatched = {v for n in rows.nodes if n.op.moves is RowMove.TO_SLOTS for v in n.operands}
-        sliced = {
-            v: _leading(x) for v, x in outside.items() if "expert" in x.axes and v not in dispatched
-        }
+        sliced = {v: _leading(x) for v, x in sliced_by_expert(rows, outside).items()}
         axes: tuple[str, ...] = ()
 
         def weighted(expert: jax.Array, slices: tuple[jax.Array, ...]) -> jax.Array:
@@ -128,6 +127,12 @@ class OneExpert:
         kind = accumulator(rows.dtype)
         weight = jnp.sum(jnp.where(self._is_choice, gates.astype(kind), 0), axis=1)
         return zeroed(rows, self.is_used).astype(kind) * weight[:, None]
+
+
+def sliced_by_expert(rows: DeferredRows, outside: Mapping[Value, Named]) -> dict[Value, Named]:
+    """Return what has a part for each expert, of all that deferred rows are made of."""
+    dispatched = {v for n in rows.nodes if n.op.moves is RowMove.TO_SLOTS for v in n.operands}
+    return {v: x for v, x in outside.items() if "expert" in x.axes and v not in dispatched}
 
 
 def _leading(x: Named) -> Named:

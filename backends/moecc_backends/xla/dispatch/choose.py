@@ -18,11 +18,12 @@ from moecc_backends.xla.dispatch.capacity_slots import CapacitySlots, OneHotSlot
 from moecc_backends.xla.dispatch.legality import is_ragged, why_rows_meet
 from moecc_backends.xla.dispatch.per_token_weights import PerTokenWeights
 from moecc_backends.xla.dispatch.sorted_rows import SortedRows
+from moecc_backends.xla.dispatch.used_experts import UsedExperts
 from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul
 from moecc_backends.xla.kernels.ragged_dot import ragged_matmul, why_no_kernel
 from moecc_backends.xla.trace.options import AUTO, Options
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.values import DispatchLayout, SlotLayout
+from moecc_backends.xla.trace.values import MOST_LISTED, DispatchLayout, SlotLayout
 
 _MOST_EMPTY = 1.5
 """Slots for each choice from which on rows are sorted: empty slots cost as much as full ones.
@@ -30,6 +31,9 @@ Measured on a CPU (``benchmarks/moe_layer.py``)."""
 
 _FEW_CHOICES = 8
 """Up to this many choices an accelerator gathers weights: one step of decoding."""
+
+_FEW_TOKENS = 4
+"""Up to this many tokens a CPU runs the experts that are used on all of them."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,11 @@ TABLE: dict[str, SlotStrategy | RowStrategy] = {
     "grouped": RowStrategy(partial(SortedRows.of, kernel=grouped_matmul)),
     "ragged_dot": RowStrategy(partial(SortedRows.of, kernel=ragged_matmul)),
     "gathered": RowStrategy(PerTokenWeights.of),
+    "used": RowStrategy(UsedExperts),
 }
 """By name: all experts on all tokens, one after the other (the oracle); one-hot products; gathers
-into slots; a loop over blocks of sorted rows; JAX's product of sorted rows; weights by row."""
+into slots; a loop over blocks of sorted rows; JAX's product of sorted rows; weights by row; the
+experts that are used."""
 
 assert tuple(TABLE) == DISPATCHES, "options name what there is"
 
@@ -108,7 +114,14 @@ def choose(slots: Value, routing: Routing, options: Options, dtype: jax.typing.D
         return "gather"
     if options.target != "cpu" and routing.num_choices <= min(_FEW_CHOICES, routing.num_experts):
         return "gathered"
+    if options.target == "cpu" and _is_a_step(routing):
+        return "used"
     return "grouped" if why_no_kernel(options.target, dtype) else "ragged_dot"
+
+
+def _is_a_step(routing: Routing) -> bool:
+    """Whether tokens are so few that reading weights is what costs, and experts can be listed."""
+    return routing.num_tokens <= _FEW_TOKENS and routing.num_experts <= MOST_LISTED
 
 
 def dispatch_problems(graph: Graph, options: Options) -> list[Problem]:

@@ -17,10 +17,11 @@ from moecc_backends.xla.dispatch.permutation import (
     sort_by_expert,
     sorted_permutation,
 )
+from moecc_backends.xla.kernels.grouped_matmul import grouped_matmul_of_parts
 from moecc_backends.xla.kernels.repeat_by_group import repeat_by_group
 from moecc_backends.xla.mesh.all_to_all import ExchangeMap, ExchangeSpec
 from moecc_backends.xla.trace.routing import Routing
-from moecc_backends.xla.trace.values import DeferredRows, Named, Operand, Rows
+from moecc_backends.xla.trace.values import DeferredRows, ExpertArrays, Named, Operand, Rows
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, int, DTypeLike], jax.Array]
 """Multiplies rows ``[rows, a]`` with the weights of their group.
@@ -115,13 +116,13 @@ class SortedRows:
         rows = x.inner().to(("rows", *kept, *over)).array
         lead, sizes = rows.shape[: 1 + len(kept)], tuple(weight.size(a) for a in rest)
         matrices, contracting_axis = _matrices(weight, over, rest)
-        product = self.kernel(
-            rows.reshape(-1, prod(rows.shape[len(lead) :])),
-            matrices.astype(rows.dtype),
-            self.group_sizes * prod(lead[1:]),
-            contracting_axis,
-            kind,
-        )
+        flat = rows.reshape(-1, prod(rows.shape[len(lead) :]))
+        counts = self.group_sizes * prod(lead[1:])
+        if isinstance(matrices, tuple):
+            parts = tuple(part.astype(rows.dtype) for part in matrices)
+            product = grouped_matmul_of_parts(flat, parts, counts, contracting_axis)
+        else:
+            product = self.kernel(flat, matrices.astype(rows.dtype), counts, contracting_axis, kind)
         return x.with_array(product.reshape(*lead, *sizes), (*kept, *rest))
 
 
@@ -140,11 +141,20 @@ class ExchangeRecord:
     spec: ExchangeSpec
 
 
-def _matrices(weight: Named, over: tuple[str, ...], rest: tuple[str, ...]) -> tuple[jax.Array, int]:
+Matrices = jax.Array | tuple[jax.Array, ...]
+
+
+def _matrices(weight: Named, over: tuple[str, ...], rest: tuple[str, ...]) -> tuple[Matrices, int]:
     """Return weights as ``[experts, a, b]`` or ``[experts, b, a]``, and the axis of `over`.
 
-    Whichever of the two stands last in the checkpoint stays last: nothing is transposed.
+    Whichever of the two stands last in the checkpoint stays last: nothing is transposed.  Where
+    each expert has an array of its own, they are ``[a, b]`` or ``[b, a]``.
     """
+    if isinstance(weight, ExpertArrays):
+        # Each is one of several experts, so they all are laid out as one of one expert is.
+        ones = [Named(part[None], weight.axes) for part in weight.parts]
+        made = [_matrices(one, over, rest) for one in ones]
+        return tuple(array[0] for array, _ in made), made[0][1]
     inner_last = weight.axes[-1] in over
     order = ("expert", *rest, *over) if inner_last else ("expert", *over, *rest)
     width, out = (prod(weight.size(a) for a in axes) for axes in (over, rest))

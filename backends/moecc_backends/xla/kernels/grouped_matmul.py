@@ -52,6 +52,29 @@ def grouped_matmul(
     return _product_of_groups(rows, weights, jnp.asarray(group_sizes), contracting_axis)
 
 
+def grouped_matmul_of_parts(
+    rows: jax.Array,
+    weights: tuple[jax.Array, ...],
+    group_sizes: jax.Array,
+    contracting_axis: int,
+) -> jax.Array:
+    """Multiply rows as `grouped_matmul` does, with an array for each expert, read in place.
+
+    `weights` are ``[a, b]`` with ``contracting_axis=1`` or ``[b, a]`` with ``contracting_axis=2``.
+    Experts are written out one by one, so there should be few; and there is no gradient.
+    """
+    sizes = block_sizes(rows.shape[0], len(weights))
+    # Each size is a loop for each expert, which take long to compile.
+    two = tuple(dict.fromkeys((sizes[len(sizes) // 2], sizes[-1])))
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    wide = weights[0].shape[2 - contracting_axis]
+    output = jnp.zeros((rows.shape[0], wide), stored_as(rows.dtype))
+    for number, weight in enumerate(weights):
+        span = starts[number], group_sizes[number]
+        output = _walk_rows(rows, weight, contracting_axis - 1, span, two, output)
+    return load(output, rows.dtype)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product_of_groups(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, axis: int
@@ -80,25 +103,37 @@ def _walk_product(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, axis: int
 ) -> jax.Array:
     """Multiply the rows of each expert with its weights."""
-    num_rows, dtype = rows.shape[0], rows.dtype
-    sizes = block_sizes(num_rows, group_sizes.size)
+    sizes = block_sizes(rows.shape[0], group_sizes.size)
     starts = jnp.cumsum(group_sizes) - group_sizes
 
     def expert_body(expert: jax.Array, output: jax.Array) -> jax.Array:
         stored = lax.dynamic_index_in_dim(store(weights), expert, 0, keepdims=False)
-        weight, end = load(stored, weights.dtype), starts[expert] + group_sizes[expert]
+        weight, span = load(stored, weights.dtype), (starts[expert], group_sizes[expert])
+        return _walk_rows(rows, weight, axis - 1, span, sizes, output)
 
-        def step(start: jax.Array, size: int, is_partial: bool, output: jax.Array) -> jax.Array:
-            # At the end of the array the block moves left, over rows that the mask protects.
-            first = jnp.minimum(start, num_rows - size) if is_partial else start
-            product = _dot(_block(rows, first, size), weight, axis - 1)
-            mask = inside(first, size, start, end) if is_partial else None
-            return _write(output, store(product.astype(dtype)), first, mask)
+    zeros = zeros_after(rows, (rows.shape[0], weights.shape[3 - axis]), stored_as(rows.dtype), 0)
+    return load(walk_experts(group_sizes, expert_body, zeros), rows.dtype)
 
-        return walk_blocks(starts[expert], group_sizes[expert], sizes, step, output)
 
-    zeros = zeros_after(rows, (num_rows, weights.shape[3 - axis]), stored_as(dtype), 0)
-    return load(walk_experts(group_sizes, expert_body, zeros), dtype)
+def _walk_rows(
+    rows: jax.Array,
+    weight: jax.Array,
+    axis: int,
+    span: tuple[jax.Array, jax.Array],
+    sizes: tuple[int, ...],
+    output: jax.Array,
+) -> jax.Array:
+    """Write the products of one expert's rows, of which `span` is the first and the number."""
+    num_rows, (begin, count) = rows.shape[0], span
+
+    def step(start: jax.Array, size: int, is_partial: bool, output: jax.Array) -> jax.Array:
+        # At the end of the array the block moves left, over rows that the mask protects.
+        first = jnp.minimum(start, num_rows - size) if is_partial else start
+        product = _dot(_block(rows, first, size), weight, axis)
+        mask = inside(first, size, start, begin + count) if is_partial else None
+        return _write(output, store(product.astype(rows.dtype)), first, mask)
+
+    return walk_blocks(begin, count, sizes, step, output)
 
 
 def _walk_gradient(

@@ -36,7 +36,7 @@ from moecc_backends.xla.trace.device_view import DeviceView
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.host_arrays import check_keys
 from moecc_backends.xla.trace.options import DEFAULTS, Options
-from moecc_backends.xla.trace.values import Named, Operand
+from moecc_backends.xla.trace.values import ExpertArrays, Named, Operand
 
 Tree = Mapping[str, jax.Array]
 
@@ -79,7 +79,7 @@ def function(
 
 def lower_values(
     nodes: list[Node],
-    arrays: Mapping[Value, jax.Array],
+    arrays: Mapping[Value, jax.Array | tuple[jax.Array, ...]],
     dtype: DType,
     options: Options = DEFAULTS,
     view: DeviceView | None = None,
@@ -89,25 +89,30 @@ def lower_values(
 
     Args:
       nodes: the nodes, in order.
-      arrays: of the values that they use and do not make.
+      arrays: of the values that they use and do not make; of a parameter that experts have, it may
+        be a tuple with an array for each.
       dtype: the type of the computation.
       options: what was chosen for the lowering.
       view: the device whose shards the arrays are; None where they are whole.
       interceptor: calls each lowering, see `Interceptor`.
     """
     # What another segment computed has its type already: a loss may be wider than the model.
-    values: dict[Value, Operand] = {
-        v: Named(
-            cast_input(array, dtype, precise=_is_precise(v)) if v.node is None else array,
-            v.type.names,
-        )
-        for v, array in arrays.items()
-    }
+    values: dict[Value, Operand] = {v: _operand(v, array, dtype) for v, array in arrays.items()}
     context = Context(
         dtype.numpy, values, options, view=view or DeviceView(), interceptor=interceptor
     )
     lower_nodes(context, nodes)
     return values
+
+
+def _operand(value: Value, array: jax.Array | tuple[jax.Array, ...], dtype: DType) -> Named:
+    if isinstance(array, tuple):
+        precise = _is_precise(value)
+        parts = tuple(cast_input(part, dtype, precise=precise) for part in array)
+        return ExpertArrays(parts, value.type.names)
+    if value.node is not None:
+        return Named(array, value.type.names)
+    return Named(cast_input(array, dtype, precise=_is_precise(value)), value.type.names)
 
 
 def _is_precise(value: Value) -> bool:

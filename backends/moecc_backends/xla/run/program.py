@@ -122,7 +122,9 @@ def segment_function(
     """
 
     def run(
-        spent: list[jax.Array], given: list[jax.Array], weights: list[jax.Array]
+        spent: list[jax.Array],
+        given: list[jax.Array],
+        weights: list[jax.Array | tuple[jax.Array, ...]],
     ) -> list[jax.Array]:
         arrays = (*spent, *given, *weights)
         named = dict(zip((*inputs, *segment.params), arrays, strict=True))

@@ -14,17 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from moecc.backend import Arrays
+from moecc.errors import InputError
 from moecc.ir.graph import Graph, Value
 from moecc.types.arrays import Array as NumpyArray
 from moecc.types.dtypes import F64, DType
 from moecc_backends.xla.lower.function import cast_input, finalize_output
 from moecc_backends.xla.lower.segments import Segment, segments
 from moecc_backends.xla.run.program import segment_function
-from moecc_backends.xla.trace.host_arrays import to_device, to_numpy
+from moecc_backends.xla.trace.host_arrays import misfits, to_device, to_numpy
 from moecc_backends.xla.trace.options import DEFAULTS, Options
-from moecc_backends.xla.trace.values import Named
+from moecc_backends.xla.trace.values import MOST_LISTED, Named
 
 Alive = dict[Value, jax.Array]
+
+Weight = jax.Array | tuple[jax.Array, ...]
+"""A parameter; one that experts have is an array for each, so that a step reads those it needs."""
 
 
 @dataclass
@@ -40,7 +44,7 @@ class XlaSession:
     params: Arrays
     dtype: DType
     options: Options = DEFAULTS
-    _weights: dict[str, jax.Array] = field(default_factory=dict)
+    _weights: dict[str, Weight] = field(default_factory=dict)
     _values: dict[str, jax.Array] = field(default_factory=dict)
     _segments: dict[Graph, list[Segment]] = field(default_factory=dict)
     _compiled: dict[tuple[object, ...], Any] = field(default_factory=dict)
@@ -97,11 +101,21 @@ class XlaSession:
     def _input(self, name: str, value: Value, inputs: Arrays) -> jax.Array:
         return to_device(inputs[name], value) if name in inputs else self._values[name]
 
-    def _weight(self, value: Value) -> jax.Array:
+    def _weight(self, value: Value) -> Weight:
         if value.name not in self._weights:
-            self._weights[value.name] = to_device(self.params[value.name], value)
+            self._weights[value.name] = _on_device(self.params[value.name], value)
         return self._weights[value.name]
 
     def _precision(self) -> Any:
         # Without its switch jax makes every float64 a float32 without a word.
         return jax.enable_x64(self.dtype == F64)
+
+
+def _on_device(array: NumpyArray, value: Value) -> Weight:
+    names = value.type.names
+    if len(names) < 3 or names[0] != "expert" or len(array) > MOST_LISTED:
+        return to_device(array, value)
+    problems = misfits(value, array, {})
+    if problems:
+        raise InputError(problems)
+    return tuple(jnp.asarray(part) for part in array)

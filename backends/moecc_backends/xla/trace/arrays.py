@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +59,42 @@ def einsum(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike | None = N
         *(a for a in x.axes if a not in over),
         *(a for a in w.axes if a not in over and a not in x.axes),
     )
+    wide = kind or accumulator(x.array.dtype)
+    if _is_one_row(x, w, over):
+        return _vector_product(x, w, over, wide).to(result)
     letters = dict(zip(dict.fromkeys((*x.axes, *w.axes)), string.ascii_letters, strict=False))
     spell = ["".join(letters[a] for a in axes) for axes in (x.axes, w.axes, result)]
     array = jnp.einsum(
         f"{spell[0]},{spell[1]}->{spell[2]}",
         x.array,
         w.array,
-        preferred_element_type=kind or accumulator(x.array.dtype),
+        preferred_element_type=wide,
     )
     return Named(array.astype(x.array.dtype), result)
+
+
+def _is_one_row(x: Named, w: Named, over: tuple[str, ...]) -> bool:
+    """Whether all that is not summed over of `x` is one element, and a matrix multiplies it."""
+    shared = set(x.axes) & set(w.axes)
+    return shared == set(over) and len(w.axes) > len(over) and x.array.size == prod(
+        x.size(a) for a in over
+    )  # fmt: skip
+
+
+def _vector_product(x: Named, w: Named, over: tuple[str, ...], kind: DTypeLike) -> Named:
+    """Multiply a matrix with a vector: on a CPU twice as quick as a product with one row.
+
+    A step of decoding is made of these.  The matrix is read as it is stored.
+    """
+    rest = tuple(a for a in w.axes if a not in over)
+    kept = tuple(a for a in x.axes if a not in over)
+    vector = x.to((*kept, *over)).array.reshape([x.size(a) for a in over])
+    at = tuple(w.axes.index(a) for a in over), tuple(range(len(over)))
+    product = jax.lax.dot_general(
+        w.array, vector, (at, ((), ())), preferred_element_type=kind
+    )  # fmt: skip
+    shape = [1] * len(kept) + [w.size(a) for a in rest]
+    return Named(product.astype(x.array.dtype).reshape(shape), (*kept, *rest))
 
 
 def per_row(value: Operand, layout: RowLayout) -> Named:

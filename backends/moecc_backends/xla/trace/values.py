@@ -21,6 +21,10 @@ SLOT_AXES = ("expert", "group", "slot")
 """The axes of slots under a capacity, in the order in which they are laid out."""
 
 
+MOST_LISTED = 32
+"""Up to this many experts are written out one by one; more take long to compile."""
+
+
 @dataclass(frozen=True)
 class Named:
     """An array and the names of its axes, in order."""
@@ -48,6 +52,34 @@ class Named:
         mine = self.to(tuple(a for a in axes if a in self.axes))
         shape = [mine.size(a) if a in mine.axes else 1 for a in axes]
         return mine.array.reshape(shape)
+
+
+class ExpertArrays(Named):
+    """A parameter of experts as an array for each, so that one can be read in place.
+
+    Whoever does not know of them sees one array, stacked.
+
+    Attributes:
+      parts: the array of each expert.
+    """
+
+    parts: tuple[jax.Array, ...]
+
+    def __init__(self, parts: tuple[jax.Array, ...], axes: tuple[str, ...]) -> None:
+        assert axes[0] == "expert", "experts come first"
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "axes", axes)
+
+    @property
+    def array(self) -> jax.Array:
+        """The arrays of all experts, stacked."""
+        return jnp.stack(self.parts)
+
+    def size(self, axis: str) -> int:
+        """Return the size of `axis`."""
+        return (
+            len(self.parts) if axis == "expert" else Named(self.parts[0], self.axes[1:]).size(axis)
+        )
 
 
 @dataclass(frozen=True)
