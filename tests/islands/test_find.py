@@ -129,6 +129,15 @@ def test_a_block_has_these_operations(name: str) -> None:
     assert block.is_converted
 
 
+@pytest.mark.parametrize("name", ["mish", "relu6", "gelu", "where"])
+def test_axes_of_equal_sizes_are_different_axes(name: str) -> None:
+    """As many texts as tokens, as neurons, as the width: an activation is the same."""
+    function, _, operations = BLOCKS[name]
+    x = jax.ShapeDtypeStruct((4, 4, 4), jnp.float32)
+    moe = mx.convert(function, shapes(w1=(4, 4), w2=(4, 4)), x, "upcycle{experts=4}")
+    assert moe.report.blocks[0].operations == operations
+
+
 @jax.custom_vjp
 def straight(h: Any) -> Any:
     return jax.nn.relu(h)
@@ -183,6 +192,79 @@ def two_ways(p: Any, x: Any) -> Any:
     return act(jax.nn.silu)(p, x) + act(jax.nn.relu)(p, x)
 
 
+def rounded(p: Any, x: Any) -> Any:
+    w1, w2 = (p[n].astype(jnp.float8_e4m3fn).astype(jnp.float32) for n in ("w1", "w2"))
+    return jax.nn.silu(x @ w1) @ w2
+
+
+def fused_late(p: Any, x: Any) -> Any:
+    gate, up = jnp.split(x @ jnp.concatenate([p["w1"], p["w3"]], 1), 2, -1)
+    return (jax.nn.silu(gate) * up) @ p["w2"]
+
+
+def stacked_late(p: Any, x: Any) -> Any:
+    stack = {n: jnp.stack([p[n], p[f"{n}b"]]) for n in ("w1", "w2")}
+    return jax.lax.scan(lambda x, q: (x + act(jax.nn.silu)(q, x), None), x, stack)[0]
+
+
+def weight_norm(p: Any, x: Any) -> Any:
+    w1, w2 = (p[n] / jnp.linalg.norm(p[n], axis=0) for n in ("w1", "w2"))
+    return jax.nn.silu(x @ w1) @ w2
+
+
+def convolved(p: Any, x: Any) -> Any:
+    def conv(x: Any, kernel: Any) -> Any:
+        order = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=order)
+
+    return conv(jax.nn.silu(conv(x, p["w1"])), p["w2"])
+
+
+def picked(p: Any, x: Any) -> Any:
+    def step(i: Any, x: Any) -> Any:
+        return x + jax.nn.silu(x @ p["w1"][i]) @ p["w2"][i]
+
+    return jax.lax.fori_loop(0, 3, step, x)
+
+
+def in_pallas(p: Any, x: Any) -> Any:
+    from jax.experimental import pallas as pl
+
+    def kernel(x: Any, w1: Any, w2: Any, out: Any) -> None:
+        out[...] = jax.nn.relu(x[...] @ w1[...]) @ w2[...]
+
+    shape = jax.ShapeDtypeStruct((B * S, E), jnp.float32)
+    run = pl.pallas_call(kernel, out_shape=shape, interpret=True)
+    return run(x.reshape(B * S, E), p["w1"], p["w2"])
+
+
+def pallas_inside(p: Any, x: Any) -> Any:
+    from jax.experimental import pallas as pl
+
+    def kernel(h: Any, out: Any) -> None:
+        out[...] = jax.nn.relu(h[...])
+
+    h = x @ p["w1"]
+    shape = jax.ShapeDtypeStruct(h.shape, h.dtype)
+    return pl.pallas_call(kernel, out_shape=shape, interpret=True)(h) @ p["w2"]
+
+
+def whole_on_the_host(p: Any, x: Any) -> Any:
+    made = jax.ShapeDtypeStruct((B, S, E), jnp.float32)
+    return jax.pure_callback(lambda x, a, b: x, made, x, p["w1"], p["w2"])
+
+
+@jax.custom_vjp
+def whole_layer(p: Any, x: Any) -> Any:
+    return act(jax.nn.silu)(p, x)
+
+
+whole_layer.defvjp(lambda p, x: (whole_layer(p, x), None), lambda _, g: (g, g))
+
+TWICE = {"w1": (E, F), "w2": (F, E), "w1b": (E, F), "w2b": (F, E)}
+KERNELS = {"w1": (1, E, F), "w2": (1, F, E)}
+STACKS = {"w1": (3, E, F), "w2": (3, F, E)}
+
 MISSES: dict[str, tuple[Function, dict[str, Shape], str]] = {
     "dropout": (with_dropout, PLAIN, "dropout is inside it: trace the function without"),
     "a norm inside": (with_norm, PLAIN, "`reduce_sum` inside it mixes its hidden values"),
@@ -200,6 +282,18 @@ MISSES: dict[str, tuple[Function, dict[str, Shape], str]] = {
     "a choice of two": (
         lambda p, x: (lambda a, b: jnp.where(a > b, a, b))(x @ p["w1"], x @ p["w3"]) @ p["w2"],
         GATED, "`where` inside it takes several hidden values",
+    ),
+    "rounded weights": (rounded, PLAIN, "its weight w1 is rounded to float8_e4m3fn first"),
+    "fused when it runs": (fused_late, GATED, "its weight is computed by `concatenate`"),
+    "stacked when it runs": (stacked_late, TWICE, "its weight is computed by `"),
+    "weight norm": (weight_norm, PLAIN, "its weight is computed by `div`"),
+    "a convolution": (convolved, KERNELS, "write it as a product"),
+    "picked by index": (picked, STACKS, "use a scan"),
+    "pallas": (in_pallas, PLAIN, "its products are inside a Pallas kernel"),
+    "pallas inside": (pallas_inside, PLAIN, "a Pallas kernel is inside it"),
+    "all on the host": (whole_on_the_host, PLAIN, "its products are inside a call of the host"),
+    "a layer with a gradient": (
+        lambda p, x: whole_layer(p, x), PLAIN, "a function with a gradient of its own",
     ),
     "a gradient": (gradient, PLAIN, "differentiate the converted function"),
     "two blocks, one weight": (two_ways, PLAIN, "another block uses its weights in another way"),

@@ -174,10 +174,13 @@ def _near(miss: Miss) -> Problem:
 
 
 def _no_block(function: Function, found: Survey) -> Problem:
+    what = "the function has no feed-forward block of its parameters"
+    if not found.leaves:
+        what = "the parameters have none of the element types that a block can have"
+    elif len(found.unused) == len(found.leaves):
+        what = "the function uses none of its parameters"
     return Problem(
-        "the function has no feed-forward block of its parameters"
-        if len(found.unused) < len(found.leaves)
-        else "the function uses none of its parameters",
+        what,
         where=function_line(function),
         expected="a product with a weight, functions of elements, a product with a weight",
         hint="the parameters are the first argument; weights that are closed over are constants",

@@ -146,9 +146,11 @@ def _symbols(jaxpr: Jaxpr, custom: Custom | None) -> tuple[list[Input], list[Sym
     values = [Val(v.aval) for v in opened(jaxpr)[0].invars]
     scope = Scope(None, None)
     fill(scope, jaxpr, values)
-    named = {size: axes.new(size) for v in values for size in v.shape}
+    # Axes are told apart by their places, counted from the last: two may have one size.
+    places = [tuple(enumerate(reversed(v.shape)))[::-1] for v in values]
+    named = {place: axes.new(place[1]) for one in places for place in one}
     symbols = Symbols(axes, values[0].aval.dtype, custom)
-    inputs = [Input(tuple(named[n] for n in v.shape)) for v in values]
+    inputs = [Input(tuple(named[place] for place in one)) for one in places]
     for value, one in zip(values, inputs, strict=True):
         symbols.values[value] = Sym(one, one.axes)
     for step in scope.steps:

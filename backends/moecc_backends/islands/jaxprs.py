@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 Jaxpr = Any
@@ -43,6 +44,12 @@ def shape_of(shape: Sequence[int], dtype: Any, sharding: Any = None) -> jax.Shap
 def is_literal(atom: Atom) -> bool:
     """Return whether `atom` is a value written into its equation."""
     return isinstance(atom, core.Literal)
+
+
+def float_bits(dtype: Any) -> tuple[int, int]:
+    """Return the bits of the fraction and of the exponent of a floating-point type."""
+    found = jnp.finfo(dtype)
+    return int(found.nmant), int(found.nexp)
 
 
 def callee(equation: Equation) -> Jaxpr | None:

@@ -304,6 +304,9 @@ _ENTER = {
     "remat": _enter_as_it_is,
 }
 
+LOOPS = frozenset(_ENTER)
+"""Loops, branches and checkpoints: steps that may have bodies."""
+
 
 def bound(step: Step) -> list[list[Val]]:
     """Return for each operand of a step with bodies the values in bodies that stand for it."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 
+from moecc_backends.islands.jaxprs import float_bits
 from moecc_backends.islands.views import View
 
 Params = Mapping[str, Any]
@@ -47,7 +48,15 @@ def _same(view: View, params: Params, given: Sequence[Seen]) -> list[View | None
 
 
 def _converted(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
-    return [view] if jnp.issubdtype(params["new_dtype"], jnp.floating) else []
+    dtype = params["new_dtype"]
+    return [view.cast(str(jnp.dtype(dtype)))] if jnp.issubdtype(dtype, jnp.floating) else []
+
+
+def _rounded(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
+    """The same where nothing is lost."""
+    fraction, exponent = float_bits(given[0].aval.dtype)
+    keeps = params["mantissa_bits"] >= fraction and params["exponent_bits"] >= exponent
+    return [view] if keeps else []
 
 
 def _transposed(view: View, params: Params, given: Sequence[Seen]) -> list[View | None]:
@@ -202,7 +211,7 @@ _RULES: dict[str, Callable[[View, Params, Sequence[Seen]], list[View | None]]] =
     "copy_p": _same,
     "name": _same,
     "sharding_constraint": _same,
-    "reduce_precision": _same,
+    "reduce_precision": _rounded,
     "pvary": _same,
     "pcast": _same,
     "transpose": _transposed,

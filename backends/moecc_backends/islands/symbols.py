@@ -23,9 +23,10 @@ from moecc_backends.islands.dag import (
     split,
 )
 from moecc_backends.islands.elements import folded, function_of
-from moecc_backends.islands.jaxprs import callee
+from moecc_backends.islands.jaxprs import callee, float_bits
 from moecc_backends.islands.scopes import UNKNOWN, Scope, Step, Val
 from moecc_backends.islands.structural import groups
+from moecc_backends.islands.views import View
 
 Custom = Callable[[Step], str | None]
 """Names the function with a derivative of its own that a step calls, where it is known."""
@@ -46,7 +47,8 @@ class Symbols:
     def __init__(self, axes: Axes, dtype: Any, custom: Custom | None) -> None:
         self.axes = axes
         self.values: dict[Val, Sym] = {}
-        self._itemsize = jnp.dtype(dtype).itemsize
+        self._dtype = jnp.dtype(dtype)
+        self._itemsize = self._dtype.itemsize
         self._custom = custom
 
     def read(self, value: Val) -> Sym:
@@ -75,9 +77,21 @@ class Symbols:
     def _weight(self, value: Val) -> Sym:
         view = value.view
         assert view is not None, "asked for because it has one"
+        self._check_casts(view)
         numbers = {name: self.axes.new(size) for name, size in view.sizes}
         self.axes.note(tuple(numbers.values()))
         return Sym(Weight(view, numbers), tuple(n if n is None else numbers[n] for n in view.dims))
+
+    def _check_casts(self, view: View) -> None:
+        """Raise Misfit where a weight is rounded to less than the block computes in."""
+        for dtype in view.casts:
+            wanted = (float_bits(self._dtype), float_bits(view.leaf.dtype.numpy))
+            pairs = zip(float_bits(dtype), *wanted, strict=True)
+            if any(kept < min(needed) for kept, *needed in pairs):
+                raise Misfit(
+                    f"its weight {view.leaf.name} is rounded to {dtype} first: a block has leaves "
+                    f"as they are; cast its input to {dtype}, too, or the leaf"
+                )
 
     def run(self, step: Step) -> None:
         """Find the symbols of what `step` defines.

@@ -69,12 +69,14 @@ class View:
       dims: the axes by dimension of the array.
       sizes: the size of each axis that is left.
       steps: what is done to the leaf, in order.
+      casts: the element types that it was cast to, in order.
     """
 
     leaf: Leaf
     dims: Dims
     sizes: tuple[tuple[str, int], ...]
     steps: tuple[Step, ...] = ()
+    casts: tuple[str, ...] = ()
 
     @classmethod
     def whole(cls, leaf: Leaf) -> View:
@@ -93,6 +95,10 @@ class View:
     def with_dims(self, dims: Dims) -> View:
         """Return this view with its axes along other dimensions."""
         return replace(self, dims=dims)
+
+    def cast(self, dtype: str) -> View:
+        """Return this view in another element type."""
+        return replace(self, casts=(*self.casts, dtype))
 
     def sliced(self, axis: str, start: int, stop: int) -> View:
         """Return the part ``[start, stop)`` of an axis."""
@@ -148,7 +154,7 @@ class View:
         return self._then(step, dims, tuple((n, s) for n, s in self.sizes if n != axis))
 
     def _then(self, step: Step, dims: Dims, sizes: tuple[tuple[str, int], ...]) -> View:
-        return View(self.leaf, dims, sizes, (*self.steps, step))
+        return replace(self, dims=dims, sizes=sizes, steps=(*self.steps, step))
 
 
 def _apply(made: Expr, step: Step, at: Mapping[Hashable, int]) -> Expr:
