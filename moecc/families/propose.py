@@ -20,6 +20,7 @@ from moecc.families.configs import (
 from moecc.families.experts import ExpertLayer, expert_layers, layer_number
 from moecc.families.graph_layout import FAMILY, graph_config
 from moecc.families.listing import both, either, ranges
+from moecc.families.not_written import NOT_WRITTEN
 from moecc.families.propose_encdec import encdec_fields, in_stacks
 from moecc.ir.graph import Graph
 from moecc.support.untyped import JsonDict
@@ -42,7 +43,15 @@ def targets() -> tuple[str, ...]:
 
 
 def check_target(target: str) -> None:
-    """Raise UsageError unless `target` is a family."""
+    """Check that `target` is a family that moecc writes.
+
+    Raises:
+      InputError: it is a family that no model which moecc reads can become.
+      UsageError: it is no family.
+    """
+    if target in NOT_WRITTEN:
+        why, instead = NOT_WRITTEN[target]
+        raise InputError(f"no model becomes a {target}: {why}", where="--to", hint=instead)
     if target not in CONFIGS:
         hint = nearest(target, CONFIGS)
         raise UsageError(
@@ -56,8 +65,7 @@ def propose(graph: Graph, target: str) -> ModelConfig | list[Problem]:
     The config is derived from that of the source, which the graph carries, and from the graph's
     expert layers.  Whether the rest of the graph matches is checked by the export.
 
-    Raises:
-      UsageError: there is no such family.
+    Raises: as `check_target`.
     """
     check_target(target)
     if target == FAMILY:

@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from safetensors.numpy import save_file
 
+from moecc.analysis.ffn import find_ffn_blocks
 from moecc.backend import get_backend
+from moecc.capture.statistics import BlockSums
 from moecc.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdaptedCheckpoint
 from moecc.checkpoint.open import open_checkpoint
 from moecc.checkpoint.several import SeveralCheckpoints, branches_of
@@ -27,12 +29,13 @@ from moecc.families import import_checkpoint
 from moecc.families.configs import CONFIGS
 from moecc.families.export import export_graph
 from moecc.ir.graph import Graph
-from moecc.pipeline.passes import Context
+from moecc.pipeline.passes import Context, Statistics
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.testing.checkpoints import MemoryCheckpoint, exported_checkpoint
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F64
+from moecc.weights.branches import STATISTICS
 from moecc.weights.evaluate import evaluate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -59,7 +62,10 @@ METHODS = {
     "noise": "upcycle{experts=4 router-std=1 init=noise noise-std=0.5 OPTIONS}",
     "drop": "upcycle{experts=4 router-std=1 init=drop OPTIONS}",
     "virtual groups": "upcycle{experts=4 router-std=1 granularity=2 OPTIONS}",
-    "index split": "upcycle{experts=4 granularity=4 router-std=1 ALL}",
+    "all slices": "upcycle{experts=4 granularity=4 router-std=1 ALL}",
+    "index split": "upcycle{experts=4 router-std=1 split=index OPTIONS}",
+    "random split": "upcycle{experts=4 router-std=1 split=random OPTIONS}",
+    "activation split": "upcycle{experts=4 split=activation router-init=ridge OPTIONS}",
     "shared": "upcycle{experts=4 router-std=1 SHARED}",
     "BTX": "upcycle{experts=4 router-std=1 sources=base,a,base,a rest=mean OPTIONS}",
     "LoRA": "upcycle{experts=4 router-std=1 sources=base,a,a,base OPTIONS}",
@@ -120,7 +126,9 @@ def opened(source: str) -> Checkpoint:
 
 
 def with_branch(source: str, method: str) -> Checkpoint:
-    """Return a source with the model ``a`` that a method takes experts of."""
+    """Return a source with the model ``a`` that a method takes experts of, or with statistics."""
+    if method == "activation split":
+        return SeveralCheckpoints(opened(source), {}, {STATISTICS: made_statistics(source)})
     beside = {"BTX": other_model, "LoRA": adapted_model}.get(method)
     base = opened(source)
     return SeveralCheckpoints(base, {"a": beside(source)}) if beside else base
@@ -135,6 +143,17 @@ def other_model(source: str) -> Checkpoint:
         n: (a * (1 + 0.3 * rng.standard_normal(a.shape))).astype(a.dtype) for n, a in arrays.items()
     }
     return MemoryCheckpoint(base.config, other)
+
+
+@cache
+def made_statistics(source: str) -> MemoryCheckpoint:
+    """Return the statistics of values that are drawn: what they are of changes no equality."""
+    found, rng = {}, np.random.default_rng(13)
+    for block in find_ffn_blocks(import_checkpoint(opened(source))).blocks:
+        sums = BlockSums(1, block.embed, block.width, 0.25)
+        sums.add(0, rng.normal(1, 1, (99, block.embed)), rng.normal(size=(99, block.width)))
+        found |= {f"{block.loc}.{name}": array for name, array in sums.statistics().items()}
+    return MemoryCheckpoint({}, found)
 
 
 @cache
@@ -190,7 +209,9 @@ def run(cell: Cell) -> Result:
     checkpoint = with_branch(cell.source, cell.method)
     graph = import_checkpoint(opened(cell.source))
     try:
-        context = Context(models=branches_of(checkpoint))
+        shapes = {n.partition(":")[2]: info.shape for n, info in checkpoint.tensors.items()}
+        statistics = Statistics(("text",), shapes) if "activation" in cell.passes else None
+        context = Context(models=branches_of(checkpoint), statistics=statistics)
         promise = run_pipeline(graph, Pipeline.parse(cell.passes), context=context).preserves
         made = export_graph(graph, cell.target)
     except MoeccError as error:

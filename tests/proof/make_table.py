@@ -32,7 +32,9 @@ does, within 10⁻⁶. `— n`: rejected before a byte is written, for the reaso
 The options of a method are those that lead to the family (`inspect` shows them): `glm4_moe` has
 sigmoid gates and a shared expert, `phimoe` SparseMixer, which is exact under a router of zeros
 alone. `BTX` mixes the source with a model whose weights all differ, `LoRA` with the source under an
-adapter of rank 2 on every matrix. `index split` is one copy in four slices, all of them chosen.
+adapter of rank 2 on every matrix. `all slices` is one copy in four slices, all of them chosen; the
+splits store each neuron once, too, and a token gets some of the four, which for `activation` follow
+from statistics.
 The golden checkpoints have random weights: what `≈` costs a trained model is not shown here.
 """
 
