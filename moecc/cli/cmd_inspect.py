@@ -15,7 +15,7 @@ from moecc.support.untyped import JsonDict
 
 if TYPE_CHECKING:
     from moecc.analysis.ffn import FFNSearch
-    from moecc.families.describe import Parameters
+    from moecc.families.describe import Description, Parameters
     from moecc.ir.graph import Graph
     from moecc.model.open import Model
 
@@ -58,7 +58,6 @@ def inspection(model: Model) -> JsonDict:
     """Return the inspection of `model` as JSON values."""
     from moecc.analysis.ffn import find_ffn_blocks
     from moecc.families.describe import describe
-    from moecc.families.flops import CONVENTION
     from moecc.ir.unroll import unrolled
     from moecc.ir.without_opaque import without_opaque
     from moecc.model.function_folder import MODEL_TYPE, function_name
@@ -78,16 +77,22 @@ def inspection(model: Model) -> JsonDict:
         "nodes": len(graph),
         "parameters": _parameters(facts.parameters),
         "flops_per_token": facts.flops_per_token,
-        "flops_per_sequence": facts.sequence.paper,
-        "flops_convention": CONVENTION,
-        "flops_per_sequence_counted": {
-            "weights": facts.sequence.weights,
-            "attention": facts.sequence.attention,
-        },
-        "sequence_lengths": facts.sequence.lengths,
+        **_flops_of_sequence(facts),
         "ffn_blocks": _blocks(find_ffn_blocks(graph)),
         # A function is no model of a family, with blocks or without.
         "targets": {} if name is not None else _targets(graph),
+    }
+
+
+def _flops_of_sequence(facts: Description) -> dict[str, object]:
+    from moecc.families.flops import CONVENTION
+
+    found = facts.sequence
+    return {
+        "flops_per_sequence": found.paper,
+        "flops_convention": CONVENTION,
+        "flops_per_sequence_counted": {"weights": found.weights, "attention": found.attention},
+        "sequence_lengths": found.lengths,
     }
 
 

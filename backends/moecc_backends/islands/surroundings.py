@@ -14,7 +14,7 @@ from moecc_backends.islands.build import input_name
 from moecc_backends.islands.functions import Traced
 from moecc_backends.islands.labels import Dims
 from moecc_backends.islands.naming import path_name, unique
-from moecc_backends.islands.regions import Region, Walk
+from moecc_backends.islands.opaque import Region, Walk
 from moecc_backends.islands.scopes import Val
 from moecc_backends.islands.sites import Survey
 
