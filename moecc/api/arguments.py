@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import get_type_hints
 
+from moecc.decoding.sampling import Sampling
 from moecc.errors import Problem, UsageError, nearest
 from moecc.pipeline.passes import Pass
 from moecc.pipeline.text import Pipeline
 from moecc.support.parse_units import float_type
 from moecc.support.untyped import JsonDict
+from moecc.tasks.continue_tokens import Continuing
 from moecc.tasks.plan_step import StepRequest
-from moecc.types.dtypes import DType
+from moecc.types.dtypes import F32, DType
 
 
 def source_text(source: object) -> str:
@@ -84,6 +86,47 @@ def dtype_of(dtype: object) -> DType | None:
         return float_type(dtype)
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return float_type(str(name).removeprefix("torch."))
+
+
+def texts_of(what: str, texts: object) -> list[str]:
+    """Return one text, or several, as a list.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+        return list(texts)
+    raise _wrong(what, "a text, or a list of texts", texts)
+
+
+def continuing(
+    tokens: object, temperature: object, top_k: object, top_p: object, seed: object, dtype: object
+) -> Continuing:
+    """Return how texts are continued.
+
+    Raises:
+      UsageError: a value has another type, or is out of its range.
+    """
+    wholes = {"tokens": tokens, "top_k": top_k, "seed": seed}
+    numbers = {"temperature": temperature, "top_p": top_p}
+    problems = [
+        Problem(f"{name} has another type", expected="a whole number", found=repr(value))
+        for name, value in wholes.items()
+        if not isinstance(value, int) or isinstance(value, bool)
+    ] + [
+        Problem(f"{name} has another type", expected="a number", found=repr(value))
+        for name, value in numbers.items()
+        if not isinstance(value, (int, float)) or isinstance(value, bool)
+    ]
+    if problems:
+        raise UsageError(problems)
+    given: JsonDict = {**wholes, **numbers}
+    count = given.pop("tokens")
+    how = Continuing(count, Sampling(**given), dtype=dtype_of(dtype) or F32)
+    how.check()
+    return how
 
 
 def step_request(options: Mapping[str, object]) -> StepRequest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -176,6 +176,42 @@ class Model:
             raise UsageError("inputs are arrays by name", found=type(given).__name__)
         program = get_backend(backend).compile(self.graph, dtype=dtype_of(dtype) or F32)
         return program.run(self.params(), check_inputs(self.graph, given, "inputs"))
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        tokens: int = 24,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        dtype: object = "f32",
+    ) -> str | list[str]:
+        """Return the text that follows a prompt, or the texts that follow several.
+
+        Args:
+          prompt: the prompt, or several; of an encoder-decoder, what its encoder reads.
+          tokens: the most tokens to add.
+          temperature: 0 takes the likeliest token, and larger values draw one.
+          top_k: only so many of the likeliest tokens are drawn; 0 for all.
+          top_p: only the likeliest tokens that have this probability together.
+          seed: of the draws.
+          stop: tokens that end a text besides those of the config, as the vocabulary writes them.
+          dtype: the type to compute in.
+
+        Raises:
+          UsageError: an argument cannot be used.
+          InputError: the model cannot continue texts, or there is no tokenizer beside its weights.
+        """
+        from moecc.api.arguments import continuing, texts_of
+        from moecc.tasks.generate import generate_texts
+
+        how = continuing(tokens, temperature, top_k, top_p, seed, dtype)
+        prompts, ends = texts_of("prompt", prompt), texts_of("stop", stop)
+        made = [m.text for m in generate_texts(self._model(), prompts, how, stop=ends)]
+        return made[0] if isinstance(prompt, str) else made
 
     def plan(self, machine: str, **options: object) -> StepPlan:
         """Predict memory, time and traffic of a step on a machine, and find the best mesh.

@@ -1,33 +1,45 @@
-"""Continue texts, token by token, greedily or with seeded draws."""
+"""Continue texts: from prompts to texts, with the tokenizer beside the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moecc.backend import Backend, get_backend
 from moecc.checkpoint.files import read_bounded
-from moecc.decoding.batch import Batch
-from moecc.decoding.graphs import DecodeGraphs, check_continues, most_positions, unstretched
+from moecc.decoding.graphs import DECODER_TOKENS, check_continues
 from moecc.decoding.sampling import Sampling
-from moecc.decoding.session import ReadOnce
-from moecc.errors import InputError, Problem
+from moecc.errors import InputError, Problem, UsageError
 from moecc.model.open import Model
-from moecc.tasks.verify import vocabulary
+from moecc.tasks.continue_tokens import Continuing, check_prompts, continue_texts
 from moecc.tokenizer.process import Tokenizer
-from moecc.types.arrays import Array, Arrays
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
-
-if TYPE_CHECKING:
-    from moecc.ir.graph import Graph
 
 MAX_TOKENIZER_BYTES = 256 << 20
 
-GREEDY = Sampling()
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What follows a prompt.
+
+    Attributes:
+      prompt: the prompt.
+      text: what follows.
+      tokens: its ids.
+      is_ended: whether a token that stops a text would follow.
+      whole: the prompt with what follows; of an encoder-decoder what follows alone.
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    is_ended: bool
+    whole: str
 
 
 def load_tokenizer(model: Model) -> Tokenizer:
@@ -48,209 +60,115 @@ def load_tokenizer(model: Model) -> Tokenizer:
     return Tokenizer(data, model.name)
 
 
-@dataclass(frozen=True)
-class Continuing:
-    """How texts are continued.
-
-    Attributes:
-      count: the most tokens to add to each.
-      sampling: how a token is chosen.
-      stop: tokens that end a text.
-      dtype: the type to compute in.
-    """
-
-    count: int
-    sampling: Sampling = GREEDY
-    stop: frozenset[int] = frozenset()
-    dtype: DType = F32
-
-
-def continue_tokens(
-    model: Model,
-    tokens: Sequence[int],
-    count: int,
-    *,
-    dtype: DType = F32,
-    temperature: float = 0.0,
-    seed: int = 0,
-    backend: Backend | None = None,
-    stop: frozenset[int] = frozenset(),
-) -> Iterator[int]:
-    """Yield up to `count` tokens that follow `tokens`, ending before one of `stop`.
-
-    Args:
-      model: the model, a decoder.
-      tokens: the prompt, not empty.
-      count: the most tokens to add.
-      dtype: the type to compute in.
-      temperature: 0 takes the likeliest token, and larger values draw one.
-      seed: of the draws.
-      backend: the backend; xla by default.
-      stop: tokens that end the text.
-
-    Raises: as `continue_texts`.
-    """
-    how = Continuing(count, Sampling(temperature, seed=seed), stop, dtype)
-    for (token,) in continue_texts(model, [tokens], how, backend=backend):
-        if token is not None:
-            yield token
-
-
-def continue_texts(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    how: Continuing,
-    *,
-    memory: Arrays | None = None,
-    backend: Backend | None = None,
-) -> Iterator[list[int | None]]:
-    """Yield the next token of each text, None for those that have ended, until all have.
-
-    Prompts may have different lengths.  Keys and values of earlier tokens are kept, so that a
-    token costs what it adds; of a model whose rotary positions depend on the length of the text,
-    longer texts than its original context are read again for each token.
-
-    Args:
-      model: the model.
-      prompts: the tokens of each text, or of an encoder-decoder those that its decoder begins with.
-      how: how they are continued.
-      memory: for an encoder-decoder, the inputs of its encoder.
-      backend: the backend; xla by default.
-
-    Raises:
-      UsageError: a number of the sampling is none of its kind.
-      InputError: the model cannot continue texts, a prompt is empty, a text becomes longer than
-        the model has positions, no logit is finite, or one is NaN or +∞.
-    """
-    how.sampling.check()
-    check_continues(model.graph, model.name)
-    _check_prompts(model, prompts, how.count)
-    chosen = backend or get_backend("xla")
-    longest = max(map(len, prompts)) + how.count
-    original = unstretched(model.graph)
-    reader: Batch | _Rereader
-    if original is not None and longest > original and memory is None:
-        reader = _Rereader(model.graph, ReadOnce(model.params(dtype=how.dtype)), chosen, how.dtype)
-    else:
-        params = model.params(dtype=how.dtype)
-        reader = Batch(DecodeGraphs.of(model.graph), params, backend=chosen, dtype=how.dtype)
-    return _continued(reader, prompts, how, memory, model.name)
-
-
-def _continued(
-    reader: Batch | _Rereader,
-    prompts: Sequence[Sequence[int]],
-    how: Continuing,
-    memory: Arrays | None,
-    name: str,
-) -> Iterator[list[int | None]]:
-    rngs = how.sampling.generators(len(prompts))
-    alive = [True] * len(prompts)
-    last: list[int] = []
-    for _ in range(how.count):
-        logits = reader.step(last) if last else reader.begin(prompts, memory)
-        _check_finite(logits[alive], name)
-        last = [
-            how.sampling.choose(row, rng) if goes_on else prompt[-1]
-            for row, rng, goes_on, prompt in zip(logits, rngs, alive, prompts, strict=True)
-        ]
-        alive = [a and token not in how.stop for a, token in zip(alive, last, strict=True)]
-        if not any(alive):
-            return
-        yield [token if a else None for a, token in zip(alive, last, strict=True)]
-
-
-class _Rereader:
-    """Reads all of each text again for every token."""
-
-    def __init__(self, graph: Graph, params: Arrays, backend: Backend, dtype: DType) -> None:
-        self._program = backend.compile(graph, dtype=dtype)
-        self._params = params
-        self._texts: list[list[int]] = []
-
-    def begin(self, prompts: Sequence[Sequence[int]], memory: Arrays | None) -> Array:
-        """Return the logits after each prompt, ``[text, vocab]``."""
-        self._texts = [list(prompt) for prompt in prompts]
-        return self._logits()
-
-    def step(self, tokens: Sequence[int]) -> Array:
-        """Append a token to each text; return the logits after it, ``[text, vocab]``."""
-        for text, token in zip(self._texts, tokens, strict=True):
-            text.append(token)
-        return self._logits()
-
-    def _logits(self) -> Array:
-        # One by one and not padded: the rotary positions depend on the longest text of all.
-        inputs = ({"tokens": np.array([text], np.int32)} for text in self._texts)
-        return np.stack([self._program.run(self._params, g)["logits"][0, -1] for g in inputs])
-
-
-def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], count: int) -> None:
-    problems = [
-        Problem("the prompt has no tokens", f"prompt {n}", hint="give some text to continue")
-        for n, prompt in enumerate(prompts)
-        if not prompt
-    ]
-    if not prompts:
-        problems.append(Problem("there are no prompts", hint="give some text to continue"))
-    known = vocabulary(model)
-    for number, prompt in enumerate(prompts):
-        strange = [t for t in prompt if not 0 <= t < known]
-        if strange:
-            problems.append(Problem(
-                "the tokenizer has tokens that the model does not know", f"prompt {number}",
-                expected=f"0 <= token < {known}", found=str(strange[0]),
-            ))  # fmt: skip
-    most, longest = most_positions(model.graph), max(map(len, prompts), default=0) + count
-    if most is not None and longest > most + 1:
-        problems.append(Problem(
-            "the text would be longer than the model has positions", model.name,
-            expected=f"at most {most} tokens with those to add, less the last", found=str(longest),
-            hint="give a shorter prompt, or a smaller --tokens",
-        ))  # fmt: skip
-    if problems:
-        raise InputError(problems)
-
-
-def _check_finite(logits: Array, name: str) -> None:
-    largest = logits.max(axis=-1)
-    if not np.isfinite(largest).all():
-        raise InputError(
-            "the logits contain NaN or infinity", where=name,
-            expected="finite logits", found=f"a largest of {largest[~np.isfinite(largest)][0]}",
-        )  # fmt: skip
-
-
 def generate(
     model: Model, prompt: str, count: int, *, dtype: DType = F32, temperature: float = 0.0,
     seed: int = 0,
 ) -> str:  # fmt: skip
-    """Return the text with which `model` continues `prompt`.
+    """Return the text with which `model` continues `prompt`. Raises as `generate_texts`."""
+    how = Continuing(count, Sampling(temperature, seed=seed), dtype=dtype)
+    return generate_texts(model, [prompt], how)[0].text
+
+
+def generate_texts(
+    model: Model, prompts: Sequence[str], how: Continuing, *, stop: Sequence[str] = ()
+) -> list[Generated]:
+    """Return what follows each prompt; of an encoder-decoder, what it makes of each.
+
+    Args:
+      model: the model.
+      prompts: the texts.
+      how: how they are continued.
+      stop: tokens that end a text besides those of the config, as the vocabulary writes them.
 
     Raises:
-      InputError: the model is not decoder-only, the tokenizer cannot be used, the prompt has no
-        tokens, or a token that the model does not know.
+      UsageError: the vocabulary has no such token to stop at, or a number of the sampling is wrong.
+      InputError: the model cannot continue texts, the tokenizer cannot be used, a prompt has no
+        tokens, or a token that the model does not know, or becomes too long.
     """
-    if list(model.graph.inputs) != ["tokens"]:
-        raise InputError(
-            "only a decoder-only model continues a text", where=model.name,
-            expected="the input tokens", found=", ".join(model.graph.inputs),
-            hint="moecc run takes the inputs of any model",
-        )  # fmt: skip
+    how.check()
+    _check_takes_text(model)
     with load_tokenizer(model) as tokenizer:
-        tokens = tokenizer.encode(prompt)
-        if not tokens:
-            raise InputError("the prompt has no tokens", hint="give some text to continue")
-        added = continue_tokens(
-            model, tokens, count, dtype=dtype, temperature=temperature, seed=seed,
-            stop=end_tokens(model),
+        ends = end_tokens(model) | how.stop | _stops(tokenizer, stop)
+        how = replace(how, stop=ends)
+        tokens = tokenizer.encode_all(prompts)
+        check_prompts(model, tokens)
+        is_encoded = DECODER_TOKENS in model.graph.inputs
+        read = _from_encoder if is_encoded else _columns
+        rows = zip(prompts, read(model, tokens, how), strict=True)
+        made = [(prompt, tokenizer.decode(ids), tuple(ids)) for prompt, ids in rows]
+    return [
+        Generated(prompt, text, ids, len(ids) < how.count, text if is_encoded else prompt + text)
+        for prompt, text, ids in made
+    ]
+
+
+def _columns(
+    model: Model, prompts: Prompts, how: Continuing, memory: dict[str, Array] | None = None
+) -> list[list[int]]:
+    """Return the tokens that follow each prompt."""
+    made: list[list[int]] = [[] for _ in prompts]
+    for row in continue_texts(model, prompts, how, memory=memory):
+        for text, token in zip(made, row, strict=True):
+            if token is not None:
+                text.append(token)
+    return made
+
+
+def _from_encoder(model: Model, texts: Prompts, how: Continuing) -> list[list[int]]:
+    """Return what a decoder makes of the texts that its encoder reads.
+
+    Without an input that masks padding, texts of different lengths are read one by one.
+    """
+    first = [decoder_start(model)]
+    if "mask" not in model.graph.inputs and len({len(text) for text in texts}) > 1:
+        return [_from_encoder(model, [text], how)[0] for text in texts]
+    tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    lengths = np.array([[len(text)] for text in texts])
+    memory: dict[str, Array] = {"tokens": tokens}
+    if "mask" in model.graph.inputs:
+        memory["mask"] = np.arange(tokens.shape[1])[None, :] < lengths
+    return _columns(model, [first] * len(texts), how, memory)
+
+
+def _check_takes_text(model: Model) -> None:
+    check_continues(model.graph, model.name)
+    strange = sorted(model.graph.inputs.keys() - {"tokens", "mask", DECODER_TOKENS})
+    if strange:
+        raise InputError(
+            "a text is not all that the model takes", where=model.name,
+            expected=f"the input tokens, of an encoder-decoder also {DECODER_TOKENS}",
+            found=", ".join(model.graph.inputs), hint="moecc run takes the inputs of any model",
         )  # fmt: skip
-        return tokenizer.decode(list(added))
+
+
+def _stops(tokenizer: Tokenizer, tokens: Sequence[str]) -> frozenset[int]:
+    found = dict(zip(tokens, tokenizer.ids(tokens), strict=True)) if tokens else {}
+    problems = [
+        Problem("the vocabulary has no such token", "--stop", found=repr(token),
+                hint="a single token, as tokenizer.json writes it")
+        for token, id in found.items()
+        if id is None
+    ]  # fmt: skip
+    if problems:
+        raise UsageError(problems)
+    return frozenset(id for id in found.values() if id is not None)
 
 
 def end_tokens(model: Model) -> frozenset[int]:
     """Return the ids that end a text, from the model's config."""
-    config = {} if model.checkpoint is None else model.checkpoint.config
-    ends = config.get("eos_token_id")
+    ends = _config(model).get("eos_token_id")
     ids = ends if isinstance(ends, list) else [ends]
     return frozenset(i for i in ids if isinstance(i, int))
+
+
+def decoder_start(model: Model) -> int:
+    """Return the token that the decoder of an encoder-decoder begins with, from its config."""
+    config = _config(model)
+    found = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
+    return next((token for token in found if isinstance(token, int)), 0)
+
+
+def _config(model: Model) -> dict[str, object]:
+    return {} if model.checkpoint is None else dict(model.checkpoint.config)

@@ -23,7 +23,8 @@ from moecc.backend import get_backend
 from moecc.errors import InputError, MachineError
 from moecc.model.open import Model
 from moecc.support.untyped import Json
-from moecc.tasks.generate import continue_tokens, end_tokens, load_tokenizer
+from moecc.tasks.continue_tokens import continue_tokens
+from moecc.tasks.generate import end_tokens, load_tokenizer
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.scoring import RowScores, Scorer, ScoringBackend
 from moecc.types.dtypes import F32, DType

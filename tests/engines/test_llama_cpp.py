@@ -22,8 +22,9 @@ from moecc.backend import get_backend
 from moecc.checkpoint.gguf.families import GGUF_MIXTURES, GgufFamily
 from moecc.model.open import open_model
 from moecc.pipeline.text import Pipeline
+from moecc.tasks.continue_tokens import continue_tokens
 from moecc.tasks.convert import plan, write
-from moecc.tasks.generate import continue_tokens, load_tokenizer
+from moecc.tasks.generate import load_tokenizer
 from moecc.types.dtypes import F64
 
 from .engine import ask, interpreter, needs

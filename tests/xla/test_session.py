@@ -17,7 +17,7 @@ from moecc.decoding.batch import Batch
 from moecc.decoding.graphs import DecodeGraphs
 from moecc.decoding.sampling import Sampling
 from moecc.model.open import Model, open_model
-from moecc.tasks.generate import Continuing, continue_texts
+from moecc.tasks.continue_tokens import Continuing, continue_texts
 from moecc.types.dtypes import F32
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -1,0 +1,168 @@
+"""`moecc generate` with several prompts, draws, tokens that stop a text, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jax")
+tokenizers = pytest.importorskip("tokenizers")
+
+import moecc as api  # noqa: E402
+from moecc.errors import UsageError  # noqa: E402
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SIZE = 37
+"""The vocabulary of most golden models."""
+
+
+def words(size: int = SIZE) -> str:
+    """Return a tokenizer.json of `size` words, w0, w1 …"""
+    vocabulary = {f"w{n}": n for n in range(size)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    text: str = made.to_str()
+    return text
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[..., Path]:
+    """Copy a golden model, with a tokenizer beside it and without a token that ends texts."""
+
+    def copy(case: str, size: int = SIZE) -> Path:
+        folder = tmp_path / case
+        shutil.copytree(GOLDEN / case, folder)
+        (folder / "tokenizer.json").write_text(words(size))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+        return folder
+
+    return copy
+
+
+def made(done: Any) -> list[list[int]]:
+    assert done.code == 0, done.err
+    return [text["tokens"] for text in done.json()["texts"]]
+
+
+def test_texts_of_a_batch_are_what_each_is_alone(moecc: Callable, model: Callable) -> None:
+    """Greedily; and the draws of the first text are its own."""
+    folder = model("mixtral_gqa")
+    one, other = ("--prompt", "w5 w6 w7"), ("--prompt", "w9")
+    how = ("--tokens", "4", "--format", "json")
+    both = made(moecc("generate", folder, *one, *other, *how))
+    alone = [made(moecc("generate", folder, *prompt, *how))[0] for prompt in (one, other)]
+    assert both == alone
+    drawn = (*how, "--temperature", "2", "--top-k", "9", "--top-p", "0.9", "--seed", "4")
+    both = made(moecc("generate", folder, *one, *other, *drawn))
+    assert both[0] == made(moecc("generate", folder, *one, *drawn))[0]
+    assert [len(text) for text in both] == [4, 4]
+
+
+def test_the_likeliest_of_one_is_the_likeliest(moecc: Callable, model: Callable) -> None:
+    folder = model("llama_gqa")
+    args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "3", "--format", "json")
+    greedy = made(moecc(*args))
+    assert made(moecc(*args, "--temperature", "3", "--top-k", "1")) == greedy
+    assert made(moecc(*args, "--temperature", "3", "--top-p", "1e-9")) == greedy
+
+
+def test_a_token_that_stops_a_text(moecc: Callable, model: Callable) -> None:
+    folder = model("llama_gqa")
+    args = ("generate", folder, "--prompt", "w5 w6", "--tokens", "6", "--format", "json")
+    (free,) = made(moecc(*args))
+    done = moecc(*args, "--stop", f"w{free[2]}")
+    assert made(done) == [free[: free.index(free[2])]]
+    assert done.json()["texts"][0]["stopped"] is True
+    assert done.json()["schema"] == "moecc.generate/1"
+
+
+def test_an_encoder_decoder_makes_texts_of_texts(moecc: Callable, model: Callable) -> None:
+    """Padding of a shorter text changes nothing, and what is printed is the decoder's text."""
+    folder = model("t5_relu_tied")
+    how = ("--tokens", "4", "--format", "json")
+    one, other = ("--prompt", "w5 w6 w7 w8 w9"), ("--prompt", "w3 w4")
+    both = made(moecc("generate", folder, *one, *other, *how))
+    alone = [made(moecc("generate", folder, *prompt, *how))[0] for prompt in (one, other)]
+    assert both == alone
+    text = moecc("generate", folder, *one, "--tokens", "4").out
+    assert text.split() == [f"w{token}" for token in both[0]]
+
+
+def test_the_api_returns_a_text_or_several(model: Callable) -> None:
+    opened = api.open(model("llama_gqa"))
+    one = opened.generate("w5 w6", 3)
+    assert isinstance(one, str)
+    assert len(one.split()) == 3
+    assert opened.generate(["w5 w6", "w5 w6"], 3) == [one, one]
+
+
+@pytest.mark.parametrize(
+    ("more", "says", "code"),
+    [
+        (["--tokens", "0"], "0 is not in the range", 2),
+        (["--tokens", "many"], "not a valid int", 2),
+        (["--top-k", "-1"], "-1 is not in the range", 2),
+        (["--top-p", "0"], "not a probability", 2),
+        (["--top-p", "nan"], "not a probability", 2),
+        (["--stop", "end"], "no such token", 2),
+        (["--prompt", ""], "prompt 2: the prompt has no tokens", 1),
+        (["--dtype", "f16x"], "f16x", 2),
+    ],
+)
+def test_what_cannot_be(
+    moecc: Callable, model: Callable, more: list[str], says: str, code: int
+) -> None:
+    done = moecc("generate", model("llama_gqa"), "--prompt", "w5", *more)
+    assert (done.code, done.out) == (code, "")
+    assert says in done.err
+
+
+def test_tokens_that_the_model_does_not_know(moecc: Callable, model: Callable) -> None:
+    done = moecc("generate", model("llama_gqa", 50), "--prompt", "w5 w45")
+    assert done.code == 1
+    assert "expected: ids below 37" in done.err
+    assert "found: 45" in done.err
+
+
+def test_a_text_longer_than_the_positions_of_the_model(moecc: Callable, model: Callable) -> None:
+    folder = model("gpt2_plain")
+    args = ("generate", folder, "--prompt", "w5 w6 w7", "--tokens")
+    positions = json.loads((folder / "config.json").read_text())["n_positions"]
+    done = moecc(*args, str(positions))
+    assert done.code == 1
+    assert "longer than the model has positions" in done.err
+    assert f"found: {positions + 3}" in done.err
+    assert moecc(*args, str(positions - 2)).code == 0
+
+
+@pytest.mark.parametrize("case", ["bert_gelu", "vit_plain", "whisper_plain"])
+def test_models_that_continue_no_text(moecc: Callable, model: Callable, case: str) -> None:
+    done = moecc("generate", model(case), "--prompt", "w5")
+    assert done.code == 1
+    assert "moecc run takes the inputs of any model" in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt": 5},
+        {"prompt": ["w5", 6]},
+        {"prompt": "w5", "tokens": 0},
+        {"prompt": "w5", "tokens": 2.5},
+        {"prompt": "w5", "temperature": "warm"},
+        {"prompt": "w5", "temperature": -1},
+        {"prompt": "w5", "top_p": 2},
+        {"prompt": "w5", "stop": 7},
+        {"prompt": "w5", "stop": "nowhere"},
+        {"prompt": "w5", "dtype": "i32"},
+    ],
+)
+def test_arguments_that_cannot_be(model: Callable, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        api.open(model("llama_gqa")).generate(**arguments)
