@@ -28,6 +28,8 @@ class Experiment:
       arms: what each arm changes of ``continue.toml``.
       claims: what is said to hold: that the first arm has a lower held-out loss than the second.
       curves: how many steps of the training loss are kept; 0 for none.
+      task: the task that arms are fine-tuned on, from the sparse model; empty for pre-training.
+      unit: what a result is: nats a byte, or of a task the share of wrong answers.
     """
 
     key: str
@@ -36,6 +38,8 @@ class Experiment:
     arms: Mapping[str, tuple[str, ...]]
     claims: Mapping[str, tuple[str, str]]
     curves: int = 0
+    task: str = ""
+    unit: str = "nats a byte"
 
     def only(self, claim: str) -> Experiment:
         """Return the experiment with one of its claims, and the arms of that."""
@@ -52,8 +56,8 @@ def declared(path: Path = HERE / "experiments.toml") -> dict[str, Experiment]:
         unknown = {arm for pair in claims.values() for arm in pair} - arms.keys()
         if unknown:
             raise ValueError(f"{path.name}: {key}: no arm is called {', '.join(sorted(unknown))}")
-        curves = table.get("curves", 0)
-        made[key] = Experiment(key, table["title"], table["source"], arms, claims, curves)
+        more = {name: table[name] for name in ("curves", "task", "unit") if name in table}
+        made[key] = Experiment(key, table["title"], table["source"], arms, claims, **more)
     return made
 
 

@@ -1,6 +1,6 @@
 """Run the experiments that `experiments.toml` declares, and write the page of their results.
 
-    python experiments/run.py [a b …] [--seeds 0,1,2] [--minutes 60]
+    python experiments/run.py [a b …] [--seeds 0,1,2] [--minutes 60] [--tasks FOLDER]
     make proof-learning
 
 Every arm of every seed is a run of `moecc train`.  What is done is not done again: a line of
@@ -24,6 +24,7 @@ from typing import Any
 
 from declared import HERE, RESULTS, SEEDS, Experiment, add_result, declared, read_results
 from results_page import write_page
+from tasks import write_task
 from verdicts import Verdict, effect_of
 
 from moecc.checkpoint.run.layout import is_run, saved_steps
@@ -35,6 +36,10 @@ WORK = ROOT / "demo-output" / "experiments"
 DECODER = ROOT / "examples" / "train_on_docs" / "decoder"
 PROOF = ("a", "experts help at equal tokens")
 """The claim that `make proof-learning` shows again."""
+
+
+SPARSE = "top-2"
+"""The arm of (a) that is fine-tuned."""
 
 
 class CommandError(Exception):
@@ -49,11 +54,13 @@ class Lab:
       work: tokens and runs.
       results: the lines.
       few: values that every recipe gets; for tests.
+      tasks: the folder of the data sets for fine-tuning, each in a folder of its name.
     """
 
     work: Path = WORK
     results: Path = RESULTS
     few: tuple[str, ...] = ()
+    tasks: Path | None = None
 
     def tokens(self) -> Path:
         """Return the token folders of the documentation, which are made once."""
@@ -64,9 +71,20 @@ class Lab:
             call("tokens", *texts, "--tokenizer", "bytes", "--hold-out", "0.1", "--out", out)
         return out
 
-    def trained(self, name: str, recipe: str, *sets: str) -> Path:
+    def task(self, name: str) -> Path:
+        """Return the token folders of a task, which are made once."""
+        out = self.work / f"task-{name}"
+        if not (out / "train" / "tokens.json").is_file():
+            if self.tasks is None:
+                raise CommandError(f"--tasks FOLDER says where the data set {name} is")
+            file = write_task(name, self.tasks / name, self.work / f"{name}.jsonl")
+            call("tokens", file, "--kind", "labelled", "--prompt", "{text} ", "--completion",
+                 "{label}", "--tokenizer", "bytes", "--hold-out", "0.1", "--out", out)  # fmt: skip
+        return out
+
+    def trained(self, name: str, recipe: str, *sets: str, tokens: Path | None = None) -> Path:
         """Return a run that is at its end, having begun it or gone on with it."""
-        out, tokens = self.work / name, self.tokens()
+        out, tokens = self.work / name, self.tokens() if tokens is None else tokens
         if is_run(out):
             call("train", "--resume", out)
             return out
@@ -86,14 +104,17 @@ class Lab:
 
     def arm(self, experiment: Experiment, arm: str, seed: int) -> dict[str, Any]:
         """Return the result of an arm."""
-        dense = self.dense(seed)
+        source, tokens = self.source(experiment, seed)
         began, worked = time.monotonic(), time.process_time()
+        recipe = "finetune.toml" if experiment.task else "continue.toml"
         run = self.trained(
-            f"{experiment.key}-{slug(arm)}-{seed}", "continue.toml", f"model.source={dense}",
-            f"model.seed={seed}", f"data.seed={100 + seed}", *experiment.arms[arm],
+            f"{experiment.key}-{slug(arm)}-{seed}", recipe, f"model.source={source}",
+            f"model.seed={seed}", f"data.seed={100 + seed}", *experiment.arms[arm], tokens=tokens,
         )  # fmt: skip
         facts = saved_steps(run)[-1].facts
-        held = self.held_out(run)
+        held = self.held_out(run, tokens, 192 if experiment.task else 128)
+        if experiment.task:
+            held["loss"] = 1 - held["accuracy"]
         return {
             "experiment": experiment.key, "arm": arm, "seed": seed, "loss": held["loss"],
             "held_out_tokens": held["tokens"], "steps": facts["step"], "tokens": facts["tokens"],
@@ -103,11 +124,21 @@ class Lab:
             **({"curve": curve(run, experiment.curves)} if experiment.curves else {}),
         }  # fmt: skip
 
-    def held_out(self, run: Path) -> dict[str, Any]:
-        """Return the loss of a run on all of the held-out text."""
-        data = self.tokens() / "heldout"
-        text = said("evaluate", run, "--data", data, "--sequence", "128", "--batch", "16",
-                    "--format", "json")  # fmt: skip
+    def source(self, experiment: Experiment, seed: int) -> tuple[Path, Path]:
+        """Return the model that arms go on from, and the tokens."""
+        if not experiment.task:
+            return self.dense(seed), self.tokens()
+        arm = SPARSE
+        sparse = self.trained(
+            f"a-{slug(arm)}-{seed}", "continue.toml", f"model.source={self.dense(seed)}",
+            f"model.seed={seed}", f"data.seed={100 + seed}", *declared()["a"].arms[arm],
+        )  # fmt: skip
+        return sparse, self.task(experiment.task)
+
+    def held_out(self, run: Path, tokens: Path, sequence: int) -> dict[str, Any]:
+        """Return what a run makes of all of the held-out text."""
+        text = said("evaluate", run, "--data", tokens / "heldout", "--sequence", sequence,
+                    "--batch", "16", "--format", "json")  # fmt: skip
         found: dict[str, Any] = json.loads(text)["models"][0]["sets"]["heldout"]
         return found
 
@@ -184,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--claim", help="only the arms of this claim of one experiment")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm later")
+    parser.add_argument("--tasks", type=Path, help="the data sets for fine-tuning, by name")
     parser.add_argument("--proof", action="store_true", help="one claim again, from nothing")
     parser.add_argument("--page", action="store_true", help="write the page and run nothing")
     asked = parser.parse_args(argv)
@@ -195,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [known[key] for key in asked.keys or known]
         if asked.claim is not None:
             chosen = [one.only(asked.claim) for one in chosen if asked.claim in one.claims]
-        run_all(Lab(), chosen, [int(s) for s in asked.seeds.split(",")], asked.minutes)
+        run_all(
+            Lab(tasks=asked.tasks), chosen, [int(s) for s in asked.seeds.split(",")], asked.minutes
+        )
     write_page()
     return 0
 
