@@ -31,6 +31,8 @@ from moecc.ir.traits import (
     RowMove,
 )
 
+from . import evaluated_axes as axes
+from . import evaluated_derivatives as derivatives
 from . import evaluated_traits as found
 from .operations import Function, applied, sample
 
@@ -53,12 +55,12 @@ def _mixes(entry: OpDef) -> None:
 
 
 def _elementwise(entry: OpDef) -> None:
-    assert entry.elementwise == found.is_elementwise(entry.name)
-    assert entry.logical == found.is_logical(entry.name)
+    assert entry.elementwise == axes.is_elementwise(entry.name)
+    assert entry.logical == axes.is_logical(entry.name)
 
 
 def _linear(entry: OpDef) -> None:
-    assert (entry.linear, entry.jointly) == found.linear(entry.name)
+    assert (entry.linear, entry.jointly) == derivatives.linear(entry.name)
 
 
 def _alias(entry: OpDef) -> None:
@@ -68,18 +70,18 @@ def _alias(entry: OpDef) -> None:
 
 def _residual(entry: OpDef) -> None:
     of = entry.residual.of
-    assert entry.residual == found.residual(entry.name, of)
+    assert entry.residual == derivatives.residual(entry.name, of)
     # Operands without a gradient are said only where that makes a difference.
-    assert not of or replace(entry.residual, of=()) != found.residual(entry.name)
+    assert not of or replace(entry.residual, of=()) != derivatives.residual(entry.name)
 
 
 def _homogeneous(entry: OpDef) -> None:
     count, said = len(entry.operands), entry.homogeneity
-    together = found.alike(entry.name)
+    together = derivatives.alike(entry.name)
     if together is not None:
         assert said == Homogeneity(together, alike=True)
     else:
-        assert said == Homogeneity(found.degrees(entry.name)[:count])
+        assert said == Homogeneity(derivatives.degrees(entry.name)[:count])
 
 
 def _normalises(entry: OpDef) -> None:
@@ -177,7 +179,7 @@ def _shares(entry: OpDef) -> None:
 def _summed(name: str) -> frozenset[str]:
     """Return the axes that a sum runs over: shards of them give sums that are added later."""
     f = Function(sample(name))
-    sums = found.linear(name)[0] and not found.is_alias(name)
+    sums = derivatives.linear(name)[0] and not found.is_alias(name)
     if not sums or any(t.dtype.kind != "float" for t in f.types):
         return frozenset()
     if not found.adds_up(f):

@@ -1,0 +1,189 @@
+"""The index names the shards; whatever disagrees with it, or stands in for it, is reported."""
+
+import json
+import os
+
+import pytest
+
+from moecc.checkpoint.open import open_checkpoint
+
+from .folders import INDEX, ONE, TWO, index_of, problems
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("../model.safetensors", "climbs out"),
+        ("a/../model.safetensors", "climbs out"),
+        ("/etc/model.safetensors", "absolute path"),
+        ("C:\\model.safetensors", "absolute path"),
+        ("C:model.safetensors", "absolute path"),
+        ("\\\\server\\share\\model.safetensors", "absolute path"),
+        ("\\model.safetensors", "absolute path"),
+        ("sub/model.safetensors", "folders in it"),
+        ("./model.safetensors", "folders in it"),
+        ("sub\\model.safetensors", "folders in it"),
+        ("model.safetensors\0", "control"),
+        ("model\n.safetensors", "control"),
+        ("\ud800.safetensors", "control"),
+        ("", "empty"),
+        (".safetensors", "does not end in"),
+        ("..", "climbs out"),
+        ("model.bin", "does not end in .safetensors"),
+        ("model.SafeTensors", "does not end in .safetensors"),
+        (None, "not a string"),
+        (3, "not a string"),
+        (["model.safetensors"], "not a string"),
+    ],
+)
+def test_an_index_can_name_only_files_of_its_folder(make_folder, file, what):
+    folder = make_folder({ONE: {"a": 3}}, index=index_of({"a": ONE, "x.weight": file, "y": file}))
+    [problem] = problems(folder)
+    assert f"the file of the tensor 'x.weight' and 1 more {what}"[:40] in problem
+    assert what in problem
+    assert problem.startswith(str(folder / INDEX))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": ["a"]}', "no weight_map"),
+        ('{"weight_map": {"a": "SHARD", "a": "SHARD"}}', "'a' appears twice"),
+        ('{"weight_map": {"a": "SHARD", "b\\n": "SHARD"}}', "control"),
+    ],
+)
+def test_a_broken_index_is_refused(make_folder, text, what):
+    folder = make_folder({ONE: {"a": 3}})
+    (folder / INDEX).write_text(text.replace("SHARD", ONE))
+    assert what in problems(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("total", "what"),
+    [
+        ('"9"', "is not a size"),
+        ("12.5", "is not a size"),
+        ("-12", "is not a size"),
+        ("true", "is not a size"),
+        ("NaN", "NaN is not a JSON number"),
+        ("13", "than the tensors have\n  expected: 12 bytes\n  found: 13 bytes"),
+    ],
+)
+def test_a_wrong_total_size_is_refused(make_folder, total, what):
+    folder = make_folder({ONE: {"a": 3}})
+    text = json.dumps(index_of({"a": ONE}, "TOTAL")).replace('"TOTAL"', total)
+    (folder / INDEX).write_text(text)
+    [problem] = problems(folder)
+    assert what in problem
+
+
+def test_a_huge_index_is_not_read(make_folder):
+    folder = make_folder({ONE: {"a": 3}})
+    os.truncate(folder / INDEX, 10 << 30)  # sparse: takes no disk
+    [problem] = problems(folder)
+    assert "too large for its kind" in problem
+
+
+def test_index_and_shards_are_compared_and_all_is_reported(make_folder):
+    folder = make_folder(
+        {ONE: {"a": 3, "both": 1, "stray": 1}, TWO: {"b": 2, "both": 1}},
+        index=index_of(
+            {"a": TWO, "both": ONE, "b": TWO, "ghost": ONE, "lost": "model-3.safetensors"}, 1
+        ),
+    )
+    (folder / "config.json").write_text("{")
+    found = problems(folder)
+    kinds = [
+        "config.json:1:2: not JSON",
+        "the shard 'model-3.safetensors' is missing",
+        f"the tensor 'both' is in two shards\n  found: {ONE} and {TWO}",
+        "the index puts the tensor 'a' into a shard that lacks it\n"
+        f"  expected: it in '{TWO}'\n  found: it is in {ONE}",
+        "the index puts the tensor 'ghost' into a shard that lacks it",
+        f"the tensor 'stray' of {ONE} is not in the index",
+    ]
+    assert [kind for kind in kinds if not any(kind in problem for problem in found)] == []
+    assert len(found) == len(kinds)
+
+
+def test_a_faulty_shard_is_reported_beside_the_rest(make_folder):
+    folder = make_folder({ONE: {"a": 3}, TWO: {"b": 2}})
+    os.truncate(folder / ONE, (folder / ONE).stat().st_size - 1)
+    (folder / TWO).write_bytes(b"\x80\x02" + bytes(50))
+    (folder / "config.json").unlink()
+    text = "\n".join(problems(folder))
+    assert all(word in text for word in ("no config.json", "cut short", "a Python pickle"))
+
+
+# Which files are the weights
+
+
+def test_both_a_single_file_and_shards_is_a_question(make_folder):
+    folder = make_folder({"model.safetensors": {"a": 3}, ONE: {"b": 3}}, index=index_of({"b": ONE}))
+    [problem] = problems(folder)
+    assert "more than one set of weights" in problem
+    assert "move the set" in problem
+
+
+def test_a_single_file_beside_shards_without_index_is_a_question(make_folder):
+    folder = make_folder({"model.safetensors": {"a": 3}, ONE: {"b": 3}})
+    (folder / INDEX).unlink()
+    assert "more than one set of weights" in problems(folder)[0]
+
+
+def test_leftover_shards_are_a_question(make_folder):
+    other = "model-00001-of-00003.safetensors"
+    folder = make_folder({ONE: {"a": 3}, other: {"a": 3}}, index=index_of({"a": ONE}))
+    [problem] = problems(folder)
+    assert "shards that the index does not name" in problem
+    assert f"found: '{other}'" in problem
+
+
+def test_shards_without_an_index_are_refused(make_folder):
+    folder = make_folder({ONE: {"a": 3}, TWO: {"b": 3}})
+    (folder / INDEX).unlink()
+    [problem] = problems(folder)
+    assert f"shards but no {INDEX}" in problem
+
+
+def test_other_layouts_and_variants_beside_the_weights_are_left_alone(make_folder):
+    beside = {name: {"x": 1} for name in ("consolidated.safetensors", "model.fp16.safetensors")}
+    folder = make_folder({ONE: {"a": 3}, **beside}, index=index_of({"a": ONE}))
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with open_checkpoint(folder) as checkpoint:
+        assert list(checkpoint.tensors) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "hint"),
+    [
+        ("pytorch_model.bin", "only as pickles", "unpickling runs code"),
+        ("pytorch_model-00001-of-00002.bin", "only as pickles", "convert it in a sandbox"),
+        ("tf_model.h5", "only as pickles", "sandbox"),
+        ("adapter_model.safetensors", "an adapter, not a model", "merge it"),
+        ("consolidated.safetensors", "Mistral's own layout", "convert them"),
+        ("consolidated.00.pth", "only as pickles", "sandbox"),
+        ("model.fp16.safetensors", "only variants of the weights", "rename"),
+        ("smol.Q4_1.gguf", "holds GGUF files", "smol.Q4_1.gguf"),
+        ("training_args.bin", "has no weights", ""),
+        ("snapshots", "has no weights", "whose name is the revision"),
+    ],
+)
+def test_a_folder_without_usable_weights_says_what_it_holds(make_folder, name, what, hint):
+    folder = make_folder({"model.safetensors": {"a": 1}})
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(b"")
+    [problem] = problems(folder)
+    assert what in problem
+    assert hint in problem
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    assert [p.split(": ", 1)[1].split("\n")[0] for p in problems(tmp_path)] == [
+        "the folder has no config.json",
+        "the folder is empty",
+    ]

@@ -1,0 +1,112 @@
+"""What only looks like a file of the folder: pipes, devices, links out of it, broken disks."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from moecc.checkpoint.open import open_checkpoint
+from moecc.errors import MachineError
+
+from .folders import INDEX, ONE, TWO, problems
+
+
+def test_a_fifo_never_blocks(make_folder):
+    folder = make_folder({ONE: {"a": 3}, TWO: {"b": 3}})
+    (folder / ONE).unlink()
+    os.mkfifo(folder / ONE)
+    [problem] = problems(folder)
+    assert "not a regular file" in problem
+    assert "found: a FIFO" in problem
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, TWO, "tokenizer.json"])
+def test_a_fifo_in_any_place_never_blocks(make_folder, name):
+    folder = make_folder({ONE: {"a": 3}, TWO: {"b": 3}})
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{name}: this is not a regular file" in problems(folder)[0]
+
+
+def test_a_device_or_folder_is_no_shard(make_folder):
+    folder = make_folder({ONE: {"a": 3}, TWO: {"b": 3}})
+    (folder / ONE).unlink()
+    (folder / ONE).symlink_to("/dev/zero")
+    (folder / TWO).unlink()
+    (folder / TWO).mkdir()
+    text = "\n".join(problems(folder))
+    assert "found: a device" in text
+    assert "found: a folder" in text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused(make_folder, tmp_path, name):
+    folder = make_folder({"model.safetensors": {"a": 3}})
+    (folder / "tokenizer.json").write_text("{}")
+    os.rename(folder / name, tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    [problem] = problems(folder)
+    assert "a symbolic link that leaves its folder" in problem
+
+
+def test_a_link_to_nothing_and_a_cycle_are_refused(make_folder):
+    folder = make_folder({ONE: {"a": 3}, TWO: {"b": 3}})
+    for name, target in ((ONE, "nothing"), (TWO, TWO)):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+    assert len(problems(folder)) == 2
+
+
+def test_a_link_inside_the_folder_is_fine(make_folder):
+    folder = make_folder({"model.safetensors": {"a": 3}})
+    os.rename(folder / "model.safetensors", folder / "weights.data")
+    (folder / "model.safetensors").symlink_to("weights.data")
+    with open_checkpoint(folder) as checkpoint:
+        assert len(checkpoint.read("a")) == 3
+
+
+def in_cache(make_folder, tmp_path, target):
+    """A snapshot whose weights are a link to `target`, which is moved there."""
+    made = make_folder({"model.safetensors": {"a": 3}})
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    os.rename(made, snapshot)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(snapshot / "model.safetensors", target)
+    (snapshot / "model.safetensors").symlink_to(os.path.relpath(target, snapshot))
+    return snapshot
+
+
+def test_a_snapshot_of_the_hub_cache_links_to_its_own_blobs(make_folder, tmp_path):
+    blob = tmp_path / "models--me--tiny" / "blobs" / "53aa"
+    snapshot = in_cache(make_folder, tmp_path, blob)
+    with open_checkpoint(snapshot) as checkpoint:
+        np.testing.assert_array_equal(checkpoint.read("a"), [0, 1, 2])
+    alias = tmp_path / "alias"
+    alias.symlink_to(snapshot)
+    with open_checkpoint(alias) as checkpoint:
+        assert len(checkpoint.read("a")) == 3
+
+
+@pytest.mark.parametrize("place", ["models--you--other/blobs", "blobs", "models--me--tiny/refs"])
+def test_a_snapshot_may_not_link_elsewhere(make_folder, tmp_path, place):
+    snapshot = in_cache(make_folder, tmp_path, tmp_path / place / "53aa")
+    [problem] = problems(snapshot)
+    assert "leaves its folder" in problem
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("call", ["open", "preadv", "stat", "listdir"])
+def test_what_the_system_refuses_is_the_machines_fault(make_folder, monkeypatch, call, code):
+    folder = make_folder({"model.safetensors": {"a": 3}})
+
+    def refuse(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(MachineError) as caught:
+            open_checkpoint(folder)
+    assert os.strerror(code) in str(caught.value)
+    assert str(folder) in str(caught.value)

@@ -1,0 +1,237 @@
+"""What a tiny checkpoint is, and the keys of configs that many of them share.
+
+Sizes are chosen so that a wrong reading shows: periods short enough that every rotary scaling
+changes the first 16 positions, windows shorter than the sequence, and in the `square` cases equal
+sizes for axes that must not be confused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SMALL: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WIDE_HEADS: dict[str, object] = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+"""Heads of width 16, whose eight frequencies fall on all sides of a scaling's borders."""
+
+SQUARE: dict[str, object] = {
+    "vocab_size": 16,
+    "intermediate_size": 8,
+    "num_key_value_heads": 4,
+}
+"""2 * mlp = heads * head_dim = vocab = embed = 16."""
+
+MIXTRAL: dict[str, object] = {"num_experts_per_tok": 2, "intermediate_size": 20}
+QWEN_MOE: dict[str, object] = {**MIXTRAL, "moe_intermediate_size": 12}
+
+SQUARE_MIXTRAL: dict[str, object] = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+}
+"""experts = 2 * mlp = heads * head_dim = vocab = embed = 8 (the experts are added per family)."""
+
+SQUARE_QWEN_MOE: dict[str, object] = {**SQUARE_MIXTRAL, "moe_intermediate_size": 4}
+
+GLM4_MOE: dict[str, object] = {
+    **QWEN_MOE,
+    "n_routed_experts": 5,
+    "first_k_dense_replace": 0,
+    "head_dim": 8,
+}
+ERNIE: dict[str, object] = {
+    "moe_intermediate_size": 12,
+    "moe_num_experts": 5,
+    "moe_k": 2,
+    "moe_num_shared_experts": 1,
+    "pad_token_id": None,
+}
+
+GPT_OSS: dict[str, object] = {
+    **MIXTRAL,
+    "head_dim": 8,
+    "pad_token_id": None,
+    "rope_scaling": None,
+}
+
+T5: dict[str, object] = {
+    "vocab_size": 37,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 20,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}
+"""Stacks of different depth, heads that do not fill the width, distances beyond the last bucket."""
+
+BERT: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 18,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 24,
+    "type_vocab_size": 3,
+}
+SQUARE_T5: dict[str, object] = {
+    "vocab_size": 16,
+    "d_kv": 4,
+    "num_heads": 4,
+    "d_ff": 16,
+    "relative_attention_num_buckets": 4,
+    "num_decoder_layers": 2,
+}
+"""heads * d_kv = d_ff = vocab = d_model = 16, and as many buckets as heads."""
+
+NO_PADDING: dict[str, object] = {**SMALL, "pad_token_id": None}
+"""For families whose padding token is beyond so small a vocabulary."""
+
+TWO_WIDE_HEADS: dict[str, object] = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+"""Heads of width 16 that fill the model's width."""
+
+GPT2: dict[str, object] = {
+    "vocab_size": 37,
+    "n_embd": 12,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT_NEOX: dict[str, object] = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 64,
+}
+
+ROBERTA: dict[str, object] = {**BERT, "pad_token_id": 1, "type_vocab_size": 1}
+IMAGES: dict[str, object] = {
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 12,
+    "patch_size": 4,
+}
+"""Nine patches, of 4 by 4 places and 3 channels."""
+
+WHISPER: dict[str, object] = {
+    "vocab_size": 37,
+    "d_model": 12,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 16,
+    "num_mel_bins": 5,
+    "max_source_positions": 7,
+    "max_target_positions": 14,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+BASES = {
+    "roberta": ROBERTA,
+    "mpnet": {**ROBERTA, "type_vocab_size": 2},
+    "vit": IMAGES,
+    "dinov2": IMAGES,
+    "whisper": WHISPER,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "t5": T5,
+    "switch_transformers": T5,
+    "bert": BERT,
+    **dict.fromkeys(
+        ("olmo2", "granite", "phi3", "smollm3", "gemma", "gemma2", "gemma3_text"), NO_PADDING
+    ),
+}
+
+
+ENCODERS = ("bert", "roberta", "mpnet", "vit", "dinov2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint: a family, the keys that differ from SMALL, and how it is stored."""
+
+    family: str
+    why: str
+    keys: dict[str, object] = field(default_factory=dict)
+    dtype: str = "float32"
+    shard_bytes: int | None = None
+    major: int = 5
+    not_in_4: bool = False
+    """Whether transformers 4 does not read it, or reads another function."""
+
+    def config(self) -> dict[str, object]:
+        """Return the keyword arguments of the config class, in the spelling of version 4."""
+        return {**BASES.get(self.family, SMALL), **self.keys}
+
+    @property
+    def output(self) -> str:
+        """What the model returns: ``logits``, or of an encoder alone its ``hidden`` states."""
+        return "hidden" if self.family in ENCODERS else "logits"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model is an encoder-decoder, with tokens for the decoder."""
+        return self.family in ("t5", "switch_transformers", "whisper")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the model's inputs."""
+        first = {"vit": "pixels", "dinov2": "pixels", "whisper": "features"}
+        name = first.get(self.family, "tokens")
+        return (name, "decoder_tokens") if self.decodes else (name,)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+GRANITE: dict[str, object] = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+}
+GEMMA3_LAYERS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]

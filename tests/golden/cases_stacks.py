@@ -1,0 +1,136 @@
+"""Encoders, and encoders with decoders: what each checkpoint is there for."""
+
+from __future__ import annotations
+
+from case import SQUARE_T5, Case
+
+STACKS: dict[str, Case] = {
+    "t5_relu_tied": Case("t5", "version 1.0: ReLU, tied and scaled outputs"),
+    "t5_gated_untied": Case(
+        "t5",
+        "version 1.1: gated GELU, an output matrix of its own, not scaled",
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "t5_square": Case("t5", "square matrices", SQUARE_T5),
+    "t5_bfloat16": Case("t5", "stored as bfloat16", dtype="bfloat16"),
+    "t5_gated_v4": Case(
+        "t5",
+        "version 1.1 as transformers 4 writes it, gated SiLU",
+        {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
+        major=4,
+    ),
+    "switch_half": Case(
+        "switch_transformers",
+        "experts in every second layer of the encoder and one of three in the decoder, no drops",
+        {
+            "num_layers": 4,
+            "num_experts": 4,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 1,
+        },
+    ),
+    "switch_drops": Case(
+        "switch_transformers",
+        "experts in every layer, which take 3 tokens of a sequence and drop the rest",
+        {
+            "num_experts": 3,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 3,
+            "expert_capacity": 3,
+        },
+    ),
+    "switch_square_v4": Case(
+        "switch_transformers",
+        "square matrices and as many experts, as transformers 4 writes it",
+        {
+            **SQUARE_T5,
+            "num_experts": 16,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 2,
+        },
+        major=4,
+    ),
+    "bert_gelu": Case("bert", "GELU, three token types of which the first is used"),
+    "bert_square": Case(
+        "bert",
+        "mlp = embed = vocab = positions = heads * head_dim, ReLU",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 16,
+            "hidden_act": "relu",
+        },
+    ),
+    "roberta_gelu": Case("roberta", "positions count from behind the padding token's, id 1"),
+    "roberta_square": Case(
+        "roberta",
+        "mlp = embed = vocab = heads * head_dim, positions from 4 on, two token types",
+        {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "pad_token_id": 3,
+            "type_vocab_size": 2,
+        },
+    ),
+    "mpnet_gelu": Case("mpnet", "biases by distance, shared by the layers"),
+    "mpnet_square": Case(
+        "mpnet",
+        "mlp = embed = vocab = heads * head_dim = 32 buckets",
+        {
+            "vocab_size": 32,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+        },
+    ),
+    "vit_plain": Case(
+        "vit",
+        "an image of 3 by 2 patches, no biases on queries, keys and values",
+        {"qkv_bias": False, "image_size": [12, 8]},
+    ),
+    "vit_square": Case(
+        "vit",
+        "patches = embed = mlp = side of the image = 16, four channels, patches of 4",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "num_channels": 4,
+        },
+    ),
+    "dinov2_plain": Case(
+        "dinov2",
+        "scaled blocks, of twice the width",
+        {"mlp_ratio": 2},
+    ),
+    "dinov2_gated": Case(
+        "dinov2",
+        "gated blocks of 16, as transformers 4 writes it",
+        {"mlp_ratio": 2, "use_swiglu_ffn": True},
+        major=4,
+    ),
+    "whisper_plain": Case("whisper", "stacks of different depth, heads and widths"),
+    "whisper_square": Case(
+        "whisper",
+        "mel = embed = mlp = vocab = positions of either stack = 16",
+        {
+            "vocab_size": 16,
+            "d_model": 16,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "num_mel_bins": 16,
+            "max_source_positions": 16,
+            "max_target_positions": 16,
+            "decoder_layers": 2,
+        },
+    ),
+}
