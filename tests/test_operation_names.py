@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 from moecc.ir import OPS
 
@@ -81,15 +83,16 @@ _COLLECTIONS = ("frozenset", "set", "tuple")
 
 def comparisons(tree: ast.AST) -> Iterator[ast.expr]:
     """Yield the comparisons in a module, and tests by ``startswith`` or ``endswith``."""
-    about_rows = any(isinstance(n, ast.Name | ast.alias) and _called(n) for n in ast.walk(tree))
-    bound = (n for n in ast.walk(tree) if isinstance(n, ast.Assign))
+    nodes = list(ast.walk(tree))
+    about_rows = any(isinstance(n, (ast.Name, ast.alias)) and _called(n) for n in nodes)
+    bound = (n for n in nodes if isinstance(n, ast.Assign))
     known = {
         t.id
         for n in bound
         for t, v in _pairs(n)
         if isinstance(t, ast.Name) and _is_name_of_operation(v, set())
     }
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             if any(_is_name_of_operation(s, known) or (about_rows and _of_row(s)) for s in sides):
@@ -117,12 +120,17 @@ def collections(tree: ast.Module) -> Iterator[ast.stmt]:
             yield node
 
 
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
 def _count(find: object) -> Counter[str]:
     found: Counter[str] = Counter()
     for folder in PACKAGES.values():
         for path in sorted(folder.rglob("*.py")):
             place = str(path.relative_to(ROOT))
-            count = len(list(find(ast.parse(path.read_text()))))  # type: ignore[operator]
+            count = len(list(find(_parsed(path))))  # type: ignore[operator]
             found.update({place: count} if count else {})
     return found
 

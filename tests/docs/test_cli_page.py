@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,14 @@ def test_each_command_has_its_section() -> None:
     assert tuple(SECTIONS) == COMMANDS
 
 
+@cache
+def commands() -> dict[str, Any]:
+    return typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_options_are_those_of_the_command(name: str) -> None:
-    command: Any = typer.main.get_command(build_app()).commands[name]  # type: ignore[attr-defined]
+    command = commands()[name]
     options = {o for p in command.params if p.param_type_name == "option" for o in p.opts}
     listed = [codes for title, codes in tables(SECTIONS[name]) if title == "option"]
     assert {code.split()[0] for code in (listed[0] if listed else [])} == options
@@ -47,7 +53,7 @@ def test_options_are_those_of_the_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_defaults_are_those_of_the_command(name: str) -> None:
-    command: Any = typer.main.get_command(build_app()).commands[name]  # type: ignore[attr-defined]
+    command = commands()[name]
     for param in command.params:
         if param.opts[0] in ("--tolerance", "--tokens", "--dtype") and param.default is not None:
             row = next(r for r in SECTIONS[name].splitlines() if f"`{param.opts[0]} " in r)

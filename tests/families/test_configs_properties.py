@@ -9,6 +9,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import examples
 
 from moecc.errors import InputError
 from moecc.families.configs import (
@@ -168,7 +169,7 @@ def experts(draw: st.DrawFn, family: type[MoeConfig], layers: int, width: int) -
 
 
 @given(configs())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100, 300), deadline=None)
 def test_reading_what_was_written_gives_the_same_config(config: DecoderConfig) -> None:
     written = json.loads(json.dumps(config.to_json(), allow_nan=False))
     assert parse_config(written) == config
@@ -218,7 +219,7 @@ anything = st.recursive(
 
 
 @given(configs(), st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150, 400), deadline=None)
 def test_no_value_makes_it_fail_otherwise_than_with_problems(
     config: DecoderConfig, data: st.DataObject
 ) -> None:

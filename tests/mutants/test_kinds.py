@@ -75,7 +75,7 @@ def test_a_row_that_splits_what_must_be_whole_is_caught(name: str, start: int) -
         law()
 
 
-@settings(EXAMPLES, max_examples=examples(40, 100))
+@settings(EXAMPLES, max_examples=examples(25, 100))
 @given(graphs(mesh=MESH))
 def test_a_random_sharding_is_right(graph: Graph) -> None:
     laws.check_sharded(graph)
@@ -85,7 +85,7 @@ def test_a_random_sharding_is_right(graph: Graph) -> None:
 def test_no_sound_rewrite_is_caught_on_a_mesh(name: str) -> None:
     changed = 0
 
-    @settings(EXAMPLES, max_examples=examples(30, 60))
+    @settings(EXAMPLES, max_examples=examples(12, 60))
     @given(graphs(mesh=MESH, like=LIKE.get(name, ())))
     def law(graph: Graph) -> None:
         nonlocal changed

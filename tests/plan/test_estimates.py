@@ -117,7 +117,7 @@ def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=examples(8, 25), deadline=None)
+@settings(max_examples=examples(4, 25), deadline=None)
 @given(data=st.data(), machine=st.sampled_from(MACHINES), factor=st.integers(2, 4))
 def test_a_larger_batch_costs_no_less(
     model: str, data: st.DataObject, machine: str, factor: int

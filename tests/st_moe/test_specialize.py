@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moecc_passes.canonicalize import CanonicalizePass
 from moecc_passes.specialize.mode_config import ModeConfig, record, recorded
 from moecc_passes.specialize.specialize import SpecializePass
+from tiers import examples
 
 from moecc.errors import InputError, UsageError
 from moecc.ir import F64, Builder, Graph, clone, equal, parse, print_graph, tensor
@@ -231,6 +232,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=examples(25, 100))
 @given(OPTIONS, OPTIONS, st.booleans())
 def test_a_mode_does_not_depend_on_the_one_before(
     first: dict[str, Any], second: dict[str, Any], tidy: bool
@@ -253,6 +255,7 @@ def test_a_mode_does_not_depend_on_the_one_before(
     assert equal(specialised(directly, **second), directly) or tidy
 
 
+@settings(max_examples=examples(25, 100))
 @given(OPTIONS)
 def test_specialised_graphs_obey_the_laws_of_passes(options: dict[str, Any]) -> None:
     item = SpecializePass(**options)
@@ -260,6 +263,7 @@ def test_specialised_graphs_obey_the_laws_of_passes(options: dict[str, Any]) -> 
     laws.check_idempotent(item, model())
 
 
+@settings(max_examples=examples(25, 100))
 @given(OPTIONS)
 def test_specialised_graphs_survive_their_text(options: dict[str, Any]) -> None:
     graph = parse(print_graph(specialised(model(), **options)))
@@ -302,6 +306,7 @@ def test_check_measures_what_a_mode_changes() -> None:
 # --- raising the capacity, and causality
 
 
+@settings(max_examples=examples(25, 100))
 @given(st.integers(0, 2**32 - 1))
 def test_a_larger_factor_at_evaluation_never_drops_more(seed: int) -> None:
     """ST-MoE, §6.15 of the notes: outputs are equal once nothing is dropped."""
