@@ -8,6 +8,7 @@ from typing import get_type_hints
 
 from moecc.decoding.sampling import Sampling
 from moecc.errors import Problem, UsageError, nearest
+from moecc.model.branches import parse_branches
 from moecc.pipeline.passes import Pass
 from moecc.pipeline.text import Pipeline
 from moecc.support.parse_units import float_type
@@ -28,6 +29,19 @@ def source_text(source: object) -> str:
         if isinstance(text, str) and text:
             return text
     raise _wrong("source", "a folder, a file, preset:NAME or a run, as text or Path", source)
+
+
+def named_places(models: object) -> dict[str, str]:
+    """Return the places of models by name, as ``convert --experts`` takes them.
+
+    Raises:
+      UsageError: they are no mapping from names to folders, or a name is reserved.
+    """
+    if models is None:
+        return {}
+    if not isinstance(models, Mapping):
+        raise _wrong("experts", "folders of models by name, {'a': 'tuned'}", models)
+    return parse_branches([f"{name}={source_text(place)}" for name, place in models.items()])
 
 
 def pipeline_of(passes: object) -> Pipeline:

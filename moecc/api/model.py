@@ -8,14 +8,24 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from moecc.api.arguments import dtype_of, pass_text, pipeline_of, source_text, step_request
+from moecc.api.arguments import (
+    dtype_of,
+    named_places,
+    pass_text,
+    pipeline_of,
+    source_text,
+    step_request,
+)
+from moecc.checkpoint.several import branches_of
 from moecc.errors import UsageError
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
+from moecc.model.branches import add_branches
 from moecc.model.open import Model as OpenModel
 from moecc.model.open import Params, open_model
 from moecc.model.small_weights import reads_small
-from moecc.pipeline.passes import EXACT, Context, Preserves, weakest
+from moecc.model.statistics import add_statistics
+from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.types.arrays import Array, Arrays
@@ -39,6 +49,8 @@ def open(
     weights: str | os.PathLike[str] | None = None,
     padding: bool = False,
     seed: int = 0,
+    experts: Mapping[str, str | os.PathLike[str]] | None = None,
+    capture: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Open a model: only configs and headers are read.
 
@@ -48,6 +60,9 @@ def open(
       weights: for a ``.moe`` file, the checkpoint to read in place of the one that it names.
       padding: whether the graph of an encoder has an input ``mask``.
       seed: of all random numbers of passes.
+      experts: further models of its architecture, or LoRA adapters of it, by the names that
+        ``upcycle(sources="base,a")`` has for them.
+      capture: the folder of statistics of the model that `moecc capture` wrote.
 
     Raises:
       InputError: it is none of these, or is faulty.
@@ -59,7 +74,9 @@ def open(
         raise UsageError("the seed is no whole number from 0 on", found=repr(seed))
     place = None if weights is None else source_text(weights)
     opened = open_model(source_text(source), weights=place, padding=padding, config_alone=True)
-    return Model(opened, seed=seed)
+    add_branches(opened, named_places(experts))
+    statistics = add_statistics(opened, None if capture is None else source_text(capture))
+    return Model(opened, seed=seed, statistics=statistics)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,6 +91,7 @@ class Model:
       preserves: what they promise together.
       remarks: what they reported.
       allow_unmatched: whether one that must match may have matched nothing.
+      statistics: what was captured of the source's values, if anything.
     """
 
     opened: OpenModel
@@ -83,6 +101,7 @@ class Model:
     preserves: Preserves = EXACT
     remarks: tuple[str, ...] = ()
     allow_unmatched: bool = False
+    statistics: Statistics | None = None
 
     @property
     def name(self) -> str:
@@ -126,10 +145,11 @@ class Model:
         remarks: list[str] = []
         context = Context(
             seed=self.seed, allow_unmatched=allow_unmatched,
-            remark=lambda r: remarks.append(str(r)),
+            remark=lambda r: remarks.append(str(r)), statistics=self.statistics,
         )  # fmt: skip
-        if self.opened.checkpoint is not None:
-            context = replace(context, read=reads_small(self.opened.checkpoint))
+        if (checkpoint := self.opened.checkpoint) is not None:
+            models = branches_of(checkpoint)
+            context = replace(context, read=reads_small(checkpoint), models=models)
         whole = Pipeline((*self.pipeline, *passes))
         if problems := whole.problems():
             raise UsageError(problems)
@@ -137,7 +157,7 @@ class Model:
         done = run_pipeline(graph, passes, context=context)
         return Model(
             self.opened, whole, self.seed, graph, weakest((self.preserves, done.preserves)),
-            (*self.remarks, *remarks), self.allow_unmatched or allow_unmatched,
+            (*self.remarks, *remarks), self.allow_unmatched or allow_unmatched, self.statistics,
         )  # fmt: skip
 
     def params(self, *, dtype: object = "f32") -> Params:
@@ -251,7 +271,7 @@ class Model:
         fresh = OpenModel(clone(self.opened.graph), self.name, self.opened.checkpoint)
         return plan(
             fresh, self.pipeline, to, dtype=dtype_of(dtype), seed=self.seed,
-            allow_unmatched=self.allow_unmatched, check=check,
+            allow_unmatched=self.allow_unmatched, check=check, statistics=self.statistics,
         )  # fmt: skip
 
     def save(

@@ -98,6 +98,21 @@ WRONG: dict[str, tuple[Callable[[moecc.Model], object], str]] = {
     "a preset that is missing": (lambda m: moecc.open("preset:smolm"), "unknown preset"),
     "weights of a folder": (lambda m: moecc.open(DENSE, weights=DENSE), "goes with a .moe file"),
     "a negative seed": (lambda m: moecc.open(DENSE, seed=-1), "the seed is no whole number"),
+    "experts that are no mapping": (
+        lambda m: moecc.open(DENSE, experts=["a"]), "the experts cannot be used",  # type: ignore[arg-type]
+    ),
+    "experts of a reserved name": (
+        lambda m: moecc.open(DENSE, experts={"base": DENSE}), "the name of SOURCE itself",
+    ),
+    "experts of another family": (
+        lambda m: moecc.open(DENSE, experts={"a": GOLDEN / "qwen2_square"}), "different families",
+    ),
+    "statistics that are missing": (
+        lambda m: moecc.open(DENSE, capture="nowhere"), "not a folder of statistics",
+    ),
+    "statistics that are needed": (
+        lambda m: m.upcycle(experts=4, split="activation"), "needs statistics of the model",
+    ),
     "an option that is misspelt": (lambda m: m.upcycle(expert=4), "did you mean 'experts'"),
     "an option of another type": (lambda m: m.upcycle(experts="x"), "a value of another type"),
     "an object as option": (lambda m: m.upcycle(experts=object()), "option experts cannot be used"),

@@ -11,6 +11,7 @@ import pytest
 from moecc_passes.resize.chosen import alike
 from safetensors.numpy import load_file, save_file
 
+import moecc
 from moecc.backend import get_backend
 from moecc.capture.folder import open_capture
 from moecc.capture.statistics import BlockSums
@@ -183,6 +184,19 @@ def test_groups_of_like_results() -> None:
     assert alike(results, 2) == [(0, 2), (1, 3), (4, 5)]
     # The nearest two, 0 and 2, are joined by the nearest that is left.
     assert alike(results, 3) == [(0, 2, 4), (1, 3, 5)]
+
+
+def test_in_python(model: Path, tmp_path: Path, statistics: Path) -> None:
+    """The same tensors as the command writes; models beside the source are named, too."""
+    passes = "upcycle{experts=4 top-k=2 split=activation router-init=ridge}"
+    assert converted(model, tmp_path / "one", passes, "--capture", str(statistics)) == 0
+    opened = moecc.open(model, capture=statistics, experts={"a": model})
+    sparse = opened.upcycle(experts=4, top_k=2, split="activation", router_init="ridge")
+    sparse.save(tmp_path / "two", to="st_moe")
+    for name, array in tensors(tmp_path / "one").items():
+        assert np.array_equal(array, tensors(tmp_path / "two")[name])
+    mixed = opened.upcycle(experts=2, top_k=2, sources="base,a")
+    assert mixed.save(tmp_path / "three", to="st_moe").verify(against=model).passed
 
 
 # --- bad input
