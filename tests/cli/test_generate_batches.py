@@ -50,6 +50,7 @@ def made(done: Any) -> list[list[int]]:
     return [text["tokens"] for text in done.json()["texts"]]
 
 
+@pytest.mark.slow
 def test_texts_of_a_batch_are_what_each_is_alone(moecc: Callable, model: Callable) -> None:
     """Greedily; and the draws of the first text are its own."""
     folder = model("mixtral_gqa")

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 
 from moecc.ahead.request import Job, Result
 from moecc.backend import Arrays
-from moecc.decoding.session import Session
+from moecc.decoding.session import PlainSession, ReadOnce, Session
 from moecc.errors import InputError, Problem
 from moecc.ir.graph import Graph
 from moecc.ir.verify import where
@@ -92,9 +92,14 @@ class XlaBackend:
         return scorer(graph, params, dtype=dtype)
 
     def session(self, params: Arrays, *, dtype: DType) -> Session:
-        """Return a session, whose parameters and caches stay on the device."""
+        """Return a session, whose parameters and caches stay on the device.
+
+        With several processes, which share parameters, values go in and out at each run.
+        """
         from moecc_backends.xla.run.session import XlaSession
 
+        if process_info() is not None:
+            return PlainSession(self, ReadOnce(params), dtype)
         find_devices()
         return XlaSession(params, dtype)
 
