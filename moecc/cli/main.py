@@ -54,6 +54,7 @@ SUMMARIES = {
     "capture": "Take statistics of a model's values over texts.",
     "launch": "Run a command in several processes.",
     "passes": "List the passes, or show one.",
+    "lint": "Show what the design guide advises against.",
 }
 """The subcommands, in the order of ``--help``, with the lines that it prints; each is in a module
 ``moecc.cli.cmd_NAME``, which ``--help`` does not import."""

@@ -245,3 +245,7 @@ class Pass(ABC):
     def warnings(self) -> list[Problem]:
         """Return warnings of options that are allowed but rarely intended."""
         return []
+
+    def lints(self) -> list[Problem]:
+        """Return what a design guide advises against, with its source (`moecc.pipeline.lints`)."""
+        return []

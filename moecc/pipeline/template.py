@@ -88,6 +88,7 @@ class PipelineTemplate:
       options: its options, in the order in which they are listed.
       doc: its documentation, as the docstring of a pass.
       check: yields problems of the options beyond those the passes report.
+      advise: yields lints beyond those of the passes.
     """
 
     name: str
@@ -96,6 +97,7 @@ class PipelineTemplate:
     options: tuple[TemplateOption, ...] = ()
     doc: str = ""
     check: Callable[[Any], Iterable[Problem]] = _no_problems
+    advise: Callable[[Any], Iterable[Problem]] = _no_problems
 
     def __call__(self, **given: object) -> TemplatePass:
         """Return the template with options, as a pass.
@@ -217,6 +219,10 @@ class TemplatePass(Pass):
     def warnings(self) -> list[Problem]:
         """Return the warnings of the passes."""
         return [p for _, item in self.parts for p in item.warnings()]
+
+    def lints(self) -> list[Problem]:
+        """Return what the passes, and the template itself, are advised against."""
+        return [*(p for _, item in self.parts for p in item.lints()), *self.template.advise(self)]
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Run the passes; a pass that must match and matches nothing ends the run.

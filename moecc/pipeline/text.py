@@ -14,7 +14,7 @@ together, each with its position.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from moecc.errors import Problem, UsageError, nearest, printable
@@ -80,10 +80,17 @@ class Pipeline:
 
     def warnings(self) -> list[Problem]:
         """Return warnings of options that are allowed but rarely intended, with their pass."""
+        return self._said(lambda item: item.warnings())
+
+    def lints(self) -> list[Problem]:
+        """Return what a design guide advises against, with the pass that does it."""
+        return self._said(lambda item: item.lints())
+
+    def _said(self, ask: Callable[[Pass], list[Problem]]) -> list[Problem]:
         return [
             replace(p, where=f"{item.name}, option {p.where}" if p.where else item.name)
             for item in self.passes
-            for p in _warnings_of(item)
+            for p in _blamed(item, ask)
         ]
 
     @property
@@ -97,9 +104,9 @@ def _problems_of(item: Pass, earlier: Sequence[Pass]) -> list[Problem]:
         return [*item.validate(), *item.validate_after(earlier)]
 
 
-def _warnings_of(item: Pass) -> list[Problem]:
+def _blamed(item: Pass, ask: Callable[[Pass], list[Problem]]) -> list[Problem]:
     with blamed(type(item), "while its options were checked"):
-        return list(item.warnings())
+        return list(ask(item))
 
 
 def format_pass(item: Pass, *, in_full: bool = False) -> str:

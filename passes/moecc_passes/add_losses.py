@@ -15,6 +15,7 @@ from moecc.ir.losses import LossBuilder, emit_z
 from moecc.ir.metrics import BALANCE_BIASES, CHOSEN, MetricBuilder
 from moecc.ir.routed import MASK, TOTALS, Means
 from moecc.ir.table.slots import operands_by_word
+from moecc.pipeline.lints import BALANCE, ROUTER_Z, coefficient
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 from moecc_passes.loss_outputs import Weighted, joined, metrics_of, tallies_of, total_of
 from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, attention_scores, routed_layers
@@ -118,6 +119,14 @@ class AddLossesPass(Pass):
             return []
         what = "no loss spreads the tokens over the experts, so a few of them may get all"
         return [Problem(what, "balance-coef", "0.01, as ST-MoE has it", f"{self.balance_coef}")]
+
+    def lints(self) -> list[Problem]:
+        """Return which coefficients the paper would not have."""
+        balance = 0.0 if self.balance == "none" else self.balance_coef
+        return [
+            *coefficient(balance, BALANCE, "the balance loss", "balance-coef", "appendix A"),
+            *coefficient(self.z_coef, ROUTER_Z, "the router z-loss", "z-coef", "section 3.3"),
+        ]
 
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
         """Return whether an earlier pass adds losses already."""

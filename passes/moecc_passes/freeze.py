@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from moecc.analysis.groups import ATTRIBUTE, parameter_groups, trainable
 from moecc.errors import Problem
 from moecc.ir.graph import Graph
+from moecc.pipeline.lints import advice
 from moecc.pipeline.passes import EXACT, Context, Pass, PassResult, Remark
 
 Group = Literal["all", "moe", "non-moe", "router", "attention", "ffn", "norm", "embedding"]
@@ -48,6 +49,17 @@ class FreezePass(Pass):
             Problem("state either the frozen groups or the only trained ones", "groups",
                     "groups or only", found, "groups=moe is the paper's way to save memory")
         ]  # fmt: skip
+
+    def lints(self) -> list[Problem]:
+        """Return what the paper found to be worse."""
+        if self.only == ("moe",):
+            return [advice("the experts alone are trained, which is much worse", "only",
+                           "section 4.2", expected="groups=moe", found="moe")]  # fmt: skip
+        if "router" in self.groups and not {"moe", "all"} & set(self.groups):
+            return [advice("experts are trained and their router is frozen, so that no loss can "
+                           "balance them", "groups", "appendix A", expected="groups=moe",
+                           found="router")]  # fmt: skip
+        return []
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Set the attribute of the graph, replacing an earlier one."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from moecc.errors import Problem
+from moecc.pipeline.lints import advice, too_much_capacity
 from moecc.pipeline.template import PipelineTemplate, Step, TemplateOption, TemplatePass
 from moecc_passes.add_losses import AddLossesPass
 from moecc_passes.specialize.record_modes import RecordModesPass
@@ -48,6 +49,22 @@ def _learns(item: TemplatePass) -> Iterator[Problem]:
         )  # fmt: skip
 
 
+def _advise(item: TemplatePass) -> Iterator[Problem]:
+    experts = getattr(item, "experts", 0)
+    for name in ("train_capacity_factor", "eval_capacity_factor"):
+        place = name.replace("_", "-")
+        yield from too_much_capacity(getattr(item, name, None), experts, place)
+    if getattr(item, "extra_ffn", "") == "none":
+        yield advice("no dense sublayer stands beside the sparse ones", "extra-ffn", "appendix C",
+                     expected="after or before", found="none")  # fmt: skip
+    if getattr(item, "expert_bias", "") == "none":
+        yield advice("experts have no multiplicative bias", "expert-bias", "appendix C",
+                     expected="multiplicative", found="none")  # fmt: skip
+    if not getattr(item, "losses", True):
+        yield advice("no losses are added", "losses", "section 3.3 and appendix A",
+                     expected="true", found="false")  # fmt: skip
+
+
 ST_MOE = PipelineTemplate(
     name="st-moe",
     summary="turn a dense model into an ST-MoE: the paper's choices in one pass",
@@ -80,4 +97,5 @@ ST_MOE = PipelineTemplate(
         ),
     ),
     check=_learns,
+    advise=_advise,
 )  # fmt: skip

@@ -17,6 +17,7 @@ from moecc_passes.routed import NOTHING_ROUTED, RoutedLayer, causal_values, rout
 from moecc_passes.specialize import checks
 from moecc_passes.specialize.dropout import drop
 from moecc_passes.specialize.layer import Keys, specialise
+from moecc_passes.specialize.lints import lints
 from moecc_passes.specialize.mode_config import ModeConfig, recorded
 from moecc_passes.specialize.options import SpecializeOptions
 from moecc_passes.specialize.remarks import remarks
@@ -60,6 +61,10 @@ class SpecializePass(SpecializeOptions, Pass):
     def validate_after(self, earlier: Sequence[Pass]) -> list[Problem]:
         """Return contradictions with an earlier conversion."""
         return list(checks.problems_after(self, earlier))
+
+    def lints(self) -> list[Problem]:
+        """Return what the paper would not do in training."""
+        return lints(self)
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Specialise every routed layer.

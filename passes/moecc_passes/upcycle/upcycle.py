@@ -18,6 +18,7 @@ from moecc_passes.upcycle.checks import problems, unknown_models, warnings
 from moecc_passes.upcycle.contract import Contract, inexact_placement, of_blocks
 from moecc_passes.upcycle.fitted_router import missing, unread
 from moecc_passes.upcycle.layers import choose
+from moecc_passes.upcycle.lints import lints
 from moecc_passes.upcycle.options import UpcycleOptions
 from moecc_passes.upcycle.recipes import factors_of, misfit, misrouted, recipe, router_std
 from moecc_passes.upcycle.remarks import remarks
@@ -117,6 +118,10 @@ class UpcyclePass(UpcycleOptions, Pass):
     def warnings(self) -> list[Problem]:
         """Return warnings of unwise combinations of options."""
         return warnings(self)
+
+    def lints(self) -> list[Problem]:
+        """Return what the paper advises against."""
+        return lints(self)
 
     def apply(self, graph: Graph, ctx: Context) -> PassResult:
         """Convert the blocks that ``layers`` selects.

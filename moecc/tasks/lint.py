@@ -1,0 +1,128 @@
+"""Lints of a model or a pipeline: what the design guide of ST-MoE advises against."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import sqrt
+
+from moecc.analysis.groups import parameter_groups, trainable
+from moecc.checkpoint.run.layout import split_reference
+from moecc.errors import Problem
+from moecc.families.experts import expert_layers
+from moecc.ir.attributes import SlotAttrs
+from moecc.ir.graph import Graph, Value
+from moecc.ir.unroll import unrolled
+from moecc.model.open import open_model
+from moecc.pipeline.lints import advice, too_many_experts, too_much_capacity
+from moecc.pipeline.text import Pipeline
+from moecc.presets import PREFIX
+from moecc.weights.draws import Normal, TruncatedNormal
+
+LEAST_LOGIT_STD, MOST_LOGIT_STD = 0.03, 3.0
+"""Of a router's logits for a normalised input; Switch's initialisation has √0.1."""
+
+
+@dataclass(frozen=True)
+class Linted:
+    """What was found.
+
+    Attributes:
+      kind: ``model`` or ``pipeline``.
+      findings: in order, each once; the hint cites the source, or is a way out.
+    """
+
+    kind: str
+    findings: tuple[Problem, ...]
+
+
+def is_model(target: str) -> bool:
+    """Whether `target` is a model rather than the text of a pipeline."""
+    is_named = target.startswith(PREFIX) or target.endswith((".moe", ".gguf"))
+    return is_named or os.path.exists(target) or split_reference(target) is not None
+
+
+def lint_pipeline(pipeline: Pipeline) -> Linted:
+    """Return the warnings and lints of a pipeline."""
+    return Linted("pipeline", _once([*pipeline.warnings(), *pipeline.lints()]))
+
+
+def lint_model(target: str, cores: int | None = None) -> Linted:
+    """Return the lints of a model; no weights are read.
+
+    Args:
+      target: a folder, a file, a preset or a run.
+      cores: of the machine that it is for, where that is known.
+
+    Raises:
+      InputError: there is no such model.
+    """
+    with open_model(target, config_alone=True) as model:
+        warned = [Problem(text, model.name) for text in model.warnings()]
+        return Linted("model", _once([*warned, *graph_lints(model.graph, cores)]))
+
+
+def graph_lints(graph: Graph, cores: int | None = None) -> Iterator[Problem]:
+    """Yield the lints of a graph."""
+    flat = unrolled(graph)
+    for layer in expert_layers(flat):
+        yield from too_many_experts(layer.experts, layer.loc)
+        if cores is not None and layer.experts > cores:
+            yield advice("there is more than one expert for each core", layer.loc, "section 5.1",
+                         expected=f"at most {cores}", found=layer.experts)  # fmt: skip
+        if layer.top_k > 1 and layer.gates in ("softmax", "sigmoid"):
+            yield advice("gates of several experts are not renormalised over those chosen",
+                         layer.loc, "appendix G", expected="renormalised",
+                         found=layer.gates)  # fmt: skip
+    yield from _capacities(flat)
+    yield from _routers(flat)
+
+
+def _capacities(graph: Graph) -> Iterator[Problem]:
+    for node in graph:
+        if node.op.assigns_slots and node.attrs["slots"] == "capacity":
+            attrs = SlotAttrs.of_node(node)
+            yield from too_much_capacity(attrs.capacity_factor, attrs.experts, node.loc)
+
+
+def _routers(graph: Graph) -> Iterator[Problem]:
+    groups, trained = parameter_groups(graph), trainable(graph)
+    for name, value in graph.params.items():
+        if "router" not in groups[name] or not value.type.dtype.is_float:
+            continue
+        products = [node for node in value.users if node.op.is_product]
+        if products and any(node.attrs["precision"] != "f32" for node in products):
+            yield advice("the router is not computed in float32", f"param %{name}", "section 3.4",
+                         expected="contract {precision=f32}")  # fmt: skip
+        if not trained.get(name, True) and any(trained.values()):
+            yield advice("the router is frozen, so that no loss can balance the experts",
+                         f"param %{name}", "appendix A")  # fmt: skip
+        yield from _initial(value)
+
+
+def _initial(value: Value) -> Iterator[Problem]:
+    """Yield a lint for a router that is drawn, and with logits far from the paper's."""
+    drawn, width = value.weight, value.type.by_name.get("embed")
+    if not isinstance(drawn, (Normal, TruncatedNormal)) or width is None:
+        return
+    std = drawn.std * sqrt(int(str(width.size)))
+    if not LEAST_LOGIT_STD <= std <= MOST_LOGIT_STD:
+        yield advice("the router's logits begin far from those of the paper",
+                     f"param %{value.name}", "section 6.2",
+                     expected=f"a standard deviation of {LEAST_LOGIT_STD:g} to "
+                              f"{MOST_LOGIT_STD:g}", found=float(std))  # fmt: skip
+
+
+def _once(problems: list[Problem]) -> tuple[Problem, ...]:
+    """Return the problems, those that differ in their place alone as one."""
+    places: dict[Problem, list[str]] = {}
+    for problem in problems:
+        places.setdefault(replace(problem, where=None), []).append(problem.where or "")
+    return tuple(replace(p, where=_places(found)) for p, found in places.items())
+
+
+def _places(found: list[str]) -> str | None:
+    if len(found) == 1:
+        return found[0] or None
+    return f"{found[0]} … {found[-1]} ({len(found)})"

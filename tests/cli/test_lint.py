@@ -1,0 +1,123 @@
+"""`moecc lint`: what the paper advises against, with its section, and nothing on its own choices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moecc.ir import print_graph
+from moecc.ir.structure import clone
+from moecc.model.open import open_model
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+PIPELINES = [
+    ("upcycle{experts=512}", "more experts than help", "section 5.1"),
+    ("upcycle{experts=8 slots=capacity capacity-factor=9}", "more slots than", "section 2"),
+    ("upcycle{router-std=2}", "router's weights begin far", "section 6.2"),
+    ("upcycle{router-init=switch router-std=0.001}", "router's logits begin far", "section 6.2"),
+    ("upcycle{gates=softmax}", "not renormalised", "appendix G"),
+    ("add-losses{balance-coef=0}", "balance loss is off", "appendix A"),
+    ("add-losses{balance=none}", "balance loss is off", "appendix A"),
+    ("add-losses{balance-coef=1}", "balance loss is a hundred times off", "appendix A"),
+    ("add-losses{z-coef=0}", "router z-loss is off", "section 3.3"),
+    ("add-losses{z-coef=0.1}", "z-loss is a hundred times off", "section 3.3"),
+    ("specialize{mode=train jitter=0.01}", "jitter costs quality", "section 3.2"),
+    ("specialize{mode=train input-dropout=0.1}", "router's input costs", "section 3.2"),
+    ("specialize{mode=train router-noise=1}", "router's logits costs", "section 3.2"),
+    ("specialize{mode=train dropout=0.1}", "dropout costs quality", "section 3.2"),
+    ("specialize{mode=train dropout=0.1 expert-dropout=0.05}", "less dropout", "section 4.1"),
+    ("freeze{groups=router}", "router is frozen", "appendix A"),
+    ("freeze{only=moe}", "experts alone are trained", "section 4.2"),
+    ("st-moe{extra-ffn=none}", "no dense sublayer", "appendix C"),
+    ("st-moe{expert-bias=none}", "no multiplicative bias", "appendix C"),
+    ("st-moe{losses=false}", "no losses are added", "section 3.3"),
+    ("st-moe{experts=8 eval-capacity-factor=16}", "more slots than", "section 2"),
+]
+
+
+@pytest.mark.parametrize(("pipeline", "says", "section"), PIPELINES)
+def test_what_the_paper_advises_against(
+    moecc: Callable, pipeline: str, says: str, section: str
+) -> None:
+    done = moecc("lint", pipeline)
+    assert done.code == 0, done.err
+    assert re.search(f"{says}[^!]*?ST-MoE, {section}", done.out), done.out
+    assert moecc("lint", pipeline, "--warnings", "error").code == 1
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "st-moe{experts=32}", "st-moe{experts=8 mode=train}", "upcycle{experts=8 top-k=2}",
+        "upcycle{experts=8 gates=switch top-k=1}", "add-losses", "freeze{groups=moe}",
+        "specialize{mode=eval dropless=true}",
+    ],
+)  # fmt: skip
+def test_the_choices_of_the_paper_are_passed_over(moecc: Callable, pipeline: str) -> None:
+    done = moecc("lint", pipeline, "--warnings", "error")
+    assert (done.code, done.out) == (0, "nothing to say against this pipeline\n")
+
+
+def graph_after(case: str, pipeline: str, tmp_path: Path) -> Path:
+    with open_model(str(GOLDEN / case)) as model:
+        graph = clone(model.graph)
+    run_pipeline(graph, Pipeline.parse(pipeline))
+    graph.attrs["checkpoint"] = str(GOLDEN / case)
+    path = tmp_path / "model.moe"
+    path.write_text(print_graph(graph))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "says", "section"),
+    [
+        ("upcycle{experts=4 gates=softmax}", "layers.0.ffn … layers.2.ffn", "appendix G"),
+        ("upcycle{experts=4 slots=capacity capacity-factor=5}", "more slots", "section 2"),
+        ("upcycle{experts=4 router-std=5}", "logits begin far", "section 6.2"),
+        ("upcycle{experts=4},freeze{groups=router}", "router is frozen", "appendix A"),
+    ],
+)
+def test_of_a_model(
+    moecc: Callable, tmp_path: Path, pipeline: str, says: str, section: str
+) -> None:
+    path = graph_after("llama_gqa", pipeline, tmp_path)
+    found = moecc("lint", path, "--format", "json").json()["findings"]
+    texts = [" ".join(str(v) for v in row.values()) for row in found]
+    assert any(says in text and f"ST-MoE, {section}" in text for text in texts), texts
+
+
+def test_a_router_of_another_precision(moecc: Callable, tmp_path: Path) -> None:
+    path = graph_after("llama_gqa", "upcycle{experts=4}", tmp_path)
+    assert moecc("lint", path).out == "nothing to say against this model\n"
+    path.write_text(path.read_text().replace(", precision=f32", ""))
+    assert "not computed in float32" in moecc("lint", path).out
+
+
+def test_more_experts_than_cores(moecc: Callable) -> None:
+    model = GOLDEN / "mixtral_gqa"
+    assert "more than one expert for each core" in moecc("lint", model, "--cores", "2").out
+    assert moecc("lint", model, "--cores", "64").out == "nothing to say against this model\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["upcycle{expert=4}"], 2, "no option 'expert'"),
+        (["nosuch"], 2, "unknown pass"),
+        (["nosuch.moe"], 1, "no such file"),
+        (["preset:nosuch"], 2, "preset"),
+        (["dce", "--warnings", "fatal"], 2, "fatal"),
+        (["dce", "--cores", "0"], 2, "0 is not in the range"),
+        ([], 2, "Missing argument"),
+    ],
+)
+def test_targets_that_are_none(moecc: Callable, arguments: list[str], code: int, says: str) -> None:
+    done = moecc("lint", *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert says in done.err
