@@ -53,8 +53,8 @@ SUMMARIES = {
     "specialise": "Show which tokens tell each expert from others.",
     "capture": "Take statistics of a model's values over texts.",
     "launch": "Run a command in several processes.",
-    "passes": "List the passes, or show one.",
     "lint": "Show what the design guide advises against.",
+    "passes": "List the passes, or show one.",
 }
 """The subcommands, in the order of ``--help``, with the lines that it prints; each is in a module
 ``moecc.cli.cmd_NAME``, which ``--help`` does not import."""

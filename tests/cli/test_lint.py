@@ -1,4 +1,4 @@
-"""`moecc lint`: what the paper advises against, with its section, and nothing on its own choices."""
+"""`moecc lint`: what the paper advises against, with its section; nothing on its own choices."""
 
 from __future__ import annotations
 
