@@ -286,7 +286,7 @@ MISSES: dict[str, tuple[Function, dict[str, Shape], str]] = {
     "rounded weights": (rounded, PLAIN, "its weight w1 is rounded to float8_e4m3fn first"),
     "fused when it runs": (fused_late, GATED, "its weight is computed by `concatenate`"),
     "stacked when it runs": (stacked_late, TWICE, "its weight is computed by `"),
-    "weight norm": (weight_norm, PLAIN, "its weight is computed by `div`"),
+    "weight norm": (weight_norm, PLAIN, "its weight is computed by `"),
     "a convolution": (convolved, KERNELS, "write it as a product"),
     "picked by index": (picked, STACKS, "use a scan"),
     "pallas": (in_pallas, PLAIN, "its products are inside a Pallas kernel"),
