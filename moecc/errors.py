@@ -93,6 +93,15 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return f"did you mean {found[0]!r}?" if found else None
 
 
+def described(error: BaseException) -> str:
+    """Return the class and the text of an exception, whose text may raise another."""
+    try:
+        text = str(error)
+    except Exception as another:
+        text = f"its text raises {type(another).__name__}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def is_shown(text: str) -> bool:
     """Whether a terminal shows every character of the lines of `text`, and obeys none."""
     return all(line.isprintable() for line in text.split("\n"))

@@ -20,7 +20,16 @@ import typer
 from typer.core import TyperGroup
 
 from moecc.cli.console import say, show_error, write_utf8
-from moecc.errors import MachineError, MoeccError, Problem, UsageError, escaped, nearest, printable
+from moecc.errors import (
+    MachineError,
+    MoeccError,
+    Problem,
+    UsageError,
+    described,
+    escaped,
+    nearest,
+    printable,
+)
 from moecc.support.signals import Terminated
 
 if TYPE_CHECKING:
@@ -145,6 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _os_error(error)
     except Exception as error:
         return _bug(error)
+    except BaseException as error:
+        # A file of the user may raise what ends Python, with exit code 0 even.
+        if not _of_user(error):
+            raise
+        return _bug(error)
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -198,11 +212,17 @@ def _os_error(error: OSError) -> int:
     return MachineError.exit_code if error.errno in _MACHINE else 1
 
 
-def _bug(error: Exception) -> int:
+def _of_user(error: BaseException) -> bool:
+    from moecc.support.user_files import line_of_user
+
+    return line_of_user(error) is not None
+
+
+def _bug(error: BaseException) -> int:
     from moecc.support.user_files import line_of_user
 
     if getattr(error, "reproducer", None) is None and (place := line_of_user(error)):
-        say(f"error: {place}: {type(error).__name__}: {error}")
+        say(f"error: {place}: {described(error)}")
         if os.environ.get("MOECC_DEBUG"):
             traceback.print_exc()
         return 1
@@ -211,7 +231,7 @@ def _bug(error: Exception) -> int:
         handle, path = tempfile.mkstemp(prefix="moecc-bug-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(escaped(f"moecc {' '.join(sys.argv[1:])}\n\n{traceback.format_exc()}"))
-    say(f"error: a bug in moecc: {type(error).__name__}: {error}")
+    say(f"error: a bug in moecc: {described(error)}")
     say(f"  what is needed to reproduce it is in {path}")
     if os.environ.get("MOECC_DEBUG"):
         traceback.print_exc()

@@ -11,6 +11,7 @@ from moecc.errors import CheckError, InputError, Problem, UsageError
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import is_rolled
 from moecc.ir.verify import VerifyError, verify
+from moecc.pipeline.blame import apply_pass
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, Remark, weakest
 from moecc.pipeline.reproducer import Reproducer
 from moecc.pipeline.text import Pipeline, format_pass
@@ -187,7 +188,7 @@ def run_pass(graph: Graph, item: Pass, context: Context, number: int = 1) -> Pas
         context.remark(remark)
 
     start = perf_counter()
-    result = item.apply(graph, replace(context, remark=note))
+    result = apply_pass(item, graph, replace(context, remark=note))
     middle = perf_counter()
     try:
         verify(graph)

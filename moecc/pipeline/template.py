@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 
 from moecc.errors import Problem
 from moecc.ir.graph import Graph
+from moecc.pipeline.blame import apply_pass
 from moecc.pipeline.options import Option, options
 from moecc.pipeline.passes import Context, Pass, PassResult, Preserves, weakest
 
@@ -233,7 +234,7 @@ class TemplatePass(Pass):
         total: PassResult | None = None
         promises = []
         for step, item in self.parts:
-            result = item.apply(graph, ctx)
+            result = apply_pass(item, graph, ctx)
             promises.append(result.preserves or item.preserves)
             stats = step.reported(result)
             total = _joined(total, result, stats)

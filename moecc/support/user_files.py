@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from zlib import crc32
 
-from moecc.errors import UsageError
+from moecc.errors import UsageError, described
+from moecc.support.signals import Terminated
 
 LOADED = "moecc_loaded_"
 """How the names of the modules begin."""
@@ -55,11 +56,11 @@ class Blamed:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # A file that exits Python would otherwise end the command successfully.
-        if not isinstance(error, Exception | SystemExit):
+        if error is None or isinstance(error, KeyboardInterrupt | Terminated):
             return
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(self.path, error)
         place = f"{self.path}:{line}" if line else str(self.path)
-        raise UsageError(f"{type(error).__name__}: {error}", where=place) from error
+        raise UsageError(described(error), where=place) from error
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moecc.errors import InputError
 from moecc.ir.graph import Graph
 from moecc.ir.structure import clone
-from moecc.pipeline.blame import KNOWN
+from moecc.pipeline.blame import KNOWN, apply_pass
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.runner import run_pass
 from moecc.pipeline.text import Pipeline
@@ -71,7 +71,7 @@ def _watched(before: Graph, item: Pass, context: Context, limit: int | None) -> 
 
 def _run(graph: Graph, item: Pass, context: Context) -> bool:
     try:
-        item.apply(graph, context)
+        apply_pass(item, graph, context)
     except KNOWN:
         return False
     except Exception:  # the crash that is looked for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moecc.errors import CheckError, MoeccError
+from moecc.errors import CheckError, MoeccError, described
 from moecc.ir.graph import Graph
 from moecc.pipeline.passes import Context, Preserves
 from moecc.pipeline.text import Pipeline, format_pass
@@ -58,7 +58,7 @@ def check_contracts(graph: Graph, pipeline: Pipeline, context: Context) -> Contr
     except MoeccError as error:
         return Contracts(unchecked=error.problems[0].what)
     except Exception as error:  # a crash has its reproducer when the real model is converted
-        return Contracts(unchecked=f"{type(error).__name__}: {error}")
+        return Contracts(unchecked=described(error))
     return Contracts(
         tuple(PassReceipt(format_pass(c.item), c.promise, _rounded(c.measured)) for c in checked)
     )

@@ -16,6 +16,7 @@ from moecc.ir.mesh import ATTRIBUTE as MESH
 from moecc.ir.ops import REQUIRED
 from moecc.ir.structure import clone
 from moecc.ir.unroll import unroll
+from moecc.pipeline.blame import apply_pass
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.text import Pipeline
 from moecc.tasks.shrink import reduced, resized
@@ -49,7 +50,7 @@ def pass_cuts(best: Candidate, context: Context) -> Iterator[Cut]:
 def _applied(best: Candidate, count: int, context: Context) -> Candidate:
     graph = clone(best.graph)
     for item in best.pipeline.passes[:count]:
-        item.apply(graph, context)
+        apply_pass(item, graph, context)
     return Candidate(graph, Pipeline(best.pipeline.passes[count:]))
 
 

@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from typing import Any, BinaryIO
 
+from moecc.errors import described
 from moecc.support.untyped import JsonDict
 
 MEMORY_BYTES = 4 << 30
@@ -31,7 +32,7 @@ def main() -> None:
         except ImportError:
             answer = {"missing": True}
         except BaseException as error:  # a Rust panic is not an Exception
-            answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            answer = {"error": described(error)[:2000]}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 

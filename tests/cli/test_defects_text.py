@@ -162,6 +162,30 @@ def test_10_an_own_pass_that_crashes_before_it_runs_names_its_line(
     assert f"{file}:19: the pass boom crashed" in done.err
 
 
+WRONG = {
+    "sys.exit": ("import sys; sys.exit(0)", "crashed: PassExit: SystemExit: 0"),
+    "GeneratorExit": ("raise GeneratorExit", "crashed: PassExit: GeneratorExit"),
+    "own": ("raise type('Odd', (BaseException,), {})('x')", "crashed: PassExit: Odd: x"),
+    "textless": (
+        "raise type('Odd', (Exception,), {'__str__': lambda e: 1 / 0})",
+        "crashed: Odd: its text raises ZeroDivisionError",
+    ),
+    "nothing": ("return None", "crashed: TypeError: apply returned NoneType, expected PassResult"),
+}
+
+
+@pytest.mark.parametrize(("body", "words"), WRONG.values(), ids=WRONG)
+def test_10_what_an_own_pass_raises_or_returns_is_its_own(
+    moecc: Moecc, dense: Path, tmp_path: Path, body: str, words: str
+) -> None:
+    file, out = tmp_path / "odd.py", tmp_path / "out"
+    file.write_text(f"{OWN}\n    def apply(self, graph, ctx):\n        {body}\n")
+    done = moecc("convert", dense, out, "-p", "boom", "--load", file, "--to", "llama")
+    assert done.code == 1, done.err
+    assert re.search(rf"{file}:(18|19): the pass 1, boom, {re.escape(words)}", done.err), done.err
+    assert not out.exists()
+
+
 def test_10_replay_takes_only_reproducers(moecc: Moecc, tmp_path: Path) -> None:
     file = tmp_path / "g.moe"
     file.write_text(GRAPH)

@@ -113,6 +113,10 @@ def test_faulty_files_are_blamed_with_their_line(tmp_path: Path) -> None:
     refused(path, r"faulty\.py:2: NameError: name 'nothing'")
     path.write_text("import sys\nsys.exit(0)\n", encoding="utf-8")
     refused(path, r"faulty\.py:2: SystemExit: 0")
+    path.write_text("x = 1\nraise GeneratorExit\n", encoding="utf-8")
+    refused(path, r"faulty\.py:2: GeneratorExit")
+    path.write_text("class E(Exception):\n    __str__ = None\nraise E\n", encoding="utf-8")
+    refused(path, r"faulty\.py:3: E: its text raises TypeError")
     refused(own(tmp_path, "bad-pattern", "\nfrom moecc.rewrite import P\nP.add(P.any())\n"), "a, b")
     text = tmp_path / "faulty.txt"
     text.write_text("", encoding="utf-8")

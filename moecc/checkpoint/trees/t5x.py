@@ -19,7 +19,7 @@ from moecc.checkpoint.problems import Problems, quoted
 from moecc.checkpoint.trees.arrays import ZarrArrays
 from moecc.checkpoint.trees.find import FILE
 from moecc.checkpoint.trees.tree import Tree
-from moecc.errors import InputError, MachineError
+from moecc.errors import InputError, MachineError, described
 from moecc.support.extras import install_hint
 from moecc.types.arrays import Array
 
@@ -122,7 +122,7 @@ def _unpacked(path: Path) -> Any:
         raise
     except Exception as error:  # msgpack raises kinds of its own, and those of Python
         raise InputError(
-            "not a msgpack file of T5X", where=str(path), found=f"{type(error).__name__}: {error}"
+            "not a msgpack file of T5X", where=str(path), found=described(error)
         ) from None
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from moecc.checkpoint.jsonfile import read_json_object
-from moecc.errors import InputError, UsageError, nearest
+from moecc.errors import InputError, UsageError, described, nearest
 
 from .base import DecoderConfig
 from .bert import BertConfig, MPNetConfig, RobertaConfig
@@ -142,7 +142,7 @@ def load_installed() -> None:
             raise UsageError(
                 "a package states a family that cannot be loaded",
                 where=f"{origin}, entry point {ENTRY_POINT}: {point.name} = {point.value}",
-                found=f"{type(error).__name__}: {error}",
+                found=described(error),
                 hint="mend the package, or uninstall it",
             ) from error
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from moecc.errors import UsageError
+from moecc.errors import UsageError, described
 from moecc.launch.process_info import DISTRIBUTED, ProcessInfo, process_info
 
 
@@ -26,7 +26,7 @@ def find_cluster(seconds: int) -> tuple[ProcessInfo, Sequence[int] | None]:
     try:
         address, count, number, devices = _detect(seconds)
     except Exception as error:  # whatever a detector of JAX meets in the variables of a cluster
-        raise _none_found(f"{type(error).__name__}: {error}") from None
+        raise _none_found(described(error)) from None
     if address is None or count is None or number is None:
         raise _none_found(None)
     found = ProcessInfo(str(address), int(count), int(number))
