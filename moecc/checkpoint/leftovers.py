@@ -17,12 +17,12 @@ from moecc.checkpoint.removal import bytes_of
 
 def partial_of(folder: Path) -> Path:
     """Return where the output `folder` is filled."""
-    return folder.with_name(f".{folder.name}.moecc-partial")
+    return folder.parent / f".{folder.name}.moecc-partial"
 
 
 def replaced_of(folder: Path) -> Path:
     """Return where the old output `folder` is until the new one has its place."""
-    return folder.with_name(f".{folder.name}.moecc-old")
+    return folder.parent / f".{folder.name}.moecc-old"
 
 
 def check_leftovers(

@@ -25,6 +25,19 @@ class Format(StrEnum):
     json = "json"
 
 
+def open_closed_streams() -> None:
+    """Open the standard streams that the caller closed, to nowhere.
+
+    A file that is opened later would have their number, and what is printed would be written to it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def write_utf8() -> None:
     """Write UTF-8 to stdout, whatever the locale: an artefact is the same as in a file.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from moecc.cli.console import say, show_error, write_utf8
+from moecc.cli.console import open_closed_streams, say, show_error, write_utf8
 from moecc.errors import (
     MachineError,
     MoeccError,
@@ -240,5 +240,6 @@ def _bug(error: BaseException) -> int:
 
 def entry() -> None:
     """Run as the console script."""
+    open_closed_streams()
     write_utf8()
     sys.exit(main())

@@ -11,13 +11,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
+
+from moecc.errors import MachineError
 
 _DEVICES = (
     "/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel*",
@@ -48,12 +50,21 @@ def find_devices() -> None:
     """Let jax find its devices, which loads the plug-ins.
 
     Not before processes have met: `jax.distributed` comes first.
+
+    Raises:
+      MachineError: it finds none: ``JAX_PLATFORMS`` names what is not there, or a plug-in fails.
     """
     import jax
 
-    if is_cpu_alone():
-        with _without(_ABSENT):
+    try:
+        with _without(_ABSENT) if is_cpu_alone() else nullcontext():
             jax.devices()
+    except RuntimeError as error:
+        stated = os.environ.get("JAX_PLATFORMS")
+        raise MachineError(
+            "jax finds no device", where="JAX_PLATFORMS" if stated else None,
+            found=str(error), hint="JAX_PLATFORMS=cpu computes on the processor",
+        ) from error  # fmt: skip
 
 
 @cache

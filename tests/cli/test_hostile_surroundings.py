@@ -1,0 +1,58 @@
+"""Streams that are closed, outputs that are no place for one, devices that are not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Done
+
+Moecc = Callable[..., Done]
+UPCYCLE = ("-p", "upcycle", "--to", "mixtral")
+
+
+def in_shell(text: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = text.replace("moecc ", f"{sys.executable} -m moecc ", 1)
+    return subprocess.run(
+        ["sh", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        timeout=300,
+    )
+
+
+def test_streams_may_be_closed(dense: Path, tmp_path: Path) -> None:
+    """What is printed then is lost, and gets into no file."""
+    out = tmp_path / "out"
+    done = in_shell(f"moecc convert {dense} {out} {' '.join(UPCYCLE)} <&- >&- 2>&-")
+    assert done.returncode == 0
+    assert in_shell(f"moecc verify {out} 2>&-").returncode == 0
+
+
+@pytest.mark.parametrize("words", [("clean",), ("convert", "dense")], ids=lambda w: w[0])
+def test_the_root_is_no_output(moecc: Moecc, dense: Path, words: tuple[str, ...]) -> None:
+    command, *source = words
+    more = UPCYCLE if source else ()
+    done = moecc(command, *(dense for _ in source), "/", *more)
+    assert done.code == (1 if source else 0), done.err
+
+
+def test_a_journal_that_is_a_pipe_is_not_waited_for(
+    moecc: Moecc, dense: Path, tmp_path: Path
+) -> None:
+    partial = tmp_path / ".out.moecc-partial"
+    partial.mkdir()
+    os.mkfifo(partial / "moecc_journal.jsonl")
+    assert moecc("convert", dense, tmp_path / "out", *UPCYCLE, "--resume").code == 0
+
+
+def test_platforms_that_jax_does_not_have_are_named(dense: Path, tmp_path: Path) -> None:
+    done = in_shell(f"moecc run {dense} --outputs {tmp_path / 'y.npy'}", JAX_PLATFORMS="nope")
+    assert done.returncode == 4, done.stderr
+    assert "JAX_PLATFORMS: jax finds no device" in done.stderr
