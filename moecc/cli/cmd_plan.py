@@ -22,7 +22,7 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moecc.plan.report_types import Report
+    from moecc.plan.report_types import Report, SummaryReport
 
 
 class Step(StrEnum):
@@ -98,6 +98,9 @@ class PlanRequest:
         str, typer.Option("--weight-dtype", help="The type of the parameters.")
     ] = "f32"
     svg: Annotated[str | None, typer.Option("--svg", metavar="FILE", help="Draw the plan.")] = None
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write a page of the plan.")
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
     format: FormatOption = Format.human
 
@@ -113,17 +116,23 @@ def plan(request: PlanRequest) -> None:
     from moecc.plan.chart import chart
     from moecc.plan.report import plan_text
 
-    if request.svg is not None:
-        check_writable(request.svg, force=request.force)
-    data = planned(request)
+    for file in filter(None, (request.svg, request.html)):
+        check_writable(file, force=request.force)
+    data, searched = planned(request)
     if request.svg is not None:
         write_whole(request.svg, chart(data).encode(), force=request.force)
         say(f"the plan is drawn in {request.svg}")
+    if request.html is not None:
+        from moecc.plan.page import plan_page
+
+        text = plan_page(data, searched, request.pipeline)
+        write_whole(request.html, text.encode(), force=request.force)
+        say(f"the page of the plan is {request.html}")
     report("plan", data, lambda: plan_text(data), request.format)
 
 
-def planned(request: PlanRequest) -> Report:
-    """Return the plan as JSON values.
+def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
+    """Return the plan as JSON values, and all strategies that fit.
 
     Raises:
       UsageError: an option cannot be parsed.
@@ -133,7 +142,7 @@ def planned(request: PlanRequest) -> Report:
     from moecc.ir.without_opaque import without_opaque
     from moecc.model.open import open_model
     from moecc.pipeline.runner import run_pipeline
-    from moecc.tasks.plan_step import StepRequest, check_step, plan_step
+    from moecc.tasks.plan_step import StepRequest, check_step, plan_and_search
 
     passes = read_pipeline(request.pipeline, request.load or [])
     step = StepRequest(
@@ -145,7 +154,7 @@ def planned(request: PlanRequest) -> Report:
     with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)
         graph = without_opaque(opened.graph)
-    return plan_step(graph, request.model, request.machine, step)
+    return plan_and_search(graph, request.model, request.machine, step)
 
 
 def register(app: typer.Typer) -> None:

@@ -31,12 +31,12 @@ def chart(data: Report) -> str:
       data: what `moecc.plan.report.plan_json` returned.
     """
     memory = list(_memory(data))
-    parts = _shown(data)
+    parts = shown_parts(data)
     times = list(_times(data, parts))
     height = 188 + ROW * len(parts) + 40
     body = [
         _text(16, 28, f"{data['model']} on {data['machine']['name']}", size=17, weight="bold"),
-        _text(16, 50, _subtitle(data), size=12),
+        _text(16, 50, subtitle(data), size=12),
         _text(16, 84, "memory of a device", weight="bold"),
         *memory,
         _text(16, 176, "time of a step by part", weight="bold"),
@@ -49,7 +49,8 @@ def chart(data: Report) -> str:
     )
 
 
-def _subtitle(data: Report) -> str:
+def subtitle(data: Report) -> str:
+    """Return a plan in a line: mesh, ways, time, utilisation."""
     best = data["best"]
     mesh = ", ".join(f"{n} {s}" for n, s in best["mesh"].items()) or "one device"
     return (
@@ -115,7 +116,7 @@ def _legend(y: float, entries: Iterable[tuple[str, str]]) -> Iterator[str]:
         x += 36 + 7.2 * len(words)
 
 
-def _shown(data: Report) -> list[PartReport]:
+def shown_parts(data: Report) -> list[PartReport]:
     """Return the parts that take at least a five-hundredth of a step."""
     best = data["best"]
     return [p for p in best["parts"] if p["seconds"]["total"] >= best["seconds"] * 2e-3]

@@ -55,6 +55,11 @@ def plan_json(
     }
 
 
+def searched_json(ranking: Ranking, work: Workload, most: int = 2000) -> list[SummaryReport]:
+    """Return the strategies that fit, fastest first and `most` of them, in a few numbers."""
+    return [_summary(estimate, work) for estimate in ranking.searched[:most]]
+
+
 def _strategy(strategy: Strategy) -> StrategyReport:
     return {
         "mesh": dict(strategy.layout.mesh.axes),

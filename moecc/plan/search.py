@@ -51,6 +51,7 @@ class Ranking:
       tried: how many strategies were estimated.
       fitting: how many of them fit.
       lossy: the fastest that may lose rows, where it is faster than `best`.
+      searched: all that fit, fastest first.
     """
 
     best: Estimate
@@ -58,6 +59,7 @@ class Ranking:
     tried: int
     fitting: int
     lossy: Estimate | None = None
+    searched: tuple[Estimate, ...] = ()
 
 
 def strategies(
@@ -201,7 +203,7 @@ def search(
         keeping = [e for e in found if exact(e.strategy.via, work.dropless)] or found
     best, *others = islice(_distinct(keeping), keep + 1)
     lossy = found[0] if found[0] is not best else None
-    return Ranking(best, tuple(others), tried, len(found), lossy)
+    return Ranking(best, tuple(others), tried, len(found), lossy, tuple(found))
 
 
 def _distinct(found: list[Estimate]) -> Iterator[Estimate]:

@@ -10,8 +10,8 @@ from moecc.ir.graph import Graph
 from moecc.plan.batches import make_batch, parse_lengths
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.report import plan_json
-from moecc.plan.report_types import Report
+from moecc.plan.report import plan_json, searched_json
+from moecc.plan.report_types import Report, SummaryReport
 from moecc.plan.search import Constraints, search
 from moecc.plan.strategy import REMATS, StepConfig
 from moecc.plan.workload import Workload, workload
@@ -89,6 +89,13 @@ def plan_step(graph: Graph, name: str, machine: str, request: StepRequest) -> Re
       UsageError: the machine or an option cannot be parsed.
       InputError: the model is invalid, or nothing fits.
     """
+    return plan_and_search(graph, name, machine, request)[0]
+
+
+def plan_and_search(
+    graph: Graph, name: str, machine: str, request: StepRequest
+) -> tuple[Report, list[SummaryReport]]:
+    """Return the plan of a step, and all strategies that fit. Raises: as `plan_step`."""
     asked = _parsed(machine, request)
 
     def work_on(other: Machine) -> Workload:
@@ -97,7 +104,8 @@ def plan_step(graph: Graph, name: str, machine: str, request: StepRequest) -> Re
 
     work = work_on(asked.machine)
     ranking = search(work, asked.machine, asked.config, asked.constraints, work_on=work_on)
-    return plan_json(name, work, asked.machine, asked.config, ranking)
+    report = plan_json(name, work, asked.machine, asked.config, ranking)
+    return report, searched_json(ranking, work)
 
 
 def _parsed(machine: str, request: StepRequest) -> _Parsed:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
-from moecc.errors import MachineError
-from moecc.support.extras import install_hint
+from moecc.support.page import figure_html, page
 from moecc.support.untyped import Json
 from moecc.train.run_series import RunSeries, Series
-from moecc.version import __version__
 
 Layers = Sequence[Json]
 """What ``moecc specialise`` says of the layers of a model, as JSON values."""
@@ -30,18 +27,6 @@ ROUTER_CURVES = {
     "logit_square": "Mean square of the router's logits",
 }
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
-  color: #1a1a1a; background: #fff }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
-td, th { border-bottom: 1px solid #ddd; padding: .3rem .8rem .3rem 0; text-align: left;
-  vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-.alarm { color: #a40000 } code { background: #f4f4f4; padding: 0 .2rem }
-.figure { overflow-x: auto }
-"""
-
 
 def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) -> str:
     """Return the page, which loads nothing from anywhere.
@@ -53,20 +38,10 @@ def report_page(runs: Sequence[RunSeries], specialised: Mapping[str, Layers]) ->
     Raises:
       MachineError: plotly is missing.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise MachineError("a report needs plotly", hint=install_hint("report")) from None
-    title = " · ".join(escape(run.name) for run in runs)
-    parts = [
-        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width">', f"<title>{title}</title>",
-        f"<style>{_STYLE}</style>", f"<script>{get_plotlyjs()}</script>", "</head><body>",
-        f"<h1>{title}</h1>", _facts(runs), *_alarms(runs), *_curves(runs), *_held_out(runs),
-        *_routers(runs), *_tables(specialised),
-        f"<p>moecc {escape(__version__)}</p>", "</body></html>",
-    ]  # fmt: skip
-    return "\n".join(parts) + "\n"
+    title = " · ".join(run.name for run in runs)
+    body = [_facts(runs), *_alarms(runs), *_curves(runs), *_held_out(runs), *_routers(runs),
+            *_tables(specialised)]  # fmt: skip
+    return page(title, body)
 
 
 def _facts(runs: Sequence[RunSeries]) -> str:
@@ -118,7 +93,7 @@ def _routers(runs: Sequence[RunSeries]) -> Iterator[str]:
             if (s := run.spread(layer)) is not None
         }
         if spreads:
-            title = "Distance of experts from their mean, over its norm: 0 for copies"
+            title = "Distance of experts: 0 for copies"
             yield _lines(title, spreads, markers=True)
 
 
@@ -140,7 +115,8 @@ def _loads(run: RunSeries) -> str:
     )  # fmt: skip
     figure = graph_objects.Figure(heat)
     figure.update_yaxes(autorange="reversed")
-    return _html(figure, "Load of each expert over an even load", 160 + 16 * len(names))
+    title = "Load of each expert over an even load"
+    return figure_html(figure, title, 160 + 16 * len(names), "step")
 
 
 def _lines(title: str, lines: Mapping[str, Series], *, markers: bool = False) -> str:
@@ -153,16 +129,9 @@ def _lines(title: str, lines: Mapping[str, Series], *, markers: bool = False) ->
             for name, s in lines.items()
         ]
     )
-    return _html(figure, title, 340)
-
-
-def _html(figure: Any, title: str, height: int) -> str:
-    figure.update_layout(
-        title=title, height=height, template="plotly_white", xaxis_title="step",
-        margin={"l": 60, "r": 20, "t": 50, "b": 45},
-    )  # fmt: skip
-    text: str = figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False)
-    return f'<div class="figure">{text}</div>'
+    # Beside the curves it would take half of a narrow page.
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    return figure_html(figure, title, 360, "step")
 
 
 def _tables(specialised: Mapping[str, Layers]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from moecc.train.events import Evaluated, Reason, Stepped, Stopped
 from moecc.train.run_folder import create_run
 from moecc.train.run_series import MOST_POINTS, read_run
 from moecc.train.trackers import TensorBoard, scalars, tracked
+from tests.pages.browser import BROWSER, MISSING, look
 
 LAYER = "metric.layers.1.ffn"
 
@@ -100,6 +101,19 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=["']?http""", without)
     assert text.count('<div class="figure">') >= 6
     assert main(["report", str(run), "--html", str(page)]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason=MISSING)
+@pytest.mark.parametrize(("width", "dark"), [(1100, False), (480, True)])
+def test_the_page_in_a_browser(run: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--html", str(page)]) == 0
+    seen = look(page, width=width, dark=dark)
+    assert seen.console == []
+    assert seen.probe["outside"] == []
+    assert seen.probe["wide"] == []
+    assert (seen.probe["ground"] == "rgb(255, 255, 255)") == (not dark)
 
 
 def test_scalars_of_events() -> None:
