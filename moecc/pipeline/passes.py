@@ -246,6 +246,19 @@ class Pass(ABC):
         """Return warnings of options that are allowed but rarely intended."""
         return []
 
+    def measure(self, before: Graph, after: Graph, seed: int) -> float | None:
+        """Return how far `after` is from what is promised of it, relative to its outputs.
+
+        For a pass whose graph is called otherwise than before, so that outputs for the same inputs
+        say nothing; None, the default, compares those.
+
+        Args:
+          before: the graph that the pass was applied to.
+          after: what it made of it.
+          seed: of random data.
+        """
+        return None
+
     def lints(self) -> list[Problem]:
         """Return what a design guide advises against, with its source (`moecc.pipeline.lints`)."""
         return []

@@ -48,11 +48,16 @@ def run_in_steps(graph: Graph, params: Arrays, inputs: Arrays, parts: Iterable[i
     return np.concatenate(found, axis=1)
 
 
-def check_decode(graph: Graph, params: Arrays, inputs: Arrays, parts: Sequence[int]) -> None:
-    """Check that `graph` has the same logits in steps and at once, up to the order of sums."""
+def step_error(graph: Graph, params: Arrays, inputs: Arrays, parts: Sequence[int]) -> float:
+    """Return how far the logits of `graph` in steps are from those at once, of the largest."""
     whole = get_backend("reference").compile(graph, dtype=F64).run(params, inputs)[LOGITS]
     stepped = run_in_steps(graph, params, inputs, parts)
     scale = float(np.abs(whole).max()) or 1.0
-    error = float(np.abs(stepped - whole).max()) / scale
+    return float(np.abs(stepped - whole).max()) / scale
+
+
+def check_decode(graph: Graph, params: Arrays, inputs: Arrays, parts: Sequence[int]) -> None:
+    """Check that `graph` has the same logits in steps and at once, up to the order of sums."""
+    error = step_error(graph, params, inputs, parts)
     if not error <= TOLERANCE:
         raise AssertionError(f"logits differ by {error:.2g} of the largest, in steps of {parts}")

@@ -20,6 +20,7 @@ from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.steps.head import LOGITS
+from moecc.tasks.check import check_pipeline
 from moecc.testing.configs import small_configs
 from moecc.testing.data import params_for
 from moecc.testing.decoding import check_decode, run_in_steps
@@ -119,6 +120,13 @@ def test_inputs_and_outputs_are_those_of_a_step() -> None:
     assert list(graphs.encode.inputs) == ["tokens"]
     assert set(graphs.encode.outputs) == {n for n in graphs.step.inputs if n.startswith("memory.")}
     assert set(graphs.fill.outputs) == set(graphs.caches)
+
+
+def test_a_check_measures_the_steps() -> None:
+    """Outputs for the same inputs say nothing of a graph that is called otherwise."""
+    with open_model(str(GOLDEN / "llama_gqa")) as model:
+        (checked,) = check_pipeline(model.graph, Pipeline.parse("decode"))
+    assert checked.measured < 1e-12
 
 
 # --- what cannot be continued

@@ -103,6 +103,18 @@ class DecodePass(Pass):
         preserves = Preserves("approximate", "; ".join(reasons))
         return PassResult(True, sum(stats.values()), stats, remarks, preserves=preserves)
 
+    def measure(self, before: Graph, after: Graph, seed: int) -> float | None:
+        """Return the error of the logits of `before` token by token."""
+        from moecc.testing.data import inputs_for, params_for
+        from moecc.testing.decoding import step_error
+
+        tokens = continued(before)
+        if tokens is None or self.part == "encode":
+            return None
+        inputs = inputs_for(before, seed)
+        parts = [1] * inputs[tokens.name].shape[1]
+        return step_error(before, params_for(before, seed), inputs, parts)
+
     def _classified(self, graph: Graph, tokens: str) -> Rewriter:
         """Return what rewrites the graph, without what only other outputs need."""
         first = Rewriter(Sides.of(graph, graph.inputs[tokens]), self.name)
