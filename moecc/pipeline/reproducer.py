@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from moecc.errors import InputError, escaped
@@ -133,7 +133,8 @@ def read_reproducer(path: Path) -> Replay:
     try:
         stated = json.loads(line.removeprefix(_REPLAY)) if line.startswith(_REPLAY) else {}
         found = Replay(**{**stated, "load": tuple(stated["load"])})
-    except (ValueError, KeyError, TypeError):
+        _check_types(found)
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             "not a reproducer", where=str(path),
             expected=f"a comment {_REPLAY.strip()!r} in its first lines, which moecc wrote",
@@ -142,6 +143,16 @@ def read_reproducer(path: Path) -> Replay:
     # Beside the reproducer, or where the user said that it is.
     load = tuple(str(path.parent / str(name)) for name in found.load)
     return replace(found, load=load)
+
+
+def _check_types(found: Replay) -> None:
+    """Raise TypeError for a field of another type than its default; a boolean is no number."""
+    for field in fields(Replay):
+        default = "" if field.name == "pipeline" else field.default
+        if type(getattr(found, field.name)) is not type(default):
+            raise TypeError(field.name)
+    if not all(isinstance(name, str) for name in found.load):
+        raise TypeError("load")
 
 
 class Reproducer:

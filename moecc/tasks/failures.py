@@ -145,14 +145,14 @@ class CommandTest:
             file = Path(folder) / "graph.moe"
             file.write_text(print_graph(graph), "utf-8")
             stated = {"{}": str(file), "{pipeline}": str(pipeline)}
-            words = [stated.get(word, word) for word in shlex.split(self.command)]
             try:
+                words = [stated.get(word, word) for word in shlex.split(self.command)]
                 done = subprocess.run(
                     words, capture_output=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL
                 )
             except subprocess.TimeoutExpired:
                 return None
-            except (OSError, IndexError) as error:
+            except (OSError, IndexError, ValueError) as error:
                 raise UsageError(f"the command cannot be run: {error}", where="--test") from None
         if done.returncode == 0:
             return None

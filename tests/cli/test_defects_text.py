@@ -193,3 +193,23 @@ def test_10_replay_takes_only_reproducers(moecc: Moecc, tmp_path: Path) -> None:
     assert done.code == 1
     assert "not a reproducer" in done.err
     assert moecc("replay", tmp_path / "absent.moe").code == 1
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        '{"pipeline": 5, "load": []}',
+        '{"pipeline": "dce", "load": [5]}',
+        '{"pipeline": "dce", "load": [], "seed": true}',
+        '{"pipeline": "dce", "load": [], "seed": 1e400}',
+        '{"pipeline": "dce", "load": [], "compare": "odd"}',
+        "[" * 100_000,
+    ],
+    ids=["pipeline", "load", "seed", "infinite", "compare", "deep"],
+)
+def test_10_hostile_reproducers_are_messages(moecc: Moecc, tmp_path: Path, stated: str) -> None:
+    file = tmp_path / "g.moe"
+    file.write_text(f"# moecc reproducer: x\n# replay: {stated}\n{GRAPH}")
+    done = moecc("replay", file)
+    assert done.code == 1, done.err
+    assert re.search("not a reproducer|no such comparison", done.err)

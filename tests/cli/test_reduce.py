@@ -247,6 +247,13 @@ def test_a_command_says_what_fails(moecc: Moecc, model: Path, tmp_path: Path) ->
     assert [node.op.name for node in parse(done.out)] == ["silu"]
 
 
+@pytest.mark.parametrize("test", ["", "sh -c '", "/nothing/there {}"])
+def test_a_command_that_is_none_is_a_message(moecc: Moecc, model: Path, test: str) -> None:
+    done = moecc("reduce", model, "--test", test)
+    assert done.code == 2, done.err
+    assert "--test: the command cannot be run" in done.err
+
+
 def test_what_does_not_fail_is_not_reduced(moecc: Moecc, model: Path) -> None:
     done = moecc("reduce", model, "-p", "canonicalize")
     assert done.code == 1
