@@ -26,6 +26,8 @@ from hypothesis import HealthCheck, settings
 # which is what the tests about compiled programs read, is the same but for the size of its buffers:
 # tests about memory ask for the emitters that users have.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Programs are small: to compile the parts of one side by side costs more than it saves.
+FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 # From 0.12 on jaxlib has the newer emitters alone.
 if find_spec("jaxlib") and [*map(int, version("jaxlib").split(".")[:2])] < [0, 12]:
     FLAGS += " --xla_cpu_use_fusion_emitters=false"

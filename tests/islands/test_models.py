@@ -16,6 +16,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from tiers import few  # noqa: E402
 
 from moecc import jax as mx  # noqa: E402
 from moecc.errors import InputError  # noqa: E402
@@ -196,7 +197,7 @@ def test_half_precision_copies_have_the_same_bits() -> None:
     assert bool(jnp.all(found == exact(function)(params, x)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("dtype", few([jnp.bfloat16, jnp.float64, jnp.float16], 2))
 def test_parameters_in_another_element_type_have_the_same_blocks(dtype: Any) -> None:
     """Casts inside and rounded numbers differ from trace to trace; another function is none."""
 

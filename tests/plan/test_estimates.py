@@ -83,7 +83,7 @@ def test_parameters_and_flops_are_those_of_the_description(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=examples(8, 25), deadline=None)
+@settings(max_examples=examples(5, 25), deadline=None)
 @given(data=st.data())
 def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataObject) -> None:
     work = work_of(model)
@@ -101,7 +101,7 @@ def test_every_device_has_its_part_of_the_parameters(model: str, data: st.DataOb
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=examples(8, 25), deadline=None)
+@settings(max_examples=examples(5, 25), deadline=None)
 @given(data=st.data())
 def test_devices_share_the_flops_of_the_model(model: str, data: st.DataObject) -> None:
     work = work_of(model)
@@ -137,7 +137,7 @@ def test_a_larger_batch_costs_no_less(
 
 
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=examples(8, 25), deadline=None)
+@settings(max_examples=examples(5, 25), deadline=None)
 @given(data=st.data())
 def test_rematerialisation_trades_arithmetic_for_activations(
     model: str, data: st.DataObject
