@@ -129,7 +129,8 @@ class GraphMachine(RuleBasedStateMachine):
     def erase_ahead_while_walking(self) -> None:
         for node in self.graph:
             assert node.alive
-            for user in {u for v in node.results for u in v.users}:
+            # In order: whether a user is dead may depend on what was erased before it.
+            for user in dict.fromkeys(u for v in node.results for u in v.users):
                 if user is not self.graph.terminator and user.is_dead:
                     user.erase()
         self.forget_erased()
