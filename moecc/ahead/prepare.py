@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from moecc.ahead.request import Job, Request
 from moecc.errors import InputError, UsageError
-from moecc.families.outside import load_families
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
 from moecc.model.open import open_model
+from moecc.model.user_passes import registry_with
+from moecc.pipeline.runner import run_pipeline
+from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.machines import Machine, parse_machine
@@ -63,9 +65,10 @@ def prepare(request: Request) -> PreparedJob:
     dtype = float_type(request.dtype)
     setting = StepConfig(train, request.optimizer, dtype, F32 if train else dtype)
     _check_exchange(request)
-    load_families(request.load)
+    registry = registry_with(request.load)
     with open_model(request.model, config_alone=True) as model:
         graph = model.graph
+    run_pipeline(graph, Pipeline.parse(request.pipeline, registry))
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths)
     bound, remarks = _bounded(graph, request, train)
     work = workload(graph, batch)

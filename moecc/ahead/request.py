@@ -38,7 +38,8 @@ class Request:
       capacity_factor: bounds the rows of an expert.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
-      load: files with families of the user's own.
+      load: files with families and passes of the user's own.
+      pipeline: passes that are run before those of the step.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Request:
     emit: str | None = None
     export: bool = False
     load: tuple[str, ...] = ()
+    pipeline: str = ""
 
     def to_json(self) -> dict[str, object]:
         """Return the request as JSON values."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +16,8 @@ from moecc.cli.options import (
     BatchTokensOption,
     ComputeTypeOption,
     FormatOption,
-    LoadFamiliesOption,
-    MachineOption,
+    LoadOption,
+    PlanOption,
     RulesOption,
     SequenceOption,
 )
@@ -25,6 +25,13 @@ from moecc.cli.options import (
 if TYPE_CHECKING:
     from moecc.ahead.compile_in_subprocess import CompileOutcome
     from moecc.ahead.request import Request
+
+
+_PLANNED = (
+    "machine", "pipeline", "mesh", "rules", "via", "remat", "dense_weights", "slice",
+    "batch_tokens", "sequence",
+)  # fmt: skip
+"""The options that a plan says, which are not given beside it."""
 
 
 class Emit(StrEnum):
@@ -46,8 +53,17 @@ class CompileRequest:
     """The arguments and options of ``moecc compile``."""
 
     model: AnyModelArgument
-    machine: MachineOption
-    load: LoadFamiliesOption = None
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            "--machine", metavar="M", help="tpu:v5p:4x4x4, gpu:h100:8, cpu; or that of --plan."
+        ),
+    ] = None
+    plan: PlanOption = None
+    pipeline: Annotated[
+        str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
+    ] = ""
+    load: LoadOption = None
     step: Annotated[Step, typer.Option("--step", help="What is compiled.")] = Step.train
     batch_tokens: BatchTokensOption = None
     sequence: SequenceOption = None
@@ -103,7 +119,7 @@ def compile_step(request: CompileRequest) -> int:
     from moecc.cli.files import check_writable, write_whole
     from moecc.support.signals import signals_raised
 
-    job = ahead_request(request)
+    job = ahead_request(request if request.plan is None else planned(request, request.plan))
     if request.save is not None:
         check_writable(request.save, force=request.force)
     with signals_raised():  # the worker must not outlive this process
@@ -124,14 +140,14 @@ def ahead_request(request: CompileRequest) -> Request:
       UsageError: machine, mesh, rules, lengths or type cannot be parsed.
     """
     from moecc.ahead.request import Request
+    from moecc.cli.pipelines import read_pipeline
     from moecc.plan.batches import parse_lengths
     from moecc.support.parse_units import float_type
 
     names = None if request.rules is None else tuple(request.rules.split(","))
-    _check_machine(request, names)
     return Request(
         model=request.model,
-        machine=request.machine,
+        machine=_checked_machine(request, names),
         step=request.step.value,
         batch_tokens=request.batch_tokens,
         lengths=None if request.sequence is None else parse_lengths(request.sequence),
@@ -148,17 +164,49 @@ def ahead_request(request: CompileRequest) -> Request:
         emit=_value(request.emit),
         export=request.save is not None,
         load=tuple(request.load or ()),
+        pipeline=str(read_pipeline(request.pipeline, request.load or [])),
     )
 
 
-def _check_machine(request: CompileRequest, rules: tuple[str, ...] | None) -> None:
+def planned(request: CompileRequest, file: str) -> CompileRequest:
+    """Return a request with the step, the mesh and the ways of a saved plan.
+
+    Raises:
+      InputError: the file is no plan.
+      UsageError: options say what the plan says, too.
+    """
+    from moecc.errors import Problem, UsageError
+    from moecc.plan.saved import read_plan
+
+    twice = [name for name in _PLANNED if getattr(request, name)]
+    if twice:
+        raise UsageError(
+            [Problem("the plan says it", f"--{name.replace('_', '-')}", found=f"--plan {file}",
+                     hint="leave one of the two out") for name in twice]
+        )  # fmt: skip
+    plan = read_plan(file)
+    return replace(
+        request, machine=plan.machine, pipeline=plan.pipeline, step=Step(plan.step),
+        batch_tokens=plan.batch_tokens, sequence=plan.sequence, dtype=plan.dtype,
+        optimizer=Optimizer(plan.optimizer), mesh=plan.mesh_text or None,
+        rules=",".join(plan.rules) or None, remat=Remat(plan.remat), slice=plan.sliced,
+        dense_weights=DenseWeights(plan.dense_weights),
+        via=None if plan.via == "local" else Via(plan.via),
+    )  # fmt: skip
+
+
+def _checked_machine(request: CompileRequest, rules: tuple[str, ...] | None) -> str:
     # The compiling process parses both again; errors are reported before it is started.
+    from moecc.errors import UsageError
     from moecc.plan.machines import parse_machine
     from moecc.plan.meshes import plan_mesh
 
+    if request.machine is None:
+        raise UsageError("no machine is named", expected="--machine M, or --plan FILE")
     parse_machine(request.machine)
     if request.mesh is not None:
         plan_mesh(request.mesh, rules)
+    return request.machine
 
 
 def _value(choice: StrEnum | None) -> str | None:

@@ -30,7 +30,7 @@ class PassesRequest:
 def passes(request: PassesRequest) -> None:
     """List the passes, or show one: options, types, defaults, before and after."""
     from moecc.cli.console import report
-    from moecc.cli.pipelines import registry_with
+    from moecc.model.user_passes import registry_with
 
     registry = registry_with(request.load or [])
     if request.name is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from moecc.cli.options import (
 
 if TYPE_CHECKING:
     from moecc.plan.report_types import Report, SummaryReport
+    from moecc.tasks.plan_step import StepRequest
 
 
 class Step(StrEnum):
@@ -101,6 +103,10 @@ class PlanRequest:
     html: Annotated[
         str | None, typer.Option("--html", metavar="FILE", help="Write a page of the plan.")
     ] = None
+    save: Annotated[
+        str | None,
+        typer.Option("--save", metavar="FILE", help="Write what compile and train --plan read."),
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False
     format: FormatOption = Format.human
 
@@ -113,22 +119,45 @@ def plan(request: PlanRequest) -> None:
     """
     from moecc.cli.console import report, say
     from moecc.cli.files import check_writable, write_whole
-    from moecc.plan.chart import chart
     from moecc.plan.report import plan_text
 
-    for file in filter(None, (request.svg, request.html)):
+    for file in filter(None, (request.svg, request.html, request.save)):
         check_writable(file, force=request.force)
     data, searched = planned(request)
+    for file, text in _files(request, data, searched):
+        write_whole(file, text.encode(), force=request.force)
+        say(f"the plan is in {file}")
+    report("plan", data, lambda: plan_text(data), request.format)
+
+
+def _files(
+    request: PlanRequest, data: Report, searched: list[SummaryReport]
+) -> Iterator[tuple[str, str]]:
+    """Yield the files that are asked for, and their texts."""
     if request.svg is not None:
-        write_whole(request.svg, chart(data).encode(), force=request.force)
-        say(f"the plan is drawn in {request.svg}")
+        from moecc.plan.chart import chart
+
+        yield request.svg, chart(data)
     if request.html is not None:
         from moecc.plan.page import plan_page
 
-        text = plan_page(data, searched, request.pipeline)
-        write_whole(request.html, text.encode(), force=request.force)
-        say(f"the page of the plan is {request.html}")
-    report("plan", data, lambda: plan_text(data), request.format)
+        yield request.html, plan_page(data, searched, request.pipeline)
+    if request.save is not None:
+        from moecc.plan.saved import saved_text
+
+        step = asdict(_step(request))
+        asked = {"model": request.model, "machine": request.machine, "pipeline": request.pipeline}
+        yield request.save, saved_text(data, asked | step)
+
+
+def _step(request: PlanRequest) -> StepRequest:
+    from moecc.tasks.plan_step import StepRequest
+
+    return StepRequest(
+        request.step.value, request.batch_tokens, request.sequence, request.mesh, request.via,
+        request.remat, request.dense_weights and request.dense_weights.value, request.rules,
+        request.optimizer.value, request.dtype, request.weight_dtype,
+    )  # fmt: skip
 
 
 def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
@@ -142,14 +171,10 @@ def planned(request: PlanRequest) -> tuple[Report, list[SummaryReport]]:
     from moecc.ir.without_opaque import without_opaque
     from moecc.model.open import open_model
     from moecc.pipeline.runner import run_pipeline
-    from moecc.tasks.plan_step import StepRequest, check_step, plan_and_search
+    from moecc.tasks.plan_step import check_step, plan_and_search
 
     passes = read_pipeline(request.pipeline, request.load or [])
-    step = StepRequest(
-        request.step.value, request.batch_tokens, request.sequence, request.mesh, request.via,
-        request.remat, request.dense_weights and request.dense_weights.value, request.rules,
-        request.optimizer.value, request.dtype, request.weight_dtype,
-    )  # fmt: skip
+    step = _step(request)
     check_step(request.machine, step)
     with open_model(request.model, config_alone=True) as opened:
         run_pipeline(opened.graph, passes)

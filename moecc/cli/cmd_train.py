@@ -11,7 +11,7 @@ import typer
 
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
-from moecc.cli.options import FormatOption
+from moecc.cli.options import FormatOption, PlanOption
 
 if TYPE_CHECKING:
     from moecc.support.signals import Asked
@@ -44,6 +44,7 @@ class TrainRequest:
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value: run.steps=500."),
     ] = None
+    plan: PlanOption = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, and train nothing.")
     ] = False
@@ -110,7 +111,7 @@ def _job(request: TrainRequest) -> Iterator[TrainJob]:
     from moecc.tasks.train_source import open_source
     from moecc.train.recipe_text import load_recipe
 
-    sets = request.set or []
+    sets = [*_planned(request), *(request.set or [])]
     if request.resume is not None:
         if request.out is not None or request.fork is not None:
             raise UsageError("--resume goes on with a run where it is", hint="leave --out out")
@@ -130,6 +131,15 @@ def _job(request: TrainRequest) -> Iterator[TrainJob]:
         for remark in source.remarks:
             say(f"remark: {remark}")
         yield new_run(recipe, source, out)
+
+
+def _planned(request: TrainRequest) -> list[str]:
+    """Return the values of a recipe that a saved plan decides. Raises InputError."""
+    if request.plan is None:
+        return []
+    from moecc.plan.saved import read_plan
+
+    return read_plan(request.plan).recipe_values(is_new=request.resume is None)
 
 
 def _trainer() -> Trainer:

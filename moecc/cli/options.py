@@ -64,6 +64,11 @@ AnyModelArgument = Annotated[
     typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."),
 ]
 
+PlanOption = Annotated[
+    str | None,
+    typer.Option("--plan", metavar="FILE", help="What moecc plan --save wrote."),
+]
+
 BatchTokensOption = Annotated[
     int | None,
     typer.Option("--batch-tokens", metavar="N", help="Of a step; by default 4096 a device."),

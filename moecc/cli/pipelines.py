@@ -8,24 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moecc.ir.graph import Graph
-    from moecc.pipeline.registry import Registry
     from moecc.pipeline.text import Pipeline
-
-
-def registry_with(files: Sequence[str]) -> Registry:
-    """Return the installed passes and those defined by `files`, and add the files' families.
-
-    Raises:
-      UsageError: a file cannot be run or defines nothing, or a name is taken.
-    """
-    from moecc.pipeline.registry import installed
-
-    registry = installed()
-    for file in files:
-        from moecc.families.outside import add_families
-
-        registry = registry.with_file(Path(file), required=not add_families(file))
-    return registry
 
 
 def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
@@ -35,6 +18,7 @@ def read_pipeline(text: str, files: Sequence[str] = ()) -> Pipeline:
       UsageError: all problems of the text.
     """
     from moecc.cli.console import say
+    from moecc.model.user_passes import registry_with
     from moecc.pipeline.text import Pipeline
 
     pipeline = Pipeline.parse(text, registry_with(files))

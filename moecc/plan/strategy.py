@@ -8,6 +8,9 @@ from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL
 from moecc.types.dtypes import BF16, F32, DType
 
+STEPS = ("train", "forward")
+OPTIMIZERS = ("adamw", "adafactor")
+DENSE_WEIGHTS = ("whole", "split")
 REMATS = ("none", "save", "full")
 """What the backward pass computes again: nothing; all but the results of attention and combine;
 everything but the input of each layer."""

@@ -13,14 +13,10 @@ from moecc.plan.meshes import plan_mesh
 from moecc.plan.report import plan_json, searched_json
 from moecc.plan.report_types import Report, SummaryReport
 from moecc.plan.search import Constraints, search
-from moecc.plan.strategy import REMATS, StepConfig
+from moecc.plan.strategy import DENSE_WEIGHTS, OPTIMIZERS, REMATS, STEPS, StepConfig
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import VIAS
 from moecc.support.parse_units import float_type
-
-STEPS = ("train", "forward")
-OPTIMIZERS = ("adamw", "adafactor")
-DENSE_WEIGHTS = ("whole", "split")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""A plan in a file: what is written, and what `compile` and `train` take from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc.cli.cmd_compile import CompileRequest, ahead_request, planned
+from moecc.cli.cmd_plan import DenseWeights, Optimizer, Remat, Via
+from moecc.cli.main import main
+from moecc.errors import InputError, UsageError
+from moecc.plan.saved import read_plan
+from tests.train.tiny import draw_weights, make_corpus, make_model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODEL = str(GOLDEN / "llama_gqa")
+PIPELINE = "upcycle{experts=4 top-k=2}"
+
+
+def saved(folder: Path, *more: str, model: str = MODEL) -> Path:
+    path = folder / "plan.json"
+    command = ["plan", model, "-p", PIPELINE, "--machine", "cpu:8", "--sequence", "64"]
+    assert main([*command, "--save", str(path), *more]) == 0
+    return path
+
+
+def test_what_is_saved_is_the_report_and_the_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(tmp_path, "--format", "json", "--optimizer", "adafactor")
+    shown, written = json.loads(capsys.readouterr().out), json.loads(path.read_text())
+    asked = written.pop("request")
+    assert written == shown
+    assert asked["pipeline"] == PIPELINE
+    assert asked["optimizer"] == "adafactor"
+    found = read_plan(str(path))
+    assert found.mesh == shown["best"]["mesh"]
+    assert found.machine == "cpu:8"
+    assert saved_again(path) == 1
+    assert "--force" in capsys.readouterr().err
+
+
+def saved_again(path: Path) -> int:
+    return main(["plan", MODEL, "--machine", "cpu:8", "--save", str(path)])
+
+
+def test_compile_takes_all_of_it(tmp_path: Path) -> None:
+    more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full",
+            "--dense-weights", "split", "--optimizer", "adafactor")  # fmt: skip
+    path = str(saved(tmp_path, *more))
+    job = ahead_request(planned(CompileRequest(MODEL, plan=path), path))
+    options = CompileRequest(
+        MODEL, "cpu:8", pipeline=PIPELINE, sequence="64", mesh="fsdp=2,expert=4", via=Via("ring"),
+        remat=Remat("full"), dense_weights=DenseWeights("split"),
+        optimizer=Optimizer("adafactor"), rules=",".join(read_plan(path).rules),
+    )  # fmt: skip
+    assert job == ahead_request(options)
+
+
+def test_what_the_plan_says_is_said_once(tmp_path: Path) -> None:
+    path = str(saved(tmp_path))
+    request = CompileRequest(MODEL, plan=path)
+    for name, value in {"machine": "cpu", "mesh": "data=8", "pipeline": "cse"}.items():
+        with pytest.raises(UsageError, match="the plan says it"):
+            planned(replace(request, **{name: value}), path)
+    with pytest.raises(UsageError, match="no machine is named"):
+        ahead_request(CompileRequest(MODEL))
+
+
+def test_a_recipe_gets_mesh_and_remat(tmp_path: Path) -> None:
+    more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full")
+    found = read_plan(str(saved(tmp_path, *more)))
+    values = found.recipe_values()
+    assert "mesh.mesh=fsdp=2,expert=4" in values
+    assert "mesh.via=ring" in values
+    assert "run.remat=full" in values
+    assert "run.remat=full" not in found.recipe_values(is_new=False)
+
+
+def test_a_run_that_begins_by_a_plan(tmp_path: Path) -> None:
+    from moecc.train.recipe_text import load_recipe
+
+    recipe = written_recipe(tmp_path)
+    path = saved(tmp_path, "--mesh", "data=2,expert=4", model=str(tmp_path / "model"))
+    made = load_recipe(str(recipe), read_plan(str(path)).recipe_values())
+    assert made.mesh.mesh == "data=2,expert=4"
+    assert list(made.mesh.rules) == list(read_plan(str(path)).rules)
+
+
+def written_recipe(folder: Path) -> Path:
+    draw_weights(make_model(folder / "model"))
+    make_corpus(folder / "tokens")
+    path = folder / "recipe.toml"
+    path.write_text(f"""
+[model]
+source = "model"
+pipeline = "{PIPELINE}"
+[data]
+batch = 8
+seq = 32
+train = [{{ tokens = "tokens/train" }}]
+[run]
+steps = 3
+""")
+    return path
+
+
+@pytest.mark.slow
+def test_three_steps_on_eight_devices(tmp_path: Path) -> None:
+    recipe = written_recipe(tmp_path)
+    path = saved(tmp_path, "--mesh", "data=2,expert=4", model=str(tmp_path / "model"))
+    command = [sys.executable, "-m", "moecc", "train", str(recipe), "--out", str(tmp_path / "run"),
+               "--plan", str(path)]  # fmt: skip
+    flags = "--xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "done after 3 steps" in done.stdout + done.stderr
+
+
+# --- bad input
+
+
+def spoilt(path: Path, change: Any) -> str:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+WRONG = {
+    "no schema": (lambda d: d.pop("schema"), "moecc.plan/1"),
+    "another schema": (lambda d: d.update(schema="moecc.plan/2"), "moecc.plan/1"),
+    "no request": (lambda d: d.pop("request"), "request"),
+    "a list as request": (lambda d: d.update(request=[]), "a table is missing"),
+    "no best": (lambda d: d.pop("best"), "best"),
+    "no machine": (lambda d: d["request"].pop("machine"), "request.machine"),
+    "a truth value as tokens": (lambda d: d["request"].update(batch_tokens=True), "batch_tokens"),
+    "a mesh that is text": (lambda d: d["best"].update(mesh="data=8"), "best.mesh"),
+    "a mesh of texts": (lambda d: d["best"].update(mesh={"data": "8"}), "no mesh with rules"),
+    "rules of numbers": (lambda d: d["best"].update(rules=[1]), "no mesh with rules"),
+    "sliced is a number": (lambda d: d["best"].update(sliced=1), "best.sliced"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_plan_is_reported(tmp_path: Path, case: str) -> None:
+    change, words = WRONG[case]
+    path = spoilt(saved(tmp_path), change)
+    with pytest.raises(InputError) as caught:
+        read_plan(path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["compile", "train"])
+def test_a_plan_that_is_missing(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = ["--plan", str(tmp_path / "none.json")]
+    more = {"compile": [MODEL], "train": ["recipe:upcycle", "--out", str(tmp_path / "run")]}
+    assert main([command, *more[command], *plan]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_words_that_no_option_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = spoilt(saved(tmp_path), lambda d: d["best"].update(via="pigeons", remat="none"))
+    assert main(["compile", MODEL, "--plan", path]) == 1
+    assert "pigeons" in capsys.readouterr().err
