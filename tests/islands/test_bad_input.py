@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,7 +39,11 @@ def branches_on_a_value(p: Any, x: Any) -> Any:
     return ffn(p, x)
 
 
-@pytest.mark.parametrize("function", [reads_a_value, branches_on_a_value])
+def picks_by_a_value(p: Any, x: Any) -> Any:
+    return ffn(p, x[x[:, 0] > 0])
+
+
+@pytest.mark.parametrize("function", [reads_a_value, branches_on_a_value, picks_by_a_value])
 def test_a_function_that_cannot_be_traced(function: Any) -> None:
     with pytest.raises(InputError, match="jax cannot trace the function") as error:
         mx.convert(function, PARAMS, X, PIPELINE)
@@ -55,15 +61,63 @@ def test_a_function_of_other_parameters() -> None:
 
 def test_parameters_that_are_not_used_are_reported(moe: Any) -> None:
     assert moe.report.unused == ("idle",)
-    assert "not used: idle" in str(moe.report)
+    assert re.search(r"not used by test_bad_input.py:\d+ in ffn: idle", str(moe.report))
 
 
 def test_a_tree_that_changed(moe: Any) -> None:
     fewer = {"params": {"w1": PARAMS["w1"]}, "moe": moe.params["moe"]}
-    with pytest.raises(InputError, match="another tree than the one that was converted"):
+    with pytest.raises(InputError, match="another tree than the one that was converted") as error:
         moe(ffn)(fewer, X)
-    with pytest.raises(InputError, match="not the parameters of a conversion"):
-        moe(ffn)(PARAMS, X)
+    assert "in ffn" in str(error.value)
+    for other in (PARAMS, {"params": moe.params["params"], "moe": [1]}):
+        with pytest.raises(InputError, match="not the parameters of a conversion") as error:
+            moe(ffn)(other, X)
+        assert "test_bad_input.py:" in str(error.value)
+
+
+ROUTER = "ffn.router.weight"
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "array", "found"),
+    [
+        ("params", "w1", PARAMS["w1"], "[8, 12]"),
+        ("params", "w1", jnp.ones((3, 8, 12)), "[3, 8, 12]"),
+        ("params", "w2", None, "NoneType"),
+        ("moe", ROUTER, jnp.ones((3, 8)), "[3, 8]"),
+    ],
+)
+def test_arrays_of_other_shapes(
+    moe: Any, tmp_path: Path, where: str, name: str, array: Any, found: str
+) -> None:
+    """Fewer experts than the router chooses among would be another function, without a word."""
+    params = {**moe.params, where: {**moe.params[where], name: array}}
+    with pytest.raises(InputError, match="another shape than the conversion gave it") as error:
+        moe(ffn)(params, X)
+    (problem,) = error.value.problems
+    assert problem.found == found
+    assert f"in ffn, {where} {name}" in str(problem.where)
+    with pytest.raises(InputError, match="another shape"):
+        moe.save(tmp_path / "a", params)
+
+
+def test_a_router_that_is_missing(moe: Any) -> None:
+    with pytest.raises(InputError, match="another shape") as error:
+        moe(ffn)({"params": moe.params["params"], "moe": {}}, X)
+    assert f"moe {ROUTER}" in str(error.value)
+
+
+def test_what_is_no_function_and_what_returns_no_arrays() -> None:
+    with pytest.raises(UsageError, match="not a function"):
+        mx.convert(3, PARAMS, X, PIPELINE)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="returns what is no array") as error:
+        mx.convert(lambda p, x: {"y": ffn(p, x), "kind": "text"}, PARAMS, X, PIPELINE)
+    assert "str at kind" in str(error.value)
+    assert "test_bad_input.py:" in str(error.value)
+
+
+def test_no_tokens_at_all(moe: Any) -> None:
+    assert moe(ffn)(moe.params, X[:0]).shape == (0, 8)
 
 
 def test_a_function_that_uses_experts_in_another_way(moe: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -308,6 +309,7 @@ def test_what_is_no_block_has_a_reason_and_a_line(name: str) -> None:
     reasons = [p for p in error.value.problems if reason in p.what]
     assert reasons, str(error.value)
     assert str(reasons[0].where).startswith("test_find.py:")
+    assert ": " in reasons[0].what.removeprefix("not a block: "), "there is a way out"
 
 
 def test_a_linear_pair_of_products_is_no_candidate() -> None:
@@ -340,13 +342,41 @@ def test_names_of_tokens_reach_the_graph() -> None:
     ("tokens", "problem"),
     [
         ({"y": ("batch",)}, "no such argument"),
+        ({"x": "batch"}, "names of axes are one word"),
         ({"x": ("a", "b", "c", "d")}, "fewer dimensions than axes are named"),
         ({"x": ("batch", "expert")}, "not names of axes of tokens"),
     ],
 )
 def test_tokens_that_do_not_fit(tokens: Any, problem: str) -> None:
-    with pytest.raises(InputError, match=problem):
+    with pytest.raises(InputError, match=problem) as error:
         found(biased, BIASED, tokens=tokens)
+    assert re.search(r"test_find.py:\d+ in biased, tokens\[", str(error.value))
+
+
+def test_a_capacity_is_approximate_and_says_why() -> None:
+    """Which tokens are dropped depends on the router; the graph of a family says the same."""
+    moe = found(biased, BIASED, pipeline="upcycle{experts=4 slots=capacity}")
+    assert moe.preserves.kind == "approximate"
+    assert "capacity" in moe.preserves.reason
+    assert "approximate" in str(moe.report)
+
+
+def test_a_deep_model_is_surveyed_in_one_pass() -> None:
+    """What grows faster than the program would not end for 64 layers."""
+    names = ("gate", "up", "down")
+    square = dict.fromkeys((*"qkv", *names), (E, E))
+
+    def deep(p: Any, x: Any) -> Any:
+        for layer in p["layers"]:
+            q, k, v = (x @ layer[n] for n in "qkv")
+            x = x + jax.nn.softmax(q @ k.mT) @ v
+            x = x + (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
+        return x
+
+    layers = [shapes(**square) for _ in range(64)]
+    report = mx.convert(deep, {"layers": layers}, X, "upcycle{experts=4}").report
+    assert len(report.blocks) == 64
+    assert report.misses == ()
 
 
 def test_a_causal_function_takes_no_routing_that_looks_ahead() -> None:

@@ -146,7 +146,10 @@ class _Emitter:
         base = _base(node)
         if base is None:
             if node.function not in _BINARY:
-                raise Misfit(f"`{node.function}` inside it takes several hidden values")
+                raise Misfit(
+                    f"`{node.function}` inside it takes several hidden values: of two, blocks have "
+                    "sums, products, quotients, maxima and minima"
+                )
             return self._add(node.function, tuple(map(self._emit, node.operands)))
         formula = str(formula_of(node, base))
         known = self._activations.get(formula)

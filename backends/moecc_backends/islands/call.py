@@ -10,18 +10,25 @@ import jax.numpy as jnp
 
 from moecc.errors import InputError, Problem
 from moecc_backends.islands.execution import Execution
-from moecc_backends.islands.functions import ParamTree, Traced, leaves_of, trace_function
+from moecc_backends.islands.functions import (
+    ParamTree,
+    Traced,
+    is_array,
+    leaves_of,
+    trace_function,
+)
 from moecc_backends.islands.identity import same_in
 from moecc_backends.islands.jaxprs import AnyArray, shape_of
 from moecc_backends.islands.losses import joined, with_losses
 from moecc_backends.islands.parts import Part, Parts
+from moecc_backends.islands.places import function_line
 from moecc_backends.islands.run import Program, Replacement, dtype_of
 from moecc_backends.islands.settle import steps_of
 from moecc_backends.islands.sites import Instance, Key, Site, survey
 from moecc_backends.islands.storage import Slot, Storage
 from moecc_backends.islands.uses import skipped, uses
 from moecc_backends.islands.views import Leaf
-from moecc_backends.xla.trace.typed_jax import Function, PyTree
+from moecc_backends.xla.trace.typed_jax import Function, PyTree, manual_axes
 
 TREE, BESIDE = "params", "moe"
 """The keys of new parameters: the tree with experts in place, and what has no place there."""
@@ -75,20 +82,47 @@ class Given:
     leaves: Mapping[str, AnyArray]
     beside: Mapping[str, AnyArray]
 
+    def check(self, storage: Storage, where: str | None = None) -> None:
+        """Raise InputError unless every array of a conversion is here in its shape.
+
+        In a `shard_map` of the user arrays are parts of them.
+        """
+        arrays = {True: self.leaves, False: self.beside}
+        is_part = bool(manual_axes())
+        problems = []
+        for one in storage.arrays:
+            array, shape = arrays[one.in_tree].get(one.key), one.weight.type.shape
+            found = tuple(array.shape) if array is not None and is_array(array) else None
+            if found is None or (len(found) != len(shape) if is_part else found != shape):
+                key = f"{TREE if one.in_tree else BESIDE} {one.key}"
+                kind = type(array).__name__ if found is None else str(list(found))
+                what = "an array of the parameters has another shape than the conversion gave it"
+                place = f"{where}, {key}" if where else key
+                problems.append(Problem(what, place, str(list(shape)), kind))
+        if problems:
+            raise InputError(problems)
+
     @classmethod
-    def of(cls, tree: ParamTree, params: PyTree) -> Given:
+    def of(cls, tree: ParamTree, params: PyTree, where: str | None = None) -> Given:
         """Return `params` taken apart.
+
+        Args:
+          tree: the dense parameters.
+          params: the new ones.
+          where: the line of the function that takes them.
 
         Raises:
           InputError: they are not those of a conversion, or another tree.
         """
-        if not isinstance(params, Mapping) or set(params) != {TREE, BESIDE}:
+        is_pair = isinstance(params, Mapping) and set(params) == {TREE, BESIDE}
+        if not is_pair or not isinstance(params[BESIDE], Mapping):
             raise InputError(
                 "these are not the parameters of a conversion",
+                where=where,
                 expected=f"a dictionary of {TREE!r} and {BESIDE!r}, as `moe.params`",
                 found=type(params).__name__,
             )
-        return cls(tree.flatten(params[TREE]), params[BESIDE])
+        return cls(tree.flatten(params[TREE], where), params[BESIDE])
 
     def array(self, slot: Slot) -> AnyArray:
         """Return the array in which a parameter lies."""
@@ -144,7 +178,10 @@ class Call:
           InputError: the parameters do not fit, or the function cannot be traced, or it uses what
             is an expert's now in another way.
         """
-        state, given = self.state, Given.of(self.state.tree, params)
+        state = self.state
+        line = function_line(self.function)
+        given = Given.of(state.tree, params, line)
+        given.check(state.storage, line)
         avals = {n: self._dense(n, leaf) for n, leaf in given.leaves.items()}
         leaves = leaves_of(avals)
         leaves |= {n: leaf for n, leaf in state.leaves.items() if leaf.shape == avals[n].shape}

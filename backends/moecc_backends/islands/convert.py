@@ -75,6 +75,8 @@ def convert(
       InputError: the function cannot be traced, has no such block, or a pass does not fit it.
       CheckError: a pass broke its promise.
     """
+    if not callable(function):
+        raise UsageError("not a function", expected="a function", found=type(function).__name__)
     if pipeline is None:
         *given, pipeline = args or (None,)
         args = tuple(given)
@@ -95,7 +97,7 @@ def convert(
     storage = _storage(found, instances, graph, parts, converted, leaves)
     state = State(tree, leaves, parts, instances, converted, storage)
     made = _new_params(state, arrays)
-    report = _report(name, passes, done, found, state, (arrays, made))
+    report = _report((name, function_line(function)), passes, done, found, state, (arrays, made))
     return Conversion(made, graph, report, done.preserves, passes, seed, contracts, state)
 
 
@@ -139,7 +141,7 @@ def _surveyed(
     shapes = {n: shape_of(a.shape, a.dtype) for n, a in arrays.items()}
     traced, _ = trace_function(function, tree, shapes, leaves_of(arrays), arguments)
     found = survey(traced.scope)
-    labels = token_labels(traced, tokens) if tokens else {}
+    labels = token_labels(traced, tokens, function_line(function)) if tokens else {}
     refuse_mixing(found, labels)
     settle(found)
     if not found.sites:
@@ -251,19 +253,21 @@ def _new_params(state: State, arrays: Mapping[str, AnyArray]) -> dict[str, AnyAr
 
 
 def _report(
-    name: str,
+    function: tuple[str, str],
     pipeline: Pipeline,
     done: PipelineReport,
     found: Survey,
     state: State,
     params: tuple[AnyArray, AnyArray],
 ) -> Report:
+    name, line = function
     before, after = (
         sum(prod(x.shape) for x in jax.tree_util.tree_leaves(p) if hasattr(x, "shape"))
         for p in params
     )
     return Report(
         function=name,
+        line=line,
         pipeline=str(pipeline),
         preserves=str(done.preserves),
         blocks=tuple(

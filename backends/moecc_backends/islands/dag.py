@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 from moecc_backends.islands.views import View
 
+ONE_VALUE = "a block takes one value, so apply the other before it or behind it"
+MATRICES = "reshape its weights to matrices"
+"""Ways out of reasons."""
+
 
 class Misfit(Exception):
     """Why a part of a program is not a block: shown as the reason of a near miss."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from moecc_backends.islands.dag import Axes, Input, Misfit, Node, Sym
+from moecc_backends.islands.dag import MATRICES, ONE_VALUE, Axes, Input, Misfit, Node, Sym
 from moecc_backends.islands.elements import LINEAR, function_of, is_elementwise
 from moecc_backends.islands.formulas import custom_function
 from moecc_backends.islands.places import user_line
@@ -229,11 +229,14 @@ class _Candidate:
     def _reasons(self) -> Iterator[str]:
         """Yield why the region is no block."""
         for what in self._hidden_in:
-            yield f"{what} is inside it"
+            yield f"{what} is inside it, which has no lift over experts: write it in jax.numpy"
         for value in self._outside:
             yield _why_outside(value)
         if len(self._roots()) > 1:
-            yield f"its products take {len(self._roots())} different values"
+            yield (
+                f"its products take {len(self._roots())} different values: merge what adapts its "
+                "weights into them, or give all products one value"
+            )
         inside = sorted(self._inside, key=self._order.__getitem__)
         escapes = [reason for step in inside for reason in self._escapes(step)]
         yield from sorted(escapes, key=lambda reason: reason != _GRADIENT)
@@ -241,7 +244,7 @@ class _Candidate:
     def _escapes(self, step: Step) -> Iterator[str]:
         for value in step.outputs:
             if value.is_returned:
-                yield "a value inside it is returned"
+                yield "a value inside it is returned: return it from another function"
             for user in value.users:
                 if user not in self._inside and user is not self._down:
                     yield _why_escaping(user)
@@ -252,7 +255,7 @@ class _Candidate:
         (contracted, _) = up.params["dimension_numbers"]
         over = contracted[1 - self._weight(up)]
         if len(over) != 1:
-            raise Misfit("its products sum over more than one axis, or none")
+            raise Misfit(f"its products sum over more than one axis, or none: {MATRICES}")
         axes = Axes()
         numbers = tuple(map(axes.new, x.shape))
         axes.note(numbers)
@@ -294,7 +297,11 @@ class _Candidate:
         if len(new) != 1:
             raise Misfit("its last weight adds more than one axis, or none")
         if axes.sizes[axes.find(new[0])] != axes.sizes[outer]:
-            raise Misfit(f"it maps {axes.sizes[outer]} numbers to {axes.sizes[axes.find(new[0])]}")
+            width = axes.sizes[axes.find(new[0])]
+            raise Misfit(
+                f"it maps {axes.sizes[outer]} numbers to {width}: a block is two layers, and its "
+                "result is as wide as its input"
+            )
         axes.unite(new[0], outer)
         return axes.find(inner)
 
@@ -348,18 +355,23 @@ def _why_outside(value: Val) -> str:
         return "dropout is inside it: trace the function without (deterministic, or rate 0)"
     step = value.step
     if step is None:
-        return "it also takes a value from outside"
+        return f"it also takes a value from outside: {ONE_VALUE}"
     line = user_line(step.equation)
     if _is_reduction(step):
-        return f"`{step.name}` inside it mixes its hidden values (a norm, perhaps)"
-    return f"it also takes the result of `{step.name}`" + (f" at {line}" if line else "")
+        return (
+            f"`{step.name}` inside it mixes its hidden values (a norm, perhaps): between its "
+            "products a block has functions of elements alone"
+        )
+    place = f" at {line}" if line else ""
+    return f"it also takes the result of `{step.name}`{place}: {ONE_VALUE}"
 
 
 def _why_escaping(user: Step) -> str:
     if user.name == "dot_general" and weight_at(user) is None:
         return _GRADIENT
     line = user_line(user.equation)
-    return f"a hidden value is also used by `{user.name}`" + (f" at {line}" if line else "")
+    place = f" at {line}" if line else ""
+    return f"a hidden value is also used by `{user.name}`{place}: leave that to another function"
 
 
 def _is_reduction(step: Step) -> bool:

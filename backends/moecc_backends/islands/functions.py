@@ -14,7 +14,7 @@ from moecc.errors import InputError
 from moecc_backends.islands.arrays import dtype_named
 from moecc_backends.islands.jaxprs import AnyArray, trace
 from moecc_backends.islands.naming import path_name, unique
-from moecc_backends.islands.places import line_of
+from moecc_backends.islands.places import function_line, line_of
 from moecc_backends.islands.scopes import Scope, Val, function_scope
 from moecc_backends.islands.views import Leaf
 from moecc_backends.xla.trace.typed_jax import Function, PyTree
@@ -61,8 +61,12 @@ class ParamTree:
                  for i, n in enumerate(self.names)]  # fmt: skip
         return jax.tree_util.tree_unflatten(self.treedef, every)
 
-    def flatten(self, tree: PyTree) -> dict[str, AnyArray]:
+    def flatten(self, tree: PyTree, where: str | None = None) -> dict[str, AnyArray]:
         """Return what stands in the places of leaves, by name.
+
+        Args:
+          tree: a tree of the same structure.
+          where: the line of the function that takes it.
 
         Raises:
           InputError: `tree` is another one.
@@ -72,6 +76,7 @@ class ParamTree:
         except (ValueError, TypeError) as error:
             raise InputError(
                 "the parameters are another tree than the one that was converted",
+                where=where,
                 expected=_short(str(self.treedef)),
                 found=_short(str(jax.tree_util.tree_structure(tree))),
                 hint="pass `moe.params`, or what an optimiser made of it: " + _short(str(error)),
@@ -155,11 +160,11 @@ def trace_function(
         rest = iter(arrays[len(names) :])
         every = [next(rest) if traced else x for x, traced in zip(leaves, is_traced, strict=True)]
         args, kwargs = jax.tree_util.tree_unflatten(treedef, every)
-        return function(params, *args, **kwargs)
+        return _arrays(function(params, *args, **kwargs), function)
 
     try:
         jaxpr, result = trace(flat, [*(avals[n] for n in names), *given])
-    except jax.errors.JAXTypeError as error:
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise InputError(
             "jax cannot trace the function",
             where=line_of(error.__traceback__),
@@ -171,6 +176,20 @@ def trace_function(
     called = [_argument_name(path, positions) for path, _ in paths]
     arrays = tuple(n for n, traced in zip(called, is_traced, strict=True) if traced)
     return Traced(scope, jax.tree_util.tree_structure(result), arrays), given
+
+
+def _arrays(result: PyTree, function: Function) -> PyTree:
+    """Return a result. Raises InputError where it has a leaf that is no array."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
+        if not is_array(leaf) and not isinstance(leaf, int | float | complex):
+            raise InputError(
+                "the function returns what is no array",
+                where=function_line(function),
+                expected="a tree of arrays",
+                found=f"{type(leaf).__name__} at {path_name(path) if path else 'the top'}",
+                hint="return it from another function; jax.jit takes no such function either",
+            )
+    return result
 
 
 def _positions(function: Function) -> list[str]:

@@ -49,7 +49,8 @@ def _hidden(step: Step) -> Made:
     )
     if len(weights) < 2 or not is_product:
         return NOTHING
-    return f"its products are inside {OPAQUE[step.name]}", weights
+    what = f"its products are inside {OPAQUE[step.name]}: write the block itself in jax.numpy"
+    return what, weights
 
 
 def _computed(step: Step, made: Mapping[Val, Made]) -> Made:

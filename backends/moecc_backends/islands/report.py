@@ -45,6 +45,7 @@ class Report:
       equations: how many equations the function has, those of blocks apart.
       elements_before: the elements of the parameters before.
       elements_after: and afterwards.
+      line: where the function is in the user's program.
     """
 
     function: str
@@ -57,6 +58,7 @@ class Report:
     equations: int = 0
     elements_before: int = 0
     elements_after: int = 0
+    line: str = ""
 
     def to_json(self) -> dict[str, object]:
         """Return the report as JSON values."""
@@ -81,7 +83,8 @@ class Report:
         if self.misses:
             lines += ["not converted:", *(f"  {miss}" for miss in self.misses)]
         if self.unused:
-            lines.append(f"not used: {', '.join(self.unused)}")
+            by = f" by {self.line}" if self.line else ""
+            lines.append(f"not used{by}: {', '.join(self.unused)}")
         if self.remarks:
             lines += ["remarks:", *(f"  {r}" for r in self.remarks)]
         return "\n".join(lines)

@@ -98,6 +98,7 @@ def named_arrays(state: State, params: PyTree) -> dict[str, AnyArray]:
       InputError: they are not those of the record.
     """
     given = Given.of(state.tree, params)
+    given.check(state.storage)
     found = {n: a for n, a in given.leaves.items() if a is not None}
     return found | {beside_name(n, state.tree.names): a for n, a in given.beside.items()}
 

@@ -11,6 +11,9 @@ from moecc_backends.islands.scopes import Step
 from moecc_backends.islands.sites import Key, Site, Survey
 from moecc_backends.islands.uses import Use, overlap, uses
 
+OWN = "give each use a leaf of its own, and leave weight decay to the optimiser"
+"""The way out."""
+
 
 def settle(survey: Survey) -> None:
     """Turn blocks of `survey` whose weights something else uses into near misses."""
@@ -32,7 +35,7 @@ def _refuse_used(survey: Survey) -> bool:
     for site in list(survey.sites):
         other = _other_use(site, others)
         if other is not None:
-            survey.refuse(site, f"`{other.view.leaf.name}` is also used by {other}")
+            survey.refuse(site, f"`{other.view.leaf.name}` is also used by {other}: {OWN}")
     return len(survey.sites) < before
 
 
@@ -55,7 +58,7 @@ def _refuse_shared(survey: Survey) -> bool:
     shared = {k for by_key in users.values() for k in _overlapping(by_key)}
     found = [site for site in survey.sites if not shared.isdisjoint(site.keys)]
     for site in found:
-        survey.refuse(site, "another block uses its weights in another way")
+        survey.refuse(site, f"another block uses its weights in another way: {OWN}")
     return bool(found)
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moecc_backends.islands.dag import (
+    MATRICES,
+    ONE_VALUE,
     Apply,
     Axes,
     Misfit,
@@ -70,7 +72,7 @@ class Symbols:
             return _number(value)
         step = value.step
         if step is None or not all(_is_constant(v) for v in step.inputs):
-            raise Misfit("it takes another value from outside")
+            raise Misfit(f"it takes another value from outside: {ONE_VALUE}")
         self.run(step)
         return self.values[value]
 
@@ -172,7 +174,7 @@ class Symbols:
         if not (jnp.issubdtype(old, jnp.floating) and jnp.issubdtype(new, jnp.floating)):
             raise Misfit(f"a cast from {old} to {new} is inside")
         if new.itemsize < self._itemsize:
-            raise Misfit(f"a cast to {new} is inside, narrower than its input")
+            raise Misfit(f"a cast to {new} is inside, narrower than its input: cast that, too")
         if new.itemsize == old.itemsize or isinstance(x.node, Weight | Product):
             return [x]
         wide = new.itemsize > old.itemsize
@@ -301,9 +303,12 @@ class Symbols:
         if at is None or isinstance(given[1 - at].node, Weight | float):
             raise Misfit("a product without a weight is inside")
         if batch[0]:
-            raise Misfit("its weights have a matrix for each of several heads or groups")
+            raise Misfit(
+                "its weights have a matrix for each of several heads or groups: convert the "
+                "function of one, and vmap the converted one"
+            )
         if len(contracted[0]) != 1:
-            raise Misfit("a product inside sums over more than one axis, or none")
+            raise Misfit(f"a product inside sums over more than one axis, or none: {MATRICES}")
         over = [s.dims[c[0]] for s, c in zip(given, contracted, strict=True)]
         if over[0] is None or over[1] is None:
             raise Misfit("a product inside sums what is repeated")
@@ -323,7 +328,7 @@ class Symbols:
 def _number(value: Val) -> Sym:
     data = np.asarray(value.const)
     if data.size != 1:
-        raise Misfit("it takes an array of constants")
+        raise Misfit("it takes an array of constants: make it a parameter")
     if not (jnp.issubdtype(data.dtype, jnp.number) or data.dtype == bool):
         raise Misfit("it takes a constant that is no number")
     return Sym(float(data.reshape(()).astype(np.float64)))

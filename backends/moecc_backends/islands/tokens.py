@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moecc.errors import InputError, Problem, nearest
 from moecc.types.tensor import is_name
@@ -16,18 +17,22 @@ RESERVED = (OUTER, INNER, "group", "expert", "slot", "choice")
 """Names that blocks and routings give to axes."""
 
 
-def token_labels(traced: Traced, tokens: Mapping[str, Sequence[str]]) -> dict[Val, Dims]:
+def token_labels(
+    traced: Traced, tokens: Mapping[str, Sequence[str]], where: str
+) -> dict[Val, Dims]:
     """Return which dimensions of the values of a function are axes of tokens.
 
     Args:
       traced: the function.
       tokens: names of the axes by argument; fewer names than dimensions name the first ones.
+      where: the line of the function.
 
     Raises:
       InputError: there is no such argument, or it has fewer dimensions than names.
     """
     given = traced.argument_values
-    problems = [p for name, axes in tokens.items() if (p := _misfit(name, axes, given)) is not None]
+    found = (_misfit(name, axes, given) for name, axes in tokens.items())
+    problems = [replace(p, where=f"{where}, {p.where}") for p in found if p is not None]
     if problems:
         raise InputError(problems)
     labels = {}
@@ -43,6 +48,10 @@ def _misfit(name: str, axes: Sequence[str], given: Mapping[str, Val]) -> Problem
         hint = nearest(name, given) or f"arrays: {', '.join(given) or 'none'}"
         return Problem("the function has no such argument", f"tokens[{name!r}]", hint=hint)
     shape = given[name].shape
+    if isinstance(axes, str):
+        return Problem(
+            "the names of axes are one word", f"tokens[{name!r}]", f"a tuple, ({axes!r},)", axes
+        )
     if len(axes) > len(shape):
         return Problem(
             "the argument has fewer dimensions than axes are named", f"tokens[{name!r}]",
@@ -67,6 +76,9 @@ def refuse_mixing(survey: Survey, labels: Mapping[Val, Dims]) -> None:
         mixed = dims[island.outer] if dims else ()
         if mixed:
             axis = " and ".join(name for name, _ in mixed)
-            survey.refuse(site, f"its products sum over {axis}, an axis of tokens: it mixes them")
+            survey.refuse(
+                site,
+                f"its products sum over {axis}, an axis of tokens: it mixes them, and routes none",
+            )
         elif not any(dims):
-            survey.refuse(site, "its input has no axis of tokens")
+            survey.refuse(site, "its input has no axis of tokens: name it in `tokens`")

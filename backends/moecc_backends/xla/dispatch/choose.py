@@ -112,10 +112,12 @@ def choose(slots: Value, routing: Routing, options: Options, dtype: jax.typing.D
         count <= _MOST_EMPTY * routing.num_choices or why_rows_meet(slots) is not None
     ):
         return "gather"
-    if options.target != "cpu" and routing.num_choices <= min(_FEW_CHOICES, routing.num_experts):
-        return "gathered"
-    if options.target == "cpu" and _is_a_step(routing):
-        return "used"
+    if why_rows_meet(slots) is None:
+        few = min(_FEW_CHOICES, routing.num_experts)
+        if options.target != "cpu" and routing.num_choices <= few:
+            return "gathered"
+        if options.target == "cpu" and _is_a_step(routing):
+            return "used"
     return "grouped" if why_no_kernel(options.target, dtype) else "ragged_dot"
 
 

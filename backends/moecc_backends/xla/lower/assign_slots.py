@@ -38,7 +38,7 @@ def _assign(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
     tokens: tuple[str, ...] = attrs["tokens"]
     (choice,) = (a for a in experts.axes if a not in tokens)
     sizes = tuple(experts.size(a) for a in tokens)
-    chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), -1)
+    chosen = experts.to((*tokens, choice)).array.reshape(prod(sizes), experts.size(choice))
     groups = group_count(attrs, chosen.shape[0])
     more = dict(zip(attrs["using"], given, strict=True))
     wanted = _wanted_choices(node, chosen, more, (*tokens, choice))
@@ -53,7 +53,8 @@ def _assign(ctx: Context, node: Node, experts: Named, *given: Named) -> Operand:
         slots = rank(groups, chosen, wanted, priority)
     routing = Routing(chosen, slots, wanted, attrs["experts"], groups, limit, tokens, sizes)
     _plan(ctx, node.result, routing)
-    return Named(slots.reshape(*sizes, -1), (*tokens, choice)).to(experts.axes)
+    shape = (*sizes, chosen.shape[1])
+    return Named(slots.reshape(shape), (*tokens, choice)).to(experts.axes)
 
 
 def _wanted_choices(

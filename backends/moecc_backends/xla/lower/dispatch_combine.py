@@ -33,7 +33,9 @@ def _combine(
     layout = _layout_of(ctx, node.operands[0], rows, ctx.layouts[node.operands[2]])
     tokens = layout.routing.tokens
     (choice,) = (a for a in gates.axes if a not in tokens)
-    weights = gates.to((*tokens, choice)).array.reshape(layout.routing.num_tokens, -1)
+    weights = gates.to((*tokens, choice)).array.reshape(
+        layout.routing.num_tokens, gates.size(choice)
+    )
     made = layout.unpermute(rows, weights)
     outer = tuple(a for a in node.result.type.names if a in tokens)
     return made.to((*outer, *(a for a in made.axes if a not in tokens)))
