@@ -65,7 +65,7 @@ proof-kills: $(STAMP) ## end conversions at every call that changes the disk; wr
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.kill.prove --out docs/proofs/kills.json > /dev/null
 
-proof-fuzz: $(STAMP) ## a million hostile inputs and 5,000 commands; writes docs/proofs/fuzz.json (an hour; goes on after a stop)
+proof-fuzz: $(STAMP) ## a million hostile inputs and 5,000 commands; writes docs/proofs/fuzz.json (half an hour; goes on after a stop)
 	mkdir -p docs/proofs
 	$(BIN)/python -m tests.fuzz.prove --work build/fuzz --out docs/proofs/fuzz.json > /dev/null
 
