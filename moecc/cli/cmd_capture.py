@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadFamiliesOption
@@ -32,7 +33,10 @@ class CaptureRequest:
         "*"
     )
     pipeline: Annotated[
-        str, typer.Option("-p", "--pipeline", help="Passes that are run first.")
+        str,
+        typer.Option(
+            "-p", "--pipeline", help="Passes that are run first.", autocompletion=complete.pipelines
+        ),
     ] = ""
     sequence: Annotated[
         int, typer.Option("--sequence", metavar="N", min=2, help="Tokens of a sequence.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadOption, PaddingMaskOption, SourceArgument
@@ -28,9 +29,23 @@ class ConvertRequest:
 
     source: SourceArgument
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder or .gguf file to write.")]
-    pipeline: Annotated[str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")]
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            "-p",
+            "--pipeline",
+            help="The passes; see moecc passes.",
+            autocompletion=complete.pipelines,
+        ),
+    ]
     to: Annotated[
-        str, typer.Option("--to", metavar="FAMILY", help="The family, auto, or gguf:ARCH.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FAMILY",
+            help="The family, auto, or gguf:ARCH.",
+            autocompletion=complete.targets,
+        ),
     ]
     dtype: Annotated[
         str | None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadFamiliesOption
@@ -37,7 +38,12 @@ class EvaluateRequest:
     batches: Annotated[
         int, typer.Option("--batches", metavar="N", min=1, help="The most of a folder.")
     ] = 64
-    dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="The type to compute in.", autocompletion=complete.float_types
+        ),
+    ] = "f32"
     load: LoadFamiliesOption = None
     format: FormatOption = Format.human
 

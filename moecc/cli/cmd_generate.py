@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format, report
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadFamiliesOption, ModelArgument, WeightsOption
@@ -40,7 +41,12 @@ class GenerateRequest:
         typer.Option("--stop", metavar="TOKEN", help="A token that ends a text; may be repeated."),
     ] = None
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0
-    dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="The type to compute in.", autocompletion=complete.float_types
+        ),
+    ] = "f32"
     weights: WeightsOption = None
     load: LoadFamiliesOption = None
     format: FormatOption = Format.human

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadFamiliesOption
@@ -27,7 +28,9 @@ class InspectRequest:
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."
+            metavar="SOURCE",
+            help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME.",
+            autocompletion=complete.models,
         ),
     ]
     load: LoadFamiliesOption = None

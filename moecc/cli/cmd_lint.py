@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadOption
@@ -30,6 +31,7 @@ class LintRequest:
     target: Annotated[
         str,
         typer.Argument(metavar="MODEL|PIPELINE", help="A model, or the text of a pipeline.",
+                       autocompletion=complete.models_or_pipelines,
                        show_default=False),
     ]  # fmt: skip
     cores: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.face import add_command
 from moecc.cli.options import LoadFamiliesOption, WeightsOption
 
@@ -37,7 +38,12 @@ class LowerRequest:
     ] = None
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences.")] = 2
     seq: Annotated[int, typer.Option("--seq", min=1, help="Tokens of a sequence.")] = 128
-    dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="The type to compute in.", autocompletion=complete.float_types
+        ),
+    ] = "f32"
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write, not to stdout."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.face import add_command
 from moecc.cli.options import LoadOption
 
@@ -25,7 +26,13 @@ class OptRequest:
 
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A .moe graph, or stdin.")]
     pipeline: Annotated[
-        str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")
+        str,
+        typer.Option(
+            "-p",
+            "--pipeline",
+            help="The passes; see moecc passes.",
+            autocompletion=complete.pipelines,
+        ),
     ] = ""
     output: Annotated[
         str | None,

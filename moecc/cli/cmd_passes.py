@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadOption
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 class PassesRequest:
     """The arguments and options of ``moecc passes``."""
 
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass alone.")] = (
-        None
-    )
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="Show this pass alone.", autocompletion=complete.passes
+        ),
+    ] = None
     load: LoadOption = None
     format: FormatOption = Format.human
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import (
@@ -73,7 +74,13 @@ class PlanRequest:
     model: AnyModelArgument
     machine: MachineOption
     pipeline: Annotated[
-        str, typer.Option("-p", "--pipeline", help="Passes to run first; see moecc passes.")
+        str,
+        typer.Option(
+            "-p",
+            "--pipeline",
+            help="Passes to run first; see moecc passes.",
+            autocompletion=complete.pipelines,
+        ),
     ] = ""
     load: LoadOption = None
     batch_tokens: BatchTokensOption = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.face import add_command
 from moecc.cli.options import InputsOption, LoadFamiliesOption, ModelArgument, WeightsOption
 from moecc.types.arrays import Array
@@ -27,7 +28,12 @@ class RunRequest:
     ]
     inputs: InputsOption = None
     backend: Annotated[str, typer.Option("--backend", help="xla or reference.")] = "xla"
-    dtype: Annotated[str, typer.Option("--dtype", help="The type to compute in.")] = "f32"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="The type to compute in.", autocompletion=complete.float_types
+        ),
+    ] = "f32"
     router_dtype: Annotated[
         str, typer.Option("--router-dtype", help="Of routers: f32, or that of --dtype.")
     ] = "f32"

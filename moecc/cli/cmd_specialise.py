@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, LoadFamiliesOption, ModelArgument
@@ -23,7 +24,13 @@ class SpecialiseRequest:
         str, typer.Option("--data", metavar="DIR", help="A token folder.", show_default=False)
     ]
     pipeline: Annotated[
-        str, typer.Option("-p", "--pipeline", help="Passes to run first: upcycle{experts=8}.")
+        str,
+        typer.Option(
+            "-p",
+            "--pipeline",
+            help="Passes to run first: upcycle{experts=8}.",
+            autocompletion=complete.pipelines,
+        ),
     ] = ""
     sequence: Annotated[
         int, typer.Option("--sequence", metavar="N", min=2, help="Tokens of a sequence.")

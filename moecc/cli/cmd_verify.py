@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import (
@@ -36,7 +37,12 @@ class VerifyRequest:
         float, typer.Option("--tolerance", help="Bound on max |Δlogit| / max |logit|.")
     ] = 1e-5
     dtype: Annotated[
-        str, typer.Option("--dtype", help="The type to compute in; f64 excludes rounding.")
+        str,
+        typer.Option(
+            "--dtype",
+            help="The type to compute in; f64 excludes rounding.",
+            autocompletion=complete.float_types,
+        ),
     ] = "f32"
     allow_edited_card: Annotated[
         bool, typer.Option("--allow-edited-card", help="The model card may have been edited.")

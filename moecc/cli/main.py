@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from moecc.cli.complete import words_of_bash
 from moecc.cli.console import open_closed_streams, say, show_error, write_utf8
 from moecc.errors import (
     MachineError,
@@ -182,7 +183,8 @@ def _run(argv: list[str]) -> int:
     named = COMMANDS if _COMPLETION in os.environ else [w for w in argv if w in COMMANDS][:1]
     app = typer.main.get_command(build_app(named))
     try:
-        result = app.main(argv, prog_name="moecc", standalone_mode=False)
+        with words_of_bash():
+            result = app.main(argv, prog_name="moecc", standalone_mode=False)
     except typer.Abort:
         result = _INTERRUPTED
     except _UsageError as error:

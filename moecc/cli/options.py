@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 
 SourceArgument = Annotated[
@@ -14,6 +15,7 @@ SourceArgument = Annotated[
         metavar="SOURCE",
         help="A Hugging Face folder, a .gguf file, or preset:NAME.",
         show_default=False,
+        autocompletion=complete.models,
     ),
 ]
 
@@ -23,6 +25,7 @@ ModelArgument = Annotated[
         metavar="MODEL",
         help="A Hugging Face folder, a .gguf file, or a .moe graph that names its checkpoint.",
         show_default=False,
+        autocompletion=complete.models,
     ),
 ]
 
@@ -56,12 +59,17 @@ MachineOption = Annotated[
         "--machine",
         metavar="M",
         help="tpu:v5p:4x4x4, gpu:h100:8, cpu: the chip, and the topology or number.",
+        autocompletion=complete.machines,
     ),
 ]
 
 AnyModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder, a .gguf, a .moe, or preset:NAME.",
+        autocompletion=complete.models,
+    ),
 ]
 
 PlanOption = Annotated[
@@ -79,7 +87,10 @@ SequenceOption = Annotated[
     typer.Option("--sequence", metavar="N[,N]", help="Tokens of a sequence: 4096, or 512,114."),
 ]
 
-ComputeTypeOption = Annotated[str, typer.Option("--dtype", help="The type to compute in.")]
+ComputeTypeOption = Annotated[
+    str,
+    typer.Option("--dtype", help="The type to compute in.", autocompletion=complete.float_types),
+]
 
 RulesOption = Annotated[
     str | None,
@@ -89,7 +100,10 @@ RulesOption = Annotated[
 GraphArgument = Annotated[str, typer.Argument(metavar="FILE|-", help="A .moe graph, or stdin.")]
 
 PipelineOption = Annotated[
-    str, typer.Option("-p", "--pipeline", help="The passes; see moecc passes.")
+    str,
+    typer.Option(
+        "-p", "--pipeline", help="The passes; see moecc passes.", autocompletion=complete.pipelines
+    ),
 ]
 
 CompareOption = Annotated[

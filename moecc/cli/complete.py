@@ -1,0 +1,163 @@
+"""Values that a shell completes: passes and their options, presets, machines, targets, types.
+
+A completion function takes what is typed of a word and returns whole words that begin so.  Nothing
+is returned where a file may be meant, and then the shell offers files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager, redirect_stdout
+from types import NoneType
+from typing import Literal, get_args, get_origin
+
+_PASS = re.compile(r"@?[a-z0-9-]*\Z")
+_OPTION = re.compile(r"(@?)([a-z0-9-]+)\{(?:[^{}]*\s)?([a-z0-9-]*)\Z")
+_VALUE = re.compile(r"(@?)([a-z0-9-]+)\{(?:[^{}]*\s)?([a-z0-9-]+)=([^\s{}]*)\Z")
+
+
+def pipelines(incomplete: str) -> list[str]:
+    """Return pipelines whose last pass, option or value is completed."""
+    at = incomplete.rfind(",") + 1 if "{" not in incomplete.rpartition("}")[2] else None
+    start = _last_pass(incomplete) if at is None else at
+    done, last = incomplete[:start], incomplete[start:]
+    return [f"{done}{text}" for text in _passes(last) if text.startswith(last)]
+
+
+def passes(incomplete: str) -> list[str]:
+    """Return the names of passes."""
+    from moecc.pipeline.registry import installed
+
+    return _beginning(incomplete, installed().names())
+
+
+def models(incomplete: str) -> list[str]:
+    """Return presets, where none but them can be meant."""
+    from moecc.presets import PREFIX, preset_names
+
+    if not incomplete:
+        return []
+    return _beginning(incomplete, (f"{PREFIX}{name}" for name in preset_names()))
+
+
+def models_or_pipelines(incomplete: str) -> list[str]:
+    """Return presets, and pipelines."""
+    return [*models(incomplete), *pipelines(incomplete)]
+
+
+def machines(incomplete: str) -> list[str]:
+    """Return machines by kind and chip; a number or a topology follows."""
+    from moecc.plan.machines import table
+
+    chips = (f"{kind}:{chip}:" for kind in ("tpu", "gpu") for chip in table()[kind])
+    return _beginning(incomplete, (*chips, "cpu", "cpu:"))
+
+
+def targets(incomplete: str) -> list[str]:
+    """Return what a conversion writes: families, auto, and the architectures of GGUF."""
+    from moecc.families.configs import CONFIGS
+    from moecc.families.export_gguf import PREFIX, architectures
+
+    gguf = (f"{PREFIX}{name}" for name in architectures())
+    return _beginning(incomplete, ("auto", *CONFIGS, *gguf))
+
+
+def float_types(incomplete: str) -> list[str]:
+    """Return the floating-point types."""
+    from moecc.types.dtypes import DTYPES
+
+    return _beginning(incomplete, (name for name, type in DTYPES.items() if type.is_float))
+
+
+def _beginning(incomplete: str, words: Iterable[str]) -> list[str]:
+    return sorted({word for word in words if word.startswith(incomplete)})
+
+
+def _last_pass(text: str) -> int:
+    """Return where the pass begins whose options are open."""
+    return text.rfind(",", 0, text.rfind("{")) + 1
+
+
+def _passes(last: str) -> Iterator[str]:
+    """Yield what the last pass of a pipeline may be completed to."""
+    from moecc.pipeline.options import options
+    from moecc.pipeline.registry import installed
+    from moecc.pipeline.template import TemplatePass
+
+    registry = installed()
+    if _PASS.match(last):
+        is_template = last.startswith("@")
+        for name in registry.names():
+            if not is_template:
+                yield name
+            elif issubclass(registry.get(name), TemplatePass):
+                yield f"@{name}"
+        return
+    found = _OPTION.match(last) or _VALUE.match(last)
+    if found is None or found[2] not in registry.names():
+        return
+    there = options(registry.get(found[2]))
+    if found.re is _OPTION:
+        begun = last[: found.start(3)]
+        yield from (f"{begun}{name}=" for name in there if f"{name}=" not in begun)
+    elif found[3] in there:
+        yield from (f"{last[: found.start(4)]}{value}" for value in _values(there[found[3]].type))
+
+
+def _values(type: object) -> Iterator[str]:
+    """Yield the words that an option may be, where it is one of a few."""
+    if type is bool:
+        yield from ("true", "false")
+    elif type in (None, NoneType):
+        yield "none"
+    elif get_origin(type) is Literal:
+        yield from map(str, get_args(type))
+    else:
+        for part in get_args(type):
+            yield from _values(part)
+
+
+# --- how bash splits words
+
+_BASH, _SHELL = "complete_bash", "_MOECC_COMPLETE"
+_WORDS, _CURRENT = "COMP_WORDS", "COMP_CWORD"
+
+
+@contextmanager
+def words_of_bash() -> Iterator[None]:
+    """Complete whole words in bash, which splits them at ``:`` and ``=`` and completes a part.
+
+    The parts are joined for the completion, and from what it prints only what bash replaces is
+    passed on.
+    """
+    if os.environ.get(_SHELL) != _BASH or _CURRENT not in os.environ:
+        yield
+        return
+    front = _join(os.environ)
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        print("\n".join(line.removeprefix(front) for line in printed.getvalue().splitlines()))
+
+
+def _join(environ: MutableMapping[str, str]) -> str:
+    """Join the parts of the word that is completed; return what stands before the last of them."""
+    words = environ.get(_WORDS, "").split("\n")
+    current = int(environ[_CURRENT])
+    words += [""] * (current + 1 - len(words))
+    first = current
+    while first > 1 and (words[first] in (":", "=") or words[first - 1] in (":", "=")):
+        first -= 1
+    whole = "".join(words[first : current + 1])
+    if first == current or words[first].startswith("-"):
+        return ""
+    is_break = words[current] in (":", "=")
+    front = whole if is_break else whole[: len(whole) - len(words[current])]
+    environ[_WORDS] = "\n".join([*words[:first], whole, *words[current + 1 :]])
+    environ[_CURRENT] = str(first)
+    return front

@@ -1,0 +1,82 @@
+"""Completion of values: what the functions return, and what bash makes of them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moecc.cli import complete
+
+BASH = shutil.which("bash")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("upc", ["upcycle"]),
+        ("@st", ["@st-moe"]),
+        ("dce,upc", ["dce,upcycle"]),
+        ("upcycle{experts=8},dc", ["upcycle{experts=8},dce"]),
+        ("upcycle{exp", ["upcycle{experts=", "upcycle{expert-bias="]),
+        ("upcycle{experts=8 exp", ["upcycle{experts=8 expert-bias="]),
+        ("upcycle{extra-ffn=", ["upcycle{extra-ffn=" + v for v in ("none", "before", "after")]),
+        ("st-moe{losses=", ["st-moe{losses=true", "st-moe{losses=false"]),
+        ("specialize{dropless=n", ["specialize{dropless=none"]),
+        ("dce,freeze{only=m", ["dce,freeze{only=moe"]),
+        ("nosuch{exp", []),
+        ("upcycle{nosuch=", []),
+        ("upcycle}{", []),
+        ("", None),
+    ],
+)
+def test_pipelines(typed: str, expected: list[str] | None) -> None:
+    found = complete.pipelines(typed)
+    if expected is None:
+        assert {"upcycle", "dce", "st-moe"} <= set(found)
+    else:
+        assert sorted(found) == sorted(expected)
+    assert all(text.startswith(typed) for text in found)
+
+
+def test_other_values() -> None:
+    assert complete.models("preset:smo") == ["preset:smollm2-135m"]
+    assert complete.models("") == complete.models("folder") == []
+    assert complete.machines("gpu:h1") == ["gpu:h100:"]
+    assert complete.targets("gguf:qwen3m") == ["gguf:qwen3moe"]
+    assert "mixtral" in complete.targets("m")
+    assert complete.float_types("bf") == ["bf16"]
+    assert complete.passes("dec") == ["decode"]
+    assert complete.models_or_pipelines("dec") == ["decode"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["passes", "upc"], ["upcycle"]),
+        (["inspect", "preset", ":", "smo"], ["smollm2-135m"]),
+        (["plan", "x", "--machine", "gpu", ":", "h1"], ["h100:"]),
+        (["opt", "x", "-p", "'upcycle{experts=8 router-i"], ["upcycle{experts=8 router-init="]),
+        (["inspect", "some"], []),
+        (["pass"], ["passes"]),
+    ],
+)
+@pytest.mark.skipif(BASH is None, reason="there is no bash")
+def test_in_bash(words: list[str], expected: list[str]) -> None:
+    """The words as bash splits them, given to the function that bash calls."""
+    assert BASH is not None
+    moecc = Path(sys.executable).with_name("moecc")
+    shown = subprocess.run(
+        [moecc, "--show-completion", "bash"], capture_output=True, text=True, check=True
+    ).stdout
+    quoted = " ".join(f'"{word}"' for word in ("moecc", *words))
+    script = f"""{shown}
+COMP_WORDS=({quoted}) COMP_CWORD={len(words)}
+_moecc_completion {moecc}
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == (expected or [""])
