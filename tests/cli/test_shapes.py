@@ -187,7 +187,7 @@ def test_wrong_inputs_are_told(moecc: Callable, t5: Path, tmp_path: Path) -> Non
     assert "not a .npz file" in refused(path)
     done = moecc("generate", t5, "--prompt", "x")
     assert done.code == 1
-    assert "only a decoder-only model continues a text" in done.err
+    assert "no tokenizer.json beside the weights" in done.err
 
 
 def test_families_of_another_shape_are_refused(moecc: Callable, t5: Path, tmp_path: Path) -> None:
