@@ -299,7 +299,11 @@ class Evaluator:
     def _fitted(self, e: Fitted, box: Box) -> Array:
         def compute() -> Array:
             parts = (self.block(x, whole(x.type)).astype(np.float64) for x in e.operands)
-            return fitted_rows(*parts, ridge=e.ridge, std=e.std)
+            try:
+                return fitted_rows(*parts, ridge=e.ridge, std=e.std)
+            except np.linalg.LinAlgError:
+                what = "the covariance with the ridge has no inverse"
+                raise e.error(what, hint="statistics of more tokens, or a larger ridge") from None
 
         return remembered(e, self._read, compute)[tuple(slice(*ends) for ends in box)]
 

@@ -37,6 +37,11 @@ WEIGHTS = (
     "normal(f32[expert=8, embed=2], std=0.02, mean=0.5, key=0x1f)",
     "truncated_normal(f32[expert=8], std=0.02, bound=2.0, key=0x1f)",
     "uniform(f32[expert=8], low=-0.1, high=0.1, key=0x1f)",
+    'take(source("w" : f32[mlp=6]), mlp=permutation(i32[mlp=6], key=0x1f))',
+    'take(source("w" : f32[mlp=6]), mlp=clusters(source("p" : i32[mlp=6, other=6]), axis=mlp, '
+    "first=2, groups=2))",
+    'fitted(source("c" : f32[e=3, o=3]), source("m" : f32[e=3]), source("x" : f32[expert=2, e=3]), '
+    "ridge=0.01, std=0.5)",
     "select(subset(pred[expert=2, mlp=4], axis=mlp, count=2, key=0x3), "
     'tile(source("a" : f32[mlp=4]), expert=2), normal(f32[expert=2, mlp=4], std=0.5, key=0x7))',
 )

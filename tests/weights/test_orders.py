@@ -135,6 +135,20 @@ def test_nothing_to_fit_gives_zero_rows() -> None:
     assert not rows.any()
 
 
+def test_a_singular_covariance_is_reported() -> None:
+    expr = parse_expr(
+        'fitted(source("c" : f32[embed=2, other=2]), source("m" : f32[embed=2]), '
+        'source("x" : f32[expert=2, embed=2]), ridge=1.0, std=0.5)'
+    )[0]
+    # The ridge is the mean of the diagonal, which takes the second eigenvalue to zero.
+    tensors = {
+        "c": np.diag([3.0, -1.0]).astype(np.float32), "m": np.zeros(2, np.float32),
+        "x": np.eye(2, dtype=np.float32),
+    }  # fmt: skip
+    with pytest.raises(InputError, match="has no inverse"):
+        evaluate(expr, lambda name, a=0, b=None: tensors[name][a:b])
+
+
 def test_a_value_is_computed_once_a_checkpoint() -> None:
     expr = parse_expr(TEXTS[2])[0]
     pairs = np.eye(12, dtype=np.int32) * np.arange(1, 13, dtype=np.int32)
