@@ -103,6 +103,7 @@ def test_tokenizer(smollm2: GgufFile) -> None:
     assert "<|im_start|>system" in json.loads(config)["chat_template"]
 
 
+@pytest.mark.slow
 def test_logits(smollm2: GgufFile) -> None:
     logits = forward(smollm2, np.array(TOKENS))
     best = logits[-1].argsort()[::-1][:3]
