@@ -126,6 +126,16 @@ def test_a_graph_without_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[
             1,
             "own.py:4: AttributeError",
         ),
+        (
+            "from moecc.families.outside import Family\n"
+            "from moecc.families.configs import LlamaConfig\n"
+            "def build(config, request):\n  raise SystemExit(0)\n"
+            "from dataclasses import dataclass\n"
+            "@dataclass(frozen=True, kw_only=True)\nclass C(LlamaConfig):\n"
+            "  model_type = 'opt'\n  architecture = 'OPTForCausalLM'\nF = Family(C, build)",
+            1,
+            "own.py:4: SystemExit: 0",
+        ),
     ],
 )
 def test_faults_of_a_file_are_its_authors(
