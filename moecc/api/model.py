@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from moecc.types.dtypes import F32
 if TYPE_CHECKING:
     from moecc.api.shown import StepPlan
     from moecc.families.describe import Description
+    from moecc.tasks.continue_tokens import Continuer
     from moecc.tasks.conversion import Plan
     from moecc.tasks.verify import Verdict
 
@@ -211,6 +213,8 @@ class Model:
     ) -> str | list[str]:
         """Return the text that follows a prompt, or the texts that follow several.
 
+        The weights stay in memory for the next call.
+
         Args:
           prompt: the prompt, or several; of an encoder-decoder, what its encoder reads.
           tokens: the most tokens to add.
@@ -230,7 +234,8 @@ class Model:
 
         how = continuing(tokens, temperature, top_k, top_p, seed, dtype)
         prompts, ends = texts_of("prompt", prompt), texts_of("stop", stop)
-        made = [m.text for m in generate_texts(self._model(), prompts, how, stop=ends)]
+        found = generate_texts(self._model(), prompts, how, stop=ends, continuer=self._continuer)
+        made = [m.text for m in found]
         return made[0] if isinstance(prompt, str) else made
 
     def plan(self, machine: str, **options: object) -> StepPlan:
@@ -341,6 +346,12 @@ class Model:
 
         found = summary(self.name, self.facts, self.pipeline, self.preserves)
         return [(name, text) for name, text in found.items() if text]
+
+    @cached_property
+    def _continuer(self) -> Continuer:
+        from moecc.tasks.continue_tokens import Continuer
+
+        return Continuer(self._model())
 
     def _model(self) -> OpenModel:
         return OpenModel(self.graph, self.name, self.opened.checkpoint)

@@ -108,20 +108,44 @@ def continue_texts(
       InputError: the model cannot continue texts, a prompt is empty, a text becomes longer than
         the model has positions, no logit is finite, or one is NaN or +∞.
     """
-    how.check()
-    check_continues(model.graph, model.name)
-    check_prompts(model, prompts)
-    chosen = backend or get_backend("xla")
-    longest = max(map(len, prompts)) + how.count
-    _check_length(model, longest)
-    original = unstretched(model.graph)
-    reader: Batch | _Rereader
-    if original is not None and longest > original and memory is None:
-        reader = _Rereader(model.graph, ReadOnce(model.params(dtype=how.dtype)), chosen, how.dtype)
-    else:
-        params = model.params(dtype=how.dtype)
-        reader = Batch(DecodeGraphs.of(model.graph), params, backend=chosen, dtype=how.dtype)
-    return _continued(reader, prompts, how, memory, model.name)
+    return Continuer(model, backend).texts(prompts, how, memory)
+
+
+class Continuer:
+    """Continues texts of a model, one batch after the other.
+
+    Weights are read, and programs compiled, for the first; they stay in memory for the next.
+    """
+
+    def __init__(self, model: Model, backend: Backend | None = None) -> None:
+        self._model = model
+        self._backend = backend
+        self._readers: dict[tuple[DType, bool], Batch | _Rereader] = {}
+
+    def texts(
+        self, prompts: Sequence[Sequence[int]], how: Continuing, memory: Arrays | None = None
+    ) -> Iterator[list[int | None]]:
+        """Yield the next token of each text; arguments and errors are those of `continue_texts`."""
+        model, longest = self._model, max(map(len, prompts), default=0) + how.count
+        how.check()
+        check_continues(model.graph, model.name)
+        check_prompts(model, prompts)
+        _check_length(model, longest)
+        original = unstretched(model.graph)
+        is_stretched = original is not None and longest > original and memory is None
+        return _continued(self._reader(how.dtype, is_stretched), prompts, how, memory, model.name)
+
+    def _reader(self, dtype: DType, is_stretched: bool) -> Batch | _Rereader:
+        key = dtype, is_stretched
+        if key not in self._readers:
+            graph, params = self._model.graph, self._model.params(dtype=dtype)
+            backend = self._backend or get_backend("xla")
+            self._readers[key] = (
+                _Rereader(graph, ReadOnce(params), backend, dtype)
+                if is_stretched
+                else Batch(DecodeGraphs.of(graph), params, backend=backend, dtype=dtype)
+            )
+        return self._readers[key]
 
 
 def _continued(

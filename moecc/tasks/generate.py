@@ -13,7 +13,7 @@ from moecc.decoding.graphs import DECODER_TOKENS, check_continues
 from moecc.decoding.sampling import Sampling
 from moecc.errors import InputError, Problem, UsageError
 from moecc.model.open import Model
-from moecc.tasks.continue_tokens import Continuing, check_prompts, continue_texts
+from moecc.tasks.continue_tokens import Continuer, Continuing, check_prompts
 from moecc.tokenizer.process import Tokenizer
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
@@ -70,7 +70,12 @@ def generate(
 
 
 def generate_texts(
-    model: Model, prompts: Sequence[str], how: Continuing, *, stop: Sequence[str] = ()
+    model: Model,
+    prompts: Sequence[str],
+    how: Continuing,
+    *,
+    stop: Sequence[str] = (),
+    continuer: Continuer | None = None,
 ) -> list[Generated]:
     """Return what follows each prompt; of an encoder-decoder, what it makes of each.
 
@@ -79,6 +84,7 @@ def generate_texts(
       prompts: the texts.
       how: how they are continued.
       stop: tokens that end a text besides those of the config, as the vocabulary writes them.
+      continuer: of the model, where its weights are to stay in memory.
 
     Raises:
       UsageError: the vocabulary has no such token to stop at, or a number of the sampling is wrong.
@@ -94,7 +100,8 @@ def generate_texts(
         check_prompts(model, tokens)
         is_encoded = DECODER_TOKENS in model.graph.inputs
         read = _from_encoder if is_encoded else _columns
-        rows = zip(prompts, read(model, tokens, how), strict=True)
+        by = continuer or Continuer(model)
+        rows = zip(prompts, read(model, by, tokens, how), strict=True)
         made = [(prompt, tokenizer.decode(ids), tuple(ids)) for prompt, ids in rows]
     return [
         Generated(prompt, text, ids, len(ids) < how.count, text if is_encoded else prompt + text)
@@ -103,25 +110,29 @@ def generate_texts(
 
 
 def _columns(
-    model: Model, prompts: Prompts, how: Continuing, memory: dict[str, Array] | None = None
+    model: Model,
+    by: Continuer,
+    prompts: Prompts,
+    how: Continuing,
+    memory: dict[str, Array] | None = None,
 ) -> list[list[int]]:
     """Return the tokens that follow each prompt."""
     made: list[list[int]] = [[] for _ in prompts]
-    for row in continue_texts(model, prompts, how, memory=memory):
+    for row in by.texts(prompts, how, memory):
         for text, token in zip(made, row, strict=True):
             if token is not None:
                 text.append(token)
     return made
 
 
-def _from_encoder(model: Model, texts: Prompts, how: Continuing) -> list[list[int]]:
+def _from_encoder(model: Model, by: Continuer, texts: Prompts, how: Continuing) -> list[list[int]]:
     """Return what a decoder makes of the texts that its encoder reads.
 
     Without an input that masks padding, texts of different lengths are read one by one.
     """
     first = [decoder_start(model)]
     if "mask" not in model.graph.inputs and len({len(text) for text in texts}) > 1:
-        return [_from_encoder(model, [text], how)[0] for text in texts]
+        return [_from_encoder(model, by, [text], how)[0] for text in texts]
     tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
@@ -129,7 +140,7 @@ def _from_encoder(model: Model, texts: Prompts, how: Continuing) -> list[list[in
     memory: dict[str, Array] = {"tokens": tokens}
     if "mask" in model.graph.inputs:
         memory["mask"] = np.arange(tokens.shape[1])[None, :] < lengths
-    return _columns(model, [first] * len(texts), how, memory)
+    return _columns(model, by, [first] * len(texts), how, memory)
 
 
 def _check_takes_text(model: Model) -> None:

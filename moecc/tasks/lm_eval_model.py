@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from moecc.backend import get_backend
+from moecc.decoding.sampling import Sampling
 from moecc.errors import InputError, MachineError
 from moecc.model.open import Model
 from moecc.support.untyped import Json
-from moecc.tasks.continue_tokens import continue_tokens
+from moecc.tasks.continue_tokens import Continuer, Continuing
 from moecc.tasks.generate import end_tokens, load_tokenizer
 from moecc.tokenizer.process import Tokenizer
 from moecc.train.scoring import RowScores, Scorer, ScoringBackend
@@ -98,12 +99,10 @@ class HarnessModel:
         ids = (self._ids(context) or [self._start])[-(self.longest - count) :]
         heat = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
         made: list[int] = []
-        added = continue_tokens(
-            self.model, ids, count, dtype=self.dtype, temperature=heat,
-            stop=end_tokens(self.model),
-        )  # fmt: skip
+        how = Continuing(count, Sampling(heat), end_tokens(self.model), self.dtype)
         text = ""
-        for token in added:
+        for (token,) in self._continuer.texts([ids], how):
+            assert token is not None, "one text ends the batch"
             made.append(token)
             text = self.tokenizer.decode(made)
             if any(end in text for end in ends):
@@ -137,6 +136,10 @@ class HarnessModel:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode_all([text], special=False)[0]
+
+    @cached_property
+    def _continuer(self) -> Continuer:
+        return Continuer(self.model)
 
     @cached_property
     def _scorer(self) -> Scorer:

@@ -101,6 +101,7 @@ def test_the_api_returns_a_text_or_several(model: Callable) -> None:
     assert isinstance(one, str)
     assert len(one.split()) == 3
     assert opened.generate(["w5 w6", "w5 w6"], 3) == [one, one]
+    assert opened.generate("w5 w6", 2, dtype="f64").split() == one.split()[:2]
 
 
 @pytest.mark.parametrize(
