@@ -159,6 +159,19 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     return bytes(data)
 
 
+def read_utf8(path: Path, limit_bytes: int, kind: str) -> str:
+    """Read the text of a regular file of at most `limit_bytes`. Raises as `identify`.
+
+    Raises:
+      InputError: it is not UTF-8; `kind` says what should be, ``a recipe``.
+    """
+    try:
+        return read_bounded(path, limit_bytes).decode()
+    except UnicodeDecodeError as error:
+        place = f"{path}: byte {error.start}"
+        raise InputError(f"not text: {kind} is UTF-8", where=place) from None
+
+
 def read_whole(path: Path) -> bytes:
     """Read a whole regular file, through one descriptor. Raises as `identify`."""
     return read_bounded(path, sys.maxsize)

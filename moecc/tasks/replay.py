@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from moecc.checkpoint.files import read_utf8
 from moecc.checkpoint.open import open_checkpoint
 from moecc.errors import CheckError, InputError, MoeccError
 from moecc.ir.graph import Graph
@@ -30,7 +32,7 @@ def replay(path: str | Path) -> Replay:
     if not place.is_file():
         raise InputError("no such file", where=str(path))
     stated = read_reproducer(place)
-    graph = parse(place.read_text("utf-8"), str(path))
+    graph = parse(read_utf8(place, sys.maxsize, "a .moe file"), str(path))
     registry = installed()
     for file in stated.load:
         registry = registry.with_file(Path(file))

@@ -42,6 +42,7 @@ from moecc.train.recipe_text import (
     parse_recipe,
     recipe_differences,
     recipe_digest,
+    recipe_file,
     write_recipe,
 )
 from moecc.train.run_folder import create_run
@@ -90,7 +91,7 @@ def resumed_run(run: Path, sets: Sequence[str] = (), recipe: Recipe | None = Non
     if not is_run(run):
         raise InputError("this is not the folder of a run", where=str(run))
     begun = _begun_with(run)
-    text = (run / RECIPE).read_text("utf-8")
+    text = recipe_file(run / RECIPE)
     found = recipe or parse_recipe(text, str(run / RECIPE), folder=run, sets=sets)
     if not found.data.decoder_seq:
         # The run has the length that its data needed.

@@ -15,7 +15,7 @@ from moecc.steps.carried import SAVED, carried_moments, saved_moments
 from moecc.steps.moment_axes import COUNT
 from moecc.tasks.train_source import Source
 from moecc.train.recipe import OptimizerSection
-from moecc.train.recipe_text import parse_recipe
+from moecc.train.recipe_text import parse_recipe, recipe_file
 from moecc.train.state import Canonical, Weights
 from moecc.types.arrays import Array
 
@@ -55,7 +55,7 @@ def carried_from(source: Source, section: OptimizerSection) -> CarriedState:
             found=source.model.name, hint=_RESET,
         )  # fmt: skip
     recipe = checkpoint.run / RECIPE
-    before = parse_recipe(recipe.read_text("utf-8"), str(recipe), folder=checkpoint.run).optimizer
+    before = parse_recipe(recipe_file(recipe), str(recipe), folder=checkpoint.run).optimizer
     if before.name != section.name:
         raise InputError(
             f"the source has no moments of {section.name}", where="model.moments",

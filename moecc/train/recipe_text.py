@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path as FilePath
 from typing import Any
 
-from moecc.checkpoint.files import read_bounded
+from moecc.checkpoint.files import read_utf8
 from moecc.errors import InputError, MoeccError, Problem, UsageError, nearest, printable
 from moecc.support.untyped import JsonDict
 from moecc.train.recipe import Corpus, Recipe
@@ -126,16 +126,18 @@ def recipe_differences(before: Recipe, after: Recipe) -> list[str]:
     ]
 
 
+def recipe_file(path: FilePath) -> str:
+    """Return the text of a file with a recipe. Raises InputError, MachineError."""
+    return read_utf8(path, LARGEST_FILE_BYTES, "a recipe")
+
+
 def _read(source: str) -> tuple[str, str, FilePath]:
     """Return the text of a recipe, its name in messages, and its folder."""
     if source.startswith(PREFIX):
         return shipped_text(source), source, FilePath()
     path = FilePath(source)
     try:
-        return read_bounded(path, LARGEST_FILE_BYTES).decode(), source, path.parent
-    except UnicodeDecodeError as error:
-        place = f"{source}: byte {error.start}"
-        raise InputError("not text: a recipe is UTF-8", where=place) from None
+        return recipe_file(path), source, path.parent
     except InputError as error:
         raise _with_hint(error, source) from None
 

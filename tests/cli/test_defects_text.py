@@ -213,3 +213,12 @@ def test_10_hostile_reproducers_are_messages(moecc: Moecc, tmp_path: Path, state
     done = moecc("replay", file)
     assert done.code in (1, 2), done.err
     assert re.search("not a reproducer|unknown comparison", done.err)
+
+
+def test_10_a_reproducer_is_text(moecc: Moecc, tmp_path: Path) -> None:
+    file = tmp_path / "g.moe"
+    stated = '{"pipeline": "dce", "load": []}'
+    file.write_bytes(f"# moecc reproducer: x\n# replay: {stated}\n".encode() + b"\xed")
+    done = moecc("replay", file)
+    assert done.code == 1, done.err
+    assert "not text: a .moe file is UTF-8" in done.err

@@ -28,7 +28,7 @@ from moecc.cli.main import COMMANDS, main
 
 from . import seeds
 from .grammars import GRAMMARS
-from .mutate import Rng, mutate_bytes, mutate_text
+from .mutate import Rng, mutate_bytes, mutate_json, mutate_text
 from .rig import HANG_SECONDS, MEMORY_BYTES, machine
 
 MODEL = seeds.GOLDEN / "llama_gqa"
@@ -94,6 +94,17 @@ def _written(rng: Rng, folder: Path) -> str:
     return str(folder)
 
 
+def _reproducer(rng: Rng, folder: Path) -> str:
+    """Return a reproducer whose comment, or whose graph, is spoilt."""
+    stated, graph = b'{"pipeline": "canonicalize,dce", "seed": 0, "load": []}', mutant(rng, "moe")
+    if rng.random() < 0.7:
+        graph = rng.choice(GRAMMARS["moe"].seeds())
+        stated = mutate_json(rng, stated, [b'"check": true', b'"compare": "weights"'])
+    comment = stated.replace(b"\n", b" ")
+    (folder / "x.moe").write_bytes(b"# moecc reproducer: x\n# replay: %b\n%b" % (comment, graph))
+    return str(folder / "x.moe")
+
+
 def _words(rng: Rng, folder: Path) -> list[str]:
     """Return the words of a command, spoilt."""
     words = [rng.choice(COMMANDS), str(MODEL), "-p", UPCYCLE, "--to", "mixtral", "--seed", "3"]
@@ -122,6 +133,11 @@ KINDS: dict[str, Callable[[Rng, Path], Sequence[str]]] = {
     "plan --rules": lambda r, f: (
         "plan", str(MODEL), "--machine", "gpu:h100:4", "--mesh", "data=2,model=2",
         "--rules", _file(r, f, "rules", "my.rules"),
+    ),
+    "replay": lambda r, f: ("replay", _reproducer(r, f)),
+    "tokens": lambda r, f: (
+        "tokens", _file(r, f, "recipes", "x.txt"), "--out", str(f / "out"),
+        "--tokenizer", "bytes",
     ),
     "verify": lambda r, f: ("verify", _written(r, f)),
     "words": _words,
