@@ -141,7 +141,6 @@ LIKE: dict[str, Pattern] = {
     "fold_a_scale_into_its_product": P.scale(P.contract(P.any(), P.any())),
     "stop_what_has_no_gradient": P.mul(P.any(), P.constant()),
     "write_silu_out": P.silu(P.any()),
-    "write_softmax_out": P.softmax(P.any()),
     "stop_before_the_scale": P.add(P.any(), P.stop_gradient(P.scale(P.any()))),
     "fold_a_scale_into_the_weight": P.scale(
         P.contract(P.any(), P.param(where=lambda w: w.weight is not None))

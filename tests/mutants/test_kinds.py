@@ -85,7 +85,7 @@ def test_a_random_sharding_is_right(graph: Graph) -> None:
 def test_no_sound_rewrite_is_caught_on_a_mesh(name: str) -> None:
     changed = 0
 
-    @settings(EXAMPLES, max_examples=examples(20, 60))
+    @settings(EXAMPLES, max_examples=examples(25, 60))
     @given(graphs(mesh=MESH, like=LIKE.get(name, ())))
     def law(graph: Graph) -> None:
         nonlocal changed

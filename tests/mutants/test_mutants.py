@@ -67,7 +67,7 @@ def test_no_sound_rewrite_is_caught(name: str) -> None:
     item = SOUND[name]
     changed = 0
 
-    @settings(EXAMPLES, max_examples=examples(20, 100))
+    @settings(EXAMPLES, max_examples=examples(30, 100))
     @given(graphs(like=LIKE.get(name, ())))
     def law(graph: Graph) -> None:
         nonlocal changed
