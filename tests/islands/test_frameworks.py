@@ -5,7 +5,9 @@ Drawn mixtures are compared with a model of the same framework whose block is wr
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,3 +219,17 @@ def test_haiku() -> None:
         return (x + expert(block, norm, router)) @ p["linear"]["w"] + p["linear"]["b"]
 
     check(transformed.apply, params, by_hand)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "any-jax-model.md"
+
+
+@pytest.mark.parametrize("name", ["flax", "equinox"])
+def test_the_model_of_the_page_trains(name: str) -> None:
+    pytest.importorskip(name)
+    section = PAGE.read_text("utf-8").split(f"## {name}\n")[1].split("\n## ")[0]
+    (program,) = re.findall(r"```python sketch\n(.*?)```", section, re.DOTALL)
+    found: dict[str, Any] = {"__name__": name}
+    exec(compile(program, PAGE.name, "exec"), found)
+    assert all(b.is_converted for b in found["moe"].report.blocks)
+    assert len(found["losses"]) == 5
