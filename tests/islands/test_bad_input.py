@@ -15,6 +15,8 @@ import jax.numpy as jnp  # noqa: E402
 from moecc import jax as mx  # noqa: E402
 from moecc.errors import InputError, UsageError  # noqa: E402
 
+from .mixtures import apart, drawn, mixture  # noqa: E402
+
 X = jnp.ones((2, 8))
 PARAMS = {"w1": jnp.ones((8, 12)), "w2": jnp.ones((12, 8)), "idle": jnp.ones(3)}
 PIPELINE = "upcycle{experts=4}"
@@ -150,3 +152,22 @@ def test_inputs_of_the_graph_that_are_missing() -> None:
     assert "moe_inputs=" in str(error.value)
     with pytest.raises(InputError, match="takes other inputs"):
         moe(ffn)(moe.params, X, moe_inputs={"ghost": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["gathered", "scan"])
+def test_second_derivatives_and_no_forward_mode(moe: Any, dispatch: str) -> None:
+    params = drawn(moe.params)
+    run = moe(lambda p, x: jnp.sum(ffn(p, x) ** 2), dispatch=dispatch)
+
+    def by_hand(p: Any, x: Any) -> Any:
+        block = lambda q, x: jax.nn.silu(x @ q["w1"]) @ q["w2"]  # noqa: E731
+        experts = {n: p["params"][n] for n in ("w1", "w2")}
+        return jnp.sum(mixture(block, experts, p["moe"][ROUTER], x, 2) ** 2)
+
+    def second(function: Any) -> Any:
+        return jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(function, argnums=1)(params, x))))(X)
+
+    assert apart(second(run), second(by_hand)) < 1e-5
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: run(params, x), (X,), (X,))
