@@ -41,6 +41,10 @@ os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_
 from moecc.ir import Graph, verify  # noqa: E402
 from moecc.pipeline.passes import Context, Pass, PassResult  # noqa: E402
 
+# Nothing here outlives a loss of power, so that the disk need not be waited for.  That whatever is
+# written is synchronised, and in which order, is tested by what is called (`tests/kill/power.py`).
+os.fsync = lambda descriptor: None  # type: ignore[assignment]
+
 # A shell that starts the suite in the background has SIGINT ignored, and so have all programs that
 # tests start and interrupt.
 if threading.current_thread() is threading.main_thread():
