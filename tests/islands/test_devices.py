@@ -115,12 +115,13 @@ def test_inside_a_shard_map_of_the_user(mesh: Any, alone: Any) -> None:
 
 
 @pytest.mark.slow
-def test_copies_inside_a_shard_map_of_the_user(mesh: Any, alone: Any) -> None:
+@pytest.mark.parametrize("dispatch", ["auto", "scan", "used", "grouped"])
+def test_copies_inside_a_shard_map_of_the_user(mesh: Any, alone: Any, dispatch: str) -> None:
     """Every device has all experts and some of the tokens: nothing is exchanged."""
     moe, some, found = alone
 
     def one(some: Any, x: Any) -> Any:
-        return jax.lax.psum(moe(loss)(some, x), ("data", "expert"))
+        return jax.lax.psum(moe(loss, dispatch=dispatch)(some, x), ("data", "expert"))
 
     tokens = PartitionSpec(("data", "expert"))
     run = jax.shard_map(

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from moecc.ir.graph import Value
 from moecc.ir.traits import RowMove
 from moecc_backends.xla.dispatch.flat import gathered_matmul, rows_to_tokens, tokens_to_rows
+from moecc_backends.xla.trace.device_view import zeros_like_on_devices
 from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.padding_rows import with_masked_gradient, zeroed
 from moecc_backends.xla.trace.routing import Routing
@@ -52,7 +53,7 @@ class AllExperts:
         arrays = tuple(x.array for x in sliced.values())
         number = jnp.arange(self.routing.num_experts, dtype=jnp.int32)
         shape = jax.eval_shape(weighted, number[0], tuple(a[0] for a in arrays))
-        zeros = jnp.zeros(shape.shape, shape.dtype)
+        zeros = zeros_like_on_devices(shape)
         total, _ = jax.lax.scan(
             lambda total, now: (total + weighted(*now), None), zeros, (number, arrays)
         )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moecc_backends.xla.dispatch.all_experts import OneExpert, sliced_by_expert
+from moecc_backends.xla.trace.device_view import zeros_like_on_devices
 from moecc_backends.xla.trace.routing import Routing
 from moecc_backends.xla.trace.values import Deferred, DeferredRows, ExpertArrays, Named, Operand
 
@@ -43,7 +44,7 @@ class UsedExperts:
             return made.array
 
         shape = jax.eval_shape(lambda: weighted(0))
-        total = jnp.zeros(shape.shape, shape.dtype)
+        total = zeros_like_on_devices(shape)
         for number in range(self.routing.num_experts):
             is_used = jnp.any(OneExpert(self.routing, jnp.asarray(number, jnp.int32)).is_used)
             total = jax.lax.cond(

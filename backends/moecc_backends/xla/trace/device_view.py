@@ -112,6 +112,11 @@ def varies(array: jax.Array) -> frozenset[str]:
     return varying_axes(array)
 
 
+def zeros_like_on_devices(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return zeros that may differ along the mesh axes along which what has this shape does."""
+    return DeviceView().varying(jnp.zeros(shape.shape, shape.dtype), varying_axes(shape))
+
+
 def bits_at(key: jax.Array, numbers: jax.Array) -> jax.Array:
     """Return the 32 bits that ``jax.random.bits`` draws for the numbered elements of an array.
 

@@ -85,7 +85,7 @@ def abstract_array(
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def varying_axes(array: jax.Array) -> frozenset[str]:
+def varying_axes(array: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """Return the mesh axes along which the shards of `array` may differ."""
     # Only within shard_map has the type of an array this attribute.
     found: frozenset[str] = getattr(jax.typeof(array), "manual_axis_type").varying  # noqa: B009
