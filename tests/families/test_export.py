@@ -435,7 +435,8 @@ def test_what_exports_reads_back_and_computes_the_same(
         assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
         # The zeros of a bias in the choice are read back as such a bias.
         stored = replace(made.config, routing_bias=MIXTURES[target].has_routing_bias)
-        assert export_graph(again, target).config == stored
+        # As written: in which layers experts are may be said in two ways that are one on disk.
+        assert export_graph(again, target).config_json == stored.to_json()
         read = {s.name for _, expr in made.tensors for s in sources(expr)}
         assert read == set(checkpoint.arrays)
 
