@@ -204,4 +204,4 @@ def test_the_command_names_every_strategy() -> None:
     from moecc.cli import cmd_lower
 
     source = inspect.getsource(cmd_lower)
-    assert f"auto, or {', '.join(DISPATCHES)} for all layers." in source
+    assert f"auto, or one for all: {', '.join(DISPATCHES)}." in source
