@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -69,8 +70,10 @@ def test_in_bash(words: list[str], expected: list[str]) -> None:
     """The words as bash splits them, given to the function that bash calls."""
     assert BASH is not None
     moecc = Path(sys.executable).with_name("moecc")
+    # Typer looks for the shell among the processes above, where in CI there may be none.
+    env = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     shown = subprocess.run(
-        [moecc, "--show-completion", "bash"], capture_output=True, text=True, check=True
+        [moecc, "--show-completion", "bash"], capture_output=True, text=True, check=True, env=env
     ).stdout
     quoted = " ".join(f'"{word}"' for word in ("moecc", *words))
     script = f"""{shown}
