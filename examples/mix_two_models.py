@@ -17,11 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
-from script import OUT, console, exit_code, step
-
-from moecc.cli.main import main as moecc
-from moecc.errors import MoeccError
+from script import OUT, call, exit_code, step
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "examples" / "mix_two_models"
@@ -38,10 +34,6 @@ SMOKE = (
 
 ROUTER = "router-init=ridge router-std=4.0"
 """Logits that leave little doubt: a token is for one of the models."""
-
-
-class CommandError(MoeccError):
-    """A command failed; it said why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,14 +95,6 @@ def train(out: Path, name: str, texts: Sequence[str], recipe: Path, sets: Sequen
     for one in sets:
         words += ["--set", one]
     call("train", recipe, "--out", out / name, *words)
-
-
-def call(*words: object) -> None:
-    """Show a command and run it. Raises CommandError if it fails."""
-    command = [str(word) for word in words]
-    console.print(f"[dim]$ moecc {escape(' '.join(command))}[/dim]")
-    if moecc(command) != 0:
-        raise CommandError(f"moecc {command[0]} failed", hint="its message is above")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,14 +10,28 @@ from pathlib import Path
 from time import perf_counter
 
 from rich.console import Console
+from rich.markup import escape
 
 from moecc.cli.console import show_error
+from moecc.cli.main import main as moecc
 from moecc.errors import MachineError, MoeccError
 
 OUT = Path(__file__).resolve().parent.parent / "demo-output"
 """The folder that examples write into unless they are told another one."""
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+class CommandError(MoeccError):
+    """A command failed; it said why."""
+
+
+def call(*words: object) -> None:
+    """Show a command of ``moecc`` and run it. Raises CommandError if it fails."""
+    command = [str(word) for word in words]
+    console.print(f"[dim]$ moecc {escape(shlex.join(command))}[/dim]")
+    if moecc(command) != 0:
+        raise CommandError(f"moecc {command[0]} failed", hint="its message is above")
 
 
 def exit_code(work: Callable[[], None]) -> int:

@@ -11,17 +11,12 @@ exported as a Mixtral checkpoint, verified, and continues a text.  Every step is
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
-from script import OUT, console, exit_code, step
-
-from moecc.cli.main import main as moecc
-from moecc.errors import MoeccError
+from script import OUT, call, exit_code, step
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "examples" / "train_on_docs"
@@ -37,10 +32,6 @@ SMOKE = (
     "data.evaluate_batches=1",
 )  # fmt: skip
 """Values of both recipes that only show that every command works."""
-
-
-class CommandError(MoeccError):
-    """A command failed; it said why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,14 +90,6 @@ def run(out: Path, sets: Sequence[str], rows: Sequence[str]) -> None:
         call("verify", out / "mixtral", "--against", out / "sparse")
     with step("A text, continued"):
         call("generate", out / "mixtral", "--prompt", PROMPT, "--tokens", "60")
-
-
-def call(*words: object) -> None:
-    """Show a command and run it. Raises CommandError if it fails."""
-    command = [str(word) for word in words]
-    console.print(f"[dim]$ moecc {escape(shlex.join(command))}[/dim]")
-    if moecc(command) != 0:
-        raise CommandError(f"moecc {command[0]} failed", hint="its message is above")
 
 
 if __name__ == "__main__":

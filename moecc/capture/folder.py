@@ -26,11 +26,6 @@ from moecc.types.arrays import Array
 FACTS, TENSORS = "capture.json", "model.safetensors"
 SCHEMA = "moecc.capture/1"
 
-NAME = "capture"
-"""The name of the statistics among the models that a conversion reads."""
-
-_SAMPLE_ROWS = 1
-
 
 @dataclass(frozen=True)
 class CaptureFacts:
@@ -58,8 +53,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     found = hashlib.sha256()
     for name, info in sorted(checkpoint.tensors.items()):
         found.update(f"{name} {info.dtype.name}{list(info.shape)}\0".encode())
-        rows = min(_SAMPLE_ROWS, info.shape[0]) if info.shape else None
-        values = checkpoint.read(name) if rows is None else checkpoint.read(name, 0, rows)
+        values = checkpoint.read(name, 0, min(1, info.shape[0])) if info.shape else (
+            checkpoint.read(name))  # fmt: skip
         found.update(values.tobytes())
     return found.hexdigest()
 

@@ -44,7 +44,6 @@ class BlockSums:
         self.input = np.zeros((self.texts, self.embed))
         self.products = np.zeros((self.embed, self.embed))
         self.hidden = np.zeros(self.neurons)
-        # Float32 sums of one batch are added to these; float64 ones would take twice the memory.
         self.cross = np.zeros((self.embed, self.neurons))
         self.pairs = np.zeros((self.neurons, self.neurons), np.int32)
 
