@@ -26,7 +26,6 @@ Scaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Slots = Literal["ragged", "capacity"]
 Using = Literal["keep", "priority", "mask"]
 
-
 class RopeAttrs(View):
     """Attributes of ``rope``."""
     operations = frozenset({"rope"})
@@ -45,18 +44,15 @@ class RopeAttrs(View):
     short_factors: tuple[float, ...]
     long_factors: tuple[float, ...]
 
-
 class RotateAttrs(View):
     """Attributes of ``rotate``."""
     operations = frozenset({"rotate"})
     axis: str
 
-
 class CausalAttrs(View):
     """Attributes of ``causal``."""
     operations = frozenset({"causal"})
     window: int
-
 
 class RelativeBucketsAttrs(View):
     """Attributes of ``relative_buckets``."""
@@ -65,13 +61,11 @@ class RelativeBucketsAttrs(View):
     buckets: int
     max_distance: int
 
-
 class RenameAttrs(View):
     """Attributes of ``rename``."""
     operations = frozenset({"rename"})
     axis: str
     to: str
-
 
 class SplitAttrs(View):
     """Attributes of ``split``."""
@@ -79,13 +73,11 @@ class SplitAttrs(View):
     axis: str
     into: Sizes
 
-
 class MergeAttrs(View):
     """Attributes of ``merge``."""
     operations = frozenset({"merge"})
     axes: tuple[str, ...]
     into: str
-
 
 class SliceAttrs(View):
     """Attributes of ``slice``."""
@@ -94,24 +86,20 @@ class SliceAttrs(View):
     start: int
     stop: int
 
-
 class PositionsAttrs(View):
     """Attributes of ``positions``."""
     operations = frozenset({"positions"})
     axis: str
-
 
 class EmbeddingAttrs(View):
     """Attributes of ``embedding``."""
     operations = frozenset({"embedding"})
     axis: str
 
-
 class OneHotAttrs(View):
     """Attributes of ``one_hot``."""
     operations = frozenset({"one_hot"})
     into: Sizes
-
 
 class WithinBufferAttrs(View):
     """Attributes of ``within_buffer``."""
@@ -121,12 +109,10 @@ class WithinBufferAttrs(View):
     blocks: int
     factor: float
 
-
 class UpdateSliceAttrs(View):
     """Attributes of ``update_slice``."""
     operations = frozenset({"update_slice"})
     axis: str
-
 
 class ChunkAttrs(View):
     """Attributes of ``chunk``."""
@@ -136,19 +122,16 @@ class ChunkAttrs(View):
     of: int
     parts: int
 
-
 class JoinAttrs(View):
     """Attributes of ``join``."""
     operations = frozenset({"join"})
     axis: str
     parts: int
 
-
 class ReshardAttrs(View):
     """Attributes of ``reshard``."""
     operations = frozenset({"reshard"})
     to: str
-
 
 class ShardAttrs(View):
     """Attributes of ``shard``."""
@@ -156,26 +139,22 @@ class ShardAttrs(View):
     axis: str
     mesh: tuple[str, ...]
 
-
 class AllGatherAttrs(View):
     """Attributes of ``all_gather``."""
     operations = frozenset({"all_gather"})
     axis: str
     mesh: tuple[str, ...]
 
-
 class AllReduceAttrs(View):
     """Attributes of ``all_reduce``."""
     operations = frozenset({"all_reduce"})
     mesh: tuple[str, ...]
-
 
 class ReduceScatterAttrs(View):
     """Attributes of ``reduce_scatter``."""
     operations = frozenset({"reduce_scatter"})
     axis: str
     mesh: tuple[str, ...]
-
 
 class AllToAllAttrs(View):
     """Attributes of ``all_to_all``."""
@@ -184,7 +163,6 @@ class AllToAllAttrs(View):
     split: str
     gather: str
 
-
 class RaggedAllToAllAttrs(View):
     """Attributes of ``ragged_all_to_all``."""
     operations = frozenset({"ragged_all_to_all"})
@@ -192,13 +170,11 @@ class RaggedAllToAllAttrs(View):
     split: str
     gather: str
 
-
 class ContractAttrs(View):
     """Attributes of ``contract``."""
     operations = frozenset({"contract"})
     over: tuple[str, ...]
     precision: Precision
-
 
 class ConvolveAttrs(View):
     """Attributes of ``convolve``."""
@@ -209,37 +185,31 @@ class ConvolveAttrs(View):
     stride: int
     padding: int
 
-
 class PointwiseAttrs(View):
     """Attributes of ``pointwise``."""
     operations = frozenset({"pointwise"})
     function: str
-
 
 class ScaleAttrs(View):
     """Attributes of ``scale``."""
     operations = frozenset({"scale"})
     by: float
 
-
 class CastAttrs(View):
     """Attributes of ``cast``."""
     operations = frozenset({"cast"})
     dtype: str
-
 
 class MaskAttrs(View):
     """Attributes of ``mask``."""
     operations = frozenset({"mask"})
     fill: float
 
-
 class ConstantAttrs(View):
     """Attributes of ``constant``."""
     operations = frozenset({"constant"})
     value: float
     dtype: str
-
 
 class JaxAttrs(View):
     """Attributes of ``jax``."""
@@ -249,12 +219,10 @@ class JaxAttrs(View):
     equations: int
     lines: str
 
-
 class FoldKeyAttrs(View):
     """Attributes of ``fold_key``."""
     operations = frozenset({"fold_key"})
     by: int
-
 
 class RandomUniformAttrs(View):
     """Attributes of ``random_uniform``."""
@@ -262,42 +230,35 @@ class RandomUniformAttrs(View):
     low: float
     high: float
 
-
 class RandomNormalAttrs(View):
     """Attributes of ``random_normal``."""
     operations = frozenset({"random_normal"})
     std: float
-
 
 class SumAttrs(View):
     """Attributes of ``sum``."""
     operations = frozenset({"sum"})
     axes: tuple[str, ...]
 
-
 class MeanAttrs(View):
     """Attributes of ``mean``."""
     operations = frozenset({"mean"})
     axes: tuple[str, ...]
-
 
 class MaxAttrs(View):
     """Attributes of ``max``."""
     operations = frozenset({"max"})
     axes: tuple[str, ...]
 
-
 class LogsumexpAttrs(View):
     """Attributes of ``logsumexp``."""
     operations = frozenset({"logsumexp"})
     axes: tuple[str, ...]
 
-
 class SoftmaxAttrs(View):
     """Attributes of ``softmax``."""
     operations = frozenset({"softmax"})
     axis: str
-
 
 class RmsNormAttrs(View):
     """Attributes of ``rms_norm``."""
@@ -305,26 +266,22 @@ class RmsNormAttrs(View):
     axis: str
     eps: float
 
-
 class LayerNormAttrs(View):
     """Attributes of ``layer_norm``."""
     operations = frozenset({"layer_norm"})
     axis: str
     eps: float
 
-
 class StackAttrs(View):
     """Attributes of ``stack``."""
     operations = frozenset({"stack"})
     axis: str
-
 
 class IndexAttrs(View):
     """Attributes of ``index``."""
     operations = frozenset({"index"})
     axis: str
     at: int
-
 
 class ScanAttrs(View):
     """Attributes of ``scan``."""
@@ -335,7 +292,6 @@ class ScanAttrs(View):
     remat: Remat
     save: tuple[str, ...]
     body: Graph
-
 
 class AssignSlotsAttrs(View):
     """Attributes of ``assign_slots``."""
@@ -353,7 +309,6 @@ class AssignSlotsAttrs(View):
     cap: bool
     order: Order
     using: tuple[Using, ...]
-
 
 class ExpertChoiceAttrs(View):
     """Attributes of ``expert_choice``."""
@@ -373,7 +328,6 @@ class ExpertChoiceAttrs(View):
     choice: str
     using: tuple[Literal["mask"], ...]
 
-
 class RouteAttrs(View):
     """Attributes of ``route``."""
     operations = frozenset({"route"})
@@ -385,14 +339,12 @@ class RouteAttrs(View):
     using: tuple[Literal["bias"], ...]
     precision: Precision
 
-
 class KeepChoicesAttrs(View):
     """Attributes of ``keep_choices``."""
     operations = frozenset({"keep_choices"})
     policy: Policy
     threshold: float
     choice: str
-
 
 class HashExpertsAttrs(View):
     """Attributes of ``hash_experts``."""
@@ -402,7 +354,6 @@ class HashExpertsAttrs(View):
     seed: int
     hash: Hash
     choice: str
-
 
 class SlotAttrs(View):
     """Attributes of what assigns slots: those that all of them have."""
@@ -420,32 +371,27 @@ class SlotAttrs(View):
     cap: bool
     using: tuple[Using, ...]
 
-
 class NormAttrs(View):
     """Attributes of what is a norm with parameters: those that all of them have."""
     operations = frozenset({"rms_norm", "layer_norm"})
     axis: str
     eps: float
 
-
 class ReductionAttrs(View):
     """Attributes of what reduces axes away: those that all of them have."""
     operations = frozenset({"sum", "mean", "max", "logsumexp"})
     axes: tuple[str, ...]
-
 
 class ProductAttrs(View):
     """Attributes of what is a product of matrices: those that all of them have."""
     operations = frozenset({"contract", "convolve"})
     over: tuple[str, ...]
 
-
 class ChoosingAttrs(View):
     """Attributes of what chooses experts by scores: those that all of them have."""
     operations = frozenset({"expert_choice", "route"})
     axis: str
     choice: str
-
 
 class CollectiveAttrs(View):
     """Attributes of what moves data between devices: those that all of them have."""

@@ -150,7 +150,7 @@ def _view(name: str, of: str, entries: list[OpDef]) -> str:
     operations = _call("operations = frozenset", [_set(entries)], "", 4)
     fields = [f"{n}: {t}" for n, given in common.items() if (t := _widest(given))]
     lines = [f'"""Attributes of {of}."""', operations, *fields]
-    return f"\n\nclass {name}(View):\n" + indent("\n".join(lines), "    ")
+    return f"\nclass {name}(View):\n" + indent("\n".join(lines), "    ")
 
 
 def _set(entries: list[OpDef]) -> str:
