@@ -9,12 +9,12 @@ from moecc.version import __version__ as __version__
 if TYPE_CHECKING:
     from moecc.api.model import Model as Model
     from moecc.api.model import open as open
-    from moecc.tasks.write_params import write_params as write_params
+    from moecc.api.write_params import write_params as write_params
 
 _LATE = {
     "Model": "moecc.api.model",
     "open": "moecc.api.model",
-    "write_params": "moecc.tasks.write_params",
+    "write_params": "moecc.api.write_params",
 }
 """What is imported when it is first asked for, and from where: `moecc --help` needs none of it."""
 

@@ -139,7 +139,7 @@ def get_backend(name: str) -> Backend:
     if factory is None:
         raise UsageError(
             f"unknown backend {name!r}",
-            hint=nearest(name, _factories()) or f"backends: {', '.join(backend_names())}",
+            hint=nearest(str(name), _factories()) or f"backends: {', '.join(backend_names())}",
         )
     return factory()
 

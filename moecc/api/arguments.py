@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from reprlib import Repr
 from typing import get_type_hints
+
+import numpy as np
 
 from moecc.decoding.sampling import Sampling
 from moecc.errors import Problem, UsageError, nearest
@@ -15,7 +18,12 @@ from moecc.support.parse_units import float_type
 from moecc.support.untyped import JsonDict
 from moecc.tasks.continue_tokens import Continuing
 from moecc.tasks.plan_step import StepRequest
+from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
+
+_SHOWN = Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80
+# What a message says of a value: short, and also where the value's own text raises.
 
 
 def source_text(source: object) -> str:
@@ -24,11 +32,89 @@ def source_text(source: object) -> str:
     Raises:
       UsageError: it is neither text nor a path.
     """
-    if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        if isinstance(text, str) and text:
-            return text
-    raise _wrong("source", "a folder, a file, preset:NAME or a run, as text or Path", source)
+    return _path(source, "source", "a folder, a file, preset:NAME or a run, as text or Path")
+
+
+def folder_text(folder: object) -> str:
+    """Return the place of an output as text.
+
+    Raises:
+      UsageError: it is neither text nor a path.
+    """
+    return _path(folder, "folder", "a folder, or a .gguf file, as text or Path")
+
+
+def _path(place: object, what: str, expected: str) -> str:
+    if not isinstance(place, (str, os.PathLike)):
+        raise _wrong(what, expected, place)
+    try:
+        text = os.fspath(place)
+    except TypeError:
+        raise _wrong(what, expected, place) from None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise _wrong(what, expected, place)
+    return text
+
+
+def whole(what: str, value: object, low: int = 0) -> int:
+    """Return a whole number, Python's or NumPy's.
+
+    Raises:
+      UsageError: it is none, or below `low`.
+    """
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= low:
+        return int(value)
+    raise UsageError(f"the {what} is no whole number from {low} on", found=_SHOWN.repr(value))
+
+
+def positive(what: str, value: object) -> None:
+    """Raise UsageError unless `value` is a number above 0."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+        return
+    raise UsageError(f"the {what} is no number above 0", found=_SHOWN.repr(value))
+
+
+def flag(what: str, value: object) -> bool:
+    """Return whether something is asked for; a text such as "no" would count as true.
+
+    Raises:
+      UsageError: it is neither True nor False.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise _wrong(f"option {what}", "True or False", value)
+    return bool(value)
+
+
+def family_text(to: object) -> str:
+    """Return the name of a family; None stands for one that engines read.
+
+    Raises:
+      UsageError: it is no text.
+    """
+    if to is None:
+        return "auto"
+    if not isinstance(to, str):
+        raise UsageError("a family is text, mixtral", found=_SHOWN.repr(to))
+    return to
+
+
+def arrays_of(inputs: object) -> dict[str, Array]:
+    """Return inputs as arrays by name; lists of numbers become arrays.
+
+    Raises:
+      UsageError: they are no mapping of names to arrays.
+    """
+    if not isinstance(inputs, Mapping):
+        raise UsageError("inputs are arrays by name", found=type(inputs).__name__)
+    found: dict[str, Array] = {}
+    for name, value in inputs.items():
+        if not isinstance(name, str):
+            raise _wrong("name of an input", "text", name)
+        try:
+            found[name] = value if hasattr(value, "ndim") else np.asarray(value)
+        except ValueError:
+            raise _wrong(f"input {name}", "an array, or lists of equal lengths", value) from None
+    return found
 
 
 def named_places(models: object) -> dict[str, str]:
@@ -41,6 +127,8 @@ def named_places(models: object) -> dict[str, str]:
         return {}
     if not isinstance(models, Mapping):
         raise _wrong("experts", "folders of models by name, {'a': 'tuned'}", models)
+    if any(not isinstance(name, str) or "=" in name for name in models):
+        raise _wrong("names of the experts", "text without =", list(models))
     return parse_branches([f"{name}={source_text(place)}" for name, place in models.items()])
 
 
@@ -71,6 +159,8 @@ def pass_text(name: str, options: Mapping[str, object]) -> str:
 
 
 def _option_text(name: str, value: object) -> str:
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, bool):
         text = str(value).lower()
     elif isinstance(value, (int, float)):
@@ -98,7 +188,7 @@ def dtype_of(dtype: object) -> DType | None:
         return dtype
     if isinstance(dtype, str):
         return float_type(dtype)
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or _SHOWN.repr(dtype)
     return float_type(str(name).removeprefix("torch."))
 
 
@@ -126,11 +216,11 @@ def continuing(
     wholes = {"tokens": tokens, "top_k": top_k, "seed": seed}
     numbers = {"temperature": temperature, "top_p": top_p}
     problems = [
-        Problem(f"{name} has another type", expected="a whole number", found=repr(value))
+        Problem(f"{name} has another type", expected="a whole number", found=_SHOWN.repr(value))
         for name, value in wholes.items()
         if not isinstance(value, int) or isinstance(value, bool)
     ] + [
-        Problem(f"{name} has another type", expected="a number", found=repr(value))
+        Problem(f"{name} has another type", expected="a number", found=_SHOWN.repr(value))
         for name, value in numbers.items()
         if not isinstance(value, (int, float)) or isinstance(value, bool)
     ]
@@ -151,16 +241,18 @@ def step_request(options: Mapping[str, object]) -> StepRequest:
     """
     hints = get_type_hints(StepRequest)
     problems = []
-    for name, value in options.items():
+    checked: JsonDict = {
+        n: v.item() if isinstance(v, np.generic) else v for n, v in options.items()
+    }
+    for name, value in checked.items():
         if name not in hints:
             hint = nearest(name, hints) or f"options: {', '.join(hints)}"
             problems.append(Problem(f"plan has no option {name!r}", hint=hint))
         elif not isinstance(value, hints[name]) or isinstance(value, bool):
             problems.append(Problem(f"{name} has another type", expected=_expected(hints[name]),
-                                    found=repr(value)))  # fmt: skip
+                                    found=_SHOWN.repr(value)))  # fmt: skip
     if problems:
         raise UsageError(problems)
-    checked: JsonDict = dict(options)
     return StepRequest(**checked)
 
 
@@ -172,5 +264,5 @@ def _wrong(what: str, expected: str, found: object) -> UsageError:
     return UsageError(
         f"the {what} cannot be used",
         expected=expected,
-        found=f"{type(found).__name__} {found!r}"[:80],
+        found=f"{type(found).__name__} {_SHOWN.repr(found)}",
     )

@@ -10,12 +10,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moecc.api.arguments import (
+    arrays_of,
     dtype_of,
+    family_text,
+    flag,
+    folder_text,
     named_places,
     pass_text,
     pipeline_of,
+    positive,
     source_text,
     step_request,
+    whole,
 )
 from moecc.checkpoint.several import branches_of
 from moecc.errors import UsageError
@@ -72,8 +78,7 @@ def open(
     """
     if isinstance(source, Model):
         return source
-    if not isinstance(seed, int) or seed < 0:
-        raise UsageError("the seed is no whole number from 0 on", found=repr(seed))
+    seed, padding = whole("seed", seed), flag("padding", padding)
     place = None if weights is None else source_text(weights)
     opened = open_model(source_text(source), weights=place, padding=padding, config_alone=True)
     add_branches(opened, named_places(experts))
@@ -143,7 +148,7 @@ class Model:
           UsageError: the pipeline is wrong.
           InputError: a pass cannot be applied to this model.
         """
-        passes = pipeline_of(pipeline)
+        passes, allow_unmatched = pipeline_of(pipeline), flag("allow_unmatched", allow_unmatched)
         remarks: list[str] = []
         context = Context(
             seed=self.seed, allow_unmatched=allow_unmatched,
@@ -168,7 +173,7 @@ class Model:
         Raises:
           InputError: there are no weights.
         """
-        return self._model().params(dtype=dtype_of(dtype) or F32)
+        return self.model.params(dtype=dtype_of(dtype) or F32)
 
     def function(self, *, dtype: object = "f32") -> Compiled:
         """Return the graph as ``f(params, inputs) → outputs``, for ``jax.jit`` and ``jax.grad``.
@@ -193,9 +198,7 @@ class Model:
         from moecc.backend import get_backend
         from moecc.model.inputs import check_inputs, default_inputs
 
-        given = default_inputs(self.graph) if inputs is None else inputs
-        if not isinstance(given, Mapping):
-            raise UsageError("inputs are arrays by name", found=type(given).__name__)
+        given = default_inputs(self.graph) if inputs is None else arrays_of(inputs)
         program = get_backend(backend).compile(self.graph, dtype=dtype_of(dtype) or F32)
         return program.run(self.params(), check_inputs(self.graph, given, "inputs"))
 
@@ -234,7 +237,7 @@ class Model:
 
         how = continuing(tokens, temperature, top_k, top_p, seed, dtype)
         prompts, ends = texts_of("prompt", prompt), texts_of("stop", stop)
-        found = generate_texts(self._model(), prompts, how, stop=ends, continuer=self._continuer)
+        found = generate_texts(self.model, prompts, how, stop=ends, continuer=self._continuer)
         made = [m.text for m in found]
         return made[0] if isinstance(prompt, str) else made
 
@@ -253,7 +256,7 @@ class Model:
         from moecc.tasks.plan_step import plan_step
 
         if not isinstance(machine, str):
-            raise UsageError("a machine is text, tpu:v5p:4x4x4", found=repr(machine))
+            raise UsageError("a machine is text, tpu:v5p:4x4x4", found=type(machine).__name__)
         return StepPlan(plan_step(self.graph, self.name, machine, step_request(options)))
 
     def prepare(self, to: str = "auto", *, dtype: object = None, check: bool = True) -> Plan:
@@ -271,8 +274,7 @@ class Model:
         """
         from moecc.tasks.conversion import plan
 
-        if not isinstance(to, str):
-            raise UsageError("a family is text, mixtral", found=repr(to))
+        to, check = family_text(to), flag("check", check)
         fresh = OpenModel(clone(self.opened.graph), self.name, self.opened.checkpoint)
         return plan(
             fresh, self.pipeline, to, dtype=dtype_of(dtype), seed=self.seed,
@@ -299,8 +301,8 @@ class Model:
         """
         from moecc.tasks.convert import write
 
-        place = source_text(folder)
-        write(self.prepare(to or "auto", dtype=dtype), place, force=force)
+        place, force = folder_text(folder), flag("force", force)
+        write(self.prepare(family_text(to), dtype=dtype), place, force=force)
         return open(place, seed=self.seed)
 
     def verify(
@@ -313,9 +315,8 @@ class Model:
         """
         from moecc.tasks.verify import compare
 
-        if not isinstance(tolerance, (int, float)) or not tolerance > 0:
-            raise UsageError("the tolerance is no number above 0", found=repr(tolerance))
-        return compare(self._model(), open(against)._model(), tolerance=tolerance)
+        positive("tolerance", tolerance)
+        return compare(self.model, open(against).model, tolerance=tolerance)
 
     def close(self) -> None:
         """Close the files of the source, which all models made of it share."""
@@ -351,7 +352,9 @@ class Model:
     def _continuer(self) -> Continuer:
         from moecc.tasks.continue_tokens import Continuer
 
-        return Continuer(self._model())
+        return Continuer(self.model)
 
-    def _model(self) -> OpenModel:
+    @property
+    def model(self) -> OpenModel:
+        """The source with the graph after all passes, as tasks take it."""
         return OpenModel(self.graph, self.name, self.opened.checkpoint)

@@ -278,7 +278,7 @@ class DescriptorPool:
 
     def _take(self, path: Path) -> int:
         if self._closed:
-            raise ValueError("the checkpoint is closed")
+            raise InputError("the checkpoint is closed", where=str(path), hint="open it again")
         descriptor = self._open.get(path)
         if descriptor is None:
             self._shrink(self._limit - 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import io
 import os
 import sys
 import tempfile
@@ -188,8 +187,10 @@ def _run(argv: list[str]) -> int:
     except typer.Abort:
         result = _INTERRUPTED
     except _UsageError as error:
-        error.show(shown := io.StringIO())
-        say(shown.getvalue().rstrip("\n"))
+        if not argv:  # this is the help
+            say(error.format_message())
+        else:
+            show_error(_in_our_style(error))
         return int(error.exit_code)
     # Some versions of typer turn an interrupt into this code themselves.
     if result == _INTERRUPTED:
@@ -204,6 +205,15 @@ _COMPLETION = "_MOECC_COMPLETE"
 
 # Newer versions of typer bundle click, older ones import it; both derive this from its base.
 _UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def _in_our_style(error: Any) -> UsageError:
+    """Return an error of click as moecc's own: the words, and which help answers them."""
+    words = " ".join(error.format_message().split()).removesuffix(".")
+    words = words[:1].lower() + words[1:] if not words[:2].isupper() else words
+    command = error.ctx.command_path if error.ctx is not None else "moecc"
+    return UsageError(words, hint=f"{command} --help")
+
 
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 

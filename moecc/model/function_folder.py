@@ -29,7 +29,7 @@ def function_name(graph: Graph) -> str | None:
 def is_function_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder holds a converted function."""
     folder = Path(path)
-    if not (folder / GRAPH_NAME).is_file() or not (folder / CONFIG_NAME).is_file():
+    if not os.path.isfile(folder / GRAPH_NAME) or not os.path.isfile(folder / CONFIG_NAME):
         return False
     try:
         config = read_json_object(folder / CONFIG_NAME, limit_bytes=_MAX_CONFIG_BYTES)

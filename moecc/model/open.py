@@ -121,7 +121,7 @@ class Params(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         from moecc.weights.evaluate import evaluate
 
-        if name not in self._graph.params:
+        if not isinstance(name, str) or name not in self._graph.params:
             hint = nearest(str(name), self._graph.params)
             raise UnknownName(f"the model has no parameter {name!r}", hint=hint)
         weight = self._graph.params[name].weight
@@ -202,7 +202,7 @@ def _has_config_alone(folder: Path) -> bool:
     from moecc.checkpoint.folder import CONFIG_NAME
     from moecc.checkpoint.layout import lacks_weights
 
-    return (folder / CONFIG_NAME).is_file() and lacks_weights(set(os.listdir(folder)))
+    return os.path.isfile(folder / CONFIG_NAME) and lacks_weights(set(os.listdir(folder)))
 
 
 def _open_config(source: str, padding: bool) -> Model:

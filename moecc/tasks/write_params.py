@@ -62,12 +62,15 @@ def _misfits(graph: Graph, params: Json) -> Iterator[Problem]:
     for name in params:
         if name not in graph.params:
             what = "the model has no such parameter"
-            yield Problem(what, name, hint=nearest(name, graph.params))
+            yield Problem(what, str(name), hint=nearest(str(name), graph.params))
     for name, param in graph.params.items():
         if name not in params:
             yield Problem("no array is given", f"param %{name}", str(param.type))
             continue
-        shape, kind = tuple(params[name].shape), getattr(params[name], "dtype", None)
-        if shape != param.type.shape or kind not in known:
+        array = params[name]
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            found = type(array).__name__
+            yield Problem("this is no array", f"param %{name}", str(param.type), found)
+        elif tuple(array.shape) != param.type.shape or array.dtype not in known:
             yield Problem("the array does not fit", f"param %{name}", str(param.type),
-                          f"{kind}{list(shape)}")  # fmt: skip
+                          f"{array.dtype}{list(array.shape)}")  # fmt: skip

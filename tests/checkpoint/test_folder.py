@@ -48,7 +48,7 @@ def test_an_unknown_tensor_is_answered_with_the_nearest_name(make_folder):
 def test_a_closed_checkpoint_reads_no_more(make_folder):
     with open_checkpoint(make_folder({"model.safetensors": {"a": 6}})) as checkpoint:
         checkpoint.read("a")
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(InputError, match="closed"):
         checkpoint.read("a")
 
 

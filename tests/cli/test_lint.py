@@ -114,7 +114,7 @@ def test_more_experts_than_cores(moecc: Callable) -> None:
         (["preset:nosuch"], 2, "preset"),
         (["dce", "--warnings", "fatal"], 2, "fatal"),
         (["dce", "--cores", "0"], 2, "0 is not in the range"),
-        ([], 2, "Missing argument"),
+        ([], 2, "missing argument"),
     ],
 )
 def test_targets_that_are_none(moecc: Callable, arguments: list[str], code: int, says: str) -> None:

@@ -76,7 +76,7 @@ class SavedStep:
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder is the run of a training."""
     folder = Path(path)
-    return (folder / GRAPH).is_file() and (folder / LINEAGE).is_file()
+    return os.path.isfile(folder / GRAPH) and os.path.isfile(folder / LINEAGE)
 
 
 def split_reference(text: str) -> tuple[str, str] | None:

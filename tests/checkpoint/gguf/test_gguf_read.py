@@ -312,7 +312,7 @@ def test_a_file_that_changed(opened: GgufFile) -> None:
 def test_a_closed_file(opened: GgufFile) -> None:
     with opened:
         pass
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(InputError, match="closed"):
         opened.read(UP_PROJ)
 
 

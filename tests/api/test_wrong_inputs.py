@@ -1,0 +1,333 @@
+"""Wrong inputs of the Python API and of the command line, one a row: moecc's own error, always.
+
+A row has what is called, the class of the error or the exit code, and words of the message.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moecc
+from moecc.cli.main import main
+from moecc.errors import InputError, MoeccError, UnknownName, UsageError
+from moecc.ir.parser import ParseError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+DENSE = GOLDEN / "llama_gqa"
+H100 = "gpu:h100:8"
+
+
+class NoPath:
+    """Says that it is a path, and is none."""
+
+    def __fspath__(self) -> int:
+        return 3
+
+
+class NoText:
+    """Has no text that could be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.fixture(scope="module")
+def dense() -> moecc.Model:
+    return moecc.open(DENSE)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a row, with files that are not what they are taken for."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "bad.moe").write_text("moecc 1\ngraph")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPYxx")
+    (tmp_path / "bad.toml").write_text("= 3")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "bad.rules").write_text("%%%")
+    (tmp_path / "imports.py").write_text("import nowhere_at_all\n")
+    (tmp_path / "syntax.py").write_text("def (\n")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "dense").symlink_to(DENSE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def closed() -> moecc.Model:
+    model = moecc.open(DENSE)
+    model.close()
+    return model
+
+
+def preset() -> moecc.Model:
+    return moecc.open("preset:smollm2-135m")
+
+
+def tokens(value: object) -> dict[str, object]:
+    return {"tokens": value}
+
+
+Call = Callable[[moecc.Model], object]
+
+API: dict[str, tuple[Call, type[MoeccError], str]] = {
+    "a number to open": (lambda m: moecc.open(3), UsageError, "the source cannot be used"),
+    "nothing to open": (lambda m: moecc.open(None), UsageError, "the source cannot be used"),
+    "bytes to open": (lambda m: moecc.open(b"x"), UsageError, "the source cannot be used"),
+    "no text to open": (lambda m: moecc.open(""), UsageError, "the source cannot be used"),
+    "a path that is a number": (lambda m: moecc.open(NoPath()), UsageError, "the source cannot"),
+    "what has no text to open": (lambda m: moecc.open(NoText()), UsageError, "found: NoText"),
+    "a zero byte to open": (lambda m: moecc.open("a\0b"), UsageError, "the source cannot be used"),
+    "a name too long to open": (lambda m: moecc.open("a" * 5000), InputError, "too long"),
+    "a folder that is missing": (lambda m: moecc.open("nowhere"), InputError, "no such file"),
+    "an empty folder": (lambda m: moecc.open("empty"), InputError, "no config.json"),
+    "a file of another kind": (lambda m: moecc.open("file"), InputError, "not a checkpoint"),
+    "half a graph": (lambda m: moecc.open("bad.moe"), ParseError, "expected the name of the graph"),
+    "half a GGUF file": (lambda m: moecc.open("bad.gguf"), InputError, "in the middle"),
+    "a preset that is missing": (lambda m: moecc.open("preset:smolm"), UsageError, "unknown pre"),
+    "half a name of the hub": (lambda m: moecc.open("hf:x"), UsageError, "hf:ORG/NAME"),
+    "a step of what is no run": (lambda m: moecc.open("dense@best"), InputError, "no such file"),
+    "weights of a folder": (
+        lambda m: moecc.open(DENSE, weights=DENSE), UsageError, "goes with a .moe file",
+    ),
+    "a negative seed": (lambda m: moecc.open(DENSE, seed=-1), UsageError, "the seed is no whole"),
+    "a seed between numbers": (lambda m: moecc.open(DENSE, seed=1.5), UsageError, "the seed is no"),
+    "a truth as seed": (lambda m: moecc.open(DENSE, seed=True), UsageError, "the seed is no whole"),
+    "a text as padding": (lambda m: moecc.open(DENSE, padding="no"), UsageError, "True or False"),
+    "experts that are no mapping": (
+        lambda m: moecc.open(DENSE, experts=["a"]), UsageError, "the experts cannot be used",
+    ),
+    "experts by number": (
+        lambda m: moecc.open(DENSE, experts={3: DENSE}), UsageError, "names of the experts",
+    ),
+    "experts by a name with =": (
+        lambda m: moecc.open(DENSE, experts={"a=b": DENSE}), UsageError, "names of the experts",
+    ),
+    "experts of a reserved name": (
+        lambda m: moecc.open(DENSE, experts={"base": DENSE}), UsageError, "the name of SOURCE",
+    ),
+    "experts of another family": (
+        lambda m: moecc.open(DENSE, experts={"a": GOLDEN / "qwen2_square"}), InputError,
+        "different families",
+    ),
+    "statistics that are missing": (
+        lambda m: moecc.open(DENSE, capture="nowhere"), InputError, "not a folder of statistics",
+    ),
+    "statistics that are needed": (
+        lambda m: m.upcycle(experts=4, split="activation"), InputError, "needs statistics",
+    ),
+    "an option that is misspelt": (lambda m: m.upcycle(expert=4), UsageError, "mean 'experts'"),
+    "an option that is no name": (lambda m: m.upcycle(**{"x}": 1}), UsageError, "no option 'x'"),
+    "an option of another type": (lambda m: m.upcycle(experts="x"), UsageError, "another type"),
+    "an object as option": (lambda m: m.upcycle(experts=object()), UsageError, "option experts"),
+    "no number as option": (lambda m: m.upcycle(experts=float("nan")), UsageError, "another type"),
+    "too many experts": (lambda m: m.upcycle(experts=10**30), UsageError, "another type"),
+    "no experts": (lambda m: m.upcycle(experts=0), UsageError, "at least two experts"),
+    "layers of none": (lambda m: m.upcycle(experts=4, layers=[99]), InputError, "in layer"),
+    "options that contradict": (lambda m: m.upcycle(experts=4, top_k=5), UsageError, "not suit"),
+    "a number as pipeline": (lambda m: m.apply(4), UsageError, "the pipeline cannot be used"),
+    "a dictionary as pipeline": (lambda m: m.apply({"a": 1}), UsageError, "the pipeline cannot"),
+    "a model as pipeline": (lambda m: m.apply(m), UsageError, "the pipeline cannot be used"),
+    "a graph as pipeline": (lambda m: m.apply(m.graph), UsageError, "the pipeline cannot be used"),
+    "a class as pass": (lambda m: m.apply([int]), UsageError, "the pipeline cannot be used"),
+    "parentheses": (lambda m: m.apply("upcycle(experts=8)"), UsageError, "options are in braces"),
+    "commas": (lambda m: m.apply("upcycle{experts=8,top-k=2}"), UsageError, "by blanks"),
+    "commas and blanks": (
+        lambda m: m.apply("upcycle{experts=8, top-k=2}"), UsageError, "separated by blanks",
+    ),
+    "braces left open": (lambda m: m.apply("upcycle{experts=8"), UsageError, "end of the text"),
+    "a pass that is missing": (lambda m: m.apply("upcicle"), UsageError, "did you mean 'upcycle'"),
+    "a text as truth": (lambda m: m.apply("dce", allow_unmatched="no"), UsageError, "allow"),
+    "sparse already": (
+        lambda m: m.upcycle(experts=4).upcycle(experts=4), InputError, "it is sparse already",
+    ),
+    "a type that is missing": (lambda m: m.params(dtype="f31"), UsageError, "did you mean 'f32'"),
+    "a type of integers": (lambda m: m.params(dtype=int), UsageError, "unknown element type"),
+    "a type without a text": (lambda m: m.params(dtype=NoText()), UsageError, "unknown element"),
+    "a type of files alone": (lambda m: m.function(dtype="q8_0"), UsageError, "unknown element"),
+    "a parameter that is missing": (lambda m: m.params()["lm_heat"], UnknownName, "'lm_heat'"),
+    "a parameter by number": (lambda m: m.params()[3], UnknownName, "no parameter 3"),
+    "a parameter by a list": (lambda m: m.params()[["a"]], UnknownName, "no parameter ['a']"),
+    "parameters of a preset": (lambda m: preset().params(), InputError, "has no weights"),
+    "parameters of a closed model": (
+        lambda m: dict(closed().params()), InputError, "the checkpoint is closed",
+    ),
+    "inputs that are no mapping": (lambda m: m.run(3), UsageError, "inputs are arrays by name"),
+    "an input by number": (lambda m: m.run({3: 1}), UsageError, "the name of an input"),
+    "an input that is misspelt": (lambda m: m.run({"token": [[1]]}), InputError, "did you mean"),
+    "lists of other lengths": (lambda m: m.run(tokens([[1, 2], [3]])), UsageError, "equal lengths"),
+    "a text as tokens": (lambda m: m.run(tokens("abc")), InputError, "not token ids"),
+    "fractions as tokens": (lambda m: m.run(tokens([[0.5]])), InputError, "not token ids"),
+    "no tokens": (lambda m: m.run(tokens(np.zeros((1, 0), int))), InputError, "not token ids"),
+    "tokens of no word": (lambda m: m.run(tokens([[999]])), InputError, "outside the vocabulary"),
+    "a backend that is missing": (lambda m: m.run(backend="tpu"), UsageError, "unknown backend"),
+    "a number as backend": (lambda m: m.run(backend=3), UsageError, "unknown backend"),
+    "a run of a closed model": (lambda m: closed().run(), InputError, "the checkpoint is closed"),
+    "a number as prompt": (lambda m: m.generate(3), UsageError, "the prompt cannot be used"),
+    "no whole number of tokens": (lambda m: m.generate("a", 1.5), UsageError, "tokens has another"),
+    "a negative temperature": (lambda m: m.generate("a", temperature=-1), UsageError, "0 or more"),
+    "a number as stop": (lambda m: m.generate("a", stop=3), UsageError, "the stop cannot be used"),
+    "texts without a tokenizer": (lambda m: m.generate("a"), InputError, "no tokenizer.json"),
+    "an encoder that speaks": (
+        lambda m: moecc.open(GOLDEN / "bert_square").generate("a"), InputError, "continues no text",
+    ),
+    "a machine that is missing": (lambda m: m.plan("gpu:h1000:8"), UsageError, "did you mean"),
+    "a number as machine": (lambda m: m.plan(8), UsageError, "a machine is text"),
+    "an option of plan misspelt": (lambda m: m.plan(H100, meshh="a=8"), UsageError, "mean 'mesh'"),
+    "an option of plan of another type": (
+        lambda m: m.plan(H100, batch_tokens="many"), UsageError, "batch_tokens has another type",
+    ),
+    "a mesh as mapping": (lambda m: m.plan(H100, mesh={"data": 8}), UsageError, "mesh has"),
+    "a mesh of other devices": (lambda m: m.plan(H100, mesh="data=3"), InputError, "numbers of"),
+    "rules that are a folder": (lambda m: m.plan(H100, rules="./empty"), InputError, "cannot be"),
+    "a remat that is missing": (lambda m: m.plan(H100, remat="all"), UsageError, "unknown remat"),
+    "a target that is missing": (lambda m: m.prepare("mixtrall"), UsageError, "unknown target"),
+    "an empty target": (lambda m: m.prepare(""), UsageError, "unknown target"),
+    "a number as target": (lambda m: m.prepare(3), UsageError, "a family is text"),
+    "a text as check": (lambda m: m.prepare("llama", check="no"), UsageError, "option check"),
+    "a target that cannot hold it": (
+        lambda m: m.upcycle(experts=4, layers="every:2").prepare("mixtral", check=False),
+        InputError, "mixtral has an expert layer at every depth",
+    ),
+    "a number to save to": (lambda m: m.save(3), UsageError, "the folder cannot be used"),
+    "a zero byte to save to": (lambda m: m.save("a\0b"), UsageError, "the folder cannot be used"),
+    "a preset to save": (lambda m: preset().save("x"), InputError, "has no weights to convert"),
+    "a closed model to save": (lambda m: closed().save("x", to="llama"), InputError, "is closed"),
+    "a folder that is there": (lambda m: m.save("full", to="llama"), InputError, "not empty"),
+    "a file that is there": (lambda m: m.save("file", to="llama"), InputError, "not a folder"),
+    "a folder below a file": (lambda m: m.save("file/x", to="llama"), InputError, "does not exist"),
+    "a text that would replace": (
+        lambda m: m.save("full", to="llama", force="no"), UsageError, "the option force cannot",
+    ),
+    "a truth as target": (lambda m: m.save("x", to=False), UsageError, "a family is text"),
+    "a tolerance of nothing": (lambda m: m.verify(DENSE, tolerance=0), UsageError, "above 0"),
+    "a truth as tolerance": (lambda m: m.verify(DENSE, tolerance=True), UsageError, "above 0"),
+    "a number to verify": (lambda m: m.verify(3), UsageError, "the source cannot be used"),
+    "another vocabulary": (lambda m: m.verify(GOLDEN / "qwen2_square"), InputError, "different"),
+    "another kind of output": (lambda m: m.verify(GOLDEN / "bert_square"), InputError, "different"),
+    "nothing to write": (lambda m: moecc.write_params(m, None, "x"), UsageError, "arrays by name"),
+    "parameters that are missing": (
+        lambda m: moecc.write_params(m, {}, "x"), InputError, "no array is given",
+    ),
+    "parameters of numbers": (
+        lambda m: moecc.write_params(m, dict.fromkeys(m.graph.params, 3), "x"), InputError,
+        "this is no array",
+    ),
+    "parameters of no model": (
+        lambda m: moecc.write_params(3, {}, "x"), UsageError, "the source cannot be used",
+    ),
+    "parameters into a number": (
+        lambda m: moecc.write_params(m, m.params(), 3), UsageError, "the folder cannot be used",
+    ),
+}  # fmt: skip
+
+UPCYCLE = "upcycle{experts=4}"
+SMALL = "plan preset:smollm2-135m --machine gpu:h100:8"
+
+COMMANDS: dict[str, tuple[int, str]] = {
+    "inspct dense": (2, "did you mean 'inspect'"),
+    "--verison": (2, "--version"),
+    "inspect": (2, "missing argument 'SOURCE'"),
+    "inspect dense dense": (2, "unexpected extra argument"),
+    "inspect dense --format xml": (2, "'xml' is not one of 'human', 'json'"),
+    "inspect nowhere": (1, "there is no such file or folder"),
+    "inspect file": (1, "this is not a checkpoint"),
+    "inspect preset:nope": (2, "unknown preset 'nope'"),
+    "import empty": (1, "the folder has no config.json"),
+    "import dense --padding-mask": (1, "a decoder alone takes no mask"),
+    "opt dense -p dce": (1, "is a folder, not a graph"),
+    "opt bad.moe -p dce": (1, "expected the name of the graph"),
+    "opt bad.npy -p dce": (1, "a .moe file is UTF-8"),
+    "opt bad.moe -p upcycle(experts=8)": (2, "options are in braces"),
+    "convert dense": (2, "missing argument 'OUT'"),
+    f"convert dense out -p {UPCYCLE} --to mixtrall": (2, "unknown target"),
+    f"convert dense out -p {UPCYCLE} --to gguf:": (2, "unknown architecture of GGUF"),
+    f"convert dense out -p {UPCYCLE} --to mixtral --dtype f31": (2, "did you mean 'f32'"),
+    f"convert dense out -p {UPCYCLE} --to mixtral --seed x": (2, "not a valid integer"),
+    f"convert dense out -p {UPCYCLE} --to mixtral --max-shard-bytes huge": (2, "number of bytes"),
+    "convert dense out -p upcicle --to mixtral": (2, "did you mean 'upcycle'"),
+    f"convert dense file -p {UPCYCLE} --to mixtral": (1, "the output is a file"),
+    f"convert dense dense -p {UPCYCLE} --to mixtral": (1, "not empty"),
+    f"convert dense no/where -p {UPCYCLE} --to mixtral": (1, "does not exist"),
+    f"convert dense out -p {UPCYCLE} --to mixtral --load imports.py": (2, "nowhere_at_all"),
+    f"convert dense out -p {UPCYCLE} --to mixtral --load syntax.py": (2, "syntax.py"),
+    f"convert dense out -p {UPCYCLE} --to mixtral --load empty": (2, "empty"),
+    f"convert dense out -p {UPCYCLE} --to mixtral --experts a": (2, "NAME=DIR"),
+    f"convert preset:smollm2-135m out -p {UPCYCLE} --to mixtral": (1, "has no weights to convert"),
+    "verify dense": (1, "there is no moecc_manifest.json"),
+    "verify dense --against nowhere": (1, "there is no such file or folder"),
+    "verify dense --against dense --tolerance -1": (2, "must not be negative"),
+    "verify dense --against dense --inputs bad.npy": (1, "not a .npy file"),
+    "run dense --outputs out.npz --backend tpu": (2, "unknown backend"),
+    "run dense --outputs out.npz --inputs empty": (1, "no such file"),
+    "generate dense --prompt a --tokens 0": (2, "not in the range"),
+    "generate dense --prompt a": (1, "no tokenizer.json"),
+    "plan preset:smollm2-135m": (2, "missing option '--machine'"),
+    "plan preset:smollm2-135m --machine gpu:h1000:8": (2, "did you mean 'h100'"),
+    f"{SMALL} --mesh data=x": (2, "not a mesh"),
+    f"{SMALL} --mesh data=3": (1, "different numbers of devices"),
+    f"{SMALL} --batch-tokens many": (2, "not a valid integer"),
+    f"{SMALL} --batch-tokens 7": (1, "not whole sequences"),
+    f"{SMALL} --sequence 1,2,3": (1, "another number of sequence lengths"),
+    f"{SMALL} --rules bad.rules": (1, "not a rule"),
+    f"{SMALL} --optimizer sgd": (2, "'adamw', 'adafactor'"),
+    f"{SMALL} --weight-dtype f31": (2, "did you mean 'f32'"),
+    f"{SMALL} --save file": (1, "the file exists"),
+    f"{SMALL} --html empty": (1, "is a folder"),
+    "compile preset:smollm2-135m": (2, "no machine is named"),
+    "compile preset:smollm2-135m --plan nowhere.json": (1, "cannot read the file"),
+    "compile preset:smollm2-135m --plan list.json": (1, "not a JSON object"),
+    "compile preset:smollm2-135m --plan empty": (1, "not a regular file"),
+    "train": (2, "not what moecc train takes"),
+    "train nowhere.toml --out out": (1, "cannot read the file"),
+    "train bad.toml --out out": (1, "not TOML"),
+    "train recipe:finetune --out out": (2, "did you mean 'st-moe-finetune'"),
+    "train --resume empty": (1, "not the folder of a run"),
+    "tokens latin1.txt --tokenizer bytes --out out": (1, "not UTF-8"),
+    "tokens file --tokenizer nowhere --out out": (1, "no tokenizer.json"),
+    "evaluate dense --data empty": (1, "not a token folder"),
+    "report empty --html out.html": (1, "not the folder of a run"),
+    "launch -n 0 -- true": (2, "not in the range"),
+    "launch template nope": (2, "not a command of moecc"),
+    "lint nowhere": (2, "unknown pass"),
+    "passes upcicle": (2, "did you mean 'upcycle'"),
+    "replay file": (1, "not a reproducer"),
+}
+
+
+def test_the_tables_are_long_enough() -> None:
+    assert len(API) >= 60
+    assert len(COMMANDS) >= 60
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("case", API)
+def test_a_wrong_argument_is_moeccs_own_error(dense: moecc.Model, case: str) -> None:
+    call, kind, words = API[case]
+    with pytest.raises(MoeccError) as caught:
+        call(dense)
+    assert type(caught.value) is kind
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_wrong_command_has_an_exit_code_and_a_message(
+    line: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, words = COMMANDS[line]
+    before = sorted(os.listdir(place))
+    assert main(line.split()) == code
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.out == ""
+    assert sorted(os.listdir(place)) == before
