@@ -133,7 +133,7 @@ def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy
         "train" if train else "eval",
         routed=bool(layout.experts),
         bound=bound,
-        groups=layout.mesh.size(layout.batch_axes),
+        groups=layout.shards["batch"],
         losses={"metrics": False} if train and layout.experts else None,
         mesh=MeshPasses(str(layout.mesh), layout.names, strategy.via, strategy.sliced)
         if is_explicit
@@ -160,8 +160,7 @@ def _strategy(request: Request, work: Workload, machine: Machine, setting: StepC
         layout = Layout(mesh, work.experts, dense, replicated)
     else:
         layout = Layout.ruled(mesh, work.experts, rules)
-    devices = mesh.size(layout.expert_axes)
-    via = request.via or ("capacity" if devices > 1 else LOCAL)
+    via = request.via or ("capacity" if layout.shards["expert"] > 1 else LOCAL)
     remat = request.remat or ("full" if setting.train else "none")
     dispatch = "grouped" if work.dropless else "index"
     return Strategy(layout, via, dispatch, remat, request.sliced)

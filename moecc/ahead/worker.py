@@ -66,7 +66,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
             "lengths": dict(work.batch.lengths),
         },
         "parameters": work.parameters,
-        "mesh": dict(job.layout.mesh.axes),
+        "mesh": dict(job.layout.sizes),
         "dense_weights": job.layout.dense_weights,
         "remat": estimate.strategy.remat,
         "partition": job.partition,

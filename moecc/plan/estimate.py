@@ -124,7 +124,7 @@ class Estimate:
                     {"count": 0.0, "tensor_bytes": 0.0, "sent_bytes": 0.0, "seconds": 0.0},
                 )
                 times = part.count * transfer.times
-                devices = self.strategy.layout.mesh.size(transfer.axes)
+                devices = self.strategy.layout.size(transfer.axes)
                 row["count"] += times
                 row["tensor_bytes"] += times * transfer.tensor_bytes
                 row["sent_bytes"] += times * sent_bytes(transfer.op, devices, transfer.tensor_bytes)
@@ -240,8 +240,8 @@ class Estimator:
         self, found: Iterable[Transfer], local: Sharding
     ) -> tuple[tuple[Transfer, float], ...]:
         """Return collectives with the seconds that they take."""
-        mesh, reached = local.layout.mesh, efficiency("network")
-        routes = local.sharded.once("routes", lambda: self.machine.network.routes(dict(mesh.axes)))
+        sizes, reached = local.layout.sizes, efficiency("network")
+        routes = local.sharded.once("routes", lambda: self.machine.network.routes(sizes))
         return tuple(
             (t, t.times * seconds(t.op, routes[t.axes], t.tensor_bytes) / reached) for t in found
         )

@@ -13,10 +13,12 @@ from moecc.sharding.layout import DENSE_WEIGHTS, Layout
 
 def layouts(mesh: Mesh, work: Workload) -> Iterator[Layout]:
     """Yield the layouts of `work` that the names of the mesh's axes stand for."""
-    apart = bool(work.experts) and "expert" in mesh.names
-    for dense, replicated in product(DENSE_WEIGHTS, (False, True) if apart else (False,)):
+    for dense, replicated in product(DENSE_WEIGHTS, (False, True)):
         layout = Layout(mesh, work.experts, dense, replicated)
-        if dense == "split" and not (apart or "data" in mesh.names):
+        apart = layout.has_expert_axis
+        if (replicated and not apart) or (
+            dense == "split" and not (apart or "data" in layout.sizes)
+        ):
             continue
         if not any(problems(layout, work)):
             yield layout
@@ -44,7 +46,7 @@ def problems(layout: Layout, work: Workload) -> Iterator[Problem]:
                 str(parts),
                 f"{nearest_divisor(size, parts)} would",
             )
-    for name, size in layout.mesh.axes:
+    for name, size in layout.sizes.items():
         if size > 1 and name not in layout.used:
             dense = name == "expert" and not work.experts
             yield Problem(

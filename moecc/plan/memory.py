@@ -146,7 +146,7 @@ def _state(weight: Weight, local: Sharding, config: StepConfig, kind: str) -> fl
 def _kept(work: Workload, values: Values, strategy: Strategy) -> float:
     """Return the elements that the backward pass keeps of all layers."""
     axis = strategy.stream_axis
-    streams = strategy.layout.mesh.size((axis,)) if axis is not None else 1
+    streams = strategy.layout.size((axis,)) if axis is not None else 1
     key = ("kept", strategy.remat, streams)
     return values.once(key, lambda: _kept_of(work.layers, values, strategy.remat, streams))
 

@@ -16,6 +16,10 @@ the experts; ``model`` splits heads, neurons and the vocabulary.
 """
 
 
+MOST_TENSOR = 64
+"""The search splits neurons over at most so many devices; a mesh that is given may have more."""
+
+
 def plan_mesh(text: str, rules: Sequence[str] | None = None) -> Mesh:
     """Return the mesh that `text` spells: ``data=8,expert=8``.
 
@@ -55,6 +59,30 @@ def check_devices(mesh: Mesh, devices: int, machine: str) -> None:
         found=str(mesh.devices),
         hint=f"{name}:{devices // rest} would" if devices % rest == 0 else None,
     )
+
+
+def searched_meshes(
+    devices: int, experts: int, rules: Sequence[str] | None = None
+) -> Iterator[Mesh]:
+    """Yield the meshes that a search tries, skipping those equivalent up to renaming axes.
+
+    Args:
+      devices: of the machine.
+      experts: of a layer, 0 in a dense model.
+      rules: the layouts whose axes they may have; None: `AXES`.
+    """
+    if rules is not None:
+        # Layouts reject meshes with an axis over which nothing is sharded.
+        yield from meshes(devices, mesh_axes(rules))
+        return
+    for mesh in meshes(devices):
+        data = mesh.sizes.get("data", 1)
+        if mesh.sizes.get("model", 1) > MOST_TENSOR:
+            continue
+        # Experts would be sharded over data, as they are over an axis of their own.
+        if experts and data > 1 and "expert" not in mesh.names and experts % data == 0:
+            continue
+        yield mesh
 
 
 def meshes(devices: int, names: Sequence[str] = AXES) -> Iterator[Mesh]:

@@ -93,8 +93,8 @@ def moved(
 ) -> Moved | None:
     """Return a collective on a value of `shape`, or its transpose; None where nothing is sent."""
     op = TRANSPOSED.get(one.op) if transposed else None if one.is_local else one.op
-    axes = sharded.ordered(one.mesh)
-    if op is None or sharded.layout.mesh.size(axes) == 1:
+    axes = sharded.layout.ordered(one.mesh)
+    if op is None or sharded.layout.size(axes) == 1:
         return None
     elements = shape.elements / sharded.shards(one.type)
     return Moved(op, axes, elements, why, shape.has_slots)
@@ -124,8 +124,8 @@ class _Reader:
             left.difference_update(gathered.axes)
             if axes:
                 yield Moved("reduce_scatter", axes, gathered.elements, "gradients")
-        axes = self.sharded.ordered(left)
-        if self.sharded.layout.mesh.size(axes) > 1:
+        axes = self.sharded.layout.ordered(left)
+        if self.sharded.layout.size(axes) > 1:
             elements = weight.shape.elements / self.sharded.shards(self.sharded.stored(weight))
             yield Moved("all_reduce", axes, elements, "gradients")
 
@@ -175,5 +175,5 @@ class _Reader:
             step, shape = self.steps[node], self.steps[node].operands[number]
             elements = shape.elements / self.sharded.shards(self.sharded.found.used(node)[number])
             why, rows = "gradients of partial sums", shape.has_slots
-            summed = Moved("all_reduce", self.sharded.ordered(axes), elements, why, rows)
+            summed = Moved("all_reduce", self.sharded.layout.ordered(axes), elements, why, rows)
             yield Carried(step, (summed,), step.source_share if number == 0 else 1.0, rows)

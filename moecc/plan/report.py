@@ -62,7 +62,7 @@ def searched_json(ranking: Ranking, work: Workload, most: int = 2000) -> list[Su
 
 def _strategy(strategy: Strategy) -> StrategyReport:
     return {
-        "mesh": dict(strategy.layout.mesh.axes),
+        "mesh": dict(strategy.layout.sizes),
         "rules": list(strategy.layout.names),
         "dense_weights": strategy.layout.dense_weights,
         "via": strategy.via,
@@ -98,7 +98,7 @@ def _plan(estimate: Estimate, work: Workload) -> PlanReport:
 
 
 def _part(part: PartCost, estimate: Estimate) -> PartReport:
-    sizes = estimate.strategy.layout.mesh
+    layout = estimate.strategy.layout
     return {
         "name": part.name,
         "count": part.count,
@@ -120,7 +120,7 @@ def _part(part: PartCost, estimate: Estimate) -> PartReport:
                 "why": t.why,
                 "times": part.count * t.times,
                 "tensor_bytes": t.tensor_bytes,
-                "sent_bytes": sent_bytes(t.op, sizes.size(t.axes), t.tensor_bytes),
+                "sent_bytes": sent_bytes(t.op, layout.size(t.axes), t.tensor_bytes),
                 "seconds": part.count * each,
             }
             for t, each in part.transfers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -12,17 +12,12 @@ from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import SLICED, exact
 from moecc.plan.layouts import check_layout, layouts, problems
 from moecc.plan.machines import Machine, sizes_of_kind
-from moecc.plan.meshes import check_devices, meshes
+from moecc.plan.meshes import check_devices, searched_meshes
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.workload import Workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.legal import refusals
-from moecc.sharding.rules import mesh_axes
 from moecc.sharding.vias import LOCAL, WAYS, Slots, Via
-
-MOST_TENSOR = 64
-"""The search splits neurons over at most so many devices; a mesh that is given may have more."""
-
 
 _NEEDS = {
     "ragged": "ragged is for models without a capacity",
@@ -86,7 +81,7 @@ def _vias(layout: Layout, work: Workload, constraints: Constraints) -> Iterator[
 def legal_vias(layout: Layout, work: Workload) -> list[str]:
     """Return the ways to the experts that a layout has."""
     tokens, experts = (
-        tuple(n for n in axes if layout.mesh.size((n,)) > 1)
+        layout.split(axes)
         for axes in (layout.sharded("batch"), layout.sharded("expert", of_rows=True))
     )
     if not work.experts or not experts:
@@ -101,8 +96,8 @@ def _suits(way: Via, tokens: tuple[str, ...], experts: tuple[str, ...], work: Wo
 
 
 def _layouts(work: Workload, machine: Machine, constraints: Constraints) -> Iterator[Layout]:
-    fixed = constraints.mesh
-    for mesh in _meshes(work, machine, constraints) if fixed is None else (fixed,):
+    tried: Iterable[Mesh] = searched_meshes(machine.devices, work.experts, constraints.rules)
+    for mesh in tried if constraints.mesh is None else (constraints.mesh,):
         if constraints.rules is None:
             found = layouts(mesh, work)
             yield from (x for x in found if constraints.dense_weights in (None, x.dense_weights))
@@ -110,23 +105,6 @@ def _layouts(work: Workload, machine: Machine, constraints: Constraints) -> Iter
         layout = Layout.ruled(mesh, work.experts, constraints.rules)
         if not any(problems(layout, work)):
             yield layout
-
-
-def _meshes(work: Workload, machine: Machine, constraints: Constraints) -> Iterator[Mesh]:
-    """Yield meshes, skipping those equivalent up to renaming axes."""
-    if constraints.rules is not None:
-        # Layouts reject meshes with an axis over which nothing is sharded.
-        yield from meshes(machine.devices, mesh_axes(constraints.rules))
-        return
-    for mesh in meshes(machine.devices):
-        sizes = dict(mesh.axes)
-        data = sizes.get("data", 1)
-        if sizes.get("model", 1) > MOST_TENSOR:
-            continue
-        # Experts would be sharded over data, as they are over an axis of their own.
-        if work.experts and data > 1 and "expert" not in sizes and work.experts % data == 0:
-            continue
-        yield mesh
 
 
 def check_constraints(work: Workload, machine: Machine, constraints: Constraints) -> None:
@@ -148,7 +126,7 @@ def check_constraints(work: Workload, machine: Machine, constraints: Constraints
     else:
         layout = Layout.ruled(constraints.mesh, work.experts, constraints.rules)
     check_layout(layout, work)
-    devices, fitting = layout.mesh.size(layout.expert_axes), legal_vias(layout, work)
+    devices, fitting = layout.shards["expert"], legal_vias(layout, work)
     if constraints.via is not None and constraints.via not in fitting:
         raise InputError(
             f"experts on {devices} devices cannot be reached via {constraints.via}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -51,9 +51,9 @@ class Values(Memo):
         """Return the elements on one device of a value that is looked at by itself."""
         found = self._known.get(shape)
         if found is None:
-            alone, mesh = self.work.sample.alone(shape, self.layout), self.layout.mesh
+            alone = self.work.sample.alone(shape, self.layout)
             rows = self.rows if shape.has_slots else 1.0
-            shards = mesh.size(m for a in alone.axes for m in a.mesh)
+            shards = self.layout.size(m for a in alone.axes for m in a.mesh)
             found = self._known[shape] = shape.elements / shards * rows
         return found
 
@@ -92,13 +92,9 @@ class Sharded(Memo):
             found.setdefault(one.site.node, []).append(one)
         return found
 
-    def ordered(self, axes: Collection[str]) -> tuple[str, ...]:
-        """Return mesh axes in the order of the mesh."""
-        return tuple(n for n in self.layout.mesh.names if n in axes)
-
     def shards(self, type: TensorType) -> int:
         """Return in how many shards a value of `type` is."""
-        return self.layout.mesh.size(m for a in type.axes for m in a.mesh)
+        return self.layout.size(m for a in type.axes for m in a.mesh)
 
     def value(self, weight: Weight) -> Value:
         """Return the parameter of the sampled layers that `weight` is, or is like."""
@@ -163,12 +159,12 @@ class Sharding:
         return self.sharded.once(key, lambda: self._stored_sizes(weight))
 
     def _stored_sizes(self, weight: Weight) -> dict[str, float]:
-        type, mesh = self.sharded.stored(weight), self.layout.mesh
+        type, layout = self.sharded.stored(weight), self.layout
         pairs = zip(weight.shape, type, strict=True)
-        return {name: size / mesh.size(axis.mesh) for (name, size), axis in pairs}
+        return {name: size / layout.size(axis.mesh) for (name, size), axis in pairs}
 
     def stored_axes(self, weight: Weight) -> tuple[str, ...]:
         """Return the mesh axes that cut a parameter for storage, which is gathered for use."""
         stored, used = self.sharded.stored(weight), self.sharded.used(weight)
         found = {m for a in stored for m in a.mesh} - {m for a in used for m in a.mesh}
-        return self.sharded.ordered(found)
+        return self.layout.ordered(found)

@@ -60,7 +60,7 @@ class Strategy:
 
         Devices that split neurons all have it; under rematerialisation it is most of what is kept.
         """
-        tensor = [n for n in self.layout.tensor_axes if self.layout.mesh.size((n,)) > 1]
+        tensor = self.layout.split(self.layout.tensor_axes)
         return tensor[0] if tensor and self.remat != "none" else None
 
     def __str__(self) -> str:

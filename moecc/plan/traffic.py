@@ -83,7 +83,7 @@ def sparse_rows(
         # Rows are counted where their tokens are, before any exchange.
         rows=rows.elements / embed / layout.shards["batch"],
         row_bytes=embed * config.dtype.itemsize_bytes,
-        devices=layout.mesh.size(layout.expert_axes),
+        devices=layout.shards["expert"],
         top_k=part.top_k,
         experts=work.experts,
         dropless=work.dropless,

@@ -6,17 +6,14 @@ found again on every mesh with the same axes and rules whose sizes answer alike 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
-from moecc.sharding.assign import Assigner, divides
+from moecc.sharding.assign import Answers, Assigner
 from moecc.sharding.layout import Layout
 
 T = TypeVar("T")
-
-Answers = Mapping[tuple[int, tuple[str, ...]], bool]
-"""Whether numbers are divided by the sizes of mesh axes."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,9 @@ class Alike(Generic[T]):
           key: what is made.
           make: makes it; of the mesh it may read nothing but what the assigner answers.
         """
-        mesh = layout.mesh
-        known = self._known.setdefault((key, layout.names, mesh.names), [])
+        known = self._known.setdefault((key, layout.names, tuple(layout.sizes)), [])
         for asked, found in known:
-            if all(divides(n, mesh, axes) is yes for (n, axes), yes in asked.items()):
+            if layout.assigner.answers(asked):
                 return found
         assigner = replace(layout.assigner, asked={})
         found = make(assigner)

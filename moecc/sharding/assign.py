@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -16,6 +16,9 @@ from moecc.types.tensor import Axis, Extent, TensorType
 Cuts = Mapping[str, Collection[int]]
 """By the name of an axis, the numbers of what it is cut into or merged from: heads, say."""
 
+
+Answers = Mapping[tuple[int, tuple[str, ...]], bool]
+"""Whether numbers are divided by the sizes of mesh axes."""
 
 ROWS = (Axis("group", "group"), Axis("slot", "slot"))
 """The axes of rows that run beside those of a parameter of experts where it is used."""
@@ -262,13 +265,12 @@ class Assigner:
         key = (number, mesh)
         answer = self.asked.get(key)
         if answer is None:
-            answer = self.asked[key] = divides(number, self.mesh, mesh)
+            answer = self.asked[key] = number % self.mesh.size(mesh) == 0
         return answer
 
-
-def divides(number: int, mesh: Mesh, axes: Iterable[str]) -> bool:
-    """Whether the shards over `axes` of a mesh divide a number."""
-    return number % mesh.size(axes) == 0
+    def answers(self, asked: Answers) -> bool:
+        """Whether all that another assigner `asked` of its mesh has the same answers on this."""
+        return all((number % self.mesh.size(m) == 0) is yes for (number, m), yes in asked.items())
 
 
 def _pin(

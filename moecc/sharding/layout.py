@@ -8,7 +8,7 @@ parameters too and gathers them where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -87,16 +87,14 @@ class Layout:
         if "model" in self.mesh.names and "st-moe" not in names:
             names.append("tensor-parallel")
         if self.dense_weights == "split":
-            apart = self.experts and "expert" in self.mesh.names
-            names.append("zero-expert" if apart else "zero")
+            names.append("zero-expert" if self.has_expert_axis else "zero")
         return tuple(names)
 
     def _rows(self) -> list[str]:
         """Return the rules that shard the batch besides, and the experts."""
-        sizes = dict(self.mesh.axes)
-        if self.experts and "expert" in sizes:
+        if self.has_expert_axis:
             return ["expert-replicated" if self.replicated else "expert-parallel"]
-        data = sizes.get("data", 1)
+        data = self.sizes.get("data", 1)
         if self.experts and data > 1 and self.experts % data == 0:
             if self.replicated:
                 raise InputError(
@@ -105,7 +103,12 @@ class Layout:
                     hint="experts on an axis of their own: expert=8",
                 )
             return ["st-moe"]
-        return ["data-parallel"] if "data" in sizes else []
+        return ["data-parallel"] if "data" in self.sizes else []
+
+    @property
+    def has_expert_axis(self) -> bool:
+        """Whether there are experts and a mesh axis for them alone."""
+        return self.experts > 0 and "expert" in self.sizes
 
     @cached_property
     def rules(self) -> tuple[LayoutRule, ...]:
@@ -136,31 +139,45 @@ class Layout:
             return _sharded(self.assigner, name, of_rows)
         return _sharded_by_shipped(self.names, self.mesh.names, name, of_rows)
 
-    def _ordered(self, axes: Collection[str]) -> tuple[str, ...]:
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the mesh axes by name, outermost first."""
+        return self.mesh.sizes
+
+    def size(self, axes: Iterable[str]) -> int:
+        """Return the number of shards over mesh axes together."""
+        return self.mesh.size(axes)
+
+    def ordered(self, axes: Collection[str]) -> tuple[str, ...]:
+        """Return mesh axes in the order of the mesh."""
         return tuple(n for n in self.mesh.names if n in axes)
+
+    def split(self, axes: Iterable[str]) -> tuple[str, ...]:
+        """Return those of mesh axes along which there are several devices."""
+        return tuple(n for n in axes if self.mesh.sizes[n] > 1)
 
     @cached_property
     def expert_axes(self) -> tuple[str, ...]:
         """The mesh axes over which the experts are sharded."""
-        return self._ordered(self.sharded("expert", of_rows=True)) if self.experts else ()
+        return self.ordered(self.sharded("expert", of_rows=True)) if self.experts else ()
 
     @cached_property
     def batch_axes(self) -> tuple[str, ...]:
         """The mesh axes over which the batch is sharded."""
-        return self._ordered(self.sharded("batch"))
+        return self.ordered(self.sharded("batch"))
 
     @cached_property
     def tensor_axes(self) -> tuple[str, ...]:
         """The mesh axes over which heads, neurons and the vocabulary are sharded."""
-        return self._ordered({m for name in TENSOR_AXES for m in self.sharded(name)})
+        return self.ordered({m for name in TENSOR_AXES for m in self.sharded(name)})
 
     @cached_property
     def shards(self) -> dict[str, int]:
         """In how many shards each axis of a value is."""
         return {
-            **{name: self.mesh.size(self.sharded(name)) for name in TENSOR_AXES},
-            "batch": self.mesh.size(self.batch_axes),
-            "expert": self.mesh.size(self.expert_axes),
+            **{name: self.size(self.sharded(name)) for name in TENSOR_AXES},
+            "batch": self.size(self.batch_axes),
+            "expert": self.size(self.expert_axes),
         }
 
     @cached_property

@@ -198,7 +198,7 @@ def _layout(graph: Graph, recipe: Recipe) -> Layout | None:
 
 def _via(graph: Graph, layout: Layout, specialised: str) -> str:
     """Return how tokens reach experts where the recipe leaves it open: as the slots allow."""
-    if layout.mesh.size(layout.expert_axes) == 1:
+    if layout.shards["expert"] == 1:
         return LOCAL
     if not set(layout.expert_axes) <= set(layout.batch_axes):
         return "replicated"

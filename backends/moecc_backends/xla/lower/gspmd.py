@@ -78,7 +78,7 @@ class GspmdLowering:
         return GroupSlots(routing, self)
 
     def _divides(self, groups: int) -> bool:
-        return groups > 0 and groups % self.plan.mesh.size(self.plan.batch_axes) == 0
+        return groups > 0 and groups % self.plan.shards["batch"] == 0
 
     def sharding(self, axes: tuple[str, ...], spec: ShardingSpec) -> NamedSharding:
         """Return the sharding of an array with `axes`, of which `spec` names the mesh axes."""

@@ -226,7 +226,7 @@ def step_shardings(graph: Graph, spec: StepSpec, devices: Devices) -> StepShardi
 
 def check_groups(graph: Graph, layout: Layout) -> None:
     """Raise InputError if a group of tokens, within which slots are counted, would be cut."""
-    shards = layout.mesh.size(layout.batch_axes)
+    shards = layout.shards["batch"]
     found = [
         Problem(
             f"{' x '.join(layout.batch_axes)} cuts the token groups",
