@@ -132,10 +132,11 @@ def flops(graph: Graph) -> tuple[int, int]:
     tokens = {"batch", *(axis.name for value in given for axis in value.type)}
     fixed = per_position = 0.0
     for node in graph:
-        if not node.op.is_product:
+        if not node.op.products:
             continue
         axes = {a.name: a.size for v in (*node.operands, node.result) for a in v.type}
-        windows = [n for n in node.mixes if n in node.result.type] if given else ()
+        along = () if node.op.attends or not given else node.mixes
+        windows = [n for n in along if n in node.result.type]
         axes = {n: s for n, s in axes.items() if n not in windows}
         rows = rows_of(node.operands)
         times = 1.0
@@ -143,7 +144,10 @@ def flops(graph: Graph) -> tuple[int, int]:
             times = choices_kept(rows)
             axes = {n: s for n, s in axes.items() if n not in ("group", "expert", "slot")}
         work = (
-            2 * times * prod(s for n, s in axes.items() if isinstance(s, int) and n not in tokens)
+            2
+            * node.op.products
+            * times
+            * prod(s for n, s in axes.items() if isinstance(s, int) and n not in tokens)
         )
         if any(isinstance(s, str) and n not in tokens for n, s in axes.items()):
             per_position += work

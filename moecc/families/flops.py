@@ -44,7 +44,7 @@ def sequence_flops(graph: Graph, lengths: Mapping[str, int] | None = None) -> Se
     used = _lengths(graph, PAPER_LENGTHS if lengths is None else lengths)
     paper = weights = attention = 0.0
     for node in graph:
-        if not node.op.is_product:
+        if not node.op.products:
             continue
         work = _work(node, used)
         if not any(v.is_param for v in node.operands):
@@ -71,7 +71,8 @@ def _work(node: Node, lengths: Mapping[str, int]) -> float:
     values = (*node.operands, node.result)
     sizes = {axis.name: axis.size for v in values for axis in v.type}
     if rows is None:
-        return 2.0 * prod(_size(name, size, lengths) for name, size in sizes.items())
+        each = prod(_size(name, size, lengths) for name, size in sizes.items())
+        return 2.0 * node.op.products * each
     inner = (s for n, s in sizes.items() if n not in ("group", "expert", "slot"))
     each = prod(s for s in inner if isinstance(s, int))
     return 2.0 * each * _dispatched_tokens(rows, lengths) * choices_kept(rows)
@@ -95,7 +96,10 @@ def _as_in_papers(node: Node, lengths: Mapping[str, int]) -> float:
     rows = rows_of(node.operands)
     if rows is not None:
         return choices_kept(rows, bounded=False) / choices_kept(rows)
-    if "cross_attention" in node.loc and "kv_seq" in node.result.type:
-        memory = _size("kv_seq", node.result.type["kv_seq"].size, lengths)
-        return lengths.get("T", memory) / memory
-    return 1.0
+    made = [*node.results, *(node.operands if node.op.attends else ())]
+    keys = next((v.type["kv_seq"] for v in made if "kv_seq" in v.type), None)
+    if "cross_attention" not in node.loc or keys is None:
+        return 1.0
+    memory = _size("kv_seq", keys.size, lengths)
+    # Of the two products of an attention it is that of the scores.
+    return (lengths.get("T", memory) / memory + node.op.products - 1) / node.op.products

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Convention = Literal["tokens", "assignments"]
 Gates = Literal["renormalised", "softmax", "sigmoid-renormalised", "sigmoid", "sparsemixer", "ones"]
+Given = Literal["bias", "sinks", "keep", "query_segments", "key_segments"]
 Hash = Literal["murmur", "modulo"]
 Order = Literal["choice", "token"]
 Policy = Literal["all", "none", "threshold", "random"]
@@ -210,6 +211,17 @@ class ConstantAttrs(View):
     operations = frozenset({"constant"})
     value: float
     dtype: str
+
+class AttentionAttrs(View):
+    """Attributes of ``attention``."""
+    operations = frozenset({"attention"})
+    over: str
+    along: str
+    scale: float
+    cap: float
+    causal: tuple[str, ...]
+    window: int
+    given: tuple[Given, ...]
 
 class JaxAttrs(View):
     """Attributes of ``jax``."""

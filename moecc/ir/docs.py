@@ -22,6 +22,7 @@ GROUPS = (
     ("Reductions and norms", "reduction"),
     ("Axes", "axes"),
     ("Positions and masks", "attention"),
+    ("Attention", "fused_attention"),
     ("Routing", "routing"),
     ("Slots", "slots"),
     ("Random numbers", "random"),

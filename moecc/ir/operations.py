@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moecc.ir.attributes import (
         Convention,
         Gates,
+        Given,
         Hash,
         Order,
         Policy,
@@ -205,6 +206,17 @@ class Operations(ElementwiseOperations):
     def constant(self, /, *, value: float, dtype: str = "f32", name: str | None = None) -> Value:
         """A scalar constant."""
         return self.node("constant", names=names_of(name), value=value, dtype=dtype).result
+
+    def attention(
+        self, query: Value, key: Value, value: Value, /, *more: Value, over: str, along: str,
+        scale: float = 1.0, cap: float = 0.0, causal: Names = (), window: int = 0,
+        given: Given | tuple[Given, ...] = (), name: str | None = None
+    ) -> Value:
+        """Values averaged by the softmax of query · key, without scores in memory."""
+        return self.node(
+            "attention", query, key, value, *more, names=names_of(name), over=over, along=along,
+            scale=scale, cap=cap, causal=causal, window=window, given=given
+        ).result
 
     def jax(
         self, x: Value, /, *more: Value, into: Sizes, dtype: str = "f32", equations: int = 0,

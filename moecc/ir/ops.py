@@ -103,6 +103,7 @@ class OpDef:
       chooses: whether it chooses experts by the scores in its first operand.
       assigns_slots: whether its last result holds the slot of each choice.
       moves: whether it moves tokens to the slots of experts, or back.
+      attends: whether it averages rows of the third operand, by weights from the first two.
       roles: the role of a parameter in each operand; operands not listed expect no parameter.
       opaque: whether only another program can compute it, so that no backend runs it.
     """
@@ -135,6 +136,7 @@ class OpDef:
     chooses: bool = False
     assigns_slots: bool = False
     moves: RowMove | None = None
+    attends: bool = False
     roles: tuple[Role, ...] = ()
     opaque: bool = False
 
@@ -166,6 +168,8 @@ class OpDef:
     @property
     def cost(self) -> Cost:
         """Its cost class: products, look-ups, norms and row moves use memory, others fuse."""
+        if self.attends:
+            return Cost.ATTENTION
         if self.moves is not None or self.normalises:
             return Cost.READ_WRITE
         if self.index is not None and self.linear:
@@ -177,6 +181,11 @@ class OpDef:
     def is_product(self) -> bool:
         """Whether it multiplies and sums, as a matrix product does."""
         return self.cost is Cost.PRODUCT
+
+    @property
+    def products(self) -> int:
+        """How many products of matrices it is, each with two FLOPs for each place of all axes."""
+        return {Cost.PRODUCT: 1, Cost.ATTENTION: 2}.get(self.cost, 0)
 
     @property
     def is_sum(self) -> bool:

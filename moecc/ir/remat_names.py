@@ -13,7 +13,7 @@ from moecc.ir.traits import Collective, RowMove
 KEPT = ("router", "rows", "experts", "combine", "attention")
 """A router's logits, dispatched rows, the experts' results, and the outputs of sublayers."""
 
-DEFAULT = ("combine", "attention")
+DEFAULT = KEPT[-2:]
 """The names saved by default: what the sublayers add to the residual stream."""
 
 _MOVED = {RowMove.TO_SLOTS: "rows", RowMove.TO_TOKENS: "combine"}
@@ -73,11 +73,11 @@ def _projects_attention(node: Node) -> bool:
     """Whether `node` projects the product of the values with the attention weights."""
     source = node.operands[0].node if node.op.is_product else None
     for _ in range(_STEPS_TO_ATTENTION):
-        if source is None or source.op.is_product:
+        if source is None or source.op.is_product or source.op.attends:
             break
         source = source.operands[0].node if source.operands else None
     if source is None or not source.op.is_product:
-        return False
+        return source is not None and source.op.attends
     return _is_softmax(source.operands[0])
 
 

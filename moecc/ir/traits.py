@@ -114,6 +114,7 @@ class Cost(Enum):
     READ_WRITE = "operands and results"
     LOOK_UP = "results, read and written"
     PRODUCT = "operands and results, and two FLOPs for each place of all axes"
+    ATTENTION = "operands and results, and four FLOPs for each place of all axes"
 
 
 class Domain(Enum):

@@ -67,6 +67,12 @@ def _freeze() -> type[Pass]:
     return FreezePass
 
 
+def _fuse_attention() -> type[Pass]:
+    from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
+
+    return FuseAttentionPass
+
+
 def _fuse_gate_up() -> type[Pass]:
     from moecc_passes.fuse_gate_up import FuseGateUpPass
 
@@ -179,6 +185,7 @@ REGISTRY: dict[str, Callable[[], type[Pass] | PipelineTemplate]] = {
     "expert-parallel": _expert_parallel,
     "force-balance": _force_balance,
     "freeze": _freeze,
+    "fuse-attention": _fuse_attention,
     "fuse-gate-up": _fuse_gate_up,
     "grow": _grow,
     "lower-collectives": _lower_collectives,

@@ -150,8 +150,10 @@ def linear(name: str) -> tuple[tuple[int, ...], bool]:
     f = Function(sample(name))
     entry = OPS[name]
     found = tuple(i for i in floats_of(f) if _linear_in(f, (i,)))
+    # Of operations on any number of like operands nothing is said of a single one.
+    many = entry.variadic and len(entry.operands) == 1
     if found or entry.variadic or is_logical(name):
-        return (() if entry.variadic else found), False
+        return (() if many else found), False
     together = tuple(floats_of(f))
     return (together, True) if len(together) > 1 and _linear_in(f, together) else ((), False)
 

@@ -77,7 +77,9 @@ def mixed(name: str) -> frozenset[str]:
         return frozenset()
     given = {n for t in f.types for n in t.names}
     made = {n for v in f.node.results for n in v.type.names}
-    own = set(f.types[0].names) if reaches(f, 0) else set()
+    # The axes of values that are averaged count as those of the first operand do.
+    first = (0, 2) if attends(name) else (0,)
+    own = {n for at in first if reaches(f, at) for n in f.types[at].names}
     for axis in own | (given & made):
         sizes = [t[axis].size for t in f.types if axis in t]
         there = [v.type[axis].size for v in f.node.results if axis in v.type]
@@ -212,6 +214,17 @@ def collective(name: str) -> Collective | None:
     if before.unreduced != after.unreduced or (lost and not gained):
         return Collective.BRINGS
     return Collective.EXCHANGES if lost else Collective.LOCAL
+
+
+@cache
+def attends(name: str) -> bool:
+    """Whether rows of the third operand are averaged, by weights that the first two decide."""
+    f = Function(sample(name))
+    if linear(name)[0] != (2,) or not (reaches(f, 0) and reaches(f, 1)):
+        return False
+    arrays = f.draw(0)
+    made = f.floats(with_data(arrays, 2, np.ones_like(arrays[2].data)))
+    return same(made, np.ones_like(made))
 
 
 @cache

@@ -104,6 +104,10 @@ def _moves(entry: OpDef) -> None:
     assert entry.moves is found.moves(entry.name)
 
 
+def _attends(entry: OpDef) -> None:
+    assert entry.attends == found.attends(entry.name)
+
+
 def _collective(entry: OpDef) -> None:
     assert entry.collective is found.collective(entry.name)
     has_body = any(spec.kind == "region" for spec in entry.attrs.values())
@@ -184,7 +188,10 @@ def _summed(name: str) -> frozenset[str]:
         return frozenset()
     if not found.adds_up(f):
         return frozenset()
-    return frozenset(n for n in found.mixed(name) if n not in f.node.result.type)
+    # What something else is done along as well (a softmax, say) is no mere sum.
+    others = [t for at, t in enumerate(f.types) if at not in derivatives.linear(name)[0]]
+    gone = {n for n in found.mixed(name) if n not in f.node.result.type}
+    return frozenset(n for n in gone if not any(n in t for t in others))
 
 
 def _is_right_on_shards(entry: OpDef, axis: str) -> bool:
@@ -219,6 +226,7 @@ CHECKS: tuple[Check, ...] = (
     _commutative,
     _roles,
     _moves,
+    _attends,
     _collective,
     _routing,
     _index,
@@ -236,7 +244,7 @@ def test_what_a_row_says_is_what_the_meaning_does(name: str) -> None:
 
 def _flags(entry: OpDef) -> Iterator[tuple[str, OpDef]]:
     names = ("elementwise", "logical", "alias", "blocks_gradient", "normalises", "chooses",
-             "assigns_slots", "commutative", "places")  # fmt: skip
+             "assigns_slots", "attends", "commutative", "places")  # fmt: skip
     for name in names:
         yield name, replace(entry, **{name: not getattr(entry, name)})
     if len(entry.linear) > 1:

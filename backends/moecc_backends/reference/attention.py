@@ -98,6 +98,11 @@ def rotate(x: Array, cos: Array, sin: Array, *, axis: str) -> Array:
 @meaning("causal")
 def causal(query: Array, key: Array, *, window: int) -> Array:
     """Return whether key ≤ query, and query − key < window if there is one."""
+    return seen_from(query, key, window)
+
+
+def seen_from(query: Array, key: Array, window: int) -> Array:
+    """Return which keys a query sees, by their positions."""
     axes = _crossed(query, key)
     behind = query.to(axes) - key.to(axes)
     seen = behind >= 0
@@ -114,6 +119,11 @@ def _crossed(query: Array, key: Array) -> tuple[str, ...]:
 @meaning("same_segment")
 def same_segment(query: Array, key: Array) -> Array:
     """Return whether query = key, or the query is 0."""
+    return in_segment(query, key)
+
+
+def in_segment(query: Array, key: Array) -> Array:
+    """Return which keys a query sees, by their segments."""
     axes = _crossed(query, key)
     queries, keys = query.to(axes), key.to(axes)
     return Array(np.asarray((queries == keys) | (queries == 0)), axes)

@@ -13,9 +13,14 @@ def contract(x: Array, w: Array, *, over: tuple[str, ...], precision: str) -> Ar
 
     The reference computes in float64, which is precise enough for every `precision`.
     """
+    return product(x, w, over)
+
+
+def product(x: Array, w: Array, over: tuple[str, ...]) -> Array:
+    """Return the sum of x · w over the axes `over`."""
     result = [a for a in dict.fromkeys((*x.axes, *w.axes)) if a not in over]
     number = {a: i for i, a in enumerate(dict.fromkeys((*x.axes, *w.axes)))}
-    product = np.einsum(
+    summed = np.einsum(
         x.data,
         [number[a] for a in x.axes],
         w.data,
@@ -23,4 +28,4 @@ def contract(x: Array, w: Array, *, over: tuple[str, ...], precision: str) -> Ar
         [number[a] for a in result],
         optimize=True,
     )
-    return Array(np.asarray(product), tuple(result))
+    return Array(np.asarray(summed), tuple(result))

@@ -25,6 +25,7 @@ from moecc_backends.xla.lower import contract as contract
 from moecc_backends.xla.lower import convolve as convolve
 from moecc_backends.xla.lower import dispatch_combine as dispatch_combine
 from moecc_backends.xla.lower import elementwise as elementwise
+from moecc_backends.xla.lower import fused_attention as fused_attention
 from moecc_backends.xla.lower import opaque as opaque
 from moecc_backends.xla.lower import random as random
 from moecc_backends.xla.lower import reductions as reductions

@@ -1,0 +1,276 @@
+"""Attention block by block of queries, with a gradient of its own: scores are never whole.
+
+A block of queries meets the keys that its queries may see, and no others.  The gradient computes
+the scores of a block again from the logarithm of its softmax's denominator (Dao et al. 2022, §3.1
+and appendix B), so that a step keeps ``[seq]`` numbers a head and not ``[seq, kv_seq]``.  Query
+heads that share a key head are rows of one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moecc_backends.xla.kernels.attention_operands import AttentionArrays, AttentionRule
+from moecc_backends.xla.kernels.row_blocks import zeros_after
+from moecc_backends.xla.trace.context import VALUE
+from moecc_backends.xla.trace.dtypes import accumulator
+from moecc_backends.xla.trace.typed_jax import named
+
+Arrays = tuple[jax.Array, ...]
+Block = Callable[["Span", Arrays, "jax.Array | int"], tuple[Arrays, Arrays]]
+"""Takes a span, sums so far and the first query; returns the sums, and arrays of its queries."""
+
+_BLOCK = 128
+"""Queries of a block.  Measured on a CPU (``benchmarks/attention.py``)."""
+
+_MOST_SPANS = 8
+"""Spans of queries with keys of their own, each written out; more take long to compile."""
+
+_QUERIES, _KEYS = 3, 4
+"""The dimensions of scores, and of what is laid out as they are."""
+
+
+class Span(NamedTuple):
+    """A run of equal blocks of queries, and the keys that some query of it sees."""
+
+    start: int
+    blocks: int
+    size: int
+    first_key: int
+    last_key: int
+
+
+def spans(rule: AttentionRule, queries: int, keys: int) -> Iterator[Span]:
+    """Yield runs of blocks, in order; what is left is a smaller block in a span of its own."""
+    whole, rest = divmod(queries, _BLOCK)
+    count = min(whole, _MOST_SPANS) if rule.causal or whole <= _MOST_SPANS else 1
+    for number in range(count):
+        first, last = whole * number // count, whole * (number + 1) // count
+        yield _span(rule, first * _BLOCK, last - first, _BLOCK, keys)
+    if rest:
+        yield _span(rule, whole * _BLOCK, 1, rest, keys)
+
+
+def _span(rule: AttentionRule, start: int, blocks: int, size: int, keys: int) -> Span:
+    last = min(start + blocks * size, keys) if rule.causal else keys
+    first = max(start - rule.window + 1, 0) if rule.window else 0
+    # A query that sees nothing has one key all the same, which the rule hides.
+    return Span(start, blocks, size, min(first, last - 1), last)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def block_attention(rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+    """Return the averaged values, ``[batch, head, group, seq, wide]``, in the type of the queries.
+
+    Sums run in float32 at least.
+    """
+    return _blocks(rule, arrays)[0]
+
+
+def _blocks(rule: AttentionRule, arrays: AttentionArrays) -> Arrays:
+    """Return the averaged values, and the logarithm of each query's denominator."""
+
+    def block(span: Span, sums: Arrays, start: jax.Array | int) -> tuple[Arrays, Arrays]:
+        part = _block(arrays, span, start)
+        scores, _ = _scores(rule, part, start, span.first_key)
+        return sums, _averaged(part, scores)
+
+    return _walk(rule, arrays, block, ())[1]
+
+
+def _forward(
+    rule: AttentionRule, arrays: AttentionArrays
+) -> tuple[jax.Array, tuple[AttentionArrays, jax.Array, jax.Array]]:
+    # Named here, so that the gradient reads the very arrays that are kept.
+    mixed, denominators = (named(a, VALUE) for a in _blocks(rule, arrays))
+    return mixed, (arrays, mixed, denominators)
+
+
+def _backward(
+    rule: AttentionRule,
+    residuals: tuple[AttentionArrays, jax.Array, jax.Array],
+    d_mixed: jax.Array,
+) -> tuple[AttentionArrays]:
+    arrays, mixed, denominators = residuals
+    wide = denominators.dtype
+    spread = jnp.sum(d_mixed.astype(wide) * mixed.astype(wide), -1, keepdims=True)
+    summed = tuple(a for a in arrays[1:5] if a is not None)
+
+    def block(span: Span, sums: Arrays, start: jax.Array | int) -> tuple[Arrays, Arrays]:
+        part = _block(arrays, span, start)
+        ends = (_part(a, _QUERIES, start, span.size) for a in (d_mixed, denominators, spread))
+        scores, slope = _scores(rule, part, start, span.first_key)
+        d_query, *more = _block_gradient(rule, part, scores, slope, *ends)
+        places = {4: (0, 0, span.first_key, 0), 5: (0, 0, 0, start, span.first_key)}
+        pairs = zip(sums, more, strict=True)
+        return tuple(_added(s, new, places[new.ndim]) for s, new in pairs), (d_query,)
+
+    zeros = (zeros_after(d_mixed, a.shape, wide, i) for i, a in enumerate(summed))
+    sums, (d_query,) = _walk(rule, arrays, block, tuple(zeros))
+    made = iter(a.astype(a_.dtype) for a, a_ in zip(sums, summed, strict=True))
+    d_key, d_value = next(made), next(made)
+    more = (None if a is None else next(made) for a in arrays[3:5])
+    return (AttentionArrays(d_query, d_key, d_value, *more),)
+
+
+block_attention.defvjp(_forward, _backward)
+
+
+def _walk(
+    rule: AttentionRule, arrays: AttentionArrays, block: Block, sums: Arrays
+) -> tuple[Arrays, Arrays]:
+    """Call `block` for each block of queries; return the sums, and its arrays along all queries."""
+    queries, keys = arrays.query.shape[_QUERIES], arrays.key.shape[2]
+    found: list[Arrays] = []
+    for span in spans(rule, queries, keys):
+        if span.blocks == 1:
+            sums, made = block(span, sums, span.start)
+        else:
+            starts = span.start + span.size * jnp.arange(span.blocks)
+            sums, stacked = lax.scan(partial(block, span), sums, starts)
+            made = tuple(map(_unstacked, stacked))
+        found.append(made)
+    return sums, tuple(jnp.concatenate(parts, _QUERIES) for parts in zip(*found, strict=True))
+
+
+def _unstacked(blocks: jax.Array) -> jax.Array:
+    """Return ``[block, batch, head, group, query, …]`` with the queries of all blocks in a row."""
+    rows = jnp.moveaxis(blocks, 0, _QUERIES)
+    return rows.reshape(*rows.shape[:_QUERIES], -1, *rows.shape[_QUERIES + 2 :])
+
+
+def _part(array: jax.Array, axis: int, start: jax.Array | int, size: int) -> jax.Array:
+    """Return a slice of `array`, whose axis may have size 1 in place of any."""
+    if array.shape[axis] == 1:
+        return array
+    return lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def _block(arrays: AttentionArrays, span: Span, start: jax.Array | int) -> AttentionArrays:
+    """Return the operands of a block of queries, and of the keys of its span."""
+    keys = span.last_key - span.first_key
+    query = _part(arrays.query, _QUERIES, start, span.size)
+    key, value = (_part(a, 2, span.first_key, keys) for a in arrays[1:3])
+    more = (
+        None
+        if a is None
+        else _part(_part(a, _QUERIES, start, span.size), _KEYS, span.first_key, keys)
+        for a in arrays[3:]
+    )
+    return AttentionArrays(query, key, value, *more)
+
+
+def _rows(array: jax.Array) -> jax.Array:
+    """Return ``[batch, head, group, query, …]`` with the queries of a group as rows."""
+    batch, head, group, query, *rest = array.shape
+    return array.reshape(batch, head, group * query, *rest)
+
+
+def _product(spelling: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    wide = accumulator(b.dtype)
+    product: jax.Array = jnp.einsum(spelling, a, b, preferred_element_type=wide)
+    return product
+
+
+def _scores(
+    rule: AttentionRule, block: AttentionArrays, first_query: jax.Array | int, first_key: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the scores of a block, −∞ where hidden, and the slope of the soft cap."""
+    shape = (*block.query.shape[:-1], block.key.shape[2])
+    scores = _product("bhrd,bhtd->bhrt", _rows(block.query), block.key).reshape(shape) * rule.scale
+    slope = None
+    if rule.cap:
+        bounded = jnp.tanh(scores / rule.cap)
+        scores, slope = rule.cap * bounded, 1 - bounded * bounded
+    if block.bias is not None:
+        scores = scores + block.bias.astype(scores.dtype)
+    for seen in _seen(rule, block, first_query, first_key):
+        scores = jnp.where(seen, scores, -jnp.inf)
+    return scores, slope
+
+
+def _seen(
+    rule: AttentionRule, block: AttentionArrays, first_query: jax.Array | int, first_key: int
+) -> Iterator[jax.Array]:
+    """Yield what hides keys from queries, each to be broadcast over scores."""
+    if rule.causal:
+        queries, keys = block.query.shape[_QUERIES], block.key.shape[2]
+        behind = first_query + jnp.arange(queries)[:, None] - (first_key + jnp.arange(keys))
+        seen = behind >= 0
+        yield seen & (behind < rule.window) if rule.window else seen
+    if block.keep is not None:
+        yield block.keep
+    if block.query_segments is not None:
+        yield (block.query_segments == block.key_segments) | (block.query_segments == 0)
+
+
+def _averaged(block: AttentionArrays, scores: jax.Array) -> Arrays:
+    """Return the averaged values, and the logarithms of denominators; zeros if nothing is seen."""
+    top = jnp.max(scores, -1, keepdims=True)
+    sinks = None if block.sinks is None else block.sinks.astype(scores.dtype)
+    top = top if sinks is None else jnp.maximum(top, sinks)
+    top = jnp.where(jnp.isneginf(top), 0, top)
+    parts = jnp.exp(scores - top)
+    total = jnp.sum(parts, -1, keepdims=True)
+    total = total if sinks is None else total + jnp.exp(sinks - top)
+    total = jnp.where(total == 0, 1, total)
+    product = _product("bhrt,bhte->bhre", _rows(parts.astype(block.value.dtype)), block.value)
+    mixed = product.reshape(*scores.shape[:-1], -1) / total
+    return mixed.astype(block.query.dtype), top + jnp.log(total)
+
+
+def _block_gradient(
+    rule: AttentionRule,
+    block: AttentionArrays,
+    scores: jax.Array,
+    slope: jax.Array | None,
+    d_mixed: jax.Array,
+    denominators: jax.Array,
+    spread: jax.Array,
+) -> Iterator[jax.Array]:
+    """Yield the gradients of the queries, keys and values of a block, then of bias and sinks.
+
+    Args:
+      rule: what is no array.
+      block: the operands.
+      scores: as `_scores` returns them.
+      slope: as `_scores` returns it.
+      d_mixed: the gradient of the averaged values.
+      denominators: the logarithms that `_averaged` returned.
+      spread: for each query the sum of averaged values times their gradient.
+    """
+    weights = jnp.exp(scores - denominators)
+    rows, kind = _rows(d_mixed), block.query.dtype
+    d_weights = _product("bhre,bhte->bhrt", rows, block.value).reshape(scores.shape)
+    d_scores = weights * (d_weights - spread)
+    d_products = d_scores * rule.scale if slope is None else d_scores * slope * rule.scale
+    d_rows = _rows(d_products.astype(kind))
+    d_query = _product("bhrt,bhtd->bhrd", d_rows, block.key)
+    yield d_query.reshape(block.query.shape).astype(kind)
+    yield _product("bhrt,bhrd->bhtd", d_rows, _rows(block.query))
+    yield _product("bhrt,bhre->bhte", _rows(weights.astype(kind)), rows)
+    if block.bias is not None:
+        yield _summed_to(d_scores, block.bias)
+    if block.sinks is not None:
+        sunk = jnp.exp(block.sinks.astype(scores.dtype) - denominators)
+        yield _summed_to(-sunk * spread, block.sinks)
+
+
+def _summed_to(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Return `array` summed along the axes that have size 1 in `like`."""
+    axes = [i for i, size in enumerate(like.shape) if size == 1 < array.shape[i]]
+    return jnp.sum(array, axes, keepdims=True)
+
+
+def _added(total: jax.Array, new: jax.Array, at: Sequence[jax.Array | int]) -> jax.Array:
+    """Return `total` with `new` added, which begins at the indices `at` where it is smaller."""
+    pairs = zip(at, total.shape, new.shape, strict=True)
+    start = [0 if whole == size else place for place, whole, size in pairs]
+    now = lax.dynamic_slice(total, start, new.shape)
+    return lax.dynamic_update_slice(total, now + new, start)

@@ -1,0 +1,121 @@
+"""Attention as one operation, lowered: values and gradients of every form, block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moecc_backends.xla.backend import function
+from moecc_backends.xla.kernels import query_blocks
+from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
+
+from moecc.ir import Graph, clone
+from moecc.pipeline.passes import Context
+from moecc.testing import run_reference
+from moecc.testing.data import inputs_for
+from moecc.types.dtypes import F64
+from tests.support.attention_graphs import FORMS, Form
+from tests.support.tiers import some
+
+FLOATS = ("q", "k", "v", "bias", "sinks")
+
+
+def fused(graph: Graph) -> Graph:
+    after = clone(graph)
+    FuseAttentionPass().apply(after, Context())
+    assert any(node.op.attends for node in after)
+    return after
+
+
+def values_and_gradients(graph: Graph, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the output, and the gradient of a sum of it that weighs every element."""
+    run = function(graph, dtype=F64)
+    floats = {n: inputs[n] for n in FLOATS if n in inputs}
+    rest = {n: inputs[n] for n in inputs if n not in floats}
+
+    def total(floats: dict[str, Any]) -> tuple[Any, Any]:
+        y = run({}, {**floats, **rest})["y"]
+        weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+        return jnp.sum(y * weight), y
+
+    with jax.enable_x64(True):
+        (_, y), made = jax.jit(jax.value_and_grad(total, has_aux=True))(floats)
+    return {"y": np.asarray(y), **{f"d_{n}": np.asarray(d) for n, d in made.items()}}
+
+
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("name", some(FORMS, "all", "window", "longer than its keys"))
+def test_values_and_gradients_are_those_of_the_parts(
+    name: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query_blocks, "_BLOCK", block)
+    graph = FORMS[name].graph()
+    inputs = inputs_for(graph, 0)
+    expected = values_and_gradients(graph, inputs)
+    found = values_and_gradients(fused(graph), inputs)
+    assert found.keys() == expected.keys()
+    for what, array in expected.items():
+        np.testing.assert_allclose(found[what], array, rtol=1e-11, atol=1e-12, err_msg=what)
+
+
+def test_many_blocks_are_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more blocks than spans several share their keys, one after the other."""
+    monkeypatch.setattr(query_blocks, "_BLOCK", 2)
+    monkeypatch.setattr(query_blocks, "_MOST_SPANS", 3)
+    for form in (
+        Form(seq=23, kv_seq=23, causal=True, window=7, bias="seq kv_seq kv_head", sinks=True),
+        Form(seq=23, kv_seq=9, bias="batch kv_seq"),
+    ):
+        graph = form.graph()
+        inputs = inputs_for(graph, 1)
+        expected = values_and_gradients(graph, inputs)
+        for what, array in values_and_gradients(fused(graph), inputs).items():
+            np.testing.assert_allclose(array, expected[what], rtol=1e-11, atol=1e-12, err_msg=what)
+
+
+def test_spans_cover_each_query_once_and_every_key_it_sees() -> None:
+    for causal, window in ((False, 0), (True, 0), (True, 5)):
+        rule = query_blocks.AttentionRule(causal=causal, window=window)
+        for queries, keys in ((1, 1), (128, 40), (300, 300), (5000, 4000)):
+            seen = np.zeros(queries, int)
+            for span in query_blocks.spans(rule, queries, keys):
+                first, last = span.start, span.start + span.blocks * span.size
+                seen[first:last] += 1
+                assert 0 <= span.first_key < span.last_key <= keys
+                if causal:
+                    assert span.last_key >= min(last, keys)
+                    least = max(first - window + 1, 0) if window else 0
+                    assert span.first_key <= least
+            assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("name", ["all", "cross"])
+def test_in_float32_it_is_the_reference_to_a_millionth(name: str) -> None:
+    graph = fused(FORMS[name].graph())
+    inputs = {n: a if n not in FLOATS else np.float32(a) for n, a in inputs_for(graph, 0).items()}
+    expected = run_reference(graph, inputs=inputs)["y"]
+    found = np.asarray(jax.jit(function(graph))({}, inputs)["y"])
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+def test_what_sees_nothing_is_zero_and_has_no_gradient() -> None:
+    graph = fused(FORMS["padding"].graph())
+    inputs = inputs_for(graph, 0)
+    inputs["keep"] = np.zeros_like(inputs["keep"])
+    for what, array in values_and_gradients(graph, inputs).items():
+        assert not array.any(), what
+
+
+def test_scores_are_never_whole() -> None:
+    """No array of a program of 2,048 queries and keys, gradient included, has all scores."""
+    graph = fused(Form(seq=2048, kv_seq=2048, causal=True).graph())
+    run = function(graph)
+    shapes = {n: jax.ShapeDtypeStruct([2, *v.type.sizes[1:]], np.float32)
+              for n, v in graph.inputs.items()}  # fmt: skip
+    program = jax.jit(jax.grad(lambda i: jnp.sum(jnp.sin(run({}, i)["y"])))).lower(shapes)
+    scores = 2 * 2048 * 2048 * 2 * 2 * 4
+    assert program.compile().memory_analysis().temp_size_in_bytes < scores / 3
