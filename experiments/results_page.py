@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
+from curves_figure import curves_of, draw_curves
 from declared import HERE, SEEDS, Experiment, Line, declared, read_results
 from verdicts import Effect, Verdict, effect_of
 
@@ -53,8 +54,17 @@ def page(lines: Sequence[Line]) -> str:
 
 
 def write_page(path: Path = PAGE) -> None:
-    """Write the page from the results."""
-    path.write_text(page(read_results()), "utf-8")
+    """Write the page and its pictures from the results."""
+    lines = read_results()
+    path.write_text(page(lines), "utf-8")
+    for experiment in declared().values():
+        if experiment.curves:
+            draw_curves(experiment, lines, path.with_name(picture(experiment)))
+
+
+def picture(experiment: Experiment) -> str:
+    """Return the file of the curves of an experiment, beside the page."""
+    return f"experiments_{experiment.key}.svg"
 
 
 def _claims(experiments: Iterable[Experiment], lines: Sequence[Line]) -> Iterator[str]:
@@ -121,4 +131,28 @@ def _curves(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
         if curves:
             means = (mean(float(curve[step - 1]) for curve in curves) for step in shown)
             yield f"| {arm} | " + " | ".join(f"{x:.3f}" for x in means) + " |"
+    yield ""
+    seen = ", ".join(f"“{arm}”" for arm in experiment.arms)
+    yield f"![Training loss by step of {seen}]({picture(experiment)})\n"
+    yield from _early(experiment, lines)
+
+
+def _early(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
+    """Yield how far each arm is from the first over the first steps, paired by seed and step."""
+    curves = curves_of(experiment, lines)
+    (first, base), *others = curves.items()
+    if len(base) < len(SEEDS):
+        return
+    spans = [(2, 10), (11, 20), (21, 30), (31, 40)]
+    shown = [span for span in spans if span[1] <= experiment.curves]
+    yield f"The same less that of {first}, the mean over steps, ± Student's 95 % over the seeds:\n"
+    yield "| arm | " + " | ".join(f"steps {a} to {b}" for a, b in shown) + " |"
+    yield "|---" * (len(shown) + 1) + "|"
+    for arm, each in others:
+        found = (
+            Effect(tuple(mean(curve[a - 1 : b]) - mean(base[seed][a - 1 : b])
+                         for seed, curve in each.items()))
+            for a, b in shown
+        )  # fmt: skip
+        yield f"| {arm} | " + " | ".join(_effect(x, "nats a byte") for x in found) + " |"
     yield ""

@@ -98,3 +98,22 @@ def test_an_arm_is_trained_and_measured(tmp_path: Path) -> None:
     assert len(found["curve"]) == 6
     # A second time it is there, and only evaluated.
     assert lab.arm(experiment, "carried", 1)["loss"] == found["loss"]
+
+
+def test_curves_are_paired_by_seed_and_step(tmp_path: Path) -> None:
+    experiment = declared.declared()["b"]
+    lines = [
+        {**line(arm, seed, 1.0), **FACTS, "experiment": "b",
+         "curve": [2.0 + seed - (n + seed / 100) * (step > 1) / 10 for step in range(1, 41)]}
+        for n, arm in enumerate(experiment.arms)
+        for seed in range(3)
+    ]  # fmt: skip
+    lines.append({**lines[0], "seed": 3})
+    early = "\n".join(results_page._early(experiment, lines))
+    assert f"| carried | {' | '.join(['−0.1000 ± 0.0000'] * 4)} |" in early
+    figure = importlib.import_module("curves_figure")
+    assert {*figure.curves_of(experiment, lines)["reset"]} == {0, 1, 2}
+    for name in ("one.svg", "two.svg"):
+        figure.draw_curves(experiment, lines, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert "step after the switch" in (tmp_path / "one.svg").read_text("utf-8")
