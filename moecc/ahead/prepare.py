@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecc.ahead.request import Job, Request
 from moecc.errors import InputError, UsageError
@@ -17,14 +17,12 @@ from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.search import Constraints, check_constraints, search
-from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.strategy import StepConfig, Strategy, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import EXPLICIT, GSPMD
 from moecc.sharding.vias import LOCAL
 from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize
-from moecc.support.parse_units import float_type
-from moecc.types.dtypes import F32
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""
@@ -62,22 +60,25 @@ def prepare(request: Request) -> PreparedJob:
     """
     machine = parse_machine(request.machine)
     train = request.step == "train"
-    dtype = float_type(request.dtype)
-    setting = StepConfig(train, request.optimizer, dtype, F32 if train else dtype)
+    setting = step_config(
+        train, request.optimizer, request.dtype, request.weight_dtype, request.micro_batches,
+        request.reduce_dtype,
+    )  # fmt: skip
     _check_exchange(request)
     registry = registry_with(request.load)
     with open_model(request.model, config_alone=True) as model:
         graph = model.graph
     run_pipeline(graph, Pipeline.parse(request.pipeline, registry))
-    batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths)
+    parts = request.micro_batches
+    batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths, parts)
     bound, remarks = _bounded(graph, request, train)
     work = workload(graph, batch)
     strategy = _strategy(request, work, machine, setting)
-    pipeline = str(_passes(request.partition, train, bound, strategy))
+    pipeline = str(_passes(request.partition, setting, bound, strategy))
     run_passes(graph, pipeline)
     job = Job(
-        machine, strategy.layout, _sizes(graph, batch), setting.dtype,
-        request.optimizer if train else None, request.emit, request.export, request.partition,
+        machine, strategy.layout, _sizes(graph, batch, parts), setting, request.emit,
+        request.export, request.partition,
     )  # fmt: skip
     estimate = Estimator(work, machine, setting).estimate(strategy)
     return PreparedJob(graph, job, work, estimate, bound, pipeline, tuple(remarks))
@@ -126,15 +127,20 @@ def _stated(places: list[SlotAttrs]) -> float | None:
     return float(stated.pop()) if len(stated) == 1 else None
 
 
-def _passes(partition: str, train: bool, bound: Bound | None, strategy: Strategy) -> StepPasses:
+def _passes(
+    partition: str, setting: StepConfig, bound: Bound | None, strategy: Strategy
+) -> StepPasses:
     """Return the passes from the model's graph to the one that is compiled."""
-    layout, is_explicit = strategy.layout, partition == EXPLICIT
+    layout, is_explicit, train = strategy.layout, partition == EXPLICIT, setting.train
+    losses: dict[str, object] = {"metrics": False}
+    if setting.micro_batches > 1:
+        losses["parts"] = setting.micro_batches
     return StepPasses(
         "train" if train else "eval",
         routed=bool(layout.experts),
         bound=bound,
         groups=layout.shards["batch"],
-        losses={"metrics": False} if train and layout.experts else None,
+        losses=losses if train and layout.experts else None,
         mesh=MeshPasses(str(layout.mesh), layout.names, strategy.via, strategy.sliced)
         if is_explicit
         else None,
@@ -173,6 +179,7 @@ def _via(request: Request, work: Workload) -> str | None:
     return "capacity"
 
 
-def _sizes(graph: Graph, batch: Batch) -> dict[str, int]:
+def _sizes(graph: Graph, part: Batch, parts: int) -> dict[str, int]:
+    batch = replace(part, sequences=part.sequences * parts)
     names = {a.size for v in graph.inputs.values() for a in v.type if isinstance(a.size, str)}
     return {name: batch.size(name) for name in names}

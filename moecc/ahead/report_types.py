@@ -52,6 +52,8 @@ class CompileReport(TypedDict):
     step: str
     optimizer: str | None
     dtype: str
+    weight_dtype: str
+    reduce_dtype: str | None
     batch: BatchReport
     parameters: int
     mesh: dict[str, int]

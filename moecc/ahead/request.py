@@ -8,10 +8,10 @@ from typing import Protocol
 
 from moecc.ir.graph import Graph
 from moecc.plan.machines import Machine
+from moecc.plan.strategy import StepConfig
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import EXPLICIT
 from moecc.support.untyped import Json
-from moecc.types.dtypes import DType
 
 EMITS = ("stablehlo", "hlo")
 
@@ -29,6 +29,9 @@ class Request:
       optimizer: of a training step.
       remat: what the backward pass computes again.
       dtype: the type of the computation.
+      weight_dtype: the type of the parameters; None for f32 in training, else `dtype`.
+      micro_batches: parts of a batch whose gradients are added.
+      reduce_dtype: the type in which gradients are added and reduced; None for `dtype`.
       mesh: the mesh.
       dense_weights: how parameters that are no experts' lie along the experts' axis.
       rules: layouts by name or file, in place of those that the mesh's axes stand for.
@@ -50,6 +53,9 @@ class Request:
     optimizer: str = "adamw"
     remat: str | None = None
     dtype: str = "bf16"
+    weight_dtype: str | None = None
+    micro_batches: int = 1
+    reduce_dtype: str | None = None
     mesh: str | None = None
     dense_weights: str | None = None
     rules: tuple[str, ...] | None = None
@@ -80,9 +86,8 @@ class Job:
     Attributes:
       machine: where it is to run.
       layout: where everything lies.
-      sizes: what the variables of the graph stand for.
-      dtype: the type of the computation.
-      optimizer: of a training step; None for the forward pass.
+      sizes: what the variables of the graph stand for, for the whole batch.
+      config: what is given: types, micro-batches, the optimizer of a training step.
       emit: of `EMITS`, the program that is wanted besides.
       export: whether an artefact of ``jax.export`` is.
       partition: one of `PARTITIONS`.
@@ -91,8 +96,7 @@ class Job:
     machine: Machine
     layout: Layout
     sizes: Mapping[str, int]
-    dtype: DType
-    optimizer: str | None
+    config: StepConfig
     emit: str | None = None
     export: bool = False
     partition: str = EXPLICIT

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moecc.ahead.report_types import CompileReport
+from moecc.plan.report import parts_text
 from moecc.support.text import count_text, size_text
 
 
@@ -24,11 +25,11 @@ def _heading(data: CompileReport) -> Iterator[str]:
     lengths = " + ".join(map(str, batch["lengths"].values()))
     yield (
         f"{data['model']} for {machine['name']}: {machine['devices']:,} devices, {step}, "
-        f"{data['dtype']}"
+        f"{data['dtype']}, weights {data['weight_dtype']}"
     )
     yield f"  parameters   {data['parameters']:,}"
     sequences = f"{batch['sequences']:,} sequences of {lengths}"
-    yield f"  batch        {batch['tokens']:,} tokens: {sequences}"
+    yield f"  batch        {batch['tokens']:,} tokens: {sequences}{parts_text(batch)}"
     capacity = data["capacity"]
     bound = (
         "" if capacity is None else f", capacity {capacity['factor']} x {capacity['convention']}"

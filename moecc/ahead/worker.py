@@ -15,6 +15,7 @@ from moecc.ahead.trimming import trimmed
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
 from moecc.launch.member import hold_lifeline
+from moecc.plan.report import batch_json
 from moecc.steps.passes import Bound
 
 REQUEST, ANSWER, PROGRAM, ARTEFACT = "request.json", "answer.json", "program.txt", "artefact.bin"
@@ -48,6 +49,7 @@ def _answer(request: Request, folder: Path) -> CompileReport:
 def report(request: Request, prepared: PreparedJob, result: Result) -> CompileReport:
     """Return the report of `moecc compile` as JSON values."""
     job, estimate, work = prepared.job, prepared.estimate, prepared.work
+    config = job.config
     usable = result.available_bytes or job.machine.usable_bytes
     memory = estimate.memory
     return {
@@ -58,13 +60,11 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
             "usable_bytes": usable,
         },
         "step": request.step,
-        "optimizer": job.optimizer,
-        "dtype": job.dtype.name,
-        "batch": {
-            "tokens": work.batch.tokens,
-            "sequences": work.batch.sequences,
-            "lengths": dict(work.batch.lengths),
-        },
+        "optimizer": config.optimizer if config.train else None,
+        "dtype": config.dtype.name,
+        "weight_dtype": config.weight_dtype.name,
+        "reduce_dtype": (config.reduce_dtype or config.dtype).name if config.train else None,
+        "batch": batch_json(work.batch, config),
         "parameters": work.parameters,
         "mesh": dict(job.layout.sizes),
         "dense_weights": job.layout.dense_weights,
@@ -87,7 +87,7 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
         "opaque": dict(result.opaque),
         "predicted": {
             "arguments_bytes": memory.arguments,
-            "outputs_bytes": memory.state if job.optimizer else None,
+            "outputs_bytes": memory.state if config.train else None,
             "temporaries_bytes": memory.heap,
             "needed_bytes": memory.total,
             "fits": estimate.fits,

@@ -17,9 +17,12 @@ from moecc.cli.options import (
     ComputeTypeOption,
     FormatOption,
     LoadOption,
+    MicroBatchesOption,
     PlanOption,
+    ReduceTypeOption,
     RulesOption,
     SequenceOption,
+    WeightTypeOption,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 _PLANNED = (
     "machine", "pipeline", "mesh", "rules", "via", "remat", "dense_weights", "slice",
-    "batch_tokens", "sequence",
+    "batch_tokens", "sequence", "weight_dtype", "reduce_dtype",
 )  # fmt: skip
 """The options that a plan says, which are not given beside it."""
 
@@ -72,6 +75,9 @@ class CompileRequest:
     ] = Optimizer.adamw
     remat: Annotated[Remat | None, typer.Option("--remat", help="What is computed twice.")] = None
     dtype: ComputeTypeOption = "bf16"
+    weight_dtype: WeightTypeOption = None
+    micro_batches: MicroBatchesOption = 1
+    reduce_dtype: ReduceTypeOption = None
     mesh: Annotated[
         str | None,
         typer.Option("--mesh", metavar="AXIS=N,…", help="The mesh, instead of the plan's."),
@@ -154,6 +160,9 @@ def ahead_request(request: CompileRequest) -> Request:
         optimizer=request.optimizer.value,
         remat=_value(request.remat),
         dtype=float_type(request.dtype).name,
+        weight_dtype=_type_name(request.weight_dtype),
+        micro_batches=request.micro_batches,
+        reduce_dtype=_type_name(request.reduce_dtype),
         mesh=request.mesh,
         dense_weights=_value(request.dense_weights),
         rules=names,
@@ -168,6 +177,12 @@ def ahead_request(request: CompileRequest) -> Request:
     )
 
 
+def _type_name(text: str | None) -> str | None:
+    from moecc.support.parse_units import float_type
+
+    return None if text is None else float_type(text).name
+
+
 def planned(request: CompileRequest, file: str) -> CompileRequest:
     """Return a request with the step, the mesh and the ways of a saved plan.
 
@@ -179,6 +194,7 @@ def planned(request: CompileRequest, file: str) -> CompileRequest:
     from moecc.plan.saved import read_plan
 
     twice = [name for name in _PLANNED if getattr(request, name)]
+    twice += ["micro_batches"] if request.micro_batches > 1 else []
     if twice:
         raise UsageError(
             [Problem("the plan says it", f"--{name.replace('_', '-')}", found=f"--plan {file}",
@@ -188,7 +204,9 @@ def planned(request: CompileRequest, file: str) -> CompileRequest:
     return replace(
         request, machine=plan.machine, pipeline=plan.pipeline, step=Step(plan.step),
         batch_tokens=plan.batch_tokens, sequence=plan.sequence, dtype=plan.dtype,
-        optimizer=Optimizer(plan.optimizer), mesh=plan.mesh_text or None,
+        weight_dtype=plan.weight_dtype, micro_batches=plan.micro_batches or 1,
+        reduce_dtype=plan.reduce_dtype, optimizer=Optimizer(plan.optimizer),
+        mesh=plan.mesh_text or None,
         rules=",".join(plan.rules) or None, remat=Remat(plan.remat), slice=plan.sliced,
         dense_weights=DenseWeights(plan.dense_weights),
         via=None if plan.via == "local" else Via(plan.via),

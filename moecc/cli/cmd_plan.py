@@ -19,8 +19,11 @@ from moecc.cli.options import (
     FormatOption,
     LoadOption,
     MachineOption,
+    MicroBatchesOption,
+    ReduceTypeOption,
     RulesOption,
     SequenceOption,
+    WeightTypeOption,
 )
 
 if TYPE_CHECKING:
@@ -103,9 +106,9 @@ class PlanRequest:
         Optimizer, typer.Option("--optimizer", help="Adafactor is factored, without momentum.")
     ] = Optimizer.adamw
     dtype: ComputeTypeOption = "bf16"
-    weight_dtype: Annotated[
-        str, typer.Option("--weight-dtype", help="The type of the parameters.")
-    ] = "f32"
+    weight_dtype: WeightTypeOption = None
+    micro_batches: MicroBatchesOption = 1
+    reduce_dtype: ReduceTypeOption = None
     svg: Annotated[str | None, typer.Option("--svg", metavar="FILE", help="Draw the plan.")] = None
     html: Annotated[
         str | None, typer.Option("--html", metavar="FILE", help="Write a page of the plan.")
@@ -163,7 +166,8 @@ def _step(request: PlanRequest) -> StepRequest:
     return StepRequest(
         request.step.value, request.batch_tokens, request.sequence, request.mesh, request.via,
         request.remat, request.dense_weights and request.dense_weights.value, request.rules,
-        request.optimizer.value, request.dtype, request.weight_dtype,
+        request.optimizer.value, request.dtype, request.weight_dtype, request.micro_batches,
+        request.reduce_dtype,
     )  # fmt: skip
 
 

@@ -92,6 +92,31 @@ ComputeTypeOption = Annotated[
     typer.Option("--dtype", help="The type to compute in.", autocompletion=complete.float_types),
 ]
 
+WeightTypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weight-dtype",
+        help="The type of the parameters; by default f32 in training.",
+        autocompletion=complete.float_types,
+    ),
+]
+
+MicroBatchesOption = Annotated[
+    int,
+    typer.Option(
+        "--micro-batches", metavar="N", min=1, help="Parts of a batch whose gradients are added."
+    ),
+]
+
+ReduceTypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reduce-dtype",
+        help="The type in which gradients are added and reduced; by default that of --dtype.",
+        autocompletion=complete.float_types,
+    ),
+]
+
 RulesOption = Annotated[
     str | None,
     typer.Option("--rules", metavar="LAYOUT,…", help="Layouts by name, or files of rules."),

@@ -65,18 +65,24 @@ def length_variables(graph: Graph) -> tuple[str, ...]:
 
 
 def make_batch(
-    graph: Graph, devices: int, tokens: int | None = None, lengths: tuple[int, ...] | None = None
+    graph: Graph,
+    devices: int,
+    tokens: int | None = None,
+    lengths: tuple[int, ...] | None = None,
+    micro_batches: int = 1,
 ) -> Batch:
-    """Return the batch of `tokens` tokens, in sequences of `lengths`.
+    """Return a micro-batch of the batch of `tokens` tokens, in sequences of `lengths`.
 
     Args:
       graph: has the lengths.
       devices: for the default: at least so many sequences, and 4,096 tokens a device.
       tokens: of the batch, encoder and decoder together.
       lengths: of one sequence, by stack.
+      micro_batches: parts of the batch; the default is so many tokens in each.
 
     Raises:
-      InputError: the graph has another number of lengths, or the batch is not whole sequences.
+      InputError: the graph has another number of lengths, or the batch is not whole sequences, or
+        not as many in each micro-batch.
     """
     names = length_variables(graph)
     if lengths is None:
@@ -88,11 +94,18 @@ def make_batch(
         )
     each = sum(lengths) or 1
     if tokens is None:
-        tokens = devices * each * max(1, TOKENS_PER_DEVICE // each)
+        tokens = micro_batches * devices * each * max(1, TOKENS_PER_DEVICE // each)
     if tokens % each or tokens < each:
         near = max(1, round(tokens / each)) * each
         raise InputError(
             "the batch is not whole sequences",
             expected=f"a multiple of {each} tokens", found=str(tokens), hint=f"{near} would be",
         )  # fmt: skip
-    return Batch(tokens // each, tuple(zip(names, lengths, strict=True)))
+    sequences, odd = divmod(tokens // each, micro_batches)
+    if odd:
+        raise InputError(
+            "the batch is not whole micro-batches",
+            expected=f"a multiple of {micro_batches} sequences", found=str(tokens // each),
+            hint=f"{max(1, sequences) * micro_batches * each} tokens would be",
+        )  # fmt: skip
+    return Batch(sequences, tuple(zip(names, lengths, strict=True)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moecc.ir.traits import Cost
@@ -188,8 +188,11 @@ class Estimator:
         local = self._sharding(strategy.layout, self._row_factor(strategy, buffer=False))
         parts = [self._part(part, strategy, local) for part in self.work.parts]
         if self.config.train:
-            parts += [*self._streams(strategy, local), self._update(local)]
-        passes = 3 if self.config.train else 1
+            parts += self._streams(strategy, local)
+        parts = [_repeated(part, self.config.micro_batches) for part in parts]
+        if self.config.train:
+            parts.append(self._update(local))
+        passes = 3 * self.config.micro_batches if self.config.train else 1
         return Estimate(
             strategy=strategy,
             memory=self.memory(strategy) if needed is None else needed,
@@ -268,8 +271,22 @@ class Estimator:
         stored = sum(n * local.stored(w) for w, n in self.work.weights)
         state = optimizer_bytes(self.work, self.config, local, self.machine.kind)
         moved = stored * self.config.weight_dtype.itemsize_bytes * 3 + 2 * state
+        # A sum of gradients is read and written for each micro-batch after the first.
+        moved += stored * self.config.reduce_width * 2 * (self.config.micro_batches - 1)
         time = moved / (self.machine.hbm_bytes_per_second * efficiency("hbm"))
         return PartCost("optimizer", 1, 0.0, moved, 0.0, time, time, ())
+
+
+def _repeated(part: PartCost, times: int) -> PartCost:
+    """Return the cost of a part in a step of so many micro-batches."""
+    if times == 1:
+        return part
+    return replace(
+        part, flops=part.flops * times, hbm_bytes=part.hbm_bytes * times,
+        compute_seconds=part.compute_seconds * times, hbm_seconds=part.hbm_seconds * times,
+        local_seconds=part.local_seconds * times,
+        transfers=tuple((t._replace(times=t.times * times), s * times) for t, s in part.transfers),
+    )  # fmt: skip
 
 
 def _passes(step: Step, strategy: Strategy, config: StepConfig) -> float:

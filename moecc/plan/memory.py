@@ -27,7 +27,8 @@ class Memory:
 
     Attributes:
       parameters: the parameters.
-      gradients: their gradients, in the type of the computation.
+      gradients: their gradients, in the type of the computation, and the sums of them over
+        micro-batches, or those in a wider type that are reduced.
       copies: the parameters of layers in the type of the computation, where they are wider.
       optimizer: what the optimizer keeps.
       activations: what the backward pass keeps.
@@ -81,7 +82,7 @@ def memory(
     """Return the memory of one device.
 
     Args:
-      work: the model and its batch.
+      work: the model and its micro-batch.
       config: what is given.
       strategy: what is chosen.
       local: sizes on one device, with the rows that there is room for.
@@ -92,7 +93,7 @@ def memory(
     training = config.train
     return Memory(
         parameters=stored * wide,
-        gradients=stored * width if training else 0.0,
+        gradients=stored * _gradient_width(config),
         copies=of_layers * width if width < wide else 0.0,
         optimizer=optimizer_bytes(work, config, local, kind) if training else 0.0,
         activations=_kept(work, local.values, strategy) * width if training else 0.0,
@@ -101,10 +102,23 @@ def memory(
             # Gradients of layers come when the logits have gone.
             _logits(work, local, config) - (stored * width if training else 0.0),
         ),
-        # Tokens, and in training what they should be.
-        inputs=4.0 * (1 + training) * work.batch.tokens / strategy.layout.shards["batch"],
+        # Tokens, and in training what they should be, of all micro-batches.
+        inputs=4.0
+        * (1 + training)
+        * work.batch.tokens
+        * config.micro_batches
+        / strategy.layout.shards["batch"],
         gaps=GAPS.get(kind, 0.0),
     )
+
+
+def _gradient_width(config: StepConfig) -> int:
+    """Return the bytes of gradients for each entry of a parameter."""
+    if not config.train:
+        return 0
+    width, reduced = config.dtype.itemsize_bytes, config.reduce_width
+    # Those of a micro-batch are there until they are added to the sum.
+    return width + reduced if config.micro_batches > 1 else max(width, reduced)
 
 
 def _stored(work: Workload, local: Sharding, kind: str) -> tuple[float, float]:
@@ -128,19 +142,19 @@ def optimizer_bytes(work: Workload, config: StepConfig, local: Sharding, kind: s
 
 
 def _state(weight: Weight, local: Sharding, config: StepConfig, kind: str) -> float:
-    """Return the bytes of the optimizer's state of a parameter, in float32.
+    """Return the bytes of the optimizer's state of a parameter, in the type of the parameters.
 
     AdamW keeps two moments.  Adafactor keeps, of the second, means over one of the two largest axes
     and over the other (Shazeer and Stern 2018), and here no first.
     """
-    stored = local.stored_sizes(weight)
+    stored, wide = local.stored_sizes(weight), config.weight_dtype.itemsize_bytes
     if config.optimizer == "adamw":
-        return 8.0 * padded(stored.values(), kind)
+        return 2.0 * wide * padded(stored.values(), kind)
     sizes = sorted(((size, name) for name, size in weight.shape), reverse=True)
     if len(sizes) < 2 or sizes[1][0] < FACTORED_LEAST:
-        return 4.0 * padded(stored.values(), kind)
+        return wide * padded(stored.values(), kind)
     kept = ([size for n, size in stored.items() if n != name] for _, name in sizes[:2])
-    return sum(4.0 * padded(axes, kind) for axes in kept)
+    return sum(wide * padded(axes, kind) for axes in kept)
 
 
 def _kept(work: Workload, values: Values, strategy: Strategy) -> float:

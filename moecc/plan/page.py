@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moecc.plan.chart import COLOURS, shown_parts, subtitle
+from moecc.plan.report import parts_text
 from moecc.plan.report_types import PartReport, Report, SummaryReport
 from moecc.plan.search import seconds_text
 from moecc.support.page import figure_html, page, table
@@ -46,7 +47,8 @@ def _facts(data: Report, pipeline: str) -> str:
         ("pipeline", pipeline or "none"),
         ("step", f"{data['step']}, {data['dtype']}, parameters {data['weight_dtype']}"
                  + (f", {data['optimizer']}" if data["optimizer"] else "")),
-        ("batch", f"{batch['tokens']:,} tokens in {batch['sequences']:,} sequences; {lengths}"),
+        ("batch", f"{batch['tokens']:,} tokens in {batch['sequences']:,} sequences; {lengths}"
+                  + parts_text(batch)),
         ("parameters", count_text(data["parameters"])),
         ("devices", f"{machine['devices']:,}"),
         ("rules", ", ".join(best["rules"])),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from moecc.plan.batches import Batch
 from moecc.plan.collectives import sent_bytes
 from moecc.plan.estimate import Estimate, PartCost
 from moecc.plan.exchanges import exact
 from moecc.plan.machines import Machine
 from moecc.plan.report_types import (
+    BatchReport,
     PartReport,
     PlanReport,
     Report,
@@ -37,11 +39,8 @@ def plan_json(
         "optimizer": config.optimizer if config.train else None,
         "dtype": config.dtype.name,
         "weight_dtype": config.weight_dtype.name,
-        "batch": {
-            "tokens": work.batch.tokens,
-            "sequences": work.batch.sequences,
-            "lengths": dict(work.batch.lengths),
-        },
+        "reduce_dtype": (config.reduce_dtype or config.dtype).name if config.train else None,
+        "batch": batch_json(work.batch, config),
         "parameters": work.parameters,
         "model_flops": best.model_flops,
         "best": _plan(best, work),
@@ -52,6 +51,16 @@ def plan_json(
         "lossy": _summary(ranking.lossy, work) if ranking.lossy else None,
         "tried": ranking.tried,
         "fitting": ranking.fitting,
+    }
+
+
+def batch_json(part: Batch, config: StepConfig) -> BatchReport:
+    """Return the batch of which `part` is a micro-batch."""
+    return {
+        "tokens": part.tokens * config.micro_batches,
+        "sequences": part.sequences * config.micro_batches,
+        "lengths": dict(part.lengths),
+        "micro_batches": config.micro_batches,
     }
 
 
@@ -149,12 +158,19 @@ def _heading(data: Report) -> list[str]:
     return [
         f"{data['model']} on {machine['name']}: {machine['devices']} devices, {step}, "
         f"{data['dtype']}, weights {data['weight_dtype']}",
-        f"  batch       {batch['tokens']:,} tokens: {batch['sequences']:,} sequences of {lengths}",
+        f"  batch       {batch['tokens']:,} tokens: {batch['sequences']:,} sequences of {lengths}"
+        f"{parts_text(batch)}",
         f"  plan        {_name(best)}",
         f"  step        {seconds_text(best['seconds'])}, "
         f"{batch['tokens'] / best['seconds'] / machine['devices']:,.0f} tokens/s a device, "
         f"{best['mfu']:.1%} of the peak (model FLOPs)",
     ]
+
+
+def parts_text(batch: BatchReport) -> str:
+    """Return what is said of micro-batches behind a batch."""
+    parts = batch["micro_batches"]
+    return f", in {parts:,} micro-batches" if parts > 1 else ""
 
 
 def _name(plan: StrategyReport) -> str:

@@ -18,11 +18,12 @@ class MachineReport(TypedDict):
 
 
 class BatchReport(TypedDict):
-    """What a step computes on; lengths by stack."""
+    """What a step computes on, in how many parts; lengths by stack."""
 
     tokens: int
     sequences: int
     lengths: dict[str, int]
+    micro_batches: int
 
 
 class StrategyReport(TypedDict):
@@ -109,6 +110,7 @@ class Report(TypedDict):
     optimizer: str | None
     dtype: str
     weight_dtype: str
+    reduce_dtype: str | None
     batch: BatchReport
     parameters: int
     model_flops: float

@@ -25,7 +25,8 @@ _Kinds = Mapping[str, tuple[type, ...]]
 _REQUEST: _Kinds = {
     "model": (str,), "machine": (str,), "pipeline": (str,), "step": (str,),
     "batch_tokens": (int, NoneType), "sequence": (str, NoneType), "optimizer": (str,),
-    "dtype": (str,),
+    "dtype": (str,), "weight_dtype": (str, NoneType), "micro_batches": (int, NoneType),
+    "reduce_dtype": (str, NoneType),
 }  # fmt: skip
 _STRATEGY: _Kinds = {
     "mesh": (dict,), "rules": (list,), "dense_weights": (str,), "via": (str,), "remat": (str,),
@@ -50,6 +51,9 @@ class SavedPlan:
       sequence: lengths, separated by commas; None for the default.
       optimizer: of a training step.
       dtype: of the computation.
+      weight_dtype: of the parameters; None for the default.
+      micro_batches: parts of a batch; None for one.
+      reduce_dtype: in which gradients are added and reduced; None for that of the computation.
       mesh: axes and sizes.
       rules: layouts.
       dense_weights: how parameters of no expert lie along the experts' axis.
@@ -66,6 +70,9 @@ class SavedPlan:
     sequence: str | None
     optimizer: str
     dtype: str
+    weight_dtype: str | None
+    micro_batches: int | None
+    reduce_dtype: str | None
     mesh: Mapping[str, int]
     rules: tuple[str, ...]
     dense_weights: str
@@ -89,7 +96,14 @@ class SavedPlan:
             found.append(f"mesh.rules={json_text(list(self.rules))}")
         if self.mesh and self.via != LOCAL:
             found.append(f"mesh.via={self.via}")
-        return [*found, f"run.remat={self.remat}"] if is_new else found
+        if not is_new:
+            return found
+        asked = {
+            "micro_batches": self.micro_batches if self.micro_batches != 1 else None,
+            "weight_dtype": self.weight_dtype, "reduce_dtype": self.reduce_dtype,
+        }  # fmt: skip
+        found += [f"run.{name}={value}" for name, value in asked.items() if value is not None]
+        return [*found, f"run.remat={self.remat}"]
 
 
 def saved_text(report: Report, request: Mapping[str, object]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moecc.sharding.layout import Layout
 from moecc.sharding.vias import LOCAL
+from moecc.support.parse_units import float_type
 from moecc.types.dtypes import BF16, F32, DType
 
 STEPS = ("train", "forward")
@@ -14,8 +15,6 @@ DENSE_WEIGHTS = ("whole", "split")
 REMATS = ("none", "save", "full")
 """What the backward pass computes again: nothing; all but the results of attention and combine;
 everything but the input of each layer."""
-
-OPTIMIZERS = ("adamw", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,40 @@ class StepConfig:
       optimizer: one of `OPTIMIZERS`.
       dtype: the type of the computation.
       weight_dtype: the type of the parameters.
+      micro_batches: parts of a batch whose gradients are added.
+      reduce_dtype: the type in which gradients are added and reduced; None for `dtype`.
     """
 
     train: bool = True
     optimizer: str = "adamw"
     dtype: DType = BF16
     weight_dtype: DType = F32
+    micro_batches: int = 1
+    reduce_dtype: DType | None = None
+
+    @property
+    def reduce_width(self) -> int:
+        """Bytes of an element of a gradient that is reduced."""
+        return (self.reduce_dtype or self.dtype).itemsize_bytes
+
+
+def step_config(
+    train: bool,
+    optimizer: str,
+    dtype: str,
+    weight_dtype: str | None = None,
+    micro_batches: int = 1,
+    reduce_dtype: str | None = None,
+) -> StepConfig:
+    """Return what is given of a step, from the texts of options.
+
+    Raises:
+      UsageError: a type is unknown.
+    """
+    computed = float_type(dtype)
+    stored = float_type(weight_dtype) if weight_dtype else F32 if train else computed
+    reduced = float_type(reduce_dtype) if reduce_dtype else None
+    return StepConfig(train, optimizer, computed, stored, micro_batches, reduced)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def part_transfers(
     for one in found.params:
         yield transfer(one, doing.gathers(part), waits=False)
     for one in found.gradients if train else ():
-        yield transfer(one, 1, waits=False)
+        yield _summed(transfer(one, 1, waits=False), config)
     way = None if found.layer is None else via(strategy.via)
     for carried in found.forward:
         for one in carried.moved if way is None or not carried.in_route else ():
@@ -49,6 +49,20 @@ def part_transfers(
     if found.layer is not None and way is not None:
         times = _exchanged((part, found, found.layer), way, doing, sharded)
         yield from (transfer(one, count) for one, count in times.items() if count)
+
+
+def _summed(gradient: Transfer, config: StepConfig) -> Transfer:
+    """Return how a gradient is summed, in a micro-batch of several.
+
+    Those of parameters that are stored in parts are scattered in each micro-batch, by the transpose
+    of what gathers the parameter, in the type of the computation.  Others are added first, and
+    reduced once.
+    """
+    if gradient.op != "all_reduce":
+        return gradient
+    wider = config.reduce_width / config.dtype.itemsize_bytes
+    size, times = gradient.tensor_bytes * wider, gradient.times / config.micro_batches
+    return gradient._replace(tensor_bytes=size, times=times)
 
 
 def _exchanged(

@@ -11,11 +11,10 @@ from moecc.families.flops import sequence_flops
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.plan.batches import Batch, length_variables
-from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.search import Constraints, search
-from moecc.plan.strategy import OPTIMIZERS, StepConfig
+from moecc.plan.strategy import OPTIMIZERS, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.steps.moment_axes import moment_types
 from moecc.steps.passes import StepPasses, step_graph
@@ -124,40 +123,25 @@ def _planned_graph(graph: Graph, training: StepPasses) -> Graph:
 
 
 def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> Facts:
-    """Return what a plan predicts of time and memory.
-
-    Micro-batches change the memory and not the time, and add the sums of their gradients.
-    """
+    """Return what a plan predicts of time and memory."""
     run, section = recipe.run, recipe.mesh
-    dtype, wide = float_type(run.dtype), float_type(run.weight_dtype)
     optimizer = recipe.optimizer.name if recipe.optimizer.name in OPTIMIZERS else OPTIMIZERS[0]
-    setting = StepConfig(True, optimizer, dtype, wide)
+    setting = step_config(
+        True, optimizer, run.dtype, run.weight_dtype, run.micro_batches, run.reduce_dtype
+    )
     mesh = plan_mesh(section.mesh, section.rules or None) if section.mesh else None
     constraints = Constraints(mesh, section.via or None, run.remat, None, section.rules or None)
     part = _work(graph, batches, recipe.data.batch // run.micro_batches)
     found = search(part, machine, setting, constraints, keep=0).best
-    step = found
-    if run.micro_batches > 1:
-        whole = _work(graph, batches, recipe.data.batch)
-        step = Estimator(whole, machine, setting).estimate(found.strategy)
     return {
         "machine": machine.name,
         "strategy": str(found.strategy),
-        "step_seconds": step.seconds,
-        "seconds": step.seconds * run.steps,
-        "tokens_per_second": _tokens(batches) / step.seconds,
-        "memory_bytes": found.memory.total + _sums(recipe, found),
+        "step_seconds": found.seconds,
+        "seconds": found.seconds * run.steps,
+        "tokens_per_second": _tokens(batches) / found.seconds,
+        "memory_bytes": found.memory.total,
         "usable_bytes": machine.usable_bytes,
     }
-
-
-def _sums(recipe: Recipe, estimate: Estimate) -> float:
-    """Return the bytes of the sums of gradients over micro-batches, on one device."""
-    if recipe.run.micro_batches == 1:
-        return 0.0
-    run = recipe.run
-    width = float_type(run.reduce_dtype or run.dtype).itemsize_bytes
-    return estimate.memory.parameters / float_type(run.weight_dtype).itemsize_bytes * width
 
 
 def _work(graph: Graph, batches: Batches, sequences: int) -> Workload:

@@ -13,10 +13,9 @@ from moecc.plan.meshes import plan_mesh
 from moecc.plan.report import plan_json, searched_json
 from moecc.plan.report_types import Report, SummaryReport
 from moecc.plan.search import Constraints, search
-from moecc.plan.strategy import DENSE_WEIGHTS, OPTIMIZERS, REMATS, STEPS, StepConfig
+from moecc.plan.strategy import DENSE_WEIGHTS, OPTIMIZERS, REMATS, STEPS, StepConfig, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import VIAS
-from moecc.support.parse_units import float_type
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class StepRequest:
       rules: names of sharding rules, separated by commas.
       optimizer: of a training step.
       dtype: of the computation.
-      weight_dtype: of the parameters.
+      weight_dtype: of the parameters; None for f32 in training, else that of the computation.
+      micro_batches: parts of a batch whose gradients are added.
+      reduce_dtype: in which gradients are added and reduced; None for that of the computation.
     """
 
     step: str = "train"
@@ -47,7 +48,9 @@ class StepRequest:
     rules: str | None = None
     optimizer: str = "adamw"
     dtype: str = "bf16"
-    weight_dtype: str = "f32"
+    weight_dtype: str | None = None
+    micro_batches: int = 1
+    reduce_dtype: str | None = None
 
     def problems(self) -> list[Problem]:
         """Return a problem for each value that is not one of its choices."""
@@ -55,12 +58,17 @@ class StepRequest:
             "step": STEPS, "optimizer": OPTIMIZERS, "via": VIAS, "remat": REMATS,
             "dense_weights": DENSE_WEIGHTS,
         }  # fmt: skip
-        return [
+        found = [
             Problem(f"unknown {name.replace('_', ' ')}", expected=" | ".join(allowed),
                     found=repr(value), hint=nearest(str(value), allowed))
             for name, allowed in choices.items()
             if (value := getattr(self, name)) is not None and value not in allowed
         ]  # fmt: skip
+        if self.micro_batches < 1 or (self.step != "train" and self.micro_batches > 1):
+            expected = "1 or more" if self.step == "train" else "1, of a forward pass"
+            found.append(Problem("not a number of micro-batches", expected=expected,
+                                 found=str(self.micro_batches)))  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,9 @@ def plan_and_search(
     asked = _parsed(machine, request)
 
     def work_on(other: Machine) -> Workload:
-        batch = make_batch(graph, other.devices, request.batch_tokens, asked.lengths)
+        batch = make_batch(
+            graph, other.devices, request.batch_tokens, asked.lengths, request.micro_batches
+        )
         return workload(graph, batch)
 
     work = work_on(asked.machine)
@@ -112,6 +122,8 @@ def _parsed(machine: str, request: StepRequest) -> _Parsed:
     fixed = None if request.mesh is None else plan_mesh(request.mesh, names)
     constraints = Constraints(fixed, request.via, request.remat, request.dense_weights, names)
     lengths = None if request.sequence is None else parse_lengths(request.sequence)
-    types = float_type(request.dtype), float_type(request.weight_dtype)
-    config = StepConfig(request.step == "train", request.optimizer, *types)
+    config = step_config(
+        request.step == "train", request.optimizer, request.dtype, request.weight_dtype,
+        request.micro_batches, request.reduce_dtype,
+    )  # fmt: skip
     return _Parsed(where, constraints, lengths, config)

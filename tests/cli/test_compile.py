@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def test_a_training_step_is_what_the_plan_foretold(moecc: Moecc, partition: str)
         (MIXTRAL, "data=4,model=2", ("--remat", "full", "--slice")),
         (MIXTRAL, "data=4,model=2", ("--remat", "save", "--slice")),
         (MIXTRAL, "fsdp=2,expert=4", ("--remat", "none", "--dense-weights", "split")),
+        (MIXTRAL, "data=2,expert=4", ("--micro-batches", "2", "--reduce-dtype", "f32")),
+        (LLAMA, "data=4,model=2", ("--micro-batches", "4")),
     ],
 )
 def test_a_step_sends_what_the_plan_foretold(
@@ -67,8 +70,9 @@ def test_a_step_sends_what_the_plan_foretold(
 ) -> None:
     """All collectives together: a compiler may make one of another, and sum several at once."""
     needs_optax()
+    devices = prod(int(axis.split("=")[1]) for axis in mesh.split(","))
     done = moecc(
-        "compile", model, "--machine", "cpu:8", "--mesh", mesh, "--batch-tokens", "512",
+        "compile", model, "--machine", f"cpu:{devices}", "--mesh", mesh, "--batch-tokens", "1024",
         "--sequence", "64", "--dtype", "f32", "--optimizer", "adafactor", *more,
         "--format", "json",
     )  # fmt: skip

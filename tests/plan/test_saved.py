@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,13 +54,15 @@ def saved_again(path: Path) -> int:
 
 def test_compile_takes_all_of_it(tmp_path: Path) -> None:
     more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full",
-            "--dense-weights", "split", "--optimizer", "adafactor")  # fmt: skip
+            "--dense-weights", "split", "--optimizer", "adafactor", "--micro-batches", "2",
+            "--weight-dtype", "bf16", "--reduce-dtype", "float32")  # fmt: skip
     path = str(saved(tmp_path, *more))
     job = ahead_request(planned(CompileRequest(MODEL, plan=path), path))
     options = CompileRequest(
         MODEL, "cpu:8", pipeline=PIPELINE, sequence="64", mesh="fsdp=2,expert=4", via=Via("ring"),
         remat=Remat("full"), dense_weights=DenseWeights("split"),
         optimizer=Optimizer("adafactor"), rules=",".join(read_plan(path).rules),
+        weight_dtype="bf16", micro_batches=2, reduce_dtype="f32",
     )  # fmt: skip
     assert job == ahead_request(options)
 
@@ -67,7 +70,8 @@ def test_compile_takes_all_of_it(tmp_path: Path) -> None:
 def test_what_the_plan_says_is_said_once(tmp_path: Path) -> None:
     path = str(saved(tmp_path))
     request = CompileRequest(MODEL, plan=path)
-    for name, value in {"machine": "cpu", "mesh": "data=8", "pipeline": "cse"}.items():
+    twice = {"machine": "cpu", "mesh": "data=8", "pipeline": "cse", "micro_batches": 2}
+    for name, value in twice.items():
         with pytest.raises(UsageError, match="the plan says it"):
             planned(replace(request, **{name: value}), path)
     with pytest.raises(UsageError, match="no machine is named"):
@@ -75,9 +79,12 @@ def test_what_the_plan_says_is_said_once(tmp_path: Path) -> None:
 
 
 def test_a_recipe_gets_mesh_and_remat(tmp_path: Path) -> None:
-    more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full")
+    more = ("--mesh", "fsdp=2,expert=4", "--via", "ring", "--remat", "full",
+            "--micro-batches", "2", "--reduce-dtype", "f32")  # fmt: skip
     found = read_plan(str(saved(tmp_path, *more)))
     values = found.recipe_values()
+    assert {"run.micro_batches=2", "run.reduce_dtype=f32"} < set(values)
+    assert not any(value.startswith("run.weight_dtype") for value in values)
     assert "mesh.mesh=fsdp=2,expert=4" in values
     assert "mesh.via=ring" in values
     assert "run.remat=full" in values
@@ -94,7 +101,7 @@ def test_a_run_that_begins_by_a_plan(tmp_path: Path) -> None:
     assert list(made.mesh.rules) == list(read_plan(str(path)).rules)
 
 
-def written_recipe(folder: Path) -> Path:
+def written_recipe(folder: Path, batch: int = 8) -> Path:
     draw_weights(make_model(folder / "model"))
     make_corpus(folder / "tokens")
     path = folder / "recipe.toml"
@@ -103,7 +110,7 @@ def written_recipe(folder: Path) -> Path:
 source = "model"
 pipeline = "{PIPELINE}"
 [data]
-batch = 8
+batch = {batch}
 seq = 32
 train = [{{ tokens = "tokens/train" }}]
 [run]
@@ -112,12 +119,31 @@ steps = 3
     return path
 
 
+def test_plans_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    for name in ("micro_batches", "weight_dtype", "reduce_dtype"):
+        spoilt(path, lambda data, name=name: data["request"].pop(name))
+    request = planned(CompileRequest(MODEL, plan=str(path)), str(path))
+    assert (request.micro_batches, request.weight_dtype, request.reduce_dtype) == (1, None, None)
+
+
 @pytest.mark.slow
-def test_three_steps_on_eight_devices(tmp_path: Path) -> None:
-    recipe = written_recipe(tmp_path)
-    path = saved(tmp_path, "--mesh", "data=2,expert=4", model=str(tmp_path / "model"))
-    command = [sys.executable, "-m", "moecc", "train", str(recipe), "--out", str(tmp_path / "run"),
-               "--plan", str(path)]  # fmt: skip
+def test_three_accumulated_steps_on_eight_devices_by_the_command_of_a_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = written_recipe(tmp_path, batch=16)
+    more = ("--mesh", "data=2,expert=4", "--micro-batches", "2", "--reduce-dtype", "f32")
+    model = str(tmp_path / "model")
+    path = saved(tmp_path, *more, "--batch-tokens", "1024", model=model)
+    capsys.readouterr()
+    assert main(["compile", model, "--plan", str(path), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch"]["micro_batches"] == 2
+    train = ["train", str(recipe), "--out", str(tmp_path / "run"), "--plan", str(path)]
+    assert main(["launch", "template", "slurm", "--", *train]) == 0
+    script = capsys.readouterr().out
+    (line,) = (each for each in script.splitlines() if each.startswith("srun "))
+    words = shlex.split(line)
+    command = [sys.executable, "-m", *words[words.index("moecc") :]]
     flags = "--xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -96,7 +96,8 @@ def test_lengths_of_an_encoder_decoder_are_those_of_its_batches(tokens: Path) ->
 def test_micro_batches_and_machines_change_the_plan(tokens: Path) -> None:
     plain = told(tokens, "llama_gqa", "upcycle{experts=4}")["plan"]
     parts = told(tokens, "llama_gqa", "upcycle{experts=4}", "run.micro_batches=4")["plan"]
-    assert parts["step_seconds"] == pytest.approx(plain["step_seconds"])
+    # Parameters are read, and sums of gradients written, for each of them.
+    assert plain["step_seconds"] < parts["step_seconds"] < 1.5 * plain["step_seconds"]
     assert parts["memory_bytes"] != plain["memory_bytes"]
     mesh = told(tokens, "llama_gqa", "upcycle{experts=4}", "mesh.mesh=data:2,expert:4")["plan"]
     assert "data:2,expert:4" in mesh["strategy"]

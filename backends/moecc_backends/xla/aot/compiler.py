@@ -35,8 +35,12 @@ def compile_ahead(graph: Graph, job: Job) -> Result:
     if job.export and find_spec("flatbuffers") is None:
         raise MachineError("exporting needs flatbuffers", hint=install_hint("export"))
     layout = job.layout if job.partition == GSPMD else None
-    update = None if job.optimizer is None else OptimizerSection(job.optimizer)
-    spec = StepSpec(job.sizes, job.dtype, update, platform=job.machine.kind, layout=layout)
+    given = job.config
+    update = OptimizerSection(given.optimizer) if given.train else None
+    spec = StepSpec(
+        job.sizes, given.dtype, update, given.micro_batches, given.weight_dtype, given.reduce_dtype,
+        platform=job.machine.kind, layout=layout,
+    )  # fmt: skip
     step = make_step(graph, spec, devices(job.machine))
     start = time.perf_counter()
     lowered = lower(step.function, step.arguments, job.machine)

@@ -44,7 +44,7 @@ def make_step(graph: Graph, spec: StepSpec, devices: Devices) -> AbstractStep:
         return AbstractStep(step.function, step.arguments)
     where = step_shardings(graph, spec, devices)
     params = {
-        name: abstract_array(value.type.shape, spec.dtype.numpy, where.param(value))
+        name: abstract_array(value.type.shape, spec.weight_dtype.numpy, where.param(value))
         for name, value in graph.params.items()
         if value.users
     }

@@ -1,0 +1,81 @@
+"""What accumulation and a wider reduction change in a plan, and what they must not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from moecc.errors import InputError
+from moecc.model.open import open_model
+from moecc.plan.batches import make_batch
+from moecc.plan.estimate import Estimate, Estimator
+from moecc.plan.machines import parse_machine
+from moecc.plan.meshes import plan_mesh
+from moecc.plan.strategy import StepConfig, Strategy
+from moecc.plan.workload import Workload, workload
+from moecc.sharding.layout import Layout
+from moecc.types.dtypes import BF16, F32
+
+MODEL = Path(__file__).parents[1] / "golden" / "mixtral_gqa"
+TOKENS = 4096
+
+
+@cache
+def work_of(parts: int) -> Workload:
+    graph = open_model(str(MODEL)).graph
+    return workload(graph, make_batch(graph, 8, TOKENS, (64,), parts))
+
+
+def planned(mesh: str, config: StepConfig) -> Estimate:
+    work = work_of(config.micro_batches)
+    strategy = Strategy(Layout(plan_mesh(mesh), work.experts), "capacity", "index", "full")
+    return Estimator(work, parse_machine("cpu:8"), config).estimate(strategy)
+
+
+def sent(estimate: Estimate) -> Counter[str]:
+    """Return bytes of full tensors by operation, those of gradients apart."""
+    found: Counter[str] = Counter()
+    for part in estimate.parts:
+        for t, _ in part.transfers:
+            found[f"{t.op} {t.why}"] += round(part.count * t.times * t.tensor_bytes)
+    return found
+
+
+@pytest.mark.parametrize("mesh", ["data=4,expert=2", "fsdp=4,expert=2"])
+def test_parts_of_a_batch_do_its_work_and_keep_less(mesh: str) -> None:
+    whole, parts = planned(mesh, StepConfig()), planned(mesh, StepConfig(micro_batches=4))
+    assert parts.flops == pytest.approx(whole.flops)
+    assert parts.model_flops == pytest.approx(whole.model_flops)
+    assert parts.memory.activations == pytest.approx(whole.memory.activations / 4)
+    assert parts.memory.inputs == pytest.approx(whole.memory.inputs)
+    assert parts.memory.gradients == 2 * whole.memory.gradients
+    before, after = sent(whole), sent(parts)
+    assert after["all_reduce gradients"] == before["all_reduce gradients"] > 0
+    for kind in before:
+        # Parameters are gathered, and their gradients scattered, for each micro-batch.
+        times = 4 if kind in ("all_gather parameters", "reduce_scatter gradients") else 1
+        assert after[kind] == pytest.approx(times * before[kind], rel=1e-3), kind
+
+
+def test_a_wider_reduction_sends_and_keeps_more() -> None:
+    narrow = planned("data=4,expert=2", StepConfig(dtype=BF16))
+    wide = planned("data=4,expert=2", StepConfig(dtype=BF16, reduce_dtype=F32))
+    assert sent(wide)["all_reduce gradients"] == 2 * sent(narrow)["all_reduce gradients"] > 0
+    assert wide.memory.gradients == 2 * narrow.memory.gradients
+    assert sent(wide)["all_to_all rows to experts"] == sent(narrow)["all_to_all rows to experts"]
+
+
+def test_moments_have_the_type_of_the_parameters() -> None:
+    wide = planned("data=8", StepConfig()).memory
+    narrow = planned("data=8", StepConfig(weight_dtype=BF16)).memory
+    assert narrow.optimizer == wide.optimizer / 2 == 2 * narrow.parameters
+    assert narrow.copies == 0 < wide.copies
+
+
+def test_parts_hold_whole_sequences() -> None:
+    with pytest.raises(InputError, match="not whole micro-batches") as caught:
+        work_of(3)
+    assert "4032 tokens would be" in str(caught.value)
