@@ -67,9 +67,10 @@ def function(
     """
     check_dispatch(graph, options)
     nodes = list(graph)
+    keys = [name for name, value in graph.inputs.items() if value.type.dtype.kind == "key"]
 
     def run(params: Tree, inputs: Tree) -> dict[str, jax.Array]:
-        check_keys(graph, inputs)
+        check_keys({name: inputs[name] for name in keys})
         operands = {v: inputs[n] for n, v in graph.inputs.items()}
         operands |= {v: params[n] for n, v in graph.params.items() if v.users}
         values = lower_values(nodes, operands, dtype, options, interceptor=interceptor)

@@ -29,6 +29,10 @@ Devices = list[jax.Device]
 """Devices in the order of a mesh."""
 
 
+named: Callable[[jax.Array, str], jax.Array] = checkpoint_name
+"""Returns an array under a name by which a rematerialisation policy keeps it."""
+
+
 def psum(array: jax.Array, axes: Axes) -> jax.Array:
     """Return the sum over all devices along `axes`."""
     found: jax.Array = jax.lax.psum(array, axes)
@@ -64,12 +68,6 @@ def ragged_all_to_all(*operands: jax.Array, axes: str | Axes) -> jax.Array:
 def with_sharding(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Return `array`, which XLA's partitioner is to keep under `sharding`."""
     found: jax.Array = jax.lax.with_sharding_constraint(array, sharding)
-    return found
-
-
-def named(array: jax.Array, name: str) -> jax.Array:
-    """Return `array` under a name by which a rematerialisation policy keeps it."""
-    found: jax.Array = checkpoint_name(array, name)
     return found
 
 
