@@ -156,8 +156,8 @@ class Node:
     @property
     def body(self) -> Graph | None:
         """The graph that a ``scan`` repeats; None for every other operation."""
-        body = self.attrs.get("body")
-        return body if isinstance(body, Graph) else None
+        body = self.attrs.get("body")  # most have none; an abstract class is slow to ask
+        return body if body is not None and isinstance(body, Graph) else None
 
     @property
     def is_dead(self) -> bool:

@@ -249,7 +249,7 @@ class OpDef:
                 problems.append(Problem(f"{self.name} needs the attribute {name!r}"))
                 continue
             full[name] = value
-            if name in attrs:
+            if value is not spec.default:
                 reason = _mismatch(spec, value)
                 if reason is None and spec.kind == "float":
                     # −0.0 equals 0.0, so graphs that differ in it alone would be equal.

@@ -161,7 +161,7 @@ def _check_uses(node: Node, defined: set[Value], problems: list[Problem]) -> Non
                     hint="insert the new node before its users",
                 )
             )
-        if value.users.get(node, 0) != sum(v is value for v in node.operands):
+        if value.users.get(node, 0) != node.operands.count(value):
             problems.append(Problem(f"the use list of %{value.name} is wrong", where(node)))
 
 
@@ -172,7 +172,7 @@ def _check_value(
         here = user is graph.terminator or (user.alive and user.graph is graph)
         if not here:
             yield Problem(f"%{value.name} lists a user that is not in the graph: {where(user)}")
-        elif times != sum(v is value for v in user.operands):
+        elif times != user.operands.count(value):
             yield Problem(f"%{value.name} lists a user that does not use it: {where(user)}")
     for extent in value.type.extents:
         if extent.value not in defined:

@@ -213,7 +213,7 @@ class TensorType:
         return self.with_axes(a for a in self.axes if a.name not in names)
 
     def __str__(self) -> str:
-        text = f"{self.dtype}[{', '.join(map(str, self.axes))}]"
+        text = f"{self.dtype.name}[{', '.join(map(str, self.axes))}]"
         return f"{text} unreduced({', '.join(self.unreduced)})" if self.unreduced else text
 
 

@@ -30,6 +30,7 @@ MESHES = {
     "experts on rows of data": MeshPasses("data:2,model:2", ("st-moe",), "capacity"),
     "replicated tokens": MeshPasses("data:2,expert:2", ("expert-replicated",), "replicated"),
     "stored in parts": MeshPasses("fsdp:2", ("fsdp",)),
+    "stream in shards": MeshPasses("data:2,model:2", ("data-parallel", "tensor-parallel")),
 }
 CHUNK_BYTES = 4 * VOCAB * 10
 """Logits of ten tokens: the last chunk of a micro-batch is not full."""
@@ -47,7 +48,8 @@ def step_of(case: Case, parts: int, mesh: str, dtype: DType, chunk_bytes: int) -
         groups=8 // parts,
         losses=losses,
         mesh=MESHES[mesh],
-        rolled=False,
+        rolled=mesh == "stream in shards",
+        split="model" if mesh == "stream in shards" else None,
     )
     graph = step_graph(sparse(routing, padded=padded), passes)
     update = OptimizerSection("sgd", clip=0.0, decay=0.0)
@@ -87,6 +89,7 @@ def assert_same(whole: Any, apart: Any, tolerance: float) -> None:
 QUICK: list[tuple[Case, int, str]] = [
     (("top-2", True, 0.75, "group"), 2, "one device"),
     (("top-2", "segments", 0.75, "group"), 4, "data"),
+    (("top-2", True, 0.75, "group"), 1, "stream in shards"),
 ]
 SLOW: list[tuple[Case, int, str]] = [
     *(((r, p, f, o), m, "one device") for r, p, f, o in [
@@ -94,7 +97,8 @@ SLOW: list[tuple[Case, int, str]] = [
         ("top-2", False, None, "group"), ("top-2", True, None, "sequence"),
         ("expert-choice", True, None, "group"), ("expert-choice", False, None, "group"),
     ] for m in (2, 4)),
-    *((("top-2", True, 0.75, "group"), m, mesh) for m in (1, 2, 4) for mesh in MESHES),
+    *((("top-2", True, 0.75, "group"), m, mesh) for m in (1, 2, 4) for mesh in MESHES
+      if (m, mesh) != (1, "stream in shards")),
     (("top-2", True, None, "group"), 2, "replicated tokens"),
     (("top-2", "segments", None, "sequence"), 2, "one device"),
     (("expert-choice", True, None, "group"), 2, "data"),

@@ -235,7 +235,9 @@ def _zeros(
     """Return sums of no tokens."""
     first = tuple(a[0] for a in hidden)
     shapes = jax.eval_shape(loss.summed, weights, first, targets[0])
-    over, view = loss.varies(*hidden, targets), loss.lowering.fresh()
+    view = loss.lowering.fresh()
+    # Along the axes that shard the vocabulary the devices have summed their parts of the softmax.
+    over = loss.varies(*hidden, targets) - set(loss.head.logits.type[VOCAB].mesh)
     found: tuple[jax.Array, Sums] = jax.tree.map(
         lambda a: view.varying(jnp.zeros(a.shape, a.dtype), over), shapes
     )
