@@ -26,10 +26,11 @@ from moecc.ahead.text import compile_text
 from moecc.cli.files import write_whole
 from moecc.model.open import open_model
 from moecc.plan.batches import make_batch
+from moecc.plan.candidates import Constraints
 from moecc.plan.chart import chart
 from moecc.plan.machines import parse_machine
 from moecc.plan.report import plan_json, plan_text
-from moecc.plan.search import Constraints, search
+from moecc.plan.search import search
 from moecc.plan.strategy import StepConfig
 from moecc.plan.workload import workload
 from moecc.types.dtypes import BF16, F32

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 from moecc.ahead.request import Job, Request
 from moecc.errors import InputError, UsageError
 from moecc.ir.attributes import SlotAttrs
 from moecc.ir.graph import Graph
+from moecc.ir.structure import clone
 from moecc.model.open import open_model
 from moecc.model.user_passes import registry_with
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
+from moecc.plan.candidates import Constraints, check_constraints
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.search import Constraints, check_constraints, search
+from moecc.plan.remedies import Asked
+from moecc.plan.search import search
 from moecc.plan.strategy import StepConfig, Strategy, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
@@ -35,7 +39,7 @@ class PreparedJob:
     Attributes:
       graph: the graph to compile.
       job: how it is compiled.
-      work: its workload.
+      asked: what a plan was asked, and its workload.
       estimate: the plan's prediction.
       bound: the bound on an expert's rows; None if there is none.
       pipeline: the passes that produced the graph from the model's.
@@ -44,7 +48,7 @@ class PreparedJob:
 
     graph: Graph
     job: Job
-    work: Workload
+    asked: Asked
     estimate: Estimate
     bound: Bound | None
     pipeline: str
@@ -73,15 +77,23 @@ def prepare(request: Request) -> PreparedJob:
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths, parts)
     bound, remarks = _bounded(graph, request, train)
     work = workload(graph, batch)
-    strategy = _strategy(request, work, machine, setting)
+    of_batch = cache(partial(workload, graph))
+
+    def work_on(other: Machine, parts: int) -> Workload:
+        lengths, tokens = request.lengths, request.batch_tokens
+        return of_batch(make_batch(graph, other.devices, tokens, lengths, parts))
+
+    asked = Asked(machine, setting, _constraints(request, work), work, work_on)
+    strategy = _strategy(request, asked)
     pipeline = str(_passes(request.partition, setting, bound, strategy))
-    run_passes(graph, pipeline)
+    step = clone(graph)
+    run_passes(step, pipeline)
     job = Job(
         machine, strategy.layout, _sizes(graph, batch, parts), setting, request.emit,
         request.export, request.partition,
     )  # fmt: skip
     estimate = Estimator(work, machine, setting).estimate(strategy)
-    return PreparedJob(graph, job, work, estimate, bound, pipeline, tuple(remarks))
+    return PreparedJob(step, job, asked, estimate, bound, pipeline, tuple(remarks))
 
 
 def _check_exchange(request: Request) -> None:
@@ -149,15 +161,22 @@ def _passes(
     )
 
 
-def _strategy(request: Request, work: Workload, machine: Machine, setting: StepConfig) -> Strategy:
+def _constraints(request: Request, work: Workload) -> Constraints:
+    """Return what the request fixes; on a mesh that it names, with what is taken by default."""
+    rules, dense, remat = request.rules, request.dense_weights, request.remat
+    if request.mesh is None:
+        return Constraints(None, _via(request, work), remat, dense, rules)
+    dense = None if rules else dense or "whole"
+    return Constraints(plan_mesh(request.mesh, rules), request.via, remat or "full", dense, rules)
+
+
+def _strategy(request: Request, asked: Asked) -> Strategy:
     """Return the strategy that the request fixes, or the plan's best if the mesh is open."""
-    rules = request.rules
-    mesh = None if request.mesh is None else plan_mesh(request.mesh, rules)
+    work, machine, setting, rules = asked.work, asked.machine, asked.config, request.rules
+    fixed, mesh = asked.constraints, asked.constraints.mesh
     if mesh is None:
-        constraints = Constraints(
-            None, _via(request, work), request.remat, request.dense_weights, rules
-        )
-        return search(work, machine, setting, constraints).best.strategy
+        found = search(work, machine, setting, fixed, work_on=asked.work_on)
+        return found.best.strategy
     check_constraints(work, machine, Constraints(mesh, request.via, rules=rules))
     if request.sliced and not work.experts:
         raise InputError("the model has no experts whose rows would be sent in slices")

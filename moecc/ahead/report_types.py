@@ -70,6 +70,7 @@ class CompileReport(TypedDict):
     memory: Mapping[str, int] | None
     needed_bytes: int
     fits: bool
+    would_fit: str | None
     flops: int
     model_flops: float
     collectives: Mapping[str, Mapping[str, int]]

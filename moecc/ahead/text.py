@@ -62,6 +62,8 @@ def _memory(data: CompileReport) -> Iterator[str]:
     spare = size_text(abs(usable - needed))
     fits = f"fits, {spare} to spare" if data["fits"] else f"does not fit: {spare} too much"
     yield f"  a device     {size_text(needed)} of {size_text(usable)}: {fits}"
+    if data["would_fit"]:
+        yield f"               {data['would_fit']}, by the plan"
     yield f"{'':15}{'compiled':>12}{'planned':>12}"
     memory = data["memory"] or {}
     rows = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +15,7 @@ from moecc.ahead.trimming import trimmed
 from moecc.backend import get_backend
 from moecc.errors import MoeccError
 from moecc.launch.member import hold_lifeline
+from moecc.plan.remedies import way_out
 from moecc.plan.report import batch_json
 from moecc.steps.passes import Bound
 
@@ -48,7 +49,7 @@ def _answer(request: Request, folder: Path) -> CompileReport:
 
 def report(request: Request, prepared: PreparedJob, result: Result) -> CompileReport:
     """Return the report of `moecc compile` as JSON values."""
-    job, estimate, work = prepared.job, prepared.estimate, prepared.work
+    job, estimate, work = prepared.job, prepared.estimate, prepared.asked.work
     config = job.config
     usable = result.available_bytes or job.machine.usable_bytes
     memory = estimate.memory
@@ -80,6 +81,9 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
         "memory": None if result.memory is None else dict(result.memory),
         "needed_bytes": result.needed_bytes,
         "fits": result.needed_bytes <= usable,
+        "would_fit": None
+        if result.needed_bytes <= usable
+        else would_fit_text(prepared, usable, result.needed_bytes),
         "flops": result.flops,
         "model_flops": estimate.model_flops / job.machine.devices,
         "collectives": {kind: dict(total) for kind, total in result.collectives.items()},
@@ -100,6 +104,13 @@ def report(request: Request, prepared: PreparedJob, result: Result) -> CompileRe
             },
         },
     }
+
+
+def would_fit_text(prepared: PreparedJob, usable: int, needed: int) -> str:
+    """Return what would fit by the plan, as far as it is off here held to be off there."""
+    share = usable / prepared.asked.machine.usable_bytes
+    planned = prepared.estimate.memory.total
+    return way_out(replace(prepared.asked, share=share * min(1.0, planned / needed)))
 
 
 def _bound(bound: Bound | None) -> BoundReport | None:

@@ -78,7 +78,7 @@ def make_batch(
       devices: for the default: at least so many sequences, and 4,096 tokens a device.
       tokens: of the batch, encoder and decoder together.
       lengths: of one sequence, by stack.
-      micro_batches: parts of the batch; the default is so many tokens in each.
+      micro_batches: parts of the batch.
 
     Raises:
       InputError: the graph has another number of lengths, or the batch is not whole sequences, or
@@ -94,7 +94,7 @@ def make_batch(
         )
     each = sum(lengths) or 1
     if tokens is None:
-        tokens = micro_batches * devices * each * max(1, TOKENS_PER_DEVICE // each)
+        tokens = devices * each * max(1, TOKENS_PER_DEVICE // each)
     if tokens % each or tokens < each:
         near = max(1, round(tokens / each)) * each
         raise InputError(

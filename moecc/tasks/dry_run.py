@@ -11,9 +11,10 @@ from moecc.families.flops import sequence_flops
 from moecc.ir.graph import Graph
 from moecc.ir.unroll import unrolled
 from moecc.plan.batches import Batch, length_variables
+from moecc.plan.candidates import Constraints
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
-from moecc.plan.search import Constraints, search
+from moecc.plan.search import search
 from moecc.plan.strategy import OPTIMIZERS, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.steps.moment_axes import moment_types
@@ -131,8 +132,14 @@ def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> F
     )
     mesh = plan_mesh(section.mesh, section.rules or None) if section.mesh else None
     constraints = Constraints(mesh, section.via or None, run.remat, None, section.rules or None)
-    part = _work(graph, batches, recipe.data.batch // run.micro_batches)
-    found = search(part, machine, setting, constraints, keep=0).best
+
+    def work_on(other: Machine, parts: int) -> Workload:
+        return _work(graph, batches, recipe.data.batch // parts)
+
+    part = work_on(machine, run.micro_batches)
+    found = search(
+        part, machine, setting, constraints, keep=0, work_on=work_on, spelling=as_setting
+    ).best
     return {
         "machine": machine.name,
         "strategy": str(found.strategy),
@@ -142,6 +149,12 @@ def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> F
         "memory_bytes": found.memory.total,
         "usable_bytes": machine.usable_bytes,
     }
+
+
+def as_setting(name: str, value: str) -> str:
+    """Return a field and its value as `moecc train` takes them."""
+    key = {"mesh": "mesh.mesh", "optimizer": "optimizer.name"}.get(name, f"run.{name}")
+    return f"--set {key}={value}"
 
 
 def _work(graph: Graph, batches: Batches, sequences: int) -> Workload:

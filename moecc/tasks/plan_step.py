@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 from moecc.errors import Problem, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.plan.batches import make_batch, parse_lengths
+from moecc.plan.candidates import Constraints
 from moecc.plan.machines import Machine, parse_machine
 from moecc.plan.meshes import plan_mesh
 from moecc.plan.report import plan_json, searched_json
 from moecc.plan.report_types import Report, SummaryReport
-from moecc.plan.search import Constraints, search
+from moecc.plan.search import search
 from moecc.plan.strategy import DENSE_WEIGHTS, OPTIMIZERS, REMATS, STEPS, StepConfig, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import VIAS
@@ -102,13 +104,14 @@ def plan_and_search(
     """Return the plan of a step, and all strategies that fit. Raises: as `plan_step`."""
     asked = _parsed(machine, request)
 
-    def work_on(other: Machine) -> Workload:
-        batch = make_batch(
-            graph, other.devices, request.batch_tokens, asked.lengths, request.micro_batches
-        )
-        return workload(graph, batch)
+    of_batch = cache(partial(workload, graph))
 
-    work = work_on(asked.machine)
+    def work_on(other: Machine, parts: int) -> Workload:
+        return of_batch(
+            make_batch(graph, other.devices, request.batch_tokens, asked.lengths, parts)
+        )
+
+    work = work_on(asked.machine, request.micro_batches)
     ranking = search(work, asked.machine, asked.config, asked.constraints, work_on=work_on)
     report = plan_json(name, work, asked.machine, asked.config, ranking)
     return report, searched_json(ranking, work)

@@ -19,12 +19,12 @@ from moecc.model.open import open_model
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
+from moecc.plan.candidates import legal_vias
 from moecc.plan.estimate import Estimate, Estimator
 from moecc.plan.exchanges import Rows
 from moecc.plan.layouts import layouts
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
-from moecc.plan.search import legal_vias
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import REMATS, StepConfig, Strategy
 from moecc.plan.workload import Workload, workload

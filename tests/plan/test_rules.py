@@ -20,11 +20,11 @@ from moecc.ir.structure import clone
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import make_batch
+from moecc.plan.candidates import legal_vias
 from moecc.plan.estimate import Estimator
 from moecc.plan.layouts import layouts, problems
 from moecc.plan.machines import parse_machine
 from moecc.plan.meshes import meshes, plan_mesh
-from moecc.plan.search import legal_vias
 from moecc.plan.sharding import Sharding
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload, workload
