@@ -92,33 +92,35 @@ def test_26_the_line_that_is_the_same_as_st_moe_is_the_same() -> None:
 # --- 27
 
 
-def routed(kind: str) -> Graph:
+def routed(kind: str, over: str) -> Graph:
+    """Return a layer of routing whose counts are no powers of two: bf16 cannot hold f."""
     text = """moecc 1
 graph g {
-  input %x : f32[batch=2, seq=64, embed=8]
+  input %x : f32[batch=3, seq=67, embed=8]
   param %w : f32[expert=4, embed=8]
   param %up : f32[expert=4, mlp=8, embed=8]
   param %down : f32[expert=4, embed=8, mlp=8]
-  %l = contract %x, %w {over=embed, precision=f32} : f32[batch=2, seq=64, expert=4]
-  %e, %g = route %l {top_k=2} : i32[batch=2, seq=64, choice=2], f32[batch=2, seq=64, choice=2]
-  %p = assign_slots %e {tokens=(batch, seq), experts=4} : i32[batch=2, seq=64, choice=2]
+  %l = contract %x, %w {over=embed, precision=f32} : f32[batch=3, seq=67, expert=4]
+  %e, %g = route %l {top_k=2} : i32[batch=3, seq=67, choice=2], f32[batch=3, seq=67, choice=2]
+  %p = assign_slots %e {tokens=(batch, seq), experts=4} : i32[batch=3, seq=67, choice=2]
   %d = dispatch %x, %e, %p : f32[group=1, expert=4, slot=ragged(%p), embed=8]
   %h = contract %d, %up {over=embed} : f32[group=1, expert=4, slot=ragged(%p), mlp=8]
   %o = contract %h, %down {over=mlp} : f32[group=1, expert=4, slot=ragged(%p), embed=8]
-  %y = combine %o, %e, %p, %g : f32[batch=2, seq=64, embed=8]
+  %y = combine %o, %e, %p, %g : f32[batch=3, seq=67, embed=8]
   output logits = %y
 }
 """
     graph = parse(text.replace("f32[", f"{kind}["))
-    run_pipeline(graph, Pipeline.parse("add-losses", installed()))
+    run_pipeline(graph, Pipeline.parse(f"add-losses{{over={over}}}", installed()))
     return graph
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64"])
+@pytest.mark.parametrize("over", ["group", "sequence", "global"])
 def test_27_the_balance_loss_of_a_bf16_run_does_not_depend_on_the_types_of_the_graph(
-    kind: str,
+    kind: str, over: str
 ) -> None:
-    graph = routed(kind)
+    graph = routed(kind, over)
     params = {n: a.astype(np.float32) for n, a in params_for(graph, 3).items()}
     inputs = {n: a.astype(np.float32) for n, a in inputs_for(graph, 3).items()}
     # What the run sees: parameters but the router's, and inputs, in bf16.
