@@ -1,11 +1,12 @@
 """What a training step of a converted function costs beside a mixture that is written by hand.
 
-    python benchmarks/any_jax_step.py [--pairs 15] [--format json]
+    python benchmarks/any_jax_step.py [--pairs 15] [--dispatch NAME …] [--format json]
 
 The model is a decoder in jax.numpy, its layers in a scan.  By hand, its blocks route tokens with
-the same dispatch: all experts on all tokens, or rows sorted by expert and ragged products.  Both
-have the same parameters; steps run in turn, and the figure is the median of the ratios of pairs,
-in seconds of processor time, which other work on the machine disturbs less.
+the same dispatch (``mixtures_by_hand.py``): every one that moecc has, `gathered` and `used`, which
+are for decoding, on few tokens.  Both have the same parameters; steps run in turn, and the figure
+is the median of the ratios of pairs, in seconds of processor time, which other work on the machine
+disturbs less.
 
 Then what the conversion of a model of 32 layers costs, each layer written out, arrays included.
 """
@@ -23,14 +24,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mixtures_by_hand import BY_HAND, CAPACITY, CAPACITY_FACTOR, OF_FEW_TOKENS, TOP_K, swiglu
 
 from moecc import jax as mx
 
 BOUND = 1.05
 CONVERSION_BOUND_SECONDS = 1.0
 DEEP = 32
-LAYERS, VOCAB, EMBED, MLP, EXPERTS, TOP_K = 4, 256, 128, 384, 4, 2
-BATCH, SEQ = 4, 128
+LAYERS, VOCAB, EMBED, MLP, EXPERTS = 4, 256, 128, 384, 4
+BATCH, SEQ, FEW = 4, 128, 4
 
 Params = Any
 Block = Callable[[Params, jax.Array, jax.Array], jax.Array]
@@ -56,13 +58,14 @@ def norm(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
 
 
-def swiglu(p: Params, router: jax.Array | None, x: jax.Array) -> jax.Array:
-    return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+def dense(p: Params, router: jax.Array | None, x: jax.Array) -> jax.Array:
+    return swiglu(p, x)
 
 
-def loss(params: Params, tokens: jax.Array, block: Block = swiglu, routers: Any = None) -> Any:
+def loss(params: Params, tokens: jax.Array, block: Block = dense, routers: Any = None) -> Any:
     """Return the mean cross entropy of the next tokens."""
-    causal = jnp.tril(jnp.ones((SEQ, SEQ), bool))
+    seq = tokens.shape[1] - 1
+    causal = jnp.tril(jnp.ones((seq, seq), bool))
 
     def layer(x: jax.Array, each: Any) -> tuple[jax.Array, None]:
         p, router = each
@@ -74,44 +77,6 @@ def loss(params: Params, tokens: jax.Array, block: Block = swiglu, routers: Any 
     x, _ = jax.lax.scan(layer, params["table"][tokens[:, :-1]], (params["layers"], routers))
     found = jax.nn.log_softmax(norm(x) @ params["table"].T)
     return -jnp.mean(jnp.take_along_axis(found, tokens[:, 1:, None], -1))
-
-
-def route(router: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return gates and experts, ``[tokens, choice]``."""
-    logits, chosen = jax.lax.top_k(x @ router.T, TOP_K)
-    return jax.nn.softmax(logits), chosen
-
-
-def all_experts(p: Params, router: jax.Array, x: jax.Array) -> jax.Array:
-    """All experts on all tokens, one after the other."""
-    rows = x.reshape(-1, EMBED)
-    gates, chosen = route(router, rows)
-
-    def one(total: jax.Array, each: Any) -> tuple[jax.Array, None]:
-        expert, number = each
-        weight = jnp.sum(jnp.where(chosen == number, gates, 0.0), -1)
-        return total + weight[:, None] * swiglu(expert, None, rows), None
-
-    total, _ = jax.lax.scan(one, jnp.zeros_like(rows), (p, jnp.arange(EXPERTS)))
-    return total.reshape(x.shape)
-
-
-def ragged(p: Params, router: jax.Array, x: jax.Array) -> jax.Array:
-    """Rows sorted by expert, and ragged products."""
-    rows = x.reshape(-1, EMBED)
-    gates, chosen = route(router, rows)
-    flat = chosen.reshape(-1)
-    order = jnp.argsort(flat)
-    sizes = jnp.bincount(flat, length=EXPERTS)
-    sorted_rows = rows[order // TOP_K]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(sorted_rows, p["gate"], sizes))
-    hidden = hidden * jax.lax.ragged_dot(sorted_rows, p["up"], sizes)
-    made = jax.lax.ragged_dot(hidden, p["down"], sizes)
-    back = made[jnp.argsort(order)].reshape(-1, TOP_K, EMBED)
-    return jnp.einsum("tkd,tk->td", back, gates).reshape(x.shape)
-
-
-BY_HAND: dict[str, Block] = {"scan": all_experts, "ragged_dot": ragged}
 
 
 def step(function: Callable[..., jax.Array]) -> Callable[[Params, jax.Array], Params]:
@@ -130,8 +95,10 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def measured(dispatch: str, pairs: int) -> dict[str, float]:
     """Return the medians of seconds a step, and of the ratio of pairs."""
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (BATCH, SEQ + 1)), jnp.int32)
-    pipeline = f"upcycle{{experts={EXPERTS} top-k={TOP_K}}}"
+    shape = (1, FEW + 1) if dispatch in OF_FEW_TOKENS else (BATCH, SEQ + 1)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, shape), jnp.int32)
+    slots = f" slots=capacity capacity-factor={CAPACITY_FACTOR}" if dispatch in CAPACITY else ""
+    pipeline = f"upcycle{{experts={EXPERTS} top-k={TOP_K} router-std=1{slots}}}"
     moe = mx.convert(loss, init(), tokens, pipeline)
     (router_name,) = moe.params["moe"]
 
@@ -171,7 +138,7 @@ def conversion_seconds(layers: int = DEEP, times: int = 5) -> float:
         for p in params:
             q, k, v = (norm(x) @ p["attention"][n] for n in "qkv")
             x = x + jax.nn.softmax(q @ k.mT) @ v @ p["attention"]["o"]
-            x = x + swiglu(p["mlp"], None, norm(x))
+            x = x + swiglu(p["mlp"], norm(x))
         return x
 
     params, x = [layer() for _ in range(layers)], draw(BATCH, SEQ, EMBED)
@@ -188,9 +155,10 @@ def conversion_seconds(layers: int = DEEP, times: int = 5) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--dispatch", choices=BY_HAND, nargs="*", default=tuple(BY_HAND))
     parser.add_argument("--format", choices=("human", "json"), default="human")
     args = parser.parse_args()
-    rows = {name: measured(name, args.pairs) for name in BY_HAND}
+    rows = {name: measured(name, args.pairs) for name in args.dispatch}
     conversion = conversion_seconds()
     if args.format == "json":
         found = {"bound": BOUND, "dispatch": rows, "conversion_seconds": conversion}

@@ -176,10 +176,10 @@ class Context:
         return DeferredRows(value, self.deferred[value], self.values, self._lower_deferred)
 
     def _lower_deferred(
-        self, nodes: list[Node], values: dict[Value, Operand], layout: DispatchLayout
+        self, rows: DeferredRows, values: dict[Value, Operand], layout: DispatchLayout
     ) -> None:
-        layouts = {v: layout for v in self.layouts if self.layouts[v].routing is layout.routing}
-        lower_nodes(self.within(values, layouts), nodes)
+        layouts = {v: layout for v in self.layouts if self.layouts[v].routing is rows.routing}
+        lower_nodes(self.within(values, layouts), rows.nodes)
 
 
 def lower_nodes(ctx: Context, nodes: Iterable[Node]) -> None:

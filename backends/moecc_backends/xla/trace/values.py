@@ -143,13 +143,13 @@ class DeferredRows:
       value: the rows.
       deferred: the operations that were deferred.
       values: everything that has been lowered so far.
-      lower: lowers nodes into values, with the rows that `dispatch` makes in a layout.
+      lower: lowers their nodes into values, with the rows that `dispatch` makes in a layout.
     """
 
     value: Value
     deferred: Deferred
     values: Mapping[Value, Operand]
-    lower: Callable[[list[Node], dict[Value, Operand], DispatchLayout], None]
+    lower: Callable[[DeferredRows, dict[Value, Operand], DispatchLayout], None]
 
     @property
     def routing(self) -> Routing:
@@ -175,7 +175,7 @@ class DeferredRows:
     def make(self, outside: Mapping[Value, Named], layout: DispatchLayout) -> Operand:
         """Return the rows, made of what `outside` holds, in a layout."""
         values: dict[Value, Operand] = dict(outside)
-        self.lower(self.nodes, values, layout)
+        self.lower(self, values, layout)
         return values[self.value]
 
 
