@@ -69,6 +69,28 @@ class Builder(Operations):
             before=self.before,
         )
 
+    def value(
+        self, op: str, /, *operands: Value, name: str | None = None, **attrs: object
+    ) -> Value:
+        """Append the operation `op` and return its only result.
+
+        Raises:
+          InputError: operands or attributes are invalid for the operation.
+        """
+        (made,) = self.values(op, *operands, name=name, **attrs)
+        return made
+
+    def values(
+        self, op: str, /, *operands: Value, name: str | None = None, **attrs: object
+    ) -> tuple[Value, ...]:
+        """Append the operation `op` and return its results, of which the first may be named.
+
+        Raises:
+          InputError: operands or attributes are invalid for the operation.
+        """
+        names = () if name is None else (name,)
+        return self.node(op, *operands, names=names, **attrs).results
+
     def clone(self, node: Node, *operands: Value, **attrs: object) -> Node:
         """Append `node` again, on other operands, and with other attributes where some are given.
 
@@ -86,8 +108,7 @@ class Builder(Operations):
             entry = find_op(name)
 
             def emit(*operands, name=None, **attrs):
-                names = () if name is None else (name,)
-                results = self.node(entry.name, *operands, names=names, **attrs).results
+                results = self.values(entry.name, *operands, name=name, **attrs)
                 return results[0] if len(results) == 1 else results
 
             return emit

@@ -212,12 +212,13 @@ def _docstring(entry: OpDef) -> str:
 def _body(entry: OpDef, operands: list[str], results: str) -> Iterator[str]:
     more = ["*more"] if entry.variadic else []
     attributes = [f"{n}={n}" for n in entry.attrs]
-    given = [_quoted(entry.name), *operands, *more, "names=names_of(name)", *attributes]
+    given = [_quoted(entry.name), *operands, *more, "name=name", *attributes]
     if results in ("Value", "tuple[Value, ...]"):
-        yield _call("return self.node", given, ".result" if results == "Value" else ".results", 8)
+        method = "value" if results == "Value" else "values"
+        yield _call(f"return self.{method}", given, "", 8)
         return
     named = ", ".join(_NUMBERS[: len(entry.results)])
-    yield _call(f"{named} = self.node", given, ".results", 8)
+    yield _call(f"{named} = self.values", given, "", 8)
     yield f"return {named}"
 
 
@@ -243,7 +244,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from moecc.ir.elementwise_operations import ElementwiseOperations, names_of
+from moecc.ir.elementwise_operations import ElementwiseOperations
 from moecc.ir.view import Names, Sizes
 
 if TYPE_CHECKING:
@@ -272,24 +273,25 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moecc.ir.graph import Node, Value
+    from moecc.ir.graph import Value
 
 # fmt: off
-
-
-def names_of(name: str | None) -> tuple[str, ...]:
-    """Return the names of results of which the first may be named."""
-    return () if name is None else (name,)
 
 
 class ElementwiseOperations(ABC):
     """The elementwise part of what a builder makes."""
 
     @abstractmethod
-    def node(
-        self, op: str, /, *operands: Value, names: tuple[str, ...] = (), **attrs: object
-    ) -> Node:
-        """Make a node of the operation `op`."""'''
+    def value(
+        self, op: str, /, *operands: Value, name: str | None = None, **attrs: object
+    ) -> Value:
+        """Make the only result of the operation `op`."""
+
+    @abstractmethod
+    def values(
+        self, op: str, /, *operands: Value, name: str | None = None, **attrs: object
+    ) -> tuple[Value, ...]:
+        """Make the results of the operation `op`, of which the first may be named."""'''
 
 _ATTRIBUTES_HEAD = '''"""The attributes of each operation, typed.
 

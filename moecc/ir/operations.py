@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from moecc.ir.elementwise_operations import ElementwiseOperations, names_of
+from moecc.ir.elementwise_operations import ElementwiseOperations
 from moecc.ir.view import Names, Sizes
 
 if TYPE_CHECKING:
@@ -45,167 +45,159 @@ class Operations(ElementwiseOperations):
         name: str | None = None
     ) -> tuple[Value, Value]:
         """Tables of cosines and sines for rotary positions, both halves alike (Su et al. 2021)."""
-        first, second = self.node(
-            "rope", positions, names=names_of(name), axis=axis, size=size, theta=theta,
-            scaling=scaling, factor=factor, original_context=original_context,
-            low_freq_factor=low_freq_factor, high_freq_factor=high_freq_factor, beta_fast=beta_fast,
-            beta_slow=beta_slow, truncate=truncate, attention_factor=attention_factor,
-            short_factors=short_factors, long_factors=long_factors
-        ).results
+        first, second = self.values(
+            "rope", positions, name=name, axis=axis, size=size, theta=theta, scaling=scaling,
+            factor=factor, original_context=original_context, low_freq_factor=low_freq_factor,
+            high_freq_factor=high_freq_factor, beta_fast=beta_fast, beta_slow=beta_slow,
+            truncate=truncate, attention_factor=attention_factor, short_factors=short_factors,
+            long_factors=long_factors
+        )
         return first, second
 
     def rotate(
         self, x: Value, cos: Value, sin: Value, /, *, axis: str, name: str | None = None
     ) -> Value:
         """x · cos + rotate_half(x) · sin along an axis; the halves are paired, as in GPT-NeoX."""
-        return self.node("rotate", x, cos, sin, names=names_of(name), axis=axis).result
+        return self.value("rotate", x, cos, sin, name=name, axis=axis)
 
     def causal(
         self, query: Value, key: Value, /, *, window: int = 0, name: str | None = None
     ) -> Value:
         """Whether a query may see a key: key ≤ query, and query − key < window if there is one."""
-        return self.node("causal", query, key, names=names_of(name), window=window).result
+        return self.value("causal", query, key, name=name, window=window)
 
     def same_segment(self, query: Value, key: Value, /, *, name: str | None = None) -> Value:
         """Whether a query may see a key: both are of one segment, or the query is padding."""
-        return self.node("same_segment", query, key, names=names_of(name)).result
+        return self.value("same_segment", query, key, name=name)
 
     def relative_buckets(
         self, query: Value, key: Value, /, *, bidirectional: bool, buckets: int = 32,
         max_distance: int = 128, name: str | None = None
     ) -> Value:
         """The bucket of each distance from query to key, nearby ones exact, far ones geometric."""
-        return self.node(
-            "relative_buckets", query, key, names=names_of(name), bidirectional=bidirectional,
-            buckets=buckets, max_distance=max_distance
-        ).result
+        return self.value(
+            "relative_buckets", query, key, name=name, bidirectional=bidirectional, buckets=buckets,
+            max_distance=max_distance
+        )
 
     def rename(self, x: Value, /, *, axis: str, to: str, name: str | None = None) -> Value:
         """x with one axis under another name."""
-        return self.node("rename", x, names=names_of(name), axis=axis, to=to).result
+        return self.value("rename", x, name=name, axis=axis, to=to)
 
     def split(self, x: Value, /, *, axis: str, into: Sizes, name: str | None = None) -> Value:
         """x with one axis cut into several, the first outermost."""
-        return self.node("split", x, names=names_of(name), axis=axis, into=into).result
+        return self.value("split", x, name=name, axis=axis, into=into)
 
     def merge(self, x: Value, /, *, axes: Names, into: str, name: str | None = None) -> Value:
         """x with several axes made one, the first outermost."""
-        return self.node("merge", x, names=names_of(name), axes=axes, into=into).result
+        return self.value("merge", x, name=name, axes=axes, into=into)
 
     def broadcast(self, x: Value, like: Value, /, *, name: str | None = None) -> Value:
         """x repeated along every axis that the second operand has."""
-        return self.node("broadcast", x, like, names=names_of(name)).result
+        return self.value("broadcast", x, like, name=name)
 
     def slice(
         self, x: Value, /, *, axis: str, start: int, stop: int, name: str | None = None
     ) -> Value:
         """A range of x along one axis."""
-        return self.node("slice", x, names=names_of(name), axis=axis, start=start, stop=stop).result
+        return self.value("slice", x, name=name, axis=axis, start=start, stop=stop)
 
     def positions(self, like: Value, /, *, axis: str, name: str | None = None) -> Value:
         """0, 1, 2 … along an axis of the operand."""
-        return self.node("positions", like, names=names_of(name), axis=axis).result
+        return self.value("positions", like, name=name, axis=axis)
 
     def embedding(
         self, table: Value, ids: Value, /, *, axis: str, name: str | None = None
     ) -> Value:
         """Rows of a table, picked by index."""
-        return self.node("embedding", table, ids, names=names_of(name), axis=axis).result
+        return self.value("embedding", table, ids, name=name, axis=axis)
 
     def one_hot(self, ids: Value, /, *, into: Sizes, name: str | None = None) -> Value:
         """1 at the index, 0 elsewhere, along a new axis."""
-        return self.node("one_hot", ids, names=names_of(name), into=into).result
+        return self.value("one_hot", ids, name=name, into=into)
 
     def within_buffer(
         self, experts: Value, slots: Value, counts: Value, /, *, tokens: Names, parts: int,
         blocks: int = 1, factor: float, name: str | None = None
     ) -> Value:
         """Which choices have a slot and room in the buffer of the device that has their expert."""
-        return self.node(
-            "within_buffer", experts, slots, counts, names=names_of(name), tokens=tokens,
-            parts=parts, blocks=blocks, factor=factor
-        ).result
+        return self.value(
+            "within_buffer", experts, slots, counts, name=name, tokens=tokens, parts=parts,
+            blocks=blocks, factor=factor
+        )
 
     def update_slice(
         self, x: Value, update: Value, start: Value, /, *, axis: str, name: str | None = None
     ) -> Value:
         """x with a range along one axis replaced by the update, from `start` on."""
-        return self.node("update_slice", x, update, start, names=names_of(name), axis=axis).result
+        return self.value("update_slice", x, update, start, name=name, axis=axis)
 
     def chunk(
         self, x: Value, /, *, axis: str, at: int, of: int, parts: int = 1, name: str | None = None
     ) -> Value:
         """One of `of` chunks of x along an axis: a piece of each of `parts` equal runs."""
-        return self.node(
-            "chunk", x, names=names_of(name), axis=axis, at=at, of=of, parts=parts
-        ).result
+        return self.value("chunk", x, name=name, axis=axis, at=at, of=of, parts=parts)
 
     def join(
         self, x: Value, /, *more: Value, axis: str, parts: int = 1, name: str | None = None
     ) -> Value:
         """The value whose chunks, in their order, the operands are."""
-        return self.node("join", x, *more, names=names_of(name), axis=axis, parts=parts).result
+        return self.value("join", x, *more, name=name, axis=axis, parts=parts)
 
     def reshard(self, x: Value, /, *, to: str = "", name: str | None = None) -> Value:
         """x, lying elsewhere, however it gets there."""
-        return self.node("reshard", x, names=names_of(name), to=to).result
+        return self.value("reshard", x, name=name, to=to)
 
     def shard(self, x: Value, /, *, axis: str, mesh: Names, name: str | None = None) -> Value:
         """x, of which every device keeps its part along an axis; nothing is sent."""
-        return self.node("shard", x, names=names_of(name), axis=axis, mesh=mesh).result
+        return self.value("shard", x, name=name, axis=axis, mesh=mesh)
 
     def all_gather(self, x: Value, /, *, axis: str, mesh: Names, name: str | None = None) -> Value:
         """x, of which every device gets the parts of the others along an axis."""
-        return self.node("all_gather", x, names=names_of(name), axis=axis, mesh=mesh).result
+        return self.value("all_gather", x, name=name, axis=axis, mesh=mesh)
 
     def all_reduce(self, x: Value, /, *, mesh: Names, name: str | None = None) -> Value:
         """x, a sum that is carried out over mesh axes; every device gets all of it."""
-        return self.node("all_reduce", x, names=names_of(name), mesh=mesh).result
+        return self.value("all_reduce", x, name=name, mesh=mesh)
 
     def reduce_scatter(
         self, x: Value, /, *, axis: str, mesh: Names, name: str | None = None
     ) -> Value:
         """x, a sum that is carried out over mesh axes; every device gets its part along an axis."""
-        return self.node("reduce_scatter", x, names=names_of(name), axis=axis, mesh=mesh).result
+        return self.value("reduce_scatter", x, name=name, axis=axis, mesh=mesh)
 
     def all_to_all(
         self, x: Value, /, *, mesh: Names, split: str, gather: str, name: str | None = None
     ) -> Value:
         """x, of which every device gives parts along one axis for parts along another."""
-        return self.node(
-            "all_to_all", x, names=names_of(name), mesh=mesh, split=split, gather=gather
-        ).result
+        return self.value("all_to_all", x, name=name, mesh=mesh, split=split, gather=gather)
 
     def ragged_all_to_all(
         self, x: Value, /, *, mesh: Names, split: str, gather: str, name: str | None = None
     ) -> Value:
         """Ragged rows, exchanged between their groups and their experts; only rows that are there."""
-        return self.node(
-            "ragged_all_to_all", x, names=names_of(name), mesh=mesh, split=split, gather=gather
-        ).result
+        return self.value("ragged_all_to_all", x, name=name, mesh=mesh, split=split, gather=gather)
 
     def contract(
         self, x: Value, w: Value, /, *, over: Names, precision: Precision = "default",
         name: str | None = None
     ) -> Value:
         """The sum over the named axes of x · w; other axes that both have are batch axes."""
-        return self.node(
-            "contract", x, w, names=names_of(name), over=over, precision=precision
-        ).result
+        return self.value("contract", x, w, name=name, over=over, precision=precision)
 
     def convolve(
         self, x: Value, w: Value, /, *, over: Names, along: Names, taps: Names, stride: int = 1,
         padding: int = 0, name: str | None = None
     ) -> Value:
         """The sum over the named axes, and over windows along others, of x · w."""
-        return self.node(
-            "convolve", x, w, names=names_of(name), over=over, along=along, taps=taps,
-            stride=stride, padding=padding
-        ).result
+        return self.value(
+            "convolve", x, w, name=name, over=over, along=along, taps=taps, stride=stride,
+            padding=padding
+        )
 
     def constant(self, /, *, value: float, dtype: str = "f32", name: str | None = None) -> Value:
         """A scalar constant."""
-        return self.node("constant", names=names_of(name), value=value, dtype=dtype).result
+        return self.value("constant", name=name, value=value, dtype=dtype)
 
     def attention(
         self, query: Value, key: Value, value: Value, /, *more: Value, over: str, along: str,
@@ -213,92 +205,87 @@ class Operations(ElementwiseOperations):
         given: Given | tuple[Given, ...] = (), name: str | None = None
     ) -> Value:
         """Values averaged by the softmax of query · key, without scores in memory."""
-        return self.node(
-            "attention", query, key, value, *more, names=names_of(name), over=over, along=along,
-            scale=scale, cap=cap, causal=causal, window=window, given=given
-        ).result
+        return self.value(
+            "attention", query, key, value, *more, name=name, over=over, along=along, scale=scale,
+            cap=cap, causal=causal, window=window, given=given
+        )
 
     def jax(
         self, x: Value, /, *more: Value, into: Sizes, dtype: str = "f32", equations: int = 0,
         lines: str = "", name: str | None = None
     ) -> Value:
         """A part of a function of JAX, which only the function itself can compute."""
-        return self.node(
-            "jax", x, *more, names=names_of(name), into=into, dtype=dtype, equations=equations,
-            lines=lines
-        ).result
+        return self.value(
+            "jax", x, *more, name=name, into=into, dtype=dtype, equations=equations, lines=lines
+        )
 
     def fold_key(self, key: Value, /, *, by: int, name: str | None = None) -> Value:
         """Another key, made of a key and a number; keys of different numbers are independent."""
-        return self.node("fold_key", key, names=names_of(name), by=by).result
+        return self.value("fold_key", key, name=name, by=by)
 
     def random_uniform(
         self, key: Value, like: Value, /, *, low: float = 0.0, high: float = 1.0,
         name: str | None = None
     ) -> Value:
         """Independent numbers, uniform on [low, high), with the axes of the second operand."""
-        return self.node(
-            "random_uniform", key, like, names=names_of(name), low=low, high=high
-        ).result
+        return self.value("random_uniform", key, like, name=name, low=low, high=high)
 
     def random_normal(
         self, key: Value, like: Value, /, *, std: float = 1.0, name: str | None = None
     ) -> Value:
         """Independent normal numbers around zero, with the axes of the second operand."""
-        return self.node("random_normal", key, like, names=names_of(name), std=std).result
+        return self.value("random_normal", key, like, name=name, std=std)
 
     def sum(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
         """The sum over the named axes."""
-        return self.node("sum", x, names=names_of(name), axes=axes).result
+        return self.value("sum", x, name=name, axes=axes)
 
     def mean(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
         """The mean over the named axes."""
-        return self.node("mean", x, names=names_of(name), axes=axes).result
+        return self.value("mean", x, name=name, axes=axes)
 
     def max(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
         """The maximum over the named axes."""
-        return self.node("max", x, names=names_of(name), axes=axes).result
+        return self.value("max", x, name=name, axes=axes)
 
     def logsumexp(self, x: Value, /, *, axes: Names, name: str | None = None) -> Value:
         """log Σ exp(x) over the named axes, without overflow."""
-        return self.node("logsumexp", x, names=names_of(name), axes=axes).result
+        return self.value("logsumexp", x, name=name, axes=axes)
 
     def softmax(self, x: Value, /, *, axis: str, name: str | None = None) -> Value:
         """exp(x) over its sum along an axis; zeros where all of it is −∞, and nothing is seen."""
-        return self.node("softmax", x, names=names_of(name), axis=axis).result
+        return self.value("softmax", x, name=name, axis=axis)
 
     def rms_norm(
         self, x: Value, scale: Value, /, *, axis: str, eps: float = 1e-06, name: str | None = None
     ) -> Value:
         """x / √(mean(x²) + eps) · scale (Zhang and Sennrich 2019)."""
-        return self.node("rms_norm", x, scale, names=names_of(name), axis=axis, eps=eps).result
+        return self.value("rms_norm", x, scale, name=name, axis=axis, eps=eps)
 
     def layer_norm(
         self, x: Value, scale: Value, bias: Value, /, *, axis: str, eps: float = 1e-06,
         name: str | None = None
     ) -> Value:
         """(x − mean) / √(variance + eps) · scale + bias (Ba et al. 2016)."""
-        return self.node(
-            "layer_norm", x, scale, bias, names=names_of(name), axis=axis, eps=eps
-        ).result
+        return self.value("layer_norm", x, scale, bias, name=name, axis=axis, eps=eps)
 
     def stack(self, x: Value, /, *more: Value, axis: str, name: str | None = None) -> Value:
         """The operands, one after the other along a new axis, which is the first."""
-        return self.node("stack", x, *more, names=names_of(name), axis=axis).result
+        return self.value("stack", x, *more, name=name, axis=axis)
 
     def index(self, x: Value, /, *, axis: str, at: int, name: str | None = None) -> Value:
         """x at one position of an axis, which is gone then."""
-        return self.node("index", x, names=names_of(name), axis=axis, at=at).result
+        return self.value("index", x, name=name, axis=axis, at=at)
 
     def scan(
         self, x: Value, /, *more: Value, over: Sizes, carries: int = 0, stacked: int = 0,
         remat: Remat = "none", save: Names = (), body: Graph, name: str | None = None
     ) -> tuple[Value, ...]:
         """The body, run once for each position of an axis, one after the other."""
-        return self.node(
-            "scan", x, *more, names=names_of(name), over=over, carries=carries, stacked=stacked,
-            remat=remat, save=save, body=body
-        ).results
+        return self.values(
+            "scan", x, *more, name=name, over=over, carries=carries, stacked=stacked, remat=remat,
+            save=save, body=body
+        )
 
     def assign_slots(
         self, experts_value: Value, /, *more: Value, tokens: Names, experts: int, groups: int = 1,
@@ -308,12 +295,12 @@ class Operations(ElementwiseOperations):
         using: Using | tuple[Using, ...] = (), name: str | None = None
     ) -> Value:
         """The slot of each choice at its expert, or −1 where it is dropped."""
-        return self.node(
-            "assign_slots", experts_value, *more, names=names_of(name), tokens=tokens,
-            experts=experts, groups=groups, group_size=group_size, slots=slots,
-            capacity_factor=capacity_factor, convention=convention, rounding=rounding,
-            minimum=minimum, multiple=multiple, cap=cap, order=order, using=using
-        ).result
+        return self.value(
+            "assign_slots", experts_value, *more, name=name, tokens=tokens, experts=experts,
+            groups=groups, group_size=group_size, slots=slots, capacity_factor=capacity_factor,
+            convention=convention, rounding=rounding, minimum=minimum, multiple=multiple, cap=cap,
+            order=order, using=using
+        )
 
     def expert_choice(
         self, scores: Value, /, *more: Value, tokens: Names, experts: int, groups: int = 1,
@@ -323,29 +310,29 @@ class Operations(ElementwiseOperations):
         using: Literal["mask"] | tuple[Literal["mask"], ...] = (), name: str | None = None
     ) -> tuple[Value, Value, Value]:
         """Each expert takes the C tokens of a group that score highest with it (Zhou et al. 2022)."""
-        first, second, third = self.node(
-            "expert_choice", scores, *more, names=names_of(name), tokens=tokens, experts=experts,
+        first, second, third = self.values(
+            "expert_choice", scores, *more, name=name, tokens=tokens, experts=experts,
             groups=groups, group_size=group_size, slots=slots, capacity_factor=capacity_factor,
             convention=convention, rounding=rounding, minimum=minimum, multiple=multiple, cap=cap,
             axis=axis, choice=choice, using=using
-        ).results
+        )
         return first, second, third
 
     def dispatch(
         self, x: Value, experts: Value, slots: Value, /, *, name: str | None = None
     ) -> Value:
         """The tokens, each in the slots that its choices were given; an empty slot holds zeros."""
-        return self.node("dispatch", x, experts, slots, names=names_of(name)).result
+        return self.value("dispatch", x, experts, slots, name=name)
 
     def combine(
         self, rows: Value, experts: Value, slots: Value, gates: Value, /, *, name: str | None = None
     ) -> Value:
         """For each token the sum over its choices of gate times row; a dropped one adds nothing."""
-        return self.node("combine", rows, experts, slots, gates, names=names_of(name)).result
+        return self.value("combine", rows, experts, slots, gates, name=name)
 
     def group_sum(self, x: Value, slots: Value, /, *, name: str | None = None) -> Value:
         """The sum over the tokens of each group that an ``assign_slots`` counts in."""
-        return self.node("group_sum", x, slots, names=names_of(name)).result
+        return self.value("group_sum", x, slots, name=name)
 
     def route(
         self, logits: Value, /, *more: Value, top_k: int, gates: Gates = "renormalised",
@@ -354,10 +341,10 @@ class Operations(ElementwiseOperations):
         name: str | None = None
     ) -> tuple[Value, Value]:
         """The k experts with the largest logits, best first, and their gates."""
-        first, second = self.node(
-            "route", logits, *more, names=names_of(name), top_k=top_k, gates=gates, scale=scale,
-            axis=axis, choice=choice, using=using, precision=precision
-        ).results
+        first, second = self.values(
+            "route", logits, *more, name=name, top_k=top_k, gates=gates, scale=scale, axis=axis,
+            choice=choice, using=using, precision=precision
+        )
         return first, second
 
     def keep_choices(
@@ -365,17 +352,17 @@ class Operations(ElementwiseOperations):
         choice: str = "choice", name: str | None = None
     ) -> Value:
         """Which choices a policy keeps; the first always (ST-MoE, Appendix G)."""
-        return self.node(
-            "keep_choices", gates, *more, names=names_of(name), policy=policy, threshold=threshold,
+        return self.value(
+            "keep_choices", gates, *more, name=name, policy=policy, threshold=threshold,
             choice=choice
-        ).result
+        )
 
     def hash_experts(
         self, ids: Value, /, *, experts: int, top_k: int = 1, seed: int = 0, hash: Hash = "murmur",
         choice: str = "choice", name: str | None = None
     ) -> Value:
         """The experts of each token by a hash of its id (Roller et al. 2021); no router at all."""
-        return self.node(
-            "hash_experts", ids, names=names_of(name), experts=experts, top_k=top_k, seed=seed,
-            hash=hash, choice=choice
-        ).result
+        return self.value(
+            "hash_experts", ids, name=name, experts=experts, top_k=top_k, seed=seed, hash=hash,
+            choice=choice
+        )
