@@ -66,6 +66,10 @@ class OptRequest:
         bool, typer.Option("--allow-unmatched", help="A pass may find nothing to do.")
     ] = False
     load: LoadOption = None
+    html: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Write a page of the graph before and after."),
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False
 
 
@@ -76,6 +80,7 @@ def opt(request: OptRequest) -> None:
     """
     from moecc.cli.files import check_writable, write_graph
     from moecc.cli.pipelines import read_pipeline
+    from moecc.ir.structure import clone
     from moecc.model.open import read_graph
     from moecc.pipeline.passes import Context
     from moecc.pipeline.reproducer import temporary_folder
@@ -84,15 +89,35 @@ def opt(request: OptRequest) -> None:
     passes = read_pipeline(request.pipeline, request.load or [])
     if request.output is not None and request.output != "-":
         check_writable(request.output, force=request.force)
+    if request.html is not None:
+        check_writable(request.html, force=request.force)
     watching = _instruments(request)
     graph = read_graph(request.file)
-    context = Context(seed=request.seed, allow_unmatched=request.allow_unmatched)
+    before, remarks = clone(graph) if request.html is not None else graph, list[str]()
+    context = Context(
+        seed=request.seed, allow_unmatched=request.allow_unmatched,
+        remark=lambda remark: remarks.append(str(remark)),
+    )  # fmt: skip
     if request.check:
         _check(graph, passes, context)
     asked = request.dump_dir
     folder = temporary_folder if asked is None else lambda: Path(asked)
     run_pipeline(graph, passes, context=context, instruments=watching, crash_folder=folder)
+    if request.html is not None:
+        _write_page(request.html, before, graph, passes, remarks, force=request.force)
     write_graph(graph, request.output, force=request.force)
+
+
+def _write_page(
+    file: str, before: Graph, after: Graph, passes: Pipeline, remarks: list[str], *, force: bool
+) -> None:
+    from moecc.cli.console import say
+    from moecc.cli.files import write_whole
+    from moecc.tasks.graph_page import graph_page
+
+    text = graph_page(before, after if len(passes) else None, str(passes), remarks)
+    write_whole(file, text.encode(), force=force)
+    say(f"the graph is in {file}")
 
 
 def _check(graph: Graph, passes: Pipeline, context: Context) -> None:

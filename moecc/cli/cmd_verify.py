@@ -20,6 +20,9 @@ from moecc.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from moecc.tasks.verify import Verdict
 
 
@@ -49,6 +52,11 @@ class VerifyRequest:
     ] = False
     weights: WeightsOption = None
     load: LoadFamiliesOption = None
+    html: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Write a page of the receipt."),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False
     format: FormatOption = Format.human
 
 
@@ -62,10 +70,13 @@ def verify(request: VerifyRequest) -> None:
     Without --inputs, 2 x 128 seeded random tokens are used.  Exit code 3 above the tolerance.
     """
     from moecc.checkpoint.run.layout import split_reference
+    from moecc.errors import UsageError
     from moecc.families.outside import load_families
 
     load_families(request.load)
     run = split_reference(request.model)
+    if request.html is not None and (request.against is not None or run is not None):
+        raise UsageError("--html is the page of a receipt, which a converted folder has")
     if request.against is None and run is not None:
         _against_digests(request.model, *run, request.format)
     elif request.against is None:
@@ -99,7 +110,24 @@ def _against_manifest(request: VerifyRequest) -> None:
     }  # fmt: skip
     rows = [f"{len(manifest.tensors)} tensors match the manifest"]
     rows += [] if receipt is None else [f"  {line}" for line in receipt_lines(receipt)]
+    if request.html is not None:
+        _write_page(request.html, place, receipt, force=request.force)
     report("verify-manifest", data, lambda: "\n".join(rows), format)
+
+
+def _write_page(
+    file: str, place: Path, receipt: Mapping[str, object] | None, *, force: bool
+) -> None:
+    from moecc.cli.console import say
+    from moecc.cli.files import check_writable, write_whole
+    from moecc.errors import InputError
+    from moecc.tasks.receipt_page import receipt_page
+
+    check_writable(file, force=force)
+    if receipt is None:
+        raise InputError("there is no receipt", where=str(place), hint="moecc convert writes one")
+    write_whole(file, receipt_page(place.name, receipt).encode(), force=force)
+    say(f"the receipt is in {file}")
 
 
 def _against_digests(model: str, run: str, which: str, format: Format) -> None:

@@ -48,25 +48,40 @@ addEventListener("load", recolour); dark.addEventListener("change", recolour);
 """
 
 
-def page(title: str, body: Iterable[str]) -> str:
+def page(
+    title: str, body: Iterable[str], *, figures: bool = True, style: str = "", script: str = ""
+) -> str:
     """Return a page with a title and the parts of its body, which are HTML.
+
+    Args:
+      title: the title.
+      body: the parts.
+      figures: whether there are figures among them, which need plotly.
+      style: rules beside those of every page.
+      script: what runs behind the body.
 
     Raises:
       MachineError: plotly is missing.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise MachineError("a page needs plotly", hint=install_hint("report")) from None
+    scripts = [_plotly(), _THEME] if figures else []
     parts = [
         "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">', f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style>", f"<script>{get_plotlyjs()}</script>",
-        f"<script>{_THEME}</script>", "</head><body>", f"<h1>{escape(title)}</h1>", *body,
-        f"<p>moecc {escape(__version__)}</p>", "</body></html>",
+        f"<style>{STYLE}{style}</style>", *(f"<script>{each}</script>" for each in scripts),
+        "</head><body>", f"<h1>{escape(title)}</h1>", *body, f"<p>moecc {escape(__version__)}</p>",
+        f"<script>{script}</script>" if script else "", "</body></html>",
     ]  # fmt: skip
     return "\n".join(parts) + "\n"
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise MachineError("a page needs plotly", hint=install_hint("report")) from None
+    text: str = get_plotlyjs()
+    return text
 
 
 def figure_html(figure: Figure, title: str, height: int, x_title: str = "") -> str:

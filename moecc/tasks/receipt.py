@@ -73,11 +73,11 @@ def _promise(promise: Preserves) -> dict[str, object]:
 
 def receipt_lines(stated: Mapping[str, object]) -> list[str]:
     """Return a receipt in three lines: what was promised, what was measured, what runs it."""
-    promised = _object(stated.get("promised"))
+    promised = object_of(stated.get("promised"))
     reason, error = promised.get("reason"), promised.get("predicted_error")
     text = f"{promised.get('kind')}" + (f": {reason}" if reason else "")
     if error is not None:
-        text += f" (predicted relative error {_number(error, '.2g')})"
+        text += f" (predicted relative error {number_text(error, '.2g')})"
     return [
         f"Promised: {text}",
         f"Measured: {_measured(stated)}; {_at_the_logits(stated)}",
@@ -86,7 +86,7 @@ def receipt_lines(stated: Mapping[str, object]) -> list[str]:
 
 
 def _measured(stated: Mapping[str, object]) -> str:
-    errors = [one.get("measured_error") for one in _objects(stated.get("checked"))]
+    errors = [one.get("measured_error") for one in objects_of(stated.get("checked"))]
     numbers = [e for e in errors if isinstance(e, int | float)]
     if stated.get("unchecked"):
         return f"passes not checked ({stated['unchecked']})"
@@ -94,23 +94,23 @@ def _measured(stated: Mapping[str, object]) -> str:
         return "no pass to check"
     count = f"each of {len(numbers)} passes" if len(numbers) > 1 else "the pass"
     largest = max(numbers)
-    error = f"relative error {_number(largest, '.2g')}" if largest else "no more than rounding"
+    error = f"relative error {number_text(largest, '.2g')}" if largest else "no more than rounding"
     return f"{count} on the model at small sizes, {error}"
 
 
 def _at_the_logits(stated: Mapping[str, object]) -> str:
-    found = _object(stated.get("verified"))
+    found = object_of(stated.get("verified"))
     if not found:
         return "not at the logits, which `convert --verify` does"
-    difference, layers = _object(found.get("difference")), found.get("layers")
+    difference, layers = object_of(found.get("difference")), found.get("layers")
     part = f" of the first {layers} layers" if layers else ""
     return (
         f"the {found.get('output')}{part} in {found.get('compute_dtype')}, "
-        f"{_number(difference.get('max_relative'), '.2e')} of the largest"
+        f"{number_text(difference.get('max_relative'), '.2e')} of the largest"
     )
 
 
-def _number(value: object, form: str) -> str:
+def number_text(value: object, form: str) -> str:
     """Format a number that a file states, which may be anything."""
     try:
         return format(float(value), form) if isinstance(value, int | float) else "unknown"
@@ -119,7 +119,7 @@ def _number(value: object, form: str) -> str:
 
 
 def _engines(stated: Mapping[str, object]) -> str:
-    rows = _objects(stated.get("engines"))
+    rows = objects_of(stated.get("engines"))
     runs = [_release(str(e.get("engine")), str(e.get("version"))) for e in rows if e.get("runs")]
     others = [str(e.get("engine")) for e in rows if not e.get("runs")]
     if not rows:
@@ -134,11 +134,13 @@ def _release(engine: str, version: str) -> str:
     return f"{name} {version}" if name and version.startswith(major) else f"{engine} {version}"
 
 
-def _objects(value: object) -> list[dict[str, object]]:
-    return [_object(one) for one in value] if isinstance(value, list) else []
+def objects_of(value: object) -> list[dict[str, object]]:
+    """Return a list of objects that a file states, which may be anything."""
+    return [object_of(one) for one in value] if isinstance(value, list) else []
 
 
-def _object(value: object) -> dict[str, object]:
+def object_of(value: object) -> dict[str, object]:
+    """Return an object that a file states, which may be anything."""
     return value if isinstance(value, dict) else {}
 
 
@@ -159,9 +161,9 @@ def load_receipt(place: Path) -> dict[str, object] | None:
     if not path.is_file():
         return None
     document = parse_json(read_bounded(path, MAX_RECEIPT_BYTES), str(path))
-    if _object(document).get("schema") != SCHEMA:
-        found_schema = str(_object(document).get("schema"))
+    if object_of(document).get("schema") != SCHEMA:
+        found_schema = str(object_of(document).get("schema"))
         raise InputError(
             "not a receipt", where=str(path), expected=f'"schema": "{SCHEMA}"', found=found_schema
         )
-    return _object(document)
+    return object_of(document)

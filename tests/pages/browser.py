@@ -38,6 +38,25 @@ addEventListener("load", () => setTimeout(() => {
   found.ground = getComputedStyle(document.body).backgroundColor;
   found.tables = document.querySelectorAll("table").length;
   found.figures = document.querySelectorAll(".js-plotly-plot").length;
+  const fold = document.querySelector("details > summary");
+  if (fold) {
+    fold.click();
+    found.unfolds = fold.parentElement.open;
+    fold.focus();
+    found.focused = document.activeElement === fold;
+  }
+  const find = document.querySelector("input[type=search]");
+  if (find) {
+    find.value = "ROUTE";
+    find.dispatchEvent(new Event("input"));
+    const nodes = [...document.querySelectorAll(".node")].filter(e => e.offsetParent !== null);
+    found.searched = nodes.map(e => e.textContent);
+    for (const e of document.querySelectorAll("body *")) {
+      const box = e.getBoundingClientRect();
+      if (box.width && !scrolls(e) && box.right > innerWidth + 1)
+        found.wide.push(e.tagName + ": " + (e.textContent || "").slice(0, 40));
+    }
+  }
   const plot = [...document.querySelectorAll(".js-plotly-plot")].find(p => p.data.length > 1);
   const done = () => {
     document.body.setAttribute("data-probe", JSON.stringify(found));

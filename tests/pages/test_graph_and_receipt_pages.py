@@ -1,0 +1,90 @@
+"""The pages of a graph with its rewrite, and of a receipt: what they say, and a browser of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moecc.cli.main import main
+
+from .browser import BROWSER, MISSING, look
+
+DENSE = str(Path(__file__).parents[1] / "golden" / "llama_gqa")
+UPCYCLE = "upcycle{experts=4 top-k=2}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def graph_page(folder: Path) -> Path:
+    graph, page = folder / "dense.moe", folder / "graph.html"
+    assert main(["import", DENSE, "-o", str(graph)]) == 0
+    command = ["opt", str(graph), "-p", UPCYCLE, "--html", str(page)]
+    assert main([*command, "-o", str(folder / "sparse.moe")]) == 0
+    return page
+
+
+@pytest.fixture(scope="module")
+def receipt_page(folder: Path) -> Path:
+    out, page = str(folder / "sparse"), folder / "receipt.html"
+    assert main(["convert", DENSE, out, "-p", UPCYCLE, "--to", "mixtral", "--verify"]) == 0
+    assert main(["verify", out, "--html", str(page)]) == 0
+    return page
+
+
+def test_a_graph_is_shown_before_and_after(graph_page: Path) -> None:
+    text = graph_page.read_text("utf-8")
+    before, after = text.split("<h2>after</h2>")
+    assert "<h2>before</h2>" in before
+    assert "assign_slots" not in before
+    assert "upcycle/lift" in after
+    assert "layers.0.ffn … layers.2.ffn, 3 alike" in after
+    assert "tile(source(&quot;model.layers.0.mlp.up_proj.weight&quot;" in after
+    assert "became 4 experts, top-2" in after
+
+
+def test_a_receipt_says_what_was_found(receipt_page: Path) -> None:
+    text = receipt_page.read_text("utf-8")
+    for words in ("reassociation", "upcycle{experts=4}", "max relative", "llama.cpp", "numpy"):
+        assert words in text
+
+
+def test_pages_load_nothing(graph_page: Path, receipt_page: Path) -> None:
+    for page in (graph_page, receipt_page):
+        text = page.read_text("utf-8")
+        assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', text) == []
+        assert "plotly" not in text.lower()
+
+
+def test_existing_files_stay(
+    graph_page: Path, receipt_page: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = str(folder / "dense.moe")
+    assert main(["opt", graph, "--html", str(graph_page)]) == 1
+    assert main(["verify", str(folder / "sparse"), "--html", str(receipt_page)]) == 1
+    assert capsys.readouterr().err.count("--force") == 2
+    assert main(["verify", DENSE, "--against", DENSE, "--html", str(folder / "x.html")]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason=MISSING)
+@pytest.mark.parametrize("width", [1100, 480])
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(graph_page: Path, receipt_page: Path, width: int, dark: bool) -> None:
+    graph, receipt = (look(page, width=width, dark=dark) for page in (graph_page, receipt_page))
+    for seen in (graph, receipt):
+        assert seen.console == []
+        assert seen.probe["wide"] == []
+        assert (seen.probe["text"] == "rgb(26, 26, 26)") == (not dark)
+    assert graph.probe["unfolds"]
+    assert graph.probe["focused"], "the keyboard reaches what unfolds"
+    found = graph.probe["searched"]
+    assert isinstance(found, list)
+    assert found
+    assert all("route" in str(text).lower() for text in found)
+    assert receipt.probe["tables"] == 5
