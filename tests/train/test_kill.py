@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,43 +94,52 @@ def seconds(folder: Path) -> float:
     return time.monotonic() - started
 
 
-def test_killed_at_random_moments(folder: Path, seconds: float, tmp_path: Path) -> None:
+def killed_runs(
+    base: Path, seconds: float, begin: tuple[object, ...], resume: tuple[object, ...]
+) -> Iterator[Path]:
+    """Yield runs that were killed at random moments, `KILLS` times together, and then ended.
+
+    Args:
+      base: the folder of the runs.
+      seconds: how long one takes that nobody kills.
+      begin: the words that begin a run, less its folder.
+      resume: those that go on with one.
+    """
     rng, kills, number = random.Random(SEED), 0, 0
     while kills < KILLS:
-        run, number = tmp_path / str(number), number + 1
-        words = command("train", folder / "recipe.toml", "--out", run)
+        run, number = base / str(number), number + 1
+        words = command(*begin, "--out", run)
         while killed_after(words, rng.uniform(0.0, seconds)):
             kills += 1
             if (run / "lineage.json").is_file():
-                words = command("train", "--resume", run)
+                words = command(*resume, "--resume", run)
             else:
                 # It was killed before the folder was there, or while it was made.
-                shutil.rmtree(tmp_path / f".{run.name}.moecc-partial", ignore_errors=True)
-        finish(command("train", "--resume", run))
-        same(run, folder / "whole")
+                shutil.rmtree(base / f".{run.name}.moecc-partial", ignore_errors=True)
+        finish(command(*resume, "--resume", run))
+        yield run
         shutil.rmtree(run)
 
 
+def test_killed_at_random_moments(folder: Path, seconds: float, tmp_path: Path) -> None:
+    recipe = folder / "recipe.toml"
+    for run in killed_runs(tmp_path, seconds, ("train", recipe), ("train",)):
+        same(run, folder / "whole")
+
+
 def test_two_processes_killed_at_random_moments(folder: Path, tmp_path: Path) -> None:
-    launch = ("launch", "local", "-n", "2", "--", "train")
-    mesh = ("--set", "mesh.mesh=data=2")
+    train = ("launch", "local", "-n", "2", "--", "train", "--set", "mesh.mesh=data=2")
+    begin = (*train, folder / "recipe.toml")
+    finish(command(*begin, "--out", tmp_path / "whole"))
     started = time.monotonic()
-    finish(command(*launch, folder / "recipe.toml", "--out", tmp_path / "whole", *mesh))
+    finish(command(*begin, "--out", tmp_path / "timed"))
     seconds = time.monotonic() - started
-    rng, run = random.Random(SEED), tmp_path / "run"
-    words = command(*launch, folder / "recipe.toml", "--out", run, *mesh)
-    for _ in range(3):
-        killed_after(words, rng.uniform(0.4, 1.0) * seconds)
-        if (run / "lineage.json").is_file():
-            words = command(*launch, "--resume", run, *mesh)
-        else:
-            shutil.rmtree(tmp_path / ".run.moecc-partial", ignore_errors=True)
-    finish(words)
-    same(run, tmp_path / "whole")
+    for run in killed_runs(tmp_path, seconds, begin, train):
+        same(run, tmp_path / "whole")
     # One process computes the same, up to the order of sums.
     lines = [
         [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
-        for f in (run, folder / "whole")
+        for f in (tmp_path / "whole", folder / "whole")
     ]
     for ours, theirs in zip(*lines, strict=True):
         assert ours["step"] == theirs["step"]

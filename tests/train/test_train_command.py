@@ -18,7 +18,7 @@ from moecc.cli.main import main
 pytest.importorskip("jax")
 pytest.importorskip("orbax.checkpoint")
 
-from .tiny import draw_weights, make_recipe
+from .tiny import draw_weights, make_model, make_recipe
 
 RUN = "steps = 6\nsave_steps = 2\nevaluate_steps = 3\nkeep = 9"
 
@@ -29,6 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     recipe = make_recipe(folder, RUN)
     assert main(["train", str(recipe), "--out", str(folder / "run")]) == 0
+    make_model(folder / "small", vocab_size=100)
+    shutil.copytree(folder / "tokens" / "train", folder / "other")
+    facts = json.loads((folder / "other" / "tokens.json").read_text())
+    facts["tokenizer_digest"] = "sha256:" + "1" * 64
+    (folder / "other" / "tokens.json").write_text(json.dumps(facts))
     return folder
 
 
@@ -209,6 +214,8 @@ def test_data_that_changed_are_refused(folder: Path, call: Any, tmp_path: Path) 
         (["recipe.toml", "--out", "x", "--set", "mesh.mesh=data=8"], 1, "groups of tokens do not"),
         (["recipe.toml", "--out", "x", "--set", "data.train=[]"], 2, "the mixture is empty"),
         (["recipe.toml", "--out", "x", "--set", "data.trian=[]"], 2, "did you mean"),
+        (["recipe.toml", "--out", "x", "--set", "model.source=small"], 1, "ids beyond the voc"),
+        (["recipe.toml", "--out", "x", "--set", "data.train.0.tokens=other"], 1, "other tokenizer"),
     ],
 )
 def test_what_cannot_be_is_one_message(
