@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-engines proof-fuzz proof-kills proof-learning proof-table docs bench wheel clean fuzz
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-fuzz proof-kills proof-learning proof-table docs bench wheel clean fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ format: $(STAMP) ## let ruff rewrite
 
 types: $(STAMP) ## mypy --strict over the three packages
 	$(BIN)/mypy --strict moecc passes/moecc_passes backends/moecc_backends
+
+proof-chain: $(STAMP) ## SmolLM2 upcycled, trained on, exported, judged by transformers, which MOECC_PARITY_PYTHON has; writes docs/proofs/chain.json
+	mkdir -p docs/proofs
+	$(BIN)/python -m tests.proof.chain --out docs/proofs/chain.json > /dev/null
 
 proof-engines: $(STAMP) ## engines compute what the sources do; MOECC_LLAMA_CPP_PYTHON, MOECC_MLX_PYTHON and MOECC_VLLM_PYTHON name interpreters
 	$(BIN)/python -m pytest -q -rs tests/engines
