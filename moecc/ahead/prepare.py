@@ -26,7 +26,7 @@ from moecc.plan.workload import Workload, workload
 from moecc.sharding.layout import Layout
 from moecc.sharding.partitions import EXPLICIT, GSPMD
 from moecc.sharding.vias import LOCAL
-from moecc.steps.passes import Bound, MeshPasses, StepPasses, run_passes, specialize
+from moecc.steps.passes import Bound, MeshPasses, StepPasses, planned_graph, run_passes, specialize
 
 CAPACITY_FACTOR = 1.25
 """What bounds the rows of an expert where the model says nothing: ST-MoE's in training (§2.2)."""
@@ -76,8 +76,9 @@ def prepare(request: Request) -> PreparedJob:
     parts = request.micro_batches
     batch = make_batch(graph, machine.devices, request.batch_tokens, request.lengths, parts)
     bound, remarks = _bounded(graph, request, train)
-    work = workload(graph, batch)
-    of_batch = cache(partial(workload, graph))
+    planned = planned_graph(graph)
+    work = workload(planned, batch)
+    of_batch = cache(partial(workload, planned))
 
     def work_on(other: Machine, parts: int) -> Workload:
         lengths, tokens = request.lengths, request.batch_tokens

@@ -184,8 +184,8 @@ class OpDef:
 
     @property
     def products(self) -> int:
-        """How many products of matrices it is, each with two FLOPs for each place of all axes."""
-        return {Cost.PRODUCT: 1, Cost.ATTENTION: 2}.get(self.cost, 0)
+        """How many products of matrices it is."""
+        return self.cost.products
 
     @property
     def is_sum(self) -> bool:

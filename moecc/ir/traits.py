@@ -116,6 +116,11 @@ class Cost(Enum):
     PRODUCT = "operands and results, and two FLOPs for each place of all axes"
     ATTENTION = "operands and results, and four FLOPs for each place of all axes"
 
+    @property
+    def products(self) -> int:
+        """How many products of matrices it is, each with two FLOPs for each place of all axes."""
+        return {Cost.PRODUCT: 1, Cost.ATTENTION: 2}.get(self, 0)
+
 
 class Domain(Enum):
     """Where an elementwise operation is defined and finite."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from moecc.ir.attention_kernels import KernelChoice, choose_attention
 from moecc.ir.traits import Cost
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.machines import Machine, efficiency
@@ -18,6 +19,12 @@ from moecc.plan.workload import Part, Step, Workload
 from moecc.sharding.layout import Layout
 
 BOUNDS = ("compute", "hbm", "network")
+
+SCORES_AGAIN = 0.5
+"""What an attention's gradient computes again, in passes: of its two products that of scores."""
+
+SCORE_MOVES = 4.0
+"""How often scores go through memory where no kernel keeps them: made, read, weighed, read."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class Estimate:
       model_flops: what the model asks of all devices in a step, without recomputation or padding.
       machine: where.
       dtype: the type of the computation.
+      attention: the kernels of attentions, each with the name of its part.
     """
 
     strategy: Strategy
@@ -91,6 +99,7 @@ class Estimate:
     model_flops: float
     machine: Machine
     dtype: str
+    attention: tuple[tuple[str, KernelChoice], ...] = ()
 
     @cached_property
     def seconds(self) -> float:
@@ -200,7 +209,13 @@ class Estimator:
             model_flops=passes * self.work.model_flops,
             machine=self.machine,
             dtype=self.config.dtype.name,
+            attention=self._attention,
         )
+
+    @cached_property
+    def _attention(self) -> tuple[tuple[str, KernelChoice], ...]:
+        pairs = ((part.name, self.kernel(step)) for part in self.work.parts for step in part.steps)
+        return tuple(dict.fromkeys((name, kernel) for name, kernel in pairs if kernel is not None))
 
     def _part(self, part: Part, strategy: Strategy, local: Sharding) -> PartCost:
         if part.is_sparse:
@@ -223,7 +238,9 @@ class Estimator:
         sizes = local.values.once(("steps", id(part)), lambda: _step_sizes(part, local.values))
         for step, (each, elements) in zip(part.steps, sizes, strict=True):
             passes = _passes(step, strategy, self.config)
-            work, bytes_ = each * passes, elements * width
+            elements += self._score_elements(step, local.values)
+            again = SCORES_AGAIN if step.attention is not None and self.config.train else 0.0
+            work, bytes_ = each * (passes + again), elements * width
             times = (work / rates[0], bytes_ * passes / rates[1])
             flops, moved = flops + work, moved + bytes_ * passes
             compute, hbm, both = compute + times[0], hbm + times[1], both + max(times)
@@ -238,6 +255,22 @@ class Estimator:
             local_seconds=part.count * both,
             transfers=self._timed(found, local),
         )
+
+    def kernel(self, step: Step) -> KernelChoice | None:
+        """Return the kernel of a step that is an attention; None for any other step."""
+        if step.attention is None:
+            return None
+        machine, dtype = self.machine, self.config.dtype.name
+        on_mesh = machine.devices > 1
+        facts = replace(step.attention, platform=machine.kind, dtype=dtype, on_mesh=on_mesh)
+        return choose_attention(facts)
+
+    def _score_elements(self, step: Step, values: Values) -> float:
+        """Return the elements of scores that an attention reads and writes, forward."""
+        choice = self.kernel(step)
+        if choice is None or step.scores is None or not choice.kernel.moves_scores:
+            return 0.0
+        return SCORE_MOVES * values.elements(step.scores)
 
     def _timed(
         self, found: Iterable[Transfer], local: Sharding
@@ -302,9 +335,7 @@ def _step_sizes(part: Part, values: Values) -> tuple[tuple[float, float], ...]:
 
 
 def _step_flops(step: Step, values: Values) -> float:
-    if step.cost is not Cost.PRODUCT:
-        return 0.0
-    return 2.0 * values.elements(step.axes)
+    return 2.0 * step.cost.products * values.elements(step.axes) if step.cost.products else 0.0
 
 
 def _step_elements(step: Step, values: Values) -> float:

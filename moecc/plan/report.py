@@ -8,6 +8,7 @@ from moecc.plan.estimate import Estimate, PartCost
 from moecc.plan.exchanges import exact
 from moecc.plan.machines import Machine
 from moecc.plan.report_types import (
+    AttentionReport,
     BatchReport,
     PartReport,
     PlanReport,
@@ -103,6 +104,10 @@ def _plan(estimate: Estimate, work: Workload) -> PlanReport:
         "seconds_by_kind": estimate.by_kind,
         "collectives": estimate.collectives,
         "parts": [_part(part, estimate) for part in estimate.parts],
+        "attention": [
+            {"part": name, "kernel": choice.kernel.name, "why": dict(choice.reasons)}
+            for name, choice in estimate.attention
+        ],
     }
 
 
@@ -164,7 +169,13 @@ def _heading(data: Report) -> list[str]:
         f"  step        {seconds_text(best['seconds'])}, "
         f"{batch['tokens'] / best['seconds'] / machine['devices']:,.0f} tokens/s a device, "
         f"{best['mfu']:.1%} of the peak (model FLOPs)",
+        *map(_attention, best["attention"]),
     ]
+
+
+def _attention(found: AttentionReport) -> str:
+    why = "; ".join(f"not {name}: {reason}" for name, reason in found["why"].items())
+    return f"  attention   {found['part']}: {found['kernel']}{f' ({why})' if why else ''}"
 
 
 def parts_text(batch: BatchReport) -> str:

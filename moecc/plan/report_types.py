@@ -88,6 +88,14 @@ class PartReport(TypedDict):
     transfers: list[TransferReport]
 
 
+class AttentionReport(TypedDict):
+    """The kernel of the attentions of a part, and why those that are tried first are not."""
+
+    part: str
+    kernel: str
+    why: dict[str, str]
+
+
 class PlanReport(SummaryReport):
     """A plan with its memory and time by part."""
 
@@ -99,6 +107,7 @@ class PlanReport(SummaryReport):
     seconds_by_kind: Mapping[str, float]
     collectives: Mapping[str, Mapping[str, float]]
     parts: list[PartReport]
+    attention: list[AttentionReport]
 
 
 class Report(TypedDict):

@@ -13,7 +13,9 @@ from math import prod
 
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept
-from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
+from moecc.ir.attention_axes import Program, facts_of
+from moecc.ir.attention_kernels import AttentionFacts
+from moecc.ir.attributes import AttentionAttrs, ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.slots import assigner
@@ -58,6 +60,8 @@ class Step:
       source_share: of an operand from another stack, one part for each layer of a unit; else 1.
       exact_rows: by how much less rows there would be if a capacity did not pad them.
       axes: those of all operands, each once.
+      attention: of an attention, what decides its kernel, but for the program that it is in.
+      scores: of an attention, the shape of its scores, which are in no operand.
     """
 
     cost: Cost
@@ -72,11 +76,13 @@ class Step:
     source_share: float
     exact_rows: float
     axes: Shape
+    attention: AttentionFacts | None = None
+    scores: Shape | None = None
 
     @cached_property
     def flops(self) -> float:
-        """Two for each multiplication of a contraction, of all devices together."""
-        return 2.0 * self.axes.elements if self.cost is Cost.PRODUCT else 0.0
+        """Two for each multiplication of its products, of all devices together."""
+        return 2.0 * self.cost.products * self.axes.elements
 
     def computed_again(self, remat: str) -> int:
         """Return how often it is computed again for the backward pass, by what is kept."""
@@ -425,6 +431,7 @@ class _Reader:
         results = tuple(map(self.shape, node.results))
         # Along an axis that windows run along, the places of the result count.
         axes = {name: size for s in (*operands, *results) for name, size in s}
+        attention, scores = self._attention(node) if node.op.attends else (None, None)
         return Step(
             cost=node.op.cost,
             moves=node.op.moves,
@@ -440,4 +447,15 @@ class _Reader:
             source_share=1 / unit.size if outside else 1.0,
             exact_rows=exact,
             axes=self.shapes.of(tuple(axes.items())),
+            attention=attention,
+            scores=scores,
         )
+
+    def _attention(self, node: Node) -> tuple[AttentionFacts, Shape]:
+        """Return what decides the kernel of an attention, and the shape of its scores."""
+        attrs = AttentionAttrs.of_node(node)
+        sizes = [{a.name: int(self._size(a.size)) for a in v.type.axes} for v in node.operands[:3]]
+        query, key, value = sizes
+        scores = {n: float(s) for n, s in (query | key).items() if n != attrs.over}
+        facts = facts_of(query, key, value, attrs, Program("", ""))
+        return facts, self.shapes.of(tuple(scores.items()))

@@ -51,6 +51,7 @@ class StepPasses:
       bound: the bound on an expert's rows; None for what the graph says.
       groups: token groups of a micro-batch; None for what the graph says.
       balanced: whether tokens take experts in turn, to time a step.
+      fused: whether attention is one operation, whose scores are in no memory.
       losses: options of ``add-losses``; None where none are added.
       mesh: where it is laid on a mesh of its own collectives.
       rolled: whether equal layers are a scan.
@@ -67,6 +68,7 @@ class StepPasses:
     groups: int | None = None
     losses: dict[str, object] | None = field(default_factory=dict)
     balanced: bool = False
+    fused: bool = True
     mesh: MeshPasses | None = None
     rolled: bool = True
     remat: str = "none"
@@ -87,6 +89,8 @@ class StepPasses:
             yield _pass("add-losses", self.losses)
         if self.balanced:
             yield "force-balance"
+        if self.fused:
+            yield "fuse-attention"
         yield "cse"
         if self.mesh is not None:
             yield from _on_mesh(self.mesh)
@@ -134,6 +138,18 @@ def run_passes(graph: Graph, passes: str) -> None:
     """Run the pipeline text `passes` over `graph`, where passes may match nothing."""
     pipeline = Pipeline.parse(passes, installed())
     run_pipeline(graph, pipeline, context=Context(allow_unmatched=True))
+
+
+def planned_graph(graph: Graph) -> Graph:
+    """Return `graph`, which stays as it is, with what every step fuses: as a plan takes it.
+
+    Rolled layers are left to the plan, which rejects them.
+    """
+    if any(node.body is not None for node in graph):
+        return graph
+    made = clone(graph)
+    run_passes(made, "fuse-attention")
+    return made
 
 
 def step_graph(graph: Graph, passes: StepPasses) -> Graph:

@@ -18,6 +18,7 @@ from moecc.plan.search import search
 from moecc.plan.strategy import DENSE_WEIGHTS, OPTIMIZERS, REMATS, STEPS, StepConfig, step_config
 from moecc.plan.workload import Workload, workload
 from moecc.sharding.vias import VIAS
+from moecc.steps.passes import planned_graph
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def plan_and_search(
 ) -> tuple[Report, list[SummaryReport]]:
     """Return the plan of a step, and all strategies that fit. Raises: as `plan_step`."""
     asked = _parsed(machine, request)
+    graph = planned_graph(graph)
 
     of_batch = cache(partial(workload, graph))
 

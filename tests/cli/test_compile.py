@@ -125,7 +125,7 @@ def test_rules_of_a_file_lay_what_is_compiled(tmp_path: Path) -> None:
 def test_the_passes_of_the_report_make_the_graph(moecc: Moecc, tmp_path: Path) -> None:
     from moecc.ahead.prepare import prepare
     from moecc.ahead.request import Request
-    from moecc.ir.printer import print_graph
+    from moecc.ir import equal, parse
 
     request = Request(MIXTRAL, "cpu:4", "forward", 64, (16,), mesh="expert=2,model=2", sliced=True)
     prepared = prepare(request)
@@ -135,7 +135,8 @@ def test_the_passes_of_the_report_make_the_graph(moecc: Moecc, tmp_path: Path) -
     model.write_text(moecc("import", MIXTRAL).out)
     done = moecc("opt", model, "-p", prepared.pipeline)
     assert done.code == 0
-    assert done.out == print_graph(prepared.graph)
+    # A graph that was read numbers the values that passes make by itself.
+    assert equal(parse(done.out), prepared.graph)
 
 
 @pytest.mark.slow

@@ -39,6 +39,23 @@ def test_the_table_names_what_it_plans(capsys: pytest.CaptureFixture[str]) -> No
         assert words in out
 
 
+def test_the_kernel_of_attention_is_said_and_priced(capsys: pytest.CaptureFixture[str]) -> None:
+    best = plan(capsys, *MIXTRAL[1:])["best"]
+    assert best["attention"] == [{"part": "layers.attention", "kernel": "splash", "why": {}}]
+    kernel = next(p for p in best["parts"] if p["name"] == "layers.attention")
+    assert kernel["bound"] == "compute"
+    # Relative bias is in no kernel of TPUs: scores go through memory, and that takes longest.
+    t5 = ("preset:st-moe-base", "--machine", "tpu:v5p:2x2x1", "--sequence", "2048,2048")
+    found = plan(capsys, *t5)["best"]
+    kernels = {a["part"]: (a["kernel"], a["why"]) for a in found["attention"]}
+    assert kernels["encoder.layers.attention"] == ("blocks", {"splash": "it takes no bias"})
+    assert kernels["decoder.layers.cross_attention"] == ("splash", {})
+    bound = next(p for p in found["parts"] if p["name"] == "encoder.layers.attention")
+    assert bound["seconds"]["hbm"] > bound["seconds"]["compute"]
+    _, out, _ = run(capsys, "plan", *t5)
+    assert "attention   encoder.layers.attention: blocks (not splash: it takes no bias)" in out
+
+
 def test_the_paper_s_model_fits_with_its_dense_weights_split_and_not_whole(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

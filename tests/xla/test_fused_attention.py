@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +13,15 @@ import numpy as np
 import pytest
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.kernels import query_blocks
+from moecc_backends.xla.kernels.attention_operands import AttentionArrays, AttentionRule
+from moecc_backends.xla.kernels.cudnn import cudnn_attention
+from moecc_backends.xla.kernels.splash import splash_attention
+from moecc_backends.xla.trace.options import Options
 from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
 
+from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone
+from moecc.ir.attention_kernels import AttentionFacts, choose_attention
 from moecc.pipeline.passes import Context
 from moecc.testing import run_reference
 from moecc.testing.data import inputs_for
@@ -119,3 +128,103 @@ def test_scores_are_never_whole() -> None:
     program = jax.jit(jax.grad(lambda i: jnp.sum(jnp.sin(run({}, i)["y"])))).lower(shapes)
     scores = 2 * 2048 * 2048 * 2 * 2 * 4
     assert program.compile().memory_analysis().temp_size_in_bytes < scores / 3
+
+
+# --- kernels of accelerators: their arithmetic, on a CPU
+
+KERNEL_FORMS = {
+    "causal": (AttentionRule(0.2, causal=True), False),
+    "window, soft cap and sinks": (AttentionRule(0.2, 3.0, causal=True, window=40), True),
+    "full": (AttentionRule(0.2), False),
+}
+Kernel = Callable[[AttentionRule, AttentionArrays], jax.Array]
+
+
+def drawn(shape: tuple[int, ...], seed: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def arrays_of(seq: int, *, sinks: bool = False, bias: bool = False) -> AttentionArrays:
+    """Return operands with two key heads, which two query heads share each."""
+    return AttentionArrays(
+        drawn((2, 2, 2, seq, 16), 0),
+        drawn((2, 2, seq, 16), 1),
+        drawn((2, 2, seq, 16), 2),
+        bias=drawn((1, 2, 2, seq, seq), 3) if bias else None,
+        sinks=drawn((1, 2, 2, 1, 1), 4) if sinks else None,
+    )
+
+
+def check_kernel(kernel: Kernel, rule: AttentionRule, arrays: AttentionArrays) -> None:
+    """Check values and gradients against blocks of queries, which are held to the reference."""
+
+    def run(with_kernel: Kernel) -> tuple[jax.Array, AttentionArrays]:
+        def total(arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
+            y = with_kernel(rule, arrays)
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, y), made = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+        return y, made
+
+    (y, made), (expected, gradients) = run(kernel), run(query_blocks.block_attention)
+    assert jnp.abs(y - expected).max() <= 2e-6
+    for found, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(gradients), strict=True):
+        assert jnp.abs(found - wanted).max() <= 5e-6 * jnp.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", some(KERNEL_FORMS, "window, soft cap and sinks"))
+def test_splash_attention_in_the_interpreter(name: str) -> None:
+    rule, sinks = KERNEL_FORMS[name]
+    check_kernel(partial(splash_attention, interpret=True), rule, arrays_of(256, sinks=sinks))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_the_call_of_cudnn_means_the_same(window: int) -> None:
+    rule = AttentionRule(0.3, causal=True, window=window)
+    check_kernel(partial(cudnn_attention, implementation="xla"), rule, arrays_of(24, bias=True))
+
+
+def test_a_forced_kernel_is_that_one_or_an_error() -> None:
+    graph = fused(Form(seq=128, kv_seq=128, causal=True).graph())
+    inputs = {n: np.float32(a) for n, a in inputs_for(graph, 0).items()}
+    found = {
+        name: function(graph, options=Options(attention=name))({}, inputs)["y"]
+        for name in ("plain", "blocks")
+    }
+    np.testing.assert_allclose(found["plain"], found["blocks"], atol=2e-6)
+    with pytest.raises(InputError, match="values are as wide as") as caught:
+        function(graph, options=Options(attention="splash"))({}, inputs)
+    assert caught.value.problems[0].expected == "auto, blocks, plain"
+    with pytest.raises(UsageError, match="unknown attention kernel 'splatter'"):
+        Options(attention="splatter")
+
+
+FACTS = AttentionFacts("tpu", "bf16", 4096, 4096, 128, 128, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "kernel", "why"),
+    [
+        ({}, "splash", None),
+        ({"capped": True}, "splash", None),
+        ({"given": ("bias",)}, "blocks", "it takes no bias"),
+        ({"queries": 1000, "keys": 1000}, "blocks", "1000 queries are no multiple of 128"),
+        ({"partitioned": True}, "blocks", "XLA's partitioner shards no kernels of Pallas"),
+        ({"wide": 64}, "blocks", "its values are as wide as its keys"),
+        ({"platform": "gpu"}, "cudnn", None),
+        ({"platform": "gpu", "given": ("bias",)}, "cudnn", None),
+        ({"platform": "gpu", "dtype": "f32"}, "blocks", "it computes in bf16 or f16, not in f32"),
+        ({"platform": "gpu", "capped": True}, "blocks", "it has no soft cap"),
+        ({"platform": "gpu", "width": 256, "wide": 256}, "blocks", "heads of 256"),
+        ({"platform": "gpu", "on_mesh": True}, "blocks", "how its results vary over a mesh"),
+        ({"platform": "cpu"}, "blocks", None),
+        ({"platform": "cpu", "laid_out": False}, "plain", "share an axis that the third lacks"),
+    ],
+)
+def test_the_kernel_by_platform_and_form(
+    changed: dict[str, Any], kernel: str, why: str | None
+) -> None:
+    choice = choose_attention(replace(FACTS, **changed))
+    assert choice.kernel.name == kernel
+    reasons = [reason for _, reason in choice.reasons]
+    assert reasons == [] if why is None else why in reasons[0]

@@ -195,7 +195,8 @@ def parse_hlo(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if line.startswith("}"):
+        # What kernels say of themselves goes on over lines that begin with a bracket, too.
+        if line.rstrip() == "}" or line.startswith("}, execution_thread"):
             current = None
         elif current is None:
             head = _HEAD.match(line)

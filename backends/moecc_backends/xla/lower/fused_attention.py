@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import prod
 
 import jax
 import jax.numpy as jnp
 
+from moecc.errors import InputError
+from moecc.ir.attention_axes import AttentionAxes, Program, facts_of
+from moecc.ir.attention_kernels import ATTENTIONS, KERNELS, AttentionFacts, choose_attention
 from moecc.ir.attributes import AttentionAttrs, Given
 from moecc.ir.graph import Node
+from moecc.types.dtypes import DTYPES
 from moecc_backends.xla.kernels.attention_operands import AttentionArrays, AttentionRule
+from moecc_backends.xla.kernels.cudnn import cudnn_attention
 from moecc_backends.xla.kernels.query_blocks import block_attention
 from moecc_backends.xla.lower.reductions import softmax
 from moecc_backends.xla.trace.arrays import einsum
-from moecc_backends.xla.trace.context import Context, lowering
+from moecc_backends.xla.trace.context import DIRECT, Context, lowering
 from moecc_backends.xla.trace.dtypes import accumulator
+from moecc_backends.xla.trace.options import AUTO
 from moecc_backends.xla.trace.values import Named
 
 
@@ -25,74 +31,86 @@ def _attention(ctx: Context, node: Node, *operands: Named) -> Named:
     attrs = AttentionAttrs.of_node(node)
     query, key, value, *more = operands
     given = dict(zip(attrs.given, more, strict=True))
-    layout = AttentionLayout.of(query, key, value, attrs)
-    if layout is None:
+    sizes = (query.sizes, key.sizes, value.sizes)
+    kernel = _kernel(ctx, node, facts_of(*sizes, attrs, _program(ctx, query)))
+    axes = AttentionAxes.of(*sizes, attrs)
+    if kernel == "plain" or axes is None:
         return plain_attention(query, key, value, given, attrs)
-    arrays = layout.arrays(query, key, value, given)
     rule = AttentionRule(attrs.scale, attrs.cap, bool(attrs.causal), attrs.window)
-    axes = layout.result_axes
-    sizes = query.sizes | {a: value.size(a) for a in layout.wide}
-    return Named(block_attention(rule, arrays).reshape([sizes[a] for a in axes]), axes)
+    made = _RUN[kernel](ctx, rule, _arrays(axes, query, key, value, given))
+    known = query.sizes | {a: value.size(a) for a in axes.wide}
+    return Named(made.reshape([known[a] for a in axes.result]), axes.result)
 
 
-@dataclass(frozen=True)
-class AttentionLayout:
-    """The axes of an attention in the order in which kernels take them.
+def _program(ctx: Context, query: Named) -> Program:
+    """Return what decides a kernel besides the attention itself."""
+    dtype = next(name for name, kind in DTYPES.items() if kind.numpy == query.array.dtype)
+    on_mesh = ctx.view.mesh is not None
+    return Program(ctx.options.target, dtype, ctx.interceptor is not DIRECT, on_mesh)
 
-    Attributes:
-      batch: the first axis that queries, keys and values share, or none.
-      heads: the others that they share.
-      groups: the axes that only queries have, but for that of their sequence.
-      queries: the axis of the queries' sequence, or none.
-      width: the axis that is summed over.
-      keys: the axis of keys and values.
-      wide: the axes that only values have.
+
+def _kernel(ctx: Context, node: Node, facts: AttentionFacts) -> str:
+    """Return the kernel that is chosen, or forced.
+
+    Raises:
+      InputError: one is forced that does not take this attention.
     """
-
-    batch: tuple[str, ...]
-    heads: tuple[str, ...]
-    groups: tuple[str, ...]
-    queries: tuple[str, ...]
-    width: str
-    keys: str
-    wide: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, query: Named, key: Named, value: Named, attrs: AttentionAttrs
-    ) -> AttentionLayout | None:
-        """Return the layout of operands; None where two of the three share an axis alone."""
-        own = {attrs.over, attrs.along}
-        shared = tuple(a for a in query.axes if a in key.axes and a in value.axes and a not in own)
-        free = tuple(a for a in query.axes if a not in shared and a not in own)
-        wide = tuple(a for a in value.axes if a not in shared and a != attrs.along)
-        if {*key.axes} != {*shared, *own} or set(free) & set(wide):
-            return None
-        queries = attrs.causal or tuple(sorted(free, key=query.size)[-1:])
-        groups = tuple(a for a in free if a not in queries)
-        if set(queries) - set(free):
-            return None
-        return cls(shared[:1], shared[1:], groups, queries, attrs.over, attrs.along, wide)
-
-    def arrays(
-        self, query: Named, key: Named, value: Named, given: dict[Given, Named]
-    ) -> AttentionArrays:
-        """Return the operands as kernels take them."""
-        dims = (self.batch, self.heads, self.groups, self.queries)
-        sizes = query.sizes | key.sizes
-        scores = (*dims, (self.keys,))
-        more = {word: _laid_out(x, scores, sizes) for word, x in given.items()}
-        return AttentionArrays(
-            _laid_out(query, (*dims, (self.width,)), sizes),
-            _laid_out(key, (*dims[:2], (self.keys,), (self.width,)), sizes),
-            _laid_out(value, (*dims[:2], (self.keys,), self.wide), value.sizes),
-            **more,
+    forced = ctx.options.attention
+    if forced == AUTO:
+        return choose_attention(facts).kernel.name
+    kernel = next(k for k in KERNELS if k.name == forced)
+    # Splash attention runs in Pallas' interpreter elsewhere.
+    there = replace(facts, platform=kernel.platform) if forced == "splash" else facts
+    reason = kernel.reason(there)
+    if reason is not None:
+        legal = [k.name for k in KERNELS if k.reason(facts) is None]
+        raise InputError(
+            f"this attention cannot be lowered with attention={forced}",
+            expected=f"auto, {', '.join(legal)}",
+            found=reason,
         )
+    return forced
 
-    @property
-    def result_axes(self) -> tuple[str, ...]:
-        """The axes of the averaged values."""
-        return (*self.batch, *self.heads, *self.groups, *self.queries, *self.wide)
+
+def _splash(ctx: Context, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+    # Pallas takes a second to import.
+    from moecc_backends.xla.kernels.splash import splash_attention
+
+    return splash_attention(rule, arrays, interpret=ctx.options.target != "tpu")
+
+
+def _cudnn(ctx: Context, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+    return cudnn_attention(rule, arrays)
+
+
+def _blocks(ctx: Context, rule: AttentionRule, arrays: AttentionArrays) -> jax.Array:
+    return block_attention(rule, arrays)
+
+
+_RUN: dict[str, Callable[[Context, AttentionRule, AttentionArrays], jax.Array]] = {
+    "splash": _splash,
+    "cudnn": _cudnn,
+    "blocks": _blocks,
+}
+"""The kernels that take arrays, by the names of `moecc.ir.attention_kernels`."""
+
+assert (*_RUN, "plain") == ATTENTIONS, "options name what there is"
+
+
+def _arrays(
+    axes: AttentionAxes, query: Named, key: Named, value: Named, given: dict[Given, Named]
+) -> AttentionArrays:
+    """Return the operands as kernels take them."""
+    dims = (axes.batch, axes.heads, axes.groups, axes.queries)
+    sizes = query.sizes | key.sizes
+    scores = (*dims, (axes.keys,))
+    more = {word: _laid_out(x, scores, sizes) for word, x in given.items()}
+    return AttentionArrays(
+        _laid_out(query, (*dims, (axes.width,)), sizes),
+        _laid_out(key, (*dims[:2], (axes.keys,), (axes.width,)), sizes),
+        _laid_out(value, (*dims[:2], (axes.keys,), axes.wide), value.sizes),
+        **more,
+    )
 
 
 def _laid_out(x: Named, dims: tuple[tuple[str, ...], ...], sizes: dict[str, int]) -> jax.Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from moecc.errors import Problem, UsageError, nearest
+from moecc.ir.attention_kernels import ATTENTIONS
 from moecc.ir.dispatch_strategies import DISPATCHES
 
 AUTO = "auto"
@@ -22,18 +23,21 @@ class Options:
     Attributes:
       dispatch: one of `DISPATCHES`, or ``auto``.
       platform: one of `PLATFORMS`; None for that of the devices at hand.
+      attention: one of `ATTENTIONS`, or ``auto``.
       poison: fill padding rows, which have no token, with NaN, to see that nothing reads them.
 
     Raises:
-      UsageError: there is no such lowering or platform.
+      UsageError: there is no such lowering, kernel or platform.
     """
 
     dispatch: str = AUTO
     platform: str | None = None
+    attention: str = AUTO
     poison: bool = False
 
     def __post_init__(self) -> None:
         problems = _unknown("dispatch lowering", self.dispatch, (AUTO, *DISPATCHES))
+        problems += _unknown("attention kernel", self.attention, (AUTO, *ATTENTIONS))
         if self.platform is not None:
             problems += _unknown("platform", self.platform, PLATFORMS)
         if problems:
