@@ -13,13 +13,13 @@ from math import prod
 
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept
-from moecc.ir.attention_axes import Program, facts_of
 from moecc.ir.attention_kernels import AttentionFacts
-from moecc.ir.attributes import AttentionAttrs, ProductAttrs, RouteAttrs, SlotAttrs
+from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.slots import assigner
 from moecc.ir.traits import Cost, RowMove
+from moecc.plan.attention import attention_of
 from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
 from moecc.plan.sample import Sample, sample_of
@@ -431,7 +431,7 @@ class _Reader:
         results = tuple(map(self.shape, node.results))
         # Along an axis that windows run along, the places of the result count.
         axes = {name: size for s in (*operands, *results) for name, size in s}
-        attention, scores = self._attention(node) if node.op.attends else (None, None)
+        attention, scores = attention_of(node, self._size, self.shapes)
         return Step(
             cost=node.op.cost,
             moves=node.op.moves,
@@ -450,12 +450,3 @@ class _Reader:
             attention=attention,
             scores=scores,
         )
-
-    def _attention(self, node: Node) -> tuple[AttentionFacts, Shape]:
-        """Return what decides the kernel of an attention, and the shape of its scores."""
-        attrs = AttentionAttrs.of_node(node)
-        sizes = [{a.name: int(self._size(a.size)) for a in v.type.axes} for v in node.operands[:3]]
-        query, key, value = sizes
-        scores = {n: float(s) for n, s in (query | key).items() if n != attrs.over}
-        facts = facts_of(query, key, value, attrs, Program("", ""))
-        return facts, self.shapes.of(tuple(scores.items()))
