@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from moecc.ir.attention_axes import Program, facts_of
 from moecc.ir.attention_kernels import AttentionFacts
@@ -11,18 +12,31 @@ from moecc.ir.graph import Node
 from moecc.plan.shapes import Shape, Shapes
 
 
+@dataclass(frozen=True)
+class PlannedAttention:
+    """An attention, as a plan sees it.
+
+    Attributes:
+      facts: what decides its kernel, but for the program that it is in.
+      scores: the shape of its scores, which are in no operand.
+    """
+
+    facts: AttentionFacts
+    scores: Shape
+
+
 def attention_of(
     node: Node, size: Callable[[object], float], shapes: Shapes
-) -> tuple[AttentionFacts | None, Shape | None]:
-    """Return what decides the kernel of an attention, and the shape of its scores.
+) -> PlannedAttention | None:
+    """Return what a plan knows of an attention; None of any other node.
 
     Args:
-      node: any node; of others than attentions there is neither.
+      node: the node.
       size: the size that the size of an axis stands for.
       shapes: makes shapes.
     """
     if not node.op.attends:
-        return None, None
+        return None
     attrs = AttentionAttrs.of_node(node)
     query, key, value = (
         {a.name: int(size(a.size)) for a in v.type.axes} for v in node.operands[:3]
@@ -30,4 +44,4 @@ def attention_of(
     scores = {n: float(s) for n, s in (query | key).items() if n != attrs.over}
     # Of the program the machine decides, which is not known here.
     facts = facts_of(query, key, value, attrs, Program("", ""))
-    return facts, shapes.of(tuple(scores.items()))
+    return PlannedAttention(facts, shapes.of(tuple(scores.items())))

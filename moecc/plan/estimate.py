@@ -262,15 +262,15 @@ class Estimator:
             return None
         machine, dtype = self.machine, self.config.dtype.name
         on_mesh = machine.devices > 1
-        facts = replace(step.attention, platform=machine.kind, dtype=dtype, on_mesh=on_mesh)
+        facts = replace(step.attention.facts, platform=machine.kind, dtype=dtype, on_mesh=on_mesh)
         return choose_attention(facts)
 
     def _score_elements(self, step: Step, values: Values) -> float:
         """Return the elements of scores that an attention reads and writes, forward."""
         choice = self.kernel(step)
-        if choice is None or step.scores is None or not choice.kernel.moves_scores:
+        if choice is None or step.attention is None or not choice.kernel.moves_scores:
             return 0.0
-        return SCORE_MOVES * values.elements(step.scores)
+        return SCORE_MOVES * values.elements(step.attention.scores)
 
     def _timed(
         self, found: Iterable[Transfer], local: Sharding

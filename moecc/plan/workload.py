@@ -13,13 +13,12 @@ from math import prod
 
 from moecc.errors import InputError
 from moecc.families.experts import choices_kept
-from moecc.ir.attention_kernels import AttentionFacts
 from moecc.ir.attributes import ProductAttrs, RouteAttrs, SlotAttrs
 from moecc.ir.graph import Graph, Node, Value, setter_of
 from moecc.ir.mesh import mesh_of
 from moecc.ir.table.slots import assigner
 from moecc.ir.traits import Cost, RowMove
-from moecc.plan.attention import attention_of
+from moecc.plan.attention import PlannedAttention, attention_of
 from moecc.plan.batches import Batch
 from moecc.plan.residuals import Residuals, residuals, root_of
 from moecc.plan.sample import Sample, sample_of
@@ -60,8 +59,7 @@ class Step:
       source_share: of an operand from another stack, one part for each layer of a unit; else 1.
       exact_rows: by how much less rows there would be if a capacity did not pad them.
       axes: those of all operands, each once.
-      attention: of an attention, what decides its kernel, but for the program that it is in.
-      scores: of an attention, the shape of its scores, which are in no operand.
+      attention: of an attention, what decides its kernel, and its scores.
     """
 
     cost: Cost
@@ -76,8 +74,7 @@ class Step:
     source_share: float
     exact_rows: float
     axes: Shape
-    attention: AttentionFacts | None = None
-    scores: Shape | None = None
+    attention: PlannedAttention | None = None
 
     @cached_property
     def flops(self) -> float:
@@ -431,7 +428,6 @@ class _Reader:
         results = tuple(map(self.shape, node.results))
         # Along an axis that windows run along, the places of the result count.
         axes = {name: size for s in (*operands, *results) for name, size in s}
-        attention, scores = attention_of(node, self._size, self.shapes)
         return Step(
             cost=node.op.cost,
             moves=node.op.moves,
@@ -447,6 +443,5 @@ class _Reader:
             source_share=1 / unit.size if outside else 1.0,
             exact_rows=exact,
             axes=self.shapes.of(tuple(axes.items())),
-            attention=attention,
-            scores=scores,
+            attention=attention_of(node, self._size, self.shapes),
         )
