@@ -37,7 +37,8 @@ def model() -> Graph:
 
 def step_of(chunk_bytes: int, name: str = "adamw", **options: Any) -> TrainStep:
     passes = StepPasses(routed=False, losses=None, rolled=False, mesh=options.pop("mesh", None))
-    spec = StepSpec({"B": BATCH, "S": SEQ}, options.pop("dtype", F32), OptimizerSection(name),
+    sizes = {"B": BATCH, "S": options.pop("length", SEQ)}
+    spec = StepSpec(sizes, options.pop("dtype", F32), OptimizerSection(name),
                     chunk_bytes=chunk_bytes, **options)  # fmt: skip
     count = 1 if passes.mesh is None else 2
     return make_train_step(step_graph(model(), passes), spec, jax.devices()[:count])
@@ -56,6 +57,13 @@ def test_logits_never_are_in_memory_whole() -> None:
     # The state that is given is the state that comes back.
     state_bytes = 3 * table_bytes
     assert chunked.alias_size_in_bytes >= state_bytes
+
+
+@pytest.mark.parametrize(("length", "is_cut"), [(EMBED // BATCH, False), (EMBED, True)])
+def test_logits_are_cut_only_where_that_saves_memory(length: int, is_cut: bool) -> None:
+    step = step_of(1 << 14, "sgd", length=length)
+    text = step.function.lower(*step.arguments).as_text()
+    assert ("stablehlo.while" in text) is is_cut
 
 
 ALL_REDUCE = re.compile(r'"stablehlo.all_reduce"\(.*?\}\) : \(tensor<(\w+)>\)', re.DOTALL)
