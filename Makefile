@@ -5,7 +5,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-fuzz proof-kills proof-learning proof-table docs bench wheel clean fuzz
+.PHONY: help install demo demo-train smoke-train test test-all check lint format types proof-chain proof-engines proof-fuzz proof-kills proof-learning proof-table docs site bench wheel clean fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,14 @@ proof-fuzz: $(STAMP) ## a million hostile inputs and 5,000 commands; writes docs
 
 proof-learning: $(STAMP) ## experts help at equal tokens: one experiment again, from nothing, on three seeds
 	$(BIN)/python experiments/run.py --proof
+
+site: $(STAMP) ## the documentation as a site in build/site, which loads nothing; links are checked
+ifneq ($(UV),)
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+else
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+endif
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 docs: $(STAMP) ## write the pages and modules that are generated
 	$(BIN)/python -m moecc.ir.generate

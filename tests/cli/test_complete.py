@@ -13,6 +13,7 @@ import pytest
 from moecc.cli import complete
 
 BASH = shutil.which("bash")
+ZSH = shutil.which("zsh")
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,37 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 """
     done = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:-1] == (expected or [""])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("passes upc", "upcycle"),
+        ("inspect preset:smo", "preset:smollm2-135m"),
+        ("plan x --machine gpu:h1", "gpu:h100:"),
+        ("opt x -p 'upcycle{experts=8 router-i", "upcycle{experts=8 router-init="),
+        ("convert a b --to gguf:qwen3m", "gguf:qwen3moe"),
+    ],
+)
+@pytest.mark.skipif(ZSH is None, reason="there is no zsh")
+def test_in_zsh(line: str, expected: str) -> None:
+    """The words as zsh splits them, and what its completion is given: each colon escaped."""
+    assert ZSH is not None
+    moecc = Path(sys.executable).with_name("moecc")
+    env = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    env["PATH"] = f"{moecc.parent}{os.pathsep}{env['PATH']}"
+    shown = subprocess.run(
+        [moecc, "--show-completion", "zsh"], capture_output=True, text=True, check=True, env=env
+    ).stdout
+    script = f"""compdef() {{ : }}
+{shown}
+_arguments() {{ print -r -- "$@" }}
+line=$1 words=(${{(z)1}}) CURRENT=$#words
+_moecc_completion
+"""
+    done = subprocess.run(
+        [ZSH, "-f", "-c", script, "zsh", f"moecc {line}"], capture_output=True, text=True,
+        check=True, env=env,
+    )  # fmt: skip
+    escaped = expected.replace(":", "\\\\:")
+    assert done.stdout == f'*: :(("{escaped}"))\n'
