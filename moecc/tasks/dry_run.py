@@ -17,8 +17,9 @@ from moecc.plan.meshes import plan_mesh
 from moecc.plan.search import search
 from moecc.plan.strategy import OPTIMIZERS, step_config
 from moecc.plan.workload import Workload, workload
+from moecc.sharding.vias import LOCAL
 from moecc.steps.moment_axes import moment_types
-from moecc.steps.passes import StepPasses, step_graph
+from moecc.steps.passes import MeshPasses, StepPasses, step_graph
 from moecc.steps.recipes import eval_passes, train_passes
 from moecc.steps.settings import parameter_settings
 from moecc.support.parse_units import float_type
@@ -58,7 +59,7 @@ def dry_run(
         "data": _data(recipe, batches),
         "flops": _flops(recipe, graph, batches),
         "passes": {"train": str(training), "evaluate": str(eval_passes(graph, recipe))},
-        "plan": _plan(recipe, _planned_graph(graph, training), batches, where),
+        "plan": _plan(recipe, _planned_graph(graph, training), training.mesh, batches, where),
     }
 
 
@@ -123,15 +124,22 @@ def _planned_graph(graph: Graph, training: StepPasses) -> Graph:
     return step_graph(graph, passes)
 
 
-def _plan(recipe: Recipe, graph: Graph, batches: Batches, machine: Machine) -> Facts:
-    """Return what a plan predicts of time and memory."""
+def _plan(
+    recipe: Recipe, graph: Graph, on: MeshPasses | None, batches: Batches, machine: Machine
+) -> Facts:
+    """Return what a plan predicts of time and memory, of the step that would be run.
+
+    The mesh of a recipe leaves no way to the experts open, and shards no other weights over them.
+    """
     run, section = recipe.run, recipe.mesh
     optimizer = recipe.optimizer.name if recipe.optimizer.name in OPTIMIZERS else OPTIMIZERS[0]
     setting = step_config(
         True, optimizer, run.dtype, run.weight_dtype, run.micro_batches, run.reduce_dtype
     )
     mesh = plan_mesh(section.mesh, section.rules or None) if section.mesh else None
-    constraints = Constraints(mesh, section.via or None, run.remat, None, section.rules or None)
+    via = on.via if on is not None and on.via != LOCAL else section.via or None
+    dense = "whole" if section.mesh and not section.rules else None
+    constraints = Constraints(mesh, via, run.remat, dense, section.rules or None)
 
     def work_on(other: Machine, parts: int) -> Workload:
         return _work(graph, batches, recipe.data.batch // parts)

@@ -101,6 +101,9 @@ def test_micro_batches_and_machines_change_the_plan(tokens: Path) -> None:
     assert parts["memory_bytes"] != plain["memory_bytes"]
     mesh = told(tokens, "llama_gqa", "upcycle{experts=4}", "mesh.mesh=data:2,expert:4")["plan"]
     assert "data:2,expert:4" in mesh["strategy"]
+    # The way to the experts that the step takes, not the best one.
+    assert "via ring" in mesh["strategy"]
+    assert "split" not in mesh["strategy"]
     gpu = told(tokens, "llama_gqa", "upcycle{experts=4}", machine="gpu:h100:8")["plan"]
     assert gpu["machine"] == "gpu:h100:8"
     with pytest.raises(InputError):
