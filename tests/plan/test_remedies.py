@@ -21,7 +21,7 @@ BOTH = "--optimizer adafactor --weight-dtype bf16"
 CASES = {
     f"{LLAMA} gpu:h100:1": ["--optimizer adafactor", "--weight-dtype bf16"],
     f"{LLAMA} tpu:v5e:2x2 --batch-tokens 16384": [BOTH],
-    f"{SMOL} gpu:h100:8 --batch-tokens 262144 --remat none": ["--remat full", "--micro-batches 2"],
+    f"{SMOL} gpu:h100:8 --batch-tokens 1048576 --remat none": ["--remat full", "--micro-batches 2"],
     f"{SMOL} gpu:h100:1 --batch-tokens 524288 --remat full": ["--micro-batches 2"],
     f"{LLAMA} gpu:h100:8 --mesh data=8 --dense-weights whole": ["--dense-weights split"],
     f"{MIXTRAL} gpu:h100:16 --mesh data=2,expert=8 --dense-weights whole": [
@@ -63,12 +63,12 @@ def test_a_program_that_needs_more_than_planned_is_told_by_its_plan() -> None:
     planned = prepared.estimate.memory.total
     usable = prepared.asked.machine.usable_bytes
     assert planned < usable
-    text = would_fit_text(prepared, usable, int(usable * 2))
+    text = would_fit_text(prepared, usable, int(usable * 1.5))
     assert "--remat full" in text
     for options in options_of(text):
-        assert "--optimizer" not in options  # it saves 1.6 GB, and twice as much is needed
+        assert "--optimizer" not in options  # it saves a fifth, and a third is too much
     less = prepare(replace(asked, remat="full")).estimate.memory.total
-    assert less <= usable * planned / (2 * usable)
+    assert less <= planned / 1.5
 
 
 def test_a_recipe_is_told_by_its_keys() -> None:
