@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moecc_backends.reference.backend import ReferenceBackend
 from moecc_backends.xla.backend import function
 from moecc_backends.xla.kernels import query_blocks
 from moecc_backends.xla.kernels.attention_operands import AttentionArrays, AttentionRule
@@ -22,10 +24,12 @@ from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
 from moecc.errors import InputError, UsageError
 from moecc.ir import Graph, clone
 from moecc.ir.attention_kernels import AttentionFacts, choose_attention
+from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
 from moecc.testing import run_reference
 from moecc.testing.data import inputs_for
-from moecc.types.dtypes import F64
+from moecc.types.dtypes import F32, F64, DType
+from moecc.types.tensor import Axis, TensorType
 from tests.support.attention_graphs import FORMS, Form
 from tests.support.tiers import some
 
@@ -228,3 +232,49 @@ def test_the_kernel_by_platform_and_form(
     assert choice.kernel.name == kernel
     reasons = [reason for _, reason in choice.reasons]
     assert reasons == [] if why is None else why in reasons[0]
+
+
+# --- every family
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+
+@pytest.mark.parametrize("case", some(CASES, "gemma2_caps", "t5_relu_tied"))
+def test_golden_attentions_in_float32(case: str) -> None:
+    """Values against the reference's, and gradients against those in float64, to a millionth."""
+    with open_model(str(GOLDEN / case)) as model:
+        graph = fused(model.graph)
+        params = dict(model.params(dtype=F64))
+    inputs = {n: np.load(GOLDEN / case / f"{n}.npy") for n in graph.inputs}
+    arrays = dict(ReferenceBackend().compile(graph).trace(params, inputs))
+    for node in (n for n in graph if n.op.attends):
+        given = {f"x{i}": arrays[v].data for i, v in enumerate(node.operands)}
+        alone = Graph()
+        for name, value in zip(given, node.operands, strict=True):
+            sizes = zip(value.type.axes, given[name].shape, strict=True)
+            axes = tuple(Axis(a.name, int(s)) for a, s in sizes)
+            alone.input(name, TensorType(value.type.dtype, axes))
+        made = alone.append("attention", list(alone.inputs.values()), node.attrs)
+        alone.set_output("y", made.result)
+        exact = differentiated(alone, given, F64)
+        found = differentiated(alone, given, F32)
+        expected = arrays[node.result].data
+        assert np.abs(found["y"] - expected).max() <= 1e-6 * np.abs(expected).max()
+        for name, array in exact.items():
+            assert np.abs(found[name] - array).max() <= 1e-6 * max(np.abs(array).max(), 1), name
+
+
+def differentiated(graph: Graph, given: dict[str, Any], dtype: DType) -> dict[str, np.ndarray]:
+    """Return the output and the gradients of its sum, weighed, computed in `dtype`."""
+    floats = {n: dtype.numpy.type(a) for n, a in given.items() if a.dtype.kind == "f"}
+    rest = {n: a for n, a in given.items() if n not in floats}
+    run = function(graph, dtype=dtype)
+
+    def total(floats: dict[str, Any]) -> tuple[Any, Any]:
+        y = run({}, {**floats, **rest})["y"]
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+    with jax.enable_x64(dtype is F64):
+        (_, y), made = jax.jit(jax.value_and_grad(total, has_aux=True))(floats)
+    return {"y": np.asarray(y), **{n: np.asarray(d) for n, d in made.items()}}
