@@ -90,6 +90,7 @@ def facts_of(
         wide=0 if axes is None else prod(value[a] for a in axes.wide),
         given=attrs.given,
         causal=bool(attrs.causal),
+        window=attrs.window,
         capped=attrs.cap > 0,
         laid_out=axes is not None,
         partitioned=program.partitioned,

@@ -28,6 +28,7 @@ class AttentionFacts:
       wide: of a head of values.
       given: the words of its further operands.
       causal: whether queries see no later keys.
+      window: how many keys they see; 0 for all.
       capped: whether there is a soft cap.
       laid_out: whether each axis is one of queries, keys and values, or of two of them as usual.
       partitioned: whether XLA's partitioner shards the program.
@@ -42,6 +43,7 @@ class AttentionFacts:
     wide: int
     given: tuple[str, ...] = ()
     causal: bool = False
+    window: int = 0
     capped: bool = False
     laid_out: bool = True
     partitioned: bool = False

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from moecc.ir.attention_kernels import KernelChoice, choose_attention
 from moecc.ir.traits import Cost
+from moecc.plan.attention import passes_of_products
 from moecc.plan.collectives import Transfer, seconds, sent_bytes
 from moecc.plan.machines import Machine, efficiency
 from moecc.plan.memory import Memory, memory, optimizer_bytes
@@ -19,9 +20,6 @@ from moecc.plan.workload import Part, Step, Workload
 from moecc.sharding.layout import Layout
 
 BOUNDS = ("compute", "hbm", "network")
-
-SCORES_AGAIN = 0.5
-"""What an attention's gradient computes again, in passes: of its two products that of scores."""
 
 SCORE_MOVES = 4.0
 """How often scores go through memory where no kernel keeps them: made, read, weighed, read."""
@@ -239,8 +237,7 @@ class Estimator:
         for step, (each, elements) in zip(part.steps, sizes, strict=True):
             passes = _passes(step, strategy, self.config)
             elements += self._score_elements(step, local.values)
-            again = SCORES_AGAIN if step.attention is not None and self.config.train else 0.0
-            work, bytes_ = each * (passes + again), elements * width
+            work, bytes_ = each * self._work(step, passes), elements * width
             times = (work / rates[0], bytes_ * passes / rates[1])
             flops, moved = flops + work, moved + bytes_ * passes
             compute, hbm, both = compute + times[0], hbm + times[1], both + max(times)
@@ -255,6 +252,13 @@ class Estimator:
             local_seconds=part.count * both,
             transfers=self._timed(found, local),
         )
+
+    def _work(self, step: Step, passes: float) -> float:
+        """Return how often all products of a step are computed, in `passes` over its arrays."""
+        choice = self.kernel(step)
+        if choice is None or step.attention is None:
+            return passes
+        return passes_of_products(choice.kernel, step.attention.facts, passes)
 
     def kernel(self, step: Step) -> KernelChoice | None:
         """Return the kernel of a step that is an attention; None for any other step."""

@@ -69,12 +69,15 @@ def assert_close(
 
 
 def is_decided(graph: Graph, params: Arrays, inputs: Arrays) -> bool:
-    """Whether no router's scores are so near to one another that rounding orders them."""
+    """Whether every router's scores are numbers, far enough apart that rounding orders none."""
     program = ReferenceProgram(graph)
     for value, array in program.trace(params, inputs):
         for node in value.users:
             if node.op.name in ("route", "expert_choice") and node.operands[0] is value:
                 at = array.axes.index("expert")
+                if np.isnan(array.data).any():
+                    # What is not a number has no place in an order.
+                    return False
                 gaps = np.diff(np.sort(array.data, axis=at), axis=at)
                 if (gaps < TIE * max(1.0, _largest(array.data))).any():
                     return False

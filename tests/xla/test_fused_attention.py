@@ -23,7 +23,7 @@ from moecc_backends.xla.trace.options import Options
 from moecc_passes.fuse_attention.fuse_attention import FuseAttentionPass
 
 from moecc.errors import InputError, UsageError
-from moecc.ir import Graph, clone
+from moecc.ir import Graph, attention_blocks, clone
 from moecc.ir.attention_kernels import AttentionFacts, choose_attention
 from moecc.model.open import open_model
 from moecc.pipeline.passes import Context
@@ -65,7 +65,7 @@ def values_and_gradients(graph: Graph, inputs: dict[str, Any]) -> dict[str, np.n
 def test_values_and_gradients_are_those_of_the_parts(
     name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(query_blocks, "_BLOCK", block)
+    monkeypatch.setattr(attention_blocks, "BLOCK", block)
     graph = FORMS[name].graph()
     inputs = inputs_for(graph, 0)
     expected = values_and_gradients(graph, inputs)
@@ -77,8 +77,8 @@ def test_values_and_gradients_are_those_of_the_parts(
 
 def test_many_blocks_are_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more blocks than spans several share their keys, one after the other."""
-    monkeypatch.setattr(query_blocks, "_BLOCK", 2)
-    monkeypatch.setattr(query_blocks, "_MOST_SPANS", 3)
+    monkeypatch.setattr(attention_blocks, "BLOCK", 2)
+    monkeypatch.setattr(attention_blocks, "MOST_SPANS", 3)
     for form in (
         Form(seq=23, kv_seq=23, causal=True, window=7, bias="seq kv_seq kv_head", sinks=True),
         Form(seq=23, kv_seq=9, bias="batch kv_seq"),
@@ -92,10 +92,9 @@ def test_many_blocks_are_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_spans_cover_each_query_once_and_every_key_it_sees() -> None:
     for causal, window in ((False, 0), (True, 0), (True, 5)):
-        rule = query_blocks.AttentionRule(causal=causal, window=window)
         for queries, keys in ((1, 1), (128, 40), (300, 300), (5000, 4000)):
             seen = np.zeros(queries, int)
-            for span in query_blocks.spans(rule, queries, keys):
+            for span in attention_blocks.spans(queries, keys, causal=causal, window=window):
                 first, last = span.start, span.start + span.blocks * span.size
                 seen[first:last] += 1
                 assert 0 <= span.first_key < span.last_key <= keys
@@ -104,6 +103,16 @@ def test_spans_cover_each_query_once_and_every_key_it_sees() -> None:
                     least = max(first - window + 1, 0) if window else 0
                     assert span.first_key <= least
             assert (seen == 1).all()
+
+
+def test_the_share_of_scores_is_that_of_the_blocks() -> None:
+    share = attention_blocks.share_of_scores
+    assert share(64, 64, causal=True) == 1
+    assert share(256, 256, causal=True) == 3 / 4
+    assert share(1024, 1024, causal=True) == 36 / 64
+    assert share(1024, 1024, causal=False) == 1
+    # Each block sees its own keys and the 127 before them; the first has none before.
+    assert share(512, 512, causal=True, window=128) == (128 + 3 * 255) / (4 * 512)
 
 
 @pytest.mark.parametrize("name", ["all", "cross"])

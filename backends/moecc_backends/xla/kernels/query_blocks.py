@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moecc.ir.attention_blocks import Span, spans
 from moecc_backends.xla.kernels.attention_operands import AttentionArrays, AttentionRule
 from moecc_backends.xla.kernels.row_blocks import zeros_after
 from moecc_backends.xla.trace.context import VALUE
@@ -23,45 +23,11 @@ from moecc_backends.xla.trace.dtypes import accumulator
 from moecc_backends.xla.trace.typed_jax import named
 
 Arrays = tuple[jax.Array, ...]
-Block = Callable[["Span", Arrays, "jax.Array | int"], tuple[Arrays, Arrays]]
+Block = Callable[[Span, Arrays, "jax.Array | int"], tuple[Arrays, Arrays]]
 """Takes a span, sums so far and the first query; returns the sums, and arrays of its queries."""
-
-_BLOCK = 128
-"""Queries of a block.  Measured on a CPU (``benchmarks/attention.py``)."""
-
-_MOST_SPANS = 8
-"""Spans of queries with keys of their own, each written out; more take long to compile."""
 
 _QUERIES, _KEYS = 3, 4
 """The dimensions of scores, and of what is laid out as they are."""
-
-
-class Span(NamedTuple):
-    """A run of equal blocks of queries, and the keys that some query of it sees."""
-
-    start: int
-    blocks: int
-    size: int
-    first_key: int
-    last_key: int
-
-
-def spans(rule: AttentionRule, queries: int, keys: int) -> Iterator[Span]:
-    """Yield runs of blocks, in order; what is left is a smaller block in a span of its own."""
-    whole, rest = divmod(queries, _BLOCK)
-    count = min(whole, _MOST_SPANS) if rule.causal or whole <= _MOST_SPANS else 1
-    for number in range(count):
-        first, last = whole * number // count, whole * (number + 1) // count
-        yield _span(rule, first * _BLOCK, last - first, _BLOCK, keys)
-    if rest:
-        yield _span(rule, whole * _BLOCK, 1, rest, keys)
-
-
-def _span(rule: AttentionRule, start: int, blocks: int, size: int, keys: int) -> Span:
-    last = min(start + blocks * size, keys) if rule.causal else keys
-    first = max(start - rule.window + 1, 0) if rule.window else 0
-    # A query that sees nothing has one key all the same, which the rule hides.
-    return Span(start, blocks, size, min(first, last - 1), last)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,7 +94,7 @@ def _walk(
     """Call `block` for each block of queries; return the sums, and its arrays along all queries."""
     queries, keys = arrays.query.shape[_QUERIES], arrays.key.shape[2]
     found: list[Arrays] = []
-    for span in spans(rule, queries, keys):
+    for span in spans(queries, keys, causal=rule.causal, window=rule.window):
         if span.blocks == 1:
             sums, made = block(span, sums, span.start)
         else:
