@@ -146,9 +146,6 @@ def ahead_request(request: CompileRequest) -> Request:
       UsageError: machine, mesh, rules, lengths or type cannot be parsed.
     """
     from moecc.ahead.request import Request
-    from moecc.cli.pipelines import read_pipeline
-    from moecc.plan.batches import parse_lengths
-    from moecc.support.parse_units import float_type
 
     names = None if request.rules is None else tuple(request.rules.split(","))
     return Request(
@@ -156,13 +153,13 @@ def ahead_request(request: CompileRequest) -> Request:
         machine=_checked_machine(request, names),
         step=request.step.value,
         batch_tokens=request.batch_tokens,
-        lengths=None if request.sequence is None else parse_lengths(request.sequence),
+        lengths=_lengths(request.sequence),
         optimizer=request.optimizer.value,
         remat=_value(request.remat),
-        dtype=float_type(request.dtype).name,
-        weight_dtype=_type_name(request.weight_dtype),
+        dtype=_type_name(request.dtype),
+        weight_dtype=request.weight_dtype and _type_name(request.weight_dtype),
         micro_batches=request.micro_batches,
-        reduce_dtype=_type_name(request.reduce_dtype),
+        reduce_dtype=request.reduce_dtype and _type_name(request.reduce_dtype),
         mesh=request.mesh,
         dense_weights=_value(request.dense_weights),
         rules=names,
@@ -173,14 +170,26 @@ def ahead_request(request: CompileRequest) -> Request:
         emit=_value(request.emit),
         export=request.save is not None,
         load=tuple(request.load or ()),
-        pipeline=str(read_pipeline(request.pipeline, request.load or [])),
+        pipeline=_pipeline(request),
     )
 
 
-def _type_name(text: str | None) -> str | None:
+def _pipeline(request: CompileRequest) -> str:
+    from moecc.cli.pipelines import read_pipeline
+
+    return str(read_pipeline(request.pipeline, request.load or []))
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    from moecc.plan.batches import parse_lengths
+
+    return None if text is None else parse_lengths(text)
+
+
+def _type_name(text: str) -> str:
     from moecc.support.parse_units import float_type
 
-    return None if text is None else float_type(text).name
+    return float_type(text).name
 
 
 def planned(request: CompileRequest, file: str) -> CompileRequest:
