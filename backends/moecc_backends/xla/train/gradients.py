@@ -24,6 +24,7 @@ from moecc.steps.totals import totals_of
 from moecc.types.dtypes import I32, KEY
 from moecc.types.tensor import TensorType
 from moecc_backends.xla.lower.function import finalize_output
+from moecc_backends.xla.trace.device_view import zeros_like_on_devices
 from moecc_backends.xla.trace.typed_jax import Function, PyTree, psum
 from moecc_backends.xla.trace.values import Named
 from moecc_backends.xla.train.loss import IGNORED, TARGETS, HeadLoss, LoweringConfig
@@ -113,16 +114,18 @@ class BatchLoss:
             return of_part(inputs, 0)
         totals = {n: a for n, a in inputs.items() if n in totals_of(self.graph)}
         parts = {n: self._cut(n, a) for n, a in inputs.items() if n not in totals}
-        first = {n: a[0] for n, a in parts.items()}
-        rest = {n: a[1:] for n, a in parts.items()}
 
         def add(total: PyTree, part: tuple[Arrays, jax.Array]) -> tuple[PyTree, None]:
             made = of_part({**part[0], **totals}, part[1])
             return jax.tree.map(jnp.add, total, made), None
 
-        numbers = jnp.arange(1, self.micro_batches)
-        total, _ = jax.lax.scan(add, of_part({**first, **totals}, 0), (rest, numbers))
-        return total
+        # From zeros, and not from the first part: a scan over what is left of two would be no loop,
+        # and XLA would keep what both need at the same time.
+        first = {n: a[0] for n, a in parts.items()}
+        shapes = jax.eval_shape(lambda: of_part({**first, **totals}, 0))
+        zeros = jax.tree.map(zeros_like_on_devices, shapes)
+        numbers = jnp.arange(self.micro_batches)
+        return jax.lax.scan(add, zeros, (parts, numbers))[0]
 
     def _loss(
         self, trained: Arrays, *, fixed: Arrays, inputs: Arrays, total: jax.Array, key: jax.Array
