@@ -27,7 +27,7 @@ def write_params(
 
     Args:
       model: what `moecc.open` returned, perhaps rewritten by passes, or what it takes.
-      params: an array for each parameter of the graph, by name: NumPy's, jax's or torch's on CPU.
+      params: an array for each parameter of the graph, by name, NumPy's or jax's.
       folder: where to.
       to: the family to write; None for one that engines read.
       dtype: the element type to write; None for that of the arrays.

@@ -32,7 +32,7 @@ def write_params(
     Args:
       model: opened, its graph perhaps rewritten by passes; its checkpoint gives tokenizer,
         licences and card.
-      params: an array for each parameter of the graph, by name: NumPy's, jax's or torch's on CPU.
+      params: an array for each parameter of the graph, by name, NumPy's or jax's.
       folder: where to.
       to: the family to write; ``auto`` chooses one that engines read.
       dtype: the type to write; None for that of the arrays.
