@@ -20,7 +20,8 @@ from moecc.ahead.request import Request
 from moecc.ahead.worker import ANSWER, ARTEFACT, PROGRAM, REQUEST
 from moecc.errors import MachineError, MoeccError, Problem
 from moecc.launch.member import LIFELINE
-from moecc.plan.machines import Machine, parse_machine
+from moecc.plan.machines import Machine
+from moecc.plan.own_machines import find_machine
 from moecc.support.untyped import JsonDict
 
 ENVIRONMENT = {
@@ -70,7 +71,7 @@ def compile_in_subprocess(
       MachineError: the time limit is exceeded, an extra is missing, or the process was killed.
       InputError, UsageError: as `moecc.ahead.prepare.prepare` and the backend.
     """
-    machine = parse_machine(request.machine)
+    machine = find_machine(request.machine)
     with tempfile.TemporaryDirectory(prefix="moecc-compile-") as name:
         folder = Path(name)
         (folder / REQUEST).write_text(json.dumps(request.to_json()), "utf-8")

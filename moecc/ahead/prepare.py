@@ -17,8 +17,9 @@ from moecc.pipeline.text import Pipeline
 from moecc.plan.batches import Batch, make_batch
 from moecc.plan.candidates import Constraints, check_constraints
 from moecc.plan.estimate import Estimate, Estimator
-from moecc.plan.machines import Machine, parse_machine
+from moecc.plan.machines import Machine
 from moecc.plan.meshes import plan_mesh
+from moecc.plan.own_machines import find_machine
 from moecc.plan.remedies import Asked
 from moecc.plan.search import search
 from moecc.plan.strategy import StepConfig, Strategy, step_config
@@ -62,7 +63,7 @@ def prepare(request: Request) -> PreparedJob:
       UsageError: a machine, mesh or type is unknown; the partitioner lacks the exchange.
       InputError: the model cannot be read, the mesh is invalid for it, or nothing fits.
     """
-    machine = parse_machine(request.machine)
+    machine = find_machine(request.machine)
     train = request.step == "train"
     setting = step_config(
         train, request.optimizer, request.dtype, request.weight_dtype, request.micro_batches,

@@ -35,6 +35,7 @@ from moecc.model.statistics import add_statistics
 from moecc.pipeline.passes import EXACT, Context, Preserves, Statistics, weakest
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.support.shown import brief, facts_table
 from moecc.types.arrays import Array, Arrays
 from moecc.types.dtypes import F32
 
@@ -245,7 +246,7 @@ class Model:
         """Predict memory, time and traffic of a step on a machine, and find the best mesh.
 
         Args:
-          machine: ``tpu:v5p:4x4x4``, ``gpu:h100:8``.
+          machine: ``tpu:v5p:4x4x4``, ``h100x8``, or the path of a file of your own, ``ours.toml``.
           **options: of ``moecc plan``, with underscores: ``batch_tokens=2**20, remat="full"``.
 
         Raises:
@@ -334,19 +335,16 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<moecc.Model {', '.join(f'{name} {text}' for name, text in self._rows())}>"
+        return brief("moecc.Model", self._rows())
 
     def _repr_html_(self) -> str:
-        from moecc.api.shown import table
-
         remarks = (("remark", remark) for remark in dict.fromkeys(self.remarks))
-        return table([*self._rows(), *remarks])
+        return facts_table([*self._rows(), *remarks])
 
     def _rows(self) -> list[tuple[str, str]]:
         from moecc.api.shown import summary
 
-        found = summary(self.name, self.facts, self.pipeline, self.preserves)
-        return [(name, text) for name, text in found.items() if text]
+        return list(summary(self.name, self.facts, self.pipeline, self.preserves).items())
 
     @cached_property
     def _continuer(self) -> Continuer:

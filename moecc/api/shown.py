@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING
 from moecc.plan.chart import chart
 from moecc.plan.report import plan_text
 from moecc.plan.report_types import PlanReport, Report
-from moecc.support.text import count_text
+from moecc.plan.search import seconds_text
+from moecc.support.shown import brief
+from moecc.support.text import count_text, size_text
 
 if TYPE_CHECKING:
     from moecc.families.describe import Description
@@ -33,8 +34,18 @@ class StepPlan:
         """The fastest strategy that fits and keeps the function."""
         return self.report["best"]
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return plan_text(self.report)
+
+    def __repr__(self) -> str:
+        best, machine = self.best, self.report["machine"]
+        mesh = ",".join(f"{name}={size}" for name, size in best["mesh"].items())
+        rows = [
+            ("", f"{self.report['model']} on {machine['name']}"), ("mesh", mesh or "one device"),
+            ("step", seconds_text(best["seconds"])),
+            ("memory", f"{size_text(best['total_bytes'])} of {size_text(machine['usable_bytes'])}"),
+        ]  # fmt: skip
+        return brief("moecc.StepPlan", rows)
 
     def _repr_html_(self) -> str:
         return f"{chart(self.report)}<pre>{escape(plan_text(self.report))}</pre>"
@@ -55,9 +66,3 @@ def summary(
         "pipeline": str(pipeline),
         "preserves": str(preserves) if len(pipeline) else "",
     }
-
-
-def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Return rows of a name and a text as a table of HTML."""
-    cells = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
-    return f"<table>{''.join(cells)}</table>"

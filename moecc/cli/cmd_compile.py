@@ -59,7 +59,9 @@ class CompileRequest:
     machine: Annotated[
         str | None,
         typer.Option(
-            "--machine", metavar="M", help="tpu:v5p:4x4x4, gpu:h100:8, cpu; or that of --plan."
+            "--machine",
+            metavar="M",
+            help="As of moecc plan: v5e-16, h100x8, FILE.toml; or that of --plan.",
         ),
     ] = None
     plan: PlanOption = None
@@ -225,12 +227,12 @@ def planned(request: CompileRequest, file: str) -> CompileRequest:
 def _checked_machine(request: CompileRequest, rules: tuple[str, ...] | None) -> str:
     # The compiling process parses both again; errors are reported before it is started.
     from moecc.errors import UsageError
-    from moecc.plan.machines import parse_machine
     from moecc.plan.meshes import plan_mesh
+    from moecc.plan.own_machines import find_machine
 
     if request.machine is None:
         raise UsageError("no machine is named", expected="--machine M, or --plan FILE")
-    parse_machine(request.machine)
+    find_machine(request.machine)
     if request.mesh is not None:
         plan_mesh(request.mesh, rules)
     return request.machine

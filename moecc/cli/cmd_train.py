@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moecc.cli import complete
 from moecc.cli.console import Format
 from moecc.cli.face import add_command
 from moecc.cli.options import FormatOption, PlanOption
@@ -50,7 +51,12 @@ class TrainRequest:
     ] = False
     machine: Annotated[
         str | None,
-        typer.Option("--machine", metavar="M", help="Of a dry run: what is planned, gpu:h100:8."),
+        typer.Option(
+            "--machine",
+            metavar="M",
+            help="Of a dry run: what is planned, as of moecc plan.",
+            autocompletion=complete.machines,
+        ),
     ] = None
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Event files in the folder of the run.")
@@ -92,10 +98,10 @@ def train(request: TrainRequest) -> int:
 def _report_dry_run(job: TrainJob, request: TrainRequest) -> None:
     """Report what the run would be. Raises InputError if it does not fit the machine."""
     from moecc.cli.console import report
-    from moecc.plan.machines import parse_machine
+    from moecc.plan.own_machines import find_machine
     from moecc.tasks.dry_run import dry_run, dry_run_text
 
-    machine = None if request.machine is None else parse_machine(request.machine)
+    machine = None if request.machine is None else find_machine(request.machine)
     facts = dry_run(job.recipe, job.graph, job.batches, machine)
     report("train-dry-run", facts, lambda: dry_run_text(facts), request.format)
 

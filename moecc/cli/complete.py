@@ -49,11 +49,27 @@ def models_or_pipelines(incomplete: str) -> list[str]:
 
 
 def machines(incomplete: str) -> list[str]:
-    """Return machines by kind and chip; a number or a topology follows."""
-    from moecc.plan.machines import table
+    """Return machines by kind and chip, their topologies, and what clouds call them."""
+    from moecc.plan.machines import short_names, table
 
-    chips = (f"{kind}:{chip}:" for kind in ("tpu", "gpu") for chip in table()[kind])
-    return _beginning(incomplete, (*chips, "cpu", "cpu:"))
+    chips = [f"{kind}:{chip}:" for kind in ("tpu", "gpu") for chip in table()[kind]]
+    if incomplete.count(":") == 2:
+        return _beginning(incomplete, _sizes(*incomplete.split(":")[:2]))
+    short = short_names() if incomplete else ()
+    return _beginning(incomplete, (*chips, "cpu", "cpu:", *short))
+
+
+def _sizes(kind: str, chip: str) -> Iterator[str]:
+    """Yield the machines of a chip with their topologies, or numbers of whole nodes."""
+    from moecc.plan.machines import table, topologies
+
+    if chip not in table().get(kind, {}):
+        return
+    if kind == "tpu":
+        yield from (f"tpu:{chip}:{'x'.join(map(str, dims))}" for dims in topologies(chip))
+    elif kind == "gpu":
+        nodes = (table()["gpu"][chip]["gpus_per_node"] * 2**power for power in range(5))
+        yield from (f"gpu:{chip}:{count}" for count in nodes)
 
 
 def targets(incomplete: str) -> list[str]:

@@ -58,7 +58,7 @@ MachineOption = Annotated[
     typer.Option(
         "--machine",
         metavar="M",
-        help="tpu:v5p:4x4x4, gpu:h100:8, cpu: the chip, and the topology or number.",
+        help="tpu:v5p:4x4x4, v5e-16, gpu:h100:8, h100x8, cpu; or FILE.toml, of your own.",
         autocompletion=complete.machines,
     ),
 ]

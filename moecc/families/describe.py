@@ -15,6 +15,8 @@ from moecc.ir.graph import Graph, Node, Value
 from moecc.ir.traits import Cost
 from moecc.ir.unroll import unrolled
 from moecc.ir.uses import uses_of
+from moecc.support.shown import brief, facts_table
+from moecc.support.text import count_text
 from moecc.types.tensor import TensorType
 
 PAPER_GROUPS = ("All", "Non-MoE", "MoE", "Attention", "FFN")
@@ -63,6 +65,24 @@ class Description:
     attention_flops_per_token: int
     sequence: SequenceFlops
     expert_layers: tuple[ExpertLayer, ...]
+
+    def __repr__(self) -> str:
+        return brief("moecc.Description", self._rows())
+
+    def _repr_html_(self) -> str:
+        return facts_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        groups = ", ".join(
+            f"{name} {count_text(n)}" for name, n in self.parameters.groups.items() if n
+        )
+        return [
+            ("family", self.family), ("layers", str(self.layers)),
+            ("parameters", f"{count_text(self.parameters.total)} ({groups})"),
+            ("active", f"{count_text(self.parameters.active)} per token"),
+            ("FLOPs", f"{count_text(self.flops_per_token)} per token"),
+            ("expert layers", str(len(self.expert_layers) or "")),
+        ]  # fmt: skip
 
     def to_json(self) -> dict[str, object]:
         """Return the description as JSON values."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from moecc.errors import InputError
 from moecc.ir.operand import Region
 from moecc.ir.ops import Attrs, OpDef, op
+from moecc.ir.shown import ShownGraph
 from moecc.support.untyped import Json, JsonDict
 from moecc.types.tensor import Extent, TensorType
 from moecc.types.text import check_printable
@@ -218,7 +219,7 @@ def _link(node: Node, before: Node) -> None:
     before._prev = node
 
 
-class Graph(Region):
+class Graph(ShownGraph, Region):
     """A model: inputs, parameters, nodes in topological order, named outputs, attributes.
 
     Attributes:
@@ -328,14 +329,8 @@ class Graph(Region):
         return value
 
     def erase_param(self, name: str) -> None:
-        """Remove a parameter that nothing uses.
-
-        Raises:
-          ValueError: it still has users.
-        """
-        if self.params[name].users:
-            raise ValueError(f"parameter %{name} still has users")
-        del self.params[name], self._names[name]
+        """Remove a parameter that nothing uses. Raises ValueError if something does."""
+        self._erase(self.params, name)
 
     def order_params(self, values: Iterable[Value]) -> None:
         """Put the parameters into the order of `values`.
@@ -357,14 +352,13 @@ class Graph(Region):
                 yield from node.body
 
     def erase_input(self, name: str) -> None:
-        """Remove an input that nothing uses.
+        """Remove an input that nothing uses. Raises ValueError if something does."""
+        self._erase(self.inputs, name)
 
-        Raises:
-          ValueError: it still has users.
-        """
-        if self.inputs[name].users:
-            raise ValueError(f"input %{name} still has users")
-        del self.inputs[name], self._names[name]
+    def _erase(self, values: dict[str, Value], name: str) -> None:
+        if values[name].users:
+            raise ValueError(f"%{name} still has users")
+        del values[name], self._names[name]
 
     def rename(self, value: Value, name: str) -> None:
         """Give `value` another name; a parameter goes to the end of the parameters.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,11 +22,16 @@ from moecc.ir.graph import Graph
 from moecc.model.checkpoint_names import names_from_file
 from moecc.model.function_folder import function_name, is_function_folder
 from moecc.presets import PREFIX, preset_config
+from moecc.support.shown import brief, facts_table
+from moecc.support.text import count_text
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
 
 if TYPE_CHECKING:
     from moecc.checkpoint.source import Checkpoint
+
+SHOWN_PARAMS = 50
+"""How many parameters a notebook's table names."""
 
 
 @dataclass
@@ -131,6 +137,17 @@ class Params(Mapping[str, Array]):
             return evaluate(weight, self._read, self._dtype)
         narrow = evaluate(weight, self._read, self._rounded)
         return narrow.astype(self._dtype.numpy)
+
+    def __repr__(self) -> str:
+        elements = sum(prod(value.type.shape) for value in self._graph.params.values())
+        count = f"{len(self):,}, {count_text(elements)} elements"
+        return brief("moecc.Params", [("", count), ("", self._dtype.name)])
+
+    def _repr_html_(self) -> str:
+        shown = list(self._graph.params.items())[:SHOWN_PARAMS]
+        rows = [(name, str(value.type)) for name, value in shown]
+        more = len(self) - len(rows)
+        return facts_table([*rows, ("and more", f"{more:,}" if more else "")])
 
     def __contains__(self, name: object) -> bool:
         # The mapping's own answer would make the parameter.

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from math import prod
@@ -25,9 +25,13 @@ _SHORT = re.compile(
     r"(?P<tpu>v4|v5e|v5litepod|v5p|v6e|tpu7x)-(?P<size>[1-9]\d{0,5})\Z"
     r"|(?P<gpu>[a-z]+\d+)x(?P<count>[1-9]\d{0,5})\Z"
     r"|(?P<count_>[1-9]\d{0,5})x(?P<gpu_>[a-z]+\d+)\Z"
+    r"|(?P<one>[a-z]+\d+)\Z"
 )
 _CORES_IN_NAMES = {"v4": 2, "v5p": 2}
 """Clouds count the cores of these, two a chip, and the chips of the others."""
+
+MOST_GPUS = 1 << 13
+"""Where the search for a machine that would fit ends."""
 
 _WHOLE = re.compile(r"[1-9]\d{0,5}\Z")
 
@@ -45,6 +49,7 @@ class Machine:
       hbm_bytes_per_second: what the memory moves.
       network: how the devices are joined.
       sources: where the numbers come from.
+      compiled_as: the machine of the table that programs are compiled for; empty if there is none.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Machine:
     hbm_bytes_per_second: float
     network: Network
     sources: tuple[str, ...]
+    compiled_as: str
 
     def peak(self, dtype: str) -> float:
         """Return the FLOP/s of products of a type, or of float32 where the table has no other."""
@@ -80,6 +86,7 @@ def machine_names() -> list[str]:
         f"tpu:{'|'.join(chips)}:TOPOLOGY",
         f"gpu:{'|'.join(gpus)}:N",
         "cpu or cpu:N",
+        "a file of your own, FILE.toml",
     ]
 
 
@@ -87,7 +94,7 @@ def parse_machine(text: str) -> Machine:
     """Return the machine called `text`: ``tpu:v5p:4x4x4``, ``gpu:h100:8``, ``cpu``, ``cpu:8``.
 
     What clouds and people call them are other names of the same: ``v5litepod-16``, ``v5p-128``,
-    ``h100x8``.
+    ``h100x8``, ``a100``.
 
     Raises:
       UsageError: there is no such machine, or its topology is not one.
@@ -108,6 +115,8 @@ def _spelled_out(text: str) -> str:
     short = _SHORT.match(text.lower())
     if short is None:
         return text
+    if (one := short["one"]) is not None:
+        return f"gpu:{one}:1" if one in table()["gpu"] else text
     if (gpu := short["gpu"] or short["gpu_"]) is not None:
         return f"gpu:{gpu}:{short['count'] or short['count_']}"
     name = "v5e" if short["tpu"] == "v5litepod" else short["tpu"]
@@ -146,7 +155,7 @@ def _tpu(text: str, name: str, topology: str) -> Machine:
     if cores > 1:
         torus.append(Dim(cores, False, entry["core_link_bytes_per_second"]))
     return Machine(
-        name=text.strip(),
+        name=text,
         kind="tpu",
         devices=prod(dims) * cores,
         peak_flops={dtype: peak / cores for dtype, peak in entry["peak_flops"].items()},
@@ -154,6 +163,7 @@ def _tpu(text: str, name: str, topology: str) -> Machine:
         hbm_bytes_per_second=entry["hbm_bytes_per_second"] / cores,
         network=Torus(tuple(torus)),
         sources=_sources(entry),
+        compiled_as=text,
     )
 
 
@@ -212,7 +222,7 @@ def _gpu(text: str, name: str, count: str) -> Machine:
             expected=f"1 to {per_node}, or a multiple of {per_node}: whole nodes",
         )
     return Machine(
-        name=text.strip(),
+        name=text,
         kind="gpu",
         devices=int(count),
         peak_flops=entry["peak_flops"],
@@ -225,6 +235,7 @@ def _gpu(text: str, name: str, count: str) -> Machine:
             entry["node_bytes_per_second"],
         ),
         sources=_sources(entry),
+        compiled_as=text,
     )
 
 
@@ -234,7 +245,7 @@ def _cpu(text: str, count: str = "1") -> Machine:
     entry, devices = table()["cpu"], int(count)
     rate = entry["link_bytes_per_second"] / devices
     return Machine(
-        name=text.strip(),
+        name=text,
         kind="cpu",
         devices=devices,
         peak_flops={dtype: peak / devices for dtype, peak in entry["peak_flops"].items()},
@@ -242,6 +253,7 @@ def _cpu(text: str, count: str = "1") -> Machine:
         hbm_bytes_per_second=entry["hbm_bytes_per_second"] / devices,
         network=Switch(devices, devices, rate, rate),
         sources=_sources(entry),
+        compiled_as=text,
     )
 
 
@@ -255,12 +267,38 @@ def _memory_bytes() -> int:
 
 def sizes_of_kind(machine: Machine) -> Iterator[Machine]:
     """Yield the machines of the same chip, smallest first, up to the largest that there is."""
+    if machine.name != machine.compiled_as:
+        yield from _own_sizes(machine)
+        return
     kind, *rest = machine.name.split(":")
     if kind == "tpu":
         for dims in topologies(rest[0]):
             yield parse_machine(f"tpu:{rest[0]}:{'x'.join(map(str, dims))}")
     elif kind == "gpu":
-        for power in range(14):
+        for power in range(MOST_GPUS.bit_length()):
             yield parse_machine(f"gpu:{rest[0]}:{2**power}")
     else:
         yield machine
+
+
+def _own_sizes(machine: Machine) -> Iterator[Machine]:
+    """Yield a user's own machine, and the same with more nodes where its file can say so."""
+    yield machine
+    network, devices = machine.network, machine.devices
+    while machine.kind == "gpu" and isinstance(network, Switch) and devices < MOST_GPUS:
+        devices *= 2
+        yield replace(
+            machine, name=f"{machine.name} with devices = {devices}", devices=devices,
+            network=replace(network, devices=devices),
+        )  # fmt: skip
+
+
+def short_names() -> Iterator[str]:
+    """Yield what clouds and people call the machines: ``v5e-16``, ``v5litepod-16``, ``h100x8``."""
+    for chip in table()["tpu"]:
+        for spelled in (chip, "v5litepod") if chip == "v5e" else (chip,):
+            for dims in topologies(chip):
+                yield f"{spelled}-{prod(dims) * _CORES_IN_NAMES.get(chip, 1)}"
+    for chip, entry in table()["gpu"].items():
+        yield chip
+        yield from (f"{chip}x{entry['gpus_per_node'] * 2**power}" for power in range(5))

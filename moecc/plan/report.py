@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
+
 from moecc.plan.batches import Batch
 from moecc.plan.collectives import sent_bytes
 from moecc.plan.estimate import Estimate, PartCost
@@ -19,6 +21,9 @@ from moecc.plan.report_types import (
 from moecc.plan.search import Ranking, seconds_text, why_slower
 from moecc.plan.strategy import StepConfig, Strategy
 from moecc.plan.workload import Workload
+
+COLUMNS = 100
+_INDENT = 14
 
 
 def plan_json(
@@ -151,9 +156,19 @@ def plan_text(data: Report) -> str:
     Args:
       data: what `plan_json` returned.
     """
-    return "\n".join(
-        [*_heading(data), *_memory_rows(data), *_time_rows(data), *_traffic(data), *_others(data)]
-    )
+    rows = (*_heading(data), *_memory_rows(data), *_time_rows(data), *_traffic(data))
+    return "\n".join(line for row in (*rows, *_others(data)) for line in _within(row))
+
+
+def _within(row: str) -> list[str]:
+    """Return a row in lines that a terminal shows whole; what is carried over stands below it."""
+    if len(row) <= COLUMNS:
+        return [row]
+    below = " " * (_INDENT if row.startswith("  ") else 2)
+    return wrap(
+        row, COLUMNS, subsequent_indent=below, break_long_words=False, break_on_hyphens=False,
+        drop_whitespace=True, initial_indent="",
+    )  # fmt: skip
 
 
 def _heading(data: Report) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from moecc.plan.candidates import Constraints, check_constraints, strategies
 from moecc.plan.estimate import Estimate, Estimator
@@ -21,7 +20,7 @@ class Ranking:
 
     Attributes:
       best: the fastest that fits and keeps the function.
-      others: the next ones.
+      others: the next ones, of other kinds first: other axes, another way or rematerialisation.
       tried: how many strategies were estimated.
       fitting: how many of them fit.
       lossy: the fastest that may lose rows, where it is faster than `best`.
@@ -78,7 +77,8 @@ def search(
     keeping = found
     if constraints.via is None:
         keeping = [e for e in found if exact(e.strategy.via, work.dropless)] or found
-    best, *others = islice(_distinct(keeping), keep + 1)
+    best, *others = _distinct(keeping)
+    others = _of_other_kinds(best, others, keep)
     lossy = found[0] if found[0] is not best else None
     return Ranking(best, tuple(others), tried, len(found), lossy, tuple(found))
 
@@ -91,6 +91,26 @@ def _distinct(found: list[Estimate]) -> Iterator[Estimate]:
         if figures not in seen:
             seen.add(figures)
             yield estimate
+
+
+def _of_other_kinds(best: Estimate, others: list[Estimate], keep: int) -> list[Estimate]:
+    """Return the fastest of each kind but that of the best; where they are few, more of the same.
+
+    Meshes that differ in their sizes alone would fill the list with one idea.
+    """
+    first = {_kind(best): best}
+    for estimate in others:
+        first.setdefault(_kind(estimate), estimate)
+    kinds = [e for e in first.values() if e is not best]
+    chosen = set(map(id, kinds))
+    more = [e for e in others if id(e) not in chosen]
+    return sorted([*kinds, *more][:keep], key=lambda e: e.seconds)
+
+
+def _kind(estimate: Estimate) -> tuple[frozenset[str], str, str]:
+    strategy = estimate.strategy
+    axes = frozenset(name for name, size in strategy.layout.mesh.sizes.items() if size > 1)
+    return axes, strategy.via, strategy.remat
 
 
 def why_slower(other: Estimate, best: Estimate) -> str:

@@ -16,6 +16,8 @@ from moecc.ir.unroll import unroll
 from moecc.model.open import Model
 from moecc.model.small_weights import reads_small
 from moecc.pipeline.passes import Preserves
+from moecc.support.shown import brief, facts_table
+from moecc.support.text import count_text, size_text
 from moecc.tasks.contracts import NOT_CHECKED, Contracts, check_contracts
 from moecc.tasks.targets import AUTO, choose
 from moecc.types.dtypes import DType
@@ -116,6 +118,24 @@ class Plan:
         from moecc.families.describe import describe
 
         return describe(self.graph)
+
+    def __repr__(self) -> str:
+        return brief("moecc.ConversionPlan", self._rows())
+
+    def _repr_html_(self) -> str:
+        remarks = (("remark", remark) for remark in dict.fromkeys(self.remarks))
+        return facts_table([*self._rows(), *remarks])
+
+    def _rows(self) -> list[tuple[str, str]]:
+        from moecc.engines.verdicts import summary
+
+        return [
+            ("", f"{self.model.name} as {self.target}"), ("pipeline", str(self.pipeline)),
+            ("preserves", str(self.preserves)), ("parameters", count_text(self.parameters)),
+            ("on disk", f"{size_text(self.size_bytes)} in {len(self.tensors)} tensors, "
+             f"{self.dtype_name}"),
+            ("runs in", summary(self.engines) if self.engines else ""),
+        ]  # fmt: skip
 
     def to_json(self) -> dict[str, object]:
         """Return the plan as JSON values."""

@@ -10,8 +10,9 @@ from moecc.errors import Problem, UsageError, nearest
 from moecc.ir.graph import Graph
 from moecc.plan.batches import make_batch, parse_lengths
 from moecc.plan.candidates import Constraints
-from moecc.plan.machines import Machine, parse_machine
+from moecc.plan.machines import Machine
 from moecc.plan.meshes import plan_mesh
+from moecc.plan.own_machines import find_machine
 from moecc.plan.report import plan_json, searched_json
 from moecc.plan.report_types import Report, SummaryReport
 from moecc.plan.search import search
@@ -122,7 +123,7 @@ def plan_and_search(
 def _parsed(machine: str, request: StepRequest) -> _Parsed:
     if problems := request.problems():
         raise UsageError(problems)
-    where = parse_machine(machine)
+    where = find_machine(machine)
     names = None if request.rules is None else tuple(request.rules.split(","))
     fixed = None if request.mesh is None else plan_mesh(request.mesh, names)
     constraints = Constraints(fixed, request.via, request.remat, request.dense_weights, names)

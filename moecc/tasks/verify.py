@@ -10,6 +10,7 @@ from moecc.backend import Arrays, Backend, get_backend
 from moecc.errors import CheckError, InputError
 from moecc.model.inputs import default_inputs
 from moecc.model.open import Model
+from moecc.support.shown import brief, facts_table
 from moecc.types.arrays import Array
 from moecc.types.dtypes import F32, DType
 
@@ -112,6 +113,24 @@ class Verdict:
     def passed(self) -> bool:
         """Whether the model is the source's function within the tolerance."""
         return self.difference.max_relative <= self.tolerance
+
+    def __repr__(self) -> str:
+        return brief("moecc.Verdict", self._rows())
+
+    def _repr_html_(self) -> str:
+        return facts_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        found = self.difference
+        kl = "" if found.kl_nats is None else f"{found.kl_nats:.2e} nats a token"
+        same = "" if found.top1_agreement is None else f"{found.top1_agreement:.2%}"
+        return [
+            ("", f"{self.model} against {self.source}"),
+            ("", "passed" if self.passed else "failed"),
+            (f"max relative difference of the {self.output}",
+             f"{found.max_relative:.2e} (at most {self.tolerance:g})"),
+            ("KL divergence", kl), ("top-1 agreement", same),
+        ]  # fmt: skip
 
     def to_json(self) -> dict[str, object]:
         """Return the verdict as JSON values."""

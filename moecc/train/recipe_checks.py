@@ -14,6 +14,7 @@ from moecc.plan.strategy import REMATS
 from moecc.sharding.partitions import PARTITIONS
 from moecc.sharding.vias import VIAS
 from moecc.support.parse_units import float_type
+from moecc.toml.places import Path
 from moecc.train.recipe import (
     Corpus,
     DataSection,
@@ -29,7 +30,6 @@ from moecc.train.recipe import (
     Schedule,
     Start,
 )
-from moecc.train.toml_places import Path
 
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 """The optimisers, by their names in optax."""

@@ -21,10 +21,11 @@ from typing import Any
 from moecc.checkpoint.files import read_utf8
 from moecc.errors import InputError, MoeccError, Problem, UsageError, nearest, printable
 from moecc.support.untyped import JsonDict
+from moecc.toml.fields import FieldReader, dotted
+from moecc.toml.parse import parse_toml
+from moecc.toml.places import Path, shown_place, toml_places
 from moecc.train.recipe import Corpus, Recipe
 from moecc.train.recipe_checks import faults
-from moecc.train.recipe_fields import FieldReader, dotted
-from moecc.train.toml_places import Path, toml_places
 
 PREFIX = "recipe:"
 SHIPPED = files("moecc.presets") / "recipes"
@@ -64,7 +65,7 @@ def parse_recipe(
       InputError: as `load_recipe`.
       UsageError: only the options are wrong.
     """
-    table = _parse(text, name)
+    table = parse_toml(text, name)
     options = _options(sets, table)
     places = toml_places(text)
 
@@ -151,17 +152,6 @@ def _with_hint(error: InputError, source: str) -> MoeccError:
     return InputError(replace(problem, hint=hint) for problem in error.problems)
 
 
-def _parse(text: str, name: str) -> JsonDict:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"not TOML: {error}", where=name) from None
-    except ValueError:  # a number with more digits than Python reads
-        raise InputError("not TOML: a number is too long", where=name) from None
-    except RecursionError:
-        raise InputError("the TOML is nested too deeply", where=name) from None
-
-
 @dataclass(frozen=True)
 class _Option:
     """One ``--set``."""
@@ -237,9 +227,7 @@ def _place(path: Path, places: Mapping[Path, int], name: str, options: Sequence[
     option = _set_by(path, options)
     if option is not None:
         return f"--set {printable(option.text)}"
-    above = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
-    line = next(above, None)
-    return name if line is None else f"{name}:{line}"
+    return shown_place(path, places, name)
 
 
 def _faulty(

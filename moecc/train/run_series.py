@@ -12,6 +12,7 @@ import numpy as np
 
 from moecc.checkpoint.run.layout import METRICS, best_step, is_run, read_lineage, saved_steps
 from moecc.errors import InputError
+from moecc.support.shown import brief, facts_table
 from moecc.support.untyped import JsonDict
 from moecc.train.alarms import Alarm, Watch
 from moecc.train.journal import read_journal
@@ -57,6 +58,13 @@ class RunSeries:
     name: str
     lines: tuple[JsonDict, ...]
     facts: dict[str, str]
+
+    def __repr__(self) -> str:
+        return brief("moecc.Run", [("", self.name), *self.facts.items()])
+
+    def _repr_html_(self) -> str:
+        alarms = (("alarm", str(alarm)) for alarm in self.alarms())
+        return facts_table([("run", self.name), *self.facts.items(), *alarms])
 
     @cached_property
     def stepped(self) -> list[JsonDict]:

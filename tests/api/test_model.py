@@ -71,7 +71,7 @@ def test_a_plan_is_text_and_a_picture() -> None:
     model = moecc.open("preset:smollm2-135m").upcycle(experts=8, top_k=2)
     plan = model.plan("gpu:h100:8", mesh="fsdp=4,expert=2", batch_tokens=32768)
     assert plan.best["mesh"] == {"fsdp": 4, "expert": 2}
-    assert "preset:smollm2-135m on gpu:h100:8" in repr(plan)
+    assert "preset:smollm2-135m on gpu:h100:8: 8 devices" in str(plan)
     assert plan._repr_html_().startswith("<svg")
 
 

@@ -13,6 +13,7 @@ import pytest
 from moecc.ir import parse, print_graph, verify
 from moecc.pipeline.runner import run_pipeline
 from moecc.pipeline.text import Pipeline
+from moecc.plan.own_machines import find_machine
 from moecc.train.recipe_text import parse_recipe
 from moecc.weights.text import format_expr, parse_expr
 
@@ -23,7 +24,7 @@ _KEY = re.compile(r"key=0x[0-9a-f]+")
 
 KNOWN = {
     "", "bash", "console", "json", "moe", "moe sketch", "moe weights", "python", "python sketch",
-    "text", "toml", "yaml",
+    "text", "toml", "toml machine", "yaml",
 }  # fmt: skip
 
 
@@ -53,6 +54,13 @@ def test_weight_expressions_have_types_and_print_as_they_stand(block: Block) -> 
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
 def test_recipes_are_valid(block: Block) -> None:
     parse_recipe(block.text, str(block))
+
+
+@pytest.mark.parametrize("block", blocks("toml machine"), ids=str)
+def test_machines_are_valid(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "ours.toml"
+    path.write_text(block.text)
+    assert find_machine(str(path)).devices
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)

@@ -7,7 +7,13 @@ from math import prod
 import pytest
 
 from moecc.errors import InputError, UsageError
-from moecc.plan.machines import parse_machine, sizes_of_kind, table, topologies
+from moecc.plan.machines import (
+    parse_machine,
+    short_names,
+    sizes_of_kind,
+    table,
+    topologies,
+)
 from moecc.plan.meshes import check_devices, meshes, plan_mesh
 
 
@@ -41,7 +47,7 @@ def test_devices_of_a_chip_share_it() -> None:
     [
         ("tpu:v5q:4x4x4", "did you mean 'v5"),
         ("tpu:v5p", "tpu:v4|v5e|v5p|v6e|tpu7x:TOPOLOGY"),
-        ("npu:x:1", "gpu:h100|h200|b200:N"),
+        ("npu:x:1", "gpu:a100|h100|h200|b200:N"),
         ("tpu:v5p:4x4x5", "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4"),
         ("tpu:v6e:32x32", "16x16"),
         ("tpu:v5p:", "no topology ''"),
@@ -49,9 +55,10 @@ def test_devices_of_a_chip_share_it() -> None:
         ("gpu:h100:0", "1 to 8"),
         ("cpu:none", "cpu:8"),
         ("", "unknown machine"),
-        ("h100", "unknown machine"),
+        ("h101", "unknown machine"),
+        ("v4", "unknown machine"),
         ("v5e-17", "no topology '17'"),
-        ("a100x8", "did you mean 'h100'"),
+        ("a101x8", "did you mean 'a100'"),
     ],
 )
 def test_unknown_machines_are_told_with_the_list(name: str, says: str) -> None:
@@ -135,7 +142,15 @@ def _quadruples(n: int) -> set[tuple[int, int, int, int]]:
         ("v5p-128", "tpu:v5p:4x4x4"),
         ("h100x8", "gpu:h100:8"),
         ("16xh200", "gpu:h200:16"),
+        ("a100", "gpu:a100:1"),
+        ("H100", "gpu:h100:1"),
     ],
 )
 def test_names_that_clouds_and_people_use(short: str, name: str) -> None:
     assert parse_machine(short) == parse_machine(name)
+
+
+def test_every_short_name_is_a_machine() -> None:
+    found = list(short_names())
+    assert {"v5e-16", "v5litepod-16", "v4-8", "h100x8", "a100"} <= set(found)
+    assert all(parse_machine(name).devices for name in found)

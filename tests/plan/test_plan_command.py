@@ -265,3 +265,17 @@ def test_the_next_best_is_another_plan(capsys: pytest.CaptureFixture[str]) -> No
     found = plan(capsys, "preset:smollm2-135m", "--machine", "tpu:v5e:2x4")
     figures = [(p["seconds"], p["total_bytes"]) for p in (found["best"], *found["others"])]
     assert len(set(figures)) == len(figures) > 1
+
+
+def test_the_next_best_differ_in_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not in the sizes of a mesh alone; and the text is within the columns of a terminal."""
+    found = plan(capsys, *MIXTRAL[1:])
+    kinds = [
+        (frozenset(n for n, s in p["mesh"].items() if s > 1), p["via"], p["remat"])
+        for p in (found["best"], *found["others"])
+    ]
+    assert len(set(kinds)) == len(kinds) == 6
+    assert main(["plan", *MIXTRAL[1:]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("              buffers") for line in lines)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecc.errors import InputError, MoeccError, UsageError
+from moecc.toml.places import toml_places
 from moecc.train.recipe import Corpus, DataSection, MeshSection, ModelSection, Recipe, RunSection
 from moecc.train.recipe_checks import BOUNDS
 from moecc.train.recipe_text import (
@@ -24,7 +25,6 @@ from moecc.train.recipe_text import (
     shipped_text,
     write_recipe,
 )
-from moecc.train.toml_places import toml_places
 
 SMALL = '[model]\nsource = "m"\n[data]\ntrain = [{tokens = "t"}]\n[run]\nsteps = 10\n'
 
@@ -57,7 +57,7 @@ def any_value(type_: Any) -> st.SearchStrategy[Any]:
 
 @given(any_value(Recipe))
 def test_what_is_written_reads_as_the_same_values(recipe: Recipe) -> None:
-    from moecc.train.recipe_fields import FieldReader
+    from moecc.toml.fields import FieldReader
 
     reader = FieldReader(str)
     assert reader.section(Recipe, tomllib.loads(write_recipe(recipe)), ()) == recipe

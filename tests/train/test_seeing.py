@@ -78,6 +78,13 @@ def test_series_of_a_journal(run: Path) -> None:
     assert found.spread("layers.1.ffn").values.tolist() == [[1.0, 2.0]]  # type: ignore[union-attr]
     assert found.scalar("nothing") is None
     assert [a.step for a in found.alarms()] == [900 + DEAD_STEPS]
+
+
+def test_a_run_is_a_line_at_a_prompt_and_a_table_in_a_notebook(run: Path) -> None:
+    found = read_run(run)
+    assert repr(found).startswith("<moecc.Run run")
+    assert "\n" not in repr(found)
+    assert "<th>alarm</th>" in found._repr_html_()
     assert found.facts["tokens"] == "9,600"
 
 

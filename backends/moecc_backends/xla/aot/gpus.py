@@ -20,9 +20,22 @@ class Gpu:
     memory_bytes: int
     memory_bytes_per_second: int
     l2_bytes: int
+    shared_bytes: int = 233_472
+    fpus: int = 128
 
 
 GPUS = {
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB",
+        (8, 0),
+        108,
+        1.41,
+        85_100_068_864,
+        2_039_040_000_000,
+        41_943_040,
+        shared_bytes=167_936,
+        fpus=64,
+    ),
     "h100": Gpu(
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 84_942_979_072, 3_352_320_000_000, 52_428_800
     ),
@@ -38,16 +51,16 @@ _COMMON = """
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
   threads_per_core_limit: 2048
-  fpus_per_core: 128
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  shared_memory_per_block_optin: 232448
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536"""
-"""What Hopper and Blackwell have alike."""
+"""What Ampere, Hopper and Blackwell have alike."""
+
+_RESERVED_BYTES = 1024
+"""Of the shared memory of a core, which a block cannot have."""
 
 
 def description(kind: str) -> str:
@@ -55,6 +68,9 @@ def description(kind: str) -> str:
     gpu = GPUS[kind]
     major, minor = gpu.capability
     return f"""gpu_device_info {{{_COMMON}
+  shared_memory_per_core: {gpu.shared_bytes}
+  shared_memory_per_block_optin: {gpu.shared_bytes - _RESERVED_BYTES}
+  fpus_per_core: {gpu.fpus}
   core_count: {gpu.cores}
   memory_bandwidth: {gpu.memory_bytes_per_second}
   l2_cache_size: {gpu.l2_bytes}

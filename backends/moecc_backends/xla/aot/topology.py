@@ -65,7 +65,17 @@ def _cuda_plugin() -> str | None:
 
 
 def require(machine: Machine) -> None:
-    """Raise MachineError, with what to install, if `machine` needs an extra that is missing."""
+    """Raise an error unless programs can be compiled for `machine` here.
+
+    Raises:
+      MachineError: an extra is missing; with what to install.
+      UsageError: the chip of a user's own machine is not known.
+    """
+    if not machine.compiled_as:
+        raise UsageError(
+            "nothing is known of this machine's chip that a program could be compiled for",
+            where=machine.name, hint='in its file, like = "gpu:h100:8" names one of the table',
+        )  # fmt: skip
     what = missing(machine.kind)
     if what is not None:
         raise MachineError(what)
@@ -96,7 +106,7 @@ def devices(machine: Machine) -> Devices:
         return list(found[: machine.devices])
     if machine.kind == "gpu":
         return _gpus(machine)
-    name = machine.name.partition(":")[2]
+    name = machine.compiled_as.partition(":")[2]
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError) as error:
@@ -114,7 +124,7 @@ def _gpus(machine: Machine) -> Devices:
         platform="cuda",
         topology_name="",
         topology=shape,
-        target_config=description(machine.name.split(":")[1]),
+        target_config=description(machine.compiled_as.split(":")[1]),
     )
     return list(described.devices)
 

@@ -1,4 +1,4 @@
-"""Read the tables of a recipe into its dataclasses, and collect every problem on the way."""
+"""Read tables of TOML into dataclasses, and collect every problem on the way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from moecc.checkpoint.problems import describe
 from moecc.errors import Problem, nearest, printable
 from moecc.support.untyped import Hint
-from moecc.train.toml_places import Path
+from moecc.toml.places import Path
 
 S = TypeVar("S")
 

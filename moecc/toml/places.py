@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 Path = tuple[str | int, ...]
@@ -31,6 +31,13 @@ class _Token:
 def toml_places(text: str) -> dict[Path, int]:
     """Return the line of each key, table and element of a valid TOML `text`, counted from 1."""
     return _Places(text).found
+
+
+def shown_place(path: Path, places: Mapping[Path, int], name: str) -> str:
+    """Return ``name:line`` of a path, or of the nearest table above it that has a line."""
+    above = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
+    line = next(above, None)
+    return name if line is None else f"{name}:{line}"
 
 
 class _Places:
